@@ -1,0 +1,63 @@
+# Everything starts here; each target makes its own virtual environment from nothing and keeps it until the pins change.
+#
+#   make demo TORCH_PIP_ARGS="--index-url URL"   takes torch from another index: a default Linux install is the CUDA build
+
+PYTHON         ?= python3
+VENV           ?= .venv
+TORCH_PIP_ARGS ?=
+PIP_ARGS       ?=
+DEMO_ARGS      ?=
+WORKERS        ?= 2
+
+BIN   := $(VENV)/bin
+PIP   := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n 's/^\(torch==[^ #]*\).*/\1/p' constraints.txt)
+PINS  := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format prove clean
+.DELETE_ON_ERROR:
+
+help: ## say what there is
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 16
+
+demo: $(VENV)/.plots.stamp ## train on real text, unguarded and guarded, and draw both: under 5 minutes on 2 cores
+	$(BIN)/koopmon demo $(DEMO_ARGS)
+
+test: lint ## every check: lint, types and tests; REQUIRE_ALL=1 forbids skipping what a machine lacks
+	$(BIN)/pytest -n $(WORKERS) -m "not distributed"
+	$(BIN)/pytest -m distributed
+
+lint: $(VENV)/.dev.stamp ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev.stamp ## let ruff arrange the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+prove: $(VENV)/.dev.stamp ## the longer campaigns: every benchmark, each printing its table and keeping its JSON
+	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; name=$${file#benchmarks/}; $(BIN)/python -m "benchmarks.$${name%.py}"; done
+
+clean: ## forget the environment and what was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# A Python without ensurepip can still borrow its own pip for the new environment.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) \
+	|| { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; } \
+	|| { rm -rf $(VENV); echo "koopmon: $(PYTHON) makes no virtual environment: install its venv module" >&2; exit 1; }
+
+# torch first and alone, so that nothing else chooses its build; then the rest, held to the same pin.
+$(VENV)/.torch.stamp: constraints.txt | $(BIN)/python
+	$(PIP) install $(TORCH_PIP_ARGS) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.plots.stamp: $(VENV)/.torch.stamp $(PINS)
+	$(PIP) install -c constraints.txt $(PIP_ARGS) -e ".[plots]"
+	@touch $@
+
+$(VENV)/.dev.stamp: $(VENV)/.torch.stamp $(PINS)
+	$(PIP) install -c constraints.txt $(PIP_ARGS) -e ".[dev]"
+	@touch $@

@@ -1,0 +1,86 @@
+"""koopmon sees training divergence coming in the spectrum of the residual stream, and stops it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from koopmon.agent.attach import Agent, attach
+    from koopmon.api import ArchitectureAdapter, Discovery, ExampleModel, Observable, Point, Stack, call_arguments
+    from koopmon.config import Config
+    from koopmon.discovery import discover
+    from koopmon.errors import AdapterError, ConfigError, DiscoveryError, KoopmonError
+    from koopmon.hookspecs import hookimpl
+    from koopmon.profiling import profile
+    from koopmon.spectral import LayerProfile, SpectralProfile
+    from koopmon.structure import BlockList, block_lists, lists_holding, parts_of
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterError": "koopmon.errors",
+    "Agent": "koopmon.agent.attach",
+    "ArchitectureAdapter": "koopmon.api",
+    "BlockList": "koopmon.structure",
+    "Config": "koopmon.config",
+    "ConfigError": "koopmon.errors",
+    "Discovery": "koopmon.api",
+    "DiscoveryError": "koopmon.errors",
+    "ExampleModel": "koopmon.api",
+    "KoopmonError": "koopmon.errors",
+    "LayerProfile": "koopmon.spectral",
+    "Observable": "koopmon.api",
+    "Point": "koopmon.api",
+    "SpectralProfile": "koopmon.spectral",
+    "Stack": "koopmon.api",
+    "attach": "koopmon.agent.attach",
+    "block_lists": "koopmon.structure",
+    "call_arguments": "koopmon.api",
+    "discover": "koopmon.discovery",
+    "hookimpl": "koopmon.hookspecs",
+    "lists_holding": "koopmon.structure",
+    "parts_of": "koopmon.structure",
+    "profile": "koopmon.profiling",
+}
+"""Where each public name lives. It is imported when first asked for: `import koopmon` alone must not import torch."""
+
+__all__ = [
+    "AdapterError",
+    "Agent",
+    "ArchitectureAdapter",
+    "BlockList",
+    "Config",
+    "ConfigError",
+    "Discovery",
+    "DiscoveryError",
+    "ExampleModel",
+    "KoopmonError",
+    "LayerProfile",
+    "Observable",
+    "Point",
+    "SpectralProfile",
+    "Stack",
+    "__version__",
+    "attach",
+    "block_lists",
+    "call_arguments",
+    "discover",
+    "hookimpl",
+    "lists_holding",
+    "parts_of",
+    "profile",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

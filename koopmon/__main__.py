@@ -1,0 +1,8 @@
+"""`python -m koopmon` is `koopmon`."""
+
+import sys
+
+from koopmon.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

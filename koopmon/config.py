@@ -1,0 +1,277 @@
+"""Configuration: frozen, validated, from TOML and the environment. Every field states its unit and what is allowed.
+
+One file serves both sides: the agent reads `[model]`, `[sampling]`, `[cadence]`, `[limits]`, `[control]`; the monitor
+reads `[monitor]`, `[risk]`, `[policy]` and `[kss]`, but for `through_shielded`, which is the agent's. A file that names
+an unknown table or key, or a value outside its bounds, is refused whole.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from koopmon.errors import ConfigError
+
+Steps = Annotated[int, Meta(ge=1, le=1_000_000)]
+Seconds = Annotated[float, Meta(ge=0.0, le=604_800.0)]
+Ratio = Annotated[float, Meta(ge=0.0, le=1.0)]
+Positive = Annotated[float, Meta(gt=0.0)]
+NonNegative = Annotated[float, Meta(ge=0.0)]
+PolicyName = Literal["lr", "kss", "kss+lr", "observe"]
+
+
+class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Parent of every table."""
+
+
+class ModelConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the residual stream is, when discovery is not to decide."""
+
+    adapter: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    """Name of the architecture adapter, as `koopmon adapters` lists them; absent: the one that fits best."""
+    stack: Annotated[str, Meta(min_length=1)] | None = None
+    """Path in the model of the list of blocks to tap; absent: the chain that a forward pass shows."""
+
+
+class SamplingConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which tokens a snapshot holds."""
+
+    num_samples: Annotated[int, Meta(ge=16, le=65536)] = 512
+    """N of one snapshot, shared evenly among the sending ranks."""
+    max_senders: Annotated[int, Meta(ge=1, le=1024)] = 8
+    """Data-parallel ranks that send."""
+    seed: Annotated[int, Meta(ge=0, lt=1 << 31)] = 0
+    """Seed of the token choice, which is a pure function of (seed, step, data-parallel rank, mask)."""
+
+
+class CadenceConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How often snapshots are taken, in optimizer steps, inside a budget that the agent measures itself."""
+
+    warmup_steps: Steps = 200
+    """Steps from the start during which the dense cadence holds."""
+    dense_every: Steps = 1
+    """Steps between snapshots in warm-up, and the least that the monitor may ask for."""
+    calm_every: Steps = 10
+    """Steps between snapshots when nothing is going on."""
+    budget_ratio: Annotated[float, Meta(gt=0.0, le=0.5)] = 0.005
+    """Long-run share of step time that koopmon may spend in the training thread."""
+    initial_credit_seconds: Seconds = 5.0
+    """What may be spent at once at the start."""
+    max_bytes_per_second: Annotated[float, Meta(gt=0.0)] = 50e6
+    """Cap on what one rank sends."""
+
+
+class LimitsConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Caps that the agent holds whatever the monitor says."""
+
+    act: Literal["auto", "always", "never"] = "auto"
+    """auto: act in proven layouts only; always: in untested ones too; never: watch-only."""
+    min_lr_scale: Annotated[float, Meta(ge=0.05, le=1.0)] = 0.05
+    """The least factor on the learning rate."""
+    max_kss_alpha: NonNegative = 30.0
+    """The largest KSS weight."""
+    max_actions_per_hour: Annotated[int, Meta(ge=0, le=100_000)] = 240
+    """Commands that change training, per hour."""
+
+
+class ControlConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The control channel and the group that applies commands on all ranks at one step."""
+
+    timeout_seconds: Annotated[float, Meta(gt=0.0, le=600.0)] = 3.0
+    """How long a rank may wait for the others before control is off."""
+    monitor_lost_seconds: Annotated[float, Meta(gt=0.0)] = 10.0
+    """Silence after which the monitor counts as lost."""
+    on_monitor_lost: Literal["hold", "ramp"] = "hold"
+    """hold: what is applied stays; ramp: go back to the user's own settings slowly."""
+    ramp_back_steps: Steps = 200
+    """Steps of that ramp."""
+
+
+class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The daemon's bounds."""
+
+    max_runs: Annotated[int, Meta(ge=1, le=10_000)] = 64
+    max_message_bytes: Annotated[int, Meta(ge=1 << 16)] = 1 << 30
+    max_pending_bytes: Annotated[int, Meta(ge=1 << 20)] = 2 << 30
+    """Memory for shards that wait for their siblings."""
+    assemble_timeout_seconds: Annotated[float, Meta(gt=0.0)] = 5.0
+    """How long a snapshot waits for missing shards; then what is there is profiled, or dropped when too little."""
+    queue_length: Annotated[int, Meta(ge=1, le=10_000)] = 16
+    """Snapshots that may wait for the engine; the oldest of the run with most gives way."""
+    heartbeat_seconds: Annotated[float, Meta(gt=0.0, le=3600.0)] = 1.0
+    vanished_after_seconds: Annotated[float, Meta(gt=0.0)] = 60.0
+    """Silence after which a run counts as vanished."""
+    ended_series_seconds: Seconds = 300.0
+    """How long a run's series stay after goodbye."""
+    vanished_series_seconds: Seconds = 86_400.0
+    """How long the timestamp and state of a vanished run stay."""
+    svd_rank: Annotated[int, Meta(ge=2, le=512)] = 32
+    """Rank of the online DMD."""
+    calibrator: str = ""
+    """File of a calibrator, as `koopmon calibrate` writes it; empty: no probability of divergence is exported."""
+
+
+class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The online detector; see koopmon.risk.online. Scales are changes of log(update ratio) per optimizer step."""
+
+    update_ratio_floor: Annotated[float, Meta(gt=0.0, le=10.0)] = 0.5
+    """Added to the update ratio before the logarithm: growth below it counts little."""
+    smoothing: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.4
+    """Weight of the newest snapshot in each layer's running mean of its speed."""
+    min_gap_steps: Steps = 2
+    """Snapshots closer than this count as this far apart: sampling noise does not shrink with the gap."""
+    max_gap_steps: Steps = 4
+    """Snapshots further apart than this count as this far apart: an oscillation does not grow with the gap."""
+    peak_scale: Positive = 0.41
+    """Speed of the fastest layer between two snapshots at which the risk is one half."""
+    speed_scale: Positive = 0.25
+    """Likewise for the largest of the layers' running means."""
+    restlessness_smoothing: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.1
+    """Weight of the newest snapshot in the slow mean of the peak."""
+    restlessness_scale: Positive = 0.36
+    """That mean, in units of `peak_scale`, at which the risk is one half."""
+    prior_strength: NonNegative = 2.0
+    """How much more unsteadiness a run may show for each unit of near-unit mass that it lacked at the start."""
+    reliability_weight: Ratio = 0.0
+    """How far unreliable modes weaken the evidence: 0 not at all, 1 in proportion to the share of reliable modes."""
+
+
+class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When to act and how; see koopmon.monitor.policy."""
+
+    name: PolicyName = "kss+lr"
+    dry_run: bool = False
+    """Decide and record, but send nothing."""
+    act_risk: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.4
+    """Risk at or above which a snapshot counts as high."""
+    severe_risk: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.8
+    """Risk that acts at once, without confirmation, and by `severe_factor`."""
+    release_risk: Ratio = 0.2
+    """Risk below which a snapshot counts as calm."""
+    confirm_snapshots: Annotated[int, Meta(ge=1, le=100)] = 1
+    """High snapshots in a row before an action."""
+    backoff_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.5
+    """What the learning-rate scale is multiplied with at a back-off."""
+    severe_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.25
+    """Likewise at a severe risk."""
+    min_lr_scale: Annotated[float, Meta(ge=0.05, le=1.0)] = 0.125
+    """The scale below which the policy never goes."""
+    cooldown_steps: Steps = 6
+    """Steps after an action before the next of its kind: the time in which it must show an effect."""
+    hold_steps: Steps = 200
+    """Calm steps before the scale rises by one notch; twice as many after the second back-off, and so on."""
+    rise_factor: Annotated[float, Meta(gt=1.0, le=4.0)] = 1.25
+    """That notch."""
+    ramp_steps: Steps = 20
+    """Steps over which it is taken."""
+    kss_ramp_steps: Steps = 10
+    """Steps over which KSS comes and goes."""
+    kss_hold_steps: Steps = 20
+    """Steps for which KSS accompanies a back-off, its coming included."""
+    harm_ratio: Annotated[float, Meta(gt=1.0)] = 1.2
+    """KSS is barred when the logged loss exceeds this times its value when KSS came on."""
+    dense_every: Steps = 1
+    """Cadence, in steps, asked for while the risk is not calm."""
+    dense_steps: Steps = 60
+    """Steps for which that cadence is asked."""
+    max_actions_per_hour: Annotated[int, Meta(ge=0, le=100_000)] = 120
+    """Commands that change one run's training, per hour."""
+    expires_in_steps: Steps = 50
+    """Steps after which an unapplied command is void."""
+
+
+class KssConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Koopman Spectral Shaping as the policy turns it on (METHOD section 7)."""
+
+    alpha: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.15
+    radius_margin: Annotated[float, Meta(ge=1.0)] = 1.5
+    """The unstable penalty starts at this times the run's own calm spectral radius."""
+    min_tau_u: Positive = 1.05
+    """...and never below this modulus (the paper's tau_u)."""
+    temperature: Positive = 20.0
+    beta: NonNegative = 0.0
+    """Weight of the near-unit target; 0 leaves the unstable penalty alone (METHOD section 9)."""
+    gamma: Ratio = 0.4
+    svd_rank: Annotated[int, Meta(ge=1, le=512)] = 32
+    num_samples: Annotated[int, Meta(ge=4, le=65536)] = 128
+    every: Steps = 1
+    layer_fraction: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    through_shielded: bool = False
+    """Let KSS act where its gradient reaches modules that the model's family shields, such as routers. The agent's."""
+
+
+class Config(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything."""
+
+    model: ModelConfig = ModelConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    cadence: CadenceConfig = CadenceConfig()
+    limits: LimitsConfig = LimitsConfig()
+    control: ControlConfig = ControlConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    risk: RiskConfig = RiskConfig()
+    policy: PolicyConfig = PolicyConfig()
+    kss: KssConfig = KssConfig()
+
+
+def _value_at(data: Any, path: str) -> Any:
+    for part in path.split("."):
+        if not isinstance(data, Mapping) or part not in data:
+            return None
+        data = data[part]
+    return data
+
+
+def from_mapping(data: Mapping[str, Any], *, source: str = "configuration") -> Config:
+    """Validate nested tables. Raises ConfigError naming the field, the value and what is allowed."""
+    try:
+        return msgspec.convert(dict(data), Config, strict=True)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$.")
+        field = path.rstrip("`")
+        known, unknown = message.partition("Object contains unknown field ")[::2]
+        if not known:
+            raise ConfigError(f"{source}: {_unknown(field, unknown.strip('`'))}") from None
+        if not field:
+            raise ConfigError(f"{source}: {message}; allowed tables: {', '.join(Config.__struct_fields__)}") from None
+        value = _value_at(data, field)
+        raise ConfigError(f"{source}: {field} = {value!r}: {message[0].lower()}{message[1:]}") from None
+
+
+def _unknown(table: str, name: str) -> str:
+    kind: Any = type(getattr(Config(), table)) if table else Config
+    allowed = sorted(kind.__struct_fields__)
+    near = difflib.get_close_matches(name, allowed, n=1)
+    meant = f", did you mean {near[0]}?" if near else ""
+    what, where = ("field", f"{table}.{name}") if table else ("table", name)
+    return f"there is no {what} {where}{meant} (allowed: {', '.join(allowed)})"
+
+
+def load(path: str | os.PathLike[str] | None = None, *, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read the TOML file at `path`, else the one that KOOPMON_CONFIG names, else the defaults; `overrides` win, table
+    by table.
+
+    Raises ConfigError when the file is missing or malformed.
+    """
+    path = path or os.environ.get("KOOPMON_CONFIG") or None
+    data: dict[str, Any] = {}
+    source = "configuration"
+    if path is not None:
+        source = str(path)
+        try:
+            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{source}: not valid TOML: {error}") from None
+    for table, values in (overrides or {}).items():
+        merged = data.get(table, {})
+        data[table] = {**merged, **values} if isinstance(values, Mapping) and isinstance(merged, Mapping) else values
+    return from_mapping(data, source=source)

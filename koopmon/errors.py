@@ -1,0 +1,55 @@
+"""Errors that koopmon raises. Each message is one line that says what to do."""
+
+from __future__ import annotations
+
+
+class KoopmonError(Exception):
+    """Parent of every error koopmon raises on purpose; `exit_status` is what the CLI returns for it."""
+
+    exit_status = 1
+
+
+class ConfigError(KoopmonError, ValueError):
+    """A configuration value is malformed: names the field, the value and what is allowed."""
+
+    exit_status = 2
+
+
+class AdapterError(KoopmonError):
+    """An architecture adapter cannot be selected: unknown name, no claim, or two claims of equal specificity."""
+
+    exit_status = 2
+
+
+class DiscoveryError(AdapterError):
+    """No residual chain was found or verified in a model; lists what was seen."""
+
+
+class ProtocolError(KoopmonError):
+    """A message breaks PROTOCOL.md.
+
+    `reason` is one of `koopmon.wire.codec.REJECTION_REASONS`: a bounded label for metrics.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class EndpointError(KoopmonError):
+    """An endpoint cannot be used: malformed, in use, unreachable, or outside ipc and loopback."""
+
+    exit_status = 2
+
+
+class StoreError(KoopmonError):
+    """The history store cannot be opened, is in use, or has a schema that this version does not know."""
+
+    exit_status = 2
+
+
+class CalibrationError(KoopmonError):
+    """A calibrator, or what it is to be fitted on, does not fit: says what is wrong and what would do."""
+
+    exit_status = 2

@@ -1,0 +1,146 @@
+"""The wheel holds what a user needs and nothing else; a plain install needs no extra to be imported."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    """Built from the tracked files alone, so that a stray file of this checkout cannot help."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", "koopmon", "plugins", "pyproject.toml", "README.md", "LICENSE"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    code = f"from setuptools import build_meta; print(build_meta.build_wheel({str(out)!r}))"
+    built = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(out / built.stdout.splitlines()[-1]) as archive:
+        yield archive
+
+
+def test_the_wheel_holds_both_packages_and_their_data(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    for name in (
+        "koopmon/__init__.py",
+        "koopmon/__main__.py",
+        "koopmon/py.typed",
+        "koopmon/cli/run.py",
+        "koopmon/demo/train.py",
+        "koopmon/wire/PROTOCOL.md",
+        "koopmon/agent/_autoload/sitecustomize.py",
+        "koopmon_adapters/__init__.py",
+        "koopmon_adapters/kan.py",
+        "koopmon_adapters/mamba.py",
+        "koopmon_adapters/moe.py",
+        "koopmon_adapters/transformer.py",
+        "koopmon_adapters/py.typed",
+    ):
+        assert name in names, name
+    assert any(name.endswith("LICENSE") for name in names)
+
+
+def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"koopmon", "koopmon_adapters"}
+    for name in wheel.namelist():
+        assert "sitecustomize" not in name or name == "koopmon/agent/_autoload/sitecustomize.py", name
+
+
+def test_every_module_of_the_tree_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files", "koopmon", "plugins"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    modules = {name.removeprefix("plugins/") for name in tracked.stdout.splitlines() if (ROOT / name).is_file()}
+    assert modules <= set(wheel.namelist())
+
+
+def test_entry_points_and_requirements(wheel: zipfile.ZipFile) -> None:
+    (entry_points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    text = wheel.read(entry_points).decode()
+    assert "[console_scripts]\nkoopmon = koopmon.cli:main" in text
+    assert "[koopmon]\nkan = koopmon_adapters.kan\nmamba = koopmon_adapters.mamba\nmoe = koopmon_adapters.moe\n" in text
+    assert "\ntransformer = koopmon_adapters.transformer\n" in text
+    (metadata,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
+    told = Parser().parsestr(wheel.read(metadata).decode())
+    assert told["Requires-Python"] == ">=3.11"
+    plain = [line for line in told.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert not any("==" in line for line in plain), "pins belong to constraints.txt"
+    assert any(line.startswith("torch") for line in plain)
+
+
+def test_every_direct_dependency_is_pinned_in_the_constraints() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["dev"] + extras["plots"]
+    names = {line.split(">")[0].split("[")[0].strip() for line in wanted} - {"koopmon"}
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
+    )
+    assert names <= set(pins)
+    assert pins["torch"] == "2.13.0"
+
+
+EXTRAS = (
+    "matplotlib",
+    "grafana_client",
+    "transformers",
+    "lightning",
+    "scipy",
+    "pydmd",
+    "hypothesis",
+    "httpx",
+    "x_transformers",
+    "mambapy",
+    "kan",
+    "sklearn",
+    "pandas",
+)
+
+
+def test_a_plain_install_imports_without_any_extra() -> None:
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {EXTRAS!r}:
+            raise ModuleNotFoundError(name + " is an extra", name=name)
+sys.meta_path.insert(0, Absent())
+import importlib, pkgutil
+import koopmon, koopmon_adapters
+count = 0
+for package in (koopmon, koopmon_adapters):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if module.name != "koopmon.__main__":
+            importlib.import_module(module.name)
+            count += 1
+print(count)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20
+
+
+def test_importing_koopmon_is_light() -> None:
+    code = "import koopmon, sys; print([name for name in ('torch', 'numpy', 'zmq') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
