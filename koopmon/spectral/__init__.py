@@ -1,0 +1,25 @@
+"""The mathematics of koopmon: whitened DMD profiles of the residual stream, and Koopman Spectral Shaping.
+
+Imports torch and koopmon.errors only; plain arguments, no configuration, no I/O. Rows are samples: x, y (N, D).
+"""
+
+from koopmon.spectral.kss import CONDITION_GUARD, KssGradient, kss_basis, kss_gradient, kss_loss
+from koopmon.spectral.nonnormality import kreiss_constant
+from koopmon.spectral.profile import MIN_UPDATE_RATIO, profile_states, profile_transition
+from koopmon.spectral.records import FIELDS, LayerProfile, SpectralProfile, Thirds
+
+__all__ = [
+    "CONDITION_GUARD",
+    "FIELDS",
+    "MIN_UPDATE_RATIO",
+    "KssGradient",
+    "LayerProfile",
+    "SpectralProfile",
+    "Thirds",
+    "kreiss_constant",
+    "kss_basis",
+    "kss_gradient",
+    "kss_loss",
+    "profile_states",
+    "profile_transition",
+]

@@ -1,0 +1,213 @@
+"""Profiles of layer transitions: the residual stream's spectrum, layer by layer (eqs. 4-13, 29).
+
+Rows are samples: a state is (N samples, D width), the same tokens at every depth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from koopmon.spectral.dmd import Operators, fit
+from koopmon.spectral.nonnormality import kreiss_constant
+from koopmon.spectral.records import LayerProfile, SpectralProfile
+from koopmon.spectral.whitening import Coordinates, transitions
+
+EXPANSIVE = 1.05
+NEAR_UNIT = 0.90
+CONTRACTIVE = 0.80
+RELIABLE = 0.1
+"""Largest residual (eq. 10) of a reliable mode."""
+
+MIN_PRESENT = 0.9
+"""Share of the directions that must be present: a LayerNorm takes one away by itself, and that is no defect."""
+
+MIN_UPDATE_RATIO = 0.01
+"""Below it a layer is not informative: the root mean square of |lambda - 1| is at most the update ratio, so that at
+0.01 no less than 96% of the modes lie in the near-unit band whatever the layer does. That is how it was initialised,
+no finding."""
+
+KREISS_FULL_RANK = 256
+_BATCH_ELEMENTS = 1 << 23
+
+Kreiss = Literal["auto", "always", "never"]
+
+
+def profile_transition(
+    x: Tensor, y: Tensor, *, svd_rank: int | None = None, ridge: float = 1e-5, seed: int = 0, kreiss: Kreiss = "auto"
+) -> LayerProfile:
+    """Profile one transition x -> y, both (N, D). See `profile_states`."""
+    return _profile([x, y], ["x", "y"], svd_rank, ridge, seed, kreiss).layers[0]
+
+
+def profile_states(
+    states: Tensor | Sequence[Tensor],
+    *,
+    svd_rank: int | None = None,
+    ridge: float = 1e-5,
+    seed: int = 0,
+    kreiss: Kreiss = "auto",
+) -> SpectralProfile:
+    """Profile the L transitions among L+1 states, each (N, D): a (L+1, N, D) tensor or a sequence of tensors.
+
+    Args:
+        states: the same N tokens at every depth, on one device; half precision is taken up to float32.
+        svd_rank: None fits the full D-dimensional operator in float64 (needs N >= D, comfortably 1.2 D); R fits it in
+            the leading R directions of each x, found by a randomised SVD (needs N > R, comfortably 1.2 R).
+        ridge: eps of eq. 6, in units of the states' variance; it enters the whitening map only.
+        seed: of the private generator of the randomised SVD.
+        kreiss: "auto" computes the Kreiss constant up to 256 directions, "always", or "never".
+
+    Raises:
+        ValueError: a state holds NaN or infinite values, or arguments do not fit together; the message names which.
+            Constant, rank-deficient or too few samples never raise: the layer is then not `informative`, and says why.
+    """
+    states = list(states)
+    return _profile(states, [f"states[{index}]" for index in range(len(states))], svd_rank, ridge, seed, kreiss)
+
+
+def _profile(
+    states: list[Tensor], names: list[str], svd_rank: int | None, ridge: float, seed: int, kreiss: Kreiss
+) -> SpectralProfile:
+    _check(states, names, svd_rank, ridge, kreiss)
+    detached = [state.detach() for state in states]
+    layers: dict[int, LayerProfile] = {}
+    with torch.no_grad(), torch.autocast(detached[0].device.type, enabled=False):
+        for batch in _batches(transitions(detached, names, svd_rank, ridge, seed)):
+            indices = [index for index, _ in batch]
+            profiles = _fit_batch([coordinates for _, coordinates in batch], svd_rank, kreiss)
+            layers.update(zip(indices, profiles, strict=True))
+    return SpectralProfile(layers=tuple(layers[index] for index in sorted(layers)))
+
+
+def _check(states: list[Tensor], names: list[str], svd_rank: int | None, ridge: float, kreiss: Kreiss) -> None:
+    if len(states) < 2:
+        raise ValueError(f"states: {len(states)} given, at least 2 are needed for one transition")
+    for state, name in zip(states, names, strict=True):
+        if state.dim() != 2 or state.shape[1] == 0:
+            raise ValueError(f"{name} has shape {tuple(state.shape)}; a state is (N samples, D width), D at least 1")
+        if not state.is_floating_point():
+            raise ValueError(f"{name} has dtype {state.dtype}; a state is a real floating-point tensor")
+        for what in ("shape", "device"):
+            if getattr(state, what) != getattr(states[0], what):
+                raise ValueError(f"{name} has {what} {getattr(state, what)}, {names[0]} has {getattr(states[0], what)}")
+    if svd_rank is not None and svd_rank < 1:
+        raise ValueError(f"svd_rank = {svd_rank}: allowed are None (full rank) and integers from 1")
+    if not (math.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"ridge = {ridge}: allowed are finite numbers from 0")
+    if kreiss not in ("auto", "always", "never"):
+        raise ValueError(f"kreiss = {kreiss!r}: allowed are 'auto', 'always' and 'never'")
+
+
+def _batches(stream: Iterable[Coordinates]) -> Iterator[list[tuple[int, Coordinates]]]:
+    """Groups of transitions with equally many directions, each group of bounded size."""
+    waiting: dict[int, list[tuple[int, Coordinates]]] = {}
+    held = 0
+    for index, coordinates in enumerate(stream):
+        waiting.setdefault(coordinates.spread.numel(), []).append((index, coordinates))
+        held += coordinates.x.numel() + coordinates.y.numel()
+        if held >= _BATCH_ELEMENTS:
+            yield from waiting.values()
+            waiting, held = {}, 0
+    yield from waiting.values()
+
+
+def _fit_batch(batch: list[Coordinates], svd_rank: int | None, kreiss: Kreiss) -> list[LayerProfile]:
+    num_samples, directions = batch[0].x.shape
+    if directions == 0:
+        return [_empty(item, svd_rank) for item in batch]
+    operators = fit(
+        torch.stack([item.x for item in batch]),
+        torch.stack([item.y for item in batch]),
+        torch.stack([item.spread for item in batch]),
+        torch.stack([item.ridge for item in batch]),
+    )
+    wanted = kreiss == "always" or (kreiss == "auto" and directions <= KREISS_FULL_RANK)
+    constants = (
+        kreiss_constant(operators.operator, (operators.eigenvalues, operators.vectors)).tolist()
+        if wanted
+        else [None] * len(batch)
+    )
+    columns = _columns(operators)
+    profiles = []
+    for row, item in enumerate(batch):
+        numbers = {name: values[row] for name, values in columns.items()}
+        flaw, caution = _verdict(item, svd_rank, numbers["update_ratio"], bool(operators.finite[row]))
+        profiles.append(
+            LayerProfile(
+                eigenvalues=operators.eigenvalues[row].cpu(),
+                kreiss_constant=constants[row],
+                num_samples=num_samples,
+                svd_rank=svd_rank,
+                informative=not flaw,
+                reason=flaw or caution,
+                **numbers,
+            )
+        )
+    return profiles
+
+
+def _columns(operators: Operators) -> dict[str, list[float]]:
+    modulus = operators.eigenvalues.abs()
+    near_unit = (modulus >= NEAR_UNIT) & (modulus <= EXPANSIVE)
+    reliable = operators.residuals <= RELIABLE
+    largest = torch.finfo(torch.float64).max
+    columns = {
+        "near_unit_mass": near_unit.double().mean(-1),
+        "expansive_mass": (modulus > EXPANSIVE).double().mean(-1),
+        "contractive_mass": (modulus < CONTRACTIVE).double().mean(-1),
+        "spectral_radius": modulus.amax(-1),
+        "eigenvector_condition_number": operators.condition,
+        "nonlinearity_ratio": operators.nonlinearity.nan_to_num(nan=largest),
+        "update_ratio": operators.update.nan_to_num(nan=largest),
+        "reliable_mode_ratio": reliable.double().mean(-1),
+        "reliable_near_unit_mass": (near_unit & reliable).sum(-1).double() / reliable.sum(-1).clamp_min(1),
+    }
+    return {name: values.tolist() for name, values in columns.items()}
+
+
+def _verdict(item: Coordinates, svd_rank: int | None, update_ratio: float, finite: bool) -> tuple[str, str]:
+    """Why the layer is not informative, or "" and a caution."""
+    num_samples, present = item.x.shape
+    size = item.size
+    comfortable = math.ceil(1.2 * size)
+    if num_samples < size or (svd_rank is not None and num_samples <= size):
+        need = f"full rank needs N >= D = {size}" if svd_rank is None else f"svd_rank {svd_rank} needs N > {size}"
+        return f"too few samples: N = {num_samples}, {need}, comfortably {comfortable}", ""
+    if present == 0:
+        return "constant input", ""
+    missing = f"{present} of {size} directions present" if present < size else ""
+    if present < MIN_PRESENT * size:
+        return f"rank-deficient input: {missing}", ""
+    if not finite:
+        return "values overflow", ""
+    if update_ratio < MIN_UPDATE_RATIO:
+        return f"uninformative until layers move: update ratio below {MIN_UPDATE_RATIO}", ""
+    few = f"few samples: N = {num_samples}, comfortably {comfortable}" if num_samples < comfortable else ""
+    return "", "; ".join(filter(None, (missing, few)))
+
+
+def _empty(item: Coordinates, svd_rank: int | None) -> LayerProfile:
+    """The profile of samples without any spread: no modes at all."""
+    flaw, _ = _verdict(item, svd_rank, 0.0, True)
+    return LayerProfile(
+        eigenvalues=torch.zeros(0, dtype=torch.complex128),
+        near_unit_mass=0.0,
+        expansive_mass=0.0,
+        contractive_mass=0.0,
+        spectral_radius=0.0,
+        eigenvector_condition_number=1.0,
+        kreiss_constant=None,
+        nonlinearity_ratio=0.0,
+        update_ratio=0.0,
+        reliable_mode_ratio=0.0,
+        reliable_near_unit_mass=0.0,
+        num_samples=item.x.shape[0],
+        svd_rank=svd_rank,
+        informative=False,
+        reason=flaw,
+    )

@@ -1,0 +1,202 @@
+"""Eigenvalues of the whitened operator: against PyDMD, against known spectra, and what must not change them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydmd import DMD
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from koopmon.spectral import FIELDS, LayerProfile, profile_states, profile_transition
+
+torch.set_num_threads(1)
+
+WIDTH = 16
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def orthogonal(width: int, seed: int) -> Tensor:
+    return torch.linalg.qr(normal(width, width, seed=seed)).Q
+
+
+def set_distance(found: Tensor | np.ndarray, wanted: Tensor | np.ndarray) -> float:
+    """The largest distance between partners when two sets of eigenvalues are matched one to one."""
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    assert found.shape == wanted.shape
+    distances = np.abs(found[:, None] - wanted[None, :])
+    rows, columns = linear_sum_assignment(distances)
+    return float(distances[rows, columns].max())
+
+
+def oracle(x: Tensor, y: Tensor, svd_rank: int = -1) -> np.ndarray:
+    """PyDMD's eigenvalues on centred data; -1 is full rank."""
+    dmd = DMD(svd_rank=svd_rank)
+    dmd.operator.compute_operator((x - x.mean(0)).T.numpy(), (y - y.mean(0)).T.numpy())
+    return dmd.operator.eigenvalues
+
+
+def random_system() -> Tensor:
+    return normal(WIDTH, WIDTH, seed=1) / WIDTH**0.5
+
+
+def non_normal_system() -> Tensor:
+    """Distinct eigenvalues, a strictly upper part that dwarfs their gaps, in a turned basis."""
+    turn = orthogonal(WIDTH, seed=2)
+    triangle = torch.diag(torch.linspace(0.3, 1.2, WIDTH, dtype=torch.float64))
+    return turn @ (triangle + torch.diag(torch.full((WIDTH - 1,), 0.5, dtype=torch.float64), 1)) @ turn.T
+
+
+def rotation_system() -> Tensor:
+    """Planes that turn by different angles and grow or shrink a little."""
+    pairs = WIDTH // 2
+    angle, modulus = torch.linspace(0.2, 2.9, pairs).double(), torch.linspace(0.92, 1.04, pairs).double()
+    blocks = [
+        m * torch.stack((torch.stack((a.cos(), -a.sin())), torch.stack((a.sin(), a.cos()))))
+        for a, m in zip(angle, modulus, strict=True)
+    ]
+    turn = orthogonal(WIDTH, seed=3)
+    return turn @ torch.block_diag(*blocks) @ turn.T
+
+
+def near_identity_system() -> Tensor:
+    return torch.eye(WIDTH, dtype=torch.float64) + 0.05 * normal(WIDTH, WIDTH, seed=4) / WIDTH**0.5
+
+
+SYSTEMS = [random_system, non_normal_system, rotation_system, near_identity_system]
+
+
+def uneven_samples(num_samples: int = 300, seed: int = 5) -> Tensor:
+    """x (N, D) off the origin, with directions of very different size."""
+    scale = torch.logspace(0, -2, WIDTH, dtype=torch.float64)
+    return (normal(num_samples, WIDTH, seed=seed) * scale) @ orthogonal(WIDTH, seed=6) + 3.0
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_an_exact_linear_map_gives_its_own_spectrum(system: Callable[[], Tensor]) -> None:
+    x = uneven_samples()
+    y = x @ system().T - 1.5
+    profile = profile_transition(x, y, kreiss="never")
+    wanted = torch.linalg.eigvals(system())
+    assert set_distance(profile.eigenvalues, wanted) < 1e-6
+    assert set_distance(profile.eigenvalues, oracle(x, y)) < 1e-6
+    assert set_distance(profile.eigenvalues, 1.001 * wanted) > 1e-5
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("svd_rank", [None, 5])
+def test_with_noise_the_spectrum_is_that_of_pydmd(system: Callable[[], Tensor], svd_rank: int | None) -> None:
+    x = uneven_samples()
+    y = x @ system().T + 0.1 * torch.tanh(normal(300, WIDTH, seed=7)) + 0.3 * x.sin()
+    profile = profile_transition(x, y, svd_rank=svd_rank, kreiss="never")
+    assert set_distance(profile.eigenvalues, oracle(x, y, svd_rank or -1)) < 1e-6
+
+
+def test_eigenvalues_are_sorted_and_pairs_stay_together() -> None:
+    x = uneven_samples()
+    values = profile_transition(x, x @ random_system().T, kreiss="never").eigenvalues
+    modulus = values.abs()
+    assert (modulus[:-1] >= modulus[1:] - 1e-12).all()
+    firsts = [index for index, value in enumerate(values.tolist()) if value.imag > 0]
+    assert firsts
+    for index in firsts:
+        assert values[index + 1] == values[index].conj()
+
+
+def decaying_transition() -> tuple[Tensor, Tensor]:
+    """x, y (400, 300): slow modes in the large directions, coupled ever more weakly to the small ones."""
+    width, num_samples = 300, 400
+    index = torch.arange(width, dtype=torch.float64)
+    turn = orthogonal(width, seed=8)
+    operator = torch.diag(torch.cat((torch.linspace(1.6, 1.2, 5).double(), torch.full((width - 5,), 0.5).double())))
+    operator += normal(width, width, seed=9) * 0.8 ** (index[:, None] + index[None, :])
+    x = normal(num_samples, width, seed=10) * (0.9**index).clamp_min(0.01)
+    return x @ turn, x @ operator.T @ turn
+
+
+def test_the_randomised_path_converges_to_the_full_one_as_the_rank_grows() -> None:
+    x, y = decaying_transition()
+    full = profile_transition(x, y, kreiss="never").eigenvalues[:5]
+    errors = []
+    for svd_rank in (8, 16, 24, 32):
+        found = profile_transition(x, y, svd_rank=svd_rank, kreiss="never").eigenvalues
+        errors.append(set_distance(found[:5], full))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 1e-3
+    assert errors[-1] < 1e-2 * errors[0]
+
+
+def test_the_randomised_basis_is_the_exact_one_to_rounding() -> None:
+    x, y = decaying_transition()
+    found = profile_transition(x, y, svd_rank=16, kreiss="never")
+    assert set_distance(found.eigenvalues, oracle(x, y, 16)) < 1e-6
+
+
+def test_truncation_at_the_width_is_the_full_operator() -> None:
+    x = uneven_samples()
+    y = x @ non_normal_system().T + 0.2 * x.sin()
+    full, truncated = (profile_transition(x, y, svd_rank=rank, kreiss="never") for rank in (None, WIDTH))
+    assert set_distance(truncated.eigenvalues, full.eigenvalues) < 1e-9
+
+
+def test_a_seed_decides_the_randomised_basis_and_nothing_else_does() -> None:
+    x, y = (state.float() for state in decaying_transition())
+
+    def eigenvalues(seed: int) -> Tensor:
+        return profile_transition(x, y, svd_rank=20, seed=seed, kreiss="never").eigenvalues
+
+    first = eigenvalues(0)
+    torch.manual_seed(1234)
+    assert torch.equal(eigenvalues(0), first)
+    assert not torch.equal(eigenvalues(1), first)
+    assert set_distance(eigenvalues(1), first) < 1e-2
+
+
+def test_the_global_random_state_is_untouched() -> None:
+    x, y = decaying_transition()
+    before = torch.get_rng_state()
+    profile_transition(x, y, svd_rank=20)
+    profile_transition(x[:, :20], y[:, :20])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def assert_same(first: LayerProfile, second: LayerProfile, tolerance: float) -> None:
+    assert set_distance(first.eigenvalues, second.eigenvalues) < tolerance
+    for name in FIELDS:
+        if name != "kreiss_constant":
+            assert getattr(first, name) == pytest.approx(getattr(second, name), rel=tolerance), name
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**31), width=st.integers(2, 8), truncated=st.booleans())
+def test_nothing_depends_on_the_orthogonal_frame(seed: int, width: int, truncated: bool) -> None:
+    x = normal(60, width, seed=seed) * torch.logspace(0, -1, width, dtype=torch.float64)
+    y = x @ normal(width, width, seed=seed + 1) + 0.3 * normal(60, width, seed=seed + 2)
+    frame = orthogonal(width, seed=seed + 3)
+    svd_rank = max(1, width // 2) if truncated else None
+    plain = profile_transition(x, y, svd_rank=svd_rank, kreiss="never")
+    turned = profile_transition(x @ frame, y @ frame, svd_rank=svd_rank, kreiss="never")
+    assert_same(turned, plain, 1e-6)
+
+
+@pytest.mark.parametrize("svd_rank", [None, 6])
+def test_a_batch_of_layers_equals_layer_by_layer(svd_rank: int | None) -> None:
+    states = [uneven_samples(seed=11)]
+    for system in SYSTEMS:
+        states.append(states[-1] @ system().T + 0.1 * states[-1].sin())
+    together = profile_states(states, svd_rank=svd_rank)
+    stacked = profile_states(torch.stack(states), svd_rank=svd_rank)
+    assert together.num_layers == stacked.num_layers == len(SYSTEMS)
+    for index, (layer, other) in enumerate(zip(together.layers, stacked.layers, strict=True)):
+        alone = profile_transition(states[index], states[index + 1], svd_rank=svd_rank)
+        assert_same(layer, alone, 1e-9)
+        assert_same(other, alone, 1e-9)
+        assert layer.kreiss_constant == pytest.approx(alone.kreiss_constant, rel=1e-3)

@@ -1,0 +1,208 @@
+"""Kreiss constant and eigenvector condition number against values known in closed form and a dense search of SVDs."""
+
+from __future__ import annotations
+
+import functools
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from koopmon.spectral import kreiss_constant, profile_states, profile_transition
+from koopmon.spectral.nonnormality import CONDITION_LIMIT, KREISS_ACCURACY, condition_number, real_eigenvectors
+
+
+def dense_kreiss(a: np.ndarray) -> float:
+    """sup over |z| > 1 of (|z| - 1) / sigma_min(zI - B), B = A / max(1, rho): a grid of SVDs, then Nelder-Mead."""
+    b = a / max(1.0, np.abs(np.linalg.eigvals(a)).max())
+    identity = np.eye(len(b))
+
+    def value(point: np.ndarray) -> float:
+        gap = math.exp(max(point[0], math.log(1e-6)))
+        z = (1 + gap) * np.exp(1j * point[1])
+        return float(gap / np.linalg.svd(z * identity - b, compute_uv=False)[-1])
+
+    log_gaps = np.linspace(math.log(1e-6), math.log(20 * max(1.0, np.linalg.norm(b, 2))), 36)
+    angles = np.union1d(np.linspace(0, np.pi, 61), np.abs(np.angle(np.linalg.eigvals(b))))
+    z = (1 + np.exp(log_gaps))[:, None] * np.exp(1j * angles)[None, :]
+    smallest = np.linalg.svd(z[..., None, None] * identity - b, compute_uv=False)[..., -1]
+    grid = np.exp(log_gaps)[:, None] / smallest
+    best = 1.0
+    for flat in np.argsort(-grid.ravel())[:40:8]:
+        row, column = np.unravel_index(flat, grid.shape)
+        found = minimize(lambda p: -value(p), [log_gaps[row], angles[column]], method="Nelder-Mead")
+        best = max(best, grid[row, column], -found.fun)
+    return best
+
+
+def operators() -> dict[str, np.ndarray]:
+    """Operators of every kind that a layer may have, and the classical hard ones."""
+    rng = np.random.default_rng(1)
+    turn = np.linalg.qr(rng.standard_normal((16, 16)))[0]
+    skewed = rng.standard_normal((12, 12))
+    return {
+        "Gaussian, rho about 1": rng.standard_normal((24, 24)) / np.sqrt(24),
+        "Gaussian, damped": 0.8 * rng.standard_normal((16, 16)) / 4,
+        "near the identity": np.eye(24) + 0.1 * rng.standard_normal((24, 24)) / np.sqrt(24),
+        "real eigenvalues, skewed": skewed @ np.diag(rng.uniform(0.5, 1.2, 12)) @ np.linalg.inv(skewed),
+        "upper triangular": 0.3 * np.triu(rng.standard_normal((16, 16))),
+        "orthogonal plus rank one": 0.97 * turn + 0.05 * np.outer(rng.standard_normal(16), rng.standard_normal(16)),
+        "Jordan block of 0.9": 0.9 * np.eye(8) + 0.05 * np.eye(8, k=1),
+        "Jordan block of 0.5": 0.5 * np.eye(16) + 0.6 * np.eye(16, k=1),
+        "Grcar": -np.eye(16, k=-1) + sum(np.eye(16, k=k) for k in range(4)),
+        "expansive": 3.0 * rng.standard_normal((10, 10)),
+    }
+
+
+@functools.cache
+def dense_kreiss_of(name: str) -> float:
+    return dense_kreiss(operators()[name])
+
+
+@pytest.mark.parametrize("name", operators())
+def test_the_stated_accuracy_holds_against_a_dense_search(name: str) -> None:
+    found, wanted = kreiss_constant(torch.tensor(operators()[name])).item(), dense_kreiss_of(name)
+    assert (1 - KREISS_ACCURACY) * wanted <= found <= wanted * (1 + 1e-6)
+
+
+def test_the_search_is_asked_something() -> None:
+    """Were all constants alike, a constant function would pass."""
+    constants = [dense_kreiss_of(name) for name in operators()]
+    assert min(constants) == pytest.approx(1.0, abs=1e-6)
+    assert max(constants) > 10
+
+
+def test_a_nilpotent_block_has_its_closed_form() -> None:
+    """A = [[0, b], [0, 0]]: the resolvent at |z| = s has the norm of [[1/s, b/s^2], [0, 1/s]]."""
+    for strength in (0.5, 3.0, 50.0):
+        gaps = np.geomspace(1e-6, 1e5, 400_001)
+        ratio = strength / (1 + gaps)
+        norms = (ratio + np.sqrt(ratio**2 + 4)) / 2 / (1 + gaps)
+        operator = torch.tensor([[0.0, strength], [0.0, 0.0]])
+        assert kreiss_constant(operator).item() == pytest.approx(max(1.0, (gaps * norms).max()), rel=KREISS_ACCURACY)
+
+
+def test_a_simple_eigenvalue_on_the_circle_gives_at_least_its_own_condition_number() -> None:
+    """lambda = 1 with left and right vectors at an angle: (|z| - 1) ||R|| tends to 1 / |u* v| as z tends to 1."""
+    for skew in (1.0, 10.0, 300.0):
+        operator = np.array([[1.0, skew], [0.0, 0.2]])
+        own = math.hypot(1.0, skew / 0.8)
+        found = kreiss_constant(torch.tensor(operator)).item()
+        assert found >= own * (1 - KREISS_ACCURACY)
+        assert found == pytest.approx(dense_kreiss(operator), rel=KREISS_ACCURACY)
+
+
+def test_a_defective_eigenvalue_on_the_circle_gives_a_large_finite_number() -> None:
+    """The supremum is infinite there."""
+    found = kreiss_constant(torch.tensor([[1.0, 1.0], [0.0, 1.0]])).item()
+    assert 1e3 < found < float("inf")
+
+
+def test_an_expansive_operator_is_scaled_to_the_circle_first() -> None:
+    operator = torch.tensor(operators()["Gaussian, rho about 1"])
+    scaled = operator / torch.linalg.eigvals(operator).abs().max()
+    for factor in (1.0, 7.0, 1e6):
+        assert kreiss_constant(factor * scaled).item() == pytest.approx(kreiss_constant(scaled).item(), rel=1e-3)
+    assert kreiss_constant(0.5 * scaled).item() < kreiss_constant(scaled).item()
+
+
+def test_a_batch_and_given_eigenvectors_change_nothing() -> None:
+    generator = torch.Generator().manual_seed(2)
+    batch = torch.randn(2, 3, 12, 12, generator=generator, dtype=torch.float64) / 12**0.5
+    together = kreiss_constant(batch)
+    given_vectors = kreiss_constant(batch, torch.linalg.eig(batch))
+    assert together.shape == (2, 3)
+    for index in np.ndindex(2, 3):
+        alone = kreiss_constant(batch[index]).item()
+        assert together[index].item() == pytest.approx(alone, rel=KREISS_ACCURACY)
+        assert given_vectors[index].item() == pytest.approx(alone, rel=KREISS_ACCURACY)
+
+
+@given(seed=st.integers(0, 2**31), size=st.integers(1, 9), scale=st.floats(0.0, 3.0))
+def test_never_below_one_never_above_the_bounds_of_theory(seed: int, size: int, scale: float) -> None:
+    """1 <= K <= kappa(V), and K bounds the powers: sup ||B^k|| <= e R K (Kreiss matrix theorem)."""
+    generator = torch.Generator().manual_seed(seed)
+    operator = scale * torch.randn(size, size, generator=generator, dtype=torch.float64)
+    eigenvalues, vectors = torch.linalg.eig(operator)
+    constant = kreiss_constant(operator).item()
+    assert 1.0 <= constant <= condition_number(real_eigenvectors(eigenvalues, vectors)).item() * (1 + 1e-6)
+    scaled = operator / max(1.0, eigenvalues.abs().max().item())
+    power, largest = scaled, 1.0
+    for _ in range(60):
+        largest = max(largest, torch.linalg.matrix_norm(power, 2).item())
+        power = power @ scaled
+    assert largest <= math.e * size * constant * (1 + KREISS_ACCURACY)
+
+
+@given(seed=st.integers(0, 2**31), size=st.integers(1, 12))
+def test_real_eigenvectors_keep_the_condition_number(seed: int, size: int) -> None:
+    operator = np.random.default_rng(seed).standard_normal((size, size))
+    eigenvalues, vectors = torch.linalg.eig(torch.tensor(operator))
+    real = real_eigenvectors(eigenvalues, vectors)
+    assert real.dtype == torch.float64
+    wanted = np.linalg.cond(scipy.linalg.eig(operator)[1])
+    assert condition_number(real).item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_condition_number_of_a_defective_operator_is_capped() -> None:
+    eigenvalues, vectors = torch.linalg.eig(torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64))
+    assert condition_number(real_eigenvectors(eigenvalues, vectors)).item() == CONDITION_LIMIT
+
+
+def test_masses_count_the_bands_of_the_paper() -> None:
+    moduli = np.array([0.5, 0.79, 0.81, 0.89, 0.91, 1.0, 1.04, 1.06, 2.0, 0.1])
+    rng = np.random.default_rng(9)
+    x = rng.standard_normal((80, 10))
+    layer = profile_transition(torch.tensor(x), torch.tensor(x * moduli))
+    assert (layer.near_unit_mass, layer.expansive_mass, layer.contractive_mass) == pytest.approx((0.3, 0.2, 0.3))
+    assert layer.spectral_radius == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("field", ["eigenvector_condition_number", "kreiss_constant"])
+def test_a_normal_operator_has_the_value_one(field: str) -> None:
+    """Whitened, a rotation of isotropic samples is orthogonal up to what the sample covariance leaves."""
+    rng = np.random.default_rng(10)
+    x = np.linalg.qr(rng.standard_normal((200, 10)) - rng.standard_normal((200, 10)).mean(0))[0]
+    x -= x.mean(0)
+    x = np.linalg.qr(x)[0] * 10.0
+    turn = np.linalg.qr(rng.standard_normal((10, 10)))[0]
+    layer = profile_transition(torch.tensor(x), torch.tensor(x @ turn.T))
+    assert getattr(layer, field) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_kreiss_of_full_rank_is_on_request_above_256_directions() -> None:
+    generator = torch.Generator().manual_seed(11)
+    x = torch.randn(320, 260, generator=generator, dtype=torch.float64)
+    y = x + 0.3 * torch.randn(320, 260, generator=generator, dtype=torch.float64)
+    assert profile_states([x, y]).layers[0].kreiss_constant is None
+    assert profile_states([x, y], svd_rank=8).layers[0].kreiss_constant is not None
+    assert profile_states([x, y], svd_rank=8, kreiss="never").layers[0].kreiss_constant is None
+    constant = profile_states([x, y], kreiss="always").layers[0].kreiss_constant
+    assert constant is not None
+    assert constant >= 1.0
+
+
+REFUSAL = """
+import torch
+from koopmon.spectral import kreiss_constant
+for bad in (float("nan"), float("inf")):
+    for dtype in (torch.float32, torch.float64):
+        try:
+            kreiss_constant(torch.full((4, 4), bad, dtype=dtype))
+        except ValueError as error:
+            assert str(error).startswith("operator holds NaN or infinite"), error
+        else:
+            raise SystemExit("not refused")
+"""
+
+
+def test_a_non_finite_operator_is_refused_and_does_not_end_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", REFUSAL], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
