@@ -1,0 +1,1 @@
+"""The protocol between agent and monitor: messages, codec, sockets. PROTOCOL.md is normative."""

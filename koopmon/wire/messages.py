@@ -1,0 +1,207 @@
+"""The typed, frozen messages of the protocol. PROTOCOL.md is normative; `codec` puts them on the wire.
+
+Bounds are part of the types: msgspec refuses what lies outside them while it decodes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+PROTOCOL_VERSION = 2
+MAX_OBSERVABLES = 8
+"""Names in one shard."""
+MAX_OBSERVATIONS = 4096
+"""Values of all observables in one shard: names times transitions."""
+
+RunName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/+-]*\Z")]
+Identifier = Annotated[str, Meta(pattern=r"^[0-9a-f]{8,32}\Z")]
+Rank = Annotated[int, Meta(ge=0, lt=1 << 20)]
+Step = Annotated[int, Meta(ge=0, lt=1 << 53)]
+Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
+ShortText = Annotated[str, Meta(max_length=512)]
+Word = Annotated[str, Meta(max_length=64)]
+ObservableName = Annotated[str, Meta(pattern=r"^[a-z0-9_]{1,40}\Z")]
+Observations = Annotated[list[float | None], Meta(max_length=MAX_OBSERVATIONS)]
+DType = Literal["bfloat16", "float16", "float32"]
+CommandKind = Literal["set_lr_scale", "set_kss", "set_cadence", "stop"]
+AckOutcome = Literal["applied", "expired", "refused", "failed", "duplicate"]
+DropReason = Literal["monitor_away", "queue_full", "no_buffer", "budget", "not_finite", "incomplete"]
+DROP_REASONS: tuple[DropReason, ...] = (
+    "monitor_away",
+    "queue_full",
+    "no_buffer",
+    "budget",
+    "not_finite",
+    "incomplete",
+)
+
+
+class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
+    """Parent of every message. `run` names the job, `incarnation` one launch of it, `process_rank` the sender."""
+
+    run: RunName
+    incarnation: Identifier
+
+
+class KssSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Koopman Spectral Shaping on the wire (METHOD: eqs. 14-15). `alpha` 0 means off."""
+
+    alpha: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.0
+    temperature: Annotated[float, Meta(gt=0.0, le=1000.0)] = 20.0
+    tau_u: Annotated[float, Meta(gt=0.0, le=1000.0)] = 1.05
+    tau_l: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.90
+    gamma: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.4
+    beta: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.0
+    svd_rank: Annotated[int, Meta(ge=1, le=512)] = 32
+    num_samples: Annotated[int, Meta(ge=4, le=65536)] = 128
+    every: Annotated[int, Meta(ge=1, le=10000)] = 1
+    layer_fraction: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+
+
+class Applied(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is in force in the training processes."""
+
+    lr_scale: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    kss: KssSettings = KssSettings()
+
+
+class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="hello"):
+    """First message of every sending rank; sent again after each reconnection."""
+
+    process_rank: Rank
+    world_size: Annotated[int, Meta(ge=1, le=1 << 20)]
+    num_senders: Annotated[int, Meta(ge=1, le=1024)]
+    """How many ranks send shards of each snapshot."""
+    adapter: Word
+    num_layers: Annotated[int, Meta(ge=0, le=4096)]
+    """Transitions of the whole model, when known; 0 before the first verified forward."""
+    width: Annotated[int, Meta(ge=0, le=1 << 20)]
+    acts: bool
+    """False: watch-only, every command is refused."""
+    step: Step
+    applied: Applied
+    koopmon_version: Word
+    torch_version: Word
+    hostname: Annotated[str, Meta(max_length=255)] = ""
+    pid: Count = 0
+    thresholds: Annotated[dict[Word, float], Meta(max_length=32)] = msgspec.field(default_factory=dict)
+    """The adapter's default `[risk]` overrides; the monitor's own configuration wins."""
+    kss: KssSettings | None = None
+    """The adapter's default KSS settings; the monitor's own configuration wins."""
+
+
+class Welcome(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="welcome"):
+    """The monitor's answer to `Hello`."""
+
+    data_endpoint: Annotated[str, Meta(min_length=1, max_length=256)]
+    heartbeat_seconds: Annotated[float, Meta(gt=0.0, le=3600.0)] = 1.0
+    restore: Applied | None = None
+    """What an earlier incarnation of this run had applied, for a new incarnation to take over."""
+
+
+class Refused(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="refused"):
+    """The monitor will not serve this peer; `reason` says what to do."""
+
+    reason: ShortText
+
+
+class Heartbeat(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="heartbeat"):
+    """Periodic state of one sending rank. Absent scalars are unknown."""
+
+    process_rank: Rank
+    step: Step
+    applied: Applied
+    sent: Count = 0
+    dropped: dict[DropReason, Count] = msgspec.field(default_factory=dict)
+    taps_missing: Count = 0
+    overhead_ratio: Annotated[float, Meta(ge=0.0)] = 0.0
+    """Share of step time spent in koopmon's hooks since the last heartbeat."""
+    step_seconds: Annotated[float, Meta(ge=0.0)] | None = None
+    learning_rate: float | None = None
+    """The largest rate over parameter groups as the user's schedule set it, before koopmon's scale."""
+    loss: float | None = None
+    grad_norm: float | None = None
+    control_ready: bool = True
+    """False while the control group is down: commands cannot be applied."""
+
+
+class HeartbeatReply(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="heartbeat_reply"):
+    """The monitor is alive. The agent counts the monitor as lost when several in a row stay away."""
+
+
+class Command(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="command"):
+    """One change of the training run, for all ranks at one optimizer step."""
+
+    id: Identifier
+    kind: CommandKind
+    reason: ShortText
+    expires_step: Step
+    """Not applied after this optimizer step."""
+    lr_scale: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    """`set_lr_scale`: the factor on every parameter group's rate."""
+    kss: KssSettings | None = None
+    """`set_kss`."""
+    ramp_steps: Annotated[int, Meta(ge=0, le=100_000)] = 0
+    """Steps over which the value in force moves to the new one (geometrically for the rate, linearly for alpha)."""
+    cadence_steps: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+    """`set_cadence`: snapshot every so many steps..."""
+    cadence_until_step: Step | None = None
+    """...until this step; then the agent's own cadence rules again."""
+
+
+class Ack(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ack"):
+    """Rank 0's answer to a `Command`, after all ranks applied it or none did."""
+
+    command_id: Identifier
+    outcome: AckOutcome
+    step: Step
+    detail: ShortText = ""
+    shielded: bool = False
+    """Refused since KSS would reach what the model's family shields from it: as long as this incarnation lasts."""
+    applied: Applied
+
+
+class Goodbye(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="goodbye"):
+    """The sender leaves on purpose."""
+
+    process_rank: Rank
+    step: Step
+    reason: ShortText = ""
+
+
+class Shard(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="shard"):
+    """One rank's part of a snapshot: header of `num_points` raw tensor frames, each (num_samples, width), row-major.
+
+    Frame p holds the residual state at point `first_point + p`; the rows are the same tokens at every point.
+    """
+
+    process_rank: Rank
+    num_senders: Annotated[int, Meta(ge=1, le=1024)]
+    step: Step
+    first_point: Annotated[int, Meta(ge=0, le=4096)]
+    num_points: Annotated[int, Meta(ge=1, le=4097)]
+    num_samples: Annotated[int, Meta(ge=1, le=1 << 20)]
+    width: Annotated[int, Meta(ge=1, le=1 << 20)]
+    dtype: DType
+    last_stage: bool = True
+    """False on every pipeline stage but the last."""
+    masked: bool = False
+    """True when padding tokens were left out by a mask that the model was given."""
+    learning_rate: float | None = None
+    loss: float | None = None
+    """The last loss the user logged, if any."""
+    grad_norm: float | None = None
+    lr_scale: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    kss_alpha: Annotated[float, Meta(ge=0.0)] = 0.0
+    observables: Annotated[dict[ObservableName, Observations], Meta(max_length=MAX_OBSERVABLES)] = msgspec.field(
+        default_factory=dict
+    )
+    """What the model's family measures beside the spectra: a value for each of the `num_points` - 1 transitions."""
+
+
+AgentMessage = Hello | Heartbeat | Ack | Goodbye
+MonitorMessage = Welcome | Refused | HeartbeatReply | Command
+AnyMessage = AgentMessage | MonitorMessage | Shard

@@ -1,0 +1,44 @@
+"""Transports for the tests: one context per side, and endpoints of both kinds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from koopmon.wire.sockets import WireContext
+
+
+@pytest.fixture
+def near() -> Iterator[WireContext]:
+    """The agent's side."""
+    with WireContext() as context:
+        yield context
+
+
+@pytest.fixture
+def far() -> Iterator[WireContext]:
+    """The monitor's side."""
+    with WireContext() as context:
+        yield context
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a server may bind; tcp leaves the port open."""
+    return "tcp://127.0.0.1:0" if request.param == "tcp" else f"ipc://{tmp_path}/run/wire"
+
+
+@pytest.fixture
+def until() -> Callable[..., None]:
+    """Waits for what another thread or process will do; fails after `timeout` seconds."""
+
+    def wait(condition: Callable[[], object], timeout: float = 20.0) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.002)
+
+    return wait
