@@ -1,0 +1,225 @@
+"""What plugin authors see: the adapter's base class and the things it speaks of.
+
+Shapes: B batch, T tokens, D width. A *stack* is an ordered list of residual blocks that carry one state h of shape
+(..., T, D) from each to the next; its *points* are the blocks. n points give n transitions h_l -> h_{l+1} (eq. 1).
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+__all__ = [
+    "ArchitectureAdapter",
+    "Discovery",
+    "ExampleModel",
+    "Observable",
+    "Point",
+    "Reader",
+    "Stack",
+    "call_arguments",
+]
+
+STATE_ARGUMENTS = ("hidden_states", "x", "src", "tgt", "input")
+"""Names under which blocks take their state when it is passed by keyword."""
+MAX_SPECIFICITY = 100
+"""The highest claim on a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One residual block, mapping h_layer to h_{layer+1}; `name` is its path in the model as given.
+
+    h_{layer+1} is read in the output of `module`. h_layer is read among the call arguments of `entry`, which is
+    `module` itself except where a block is no module of its own but a run of several that the model calls in turn.
+    """
+
+    name: str
+    module: nn.Module
+    layer: int
+    entry_module: nn.Module | None = None
+
+    @property
+    def entry(self) -> nn.Module:
+        return self.module if self.entry_module is None else self.entry_module
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A candidate chain of blocks, found without running the model; `name` is the path of its container.
+
+    `residual` says that the blocks are known by their structure to carry their input forward, h + f(h). When it is
+    False the verifying forward must show it: a plain chain of layers h -> f(h) is no residual stream.
+    """
+
+    name: str
+    points: tuple[Point, ...]
+    residual: bool = True
+
+
+Reader = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], Tensor | None]
+"""read(module, args, kwargs, output): a 0-d tensor on the module's device, None when there is nothing to read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observable:
+    """One number of a family's own, measured beside the spectrum of transition `layer`.
+
+    In a snapshot's forward pass, and in no other, `read` is called after each call of `module`, without gradients and
+    not in a recomputation. It must not synchronise with the device, draw random numbers or change anything, and should
+    cost little beside the module itself. Several readings of one name and layer are averaged.
+    """
+
+    name: str
+    layer: int
+    module: nn.Module
+    read: Reader
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """What was found in a model.
+
+    `verified` is True when a forward pass showed that each point's output is the next one's input. `rejected` tells,
+    for each stack that was seen and not kept, why. `flags` are facts beside the adapter's family, such as "hybrid".
+    """
+
+    adapter: ArchitectureAdapter
+    stack: Stack
+    verified: bool = False
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    flags: frozenset[str] = frozenset()
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        return self.stack.points
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleModel:
+    """A small model of an adapter's family, for `koopmon adapters check` to train for a few steps.
+
+    `adapter` is the name of the adapter that is to be chosen for it. `build(seed)` returns (model, batch), the same for
+    the same seed: parameters are taken from seed 0, microbatches from any; torch, numpy and random are seeded before
+    the call. A batch is a tensor, a tuple or list of arguments, or a mapping of keyword arguments of one forward pass,
+    with at least 32 tokens. `loss(model, batch)` calls the model and returns the 0-d loss of one training step; when it
+    is None the loss is the output's own (attribute or key `loss`), else the mean square of its first float tensor.
+    """
+
+    name: str
+    adapter: str
+    build: Callable[[int], tuple[nn.Module, Any]]
+    loss: Callable[[nn.Module, Any], Tensor] | None = None
+
+
+def call_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The call arguments of `model` by the names of its forward's parameters; a single mapping is unpacked."""
+    if len(args) == 1 and isinstance(args[0], Mapping):
+        return {**args[0], **kwargs}
+    while isinstance(inner := getattr(model, "module", None), nn.Module):  # DistributedDataParallel and its kin
+        model = inner
+    try:
+        positional = inspect.signature(model.forward).bind_partial(*args).arguments
+    except (TypeError, ValueError):  # a wrong call is for the model to refuse
+        positional = {}
+    return {**positional, **kwargs}
+
+
+class ArchitectureAdapter(ABC):
+    """Knows one family of models: where its residual stream is, and how to read and write it.
+
+    An adapter is stateless: one instance serves many models. Nothing here may gather, synchronise or copy a tensor.
+    """
+
+    name: ClassVar[str]
+    """Unique, lower case; what `adapter=` and the metrics call it."""
+    measures: ClassVar[Mapping[str, str]] = {}
+    """What `observables` may yield: at most 8 names, 1 to 40 characters of a-z, 0-9 and _, each with a line of help."""
+
+    @abstractmethod
+    def specificity(self, model: nn.Module) -> int:
+        """How well this adapter fits `model`; the highest claim wins, a tie is an error.
+
+        0 not at all; 1 some chain of blocks, not known to be of this family; 10 a transformer: blocks with attention;
+        15 a family of its own whose parts stand beside those of another one that claims the model: a hybrid; 20 a
+        family of its own, in or beside the transformers (experts, state spaces, splines), known by its blocks; above
+        that, up to 100, one kind of model within such a family.
+        """
+
+    @abstractmethod
+    def stacks(self, model: nn.Module) -> list[Stack]:
+        """Candidate stacks, best first, found without running the model."""
+
+    def flags(self, model: nn.Module) -> frozenset[str]:
+        """Facts about the model worth carrying beside the family's name."""
+        return frozenset()
+
+    def block_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The state h_l among the call arguments of a point's `entry`; None when it is not there."""
+        by_name = (kwargs[name] for name in STATE_ARGUMENTS if name in kwargs)
+        for value in (*args, *by_name, *kwargs.values()):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value
+        return None
+
+    def block_output(self, module: nn.Module, output: Any) -> Tensor | None:
+        """The state h_{l+1} in the return value of a point's `module`; None when it is not there."""
+        if isinstance(output, Tensor):
+            return output
+        if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+            return output[0]
+        return None
+
+    def with_block_output(self, module: nn.Module, output: Any, state: Tensor) -> Any:
+        """`output` with its state replaced; every other part stays the same object."""
+        if isinstance(output, Tensor):
+            return state
+        if type(output) in (tuple, list):
+            return type(output)((state, *output[1:]))
+        if isinstance(output, tuple) and hasattr(output, "_fields"):  # a named tuple
+            return type(output)(state, *output[1:])
+        raise TypeError(f"adapter {self.name}: cannot put a state back into {type(output).__name__}")
+
+    def token_mask(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], stack: Stack | None = None
+    ) -> Tensor | None:
+        """A boolean tensor, True at tokens that count, from the root model's call arguments; None when unseen.
+
+        Its shape is (B, T), or that of the state's leading dimensions; `stack` is the one that is tapped.
+        """
+        named = call_arguments(model, args, kwargs)
+        mask = named.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask != 0
+        labels = named.get("labels")
+        if isinstance(labels, Tensor) and labels.dim() == 2:
+            return labels != -100
+        return None
+
+    def observables(self, stack: Stack) -> Sequence[Observable]:
+        """What the family needs measured in `stack`, beside its spectra: the names in `measures`, on some transitions.
+
+        Every family with parts in the model is asked, also beside the adapter that claims it.
+        """
+        return ()
+
+    def shielded(self, stack: Stack) -> Sequence[nn.Module]:
+        """Modules of `stack` whose parameters must get no gradient from KSS.
+
+        One backward pass carries the loss's gradient and that of KSS together, and nothing can keep them apart in it:
+        where anything is shielded KSS is refused, unless the configuration allows it. Every family is asked, as above.
+        """
+        return ()
+
+    def thresholds(self) -> Mapping[str, float]:
+        """Overrides of `[risk]` for this family, by field name."""
+        return {}
+
+    def kss_settings(self) -> Mapping[str, float]:
+        """Overrides of `[kss]` for this family, by field name."""
+        return {}

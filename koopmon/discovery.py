@@ -1,0 +1,86 @@
+"""Finding a model's residual stream: the adapter for its family, and the stack that a forward pass shows to be one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from koopmon.api import ArchitectureAdapter, Discovery, Stack
+from koopmon.chain import ChainVerifier, Verdict
+from koopmon.errors import DiscoveryError
+from koopmon.plugins import Selection, select
+
+__all__ = ["ChainVerifier", "Verdict", "discover", "not_verified", "probe", "verified"]
+
+
+def discover(
+    model: nn.Module,
+    *batch: Any,
+    adapter: str | ArchitectureAdapter | None = None,
+    stack: str | None = None,
+    **batch_kwargs: Any,
+) -> Discovery:
+    """Find the residual stream of `model`: its adapter and one point per block.
+
+    With a batch, the model is called once as `model(*batch, **batch_kwargs)`, in eval and no_grad, its mode and the
+    random state restored, and the chain is verified; of several chains the longest is kept, of equals the one called
+    last, which is the decoder of an encoder-decoder. Without a batch the best candidate is returned, not verified.
+
+    `adapter` names an adapter, or is one; `stack` is the path of the list of blocks to take, "" for the model's own.
+    Raises AdapterError and DiscoveryError as `koopmon.plugins.select`, and DiscoveryError with each candidate's reason
+    when none is a chain.
+    """
+    selection = select(model, adapter, stack)
+    if not batch and not batch_kwargs:
+        return Discovery(selection.adapter, selection.candidates[0], flags=selection.flags)
+    verifier = ChainVerifier(selection.adapter, selection.candidates)
+    with probe(model) as call, verifier.watch():
+        call(*batch, **batch_kwargs)
+    kept, reasons = verifier.verdict()
+    return verified(model, selection, kept, reasons)
+
+
+def verified(model: nn.Module, selection: Selection, kept: Stack | None, reasons: Mapping[str, str]) -> Discovery:
+    """The discovery that a verdict amounts to. Raises DiscoveryError with the reasons when no stack was kept."""
+    if kept is None:
+        raise DiscoveryError(not_verified(model, selection, reasons))
+    return Discovery(selection.adapter, kept, verified=True, rejected=reasons, flags=selection.flags)
+
+
+def not_verified(model: nn.Module, selection: Selection, reasons: Mapping[str, str]) -> str:
+    """One line that says why no candidate of `selection` is a chain in `model`."""
+    told = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in reasons.items())
+    return (
+        f"adapter {selection.adapter.name!r} finds no residual chain in {type(model).__name__}: {told}; "
+        "pass stack= to name the list of blocks that is one"
+    )
+
+
+@contextmanager
+def probe(model: nn.Module) -> Iterator[nn.Module]:
+    """Yields what to call for a forward pass that leaves no trace.
+
+    Eval mode and no_grad; each module's mode and the random states of Python, the CPU and every GPU are restored. A
+    DistributedDataParallel wrapper is stepped through, so that no collective runs. The fused inference path of
+    torch.nn.TransformerEncoder, under which a padded batch becomes a nested tensor, is off.
+    """
+    modes = {module: module.training for module in model.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    python_state = random.getstate()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    try:
+        with torch.random.fork_rng(devices=gpus), torch.no_grad():
+            model.eval()
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield model.module if isinstance(model, DistributedDataParallel) else model
+    finally:
+        random.setstate(python_state)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, training in modes.items():
+            module.training = training

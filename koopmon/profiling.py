@@ -1,0 +1,162 @@
+"""The spectrum of a model's residual stream from one forward pass: states at every depth, and their profile."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from koopmon.api import ArchitectureAdapter, Discovery, Observable, Stack
+from koopmon.chain import ChainVerifier
+from koopmon.discovery import probe, verified
+from koopmon.observables import Readings, declared, tabulate
+from koopmon.plugins import Selection, select
+from koopmon.spectral import SpectralProfile, profile_states
+from koopmon.tokens import align_mask, choose_rows, take_rows
+
+__all__ = ["CapturedStates", "capture_states", "profile"]
+
+
+def profile(
+    model: nn.Module,
+    *batch: Any,
+    adapter: str | ArchitectureAdapter | None = None,
+    stack: str | None = None,
+    num_samples: int = 2048,
+    svd_rank: int | None = None,
+    seed: int = 0,
+    **batch_kwargs: Any,
+) -> SpectralProfile:
+    """Profile the L transitions of `model`'s residual stream on one forward pass `model(*batch, **batch_kwargs)`.
+
+    The pass runs in eval and no_grad; each module's mode and the random state are restored. The same N tokens, at most
+    `num_samples`, are taken at every depth among those that the model's own mask counts, as `seed` chooses. `svd_rank`
+    None fits the full D x D operator of each layer (it needs N >= D), R its leading R directions. Too few tokens, or
+    layers that do not move yet, give a profile that is not `informative` and says why.
+
+    Raises ValueError when a state holds NaN or infinite values, naming the block that it enters or leaves; AdapterError
+    and DiscoveryError as `koopmon.discover`.
+    """
+    captured = capture_states(
+        model, *batch, adapter=adapter, stack=stack, num_samples=num_samples, seed=seed, **batch_kwargs
+    )
+    return profile_states(captured.states, svd_rank=svd_rank, seed=seed)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CapturedStates:
+    """h_0 ... h_L of one stack at the same N tokens."""
+
+    discovery: Discovery
+    states: tuple[Tensor, ...]
+    """L+1 tensors of shape (N, D), of one dtype and on one device."""
+    num_tokens: int
+    """Tokens of the batch, of which N were taken."""
+    masked: bool
+    """True when the tokens were chosen by a mask that the model was given; False when all of them counted."""
+    observables: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    """What the model's family measures, by name: L values each, None where there is none."""
+    measures: Mapping[str, str] = field(default_factory=dict)
+    """A line of help for each of these names."""
+
+
+def capture_states(
+    model: nn.Module,
+    *batch: Any,
+    adapter: str | ArchitectureAdapter | None = None,
+    stack: str | None = None,
+    num_samples: int = 2048,
+    seed: int = 0,
+    **batch_kwargs: Any,
+) -> CapturedStates:
+    """What `profile` looks at: states of the verified stack on one forward pass. Arguments and errors as `profile`."""
+    if num_samples < 1:
+        raise ValueError(f"num_samples = {num_samples}: allowed are integers from 1")
+    selection = select(model, adapter, stack)
+    sampler = _Sampler(model, selection, batch, batch_kwargs, num_samples, seed)
+    verifier = ChainVerifier(selection.adapter, selection.candidates)
+    with probe(model) as call, verifier.watch(also=sampler.take), _reading(selection) as readings:
+        call(*batch, **batch_kwargs)
+    discovery = verified(model, selection, *verifier.verdict())
+    states = sampler.states[discovery.stack.name]
+    for layer, state in enumerate(states):
+        if not torch.isfinite(state).all():
+            where = f"enters {discovery.points[0].name}" if layer == 0 else f"leaves {discovery.points[layer - 1].name}"
+            raise ValueError(f"the state that {where} holds NaN or infinite values")
+    num_tokens, masked = sampler.choices[discovery.stack.name][1:]
+    gathered = readings[discovery.stack.name].gather()
+    observables: Mapping[str, Sequence[float | None]] = {}
+    if gathered is not None:
+        observables = tabulate(gathered.keys, gathered.values.tolist(), len(discovery.points))
+    measures = {name: text for family in reversed(selection.families) for name, text in family.measures.items()}
+    told = {name: measures[name] for name in observables}
+    return CapturedStates(discovery, _alike(states), num_tokens, masked, observables, told)
+
+
+@contextmanager
+def _reading(selection: Selection) -> Iterator[Mapping[str, Readings]]:
+    """Take the families' readings in every candidate stack, by its name, for as long as this lasts."""
+    readings = {stack.name: Readings() for stack in selection.candidates}
+    handles = []
+    try:
+        for stack in selection.candidates:
+            for observable in declared(selection.families, stack):
+                hook = functools.partial(_take, readings[stack.name], observable)
+                handles.append(observable.module.register_forward_hook(hook, with_kwargs=True))
+        yield readings
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _take(
+    readings: Readings, observable: Observable, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+) -> None:
+    readings.take(observable, args, kwargs, output)
+
+
+class _Sampler:
+    """Takes the same rows of every state of every candidate while the model runs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        selection: Selection,
+        batch: tuple[Any, ...],
+        batch_kwargs: Mapping[str, Any],
+        num_samples: int,
+        seed: int,
+    ) -> None:
+        self.states: dict[str, list[Tensor]] = {stack.name: [] for stack in selection.candidates}
+        self.choices: dict[str, tuple[Tensor, int, bool]] = {}
+        """Per candidate the rows, how many tokens there are, and whether a mask took part."""
+        self._adapter = selection.adapter
+        self._call = (model, batch, batch_kwargs)
+        self._num_samples = num_samples
+        self._seed = seed
+
+    def take(self, stack: Stack, layer: int, state: Tensor) -> None:
+        if layer == 0:
+            self.choices[stack.name] = self._choose(stack, state)
+        if stack.name in self.choices and state.shape[:-1].numel() == self.choices[stack.name][1]:
+            rows = self.choices[stack.name][0].to(state.device)
+            self.states[stack.name].append(take_rows(state.detach(), rows))
+
+    def _choose(self, stack: Stack, state: Tensor) -> tuple[Tensor, int, bool]:
+        leading = state.shape[:-1]
+        mask = align_mask(self._adapter.token_mask(*self._call, stack), leading)
+        rows = choose_rows(leading.numel(), self._num_samples, seed=self._seed, mask=mask)
+        return rows, leading.numel(), mask is not None
+
+
+def _alike(states: list[Tensor]) -> tuple[Tensor, ...]:
+    """States on the first one's device, in the widest of their types: blocks may lie on several devices."""
+    dtype = states[0].dtype
+    for state in states:
+        dtype = torch.promote_types(dtype, state.dtype)
+    return tuple(state.to(states[0].device, dtype) for state in states)

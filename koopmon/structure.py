@@ -1,0 +1,184 @@
+"""The lists of blocks in a model, found without running it: what every adapter starts from.
+
+A *block* is a module that could map a state to the next one: it has children and parameters, or several weights of
+its own making. Leaves of `torch.nn` (a Linear, a LayerNorm) are no blocks. A list is a run of blocks that stand side by
+side in a ModuleList, Sequential or ModuleDict, or as numbered attributes (h0, h1, ...) of any module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from torch import nn
+
+from koopmon.api import Point, Stack
+
+__all__ = ["BlockList", "block_lists", "canonical_name", "container_stack", "lists_holding", "parts_of", "survey"]
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+WRAPPER_ATTRIBUTES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Attributes under which data-parallel, compile, FSDP and checkpoint wrappers hold the module that they wrap."""
+PLANAR = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NUMBERED = re.compile(r"(?P<prefix>.*?)_?(?P<number>\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockList:
+    """Blocks side by side: `name` is the container's path, with [first:end] where it holds several such runs."""
+
+    name: str
+    blocks: tuple[tuple[str, nn.Module], ...]
+    """(path in the model as given, module) of each."""
+
+    def contains(self, other: BlockList) -> bool:
+        """True when `other` lies inside one of these blocks."""
+        first = other.blocks[0][1]
+        return any(
+            block is not first and any(module is first for module in block.modules()) for _, block in self.blocks
+        )
+
+    @property
+    def is_planar(self) -> bool:
+        """True when a block convolves over a plane: its state keeps its width in dimension 1, and is no (..., T, D)."""
+        return any(isinstance(module, PLANAR) for _, block in self.blocks for module in block.modules())
+
+    def stack(self, *, residual: bool) -> Stack:
+        """These blocks as a candidate stack."""
+        points = tuple(Point(name, block, layer) for layer, (name, block) in enumerate(self.blocks))
+        return Stack(self.name, points, residual)
+
+
+def canonical_name(name: str) -> str:
+    """A module's path without the segments that wrappers add, so that one name fits a model and its wrapped form."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPER_ATTRIBUTES)
+
+
+def block_lists(model: nn.Module) -> list[BlockList]:
+    """Every list of blocks in `model`, outer ones before those inside them; a repeated block stands in it once."""
+    found: list[BlockList] = []
+    for path, module in model.named_modules():
+        for name, items in _sequences(path, module):
+            runs = [list(run) for is_run, run in groupby(items, key=lambda item: _is_block(item[1])) if is_run]
+            for run in runs:
+                blocks: dict[int, tuple[str, nn.Module]] = {}
+                for block_name, block in run:
+                    blocks.setdefault(id(block), (block_name, block))
+                first = items.index(run[0])
+                label = name if len(runs) == 1 else f"{name}[{first}:{first + len(run)}]"
+                found.append(BlockList(label, tuple(blocks.values())))
+    return found
+
+
+def parts_of(block: nn.Module, is_part: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """The outermost modules in `block`, itself included, that `is_part` knows, in the order of their registration."""
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in block.modules():
+        if module not in inside and is_part(module):
+            found.append(module)
+            inside.update(module.modules())
+    return found
+
+
+def lists_holding(model: nn.Module, is_part: Callable[[nn.Module], bool]) -> list[BlockList]:
+    """Lists of which some blocks hold a part that `is_part` knows: longest first, among equals the later one.
+
+    A whole block holds a part and weight matrices beside it. Lists inside one are its sublayers, heads or experts, and
+    a list whose items hold lists of whole blocks is one of stages: neither is taken. Where no block is whole, these are
+    the outermost lists of which some blocks hold, or are, a part.
+    """
+    parts = {blocks.name: [parts_of(block, is_part) for _, block in blocks.blocks] for blocks in block_lists(model)}
+    inside = {module for rows in parts.values() for row in rows for part in row for module in part.modules()}
+    inside -= {part for rows in parts.values() for row in rows for part in row}
+    lists = [
+        blocks
+        for blocks in block_lists(model)
+        if any(parts[blocks.name]) and not any(block in inside for _, block in blocks.blocks)
+    ]
+    whole = [
+        blocks
+        for blocks in lists
+        if any(_has_more(block, row) for (_, block), row in zip(blocks.blocks, parts[blocks.name], strict=True))
+    ]
+    if whole:
+        kept = [blocks for blocks in whole if not any(blocks.contains(other) for other in whole)]
+    else:
+        kept = [blocks for blocks in lists if not any(other.contains(blocks) for other in lists)]
+    kept.reverse()
+    return sorted(kept, key=lambda blocks: len(blocks.blocks), reverse=True)
+
+
+def container_stack(model: nn.Module, name: str) -> Stack | None:
+    """All items of the container called `name`, whatever they are; None when there is no such container."""
+    wanted = canonical_name(name)
+    for path, module in model.named_modules():
+        for sequence, items in _sequences(path, module):
+            if canonical_name(sequence) == wanted and items:
+                points = tuple(Point(item_name, item, layer) for layer, (item_name, item) in enumerate(items))
+                return Stack(sequence, points)
+    return None
+
+
+def survey(model: nn.Module) -> dict[str, str]:
+    """What there is to see: each container by name, what it holds, and why that is no stack where structure tells."""
+    seen: dict[str, str] = {}
+    for path, module in model.named_modules():
+        for name, items in _sequences(path, module):
+            kinds = ", ".join(dict.fromkeys(_class_name(item) for _, item in items))
+            blocks = BlockList(name, tuple(item for item in items if _is_block(item[1])))
+            flaw = (
+                ": single layers, no blocks" if not blocks.blocks else ": convolve a plane" if blocks.is_planar else ""
+            )
+            seen[name or "the model itself"] = f"{len(items)} x {kinds}{flaw}"
+    return seen
+
+
+def _sequences(path: str, module: nn.Module) -> Iterator[tuple[str, Sequence[tuple[str, nn.Module]]]]:
+    """The ordered children of a container, or the numbered children of another module, each as (path, module)."""
+
+    def join(name: str) -> str:
+        return f"{path}.{name}" if path else name
+
+    children = [(name, child) for name, child in module._modules.items() if child is not None]
+    if isinstance(module, CONTAINERS):
+        if children:
+            yield path, [(join(name), child) for name, child in children]
+        return
+    numbered: dict[str, list[tuple[int, str, nn.Module]]] = {}
+    for name, child in children:
+        if match := NUMBERED.fullmatch(name):
+            numbered.setdefault(match["prefix"], []).append((int(match["number"]), name, child))
+    for prefix, items in numbered.items():
+        if len(items) > 1:
+            items.sort(key=lambda item: item[0])
+            yield join(f"{prefix}*"), [(join(name), child) for _, name, child in items]
+
+
+def _has_more(block: nn.Module, parts: Sequence[nn.Module]) -> bool:
+    """Whether `block` holds `parts`, and weight matrices that are none of theirs."""
+    inside = {module for part in parts for module in part.modules()}
+    beside = (
+        parameter for module in block.modules() if module not in inside for parameter in module._parameters.values()
+    )
+    return bool(parts) and any(parameter is not None and parameter.dim() > 1 for parameter in beside)
+
+
+def _is_block(module: nn.Module) -> bool:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return False  # never called itself
+    if any(True for _ in module.children()):
+        return any(True for _ in module.parameters())
+    weights = [parameter for parameter in module.parameters() if parameter.dim() > 1]
+    return len(weights) > 1 and not type(module).__module__.startswith("torch.nn.")
+
+
+def _class_name(module: nn.Module) -> str:
+    """The class that the user wrote, under whatever wrappers."""
+    for attribute in WRAPPER_ATTRIBUTES:
+        inner = getattr(module, attribute, None)
+        if isinstance(inner, nn.Module) and len(module._modules) == 1:
+            return _class_name(inner)
+    return type(module).__name__

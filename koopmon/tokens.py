@@ -1,0 +1,90 @@
+"""Which tokens a snapshot holds: the same at every depth, a pure function of (seed, step, data-parallel rank, mask).
+
+Shapes: a state is (..., T, D); its leading dimensions flattened, row-major, number its tokens 0 .. num_tokens - 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+import torch
+from torch import Tensor
+
+__all__ = ["align_mask", "choose_rows", "order_rows", "take_rows"]
+
+
+def order_rows(
+    num_tokens: int,
+    num_samples: int,
+    *,
+    seed: int,
+    step: int = 0,
+    data_rank: int = 0,
+    mask: Tensor | None = None,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Token rows to sample, those that count first, without synchronising with the device.
+
+    `mask`: boolean with num_tokens elements, True at tokens that count; None counts all. Returns `rows`, int64 of shape
+    (min(num_samples, num_tokens),), distinct, in random order, on `device` (default the mask's, else the CPU), and
+    `num_valid`, a 0-d int64 tensor there: only rows[:num_valid] are tokens that count. Raises ValueError when the mask
+    has another number of elements or num_samples is below 1.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples = {num_samples}: must be at least 1")
+    if mask is not None and mask.numel() != num_tokens:
+        raise ValueError(f"mask has {mask.numel()} elements for {num_tokens} tokens")
+    if device is None:
+        device = torch.device("cpu") if mask is None else mask.device
+    key = hashlib.blake2b(struct.pack("<3q", seed, step, data_rank), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+    rows = torch.randperm(num_tokens, generator=generator)
+    num_rows = min(num_samples, num_tokens)
+    if mask is None:
+        rows = rows[:num_rows].to(device, non_blocking=True)
+        return rows, torch.full((), num_rows, dtype=torch.int64, device=device)
+    rows = rows.to(device, non_blocking=True)
+    ignored = ~mask.reshape(-1).to(device, torch.bool)[rows]
+    rows = rows[torch.argsort(ignored.to(torch.uint8), stable=True)[:num_rows]]
+    return rows, (num_tokens - ignored.sum()).clamp(max=num_rows)
+
+
+def choose_rows(
+    num_tokens: int,
+    num_samples: int,
+    *,
+    seed: int,
+    step: int = 0,
+    data_rank: int = 0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The rows to sample: min(num_samples, tokens that count) distinct int64 indices, on the mask's device.
+
+    The choice is that of `order_rows`; this form synchronises when the mask lies on an accelerator.
+    """
+    rows, num_valid = order_rows(num_tokens, num_samples, seed=seed, step=step, data_rank=data_rank, mask=mask)
+    return rows if mask is None else rows[: int(num_valid)]
+
+
+def take_rows(state: Tensor, rows: Tensor) -> Tensor:
+    """The sampled tokens of a state (..., T, D) as a new tensor (N, D), without copying the whole of a strided one."""
+    if state.is_contiguous():
+        return state.reshape(-1, state.shape[-1]).index_select(0, rows)
+    index = []
+    for size in reversed(state.shape[:-1]):
+        index.append(rows % size)
+        rows = rows // size
+    return state[tuple(reversed(index))]
+
+
+def align_mask(mask: Tensor | None, leading: torch.Size) -> Tensor | None:
+    """`mask` in the layout of a state whose shape without D is `leading`, or None when it cannot belong to it.
+
+    A (B, T) mask is transposed for a (T, B, D) state; where B equals T it is taken as it is.
+    """
+    if mask is None or mask.shape == leading:
+        return mask
+    if mask.dim() == 2 and mask.shape[::-1] == leading:
+        return mask.T
+    return None

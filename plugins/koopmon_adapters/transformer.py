@@ -1,0 +1,245 @@
+"""Transformers: lists of blocks with attention, pre-, post- and un-normalised, sequential and parallel.
+
+Candidates are found by structure, not by the class names of libraries; the chain rule decides among them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from koopmon import ArchitectureAdapter, BlockList, ExampleModel, Point, Stack, block_lists, call_arguments, hookimpl
+
+QUERY_KEY_NAMES = ({"q", "k"}, {"query", "key"}, {"wq", "wk"}, {"toq", "tok"})
+FUSED_NAMES = ("qkv", "querykeyvalue", "cattn", "inprojweight")
+VALUE_NAMES = {"v", "value", "wv", "tov"}
+"""How attention calls its projections, without underscores and `proj`, `linear`, `layer`, `lin` at the end."""
+
+
+class TransformerAdapter(ArchitectureAdapter):
+    """Blocks with attention, of whatever make; with specificity 1 any other list of blocks.
+
+    A chain without attention is called a transformer for want of a better word only: it carries the flag
+    "no-attention", and the verifying forward must show that its blocks are residual.
+    """
+
+    name = "transformer"
+
+    def specificity(self, model: nn.Module) -> int:
+        stacks = self.stacks(model)
+        if any(stack.residual for stack in stacks):
+            return 10
+        return 1 if stacks else 0
+
+    def stacks(self, model: nn.Module) -> list[Stack]:
+        lists = block_lists(model)
+        found = _jointed_stacks(model)
+        for stack in found:  # what lies inside its rows are sublayers
+            lists = [blocks for blocks in lists if not blocks.name.startswith(f"{stack.name}.")]
+        found += [blocks.stack(residual=True) for blocks in _attentive(lists)]
+        found = found or [blocks.stack(residual=False) for blocks in lists if not blocks.is_planar]
+        found.reverse()  # among equals the later one first, as the decoder follows the encoder
+        return sorted(found, key=lambda stack: len(stack.points), reverse=True)
+
+    def flags(self, model: nn.Module) -> frozenset[str]:
+        stacks = self.stacks(model)
+        flags = set()
+        if not any(stack.residual for stack in stacks):
+            flags.add("no-attention")
+        if all(any(_is_within(stack, part) for stack in stacks) for part in ("encoder", "decoder")):
+            flags.add("encoder-decoder")
+        return frozenset(flags)
+
+    def block_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        if _is_joint(module):
+            state = args[1] if len(args) > 1 else kwargs.get("residual")
+            return state if isinstance(state, Tensor) else None
+        return super().block_input(module, args, kwargs)
+
+    def token_mask(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], stack: Stack | None = None
+    ) -> Tensor | None:
+        # On every snapshot: nothing here may walk through the model.
+        call = call_arguments(model, args, kwargs)
+        named = {name: value for name, value in call.items() if isinstance(value, Tensor) and value.dim() == 2}
+        keeps, ignores = ["attention_mask"], ["src_key_padding_mask", "key_padding_mask"]
+        if stack is not None and _is_within(stack, "decoder") and _is_encoder_decoder(model, call):
+            keeps, ignores = ["decoder_attention_mask"], ["tgt_key_padding_mask"]
+        elif stack is not None and _is_joint(stack.points[0].entry):
+            keeps.append("mask")  # elsewhere `mask` may be anything
+        for name in keeps:
+            if name in named:
+                return named[name].ne(0)
+        for name in ignores:  # torch's, True or minus infinity at the tokens to ignore
+            if name in named:
+                counts = named[name].eq(0)
+                return counts if stack is None or _is_batch_first(stack) else counts.T
+        return named["labels"].ne(-100) if "labels" in named else None
+
+
+@hookimpl
+def koopmon_architecture_adapters() -> list[ArchitectureAdapter]:
+    return [TransformerAdapter()]
+
+
+@hookimpl
+def koopmon_example_models() -> list[ExampleModel]:
+    builds = {"torch-encoder": _torch_encoder}
+    if find_spec("transformers") is not None:
+        builds["llama"] = _llama
+    return [ExampleModel(name, TransformerAdapter.name, build) for name, build in builds.items()]
+
+
+def _torch_encoder(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+    padding = torch.arange(16) >= torch.tensor([[16], [16], [12], [9]])
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    return model, {"src": torch.randn(4, 16, 16), "src_key_padding_mask": padding}
+
+
+def _llama(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attention_dropout=0.1,
+        use_cache=False,
+    )
+    tokens = torch.randint(50, (4, 12))
+    mask = torch.arange(12) < torch.tensor([[12], [12], [12], [8]])
+    model = LlamaForCausalLM(config)
+    return model, {"input_ids": tokens, "attention_mask": mask.long(), "labels": tokens.masked_fill(~mask, -100)}
+
+
+def _attentive(lists: list[BlockList]) -> list[BlockList]:
+    """Lists of transformer blocks; failing that, the outermost lists whose blocks hold attention alone.
+
+    A whole block holds attention and weights beside it. Lists inside one are its sublayers, heads or experts, and a
+    list whose items hold lists of whole blocks is one of stages: neither is taken.
+    """
+    whole = [blocks for blocks in lists if any(_is_whole(block) for _, block in blocks.blocks)]
+    if whole:
+        return [blocks for blocks in whole if not any(blocks.contains(other) for other in whole)]
+    partial = [blocks for blocks in lists if any(_has_attention(block) for _, block in blocks.blocks)]
+    return [blocks for blocks in partial if not any(other.contains(blocks) for other in partial)]
+
+
+def _bare(name: str) -> str:
+    name = name.lower().replace("_", "")
+    for ending in ("proj", "linear", "layer", "lin"):
+        name = name.removesuffix(ending)
+    return name
+
+
+def _is_attention(module: nn.Module) -> bool:
+    kind = type(module).__name__.lower()
+    if isinstance(module, nn.MultiheadAttention) or "attention" in kind or "attn" in kind:
+        return True
+    names = {_bare(name) for name in (*module._modules, *module._parameters)}
+    return any(pair <= names for pair in QUERY_KEY_NAMES) or any(map(_is_fused, names))
+
+
+def _is_fused(name: str) -> bool:
+    return any(fused in name for fused in FUSED_NAMES)
+
+
+def _has_attention(block: nn.Module) -> bool:
+    return any(_is_attention(module) for module in block.modules())
+
+
+def _is_whole(block: nn.Module) -> bool:
+    """Attention inside and weights beside it; or, written out in the block, three weights beside q, k and v."""
+    inside: set[nn.Module] = set()
+    for module in block.modules():
+        if module is not block and module not in inside and _is_attention(module):
+            inside.update(module.modules())
+    if inside:
+        return any(True for _ in _weights(block, inside))
+    if not _is_attention(block):
+        return False
+    projections = VALUE_NAMES.union(*QUERY_KEY_NAMES)
+    names = [_bare(name) for name in _weights(block, inside)]
+    return sum(name not in projections and not _is_fused(name) for name in names) >= 3
+
+
+def _weights(block: nn.Module, without: set[nn.Module]) -> Iterator[str]:
+    """Names of the weight matrices of a block; sharded ones too, whose parameters may be flat."""
+    for path, module in block.named_modules():
+        if module in without:
+            continue
+        name = path.rpartition(".")[2]
+        if isinstance(module, nn.Linear):
+            yield name
+            continue
+        for parameter_name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() > 1:
+                yield name if parameter_name == "weight" else parameter_name
+
+
+def _jointed_stacks(model: nn.Module) -> list[Stack]:
+    """Stacks in the manner of x-transformers: a list of [norms, sublayer, joint] of which only the parts are called.
+
+    The joint adds the sublayer's output to the state, which is its argument `residual`. A block is a run of sublayers,
+    attention and feed-forward: it is entered at its first joint and left at its last one, or at the norm after that.
+    """
+    stacks = []
+    for path, module in model.named_modules():
+        rows = getattr(module, "layers", None)
+        if not isinstance(rows, nn.ModuleList) or not len(rows) or not all(_is_jointed_row(row) for row in rows):
+            continue
+        name = f"{path}.layers" if path else "layers"
+        length = getattr(module, "len_default_block", 1)
+        if not isinstance(length, int) or length < 1 or len(rows) % length:
+            length = 1
+        points = []
+        for layer, first in enumerate(range(0, len(rows), length)):
+            last = first + length - 1
+            joint, norm = f"{name}.{last}.2", f"{name}.{last}.0.2"
+            left = joint if _part(rows, last, 0, 2) is None else norm
+            points.append(Point(left, model.get_submodule(left), layer, _part(rows, first, 2)))
+        stacks.append(Stack(name, tuple(points)))
+    return stacks
+
+
+def _is_jointed_row(row: nn.Module) -> bool:
+    if not isinstance(row, nn.ModuleList) or len(row) != 3:
+        return False
+    norms, _, joint = row
+    return isinstance(norms, nn.ModuleList) and len(norms) == 3 and _is_joint(joint)
+
+
+def _part(module: nn.Module, *path: int) -> nn.Module | None:
+    """The module at a path of list indices; a list may hold None."""
+    part: nn.Module | None = module
+    for index in path:
+        part = None if part is None else part._modules[str(index)]
+    return part
+
+
+def _is_joint(module: nn.Module) -> bool:
+    """A module of its own for the residual addition, of one stream: called with (sublayer output, residual)."""
+    return hasattr(module, "prepare") and "residual" in inspect.signature(module.forward).parameters
+
+
+def _is_within(stack: Stack, part: str) -> bool:
+    return any(part in segment for segment in stack.name.lower().split("."))
+
+
+def _is_batch_first(stack: Stack) -> bool:
+    attention = (module for module in stack.points[0].module.modules() if isinstance(module, nn.MultiheadAttention))
+    return all(module.batch_first for module in attention)
+
+
+def _is_encoder_decoder(model: nn.Module, call: Mapping[str, Any]) -> bool:
+    config = getattr(getattr(model, "module", model), "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False)) or "tgt" in call or "decoder_input_ids" in call
