@@ -1,0 +1,1 @@
+"""The guest in a training rank: taps, sampler, sender, actuator."""

@@ -1,0 +1,132 @@
+"""`koopmon.attach`: the one call that brings koopmon into a training."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+from koopmon import config as configuration
+from koopmon.agent.agent import Agent
+from koopmon.agent.guest import Guest
+from koopmon.agent.layout import refusal
+from koopmon.agent.world import check_run_name, launched_rank
+from koopmon.config import Config
+from koopmon.errors import KoopmonError
+from koopmon.plugins import select
+from koopmon.wire.endpoints import check_endpoint
+
+__all__ = ["Agent", "attach"]
+
+logger = logging.getLogger("koopmon.agent")
+_guests: weakref.WeakKeyDictionary[nn.Module | Optimizer, weakref.ref[Guest]] = weakref.WeakKeyDictionary()
+T = TypeVar("T")
+
+
+class _NotAttachedError(Exception):
+    """Something that is not an argument's fault keeps koopmon out; the message says what to do."""
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    endpoint: str | None = None,
+    run: str | None = None,
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+) -> Agent:
+    """Attach koopmon to a training: once, on every rank alike, before the first forward pass and before compiling.
+
+    `model` is the module that the loop calls. `endpoint` is the monitor's; None takes KOOPMON_ENDPOINT, and without
+    that the agent is disabled. `run` names the job; None takes KOOPMON_RUN, else the script's name and 8 hexadecimal
+    digits, the same on all ranks. `config`: a Config, its tables as a mapping, or the path of a TOML file; None takes
+    KOOPMON_CONFIG, else the defaults.
+
+    Raises TypeError, ConfigError, EndpointError or AdapterError for what these arguments themselves get wrong. Whatever
+    else is in the way (the environment, a model without a residual chain, an absent monitor) is one log line, and
+    training goes on; once this has returned, nothing is ever raised. A second call for a model or an optimizer that is
+    attached returns another handle to the same agent.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    optimizer = _innermost(optimizer)
+    guest = _present(model) or _present(optimizer)
+    if guest is not None:
+        logger.info("koopmon: this training is attached already")
+        return Agent(guest)
+    try:
+        guest = _invite(model, optimizer, endpoint, run, config)
+    except _NotAttachedError as error:
+        # One line per job: every rank has the same to say.
+        level = logging.WARNING if launched_rank() == 0 else logging.DEBUG
+        logger.log(level, "koopmon: not attached, training goes on: %s", error)
+        return Agent(None, str(error))
+    _guests[model] = _guests[optimizer] = weakref.ref(guest)
+    return Agent(guest)
+
+
+def _invite(
+    model: nn.Module,
+    optimizer: Optimizer,
+    endpoint: str | None,
+    run: str | None,
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None,
+) -> Guest:
+    settings = _checked(config is not None, lambda: _configured(config))
+    named = endpoint or os.environ.get("KOOPMON_ENDPOINT") or ""
+    if not named:
+        raise _NotAttachedError("no monitor is named; set KOOPMON_ENDPOINT, or start the job with `koopmon run`")
+    address = _checked(endpoint is not None, lambda: check_endpoint(named))
+    name = run or os.environ.get("KOOPMON_RUN")
+    if name:
+        _checked(run is not None, lambda: check_run_name(name))
+    if why := refusal(model):
+        raise _NotAttachedError(why)
+    adapter, stack = settings.model.adapter, settings.model.stack
+    by_name = config is not None and (adapter is not None or stack is not None)
+    try:
+        selection = _checked(by_name, lambda: select(model, adapter, stack))
+        return Guest(model, optimizer, selection, settings, address, name or None)
+    except (KoopmonError, _NotAttachedError):
+        raise
+    except Exception as error:
+        logger.debug("koopmon: attach", exc_info=error)
+        raise _NotAttachedError(f"{type(error).__name__}: {error}") from error
+
+
+def _checked(explicit: bool, make: Callable[[], T]) -> T:
+    """`make()`, whose KoopmonError is the caller's to see only if the caller wrote what is wrong."""
+    try:
+        return make()
+    except KoopmonError as error:
+        if explicit:
+            raise
+        raise _NotAttachedError(str(error)) from error
+
+
+def _configured(config: Config | Mapping[str, Any] | str | os.PathLike[str] | None) -> Config:
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, Mapping):
+        return configuration.from_mapping(config)
+    return configuration.load(config)
+
+
+def _present(key: nn.Module | Optimizer) -> Guest | None:
+    reference = _guests.get(key)
+    guest = None if reference is None else reference()
+    return guest if guest is not None and guest.present else None
+
+
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that steps: wrappers, as accelerate's, carry it as `optimizer` and run no hooks of their own."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer

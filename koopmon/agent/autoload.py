@@ -1,0 +1,223 @@
+"""Zero-code attach: under `koopmon run`, the first optimizer that a training process makes is attached to its model.
+
+`_autoload/sitecustomize.py` calls `arm` when Python starts. A finder waits for `torch.optim.optimizer`, so that torch
+is imported when the script does it and not before; then `Optimizer.__init__` is wrapped. When an optimizer is made, the
+one root module that owns its parameters is looked up among the live objects, and `koopmon.attach` is called: before the
+first forward, and on every rank alike. Whatever fails becomes one log line, and training goes on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+DIRECTORY = Path(__file__).parent / "_autoload"
+"""What `koopmon run` puts first on PYTHONPATH."""
+_TARGET = "torch.optim.optimizer"
+_MARK = "KOOPMON_ATTACHED_PID"
+LAUNCHERS = frozenset({"torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "deepspeed"})
+"""Programs and modules that start ranks and train nothing themselves."""
+_log = logging.getLogger("koopmon.agent")
+
+
+class RootNotFoundError(LookupError):
+    """No single module owns the parameters of an optimizer; the message says what was seen."""
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+def wanted(environ: Mapping[str, str], argv: Sequence[str], pid: int) -> bool:
+    """Whether a process may train under koopmon: `argv` is `sys.orig_argv`, the interpreter's own command line.
+
+    Left alone are: processes without an endpoint; launchers of ranks; children of multiprocessing (DataLoader workers
+    among them); torch's compile workers; and what an attached process starts in its turn, since that inherits its RANK.
+    """
+    if not environ.get("KOOPMON_ENDPOINT") or environ.get(_MARK, str(pid)) != str(pid):
+        return False
+    program = _program(argv[1:])
+    return not (
+        program in LAUNCHERS
+        or os.path.basename(program) in LAUNCHERS
+        or program.startswith("from multiprocessing")
+        or "compile_worker" in program
+    )
+
+
+def _program(words: Sequence[str]) -> str:
+    """What the interpreter was told to run: a script's path, a module's name, or the code after -c; "" when nothing."""
+    rest = iter(words)
+    for word in rest:
+        if word in ("-m", "-c"):
+            return next(rest, "")
+        if word in ("-W", "-X", "--check-hash-based-pycs"):
+            next(rest, "")
+        elif not word.startswith("-"):
+            return word
+    return ""
+
+
+def arm() -> bool:
+    """Wait for torch's optimizers, if this process is one that may train. Returns whether it does."""
+    if not wanted(os.environ, sys.orig_argv, os.getpid()):
+        return False
+    watch = _Watch()
+    os.register_at_fork(after_in_child=watch.disable)
+    if _TARGET in sys.modules:
+        watch.wrap(sys.modules[_TARGET])
+    else:
+        sys.meta_path.insert(0, _Finder(watch.wrap))
+    return True
+
+
+class _Finder(MetaPathFinder):
+    """Sees one module being imported, lets `after` touch it, and leaves no trace behind."""
+
+    def __init__(self, after: Callable[[ModuleType], None]) -> None:
+        self._after = after
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _TARGET:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        loader: Any = spec.loader
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            del loader.exec_module  # the instance's: the class's own shines through again
+            execute(module)
+            self._after(module)
+
+        loader.exec_module = exec_module
+        return spec
+
+
+class _Watch:
+    """Follows the optimizers that this process makes."""
+
+    def __init__(self) -> None:
+        self._enabled = True
+        self._busy = False
+        self._agent: _Closable | None = None
+        self._parameters: frozenset[int] = frozenset()
+        self._said: set[str] = set()
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def wrap(self, module: ModuleType) -> None:
+        try:
+            optimizer_class = module.Optimizer
+            original = optimizer_class.__init__
+
+            @functools.wraps(original)
+            def init(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+                original(optimizer, *args, **kwargs)
+                self.made(optimizer)
+
+            optimizer_class.__init__ = init
+        except Exception as error:
+            self._say(f"not attached: {error}")
+
+    def made(self, optimizer: Optimizer) -> None:
+        """An optimizer was made: attach, unless this one is not the first over these parameters."""
+        if not self._enabled or self._busy:
+            return
+        self._busy = True
+        try:
+            self._attach(optimizer)
+        except Exception as error:
+            self._say(f"not attached, training goes on without koopmon: {type(error).__name__}: {error}")
+        finally:
+            self._busy = False
+
+    def _attach(self, optimizer: Optimizer) -> None:
+        parameters = _parameters(optimizer)
+        if self._agent is not None:
+            if parameters != self._parameters:
+                self._say("more than one optimizer was made: only the first one's learning rate is guarded")
+                return
+            # The script made its optimizer anew; the old one will not step again.
+            agent, self._agent = self._agent, None
+            atexit.unregister(agent.close)
+            agent.close()
+        model = root_module(optimizer)
+        from koopmon import attach
+
+        agent = attach(model, optimizer)
+        self._agent, self._parameters = agent, parameters
+        os.environ[_MARK] = str(os.getpid())
+        atexit.register(agent.close)
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            # Every rank has the same to say: one line per job.
+            first = os.environ.get("RANK", "0") == "0"
+            _log.log(logging.WARNING if first else logging.DEBUG, "koopmon: %s", text)
+
+
+def _parameters(optimizer: Optimizer) -> frozenset[int]:
+    return frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+
+
+def root_module(optimizer: Optimizer) -> nn.Module:
+    """The outermost live module that owns every parameter of `optimizer`.
+
+    When several unrelated wrappers own them (a second view of one model), it is the outermost module that all of these
+    share. Copies, such as an exponential moving average, own other parameters and never count.
+
+    Raises RootNotFoundError when there is none.
+    """
+    from torch import nn
+
+    parameters = _parameters(optimizer)
+    # type() and not isinstance(): a lazy proxy somewhere in the process must not be woken.
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module) and "_modules" in vars(thing)]
+    owners = [module for module in modules if _owns(module, parameters)]
+    roots = _outermost(owners)
+    if len(roots) > 1:
+        shared = set.intersection(*({id(inner) for inner in root.modules()} for root in roots))
+        roots = _outermost([module for module in owners if id(module) in shared])
+    if len(roots) == 1:
+        return roots[0]
+    if roots:
+        raise RootNotFoundError(
+            f"{len(roots)} models own the optimizer's parameters; call koopmon.attach(model, optimizer)"
+        )
+    raise RootNotFoundError(
+        "no one model owns all of the optimizer's parameters; call koopmon.attach(model, optimizer)"
+    )
+
+
+def _owns(module: nn.Module, parameters: frozenset[int]) -> bool:
+    try:
+        return parameters <= {id(parameter) for parameter in module.parameters()}
+    except Exception:  # a half-built module somewhere else in the process
+        return False
+
+
+def _outermost(modules: list[nn.Module]) -> list[nn.Module]:
+    inner = {id(child) for module in modules for child in module.modules() if child is not module}
+    return [module for module in modules if id(module) not in inner]

@@ -1,0 +1,296 @@
+"""What sits in the training loop: all parts of the agent, wired to one model and one optimizer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+from torch import nn
+from torch.optim import Optimizer
+
+from koopmon.agent.actuator import Actuator
+from koopmon.agent.cadence import Budget
+from koopmon.agent.capture import Taps
+from koopmon.agent.control_group import ControlGroup
+from koopmon.agent.fence import Fence
+from koopmon.agent.kss_injection import KssInjection
+from koopmon.agent.layout import UNKNOWN, Layout, inspect_layout, kss_refusal
+from koopmon.agent.ledger import Ledger
+from koopmon.agent.link import Description, Outcome
+from koopmon.agent.lr_backoff import LrBackoff, largest_rate
+from koopmon.agent.sampler import Sampler
+from koopmon.agent.sender import Sender
+from koopmon.agent.world import Introduction, World, current_world, default_run_name, launched_rank, meeting_place
+from koopmon.api import Stack
+from koopmon.config import Config, KssConfig
+from koopmon.plugins import Selection
+from koopmon.wire.messages import KssSettings
+
+logger = logging.getLogger("koopmon.agent")
+
+
+class Guest:
+    """All hooks and threads of one attached training; `close` lets go of it. The hooks keep it alive.
+
+    Until the ranks are known, which may be only after the model was built, the parts that need to know are None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        selection: Selection,
+        config: Config,
+        endpoint: str,
+        run: str | None,
+        *,
+        sender: type[Sender] = Sender,
+    ) -> None:
+        self.ledger = Ledger()
+        self.fence = Fence("the agent", _weakly(self.stand_down))
+        self.adapter = selection.adapter
+        self.endpoint = endpoint
+        self.closed = False
+        self.width = 0
+        self.world: World | None = None
+        self.layout: Layout | None = None
+        self.actuator: Actuator | None = None
+        self.sender: Sender | None = None
+        self._model = weakref.ref(model)
+        self._config = config
+        self._run = run
+        self._make_sender = sender
+        self._pid = os.getpid()
+        self._place = meeting_place(model, run)
+        self._budget = Budget(config.cadence)
+        self._injection = KssInjection(config.sampling.seed, self.ledger, self.fence)
+        self._rates = LrBackoff()
+        self._rates_fence = Fence("learning-rate back-off")
+        self._num_steps = 0
+        self._num_microbatches = 1
+        self._last_edge: float | None = None
+        self._charged_seconds = 0.0
+        self._kss_refusal = "" if config.kss.through_shielded else kss_refusal(model, selection)
+        self._closables: list[Sender | ControlGroup] = []
+        self._finalizer = weakref.finalize(self, _shut_down, self._pid, self._closables)
+        self._handles: list[Any] = []
+        self.taps = Taps(model, selection, self.fence, self.ledger, self._injection, self)
+        try:
+            hook, rate_hook = self.fence.hook, self._rates_fence.hook
+            self._handles += [
+                optimizer.register_step_pre_hook(hook(self._before_step)),
+                optimizer.register_step_pre_hook(rate_hook(self._scale_rates)),
+                optimizer.register_step_post_hook(rate_hook(self._restore_rates)),
+                optimizer.register_step_post_hook(hook(self._after_step)),
+            ]
+            world = current_world()
+            if world is not None:
+                self._start(world)
+        except BaseException:
+            self.close("")
+            raise
+
+    @property
+    def present(self) -> bool:
+        """Whether this training is attached: not closed, and not a forked child's inheritance."""
+        return not self.closed and os.getpid() == self._pid
+
+    # The ranks are known.
+
+    def _start(self, world: World) -> None:
+        config = self._config
+        num_senders = min(world.size, config.sampling.max_senders)
+        self.world = world
+        self.actuator = Actuator(
+            config,
+            self.ledger,
+            self._budget,
+            rank0=world.rank == 0,
+            alone=world.size == 1,
+            report=_weakly(self._report),
+        )
+        self.actuator.kss_refusal = self._kss_refusal
+        self._injection.data_rank = world.rank
+        if world.rank < num_senders:
+            share = -(-config.sampling.num_samples // num_senders)
+            self.taps.sampler = Sampler(config.sampling, world.rank, share, self.ledger)
+            self.sender = self._make_sender(
+                self.endpoint,
+                config.control,
+                self.ledger,
+                self.fence,
+                self.actuator,
+                Introduction(world, self._run, self._place).settle,
+                self._description(world, num_senders),
+            )
+            self._closables.append(self.sender)
+        self._learn_layout(last_word=False)
+        if self.sender is not None:
+            self.sender.start()
+
+    def _description(self, world: World, num_senders: int) -> Description:
+        overrides = self.adapter.kss_settings()
+        kss = None
+        if overrides:
+            known = {**msgspec.structs.asdict(KssConfig()), **overrides}
+            kss = KssSettings(**{name: known[name] for name in KssSettings.__struct_fields__ if name in known})
+        return Description(
+            process_rank=world.rank,
+            world_size=world.size,
+            num_senders=num_senders,
+            adapter=self.adapter.name,
+            thresholds=dict(self.adapter.thresholds()),
+            kss=kss,
+        )
+
+    def _learn_layout(self, *, last_word: bool) -> None:
+        """Settle how the ranks share the training, and so whether koopmon acts; not known before the first forward."""
+        model, world, actuator = self._model(), self.world, self.actuator
+        if self.layout is not None or model is None or world is None or actuator is None:
+            return
+        self.layout = inspect_layout(model, world) or (UNKNOWN if last_word else None)
+        if self.layout is None:
+            return
+        asked = self._config.limits.act
+        actuator.acts = asked == "always" or (asked == "auto" and self.layout.proven)
+        if asked == "auto" and not self.layout.proven:
+            _say_once_per_job(world, f"watch-only: {self.layout.caution}; [limits] act = 'always' acts all the same")
+        if actuator.acts and world.size > 1:
+            actuator.group = ControlGroup(world, self._config.control, self.ledger, self._place)
+            self._closables.append(actuator.group)
+        self._describe(acts=actuator.acts)
+
+    def _describe(self, **changes: Any) -> None:
+        if self.sender is not None:
+            self.sender.describe(replace(self.sender.description, **changes))
+
+    def _report(self, outcome: Outcome) -> None:
+        if self.sender is not None:
+            self.sender.post(outcome)
+
+    # What the taps see.
+
+    def forward_begins(self) -> None:
+        if self.world is None:
+            # No ranks have met, whatever the launcher announced: this process trains by itself.
+            rank, world = launched_rank(), current_world()
+            if world is None:
+                self._run, world = f"{self._run or default_run_name()}-rank{rank}", World()
+            self._start(world)
+        if self._rates.active:  # step() raised: schedulers must not see the scaled rates
+            self._rates.restore_rates()
+
+    def chain_verified(self, stack: Stack, width: int) -> None:
+        self.width = width
+        self._learn_layout(last_word=True)
+        self._describe(num_layers=len(stack.points), width=width)
+        logger.info("koopmon: taps %d blocks of %s", len(stack.points), stack.name or "the model")
+
+    def snapshot_ready(self) -> None:
+        sampler, sender, actuator = self.taps.sampler, self.sender, self.actuator
+        if sampler is None or sender is None or actuator is None:
+            return
+        step = self.ledger.step
+        snapshot = sampler.finish(lr_scale=actuator.state.lr_scale(step), kss_alpha=actuator.state.kss_alpha(step))
+        if snapshot is not None:
+            sender.post(snapshot)
+            self._budget.spend(0.0, snapshot.states.nbytes)
+
+    # What the optimizer does.
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        started = time.perf_counter()
+        actuator, step = self.actuator, self.ledger.step
+        self.ledger.learning_rate.put(largest_rate(optimizer))
+        self.taps.forward_over()
+        if actuator is not None:
+            actuator.before_step(step)
+            if actuator.state.kss_alpha(step + 1) > 0.0:
+                self._injection.find_scaler(optimizer)
+        self.ledger.hook_seconds += time.perf_counter() - started
+
+    def _scale_rates(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        scale = 1.0 if self.actuator is None else self.actuator.state.lr_scale(self._num_steps)
+        self._rates.scale_rates(optimizer, scale)
+
+    def _restore_rates(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._rates.restore_rates()
+        self._num_steps += 1
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        started = time.perf_counter()
+        ledger, actuator = self.ledger, self.actuator
+        elapsed = 0.0 if self._last_edge is None else started - self._last_edge
+        self._last_edge = started
+        ledger.tick(elapsed)
+        self._budget.earn(elapsed)
+        # Snapshots alone are charged: with fewer of them, nothing else gets cheaper.
+        self._budget.spend(ledger.capture_seconds - self._charged_seconds)
+        self._charged_seconds = ledger.capture_seconds
+        if actuator is not None:
+            step = ledger.step
+            due = actuator.after_step(step) and self.sender is not None and self.taps.stack is not None
+            if due and self.sender is not None and not self.sender.connected:
+                ledger.drop("monitor_away")
+                due = False
+            self._num_microbatches = self.taps.num_forwards or self._num_microbatches
+            self.taps.step_edge(due)
+            stack = self.taps.stack
+            self._injection.latch(
+                step,
+                actuator.state.kss_alpha(step),
+                actuator.state.kss,
+                0 if stack is None else len(stack.points),
+                self._num_microbatches,
+            )
+        ledger.hook_seconds += time.perf_counter() - started
+
+    # The end.
+
+    def stand_down(self, reason: str) -> None:
+        """Something failed: no snapshots, commands or KSS any more. The learning-rate scale stays, as on all ranks."""
+        self._injection.active = False
+        for closable in self._closables:
+            closable.close(wait=False)
+
+    def close(self, reason: str) -> None:
+        """Take every hook off, put the user's rates back, say goodbye. Waits less than a second. Idempotent."""
+        self.closed = True
+        for handle in self._handles:
+            handle.remove()
+        self._injection.active = False
+        self.taps.remove()
+        self._rates.restore_rates()
+        if self.sender is not None:
+            self.sender.farewell = reason
+        if os.getpid() == self._pid:  # in a forked child the threads are the parent's
+            for closable in self._closables:
+                closable.close(wait=isinstance(closable, Sender))
+
+
+def _shut_down(pid: int, closables: list[Sender | ControlGroup]) -> None:
+    """The model is gone or the interpreter ends: threads must not outlive it. Nothing in a forked child."""
+    if os.getpid() == pid:
+        for closable in closables:
+            closable.close(wait=True)
+
+
+def _weakly(method: Any) -> Any:
+    """`method`, without keeping its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(*args)
+
+    return call
+
+
+def _say_once_per_job(world: World, text: str) -> None:
+    logger.log(logging.WARNING if world.rank == 0 else logging.DEBUG, "koopmon: %s", text)

@@ -1,0 +1,277 @@
+"""One rank's side of the control channel: hello, heartbeats, acks, goodbye, and what the monitor answers.
+
+Lives in the sender's thread. Sends without waiting; a monitor that is away is called again and again, and its silence
+changes nothing by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Protocol
+
+import torch
+
+from koopmon.agent.ledger import Ledger
+from koopmon.agent.world import Identity
+from koopmon.config import ControlConfig
+from koopmon.errors import ProtocolError
+from koopmon.wire.codec import WireLimits, decode_for_agent, encode
+from koopmon.wire.messages import (
+    Ack,
+    AckOutcome,
+    AgentMessage,
+    Applied,
+    Command,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    KssSettings,
+    Refused,
+    Welcome,
+)
+from koopmon.wire.sockets import ControlClient
+
+logger = logging.getLogger("koopmon.agent")
+
+HELLO_SECONDS = 1.0
+"""Between two hellos while no answer comes."""
+REFUSED_SECONDS = 30.0
+"""Before hello is said again to a monitor that refused."""
+COMPLAINT_SECONDS = 60.0
+"""At least this long between two log lines about one trouble."""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What hello says of this rank, beside its name; see `koopmon.wire.messages.Hello`."""
+
+    process_rank: int
+    world_size: int
+    num_senders: int
+    adapter: str
+    num_layers: int = 0
+    width: int = 0
+    acts: bool = False
+    thresholds: dict[str, float] = field(default_factory=dict)
+    kss: KssSettings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a command, at optimizer step `step`: to be acknowledged."""
+
+    command_id: str
+    outcome: AckOutcome
+    step: int
+    detail: str = ""
+    shielded: bool = False
+    """Refused since KSS would reach what the model's family shields from it."""
+
+
+class Directions(Protocol):
+    """Who takes commands and knows what is in force; called in the sender's thread."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether commands can be applied."""
+
+    def applied(self) -> Applied:
+        """What is in force."""
+
+    def submit(self, command: Command) -> None:
+        """Apply this at the next opportunity, and report the outcome."""
+
+    def restore(self, applied: Applied) -> None:
+        """Put in force what an earlier incarnation had."""
+
+    def monitor_lost(self) -> None:
+        """The monitor has fallen silent."""
+
+
+class Link:
+    """The conversation with one monitor. `welcomed`: it serves this rank now. Times are of `time.monotonic`."""
+
+    def __init__(
+        self,
+        control: ControlClient,
+        identity: Identity,
+        config: ControlConfig,
+        ledger: Ledger,
+        directions: Directions,
+        description: Description,
+    ) -> None:
+        self.welcomed = False
+        self.description = description
+        self._control = control
+        self._identity = identity
+        self._config = config
+        self._ledger = ledger
+        self._directions = directions
+        self._limits = WireLimits()
+        self._version = version("koopmon")
+        self._num_connections = 0
+        self._hello_due: float | None = 0.0
+        self._heartbeat_due = 0.0
+        self._heartbeat_seconds = 1.0
+        self._heard = time.monotonic()
+        self._lost = False
+        self._restored = False
+        self._complained: dict[str, float] = {}
+        self._reported_busy = 0.0
+        self._reported_elapsed = 0.0
+
+    def describe(self, description: Description) -> None:
+        """Say hello again, with this."""
+        self.description = description
+        self._hello_due = 0.0
+
+    def next_due(self) -> float:
+        """When `tick` has something to do."""
+        return self._heartbeat_due if self._hello_due is None else min(self._hello_due, self._heartbeat_due)
+
+    def tick(self, now: float) -> None:
+        """Say what is due, and notice whether the monitor is there."""
+        connections = self._control.connections
+        if connections != self._num_connections:
+            self._num_connections, self._hello_due = connections, now
+            self.welcomed = False
+        elif self.welcomed and not self._control.connected:
+            self.welcomed = False
+        if self._hello_due is not None and now >= self._hello_due:
+            self._send(self._hello())
+            self._hello_due = now + HELLO_SECONDS
+        if now >= self._heartbeat_due:
+            self._heartbeat_due = now + self._heartbeat_seconds
+            if self.welcomed:
+                self._send(self._heartbeat())
+        if now - self._heard > max(self._config.monitor_lost_seconds, 3.0 * self._heartbeat_seconds):
+            self._lose(now)
+
+    def _lose(self, now: float) -> None:
+        self.welcomed = False
+        if self._hello_due is None:
+            self._hello_due = now
+        self.complain(now, "lost", f"no monitor at {self._control.endpoint}: training goes on, what is applied stays")
+        if not self._lost:
+            self._lost = True
+            self._directions.monitor_lost()
+
+    def receive(self, frames: list[memoryview], now: float) -> Welcome | Outcome | None:
+        """Take one message. Returns a welcome, whose data endpoint the caller needs, or an outcome to acknowledge."""
+        try:
+            message = decode_for_agent(frames, limits=self._limits)
+        except ProtocolError as error:
+            self.complain(now, error.reason, f"what came from {self._control.endpoint} was refused: {error}")
+            return None
+        if isinstance(message, Refused):
+            self.welcomed, self._hello_due = False, now + REFUSED_SECONDS
+            self.complain(now, "refused", f"the monitor at {self._control.endpoint} refuses: {message.reason}")
+            return None
+        if (message.run, message.incarnation) != (self._identity.run, self._identity.incarnation):
+            if isinstance(message, Command):
+                return Outcome(message.id, "refused", self._ledger.step, "it is for another run or incarnation")
+            return None
+        self._heard = now
+        if self._lost:
+            self._lost = False
+            logger.warning("koopmon: the monitor at %s is back", self._control.endpoint)
+        if isinstance(message, Welcome):
+            self._take(message)
+            return message
+        if isinstance(message, Command):
+            if self.description.process_rank != 0:
+                return Outcome(message.id, "refused", self._ledger.step, "commands go to rank 0")
+            self._directions.submit(message)
+        return None
+
+    def _take(self, welcome: Welcome) -> None:
+        self.welcomed, self._hello_due = True, None
+        self._heartbeat_seconds = welcome.heartbeat_seconds
+        self._heartbeat_due = 0.0
+        if welcome.restore is not None and not self._restored and self.description.process_rank == 0:
+            self._restored = True
+            self._directions.restore(welcome.restore)
+
+    def acknowledge(self, outcome: Outcome) -> None:
+        """Tell the monitor what became of a command."""
+        self._send(
+            Ack(
+                run=self._identity.run,
+                incarnation=self._identity.incarnation,
+                command_id=outcome.command_id,
+                outcome=outcome.outcome,
+                step=outcome.step,
+                detail=outcome.detail[:512],
+                shielded=outcome.shielded,
+                applied=self._directions.applied(),
+            )
+        )
+
+    def say_goodbye(self, reason: str) -> None:
+        self._send(
+            Goodbye(
+                run=self._identity.run,
+                incarnation=self._identity.incarnation,
+                process_rank=self.description.process_rank,
+                step=self._ledger.step,
+                reason=reason[:512],
+            )
+        )
+
+    def complain(self, now: float, trouble: str, text: str) -> None:
+        """Log `text`, at most once a minute for each `trouble`."""
+        if now - self._complained.get(trouble, -COMPLAINT_SECONDS) >= COMPLAINT_SECONDS:
+            self._complained[trouble] = now
+            logger.warning("koopmon: %s", text)
+
+    def _send(self, message: AgentMessage) -> None:
+        self._control.send(encode(message))
+
+    def _hello(self) -> Hello:
+        described = self.description
+        return Hello(
+            run=self._identity.run,
+            incarnation=self._identity.incarnation,
+            process_rank=described.process_rank,
+            world_size=described.world_size,
+            num_senders=described.num_senders,
+            adapter=described.adapter,
+            num_layers=described.num_layers,
+            width=described.width,
+            acts=described.acts,
+            step=self._ledger.step,
+            applied=self._directions.applied(),
+            koopmon_version=self._version,
+            torch_version=str(torch.__version__),
+            hostname=platform.node()[:255],
+            pid=os.getpid(),
+            thresholds=described.thresholds,
+            kss=described.kss,
+        )
+
+    def _heartbeat(self) -> Heartbeat:
+        ledger = self._ledger
+        busy, elapsed = ledger.busy_seconds, ledger.elapsed_seconds
+        spent, passed = busy - self._reported_busy, elapsed - self._reported_elapsed
+        self._reported_busy, self._reported_elapsed = busy, elapsed
+        return Heartbeat(
+            run=self._identity.run,
+            incarnation=self._identity.incarnation,
+            process_rank=self.description.process_rank,
+            step=ledger.step,
+            applied=self._directions.applied(),
+            sent=ledger.sent,
+            dropped=dict(ledger.dropped),
+            taps_missing=ledger.taps_missing,
+            overhead_ratio=max(0.0, spent / passed) if passed > 0.0 else 0.0,
+            step_seconds=ledger.step_seconds,
+            learning_rate=ledger.learning_rate.get(),
+            loss=ledger.loss.get(),
+            grad_norm=ledger.grad_norm.get(),
+            control_ready=self._directions.ready,
+        )

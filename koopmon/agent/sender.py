@@ -1,0 +1,210 @@
+"""The one thread of a sending rank that owns its sockets: snapshots out, control both ways, and never a wait for it.
+
+The training thread hands over snapshots and outcomes through a queue that the pool of buffers bounds. What cannot be
+sent is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from koopmon.agent.fence import Fence
+from koopmon.agent.ledger import Ledger
+from koopmon.agent.link import Description, Directions, Link, Outcome
+from koopmon.agent.sampler import DTYPE_NAMES, Snapshot, all_finite
+from koopmon.agent.world import Identity
+from koopmon.config import ControlConfig
+from koopmon.errors import EndpointError
+from koopmon.observables import tabulate
+from koopmon.wire.codec import encode
+from koopmon.wire.messages import MAX_OBSERVATIONS, DropReason, Shard, Welcome
+from koopmon.wire.sockets import ControlClient, DataSender, Poller, Waker, WireContext
+
+IDENTITY_SECONDS = 0.05
+"""Between two questions for the run's name."""
+CLOSE_SECONDS = 0.8
+"""How long `close` waits for the goodbye to leave."""
+MIN_SAMPLES = 2
+
+
+class Sender:
+    """Runs in a daemon thread of its own from `start` to `close`; everything public may be called from any thread.
+
+    `settle` gives the run's identity once it is known. Holds nothing of the user's model.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        config: ControlConfig,
+        ledger: Ledger,
+        fence: Fence,
+        directions: Directions,
+        settle: Callable[[], Identity | None],
+        description: Description,
+    ) -> None:
+        self.identity: Identity | None = None
+        self.connected = False
+        """The monitor serves this rank and takes its data: a snapshot is worth its cost."""
+        self._endpoint = endpoint
+        self._config = config
+        self._ledger = ledger
+        self._fence = fence
+        self._directions = directions
+        self._settle = settle
+        self.farewell = ""
+        """Why this rank leaves, if there is something to tell."""
+        self._description = description
+        self._pid = os.getpid()
+        self._waker = Waker()
+        self._outbox: deque[Snapshot | Outcome] = deque()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="koopmon-sender", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def describe(self, description: Description) -> None:
+        """From now on this rank is described so; the monitor is told."""
+        self._description = description
+        self._waker.wake()
+
+    @property
+    def description(self) -> Description:
+        """How this rank is described."""
+        return self._description
+
+    def post(self, item: Snapshot | Outcome) -> None:
+        """Send this; returns at once."""
+        self._outbox.append(item)
+        self._waker.wake()
+
+    def close(self, *, wait: bool = True) -> None:
+        """Send what is queued and a goodbye, and end the thread; waits for that less than a second.
+
+        Idempotent; nothing in a forked child.
+        """
+        if os.getpid() != self._pid:
+            return
+        self._stopping = True
+        self._waker.wake()
+        if wait and self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping and (identity := self._settle()) is None:
+                time.sleep(IDENTITY_SECONDS)
+            if not self._stopping and identity is not None:
+                self.identity = identity
+                with WireContext() as context, ControlClient(context, self._endpoint) as control:
+                    self._serve(context, control, identity)
+        except Exception as error:
+            self._fence.trip("sender", error)
+        finally:
+            self.connected = False
+            self._discard()
+            self._waker.close()
+
+    def _serve(self, context: WireContext, control: ControlClient, identity: Identity) -> None:
+        link = Link(control, identity, self._config, self._ledger, self._directions, self._description)
+        poller = Poller(self._waker, control)
+        data: DataSender | None = None
+        while not self._stopping:
+            poller.wait(max(0.0, link.next_due() - time.monotonic()))
+            if link.description is not self._description:
+                link.describe(self._description)
+            while (frames := control.recv()) is not None:
+                answer = link.receive(frames, time.monotonic())
+                if isinstance(answer, Welcome):
+                    data = self._connect(context, poller, data, answer.data_endpoint, link)
+                elif answer is not None:
+                    link.acknowledge(answer)
+            self._ship(link, data, identity)
+            link.tick(time.monotonic())
+            self.connected = link.welcomed and data is not None and data.connected
+        self._ship(link, data, identity)
+        link.say_goodbye(self.farewell)
+
+    def _connect(
+        self, context: WireContext, poller: Poller, data: DataSender | None, endpoint: str, link: Link
+    ) -> DataSender | None:
+        if data is not None:
+            if data.endpoint == endpoint:
+                return data
+            poller.unregister(data)
+            data.close()
+        try:
+            data = DataSender(context, endpoint)
+        except EndpointError as error:
+            link.complain(time.monotonic(), "data", f"no snapshots are sent: {error}")
+            return None
+        poller.register(data)
+        return data
+
+    def _ship(self, link: Link, data: DataSender | None, identity: Identity) -> None:
+        while self._outbox:
+            item = self._outbox.popleft()
+            if isinstance(item, Outcome):
+                link.acknowledge(item)
+                continue
+            reason = self._send_snapshot(item, data, identity)
+            if reason is None:
+                self._ledger.sent += 1
+            else:
+                self._ledger.drop(reason)
+
+    def _send_snapshot(self, snapshot: Snapshot, data: DataSender | None, identity: Identity) -> DropReason | None:
+        if snapshot.ready is not None:
+            snapshot.ready.synchronize()
+        states, ledger = snapshot.states, self._ledger
+        if snapshot.num_valid is not None:
+            states = states[:, : int(snapshot.num_valid)]
+        num_points, num_samples, width = states.shape
+        reason: DropReason | None = None
+        if num_samples < MIN_SAMPLES:
+            reason = "incomplete"
+        elif not all(all_finite(state) for state in states):
+            reason = "not_finite"
+        if data is None or reason is not None:
+            snapshot.slot.release()
+            return reason or "monitor_away"
+        shard = Shard(
+            run=identity.run,
+            incarnation=identity.incarnation,
+            process_rank=self._description.process_rank,
+            num_senders=self._description.num_senders,
+            step=snapshot.step,
+            first_point=0,
+            num_points=num_points,
+            num_samples=num_samples,
+            width=width,
+            dtype=DTYPE_NAMES[states.dtype],
+            masked=snapshot.masked,
+            learning_rate=ledger.learning_rate.get(),
+            loss=ledger.loss.get(),
+            grad_norm=ledger.grad_norm.get(),
+            lr_scale=snapshot.lr_scale,
+            kss_alpha=snapshot.kss_alpha,
+            observables=_observables(snapshot, num_points - 1),
+        )
+        return data.send(encode(shard, list(states)), snapshot.slot)
+
+    def _discard(self) -> None:
+        while self._outbox:
+            item = self._outbox.popleft()
+            if isinstance(item, Snapshot):
+                item.slot.release()
+                self._ledger.drop("monitor_away")
+
+
+def _observables(snapshot: Snapshot, num_layers: int) -> dict[str, list[float | None]]:
+    """The family's readings as a shard carries them; none where they are more than it can."""
+    if snapshot.observations is None:
+        return {}
+    table = tabulate(snapshot.observed, snapshot.observations.tolist(), num_layers)
+    return table if len(table) * num_layers <= MAX_OBSERVATIONS else {}

@@ -1,0 +1,88 @@
+"""Small residual models in the manners that taps have to cope with. B batch, T tokens, D width, L blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+B, T, D, L = 4, 8, 16, 3
+VOCABULARY = 11
+
+
+class Block(nn.Module):
+    """h + f(h); with `in_place` the sum is written into the input."""
+
+    def __init__(self, width: int, in_place: bool = False) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.in_place = in_place
+
+    def forward(self, h: Tensor) -> Tensor:
+        mixed = h + 0.3 * self.attention(h, h, h, need_weights=False)[0]
+        change = self.down(torch.tanh(self.up(mixed)))
+        return h.add_(change) if self.in_place else h + change
+
+
+class Model(nn.Module):
+    """Tokens (B, T) to logits. `run` calls a block, as `checkpointed` does under activation checkpointing."""
+
+    def __init__(
+        self,
+        run: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        *,
+        in_place: bool = False,
+        width: int = D,
+        layers: int = L,
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.blocks = nn.ModuleList(Block(width, in_place) for _ in range(layers))
+        self.head = nn.Linear(width, VOCABULARY)
+        self.run = run
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        h = self.embedding(tokens) * 1.0
+        for block in self.blocks:
+            h = block(h) if self.run is None else self.run(block, h)
+        return self.head(h)
+
+
+def checkpointed(block: nn.Module, h: Tensor) -> Tensor:
+    return checkpoint(block, h, use_reentrant=False)
+
+
+def checkpointed_reentrant(block: nn.Module, h: Tensor) -> Tensor:
+    return checkpoint(block, h, use_reentrant=True)
+
+
+def build(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Model:
+    """A model with the same parameters for the same seed."""
+    torch.manual_seed(seed)
+    return Model(**options).to(dtype)
+
+
+def batch(step: int, rank: int = 0) -> Tensor:
+    """Tokens (B, T) of one step and rank."""
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    return torch.randint(VOCABULARY, (B, T), generator=generator)
+
+
+def loss_of(model: nn.Module, tokens: Tensor, **kwargs: Any) -> Tensor:
+    """Next-token cross-entropy, as a scalar."""
+    logits = model(tokens, **kwargs)
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, rank: int = 0) -> float:
+    """One step of training; the loss before it."""
+    loss = loss_of(model, batch(step, rank))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())

@@ -1,0 +1,185 @@
+"""One rank of several small trainings over gloo, one after the other; writes what it saw as JSON. Started by the tests.
+
+Usage: ddp.py OUT PHASES, where PHASES is a JSON list of `Phase` fields; writes OUT.RANK.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+
+import koopmon
+from koopmon.spectral import kss_basis, kss_gradient, kss_loss
+from koopmon.tokens import order_rows, take_rows
+from tests.agent.models import B, T, batch, build, loss_of
+
+
+@dataclass
+class Phase:
+    """One training. `endpoint` "" trains without koopmon; `only_rank` attaches on that rank alone.
+
+    `ddp` False: the ranks train apart, and nothing but koopmon ties them. `uneven`: rank 1 trains so many steps less.
+    `hang_step`, `hang_seconds`: rank 1 stops itself before that step.
+    `early`: attach before the ranks have met and before DDP wraps the model; for the first phase only.
+    `alpha`: check the KSS gradient of one step against the written loss, averaged over ranks.
+    """
+
+    steps: int = 60
+    endpoint: str = ""
+    run: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    pause: float = 0.0
+    accumulate: int = 1
+    only_rank: int | None = None
+    ddp: bool = True
+    uneven: int = 0
+    hang_step: int = -1
+    hang_seconds: float = 0.0
+    alpha: float = 0.0
+    close: bool = True
+    early: bool = False
+
+
+def digest(model: nn.Module) -> str:
+    state = hashlib.sha256()
+    for parameter in model.parameters():
+        state.update(parameter.detach().numpy().tobytes())
+    return state.hexdigest()
+
+
+def stop_for(seconds: float) -> None:
+    """SIGSTOP to this process, SIGCONT after a while."""
+    if os.fork() == 0:
+        time.sleep(seconds)
+        os.kill(os.getppid(), signal.SIGCONT)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def train(phase: Phase, rank: int) -> dict[str, Any]:
+    model: nn.Module = build()
+    if phase.ddp and not phase.early:
+        model = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5))
+    agent = None
+    if phase.endpoint and phase.only_rank in (None, rank):
+        agent = koopmon.attach(model, optimizer, endpoint=phase.endpoint, run=phase.run, config=phase.config)
+    if phase.early:
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(model)
+    seen: list[float] = []
+    optimizer.register_step_pre_hook(lambda each, *_: seen.append(each.param_groups[0]["lr"]))
+    trace: dict[str, list[Any]] = {"losses": [], "scales": [], "alphas": [], "ready": [], "seconds": []}
+    for step in range(phase.steps - (phase.uneven if rank == 1 else 0)):
+        if rank == 1 and step == phase.hang_step:
+            stop_for(phase.hang_seconds)
+        time.sleep(phase.pause)
+        optimizer.zero_grad()
+        for micro in range(phase.accumulate):
+            loss = loss_of(model, batch(step * phase.accumulate + micro, rank))
+            (loss / phase.accumulate).backward()
+            trace["losses"].append(float(loss.detach()))
+        base = schedule.get_last_lr()[0]
+        started = time.monotonic()
+        optimizer.step()
+        trace["seconds"].append(time.monotonic() - started)
+        schedule.step()
+        trace["scales"].append(seen[-1] / base)
+        if agent is not None:
+            agent.log(loss=loss)
+            status = agent.status()
+            trace["ready"].append(status["control_ready"])
+            trace["alphas"].append(status["applied"]["kss"]["alpha"])
+            if agent.should_stop:
+                break
+    status = None if agent is None else agent.status()
+    if agent is not None and phase.close:
+        agent.close()
+    return {**trace, "digest": digest(model), "status": status}
+
+
+def explicit_gradients(phase: Phase, settings: Any, step: int, rank: int) -> list[Tensor]:
+    """Gradients of (loss + alpha * kss) of this rank, averaged over ranks by hand."""
+    model = build(dtype=torch.float64)
+    tokens = batch(step, rank)
+    rows, _ = order_rows(B * T, settings.num_samples, seed=0, step=step, data_rank=rank)
+    states = [model.embedding(tokens) * 1.0]
+    for block in model.blocks:
+        states.append(block(states[-1]))
+    penalty = torch.zeros((), dtype=torch.float64)
+    for x, y in itertools.pairwise(states):
+        x, y = take_rows(x, rows), take_rows(y, rows)
+        basis = kss_basis(x.detach(), settings.svd_rank, 0)
+        if kss_gradient(x.detach(), y.detach(), basis).ok:  # a layer whose eigenvectors are ill-conditioned is left out
+            penalty = penalty + kss_loss(x, y, basis=basis, tau_u=settings.tau_u, beta=settings.beta)
+    (loss_of(model, tokens) + phase.alpha * penalty / len(model.blocks)).backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+        gradient /= dist.get_world_size()
+    return gradients
+
+
+def check_kss(phase: Phase, rank: int) -> dict[str, Any]:
+    """A frozen model under DDP: the gradient of each step, plain until KSS is on, and then as written out."""
+    settings = koopmon_settings(phase.alpha)
+    model = DistributedDataParallel(build(dtype=torch.float64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    agent = koopmon.attach(model, optimizer, endpoint=phase.endpoint, run=phase.run, config=phase.config)
+    errors = []
+    for step in range(phase.steps):
+        time.sleep(phase.pause)
+        in_force = agent.status()["applied"]["kss"]["alpha"]
+        optimizer.zero_grad()
+        loss_of(model, batch(step, rank)).backward()
+        if in_force:
+            expected = explicit_gradients(phase, settings, step, rank)
+            found = [parameter.grad for parameter in model.parameters()]
+            difference = sum(float((a - b).square().sum()) for a, b in zip(found, expected, strict=True))
+            errors.append((difference / sum(float(b.square().sum()) for b in expected)) ** 0.5)
+        optimizer.step()
+        if len(errors) > 3:
+            break
+    status = agent.status()
+    agent.close()
+    return {"errors": errors, "status": status}
+
+
+def koopmon_settings(alpha: float) -> Any:
+    from koopmon.wire.messages import KssSettings
+
+    return KssSettings(alpha=alpha, svd_rank=6, num_samples=24, tau_u=0.9, beta=0.5)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    phases = [Phase(**options) for options in json.loads(sys.argv[2])]
+    if not phases[0].early:
+        dist.init_process_group("gloo")
+    results = []
+    for phase in phases:
+        if not phase.early:
+            dist.barrier()
+        results.append(check_kss(phase, rank) if phase.alpha else train(phase, rank))
+        Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""A monitor that does what the test says: real sockets in a thread of its own, or in a process with `python -m`."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from koopmon.wire.codec import WireLimits, decode_for_monitor, decode_shard, encode
+from koopmon.wire.messages import (
+    Ack,
+    Applied,
+    Command,
+    Goodbye,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    MonitorMessage,
+    Refused,
+    Shard,
+    Welcome,
+)
+from koopmon.wire.sockets import ControlServer, DataReceiver, Poller, Waker, WireContext
+
+M = TypeVar("M")
+LIMITS = WireLimits()
+
+
+class ScriptedMonitor:
+    """Welcomes every rank, answers heartbeats, keeps what it hears; `command` speaks to rank 0."""
+
+    def __init__(
+        self, directory: Path, *, heartbeat_seconds: float = 0.05, restore: Applied | None = None, refuse: str = ""
+    ) -> None:
+        self.heartbeat_seconds = heartbeat_seconds
+        self.restore = restore
+        self.refuse = refuse
+        self.heard: list[Any] = []
+        self.shards: list[tuple[Shard, Tensor]] = []
+        self.endpoint = f"ipc://{directory}/control"
+        self._data_endpoint = f"ipc://{directory}/data"
+        self._peers: dict[int, bytes] = {}
+        self._outbox: list[MonitorMessage] = []
+        self._waker = Waker()
+        self._stopping = False
+        self._bound = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> ScriptedMonitor:
+        self._thread.start()
+        assert self._bound.wait(10.0), "the monitor could not bind"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping = True
+        self._waker.wake()
+        self._thread.join(10.0)
+        self._waker.close()
+
+    def _run(self) -> None:
+        with (
+            WireContext() as context,
+            ControlServer(context, self.endpoint) as control,
+            DataReceiver(context, self._data_endpoint, queue_length=64) as data,
+        ):
+            self._bound.set()
+            poller = Poller(self._waker, control, data)
+            while not self._stopping:
+                poller.wait(0.05)
+                while (received := control.recv()) is not None:
+                    self._take(control, *received)
+                while (frames := data.recv()) is not None:
+                    shard = decode_shard(frames, limits=LIMITS)
+                    self.shards.append((shard.header, shard.states()))
+                while self._outbox and 0 in self._peers:
+                    control.send(self._peers[0], encode(self._outbox.pop(0)))
+
+    def _take(self, control: ControlServer, peer: bytes, frames: list[memoryview]) -> None:
+        message = decode_for_monitor(frames, limits=LIMITS)
+        name = {"run": message.run, "incarnation": message.incarnation}
+        answer: MonitorMessage | None = None
+        if isinstance(message, Hello):
+            self._peers[message.process_rank] = peer
+            answer = Welcome(
+                data_endpoint=self._data_endpoint,
+                heartbeat_seconds=self.heartbeat_seconds,
+                restore=self.restore,
+                **name,
+            )
+            if self.refuse:
+                answer = Refused(reason=self.refuse, **name)
+        elif isinstance(message, Heartbeat):
+            answer = HeartbeatReply(**name)
+        self.heard.append(message)
+        if answer is not None:
+            control.send(peer, encode(answer))
+
+    def of(self, kind: type[M]) -> list[M]:
+        """Everything heard of one kind, in order."""
+        return [message for message in self.heard if isinstance(message, kind)]
+
+    def command(self, kind: str, run: str | None = None, **fields: Any) -> str:
+        """Send a command to rank 0, for the run that said hello last or the named one, and return its id."""
+        hello = next(each for each in reversed(self.of(Hello)) if run in (None, each.run))
+        values = {
+            "run": hello.run,
+            "incarnation": hello.incarnation,
+            "id": secrets.token_hex(8),
+            "reason": "the test says so",
+            "expires_step": 1 << 40,
+            "kind": kind,
+        }
+        command = Command(**{**values, **fields})
+        self._outbox.append(command)
+        self._waker.wake()
+        return command.id
+
+    def ack(self, command_id: str, timeout: float = 20.0) -> Ack:
+        """The ack of a command, waited for."""
+        return self.wait(lambda: next((ack for ack in self.of(Ack) if ack.command_id == command_id), None), timeout)
+
+    def acked(self, command_id: str) -> bool:
+        return any(ack.command_id == command_id for ack in self.of(Ack))
+
+    @staticmethod
+    def wait(condition: Callable[[], M], timeout: float = 20.0) -> M:
+        """What `condition` gives, once that is true."""
+        deadline = time.monotonic() + timeout
+        while not (found := condition()):
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.005)
+        return found
+
+
+__all__ = ["Ack", "Goodbye", "Heartbeat", "Hello", "ScriptedMonitor", "Shard"]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    with ScriptedMonitor(parser.parse_args().directory):
+        print("bound", flush=True)
+        while True:
+            time.sleep(1.0)

@@ -1,0 +1,273 @@
+"""Zero-code attach: which processes it touches, which model it finds, and that it harms nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from koopmon.agent.autoload import DIRECTORY, RootNotFoundError, root_module, wanted
+
+ENDPOINT = {"KOOPMON_ENDPOINT": "ipc:///nowhere/control", "KOOPMON_RUN": "autoload-test"}
+
+# Stands where a user's own sitecustomize would, and puts a recorder in the place of koopmon.attach.
+THEIRS = """
+import json, os, sys
+assert "torch" not in sys.modules
+import koopmon
+
+class Agent:
+    def close(self):
+        note("close")
+
+def note(what, **more):
+    with open(os.environ["NOTES"], "a") as notes:
+        more.update(what=what, pid=os.getpid(), rank=os.environ.get("RANK"))
+        notes.write(json.dumps(more) + "\\n")
+
+def attach(model, optimizer):
+    if os.environ.get("FAIL"):
+        raise RuntimeError("no residual chain")
+    note("attach", model=type(model).__name__, optimizer=type(optimizer).__name__)
+    return Agent()
+
+koopmon.attach = attach
+theirs = True
+"""
+
+TRAIN = """
+import torch
+from torch import nn
+model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+optimizer = torch.optim.AdamW(model.parameters())
+model(torch.ones(2, 3)).sum().backward()
+optimizer.step()
+print("trained")
+"""
+
+
+class Bench:
+    """Runs scripts as `koopmon run` would, and reads what the recorder noted."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.notes_file = directory / "notes.jsonl"
+        (directory / "site").mkdir()
+        (directory / "site" / "sitecustomize.py").write_text(THEIRS)
+
+    def write(self, body: str) -> Path:
+        script = self.directory / "script.py"
+        script.write_text(textwrap.dedent(body))
+        return script
+
+    def run(self, body: str, *, launcher: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join([str(DIRECTORY), str(self.directory / "site")])
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("KOOPMON_")}
+        environ |= {"PYTHONPATH": path, "NOTES": str(self.notes_file), "OMP_NUM_THREADS": "1", **ENDPOINT, **env}
+        command = [sys.executable, *launcher, str(self.write(body))]
+        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
+
+    def notes(self) -> list[dict[str, Any]]:
+        lines = self.notes_file.read_text().splitlines() if self.notes_file.exists() else []
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_a_plain_script_is_attached_once_and_closed_at_its_end(bench: Bench) -> None:
+    done = bench.run(TRAIN)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "trained\n", "")
+    assert [note["what"] for note in bench.notes()] == ["attach", "close"]
+    assert bench.notes()[0]["model"] == "Sequential"
+    assert bench.notes()[0]["optimizer"] == "AdamW"
+
+
+def test_torch_is_not_imported_before_the_script_does(bench: Bench) -> None:
+    done = bench.run(
+        """
+        import sys
+        assert "torch" not in sys.modules and "numpy" not in sys.modules, sorted(sys.modules)
+        import torch.optim.optimizer as module, inspect
+        assert "class Optimizer" in inspect.getsource(module)
+        assert "exec_module" not in vars(module.__loader__)
+        assert not any("koopmon" in type(finder).__module__ for finder in sys.meta_path)
+        assert module.Optimizer.__init__.__qualname__ == "Optimizer.__init__"
+        assert hasattr(module.Optimizer.__init__, "__wrapped__")
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_users_own_sitecustomize_runs_and_ours_leaves_no_trace(bench: Bench) -> None:
+    done = bench.run(
+        f"""
+        import sys, sitecustomize
+        assert sitecustomize.theirs
+        assert {str(DIRECTORY)!r} not in sys.path
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_error_in_the_users_own_sitecustomize_is_reported_as_ever(bench: Bench) -> None:
+    (bench.directory / "site" / "sitecustomize.py").write_text("raise ValueError('theirs is broken')")
+    done = bench.run("print('alive')")
+    assert done.stdout == "alive\n"
+    assert "theirs is broken" in done.stderr
+
+
+def test_without_an_endpoint_nothing_is_wrapped(bench: Bench) -> None:
+    body = "import torch; print(hasattr(torch.optim.Optimizer.__init__, '__wrapped__'))"
+    assert bench.run(body, KOOPMON_ENDPOINT="").stdout == "False\n"
+    assert bench.run(body).stdout == "True\n"
+
+
+def test_a_failure_is_one_line_and_training_goes_on(bench: Bench) -> None:
+    done = bench.run(TRAIN, FAIL="1")
+    assert (done.returncode, done.stdout) == (0, "trained\n")
+    assert done.stderr.count("\n") == 1
+    assert "not attached" in done.stderr
+    assert "no residual chain" in done.stderr
+
+
+def test_parameters_of_no_model_are_one_line(bench: Bench) -> None:
+    done = bench.run("import torch; torch.optim.SGD([torch.ones(2, requires_grad=True)], lr=0.1); print('on')")
+    assert done.stdout == "on\n"
+    assert done.stderr.count("\n") == 1
+    assert "no one model owns" in done.stderr
+
+
+def test_children_are_left_alone(bench: Bench) -> None:
+    done = bench.run(
+        """
+        import multiprocessing, os, subprocess, sys
+
+        TRAIN = "import torch; m = torch.nn.Linear(2, 2); torch.optim.SGD(m.parameters(), lr=0.1)"
+
+        def train():
+            exec(TRAIN)
+
+        if __name__ == "__main__":
+            for method in ("spawn", "forkserver"):
+                child = multiprocessing.get_context(method).Process(target=train)
+                child.start(); child.join(); assert child.exitcode == 0
+            exec(TRAIN)  # now this process is attached
+            child = multiprocessing.get_context("fork").Process(target=train)
+            child.start(); child.join(); assert child.exitcode == 0
+            subprocess.run([sys.executable, "-c", TRAIN], check=True)
+            print(os.getpid())
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert {note["pid"] for note in bench.notes()} == {int(done.stdout)}
+    assert [note["what"] for note in bench.notes()] == ["attach", "close"]
+
+
+def test_an_optimizer_made_anew_takes_over_and_a_second_one_is_named(bench: Bench) -> None:
+    done = bench.run(
+        """
+        import torch
+        from torch import nn
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.optim.AdamW(model.parameters())
+        torch.optim.AdamW(model[1].parameters())
+        torch.optim.AdamW(model[1].parameters())
+        """
+    )
+    assert [note["what"] for note in bench.notes()] == ["attach", "close", "attach", "close"]
+    assert [note.get("optimizer") for note in bench.notes()] == ["SGD", None, "AdamW", None]
+    assert done.stderr.count("more than one optimizer") == 1
+
+
+@pytest.mark.distributed
+def test_every_rank_is_attached_to_its_ddp_root_and_the_launcher_is_not(bench: Bench) -> None:
+    done = bench.run(
+        """
+        import torch, torch.distributed as dist
+        from torch import nn
+        from torch.nn.parallel import DistributedDataParallel
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)))
+        torch.optim.AdamW(model.parameters())
+        dist.destroy_process_group()
+        """,
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    attached = [note for note in bench.notes() if note["what"] == "attach"]
+    assert sorted(note["rank"] for note in attached) == ["0", "1"]
+    assert {note["model"] for note in attached} == {"DistributedDataParallel"}
+
+
+PYTHON = "/usr/bin/python3"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([PYTHON, "train.py"], True),
+        ([PYTHON, "-u", "train.py", "torchrun"], True),
+        ([PYTHON, "-X", "dev", "-m", "package.train"], True),
+        ([PYTHON, "-c", "import package; package.train()"], True),
+        ([PYTHON, "/home/multiprocessing/train.py"], True),
+        ([PYTHON, "/usr/local/bin/torchrun", "train.py"], False),
+        ([PYTHON, "-m", "torch.distributed.run", "train.py"], False),
+        ([PYTHON, "-Wignore", "-m", "accelerate", "launch"], False),
+        ([PYTHON, "-c", "from multiprocessing.spawn import spawn_main; spawn_main()", "--multiprocessing-fork"], False),
+        ([PYTHON, "-c", "from multiprocessing.resource_tracker import main;main(3)"], False),
+        ([PYTHON, "/lib/torch/_inductor/compile_worker/__main__.py"], False),
+    ],
+)
+def test_which_processes_may_train(argv: list[str], expected: bool) -> None:
+    assert wanted(ENDPOINT, argv, 7) is expected
+    assert wanted({**ENDPOINT, "RANK": "0"}, argv, 7) is expected
+    assert not wanted({}, argv, 7)
+    assert not wanted({**ENDPOINT, "KOOPMON_ATTACHED_PID": "6"}, argv, 7)
+    assert wanted({**ENDPOINT, "KOOPMON_ATTACHED_PID": "7"}, argv, 7) is expected
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+def test_the_root_is_the_outermost_wrapper() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    outer = Wrapper(Wrapper(model))
+    assert root_module(torch.optim.SGD(model.parameters(), lr=0.1)) is outer
+    assert root_module(torch.optim.SGD(model[0].parameters(), lr=0.1)) is outer, "a part of the parameters will do"
+
+
+def test_a_copy_is_not_the_root() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    average = Wrapper(copy.deepcopy(model))
+    assert root_module(torch.optim.SGD(model.parameters(), lr=0.1)) is model
+    assert root_module(torch.optim.SGD(average.parameters(), lr=0.1)) is average
+
+
+def test_two_wrappers_of_one_model_share_it_as_the_root() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    views = [Wrapper(model), Wrapper(Wrapper(model))]
+    assert root_module(torch.optim.SGD(model.parameters(), lr=0.1)) is model
+    del views
+
+
+def test_parameters_of_two_models_have_no_root() -> None:
+    models = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.1)
+    with pytest.raises(RootNotFoundError, match="no one model owns all"):
+        root_module(optimizer)

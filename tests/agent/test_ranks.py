@@ -1,0 +1,175 @@
+"""Two ranks of real processes: what koopmon changes, it changes on both at one step; and else it changes nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from koopmon.wire.messages import Goodbye, Hello, KssSettings
+from tests.agent.programs.ddp import koopmon_settings
+from tests.agent.scripted_monitor import ScriptedMonitor
+
+pytestmark = pytest.mark.distributed
+Result = tuple[dict[str, Any], dict[str, Any]]
+
+
+def results(out: Path) -> list[Result]:
+    """Of each phase, what the two ranks saw."""
+    first, second = (json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2))
+    return list(zip(first, second, strict=True))
+
+
+def started(monitor: ScriptedMonitor, run: str) -> None:
+    """The first forward of the run is done, and rank 0 has said so."""
+
+    def told() -> bool:
+        return any(hello.run == run and hello.num_layers and not hello.process_rank for hello in monitor.of(Hello))
+
+    monitor.wait(told, 90.0)
+
+
+def ended(monitor: ScriptedMonitor, run: str) -> bool:
+    return any(goodbye.run == run for goodbye in monitor.of(Goodbye))
+
+
+def test_commands_change_both_ranks_at_one_step_and_nothing_else_changes_anything(
+    ranks: Callable[..., Any], monitor: ScriptedMonitor, tmp_path: Path
+) -> None:
+    long = {"steps": 250, "pause": 0.01, "endpoint": monitor.endpoint}
+    phases = [
+        {"accumulate": 2},
+        {"accumulate": 2, "endpoint": "tcp://127.0.0.1:9"},
+        {"accumulate": 2, "endpoint": monitor.endpoint},
+        {**long, "run": "random-0"},
+        {**long, "run": "random-1"},
+        {**long, "run": "kss", "alpha": 0.7, "steps": 1000},
+        {**long, "run": "stop", "steps": 1000},
+    ]
+    job = ranks("ddp.py", tmp_path / "out", json.dumps(phases))
+    sent: list[list[str]] = [[], []]
+    for seed, commands in enumerate(sent):
+        started(monitor, f"random-{seed}")
+        generator = random.Random(seed)
+        while not ended(monitor, f"random-{seed}"):
+            time.sleep(generator.uniform(0.0, 0.3))
+            ramp = generator.choice([0, 1, 7])
+            if generator.random() < 0.6:
+                scale = generator.uniform(0.1, 1.0)
+                commands.append(monitor.command("set_lr_scale", f"random-{seed}", lr_scale=scale, ramp_steps=ramp))
+            else:
+                kss = KssSettings(alpha=generator.uniform(0.0, 0.2), svd_rank=8, num_samples=32)
+                commands.append(monitor.command("set_kss", f"random-{seed}", kss=kss, ramp_steps=ramp))
+    started(monitor, "kss")
+    while not ended(monitor, "kss"):
+        time.sleep(0.2)
+        monitor.command("set_kss", "kss", kss=koopmon_settings(0.7))
+    started(monitor, "stop")
+    while not ended(monitor, "stop"):
+        monitor.command("stop", "stop")
+        time.sleep(0.2)
+    job.wait()
+    plain, alone, watched, *randoms, kss, stop = results(tmp_path / "out")
+
+    for rank in range(2):
+        assert alone[rank]["losses"] == plain[rank]["losses"]
+        assert watched[rank]["losses"] == plain[rank]["losses"]
+        assert watched[rank]["digest"] == alone[rank]["digest"] == plain[0]["digest"]
+        assert watched[rank]["status"]["sent"] > 0
+        assert watched[rank]["status"]["dropped"]["incomplete"] == 0
+    run = watched[0]["status"]["run"]
+    assert run.startswith("ddp-"), "the script's name and 8 digits"
+    assert run == watched[1]["status"]["run"]
+    shards = [header for header, _ in monitor.shards if header.run == run]
+    by_rank = [{header.step for header in shards if header.process_rank == rank} for rank in range(2)]
+    assert by_rank[0] & by_rank[1], "both ranks send their parts of the same snapshots"
+    assert len({(header.num_samples, header.num_senders) for header in shards}) == 1
+    assert {goodbye.process_rank for goodbye in monitor.of(Goodbye) if goodbye.run == run} == {0, 1}
+
+    for commands, (first, second) in zip(sent, randoms, strict=True):
+        assert first["scales"] == second["scales"]
+        assert first["alphas"] == second["alphas"]
+        assert first["digest"] == second["digest"]
+        assert len(set(first["scales"])) > 1
+        assert any(first["alphas"])
+        acks = [monitor.ack(command_id) for command_id in commands if monitor.acked(command_id)]
+        # "failed" while the ranks had not met yet, "refused" when the run had ended as the command arrived.
+        assert {ack.outcome for ack in acks if "another run" not in ack.detail} in ({"applied"}, {"applied", "failed"})
+        assert first["ready"].index(True) < 100
+
+    for each in kss:
+        assert len(each["errors"]) > 1
+        assert max(each["errors"]) < 1e-12, "the mean over ranks of the local KSS losses"
+    assert len(stop[0]["losses"]) == len(stop[1]["losses"]) < 1000
+    for phase in (alone, watched, *randoms, kss, stop):
+        assert [each["status"]["errors"] for each in phase] == [0, 0]
+
+
+def test_ranks_that_hang_leave_early_or_never_come(
+    ranks: Callable[..., Any], monitor: ScriptedMonitor, tmp_path: Path
+) -> None:
+    act = {"control": {"timeout_seconds": 1.0}, "limits": {"act": "always"}}
+    common = {"endpoint": monitor.endpoint, "config": act, "pause": 0.02}
+    hang = {"hang_step": 60, "hang_seconds": 1.4}
+    phases = [
+        {**common, "run": "early", "steps": 60, "config": {}, "early": True},
+        {**common, **hang, "run": "hung-ddp", "steps": 150},
+        {**common, **hang, "run": "hung", "steps": 300, "ddp": False},
+        {**common, "run": "uneven", "steps": 150, "ddp": False, "uneven": 60},
+        {**common, "run": "absent", "steps": 60, "only_rank": 0},
+        {**common, "run": "watch", "steps": 60, "ddp": False, "config": {}},
+        {**common, "run": "last", "steps": 100, "close": False},
+    ]
+    job = ranks("ddp.py", tmp_path / "out", json.dumps(phases))
+    sent = []
+    for phase in phases:
+        started(monitor, phase["run"])
+        while not ended(monitor, phase["run"]) and (phase is not phases[-1] or job.processes[0].poll() is None):
+            scale = 0.9 - 0.001 * (len(sent) % 500)
+            sent.append(monitor.command("set_lr_scale", phase["run"], lr_scale=scale))
+            time.sleep(0.05)
+    outputs = job.wait()
+    early, hung_ddp, hung, uneven, absent, watch, last = results(tmp_path / "out")
+    acks = [each for command_id in sent if monitor.acked(command_id) for each in [monitor.ack(command_id)]]
+
+    def outcomes(run: str) -> set[str]:
+        return {ack.outcome for ack in acks if ack.run == run and "another run" not in ack.detail}
+
+    # Attached to the inner model before the ranks have met: the wrapper shows itself in the first forward.
+    assert early[0]["status"]["layout"] == early[1]["status"]["layout"] == "ddp"
+    assert "applied" in outcomes("early")
+    assert early[0]["scales"] == early[1]["scales"]
+
+    # Under DDP the ranks wait for each other anyway: the exchange waits with them, and nothing fails.
+    assert "applied" in outcomes("hung-ddp")
+    assert hung_ddp[0]["scales"] == hung_ddp[1]["scales"]
+    assert hung_ddp[0]["digest"] == hung_ddp[1]["digest"]
+
+    # Apart, the time-out turns control off on both; they go on, and meet again.
+    assert outcomes("hung") == {"applied", "failed"}
+    for each in hung:
+        assert len(each["losses"]) == 300
+        up = each["ready"].index(True)
+        down = each["ready"].index(False, up)
+        assert True in each["ready"][down:], "control came back"
+    assert hung[0]["scales"][-1] == hung[1]["scales"][-1], "and what is in force is the same again"
+    assert any("control is off" in errors for _, errors in outputs)
+
+    assert [len(each["losses"]) for each in uneven] == [150, 90]
+    assert uneven[0]["status"]["enabled"]
+    assert absent[1]["status"] is None
+    assert absent[0]["status"]["enabled"]
+    assert outcomes("absent") == {"failed"}, "one rank alone changes nothing"
+    assert set(absent[0]["scales"]) == {1.0}
+    assert outcomes("watch") == {"refused"}, "ranks that train apart are a layout not proven"
+    assert any("watch-only" in errors for _, errors in outputs)
+    assert "applied" in outcomes("last")
+    for phase in (early, hung_ddp, hung, uneven, watch, last):
+        assert [each["status"]["errors"] for each in phase] == [0, 0]
+    assert all("Traceback" not in errors and "terminate" not in errors for _, errors in outputs)
+    monitor.wait(lambda: ended(monitor, "last"))
