@@ -1,0 +1,1 @@
+"""Risk: pure functions of profiles."""

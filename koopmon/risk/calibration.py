@@ -1,0 +1,237 @@
+"""Calibrated risk: the probability that a run diverges, from its spectrum at the start and its learning rate.
+
+The near-unit mass at the start separates architectures and is blind to the learning rate; the learning rate alone is
+blind to the architecture. A logistic model of a few features joins them:
+
+    P(diverges) = sigmoid(b + sum_i w_i * z_i),    z_i the standardised features
+
+of which log10(learning rate) is one, with a weight that is never negative: a higher rate never lowers the probability,
+so that "how high may the rate be?" has an answer. A calibrator belongs to the settings of the profiles that it was
+fitted on, and says which.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import torch
+from msgspec import Meta, Struct
+from torch import Tensor
+
+from koopmon.errors import CalibrationError
+
+FORMAT_VERSION = 1
+PENALTY = 1e-2
+"""Of the squared weights, in units of one run's log-likelihood: keeps them finite where the runs are separable."""
+MIN_RUNS = 20
+NUM_BINS = 10
+LEARNING_RATES = (1e-7, 1.0)
+"""Where `max_learning_rate` looks."""
+
+Finite = Annotated[float, Meta(ge=-1e9, le=1e9)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One run. `near_unit_mass` is the mean over layers at the start; `learning_rate` the peak of its schedule."""
+
+    near_unit_mass: float
+    learning_rate: float
+    width: int
+    num_layers: int
+    diverged: bool = False
+
+    def features(self) -> tuple[float, ...]:
+        """As named by FEATURES."""
+        return (
+            math.log10(self.learning_rate),
+            self.near_unit_mass,
+            math.log10(self.width),
+            math.log10(self.num_layers),
+        )
+
+
+FEATURES = ("log10_learning_rate", "near_unit_mass", "log10_width", "log10_num_layers")
+
+
+class Calibrator(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A fitted model, and where it comes from. `means` and `scales` standardise the features."""
+
+    version: Annotated[int, Meta(ge=1)] = FORMAT_VERSION
+    adapter: str
+    svd_rank: int | None
+    num_samples: int
+    features: tuple[str, ...] = FEATURES
+    weights: tuple[Finite, ...]
+    intercept: Finite
+    means: tuple[Finite, ...]
+    scales: tuple[Annotated[float, Meta(gt=0.0, le=1e9)], ...]
+    num_runs: int
+    num_diverged: int
+    held_out_error: float | None = None
+    """Expected calibration error on configurations that were held out of the fit."""
+    provenance: dict[str, str | int | float | None] = {}
+
+    def fits(self, adapter: str, svd_rank: int | None, num_samples: int) -> bool:
+        """Whether profiles of these settings are of the kind that this was fitted on."""
+        return (adapter, svd_rank, num_samples) == (self.adapter, self.svd_rank, self.num_samples)
+
+    def logit(self, example: Example) -> float:
+        rows = zip(example.features(), self.means, self.scales, self.weights, strict=True)
+        return self.intercept + sum(weight * (value - mean) / scale for value, mean, scale, weight in rows)
+
+    def probability(self, example: Example) -> float:
+        """That this run diverges, in (0, 1)."""
+        return 1.0 / (1.0 + math.exp(-min(max(self.logit(example), -50.0), 50.0)))
+
+    def max_learning_rate(self, example: Example, probability: float) -> float | None:
+        """The highest rate in LEARNING_RATES at which this model diverges with at most `probability`; None: none."""
+        if not 0.0 < probability < 1.0:
+            raise CalibrationError(f"probability {probability} must lie between 0 and 1")
+        slope = self.weights[0] / self.scales[0]
+        at_one = self.logit(_at(example, 1.0))
+        wanted = math.log(probability / (1.0 - probability))
+        low, high = map(math.log10, LEARNING_RATES)
+        if slope <= 0.0:
+            return LEARNING_RATES[1] if at_one <= wanted else None
+        found = (wanted - at_one) / slope
+        return None if found < low else 10.0 ** min(found, high)
+
+
+def _at(example: Example, learning_rate: float) -> Example:
+    return Example(
+        near_unit_mass=example.near_unit_mass,
+        learning_rate=learning_rate,
+        width=example.width,
+        num_layers=example.num_layers,
+    )
+
+
+def fit(
+    examples: Sequence[Example],
+    *,
+    adapter: str = "transformer",
+    svd_rank: int | None = None,
+    num_samples: int = 2048,
+    held_out_error: float | None = None,
+    provenance: dict[str, str | int | float | None] | None = None,
+) -> Calibrator:
+    """The maximum of the penalised likelihood, by Newton's method, in float64.
+
+    Raises CalibrationError for fewer than 20 runs, or when all of them ended alike.
+    """
+    diverged = [example.diverged for example in examples]
+    if len(examples) < MIN_RUNS or all(diverged) or not any(diverged):
+        raise CalibrationError(
+            f"{len(examples)} runs, {sum(diverged)} of them diverged: at least {MIN_RUNS} are needed, some of each kind"
+        )
+    x = torch.tensor([example.features() for example in examples], dtype=torch.float64)
+    y = torch.tensor(diverged, dtype=torch.float64)
+    means, scales = x.mean(0), x.std(0)
+    scales = torch.where(scales > 1e-9, scales, torch.ones_like(scales))
+    z = (x - means) / scales
+    weights = _newton(z, y)
+    if weights[0] < 0:  # more rate, less risk: noise, not physics
+        weights = torch.cat([torch.zeros(1, dtype=z.dtype), _newton(z[:, 1:], y)])
+    return Calibrator(
+        adapter=adapter,
+        svd_rank=svd_rank,
+        num_samples=num_samples,
+        weights=tuple(weights[:-1].tolist()),
+        intercept=float(weights[-1]),
+        means=tuple(means.tolist()),
+        scales=tuple(scales.tolist()),
+        num_runs=len(examples),
+        num_diverged=sum(diverged),
+        held_out_error=held_out_error,
+        provenance=provenance or {},
+    )
+
+
+def _newton(z: Tensor, y: Tensor) -> Tensor:
+    """Weights and, last, the intercept, which alone is not penalised. Damped, so that separable runs converge too."""
+    design = torch.cat([z, torch.ones_like(y)[:, None]], dim=1)
+    penalty = torch.full((design.shape[1],), PENALTY, dtype=z.dtype)
+    penalty[-1] = 1e-9
+    weights = torch.zeros(design.shape[1], dtype=z.dtype)
+
+    def loss(w: Tensor) -> Tensor:
+        return torch.nn.functional.binary_cross_entropy_with_logits(design @ w, y, reduction="sum") + (
+            0.5 * (penalty * w.square()).sum()
+        )
+
+    for _ in range(100):
+        p = torch.sigmoid(design @ weights)
+        gradient = design.T @ (p - y) + penalty * weights
+        curvature = design.T @ (design * (p * (1 - p))[:, None]) + torch.diag(penalty)
+        step = torch.linalg.solve(curvature, gradient)
+        size = 1.0
+        while size > 1e-6 and loss(weights - size * step) > loss(weights):
+            size /= 2
+        weights = weights - size * step
+        if gradient.abs().max() < 1e-9:
+            break
+    return weights
+
+
+def held_out(examples: Sequence[Example]) -> list[float]:
+    """The probability of each run by a model that saw no run of its configuration: of its width and depth, or, where
+    all runs share one, of its tenth of the runs. Raises CalibrationError as `fit` does."""
+    sizes = {(example.width, example.num_layers) for example in examples}
+    groups = [
+        sorted(sizes).index((example.width, example.num_layers)) if len(sizes) > 1 else index % 10
+        for index, example in enumerate(examples)
+    ]
+    found = [0.0] * len(examples)
+    for group in set(groups):
+        model = fit([example for example, other in zip(examples, groups, strict=True) if other != group])
+        for index, example in enumerate(examples):
+            if groups[index] == group:
+                found[index] = model.probability(example)
+    return found
+
+
+def calibration_error(diverged: Sequence[bool], probabilities: Sequence[float]) -> float:
+    """Expected calibration error: over ten bins of equal width, the mean gap between what was said and what came."""
+    gaps = (abs(said - came) * count for said, came, count in reliability(diverged, probabilities))
+    return sum(gaps) / len(diverged)
+
+
+def reliability(diverged: Sequence[bool], probabilities: Sequence[float]) -> list[tuple[float, float, int]]:
+    """Of each bin that is not empty: the mean probability, the share that diverged, and the number of runs."""
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for ended, probability in zip(diverged, probabilities, strict=True):
+        bins.setdefault(min(int(probability * NUM_BINS), NUM_BINS - 1), []).append((probability, ended))
+    return [
+        (sum(p for p, _ in rows) / len(rows), sum(ended for _, ended in rows) / len(rows), len(rows))
+        for _, rows in sorted(bins.items())
+    ]
+
+
+def save(calibrator: Calibrator, path: Path) -> None:
+    """Write `calibrator` as JSON."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(calibrator), indent=2) + b"\n")
+
+
+def load(path: Path) -> Calibrator:
+    """Read a calibrator. Raises CalibrationError naming the file and what is wrong with it."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CalibrationError(f"calibrator {path}: {error.strerror}") from None
+    try:
+        found = msgspec.json.decode(raw, type=Calibrator)
+    except msgspec.DecodeError as error:
+        raise CalibrationError(f"calibrator {path}: {error}") from None
+    if found.version != FORMAT_VERSION:
+        raise CalibrationError(
+            f"calibrator {path}: version {found.version}, this koopmon reads version {FORMAT_VERSION}; fit it anew"
+        )
+    if found.features != FEATURES or not len(FEATURES) == len(found.weights) == len(found.means) == len(found.scales):
+        raise CalibrationError(f"calibrator {path}: features {', '.join(found.features)}; allowed are {FEATURES}")
+    return found

@@ -1,0 +1,164 @@
+"""The calibrated probability of divergence: what is fitted, what is promised, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from scipy import optimize
+
+from koopmon.errors import CalibrationError
+from koopmon.risk.calibration import (
+    PENALTY,
+    Calibrator,
+    Example,
+    calibration_error,
+    fit,
+    held_out,
+    load,
+    reliability,
+    save,
+)
+
+
+def sweep(num_runs: int = 300, *, seed: int = 0, slope: float = 8.0) -> list[Example]:
+    """Runs whose chance to diverge is logistic in the rate, with a critical rate that falls with near-unit mass."""
+    draw = random.Random(seed)
+    examples = []
+    for _ in range(num_runs):
+        mass, log_rate, width = draw.random(), draw.uniform(-4, -1), draw.choice((64, 128, 256))
+        logit = slope * (log_rate - (-1.5 - 1.0 * mass - 0.5 * math.log10(width / 64)))
+        diverged = draw.random() < 1 / (1 + math.exp(-min(max(logit, -50.0), 50.0)))
+        examples.append(
+            Example(near_unit_mass=mass, learning_rate=10**log_rate, width=width, num_layers=4, diverged=diverged)
+        )
+    return examples
+
+
+def test_the_fit_is_the_maximum_of_the_penalised_likelihood() -> None:
+    examples = sweep()
+    calibrator = fit(examples)
+    rows = [example.features() for example in examples]
+    z = [[(v - m) / s for v, m, s in zip(row, calibrator.means, calibrator.scales, strict=True)] for row in rows]
+
+    def objective(w: list[float]) -> float:
+        logits = [w[-1] + sum(a * b for a, b in zip(w, row, strict=False)) for row in z]
+        losses = (
+            math.log1p(math.exp(-abs(t))) + max(t, 0.0) - t * e.diverged for t, e in zip(logits, examples, strict=True)
+        )
+        return sum(losses) + 0.5 * PENALTY * sum(a * a for a in w[:-1])
+
+    best = optimize.minimize(objective, [0.0] * 5, method="BFGS", options={"gtol": 1e-8})
+    assert [*calibrator.weights, calibrator.intercept] == pytest.approx(list(best.x), abs=1e-3)
+
+
+def test_it_is_calibrated_on_runs_that_it_never_saw() -> None:
+    calibrator = fit(sweep())
+    others = sweep(3000, seed=1)
+    for low in (0.0, 0.25, 0.5, 0.75):
+        chosen = [e for e in others if low <= calibrator.probability(e) < low + 0.25]
+        mean = sum(map(calibrator.probability, chosen)) / len(chosen)
+        assert sum(e.diverged for e in chosen) / len(chosen) == pytest.approx(mean, abs=0.08)
+
+
+def test_a_higher_rate_is_never_safer() -> None:
+    backwards = [
+        Example(near_unit_mass=i / 40, learning_rate=10 ** (-4 + i / 20), width=64, num_layers=4, diverged=i < 20)
+        for i in range(40)
+    ]
+    calibrator = fit(backwards)
+    assert calibrator.weights[0] == 0.0
+    assert calibrator.weights[1] < 0.0
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.5, 0.9])
+def test_the_highest_rate_has_the_probability_that_was_asked_for(probability: float) -> None:
+    calibrator = fit(sweep())
+    model = Example(near_unit_mass=0.4, learning_rate=1.0, width=128, num_layers=4)
+    rate = calibrator.max_learning_rate(model, probability)
+    assert rate is not None
+    found = Example(near_unit_mass=0.4, learning_rate=rate, width=128, num_layers=4)
+    assert calibrator.probability(found) == pytest.approx(probability, rel=1e-6)
+
+
+def test_separable_runs_give_finite_weights() -> None:
+    calibrator = fit(sweep(slope=1e4))
+    assert all(math.isfinite(w) and abs(w) < 1e3 for w in calibrator.weights)
+
+
+def test_too_few_or_one_sided_runs_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="at least 20"):
+        fit(sweep(10))
+    healthy = [Example(near_unit_mass=0.1, learning_rate=0.01, width=64, num_layers=4) for _ in range(30)]
+    with pytest.raises(CalibrationError, match="30 runs, 0 of them diverged"):
+        fit(healthy)
+    with pytest.raises(CalibrationError, match="between 0 and 1"):
+        fit(sweep()).max_learning_rate(healthy[0], 1.0)
+
+
+def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "calibrator.json"
+    calibrator = fit(sweep(), held_out_error=0.03, provenance={"runs": "sweep", "seed": 0})
+    save(calibrator, path)
+    assert load(path) == calibrator
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"version": 2}, "version 2, this koopmon reads version 1"),
+        ({"weights": [1.0]}, "features"),
+        ({"features": ["a"]}, "features a; allowed are"),
+        ({"surprise": 1}, "surprise"),
+        ({"intercept": "x"}, "intercept"),
+        (None, "truncated"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_by_name(
+    tmp_path: Path, change: dict[str, object] | None, says: str
+) -> None:
+    path = tmp_path / "calibrator.json"
+    save(fit(sweep()), path)
+    if change is None:
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CalibrationError, match=says) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"nowhere\.json: No such file"):
+        load(tmp_path / "nowhere.json")
+
+
+def test_features_are_as_named() -> None:
+    example = Example(near_unit_mass=0.25, learning_rate=0.001, width=100, num_layers=10)
+    assert example.features() == pytest.approx((-3.0, 0.25, 2.0, 1.0))
+    assert Calibrator.__struct_fields__[0] == "version"
+
+
+def test_calibration_error() -> None:
+    assert calibration_error([True, False, True, False], [0.5, 0.5, 0.5, 0.5]) == 0.0
+    assert calibration_error([False, False], [1.0, 1.0]) == 1.0
+    assert calibration_error([True, False, False, False], [0.9, 0.9, 0.1, 0.1]) == pytest.approx(0.5 * 0.4 + 0.5 * 0.1)
+
+
+def test_reliability_counts_every_run_once() -> None:
+    rows = reliability([True, False, False, True], [0.05, 0.06, 0.95, 1.0])
+    assert rows == [(pytest.approx(0.055), 0.5, 2), (pytest.approx(0.975), 0.5, 2)]
+
+
+def test_held_out_runs_have_no_part_in_their_own_probability() -> None:
+    examples = sweep()
+    wrong = [replace(e, diverged=not e.diverged) if e.width == 64 else e for e in examples]
+    told = zip(examples, held_out(examples), held_out(wrong), strict=True)
+    assert all(honest == misled for example, honest, misled in told if example.width == 64)
+    alone = [replace(e, width=128) for e in examples]
+    assert calibration_error([e.diverged for e in alone], held_out(alone)) < 0.1

@@ -1,0 +1,143 @@
+"""The online detector: calm growth scores low, lurching layers score high, and the bounds hold for any input."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from koopmon.config import RiskConfig
+from koopmon.risk.online import Observation, OnlineRisk, RiskState, assess
+
+CONFIG = RiskConfig()
+
+
+def seen(step: int, ratios: tuple[float, ...], near_unit_mass: float = 1.0) -> Observation:
+    return Observation(step=step, informative=True, update_ratios=ratios, near_unit_mass=near_unit_mass)
+
+
+def follow(series: list[tuple[int, tuple[float, ...]]], near_unit_mass: float = 1.0) -> list[OnlineRisk]:
+    state, risks = RiskState(), []
+    for step, ratios in series:
+        state, risk = assess(state, seen(step, ratios, near_unit_mass), CONFIG)
+        risks.append(risk)
+    return risks
+
+
+def test_smooth_growth_by_a_hundredfold_is_calm() -> None:
+    series = [(step, (0.04 * 1.05**step, 0.05 * 1.05**step)) for step in range(95)]
+    assert max(risk.value for risk in follow(series)) < 0.05
+
+
+def test_one_layer_that_lurches_for_one_step_is_an_alarm() -> None:
+    calm = [(step, (0.5, 0.6, 0.7, 0.7)) for step in range(20)]
+    flare = [(20, (0.5, 0.6, 0.7, 20.8)), (21, (0.5, 0.6, 0.7, 0.3))]
+    risks = follow(calm + flare)
+    assert risks[19].value == 0.0
+    assert risks[20].value > 0.9
+    assert "layer 3" in risks[20].reason
+    assert risks[21].value > 0.9
+
+
+def test_lasting_unrest_without_a_great_lurch_is_an_alarm_until_the_rate_is_cut() -> None:
+    restless = [(step, (2.0 if step % 2 else 3.2,)) for step in range(60)]
+    risks = follow(restless)
+    assert max(risk.value for risk in risks[:5]) < 0.5
+    assert risks[-1].value > 0.5
+    assert risks[-1].components["lasting"] > 1 > (risks[-1].components["peak"] + risks[-1].components["speed"]) / 2
+    state = RiskState()
+    for step, ratios in restless:
+        state, _ = assess(state, seen(step, ratios), CONFIG)
+    state, after = assess(state, replace(seen(60, (3.2,)), lr_scale=0.5), CONFIG)
+    assert after.value < 0.5
+    assert state.restlessness < 0.1
+
+
+def test_normalised_layers_may_lurch_more() -> None:
+    series = [(0, (1.0, 1.0)), (1, (1.0, 3.0)), (2, (1.0, 1.0))]
+    bare = follow(series, near_unit_mass=1.0)[-1]
+    braked = follow(series, near_unit_mass=0.2)[-1]
+    assert bare.components["unsteadiness"] / braked.components["unsteadiness"] == pytest.approx(
+        1 + CONFIG.prior_strength * 0.8
+    )
+    assert braked.value < bare.value
+
+
+@given(reliable=st.floats(0, 1), weight=st.floats(0, 1))
+def test_unreliable_modes_weaken_the_evidence_where_a_family_says_so(reliable: float, weight: float) -> None:
+    config = RiskConfig(reliability_weight=weight)
+    before, _ = assess(RiskState(), seen(0, (1.0, 1.0)), CONFIG)
+    lurch = seen(1, (1.0, 3.0))
+    _, plain = assess(before, lurch, CONFIG)
+    _, same = assess(before, replace(lurch, reliable_mode_ratio=reliable), CONFIG)
+    _, weighed = assess(before, replace(lurch, reliable_mode_ratio=reliable), config)
+    assert same.value == plain.value, "no other family is touched"
+    factor = 1 - weight * (1 - reliable)
+    assert weighed.components["unsteadiness"] == pytest.approx(plain.components["unsteadiness"] * factor)
+    assert ("reliable modes" in weighed.reason) == (factor < 1)
+
+
+def test_the_components_are_what_the_definition_says() -> None:
+    ratios = [(0.1, 0.3), (0.4, 0.2), (0.5, 1.5)]
+    risk = follow([(2 * i, r) for i, r in enumerate(ratios)])[-1]
+    z = [[math.log(u + CONFIG.update_ratio_floor) for u in r] for r in ratios]
+    first = [abs(b - a) / 2 for a, b in zip(z[0], z[1], strict=True)]
+    second = [abs(b - a) / 2 for a, b in zip(z[1], z[2], strict=True)]
+    w = CONFIG.smoothing
+    speed = max((1 - w) * w * a + w * b for a, b in zip(first, second, strict=True)) / CONFIG.speed_scale
+    peak = max(second) / CONFIG.peak_scale
+    slow, peaks = CONFIG.restlessness_smoothing, [max(first) / CONFIG.peak_scale, peak]
+    lasting = ((1 - slow) * slow * min(peaks[0], 1) + slow * min(peaks[1], 1)) / CONFIG.restlessness_scale
+    assert risk.components["lasting"] == pytest.approx(lasting)
+    v = max((peak + speed) / 2, lasting)
+    assert risk.components["peak"] == pytest.approx(peak)
+    assert risk.components["speed"] == pytest.approx(speed)
+    assert risk.value == pytest.approx(v**4 / (1 + v**4))
+
+
+def test_a_sparse_cadence_does_not_hide_an_oscillation() -> None:
+    dense = follow([(step, (1.0 if step % 2 else 4.0,)) for step in range(12)])
+    sparse = follow([(10 * step, (1.0 if step % 2 else 4.0,)) for step in range(12)])
+    assert sparse[-1].components["peak"] == pytest.approx(
+        dense[-1].components["peak"] * CONFIG.min_gap_steps / CONFIG.max_gap_steps
+    )
+
+
+def test_states_that_are_not_finite_are_the_highest_risk_and_leave_the_history_alone() -> None:
+    state, _ = assess(RiskState(), seen(0, (0.1,)), CONFIG)
+    after, risk = assess(state, Observation(step=1, informative=False, non_finite=True), CONFIG)
+    assert risk.value == 1.0
+    assert after == state
+
+
+def test_an_identity_initialisation_is_no_risk() -> None:
+    still = Observation(step=3, informative=False, reason="layers do not move", update_ratios=(0.0,))
+    state, risk = assess(RiskState(), still, CONFIG)
+    assert risk.value == 0.0
+    assert "layers do not move" in risk.reason
+    assert state.initial_near_unit_mass is None
+
+
+@pytest.mark.parametrize("again", [seen(5, (0.1,)), seen(3, (0.1,)), seen(6, (0.1, 0.2))])
+def test_a_step_that_goes_back_or_another_depth_starts_afresh(again: Observation) -> None:
+    state, _ = assess(RiskState(), seen(5, (9.0,)), CONFIG)
+    state, risk = assess(state, again, CONFIG)
+    assert risk.value == 0.0
+    assert len(state.z) == len(again.update_ratios)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1e30), st.floats(0, 1e30)), min_size=1, max_size=12),
+    st.floats(0, 1),
+    st.integers(1, 100),
+)
+def test_the_risk_is_always_a_probability(ratios: list[tuple[float, float]], mass: float, gap: int) -> None:
+    for risk in follow([(i * gap, r) for i, r in enumerate(ratios)], mass):
+        assert 0.0 <= risk.value <= 1.0
+        assert all(math.isfinite(value) for value in risk.components.values())
+
+
+def test_observations_are_frozen_copies() -> None:
+    first = seen(0, (0.1,))
+    assert replace(first, step=1) != first
