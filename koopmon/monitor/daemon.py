@@ -1,0 +1,278 @@
+"""The monitor's process: sockets, a poll loop with absolute deadlines, the order in which things open and close."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from koopmon.config import Config
+from koopmon.errors import EndpointError, ProtocolError
+from koopmon.monitor.device import check_device
+from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.metrics import Metrics
+from koopmon.monitor.rejections import Rejections
+from koopmon.monitor.service import COMMIT_SECONDS, Service
+from koopmon.monitor.store import Store
+from koopmon.monitor.web import WebServer
+from koopmon.risk import calibration
+from koopmon.wire.codec import WireLimits, decode_for_monitor, decode_shard, encode
+from koopmon.wire.messages import PROTOCOL_VERSION, MonitorMessage, Refused
+from koopmon.wire.sockets import ControlServer, DataReceiver, Poller, Waker, WireContext
+
+logger = logging.getLogger(__name__)
+
+MAX_WAIT_SECONDS = 1.0
+ALIVE_SECONDS = 10.0
+"""The loop turns at least every MAX_WAIT_SECONDS; when it has not for this long, /healthz says so."""
+BURST = 64
+"""Messages of one socket in a row before the others get their turn."""
+DRAIN_SECONDS = 60.0
+"""How long what was received may take to be profiled at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where a monitor that can serve is found; `http` is HOST:PORT."""
+
+    endpoint: str
+    data_endpoint: str
+    http: str
+
+
+class Monitor:
+    """One daemon. `run` serves until `stop`; `ready` is called once it can serve.
+
+    `bind` is the control endpoint, the one that users name; `data_bind` is by default beside it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        bind: str,
+        http: str,
+        data_bind: str | None = None,
+        device: str = "auto",
+        store_path: str | os.PathLike[str],
+        ready: Callable[[Addresses], None] | None = None,
+    ) -> None:
+        self._config = config
+        self._bind = bind
+        self._http = http
+        self._data_bind = data_bind
+        self._device = check_device(device)
+        self._calibrator = calibration.load(Path(chosen)) if (chosen := config.monitor.calibrator) else None
+        self._store_path = store_path
+        self._ready = ready
+        self._results: deque[Result] = deque()
+        self._waker = Waker()
+        self._stop = False
+        self._serving = False
+        self._turned_at = -math.inf
+
+    def stop(self) -> None:
+        """Ask `run` to end; from any thread or a signal handler."""
+        self._stop = True
+        self._waker.wake()
+
+    def run(self) -> None:
+        """Serve until `stop`, then write what was received. Raises EndpointError or StoreError when it cannot begin."""
+        with ExitStack() as stack:
+            stack.callback(self._waker.close)
+            self._open(stack)
+            logger.info("monitor: control %s, data %s, http://%s", *asdict(self._addresses).values())
+            self._turned_at = time.monotonic()
+            self._serving = True
+            if self._ready is not None:
+                self._ready(self._addresses)
+            self._loop()
+            self._serving = False
+            self._finish()
+        logger.info("monitor: stopped")
+
+    def _open(self, stack: ExitStack) -> None:
+        monitor = self._config.monitor
+        limits = WireLimits(max_message_bytes=monitor.max_message_bytes)
+        store = Store.open(self._store_path)
+        stack.callback(store.close)
+        wire = stack.enter_context(WireContext())
+        self._control = ControlServer(wire, self._bind, limits=limits)
+        self._data = DataReceiver(wire, self._data_bind or _data_beside(self._control.endpoint), limits=limits)
+        registry = CollectorRegistry()
+        metrics = Metrics(registry, _build())
+        self._rejections = Rejections(metrics, time.monotonic)
+        checks = {"healthz": self._alive, "readyz": lambda: self._serving and self._alive()}
+        web = WebServer(self._http, registry, checks)
+        stack.callback(web.close)
+        engine = Engine(
+            device=self._device,
+            svd_rank=monitor.svd_rank,
+            queue_length=monitor.queue_length,
+            max_bytes=monitor.max_pending_bytes,
+            on_result=self._take_result,
+            on_drop=lambda run: self._service.dropped(run, "engine_queue_full"),
+        )
+        stack.callback(engine.close)
+        self._engine = engine
+        self._service = Service(
+            self._config,
+            metrics=metrics,
+            store=store,
+            engine=engine,
+            rejections=self._rejections,
+            send=self._send,
+            data_endpoint=self._data.endpoint,
+            calibrator=self._calibrator,
+        )
+        self._addresses = Addresses(self._control.endpoint, self._data.endpoint, web.address)
+
+    def _loop(self) -> None:
+        poller = Poller(self._waker, self._control, self._data)
+        while not self._stop:
+            self._turned_at = time.monotonic()
+            poller.wait(max(0.0, min(self._service.next_deadline() - self._turned_at, MAX_WAIT_SECONDS)))
+            self._receive_control(BURST)
+            self._receive_data(BURST)
+            self._handle_results()
+            self._service.tick()
+
+    def _finish(self) -> None:
+        """Take in what has arrived, and see it profiled and stored; nobody is answered any more."""
+        self._service.stop()
+        while self._receive_control(BURST) + self._receive_data(BURST):
+            self._handle_results()
+        self._service.stop()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while not (done := self._engine.drain(COMMIT_SECONDS)) and time.monotonic() < deadline:
+            self._handle_results()
+            self._service.tick()
+        if not done:
+            logger.error("monitor: the engine was not done after %.0f s: its snapshots are lost", DRAIN_SECONDS)
+        self._handle_results()
+
+    def _receive_control(self, most: int) -> int:
+        """Handle up to `most` control messages; returns how many there were.
+
+        A peer of another protocol version cannot read what we say, but from our prefix it learns why it is not served.
+        """
+        for count in range(most):
+            with self._rejecting():
+                received = self._control.recv()
+                if received is None:
+                    return count
+                peer, frames = received
+                try:
+                    message = decode_for_monitor(frames, limits=self._control.limits)
+                except ProtocolError as error:
+                    if error.reason == "version":
+                        self._send(peer, Refused(run="unknown", incarnation="0" * 8, reason=error.detail[:512]))
+                    raise
+                self._service.on_control(peer, message)
+        return most
+
+    def _receive_data(self, most: int) -> int:
+        for count in range(most):
+            with self._rejecting():
+                frames = self._data.recv()
+                if frames is None:
+                    return count
+                self._service.on_shard(decode_shard(frames, limits=self._data.limits))
+        return most
+
+    @contextmanager
+    def _rejecting(self) -> Iterator[None]:
+        try:
+            yield
+        except ProtocolError as error:
+            self._rejections.note(error.reason, error.detail)
+        except Exception as error:
+            self._rejections.note("internal", f"{type(error).__name__}: {error}", cause=error)
+
+    def _handle_results(self) -> None:
+        while self._results:
+            with self._rejecting():
+                self._service.on_result(self._results.popleft())
+
+    def _take_result(self, result: Result) -> None:
+        self._results.append(result)
+        self._waker.wake()
+
+    def _send(self, peer: bytes, message: MonitorMessage) -> bool:
+        return self._control.send(peer, encode(message))
+
+    def _alive(self) -> bool:
+        return time.monotonic() - self._turned_at < ALIVE_SECONDS
+
+
+def serve(
+    config: Config,
+    *,
+    bind: str,
+    http: str,
+    data_bind: str | None = None,
+    device: str = "auto",
+    store: Path,
+    ready_file: Path | None = None,
+) -> int:
+    """Run a monitor until SIGTERM or SIGINT; returns exit status 0. To be called in the main thread.
+
+    `ready_file` gets a JSON object (endpoint, data_endpoint, http, pid) once the monitor can serve, and is removed at
+    the end. Raises ConfigError, CalibrationError, EndpointError or StoreError, each one line, when it
+    cannot begin.
+    """
+
+    def ready(addresses: Addresses) -> None:
+        if ready_file is not None:
+            _write_ready(ready_file, addresses)
+
+    monitor = Monitor(config, bind=bind, http=http, data_bind=data_bind, device=device, store_path=store, ready=ready)
+    with ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            stack.callback(signal.signal, number, signal.signal(number, lambda *_: monitor.stop()))
+        if ready_file is not None:
+            stack.callback(ready_file.unlink, missing_ok=True)
+        monitor.run()
+    return 0
+
+
+def _write_ready(path: Path, addresses: Addresses) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps({**asdict(addresses), "pid": os.getpid()}), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise EndpointError(f"ready file {path}: cannot be written: {error.strerror}") from None
+
+
+def _data_beside(endpoint: str) -> str:
+    """A data endpoint beside a control endpoint: another port of its address, or another socket in its directory."""
+    if endpoint.startswith("ipc://"):
+        return f"{endpoint}-data"
+    return f"{endpoint.rpartition(':')[0]}:0"
+
+
+def _build() -> dict[str, str]:
+    try:
+        ours = version("koopmon")
+    except PackageNotFoundError:
+        ours = "unknown"
+    return {
+        "version": ours,
+        "protocol": str(PROTOCOL_VERSION),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }

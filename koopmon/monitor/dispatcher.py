@@ -1,0 +1,139 @@
+"""From verdicts to answered commands: recorded, then sent to rank 0, offered again, and accounted for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from koopmon.errors import ProtocolError
+from koopmon.monitor.guard import Guard, Verdict
+from koopmon.monitor.metrics import Metrics
+from koopmon.monitor.policy import Decision
+from koopmon.monitor.runs import Run
+from koopmon.monitor.sample import Sample
+from koopmon.monitor.store import Store
+from koopmon.wire.messages import Ack, Command, MonitorMessage
+
+if TYPE_CHECKING:
+    from koopmon.spectral import SpectralProfile
+
+logger = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """A decision is in the store before its first command is offered to `send(peer, message)`."""
+
+    def __init__(
+        self,
+        *,
+        metrics: Metrics,
+        store: Store,
+        send: Callable[[bytes, MonitorMessage], bool],
+        wall: Callable[[], float],
+    ) -> None:
+        self._metrics = metrics
+        self._store = store
+        self._send = send
+        self._wall = wall
+
+    def judge(
+        self, now: float, run: Run, guard: Guard, sample: Sample, profile: SpectralProfile | None, *, decide: bool
+    ) -> None:
+        """Let the guard judge a snapshot, record the verdict, then send what follows from it, unless it only watches.
+
+        A `profile` of None means that the states were not finite; without `decide` nothing follows.
+        """
+        try:
+            if profile is not None:
+                guard.score_initially(sample.step, profile)
+            verdict = guard.judge(now, sample, profile, step=run.step, decide=decide)
+        except Exception:
+            # A detector or policy that fails on one snapshot must not end the monitoring of every run.
+            logger.exception("run %s step %d: cannot be judged", run.name, sample.step)
+            self._metrics.add("engine_failures")
+            return
+        if guard.initial is not None:
+            self._metrics.set("initial_risk", guard.initial.score, run.name)
+        self._metrics.set("risk", verdict.risk.value, run.name)
+        self._metrics.set("divergence_probability", guard.divergence_probability, run.name)
+        self._record(run, guard, sample, verdict, non_finite=profile is None)
+        if verdict.decision is not None and verdict.remarkable:
+            self._issue(run, guard, sample, verdict, verdict.decision)
+
+    def _record(self, run: Run, guard: Guard, sample: Sample, verdict: Verdict, *, non_finite: bool) -> None:
+        at = self._wall()
+        self._store.record_observation(
+            at,
+            run.name,
+            run.incarnation,
+            sample.step,
+            scalars={"learning_rate": sample.learning_rate, "loss": sample.loss, "grad_norm": sample.grad_norm},
+            lr_scale=sample.lr_scale,
+            kss_alpha=sample.kss_alpha,
+            non_finite=non_finite,
+            observation=verdict.observation,
+            risk=verdict.risk.value,
+            reason=verdict.risk.reason,
+            components=verdict.risk.components,
+        )
+        self._store.record_memory(at, run.name, run.incarnation, guard.memory())
+
+    def _issue(self, run: Run, guard: Guard, sample: Sample, verdict: Verdict, decision: Decision) -> None:
+        for command in verdict.replaced:
+            # Its answer may still be on its way, and then it takes the place of this.
+            self._store.record_outcome(command.id, "unanswered")
+        self._store.record_decision(
+            self._wall(),
+            run.name,
+            run.incarnation,
+            sample.step,
+            phase=decision.phase,
+            reason=decision.reason,
+            risk=verdict.risk.value,
+            commands=verdict.commands,
+            outcome="pending" if guard.sends else "dry_run",
+        )
+        logger.info(
+            "run %s step %d: %s: %s (risk %.2f)%s",
+            run.name,
+            sample.step,
+            decision.phase,
+            decision.reason,
+            verdict.risk.value,
+            "" if guard.sends or not verdict.commands else ", not sent",
+        )
+        for command in verdict.commands:
+            if guard.sends:
+                self._offer(run, command)
+            self._metrics.add("commands", run.name, command.kind, "sent" if guard.sends else "dry_run")
+
+    def acknowledge(self, now: float, run: Run, guard: Guard, ack: Ack) -> None:
+        """Take rank 0's answer. Raises ProtocolError when no command of this monitor has its id."""
+        self._store.record_ack(self._wall(), ack)
+        kind = guard.acknowledge(now, ack)
+        if kind is None:
+            raise ProtocolError("unknown_command", f"run {run.name} answers {ack.command_id}, which is not known")
+        self._metrics.add("commands", run.name, kind, ack.outcome)
+        detail = f" ({ack.detail!r})" if ack.detail else ""
+        logger.info("run %s step %d: %s %s%s", run.name, ack.step, kind, ack.outcome, detail)
+
+    def offer_again(self, now: float, run: Run, guard: Guard) -> None:
+        """Give up commands past their expiry, and offer again those that wait for an answer too long."""
+        self._unanswered(guard.give_up(now, run.step, run.applied))
+        for command in guard.due(now):
+            self._offer(run, command)
+
+    def abandon(self, run: Run, guard: Guard) -> None:
+        """The run is over, or its incarnation: nothing more is to be expected."""
+        self._unanswered(guard.abandon())
+
+    def _offer(self, run: Run, command: Command) -> None:
+        leader = run.leader
+        if leader is not None:
+            self._send(leader.identity, command)
+
+    def _unanswered(self, commands: Iterable[Command]) -> None:
+        for command in commands:
+            self._metrics.add("commands", command.run, command.kind, "unanswered")
+            self._store.record_outcome(command.id, "unanswered")

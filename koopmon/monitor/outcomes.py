@@ -1,0 +1,79 @@
+"""What became of recorded runs: the examples that a calibrator is fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from koopmon.monitor.history import History
+from koopmon.risk.calibration import Example
+from koopmon.risk.initial import initial_risk
+from koopmon.spectral import SpectralProfile
+
+MAX_LOSS, MAX_GRADIENT_NORM = 50.0, 500.0
+"""The paper's rule of divergence (METHOD section 4); states that are not finite count too."""
+MAX_FIRST_STEP = 10
+"""A profile later than this is none of the initialisation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a calibrator belongs to."""
+
+    adapter: str
+    svd_rank: int | None
+    num_samples: int
+
+    def __str__(self) -> str:
+        rank = "full rank" if self.svd_rank is None else f"svd_rank {self.svd_rank}"
+        return f"{self.adapter}, {rank}, N {self.num_samples}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One incarnation of a run. `example` is None when it cannot serve, and `why` says so."""
+
+    run: str
+    settings: Settings | None
+    example: Example | None
+    why: str = ""
+
+
+def outcomes(history: History) -> Iterator[Outcome]:
+    """Every incarnation of every run in the store."""
+    for run in history.runs():
+        rows, profiles = list(history.observations(run)), list(history.profiles(run))
+        for incarnation in history.incarnations(run):
+            seen = [row for row in rows if row.incarnation == incarnation.incarnation]
+            rates = [row.learning_rate for row in seen if row.learning_rate]
+            first = next((p for p in profiles if p.incarnation == incarnation.incarnation and p.profile), None)
+            if first is None or first.profile is None or first.step > MAX_FIRST_STEP or incarnation.hello is None:
+                yield Outcome(run, None, None, f"no profile of its first {MAX_FIRST_STEP} steps")
+                continue
+            profile = SpectralProfile.from_dict(first.profile)
+            settings = Settings(incarnation.hello.adapter, profile.svd_rank, profile.num_samples)
+            initial = initial_risk(profile)
+            if initial.score is None:
+                yield Outcome(run, settings, None, f"its first profile is not informative: {initial.reason}")
+            elif not rates:
+                yield Outcome(run, settings, None, "its learning rate is not known")
+            elif any(row.lr_scale < 1.0 or row.kss_alpha > 0.0 for row in seen):
+                yield Outcome(run, settings, None, "it was acted upon, so what would have become of it is not known")
+            else:
+                diverged = any(
+                    row.non_finite
+                    or (row.loss is not None and not row.loss <= MAX_LOSS)
+                    or (row.grad_norm is not None and not row.grad_norm <= MAX_GRADIENT_NORM)
+                    for row in seen
+                )
+                yield Outcome(
+                    run,
+                    settings,
+                    Example(
+                        near_unit_mass=initial.score,
+                        learning_rate=max(rates),
+                        width=max(incarnation.hello.width, 1),
+                        num_layers=max(profile.num_layers, 1),
+                        diverged=diverged,
+                    ),
+                )

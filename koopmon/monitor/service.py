@@ -1,0 +1,302 @@
+"""What the monitor does with each message, each profile and the passing of time. The sockets are the daemon's."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from koopmon.config import Config
+from koopmon.monitor.assembler import Assembler, Snapshot
+from koopmon.monitor.dispatcher import Dispatcher
+from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.guard import Guard
+from koopmon.monitor.metrics import KEPT_WHEN_VANISHED, Metrics
+from koopmon.monitor.rejections import Rejections
+from koopmon.monitor.runs import AdmissionError, Event, Run, RunRegistry, RunState
+from koopmon.monitor.sample import Sample
+from koopmon.monitor.store import Store
+from koopmon.monitor.watch import Watch, show_run
+from koopmon.wire.codec import ReceivedShard
+from koopmon.wire.messages import (
+    Ack,
+    AgentMessage,
+    Applied,
+    Goodbye,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    MonitorMessage,
+    Refused,
+    Welcome,
+)
+
+if TYPE_CHECKING:
+    from koopmon.risk.calibration import Calibrator
+    from koopmon.spectral import SpectralProfile
+
+logger = logging.getLogger(__name__)
+
+COMMIT_SECONDS = 0.5
+WATCH_SECONDS = 0.25
+"""How long a command may wait past its time to be offered again."""
+
+
+class Service:
+    """`send(peer, message)` offers a message and tells whether it was taken; nothing here waits for anything."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        metrics: Metrics,
+        store: Store,
+        engine: Engine,
+        rejections: Rejections,
+        send: Callable[[bytes, MonitorMessage], bool],
+        data_endpoint: str,
+        calibrator: Calibrator | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._store = store
+        self._engine = engine
+        self._rejections = rejections
+        self._send = send
+        self._data_endpoint = data_endpoint
+        self._calibrator = calibrator
+        self._clock = clock
+        self._wall = wall
+        self._stopping = False
+        self._commit_at = math.inf
+        self._dispatcher = Dispatcher(metrics=metrics, store=store, send=send, wall=wall)
+        self._registry = RunRegistry(config.monitor)
+        self._watches: dict[str, Watch] = {}
+        self._assembler = Assembler(
+            timeout_seconds=config.monitor.assemble_timeout_seconds,
+            max_bytes=config.monitor.max_pending_bytes,
+            min_samples=2 * config.monitor.svd_rank,
+            on_drop=self.dropped,
+        )
+
+    def on_control(self, peer: bytes, message: AgentMessage) -> None:
+        """A message of an agent, from the transport address `peer`. Raises ProtocolError when it must be refused."""
+        now = self._clock()
+        if isinstance(message, Hello):
+            if not self._stopping:
+                self._on_hello(now, peer, message)
+            return
+        run = self._registry.heard(now, message, peer)
+        if isinstance(message, Heartbeat):
+            self._on_heartbeat(now, peer, run, message)
+        elif isinstance(message, Ack):
+            self._watches[run.name].applied_changed(message.applied)
+            show_run(self._metrics, run)
+            self._dispatcher.acknowledge(now, run, self._watches[run.name].guard, message)
+        else:
+            self._on_goodbye(run, message)
+        self._touched()
+
+    def on_shard(self, received: ReceivedShard) -> None:
+        """A shard of an agent. Raises ProtocolError when it must be refused."""
+        now, header = self._clock(), received.header
+        run = self._registry.received(now, header)
+        for snapshot in self._assembler.add(now, header, received.points()):
+            self._submit(snapshot)
+        show_run(self._metrics, run)
+
+    def on_result(self, result: Result) -> None:
+        """A snapshot came out of the engine."""
+        snapshot = result.snapshot
+        if result.again:
+            self._on_kreiss(result)
+            return
+        self._metrics.observe_duration(result.seconds)
+        if result.failed:
+            self._metrics.add("engine_failures")
+            self.dropped(snapshot.run, "engine_failed")
+            return
+        self._store.record_profile(
+            self._wall(),
+            snapshot.run,
+            snapshot.incarnation,
+            snapshot.step,
+            num_shards=snapshot.num_shards,
+            masked=snapshot.masked,
+            seconds=result.seconds,
+            profile=None if result.profile is None else result.profile.to_dict(),
+            observables=snapshot.observables,
+        )
+        self._touched()
+        run = self._registry.get(snapshot.run)
+        if run is None or run.incarnation != snapshot.incarnation or run.state is RunState.VANISHED:
+            return
+        profile = result.profile
+        self._metrics.set_layers(run.name, profile)
+        self._metrics.set_observables(run.name, snapshot.observables)
+        self._metrics.set("informative", float(profile is not None and profile.informative), run.name)
+        self._judge(run, Sample.of_snapshot(snapshot), profile)
+
+    def tick(self) -> None:
+        """Do what time has made due."""
+        now = self._clock()
+        for snapshot in self._assembler.expire(now):
+            self._submit(snapshot)
+        for event in self._registry.expire(now):
+            self._on_event(event)
+        for run in () if self._stopping else self._registry:
+            if run.state is RunState.RUNNING:
+                self._dispatcher.offer_again(now, run, self._watches[run.name].guard)
+        if now >= self._commit_at:
+            self._commit_at = math.inf
+            self._store.commit()
+        self._metrics.set("engine_queue_length", self._engine.queue_length)
+        self._metrics.set("store_recording", float(self._store.recording))
+
+    def next_deadline(self) -> float:
+        """When `tick` has something to do next, on the service's clock; infinity when never."""
+        waiting = any(watch.guard.waiting for watch in self._watches.values())
+        watch_at = self._clock() + WATCH_SECONDS if waiting else math.inf
+        return min(self._assembler.next_deadline(), self._registry.next_deadline(), self._commit_at, watch_at)
+
+    def stop(self) -> None:
+        """From now on answer nothing and decide nothing; hand what waits for missing shards to the engine."""
+        self._stopping = True
+        for snapshot in self._assembler.flush():
+            self._submit(snapshot)
+
+    def dropped(self, run: str, reason: str) -> None:
+        """Count a snapshot that was lost in the monitor."""
+        if self._shown(run):
+            self._metrics.add("snapshots_dropped", run, reason)
+
+    def _on_hello(self, now: float, peer: bytes, hello: Hello) -> None:
+        earlier = self._store.incarnations(hello.run)
+        retired = earlier[:-1] if hello.incarnation in earlier[-1:] else earlier
+        before = self._registry.get(hello.run)
+        try:
+            admission, events = self._registry.admit(now, hello, peer, retired=retired)
+        except AdmissionError as error:
+            self._rejections.note("refused", str(error))
+            self._answer(peer, Refused(run=hello.run, incarnation=hello.incarnation, reason=str(error)[:512]))
+            return
+        for event in events:
+            self._on_event(event)
+        run = admission.run
+        if admission.new_incarnation:
+            if before is not None and admission.replaced is not None:
+                self._assembler.forget(run.name, admission.replaced)
+                self._dispatcher.abandon(before, self._watches[run.name].guard)
+            self._begin(run, hello, before, known=hello.incarnation in earlier)
+        elif hello.process_rank == 0:
+            self._watches[run.name].guard.describe(hello)
+        self._store.record_hello(self._wall(), hello)
+        self._touched()
+        show_run(self._metrics, run)
+        self._answer(
+            peer,
+            Welcome(
+                run=run.name,
+                incarnation=run.incarnation,
+                data_endpoint=self._data_endpoint,
+                heartbeat_seconds=self._config.monitor.heartbeat_seconds,
+                restore=None if admission.settled else self._watches[run.name].restore,
+            ),
+        )
+
+    def _begin(self, run: Run, hello: Hello, before: Run | None, *, known: bool) -> None:
+        """Watch an incarnation. `before` is the one it replaced; `known`: an earlier monitor has watched it already."""
+        restore = before.applied if before is not None else None
+        if before is None and not known:
+            restore = self._store.last_applied(run.name, other_than=run.incarnation)
+        if restore in (Applied(), hello.applied):
+            restore = None
+        self._store.abandon_pending(run.name)
+        memory = self._store.memory(run.name, run.incarnation)
+        guard = Guard(self._config, hello, restore or hello.applied, memory=memory, calibrator=self._calibrator)
+        self._watches[run.name] = Watch(guard, restore=restore)
+        words = (run.name, run.incarnation, hello.step, hello.adapter, hello.world_size)
+        logger.info("run %s: incarnation %s at step %d, adapter %r, %d ranks", *words)
+
+    def _on_kreiss(self, result: Result) -> None:
+        snapshot, profile = result.snapshot, result.profile
+        assert profile is not None, "a second result always has a profile"
+        place = (snapshot.run, snapshot.incarnation, snapshot.step)
+        self._store.replace_profile(self._wall(), *place, profile.to_dict(), snapshot.observables)
+        run = self._registry.get(snapshot.run)
+        if run is not None and run.incarnation == snapshot.incarnation and run.state is not RunState.VANISHED:
+            self._metrics.set_layers(run.name, profile)
+
+    def _judge(self, run: Run, sample: Sample, profile: SpectralProfile | None) -> None:
+        decide = run.state is RunState.RUNNING and not self._stopping
+        self._dispatcher.judge(self._clock(), run, self._watches[run.name].guard, sample, profile, decide=decide)
+
+    def _on_not_finite(self, run: Run, heartbeat: Heartbeat) -> None:
+        """An agent kept a snapshot because its states were not finite: that is an observation all the same."""
+        if not self._watches[run.name].newly_not_finite(heartbeat.step):
+            return
+        self._metrics.set("informative", 0.0, run.name)
+        self._judge(run, Sample.of_heartbeat(heartbeat), None)
+
+    def _on_heartbeat(self, now: float, peer: bytes, run: Run, heartbeat: Heartbeat) -> None:
+        watch = self._watches[run.name]
+        show_run(self._metrics, run)
+        for reason, more in watch.new_drops(heartbeat):
+            self._metrics.add("snapshots_dropped", run.name, reason, amount=more)
+            if reason == "not_finite":
+                self._on_not_finite(run, heartbeat)
+        if watch.row_due(now, heartbeat):
+            self._store.record_heartbeat(self._wall(), heartbeat)
+        if heartbeat.process_rank == 0 and watch.applied_changed(heartbeat.applied):
+            self._store.record_applied(self._wall(), run.name, run.incarnation, heartbeat.step, heartbeat.applied)
+        self._answer(peer, HeartbeatReply(run=run.name, incarnation=run.incarnation))
+
+    def _on_goodbye(self, run: Run, goodbye: Goodbye) -> None:
+        if run.state is RunState.ENDED:
+            self._ended(run, goodbye.reason or "goodbye")
+        show_run(self._metrics, run)
+
+    def _on_event(self, event: Event) -> None:
+        run = event.run
+        if event.kind == "removed":
+            self._assembler.forget(run.name, run.incarnation)
+            self._metrics.end_run(run.name)
+            del self._watches[run.name]
+        elif event.kind == "ended":
+            self._ended(run, "silent after the goodbye of another rank")
+            show_run(self._metrics, run)
+        else:
+            logger.warning("run %s vanished at step %d", run.name, run.step)
+            self._dispatcher.abandon(run, self._watches[run.name].guard)
+            self._store.record_state(self._wall(), run.name, run.incarnation, RunState.VANISHED)
+            self._metrics.end_run(run.name, keep=KEPT_WHEN_VANISHED)
+            self._metrics.set("run_state", RunState.VANISHED, run.name)
+        self._touched()
+
+    def _ended(self, run: Run, reason: str) -> None:
+        logger.info("run %s ended at step %d: %r", run.name, run.step, reason)
+        self._dispatcher.abandon(run, self._watches[run.name].guard)
+        self._store.record_state(self._wall(), run.name, run.incarnation, RunState.ENDED, end_reason=reason)
+
+    def _submit(self, snapshot: Snapshot) -> None:
+        if self._shown(snapshot.run):
+            self._metrics.add("snapshots_received", snapshot.run)
+            self._metrics.set("last_snapshot_timestamp_seconds", self._wall(), snapshot.run)
+        self._engine.submit(snapshot, wait=self._stopping)
+
+    def _shown(self, name: str) -> bool:
+        """Whether a run has all of its series."""
+        run = self._registry.get(name)
+        return run is not None and run.state is not RunState.VANISHED
+
+    def _answer(self, peer: bytes, message: MonitorMessage) -> None:
+        if not self._stopping:
+            self._send(peer, message)
+
+    def _touched(self) -> None:
+        """The store has something to commit before long."""
+        self._commit_at = min(self._commit_at, self._clock() + COMMIT_SECONDS)

@@ -1,0 +1,68 @@
+"""What the monitor remembers of one run beside the registry's entry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from koopmon.monitor.guard import Guard
+from koopmon.monitor.metrics import Metrics
+from koopmon.monitor.runs import Run
+from koopmon.wire.messages import Applied, Heartbeat
+
+HEARTBEAT_ROW_SECONDS = 10.0
+
+
+@dataclass(slots=True)
+class Watch:
+    """One incarnation of a run. `restore` is what an earlier one had in force, to be handed to each rank once."""
+
+    guard: Guard
+    restore: Applied | None = None
+    _drops: dict[tuple[int, str], int] = field(default_factory=dict)
+    _heartbeat_rows: dict[int, float] = field(default_factory=dict)
+    _applied: Applied | None = None
+    _not_finite_step: int = -1
+
+    def new_drops(self, heartbeat: Heartbeat) -> Iterator[tuple[str, int]]:
+        """Reasons and how many shards were dropped for each since this rank's last heartbeat: agents report totals."""
+        for reason, total in heartbeat.dropped.items():
+            key = (heartbeat.process_rank, reason)
+            more = total - self._drops.get(key, 0)
+            self._drops[key] = total
+            if more > 0:
+                yield reason, more
+
+    def row_due(self, now: float, heartbeat: Heartbeat) -> bool:
+        """Whether this heartbeat is to be recorded: one of each rank every HEARTBEAT_ROW_SECONDS."""
+        due = now - self._heartbeat_rows.get(heartbeat.process_rank, -math.inf) >= HEARTBEAT_ROW_SECONDS
+        if due:
+            self._heartbeat_rows[heartbeat.process_rank] = now
+        return due
+
+    def applied_changed(self, applied: Applied) -> bool:
+        """Whether rank 0 reports something else in force than the last time; notes it."""
+        changed = applied != self._applied
+        self._applied = applied
+        return changed
+
+    def newly_not_finite(self, step: int) -> bool:
+        """Whether this is the first word of states that were not finite at `step` or later; notes it."""
+        newly = step > self._not_finite_step
+        self._not_finite_step = max(step, self._not_finite_step)
+        return newly
+
+
+def show_run(metrics: Metrics, run: Run) -> None:
+    """Put what the registry knows of a run that has not vanished into its series."""
+    if metrics.value("snapshots_received", run.name) is None:
+        metrics.begin_run(run.name)
+    metrics.set("run_state", run.state, run.name)
+    metrics.set("step", run.step, run.name)
+    metrics.set("lr_scale", run.applied.lr_scale, run.name)
+    metrics.set("kss_alpha", run.applied.kss.alpha, run.name)
+    heartbeats = [peer.heartbeat for peer in run.peers.values() if peer.heartbeat is not None]
+    if heartbeats:
+        metrics.set("agent_overhead_ratio", max(each.overhead_ratio for each in heartbeats), run.name)
+        metrics.set("taps_missing", sum(each.taps_missing for each in heartbeats), run.name)

@@ -1,0 +1,109 @@
+"""The monitor's pages: /metrics, /healthz, /readyz, and an index of them."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+import threading
+from collections.abc import Callable, Mapping
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from koopmon.errors import EndpointError
+
+STOP_SECONDS = 5.0
+INDEX = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>koopmon monitor</title></head>
+<body><h1>koopmon monitor</h1><ul>
+<li><a href="metrics">metrics</a></li><li><a href="healthz">healthz</a></li><li><a href="readyz">readyz</a></li>
+</ul></body></html>
+"""
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`, loopback only; port 0 leaves the choice to the system. Raises EndpointError."""
+    match = re.fullmatch(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):(?P<port>[0-9]{1,5})", address)
+    if match is None or int(match["port"]) > 65535:
+        raise EndpointError(f"http {address!r}: expected HOST:PORT with a port from 0 to 65535, as 127.0.0.1:9464")
+    host = match["host"].strip("[]")
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise EndpointError(f"http {address!r}: only loopback (127.0.0.1, [::1], localhost): put a proxy before it")
+    return ("127.0.0.1" if host == "localhost" else host), int(match["port"])
+
+
+def listen(address: str) -> socket.socket:
+    """A listening socket at `HOST:PORT`. Raises EndpointError when the address is refused or in use."""
+    host, port = parse_address(address)
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise EndpointError(f"http {address!r}: {error.strerror}: choose another --http address") from None
+    return listener
+
+
+class WebServer:
+    """Serves the pages from a thread of its own; `address` is the actual HOST:PORT.
+
+    `checks` names the pages that answer 200 "ok" while their function returns True, else 503.
+    """
+
+    def __init__(self, address: str, registry: CollectorRegistry, checks: Mapping[str, Callable[[], bool]]) -> None:
+        self._socket = listen(address)
+        host, port = self._socket.getsockname()[:2]
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        config = uvicorn.Config(
+            _application(registry, checks),
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=2,
+        )
+        self._server = uvicorn.Server(config)
+        # Outside the main thread uvicorn leaves the signals alone.
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, name="koopmon-web", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Finish what is being answered, then stop listening."""
+        self._server.should_exit = True
+        self._thread.join(STOP_SECONDS)
+        self._socket.close()
+
+
+def _application(registry: CollectorRegistry, checks: Mapping[str, Callable[[], bool]]) -> Starlette:
+    # Plain functions: starlette runs them in a thread, so a scrape does not hold up a health check.
+    def index(_: Request) -> Response:
+        return HTMLResponse(INDEX)
+
+    def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), media_type=content_type)
+
+    def check(name: str) -> Callable[[Request], Response]:
+        def answer(_: Request) -> Response:
+            fine = checks[name]()
+            return PlainTextResponse("ok\n" if fine else "not now\n", status_code=200 if fine else 503)
+
+        return answer
+
+    pages = [Route("/", index), Route("/metrics", metrics)]
+    return Starlette(routes=[*pages, *(Route(f"/{name}", check(name)) for name in checks)])

@@ -1,0 +1,330 @@
+"""A monitor in a thread or in a process of its own, and a scripted agent that speaks to it over real sockets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from torch import Tensor
+
+from koopmon.config import Config, from_mapping
+from koopmon.monitor.daemon import Addresses, Monitor
+from koopmon.monitor.history import History
+from koopmon.monitor.store import Store
+from koopmon.wire.codec import WireLimits, decode_for_agent, encode
+from koopmon.wire.messages import (
+    Ack,
+    AgentMessage,
+    Applied,
+    Command,
+    Goodbye,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    MonitorMessage,
+    Refused,
+    Shard,
+    Welcome,
+)
+from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
+
+WAIT_SECONDS = 60.0
+Waiter = Callable[[Callable[[], Any]], Any]
+
+
+def wait_until(condition: Callable[[], Any]) -> Any:
+    """The first true value of `condition`; fails when it does not come."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+    return value
+
+
+def make_states(step: int, *, num_points: int = 4, rows: int = 96, width: int = 12) -> Tensor:
+    """A residual stream in bfloat16 that changes smoothly with the step."""
+    generator = torch.Generator().manual_seed(7)
+    updates = torch.randn((num_points, rows, width), generator=generator)
+    return torch.cumsum(updates * (1 + 0.001 * step), dim=0).bfloat16()
+
+
+class ScriptedAgent:
+    """One rank that says exactly what a test tells it to."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        run: str = "job",
+        incarnation: str = "aaaaaaaa",
+        rank: int = 0,
+        num_senders: int = 1,
+    ) -> None:
+        self.name = {"run": run, "incarnation": incarnation}
+        self.rank, self.num_senders = rank, num_senders
+        self.context = WireContext()
+        self.control = ControlClient(self.context, endpoint)
+        self.data: DataSender | None = None
+        self._poller = Poller(self.control)
+        self.seen: list[MonitorMessage] = []
+
+    def send(self, message: AgentMessage) -> None:
+        self.send_frames(encode(message))
+
+    def send_frames(self, frames: Any) -> None:
+        wait_until(lambda: self.control.send(frames))
+
+    def hello(self, **fields: Any) -> Welcome | Refused:
+        """Say hello and wait for the answer; a welcome opens the data channel."""
+        values = {
+            "process_rank": self.rank,
+            "world_size": max(self.num_senders, self.rank + 1),
+            "num_senders": self.num_senders,
+            "adapter": "transformer",
+            "num_layers": 3,
+            "width": 12,
+            "acts": True,
+            "step": 0,
+            "applied": Applied(),
+            "koopmon_version": "0",
+            "torch_version": "0",
+        }
+        self.send(Hello(**self.name, **{**values, **fields}))
+        answer = self.expect((Welcome, Refused))
+        if isinstance(answer, Welcome):
+            if self.data is not None:
+                self.data.close()
+            self.data = DataSender(self.context, answer.data_endpoint, queue_length=64)
+        return answer
+
+    def heartbeat(self, step: int = 1, **fields: Any) -> None:
+        """Send a heartbeat and wait for its reply."""
+        values = {"process_rank": self.rank, "step": step, "applied": Applied()}
+        self.send(Heartbeat(**self.name, **{**values, **fields}))
+        self.expect(HeartbeatReply)
+
+    def acknowledge(self, command: Command, outcome: Any, applied: Applied, step: int = 1) -> None:
+        self.send(Ack(**self.name, command_id=command.id, outcome=outcome, step=step, applied=applied))
+
+    def goodbye(self, step: int = 9, reason: str = "finished") -> None:
+        self.send(Goodbye(**self.name, process_rank=self.rank, step=step, reason=reason))
+
+    def snapshot(self, step: int, states: Tensor | None = None, **fields: Any) -> None:
+        """Send this rank's shard of a snapshot."""
+        states = make_states(step) if states is None else states
+        shard = Shard(
+            **self.name,
+            **{
+                "process_rank": self.rank,
+                "num_senders": self.num_senders,
+                "step": step,
+                "first_point": 0,
+                "num_points": states.shape[0],
+                "num_samples": states.shape[1],
+                "width": states.shape[2],
+                "dtype": "bfloat16",
+                "learning_rate": 0.1,
+                "loss": 2.0,
+                **fields,
+            },
+        )
+        self.send_data(encode(shard, states))
+
+    def send_data(self, frames: Any) -> None:
+        data = self.data
+        assert data is not None, "hello comes first"
+        wait_until(lambda: data.send(frames) is None)
+
+    def expect(self, kind: Any) -> Any:
+        """The next message of `kind`; what else comes is kept in `seen`."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < deadline:
+            frames = self.control.recv()
+            if frames is None:
+                self._poller.wait(0.5)
+                continue
+            message = decode_for_agent(frames, limits=WireLimits())
+            self.seen.append(message)
+            if isinstance(message, kind):
+                return message
+        raise AssertionError(f"no {kind} came, only {self.seen}")
+
+    def expect_command(self, kind: str) -> Command:
+        while True:
+            command: Command = self.expect(Command)
+            if command.kind == kind:
+                return command
+
+    def close(self) -> None:
+        self.context.close()
+
+
+class Served:
+    """What monitors in a thread and in a process have in common: addresses, pages, history."""
+
+    addresses: Addresses
+    store: Path
+
+    def samples(self) -> dict[str, float]:
+        """Every sample of /metrics, as `name{label="value",...}` without the prefix."""
+        text = httpx.get(f"http://{self.addresses.http}/metrics", timeout=30.0).text
+        found = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                labels = ",".join(f'{key}="{value}"' for key, value in sorted(sample.labels.items()))
+                found[sample.name.removeprefix("koopmon_") + (f"{{{labels}}}" if labels else "")] = sample.value
+        return found
+
+    def sample(self, name: str) -> float | None:
+        return self.samples().get(name)
+
+    def history(self) -> History:
+        return Store.open_readonly(self.store)
+
+
+class ThreadedMonitor(Served):
+    """A monitor in a thread of this process."""
+
+    def __init__(self, config: Config, store: Path, bind: str) -> None:
+        self.store = store
+        told: list[Addresses] = []
+        self.monitor = Monitor(config, bind=bind, http="127.0.0.1:0", device="cpu", store_path=store, ready=told.append)
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        wait_until(lambda: told or self.error)
+        if self.error is not None:
+            raise self.error
+        (self.addresses,) = told
+
+    def _run(self) -> None:
+        try:
+            self.monitor.run()
+        except BaseException as error:
+            self.error = error
+
+    def stop(self) -> None:
+        self.monitor.stop()
+        self._thread.join(WAIT_SECONDS)
+        assert not self._thread.is_alive()
+        assert self.error is None
+
+
+SERVE = """
+import json, logging, sys
+from pathlib import Path
+from koopmon.config import from_mapping
+from koopmon.errors import KoopmonError
+from koopmon.monitor.daemon import serve
+logging.basicConfig(level=logging.INFO)
+given = json.loads(sys.argv[1])
+try:
+    status = serve(from_mapping(given["config"]), bind=given["bind"], http="127.0.0.1:0", device="cpu",
+                   store=Path(given["store"]), ready_file=Path(given["ready"]))
+except KoopmonError as error:
+    print(error, file=sys.stderr)
+    status = error.exit_status
+sys.exit(status)
+"""
+
+
+class MonitorProcess(Served):
+    """A monitor in a process of its own, which can be signalled and killed."""
+
+    def __init__(self, tables: dict[str, Any], store: Path, bind: str, directory: Path) -> None:
+        self.store = store
+        self.ready_file = directory / "ready.json"
+        self.log = directory / "monitor.log"
+        given = {"config": tables, "bind": bind, "store": str(store), "ready": str(self.ready_file)}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SERVE, json.dumps(given)],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        wait_until(lambda: self.ready_file.exists() or self.process.poll() is not None)
+        assert self.process.poll() is None, self.log.read_text()
+        told = json.loads(self.ready_file.read_text())
+        assert told.pop("pid") == self.process.pid
+        self.addresses = Addresses(**told)
+
+    def end(self, number: signal.Signals) -> int:
+        """Send a signal; returns the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(WAIT_SECONDS)
+
+
+@pytest.fixture
+def until() -> Waiter:
+    return wait_until
+
+
+@pytest.fixture
+def store_path(tmp_path: Path) -> Path:
+    return tmp_path / "history.sqlite3"
+
+
+@pytest.fixture
+def start_monitor(store_path: Path) -> Iterator[Callable[..., ThreadedMonitor]]:
+    """Start a monitor in a thread; `tables` is its configuration."""
+    started: list[ThreadedMonitor] = []
+
+    def start(*, bind: str = "tcp://127.0.0.1:0", store: Path | None = None, **tables: Any) -> ThreadedMonitor:
+        started.append(ThreadedMonitor(from_mapping(tables), store or store_path, bind))
+        return started[-1]
+
+    yield start
+    for monitor in started:
+        monitor.stop()
+
+
+@pytest.fixture
+def start_process(tmp_path: Path, store_path: Path) -> Iterator[Callable[..., MonitorProcess]]:
+    """Start a monitor in a process of its own; `tables` is its configuration."""
+    started: list[MonitorProcess] = []
+
+    def start(*, bind: str = "tcp://127.0.0.1:0", **tables: Any) -> MonitorProcess:
+        directory = tmp_path / f"process-{len(started)}"
+        directory.mkdir()
+        started.append(MonitorProcess(tables, store_path, bind, directory))
+        return started[-1]
+
+    yield start
+    for monitor in started:
+        if monitor.process.poll() is None:
+            monitor.process.kill()
+            monitor.process.wait()
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., ScriptedAgent]]:
+    """Connect a scripted agent to an endpoint."""
+    agents: list[ScriptedAgent] = []
+
+    def start(endpoint: str, **options: Any) -> ScriptedAgent:
+        agents.append(ScriptedAgent(endpoint, **options))
+        return agents[-1]
+
+    yield start
+    for agent in agents:
+        agent.close()
+
+
+@pytest.fixture
+def quiet_logs(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="koopmon")
+    return caplog

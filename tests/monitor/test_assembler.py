@@ -1,0 +1,317 @@
+"""Shards to snapshots, in whatever order they come, within bounds on memory and time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from koopmon.errors import ProtocolError
+from koopmon.monitor.assembler import SHARD_OVERHEAD_BYTES, Assembler, Snapshot
+from koopmon.wire.messages import Shard
+
+WIDTH = 4
+INCARNATION = "0123456789abcdef"
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def make_shard(
+    rank: int = 0,
+    *,
+    num_senders: int = 1,
+    step: int = 1,
+    points: int = 3,
+    rows: int = 2,
+    dtype: torch.dtype = torch.float32,
+    states: Tensor | None = None,
+    **fields: Any,
+) -> tuple[Shard, list[Tensor]]:
+    """A shard whose values tell rank, point, row and column."""
+    if states is None:
+        states = torch.arange(points * rows * WIDTH).reshape(points, rows, WIDTH).to(dtype) + 100 * rank
+    shard = Shard(
+        run=fields.pop("run", "job"),
+        incarnation=fields.pop("incarnation", INCARNATION),
+        process_rank=rank,
+        num_senders=num_senders,
+        step=step,
+        first_point=fields.pop("first_point", 0),
+        num_points=states.shape[0],
+        num_samples=states.shape[1],
+        width=fields.pop("width", WIDTH),
+        dtype=DTYPES[states.dtype],
+        **fields,
+    )
+    return shard, list(states)
+
+
+class Bench:
+    """An assembler with a list of what it dropped."""
+
+    def __init__(self, *, max_bytes: int = 1 << 20, min_samples: int = 1, timeout: float = 5.0) -> None:
+        self.drops: list[tuple[str, str]] = []
+        self.assembler = Assembler(
+            timeout_seconds=timeout,
+            max_bytes=max_bytes,
+            min_samples=min_samples,
+            on_drop=lambda run, reason: self.drops.append((run, reason)),
+        )
+
+    def add(self, shard: tuple[Shard, list[Tensor]], now: float = 0.0) -> list[Snapshot]:
+        return self.assembler.add(now, *shard)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_sender_makes_a_snapshot_at_once(dtype: torch.dtype) -> None:
+    shard, states = make_shard(dtype=dtype, learning_rate=0.1, loss=2.0, lr_scale=0.5, kss_alpha=0.2, masked=True)
+    (snapshot,) = Bench().add((shard, states))
+    assert snapshot.states().dtype == torch.float32
+    assert torch.equal(snapshot.states(), torch.stack(states).float())
+    assert (snapshot.num_points, snapshot.num_samples, snapshot.width) == (3, 2, WIDTH)
+    assert (snapshot.learning_rate, snapshot.loss, snapshot.grad_norm) == (0.1, 2.0, None)
+    assert (snapshot.lr_scale, snapshot.kss_alpha, snapshot.masked, snapshot.num_shards) == (0.5, 0.2, True, 1)
+
+
+@given(data=st.data(), num_senders=st.integers(1, 6))
+def test_any_order_any_duplicates_any_loss(data: st.DataObject, num_senders: int) -> None:
+    """The same snapshot however the shards come, or a counted drop when too few came; nothing stays behind."""
+    shards = [make_shard(rank, num_senders=num_senders, rows=1 + rank, loss=float(rank)) for rank in range(num_senders)]
+    arrivals = data.draw(st.lists(st.integers(0, num_senders - 1), max_size=3 * num_senders))
+    bench = Bench()
+    snapshots: list[Snapshot] = []
+    refused = 0
+    for now, rank in enumerate(arrivals):
+        expected = "late" if snapshots else "duplicate"
+        if snapshots or rank in arrivals[:now]:
+            with pytest.raises(ProtocolError) as caught:
+                bench.add(shards[rank])
+            assert caught.value.reason == expected
+            refused += 1
+        else:
+            snapshots += bench.add(shards[rank], now=float(now) / 100)
+    snapshots += bench.assembler.expire(1000.0)
+    came = sorted(set(arrivals))
+    usable = 2 * len(came) >= num_senders
+    assert len(snapshots) == (1 if came and usable else 0)
+    assert bench.drops == ([("job", "incomplete")] if came and not usable else [])
+    assert refused == len(arrivals) - len(came)
+    assert bench.assembler.num_bytes == 0
+    if snapshots:
+        joined = torch.cat([torch.stack(shards[rank][1]) for rank in came], dim=1)
+        assert torch.equal(snapshots[0].states(), joined)
+        assert snapshots[0].loss == pytest.approx(sum(came) / len(came))
+        assert snapshots[0].num_shards == len(came)
+
+
+@given(
+    arrivals=st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(0, 5), st.integers(0, 3), st.integers(1, 40)), max_size=60
+    ),
+    max_bytes=st.integers(1000, 8000),
+)
+def test_memory_stays_within_its_bound(arrivals: list[tuple[str, int, int, int]], max_bytes: int) -> None:
+    bench = Bench(max_bytes=max_bytes)
+    num_snapshots = 0
+    accepted = set()
+    for now, (run, step, rank, rows) in enumerate(arrivals):
+        try:
+            num_snapshots += len(bench.add(make_shard(rank, run=run, step=step, num_senders=3, rows=rows), float(now)))
+        except ProtocolError:
+            continue
+        accepted.add((run, step))
+        assert 0 <= bench.assembler.num_bytes <= max_bytes
+    num_snapshots += len(bench.assembler.flush())
+    assert bench.assembler.num_bytes == 0
+    assert num_snapshots + len(bench.drops) == len(accepted)
+
+
+@given(
+    rows=st.lists(st.integers(1, 9), min_size=2, max_size=4),
+    values=st.lists(st.tuples(st.none() | st.floats(0, 5), st.none() | st.floats(0, 5)), min_size=4, max_size=4),
+)
+def test_observables_are_means_weighed_by_samples(
+    rows: list[int], values: list[tuple[float | None, float | None]]
+) -> None:
+    """Against numpy's weighted average; what no rank has stays unknown."""
+    bench = Bench()
+    for rank, count in enumerate(rows):
+        seen = {"load_imbalance": list(values[rank])}
+        snapshots = bench.add(make_shard(rank, num_senders=len(rows), rows=count, observables=seen))
+    (found,) = snapshots[0].observables.values()
+    for layer in range(2):
+        known = [(values[rank][layer], count) for rank, count in enumerate(rows) if values[rank][layer] is not None]
+        if not known:
+            assert found[layer] is None
+        else:
+            seen_values, weights = zip(*known, strict=True)
+            assert found[layer] == pytest.approx(np.average(seen_values, weights=weights))
+
+
+def test_at_most_eight_observables_are_kept_whatever_the_ranks_call_them() -> None:
+    bench = Bench()
+    for rank in range(3):
+        named = {f"rank{rank}_{index}": [1.0, 2.0] for index in range(8)}
+        snapshots = bench.add(make_shard(rank, num_senders=3, observables=named))
+    assert len(snapshots[0].observables) == 8
+
+
+def test_oldest_gives_way_when_memory_is_full() -> None:
+    size = 3 * 2 * WIDTH * 4 + SHARD_OVERHEAD_BYTES
+    bench = Bench(max_bytes=2 * size)
+    for step in (1, 2, 3):
+        assert bench.add(make_shard(0, num_senders=2, step=step)) == []
+    assert bench.drops == [("job", "assembler_full")]
+    assert [snapshot.step for snapshot in bench.add(make_shard(1, num_senders=2, step=2))] == [2]
+
+
+def test_a_shard_larger_than_all_memory_is_dropped() -> None:
+    bench = Bench(max_bytes=SHARD_OVERHEAD_BYTES)
+    assert bench.add(make_shard(num_senders=2)) == []
+    assert bench.drops == [("job", "assembler_full")]
+    assert bench.assembler.num_bytes == 0
+
+
+def test_a_complete_step_closes_the_earlier_ones_in_order() -> None:
+    bench = Bench()
+    bench.add(make_shard(0, num_senders=3, step=1))
+    bench.add(make_shard(0, num_senders=3, step=2))
+    bench.add(make_shard(1, num_senders=3, step=2))
+    bench.add(make_shard(0, num_senders=3, step=3))
+    bench.add(make_shard(1, num_senders=3, step=3))
+    snapshots = bench.add(make_shard(2, num_senders=3, step=3))
+    assert [(snapshot.step, snapshot.num_shards) for snapshot in snapshots] == [(2, 2), (3, 3)]
+    assert bench.drops == [("job", "incomplete")]
+    with pytest.raises(ProtocolError, match="closed") as caught:
+        bench.add(make_shard(2, num_senders=3, step=2))
+    assert caught.value.reason == "late"
+
+
+def test_other_runs_and_incarnations_are_left_alone() -> None:
+    bench = Bench()
+    bench.add(make_shard(0, num_senders=2, step=1, run="other"))
+    bench.add(make_shard(0, num_senders=2, step=1, incarnation="fedcba98"))
+    assert len(bench.add(make_shard(0, step=9))) == 1
+    assert len(bench.add(make_shard(1, num_senders=2, step=1, run="other"))) == 1
+    bench.assembler.forget("job", "fedcba98")
+    assert bench.assembler.num_bytes == 0
+    assert bench.drops == []
+
+
+def test_time_out_waits_its_time() -> None:
+    bench = Bench(timeout=5.0)
+    bench.add(make_shard(0, num_senders=2, step=1), now=10.0)
+    assert bench.assembler.next_deadline() == 15.0
+    assert bench.assembler.expire(14.9) == []
+    assert [snapshot.num_shards for snapshot in bench.assembler.expire(15.0)] == [1]
+    assert bench.assembler.next_deadline() == math.inf
+
+
+def test_too_few_rows_are_no_snapshot() -> None:
+    bench = Bench(min_samples=3)
+    bench.add(make_shard(0, num_senders=2, rows=2))
+    assert bench.assembler.flush() == []
+    assert bench.drops == [("job", "incomplete")]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_senders": 3}, {"width": WIDTH + 1}, {"points": 4}, {"last_stage": False}],
+)
+def test_shards_that_contradict_each_other(changes: dict[str, Any]) -> None:
+    bench = Bench()
+    bench.add(make_shard(0, num_senders=2))
+    with pytest.raises(ProtocolError) as caught:
+        bench.add(make_shard(1, **{"num_senders": 2, **changes}))
+    assert caught.value.reason == "inconsistent"
+
+
+def stages(*spans: tuple[int, int], rows: int = 2) -> list[tuple[Shard, list[Tensor]]]:
+    """One rank for each pipeline stage (first point, points) of one stack."""
+    whole = torch.randn((max(first + count for first, count in spans), rows, WIDTH))
+    return [
+        make_shard(
+            rank,
+            num_senders=len(spans),
+            states=whole[first : first + count],
+            first_point=first,
+            last_stage=rank == len(spans) - 1,
+        )
+        for rank, (first, count) in enumerate(spans)
+    ]
+
+
+@pytest.mark.parametrize("spans", [((0, 3), (2, 3)), ((0, 3), (3, 2)), ((0, 2), (1, 2), (2, 3))])
+def test_pipeline_stages_join(spans: tuple[tuple[int, int], ...]) -> None:
+    bench = Bench()
+    shards = stages(*spans)
+    snapshots = [snapshot for shard in reversed(shards) for snapshot in bench.add(shard)]
+    expected = {shard.first_point + p: state for shard, states in shards for p, state in enumerate(states)}
+    assert torch.equal(snapshots[0].states(), torch.stack([expected[point] for point in sorted(expected)]))
+
+
+def test_stages_of_several_replicas_keep_their_rows_together() -> None:
+    first, second = stages((0, 3), (2, 3)), stages((0, 3), (2, 3), rows=5)
+    bench = Bench()
+    ranks = [(0, first[0]), (1, second[0]), (2, first[1]), (3, second[1])]
+    shards = [(torch_shard(shard, rank, 4), states) for rank, (shard, states) in ranks]
+    snapshots = [snapshot for shard in (shards[3], shards[0], shards[2], shards[1]) for snapshot in bench.add(shard)]
+    assert snapshots[0].num_samples == 7
+    assert torch.equal(snapshots[0].states()[4], torch.cat([first[1][1][2], second[1][1][2]]))
+
+
+def torch_shard(shard: Shard, rank: int, num_senders: int) -> Shard:
+    import msgspec
+
+    return msgspec.structs.replace(shard, process_rank=rank, num_senders=num_senders)
+
+
+@pytest.mark.parametrize("missing", ["gap", "first", "last", "boundary", "rows"])
+def test_stages_that_do_not_fit_are_dropped(missing: str) -> None:
+    shards = {
+        "gap": stages((0, 2), (3, 2)),
+        "first": stages((1, 2), (3, 2)),
+        "last": stages((0, 3), (2, 3))[:1],
+        "boundary": [stages((0, 3), (2, 3))[0], stages((0, 3), (2, 3))[1]],
+        "rows": [stages((0, 3), (3, 2))[0], stages((0, 3), (3, 2), rows=3)[1]],
+    }[missing]
+    bench = Bench()
+    snapshots = [snapshot for shard in shards for snapshot in bench.add(shard)] + bench.assembler.flush()
+    assert snapshots == []
+    assert bench.drops == [("job", "incomplete")]
+
+
+def test_a_boundary_of_nans_equals_itself() -> None:
+    shards = stages((0, 3), (2, 3))
+    for _, states in shards:
+        for state in states:
+            state.fill_(math.nan)
+    bench = Bench()
+    assert len([snapshot for shard in shards for snapshot in bench.add(shard)]) == 1
+
+
+def test_a_single_point_has_no_transition() -> None:
+    bench = Bench()
+    assert bench.add(make_shard(points=1)) == []
+    assert bench.drops == [("job", "incomplete")]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_rank_with_a_loss_that_is_not_finite_shows(bad: float) -> None:
+    bench = Bench()
+    bench.add(make_shard(0, num_senders=2, loss=1.0))
+    (snapshot,) = bench.add(make_shard(1, num_senders=2, loss=bad))
+    assert snapshot.loss is not None
+    assert math.isnan(snapshot.loss)
+
+
+def test_without_states_is_light() -> None:
+    (snapshot,) = Bench().add(make_shard())
+    assert snapshot.num_bytes == 3 * 2 * WIDTH * 4
+    assert snapshot.without_states().num_bytes == 0
+    assert snapshot.without_states().step == snapshot.step

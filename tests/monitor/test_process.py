@@ -1,0 +1,77 @@
+"""The monitor as a process: signals, sudden death, and what it finds when it comes back."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from koopmon.wire.messages import Applied, Heartbeat
+
+Start = Callable[..., Any]
+Until = Callable[[Callable[[], Any]], Any]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_nothing_lost(
+    start_process: Start, connect: Start, until: Until, number: signal.Signals
+) -> None:
+    """What waits for the engine is profiled, and also what waits for a shard that never came."""
+    monitor = start_process(monitor={"assemble_timeout_seconds": 600.0, "queue_length": 10_000})
+    agent = connect(monitor.addresses.endpoint)
+    lonely = connect(monitor.addresses.endpoint, run="lonely", num_senders=2)
+    agent.hello()
+    lonely.hello()
+    lonely.snapshot(1)
+    steps = list(range(1, 41))
+    for step in steps:
+        agent.snapshot(step)
+    until(lambda: monitor.sample('snapshots_received_total{run="job"}') == len(steps))
+    assert monitor.end(number) == 0
+    assert not monitor.ready_file.exists()
+    assert not monitor.store.with_name(monitor.store.name + "-wal").exists()
+    log = monitor.log.read_text()
+    assert "stopped" in log
+    assert "Traceback" not in log
+    with monitor.history() as history:
+        assert [row.step for row in history.profiles("job")] == steps
+        assert [row.step for row in history.observations("job")] == steps
+        assert [row.step for row in history.profiles("lonely")] == [1]
+
+
+def test_after_a_sudden_death_the_run_is_seen_again(
+    start_process: Start, start_monitor: Start, connect: Start, until: Until
+) -> None:
+    """What was applied, what was judged and what was decided come from the store, for this incarnation and the next."""
+    first = start_process()
+    agent = connect(first.addresses.endpoint)
+    agent.hello()
+    agent.snapshot(1)
+    agent.snapshot(3, torch.full((4, 96, 12), math.nan).bfloat16())
+    command = agent.expect_command("set_lr_scale")
+    held = Applied(lr_scale=command.lr_scale)
+    agent.acknowledge(command, "applied", held, step=4)
+    until(lambda: first.sample('commands_total{kind="set_lr_scale",outcome="applied",run="job"}') == 1)
+    first.process.kill()
+    first.process.wait()
+
+    second = start_monitor(bind=first.addresses.endpoint)
+    until(lambda: agent.control.connections == 2)
+    agent.send(Heartbeat(**agent.name, process_rank=0, step=5, applied=held))
+    until(lambda: second.sample('messages_rejected_total{reason="unknown_run"}') == 1)
+    welcome = agent.hello(step=5, applied=held)
+    assert welcome.restore is None, "this incarnation knows what it has"
+    assert second.sample('lr_scale{run="job"}') == held.lr_scale
+    agent.snapshot(50, torch.full((4, 96, 12), math.nan).bfloat16())
+    deeper = agent.expect_command("set_lr_scale")
+    assert deeper.lr_scale < held.lr_scale, "the policy goes on from what it had decided"
+    heir = connect(second.addresses.endpoint, incarnation="bbbbbbbb")
+    assert heir.hello().restore == held
+    with second.history() as history:
+        assert [row.incarnation for row in history.incarnations("job")] == ["aaaaaaaa", "bbbbbbbb"]
+        outcomes = [row.outcome for decision in history.decisions("job") for row in decision.commands]
+    assert "applied" in outcomes
