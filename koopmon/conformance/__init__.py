@@ -1,0 +1,16 @@
+"""The conformance kit: does an architecture adapter keep what koopmon builds on?
+
+`checks(adapter, example)` gives the checks to run, on the command line with `koopmon adapters check`, or in a test::
+
+    @pytest.mark.parametrize("check", checks(MyAdapter, EXAMPLE), ids=str)
+    def test_conformance(check):
+        check()
+
+Each trains the example model for a few steps with koopmon's own agent, and without it where both are compared.
+"""
+
+from koopmon.conformance.checks import BATTERY, Check, checks
+from koopmon.conformance.claims import check_settings
+from koopmon.conformance.verdict import ConformanceError, Outcome, Verdict
+
+__all__ = ["BATTERY", "Check", "ConformanceError", "Outcome", "Verdict", "check_settings", "checks"]

@@ -1,0 +1,79 @@
+"""What a family says beside its stacks: what it measures in them, and what it shields from KSS."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from koopmon.api import Observable, Stack
+from koopmon.conformance.bench import Bench, described, same_bits
+from koopmon.conformance.steering import with_alpha
+from koopmon.conformance.training import Attached, Training
+from koopmon.conformance.verdict import demand
+from koopmon.observables import flaw
+
+
+def observables(bench: Bench) -> str:
+    """What is measured is listed, of a transition of the stack, and read as finite numbers in a snapshot."""
+    training = Training(bench)
+    stack = bench.stack(training.model)
+    why = flaw(bench.adapter.measures)
+    demand(not why, why)
+    offered = list(bench.adapter.observables(stack))
+    for each in offered:
+        _check_observable(bench, training.model, stack, each)
+    if not offered:
+        return "measures nothing beside the spectra"
+    with Attached(training) as attached:
+        for _ in range(2):
+            training.backward()
+            training.update()
+        attached.check()
+        demand(not attached.guest.taps.readers.reason, attached.guest.taps.readers.reason)
+        (snapshot,) = attached.notebook.snapshots
+    for (name, layer), value in snapshot.observed.items():
+        demand(math.isfinite(value), f"observable {name!r} of transition {layer} reads {value}")
+    silent = {each.name for each in offered} - {name for name, _ in snapshot.observed}
+    absent = f", nothing to read of {', '.join(sorted(silent))}" if silent else ""
+    return f"{len(snapshot.observed)} readings in a snapshot{absent}"
+
+
+def _check_observable(bench: Bench, model: nn.Module, stack: Stack, each: Any) -> None:
+    demand(isinstance(each, Observable), f"observables() gives {described(each)}, expected an Observable")
+    listed = ", ".join(bench.adapter.measures) or "nothing"
+    demand(each.name in bench.adapter.measures, f"observables() gives {each.name!r}, and `measures` lists {listed}")
+    last = len(stack.points) - 1
+    demand(0 <= each.layer <= last, f"observable {each.name!r} is of transition {each.layer}, allowed are 0 to {last}")
+    within = any(module is each.module for module in model.modules())
+    demand(within, f"observable {each.name!r} of transition {each.layer} is read from no module of the model")
+
+
+def shields(bench: Bench) -> str:
+    """Where a family shields modules from KSS, the agent refuses it in one line, and no gradient tells of it."""
+    bench.stack(bench.build())
+    names = bench.shields
+    if not names:
+        return "nothing is shielded"
+    plain, guarded = Training(bench), Training(bench)
+    with Attached(guarded) as attached:
+        for step in range(3):
+            if step == 1:
+                attached.command("set_kss", kss=with_alpha(1.0))
+            for training in (plain, guarded):
+                training.backward()
+            demand(attached.alpha == 0.0, f"alpha {attached.alpha} is in force, and {names[0]} is shielded from KSS")
+            same = same_bits(guarded.gradient(), plain.gradient())
+            demand(same, f"KSS reaches gradients of the model, and {names[0]} is shielded from it")
+            for training in (plain, guarded):
+                training.update()
+        given = attached.notebook.outcomes
+    demand(len(given) == 1, f"a command of KSS has {len(given)} outcomes, expected one")
+    (outcome,) = given
+    refused = outcome.outcome == "refused" and outcome.shielded
+    demand(refused, f"KSS is {outcome.outcome}, expected to be refused as shielded: {names[0]} is shielded from it")
+    told = any(name in outcome.detail for name in names) and "through_shielded" in outcome.detail
+    one_line = told and len(outcome.detail.splitlines()) == 1
+    demand(one_line, f"the refusal names neither what is shielded nor the way out in one line: {outcome.detail!r}")
+    return f"KSS is refused: {len(names)} modules are shielded"

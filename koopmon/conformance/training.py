@@ -1,0 +1,276 @@
+"""An example model in training, with koopmon's agent on it and without, the same in every other respect.
+
+The agent is the one that `koopmon.attach` brings, whole, but for the thread that owns sockets: what that would send is
+kept here, and commands come from here, so that every check is a pure function of its seeds.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Self
+from unittest import SkipTest
+
+import torch
+from msgspec.structs import replace
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from koopmon import config as configuration
+from koopmon.agent.capture import recomputing
+from koopmon.agent.guest import Guest
+from koopmon.agent.link import Outcome
+from koopmon.agent.sampler import Snapshot
+from koopmon.agent.sender import Sender
+from koopmon.api import Stack
+from koopmon.conformance.bench import Bench, at_points, seeded
+from koopmon.conformance.verdict import demand, told
+from koopmon.plugins import select
+from koopmon.wire.messages import Command
+
+SEED = 5
+NUM_SAMPLES = 64
+LEARNING_RATE = 1e-3
+CONFIG = configuration.from_mapping(
+    {
+        "sampling": {"num_samples": NUM_SAMPLES, "seed": SEED},
+        "cadence": {
+            "warmup_steps": 1_000_000,
+            "budget_ratio": 0.5,
+            "initial_credit_seconds": 604_800.0,
+            "max_bytes_per_second": 1e15,
+        },
+        "limits": {"act": "always", "max_kss_alpha": 1000.0, "max_actions_per_hour": 100_000},
+    }
+)
+"""A snapshot at every step, and every command allowed."""
+
+
+class Training:
+    """Steps of plain gradient descent with momentum; microbatch m of step s is of seed 1 + s * microbatches + m."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        *,
+        dtype: torch.dtype | None = None,
+        microbatches: int = 1,
+        learning_rate: float = LEARNING_RATE,
+        checkpointing: bool = False,
+    ) -> None:
+        self.bench = bench
+        self.model = bench.build(dtype)
+        if checkpointing:
+            _checkpoint_blocks(self.model, bench.stack(self.model))
+        self.parameters = [each for each in self.model.parameters() if each.requires_grad]
+        self.optimizer = torch.optim.SGD(self.parameters, lr=learning_rate, momentum=0.9 if learning_rate else 0.0)
+        self.step = 0
+        self.losses: list[Tensor] = []
+        self.random_states: list[Tensor] = []
+        """Of torch's generator, at the end of each microbatch."""
+        self._dtype = dtype
+        self._microbatches = microbatches
+
+    def backward(self, penalty: Callable[[], Tensor] | None = None) -> None:
+        """The gradient of this step: of the mean over microbatches of the loss, plus penalty() where one is given."""
+        self.optimizer.zero_grad()
+        for index in range(self._microbatches):
+            seed = 1 + self.step * self._microbatches + index
+            batch = self.bench.batch(seed, self._dtype)
+            with seeded(seed):
+                loss = self.bench.loss(self.model, batch)
+                self.losses.append(loss.detach().clone())
+                whole = loss if penalty is None else loss + penalty()
+                (whole / self._microbatches).backward()  # type: ignore[no-untyped-call]
+                self.random_states.append(torch.get_rng_state())
+
+    def update(self) -> None:
+        """The optimizer's step."""
+        self.optimizer.step()
+        self.step += 1
+
+    def evaluate(self) -> None:
+        """A forward pass of each kind that is not training: in eval mode, and without gradients."""
+        for training in (False, True):
+            self.model.train(training)
+            with seeded(99), torch.no_grad():
+                self.bench.loss(self.model, self.bench.batch(99, self._dtype))
+        self.model.train()
+
+    def gradient(self) -> Tensor:
+        """All gradients in one row, zero where there is none."""
+        found = [torch.zeros_like(each) if each.grad is None else each.grad for each in self.parameters]
+        return torch.cat([each.detach().flatten() for each in found])
+
+    def values(self) -> Tensor:
+        """All parameters in one row."""
+        return torch.cat([each.detach().flatten() for each in self.parameters])
+
+
+@dataclass
+class Seen:
+    """One training forward: `states` (..., T, D), h_0 first, and how often each block was called."""
+
+    mask: Tensor | None
+    states: list[Tensor] = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=dict)
+
+
+class Witness:
+    """Sees every training forward for itself: copies of all states, in the graph when `graph` says so."""
+
+    def __init__(self, bench: Bench, model: nn.Module, stack: Stack, *, graph: bool = False) -> None:
+        self.forwards: list[Seen] = []
+        adapter = bench.adapter
+
+        def looks(module: nn.Module) -> bool:
+            return model.training and torch.is_grad_enabled() and not recomputing()
+
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if looks(module):
+                mask = adapter.token_mask(module, args, kwargs, stack)
+                self.forwards.append(Seen(mask, calls={point.name: 0 for point in stack.points}))
+
+        def keep(state: Tensor | None) -> None:
+            if state is not None:
+                self.forwards[-1].states.append(state.clone() if graph else state.detach().clone())
+
+        def enter(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if looks(module) and layer == 0:
+                keep(adapter.block_input(module, args, kwargs))
+
+        def leave(layer: int, module: nn.Module, output: Any) -> None:
+            if looks(module):
+                self.forwards[-1].calls[stack.points[layer].name] += 1
+                keep(adapter.block_output(module, output))
+
+        model.register_forward_pre_hook(begin, with_kwargs=True)
+        at_points(model, stack, enter, leave)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A snapshot: `states` (P, N, D), P = L + 1, of the tokens that count; `observed` by name and layer."""
+
+    step: int
+    states: Tensor
+    observed: dict[tuple[str, int], float]
+
+
+class Notebook(Sender):
+    """In the place of the thread that owns sockets: keeps what it would send, at once, and is always connected."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.snapshots: list[Kept] = []
+        self.outcomes: list[Outcome] = []
+
+    def start(self) -> None:
+        self.connected = True
+
+    def post(self, item: Snapshot | Outcome) -> None:
+        if isinstance(item, Outcome):
+            self.outcomes.append(item)
+            return
+        if item.ready is not None:
+            item.ready.synchronize()
+        valid = item.states if item.num_valid is None else item.states[:, : int(item.num_valid)]
+        values = () if item.observations is None else item.observations.tolist()
+        self.snapshots.append(Kept(item.step, valid.clone(), dict(zip(item.observed, values, strict=True))))
+        item.slot.release()
+
+    def close(self, *, wait: bool = True) -> None:
+        self.connected = False
+        self._waker.close()
+
+
+class Attached:
+    """The agent on a training; a context manager. `check` raises ConformanceError once the agent has given up.
+
+    With `through_shielded` KSS is allowed to reach what a family shields from it.
+    """
+
+    def __init__(self, training: Training, *, through_shielded: bool = False) -> None:
+        selection = select(training.model, training.bench.adapter)
+        config = replace(CONFIG, kss=replace(CONFIG.kss, through_shielded=through_shielded))
+        self.guest = Guest(
+            training.model, training.optimizer, selection, config, "ipc://conformance", "conformance", sender=Notebook
+        )
+        sender = self.guest.sender
+        assert isinstance(sender, Notebook)
+        self.notebook = sender
+
+    def command(self, kind: Any, **fields: Any) -> None:
+        """Ask for a change; it comes in force with the next optimizer step."""
+        assert self.guest.actuator is not None
+        self.guest.actuator.submit(
+            Command(
+                run="conformance",
+                incarnation="c0f0c0f0",
+                id=secrets.token_hex(8),
+                reason="conformance",
+                expires_step=1 << 40,
+                kind=kind,
+                **fields,
+            )
+        )
+
+    @property
+    def lr_scale(self) -> float:
+        """In force in the step that was made last."""
+        assert self.guest.actuator is not None
+        return self.guest.actuator.state.lr_scale(self.guest.ledger.step - 1)
+
+    @property
+    def alpha(self) -> float:
+        """In force in the next forward pass."""
+        assert self.guest.actuator is not None
+        return self.guest.actuator.state.kss_alpha(self.guest.ledger.step)
+
+    def check(self) -> None:
+        fence, taps = self.guest.fence, self.guest.taps
+        demand(not fence.reason, f"the agent switches itself off: {fence.reason}")
+        demand(not taps.failure, f"the agent gives up: {taps.failure}")
+        demand(taps.stack is not None, "the agent verifies no chain in a training forward")
+        refused = [each.detail or each.outcome for each in self.notebook.outcomes if each.outcome != "applied"]
+        demand(not refused, f"a command is not applied: {'; '.join(refused)}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.guest.close("")
+
+
+def require_checkpointing(bench: Bench) -> None:
+    """Raises SkipTest where the example does not train under activation checkpointing, with or without an agent."""
+    trial = Training(bench, checkpointing=True)
+    try:
+        trial.backward()
+    except Exception as error:  # the model's own
+        raise SkipTest(f"the model itself does not train under activation checkpointing: {told(error)}") from None
+
+
+def _checkpoint_blocks(model: nn.Module, stack: Stack) -> None:
+    """Non-reentrant checkpointing of whole calls, hooks included; by the model's own switch where it has one."""
+    if any(point.entry is not point.module for point in stack.points):
+        raise SkipTest("its blocks are no modules of their own, to be repeated in the backward pass")
+    switches = (getattr(model, f"{what}_checkpointing_enable", None) for what in ("activation", "gradient"))
+    switch = next(filter(callable, switches), None)
+    if switch is not None and getattr(model, "supports_gradient_checkpointing", False):
+        switch({"use_reentrant": False})
+        return
+    for point in stack.points:
+        _checkpoint(point.module)
+
+
+def _checkpoint(module: nn.Module) -> None:
+    """Make each call of `module` a checkpointed one, hooks included; it keeps its class's name."""
+    kind = type(module)
+
+    def repeated(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(lambda *a, **k: kind.__call__(self, *a, **k), *args, use_reentrant=False, **kwargs)
+
+    body = {"__call__": repeated, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    module.__class__ = type(kind.__name__, (kind,), body)
