@@ -1,0 +1,52 @@
+"""The command line: one file per verb. Nothing here imports torch before a verb needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from koopmon.cli import adapters, calibrate, demo, monitor, profile, replay, run
+from koopmon.cli.console import say
+from koopmon.errors import KoopmonError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="koopmon",
+    help="Sees training divergence coming in the spectrum of the residual stream, and stops it.",
+    epilog="Example: koopmon run -- torchrun --nproc-per-node 2 train.py",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (run, monitor, profile, calibrate, replay, demo, adapters):
+    verb.add_to(app)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit status; a mistake is one line on standard error, without a traceback."""
+    try:
+        status = app(args=None if argv is None else list(argv), prog_name="koopmon", standalone_mode=False)
+    except KoopmonError as error:
+        say(str(error))
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left: nothing more can be said there, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        # The option parser's own errors, whichever click they come from.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        if text := " ".join(message().split()):  # empty after the help that a bare verb prints
+            say(text)
+        return int(getattr(error, "exit_code", 2))
+    return status if isinstance(status, int) else 0

@@ -1,0 +1,109 @@
+"""`koopmon calibrate`: from recorded runs to a probability of divergence."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from koopmon import plots
+from koopmon.cli.console import say
+from koopmon.errors import StoreError
+
+if TYPE_CHECKING:
+    from koopmon.monitor.outcomes import Outcome, Settings
+
+EPILOG = "Example: koopmon calibrate ~/.local/state/koopmon/runs/*.sqlite3 --out calibrator.json --png reliability.png"
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("calibrate", epilog=EPILOG, no_args_is_help=True)(calibrate)
+
+
+def calibrate(
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Histories of runs, SQLite.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the calibrator goes, as JSON.")],
+    adapter: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Architecture. Default: that of most of the runs.")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw how what was said of held-out runs compares to what came.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the calibrator and its figures as JSON.")] = False,
+) -> int:
+    """Fit the probability that a run diverges, from its spectrum at the start and its learning rate.
+
+    Takes runs that nobody acted upon: those of `koopmon run --policy observe`, and those that stayed calm. Its error is
+    measured on runs of sizes that were held out of the fit.
+    """
+    if png is not None:
+        plots.require(f"--png {png}")
+    console = Console(stderr=True)
+    from koopmon.risk import calibration
+
+    found = list(_outcomes(stores, console))
+    usable = [each for each in found if each.example is not None and each.settings is not None]
+    for why, count in Counter(each.why for each in found if each.why).most_common():
+        say(f"{count} of {len(found)} runs left out: {why}")
+    settings = _chosen(usable, adapter)
+    examples = [each.example for each in usable if each.settings == settings and each.example is not None]
+    others = len(usable) - len(examples)
+    if others:
+        say(f"{others} runs left out: not {settings}")
+    diverged = [example.diverged for example in examples]
+    # Fitted first: too few runs are refused here, with their number.
+    calibration.fit(examples)
+    probabilities = calibration.held_out(examples)
+    error = calibration.calibration_error(diverged, probabilities)
+    calibrator = calibration.fit(
+        examples,
+        adapter=settings.adapter,
+        svd_rank=settings.svd_rank,
+        num_samples=settings.num_samples,
+        held_out_error=error,
+        provenance={"stores": ", ".join(sorted(path.name for path in stores))[:512]},
+    )
+    calibration.save(calibrator, out)
+    bins = calibration.reliability(diverged, probabilities)
+    if png is not None:
+        plots.reliability(bins, png, title=f"{settings}: {len(examples)} runs, error {error:.3f}")
+    if as_json:
+        from msgspec import to_builtins
+
+        print(json.dumps({"calibrator": to_builtins(calibrator), "reliability": bins}))  # noqa: T201 - a result
+        return 0
+    plain = Console(width=None if sys.stdout.isatty() else 120)
+    plain.print(
+        f"{settings}: fitted on {len(examples)} runs, {sum(diverged)} of them diverged; expected calibration error "
+        f"{error:.3f} on held-out sizes; written to {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _outcomes(stores: Iterable[Path], console: Console) -> Iterable[Outcome]:
+    from koopmon.monitor.history import History
+    from koopmon.monitor.outcomes import outcomes
+
+    for path in track(
+        list(stores), description="reading", console=console, transient=True, disable=not console.is_terminal
+    ):
+        with History.open(path) as history:
+            yield from outcomes(history)
+
+
+def _chosen(usable: list[Outcome], adapter: str | None) -> Settings:
+    counts = Counter(each.settings for each in usable if each.settings and adapter in (None, each.settings.adapter))
+    if not counts:
+        known = sorted({each.settings.adapter for each in usable if each.settings})
+        wanted = f"--adapter {adapter!r}: " if adapter else ""
+        raise StoreError(f"{wanted}no run can serve; architectures seen: {', '.join(known) or 'none'}")
+    return counts.most_common(1)[0][0]

@@ -1,0 +1,224 @@
+"""`koopmon adapters check`: whether an architecture adapter keeps what koopmon builds on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from koopmon.cli import factory as factories
+from koopmon.errors import AdapterError
+
+if TYPE_CHECKING:
+    from koopmon.api import ArchitectureAdapter, ExampleModel
+    from koopmon.conformance import Outcome
+    from koopmon.plugins import PluginManager
+
+EPILOG = "Example: koopmon adapters check mypackage"
+_STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("check", epilog=EPILOG, no_args_is_help=True)(check)
+
+
+def check(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="TARGET", help="A package, an adapter's name, or module:object, or file.py:object."),
+    ],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FACTORY",
+            help="module:function or file.py:function returning (model, batch), in place of the example models that the"
+            " package offers. May be repeated.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every outcome as JSON.")] = False,
+) -> int:
+    """Train small models of an adapter's family for a few steps, and check everything that koopmon asks of an adapter.
+
+    The exit status is 0 when no check failed, 1 when one did, 2 when there is nothing to check.
+    """
+    # What koopmon's agent logs of an adapter's mistakes, the table says.
+    logging.getLogger("koopmon").addHandler(logging.NullHandler())
+    console = Console(stderr=True)
+    with console.status("loading torch") as status:
+        from koopmon.conformance import Outcome, checks
+
+        known, manager = _adapters(target)
+        factory_models = [_named_model(name) for name in model or ()]
+        battery, outcomes = [], []
+        for adapter in known:
+            examples = factory_models or _offered(adapter, manager)
+            if not examples:
+                outcomes.append(Outcome(adapter.name, "none", "example", "skipped", _no_model(manager)))
+            for example in examples:
+                battery += checks(adapter, example)
+        if not battery:
+            raise AdapterError(f"adapter {known[0].name!r}: {_no_model(manager)}")
+        for each in battery:
+            status.update(f"{each.bench.adapter.name}, {each.bench.example.name}: {each.name}")
+            outcomes.append(each.run())
+    if as_json:
+        print(json.dumps(_as_dict(outcomes)))  # noqa: T201 - a result
+    else:
+        _print(outcomes)
+    return 1 if any(outcome.verdict == "failed" for outcome in outcomes) else 0
+
+
+def _adapters(target: str) -> tuple[list[ArchitectureAdapter], PluginManager]:
+    """What is to be checked, and the plugins whose example models count. Raises KoopmonError in one line."""
+    from koopmon import plugins
+
+    manager = plugins.plugin_manager()
+    if ":" in target:
+        found = _instances(target, factories.named(target, "adapter"))
+        module = sys.modules.get(type(found[0]).__module__)
+        if module is not None and not manager.is_registered(module):
+            manager.register(module, name=target)
+        return found, manager
+    known = plugins.adapters(manager)
+    if target in known:
+        return [known[target]], manager
+    brought = _plugins_of(target)
+    for plugin in brought:
+        if plugin in manager.failures:
+            raise AdapterError(f"plugin {plugin} of {target} is not usable: {manager.failures[plugin]}")
+    found = [adapter for plugin in brought for adapter in _offers(manager, plugin)]
+    if found:
+        return found, manager
+    if not brought and not _is_module(target):
+        raise AdapterError(
+            f"{target!r}: no adapter, distribution or module of this name; adapters are {', '.join(known) or 'none'}"
+        )
+    raise AdapterError(
+        f"{target!r} offers no adapter: a module of it, named in the entry-point group koopmon, must hold a function "
+        "koopmon_architecture_adapters with @koopmon.hookimpl; or name one as module:object"
+    )
+
+
+def _instances(target: str, named: Any) -> list[ArchitectureAdapter]:
+    """The adapters that an object, a class or a function stands for."""
+    from koopmon.api import ArchitectureAdapter
+
+    made = named
+    if callable(named) and not isinstance(named, ArchitectureAdapter):
+        try:
+            made = named()
+        except Exception as error:  # user code
+            raise AdapterError(f"adapter {target!r} raised {type(error).__name__}: {error}".splitlines()[0]) from error
+    found = list(made) if isinstance(made, (list, tuple)) else [made]
+    for each in found:
+        if not isinstance(each, ArchitectureAdapter) or not isinstance(getattr(each, "name", None), str):
+            what = type(each).__name__
+            raise AdapterError(f"adapter {target!r}: expected an ArchitectureAdapter with a name, it is of type {what}")
+    if not found:
+        raise AdapterError(f"adapter {target!r}: it gives no adapter")
+    return found
+
+
+def _plugins_of(target: str) -> list[str]:
+    """Names, as the plugin manager has them, of the plugins that a distribution or a package brings."""
+    wanted, found, seen = _normal(target), [], set()
+    for entry in sorted(entry_points(group="koopmon"), key=lambda entry: (entry.name, entry.value)):
+        name = entry.name if entry.name not in seen else f"{entry.name} of {entry.value}"
+        seen.add(entry.name)
+        homes = {entry.value.split(":")[0].split(".")[0], entry.value, *([entry.dist.name] if entry.dist else [])}
+        if wanted in map(_normal, homes) and name not in found:
+            found.append(name)
+    return found
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _offers(manager: PluginManager, plugin: str) -> list[ArchitectureAdapter]:
+    hook: Any = manager.hook.koopmon_architecture_adapters
+    return [
+        adapter
+        for implementation in hook.get_hookimpls()
+        if implementation.plugin_name == plugin
+        for adapter in implementation.function()
+    ]
+
+
+def _named_model(name: str) -> ExampleModel:
+    """An example model for any adapter from the factory of that name, which has been called once and works."""
+    from koopmon.api import ExampleModel
+
+    factory = factories.named(name)
+    factories.call(name, factory)
+
+    def build(seed: int, factory: Callable[[], Any] = factory) -> Any:
+        return factory()
+
+    return ExampleModel(name, "", build)
+
+
+def _offered(adapter: ArchitectureAdapter, manager: PluginManager) -> list[ExampleModel]:
+    from koopmon import plugins
+
+    offers = dict.fromkeys(plugins.example_models(manager))  # a module may be registered twice
+    return [example for example in offers if example.adapter == adapter.name]
+
+
+def _no_model(manager: PluginManager) -> str:
+    failed = "".join(f"; plugin {name}: {reason}" for name, reason in manager.failures.items())
+    return (
+        "no model to test with: offer some by the hook koopmon_example_models, or name one with "
+        f"--model file.py:function{failed}"
+    )
+
+
+def _as_dict(outcomes: list[Outcome]) -> dict[str, Any]:
+    rows = [
+        {
+            "adapter": each.adapter,
+            "model": each.example,
+            "check": each.check,
+            "verdict": each.verdict,
+            "detail": each.detail,
+        }
+        for each in outcomes
+    ]
+    return {"checks": rows, **_counts(outcomes)}
+
+
+def _counts(outcomes: list[Outcome]) -> dict[str, int]:
+    return {verdict: sum(outcome.verdict == verdict for outcome in outcomes) for verdict in _STYLES}
+
+
+def _print(outcomes: list[Outcome]) -> None:
+    # A pipe has no width: a reason must not be folded narrowly for it.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for adapter, example in dict.fromkeys((each.adapter, each.example) for each in outcomes):
+        table = Table(title=f"adapter {adapter}, model {example}", title_justify="left", title_style="")
+        table.add_column("check", no_wrap=True)
+        table.add_column("outcome", no_wrap=True)
+        table.add_column("", overflow="fold")
+        for each in outcomes:
+            if (each.adapter, each.example) == (adapter, example):
+                table.add_row(each.check, f"[{_STYLES[each.verdict]}]{each.verdict}", Text(each.detail))
+        console.print(table)
+    counts = _counts(outcomes)
+    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count), highlight=False)

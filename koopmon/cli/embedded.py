@@ -1,0 +1,145 @@
+"""The monitor that `koopmon run` keeps for one job: beside it, below it in priority, and gone with it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from koopmon.errors import KoopmonError
+
+READY_SECONDS = 120.0
+"""A cold import of torch from a network file system takes its time."""
+PATIENCE_SECONDS = 2.0
+STOP_SECONDS = 65.0
+"""More than the monitor allows itself to profile what it has received."""
+NICE = 5
+"""Below the training ranks, and yet fast enough to answer within a few steps on busy cores."""
+
+
+class MonitorNotReadyError(KoopmonError):
+    """The embedded monitor did not come up; the message tells why, as far as it said so."""
+
+
+class EmbeddedMonitor:
+    """One `koopmon monitor` on an ipc endpoint in a directory of its own. Started by `start`, stopped by `close`."""
+
+    def __init__(self, store: Path, *, http: str = "127.0.0.1:0", options: Sequence[str] = ()) -> None:
+        """`options` are further words for `koopmon monitor`; its log goes beside `store`."""
+        self.store = store
+        self.log = store.with_name(f"{store.name}.log")
+        self.endpoint = ""
+        self.url = ""
+        self._http = http
+        self._options = tuple(options)
+        self._directory: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, environ: Mapping[str, str], mask: set[signal.Signals]) -> None:
+        """Start it, with the signal mask `mask`; returns at once. Raises MonitorNotReadyError when it cannot be."""
+        try:
+            self._directory = _short_directory()
+            self.endpoint = f"ipc://{self._directory / 'control'}"
+            self.store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self.log.open("wb") as log:
+                # A session of its own: the terminal's Ctrl-C is for the job, and the monitor outlives it.
+                # Its standard input is a pipe that we hold: when we die, however that happens, it reads the end of it.
+                self._process = subprocess.Popen(
+                    self._command(),
+                    env=dict(environ),
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    preexec_fn=partial(signal.pthread_sigmask, signal.SIG_SETMASK, mask),
+                )
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
+        except OSError as error:
+            raise MonitorNotReadyError(f"{error.filename or 'monitor'}: {error.strerror}") from None
+
+    def ready(self) -> bool:
+        """Whether it serves by now. Raises MonitorNotReadyError when it died instead."""
+        assert self._process is not None, "start() comes first"
+        told = self._told()
+        if told is not None:
+            self.url = f"http://{told['http']}/metrics"
+            return True
+        if (status := self._process.poll()) is not None:
+            raise MonitorNotReadyError(self._last_words() or f"it ended with status {status}")
+        return False
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def close(self, on_wait: Callable[[], None] = lambda: None) -> None:
+        """Ask it to end, wait until everything is on disk, and remove its directory; `on_wait` if that takes long."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(PATIENCE_SECONDS)
+            except subprocess.TimeoutExpired:
+                on_wait()
+                self._end()
+            self._process.stdin.close()
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
+
+    def _end(self) -> None:
+        assert self._process is not None
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _command(self) -> list[str]:
+        assert self._directory is not None
+        places = {
+            "--bind": self.endpoint,
+            "--bind-data": f"ipc://{self._directory / 'data'}",
+            "--http": self._http,
+            "--store": str(self.store),
+            "--ready-file": str(self._directory / "ready"),
+        }
+        words = [word for pair in places.items() for word in pair]
+        # The job's devices are the job's.
+        return [sys.executable, "-m", "koopmon", "monitor", *words, "--device", "cpu", "--with-parent", *self._options]
+
+    def _told(self) -> Any:
+        assert self._directory is not None
+        try:
+            return json.loads((self._directory / "ready").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def _last_words(self) -> str:
+        """The last line of its log, without the prefix that every line of ours carries."""
+        try:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
+        except OSError:
+            return ""
+        said = [line.strip() for line in lines if line.strip()]
+        return said[-1].removeprefix("koopmon: ") if said else ""
+
+
+def _short_directory() -> Path:
+    """A fresh directory, mode 0700, whose path leaves room for a socket's name (107 bytes in all)."""
+    directory = Path(tempfile.mkdtemp(prefix="koopmon-"))
+    if len(os.fsencode(directory)) > 90:
+        directory.rmdir()
+        directory = Path(tempfile.mkdtemp(prefix="koopmon-", dir="/tmp"))
+    return directory

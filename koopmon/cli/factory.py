@@ -1,0 +1,107 @@
+"""Factories that a user names: `module:function` or `file.py:function`, returning (model, batch)."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from koopmon.errors import KoopmonError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+_KINDS = {"factory": "function", "adapter": "object"}
+"""What one looks for under a name, in the words of the messages."""
+
+
+class FactoryError(KoopmonError):
+    """What was named cannot be found, or a factory does not give (model, batch)."""
+
+    exit_status = 2
+
+
+def load(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Call the factory `name`; the model, and its batch as positional and keyword arguments of one forward pass.
+
+    A batch is a tensor, a tuple or list of arguments, or a mapping of keyword arguments. Raises FactoryError.
+    """
+    model, batch = call(name, named(name))
+    if isinstance(batch, Mapping):
+        return model, (), dict(batch)
+    return model, tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {}
+
+
+def named(name: str, what: str = "factory") -> Any:
+    """The object that `module:object` or `file.py:object` names. Raises FactoryError, which calls it a `what`."""
+    place, colon, function = name.rpartition(":")
+    if not colon or not place or not function:
+        raise FactoryError(f"{what} {name!r}: expected module:{_KINDS[what]} or file.py:{_KINDS[what]}")
+    try:
+        module = _file(Path(place)) if place.endswith(".py") else _module(place)
+    except FactoryError:
+        raise
+    except Exception as error:  # user code
+        raise FactoryError(f"{what} {name!r}: importing {place} raised {_told(error)}") from error
+    made: Any = module
+    for part in function.split("."):
+        made = getattr(made, part, None)
+    if made is None:
+        raise FactoryError(f"{what} {name!r}: {place} has no {_KINDS[what]} {function}")
+    return made
+
+
+def call(name: str, factory: Any) -> tuple[nn.Module, Any]:
+    """What the factory called `name` gives: a model and its batch. Raises FactoryError."""
+    from torch import nn
+
+    if not callable(factory):
+        raise FactoryError(f"factory {name!r}: expected a function, it is a {type(factory).__name__}")
+    try:
+        result = factory()
+    except Exception as error:  # user code
+        raise FactoryError(f"factory {name!r} raised {_told(error)}") from error
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], nn.Module):
+        what = type(result).__name__
+        if isinstance(result, tuple):
+            what = f"({', '.join(type(item).__name__ for item in result)})"
+        raise FactoryError(f"factory {name!r}: expected (model, batch), a torch.nn.Module first; it returned {what}")
+    return result
+
+
+def _module(name: str) -> ModuleType:
+    # As `python -m` does: what lies in the working directory can be named.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return importlib.import_module(name)
+
+
+def _file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FactoryError(f"{path}: no such file")
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None and Path(getattr(loaded, "__file__", None) or "").resolve() == path.resolve():
+        return loaded  # what is named in one file twice must know each other's classes
+    # As `python file.py` does: its neighbours can be imported.
+    sys.path.insert(0, str(path.resolve().parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise FactoryError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    return module
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")

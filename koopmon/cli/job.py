@@ -1,0 +1,96 @@
+"""The guarded job: started as it would be without us, told every signal that we are told, and waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+from koopmon.errors import KoopmonError
+
+FORWARDED = frozenset(
+    {
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGQUIT,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+        signal.SIGALRM,
+        signal.SIGCONT,
+        signal.SIGWINCH,
+    }
+)
+_FROM_TERMINAL = frozenset({signal.SIGINT, signal.SIGQUIT, signal.SIGWINCH})
+_SENT_BY_KERNEL = 0x80  # si_code SI_KERNEL
+_WATCHED = FORWARDED | {signal.SIGCHLD}
+
+
+class CommandNotFoundError(KoopmonError):
+    """The job's program does not exist."""
+
+    exit_status = 127
+
+
+class CommandNotRunnableError(KoopmonError):
+    """The job's program exists and cannot be run."""
+
+    exit_status = 126
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[set[signal.Signals]]:
+    """Hold every forwarded signal back until `run_job` or `take_signal` asks for it; gives the mask from before."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+    try:
+        yield {signal.Signals(number) for number in before}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def take_signal(timeout_seconds: float) -> signal.Signals | None:
+    """Wait that long for a signal that would end the launcher; None when there was none."""
+    ending = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+    info = signal.sigtimedwait(ending, timeout_seconds)
+    return None if info is None else signal.Signals(info.si_signo)
+
+
+def run_job(
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    mask: set[signal.Signals],
+    on_child: Callable[[], None] = lambda: None,
+) -> int:
+    """Run `command` to its end inside `signals_held`, whose mask the job gets back, and return its exit status.
+
+    Standard streams are inherited. The status is the job's own, or 128 + n when signal n ended it. `on_child` is called
+    whenever some child of ours changed its state. Raises CommandNotFoundError and CommandNotRunnableError.
+    """
+
+    try:
+        # Safe after fork: the launcher has one thread.
+        job = subprocess.Popen(
+            list(command), env=dict(environ), preexec_fn=partial(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
+        )
+    except FileNotFoundError:
+        raise CommandNotFoundError(f"{command[0]}: command not found") from None
+    except OSError as error:
+        raise CommandNotRunnableError(f"{command[0]}: {error.strerror}") from None
+    while (status := job.poll()) is None:
+        info = signal.sigwaitinfo(_WATCHED)
+        number = signal.Signals(info.si_signo)
+        if number is signal.SIGCHLD:
+            on_child()
+        elif not _reached_the_job_already(number, info):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(job.pid, number)
+    return status if status >= 0 else 128 - status
+
+
+def _reached_the_job_already(number: signal.Signals, info: signal.struct_siginfo) -> bool:
+    # The terminal's keys signal the whole foreground group, so the job, which shares ours, has its own copy: a second
+    # SIGINT would cut torchrun's orderly shutdown short.
+    return number in _FROM_TERMINAL and info.si_code == _SENT_BY_KERNEL

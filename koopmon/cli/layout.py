@@ -1,0 +1,89 @@
+"""What a job's command line and environment tell before it starts: its name, and how many nodes it spans."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from koopmon.agent.autoload import LAUNCHERS
+from koopmon.errors import ConfigError
+from koopmon.wire.messages import RunName
+
+_NODE_OPTIONS = ("--nnodes", "--num-machines", "--num-nodes")
+_NODE_VARIABLES = ("SLURM_NNODES", "SLURM_JOB_NUM_NODES", "PET_NNODES")
+_RANK_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def spread(command: Sequence[str], environ: Mapping[str, str]) -> str | None:
+    """Where it is said that the job is more than one command on one node, as "--nnodes 2"; None when nowhere."""
+    for option, value in _launcher_options(command):
+        if option in _NODE_OPTIONS and _largest(value) > 1:
+            return f"{option} {value}"
+    for name in (*_NODE_VARIABLES, *_RANK_VARIABLES):
+        if _largest(environ.get(name, "")) > 1:
+            return f"{name}={environ[name]}"
+    return None
+
+
+def script_name(command: Sequence[str]) -> str:
+    """The name of what trains: the first script or module in `command` that is not a launcher, else its program."""
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        if word == "-m" and following and following not in LAUNCHERS:
+            return _clean(following.rpartition(".")[2])
+        if word.endswith(".py"):
+            return _clean(Path(word).stem)
+    return _clean(Path(command[0]).name)
+
+
+def new_run_name(command: Sequence[str]) -> str:
+    """A run's name that nobody else has: the script's and 8 hex digits."""
+    return f"{script_name(command)}-{secrets.token_hex(4)}"
+
+
+def check_run_name(name: str) -> str:
+    """`name` itself. Raises ConfigError when a run cannot be called so."""
+    try:
+        return msgspec.convert(name, RunName)
+    except msgspec.ValidationError:
+        raise ConfigError(
+            f"--run {name!r}: expected up to 128 letters, digits or . _ : / + -, beginning with a letter or digit"
+        ) from None
+
+
+def state_directory(environ: Mapping[str, str]) -> Path:
+    """Where koopmon keeps what should outlive a job: `koopmon` under XDG_STATE_HOME."""
+    base = environ.get("XDG_STATE_HOME", "")
+    # The XDG specification: a relative path is to be ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "koopmon"
+
+
+def run_store(environ: Mapping[str, str], name: str) -> Path:
+    """Where `koopmon run` keeps the history of the run `name`, when nobody says otherwise."""
+    return state_directory(environ) / "runs" / f"{name.replace('/', '_')}.sqlite3"
+
+
+def _launcher_options(command: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Options between a launcher and the script, each with the word that follows or the part behind its `=`."""
+    launched = False
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        if not launched:
+            launched = Path(word).name in LAUNCHERS
+        elif word.endswith(".py"):
+            return
+        elif word.startswith("--"):
+            option, equals, value = word.partition("=")
+            yield option.replace("_", "-"), value if equals else following
+
+
+def _largest(text: str) -> int:
+    """The largest whole number in "2", "1:4" or "4(x2)"; 0 when there is none."""
+    return max((int(number) for number in re.findall(r"\d+", text)), default=0)
+
+
+def _clean(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-._+")[:64] or "job"

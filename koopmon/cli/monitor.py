@@ -1,0 +1,81 @@
+"""`koopmon monitor`: the daemon in the foreground."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from koopmon.cli.console import configure_logging
+from koopmon.cli.layout import state_directory
+from koopmon.cli.options import ConfigFile, DryRun, Policy, policy_overrides
+from koopmon.config import load
+
+EPILOG = "Example: koopmon monitor --bind tcp://127.0.0.1:9465 --http 127.0.0.1:9464 --device auto"
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("monitor", epilog=EPILOG)(monitor)
+
+
+def monitor(
+    bind: Annotated[
+        str, typer.Option(metavar="ENDPOINT", help="Control endpoint that agents connect to.")
+    ] = "tcp://127.0.0.1:9465",
+    bind_data: Annotated[
+        str | None,
+        typer.Option(metavar="ENDPOINT", help="Endpoint of snapshots; agents are told it. Default: chosen."),
+    ] = None,
+    http: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where /metrics, /healthz and /readyz are served.")
+    ] = "127.0.0.1:9464",
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:N", help="Where spectra are computed.")] = "auto",
+    store: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="History, SQLite. Default: under XDG_STATE_HOME.")
+    ] = None,
+    config: ConfigFile = None,
+    policy: Policy = None,
+    dry_run: DryRun = False,
+    ready_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Written, as JSON, once the monitor serves.")
+    ] = None,
+    with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True)] = False,
+) -> int:
+    """Serve agents: snapshots to spectra, spectra to metrics and decisions, decisions to commands.
+
+    Ends with status 0 on SIGTERM and SIGINT, with everything recorded.
+    """
+    settings = load(config, overrides=policy_overrides(policy, dry_run))
+    configure_logging()
+    if with_parent:
+        _end_with_parent()
+    # Late: torch comes with it.
+    from koopmon.monitor import daemon
+
+    return daemon.serve(
+        settings,
+        bind=bind,
+        data_bind=bind_data,
+        http=http,
+        device=device,
+        store=store or state_directory(os.environ) / "monitor.sqlite3",
+        ready_file=ready_file,
+    )
+
+
+def _end_with_parent() -> None:
+    """SIGTERM to ourselves when standard input ends, which the launcher holds open while it lives."""
+
+    def watch() -> None:
+        # Not through sys.stdin: its lock, held by a daemon thread, would stop the interpreter from ending.
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="koopmon-parent", daemon=True).start()

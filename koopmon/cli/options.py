@@ -1,0 +1,36 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from koopmon.config import PolicyName
+
+POLICIES: tuple[str, ...] = get_args(PolicyName)
+
+
+def _known_policy(name: str | None) -> str | None:
+    if name is not None and name not in POLICIES:
+        raise typer.BadParameter(f"{name!r}: allowed are {', '.join(POLICIES)}")
+    return name
+
+
+ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Configuration, TOML. Default: KOOPMON_CONFIG.")]
+Policy = Annotated[
+    str | None,
+    typer.Option(metavar="|".join(POLICIES), callback=_known_policy, help="What may be done. Default: the config's."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Decide and record, but send nothing.")]
+
+
+def policy_overrides(policy: str | None, dry_run: bool) -> dict[str, Any]:
+    """What the command line says of `[policy]`, as overrides of a configuration."""
+    table: dict[str, Any] = {}
+    if policy is not None:
+        table["name"] = policy
+    if dry_run:
+        table["dry_run"] = True
+    return {"policy": table} if table else {}

@@ -1,0 +1,239 @@
+"""`koopmon profile`: the spectrum and the risk of a model before it is trained, from one forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from koopmon import plots
+from koopmon.cli import factory as factories
+from koopmon.errors import CalibrationError, ConfigError, KoopmonError
+
+if TYPE_CHECKING:
+    from koopmon.profiling import CapturedStates
+    from koopmon.risk.initial import InitialRisk
+    from koopmon.spectral import LayerProfile, SpectralProfile
+
+EPILOG = "Example: koopmon profile train.py:make_model_and_batch --png spectrum.png"
+SURVIVES = 0.95
+_COLUMNS = {
+    "M~1": "near_unit_mass",
+    "M>1": "expansive_mass",
+    "M<1": "contractive_mass",
+    "rho": "spectral_radius",
+    "kappa": "eigenvector_condition_number",
+    "Kreiss": "kreiss_constant",
+    "eta": "nonlinearity_ratio",
+    "update": "update_ratio",
+    "reliable": "reliable_mode_ratio",
+}
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("profile", epilog=EPILOG, no_args_is_help=True)(profile)
+
+
+def profile(
+    factory: Annotated[
+        str, typer.Argument(metavar="FACTORY", help="module:function or file.py:function returning (model, batch).")
+    ],
+    adapter: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Architecture adapter. Default: the one that fits best.")
+    ] = None,
+    stack: Annotated[
+        str | None, typer.Option(metavar="PATH", help="List of residual blocks in the model. Default: found.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(metavar="N", min=16, help="Tokens, the same ones at every depth.")] = 2048,
+    svd_rank: Annotated[
+        int | None, typer.Option(metavar="R", min=1, help="Leading directions. Default: all, which needs N >= width.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the choice of tokens.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything, eigenvalues too, as JSON.")] = False,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the eigenvalues on the unit circle, coloured by depth.")
+    ] = None,
+    calibrator: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Calibrator, as `koopmon calibrate` writes it.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--lr", metavar="RATE", min=1e-12, help="Give the probability that it diverges.")
+    ] = None,
+    max_lr: Annotated[
+        bool, typer.Option("--max-lr", help="Give the highest learning rate that is likely to be survived.")
+    ] = False,
+) -> int:
+    """Profile a model's residual stream from one forward pass: its spectrum, layer by layer, and its initial risk.
+
+    The score is the mean near-unit mass over layers: below 0.3 low, above 0.5 high. It separates architectures and
+    knows nothing of the learning rate.
+    """
+    if png is not None:
+        plots.require(f"--png {png}")
+    asked = learning_rate is not None or max_lr
+    if asked != (calibrator is not None):
+        raise ConfigError("--calibrator FILE goes with --lr RATE or --max-lr, and they with it")
+    console = Console(stderr=True)
+    with console.status("loading torch") as status:
+        from koopmon.profiling import capture_states
+        from koopmon.risk.initial import initial_risk
+        from koopmon.spectral import profile_states
+
+        status.update("making the model")
+        model, args, kwargs = factories.load(factory)
+        status.update("profiling")
+        try:
+            captured = capture_states(
+                model, *args, adapter=adapter, stack=stack, num_samples=num_samples, seed=seed, **kwargs
+            )
+            spectrum = profile_states(captured.states, svd_rank=svd_rank, seed=seed)
+        except KoopmonError:
+            raise
+        except ValueError as error:
+            raise KoopmonError(f"{factory}: {error}") from error
+        except Exception as error:  # the model's own forward pass
+            raise KoopmonError(
+                f"{factory}: the forward pass raised {type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
+        risk = initial_risk(spectrum)
+        forecast = None if calibrator is None else _forecast(calibrator, captured, spectrum, risk, learning_rate)
+        if png is not None:
+            status.update("drawing")
+            plots.spectrum(spectrum, png, title=f"{type(model).__name__}: {_verdict(risk)}")
+    if as_json:
+        told = _as_dict(model, captured, spectrum, risk)
+        if forecast is not None:
+            told["forecast"] = dataclasses.asdict(forecast)
+        print(json.dumps(told))  # noqa: T201 - a result
+    else:
+        # A pipe has no width: a table must not be folded for it.
+        out = Console(width=None if sys.stdout.isatty() else 120)
+        out.print(_table(type(model).__name__, captured, spectrum))
+        for name, text in captured.measures.items():
+            out.print(f"{name}: {text}", highlight=False, soft_wrap=True)
+        out.print(f"initial risk: {_verdict(risk)}", highlight=False, soft_wrap=True)
+        for line in [] if forecast is None else forecast.lines():
+            out.print(line, highlight=False, soft_wrap=True)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a calibrator says of a model. Rates are None where it knows none that low."""
+
+    learning_rate: float | None
+    divergence_probability: float | None
+    max_learning_rate: float | None
+    """Survived with the probability SURVIVES."""
+    even_learning_rate: float | None
+    """Survived as often as not."""
+    held_out_error: float | None
+
+    def lines(self) -> list[str]:
+        error = "" if self.held_out_error is None else f" (expected calibration error {self.held_out_error:.3f})"
+        lines = []
+        if self.divergence_probability is not None:
+            at = f"at learning rate {self.learning_rate:g}"
+            lines.append(f"divergence probability {at}: {self.divergence_probability:.2f}{error}")
+        if self.max_learning_rate is not None and self.even_learning_rate is not None:
+            lines.append(
+                f"highest learning rate survived with probability {SURVIVES:.0%}: {self.max_learning_rate:.2g}; "
+                f"with 50%: {self.even_learning_rate:.2g}{error}"
+            )
+        return lines or ["no learning rate is low enough for what the calibrator has seen of such models"]
+
+
+def _forecast(
+    path: Path, captured: CapturedStates, spectrum: SpectralProfile, risk: InitialRisk, learning_rate: float | None
+) -> Forecast:
+    from koopmon.risk.calibration import Example, load
+
+    calibrator = load(path)
+    adapter = captured.discovery.adapter.name
+    if risk.score is None:
+        raise CalibrationError(f"calibrator {path}: the profile is not informative: {risk.reason}")
+    if not calibrator.fits(adapter, spectrum.svd_rank, spectrum.num_samples):
+        kinds = [
+            f"{name}, svd_rank {'none' if rank is None else rank}, {samples} tokens"
+            for name, rank, samples in (
+                (calibrator.adapter, calibrator.svd_rank, calibrator.num_samples),
+                (adapter, spectrum.svd_rank, spectrum.num_samples),
+            )
+        ]
+        raise CalibrationError(f"calibrator {path} is for {kinds[0]}; this profile is of {kinds[1]}")
+    example = Example(
+        near_unit_mass=risk.score,
+        learning_rate=learning_rate or 1.0,
+        width=int(captured.states[0].shape[-1]),
+        num_layers=spectrum.num_layers,
+    )
+    return Forecast(
+        learning_rate=learning_rate,
+        divergence_probability=None if learning_rate is None else calibrator.probability(example),
+        max_learning_rate=calibrator.max_learning_rate(example, 1 - SURVIVES),
+        even_learning_rate=calibrator.max_learning_rate(example, 0.5),
+        held_out_error=calibrator.held_out_error,
+    )
+
+
+def _verdict(risk: InitialRisk) -> str:
+    if risk.score is None:
+        return f"not informative: {risk.reason}"
+    return f"{risk.level} ({risk.reason})"
+
+
+def _as_dict(model: Any, captured: CapturedStates, spectrum: SpectralProfile, risk: InitialRisk) -> dict[str, Any]:
+    return {
+        "model": type(model).__name__,
+        "adapter": captured.discovery.adapter.name,
+        "stack": captured.discovery.stack.name,
+        "points": [point.name for point in captured.discovery.points],
+        "masked": captured.masked,
+        "initial_risk": dataclasses.asdict(risk),
+        "profile": spectrum.to_dict(),
+        "observables": captured.observables,
+    }
+
+
+def _table(name: str, captured: CapturedStates, spectrum: SpectralProfile) -> Table:
+    rank = "full rank" if spectrum.svd_rank is None else f"svd_rank {spectrum.svd_rank}"
+    tokens = f"{spectrum.num_samples} of {captured.num_tokens} tokens{', masked' if captured.masked else ''}"
+    found = f"adapter {captured.discovery.adapter.name}, stack {captured.discovery.stack.name}"
+    table = Table(title=f"{name}: {found}; {tokens}, {rank}", title_justify="left", title_style="")
+    table.add_column("layer", justify="right")
+    for heading in (*_COLUMNS, *captured.observables):
+        table.add_column(heading, justify="right")
+    remarks = [_remark(layer) for layer in spectrum.layers]
+    if any(remarks):
+        table.add_column("remark")
+    for index, (layer, remark) in enumerate(zip(spectrum.layers, remarks, strict=True)):
+        cells = [_cell(getattr(layer, field)) for field in _COLUMNS.values()]
+        cells += [_cell(values[index]) for values in captured.observables.values()]
+        cells += [remark] if any(remarks) else []
+        table.add_row(str(index), *cells, style=None if layer.informative else "dim")
+    table.add_section()
+    means = [spectrum.mean(field) for field in _COLUMNS.values()]
+    table.add_row("mean", *map(_cell, [*means, *map(_mean, captured.observables.values())]))
+    return table
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _remark(layer: LayerProfile) -> str:
+    return layer.reason if layer.informative or not layer.reason else f"not informative: {layer.reason}"
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:.1e}"

@@ -1,0 +1,146 @@
+"""`koopmon replay`: a recorded run under another policy, offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from koopmon.cli.layout import run_store, state_directory
+from koopmon.cli.options import POLICIES
+from koopmon.config import Config, load
+from koopmon.errors import ConfigError
+
+if TYPE_CHECKING:
+    from koopmon.monitor.history import DecisionRow
+    from koopmon.monitor.replay import Replayed
+
+EPILOG = "Example: koopmon replay train-1a2b3c4d --policy careful.toml"
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("replay", epilog=EPILOG, no_args_is_help=True)(replay)
+
+
+def replay(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's name, as `koopmon run` printed it.")],
+    policy: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE", help=f"Configuration, TOML: [policy], [risk], [kss]. Or a name: {', '.join(POLICIES)}."
+        ),
+    ],
+    store: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="History, SQLite. Default: the run's own, else the monitor's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every snapshot, judged again, as JSON.")] = False,
+) -> int:
+    """Decide a recorded run again under another policy: what would have been done, and when.
+
+    Snapshots are as recorded: what a training would have done after an action of the replay is not known.
+    """
+    from koopmon.monitor import replay as replaying
+    from koopmon.monitor.history import History
+
+    config = _config(policy)
+    with History.open(_store(run, store)) as history:
+        rows = list(replaying.replay(history, run, config))
+        decisions = list(history.decisions(run))
+    if as_json:
+        print(json.dumps({"run": run, "policy": config.policy.name, "snapshots": [_plain(row) for row in rows]}))  # noqa: T201 - a result
+        return 0
+    out = Console(width=None if sys.stdout.isatty() else 120)
+    out.print(_table(run, config, rows, decisions))
+    for line in _words(config, rows, decisions):
+        out.print(line, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _config(policy: str) -> Config:
+    if Path(policy).is_file():
+        return load(policy)
+    if policy in POLICIES:
+        return load(overrides={"policy": {"name": policy}})
+    raise ConfigError(f"--policy {policy!r}: neither a file nor one of {', '.join(POLICIES)}")
+
+
+def _store(run: str, store: Path | None) -> Path:
+    if store is not None:
+        return store
+    own = run_store(os.environ, run)
+    return own if own.is_file() else state_directory(os.environ) / "monitor.sqlite3"
+
+
+def _plain(row: Replayed) -> dict[str, Any]:
+    return {
+        "incarnation": row.incarnation,
+        "step": row.step,
+        "recorded_risk": row.recorded_risk,
+        "risk": row.risk,
+        "phase": row.phase,
+        "reason": row.reason,
+        "lr_scale": row.lr_scale,
+        "kss_alpha": row.kss_alpha,
+        "actions": [action.kind for action in row.actions],
+    }
+
+
+def _recorded(decisions: Iterable[DecisionRow]) -> dict[tuple[str, int], list[str]]:
+    """What was done then, by incarnation and step."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for decision in decisions:
+        for row in decision.commands:
+            if row.command.lr_scale is not None:
+                text = f"learning rate x {row.command.lr_scale:.3g}"
+            elif row.command.kss is not None:
+                text = f"KSS alpha {row.command.kss.alpha:.3g}"
+            else:
+                continue
+            outcome = "" if row.outcome == "applied" else f" ({row.outcome})"
+            found.setdefault((decision.incarnation, decision.step), []).append(text + outcome)
+    return found
+
+
+def _table(run: str, config: Config, rows: Sequence[Replayed], decisions: Sequence[DecisionRow]) -> Table:
+    then = _recorded(decisions)
+    table = Table(
+        "step", "risk then", "risk now", "done then", "done now", title=f"{run} under policy {config.policy.name}"
+    )
+    table.title_justify, table.title_style = "left", ""
+    for row in rows:
+        before = then.get((row.incarnation, row.step), [])
+        now = [action.reason for action in row.actions]
+        if before or now:
+            risks = (f"{row.recorded_risk:.2f}", f"{row.risk:.2f}")
+            table.add_row(str(row.step), *risks, "\n".join(before), "\n".join(now))
+    return table
+
+
+def _words(config: Config, rows: Sequence[Replayed], decisions: Sequence[DecisionRow]) -> list[str]:
+    then, now = sorted(step for _, step in _recorded(decisions)), [row.step for row in rows if row.actions]
+    worst = max(rows, key=lambda row: row.risk)
+    span = f"{len(rows)} snapshots, steps {rows[0].step} to {rows[-1].step}"
+    lines = [
+        f"{span}; highest risk {worst.risk:.2f} at {worst.step}",
+        f"then: {_first(then)}; now: {_first(now)}, learning rate down to {min(row.lr_scale for row in rows):.3g}",
+    ]
+    if now:
+        lines.append(
+            "what the training would have done after the first of them is not known: the states are as recorded"
+        )
+    elif config.policy.name == "observe":
+        lines.append("the policy `observe` never acts")
+    return lines
+
+
+def _first(steps: Sequence[int]) -> str:
+    if not steps:
+        return "nothing was done"
+    return f"acted at {len(steps)} {'snapshot' if len(steps) == 1 else 'snapshots'}, first at step {steps[0]}"

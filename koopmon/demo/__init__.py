@@ -1,0 +1,1 @@
+"""The demonstration: one real training, unguarded and guarded, side by side."""

@@ -1,0 +1,161 @@
+"""An ordinary training script: a byte-level language model on the source of Python's own standard library.
+
+The transformer has no normalisation, which makes it easy to kill: GPT-2's initialisation (standard deviation 0.02, zero
+biases), AdamW and a short warm-up. It knows nothing of koopmon; `koopmon run` attaches from outside::
+
+    torchrun --nproc-per-node 2 koopmon/demo/train.py --lr 0.01 --steps 150 --seed 0 --out run.jsonl
+
+Each step is one JSON line: step, loss (mean over ranks, nats per byte), grad_norm (2-norm before the update), lr (as
+scheduled), seconds since the first step. Training stops itself when it has diverged: loss above 50, gradient norm above
+500, or either not finite; then the last line says so and the exit status is 3.
+
+Shapes: B sequences per rank, T bytes, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+MAX_LOSS = 50.0
+MAX_GRAD_NORM = 500.0
+DIVERGED = 3
+VOCABULARY = 256
+EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"})
+
+
+def corpus() -> Tensor:
+    """The standard library's own source, one uint8 tensor, files in the order of their paths, tests left out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(path.relative_to(root) for path in root.rglob("*.py"))
+    texts = [(root / path).read_bytes() for path in paths if EXCLUDED.isdisjoint(path.parts)]
+    return torch.frombuffer(bytearray(b"\n".join(texts)), dtype=torch.uint8)
+
+
+class Block(nn.Module):
+    """Causal attention and an MLP, each added to the residual stream as it is: no normalisation anywhere."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        q, k, v = self.qkv(h_BTD).chunk(3, dim=-1)
+        q_BHTd, k_BHTd, v_BHTd = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        mixed = functional.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, is_causal=True)
+        h_BTD = h_BTD + self.proj(mixed.transpose(1, 2).flatten(2))
+        h_BTD = h_BTD + self.down(functional.gelu(self.up(h_BTD)))
+        return h_BTD
+
+
+class ByteTransformer(nn.Module):
+    """Bytes (B, T) to logits (B, T, 256)."""
+
+    def __init__(self, width: int, layers: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(VOCABULARY, width)
+        self.position = nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.apply(self._initialise)
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        h_BTD = self.token(tokens_BT) + self.position.weight[: tokens_BT.shape[1]]
+        for block in self.blocks:
+            h_BTD = block(h_BTD)
+        logits: Tensor = self.head(h_BTD)
+        return logits
+
+
+def draw(data: Tensor, batch: int, context: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A batch of inputs and next bytes, each (B, T) int64, from random places."""
+    starts = torch.randint(len(data) - context - 1, (batch, 1), generator=generator)
+    window = data[starts + torch.arange(context + 1)].long()
+    return window[:, :-1], window[:, 1:]
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a byte-level transformer without normalisation.")
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--warmup", type=int, default=40, help="steps of linear warm-up")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=8, help="sequences per rank")
+    parser.add_argument("--context", type=int, default=128, help="bytes per sequence")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--out", type=Path, help="one JSON line per step goes here; standard output if absent")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    torch.manual_seed(args.seed)
+    model = DistributedDataParallel(ByteTransformer(args.width, args.layers, args.heads, args.context))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / args.warmup))
+    data = corpus()
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + rank)
+
+    log = None
+    if rank == 0:
+        log = args.out.open("w", encoding="utf-8") if args.out else sys.stdout
+    status = 0
+    started = time.monotonic()
+    for step in range(args.steps):
+        tokens, targets = draw(data, args.batch, args.context, generator)
+        loss = functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        # An infinite bound measures the norm and clips nothing.
+        grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), math.inf))
+        mean_loss = loss.detach() / world
+        dist.all_reduce(mean_loss)
+        value, lr = float(mean_loss), schedule.get_last_lr()[0]
+        diverged = not (value <= MAX_LOSS and grad_norm <= MAX_GRAD_NORM)
+        if log is not None:
+            seconds = round(time.monotonic() - started, 4)
+            row = {"step": step, "loss": value, "grad_norm": grad_norm, "lr": lr, "seconds": seconds}
+            print(json.dumps(row | {"diverged": True} if diverged else row), file=log, flush=True)
+        if diverged:
+            status = DIVERGED
+            break
+        optimizer.step()
+        schedule.step()
+    if log is not None and log is not sys.stdout:
+        log.close()
+    dist.destroy_process_group()
+    return status
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""One training of the demonstration, alone or under `koopmon run`, and what is heard of it while it goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from koopmon.errors import KoopmonError, StoreError
+from koopmon.monitor.history import DecisionRow, History, ObservationRow
+
+SCRIPT = Path(__file__).with_name("train.py")
+POLL_SECONDS = 0.5
+STOP_SECONDS = 90.0
+FINAL_STEPS = 20
+"""The loss at the end is the mean over so many last steps."""
+START_STEPS = 3
+
+
+class DemoError(KoopmonError):
+    """A training of the demonstration failed for another reason than divergence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What both trainings share. `batch` is sequences per rank, `context` bytes per sequence."""
+
+    lr: float = 0.01
+    steps: int = 150
+    warmup: int = 40
+    seed: int = 0
+    batch: int = 8
+    context: int = 128
+    width: int = 128
+    layers: int = 4
+    num_ranks: int = 2
+
+    def command(self, out: Path) -> list[str]:
+        """The torchrun command line of the training that logs to `out`."""
+        names = ("lr", "steps", "warmup", "seed", "batch", "context", "width", "layers")
+        options = [word for name in names for word in (f"--{name}", str(getattr(self, name)))]
+        ranks = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(self.num_ranks)]
+        launcher = [sys.executable, "-m", "torch.distributed.run", *ranks]
+        return [*launcher, str(SCRIPT), *options, "--out", str(out)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One line of the training's own log."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    diverged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What is known so far: the training's steps, and what its monitor saw and decided (nothing when unguarded)."""
+
+    steps: Sequence[Step] = ()
+    observations: Sequence[ObservationRow] = ()
+    decisions: Sequence[DecisionRow] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A training that is over. `policy` is None when nobody guarded it; losses in nats per byte."""
+
+    policy: str | None
+    heard: Heard
+    seconds: float
+    summary: dict[str, Any] = field(default_factory=dict)
+    """The closing summary of `koopmon run`, when guarded."""
+
+    @property
+    def diverged(self) -> bool:
+        return any(step.diverged for step in self.heard.steps)
+
+    @property
+    def last_step(self) -> int:
+        return self.heard.steps[-1].step
+
+    @property
+    def start_loss(self) -> float:
+        return _mean([step.loss for step in self.heard.steps[:START_STEPS]])
+
+    @property
+    def final_loss(self) -> float:
+        """Mean over the last steps; of a run that diverged, the loss that it died with."""
+        if self.diverged:
+            return self.heard.steps[-1].loss
+        return _mean([step.loss for step in self.heard.steps[-FINAL_STEPS:]])
+
+    @property
+    def survived(self) -> bool:
+        """It finished, and learnt something."""
+        return not self.diverged and self.final_loss < self.start_loss
+
+    @property
+    def first_command_step(self) -> int | None:
+        """Where the first command that changes training was applied."""
+        steps = [step for step, _ in applied_commands(self.heard.decisions)]
+        return min(steps, default=None)
+
+
+def applied_commands(decisions: Sequence[DecisionRow]) -> Iterator[tuple[int, str]]:
+    """(step, kind) of every command that changed the training, at the step at which all ranks applied it."""
+    for row in (row for decision in decisions for row in decision.commands):
+        if row.outcome == "applied" and row.acked_step is not None and row.command.kind in ("set_lr_scale", "set_kss"):
+            yield row.acked_step, row.command.kind
+
+
+def run_training(
+    setting: Setting, policy: str | None, directory: Path, on_progress: Callable[[Heard], None] = lambda _: None
+) -> Outcome:
+    """Train once, to the end or to divergence; `policy` None leaves it unguarded. Files go to `directory`.
+
+    Raises DemoError when the training fails in another way.
+    """
+    label = (policy or "unguarded").replace("+", "-")
+    log, out = directory / f"{label}.jsonl", directory / f"{label}.output"
+    store, result = directory / f"{label}.sqlite3", directory / f"{label}.json"
+    for stale in (log, out, result, *directory.glob(f"{store.name}*")):
+        stale.unlink(missing_ok=True)
+    run, command = f"demo-{label}", setting.command(log)
+    if policy is not None:
+        places = ["--run", run, "--store", str(store), "--json", str(result)]
+        command = [sys.executable, "-m", "koopmon", "run", "--policy", policy, *places, "--", *command]
+    started = time.monotonic()
+    with out.open("wb") as output:
+        process = subprocess.Popen(command, env=_environment(), stdout=output, stderr=output)
+        try:
+            while process.poll() is None:
+                time.sleep(POLL_SECONDS)
+                on_progress(_hear(log, store, run))
+        finally:
+            _end(process)
+    heard = _hear(log, store, run)
+    on_progress(heard)
+    if not heard.steps or (process.returncode != 0 and not heard.steps[-1].diverged):
+        raise DemoError(f"the {label} training ended with status {process.returncode}: {_last_words(out)} (see {out})")
+    summary = json.loads(result.read_text(encoding="utf-8")) if policy is not None else {}
+    if policy is not None and not summary.get("adapter"):
+        raise DemoError(f"koopmon did not attach to the {label} training: {_last_words(out)} (see {out})")
+    return Outcome(policy=policy, heard=heard, seconds=time.monotonic() - started, summary=summary)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without what would guard the unguarded run or change the guarded one; one thread per rank."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("KOOPMON_")}
+    return environ | {"OMP_NUM_THREADS": "1"}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """See a training off that is still there because we are leaving early."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _hear(log: Path, store: Path, run: str) -> Heard:
+    steps = list(_read_steps(log))
+    if not store.exists():
+        return Heard(steps)
+    try:
+        with History.open(store) as history:
+            return Heard(steps, list(history.observations(run)), list(history.decisions(run)))
+    except StoreError:  # it is just being made
+        return Heard(steps)
+
+
+def _read_steps(log: Path) -> Iterator[Step]:
+    try:
+        text = log.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return
+    # The last line may still be in the making.
+    for line in text.split("\n")[:-1]:
+        row = json.loads(line)
+        diverged = bool(row.get("diverged", False))
+        yield Step(step=row["step"], loss=row["loss"], grad_norm=row["grad_norm"], diverged=diverged)
+
+
+def _last_words(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for sign in ("koopmon: not attached", "Error: ", "koopmon: ", ""):
+        found = [line.strip() for line in lines if sign in line and line.strip()]
+        if found:
+            return found[-1]
+    return "it said nothing"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan

@@ -1,0 +1,87 @@
+"""A command line in real processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+KOOPMON = (sys.executable, "-m", "koopmon")
+
+
+class CommandLine:
+    """Starts koopmon's verbs with a state directory of their own and nothing of the caller's KOOPMON_ variables."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.environ = {key: value for key, value in os.environ.items() if not key.startswith(("KOOPMON_", "SLURM_"))}
+        for name in ("PYTHONPATH", "WORLD_SIZE", "RANK"):
+            self.environ.pop(name, None)
+        self.environ |= {"XDG_STATE_HOME": str(directory / "state"), "TMPDIR": str(directory), "OMP_NUM_THREADS": "1"}
+        self.environ |= {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *words: str, **env: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [*KOOPMON, *words],
+            env=self.environ | env,
+            cwd=self.directory,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        self._started.append(process)
+        return process
+
+    def __call__(self, *words: str, given: bytes = b"", **env: str) -> subprocess.CompletedProcess[bytes]:
+        process = self.start(*words, **env)
+        stdout, stderr = process.communicate(given, timeout=120)
+        return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
+
+    def run(self, *job: str, given: bytes = b"", **env: str) -> subprocess.CompletedProcess[bytes]:
+        """`koopmon run` of a job beside what passes for a monitor: the launcher alone, which has nothing to say."""
+        return self("run", "--monitor", self.endpoint, "--", *job, given=given, **env)
+
+    @property
+    def endpoint(self) -> str:
+        """Where somebody listens and nobody answers."""
+        return f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def close(self) -> None:
+        self._listener.close()
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
+
+
+@pytest.fixture
+def koopmon(tmp_path: Path) -> Iterator[CommandLine]:
+    command_line = CommandLine(tmp_path)
+    yield command_line
+    command_line.close()
+
+
+@pytest.fixture
+def one_line() -> object:
+    """Checks that a verb refused in one line of its own: (process, words that the line holds, exit status)."""
+
+    def check(done: subprocess.CompletedProcess[bytes], *words: str, status: int = 2) -> None:
+        text = done.stderr.decode()
+        assert done.returncode == status, text
+        assert text.startswith("koopmon: "), text
+        assert text.count("\n") == 1, text
+        for word in words:
+            assert word in text, text
+        assert done.stdout == b""
+
+    return check

@@ -1,0 +1,216 @@
+"""`koopmon run` with a monitor of its own: there before the job, gone after it, and never in its way."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PYTHON = sys.executable
+
+# Tells what a job sees of its monitor: the metrics page's first bytes, the endpoint's directory, the monitor's pid.
+LOOK = """
+import json, os, pathlib, stat, urllib.request
+directory = pathlib.Path(os.environ["KOOPMON_ENDPOINT"].removeprefix("ipc://")).parent
+told = json.loads((directory / "ready").read_text())
+page = urllib.request.urlopen("http://" + told["http"] + "/metrics", timeout=10).read()
+ready = urllib.request.urlopen("http://" + told["http"] + "/readyz", timeout=10).status
+print(json.dumps({
+    "directory": str(directory), "mode": stat.S_IMODE(directory.stat().st_mode), "pid": told["pid"],
+    "page": b"koopmon_build_info" in page, "ready": ready, "nice": os.getpriority(os.PRIO_PROCESS, told["pid"]),
+    "session": os.getsid(told["pid"]) != os.getsid(0), "run": os.environ["KOOPMON_RUN"], "http": told["http"],
+}), flush=True)
+"""
+
+
+def gone(pid: int, seconds: float = 30.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while alive(pid):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_the_monitor_is_ready_before_the_job_and_gone_after_it(koopmon: Any, tmp_path: Path) -> None:
+    done = koopmon("run", "--json", "end.json", "--", PYTHON, "-S", "-c", LOOK + "raise SystemExit(5)")
+    assert done.returncode == 5, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["page"]
+    assert seen["ready"] == 200
+    assert seen["mode"] == 0o700
+    assert seen["session"]
+    assert seen["nice"] > os.getpriority(os.PRIO_PROCESS, 0)
+    said = done.stderr.decode()
+    assert f"http://{seen['http']}/metrics" in said
+    assert all(line.startswith("koopmon: ") for line in said.splitlines())
+    assert "no training process attached" in said
+    assert not alive(seen["pid"])
+    assert not Path(seen["directory"]).exists()
+    store = tmp_path / "state" / "koopmon" / "runs" / f"{seen['run']}.sqlite3"
+    assert store.is_file()
+    log = Path(f"{store}-wal")
+    assert not log.exists() or log.stat().st_size == 0, "the history must be handed over whole"
+    end = json.loads((tmp_path / "end.json").read_text())
+    assert (end["run"], end["exit_status"], end["adapter"], end["store"]) == (seen["run"], 5, None, str(store))
+
+
+def test_a_monitor_that_cannot_start_is_one_line_and_the_job_runs(koopmon: Any) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = koopmon("run", "--http", address, "--", "sh", "-c", "echo [$KOOPMON_ENDPOINT]; exit 4")
+    assert (done.returncode, done.stdout) == (4, b"[]\n")
+    unguarded = [line for line in done.stderr.decode().splitlines() if "unguarded" in line]
+    assert len(unguarded) == 1
+    assert address in unguarded[0]
+    assert "Traceback" not in done.stderr.decode()
+
+
+def test_a_monitor_that_dies_changes_nothing_for_the_job(koopmon: Any) -> None:
+    body = LOOK + f"import signal, time; os.kill(told['pid'], {int(signal.SIGKILL)}); time.sleep(1); print('trained')"
+    done = koopmon("run", "--", PYTHON, "-S", "-c", body)
+    assert done.returncode == 0
+    assert done.stdout.endswith(b"trained\n")
+    assert done.stderr.decode().count("the monitor died") == 1
+
+
+def test_a_signal_ends_job_and_monitor(koopmon: Any) -> None:
+    process = koopmon.start("run", "--", PYTHON, "-S", "-c", LOOK + "import time; time.sleep(60)")
+    seen = json.loads(process.stdout.readline())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not alive(seen["pid"])
+    assert not Path(seen["directory"]).exists()
+
+
+def test_the_monitor_does_not_outlive_a_launcher_that_is_killed(koopmon: Any) -> None:
+    body = LOOK + "print(os.getpid(), flush=True); import time; time.sleep(60)"
+    process = koopmon.start("run", "--", PYTHON, "-S", "-c", body)
+    seen, job = json.loads(process.stdout.readline()), int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    try:
+        assert gone(seen["pid"])
+        assert alive(job), "the job is not ours to end"
+    finally:
+        os.kill(job, signal.SIGKILL)
+
+
+def test_a_signal_before_the_job_starts_none(koopmon: Any, tmp_path: Path) -> None:
+    process = koopmon.start("run", "--", "touch", str(tmp_path / "started"))
+    assert b"starting" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+    assert not (tmp_path / "started").exists()
+    assert not list(tmp_path.glob("koopmon-*"))
+
+
+def test_two_jobs_side_by_side_have_monitors_of_their_own(koopmon: Any) -> None:
+    body = LOOK + "import sys; sys.stdin.read()"
+    processes = [koopmon.start("run", "--", PYTHON, "-S", "-c", body) for _ in range(2)]
+    first, second = (json.loads(process.stdout.readline()) for process in processes)
+    for process in processes:
+        process.communicate(timeout=60)
+    assert all(first[name] != second[name] for name in ("directory", "pid", "run", "http"))
+
+
+def test_a_state_directory_that_cannot_be_written_is_no_reason_to_stop(koopmon: Any, tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file, not a directory")
+    done = koopmon("run", "--json", "end.json", "--", "true")
+    assert done.returncode == 0
+    assert "guarded" in done.stderr.decode()
+    assert Path(json.loads((tmp_path / "end.json").read_text())["store"]).is_file()
+
+
+def test_policy_and_dry_run_reach_the_monitor(koopmon: Any, tmp_path: Path) -> None:
+    (tmp_path / "k.toml").write_text("[policy]\nact_risk = 0.4\n")
+    options = ("--policy", "observe", "--dry-run", "--config", "k.toml", "--store", "history.sqlite3", "--run", "mine")
+    body = "import pathlib; pid = %s; print(pathlib.Path(f'/proc/{pid}/cmdline').read_text())"
+    done = koopmon("run", *options, "--", PYTHON, "-S", "-c", LOOK + body % "told['pid']")
+    words = done.stdout.decode().splitlines()[1].split("\0")
+    assert words[words.index("--policy") + 1] == "observe"
+    assert words[words.index("--config") + 1] == "k.toml"
+    assert "--dry-run" in words
+    assert json.loads(done.stdout.splitlines()[0])["run"] == "mine"
+    assert (tmp_path / "history.sqlite3").is_file()
+
+
+def test_the_monitor_verb_serves_until_it_is_told_to_stop(koopmon: Any, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    places = [
+        "--bind",
+        "tcp://127.0.0.1:*",
+        "--http",
+        "127.0.0.1:0",
+        "--store",
+        "m.sqlite3",
+        "--ready-file",
+        str(ready),
+    ]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = koopmon.start("monitor", *places, "--device", "cpu")
+        deadline = time.monotonic() + 60
+        while not ready.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert re.fullmatch(r"127\.0\.0\.1:\d+", json.loads(ready.read_text())["http"])
+        process.send_signal(number)
+        assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--bind", "tcp://0.0.0.0:9465"], ["tcp://0.0.0.0:9465", "loopback"]),
+        (["--http", "9464"], ["9464", "HOST:PORT"]),
+        (["--device", "cuda:99"], ["cuda:99"]),
+        (["--policy", "brake"], ["'brake'", "observe"]),
+        (["--store", "/proc/none/m.sqlite3"], ["/proc/none/m.sqlite3"]),
+    ],
+)
+def test_a_mistake_of_the_monitors_is_refused_in_one_line(koopmon: Any, words: list[str], said: list[str]) -> None:
+    places = {"--bind": "tcp://127.0.0.1:*", "--http": "127.0.0.1:0", "--store": "m.sqlite3"}
+    places |= dict(zip(words[::2], words[1::2], strict=True))
+    done = koopmon("monitor", *[word for pair in places.items() for word in pair])
+    lines = [line for line in done.stderr.decode().splitlines() if line.startswith("koopmon: ")]
+    assert done.returncode != 0
+    assert len(lines) == 1
+    assert "Traceback" not in done.stderr.decode()
+    assert all(word in lines[0] for word in said), lines[0]
+
+
+def test_run_and_help_start_without_torch() -> None:
+    body = (
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'numpy', 'matplotlib', 'zmq', 'starlette', 'uvicorn'):\n"
+        "            raise AssertionError(name + ' is imported at start')\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "from koopmon.cli import main\n"
+        "assert main(['--help']) == 0\n"
+        "for verb in ('run', 'monitor', 'profile', 'demo', 'adapters'):\n"
+        "    assert main([verb, '--help']) == 0, verb\n"
+        "status = main(['run', '--monitor', 'tcp://127.0.0.1:1', '--', 'sh', '-c', 'exit 9'])\n"
+        "assert status == 9, status\n"
+    )
+    done = subprocess.run([PYTHON, "-c", body], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Example: koopmon") == 6

@@ -1,0 +1,87 @@
+"""`koopmon replay` as a user meets it; what it decides is tested in tests/monitor/test_replay.py."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from koopmon.cli import main
+from koopmon.monitor.store import Store
+from koopmon.risk.online import Observation
+
+
+@pytest.fixture
+def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state directory with the history of one run that lurches at step 10, and nothing done about it."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.delenv("KOOPMON_CONFIG", raising=False)
+    path = tmp_path / "koopmon" / "runs" / "team_run.sqlite3"
+    path.parent.mkdir(parents=True)
+    store = Store.open(path)
+    for step in range(20):
+        ratios = (0.5, math.exp(3.0) if step in (10, 12) else 0.5)
+        seen = Observation(step=step, informative=True, update_ratios=ratios, near_unit_mass=0.95)
+        store.record_observation(
+            float(step),
+            "team/run",
+            "0123abcd",
+            step,
+            scalars={},
+            lr_scale=1.0,
+            kss_alpha=0.0,
+            non_finite=False,
+            observation=asdict(seen),
+            risk=0.25,
+            reason="",
+            components={},
+        )
+    store.close()
+    return tmp_path
+
+
+def test_it_finds_the_runs_own_history_and_says_what_would_have_been_done(
+    state_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", "team/run", "--policy", "lr"]) == 0
+    said = capsys.readouterr().out
+    assert "20 snapshots, steps 0 to 19" in said
+    assert "then: nothing was done; now: acted at" in said
+    assert "first at step 10" in said
+    assert "the states are as recorded" in said
+
+
+def test_a_file_is_a_policy(state_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deaf = state_home / "deaf.toml"
+    deaf.write_text('[policy]\nname = "lr"\n[risk]\npeak_scale = 100\nspeed_scale = 100\nrestlessness_scale = 100\n')
+    assert main(["replay", "team/run", "--policy", str(deaf), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["policy"] == "lr"
+    assert len(told["snapshots"]) == 20
+    assert not any(row["actions"] for row in told["snapshots"])
+    assert all(row["recorded_risk"] == 0.25 for row in told["snapshots"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["team/run", "--policy", "lrr"], "--policy 'lrr': neither a file nor one of"),
+        (["nobody", "--policy", "lr"], "monitor.sqlite3: no such file"),
+        (["nobody", "--policy", "lr", "--store", "OWN"], "run 'nobody': the store knows team/run"),
+        (["team/run", "--policy", "lr", "--store", "CUT"], "cut.sqlite3"),
+    ],
+)
+def test_bad_input_is_one_line(
+    state_home: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    own = state_home / "koopmon" / "runs" / "team_run.sqlite3"
+    cut = state_home / "cut.sqlite3"
+    cut.write_bytes(own.read_bytes()[:3000])
+    paths = {"OWN": str(own), "CUT": str(cut)}
+    assert main(["replay", *(paths.get(word, word) for word in arguments)]) == 2
+    told = capsys.readouterr().err
+    assert says in told
+    assert told.count("\n") == 1

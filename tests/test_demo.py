@@ -1,0 +1,160 @@
+"""The demonstration: its script, its verdict, and a small slice of the whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from koopmon.demo import train
+from koopmon.demo.training import DemoError, Heard, Outcome, Setting, Step, run_training
+from koopmon.demo.view import kss_verdict, verdict
+from koopmon.plots import Curve, PlotError, Watched, demo, require
+
+SMALL = Setting(lr=0.003, steps=6, warmup=2, batch=4, context=32, width=48, layers=3)
+
+
+def steps(losses: list[float], *, diverged: bool = False) -> list[Step]:
+    last = len(losses) - 1
+    return [
+        Step(step=index, loss=loss, grad_norm=1.0, diverged=diverged and index == last)
+        for index, loss in enumerate(losses)
+    ]
+
+
+DEAD = Outcome(policy=None, heard=Heard(steps([5.5, 5.0, 4.0, 99.0], diverged=True)), seconds=1.0)
+SAVED = Outcome(
+    policy="kss+lr",
+    heard=Heard(steps([5.5, 5.5, 5.5, *[3.0] * 30])),
+    seconds=1.0,
+    summary={"adapter": "transformer", "num_kss": 1},
+)
+
+
+def test_the_corpus_is_the_standard_librarys_source_and_the_same_each_time() -> None:
+    data = train.corpus()
+    assert torch.equal(data, train.corpus())
+    assert data.dtype == torch.uint8
+    assert len(data) > 5_000_000
+    text = data.numpy().tobytes()
+    assert b"class Fraction(numbers.Rational)" in text
+    assert b"class TestFraction" not in text
+
+
+def test_the_script_is_ordinary() -> None:
+    source = Path(train.__file__).read_text()
+    assert not re.search(r"^\s*(import|from)\s+koopmon", source, re.MULTILINE)
+    model = train.ByteTransformer(width=64, layers=2, heads=4, context=8)
+    assert not any("Norm" in type(module).__name__ for module in model.modules())
+    assert float(model.blocks[0].up.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    assert float(model.blocks[0].up.bias.detach().abs().max()) == 0.0
+    tokens = torch.randint(256, (2, 8), generator=torch.Generator().manual_seed(0))
+    before = model(tokens)
+    tokens[:, -1] += 1
+    assert torch.equal(model(tokens)[:, :-1], before[:, :-1]), "no byte may see what follows"
+
+
+def test_inputs_and_targets_are_one_byte_apart() -> None:
+    data = torch.arange(200, dtype=torch.uint8)
+    inputs, targets = train.draw(data, 4, 16, torch.Generator().manual_seed(0))
+    assert inputs.shape == targets.shape == (4, 16)
+    assert torch.equal(targets, inputs + 1)
+
+
+def test_an_outcome() -> None:
+    assert DEAD.diverged
+    assert not DEAD.survived
+    assert (DEAD.last_step, DEAD.final_loss) == (3, 99.0)
+    assert SAVED.survived
+    assert (SAVED.start_loss, SAVED.final_loss) == (5.5, 3.0)
+    learnt_nothing = replace(SAVED, heard=Heard(steps([5.5] * 3 + [5.6] * 30)))
+    assert not learnt_nothing.survived, "finishing is not enough"
+    lost = replace(SAVED, heard=Heard(steps([5.5] * 3 + [math.nan] * 30)))
+    assert not lost.survived
+
+
+def test_the_verdict_names_what_failed() -> None:
+    assert "koopmon saved it" in verdict(DEAD, SAVED, None)[0]
+    assert "nothing to save" in verdict(replace(SAVED, policy=None), SAVED, None)[0]
+    assert "did not save" in verdict(DEAD, replace(DEAD, policy="lr"), None)[0]
+
+
+def test_whether_kss_helped() -> None:
+    back_off = replace(SAVED, policy="lr", summary={"adapter": "transformer", "num_kss": 0})
+    better = replace(SAVED, heard=Heard(steps([5.5] * 3 + [2.9] * 30)))
+    assert "helped: loss" in kss_verdict(better, back_off)
+    assert "did not help" in kss_verdict(SAVED, replace(back_off, heard=better.heard))
+    assert "harmed" in kss_verdict(replace(DEAD, policy="kss+lr", summary=SAVED.summary), back_off)
+    assert "without it the guard failed" in kss_verdict(SAVED, replace(DEAD, policy="lr"))
+    assert "never turned on" in kss_verdict(replace(SAVED, summary={"adapter": "x", "num_kss": 0}), back_off)
+    assert "not part of policy lr" in kss_verdict(back_off, None)
+    assert "it saved the training" in kss_verdict(replace(SAVED, policy="kss"), None)
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    require("picture")
+    curve = Curve(label="a", steps=[0, 1, 2], losses=[5.0, 60.0, math.inf], diverged=True, colour="red")
+    watched = Watched(
+        steps=[0, 2], risks=[0.1, 0.9], lr_scales=[1.0, 0.5], kss_alphas=[0.0, 0.15], commands=[(2, "set_kss")]
+    )
+    demo([curve], watched, tmp_path / "deep" / "demo.png", title="t")
+    assert (tmp_path / "deep" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    nothing = Watched(steps=[], risks=[], lr_scales=[], kss_alphas=[])
+    demo([], nothing, tmp_path / "empty.png", title="t")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PlotError, match="cannot be written"):
+        demo([], nothing, tmp_path / "file" / "demo.png", title="t")
+
+
+@pytest.mark.distributed
+def test_a_training_alone_and_guarded_is_the_same_training(tmp_path: Path) -> None:
+    heard: list[Heard] = []
+    alone = run_training(SMALL, None, tmp_path, heard.append)
+    assert [step.step for step in alone.heard.steps] == list(range(6))
+    assert not alone.diverged
+    assert heard[-1].steps == alone.heard.steps
+    guarded = run_training(SMALL, "observe", tmp_path)
+    assert [(step.loss, step.grad_norm) for step in guarded.heard.steps] == [
+        (step.loss, step.grad_norm) for step in alone.heard.steps
+    ], "watching must not change the training"
+    assert guarded.summary["adapter"] == "transformer"
+    assert guarded.heard.observations
+    assert guarded.heard.observations[0].observation["spectral_radius"] > 0.0
+
+
+@pytest.mark.distributed
+def test_divergence_ends_a_training_and_another_failure_is_an_error(tmp_path: Path) -> None:
+    dead = run_training(replace(SMALL, lr=1e4, warmup=1), None, tmp_path)
+    assert dead.diverged
+    assert dead.last_step < 5
+    with pytest.raises(DemoError, match="unguarded training ended with status 1"):
+        run_training(replace(SMALL, width=49), None, tmp_path)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_verb_says_when_there_was_nothing_to_save(tmp_path: Path) -> None:
+    words = ["demo", "--policy", "observe", "--steps", "3", "--lr", "0.001", "--json", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "koopmon", *words],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env=os.environ | {"TERM": "dumb"},
+    )
+    assert done.returncode == 1, done.stderr
+    told = json.loads(done.stdout)
+    assert told["shown"] is False
+    assert [training["policy"] for training in told["trainings"]] == [None, "observe"]
+    assert "nothing to save" in told["verdict"][0]
+    assert Path(told["picture"]).read_bytes().startswith(b"\x89PNG")
+    assert "1. unguarded" in done.stderr
