@@ -1,0 +1,140 @@
+"""Many trainings, one after the other on every core: resumable, with a progress bar, each result kept as a file.
+
+A case is a frozen dataclass; its file carries its fields, and a file that tells of other fields, or is cut short, is
+made anew. What is finished stays finished: an interrupted campaign goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Arrays = Mapping[str, "np.ndarray[Any, Any]"]
+
+
+class Case(Protocol):
+    """A frozen dataclass of plain values; `name` is short and begins its file's name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+C = TypeVar("C", bound=Case)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept(Generic[C]):
+    """One finished case: its scalars (JSON) and its series (arrays, one row per step)."""
+
+    case: C
+    scalars: Mapping[str, Any]
+    series: Arrays
+
+
+Work = Callable[[C], tuple[Mapping[str, Any], Arrays]]
+
+
+def options(parser: argparse.ArgumentParser, result: Path) -> None:
+    """The options that all campaigns share."""
+    parser.add_argument("--scale", choices=("default", "paper"), default="default", help="paper: for GPUs, for days")
+    parser.add_argument("--work", type=Path, help="folder of finished runs, to go on with; default: a fresh one")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
+    parser.add_argument("--out", type=Path, default=result, help="where the JSON goes (default %(default)s)")
+
+
+def run(cases: Sequence[C], work: Work[C], folder: Path | None, *, workers: int, console: Console) -> list[Kept[C]]:
+    """Every case's result, in the order of `cases`.
+
+    Raises ValueError when `workers` is below 1, RuntimeError naming the case when one fails; the others are kept.
+    """
+    if workers < 1:
+        raise ValueError(f"workers = {workers}: must be at least 1")
+    folder = folder or Path(tempfile.mkdtemp(prefix="koopmon-campaign-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    console.print(f"[dim]{len(cases)} runs, kept in {folder}[/dim]")
+    found: dict[int, Kept[C]] = {}
+    for index, case in enumerate(cases):
+        kept = _read(case, folder, console)
+        if kept is not None:
+            found[index] = kept
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    failed: list[str] = []
+    # spawn: a forked child inherits the parent's thread pools in whatever state they were.
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread)
+    with Progress(*columns, console=console) as progress, pool:
+        task = progress.add_task("training", total=len(cases), completed=len(found))
+        waiting: dict[Future[Kept[C]], int] = {
+            pool.submit(_do, work, case, folder): index for index, case in enumerate(cases) if index not in found
+        }
+        try:
+            for future in as_completed(waiting):
+                index = waiting[future]
+                try:
+                    found[index] = future.result()
+                except Exception as error:
+                    failed.append(f"{cases[index].name}: {type(error).__name__}: {error}")
+                progress.update(task, advance=1, description=cases[index].name)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            console.print(f"interrupted: {len(found)} of {len(cases)} runs are kept; go on with --work {folder}")
+            raise SystemExit(130) from None
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(cases)} runs failed; the first: {failed[0]}")
+    return [found[index] for index in range(len(cases))]
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _do(work: Work[C], case: C, folder: Path) -> Kept[C]:
+    scalars, series = work(case)
+    path = _path(case, folder)
+    described = json.dumps({"case": _fields(case), "scalars": dict(scalars)})
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, about=np.array(described), **dict(series))  # type: ignore[arg-type]
+    partial.replace(path)
+    return Kept(case, dict(scalars), dict(series))
+
+
+def _read(case: C, folder: Path, console: Console) -> Kept[C] | None:
+    path = _path(case, folder)
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            about = json.loads(str(archive["about"]))
+            series = {name: archive[name] for name in archive.files if name != "about"}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        console.print(f"[yellow]{path.name} is damaged ({type(error).__name__}); this run is made again[/yellow]")
+        return None
+    if about.get("case") != _fields(case):
+        return None
+    return Kept(case, about["scalars"], series)
+
+
+def _fields(case: Case) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(json.dumps(asdict(case)))  # type: ignore[call-overload]
+    return fields
+
+
+def _path(case: Case, folder: Path) -> Path:
+    digest = hashlib.sha256(json.dumps(_fields(case), sort_keys=True).encode()).hexdigest()[:10]
+    return folder / f"{case.name}-{digest}.npz"

@@ -1,0 +1,97 @@
+"""The guard's decisions inside a small training: the product's detector and policy, without its processes.
+
+A decision takes effect `DELAY` steps after the profile that it answers, as it does over the wire. "spike" is the
+baseline that people write by hand: halve the rate when the loss jumps, restore it after a while.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Literal
+
+from koopmon.config import KssConfig, PolicyConfig, RiskConfig
+from koopmon.monitor.policy import Action, PolicyState, decide
+from koopmon.risk.online import OnlineRisk, RiskState, assess, observe
+from koopmon.spectral import SpectralProfile
+from koopmon.wire.messages import KssSettings
+
+Control = Literal["", "lr", "kss", "kss+lr", "spike"]
+DELAY = 2
+SPIKE_RATIO, SPIKE_WINDOW, SPIKE_HOLD = 1.5, 20, 50
+
+
+class Controller:
+    """`lr_scale` and `kss` are in force now."""
+
+    def __init__(self, control: Control) -> None:
+        self.lr_scale = 1.0
+        self.kss = KssSettings()
+        self.num_actions = 0
+        self.min_lr_scale = 1.0
+        self.risk = OnlineRisk(value=0.0, reason="")
+        self._control = control
+        self._policy = PolicyConfig(name=control) if control in ("lr", "kss", "kss+lr") else None
+        self._state, self._history = PolicyState(), RiskState()
+        self._waiting: list[tuple[int, Action]] = []
+        self._ramp = (0, 0, 1.0, 1.0)
+        self._kss_ramp = (0, 0, 0.0, 0.0)
+        self._losses: list[float] = []
+        self._restore_at = 0
+
+    def begin(self, step: int) -> None:
+        """Apply what is due at `step`."""
+        due = [action for at, action in self._waiting if at <= step]
+        self._waiting = [(at, action) for at, action in self._waiting if at > step]
+        for action in due:
+            if action.lr_scale is not None:
+                self._ramp = (step, action.ramp_steps, self.lr_scale, action.lr_scale)
+            if action.kss is not None:
+                self._kss_ramp = (step, action.ramp_steps, self.kss.alpha, action.kss.alpha)
+                self.kss = action.kss if action.kss.alpha > 0 else replace_alpha(self.kss, self.kss.alpha)
+        if self._policy is not None:
+            self.lr_scale = _ramped(self._ramp, step)
+            self.kss = replace_alpha(self.kss, _ramped(self._kss_ramp, step))
+        self.min_lr_scale = min(self.min_lr_scale, self.lr_scale)
+
+    def see(self, step: int, profile: SpectralProfile | None, loss: float, lr: float) -> None:
+        """One profile, None where the states were not finite, and the loss beside it."""
+        if self._control == "spike":
+            self._spike(step, loss)
+        if self._policy is None:
+            return
+        seen = observe(
+            profile,
+            step=step,
+            learning_rate=lr,
+            loss=loss,
+            lr_scale=self.lr_scale,
+            kss_alpha=self.kss.alpha,
+            non_finite=profile is None,
+        )
+        self._history, self.risk = assess(self._history, seen, RiskConfig())
+        decision = decide(float(step), self._state, seen, self.risk, self._policy, KssConfig())
+        self._state = decision.state
+        for action in decision.commands:
+            if action.changes_training:
+                self.num_actions += 1
+                self._waiting.append((step + DELAY, action))
+
+    def _spike(self, step: int, loss: float) -> None:
+        before = self._losses[-SPIKE_WINDOW:]
+        if len(before) >= 5 and loss > SPIKE_RATIO * statistics.fmean(before) and step >= self._restore_at:
+            self.lr_scale = max(0.05, self.lr_scale / 2)
+            self.num_actions += 1
+            self._restore_at = step + SPIKE_HOLD
+        elif self.lr_scale < 1.0 and step >= self._restore_at:
+            self.lr_scale = min(1.0, self.lr_scale * 2)
+            self._restore_at = step + SPIKE_HOLD
+        self._losses.append(loss)
+
+
+def replace_alpha(settings: KssSettings, alpha: float) -> KssSettings:
+    return KssSettings(**{name: getattr(settings, name) for name in settings.__struct_fields__} | {"alpha": alpha})
+
+
+def _ramped(ramp: tuple[int, int, float, float], step: int) -> float:
+    start, length, old, new = ramp
+    return new if length <= 0 else old + (new - old) * min(1.0, (step - start + 1) / length)

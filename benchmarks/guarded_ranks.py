@@ -1,0 +1,123 @@
+"""The training ranks of `benchmarks.guarded`, under torchrun: many small trainings, one after the other, each attached
+to a monitor that serves them all. Not for use by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import koopmon
+from benchmarks.control import Controller
+from benchmarks.models import associative_recall_loss
+from benchmarks.training import LAST, MAX_GRADIENT_NORM, MAX_LOSS, Recipe, accuracy, warmed
+
+ATTACH_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One training under the run name `run`; "" endpoint: nobody guards it."""
+
+    run: str
+    recipe: Recipe
+    endpoint: str = ""
+
+
+def train_one(job: Job) -> dict[str, Any]:
+    """Train `job` on all ranks; what rank 0 tells of it."""
+    recipe, rank, size = job.recipe, dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(recipe.seed)
+    plain = recipe.model()
+    model = DistributedDataParallel(plain)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmed(recipe, step))
+    agent = None
+    if job.endpoint:
+        agent = koopmon.attach(model, optimizer, endpoint=job.endpoint, run=job.run)
+        _wait_for_monitor(agent)
+    spike = Controller("spike") if recipe.control == "spike" else None
+    began, losses, died_at = time.monotonic(), [], None
+    for step in range(recipe.steps):
+        tokens, labels = (part[rank::size] for part in recipe.batch_at(step))
+        loss = associative_recall_loss(model(tokens), labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        told = torch.stack([loss.detach(), norm])
+        dist.all_reduce(told)
+        value, length = (told / size).tolist()
+        losses.append(value)
+        if not (value <= MAX_LOSS and length <= MAX_GRADIENT_NORM):
+            died_at = step
+            break
+        if recipe.clip:
+            nn.utils.clip_grads_with_norm_(model.parameters(), recipe.clip, norm)
+        if spike is not None:
+            spike.see(step, None, value, recipe.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.get_last_lr()[0] * spike.lr_scale
+        optimizer.step()
+        schedule.step()
+    if agent is not None:
+        agent.close()
+    return {
+        "run": job.run,
+        "died_at": died_at,
+        "final_loss": None if died_at is not None else statistics.fmean(losses[-LAST:]),
+        "accuracy": None if died_at is not None else accuracy(plain, recipe),
+        "seconds": time.monotonic() - began,
+        "digests": _digests(plain),
+    }
+
+
+def _wait_for_monitor(agent: koopmon.Agent) -> None:
+    """As `koopmon run` does: the first steps of so short a training are the ones that count."""
+    deadline = time.monotonic() + ATTACH_SECONDS
+    while not agent.status()["connected"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    dist.barrier()
+
+
+def _digests(model: nn.Module) -> list[str]:
+    """Of the parameters on every rank; equal ones mean equal replicas."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    mine = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    return [bytes(one.tolist()).hex()[:16] for one in every]
+
+
+def main() -> None:
+    """Train the jobs of the file named first, skip those that the file named second tells of, and append to it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    jobs = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=list[Job])
+    out = Path(sys.argv[2])
+    finished = {json.loads(line)["run"] for line in out.read_text().splitlines()} if out.exists() else set()
+    dist.barrier()  # every rank has read it before rank 0 goes on writing
+    with out.open("a") if dist.get_rank() == 0 else Path(os.devnull).open("w") as log:
+        for job in jobs:
+            if job.run not in finished:
+                log.write(json.dumps(train_one(job)) + "\n")
+                log.flush()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

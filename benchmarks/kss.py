@@ -1,0 +1,134 @@
+"""Does shaping the spectrum let a higher rate live, and does the model then learn? `python -m benchmarks.kss`.
+
+Associative recall with 2 pairs, which small models learn (METHOD section 9): each cell is one setting at one learning
+rate over many seeds. Survival alone does not count: beside the share that diverged stands the accuracy of those that
+lived, and of the best fixed rate without any of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from benchmarks import campaign
+from benchmarks.campaign import Kept
+from benchmarks.provenance import provenance
+from benchmarks.training import Recipe, train
+
+RESULT = Path(__file__).parent / "results" / "kss.json"
+BASE = Recipe(
+    task="recall-2", norm="none", width=64, num_layers=4, batch=32, steps=400, profile_every=0, lr=0.0, seed=0
+)
+
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "nothing": {},
+    "clipping at 1.0": {"clip": 1.0},
+    "clipping at 0.5": {"clip": 0.5},
+    "loss spike halves the rate": {"control": "spike", "profile_every": 1},
+    "published, alpha 0.15, every 10th, half": {"shaping": "published", "kss_every": 10, "layer_fraction": 0.5},
+    "published, alpha 0.15": {"shaping": "published"},
+    "published, alpha 3": {"shaping": "published", "alpha": 3.0},
+    "unstable alone, tau 1.05": {"shaping": "unstable"},
+    "unstable alone, tau 2": {"shaping": "unstable", "tau_u": 2.0},
+    "unstable alone, tau 2, alpha 3": {"shaping": "unstable", "tau_u": 2.0, "alpha": 3.0},
+    "target alone": {"shaping": "target"},
+    "decoupled 0.1, tau 1.5": {"shaping": "decoupled", "alpha": 0.1, "tau_u": 1.5},
+    "decoupled 0.3, tau 1.5": {"shaping": "decoupled", "alpha": 0.3, "tau_u": 1.5},
+    "decoupled 0.3, tau 3": {"shaping": "decoupled", "alpha": 0.3, "tau_u": 3.0},
+    "branch 0.1, tau 1.5": {"shaping": "branch", "alpha": 0.1, "tau_u": 1.5},
+    "branch 0.1, tau 3": {"shaping": "branch", "alpha": 0.1, "tau_u": 3.0},
+    "branch 0.03, tau 2": {"shaping": "branch", "alpha": 0.03, "tau_u": 2.0},
+    "policy lr": {"control": "lr", "profile_every": 1},
+    "policy kss+lr, unstable": {"control": "kss+lr", "profile_every": 1, "shaping": "unstable"},
+    "policy kss+lr, decoupled": {"control": "kss+lr", "profile_every": 1, "shaping": "decoupled"},
+}
+RATES = (0.002, 0.004, 0.008)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One setting at one rate. `low` and `high` bound the share that diverged (95%, Clopper-Pearson)."""
+
+    setting: str
+    lr: float
+    num_runs: int
+    diverged: float
+    low: float
+    high: float
+    accuracy: float | None
+    """Mean over the runs that lived."""
+    final_loss: float | None
+    actions: float
+
+
+def cells(settings: Sequence[str], rates: Sequence[float], num_seeds: int, steps: int) -> list[tuple[str, Recipe]]:
+    return [
+        (name, replace(BASE, lr=lr, seed=seed, steps=steps, **SETTINGS[name]))
+        for name in settings
+        for lr in rates
+        for seed in range(num_seeds)
+    ]
+
+
+def summarise(name: str, lr: float, runs: Sequence[Kept[Recipe]]) -> Cell:
+    lived = [run.scalars for run in runs if run.scalars["died_at"] is None]
+    interval = stats.binomtest(len(runs) - len(lived), len(runs)).proportion_ci(0.95)
+    return Cell(
+        setting=name,
+        lr=lr,
+        num_runs=len(runs),
+        diverged=1 - len(lived) / len(runs),
+        low=float(interval.low),
+        high=float(interval.high),
+        accuracy=statistics.fmean(s["accuracy"] for s in lived) if lived else None,
+        final_loss=statistics.fmean(s["final_loss"] for s in lived) if lived else None,
+        actions=statistics.fmean(run.scalars["num_actions"] for run in runs),
+    )
+
+
+def table(found: Sequence[Cell], rates: Sequence[float]) -> Table:
+    """Settings by rates: the share that diverged, then the accuracy of those that lived."""
+    drawn = Table("setting", *(f"{lr:g}" for lr in rates), title="diverged, accuracy of those that lived")
+    for name in dict.fromkeys(cell.setting for cell in found):
+        mine = {cell.lr: cell for cell in found if cell.setting == name}
+        texts = [
+            f"{mine[lr].diverged:.0%} {'-' if mine[lr].accuracy is None else f'{mine[lr].accuracy:.2f}'}"
+            for lr in rates
+        ]
+        drawn.add_row(name, *texts)
+    return drawn
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kss", description=__doc__)
+    campaign.options(parser, RESULT)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
+    parser.add_argument("--seeds", type=int, default=8, help="runs per setting and rate (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=BASE.steps)
+    options = parser.parse_args(arguments)
+    console = Console()
+    wanted = cells(options.settings, options.rates, options.seeds, options.steps)
+    runs = campaign.run([r for _, r in wanted], train, options.work, workers=options.workers, console=console)
+    grouped: dict[tuple[str, float], list[Kept[Recipe]]] = {}
+    for (name, recipe), run in zip(wanted, runs, strict=True):
+        grouped.setdefault((name, recipe.lr), []).append(run)
+    found = [summarise(name, lr, kept) for (name, lr), kept in grouped.items()]
+    console.print(table(found, options.rates))
+    rows = [{field: getattr(cell, field) for field in Cell.__slots__} for cell in found]
+    document = {"provenance": provenance(0), "scale": options.scale, "cells": rows}
+    options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,254 @@
+"""One small training, recorded: what its loss and gradients did, and what every detector could have seen of it.
+
+Row t of every series is of the forward and backward pass after t optimizer steps, before the next one. Diverged is the
+paper's rule: a loss above 50, a gradient norm above 500, or either not finite; the training ends there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import koopmon
+from benchmarks.control import Control, Controller
+from benchmarks.faults import Fault, strike
+from benchmarks.models import Decoder, Norm, associative_recall, associative_recall_loss
+from benchmarks.probes import Probes
+from benchmarks.shaping import Form, Shaping
+from koopmon.spectral import SpectralProfile, profile_states
+
+Task = Literal["recall-4", "recall-2"]
+TASKS: Mapping[Task, Mapping[str, int]] = {
+    "recall-4": {"num_tokens": 64, "num_pairs": 4, "vocabulary": 256},  # the paper's; small models hardly learn it
+    "recall-2": {"num_tokens": 16, "num_pairs": 2, "vocabulary": 32},  # METHOD section 9: small models do learn it
+}
+MAX_LOSS, MAX_GRADIENT_NORM = 50.0, 500.0
+FIELDS = (
+    "near_unit_mass",
+    "expansive_mass",
+    "spectral_radius",
+    "eigenvector_condition_number",
+    "nonlinearity_ratio",
+    "update_ratio",
+    "reliable_mode_ratio",
+)
+INITIAL_SAMPLES = 2048
+ONLINE_RANK, ONLINE_SAMPLES = 32, 512
+LAST = 20
+"""The loss at the end is the mean over so many last steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """One training. `warmup` steps of linear rise, then a constant rate; `clip` 0 means no gradient clipping."""
+
+    task: Task = "recall-4"
+    norm: Norm = "none"
+    width: int = 128
+    num_layers: int = 4
+    lr: float
+    seed: int
+    steps: int = 250
+    batch: int = 16
+    warmup: int = 20
+    clip: float = 0.0
+    fault: Fault = ""
+    fault_step: int = 0
+    profile_every: int = 1
+    """Optimizer steps between two online profiles; 0: none."""
+    shaping: Form = ""
+    """Always on, when `control` does not turn it on."""
+    alpha: float = 0.15
+    tau_u: float = 1.05
+    kss_every: int = 1
+    kss_rank: int = 32
+    layer_fraction: float = 1.0
+    control: Control = ""
+
+    @property
+    def name(self) -> str:
+        more = f"-{self.fault}@{self.fault_step}" if self.fault else ""
+        more += f"-{self.shaping}" if self.shaping else ""
+        more += f"-{self.control}" if self.control else ""
+        return f"{self.task}-{self.norm}-d{self.width}-l{self.num_layers}-lr{self.lr:g}-s{self.seed}{more}"
+
+    def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T) and labels (B,) of a step; other seeds than those of the profile's batch."""
+        return associative_recall(self.batch, seed=1_000_003 * (self.seed + 1) + step, **TASKS[self.task])
+
+    def model(self) -> Decoder:
+        shape = TASKS[self.task]
+        return Decoder(
+            self.norm,
+            width=self.width,
+            num_layers=self.num_layers,
+            max_tokens=shape["num_tokens"],
+            vocabulary=shape["vocabulary"],
+            seed=self.seed,
+        )
+
+
+def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+    """Train by `recipe`; its scalars and its series, for `benchmarks.campaign`."""
+    torch.manual_seed(recipe.seed)
+    model = recipe.model()
+    initial = initial_profile(model, recipe)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr)
+    recorder = Recorder(model, recipe)
+    shaping = _shaping(model, recipe)
+    controller = Controller(recipe.control)
+    losses: list[float] = []
+    norms: list[float] = []
+    died_at: int | None = None
+    for step in range(recipe.steps):
+        tokens, labels = recipe.batch_at(step)
+        strike(recipe.fault, step - recipe.fault_step, model, optimizer, labels)
+        controller.begin(step)
+        if recipe.control:
+            shaping.alpha, shaping.tau_u = controller.kss.alpha, controller.kss.tau_u
+        with recorder.at(step), shaping.watching(step):
+            loss = associative_recall_loss(model(tokens), labels)
+        optimizer.zero_grad()
+        penalty = shaping.penalty()
+        shaping.before_step(penalty)
+        objective = loss
+        if penalty is not None and shaping.form != "decoupled":
+            objective = loss + shaping.alpha * penalty
+        objective.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        losses.append(loss.item())
+        norms.append(norm.item())
+        if not (losses[-1] <= MAX_LOSS and norms[-1] <= MAX_GRADIENT_NORM):  # NaN too
+            died_at = step
+            break
+        if recipe.control:
+            controller.see(step, recorder.latest, losses[-1], recipe.lr)
+        if recipe.clip:
+            nn.utils.clip_grads_with_norm_(model.parameters(), recipe.clip, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * warmed(recipe, step) * controller.lr_scale
+        optimizer.step()
+        shaping.after_step()
+    scalars = {
+        "died_at": died_at,
+        "first_loss": losses[0],
+        "final_loss": None if died_at is not None else float(np.mean(losses[-LAST:])),
+        "accuracy": None if died_at is not None else accuracy(model, recipe),
+        "num_actions": controller.num_actions,
+        "min_lr_scale": controller.min_lr_scale,
+        "initial": initial,
+    }
+    return scalars, {"loss": np.array(losses), "grad_norm": np.array(norms), **recorder.series()}
+
+
+def _shaping(model: Decoder, recipe: Recipe) -> Shaping:
+    shaping = Shaping(
+        model,
+        recipe.shaping,
+        alpha=recipe.alpha,
+        every=recipe.kss_every,
+        svd_rank=recipe.kss_rank,
+        fraction=recipe.layer_fraction,
+    )
+    shaping.tau_u = recipe.tau_u
+    return shaping
+
+
+def warmed(recipe: Recipe, step: int) -> float:
+    """The schedule's factor at `step`; without a warm-up, as after the fault of that name, 1."""
+    if recipe.fault == "no_warmup" or recipe.warmup == 0:
+        return 1.0
+    return min(1.0, (step + 1) / recipe.warmup)
+
+
+def initial_profile(model: Decoder, recipe: Recipe) -> dict[str, Any]:
+    """Full-rank profile of a fresh batch at N 2048: the mean over layers of each field, before any step."""
+    shape = TASKS[recipe.task]
+    rows = -(-INITIAL_SAMPLES // shape["num_tokens"]) * 2
+    tokens, _ = associative_recall(rows, seed=recipe.seed, **shape)
+    profile = koopmon.profile(model, tokens, num_samples=INITIAL_SAMPLES, seed=recipe.seed)
+    return {"informative": profile.informative, **{field: profile.mean(field) for field in FIELDS}}
+
+
+@torch.no_grad()
+def accuracy(model: Decoder, recipe: Recipe) -> float:
+    """Share of right answers on 1,024 fresh questions."""
+    tokens, labels = associative_recall(1024, seed=7_000_000 + recipe.seed, **TASKS[recipe.task])
+    right: Tensor = model(tokens)[:, -1].argmax(-1).eq(labels)
+    return right.float().mean().item()
+
+
+class Recorder:
+    """Takes the states at every depth, as the agent does, and profiles them at online settings."""
+
+    def __init__(self, model: Decoder, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._blocks = model.blocks
+        self._probes = Probes(model)
+        self._steps: list[int] = []
+        self._profiles: list[SpectralProfile | None] = []
+        self._readings: list[dict[str, float]] = []
+        self._states: list[Tensor] = []
+        self._handles: list[Any] = []
+        self._step = 0
+
+    @property
+    def latest(self) -> SpectralProfile | None:
+        return self._profiles[-1]
+
+    def at(self, step: int) -> Recorder:
+        self._step = step
+        return self
+
+    def __enter__(self) -> None:
+        every = self._recipe.profile_every
+        if every and self._step % every == 0:
+            self._states = []
+            self._handles = [self._blocks[0].register_forward_pre_hook(lambda _, args: self._take(args[0]))]
+            self._handles += [block.register_forward_hook(lambda _, __, y: self._take(y)) for block in self._blocks]
+            self._probes.start()
+
+    def __exit__(self, *_: object) -> None:
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._steps.append(self._step)
+        self._readings.append(self._probes.stop(self._states))
+        rows = self._chosen()
+        states = [state.flatten(0, 1)[rows] for state in self._states]
+        finite = all(bool(state.isfinite().all()) for state in states)
+        self._profiles.append(profile_states(states, svd_rank=ONLINE_RANK, kreiss="never") if finite else None)
+
+    def _take(self, state: Tensor) -> None:
+        self._states.append(state.detach())
+
+    def _chosen(self) -> Tensor:
+        """The same rows at every depth, other ones at every step."""
+        total = self._states[0].shape[:2].numel()
+        generator = torch.Generator().manual_seed(self._step)
+        return torch.randperm(total, generator=generator)[:ONLINE_SAMPLES]
+
+    def series(self) -> dict[str, np.ndarray[Any, Any]]:
+        """`profile_step` (S,), each field (S, L), each probe (S,); NaN where states were not finite."""
+        if not self._steps:
+            return {}
+        shape = len(self._blocks)
+        found = {"profile_step": np.array(self._steps)}
+        for field in FIELDS:
+            rows = [
+                [math.nan] * shape if profile is None else [getattr(layer, field) for layer in profile.layers]
+                for profile in self._profiles
+            ]
+            found[field] = np.array(rows, dtype=np.float64)
+        found["informative"] = np.array([profile is not None and profile.informative for profile in self._profiles])
+        for name in self._readings[0]:
+            found[name] = np.array([reading[name] for reading in self._readings])
+        return found

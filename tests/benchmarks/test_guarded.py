@@ -1,0 +1,31 @@
+"""A slice of the campaign of benchmarks.guarded, in real processes, and its tables on runs of both kinds."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks.guarded import BY_HAND, Plan, analyse, train_all
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_one_monitor_and_one_launcher_serve_many_runs(tmp_path: Path) -> None:
+    plan = Plan(rates=(0.05,), fixed=(0.001,), seeds=1, healthy=1, policies=("kss+lr",), steps=40)
+    console = Console(file=io.StringIO(), width=160)
+    runs = train_all(plan, tmp_path, console)
+    assert len(runs) == len(BY_HAND) + 1 + 4 + 1 + 4
+    again = train_all(plan, tmp_path, console)
+    assert again == runs, "finished runs are read, not made again"
+    found = analyse(plan, runs, console)
+    controls = {row["control"]: row for row in found["rows"]}
+    assert controls["nothing"]["diverged"] == 1.0
+    assert controls["nothing"]["actions"] == 0.0
+    assert controls["kss+lr"]["actions"] > 0.0
+    assert found["replicas_equal"]
+    assert found["healthy"]["num_runs"] == 4
+    assert found["healthy"]["acted_on"] == 0
+    assert found["healthy"]["identical"] == 4
