@@ -1,0 +1,257 @@
+"""Holds the house to its plan: who may import whom, and what is left to whom alone.
+
+Every import in koopmon/ and plugins/ is read, also those inside functions, behind TYPE_CHECKING and by `import_module`.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import koopmon
+
+HOUSE = Path(__file__).parent.parent
+SOURCES = sorted(path.relative_to(HOUSE) for part in ("koopmon", "plugins") for path in (HOUSE / part).rglob("*.py"))
+
+ROOMS = {
+    "errors": "",
+    "config": "errors",
+    "spectral": "errors",
+    "risk": "errors config spectral",
+    "wire": "errors",
+    "api": "errors",
+    "hookspecs": "errors api",
+    "structure": "errors api",
+    "chain": "errors api",
+    "tokens": "errors",
+    "observables": "errors api",
+    "plugins": "errors api hookspecs structure observables",
+    "discovery": "errors api structure chain plugins",
+    "profiling": "errors api structure chain plugins discovery tokens observables spectral",
+    "agent": "errors config spectral wire api hookspecs structure chain tokens observables plugins discovery",
+    "conformance": "errors config spectral wire api chain tokens observables plugins discovery agent",
+    "monitor": "errors config spectral risk wire",
+    "integrations": "errors config agent",
+    "plots": "errors spectral risk",
+    "dashboards": "errors config monitor",
+    "report": "errors config spectral risk monitor plots",
+    "demo": "errors config spectral risk monitor plots",
+    "cli": "*",
+    "__main__": "cli",
+    "__init__": "*",  # by name, lazily: see test_imports_stay_light
+}
+"""What each room of koopmon may import of koopmon. Arrows point down only; a new room needs a line here."""
+
+ALONE = {
+    "zmq": "koopmon/wire/sockets.py",
+    "grafana_client": "koopmon/dashboards.py",
+    "prometheus_client": "koopmon/monitor/",
+    "sqlite3": "koopmon/monitor/",
+    "starlette": "koopmon/monitor/",
+    "uvicorn": "koopmon/monitor/",
+    "matplotlib": "koopmon/plots.py",
+    "typer": "koopmon/cli/",
+}
+"""What one place of the house alone may import."""
+
+THIRD_PARTY = {
+    "spectral": {"torch"},
+    "risk": {"torch", "msgspec"},
+    "api": {"torch"},
+    "structure": {"torch"},
+    "errors": set(),
+}
+"""What some rooms are confined to besides the standard library."""
+
+MODEL_LIBRARIES = {"transformers", "mambapy", "kan"}
+"""What a plugin may import late, inside the function that builds an example model, and nowhere else."""
+
+BANNED = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+DRAWERS = {"utils", "util", "common", "helpers", "helper", "base", "misc"}
+LOGGING_SETUP = {
+    "basicConfig",
+    "dictConfig",
+    "fileConfig",
+    "addHandler",
+    "removeHandler",
+    "captureWarnings",
+    "setLevel",
+}
+
+
+def imports(source: str, module: str) -> Iterator[str]:
+    """Full names of what a module imports; for `from a import b`, that is `a.b`."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=origin, names=names, level=level):
+                if level:
+                    parents = module.split(".")[:-level]
+                    origin = ".".join([*parents, origin] if origin else parents)
+                yield from (f"{origin}.{alias.name}" for alias in names)
+            case ast.Call(func=function, args=[ast.Constant(value=str(name)), *_]):
+                if ast.unparse(function).split(".")[-1] in ("import_module", "__import__"):
+                    yield name
+
+
+def imports_within_functions(source: str, module: str) -> Iterator[str]:
+    """Full names of what is imported inside functions alone, not also beside them."""
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    inner = {name for node in functions for name in imports(ast.unparse(node), module)}
+    functions_out = [ast.unparse(node) for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    yield from inner - set(imports("\n".join(functions_out), module))
+
+
+def home(name: str) -> str | None:
+    """The room of koopmon that a full name lies in; None for the package itself and its version."""
+    _, _, rest = name.partition(".")
+    rest = koopmon._HOMES.get(rest, f"koopmon.{rest}").partition(".")[2]
+    room = rest.split(".")[0]
+    return None if room in ("", "__version__") else room
+
+
+def violations(path: Path, source: str) -> list[str]:
+    """What is wrong with one file, in words; `path` is relative to the house."""
+    module = ".".join(path.with_suffix("").parts)
+    is_plugin = path.parts[0] == "plugins"
+    room = "" if is_plugin else path.with_suffix("").parts[1]
+    found = [f"a drawer named {part}" for part in path.with_suffix("").parts if part.lstrip("_") in DRAWERS]
+    allowed = ROOMS.get(room)
+    if not is_plugin and allowed is None:
+        return [*found, f"room {room!r} is not in the plan"]
+    late = set(imports_within_functions(source, module)) if is_plugin else set()
+    for name in imports(source, module):
+        top = name.split(".")[0]
+        if top in BANNED:
+            found.append(f"imports {top}: nothing is unpickled here")
+        if top in ALONE and not path.as_posix().startswith(ALONE[top]):
+            found.append(f"imports {top}, which is for {ALONE[top]} alone")
+        if is_plugin:
+            public = top == "koopmon" and name.partition(".")[2] in ("", *koopmon.__all__)
+            example = top in MODEL_LIBRARIES and name in late
+            if not public and not example and top != "torch" and top not in sys.stdlib_module_names:
+                found.append(f"a plugin imports {name}, which is neither a public name of koopmon, nor torch")
+            continue
+        if top == "koopmon":
+            target = home(name)
+            if target not in (None, room) and allowed != "*" and target not in (allowed or "").split():
+                found.append(f"{room} imports {name}: not down the arrows")
+        elif room in THIRD_PARTY and top not in THIRD_PARTY[room] and top not in sys.stdlib_module_names:
+            found.append(f"{room} imports {name}")
+        if path.as_posix() == "koopmon/wire/codec.py" and name.startswith("koopmon.wire.sockets"):
+            found.append("the codec knows of sockets")
+    if room != "cli":
+        calls = (node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+        names = {function.attr for function in calls if isinstance(function, ast.Attribute)}
+        found += [f"calls {name}: only the command line configures logging" for name in sorted(names & LOGGING_SETUP)]
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_every_file_keeps_to_the_plan(path: Path) -> None:
+    assert violations(path, (HOUSE / path).read_text(encoding="utf-8")) == []
+
+
+def test_all_rooms_are_read() -> None:
+    assert {"agent", "monitor", "spectral", "wire"} <= {path.parts[1] for path in SOURCES}
+    assert any(path.parts[:2] == ("plugins", "koopmon_adapters") for path in SOURCES)
+
+
+def test_the_plan_has_no_circles() -> None:
+    seen: set[str] = set()
+    for room, below in ROOMS.items():
+        assert below == "*" or set(below.split()) <= seen, f"{room} stands below what it imports"
+        seen.add(room)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("koopmon/agent/x.py", "from koopmon.monitor import daemon"),
+        ("koopmon/agent/x.py", "def f():\n    import koopmon.monitor.daemon"),
+        ("koopmon/agent/x.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..monitor import daemon"),
+        ("koopmon/agent/x.py", "from importlib import import_module\nimport_module('koopmon.monitor.daemon')"),
+        ("koopmon/agent/x.py", "from koopmon import profile"),
+        ("koopmon/agent/x.py", "from koopmon.risk import initial_risk"),
+        ("koopmon/monitor/x.py", "from koopmon.agent.attach import attach"),
+        ("koopmon/monitor/x.py", "from koopmon import attach"),
+        ("koopmon/monitor/x.py", "from koopmon.api import Stack"),
+        ("koopmon/monitor/x.py", "from koopmon.discovery import discover"),
+        ("koopmon/monitor/x.py", "import zmq"),
+        ("koopmon/wire/codec.py", "import zmq"),
+        ("koopmon/wire/codec.py", "from koopmon.wire.sockets import check_endpoint"),
+        ("koopmon/wire/codec.py", "from .sockets import check_endpoint"),
+        ("koopmon/wire/codec.py", "from . import sockets"),
+        ("koopmon/wire/keys.py", "from zmq.auth import create_certificates"),
+        ("koopmon/wire/pool.py", "import koopmon.config"),
+        ("koopmon/spectral/x.py", "import numpy"),
+        ("koopmon/spectral/x.py", "from koopmon.config import Config"),
+        ("koopmon/risk/x.py", "from koopmon.wire.messages import Hello"),
+        ("koopmon/report.py", "import grafana_client"),
+        ("koopmon/agent/x.py", "import prometheus_client"),
+        ("koopmon/agent/x.py", "import pickle"),
+        ("koopmon/agent/x.py", "import logging\nlogging.basicConfig()"),
+        ("koopmon/agent/x.py", "import logging\nlogging.getLogger('koopmon').setLevel(10)"),
+        ("koopmon/monitor/x.py", "import logging.config\nlogging.config.dictConfig({})"),
+        ("koopmon/monitor/utils.py", ""),
+        ("koopmon/helpers/x.py", ""),
+        ("koopmon/agent/_common.py", ""),
+        ("koopmon/attic/x.py", ""),
+        ("plugins/koopmon_adapters/x.py", "from koopmon.api import Stack"),
+        ("plugins/koopmon_adapters/x.py", "import koopmon.api"),
+        ("plugins/koopmon_adapters/x.py", "from koopmon_adapters.transformer import TransformerAdapter"),
+        ("plugins/koopmon_adapters/x.py", "from .transformer import TransformerAdapter"),
+        ("plugins/koopmon_adapters/x.py", "import transformers"),
+        ("plugins/koopmon_adapters/x.py", "import transformers\ndef build():\n    import transformers"),
+        ("plugins/koopmon_adapters/x.py", "if True:\n    import transformers"),
+        ("plugins/koopmon_adapters/x.py", "class A:\n    import transformers"),
+        ("plugins/koopmon_adapters/x.py", "def build():\n    import numpy"),
+        ("plugins/koopmon_adapters/x.py", "import numpy"),
+    ],
+)
+def test_a_breach_is_seen(path: str, source: str) -> None:
+    assert violations(Path(path), source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("koopmon/agent/x.py", "from koopmon import __version__, attach\nfrom koopmon.wire.sockets import DataSender"),
+        ("koopmon/monitor/x.py", "from ..wire import codec\nimport logging\nlogging.getLogger(__name__).info('x')"),
+        ("koopmon/cli/x.py", "import logging\nfrom koopmon import agent, monitor\nlogging.basicConfig()"),
+        ("plugins/koopmon_adapters/x.py", "import torch\nfrom koopmon import ArchitectureAdapter, hookimpl"),
+        ("plugins/koopmon_adapters/x.py", "def build():\n    from transformers import LlamaConfig"),
+        ("koopmon/wire/sockets.py", "import zmq"),
+    ],
+)
+def test_what_is_allowed_passes(path: str, source: str) -> None:
+    assert violations(Path(path), source) == []
+
+
+LIGHT = """
+import sys
+def check(module, *absent):
+    __import__(module)
+    loaded = [name for name in absent if name in sys.modules]
+    assert not loaded, f"import {module} loads {loaded}"
+heavy = "torch", "numpy", "zmq", "msgspec", "prometheus_client", "starlette", "uvicorn", "matplotlib", "transformers"
+check("koopmon", *heavy)
+check("koopmon.wire.endpoints", *heavy)
+check("koopmon.wire.messages", "torch", "numpy", "zmq")
+check("koopmon.cli", "torch", "zmq", "matplotlib", "transformers")
+check("koopmon.spectral", "zmq", "koopmon.wire.codec", "koopmon.agent.attach")
+check("koopmon.wire.codec", "zmq")
+check("koopmon.agent.attach", "koopmon.monitor.daemon", "starlette", "uvicorn", "matplotlib", "transformers")
+"""
+
+
+def test_imports_stay_light() -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,52 @@
+"""Configuration: what a file may say, and the one line that answers what it may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from koopmon.config import Config, from_mapping, load
+from koopmon.errors import ConfigError
+
+
+def test_an_empty_mapping_is_the_defaults() -> None:
+    assert from_mapping({}) == Config()
+
+
+def test_a_file_changes_what_it_names_and_overrides_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "koopmon.toml"
+    path.write_text('[policy]\nname = "lr"\nact_risk = 0.3\n')
+    config = load(path, overrides={"policy": {"name": "observe"}})
+    assert (config.policy.name, config.policy.act_risk) == ("observe", 0.3)
+    assert config.risk == Config().risk
+    monkeypatch.setenv("KOOPMON_CONFIG", str(path))
+    assert load().policy.name == "lr"
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"policy": {"act_risk": 2.0}}, r"policy\.act_risk = 2\.0: expected `float` < 1\.0"),
+        ({"policy": {"act_risk": "high"}}, r"policy\.act_risk = 'high': expected `float`, got `str`"),
+        ({"policy": {"name": "panic"}}, r"policy\.name = 'panic'"),
+        ({"policy": 3}, r"policy = 3: expected `object`"),
+        ({"policy": {"act_riks": 0.2}}, r"no field policy\.act_riks, did you mean act_risk\? \(allowed: .*act_risk, "),
+        ({"policy": {"zzz": 0.2}}, r"no field policy\.zzz \(allowed: act_risk, "),
+        ({"polcy": {}}, r"no table polcy, did you mean policy\? \(allowed: cadence, "),
+    ],
+)
+def test_what_does_not_fit_is_named_with_its_value_and_what_is_allowed(data: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        from_mapping(data, source="koopmon.toml")
+    assert str(caught.value).startswith("koopmon.toml: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_or_parsed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: cannot be read: No such file"):
+        load(tmp_path / "nowhere.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[policy\n")
+    with pytest.raises(ConfigError, match=r"broken\.toml: not valid TOML"):
+        load(broken)
