@@ -116,6 +116,8 @@ def main() -> None:
             if job.run not in finished:
                 log.write(json.dumps(train_one(job)) + "\n")
                 log.flush()
+    # gloo lets go of its last collective in a thread that needs the interpreter: ending at once would abort it.
+    time.sleep(0.1)
     dist.destroy_process_group()
 
 

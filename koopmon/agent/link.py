@@ -116,6 +116,8 @@ class Link:
         self._version = version("koopmon")
         self._num_connections = 0
         self._hello_due: float | None = 0.0
+        self._unsaid = True
+        """No hello has told this description yet."""
         self._heartbeat_due = 0.0
         self._heartbeat_seconds = 1.0
         self._heard = time.monotonic()
@@ -128,7 +130,7 @@ class Link:
     def describe(self, description: Description) -> None:
         """Say hello again, with this."""
         self.description = description
-        self._hello_due = 0.0
+        self._unsaid, self._hello_due = True, 0.0
 
     def next_due(self) -> float:
         """When `tick` has something to do."""
@@ -143,7 +145,7 @@ class Link:
         elif self.welcomed and not self._control.connected:
             self.welcomed = False
         if self._hello_due is not None and now >= self._hello_due:
-            self._send(self._hello())
+            self._unsaid = not self._send(self._hello()) and self._unsaid
             self._hello_due = now + HELLO_SECONDS
         if now >= self._heartbeat_due:
             self._heartbeat_due = now + self._heartbeat_seconds
@@ -190,7 +192,8 @@ class Link:
         return None
 
     def _take(self, welcome: Welcome) -> None:
-        self.welcomed, self._hello_due = True, None
+        # The welcome may answer an older hello than the one that is due.
+        self.welcomed, self._hello_due = True, 0.0 if self._unsaid else None
         self._heartbeat_seconds = welcome.heartbeat_seconds
         self._heartbeat_due = 0.0
         if welcome.restore is not None and not self._restored and self.description.process_rank == 0:
@@ -229,8 +232,8 @@ class Link:
             self._complained[trouble] = now
             logger.warning("koopmon: %s", text)
 
-    def _send(self, message: AgentMessage) -> None:
-        self._control.send(encode(message))
+    def _send(self, message: AgentMessage) -> bool:
+        return self._control.send(encode(message))
 
     def _hello(self) -> Hello:
         described = self.description

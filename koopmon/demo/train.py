@@ -152,6 +152,8 @@ def main(argv: list[str] | None = None) -> int:
         schedule.step()
     if log is not None and log is not sys.stdout:
         log.close()
+    # gloo lets go of its last collective in a thread that needs the interpreter: ending at once would abort it.
+    time.sleep(0.1)
     dist.destroy_process_group()
     return status
 

@@ -25,10 +25,12 @@ def results(out: Path) -> list[Result]:
     return list(zip(first, second, strict=True))
 
 
-def started(monitor: ScriptedMonitor, run: str) -> None:
+def started(monitor: ScriptedMonitor, job: Any, run: str) -> None:
     """The first forward of the run is done, and rank 0 has said so."""
 
     def told() -> bool:
+        if any(process.poll() for process in job.processes):
+            job.wait()
         return any(hello.run == run and hello.num_layers and not hello.process_rank for hello in monitor.of(Hello))
 
     monitor.wait(told, 90.0)
@@ -54,7 +56,7 @@ def test_commands_change_both_ranks_at_one_step_and_nothing_else_changes_anythin
     job = ranks("ddp.py", tmp_path / "out", json.dumps(phases))
     sent: list[list[str]] = [[], []]
     for seed, commands in enumerate(sent):
-        started(monitor, f"random-{seed}")
+        started(monitor, job, f"random-{seed}")
         generator = random.Random(seed)
         while not ended(monitor, f"random-{seed}"):
             time.sleep(generator.uniform(0.0, 0.3))
@@ -65,11 +67,11 @@ def test_commands_change_both_ranks_at_one_step_and_nothing_else_changes_anythin
             else:
                 kss = KssSettings(alpha=generator.uniform(0.0, 0.2), svd_rank=8, num_samples=32)
                 commands.append(monitor.command("set_kss", f"random-{seed}", kss=kss, ramp_steps=ramp))
-    started(monitor, "kss")
+    started(monitor, job, "kss")
     while not ended(monitor, "kss"):
         time.sleep(0.2)
         monitor.command("set_kss", "kss", kss=koopmon_settings(0.7))
-    started(monitor, "stop")
+    started(monitor, job, "stop")
     while not ended(monitor, "stop"):
         monitor.command("stop", "stop")
         time.sleep(0.2)
@@ -128,7 +130,7 @@ def test_ranks_that_hang_leave_early_or_never_come(
     job = ranks("ddp.py", tmp_path / "out", json.dumps(phases))
     sent = []
     for phase in phases:
-        started(monitor, phase["run"])
+        started(monitor, job, phase["run"])
         while not ended(monitor, phase["run"]) and (phase is not phases[-1] or job.processes[0].poll() is None):
             scale = 0.9 - 0.001 * (len(sent) % 500)
             sent.append(monitor.command("set_lr_scale", phase["run"], lr_scale=scale))

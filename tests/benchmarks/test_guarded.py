@@ -14,7 +14,7 @@ from benchmarks.guarded import BY_HAND, Plan, analyse, train_all
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
 def test_one_monitor_and_one_launcher_serve_many_runs(tmp_path: Path) -> None:
-    plan = Plan(rates=(0.05,), fixed=(0.001,), seeds=1, healthy=1, policies=("kss+lr",), steps=40)
+    plan = Plan(rates=(0.012,), fixed=(0.001,), seeds=1, healthy=1, policies=("kss+lr",), steps=80)
     console = Console(file=io.StringIO(), width=160)
     runs = train_all(plan, tmp_path, console)
     assert len(runs) == len(BY_HAND) + 1 + 4 + 1 + 4

@@ -178,6 +178,7 @@ def main() -> None:
             dist.barrier()
         results.append(check_kss(phase, rank) if phase.alpha else train(phase, rank))
         Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(results))
+    time.sleep(0.1)  # gloo lets go of its last collective in a thread that needs the interpreter
     dist.destroy_process_group()
 
 

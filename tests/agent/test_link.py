@@ -1,0 +1,107 @@
+"""One rank's side of the control channel, message by message, over a channel that the test holds in its hands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+
+from koopmon.agent.ledger import Ledger
+from koopmon.agent.link import HELLO_SECONDS, Description, Link
+from koopmon.agent.world import Identity
+from koopmon.config import ControlConfig
+from koopmon.wire.codec import Frame, WireLimits, decode_for_monitor, encode
+from koopmon.wire.messages import AgentMessage, Applied, Command, Hello, Welcome
+from koopmon.wire.sockets import ControlClient
+
+IDENTITY = Identity("run-1", "0123456789abcdef")
+DESCRIPTION = Description(process_rank=0, world_size=2, num_senders=2, adapter="transformer")
+VERIFIED = replace(DESCRIPTION, num_layers=4, width=64, acts=True)
+
+
+class Channel:
+    """A control client that is there, and takes what is sent while `takes` is true."""
+
+    endpoint = "ipc:///nowhere"
+    connected = True
+    connections = 1
+    takes = True
+
+    def __init__(self) -> None:
+        self.sent: list[AgentMessage] = []
+
+    def send(self, frames: Sequence[Frame]) -> bool:
+        if self.takes:
+            self.sent.append(decode_for_monitor([memoryview(frame) for frame in frames], limits=WireLimits()))
+        return self.takes
+
+    def hellos(self) -> list[Hello]:
+        return [message for message in self.sent if isinstance(message, Hello)]
+
+
+class Nothing:
+    """Nobody who applies commands."""
+
+    ready = False
+
+    def applied(self) -> Applied:
+        return Applied()
+
+    def submit(self, command: Command) -> None:
+        pytest.fail("no command was sent")
+
+    def restore(self, applied: Applied) -> None:
+        pytest.fail("nothing was to be restored")
+
+    def monitor_lost(self) -> None:
+        pytest.fail("the monitor was there")
+
+
+@pytest.fixture
+def channel() -> Channel:
+    return Channel()
+
+
+@pytest.fixture
+def link(channel: Channel) -> Link:
+    control: Any = channel
+    return Link(cast(ControlClient, control), IDENTITY, ControlConfig(), Ledger(), Nothing(), DESCRIPTION)
+
+
+def welcome(link: Link, now: float) -> None:
+    message = Welcome(
+        run=IDENTITY.run, incarnation=IDENTITY.incarnation, data_endpoint="ipc:///data", heartbeat_seconds=1.0
+    )
+    assert isinstance(link.receive([memoryview(frame) for frame in encode(message)], now), Welcome)
+
+
+def test_a_welcome_ends_the_hellos(link: Link, channel: Channel) -> None:
+    link.tick(0.0)
+    link.tick(0.5 * HELLO_SECONDS)
+    assert len(channel.hellos()) == 1
+    welcome(link, 0.6 * HELLO_SECONDS)
+    assert link.welcomed
+    link.tick(10.0 * HELLO_SECONDS)
+    assert len(channel.hellos()) == 1
+
+
+def test_a_welcome_to_an_older_hello_does_not_swallow_a_newer_description(link: Link, channel: Channel) -> None:
+    link.tick(0.0)
+    link.describe(VERIFIED)
+    welcome(link, 0.1)
+    link.tick(0.1)
+    assert [hello.num_layers for hello in channel.hellos()] == [0, 4]
+    assert channel.hellos()[-1].acts
+
+
+def test_a_description_that_could_not_be_sent_is_sent_later(link: Link, channel: Channel) -> None:
+    link.tick(0.0)
+    link.describe(VERIFIED)
+    channel.takes = False
+    link.tick(0.1)
+    channel.takes = True
+    welcome(link, 0.2)
+    link.tick(0.2)
+    assert channel.hellos()[-1].num_layers == 4
