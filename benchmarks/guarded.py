@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,6 @@ from rich.table import Table
 from scipy import stats
 
 from benchmarks.guarded_ranks import Job
-from benchmarks.models import Norm
 from benchmarks.provenance import provenance
 from benchmarks.training import Recipe
 from koopmon.monitor.history import History
@@ -44,7 +44,15 @@ BY_HAND: Mapping[str, Mapping[str, Any]] = {
     "loss spike halves the rate": {"control": "spike"},
 }
 POLICIES = ("lr", "kss", "kss+lr")
-HEALTHY: Sequence[tuple[Norm, float]] = (("pre", 0.001), ("pre", 0.004), ("none", 0.0005), ("none", 0.001))
+HEALTHY: Mapping[str, Mapping[str, Any]] = {
+    "pre": {"norm": "pre", "lr": 0.001},
+    "pre-fast": {"norm": "pre", "lr": 0.004},
+    "pre-torch": {"norm": "pre", "initialisation": "torch", "lr": 0.001},
+    "none": {"norm": "none", "lr": 0.001},
+}
+"""Runs to be left alone. PyTorch's own initialisation gives Pre-LN a near-unit mass that the published guidance calls
+high risk (METHOD section 9), and it trains well.
+"""
 READY_SECONDS = 120.0
 
 
@@ -73,10 +81,10 @@ class Plan:
                 for seed in range(self.seeds):
                     yield Job(run=_name("fixed", lr, seed), recipe=replace(base, lr=lr, seed=seed))
         if policy in ("", "kss+lr"):
-            for norm, lr in HEALTHY:
+            for kind, how in HEALTHY.items():
                 for seed in range(100, 100 + self.healthy):
-                    run = _name(f"healthy-{norm}{'-guarded' if policy else ''}", lr, seed)
-                    yield Job(run=run, recipe=replace(base, norm=norm, lr=lr, seed=seed), endpoint=endpoint)
+                    run = _name(f"healthy-{kind}{'-guarded' if policy else ''}", how["lr"], seed)
+                    yield Job(run=run, recipe=replace(base, seed=seed, **how), endpoint=endpoint)
 
 
 def _name(kind: str, lr: float, seed: int) -> str:
@@ -204,15 +212,27 @@ def analyse(plan: Plan, runs: Mapping[str, Mapping[str, Any]], console: Console)
 
 
 def _healthy(plan: Plan, runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    pairs = [
-        (runs[_name(f"healthy-{norm}", lr, seed)], runs[_name(f"healthy-{norm}-guarded", lr, seed)])
-        for norm, lr in HEALTHY
-        for seed in range(100, 100 + plan.healthy)
+    """What the guard did to runs that need none, over all kinds and for each."""
+    pairs = {
+        kind: [
+            (runs[_name(f"healthy-{kind}", how["lr"], seed)], runs[_name(f"healthy-{kind}-guarded", how["lr"], seed)])
+            for seed in range(100, 100 + plan.healthy)
+        ]
+        for kind, how in HEALTHY.items()
+    }
+    every = [pair for mine in pairs.values() for pair in mine]
+    return {**_harm(every), "kinds": {kind: {**HEALTHY[kind], **_harm(mine)} for kind, mine in pairs.items()}}
+
+
+def _harm(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, Any]:
+    lived = [(alone, guarded) for alone, guarded in pairs if alone["died_at"] is None]
+    ratios = [
+        math.inf if guarded["died_at"] is not None else guarded["final_loss"] / alone["final_loss"]
+        for alone, guarded in lived
     ]
-    ratios = [guarded["final_loss"] / alone["final_loss"] for alone, guarded in pairs if alone["died_at"] is None]
     return {
         "num_runs": len(pairs),
-        "died_unguarded": sum(alone["died_at"] is not None for alone, _ in pairs),
+        "died_unguarded": len(pairs) - len(lived),
         "acted_on": sum(guarded["num_actions"] > 0 for _, guarded in pairs),
         "worst_loss_ratio": max(ratios, default=1.0),
         "identical": sum(alone["digests"] == guarded["digests"] for alone, guarded in pairs),

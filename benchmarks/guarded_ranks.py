@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import koopmon
 from benchmarks.control import Controller
-from benchmarks.models import associative_recall_loss
 from benchmarks.training import LAST, MAX_GRADIENT_NORM, MAX_LOSS, Recipe, accuracy, warmed
 
 ATTACH_SECONDS = 30.0
@@ -53,7 +52,7 @@ def train_one(job: Job) -> dict[str, Any]:
     began, losses, died_at = time.monotonic(), [], None
     for step in range(recipe.steps):
         tokens, labels = (part[rank::size] for part in recipe.batch_at(step))
-        loss = associative_recall_loss(model(tokens), labels)
+        loss = recipe.loss(model, tokens, labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D width, V vocabulary. All is drawn from private gene
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -13,8 +14,9 @@ from torch.nn import functional
 
 Norm = Literal["pre", "post", "none", "rms", "sub", "deep", "rezero"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
+Initialisation = Literal["gpt2", "torch"]
 INITIAL_STD = 0.02
-"""Of GPT-2's initialisation; with PyTorch's default the spectra are others."""
+"""Of GPT-2's initialisation; with PyTorch's own the spectra are others."""
 
 
 class Attention(nn.Module):
@@ -88,7 +90,11 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer, tokens (B, T) to logits (B, T, V), initialised as GPT-2 is: std 0.02, biases 0."""
+    """A decoder-only transformer, tokens (B, T) to logits (B, T, V).
+
+    `initialisation` "gpt2" is std 0.02 and biases 0, "torch" what the modules come with. Blocks that `make_block`
+    makes keep what it gave them.
+    """
 
     def __init__(
         self,
@@ -100,22 +106,25 @@ class Decoder(nn.Module):
         max_tokens: int = 64,
         vocabulary: int = 256,
         seed: int = 0,
+        initialisation: Initialisation = "gpt2",
+        make_block: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"norm = {norm!r}: allowed are {', '.join(NORMS)}")
-        self.token = nn.Embedding(vocabulary, width)
-        self.position = nn.Embedding(max_tokens, width)
-        self.blocks = nn.ModuleList(Block(norm, width, num_heads, num_layers) for _ in range(num_layers))
+        make = make_block or (lambda: Block(norm, width, num_heads, num_layers))
         final_norms = {"pre": nn.LayerNorm, "sub": nn.LayerNorm, "rms": nn.RMSNorm}
-        self.final_norm = final_norms[norm](width) if norm in final_norms else nn.Identity()
-        self.head = nn.Linear(width, vocabulary, bias=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.token = nn.Embedding(vocabulary, width)
+            self.position = nn.Embedding(max_tokens, width)
+            self.blocks = nn.ModuleList(make() for _ in range(num_layers))
+            self.final_norm = final_norms[norm](width) if norm in final_norms else nn.Identity()
+            self.head = nn.Linear(width, vocabulary, bias=False)
         generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=INITIAL_STD, generator=generator)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        for name, part in self.named_children():
+            if initialisation == "gpt2" and (name != "blocks" or make_block is None):
+                initialise(part, generator)
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = self.token(tokens) + self.position.weight[: tokens.shape[1]]
@@ -123,6 +132,15 @@ class Decoder(nn.Module):
             h = block(h)
         logits: Tensor = self.head(self.final_norm(h))
         return logits
+
+
+def initialise(model: nn.Module, generator: torch.Generator) -> None:
+    """GPT-2's initialisation of every linear map and embedding in `model`."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=INITIAL_STD, generator=generator)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def associative_recall(

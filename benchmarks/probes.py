@@ -48,12 +48,13 @@ class Probes:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        return {
+        found = {
             "kurtosis": max(_kurtosis(state) for state in states),
-            "max_attention_logit": max(self._logits),
-            "query_key_entropy": min(self._entropies),
             "alignment": sum(self._alignments) / len(self._alignments),
         }
+        if self._attentions:
+            found |= {"max_attention_logit": max(self._logits), "query_key_entropy": min(self._entropies)}
+        return found
 
     @torch.no_grad()
     def _attend(self, output: Tensor, num_heads: int) -> None:

@@ -7,9 +7,8 @@ paper's rule: a loss above 50, a gradient norm above 500, or either not finite; 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,17 +16,14 @@ from torch import Tensor, nn
 
 import koopmon
 from benchmarks.control import Control, Controller
+from benchmarks.families import Family, language_model
 from benchmarks.faults import Fault, strike
-from benchmarks.models import Decoder, Norm, associative_recall, associative_recall_loss
+from benchmarks.models import Decoder, Initialisation, Norm
 from benchmarks.probes import Probes
 from benchmarks.shaping import Form, Shaping
+from benchmarks.tasks import TASKS, Task, draw, loss_of, share_right
 from koopmon.spectral import SpectralProfile, profile_states
 
-Task = Literal["recall-4", "recall-2"]
-TASKS: Mapping[Task, Mapping[str, int]] = {
-    "recall-4": {"num_tokens": 64, "num_pairs": 4, "vocabulary": 256},  # the paper's; small models hardly learn it
-    "recall-2": {"num_tokens": 16, "num_pairs": 2, "vocabulary": 32},  # METHOD section 9: small models do learn it
-}
 MAX_LOSS, MAX_GRADIENT_NORM = 50.0, 500.0
 FIELDS = (
     "near_unit_mass",
@@ -49,7 +45,10 @@ class Recipe:
     """One training. `warmup` steps of linear rise, then a constant rate; `clip` 0 means no gradient clipping."""
 
     task: Task = "recall-4"
+    family: Family = "transformer"
+    """Others than "transformer" are Pre-LN."""
     norm: Norm = "none"
+    initialisation: Initialisation = "gpt2"
     width: int = 128
     num_layers: int = 4
     lr: float
@@ -76,22 +75,24 @@ class Recipe:
         more = f"-{self.fault}@{self.fault_step}" if self.fault else ""
         more += f"-{self.shaping}" if self.shaping else ""
         more += f"-{self.control}" if self.control else ""
-        return f"{self.task}-{self.norm}-d{self.width}-l{self.num_layers}-lr{self.lr:g}-s{self.seed}{more}"
+        kind = self.norm if self.family == "transformer" else self.family
+        kind += "" if self.initialisation == "gpt2" else f"-{self.initialisation}"
+        return f"{self.task}-{kind}-d{self.width}-l{self.num_layers}-lr{self.lr:g}-s{self.seed}{more}"
 
     def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T) and labels (B,) of a step; other seeds than those of the profile's batch."""
-        return associative_recall(self.batch, seed=1_000_003 * (self.seed + 1) + step, **TASKS[self.task])
+        """Tokens (B, T) and labels of a step; other seeds than those of the profile's batch."""
+        return draw(self.task, self.batch, seed=1_000_003 * (self.seed + 1) + step)
+
+    def loss(self, model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Of one forward pass; 0-d."""
+        return loss_of(self.task, model(tokens), labels)
 
     def model(self) -> Decoder:
-        shape = TASKS[self.task]
-        return Decoder(
-            self.norm,
-            width=self.width,
-            num_layers=self.num_layers,
-            max_tokens=shape["num_tokens"],
-            vocabulary=shape["vocabulary"],
-            seed=self.seed,
-        )
+        tokens, vocabulary = TASKS[self.task]["num_tokens"], TASKS[self.task]["vocabulary"]
+        sizes = {"width": self.width, "num_layers": self.num_layers, "vocabulary": vocabulary, "seed": self.seed}
+        if self.family != "transformer":
+            return language_model(self.family, num_tokens=tokens, **sizes)
+        return Decoder(self.norm, max_tokens=tokens, initialisation=self.initialisation, **sizes)
 
 
 def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
@@ -113,7 +114,7 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
         if recipe.control:
             shaping.alpha, shaping.tau_u = controller.kss.alpha, controller.kss.tau_u
         with recorder.at(step), shaping.watching(step):
-            loss = associative_recall_loss(model(tokens), labels)
+            loss = recipe.loss(model, tokens, labels)
         optimizer.zero_grad()
         penalty = shaping.penalty()
         shaping.before_step(penalty)
@@ -169,19 +170,17 @@ def warmed(recipe: Recipe, step: int) -> float:
 
 def initial_profile(model: Decoder, recipe: Recipe) -> dict[str, Any]:
     """Full-rank profile of a fresh batch at N 2048: the mean over layers of each field, before any step."""
-    shape = TASKS[recipe.task]
-    rows = -(-INITIAL_SAMPLES // shape["num_tokens"]) * 2
-    tokens, _ = associative_recall(rows, seed=recipe.seed, **shape)
+    rows = -(-INITIAL_SAMPLES // TASKS[recipe.task]["num_tokens"]) * 2
+    tokens, _ = draw(recipe.task, rows, seed=recipe.seed)
     profile = koopmon.profile(model, tokens, num_samples=INITIAL_SAMPLES, seed=recipe.seed)
     return {"informative": profile.informative, **{field: profile.mean(field) for field in FIELDS}}
 
 
 @torch.no_grad()
-def accuracy(model: Decoder, recipe: Recipe) -> float:
-    """Share of right answers on 1,024 fresh questions."""
-    tokens, labels = associative_recall(1024, seed=7_000_000 + recipe.seed, **TASKS[recipe.task])
-    right: Tensor = model(tokens)[:, -1].argmax(-1).eq(labels)
-    return right.float().mean().item()
+def accuracy(model: nn.Module, recipe: Recipe) -> float:
+    """Share of right answers on 1,024 fresh sequences."""
+    tokens, labels = draw(recipe.task, 1024, seed=7_000_000 + recipe.seed)
+    return share_right(recipe.task, model(tokens), labels)
 
 
 class Recorder:

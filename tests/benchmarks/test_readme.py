@@ -1,4 +1,4 @@
-"""The README says what the results say."""
+"""The pages say what the results say."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme
+from benchmarks.sections import WRITERS
 
 
-def test_the_readme_is_not_stale() -> None:
-    text = readme.README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_no_page_is_stale(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     assert readme.SECTION.search(text)
     assert readme.rendered(text) == text, "run python -m benchmarks.readme"
 
 
-@pytest.mark.parametrize("name", readme.WRITERS)
+@pytest.mark.parametrize("name", WRITERS)
 def test_every_result_has_its_place_and_a_changed_figure_is_noticed(name: str, tmp_path: Path) -> None:
-    text = readme.README.read_text(encoding="utf-8")
+    text = "".join(page.read_text(encoding="utf-8") for page in readme.PAGES)
     assert f"<!-- results: {name} -->" in text
     results = tmp_path / "results"
     shutil.copytree(readme.RESULTS, results)

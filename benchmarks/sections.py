@@ -1,0 +1,215 @@
+"""What each result says on a page, as lines of Markdown: one writer for each file in results/."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+Document = Mapping[str, Any]
+
+
+def unchanged_script(told: Document) -> list[str]:
+    """Rates that kill, by policy; then the healthy runs and the slowest commands."""
+    others = told["settings"]["policies"]
+    heading = [
+        "learning rate",
+        f"unguarded dies at step ({len(told['settings']['seeds'])} seeds)",
+        "saved, default policy",
+    ]
+    heading += [f"saved, policy `{name}`" for name in others]
+    rows = []
+    for lr, group in groupby(sorted(told["rows"], key=lambda row: row["lr"]), key=lambda row: row["lr"]):
+        runs = list(group)
+        first = [run for run in runs if not run["policy"]]
+        saved = [
+            f"{sum(run['saved'] for run in mine)} of {len(mine)}"
+            for mine in ([run for run in runs if run["policy"] == name] for name in ("", *others))
+        ]
+        losses = ", ".join(f"{run['final_loss'] / run['best_fixed']:.2f}" for run in first if run["final_loss"])
+        rows.append([f"{lr:g}", ", ".join(str(run["died_at"] or "-") for run in first), *saved, losses])
+    lost = [run for run in told["rows"] if not run["saved"]]
+    total, healthy = told["totals"], told["totals"]["healthy_runs"]
+    waits = sorted(run["max_latency_steps"] for run in told["results"].values() if run["max_latency_steps"] is not None)
+    identical = "all of them ended" if total["identical_when_left_alone"] else "not all of them ended"
+    missed = [f"Not saved: policy `{run['policy'] or 'default'}` at {run['lr']:g}, {run['why']}." for run in lost]
+    prose = [
+        *missed,
+        f"At the safe rate {told['settings']['safe_lr']:g} the default policy acted on {total['acted_no_norm']} of",
+        f"{healthy} runs of that model and on {total['acted_pre_ln']} of {healthy} with Pre-LN, and {identical} with",
+        "bit-identical parameters. The slowest command of a run was in force",
+        f"{waits[len(waits) // 2]} steps after the snapshot that it answers in the median run,",
+        f"{waits[-1]} in the worst.",
+    ]
+    return [*_table([*heading, "loss at the end / best fixed rate, default"], rows), "", *_prose(prose)]
+
+
+def norm_table(told: Document) -> list[str]:
+    rows = []
+    for row in told["rows"]:
+        paper, mean = row["reference"]["paper"], row["mean"]
+        fields = ("near_unit_mass", "expansive_mass", "spectral_radius")
+        label = row["reference"]["label"] + ("" if row["num_informative"] else " (not informative)")
+        cells = [f"{mean[field]:.2f}" for field in fields]
+        rows.append([label, *cells, ", ".join(f"{value:.2f}" for value in paper) if paper else "-"])
+    heading = ["residual scheme", "near-unit mass", "expansive mass", "radius", "paper: near-unit, expansive, radius"]
+    return _table(heading, rows)
+
+
+def spectral_speed(told: Document) -> list[str]:
+    settings, took, ratios = told["settings"], told["seconds_per_12_layers"], told["ratios"]
+    cores = f"{settings['threads']} {'core' if settings['threads'] == 1 else 'cores'}"
+    full = ratios["ours_full"]
+    return _prose(
+        [
+            f"Whole profiles of {settings['num_layers']} transitions at D {settings['width']}, N",
+            f"{settings['num_samples']}, svd_rank {settings['svd_rank']} take {took['ours']['wall_median']:.2f} s on",
+            f"{cores}; PyDMD's `fit(x, y).eigs` takes {ratios['ours']['cpu']:.0f} times as much CPU, its inner",
+            "operator alone",
+            f"{ratios['ours']['cpu_against_operator']:.0f} times. At full rank the two take {full['cpu']:.1f} and",
+            f"{full['cpu_against_operator']:.1f} times as much as we do.",
+        ]
+    )
+
+
+def agent_overhead(told: Document) -> list[str]:
+    settings, mean, snapshot = told["settings"], told["wall"]["mean_step"], told["wall"]["snapshot_step"]
+
+    def of(found: Mapping[str, float]) -> str:
+        return f"{found['ratio']:.3f} times (95%: {found['low']:.3f} to {found['high']:.3f})"
+
+    return _prose(
+        [
+            f"With {settings['ranks']} ranks, D {settings['d']}, L {settings['layers']} and a snapshot every",
+            f"{settings['every']} steps on the {settings['device'].upper()}, the mean step takes {of(mean)} as long as",
+            f"one without hooks, a snapshot step {of(snapshot)}.",
+        ]
+    )
+
+
+def norms(told: Document) -> list[str]:
+    """Every score at the start, in both settings."""
+    settings = told["auroc"]
+    names = list(dict.fromkeys(name for areas in settings.values() for name in areas))
+    sweep = settings[list(settings)[-1]]
+    names.sort(key=lambda name: -(sweep[name]["value"] if sweep.get(name) else 0.0))
+    rows = [[name, *(_interval(areas.get(name)) for areas in settings.values())] for name in names]
+    runs, dead, error = told["num_runs"], told["num_diverged"], told["calibration_error_size_held_out"]
+    prose = [
+        f"{runs} runs, {dead} diverged. Of the calibrated score, fitted on the other sizes, the expected calibration",
+        f"error is {error:.3f}.",
+    ]
+    return [*_table(["score at the start", *(f"AUROC, {title} [95%]" for title in settings)], rows), "", *_prose(prose)]
+
+
+def early_warning(told: Document) -> list[str]:
+    """All detectors on all recordings, at the same rate of false alarms."""
+    rows = [
+        [
+            row["name"],
+            _interval({**row, "value": row["auroc"]}) if row["auroc"] is not None else "-",
+            f"{row['warned']} of {row['died']}",
+            f"{row['median_lead']:.0f}",
+            f"{row['median_share']:.0%}",
+            f"{row['false_alarms']:.2f}",
+        ]
+        for row in told["tables"]["all"]
+    ]
+    heading = ["detector", "AUROC [95%]", "warned", "median lead, steps", "of the run's life", "false alarms / 1,000"]
+    return _table(heading, rows)
+
+
+def kss(told: Document) -> list[str]:
+    """Settings by rates: the share that diverged, and the accuracy of those that lived."""
+    cells = told["cells"]
+    rates = sorted({cell["lr"] for cell in cells})
+    by_place = {(cell["setting"], cell["lr"]): cell for cell in cells}
+    rows = []
+    for setting in dict.fromkeys(cell["setting"] for cell in cells):
+        mine = [by_place[setting, lr] for lr in rates]
+        rows.append([setting, *(f"{cell['diverged']:.0%}, {_decimal(cell['accuracy'])}" for cell in mine)])
+    return [
+        *_table(["setting", *(f"{lr:g}" for lr in rates)], rows),
+        "",
+        f"{cells[0]['num_runs']} runs in each cell: the share that diverged, and the accuracy of the others.",
+    ]
+
+
+def guarded(told: Document) -> list[str]:
+    """Each control over the rates that kill; then what became of healthy runs."""
+    plan, healthy = told["plan"], told["healthy"]
+    rows = [
+        [
+            row["control"],
+            f"{row['diverged']:.0%} [{row['low']:.0%}, {row['high']:.0%}]",
+            *row["by_rate"],
+            _decimal(row["accuracy"]),
+            f"{row['actions']:.1f}",
+        ]
+        for row in told["rows"]
+    ]
+    heading = ["control", "diverged [95%]", *(f"{lr:g}" for lr in plan["rates"]), "accuracy", "actions"]
+    replicas = "equal" if told["replicas_equal"] else "not always equal"
+    prose = [
+        f"Diverged, then by learning rate; {told['rows'][0]['num_runs']} runs in each row. The best fixed rate ends at",
+        f"accuracy {told['best_fixed_accuracy']:.2f}. Of {healthy['num_runs']} healthy runs the default policy acted",
+        f"on {healthy['acted_on']}; {healthy['identical']} ended bit-identical to the run without koopmon, and the",
+        f"loss at the end was at most {healthy['worst_loss_ratio'] - 1:+.1%} of it. Replicas were {replicas}.",
+    ]
+    return [*_table(heading, rows), "", *_prose(prose)]
+
+
+def architectures(told: Document) -> list[str]:
+    """The families' spectra at the start, and their trainings with and without KSS."""
+    shown = {
+        "near_unit_mass": "near-unit mass",
+        "contractive_mass": "contractive mass",
+        "spectral_radius": "radius",
+        "nonlinearity_ratio": "eta",
+        "reliable_mode_ratio": "reliable modes",
+    }
+    rows = []
+    for row in told["spectra"]:
+        mean, paper = row["mean"], row["paper"]
+        cells = [f"{mean[name]:.2f}" + (f" ({paper[name]:.2f})" if name in paper else "") for name in shown]
+        rows.append([row["label"], f"`{row['adapter']}`", *cells])
+    rates = sorted({row["lr"] for row in told["trained"]})
+    by_place = {(row["family"], row["setting"], row["lr"]): row for row in told["trained"]}
+    trained = []
+    for family, setting in dict.fromkeys((row["family"], row["setting"]) for row in told["trained"]):
+        mine = [by_place[family, setting, lr] for lr in rates]
+        ends = [f"{row['num_diverged']} of {row['num_runs']}, {_decimal(row['final_loss'])}" for row in mine]
+        trained.append([family, setting, *ends])
+    return [
+        *_table(["family (in brackets the paper)", "adapter", *shown.values()], rows),
+        "",
+        "Trained: how many diverged, and the loss at the end of the others.",
+        "",
+        *_table(["family", "KSS", *(f"{lr:g}" for lr in rates)], trained),
+    ]
+
+
+def _interval(area: Mapping[str, float] | None) -> str:
+    return "-" if area is None else f"{area['value']:.2f} [{area['low']:.2f}, {area['high']:.2f}]"
+
+
+def _decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(cells)} |" for cells in (heading, *rows)]
+    return [lines[0], "|" + "---|" * len(heading), *lines[1:]]
+
+
+def _prose(parts: Sequence[str]) -> list[str]:
+    return textwrap.wrap(" ".join(parts), width=120)
+
+
+WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
+    "unchanged_script": unchanged_script,
+    "norm_table": norm_table,
+    "spectral_speed": spectral_speed,
+    "agent_overhead": agent_overhead,
+}
