@@ -2,8 +2,9 @@
 
 One training, koopmon attached throughout, in which short blocks of steps with its hooks in place alternate with blocks
 of steps without (on, off, off, on, ...): what the machine does to one it does to the other. On the CPU two gloo ranks
-train under DistributedDataParallel; on a GPU one process does. A real monitor computes spectra beside them, at nice 19,
-and is told to send nothing, so that the cadence stays at one snapshot every `--every` steps with hooks.
+train under DistributedDataParallel; on a GPU one process does. A real monitor computes spectra beside them, of idle
+priority, so that it takes no core from the ranks, as if it stood elsewhere; it is told to send nothing, so that the
+cadence stays at one snapshot every `--every` steps with hooks.
 
 Reported from rank 0, with 95% bootstrap intervals over pairs of blocks:
 - mean step: time of the blocks with hooks over time of those without; what they hold of snapshots is in it;
@@ -150,17 +151,19 @@ def analyse(rows: Sequence[tuple[bool, bool, float, float]], block: int, column:
 
 
 def start_monitor(directory: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """A real monitor at nice 19 that sends no commands, and its endpoint; it serves when this returns."""
+    """A real monitor of idle priority that sends no commands, and its endpoint; it serves when this returns."""
     endpoint, ready = f"ipc://{directory}/control/socket", directory / "ready.json"
     options = ["--bind", endpoint, "--http", "127.0.0.1:0", "--store", str(directory / "store.sqlite3")]
     options += ["--device", "cpu", "--policy", "observe", "--dry-run", "--ready-file", str(ready)]
-    monitor = subprocess.Popen(["nice", "-n", "19", sys.executable, "-m", "koopmon", "monitor", *options])
+    monitor = subprocess.Popen([sys.executable, "-m", "koopmon", "monitor", *options])
     deadline = time.monotonic() + 120.0
     while not ready.exists():
         if monitor.poll() is not None or time.monotonic() > deadline:
             monitor.kill()
             raise SystemExit("the monitor did not start")
         time.sleep(0.1)
+    for thread in Path(f"/proc/{monitor.pid}/task").iterdir():
+        os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
     return monitor, endpoint
 
 

@@ -26,7 +26,7 @@ from benchmarks.campaign import Kept
 from benchmarks.families import Family, language_model
 from benchmarks.provenance import provenance
 from benchmarks.tasks import TASKS, draw
-from benchmarks.training import FIELDS, INITIAL_SAMPLES, Recipe, train
+from benchmarks.training import FIELDS, Recipe, full_profile, train
 
 RESULT = Path(__file__).parent / "results" / "architectures.json"
 WIDTH, NUM_LAYERS, NUM_SEQUENCES = 256, 6, 32
@@ -97,7 +97,7 @@ def spectra(seeds: Sequence[int], console: Console) -> list[dict[str, Any]]:
                 **variant.options,
             )
             tokens, _ = draw("text-full", NUM_SEQUENCES, seed=seed)
-            profile = koopmon.profile(model, tokens, num_samples=INITIAL_SAMPLES, seed=seed)
+            profile = full_profile(model, tokens, seed=seed)
             for name in ("expansive_mass", "contractive_mass", *FIELDS):
                 value = profile.mean(name)
                 found.setdefault(name, []).extend([] if value is None else [value])
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     campaign.options(parser, RESULT)
     parser.add_argument("--seeds", type=int, default=3, help="of each model and training (default %(default)s)")
     options = parser.parse_args(arguments)
-    console, seeds = Console(), range(options.seeds)
+    console, seeds = campaign.console(), range(options.seeds)
     document: dict[str, Any] = {"provenance": provenance(0), "scale": options.scale, "seeds": options.seeds}
     document["spectra"] = spectra(seeds, console)
     wanted = cases(PAPER_BASE if options.scale == "paper" else BASE, seeds)

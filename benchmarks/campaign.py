@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,11 @@ class Kept(Generic[C]):
 
 
 Work = Callable[[C], tuple[Mapping[str, Any], Arrays]]
+
+
+def console() -> Console:
+    """As wide as the terminal; where the output goes to a file, wide enough for the tables."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def options(parser: argparse.ArgumentParser, result: Path) -> None:

@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.early_warning", description=__doc__)
     campaign.options(parser, RESULT)
     options = parser.parse_args(arguments)
-    console = Console()
+    console = campaign.console()
     cases = recipes(options.scale)
     runs = campaign.run(cases, train, options.work, workers=options.workers, console=console)
     document = {"provenance": provenance(0), "scale": options.scale, **analyse(runs, console)}

@@ -27,6 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 from scipy import stats
 
+from benchmarks import campaign
 from benchmarks.guarded_ranks import Job
 from benchmarks.provenance import provenance
 from benchmarks.training import Recipe
@@ -252,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seeds = options.seeds or (24 if wide else Plan().seeds)
     healthy = options.healthy or (100 if wide else Plan().healthy)
     plan = Plan(seeds=seeds, healthy=healthy, steps=options.steps)
-    console = Console()
+    console = campaign.console()
     folder = options.work or Path(tempfile.mkdtemp(prefix="koopmon-guarded-"))
     console.print(f"[dim]runs are kept in {folder}[/dim]")
     runs = train_all(plan, folder, console)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
@@ -116,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=8, help="runs per setting and rate (default %(default)s)")
     parser.add_argument("--steps", type=int, default=BASE.steps)
     options = parser.parse_args(arguments)
-    console = Console()
+    console = campaign.console()
     wanted = cells(options.settings, options.rates, options.seeds, options.steps)
     runs = campaign.run([r for _, r in wanted], train, options.work, workers=options.workers, console=console)
     grouped: dict[tuple[str, float], list[Kept[Recipe]]] = {}

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks import campaign
 from benchmarks.provenance import provenance
 from koopmon.monitor.history import History
 
@@ -230,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, help="folder of finished runs; default: a fresh one")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args(argv)
-    console = Console()
+    console = campaign.console()
     work = args.work or Path(tempfile.mkdtemp(prefix="koopmon-unchanged-"))
     work.mkdir(parents=True, exist_ok=True)
     results: dict[str, Result] = {}

@@ -38,12 +38,14 @@ def test_a_family_is_seeded_causal_and_known_by_its_adapter(family: Family) -> N
 
 def test_splines_are_those_of_scipy() -> None:
     knots = torch.linspace(-2.0, 2.0, 12, dtype=torch.float64)
-    x = torch.linspace(-1.9, 1.9, 101, dtype=torch.float64)
+    x = torch.linspace(-0.9, 0.9, 101, dtype=torch.float64)  # within the grid: beyond it scipy extrapolates
     ours = basis_functions(x[:, None], knots[None])[:, 0]
     num = len(knots) - SPLINE_ORDER - 1
     for index in range(num):
         one = BSpline(knots.numpy(), torch.eye(num, dtype=torch.float64)[index].numpy(), SPLINE_ORDER)
         assert torch.allclose(ours[:, index], torch.from_numpy(one(x.numpy())), atol=1e-12)
+    assert torch.allclose(ours.sum(-1), torch.ones_like(x))
+    assert not basis_functions(torch.tensor([[-2.5], [2.5]]), knots[None]).any()
 
 
 @pytest.mark.parametrize("renormalised", [False, True])
@@ -84,7 +86,7 @@ def test_both_tables_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(architectures, "TRAINED", ("transformer", "moe-2"))
     monkeypatch.setattr(architectures, "RATES", (0.003,))
     monkeypatch.setattr(architectures, "BASE", Recipe(task="text", width=16, num_layers=2, lr=0.0, seed=0, steps=2))
-    monkeypatch.setattr(architectures, "Console", lambda: Console(file=io.StringIO()))
+    monkeypatch.setattr(architectures.campaign, "console", lambda: Console(file=io.StringIO()))
     out = tmp_path / "told.json"
     assert architectures.main(["--seeds", "1", "--workers", "1", "--out", str(out), "--work", str(tmp_path)]) == 0
     told = json.loads(out.read_text())
