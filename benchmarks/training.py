@@ -75,7 +75,7 @@ class Recipe:
         more = f"-{self.fault}@{self.fault_step}" if self.fault else ""
         more += f"-{self.shaping}" if self.shaping else ""
         more += f"-{self.control}" if self.control else ""
-        kind = self.norm if self.family == "transformer" else self.family
+        kind: str = self.norm if self.family == "transformer" else self.family
         kind += "" if self.initialisation == "gpt2" else f"-{self.initialisation}"
         return f"{self.task}-{kind}-d{self.width}-l{self.num_layers}-lr{self.lr:g}-s{self.seed}{more}"
 
@@ -88,11 +88,26 @@ class Recipe:
         return loss_of(self.task, model(tokens), labels)
 
     def model(self) -> Decoder:
-        tokens, vocabulary = TASKS[self.task]["num_tokens"], TASKS[self.task]["vocabulary"]
-        sizes = {"width": self.width, "num_layers": self.num_layers, "vocabulary": vocabulary, "seed": self.seed}
+        shape = TASKS[self.task]
+        width, num_layers, vocabulary, seed = self.width, self.num_layers, shape["vocabulary"], self.seed
         if self.family != "transformer":
-            return language_model(self.family, num_tokens=tokens, **sizes)
-        return Decoder(self.norm, max_tokens=tokens, initialisation=self.initialisation, **sizes)
+            return language_model(
+                self.family,
+                width=width,
+                num_layers=num_layers,
+                vocabulary=vocabulary,
+                num_tokens=shape["num_tokens"],
+                seed=seed,
+            )
+        return Decoder(
+            self.norm,
+            width=width,
+            num_layers=num_layers,
+            max_tokens=shape["num_tokens"],
+            vocabulary=vocabulary,
+            seed=seed,
+            initialisation=self.initialisation,
+        )
 
 
 def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
