@@ -24,8 +24,9 @@ from benchmarks.campaign import Kept
 from benchmarks.models import NORMS, Norm
 from benchmarks.provenance import provenance
 from benchmarks.scoring import auroc
-from benchmarks.training import Recipe, train
-from koopmon.risk.calibration import Example, calibration_error, held_out
+from benchmarks.training import INITIAL_SAMPLES, Recipe, train
+from koopmon import plots
+from koopmon.risk.calibration import Example, calibration_error, fit, held_out, reliability, save
 
 RESULT = Path(__file__).parent / "results" / "norms.json"
 RECIPE_LR = 0.01
@@ -63,8 +64,10 @@ def recipes(scale: str) -> list[Recipe]:
 def spikes(run: Run) -> float:
     """Steps among the first 100 whose loss lies three standard deviations above the mean of the 20 before."""
     loss = run.series["loss"][:SPIKE_STEPS]
+    if len(loss) <= EARLY:  # dead before there was anything to compare with
+        return 0.0
     before = np.lib.stride_tricks.sliding_window_view(loss, EARLY)[:-1]
-    return float(np.sum(loss[EARLY:] > before.mean(-1) + 3 * before.std(-1))) if len(before) else 0.0
+    return float(np.sum(loss[EARLY:] > before.mean(-1) + 3 * before.std(-1)))
 
 
 SCORES: Mapping[str, Score] = {
@@ -147,6 +150,24 @@ def _spectra(runs: Sequence[Run], console: Console) -> list[dict[str, Any]]:
     return rows
 
 
+def _calibrate(runs: Sequence[Run], out: Path, source: Mapping[str, Any]) -> None:
+    """Beside the results: the calibrator of all runs together, and a picture of what it says of sizes left out."""
+    examples = [example(run) for run in runs if informative(run)]
+    labels, probabilities = [each.diverged for each in examples], held_out([*examples])
+    error = calibration_error(labels, probabilities)
+    calibrator = fit(
+        examples,
+        adapter="transformer",
+        svd_rank=None,
+        num_samples=INITIAL_SAMPLES,
+        held_out_error=error,
+        provenance={"campaign": "benchmarks.norms", "date": source["date"], "commit": source["commit"]},
+    )
+    save(calibrator, out.with_name("calibrator.json"))
+    title = f"benchmarks.norms, sizes held out: {len(examples)} runs, error {error:.3f}"
+    plots.reliability(reliability(labels, probabilities), out.with_name("reliability.png"), title=title)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.norms", description=__doc__)
     campaign.options(parser, RESULT)
@@ -155,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = recipes(options.scale)
     runs = campaign.run(cases, train, options.work, workers=options.workers, console=console)
     document = {"provenance": provenance(0), "scale": options.scale, **analyse(runs, console)}
+    _calibrate(runs, options.out, document["provenance"])
     options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return 0
 

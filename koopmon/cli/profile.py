@@ -205,7 +205,8 @@ def _as_dict(model: Any, captured: CapturedStates, spectrum: SpectralProfile, ri
 def _table(name: str, captured: CapturedStates, spectrum: SpectralProfile) -> Table:
     rank = "full rank" if spectrum.svd_rank is None else f"svd_rank {spectrum.svd_rank}"
     tokens = f"{spectrum.num_samples} of {captured.num_tokens} tokens{', masked' if captured.masked else ''}"
-    found = f"adapter {captured.discovery.adapter.name}, stack {captured.discovery.stack.name}"
+    stack = captured.discovery.stack.name or "the model itself"  # a Sequential of blocks has no path of its own
+    found = f"adapter {captured.discovery.adapter.name}, stack {stack}"
     table = Table(title=f"{name}: {found}; {tokens}, {rank}", title_justify="left", title_style="")
     table.add_column("layer", justify="right")
     for heading in (*_COLUMNS, *captured.observables):

@@ -55,6 +55,10 @@ def not_finite():
     model, x = make()
     return model, x.fill_(float("nan"))
 
+def bare():
+    model, x = make()
+    return nn.Sequential(*model.blocks), x
+
 def number():
     return 3
 
@@ -161,6 +165,10 @@ def test_what_the_family_measures_stands_beside_the_spectra(here: Verb, bench: A
     text = here("profile", "factory.py:mixture").stdout.decode()
     assert "load_imbalance" in text
     assert "router_entropy: Mean entropy" in text
+
+
+def test_a_stack_without_a_path_of_its_own_has_a_name_all_the_same(here: Verb) -> None:
+    assert "stack the model itself;" in here("profile", "factory.py:bare").stdout.decode()
 
 
 def test_a_model_that_does_not_move_is_not_called_risky(here: Verb) -> None:
