@@ -1,11 +1,13 @@
 """Every detector as a function of one recording: a score per profiled step, higher means more alarm. All are causal.
 
-Ours is the one that the monitor runs. The baselines are what others watch, each in its usual form.
+Ours is the one that the monitor runs. The baselines are what others watch, each in its usual form. Some stand there
+once more with a prior, which is no part of the product yet: the log-odds of divergence by the learning rate and the
+share of reliable modes in the first online profile, from a fit on the runs of other residual schemes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,6 +15,7 @@ import numpy as np
 from benchmarks.campaign import Kept
 from benchmarks.training import Recipe
 from koopmon.config import RiskConfig
+from koopmon.risk.calibration import Example, fit
 from koopmon.risk.online import Observation, RiskState, assess
 
 Series: TypeAlias = "np.ndarray[Any, Any]"
@@ -23,6 +26,9 @@ WINDOW = 20
 DRIFT = 0.5
 """Of the cumulative sum, in standard deviations: half of the shift to be found, the textbook's choice for 1."""
 LARGEST = 1e12
+LEAST_EVIDENCE = 0.05
+LARGEST_LOGIT = 24.0
+"""Beyond it no evidence would count."""
 
 
 def online_risk(run: Kept[Recipe], config: RiskConfig | None = None) -> Series:
@@ -85,6 +91,35 @@ def _level(name: str, sign: float = 1.0) -> Detector:
     return lambda run: _finite(sign * run.series[name])
 
 
+def with_prior(detector: Detector, logits: Mapping[Recipe, float]) -> Detector:
+    """`detector`, its evidence and the prior's joined as log-odds: the risk v^4 / (1 + v^4) has 4 log v of them."""
+
+    def score(run: Kept[Recipe]) -> Series:
+        evidence = 4 * np.log(np.maximum(detector(run), 0.0) + LEAST_EVIDENCE)
+        return np.asarray(evidence + np.clip(logits[run.case], -LARGEST_LOGIT, LARGEST_LOGIT))
+
+    return score
+
+
+def prior_logits(runs: Sequence[Kept[Recipe]]) -> dict[Recipe, float]:
+    """Of every run, by a fit on those of other schemes that had no fault and an informative first profile."""
+
+    def example(run: Kept[Recipe]) -> Example:
+        return Example(
+            reliable_mode_ratio=float(run.series["reliable_mode_ratio"][0].mean()),
+            learning_rate=run.case.lr,
+            width=run.case.width,
+            num_layers=run.case.num_layers,
+            diverged=run.scalars["died_at"] is not None,
+        )
+
+    usable = [run for run in runs if not run.case.fault and run.scalars["initial"]["informative"]]
+    models = {
+        norm: fit([example(run) for run in usable if run.case.norm != norm]) for norm in {run.case.norm for run in runs}
+    }
+    return {run.case: models[run.case.norm].logit(example(run)) for run in runs}
+
+
 DETECTORS: Mapping[str, Detector] = {
     "koopmon risk": online_risk,
     "update ratio / start": _spectral("update_ratio"),
@@ -102,3 +137,4 @@ DETECTORS: Mapping[str, Detector] = {
     "query-key entropy, low": _level("query_key_entropy", -1.0),
     "spectral alignment": _level("alignment"),
 }
+WITH_PRIOR = ("koopmon risk", "gradient norm", "loss z-score")

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks import campaign
 from benchmarks.campaign import Kept
-from benchmarks.detectors import DETECTORS, Detector, Series
+from benchmarks.detectors import DETECTORS, WITH_PRIOR, Detector, Series, prior_logits, with_prior
 from benchmarks.faults import FAULTS
 from benchmarks.models import Norm
 from benchmarks.norms import died
@@ -154,8 +154,10 @@ def analyse(runs: Sequence[Run], console: Console) -> dict[str, Any]:
     groups |= {
         fault: [*(r for r in rate if not died(r)), *(r for r in runs if r.case.fault == fault)] for fault in FAULTS
     }
+    logits = prior_logits(runs)
+    detectors = {**DETECTORS, **{f"{name}, with prior": with_prior(DETECTORS[name], logits) for name in WITH_PRIOR}}
     for title, chosen in groups.items():
-        verdicts = [judge(name, detector, chosen) for name, detector in DETECTORS.items()]
+        verdicts = [judge(name, detector, chosen) for name, detector in detectors.items()]
         verdicts.sort(key=lambda verdict: (-verdict.median_lead, -(verdict.auroc or 0)))
         document["tables"][title] = [asdict(verdict) for verdict in verdicts]
         console.print(_table(title, verdicts))

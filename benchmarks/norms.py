@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ def spikes(run: Run) -> float:
 
 
 SCORES: Mapping[str, Score] = {
+    "reliable modes": lambda run: run.scalars["initial"]["reliable_mode_ratio"],
     "near-unit mass": lambda run: run.scalars["initial"]["near_unit_mass"],
     "rho": lambda run: run.scalars["initial"]["spectral_radius"],
     "kappa(V)": lambda run: run.scalars["initial"]["eigenvector_condition_number"],
@@ -85,7 +86,7 @@ SCORES: Mapping[str, Score] = {
 def example(run: Run) -> Example:
     initial = run.scalars["initial"]
     return Example(
-        near_unit_mass=initial["near_unit_mass"],
+        reliable_mode_ratio=initial["reliable_mode_ratio"],
         learning_rate=run.case.lr,
         width=run.case.width,
         num_layers=run.case.num_layers,
@@ -112,15 +113,21 @@ def analyse(runs: Sequence[Run], console: Console) -> dict[str, Any]:
         labels = [died(run) for run in chosen]
         rows = {name: auroc(labels, [score(run) for run in chosen]) for name, score in SCORES.items()}
         if title == "learning-rate sweep":
-            by_size = held_out([example(run) for run in chosen])
-            rows["calibrated score, size held out"] = auroc(labels, by_size)
-            document["calibration_error_size_held_out"] = calibration_error(labels, by_size)
+            groups: dict[str, list[Hashable]] = {
+                "size": [(run.case.width, run.case.num_layers) for run in chosen],
+                "scheme": [run.case.norm for run in chosen],
+            }
+            for kind, group in groups.items():
+                told_so = held_out([example(run) for run in chosen], group)
+                rows[f"calibrated score, {kind} held out"] = auroc(labels, told_so)
+                document[f"calibration_error_{kind}_held_out"] = calibration_error(labels, told_so)
         table = Table("score at the start", "AUROC [95%]", title=f"{title}: {len(chosen)} runs, {sum(labels)} diverged")
         for name, area in sorted(rows.items(), key=lambda item: -(item[1].value if item[1] else 0)):
             table.add_row(name, str(area) if area else "-")
         console.print(table)
         document["auroc"][title] = {name: area and asdict(area) for name, area in rows.items()}
-    console.print(f"calibration error, sizes held out: {document['calibration_error_size_held_out']:.3f}")
+    for kind in ("size", "scheme"):
+        console.print(f"calibration error, {kind}s held out: {document[f'calibration_error_{kind}_held_out']:.3f}")
     return document
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.sections import WRITERS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md",)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
 RESULTS = Path(__file__).parent / "results"
 SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 

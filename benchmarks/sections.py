@@ -95,10 +95,10 @@ def norms(told: Document) -> list[str]:
     sweep = settings[list(settings)[-1]]
     names.sort(key=lambda name: -(sweep[name]["value"] if sweep.get(name) else 0.0))
     rows = [[name, *(_interval(areas.get(name)) for areas in settings.values())] for name in names]
-    runs, dead, error = told["num_runs"], told["num_diverged"], told["calibration_error_size_held_out"]
+    by_size, by_scheme = (told[f"calibration_error_{kind}_held_out"] for kind in ("size", "scheme"))
     prose = [
-        f"{runs} runs, {dead} diverged. Of the calibrated score, fitted on the other sizes, the expected calibration",
-        f"error is {error:.3f}.",
+        f"{told['num_runs']} runs, {told['num_diverged']} diverged. The expected calibration error of the calibrated",
+        f"score is {by_size:.3f} with sizes held out, {by_scheme:.3f} with schemes held out.",
     ]
     return [*_table(["score at the start", *(f"AUROC, {title} [95%]" for title in settings)], rows), "", *_prose(prose)]
 
@@ -212,4 +212,6 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "norm_table": norm_table,
     "spectral_speed": spectral_speed,
     "agent_overhead": agent_overhead,
+    "norms": norms,
+    "early_warning": early_warning,
 }

@@ -117,13 +117,15 @@ class Guard:
     def divergence_probability(self) -> float | None:
         """At the highest learning rate seen so far; None without a calibrator for this run's kind of profile."""
         first = self.initial
-        if self._calibrator is None or first is None or first.score is None or not self._peak_rate:
+        if self._calibrator is None or first is None or not self._peak_rate:
+            return None
+        if first.reliable_mode_ratio is None:
             return None
         if not self._calibrator.fits(self._adapter, first.svd_rank, first.num_samples):
             return None
         return self._calibrator.probability(
             Example(
-                near_unit_mass=first.score,
+                reliable_mode_ratio=first.reliable_mode_ratio,
                 learning_rate=self._peak_rate,
                 width=max(self._width, 1),
                 num_layers=max(self._num_layers, 1),

@@ -53,7 +53,7 @@ def outcomes(history: History) -> Iterator[Outcome]:
             profile = SpectralProfile.from_dict(first.profile)
             settings = Settings(incarnation.hello.adapter, profile.svd_rank, profile.num_samples)
             initial = initial_risk(profile)
-            if initial.score is None:
+            if initial.reliable_mode_ratio is None:
                 yield Outcome(run, settings, None, f"its first profile is not informative: {initial.reason}")
             elif not rates:
                 yield Outcome(run, settings, None, "its learning rate is not known")
@@ -70,7 +70,7 @@ def outcomes(history: History) -> Iterator[Outcome]:
                     run,
                     settings,
                     Example(
-                        near_unit_mass=initial.score,
+                        reliable_mode_ratio=initial.reliable_mode_ratio,
                         learning_rate=max(rates),
                         width=max(incarnation.hello.width, 1),
                         num_layers=max(profile.num_layers, 1),

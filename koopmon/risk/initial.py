@@ -30,6 +30,8 @@ class InitialRisk:
     reason: str
     svd_rank: int | None
     num_samples: int
+    reliable_mode_ratio: float | None = None
+    """Mean over the informative layers; what `koopmon.risk.calibration` joins with the learning rate."""
 
 
 def initial_risk(profile: SpectralProfile) -> InitialRisk:
@@ -61,5 +63,11 @@ def initial_risk(profile: SpectralProfile) -> InitialRisk:
     else:
         level, why = "moderate", f"near-unit mass {score:.2f} is between {LOW_NEAR_UNIT_MASS} and {HIGH_NEAR_UNIT_MASS}"
     return InitialRisk(
-        score=score, level=level, informative=True, reason=why, svd_rank=svd_rank, num_samples=num_samples
+        score=score,
+        level=level,
+        informative=True,
+        reason=why,
+        svd_rank=svd_rank,
+        num_samples=num_samples,
+        reliable_mode_ratio=profile.mean("reliable_mode_ratio"),
     )

@@ -26,15 +26,21 @@ from koopmon.risk.calibration import (
 
 
 def sweep(num_runs: int = 300, *, seed: int = 0, slope: float = 8.0) -> list[Example]:
-    """Runs whose chance to diverge is logistic in the rate, with a critical rate that falls with near-unit mass."""
+    """Runs that diverge by chance, logistic in the rate; the critical rate falls with the share of reliable modes."""
     draw = random.Random(seed)
     examples = []
     for _ in range(num_runs):
-        mass, log_rate, width = draw.random(), draw.uniform(-4, -1), draw.choice((64, 128, 256))
-        logit = slope * (log_rate - (-1.5 - 1.0 * mass - 0.5 * math.log10(width / 64)))
+        reliable, log_rate, width = draw.random(), draw.uniform(-4, -1), draw.choice((64, 128, 256))
+        logit = slope * (log_rate - (-1.5 - 1.0 * reliable - 0.5 * math.log10(width / 64)))
         diverged = draw.random() < 1 / (1 + math.exp(-min(max(logit, -50.0), 50.0)))
         examples.append(
-            Example(near_unit_mass=mass, learning_rate=10**log_rate, width=width, num_layers=4, diverged=diverged)
+            Example(
+                reliable_mode_ratio=reliable,
+                learning_rate=10**log_rate,
+                width=width,
+                num_layers=4,
+                diverged=diverged,
+            )
         )
     return examples
 
@@ -67,7 +73,7 @@ def test_it_is_calibrated_on_runs_that_it_never_saw() -> None:
 
 def test_a_higher_rate_is_never_safer() -> None:
     backwards = [
-        Example(near_unit_mass=i / 40, learning_rate=10 ** (-4 + i / 20), width=64, num_layers=4, diverged=i < 20)
+        Example(reliable_mode_ratio=i / 40, learning_rate=10 ** (-4 + i / 20), width=64, num_layers=4, diverged=i < 20)
         for i in range(40)
     ]
     calibrator = fit(backwards)
@@ -78,10 +84,10 @@ def test_a_higher_rate_is_never_safer() -> None:
 @pytest.mark.parametrize("probability", [0.05, 0.5, 0.9])
 def test_the_highest_rate_has_the_probability_that_was_asked_for(probability: float) -> None:
     calibrator = fit(sweep())
-    model = Example(near_unit_mass=0.4, learning_rate=1.0, width=128, num_layers=4)
+    model = Example(reliable_mode_ratio=0.4, learning_rate=1.0, width=128, num_layers=4)
     rate = calibrator.max_learning_rate(model, probability)
     assert rate is not None
-    found = Example(near_unit_mass=0.4, learning_rate=rate, width=128, num_layers=4)
+    found = Example(reliable_mode_ratio=0.4, learning_rate=rate, width=128, num_layers=4)
     assert calibrator.probability(found) == pytest.approx(probability, rel=1e-6)
 
 
@@ -93,7 +99,7 @@ def test_separable_runs_give_finite_weights() -> None:
 def test_too_few_or_one_sided_runs_are_refused() -> None:
     with pytest.raises(CalibrationError, match="at least 20"):
         fit(sweep(10))
-    healthy = [Example(near_unit_mass=0.1, learning_rate=0.01, width=64, num_layers=4) for _ in range(30)]
+    healthy = [Example(reliable_mode_ratio=0.1, learning_rate=0.01, width=64, num_layers=4) for _ in range(30)]
     with pytest.raises(CalibrationError, match="30 runs, 0 of them diverged"):
         fit(healthy)
     with pytest.raises(CalibrationError, match="between 0 and 1"):
@@ -110,7 +116,7 @@ def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 2}, "version 2, this koopmon reads version 1"),
+        ({"version": 1}, "version 1, this koopmon reads version 2"),
         ({"weights": [1.0]}, "features"),
         ({"features": ["a"]}, "features a; allowed are"),
         ({"surprise": 1}, "surprise"),
@@ -139,7 +145,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_features_are_as_named() -> None:
-    example = Example(near_unit_mass=0.25, learning_rate=0.001, width=100, num_layers=10)
+    example = Example(reliable_mode_ratio=0.25, learning_rate=0.001, width=100, num_layers=10)
     assert example.features() == pytest.approx((-3.0, 0.25, 2.0, 1.0))
     assert Calibrator.__struct_fields__[0] == "version"
 
@@ -160,5 +166,8 @@ def test_held_out_runs_have_no_part_in_their_own_probability() -> None:
     wrong = [replace(e, diverged=not e.diverged) if e.width == 64 else e for e in examples]
     told = zip(examples, held_out(examples), held_out(wrong), strict=True)
     assert all(honest == misled for example, honest, misled in told if example.width == 64)
+    halves = [index % 2 for index in range(len(examples))]
+    models = [fit([e for e, half in zip(examples, halves, strict=True) if half != out]) for out in (0, 1)]
+    assert held_out(examples, halves) == [models[half].probability(e) for e, half in zip(examples, halves, strict=True)]
     alone = [replace(e, width=128) for e in examples]
     assert calibration_error([e.diverged for e in alone], held_out(alone)) < 0.1
