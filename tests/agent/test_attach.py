@@ -243,7 +243,7 @@ def test_data_loader_workers_are_left_alone(monitor: ScriptedMonitor, agents: At
     monitor.wait(lambda: agent.status()["connected"])
     for step, _ in enumerate(DataLoader(Rows(), batch_size=2, num_workers=1, multiprocessing_context="fork")):
         train_step(model, optimizer, step)
-    monitor.wait(lambda: len(monitor.shards) == 3)
+        monitor.wait(lambda step=step: len(monitor.shards) == step)
     assert agent.enabled
 
 

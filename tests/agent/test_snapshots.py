@@ -39,7 +39,7 @@ def attached(agents: Attach, monitor: ScriptedMonitor, model: nn.Module, config:
 
 
 def received(monitor: ScriptedMonitor, agent: Any) -> list[tuple[Any, Tensor]]:
-    """The shards, once all that were sent have arrived."""
+    """The shards, once all that were sent have arrived. Asked after each step, the steps do not outrun the sender."""
     outstanding = agent.status
     monitor.wait(lambda: len(monitor.shards) >= outstanding()["sent"] and settled(outstanding()))
     return monitor.shards
@@ -81,6 +81,7 @@ def test_rows_are_the_same_tokens_of_the_first_microbatch(
         for micro in range(accumulate):
             loss_of(model, batch(10 * step + micro)).backward()
         optimizer.step()
+        received(monitor, agent)
     shards = received(monitor, agent)
     assert [header.step for header, _ in shards] == [1, 2, 3], "the first forward verifies the chain"
     for header, states in shards:
@@ -90,6 +91,7 @@ def test_rows_are_the_same_tokens_of_the_first_microbatch(
         assert (header.num_points, header.num_samples, header.width, header.dtype) == (L + 1, 20, D, "float32")
         assert (header.first_point, header.num_senders, header.masked, header.last_stage) == (0, 1, False, True)
     assert agent.status()["taps_missing"] == 0
+    monitor.wait(lambda: monitor.of(Hello)[-1].num_layers)
     hello = monitor.of(Hello)[-1]
     assert (hello.num_layers, hello.width, hello.adapter, hello.acts) == (L, D, "transformer", True)
 
@@ -106,6 +108,7 @@ def test_only_training_forwards_count(monitor: ScriptedMonitor, agents: Attach) 
         loss_of(model, batch(step)).backward()
         model(batch(300 + step))
         optimizer.step()
+        received(monitor, agent)
     shards = received(monitor, agent)
     assert [header.step for header, _ in shards] == [1, 2, 3]
     for header, states in shards:
@@ -131,6 +134,7 @@ def test_a_forward_that_raises_is_counted_and_the_next_is_whole(monitor: Scripte
         failing["now"] = False
         loss_of(model, batch(step)).backward()
         optimizer.step()
+        received(monitor, agent)
     assert [header.step for header, _ in received(monitor, agent)] == [1, 3]
     assert agent.status()["dropped"]["incomplete"] == 1
     assert agent.enabled
@@ -147,6 +151,7 @@ def test_states_travel_as_they_are_or_as_float32(
     for step in range(2):
         loss_of(model, batch(step)).backward()
         optimizer.step()
+        received(monitor, agent)
     ((header, states),) = received(monitor, agent)
     rows = choose_rows(B * T, 20, seed=0, step=1)
     assert header.dtype == wire
@@ -170,6 +175,7 @@ def test_under_autocast_the_wider_type_travels(monitor: ScriptedMonitor, agents:
         with torch.autocast("cpu", torch.bfloat16):
             loss_of(model, batch(step)).backward()
         optimizer.step()
+        received(monitor, agent)
     assert agent.status()["reason"] == ""
     for header, states in received(monitor, agent):
         assert header.dtype == "float32"
@@ -187,6 +193,7 @@ def test_padding_does_not_travel(monitor: ScriptedMonitor, agents: Attach) -> No
     for step in range(2):
         loss_of(model, batch(step), attention_mask=mask).backward()
         optimizer.step()
+        received(monitor, agent)
     ((header, states),) = received(monitor, agent)
     assert header.masked
     assert header.num_samples == int(mask.sum()) == 9
@@ -200,6 +207,7 @@ def test_a_batch_of_padding_alone_is_dropped(monitor: ScriptedMonitor, agents: A
     for step in range(3):
         loss_of(model, batch(step), attention_mask=torch.zeros(B, T)).backward()
         optimizer.step()
+        received(monitor, agent)
     assert received(monitor, agent) == []
     assert agent.status()["dropped"]["incomplete"] == 2
 
@@ -210,6 +218,7 @@ def test_batches_may_change_their_shape(monitor: ScriptedMonitor, agents: Attach
     for step, (size, length) in enumerate([(4, 8), (2, 3), (1, 7), (6, 8), (2, 2)]):
         loss_of(model, batch(step).repeat(2, 1)[:size, :length]).backward()
         optimizer.step()
+        received(monitor, agent)
     assert [header.num_samples for header, _ in received(monitor, agent)] == [6, 7, 20, 4]
 
 
@@ -237,6 +246,7 @@ def test_the_model_may_be_called_by_its_parts(monitor: ScriptedMonitor, agents: 
             h = block(h)
         model.head(h).sum().backward()
         optimizer.step()
+        received(monitor, agent)
         with torch.no_grad():
             model.blocks[0](h)
     assert [header.step for header, _ in received(monitor, agent)] == [1, 2, 3]
