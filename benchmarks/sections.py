@@ -120,22 +120,6 @@ def early_warning(told: Document) -> list[str]:
     return _table(heading, rows)
 
 
-def kss(told: Document) -> list[str]:
-    """Settings by rates: the share that diverged, and the accuracy of those that lived."""
-    cells = told["cells"]
-    rates = sorted({cell["lr"] for cell in cells})
-    by_place = {(cell["setting"], cell["lr"]): cell for cell in cells}
-    rows = []
-    for setting in dict.fromkeys(cell["setting"] for cell in cells):
-        mine = [by_place[setting, lr] for lr in rates]
-        rows.append([setting, *(f"{cell['diverged']:.0%}, {_decimal(cell['accuracy'])}" for cell in mine)])
-    return [
-        *_table(["setting", *(f"{lr:g}" for lr in rates)], rows),
-        "",
-        f"{cells[0]['num_runs']} runs in each cell: the share that diverged, and the accuracy of the others.",
-    ]
-
-
 def guarded(told: Document) -> list[str]:
     """Each control over the rates that kill; then what became of healthy runs."""
     plan, healthy = told["plan"], told["healthy"]

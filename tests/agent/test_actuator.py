@@ -206,6 +206,29 @@ def test_ramps_stay_between_their_ends(first: int, start: float, target: float, 
     assert math.isclose(ramp.linear(step), ramp.linear(step))
 
 
+@pytest.mark.parametrize(("step_seconds", "apart"), [(0.01, 10), (0.05, 2), (0.2, 2), (0.5, 1), (1e-5, 100)])
+def test_exchanges_are_a_tenth_of_a_second_apart_and_at_short_steps_two_steps(step_seconds: float, apart: int) -> None:
+    launched: list[Exchange] = []
+
+    class Group:
+        in_flight = False
+        ready = True
+
+        def is_due(self, step: int) -> bool:
+            return True
+
+        def launch(self, exchange: Exchange) -> None:
+            launched.append(exchange)
+
+    config, ledger = Config(), Ledger()
+    actuator = Actuator(config, ledger, Budget(config.cadence), rank0=True, alone=False, report=lambda _: None)
+    group: Any = Group()
+    actuator.group = group
+    ledger.tick(step_seconds)
+    actuator.after_step(1)
+    assert launched[0].next_step == 1 + apart
+
+
 def test_the_largest_exchange_fits() -> None:
     kss = KssSettings(**dict.fromkeys(("alpha", "temperature", "tau_u", "tau_l", "gamma", "beta"), 1 / 3))
     state = ControlState(
