@@ -198,4 +198,5 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "agent_overhead": agent_overhead,
     "norms": norms,
     "early_warning": early_warning,
+    "guarded": guarded,
 }
