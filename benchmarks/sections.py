@@ -199,4 +199,5 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "norms": norms,
     "early_warning": early_warning,
     "guarded": guarded,
+    "architectures": architectures,
 }
