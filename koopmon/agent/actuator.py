@@ -28,8 +28,8 @@ from koopmon.wire.messages import Applied, Command, KssSettings
 EXCHANGE_SECONDS = 0.1
 """Aimed at between two exchanges: so long and one step, at most, does a command wait to be applied..."""
 SHORT_STEP_SECONDS = 0.25
-"""...but no two exchanges follow each other where a step is shorter than this: on a busy machine one costs the ranks
-about half a millisecond.
+"""...but no two exchanges follow each other where a step is shorter than this: on a busy machine an exchange costs
+the ranks a fraction of a millisecond.
 """
 MAX_EXCHANGE_STEPS = 100
 MAX_PENDING = 64

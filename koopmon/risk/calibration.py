@@ -1,11 +1,10 @@
 """Calibrated risk: the probability that a run diverges, from its spectrum at the start and its learning rate.
 
 The learning rate alone is blind to the architecture, and near-unit mass alone to the learning rate. Of the spectrum at
-the start, what tells which models a high rate kills is the share of reliable modes (ResDMD): a normalisation bends the
-map of every layer, so that a linear fit leaves large residuals; where nothing normalises, the maps are all but linear
-and all modes reliable, whether their moduli are near one (a plain residual) or far above it (a scaled one, which near-
-unit mass takes for safe). On runs of residual schemes and sizes that were held out it led every other feature that we
-measured (docs/evidence.md). A logistic model joins it with the learning rate and the size:
+the start, the share of reliable modes (ResDMD) told best which models a high rate killed in our sweep: those without a
+normalisation, whether their moduli are near one (a plain residual) or far above it (a scaled one, which near-unit mass
+takes for safe). It was chosen on the runs that it is scored on; docs/evidence.md has the figures and the caution.
+A logistic model joins it with the learning rate and the size:
 
     P(diverges) = sigmoid(b + sum_i w_i * z_i),    z_i the standardised features
 
