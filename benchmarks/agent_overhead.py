@@ -2,9 +2,9 @@
 
 One training, koopmon attached throughout, in which short blocks of steps with its hooks in place alternate with blocks
 of steps without (on, off, off, on, ...): what the machine does to one it does to the other. On the CPU two gloo ranks
-train under DistributedDataParallel; on a GPU one process does. A real monitor computes spectra beside them, of idle
-priority, so that it takes no core from the ranks, as if it stood elsewhere; it is told to send nothing, so that the
-cadence stays at one snapshot every `--every` steps with hooks.
+train under DistributedDataParallel; on a GPU one process does. A real monitor computes spectra beside them, at nice 19,
+or (`--monitor idle`) of the scheduler's idle class, the nearest to a monitor elsewhere; it is told to send nothing, so
+that the cadence stays at one snapshot every `--every` steps with hooks.
 
 Reported from rank 0, with 95% bootstrap intervals over pairs of blocks:
 - mean step: time of the blocks with hooks over time of those without; what they hold of snapshots is in it;
@@ -150,8 +150,8 @@ def analyse(rows: Sequence[tuple[bool, bool, float, float]], block: int, column:
     }
 
 
-def start_monitor(directory: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """A real monitor of idle priority that sends no commands, and its endpoint; it serves when this returns."""
+def start_monitor(directory: Path, priority: str) -> tuple[subprocess.Popen[bytes], str]:
+    """A real monitor of low priority that sends no commands, and its endpoint; it serves when this returns."""
     endpoint, ready = f"ipc://{directory}/control/socket", directory / "ready.json"
     options = ["--bind", endpoint, "--http", "127.0.0.1:0", "--store", str(directory / "store.sqlite3")]
     options += ["--device", "cpu", "--policy", "observe", "--dry-run", "--ready-file", str(ready)]
@@ -163,7 +163,10 @@ def start_monitor(directory: Path) -> tuple[subprocess.Popen[bytes], str]:
             raise SystemExit("the monitor did not start")
         time.sleep(0.1)
     for thread in Path(f"/proc/{monitor.pid}/task").iterdir():
-        os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
+        if priority == "idle":
+            os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
+        else:
+            os.setpriority(os.PRIO_PROCESS, int(thread.name), 19)
     return monitor, endpoint
 
 
@@ -210,6 +213,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4000, help="steps measured, with hooks and without together")
     parser.add_argument("--block", type=int, default=10, help="steps between switches")
     parser.add_argument("--warmup", type=int, default=40)
+    parser.add_argument("--monitor", choices=["nice", "idle"], default="nice", help="nice 19, or the idle class")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="default benchmarks/results/agent_overhead.json, or _cuda.json")
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
@@ -230,13 +234,13 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="koopmon-") as temporary:
         directory = Path(temporary)
-        monitor, endpoint = start_monitor(directory)
+        monitor, endpoint = start_monitor(directory, args.monitor)
         try:
             found = run_ranks(args, endpoint, directory)
         finally:
             monitor.terminate()
             monitor.wait(60.0)
-    names = ("device", "d", "layers", "ranks", "batch", "context", "every", "steps", "block", "warmup")
+    names = ("device", "d", "layers", "ranks", "batch", "context", "every", "steps", "block", "warmup", "monitor")
     result = {
         "provenance": provenance(args.seed),
         "settings": {name: getattr(args, name) for name in names},

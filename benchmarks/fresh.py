@@ -1,0 +1,106 @@
+"""Does it hold on runs that had no part in it? `python -m benchmarks.fresh`.
+
+The calibrator that `benchmarks.norms` left and the detectors' thresholds that `benchmarks.early_warning` left, as they
+lie under `benchmarks/results`, on trainings that neither saw: other seeds, sizes and rates throughout, and, in groups
+of their own, another initialisation and another task. Nothing is fitted here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import campaign
+from benchmarks.campaign import Kept
+from benchmarks.models import Norm
+from benchmarks.norms import died, example, informative
+from benchmarks.provenance import provenance
+from benchmarks.scoring import auroc
+from benchmarks.training import Recipe, train
+from koopmon.risk.calibration import Calibrator, calibration_error, load
+
+RESULT = Path(__file__).parent / "results" / "fresh.json"
+RATES = (0.0015, 0.004, 0.007, 0.015)
+SIZES = ((80, 3), (112, 5), (64, 8))
+SEEDS: Mapping[Norm, int] = {"none": 3, "deep": 2, "pre": 1, "post": 1, "rms": 1, "sub": 1}
+FIRST_SEED = 1000
+"""No other campaign has seeds from here on."""
+
+Run = Kept[Recipe]
+
+
+def recipes(scale: str) -> list[Recipe]:
+    """Every training; the `paper` scale has the paper's widths and longer runs."""
+    steps, every, factor = (2000, 5, 4) if scale == "paper" else (200, 1, 1)
+    return [Recipe(**how, steps=steps, profile_every=every) for how in _axes(factor)]
+
+
+def _axes(factor: int) -> Iterator[dict[str, Any]]:
+    for norm, num_seeds in SEEDS.items():
+        for width, layers in SIZES:
+            for index, lr in enumerate(RATES):
+                for seed in range(num_seeds):
+                    # Where there is one seed per cell the cells have seeds of their own.
+                    how = {"norm": norm, "width": factor * width, "num_layers": layers, "lr": lr}
+                    yield {**how, "seed": FIRST_SEED + 10 * index + seed}
+    for group in ({"initialisation": "torch"}, {"task": "recall-2"}):
+        for norm in ("none", "pre", "deep"):
+            for lr in RATES:
+                for seed in range(2):
+                    yield {**group, "norm": norm, "width": factor * 96, "lr": lr, "seed": FIRST_SEED + 100 + seed}
+
+
+def group(run: Run) -> str:
+    if run.case.initialisation == "torch":
+        return "PyTorch's initialisation"
+    return "other task" if run.case.task != "recall-4" else "other seeds, sizes, rates"
+
+
+def score_start(runs: Sequence[Run], calibrator: Calibrator, console: Console) -> dict[str, Any]:
+    """AUROC and calibration of the calibrated probability, over all runs and in each group."""
+    told = [run for run in runs if informative(run)]
+    groups = {"all": told, **{name: [run for run in told if group(run) == name] for name in map(group, told)}}
+    found: dict[str, Any] = {}
+    table = Table("runs", "number", "diverged", "calibrated", "learning rate", "near-unit mass", "error")
+    for name, mine in groups.items():
+        labels = [died(run) for run in mine]
+        probabilities = [calibrator.probability(example(run)) for run in mine]
+        areas = {
+            "calibrated": auroc(labels, probabilities),
+            "learning rate": auroc(labels, [run.case.lr for run in mine]),
+            "near-unit mass": auroc(labels, [run.scalars["initial"]["near_unit_mass"] for run in mine]),
+        }
+        error = calibration_error(labels, probabilities)
+        found[name] = {
+            "num_runs": len(mine),
+            "num_diverged": sum(labels),
+            "auroc": {score: area and asdict(area) for score, area in areas.items()},
+            "calibration_error": error,
+        }
+        texts = [str(area) if area else "-" for area in areas.values()]
+        table.add_row(name, str(len(mine)), str(sum(labels)), *texts, f"{error:.3f}")
+    console.print(table)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fresh", description=__doc__)
+    campaign.options(parser, RESULT)
+    options = parser.parse_args(arguments)
+    console = campaign.console()
+    runs = campaign.run(recipes(options.scale), train, options.work, workers=options.workers, console=console)
+    calibrator = load(RESULT.with_name("calibrator.json"))
+    document = {"provenance": provenance(0), "scale": options.scale, "start": score_start(runs, calibrator, console)}
+    options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
