@@ -21,9 +21,10 @@ SPIKE_RATIO, SPIKE_WINDOW, SPIKE_HOLD = 1.5, 20, 50
 
 
 class Controller:
-    """`lr_scale` and `kss` are in force now."""
+    """`lr_scale` and `kss` are in force now. `size` is width x depth, 0 where the rate does not size the steps."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Control, size: int = 0) -> None:
+        self._size = size
         self.lr_scale = 1.0
         self.kss = KssSettings()
         self.num_actions = 0
@@ -54,7 +55,7 @@ class Controller:
         self.min_lr_scale = min(self.min_lr_scale, self.lr_scale)
 
     def see(self, step: int, profile: SpectralProfile | None, loss: float, lr: float) -> None:
-        """One profile, None where the states were not finite, and the loss beside it."""
+        """One profile, None where the states were not finite, and the loss and the scheduled rate beside it."""
         if self._control == "spike":
             self._spike(step, loss)
         if self._policy is None:
@@ -63,6 +64,7 @@ class Controller:
             profile,
             step=step,
             learning_rate=lr,
+            effective_rate=lr * self._size or None,
             loss=loss,
             lr_scale=self.lr_scale,
             kss_alpha=self.kss.alpha,

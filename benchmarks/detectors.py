@@ -1,8 +1,7 @@
 """Every detector as a function of one recording: a score per profiled step, higher means more alarm. All are causal.
 
-Ours is the one that the monitor runs. The baselines are what others watch, each in its usual form. Some stand there
-once more with a prior, which is no part of the product yet: the log-odds of divergence by the learning rate and the
-share of reliable modes in the first online profile, from a fit on the runs of other residual schemes.
+Ours are the two that the monitor runs. The baselines are what others watch, each in its usual form; two of them stand
+there once more with what koopmon knows beforehand, the rate and the layers' linearity at the start.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from benchmarks.campaign import Kept
-from benchmarks.training import Recipe
+from benchmarks.training import Recipe, warmed
 from koopmon.config import RiskConfig
-from koopmon.risk.calibration import Example, fit
-from koopmon.risk.online import Observation, RiskState, assess
+from koopmon.risk.online import Observation, OnlineRisk, RiskState, assess
 
 Series: TypeAlias = "np.ndarray[Any, Any]"
 Detector = Callable[[Kept[Recipe]], Series]
@@ -27,27 +25,49 @@ DRIFT = 0.5
 """Of the cumulative sum, in standard deviations: half of the shift to be found, the textbook's choice for 1."""
 LARGEST = 1e12
 LEAST_EVIDENCE = 0.05
-LARGEST_LOGIT = 24.0
-"""Beyond it no evidence would count."""
+MEANS = ("near_unit_mass", "expansive_mass", "reliable_mode_ratio")
 
 
-def online_risk(run: Kept[Recipe], config: RiskConfig | None = None) -> Series:
-    """koopmon's own, as unsteadiness v (risk is v^4 / (1 + v^4), the same order)."""
+def online(run: Kept[Recipe], config: RiskConfig | None = None) -> list[OnlineRisk]:
+    """What the monitor's detector says at each profiled step, where it sees the rate of that step."""
     config = config or RiskConfig()
-    state, scores = RiskState(), []
-    series = run.series
-    for row, step in enumerate(series["profile_step"]):
-        ratios = series["update_ratio"][row]
+    state, risks = RiskState(), []
+    for row, step in enumerate(run.series["profile_step"]):
+        ratios = run.series["update_ratio"][row]
+        informative = bool(run.series["informative"][row])
+        means: dict[str, Any] = {name: float(run.series[name][row].mean()) for name in MEANS if informative}
         observation = Observation(
             step=int(step),
-            informative=bool(series["informative"][row]),
+            informative=informative,
             non_finite=bool(np.isnan(ratios).any()),
             update_ratios=tuple(ratios.tolist()),
-            near_unit_mass=float(np.mean(series["near_unit_mass"][row])),
+            effective_rate=run.case.lr * warmed(run.case, int(step)) * run.case.width * run.case.num_layers,
+            **means,
         )
         state, risk = assess(state, observation, config)
-        scores.append(LARGEST if observation.non_finite else risk.components.get("unsteadiness", 0.0))
-    return np.array(scores)
+        risks.append(risk)
+    return risks
+
+
+def _log_odds(probabilities: Sequence[float]) -> Series:
+    values = np.clip(np.array(probabilities), 1e-30, 1 - 1e-15)
+    return np.asarray(np.log(values) - np.log1p(-values))
+
+
+def online_risk(run: Kept[Recipe]) -> Series:
+    """koopmon's risk, which acts, as log-odds."""
+    return _log_odds([risk.value for risk in online(run)])
+
+
+def forecast(run: Kept[Recipe]) -> Series:
+    """koopmon's forecast, which warns, as log-odds."""
+    return _log_odds([risk.forecast for risk in online(run)])
+
+
+def unsteadiness(run: Kept[Recipe]) -> Series:
+    """The risk's evidence without its prior."""
+    found = [risk.components.get("unsteadiness", 0.0 if risk.value < 1 else LARGEST) for risk in online(run)]
+    return np.array(found)
 
 
 def z_score(values: Series) -> Series:
@@ -91,42 +111,28 @@ def _level(name: str, sign: float = 1.0) -> Detector:
     return lambda run: _finite(sign * run.series[name])
 
 
-def with_prior(detector: Detector, logits: Mapping[Recipe, float]) -> Detector:
-    """`detector`, its evidence and the prior's joined as log-odds: the risk v^4 / (1 + v^4) has 4 log v of them."""
+def with_prior(detector: Detector) -> Detector:
+    """`detector` joined, as log-odds, with what koopmon knows beforehand."""
 
     def score(run: Kept[Recipe]) -> Series:
         evidence = 4 * np.log(np.maximum(detector(run), 0.0) + LEAST_EVIDENCE)
-        return np.asarray(evidence + np.clip(logits[run.case], -LARGEST_LOGIT, LARGEST_LOGIT))
+        known = [risk.components.get("prior", 0.0) for risk in online(run)]
+        return np.asarray(evidence + np.array(known))
 
     return score
 
 
-def prior_logits(runs: Sequence[Kept[Recipe]]) -> dict[Recipe, float]:
-    """Of every run, by a fit on those of other schemes that had no fault and an informative first profile."""
-
-    def example(run: Kept[Recipe]) -> Example:
-        return Example(
-            reliable_mode_ratio=float(run.series["reliable_mode_ratio"][0].mean()),
-            learning_rate=run.case.lr,
-            width=run.case.width,
-            num_layers=run.case.num_layers,
-            diverged=run.scalars["died_at"] is not None,
-        )
-
-    usable = [run for run in runs if not run.case.fault and run.scalars["initial"]["informative"]]
-    models = {
-        norm: fit([example(run) for run in usable if run.case.norm != norm]) for norm in {run.case.norm for run in runs}
-    }
-    return {run.case: models[run.case.norm].logit(example(run)) for run in runs}
-
-
 DETECTORS: Mapping[str, Detector] = {
+    "koopmon forecast": forecast,
     "koopmon risk": online_risk,
+    "unsteadiness": unsteadiness,
     "update ratio / start": _spectral("update_ratio"),
     "expansive mass / start": _spectral("expansive_mass"),
     "spectral radius / start": _spectral("spectral_radius"),
     "near-unit mass, fallen": _spectral("near_unit_mass", -1.0),
     "kappa(V) / start": _spectral("eigenvector_condition_number"),
+    "gradient norm, with prior": with_prior(_profiled("grad_norm", lambda values: values)),
+    "loss z-score, with prior": with_prior(_profiled("loss", z_score)),
     "gradient norm z-score": _profiled("grad_norm", z_score),
     "gradient norm CUSUM": _profiled("grad_norm", cusum),
     "gradient norm": _profiled("grad_norm", lambda values: values),
@@ -137,4 +143,3 @@ DETECTORS: Mapping[str, Detector] = {
     "query-key entropy, low": _level("query_key_entropy", -1.0),
     "spectral alignment": _level("alignment"),
 }
-WITH_PRIOR = ("koopmon risk", "gradient norm", "loss z-score")

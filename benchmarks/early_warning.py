@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks import campaign
 from benchmarks.campaign import Kept
-from benchmarks.detectors import DETECTORS, WITH_PRIOR, Detector, Series, prior_logits, with_prior
+from benchmarks.detectors import DETECTORS, Detector, Series
 from benchmarks.faults import FAULTS
 from benchmarks.models import Norm
 from benchmarks.norms import died
@@ -95,19 +95,26 @@ def threshold(scored: Sequence[tuple[Series, Series]], num_steps: int) -> float:
     return float(candidates[high])
 
 
-def judge(name: str, detector: Detector, runs: Sequence[Run]) -> Verdict:
-    """Score `detector` on `runs`, each by a threshold from the runs of the other seeds."""
+def limit_of(detector: Detector, runs: Sequence[Run]) -> float:
+    """The threshold of `detector` by the healthy ones of `runs`."""
+    healthy = [run for run in runs if not died(run) and not run.case.fault]
+    num_steps = sum(len(run.series["loss"]) for run in healthy)
+    return threshold([(detector(run), run.series["profile_step"]) for run in healthy], num_steps)
+
+
+def judge(name: str, detector: Detector, runs: Sequence[Run], *, limit: float | None = None) -> Verdict:
+    """Score `detector` on `runs` at the threshold `limit`, else each by one from the runs of the other seeds."""
     scores = [detector(run) for run in runs]
     steps = [run.series["profile_step"] for run in runs]
     healthy = [not died(run) and not run.case.fault for run in runs]
     leads, shares, num_false, num_steps, num_alarmed = [], [], 0, 0, 0
     for parity in (0, 1):
-        others = [i for i, run in enumerate(runs) if healthy[i] and run.case.seed % 2 != parity]
-        limit = threshold([(scores[i], steps[i]) for i in others], sum(len(runs[i].series["loss"]) for i in others))
+        others = [run for run in runs if run.case.seed % 2 != parity]
+        level = limit_of(detector, others) if limit is None else limit
         for i, run in enumerate(runs):
             if run.case.seed % 2 != parity:
                 continue
-            found = alarms(scores[i], steps[i], limit)
+            found = alarms(scores[i], steps[i], level)
             if died(run):
                 death = run.scalars["died_at"]
                 lead = death - found[0] if found else 0
@@ -154,23 +161,35 @@ def analyse(runs: Sequence[Run], console: Console) -> dict[str, Any]:
     groups |= {
         fault: [*(r for r in rate if not died(r)), *(r for r in runs if r.case.fault == fault)] for fault in FAULTS
     }
-    logits = prior_logits(runs)
-    detectors = {**DETECTORS, **{f"{name}, with prior": with_prior(DETECTORS[name], logits) for name in WITH_PRIOR}}
+    detectors = {name: remembered(detector) for name, detector in DETECTORS.items()}
+    document["thresholds"] = {name: limit_of(detector, runs) for name, detector in detectors.items()}
     for title, chosen in groups.items():
         verdicts = [judge(name, detector, chosen) for name, detector in detectors.items()]
         verdicts.sort(key=lambda verdict: (-verdict.median_lead, -(verdict.auroc or 0)))
         document["tables"][title] = [asdict(verdict) for verdict in verdicts]
-        console.print(_table(title, verdicts))
+        console.print(table(title, verdicts))
     return document
 
 
-def _table(title: str, verdicts: Sequence[Verdict]) -> Table:
-    table = Table("detector", "AUROC [95%]", "warned", "median lead", "of its life", "false / 1,000", title=title)
+def remembered(detector: Detector) -> Detector:
+    """`detector`, asked but once of every run."""
+    known: dict[int, Series] = {}
+
+    def score(run: Run) -> Series:
+        if id(run) not in known:
+            known[id(run)] = detector(run)
+        return known[id(run)]
+
+    return score
+
+
+def table(title: str, verdicts: Sequence[Verdict]) -> Table:
+    drawn = Table("detector", "AUROC [95%]", "warned", "median lead", "of its life", "false / 1,000", title=title)
     for v in verdicts:
         area = "-" if v.auroc is None else f"{v.auroc:.2f} [{v.low:.2f}, {v.high:.2f}]"
         lead, share = f"{v.median_lead:.0f}", f"{v.median_share:.0%}"
-        table.add_row(v.name, area, f"{v.warned}/{v.died}", lead, share, f"{v.false_alarms:.2f}")
-    return table
+        drawn.add_row(v.name, area, f"{v.warned}/{v.died}", lead, share, f"{v.false_alarms:.2f}")
+    return drawn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,6 +19,8 @@ from rich.table import Table
 
 from benchmarks import campaign
 from benchmarks.campaign import Kept
+from benchmarks.detectors import DETECTORS
+from benchmarks.early_warning import judge, remembered, table
 from benchmarks.models import Norm
 from benchmarks.norms import died, example, informative
 from benchmarks.provenance import provenance
@@ -68,12 +70,15 @@ def score_start(runs: Sequence[Run], calibrator: Calibrator, console: Console) -
     told = [run for run in runs if informative(run)]
     groups = {"all": told, **{name: [run for run in told if group(run) == name] for name in map(group, told)}}
     found: dict[str, Any] = {}
-    table = Table("runs", "number", "diverged", "calibrated", "learning rate", "near-unit mass", "error")
+    table = Table(
+        "runs", "number", "diverged", "calibrated", "effective rate", "learning rate", "near-unit mass", "error"
+    )
     for name, mine in groups.items():
         labels = [died(run) for run in mine]
         probabilities = [calibrator.probability(example(run)) for run in mine]
         areas = {
             "calibrated": auroc(labels, probabilities),
+            "effective rate": auroc(labels, [run.case.lr * run.case.width * run.case.num_layers for run in mine]),
             "learning rate": auroc(labels, [run.case.lr for run in mine]),
             "near-unit mass": auroc(labels, [run.scalars["initial"]["near_unit_mass"] for run in mine]),
         }
@@ -90,6 +95,14 @@ def score_start(runs: Sequence[Run], calibrator: Calibrator, console: Console) -
     return found
 
 
+def score_warnings(runs: Sequence[Run], thresholds: Mapping[str, float], console: Console) -> list[dict[str, Any]]:
+    """Every detector at the threshold that the other runs gave it."""
+    verdicts = [judge(name, remembered(detector), runs, limit=thresholds[name]) for name, detector in DETECTORS.items()]
+    verdicts.sort(key=lambda verdict: (-verdict.median_lead, -(verdict.auroc or 0)))
+    console.print(table("at the thresholds of benchmarks.early_warning", verdicts))
+    return [asdict(verdict) for verdict in verdicts]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fresh", description=__doc__)
     campaign.options(parser, RESULT)
@@ -97,7 +110,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = campaign.console()
     runs = campaign.run(recipes(options.scale), train, options.work, workers=options.workers, console=console)
     calibrator = load(RESULT.with_name("calibrator.json"))
-    document = {"provenance": provenance(0), "scale": options.scale, "start": score_start(runs, calibrator, console)}
+    thresholds = json.loads(RESULT.with_name("early_warning.json").read_text(encoding="utf-8"))["thresholds"]
+    document = {
+        "provenance": provenance(0),
+        "scale": options.scale,
+        "start": score_start(runs, calibrator, console),
+        "warnings": score_warnings(runs, thresholds, console),
+    }
     options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return 0
 

@@ -31,6 +31,7 @@ from benchmarks import campaign
 from benchmarks.guarded_ranks import Job
 from benchmarks.provenance import provenance
 from benchmarks.training import Recipe
+from koopmon.config import PolicyConfig
 from koopmon.monitor.history import History
 
 RESULT = Path(__file__).parent / "results" / "guarded.json"
@@ -81,7 +82,7 @@ class Plan:
             for lr in self.fixed:
                 for seed in range(self.seeds):
                     yield Job(run=_name("fixed", lr, seed), recipe=replace(base, lr=lr, seed=seed))
-        if policy in ("", "kss+lr"):
+        if policy in ("", PolicyConfig().name):
             for kind, how in HEALTHY.items():
                 for seed in range(100, 100 + self.healthy):
                     run = _name(f"healthy-{kind}{'-guarded' if policy else ''}", how["lr"], seed)

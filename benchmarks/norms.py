@@ -80,6 +80,7 @@ SCORES: Mapping[str, Score] = {
     f"gradient norm, variance of {EARLY} steps": lambda run: float(run.series["grad_norm"][:EARLY].var()),
     f"loss spikes in {SPIKE_STEPS} steps": spikes,
     "learning rate": lambda run: run.case.lr,
+    "learning rate x width x depth": lambda run: run.case.lr * run.case.width * run.case.num_layers,
 }
 
 

@@ -7,8 +7,9 @@ paper's rule: a loss above 50, a gradient norm above 500, or either not finite; 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from benchmarks.tasks import TASKS, Task, draw, loss_of, share_right
 from koopmon.profiling import capture_states
 from koopmon.spectral import SpectralProfile, profile_states
 
+Optimizer = Literal["adamw", "sgd"]
 MAX_LOSS, MAX_GRADIENT_NORM = 50.0, 500.0
 FIELDS = (
     "near_unit_mass",
@@ -57,6 +59,10 @@ class Recipe:
     batch: int = 16
     warmup: int = 20
     clip: float = 0.0
+    optimizer: Optimizer = "adamw"
+    """"sgd" has a momentum of 0.9."""
+    spectral_norm: bool = False
+    """Every linear map of the blocks divided by its largest singular value, which power iteration follows."""
     fault: Fault = ""
     fault_step: int = 0
     profile_every: int = 1
@@ -73,6 +79,7 @@ class Recipe:
     @property
     def name(self) -> str:
         more = f"-{self.fault}@{self.fault_step}" if self.fault else ""
+        more += "-sgd" if self.optimizer == "sgd" else ""
         more += f"-{self.shaping}" if self.shaping else ""
         more += f"-{self.control}" if self.control else ""
         kind: str = self.norm if self.family == "transformer" else self.family
@@ -99,7 +106,7 @@ class Recipe:
                 num_tokens=shape["num_tokens"],
                 seed=seed,
             )
-        return Decoder(
+        model = Decoder(
             self.norm,
             width=width,
             num_layers=num_layers,
@@ -108,6 +115,17 @@ class Recipe:
             seed=seed,
             initialisation=self.initialisation,
         )
+        if self.spectral_norm:
+            for module in list(model.blocks.modules()):
+                if isinstance(module, nn.Linear):
+                    nn.utils.parametrizations.spectral_norm(module)
+        return model
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """At the peak rate; the schedule is the training's."""
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=0.9)
+        return torch.optim.AdamW(model.parameters(), lr=self.lr)
 
 
 def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
@@ -115,13 +133,14 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
     torch.manual_seed(recipe.seed)
     model = recipe.model()
     initial = initial_profile(model, recipe)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr)
+    optimizer = recipe.make_optimizer(model)
     recorder = Recorder(model, recipe)
     shaping = _shaping(model, recipe)
-    controller = Controller(recipe.control)
+    controller = Controller(recipe.control, recipe.width * recipe.num_layers if recipe.optimizer == "adamw" else 0)
     losses: list[float] = []
     norms: list[float] = []
     died_at: int | None = None
+    began = time.perf_counter()
     for step in range(recipe.steps):
         tokens, labels = recipe.batch_at(step)
         strike(recipe.fault, step - recipe.fault_step, model, optimizer, labels)
@@ -144,7 +163,7 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
             died_at = step
             break
         if recipe.control:
-            controller.see(step, recorder.latest, losses[-1], recipe.lr)
+            controller.see(step, recorder.latest, losses[-1], recipe.lr * warmed(recipe, step))
         if recipe.clip:
             nn.utils.clip_grads_with_norm_(model.parameters(), recipe.clip, norm)
         for group in optimizer.param_groups:
@@ -159,6 +178,7 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
         "num_actions": controller.num_actions,
         "min_lr_scale": controller.min_lr_scale,
         "initial": initial,
+        "seconds_per_step": (time.perf_counter() - began) / len(losses),
     }
     return scalars, {"loss": np.array(losses), "grad_norm": np.array(norms), **recorder.series()}
 
@@ -220,7 +240,7 @@ class Recorder:
 
     @property
     def latest(self) -> SpectralProfile | None:
-        return self._profiles[-1]
+        return self._profiles[-1] if self._profiles else None
 
     def at(self, step: int) -> Recorder:
         self._step = step

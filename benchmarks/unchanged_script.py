@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fixed", type=float, nargs="+", default=[0.001, 0.002, 0.003])
     parser.add_argument("--safe-lr", type=float, default=0.001)
     parser.add_argument("--safe-seeds", type=int, nargs="+", default=list(range(9)))
-    parser.add_argument("--policies", nargs="*", default=["lr"], help="policies to compare with the default one")
+    parser.add_argument("--policies", nargs="*", default=["kss+lr"], help="policies to compare with the default one")
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--work", type=Path, help="folder of finished runs; default: a fresh one")
     parser.add_argument("--out", type=Path, default=RESULT)

@@ -137,8 +137,17 @@ class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Weight of the newest snapshot in the slow mean of the peak."""
     restlessness_scale: Positive = 0.36
     """That mean, in units of `peak_scale`, at which the risk is one half."""
-    prior_strength: NonNegative = 2.0
-    """How much more unsteadiness a run may show for each unit of near-unit mass that it lacked at the start."""
+    prior_slope: NonNegative = 10.0
+    """Log-odds of divergence that the prior gains for each factor of ten on the effective rate, which is the learning
+    rate in force x width x transitions. Only under optimizers whose steps are as long as the rate says (Adam's kin)."""
+    critical_rate: Positive = 1.9
+    """Effective rate at which layers that are linear maps all through are as likely to diverge as not."""
+    reliability_decades: NonNegative = 5.5
+    """Factors of ten by which it rises as the share of reliable modes at the start falls from 1 to 0."""
+    min_prior: Annotated[float, Meta(ge=-20.0, le=0.0)] = -6.0
+    """Least log-odds of the prior: at -6 it takes 4.5 times the unsteadiness."""
+    max_prior: Annotated[float, Meta(ge=0.0, le=20.0)] = 3.0
+    """Largest log-odds of the prior: at 3 it takes half of the unsteadiness."""
     reliability_weight: Ratio = 0.0
     """How far unreliable modes weaken the evidence: 0 not at all, 1 in proportion to the share of reliable modes."""
 
@@ -146,7 +155,8 @@ class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """When to act and how; see koopmon.monitor.policy."""
 
-    name: PolicyName = "kss+lr"
+    name: PolicyName = "lr"
+    """Back-off alone: beside it KSS saved no more runs, and those learned less (docs/evidence.md)."""
     dry_run: bool = False
     """Decide and record, but send nothing."""
     act_risk: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.4

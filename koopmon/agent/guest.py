@@ -22,7 +22,7 @@ from koopmon.agent.kss_injection import KssInjection
 from koopmon.agent.layout import UNKNOWN, Layout, inspect_layout, kss_refusal
 from koopmon.agent.ledger import Ledger
 from koopmon.agent.link import Description, Outcome
-from koopmon.agent.lr_backoff import LrBackoff, largest_rate
+from koopmon.agent.lr_backoff import LrBackoff, largest_rate, rate_sized_steps
 from koopmon.agent.sampler import Sampler
 from koopmon.agent.sender import Sender
 from koopmon.agent.world import Introduction, World, current_world, default_run_name, launched_rank, meeting_place
@@ -70,6 +70,7 @@ class Guest:
         self._budget = Budget(config.cadence)
         self._injection = KssInjection(config.sampling.seed, self.ledger, self.fence)
         self._rates = LrBackoff()
+        self._rate_sized_steps = rate_sized_steps(optimizer)
         self._rates_fence = Fence("learning-rate back-off")
         self._num_steps = 0
         self._num_microbatches = 1
@@ -145,6 +146,7 @@ class Guest:
             num_senders=num_senders,
             adapter=self.adapter.name,
             thresholds=dict(self.adapter.thresholds()),
+            rate_sized_steps=self._rate_sized_steps,
             kss=kss,
         )
 

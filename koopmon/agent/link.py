@@ -58,6 +58,7 @@ class Description:
     width: int = 0
     acts: bool = False
     thresholds: dict[str, float] = field(default_factory=dict)
+    rate_sized_steps: bool = False
     kss: KssSettings | None = None
 
 
@@ -254,6 +255,7 @@ class Link:
             hostname=platform.node()[:255],
             pid=os.getpid(),
             thresholds=described.thresholds,
+            rate_sized_steps=described.rate_sized_steps,
             kss=described.kss,
         )
 

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+RATE_SIZED = ("adam", "lion", "rmsprop")
+"""Parts of the names of optimizers that divide the gradient by its own size, or take its sign."""
+
 
 @dataclass(slots=True)
 class _ScaledRate:
@@ -92,3 +95,14 @@ def largest_rate(optimizer: Optimizer) -> float | Tensor | None:
             return rate
     known = [float(rate) for rate in rates if isinstance(rate, (int, float, Tensor))]
     return max(known) if known else None
+
+
+def rate_sized_steps(optimizer: Optimizer) -> bool:
+    """Whether a step moves each weight by about the learning rate, whatever the gradient's size: Adam and its kin.
+
+    Told by the names of its classes, since most of them are other people's (AdamW8bit, FusedAdam, Lion, ...); of an
+    optimizer that wraps another in `optim`, as ZeroRedundancyOptimizer does, by the one within.
+    """
+    inner = getattr(optimizer, "optim", None)
+    classes = type(inner if isinstance(inner, Optimizer) else optimizer).__mro__
+    return any(kin in each.__name__.lower() for each in classes for kin in RATE_SIZED)

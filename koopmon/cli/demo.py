@@ -25,6 +25,10 @@ def add_to(app: typer.Typer) -> None:
     app.command("demo", epilog=EPILOG)(demo)
 
 
+SHOWN = "kss+lr"
+"""Not the default of a guarded job: the demonstration shows every action, and whether KSS helped."""
+
+
 def demo(
     policy: Policy = None,
     lr: Annotated[
@@ -46,11 +50,10 @@ def demo(
     alone, to tell whether KSS helped. The exit status is 1 when the unguarded training did not diverge or the guarded
     one was not saved.
     """
-    from koopmon.config import PolicyConfig
     from koopmon.demo.training import Setting, run_training
     from koopmon.demo.view import LiveView, summary_table, verdict
 
-    policy = policy or PolicyConfig().name
+    policy = policy or SHOWN
     setting = Setting(lr=lr, steps=steps, seed=seed)
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     try:

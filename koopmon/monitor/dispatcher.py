@@ -56,6 +56,7 @@ class Dispatcher:
         if guard.initial is not None:
             self._metrics.set("initial_risk", guard.initial.score, run.name)
         self._metrics.set("risk", verdict.risk.value, run.name)
+        self._metrics.set("forecast", verdict.risk.forecast, run.name)
         self._metrics.set("divergence_probability", guard.divergence_probability, run.name)
         self._record(run, guard, sample, verdict, non_finite=profile is None)
         if verdict.decision is not None and verdict.remarkable:

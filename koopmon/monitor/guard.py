@@ -101,6 +101,7 @@ class Guard:
         """Take what a hello says of the run: whether it can be acted on, and its adapter's defaults."""
         config = self._config
         self._adapter, self._width = hello.adapter, hello.width
+        self._rate_sized_steps = hello.rate_sized_steps
         self._risk_config = merged(config.risk, hello.thresholds, "thresholds")
         hints = {} if hello.kss is None else msgspec.structs.asdict(hello.kss)
         known = {name: value for name, value in hints.items() if name in config.kss.__struct_fields__}
@@ -115,9 +116,10 @@ class Guard:
 
     @property
     def divergence_probability(self) -> float | None:
-        """At the highest learning rate seen so far; None without a calibrator for this run's kind of profile."""
+        """At the highest learning rate seen so far; None without a calibrator for this run's kind of profile, or where
+        the rate does not tell how long the optimizer's steps are."""
         first = self.initial
-        if self._calibrator is None or first is None or not self._peak_rate:
+        if self._calibrator is None or first is None or not self._peak_rate or not self._rate_sized_steps:
             return None
         if first.reliable_mode_ratio is None:
             return None
@@ -145,6 +147,7 @@ class Guard:
             profile,
             step=sample.step,
             learning_rate=sample.learning_rate,
+            effective_rate=self._effective_rate(sample.learning_rate),
             loss=sample.loss,
             grad_norm=sample.grad_norm,
             lr_scale=sample.lr_scale,
@@ -169,6 +172,12 @@ class Guard:
             replaced=self._expect(now, commands) if self.sends else (),
             remarkable=remarkable,
         )
+
+    def _effective_rate(self, rate: float | None) -> float | None:
+        """Learning rate x width x transitions, where the rate tells how long the optimizer's steps are."""
+        if rate is None or not self._rate_sized_steps or not self._width or not self._num_layers:
+            return None
+        return rate * self._width * self._num_layers
 
     def acknowledge(self, now: float, ack: Ack) -> CommandKind | None:
         """Take rank 0's answer; returns the kind of the command it answers, None when that is none of ours."""

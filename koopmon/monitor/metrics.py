@@ -90,6 +90,10 @@ TABLE: tuple[Series, ...] = (
     _layer("reliable_near_unit_mass", "Near-unit mass among the reliable modes."),
     Series("observable", "gauge", "What the model's family measures beside the spectra.", (*RUN_LAYER, "name")),
     _run("risk", "Online risk of divergence, 0 to 1."),
+    _run(
+        "forecast",
+        "Foresight of divergence, 0 to 1: what is known beforehand and how the spectrum has grown; warns only.",
+    ),
     _run("initial_risk", "Score at initialisation: mean near-unit mass of the first informative snapshot."),
     _run("divergence_probability", "Calibrated probability of divergence; absent until calibrated."),
     _run("informative", "1 when the last profile says something, 0 when not."),

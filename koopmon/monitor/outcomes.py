@@ -55,6 +55,8 @@ def outcomes(history: History) -> Iterator[Outcome]:
             initial = initial_risk(profile)
             if initial.reliable_mode_ratio is None:
                 yield Outcome(run, settings, None, f"its first profile is not informative: {initial.reason}")
+            elif not incarnation.hello.rate_sized_steps:
+                yield Outcome(run, settings, None, "its optimizer is none whose steps are as long as the rate says")
             elif not rates:
                 yield Outcome(run, settings, None, "its learning rate is not known")
             elif any(row.lr_scale < 1.0 or row.kss_alpha > 0.0 for row in seen):

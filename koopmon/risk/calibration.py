@@ -3,14 +3,16 @@
 The learning rate alone is blind to the architecture, and near-unit mass alone to the learning rate. Of the spectrum at
 the start, the share of reliable modes (ResDMD) told best which models a high rate killed in our sweep: those without a
 normalisation, whether their moduli are near one (a plain residual) or far above it (a scaled one, which near-unit mass
-takes for safe). It was chosen on the runs that it is scored on; docs/evidence.md has the figures and the caution.
-A logistic model joins it with the learning rate and the size:
+takes for safe). Of the size, fits of our sweep with a weight for each gave rate, width and depth nearly the same: what
+counts is the effective rate, learning rate x width x depth. (A step of Adam moves each weight by the rate, so that a
+layer's output moves by the rate times its width, and a stack's by that times its depth.) docs/evidence.md has the
+figures and says what was chosen on which runs. A logistic model joins the two:
 
-    P(diverges) = sigmoid(b + sum_i w_i * z_i),    z_i the standardised features
+    P(diverges) = sigmoid(b + w_1 z_1 + w_2 z_2),    z the standardised features
 
-of which log10(learning rate) is one, with a weight that is never negative: a higher rate never lowers the probability,
-so that "how high may the rate be?" has an answer. A calibrator belongs to the settings of the profiles that it was
-fitted on, and says which.
+with w_1, of the effective rate, never negative: a higher rate never lowers the probability, so that "how high may the
+rate be?" has an answer. A calibrator belongs to the settings of the profiles that it was fitted on, and says which; and
+to optimizers whose steps are as long as the rate says, whatever the gradient: Adam and its kin.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from koopmon.errors import CalibrationError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PENALTY = 1e-2
 """Of the squared weights, in units of one run's log-likelihood: keeps them finite where the runs are separable."""
 MIN_RUNS = 20
@@ -51,15 +53,10 @@ class Example:
 
     def features(self) -> tuple[float, ...]:
         """As named by FEATURES."""
-        return (
-            math.log10(self.learning_rate),
-            self.reliable_mode_ratio,
-            math.log10(self.width),
-            math.log10(self.num_layers),
-        )
+        return math.log10(self.learning_rate * self.width * self.num_layers), self.reliable_mode_ratio
 
 
-FEATURES = ("log10_learning_rate", "reliable_mode_ratio", "log10_width", "log10_num_layers")
+FEATURES = ("log10_effective_rate", "reliable_mode_ratio")
 
 
 class Calibrator(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

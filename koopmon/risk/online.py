@@ -1,17 +1,23 @@
 """The online detector: how violently the layers' maps change from snapshot to snapshot, against what calm training
-does.
+does, and what is known beforehand.
 
 Near-unit mass alone is blind to a learning rate that is too high, and growth alone cannot decide: healthy runs grow
 their update ratio too (METHOD section 8). What separated our recorded runs is unsteadiness: in a healthy run the
 update ratio of every layer moves smoothly, also when it takes off; under a rate that will kill the run single layers
-lurch, up and down, for a step or two at a time, long before the loss moves. With z_l = log(update_ratio_l + floor),
-the speed of layer l is |dz_l| per optimizer step. Two quantities are taken: the peak (the fastest layer between the
-last two snapshots) and the speed (the largest of the layers' running means). Each is divided by its scale, and v is
-their mean; or, when that is larger, the slow mean of the peak over its own scale, since some runs die after lasting
-unrest without one great lurch. Layers that a normalisation brakes may lurch more and live, and the near-unit mass at
-the start tells them apart: v is divided by 1 + prior_strength * (1 - initial near-unit mass). Where a family's linear
-maps explain little of what its layers do, as those of splines, v counts by 1 - reliability_weight * (1 - share of
-reliable modes). risk = v^4 / (1 + v^4): one half where v is 1.
+lurch, up and down, for a step or two at a time, before the loss moves. With z_l = log(update_ratio_l + floor), the
+speed of layer l is |dz_l| per optimizer step. Two quantities are taken: the peak (the fastest layer between the last
+two snapshots) and the speed (the largest of the layers' running means). Each is divided by its scale, and v is their
+mean; or, when that is larger, the slow mean of the peak over its own scale, since some runs die after lasting unrest
+without one great lurch. Where a family's linear maps explain little of what its layers do, as those of splines, v
+counts by 1 - reliability_weight * (1 - share of reliable modes).
+
+What is known beforehand (`prior`) are log-odds by the effective rate in force and the share of reliable modes at the
+start; they are bounded, so that evidence can always overrule them. Two scores in [0, 1] come of it, as log-odds:
+
+    risk      4 log v + prior                                acts: without a lurch it is 0, whatever the prior
+    forecast  log growth of the expansive mass + prior       warns, and never acts: it may be high from the start
+
+benchmarks/results has what each was measured to do.
 """
 
 from __future__ import annotations
@@ -25,6 +31,12 @@ from koopmon.config import RiskConfig
 
 if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
+
+
+TINY_RATE = 1e-12
+"""A rate of 0, as at the first step of a warm-up, has a logarithm too."""
+EXPANSIVE_FLOOR = 0.01
+"""Added to the expansive mass: growth below it counts little. One mode of 32 in one layer of 4 is 0.008."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +57,9 @@ class Observation:
     nonlinearity_ratio: float | None = None
     reliable_mode_ratio: float | None = None
     learning_rate: float | None = None
+    effective_rate: float | None = None
+    """Learning rate x width x transitions, before koopmon's scale; None where the optimizer's steps are not as long as
+    the rate says."""
     loss: float | None = None
     grad_norm: float | None = None
     lr_scale: float = 1.0
@@ -55,7 +70,8 @@ class Observation:
 class RiskState:
     """What the detector remembers of one run. z is log(update ratio + floor), one value per layer."""
 
-    initial_near_unit_mass: float | None = None
+    initial_reliable_mode_ratio: float | None = None
+    initial_expansive_mass: float | None = None
     step: int | None = None
     z: tuple[float, ...] = ()
     speed: tuple[float, ...] = ()
@@ -68,10 +84,12 @@ class RiskState:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnlineRisk:
-    """`value` in [0, 1]; `components` are v ("unsteadiness") and its parts, each 1 at its scale."""
+    """`value`, the risk, and `forecast` in [0, 1]; `components` are v ("unsteadiness") and its parts, each 1 at its
+    scale, and the log-odds "prior" and "growth" (of the expansive mass)."""
 
     value: float
     reason: str
+    forecast: float = 0.0
     components: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -80,6 +98,7 @@ def observe(
     *,
     step: int,
     learning_rate: float | None = None,
+    effective_rate: float | None = None,
     loss: float | None = None,
     grad_norm: float | None = None,
     lr_scale: float = 1.0,
@@ -91,6 +110,7 @@ def observe(
     scalars = {
         "step": step,
         "learning_rate": learning_rate,
+        "effective_rate": effective_rate,
         "loss": loss,
         "grad_norm": grad_norm,
         "lr_scale": lr_scale,
@@ -116,19 +136,32 @@ def observe(
     )
 
 
+def prior(reliable_mode_ratio: float, effective_rate: float | None, config: RiskConfig) -> float:
+    """Log-odds that a run diverges, by what is known before it moves; within the bounds of `config`.
+
+    The critical rate is that of layers which are linear maps all through, and rises by orders of magnitude as they are
+    less so. A rate of None says nothing, and counts as the critical one of linear layers.
+    """
+    decades = -config.reliability_decades * (1.0 - reliable_mode_ratio)
+    if effective_rate is not None:
+        decades += math.log10(max(effective_rate, TINY_RATE) / config.critical_rate)
+    return min(max(config.prior_slope * decades, config.min_prior), config.max_prior)
+
+
 def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tuple[RiskState, OnlineRisk]:
     """Score one observation against the run's own history; returns the new history and the risk."""
     if observation.non_finite:
-        return state, OnlineRisk(value=1.0, reason="the residual stream is not finite")
+        return state, OnlineRisk(value=1.0, forecast=1.0, reason="the residual stream is not finite")
     if not observation.informative:
         return state, OnlineRisk(value=0.0, reason=f"not informative: {observation.reason}")
     z = tuple(math.log(max(ratio, 0.0) + config.update_ratio_floor) for ratio in observation.update_ratios)
-    first = state.initial_near_unit_mass
-    if first is None:
-        first = observation.near_unit_mass
+    state = _since_the_start(state, observation)
+    known, growth = _prior(state, observation, config), _growth(state, observation)
+    forecast = _sigmoid(known + growth)
     if state.step is None or observation.step <= state.step or len(z) != len(state.z):
-        fresh = RiskState(initial_near_unit_mass=first, step=observation.step, z=z)
-        return fresh, OnlineRisk(value=0.0, reason="first snapshot")
+        fresh = replace(state, step=observation.step, z=z, speed=(), restlessness=0.0, lr_scale=1.0)
+        parts = {"prior": known, "growth": growth}
+        return fresh, OnlineRisk(value=0.0, forecast=forecast, reason="first snapshot", components=parts)
     gap = min(max(observation.step - state.step, config.min_gap_steps), config.max_gap_steps)
     latest = tuple(abs(new - old) / gap for new, old in zip(z, state.z, strict=True))
     weight = config.smoothing
@@ -140,25 +173,47 @@ def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tu
     restless = 0.0 if observation.lr_scale < state.lr_scale else state.restlessness
     restless = (1 - slow) * restless + slow * min(peak, 1.0)
     state = replace(
-        state,
-        initial_near_unit_mass=first,
-        step=observation.step,
-        z=z,
-        speed=speed,
-        restlessness=restless,
-        lr_scale=observation.lr_scale,
+        state, step=observation.step, z=z, speed=speed, restlessness=restless, lr_scale=observation.lr_scale
     )
     lasting = restless / config.restlessness_scale
-    brake = 1.0 + config.prior_strength * (1.0 - (first if first is not None else 1.0))
     reliable = 1.0 if observation.reliable_mode_ratio is None else observation.reliable_mode_ratio
     reliability = 1.0 - config.reliability_weight * (1.0 - reliable)
-    v = max(0.5 * (peak + fastest), lasting) / brake * reliability
-    fourth = min(v, 1e3) ** 4
+    v = max(0.5 * (peak + fastest), lasting) * reliability
     reason = (
-        f"unsteadiness {v:.2f} of the update ratio "
-        f"(peak {peak:.2f} in layer {layer}, speed {fastest:.2f}, lasting {lasting:.2f}, brake {brake:.2f})"
+        f"unsteadiness {v:.2f} of the update ratio (peak {peak:.2f} in layer {layer}, speed {fastest:.2f}, "
+        f"lasting {lasting:.2f}), prior {known:+.1f} by the rate and the layers' linearity"
     )
     if reliability < 1.0:
         reason += f", weighed by {reliability:.2f} for its reliable modes"
-    parts = {"unsteadiness": v, "peak": peak, "speed": fastest, "lasting": lasting, "brake": brake}
-    return state, OnlineRisk(value=fourth / (1 + fourth), reason=reason, components=parts)
+    parts = {"unsteadiness": v, "peak": peak, "speed": fastest, "lasting": lasting}
+    parts |= {"prior": known, "growth": growth}
+    value = _sigmoid(4.0 * math.log(v) + known) if v > 0.0 else 0.0
+    return state, OnlineRisk(value=value, forecast=forecast, reason=reason, components=parts)
+
+
+def _since_the_start(state: RiskState, observation: Observation) -> RiskState:
+    """`state`, with what the first informative snapshot said kept for good."""
+    if state.initial_reliable_mode_ratio is not None or observation.reliable_mode_ratio is None:
+        return state
+    return replace(
+        state,
+        initial_reliable_mode_ratio=observation.reliable_mode_ratio,
+        initial_expansive_mass=observation.expansive_mass,
+    )
+
+
+def _prior(state: RiskState, observation: Observation, config: RiskConfig) -> float:
+    first, rate = state.initial_reliable_mode_ratio, observation.effective_rate
+    return prior(1.0 if first is None else first, None if rate is None else rate * observation.lr_scale, config)
+
+
+def _growth(state: RiskState, observation: Observation) -> float:
+    """Of the expansive mass since the start, as a logarithm."""
+    now, first = observation.expansive_mass, state.initial_expansive_mass
+    if now is None or first is None:
+        return 0.0
+    return math.log((now + EXPANSIVE_FLOOR) / (first + EXPANSIVE_FLOOR))
+
+
+def _sigmoid(log_odds: float) -> float:
+    return 1.0 / (1.0 + math.exp(-min(max(log_odds, -50.0), 50.0)))

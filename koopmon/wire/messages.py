@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_OBSERVABLES = 8
 """Names in one shard."""
 MAX_OBSERVATIONS = 4096
@@ -89,6 +89,8 @@ class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     pid: Count = 0
     thresholds: Annotated[dict[Word, float], Meta(max_length=32)] = msgspec.field(default_factory=dict)
     """The adapter's default `[risk]` overrides; the monitor's own configuration wins."""
+    rate_sized_steps: bool = False
+    """The optimizer moves each weight by about the learning rate at each step, whatever the gradient: Adam's kin."""
     kss: KssSettings | None = None
     """The adapter's default KSS settings; the monitor's own configuration wins."""
 

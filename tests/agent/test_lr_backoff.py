@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from koopmon.agent.lr_backoff import LrBackoff, largest_rate
+from koopmon.agent.lr_backoff import LrBackoff, largest_rate, rate_sized_steps
 from tests.agent.models import batch, build, loss_of
 from tests.agent.scripted_monitor import ScriptedMonitor
 
@@ -225,3 +225,24 @@ def test_the_largest_rate_is_reported_and_groups_without_one_are_left_alone() ->
     assert largest_rate(optimizer) == 0.2
     LrBackoff().scale_rates(optimizer, 0.5)
     assert rates(optimizer) == [0.05, None, 0.1]
+
+
+class FusedLion8bit(SGD):
+    """As other people's optimizers are named."""
+
+
+class Wrapper(SGD):
+    """As ZeroRedundancyOptimizer: the optimizer that steps is in `optim`."""
+
+    def __init__(self, params: Any, inner: Optimizer) -> None:
+        super().__init__(params, lr=0.1)
+        self.optim = inner
+
+
+def test_adams_kin_is_told_by_its_name() -> None:
+    weights = [nn.Parameter(torch.zeros(2))]
+    kin = [Adam(weights), AdamW(weights), torch.optim.NAdam(weights), torch.optim.RMSprop(weights)]
+    kin += [FusedLion8bit(weights, lr=0.1), Wrapper(weights, AdamW(weights))]
+    others = [SGD(weights, lr=0.1), torch.optim.LBFGS(weights), Wrapper(weights, SGD(weights, lr=0.1))]
+    assert [rate_sized_steps(optimizer) for optimizer in kin] == [True] * len(kin)
+    assert [rate_sized_steps(optimizer) for optimizer in others] == [False] * len(others)

@@ -125,15 +125,15 @@ def _calm() -> SpectralProfile:
 
 
 def test_cells_share_their_seeds_and_sum_up_what_became_of_them() -> None:
-    wanted = cells(["nothing", "clipping at 1.0"], [0.002, 0.1], 3, 5)
+    wanted = cells(["nothing", "clipping at 1.0"], [0.002, 0.1], range(3), 5)
     assert len(wanted) == 12
     assert {recipe.seed for _, recipe in wanted} == {0, 1, 2}
     assert all(recipe.steps == 5 for _, recipe in wanted)
     from benchmarks.campaign import Kept
 
-    lived = {"died_at": None, "accuracy": 0.5, "final_loss": 1.0, "num_actions": 2}
-    died = {"died_at": 3, "accuracy": None, "final_loss": None, "num_actions": 0}
+    lived = {"died_at": None, "accuracy": 0.5, "final_loss": 1.0, "num_actions": 2, "seconds_per_step": 0.1}
+    died = {"died_at": 3, "accuracy": None, "final_loss": None, "num_actions": 0, "seconds_per_step": 0.3}
     cell = summarise("nothing", 0.1, [Kept(BASE, lived, {}), Kept(BASE, died, {})])
-    assert (cell.diverged, cell.accuracy, cell.actions) == (0.5, 0.5, 1.0)
+    assert (cell.diverged, cell.accuracy, cell.actions, cell.seconds_per_step) == (0.5, 0.5, 1.0, 0.2)
     assert cell.low < 0.5 < cell.high
     assert all(replace(BASE, **setting) for setting in SETTINGS.values())

@@ -63,6 +63,7 @@ class Recorder:
         width: int = 8,
         lr_scale: float = 1.0,
         first_step: int = 0,
+        sized: bool = True,
     ) -> None:
         self.count += 1
         name, incarnation = f"run-{self.count}", f"{self.count:08x}"
@@ -78,6 +79,7 @@ class Recorder:
             acts=True,
             step=0,
             applied=Applied(),
+            rate_sized_steps=sized,
             koopmon_version="0",
             torch_version="0",
         )

@@ -313,7 +313,7 @@ def calibrator(**settings: Any) -> Calibrator:
 
 
 def test_divergence_probability_is_that_of_the_highest_rate_so_far() -> None:
-    guard = Guard(Config(), hello(), Applied(), calibrator=calibrator())
+    guard = Guard(Config(), hello(rate_sized_steps=True), Applied(), calibrator=calibrator())
     assert guard.divergence_probability is None, "nothing is known yet"
     profile = calm_profile()
     guard.score_initially(0, profile)
@@ -328,9 +328,18 @@ def test_divergence_probability_is_that_of_the_highest_rate_so_far() -> None:
     assert told[0] < told[1] == told[2] == calibrator().probability(expected)
 
 
+def test_the_rate_counts_only_where_it_tells_how_long_the_steps_are() -> None:
+    for sized, expected in ((True, 0.01 * 8 * 2), (False, None)):
+        guard = Guard(Config(), hello(rate_sized_steps=sized), Applied(), calibrator=calibrator())
+        guard.score_initially(0, calm_profile())
+        verdict = guard.judge(0.0, sample(0, learning_rate=0.01), calm_profile(), step=0)
+        assert verdict.observation.effective_rate == (None if expected is None else pytest.approx(expected))
+        assert (guard.divergence_probability is not None) == sized
+
+
 @pytest.mark.parametrize("settings", [{"svd_rank": 5}, {"num_samples": 65}, {"adapter": "moe"}])
 def test_a_calibrator_of_another_kind_says_nothing(settings: dict[str, Any]) -> None:
-    guard = Guard(Config(), hello(), Applied(), calibrator=calibrator(**settings))
+    guard = Guard(Config(), hello(rate_sized_steps=True), Applied(), calibrator=calibrator(**settings))
     guard.score_initially(0, calm_profile())
     guard.judge(0.0, sample(0), calm_profile(), step=0)
     assert guard.divergence_probability is None

@@ -2,25 +2,26 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from koopmon.config import RiskConfig
-from koopmon.risk.online import Observation, OnlineRisk, RiskState, assess
+from koopmon.risk.online import Observation, OnlineRisk, RiskState, assess, prior
 
 CONFIG = RiskConfig()
 
 
-def seen(step: int, ratios: tuple[float, ...], near_unit_mass: float = 1.0) -> Observation:
-    return Observation(step=step, informative=True, update_ratios=ratios, near_unit_mass=near_unit_mass)
+def seen(step: int, ratios: tuple[float, ...], reliable: float = 1.0, **fields: Any) -> Observation:
+    return Observation(step=step, informative=True, update_ratios=ratios, reliable_mode_ratio=reliable, **fields)
 
 
-def follow(series: list[tuple[int, tuple[float, ...]]], near_unit_mass: float = 1.0) -> list[OnlineRisk]:
+def follow(series: list[tuple[int, tuple[float, ...]]], reliable: float = 1.0, **fields: Any) -> list[OnlineRisk]:
     state, risks = RiskState(), []
     for step, ratios in series:
-        state, risk = assess(state, seen(step, ratios, near_unit_mass), CONFIG)
+        state, risk = assess(state, seen(step, ratios, reliable, **fields), CONFIG)
         risks.append(risk)
     return risks
 
@@ -54,14 +55,54 @@ def test_lasting_unrest_without_a_great_lurch_is_an_alarm_until_the_rate_is_cut(
     assert state.restlessness < 0.1
 
 
-def test_normalised_layers_may_lurch_more() -> None:
-    series = [(0, (1.0, 1.0)), (1, (1.0, 3.0)), (2, (1.0, 1.0))]
-    bare = follow(series, near_unit_mass=1.0)[-1]
-    braked = follow(series, near_unit_mass=0.2)[-1]
-    assert bare.components["unsteadiness"] / braked.components["unsteadiness"] == pytest.approx(
-        1 + CONFIG.prior_strength * 0.8
-    )
-    assert braked.value < bare.value
+LURCH = [(0, (1.0, 1.0)), (1, (1.0, 3.0)), (2, (1.0, 1.0))]
+
+
+def log_odds(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+def test_layers_that_are_not_linear_may_lurch_more() -> None:
+    linear, less = follow(LURCH)[-1], follow(LURCH, 0.98)[-1]
+    shift = CONFIG.prior_slope * CONFIG.reliability_decades * 0.02
+    assert log_odds(linear.value) - log_odds(less.value) == pytest.approx(shift)
+    assert follow(LURCH, 0.0)[-1].components["prior"] == CONFIG.min_prior, "bounded, so that evidence can overrule it"
+    assert "prior -6.0" in follow(LURCH, 0.0)[-1].reason
+
+
+def test_the_prior_rises_with_the_effective_rate_within_its_bounds() -> None:
+    rates = [0.0, 1e-6, 1.0, CONFIG.critical_rate, 3.0, 1e6]
+    found = [prior(1.0, rate, CONFIG) for rate in rates]
+    assert found == sorted(found)
+    assert found[0] == found[1] == CONFIG.min_prior
+    assert found[3] == pytest.approx(0.0)
+    assert found[-1] == CONFIG.max_prior
+    assert prior(1.0, 1.0, CONFIG) - prior(1.0, 0.9, CONFIG) == pytest.approx(CONFIG.prior_slope * -math.log10(0.9))
+    assert prior(1.0, None, CONFIG) == 0.0, "an unknown rate counts as the critical one"
+
+
+def test_the_rate_in_force_counts_and_the_linearity_at_the_start() -> None:
+    whole, halved = (follow(LURCH, effective_rate=1.0, lr_scale=scale)[-1] for scale in (1.0, 0.5))
+    assert whole.components["prior"] - halved.components["prior"] == pytest.approx(CONFIG.prior_slope * math.log10(2))
+    state, _ = assess(RiskState(), seen(0, (1.0, 1.0)), CONFIG)
+    _, later = assess(state, seen(1, (1.0, 3.0), 0.0), CONFIG)
+    assert later.components["prior"] == 0.0
+
+
+def test_without_a_lurch_there_is_no_risk_whatever_is_known_beforehand() -> None:
+    risks = follow([(step, (1.0, 1.0)) for step in range(30)], effective_rate=1e6)
+    assert max(risk.value for risk in risks) == 0.0
+    assert risks[0].forecast == pytest.approx(1 / (1 + math.exp(-CONFIG.max_prior))), "but there is a warning"
+
+
+def test_the_forecast_rises_as_the_expansive_mass_grows() -> None:
+    state, forecasts = RiskState(), []
+    for step, mass in enumerate((0.02, 0.02, 0.1, 0.5, 0.02)):
+        state, risk = assess(state, seen(step, (1.0,), expansive_mass=mass), CONFIG)
+        forecasts.append(risk.forecast)
+    assert forecasts[0] == forecasts[1] == forecasts[4] == 0.5
+    assert 0.5 < forecasts[2] < forecasts[3]
+    assert log_odds(forecasts[3]) == pytest.approx(math.log(0.51 / 0.03))
 
 
 @given(reliable=st.floats(0, 1), weight=st.floats(0, 1))
@@ -116,7 +157,7 @@ def test_an_identity_initialisation_is_no_risk() -> None:
     state, risk = assess(RiskState(), still, CONFIG)
     assert risk.value == 0.0
     assert "layers do not move" in risk.reason
-    assert state.initial_near_unit_mass is None
+    assert state.initial_reliable_mode_ratio is None
 
 
 @pytest.mark.parametrize("again", [seen(5, (0.1,)), seen(3, (0.1,)), seen(6, (0.1, 0.2))])
@@ -132,9 +173,10 @@ def test_a_step_that_goes_back_or_another_depth_starts_afresh(again: Observation
     st.floats(0, 1),
     st.integers(1, 100),
 )
-def test_the_risk_is_always_a_probability(ratios: list[tuple[float, float]], mass: float, gap: int) -> None:
-    for risk in follow([(i * gap, r) for i, r in enumerate(ratios)], mass):
+def test_the_risk_is_always_a_probability(ratios: list[tuple[float, float]], share: float, gap: int) -> None:
+    for risk in follow([(i * gap, r) for i, r in enumerate(ratios)], share, effective_rate=gap * share):
         assert 0.0 <= risk.value <= 1.0
+        assert 0.0 <= risk.forecast <= 1.0
         assert all(math.isfinite(value) for value in risk.components.values())
 
 
