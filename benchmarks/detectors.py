@@ -25,7 +25,7 @@ DRIFT = 0.5
 """Of the cumulative sum, in standard deviations: half of the shift to be found, the textbook's choice for 1."""
 LARGEST = 1e12
 LEAST_EVIDENCE = 0.05
-MEANS = ("near_unit_mass", "expansive_mass", "reliable_mode_ratio")
+MEANS = ("near_unit_mass", "expansive_mass", "reliable_mode_ratio", "update_exponent")
 
 
 def online(run: Kept[Recipe], config: RiskConfig | None = None) -> list[OnlineRisk]:

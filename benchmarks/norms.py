@@ -71,6 +71,7 @@ def spikes(run: Run) -> float:
 
 
 SCORES: Mapping[str, Score] = {
+    "update exponent": lambda run: run.scalars["initial"]["update_exponent"],
     "reliable modes": lambda run: run.scalars["initial"]["reliable_mode_ratio"],
     "near-unit mass": lambda run: run.scalars["initial"]["near_unit_mass"],
     "rho": lambda run: run.scalars["initial"]["spectral_radius"],
@@ -87,7 +88,7 @@ SCORES: Mapping[str, Score] = {
 def example(run: Run) -> Example:
     initial = run.scalars["initial"]
     return Example(
-        reliable_mode_ratio=initial["reliable_mode_ratio"],
+        update_exponent=initial["update_exponent"],
         learning_rate=run.case.lr,
         width=run.case.width,
         num_layers=run.case.num_layers,

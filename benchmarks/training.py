@@ -35,6 +35,7 @@ FIELDS = (
     "nonlinearity_ratio",
     "update_ratio",
     "reliable_mode_ratio",
+    "update_exponent",
 )
 INITIAL_SAMPLES = 2048
 ONLINE_RANK, ONLINE_SAMPLES = 32, 512

@@ -141,9 +141,11 @@ class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Log-odds of divergence that the prior gains for each factor of ten on the effective rate, which is the learning
     rate in force x width x transitions. Only under optimizers whose steps are as long as the rate says (Adam's kin)."""
     critical_rate: Positive = 1.9
-    """Effective rate at which layers that are linear maps all through are as likely to diverge as not."""
-    reliability_decades: NonNegative = 5.5
-    """Factors of ten by which it rises as the share of reliable modes at the start falls from 1 to 0."""
+    """Effective rate at which layers whose updates nothing brakes (koopmon.risk.brake) are as likely to diverge as
+    not, in runs of 200 steps."""
+    braked_decades: NonNegative = 3.0
+    """Factors of ten by which it is higher behind normalisations. Ours lived at every rate that was tried, up to one
+    factor of ten; large models are trained at two."""
     min_prior: Annotated[float, Meta(ge=-20.0, le=0.0)] = -6.0
     """Least log-odds of the prior: at -6 it takes 4.5 times the unsteadiness."""
     max_prior: Annotated[float, Meta(ge=0.0, le=20.0)] = 3.0

@@ -157,7 +157,7 @@ def _forecast(
 
     calibrator = load(path)
     adapter = captured.discovery.adapter.name
-    if risk.reliable_mode_ratio is None:
+    if risk.update_exponent is None:
         raise CalibrationError(f"calibrator {path}: the profile is not informative: {risk.reason}")
     if not calibrator.fits(adapter, spectrum.svd_rank, spectrum.num_samples):
         kinds = [
@@ -169,7 +169,7 @@ def _forecast(
         ]
         raise CalibrationError(f"calibrator {path} is for {kinds[0]}; this profile is of {kinds[1]}")
     example = Example(
-        reliable_mode_ratio=risk.reliable_mode_ratio,
+        update_exponent=risk.update_exponent,
         learning_rate=learning_rate or 1.0,
         width=int(captured.states[0].shape[-1]),
         num_layers=spectrum.num_layers,

@@ -121,13 +121,13 @@ class Guard:
         first = self.initial
         if self._calibrator is None or first is None or not self._peak_rate or not self._rate_sized_steps:
             return None
-        if first.reliable_mode_ratio is None:
+        if first.update_exponent is None:
             return None
         if not self._calibrator.fits(self._adapter, first.svd_rank, first.num_samples):
             return None
         return self._calibrator.probability(
             Example(
-                reliable_mode_ratio=first.reliable_mode_ratio,
+                update_exponent=first.update_exponent,
                 learning_rate=self._peak_rate,
                 width=max(self._width, 1),
                 num_layers=max(self._num_layers, 1),

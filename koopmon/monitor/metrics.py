@@ -86,6 +86,7 @@ TABLE: tuple[Series, ...] = (
     _layer("kreiss_constant", "Kreiss constant of A / max(1, spectral radius): transient growth.", "max"),
     _layer("nonlinearity_ratio", "Residual of the linear fit relative to the layer's update."),
     _layer("update_ratio", "Size of the layer's update relative to its input; near 0 there is nothing to analyse."),
+    _layer("update_exponent", "k of |update| ~ |state|^k over tokens: 0 behind a normalisation, 1 without a brake."),
     _layer("reliable_mode_ratio", "Fraction of modes with a ResDMD residual of at most 0.1."),
     _layer("reliable_near_unit_mass", "Near-unit mass among the reliable modes."),
     Series("observable", "gauge", "What the model's family measures beside the spectra.", (*RUN_LAYER, "name")),

@@ -53,7 +53,7 @@ def outcomes(history: History) -> Iterator[Outcome]:
             profile = SpectralProfile.from_dict(first.profile)
             settings = Settings(incarnation.hello.adapter, profile.svd_rank, profile.num_samples)
             initial = initial_risk(profile)
-            if initial.reliable_mode_ratio is None:
+            if initial.update_exponent is None:
                 yield Outcome(run, settings, None, f"its first profile is not informative: {initial.reason}")
             elif not incarnation.hello.rate_sized_steps:
                 yield Outcome(run, settings, None, "its optimizer is none whose steps are as long as the rate says")
@@ -72,7 +72,7 @@ def outcomes(history: History) -> Iterator[Outcome]:
                     run,
                     settings,
                     Example(
-                        reliable_mode_ratio=initial.reliable_mode_ratio,
+                        update_exponent=initial.update_exponent,
                         learning_rate=max(rates),
                         width=max(incarnation.hello.width, 1),
                         num_layers=max(profile.num_layers, 1),

@@ -1,12 +1,11 @@
 """Calibrated risk: the probability that a run diverges, from its spectrum at the start and its learning rate.
 
-The learning rate alone is blind to the architecture, and near-unit mass alone to the learning rate. Of the spectrum at
-the start, the share of reliable modes (ResDMD) told best which models a high rate killed in our sweep: those without a
-normalisation, whether their moduli are near one (a plain residual) or far above it (a scaled one, which near-unit mass
-takes for safe). Of the size, fits of our sweep with a weight for each gave rate, width and depth nearly the same: what
-counts is the effective rate, learning rate x width x depth. (A step of Adam moves each weight by the rate, so that a
-layer's output moves by the rate times its width, and a stack's by that times its depth.) docs/evidence.md has the
-figures and says what was chosen on which runs. A logistic model joins the two:
+The learning rate alone is blind to the architecture, and near-unit mass alone to the learning rate. What told best
+which models a high rate kills is whether anything brakes their updates (`koopmon.risk.brake`). Of the size, fits of our
+sweep with a weight for each gave rate, width and depth nearly the same: what counts is the effective rate, learning
+rate x width x depth. (A step of Adam moves each weight by the rate, so that a layer's output moves by the rate times
+its width, and a stack's by that times its depth.) docs/evidence.md has the figures and says what was chosen on which
+runs. A logistic model joins the two:
 
     P(diverges) = sigmoid(b + w_1 z_1 + w_2 z_2),    z the standardised features
 
@@ -29,6 +28,7 @@ from msgspec import Meta, Struct
 from torch import Tensor
 
 from koopmon.errors import CalibrationError
+from koopmon.risk.brake import brake
 
 FORMAT_VERSION = 3
 PENALTY = 1e-2
@@ -43,9 +43,9 @@ Finite = Annotated[float, Meta(ge=-1e9, le=1e9)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One run. `reliable_mode_ratio` is the mean over layers at the start; `learning_rate` the peak of its schedule."""
+    """One run. `update_exponent` is the mean over layers at the start; `learning_rate` the peak of its schedule."""
 
-    reliable_mode_ratio: float
+    update_exponent: float
     learning_rate: float
     width: int
     num_layers: int
@@ -53,10 +53,10 @@ class Example:
 
     def features(self) -> tuple[float, ...]:
         """As named by FEATURES."""
-        return math.log10(self.learning_rate * self.width * self.num_layers), self.reliable_mode_ratio
+        return math.log10(self.learning_rate * self.width * self.num_layers), brake(self.update_exponent)
 
 
-FEATURES = ("log10_effective_rate", "reliable_mode_ratio")
+FEATURES = ("log10_effective_rate", "brake")
 
 
 class Calibrator(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -105,7 +105,7 @@ class Calibrator(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 def _at(example: Example, learning_rate: float) -> Example:
     return Example(
-        reliable_mode_ratio=example.reliable_mode_ratio,
+        update_exponent=example.update_exponent,
         learning_rate=learning_rate,
         width=example.width,
         num_layers=example.num_layers,

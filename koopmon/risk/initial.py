@@ -30,7 +30,7 @@ class InitialRisk:
     reason: str
     svd_rank: int | None
     num_samples: int
-    reliable_mode_ratio: float | None = None
+    update_exponent: float | None = None
     """Mean over the informative layers; what `koopmon.risk.calibration` joins with the learning rate."""
 
 
@@ -69,5 +69,5 @@ def initial_risk(profile: SpectralProfile) -> InitialRisk:
         reason=why,
         svd_rank=svd_rank,
         num_samples=num_samples,
-        reliable_mode_ratio=profile.mean("reliable_mode_ratio"),
+        update_exponent=profile.mean("update_exponent"),
     )

@@ -11,8 +11,9 @@ mean; or, when that is larger, the slow mean of the peak over its own scale, sin
 without one great lurch. Where a family's linear maps explain little of what its layers do, as those of splines, v
 counts by 1 - reliability_weight * (1 - share of reliable modes).
 
-What is known beforehand (`prior`) are log-odds by the effective rate in force and the share of reliable modes at the
-start; they are bounded, so that evidence can always overrule them. Two scores in [0, 1] come of it, as log-odds:
+What is known beforehand (`prior`) are log-odds by the effective rate in force and by whether normalisations brake the
+layers' updates (`koopmon.risk.brake`), read at the start. They are bounded, so that evidence can always overrule them.
+Two scores in [0, 1] come of it, as log-odds:
 
     risk      4 log v + prior                                acts: without a lurch it is 0, whatever the prior
     forecast  log growth of the expansive mass + prior       warns, and never acts: it may be high from the start
@@ -28,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from koopmon.config import RiskConfig
+from koopmon.risk.brake import brake
 
 if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
@@ -54,6 +56,7 @@ class Observation:
     spectral_radius: float | None = None
     max_spectral_radius: float | None = None
     update_ratio: float | None = None
+    update_exponent: float | None = None
     nonlinearity_ratio: float | None = None
     reliable_mode_ratio: float | None = None
     learning_rate: float | None = None
@@ -70,7 +73,7 @@ class Observation:
 class RiskState:
     """What the detector remembers of one run. z is log(update ratio + floor), one value per layer."""
 
-    initial_reliable_mode_ratio: float | None = None
+    initial_update_exponent: float | None = None
     initial_expansive_mass: float | None = None
     step: int | None = None
     z: tuple[float, ...] = ()
@@ -130,19 +133,19 @@ def observe(
         spectral_radius=profile.mean("spectral_radius"),
         max_spectral_radius=profile.max("spectral_radius"),
         update_ratio=profile.mean("update_ratio"),
+        update_exponent=profile.mean("update_exponent"),
         nonlinearity_ratio=profile.mean("nonlinearity_ratio"),
         reliable_mode_ratio=profile.mean("reliable_mode_ratio"),
         **scalars,  # type: ignore[arg-type]
     )
 
 
-def prior(reliable_mode_ratio: float, effective_rate: float | None, config: RiskConfig) -> float:
+def prior(update_exponent: float, effective_rate: float | None, config: RiskConfig) -> float:
     """Log-odds that a run diverges, by what is known before it moves; within the bounds of `config`.
 
-    The critical rate is that of layers which are linear maps all through, and rises by orders of magnitude as they are
-    less so. A rate of None says nothing, and counts as the critical one of linear layers.
+    A rate of None says nothing, and counts as the critical one of layers without a brake.
     """
-    decades = -config.reliability_decades * (1.0 - reliable_mode_ratio)
+    decades = -config.braked_decades * brake(update_exponent)
     if effective_rate is not None:
         decades += math.log10(max(effective_rate, TINY_RATE) / config.critical_rate)
     return min(max(config.prior_slope * decades, config.min_prior), config.max_prior)
@@ -181,7 +184,7 @@ def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tu
     v = max(0.5 * (peak + fastest), lasting) * reliability
     reason = (
         f"unsteadiness {v:.2f} of the update ratio (peak {peak:.2f} in layer {layer}, speed {fastest:.2f}, "
-        f"lasting {lasting:.2f}), prior {known:+.1f} by the rate and the layers' linearity"
+        f"lasting {lasting:.2f}), prior {known:+.1f} by the rate and the layers' brake"
     )
     if reliability < 1.0:
         reason += f", weighed by {reliability:.2f} for its reliable modes"
@@ -193,17 +196,17 @@ def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tu
 
 def _since_the_start(state: RiskState, observation: Observation) -> RiskState:
     """`state`, with what the first informative snapshot said kept for good."""
-    if state.initial_reliable_mode_ratio is not None or observation.reliable_mode_ratio is None:
+    if state.initial_update_exponent is not None or observation.update_exponent is None:
         return state
     return replace(
         state,
-        initial_reliable_mode_ratio=observation.reliable_mode_ratio,
+        initial_update_exponent=observation.update_exponent,
         initial_expansive_mass=observation.expansive_mass,
     )
 
 
 def _prior(state: RiskState, observation: Observation, config: RiskConfig) -> float:
-    first, rate = state.initial_reliable_mode_ratio, observation.effective_rate
+    first, rate = state.initial_update_exponent, observation.effective_rate
     return prior(1.0 if first is None else first, None if rate is None else rate * observation.lr_scale, config)
 
 

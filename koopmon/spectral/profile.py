@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -30,6 +31,10 @@ MIN_UPDATE_RATIO = 0.01
 """Below it a layer is not informative: the root mean square of |lambda - 1| is at most the update ratio, so that at
 0.01 no less than 96% of the modes lie in the near-unit band whatever the layer does. That is how it was initialised,
 no finding."""
+
+LENGTH_SHARE = 0.05
+"""Of the variance 1 / (2 D) that the logarithm of a length has where D entries are drawn independently, as in a fresh
+embedding: lengths that vary by less count as equal."""
 
 KREISS_FULL_RANK = 256
 _BATCH_ELEMENTS = 1 << 23
@@ -76,10 +81,12 @@ def _profile(
     _check(states, names, svd_rank, ridge, kreiss)
     detached = [state.detach() for state in states]
     layers: dict[int, LayerProfile] = {}
+    exponents = _update_exponents(detached)
     with torch.no_grad(), torch.autocast(detached[0].device.type, enabled=False):
         for batch in _batches(transitions(detached, names, svd_rank, ridge, seed)):
             indices = [index for index, _ in batch]
-            profiles = _fit_batch([coordinates for _, coordinates in batch], svd_rank, kreiss)
+            mine = [exponents[index] for index in indices]
+            profiles = _fit_batch([coordinates for _, coordinates in batch], mine, svd_rank, kreiss)
             layers.update(zip(indices, profiles, strict=True))
     return SpectralProfile(layers=tuple(layers[index] for index in sorted(layers)))
 
@@ -116,10 +123,31 @@ def _batches(stream: Iterable[Coordinates]) -> Iterator[list[tuple[int, Coordina
     yield from waiting.values()
 
 
-def _fit_batch(batch: list[Coordinates], svd_rank: int | None, kreiss: Kreiss) -> list[LayerProfile]:
+def _update_exponents(states: Sequence[Tensor]) -> list[float]:
+    """k of ||y - x|| ~ ||x||^k for each transition: the least-squares slope of the logarithms over the samples.
+
+    Where the states are all of one length, as behind a normalisation of the stream itself, there is nothing that the
+    update could grow with, and k is 0: `LENGTH_SHARE` keeps the denominator up.
+    """
+    slopes = []
+    for x, y in pairwise(states):
+        tiny = torch.finfo(torch.float64).tiny
+        lengths, updates = (
+            torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).clamp_min(tiny).log()
+            for rows in (x, y.double() - x.double())
+        )
+        lengths, updates = lengths - lengths.mean(), updates - updates.mean()
+        slopes.append((lengths * updates).mean() / (lengths.square().mean() + LENGTH_SHARE / (2 * x.shape[1])))
+    found: list[float] = torch.stack(slopes).tolist()
+    return found
+
+
+def _fit_batch(
+    batch: list[Coordinates], exponents: list[float], svd_rank: int | None, kreiss: Kreiss
+) -> list[LayerProfile]:
     num_samples, directions = batch[0].x.shape
     if directions == 0:
-        return [_empty(item, svd_rank) for item in batch]
+        return [_empty(item, exponent, svd_rank) for item, exponent in zip(batch, exponents, strict=True)]
     operators = fit(
         torch.stack([item.x for item in batch]),
         torch.stack([item.y for item in batch]),
@@ -141,6 +169,7 @@ def _fit_batch(batch: list[Coordinates], svd_rank: int | None, kreiss: Kreiss) -
             LayerProfile(
                 eigenvalues=operators.eigenvalues[row].cpu(),
                 kreiss_constant=constants[row],
+                update_exponent=exponents[row],
                 num_samples=num_samples,
                 svd_rank=svd_rank,
                 informative=not flaw,
@@ -191,7 +220,7 @@ def _verdict(item: Coordinates, svd_rank: int | None, update_ratio: float, finit
     return "", "; ".join(filter(None, (missing, few)))
 
 
-def _empty(item: Coordinates, svd_rank: int | None) -> LayerProfile:
+def _empty(item: Coordinates, exponent: float, svd_rank: int | None) -> LayerProfile:
     """The profile of samples without any spread: no modes at all."""
     flaw, _ = _verdict(item, svd_rank, 0.0, True)
     return LayerProfile(
@@ -204,6 +233,7 @@ def _empty(item: Coordinates, svd_rank: int | None) -> LayerProfile:
         kreiss_constant=None,
         nonlinearity_ratio=0.0,
         update_ratio=0.0,
+        update_exponent=exponent,
         reliable_mode_ratio=0.0,
         reliable_near_unit_mass=0.0,
         num_samples=item.x.shape[0],

@@ -18,6 +18,7 @@ FloatField = Literal[
     "eigenvector_condition_number",
     "nonlinearity_ratio",
     "update_ratio",
+    "update_exponent",
     "reliable_mode_ratio",
     "reliable_near_unit_mass",
 ]
@@ -30,6 +31,7 @@ FIELDS: Final[tuple[str, ...]] = (
     "kreiss_constant",
     "nonlinearity_ratio",
     "update_ratio",
+    "update_exponent",
     "reliable_mode_ratio",
     "reliable_near_unit_mass",
 )
@@ -68,6 +70,8 @@ class LayerProfile:
     """What a linear map cannot explain of the update (eq. 5)."""
     update_ratio: float
     """||y_w - x_w||_F / ||x_w||_F: near 0 the layer does nothing that could be analysed."""
+    update_exponent: float
+    """k of ||y - x|| ~ ||x||^k over the samples: 0 behind a normalisation, 1 for a linear map (ours)."""
     reliable_mode_ratio: float
     """Fraction of modes whose residual (eq. 10) is at most 0.1."""
     reliable_near_unit_mass: float

@@ -188,9 +188,7 @@ def calibrated(tmp_path: Path) -> list[str]:
     """Arguments of `koopmon profile` with a calibrator of full-rank profiles at 256 tokens."""
     (tmp_path / "model.py").write_text(MODEL)
     examples = [
-        Example(
-            reliable_mode_ratio=0.5, learning_rate=10 ** (-5 + i / 15), width=16, num_layers=3, diverged=i % 60 > 30
-        )
+        Example(update_exponent=0.5, learning_rate=10 ** (-5 + i / 15), width=16, num_layers=3, diverged=i % 60 > 30)
         for i in range(60)
     ]
     save(fit(examples, num_samples=256, held_out_error=0.04), tmp_path / "calibrator.json")

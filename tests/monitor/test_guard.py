@@ -301,7 +301,7 @@ def test_adapter_defaults_reach_the_commands_unless_the_monitor_says_otherwise()
 def calibrator(**settings: Any) -> Calibrator:
     examples = [
         Example(
-            reliable_mode_ratio=0.1 * (i % 10),
+            update_exponent=0.1 * (i % 10),
             learning_rate=10 ** (-4 + i / 20),
             width=8,
             num_layers=2,
@@ -323,7 +323,7 @@ def test_divergence_probability_is_that_of_the_highest_rate_so_far() -> None:
         told.append(guard.divergence_probability)
     assert guard.initial is not None
     assert guard.initial.score is not None
-    expected = Example(reliable_mode_ratio=guard.initial.reliable_mode_ratio, learning_rate=0.01, width=8, num_layers=2)
+    expected = Example(update_exponent=guard.initial.update_exponent, learning_rate=0.01, width=8, num_layers=2)
     assert told[0] is not None
     assert told[0] < told[1] == told[2] == calibrator().probability(expected)
 

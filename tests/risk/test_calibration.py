@@ -12,6 +12,7 @@ import pytest
 from scipy import optimize
 
 from koopmon.errors import CalibrationError
+from koopmon.risk.brake import brake
 from koopmon.risk.calibration import (
     PENALTY,
     Calibrator,
@@ -26,16 +27,16 @@ from koopmon.risk.calibration import (
 
 
 def sweep(num_runs: int = 300, *, seed: int = 0, slope: float = 8.0) -> list[Example]:
-    """Runs that diverge by chance, logistic in the rate; the critical one falls with reliable modes and with size."""
+    """Runs that diverge by chance, logistic in the rate; the critical one rises with the brake, falls with size."""
     draw = random.Random(seed)
     examples = []
     for _ in range(num_runs):
-        reliable, log_rate, width = draw.random(), draw.uniform(-4, -1), draw.choice((64, 128, 256))
-        logit = slope * (log_rate - (-1.5 - 1.0 * reliable - math.log10(width / 64)))
+        exponent, log_rate, width = draw.random(), draw.uniform(-4, -1), draw.choice((64, 128, 256))
+        logit = slope * (log_rate - (-2.5 + brake(exponent) - math.log10(width / 64)))
         diverged = draw.random() < 1 / (1 + math.exp(-min(max(logit, -50.0), 50.0)))
         examples.append(
             Example(
-                reliable_mode_ratio=reliable,
+                update_exponent=exponent,
                 learning_rate=10**log_rate,
                 width=width,
                 num_layers=4,
@@ -73,21 +74,21 @@ def test_it_is_calibrated_on_runs_that_it_never_saw() -> None:
 
 def test_a_higher_rate_is_never_safer() -> None:
     backwards = [
-        Example(reliable_mode_ratio=i / 40, learning_rate=10 ** (-4 + i / 20), width=64, num_layers=4, diverged=i < 20)
+        Example(update_exponent=i / 40, learning_rate=10 ** (-4 + i / 20), width=64, num_layers=4, diverged=i < 20)
         for i in range(40)
     ]
     calibrator = fit(backwards)
     assert calibrator.weights[0] == 0.0
-    assert calibrator.weights[1] < 0.0
+    assert calibrator.weights[1] > 0.0
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.5, 0.9])
 def test_the_highest_rate_has_the_probability_that_was_asked_for(probability: float) -> None:
     calibrator = fit(sweep())
-    model = Example(reliable_mode_ratio=0.4, learning_rate=1.0, width=128, num_layers=4)
+    model = Example(update_exponent=0.4, learning_rate=1.0, width=128, num_layers=4)
     rate = calibrator.max_learning_rate(model, probability)
     assert rate is not None
-    found = Example(reliable_mode_ratio=0.4, learning_rate=rate, width=128, num_layers=4)
+    found = Example(update_exponent=0.4, learning_rate=rate, width=128, num_layers=4)
     assert calibrator.probability(found) == pytest.approx(probability, rel=1e-6)
 
 
@@ -99,7 +100,7 @@ def test_separable_runs_give_finite_weights() -> None:
 def test_too_few_or_one_sided_runs_are_refused() -> None:
     with pytest.raises(CalibrationError, match="at least 20"):
         fit(sweep(10))
-    healthy = [Example(reliable_mode_ratio=0.1, learning_rate=0.01, width=64, num_layers=4) for _ in range(30)]
+    healthy = [Example(update_exponent=0.1, learning_rate=0.01, width=64, num_layers=4) for _ in range(30)]
     with pytest.raises(CalibrationError, match="30 runs, 0 of them diverged"):
         fit(healthy)
     with pytest.raises(CalibrationError, match="between 0 and 1"):
@@ -145,8 +146,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_features_are_as_named() -> None:
-    example = Example(reliable_mode_ratio=0.25, learning_rate=0.001, width=100, num_layers=10)
-    assert example.features() == pytest.approx((0.0, 0.25))
+    example = Example(update_exponent=0.25, learning_rate=0.001, width=100, num_layers=10)
+    assert example.features() == pytest.approx((0.0, 1.0))
     assert Calibrator.__struct_fields__[0] == "version"
 
 

@@ -9,19 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koopmon.config import RiskConfig
+from koopmon.risk.brake import brake
 from koopmon.risk.online import Observation, OnlineRisk, RiskState, assess, prior
 
 CONFIG = RiskConfig()
 
 
-def seen(step: int, ratios: tuple[float, ...], reliable: float = 1.0, **fields: Any) -> Observation:
-    return Observation(step=step, informative=True, update_ratios=ratios, reliable_mode_ratio=reliable, **fields)
+def seen(step: int, ratios: tuple[float, ...], exponent: float = 1.0, **fields: Any) -> Observation:
+    return Observation(step=step, informative=True, update_ratios=ratios, update_exponent=exponent, **fields)
 
 
-def follow(series: list[tuple[int, tuple[float, ...]]], reliable: float = 1.0, **fields: Any) -> list[OnlineRisk]:
+def follow(series: list[tuple[int, tuple[float, ...]]], exponent: float = 1.0, **fields: Any) -> list[OnlineRisk]:
     state, risks = RiskState(), []
     for step, ratios in series:
-        state, risk = assess(state, seen(step, ratios, reliable, **fields), CONFIG)
+        state, risk = assess(state, seen(step, ratios, exponent, **fields), CONFIG)
         risks.append(risk)
     return risks
 
@@ -62,10 +63,11 @@ def log_odds(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
-def test_layers_that_are_not_linear_may_lurch_more() -> None:
-    linear, less = follow(LURCH)[-1], follow(LURCH, 0.98)[-1]
-    shift = CONFIG.prior_slope * CONFIG.reliability_decades * 0.02
-    assert log_odds(linear.value) - log_odds(less.value) == pytest.approx(shift)
+def test_braked_layers_may_lurch_more() -> None:
+    bare, partly = follow(LURCH)[-1], follow(LURCH, 0.45)[-1]
+    assert log_odds(bare.value) - log_odds(partly.value) == pytest.approx(
+        min(CONFIG.prior_slope * CONFIG.braked_decades * brake(0.45), -CONFIG.min_prior)
+    )
     assert follow(LURCH, 0.0)[-1].components["prior"] == CONFIG.min_prior, "bounded, so that evidence can overrule it"
     assert "prior -6.0" in follow(LURCH, 0.0)[-1].reason
 
@@ -81,7 +83,7 @@ def test_the_prior_rises_with_the_effective_rate_within_its_bounds() -> None:
     assert prior(1.0, None, CONFIG) == 0.0, "an unknown rate counts as the critical one"
 
 
-def test_the_rate_in_force_counts_and_the_linearity_at_the_start() -> None:
+def test_the_rate_in_force_counts_and_the_brake_at_the_start() -> None:
     whole, halved = (follow(LURCH, effective_rate=1.0, lr_scale=scale)[-1] for scale in (1.0, 0.5))
     assert whole.components["prior"] - halved.components["prior"] == pytest.approx(CONFIG.prior_slope * math.log10(2))
     state, _ = assess(RiskState(), seen(0, (1.0, 1.0)), CONFIG)
@@ -157,7 +159,7 @@ def test_an_identity_initialisation_is_no_risk() -> None:
     state, risk = assess(RiskState(), still, CONFIG)
     assert risk.value == 0.0
     assert "layers do not move" in risk.reason
-    assert state.initial_reliable_mode_ratio is None
+    assert state.initial_update_exponent is None
 
 
 @pytest.mark.parametrize("again", [seen(5, (0.1,)), seen(3, (0.1,)), seen(6, (0.1, 0.2))])

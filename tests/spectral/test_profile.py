@@ -38,6 +38,9 @@ def mixed_transition(num_samples: int = 400) -> tuple[Tensor, Tensor]:
 
 def dense(x_ND: Tensor, y_ND: Tensor, svd_rank: int | None, ridge: float) -> dict[str, Any]:
     """METHOD sections 2 and 3 as they stand: symmetric whitening, least squares, left and right eigenvectors."""
+    lengths, updates = (np.log(np.linalg.norm(rows, axis=1)) for rows in (x_ND.numpy(), (y_ND - x_ND).numpy()))
+    variance = lengths.var() + 0.05 / (2 * x_ND.shape[1])
+    exponent = np.cov(lengths, updates, bias=True)[0, 1] / variance
     x, y = x_ND.numpy() - x_ND.numpy().mean(0), y_ND.numpy() - y_ND.numpy().mean(0)
     if svd_rank is not None:
         basis = np.linalg.svd(x, full_matrices=False)[2][:svd_rank].T
@@ -65,6 +68,7 @@ def dense(x_ND: Tensor, y_ND: Tensor, svd_rank: int | None, ridge: float) -> dic
         "eigenvector_condition_number": np.linalg.cond(right / np.linalg.norm(right, axis=0)),
         "nonlinearity_ratio": np.linalg.norm(y - x @ operator.T) / (np.linalg.norm(y - x) + EPSILON),
         "update_ratio": np.linalg.norm(y - x) / np.linalg.norm(x),
+        "update_exponent": exponent,
         "reliable_mode_ratio": reliable.mean(),
         "reliable_near_unit_mass": (near_unit & reliable).sum() / max(reliable.sum(), 1),
     }

@@ -1,0 +1,26 @@
+"""From the update exponent to a brake between 0 and 1."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.models import NORMS, Decoder, associative_recall
+from koopmon import profile
+from koopmon.risk.brake import BRAKED, UNBRAKED, brake
+
+
+def test_it_is_whole_below_none_above_and_linear_between() -> None:
+    exponents = (-1.0, 0.0, BRAKED, (BRAKED + UNBRAKED) / 2, UNBRAKED, 1.0, 3.0)
+    assert [brake(k) for k in exponents] == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("initialisation", ["gpt2", "torch"])
+@pytest.mark.parametrize("norm", [norm for norm in NORMS if norm != "rezero"])
+def test_it_tells_residual_schemes_apart_whatever_the_initialisation(norm: str, initialisation: str) -> None:
+    model = Decoder(norm, width=64, num_layers=3, initialisation=initialisation)  # type: ignore[arg-type]
+    tokens, _ = associative_recall(32, seed=0)
+    found = profile(model, tokens, num_samples=512, svd_rank=16)
+    braked = norm not in ("none", "deep")
+    # Post-LN's first layer starts from states that nothing has normalised yet.
+    exponents = [layer.update_exponent for layer in found.layers[norm == "post" :]]
+    assert brake(sum(exponents) / len(exponents)) == float(braked)
