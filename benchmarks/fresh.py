@@ -58,8 +58,8 @@ def _axes(factor: int) -> Iterator[dict[str, Any]]:
             for index, lr in enumerate(RATES):
                 for seed in range(num_seeds):
                     # Where there is one seed per cell the cells have seeds of their own.
-                    how = {"norm": norm, "width": factor * width, "num_layers": layers, "lr": lr}
-                    yield {**how, "seed": FIRST_SEED + 10 * index + seed}
+                    shape = {"norm": norm, "width": factor * width, "num_layers": layers, "lr": lr}
+                    yield {**shape, "seed": FIRST_SEED + 10 * index + seed}
     for how, norms in OTHERS:
         for norm in norms:
             for index, lr in enumerate(RATES):
