@@ -24,7 +24,7 @@ from benchmarks.campaign import Kept
 from benchmarks.models import NORMS, Norm
 from benchmarks.provenance import provenance
 from benchmarks.scoring import auroc
-from benchmarks.training import INITIAL_SAMPLES, Recipe, train
+from benchmarks.training import Recipe, train
 from koopmon import plots
 from koopmon.risk.calibration import Example, calibration_error, fit, held_out, reliability, save
 
@@ -167,8 +167,6 @@ def _calibrate(runs: Sequence[Run], out: Path, source: Mapping[str, Any]) -> Non
     calibrator = fit(
         examples,
         adapter="transformer",
-        svd_rank=None,
-        num_samples=INITIAL_SAMPLES,
         held_out_error=error,
         provenance={"campaign": "benchmarks.norms", "date": source["date"], "commit": source["commit"]},
     )

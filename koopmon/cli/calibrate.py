@@ -18,7 +18,7 @@ from koopmon.cli.console import say
 from koopmon.errors import StoreError
 
 if TYPE_CHECKING:
-    from koopmon.monitor.outcomes import Outcome, Settings
+    from koopmon.monitor.outcomes import Outcome
 
 EPILOG = "Example: koopmon calibrate ~/.local/state/koopmon/runs/*.sqlite3 --out calibrator.json --png reliability.png"
 
@@ -49,14 +49,14 @@ def calibrate(
     from koopmon.risk import calibration
 
     found = list(_outcomes(stores, console))
-    usable = [each for each in found if each.example is not None and each.settings is not None]
+    usable = [each for each in found if each.example is not None and each.adapter is not None]
     for why, count in Counter(each.why for each in found if each.why).most_common():
         say(f"{count} of {len(found)} runs left out: {why}")
-    settings = _chosen(usable, adapter)
-    examples = [each.example for each in usable if each.settings == settings and each.example is not None]
+    chosen = _chosen(usable, adapter)
+    examples = [each.example for each in usable if each.adapter == chosen and each.example is not None]
     others = len(usable) - len(examples)
     if others:
-        say(f"{others} runs left out: not {settings}")
+        say(f"{others} runs left out: not {chosen}")
     diverged = [example.diverged for example in examples]
     # Fitted first: too few runs are refused here, with their number.
     calibration.fit(examples)
@@ -64,16 +64,14 @@ def calibrate(
     error = calibration.calibration_error(diverged, probabilities)
     calibrator = calibration.fit(
         examples,
-        adapter=settings.adapter,
-        svd_rank=settings.svd_rank,
-        num_samples=settings.num_samples,
+        adapter=chosen,
         held_out_error=error,
         provenance={"stores": ", ".join(sorted(path.name for path in stores))[:512]},
     )
     calibration.save(calibrator, out)
     bins = calibration.reliability(diverged, probabilities)
     if png is not None:
-        plots.reliability(bins, png, title=f"{settings}: {len(examples)} runs, error {error:.3f}")
+        plots.reliability(bins, png, title=f"{chosen}: {len(examples)} runs, error {error:.3f}")
     if as_json:
         from msgspec import to_builtins
 
@@ -81,7 +79,7 @@ def calibrate(
         return 0
     plain = Console(width=None if sys.stdout.isatty() else 120)
     plain.print(
-        f"{settings}: fitted on {len(examples)} runs, {sum(diverged)} of them diverged; expected calibration error "
+        f"{chosen}: fitted on {len(examples)} runs, {sum(diverged)} of them diverged; expected calibration error "
         f"{error:.3f} on held-out sizes; written to {out}",
         highlight=False,
         soft_wrap=True,
@@ -100,10 +98,10 @@ def _outcomes(stores: Iterable[Path], console: Console) -> Iterable[Outcome]:
             yield from outcomes(history)
 
 
-def _chosen(usable: list[Outcome], adapter: str | None) -> Settings:
-    counts = Counter(each.settings for each in usable if each.settings and adapter in (None, each.settings.adapter))
+def _chosen(usable: list[Outcome], adapter: str | None) -> str:
+    counts = Counter(each.adapter for each in usable if each.adapter and adapter in (None, each.adapter))
     if not counts:
-        known = sorted({each.settings.adapter for each in usable if each.settings})
+        known = sorted({each.adapter for each in usable if each.adapter})
         wanted = f"--adapter {adapter!r}: " if adapter else ""
         raise StoreError(f"{wanted}no run can serve; architectures seen: {', '.join(known) or 'none'}")
     return counts.most_common(1)[0][0]

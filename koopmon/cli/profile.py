@@ -33,6 +33,7 @@ _COLUMNS = {
     "Kreiss": "kreiss_constant",
     "eta": "nonlinearity_ratio",
     "update": "update_ratio",
+    "k": "update_exponent",
     "reliable": "reliable_mode_ratio",
 }
 
@@ -159,15 +160,8 @@ def _forecast(
     adapter = captured.discovery.adapter.name
     if risk.update_exponent is None:
         raise CalibrationError(f"calibrator {path}: the profile is not informative: {risk.reason}")
-    if not calibrator.fits(adapter, spectrum.svd_rank, spectrum.num_samples):
-        kinds = [
-            f"{name}, svd_rank {'none' if rank is None else rank}, {samples} tokens"
-            for name, rank, samples in (
-                (calibrator.adapter, calibrator.svd_rank, calibrator.num_samples),
-                (adapter, spectrum.svd_rank, spectrum.num_samples),
-            )
-        ]
-        raise CalibrationError(f"calibrator {path} is for {kinds[0]}; this profile is of {kinds[1]}")
+    if calibrator.adapter != adapter:
+        raise CalibrationError(f"calibrator {path} is for {calibrator.adapter}; this model's adapter is {adapter}")
     example = Example(
         update_exponent=risk.update_exponent,
         learning_rate=learning_rate or 1.0,

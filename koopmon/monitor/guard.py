@@ -116,14 +116,14 @@ class Guard:
 
     @property
     def divergence_probability(self) -> float | None:
-        """At the highest learning rate seen so far; None without a calibrator for this run's kind of profile, or where
+        """At the highest learning rate seen so far; None without a calibrator for this run's kind of model, or where
         the rate does not tell how long the optimizer's steps are."""
         first = self.initial
         if self._calibrator is None or first is None or not self._peak_rate or not self._rate_sized_steps:
             return None
         if first.update_exponent is None:
             return None
-        if not self._calibrator.fits(self._adapter, first.svd_rank, first.num_samples):
+        if self._calibrator.adapter != self._adapter:
             return None
         return self._calibrator.probability(
             Example(

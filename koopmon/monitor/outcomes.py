@@ -17,24 +17,11 @@ MAX_FIRST_STEP = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What a calibrator belongs to."""
-
-    adapter: str
-    svd_rank: int | None
-    num_samples: int
-
-    def __str__(self) -> str:
-        rank = "full rank" if self.svd_rank is None else f"svd_rank {self.svd_rank}"
-        return f"{self.adapter}, {rank}, N {self.num_samples}"
-
-
-@dataclass(frozen=True, slots=True)
 class Outcome:
     """One incarnation of a run. `example` is None when it cannot serve, and `why` says so."""
 
     run: str
-    settings: Settings | None
+    adapter: str | None
     example: Example | None
     why: str = ""
 
@@ -51,16 +38,16 @@ def outcomes(history: History) -> Iterator[Outcome]:
                 yield Outcome(run, None, None, f"no profile of its first {MAX_FIRST_STEP} steps")
                 continue
             profile = SpectralProfile.from_dict(first.profile)
-            settings = Settings(incarnation.hello.adapter, profile.svd_rank, profile.num_samples)
+            adapter = incarnation.hello.adapter
             initial = initial_risk(profile)
             if initial.update_exponent is None:
-                yield Outcome(run, settings, None, f"its first profile is not informative: {initial.reason}")
+                yield Outcome(run, adapter, None, f"its first profile is not informative: {initial.reason}")
             elif not incarnation.hello.rate_sized_steps:
-                yield Outcome(run, settings, None, "its optimizer is none whose steps are as long as the rate says")
+                yield Outcome(run, adapter, None, "its optimizer is none whose steps are as long as the rate says")
             elif not rates:
-                yield Outcome(run, settings, None, "its learning rate is not known")
+                yield Outcome(run, adapter, None, "its learning rate is not known")
             elif any(row.lr_scale < 1.0 or row.kss_alpha > 0.0 for row in seen):
-                yield Outcome(run, settings, None, "it was acted upon, so what would have become of it is not known")
+                yield Outcome(run, adapter, None, "it was acted upon, so what would have become of it is not known")
             else:
                 diverged = any(
                     row.non_finite
@@ -70,7 +57,7 @@ def outcomes(history: History) -> Iterator[Outcome]:
                 )
                 yield Outcome(
                     run,
-                    settings,
+                    adapter,
                     Example(
                         update_exponent=initial.update_exponent,
                         learning_rate=max(rates),

@@ -10,8 +10,9 @@ runs. A logistic model joins the two:
     P(diverges) = sigmoid(b + w_1 z_1 + w_2 z_2),    z the standardised features
 
 with w_1, of the effective rate, never negative: a higher rate never lowers the probability, so that "how high may the
-rate be?" has an answer. A calibrator belongs to the settings of the profiles that it was fitted on, and says which; and
-to optimizers whose steps are as long as the rate says, whatever the gradient: Adam and its kin.
+rate be?" has an answer. A calibrator belongs to the family of models that it was fitted on, whatever the rank and the
+number of tokens of their profiles, since neither feature knows of them; and to optimizers whose steps are as long as
+the rate says, whatever the gradient: Adam and its kin.
 """
 
 from __future__ import annotations
@@ -64,8 +65,6 @@ class Calibrator(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     version: Annotated[int, Meta(ge=1)] = FORMAT_VERSION
     adapter: str
-    svd_rank: int | None
-    num_samples: int
     features: tuple[str, ...] = FEATURES
     weights: tuple[Finite, ...]
     intercept: Finite
@@ -76,10 +75,6 @@ class Calibrator(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     held_out_error: float | None = None
     """Expected calibration error on configurations that were held out of the fit."""
     provenance: dict[str, str | int | float | None] = {}
-
-    def fits(self, adapter: str, svd_rank: int | None, num_samples: int) -> bool:
-        """Whether profiles of these settings are of the kind that this was fitted on."""
-        return (adapter, svd_rank, num_samples) == (self.adapter, self.svd_rank, self.num_samples)
 
     def logit(self, example: Example) -> float:
         rows = zip(example.features(), self.means, self.scales, self.weights, strict=True)
@@ -116,8 +111,6 @@ def fit(
     examples: Sequence[Example],
     *,
     adapter: str = "transformer",
-    svd_rank: int | None = None,
-    num_samples: int = 2048,
     held_out_error: float | None = None,
     provenance: dict[str, str | int | float | None] | None = None,
 ) -> Calibrator:
@@ -140,8 +133,6 @@ def fit(
         weights = torch.cat([torch.zeros(1, dtype=z.dtype), _newton(z[:, 1:], y)])
     return Calibrator(
         adapter=adapter,
-        svd_rank=svd_rank,
-        num_samples=num_samples,
         weights=tuple(weights[:-1].tolist()),
         intercept=float(weights[-1]),
         means=tuple(means.tolist()),

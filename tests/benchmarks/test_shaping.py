@@ -125,7 +125,7 @@ def _calm() -> SpectralProfile:
 
 
 def test_cells_share_their_seeds_and_sum_up_what_became_of_them() -> None:
-    wanted = cells(["nothing", "clipping at 1.0"], [0.002, 0.1], range(3), 5)
+    wanted = cells({"nothing": [0.002, 0.1], "clipping at 1.0": [0.1, 0.002]}, range(3), 5)
     assert len(wanted) == 12
     assert {recipe.seed for _, recipe in wanted} == {0, 1, 2}
     assert all(recipe.steps == 5 for _, recipe in wanted)

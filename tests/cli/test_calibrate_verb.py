@@ -139,11 +139,11 @@ def test_recorded_runs_make_a_calibrator_that_knows_its_error(
     out, png = tmp_path / "calibrator.json", tmp_path / "reliability.png"
     assert main(["calibrate", *histories, "--out", str(out), "--png", str(png)]) == 0
     told = capsys.readouterr()
-    assert "transformer, svd_rank 4, N 64: fitted on 60 runs" in told.out
+    assert "transformer: fitted on 60 runs" in told.out
     for why in ("it was acted upon", "learning rate is not known", "no profile of its first 10 steps"):
         assert f"1 of 63 runs left out: {why}" in told.err or why in told.err
     calibrator = load(out)
-    assert (calibrator.svd_rank, calibrator.num_samples, calibrator.num_runs) == (4, 64, 60)
+    assert (calibrator.adapter, calibrator.num_runs) == ("transformer", 60)
     assert calibrator.weights[0] > 0
     assert calibrator.held_out_error is not None
     assert calibrator.held_out_error < 0.25
@@ -185,13 +185,14 @@ def test_too_few_runs_are_refused_with_their_number(tmp_path: Path, capsys: pyte
 
 @pytest.fixture
 def calibrated(tmp_path: Path) -> list[str]:
-    """Arguments of `koopmon profile` with a calibrator of full-rank profiles at 256 tokens."""
+    """Arguments of `koopmon profile` with a calibrator for transformers; beside it lies one for experts."""
     (tmp_path / "model.py").write_text(MODEL)
     examples = [
         Example(update_exponent=0.5, learning_rate=10 ** (-5 + i / 15), width=16, num_layers=3, diverged=i % 60 > 30)
         for i in range(60)
     ]
-    save(fit(examples, num_samples=256, held_out_error=0.04), tmp_path / "calibrator.json")
+    save(fit(examples, held_out_error=0.04), tmp_path / "calibrator.json")
+    save(fit(examples, adapter="moe"), tmp_path / "experts.json")
     factory = f"{tmp_path / 'model.py'}:make"
     return ["profile", factory, "--num-samples", "256", "--calibrator", str(tmp_path / "calibrator.json")]
 
@@ -213,13 +214,19 @@ def test_profile_tells_the_probability_and_the_highest_rate(
     ("arguments", "says"),
     [
         ([], "--calibrator FILE goes with --lr RATE or --max-lr"),
-        (["--max-lr", "--svd-rank", "8"], "is for transformer, svd_rank none, 256 tokens; this profile is of"),
+        (["--max-lr", "--calibrator", "experts.json"], "is for moe; this model's adapter is transformer"),
         (["--max-lr", "--calibrator", "nowhere.json"], "nowhere.json: No such file"),
     ],
 )
 def test_a_calibrator_that_does_not_fit_is_refused(
-    calibrated: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+    calibrated: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    says: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main([*calibrated, *arguments]) == 2
     told = capsys.readouterr().err
     assert says in told
