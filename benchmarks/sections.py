@@ -105,6 +105,10 @@ def norms(told: Document) -> list[str]:
 
 def early_warning(told: Document) -> list[str]:
     """All detectors on all recordings, at the same rate of false alarms."""
+    return _verdicts(told["tables"]["all"])
+
+
+def _verdicts(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [
         [
             row["name"],
@@ -114,10 +118,57 @@ def early_warning(told: Document) -> list[str]:
             f"{row['median_share']:.0%}",
             f"{row['false_alarms']:.2f}",
         ]
-        for row in told["tables"]["all"]
+        for row in verdicts
     ]
     heading = ["detector", "AUROC [95%]", "warned", "median lead, steps", "of the run's life", "false alarms / 1,000"]
     return _table(heading, rows)
+
+
+def fresh(told: Document) -> list[str]:
+    """The start by groups of runs; then every detector at thresholds from elsewhere."""
+    scores = list(told["start"]["all"]["auroc"])
+    rows = [
+        [
+            name,
+            f"{row['num_diverged']} of {row['num_runs']}",
+            *(_interval(row["auroc"][score]) for score in scores),
+            f"{row['calibration_error']:.3f}",
+        ]
+        for name, row in told["start"].items()
+    ]
+    heading = ["runs", "diverged", *(f"{score}, AUROC [95%]" for score in scores), "calibration error"]
+    return [*_table(heading, rows), "", *_verdicts(told["warnings"])]
+
+
+def kss(told: Document) -> list[str]:
+    """First what is quoted, with intervals; then what was looked at."""
+    plain = {row["lr"]: row["seconds_per_step"] for row in told["cells"] if row["setting"] == "nothing"}
+    quoted = [
+        [
+            row["setting"],
+            f"{row['lr']:g}",
+            f"{row['diverged']:.0%} [{row['low']:.0%}, {row['high']:.0%}]",
+            _decimal(row["accuracy"]),
+            _decimal(row["final_loss"]),
+            f"{row['seconds_per_step'] / plain[row['lr']]:.1f}",
+        ]
+        for row in told["cells"]
+    ]
+    heading = ["setting", "learning rate", "diverged [95%]", "accuracy", "loss at the end", "time of a step"]
+    rates = sorted({row["lr"] for row in told["look"]})
+    by_place = {(row["setting"], row["lr"]): row for row in told["look"]}
+    looked = []
+    for name in dict.fromkeys(row["setting"] for row in told["look"]):
+        mine = [by_place[name, lr] for lr in rates]
+        looked.append([name, *(f"{row['diverged']:.0%}, {_decimal(row['accuracy'])}" for row in mine)])
+    return [
+        *_table(heading, quoted),
+        "",
+        f"{told['cells'][0]['num_runs']} runs in each row. The look before, {told['look'][0]['num_runs']} runs each:",
+        "diverged, accuracy of the others.",
+        "",
+        *_table(["setting", *(f"{lr:g}" for lr in rates)], looked),
+    ]
 
 
 def guarded(told: Document) -> list[str]:

@@ -143,6 +143,10 @@ class Forecast:
         if self.divergence_probability is not None:
             at = f"at learning rate {self.learning_rate:g}"
             lines.append(f"divergence probability {at}: {self.divergence_probability:.2f}{error}")
+        elif self.learning_rate is not None:
+            lines.append(
+                f"learning rate {self.learning_rate:g} is higher, for this size, than any that the calibrator has seen"
+            )
         if self.max_learning_rate is not None and self.even_learning_rate is not None:
             lines.append(
                 f"highest learning rate survived with probability {SURVIVES:.0%}: {self.max_learning_rate:.2g}; "
@@ -170,7 +174,9 @@ def _forecast(
     )
     return Forecast(
         learning_rate=learning_rate,
-        divergence_probability=None if learning_rate is None else calibrator.probability(example),
+        divergence_probability=calibrator.probability(example)
+        if learning_rate and calibrator.covers(example)
+        else None,
         max_learning_rate=calibrator.max_learning_rate(example, 1 - SURVIVES),
         even_learning_rate=calibrator.max_learning_rate(example, 0.5),
         held_out_error=calibrator.held_out_error,

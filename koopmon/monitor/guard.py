@@ -116,8 +116,8 @@ class Guard:
 
     @property
     def divergence_probability(self) -> float | None:
-        """At the highest learning rate seen so far; None without a calibrator for this run's kind of model, or where
-        the rate does not tell how long the optimizer's steps are."""
+        """At the highest learning rate seen so far; None without a calibrator for this run's kind of model, where the
+        rate does not tell how long the optimizer's steps are, or where none as high was tried."""
         first = self.initial
         if self._calibrator is None or first is None or not self._peak_rate or not self._rate_sized_steps:
             return None
@@ -125,14 +125,13 @@ class Guard:
             return None
         if self._calibrator.adapter != self._adapter:
             return None
-        return self._calibrator.probability(
-            Example(
-                update_exponent=first.update_exponent,
-                learning_rate=self._peak_rate,
-                width=max(self._width, 1),
-                num_layers=max(self._num_layers, 1),
-            )
+        example = Example(
+            update_exponent=first.update_exponent,
+            learning_rate=self._peak_rate,
+            width=max(self._width, 1),
+            num_layers=max(self._num_layers, 1),
         )
+        return self._calibrator.probability(example) if self._calibrator.covers(example) else None
 
     def judge(
         self, now: float, sample: Sample, profile: SpectralProfile | None, *, step: int, decide: bool = True

@@ -54,7 +54,11 @@ class Example:
 
     def features(self) -> tuple[float, ...]:
         """As named by FEATURES."""
-        return math.log10(self.learning_rate * self.width * self.num_layers), brake(self.update_exponent)
+        return math.log10(self.effective_rate), brake(self.update_exponent)
+
+    @property
+    def effective_rate(self) -> float:
+        return self.learning_rate * self.width * self.num_layers
 
 
 FEATURES = ("log10_effective_rate", "brake")
@@ -70,11 +74,17 @@ class Calibrator(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     intercept: Finite
     means: tuple[Finite, ...]
     scales: tuple[Annotated[float, Meta(gt=0.0, le=1e9)], ...]
+    highest_effective_rate: Annotated[float, Meta(gt=0.0)]
+    """Of the runs that it was fitted on: beyond it nothing is known."""
     num_runs: int
     num_diverged: int
     held_out_error: float | None = None
     """Expected calibration error on configurations that were held out of the fit."""
     provenance: dict[str, str | int | float | None] = {}
+
+    def covers(self, example: Example) -> bool:
+        """Whether a rate as high as this run's was tried. A lower one than any that was is safer, by the fit's form."""
+        return example.effective_rate <= self.highest_effective_rate
 
     def logit(self, example: Example) -> float:
         rows = zip(example.features(), self.means, self.scales, self.weights, strict=True)
@@ -85,15 +95,19 @@ class Calibrator(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return 1.0 / (1.0 + math.exp(-min(max(self.logit(example), -50.0), 50.0)))
 
     def max_learning_rate(self, example: Example, probability: float) -> float | None:
-        """The highest rate in LEARNING_RATES at which this model diverges with at most `probability`; None: none."""
+        """The highest rate in LEARNING_RATES at which this model diverges with at most `probability`; None: none.
+
+        Never higher, in effect, than what was tried.
+        """
         if not 0.0 < probability < 1.0:
             raise CalibrationError(f"probability {probability} must lie between 0 and 1")
         slope = self.weights[0] / self.scales[0]
         at_one = self.logit(_at(example, 1.0))
         wanted = math.log(probability / (1.0 - probability))
         low, high = map(math.log10, LEARNING_RATES)
+        high = min(high, math.log10(self.highest_effective_rate / (example.width * example.num_layers)))
         if slope <= 0.0:
-            return LEARNING_RATES[1] if at_one <= wanted else None
+            return 10.0**high if at_one <= wanted else None
         found = (wanted - at_one) / slope
         return None if found < low else 10.0 ** min(found, high)
 
@@ -137,6 +151,7 @@ def fit(
         intercept=float(weights[-1]),
         means=tuple(means.tolist()),
         scales=tuple(scales.tolist()),
+        highest_effective_rate=max(example.effective_rate for example in examples),
         num_runs=len(examples),
         num_diverged=sum(diverged),
         held_out_error=held_out_error,

@@ -172,3 +172,15 @@ def test_held_out_runs_have_no_part_in_their_own_probability() -> None:
     assert held_out(examples, halves) == [models[half].probability(e) for e, half in zip(examples, halves, strict=True)]
     alone = [replace(e, width=128) for e in examples]
     assert calibration_error([e.diverged for e in alone], held_out(alone)) < 0.1
+
+
+def test_beyond_what_was_tried_nothing_is_known() -> None:
+    examples = sweep()
+    calibrator = fit(examples)
+    highest = max(example.effective_rate for example in examples)
+    large = Example(update_exponent=0.0, learning_rate=1.001 * highest / (4096 * 32), width=4096, num_layers=32)
+    assert not calibrator.covers(large)
+    assert calibrator.covers(replace(large, learning_rate=large.learning_rate / 1.01))
+    rate = calibrator.max_learning_rate(large, 0.999)
+    assert rate is not None
+    assert rate <= highest / (4096 * 32) * (1 + 1e-9)
