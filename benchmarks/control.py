@@ -21,10 +21,11 @@ SPIKE_RATIO, SPIKE_WINDOW, SPIKE_HOLD = 1.5, 20, 50
 
 
 class Controller:
-    """`lr_scale` and `kss` are in force now. `size` is width x depth, 0 where the rate does not size the steps."""
+    """`lr_scale` and `kss` are in force now. `size` is width x depth, 0 where the rate does not size the steps;
+    `exponent` that of the updates at the start."""
 
-    def __init__(self, control: Control, size: int = 0) -> None:
-        self._size = size
+    def __init__(self, control: Control, size: int = 0, exponent: float | None = None) -> None:
+        self._size, self._exponent = size, exponent
         self.lr_scale = 1.0
         self.kss = KssSettings()
         self.num_actions = 0
@@ -65,6 +66,7 @@ class Controller:
             step=step,
             learning_rate=lr,
             effective_rate=lr * self._size or None,
+            update_exponent=self._exponent,
             loss=loss,
             lr_scale=self.lr_scale,
             kss_alpha=self.kss.alpha,

@@ -25,12 +25,14 @@ DRIFT = 0.5
 """Of the cumulative sum, in standard deviations: half of the shift to be found, the textbook's choice for 1."""
 LARGEST = 1e12
 LEAST_EVIDENCE = 0.05
-MEANS = ("near_unit_mass", "expansive_mass", "reliable_mode_ratio", "update_exponent")
+MEANS = ("near_unit_mass", "expansive_mass", "reliable_mode_ratio")
 
 
 def online(run: Kept[Recipe], config: RiskConfig | None = None) -> list[OnlineRisk]:
     """What the monitor's detector says at each profiled step, where it sees the rate of that step."""
     config = config or RiskConfig()
+    initial = run.scalars["initial"]
+    exponent = initial["update_exponent"] if initial["informative"] else None
     state, risks = RiskState(), []
     for row, step in enumerate(run.series["profile_step"]):
         ratios = run.series["update_ratio"][row]
@@ -42,6 +44,7 @@ def online(run: Kept[Recipe], config: RiskConfig | None = None) -> list[OnlineRi
             non_finite=bool(np.isnan(ratios).any()),
             update_ratios=tuple(ratios.tolist()),
             effective_rate=run.case.lr * warmed(run.case, int(step)) * run.case.width * run.case.num_layers,
+            update_exponent=exponent,
             **means,
         )
         state, risk = assess(state, observation, config)

@@ -35,7 +35,6 @@ FIELDS = (
     "nonlinearity_ratio",
     "update_ratio",
     "reliable_mode_ratio",
-    "update_exponent",
 )
 INITIAL_SAMPLES = 2048
 ONLINE_RANK, ONLINE_SAMPLES = 32, 512
@@ -137,7 +136,8 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
     optimizer = recipe.make_optimizer(model)
     recorder = Recorder(model, recipe)
     shaping = _shaping(model, recipe)
-    controller = Controller(recipe.control, recipe.width * recipe.num_layers if recipe.optimizer == "adamw" else 0)
+    size = recipe.width * recipe.num_layers if recipe.optimizer == "adamw" else 0
+    controller = Controller(recipe.control, size, initial["update_exponent"] if initial["informative"] else None)
     losses: list[float] = []
     norms: list[float] = []
     died_at: int | None = None
@@ -209,7 +209,8 @@ def initial_profile(model: Decoder, recipe: Recipe) -> dict[str, Any]:
     rows = -(-INITIAL_SAMPLES // TASKS[recipe.task]["num_tokens"]) * 2
     tokens, _ = draw(recipe.task, rows, seed=recipe.seed)
     profile = full_profile(model, tokens, seed=recipe.seed)
-    return {"informative": profile.informative, **{field: profile.mean(field) for field in FIELDS}}
+    means = {field: profile.mean(field) for field in FIELDS}
+    return {"informative": profile.informative, **means, "update_exponent": profile.median("update_exponent")}
 
 
 def full_profile(model: nn.Module, tokens: Tensor, *, seed: int) -> SpectralProfile:

@@ -25,6 +25,7 @@ stack is not kept.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -33,11 +34,14 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Point, Stack
+from koopmon.spectral import update_exponent
 
 __all__ = ["ChainVerifier", "Verdict"]
 
-SAMPLED_ROWS = 64
+SAMPLED_ROWS = 256
 """Rows of each state on which the end of one block is compared with the start of the next."""
+MIN_UPDATE = 0.01
+"""Least size of an update, relative to the state, from which its growth can be read."""
 MIN_CARRIED = 0.25
 """Least mean correlation between a block's input and output when its stack is not known to be residual."""
 
@@ -68,6 +72,8 @@ class _Trace:
         """Per link l -> l+1 a 0-d boolean tensor: the sampled rows are equal."""
         self.carried: list[Tensor] = []
         """Per block a 0-d tensor: correlation of its output with its input."""
+        self.growth: list[Tensor] = []
+        """Per block, (2,): the update's exponent, and its size relative to the state."""
 
     def fail(self, reason: str) -> None:
         if self.failure is None:
@@ -118,6 +124,7 @@ class ChainVerifier:
             return
         if not stack.residual:
             trace.carried.append(_correlation(trace.entered, rows))
+        trace.growth.append(_growth(trace.entered, rows))
         trace.entered, trace.left = None, rows
         trace.done += 1
 
@@ -209,6 +216,14 @@ class ChainVerifier:
             reasons[trace.stack.name] = f"is a chain of {len(trace.stack.points)} blocks, but {kept.name!r} {why}"
         return Verdict(eligible[0].stack if eligible else None, reasons)
 
+    def update_exponent(self, stack: Stack) -> float | None:
+        """Median over the blocks of `stack` of the exponent by which their updates grew with the state; None where most
+        of them did not move it. Synchronises."""
+        grown = [(k, size) for k, size in _together(self._traces[stack.name].growth).tolist() if size >= MIN_UPDATE]
+        if 2 * len(grown) < len(stack.points):
+            return None
+        return float(statistics.median(k for k, _ in grown))
+
     def _failure(self, trace: _Trace) -> str | None:
         num_blocks = len(trace.stack.points)
         if not any(trace.calls):
@@ -283,8 +298,15 @@ def _correlation(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum() / ((x * x).sum() * (y * y).sum()).sqrt()
 
 
+@torch.no_grad()
+def _growth(x: Tensor, y: Tensor) -> Tensor:
+    y = y.to(x.device)
+    size = (y.double() - x.double()).norm() / x.double().norm().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.stack([update_exponent(x, y), size])
+
+
 def _together(scalars: list[Tensor]) -> Tensor:
-    """0-d tensors, which may lie on several devices, as one on the first one's."""
+    """Tensors of one shape, which may lie on several devices, as one on the first one's."""
     return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])
 
 

@@ -46,8 +46,8 @@ class Listener(Protocol):
     def forward_begins(self) -> None:
         """A training forward begins."""
 
-    def chain_verified(self, stack: Stack, width: int) -> None:
-        """`stack` carries the residual stream, D = `width`."""
+    def chain_verified(self, stack: Stack, width: int, update_exponent: float | None) -> None:
+        """`stack` carries the residual stream, D = `width`; the exponent by which updates grow with it, if known."""
 
     def snapshot_ready(self) -> None:
         """Every point of a snapshot lies in the sampler."""
@@ -227,13 +227,14 @@ class Taps:
         self._observing = False
         self._num_attempts += 1
         kept, reasons = self._verifier.verdict()
+        exponent = None if kept is None else self._verifier.update_exponent(kept)
         self._verifier.reset()
         if kept is not None:
             self.stack = kept
             for name in set(self._handles) - {kept.name}:
                 self._untap(name)
                 del self._handles[name]
-            self._listener.chain_verified(kept, self._width)
+            self._listener.chain_verified(kept, self._width, exponent)
         elif self._num_attempts >= MAX_ATTEMPTS and (model := self._model()) is not None:
             self._give_up(not_verified(model, self._selection, reasons))
 

@@ -187,10 +187,10 @@ class Guest:
         if self._rates.active:  # step() raised: schedulers must not see the scaled rates
             self._rates.restore_rates()
 
-    def chain_verified(self, stack: Stack, width: int) -> None:
+    def chain_verified(self, stack: Stack, width: int, update_exponent: float | None) -> None:
         self.width = width
         self._learn_layout(last_word=True)
-        self._describe(num_layers=len(stack.points), width=width)
+        self._describe(num_layers=len(stack.points), width=width, update_exponent=update_exponent)
         logger.info("koopmon: taps %d blocks of %s", len(stack.points), stack.name or "the model")
 
     def snapshot_ready(self) -> None:

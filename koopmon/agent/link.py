@@ -59,6 +59,7 @@ class Description:
     acts: bool = False
     thresholds: dict[str, float] = field(default_factory=dict)
     rate_sized_steps: bool = False
+    update_exponent: float | None = None
     kss: KssSettings | None = None
 
 
@@ -256,6 +257,7 @@ class Link:
             pid=os.getpid(),
             thresholds=described.thresholds,
             rate_sized_steps=described.rate_sized_steps,
+            update_exponent=described.update_exponent,
             kss=described.kss,
         )
 

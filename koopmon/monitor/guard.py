@@ -101,7 +101,7 @@ class Guard:
         """Take what a hello says of the run: whether it can be acted on, and its adapter's defaults."""
         config = self._config
         self._adapter, self._width = hello.adapter, hello.width
-        self._rate_sized_steps = hello.rate_sized_steps
+        self._rate_sized_steps, self._update_exponent = hello.rate_sized_steps, hello.update_exponent
         self._risk_config = merged(config.risk, hello.thresholds, "thresholds")
         hints = {} if hello.kss is None else msgspec.structs.asdict(hello.kss)
         known = {name: value for name, value in hints.items() if name in config.kss.__struct_fields__}
@@ -118,15 +118,13 @@ class Guard:
     def divergence_probability(self) -> float | None:
         """At the highest learning rate seen so far; None without a calibrator for this run's kind of model, where the
         rate does not tell how long the optimizer's steps are, or where none as high was tried."""
-        first = self.initial
-        if self._calibrator is None or first is None or not self._peak_rate or not self._rate_sized_steps:
-            return None
-        if first.update_exponent is None:
+        exponent = self._update_exponent
+        if self._calibrator is None or exponent is None or not self._peak_rate or not self._rate_sized_steps:
             return None
         if self._calibrator.adapter != self._adapter:
             return None
         example = Example(
-            update_exponent=first.update_exponent,
+            update_exponent=exponent,
             learning_rate=self._peak_rate,
             width=max(self._width, 1),
             num_layers=max(self._num_layers, 1),
@@ -147,6 +145,7 @@ class Guard:
             step=sample.step,
             learning_rate=sample.learning_rate,
             effective_rate=self._effective_rate(sample.learning_rate),
+            update_exponent=self._update_exponent,
             loss=sample.loss,
             grad_norm=sample.grad_norm,
             lr_scale=sample.lr_scale,

@@ -40,8 +40,10 @@ def outcomes(history: History) -> Iterator[Outcome]:
             profile = SpectralProfile.from_dict(first.profile)
             adapter = incarnation.hello.adapter
             initial = initial_risk(profile)
-            if initial.update_exponent is None:
-                yield Outcome(run, adapter, None, f"its first profile is not informative: {initial.reason}")
+            exponent = incarnation.hello.update_exponent
+            if not initial.informative or exponent is None:
+                why = initial.reason or "its blocks do not move the state"
+                yield Outcome(run, adapter, None, f"its first profile is not informative: {why}")
             elif not incarnation.hello.rate_sized_steps:
                 yield Outcome(run, adapter, None, "its optimizer is none whose steps are as long as the rate says")
             elif not rates:
@@ -59,7 +61,7 @@ def outcomes(history: History) -> Iterator[Outcome]:
                     run,
                     adapter,
                     Example(
-                        update_exponent=initial.update_exponent,
+                        update_exponent=exponent,
                         learning_rate=max(rates),
                         width=max(incarnation.hello.width, 1),
                         num_layers=max(profile.num_layers, 1),

@@ -56,13 +56,14 @@ class Observation:
     spectral_radius: float | None = None
     max_spectral_radius: float | None = None
     update_ratio: float | None = None
-    update_exponent: float | None = None
     nonlinearity_ratio: float | None = None
     reliable_mode_ratio: float | None = None
     learning_rate: float | None = None
     effective_rate: float | None = None
     """Learning rate x width x transitions, before koopmon's scale; None where the optimizer's steps are not as long as
     the rate says."""
+    update_exponent: float | None = None
+    """Of the model as it was when the run began; None where it is not known."""
     loss: float | None = None
     grad_norm: float | None = None
     lr_scale: float = 1.0
@@ -73,7 +74,6 @@ class Observation:
 class RiskState:
     """What the detector remembers of one run. z is log(update ratio + floor), one value per layer."""
 
-    initial_update_exponent: float | None = None
     initial_expansive_mass: float | None = None
     step: int | None = None
     z: tuple[float, ...] = ()
@@ -102,6 +102,7 @@ def observe(
     step: int,
     learning_rate: float | None = None,
     effective_rate: float | None = None,
+    update_exponent: float | None = None,
     loss: float | None = None,
     grad_norm: float | None = None,
     lr_scale: float = 1.0,
@@ -114,6 +115,7 @@ def observe(
         "step": step,
         "learning_rate": learning_rate,
         "effective_rate": effective_rate,
+        "update_exponent": update_exponent,
         "loss": loss,
         "grad_norm": grad_norm,
         "lr_scale": lr_scale,
@@ -133,19 +135,18 @@ def observe(
         spectral_radius=profile.mean("spectral_radius"),
         max_spectral_radius=profile.max("spectral_radius"),
         update_ratio=profile.mean("update_ratio"),
-        update_exponent=profile.mean("update_exponent"),
         nonlinearity_ratio=profile.mean("nonlinearity_ratio"),
         reliable_mode_ratio=profile.mean("reliable_mode_ratio"),
         **scalars,  # type: ignore[arg-type]
     )
 
 
-def prior(update_exponent: float, effective_rate: float | None, config: RiskConfig) -> float:
+def prior(update_exponent: float | None, effective_rate: float | None, config: RiskConfig) -> float:
     """Log-odds that a run diverges, by what is known before it moves; within the bounds of `config`.
 
-    A rate of None says nothing, and counts as the critical one of layers without a brake.
+    What is None says nothing: an unknown brake counts as none, an unknown rate as the critical one.
     """
-    decades = -config.braked_decades * brake(update_exponent)
+    decades = 0.0 if update_exponent is None else -config.braked_decades * brake(update_exponent)
     if effective_rate is not None:
         decades += math.log10(max(effective_rate, TINY_RATE) / config.critical_rate)
     return min(max(config.prior_slope * decades, config.min_prior), config.max_prior)
@@ -159,7 +160,7 @@ def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tu
         return state, OnlineRisk(value=0.0, reason=f"not informative: {observation.reason}")
     z = tuple(math.log(max(ratio, 0.0) + config.update_ratio_floor) for ratio in observation.update_ratios)
     state = _since_the_start(state, observation)
-    known, growth = _prior(state, observation, config), _growth(state, observation)
+    known, growth = _prior(observation, config), _growth(state, observation)
     forecast = _sigmoid(known + growth)
     if state.step is None or observation.step <= state.step or len(z) != len(state.z):
         fresh = replace(state, step=observation.step, z=z, speed=(), restlessness=0.0, lr_scale=1.0)
@@ -196,18 +197,14 @@ def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tu
 
 def _since_the_start(state: RiskState, observation: Observation) -> RiskState:
     """`state`, with what the first informative snapshot said kept for good."""
-    if state.initial_update_exponent is not None or observation.update_exponent is None:
+    if state.initial_expansive_mass is not None:
         return state
-    return replace(
-        state,
-        initial_update_exponent=observation.update_exponent,
-        initial_expansive_mass=observation.expansive_mass,
-    )
+    return replace(state, initial_expansive_mass=observation.expansive_mass)
 
 
-def _prior(state: RiskState, observation: Observation, config: RiskConfig) -> float:
-    first, rate = state.initial_update_exponent, observation.effective_rate
-    return prior(1.0 if first is None else first, None if rate is None else rate * observation.lr_scale, config)
+def _prior(observation: Observation, config: RiskConfig) -> float:
+    rate = observation.effective_rate
+    return prior(observation.update_exponent, None if rate is None else rate * observation.lr_scale, config)
 
 
 def _growth(state: RiskState, observation: Observation) -> float:

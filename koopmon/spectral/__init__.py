@@ -3,6 +3,7 @@
 Imports torch and koopmon.errors only; plain arguments, no configuration, no I/O. Rows are samples: x, y (N, D).
 """
 
+from koopmon.spectral.growth import update_exponent
 from koopmon.spectral.kss import CONDITION_GUARD, KssGradient, kss_basis, kss_gradient, kss_loss
 from koopmon.spectral.nonnormality import kreiss_constant
 from koopmon.spectral.profile import MIN_UPDATE_RATIO, profile_states, profile_transition
@@ -22,4 +23,5 @@ __all__ = [
     "kss_loss",
     "profile_states",
     "profile_transition",
+    "update_exponent",
 ]

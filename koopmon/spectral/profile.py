@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from koopmon.spectral.dmd import Operators, fit
+from koopmon.spectral.growth import update_exponent
 from koopmon.spectral.nonnormality import kreiss_constant
 from koopmon.spectral.records import LayerProfile, SpectralProfile
 from koopmon.spectral.whitening import Coordinates, transitions
@@ -31,10 +32,6 @@ MIN_UPDATE_RATIO = 0.01
 """Below it a layer is not informative: the root mean square of |lambda - 1| is at most the update ratio, so that at
 0.01 no less than 96% of the modes lie in the near-unit band whatever the layer does. That is how it was initialised,
 no finding."""
-
-LENGTH_SHARE = 0.05
-"""Of the variance 1 / (2 D) that the logarithm of a length has where D entries are drawn independently, as in a fresh
-embedding: lengths that vary by less count as equal."""
 
 KREISS_FULL_RANK = 256
 _BATCH_ELEMENTS = 1 << 23
@@ -81,7 +78,7 @@ def _profile(
     _check(states, names, svd_rank, ridge, kreiss)
     detached = [state.detach() for state in states]
     layers: dict[int, LayerProfile] = {}
-    exponents = _update_exponents(detached)
+    exponents: list[float] = torch.stack([update_exponent(x, y) for x, y in pairwise(detached)]).tolist()
     with torch.no_grad(), torch.autocast(detached[0].device.type, enabled=False):
         for batch in _batches(transitions(detached, names, svd_rank, ridge, seed)):
             indices = [index for index, _ in batch]
@@ -121,25 +118,6 @@ def _batches(stream: Iterable[Coordinates]) -> Iterator[list[tuple[int, Coordina
             yield from waiting.values()
             waiting, held = {}, 0
     yield from waiting.values()
-
-
-def _update_exponents(states: Sequence[Tensor]) -> list[float]:
-    """k of ||y - x|| ~ ||x||^k for each transition: the least-squares slope of the logarithms over the samples.
-
-    Where the states are all of one length, as behind a normalisation of the stream itself, there is nothing that the
-    update could grow with, and k is 0: `LENGTH_SHARE` keeps the denominator up.
-    """
-    slopes = []
-    for x, y in pairwise(states):
-        tiny = torch.finfo(torch.float64).tiny
-        lengths, updates = (
-            torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).clamp_min(tiny).log()
-            for rows in (x, y.double() - x.double())
-        )
-        lengths, updates = lengths - lengths.mean(), updates - updates.mean()
-        slopes.append((lengths * updates).mean() / (lengths.square().mean() + LENGTH_SHARE / (2 * x.shape[1])))
-    found: list[float] = torch.stack(slopes).tolist()
-    return found
 
 
 def _fit_batch(

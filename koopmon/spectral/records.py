@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, overload
@@ -151,6 +152,14 @@ class SpectralProfile:
     def mean(self, field: str) -> float | None:
         """Mean over layers; None when no layer holds the field (only `kreiss_constant` can be missing)."""
         return self._aggregate(field, _mean)
+
+    @overload
+    def median(self, field: FloatField) -> float: ...
+    @overload
+    def median(self, field: str) -> float | None: ...
+    def median(self, field: str) -> float | None:
+        """Median over layers, as `mean`."""
+        return self._aggregate(field, statistics.median)
 
     @overload
     def max(self, field: FloatField) -> float: ...

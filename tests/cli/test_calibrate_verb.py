@@ -80,6 +80,7 @@ class Recorder:
             step=0,
             applied=Applied(),
             rate_sized_steps=sized,
+            update_exponent=0.4,
             koopmon_version="0",
             torch_version="0",
         )

@@ -81,14 +81,12 @@ def test_the_prior_rises_with_the_effective_rate_within_its_bounds() -> None:
     assert found[-1] == CONFIG.max_prior
     assert prior(1.0, 1.0, CONFIG) - prior(1.0, 0.9, CONFIG) == pytest.approx(CONFIG.prior_slope * -math.log10(0.9))
     assert prior(1.0, None, CONFIG) == 0.0, "an unknown rate counts as the critical one"
+    assert prior(None, 3.0, CONFIG) == prior(1.0, 3.0, CONFIG), "an unknown brake counts as none"
 
 
-def test_the_rate_in_force_counts_and_the_brake_at_the_start() -> None:
+def test_the_rate_in_force_counts() -> None:
     whole, halved = (follow(LURCH, effective_rate=1.0, lr_scale=scale)[-1] for scale in (1.0, 0.5))
     assert whole.components["prior"] - halved.components["prior"] == pytest.approx(CONFIG.prior_slope * math.log10(2))
-    state, _ = assess(RiskState(), seen(0, (1.0, 1.0)), CONFIG)
-    _, later = assess(state, seen(1, (1.0, 3.0), 0.0), CONFIG)
-    assert later.components["prior"] == 0.0
 
 
 def test_without_a_lurch_there_is_no_risk_whatever_is_known_beforehand() -> None:
@@ -159,7 +157,7 @@ def test_an_identity_initialisation_is_no_risk() -> None:
     state, risk = assess(RiskState(), still, CONFIG)
     assert risk.value == 0.0
     assert "layers do not move" in risk.reason
-    assert state.initial_update_exponent is None
+    assert state.initial_expansive_mass is None
 
 
 @pytest.mark.parametrize("again", [seen(5, (0.1,)), seen(3, (0.1,)), seen(6, (0.1, 0.2))])

@@ -1,0 +1,31 @@
+"""How a layer's update grows with the state: the exponent that tells whether a normalisation brakes it.
+
+Rows are samples: x, y (N, D).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LENGTH_SHARE = 0.05
+"""Of the variance 1 / (2 D) that the logarithm of a length has where D entries are drawn independently, as in a fresh
+embedding: lengths that vary by less count as equal."""
+
+
+@torch.no_grad()
+def update_exponent(x: Tensor, y: Tensor) -> Tensor:
+    """k of ||y - x|| ~ ||x||^k, the least-squares slope of the logarithms over the samples; 0-d float64, finite.
+
+    Where the states are all of one length, as behind a normalisation of the stream itself, there is nothing that the
+    update could grow with, and k is 0. Never synchronises. It is a property of the layer as it was initialised: once
+    training has given updates directions of their own, how long a state is says little of how long they are.
+    """
+    tiny = torch.finfo(torch.float64).tiny
+    lengths, updates = (
+        torch.linalg.vector_norm(rows.double(), dim=-1).clamp_min(tiny).log() for rows in (x, y.double() - x.double())
+    )
+    lengths, updates = lengths - lengths.mean(), updates - updates.mean()
+    slope = (lengths * updates).mean() / (lengths.square().mean() + LENGTH_SHARE / (2 * x.shape[-1]))
+    finite: Tensor = slope.nan_to_num(0.0, 0.0, 0.0)
+    return finite
