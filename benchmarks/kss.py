@@ -75,6 +75,7 @@ QUOTED: Mapping[str, Sequence[float]] = {
     "published, every 10th, half": RATES,
     "published": (0.004, 0.008),
     "branch 0.1, tau 3": RATES,
+    "branch 0.3, tau 3": RATES,
     "policy lr": RATES,
     "policy kss+lr, decoupled": RATES,
     "Pre-LN, nothing": (0.004,),

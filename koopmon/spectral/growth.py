@@ -22,8 +22,10 @@ def update_exponent(x: Tensor, y: Tensor) -> Tensor:
     training has given updates directions of their own, how long a state is says little of how long they are.
     """
     tiny = torch.finfo(torch.float64).tiny
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, y = x.to(wide), y.to(wide)
     lengths, updates = (
-        torch.linalg.vector_norm(rows.double(), dim=-1).clamp_min(tiny).log() for rows in (x, y.double() - x.double())
+        torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).clamp_min(tiny).log() for rows in (x, y - x)
     )
     lengths, updates = lengths - lengths.mean(), updates - updates.mean()
     slope = (lengths * updates).mean() / (lengths.square().mean() + LENGTH_SHARE / (2 * x.shape[-1]))

@@ -1,0 +1,49 @@
+"""The update exponent is the degree by which a layer's update grows with the state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from koopmon.spectral import update_exponent
+
+
+def states(num_samples: int = 4000, width: int = 32) -> tuple[Tensor, Tensor]:
+    """Rows whose lengths say nothing of their directions, and a matrix."""
+    generator = torch.Generator().manual_seed(0)
+    x = functional.normalize(torch.randn(num_samples, width, generator=generator, dtype=torch.float64))
+    lengths = torch.exp(0.3 * torch.randn(num_samples, 1, generator=generator, dtype=torch.float64))
+    return x * lengths, torch.randn(width, width, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_homogeneous_updates_have_their_degree(degree: int) -> None:
+    x, matrix = states()
+    length = x.norm(dim=1, keepdim=True)
+    update = (x / length) @ matrix * length**degree
+    # The floor under the variance takes a share that is known; directions, which vary too, make noise.
+    share = x.norm(dim=1).log().var(correction=0)
+    expected = degree * share / (share + 0.05 / 64)
+    assert update_exponent(x, x + update).item() == pytest.approx(expected.item(), abs=0.02)
+
+
+def test_states_of_one_length_and_updates_of_none_count_as_braked() -> None:
+    x, matrix = states()
+    normal = functional.normalize(x)
+    assert abs(update_exponent(normal, normal + normal @ matrix).item()) < 1e-3
+    assert update_exponent(x, x).item() == pytest.approx(0.0, abs=1e-9)
+    assert update_exponent(torch.zeros(4, 3), torch.ones(4, 3)).item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_half_precision_tells_the_same(dtype: torch.dtype) -> None:
+    x, matrix = states()
+    y = x + x @ matrix
+    assert update_exponent(x.to(dtype), y.to(dtype)).item() == pytest.approx(update_exponent(x, y).item(), abs=0.01)
+
+
+def test_values_beyond_all_bounds_stay_finite() -> None:
+    x = torch.full((8, 4), 3e38)
+    assert update_exponent(x, -x).isfinite()
