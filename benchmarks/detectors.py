@@ -31,8 +31,7 @@ MEANS = ("near_unit_mass", "expansive_mass", "reliable_mode_ratio")
 def online(run: Kept[Recipe], config: RiskConfig | None = None) -> list[OnlineRisk]:
     """What the monitor's detector says at each profiled step, where it sees the rate of that step."""
     config = config or RiskConfig()
-    initial = run.scalars["initial"]
-    exponent = initial["update_exponent"] if initial["informative"] else None
+    exponent = run.scalars["initial"]["update_exponent"]
     state, risks = RiskState(), []
     for row, step in enumerate(run.series["profile_step"]):
         ratios = run.series["update_ratio"][row]

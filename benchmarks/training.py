@@ -137,7 +137,7 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
     recorder = Recorder(model, recipe)
     shaping = _shaping(model, recipe)
     size = recipe.width * recipe.num_layers if recipe.optimizer == "adamw" else 0
-    controller = Controller(recipe.control, size, initial["update_exponent"] if initial["informative"] else None)
+    controller = Controller(recipe.control, size, initial["update_exponent"])
     losses: list[float] = []
     norms: list[float] = []
     died_at: int | None = None
@@ -210,7 +210,7 @@ def initial_profile(model: Decoder, recipe: Recipe) -> dict[str, Any]:
     tokens, _ = draw(recipe.task, rows, seed=recipe.seed)
     profile = full_profile(model, tokens, seed=recipe.seed)
     means = {field: profile.mean(field) for field in FIELDS}
-    return {"informative": profile.informative, **means, "update_exponent": profile.median("update_exponent")}
+    return {"informative": profile.informative, **means, "update_exponent": profile.update_exponent}
 
 
 def full_profile(model: nn.Module, tokens: Tensor, *, seed: int) -> SpectralProfile:

@@ -25,7 +25,6 @@ stack is not kept.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -34,11 +33,11 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Point, Stack
-from koopmon.spectral import update_exponent
+from koopmon.spectral import stack_exponent, update_exponent
 
 __all__ = ["ChainVerifier", "Verdict"]
 
-SAMPLED_ROWS = 256
+SAMPLED_ROWS = 1024
 """Rows of each state on which the end of one block is compared with the start of the next."""
 MIN_UPDATE = 0.01
 """Least size of an update, relative to the state, from which its growth can be read."""
@@ -217,12 +216,10 @@ class ChainVerifier:
         return Verdict(eligible[0].stack if eligible else None, reasons)
 
     def update_exponent(self, stack: Stack) -> float | None:
-        """Median over the blocks of `stack` of the exponent by which their updates grew with the state; None where most
-        of them did not move it. Synchronises."""
-        grown = [(k, size) for k, size in _together(self._traces[stack.name].growth).tolist() if size >= MIN_UPDATE]
-        if 2 * len(grown) < len(stack.points):
-            return None
-        return float(statistics.median(k for k, _ in grown))
+        """The exponent by which the updates of `stack` grew with the state; None where most of its blocks did not move
+        it. Synchronises."""
+        grown = [k for k, size in _together(self._traces[stack.name].growth).tolist() if size >= MIN_UPDATE]
+        return stack_exponent(grown) if 2 * len(grown) >= len(stack.points) else None
 
     def _failure(self, trace: _Trace) -> str | None:
         num_blocks = len(trace.stack.points)

@@ -9,7 +9,7 @@ change sides with the initialisation.
 
 from __future__ import annotations
 
-BRAKED, UNBRAKED = 0.25, 0.5
+BRAKED, UNBRAKED = 0.2, 0.4
 """Exponents up to the first count as fully braked, from the second on as not at all."""
 
 

@@ -69,5 +69,5 @@ def initial_risk(profile: SpectralProfile) -> InitialRisk:
         reason=why,
         svd_rank=svd_rank,
         num_samples=num_samples,
-        update_exponent=profile.median("update_exponent"),
+        update_exponent=profile.update_exponent,
     )

@@ -3,7 +3,7 @@
 Imports torch and koopmon.errors only; plain arguments, no configuration, no I/O. Rows are samples: x, y (N, D).
 """
 
-from koopmon.spectral.growth import update_exponent
+from koopmon.spectral.growth import stack_exponent, update_exponent
 from koopmon.spectral.kss import CONDITION_GUARD, KssGradient, kss_basis, kss_gradient, kss_loss
 from koopmon.spectral.nonnormality import kreiss_constant
 from koopmon.spectral.profile import MIN_UPDATE_RATIO, profile_states, profile_transition
@@ -23,5 +23,6 @@ __all__ = [
     "kss_loss",
     "profile_states",
     "profile_transition",
+    "stack_exponent",
     "update_exponent",
 ]

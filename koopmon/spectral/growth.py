@@ -5,6 +5,9 @@ Rows are samples: x, y (N, D).
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,3 +34,16 @@ def update_exponent(x: Tensor, y: Tensor) -> Tensor:
     slope = (lengths * updates).mean() / (lengths.square().mean() + LENGTH_SHARE / (2 * x.shape[-1]))
     finite: Tensor = slope.nan_to_num(0.0, 0.0, 0.0)
     return finite
+
+
+def stack_exponent(exponents: Sequence[float]) -> float:
+    """One exponent for a whole stack: the first layer's or the median, whichever is lower.
+
+    The first layer sees states whose lengths are the embedding's, and nothing else; deeper ones see lengths that the
+    layers before have shaped, as experts do that weigh tokens differently, and grow with those although they are
+    braked. Behind a Post-LN it is the other way round: only the first layer sees states that nothing has normalised. A
+    brake that shows in either is one. Raises ValueError for no layers.
+    """
+    if not exponents:
+        raise ValueError("exponents: none given, a stack has at least one layer")
+    return min(exponents[0], float(statistics.median(exponents)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+
+from koopmon.spectral.growth import stack_exponent
 
 FloatField = Literal[
     "near_unit_mass",
@@ -139,6 +140,13 @@ class SpectralProfile:
         return "; ".join(f"{count} of {self.num_layers} layers: {reason}" for reason, count in counts.items())
 
     @property
+    def update_exponent(self) -> float | None:
+        """That of the stack (`stack_exponent`), over informative layers; None when not informative."""
+        if not self.informative:
+            return None
+        return stack_exponent([layer.update_exponent for layer in self.layers if layer.informative])
+
+    @property
     def risk(self) -> float | None:
         """The paper's score: mean near-unit mass over informative layers, in [0, 1]; None when not informative."""
         if not self.informative:
@@ -152,14 +160,6 @@ class SpectralProfile:
     def mean(self, field: str) -> float | None:
         """Mean over layers; None when no layer holds the field (only `kreiss_constant` can be missing)."""
         return self._aggregate(field, _mean)
-
-    @overload
-    def median(self, field: FloatField) -> float: ...
-    @overload
-    def median(self, field: str) -> float | None: ...
-    def median(self, field: str) -> float | None:
-        """Median over layers, as `mean`."""
-        return self._aggregate(field, statistics.median)
 
     @overload
     def max(self, field: FloatField) -> float: ...

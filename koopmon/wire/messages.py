@@ -92,7 +92,7 @@ class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     rate_sized_steps: bool = False
     """The optimizer moves each weight by about the learning rate at each step, whatever the gradient: Adam's kin."""
     update_exponent: Annotated[float, Meta(ge=-1000.0, le=1000.0)] | None = None
-    """k of ||update|| ~ ||state||^k, median over blocks, in the first forward pass that this rank made; unknown before
+    """k of ||update|| ~ ||state||^k over the stack, in the first forward pass that this rank made; unknown before
     it and where blocks do not move the state."""
     kss: KssSettings | None = None
     """The adapter's default KSS settings; the monitor's own configuration wins."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from koopmon.spectral import stack_exponent, update_exponent
 from koopmon.tokens import choose_rows
 from tests.agent.models import (
     B,
@@ -76,6 +78,7 @@ def test_rows_are_the_same_tokens_of_the_first_microbatch(
     options: dict[str, Any], accumulate: int, monitor: ScriptedMonitor, agents: Attach
 ) -> None:
     model = build(**options)
+    at_first = states_of(model, batch(0))
     optimizer, agent = attached(agents, monitor, model)
     for step in range(4):
         for micro in range(accumulate):
@@ -94,6 +97,10 @@ def test_rows_are_the_same_tokens_of_the_first_microbatch(
     monitor.wait(lambda: monitor.of(Hello)[-1].num_layers)
     hello = monitor.of(Hello)[-1]
     assert (hello.num_layers, hello.width, hello.adapter, hello.acts) == (L, D, "transformer", True)
+    rows = [state.reshape(-1, D) for state in at_first]
+    exponents = [update_exponent(x, y).item() for x, y in pairwise(rows)]
+    assert hello.update_exponent == pytest.approx(stack_exponent(exponents), abs=1e-4)
+    assert not hello.rate_sized_steps, "SGD's are as long as the gradient says"
 
 
 def test_only_training_forwards_count(monitor: ScriptedMonitor, agents: Attach) -> None:

@@ -147,7 +147,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_features_are_as_named() -> None:
     example = Example(update_exponent=0.25, learning_rate=0.001, width=100, num_layers=10)
-    assert example.features() == pytest.approx((0.0, 1.0))
+    assert example.features() == pytest.approx((0.0, 0.75))
     assert Calibrator.__struct_fields__[0] == "version"
 
 

@@ -64,9 +64,9 @@ def log_odds(probability: float) -> float:
 
 
 def test_braked_layers_may_lurch_more() -> None:
-    bare, partly = follow(LURCH)[-1], follow(LURCH, 0.45)[-1]
+    bare, partly = follow(LURCH)[-1], follow(LURCH, 0.395)[-1]
     assert log_odds(bare.value) - log_odds(partly.value) == pytest.approx(
-        min(CONFIG.prior_slope * CONFIG.braked_decades * brake(0.45), -CONFIG.min_prior)
+        min(CONFIG.prior_slope * CONFIG.braked_decades * brake(0.395), -CONFIG.min_prior)
     )
     assert follow(LURCH, 0.0)[-1].components["prior"] == CONFIG.min_prior, "bounded, so that evidence can overrule it"
     assert "prior -6.0" in follow(LURCH, 0.0)[-1].reason
