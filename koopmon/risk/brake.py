@@ -2,9 +2,9 @@
 
 A layer's update grows with the state as ||y - x|| ~ ||x||^k. Behind a normalisation k is 0, whatever is learned: twice
 the state gets the same update. Without one it is 1 for linear layers, and more where attention multiplies states. Over
-165 untrained models of six residual schemes, two initialisations, two tasks and six sizes the median exponent over
-layers was at most 0.30 with a normalisation and at least 0.51 without; near-unit mass and the share of reliable modes
-change sides with the initialisation.
+165 untrained models of six residual schemes, two initialisations, two tasks and six sizes the exponent of the stack was
+at most 0.22 with a normalisation and at least 0.37 without; near-unit mass and the share of reliable modes change sides
+with the initialisation.
 """
 
 from __future__ import annotations
