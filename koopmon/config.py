@@ -141,8 +141,8 @@ class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Log-odds of divergence that the prior gains for each factor of ten on the effective rate, which is the learning
     rate in force x width x transitions. Only under optimizers whose steps are as long as the rate says (Adam's kin)."""
     critical_rate: Positive = 1.0
-    """Effective rate at which the prior is even for layers whose updates nothing brakes (koopmon.risk.brake). Of runs of
-    200 steps half die at 1.8; longer ones, and those that learn more, die from 1 on."""
+    """Effective rate at which the prior is even for layers whose updates nothing brakes (koopmon.risk.brake). Of runs
+    of 200 steps half die at 1.8; longer ones, and those that learn more, die from 1 on."""
     braked_decades: NonNegative = 3.0
     """Factors of ten by which it is higher behind normalisations. Ours lived at every rate that was tried, up to one
     factor of ten; large models are trained at two."""
