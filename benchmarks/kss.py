@@ -55,10 +55,6 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "branch 0.03, tau 2": {"shaping": "branch", "alpha": 0.03, "tau_u": 2.0},
     "branch 0.3, tau 2": {"shaping": "branch", "alpha": 0.3, "tau_u": 2.0},
     "branch 0.3, tau 3": {"shaping": "branch", "alpha": 0.3, "tau_u": 3.0},
-    "policy lr": {"control": "lr", "profile_every": 1},
-    "policy kss+lr, unstable": {"control": "kss+lr", "profile_every": 1, "shaping": "unstable"},
-    "policy kss+lr, decoupled": {"control": "kss+lr", "profile_every": 1, "shaping": "decoupled"},
-    "policy kss+lr, branch": {"control": "kss+lr", "profile_every": 1, "shaping": "branch"},
     "Pre-LN, nothing": {"norm": "pre"},
     "Pre-LN, published": {"norm": "pre", "shaping": "published"},
     "Pre-LN, unstable alone, tau 2": {"norm": "pre", "shaping": "unstable", "tau_u": 2.0},
@@ -75,10 +71,6 @@ QUOTED: Mapping[str, Sequence[float]] = {
     "published, every 10th, half": RATES,
     "published": (0.004, 0.008),
     "branch 0.1, tau 3": RATES,
-    "branch 0.3, tau 3": RATES,
-    "Pre-LN, nothing": (0.004,),
-    "Pre-LN, published": (0.004,),
-    "Pre-LN, decoupled 0.1, tau 1.5": (0.004,),
 }
 """Chosen by the look: the forms as published, the best of ours for either scheme, and what they are to beat. Policies
 are quoted by `benchmarks.guarded`, in real processes."""

@@ -248,7 +248,9 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "spectral_speed": spectral_speed,
     "agent_overhead": agent_overhead,
     "norms": norms,
+    "fresh": fresh,
     "early_warning": early_warning,
+    "kss": kss,
     "guarded": guarded,
     "architectures": architectures,
 }
