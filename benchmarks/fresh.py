@@ -2,7 +2,7 @@
 
 The calibrator that `benchmarks.norms` left and the detectors' thresholds that `benchmarks.early_warning` left, as they
 lie under `benchmarks/results`, on trainings that neither saw: other seeds, sizes and rates throughout, and, in groups
-of their own, another initialisation and other tasks. Nothing is fitted here.
+of their own, another initialisation and another task. Nothing is fitted here.
 
 This is the second such sweep. The first, with seeds from 1000 on (results/fresh_reliable_modes.json), refuted the
 calibrator of its day, which read the share of reliable modes: under PyTorch's initialisation it was wrong way round.
@@ -40,7 +40,6 @@ FIRST_SEED = 2000
 OTHERS: Sequence[tuple[Mapping[str, Any], Sequence[Norm]]] = (
     ({"initialisation": "torch"}, ("none", "pre", "rms", "sub")),  # DeepNorm starts beyond a loss of 50 there
     ({"task": "recall-2"}, ("none", "deep", "pre")),
-    ({"task": "text"}, ("none", "deep", "pre")),
 )
 
 Run = Kept[Recipe]
@@ -69,7 +68,7 @@ def _axes(factor: int) -> Iterator[dict[str, Any]]:
 def group(run: Run) -> str:
     if run.case.initialisation == "torch":
         return "PyTorch's initialisation"
-    return "other tasks" if run.case.task != "recall-4" else "other seeds, sizes, rates"
+    return "other task" if run.case.task != "recall-4" else "other seeds, sizes, rates"
 
 
 def score_start(runs: Sequence[Run], calibrator: Calibrator, console: Console) -> dict[str, Any]:
