@@ -131,7 +131,7 @@ def test_a_table_a_verdict_and_a_picture(bench: Any, tmp_path: Path) -> None:
     assert "256 of 256 tokens" in text
     rows = [line.split("│")[1].strip() for line in text.splitlines() if line.count("│") > 5]
     assert rows == ["0", "1", "2", "mean"]
-    assert {line.count("│") for line in text.splitlines() if line.count("│") > 5} == {11}, "no column without a heading"
+    assert {line.count("│") for line in text.splitlines() if line.count("│") > 5} == {12}, "no column without a heading"
     assert "initial risk: " in text
     assert "not informative" not in text
     assert (tmp_path / "deep" / "spectrum.png").read_bytes().startswith(b"\x89PNG")
