@@ -9,12 +9,13 @@ import pytest
 from rich.console import Console
 
 from benchmarks.guarded import BY_HAND, Plan, analyse, train_all
+from koopmon.config import PolicyConfig
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
 def test_one_monitor_and_one_launcher_serve_many_runs(tmp_path: Path) -> None:
-    plan = Plan(rates=(0.012,), fixed=(0.001,), seeds=1, healthy=1, policies=("kss+lr",), steps=80)
+    plan = Plan(rates=(0.012,), fixed=(0.001,), seeds=1, healthy=1, policies=(PolicyConfig().name,), steps=80)
     console = Console(file=io.StringIO(), width=160)
     runs = train_all(plan, tmp_path, console)
     assert len(runs) == len(BY_HAND) + 1 + 4 + 1 + 4
@@ -24,7 +25,7 @@ def test_one_monitor_and_one_launcher_serve_many_runs(tmp_path: Path) -> None:
     controls = {row["control"]: row for row in found["rows"]}
     assert controls["nothing"]["diverged"] == 1.0
     assert controls["nothing"]["actions"] == 0.0
-    assert controls["kss+lr"]["actions"] > 0.0
+    assert controls[PolicyConfig().name]["actions"] > 0.0
     assert found["replicas_equal"]
     assert found["healthy"]["num_runs"] == 4
     assert found["healthy"]["acted_on"] == 0
