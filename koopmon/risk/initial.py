@@ -31,7 +31,7 @@ class InitialRisk:
     svd_rank: int | None
     num_samples: int
     update_exponent: float | None = None
-    """Mean over the informative layers; what `koopmon.risk.calibration` joins with the learning rate."""
+    """Of the stack, over the informative layers; what `koopmon.risk.calibration` joins with the learning rate."""
 
 
 def initial_risk(profile: SpectralProfile) -> InitialRisk:
