@@ -15,10 +15,13 @@ LENGTH_SHARE = 0.05
 """Of the variance 1 / (2 D) that the logarithm of a length has where D entries are drawn independently, as in a fresh
 embedding: lengths that vary by less count as equal."""
 
+LARGEST = 100.0
+"""Bound of what is told: where single samples have no update at all the slope means nothing."""
+
 
 @torch.no_grad()
 def update_exponent(x: Tensor, y: Tensor) -> Tensor:
-    """k of ||y - x|| ~ ||x||^k, the least-squares slope of the logarithms over the samples; 0-d float64, finite.
+    """k of ||y - x|| ~ ||x||^k, the least-squares slope of the logarithms over the samples; 0-d float64, within +-100.
 
     Where the states are all of one length, as behind a normalisation of the stream itself, there is nothing that the
     update could grow with, and k is 0. Never synchronises. It is a property of the layer as it was initialised: once
@@ -32,8 +35,8 @@ def update_exponent(x: Tensor, y: Tensor) -> Tensor:
     )
     lengths, updates = lengths - lengths.mean(), updates - updates.mean()
     slope = (lengths * updates).mean() / (lengths.square().mean() + LENGTH_SHARE / (2 * x.shape[-1]))
-    finite: Tensor = slope.nan_to_num(0.0, 0.0, 0.0)
-    return finite
+    bounded: Tensor = slope.nan_to_num(0.0, 0.0, 0.0).clamp(-LARGEST, LARGEST)
+    return bounded
 
 
 def stack_exponent(exponents: Sequence[float]) -> float:

@@ -47,3 +47,11 @@ def test_half_precision_tells_the_same(dtype: torch.dtype) -> None:
 def test_values_beyond_all_bounds_stay_finite() -> None:
     x = torch.full((8, 4), 3e38)
     assert update_exponent(x, -x).isfinite()
+
+
+def test_samples_without_an_update_do_not_leave_the_bounds() -> None:
+    x = torch.ones(100, 1024, dtype=torch.float64)
+    x[:50] *= 1.01
+    y = x.clone()
+    y[:50] += 1.0
+    assert update_exponent(x, y).item() == 100.0
