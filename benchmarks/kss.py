@@ -2,7 +2,8 @@
 
 Associative recall with 2 pairs, which small models learn (METHOD section 9). First a look: every setting at two rates
 over four seeds. Then the cells that are quoted, over 24 other seeds. Survival alone does not count: beside the share
-that diverged stands the accuracy of those that lived, and of fixed rates without any of it.
+that diverged stands the accuracy of those that lived, and of fixed rates without any of it. What the file of results
+knows already, of as many runs and steps, is kept, with the commit that it was measured at; --again measures all anew.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ BASE = Recipe(
 )
 SPARSE = {"kss_every": 10, "layer_fraction": 0.5}
 """The published cadence: every 10th step, half of the layers."""
+BRANCH: Mapping[str, Any] = {"shaping": "branch", "alpha": 0.6, "tau_u": 3.0}
+LARGER: Mapping[str, Any] = {"width": 128, "num_layers": 6}
+TEXT: Mapping[str, Any] = {"task": "text", "batch": 8}
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "nothing": {},
@@ -55,22 +59,63 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "branch 0.03, tau 2": {"shaping": "branch", "alpha": 0.03, "tau_u": 2.0},
     "branch 0.3, tau 2": {"shaping": "branch", "alpha": 0.3, "tau_u": 2.0},
     "branch 0.3, tau 3": {"shaping": "branch", "alpha": 0.3, "tau_u": 3.0},
-    "Pre-LN, nothing": {"norm": "pre"},
-    "Pre-LN, published": {"norm": "pre", "shaping": "published"},
-    "Pre-LN, unstable alone, tau 2": {"norm": "pre", "shaping": "unstable", "tau_u": 2.0},
-    "Pre-LN, decoupled 0.1, tau 1.5": {"norm": "pre", "shaping": "decoupled", "alpha": 0.1, "tau_u": 1.5},
-    "Pre-LN, branch 0.1, tau 3": {"norm": "pre", "shaping": "branch", "alpha": 0.1, "tau_u": 3.0},
+    "branch 0.6, tau 2.5": {"shaping": "branch", "alpha": 0.6, "tau_u": 2.5},
+    "branch 0.6, tau 3": BRANCH,
+    "branch 0.6, tau 4": {"shaping": "branch", "alpha": 0.6, "tau_u": 4.0},
+    "branch 1, tau 3": {"shaping": "branch", "alpha": 1.0, "tau_u": 3.0},
+    "branch 1, tau 4": {"shaping": "branch", "alpha": 1.0, "tau_u": 4.0},
+    "branch 0.3, tau 3, every 3rd": {"shaping": "branch", "alpha": 0.3, "tau_u": 3.0, "kss_every": 3},
+    "branch 0.6, tau 3, every 3rd, 2 late": {**BRANCH, "kss_every": 3, "kss_delay": 2},
+    "projected, tau 2": {"shaping": "projected", "alpha": 0.9, "tau_u": 2.0},
+    "projected, tau 3": {"shaping": "projected", "alpha": 0.9, "tau_u": 3.0},
+    "projected, tau 3, every 3rd, 2 late": {
+        "shaping": "projected",
+        "alpha": 0.9,
+        "tau_u": 3.0,
+        "kss_every": 3,
+        "kss_delay": 2,
+    },
+    "D 128, L 6: nothing": LARGER,
+    "D 128, L 6: clipping at 1.0": {**LARGER, "clip": 1.0},
+    "D 128, L 6: published, every 10th, half": {**LARGER, "shaping": "published", **SPARSE},
+    "D 128, L 6: branch 0.6, tau 3": {**LARGER, **BRANCH},
+    "text: nothing": TEXT,
+    "text: clipping at 1.0": {**TEXT, "clip": 1.0},
+    "text: published, every 10th, half": {**TEXT, "shaping": "published", **SPARSE},
+    "text: branch 0.6, tau 3": {**TEXT, **BRANCH},
+    "SGD: nothing": {"optimizer": "sgd"},
+    "SGD: clipping at 1.0": {"optimizer": "sgd", "clip": 1.0},
+    "SGD: published, every 10th, half": {"optimizer": "sgd", "shaping": "published", **SPARSE},
+    "SGD: branch 0.6, tau 3": {"optimizer": "sgd", **BRANCH},
+    "Pre-LN: nothing": {"norm": "pre"},
+    "Pre-LN: published": {"norm": "pre", "shaping": "published"},
+    "Pre-LN: unstable alone, tau 2": {"norm": "pre", "shaping": "unstable", "tau_u": 2.0},
+    "Pre-LN: decoupled 0.1, tau 1.5": {"norm": "pre", "shaping": "decoupled", "alpha": 0.1, "tau_u": 1.5},
+    "Pre-LN: branch 0.1, tau 3": {"norm": "pre", "shaping": "branch", "alpha": 0.1, "tau_u": 3.0},
 }
 """Alpha is 0.15, tau 1.05, the rank 32, every layer at every step, where nothing else is said."""
-LOOK_RATES = (0.004, 0.008)
+LOOK_RATES: Mapping[str, tuple[float, float]] = {
+    "": (0.004, 0.008),
+    "Pre-LN": (0.004, 0.008),
+    "D 128, L 6": (0.003, 0.005),
+    "text": (0.006, 0.012),
+    "SGD": (0.1, 0.3),
+}
+"""By what stands before the colon in a setting's name: a lower rate, and one that kills, if any does."""
 LOOK_SEEDS = range(100, 104)
-RATES = (0.004, 0.006, 0.008)
+RATES = (0.004, 0.006, 0.008, 0.012)
 QUOTED: Mapping[str, Sequence[float]] = {
     "nothing": RATES,
     "clipping at 1.0": RATES,
-    "published, every 10th, half": RATES,
+    "spectral norm": (0.004, 0.008),
+    "published, every 10th, half": (0.004, 0.006, 0.008),
     "published": (0.004, 0.008),
-    "branch 0.1, tau 3": RATES,
+    "branch 0.6, tau 3": RATES,
+    "Pre-LN: nothing": (0.004,),
+    "Pre-LN: published": (0.004,),
+    "Pre-LN: branch 0.1, tau 3": (0.004,),
+    "D 128, L 6: nothing": (0.002, 0.003, 0.005),
+    "D 128, L 6: branch 0.6, tau 3": (0.003, 0.005),
 }
 """Chosen by the look: the forms as published, the best of ours for either scheme, and what they are to beat. Policies
 are quoted by `benchmarks.guarded`, in real processes."""
@@ -91,7 +136,16 @@ class Cell:
     final_loss: float | None
     actions: float
     seconds_per_step: float
-    """Of the training alone, median over the runs; what is shared by all cells of one campaign is the machine."""
+    """Of the training alone, median over the runs."""
+    step_ratio: float | None = None
+    """To the same without anything, at the same rate, measured beside it."""
+    commit: str
+    """That it was measured at."""
+
+
+def base_of(setting: str) -> str:
+    """What stands before the colon: the model, task or optimizer where it is not the usual one."""
+    return setting.rpartition(": ")[0]
 
 
 def cells(wanted: Mapping[str, Sequence[float]], seeds: Sequence[int], steps: int) -> list[tuple[str, Recipe]]:
@@ -104,7 +158,7 @@ def cells(wanted: Mapping[str, Sequence[float]], seeds: Sequence[int], steps: in
     ]
 
 
-def summarise(name: str, lr: float, runs: Sequence[Kept[Recipe]]) -> Cell:
+def summarise(name: str, lr: float, runs: Sequence[Kept[Recipe]], commit: str) -> Cell:
     lived = [run.scalars for run in runs if run.scalars["died_at"] is None]
     interval = stats.binomtest(len(runs) - len(lived), len(runs)).proportion_ci(0.95)
     return Cell(
@@ -118,6 +172,7 @@ def summarise(name: str, lr: float, runs: Sequence[Kept[Recipe]]) -> Cell:
         final_loss=statistics.fmean(s["final_loss"] for s in lived) if lived else None,
         actions=statistics.fmean(run.scalars["num_actions"] for run in runs),
         seconds_per_step=statistics.median(run.scalars["seconds_per_step"] for run in runs),
+        commit=commit,
     )
 
 
@@ -137,13 +192,33 @@ def table(title: str, found: Sequence[Cell]) -> Table:
     return drawn
 
 
-def train_all(wanted: Sequence[tuple[str, Recipe]], options: argparse.Namespace, console: Console) -> list[Cell]:
+def known(path: Path, stage: str, num_runs: int, steps: int) -> dict[tuple[str, float], Cell]:
+    """The cells of `stage` that the file at `path` has, of so many runs and steps."""
+    if not path.exists():
+        return {}
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if document["steps"] != steps:
+        return {}
+    cells = [Cell(**row) for row in document[stage]]
+    return {(cell.setting, cell.lr): cell for cell in cells if cell.num_runs == num_runs}
+
+
+def train_all(
+    wanted: Sequence[tuple[str, Recipe]], options: argparse.Namespace, commit: str, console: Console
+) -> dict[tuple[str, float], Cell]:
     """One cell for each setting and rate of `wanted`."""
     runs = campaign.run([r for _, r in wanted], train, options.work, workers=options.workers, console=console)
     grouped: dict[tuple[str, float], list[Kept[Recipe]]] = {}
     for (name, recipe), run in zip(wanted, runs, strict=True):
         grouped.setdefault((name, recipe.lr), []).append(run)
-    return [summarise(name, lr, kept) for (name, lr), kept in grouped.items()]
+    found = {(name, lr): summarise(name, lr, kept, commit) for (name, lr), kept in grouped.items()}
+    plain = {(base_of(name), lr): cell for (name, lr), cell in found.items() if name.endswith("nothing")}
+    return {
+        (name, lr): replace(cell, step_ratio=cell.seconds_per_step / plain[base_of(name), lr].seconds_per_step)
+        if (base_of(name), lr) in plain
+        else cell
+        for (name, lr), cell in found.items()
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,18 +227,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--look", nargs="*", choices=SETTINGS, default=list(SETTINGS), help="settings to look at")
     parser.add_argument("--quote", nargs="*", choices=QUOTED, default=list(QUOTED), help="settings to quote")
     parser.add_argument("--seeds", type=int, default=24, help="runs per quoted cell (default %(default)s)")
+    parser.add_argument("--again", action="store_true", help="measure also what the file of results has")
     parser.add_argument("--steps", type=int, default=BASE.steps)
     options = parser.parse_args(arguments)
     console = campaign.console()
-    document: dict[str, Any] = {"provenance": provenance(0), "scale": options.scale, "steps": options.steps}
+    about = provenance(0)
+    document: dict[str, Any] = {"provenance": about, "scale": options.scale, "steps": options.steps}
     stages: dict[str, tuple[Mapping[str, Sequence[float]], Sequence[int]]] = {
-        "look": (dict.fromkeys(options.look, LOOK_RATES), LOOK_SEEDS),
+        "look": ({name: LOOK_RATES[base_of(name)] for name in options.look}, LOOK_SEEDS),
         "cells": ({name: QUOTED[name] for name in options.quote}, range(options.seeds)),
     }
     for stage, (settings, seeds) in stages.items():
-        found = train_all(cells(settings, seeds, options.steps), options, console)
-        console.print(table(f"{stage}, {len(seeds)} runs each", found))
-        document[stage] = [asdict(cell) for cell in found]
+        found = {} if options.again else known(options.out, stage, len(seeds), options.steps)
+        wanted = [case for case in cells(settings, seeds, options.steps) if (case[0], case[1].lr) not in found]
+        found |= train_all(wanted, options, about["commit"], console)
+        chosen = [found[name, lr] for name, rates in settings.items() for lr in rates]
+        console.print(table(f"{stage}, {len(seeds)} runs each", chosen))
+        document[stage] = [asdict(cell) for cell in chosen]
     options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return 0
 

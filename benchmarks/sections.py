@@ -142,7 +142,6 @@ def fresh(told: Document) -> list[str]:
 
 def kss(told: Document) -> list[str]:
     """First what is quoted, with intervals; then what was looked at."""
-    plain = {row["lr"]: row["seconds_per_step"] for row in told["cells"] if row["setting"] == "nothing"}
     quoted = [
         [
             row["setting"],
@@ -150,24 +149,22 @@ def kss(told: Document) -> list[str]:
             f"{row['diverged']:.0%} [{row['low']:.0%}, {row['high']:.0%}]",
             _decimal(row["accuracy"]),
             _decimal(row["final_loss"]),
-            f"{row['seconds_per_step'] / plain[row['lr']]:.1f}",
+            "-" if row["step_ratio"] is None else f"{row['step_ratio']:.1f}",
         ]
         for row in told["cells"]
     ]
     heading = ["setting", "learning rate", "diverged [95%]", "accuracy", "loss at the end", "time of a step"]
-    rates = sorted({row["lr"] for row in told["look"]})
-    by_place = {(row["setting"], row["lr"]): row for row in told["look"]}
     looked = []
     for name in dict.fromkeys(row["setting"] for row in told["look"]):
-        mine = [by_place[name, lr] for lr in rates]
-        looked.append([name, *(f"{row['diverged']:.0%}, {_decimal(row['accuracy'])}" for row in mine)])
+        mine = [row for row in told["look"] if row["setting"] == name]
+        looked.append([name, *(f"{row['lr']:g}: {row['diverged']:.0%}, {_decimal(row['accuracy'])}" for row in mine)])
     return [
         *_table(heading, quoted),
         "",
         f"{told['cells'][0]['num_runs']} runs in each row. The look before, {told['look'][0]['num_runs']} runs each:",
         "diverged, accuracy of the others.",
         "",
-        *_table(["setting", *(f"{lr:g}" for lr in rates)], looked),
+        *_table(["setting", "at a lower rate", "at a higher rate"], looked),
     ]
 
 

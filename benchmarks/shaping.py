@@ -2,10 +2,11 @@
 
 published: eqs. 14-15 with both terms, through the one backward pass and the optimizer. unstable, target: either term
 alone. decoupled: the unstable penalty's gradient makes a step of its own after the optimizer's, outside its moments, of
-`alpha` times the length of the optimizer's step. branch: no gradient at all; where a layer's radius lies above tau_u,
-the weights with which its sublayers write into the stream shrink by up to `alpha` of themselves, in the manner in which
-attention logits are clipped by shrinking queries and keys. Explicit autograd: the product's injection is tested to
-equal it.
+`alpha` times the length of the optimizer's step. branch, projected: no gradient at all; where a layer's radius lies
+above tau_u, the weights with which its sublayers write into the stream shrink, in the manner in which attention logits
+are clipped by shrinking queries and keys: by alpha x (radius / tau_u - 1), at most alpha, of themselves, or, projected,
+to the point where a linear layer's radius would be tau_u, by at most alpha. `delay` steps late, as a monitor would be.
+Explicit autograd: the product's injection is tested to equal it.
 """
 
 from __future__ import annotations
@@ -20,20 +21,27 @@ from torch import Tensor, nn
 from benchmarks.models import Decoder
 from koopmon.spectral import kss_loss, profile_states
 
-Form = Literal["", "published", "unstable", "target", "decoupled", "branch"]
+Form = Literal["", "published", "unstable", "target", "decoupled", "branch", "projected"]
+WITHOUT_GRADIENT = ("branch", "projected")
 NUM_SAMPLES = 128
 
 
 class Shaping:
     """The penalty of one model. `alpha` is its weight now, 0 for off; `tau_u` the modulus that it begins at."""
 
-    def __init__(self, model: Decoder, form: Form, *, alpha: float, every: int, svd_rank: int, fraction: float) -> None:
+    def __init__(
+        self, model: Decoder, form: Form, *, alpha: float, every: int, svd_rank: int, fraction: float, delay: int = 0
+    ) -> None:
         self.form = form
         self.alpha = alpha
         self.tau_u = 1.05
         self.every = every
         self.svd_rank = svd_rank
         self._fraction = fraction
+        self._delay = delay
+        self._due: list[tuple[int, list[float]]] = []
+        """Steps after which factors on the branches of each layer are applied."""
+        self._step = 0
         self._model = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._states: list[Tensor] = []
@@ -44,7 +52,7 @@ class Shaping:
     @contextmanager
     def watching(self, step: int) -> Iterator[None]:
         """Around the forward pass: keeps the states, with their graph, at the steps that are shaped."""
-        self._states = []
+        self._states, self._step = [], step
         if not self.form or self.alpha <= 0 or step % self.every:
             yield
             return
@@ -61,7 +69,7 @@ class Shaping:
         """The mean of L_KSS over the chosen layers; None at steps that are not shaped, or without finite states."""
         if not self._states or not all(bool(state.isfinite().all()) for state in self._states):
             return None
-        if self.form == "branch":
+        if self.form in WITHOUT_GRADIENT:
             return None
         num_layers = len(self._states) - 1
         chosen = torch.randperm(num_layers, generator=self._generator)[: max(1, round(self._fraction * num_layers))]
@@ -86,8 +94,8 @@ class Shaping:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Decoupled and branch: the step outside the optimizer's moments."""
-        if self.form == "branch":
+        """Decoupled, branch and projected: the step outside the optimizer's moments."""
+        if self.form in WITHOUT_GRADIENT:
             self._shrink()
         if not self._gradients:
             return
@@ -99,14 +107,23 @@ class Shaping:
 
     def _shrink(self) -> None:
         states = [state.detach().flatten(0, 1)[: 2 * NUM_SAMPLES] for state in self._states]
-        if not states or not all(bool(state.isfinite().all()) for state in states):
-            return
-        profile = profile_states(states, svd_rank=self.svd_rank, kreiss="never")
-        for block, layer in zip(self._model.blocks, profile.layers, strict=True):
-            excess = min(1.0, max(0.0, layer.spectral_radius / self.tau_u - 1.0)) if layer.informative else 0.0
-            for name, parameter in block.named_parameters():
-                if ".project." in name:
-                    parameter.mul_(1.0 - self.alpha * excess)
+        if states and all(bool(state.isfinite().all()) for state in states):
+            profile = profile_states(states, svd_rank=self.svd_rank, kreiss="never")
+            radii = [layer.spectral_radius if layer.informative else 0.0 for layer in profile.layers]
+            self._due.append((self._step + self._delay, [self.factor(radius) for radius in radii]))
+        while self._due and self._due[0][0] <= self._step:
+            for block, factor in zip(self._model.blocks, self._due.pop(0)[1], strict=True):
+                for name, parameter in block.named_parameters():
+                    if ".project." in name:
+                        parameter.mul_(factor)
+
+    def factor(self, radius: float) -> float:
+        """On the branches of a layer with this spectral radius; 1 up to tau_u."""
+        if radius <= self.tau_u:
+            return 1.0
+        if self.form == "projected":  # of a linear layer, radius - 1 is in proportion to the branch
+            return max(1.0 - self.alpha, (self.tau_u - 1.0) / (radius - 1.0))
+        return 1.0 - self.alpha * min(1.0, radius / self.tau_u - 1.0)
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -74,6 +74,7 @@ class Recipe:
     kss_every: int = 1
     kss_rank: int = 32
     layer_fraction: float = 1.0
+    kss_delay: int = 0
     control: Control = ""
 
     @property
@@ -192,6 +193,7 @@ def _shaping(model: Decoder, recipe: Recipe) -> Shaping:
         every=recipe.kss_every,
         svd_rank=recipe.kss_rank,
         fraction=recipe.layer_fraction,
+        delay=recipe.kss_delay,
     )
     shaping.tau_u = recipe.tau_u
     return shaping

@@ -17,6 +17,8 @@ Two scores in [0, 1] come of it, as log-odds:
 
     risk      4 log v + prior                                acts: without a lurch it is 0, whatever the prior
     forecast  log growth of the expansive mass + prior       warns, and never acts: it may be high from the start
+              or, where the script logs its loss,
+              4 log(z + 0.05) + prior                        with z the loss's z-score (koopmon.risk.surprise)
 
 benchmarks/results has what each was measured to do.
 """
@@ -30,6 +32,7 @@ from typing import TYPE_CHECKING
 
 from koopmon.config import RiskConfig
 from koopmon.risk.brake import brake
+from koopmon.risk.surprise import LEAST, Surprise
 
 if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
@@ -39,6 +42,8 @@ TINY_RATE = 1e-12
 """A rate of 0, as at the first step of a warm-up, has a logarithm too."""
 EXPANSIVE_FLOOR = 0.01
 """Added to the expansive mass: growth below it counts little. One mode of 32 in one layer of 4 is 0.008."""
+LOSS_FLOOR = 0.05
+"""Added to the loss's z-score, which may be nothing: -12 log-odds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,12 +88,15 @@ class RiskState:
     """Slow running mean of the peak, each peak counted as 1 at most."""
     lr_scale: float = 1.0
     """koopmon's scale at the last snapshot: once it is lowered, earlier restlessness is no longer evidence."""
+    surprise: Surprise = field(default_factory=Surprise)
+    """Of the logged loss; empty where nothing is logged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnlineRisk:
     """`value`, the risk, and `forecast` in [0, 1]; `components` are v ("unsteadiness") and its parts, each 1 at its
-    scale, and the log-odds "prior" and "growth" (of the expansive mass)."""
+    scale, the log-odds "prior" and "growth" (of the expansive mass), and, once enough losses are known, "loss", the
+    z-score of the last one."""
 
     value: float
     reason: str
@@ -159,13 +167,14 @@ def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tu
     if not observation.informative:
         return state, OnlineRisk(value=0.0, reason=f"not informative: {observation.reason}")
     z = tuple(math.log(max(ratio, 0.0) + config.update_ratio_floor) for ratio in observation.update_ratios)
-    state = _since_the_start(state, observation)
-    known, growth = _prior(observation, config), _growth(state, observation)
-    forecast = _sigmoid(known + growth)
+    state = _with_start_and_loss(state, observation)
+    foreseen = {"prior": _prior(observation, config), "growth": _growth(state, observation)}
+    if len(state.surprise.losses) > LEAST:
+        foreseen["loss"] = state.surprise.value
+    forecast = _forecast(foreseen)
     if state.step is None or observation.step <= state.step or len(z) != len(state.z):
         fresh = replace(state, step=observation.step, z=z, speed=(), restlessness=0.0, lr_scale=1.0)
-        parts = {"prior": known, "growth": growth}
-        return fresh, OnlineRisk(value=0.0, forecast=forecast, reason="first snapshot", components=parts)
+        return fresh, OnlineRisk(value=0.0, forecast=forecast, reason="first snapshot", components=foreseen)
     gap = min(max(observation.step - state.step, config.min_gap_steps), config.max_gap_steps)
     latest = tuple(abs(new - old) / gap for new, old in zip(z, state.z, strict=True))
     weight = config.smoothing
@@ -185,18 +194,18 @@ def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tu
     v = max(0.5 * (peak + fastest), lasting) * reliability
     reason = (
         f"unsteadiness {v:.2f} of the update ratio (peak {peak:.2f} in layer {layer}, speed {fastest:.2f}, "
-        f"lasting {lasting:.2f}), prior {known:+.1f} by the rate and the layers' brake"
+        f"lasting {lasting:.2f}), prior {foreseen['prior']:+.1f} by the rate and the layers' brake"
     )
     if reliability < 1.0:
         reason += f", weighed by {reliability:.2f} for its reliable modes"
-    parts = {"unsteadiness": v, "peak": peak, "speed": fastest, "lasting": lasting}
-    parts |= {"prior": known, "growth": growth}
-    value = _sigmoid(4.0 * math.log(v) + known) if v > 0.0 else 0.0
+    parts = {"unsteadiness": v, "peak": peak, "speed": fastest, "lasting": lasting, **foreseen}
+    value = _sigmoid(4.0 * math.log(v) + foreseen["prior"]) if v > 0.0 else 0.0
     return state, OnlineRisk(value=value, forecast=forecast, reason=reason, components=parts)
 
 
-def _since_the_start(state: RiskState, observation: Observation) -> RiskState:
-    """`state`, with what the first informative snapshot said kept for good."""
+def _with_start_and_loss(state: RiskState, observation: Observation) -> RiskState:
+    """`state`, with what the first informative snapshot said kept for good, and the loss beside this one."""
+    state = replace(state, surprise=state.surprise.after(observation.loss))
     if state.initial_expansive_mass is not None:
         return state
     return replace(state, initial_expansive_mass=observation.expansive_mass)
@@ -213,6 +222,13 @@ def _growth(state: RiskState, observation: Observation) -> float:
     if now is None or first is None:
         return 0.0
     return math.log((now + EXPANSIVE_FLOOR) / (first + EXPANSIVE_FLOOR))
+
+
+def _forecast(foreseen: Mapping[str, float]) -> float:
+    """By the loss where there is one: with the prior it warned earlier than the expansive mass, and of more runs."""
+    if "loss" in foreseen:
+        return _sigmoid(foreseen["prior"] + 4.0 * math.log(max(foreseen["loss"], 0.0) + LOSS_FLOOR))
+    return _sigmoid(foreseen["prior"] + foreseen["growth"])
 
 
 def _sigmoid(log_odds: float) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.control import DELAY, Controller
-from benchmarks.kss import BASE, SETTINGS, cells, summarise
+from benchmarks.kss import BASE, LOOK_RATES, QUOTED, SETTINGS, base_of, cells, main, summarise
 from benchmarks.models import Decoder
 from benchmarks.shaping import Form, Shaping
 from benchmarks.training import Recipe, train
@@ -133,7 +135,41 @@ def test_cells_share_their_seeds_and_sum_up_what_became_of_them() -> None:
 
     lived = {"died_at": None, "accuracy": 0.5, "final_loss": 1.0, "num_actions": 2, "seconds_per_step": 0.1}
     died = {"died_at": 3, "accuracy": None, "final_loss": None, "num_actions": 0, "seconds_per_step": 0.3}
-    cell = summarise("nothing", 0.1, [Kept(BASE, lived, {}), Kept(BASE, died, {})])
+    cell = summarise("nothing", 0.1, [Kept(BASE, lived, {}), Kept(BASE, died, {})], "abc")
     assert (cell.diverged, cell.accuracy, cell.actions, cell.seconds_per_step) == (0.5, 0.5, 1.0, 0.2)
     assert cell.low < 0.5 < cell.high
     assert all(replace(BASE, **setting) for setting in SETTINGS.values())
+    assert {base_of(name) for name in SETTINGS} == set(LOOK_RATES)
+
+
+def test_cells_that_are_known_are_not_measured_again(tmp_path: Path) -> None:
+    out = tmp_path / "kss.json"
+    arguments = ["--out", str(out), "--steps", "3", "--seeds", "1", "--workers", "1", "--look", "--quote", "nothing"]
+    assert main(arguments) == 0
+    document = json.loads(out.read_text())
+    assert [cell["step_ratio"] for cell in document["cells"]] == [1.0] * len(QUOTED["nothing"])
+    document["cells"][0]["accuracy"] = 0.875
+    out.write_text(json.dumps(document))
+    assert main(arguments) == 0
+    assert json.loads(out.read_text())["cells"][0]["accuracy"] == 0.875
+    assert main([*arguments, "--again"]) == 0
+    assert json.loads(out.read_text())["cells"][0]["accuracy"] != 0.875
+
+
+def test_a_projected_branch_meets_the_modulus_and_a_late_one_waits() -> None:
+    model, shaping = shaped("projected", alpha=0.9, tau_u=1.1)
+    assert shaping.factor(1.1) == 1.0
+    assert shaping.factor(1.2) == pytest.approx(0.5)
+    assert shaping.factor(1e9) == pytest.approx(0.1)
+    before = radius(model)
+    shaping.after_step()
+    assert 1.0 < radius(model) < before
+    model, shaping = shaped("branch")
+    shaping._delay = 1
+    before = radius(model)
+    shaping.after_step()
+    assert radius(model) == before
+    with shaping.watching(1):
+        model(torch.randint(32, (16, 16)))
+    shaping.after_step()
+    assert radius(model) < before

@@ -1,0 +1,40 @@
+"""How far the logged loss lies above what the run's own last ones let expect: its z-score."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, replace
+
+WINDOW = 20
+"""Losses that are looked back on."""
+LEAST = 5
+"""So many must be known before one can surprise."""
+LARGEST = 1e6
+"""Also of a loss that is not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surprise:
+    """`losses` are the last finite ones, oldest first; `value` is the z-score of the newest against those before it."""
+
+    losses: tuple[float, ...] = ()
+    value: float = 0.0
+
+    def after(self, loss: float | None) -> Surprise:
+        """With the loss that came with one more snapshot.
+
+        The same value again is no news: a script may log more seldom than snapshots are taken.
+        """
+        if loss is None or (self.losses and loss == self.losses[-1]):
+            return self
+        if not math.isfinite(loss):
+            return replace(self, value=LARGEST)
+        return Surprise((*self.losses, loss)[-WINDOW:], self._z_score(loss))
+
+    def _z_score(self, loss: float) -> float:
+        if len(self.losses) < LEAST:
+            return 0.0
+        mean = statistics.fmean(self.losses)
+        deviation = statistics.pstdev(self.losses, mean) + 1e-3 * abs(mean) + 1e-12
+        return min((loss - mean) / deviation, LARGEST)
