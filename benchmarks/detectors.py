@@ -1,7 +1,7 @@
 """Every detector as a function of one recording: a score per profiled step, higher means more alarm. All are causal.
 
-Ours are the two that the monitor runs. The baselines are what others watch, each in its usual form; two of them stand
-there once more with what koopmon knows beforehand, the rate and the layers' linearity at the start.
+Ours are those that the monitor runs. The baselines are what others watch, each in its usual form; the gradient norm
+stands there once more with what koopmon knows beforehand, the rate and the layers' brake.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ LEAST_EVIDENCE = 0.05
 MEANS = ("near_unit_mass", "expansive_mass", "reliable_mode_ratio")
 
 
-def online(run: Kept[Recipe], config: RiskConfig | None = None) -> list[OnlineRisk]:
-    """What the monitor's detector says at each profiled step, where it sees the rate of that step."""
+def online(run: Kept[Recipe], config: RiskConfig | None = None, *, logged: bool = False) -> list[OnlineRisk]:
+    """What the monitor's detector says at each profiled step, where it sees the rate of that step.
+
+    Where the loss is `logged` it knows that of the step before: a snapshot leaves before its own step's loss is known.
+    """
     config = config or RiskConfig()
     exponent = run.scalars["initial"]["update_exponent"]
     state, risks = RiskState(), []
@@ -44,6 +47,7 @@ def online(run: Kept[Recipe], config: RiskConfig | None = None) -> list[OnlineRi
             update_ratios=tuple(ratios.tolist()),
             effective_rate=run.case.lr * warmed(run.case, int(step)) * run.case.width * run.case.num_layers,
             update_exponent=exponent,
+            loss=float(run.series["loss"][step - 1]) if logged and step > 0 else None,
             **means,
         )
         state, risk = assess(state, observation, config)
@@ -64,6 +68,11 @@ def online_risk(run: Kept[Recipe]) -> Series:
 def forecast(run: Kept[Recipe]) -> Series:
     """koopmon's forecast, which warns, as log-odds."""
     return _log_odds([risk.forecast for risk in online(run)])
+
+
+def forecast_by_loss(run: Kept[Recipe]) -> Series:
+    """koopmon's forecast where the script logs its loss, as log-odds."""
+    return _log_odds([risk.forecast for risk in online(run, logged=True)])
 
 
 def unsteadiness(run: Kept[Recipe]) -> Series:
@@ -126,6 +135,7 @@ def with_prior(detector: Detector) -> Detector:
 
 DETECTORS: Mapping[str, Detector] = {
     "koopmon forecast": forecast,
+    "koopmon forecast, loss logged": forecast_by_loss,
     "koopmon risk": online_risk,
     "unsteadiness": unsteadiness,
     "update ratio / start": _spectral("update_ratio"),
@@ -134,7 +144,6 @@ DETECTORS: Mapping[str, Detector] = {
     "near-unit mass, fallen": _spectral("near_unit_mass", -1.0),
     "kappa(V) / start": _spectral("eigenvector_condition_number"),
     "gradient norm, with prior": with_prior(_profiled("grad_norm", lambda values: values)),
-    "loss z-score, with prior": with_prior(_profiled("loss", z_score)),
     "gradient norm z-score": _profiled("grad_norm", z_score),
     "gradient norm CUSUM": _profiled("grad_norm", cusum),
     "gradient norm": _profiled("grad_norm", lambda values: values),

@@ -112,6 +112,42 @@ def test_commands_change_both_ranks_at_one_step_and_nothing_else_changes_anythin
         assert [each["status"]["errors"] for each in phase] == [0, 0]
 
 
+def test_under_fsdp2_kss_and_back_off_act_alike_on_both_ranks_once_allowed_to(
+    ranks: Callable[..., Any], monitor: ScriptedMonitor, tmp_path: Path
+) -> None:
+    act = {"limits": {"act": "always"}}
+    common = {"shard": True, "endpoint": monitor.endpoint, "config": act}
+    phases = [
+        {"shard": True},
+        {**common, "run": "watched"},
+        {**common, "run": "kss", "alpha": 0.7, "steps": 1000},
+        {**common, "run": "both", "steps": 200, "pause": 0.01},
+    ]
+    job = ranks("ddp.py", tmp_path / "out", json.dumps(phases))
+    started(monitor, job, "kss")
+    while not ended(monitor, "kss"):
+        time.sleep(0.2)
+        monitor.command("set_kss", "kss", kss=koopmon_settings(0.7))
+    started(monitor, job, "both")
+    for scale, alpha in ((0.5, 0.3), (0.25, 0.0), (1.0, 0.1)):
+        monitor.command("set_lr_scale", "both", lr_scale=scale, ramp_steps=3)
+        monitor.command("set_kss", "both", kss=koopmon_settings(alpha), ramp_steps=5)
+        time.sleep(0.4)
+    job.wait()
+    plain, watched, kss, both = results(tmp_path / "out")
+    for rank in range(2):
+        assert watched[rank]["losses"] == plain[rank]["losses"]
+        assert watched[rank]["digest"] == plain[rank]["digest"]
+        assert len(kss[rank]["errors"]) > 1
+        assert max(kss[rank]["errors"]) < 1e-12, "the mean over ranks of the local KSS losses"
+    assert both[0]["digest"] == both[1]["digest"] != plain[0]["digest"]
+    assert both[0]["scales"] == both[1]["scales"]
+    assert both[0]["alphas"] == both[1]["alphas"]
+    assert min(both[0]["scales"]) < 1.0 < 1.0 + max(both[0]["alphas"])
+    for phase in (watched, kss, both):
+        assert [each["status"]["errors"] for each in phase] == [0, 0]
+
+
 def test_ranks_that_hang_leave_early_or_never_come(
     ranks: Callable[..., Any], monitor: ScriptedMonitor, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -36,6 +37,7 @@ class Phase:
     `hang_step`, `hang_seconds`: rank 1 stops itself before that step.
     `early`: attach before the ranks have met and before DDP wraps the model; for the first phase only.
     `alpha`: check the KSS gradient of one step against the written loss, averaged over ranks.
+    `shard`: FSDP2 in the place of DDP.
     """
 
     steps: int = 60
@@ -52,13 +54,27 @@ class Phase:
     alpha: float = 0.0
     close: bool = True
     early: bool = False
+    shard: bool = False
 
 
 def digest(model: nn.Module) -> str:
     state = hashlib.sha256()
     for parameter in model.parameters():
-        state.update(parameter.detach().numpy().tobytes())
+        state.update(whole(parameter.detach()).numpy().tobytes())
     return state.hexdigest()
+
+
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor, also where this rank holds a shard of it."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    for block in model.blocks:  # type: ignore[union-attr]
+        fully_shard(block)
+    fully_shard(model)
+    return model
 
 
 def stop_for(seconds: float) -> None:
@@ -72,7 +88,9 @@ def stop_for(seconds: float) -> None:
 
 def train(phase: Phase, rank: int) -> dict[str, Any]:
     model: nn.Module = build()
-    if phase.ddp and not phase.early:
+    if phase.shard:
+        model = sharded(model)
+    elif phase.ddp and not phase.early:
         model = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5))
@@ -136,9 +154,10 @@ def explicit_gradients(phase: Phase, settings: Any, step: int, rank: int) -> lis
 
 
 def check_kss(phase: Phase, rank: int) -> dict[str, Any]:
-    """A frozen model under DDP: the gradient of each step, plain until KSS is on, and then as written out."""
+    """A frozen model under DDP or FSDP2: the gradient of each step, plain until KSS is on, and then as written out."""
     settings = koopmon_settings(phase.alpha)
-    model = DistributedDataParallel(build(dtype=torch.float64))
+    plain = build(dtype=torch.float64)
+    model = sharded(plain) if phase.shard else DistributedDataParallel(plain)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     agent = koopmon.attach(model, optimizer, endpoint=phase.endpoint, run=phase.run, config=phase.config)
     errors = []
@@ -149,7 +168,7 @@ def check_kss(phase: Phase, rank: int) -> dict[str, Any]:
         loss_of(model, batch(step, rank)).backward()
         if in_force:
             expected = explicit_gradients(phase, settings, step, rank)
-            found = [parameter.grad for parameter in model.parameters()]
+            found = [whole(parameter.grad) for parameter in model.parameters()]
             difference = sum(float((a - b).square().sum()) for a, b in zip(found, expected, strict=True))
             errors.append((difference / sum(float(b.square().sum()) for b in expected)) ** 0.5)
         optimizer.step()
