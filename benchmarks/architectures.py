@@ -45,7 +45,7 @@ class Variant:
 
     label: str
     family: Family
-    options: Mapping[str, bool] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     paper: Mapping[str, float] = field(default_factory=dict)
 
 

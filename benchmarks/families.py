@@ -1,4 +1,4 @@
-"""Small language models of the other families, for `benchmarks.architectures`: experts, state spaces, splines.
+"""Small language models of the other families, for `benchmarks.architectures` and `benchmarks.family_alarms`.
 
 Shapes: N tokens, D width, E experts, K experts per token, G basis functions. Each is a `Decoder` with blocks of its
 own: where the published table names a family and no more, these are the plainest members of it.
@@ -17,6 +17,9 @@ from benchmarks.models import Block, Decoder, FeedForward, Residual, initialise
 
 Family = Literal["transformer", "moe-1", "moe-2", "moe-4", "mamba", "kan"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
+Scheme = Literal["pre", "none"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+"""The residual schemes that the families other than the transformer come in."""
 NUM_EXPERTS, NUM_HEADS = 8, 4
 GRID_INTERVALS, SPLINE_ORDER, GRID_RANGE = 5, 3, 1.0
 """As KAN layers have them by default: inputs beyond the grid meet no spline."""
@@ -82,12 +85,12 @@ def basis_functions(x: Tensor, grid: Tensor) -> Tensor:
 class StateSpace(nn.Module):
     """mambapy's selective state space as a residual block, h + f(norm(h)); without `residual`, f(norm(h)) alone."""
 
-    def __init__(self, width: int, num_layers: int, *, residual: bool) -> None:
+    def __init__(self, width: int, num_layers: int, *, residual: bool, scheme: Scheme) -> None:
         super().__init__()
         from mambapy.mamba import MambaBlock, MambaConfig
 
         self.mixer: nn.Module = MambaBlock(MambaConfig(d_model=width, n_layers=num_layers))
-        self.norm = nn.RMSNorm(width)
+        self.norm: nn.Module = nn.RMSNorm(width) if scheme == "pre" else nn.Identity()
         self.residual = residual
 
     def forward(self, h: Tensor) -> Tensor:
@@ -103,20 +106,21 @@ def language_model(
     vocabulary: int,
     num_tokens: int,
     seed: int,
+    scheme: Scheme = "pre",
     renormalised: bool = True,
     residual: bool = True,
 ) -> Decoder:
-    """A Pre-LN decoder whose blocks are of `family`. `renormalised` is of experts, `residual` of state spaces."""
+    """A decoder whose blocks are of `family`. `renormalised` is of experts, `residual` of state spaces."""
     generator = torch.Generator().manual_seed(seed)
 
     def attended(feed_forward: nn.Module) -> Block:
-        block = Block("pre", width, NUM_HEADS, num_layers)
-        block.feed_forward = Residual(feed_forward, "pre", width, num_layers)
+        block = Block(scheme, width, NUM_HEADS, num_layers)
+        block.feed_forward = Residual(feed_forward, scheme, width, num_layers)
         return block
 
     def make() -> nn.Module:
         if family == "mamba":
-            return StateSpace(width, num_layers, residual=residual)
+            return StateSpace(width, num_layers, residual=residual, scheme=scheme)
         if family == "kan":
             return attended(Splines(width, generator))
         experts = Experts(width, NUM_EXPERTS, int(family.removeprefix("moe-")), renormalised=renormalised)
@@ -126,7 +130,7 @@ def language_model(
 
     make_block: Callable[[], nn.Module] | None = None if family == "transformer" else make
     return Decoder(
-        "pre",
+        scheme,
         width=width,
         num_layers=num_layers,
         num_heads=NUM_HEADS,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.control import Control, Controller
-from benchmarks.families import Family, language_model
+from benchmarks.families import SCHEMES, Family, language_model
 from benchmarks.faults import Fault, strike
 from benchmarks.models import Decoder, Initialisation, Norm
 from benchmarks.probes import Probes
@@ -48,8 +48,8 @@ class Recipe:
 
     task: Task = "recall-4"
     family: Family = "transformer"
-    """Others than "transformer" are Pre-LN."""
     norm: Norm = "none"
+    """Families other than the transformer know "pre" and "none"."""
     initialisation: Initialisation = "gpt2"
     width: int = 128
     num_layers: int = 4
@@ -83,7 +83,7 @@ class Recipe:
         more += "-sgd" if self.optimizer == "sgd" else ""
         more += f"-{self.shaping}" if self.shaping else ""
         more += f"-{self.control}" if self.control else ""
-        kind: str = self.norm if self.family == "transformer" else self.family
+        kind: str = self.norm if self.family == "transformer" else f"{self.family}-{self.norm}"
         kind += "" if self.initialisation == "gpt2" else f"-{self.initialisation}"
         return f"{self.task}-{kind}-d{self.width}-l{self.num_layers}-lr{self.lr:g}-s{self.seed}{more}"
 
@@ -99,6 +99,8 @@ class Recipe:
         shape = TASKS[self.task]
         width, num_layers, vocabulary, seed = self.width, self.num_layers, shape["vocabulary"], self.seed
         if self.family != "transformer":
+            if self.norm not in SCHEMES:
+                raise ValueError(f"norm = {self.norm!r}: {self.family} allows {', '.join(SCHEMES)}")
             return language_model(
                 self.family,
                 width=width,
@@ -106,6 +108,7 @@ class Recipe:
                 vocabulary=vocabulary,
                 num_tokens=shape["num_tokens"],
                 seed=seed,
+                scheme=self.norm,
             )
         model = Decoder(
             self.norm,

@@ -12,7 +12,7 @@ from rich.console import Console
 from scipy.interpolate import BSpline
 
 import koopmon
-from benchmarks import architectures
+from benchmarks import architectures, family_alarms
 from benchmarks.families import FAMILIES, SPLINE_ORDER, Experts, Family, basis_functions, language_model
 from benchmarks.tasks import TASKS, Task, draw, loss_of, share_right
 from benchmarks.training import Recipe, train
@@ -74,7 +74,9 @@ def test_tasks_score_a_model_that_knows_the_answer(task: Task) -> None:
 
 @pytest.mark.parametrize("family", ["moe-2", "mamba", "kan"])
 def test_a_family_trains_and_is_profiled(family: Family) -> None:
-    recipe = Recipe(task="text", family=family, width=16, num_layers=2, lr=0.003, seed=0, steps=3, shaping="published")
+    recipe = Recipe(
+        task="text", family=family, norm="pre", width=16, num_layers=2, lr=0.003, seed=0, steps=3, shaping="published"
+    )
     scalars, series = train(recipe)
     assert scalars["died_at"] is None
     assert series["near_unit_mass"].shape == (3, 2)
@@ -92,3 +94,26 @@ def test_both_tables_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     told = json.loads(out.read_text())
     assert [row["label"] for row in told["spectra"]] == [variant.label for variant in architectures.VARIANTS]
     assert {(row["family"], row["num_runs"]) for row in told["trained"]} == {("transformer", 1), ("moe-2", 1)}
+
+
+def test_the_alarms_of_a_family_are_counted_by_what_became_of_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Recipe(task="text", width=16, num_layers=2, lr=0.0, seed=0, steps=25, warmup=1)
+    monkeypatch.setattr(family_alarms, "BASE", base)
+    monkeypatch.setattr(family_alarms, "ADAPTERS", {"transformer": "transformer", "kan": "kan"})
+    monkeypatch.setattr(family_alarms, "RATES", (0.001, 3.0))
+    out = tmp_path / "alarms.json"
+    assert family_alarms.main(["--out", str(out), "--seeds", "1", "--workers", "1"]) == 0
+    rows = {(row["family"], row["norm"]): row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {(family, norm) for family in ("transformer", "kan") for norm in ("pre", "none")}
+    bare = rows["transformer", "none"]
+    assert bare["num_diverged"] == 1
+    assert bare["healthy_steps"] == 25
+    assert bare["alarms_by_rate"] == {"0.001": 0, "3": 0}
+    assert all(row["num_runs"] == 2 for row in rows.values())
+
+
+def test_a_family_has_the_schemes_that_it_has() -> None:
+    with pytest.raises(ValueError, match="norm = 'post': kan allows pre, none"):
+        Recipe(family="kan", norm="post", lr=0.1, seed=0).model()
