@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from dataclasses import dataclass, replace
 
@@ -11,12 +10,14 @@ WINDOW = 20
 LEAST = 5
 """So many must be known before one can surprise."""
 LARGEST = 1e6
-"""Also of a loss that is not finite."""
+"""Also of a loss that is absurd."""
+ABSURD = 1e30
+"""From here on, as of NaN, nothing can be computed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Surprise:
-    """`losses` are the last finite ones, oldest first; `value` is the z-score of the newest against those before it."""
+    """`losses` are the last sensible ones, oldest first; `value` the z-score of the newest against those before it."""
 
     losses: tuple[float, ...] = ()
     value: float = 0.0
@@ -28,7 +29,7 @@ class Surprise:
         """
         if loss is None or (self.losses and loss == self.losses[-1]):
             return self
-        if not math.isfinite(loss):
+        if not abs(loss) < ABSURD:  # NaN too
             return replace(self, value=LARGEST)
         return Surprise((*self.losses, loss)[-WINDOW:], self._z_score(loss))
 

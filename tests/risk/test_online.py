@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from koopmon.config import RiskConfig
 from koopmon.risk.brake import brake
-from koopmon.risk.online import Observation, OnlineRisk, RiskState, assess, prior
+from koopmon.risk.online import LOSS_FLOOR, Observation, OnlineRisk, RiskState, assess, prior
+from koopmon.risk.surprise import LEAST
 
 CONFIG = RiskConfig()
 
@@ -103,6 +104,24 @@ def test_the_forecast_rises_as_the_expansive_mass_grows() -> None:
     assert forecasts[0] == forecasts[1] == forecasts[4] == 0.5
     assert 0.5 < forecasts[2] < forecasts[3]
     assert log_odds(forecasts[3]) == pytest.approx(math.log(0.51 / 0.03))
+
+
+def test_a_logged_loss_makes_the_forecast() -> None:
+    losses = [3.0 + 0.01 * (step % 3) for step in range(12)] + [3.2]
+    plain, told = RiskState(), RiskState()
+    for step, loss in enumerate(losses):
+        plain, without = assess(plain, seen(step, (1.0,), effective_rate=0.9, expansive_mass=0.1), CONFIG)
+        told, with_loss = assess(told, seen(step, (1.0,), effective_rate=0.9, expansive_mass=0.1, loss=loss), CONFIG)
+        assert ("loss" in with_loss.components) == (step >= LEAST), "before, the expansive mass speaks"
+        if step < LEAST:
+            assert with_loss.forecast == without.forecast
+    known, z = with_loss.components["prior"], with_loss.components["loss"]
+    assert z > 10
+    assert with_loss.forecast == pytest.approx(1 / (1 + math.exp(-known - 4 * math.log(z + LOSS_FLOOR))))
+    assert with_loss.forecast > 0.99 > 0.5 > without.forecast
+    assert with_loss.value == without.value == 0.0, "a loss alone is no reason to act"
+    told, fallen = assess(told, seen(13, (1.0,), effective_rate=0.9, loss=2.9), CONFIG)
+    assert fallen.forecast < 0.01
 
 
 @given(reliable=st.floats(0, 1), weight=st.floats(0, 1))
