@@ -1,7 +1,8 @@
 """Every detector as a function of one recording: a score per profiled step, higher means more alarm. All are causal.
 
-Ours are those that the monitor runs. The baselines are what others watch, each in its usual form; the gradient norm
-stands there once more with what koopmon knows beforehand, the rate and the layers' brake.
+Ours are those that the monitor runs. The baselines are what others watch, each in its usual form; two of them stand
+there once more with what koopmon knows beforehand, the rate and the layers' brake. The loss with it is what the monitor
+forecasts by where the script logs its loss, one step earlier than it can.
 """
 
 from __future__ import annotations
@@ -143,6 +144,7 @@ DETECTORS: Mapping[str, Detector] = {
     "spectral radius / start": _spectral("spectral_radius"),
     "near-unit mass, fallen": _spectral("near_unit_mass", -1.0),
     "kappa(V) / start": _spectral("eigenvector_condition_number"),
+    "loss z-score, with prior": with_prior(_profiled("loss", z_score)),
     "gradient norm, with prior": with_prior(_profiled("grad_norm", lambda values: values)),
     "gradient norm z-score": _profiled("grad_norm", z_score),
     "gradient norm CUSUM": _profiled("grad_norm", cusum),

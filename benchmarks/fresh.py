@@ -102,8 +102,9 @@ def score_start(runs: Sequence[Run], calibrator: Calibrator, console: Console) -
 
 
 def score_warnings(runs: Sequence[Run], thresholds: Mapping[str, float], console: Console) -> list[dict[str, Any]]:
-    """Every detector at the threshold that the other runs gave it."""
-    verdicts = [judge(name, remembered(detector), runs, limit=thresholds[name]) for name, detector in DETECTORS.items()]
+    """Every detector at the threshold that the other runs gave it, where they gave it one."""
+    known = {name: detector for name, detector in DETECTORS.items() if name in thresholds}
+    verdicts = [judge(name, remembered(detector), runs, limit=thresholds[name]) for name, detector in known.items()]
     verdicts.sort(key=lambda verdict: (-verdict.median_lead, -(verdict.auroc or 0)))
     console.print(table("at the thresholds of benchmarks.early_warning", verdicts))
     return [asdict(verdict) for verdict in verdicts]

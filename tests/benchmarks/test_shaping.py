@@ -152,7 +152,7 @@ def test_cells_that_are_known_are_not_measured_again(tmp_path: Path) -> None:
     out.write_text(json.dumps(document))
     assert main(arguments) == 0
     assert json.loads(out.read_text())["cells"][0]["accuracy"] == 0.875
-    assert main([*arguments, "--again"]) == 0
+    assert main([*arguments, "--again", "cells"]) == 0
     assert json.loads(out.read_text())["cells"][0]["accuracy"] != 0.875
 
 

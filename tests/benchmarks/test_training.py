@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.detectors import DETECTORS, cusum, z_score
+from benchmarks.detectors import DETECTORS, cusum, forecast_by_loss, online, z_score
 from benchmarks.early_warning import alarms, threshold
 from benchmarks.faults import FAULTS, Fault, strike
 from benchmarks.models import associative_recall_loss
@@ -61,6 +61,15 @@ def test_a_rate_that_kills_ends_the_run_at_its_death() -> None:
     assert series["loss"][-1] > 50 or series["grad_norm"][-1] > 500 or np.isnan(series["loss"][-1])
     for detector in DETECTORS.values():
         assert np.isfinite(detector(campaign_run(scalars, series))).all()
+
+
+def test_the_forecast_by_a_logged_loss_is_the_z_score_with_the_prior_a_step_later() -> None:
+    scalars, series = train(replace(SMALL, lr=0.05, steps=30))
+    run = campaign_run(scalars, series)
+    known = np.array([risk.components["prior"] for risk in online(run)])
+    at_once, later = DETECTORS["loss z-score, with prior"](run) - known, forecast_by_loss(run) - known
+    told = np.arange(7, len(later))  # the monitor knows six losses then
+    assert later[told] == pytest.approx(at_once[told - 1], abs=1e-3)
 
 
 def campaign_run(scalars: object, series: object) -> object:
