@@ -93,7 +93,7 @@ TABLE: tuple[Series, ...] = (
     _run("risk", "Online risk of divergence, 0 to 1."),
     _run(
         "forecast",
-        "Foresight of divergence, 0 to 1: what is known beforehand and how the spectrum has grown; warns only.",
+        "Foresight of divergence, 0 to 1: what is known beforehand and the logged loss or the spectrum; warns only.",
     ),
     _run("initial_risk", "Score at initialisation: mean near-unit mass of the first informative snapshot."),
     _run("divergence_probability", "Calibrated probability of divergence; absent until calibrated."),
