@@ -173,6 +173,13 @@ class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """What the learning-rate scale is multiplied with at a back-off."""
     severe_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.25
     """Likewise at a severe risk."""
+    landing_rate: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.5
+    """Where the scheduled rate is known to be above the critical one (`[risk] critical_rate`), a back-off goes at least
+    down to this times the critical one, and else by the gentle factors, which feel for a rate that is bearable."""
+    gentle_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.85
+    """The back-off there."""
+    gentle_severe_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.6
+    """Likewise at a severe risk."""
     min_lr_scale: Annotated[float, Meta(ge=0.05, le=1.0)] = 0.125
     """The scale below which the policy never goes."""
     cooldown_steps: Steps = 6

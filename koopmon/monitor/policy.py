@@ -230,10 +230,7 @@ def _back_off(case: _Case) -> Proposal | None:
     state, config = case.state, case.config
     if not (case.acts_on_lr and case.alarmed and case.settled) or state.lr_scale <= config.min_lr_scale:
         return None
-    # While a ramp is under way the scale in force is what flared up, not the target that it leads to.
-    flared = min(state.lr_scale, case.seen.lr_scale)
-    factor = config.severe_factor if case.severe else config.backoff_factor
-    scale = max(config.min_lr_scale, flared * factor)
+    scale = max(config.min_lr_scale, _lower_scale(case))
     again = " (the last cut was not enough)" if state.phase == "acting" else ""
     action = Action(
         kind="set_lr_scale",
@@ -251,6 +248,21 @@ def _back_off(case: _Case) -> Proposal | None:
         calm_since=None,
         high_streak=0,
     )
+
+
+def _lower_scale(case: _Case) -> float:
+    """What to go down to.
+
+    A rate known to be above the critical one explains the alarm: land where runs have a chance, and from there on feel
+    for what is bearable, since every factor too many costs learning. Anything else gets the whole cut at once.
+    """
+    config, excess = case.config, case.risk.excess_rate
+    # While a ramp is under way the scale in force is what flared up, not the target that it leads to.
+    flared = min(case.state.lr_scale, case.seen.lr_scale)
+    if excess is None or excess < 1.0:
+        return flared * (config.severe_factor if case.severe else config.backoff_factor)
+    gently = flared * (config.gentle_severe_factor if case.severe else config.gentle_factor)
+    return min(gently, config.landing_rate / excess)
 
 
 def _shape(case: _Case) -> Proposal | None:

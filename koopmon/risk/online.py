@@ -101,6 +101,8 @@ class OnlineRisk:
     value: float
     reason: str
     forecast: float = 0.0
+    excess_rate: float | None = None
+    """The effective rate as scheduled over the critical one of such layers; None where either is not known."""
     components: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -149,19 +151,32 @@ def observe(
     )
 
 
+def critical_rate(update_exponent: float | None, config: RiskConfig) -> float:
+    """The effective rate at which a run's fate is even; an unknown brake counts as none."""
+    braked = 0.0 if update_exponent is None else brake(update_exponent)
+    return float(config.critical_rate * 10.0 ** (config.braked_decades * braked))
+
+
 def prior(update_exponent: float | None, effective_rate: float | None, config: RiskConfig) -> float:
     """Log-odds that a run diverges, by what is known before it moves; within the bounds of `config`.
 
-    What is None says nothing: an unknown brake counts as none, an unknown rate as the critical one.
+    What is None says nothing: an unknown brake counts as none, an unknown rate as one that is even without a brake.
     """
-    decades = 0.0 if update_exponent is None else -config.braked_decades * brake(update_exponent)
-    if effective_rate is not None:
-        decades += math.log10(max(effective_rate, TINY_RATE) / config.critical_rate)
-    return min(max(config.prior_slope * decades, config.min_prior), config.max_prior)
+    rate = config.critical_rate if effective_rate is None else max(effective_rate, TINY_RATE)
+    log_odds = config.prior_slope * math.log10(rate / critical_rate(update_exponent, config))
+    return min(max(log_odds, config.min_prior), config.max_prior)
 
 
 def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tuple[RiskState, OnlineRisk]:
     """Score one observation against the run's own history; returns the new history and the risk."""
+    state, risk = _assess(state, observation, config)
+    rate = observation.effective_rate
+    if rate is None or observation.update_exponent is None:
+        return state, risk
+    return state, replace(risk, excess_rate=rate / critical_rate(observation.update_exponent, config))
+
+
+def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> tuple[RiskState, OnlineRisk]:
     if observation.non_finite:
         return state, OnlineRisk(value=1.0, forecast=1.0, reason="the residual stream is not finite")
     if not observation.informative:
