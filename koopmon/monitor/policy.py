@@ -2,10 +2,11 @@
 
 The evidence behind the rules (METHOD sections 8 and 9, benchmarks/results): backing the learning rate off works at
 once; KSS as published forbids small models to learn, and in bursts through the optimizer's moments it can kill. So
-the rate is backed off first, by more when the risk is severe, and again while it stays high; calm brings it back in
-small notches, each flare-up makes the next return slower; KSS joins as the unstable penalty alone, above the run's
-own calm radius, ramps in from zero and out again, and is barred when the loss says that it harms. Nothing ever
-becomes more aggressive than the user's own settings.
+the rate is backed off first, by more when the risk is severe, and again while it stays high; gently where the rate is
+known to be above the critical one, since that alone explains the alarm. Calm brings it back in small notches, each
+flare-up makes the next return slower. KSS joins as the unstable penalty alone, above the run's own calm radius, ramps
+in from zero and out again, and is barred when the loss says that it harms. Nothing ever becomes more aggressive than
+the user's own settings.
 """
 
 from __future__ import annotations

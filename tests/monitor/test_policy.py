@@ -27,6 +27,8 @@ class Run:
     state: PolicyState = field(default_factory=PolicyState)
     step: int = 0
     now: float = 0.0
+    excess: float | None = None
+    """Of the scheduled rate over the critical one."""
     actions: list[tuple[int, Action]] = field(default_factory=list)
 
     def see(self, risk: float, *, steps: int = 1, **fields: Any) -> Decision:
@@ -35,9 +37,8 @@ class Run:
             observation = Observation(
                 **{"step": self.step, "informative": True, "max_spectral_radius": 1.2, "lr_scale": 1.0, **fields}
             )
-            decision = decide(
-                self.now, self.state, observation, OnlineRisk(value=risk, reason="r"), self.config, self.kss
-            )
+            judged = OnlineRisk(value=risk, reason="r", excess_rate=self.excess)
+            decision = decide(self.now, self.state, observation, judged, self.config, self.kss)
             self.state = decision.state
             self.actions += [(self.step, action) for action in decision.commands if action.changes_training]
             self.step += 1
@@ -79,6 +80,34 @@ def test_severity_picks_the_cut(risk: float, factor: float) -> None:
     run.see(risk)
     assert run.scales == [(0, factor)]
     assert run.actions[0][1].ramp_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("excess", "risk", "scale"),
+    [
+        (0.9, HIGH, 0.5),  # the rate does not explain it
+        (0.9, SEVERE, 0.25),
+        (1.1, HIGH, 0.85),
+        (1.1, SEVERE, 0.6),
+        (3.0, HIGH, 0.5),  # 1.5 times the critical rate
+        (3.0, SEVERE, 0.5),
+        (1000.0, SEVERE, 0.125),  # the floor
+    ],
+)
+def test_a_rate_that_explains_the_alarm_is_taken_to_where_runs_have_a_chance(
+    excess: float, risk: float, scale: float
+) -> None:
+    run = Run(excess=excess)
+    run.see(risk)
+    assert run.scales == [(0, pytest.approx(scale))]
+
+
+def test_from_there_on_the_cuts_feel_for_what_is_bearable() -> None:
+    run = Run(excess=3.0)
+    for _ in range(3):
+        run.see(HIGH, lr_scale=run.state.lr_scale)
+        run.see(CALM, steps=run.config.cooldown_steps, lr_scale=run.state.lr_scale)
+    assert [scale for _, scale in run.scales] == pytest.approx([0.5, 0.5 * 0.85, 0.5 * 0.85**2])
 
 
 def test_states_that_are_not_finite_are_severe() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from koopmon.config import RiskConfig
 from koopmon.risk.brake import brake
-from koopmon.risk.online import LOSS_FLOOR, Observation, OnlineRisk, RiskState, assess, prior
+from koopmon.risk.online import LOSS_FLOOR, Observation, OnlineRisk, RiskState, assess, critical_rate, prior
 from koopmon.risk.surprise import LEAST
 
 CONFIG = RiskConfig()
@@ -83,6 +83,17 @@ def test_the_prior_rises_with_the_effective_rate_within_its_bounds() -> None:
     assert prior(1.0, 1.0, CONFIG) - prior(1.0, 0.9, CONFIG) == pytest.approx(CONFIG.prior_slope * -math.log10(0.9))
     assert prior(1.0, None, CONFIG) == 0.0, "an unknown rate counts as the critical one"
     assert prior(None, 3.0, CONFIG) == prior(1.0, 3.0, CONFIG), "an unknown brake counts as none"
+
+
+def test_the_excess_is_that_of_the_scheduled_rate_over_the_critical_one_of_such_layers() -> None:
+    assert critical_rate(None, CONFIG) == critical_rate(1.0, CONFIG) == CONFIG.critical_rate
+    assert critical_rate(0.0, CONFIG) == pytest.approx(CONFIG.critical_rate * 10**CONFIG.braked_decades)
+    bare, braked = (follow(LURCH, k, effective_rate=3.0, lr_scale=0.5)[-1].excess_rate for k in (1.0, 0.0))
+    assert bare == pytest.approx(3.0 / CONFIG.critical_rate), "whatever koopmon's own scale is"
+    assert braked == pytest.approx(bare / 10**CONFIG.braked_decades)
+    assert follow(LURCH)[-1].excess_rate is None, "no rate"
+    _, unknown = assess(RiskState(), seen(0, (1.0,), None, effective_rate=3.0), CONFIG)  # type: ignore[arg-type]
+    assert unknown.excess_rate is None, "no brake"
 
 
 def test_the_rate_in_force_counts() -> None:
