@@ -3,7 +3,8 @@
 Associative recall with 2 pairs (METHOD section 9) on two gloo ranks, No-Norm at rates that kill: no control, clipping
 at 1.0 and 0.5, a rate halved at each loss spike, and koopmon's policies; each over the same seeds. Beside them the
 fixed rates that are safe, and healthy runs, plain and guarded. One monitor and one torchrun serve all runs of a policy
-in turn: real processes, real sockets.
+in turn: real processes, real sockets. `--only lr` measures the rows of that policy anew and keeps the others, each with
+the commit that it was measured at.
 """
 
 from __future__ import annotations
@@ -93,11 +94,14 @@ def _name(kind: str, lr: float, seed: int) -> str:
     return f"{kind.replace(' ', '-')}-{lr:g}-{seed}"
 
 
-def train_all(plan: Plan, folder: Path, console: Console) -> dict[str, dict[str, Any]]:
-    """Every run by its name, with what the monitor did to it; finished ones are read from `folder`."""
+def train_all(plan: Plan, folder: Path, console: Console, *, alone: bool = True) -> dict[str, dict[str, Any]]:
+    """Every run by its name, with what the monitor did to it; finished ones are read from `folder`.
+
+    Those that nobody guards are left out unless `alone`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
-    for policy in ("", *plan.policies):
+    for policy in ([""] if alone else []) + list(plan.policies):
         name = policy or "alone"
         out = folder / f"{name}.jsonl"
         store = folder / f"{name}.sqlite3"
@@ -178,39 +182,78 @@ def _actions(store: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def analyse(plan: Plan, runs: Mapping[str, Mapping[str, Any]], console: Console) -> dict[str, Any]:
+def analyse(plan: Plan, runs: Mapping[str, Mapping[str, Any]], commit: str | None, console: Console) -> dict[str, Any]:
     """Print the two tables; returns them as the JSON keeps them."""
-
-    def of(kind: str, lr: float) -> list[Mapping[str, Any]]:
-        return [runs[_name(kind, lr, seed)] for seed in range(plan.seeds)]
-
     best = max(
-        statistics.fmean(run["accuracy"] if run["died_at"] is None else 0.0 for run in of("fixed", lr))
+        statistics.fmean(run["accuracy"] if run["died_at"] is None else 0.0 for run in _of(plan, runs, "fixed", lr))
         for lr in plan.fixed
     )
-    table = Table("control", "diverged [95%]", *(f"{lr:g}" for lr in plan.rates), "accuracy", "actions")
-    table.title = f"Rates that kill; the best fixed rate ends at accuracy {best:.2f}"
-    rows = []
-    for kind in (*BY_HAND, *plan.policies):
-        mine = [run for lr in plan.rates for run in of(kind, lr)]
-        dead = sum(run["died_at"] is not None for run in mine)
-        interval = stats.binomtest(dead, len(mine)).proportion_ci(0.95)
-        lived = [run["accuracy"] for run in mine if run["died_at"] is None]
-        accuracy = statistics.fmean(lived) if lived else None
-        by_rate = [f"{sum(run['died_at'] is not None for run in of(kind, lr))}/{plan.seeds}" for lr in plan.rates]
-        actions = statistics.fmean(run["num_actions"] for run in mine)
-        share = f"{dead / len(mine):.0%} [{interval.low:.0%}, {interval.high:.0%}]"
-        table.add_row(kind, share, *by_rate, "-" if accuracy is None else f"{accuracy:.2f}", f"{actions:.1f}")
-        row = {"control": kind, "num_runs": len(mine), "diverged": dead / len(mine), "accuracy": accuracy}
-        rows.append({**row, "low": interval.low, "high": interval.high, "by_rate": by_rate, "actions": actions})
-    console.print(table)
+    rows = [summarise(plan, runs, kind, commit) for kind in (*BY_HAND, *plan.policies)]
+    console.print(table(plan, rows, best))
     healthy = _healthy(plan, runs)
     console.print(
         f"healthy: {healthy['acted_on']} of {healthy['num_runs']} runs acted on; final loss at most "
         f"{healthy['worst_loss_ratio'] - 1:+.2%} of that without koopmon; bit-identical: {healthy['identical']}"
     )
-    replicas = all(len(set(run["digests"])) == 1 for run in runs.values())
-    return {"best_fixed_accuracy": best, "rows": rows, "healthy": healthy, "replicas_equal": replicas}
+    return {"best_fixed_accuracy": best, "rows": rows, "healthy": healthy, "replicas_equal": _replicas_equal(runs)}
+
+
+def again(
+    plan: Plan, before: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]], commit: str | None, console: Console
+) -> dict[str, Any]:
+    """What `analyse` found `before`, with the rows of the plan's policies measured anew.
+
+    Raises ValueError when `before` is of other rates, seeds or steps.
+    """
+    for name in ("rates", "seeds", "steps"):
+        known, wanted = before["plan"][name], json.loads(json.dumps(getattr(plan, name)))
+        if known != wanted:
+            raise ValueError(f"{name} = {wanted}: the file of results has {known}; measure all of it anew")
+    rows = [
+        summarise(plan, runs, row["control"], commit) if row["control"] in plan.policies else row
+        for row in before["rows"]
+    ]
+    console.print(table(plan, rows, before["best_fixed_accuracy"]))
+    return {**before, "rows": rows, "replicas_equal": before["replicas_equal"] and _replicas_equal(runs)}
+
+
+def summarise(plan: Plan, runs: Mapping[str, Mapping[str, Any]], kind: str, commit: str | None) -> dict[str, Any]:
+    """One control over all rates that kill."""
+    mine = [run for lr in plan.rates for run in _of(plan, runs, kind, lr)]
+    dead = sum(run["died_at"] is not None for run in mine)
+    interval = stats.binomtest(dead, len(mine)).proportion_ci(0.95)
+    lived = [run["accuracy"] for run in mine if run["died_at"] is None]
+    return {
+        "control": kind,
+        "num_runs": len(mine),
+        "diverged": dead / len(mine),
+        "accuracy": statistics.fmean(lived) if lived else None,
+        "low": interval.low,
+        "high": interval.high,
+        "by_rate": [
+            f"{sum(run['died_at'] is not None for run in _of(plan, runs, kind, lr))}/{plan.seeds}" for lr in plan.rates
+        ],
+        "actions": statistics.fmean(run["num_actions"] for run in mine),
+        "commit": commit,
+    }
+
+
+def table(plan: Plan, rows: Sequence[Mapping[str, Any]], best: float) -> Table:
+    drawn = Table("control", "diverged [95%]", *(f"{lr:g}" for lr in plan.rates), "accuracy", "actions")
+    drawn.title = f"Rates that kill; the best fixed rate ends at accuracy {best:.2f}"
+    for row in rows:
+        share = f"{row['diverged']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
+        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.2f}"
+        drawn.add_row(row["control"], share, *row["by_rate"], accuracy, f"{row['actions']:.1f}")
+    return drawn
+
+
+def _of(plan: Plan, runs: Mapping[str, Mapping[str, Any]], kind: str, lr: float) -> list[Mapping[str, Any]]:
+    return [runs[_name(kind, lr, seed)] for seed in range(plan.seeds)]
+
+
+def _replicas_equal(runs: Mapping[str, Mapping[str, Any]]) -> bool:
+    return all(len(set(run["digests"])) == 1 for run in runs.values())
 
 
 def _healthy(plan: Plan, runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -247,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, help=f"per rate (default {Plan().seeds}; paper 24)")
     parser.add_argument("--healthy", type=int, help=f"runs of each of {len(HEALTHY)} kinds (default {Plan().healthy})")
     parser.add_argument("--steps", type=int, default=BASE.steps)
+    parser.add_argument("--only", nargs="+", choices=POLICIES, help="measure these anew, at the rates that kill")
     parser.add_argument("--work", type=Path, help="folder of finished runs, to go on with; default: a fresh one")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes (default %(default)s)")
     options = parser.parse_args(arguments)
@@ -254,11 +298,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seeds = options.seeds or (24 if wide else Plan().seeds)
     healthy = options.healthy or (100 if wide else Plan().healthy)
     plan = Plan(seeds=seeds, healthy=healthy, steps=options.steps)
+    if options.only:
+        plan = replace(plan, policies=tuple(options.only), healthy=0)
     console = campaign.console()
     folder = options.work or Path(tempfile.mkdtemp(prefix="koopmon-guarded-"))
     console.print(f"[dim]runs are kept in {folder}[/dim]")
-    runs = train_all(plan, folder, console)
-    document = {"provenance": provenance(0), "plan": asdict(plan), **analyse(plan, runs, console)}
+    about = provenance(0)
+    document: dict[str, Any]
+    if options.only:
+        before = json.loads(RESULT.read_text(encoding="utf-8"))
+        runs = train_all(plan, folder, console, alone=False)
+        document = again(plan, before, runs, about["commit"], console)
+    else:
+        runs = train_all(plan, folder, console)
+        document = {"provenance": about, "plan": asdict(plan), **analyse(plan, runs, about["commit"], console)}
     options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return 0
 

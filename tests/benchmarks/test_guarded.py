@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from benchmarks.guarded import BY_HAND, Plan, analyse, train_all
+from benchmarks.guarded import BY_HAND, Plan, again, analyse, train_all
 from koopmon.config import PolicyConfig
 
 
@@ -19,9 +21,8 @@ def test_one_monitor_and_one_launcher_serve_many_runs(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=160)
     runs = train_all(plan, tmp_path, console)
     assert len(runs) == len(BY_HAND) + 1 + 4 + 1 + 4
-    again = train_all(plan, tmp_path, console)
-    assert again == runs, "finished runs are read, not made again"
-    found = analyse(plan, runs, console)
+    assert train_all(plan, tmp_path, console) == runs, "finished runs are read, not made again"
+    found = {"plan": asdict(plan), **analyse(plan, runs, "abc", console)}
     controls = {row["control"]: row for row in found["rows"]}
     assert controls["nothing"]["diverged"] == 1.0
     assert controls["nothing"]["actions"] == 0.0
@@ -30,3 +31,12 @@ def test_one_monitor_and_one_launcher_serve_many_runs(tmp_path: Path) -> None:
     assert found["healthy"]["num_runs"] == 4
     assert found["healthy"]["acted_on"] == 0
     assert found["healthy"]["identical"] == 4
+    before = json.loads(json.dumps(found))
+    anew = again(plan, before, runs, "def", console)
+    assert {row["control"]: row["commit"] for row in anew["rows"]} == {
+        **dict.fromkeys(BY_HAND, "abc"),
+        PolicyConfig().name: "def",
+    }
+    assert anew["healthy"] == before["healthy"]
+    with pytest.raises(ValueError, match="seeds = 2: the file of results has 1"):
+        again(replace(plan, seeds=2), before, runs, "def", console)
