@@ -215,7 +215,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=40)
     parser.add_argument("--monitor", choices=["nice", "idle"], default="nice", help="nice 19, or the idle class")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="default benchmarks/results/agent_overhead.json, or _cuda.json")
+    parser.add_argument("--out", type=Path, help="default benchmarks/results/agent_overhead.json; _cuda, _idle")
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--endpoint", help=argparse.SUPPRESS)
     parser.add_argument("--rows", help=argparse.SUPPRESS)
@@ -249,7 +249,7 @@ def main() -> int:
         "cpu": analyse(found["rows"], args.block, 3, args.seed),
         "agent": {name: found["status"][name] for name in ("sent", "dropped", "overhead_ratio", "control_ready")},
     }
-    suffix = "" if args.device == "cpu" else f"_{args.device}"
+    suffix = ("" if args.device == "cpu" else f"_{args.device}") + ("" if args.monitor == "nice" else "_idle")
     out = args.out or RESULTS / f"agent_overhead{suffix}.json"
     out.write_text(json.dumps(result, indent=2) + "\n")
     report(result)

@@ -75,6 +75,7 @@ def spectral_speed(told: Document) -> list[str]:
 
 def agent_overhead(told: Document) -> list[str]:
     settings, mean, snapshot = told["settings"], told["wall"]["mean_step"], told["wall"]["snapshot_step"]
+    at = {"nice": "at nice 19", "idle": "at idle priority"}[settings["monitor"]]
 
     def of(found: Mapping[str, float]) -> str:
         return f"{found['ratio']:.3f} times (95%: {found['low']:.3f} to {found['high']:.3f})"
@@ -82,8 +83,8 @@ def agent_overhead(told: Document) -> list[str]:
     return _prose(
         [
             f"With {settings['ranks']} ranks, D {settings['d']}, L {settings['layers']} and a snapshot every",
-            f"{settings['every']} steps on the {settings['device'].upper()}, the mean step takes {of(mean)} as long as",
-            f"one without hooks, a snapshot step {of(snapshot)}.",
+            f"{settings['every']} steps on the {settings['device'].upper()}, and the monitor {at}, the mean step takes",
+            f"{of(mean)} as long as one without hooks, a snapshot step {of(snapshot)}.",
         ]
     )
 
@@ -244,6 +245,7 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "norm_table": norm_table,
     "spectral_speed": spectral_speed,
     "agent_overhead": agent_overhead,
+    "agent_overhead_idle": agent_overhead,
     "norms": norms,
     "fresh": fresh,
     "early_warning": early_warning,
