@@ -11,11 +11,14 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
+import threading
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -81,7 +84,7 @@ def run(cases: Sequence[C], work: Work[C], folder: Path | None, *, workers: int,
     failed: list[str] = []
     # spawn: a forked child inherits the parent's thread pools in whatever state they were.
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread)
-    with Progress(*columns, console=console) as progress, pool:
+    with Progress(*columns, console=console) as progress, pool, _terminated_as_interrupted():
         task = progress.add_task("training", total=len(cases), completed=len(found))
         waiting: dict[Future[Kept[C]], int] = {
             pool.submit(_do, work, case, folder): index for index, case in enumerate(cases) if index not in found
@@ -101,6 +104,19 @@ def run(cases: Sequence[C], work: Work[C], folder: Path | None, *, workers: int,
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(cases)} runs failed; the first: {failed[0]}")
     return [found[index] for index in range(len(cases))]
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends the campaign as Ctrl-C does: without it the workers would outlive it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _one_thread() -> None:

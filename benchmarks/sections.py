@@ -240,6 +240,33 @@ def _prose(parts: Sequence[str]) -> list[str]:
     return textwrap.wrap(" ".join(parts), width=120)
 
 
+def family_alarms(told: Document) -> list[str]:
+    """Each family, with and without normalisation: who was warned in time, and who was alarmed for nothing."""
+    rows = []
+    for row in told["rows"]:
+        alarms, steps = row["false_alarms"], row["healthy_steps"]
+        at = ", ".join(f"{count} at {lr}" for lr, count in row["alarms_by_rate"].items() if count)
+        rows.append(
+            [
+                f"{row['family']}, {'Pre-LN' if row['norm'] == 'pre' else 'No-Norm'}",
+                _decimal(row["update_exponent"]),
+                f"{row['num_diverged']} of {row['num_runs']}",
+                f"{row['num_warned']} of {row['num_diverged']}" if row["num_diverged"] else "-",
+                "-" if row["median_lead"] is None else f"{row['median_lead']:g}",
+                f"{1000 * alarms / steps:.1f}{f' ({at})' if at else ''}" if steps else "-",
+            ]
+        )
+    heading = [
+        "family",
+        "update exponent",
+        "diverged",
+        "alarm before",
+        "median lead, steps",
+        "false alarms / 1,000 steps",
+    ]
+    return _table(heading, rows)
+
+
 WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "unchanged_script": unchanged_script,
     "norm_table": norm_table,
@@ -252,4 +279,5 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "kss": kss,
     "guarded": guarded,
     "architectures": architectures,
+    "family_alarms": family_alarms,
 }

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +18,8 @@ import pytest
 from rich.console import Console
 
 from benchmarks import campaign
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -74,3 +81,42 @@ def test_one_failure_is_named_and_the_others_are_kept(cases: list[Square], tmp_p
 def test_no_workers_is_refused(cases: list[Square], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="workers = 0: must be at least 1"):
         campaign.run(cases, square, tmp_path, workers=0, console=Console(file=io.StringIO()))
+
+
+def slow(case: Square) -> tuple[Mapping[str, Any], dict[str, np.ndarray[Any, Any]]]:
+    time.sleep(0.3)
+    return square(case)
+
+
+def test_a_campaign_that_is_terminated_leaves_nothing_running_and_goes_on_later(tmp_path: Path) -> None:
+    log, work = tmp_path / "log", tmp_path / "work"
+    program = (
+        "import sys; from pathlib import Path; from benchmarks import campaign; "
+        "from tests.benchmarks.test_campaign import Square, slow; "
+        "cases = [Square(n, sys.argv[1]) for n in range(200, 260)]; "
+        "campaign.run(cases, slow, Path(sys.argv[2]), workers=1, console=campaign.console())"
+    )
+    command = [sys.executable, "-c", program, str(log), str(work)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60.0
+    while not list(work.glob("*.npz")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    text, _ = process.communicate(timeout=60.0)
+    assert process.returncode == 130
+    said = re.search(r"interrupted: (\d+) of 60 runs are kept; go on with --work", text)
+    assert said
+    assert 0 < int(said[1]) <= len(list(work.glob("*.npz"))) < 60, "what was underway is finished"
+    deadline = time.monotonic() + 10.0
+    while _alive(process.pid):  # its resource tracker ends a moment after it
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
