@@ -139,7 +139,7 @@ def table(rows: Sequence[Row]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.family_alarms", description=__doc__)
     campaign.options(parser, RESULT)
-    parser.add_argument("--seeds", type=int, default=3, help="of each family, scheme and rate (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="of each family, scheme and rate (default %(default)s)")
     options = parser.parse_args(arguments)
     console: Console = campaign.console()
     wanted = recipes(range(options.seeds), options.scale)

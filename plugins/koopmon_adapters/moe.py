@@ -28,7 +28,7 @@ class MoEAdapter(ArchitectureAdapter):
 
     Flags: "dense-layers" where some blocks of the stack hold no experts. Beside state spaces or splines the experts are
     the lesser part of a hybrid, and the claim is 15. Routers are shielded from KSS. Thresholds and KSS settings are the
-    general ones: no benchmark has shown better ones for this family yet.
+    general ones, which serve (`benchmarks.family_alarms`).
 
     All tokens that a router saw are measured, padding too.
     """
