@@ -3,8 +3,8 @@
 Experts, state spaces and splines beside the transformer, each with the usual normalisation before its sublayers and
 without any, from rates that they are trained with to rates that kill. The risk is computed at online settings, with the
 thresholds that the family's adapter brings. A run counts as warned when the risk reached what makes the policy act
-before the death; an alarm on a run that lived is a false one. Beside it the unsteadiness at which a family's living
-runs would raise one false alarm per 1,000 steps: where it lies above what alarms, the family needs scales of its own.
+before the death; an alarm on a run that lived is a false one. Beside it the risk, as log-odds, at which a family's
+living runs would raise one false alarm per 1,000 steps, whatever their rate.
 """
 
 from __future__ import annotations

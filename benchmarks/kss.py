@@ -4,7 +4,7 @@ Associative recall with 2 pairs, which small models learn (METHOD section 9). Fi
 over four seeds. Then the cells that are quoted, over 24 other seeds. Survival alone does not count: beside the share
 that diverged stands the accuracy of those that lived, and of fixed rates without any of it. What the file of results
 knows already, of as many runs and steps, is kept, with the commit that it was measured at; `--again look` and `--again
-cells` measure anew, either in less than 45 minutes on two cores.
+cells` measure anew.
 """
 
 from __future__ import annotations

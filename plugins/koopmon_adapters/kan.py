@@ -32,7 +32,7 @@ class KANAdapter(ArchitectureAdapter):
     forward; of such a list the longest run of layers of one width is the stack. Beside state spaces the claim is 15.
     Splines are far from linear, and so the risk is weighed by the share of reliable modes. All other thresholds and the
     KSS settings are the general ones. `benchmarks.family_alarms` found that the risk does not warn of this family's
-    deaths, with that weight or without it.
+    deaths.
     """
 
     name = "kan"

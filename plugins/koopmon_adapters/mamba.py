@@ -27,7 +27,7 @@ class MambaAdapter(ArchitectureAdapter):
     """Blocks with selective state spaces, of the first and second kind, also among blocks of other kinds.
 
     Flags: "hybrid" where some blocks of the stack hold no state space, as where attention takes turns with it.
-    Thresholds and KSS settings are the general ones, which serve (`benchmarks.family_alarms`).
+    Thresholds are the general ones, which serve (`benchmarks.family_alarms`), and so are the KSS settings.
 
     Measured is the state path's own spectrum, the discretised diagonal recurrence exp(dt * A). The step sizes dt are
     computed once more from the mixer's input, since fused kernels show them to no one.

@@ -27,8 +27,8 @@ class MoEAdapter(ArchitectureAdapter):
     """Blocks with routed experts, in all of the depth or in part of it.
 
     Flags: "dense-layers" where some blocks of the stack hold no experts. Beside state spaces or splines the experts are
-    the lesser part of a hybrid, and the claim is 15. Routers are shielded from KSS. Thresholds and KSS settings are the
-    general ones, which serve (`benchmarks.family_alarms`).
+    the lesser part of a hybrid, and the claim is 15. Routers are shielded from KSS. Thresholds are the general
+    ones, which serve (`benchmarks.family_alarms`), and so are the KSS settings.
 
     All tokens that a router saw are measured, padding too.
     """
