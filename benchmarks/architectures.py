@@ -97,7 +97,7 @@ def spectra(seeds: Sequence[int], console: Console) -> list[dict[str, Any]]:
                 **variant.options,
             )
             tokens, _ = draw("text-full", NUM_SEQUENCES, seed=seed)
-            profile = full_profile(model, tokens, seed=seed)
+            _, profile = full_profile(model, tokens, seed=seed)
             for name in ("expansive_mass", "contractive_mass", *FIELDS):
                 value = profile.mean(name)
                 found.setdefault(name, []).extend([] if value is None else [value])

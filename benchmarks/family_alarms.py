@@ -37,7 +37,9 @@ from koopmon.plugins import adapters
 
 RESULT = Path(__file__).parent / "results" / "family_alarms.json"
 ADAPTERS: Mapping[Family, str] = {"transformer": "transformer", "moe-2": "moe", "mamba": "mamba", "kan": "kan"}
-RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+RATES = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05)
+FIRST_SEED = 20
+"""Splines' own settings were chosen on seeds below it."""
 BASE = Recipe(task="text", width=64, num_layers=4, steps=150, warmup=10, lr=0.0, seed=0)
 BEFORE = 5
 """Steps before death whose risk does not count for AUROC."""
@@ -142,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=2, help="of each family, scheme and rate (default %(default)s)")
     options = parser.parse_args(arguments)
     console: Console = campaign.console()
-    wanted = recipes(range(options.seeds), options.scale)
+    wanted = recipes(range(FIRST_SEED, FIRST_SEED + options.seeds), options.scale)
     runs = campaign.run(wanted, train, options.work, workers=options.workers, console=console)
     known, rows = adapters(), []
     for family, name in ADAPTERS.items():

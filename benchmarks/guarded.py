@@ -11,191 +11,37 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
-from scipy import stats
 
 from benchmarks import campaign
-from benchmarks.guarded_ranks import Job
+from benchmarks.guarded_runs import BASE, POLICIES, Plan, healthy_runs, of, replicas_equal, summarise, train_all
 from benchmarks.provenance import provenance
-from benchmarks.training import Recipe
-from koopmon.config import PolicyConfig
-from koopmon.monitor.history import History
 
 RESULT = Path(__file__).parent / "results" / "guarded.json"
-ROOT = Path(__file__).resolve().parent.parent
-BASE = Recipe(
-    task="recall-2", norm="none", width=64, num_layers=4, batch=32, steps=300, profile_every=0, lr=0.0, seed=0
-)
-BY_HAND: Mapping[str, Mapping[str, Any]] = {
-    "nothing": {},
-    "clipping at 1.0": {"clip": 1.0},
-    "clipping at 0.5": {"clip": 0.5},
-    "loss spike halves the rate": {"control": "spike"},
-}
-POLICIES = ("lr", "kss", "kss+lr")
-HEALTHY: Mapping[str, Mapping[str, Any]] = {
-    "pre": {"norm": "pre", "lr": 0.001},
-    "pre-fast": {"norm": "pre", "lr": 0.004},
-    "pre-torch": {"norm": "pre", "initialisation": "torch", "lr": 0.001},
-    "none": {"norm": "none", "lr": 0.001},
-}
-"""Runs to be left alone. PyTorch's own initialisation gives Pre-LN a near-unit mass that the published guidance calls
-high risk (METHOD section 9), and it trains well.
-"""
-READY_SECONDS = 120.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What is trained: rates that kill and their seeds, rates that are safe, and healthy runs per kind."""
-
-    rates: tuple[float, ...] = (0.004, 0.006, 0.008, 0.01)
-    fixed: tuple[float, ...] = (0.001, 0.002, 0.003)
-    seeds: int = 6
-    healthy: int = 25
-    policies: tuple[str, ...] = POLICIES
-    steps: int = BASE.steps
-
-    def jobs(self, endpoint: str, policy: str) -> Iterator[Job]:
-        """Those of one policy; of "" those that nobody guards."""
-        base = replace(BASE, steps=self.steps)
-        for lr in self.rates:
-            for seed in range(self.seeds):
-                for name, how in ({policy: {}} if policy else BY_HAND).items():
-                    yield Job(
-                        run=_name(name, lr, seed), recipe=replace(base, lr=lr, seed=seed, **how), endpoint=endpoint
-                    )
-        if not policy:
-            for lr in self.fixed:
-                for seed in range(self.seeds):
-                    yield Job(run=_name("fixed", lr, seed), recipe=replace(base, lr=lr, seed=seed))
-        if policy in ("", PolicyConfig().name):
-            for kind, how in HEALTHY.items():
-                for seed in range(100, 100 + self.healthy):
-                    run = _name(f"healthy-{kind}{'-guarded' if policy else ''}", how["lr"], seed)
-                    yield Job(run=run, recipe=replace(base, seed=seed, **how), endpoint=endpoint)
-
-
-def _name(kind: str, lr: float, seed: int) -> str:
-    return f"{kind.replace(' ', '-')}-{lr:g}-{seed}"
-
-
-def train_all(plan: Plan, folder: Path, console: Console, *, alone: bool = True) -> dict[str, dict[str, Any]]:
-    """Every run by its name, with what the monitor did to it; finished ones are read from `folder`.
-
-    Those that nobody guards are left out unless `alone`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, Any]] = {}
-    for policy in ([""] if alone else []) + list(plan.policies):
-        name = policy or "alone"
-        out = folder / f"{name}.jsonl"
-        store = folder / f"{name}.sqlite3"
-        with tempfile.TemporaryDirectory(prefix="koopmon-") as temporary:
-            endpoint = f"ipc://{temporary}/control" if policy else ""
-            jobs = list(plan.jobs(endpoint, policy))
-            _serve_and_train(jobs, policy, endpoint, store, out, Path(temporary), console)
-        wanted = {job.run for job in jobs}
-        rows = [row for row in _told(out) if row["run"] in wanted]
-        actions = _actions(store) if policy else {}
-        found |= {
-            row["run"]: {**row, **actions.get(row["run"], {"num_actions": 0, "min_lr_scale": 1.0})} for row in rows
-        }
-    return found
-
-
-def _serve_and_train(
-    jobs: Sequence[Job], policy: str, endpoint: str, store: Path, out: Path, temporary: Path, console: Console
-) -> None:
-    (temporary / "jobs.json").write_bytes(msgspec.json.encode(jobs))
-    monitor = None
-    try:
-        if policy:
-            config, ready = temporary / "monitor.toml", temporary / "ready"
-            config.write_text(f'[policy]\nname = "{policy}"\nmax_actions_per_hour = 100000\n')
-            command = [sys.executable, "-m", "koopmon", "monitor", "--bind", endpoint, "--http", "127.0.0.1:0"]
-            command += ["--device", "cpu", "--store", str(store), "--config", str(config), "--ready-file", str(ready)]
-            monitor = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
-            _wait(ready.exists, READY_SECONDS)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        command = [*torchrun, "--nproc-per-node", "2", "-m", "benchmarks.guarded_ranks"]
-        ranks = subprocess.Popen([*command, str(temporary / "jobs.json"), str(out)], cwd=ROOT)
-        try:
-            with Progress(console=console) as progress:
-                task = progress.add_task(policy or "without a guard", total=len(jobs))
-                while ranks.poll() is None:
-                    progress.update(task, completed=out.read_text().count("\n") if out.exists() else 0)
-                    time.sleep(0.5)
-        finally:
-            if ranks.poll() is None:
-                ranks.terminate()
-            ranks.wait(60.0)
-        # What counts is what they told: gloo's threads may abort a process that has nothing left to do but end.
-        missing = {job.run for job in jobs} - {row["run"] for row in _told(out)}
-        if missing:
-            raise RuntimeError(f"{min(missing)}: not told; the ranks ended with status {ranks.returncode}")
-    finally:
-        if monitor is not None:
-            monitor.terminate()
-            monitor.wait(60.0)
-
-
-def _wait(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"the monitor did not serve within {seconds:.0f} s")
-        time.sleep(0.05)
-
-
-def _told(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-
-
-def _actions(store: Path) -> dict[str, dict[str, Any]]:
-    """What was applied, by run: how many commands that changed the training, and the lowest scale."""
-    found = {}
-    with History.open(store) as history:
-        for run in history.runs():
-            applied = [
-                row.command
-                for decision in history.decisions(run)
-                for row in decision.commands
-                if row.outcome == "applied" and row.command.kind in ("set_lr_scale", "set_kss")
-            ]
-            scales = [command.lr_scale for command in applied if command.lr_scale is not None]
-            found[run] = {"num_actions": len(applied), "min_lr_scale": min(scales, default=1.0)}
-    return found
 
 
 def analyse(plan: Plan, runs: Mapping[str, Mapping[str, Any]], commit: str | None, console: Console) -> dict[str, Any]:
     """Print the two tables; returns them as the JSON keeps them."""
     best = max(
-        statistics.fmean(run["accuracy"] if run["died_at"] is None else 0.0 for run in _of(plan, runs, "fixed", lr))
+        statistics.fmean(run["accuracy"] if run["died_at"] is None else 0.0 for run in of(plan, runs, "fixed", lr))
         for lr in plan.fixed
     )
-    rows = [summarise(plan, runs, kind, commit) for kind in (*BY_HAND, *plan.policies)]
+    rows = [summarise(plan, runs, kind, commit) for kind in (*plan.by_hand, *plan.policies)]
     console.print(table(plan, rows, best))
-    healthy = _healthy(plan, runs)
+    healthy = healthy_runs(plan, runs)
     console.print(
         f"healthy: {healthy['acted_on']} of {healthy['num_runs']} runs acted on; final loss at most "
         f"{healthy['worst_loss_ratio'] - 1:+.2%} of that without koopmon; bit-identical: {healthy['identical']}"
     )
-    return {"best_fixed_accuracy": best, "rows": rows, "healthy": healthy, "replicas_equal": _replicas_equal(runs)}
+    return {"best_fixed_accuracy": best, "rows": rows, "healthy": healthy, "replicas_equal": replicas_equal(runs)}
 
 
 def again(
@@ -206,7 +52,7 @@ def again(
     Raises ValueError when `before` is of other rates, seeds or steps.
     """
     for name in ("rates", "seeds", "steps"):
-        known, wanted = before["plan"][name], json.loads(json.dumps(getattr(plan, name)))
+        known, wanted = before["plan"][name], json.loads(json.dumps(plan.told()[name]))
         if known != wanted:
             raise ValueError(f"{name} = {wanted}: the file of results has {known}; measure all of it anew")
     rows = [
@@ -214,28 +60,7 @@ def again(
         for row in before["rows"]
     ]
     console.print(table(plan, rows, before["best_fixed_accuracy"]))
-    return {**before, "rows": rows, "replicas_equal": before["replicas_equal"] and _replicas_equal(runs)}
-
-
-def summarise(plan: Plan, runs: Mapping[str, Mapping[str, Any]], kind: str, commit: str | None) -> dict[str, Any]:
-    """One control over all rates that kill."""
-    mine = [run for lr in plan.rates for run in _of(plan, runs, kind, lr)]
-    dead = sum(run["died_at"] is not None for run in mine)
-    interval = stats.binomtest(dead, len(mine)).proportion_ci(0.95)
-    lived = [run["accuracy"] for run in mine if run["died_at"] is None]
-    return {
-        "control": kind,
-        "num_runs": len(mine),
-        "diverged": dead / len(mine),
-        "accuracy": statistics.fmean(lived) if lived else None,
-        "low": interval.low,
-        "high": interval.high,
-        "by_rate": [
-            f"{sum(run['died_at'] is not None for run in _of(plan, runs, kind, lr))}/{plan.seeds}" for lr in plan.rates
-        ],
-        "actions": statistics.fmean(run["num_actions"] for run in mine),
-        "commit": commit,
-    }
+    return {**before, "rows": rows, "replicas_equal": before["replicas_equal"] and replicas_equal(runs)}
 
 
 def table(plan: Plan, rows: Sequence[Mapping[str, Any]], best: float) -> Table:
@@ -248,47 +73,12 @@ def table(plan: Plan, rows: Sequence[Mapping[str, Any]], best: float) -> Table:
     return drawn
 
 
-def _of(plan: Plan, runs: Mapping[str, Mapping[str, Any]], kind: str, lr: float) -> list[Mapping[str, Any]]:
-    return [runs[_name(kind, lr, seed)] for seed in range(plan.seeds)]
-
-
-def _replicas_equal(runs: Mapping[str, Mapping[str, Any]]) -> bool:
-    return all(len(set(run["digests"])) == 1 for run in runs.values())
-
-
-def _healthy(plan: Plan, runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the guard did to runs that need none, over all kinds and for each."""
-    pairs = {
-        kind: [
-            (runs[_name(f"healthy-{kind}", how["lr"], seed)], runs[_name(f"healthy-{kind}-guarded", how["lr"], seed)])
-            for seed in range(100, 100 + plan.healthy)
-        ]
-        for kind, how in HEALTHY.items()
-    }
-    every = [pair for mine in pairs.values() for pair in mine]
-    return {**_harm(every), "kinds": {kind: {**HEALTHY[kind], **_harm(mine)} for kind, mine in pairs.items()}}
-
-
-def _harm(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, Any]:
-    lived = [(alone, guarded) for alone, guarded in pairs if alone["died_at"] is None]
-    ratios = [
-        math.inf if guarded["died_at"] is not None else guarded["final_loss"] / alone["final_loss"]
-        for alone, guarded in lived
-    ]
-    return {
-        "num_runs": len(pairs),
-        "died_unguarded": len(pairs) - len(lived),
-        "acted_on": sum(guarded["num_actions"] > 0 for _, guarded in pairs),
-        "worst_loss_ratio": max(ratios, default=1.0),
-        "identical": sum(alone["digests"] == guarded["digests"] for alone, guarded in pairs),
-    }
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guarded", description=__doc__)
     parser.add_argument("--scale", choices=("default", "paper"), default="default", help="paper: for days")
     parser.add_argument("--seeds", type=int, help=f"per rate (default {Plan().seeds}; paper 24)")
-    parser.add_argument("--healthy", type=int, help=f"runs of each of {len(HEALTHY)} kinds (default {Plan().healthy})")
+    kinds, each = len(Plan().kinds), Plan().healthy
+    parser.add_argument("--healthy", type=int, help=f"runs of each of {kinds} kinds (default {each})")
     parser.add_argument("--steps", type=int, default=BASE.steps)
     parser.add_argument("--only", nargs="+", choices=POLICIES, help="measure these anew, at the rates that kill")
     parser.add_argument("--work", type=Path, help="folder of finished runs, to go on with; default: a fresh one")
@@ -297,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wide = options.scale == "paper"
     seeds = options.seeds or (24 if wide else Plan().seeds)
     healthy = options.healthy or (100 if wide else Plan().healthy)
-    plan = Plan(seeds=seeds, healthy=healthy, steps=options.steps)
+    plan = Plan(base=replace(BASE, steps=options.steps), seeds=seeds, healthy=healthy)
     if options.only:
         plan = replace(plan, policies=tuple(options.only), healthy=0)
     console = campaign.console()
@@ -311,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         document = again(plan, before, runs, about["commit"], console)
     else:
         runs = train_all(plan, folder, console)
-        document = {"provenance": about, "plan": asdict(plan), **analyse(plan, runs, about["commit"], console)}
+        document = {"provenance": about, "plan": plan.told(), **analyse(plan, runs, about["commit"], console)}
     options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return 0
 

@@ -22,7 +22,8 @@ from benchmarks.models import Decoder, Initialisation, Norm
 from benchmarks.probes import Probes
 from benchmarks.shaping import Form, Shaping
 from benchmarks.tasks import TASKS, Task, draw, loss_of, share_right
-from koopmon.profiling import capture_states
+from koopmon.profiling import CapturedStates, capture_states
+from koopmon.risk.initial import initial_risk
 from koopmon.spectral import SpectralProfile, profile_states
 
 Optimizer = Literal["adamw", "sgd"]
@@ -213,15 +214,16 @@ def initial_profile(model: Decoder, recipe: Recipe) -> dict[str, Any]:
     """Full-rank profile of a fresh batch at N 2048: the mean over layers of each field, before any step."""
     rows = -(-INITIAL_SAMPLES // TASKS[recipe.task]["num_tokens"]) * 2
     tokens, _ = draw(recipe.task, rows, seed=recipe.seed)
-    profile = full_profile(model, tokens, seed=recipe.seed)
+    captured, profile = full_profile(model, tokens, seed=recipe.seed)
     means = {field: profile.mean(field) for field in FIELDS}
-    return {"informative": profile.informative, **means, "update_exponent": profile.update_exponent}
+    risk = initial_risk(profile, known_exponent=captured.known_exponent)
+    return {"informative": profile.informative, **means, "update_exponent": risk.update_exponent}
 
 
-def full_profile(model: nn.Module, tokens: Tensor, *, seed: int) -> SpectralProfile:
+def full_profile(model: nn.Module, tokens: Tensor, *, seed: int) -> tuple[CapturedStates, SpectralProfile]:
     """As `koopmon.profile` at full rank and N 2048, without the Kreiss constants, which take most of its time."""
     captured = capture_states(model, tokens, num_samples=INITIAL_SAMPLES, seed=seed)
-    return profile_states(captured.states, seed=seed, kreiss="never")
+    return captured, profile_states(captured.states, seed=seed, kreiss="never")
 
 
 @torch.no_grad()

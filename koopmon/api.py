@@ -216,6 +216,11 @@ class ArchitectureAdapter(ABC):
         """
         return ()
 
+    def update_exponent(self, stack: Stack) -> float | None:
+        """k of ||update|| ~ ||state||^k, where the family knows it from `stack`'s structure: 0 where normalisations
+        hold the updates, 1 where nothing does. None: it is read from the first forward pass."""
+        return None
+
     def thresholds(self) -> Mapping[str, float]:
         """Overrides of `[risk]` for this family, by field name."""
         return {}

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Point, Stack
-from koopmon.spectral import stack_exponent, update_exponent
+from koopmon.spectral import LARGEST_EXPONENT, stack_exponent, update_exponent
 
 __all__ = ["ChainVerifier", "Verdict"]
 
@@ -216,8 +216,11 @@ class ChainVerifier:
         return Verdict(eligible[0].stack if eligible else None, reasons)
 
     def update_exponent(self, stack: Stack) -> float | None:
-        """The exponent by which the updates of `stack` grew with the state; None where most of its blocks did not move
-        it. Synchronises."""
+        """The exponent by which the updates of `stack` grow with the state, as its family knows it or as this forward
+        pass showed; None where most of its blocks did not move it. Synchronises."""
+        known = self.adapter.update_exponent(stack)
+        if known is not None:
+            return min(max(float(known), -LARGEST_EXPONENT), LARGEST_EXPONENT)
         grown = [k for k, size in _together(self._traces[stack.name].growth).tolist() if size >= MIN_UPDATE]
         return stack_exponent(grown) if 2 * len(grown) >= len(stack.points) else None
 

@@ -64,6 +64,11 @@ class CapturedStates:
     measures: Mapping[str, str] = field(default_factory=dict)
     """A line of help for each of these names."""
 
+    @property
+    def known_exponent(self) -> float | None:
+        """The update exponent, where the adapter knows it without reading it from the states."""
+        return self.discovery.adapter.update_exponent(self.discovery.stack)
+
 
 def capture_states(
     model: nn.Module,

@@ -103,7 +103,7 @@ def profile(
             raise KoopmonError(
                 f"{factory}: the forward pass raised {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
-        risk = initial_risk(spectrum)
+        risk = initial_risk(spectrum, known_exponent=captured.known_exponent)
         forecast = None if calibrator is None else _forecast(calibrator, captured, spectrum, risk, learning_rate)
         if png is not None:
             status.update("drawing")

@@ -18,6 +18,7 @@ from koopmon.conformance.bench import Bench, described, same_bits
 from koopmon.conformance.verdict import demand
 from koopmon.errors import AdapterError, ConfigError
 from koopmon.plugins import claimed, example_models
+from koopmon.spectral import LARGEST_EXPONENT
 from koopmon.wire.messages import KssSettings
 
 
@@ -95,6 +96,7 @@ def untouched(bench: Bench) -> str:
         "flags()": lambda: adapter.flags(model),
         "observables()": lambda: [adapter.observables(stack) for stack in adapter.stacks(model)],
         "shielded()": lambda: [adapter.shielded(stack) for stack in adapter.stacks(model)],
+        "update_exponent()": lambda: [adapter.update_exponent(stack) for stack in adapter.stacks(model)],
         "thresholds()": adapter.thresholds,
         "kss_settings()": adapter.kss_settings,
     }
@@ -150,8 +152,13 @@ def discovery(bench: Bench) -> str:
 
 
 def settings(bench: Bench) -> str:
-    """thresholds() and kss_settings() name fields of the configuration, with values within their bounds."""
+    """thresholds() and kss_settings() name fields of the configuration, with values within their bounds, and
+    update_exponent() is a number or None."""
     check_settings(bench.adapter)
+    for stack in bench.adapter.stacks(bench.build()):
+        known: Any = bench.adapter.update_exponent(stack)
+        sound = known is None or (isinstance(known, (int, float)) and -LARGEST_EXPONENT <= known <= LARGEST_EXPONENT)
+        demand(sound, f"update_exponent() gives {known!r}, expected None or a number within +-{LARGEST_EXPONENT:g}")
     given = {**bench.adapter.thresholds(), **bench.adapter.kss_settings()}
     return f"sets {', '.join(given)}" if given else "none of its own"
 

@@ -34,8 +34,8 @@ class InitialRisk:
     """Of the stack, over the informative layers; what `koopmon.risk.calibration` joins with the learning rate."""
 
 
-def initial_risk(profile: SpectralProfile) -> InitialRisk:
-    """Score `profile`, taken before training moved the weights.
+def initial_risk(profile: SpectralProfile, *, known_exponent: float | None = None) -> InitialRisk:
+    """Score `profile`, taken before training moved the weights. `known_exponent` is what the model's family knows.
 
     An identity initialisation (Fixup, ReZero) has near-unit mass 1 and trains well: its update ratio is near 0, the
     profile is not informative, and the level is "unknown" and never "high".
@@ -69,5 +69,5 @@ def initial_risk(profile: SpectralProfile) -> InitialRisk:
         reason=why,
         svd_rank=svd_rank,
         num_samples=num_samples,
-        update_exponent=profile.update_exponent,
+        update_exponent=profile.update_exponent if known_exponent is None else known_exponent,
     )

@@ -3,7 +3,7 @@
 Imports torch and koopmon.errors only; plain arguments, no configuration, no I/O. Rows are samples: x, y (N, D).
 """
 
-from koopmon.spectral.growth import stack_exponent, update_exponent
+from koopmon.spectral.growth import LARGEST_EXPONENT, stack_exponent, update_exponent
 from koopmon.spectral.kss import CONDITION_GUARD, KssGradient, kss_basis, kss_gradient, kss_loss
 from koopmon.spectral.nonnormality import kreiss_constant
 from koopmon.spectral.profile import MIN_UPDATE_RATIO, profile_states, profile_transition
@@ -12,6 +12,7 @@ from koopmon.spectral.records import FIELDS, LayerProfile, SpectralProfile, Thir
 __all__ = [
     "CONDITION_GUARD",
     "FIELDS",
+    "LARGEST_EXPONENT",
     "MIN_UPDATE_RATIO",
     "KssGradient",
     "LayerProfile",

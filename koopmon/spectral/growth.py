@@ -15,7 +15,7 @@ LENGTH_SHARE = 0.05
 """Of the variance 1 / (2 D) that the logarithm of a length has where D entries are drawn independently, as in a fresh
 embedding: lengths that vary by less count as equal."""
 
-LARGEST = 100.0
+LARGEST_EXPONENT = 100.0
 """Bound of what is told: where single samples have no update at all the slope means nothing."""
 
 
@@ -35,7 +35,7 @@ def update_exponent(x: Tensor, y: Tensor) -> Tensor:
     )
     lengths, updates = lengths - lengths.mean(), updates - updates.mean()
     slope = (lengths * updates).mean() / (lengths.square().mean() + LENGTH_SHARE / (2 * x.shape[-1]))
-    bounded: Tensor = slope.nan_to_num(0.0, 0.0, 0.0).clamp(-LARGEST, LARGEST)
+    bounded: Tensor = slope.nan_to_num(0.0, 0.0, 0.0).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
     return bounded
 
 

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 
 import koopmon
+from benchmarks.families import Scheme, language_model
+from koopmon.chain import ChainVerifier
 from koopmon.plugins import adapters, select
 from koopmon.profiling import capture_states
+from koopmon.risk.brake import UNBRAKED
+from koopmon.risk.initial import initial_risk
+from koopmon.spectral import profile_states
 from tests.adapters import zoo
-from tests.adapters.family_zoo import CASES, Case, L, T, jamba, mixtral, own_kan
+from tests.adapters.family_zoo import CASES, Case, L, T, jamba, kan_transformer, mixtral, own_kan
 from tests.agent.scripted_monitor import ScriptedMonitor
 
 torch.set_num_threads(1)
@@ -169,6 +174,23 @@ def test_a_network_of_splines_is_taken_where_it_keeps_its_width() -> None:
     model, args, _ = own_kan((4, 6, 2))
     with pytest.raises(koopmon.DiscoveryError, match=r"shape \(32, 6\) where the chain began with \(32, 4\)"):
         koopmon.discover(model, *args)
+
+
+@pytest.mark.parametrize("scheme", ["pre", "none"])
+def test_splines_are_braked_where_their_blocks_normalise(scheme: Scheme) -> None:
+    """Near zero splines add a constant: by the states alone they would all look braked."""
+    model = language_model("kan", width=16, num_layers=2, vocabulary=64, num_tokens=16, seed=0, scheme=scheme)
+    captured = capture_states(model, torch.randint(64, (8, 16)))
+    read = profile_states(captured.states).update_exponent
+    assert read is not None
+    assert read < UNBRAKED / 2
+    assert captured.known_exponent == (0.0 if scheme == "pre" else 1.0)
+    assert initial_risk(profile_states(captured.states), known_exponent=1.0).update_exponent == 1.0
+    verifier = ChainVerifier(captured.discovery.adapter, [captured.discovery.stack])
+    assert verifier.update_exponent(captured.discovery.stack) == captured.known_exponent, "what the agent tells"
+    assert capture_states(kan_transformer()[0], *kan_transformer()[1]).known_exponent == 0.0
+    model, args, _ = mixtral()
+    assert capture_states(model, *args).known_exponent is None, "others are read"
 
 
 def test_heads_beside_blocks_are_no_routers_beside_experts() -> None:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from benchmarks.guarded import BY_HAND, Plan, again, analyse, train_all
+from benchmarks.guarded import again, analyse
+from benchmarks.guarded_runs import BASE, BY_HAND, Plan, train_all
 from koopmon.config import PolicyConfig
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
 def test_one_monitor_and_one_launcher_serve_many_runs(tmp_path: Path) -> None:
-    plan = Plan(rates=(0.012,), fixed=(0.001,), seeds=1, healthy=1, policies=(PolicyConfig().name,), steps=80)
+    base = replace(BASE, steps=80)
+    plan = Plan(base=base, rates=(0.012,), fixed=(0.001,), seeds=1, healthy=1, policies=(PolicyConfig().name,))
     console = Console(file=io.StringIO(), width=160)
     runs = train_all(plan, tmp_path, console)
     assert len(runs) == len(BY_HAND) + 1 + 4 + 1 + 4
     assert train_all(plan, tmp_path, console) == runs, "finished runs are read, not made again"
-    found = {"plan": asdict(plan), **analyse(plan, runs, "abc", console)}
+    found = {"plan": plan.told(), **analyse(plan, runs, "abc", console)}
     controls = {row["control"]: row for row in found["rows"]}
     assert controls["nothing"]["diverged"] == 1.0
     assert controls["nothing"]["actions"] == 0.0

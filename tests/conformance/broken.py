@@ -200,6 +200,11 @@ class BadThreshold(EchoAdapter):
         return {"peak_scale": -1.0}
 
 
+class BadExponent(EchoAdapter):
+    def update_exponent(self, stack: Stack) -> float | None:
+        return float("nan")
+
+
 class BadKss(EchoAdapter):
     def kss_settings(self) -> Mapping[str, float]:
         return {"svd_rank": 2.5}
@@ -304,6 +309,7 @@ CASES = [
     Case(Backwards, r"blocks\.0 was called out of turn", ("discovery",)),
     Case(FindsNothing, r"stacks\(\) gives \[\]", ("discovery",)),
     Case(UnknownThreshold, r"risk\.peak_sale = 0\.3: allowed fields are .*peak_scale", ("settings",)),
+    Case(BadExponent, r"update_exponent\(\) gives nan, expected None or a number", ("settings",)),
     Case(BadThreshold, r"risk\.peak_scale = -1\.0: expected `float` > 0\.0", ("settings",)),
     Case(ShieldsAStranger, r"shielded\(\) gives a Dropout that is no module of the model", ("kss-shields",)),
     Case(CannotShield, "raised AttributeError: .*router", ("untouched", "kss-shields")),
