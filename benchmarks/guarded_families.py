@@ -31,7 +31,7 @@ PLAN = Plan(
     base=replace(BASE, task="text", batch=16, steps=120, warmup=10),
     by_hand={name: BY_HAND[name] for name in ("nothing", "clipping at 1.0")},
     kinds={"pre": {"norm": "pre", "lr": 0.003}},
-    rates=(0.03, 0.05),
+    rates=(0.015, 0.02, 0.03, 0.05),
     fixed=(0.003, 0.01),
     seeds=4,
     healthy=4,
