@@ -84,7 +84,7 @@ def run(cases: Sequence[C], work: Work[C], folder: Path | None, *, workers: int,
     failed: list[str] = []
     # spawn: a forked child inherits the parent's thread pools in whatever state they were.
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread)
-    with Progress(*columns, console=console) as progress, pool, _terminated_as_interrupted():
+    with Progress(*columns, console=console) as progress, pool, terminated_as_interrupted():
         task = progress.add_task("training", total=len(cases), completed=len(found))
         waiting: dict[Future[Kept[C]], int] = {
             pool.submit(_do, work, case, folder): index for index, case in enumerate(cases) if index not in found
@@ -107,7 +107,7 @@ def run(cases: Sequence[C], work: Work[C], folder: Path | None, *, workers: int,
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
+def terminated_as_interrupted() -> Iterator[None]:
     """SIGTERM ends the campaign as Ctrl-C does: without it the workers would outlive it."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from scipy import stats
 
+from benchmarks.campaign import terminated_as_interrupted
 from benchmarks.guarded_ranks import Job
 from benchmarks.training import Recipe
 from koopmon.config import PolicyConfig
@@ -101,7 +102,7 @@ def train_all(plan: Plan, folder: Path, console: Console, *, alone: bool = True)
         name = policy or "alone"
         out = folder / f"{name}.jsonl"
         store = folder / f"{name}.sqlite3"
-        with tempfile.TemporaryDirectory(prefix="koopmon-") as temporary:
+        with tempfile.TemporaryDirectory(prefix="koopmon-") as temporary, terminated_as_interrupted():
             endpoint = f"ipc://{temporary}/control" if policy else ""
             jobs = list(plan.jobs(endpoint, policy))
             _serve_and_train(jobs, policy, endpoint, store, out, Path(temporary), console)
