@@ -223,23 +223,6 @@ def architectures(told: Document) -> list[str]:
     ]
 
 
-def _interval(area: Mapping[str, float] | None) -> str:
-    return "-" if area is None else f"{area['value']:.2f} [{area['low']:.2f}, {area['high']:.2f}]"
-
-
-def _decimal(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(cells)} |" for cells in (heading, *rows)]
-    return [lines[0], "|" + "---|" * len(heading), *lines[1:]]
-
-
-def _prose(parts: Sequence[str]) -> list[str]:
-    return textwrap.wrap(" ".join(parts), width=120)
-
-
 def family_alarms(told: Document) -> list[str]:
     """Each family, with and without normalisation: who was warned in time, and who was alarmed for nothing."""
     rows = []
@@ -267,6 +250,58 @@ def family_alarms(told: Document) -> list[str]:
     return _table(heading, rows)
 
 
+def brake(told: Document) -> list[str]:
+    """Each scheme of each family: what is read from states, and how often that, and koopmon, is right."""
+    rows = [
+        [
+            f"{row['family']}, {row['norm']}",
+            f"{row['lowest']:.2f} to {row['highest']:.2f}",
+            *(f"{row[name]} of {row['num_models']}" for name in ("right_by_states", "right")),
+        ]
+        for row in told["rows"]
+    ]
+    return _table(["family, scheme", "update exponent read", "right by states alone", "right as koopmon does it"], rows)
+
+
+def guarded_families(told: Document) -> list[str]:
+    """Each family under each control at the rates that kill, its best fixed rate and its healthy runs."""
+    rates = told["plan"]["rates"]
+    rows, acted, identical, num_healthy = [], 0, 0, 0
+    for family, found in told["families"].items():
+        healthy = found["healthy"]
+        acted, identical = acted + healthy["acted_on"], identical + healthy["identical"]
+        num_healthy += healthy["num_runs"]
+        best = f"{_decimal(found['best_fixed_loss'])} at {found['best_fixed_lr']:g}"
+        for row in found["rows"]:
+            ends = [family, row["control"], f"{row['diverged']:.0%}", *row["by_rate"], _decimal(row["final_loss"])]
+            rows.append([*ends, best if row is found["rows"][0] else "", f"{row['actions']:.1f}"])
+    heading = ["family", "control", "diverged", *(f"{lr:g}" for lr in rates), "loss of the others"]
+    heading += ["best fixed rate's", "actions"]
+    replicas = "equal" if all(found["replicas_equal"] for found in told["families"].values()) else "not always equal"
+    prose = [
+        f"{told['families']['transformer']['rows'][0]['num_runs']} runs in each row. Of {num_healthy} healthy",
+        f"runs the default policy acted on {acted}; {identical} ended bit-identical. Replicas were {replicas}.",
+    ]
+    return [*_table(heading, rows), "", *_prose(prose)]
+
+
+def _interval(area: Mapping[str, float] | None) -> str:
+    return "-" if area is None else f"{area['value']:.2f} [{area['low']:.2f}, {area['high']:.2f}]"
+
+
+def _decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(cells)} |" for cells in (heading, *rows)]
+    return [lines[0], "|" + "---|" * len(heading), *lines[1:]]
+
+
+def _prose(parts: Sequence[str]) -> list[str]:
+    return textwrap.wrap(" ".join(parts), width=120)
+
+
 WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "unchanged_script": unchanged_script,
     "norm_table": norm_table,
@@ -280,4 +315,6 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "guarded": guarded,
     "architectures": architectures,
     "family_alarms": family_alarms,
+    "guarded_families": guarded_families,
+    "brake": brake,
 }

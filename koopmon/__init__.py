@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from koopmon.hookspecs import hookimpl
     from koopmon.profiling import profile
     from koopmon.spectral import LayerProfile, SpectralProfile
-    from koopmon.structure import BlockList, block_lists, lists_holding, parts_of
+    from koopmon.structure import BlockList, block_lists, lists_holding, normalised, parts_of
 
 __version__ = "0.1.0"
 
@@ -40,6 +40,7 @@ _HOMES = {
     "discover": "koopmon.discovery",
     "hookimpl": "koopmon.hookspecs",
     "lists_holding": "koopmon.structure",
+    "normalised": "koopmon.structure",
     "parts_of": "koopmon.structure",
     "profile": "koopmon.profiling",
 }
@@ -68,6 +69,7 @@ __all__ = [
     "discover",
     "hookimpl",
     "lists_holding",
+    "normalised",
     "parts_of",
     "profile",
 ]

@@ -217,8 +217,8 @@ class ArchitectureAdapter(ABC):
         return ()
 
     def update_exponent(self, stack: Stack) -> float | None:
-        """k of ||update|| ~ ||state||^k, where the family knows it from `stack`'s structure: 0 where normalisations
-        hold the updates, 1 where nothing does. None: it is read from the first forward pass."""
+        """k of ||update|| ~ ||state||^k, where the family knows it: 0 where normalisations hold the updates, 1 where
+        nothing does. None: 0 where every block holds a normalisation, else as the first forward pass shows."""
         return None
 
     def thresholds(self) -> Mapping[str, float]:

@@ -34,8 +34,9 @@ from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Point, Stack
 from koopmon.spectral import LARGEST_EXPONENT, stack_exponent, update_exponent
+from koopmon.structure import normalised
 
-__all__ = ["ChainVerifier", "Verdict"]
+__all__ = ["ChainVerifier", "Verdict", "known_exponent"]
 
 SAMPLED_ROWS = 1024
 """Rows of each state on which the end of one block is compared with the start of the next."""
@@ -216,11 +217,11 @@ class ChainVerifier:
         return Verdict(eligible[0].stack if eligible else None, reasons)
 
     def update_exponent(self, stack: Stack) -> float | None:
-        """The exponent by which the updates of `stack` grow with the state, as its family knows it or as this forward
-        pass showed; None where most of its blocks did not move it. Synchronises."""
-        known = self.adapter.update_exponent(stack)
+        """The exponent by which the updates of `stack` grow with the state, as known beforehand or as this forward pass
+        showed; None where most of its blocks did not move it. Synchronises."""
+        known = known_exponent(self.adapter, stack)
         if known is not None:
-            return min(max(float(known), -LARGEST_EXPONENT), LARGEST_EXPONENT)
+            return known
         grown = [k for k, size in _together(self._traces[stack.name].growth).tolist() if size >= MIN_UPDATE]
         return stack_exponent(grown) if 2 * len(grown) >= len(stack.points) else None
 
@@ -265,6 +266,19 @@ class ChainVerifier:
                 if point.module is not first and any(module is first for module in point.module.modules()):
                     return other.stack
         return None
+
+
+def known_exponent(adapter: ArchitectureAdapter, stack: Stack) -> float | None:
+    """The update exponent of `stack` where it need not be read from states: as `adapter` says, or else 0 where every
+    block normalises.
+
+    States tell less surely than structure: where a task has few tokens, or experts weigh them differently, updates
+    behind a normalisation were read to grow by exponents of up to 0.7 (docs/evidence.md).
+    """
+    said = adapter.update_exponent(stack)
+    if said is not None:
+        return min(max(float(said), -LARGEST_EXPONENT), LARGEST_EXPONENT)
+    return 0.0 if normalised(stack) else None
 
 
 @torch.no_grad()

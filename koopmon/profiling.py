@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Discovery, Observable, Stack
-from koopmon.chain import ChainVerifier
+from koopmon.chain import ChainVerifier, known_exponent
 from koopmon.discovery import probe, verified
 from koopmon.observables import Readings, declared, tabulate
 from koopmon.plugins import Selection, select
@@ -66,8 +66,8 @@ class CapturedStates:
 
     @property
     def known_exponent(self) -> float | None:
-        """The update exponent, where the adapter knows it without reading it from the states."""
-        return self.discovery.adapter.update_exponent(self.discovery.stack)
+        """The update exponent, where it need not be read from the states."""
+        return known_exponent(self.discovery.adapter, self.discovery.stack)
 
 
 def capture_states(

@@ -16,12 +16,23 @@ from torch import nn
 
 from koopmon.api import Point, Stack
 
-__all__ = ["BlockList", "block_lists", "canonical_name", "container_stack", "lists_holding", "parts_of", "survey"]
+__all__ = [
+    "BlockList",
+    "block_lists",
+    "canonical_name",
+    "container_stack",
+    "lists_holding",
+    "normalised",
+    "parts_of",
+    "survey",
+]
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 WRAPPER_ATTRIBUTES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Attributes under which data-parallel, compile, FSDP and checkpoint wrappers hold the module that they wrap."""
 PLANAR = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+QUERY_OR_KEY = re.compile(r"(?:.*_)?(?:q|k|qk|query|key)(?:_.*)?")
+"""What normalisations of queries and keys are called: they hold attention's weights, and not the updates."""
 NUMBERED = re.compile(r"(?P<prefix>.*?)_?(?P<number>\d+)")
 
 
@@ -81,6 +92,25 @@ def parts_of(block: nn.Module, is_part: Callable[[nn.Module], bool]) -> list[nn.
             found.append(module)
             inside.update(module.modules())
     return found
+
+
+def normalised(stack: Stack) -> bool:
+    """Whether every block of `stack` holds a normalisation, known by its class's name: LayerNorm, RMSNorm, your own.
+
+    Those of queries and keys do not count, and torch's reparametrisations normalise weights. A block that calls a
+    function to normalise holds nothing to be seen.
+    """
+    return all(any(_normalisations(module) for module in {point.entry, point.module}) for point in stack.points)
+
+
+def _normalisations(block: nn.Module) -> list[nn.Module]:
+    return [
+        module
+        for path, module in block.named_modules()
+        if "norm" in type(module).__name__.lower()
+        and not type(module).__module__.startswith("torch.nn.utils")
+        and not QUERY_OR_KEY.fullmatch(path.rpartition(".")[2])
+    ]
 
 
 def lists_holding(model: nn.Module, is_part: Callable[[nn.Module], bool]) -> list[BlockList]:

@@ -27,7 +27,7 @@ ROOMS = {
     "api": "errors",
     "hookspecs": "errors api",
     "structure": "errors api",
-    "chain": "errors api spectral",
+    "chain": "errors api structure spectral",
     "tokens": "errors",
     "observables": "errors api",
     "plugins": "errors api hookspecs structure observables",

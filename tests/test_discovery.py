@@ -143,3 +143,37 @@ def test_points_are_entered_through_themselves_unless_told() -> None:
     block, door = Block(), Block()
     assert Point("b", block, 0).entry is block
     assert Point("b", block, 0, door).entry is door
+
+
+class LayerScaleNorm(nn.Module):
+    """A model's own normalisation, of which only the name tells."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h / h.norm(dim=-1, keepdim=True)
+
+
+def _with(**children: nn.Module) -> nn.Module:
+    block = Block()
+    for name, child in children.items():
+        block.add_module(name, child)
+    return block
+
+
+@pytest.mark.parametrize(
+    ("make", "normalises"),
+    [
+        (lambda: _with(), False),
+        (lambda: _with(ln_1=nn.LayerNorm(D)), True),
+        (lambda: _with(inner=nn.Sequential(nn.Linear(D, D), LayerScaleNorm())), True),
+        (lambda: _with(q_norm=nn.RMSNorm(D), k_layernorm=nn.RMSNorm(D), norm_query=nn.LayerNorm(D)), False),
+        (lambda: _with(q_norm=nn.RMSNorm(D), post_attention_layernorm=nn.RMSNorm(D)), True),
+        (lambda: _with(dense=nn.utils.parametrizations.spectral_norm(nn.Linear(D, D))), False),
+    ],
+)
+def test_normalisations_are_known_by_name(make: Any, normalises: bool) -> None:
+    points = tuple(Point(str(layer), make(), layer) for layer in range(2))
+    stack = koopmon.Stack("blocks", points)
+    assert koopmon.normalised(stack) is normalises
+    assert not koopmon.normalised(koopmon.Stack("blocks", (*points, Point("2", Block(), 2)))), "every block must"
+    entered = tuple(Point(point.name, Block(), point.layer, entry_module=point.module) for point in points)
+    assert koopmon.normalised(koopmon.Stack("blocks", entered)) is normalises

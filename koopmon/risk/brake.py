@@ -1,10 +1,10 @@
 """Whether anything brakes the growth of the residual stream: read from the update exponent.
 
 A layer's update grows with the state as ||y - x|| ~ ||x||^k. Behind a normalisation k is 0, whatever is learned: twice
-the state gets the same update. Without one it is 1 for linear layers, and more where attention multiplies states. Over
-165 untrained models of six residual schemes, two initialisations, two tasks and six sizes the exponent of the stack was
-at most 0.22 with a normalisation and at least 0.37 without; near-unit mass and the share of reliable modes change sides
-with the initialisation.
+the state gets the same update. Without one it is 1 for linear layers, and more where attention multiplies states.
+Near-unit mass and the share of reliable modes change sides with the initialisation; the exponent does not. Where blocks
+hold normalisations it is taken to be 0, and it is read from states where they do not, or where none can be seen
+(`koopmon.chain.known_exponent`).
 """
 
 from __future__ import annotations

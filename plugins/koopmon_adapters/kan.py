@@ -21,6 +21,7 @@ from koopmon import (
     Stack,
     hookimpl,
     lists_holding,
+    normalised,
     parts_of,
 )
 
@@ -30,10 +31,10 @@ class KANAdapter(ArchitectureAdapter):
 
     Flags: "plain-chain" where the spline layers are the blocks themselves: they map the state and do not carry it
     forward; of such a list the longest run of layers of one width is the stack. Beside state spaces the claim is 15.
-    Near zero splines add a constant, whatever the state, which in the update exponent looks like a brake: whether there
-    is one is told by the block's structure instead. The share of reliable modes weighs the risk by a quarter: by more
-    it silenced deaths, by nothing there were three times as many false alarms (docs/evidence.md). All else, KSS too, is
-    as for other families.
+    Near zero splines add a constant, whatever the state, which in the update exponent looks like a brake: blocks that
+    do not normalise count as unbraked. The share of reliable modes weighs the risk by a quarter: by more it silenced
+    deaths, by nothing there were three times as many false alarms (docs/evidence.md). All else, KSS too, is as for
+    other families.
     """
 
     name = "kan"
@@ -65,7 +66,7 @@ class KANAdapter(ArchitectureAdapter):
         return {"reliability_weight": 0.25}
 
     def update_exponent(self, stack: Stack) -> float | None:
-        return 0.0 if all(any(parts_of(point.module, _is_normalisation)) for point in stack.points) else 1.0
+        return None if normalised(stack) else 1.0
 
     def _overflow(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
@@ -117,11 +118,6 @@ def _kan_transformer(seed: int) -> tuple[nn.Module, Tensor]:
 
 def _is_spline_layer(module: nn.Module) -> bool:
     return _splines(module) is not None
-
-
-def _is_normalisation(module: nn.Module) -> bool:
-    """By its class's name, as in LayerNorm, RMSNorm or a model's own; torch's parametrisations are of weights."""
-    return "norm" in type(module).__name__.lower() and not type(module).__module__.startswith("torch.nn.utils")
 
 
 def _splines(module: nn.Module) -> tuple[Tensor, Tensor] | None:

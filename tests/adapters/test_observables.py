@@ -161,7 +161,7 @@ def test_grid_overflow_against_a_count() -> None:
     expected = [float(((given[0] < -1) | (given[0] > 1)).float().mean()) for given, _ in calls]  # pykan's default grid
     assert measured((model, args, kwargs))["grid_overflow_ratio"] == pytest.approx(expected)
     assert min(expected) > 0
-    assert adapters()["kan"].thresholds() == {"reliability_weight": 1.0}
+    assert adapters()["kan"].thresholds() == {"reliability_weight": 0.25}
 
 
 def test_a_hybrid_measures_what_both_of_its_families_need() -> None:
