@@ -272,8 +272,7 @@ def known_exponent(adapter: ArchitectureAdapter, stack: Stack) -> float | None:
     """The update exponent of `stack` where it need not be read from states: as `adapter` says, or else 0 where every
     block normalises.
 
-    States tell less surely than structure: where a task has few tokens, or experts weigh them differently, updates
-    behind a normalisation were read to grow by exponents of up to 0.7 (docs/evidence.md).
+    States tell less surely than structure: `benchmarks.brake` has how often either was right.
     """
     said = adapter.update_exponent(stack)
     if said is not None:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from koopmon import ArchitectureAdapter, ExampleModel, Observable, Stack, hookimpl, lists_holding, parts_of
+from koopmon import ArchitectureAdapter, ExampleModel, Observable, Stack, hookimpl, lists_holding, normalised, parts_of
 
 CHOICES = ("top_k", "num_experts_per_tok", "topk", "k")
 """What routers and mixtures call the number of experts that each token goes to."""
@@ -28,7 +28,8 @@ class MoEAdapter(ArchitectureAdapter):
 
     Flags: "dense-layers" where some blocks of the stack hold no experts. Beside state spaces or splines the experts are
     the lesser part of a hybrid, and the claim is 15. Routers are shielded from KSS. Thresholds are the general
-    ones, which serve (`benchmarks.family_alarms`), and so are the KSS settings.
+    ones, which serve (`benchmarks.family_alarms`), and so are the KSS settings. Routers weigh tokens whatever their
+    length, and states tell little of a brake (`benchmarks.brake`): blocks that do not normalise count as unbraked.
 
     All tokens that a router saw are measured, padding too.
     """
@@ -61,6 +62,9 @@ class MoEAdapter(ArchitectureAdapter):
             if routing.drops:
                 found.append(Observable("dropped_token_ratio", layer, routing.router, routing.dropped))
         return found
+
+    def update_exponent(self, stack: Stack) -> float | None:
+        return None if normalised(stack) else 1.0
 
     def shielded(self, stack: Stack) -> Sequence[nn.Module]:
         return [routing.router for _, routing in _routings(stack)]
