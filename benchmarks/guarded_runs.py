@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from scipy import stats
 
-from benchmarks.campaign import terminated_as_interrupted
+from benchmarks.campaign import KEPT_MEMORY, terminated_as_interrupted
 from benchmarks.guarded_ranks import Job
 from benchmarks.training import Recipe
 from koopmon.config import PolicyConfig
@@ -130,7 +131,8 @@ def _serve_and_train(
             _wait(ready.exists, READY_SECONDS)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
         command = [*torchrun, "--nproc-per-node", "2", "-m", "benchmarks.guarded_ranks"]
-        ranks = subprocess.Popen([*command, str(temporary / "jobs.json"), str(out)], cwd=ROOT)
+        environment = {**KEPT_MEMORY, **os.environ}
+        ranks = subprocess.Popen([*command, str(temporary / "jobs.json"), str(out)], cwd=ROOT, env=environment)
         try:
             with Progress(console=console) as progress:
                 task = progress.add_task(policy or "without a guard", total=len(jobs))
