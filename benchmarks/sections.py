@@ -277,9 +277,10 @@ def guarded_families(told: Document) -> list[str]:
             rows.append([*ends, best if row is found["rows"][0] else "", f"{row['actions']:.1f}"])
     heading = ["family", "control", "diverged", *(f"{lr:g}" for lr in rates), "loss of the others"]
     heading += ["best fixed rate's", "actions"]
+    counts = {row["num_runs"] for found in told["families"].values() for row in found["rows"]}
     replicas = "equal" if all(found["replicas_equal"] for found in told["families"].values()) else "not always equal"
     prose = [
-        f"{told['families']['transformer']['rows'][0]['num_runs']} runs in each row. Of {num_healthy} healthy",
+        f"{' or '.join(map(str, sorted(counts, reverse=True)))} runs in each row. Of {num_healthy} healthy",
         f"runs the default policy acted on {acted}; {identical} ended bit-identical. Replicas were {replicas}.",
     ]
     return [*_table(heading, rows), "", *_prose(prose)]
