@@ -14,6 +14,10 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[^ #]*\).*/\1/p' constraints.txt)
 PINS  := pyproject.toml constraints.txt
 
+# The modules that are commands. What norms and early_warning find others are held against; pages come last.
+COMMANDS := $(patsubst benchmarks/%.py,%,$(shell grep -l __main__ benchmarks/*.py))
+COMMANDS := norms early_warning $(filter-out norms early_warning readme guarded_ranks,$(COMMANDS)) readme
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format prove clean
 .DELETE_ON_ERROR:
@@ -38,7 +42,7 @@ format: $(VENV)/.dev.stamp ## let ruff arrange the code
 	$(BIN)/ruff format .
 
 prove: $(VENV)/.dev.stamp ## the longer campaigns: every benchmark, each printing its table and keeping its JSON
-	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; name=$${file#benchmarks/}; $(BIN)/python -m "benchmarks.$${name%.py}"; done
+	@set -e; for name in $(COMMANDS); do echo "== $$name"; $(BIN)/python -m "benchmarks.$$name"; done
 
 clean: ## forget the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -275,7 +275,7 @@ def known_exponent(adapter: ArchitectureAdapter, stack: Stack) -> float | None:
     States tell less surely than structure: `benchmarks.brake` has how often either was right.
     """
     said = adapter.update_exponent(stack)
-    if said is not None:
+    if said is not None and math.isfinite(said):
         return min(max(float(said), -LARGEST_EXPONENT), LARGEST_EXPONENT)
     return 0.0 if normalised(stack) else None
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import koopmon
 from benchmarks.families import Family, Scheme, language_model
-from koopmon.chain import ChainVerifier
+from koopmon.chain import ChainVerifier, known_exponent
 from koopmon.plugins import adapters, select
 from koopmon.profiling import capture_states
 from koopmon.risk.brake import UNBRAKED
@@ -186,6 +186,16 @@ def test_splines_and_experts_are_braked_where_their_blocks_normalise(family: Fam
     assert captured.known_exponent == (0.0 if scheme == "pre" else 1.0)
     verifier = ChainVerifier(captured.discovery.adapter, [captured.discovery.stack])
     assert verifier.update_exponent(captured.discovery.stack) == captured.known_exponent, "what the agent tells"
+
+
+@pytest.mark.parametrize(("said", "known"), [(float("nan"), 0.0), (float("inf"), 0.0), (-7e9, -100.0), (0.3, 0.3)])
+def test_what_an_adapter_says_of_the_brake_is_a_number_that_travels(said: float, known: float) -> None:
+    class Teller(type(adapters()["transformer"])):  # type: ignore[misc]
+        def update_exponent(self, stack: koopmon.Stack) -> float | None:
+            return said
+
+    stack = koopmon.discover(mixtral()[0]).stack
+    assert known_exponent(Teller(), stack) == known, "what is none is as if nothing was said"
 
 
 def test_every_block_of_a_model_in_use_normalises(name: str, case: Case) -> None:
