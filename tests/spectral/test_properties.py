@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -36,6 +36,7 @@ def distance(first: Tensor, second: Tensor) -> float:
 
 @settings(max_examples=40)
 @given(seed=SEEDS, width=WIDTHS, truncated=st.booleans())
+@example(seed=67363063, width=5, truncated=True)
 def test_masses_and_ratios_stay_in_their_bounds(seed: int, width: int, truncated: bool) -> None:
     x, y = transition(seed, width)
     profile = profile_states([x, y, x], svd_rank=max(1, width // 2) if truncated else None)
@@ -49,7 +50,8 @@ def test_masses_and_ratios_stay_in_their_bounds(seed: int, width: int, truncated
         assert layer.eigenvector_condition_number >= 1.0 - 1e-12
         assert layer.kreiss_constant is not None
         assert 1.0 <= layer.kreiss_constant <= layer.eigenvector_condition_number * (1 + 1e-6)
-        assert layer.spectral_radius == layer.eigenvalues.abs().max()
+        # Many layers at once: the modulus is another in its last bit than that of one.
+        assert layer.spectral_radius == pytest.approx(layer.eigenvalues.abs().max().item(), rel=1e-14)
     assert profile.risk is not None
     assert 0.0 <= profile.risk <= 1.0
 
