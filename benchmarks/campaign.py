@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -27,6 +28,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+DAMAGE: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, RecursionError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What numpy raises for an archive that was cut short or scribbled over."""
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 
@@ -151,12 +157,11 @@ def _read(case: C, folder: Path, console: Console) -> Kept[C] | None:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             about = json.loads(str(archive["about"]))
             series = {name: archive[name] for name in archive.files if name != "about"}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        case_fields, scalars = about["case"], dict(about["scalars"])
+    except DAMAGE as error:
         console.print(f"[yellow]{path.name} is damaged ({type(error).__name__}); this run is made again[/yellow]")
         return None
-    if about.get("case") != _fields(case):
-        return None
-    return Kept(case, about["scalars"], series)
+    return Kept(case, scalars, series) if case_fields == _fields(case) else None
 
 
 def _fields(case: Case) -> dict[str, Any]:

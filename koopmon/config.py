@@ -1,8 +1,8 @@
 """Configuration: frozen, validated, from TOML and the environment. Every field states its unit and what is allowed.
 
 One file serves both sides: the agent reads `[model]`, `[sampling]`, `[cadence]`, `[limits]`, `[control]`; the monitor
-reads `[monitor]`, `[risk]`, `[policy]` and `[kss]`, but for `through_shielded`, which is the agent's. A file that names
-an unknown table or key, or a value outside its bounds, is refused whole.
+reads `[monitor]`, `[store]`, `[risk]`, `[policy]` and `[kss]`, but for `through_shielded`, which is the agent's. A file
+that names an unknown table or key, or a value outside its bounds, is refused whole.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from koopmon.errors import ConfigError
+from koopmon.errors import ConfigError, one_line
 
 Steps = Annotated[int, Meta(ge=1, le=1_000_000)]
 Seconds = Annotated[float, Meta(ge=0.0, le=604_800.0)]
@@ -98,7 +98,17 @@ class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The daemon's bounds."""
 
     max_runs: Annotated[int, Meta(ge=1, le=10_000)] = 64
+    """Jobs watched at once; one more is refused."""
+    max_peers: Annotated[int, Meta(ge=1, le=1 << 20)] = 16_384
+    """Ranks of one job that may speak; one more is refused."""
+    max_layers: Annotated[int, Meta(ge=1, le=4096)] = 4096
+    """Transitions of one model: a message with more frames than that needs is refused."""
+    max_header_bytes: Annotated[int, Meta(ge=1 << 12, le=1 << 24)] = 1 << 16
+    """Of any message but a snapshot's frames; the transport cuts whoever sends one that is longer."""
     max_message_bytes: Annotated[int, Meta(ge=1 << 16)] = 1 << 30
+    """Of a snapshot's shard, all frames."""
+    max_http_connections: Annotated[int, Meta(ge=4, le=10_000)] = 128
+    """To the pages; with one more the oldest gives way."""
     max_pending_bytes: Annotated[int, Meta(ge=1 << 20)] = 2 << 30
     """Memory for shards that wait for their siblings."""
     assemble_timeout_seconds: Annotated[float, Meta(gt=0.0)] = 5.0
@@ -116,6 +126,18 @@ class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Rank of the online DMD."""
     calibrator: str = ""
     """File of a calibrator, as `koopmon calibrate` writes it; empty: no probability of divergence is exported."""
+
+
+class StoreConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the history file keeps. Decisions, commands and their answers of a run that goes on are never deleted."""
+
+    max_bytes: Annotated[int, Meta(ge=1 << 20)] = 4 << 30
+    """Size above which profiles, observations and heartbeats are deleted, the oldest first, those of runs that are
+    over before those of runs that go on. Decisions stay."""
+    max_age_days: Annotated[float, Meta(gt=0.0, le=36_500.0)] = 365.0
+    """Age at which everything of a launch that is over is deleted, and the profiles and such of one that goes on."""
+    retry_seconds: Annotated[float, Meta(gt=0.0, le=3600.0)] = 2.0
+    """While a full or failing disk pauses recording: time between tries."""
 
 
 class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -235,6 +257,7 @@ class Config(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     limits: LimitsConfig = LimitsConfig()
     control: ControlConfig = ControlConfig()
     monitor: MonitorConfig = MonitorConfig()
+    store: StoreConfig = StoreConfig()
     risk: RiskConfig = RiskConfig()
     policy: PolicyConfig = PolicyConfig()
     kss: KssConfig = KssConfig()
@@ -257,11 +280,11 @@ def from_mapping(data: Mapping[str, Any], *, source: str = "configuration") -> C
         field = path.rstrip("`")
         known, unknown = message.partition("Object contains unknown field ")[::2]
         if not known:
-            raise ConfigError(f"{source}: {_unknown(field, unknown.strip('`'))}") from None
+            raise ConfigError(f"{source}: {_unknown(one_line(field, 80), one_line(unknown.strip('`'), 80))}") from None
         if not field:
             raise ConfigError(f"{source}: {message}; allowed tables: {', '.join(Config.__struct_fields__)}") from None
-        value = _value_at(data, field)
-        raise ConfigError(f"{source}: {field} = {value!r}: {message[0].lower()}{message[1:]}") from None
+        value, what = one_line(repr(_value_at(data, field))), one_line(message[0].lower() + message[1:])
+        raise ConfigError(f"{source}: {one_line(field, 80)} = {value}: {what}") from None
 
 
 def _unknown(table: str, name: str) -> str:
@@ -288,8 +311,10 @@ def load(path: str | os.PathLike[str] | None = None, *, overrides: Mapping[str, 
             data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{source}: not valid TOML: {error}") from None
+        except ValueError as error:  # not TOML, not UTF-8, or an integer of thousands of digits
+            raise ConfigError(f"{source}: not valid TOML: {one_line(error)}") from None
+        except RecursionError:
+            raise ConfigError(f"{source}: not valid TOML: nested too deeply") from None
     for table, values in (overrides or {}).items():
         merged = data.get(table, {})
         data[table] = {**merged, **values} if isinstance(values, Mapping) and isinstance(merged, Mapping) else values

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def one_line(text: object, limit: int = 400) -> str:
+    """A text that may quote a file or a peer, fit for a log line: printable, and at most `limit` characters."""
+    line = "".join(character if character.isprintable() else "?" for character in str(text))
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
 class KoopmonError(Exception):
     """Parent of every error koopmon raises on purpose; `exit_status` is what the CLI returns for it."""
 

@@ -106,8 +106,12 @@ class Monitor:
 
     def _open(self, stack: ExitStack) -> None:
         monitor = self._config.monitor
-        limits = WireLimits(max_message_bytes=monitor.max_message_bytes)
-        store = Store.open(self._store_path)
+        limits = WireLimits(
+            max_header_bytes=monitor.max_header_bytes,
+            max_message_bytes=monitor.max_message_bytes,
+            max_frames=monitor.max_layers + 2,
+        )
+        store = Store.open(self._store_path, self._config.store)
         stack.callback(store.close)
         wire = stack.enter_context(WireContext())
         self._control = ControlServer(wire, self._bind, limits=limits)
@@ -116,7 +120,9 @@ class Monitor:
         metrics = Metrics(registry, _build())
         self._rejections = Rejections(metrics, time.monotonic)
         checks = {"healthz": self._alive, "readyz": lambda: self._serving and self._alive()}
-        web = WebServer(self._http, registry, checks)
+        web = WebServer(
+            self._http, registry, checks, max_connections=monitor.max_http_connections, note=self._rejections.note
+        )
         stack.callback(web.close)
         engine = Engine(
             device=self._device,

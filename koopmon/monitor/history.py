@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import msgspec
 
-from koopmon.errors import StoreError
-from koopmon.monitor.schema import check, from_scalar, unpacked_profile
+from koopmon.errors import StoreError, one_line
+from koopmon.monitor.schema import SQLITE_ERRORS, check, from_scalar, unpacked_profile
 from koopmon.wire.messages import Applied, Command, Hello
 
 
@@ -106,19 +107,25 @@ class HeartbeatRow:
     kss_alpha: float
 
 
+R = TypeVar("R")
+
 _OF_RUN = " JOIN incarnations ON incarnations.id = t.incarnation_id JOIN runs ON runs.id = run_id WHERE name = ?"
 
 
 class History:
-    """A store opened for reading. Rows come in the order in which they were written."""
+    """A store opened for reading. Rows come in the order in which they were written.
 
-    def __init__(self, database: sqlite3.Connection) -> None:
+    What a damaged or a forged file holds is checked as it is read: every method raises StoreError, and nothing else.
+    """
+
+    def __init__(self, database: sqlite3.Connection, path: Path) -> None:
         self._database = database
         self._database.row_factory = sqlite3.Row
+        self._path = path
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Raises StoreError when the file is missing, unreadable, not a store, or of another schema."""
+        """Raises StoreError when the file is missing, unreadable, not a store, or of a newer schema."""
         path = Path(path)
         if not path.is_file():
             raise StoreError(f"store {path}: no such file")
@@ -129,9 +136,9 @@ class History:
             except BaseException:
                 database.close()
                 raise
-        except sqlite3.Error as error:
-            raise StoreError(f"store {path}: {error}") from None
-        return cls(database)
+        except SQLITE_ERRORS as error:
+            raise StoreError(f"store {path}: {one_line(error)}") from None
+        return cls(database, path)
 
     def close(self) -> None:
         self._database.close()
@@ -144,98 +151,84 @@ class History:
 
     def runs(self) -> list[str]:
         """Names of all runs, oldest first."""
-        return [row["name"] for row in self._database.execute("SELECT name FROM runs ORDER BY first_seen, id")]
+        with self._reading("runs"):
+            rows = self._database.execute("SELECT name FROM runs ORDER BY first_seen, id").fetchall()
+            return msgspec.convert([row["name"] for row in rows], list[str])
 
     def incarnations(self, run: str) -> list[IncarnationRow]:
-        query = "SELECT t.*, name FROM incarnations AS t JOIN runs ON runs.id = run_id WHERE name = ? ORDER BY t.id"
-        return [
-            IncarnationRow(
-                run=row["name"],
-                incarnation=row["incarnation"],
-                started=row["started"],
-                ended=row["ended"],
-                end_reason=row["end_reason"],
-                hello=None if row["hello"] is None else msgspec.json.decode(row["hello"], type=Hello),
-                applied=None if row["applied"] is None else msgspec.json.decode(row["applied"], type=Applied),
-            )
-            for row in self._database.execute(query, (run,))
-        ]
+        query = (
+            "SELECT t.*, name AS run FROM incarnations AS t JOIN runs ON runs.id = run_id WHERE name = ? ORDER BY t.id"
+        )
+        with self._reading("incarnations"):
+            return [
+                _row(
+                    row,
+                    IncarnationRow,
+                    hello=None if row["hello"] is None else msgspec.json.decode(row["hello"], type=Hello),
+                    applied=None if row["applied"] is None else msgspec.json.decode(row["applied"], type=Applied),
+                )
+                for row in self._database.execute(query, (run,))
+            ]
 
     def profiles(self, run: str) -> Iterator[ProfileRow]:
-        for row in self._of_run("profiles", run):
-            profile, observables = unpacked_profile(row["profile"], non_finite=bool(row["non_finite"]))
-            yield ProfileRow(
-                incarnation=row["incarnation"],
-                step=row["step"],
-                time=row["time"],
-                num_shards=row["num_shards"],
-                masked=bool(row["masked"]),
-                seconds=row["seconds"],
-                profile=profile,
-                observables=observables,
-            )
+        with self._reading("profiles"):
+            for row in self._of_run("profiles", run):
+                profile, observables = unpacked_profile(row["profile"], non_finite=bool(row["non_finite"]))
+                yield _row(row, ProfileRow, masked=bool(row["masked"]), profile=profile, observables=observables)
 
     def observations(self, run: str) -> Iterator[ObservationRow]:
-        for row in self._of_run("observations", run):
-            yield ObservationRow(
-                incarnation=row["incarnation"],
-                step=row["step"],
-                time=row["time"],
-                learning_rate=from_scalar(row["learning_rate"]),
-                loss=from_scalar(row["loss"]),
-                grad_norm=from_scalar(row["grad_norm"]),
-                lr_scale=row["lr_scale"],
-                kss_alpha=row["kss_alpha"],
-                non_finite=bool(row["non_finite"]),
-                observation=json.loads(row["observation"]),
-                risk=row["risk"],
-                reason=row["reason"],
-                components=json.loads(row["components"]),
-            )
+        with self._reading("observations"):
+            for row in self._of_run("observations", run):
+                yield _row(
+                    row,
+                    ObservationRow,
+                    **_scalars(row, "learning_rate", "loss", "grad_norm"),
+                    non_finite=bool(row["non_finite"]),
+                    observation=msgspec.json.decode(row["observation"]),
+                    components=msgspec.json.decode(row["components"]),
+                )
 
     def decisions(self, run: str) -> Iterator[DecisionRow]:
-        for row in self._of_run("decisions", run):
-            yield DecisionRow(
-                incarnation=row["incarnation"],
-                step=row["step"],
-                time=row["time"],
-                phase=row["phase"],
-                reason=row["reason"],
-                risk=row["risk"],
-                commands=tuple(self._commands(row["id"])),
-            )
+        with self._reading("decisions"):
+            for row in self._of_run("decisions", run):
+                yield _row(row, DecisionRow, commands=tuple(self._commands(row["id"])))
 
     def heartbeats(self, run: str) -> Iterator[HeartbeatRow]:
-        for row in self._of_run("heartbeats", run):
-            yield HeartbeatRow(
-                incarnation=row["incarnation"],
-                process_rank=row["process_rank"],
-                time=row["time"],
-                step=row["step"],
-                learning_rate=from_scalar(row["learning_rate"]),
-                loss=from_scalar(row["loss"]),
-                grad_norm=from_scalar(row["grad_norm"]),
-                step_seconds=from_scalar(row["step_seconds"]),
-                overhead_ratio=row["overhead_ratio"],
-                lr_scale=row["lr_scale"],
-                kss_alpha=row["kss_alpha"],
-            )
+        with self._reading("heartbeats"):
+            for row in self._of_run("heartbeats", run):
+                yield _row(row, HeartbeatRow, **_scalars(row, "learning_rate", "loss", "grad_norm", "step_seconds"))
 
     def _of_run(self, table: str, run: str) -> Iterator[sqlite3.Row]:
         query = f"SELECT t.*, incarnation FROM {table} AS t{_OF_RUN} ORDER BY t.id"
         yield from self._database.execute(query, (run,))
 
-    def _commands(self, decision_id: int) -> Iterator[CommandRow]:
+    def _commands(self, decision_id: int) -> Iterator[dict[str, Any]]:
         query = (
             "SELECT commands.*, acks.step AS acked_step, acks.detail AS detail FROM commands"
             " LEFT JOIN acks ON acks.id = (SELECT max(id) FROM acks WHERE command_id = commands.id)"
             " WHERE decision_id = ? ORDER BY commands.rowid"
         )
         for row in self._database.execute(query, (decision_id,)):
-            yield CommandRow(
-                command=msgspec.json.decode(row["command"], type=Command),
-                time=row["time"],
-                outcome=row["outcome"],
-                acked_step=row["acked_step"],
-                detail=row["detail"],
-            )
+            yield _values(row, CommandRow, command=msgspec.json.decode(row["command"], type=Command))
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, zlib.error, msgspec.MsgspecError, ValueError, TypeError, OverflowError) as error:
+            raise StoreError(f"store {self._path}: {what}: a row cannot be read: {one_line(error)}") from None
+        except RecursionError:
+            raise StoreError(f"store {self._path}: {what}: a row cannot be read: nested too deeply") from None
+
+
+def _scalars(row: sqlite3.Row, *names: str) -> dict[str, float | None]:
+    return {name: from_scalar(row[name]) for name in names}
+
+
+def _values(row: sqlite3.Row, kind: type[Any], **values: Any) -> dict[str, Any]:
+    """The columns that a dataclass names; `values` are those that need more than to be taken as they are."""
+    return {field.name: row[field.name] for field in fields(kind) if field.name not in values} | values
+
+
+def _row(row: sqlite3.Row, kind: type[R], **values: Any) -> R:
+    return msgspec.convert(_values(row, kind, **values), kind)

@@ -42,6 +42,9 @@ MONITOR_REJECTIONS = (
     "late",
     "inconsistent",
     "unknown_command",
+    "http_garbage",
+    "http_slow",
+    "http_connections",
     "internal",
 )
 MONITOR_DROPS = ("assembler_full", "engine_queue_full", "engine_failed", "superseded")
@@ -125,6 +128,7 @@ TABLE: tuple[Series, ...] = (
     Series("engine_queue_length", "gauge", "Snapshots waiting for the engine."),
     Series("engine_failures", "counter", "Snapshots that an error kept from being profiled or judged."),
     Series("store_recording", "gauge", "1 while history is written, 0 while the store is paused."),
+    Series("store_lost", "counter", "Records that were not written; decisions wait while the store is paused."),
     Series("build", "info", "Versions of what is running."),
 )
 BY_NAME: Mapping[str, Series] = {series.name: series for series in TABLE}

@@ -37,7 +37,11 @@ def outcomes(history: History) -> Iterator[Outcome]:
             if first is None or first.profile is None or first.step > MAX_FIRST_STEP or incarnation.hello is None:
                 yield Outcome(run, None, None, f"no profile of its first {MAX_FIRST_STEP} steps")
                 continue
-            profile = SpectralProfile.from_dict(first.profile)
+            try:
+                profile = SpectralProfile.from_dict(first.profile)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                yield Outcome(run, None, None, f"its first profile cannot be read: {error!r}")
+                continue
             adapter = incarnation.hello.adapter
             initial = initial_risk(profile)
             exponent = incarnation.hello.update_exponent

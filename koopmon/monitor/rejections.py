@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 
 from koopmon.monitor.metrics import REJECTIONS, Metrics
@@ -13,11 +14,12 @@ LOG_SECONDS = 60.0
 
 
 class Rejections:
-    """Whatever peers send wrong ends here: a count for each reason, and now and then a line."""
+    """Whatever peers send wrong ends here, from any thread: a count for each reason, and now and then a line."""
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._metrics = metrics
         self._clock = clock
+        self._lock = threading.Lock()
         self._logged_at: dict[str, float] = {}
         self._silent: dict[str, int] = {}
 
@@ -27,11 +29,12 @@ class Rejections:
             detail, reason = f"{reason}: {detail}", "garbage"
         self._metrics.add("messages_rejected", reason)
         now = self._clock()
-        logged_at = self._logged_at.get(reason)
-        if logged_at is not None and now - logged_at < LOG_SECONDS:
-            self._silent[reason] = self._silent.get(reason, 0) + 1
-            return
-        self._logged_at[reason] = now
-        silent = self._silent.pop(reason, 0)
+        with self._lock:
+            logged_at = self._logged_at.get(reason)
+            if logged_at is not None and now - logged_at < LOG_SECONDS:
+                self._silent[reason] = self._silent.get(reason, 0) + 1
+                return
+            self._logged_at[reason] = now
+            silent = self._silent.pop(reason, 0)
         more = f" ({silent} more since the last such line)" if silent else ""
         logger.warning("message rejected (%s): %s%s", reason, detail, more, exc_info=cause)

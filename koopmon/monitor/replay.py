@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from koopmon.config import Config
-from koopmon.errors import StoreError
+from koopmon.errors import StoreError, one_line
 from koopmon.monitor import policy
 from koopmon.monitor.guard import merged
 from koopmon.monitor.history import History, IncarnationRow, ObservationRow
@@ -73,7 +73,7 @@ class _Judge:
         try:
             recorded = msgspec.convert(row.observation, online.Observation)
         except msgspec.ValidationError as error:
-            raise StoreError(f"the snapshot at step {row.step} cannot be judged again: {error}") from None
+            raise StoreError(f"the snapshot at step {row.step} cannot be judged again: {one_line(error)}") from None
         scale, alpha = self._state.lr_scale, self._state.kss.alpha
         seen = replace(recorded, non_finite=row.non_finite, lr_scale=scale, kss_alpha=alpha)
         self._history, risk = online.assess(self._history, seen, self._risk)

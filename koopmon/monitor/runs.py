@@ -127,6 +127,10 @@ class RunRegistry:
             run = self._runs[hello.run] = _new_run(now, hello)
             run.retired = [*retired, replaced][-MAX_RETIRED:]
         known = run.peers.get(hello.process_rank)
+        if known is None and len(run.peers) >= self._config.max_peers:
+            raise AdmissionError(
+                f"run {hello.run!r} has {len(run.peers)} ranks that speak, as many as [monitor] max_peers allows"
+            )
         run.peers[hello.process_rank] = Peer(
             hello.process_rank, identity, heartbeat=known.heartbeat if known is not None else None
         )

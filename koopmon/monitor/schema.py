@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sqlite3
 import zlib
@@ -13,12 +14,20 @@ import msgspec
 
 from koopmon.errors import StoreError
 
+logger = logging.getLogger(__name__)
+
 Observables = Mapping[str, Sequence[float | None]]
 """By name, one value per transition."""
 
-SCHEMA_VERSION = 1
+SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
+"""What SQLite raises. Its messages quote the file, and where that is no text, Python fails to read the message."""
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x6B6F6F70
 """Marks the file as koopmon's ("koop")."""
+MAX_PACKED_BYTES = 256 << 20
+"""Of one profile, unpacked."""
+MAX_LOG_BYTES = 64 << 20
+"""To which the write-ahead log is cut back once its content is in the file."""
 
 SCHEMA = """
 CREATE TABLE runs (
@@ -112,31 +121,50 @@ CREATE TABLE heartbeats (
     kss_alpha REAL NOT NULL
 );
 CREATE INDEX heartbeats_by_step ON heartbeats (incarnation_id, step);
+CREATE INDEX decisions_by_step ON decisions (incarnation_id, step);
+CREATE INDEX commands_by_decision ON commands (decision_id);
 """
+MIGRATIONS = {
+    1: """
+CREATE INDEX decisions_by_step ON decisions (incarnation_id, step);
+CREATE INDEX commands_by_decision ON commands (decision_id);
+""",
+}
+"""What takes a store from each version to the next; each step is one transaction."""
 
 
 def prepare(database: sqlite3.Connection, path: Path) -> None:
-    """Make the tables in an empty file, else check that they are ours. Raises StoreError naming `path`."""
+    """Make the tables in an empty file, else check that they are ours and bring them up to date.
+
+    Raises StoreError naming `path`, or sqlite3.Error.
+    """
     check(database, path, empty_allowed=True)
+    database.execute("PRAGMA auto_vacuum = INCREMENTAL")  # before the first page, so that pruning can shrink the file
     database.execute("PRAGMA journal_mode = WAL")
+    database.execute(f"PRAGMA journal_size_limit = {MAX_LOG_BYTES}")
     database.execute("PRAGMA synchronous = NORMAL")
     database.execute("PRAGMA foreign_keys = ON")
-    if database.execute("PRAGMA user_version").fetchone() == (0,):
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if version == 0:
         marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};"
         database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {marks} COMMIT;")
+    for older in range(version or SCHEMA_VERSION, SCHEMA_VERSION):
+        database.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[older]} PRAGMA user_version = {older + 1}; COMMIT;")
+        logger.info("store %s: brought from schema %d to %d", path, older, older + 1)
 
 
 def check(database: sqlite3.Connection, path: Path, *, empty_allowed: bool = False) -> None:
-    """Raise StoreError unless the file is a store of this version, or empty where that is allowed."""
+    """Raise StoreError unless the file is a store of this version or an older one, or empty where that is allowed."""
     (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if not tables and empty_allowed:
         return
     if database.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
         raise StoreError(f"store {path}: not a koopmon store: choose another file")
     (version,) = database.execute("PRAGMA user_version").fetchone()
-    if version != SCHEMA_VERSION:
+    if not 1 <= version <= SCHEMA_VERSION:
         raise StoreError(
-            f"store {path}: schema {version}, this version of koopmon knows {SCHEMA_VERSION}: choose another file"
+            f"store {path}: schema {version}, this version of koopmon knows 1 to {SCHEMA_VERSION}:"
+            " upgrade koopmon or choose another file"
         )
 
 
@@ -160,13 +188,19 @@ def packed_profile(profile: Mapping[str, Any] | None, observables: Observables |
 def unpacked_profile(data: bytes | None, *, non_finite: bool) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """The profile, None when the states were not finite, and the observables."""
     values = {} if data is None else unpack(data)
+    if not isinstance(values, dict):
+        raise ValueError("a profile is not an object")
     observables = values.pop("observables", {})
     return (None if non_finite else values), observables
 
 
 def unpack(data: bytes) -> Any:
-    """What `pack` put down."""
-    return msgspec.json.decode(zlib.decompress(data))
+    """What `pack` put down. Raises zlib.error, msgspec.DecodeError or ValueError for anything else."""
+    inflate = zlib.decompressobj()
+    text = inflate.decompress(data, MAX_PACKED_BYTES)
+    if not inflate.eof:
+        raise ValueError(f"packed values end early or exceed {MAX_PACKED_BYTES} bytes")
+    return msgspec.json.decode(text)
 
 
 def scalar(value: float | None) -> float | str | None:

@@ -154,6 +154,9 @@ class Service:
         if now >= self._commit_at:
             self._commit_at = math.inf
             self._store.commit()
+        self._store.upkeep([run.name for run in self._registry if run.state is not RunState.ENDED])
+        if lost := self._store.take_lost():
+            self._metrics.add("store_lost", amount=lost)
         self._metrics.set("engine_queue_length", self._engine.queue_length)
         self._metrics.set("store_recording", float(self._store.recording))
 

@@ -197,14 +197,26 @@ class Store(Journal):
 
     @records(commit=True)
     def record_ack(self, at: float, ack: Ack) -> None:
-        """Rank 0's answer to a command, and what is in force since."""
-        self._database.execute(
-            "INSERT INTO acks (command_id, time, outcome, step, detail, applied) VALUES (?, ?, ?, ?, ?, ?)",
-            (ack.command_id, at, ack.outcome, ack.step, ack.detail, to_json(ack.applied)),
+        """Rank 0's answer to a command, and what is in force since.
+
+        An answer counts for a command of its own run, and each outcome once: a peer cannot fill the file with answers.
+        """
+        ours = (
+            "SELECT c.id FROM commands AS c JOIN decisions AS d ON d.id = decision_id"
+            " JOIN incarnations AS i ON i.id = incarnation_id JOIN runs ON runs.id = run_id WHERE c.id = ? AND name = ?"
         )
         self._database.execute(
-            "UPDATE commands SET outcome = ? WHERE id = ? AND outcome IN ('pending', 'unanswered')",
-            (ack.outcome, ack.command_id),
+            "INSERT INTO acks (command_id, time, outcome, step, detail, applied) SELECT ?, ?, ?, ?, ?, ?"
+            f" WHERE EXISTS ({ours}) AND NOT EXISTS (SELECT 1 FROM acks WHERE command_id = ? AND outcome = ?)",
+            (
+                *(ack.command_id, at, ack.outcome, ack.step, ack.detail, to_json(ack.applied)),
+                *(ack.command_id, ack.run),
+                *(ack.command_id, ack.outcome),
+            ),
+        )
+        self._database.execute(
+            f"UPDATE commands SET outcome = ? WHERE id IN ({ours}) AND outcome IN ('pending', 'unanswered')",
+            (ack.outcome, ack.command_id, ack.run),
         )
         row = self._incarnation(at, ack.run, ack.incarnation)
         self._database.execute(

@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from koopmon.errors import EndpointError
+from koopmon.monitor import doorkeeper
 
 STOP_SECONDS = 5.0
 INDEX = """<!doctype html>
@@ -59,17 +60,26 @@ def listen(address: str) -> socket.socket:
 class WebServer:
     """Serves the pages from a thread of its own; `address` is the actual HOST:PORT.
 
-    `checks` names the pages that answer 200 "ok" while their function returns True, else 503.
+    `checks` names the pages that answer 200 "ok" while their function returns True, else 503; `note(reason, detail)`
+    hears, in that thread, of what was refused.
     """
 
-    def __init__(self, address: str, registry: CollectorRegistry, checks: Mapping[str, Callable[[], bool]]) -> None:
+    def __init__(
+        self,
+        address: str,
+        registry: CollectorRegistry,
+        checks: Mapping[str, Callable[[], bool]],
+        *,
+        max_connections: int = 128,
+        note: Callable[..., None] = lambda *_, **__: None,
+    ) -> None:
         self._socket = listen(address)
         host, port = self._socket.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         config = uvicorn.Config(
-            _application(registry, checks),
+            doorkeeper.Shield(_application(registry, checks), note),
+            **doorkeeper.options(max_connections, note),
             log_config=None,
-            log_level="warning",
             access_log=False,
             lifespan="off",
             ws="none",
@@ -95,7 +105,10 @@ def _application(registry: CollectorRegistry, checks: Mapping[str, Callable[[], 
         return HTMLResponse(INDEX)
 
     def metrics(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        try:
+            encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        except (TypeError, ValueError):  # it cannot read every version that may be asked for
+            encode, content_type = choose_encoder("")
         return Response(encode(registry), media_type=content_type)
 
     def check(name: str) -> Callable[[Request], Response]:

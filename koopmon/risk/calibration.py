@@ -28,7 +28,7 @@ import torch
 from msgspec import Meta, Struct
 from torch import Tensor
 
-from koopmon.errors import CalibrationError
+from koopmon.errors import CalibrationError, one_line
 from koopmon.risk.brake import brake
 
 FORMAT_VERSION = 3
@@ -73,8 +73,8 @@ class Calibrator(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     weights: tuple[Finite, ...]
     intercept: Finite
     means: tuple[Finite, ...]
-    scales: tuple[Annotated[float, Meta(gt=0.0, le=1e9)], ...]
-    highest_effective_rate: Annotated[float, Meta(gt=0.0)]
+    scales: tuple[Annotated[float, Meta(ge=1e-9, le=1e9)], ...]
+    highest_effective_rate: Annotated[float, Meta(ge=1e-30, le=1e30)]
     """Of the runs that it was fitted on: beyond it nothing is known."""
     num_runs: int
     num_diverged: int
@@ -92,7 +92,7 @@ class Calibrator(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def probability(self, example: Example) -> float:
         """That this run diverges, in (0, 1)."""
-        return 1.0 / (1.0 + math.exp(-min(max(self.logit(example), -50.0), 50.0)))
+        return 1.0 / (1.0 + math.exp(-min(max(self.logit(example), -36.0), 36.0)))
 
     def max_learning_rate(self, example: Example, probability: float) -> float | None:
         """The highest rate in LEARNING_RATES at which this model diverges with at most `probability`; None: none.
@@ -233,12 +233,14 @@ def load(path: Path) -> Calibrator:
         raise CalibrationError(f"calibrator {path}: {error.strerror}") from None
     try:
         found = msgspec.json.decode(raw, type=Calibrator)
-    except msgspec.DecodeError as error:
-        raise CalibrationError(f"calibrator {path}: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CalibrationError(f"calibrator {path}: {one_line(error)}") from None
     if found.version != FORMAT_VERSION:
         raise CalibrationError(
             f"calibrator {path}: version {found.version}, this koopmon reads version {FORMAT_VERSION}; fit it anew"
         )
     if found.features != FEATURES or not len(FEATURES) == len(found.weights) == len(found.means) == len(found.scales):
-        raise CalibrationError(f"calibrator {path}: features {', '.join(found.features)}; allowed are {FEATURES}")
+        raise CalibrationError(
+            f"calibrator {path}: features {one_line(', '.join(found.features), 80)}; allowed are {FEATURES}"
+        )
     return found

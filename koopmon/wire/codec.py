@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from koopmon.errors import ProtocolError
+from koopmon.errors import ProtocolError, one_line
 from koopmon.wire.messages import (
     MAX_OBSERVATIONS,
     PROTOCOL_VERSION,
@@ -182,16 +182,10 @@ def _decode_header(header: Frame) -> AnyMessage:
     try:
         message: AnyMessage = _decoder.decode(header[len(PREFIX) :])
     except msgspec.ValidationError as error:
-        raise ProtocolError("schema", _one_line(error)) from None
+        raise ProtocolError("schema", one_line(error, 200)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError("garbage", _one_line(error)) from None
+        raise ProtocolError("garbage", one_line(error, 200)) from None
     return message
-
-
-def _one_line(error: Exception) -> str:
-    """An error's text fit for a log: it may quote what the peer sent."""
-    text = "".join(character if character.isprintable() else "?" for character in str(error))
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _check_header(message: AnyMessage) -> None:

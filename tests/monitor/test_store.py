@@ -256,9 +256,10 @@ def test_unknown_schema_is_refused(path: Path, store: Store) -> None:
     database.close()
     for open_it in (Store.open, Store.open_readonly):
         with pytest.raises(
-            StoreError, match=f"schema {SCHEMA_VERSION + 1}, this version of koopmon knows {SCHEMA_VERSION}"
-        ):
+            StoreError, match=f"schema {SCHEMA_VERSION + 1}, this version of koopmon knows 1 to {SCHEMA_VERSION}"
+        ) as caught:
             open_it(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
@@ -303,7 +304,9 @@ def test_a_full_disk_pauses_recording_and_says_so_once(
     clock.now += 31.0
     decide(store, 3)
     assert store.recording
-    assert [decision.commands[0].command.id for decision in history.decisions(RUN)] == ["00000000", "00000003"]
+    ids = [decision.commands[0].command.id for decision in history.decisions(RUN)]
+    assert ids == [f"{number:08x}" for number in range(4)], "decisions wait in memory, in their order"
+    assert store.take_lost() == 3, "the profiles"
     assert "recording again" in caplog.text
 
 

@@ -104,3 +104,10 @@ def test_ipv6_loopback_where_there_is_one() -> None:
         assert httpx.get(f"http://{server.address}/healthz", timeout=30.0).status_code == 200
     finally:
         server.close()
+
+
+def test_a_version_of_the_format_that_is_none_is_answered_in_the_plain_one(client: httpx.Client) -> None:
+    """prometheus_client compares it as a number; found by fuzzing."""
+    answer = client.get("/metrics", headers={"accept": "application/openmetrics-text;version=chunked/*;q=0.1"})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain")

@@ -1,0 +1,148 @@
+"""Target recording: a history file changed in its bytes or columns, read, replayed and written on; runs of a campaign.
+
+An input is a kind (one byte) and what follows. Of kind 0 that is a campaign's .npz file, else edits of a small store: a
+place (four bytes, little-endian), a length (one) and bytes to put there, where a length is odd into a column.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from benchmarks.campaign import _fields, _path, _read
+from benchmarks.fuzz import check_line
+from koopmon.config import Config, StoreConfig
+from koopmon.errors import StoreError
+from koopmon.monitor.history import History
+from koopmon.monitor.outcomes import outcomes
+from koopmon.monitor.replay import replay
+from koopmon.monitor.schema import SQLITE_ERRORS
+from koopmon.monitor.store import Store
+
+KEPT = Path(__file__).parents[2] / "tests" / "monitor" / "stores" / "schema-1.sqlite3.gz"
+TEMPLATE = gzip.decompress(KEPT.read_bytes())
+COLUMNS = (
+    *(("runs", "name"), ("incarnations", "hello"), ("incarnations", "applied"), ("incarnations", "memory")),
+    *(("profiles", "profile"), ("profiles", "step"), ("observations", "observation"), ("observations", "components")),
+    *(("observations", "loss"), ("observations", "risk"), ("observations", "time"), ("decisions", "phase")),
+    *(("commands", "command"), ("commands", "outcome"), ("acks", "applied"), ("heartbeats", "loss")),
+)
+QUIET = Console(file=io.StringIO())
+_folder = Path(tempfile.mkdtemp(prefix="koopmon-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A campaign's run, as small as can be."""
+
+    seed: int = 0
+    name: str = "case"
+
+
+def seeds() -> Iterator[bytes]:
+    yield b"\x01"
+    yield b"\x01" + (68).to_bytes(4, "little") + b"\x04koop"
+    yield b"\x01" + (4096).to_bytes(4, "little") + b"\x08" + bytes(8)
+    for index in range(len(COLUMNS)):
+        yield b"\x01" + index.to_bytes(4, "little") + b"\x03[1]"
+    archive = io.BytesIO()
+    described = f'{{"case": {{"seed": 0, "name": "{Case().name}"}}, "scalars": {{"loss": 1.0}}}}'
+    assert _fields(Case()) == {"seed": 0, "name": "case"}
+    np.savez_compressed(archive, about=np.array(described), losses=np.zeros(3))
+    yield b"\x00" + archive.getvalue()
+
+
+def run(data: bytes) -> str:
+    if not data or data[0] == 0:
+        path = _path(Case(), _folder)
+        path.write_bytes(data[1:])
+        return "campaign" if _read(Case(), _folder, QUIET) else "campaign refused"
+    for path in _folder.iterdir():
+        path.unlink()
+    path = _folder / "history.sqlite3"
+    _edit(path, data[1:])
+    read = _survey(path)
+    return f"{read}, {_continue(path)}"
+
+
+def _edit(path: Path, edits: bytes) -> None:
+    content = bytearray(TEMPLATE)
+    columns: list[tuple[int, bytes]] = []
+    at = 0
+    while at + 5 <= len(edits):
+        place, length = int.from_bytes(edits[at : at + 4], "little"), edits[at + 4]
+        piece = edits[at + 5 : at + 5 + length]
+        at += 5 + length
+        if length % 2:
+            columns.append((place, piece))
+        else:
+            place %= len(content)
+            content[place : place + len(piece)] = piece
+    path.write_bytes(content)
+    if not columns:
+        return
+    # One that is damaged beyond being edited stays as it is.
+    with contextlib.suppress(*SQLITE_ERRORS), contextlib.closing(sqlite3.connect(path)) as database:
+        for place, piece in columns:
+            table, column = COLUMNS[place % len(COLUMNS)]
+            value: Any = piece if place & 0x100 else piece.decode("utf-8", "replace")
+            database.execute(f"UPDATE {table} SET {column} = ?", (value,))
+        database.commit()
+
+
+def _survey(path: Path) -> str:
+    """Read everything that is in it."""
+    try:
+        with History.open(path) as history:
+            for run_name in history.runs():
+                history.incarnations(run_name)
+                for table in (history.profiles, history.observations, history.decisions, history.heartbeats):
+                    for _ in table(run_name):
+                        pass
+            list(outcomes(history))
+            _judge_again(history)
+    except StoreError as error:
+        check_line(str(error))
+        return "refused"
+    return "read"
+
+
+def _judge_again(history: History) -> None:
+    for run_name in history.runs():
+        with contextlib.suppress(StoreError):
+            list(replay(history, run_name, Config()))
+
+
+def _continue(path: Path) -> str:
+    """Open it as a monitor does, write, and find what was written."""
+    try:
+        store = Store.open(path, StoreConfig(max_bytes=1 << 20))
+    except StoreError as error:
+        check_line(str(error))
+        return "not opened"
+    try:
+        for run_name in ("job", "other"):
+            store.incarnations(run_name)
+            store.last_applied(run_name, other_than="bbbbbbbb")
+            store.memory(run_name, "aaaaaaaa")
+            store.record_memory(1e9, run_name, "aaaaaaaa", b"{}")
+        store._upkeep_at = 0.0
+        store.upkeep(["job"])
+    finally:
+        store.close()
+    return "set aside" if list(path.parent.glob("*.damaged-*")) else "written"
+
+
+def close() -> None:
+    shutil.rmtree(_folder, ignore_errors=True)
