@@ -19,7 +19,7 @@ COMMANDS := $(patsubst benchmarks/%.py,%,$(shell grep -l __main__ benchmarks/*.p
 COMMANDS := norms early_warning $(filter-out norms early_warning readme guarded_ranks,$(COMMANDS)) readme
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format prove clean
+.PHONY: help demo test lint format audit prove clean
 .DELETE_ON_ERROR:
 
 help: ## say what there is
@@ -40,6 +40,9 @@ lint: $(VENV)/.dev.stamp ## ruff and mypy
 format: $(VENV)/.dev.stamp ## let ruff arrange the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+audit: $(VENV)/.dev.stamp ## known vulnerabilities of the pinned dependencies; needs a network, and says so without one
+	$(BIN)/python .ci/audit.py
 
 prove: $(VENV)/.dev.stamp ## the longer campaigns: every benchmark, each printing its table and keeping its JSON
 	$(BIN)/python -m benchmarks.fuzz --target codec --executions 10000000 --seconds 7200

@@ -1,8 +1,9 @@
 """Configuration: frozen, validated, from TOML and the environment. Every field states its unit and what is allowed.
 
 One file serves both sides: the agent reads `[model]`, `[sampling]`, `[cadence]`, `[limits]`, `[control]`; the monitor
-reads `[monitor]`, `[store]`, `[risk]`, `[policy]` and `[kss]`, but for `through_shielded`, which is the agent's. A file
-that names an unknown table or key, or a value outside its bounds, is refused whole.
+reads `[monitor]`, `[http]`, `[store]`, `[risk]`, `[policy]` and `[kss]`, but for `through_shielded`, which is the
+agent's; both read `[security]`. A file that names an unknown table or key, or a value outside its bounds, is refused
+whole.
 """
 
 from __future__ import annotations
@@ -77,6 +78,10 @@ class LimitsConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """The least factor on the learning rate."""
     max_kss_alpha: NonNegative = 30.0
     """The largest KSS weight."""
+    max_kss_svd_rank: Annotated[int, Meta(ge=1, le=512)] = 64
+    """The largest rank of its DMD, which it costs time at every step by..."""
+    max_kss_samples: Annotated[int, Meta(ge=4, le=65536)] = 1024
+    """...and the most tokens."""
     max_actions_per_hour: Annotated[int, Meta(ge=0, le=100_000)] = 240
     """Commands that change training, per hour."""
 
@@ -92,6 +97,36 @@ class ControlConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """hold: what is applied stays; ramp: go back to the user's own settings slowly."""
     ramp_back_steps: Steps = 200
     """Steps of that ramp."""
+
+
+class SecurityConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """By what agent and monitor know each other; docs/security.md. Secrets are never in here, only where they are."""
+
+    keys: str = ""
+    """Directory of the key files; empty: KOOPMON_KEYS, else koopmon/keys under XDG_CONFIG_HOME."""
+    agent: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")] = "agent"
+    """Name of the pair by which an agent makes itself known."""
+    loopback: Literal["plain", "curve"] = "plain"
+    """curve: keys on loopback tcp as well, which every user of the host reaches. On both sides, or on neither."""
+    insecure_plaintext_tcp: bool = False
+    """No keys on any tcp endpoint: whoever reaches it reads and commands the training. On both sides, or on neither."""
+
+
+class HttpConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who may read the monitor's pages, all but /healthz and /readyz. Secrets lie in files of mode 0600."""
+
+    tls_certificate: str = ""
+    """PEM file of the certificate and its chain; with `tls_key` the pages are https."""
+    tls_key: str = ""
+    """PEM file of its key."""
+    token_file: str = ""
+    """File with the bearer token that opens the pages; empty: KOOPMON_HTTP_TOKEN, else none does."""
+    user: Annotated[str, Meta(max_length=128, pattern=r"^[^:\x00-\x1f]*\Z")] = ""
+    """Name for basic authentication."""
+    password_file: str = ""
+    """File with that user's password; empty: KOOPMON_HTTP_PASSWORD."""
+    insecure_plaintext: bool = False
+    """Serve other hosts without TLS and without a login: whoever reaches the port reads the pages."""
 
 
 class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -256,6 +291,8 @@ class Config(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cadence: CadenceConfig = CadenceConfig()
     limits: LimitsConfig = LimitsConfig()
     control: ControlConfig = ControlConfig()
+    security: SecurityConfig = SecurityConfig()
+    http: HttpConfig = HttpConfig()
     monitor: MonitorConfig = MonitorConfig()
     store: StoreConfig = StoreConfig()
     risk: RiskConfig = RiskConfig()

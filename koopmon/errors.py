@@ -44,7 +44,13 @@ class ProtocolError(KoopmonError):
 
 
 class EndpointError(KoopmonError):
-    """An endpoint cannot be used: malformed, in use, unreachable, or outside ipc and loopback."""
+    """An endpoint cannot be used: malformed, in use, unreachable, or within others' reach and without keys."""
+
+    exit_status = 2
+
+
+class KeysError(KoopmonError):
+    """A key file cannot be used: missing, malformed, or open to others. Names the file, never what it holds."""
 
     exit_status = 2
 

@@ -97,7 +97,7 @@ def _edit(path: Path, edits: bytes) -> None:
         for place, piece in columns:
             table, column = COLUMNS[place % len(COLUMNS)]
             value: Any = piece if place & 0x100 else piece.decode("utf-8", "replace")
-            database.execute(f"UPDATE {table} SET {column} = ?", (value,))
+            database.execute(f"UPDATE {table} SET {column} = ?", (value,))  # noqa: S608 - our own tables
         database.commit()
 
 

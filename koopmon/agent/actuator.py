@@ -214,9 +214,10 @@ class Actuator:
         if command.lr_scale is not None and command.lr_scale < self._limits.min_lr_scale:
             command = msgspec.structs.replace(command, lr_scale=self._limits.min_lr_scale)
             detail = f"lr_scale capped at {command.lr_scale}"
-        if command.kss is not None and command.kss.alpha > self._limits.max_kss_alpha:
-            command = msgspec.structs.replace(command, kss=self._capped(command.kss))
-            detail = f"alpha capped at {self._limits.max_kss_alpha}"
+        if command.kss is not None and (kss := self._capped(command.kss)) != command.kss:
+            less = [f for f in kss.__struct_fields__ if getattr(kss, f) != getattr(command.kss, f)]
+            detail = ", ".join(f"{field} capped at {getattr(kss, field)}" for field in less)
+            command = msgspec.structs.replace(command, kss=kss)
         if _is_action(command) and not self._may_act():
             most = self._limits.max_actions_per_hour
             return None, Outcome(command.id, "refused", step, f"{most} actions in the last hour, the most allowed")
@@ -226,7 +227,13 @@ class Actuator:
         return state.after(command, step), Outcome(command.id, "applied", step, detail)
 
     def _capped(self, kss: KssSettings) -> KssSettings:
-        return msgspec.structs.replace(kss, alpha=min(kss.alpha, self._limits.max_kss_alpha))
+        limits = self._limits
+        return msgspec.structs.replace(
+            kss,
+            alpha=min(kss.alpha, limits.max_kss_alpha),
+            svd_rank=min(kss.svd_rank, limits.max_kss_svd_rank),
+            num_samples=min(kss.num_samples, limits.max_kss_samples),
+        )
 
     def _may_act(self) -> bool:
         """Take one action out of the hour's allowance, if there is one left."""

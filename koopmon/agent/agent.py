@@ -87,6 +87,7 @@ class Agent:
             "overhead_ratio": ledger.busy_seconds / ledger.elapsed_seconds if ledger.elapsed_seconds else 0.0,
             "sent": ledger.sent,
             "dropped": dict(ledger.dropped),
+            "rejected": dict(ledger.rejected),
             "taps_missing": ledger.taps_missing,
             "kss_skipped": ledger.kss_skipped.get() or 0.0,
             "learning_rate": ledger.learning_rate.get(),

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import msgspec
 from torch import nn
 from torch.optim import Optimizer
 
@@ -20,6 +21,7 @@ from koopmon.config import Config
 from koopmon.errors import KoopmonError
 from koopmon.plugins import select
 from koopmon.wire.endpoints import check_endpoint
+from koopmon.wire.trust import make_trust
 
 __all__ = ["Agent", "attach"]
 
@@ -84,6 +86,8 @@ def _invite(
     if not named:
         raise _NotAttachedError("no monitor is named; set KOOPMON_ENDPOINT, or start the job with `koopmon run`")
     address = _checked(endpoint is not None, lambda: check_endpoint(named))
+    trust = make_trust(**msgspec.structs.asdict(settings.security), environ=os.environ)
+    _checked(False, lambda: trust.check_agent_keys(address))
     name = run or os.environ.get("KOOPMON_RUN")
     if name:
         _checked(run is not None, lambda: check_run_name(name))
@@ -93,7 +97,7 @@ def _invite(
     by_name = config is not None and (adapter is not None or stack is not None)
     try:
         selection = _checked(by_name, lambda: select(model, adapter, stack))
-        return Guest(model, optimizer, selection, settings, address, name or None)
+        return Guest(model, optimizer, selection, settings, address, name or None, trust)
     except (KoopmonError, _NotAttachedError):
         raise
     except Exception as error:

@@ -30,6 +30,7 @@ from koopmon.api import Stack
 from koopmon.config import Config, KssConfig
 from koopmon.plugins import Selection
 from koopmon.wire.messages import KssSettings
+from koopmon.wire.trust import Trust
 
 logger = logging.getLogger("koopmon.agent")
 
@@ -48,6 +49,7 @@ class Guest:
         config: Config,
         endpoint: str,
         run: str | None,
+        trust: Trust | None = None,
         *,
         sender: type[Sender] = Sender,
     ) -> None:
@@ -64,6 +66,7 @@ class Guest:
         self._model = weakref.ref(model)
         self._config = config
         self._run = run
+        self._trust = trust
         self._make_sender = sender
         self._pid = os.getpid()
         self._place = meeting_place(model, run)
@@ -128,6 +131,7 @@ class Guest:
                 self.actuator,
                 Introduction(world, self._run, self._place).settle,
                 self._description(world, num_senders),
+                self._trust,
             )
             self._closables.append(self.sender)
         self._learn_layout(last_word=False)

@@ -161,7 +161,8 @@ class KssInjection:
         if self.active:
             self._settings, self._step = settings, step
             num_sampled = max(1, round(settings.layer_fraction * num_layers))
-            chosen = random.Random(self._seed * 1_000_003 + step).sample(range(num_layers), num_sampled)
+            # Equal on all ranks, and no secret.
+            chosen = random.Random(self._seed * 1_000_003 + step).sample(range(num_layers), num_sampled)  # noqa: S311
             self._layers = frozenset(chosen)
             self._weight = alpha / (num_sampled * max(num_forwards, 1))
 

@@ -76,6 +76,8 @@ class Ledger:
         """Snapshots in which a tap did not fire."""
         self.sent = 0
         self.dropped: dict[DropReason, int] = dict.fromkeys(DROP_REASONS, 0)
+        self.rejected: dict[str, int] = {}
+        """What came from the monitor and was refused, by reason. Written by the sender's thread alone."""
         self.loss = ScalarBox()
         self.grad_norm = ScalarBox()
         self.learning_rate = ScalarBox()
@@ -91,6 +93,10 @@ class Ledger:
         """Count snapshots of which this rank did not send its part."""
         with self._lock:
             self.dropped[reason] += count
+
+    def reject(self, reason: str) -> None:
+        """Count a message that was refused."""
+        self.rejected[reason] = self.rejected.get(reason, 0) + 1
 
     def tick(self, elapsed_seconds: float) -> None:
         """One more optimizer step is done, `elapsed_seconds` after the one before."""

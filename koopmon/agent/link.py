@@ -42,6 +42,8 @@ HELLO_SECONDS = 1.0
 """Between two hellos while no answer comes."""
 REFUSED_SECONDS = 30.0
 """Before hello is said again to a monitor that refused."""
+MIN_HEARTBEAT_SECONDS = 0.02
+"""However short a time the monitor asks for."""
 COMPLAINT_SECONDS = 60.0
 """At least this long between two log lines about one trouble."""
 
@@ -160,7 +162,9 @@ class Link:
         self.welcomed = False
         if self._hello_due is None:
             self._hello_due = now
-        self.complain(now, "lost", f"no monitor at {self._control.endpoint}: training goes on, what is applied stays")
+        why = f" ({self._control.failure})" if self._control.failure else ""
+        text = f"no monitor at {self._control.endpoint}{why}: training goes on, what is applied stays"
+        self.complain(now, "lost", text)
         if not self._lost:
             self._lost = True
             self._directions.monitor_lost()
@@ -170,7 +174,7 @@ class Link:
         try:
             message = decode_for_agent(frames, limits=self._limits)
         except ProtocolError as error:
-            self.complain(now, error.reason, f"what came from {self._control.endpoint} was refused: {error}")
+            self.reject(error, now)
             return None
         if isinstance(message, Refused):
             self.welcomed, self._hello_due = False, now + REFUSED_SECONDS
@@ -193,10 +197,15 @@ class Link:
             self._directions.submit(message)
         return None
 
+    def reject(self, error: ProtocolError, now: float) -> None:
+        """Count a message that breaks the protocol, and go on."""
+        self._ledger.reject(error.reason)
+        self.complain(now, error.reason, f"what came from {self._control.endpoint} was refused: {error}")
+
     def _take(self, welcome: Welcome) -> None:
         # The welcome may answer an older hello than the one that is due.
         self.welcomed, self._hello_due = True, 0.0 if self._unsaid else None
-        self._heartbeat_seconds = welcome.heartbeat_seconds
+        self._heartbeat_seconds = max(welcome.heartbeat_seconds, MIN_HEARTBEAT_SECONDS)
         self._heartbeat_due = 0.0
         if welcome.restore is not None and not self._restored and self.description.process_rank == 0:
             self._restored = True

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from koopmon.agent.fence import Fence
 from koopmon.agent.ledger import Ledger
@@ -18,17 +18,23 @@ from koopmon.agent.link import Description, Directions, Link, Outcome
 from koopmon.agent.sampler import DTYPE_NAMES, Snapshot, all_finite
 from koopmon.agent.world import Identity
 from koopmon.config import ControlConfig
-from koopmon.errors import EndpointError
+from koopmon.errors import EndpointError, KeysError, ProtocolError
 from koopmon.observables import tabulate
 from koopmon.wire.codec import encode
+from koopmon.wire.endpoints import reached_beside
 from koopmon.wire.messages import MAX_OBSERVATIONS, DropReason, Shard, Welcome
 from koopmon.wire.sockets import ControlClient, DataSender, Poller, Waker, WireContext
+from koopmon.wire.trust import Trust
 
 IDENTITY_SECONDS = 0.05
 """Between two questions for the run's name."""
 CLOSE_SECONDS = 0.8
 """How long `close` waits for the goodbye to leave."""
 MIN_SAMPLES = 2
+BURST = 64
+"""Messages of the monitor in a row before the rest of the work gets its turn..."""
+FLOODED_SECONDS = 0.01
+"""...and the pause after so many: this thread shares its interpreter with the training."""
 
 
 class Sender:
@@ -46,11 +52,13 @@ class Sender:
         directions: Directions,
         settle: Callable[[], Identity | None],
         description: Description,
+        trust: Trust | None = None,
     ) -> None:
         self.identity: Identity | None = None
         self.connected = False
         """The monitor serves this rank and takes its data: a snapshot is worth its cost."""
         self._endpoint = endpoint
+        self._trust = trust
         self._config = config
         self._ledger = ledger
         self._fence = fence
@@ -101,7 +109,7 @@ class Sender:
                 time.sleep(IDENTITY_SECONDS)
             if not self._stopping and identity is not None:
                 self.identity = identity
-                with WireContext() as context, ControlClient(context, self._endpoint) as control:
+                with WireContext(self._trust) as context, ControlClient(context, self._endpoint) as control:
                     self._serve(context, control, identity)
         except Exception as error:
             self._fence.trip("sender", error)
@@ -118,15 +126,22 @@ class Sender:
             poller.wait(max(0.0, link.next_due() - time.monotonic()))
             if link.description is not self._description:
                 link.describe(self._description)
-            while (frames := control.recv()) is not None:
-                answer = link.receive(frames, time.monotonic())
+            control.mend()
+            if data is not None and data.mend():
+                link.complain(time.monotonic(), "data", f"no snapshots reach {data.endpoint}: {data.failure}")
+            num_messages = 0
+            for answer in _answers(control, link):
+                num_messages += 1
                 if isinstance(answer, Welcome):
-                    data = self._connect(context, poller, data, answer.data_endpoint, link)
+                    endpoint = reached_beside(answer.data_endpoint, control.endpoint)
+                    data = self._connect(context, poller, data, endpoint, link)
                 elif answer is not None:
                     link.acknowledge(answer)
             self._ship(link, data, identity)
             link.tick(time.monotonic())
             self.connected = link.welcomed and data is not None and data.connected
+            if num_messages == BURST:
+                time.sleep(FLOODED_SECONDS)
         self._ship(link, data, identity)
         link.say_goodbye(self.farewell)
 
@@ -140,7 +155,7 @@ class Sender:
             data.close()
         try:
             data = DataSender(context, endpoint)
-        except EndpointError as error:
+        except (EndpointError, KeysError) as error:
             link.complain(time.monotonic(), "data", f"no snapshots are sent: {error}")
             return None
         poller.register(data)
@@ -200,6 +215,21 @@ class Sender:
             if isinstance(item, Snapshot):
                 item.slot.release()
                 self._ledger.drop("monitor_away")
+
+
+def _answers(control: ControlClient, link: Link) -> Iterator[Welcome | Outcome | None]:
+    """What the link makes of each message that has come, of at most BURST."""
+    for _ in range(BURST):
+        now = time.monotonic()
+        try:
+            frames = control.recv()
+        except ProtocolError as error:
+            link.reject(error, now)
+            yield None
+        else:
+            if frames is None:
+                return
+            yield link.receive(frames, now)
 
 
 def _observables(snapshot: Snapshot, num_layers: int) -> dict[str, list[float | None]]:

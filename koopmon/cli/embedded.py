@@ -72,7 +72,7 @@ class EmbeddedMonitor:
         assert self._process is not None, "start() comes first"
         told = self._told()
         if told is not None:
-            self.url = f"http://{told['http']}/metrics"
+            self.url = f"{told['scheme']}://{told['http']}/metrics"
             return True
         if (status := self._process.poll()) is not None:
             raise MonitorNotReadyError(self._last_words() or f"it ended with status {status}")

@@ -13,7 +13,15 @@ import typer
 
 from koopmon.cli.console import configure_logging
 from koopmon.cli.layout import state_directory
-from koopmon.cli.options import ConfigFile, DryRun, Policy, policy_overrides
+from koopmon.cli.options import (
+    ConfigFile,
+    DryRun,
+    KeysDirectory,
+    PlaintextTcp,
+    Policy,
+    policy_overrides,
+    security_overrides,
+)
 from koopmon.config import load
 
 EPILOG = "Example: koopmon monitor --bind tcp://127.0.0.1:9465 --http 127.0.0.1:9464 --device auto"
@@ -41,6 +49,8 @@ def monitor(
     config: ConfigFile = None,
     policy: Policy = None,
     dry_run: DryRun = False,
+    keys: KeysDirectory = None,
+    insecure_plaintext_tcp: PlaintextTcp = False,
     ready_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Written, as JSON, once the monitor serves.")
     ] = None,
@@ -50,7 +60,9 @@ def monitor(
 
     Ends with status 0 on SIGTERM and SIGINT, with everything recorded.
     """
-    settings = load(config, overrides=policy_overrides(policy, dry_run))
+    settings = load(
+        config, overrides=policy_overrides(policy, dry_run) | security_overrides(keys, insecure_plaintext_tcp)
+    )
     configure_logging()
     if with_parent:
         _end_with_parent()

@@ -26,6 +26,29 @@ Policy = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Decide and record, but send nothing.")]
 
 
+KeysDirectory = Annotated[
+    Path | None,
+    typer.Option("--keys", metavar="DIR", help="Key files. Default: KOOPMON_KEYS, else under XDG_CONFIG_HOME."),
+]
+PlaintextTcp = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-plaintext-tcp",
+        help="No keys on tcp: whoever reaches the endpoint reads and commands the training. On both sides.",
+    ),
+]
+
+
+def security_overrides(keys: Path | None, plaintext_tcp: bool) -> dict[str, Any]:
+    """What the command line says of `[security]`, likewise."""
+    table: dict[str, Any] = {}
+    if keys is not None:
+        table["keys"] = str(keys.absolute())
+    if plaintext_tcp:
+        table["insecure_plaintext_tcp"] = True
+    return {"security": table} if table else {}
+
+
 def policy_overrides(policy: str | None, dry_run: bool) -> dict[str, Any]:
     """What the command line says of `[policy]`, as overrides of a configuration."""
     table: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from koopmon.agent.autoload import DIRECTORY
@@ -20,11 +21,19 @@ from koopmon.cli.console import say
 from koopmon.cli.embedded import READY_SECONDS, EmbeddedMonitor, MonitorNotReadyError
 from koopmon.cli.job import run_job, signals_held, take_signal
 from koopmon.cli.layout import check_run_name, new_run_name, run_store, spread
-from koopmon.cli.options import ConfigFile, DryRun, Policy, policy_overrides
+from koopmon.cli.options import (
+    ConfigFile,
+    DryRun,
+    KeysDirectory,
+    PlaintextTcp,
+    Policy,
+    policy_overrides,
+    security_overrides,
+)
 from koopmon.cli.summary import summarise
 from koopmon.config import load
 from koopmon.errors import ConfigError, KoopmonError
-from koopmon.wire.endpoints import check_endpoint
+from koopmon.wire.trust import PLAINTEXT_VARIABLE, make_trust
 
 ANSWER_SECONDS = 2.0
 EPILOG = "Example: koopmon run -- torchrun --nproc-per-node 2 train.py --lr 0.003"
@@ -48,6 +57,8 @@ def run(
     policy: Policy = None,
     dry_run: DryRun = False,
     config: ConfigFile = None,
+    keys: KeysDirectory = None,
+    insecure_plaintext_tcp: PlaintextTcp = False,
     name: Annotated[
         str | None,
         typer.Option(
@@ -78,7 +89,7 @@ def run(
     if not hasattr(signal, "sigwaitinfo"):
         raise KoopmonError("koopmon run needs Linux: elsewhere call koopmon.attach() in the script")
     overrides = policy_overrides(policy, dry_run)
-    load(config, overrides=overrides)
+    settings = load(config, overrides=overrides | security_overrides(keys, insecure_plaintext_tcp))
     if name is not None:
         check_run_name(name)
     environ = dict(os.environ)
@@ -86,13 +97,19 @@ def run(
         _refuse_beside_monitor({"--policy": policy, "--dry-run": dry_run or None, "--http": http, "--store": store})
         if json_file is not None:
             raise ConfigError("--json: with --monitor the history is the monitor's; ask it there")
-        endpoint = check_endpoint(monitor)
+        trust = make_trust(**msgspec.structs.asdict(settings.security), environ=environ)
+        endpoint = trust.check(monitor)
+        trust.check_agent_keys(endpoint)
+        environ |= _security_environment(keys, insecure_plaintext_tcp)
         # Ranks on other nodes have launchers of their own: there the agents agree on a name.
         shared = name if name is not None or spread(command, environ) else new_run_name(command)
         if not _answers(endpoint):
             say(f"no monitor answers at {endpoint}: the job is guarded once `koopmon monitor --bind {endpoint}` runs")
         with signals_held() as mask:
             return run_job(command, _job_environment(environ, endpoint, shared, config), mask)
+    for option, given in {"--keys": keys, "--insecure-plaintext-tcp": insecure_plaintext_tcp or None}.items():
+        if given is not None:
+            raise ConfigError(f"{option} goes with --monitor: a monitor of the job's own is reached by its user alone")
     where = spread(command, environ)
     if where is not None:
         raise ConfigError(
@@ -170,7 +187,7 @@ def _job_environment(
     environ: Mapping[str, str], endpoint: str, name: str | None, config: Path | None
 ) -> dict[str, str]:
     """The environment of the job: where its monitor is, and the directory that attaches every rank."""
-    job = dict(environ)
+    job = {key: value for key, value in environ.items() if not key.startswith("KOOPMON_HTTP_")}  # the monitor's secrets
     job["KOOPMON_ENDPOINT"] = endpoint
     if name is not None:
         job["KOOPMON_RUN"] = name
@@ -179,6 +196,12 @@ def _job_environment(
     before = environ.get("PYTHONPATH", "")
     job["PYTHONPATH"] = f"{DIRECTORY}{os.pathsep}{before}" if before else str(DIRECTORY)
     return job
+
+
+def _security_environment(keys: Path | None, plaintext_tcp: bool) -> dict[str, str]:
+    """What the command line says of keys, for the agents in the job; the name of a directory, never a key."""
+    named = {} if keys is None else {"KOOPMON_KEYS": str(keys.absolute())}
+    return named | ({PLAINTEXT_VARIABLE: "1"} if plaintext_tcp else {})
 
 
 def _default_store(environ: Mapping[str, str], name: str) -> Path:

@@ -76,7 +76,7 @@ def restraint(bench: Bench) -> str:
         try:
             model = Bench(owner, offer).build()
             theirs = owner.specificity(model)
-        except Exception:  # not this adapter's fault
+        except Exception:  # noqa: S112 - not this adapter's fault
             continue
         found = adapter.specificity(model)
         demand(

@@ -16,13 +16,16 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import msgspec
 import torch
 from prometheus_client import CollectorRegistry
 
 from koopmon.config import Config
 from koopmon.errors import EndpointError, ProtocolError
+from koopmon.monitor.access import Access
 from koopmon.monitor.device import check_device
 from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.login import read_login, read_tls
 from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.rejections import Rejections
 from koopmon.monitor.service import COMMIT_SECONDS, Service
@@ -30,8 +33,10 @@ from koopmon.monitor.store import Store
 from koopmon.monitor.web import WebServer
 from koopmon.risk import calibration
 from koopmon.wire.codec import WireLimits, decode_for_monitor, decode_shard, encode
+from koopmon.wire.endpoints import is_loopback
 from koopmon.wire.messages import PROTOCOL_VERSION, MonitorMessage, Refused
 from koopmon.wire.sockets import ControlServer, DataReceiver, Poller, Waker, WireContext
+from koopmon.wire.trust import make_trust
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +51,12 @@ DRAIN_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where a monitor that can serve is found; `http` is HOST:PORT."""
+    """Where a monitor that can serve is found; `http` is HOST:PORT, `scheme` is http or https."""
 
     endpoint: str
     data_endpoint: str
     http: str
+    scheme: str = "http"
 
 
 class Monitor:
@@ -74,6 +80,8 @@ class Monitor:
         self._bind = bind
         self._http = http
         self._data_bind = data_bind
+        self._trust = make_trust(**msgspec.structs.asdict(config.security), environ=os.environ)
+        self._login, self._tls = read_login(config.http, os.environ), read_tls(config.http)
         self._device = check_device(device)
         self._calibrator = calibration.load(Path(chosen)) if (chosen := config.monitor.calibrator) else None
         self._store_path = store_path
@@ -90,11 +98,16 @@ class Monitor:
         self._waker.wake()
 
     def run(self) -> None:
-        """Serve until `stop`, then write what was received. Raises EndpointError or StoreError when it cannot begin."""
+        """Serve until `stop`, then write what was received.
+
+        Raises EndpointError, KeysError or StoreError when it cannot begin.
+        """
         with ExitStack() as stack:
             stack.callback(self._waker.close)
             self._open(stack)
-            logger.info("monitor: control %s, data %s, http://%s", *asdict(self._addresses).values())
+            where = self._addresses
+            words = (where.endpoint, where.data_endpoint, where.scheme, where.http)
+            logger.info("monitor: control %s, data %s, %s://%s", *words)
             self._turned_at = time.monotonic()
             self._serving = True
             if self._ready is not None:
@@ -113,15 +126,23 @@ class Monitor:
         )
         store = Store.open(self._store_path, self._config.store)
         stack.callback(store.close)
-        wire = stack.enter_context(WireContext())
+        wire = stack.enter_context(WireContext(self._trust))
         self._control = ControlServer(wire, self._bind, limits=limits)
         self._data = DataReceiver(wire, self._data_bind or _data_beside(self._control.endpoint), limits=limits)
+        self._check_alike()
         registry = CollectorRegistry()
         metrics = Metrics(registry, _build())
         self._rejections = Rejections(metrics, time.monotonic)
         checks = {"healthz": self._alive, "readyz": lambda: self._serving and self._alive()}
         web = WebServer(
-            self._http, registry, checks, max_connections=monitor.max_http_connections, note=self._rejections.note
+            self._http,
+            registry,
+            checks,
+            login=self._login,
+            tls=self._tls,
+            exposed=self._config.http.insecure_plaintext,
+            max_connections=monitor.max_http_connections,
+            note=self._rejections.note,
         )
         stack.callback(web.close)
         engine = Engine(
@@ -142,9 +163,27 @@ class Monitor:
             rejections=self._rejections,
             send=self._send,
             data_endpoint=self._data.endpoint,
+            access=Access(wire.agents),
             calibrator=self._calibrator,
         )
-        self._addresses = Addresses(self._control.endpoint, self._data.endpoint, web.address)
+        self._addresses = Addresses(
+            self._control.endpoint, self._data.endpoint, web.address, "http" if self._tls is None else "https"
+        )
+
+    def _check_alike(self) -> None:
+        """What is said by one channel belongs to who spoke by the other: both demand keys, or neither does."""
+        control, data = self._control, self._data
+        if control.demands_keys != data.demands_keys:
+            demanding, other = (control, data) if control.demands_keys else (data, control)
+            raise EndpointError(
+                f"endpoint {demanding.endpoint!r} demands keys and {other.endpoint!r} does not: bind both alike, or set"
+                " [security] loopback = 'curve'"
+            )
+        for server in (control, data):
+            if not server.demands_keys and not is_loopback(server.endpoint):
+                logger.warning(
+                    "monitor: %s is plaintext: whoever reaches it reads and commands training", server.endpoint
+                )
 
     def _loop(self) -> None:
         poller = Poller(self._waker, self._control, self._data)
@@ -153,8 +192,13 @@ class Monitor:
             poller.wait(max(0.0, min(self._service.next_deadline() - self._turned_at, MAX_WAIT_SECONDS)))
             self._receive_control(BURST)
             self._receive_data(BURST)
+            self._note_refusals()
             self._handle_results()
             self._service.tick()
+
+    def _note_refusals(self) -> None:
+        for refusal in [*self._control.take_refusals(), *self._data.take_refusals()]:
+            self._rejections.note(refusal.reason, refusal.detail)
 
     def _finish(self) -> None:
         """Take in what has arrived, and see it profiled and stored; nobody is answered any more."""
@@ -187,7 +231,7 @@ class Monitor:
                     if error.reason == "version":
                         self._send(peer, Refused(run="unknown", incarnation="0" * 8, reason=error.detail[:512]))
                     raise
-                self._service.on_control(peer, message)
+                self._service.on_control(peer, message, self._control.sender_key)
         return most
 
     def _receive_data(self, most: int) -> int:
@@ -196,7 +240,7 @@ class Monitor:
                 frames = self._data.recv()
                 if frames is None:
                     return count
-                self._service.on_shard(decode_shard(frames, limits=self._data.limits))
+                self._service.on_shard(decode_shard(frames, limits=self._data.limits), self._data.sender_key)
         return most
 
     @contextmanager
@@ -236,9 +280,9 @@ def serve(
 ) -> int:
     """Run a monitor until SIGTERM or SIGINT; returns exit status 0. To be called in the main thread.
 
-    `ready_file` gets a JSON object (endpoint, data_endpoint, http, pid) once the monitor can serve, and is removed at
-    the end. Raises ConfigError, CalibrationError, EndpointError or StoreError, each one line, when it
-    cannot begin.
+    `ready_file` gets a JSON object (endpoint, data_endpoint, http, scheme, pid) once the monitor can serve, and is
+    removed at the end. Raises ConfigError, CalibrationError, EndpointError, KeysError or StoreError, each one line,
+    when it cannot begin.
     """
 
     def ready(addresses: Addresses) -> None:

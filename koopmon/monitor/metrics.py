@@ -46,6 +46,8 @@ MONITOR_REJECTIONS = (
     "http_slow",
     "http_connections",
     "internal",
+    "handshake",
+    "key",
 )
 MONITOR_DROPS = ("assembler_full", "engine_queue_full", "engine_failed", "superseded")
 REJECTIONS: tuple[str, ...] = tuple(dict.fromkeys((*REJECTION_REASONS, *MONITOR_REJECTIONS)))

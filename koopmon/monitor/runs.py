@@ -30,7 +30,11 @@ class RunState(IntEnum):
 
 
 class AdmissionError(KoopmonError):
-    """A peer cannot be served; the text goes to it as the reason and says what to do."""
+    """A peer cannot be served; the text goes to it and says what to do. `reason` is what it is counted by."""
+
+    def __init__(self, text: str, reason: str = "refused") -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 @dataclass(slots=True)
@@ -45,7 +49,10 @@ class Peer:
 
 @dataclass(slots=True)
 class Run:
-    """One job. `applied` is what its rank 0 last reported in force; `restore` what an earlier incarnation had."""
+    """One job. `applied` is what its rank 0 last reported in force; `restore` what an earlier incarnation had.
+
+    `agent` names whose key said hello for it; "" where the operating system authenticates.
+    """
 
     name: str
     incarnation: str
@@ -55,6 +62,7 @@ class Run:
     last_heard: float
     step: int
     applied: Applied
+    agent: str = ""
     restore: Applied | None = None
     closed_at: float = math.inf
     peers: dict[int, Peer] = field(default_factory=dict)
@@ -102,9 +110,11 @@ class RunRegistry:
         return self._runs.get(name)
 
     def admit(
-        self, now: float, hello: Hello, identity: bytes, *, retired: Sequence[str] = ()
+        self, now: float, hello: Hello, identity: bytes, *, agent: str = "", retired: Sequence[str] = ()
     ) -> tuple[Admission, list[Event]]:
         """Take in a rank. `retired`: incarnations that a run new to this registry is known to have left behind.
+
+        A run that is running belongs to the `agent` that said its first hello, also against a later incarnation.
 
         Also tells which closed run, if any, had to give its place. Raises AdmissionError.
         """
@@ -112,6 +122,16 @@ class RunRegistry:
         run = self._runs.get(hello.run)
         replaced: str | None = None
         new_run = run is None
+        if (
+            run is not None
+            and run.agent != agent
+            and (run.state is RunState.RUNNING or hello.incarnation == run.incarnation)
+        ):
+            raise AdmissionError(
+                f"run {hello.run!r} belongs to another agent's key while it is running: give this job a run name of its"
+                " own (KOOPMON_RUN), or wait until that one is over",
+                "identity",
+            )
         retired = retired if run is None else run.retired
         if hello.incarnation in retired:
             raise AdmissionError(
@@ -120,11 +140,11 @@ class RunRegistry:
             )
         if run is None:
             events = self._make_place()
-            run = self._runs[hello.run] = _new_run(now, hello)
+            run = self._runs[hello.run] = _new_run(now, hello, agent)
             run.retired = [*retired][-MAX_RETIRED:]
         elif hello.incarnation != run.incarnation:
             replaced = run.incarnation
-            run = self._runs[hello.run] = _new_run(now, hello)
+            run = self._runs[hello.run] = _new_run(now, hello, agent)
             run.retired = [*retired, replaced][-MAX_RETIRED:]
         known = run.peers.get(hello.process_rank)
         if known is None and len(run.peers) >= self._config.max_peers:
@@ -140,9 +160,9 @@ class RunRegistry:
         settled = known is not None and known.heartbeat is not None
         return Admission(run, new_run or replaced is not None, replaced, settled), events
 
-    def heard(self, now: float, message: Heartbeat | Ack | Goodbye, identity: bytes) -> Run:
+    def heard(self, now: float, message: Heartbeat | Ack | Goodbye, identity: bytes, *, agent: str = "") -> Run:
         """Note a message of a known peer. Raises ProtocolError: "unknown_run", "stale_incarnation", "identity"."""
-        run = self._current(message)
+        run = self._current(message, agent)
         rank = message.process_rank if not isinstance(message, Ack) else 0
         peer = run.peers.get(rank)
         if peer is None:
@@ -164,9 +184,9 @@ class RunRegistry:
             self._alive(now, run, message.step)
         return run
 
-    def received(self, now: float, shard: Shard) -> Run:
-        """Note a shard. Raises ProtocolError: "unknown_run" or "stale_incarnation"."""
-        run = self._current(shard)
+    def received(self, now: float, shard: Shard, *, agent: str = "") -> Run:
+        """Note a shard. Raises ProtocolError: "unknown_run", "stale_incarnation" or "identity"."""
+        run = self._current(shard, agent)
         if run.state is not RunState.ENDED:
             self._alive(now, run, shard.step)
         return run
@@ -198,12 +218,14 @@ class RunRegistry:
         ended = run.state is RunState.ENDED
         return self._config.ended_series_seconds if ended else self._config.vanished_series_seconds
 
-    def _current(self, message: Message) -> Run:
+    def _current(self, message: Message, agent: str) -> Run:
         run = self._runs.get(message.run)
         if run is None:
             raise ProtocolError("unknown_run", f"run {message.run} has not said hello")
         if run.incarnation != message.incarnation:
             raise ProtocolError("stale_incarnation", f"run {run.name} goes on as incarnation {run.incarnation}")
+        if run.agent != agent:
+            raise ProtocolError("identity", f"run {run.name} is {run.agent or 'no agent'!r}'s, not {agent!r}'s")
         return run
 
     def _make_place(self) -> list[Event]:
@@ -228,7 +250,7 @@ class RunRegistry:
         run.state, run.closed_at = state, now
 
 
-def _new_run(now: float, hello: Hello) -> Run:
+def _new_run(now: float, hello: Hello, agent: str) -> Run:
     return Run(
         name=hello.run,
         incarnation=hello.incarnation,
@@ -238,4 +260,5 @@ def _new_run(now: float, hello: Hello) -> Run:
         last_heard=now,
         step=hello.step,
         applied=hello.applied,
+        agent=agent,
     )

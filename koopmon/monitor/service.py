@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from koopmon.config import Config
+from koopmon.errors import ProtocolError
+from koopmon.monitor.access import Access
 from koopmon.monitor.assembler import Assembler, Snapshot
 from koopmon.monitor.dispatcher import Dispatcher
 from koopmon.monitor.engine import Engine, Result
@@ -57,6 +59,7 @@ class Service:
         rejections: Rejections,
         send: Callable[[bytes, MonitorMessage], bool],
         data_endpoint: str,
+        access: Access | None = None,
         calibrator: Calibrator | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -68,6 +71,7 @@ class Service:
         self._rejections = rejections
         self._send = send
         self._data_endpoint = data_endpoint
+        self._access = access or Access()
         self._calibrator = calibrator
         self._clock = clock
         self._wall = wall
@@ -83,14 +87,17 @@ class Service:
             on_drop=self.dropped,
         )
 
-    def on_control(self, peer: bytes, message: AgentMessage) -> None:
-        """A message of an agent, from the transport address `peer`. Raises ProtocolError when it must be refused."""
+    def on_control(self, peer: bytes, message: AgentMessage, key: str = "") -> None:
+        """A message of an agent, from the transport address `peer`, which has shown `key`, "" where none is demanded.
+
+        Raises ProtocolError when it must be refused.
+        """
         now = self._clock()
         if isinstance(message, Hello):
             if not self._stopping:
-                self._on_hello(now, peer, message)
+                self._on_hello(now, peer, message, key)
             return
-        run = self._registry.heard(now, message, peer)
+        run = self._registry.heard(now, message, peer, agent=self._access.agent(key, message.run))
         if isinstance(message, Heartbeat):
             self._on_heartbeat(now, peer, run, message)
         elif isinstance(message, Ack):
@@ -101,10 +108,10 @@ class Service:
             self._on_goodbye(run, message)
         self._touched()
 
-    def on_shard(self, received: ReceivedShard) -> None:
-        """A shard of an agent. Raises ProtocolError when it must be refused."""
+    def on_shard(self, received: ReceivedShard, key: str = "") -> None:
+        """A shard of an agent that has shown `key`. Raises ProtocolError when it must be refused."""
         now, header = self._clock(), received.header
-        run = self._registry.received(now, header)
+        run = self._registry.received(now, header, agent=self._access.agent(key, header.run))
         for snapshot in self._assembler.add(now, header, received.points()):
             self._submit(snapshot)
         show_run(self._metrics, run)
@@ -177,15 +184,17 @@ class Service:
         if self._shown(run):
             self._metrics.add("snapshots_dropped", run, reason)
 
-    def _on_hello(self, now: float, peer: bytes, hello: Hello) -> None:
+    def _on_hello(self, now: float, peer: bytes, hello: Hello, key: str) -> None:
         earlier = self._store.incarnations(hello.run)
         retired = earlier[:-1] if hello.incarnation in earlier[-1:] else earlier
         before = self._registry.get(hello.run)
         try:
-            admission, events = self._registry.admit(now, hello, peer, retired=retired)
-        except AdmissionError as error:
-            self._rejections.note("refused", str(error))
-            self._answer(peer, Refused(run=hello.run, incarnation=hello.incarnation, reason=str(error)[:512]))
+            agent = self._access.agent(key, hello.run)
+            admission, events = self._registry.admit(now, hello, peer, agent=agent, retired=retired)
+        except (AdmissionError, ProtocolError) as error:
+            text = error.detail if isinstance(error, ProtocolError) else str(error)
+            self._rejections.note(error.reason, text)
+            self._answer(peer, Refused(run=hello.run, incarnation=hello.incarnation, reason=text[:512]))
             return
         for event in events:
             self._on_event(event)

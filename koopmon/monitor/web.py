@@ -1,10 +1,11 @@
-"""The monitor's pages: /metrics, /healthz, /readyz, and an index of them."""
+"""The monitor's pages: /metrics, /healthz, /readyz, and an index of them. Who may read them is `login`'s to say."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Mapping
 
@@ -18,6 +19,7 @@ from starlette.routing import Route
 
 from koopmon.errors import EndpointError
 from koopmon.monitor import doorkeeper
+from koopmon.monitor.login import Login
 
 STOP_SECONDS = 5.0
 INDEX = """<!doctype html>
@@ -28,24 +30,31 @@ INDEX = """<!doctype html>
 """
 
 
-def parse_address(address: str) -> tuple[str, int]:
-    """Host and port of `HOST:PORT`, loopback only; port 0 leaves the choice to the system. Raises EndpointError."""
+def parse_address(address: str, *, exposed: bool = False) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`, an address of this host; port 0 leaves the choice to the system.
+
+    Without `exposed` it must be a loopback address. Raises EndpointError.
+    """
     match = re.fullmatch(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):(?P<port>[0-9]{1,5})", address)
     if match is None or int(match["port"]) > 65535:
         raise EndpointError(f"http {address!r}: expected HOST:PORT with a port from 0 to 65535, as 127.0.0.1:9464")
     host = match["host"].strip("[]")
+    host = "127.0.0.1" if host == "localhost" else host
     try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
-        loopback = False
-    if not loopback:
-        raise EndpointError(f"http {address!r}: only loopback (127.0.0.1, [::1], localhost): put a proxy before it")
-    return ("127.0.0.1" if host == "localhost" else host), int(match["port"])
+        raise EndpointError(f"http {address!r}: {host!r} is no address of this host, as 127.0.0.1 or 0.0.0.0") from None
+    if not loopback and not exposed:
+        raise EndpointError(
+            f"http {address!r}: other hosts reach it: give [http] a certificate and a token or password, or name the"
+            " risk with insecure_plaintext; only loopback (127.0.0.1, [::1], localhost) goes without"
+        )
+    return host, int(match["port"])
 
 
-def listen(address: str) -> socket.socket:
+def listen(address: str, *, exposed: bool = False) -> socket.socket:
     """A listening socket at `HOST:PORT`. Raises EndpointError when the address is refused or in use."""
-    host, port = parse_address(address)
+    host, port = parse_address(address, exposed=exposed)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -60,7 +69,8 @@ def listen(address: str) -> socket.socket:
 class WebServer:
     """Serves the pages from a thread of its own; `address` is the actual HOST:PORT.
 
-    `checks` names the pages that answer 200 "ok" while their function returns True, else 503; `note(reason, detail)`
+    `checks` names the pages that answer 200 "ok" while their function returns True, else 503; they ask for no `login`.
+    With `tls` the pages are https. Addresses that other hosts reach take both, or `exposed`. `note(reason, detail)`
     hears, in that thread, of what was refused.
     """
 
@@ -70,21 +80,28 @@ class WebServer:
         registry: CollectorRegistry,
         checks: Mapping[str, Callable[[], bool]],
         *,
+        login: Login | None = None,
+        tls: ssl.SSLContext | None = None,
+        exposed: bool = False,
         max_connections: int = 128,
         note: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
-        self._socket = listen(address)
+        login = login or Login()
+        self._socket = listen(address, exposed=exposed or (login.required and tls is not None))
         host, port = self._socket.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         config = uvicorn.Config(
-            doorkeeper.Shield(_application(registry, checks), note),
+            doorkeeper.Shield(login.guard(_application(registry, checks)), note),
             **doorkeeper.options(max_connections, note),
             log_config=None,
             access_log=False,
             lifespan="off",
             ws="none",
             timeout_graceful_shutdown=2,
+            server_header=False,
         )
+        config.load()
+        config.ssl = tls
         self._server = uvicorn.Server(config)
         # Outside the main thread uvicorn leaves the signals alone.
         self._thread = threading.Thread(

@@ -30,9 +30,9 @@ from koopmon.wire.messages import (
     Shard,
 )
 
-RejectionReason = Literal["garbage", "version", "direction", "schema", "size", "shape", "identity"]
+RejectionReason = Literal["garbage", "version", "direction", "schema", "size", "shape", "identity", "authorisation"]
 REJECTION_REASONS: Final[tuple[RejectionReason, ...]] = get_args(RejectionReason)
-"""Every `ProtocolError.reason`. The codec raises all but "identity", the monitor's own: a peer is not who it says."""
+"""Every `ProtocolError.reason`. The codec raises all but the last two, the monitor's own: who speaks, and for what."""
 
 Frame: TypeAlias = bytes | memoryview
 

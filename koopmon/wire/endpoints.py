@@ -1,7 +1,7 @@
-"""Endpoints: which may be used, and what an ipc endpoint needs in the file system before a socket is bound to it.
+"""Endpoints: what they look like, and what an ipc endpoint needs in the file system before a socket is bound to it.
 
-Until peers authenticate themselves, the operating system does it: a loopback port is reached from this host only, an
-ipc path lies in a directory that only its owner enters.
+An ipc path lies in a directory that only its owner enters: the operating system authenticates its peers. Which tcp
+endpoints may be used, and with which keys, is `koopmon.wire.trust`'s to say.
 """
 
 from __future__ import annotations
@@ -24,19 +24,23 @@ from koopmon.errors import EndpointError
 MAX_IPC_PATH_BYTES = 107 if sys.platform == "linux" else 103
 """Length of `sockaddr_un.sun_path` less its closing zero."""
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+\]|[^\[\]:/;\s]+):(?P<port>[0-9]{1,5}|\*)")
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOST_NAME = re.compile(rf"(?=.{{1,253}}\Z)(?:{_LABEL}\.)*(?=[A-Za-z0-9-]*[A-Za-z]){_LABEL}")
+_EVERYWHERE = ("0.0.0.0", "[::]")  # noqa: S104 - named, not bound to
 
 
 def check_endpoint(endpoint: str, *, binding: bool = False) -> str:
-    """The endpoint in its normal form: `ipc://` with an absolute path, or `tcp://` with a loopback address and a port.
+    """The endpoint in its normal form: `ipc://` with an absolute path, or `tcp://` with a host and a port.
 
-    For binding, port 0 or `*` leaves the choice to the system, as `ipc://*` leaves the path. Raises EndpointError.
+    Connecting takes an address or a host's name; binding takes an address, `*` for all of them. For binding, port 0 or
+    `*` leaves the choice to the system, as `ipc://*` leaves the path. Raises EndpointError.
     """
     if endpoint.startswith("ipc://"):
         return _check_ipc(endpoint, binding)
     match = _TCP.fullmatch(endpoint)
     if match is None:
-        raise EndpointError(f"endpoint {endpoint!r}: expected tcp://127.0.0.1:PORT or ipc:///PATH")
-    host, port = _loopback(endpoint, match["host"]), match["port"]
+        raise EndpointError(f"endpoint {endpoint!r}: expected tcp://HOST:PORT or ipc:///PATH")
+    host, port = _host(endpoint, match["host"], binding), match["port"]
     if port in ("*", "0", "00", "000", "0000", "00000"):
         if not binding:
             raise EndpointError(f"endpoint {endpoint!r}: to connect, name a port from 1 to 65535")
@@ -46,21 +50,46 @@ def check_endpoint(endpoint: str, *, binding: bool = False) -> str:
     return f"tcp://{host}:{int(port)}"
 
 
-def _loopback(endpoint: str, host: str) -> str:
+def is_loopback(endpoint: str) -> bool:
+    """Whether a checked endpoint is reached from this host alone; an ipc path always is."""
+    if endpoint.startswith("ipc://"):
+        return True
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def reached_beside(endpoint: str, known: str) -> str:
+    """An endpoint that a peer at the endpoint `known` has named: bound to all its addresses, it is on the known one."""
+    for everywhere in _EVERYWHERE:
+        if endpoint.startswith(f"tcp://{everywhere}:") and known.startswith("tcp://"):
+            return f"{known.rpartition(':')[0]}:{endpoint.rpartition(':')[2]}"
+    return endpoint
+
+
+def _host(endpoint: str, host: str, binding: bool) -> str:
     if host.lower() == "localhost":
         return "127.0.0.1"
+    if host == "*" and binding:
+        return "0.0.0.0"  # noqa: S104 - the user says so, and Trust asks for keys
     try:
         address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:
         address = None
-    if isinstance(address, ipaddress.IPv4Address) and address.is_loopback and not host.startswith("["):
-        return str(address)
-    if address == ipaddress.IPv6Address("::1") and host.startswith("["):
-        return "[::1]"
-    raise EndpointError(
-        f"endpoint {endpoint!r}: only ipc:// and loopback tcp (127.0.0.0/8, [::1], localhost) are allowed until peers "
-        "can authenticate, which comes in a later version"
-    )
+    if isinstance(address, ipaddress.IPv4Address) and not host.startswith("["):
+        normal = str(address)
+    elif isinstance(address, ipaddress.IPv6Address) and host.startswith("[") and address.ipv4_mapped is None:
+        normal = f"[{address}]"
+    elif not binding and _HOST_NAME.fullmatch(host) is not None:
+        return host.lower()
+    else:
+        allowed = "an address of this host, or * for all" if binding else "a host's name or address"
+        raise EndpointError(f"endpoint {endpoint!r}: {host!r} is not {allowed}")
+    if normal in _EVERYWHERE and not binding:
+        raise EndpointError(f"endpoint {endpoint!r}: to connect, name one host")
+    return normal
 
 
 def _check_ipc(endpoint: str, binding: bool) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_OBSERVABLES = 8
 """Names in one shard."""
 MAX_OBSERVATIONS = 4096

@@ -1,4 +1,4 @@
-"""The sockets: the only file that imports zmq, and every socket option is here.
+"""The sockets: with `curve`, which knows of keys, the only file that imports zmq; every other socket option is here.
 
 One `WireContext` per agent or monitor; each socket belongs to the thread that uses it, and only `Waker.wake` may be
 called from any thread or a signal handler. Nothing waits but `Poller.wait`. In a forked child every call but `close`
@@ -14,7 +14,9 @@ import itertools
 import os
 import shutil
 import threading
+import time
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
@@ -23,11 +25,14 @@ import zmq
 from zmq.utils import garbage  # imported here and now: its exit handler must be registered before ours, to run after it
 from zmq.utils.monitor import parse_monitor_message
 
-from koopmon.errors import EndpointError, ProtocolError
+from koopmon.errors import EndpointError, KeysError, ProtocolError
+from koopmon.wire import curve
+from koopmon.wire.authorised import AuthorisedAgents
 from koopmon.wire.codec import Frame, WireLimits
 from koopmon.wire.endpoints import check_endpoint, check_ipc_owner, claimed, temporary_ipc
 from koopmon.wire.messages import DropReason
 from koopmon.wire.pool import Slot
+from koopmon.wire.trust import Trust
 from koopmon.wire.waker import Waker
 
 __all__ = [
@@ -59,6 +64,7 @@ _CLIENT: Final[_Options] = {
 }
 # Lossy: a closing data socket drops what is queued. No ZMTP heartbeat: a receiver that is full would not answer it.
 _DATA: Final[_Options] = {zmq.LINGER: 0}
+# A control frame above its limit is refused and counted; from twice as much on, the transport cuts the peer off unread.
 # Reliable: a last word (goodbye, refused) gets a moment to leave; a dead idle connection is noticed and made anew.
 _CONTROL: Final[_Options] = {
     zmq.LINGER: 500,
@@ -68,7 +74,12 @@ _CONTROL: Final[_Options] = {
     zmq.HEARTBEAT_TIMEOUT: 15000,
 }
 _UNREACHED: Final = (errno.EAGAIN, errno.EHOSTUNREACH)
-_LINK_EVENTS: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+_HANDSHAKE_FAILED: Final = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+_LINK_EVENTS: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _HANDSHAKE_FAILED
+MEND_SECONDS: Final = 2.0
+"""Between two attempts at a connection whose handshake fails."""
 _serial = itertools.count()
 
 
@@ -77,9 +88,13 @@ class ForkedChildError(EndpointError):
 
 
 class WireContext:
-    """The transport of one agent or one monitor: its input/output thread and all its sockets."""
+    """The transport of one agent or one monitor: its input/output thread and all its sockets, which share its trust."""
 
-    def __init__(self) -> None:
+    def __init__(self, trust: Trust | None = None) -> None:
+        self.trust = trust or Trust()
+        self.agents: AuthorisedAgents | None = None
+        """Whom the servers with keys serve; None while there is no such server."""
+        self._gate: curve.Gate | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._pid = os.getpid()
         self._sockets: set[_Socket] = set()
@@ -95,7 +110,16 @@ class WireContext:
         for each in list(self._sockets):
             each.close()
         if os.getpid() == self._pid:
+            if self._gate is not None:
+                self._gate.close()
             self._context.term()
+
+    def _gate_for_agents(self) -> curve.Gate:
+        """Whom it lets in is read from the key files. Raises KeysError."""
+        if self._gate is None:
+            agents = self.agents = self.trust.authorised_agents()
+            self._gate = curve.Gate(self._context, lambda key: agents.name_of(key) is not None)
+        return self._gate
 
     @property
     def _in_use_elsewhere(self) -> bool:
@@ -177,7 +201,17 @@ class _Socket:
         return [self._socket]
 
     def _note_events(self) -> None:
-        """Take in what the transport reports about the connection."""
+        """Take in what the transport reports about its connections."""
+
+    def _watch(self, raw: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
+        """Where the transport reports these events of a socket."""
+        address = f"inproc://koopmon-events-{next(_serial)}"
+        raw.monitor(address, events)
+        watch = self._owner._context.socket(zmq.PAIR)
+        watch.set(zmq.LINGER, 0)
+        watch.set(zmq.RCVHWM, 0)  # a bounded queue of events would block the transport's thread when full
+        watch.connect(address)
+        return watch
 
     def _receive(self, max_frames: int) -> list[memoryview] | None:
         """All frames of the next message, each in the transport's own buffer, or None when there is none."""
@@ -195,7 +229,11 @@ class _Socket:
                 frames.append(part)
         if num_frames > max_frames:
             raise ProtocolError("size", f"{num_frames} frames, at most {max_frames} are taken")
+        self._received(part)
         return [frame.buffer for frame in frames]
+
+    def _received(self, frame: zmq.Frame) -> None:
+        """The last frame of a message came."""
 
     def _offer(self, frames: Sequence[Frame | zmq.Frame]) -> bool:
         """Send all frames of one message, or none: False when no peer takes it now."""
@@ -237,25 +275,33 @@ class _Socket:
 
 
 class _Client(_Socket):
-    """A connecting socket that knows whether its peer is there."""
+    """A connecting socket that knows whether its peer is there. Raises EndpointError and KeysError."""
 
     def __init__(self, context: WireContext, kind: int, options: _Options, endpoint: str) -> None:
-        self.endpoint = check_endpoint(endpoint)
+        self.endpoint = context.trust.check(endpoint)
         check_ipc_owner(self.endpoint)
+        self._failure = ""
+        self._curve = context.trust.uses_curve(self.endpoint)
+        self._attempts = 0
+        self._opened_at = time.monotonic()
         self._connected = False
         self._connections = 0
+        if self._curve:
+            self._read_keys(context)
         super().__init__(context, kind, _CLIENT | options)
+
+    def _read_keys(self, context: WireContext) -> None:
+        # While the monitor's key changes there are two that it may have.
+        secret, known = context.trust.agent_secret(), context.trust.monitor_key()
+        self._keys = secret, known[self._attempts % len(known)]
 
     def _open(self) -> zmq.Socket[bytes]:
         raw = super()._open()
         self._socket = raw
-        address = f"inproc://koopmon-events-{next(_serial)}"
-        raw.monitor(address, _LINK_EVENTS)
-        self._events = self._owner._context.socket(zmq.PAIR)
-        self._events.set(zmq.LINGER, 0)
-        self._events.set(zmq.RCVHWM, 0)  # a bounded queue of events would block the transport's thread when full
-        self._events.connect(address)
+        self._events = self._watch(raw, _LINK_EVENTS)
         raw.set(zmq.IPV6, self.endpoint.startswith("tcp://["))
+        if self._curve:
+            curve.show_keys(raw, *self._keys)
         raw.connect(self.endpoint)
         return raw
 
@@ -268,6 +314,44 @@ class _Client(_Socket):
                 return
             self._connected = event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self._connections += self._connected
+            if self._connected or event["event"] & _HANDSHAKE_FAILED:
+                self._failure = "" if self._connected else self._explain(event["event"], event["value"])
+
+    def _explain(self, event: int, value: int) -> str:
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and value == errno.EAGAIN:
+            return ""  # it stalled
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            return "it does not know this agent's key: put the public file into its agents/ directory"
+        if self._curve:
+            return "its key is not the one in monitor.key, or it shows none"
+        if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            return "it demands keys ([security] loopback), or is no monitor"
+        return ""  # it went away
+
+    @property
+    def failure(self) -> str:
+        """Why the last handshake failed, if it did, in words; "" once one has succeeded."""
+        self._note_events()
+        return self._failure
+
+    def mend(self) -> bool:
+        """After a failed handshake, try again by the keys as they are in their files now; returns whether it did.
+
+        At most every MEND_SECONDS: the transport itself gives up on who refused it.
+        """
+        now = time.monotonic()
+        if not self.failure or now < self._opened_at + MEND_SECONDS:
+            return False
+        self._opened_at = now
+        self._attempts += 1
+        if self._curve:
+            try:
+                self._read_keys(self._owner)
+            except KeysError as error:
+                self._failure = str(error)
+                return False
+        self.reconnect()
+        return True
 
     @property
     def connected(self) -> bool:
@@ -304,13 +388,23 @@ class _Server(_Socket):
 
     endpoint: str
     """The endpoint actually bound, for peers to connect to."""
+    sender_key: str
+    """The key that the sender of the message last received has shown; "" where no keys are demanded."""
 
     def __init__(self, context: WireContext, kind: int, options: _Options, endpoint: str, limits: WireLimits) -> None:
         self.limits = limits
-        checked = check_endpoint(endpoint, binding=True)
+        self.sender_key = ""
+        checked = context.trust.check(endpoint, binding=True)
+        self._curve = context.trust.uses_curve(checked)
+        self._gate: curve.Gate | None = None
+        self._refusals: deque[curve.Refusal] = deque(maxlen=curve.MAX_REFUSALS)
         super().__init__(context, kind, options)
         self._directory: Path | None = None
         try:
+            if self._curve:
+                with context.trust.needed_for(checked):
+                    curve.demand_keys(self._socket, context.trust.monitor_secret())
+                    self._gate = context._gate_for_agents()
             if checked == "ipc://*":
                 checked, self._directory = temporary_ipc()
             self._socket.set(zmq.IPV6, checked.startswith("tcp://["))
@@ -320,6 +414,13 @@ class _Server(_Socket):
             self.close()
             raise
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def _open(self) -> zmq.Socket[bytes]:
+        raw = super()._open()
+        # Where keys are demanded, a client without any may be the first to notice and leave.
+        left = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if self._curve else 0
+        self._events = self._watch(raw, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | left)
+        return raw
 
     def _bind(self, address: str) -> None:
         try:
@@ -331,7 +432,48 @@ class _Server(_Socket):
             }.get(error.errno or 0, f"{error.strerror}; choose another")
             raise EndpointError(f"endpoint {address!r}: {advice}") from None
 
+    @property
+    def demands_keys(self) -> bool:
+        """Whether every client has shown a key that the context's trust knows."""
+        return self._gate is not None
+
+    def _received(self, frame: zmq.Frame) -> None:
+        # Without keys a client could call itself what it likes.
+        self.sender_key = "" if self._gate is None else curve.key_of(frame)
+
+    def _pollables(self) -> list[Any]:
+        gate = [] if self._gate is None else [self._gate.pollable]
+        return [*super()._pollables(), self._events, *gate]
+
+    def _note_events(self) -> None:
+        self._guard()
+        if self._gate is not None:
+            self._gate.serve()
+        while True:
+            try:
+                event = parse_monitor_message(self._events.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            kind, value = event["event"], event["value"]
+            if kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                self._refuse(curve.handshake_error(value))
+            elif value == errno.EPIPE:
+                self._refuse("a client without keys, or one that left before it had shown any")
+
+    def _refuse(self, detail: str) -> None:
+        self._refusals.append(curve.Refusal("handshake", f"{self.endpoint}: {detail}"))
+
+    def take_refusals(self) -> list[curve.Refusal]:
+        """Connections refused since the last call; a `Poller` that waits for this socket sees to them."""
+        sources = [self._refusals] if self._gate is None else [self._refusals, self._gate.refusals]
+        taken = [refusal for source in sources for refusal in source]
+        for source in sources:
+            source.clear()
+        return taken
+
     def _shut(self) -> None:
+        self._socket.disable_monitor()
+        self._events.close()
         super()._shut()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
@@ -385,7 +527,7 @@ class ControlClient(_Client):
 
     def __init__(self, context: WireContext, endpoint: str, *, limits: WireLimits | None = None) -> None:
         self.limits = limits or WireLimits()
-        super().__init__(context, zmq.DEALER, _CONTROL | {zmq.MAXMSGSIZE: self.limits.max_header_bytes}, endpoint)
+        super().__init__(context, zmq.DEALER, _CONTROL | {zmq.MAXMSGSIZE: 2 * self.limits.max_header_bytes}, endpoint)
 
     def send(self, frames: Sequence[Frame]) -> bool:
         """False when the monitor is away or does not read: nothing was queued."""
@@ -405,7 +547,7 @@ class ControlServer(_Server):
 
     def __init__(self, context: WireContext, endpoint: str, *, limits: WireLimits | None = None) -> None:
         limits = limits or WireLimits()
-        options = _CONTROL | {zmq.ROUTER_MANDATORY: 1, zmq.MAXMSGSIZE: limits.max_header_bytes}
+        options = _CONTROL | {zmq.ROUTER_MANDATORY: 1, zmq.MAXMSGSIZE: 2 * limits.max_header_bytes}
         super().__init__(context, zmq.ROUTER, options, endpoint, limits)
 
     def recv(self) -> tuple[bytes, list[memoryview]] | None:

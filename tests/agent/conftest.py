@@ -23,6 +23,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     for name in ("KOOPMON_ENDPOINT", "KOOPMON_RUN", "KOOPMON_CONFIG", "WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("KOOPMON_KEYS", "/no/keys/here")
 
 
 @pytest.fixture

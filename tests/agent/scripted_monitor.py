@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from koopmon.wire.codec import WireLimits, decode_for_monitor, decode_shard, encode
+from koopmon.wire.codec import Frame, WireLimits, decode_for_monitor, decode_shard, encode
 from koopmon.wire.messages import (
     Ack,
     Applied,
@@ -27,6 +27,7 @@ from koopmon.wire.messages import (
     Welcome,
 )
 from koopmon.wire.sockets import ControlServer, DataReceiver, Poller, Waker, WireContext
+from koopmon.wire.trust import Trust
 
 M = TypeVar("M")
 LIMITS = WireLimits()
@@ -36,17 +37,24 @@ class ScriptedMonitor:
     """Welcomes every rank, answers heartbeats, keeps what it hears; `command` speaks to rank 0."""
 
     def __init__(
-        self, directory: Path, *, heartbeat_seconds: float = 0.05, restore: Applied | None = None, refuse: str = ""
+        self,
+        directory: Path,
+        *,
+        heartbeat_seconds: float = 0.05,
+        restore: Applied | None = None,
+        refuse: str = "",
+        trust: Trust | None = None,
     ) -> None:
         self.heartbeat_seconds = heartbeat_seconds
         self.restore = restore
         self.refuse = refuse
         self.heard: list[Any] = []
         self.shards: list[tuple[Shard, Tensor]] = []
-        self.endpoint = f"ipc://{directory}/control"
-        self._data_endpoint = f"ipc://{directory}/data"
+        self._trust = trust
+        self.endpoint = f"ipc://{directory}/control" if trust is None else "tcp://127.0.0.1:0"
+        self._data_endpoint = f"ipc://{directory}/data" if trust is None else "tcp://127.0.0.1:0"
         self._peers: dict[int, bytes] = {}
-        self._outbox: list[MonitorMessage] = []
+        self._outbox: list[list[Frame]] = []
         self._waker = Waker()
         self._stopping = False
         self._bound = threading.Event()
@@ -65,10 +73,11 @@ class ScriptedMonitor:
 
     def _run(self) -> None:
         with (
-            WireContext() as context,
+            WireContext(self._trust) as context,
             ControlServer(context, self.endpoint) as control,
             DataReceiver(context, self._data_endpoint, queue_length=64) as data,
         ):
+            self.endpoint, self._data_endpoint = control.endpoint, data.endpoint
             self._bound.set()
             poller = Poller(self._waker, control, data)
             while not self._stopping:
@@ -79,7 +88,9 @@ class ScriptedMonitor:
                     shard = decode_shard(frames, limits=LIMITS)
                     self.shards.append((shard.header, shard.states()))
                 while self._outbox and 0 in self._peers:
-                    control.send(self._peers[0], encode(self._outbox.pop(0)))
+                    if not control.send(self._peers[0], self._outbox[0]):
+                        break  # it does not read as fast
+                    del self._outbox[0]
 
     def _take(self, control: ControlServer, peer: bytes, frames: list[memoryview]) -> None:
         message = decode_for_monitor(frames, limits=LIMITS)
@@ -105,6 +116,11 @@ class ScriptedMonitor:
         """Everything heard of one kind, in order."""
         return [message for message in self.heard if isinstance(message, kind)]
 
+    def send(self, *messages: list[Frame]) -> None:
+        """Send frames to rank 0, whatever they are."""
+        self._outbox += messages
+        self._waker.wake()
+
     def command(self, kind: str, run: str | None = None, **fields: Any) -> str:
         """Send a command to rank 0, for the run that said hello last or the named one, and return its id."""
         hello = next(each for each in reversed(self.of(Hello)) if run in (None, each.run))
@@ -117,8 +133,7 @@ class ScriptedMonitor:
             "kind": kind,
         }
         command = Command(**{**values, **fields})
-        self._outbox.append(command)
-        self._waker.wake()
+        self.send(encode(command))
         return command.id
 
     def ack(self, command_id: str, timeout: float = 20.0) -> Ack:

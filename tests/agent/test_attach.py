@@ -59,7 +59,7 @@ def test_without_an_endpoint_one_line_and_nothing_else(caplog: pytest.LogCapture
 @pytest.mark.parametrize(
     ("arguments", "kind", "says"),
     [
-        ({"endpoint": "tcp://example.org:1"}, EndpointError, "loopback"),
+        ({"endpoint": "tcp://0.0.0.0:1"}, EndpointError, "name one host"),
         ({"endpoint": "nonsense"}, EndpointError, "nonsense"),
         ({"run": "no spaces allowed"}, ConfigError, "no spaces allowed"),
         ({"config": {"sampling": {"num_samples": 3}}}, ConfigError, "sampling.num_samples = 3"),
@@ -89,7 +89,8 @@ def test_things_that_are_no_model_or_no_optimizer_raise(agents: Attach) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("KOOPMON_ENDPOINT", "tcp://example.org:1", "loopback"),
+        ("KOOPMON_ENDPOINT", "tcp://0.0.0.0:1", "name one host"),
+        ("KOOPMON_ENDPOINT", "tcp://example.org:1", "/no/keys/here: no such file or directory; `koopmon keys make`"),
         ("KOOPMON_RUN", "no spaces allowed", "no spaces allowed"),
         ("KOOPMON_CONFIG", "/does/not/exist.toml", "/does/not/exist.toml"),
     ],

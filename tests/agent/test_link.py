@@ -27,6 +27,7 @@ class Channel:
     endpoint = "ipc:///nowhere"
     connected = True
     connections = 1
+    failure = ""
     takes = True
 
     def __init__(self) -> None:

@@ -23,6 +23,7 @@ class CommandLine:
         for name in ("PYTHONPATH", "WORLD_SIZE", "RANK"):
             self.environ.pop(name, None)
         self.environ |= {"XDG_STATE_HOME": str(directory / "state"), "TMPDIR": str(directory), "OMP_NUM_THREADS": "1"}
+        self.environ["XDG_CONFIG_HOME"] = str(directory / "config")
         self.environ |= {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self._started: list[subprocess.Popen[bytes]] = []

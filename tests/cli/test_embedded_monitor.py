@@ -178,7 +178,7 @@ def test_the_monitor_verb_serves_until_it_is_told_to_stop(koopmon: Any, tmp_path
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--bind", "tcp://0.0.0.0:9465"], ["tcp://0.0.0.0:9465", "loopback"]),
+        (["--bind", "tcp://0.0.0.0:9465"], ["tcp://0.0.0.0:9465", "config/koopmon/keys", "keys make"]),
         (["--http", "9464"], ["9464", "HOST:PORT"]),
         (["--device", "cuda:99"], ["cuda:99"]),
         (["--policy", "brake"], ["'brake'", "observe"]),

@@ -165,11 +165,16 @@ def test_a_job_that_cannot_be_started_is_one_line(koopmon: Any, one_line: Refuse
     [
         (["--policy", "brake", "--", "true"], ["--policy", "'brake'", "lr, kss, kss+lr, observe"]),
         (["--run", "-x y", "--", "true"], ["--run", "'-x y'", "letters"]),
-        (["--monitor", "tcp://10.0.0.1:9465", "--", "true"], ["tcp://10.0.0.1:9465", "loopback"]),
+        (
+            ["--monitor", "tcp://10.0.0.1:9465", "--", "true"],
+            ["tcp://10.0.0.1:9465", "config/koopmon/keys", "keys make"],
+        ),
         (["--monitor", "nonsense", "--", "true"], ["nonsense"]),
         (["--monitor", "tcp://127.0.0.1:1", "--policy", "lr", "--", "true"], ["--policy", "koopmon monitor"]),
         (["--monitor", "tcp://127.0.0.1:1", "--dry-run", "--", "true"], ["--dry-run", "koopmon monitor"]),
         (["--monitor", "tcp://127.0.0.1:1", "--store", "x", "--", "true"], ["--store", "koopmon monitor"]),
+        (["--keys", "k", "--", "true"], ["--keys", "--monitor"]),
+        (["--insecure-plaintext-tcp", "--", "true"], ["--insecure-plaintext-tcp", "--monitor"]),
         (["--config", "missing.toml", "--", "true"], ["missing.toml"]),
         (["--", "torchrun", "--nnodes", "2", "train.py"], ["--nnodes 2", "--monitor"]),
         (["--no-such-option", "--", "true"], ["--no-such-option"]),

@@ -40,6 +40,7 @@ from koopmon.wire.messages import (
     Welcome,
 )
 from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
+from koopmon.wire.trust import Trust
 
 WAIT_SECONDS = 60.0
 Waiter = Callable[[Callable[[], Any]], Any]
@@ -72,10 +73,11 @@ class ScriptedAgent:
         incarnation: str = "aaaaaaaa",
         rank: int = 0,
         num_senders: int = 1,
+        trust: Trust | None = None,
     ) -> None:
         self.name = {"run": run, "incarnation": incarnation}
         self.rank, self.num_senders = rank, num_senders
-        self.context = WireContext()
+        self.context = WireContext(trust)
         self.control = ControlClient(self.context, endpoint)
         self.data: DataSender | None = None
         self._poller = Poller(self.control)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from koopmon.errors import EndpointError
-from koopmon.wire.endpoints import MAX_IPC_PATH_BYTES
+from koopmon.wire.endpoints import MAX_IPC_PATH_BYTES, is_loopback, reached_beside
 from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, WireContext, check_endpoint
 
 
@@ -40,16 +40,63 @@ def test_a_relative_path_is_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("given", "normal"),
+    [
+        ("tcp://10.0.0.1:9465", "tcp://10.0.0.1:9465"),
+        ("tcp://Node-7.Example.org:9465", "tcp://node-7.example.org:9465"),
+        ("tcp://localhost.example.org:9465", "tcp://localhost.example.org:9465"),
+        ("tcp://[FE80::1]:9465", "tcp://[fe80::1]:9465"),
+    ],
+)
+def test_other_hosts_to_connect_to(given: str, normal: str) -> None:
+    assert check_endpoint(given) == normal
+    assert not is_loopback(normal)
+
+
+@pytest.mark.parametrize(
+    ("given", "normal"),
+    [
+        ("tcp://*:9465", "tcp://0.0.0.0:9465"),
+        ("tcp://0.0.0.0:0", "tcp://0.0.0.0:*"),
+        ("tcp://10.0.0.1:9465", "tcp://10.0.0.1:9465"),
+        ("tcp://[::]:9465", "tcp://[::]:9465"),
+    ],
+)
+def test_what_other_hosts_reach_may_be_bound(given: str, normal: str) -> None:
+    assert check_endpoint(given, binding=True) == normal
+    assert not is_loopback(normal)
+
+
+@pytest.mark.parametrize(
     "host",
-    ["10.0.0.1", "0.0.0.0", "*", "example.org", "128.0.0.1", "[::]", "[fe80::1]", "[::ffff:127.0.0.1]", "[127.0.0.1]",
-     "127.1", "127.0.0.01", "localhost.example.org", "2130706433", "eth0"],
-)  # fmt: skip
+    ["[::ffff:127.0.0.1]", "[127.0.0.1]", "127.1", "127.0.0.01", "2130706433", "a..b", "-a", "a_b", "10.0.0.256"],
+)
 @pytest.mark.parametrize("binding", [False, True])
-def test_other_hosts_are_refused_until_peers_authenticate(host: str, binding: bool) -> None:
-    with pytest.raises(EndpointError, match=r"127\.0\.0\.0/8.*authenticate.*later version") as caught:
+def test_what_is_no_host_is_refused(host: str, binding: bool) -> None:
+    with pytest.raises(EndpointError, match="host") as caught:
         check_endpoint(f"tcp://{host}:9465", binding=binding)
     assert host in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("host", "binding"), [("0.0.0.0", False), ("[::]", False), ("*", False), ("node-7", True)])
+def test_all_hosts_are_nowhere_to_connect_to_and_a_name_is_nothing_to_bind(host: str, binding: bool) -> None:
+    with pytest.raises(EndpointError, match="host"):
+        check_endpoint(f"tcp://{host}:9465", binding=binding)
+
+
+@pytest.mark.parametrize(
+    ("named", "known", "reached"),
+    [
+        ("tcp://0.0.0.0:7", "tcp://node-7:9465", "tcp://node-7:7"),
+        ("tcp://[::]:7", "tcp://[fe80::1]:9465", "tcp://[fe80::1]:7"),
+        ("tcp://10.0.0.1:7", "tcp://node-7:9465", "tcp://10.0.0.1:7"),
+        ("ipc:///run/data", "tcp://node-7:9465", "ipc:///run/data"),
+        ("tcp://0.0.0.0:7", "ipc:///run/control", "tcp://0.0.0.0:7"),
+    ],
+)
+def test_an_endpoint_on_all_addresses_is_reached_where_its_neighbour_was(named: str, known: str, reached: str) -> None:
+    assert reached_beside(named, known) == reached
 
 
 @pytest.mark.parametrize(
@@ -75,14 +122,18 @@ def test_only_who_binds_may_leave_the_choice_open(wildcard: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [ControlClient, DataSender])
-def test_a_client_connects_nowhere_else(kind: type[ControlClient | DataSender], near: WireContext) -> None:
-    with pytest.raises(EndpointError, match="authenticate"):
+def test_a_client_without_keys_connects_to_no_other_host(
+    kind: type[ControlClient | DataSender], near: WireContext
+) -> None:
+    with pytest.raises(EndpointError, match=r"tcp://192\.0\.2\.1:9465.*koopmon keys make.*--insecure-plaintext-tcp"):
         kind(near, "tcp://192.0.2.1:9465")
 
 
 @pytest.mark.parametrize("kind", [ControlServer, DataReceiver])
-def test_a_server_binds_nowhere_else(kind: type[ControlServer | DataReceiver], far: WireContext) -> None:
-    with pytest.raises(EndpointError, match="authenticate"):
+def test_a_server_without_keys_binds_nothing_that_others_reach(
+    kind: type[ControlServer | DataReceiver], far: WireContext
+) -> None:
+    with pytest.raises(EndpointError, match=r"koopmon keys make.*--insecure-plaintext-tcp"):
         kind(far, "tcp://0.0.0.0:0")
 
 

@@ -360,7 +360,7 @@ def test_the_control_channel_refuses_large_and_many_framed_messages(
     Poller(server).wait(20.0)
     with pytest.raises(ProtocolError, match=r"^size: "):
         server.recv()
-    client.send([bytes(server.limits.max_header_bytes + 1)])
+    client.send([bytes(2 * server.limits.max_header_bytes + 1)])
     until(lambda: client.connections == 2)
     until(lambda: client.send(encode(goodbye(2))))
     Poller(server).wait(20.0)

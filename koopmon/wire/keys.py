@@ -1,0 +1,192 @@
+"""Key files: who is the monitor, who is an agent, and for which runs each agent may speak.
+
+A directory, its owner's alone, holds for each name a secret file and a public one, in TOML; keys are the 40 characters
+in which ZeroMQ's CURVE writes its 32 bytes (Z85):
+
+    monitor.secret   monitor.key        the monitor, and what agents know it by
+    agent.secret     agent.key          an agent, and what the monitor knows it by
+    agents/NAME.key                     public files of the agents that this monitor serves, each with its runs
+
+Nothing here makes keys or knows of sockets: that is `koopmon.wire.curve`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import tempfile
+import tomllib
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from koopmon.errors import KeysError
+
+MONITOR = "monitor"
+"""The name of the monitor's own pair."""
+AGENTS = "agents"
+"""Where, in a monitor's directory, the agents lie that it serves."""
+MAX_FILE_BYTES = 16384
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+Z85 = Annotated[str, Meta(pattern=r"^[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}\Z")]
+T = TypeVar("T")
+
+
+class PublicKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a `.key` file says. After a rotation `previous` counts as well, until `previous_until`."""
+
+    public: Z85
+    previous: Z85 | None = None
+    previous_until: datetime | None = None
+    runs: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=128)], ...], Meta(max_length=256)] = ("*",)
+    """Patterns (`*`, `?`, `[...]`) of the names of the runs for which this agent may speak."""
+
+    def keys(self, now: datetime | None = None) -> tuple[str, ...]:
+        """The keys that count at `now`, by default the present, the newest first."""
+        now = now or datetime.now(UTC)
+        until = self.previous_until
+        if self.previous is None or until is None:
+            return (self.public,)
+        aware = until if until.tzinfo is not None else until.replace(tzinfo=UTC)
+        return (self.public, self.previous) if now < aware else (self.public,)
+
+
+class _Secret(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    secret: Z85
+
+
+def keys_directory(configured: str, environ: Mapping[str, str]) -> Path:
+    """Where the key files are: `configured`, else KOOPMON_KEYS, else `koopmon/keys` under XDG_CONFIG_HOME."""
+    if named := configured or environ.get("KOOPMON_KEYS", ""):
+        return Path(named).expanduser().absolute()
+    base = environ.get("XDG_CONFIG_HOME", "")
+    # The XDG specification: a relative path is to be ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".config") / "koopmon" / "keys"
+
+
+def check_name(name: str) -> str:
+    """`name` if a pair can be called so. Raises KeysError."""
+    if _NAME.fullmatch(name) is None or name == AGENTS:
+        raise KeysError(
+            f"key name {name!r}: allowed are 1 to 64 letters, digits and . _ -, beginning with a letter or a digit,"
+            f" and not {AGENTS!r}"
+        )
+    return name
+
+
+def secret_file(directory: Path, name: str) -> Path:
+    return directory / f"{name}.secret"
+
+
+def public_file(directory: Path, name: str) -> Path:
+    return directory / f"{name}.key"
+
+
+def check_directory(directory: Path) -> None:
+    """Refuse a directory of keys that is not there, or that others own or enter. Raises KeysError."""
+    try:
+        status = directory.stat()
+    except OSError as error:
+        raise KeysError(f"keys {directory}: {_why(error)}; `koopmon keys make` makes them there") from None
+    if not stat.S_ISDIR(status.st_mode):
+        raise KeysError(f"keys {directory}: not a directory; name another with KOOPMON_KEYS")
+    if status.st_uid != os.geteuid():
+        raise KeysError(f"keys {directory}: belongs to user {status.st_uid}; use a directory of your own")
+    if status.st_mode & 0o077:
+        mode = stat.S_IMODE(status.st_mode)
+        raise KeysError(f"keys {directory}: mode {mode:04o} lets others in; chmod 700 {directory}")
+
+
+def read_secret(directory: Path, name: str) -> str:
+    """The secret key of `name`. Raises KeysError for a file that is not there, not whole, or not its owner's alone."""
+    check_directory(directory)
+    path = secret_file(directory, name)
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise KeysError(f"secret key {path}: not a file; `koopmon keys make {name}` makes it")
+            if status.st_uid != os.geteuid():
+                raise KeysError(f"secret key {path}: belongs to user {status.st_uid}; make one of your own")
+            if status.st_mode & 0o077:
+                mode = stat.S_IMODE(status.st_mode)
+                raise KeysError(f"secret key {path}: mode {mode:04o} lets others read it; chmod 600 {path}")
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise KeysError(f"secret key {path}: {_why(error)}; `koopmon keys make {name}` makes it") from None
+    # What the file holds is never quoted: it is a secret.
+    return _parse(raw, _Secret, path, 'secret = "40 characters"', quote=False).secret
+
+
+def read_public(path: Path) -> PublicKey:
+    """What a public file says. Raises KeysError."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise KeysError(f"public key {path}: {_why(error)}; copy it from where `koopmon keys make` made it") from None
+    return _parse(raw, PublicKey, path, 'public = "40 characters"')
+
+
+def write_secret(directory: Path, name: str, secret: str) -> None:
+    """Write or replace a secret file, mode 0600, whole or not at all. Raises KeysError."""
+    text = f'# koopmon: secret key of {name}. Whoever has it is {name}.\nsecret = "{secret}"\n'
+    _write(secret_file(directory, name), text, 0o600)
+
+
+def write_public(path: Path, key: PublicKey) -> None:
+    """Write or replace a public file, whole or not at all. Raises KeysError."""
+    lines = [f"# koopmon: public key of {path.stem}.", f'public = "{key.public}"']
+    if key.previous is not None and key.previous_until is not None:
+        until = key.previous_until.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        lines += [f'previous = "{key.previous}"', f"previous_until = {until}"]
+    if path.stem != MONITOR:
+        quoted = ", ".join(msgspec.json.encode(pattern).decode() for pattern in key.runs)
+        lines += ["# Names of the runs for which it may speak: patterns with * ? [...]", f"runs = [{quoted}]"]
+    _write(path, "\n".join(lines) + "\n", 0o644)
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory of keys, mode 0700, or check the one that is there. Raises KeysError."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise KeysError(f"keys {directory}: {_why(error)}; name another with KOOPMON_KEYS") from None
+    check_directory(directory)
+
+
+def _write(path: Path, text: str, mode: int) -> None:
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                os.fchmod(file.fileno(), mode)
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise KeysError(f"{path}: cannot be written: {_why(error)}") from None
+
+
+def _parse(raw: bytes, kind: type[T], path: Path, expected: str, *, quote: bool = True) -> T:
+    if len(raw) > MAX_FILE_BYTES:
+        raise KeysError(f"{path}: more than {MAX_FILE_BYTES} bytes, so no key file; expected {expected}")
+    try:
+        return msgspec.convert(tomllib.loads(raw.decode()), kind, strict=True)
+    except (ValueError, msgspec.ValidationError) as error:
+        what = f": {str(error).splitlines()[0]}" if quote else ""
+        raise KeysError(f"{path}: not a key file of koopmon{what}; expected {expected}") from None
+
+
+def _why(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
