@@ -1,5 +1,5 @@
-"""Writes the figures of the README and of docs/evidence.md from the results: `python -m benchmarks.readme`; with
-`--check` it only compares.
+"""Writes the figures of README.md, docs/evidence.md and docs/failures.md from the results: `python -m
+benchmarks.readme`; with `--check` it only compares.
 
 Each section stands between `<!-- results: NAME -->` and `<!-- end of results -->` and comes from results/NAME.json.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.sections import WRITERS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md", ROOT / "docs" / "failures.md")
 RESULTS = Path(__file__).parent / "results"
 SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from benchmarks.fault_table import failures
+
 Document = Mapping[str, Any]
 
 
@@ -286,6 +288,12 @@ def guarded_families(told: Document) -> list[str]:
     return [*_table(heading, rows), "", *_prose(prose)]
 
 
+def fault_campaign(told: Document) -> list[str]:
+    """Each kind of fault, in words, and what was measured; then the totals."""
+    heading, rows, prose = failures(told)
+    return [*_table(heading, rows), "", *_prose(prose)]
+
+
 def _interval(area: Mapping[str, float] | None) -> str:
     return "-" if area is None else f"{area['value']:.2f} [{area['low']:.2f}, {area['high']:.2f}]"
 
@@ -318,4 +326,5 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "family_alarms": family_alarms,
     "guarded_families": guarded_families,
     "brake": brake,
+    "fault_campaign": fault_campaign,
 }

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from koopmon.agent.answers import Answers
 from koopmon.agent.ledger import Ledger
 from koopmon.agent.world import Identity
 from koopmon.config import ControlConfig
@@ -29,6 +30,7 @@ from koopmon.wire.messages import (
     Command,
     Goodbye,
     Heartbeat,
+    HeartbeatReply,
     Hello,
     KssSettings,
     Refused,
@@ -108,8 +110,12 @@ class Link:
         ledger: Ledger,
         directions: Directions,
         description: Description,
+        answers: Answers | None = None,
     ) -> None:
+        """`answers`: of an earlier conversation of this rank."""
         self.welcomed = False
+        self._answers = answers or Answers()
+        self._answers.start_over()
         self.description = description
         self._control = control
         self._identity = identity
@@ -146,6 +152,7 @@ class Link:
         if connections != self._num_connections:
             self._num_connections, self._hello_due = connections, now
             self.welcomed = False
+            self._answers.start_over()
         elif self.welcomed and not self._control.connected:
             self.welcomed = False
         if self._hello_due is not None and now >= self._hello_due:
@@ -154,7 +161,9 @@ class Link:
         if now >= self._heartbeat_due:
             self._heartbeat_due = now + self._heartbeat_seconds
             if self.welcomed:
-                self._send(self._heartbeat())
+                self._answer()
+                if self._send(self._heartbeat()):
+                    self._answers.heartbeat()
         if now - self._heard > max(self._config.monitor_lost_seconds, 3.0 * self._heartbeat_seconds):
             self._lose(now)
 
@@ -190,7 +199,10 @@ class Link:
             logger.warning("koopmon: the monitor at %s is back", self._control.endpoint)
         if isinstance(message, Welcome):
             self._take(message)
+            self._answer()
             return message
+        if isinstance(message, HeartbeatReply):
+            self._answers.reply()
         if isinstance(message, Command):
             if self.description.process_rank != 0:
                 return Outcome(message.id, "refused", self._ledger.step, "commands go to rank 0")
@@ -212,19 +224,26 @@ class Link:
             self._directions.restore(welcome.restore)
 
     def acknowledge(self, outcome: Outcome) -> None:
-        """Tell the monitor what became of a command."""
-        self._send(
-            Ack(
-                run=self._identity.run,
-                incarnation=self._identity.incarnation,
-                command_id=outcome.command_id,
-                outcome=outcome.outcome,
-                step=outcome.step,
-                detail=outcome.detail[:512],
-                shielded=outcome.shielded,
-                applied=self._directions.applied(),
-            )
+        """Tell the monitor what became of a command; again after a new hello, when it may not have read it."""
+        ack = Ack(
+            run=self._identity.run,
+            incarnation=self._identity.incarnation,
+            command_id=outcome.command_id,
+            outcome=outcome.outcome,
+            step=outcome.step,
+            detail=outcome.detail[:512],
+            shielded=outcome.shielded,
+            applied=self._directions.applied(),
         )
+        if outcome.outcome == "duplicate":  # what became of it was said before
+            self._send(ack)
+        else:
+            # At once, so that no "duplicate" overtakes it; but only a monitor that has welcomed us is sure to take it.
+            self._answers.keep(ack, said=self._send(ack) and self.welcomed)
+
+    def _answer(self) -> None:
+        for ack in self._answers.unsaid():
+            self._answers.keep(ack, said=self._send(ack))
 
     def say_goodbye(self, reason: str) -> None:
         self._send(

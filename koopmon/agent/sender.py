@@ -6,12 +6,14 @@ sent is dropped and counted.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from koopmon.agent.answers import Answers
 from koopmon.agent.fence import Fence
 from koopmon.agent.ledger import Ledger
 from koopmon.agent.link import Description, Directions, Link, Outcome
@@ -26,6 +28,8 @@ from koopmon.wire.messages import MAX_OBSERVATIONS, DropReason, Shard, Welcome
 from koopmon.wire.sockets import ControlClient, DataSender, Poller, Waker, WireContext
 from koopmon.wire.trust import Trust
 
+logger = logging.getLogger("koopmon.agent")
+
 IDENTITY_SECONDS = 0.05
 """Between two questions for the run's name."""
 CLOSE_SECONDS = 0.8
@@ -35,6 +39,10 @@ BURST = 64
 """Messages of the monitor in a row before the rest of the work gets its turn..."""
 FLOODED_SECONDS = 0.01
 """...and the pause after so many: this thread shares its interpreter with the training."""
+MAX_SUCCESSORS = 100
+"""Threads that may take over from one that was ended from outside..."""
+SUCCESSION_SECONDS = 0.2
+"""...each after so long."""
 
 
 class Sender:
@@ -70,8 +78,14 @@ class Sender:
         self._pid = os.getpid()
         self._waker = Waker()
         self._outbox: deque[Snapshot | Outcome] = deque()
+        self._in_hand: Snapshot | None = None
+        self._answers = Answers()
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="koopmon-sender", daemon=True)
+        self._num_successors = 0
+        self._thread = self._make_thread()
+
+    def _make_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._run, name="koopmon-sender", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -105,10 +119,11 @@ class Sender:
 
     def _run(self) -> None:
         try:
-            while not self._stopping and (identity := self._settle()) is None:
-                time.sleep(IDENTITY_SECONDS)
-            if not self._stopping and identity is not None:
-                self.identity = identity
+            while not self._stopping and self.identity is None:
+                self.identity = self._settle()
+                if self.identity is None:
+                    time.sleep(IDENTITY_SECONDS)
+            if not self._stopping and (identity := self.identity) is not None:
                 with WireContext(self._trust) as context, ControlClient(context, self._endpoint) as control:
                     self._serve(context, control, identity)
         except Exception as error:
@@ -116,10 +131,22 @@ class Sender:
         finally:
             self.connected = False
             self._discard()
-            self._waker.close()
+            if self._stopping or self._fence.tripped or self._num_successors >= MAX_SUCCESSORS:
+                self._waker.close()
+            else:
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        """This thread was ended by something that is no error of ours: another takes its place."""
+        self._num_successors += 1
+        if self._num_successors == 1:
+            logger.warning("koopmon: the thread that speaks to the monitor was ended; another takes over")
+        time.sleep(SUCCESSION_SECONDS)
+        self._thread = self._make_thread()
+        self._thread.start()
 
     def _serve(self, context: WireContext, control: ControlClient, identity: Identity) -> None:
-        link = Link(control, identity, self._config, self._ledger, self._directions, self._description)
+        link = Link(control, identity, self._config, self._ledger, self._directions, self._description, self._answers)
         poller = Poller(self._waker, control)
         data: DataSender | None = None
         while not self._stopping:
@@ -130,7 +157,7 @@ class Sender:
             if data is not None and data.mend():
                 link.complain(time.monotonic(), "data", f"no snapshots reach {data.endpoint}: {data.failure}")
             num_messages = 0
-            for answer in _answers(control, link):
+            for answer in _incoming(control, link):
                 num_messages += 1
                 if isinstance(answer, Welcome):
                     endpoint = reached_beside(answer.data_endpoint, control.endpoint)
@@ -163,11 +190,15 @@ class Sender:
 
     def _ship(self, link: Link, data: DataSender | None, identity: Identity) -> None:
         while self._outbox:
-            item = self._outbox.popleft()
+            item = self._outbox[0]
             if isinstance(item, Outcome):
                 link.acknowledge(item)
+                self._outbox.popleft()  # only now: this thread may be ended at any point
                 continue
+            self._in_hand = item
+            self._outbox.popleft()
             reason = self._send_snapshot(item, data, identity)
+            self._in_hand = None
             if reason is None:
                 self._ledger.sent += 1
             else:
@@ -210,14 +241,22 @@ class Sender:
         return data.send(encode(shard, list(states)), snapshot.slot)
 
     def _discard(self) -> None:
-        while self._outbox:
-            item = self._outbox.popleft()
+        """Give up snapshots; outcomes stay, for whoever takes over."""
+        outcomes = []
+        item: Snapshot | Outcome | None = self._in_hand
+        self._in_hand = None
+        while item is not None or self._outbox:
+            item = item or self._outbox.popleft()
             if isinstance(item, Snapshot):
-                item.slot.release()
+                item.slot.release()  # nothing where it was given back already
                 self._ledger.drop("monitor_away")
+            else:
+                outcomes.append(item)
+            item = None
+        self._outbox.extendleft(reversed(outcomes))
 
 
-def _answers(control: ControlClient, link: Link) -> Iterator[Welcome | Outcome | None]:
+def _incoming(control: ControlClient, link: Link) -> Iterator[Welcome | Outcome | None]:
     """What the link makes of each message that has come, of at most BURST."""
     for _ in range(BURST):
         now = time.monotonic()

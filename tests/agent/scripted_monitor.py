@@ -144,7 +144,7 @@ class ScriptedMonitor:
         return any(ack.command_id == command_id for ack in self.of(Ack))
 
     @staticmethod
-    def wait(condition: Callable[[], M], timeout: float = 20.0) -> M:
+    def wait(condition: Callable[[], M | None], timeout: float = 20.0) -> M:
         """What `condition` gives, once that is true."""
         deadline = time.monotonic() + timeout
         while not (found := condition()):

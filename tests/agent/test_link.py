@@ -9,11 +9,11 @@ from typing import Any, cast
 import pytest
 
 from koopmon.agent.ledger import Ledger
-from koopmon.agent.link import HELLO_SECONDS, Description, Link
+from koopmon.agent.link import HELLO_SECONDS, Description, Link, Outcome
 from koopmon.agent.world import Identity
 from koopmon.config import ControlConfig
 from koopmon.wire.codec import Frame, WireLimits, decode_for_monitor, encode
-from koopmon.wire.messages import AgentMessage, Applied, Command, Hello, Welcome
+from koopmon.wire.messages import Ack, AgentMessage, Applied, Command, HeartbeatReply, Hello, Welcome
 from koopmon.wire.sockets import ControlClient
 
 IDENTITY = Identity("run-1", "0123456789abcdef")
@@ -106,3 +106,41 @@ def test_a_description_that_could_not_be_sent_is_sent_later(link: Link, channel:
     welcome(link, 0.2)
     link.tick(0.2)
     assert channel.hellos()[-1].num_layers == 4
+
+
+def reply(link: Link, now: float) -> None:
+    message = HeartbeatReply(run=IDENTITY.run, incarnation=IDENTITY.incarnation)
+    link.receive([memoryview(frame) for frame in encode(message)], now)
+
+
+def acks(channel: Channel) -> list[str]:
+    return [message.command_id for message in channel.sent if isinstance(message, Ack)]
+
+
+def test_what_became_of_a_command_is_said_again_to_a_monitor_that_may_not_know(link: Link, channel: Channel) -> None:
+    link.tick(0.0)
+    welcome(link, 0.1)
+    link.acknowledge(Outcome("00000001", "applied", 5))
+    link.tick(0.2)  # a heartbeat, and its answer: the monitor has read what came before
+    reply(link, 0.3)
+    link.acknowledge(Outcome("00000002", "applied", 6))
+    channel.connections += 1  # whatever was under way is lost
+    link.tick(0.4)
+    link.acknowledge(Outcome("00000003", "expired", 7))
+    assert acks(channel) == ["00000001", "00000002", "00000003"]
+    welcome(link, 0.5)
+    assert acks(channel)[3:] == ["00000002", "00000003"]
+    link.tick(2.0)
+    welcome(link, 2.1)
+    assert len(acks(channel)) == 5, "once for each connection"
+
+
+def test_an_ack_that_could_not_be_sent_is_sent_with_the_next_heartbeat(link: Link, channel: Channel) -> None:
+    link.tick(0.0)
+    welcome(link, 0.1)
+    channel.takes = False
+    link.acknowledge(Outcome("00000001", "applied", 5))
+    channel.takes = True
+    link.tick(0.2)
+    link.tick(5.0)
+    assert acks(channel) == ["00000001"]

@@ -1,0 +1,205 @@
+"""What no scene of the fault campaign may show: a loss or replicas that differ, a decision that is lost or doubled.
+
+Three witnesses are compared. Each rank's own log tells what the training did; the audit log (the monitor's store, or
+the acks that a scripted monitor heard) tells what was commanded and answered; and `fault_training.follow` repeats the
+training with the commands of the audit log at the steps of their acks, and with nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.fault_machine import Job
+from benchmarks.fault_training import RATE, Line, Stretch, follow, read_lines
+
+DYING_STEPS = 3
+"""What was applied so shortly before a rank was killed may have no answer: nobody was left to give it."""
+DECIDED = re.compile(r"run (\S+) step (\d+): (?:calm|alert|acting|backed_off|recovering): ")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A command in the audit log. `applied_at`: the steps at which acks say that it was applied; one at most is right.
+
+    `scale` is the factor on the rate that it puts in force, None for other kinds.
+    """
+
+    command_id: str
+    outcome: str
+    applied_at: tuple[int, ...]
+    scale: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Chapter:
+    """What the audit log has of one launch of a run: the entries of the process `pid`."""
+
+    run: str
+    pid: int
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that must not be, at a time of the monotonic clock. `kind`: training, replicas, lost, doubled."""
+
+    kind: str
+    at: float
+    what: str
+
+
+@dataclass(slots=True)
+class Examination:
+    """What was found in the logs of one job."""
+
+    problems: list[Problem] = field(default_factory=list)
+    edges: list[float] = field(default_factory=list)
+    """When each step was over."""
+    num_steps: int = 0
+    num_applied: int = 0
+    num_restored: int = 0
+    num_dying: int = 0
+
+
+def read_store(path: Path) -> list[Chapter]:
+    """Every incarnation in a store that no monitor writes to any more."""
+    chapters = []
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        rows = database.execute("SELECT i.id, name, hello FROM incarnations AS i JOIN runs ON runs.id = run_id")
+        for row, run, hello in rows.fetchall():
+            found = database.execute(
+                "SELECT c.id, c.command, c.outcome FROM commands AS c JOIN decisions AS d ON d.id = decision_id"
+                " WHERE incarnation_id = ? ORDER BY c.rowid",
+                (row,),
+            )
+            entries = []
+            for command_id, command, outcome in found.fetchall():
+                steps = database.execute(
+                    "SELECT DISTINCT step FROM acks WHERE command_id = ? AND outcome = 'applied'", (command_id,)
+                )
+                scale = json.loads(command).get("lr_scale")
+                entries.append(Entry(command_id, outcome, tuple(step for (step,) in steps), scale))
+            chapters.append(Chapter(run, json.loads(hello)["pid"] if hello else 0, tuple(entries)))
+    return chapters
+
+
+def doubted_decisions(path: Path, said: Iterable[str]) -> list[str]:
+    """Decisions that the monitors' own log tells of and the store does not, and those that the store has twice."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        rows = database.execute(
+            "SELECT name, step, incarnation_id, phase, reason FROM decisions AS d"
+            " JOIN incarnations AS i ON i.id = incarnation_id JOIN runs ON runs.id = run_id"
+        ).fetchall()
+    stored = Counter((run, step) for run, step, *_ in rows)
+    logged = Counter((match[1], int(match[2])) for line in said if (match := DECIDED.search(line)))
+    found = [f"lost: run {run} step {step}" for (run, step), count in logged.items() if count > stored[run, step]]
+    doubled = [each for each, count in Counter(rows).items() if count > 1]
+    return found + [f"doubled: run {run} step {step}: {reason}" for run, step, _, _, reason in doubled]
+
+
+def examine(job: Job, chapters: Sequence[Chapter], runs: Mapping[str, str] | None = None) -> Examination:
+    """Hold the logs of `job` against the audit log and against the training repeated without koopmon.
+
+    `runs` names the run of each stretch where every one has its own.
+    """
+    found = Examination()
+    poisons = _poisons(Path(f"{job.out}.orders"))
+    stretches, logs = [], []
+    before: tuple[float, ...] = ()
+    names = [name for name in job.stretches() if read_lines(job.log(name, 0))]
+    for number, name in enumerate(names):
+        world = job.worlds.get(name.partition("-")[0], job.world)
+        lines = [read_lines(job.log(name, rank)) for rank in range(world)]
+        run = job.run if runs is None else runs[name]
+        mine = [chapter for chapter in chapters if (chapter.run, chapter.pid) == (run, job.pid(0, name))]
+        entries = [entry for chapter in mine for entry in chapter.entries]
+        restorable = before if number and runs is None else ()
+        num_dying = found.num_dying
+        scales = _account(found, lines[0], entries, restorable, dies=name != names[-1])
+        first, last = lines[0][0].step, max(each[-1].step for each in lines if each)
+        stretches.append(Stretch(first=first, last=last, world=world, scales=scales, poisons=poisons))
+        logs.append(lines)
+        # Where the answer to the last one died with its rank, the one before is handed back.
+        known = 2 if found.num_dying > num_dying else 1
+        before = tuple(scales[step] for step in sorted(scales)[-known:]) or before
+        found.edges += [line.at for line in lines[0]]
+        found.num_steps += len(lines[0])
+    for lines, expected in zip(logs, follow(stretches), strict=True):
+        leader = {line.step: line for line in lines[0]}
+        for rank, each in enumerate(lines):
+            for line in each:
+                wanted = expected[line.step]
+                if line.loss != wanted.losses[rank] or (line.digest and line.digest != wanted.digest):
+                    text = f"{job.run} rank {rank} step {line.step}: loss {line.loss}, expected {wanted.losses[rank]}"
+                    found.problems.append(Problem("training", line.at, text))
+                    break
+            for line in each:
+                beside = leader.get(line.step, line)
+                if (line.digest, line.rate, line.version) != (beside.digest, beside.rate, beside.version):
+                    text = f"{job.run} step {line.step}: rank {rank} has {line}, rank 0 {beside}"
+                    found.problems.append(Problem("replicas", line.at, text))
+                    break
+    return found
+
+
+def _poisons(orders: Path) -> dict[int, str]:
+    lines = orders.read_text().splitlines() if orders.exists() else []
+    return {order["step"]: order["value"] for order in map(json.loads, lines) if order["do"] == "poison"}
+
+
+def _account(
+    found: Examination, lines: Sequence[Line], entries: Sequence[Entry], restorable: Sequence[float], *, dies: bool
+) -> dict[int, float]:
+    """Match what changed in one stretch with the audit log; returns the scale on the rate by the step it begins at."""
+    first = lines[0].step
+    due: dict[int, list[Entry]] = {}
+    for entry in entries:
+        for step in entry.applied_at:
+            due.setdefault(first + step, []).append(entry)
+        if len(entry.applied_at) > 1 or (entry.applied_at and entry.outcome != "applied"):
+            text = f"command {entry.command_id}: {entry.outcome}, applied at {entry.applied_at}"
+            found.problems.append(Problem("doubled", lines[-1].at, text))
+    unanswered = {entry.scale for entry in entries if not entry.applied_at}
+    scales: dict[int, float] = {}
+    scale, version = 1.0, 0
+    for line in lines:
+        now = due.get(line.step, [])
+        found.num_applied += len(now)
+        for entry in now:
+            scale = scale if entry.scale is None else entry.scale
+        changes = len(now)
+        if line.rate != (RATE * scale).hex() or (line.version >= 0 and line.version - version > changes):
+            # Nothing in the audit log explains it: it may be what an earlier launch had in force...
+            restored = _scale_of(line, restorable)
+            if restored is not None and line.rate != (RATE * scale).hex():
+                scale, restorable = restored, ()
+                changes += 2  # the rate and KSS
+                found.num_restored += 1
+            elif dies and line.step > lines[-1].step - DYING_STEPS and _scale_of(line, unanswered) is not None:
+                # ...or something that the rank was killed over.
+                scale = _scale_of(line, unanswered) or scale
+                changes = line.version - version
+                found.num_dying += 1
+            else:
+                text = f"step {line.step}: rate {float.fromhex(line.rate):g}, change {line.version}, unexplained"
+                found.problems.append(Problem("lost", line.at, text))
+                scale, changes = float.fromhex(line.rate) / RATE, line.version - version
+        if line.version >= 0:
+            if line.version - version < changes:
+                text = f"step {line.step}: the audit log has {changes} changes, {line.version - version} took place"
+                found.problems.append(Problem("doubled", line.at, text))
+            version = line.version
+        if scale != (scales[max(scales)] if scales else 1.0):
+            scales[line.step] = scale
+    return scales
+
+
+def _scale_of(line: Line, candidates: Iterable[float | None]) -> float | None:
+    return next((scale for scale in candidates if scale is not None and line.rate == (RATE * scale).hex()), None)

@@ -1,0 +1,204 @@
+"""The faults that the campaign injects into a real monitor's neighbourhood: one function each, over when it returns.
+
+Each takes the stage and returns what it did, in a few words.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+from benchmarks.fault_machine import wait
+from benchmarks.fault_stages import Watched
+
+
+def monitor_killed(stage: Watched) -> str:
+    """SIGKILL; another monitor takes up the store after a while."""
+    stage.monitor.kill()
+    seconds = stage.pause(0.0, 3.0)
+    stage.monitor.start(stage.bind)
+    stage.monitor.prepare(stage.bind)
+    return f"away for {seconds:.1f} s"
+
+
+def monitor_stopped(stage: Watched) -> str:
+    """SIGSTOP, SIGCONT."""
+    os.kill(stage.monitor.pid, signal.SIGSTOP)
+    try:
+        seconds = stage.pause(0.2, 6.0)
+    finally:
+        os.kill(stage.monitor.pid, signal.SIGCONT)
+    return f"stopped for {seconds:.1f} s"
+
+
+def monitor_moved(stage: Watched) -> str:
+    """Restarted with its data port elsewhere; half of the times it first serves at another control port, in vain."""
+    stage.monitor.terminate()
+    words = "another data port"
+    if stage.rng.random() < 0.5:
+        stage.monitor.start("tcp://127.0.0.1:0")
+        seconds = stage.pause(0.5, 2.0)
+        stage.monitor.terminate()
+        words = f"another control port for {seconds:.1f} s, then another data port"
+    stage.monitor.start(stage.bind)
+    stage.monitor.prepare(stage.bind)
+    return words
+
+
+def partition(stage: Watched) -> str:
+    """The cable is cut: silence both ways."""
+    assert stage.link is not None
+    stage.link.cut(down=True)
+    try:
+        seconds = stage.pause(16.0, 20.0) if stage.rng.random() < 0.1 else stage.pause(0.3, 6.0)
+    finally:
+        stage.link.cut(down=False)
+    return f"cut for {seconds:.1f} s"
+
+
+def slow_link(stage: Watched) -> str:
+    """The cable carries little."""
+    assert stage.link is not None
+    kilobits = stage.rng.choice([32, 64, 128, 256])
+    stage.link.slow(kilobits)
+    try:
+        seconds = stage.pause(1.0, 4.0)
+    finally:
+        stage.link.slow(None)
+    return f"{kilobits} kbit/s for {seconds:.1f} s"
+
+
+def disk_full(stage: Watched) -> str:
+    """Every block under the store is taken."""
+    filler = stage.place / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(b"\0" * size)
+            except OSError:
+                continue
+    seconds = stage.pause(0.5, 4.0)
+    filler.unlink()
+    return f"full for {seconds:.1f} s"
+
+
+def disk_read_only(stage: Watched) -> str:
+    """The kernel refuses every write of the monitor to a file: a limit of size 0 on files, put on from outside."""
+    _, most = resource.prlimit(stage.monitor.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(stage.monitor.pid, resource.RLIMIT_FSIZE, (0, most))
+    try:
+        seconds = stage.pause(0.5, 4.0)
+    finally:
+        resource.prlimit(stage.monitor.pid, resource.RLIMIT_FSIZE, (most, most))
+    return f"no write for {seconds:.1f} s"
+
+
+def store_corrupted(stage: Watched) -> str:
+    """Garbage in the store, under a running monitor or between two; then the file is put aside, as one would."""
+    store = stage.monitor.store
+    live = stage.rng.random() < 0.5
+    if not live:
+        stage.monitor.kill()
+    where = _spoil(stage, store)
+    if live:
+        stage.pause(0.5, 2.0)
+        words = f"{where} under a running monitor, which {'goes on' if stage.monitor.alive else 'ends'}"
+        stage.monitor.kill()
+    else:
+        served = stage.monitor.start(stage.bind, serve=False)
+        stage.monitor.prepare(stage.bind)
+        stage.pause(0.2, 1.0)
+        stage.monitor.kill()
+        words = f"{where} between two monitors, the next one {'serves' if served else 'says so and ends'}"
+    aside = stage.place / f"spoiled-{time.monotonic_ns()}"
+    aside.mkdir()
+    for path in list(stage.place.glob(f"{store.name}*")):
+        shutil.move(path, aside)
+    stage.monitor.start(stage.bind)
+    stage.monitor.prepare(stage.bind)
+    return words
+
+
+def _spoil(stage: Watched, store: Path) -> str:
+    how = stage.rng.choice(["header", "pages", "truncated", "log"])
+    path = store.with_name(f"{store.name}-wal") if how == "log" else store
+    if not path.exists():
+        path, how = store, "pages"
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        if how == "truncated":
+            file.truncate(size // 2)
+        for _ in range({"header": 1, "truncated": 0}.get(how, 16)):
+            file.seek(0 if how == "header" else stage.rng.randrange(max(1, size - 4096)))
+            file.write(stage.rng.randbytes(512))
+    return how
+
+
+def clock_jump(stage: Watched) -> str:
+    """The wall clock of the monitor and of all ranks jumps, and stays where it is until the next jump."""
+    assert stage.clock is not None
+    seconds = stage.rng.choice([-1, 1]) * stage.rng.choice([10.0, 3600.0, 86400.0, 31536000.0])
+    partial = stage.clock.with_suffix(".partial")
+    partial.write_text(str(seconds))
+    partial.replace(stage.clock)
+    return f"to {seconds:+.0f} s"
+
+
+def sender_killed(stage: Watched) -> str:
+    """The thread of one rank that speaks to the monitor ends."""
+    job = stage.jobs[0]
+    rank = stage.rng.randrange(job.world)
+    job.order(do="kill_sender", rank=rank)
+    job.await_steps(3)
+    return f"of rank {rank}"
+
+
+def rank_hung(stage: Watched) -> str:
+    """SIGSTOP to one rank, SIGCONT; the other waits for it."""
+    job = stage.jobs[0]
+    rank = stage.rng.randrange(job.world)
+    pid = job.pid(rank)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        seconds = stage.pause(0.2, 4.0)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    return f"rank {rank} for {seconds:.1f} s"
+
+
+def rank_killed(stage: Watched) -> str:
+    """SIGKILL to one rank; torchrun starts both again, from the checkpoint."""
+    job = stage.jobs[0]
+    before = job.stretches()
+    rank = stage.rng.randrange(job.world)
+    os.kill(job.pid(rank), signal.SIGKILL)
+    wait(lambda: job.stretches() != before and job.last() is not None, f"a restart of {job.run}")
+    return f"rank {rank}"
+
+
+def resumed(stage: Watched) -> str:
+    """The job dies whole and is started again from its checkpoint, with one rank or with two."""
+    job = stage.jobs[0]
+    before = job.stretches()
+    job.kill()
+    old, job.world = job.world, stage.rng.choice([1, 2])
+    job.launch()
+    wait(lambda: job.stretches() != before and job.last() is not None, f"a restart of {job.run}")
+    return f"{old} ranks, then {job.world}"
+
+
+def poisoned(stage: Watched) -> str:
+    """NaN or infinity in the activations of one step, on all ranks."""
+    value = stage.rng.choice(["nan", "inf"])
+    lines = [(job, job.last()) for job in stage.jobs]
+    steps = {job: line.step + 40 for job, line in lines if line is not None}
+    for job, step in steps.items():
+        job.order(do="poison", step=step, value=value)
+    for job, step in steps.items():
+        wait(lambda job=job, step=step: (now := job.last()) and now.step > step, f"step {step}")  # type: ignore[misc]
+    return value
