@@ -14,9 +14,10 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[^ #]*\).*/\1/p' constraints.txt)
 PINS  := pyproject.toml constraints.txt
 
-# The modules that are commands. What norms and early_warning find others are held against; pages come last.
+# What is a command. Harmlessness first; then what others are held against, norms and early_warning; pages come last.
+FIRST    := matrix fault_campaign norms early_warning
 COMMANDS := $(patsubst benchmarks/%.py,%,$(shell grep -l __main__ benchmarks/*.py))
-COMMANDS := norms early_warning $(filter-out norms early_warning readme guarded_ranks,$(COMMANDS)) readme
+COMMANDS := $(FIRST) $(filter-out $(FIRST) readme guarded_ranks,$(COMMANDS)) readme
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format audit prove clean

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from benchmarks.fault_table import failures
+from benchmarks.fault_campaign.table import failures
 
 Document = Mapping[str, Any]
 

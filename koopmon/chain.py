@@ -25,6 +25,7 @@ stack is not kept.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -72,6 +73,8 @@ class _Trace:
         """Per link l -> l+1 a 0-d boolean tensor: the sampled rows are equal."""
         self.carried: list[Tensor] = []
         """Per block a 0-d tensor: correlation of its output with its input."""
+        self.first: Tensor | None = None
+        """Sampled rows of the state before the first block."""
         self.growth: list[Tensor] = []
         """Per block, (2,): the update's exponent, and its size relative to the state."""
 
@@ -107,6 +110,8 @@ class ChainVerifier:
         if layer != trace.done or trace.entered is not None:
             trace.fail(f"{trace.point(layer).name} was called out of turn")
             return
+        if layer == 0:
+            trace.first = rows
         if trace.left is not None:
             trace.links.append(_same_rows(trace.left, rows))
         trace.entered, trace.left = rows, None
@@ -224,6 +229,11 @@ class ChainVerifier:
             return known
         grown = [k for k, size in _together(self._traces[stack.name].growth).tolist() if size >= MIN_UPDATE]
         return stack_exponent(grown) if 2 * len(grown) >= len(stack.points) else None
+
+    def fingerprint(self, stack: Stack) -> int:
+        """A number below 2^32 that is the same where the same states entered `stack`. Synchronises."""
+        first = self._traces[stack.name].first
+        return 0 if first is None else zlib.crc32(first.double().cpu().contiguous().numpy().tobytes())
 
     def _failure(self, trace: _Trace) -> str | None:
         num_blocks = len(trace.stack.points)

@@ -62,8 +62,8 @@ class Actuator:
         self.state = ControlState()
         self.acts = False
         """False: watch-only, every command is refused."""
-        self.kss_refusal = ""
-        """Why KSS must not act on this model; empty where it may."""
+        self.shielded = ""
+        """Why KSS must not act on this model; empty where its structure allows it."""
         self.group: ControlGroup | None = None
         """Reaches the other ranks, where there are any and this agent acts."""
         self._limits = config.limits
@@ -88,6 +88,13 @@ class Actuator:
     def ready(self) -> bool:
         """Whether commands can be applied."""
         return self.acts and (self._alone or (self.group is not None and self.group.ready))
+
+    @property
+    def kss_refusal(self) -> str:
+        """Why KSS must not act; empty where it may."""
+        if self.group is not None and self.group.splits_tokens:
+            return "KSS is refused: ranks that share one model hold different tokens of its data"
+        return self.shielded
 
     def applied(self) -> Applied:
         """What is in force."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.agent.fence import Fence, logger
+from koopmon.agent.layout import compiled_whole
 from koopmon.agent.ledger import Ledger
 from koopmon.agent.sampler import Sampler
 from koopmon.api import Observable, Point, Stack
@@ -27,6 +28,7 @@ MAX_ATTEMPTS = 3
 """Training forwards on which the chain may fail to verify before koopmon gives up."""
 MAX_MISSED = 3
 """Snapshots in a row that taps may miss before it is said, once."""
+INSIDE_A_GRAPH = "blocks inside one compiled graph show nothing: compile them one by one, block = torch.compile(block)"
 
 
 class Injection(Protocol):
@@ -46,8 +48,11 @@ class Listener(Protocol):
     def forward_begins(self) -> None:
         """A training forward begins."""
 
-    def chain_verified(self, stack: Stack, width: int, update_exponent: float | None) -> None:
-        """`stack` carries the residual stream, D = `width`; the exponent by which updates grow with it, if known."""
+    def chain_verified(self, stack: Stack, width: int, update_exponent: float | None, fingerprint: int) -> None:
+        """`stack` carries the residual stream, D = `width`; the exponent by which updates grow with it, if known.
+
+        `fingerprint` is of the states that entered it: equal on ranks that hold the same tokens.
+        """
 
     def snapshot_ready(self) -> None:
         """Every point of a snapshot lies in the sampler."""
@@ -177,10 +182,11 @@ class Taps:
         self._num_missed += 1
         if self._num_missed == MAX_MISSED:
             logger.warning(
-                "koopmon: %s trains, but %d snapshots were missed as taps did not fire: attach before compiling, to"
-                " the module that the loop calls, after any block has been replaced",
+                "koopmon: %s trains, but %d snapshots were missed as taps did not fire: attach to the module that the"
+                " loop calls, after any block has been replaced; %s",
                 type(self._model()).__name__,
                 MAX_MISSED,
+                INSIDE_A_GRAPH,
             )
 
     # The whole model.
@@ -228,15 +234,18 @@ class Taps:
         self._num_attempts += 1
         kept, reasons = self._verifier.verdict()
         exponent = None if kept is None else self._verifier.update_exponent(kept)
+        fingerprint = 0 if kept is None else self._verifier.fingerprint(kept)
         self._verifier.reset()
         if kept is not None:
             self.stack = kept
             for name in set(self._handles) - {kept.name}:
                 self._untap(name)
                 del self._handles[name]
-            self._listener.chain_verified(kept, self._width, exponent)
+            self._listener.chain_verified(kept, self._width, exponent, fingerprint)
         elif self._num_attempts >= MAX_ATTEMPTS and (model := self._model()) is not None:
-            self._give_up(not_verified(model, self._selection, reasons))
+            blocks = [point.module for stack in self._selection.candidates for point in stack.points]
+            compiled = f"{type(model).__name__}: {INSIDE_A_GRAPH}" if compiled_whole(model, blocks) else ""
+            self._give_up(compiled or not_verified(model, self._selection, reasons))
 
     # One block.
 

@@ -12,6 +12,7 @@ import logging
 import math
 import threading
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -50,13 +51,27 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Exchange)
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a rank says of itself where several share one model: whose data it trains on, what entered its blocks."""
+
+    data_rank: int
+    fingerprint: int
+
+
 class ControlGroup:
     """Exchanges between ranks. `is_due`, `launch` and `receive` are for the training thread; the rest is behind it.
 
-    `place` is where in the store the agents of one training meet (`meeting_place`).
+    `place` is where in the store the agents of one training meet (`meeting_place`). `share` is given where several
+    ranks share one model.
     """
 
-    def __init__(self, world: World, config: ControlConfig, ledger: Ledger, place: str) -> None:
+    def __init__(
+        self, world: World, config: ControlConfig, ledger: Ledger, place: str, share: Share | None = None
+    ) -> None:
+        self.splits_tokens = False
+        """Ranks that share one model hold different tokens of its data. Known once the group is ready."""
+        self._share = share
         self._world = world
         self._timeout_seconds = config.timeout_seconds
         self._ledger = ledger
@@ -211,8 +226,19 @@ class ControlGroup:
             if _all_reduce(group, int(self._ledger.step < first), dist.ReduceOp.MIN):
                 break
             margin *= 4
+        if self._share is not None:
+            self.splits_tokens = _differ_within(group, self._share, self._world.size)
         self._agreed.set()
         logger.info("koopmon: commands reach all %d ranks from step %d on", self._world.size, first)
+
+
+def _differ_within(group: Any, share: Share, size: int) -> bool:
+    """Whether ranks of one data rank saw different states enter their blocks; the answer is the same on all ranks."""
+    mine = torch.tensor([share.data_rank, share.fingerprint], dtype=torch.int64)
+    every = [torch.empty_like(mine) for _ in range(size)]
+    group.allgather([every], [mine]).wait()
+    told = {tuple(each.tolist()) for each in every}
+    return len(told) > len({data_rank for data_rank, _ in told})
 
 
 def _all_reduce(group: Any, value: int, operation: Any) -> int:

@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from koopmon.agent.actuator import Actuator
 from koopmon.agent.cadence import Budget
 from koopmon.agent.capture import Taps
-from koopmon.agent.control_group import ControlGroup
+from koopmon.agent.control_group import ControlGroup, Share
 from koopmon.agent.fence import Fence
 from koopmon.agent.kss_injection import KssInjection
-from koopmon.agent.layout import UNKNOWN, Layout, inspect_layout, kss_refusal
+from koopmon.agent.layout import UNKNOWN, DataRanks, Layout, data_ranks, inspect_layout, kss_refusal
 from koopmon.agent.ledger import Ledger
 from koopmon.agent.link import Description, Outcome
 from koopmon.agent.lr_backoff import LrBackoff, largest_rate, rate_sized_steps
@@ -61,6 +61,8 @@ class Guest:
         self.width = 0
         self.world: World | None = None
         self.layout: Layout | None = None
+        self._ranks = DataRanks(0, 1)
+        self._fingerprint = 0
         self.actuator: Actuator | None = None
         self.sender: Sender | None = None
         self._model = weakref.ref(model)
@@ -108,7 +110,9 @@ class Guest:
 
     def _start(self, world: World) -> None:
         config = self._config
-        num_senders = min(world.size, config.sampling.max_senders)
+        model = self._model()
+        self._ranks = ranks = DataRanks(world.rank, world.size) if model is None else data_ranks(model, world)
+        num_senders = min(ranks.size, config.sampling.max_senders)
         self.world = world
         self.actuator = Actuator(
             config,
@@ -118,11 +122,11 @@ class Guest:
             alone=world.size == 1,
             report=_weakly(self._report),
         )
-        self.actuator.kss_refusal = self._kss_refusal
-        self._injection.data_rank = world.rank
-        if world.rank < num_senders:
+        self.actuator.shielded = self._kss_refusal
+        self._injection.data_rank = ranks.rank
+        if ranks.leads and ranks.rank < num_senders:
             share = -(-config.sampling.num_samples // num_senders)
-            self.taps.sampler = Sampler(config.sampling, world.rank, share, self.ledger)
+            self.taps.sampler = Sampler(config.sampling, ranks.rank, share, self.ledger)
             self.sender = self._make_sender(
                 self.endpoint,
                 config.control,
@@ -157,17 +161,25 @@ class Guest:
     def _learn_layout(self, *, last_word: bool) -> None:
         """Settle how the ranks share the training, and so whether koopmon acts; not known before the first forward."""
         model, world, actuator = self._model(), self.world, self.actuator
-        if self.layout is not None or model is None or world is None or actuator is None:
+        if model is None or world is None or actuator is None:
             return
-        self.layout = inspect_layout(model, world) or (UNKNOWN if last_word else None)
-        if self.layout is None:
+        if world.size > self._ranks.size and not last_word:
+            return  # whether ranks that share a model share its tokens shows in the first forward
+        found = inspect_layout(model, world) or (UNKNOWN if last_word else None)
+        if found is not None and found.refused:
+            self.layout, actuator.acts = found, False
+            self._withdraw(found.caution)
             return
+        if self.layout is not None or found is None:
+            return
+        self.layout = found
         asked = self._config.limits.act
         actuator.acts = asked == "always" or (asked == "auto" and self.layout.proven)
         if asked == "auto" and not self.layout.proven:
             _say_once_per_job(world, f"watch-only: {self.layout.caution}; [limits] act = 'always' acts all the same")
         if actuator.acts and world.size > 1:
-            actuator.group = ControlGroup(world, self._config.control, self.ledger, self._place)
+            share = Share(self._ranks.rank, self._fingerprint) if world.size > self._ranks.size else None
+            actuator.group = ControlGroup(world, self._config.control, self.ledger, self._place, share)
             self._closables.append(actuator.group)
         self._describe(acts=actuator.acts)
 
@@ -191,9 +203,11 @@ class Guest:
         if self._rates.active:  # step() raised: schedulers must not see the scaled rates
             self._rates.restore_rates()
 
-    def chain_verified(self, stack: Stack, width: int, update_exponent: float | None) -> None:
-        self.width = width
+    def chain_verified(self, stack: Stack, width: int, update_exponent: float | None, fingerprint: int) -> None:
+        self.width, self._fingerprint = width, fingerprint
         self._learn_layout(last_word=True)
+        if self.taps.failure:
+            return
         self._describe(num_layers=len(stack.points), width=width, update_exponent=update_exponent)
         logger.info("koopmon: taps %d blocks of %s", len(stack.points), stack.name or "the model")
 
@@ -257,6 +271,13 @@ class Guest:
         ledger.hook_seconds += time.perf_counter() - started
 
     # The end.
+
+    def _withdraw(self, reason: str) -> None:
+        """This training is not for koopmon: no taps, no commands, one line."""
+        self.taps.remove(reason)
+        self.stand_down(reason)
+        if self.world is not None:
+            _say_once_per_job(self.world, f"not attached, training goes on: {reason}")
 
     def stand_down(self, reason: str) -> None:
         """Something failed: no snapshots, commands or KSS any more. The learning-rate scale stays, as on all ranks."""

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import fault_campaign, fault_kinds, fault_scripts
-from benchmarks.fault_checks import Chapter, Entry, doubted_decisions, examine
-from benchmarks.fault_machine import Job
-from benchmarks.fault_stages import RESTLESS, write_config
-from benchmarks.fault_table import WORDS
-from benchmarks.fault_training import RATE, Line, Stretch, follow, last_line, read_lines
+from benchmarks.fault_campaign import __main__ as fault_campaign
+from benchmarks.fault_campaign import kinds, scripts
+from benchmarks.fault_campaign.checks import Chapter, Entry, doubted_decisions, examine
+from benchmarks.fault_campaign.machine import Job
+from benchmarks.fault_campaign.stages import RESTLESS, write_config
+from benchmarks.fault_campaign.table import WORDS
+from benchmarks.fault_campaign.training import RATE, Line, Stretch, follow, last_line, read_lines
 from koopmon.config import load
 
 
@@ -155,18 +156,18 @@ def test_percentiles_are_values_that_occurred() -> None:
 
 
 BESIDE_MONITOR = (
-    fault_kinds.monitor_killed,
-    fault_kinds.sender_killed,
-    fault_kinds.disk_read_only,
-    fault_kinds.rank_hung,
-    fault_kinds.monitor_stopped,
-    fault_kinds.poisoned,
+    kinds.monitor_killed,
+    kinds.sender_killed,
+    kinds.disk_read_only,
+    kinds.rank_hung,
+    kinds.monitor_stopped,
+    kinds.poisoned,
 )
 UNDER_SCRIPT = (
-    fault_scripts.duplicate,
-    fault_scripts.conflicting,
-    fault_scripts.expired,
-    fault_scripts.reordered,
+    scripts.duplicate,
+    scripts.conflicting,
+    scripts.expired,
+    scripts.reordered,
 )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme
-from benchmarks.sections import WRITERS
+from benchmarks.readme import WRITERS
 
 
 @pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)

@@ -23,8 +23,17 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import benchmarks.fault_clock  # noqa: F401 - before koopmon: it may falsify the clock
-from benchmarks.fault_training import CHECKPOINT_EVERY, DIGEST_EVERY, POISONS, Line, batch, build, digest, loss_of
+import benchmarks.fault_campaign.clock  # noqa: F401 - before koopmon: it may falsify the clock
+from benchmarks.fault_campaign.training import (
+    CHECKPOINT_EVERY,
+    DIGEST_EVERY,
+    POISONS,
+    Line,
+    batch,
+    build,
+    digest,
+    loss_of,
+)
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -135,7 +144,7 @@ def main() -> None:
         dist.init_process_group("gloo")
     orders = Orders(args.orders)
     if args.phases:
-        from benchmarks.fault_adapter import FAULTY
+        from benchmarks.fault_campaign.adapter import FAULTY
 
         for number, (run, FAULTY.place, FAULTY.calls) in enumerate(json.loads(args.phases)):
             while orders.phase < number:

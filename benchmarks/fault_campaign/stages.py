@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from benchmarks.fault_checks import Chapter, Examination, doubted_decisions, examine, read_store
-from benchmarks.fault_machine import Job, Link, Monitor, wait
+from benchmarks.fault_campaign.checks import Chapter, Examination, doubted_decisions, examine, read_store
+from benchmarks.fault_campaign.machine import Job, Link, Monitor, wait
 
 RECOVERY_SECONDS = 60.0
 """How long is waited for all to be well again."""

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fault_adapter import ENTRY_POINT, PLACES
-from benchmarks.fault_checks import Chapter, Entry, examine
-from benchmarks.fault_machine import Job, wait
-from benchmarks.fault_stages import RESTLESS, Found, Injection, Watched, write_config
-from benchmarks.fault_training import last_line
+from benchmarks.fault_campaign.adapter import ENTRY_POINT, PLACES
+from benchmarks.fault_campaign.checks import Chapter, Entry, examine
+from benchmarks.fault_campaign.machine import Job, wait
+from benchmarks.fault_campaign.stages import RESTLESS, Found, Injection, Watched, write_config
+from benchmarks.fault_campaign.training import last_line
 from koopmon.config import LimitsConfig
 from koopmon.wire.messages import Ack, Goodbye, Hello
 from tests.agent.scripted_monitor import ScriptedMonitor

@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from benchmarks.fault_clock import VARIABLE
-from benchmarks.fault_training import Line, last_line
+from benchmarks.fault_campaign.clock import VARIABLE
+from benchmarks.fault_campaign.training import Line, last_line
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "scripts" / "train_under_fault.py"
 PATIENCE_SECONDS = 300.0
 MONITOR = """
 import sys
-import benchmarks.fault_clock
+import benchmarks.fault_campaign.clock
 from koopmon.cli import main
 from koopmon.monitor import daemon
 sys.stdin.readline()

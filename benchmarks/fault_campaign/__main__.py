@@ -36,12 +36,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import campaign, fault_kinds, fault_scripts
-from benchmarks.fault_machine import Link, missing, small_disk
-from benchmarks.fault_stages import Found, Watched, inject
+from benchmarks import campaign
+from benchmarks.fault_campaign import kinds, scripts
+from benchmarks.fault_campaign.machine import Link, missing, small_disk
+from benchmarks.fault_campaign.stages import Found, Watched, inject
 from benchmarks.provenance import provenance
 
-RESULT = Path(__file__).parent / "results" / "fault_campaign.json"
+RESULT = Path(__file__).parents[1] / "results" / "fault_campaign.json"
 STALL_SECONDS = 5.0
 """A step longer than this is no step that a fault outside of the ranks may cause."""
 GOAL_SECONDS = 5.0
@@ -81,7 +82,7 @@ def beside_monitor(
         with ExitStack() as stack:
             place = stack.enter_context(small_disk(directory / "disk")) if disk else None
             link = stack.enter_context(Link(os.getpid())) if cable else None
-            changes: dict[str, Any] = dict(fault_scripts.OBSERVE) if observe else {}
+            changes: dict[str, Any] = dict(scripts.OBSERVE) if observe else {}
             if dense:
                 changes["cadence"] = {"calm_every": 1, "dense_every": 1, "budget_ratio": 0.5}
             bind = f"tcp://{link.address}:9465" if link else f"tcp://127.0.0.1:{_free_port()}" if tcp else ""
@@ -113,42 +114,40 @@ def _free_port() -> int:
         return port
 
 
-def under_script(fault: Callable[[fault_scripts.Scripted], str]) -> Callable[[Path, random.Random, int], Found]:
-    return lambda directory, rng, count: fault_scripts.scripted(fault, directory, rng, count)
+def under_script(fault: Callable[[scripts.Scripted], str]) -> Callable[[Path, random.Random, int], Found]:
+    return lambda directory, rng, count: scripts.scripted(fault, directory, rng, count)
 
 
 RESUMES = {"options": ("--resume",)}
 KINDS: Mapping[str, Kind] = {
-    "monitor_killed": Kind(play=beside_monitor(fault_kinds.monitor_killed, spare=True), scenes=2, count=18),
-    "monitor_stopped": Kind(play=beside_monitor(fault_kinds.monitor_stopped), scenes=2, count=18),
-    "monitor_moved": Kind(play=beside_monitor(fault_kinds.monitor_moved, spare=True, tcp=True), scenes=1, count=16),
-    "partition": Kind(play=beside_monitor(fault_kinds.partition, cable=True), scenes=2, count=16, needs="namespaces"),
-    "slow_link": Kind(play=beside_monitor(fault_kinds.slow_link, cable=True), scenes=1, count=24, needs="namespaces"),
-    "disk_full": Kind(play=beside_monitor(fault_kinds.disk_full, disk=True), scenes=2, count=16, needs="mounts"),
-    "disk_read_only": Kind(play=beside_monitor(fault_kinds.disk_read_only), scenes=2, count=16),
-    "store_corrupted": Kind(
-        play=beside_monitor(fault_kinds.store_corrupted, spare=True, observe=True), scenes=1, count=20
-    ),
-    "clock_jump": Kind(play=beside_monitor(fault_kinds.clock_jump, clock=True), scenes=2, count=25),
-    "sender_killed": Kind(play=beside_monitor(fault_kinds.sender_killed), scenes=2, count=20),
+    "monitor_killed": Kind(play=beside_monitor(kinds.monitor_killed, spare=True), scenes=2, count=18),
+    "monitor_stopped": Kind(play=beside_monitor(kinds.monitor_stopped), scenes=2, count=18),
+    "monitor_moved": Kind(play=beside_monitor(kinds.monitor_moved, spare=True, tcp=True), scenes=1, count=16),
+    "partition": Kind(play=beside_monitor(kinds.partition, cable=True), scenes=2, count=16, needs="namespaces"),
+    "slow_link": Kind(play=beside_monitor(kinds.slow_link, cable=True), scenes=1, count=24, needs="namespaces"),
+    "disk_full": Kind(play=beside_monitor(kinds.disk_full, disk=True), scenes=2, count=16, needs="mounts"),
+    "disk_read_only": Kind(play=beside_monitor(kinds.disk_read_only), scenes=2, count=16),
+    "store_corrupted": Kind(play=beside_monitor(kinds.store_corrupted, spare=True, observe=True), scenes=1, count=20),
+    "clock_jump": Kind(play=beside_monitor(kinds.clock_jump, clock=True), scenes=2, count=25),
+    "sender_killed": Kind(play=beside_monitor(kinds.sender_killed), scenes=2, count=20),
     "rank_killed": Kind(
-        play=beside_monitor(fault_kinds.rank_killed, renewed=True, steered=RESUMES), scenes=2, count=12, own=True
+        play=beside_monitor(kinds.rank_killed, renewed=True, steered=RESUMES), scenes=2, count=12, own=True
     ),
-    "rank_hung": Kind(play=beside_monitor(fault_kinds.rank_hung), scenes=2, count=16, own=True),
+    "rank_hung": Kind(play=beside_monitor(kinds.rank_hung), scenes=2, count=16, own=True),
     "resumed": Kind(
-        play=beside_monitor(fault_kinds.resumed, renewed=True, quiet=False, steered={**RESUMES, "guarded": "run"}),
+        play=beside_monitor(kinds.resumed, renewed=True, quiet=False, steered={**RESUMES, "guarded": "run"}),
         scenes=2,
         count=12,
         own=True,
     ),
-    "last_step": Kind(play=fault_scripts.last_step, scenes=1, count=30),
-    "duplicate": Kind(play=under_script(fault_scripts.duplicate), scenes=1, count=30),
-    "reordered": Kind(play=under_script(fault_scripts.reordered), scenes=1, count=25),
-    "expired": Kind(play=under_script(fault_scripts.expired), scenes=1, count=25),
-    "conflicting": Kind(play=under_script(fault_scripts.conflicting), scenes=1, count=25),
-    "poisoned": Kind(play=beside_monitor(fault_kinds.poisoned, dense=True), scenes=2, count=20),
-    "adapter_raises": Kind(play=fault_scripts.adapter_raises, scenes=1, count=30),
-    "same_name": Kind(play=fault_scripts.same_name, scenes=1, count=20),
+    "last_step": Kind(play=scripts.last_step, scenes=1, count=30),
+    "duplicate": Kind(play=under_script(scripts.duplicate), scenes=1, count=30),
+    "reordered": Kind(play=under_script(scripts.reordered), scenes=1, count=25),
+    "expired": Kind(play=under_script(scripts.expired), scenes=1, count=25),
+    "conflicting": Kind(play=under_script(scripts.conflicting), scenes=1, count=25),
+    "poisoned": Kind(play=beside_monitor(kinds.poisoned, dense=True), scenes=2, count=20),
+    "adapter_raises": Kind(play=scripts.adapter_raises, scenes=1, count=30),
+    "same_name": Kind(play=scripts.same_name, scenes=1, count=20),
 }
 
 

@@ -1,7 +1,7 @@
 """What no scene of the fault campaign may show: a loss or replicas that differ, a decision that is lost or doubled.
 
 Three witnesses are compared. Each rank's own log tells what the training did; the audit log (the monitor's store, or
-the acks that a scripted monitor heard) tells what was commanded and answered; and `fault_training.follow` repeats the
+the acks that a scripted monitor heard) tells what was commanded and answered; and `training.follow` repeats the
 training with the commands of the audit log at the steps of their acks, and with nothing else.
 """
 
@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.fault_machine import Job
-from benchmarks.fault_training import RATE, Line, Stretch, follow, read_lines
+from benchmarks.fault_campaign.machine import Job
+from benchmarks.fault_campaign.training import RATE, Line, Stretch, follow, read_lines
 
 DYING_STEPS = 3
 """What was applied so shortly before a rank was killed may have no answer: nobody was left to give it."""

@@ -12,8 +12,8 @@ import signal
 import time
 from pathlib import Path
 
-from benchmarks.fault_machine import wait
-from benchmarks.fault_stages import Watched
+from benchmarks.fault_campaign.machine import wait
+from benchmarks.fault_campaign.stages import Watched
 
 
 def monitor_killed(stage: Watched) -> str:

@@ -1,0 +1,1 @@
+"""The support matrix: what is proven in which manner of training; `python -m benchmarks.matrix` runs it."""

@@ -1,0 +1,280 @@
+"""What proves a cell of the support matrix: three trainings, without koopmon, watched, and steered.
+
+Every check is on real runs of all ranks. A cell is *proven* when the agent acts in it by itself and every check holds,
+*untested* when it attaches watch-only and says why, *refused* when it says in one line that it takes no part; and it is
+*wrong* when a check fails, whatever the agent says. Where torch itself does not combine what a cell asks for, it is
+none of these.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import koopmon
+from benchmarks.matrix.cells import PIPELINED, Cell
+from benchmarks.matrix.model import L, T, tokens_at
+from benchmarks.matrix.training import (
+    LEARNING_RATE,
+    State,
+    Training,
+    digest,
+    flat,
+    forget_compiled,
+    gradients,
+    states_at,
+)
+from koopmon.tokens import choose_rows
+from koopmon.wire.messages import KssSettings
+from tests.agent.scripted_monitor import ScriptedMonitor
+
+STEPS = 5
+NUM_SAMPLES = 24
+"""Tokens of one snapshot, all ranks together."""
+LR_SCALE = 0.25
+KSS = KssSettings(alpha=1.0, svd_rank=4, num_samples=24, tau_u=0.8, beta=0.5)
+MAX_STEPS = 600
+STEER_SECONDS = 300.0
+CHECKED_STEPS = 2
+CONNECT_SECONDS = 20.0
+TOLERANCE = {"fp32": 0.01, "bf16": 0.2, "scaler": 0.2}
+"""Largest difference of the whole gradient from the written one, relative to KSS's part of it: forgetting the
+microbatches, the scaler or a rank is a difference of a half and more."""
+STATE_TOLERANCE = {"fp32": 1e-4, "bf16": 0.06, "scaler": 0.02}
+"""Largest difference of a sent state from the plain model's, relative to the states' own size: another token's is 1."""
+
+
+class Lines(logging.Handler):
+    """What koopmon says to the user."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage().removeprefix("koopmon: "))
+
+
+def prove(cell: Cell, rank: int, endpoint: str, monitor: ScriptedMonitor | None) -> dict[str, Any]:
+    """What the ranks found of `cell`, as rank 0 tells it; a collective. `monitor` is rank 0's."""
+    try:
+        losses, parameters = _train_alone(cell, rank)
+    except Exception as error:
+        failure = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return {"state": "not in torch", "line": f"{type(error).__name__}: {failure[:160]}", "checks": {}}
+    lines = Lines()
+    logging.getLogger("koopmon.agent").addHandler(lines)
+    try:
+        status, checks = _watch(cell, rank, endpoint, monitor, losses, parameters)
+        attached = _everywhere(bool(status["enabled"] and status["num_layers"]))
+        acts = _everywhere(bool(status["acts"]))
+        said = list(lines.said)
+        no_kss = ""
+        if attached:
+            steered, no_kss = _steer(cell, rank, endpoint, monitor, always=not acts)
+            checks |= steered
+    finally:
+        logging.getLogger("koopmon.agent").removeHandler(lines)
+    held = all(checks.values())
+    if not attached:
+        state = "refused" if held and said else "wrong"
+        return {"state": state, "line": (said or [status["reason"]])[0], "checks": checks, "layout": status["layout"]}
+    state = "wrong" if not held else "proven" if acts else "untested"
+    line = said[0] if said else ""
+    return {"state": state, "line": line, "checks": checks, "layout": status["layout"], "kss_refused": no_kss}
+
+
+def _train_alone(cell: Cell, rank: int) -> tuple[list[float], list[State]]:
+    """Losses, and the parameters before each step and after the last."""
+    forget_compiled()
+    training = Training(cell, rank)
+    losses, parameters = [], [training.parameters()]
+    for step in range(STEPS):
+        losses += training.step(step)
+        parameters.append(training.parameters())
+    return losses, parameters
+
+
+def _watch(
+    cell: Cell, rank: int, endpoint: str, monitor: ScriptedMonitor | None, losses: list[float], parameters: list[State]
+) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Train with koopmon attached and nothing commanded: the agent's status, and what holds."""
+    forget_compiled()
+    training = Training(cell, rank)
+    agent = _attach(cell, training, endpoint, "watched", {})
+    found: list[float] = []
+    for step in range(STEPS):
+        found += training.step(step)
+        _settle(agent)
+    status = agent.status()
+    last = digest(training.parameters())
+    agent.close()
+    checks = {"losses": found == losses and last == digest(parameters[-1])}
+    if _everywhere(bool(status["enabled"] and status["num_layers"])):
+        checks["taps"] = status["taps_missing"] == 0 and not any(status["dropped"].values()) and status["errors"] == 0
+        if monitor is not None:
+            checks["tokens"] = _right_tokens(cell, monitor, parameters)
+    return status, {name: _everywhere(held) for name, held in sorted(_with_tokens(checks).items())}
+
+
+def _with_tokens(checks: dict[str, bool]) -> dict[str, bool]:
+    """Only rank 0 sees the shards; the others agree with it."""
+    return checks | {"tokens": checks.get("tokens", True)} if "taps" in checks else checks
+
+
+def _right_tokens(cell: Cell, monitor: ScriptedMonitor, parameters: Sequence[State]) -> bool:
+    """Every sender sent each step's snapshot once, every point of it once, and in it the states of the right tokens."""
+    shards = [(header, states) for header, states in list(monitor.shards) if header.run == "watched"]
+    senders = sorted({header.process_rank for header, _ in shards})
+    num_senders = shards[0][0].num_senders if shards else 0
+    if len(senders) != num_senders:
+        return False
+    for data_rank, sender in enumerate(senders):
+        mine = [(header, states) for header, states in shards if header.process_rank == sender]
+        if [header.step for header, _ in mine] != list(range(1, STEPS)):
+            return False
+        for header, states in mine:
+            expected = torch.stack(states_at(cell, parameters[header.step], tokens_at(header.step, 0, data_rank)))
+            if cell.parallel == "tp-sequence":  # the first rank's tokens
+                expected = expected[:, :, : T // 2]
+            share, num_tokens = -(-NUM_SAMPLES // num_senders), expected[0, ..., 0].numel()
+            rows = choose_rows(num_tokens, share, seed=0, step=header.step, data_rank=data_rank)
+            wanted = expected.flatten(1, 2)[:, rows].float()
+            if states.shape != wanted.shape or (header.first_point, header.num_points) != (0, L + 1):
+                return False
+            difference = float((states.float() - wanted).norm() / wanted.norm())
+            if not difference < _tolerance(STATE_TOLERANCE, cell):
+                return False
+    return True
+
+
+def _steer(
+    cell: Cell, rank: int, endpoint: str, monitor: ScriptedMonitor | None, *, always: bool
+) -> tuple[dict[str, bool], str]:
+    """Train under commands: KSS, then a back-off. What holds, and why the agent refused KSS, if it did."""
+    forget_compiled()
+    training = Training(cell, rank)
+    agent = _attach(cell, training, endpoint, "steered", {"limits": {"act": "always"}} if always else {})
+    seen: list[float] = []
+    training.optimizer.register_step_pre_hook(lambda each, *_: seen.append(each.param_groups[0]["lr"]))
+    script = _Script(agent, monitor)
+    errors: list[float] = []
+    scales: list[float] = []
+    agreed, refused, deadline = True, False, time.monotonic() + STEER_SECONDS
+    for step in range(MAX_STEPS):
+        alpha = agent.status()["applied"]["kss"]["alpha"]
+        script.go_on(checked=len(errors) >= CHECKED_STEPS)
+        refused = _anywhere(bool(script.refused))
+        checks = (alpha > 0.0 or refused) and len(errors) < CHECKED_STEPS
+        before = training.parameters() if checks else {}
+        loss_scale = 1.0 if training.scaler is None else training.scaler.get_scale()
+        training.step(step)
+        skipped = training.scaler is not None and training.scaler.get_scale() < loss_scale
+        scale = 1.0 if skipped else seen[-1] / LEARNING_RATE
+        scales.append(scale)
+        agreed = agreed and _agree([alpha, scale])
+        if not agreed:
+            break
+        if checks and not skipped:
+            task, kss = gradients(cell, before, KSS, step, rank)
+            moved = (flat(before) - flat(training.parameters())) / (LEARNING_RATE * scale)
+            errors.append(float((moved - task - kss * (alpha > 0.0)).norm() / kss.norm()))
+        done = scales.count(LR_SCALE) >= CHECKED_STEPS or not agent.enabled or time.monotonic() > deadline
+        if _anywhere(done):
+            break
+    num_errors, replicas = agent.status()["errors"], _agree_on(digest(training.parameters()))
+    agent.close()
+    held = {
+        "kss": len(errors) == CHECKED_STEPS and max(errors) < _tolerance(TOLERANCE, cell),
+        "back_off": scales.count(LR_SCALE) >= CHECKED_STEPS,
+        "one_step": agreed and num_errors == 0,
+        "replicas": replicas,
+    }
+    return {name: _everywhere(each) for name, each in held.items()}, script.refused
+
+
+class _Script:
+    """What rank 0's monitor commands: KSS as soon as commands reach all ranks, a back-off once that was checked."""
+
+    def __init__(self, agent: koopmon.Agent, monitor: ScriptedMonitor | None) -> None:
+        self.refused = ""
+        """Why KSS was refused."""
+        self._agent = agent
+        self._monitor = monitor
+        self._sent: list[str] = []
+
+    def go_on(self, *, checked: bool) -> None:
+        monitor = self._monitor
+        if monitor is None or not self._agent.status()["control_ready"]:
+            return
+        if not self._sent:
+            self._sent.append(monitor.command("set_kss", "steered", kss=KSS))
+        elif len(self._sent) == 1 and checked:
+            self._sent.append(monitor.command("set_lr_scale", "steered", lr_scale=LR_SCALE))
+        elif not self.refused and monitor.acked(self._sent[0]):
+            ack = monitor.ack(self._sent[0])
+            self.refused = ack.detail if ack.outcome == "refused" else ""
+
+
+def _attach(cell: Cell, training: Training, endpoint: str, run: str, config: dict[str, Any]) -> koopmon.Agent:
+    settings = {"sampling": {"num_samples": NUM_SAMPLES}, "cadence": {"dense_every": 1, "initial_credit_seconds": 60.0}}
+    agent = koopmon.attach(training.model, training.optimizer, endpoint=endpoint, run=run, config=settings | config)
+    # Stages of a pipeline never learn of each other: what the agent says of that comes with the first forward.
+    deadline = time.monotonic() + (1.0 if cell.parallel in PIPELINED else CONNECT_SECONDS)
+    while _sends(agent) and not agent.status()["connected"] and time.monotonic() < deadline:
+        time.sleep(0.005)
+    if dist.is_initialized():
+        dist.barrier()
+    return agent
+
+
+def _sends(agent: koopmon.Agent) -> bool:
+    guest = agent._guest
+    return agent.enabled and guest is not None and guest.sender is not None
+
+
+def _settle(agent: koopmon.Agent) -> None:
+    """Wait until this step's snapshot has left, so that none finds the buffers taken."""
+    deadline = time.monotonic() + 5.0
+    while _sends(agent) and time.monotonic() < deadline:
+        status = agent.status()
+        if not status["num_layers"] or status["sent"] + sum(status["dropped"].values()) >= status["step"] - 1:
+            return
+        time.sleep(0.001)
+
+
+def _tolerance(table: dict[str, float], cell: Cell) -> float:
+    return table["bf16" if cell.parallel == "fsdp2-mixed" else cell.precision]
+
+
+# What the ranks agree on.
+
+
+def _reduced(value: float, operation: Any) -> float:
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(tensor, operation)
+    return float(tensor)
+
+
+def _everywhere(held: bool) -> bool:
+    return bool(_reduced(float(held), dist.ReduceOp.MIN))
+
+
+def _anywhere(held: bool) -> bool:
+    return bool(_reduced(float(held), dist.ReduceOp.MAX))
+
+
+def _agree(values: Sequence[float]) -> bool:
+    """Whether every rank holds the same."""
+    return all(_reduced(each, dist.ReduceOp.MIN) == _reduced(each, dist.ReduceOp.MAX) for each in values)
+
+
+def _agree_on(text: str) -> bool:
+    return _agree([int(text[:6], 16), int(text[6:12], 16)])
