@@ -48,7 +48,7 @@ ROOMS = {
 """What each room of koopmon may import of koopmon. Arrows point down only; a new room needs a line here."""
 
 ALONE = {
-    "zmq": ("koopmon/wire/sockets.py", "koopmon/wire/curve.py"),
+    "zmq": tuple(f"koopmon/wire/{name}.py" for name in ("transport", "client", "server", "sockets", "curve")),
     "grafana_client": "koopmon/dashboards.py",
     "prometheus_client": "koopmon/monitor/",
     "sqlite3": "koopmon/monitor/",

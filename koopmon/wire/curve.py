@@ -1,4 +1,4 @@
-"""CURVE: pairs of keys, and what makes a socket show and demand them. Beside `sockets` the only file that imports zmq.
+"""CURVE: pairs of keys, and what makes a socket show and demand them.
 
 CURVE encrypts and authenticates both ways, and refuses what was recorded: a client proves its key to the server, and
 the server proves that it has the secret to the key that the client expects. Which clients may connect is asked of a

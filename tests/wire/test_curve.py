@@ -13,7 +13,6 @@ import torch
 import zmq
 
 from koopmon.errors import KeysError
-from koopmon.wire import sockets
 from koopmon.wire.authorised import LOOK_SECONDS
 from koopmon.wire.codec import encode
 from koopmon.wire.curve import Refusal, new_pair
@@ -110,7 +109,7 @@ def test_both_channels_know_whose_key_it_was(
 def test_a_key_that_no_agent_has_is_refused_and_let_in_once_it_is_known(
     ring: Keyring, serve: Callable[..., Far], client: Callable[..., Any], until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sockets, "MEND_SECONDS", 0.1)
+    monkeypatch.setattr("koopmon.wire.client.MEND_SECONDS", 0.1)
     pair = ring.agent(served=False)
     far = serve(ring.trust())
     near = client(ControlClient, ring.trust(), far.control.endpoint)
@@ -193,7 +192,7 @@ def test_a_client_that_calls_itself_someone_is_no_one_where_no_keys_are_demanded
 def test_a_rotated_monitor_is_found_again_before_and_after_its_restart(
     ring: Keyring, serve: Callable[..., Far], client: Callable[..., Any], until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sockets, "MEND_SECONDS", 0.1)
+    monkeypatch.setattr("koopmon.wire.client.MEND_SECONDS", 0.1)
     ring.agent()
     far = serve(ring.trust())
     endpoint = far.control.endpoint
@@ -228,7 +227,7 @@ def test_keys_that_cannot_be_used_are_told_for_which_endpoint(ring: Keyring, tmp
 def test_keys_that_go_away_later_are_told_and_nothing_breaks(
     ring: Keyring, client: Callable[..., Any], serve: Callable[..., Far], until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sockets, "MEND_SECONDS", 0.05)
+    monkeypatch.setattr("koopmon.wire.client.MEND_SECONDS", 0.05)
     ring.agent(served=False)
     far = serve(ring.trust())
     near = client(ControlClient, ring.trust(), far.control.endpoint)

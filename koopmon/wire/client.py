@@ -1,0 +1,138 @@
+"""A connecting socket: it knows whether its peer is there, and why not, and tries again with the keys of the day."""
+
+from __future__ import annotations
+
+import errno
+import time
+from typing import Any, Final
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from koopmon.errors import KeysError
+from koopmon.wire import curve
+from koopmon.wire.endpoints import check_ipc_owner
+from koopmon.wire.transport import Options, Socket, WireContext
+
+# IMMEDIATE: nothing queues while the peer is away.
+CLIENT: Final[Options] = {
+    zmq.IMMEDIATE: 1,
+    zmq.RECONNECT_IVL: 100,
+    zmq.RECONNECT_IVL_MAX: 1000,
+    zmq.HANDSHAKE_IVL: 5000,
+}
+_HANDSHAKE_FAILED: Final = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+_LINK_EVENTS: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _HANDSHAKE_FAILED
+MEND_SECONDS: Final = 2.0
+"""Between two attempts at a connection whose handshake fails."""
+
+
+class Client(Socket):
+    """A connecting socket that knows whether its peer is there. Raises EndpointError and KeysError."""
+
+    def __init__(self, context: WireContext, kind: int, options: Options, endpoint: str) -> None:
+        self.endpoint = context.trust.check(endpoint)
+        check_ipc_owner(self.endpoint)
+        self._failure = ""
+        self._curve = context.trust.uses_curve(self.endpoint)
+        self._attempts = 0
+        self._opened_at = time.monotonic()
+        self._connected = False
+        self._connections = 0
+        if self._curve:
+            self._read_keys(context)
+        super().__init__(context, kind, CLIENT | options)
+
+    def _read_keys(self, context: WireContext) -> None:
+        # While the monitor's key changes there are two that it may have.
+        secret, known = context.trust.agent_secret(), context.trust.monitor_key()
+        self._keys = secret, known[self._attempts % len(known)]
+
+    def _open(self) -> zmq.Socket[bytes]:
+        raw = super()._open()
+        self._socket = raw
+        self._events = self._watch(raw, _LINK_EVENTS)
+        raw.set(zmq.IPV6, self.endpoint.startswith("tcp://["))
+        if self._curve:
+            curve.show_keys(raw, *self._keys)
+        raw.connect(self.endpoint)
+        return raw
+
+    def _note_events(self) -> None:
+        self._guard()
+        while True:
+            try:
+                event = parse_monitor_message(self._events.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            self._connected = event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self._connections += self._connected
+            if self._connected or event["event"] & _HANDSHAKE_FAILED:
+                self._failure = "" if self._connected else self._explain(event["event"], event["value"])
+
+    def _explain(self, event: int, value: int) -> str:
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and value == errno.EAGAIN:
+            return ""  # it stalled
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            return "it does not know this agent's key: put the public file into its agents/ directory"
+        if self._curve:
+            return "its key is not the one in monitor.key, or it shows none"
+        if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            return "it demands keys ([security] loopback), or is no monitor"
+        return ""  # it went away
+
+    @property
+    def failure(self) -> str:
+        """Why the last handshake failed, if it did, in words; "" once one has succeeded."""
+        self._note_events()
+        return self._failure
+
+    def mend(self) -> bool:
+        """After a failed handshake, try again by the keys as they are in their files now; returns whether it did.
+
+        At most every MEND_SECONDS: the transport itself gives up on who refused it.
+        """
+        now = time.monotonic()
+        if not self.failure or now < self._opened_at + MEND_SECONDS:
+            return False
+        self._opened_at = now
+        self._attempts += 1
+        if self._curve:
+            try:
+                self._read_keys(self._owner)
+            except KeysError as error:
+                self._failure = str(error)
+                return False
+        self.reconnect()
+        return True
+
+    @property
+    def connected(self) -> bool:
+        """Whether the peer is there, as far as is known."""
+        self._note_events()
+        return self._connected
+
+    @property
+    def connections(self) -> int:
+        """How often the peer has been found; a higher number than before means: say hello again."""
+        self._note_events()
+        return self._connections
+
+    def reconnect(self) -> None:
+        """Replace the connection by a new one to the same endpoint; what was queued is dropped."""
+        self._guard()
+        self._socket.set(zmq.LINGER, 0)
+        self._shut()
+        self._connected = False
+        self._socket = self._open()
+
+    def _pollables(self) -> list[Any]:
+        self._guard()
+        return [self._socket, self._events]
+
+    def _shut(self) -> None:
+        self._socket.disable_monitor()
+        self._events.close()
+        super()._shut()
