@@ -1,5 +1,5 @@
-"""Writes the figures of README.md, docs/evidence.md, docs/failures.md and docs/support.md from the results:
-`python -m benchmarks.readme`; with `--check` it only compares.
+"""Writes the figures of README.md and of pages in docs from the results: `python -m benchmarks.readme`; with `--check`
+it only compares.
 
 Each section stands between `<!-- results: NAME -->` and `<!-- end of results -->` and comes from results/NAME.json.
 """
@@ -13,12 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.fuzz.page import WRITERS as FUZZ
 from benchmarks.matrix.page import WRITERS as MATRIX
 from benchmarks.sections import WRITERS as SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("evidence", "failures", "support")))
-WRITERS = {**SECTIONS, **MATRIX}
+DOCS = ("evidence", "failures", "security", "support")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
+WRITERS = {**SECTIONS, **MATRIX, **FUZZ}
 RESULTS = Path(__file__).parent / "results"
 SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -92,4 +93,17 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(heading), *lines[1:]]
 
 
-WRITERS = {"matrix": matrix}
+def endurance(told: Document) -> list[str]:
+    """Memory along one long training, and what it had to do meanwhile."""
+    resident, tensors = told["rss_bytes"], told["tensors"]
+    megabytes = (max(resident) - resident[0]) / (1 << 20)
+    return textwrap.wrap(
+        f"Over {told['steps']:,} steps in {told['seconds'] / 60.0:.1f} minutes, a snapshot at each ({told['sent']:,}"
+        f" sent, {told['dropped']:,} dropped), KSS and a back-off in force: after the first quarter the process grew by"
+        f" {megabytes:.1f} MB at most, from {tensors[0]} live tensors to {tensors[-1]}, with {told['errors']} errors"
+        " of the agent.",
+        width=120,
+    )
+
+
+WRITERS = {"matrix": matrix, "endurance": endurance}

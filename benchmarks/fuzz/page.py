@@ -1,0 +1,33 @@
+"""The fuzzing's figures as lines of Markdown, for docs/security.md: what `benchmarks.readme` writes there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+WORDS = {
+    "codec": "messages, decoded",
+    "sockets": "a monitor's own sockets and pages, over TCP, by strangers and liars",
+    "http": "the pages' server",
+    "config": "a configuration",
+    "calibrator": "a calibrator",
+    "recording": "a history file, damaged, then read and written",
+}
+MEGABYTE = 1 << 20
+
+
+def fuzz(told: Mapping[str, Any]) -> list[str]:
+    """One row per target, in the order of WORDS."""
+    lines = ["| what is fed | executions | minutes | memory grew by, MB | crashes |", "|---|---|---|---|---|"]
+    for name, words in WORDS.items():
+        row = told["targets"][name]
+        growth = max(row["growth_bytes"], row.get("peak_growth_bytes", 0)) / MEGABYTE
+        cells = (words, f"{row['executions']:,}", f"{row['seconds'] / 60.0:.1f}", f"{growth:.1f}", str(row["crashes"]))
+        lines.append(f"| {' | '.join(cells)} |")
+    rejected = told["targets"]["sockets"]["rejected"]
+    reasons = ", ".join(f"`{name}` {count:,}" for name, count in sorted(rejected.items()) if count)
+    silent = ", ".join(f"`{name}`" for name, count in sorted(rejected.items()) if not count)
+    return [*lines, "", f"What that monitor counted meanwhile: {reasons}. Not met there: {silent}."]
+
+
+WRITERS = {"fuzz": fuzz}
