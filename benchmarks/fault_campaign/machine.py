@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -287,7 +288,7 @@ def small_disk(directory: Path, megabytes: int = 48) -> Iterator[Path]:
 class Link:
     """A cable between two network namespaces: `job` and `monitor` are the words that run a command at either end.
 
-    Both ends have addresses of the loopback range, since until peers can authenticate agents go nowhere else.
+    Both ends have addresses of the loopback range, where peers need no keys.
     """
 
     address = "127.77.0.2"
@@ -342,6 +343,9 @@ def missing() -> Mapping[str, str]:
         found["namespaces"] = "network namespaces cannot be made here"
         stack.enter_context(Link(os.getpid()))
         del found["namespaces"]
+    found["mounts"] = "file systems cannot be mounted here"
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as folder, small_disk(Path(folder) / "disk", 1):
+        del found["mounts"]
     return found
 
 

@@ -26,6 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import campaign
 from benchmarks.fuzz import sockets
 from benchmarks.provenance import provenance
 
@@ -125,15 +126,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--seconds {options.seconds}: must be at least 1")
     if options.executions < 0:
         parser.error(f"--executions {options.executions}: must be at least 0")
+    chosen = TARGETS if options.target == "all" else (options.target,)
+    if chosen != ("sockets",) and importlib.util.find_spec("atheris") is None:
+        print(f"{chosen[0]}: atheris is not installed: pip install atheris", file=sys.stderr)
+        return 2
     results = {}
-    for target in TARGETS if options.target == "all" else (options.target,):
-        if target == "sockets":
-            results[target] = sockets.campaign(options.seconds, options.seed)
-        elif importlib.util.find_spec("atheris") is None:
-            print(f"{target}: atheris is not installed: pip install atheris", file=sys.stderr)
-            return 2
-        else:
-            results[target] = fuzz(target, options.seconds, options.executions, options.seed, options.keep)
+    try:
+        with campaign.terminated_as_interrupted():
+            for target in chosen:
+                if target == "sockets":
+                    results[target] = sockets.campaign(options.seconds, options.seed)
+                else:
+                    results[target] = fuzz(target, options.seconds, options.executions, options.seed, options.keep)
+    except KeyboardInterrupt:
+        print("interrupted: nothing is kept", file=sys.stderr)
+        return 130
     Console(width=120).print(render(results))
     fine = all(not row["crashes"] and row["growth_bytes"] <= MAX_GROWTH_BYTES for row in results.values())
     print(f"goal zero crashes, and growth of at most {MAX_GROWTH_BYTES >> 20} MB: {'holds' if fine else 'FAILS'}")
