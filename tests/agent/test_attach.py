@@ -471,4 +471,4 @@ def test_a_compiled_model_stays_one_graph_and_the_missing_taps_are_said(
     assert graphs == 1
     assert agent.enabled
     assert agent.status()["taps_missing"] == 6
-    assert sum("before compiling" in record.message for record in caplog.records) == 1
+    assert sum("compile them one by one" in record.message for record in caplog.records) == 1
