@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fault_campaign import __main__ as fault_campaign
 from benchmarks.fault_campaign import kinds, scripts
+from benchmarks.fault_campaign.__main__ import percentile
 from benchmarks.fault_campaign.checks import Chapter, Entry, doubted_decisions, examine
 from benchmarks.fault_campaign.machine import Job
+from benchmarks.fault_campaign.scenes import KINDS, beside_monitor, summary, under_script
 from benchmarks.fault_campaign.stages import RESTLESS, write_config
 from benchmarks.fault_campaign.table import WORDS
 from benchmarks.fault_campaign.training import RATE, Line, Stretch, follow, last_line, read_lines
@@ -136,8 +137,8 @@ def test_the_restless_configuration_is_one_and_every_kind_has_its_words(tmp_path
     config = load(write_config(tmp_path / "c.toml", {"limits": {"act": "never"}}))
     assert config.limits.act == "never"
     assert config.policy.act_risk == RESTLESS["policy"]["act_risk"]
-    assert set(WORDS) == set(fault_campaign.KINDS)
-    assert sum(plan.scenes * plan.count for plan in fault_campaign.KINDS.values()) >= 500
+    assert set(WORDS) == set(KINDS)
+    assert sum(plan.scenes * plan.count for plan in KINDS.values()) >= 500
 
 
 def test_the_last_whole_line_is_found(tmp_path: Path) -> None:
@@ -150,9 +151,9 @@ def test_the_last_whole_line_is_found(tmp_path: Path) -> None:
 
 
 def test_percentiles_are_values_that_occurred() -> None:
-    assert fault_campaign.percentile([], 0.95) is None
-    assert fault_campaign.percentile([3.0, 1.0, 2.0], 0.95) == 3.0
-    assert fault_campaign.percentile([float(each) for each in range(1, 101)], 0.95) == 95.0
+    assert percentile([], 0.95) is None
+    assert percentile([3.0, 1.0, 2.0], 0.95) == 3.0
+    assert percentile([float(each) for each in range(1, 101)], 0.95) == 95.0
 
 
 BESIDE_MONITOR = (
@@ -181,14 +182,14 @@ def in_turn(faults: Any) -> Any:
 @pytest.mark.parametrize(
     ("play", "count"),
     [
-        (fault_campaign.beside_monitor(in_turn(BESIDE_MONITOR), spare=True), 12),
-        (fault_campaign.under_script(in_turn(UNDER_SCRIPT)), 8),
+        (beside_monitor(in_turn(BESIDE_MONITOR), spare=True), 12),
+        (under_script(in_turn(UNDER_SCRIPT)), 8),
     ],
     ids=["monitor", "script"],
 )
 def test_a_slice_of_the_campaign(play: Any, count: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp("f")  # a short path: sockets lie in it
-    told = fault_campaign.summary(play(directory, random.Random(0), count), own=True)
+    told = summary(play(directory, random.Random(0), count), own=True)
     assert told["problems"] == []
     assert told["num_applied"] > 0
     assert [each["unaffected"] for each in told["injections"]] == [True] * count
