@@ -51,8 +51,8 @@ def try_cells(chosen: Sequence[Cell], folder: Path, console: Console) -> list[di
                 for num_told in _run_ranks(size, missing, out, folder):
                     progress.update(task, completed=num_told)
                 told = _told(out)
-                if all(cell.name in told for cell in missing):
-                    break
+                if any(cell.name in told for cell in missing):
+                    continue  # with new ranks, where the last cell has taken the old ones along
                 victim = next(cell for cell in missing if cell.name not in told)
                 ended = {"state": "wrong", "line": f"its ranks ended; see {folder}/{size}.log", "checks": {}}
                 with out.open("a") as log:

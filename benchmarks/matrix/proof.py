@@ -65,8 +65,7 @@ def prove(cell: Cell, rank: int, endpoint: str, monitor: ScriptedMonitor | None)
     try:
         losses, parameters = _train_alone(cell, rank)
     except Exception as error:
-        failure = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return {"state": "not in torch", "line": f"{type(error).__name__}: {failure[:160]}", "checks": {}}
+        return {"state": "not in torch", "line": _first_failure(cell, error), "checks": {}}
     lines = Lines()
     logging.getLogger("koopmon.agent").addHandler(lines)
     try:
@@ -253,6 +252,15 @@ def _tolerance(table: dict[str, float], cell: Cell) -> float:
 
 
 # What the ranks agree on.
+
+
+def _first_failure(cell: Cell, error: Exception) -> str:
+    """What failed in the rank that failed first: the others may only have waited for it in vain."""
+    failure = (str(error).strip().splitlines() or [""])[0]
+    said = f"{type(error).__name__}: {failure[:160]}"
+    if not dist.is_initialized():
+        return said
+    return str(dist.distributed_c10d._get_default_store().compare_set(f"failed {cell.name}", "", said).decode())
 
 
 def _reduced(value: float, operation: Any) -> float:
