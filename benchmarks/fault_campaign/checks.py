@@ -198,6 +198,12 @@ def _account(
             version = line.version
         if scale != (scales[max(scales)] if scales else 1.0):
             scales[line.step] = scale
+    for step in sorted(due):
+        # Applied and answered, and the rank was killed before it had written that step down.
+        if dies and lines[-1].step < step <= lines[-1].step + DYING_STEPS:
+            found.num_applied += len(due[step])
+            for entry in due[step]:
+                scales[step] = scales.get(step, scale) if entry.scale is None else entry.scale
     return scales
 
 

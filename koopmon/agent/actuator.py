@@ -179,10 +179,11 @@ class Actuator:
             request = self._pending.popleft()
             if isinstance(request, Command):
                 judged, outcome = self._judge(request, state, step)
-                if judged is None:
+                state = judged or state
+                # A repetition is not answered before what it repeats.
+                if judged is None and not self._is_underway(request):
                     self._report(outcome)
                 else:
-                    state = judged
                     self._underway.append(outcome)
             elif isinstance(request, Applied):
                 if self.acts and state.version == 0:
@@ -196,6 +197,9 @@ class Actuator:
                 state = state.towards(step, self._control.ramp_back_steps, lr_scale=1.0, kss=own)
                 self._underway.append(request)
         return state
+
+    def _is_underway(self, command: Command) -> bool:
+        return any(isinstance(each, Outcome) and each.command_id == command.id for each in self._underway)
 
     def _settle(self, step: int, *, in_force: bool) -> None:
         """The state that was underway is in force on all ranks, or on none."""

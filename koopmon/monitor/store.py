@@ -200,6 +200,7 @@ class Store(Journal):
         """Rank 0's answer to a command, and what is in force since.
 
         An answer counts for a command of its own run, and each outcome once: a peer cannot fill the file with answers.
+        That a command is a duplicate says nothing of what became of it.
         """
         ours = (
             "SELECT c.id FROM commands AS c JOIN decisions AS d ON d.id = decision_id"
@@ -215,7 +216,8 @@ class Store(Journal):
             ),
         )
         self._database.execute(
-            f"UPDATE commands SET outcome = ? WHERE id IN ({ours}) AND outcome IN ('pending', 'unanswered')",
+            f"UPDATE commands SET outcome = ? WHERE id IN ({ours})"
+            " AND outcome IN ('pending', 'unanswered', 'duplicate')",
             (ack.outcome, ack.command_id, ack.run),
         )
         row = self._incarnation(at, ack.run, ack.incarnation)

@@ -121,6 +121,20 @@ def test_a_repeated_command_is_a_duplicate_and_changes_nothing() -> None:
     assert bench.actuator.applied().lr_scale == 0.9
 
 
+def test_a_repetition_is_not_answered_before_what_it_repeats() -> None:
+    """A monitor repeats itself to ranks that hang, and its audit log said "duplicate" of what had been applied."""
+    bench = Bench()
+    first, later = command("set_lr_scale", lr_scale=0.5), command("set_lr_scale", lr_scale=0.9)
+    bench.step(first, first, later, first)
+    assert [(each.command_id, each.outcome) for each in bench.outcomes] == [
+        (first.id, "applied"),
+        (first.id, "duplicate"),
+        (later.id, "applied"),
+        (first.id, "duplicate"),
+    ]
+    assert bench.actuator.applied().lr_scale == 0.9
+
+
 def test_a_command_is_not_applied_after_its_expiry() -> None:
     bench = Bench()
     for _ in range(5):

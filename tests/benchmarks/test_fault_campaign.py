@@ -112,6 +112,23 @@ def test_a_resumed_job_may_get_back_what_was_applied_and_nothing_else(job: Job) 
         assert found.num_restored == 1 - len(expected)
 
 
+@pytest.mark.parametrize(("applied_at", "expected"), [(51, []), (60, ["lost"])])
+def test_what_was_answered_as_the_rank_was_killed_is_handed_back(
+    job: Job, applied_at: int, expected: list[str]
+) -> None:
+    first, second = Stretch(first=0, last=50, world=2), Stretch(first=40, last=60, world=2, scales={40: 0.5})
+    write_logs(job, first)
+    _, resumed = follow([first, second])
+    for rank in range(2):
+        lines = [Line(step, e.losses[rank], (RATE * 0.5).hex(), 2, step, e.digest) for step, e in resumed.items()]
+        job.log("1-0", rank).write_text("".join(map(str, lines)))
+    Path(f"{job.log('1-0', 0)}.pid").write_text("9")
+    job.worlds = {"0": 2, "1": 2}
+    entry = Entry("00000001", "applied", (applied_at,), 0.5)
+    found = examine(job, [Chapter("job", 7, (entry,)), Chapter("job", 9, ())])
+    assert [each.kind for each in found.problems] == expected
+
+
 def test_a_rank_may_be_killed_right_after_a_checkpoint() -> None:
     whole, first = Stretch(first=0, last=44, world=2), Stretch(first=0, last=39, world=2)
     (expected,) = follow([whole])

@@ -348,6 +348,7 @@ def test_outcomes_are_settled_once(store: Store, history: History) -> None:
     store.record_outcome(f"{1:08x}", "unanswered")
     store.record_ack(3.0, ack(1, "expired"))
     store.abandon_pending("another")
+    store.record_ack(4.0, ack(2, "duplicate"))
     store.record_ack(4.0, ack(2, "refused"))
     store.abandon_pending(RUN)
     outcomes = [decision.commands[0].outcome for decision in history.decisions(RUN)]
