@@ -51,6 +51,8 @@ def environment(clock: Path | None = None, **more: str) -> dict[str, str]:
     """The environment of a process of the campaign."""
     paths = [str(ROOT), str(ROOT / "plugins"), os.environ.get("PYTHONPATH", "")]
     ours = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    # Else ranks that torchrun starts again find the addresses of the dead ones in its store, and hang, koopmon or not.
+    ours["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     kept = {name: value for name, value in os.environ.items() if not name.startswith("KOOPMON_")}
     return {**kept, **ours, **({VARIABLE: str(clock)} if clock else {}), **more}
 
