@@ -121,7 +121,8 @@ class Training:
         if self.schedule is None:
             options = StateDictOptions(full_state_dict=True)
             found = get_model_state_dict(self.model, options=options)
-            return {name: cast(Tensor, value).detach().clone() for name, value in found.items()}
+            # Compiled blocks inside FSDP1 keep the compiler's name for what it wraps.
+            return {name.replace("_orig_mod.", ""): cast(Tensor, each).detach().clone() for name, each in found.items()}
         return self._gathered()
 
     def _gathered(self) -> State:
