@@ -174,6 +174,7 @@ def rank_hung(stage: Watched) -> str:
 def rank_killed(stage: Watched) -> str:
     """SIGKILL to one rank; torchrun starts both again, from the checkpoint."""
     job = stage.jobs[0]
+    stage.await_command(job.run)
     before = job.stretches()
     rank = stage.rng.randrange(job.world)
     os.kill(job.pid(rank), signal.SIGKILL)
@@ -184,6 +185,7 @@ def rank_killed(stage: Watched) -> str:
 def resumed(stage: Watched) -> str:
     """The job dies whole and is started again from its checkpoint, with one rank or with two."""
     job = stage.jobs[0]
+    stage.await_command(job.run)
     before = job.stretches()
     job.kill()
     old, job.world = job.world, stage.rng.choice([1, 2])

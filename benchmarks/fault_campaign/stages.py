@@ -142,17 +142,31 @@ class Watched:
 
     def newest(self, run: str) -> tuple[int, int]:
         """Of a run in the store: its latest incarnation's row, and that one's latest snapshot's step; -1 for none."""
-        path = quote(str(self.monitor.store.resolve()))
         query = (
             "SELECT i.id, (SELECT max(step) FROM profiles WHERE incarnation_id = i.id) FROM incarnations AS i"
             " JOIN runs ON runs.id = run_id WHERE name = ? ORDER BY i.id DESC LIMIT 1"
         )
-        with contextlib.suppress(sqlite3.Error):
-            database = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1.0)
-            with contextlib.closing(database):
-                row = database.execute(query, (run,)).fetchone()
-                return (-1, -1) if row is None else (int(row[0]), -1 if row[1] is None else int(row[1]))
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(self._read()) as database:
+            row = database.execute(query, (run,)).fetchone()
+            return (-1, -1) if row is None else (int(row[0]), -1 if row[1] is None else int(row[1]))
         return -1, -1
+
+    def _read(self) -> sqlite3.Connection:
+        path = quote(str(self.monitor.store.resolve()))
+        return sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1.0)
+
+    def await_command(self, run: str, seconds: float = 20.0) -> None:
+        """Wait until the latest incarnation of a run has a scale on its rate in force, for so long at most."""
+        query = "SELECT json_extract(applied, '$.lr_scale') FROM incarnations WHERE id = ?"
+
+        def braked() -> bool:
+            with contextlib.suppress(sqlite3.Error), contextlib.closing(self._read()) as database:
+                (scale,) = database.execute(query, (self.newest(run)[0],)).fetchone() or (None,)
+                return scale is not None and scale < 1.0
+            return False
+
+        with contextlib.suppress(TimeoutError):
+            wait(braked, "a command in force", seconds)
 
     def incarnations(self) -> dict[str, int]:
         return {job.run: self.newest(job.run)[0] for job in self.jobs}
