@@ -182,6 +182,11 @@ def _account(
                 scale, restorable = restored, ()
                 changes += 2  # the rate and KSS
                 found.num_restored += 1
+            elif restorable and now and line.rate == (RATE * scale).hex() and line.version - version == changes + 2:
+                # ...which came in force together with the command that followed on it...
+                restorable = ()
+                changes += 2
+                found.num_restored += 1
             elif dies and line.step > lines[-1].step - DYING_STEPS and _scale_of(line, unanswered) is not None:
                 # ...or something that the rank was killed over.
                 scale = _scale_of(line, unanswered) or scale

@@ -112,6 +112,26 @@ def test_a_resumed_job_may_get_back_what_was_applied_and_nothing_else(job: Job) 
         assert found.num_restored == 1 - len(expected)
 
 
+@pytest.mark.parametrize(("version", "expected"), [(3, []), (4, ["lost"])])
+def test_what_is_handed_back_may_come_with_the_next_command(job: Job, version: int, expected: list[str]) -> None:
+    first = Stretch(first=0, last=50, world=2, scales={8: 0.5})
+    second = Stretch(first=40, last=60, world=2, scales={44: 0.75})
+    write_logs(job, first)
+    _, resumed = follow([first, second])
+    for rank in range(2):
+        lines = []
+        for step, e in resumed.items():
+            rate, changes = (RATE * 0.75, version) if step >= 44 else (RATE, 0)
+            lines.append(Line(step, e.losses[rank], rate.hex(), changes, step, e.digest))
+        job.log("1-0", rank).write_text("".join(map(str, lines)))
+    Path(f"{job.log('1-0', 0)}.pid").write_text("9")
+    job.worlds = {"0": 2, "1": 2}
+    following = Entry("00000009", "applied", (4,), 0.75)
+    found = examine(job, [Chapter("job", 7, ENTRIES[:1]), Chapter("job", 9, (following,))])
+    assert [each.kind for each in found.problems] == expected
+    assert found.num_restored == 1 - len(expected)
+
+
 @pytest.mark.parametrize(("applied_at", "expected"), [(51, []), (60, ["lost"])])
 def test_what_was_answered_as_the_rank_was_killed_is_handed_back(
     job: Job, applied_at: int, expected: list[str]
