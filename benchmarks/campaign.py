@@ -111,8 +111,9 @@ def run(cases: Sequence[C], work: Work[C], folder: Path | None, *, workers: int,
                     failed.append(f"{cases[index].name}: {type(error).__name__}: {error}")
                 progress.update(task, advance=1, description=cases[index].name)
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
             console.print(f"interrupted: {len(found)} of {len(cases)} runs are kept; go on with --work {folder}")
+            # And wait: the pool's own exit would take the cancelling back before its thread has seen it.
+            pool.shutdown(wait=True, cancel_futures=True)
             raise SystemExit(130) from None
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(cases)} runs failed; the first: {failed[0]}")
