@@ -38,8 +38,9 @@ ROOMS = {
     "monitor": "errors config spectral risk wire",
     "integrations": "errors config agent",
     "plots": "errors spectral risk",
-    "dashboards": "errors config monitor",
+    "grafana": "errors config monitor",
     "report": "errors config spectral risk monitor plots",
+    "doctor": "errors config wire api plugins discovery",
     "demo": "errors config spectral risk monitor plots",
     "cli": "*",
     "__main__": "cli",
@@ -49,7 +50,7 @@ ROOMS = {
 
 ALONE = {
     "zmq": tuple(f"koopmon/wire/{name}.py" for name in ("transport", "client", "server", "sockets", "curve")),
-    "grafana_client": "koopmon/dashboards.py",
+    "grafana_client": "koopmon/grafana/push.py",
     "prometheus_client": "koopmon/monitor/",
     "sqlite3": "koopmon/monitor/",
     "starlette": "koopmon/monitor/",
