@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from benchmarks.fault_campaign.table import failures
+from benchmarks.markdown import paragraph, table
 
 Document = Mapping[str, Any]
 
@@ -44,7 +44,7 @@ def unchanged_script(told: Document) -> list[str]:
         f"{waits[len(waits) // 2]} steps after the snapshot that it answers in the median run,",
         f"{waits[-1]} in the worst.",
     ]
-    return [*_table([*heading, "loss at the end / best fixed rate, default"], rows), "", *_prose(prose)]
+    return [*table([*heading, "loss at the end / best fixed rate, default"], rows), "", *paragraph(prose)]
 
 
 def norm_table(told: Document) -> list[str]:
@@ -56,14 +56,14 @@ def norm_table(told: Document) -> list[str]:
         cells = [f"{mean[field]:.2f}" for field in fields]
         rows.append([label, *cells, ", ".join(f"{value:.2f}" for value in paper) if paper else "-"])
     heading = ["residual scheme", "near-unit mass", "expansive mass", "radius", "paper: near-unit, expansive, radius"]
-    return _table(heading, rows)
+    return table(heading, rows)
 
 
 def spectral_speed(told: Document) -> list[str]:
     settings, took, ratios = told["settings"], told["seconds_per_12_layers"], told["ratios"]
     cores = f"{settings['threads']} {'core' if settings['threads'] == 1 else 'cores'}"
     full = ratios["ours_full"]
-    return _prose(
+    return paragraph(
         [
             f"Whole profiles of {settings['num_layers']} transitions at D {settings['width']}, N",
             f"{settings['num_samples']}, svd_rank {settings['svd_rank']} take {took['ours']['wall_median']:.2f} s on",
@@ -82,7 +82,7 @@ def agent_overhead(told: Document) -> list[str]:
     def of(found: Mapping[str, float]) -> str:
         return f"{found['ratio']:.3f} times (95%: {found['low']:.3f} to {found['high']:.3f})"
 
-    return _prose(
+    return paragraph(
         [
             f"With {settings['ranks']} ranks, D {settings['d']}, L {settings['layers']} and a snapshot every",
             f"{settings['every']} steps on the {settings['device'].upper()}, and the monitor {at}, the mean step takes",
@@ -103,7 +103,11 @@ def norms(told: Document) -> list[str]:
         f"{told['num_runs']} runs, {told['num_diverged']} diverged. The expected calibration error of the calibrated",
         f"score is {by_size:.3f} with sizes held out, {by_scheme:.3f} with schemes held out.",
     ]
-    return [*_table(["score at the start", *(f"AUROC, {title} [95%]" for title in settings)], rows), "", *_prose(prose)]
+    return [
+        *table(["score at the start", *(f"AUROC, {title} [95%]" for title in settings)], rows),
+        "",
+        *paragraph(prose),
+    ]
 
 
 def early_warning(told: Document) -> list[str]:
@@ -124,7 +128,7 @@ def _verdicts(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in verdicts
     ]
     heading = ["detector", "AUROC [95%]", "warned", "median lead, steps", "of the run's life", "false alarms / 1,000"]
-    return _table(heading, rows)
+    return table(heading, rows)
 
 
 def fresh(told: Document) -> list[str]:
@@ -140,7 +144,7 @@ def fresh(told: Document) -> list[str]:
         for name, row in told["start"].items()
     ]
     heading = ["runs", "diverged", *(f"{score}, AUROC [95%]" for score in scores), "calibration error"]
-    return [*_table(heading, rows), "", *_verdicts(told["warnings"])]
+    return [*table(heading, rows), "", *_verdicts(told["warnings"])]
 
 
 def kss(told: Document) -> list[str]:
@@ -162,12 +166,12 @@ def kss(told: Document) -> list[str]:
         mine = [row for row in told["look"] if row["setting"] == name]
         looked.append([name, *(f"{row['lr']:g}: {row['diverged']:.0%}, {_decimal(row['accuracy'])}" for row in mine)])
     return [
-        *_table(heading, quoted),
+        *table(heading, quoted),
         "",
         f"{told['cells'][0]['num_runs']} runs in each row. The look before, {told['look'][0]['num_runs']} runs each:",
         "diverged, accuracy of the others.",
         "",
-        *_table(["setting", "at a lower rate", "at a higher rate"], looked),
+        *table(["setting", "at a lower rate", "at a higher rate"], looked),
     ]
 
 
@@ -192,7 +196,7 @@ def guarded(told: Document) -> list[str]:
         f"on {healthy['acted_on']}; {healthy['identical']} ended bit-identical to the run without koopmon, and the",
         f"loss at the end was at most {healthy['worst_loss_ratio'] - 1:+.1%} of it. Replicas were {replicas}.",
     ]
-    return [*_table(heading, rows), "", *_prose(prose)]
+    return [*table(heading, rows), "", *paragraph(prose)]
 
 
 def architectures(told: Document) -> list[str]:
@@ -217,11 +221,11 @@ def architectures(told: Document) -> list[str]:
         ends = [f"{row['num_diverged']} of {row['num_runs']}, {_decimal(row['final_loss'])}" for row in mine]
         trained.append([family, setting, *ends])
     return [
-        *_table(["family (in brackets the paper)", "adapter", *shown.values()], rows),
+        *table(["family (in brackets the paper)", "adapter", *shown.values()], rows),
         "",
         "Trained: how many diverged, and the loss at the end of the others.",
         "",
-        *_table(["family", "KSS", *(f"{lr:g}" for lr in rates)], trained),
+        *table(["family", "KSS", *(f"{lr:g}" for lr in rates)], trained),
     ]
 
 
@@ -249,7 +253,7 @@ def family_alarms(told: Document) -> list[str]:
         "median lead, steps",
         "false alarms / 1,000 steps",
     ]
-    return _table(heading, rows)
+    return table(heading, rows)
 
 
 def brake(told: Document) -> list[str]:
@@ -262,7 +266,7 @@ def brake(told: Document) -> list[str]:
         ]
         for row in told["rows"]
     ]
-    return _table(["family, scheme", "update exponent read", "right by states alone", "right as koopmon does it"], rows)
+    return table(["family, scheme", "update exponent read", "right by states alone", "right as koopmon does it"], rows)
 
 
 def guarded_families(told: Document) -> list[str]:
@@ -285,13 +289,13 @@ def guarded_families(told: Document) -> list[str]:
         f"{' or '.join(map(str, sorted(counts, reverse=True)))} runs in each row. Of {num_healthy} healthy",
         f"runs the default policy acted on {acted}; {identical} ended bit-identical. Replicas were {replicas}.",
     ]
-    return [*_table(heading, rows), "", *_prose(prose)]
+    return [*table(heading, rows), "", *paragraph(prose)]
 
 
 def fault_campaign(told: Document) -> list[str]:
     """Each kind of fault, in words, and what was measured; then the totals."""
     heading, rows, prose = failures(told)
-    return [*_table(heading, rows), "", *_prose(prose)]
+    return [*table(heading, rows), "", *paragraph(prose)]
 
 
 def _interval(area: Mapping[str, float] | None) -> str:
@@ -300,15 +304,6 @@ def _interval(area: Mapping[str, float] | None) -> str:
 
 def _decimal(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(cells)} |" for cells in (heading, *rows)]
-    return [lines[0], "|" + "---|" * len(heading), *lines[1:]]
-
-
-def _prose(parts: Sequence[str]) -> list[str]:
-    return textwrap.wrap(" ".join(parts), width=120)
 
 
 WRITERS: Mapping[str, Callable[[Document], list[str]]] = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.markdown import table
+
 WORDS = {
     "codec": "messages, decoded",
     "sockets": "a monitor's own sockets and pages, over TCP, by strangers and liars",
@@ -18,16 +20,17 @@ MEGABYTE = 1 << 20
 
 def fuzz(told: Mapping[str, Any]) -> list[str]:
     """One row per target, in the order of WORDS."""
-    lines = ["| what is fed | executions | minutes | memory grew by, MB | crashes |", "|---|---|---|---|---|"]
+    heading = ("what is fed", "executions", "minutes", "memory grew by, MB", "crashes")
+    rows = []
     for name, words in WORDS.items():
         row = told["targets"][name]
         growth = max(row["growth_bytes"], row.get("peak_growth_bytes", 0)) / MEGABYTE
-        cells = (words, f"{row['executions']:,}", f"{row['seconds'] / 60.0:.1f}", f"{growth:.1f}", str(row["crashes"]))
-        lines.append(f"| {' | '.join(cells)} |")
+        minutes, crashes = f"{row['seconds'] / 60.0:.1f}", str(row["crashes"])
+        rows.append((words, f"{row['executions']:,}", minutes, f"{growth:.1f}", crashes))
     rejected = told["targets"]["sockets"]["rejected"]
     reasons = ", ".join(f"`{name}` {count:,}" for name, count in sorted(rejected.items()) if count)
     silent = ", ".join(f"`{name}`" for name, count in sorted(rejected.items()) if not count)
-    return [*lines, "", f"What that monitor counted meanwhile: {reasons}. Not met there: {silent}."]
+    return [*table(heading, rows), "", f"What that monitor counted meanwhile: {reasons}. Not met there: {silent}."]
 
 
 WRITERS = {"fuzz": fuzz}

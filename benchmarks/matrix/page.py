@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
+
+from benchmarks.markdown import paragraph, table
 
 Document = Mapping[str, Any]
 
@@ -51,10 +52,10 @@ def matrix(told: Document) -> list[str]:
     rows: Sequence[Mapping[str, Any]] = told["cells"]
     by_name = {row["name"]: row for row in rows}
     heading = ["", *(LAYOUTS[layout] for layout in LAYOUTS)]
-    table = []
+    single = []
     for part, label in VARIATIONS:
         names = [f"{layout}/{part}" if part else layout for layout in LAYOUTS]
-        table.append([label, *(_mark(by_name.get(name), name) for name in names)])
+        single.append([label, *(_mark(by_name.get(name), name) for name in names)])
     pairs = [row for row in rows if row["why"] == "pair"]
     counts, machine, versions = told["counts"], told["provenance"]["machine"], told["provenance"]["versions"]
     lines = [
@@ -63,11 +64,11 @@ def matrix(told: Document) -> list[str]:
         f" {told['num_cells'] - len(rows)} of {told['num_cells']} not run yet. {told['minutes']:.1f} minutes in all.",
         f"Device {told['device']}, backend {told['backend']}, {machine['cores']} cores, {told['provenance']['date']}.",
         "",
-        *_table(heading, table),
+        *table(heading, single),
         "",
         "Pairs:",
         "",
-        *_table(["cell", "state"], [[f"`{row['name']}`", _mark(row, row["name"])] for row in pairs]),
+        *table(["cell", "state"], [[f"`{row['name']}`", _mark(row, row["name"])] for row in pairs]),
         "",
         "What is said, in the first place where it is:",
         "",
@@ -88,22 +89,17 @@ def _said(row: Mapping[str, Any]) -> tuple[str, str]:
     return MARKS[row["state"]], (row["line"] or row.get("kss_refused", "")).replace("|", "/").replace("<", "&lt;")
 
 
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(cells)} |" for cells in (heading, *rows)]
-    return [lines[0], "|" + "---|" * len(heading), *lines[1:]]
-
-
 def endurance(told: Document) -> list[str]:
     """Memory along one long training, and what it had to do meanwhile."""
     resident, tensors = told["rss_bytes"], told["tensors"]
     megabytes = (max(resident) - resident[0]) / (1 << 20)
-    return textwrap.wrap(
-        f"Over {told['steps']:,} steps in {told['seconds'] / 60.0:.1f} minutes, a snapshot at each ({told['sent']:,}"
-        f" sent, {told['dropped']:,} dropped), KSS and a back-off in force: after the first quarter the process grew by"
-        f" {megabytes:.1f} MB at most, from {tensors[0]} live tensors to {tensors[-1]}, with {told['errors']} errors"
-        " of the agent.",
-        width=120,
-    )
+    grown = f"{megabytes:.1f} MB at most, from {tensors[0]} live tensors to {tensors[-1]}"
+    parts = [
+        f"Over {told['steps']:,} steps in {told['seconds'] / 60.0:.1f} minutes, a snapshot at each",
+        f"({told['sent']:,} sent, {told['dropped']:,} dropped), KSS and a back-off in force: after the first quarter",
+        f"the process grew by {grown}, with {told['errors']} errors of the agent.",
+    ]
+    return paragraph(parts)
 
 
 WRITERS = {"matrix": matrix, "endurance": endurance}
