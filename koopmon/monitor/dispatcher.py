@@ -58,9 +58,18 @@ class Dispatcher:
         self._metrics.set("risk", verdict.risk.value, run.name)
         self._metrics.set("forecast", verdict.risk.forecast, run.name)
         self._metrics.set("divergence_probability", guard.divergence_probability, run.name)
+        self._count(run, guard, verdict)
         self._record(run, guard, sample, verdict, non_finite=profile is None)
         if verdict.decision is not None and verdict.remarkable:
             self._issue(run, guard, sample, verdict, verdict.decision)
+
+    def _count(self, run: Run, guard: Guard, verdict: Verdict) -> None:
+        """What alerts ask of must not get lost between two scrapes."""
+        if guard.alarming(verdict.risk.value):
+            self._metrics.add("risk_alarms", run.name)
+        effect = None if verdict.decision is None else verdict.decision.took_effect
+        if effect is not None and guard.sends:
+            self._metrics.add("effect_checks", run.name, "effect" if effect else "no_effect")
 
     def _record(self, run: Run, guard: Guard, sample: Sample, verdict: Verdict, *, non_finite: bool) -> None:
         at = self._wall()

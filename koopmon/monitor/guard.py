@@ -114,6 +114,10 @@ class Guard:
         if (self.initial is None or not self.initial.informative) and step <= self._config.cadence.warmup_steps:
             self.initial = initial.initial_risk(profile)
 
+    def alarming(self, risk: float) -> bool:
+        """Whether a risk counts as high by the configuration."""
+        return risk >= self._config.policy.act_risk
+
     @property
     def divergence_probability(self) -> float | None:
         """At the highest learning rate seen so far; None without a calibrator for this run's kind of model, where the

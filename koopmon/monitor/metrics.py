@@ -54,6 +54,7 @@ REJECTIONS: tuple[str, ...] = tuple(dict.fromkeys((*REJECTION_REASONS, *MONITOR_
 DROPS: tuple[str, ...] = (*DROP_REASONS, *MONITOR_DROPS)
 COMMAND_KINDS: tuple[str, ...] = get_args(CommandKind)
 COMMAND_OUTCOMES: tuple[str, ...] = ("sent", "dry_run", *get_args(AckOutcome), "unanswered")
+EFFECTS = ("effect", "no_effect")
 DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 Kind = Literal["gauge", "counter", "histogram", "info"]
@@ -124,6 +125,14 @@ TABLE: tuple[Series, ...] = (
         "Commands by what became of them; one that was sent counts again with its answer.",
         ("run", "kind", "outcome"),
         {"kind": COMMAND_KINDS, "outcome": COMMAND_OUTCOMES},
+    ),
+    Series("risk_alarms", "counter", "Snapshots with a risk at which the policy acts.", RUN),
+    Series(
+        "effect_checks",
+        "counter",
+        "Snapshots that told whether the last action, once it had its time, brought the risk down.",
+        ("run", "outcome"),
+        {"outcome": EFFECTS},
     ),
     Series("messages_rejected", "counter", "Messages that were refused.", ("reason",), {"reason": REJECTIONS}),
     Series("dmd_duration_seconds", "histogram", "Time to profile one snapshot, all layers."),

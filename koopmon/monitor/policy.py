@@ -80,6 +80,8 @@ class Decision:
     commands: tuple[Action, ...]
     reason: str
     phase: Phase
+    took_effect: bool | None = None
+    """What this snapshot says of the last action; None while that has yet to show, or has shown it before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,13 @@ class _Case:
         """The last action has had its time to show an effect."""
         at = self.state.acted_at
         return at is None or self.seen.step - at >= self.config.cooldown_steps
+
+    @property
+    def took_effect(self) -> bool | None:
+        """What this snapshot says of the last action, if anything."""
+        if self.state.phase != "acting" or self.state.acted_at is None or not self.settled:
+            return None
+        return False if self.alarmed else True if self.risk.value < self.config.act_risk else None
 
     def calm_for(self, steps: int) -> bool:
         since = self.state.calm_since
@@ -152,15 +161,33 @@ def decide(
         if any(a.changes_training for a in actions):
             if len(case.state.action_times) + len(actions) > config.max_actions_per_hour:
                 reason = f"the budget of {config.max_actions_per_hour} actions per hour is spent; wanted: {wanted}"
-                return Decision(state=case.state, commands=extra, reason=reason, phase=case.state.phase)
+                return Decision(
+                    state=case.state,
+                    commands=extra,
+                    reason=reason,
+                    phase=case.state.phase,
+                    took_effect=case.took_effect,
+                )
             following = replace(following, action_times=following.action_times + (now,) * len(actions))
         said = (
             wanted
             or f"the action at step {state.acted_at} took effect: risk {state.risk_at_action:.2f} -> {risk.value:.2f}"
         )
-        return Decision(state=following, commands=extra + actions, reason=said, phase=following.phase)
+        return Decision(
+            state=following,
+            commands=extra + actions,
+            reason=said,
+            phase=following.phase,
+            took_effect=case.took_effect,
+        )
     reason = "; ".join(action.reason for action in extra) or f"risk {risk.value:.2f}: nothing to do ({risk.reason})"
-    return Decision(state=case.state, commands=extra, reason=reason, phase=case.state.phase)
+    return Decision(
+        state=case.state,
+        commands=extra,
+        reason=reason,
+        phase=case.state.phase,
+        took_effect=case.took_effect,
+    )
 
 
 def acknowledge(now: float, state: PolicyState, ack: Ack) -> PolicyState:

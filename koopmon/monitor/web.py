@@ -1,4 +1,4 @@
-"""The monitor's pages: /metrics, /healthz, /readyz, and an index of them. Who may read them is `login`'s to say."""
+"""The monitor's pages: /metrics, /healthz, /readyz, /alerts, and an index. Who may read them is `login`'s to say."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from koopmon.errors import EndpointError
 from koopmon.monitor import doorkeeper
+from koopmon.monitor.alerts_page import alerts_page
 from koopmon.monitor.login import Login
 
 STOP_SECONDS = 5.0
@@ -26,6 +27,7 @@ INDEX = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>koopmon monitor</title></head>
 <body><h1>koopmon monitor</h1><ul>
 <li><a href="metrics">metrics</a></li><li><a href="healthz">healthz</a></li><li><a href="readyz">readyz</a></li>
+<li><a href="alerts">alerts</a></li>
 </ul></body></html>
 """
 
@@ -121,6 +123,9 @@ def _application(registry: CollectorRegistry, checks: Mapping[str, Callable[[], 
     def index(_: Request) -> Response:
         return HTMLResponse(INDEX)
 
+    def alerts(_: Request) -> Response:
+        return HTMLResponse(alerts_page())
+
     def metrics(request: Request) -> Response:
         try:
             encode, content_type = choose_encoder(request.headers.get("accept", ""))
@@ -135,5 +140,5 @@ def _application(registry: CollectorRegistry, checks: Mapping[str, Callable[[], 
 
         return answer
 
-    pages = [Route("/", index), Route("/metrics", metrics)]
+    pages = [Route("/", index), Route("/alerts", alerts), Route("/metrics", metrics)]
     return Starlette(routes=[*pages, *(Route(f"/{name}", check(name)) for name in checks)])

@@ -1,0 +1,80 @@
+"""What `koopmon grafana export` writes: dashboards, rules and provisioning, each file by its path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from koopmon.grafana.dashboards import dashboards
+from koopmon.grafana.rules import grafana_alerting_file, prometheus_rules
+
+DATASOURCE_UID = "koopmon-prometheus"
+FOLDER = "koopmon"
+"""Title of the folder in Grafana, and its uid."""
+DASHBOARDS_DIRECTORY = "/var/lib/grafana/dashboards/koopmon"
+"""Where a provisioned Grafana looks for the dashboards, inside its container."""
+PROMETHEUS_URL = "http://prometheus:9090"
+
+
+def files(*, docs_url: str | None = None, prometheus_url: str = PROMETHEUS_URL) -> dict[str, str]:
+    """Text of each file, by its path below the directory of the export.
+
+    `docs_url`: see `prometheus_rules`; `prometheus_url` is where the provisioned Grafana finds Prometheus.
+    """
+    return {
+        **{f"dashboards/{uid}.json": json.dumps(each, indent=2) + "\n" for uid, each in dashboards().items()},
+        "prometheus/koopmon.rules.yml": _yaml(prometheus_rules(docs_url)),
+        "provisioning/alerting/koopmon.yml": _yaml(grafana_alerting_file(DATASOURCE_UID, FOLDER, docs_url=docs_url)),
+        "provisioning/dashboards/koopmon.yml": _yaml(dashboard_provider()),
+        "provisioning/datasources/koopmon.yml": _yaml(datasource_file(prometheus_url)),
+    }
+
+
+def write(directory: Path, contents: Mapping[str, str]) -> None:
+    """Write `contents` below `directory`, which is made; OSError when that cannot be done."""
+    for name, text in contents.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def dashboard_provider() -> dict[str, Any]:
+    """Grafana's `provisioning/dashboards`: the folder of files that it shows."""
+    return {
+        "apiVersion": 1,
+        "providers": [
+            {
+                "name": "koopmon",
+                "folder": FOLDER,
+                "folderUid": FOLDER,
+                "type": "file",
+                "allowUiUpdates": False,
+                "options": {"path": DASHBOARDS_DIRECTORY},
+            }
+        ],
+    }
+
+
+def datasource_file(prometheus_url: str) -> dict[str, Any]:
+    """Grafana's `provisioning/datasources`: the Prometheus that scrapes the monitor."""
+    return {
+        "apiVersion": 1,
+        "datasources": [
+            {
+                "name": "koopmon Prometheus",
+                "uid": DATASOURCE_UID,
+                "type": "prometheus",
+                "access": "proxy",
+                "url": prometheus_url,
+                "jsonData": {"httpMethod": "POST", "timeInterval": "5s"},
+            }
+        ],
+    }
+
+
+def _yaml(data: Mapping[str, Any]) -> str:
+    return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=4096))

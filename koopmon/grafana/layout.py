@@ -1,0 +1,114 @@
+"""A dashboard around its panels: rows, variables, links and annotations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from koopmon.grafana.panels import DATASOURCE, Json
+
+SCHEMA_VERSION = 39
+WIDTH = 24
+"""Columns of Grafana's grid."""
+
+Rows = Mapping[str, Sequence[tuple[Json, int, int]]]
+"""Panels with their width and height, in rows by title."""
+
+
+def datasource_variable() -> Json:
+    return {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "hide": 0}
+
+
+def label_variable(name: str, label: str, metric: str, of: str, *, many: bool = True) -> Json:
+    """The values of label `of` of `metric`; with `many` several at once, or all."""
+    text = f"label_values({metric},{of})"
+    variable: Json = {
+        "name": name,
+        "label": label,
+        "type": "query",
+        "datasource": DATASOURCE,
+        "query": {"query": text, "refId": "A"},
+        "definition": text,
+        "refresh": 2,
+        "sort": 3,
+        "includeAll": many,
+        "multi": many,
+        "hide": 0,
+    }
+    if many:
+        variable |= {"allValue": ".*", "current": {"text": "All", "value": "$__all"}}
+    return variable
+
+
+def annotation(name: str, expr: str, title: str, color: str) -> Json:
+    """Marks on every panel over time, where `expr` has samples."""
+    return {
+        "name": name,
+        "datasource": DATASOURCE,
+        "enable": True,
+        "hide": False,
+        "iconColor": color,
+        "expr": expr,
+        "titleFormat": title,
+        "step": "15s",
+    }
+
+
+def link(uid: str, title: str) -> Json:
+    """To another dashboard, with the same data source and the same time."""
+    return {
+        "type": "link",
+        "title": title,
+        "url": f"/d/{uid}?${{datasource:queryparam}}",
+        "icon": "dashboard",
+        "targetBlank": False,
+        "keepTime": True,
+        "includeVars": False,
+        "asDropdown": False,
+        "tags": [],
+        "tooltip": "",
+    }
+
+
+def dashboard(
+    uid: str,
+    title: str,
+    description: str,
+    rows: Rows,
+    *,
+    variables: Sequence[Json],
+    links: Sequence[Json],
+    annotations: Sequence[Json] = (),
+) -> Json:
+    """Panels are numbered and laid out from left to right, row by row."""
+    return {
+        "uid": uid,
+        "title": title,
+        "description": description,
+        "tags": ["koopmon"],
+        "timezone": "browser",
+        "editable": True,
+        "graphTooltip": 1,
+        "schemaVersion": SCHEMA_VERSION,
+        "refresh": "10s",
+        "time": {"from": "now-1h", "to": "now"},
+        "templating": {"list": list(variables)},
+        "annotations": {"list": list(annotations)},
+        "links": list(links),
+        "panels": list(_laid_out(rows)),
+    }
+
+
+def _laid_out(rows: Rows) -> Iterator[Json]:
+    number, top = 0, 0
+    for title, members in rows.items():
+        number += 1
+        place = {"x": 0, "y": top, "w": WIDTH, "h": 1}
+        yield {"id": number, "type": "row", "title": title, "collapsed": False, "gridPos": place, "panels": []}
+        top, left, tallest = top + 1, 0, 0
+        for each, width, height in members:
+            if left + width > WIDTH:
+                top, left, tallest = top + tallest, 0, 0
+            number += 1
+            yield {"id": number, **each, "gridPos": {"x": left, "y": top, "w": width, "h": height}}
+            left, tallest = left + width, max(tallest, height)
+        top += tallest

@@ -1,0 +1,224 @@
+"""Grafana's panels in small functions: queries, and what shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from koopmon.monitor.alerts import ACT_RISK, SEVERE_RISK
+
+Json = dict[str, Any]
+Steps = Sequence[tuple[float | None, str]]
+"""Thresholds by their colour, None for the lowest."""
+
+DATASOURCE: Json = {"type": "prometheus", "uid": "${datasource}"}
+GREEN, ORANGE, RED, BLUE, PURPLE, GREY = "green", "orange", "red", "blue", "purple", "text"
+CALM: Steps = ((None, GREEN),)
+RISK_STEPS: Steps = ((None, GREEN), (ACT_RISK, ORANGE), (SEVERE_RISK, RED))
+"""The numbers that the alerts and the policy go by."""
+RUN_STATES: Mapping[str, tuple[str, str]] = {"0": ("ended", GREY), "1": ("running", GREEN), "2": ("vanished", RED)}
+
+
+def query(expr: str, legend: str = "", *, instant: bool = False, table: bool = False) -> Json:
+    """One PromQL query; `legend` is a template of label names in double braces."""
+    return {
+        "datasource": DATASOURCE,
+        "editorMode": "code",
+        "expr": expr,
+        "legendFormat": legend or "__auto",
+        "instant": instant,
+        "range": not instant,
+        "format": "table" if table else "time_series",
+    }
+
+
+def panel(
+    kind: str,
+    title: str,
+    description: str,
+    queries: Iterable[Json],
+    *,
+    unit: str,
+    options: Mapping[str, Any],
+    steps: Steps = CALM,
+    defaults: Mapping[str, Any] | None = None,
+    overrides: Sequence[Json] = (),
+    transformations: Sequence[Json] = (),
+) -> Json:
+    """A panel of whatever kind. `unit` is one of Grafana's ids."""
+    return {
+        "type": kind,
+        "title": title,
+        "description": description,
+        "datasource": DATASOURCE,
+        "targets": [{"refId": chr(ord("A") + number), **each} for number, each in enumerate(queries)],
+        "fieldConfig": {
+            "defaults": {"unit": unit, "thresholds": thresholds(steps), **(defaults or {})},
+            "overrides": list(overrides),
+        },
+        "options": dict(options),
+        **({"transformations": list(transformations)} if transformations else {}),
+    }
+
+
+def stat(
+    title: str,
+    description: str,
+    queries: Sequence[Json],
+    *,
+    unit: str = "none",
+    steps: Steps = CALM,
+    mappings: Mapping[str, tuple[str, str]] | None = None,
+    decimals: int | None = None,
+    text: bool = False,
+) -> Json:
+    """The latest value, large; `text` shows the series' names instead."""
+    defaults: Json = {"mappings": [value_mapping(mappings)] if mappings else []}
+    if decimals is not None:
+        defaults["decimals"] = decimals
+    options = {
+        "colorMode": "value",
+        "graphMode": "none",
+        "justifyMode": "auto",
+        "orientation": "auto",
+        "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
+        "textMode": "name" if text else "auto",
+    }
+    return panel("stat", title, description, queries, unit=unit, options=options, steps=steps, defaults=defaults)
+
+
+def lines(
+    title: str,
+    description: str,
+    queries: Sequence[Json],
+    *,
+    unit: str = "none",
+    steps: Steps = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    log: bool = False,
+    bars: bool = False,
+    right: str | None = None,
+    link: str | None = None,
+) -> Json:
+    """Lines over time, or stacked bars. `right` names, as a pattern, the series of the right axis; `link` is where a
+    click on a line leads.
+    """
+    custom: Json = {
+        "drawStyle": "bars" if bars else "line",
+        "fillOpacity": 60 if bars else 0,
+        "lineWidth": 1,
+        "showPoints": "never",
+        "spanNulls": False,
+        "stacking": {"mode": "normal" if bars else "none", "group": "A"},
+        "scaleDistribution": {"type": "log", "log": 10} if log else {"type": "linear"},
+        "thresholdsStyle": {"mode": "dashed" if steps else "off"},
+    }
+    defaults: Json = {"custom": custom}
+    defaults |= {} if minimum is None else {"min": minimum}
+    defaults |= {} if maximum is None else {"max": maximum}
+    defaults |= {} if link is None else {"links": [{"title": "This run", "url": link}]}
+    options = {
+        "legend": {"calcs": ["lastNotNull", "max"], "displayMode": "table", "placement": "bottom", "showLegend": True},
+        "tooltip": {"mode": "multi", "sort": "desc"},
+    }
+    return panel(
+        "timeseries",
+        title,
+        description,
+        queries,
+        unit=unit,
+        options=options,
+        steps=steps or CALM,
+        defaults=defaults,
+        overrides=[override(right, {"custom.axisPlacement": "right"}, by="byRegexp")] if right else [],
+    )
+
+
+def heatmap(title: str, description: str, expr: str, *, unit: str = "none", scheme: str = "Oranges") -> Json:
+    """Rows of cells over time, one row for each layer of `expr`, in the order that they come in."""
+    options = {
+        "calculate": False,
+        "cellGap": 1,
+        "cellValues": {"unit": unit},
+        "color": {"mode": "scheme", "scheme": scheme, "steps": 64, "exponent": 0.5, "fill": "dark-orange"},
+        "filterValues": {"le": -1e9},
+        "legend": {"show": True},
+        "rowsFrame": {"layout": "auto"},
+        "tooltip": {"mode": "single", "showColorScale": True, "yHistogram": False},
+        "yAxis": {"axisPlacement": "left", "reverse": False, "axisLabel": "layer"},
+    }
+    defaults = {"custom": {"scaleDistribution": {"type": "linear"}}}
+    queries = [query(expr, "{{layer}}")]
+    return panel("heatmap", title, description, queries, unit=unit, options=options, defaults=defaults)
+
+
+def states(title: str, description: str, queries: Sequence[Json], mappings: Mapping[str, tuple[str, str]]) -> Json:
+    """Coloured stretches over time."""
+    options = {
+        "alignValue": "left",
+        "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
+        "mergeValues": True,
+        "rowHeight": 0.8,
+        "showValue": "auto",
+        "tooltip": {"mode": "single", "sort": "none"},
+    }
+    defaults = {"mappings": [value_mapping(mappings)], "custom": {"fillOpacity": 70, "lineWidth": 0}}
+    return panel("state-timeline", title, description, queries, unit="none", options=options, defaults=defaults)
+
+
+def table(
+    title: str,
+    description: str,
+    queries: Sequence[Json],
+    *,
+    columns: Mapping[str, str],
+    hidden: Sequence[str],
+    overrides: Sequence[Json] = (),
+) -> Json:
+    """Instant queries side by side; `columns` names what is shown, in that order, `hidden` what is not."""
+    organize = {
+        "excludeByName": dict.fromkeys(hidden, True),
+        "indexByName": {name: index for index, name in enumerate(columns)},
+        "renameByName": dict(columns),
+    }
+    return panel(
+        "table",
+        title,
+        description,
+        queries,
+        unit="none",
+        options={"cellHeight": "sm", "footer": {"show": False}, "showHeader": True},
+        defaults={"custom": {"align": "auto", "filterable": True}},
+        overrides=overrides,
+        transformations=[{"id": "merge", "options": {}}, {"id": "organize", "options": organize}],
+    )
+
+
+def override(name: str, properties: Mapping[str, Any], *, by: str = "byName") -> Json:
+    """Other properties for the fields called `name`."""
+    return {
+        "matcher": {"id": by, "options": name},
+        "properties": [{"id": key, "value": value} for key, value in properties.items()],
+    }
+
+
+def thresholds(steps: Steps) -> Json:
+    return {"mode": "absolute", "steps": [{"value": value, "color": color} for value, color in steps]}
+
+
+def value_mapping(texts: Mapping[str, tuple[str, str]]) -> Json:
+    """Values by their text and colour."""
+    options = {
+        value: {"text": text, "color": color, "index": index}
+        for index, (value, (text, color)) in enumerate(texts.items())
+    }
+    return {"type": "value", "options": options}
+
+
+def by_depth(expr: str) -> str:
+    """`expr` with its series in the order of their layers: Prometheus sorts by labels, and as text 10 is before 2."""
+    for digits in range(1, 5):
+        pad = "0" * (4 - digits)
+        expr = f'label_replace({expr}, "depth", "{pad}$1", "layer", "([0-9]{{{digits}}})(-.*)?")'
+    return expr
