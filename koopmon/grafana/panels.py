@@ -12,7 +12,7 @@ Steps = Sequence[tuple[float | None, str]]
 """Thresholds by their colour, None for the lowest."""
 
 DATASOURCE: Json = {"type": "prometheus", "uid": "${datasource}"}
-GREEN, ORANGE, RED, BLUE, PURPLE, GREY = "green", "orange", "red", "blue", "purple", "text"
+GREEN, ORANGE, RED, BLUE, GREY = "green", "orange", "red", "blue", "text"
 CALM: Steps = ((None, GREEN),)
 RISK_STEPS: Steps = ((None, GREEN), (ACT_RISK, ORANGE), (SEVERE_RISK, RED))
 """The numbers that the alerts and the policy go by."""

@@ -7,8 +7,6 @@ from koopmon.grafana.panels import (
     BLUE,
     GREEN,
     ORANGE,
-    PURPLE,
-    RED,
     RISK_STEPS,
     RUN_STATES,
     Json,
@@ -56,18 +54,15 @@ def make() -> Json:
 
 
 def _commands() -> list[Json]:
-    """Every command, by what it was about; a mark is as wide as the window in which it is looked for."""
+    """Every command and what became of it; a mark is as wide as the window in which it is looked for."""
 
-    def changed(name: str, selector: str, color: str) -> Json:
-        changes = f'changes(koopmon_commands_total{{run=~"$run",{selector}}}[1m])'
+    def changed(name: str, kinds: str, color: str) -> Json:
+        changes = f'changes(koopmon_commands_total{{run=~"$run",{kinds},outcome!="sent"}}[1m])'
         return annotation(name, f"sum by (run, kind, outcome) ({changes}) > 0", "{{kind}} {{outcome}}", color)
 
-    in_force = 'outcome=~"applied|dry_run"'
     return [
-        changed("Learning rate", f'kind="set_lr_scale",{in_force}', ORANGE),
-        changed("KSS", f'kind="set_kss",{in_force}', BLUE),
-        changed("Other commands", f'kind!~"set_lr_scale|set_kss",{in_force}', PURPLE),
-        changed("Not applied", 'outcome=~"refused|failed|expired|unanswered"', RED),
+        changed("Actions", 'kind!="set_cadence"', ORANGE),
+        changed("Cadence", 'kind="set_cadence"', BLUE),
     ]
 
 

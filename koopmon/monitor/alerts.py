@@ -22,7 +22,6 @@ LIKELY = 0.5
 """Probability of divergence that is told."""
 HIGH_FORECAST = 0.8
 STALE_SECONDS = 600
-STALLED_MINUTES = 15
 MAX_OVERHEAD_RATIO = 4 * CadenceConfig().budget_ratio
 MAX_DROPPED_RATIO = 0.5
 MAX_REJECTED_PER_SECOND = 0.1
@@ -93,7 +92,7 @@ ALERTS: tuple[Alert, ...] = (
         for_seconds=30,
         keep_firing_seconds=120,
         summary="{{ $labels.run }}: the risk of divergence stays high",
-        description="The mean risk of the last minute is {{ $value | humanize }}.",
+        description='The mean risk of the last minute is {{ $value | printf "%.2f" }}.',
         means=f"Over a minute and more the mean risk was at least {ACT_RISK:g} (`[policy] act_risk`): either nothing"
         " acts, or what was done is not enough. A run whose states are not finite any more has risk 1.",
         look="The commands of the run, their outcomes and the learning-rate scale; whether the run is watch-only"
@@ -109,7 +108,7 @@ ALERTS: tuple[Alert, ...] = (
         for_seconds=60,
         keep_firing_seconds=300,
         summary="{{ $labels.run }}: what is known beforehand speaks for divergence",
-        description="The mean forecast of the last five minutes is {{ $value | humanize }}.",
+        description='The mean forecast of the last five minutes is {{ $value | printf "%.2f" }}.',
         means="By learning rate, width, depth and normalisation, and by the loss or the spectrum since, runs like this"
         " one often diverge. No layer need have lurched yet. The forecast only warns; no policy acts on it.",
         look="The forecast beside the risk: a forecast that was high from the first step speaks of the configuration,"
@@ -152,9 +151,9 @@ ALERTS: tuple[Alert, ...] = (
         name="KoopmonActionWithoutEffect",
         group="risk",
         severity="critical",
-        expr=f'increase(koopmon_effect_checks_total{{outcome="no_effect"}}[5m]) > 0 {RUNNING}',
+        expr=f'{BY_RUN} (increase(koopmon_effect_checks_total{{outcome="no_effect"}}[5m])) > 0 {RUNNING}',
         summary="{{ $labels.run }}: the risk is still high after an action",
-        description="{{ $value | humanize }} snapshots of the last five minutes found the last action without effect.",
+        description='{{ $value | printf "%.0f" }} snapshots of the last five minutes saw no effect of the last action.',
         means="A command was applied and had its time (`[policy] cooldown_steps`), and the risk is high all the same."
         " koopmon goes further down, as far as `[policy] min_lr_scale`, and no further.",
         look="Whether the risk falls with the next cut; whether the scale is at its least already; whether the"
@@ -172,7 +171,7 @@ ALERTS: tuple[Alert, ...] = (
             '{kind=~"set_lr_scale|set_kss|stop",outcome=~"refused|failed|expired|unanswered"}[10m])) > 0'
         ),
         summary="{{ $labels.run }}: a command was not applied",
-        description="{{ $value | humanize }} commands of the last ten minutes changed nothing in the run.",
+        description='{{ $value | printf "%.0f" }} commands of the last ten minutes changed nothing in the run.',
         means="The agent refused a command, the ranks could not agree on a step, or no answer came before it expired."
         " Training goes on as it was; the guard does not act.",
         look="The agent's log line that names the reason (a cap in `[limits]`, a layout that is watch-only, a hung"
@@ -198,12 +197,12 @@ ALERTS: tuple[Alert, ...] = (
         name="KoopmonTrainingStalled",
         group="run",
         severity="warning",
-        expr=f"changes(koopmon_step[{STALLED_MINUTES}m]) == 0 {RUNNING}",
-        for_seconds=STALLED_MINUTES * 60,
+        expr=f"changes(koopmon_step[5m]) == 0 {RUNNING}",
+        for_seconds=600,
         summary="{{ $labels.run }}: no optimizer step in a quarter of an hour",
         description="The agents answer, and the step does not move.",
-        means=f"The ranks live, and for {STALLED_MINUTES} minutes none has taken an optimizer step: a hung collective,"
-        " a stuck data loader, or a long evaluation or checkpoint.",
+        means="The ranks live, and for a quarter of an hour none has taken an optimizer step: a hung collective, a"
+        " stuck data loader, or a long evaluation or checkpoint.",
         look="The job's own log; the stacks of its ranks (`py-spy dump --pid PID`).",
         do="When it is an evaluation: nothing, or silence the alert for the time. Else restart the job.",
         panel=("koopmon-run", "Steps per second"),
@@ -236,7 +235,7 @@ ALERTS: tuple[Alert, ...] = (
             f" koopmon_taps_missing offset 10m) {RUNNING}"
         ),
         summary="{{ $labels.run }}: a layer was not seen",
-        description="In {{ $value | humanize }} snapshots of the last ten minutes a tap did not fire.",
+        description='In {{ $value | printf "%.0f" }} snapshots of the last ten minutes a tap did not fire.',
         means="A forward pass went round a tapped block, or the model was compiled or wrapped after `attach`, so that"
         " hooks do not fire. Layers are missing from the spectra.",
         look="The agent's log line at the first missing tap; what changed about the model since the start (compile,"
@@ -269,7 +268,7 @@ ALERTS: tuple[Alert, ...] = (
         name="KoopmonNotInformative",
         group="run",
         severity="info",
-        expr=f"max_over_time(koopmon_informative[30m]) == 0 {RUNNING}",
+        expr=f"koopmon_informative == 0 {RUNNING}",
         for_seconds=1800,
         summary="{{ $labels.run }}: its spectra say nothing",
         description="For half an hour no profile was informative: koopmon is blind on this run.",
@@ -316,7 +315,7 @@ ALERTS: tuple[Alert, ...] = (
         group="monitor",
         severity="critical",
         expr="koopmon_store_recording == 0",
-        for_seconds=30,
+        for_seconds=60,
         summary="The monitor at {{ $labels.instance }} cannot record",
         description="Its store is paused, and decisions wait until they can be written down.",
         means="The disk is full, read-only or failing. koopmon does not act without a record, so its runs are"
@@ -333,7 +332,7 @@ ALERTS: tuple[Alert, ...] = (
         for_seconds=60,
         keep_firing_seconds=120,
         summary="The monitor at {{ $labels.instance }} falls behind",
-        description="For five minutes its queue was never empty; {{ $value | humanize }} snapshots or more wait.",
+        description='For five minutes {{ $value | printf "%.0f" }} snapshots or more have waited at any time.',
         means="Snapshots come faster than the engine profiles them. Warnings come late, and once the queue is full"
         " (`[monitor] queue_length`) the oldest snapshots give way.",
         look="The duration of a profile, the number of runs and layers, and what else runs on the host.",
@@ -347,7 +346,7 @@ ALERTS: tuple[Alert, ...] = (
         severity="warning",
         expr="increase(koopmon_engine_failures_total[10m]) > 0",
         summary="The monitor at {{ $labels.instance }} could not judge snapshots",
-        description="{{ $value | humanize }} snapshots of the last ten minutes were not profiled or judged.",
+        description='{{ $value | printf "%.0f" }} snapshots of the last ten minutes were not profiled or judged.',
         means="An error inside the monitor kept a snapshot from being profiled or judged. Other runs are not touched.",
         look="The monitor's log has the traceback.",
         do="Report it with that traceback. A run that is hit by it again and again is unguarded.",
@@ -363,7 +362,7 @@ ALERTS: tuple[Alert, ...] = (
         for_seconds=300,
         keep_firing_seconds=300,
         summary="The monitor at {{ $labels.instance }} refuses messages: {{ $labels.reason }}",
-        description="{{ $value | humanize }} messages a second are refused as {{ $labels.reason }}.",
+        description='{{ $value | printf "%.1f" }} messages a second are refused as {{ $labels.reason }}.',
         means="Someone speaks to the monitor in a way that it does not accept: another version of koopmon (`version`),"
         " a key that it does not know (`key`, `handshake`), a job that shares its name with another"
         " (`stale_incarnation`), or a stranger on the port (`garbage`, `http_garbage`).",

@@ -1,0 +1,308 @@
+"""What makes each alert fire and what leaves it calm, as series that promtool reads: one sample every 15 seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+INTERVAL_SECONDS = 15
+RUN = {"job": "koopmon", "instance": "monitor:9464", "run": "gpt"}
+MONITOR = {"job": "koopmon", "instance": "monitor:9464"}
+
+
+@dataclass(frozen=True, slots=True)
+class Firing:
+    """At `minute` the alert fires once, with `labels` beside its own, and says `description`."""
+
+    series: Mapping[str, str]
+    minute: float
+    description: str
+    labels: Mapping[str, str] = field(default_factory=lambda: RUN)
+
+
+@dataclass(frozen=True, slots=True)
+class Calm:
+    """At `minute` it does not fire."""
+
+    series: Mapping[str, str]
+    minute: float
+
+
+def run(name: str, **labels: str) -> str:
+    """A series of the run, as its selector."""
+    return _selector(name, {**RUN, **labels})
+
+
+def monitor(name: str, **labels: str) -> str:
+    return _selector(name, {**MONITOR, **labels})
+
+
+def _selector(name: str, labels: Mapping[str, str]) -> str:
+    return name + as_text(labels)
+
+
+def as_text(labels: Mapping[str, str]) -> str:
+    """Labels as PromQL writes them."""
+    return "{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}"
+
+
+RUNNING = {run("koopmon_run_state"): "1x400"}
+ENDED = {run("koopmon_run_state"): "1x20 0x400"}
+COMMANDS, EFFECTS = "koopmon_commands_total", "koopmon_effect_checks_total"
+DROPPED, RECEIVED = "koopmon_snapshots_dropped_total", "koopmon_snapshots_received_total"
+SNAPSHOT_TIME = "koopmon_last_snapshot_timestamp_seconds"
+
+FIRING: Mapping[str, tuple[Firing, ...]] = {
+    "KoopmonRiskSpike": (
+        Firing(
+            RUNNING | {run("koopmon_risk_alarms_total"): "0x20 1x20"},
+            5.5,
+            "In the last minute the risk of divergence was high enough to act on.",
+        ),
+    ),
+    "KoopmonRiskHigh": (
+        Firing(RUNNING | {run("koopmon_risk"): "0x20 0.9x20"}, 8, "The mean risk of the last minute is 0.90."),
+    ),
+    "KoopmonForecastHigh": (
+        Firing(
+            RUNNING | {run("koopmon_forecast"): "0.9375x60"},
+            10,
+            "The mean forecast of the last five minutes is 0.94.",
+        ),
+    ),
+    "KoopmonDivergenceLikely": (
+        Firing(
+            RUNNING | {run("koopmon_divergence_probability"): "0.75x60"},
+            10,
+            "The calibrated probability of divergence is 75%.",
+        ),
+    ),
+    "KoopmonActionTaken": (
+        Firing(
+            {run(COMMANDS, kind="set_lr_scale", outcome="applied"): "0x20 1x40"},
+            7,
+            "koopmon changed how this run trains; the monitor's log of decisions says why.",
+            {**RUN, "kind": "set_lr_scale"},
+        ),
+    ),
+    "KoopmonActionWithoutEffect": (
+        Firing(
+            RUNNING | {run(EFFECTS, outcome="no_effect"): "0x20 2x40"},
+            10,
+            "2 snapshots of the last five minutes saw no effect of the last action.",
+        ),
+    ),
+    "KoopmonCommandNotApplied": (
+        Firing(
+            {run(COMMANDS, kind="set_lr_scale", outcome=outcome): "0x20 1x60" for outcome in ("refused", "expired")},
+            15,
+            "2 commands of the last ten minutes changed nothing in the run.",
+        ),
+    ),
+    "KoopmonRunVanished": (
+        Firing(
+            {run("koopmon_run_state"): "1x20 2x60"}, 10, "No rank of the run has been heard of, and none said goodbye."
+        ),
+    ),
+    "KoopmonTrainingStalled": (
+        Firing(RUNNING | {run("koopmon_step"): "0+1x20 20x200"}, 25, "The agents answer, and the step does not move."),
+    ),
+    "KoopmonSnapshotsStale": (
+        Firing(
+            RUNNING | {run("koopmon_step"): "0+1x200", run(SNAPSHOT_TIME): "60x200"},
+            20,
+            "The run takes optimizer steps, and its last snapshot is more than ten minutes old, or none came.",
+        ),
+        Firing(
+            RUNNING | {run("koopmon_step"): "0+1x200"},
+            20,
+            "The run takes optimizer steps, and its last snapshot is more than ten minutes old, or none came.",
+        ),
+    ),
+    "KoopmonTapsMissing": (
+        Firing(
+            RUNNING | {run("koopmon_taps_missing"): "0x20 2x60"},
+            15,
+            "In 2 snapshots of the last ten minutes a tap did not fire.",
+        ),
+        Firing(
+            RUNNING | {run("koopmon_taps_missing"): "_x20 3x60"},
+            7,
+            "In 3 snapshots of the last ten minutes a tap did not fire.",
+        ),
+    ),
+    "KoopmonSnapshotsDropped": (
+        Firing(
+            {run(DROPPED, reason="queue_full"): "0+3x200", run(RECEIVED): "0+1x200"},
+            20,
+            "75% of the last ten minutes' snapshots were lost on the way.",
+        ),
+    ),
+    "KoopmonNotInformative": (
+        Firing(
+            RUNNING | {run("koopmon_informative"): "0x200"},
+            35,
+            "For half an hour no profile was informative: koopmon is blind on this run.",
+        ),
+    ),
+    "KoopmonAgentOverhead": (
+        Firing(
+            RUNNING | {run("koopmon_agent_overhead_ratio"): "0.0625x100"},
+            15,
+            "A rank spends 6.25% of its step time in koopmon's hooks.",
+        ),
+    ),
+    "KoopmonMonitorDown": (
+        Firing(
+            {monitor("up"): "1x10 0x20"},
+            5,
+            "Prometheus could not scrape it for a minute. Its runs go on as they are, unguarded.",
+            MONITOR,
+        ),
+    ),
+    "KoopmonStorePaused": (
+        Firing(
+            {monitor("koopmon_store_recording"): "1x10 0x20"},
+            5,
+            "Its store is paused, and decisions wait until they can be written down.",
+            MONITOR,
+        ),
+    ),
+    "KoopmonDmdBacklog": (
+        Firing(
+            {monitor("koopmon_engine_queue_length"): "2x60"},
+            10,
+            "For five minutes 2 snapshots or more have waited at any time.",
+            MONITOR,
+        ),
+    ),
+    "KoopmonEngineFailing": (
+        Firing(
+            {monitor("koopmon_engine_failures_total"): "0x20 1x60"},
+            15,
+            "1 snapshots of the last ten minutes were not profiled or judged.",
+            MONITOR,
+        ),
+    ),
+    "KoopmonMessagesRejected": (
+        Firing(
+            {monitor("koopmon_messages_rejected_total", reason="key"): "0+15x80"},
+            12,
+            "1.0 messages a second are refused as key.",
+            {**MONITOR, "reason": "key"},
+        ),
+    ),
+}
+
+CALM: Mapping[str, tuple[Calm, ...]] = {
+    "KoopmonRiskSpike": (
+        Calm(RUNNING | {run("koopmon_risk_alarms_total"): "7x60"}, 10),
+        Calm(ENDED | {run("koopmon_risk_alarms_total"): "0x24 1x20"}, 6.5),
+    ),
+    "KoopmonRiskHigh": (
+        Calm(RUNNING | {run("koopmon_risk"): "0.1x20 0.9 0.1x40"}, 5.5),
+        Calm(ENDED | {run("koopmon_risk"): "0.1x20 1x40"}, 14),
+    ),
+    "KoopmonForecastHigh": (Calm(RUNNING | {run("koopmon_forecast"): "0.5x60"}, 10),),
+    "KoopmonDivergenceLikely": (
+        Calm(RUNNING | {run("koopmon_divergence_probability"): "0.2x60"}, 10),
+        Calm(RUNNING, 10),  # no calibrator
+    ),
+    "KoopmonActionTaken": (
+        Calm(
+            {
+                run(COMMANDS, kind="set_lr_scale", outcome="applied"): "3x60",
+                run(COMMANDS, kind="set_lr_scale", outcome="dry_run"): "0+1x60",
+                run(COMMANDS, kind="set_cadence", outcome="applied"): "0+1x60",
+            },
+            10,
+        ),
+    ),
+    "KoopmonActionWithoutEffect": (
+        Calm(RUNNING | {run(EFFECTS, outcome="effect"): "0+1x60", run(EFFECTS, outcome="no_effect"): "4x60"}, 10),
+    ),
+    "KoopmonCommandNotApplied": (
+        Calm(
+            {
+                run(COMMANDS, kind="set_lr_scale", outcome="applied"): "0+1x60",
+                run(COMMANDS, kind="set_lr_scale", outcome="refused"): "2x60",
+                run(COMMANDS, kind="set_cadence", outcome="expired"): "0+1x60",
+            },
+            12,
+        ),
+    ),
+    "KoopmonRunVanished": (Calm(ENDED, 10), Calm({run("koopmon_run_state"): "1x20 2x380"}, 90)),
+    "KoopmonTrainingStalled": (
+        Calm(RUNNING | {run("koopmon_step"): "0+1x200"}, 40),
+        Calm(ENDED | {run("koopmon_step"): "20x200"}, 40),
+    ),
+    "KoopmonSnapshotsStale": (
+        Calm(RUNNING | {run("koopmon_step"): "0+1x200", run(SNAPSHOT_TIME): "0+15x200"}, 20),
+        Calm(RUNNING | {run("koopmon_step"): "7x200", run(SNAPSHOT_TIME): "60x200"}, 20),  # KoopmonTrainingStalled's
+    ),
+    "KoopmonTapsMissing": (Calm(RUNNING | {run("koopmon_taps_missing"): "5x200"}, 40),),
+    "KoopmonSnapshotsDropped": (
+        Calm(
+            {
+                run(DROPPED, reason="budget"): "0+9x200",
+                run(DROPPED, reason="not_finite"): "0+9x200",
+                run(DROPPED, reason="queue_full"): "0x200",
+                run(RECEIVED): "0+1x200",
+            },
+            20,
+        ),
+        Calm({run(DROPPED, reason="queue_full"): "0x200", run(RECEIVED): "5x200"}, 20),  # nothing at all: 0 of 0
+    ),
+    "KoopmonNotInformative": (Calm(RUNNING | {run("koopmon_informative"): "0x60 1 0x100"}, 35),),
+    "KoopmonAgentOverhead": (Calm(RUNNING | {run("koopmon_agent_overhead_ratio"): "0.004x100"}, 15),),
+    "KoopmonMonitorDown": (
+        Calm({monitor("up"): "1x20", 'up{job="node",instance="elsewhere:9100"}': "0x20"}, 5),
+        Calm({monitor("up"): "1x10 0 0 1x10"}, 4),  # two scrapes that failed
+    ),
+    "KoopmonStorePaused": (Calm({monitor("koopmon_store_recording"): "1x20"}, 5),),
+    "KoopmonDmdBacklog": (Calm({monitor("koopmon_engine_queue_length"): "3 3 0 " * 20}, 10),),
+    "KoopmonEngineFailing": (Calm({monitor("koopmon_engine_failures_total"): "4x60"}, 15),),
+    "KoopmonMessagesRejected": (Calm({monitor("koopmon_messages_rejected_total", reason="key"): "0+1x80"}, 12),),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Flapping:
+    """A condition that comes and goes until `until_minute`: one alert without a gap, then none at `calm_minute`."""
+
+    series: Mapping[str, str]
+    from_minute: float
+    until_minute: float
+    calm_minute: float
+
+
+UNREST = "0.9 0.9 0.9 0.9 0.1 0.1 0.1 0.1 "
+"""Above the threshold for a minute, below it for another."""
+
+FLAPPING: Mapping[str, Flapping] = {
+    "KoopmonRiskSpike": Flapping(
+        RUNNING
+        | {run("koopmon_risk_alarms_total"): "0x20 " + " ".join(f"{n} {n} {n}" for n in range(1, 21)) + " 20x60"},
+        from_minute=6,
+        until_minute=20,
+        calm_minute=22,
+    ),
+    "KoopmonRiskHigh": Flapping(
+        RUNNING | {run("koopmon_risk"): "0.1x20 " + UNREST * 8 + "0.1x60"},
+        from_minute=7,
+        until_minute=20,
+        calm_minute=26,
+    ),
+    "KoopmonForecastHigh": Flapping(
+        RUNNING | {run("koopmon_forecast"): "0.95x23 " + ("0.5x7 0.95x23 ") * 3 + "0.1x100"},
+        from_minute=7,
+        until_minute=30,
+        calm_minute=40,
+    ),
+    "KoopmonDivergenceLikely": Flapping(
+        RUNNING | {run("koopmon_divergence_probability"): "0.6x11 " + "0.4x7 0.6x7 " * 4 + "0.4x100"},
+        from_minute=3,
+        until_minute=18,
+        calm_minute=28,
+    ),
+}
