@@ -38,19 +38,28 @@ def export(
     prometheus_url: Annotated[
         str, typer.Option("--prometheus-url", metavar="URL", help="Where the provisioned Grafana finds Prometheus.")
     ] = "http://prometheus:9090",
+    docs: Annotated[
+        Path | None,
+        typer.Option("--docs", metavar="DIR", help="Write the pages alerts.md and metrics.md there, for --docs-url."),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Write dashboards, Prometheus' rules and Grafana's provisioning as files."""
     # Late: the metrics' library comes with it.
     from koopmon.grafana.files import files, write
+    from koopmon.grafana.pages import pages
 
-    contents = files(docs_url=docs_url, prometheus_url=prometheus_url)
-    try:
-        write(directory, contents)
-    except OSError as error:
-        raise KoopmonError(f"{error.filename or directory}: cannot be written: {error.strerror}") from None
+    wanted = {directory: files(docs_url=docs_url, prometheus_url=prometheus_url)}
+    if docs is not None:
+        wanted[docs] = {**wanted.get(docs, {}), **pages()}
+    for place, contents in wanted.items():
+        try:
+            write(place, contents)
+        except OSError as error:
+            raise KoopmonError(f"{error.filename or place}: cannot be written: {error.strerror}") from None
     if as_json:
-        print(json.dumps({"directory": str(directory), "files": sorted(contents)}))  # noqa: T201 - a result
-    else:
-        say(f"{len(contents)} files in {directory}")
+        written = sorted(str(place / name) for place, contents in wanted.items() for name in contents)
+        print(json.dumps({"files": written}))  # noqa: T201 - a result
+    for place, contents in () if as_json else wanted.items():
+        say(f"{len(contents)} files in {place}")
     return 0

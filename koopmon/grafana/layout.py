@@ -20,14 +20,12 @@ def datasource_variable() -> Json:
 
 def label_variable(name: str, label: str, metric: str, of: str, *, many: bool = True) -> Json:
     """The values of label `of` of `metric`; with `many` several at once, or all."""
-    text = f"label_values({metric},{of})"
     variable: Json = {
         "name": name,
         "label": label,
         "type": "query",
         "datasource": DATASOURCE,
-        "query": {"query": text, "refId": "A"},
-        "definition": text,
+        "query": {"query": f"label_values({metric},{of})", "refId": "A"},
         "refresh": 2,
         "sort": 3,
         "includeAll": many,

@@ -27,8 +27,11 @@ MAX_DROPPED_RATIO = 0.5
 MAX_REJECTED_PER_SECOND = 0.1
 
 ON_RUN = "on (job, instance, run)"
-RUNNING = f"and {ON_RUN} koopmon_run_state == 1"
+STATE = "last_over_time(koopmon_run_state[2m])"
+"""Over a window, as every gauge here: one scrape that fails must not end an alert, or begin its time anew."""
+RUNNING = f"and {ON_RUN} {STATE} == 1"
 BY_RUN = "sum by (job, instance, run)"
+SNAPSHOT_TIME = "last_over_time(koopmon_last_snapshot_timestamp_seconds[2m])"
 LOST = 'koopmon_snapshots_dropped_total{reason!~"budget|not_finite|superseded"}'
 """Snapshots that somebody wanted and nobody got."""
 
@@ -120,7 +123,7 @@ ALERTS: tuple[Alert, ...] = (
         name="KoopmonDivergenceLikely",
         group="risk",
         severity="warning",
-        expr=f"koopmon_divergence_probability >= {LIKELY:g} {RUNNING}",
+        expr=f"last_over_time(koopmon_divergence_probability[2m]) >= {LIKELY:g} {RUNNING}",
         for_seconds=60,
         keep_firing_seconds=300,
         summary="{{ $labels.run }}: at this learning rate it probably diverges",
@@ -183,7 +186,7 @@ ALERTS: tuple[Alert, ...] = (
         name="KoopmonRunVanished",
         group="run",
         severity="critical",
-        expr=f"koopmon_run_state == 2 unless {ON_RUN} koopmon_run_state offset 1h == 2",
+        expr=f"{STATE} == 2 unless {ON_RUN} last_over_time(koopmon_run_state[2m] offset 1h) == 2",
         summary="{{ $labels.run }} vanished",
         description="No rank of the run has been heard of, and none said goodbye.",
         means="The job was killed, its node died, or the network between job and monitor broke. The alert stays for an"
@@ -212,8 +215,7 @@ ALERTS: tuple[Alert, ...] = (
         group="run",
         severity="warning",
         expr=(
-            f"(time() - koopmon_last_snapshot_timestamp_seconds > {STALE_SECONDS}"
-            f" or koopmon_run_state == 1 unless {ON_RUN} koopmon_last_snapshot_timestamp_seconds)"
+            f"(time() - {SNAPSHOT_TIME} > {STALE_SECONDS} or {STATE} == 1 unless {ON_RUN} {SNAPSHOT_TIME})"
             f" and {ON_RUN} changes(koopmon_step[10m]) > 0 {RUNNING}"
         ),
         for_seconds=300,
@@ -231,8 +233,8 @@ ALERTS: tuple[Alert, ...] = (
         group="run",
         severity="warning",
         expr=(
-            f"(delta(koopmon_taps_missing[10m]) > 0 or koopmon_taps_missing > 0 unless {ON_RUN}"
-            f" koopmon_taps_missing offset 10m) {RUNNING}"
+            "(delta(koopmon_taps_missing[10m]) > 0 or last_over_time(koopmon_taps_missing[2m]) > 0"
+            f" unless {ON_RUN} last_over_time(koopmon_taps_missing[2m] offset 10m)) {RUNNING}"
         ),
         summary="{{ $labels.run }}: a layer was not seen",
         description='In {{ $value | printf "%.0f" }} snapshots of the last ten minutes a tap did not fire.',
@@ -268,7 +270,7 @@ ALERTS: tuple[Alert, ...] = (
         name="KoopmonNotInformative",
         group="run",
         severity="info",
-        expr=f"koopmon_informative == 0 {RUNNING}",
+        expr=f"max_over_time(koopmon_informative[2m]) == 0 {RUNNING}",
         for_seconds=1800,
         summary="{{ $labels.run }}: its spectra say nothing",
         description="For half an hour no profile was informative: koopmon is blind on this run.",
@@ -283,7 +285,7 @@ ALERTS: tuple[Alert, ...] = (
         name="KoopmonAgentOverhead",
         group="run",
         severity="warning",
-        expr=f"koopmon_agent_overhead_ratio > {MAX_OVERHEAD_RATIO:g} {RUNNING}",
+        expr=f"avg_over_time(koopmon_agent_overhead_ratio[5m]) > {MAX_OVERHEAD_RATIO:g} {RUNNING}",
         for_seconds=600,
         keep_firing_seconds=300,
         summary="{{ $labels.run }}: koopmon takes more than its share",
@@ -314,7 +316,7 @@ ALERTS: tuple[Alert, ...] = (
         name="KoopmonStorePaused",
         group="monitor",
         severity="critical",
-        expr="koopmon_store_recording == 0",
+        expr="max_over_time(koopmon_store_recording[1m]) == 0",
         for_seconds=60,
         summary="The monitor at {{ $labels.instance }} cannot record",
         description="Its store is paused, and decisions wait until they can be written down.",

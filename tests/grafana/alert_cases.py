@@ -47,6 +47,8 @@ def as_text(labels: Mapping[str, str]) -> str:
 
 
 RUNNING = {run("koopmon_run_state"): "1x400"}
+RUNNING_WITH_GAPS = {run("koopmon_run_state"): "1x30 stale 1x13 stale 1x400"}
+"""Two scrapes failed."""
 ENDED = {run("koopmon_run_state"): "1x20 0x400"}
 COMMANDS, EFFECTS = "koopmon_commands_total", "koopmon_effect_checks_total"
 DROPPED, RECEIVED = "koopmon_snapshots_dropped_total", "koopmon_snapshots_received_total"
@@ -259,7 +261,7 @@ CALM: Mapping[str, tuple[Calm, ...]] = {
         Calm({monitor("up"): "1x20", 'up{job="node",instance="elsewhere:9100"}': "0x20"}, 5),
         Calm({monitor("up"): "1x10 0 0 1x10"}, 4),  # two scrapes that failed
     ),
-    "KoopmonStorePaused": (Calm({monitor("koopmon_store_recording"): "1x20"}, 5),),
+    "KoopmonStorePaused": (Calm({monitor("koopmon_store_recording"): "1x8 0 0 1x20"}, 4),),
     "KoopmonDmdBacklog": (Calm({monitor("koopmon_engine_queue_length"): "3 3 0 " * 20}, 10),),
     "KoopmonEngineFailing": (Calm({monitor("koopmon_engine_failures_total"): "4x60"}, 15),),
     "KoopmonMessagesRejected": (Calm({monitor("koopmon_messages_rejected_total", reason="key"): "0+1x80"}, 12),),
@@ -288,19 +290,19 @@ FLAPPING: Mapping[str, Flapping] = {
         calm_minute=22,
     ),
     "KoopmonRiskHigh": Flapping(
-        RUNNING | {run("koopmon_risk"): "0.1x20 " + UNREST * 8 + "0.1x60"},
+        RUNNING_WITH_GAPS | {run("koopmon_risk"): "0.1x20 " + UNREST * 8 + "0.1x60"},
         from_minute=7,
         until_minute=20,
         calm_minute=26,
     ),
     "KoopmonForecastHigh": Flapping(
-        RUNNING | {run("koopmon_forecast"): "0.95x23 " + ("0.5x7 0.95x23 ") * 3 + "0.1x100"},
+        RUNNING_WITH_GAPS | {run("koopmon_forecast"): "0.95x23 " + ("0.5x7 0.95x23 ") * 3 + "0.1x100"},
         from_minute=7,
         until_minute=30,
         calm_minute=40,
     ),
     "KoopmonDivergenceLikely": Flapping(
-        RUNNING | {run("koopmon_divergence_probability"): "0.6x11 " + "0.4x7 0.6x7 " * 4 + "0.4x100"},
+        RUNNING_WITH_GAPS | {run("koopmon_divergence_probability"): "0.6x11 " + "0.4x7 0.6x7 " * 4 + "0.4x100"},
         from_minute=3,
         until_minute=18,
         calm_minute=28,

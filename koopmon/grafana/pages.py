@@ -1,0 +1,107 @@
+"""The reference of metrics and alerts as pages of Markdown, from the two tables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from koopmon.grafana.dashboards import dashboards
+from koopmon.grafana.rules import GROUPS
+from koopmon.monitor.alerts import ALERTS, Alert
+from koopmon.monitor.metrics import KEPT_WHEN_VANISHED, MAX_LAYERS, PREFIX, TABLE, Series
+
+WRITTEN = (
+    "<!-- Written by `koopmon grafana export grafana --docs docs`: change the tables in koopmon/monitor, not this. -->"
+)
+WHAT_OF = {
+    ("run", "layer"): "For each layer of each run",
+    ("run",): "For each run",
+    (): "Of the monitor itself",
+}
+
+
+def pages() -> dict[str, str]:
+    """Text of each page by its file's name."""
+    return {"alerts.md": alerts_page(), "metrics.md": metrics_page()}
+
+
+def alerts_page() -> str:
+    """What each alert means, what to look at, and what to do; with one anchor for each, by its name."""
+    rows = [
+        (f"[{alert.name}](#{alert.anchor})", alert.severity, _time(alert.for_seconds), _plain(alert.summary))
+        for alert in ALERTS
+    ]
+    parts = [
+        "# Alerts",
+        WRITTEN,
+        "What each alert means, what to look at, and what to do. The same text is on the page `/alerts` of every"
+        " monitor, which is where the `runbook_url` of an alert leads unless `--docs-url` names another place."
+        " [Grafana and Prometheus](grafana.md) tells how to get them; [Metrics](metrics.md) what they are made of.",
+        *_table(("alert", "severity", "fires after", "in a word"), rows),
+    ]
+    for group, (title, _) in GROUPS.items():
+        parts.append(f"## {title.removeprefix('koopmon ').capitalize()}")
+        parts += [line for alert in ALERTS if alert.group == group for line in _alert(alert)]
+    return "\n\n".join(parts) + "\n"
+
+
+def metrics_page() -> str:
+    """Every metric with its type and its labels."""
+    parts = [
+        "# Metrics",
+        WRITTEN,
+        "What a monitor serves at `/metrics`, for Prometheus. Names, types and labels are a contract: a change is told"
+        " in the changelog. A value that is not finite has no series, counters start at 0 for every known value of"
+        f" their labels, and above {MAX_LAYERS} layers neighbours share a series. After a goodbye a run's series stay"
+        " for 5 minutes; of a run that vanished only "
+        + " and ".join(f"`{PREFIX}{name}`" for name in sorted(KEPT_WHEN_VANISHED))
+        + " stay, for a day.",
+    ]
+    for labels, title in WHAT_OF.items():
+        members = [series for series in TABLE if _of(series) == labels]
+        parts += [f"## {title}", *_table(("metric", "type", "further labels", "what it is"), map(_metric, members))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _of(series: Series) -> tuple[str, ...]:
+    return tuple(label for label in series.labels if label in ("run", "layer"))
+
+
+def _metric(series: Series) -> tuple[str, ...]:
+    suffix = {"counter": "_total", "info": "_info"}.get(series.kind, "")
+    labels = [
+        f"`{label}`"
+        + (f": {', '.join(f'`{value}`' for value in series.known[label])}" if label in series.known else "")
+        for label in series.labels
+        if label not in ("run", "layer")
+    ]
+    return f"`{PREFIX}{series.name}{suffix}`", series.kind, "; ".join(labels) or "-", series.help
+
+
+def _alert(alert: Alert) -> Iterable[str]:
+    board = dashboards()[alert.panel[0]]["title"]
+    kept = f", and is kept for {_time(alert.keep_firing_seconds)}" if alert.keep_firing_seconds else ""
+    yield f'<a id="{alert.anchor}"></a>\n\n### {alert.name}'
+    yield (
+        f"Severity {alert.severity}; fires {_time(alert.for_seconds, 'after ')}{kept}. Shown on the panel"
+        f" *{alert.panel[1]}* of the dashboard *{board}*."
+    )
+    yield f"**What it means.** {alert.means}"
+    yield f"**What to look at.** {alert.look}"
+    yield f"**What to do.** {alert.do}"
+    yield f"```promql\n{alert.expr}\n```"
+
+
+def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in (heading, ["---"] * len(heading), *rows)]
+    return ("\n".join(lines),)
+
+
+def _time(seconds: int, before: str = "") -> str:
+    if not seconds:
+        return "at once"
+    return before + (f"{seconds // 60} min" if seconds % 60 == 0 else f"{seconds} s")
+
+
+def _plain(template: str) -> str:
+    return re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"the \1", template)

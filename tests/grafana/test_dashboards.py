@@ -1,0 +1,170 @@
+"""The dashboards: read back through Grafana's own SDK without loss, and laid out and filtered as they should be."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from typing import Any
+
+import pytest
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
+from koopmon.grafana.dashboards import dashboards, panel_id
+from koopmon.grafana.panels import by_depth
+from koopmon.monitor.alerts import ALERTS
+from koopmon.monitor.metrics import BY_NAME, PREFIX, TABLE
+
+DASHBOARDS = dashboards()
+PANELS = [
+    pytest.param(uid, panel, id=f"{uid}-{panel['title']}")
+    for uid, each in DASHBOARDS.items()
+    for panel in each["panels"]
+    if panel["type"] != "row"
+]
+GRID = 24
+PROMETHEUS_OWN = {"up", "scrape_duration_seconds", "scrape_samples_scraped", "ALERTS"}
+METRICS = {
+    PREFIX + series.name + {"counter": "_total", "info": "_info"}.get(series.kind, ""): series for series in TABLE
+}
+HISTOGRAMS = ("_bucket", "_count", "_sum")
+
+
+def asked(expr: str) -> list[tuple[str, str]]:
+    """The metrics of a query, each with what stands in its braces."""
+    names = "|".join(sorted(PROMETHEUS_OWN))
+    return re.findall(rf"\b(koopmon_\w+|{names})\b(?:\{{([^}}]*)\}})?", expr)
+
+
+def test_there_are_three_and_their_uids_stay() -> None:
+    assert list(DASHBOARDS) == ["koopmon-fleet", "koopmon-run", "koopmon-monitor"]
+
+
+@pytest.mark.parametrize("uid", DASHBOARDS)
+def test_the_sdk_reads_it_back_without_loss(uid: str) -> None:
+    register_default_plugins()
+    made = DASHBOARDS[uid]
+    read = json.loads(json.dumps(Dashboard.from_json(json.loads(json.dumps(made))), cls=JSONEncoder))
+    assert_kept(made, read, uid)
+
+
+def assert_kept(made: Any, read: Any, where: str) -> None:
+    """Everything that is in `made` is in `read`, which may say more: the SDK spells out defaults."""
+    if isinstance(made, dict):
+        assert isinstance(read, dict), where
+        for key, value in made.items():
+            # What an annotation of Prometheus has beside what all annotations have, the SDK's model does not know.
+            if ".annotations.list." in where and key in ("titleFormat", "step"):
+                continue
+            if key == "value" and value is None:  # the lowest threshold
+                continue
+            assert key in read, f"{where}.{key} is lost"
+            assert_kept(value, read[key], f"{where}.{key}")
+    elif isinstance(made, list):
+        assert len(made) == len(read), where
+        for index, (one, other) in enumerate(zip(made, read, strict=True)):
+            assert_kept(one, other, f"{where}.{index}")
+    else:
+        assert made == read, where
+
+
+@pytest.mark.parametrize(("uid", "panel"), PANELS)
+def test_a_panel_says_what_it_shows_and_in_what_unit(uid: str, panel: dict[str, Any]) -> None:
+    assert panel["description"].endswith(".")
+    assert panel["fieldConfig"]["defaults"]["unit"]
+    assert panel["targets"]
+    refs = [target["refId"] for target in panel["targets"]]
+    assert len(set(refs)) == len(refs)
+    assert all(target["datasource"] == {"type": "prometheus", "uid": "${datasource}"} for target in panel["targets"])
+
+
+@pytest.mark.parametrize(("uid", "panel"), PANELS)
+def test_a_query_asks_for_what_there_is_and_only_of_what_was_chosen(uid: str, panel: dict[str, Any]) -> None:
+    for target in panel["targets"]:
+        found = asked(target["expr"])
+        assert found, target["expr"]
+        for name, selector in found:
+            if name not in PROMETHEUS_OWN:
+                base = name if name in METRICS else re.sub("|".join(f"{end}$" for end in HISTOGRAMS), "", name)
+                series = METRICS[base]
+                if uid == "koopmon-monitor":
+                    assert 'instance=~"$instance"' in selector, target["expr"]
+                elif "run" in series.labels:
+                    assert 'run=~"$run"' in selector, target["expr"]
+                if uid == "koopmon-run" and "layer" in series.labels:
+                    assert 'layer=~"$layer"' in selector, target["expr"]
+                for label, value in re.findall(r'(\w+)(?:=|!=|=~|!~)"([^"$]+)"', selector):
+                    known = series.known[label]
+                    assert all(any(re.fullmatch(part, each) for each in known) for part in value.split("|")), value
+        if target["legendFormat"] != "__auto":
+            labels = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+            assert labels <= _labels(found), target["legendFormat"]
+
+
+def _labels(found: list[tuple[str, str]]) -> set[str]:
+    labels = {"instance", "job", "alertname", "alertstate"}
+    for name, _ in found:
+        base = re.sub("|".join(f"{end}$" for end in HISTOGRAMS), "", name)
+        labels |= set(METRICS[base].labels if base in METRICS else ("run",))
+        labels |= {"version", "protocol", "python", "torch"} if base == "koopmon_build_info" else set()
+    return labels
+
+
+@pytest.mark.parametrize("uid", DASHBOARDS)
+def test_panels_have_their_place_and_their_number(uid: str) -> None:
+    panels = DASHBOARDS[uid]["panels"]
+    numbers = [panel["id"] for panel in panels]
+    assert len(set(numbers)) == len(numbers)
+    titles = [panel["title"] for panel in panels if panel["type"] != "row"]
+    assert len(set(titles)) == len(titles)
+    for one, other in itertools.combinations([panel["gridPos"] for panel in panels], 2):
+        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        below = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert beside or below
+        assert one["x"] + one["w"] <= GRID
+
+
+def test_every_metric_is_shown_somewhere() -> None:
+    """But for what only some families of models measure."""
+    exprs = [
+        target["expr"]
+        for each in DASHBOARDS.values()
+        for panel in each["panels"]
+        for target in panel.get("targets", ())
+    ]
+    shown = {re.sub(r"_(bucket|count|sum)$", "", name) for expr in exprs for name, _ in asked(expr)}
+    assert set(METRICS) - shown == {"koopmon_observable"}
+
+
+def test_links_lead_to_dashboards_that_are_there() -> None:
+    text = json.dumps(DASHBOARDS)
+    assert set(re.findall(r"/d/([\w-]+)\?", text)) == set(DASHBOARDS)
+
+
+def test_every_alert_has_its_panel() -> None:
+    for alert in ALERTS:
+        assert panel_id(*alert.panel)
+    with pytest.raises(KeyError):
+        panel_id("koopmon-run", "No such panel")
+
+
+def test_thresholds_are_those_of_the_alerts() -> None:
+    (risk,) = [panel for panel in DASHBOARDS["koopmon-run"]["panels"] if panel["title"] == "Risk"]
+    levels = [step["value"] for step in risk["fieldConfig"]["defaults"]["thresholds"]["steps"]]
+    assert levels == [None, 0.4, 0.8]
+    assert "avg_over_time(koopmon_risk[1m]) >= 0.4" in json.dumps([alert.expr for alert in ALERTS])
+
+
+def test_layers_are_in_the_order_of_their_depth() -> None:
+    """What label_replace makes of the layers' names sorts as text by depth."""
+    rules = re.findall(r'"depth", "(0*)\$1", "layer", "([^"]+)"', by_depth("x"))
+
+    def depth(layer: str) -> str:
+        (made,) = {pad + match[1] for pad, pattern in rules if (match := re.fullmatch(pattern, layer))}
+        return made
+
+    layers = ["0", "2", "10", "63", "64-65", "100-101", "999", "4032-4095"]
+    assert sorted(layers, key=depth) == layers
+    assert BY_NAME["near_unit_mass"].labels == ("run", "layer")

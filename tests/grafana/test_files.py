@@ -1,0 +1,78 @@
+"""The files that `koopmon grafana export` writes are those that lie in grafana/ and docs/."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from koopmon.cli import main
+from koopmon.grafana.files import DATASOURCE_UID, files
+from koopmon.grafana.pages import pages
+from koopmon.monitor.alerts import ALERTS
+from koopmon.monitor.metrics import TABLE
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_committed_files_are_what_the_code_makes() -> None:
+    committed = {
+        str(path.relative_to(ROOT / "grafana")): path.read_text()
+        for path in (ROOT / "grafana").rglob("*")
+        if path.is_file()
+    }
+    assert committed == files(), "run koopmon grafana export grafana"
+
+
+def test_export_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place, docs = tmp_path / "new" / "dir", tmp_path / "docs"
+    assert main(["grafana", "export", str(place), "--docs", str(docs), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    wanted = {str(place / name): text for name, text in files().items()}
+    wanted |= {str(docs / name): text for name, text in pages().items()}
+    assert told["files"] == sorted(wanted)
+    assert {path: Path(path).read_text() for path in wanted} == wanted
+    assert main(["grafana", "export", str(place)]) == 0
+    assert "7 files in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", pages())
+def test_the_reference_in_the_docs_is_what_the_tables_say(name: str) -> None:
+    assert (ROOT / "docs" / name).read_text() == pages()[name], "run koopmon grafana export grafana --docs docs"
+
+
+def test_the_reference_has_every_row_of_the_tables() -> None:
+    for alert in ALERTS:
+        assert f'<a id="{alert.name}"></a>' in pages()["alerts.md"]
+    for series in TABLE:
+        assert f"`koopmon_{series.name}" in pages()["metrics.md"]
+
+
+def test_export_with_another_place_for_the_runbook_and_for_prometheus(tmp_path: Path) -> None:
+    options = ["--docs-url", "https://docs.example.org/alerts/", "--prometheus-url", "http://elsewhere:9090"]
+    assert main(["grafana", "export", str(tmp_path), *options]) == 0
+    rules = (tmp_path / "prometheus" / "koopmon.rules.yml").read_text()
+    assert "https://docs.example.org/alerts/#KoopmonRiskHigh" in rules
+    assert "$labels.instance }}/alerts" not in rules
+    (source,) = yaml.safe_load((tmp_path / "provisioning/datasources/koopmon.yml").read_text())["datasources"]
+    assert source["url"] == "http://elsewhere:9090"
+    assert source["uid"] == DATASOURCE_UID
+
+
+def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["grafana", "export", str(tmp_path / "file")]) == 1
+    said = capsys.readouterr().err
+    assert "cannot be written: Not a directory" in said or "cannot be written: File exists" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.needs("amtool")
+def test_alertmanager_takes_its_configuration() -> None:
+    command = ["amtool", "check-config", str(ROOT / "deploy" / "alertmanager.yml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 inhibit rules" in done.stdout
