@@ -18,7 +18,7 @@ from benchmarks.matrix.page import WRITERS as MATRIX
 from benchmarks.sections import WRITERS as SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ("evidence", "failures", "security", "support")
+DOCS = ("evidence", "failures", "grafana", "security", "support")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 WRITERS = {**SECTIONS, **MATRIX, **FUZZ}
 RESULTS = Path(__file__).parent / "results"

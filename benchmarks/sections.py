@@ -298,6 +298,36 @@ def fault_campaign(told: Document) -> list[str]:
     return [*table(heading, rows), "", *paragraph(prose)]
 
 
+def alert_lead(told: Document) -> list[str]:
+    """Steps from the notification to the loss, and what became of the guarded runs."""
+    total = told["totals"]
+
+    def cell(value: float | None) -> str:
+        return "-" if value is None else f"{value:g}"
+
+    rows = [
+        [
+            f"{row['seed']}",
+            cell(row["warned_at"]),
+            cell(row["left_band_at"]),
+            cell(row["lead"]),
+            cell(min(row["guarded"]["acted_at"], default=None)),
+            cell(row["guarded"]["resolved_at"]),
+        ]
+        for row in told["rows"]
+    ]
+    heading = ["seed", "webhook told at step", "loss leaves its band", "lead, steps"]
+    prose = [
+        f"`python -m benchmarks.alert_lead`: {total['num_runs']} runs without normalisation at a rate that kills, at a",
+        "step a second, scraped and evaluated every second. The loss counts as out of its band when it is more than 10%",
+        "above the highest of the 20 steps before. The notification of KoopmonRiskSpike came at least 5 steps before that",
+        f"in {total['num_five_steps_before']} of {total['num_left_band']} runs (median lead {total['median_lead']:g},",
+        f"least {total['least_lead']:g}). Of the same seeds under the default policy koopmon acted on",
+        f"{total['num_acted']}, and the alert was over afterwards in {total['num_resolved']}.",
+    ]
+    return [*paragraph(prose), "", *table([*heading, "guarded: acts at", "guarded: resolved at"], rows)]
+
+
 def _interval(area: Mapping[str, float] | None) -> str:
     return "-" if area is None else f"{area['value']:.2f} [{area['low']:.2f}, {area['high']:.2f}]"
 
@@ -322,4 +352,5 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "guarded_families": guarded_families,
     "brake": brake,
     "fault_campaign": fault_campaign,
+    "alert_lead": alert_lead,
 }

@@ -21,6 +21,7 @@ from koopmon.grafana.dashboards import dashboards
 from koopmon.grafana.rules import prometheus_rules
 
 pytestmark = [
+    pytest.mark.timeout(420),
     pytest.mark.slow,
     pytest.mark.distributed,
     pytest.mark.needs("prometheus"),

@@ -108,6 +108,28 @@ def test_states_that_an_agent_kept_for_not_being_finite_count_as_seen(
     assert monitor.sample('informative{run="job"}') == 0
 
 
+def test_what_alerts_ask_of_is_counted(start_monitor: Start, connect: Start, until: Until) -> None:
+    """High risks and the effect of actions, once for each snapshot that tells of them: none hides between scrapes."""
+    monitor = start_monitor(policy={"cooldown_steps": 2})
+    agent = connect(monitor.addresses.endpoint)
+    agent.hello()
+    agent.snapshot(1)
+    alarms, checks = 'risk_alarms_total{run="job"}', 'effect_checks_total{outcome="%s",run="job"}'
+    until(lambda: monitor.sample("dmd_duration_seconds_count") == 1)
+    assert monitor.samples()[alarms] == monitor.samples()[checks % "no_effect"] == 0
+    explode(agent, 2)
+    until(lambda: monitor.sample(alarms) == 1)
+    assert monitor.sample(checks % "no_effect") == 0, "the action has had no time yet"
+    agent.snapshot(3)
+    explode(agent, 5)
+    until(lambda: monitor.sample(alarms) == 2)
+    assert monitor.sample(checks % "no_effect") == 1
+    for step in (6, 8):
+        agent.snapshot(step)
+    until(lambda: monitor.sample(checks % "effect") == 1)
+    assert monitor.sample(alarms) == 2
+
+
 def test_dry_run_decides_and_sends_nothing(start_monitor: Start, connect: Start, until: Until) -> None:
     monitor = start_monitor(policy={"dry_run": True})
     agent = connect(monitor.addresses.endpoint)
@@ -117,8 +139,11 @@ def test_dry_run_decides_and_sends_nothing(start_monitor: Start, connect: Start,
     for step in range(2, 5):
         agent.heartbeat(step)
     assert not any(isinstance(message, Command) for message in agent.seen)
+    explode(agent, 20)
+    until(lambda: monitor.sample('risk_alarms_total{run="job"}') == 2)
+    assert monitor.sample('effect_checks_total{outcome="no_effect",run="job"}') == 0, "nothing was done"
     with monitor.history() as history:
-        (decision,) = history.decisions("job")
+        decision, *_ = history.decisions("job")
     assert {row.outcome for row in decision.commands} == {"dry_run"}
 
 

@@ -102,6 +102,18 @@ def test_a_rate_that_explains_the_alarm_is_taken_to_where_runs_have_a_chance(
     assert run.scales == [(0, pytest.approx(scale))]
 
 
+def test_a_snapshot_after_its_time_tells_whether_an_action_took_effect() -> None:
+    run = Run(PolicyConfig(name="lr", min_lr_scale=0.5, cooldown_steps=3))
+    assert run.see(HIGH).took_effect is None, "that is when it was taken"
+    assert run.see(HIGH, steps=2).took_effect is None, "it has not had its time"
+    assert run.see(HIGH).took_effect is False
+    assert run.see(HIGH).took_effect is False, "nothing is left to do, and each such snapshot says so"
+    assert run.scales == [(0, 0.5)]
+    assert run.see(WATCH).took_effect is True
+    assert run.see(WATCH).took_effect is None, "it was told"
+    assert Run(PolicyConfig(name="observe")).see(SEVERE, steps=20).took_effect is None
+
+
 def test_from_there_on_the_cuts_feel_for_what_is_bearable() -> None:
     run = Run(excess=3.0)
     for _ in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from koopmon.errors import EndpointError
+from koopmon.monitor.alerts import ALERTS
 from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.web import WebServer, parse_address
 
@@ -57,10 +59,20 @@ def test_metrics_in_either_format(client: httpx.Client) -> None:
 def test_the_index_links_to_the_pages(client: httpx.Client) -> None:
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html")
-    for name in ("metrics", "healthz", "readyz"):
+    for name in ("metrics", "healthz", "readyz", "alerts"):
         assert f'href="{name}"' in page.text
     assert client.get("/nothing").status_code == 404
     assert client.post("/metrics").status_code == 405
+
+
+def test_alerts_has_the_runbook_of_each(client: httpx.Client) -> None:
+    page = client.get("/alerts")
+    assert page.headers["content-type"].startswith("text/html")
+    for alert in ALERTS:
+        assert page.text.count(f'id="{alert.name}"') == 1
+        assert html.escape(alert.expr) in page.text
+    assert "<code>[policy] act_risk</code>" in page.text
+    assert "{{" not in page.text
 
 
 def test_closing_frees_the_port_and_ends_the_thread(server: WebServer) -> None:
