@@ -51,6 +51,7 @@ ROOMS = {
 ALONE = {
     "zmq": tuple(f"koopmon/wire/{name}.py" for name in ("transport", "client", "server", "sockets", "curve")),
     "grafana_client": "koopmon/grafana/push.py",
+    "yaml": "koopmon/grafana/",
     "prometheus_client": "koopmon/monitor/",
     "sqlite3": "koopmon/monitor/",
     "starlette": "koopmon/monitor/",

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.alerting import RuleGroup
 
 from koopmon.grafana.dashboards import dashboards
 from koopmon.grafana.rules import GROUPS, grafana_alerting_file, grafana_rule_groups, prometheus_rules, rule_uid
@@ -182,6 +185,23 @@ def test_grafana_gets_the_same_rules() -> None:
     assert all(re.fullmatch(r"koopmon-[a-z-]{1,32}", uid) for uid in uids)
     assert rule_uid(BY_NAME["KoopmonRiskHigh"]) == "koopmon-risk-high"
     assert [rule["uid"] for group in grafana_alerting_file("prom", "f")["groups"] for rule in group["rules"]] == uids
+
+
+def test_the_sdk_reads_the_rule_groups_back() -> None:
+    register_default_plugins()
+    for group in grafana_rule_groups("prom", "folder"):
+        read = json.loads(json.dumps(RuleGroup.from_json(json.loads(json.dumps(group))), cls=JSONEncoder))
+        assert (read["title"], read["folderUid"], read["interval"]) == (group["title"], "folder", group["interval"])
+        for rule, again in zip(group["rules"], read["rules"], strict=True):
+            # Grafana 12's; the SDK is of the line before.
+            known = {key: value for key, value in rule.items() if key not in ("data", "keep_firing_for")}
+            assert {key: again[key] for key in known} == known
+            for query, same in zip(rule["data"], again["data"], strict=True):
+                assert same["refId"] == query["refId"]
+                assert same["datasourceUid"] == query["datasourceUid"]
+                assert same["relativeTimeRange"] == query["relativeTimeRange"]
+                name = "expr" if query["refId"] == "A" else "expression"
+                assert same["model"][name] == query["model"][name]
 
 
 def _panels() -> set[tuple[str, int]]:
