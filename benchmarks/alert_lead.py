@@ -83,12 +83,13 @@ class Pair:
 
     @property
     def resolved_at(self) -> float | None:
-        """When the guarded run's alert was told to be over, after an action; in Unix time."""
-        acted = self._stack.heard(self.guarded.name, "KoopmonActionTaken", "firing")
-        over = None
-        if acted is not None or self._acted_steps():
-            over = self._stack.heard(self.guarded.name, WARNING, "resolved")
-        return None if over is None else over.at
+        """When the guarded run's alert was told to be over, after an action and while it trained on; in Unix time."""
+        over = self._stack.heard(self.guarded.name, WARNING, "resolved")
+        steps = self.guarded.steps()
+        # The end of a run ends its alerts too: that is no merit of the guard's.
+        if over is None or not steps or over.at > steps[-1].at or not self._acted_steps():
+            return None
+        return over.at
 
     def _acted_steps(self) -> list[int]:
         """Steps at which the guarded run applied a lower learning rate."""

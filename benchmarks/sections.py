@@ -321,9 +321,9 @@ def alert_lead(told: Document) -> list[str]:
         f"`python -m benchmarks.alert_lead`: {total['num_runs']} runs without normalisation at a rate that kills, at a",
         "step a second, scraped and evaluated every second. The loss counts as out of its band when it is more than",
         "10% above the highest of the 20 steps before. The notification of KoopmonRiskSpike came at least 5 steps",
-        f"before that in {total['num_five_steps_before']} of {total['num_left_band']} (median lead {total['median_lead']:g},",
-        f"least {total['least_lead']:g}). Of the same seeds under the default policy koopmon acted on",
-        f"{total['num_acted']}, and the alert was over afterwards in {total['num_resolved']}.",
+        f"before that in {total['num_five_steps_before']} of {total['num_left_band']} (median lead",
+        f"{total['median_lead']:g}, least {total['least_lead']:g}). Of the same seeds under the default policy koopmon",
+        f"acted on {total['num_acted']}, and the alert was over afterwards in {total['num_resolved']}.",
     ]
     return [*paragraph(prose), "", *table([*heading, "guarded: acts at", "guarded: resolved at"], rows)]
 

@@ -27,9 +27,9 @@ pytestmark = [
     pytest.mark.needs("prometheus"),
     pytest.mark.needs("prometheus-alertmanager"),
 ]
-SEED = 1
-STEPS = 180
-SECONDS = 240.0
+SEED = 2
+STEPS = 200
+SECONDS = 300.0
 NEEDED_STEPS = 5
 
 
