@@ -1,9 +1,9 @@
 """Configuration: frozen, validated, from TOML and the environment. Every field states its unit and what is allowed.
 
 One file serves both sides: the agent reads `[model]`, `[sampling]`, `[cadence]`, `[limits]`, `[control]`; the monitor
-reads `[monitor]`, `[http]`, `[store]`, `[risk]`, `[policy]` and `[kss]`, but for `through_shielded`, which is the
-agent's; both read `[security]`. A file that names an unknown table or key, or a value outside its bounds, is refused
-whole.
+reads `[monitor]`, `[http]`, `[grafana]`, `[store]`, `[risk]`, `[policy]` and `[kss]`, but for `through_shielded`, which
+is the agent's; both read `[security]`. A file that names an unknown table or key, or a value outside its bounds, is
+refused whole.
 """
 
 from __future__ import annotations
@@ -127,6 +127,19 @@ class HttpConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """File with that user's password; empty: KOOPMON_HTTP_PASSWORD."""
     insecure_plaintext: bool = False
     """Serve other hosts without TLS and without a login: whoever reaches the port reads the pages."""
+
+
+class GrafanaConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A Grafana that is told of decisions, and that `koopmon grafana push` fills; docs/grafana-push.md."""
+
+    url: Annotated[str, Meta(max_length=2048)] = ""
+    """Its address, with the sub-path if it has one; empty: the monitor tells no Grafana."""
+    token_file: str = ""
+    """File, of mode 0600, with a service account's token; empty: KOOPMON_GRAFANA_TOKEN."""
+    timeout_seconds: Annotated[float, Meta(gt=0.0, le=300.0)] = 5.0
+    """How long one answer may take."""
+    queue_length: Annotated[int, Meta(ge=1, le=100_000)] = 256
+    """Annotations that may wait for a slow Grafana; then the oldest gives way."""
 
 
 class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -293,6 +306,7 @@ class Config(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     control: ControlConfig = ControlConfig()
     security: SecurityConfig = SecurityConfig()
     http: HttpConfig = HttpConfig()
+    grafana: GrafanaConfig = GrafanaConfig()
     monitor: MonitorConfig = MonitorConfig()
     store: StoreConfig = StoreConfig()
     risk: RiskConfig = RiskConfig()

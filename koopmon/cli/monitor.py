@@ -19,6 +19,7 @@ from koopmon.cli.options import (
     KeysDirectory,
     PlaintextTcp,
     Policy,
+    grafana_overrides,
     policy_overrides,
     security_overrides,
 )
@@ -51,6 +52,15 @@ def monitor(
     dry_run: DryRun = False,
     keys: KeysDirectory = None,
     insecure_plaintext_tcp: PlaintextTcp = False,
+    grafana_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Annotate each decision in this Grafana; its token: KOOPMON_GRAFANA_TOKEN, or a file."
+        ),
+    ] = None,
+    grafana_token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Token of a service account of that Grafana, mode 0600.")
+    ] = None,
     ready_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Written, as JSON, once the monitor serves.")
     ] = None,
@@ -60,9 +70,8 @@ def monitor(
 
     Ends with status 0 on SIGTERM and SIGINT, with everything recorded.
     """
-    settings = load(
-        config, overrides=policy_overrides(policy, dry_run) | security_overrides(keys, insecure_plaintext_tcp)
-    )
+    overrides = policy_overrides(policy, dry_run) | security_overrides(keys, insecure_plaintext_tcp)
+    settings = load(config, overrides=overrides | grafana_overrides(grafana_url, grafana_token_file))
     configure_logging()
     if with_parent:
         _end_with_parent()

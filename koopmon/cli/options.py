@@ -57,3 +57,11 @@ def policy_overrides(policy: str | None, dry_run: bool) -> dict[str, Any]:
     if dry_run:
         table["dry_run"] = True
     return {"policy": table} if table else {}
+
+
+def grafana_overrides(url: str | None, token_file: Path | None, timeout_seconds: float | None = None) -> dict[str, Any]:
+    """What the command line says of `[grafana]`, likewise."""
+    file = None if token_file is None else str(token_file)
+    given = {"url": url, "token_file": file, "timeout_seconds": timeout_seconds}
+    table = {name: value for name, value in given.items() if value is not None}
+    return {"grafana": table} if table else {}

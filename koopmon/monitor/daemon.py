@@ -23,8 +23,10 @@ from prometheus_client import CollectorRegistry
 from koopmon.config import Config
 from koopmon.errors import EndpointError, ProtocolError
 from koopmon.monitor.access import Access
+from koopmon.monitor.annotations import Annotations, Tell, tell_nobody
 from koopmon.monitor.device import check_device
 from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.grafana import read_access
 from koopmon.monitor.login import read_login, read_tls
 from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.rejections import Rejections
@@ -82,6 +84,7 @@ class Monitor:
         self._data_bind = data_bind
         self._trust = make_trust(**msgspec.structs.asdict(config.security), environ=os.environ)
         self._login, self._tls = read_login(config.http, os.environ), read_tls(config.http)
+        self._grafana = read_access(config.grafana, os.environ) if config.grafana.url else None
         self._device = check_device(device)
         self._calibrator = calibration.load(Path(chosen)) if (chosen := config.monitor.calibrator) else None
         self._store_path = store_path
@@ -155,6 +158,11 @@ class Monitor:
         )
         stack.callback(engine.close)
         self._engine = engine
+        tell: Tell = tell_nobody
+        if self._grafana is not None:
+            annotations = Annotations(self._grafana, self._config.grafana.queue_length)
+            stack.callback(annotations.close)
+            tell = annotations.tell
         self._service = Service(
             self._config,
             metrics=metrics,
@@ -165,6 +173,7 @@ class Monitor:
             data_endpoint=self._data.endpoint,
             access=Access(wire.agents),
             calibrator=self._calibrator,
+            tell=tell,
         )
         self._addresses = Addresses(
             self._control.endpoint, self._data.endpoint, web.address, "http" if self._tls is None else "https"

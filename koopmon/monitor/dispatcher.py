@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from koopmon.errors import ProtocolError
+from koopmon.monitor.annotations import Tell, tell_nobody
 from koopmon.monitor.guard import Guard, Verdict
 from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.policy import Decision
@@ -31,11 +32,14 @@ class Dispatcher:
         store: Store,
         send: Callable[[bytes, MonitorMessage], bool],
         wall: Callable[[], float],
+        tell: Tell = tell_nobody,
     ) -> None:
+        """`tell` hears of every decision, and of every outcome of a command."""
         self._metrics = metrics
         self._store = store
         self._send = send
         self._wall = wall
+        self._tell = tell
 
     def judge(
         self, now: float, run: Run, guard: Guard, sample: Sample, profile: SpectralProfile | None, *, decide: bool
@@ -113,6 +117,10 @@ class Dispatcher:
             verdict.risk.value,
             "" if guard.sends or not verdict.commands else ", not sent",
         )
+        kinds = tuple(command.kind for command in verdict.commands)
+        what = ", ".join(kinds) + ("" if guard.sends else " (not sent)") if kinds else "no command"
+        text = f"{run.name} step {sample.step}: {what}: {decision.reason} (risk {verdict.risk.value:.2f})"
+        self._tell(self._wall(), (run.name, decision.phase, *kinds), text)
         for command in verdict.commands:
             if guard.sends:
                 self._offer(run, command)
@@ -127,6 +135,7 @@ class Dispatcher:
         self._metrics.add("commands", run.name, kind, ack.outcome)
         detail = f" ({ack.detail!r})" if ack.detail else ""
         logger.info("run %s step %d: %s %s%s", run.name, ack.step, kind, ack.outcome, detail)
+        self._tell_outcome(run.name, kind, ack.outcome, f"{run.name} step {ack.step}: {kind} {ack.outcome}{detail}")
 
     def offer_again(self, now: float, run: Run, guard: Guard) -> None:
         """Give up commands past their expiry, and offer again those that wait for an answer too long."""
@@ -147,3 +156,9 @@ class Dispatcher:
         for command in commands:
             self._metrics.add("commands", command.run, command.kind, "unanswered")
             self._store.record_outcome(command.id, "unanswered")
+            self._tell_outcome(
+                command.run, command.kind, "unanswered", f"{command.run}: {command.kind} was not answered"
+            )
+
+    def _tell_outcome(self, run: str, kind: str, outcome: str, text: str) -> None:
+        self._tell(self._wall(), (run, kind, outcome), text)

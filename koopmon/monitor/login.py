@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
-import os
 import ssl
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +14,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from koopmon.config import HttpConfig
 from koopmon.errors import ConfigError
+from koopmon.monitor.secret import check_private, read_secret
 
 TOKEN_VARIABLE = "KOOPMON_HTTP_TOKEN"  # noqa: S105 - the name of a variable
 PASSWORD_VARIABLE = "KOOPMON_HTTP_PASSWORD"  # noqa: S105
 OPEN = frozenset({"/healthz", "/readyz"})
 """Pages that tell nothing and ask for nothing."""
-MAX_FILE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +68,8 @@ class Login:
 
 def read_login(config: HttpConfig, environ: Mapping[str, str]) -> Login:
     """The login that configuration and environment ask for. Raises ConfigError, which never quotes a secret."""
-    token = _secret(config.token_file, environ.get(TOKEN_VARIABLE, ""), "http.token_file")
-    password = _secret(config.password_file, environ.get(PASSWORD_VARIABLE, ""), "http.password_file")
+    token = read_secret(config.token_file, environ.get(TOKEN_VARIABLE, ""), "http.token_file")
+    password = read_secret(config.password_file, environ.get(PASSWORD_VARIABLE, ""), "http.password_file")
     if (password is None) != (not config.user):
         raise ConfigError(
             f"http.user = {config.user!r}: a user and a password go together; the password is in http.password_file"
@@ -88,7 +86,7 @@ def read_tls(config: HttpConfig) -> ssl.SSLContext | None:
     if not certificate or not key:
         missing = "tls_key" if certificate else "tls_certificate"
         raise ConfigError(f"http.{missing} = '': a certificate and its key go together")
-    _check_private(Path(key), "http.tls_key")
+    check_private(Path(key), "http.tls_key")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
@@ -101,33 +99,3 @@ def read_tls(config: HttpConfig) -> ssl.SSLContext | None:
             " together, the key without a passphrase"
         ) from None
     return context
-
-
-def _secret(file: str, from_environment: str, name: str) -> bytes | None:
-    if not file:
-        return from_environment.strip().encode() or None
-    path = Path(file)
-    _check_private(path, name)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{name} = {file!r}: {error.strerror}") from None
-    secret = raw.strip()
-    if not secret or len(raw) > MAX_FILE_BYTES or b"\n" in secret:
-        raise ConfigError(f"{name} = {file!r}: expected one line of at most {MAX_FILE_BYTES} bytes")
-    return secret
-
-
-def _check_private(path: Path, name: str) -> None:
-    """Refuse a file that others read."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ConfigError(f"{name} = {str(path)!r}: {error.strerror}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise ConfigError(f"{name} = {str(path)!r}: not a file")
-    if status.st_uid not in (os.geteuid(), 0):
-        raise ConfigError(f"{name} = {str(path)!r}: belongs to user {status.st_uid}; use a file of your own")
-    if status.st_mode & 0o077:
-        mode = stat.S_IMODE(status.st_mode)
-        raise ConfigError(f"{name} = {str(path)!r}: mode {mode:04o} lets others read it; chmod 600 {path}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from koopmon.config import Config
 from koopmon.errors import ProtocolError
 from koopmon.monitor.access import Access
+from koopmon.monitor.annotations import Tell, tell_nobody
 from koopmon.monitor.assembler import Assembler, Snapshot
 from koopmon.monitor.dispatcher import Dispatcher
 from koopmon.monitor.engine import Engine, Result
@@ -61,6 +62,7 @@ class Service:
         data_endpoint: str,
         access: Access | None = None,
         calibrator: Calibrator | None = None,
+        tell: Tell = tell_nobody,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -77,7 +79,7 @@ class Service:
         self._wall = wall
         self._stopping = False
         self._commit_at = math.inf
-        self._dispatcher = Dispatcher(metrics=metrics, store=store, send=send, wall=wall)
+        self._dispatcher = Dispatcher(metrics=metrics, store=store, send=send, wall=wall, tell=tell)
         self._registry = RunRegistry(config.monitor)
         self._watches: dict[str, Watch] = {}
         self._assembler = Assembler(
