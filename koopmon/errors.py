@@ -65,3 +65,25 @@ class CalibrationError(KoopmonError):
     """A calibrator, or what it is to be fitted on, does not fit: says what is wrong and what would do."""
 
     exit_status = 2
+
+
+class GrafanaError(KoopmonError):
+    """Grafana did not do what it was asked for, or answered what no Grafana that is served here would."""
+
+
+class GrafanaDeniedError(GrafanaError):
+    """Grafana does not know the token, or the token may not do what it was used for."""
+
+    exit_status = 3
+
+
+class GrafanaUnreachableError(GrafanaError):
+    """Nobody answers where Grafana should be, or not in time."""
+
+    exit_status = 4
+
+
+class GrafanaKeptError(GrafanaError):
+    """Something in Grafana is not ours to overwrite: made by others, or edited by hand since it was pushed."""
+
+    exit_status = 5

@@ -62,11 +62,13 @@ class State:
 
 
 class FakeGrafana:
-    """Serves until `close`. `requests` holds what was asked; `failing` answers in place of the API."""
+    """Serves until `close`. `requests` holds what was asked, and `watchers` hear of it first; `failing` answers in
+    place of the API."""
 
     def __init__(self, prefix: str = "", port: int = 0) -> None:
         self.state = State()
         self.requests: list[Request] = []
+        self.watchers: list[Callable[[Request], None]] = []
         self.prefix = prefix
         self._faults: list[Callable[[Request], int | str | None]] = []
         self._release = threading.Event()
@@ -140,6 +142,8 @@ class FakeGrafana:
         body = json.loads(raw) if raw else None
         request = Request(handler.command, unquote(parts.path), parse_qs(parts.query), headers, body)
         self.requests.append(request)
+        for watcher in self.watchers:
+            watcher(request)
         fault = next((found for made in self._faults if (found := made(request)) is not None), None)
         if fault == "hang":
             self._release.wait(30)

@@ -52,6 +52,7 @@ ALONE = {
     "zmq": tuple(f"koopmon/wire/{name}.py" for name in ("transport", "client", "server", "sockets", "curve")),
     "grafana_client": "koopmon/grafana/push.py",
     "yaml": "koopmon/grafana/",
+    "niquests": "koopmon/grafana/push.py",
     "prometheus_client": "koopmon/monitor/",
     "sqlite3": "koopmon/monitor/",
     "starlette": "koopmon/monitor/",
@@ -250,9 +251,11 @@ check("koopmon.wire.endpoints", *heavy)
 check("koopmon.wire.trust", "torch", "numpy", "zmq")
 check("koopmon.wire.messages", "torch", "numpy", "zmq")
 check("koopmon.cli", "torch", "zmq", "matplotlib", "transformers")
+check("koopmon.grafana.push", "torch", "zmq", "grafana_client", "niquests")
 check("koopmon.spectral", "zmq", "koopmon.wire.codec", "koopmon.agent.attach")
 check("koopmon.wire.codec", "zmq")
 check("koopmon.agent.attach", "koopmon.monitor.daemon", "starlette", "uvicorn", "matplotlib", "transformers")
+check("koopmon.monitor.daemon", "grafana_client", "niquests", "httpx", "matplotlib")
 """
 
 

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from koopmon.cli.console import say
+from koopmon.cli.grafana_push import EPILOG as PUSH_EPILOG
+from koopmon.cli.grafana_push import push
 from koopmon.errors import KoopmonError
 
 EPILOG = "Example: koopmon grafana export grafana"
@@ -29,6 +31,7 @@ def add_to(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, help="Dashboards and alert rules for Prometheus and Grafana.")
     group.callback(epilog=EPILOG)(lambda: None)
     group.command("export", epilog=EXPORT_EPILOG)(export)
+    group.command("push", epilog=PUSH_EPILOG)(push)
     app.add_typer(group, name="grafana")
 
 

@@ -33,6 +33,8 @@ def read_access(config: GrafanaConfig, environ: Mapping[str, str]) -> GrafanaAcc
 
     Raises ConfigError, which never quotes a secret, when either is missing or malformed.
     """
+    if not config.url:
+        raise ConfigError("grafana.url = '': expected Grafana's address: --url, KOOPMON_GRAFANA_URL or [grafana] url")
     url = check_url(config.url)
     token = read_secret(config.token_file, environ.get(TOKEN_VARIABLE, ""), "grafana.token_file")
     if token is None:

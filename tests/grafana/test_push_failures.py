@@ -1,0 +1,236 @@
+"""What goes wrong on the way to Grafana: each in clear words, with an exit status that scripts can use."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.fake_grafana import TOKEN, FakeGrafana
+
+Push = Callable[..., tuple[int, str, str]]
+WEBHOOK = ("--webhook", "https://hooks.example.org/t0ken")
+
+
+def refused(pushed: tuple[int, str, str], status: int, *words: str) -> None:
+    """Whether a push ended in one line with these words."""
+    assert pushed[0] == status, pushed[2]
+    assert pushed[2].startswith("koopmon: ")
+    assert pushed[2].count("\n") == 1
+    for word in words:
+        assert word in pushed[2]
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "words"),
+    [
+        (401, 3, "does not know the token (401): told to answer 401"),
+        (403, 3, "the token may not read its settings (403)"),
+        (404, 2, "has no api/frontend/settings (404); expected Grafana's address, with its sub-path"),
+        (500, 1, "failed (500) when asked to read its settings: told to answer 500"),
+        (503, 1, "failed (503)"),
+        ("html", 2, "answers with something else than Grafana's API; expected Grafana's address"),
+        ("text", 2, "answers with something that is not JSON"),
+        ("redirect", 2, "sends elsewhere (a redirect)"),
+        ("close", 4, "cannot be reached: "),
+        ("hang", 4, "no answer within 0.3 s"),
+    ],
+)
+def test_a_grafana_that_does_not_serve_is_told_from_one_that_does(
+    push: Push, grafana: FakeGrafana, fault: int | str, status: int, words: str
+) -> None:
+    with grafana.failing(fault):
+        pushed = push("--timeout", "0.3")
+    refused(pushed, status, grafana.url, words)
+    assert pushed[1] == ""
+    assert len(grafana.requests) == (3 if fault == 503 else 1), "tried again while out of order, and only then"
+
+
+def test_a_token_of_another_grafana(push: Push, grafana: FakeGrafana, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KOOPMON_GRAFANA_TOKEN", "glsa_another")
+    refused(push(), 3, "does not know the token (401): Invalid API key; has it expired?")
+
+
+def test_nobody_listens(push: Push) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/"
+        refused(push("--url", url), 4, f"Grafana at {url}: cannot be reached: Connection refused")
+
+
+def test_an_address_without_its_sub_path(push: Push, grafana: FakeGrafana) -> None:
+    refused(push("--url", f"http://127.0.0.1:{grafana.port}"), 2, "expected Grafana's address, with its sub-path")
+
+
+def test_out_of_order_for_a_moment_is_tried_again(push: Push, grafana: FakeGrafana) -> None:
+    with grafana.failing(503, path="folders", times=1), grafana.failing(502, method="POST", path="dashboards", times=2):
+        assert push()[0] == 0
+    assert len(grafana.state.dashboards) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "fault", "status", "words"),
+    [
+        ("POST", "folders", 403, 3, "may not create folder 'koopmon' (403): told to answer 403; it needs folders:read"),
+        ("GET", "datasources", 403, 3, "may not read data source 'koopmon-prometheus' (403)"),
+        (
+            "POST",
+            "datasources",
+            409,
+            1,
+            "cannot create data source 'koopmon Prometheus' (409): told to answer 409; some",
+        ),
+        ("POST", "dashboards", 412, 1, "cannot create dashboard 'koopmon / Fleet' (412)"),
+        ("POST", "dashboards", 400, 1, "refuses to create dashboard 'koopmon / Fleet' (400)"),
+        ("POST", "dashboards", 500, 1, "failed (500) when asked to create dashboard"),
+        ("PUT", "koopmon risk", 404, 1, "cannot create rule group 'koopmon risk' (404)"),
+        ("GET", "contact-points", "html", 2, "something else than Grafana's API when asked for each contact point"),
+        ("PUT", "policies", "hang", 4, "no answer within 0.5 s (update notification policy"),
+        ("POST", "contact-points", "close", 4, "cannot be reached"),
+    ],
+)
+def test_a_failure_on_the_way_says_what_was_done_and_the_next_push_finishes(
+    push: Push, grafana: FakeGrafana, method: str, path: str, fault: int | str, status: int, words: str
+) -> None:
+    with grafana.failing(fault, method=method, path=path):
+        pushed = push(*WEBHOOK, "--timeout", "0.5")
+    refused(pushed, status, words)
+    made = len([request for request in grafana.writes if path not in request.path])
+    if method != "GET":
+        done, left = pushed[2].partition(". Done: ")[2].split("; not done: ")
+        assert done.count("'") == 2 * made, "each by its name"
+        assert "notification policy 'route koopmon=true'" in left
+        assert "not done" in pushed[1]
+    else:
+        assert made == 0
+    assert push(*WEBHOOK)[0] == 0
+    assert push(*WEBHOOK)[0] == 0
+    assert grafana.writes == []
+    assert (len(grafana.state.dashboards), len(grafana.state.groups), len(grafana.state.contact_points)) == (3, 3, 1)
+
+
+def test_a_dashboard_that_is_saved_in_between_is_not_overwritten(push: Push, grafana: FakeGrafana) -> None:
+    """Grafana itself compares versions; it is asked to."""
+    push()
+    fleet = grafana.state.dashboards["koopmon-fleet"]["dashboard"]
+    fleet["version"] += 1
+    fleet["title"] = "mine"
+    with grafana.failing(412, method="POST", path="dashboards"):
+        refused(push("--force"), 1, "cannot update dashboard 'koopmon / Fleet' (412)", "somebody changed it meanwhile")
+    (sent,) = grafana.writes
+    assert (sent.body["dashboard"]["version"], sent.body["overwrite"]) == (2, False)
+    assert fleet["title"] == "mine"
+
+
+def test_an_old_grafana_takes_dashboards_alone(push: Push, grafana: FakeGrafana) -> None:
+    grafana.state.version = "8.5.27"
+    refused(push(), 1, "Grafana 8.5.27 has no alerting provisioning API", "--no-alerts")
+    assert grafana.writes == []
+    assert push("--no-alerts")[0] == 0
+    assert len(grafana.state.dashboards) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--url", "ftp://example.org/"], "grafana.url = 'ftp://example.org/': expected http://HOST[:PORT]/"),
+        (["--url", "grafana:3000"], "grafana.url = 'grafana:3000': expected http"),
+        (["--url", "http://me:pass@example.org/"], "grafana.url = 'example.org/': without user and password"),
+        (["--url", "http://example.org/?orgId=1"], "grafana.url = 'http://example.org/': expected nothing behind"),
+        (["--url", ""], "grafana.url = '': expected Grafana's address: --url, KOOPMON_GRAFANA_URL or"),
+        (["--timeout", "0"], "grafana.timeout_seconds = 0.0: expected `float` > 0.0"),
+        (["--prometheus-url", "prometheus:9090"], "--prometheus-url = 'prometheus:9090': expected http"),
+        (["--prometheus-url", "http://p:9090", "--datasource", "x"], "--datasource and --prometheus-url: one or the"),
+        (["--datasource", "nowhere"], "--datasource 'nowhere': Grafana has no data source of this uid or name"),
+        (["--folder", "a/b"], "--folder 'a/b': expected a uid"),
+        (["--webhook", "hooks.example.org"], "--webhook: expected an address such as https://HOST/PATH"),
+        (["--email", "nobody"], "--email 'nobody': expected an address such as ops@example.org"),
+        (["--no-alerts", *WEBHOOK], "--no-alerts: --webhook, --slack and --email are for alerts"),
+        (["--token-file", "nowhere.token"], "grafana.token_file = 'nowhere.token': No such file or directory"),
+    ],
+)
+def test_a_mistake_in_what_was_asked_is_named(push: Push, grafana: FakeGrafana, words: list[str], says: str) -> None:
+    refused(push(*words), 2, says)
+    assert grafana.writes == []
+
+
+def test_a_data_source_of_another_kind_is_refused(push: Push, grafana: FakeGrafana) -> None:
+    grafana.state.datasources["logs"] = {"uid": "logs", "name": "Logs", "type": "loki"}
+    refused(push("--datasource", "logs"), 2, "--datasource 'logs': is of type loki; expected one of Prometheus")
+
+
+def test_a_token_comes_from_a_private_file_or_the_environment(
+    push: Push, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KOOPMON_GRAFANA_TOKEN")
+    refused(push(), 2, "a service account's token is needed", "KOOPMON_GRAFANA_TOKEN")
+    file = tmp_path / "grafana.token"
+    file.write_text(f"{TOKEN}\n")
+    file.chmod(0o640)
+    refused(push("--token-file", str(file)), 2, f"mode 0640 lets others read it; chmod 600 {file}")
+    file.chmod(0o600)
+    assert push("--token-file", str(file))[0] == 0
+    file.write_bytes(b"two words\n")
+    refused(push("--token-file", str(file)), 2, "expected a token of printable ASCII without blanks")
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str], push: Push) -> None:
+    status, out, _ = push("--help")
+    assert status == 0
+    assert "Example: koopmon grafana push" in out
+
+
+@pytest.fixture
+def command(grafana: FakeGrafana, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The real command line in a process of its own; `before` is Python that runs in it first."""
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("KOOPMON_")}
+    environ |= {"KOOPMON_GRAFANA_TOKEN": TOKEN, "KOOPMON_GRAFANA_URL": grafana.url, "COLUMNS": "200"}
+
+    def run(*words: str, before: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+        program = f"import sys\n{before}\nfrom koopmon.cli import main\nsys.exit(main(sys.argv[1:]))"
+        return subprocess.run(
+            [sys.executable, "-c", program, "grafana", "push", *words],
+            env={**environ, **env},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
+
+
+def test_exit_statuses_of_the_real_command(
+    command: Callable[..., subprocess.CompletedProcess[str]], grafana: FakeGrafana
+) -> None:
+    done = command()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert command(KOOPMON_GRAFANA_TOKEN="glsa_another").returncode == 3
+    with grafana.failing("html"):
+        assert command().returncode == 2
+    with grafana.failing(500):
+        assert command().returncode == 1
+    grafana.state.dashboards["koopmon-fleet"]["dashboard"]["panels"].pop()
+    kept = command("--json")
+    assert (kept.returncode, kept.stderr.count("\n")) == (5, 1)
+    grafana.close()
+    gone = command()
+    assert (gone.returncode, gone.stdout) == (4, "")
+    assert gone.stderr.startswith("koopmon: Grafana at http://127.0.0.1:")
+    assert "Traceback" not in gone.stderr
+
+
+def test_without_the_extra_one_line_says_what_to_install(
+    command: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    done = command(before="sys.modules['grafana_client'] = None")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        'koopmon: koopmon grafana push needs grafana_client, which is not there: pip install "koopmon[grafana]"\n'
+    )
