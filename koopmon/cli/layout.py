@@ -67,6 +67,11 @@ def run_store(environ: Mapping[str, str], name: str) -> Path:
     return state_directory(environ) / "runs" / f"{name.replace('/', '_')}.sqlite3"
 
 
+def monitor_store(environ: Mapping[str, str]) -> Path:
+    """Where `koopmon monitor` keeps the history of the runs that share it, when nobody says otherwise."""
+    return state_directory(environ) / "monitor.sqlite3"
+
+
 def _launcher_options(command: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Options between a launcher and the script, each with the word that follows or the part behind its `=`."""
     launched = False

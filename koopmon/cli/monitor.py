@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from koopmon.cli.console import configure_logging
-from koopmon.cli.layout import state_directory
+from koopmon.cli.layout import monitor_store
 from koopmon.cli.options import (
     ConfigFile,
     DryRun,
@@ -84,7 +84,7 @@ def monitor(
         data_bind=bind_data,
         http=http,
         device=device,
-        store=store or state_directory(os.environ) / "monitor.sqlite3",
+        store=store or monitor_store(os.environ),
         ready_file=ready_file,
     )
 

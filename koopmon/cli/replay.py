@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from koopmon.cli.layout import run_store, state_directory
 from koopmon.cli.options import POLICIES
+from koopmon.cli.stores import opened
 from koopmon.config import Config, load
 from koopmon.errors import ConfigError
 
@@ -47,10 +46,9 @@ def replay(
     Snapshots are as recorded: what a training would have done after an action of the replay is not known.
     """
     from koopmon.monitor import replay as replaying
-    from koopmon.monitor.history import History
 
     config = _config(policy)
-    with History.open(_store(run, store)) as history:
+    with opened(run, store) as (history, _):
         rows = list(replaying.replay(history, run, config))
         decisions = list(history.decisions(run))
     if as_json:
@@ -69,13 +67,6 @@ def _config(policy: str) -> Config:
     if policy in POLICIES:
         return load(overrides={"policy": {"name": policy}})
     raise ConfigError(f"--policy {policy!r}: neither a file nor one of {', '.join(POLICIES)}")
-
-
-def _store(run: str, store: Path | None) -> Path:
-    if store is not None:
-        return store
-    own = run_store(os.environ, run)
-    return own if own.is_file() else state_directory(os.environ) / "monitor.sqlite3"
 
 
 def _plain(row: Replayed) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from koopmon.cli.options import (
     policy_overrides,
     security_overrides,
 )
-from koopmon.cli.summary import summarise
+from koopmon.report.summary import summarise
 from koopmon.config import load
 from koopmon.errors import ConfigError, KoopmonError
 from koopmon.wire.trust import PLAINTEXT_VARIABLE, make_trust

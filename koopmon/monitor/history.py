@@ -20,6 +20,16 @@ from koopmon.wire.messages import Applied, Command, Hello
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunRow:
+    """One run, in all its launches. Times are Unix seconds; `state` is a `koopmon.monitor.runs.RunState`."""
+
+    name: str
+    first_seen: float
+    last_seen: float
+    state: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IncarnationRow:
     """One launch of a run. Times are Unix seconds; `ended` is None while it goes on."""
 
@@ -154,6 +164,12 @@ class History:
         with self._reading("runs"):
             rows = self._database.execute("SELECT name FROM runs ORDER BY first_seen, id").fetchall()
             return msgspec.convert([row["name"] for row in rows], list[str])
+
+    def run(self, name: str) -> RunRow | None:
+        """What is known of a run as a whole; None for one that this store does not know."""
+        with self._reading("runs"):
+            row = self._database.execute("SELECT * FROM runs WHERE name = ?", (name,)).fetchone()
+            return None if row is None else _row(row, RunRow)
 
     def incarnations(self, run: str) -> list[IncarnationRow]:
         query = (

@@ -186,7 +186,7 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     foreseen = {"prior": _prior(observation, config), "growth": _growth(state, observation)}
     if len(state.surprise.losses) > LEAST:
         foreseen["loss"] = state.surprise.value
-    forecast = _forecast(foreseen)
+    forecast = foresight(foreseen)
     if state.step is None or observation.step <= state.step or len(z) != len(state.z):
         fresh = replace(state, step=observation.step, z=z, speed=(), restlessness=0.0, lr_scale=1.0)
         return fresh, OnlineRisk(value=0.0, forecast=forecast, reason="first snapshot", components=foreseen)
@@ -239,8 +239,11 @@ def _growth(state: RiskState, observation: Observation) -> float:
     return math.log((now + EXPANSIVE_FLOOR) / (first + EXPANSIVE_FLOOR))
 
 
-def _forecast(foreseen: Mapping[str, float]) -> float:
-    """By the loss where there is one: with the prior it warned earlier than the expansive mass, and of more runs."""
+def foresight(foreseen: Mapping[str, float]) -> float:
+    """The forecast that follows from the components "prior" and "growth" or "loss".
+
+    By the loss where there is one: with the prior it warned earlier than the expansive mass, and of more runs.
+    """
     if "loss" in foreseen:
         return _sigmoid(foreseen["prior"] + 4.0 * math.log(max(foreseen["loss"], 0.0) + LOSS_FLOOR))
     return _sigmoid(foreseen["prior"] + foreseen["growth"])

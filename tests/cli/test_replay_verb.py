@@ -69,8 +69,8 @@ def test_a_file_is_a_policy(state_home: Path, capsys: pytest.CaptureFixture[str]
     ("arguments", "says"),
     [
         (["team/run", "--policy", "lrr"], "--policy 'lrr': neither a file nor one of"),
-        (["nobody", "--policy", "lr"], "monitor.sqlite3: no such file"),
-        (["nobody", "--policy", "lr", "--store", "OWN"], "run 'nobody': the store knows team/run"),
+        (["nobody", "--policy", "lr"], "run 'nobody': not in"),
+        (["nobody", "--policy", "lr", "--store", "OWN"], "the last ones are team/run"),
         (["team/run", "--policy", "lr", "--store", "CUT"], "cut.sqlite3"),
     ],
 )

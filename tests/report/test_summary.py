@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from koopmon.cli.summary import summarise
 from koopmon.monitor.store import Store
+from koopmon.report.summary import summarise
 from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, Hello, KssSettings
 
 RUN, INCARNATION = "run-1", "0123abcd"
@@ -113,7 +113,7 @@ def test_what_was_not_applied_is_not_claimed(tmp_path: Path) -> None:
     text = writer.summary()
     assert "lowered" not in text
     assert "KSS" not in text
-    assert "1 commands held back by --dry-run" in text
+    assert "1 commands held back" in text
     assert "2 commands not applied" in text
 
 

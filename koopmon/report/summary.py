@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from koopmon.errors import StoreError
-from koopmon.monitor.history import DecisionRow, History
+from koopmon.monitor.history import DecisionRow, HeartbeatRow, History, IncarnationRow
 
 _SENT = frozenset({"sent", "applied", "unanswered", "pending"})
 
@@ -54,7 +55,7 @@ class RunSummary:
         if self.num_kss:
             acted.append(f"KSS raised {_times(self.num_kss)}, to alpha {self.max_kss_alpha:.3g}")
         if self.num_held_back:
-            acted.append(f"{self.num_held_back} commands held back by --dry-run")
+            acted.append(f"{self.num_held_back} commands held back: this job was only watched")
         if self.num_refused:
             acted.append(f"{self.num_refused} commands not applied")
         return [seen, "; ".join(acted) or "nothing was done to the training", f"history: {self.store}"]
@@ -74,10 +75,35 @@ def summarise(store: Path, run: str) -> RunSummary | None:
 
 
 def _summarise(history: History, store: Path, run: str) -> RunSummary:
-    hellos = [row.hello for row in history.incarnations(run) if row.hello is not None]
-    observations = list(history.observations(run))
-    beats = list(history.heartbeats(run))
-    decisions = list(history.decisions(run))
+    return summary_of(
+        run,
+        store,
+        history.incarnations(run),
+        list(history.observations(run)),
+        list(history.heartbeats(run)),
+        list(history.decisions(run)),
+    )
+
+
+class Judged(Protocol):
+    """A snapshot and its risk, as a row of the history or a point of the report."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def risk(self) -> float: ...
+
+
+def summary_of(
+    run: str,
+    store: Path,
+    incarnations: Sequence[IncarnationRow],
+    observations: Sequence[Judged],
+    beats: Sequence[HeartbeatRow],
+    decisions: Sequence[DecisionRow],
+) -> RunSummary:
+    """The counts and extremes of what was read from a history."""
+    hellos = [row.hello for row in incarnations if row.hello is not None]
     worst = max(observations, key=lambda row: row.risk, default=None)
     steps = [row.step for row in observations] + [row.step for row in beats]
     backoffs, kss = _backoffs(decisions), _kss(decisions)
@@ -100,7 +126,7 @@ def _summarise(history: History, store: Path, run: str) -> RunSummary:
     )
 
 
-def _backoffs(decisions: list[DecisionRow]) -> list[float]:
+def _backoffs(decisions: Sequence[DecisionRow]) -> list[float]:
     """Each learning-rate scale that was lower than the one before it, of the commands that were sent."""
     lowered, current = [], 1.0
     for row in (row for decision in decisions for row in decision.commands):
@@ -111,7 +137,7 @@ def _backoffs(decisions: list[DecisionRow]) -> list[float]:
     return lowered
 
 
-def _kss(decisions: list[DecisionRow]) -> list[float]:
+def _kss(decisions: Sequence[DecisionRow]) -> list[float]:
     """Each KSS weight that was higher than the one before it, of the commands that were sent."""
     raised, current = [], 0.0
     for row in (row for decision in decisions for row in decision.commands):

@@ -1,0 +1,84 @@
+"""`koopmon report`: what happened in a run, as one page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from koopmon import plots
+from koopmon.cli.console import say
+from koopmon.cli.options import ConfigFile
+from koopmon.cli.stores import opened
+from koopmon.config import load
+from koopmon.errors import KoopmonError
+
+if TYPE_CHECKING:
+    from koopmon.report.facts import Facts
+
+EPILOG = "Example: koopmon report train-1a2b3c4d --out report"
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("report", epilog=EPILOG, no_args_is_help=True)(report)
+
+
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's name, as `koopmon run` printed it.")],
+    store: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="History, SQLite. Default: the run's own, else the monitor's.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where it is written. Default: koopmon-report-RUN, here.")
+    ] = None,
+    config: ConfigFile = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the facts as JSON; files are written with --out alone.")
+    ] = False,
+) -> int:
+    """Write what happened in a run: one HTML file that needs nothing else, and its pictures as PNGs.
+
+    After a run or while it goes on: reading disturbs no monitor that writes. The risks that count as high are those of
+    the configuration's `[policy]`, which a history does not keep.
+    """
+    from koopmon.report import story
+    from koopmon.report.facts import gather
+
+    policy = load(config).policy
+    with opened(run, store) as (history, path):
+        facts = gather(history, path.absolute(), run, policy)
+    if out is None and not as_json:
+        out = Path(f"koopmon-report-{run.replace('/', '_')}")
+    if out is not None:
+        page = _write(facts, out)
+        if not as_json:
+            print(story.headline(facts))  # noqa: T201 - a result
+            print(page)  # noqa: T201 - likewise
+    if as_json:
+        print(json.dumps({"headline": story.headline(facts), "helped": story.helped(facts), **facts.to_dict()}))  # noqa: T201
+    return 0
+
+
+def _write(facts: Facts, out: Path) -> Path:
+    """Write page and pictures; the page. Without matplotlib there is the page alone. Raises KoopmonError."""
+    from koopmon.report.page import page
+    from koopmon.report.pictures import Picture, draw
+
+    pictures: dict[str, Picture] = {}
+    without = ""
+    path = out / "report.html"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            plots.require("pictures")
+        except plots.PlotError as error:
+            without = str(error)
+            say(without)
+        else:
+            pictures = draw(facts, out)
+        path.write_text(page(facts, pictures, without), encoding="utf-8")
+    except OSError as error:
+        raise KoopmonError(f"--out {out}: cannot be written: {error.strerror}") from None
+    return path

@@ -1,0 +1,1 @@
+"""What happened in a recorded run, as facts, as words and as one page."""
