@@ -40,7 +40,7 @@ ROOMS = {
     "plots": "errors spectral risk",
     "grafana": "errors config monitor",
     "report": "errors config spectral risk monitor plots",
-    "doctor": "errors config wire api plugins discovery",
+    "doctor": "errors config wire api plugins discovery agent",
     "demo": "errors config spectral risk monitor plots",
     "cli": "*",
     "__main__": "cli",
@@ -259,6 +259,13 @@ check("koopmon.monitor.daemon", "grafana_client", "niquests", "httpx", "matplotl
 """
 
 
-def test_imports_stay_light() -> None:
-    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=120, check=False)
+LIGHT_LAUNCHER = """
+import sys, koopmon.cli.run, koopmon.wire.probe
+assert "torch" not in sys.modules, "a launcher that asks for a monitor loads torch"
+"""
+
+
+@pytest.mark.parametrize("script", [LIGHT, LIGHT_LAUNCHER], ids=["library", "launcher"])
+def test_imports_stay_light(script: str) -> None:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -34,6 +34,8 @@ from koopmon.wire.messages import (
     HeartbeatReply,
     Hello,
     KssSettings,
+    Probe,
+    ProbeReply,
     Refused,
     Shard,
     Welcome,
@@ -67,6 +69,8 @@ MESSAGES: tuple[AnyMessage, ...] = (
     Welcome(**NAME, data_endpoint="tcp://127.0.0.1:9", restore=Applied(lr_scale=0.25)),
     Refused(**NAME, reason="too many"),
     HeartbeatReply(**NAME),
+    Probe(**NAME, koopmon_version="0"),
+    ProbeReply(**NAME, koopmon_version="0", torch_version="0", time=1e9, data_endpoint="tcp://127.0.0.1:9", step=3),
     Command(**NAME, id="0123abcd", kind="set_lr_scale", reason="risk", expires_step=60, lr_scale=0.5),
     Command(**NAME, id="0123abce", kind="set_kss", reason="risk", expires_step=60, kss=KssSettings(alpha=1.0)),
 )

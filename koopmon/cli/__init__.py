@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from koopmon.cli import adapters, calibrate, demo, grafana, keys, monitor, profile, replay, report, run
+from koopmon.cli import adapters, calibrate, demo, doctor, grafana, keys, monitor, profile, replay, report, run
 from koopmon.cli.console import say
 from koopmon.errors import KoopmonError
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (run, monitor, profile, calibrate, report, replay, demo, adapters, keys, grafana):
+for verb in (run, monitor, profile, calibrate, report, replay, doctor, demo, adapters, keys, grafana):
     verb.add_to(app)
 
 

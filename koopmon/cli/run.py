@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Mapping
@@ -30,10 +29,10 @@ from koopmon.cli.options import (
     policy_overrides,
     security_overrides,
 )
-from koopmon.report.summary import summarise
 from koopmon.config import load
 from koopmon.errors import ConfigError, KoopmonError
-from koopmon.wire.trust import PLAINTEXT_VARIABLE, make_trust
+from koopmon.report.summary import summarise
+from koopmon.wire.trust import PLAINTEXT_VARIABLE, Trust, make_trust
 
 ANSWER_SECONDS = 2.0
 EPILOG = "Example: koopmon run -- torchrun --nproc-per-node 2 train.py --lr 0.003"
@@ -103,8 +102,10 @@ def run(
         environ |= _security_environment(keys, insecure_plaintext_tcp)
         # Ranks on other nodes have launchers of their own: there the agents agree on a name.
         shared = name if name is not None or spread(command, environ) else new_run_name(command)
-        if not _answers(endpoint):
-            say(f"no monitor answers at {endpoint}: the job is guarded once `koopmon monitor --bind {endpoint}` runs")
+        if (why := _why_silent(endpoint, trust)) is not None:
+            because = f" ({why})" if why else ""
+            advice = f"the job is guarded once `koopmon monitor --bind {endpoint}` runs; `koopmon doctor` says more"
+            say(f"no monitor answers at {endpoint}{because}: {advice}")
         with signals_held() as mask:
             return run_job(command, _job_environment(environ, endpoint, shared, config), mask)
     for option, given in {"--keys": keys, "--insecure-plaintext-tcp": insecure_plaintext_tcp or None}.items():
@@ -215,18 +216,12 @@ def _default_store(environ: Mapping[str, str], name: str) -> Path:
         return Path(tempfile.mkdtemp(prefix="koopmon-history-")) / store.name
 
 
-def _answers(endpoint: str) -> bool:
-    """Whether somebody listens at a checked endpoint, as far as a connection tells."""
-    transport, _, address = endpoint.partition("://")
-    family = socket.AF_UNIX if transport == "ipc" else socket.AF_INET6 if "[" in address else socket.AF_INET
-    host, _, port = address.rpartition(":")
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.settimeout(ANSWER_SECONDS)
-        try:
-            probe.connect(address if transport == "ipc" else (host.strip("[]"), int(port)))
-        except OSError:
-            return False
-    return True
+def _why_silent(endpoint: str, trust: Trust) -> str | None:
+    """Why no monitor answers at a checked endpoint, in words that may be empty; None when one does."""
+    from koopmon.wire.probe import probe
+
+    found = probe(endpoint, trust, timeout_seconds=ANSWER_SECONDS)
+    return None if found.reply is not None or found.refused else found.failure
 
 
 def _refuse_beside_monitor(given: Mapping[str, object]) -> None:

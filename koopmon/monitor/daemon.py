@@ -134,7 +134,8 @@ class Monitor:
         self._data = DataReceiver(wire, self._data_bind or _data_beside(self._control.endpoint), limits=limits)
         self._check_alike()
         registry = CollectorRegistry()
-        metrics = Metrics(registry, _build())
+        build = _build()
+        metrics = Metrics(registry, build)
         self._rejections = Rejections(metrics, time.monotonic)
         checks = {"healthz": self._alive, "readyz": lambda: self._serving and self._alive()}
         web = WebServer(
@@ -174,6 +175,7 @@ class Monitor:
             access=Access(wire.agents),
             calibrator=self._calibrator,
             tell=tell,
+            build=build,
         )
         self._addresses = Addresses(
             self._control.endpoint, self._data.endpoint, web.address, "http" if self._tls is None else "https"

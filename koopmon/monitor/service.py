@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from koopmon.config import Config
@@ -16,6 +16,7 @@ from koopmon.monitor.assembler import Assembler, Snapshot
 from koopmon.monitor.dispatcher import Dispatcher
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.guard import Guard
+from koopmon.monitor.inquiries import Inquiries
 from koopmon.monitor.metrics import KEPT_WHEN_VANISHED, Metrics
 from koopmon.monitor.rejections import Rejections
 from koopmon.monitor.runs import AdmissionError, Event, Run, RunRegistry, RunState
@@ -32,6 +33,7 @@ from koopmon.wire.messages import (
     HeartbeatReply,
     Hello,
     MonitorMessage,
+    Probe,
     Refused,
     Welcome,
 )
@@ -63,6 +65,7 @@ class Service:
         access: Access | None = None,
         calibrator: Calibrator | None = None,
         tell: Tell = tell_nobody,
+        build: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -81,6 +84,9 @@ class Service:
         self._commit_at = math.inf
         self._dispatcher = Dispatcher(metrics=metrics, store=store, send=send, wall=wall, tell=tell)
         self._registry = RunRegistry(config.monitor)
+        self._inquiries = Inquiries(
+            self._registry, self._access, build=build or {}, data_endpoint=data_endpoint, wall=wall
+        )
         self._watches: dict[str, Watch] = {}
         self._assembler = Assembler(
             timeout_seconds=config.monitor.assemble_timeout_seconds,
@@ -94,6 +100,9 @@ class Service:
 
         Raises ProtocolError when it must be refused.
         """
+        if isinstance(message, Probe):
+            self._answer(peer, self._inquiries.answer(message, key))
+            return
         now = self._clock()
         if isinstance(message, Hello):
             if not self._stopping:
@@ -196,10 +205,12 @@ class Service:
         except (AdmissionError, ProtocolError) as error:
             text = error.detail if isinstance(error, ProtocolError) else str(error)
             self._rejections.note(error.reason, text)
+            self._inquiries.refused(hello.run, text[:512])
             self._answer(peer, Refused(run=hello.run, incarnation=hello.incarnation, reason=text[:512]))
             return
         for event in events:
             self._on_event(event)
+        self._inquiries.welcomed(hello.run)
         run = admission.run
         if admission.new_incarnation:
             if before is not None and admission.replaced is not None:

@@ -24,13 +24,15 @@ CLIENT: Final[Options] = {
 _HANDSHAKE_FAILED: Final = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
-_LINK_EVENTS: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _HANDSHAKE_FAILED
+LINK_EVENTS: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _HANDSHAKE_FAILED
 MEND_SECONDS: Final = 2.0
 """Between two attempts at a connection whose handshake fails."""
 
 
 class Client(Socket):
     """A connecting socket that knows whether its peer is there. Raises EndpointError and KeysError."""
+
+    _link_events: int = LINK_EVENTS
 
     def __init__(self, context: WireContext, kind: int, options: Options, endpoint: str) -> None:
         self.endpoint = context.trust.check(endpoint)
@@ -39,6 +41,8 @@ class Client(Socket):
         self._curve = context.trust.uses_curve(self.endpoint)
         self._attempts = 0
         self._opened_at = time.monotonic()
+        self._reached = False
+        self._retries = 0
         self._connected = False
         self._connections = 0
         if self._curve:
@@ -53,7 +57,7 @@ class Client(Socket):
     def _open(self) -> zmq.Socket[bytes]:
         raw = super()._open()
         self._socket = raw
-        self._events = self._watch(raw, _LINK_EVENTS)
+        self._events = self._watch(raw, self._link_events)
         raw.set(zmq.IPV6, self.endpoint.startswith("tcp://["))
         if self._curve:
             curve.show_keys(raw, *self._keys)
@@ -67,6 +71,8 @@ class Client(Socket):
                 event = parse_monitor_message(self._events.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
                 return
+            self._reached = self._reached or event["event"] in (zmq.EVENT_CONNECTED, zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            self._retries += event["event"] == zmq.EVENT_CONNECT_RETRIED
             self._connected = event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self._connections += self._connected
             if self._connected or event["event"] & _HANDSHAKE_FAILED:
@@ -113,6 +119,12 @@ class Client(Socket):
         """Whether the peer is there, as far as is known."""
         self._note_events()
         return self._connected
+
+    @property
+    def reached(self) -> bool:
+        """Whether a peer has ever been found there; a socket that watches connections too says so of anybody."""
+        self._note_events()
+        return self._reached
 
     @property
     def connections(self) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_OBSERVABLES = 8
 """Names in one shard."""
 MAX_OBSERVATIONS = 4096
@@ -28,6 +28,7 @@ Observations = Annotated[list[float | None], Meta(max_length=MAX_OBSERVATIONS)]
 DType = Literal["bfloat16", "float16", "float32"]
 CommandKind = Literal["set_lr_scale", "set_kss", "set_cadence", "stop"]
 AckOutcome = Literal["applied", "expired", "refused", "failed", "duplicate"]
+ProbedState = Literal["running", "ended", "vanished"]
 DropReason = Literal["monitor_away", "queue_full", "no_buffer", "budget", "not_finite", "incomplete"]
 DROP_REASONS: tuple[DropReason, ...] = (
     "monitor_away",
@@ -177,6 +178,27 @@ class Goodbye(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
     reason: ShortText = ""
 
 
+class Probe(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="probe"):
+    """A question of somebody who trains nothing: who are you, and what do you know of `run`? It leaves no trace."""
+
+    koopmon_version: Word = ""
+
+
+class ProbeReply(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="probe_reply"):
+    """The monitor's answer to a `Probe`."""
+
+    koopmon_version: Word
+    torch_version: Word
+    time: Annotated[float, Meta(ge=0.0)]
+    """Unix seconds, by the monitor's clock."""
+    data_endpoint: Annotated[str, Meta(min_length=1, max_length=256)]
+    run_state: ProbedState | None = None
+    step: Step | None = None
+    """The latest optimizer step heard of."""
+    refused: ShortText = ""
+    """Why a hello of this peer for the run would be refused, or the last one was; empty once one is welcome."""
+
+
 class Shard(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="shard"):
     """One rank's part of a snapshot: header of `num_points` raw tensor frames, each (num_samples, width), row-major.
 
@@ -207,6 +229,6 @@ class Shard(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     """What the model's family measures beside the spectra: a value for each of the `num_points` - 1 transitions."""
 
 
-AgentMessage = Hello | Heartbeat | Ack | Goodbye
-MonitorMessage = Welcome | Refused | HeartbeatReply | Command
+AgentMessage = Hello | Heartbeat | Ack | Goodbye | Probe
+MonitorMessage = Welcome | Refused | HeartbeatReply | Command | ProbeReply
 AnyMessage = AgentMessage | MonitorMessage | Shard

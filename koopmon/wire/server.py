@@ -13,8 +13,8 @@ from zmq.utils.monitor import parse_monitor_message
 
 from koopmon.errors import EndpointError
 from koopmon.wire import curve
-from koopmon.wire.codec import WireLimits
 from koopmon.wire.endpoints import claimed, temporary_ipc
+from koopmon.wire.headers import WireLimits
 from koopmon.wire.transport import Options, Socket, WireContext
 
 

@@ -7,18 +7,20 @@ With `transport`, `client`, `server` and `curve`, which they are made of, the on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
-from koopmon.wire.client import Client
-from koopmon.wire.codec import Frame, WireLimits
+from koopmon.wire.client import LINK_EVENTS, Client
 from koopmon.wire.endpoints import check_endpoint
+from koopmon.wire.headers import Frame, WireLimits
 from koopmon.wire.messages import DropReason
-from koopmon.wire.pool import Slot
 from koopmon.wire.server import Server
 from koopmon.wire.transport import ForkedChildError, Options, Socket, WireContext
 from koopmon.wire.waker import Waker
+
+if TYPE_CHECKING:
+    from koopmon.wire.pool import Slot
 
 __all__ = [
     "ControlClient",
@@ -27,6 +29,7 @@ __all__ = [
     "DataSender",
     "ForkedChildError",
     "Poller",
+    "ProbingClient",
     "Waker",
     "WireContext",
     "check_endpoint",
@@ -106,6 +109,17 @@ class ControlClient(Client):
     def recv(self) -> list[memoryview] | None:
         """The frames of the monitor's next message, or None. Raises ProtocolError for more than one frame."""
         return self._receive(1)
+
+
+class ProbingClient(ControlClient):
+    """A control channel that asks: it also hears of connections to what does not shake hands."""
+
+    _link_events = LINK_EVENTS | zmq.EVENT_CONNECTED | zmq.EVENT_CONNECT_RETRIED
+
+    @property
+    def in_vain(self) -> bool:
+        """Whether it was tried twice, and nobody listened."""
+        return not self.reached and self._retries > 1
 
 
 class ControlServer(Server):

@@ -22,7 +22,7 @@ from zmq.utils import garbage  # imported here and now: its exit handler must be
 from koopmon.errors import EndpointError, ProtocolError
 from koopmon.wire import curve
 from koopmon.wire.authorised import AuthorisedAgents
-from koopmon.wire.codec import Frame
+from koopmon.wire.headers import Frame
 from koopmon.wire.trust import Trust
 
 Options: TypeAlias = dict[int, int]

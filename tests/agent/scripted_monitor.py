@@ -22,6 +22,8 @@ from koopmon.wire.messages import (
     HeartbeatReply,
     Hello,
     MonitorMessage,
+    Probe,
+    ProbeReply,
     Refused,
     Shard,
     Welcome,
@@ -44,10 +46,14 @@ class ScriptedMonitor:
         restore: Applied | None = None,
         refuse: str = "",
         trust: Trust | None = None,
+        clock_offset_seconds: float = 0.0,
+        koopmon_version: str = "0",
     ) -> None:
         self.heartbeat_seconds = heartbeat_seconds
         self.restore = restore
         self.refuse = refuse
+        self.clock_offset_seconds = clock_offset_seconds
+        self.koopmon_version = koopmon_version
         self.heard: list[Any] = []
         self.shards: list[tuple[Shard, Tensor]] = []
         self._trust = trust
@@ -106,6 +112,15 @@ class ScriptedMonitor:
             )
             if self.refuse:
                 answer = Refused(reason=self.refuse, **name)
+        elif isinstance(message, Probe):
+            answer = ProbeReply(
+                koopmon_version=self.koopmon_version,
+                torch_version="0",
+                time=time.time() + self.clock_offset_seconds,
+                data_endpoint=self._data_endpoint,
+                run=message.run,
+                incarnation=message.incarnation,
+            )
         elif isinstance(message, Heartbeat):
             answer = HeartbeatReply(**name)
         self.heard.append(message)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.agent.scripted_monitor import ScriptedMonitor
 
 KOOPMON = (sys.executable, "-m", "koopmon")
 
@@ -25,7 +26,7 @@ class CommandLine:
         self.environ |= {"XDG_STATE_HOME": str(directory / "state"), "TMPDIR": str(directory), "OMP_NUM_THREADS": "1"}
         self.environ["XDG_CONFIG_HOME"] = str(directory / "config")
         self.environ |= {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self._monitor: ScriptedMonitor | None = None
         self._started: list[subprocess.Popen[bytes]] = []
 
     def start(self, *words: str, **env: str) -> subprocess.Popen[bytes]:
@@ -51,11 +52,17 @@ class CommandLine:
 
     @property
     def endpoint(self) -> str:
-        """Where somebody listens and nobody answers."""
-        return f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        """Of a monitor that answers whoever asks, and has nothing to say."""
+        if self._monitor is None:
+            place = self.directory / "m"
+            place.mkdir(mode=0o700)
+            self._monitor = ScriptedMonitor(place)
+            self._monitor.__enter__()
+        return self._monitor.endpoint
 
     def close(self) -> None:
-        self._listener.close()
+        if self._monitor is not None:
+            self._monitor.__exit__()
         for process in self._started:
             if process.poll() is None:
                 process.kill()

@@ -1,0 +1,113 @@
+"""The first frame of every message: an eight-byte prefix (magic and version) and a MessagePack map, checked.
+
+All of a control message, and the header of a shard. MessagePack and not JSON because a loss that is NaN or infinite
+must arrive as such. Nothing here needs torch: who only asks a question of a monitor need not load it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias, get_args
+
+import msgspec
+
+from koopmon.errors import ProtocolError, one_line
+from koopmon.wire.messages import MAX_OBSERVATIONS, PROTOCOL_VERSION, AnyMessage, Command, Hello, Shard
+
+RejectionReason = Literal["garbage", "version", "direction", "schema", "size", "shape", "identity", "authorisation"]
+REJECTION_REASONS: Final[tuple[RejectionReason, ...]] = get_args(RejectionReason)
+"""Every `ProtocolError.reason`. The codec raises all but the last two, the monitor's own: who speaks, and for what."""
+
+Frame: TypeAlias = bytes | memoryview
+
+MAGIC: Final = b"koopmon"
+PREFIX: Final = MAGIC + bytes([PROTOCOL_VERSION])
+UNBOUNDED_SCALARS: Final = frozenset({"learning_rate", "loss", "grad_norm"})
+"""Fields in which NaN and infinities travel: there they are the news. Everywhere else they are refused."""
+_PAYLOADS: Final = {"set_lr_scale": "lr_scale", "set_kss": "kss", "set_cadence": "cadence_steps"}
+
+
+@dataclass(frozen=True, slots=True)
+class WireLimits:
+    """What a receiver takes, in bytes and frames; checked before anything is allocated."""
+
+    max_header_bytes: int = 1 << 16
+    max_message_bytes: int = 1 << 30
+    max_frames: int = 4098
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode_header(message: AnyMessage) -> bytes:
+    """The first frame of a message. Raises ProtocolError, with the receiver's reason, for what it would refuse."""
+    header = PREFIX + _encoder.encode(message)
+    decode_header(header)
+    return header
+
+
+def decode_header(header: Frame) -> AnyMessage:
+    """The message of a first frame, or the header of a shard. Raises ProtocolError."""
+    prefix = bytes(header[: len(PREFIX)])
+    if len(prefix) < len(PREFIX) or not prefix.startswith(MAGIC):
+        raise ProtocolError(
+            "garbage", "the first frame does not start with koopmon's magic: another program is talking"
+        )
+    theirs = prefix[-1]
+    if theirs != PROTOCOL_VERSION:
+        older = "the peer's side" if theirs < PROTOCOL_VERSION else "this side"
+        raise ProtocolError(
+            "version",
+            f"the peer speaks protocol version {theirs}, this side {PROTOCOL_VERSION}: upgrade koopmon on {older}",
+        )
+    try:
+        message: AnyMessage = _decoder.decode(header[len(PREFIX) :])
+    except msgspec.ValidationError as error:
+        raise ProtocolError("schema", one_line(error, 200)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError("garbage", one_line(error, 200)) from None
+    _check_header(message)
+    return message
+
+
+def _check_header(message: AnyMessage) -> None:
+    """The rules that a field's own type cannot express."""
+    _check_finite(message, "$")
+    if isinstance(message, Shard):
+        if message.first_point + message.num_points > 4097:
+            raise ProtocolError("schema", f"points {message.first_point} + {message.num_points} exceed 4097")
+        _check_observables(message)
+    elif isinstance(message, Hello):
+        if message.process_rank >= message.world_size:
+            raise ProtocolError("schema", f"process_rank {message.process_rank} in a world of {message.world_size}")
+    elif isinstance(message, Command):
+        for kind, payload in _PAYLOADS.items():
+            if (getattr(message, payload) is not None) != (message.kind == kind):
+                raise ProtocolError("schema", f"a {kind} command carries {payload}, and no other kind does")
+        if message.cadence_until_step is not None and message.kind != "set_cadence":
+            raise ProtocolError("schema", "cadence_until_step may come with a set_cadence command only")
+
+
+def _check_observables(shard: Shard) -> None:
+    num_layers = shard.num_points - 1
+    for name, values in shard.observables.items():
+        if len(values) != num_layers:
+            raise ProtocolError("schema", f"observable {name} has {len(values)} values for {num_layers} transitions")
+    if len(shard.observables) * num_layers > MAX_OBSERVATIONS:
+        raise ProtocolError("schema", f"{len(shard.observables)} observables of {num_layers} transitions exceed 4096")
+
+
+def _check_finite(value: Any, path: str) -> None:
+    """Refuse NaN and infinities outside `UNBOUNDED_SCALARS`: a bound such as `>= 0` lets infinity pass."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ProtocolError("schema", f"Expected a finite `float`, got {value} - at `{path}`")
+    elif isinstance(value, msgspec.Struct):
+        for name in value.__struct_fields__:
+            if name not in UNBOUNDED_SCALARS:
+                _check_finite(getattr(value, name), f"{path}.{name}")
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_finite(item, f"{path}[...]")
