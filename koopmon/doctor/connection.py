@@ -1,0 +1,175 @@
+"""Whether an agent started here would reach the monitor: endpoint, keys, handshake, versions, data channel, clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+
+from koopmon.doctor.findings import Finding, fail, ok, warn
+from koopmon.errors import EndpointError, KeysError, KoopmonError
+from koopmon.wire.endpoints import is_loopback, reached_beside
+from koopmon.wire.keys import MONITOR, public_file, read_public
+from koopmon.wire.messages import PROTOCOL_VERSION, ProbeReply
+from koopmon.wire.probe import NOBODY, Probed, probe, reaches_data
+from koopmon.wire.trust import Trust
+
+DEFAULT = "tcp://127.0.0.1:9465"
+"""Where `koopmon monitor` is found when nobody says otherwise."""
+PROBE_SECONDS = 2.0
+CLOCK_SECONDS = 5.0
+"""A larger difference of the clocks is worth a word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """An endpoint, and who named it; `by` is "" where it is the default."""
+
+    endpoint: str
+    by: str
+
+    @classmethod
+    def of(cls, option: str | None, environ: Mapping[str, str]) -> Named:
+        """The one that an agent would take."""
+        if option is not None:
+            return cls(option, "--monitor")
+        if environ.get("KOOPMON_ENDPOINT"):
+            return cls(environ["KOOPMON_ENDPOINT"], "KOOPMON_ENDPOINT")
+        return cls(DEFAULT, "")
+
+
+class Connection:
+    """The checks of one endpoint, each a stage on which the next one stands. `reply` is the monitor's, once it came."""
+
+    def __init__(self, named: Named, trust: Trust, run: str | None) -> None:
+        self._named = named
+        self._trust = trust
+        self._run = run or NOBODY
+        self.reply: ProbeReply | None = None
+        self.refusal = ""
+
+    def findings(self) -> Iterator[Finding]:
+        """Endpoint, keys, monitor; and where it answers versions, data endpoint and clock."""
+        named = self._named
+        try:
+            endpoint = self._trust.check(named.endpoint)
+        except EndpointError as error:
+            yield fail("endpoint", str(error), "set KOOPMON_ENDPOINT or --monitor to tcp://HOST:PORT or ipc:///PATH")
+            return
+        if named.by:
+            yield ok("endpoint", f"{endpoint}, from {named.by}")
+        else:
+            yield warn(
+                "endpoint",
+                f"none is named, so {endpoint} was looked at, where `koopmon monitor` is by default",
+                "export KOOPMON_ENDPOINT=ENDPOINT, or start the job with `koopmon run`, which brings its own monitor",
+            )
+        keys = self._keys(endpoint)
+        yield keys
+        if keys.level == "fail":
+            return
+        try:
+            found = probe(endpoint, self._trust, run=self._run, timeout_seconds=PROBE_SECONDS)
+        except KoopmonError as error:
+            yield fail("monitor", str(error), "make the directory its owner's alone: chmod 700 DIRECTORY")
+            return
+        yield from self._monitor(endpoint, found)
+
+    def _keys(self, endpoint: str) -> Finding:
+        trust = self._trust
+        if not trust.uses_curve(endpoint):
+            if is_loopback(endpoint):
+                return ok("keys", "none are needed: the endpoint is reached from this host alone")
+            fix = "`koopmon keys make` on both sides, and no --insecure-plaintext-tcp"
+            return warn("keys", "switched off: whoever reaches the endpoint reads and commands the training", fix)
+        try:
+            trust.check_agent_keys(endpoint)
+        except KeysError as error:
+            return fail("keys", str(error), "`koopmon keys make agent`, and copy monitor.key from the monitor's host")
+        assert trust.directory is not None, "it uses keys"
+        until = read_public(public_file(trust.directory, MONITOR)).previous_until
+        rotating = until is not None and until.astimezone(UTC) > datetime.now(UTC)
+        also = "; the monitor's key is being rotated, both are tried" if rotating else ""
+        return ok("keys", f"agent {trust.agent!r} has its secret and knows the monitor's key{also}")
+
+    def _monitor(self, endpoint: str, found: Probed) -> Iterator[Finding]:
+        if found.reason == "version":
+            yield fail("versions", found.failure, "pip install the same version of koopmon on both sides")
+            return
+        if found.refused:
+            self.refusal = found.failure
+            yield fail("monitor", f"it refuses this agent: {found.failure}", _fix_of(found.failure, self._trust))
+            return
+        if found.reply is None:
+            yield self._absent(endpoint, found)
+            return
+        self.reply = reply = found.reply
+        yield ok("monitor", f"answers at {endpoint} in {1000 * found.round_trip_seconds:.3g} ms")
+        yield _versions(reply)
+        yield self._data(endpoint, reply)
+        yield _clock(found)
+
+    def _absent(self, endpoint: str, found: Probed) -> Finding:
+        if found.failure:
+            return fail("monitor", f"the handshake failed: {found.failure}", _fix_of(found.failure, self._trust))
+        if found.reason or found.shook_hands:
+            what = found.failure or "it shakes hands and says nothing"
+            return fail("monitor", f"what listens at {endpoint} is no koopmon monitor: {what}", _START.format(endpoint))
+        if found.reached:
+            said = f"somebody listens at {endpoint} and does not speak koopmon's protocol"
+            return fail("monitor", said, f"is it the port of the monitor's pages? {_START.format(endpoint)}")
+        said = f"nobody listens at {endpoint}"
+        if not self._named.by:
+            return warn("monitor", said, _START.format(endpoint))
+        return fail("monitor", said, (_START if is_loopback(endpoint) else _FAR).format(endpoint))
+
+    def _data(self, endpoint: str, reply: ProbeReply) -> Finding:
+        where = reached_beside(reply.data_endpoint, endpoint)
+        fix = "open that port between the hosts; `koopmon monitor --bind-data ENDPOINT` chooses another"
+        try:
+            why = reaches_data(reply.data_endpoint, endpoint, self._trust, timeout_seconds=PROBE_SECONDS)
+        except KoopmonError as error:
+            why = str(error)
+        if why:
+            return fail("data endpoint", f"snapshots go to {where}: {why}", fix)
+        return ok("data endpoint", f"{where} can be reached")
+
+
+_START = "start one: koopmon monitor --bind {}"
+_FAR = "see that `koopmon monitor --bind {}` runs on that host, and that the port is open between the hosts"
+
+
+def _fix_of(failure: str, trust: Trust) -> str:
+    name = f"{trust.agent}.key"
+    if "does not know this agent's key" in failure or "no agent's any more" in failure:
+        return f"copy {trust.directory}/{name} to agents/{name} in the monitor's key directory"
+    if "monitor.key" in failure:
+        return f"copy monitor.key from the monitor's host to {trust.directory}/{MONITOR}.key"
+    if "demands keys" in failure:
+        return 'set [security] loopback = "curve" on this side too, or see that a koopmon monitor listens there'
+    return "see the monitor's log"
+
+
+def _versions(reply: ProbeReply) -> Finding:
+    try:
+        ours = version("koopmon")
+    except PackageNotFoundError:
+        ours = "unknown"
+    said = f"protocol {PROTOCOL_VERSION} on both sides; koopmon {ours} here, {reply.koopmon_version} there"
+    if ours != reply.koopmon_version:
+        return warn("versions", said, f"pip install koopmon=={reply.koopmon_version}, or upgrade the monitor")
+    return ok("versions", said)
+
+
+def _clock(found: Probed) -> Finding:
+    offset = found.clock_offset_seconds
+    way = "ahead of" if offset > 0 else "behind"
+    said = f"the monitor's is {abs(offset):.3g} s {way} ours"
+    if abs(offset) > CLOCK_SECONDS + found.round_trip_seconds:
+        fix = (
+            "set both by NTP (timedatectl set-ntp true): commands expire by optimizer steps and are not touched, alerts"
+            " on stale snapshots and the rotation of keys go by clocks"
+        )
+        return warn("clock", said, fix)
+    return ok("clock", said)

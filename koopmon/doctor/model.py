@@ -1,0 +1,36 @@
+"""Whether koopmon finds the residual stream of a model, and would act on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from koopmon.doctor.findings import Finding, fail, ok, warn
+from koopmon.errors import KoopmonError, one_line
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from koopmon.config import ModelConfig
+
+
+def taps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: ModelConfig) -> Finding:
+    """One forward pass: the adapter that claims the model, and the points that it would tap."""
+    from koopmon.agent.layout import refusal
+    from koopmon.discovery import discover
+
+    kind = type(model).__name__
+    if why := refusal(model):
+        return fail("taps", f"{kind}: {why}", "docs/support.md has the layouts that are known")
+    try:
+        found = discover(model, *args, adapter=config.adapter, stack=config.stack, **kwargs)
+    except KoopmonError as error:
+        return fail("taps", str(error), "name the list of blocks: [model] stack; or write an adapter in 15 minutes")
+    except Exception as error:  # the model's own forward pass
+        said = f"{kind}: the forward pass raised {type(error).__name__}: {one_line(error, 200)}"
+        return fail("taps", said, "see that the factory's batch is what the model takes")
+    names = [point.name for point in found.points]
+    shown = f"{names[0]} to {names[-1]}" if len(names) > 1 else ", ".join(names)
+    said = f"{kind}: adapter {found.adapter.name!r}, {len(names)} blocks, {shown}"
+    if not found.verified:
+        return warn("taps", f"{said}; not verified", "let the factory return a batch beside the model")
+    return ok("taps", said)

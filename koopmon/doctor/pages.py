@@ -1,0 +1,186 @@
+"""The monitor's pages, and what its metrics tell of a run."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import ssl
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from koopmon.doctor.findings import Finding, fail, ok, warn
+from koopmon.errors import ConfigError, one_line
+from koopmon.wire.messages import ProbeReply
+
+DEFAULT = "http://127.0.0.1:9464"
+HTTP_SECONDS = 2.0
+MAX_PAGE_BYTES = 64 << 20
+STALE_SECONDS = 120.0
+"""A running job whose last snapshot is older than this has stopped sending, or sends rarely."""
+_SAMPLE = re.compile(r"koopmon_(?P<name>\w+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)")
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+STATES = {0: "ended", 1: "running", 2: "vanished"}
+
+
+@dataclass(slots=True)
+class Pages:
+    """The pages of one monitor; `runs` holds each run's samples by name, those with a reason as `name:reason`.
+
+    `optional`: nobody named them, so that they may be elsewhere. Raises ConfigError for a malformed URL.
+    """
+
+    url: str
+    token: str = ""
+    optional: bool = False
+    runs: dict[str, dict[str, float]] = field(default_factory=dict)
+    read: bool = False
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        try:
+            good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            good = False
+        if not good:
+            raise ConfigError(f"--http {self.url!r}: expected http://HOST:PORT or https://HOST:PORT")
+
+    def findings(self) -> Iterator[Finding]:
+        """Health, readiness and metrics."""
+        try:
+            alive, _ = self._get("healthz")
+            ready, _ = self._get("readyz")
+            status, text = self._get("metrics")
+        except (OSError, http.client.HTTPException) as error:
+            said = f"nobody answers at {self.url}: {one_line(error) or type(error).__name__}"
+            fix = "name them with --http; the monitor's log says where they are"
+            yield warn("pages", said, fix) if self.optional else fail("pages", said, fix)
+            return
+        if "koopmon_" not in text and status == 200:
+            yield fail("pages", f"{self.url} is not a koopmon monitor's", "name its pages with --http")
+            return
+        if alive != 200:
+            yield fail("pages", f"/healthz says {alive}: the monitor hangs", "restart it; what was recorded is kept")
+        elif ready != 200:
+            yield warn("pages", f"/readyz says {ready}: it is not ready yet", "wait, or see its log")
+        if status == 401:
+            yield warn("pages", "/metrics asks for a login", "export KOOPMON_HTTP_TOKEN, as the monitor has it")
+            return
+        if status != 200:
+            yield fail("pages", f"/metrics says {status}", "see the monitor's log")
+            return
+        self.runs, self.read = _samples(text), True
+        if alive == ready == 200:
+            known = ", ".join(f"{run} {_state(samples)}" for run, samples in list(self.runs.items())[-5:])
+            yield ok("pages", f"{self.url} is well; runs: {known or 'none yet'}")
+
+    def _get(self, page: str) -> tuple[int, str]:
+        parts = urlsplit(self.url)
+        secure = parts.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        connection = kind(parts.hostname or "", parts.port, timeout=HTTP_SECONDS)
+        try:
+            headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+            connection.request("GET", f"{parts.path.rstrip('/')}/{page}", headers=headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read(MAX_PAGE_BYTES).decode("utf-8", "replace")
+        except ssl.SSLError as error:
+            raise OSError(f"TLS: {error.reason}") from error
+        finally:
+            connection.close()
+
+
+def _samples(text: str) -> dict[str, dict[str, float]]:
+    runs: dict[str, dict[str, float]] = {}
+    for line in text.splitlines():
+        match = _SAMPLE.fullmatch(line)
+        if match is None:
+            continue
+        labels = dict(_LABEL.findall(match["labels"] or ""))
+        if "run" not in labels or "layer" in labels:
+            continue
+        name = match["name"] + (f":{labels['reason']}" if "reason" in labels else "")
+        try:
+            runs.setdefault(labels["run"], {})[name] = float(match["value"])
+        except ValueError:
+            continue
+    return runs
+
+
+def _state(samples: Mapping[str, float]) -> str:
+    return STATES.get(int(samples.get("run_state", -1)), "unknown")
+
+
+def of_run(run: str, reply: ProbeReply | None, pages: Pages | None) -> Iterator[Finding]:
+    """What the monitor knows of one run: never came, refused, silent, without snapshots, stale, or well."""
+    samples = {} if pages is None else pages.runs.get(run, {})
+    state = (reply.run_state if reply is not None else None) or (_state(samples) if samples else "unknown")
+    if reply is not None and reply.refused:
+        yield fail("run", f"{run}: hello is refused: {reply.refused}", fix_of_refusal(reply.refused))
+        return
+    if state == "unknown":
+        if reply is None and not (pages is not None and pages.read):
+            yield warn("run", f"{run}: not known, since no monitor answered", "see above")
+            return
+        fix = (
+            "see that the job has KOOPMON_ENDPOINT and KOOPMON_RUN, and read its first lines: it says why it is not"
+            " attached. `koopmon run -- CMD` sets both"
+        )
+        yield fail("run", f"{run}: the monitor has never heard of it, or long ago", fix)
+        return
+    step = samples.get("step", -1.0 if reply is None or reply.step is None else float(reply.step))
+    at = f", step {step:.0f} at last" if step >= 0 else ""
+    if state != "running":
+        said = f"{run}: {state}{at}"
+        yield ok("run", said) if state == "ended" else fail("run", said, "is the job alive, and its network?")
+        return
+    yield ok("run", f"{run}: running{at}")
+    if samples:
+        yield from _snapshots(samples)
+
+
+def _snapshots(samples: Mapping[str, float]) -> Iterator[Finding]:
+    received = samples.get("snapshots_received_total", 0.0)
+    dropped = {
+        name.partition(":")[2]: count
+        for name, count in samples.items()
+        if name.startswith("snapshots_dropped") and count
+    }
+    lost = ", ".join(f"{count:.0f} {reason}" for reason, count in sorted(dropped.items(), key=lambda item: -item[1]))
+    if not received:
+        worst = max(dropped, key=lambda reason: dropped[reason], default="")
+        fix = _FIX_OF_DROP.get(
+            worst, "is the model in training mode, and was attach() called before the first forward?"
+        )
+        yield fail("snapshots", f"none came{f'; dropped: {lost}' if lost else ''}", fix)
+    else:
+        age = time.time() - samples.get("last_snapshot_timestamp_seconds", time.time())
+        said = f"{received:.0f} came, the last one {max(age, 0.0):.0f} s ago{f'; dropped: {lost}' if lost else ''}"
+        fix = "does the job still step? Snapshots are sparse when their budget is spent ([cadence] budget_ratio)"
+        yield warn("snapshots", said, fix) if age > STALE_SECONDS else ok("snapshots", said)
+    if missing := samples.get("taps_missing", 0.0):
+        fix = "attach before the model is compiled, or compile block by block; blocks that are skipped have no taps"
+        yield warn("taps", f"in {missing:.0f} snapshots a tap did not fire", fix)
+
+
+_FIX_OF_DROP = {
+    "monitor_away": "the data endpoint cannot be reached from the ranks: see `data endpoint` above, on their host",
+    "queue_full": "the network is slower than the snapshots: lower [sampling] num_samples or [cadence] dense_every",
+    "no_buffer": "the sender is behind: lower [sampling] num_samples, or raise [cadence] dense_every",
+    "budget": "snapshots cost more than they may: raise [cadence] budget_ratio, or lower [sampling] num_samples",
+    "not_finite": "the states are not finite: the training has diverged already",
+    "incomplete": "the chain of blocks is not whole: `koopmon doctor FACTORY` shows which points are tapped",
+    "engine_failed": "the monitor could not profile them: see its log",
+}
+
+
+def fix_of_refusal(reason: str) -> str:
+    """What to do when a hello was refused for this `reason`."""
+    if "may not speak for run" in reason:
+        return "add the run to `runs` in the agent's file in agents/ on the monitor's host, or set another KOOPMON_RUN"
+    if "KOOPMON_RUN" in reason:
+        return "export KOOPMON_RUN=NAME, another one for each job"
+    if "max_runs" in reason or "max_peers" in reason:
+        return "raise it in the monitor's configuration, and restart it"
+    return "see the monitor's log"
