@@ -200,7 +200,7 @@ class Guest:
             if world is None:
                 self._run, world = f"{self._run or default_run_name()}-rank{rank}", World()
             self._start(world)
-        if self._rates.active:  # step() raised: schedulers must not see the scaled rates
+        if self._rates.stranded:  # schedulers must not see the scaled rates
             self._rates.restore_rates()
 
     def chain_verified(self, stack: Stack, width: int, update_exponent: float | None, fingerprint: int) -> None:
@@ -234,9 +234,10 @@ class Guest:
                 self._injection.find_scaler(optimizer)
         self.ledger.hook_seconds += time.perf_counter() - started
 
-    def _scale_rates(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _scale_rates(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         scale = 1.0 if self.actuator is None else self.actuator.state.lr_scale(self._num_steps)
         self._rates.scale_rates(optimizer, scale)
+        return self._rates.watch_closure(args, kwargs)
 
     def _restore_rates(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._rates.restore_rates()

@@ -5,6 +5,7 @@ Schedulers only ever see the values they set, so any of them composes: effective
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +50,37 @@ class LrBackoff:
     def __init__(self) -> None:
         self._scaled: list[_ScaledRate | _ScaledTensor] = []
         self._copies: dict[int, Tensor] = {}
+        self._in_closure = False
 
     @property
-    def active(self) -> bool:
-        """True while scaled rates stand in the parameter groups."""
-        return bool(self._scaled)
+    def stranded(self) -> bool:
+        """True when scaled rates stand in the parameter groups although no step is underway: `step()` has raised.
+
+        Asked where a forward begins; a forward inside a step is its closure's, as Lightning's are.
+        """
+        return bool(self._scaled) and not self._in_closure
+
+    def watch_closure(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments of `step()` with a closure that is known to run inside it; None when there is none to watch."""
+        if not self._scaled:
+            return None
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._watched(kwargs["closure"])}
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._watched(args[1]), *args[2:]), kwargs
+        return None
+
+    def _watched(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def watched() -> Any:
+            self._in_closure = True
+            try:
+                return closure()
+            finally:
+                self._in_closure = False
+
+        return watched
 
     @torch.no_grad()
     def scale_rates(self, optimizer: Optimizer, scale: float) -> None:

@@ -129,7 +129,7 @@ def test_a_scale_of_one_touches_nothing() -> None:
     optimizer.register_step_pre_hook(lambda each, *_: seen.append(each.param_groups[0]["lr"] is rate))
     optimizer.step()
     assert seen == [True]
-    assert not backoff.active
+    assert not backoff.stranded
 
 
 class BrokenStep(SGD):
@@ -246,3 +246,46 @@ def test_adams_kin_is_told_by_its_name() -> None:
     others = [SGD(weights, lr=0.1), torch.optim.LBFGS(weights), Wrapper(weights, SGD(weights, lr=0.1))]
     assert [rate_sized_steps(optimizer) for optimizer in kin] == [True] * len(kin)
     assert [rate_sized_steps(optimizer) for optimizer in others] == [False] * len(others)
+
+
+def test_a_step_whose_closure_runs_the_forward_is_scaled_all_the_same(
+    monitor: ScriptedMonitor, agents: Callable[..., Any]
+) -> None:
+    """As Lightning steps: the training step lies inside `step()`, and a forward there must not undo the scale."""
+    model = build()
+    optimizer = SGD(model.parameters(), lr=0.02)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint)
+    by_keyword = [False]
+
+    def change() -> float:
+        """By which one step moved the head's bias, in units of its gradient."""
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, batch(0))
+            loss.backward()
+            return loss
+
+        before = model.head.bias.detach().clone()
+        optimizer.step(closure=closure) if by_keyword[0] else optimizer.step(closure)
+        moved = (before - model.head.bias.detach()) / model.head.bias.grad
+        assert optimizer.param_groups[0]["lr"] == 0.02
+        return float(moved.median())
+
+    assert change() == pytest.approx(0.02, rel=1e-3)
+    monitor.wait(lambda: agent.status()["connected"])
+    command = monitor.command("set_lr_scale", lr_scale=0.25)
+    monitor.wait(lambda: change() < 0.019)
+    assert change() == pytest.approx(0.005, rel=1e-3)
+    by_keyword[0] = True
+    assert change() == pytest.approx(0.005, rel=1e-3)
+    assert monitor.ack(command).outcome == "applied"
+
+    def broken() -> Tensor:
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        optimizer.step(broken)
+    loss_of(model, batch(0)).backward()
+    assert optimizer.param_groups[0]["lr"] == 0.02, "after a closure that raised, the next forward sees the user's rate"
+    assert agent.status()["errors"] == 0
