@@ -33,6 +33,7 @@ from koopmon.wire.messages import (
     Heartbeat,
     HeartbeatReply,
     Hello,
+    Judgement,
     KssSettings,
     Probe,
     ProbeReply,
@@ -71,6 +72,7 @@ MESSAGES: tuple[AnyMessage, ...] = (
     HeartbeatReply(**NAME),
     Probe(**NAME, koopmon_version="0"),
     ProbeReply(**NAME, koopmon_version="0", torch_version="0", time=1e9, data_endpoint="tcp://127.0.0.1:9", step=3),
+    HeartbeatReply(**NAME, judgement=Judgement(step=7, risk=0.5, near_unit_mass=0.2, decision="x", decision_step=6)),
     Command(**NAME, id="0123abcd", kind="set_lr_scale", reason="risk", expires_step=60, lr_scale=0.5),
     Command(**NAME, id="0123abce", kind="set_kss", reason="risk", expires_step=60, kss=KssSettings(alpha=1.0)),
 )

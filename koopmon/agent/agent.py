@@ -21,9 +21,11 @@ class Agent:
     nothing of this may drop the agent: it lives as long as the model.
     """
 
-    def __init__(self, guest: Guest | None, reason: str = "") -> None:
+    def __init__(self, guest: Guest | None, reason: str = "", *, joined: bool = False) -> None:
         self._guest = guest
         self._reason = reason
+        self.joined = joined
+        """Whether the training was attached before, as by `koopmon run`: then whoever did that closes it."""
         self._complained = False
 
     @property
@@ -93,6 +95,7 @@ class Agent:
             "learning_rate": ledger.learning_rate.get(),
             "loss": ledger.loss.get(),
             "grad_norm": ledger.grad_norm.get(),
+            "judgement": None if ledger.judgement is None else msgspec.to_builtins(ledger.judgement),
             "errors": guest.fence.num_errors,
         }
 

@@ -62,7 +62,7 @@ def attach(
     guest = _present(model) or _present(optimizer)
     if guest is not None:
         logger.info("koopmon: this training is attached already")
-        return Agent(guest)
+        return Agent(guest, joined=True)
     try:
         guest = _invite(model, optimizer, endpoint, run, config)
     except _NotAttachedError as error:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koopmon.wire.messages import DROP_REASONS, DropReason
+from koopmon.wire.messages import DROP_REASONS, DropReason, Judgement
 
 _RING = 4
 
@@ -78,6 +78,8 @@ class Ledger:
         self.dropped: dict[DropReason, int] = dict.fromkeys(DROP_REASONS, 0)
         self.rejected: dict[str, int] = {}
         """What came from the monitor and was refused, by reason. Written by the sender's thread alone."""
+        self.judgement: Judgement | None = None
+        """What the monitor last said of this training. Written by the sender's thread alone."""
         self.loss = ScalarBox()
         self.grad_norm = ScalarBox()
         self.learning_rate = ScalarBox()

@@ -203,6 +203,7 @@ class Link:
             return message
         if isinstance(message, HeartbeatReply):
             self._answers.reply()
+            self._ledger.judgement = message.judgement
         if isinstance(message, Command):
             if self.description.process_rank != 0:
                 return Outcome(message.id, "refused", self._ledger.step, "commands go to rank 0")

@@ -43,10 +43,11 @@ class Dispatcher:
 
     def judge(
         self, now: float, run: Run, guard: Guard, sample: Sample, profile: SpectralProfile | None, *, decide: bool
-    ) -> None:
+    ) -> Verdict | None:
         """Let the guard judge a snapshot, record the verdict, then send what follows from it, unless it only watches.
 
         A `profile` of None means that the states were not finite; without `decide` nothing follows.
+        Returns the verdict; None when there is none, which is counted.
         """
         try:
             if profile is not None:
@@ -56,7 +57,7 @@ class Dispatcher:
             # A detector or policy that fails on one snapshot must not end the monitoring of every run.
             logger.exception("run %s step %d: cannot be judged", run.name, sample.step)
             self._metrics.add("engine_failures")
-            return
+            return None
         if guard.initial is not None:
             self._metrics.set("initial_risk", guard.initial.score, run.name)
         self._metrics.set("risk", verdict.risk.value, run.name)
@@ -66,6 +67,7 @@ class Dispatcher:
         self._record(run, guard, sample, verdict, non_finite=profile is None)
         if verdict.decision is not None and verdict.remarkable:
             self._issue(run, guard, sample, verdict, verdict.decision)
+        return verdict
 
     def _count(self, run: Run, guard: Guard, verdict: Verdict) -> None:
         """What alerts ask of must not get lost between two scrapes."""

@@ -258,7 +258,10 @@ class Service:
 
     def _judge(self, run: Run, sample: Sample, profile: SpectralProfile | None) -> None:
         decide = run.state is RunState.RUNNING and not self._stopping
-        self._dispatcher.judge(self._clock(), run, self._watches[run.name].guard, sample, profile, decide=decide)
+        watch = self._watches[run.name]
+        verdict = self._dispatcher.judge(self._clock(), run, watch.guard, sample, profile, decide=decide)
+        if verdict is not None:
+            watch.judged(sample.step, verdict, profile)
 
     def _on_not_finite(self, run: Run, heartbeat: Heartbeat) -> None:
         """An agent kept a snapshot because its states were not finite: that is an observation all the same."""
@@ -278,7 +281,7 @@ class Service:
             self._store.record_heartbeat(self._wall(), heartbeat)
         if heartbeat.process_rank == 0 and watch.applied_changed(heartbeat.applied):
             self._store.record_applied(self._wall(), run.name, run.incarnation, heartbeat.step, heartbeat.applied)
-        self._answer(peer, HeartbeatReply(run=run.name, incarnation=run.incarnation))
+        self._answer(peer, HeartbeatReply(run=run.name, incarnation=run.incarnation, judgement=watch.judgement))
 
     def _on_goodbye(self, run: Run, goodbye: Goodbye) -> None:
         if run.state is RunState.ENDED:

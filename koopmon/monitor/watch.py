@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from koopmon.monitor.guard import Guard
+from koopmon.monitor.guard import Guard, Verdict
 from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.runs import Run
-from koopmon.wire.messages import Applied, Heartbeat
+from koopmon.wire.messages import Applied, Heartbeat, Judgement
+
+if TYPE_CHECKING:
+    from koopmon.spectral import SpectralProfile
 
 HEARTBEAT_ROW_SECONDS = 10.0
 
@@ -20,6 +24,8 @@ class Watch:
 
     guard: Guard
     restore: Applied | None = None
+    judgement: Judgement | None = None
+    """Of the last snapshot that was judged, for the agents to show."""
     _drops: dict[tuple[int, str], int] = field(default_factory=dict)
     _heartbeat_rows: dict[int, float] = field(default_factory=dict)
     _applied: Applied | None = None
@@ -52,6 +58,28 @@ class Watch:
         newly = step > self._not_finite_step
         self._not_finite_step = max(step, self._not_finite_step)
         return newly
+
+    def judged(self, step: int, verdict: Verdict, profile: SpectralProfile | None) -> None:
+        """Note what was made of the snapshot at `step`."""
+        mass = profile.mean("near_unit_mass") if profile is not None and profile.informative else None
+        before, decision = self.judgement, verdict.decision
+        said, at = ("", None) if before is None else (before.decision, before.decision_step)
+        if decision is not None and verdict.remarkable:
+            said, at = decision.reason[:512], step
+        self.judgement = Judgement(
+            step=step,
+            risk=_share(verdict.risk.value) or 0.0,
+            forecast=_share(verdict.risk.forecast),
+            near_unit_mass=_share(mass),
+            divergence_probability=_share(self.guard.divergence_probability),
+            decision=said,
+            decision_step=at,
+        )
+
+
+def _share(value: float | None) -> float | None:
+    """`value` within [0, 1]; None when it is unknown or not finite."""
+    return None if value is None or not math.isfinite(value) else min(max(float(value), 0.0), 1.0)
 
 
 def show_run(metrics: Metrics, run: Run) -> None:

@@ -22,6 +22,7 @@ Rank = Annotated[int, Meta(ge=0, lt=1 << 20)]
 Step = Annotated[int, Meta(ge=0, lt=1 << 53)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
 ShortText = Annotated[str, Meta(max_length=512)]
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Word = Annotated[str, Meta(max_length=64)]
 ObservableName = Annotated[str, Meta(pattern=r"^[a-z0-9_]{1,40}\Z")]
 Observations = Annotated[list[float | None], Meta(max_length=MAX_OBSERVATIONS)]
@@ -67,6 +68,21 @@ class Applied(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     lr_scale: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     kss: KssSettings = KssSettings()
+
+
+class Judgement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the monitor made of the last snapshot that it judged. Absent values are unknown."""
+
+    step: Step
+    risk: Share
+    forecast: Share | None = None
+    near_unit_mass: Share | None = None
+    """Mean over the layers."""
+    divergence_probability: Share | None = None
+    decision: ShortText = ""
+    """Why the policy last did something, or would have..."""
+    decision_step: Step | None = None
+    """...and at which snapshot."""
 
 
 class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="hello"):
@@ -136,6 +152,9 @@ class Heartbeat(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, 
 
 class HeartbeatReply(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="heartbeat_reply"):
     """The monitor is alive. The agent counts the monitor as lost when several in a row stay away."""
+
+    judgement: Judgement | None = None
+    """For the training process to show; nothing follows from it there."""
 
 
 class Command(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="command"):

@@ -21,6 +21,7 @@ from koopmon.wire.messages import (
     Heartbeat,
     HeartbeatReply,
     Hello,
+    Judgement,
     MonitorMessage,
     Probe,
     ProbeReply,
@@ -51,6 +52,8 @@ class ScriptedMonitor:
     ) -> None:
         self.heartbeat_seconds = heartbeat_seconds
         self.restore = restore
+        self.judgement: Judgement | None = None
+        """What every heartbeat is answered with."""
         self.refuse = refuse
         self.clock_offset_seconds = clock_offset_seconds
         self.koopmon_version = koopmon_version
@@ -122,7 +125,7 @@ class ScriptedMonitor:
                 incarnation=message.incarnation,
             )
         elif isinstance(message, Heartbeat):
-            answer = HeartbeatReply(**name)
+            answer = HeartbeatReply(**name, judgement=self.judgement)
         self.heard.append(message)
         if answer is not None:
             control.send(peer, encode(answer))

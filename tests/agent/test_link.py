@@ -13,7 +13,7 @@ from koopmon.agent.link import HELLO_SECONDS, Description, Link, Outcome
 from koopmon.agent.world import Identity
 from koopmon.config import ControlConfig
 from koopmon.wire.codec import Frame, WireLimits, decode_for_monitor, encode
-from koopmon.wire.messages import Ack, AgentMessage, Applied, Command, HeartbeatReply, Hello, Welcome
+from koopmon.wire.messages import Ack, AgentMessage, Applied, Command, HeartbeatReply, Hello, Judgement, Welcome
 from koopmon.wire.sockets import ControlClient
 
 IDENTITY = Identity("run-1", "0123456789abcdef")
@@ -111,6 +111,17 @@ def test_a_description_that_could_not_be_sent_is_sent_later(link: Link, channel:
 def reply(link: Link, now: float) -> None:
     message = HeartbeatReply(run=IDENTITY.run, incarnation=IDENTITY.incarnation)
     link.receive([memoryview(frame) for frame in encode(message)], now)
+
+
+def test_what_the_monitor_says_of_the_training_is_kept(link: Link, channel: Channel) -> None:
+    link.tick(0.0)
+    welcome(link, 0.1)
+    judgement = Judgement(step=3, risk=0.5)
+    message = HeartbeatReply(run=IDENTITY.run, incarnation=IDENTITY.incarnation, judgement=judgement)
+    link.receive([memoryview(frame) for frame in encode(message)], 0.2)
+    assert link._ledger.judgement == judgement
+    reply(link, 0.3)
+    assert link._ledger.judgement is None, "a monitor that knows nothing takes back what an earlier one said"
 
 
 def acks(channel: Channel) -> list[str]:

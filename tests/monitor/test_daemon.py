@@ -371,3 +371,30 @@ def test_heartbeats_are_answered(start_monitor: Start, connect: Start) -> None:
     assert agent.hello().heartbeat_seconds == 0.25
     agent.heartbeat(1)
     assert agent.seen[-1] == HeartbeatReply(**agent.name)
+    assert agent.seen[-1].judgement is None, "nothing was judged yet"
+
+
+def test_the_answer_to_a_heartbeat_tells_what_was_made_of_the_last_snapshot(
+    start_monitor: Start, connect: Start, until: Until
+) -> None:
+    monitor = start_monitor()
+    agent = connect(monitor.addresses.endpoint)
+    agent.hello()
+    agent.snapshot(1)
+    until(lambda: monitor.sample('risk{run="job"}') is not None)
+    agent.heartbeat(2)
+    judgement = agent.seen[-1].judgement
+    assert judgement.step == 1
+    assert judgement.risk == monitor.sample('risk{run="job"}')
+    assert judgement.forecast == monitor.sample('forecast{run="job"}')
+    masses = [value for key, value in monitor.samples().items() if key.startswith("near_unit_mass{")]
+    assert judgement.near_unit_mass == pytest.approx(sum(masses) / len(masses))
+    assert (judgement.divergence_probability, judgement.decision, judgement.decision_step) == (None, "", None)
+    agent.heartbeat(3, dropped={"not_finite": 1})
+    until(lambda: monitor.sample('commands_total{kind="set_lr_scale",outcome="sent",run="job"}') == 1)
+    agent.heartbeat(4)
+    judgement = next(each.judgement for each in reversed(agent.seen) if isinstance(each, HeartbeatReply))
+    assert judgement.risk == 1.0
+    assert judgement.near_unit_mass is None
+    assert judgement.decision
+    assert judgement.decision_step == 3

@@ -17,6 +17,7 @@ from koopmon.wire.messages import (
     AgentMessage,
     AnyMessage,
     Applied,
+    Judgement,
     KssSettings,
     Message,
     Shard,
@@ -24,7 +25,7 @@ from koopmon.wire.messages import (
 
 PAGE = (Path(koopmon.wire.__file__).parent / "PROTOCOL.md").read_text(encoding="utf-8")
 MESSAGES = AnyMessage.__args__
-STRUCTS = [Message, *MESSAGES, KssSettings, Applied]
+STRUCTS = [Message, *MESSAGES, KssSettings, Applied, Judgement]
 
 
 def describe(kind: inspect.Type) -> str:
