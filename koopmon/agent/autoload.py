@@ -174,7 +174,7 @@ class _Watch:
         if text not in self._said:
             self._said.add(text)
             # Every rank has the same to say: one line per job.
-            first = os.environ.get("RANK", "0") == "0"
+            first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
             _log.log(logging.WARNING if first else logging.DEBUG, "koopmon: %s", text)
 
 

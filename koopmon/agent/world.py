@@ -25,6 +25,12 @@ from koopmon.errors import ConfigError
 
 SETTLE_SECONDS = 300.0
 """How long rank 0 may take until it has named the run."""
+_LAUNCHED = (
+    ("RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+)
+"""In which variables launchers say who a process is; torchrun's win, since it may run inside a step of Slurm's."""
 _ordinals: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}")
 
@@ -57,17 +63,21 @@ def current_world() -> World | None:
 
 def announced_size() -> int:
     """What the launcher says the world's size is; 1 when it says nothing."""
-    return _announced("WORLD_SIZE", 1) if "RANK" in os.environ else 1
+    return _announced()[1]
 
 
 def launched_rank() -> int:
     """What the launcher says this process's rank is; 0 when it says nothing."""
-    return _announced("RANK", 0)
+    return _announced()[0]
 
 
-def _announced(name: str, default: int) -> int:
-    value = os.environ.get(name, "")
-    return int(value) if value.isdecimal() else default
+def _announced() -> tuple[int, int]:
+    """Rank and world size by the first launcher that names this process's rank."""
+    for rank, size in _LAUNCHED:
+        if os.environ.get(rank, "").isdecimal():
+            world = os.environ.get(size, "")
+            return int(os.environ[rank]), int(world) if world.isdecimal() else 1
+    return 0, 1
 
 
 def _own_store() -> Any:

@@ -15,12 +15,15 @@ from koopmon.errors import ConfigError
 from koopmon.wire.messages import RunName
 
 _NODE_OPTIONS = ("--nnodes", "--num-machines", "--num-nodes")
+_SLURM_NODE_OPTIONS = ("--nodes", "-N")
 _NODE_VARIABLES = ("SLURM_NNODES", "SLURM_JOB_NUM_NODES", "PET_NNODES")
 _RANK_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def spread(command: Sequence[str], environ: Mapping[str, str]) -> str | None:
-    """Where it is said that the job is more than one command on one node, as "--nnodes 2"; None when nowhere."""
+    """Where it is said that the job is more than one command on this node, as "--nnodes 2"; None when nowhere."""
+    if (where := _spread_by_slurm(command, environ)) is not None:
+        return where
     for option, value in _launcher_options(command):
         if option in _NODE_OPTIONS and _largest(value) > 1:
             return f"{option} {value}"
@@ -28,6 +31,23 @@ def spread(command: Sequence[str], environ: Mapping[str, str]) -> str | None:
         if _largest(environ.get(name, "")) > 1:
             return f"{name}={environ[name]}"
     return None
+
+
+def _spread_by_slurm(command: Sequence[str], environ: Mapping[str, str]) -> str | None:
+    program = Path(command[0]).name
+    if program == "sbatch":
+        return "sbatch starts it elsewhere; or put koopmon run into the batch script"
+    if program != "srun":
+        return None
+    for word, following in zip(command[1:], [*command[2:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if word.startswith("-N") and len(word) > 2:
+            option, equals, value = "-N", "=", word[2:]
+        if option in _SLURM_NODE_OPTIONS and _largest(value if equals else following) > 1:
+            return f"srun {option} {value if equals else following}"
+        if word.endswith(".py") or word == "--":
+            break
+    return None if "SLURM_JOB_ID" in environ else "srun outside of an allocation starts it elsewhere"
 
 
 def script_name(command: Sequence[str]) -> str:

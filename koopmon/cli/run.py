@@ -114,7 +114,7 @@ def run(
     where = spread(command, environ)
     if where is not None:
         raise ConfigError(
-            f"the job is more than one node, or this is one of its ranks ({where}): start `koopmon monitor` where all "
+            f"the job is on other nodes too, or this is one of its ranks ({where}): start `koopmon monitor` where all "
             "ranks reach it, and give its endpoint with --monitor"
         )
     return _run_with_own_monitor(

@@ -50,6 +50,11 @@ class CommandLine:
         """`koopmon run` of a job beside what passes for a monitor: the launcher alone, which has nothing to say."""
         return self("run", "--monitor", self.endpoint, "--", *job, given=given, **env)
 
+    def python(self, *words: str, **env: str) -> subprocess.CompletedProcess[bytes]:
+        """A script without koopmon."""
+        command, environ = [sys.executable, *words], self.environ | env
+        return subprocess.run(command, env=environ, cwd=self.directory, capture_output=True, timeout=120, check=True)
+
     @property
     def endpoint(self) -> str:
         """Of a monitor that answers whoever asks, and has nothing to say."""

@@ -31,6 +31,32 @@ def test_nodes_on_the_command_line(command: str, said: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("sbatch job.sh", "sbatch starts it elsewhere; or put koopmon run into the batch script"),
+        ("srun --ntasks 2 python train.py", "srun outside of an allocation starts it elsewhere"),
+    ],
+)
+def test_what_slurm_would_start_elsewhere(command: str, said: str) -> None:
+    assert spread(command.split(), {}) == said
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("srun -N 2 python train.py", "srun -N 2"),
+        ("srun -N4 python train.py", "srun -N 4"),
+        ("srun --nodes=2-3 python train.py", "srun --nodes 2-3"),
+        ("/usr/bin/srun --nodes 2 python train.py", "srun --nodes 2"),
+        ("srun -N 1 --ntasks 8 python train.py", None),
+        ("srun --ntasks=8 python train.py -N 2", None),
+    ],
+)
+def test_nodes_of_a_step_inside_an_allocation(command: str, said: str | None) -> None:
+    assert spread(command.split(), {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}) == said
+
+
+@pytest.mark.parametrize(
     ("environ", "said"),
     [
         ({"SLURM_NNODES": "2"}, "SLURM_NNODES=2"),
