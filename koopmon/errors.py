@@ -21,6 +21,15 @@ class ConfigError(KoopmonError, ValueError):
     exit_status = 2
 
 
+class MissingExtraError(KoopmonError, ImportError):
+    """A library that comes with an extra of koopmon is not installed: names it, and what installs it."""
+
+    exit_status = 2
+
+    def __init__(self, module: str, library: str, install: str) -> None:
+        super().__init__(f"{module} needs {library}, which is not installed: pip install {install!r}")
+
+
 class AdapterError(KoopmonError):
     """An architecture adapter cannot be selected: unknown name, no claim, or two claims of equal specificity."""
 

@@ -36,7 +36,7 @@ ROOMS = {
     "agent": "errors config spectral wire api hookspecs structure chain tokens observables plugins discovery",
     "conformance": "errors config spectral wire api chain tokens observables plugins discovery agent",
     "monitor": "errors config spectral risk wire",
-    "integrations": "errors config agent",
+    "integrations": "errors config agent profiling spectral risk",  # the last three for Optuna: before any training
     "plots": "errors spectral risk",
     "grafana": "errors config monitor",
     "report": "errors config spectral risk monitor plots",

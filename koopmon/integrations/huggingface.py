@@ -1,0 +1,100 @@
+"""koopmon for the Trainer of Hugging Face transformers, and for what derives from it::
+
+from koopmon.integrations.huggingface import KoopmonCallback
+
+trainer.add_callback(KoopmonCallback())
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from koopmon.agent.attach import Agent
+from koopmon.config import Config
+from koopmon.errors import MissingExtraError
+from koopmon.integrations.mirrors import Mirror, TensorBoardMirror, WandbMirror
+from koopmon.integrations.session import Session
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise MissingExtraError(__name__, "transformers", "koopmon[huggingface]") from None
+
+__all__ = ["KoopmonCallback"]
+
+
+class KoopmonCallback(TrainerCallback):  # type: ignore[misc] # of a library that is read without its types
+    """Attaches koopmon when `train()` has its model and optimizer, and lets go at its end.
+
+    `endpoint`, `run` and `config` are those of `koopmon.attach`, which raises what is wrong with them as `train()`
+    begins; without an endpoint the environment's is taken, and without that training goes on alone. The loss and the
+    gradient's norm are passed on when the trainer logs them, every `logging_steps`; koopmon's own scalars are then
+    logged beside them, where `report_to` names tensorboard (in a run of its own, `koopmon`, in the trainer's directory)
+    or wandb. When the monitor asks to stop (opt-in), training stops as if it had reached its last step.
+    """
+
+    def __init__(
+        self,
+        *,
+        endpoint: str | None = None,
+        run: str | None = None,
+        config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._session = Session(endpoint=endpoint, run=run, config=config)
+        self._mirrors: list[Mirror] = []
+
+    @property
+    def agent(self) -> Agent:
+        """The agent of the training that was begun last."""
+        return self._session.agent
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The trainer keeps its DataParallel wrapper to itself: the model shows nothing of it.
+        threads = args.n_gpu > 1
+        refused = "torch.nn.DataParallel runs copies of the model in threads; start it by torchrun" if threads else ""
+        self._session.begin(kwargs["model"], [kwargs.get("optimizer")], refused=refused)
+        self._mirrors = _mirrors(args) if state is not None and state.is_world_process_zero else []
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        known = logs or {}
+        self._session.log(known.get("loss"), known.get("grad_norm"))
+        for mirror in self._mirrors:
+            mirror.write(self.agent, state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.agent.should_stop:
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for mirror in self._mirrors:
+            mirror.close()
+        self._session.end()
+
+
+def _mirrors(args: TrainingArguments) -> list[Mirror]:
+    """For the trackers that the trainer reports to."""
+    mirrors: list[Mirror] = []
+    if "tensorboard" in args.report_to:
+        # Where the trainer's own runs are, by the name that it gives them too: date and host.
+        from transformers.integrations.integration_utils import default_logdir
+
+        named = os.path.join(args.output_dir, default_logdir())
+        mirrors.append(TensorBoardMirror(os.environ.get("TENSORBOARD_LOGGING_DIR") or named))
+    if "wandb" in args.report_to:
+        mirrors.append(WandbMirror("train/global_step"))
+    return mirrors

@@ -1,0 +1,95 @@
+"""koopmon for Lightning's Trainer::
+
+from koopmon.integrations.lightning import KoopmonCallback
+
+trainer = Trainer(callbacks=[KoopmonCallback()])
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from koopmon.agent.attach import Agent
+from koopmon.config import Config
+from koopmon.errors import MissingExtraError
+from koopmon.integrations.mirrors import Mirror
+from koopmon.integrations.session import Session
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError as error:
+    if error.name != "lightning":
+        raise
+    raise MissingExtraError(__name__, "lightning", "koopmon[lightning]") from None
+
+__all__ = ["KoopmonCallback"]
+
+
+class KoopmonCallback(Callback):  # type: ignore[misc] # of a library that is read without its types
+    """Attaches koopmon as `fit` begins to train, and lets go at its end or when it raises.
+
+    `endpoint`, `run` and `config` are those of `koopmon.attach`, which raises what is wrong with them before the first
+    step; without an endpoint the environment's is taken, and without that training goes on alone. The loss of each
+    batch is passed on without waiting for a device, and koopmon's own scalars go to the trainer's loggers, every
+    `log_every_n_steps`. When the monitor asks to stop (opt-in), so does the trainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        endpoint: str | None = None,
+        run: str | None = None,
+        config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self._session = Session(endpoint=endpoint, run=run, config=config)
+        self._loggers: Mirror | None = None
+
+    @property
+    def agent(self) -> Agent:
+        """The agent of the training that was begun last."""
+        return self._session.agent
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._session.begin(pl_module, trainer.optimizers)
+        self._loggers = _Loggers(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):  # of which the trainer has taken the share of one batch in the accumulation
+            self._session.log(loss * trainer.accumulate_grad_batches)
+        if self._loggers is not None:
+            self._loggers.write(self.agent, trainer.global_step)
+        if self.agent.should_stop:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._session.end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._session.end(f"the training raised {type(exception).__name__}")
+
+
+class _Loggers(Mirror):
+    """Into whatever loggers the trainer has; they drop what ranks other than 0 say."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__()
+        self._trainer = trainer
+        self._last_step = trainer.global_step
+
+    def write(self, agent: Agent, step: int) -> None:
+        every = self._trainer.log_every_n_steps
+        if step != self._last_step and every > 0 and step % every == 0:  # once, of all the batches of one step
+            self._last_step = step
+            super().write(agent, step)
+
+    def _show(self, found: dict[str, float], step: int) -> None:
+        for each in self._trainer.loggers:
+            each.log_metrics(found, step=step)

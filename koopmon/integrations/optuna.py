@@ -1,0 +1,141 @@
+"""Prunes configurations of an Optuna study by their initial risk: one forward pass, before anything is trained::
+
+    from koopmon.integrations.optuna import prune_by_initial_risk
+
+    def objective(trial):
+        rate = trial.suggest_float("lr", 1e-4, 1e-1, log=True)
+        model = make_model(trial)
+        prune_by_initial_risk(trial, model, tokens, learning_rate=rate, calibrator="calibrator.json")
+        return train(model, rate)
+
+What decides is the calibrated probability that the configuration diverges: of learning rate x width x depth, and of
+whether a normalisation brakes the layers. Near-unit mass, the spectrum's own score, separates architectures and says
+little of which rates kill (docs/evidence.md): it is recorded with each trial, and prunes only where the user sets a
+bound for it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from koopmon.errors import CalibrationError, ConfigError, MissingExtraError
+from koopmon.profiling import capture_states
+from koopmon.risk.calibration import Calibrator, Example, load
+from koopmon.risk.initial import initial_risk
+from koopmon.spectral import profile_states
+
+try:
+    import optuna
+except ModuleNotFoundError as error:
+    if error.name != "optuna":
+        raise
+    raise MissingExtraError(__name__, "optuna", "optuna") from None
+
+__all__ = ["InitialForecast", "forecast", "prune_by_initial_risk"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitialForecast:
+    """What is known of a configuration before it is trained; None is unknown, and `reason` then tells why."""
+
+    divergence_probability: float | None
+    near_unit_mass: float | None
+    """Mean over the layers."""
+    reason: str = ""
+
+
+def forecast(
+    model: nn.Module,
+    *batch: Any,
+    learning_rate: float | None = None,
+    calibrator: Calibrator | str | os.PathLike[str] | None = None,
+    num_samples: int = 512,
+    svd_rank: int | None = 32,
+    **batch_kwargs: Any,
+) -> InitialForecast:
+    """Profile `model` on one forward pass `model(*batch, **batch_kwargs)`, in eval and without gradients.
+
+    `learning_rate` is the peak of its schedule under Adam or its kin, `calibrator` one for this kind of model, as
+    `koopmon calibrate` writes it, or its file. A rate above all that the calibrator was fitted on has the probability
+    of the highest that was tried: at least so much, by the fit's form.
+
+    Raises CalibrationError when the calibrator cannot be read or is for another kind of model; what `koopmon.profile`
+    raises for the model.
+    """
+    known = calibrator if calibrator is None or isinstance(calibrator, Calibrator) else load(Path(calibrator))
+    captured = capture_states(model, *batch, num_samples=num_samples, **batch_kwargs)
+    spectrum = profile_states(captured.states, svd_rank=svd_rank)
+    risk = initial_risk(spectrum, known_exponent=captured.known_exponent)
+    if known is None or learning_rate is None:
+        return InitialForecast(divergence_probability=None, near_unit_mass=risk.score, reason="no calibrator")
+    adapter = captured.discovery.adapter.name
+    if known.adapter != adapter:
+        raise CalibrationError(f"calibrator is for {known.adapter}; this model's adapter is {adapter}")
+    if risk.update_exponent is None:
+        return InitialForecast(divergence_probability=None, near_unit_mass=risk.score, reason=risk.reason)
+    width, num_layers = int(captured.states[0].shape[-1]), spectrum.num_layers
+    example = Example(
+        update_exponent=risk.update_exponent,
+        learning_rate=min(learning_rate, known.highest_effective_rate / (width * num_layers)),
+        width=width,
+        num_layers=num_layers,
+    )
+    return InitialForecast(divergence_probability=known.probability(example), near_unit_mass=risk.score)
+
+
+def prune_by_initial_risk(
+    trial: optuna.trial.Trial,
+    model: nn.Module,
+    *batch: Any,
+    learning_rate: float | None = None,
+    calibrator: Calibrator | str | os.PathLike[str] | None = None,
+    max_probability: float = 0.5,
+    max_near_unit_mass: float | None = None,
+    num_samples: int = 512,
+    svd_rank: int | None = 32,
+    **batch_kwargs: Any,
+) -> InitialForecast:
+    """Raise `optuna.TrialPruned` when the configuration is likely to diverge; else tell what is known of it.
+
+    With a calibrator and a learning rate: when the probability is above `max_probability`. With `max_near_unit_mass`:
+    when the score is above it, which by itself is weak evidence. One of the two is needed. Both figures are kept with
+    the trial, as user attributes `koopmon:divergence_probability` and `koopmon:near_unit_mass`; a configuration of
+    which nothing is known is not pruned, and `koopmon:reason` says why.
+
+    Raises ConfigError for arguments that decide nothing or lie out of bounds; what `forecast` raises.
+    """
+    if (calibrator is None) != (learning_rate is None):
+        raise ConfigError("calibrator and learning_rate go together: the probability is one of diverging at a rate")
+    if calibrator is None and max_near_unit_mass is None:
+        raise ConfigError("nothing decides: give a calibrator and the learning_rate, or a max_near_unit_mass")
+    if not 0.0 < max_probability < 1.0:
+        raise ConfigError(f"max_probability = {max_probability}: allowed is what lies between 0 and 1")
+    found = forecast(
+        model,
+        *batch,
+        learning_rate=learning_rate,
+        calibrator=calibrator,
+        num_samples=num_samples,
+        svd_rank=svd_rank,
+        **batch_kwargs,
+    )
+    for name in ("divergence_probability", "near_unit_mass"):
+        if getattr(found, name) is not None:
+            trial.set_user_attr(f"koopmon:{name}", getattr(found, name))
+    probability, mass = found.divergence_probability, found.near_unit_mass
+    reason = found.reason
+    if probability is not None and probability > max_probability:
+        reason = f"diverges with probability {probability:.2f}, more than {max_probability:g}"
+    elif max_near_unit_mass is not None and mass is not None and mass > max_near_unit_mass:
+        reason = f"near-unit mass {mass:.2f} is above {max_near_unit_mass:g}"
+    else:
+        if reason:
+            trial.set_user_attr("koopmon:reason", reason)
+        return found
+    trial.set_user_attr("koopmon:reason", reason)
+    raise optuna.TrialPruned(reason)

@@ -1,0 +1,75 @@
+"""What the tests of the callbacks share: a monitor in a process of its own, and ranks under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from koopmon.cli.embedded import EmbeddedMonitor
+from koopmon.monitor.history import History
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = Path(__file__).parent / "programs"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
+MINE = ("KOOPMON_", "SLURM_", "WANDB_")
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The caller's, without what would name a monitor or ranks."""
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(MINE) and key not in LAUNCHED}
+    paths = [str(ROOT), str(ROOT / "plugins")]
+    return {**environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **more}
+
+
+def ended_well(words: tuple[str, ...], *, timeout: float = 240.0, **more: str) -> subprocess.CompletedProcess[str]:
+    """Runs this Python with `words` to its end, and demands exit status 0."""
+    command = [sys.executable, *words]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    return done
+
+
+def trained(program: str, out: Path, phases: list[dict[str, Any]], **more: str) -> list[list[dict[str, Any]]]:
+    """Of each phase, what came of it on each of two ranks."""
+    ended_well((*TORCHRUN, str(PROGRAMS / program), str(out), json.dumps(phases)), **more)
+    ranks = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2)]
+    return [list(phase) for phase in zip(*ranks, strict=True)]
+
+
+@pytest.fixture
+def monitors(tmp_path: Path) -> Iterator[Callable[..., EmbeddedMonitor]]:
+    """Starts monitors with a policy; they end with the test."""
+    started: list[EmbeddedMonitor] = []
+
+    def start(policy: str) -> EmbeddedMonitor:
+        monitor = EmbeddedMonitor(tmp_path / f"{policy}.sqlite3", options=["--policy", policy])
+        started.append(monitor)
+        monitor.start(environment(), set())
+        deadline = time.monotonic() + 60.0
+        while not monitor.ready():
+            assert time.monotonic() < deadline, monitor.log.read_text()
+            time.sleep(0.05)
+        return monitor
+
+    yield start
+    for monitor in started:
+        monitor.close()
+
+
+def history(monitor: EmbeddedMonitor, run: str) -> tuple[int, list[str]]:
+    """How many profiles the monitor has written down of a run, and what became of each command, in words."""
+    with History.open(monitor.store) as known:
+        profiles = len(list(known.profiles(run)))
+        rows = [row for decision in known.decisions(run) for row in decision.commands]
+    return profiles, [f"{row.command.kind} {row.outcome}" for row in rows]

@@ -1,0 +1,57 @@
+"""The callback for Hugging Face's Trainer, with the real library on two gloo ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from koopmon.cli.embedded import EmbeddedMonitor
+from tests.integrations.conftest import history, trained
+from tests.integrations.programs.trainings import DEADLY_RATE, LAST
+
+CALM = {"lr": 0.001, "steps": 14, "accumulate": 2, "eval": 5, "workers": 1}
+DEADLY = {"lr": DEADLY_RATE, "steps": 100, "seed": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_are_bit_identical_when_watched_and_saved_when_they_would_diverge(
+    monitors: Callable[[str], EmbeddedMonitor], tmp_path: Path
+) -> None:
+    watching, guarding = monitors("observe"), monitors("lr")
+    folder = str(tmp_path / "checkpoints")
+    phases = [
+        CALM,
+        {**CALM, "endpoint": watching.endpoint, "run": "watched", "folder": folder, "save": 7},
+        {**CALM, "endpoint": watching.endpoint, "run": "resumed", "resume": f"{folder}/checkpoint-7"},
+        DEADLY,
+        {**DEADLY, "endpoint": guarding.endpoint, "run": "guarded"},
+    ]
+    plain, watched, resumed, dead, guarded = trained("train_huggingface.py", tmp_path / "out", phases)
+    watching.close()
+    guarding.close()
+
+    for rank in range(2):
+        assert len(plain[rank]["losses"]) == CALM["steps"]
+        assert watched[rank]["losses"] == plain[rank]["losses"]
+        assert resumed[rank]["losses"] == plain[rank]["losses"][7:]
+        assert watched[rank]["digest"] == resumed[rank]["digest"] == plain[0]["digest"]
+        for each in (watched, resumed, guarded):
+            assert each[rank]["status"]["enabled"], each
+            assert each[rank]["status"]["acts"]
+            assert (each[rank]["status"]["layout"], each[rank]["status"]["errors"]) == ("ddp", 0)
+            assert each[rank]["closed"] == "closed"
+    for run in ("watched", "resumed"):
+        profiles, commands = history(watching, run)
+        assert profiles >= 3
+        assert not any("applied" in command for command in commands)
+
+    assert len(dead[0]["losses"]) < DEADLY["steps"]
+    assert not dead[0]["losses"][-1] < 50.0
+    losses = guarded[0]["losses"]
+    assert len(losses) == DEADLY["steps"]
+    assert sum(losses[-LAST:]) / LAST < 0.6 * losses[0]
+    assert guarded[0]["digest"] == guarded[1]["digest"]
+    assert "set_lr_scale applied" in history(guarding, "guarded")[1]
