@@ -283,7 +283,7 @@ UNREST = "0.9 0.9 0.9 0.9 0.1 0.1 0.1 0.1 "
 
 FLAPPING: Mapping[str, Flapping] = {
     "KoopmonRiskSpike": Flapping(
-        RUNNING
+        RUNNING_WITH_GAPS
         | {run("koopmon_risk_alarms_total"): "0x20 " + " ".join(f"{n} {n} {n}" for n in range(1, 21)) + " 20x60"},
         from_minute=6,
         until_minute=20,
