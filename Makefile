@@ -20,7 +20,7 @@ COMMANDS := $(patsubst benchmarks/%.py,%,$(shell grep -l __main__ benchmarks/*.p
 COMMANDS := $(FIRST) $(filter-out $(FIRST) readme guarded_ranks,$(COMMANDS)) readme
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format audit prove clean
+.PHONY: help demo docs test lint format audit prove clean
 .DELETE_ON_ERROR:
 
 help: ## say what there is
@@ -28,6 +28,9 @@ help: ## say what there is
 
 demo: $(VENV)/.plots.stamp ## train on real text, unguarded and guarded, and draw both: under 5 minutes on 2 cores
 	$(BIN)/koopmon demo $(DEMO_ARGS)
+
+docs: $(VENV)/.dev.stamp ## build the site from docs/ and the code into site/; no warning passes, no network is needed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: lint ## every check: lint, types and tests; REQUIRE_ALL=1 forbids skipping what a machine lacks
 	$(BIN)/pytest -n $(WORKERS) -m "not distributed"
@@ -52,7 +55,7 @@ prove: $(VENV)/.dev.stamp ## the longer campaigns: every benchmark, each printin
 	@set -e; for name in $(COMMANDS); do echo "== $$name"; $(BIN)/python -m "benchmarks.$$name"; done
 
 clean: ## forget the environment and what was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # A Python without ensurepip can still borrow its own pip for the new environment.
 $(BIN)/python:

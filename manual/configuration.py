@@ -1,0 +1,132 @@
+"""The reference of the configuration: every table and key of koopmon/config.py, with what its source says of each."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from koopmon import config
+from koopmon.config import Config
+from manual.cells import cell
+
+READERS = {
+    "agent": ("model", "sampling", "cadence", "limits", "control"),
+    "monitor": ("monitor", "http", "grafana", "store", "risk", "policy"),
+}
+"""Who reads a table, as the module's own text says; both read the others."""
+UNITS = {
+    "seconds": "s",
+    "per_second": "per second",
+    "bytes": "bytes",
+    "bytes_per_second": "bytes per second",
+    "days": "days",
+    "steps": "optimizer steps",
+    "every": "optimizer steps",
+}
+"""By how a key's name ends."""
+
+
+def page() -> str:
+    """The whole page, Markdown."""
+    parts = [
+        "# Configuration",
+        "",
+        "One TOML file, named by `--config` or `KOOPMON_CONFIG`; every key may be left out. A file that names an"
+        " unknown table or key, or a value outside its bounds, is refused whole, in one line that says what"
+        " is allowed.",
+        "",
+        "```toml",
+        "[policy]",
+        "dry_run = true        # decide and record, but send nothing",
+        "",
+        "[limits]",
+        "min_lr_scale = 0.25   # the agent goes no lower, whatever the monitor says",
+        "```",
+        "",
+    ]
+    for name, table in tables():
+        parts += [f"## [{name}]", "", f"{_paragraph(table.__doc__)} {_reader(name)}", ""]
+        parts += ["| key | default | allowed | what |", "|---|---|---|---|", *_rows(table), ""]
+    return "\n".join(parts)
+
+
+def tables() -> Iterator[tuple[str, type[config.Section]]]:
+    """Every table by its name."""
+    yield from get_type_hints(Config).items()
+
+
+def _documents(table: type[config.Section]) -> dict[str, str]:
+    """What the source says of each field: the text below it."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(table))).body
+    assert isinstance(body, ast.ClassDef)
+    found: dict[str, str] = {}
+    for field, below in zip(body.body, [*body.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            told = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else ""
+            found[field.target.id] = _paragraph(str(told))
+    return found
+
+
+def _rows(table: type[config.Section]) -> Iterator[str]:
+    hints = get_type_hints(table, include_extras=True)
+    documents = _documents(table)
+    for field in msgspec.structs.fields(table):
+        unit = _unit(field.name, documents[field.name])
+        said = f"{documents[field.name]} {unit}".strip()
+        yield f"| `{field.name}` | {_value(field.default)} | {cell(_kind(hints[field.name]))} | {cell(said)} |"
+
+
+def _unit(name: str, told: str) -> str:
+    """The unit of a key, where its own text does not say it."""
+    units = [unit for ending, unit in UNITS.items() if f"_{name}".endswith(f"_{ending}")]
+    return f"In {units[-1]}." if units and units[-1].split()[-1] not in told.lower() else ""
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "absent"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f'`"{value}"`' if isinstance(value, str) else f"`{_number(value)}`"
+
+
+def _number(value: float) -> str:
+    """As TOML writes it."""
+    return f"{value:g}" if isinstance(value, float) and value < 1e6 else f"{int(value):_}"
+
+
+def _kind(hint: Any) -> str:
+    """Type and bounds in words, from what msgspec checks."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return " ".join([_kind(arguments[0]), *_bounds(arguments[1:])])
+    if origin in (Union, UnionType):
+        return " ".join(_kind(each) for each in arguments if each is not NoneType)
+    if origin is Literal:
+        return ", ".join(f'`"{value}"`' for value in arguments)
+    return {int: "integer", float: "number", str: "text", bool: "`true`, `false`"}[hint]
+
+
+def _bounds(metas: tuple[msgspec.Meta, ...]) -> Iterator[str]:
+    for meta in metas:
+        signs = {">": meta.gt, "≥": meta.ge, "<": meta.lt, "≤": meta.le}
+        yield from (f"{sign} {_number(bound)}" for sign, bound in signs.items() if bound is not None)
+        if meta.max_length is not None:
+            yield f"of at most {meta.max_length} characters"
+        if meta.pattern is not None:
+            yield f"like `{meta.pattern}`"
+
+
+def _reader(name: str) -> str:
+    who = next((who for who, tables in READERS.items() if name in tables), None)
+    return "Read by both sides." if who is None else f"Read by the {who}."
+
+
+def _paragraph(text: str | None) -> str:
+    return " ".join(inspect.cleandoc(text or "").split())
