@@ -1,0 +1,33 @@
+"""Whether the option parser takes a command line of ours, without running it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import typer
+
+from koopmon.cli import app
+
+
+def koopmon_words(command: str) -> list[str] | None:
+    """The words after `koopmon` of a simple command; None for another one."""
+    words = words_of(command)
+    return words[1:] if words[:1] == ["koopmon"] else None
+
+
+def words_of(command: str) -> list[str]:
+    """The program and its arguments, without variables that are set before it."""
+    words = shlex.split(command.replace("\\\n", " "), comments=True)
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+    return words
+
+
+def parse(words: list[str]) -> None:
+    """Raises what the option parser raises for words that it does not take."""
+    command = typer.main.get_command(app)
+    context = command.make_context("koopmon", list(words))
+    while (rest := [*context._protected_args, *context.args]) and hasattr(command, "commands"):
+        name, command, rest = command.resolve_command(context, rest)
+        context = command.make_context(name, rest, parent=context)
