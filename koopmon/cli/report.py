@@ -13,7 +13,7 @@ from koopmon.cli.console import say
 from koopmon.cli.options import ConfigFile
 from koopmon.cli.stores import opened
 from koopmon.config import load
-from koopmon.errors import KoopmonError
+from koopmon.errors import KoopmonError, one_line
 
 if TYPE_CHECKING:
     from koopmon.report.facts import Facts
@@ -54,7 +54,7 @@ def report(
     if out is not None:
         page = _write(facts, out)
         if not as_json:
-            print(story.headline(facts))  # noqa: T201 - a result
+            print(one_line(story.headline(facts), 2000))  # noqa: T201 - a result
             print(page)  # noqa: T201 - likewise
     if as_json:
         print(json.dumps({"headline": story.headline(facts), "helped": story.helped(facts), **facts.to_dict()}))  # noqa: T201

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from koopmon.errors import one_line
+
 Level = Literal["ok", "warn", "fail"]
 
 
@@ -18,13 +20,17 @@ class Finding:
     fix: str = ""
 
 
+MAX_TEXT = 1000
+"""Characters: what is found may quote a peer, and is made fit for a terminal."""
+
+
 def ok(check: str, found: str) -> Finding:
-    return Finding(check, "ok", found)
+    return Finding(check, "ok", one_line(found, MAX_TEXT))
 
 
 def warn(check: str, found: str, fix: str) -> Finding:
-    return Finding(check, "warn", found, fix)
+    return Finding(check, "warn", one_line(found, MAX_TEXT), one_line(fix, MAX_TEXT))
 
 
 def fail(check: str, found: str, fix: str) -> Finding:
-    return Finding(check, "fail", found, fix)
+    return Finding(check, "fail", one_line(found, MAX_TEXT), one_line(fix, MAX_TEXT))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -81,13 +82,16 @@ def read_decisions(rows: Sequence[DecisionRow], points: Sequence[Point]) -> Iter
     """Every decision of a run, in order; each brake that was applied with its effect."""
     directions = dict(_directions(rows, points))
     in_force = sorted(_training_steps(rows, directions))
+    launches: dict[str, list[Point]] = {}
+    for point in sorted(points, key=_step):
+        launches.setdefault(point.incarnation, []).append(point)
     for row in rows:
         actions = []
         for each in row.commands:
             direction, effect, step = directions[each.command.id], None, each.acked_step
             if each.outcome == "applied" and step is not None and direction == "brake":
                 following = next((one for one in in_force if one[0] == row.incarnation and one[1] > step), None)
-                effect = effect_of(row, step, following, points)
+                effect = effect_of(row, step, following, launches.get(row.incarnation, []))
             actions.append(_action(row, each, direction, effect))
         yield Decision(
             incarnation=row.incarnation,
@@ -125,12 +129,16 @@ Following = tuple[str, int, Direction]
 
 
 def effect_of(row: DecisionRow, step: int, following: Following | None, points: Sequence[Point]) -> Effect:
-    """Compare what was seen up to the decision with what was seen from `step` on, until the `following` action."""
-    until = None if following is None else following[1]
-    own = [point for point in points if point.incarnation == row.incarnation]
-    before = [point for point in own if point.step <= row.step][-WINDOW:]
+    """Compare what was seen up to the decision with what was seen from `step` on, until the `following` action.
+
+    `points` are those of the decision's own launch, by step.
+    """
+    place = bisect_right(points, row.step, key=_step)
+    before = points[max(0, place - WINDOW) : place]
     # The snapshot at the very step was taken before the optimizer stepped under the new value.
-    after = [point for point in own if point.step > step and (until is None or point.step <= until)][:WINDOW]
+    first = bisect_right(points, step, key=_step)
+    last = len(points) if following is None else bisect_right(points, following[1], key=_step)
+    after = points[first : min(last, first + WINDOW)]
     losses = [[p.loss for p in side if p.loss is not None] for side in (before, after)]
     risk_after = _median(point.risk for point in after)
     verdict, why = _verdict(row.risk, risk_after, losses, after, following if len(after) < WINDOW else None)
@@ -177,6 +185,10 @@ def _verdict(
 
 
 _WORDS = {-1: "fell", 0: "held", 1: "rose"}
+
+
+def _step(point: Point) -> int:
+    return point.step
 
 
 def _moved(difference: float, least: float) -> int:

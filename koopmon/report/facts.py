@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -182,7 +183,7 @@ def gather(history: History, store: Path, run: str, policy: PolicyConfig | None 
             num_not_informative=sum(not point.informative and not point.non_finite for point in points),
             mean_profile_seconds=profiles.mean_seconds,
         ),
-        launches=tuple(_launch(each, points, beats) for each in incarnations),
+        launches=tuple(_launches(incarnations, points, beats)),
         episodes=episodes,
         decisions=tuple(read_decisions(rows, points)),
         points=tuple(points),
@@ -252,23 +253,28 @@ def _episodes(points: Iterable[Point], policy: PolicyConfig) -> list[Episode]:
     return found
 
 
-def _launch(row: IncarnationRow, points: Sequence[Point], beats: Sequence[HeartbeatRow]) -> Launch:
-    seen = [point for point in points if point.incarnation == row.incarnation]
-    steps = [point.step for point in seen]
-    steps += [beat.step for beat in beats if beat.incarnation == row.incarnation]
-    steps += [] if row.hello is None else [row.hello.step]
-    return Launch(
-        incarnation=row.incarnation,
-        started=row.started,
-        ended=row.ended,
-        end_reason=row.end_reason,
-        first_step=min(steps, default=None),
-        last_step=max(steps, default=None),
-        num_snapshots=len(seen),
-        lr_scale=1.0 if row.applied is None else row.applied.lr_scale,
-        kss_alpha=0.0 if row.applied is None else row.applied.kss.alpha,
-        hello=None if row.hello is None else msgspec.to_builtins(row.hello),
-    )
+def _launches(
+    rows: Sequence[IncarnationRow], points: Sequence[Point], beats: Sequence[HeartbeatRow]
+) -> Iterator[Launch]:
+    steps: dict[str, list[int]] = {row.incarnation: [] if row.hello is None else [row.hello.step] for row in rows}
+    for point in points:
+        steps.setdefault(point.incarnation, []).append(point.step)
+    for beat in beats:
+        steps.setdefault(beat.incarnation, []).append(beat.step)
+    snapshots = Counter(point.incarnation for point in points)
+    for row in rows:
+        yield Launch(
+            incarnation=row.incarnation,
+            started=row.started,
+            ended=row.ended,
+            end_reason=row.end_reason,
+            first_step=min(steps[row.incarnation], default=None),
+            last_step=max(steps[row.incarnation], default=None),
+            num_snapshots=snapshots[row.incarnation],
+            lr_scale=1.0 if row.applied is None else row.applied.lr_scale,
+            kss_alpha=0.0 if row.applied is None else row.applied.kss.alpha,
+            hello=None if row.hello is None else msgspec.to_builtins(row.hello),
+        )
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -74,11 +74,10 @@ def _makers(facts: Facts) -> dict[str, tuple[Callable[[bool], Any], str]]:
 
 
 def _timeline(facts: Facts, narrow: bool) -> Any:
-    tracks = []
-    for launch in facts.launches:
-        points = [point for point in facts.points if point.incarnation == launch.incarnation]
-        if points:
-            tracks.append(_track(points))
+    launches: dict[str, list[Point]] = {}
+    for point in facts.points:
+        launches.setdefault(point.incarnation, []).append(point)
+    tracks = [_track(points) for points in launches.values()]
     marks = [(a.step, a.kind) for a in facts.actions if a.outcome == "applied" and a.step is not None]
     return plots.timeline(tracks, marks[:MAX_MARKS], (facts.act_risk, facts.severe_risk), narrow=narrow)
 

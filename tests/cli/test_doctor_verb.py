@@ -15,7 +15,8 @@ import pytest
 
 from koopmon.cli import main
 from koopmon.doctor import pages
-from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply
+from koopmon.wire.codec import encode
+from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply, ProbeReply
 from tests.agent.scripted_monitor import ScriptedMonitor
 from tests.keyring import Keyring
 from tests.monitor.conftest import MonitorProcess, ScriptedAgent, wait_until
@@ -389,6 +390,24 @@ def test_what_the_monitor_knows_of_a_run(
     _, found = examine(*at(monitor), "--run", "lost")
     assert "hello is refused: run 'lost' was taken over" in found["run"]["found"]
     assert "another one for each job" in found["run"]["fix"]
+
+
+def test_what_a_peer_says_does_not_reach_the_terminal_as_it_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = ProbeReply(
+        run="mine",
+        incarnation="0" * 8,
+        koopmon_version="\x1b[2J",
+        torch_version="0",
+        time=0.0,
+        data_endpoint="tcp://127.0.0.1:1",
+        refused="\x1b]0;mine\x07[red]no[/red]",
+    )
+    with answering(bytes(encode(hostile)[0])) as endpoint:
+        assert main(["doctor", "--monitor", endpoint, "--run", "mine"]) == 3
+    told = capsys.readouterr().out
+    assert "\x1b" not in told
+    assert "\x07" not in told
+    assert "[red]no[/red]" in told
 
 
 def test_a_run_is_not_known_when_nobody_answers(examine: Examine) -> None:

@@ -215,6 +215,20 @@ def test_bad_input_is_one_line(
     assert told.out == ""
 
 
+def test_what_a_peer_says_does_not_reach_the_terminal_as_it_is(
+    state_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder = Recorder(state_home / "h.sqlite3")
+    recorder.hello()
+    recorder.saw(1, 0.9)
+    recorder.did(1, 0.9, "refused", lr_scale=0.5, detail="\x1b[2J")
+    recorder.close()
+    assert main(["report", recorder.run, "--store", str(recorder.path), "--out", "x"]) == 0
+    told = capsys.readouterr().out
+    assert "1 command came to nothing: refused (?[2J)" in told
+    assert "\x1b" not in told
+
+
 def test_nothing_recorded_yet_says_where_to_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
