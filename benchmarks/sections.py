@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.fault_campaign.table import failures
 from benchmarks.markdown import paragraph, table
+from koopmon.monitor.outcomes import MAX_LOSS
 
 Document = Mapping[str, Any]
 
@@ -316,6 +317,8 @@ def alert_lead(told: Document) -> list[str]:
         ]
         for row in told["rows"]
     ]
+    moved = sum(row["guarded"]["left_band_at"] is not None for row in told["rows"])
+    lost = sum(row["guarded"]["last_loss"] is None or row["guarded"]["last_loss"] > MAX_LOSS for row in told["rows"])
     heading = ["seed", "webhook told at step", "loss leaves its band", "lead, steps"]
     prose = [
         f"`python -m benchmarks.alert_lead`: {total['num_runs']} runs without normalisation at a rate that kills, at a",
@@ -323,7 +326,8 @@ def alert_lead(told: Document) -> list[str]:
         "10% above the highest of the 20 steps before. The notification of KoopmonRiskSpike came at least 5 steps",
         f"before that in {total['num_five_steps_before']} of {total['num_left_band']} (median lead",
         f"{total['median_lead']:g}, least {total['least_lead']:g}). Of the same seeds under the default policy koopmon",
-        f"acted on {total['num_acted']}, and the alert was over afterwards in {total['num_resolved']}.",
+        f"acted on {total['num_acted']}, and the alert was over afterwards in {total['num_resolved']}; their loss left",
+        f"its band in {moved} as well, and was lost in {lost}.",
     ]
     return [*paragraph(prose), "", *table([*heading, "guarded: acts at", "guarded: resolved at"], rows)]
 

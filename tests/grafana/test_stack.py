@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.alert_lead import WARNING, Pair, lead, left_band
+from benchmarks.alert_lead import WARNING, WIDTH, Pair, lead, left_band
 from benchmarks.alert_stack import Stack
 from koopmon.grafana.dashboards import dashboards
 from koopmon.grafana.rules import prometheus_rules
@@ -77,11 +77,12 @@ def test_it_resolves_after_the_guard_acted(scene: Scene) -> None:
     assert told["resolved_at"] is not None
     assert told["resolved_at"] > min(told["acted_at"])
     assert scene.stack.heard(name, "KoopmonActionTaken", "firing") is not None
-    # It lived on where the other one was lost, and so long after.
-    assert left_band(scene.pair.guarded.steps()) is None
+    # It lives on, and learns, beyond the step at which the other one's loss was out of its band.
+    steps = scene.pair.guarded.steps()
     moved = left_band(scene.pair.alone.steps())
     assert moved is not None
-    assert told["last_step"] > moved.step
+    assert steps[-1].step > moved.step
+    assert steps[-1].loss < WIDTH * steps[0].loss
 
 
 def test_where_a_notification_leads_there_is_a_runbook(scene: Scene) -> None:
