@@ -125,6 +125,9 @@ class HttpConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Name for basic authentication."""
     password_file: str = ""
     """File with that user's password; empty: KOOPMON_HTTP_PASSWORD."""
+    max_streams: Annotated[int, Meta(ge=0, le=1000)] = 32
+    """Open pages that hear of changes at once, on at most half of `[monitor] max_http_connections`; others ask now and
+    then."""
     insecure_plaintext: bool = False
     """Serve other hosts without TLS and without a login: whoever reaches the port reads the pages."""
 

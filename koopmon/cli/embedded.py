@@ -38,6 +38,7 @@ class EmbeddedMonitor:
         self.store = store
         self.log = store.with_name(f"{store.name}.log")
         self.endpoint = ""
+        self.page = ""
         self.url = ""
         self._http = http
         self._options = tuple(options)
@@ -72,7 +73,8 @@ class EmbeddedMonitor:
         assert self._process is not None, "start() comes first"
         told = self._told()
         if told is not None:
-            self.url = f"{told['scheme']}://{told['http']}/metrics"
+            self.page = f"{told['scheme']}://{told['http']}/"
+            self.url = f"{self.page}metrics"
             return True
         if (status := self._process.poll()) is not None:
             raise MonitorNotReadyError(self._last_words() or f"it ended with status {status}")

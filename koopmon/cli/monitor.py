@@ -41,7 +41,7 @@ def monitor(
         typer.Option(metavar="ENDPOINT", help="Endpoint of snapshots; agents are told it. Default: chosen."),
     ] = None,
     http: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where /metrics, /healthz and /readyz are served.")
+        str, typer.Option(metavar="HOST:PORT", help="Where the live page, /metrics, /healthz and /readyz are served.")
     ] = "127.0.0.1:9464",
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:N", help="Where spectra are computed.")] = "auto",
     store: Annotated[

@@ -143,7 +143,7 @@ def _run_with_own_monitor(
         guarded = True
         try:
             _await_monitor(embedded, environ, mask)
-            say(f"run {name}: guarded; metrics at {embedded.url}")
+            say(f"run {name}: guarded; live page at {embedded.page}, metrics at {embedded.url}")
         except MonitorNotReadyError as error:
             say(f"the job runs unguarded, because its monitor did not start: {error}")
             guarded = False

@@ -27,6 +27,8 @@ from koopmon.monitor.annotations import Annotations, Tell, tell_nobody
 from koopmon.monitor.device import check_device
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.grafana import read_access
+from koopmon.monitor.live.board import LiveBoard
+from koopmon.monitor.live.recall import Recall
 from koopmon.monitor.login import read_login, read_tls
 from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.rejections import Rejections
@@ -110,7 +112,7 @@ class Monitor:
             self._open(stack)
             where = self._addresses
             words = (where.endpoint, where.data_endpoint, where.scheme, where.http)
-            logger.info("monitor: control %s, data %s, %s://%s", *words)
+            logger.info("monitor: control %s, data %s, live page %s://%s/", *words)
             self._turned_at = time.monotonic()
             self._serving = True
             if self._ready is not None:
@@ -138,10 +140,14 @@ class Monitor:
         metrics = Metrics(registry, build)
         self._rejections = Rejections(metrics, time.monotonic)
         checks = {"healthz": self._alive, "readyz": lambda: self._serving and self._alive()}
+        board = LiveBoard()
         web = WebServer(
             self._http,
             registry,
             checks,
+            board=board,
+            policy=self._config.policy,
+            max_streams=self._config.http.max_streams,
             login=self._login,
             tls=self._tls,
             exposed=self._config.http.insecure_plaintext,
@@ -176,7 +182,9 @@ class Monitor:
             calibrator=self._calibrator,
             tell=tell,
             build=build,
+            board=board,
         )
+        stack.callback(Recall(board, self._store_path).close)
         self._addresses = Addresses(
             self._control.endpoint, self._data.endpoint, web.address, "http" if self._tls is None else "https"
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from koopmon.errors import ProtocolError
 from koopmon.monitor.annotations import Tell, tell_nobody
 from koopmon.monitor.guard import Guard, Verdict
+from koopmon.monitor.live.board import LiveBoard, standing_of
 from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.policy import Decision
 from koopmon.monitor.runs import Run
@@ -32,6 +33,7 @@ class Dispatcher:
         store: Store,
         send: Callable[[bytes, MonitorMessage], bool],
         wall: Callable[[], float],
+        board: LiveBoard,
         tell: Tell = tell_nobody,
     ) -> None:
         """`tell` hears of every decision, and of every outcome of a command."""
@@ -40,6 +42,7 @@ class Dispatcher:
         self._send = send
         self._wall = wall
         self._tell = tell
+        self._board = board
 
     def judge(
         self, now: float, run: Run, guard: Guard, sample: Sample, profile: SpectralProfile | None, *, decide: bool
@@ -67,6 +70,7 @@ class Dispatcher:
         self._record(run, guard, sample, verdict, non_finite=profile is None)
         if verdict.decision is not None and verdict.remarkable:
             self._issue(run, guard, sample, verdict, verdict.decision)
+        self._board.judged(run.name, sample, profile, verdict, standing_of(now, guard, verdict))
         return verdict
 
     def _count(self, run: Run, guard: Guard, verdict: Verdict) -> None:
@@ -99,6 +103,7 @@ class Dispatcher:
         for command in verdict.replaced:
             # Its answer may still be on its way, and then it takes the place of this.
             self._store.record_outcome(command.id, "unanswered")
+            self._board.settled(run.name, command.id, "unanswered")
         self._store.record_decision(
             self._wall(),
             run.name,
@@ -135,6 +140,8 @@ class Dispatcher:
         if kind is None:
             raise ProtocolError("unknown_command", f"run {run.name} answers {ack.command_id}, which is not known")
         self._metrics.add("commands", run.name, kind, ack.outcome)
+        self._board.answered(ack)
+        self._board.stands(run.name, guard.policy_state)
         detail = f" ({ack.detail!r})" if ack.detail else ""
         logger.info("run %s step %d: %s %s%s", run.name, ack.step, kind, ack.outcome, detail)
         self._tell_outcome(run.name, kind, ack.outcome, f"{run.name} step {ack.step}: {kind} {ack.outcome}{detail}")
@@ -158,6 +165,7 @@ class Dispatcher:
         for command in commands:
             self._metrics.add("commands", command.run, command.kind, "unanswered")
             self._store.record_outcome(command.id, "unanswered")
+            self._board.settled(command.run, command.id, "unanswered")
             self._tell_outcome(
                 command.run, command.kind, "unanswered", f"{command.run}: {command.kind} was not answered"
             )

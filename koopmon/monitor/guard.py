@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from koopmon.config import Config, Section
+from koopmon.config import Config, KssConfig, PolicyConfig, Section
 from koopmon.monitor import policy
 from koopmon.monitor.sample import Sample
 from koopmon.risk import initial, online
@@ -219,6 +219,20 @@ class Guard:
             )
             self._inform(now, command, ack)
         return expired
+
+    @property
+    def policy_state(self) -> policy.PolicyState:
+        """Where the policy stands."""
+        return self._policy_state
+
+    @property
+    def policy_config(self) -> PolicyConfig:
+        return self._config.policy
+
+    @property
+    def kss_config(self) -> KssConfig:
+        """With the adapter's hints where the user left the defaults."""
+        return self._kss_config
 
     @property
     def waiting(self) -> bool:

@@ -123,7 +123,7 @@ _OF_RUN = " JOIN incarnations ON incarnations.id = t.incarnation_id JOIN runs ON
 
 
 class History:
-    """A store opened for reading. Rows come in the order in which they were written.
+    """A store opened for reading. Rows come in the order in which they were written: all, or the `last` so many.
 
     What a damaged or a forged file holds is checked as it is read: every method raises StoreError, and nothing else.
     """
@@ -171,6 +171,12 @@ class History:
             row = self._database.execute("SELECT * FROM runs WHERE name = ?", (name,)).fetchone()
             return None if row is None else _row(row, RunRow)
 
+    def recent_runs(self, most: int) -> list[RunRow]:
+        """The runs that were seen last, the latest first."""
+        query = "SELECT * FROM runs ORDER BY last_seen DESC, id DESC LIMIT ?"
+        with self._reading("runs"):
+            return [_row(row, RunRow) for row in self._database.execute(query, (most,))]
+
     def incarnations(self, run: str) -> list[IncarnationRow]:
         query = (
             "SELECT t.*, name AS run FROM incarnations AS t JOIN runs ON runs.id = run_id WHERE name = ? ORDER BY t.id"
@@ -186,15 +192,15 @@ class History:
                 for row in self._database.execute(query, (run,))
             ]
 
-    def profiles(self, run: str) -> Iterator[ProfileRow]:
+    def profiles(self, run: str, *, last: int | None = None) -> Iterator[ProfileRow]:
         with self._reading("profiles"):
-            for row in self._of_run("profiles", run):
+            for row in self._of_run("profiles", run, last):
                 profile, observables = unpacked_profile(row["profile"], non_finite=bool(row["non_finite"]))
                 yield _row(row, ProfileRow, masked=bool(row["masked"]), profile=profile, observables=observables)
 
-    def observations(self, run: str) -> Iterator[ObservationRow]:
+    def observations(self, run: str, *, last: int | None = None) -> Iterator[ObservationRow]:
         with self._reading("observations"):
-            for row in self._of_run("observations", run):
+            for row in self._of_run("observations", run, last):
                 yield _row(
                     row,
                     ObservationRow,
@@ -204,9 +210,9 @@ class History:
                     components=msgspec.json.decode(row["components"]),
                 )
 
-    def decisions(self, run: str) -> Iterator[DecisionRow]:
+    def decisions(self, run: str, *, last: int | None = None) -> Iterator[DecisionRow]:
         with self._reading("decisions"):
-            for row in self._of_run("decisions", run):
+            for row in self._of_run("decisions", run, last):
                 yield _row(row, DecisionRow, commands=tuple(self._commands(row["id"])))
 
     def heartbeats(self, run: str) -> Iterator[HeartbeatRow]:
@@ -214,9 +220,24 @@ class History:
             for row in self._of_run("heartbeats", run):
                 yield _row(row, HeartbeatRow, **_scalars(row, "learning_rate", "loss", "grad_norm", "step_seconds"))
 
-    def _of_run(self, table: str, run: str) -> Iterator[sqlite3.Row]:
+    def _of_run(self, table: str, run: str, last: int | None = None) -> Iterator[sqlite3.Row]:
+        if last is not None:
+            yield from self._last_of_run(table, run, last)
+            return
         query = f"SELECT t.*, incarnation FROM {table} AS t{_OF_RUN} ORDER BY t.id"
         yield from self._database.execute(query, (run,))
+
+    def _last_of_run(self, table: str, run: str, most: int) -> Iterator[sqlite3.Row]:
+        """By index, launch after launch from the latest back: a long run's rows are not all looked at."""
+        launches = "SELECT t.id, incarnation FROM incarnations AS t JOIN runs ON runs.id = run_id WHERE name = ?"
+        query = f"SELECT t.*, ? AS incarnation FROM {table} AS t WHERE incarnation_id = ? ORDER BY step DESC LIMIT ?"
+        found: list[sqlite3.Row] = []
+        for launch in self._database.execute(f"{launches} ORDER BY t.id DESC", (run,)).fetchall():
+            values = (launch["incarnation"], launch["id"], most - len(found))
+            found += self._database.execute(query, values).fetchall()
+            if len(found) >= most:
+                break
+        yield from reversed(found)
 
     def _commands(self, decision_id: int) -> Iterator[dict[str, Any]]:
         query = (

@@ -20,6 +20,10 @@ TOKEN_VARIABLE = "KOOPMON_HTTP_TOKEN"  # noqa: S105 - the name of a variable
 PASSWORD_VARIABLE = "KOOPMON_HTTP_PASSWORD"  # noqa: S105
 OPEN = frozenset({"/healthz", "/readyz"})
 """Pages that tell nothing and ask for nothing."""
+BROWSERS = (
+    "A browser cannot show a bearer token: for the live page set [http] user and password_file as well, or ask with\n"
+    "  curl -H 'Authorization: Bearer TOKEN' ADDRESS\n"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class Login:
         """`pages` behind this login."""
         if not self.required:
             return pages
+        words = "a token or a password is needed\n" + (BROWSERS if self.password is None else "")
         schemes = [b"Bearer"] * (self.token is not None) + [b'Basic realm="koopmon"'] * (self.password is not None)
 
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,7 +66,7 @@ class Login:
                 return
             headers = [(b"content-type", b"text/plain; charset=utf-8"), *((b"www-authenticate", s) for s in schemes)]
             await send({"type": "http.response.start", "status": 401, "headers": headers})
-            await send({"type": "http.response.body", "body": b"a token or a password is needed\n"})
+            await send({"type": "http.response.body", "body": words.encode()})
 
         return guarded
 

@@ -17,6 +17,7 @@ from koopmon.monitor.dispatcher import Dispatcher
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.guard import Guard
 from koopmon.monitor.inquiries import Inquiries
+from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.metrics import KEPT_WHEN_VANISHED, Metrics
 from koopmon.monitor.rejections import Rejections
 from koopmon.monitor.runs import AdmissionError, Event, Run, RunRegistry, RunState
@@ -66,6 +67,7 @@ class Service:
         calibrator: Calibrator | None = None,
         tell: Tell = tell_nobody,
         build: Mapping[str, str] | None = None,
+        board: LiveBoard | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -82,7 +84,8 @@ class Service:
         self._wall = wall
         self._stopping = False
         self._commit_at = math.inf
-        self._dispatcher = Dispatcher(metrics=metrics, store=store, send=send, wall=wall, tell=tell)
+        self._board = board or LiveBoard(clock=clock, wall=wall)
+        self._dispatcher = Dispatcher(metrics=metrics, store=store, send=send, wall=wall, board=self._board, tell=tell)
         self._registry = RunRegistry(config.monitor)
         self._inquiries = Inquiries(
             self._registry, self._access, build=build or {}, data_endpoint=data_endpoint, wall=wall
@@ -113,7 +116,7 @@ class Service:
             self._on_heartbeat(now, peer, run, message)
         elif isinstance(message, Ack):
             self._watches[run.name].applied_changed(message.applied)
-            show_run(self._metrics, run)
+            self._show(run)
             self._dispatcher.acknowledge(now, run, self._watches[run.name].guard, message)
         else:
             self._on_goodbye(run, message)
@@ -125,7 +128,7 @@ class Service:
         run = self._registry.received(now, header, agent=self._access.agent(key, header.run))
         for snapshot in self._assembler.add(now, header, received.points()):
             self._submit(snapshot)
-        show_run(self._metrics, run)
+        self._show(run)
 
     def on_result(self, result: Result) -> None:
         """A snapshot came out of the engine."""
@@ -192,6 +195,7 @@ class Service:
 
     def dropped(self, run: str, reason: str) -> None:
         """Count a snapshot that was lost in the monitor."""
+        self._board.lost(run, reason)
         if self._shown(run):
             self._metrics.add("snapshots_dropped", run, reason)
 
@@ -221,7 +225,7 @@ class Service:
             self._watches[run.name].guard.describe(hello)
         self._store.record_hello(self._wall(), hello)
         self._touched()
-        show_run(self._metrics, run)
+        self._show(run)
         self._answer(
             peer,
             Welcome(
@@ -272,7 +276,7 @@ class Service:
 
     def _on_heartbeat(self, now: float, peer: bytes, run: Run, heartbeat: Heartbeat) -> None:
         watch = self._watches[run.name]
-        show_run(self._metrics, run)
+        self._show(run)
         for reason, more in watch.new_drops(heartbeat):
             self._metrics.add("snapshots_dropped", run.name, reason, amount=more)
             if reason == "not_finite":
@@ -286,7 +290,7 @@ class Service:
     def _on_goodbye(self, run: Run, goodbye: Goodbye) -> None:
         if run.state is RunState.ENDED:
             self._ended(run, goodbye.reason or "goodbye")
-        show_run(self._metrics, run)
+        self._show(run)
 
     def _on_event(self, event: Event) -> None:
         run = event.run
@@ -296,13 +300,14 @@ class Service:
             del self._watches[run.name]
         elif event.kind == "ended":
             self._ended(run, "silent after the goodbye of another rank")
-            show_run(self._metrics, run)
+            self._show(run)
         else:
             logger.warning("run %s vanished at step %d", run.name, run.step)
             self._dispatcher.abandon(run, self._watches[run.name].guard)
             self._store.record_state(self._wall(), run.name, run.incarnation, RunState.VANISHED)
             self._metrics.end_run(run.name, keep=KEPT_WHEN_VANISHED)
             self._metrics.set("run_state", RunState.VANISHED, run.name)
+            self._board.ceased(run.name, RunState.VANISHED)
         self._touched()
 
     def _ended(self, run: Run, reason: str) -> None:
@@ -311,10 +316,15 @@ class Service:
         self._store.record_state(self._wall(), run.name, run.incarnation, RunState.ENDED, end_reason=reason)
 
     def _submit(self, snapshot: Snapshot) -> None:
+        self._board.received(snapshot.run)
         if self._shown(snapshot.run):
             self._metrics.add("snapshots_received", snapshot.run)
             self._metrics.set("last_snapshot_timestamp_seconds", self._wall(), snapshot.run)
         self._engine.submit(snapshot, wait=self._stopping)
+
+    def _show(self, run: Run) -> None:
+        show_run(self._metrics, run)
+        self._board.heard(run, sends=self._watches[run.name].guard.sends)
 
     def _shown(self, name: str) -> bool:
         """Whether a run has all of its series."""

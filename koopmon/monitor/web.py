@@ -1,4 +1,4 @@
-"""The monitor's pages: /metrics, /healthz, /readyz, /alerts, and an index. Who may read them is `login`'s to say."""
+"""The monitor's pages: the live ones, /alerts, /metrics, /healthz, /readyz. Who may read them is `login`'s to say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -15,21 +15,18 @@ from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
+from koopmon.config import PolicyConfig
 from koopmon.errors import EndpointError
 from koopmon.monitor import doorkeeper
 from koopmon.monitor.alerts_page import alerts_page
+from koopmon.monitor.live.board import LiveBoard
+from koopmon.monitor.live.pages import not_found, routes
+from koopmon.monitor.live.stream import Streams
 from koopmon.monitor.login import Login
 
 STOP_SECONDS = 5.0
-INDEX = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>koopmon monitor</title></head>
-<body><h1>koopmon monitor</h1><ul>
-<li><a href="metrics">metrics</a></li><li><a href="healthz">healthz</a></li><li><a href="readyz">readyz</a></li>
-<li><a href="alerts">alerts</a></li>
-</ul></body></html>
-"""
 
 
 def parse_address(address: str, *, exposed: bool = False) -> tuple[str, int]:
@@ -71,9 +68,10 @@ def listen(address: str, *, exposed: bool = False) -> socket.socket:
 class WebServer:
     """Serves the pages from a thread of its own; `address` is the actual HOST:PORT.
 
-    `checks` names the pages that answer 200 "ok" while their function returns True, else 503; they ask for no `login`.
-    With `tls` the pages are https. Addresses that other hosts reach take both, or `exposed`. `note(reason, detail)`
-    hears, in that thread, of what was refused.
+    `board` is what the live page shows, with the thresholds of `policy`; at most `max_streams` of its readers hear of
+    changes at once, on half of the connections. `checks` names the pages that answer 200 "ok" while their function
+    returns True, else 503; they ask for no `login`. With `tls` the pages are https. Addresses that other hosts reach
+    take both, or `exposed`. `note(reason, detail)` hears, in that thread, of what was refused.
     """
 
     def __init__(
@@ -85,15 +83,21 @@ class WebServer:
         login: Login | None = None,
         tls: ssl.SSLContext | None = None,
         exposed: bool = False,
+        board: LiveBoard | None = None,
+        policy: PolicyConfig | None = None,
         max_connections: int = 128,
+        max_streams: int = 32,
         note: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
         login = login or Login()
         self._socket = listen(address, exposed=exposed or (login.required and tls is not None))
         host, port = self._socket.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        board = board or LiveBoard()
+        self._streams = Streams(board, min(max_streams, max_connections // 2))
+        pages = _application(registry, checks, routes(board, self._streams, policy or PolicyConfig()))
         config = uvicorn.Config(
-            doorkeeper.Shield(login.guard(_application(registry, checks)), note),
+            doorkeeper.Shield(login.guard(pages), note),
             **doorkeeper.options(max_connections, note),
             log_config=None,
             access_log=False,
@@ -113,16 +117,16 @@ class WebServer:
 
     def close(self) -> None:
         """Finish what is being answered, then stop listening."""
+        self._streams.close()
         self._server.should_exit = True
         self._thread.join(STOP_SECONDS)
         self._socket.close()
 
 
-def _application(registry: CollectorRegistry, checks: Mapping[str, Callable[[], bool]]) -> Starlette:
+def _application(
+    registry: CollectorRegistry, checks: Mapping[str, Callable[[], bool]], live: Sequence[BaseRoute]
+) -> Starlette:
     # Plain functions: starlette runs them in a thread, so a scrape does not hold up a health check.
-    def index(_: Request) -> Response:
-        return HTMLResponse(INDEX)
-
     def alerts(_: Request) -> Response:
         return HTMLResponse(alerts_page())
 
@@ -140,5 +144,8 @@ def _application(registry: CollectorRegistry, checks: Mapping[str, Callable[[], 
 
         return answer
 
-    pages = [Route("/", index), Route("/alerts", alerts), Route("/metrics", metrics)]
-    return Starlette(routes=[*pages, *(Route(f"/{name}", check(name)) for name in checks)])
+    health = [Route(f"/{name}", check(name)) for name in checks]
+    return Starlette(
+        routes=[*live, Route("/alerts", alerts), Route("/metrics", metrics), *health],
+        exception_handlers={404: not_found},
+    )

@@ -1,0 +1,33 @@
+"""What the live page's result says on a page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from benchmarks.markdown import paragraph
+
+Document = Mapping[str, Any]
+
+
+def live_page(told: Document) -> list[str]:
+    """Paint, updates, scrapes, memory."""
+    paint, scrapes, hour, settings = told["paint"], told["metrics"], told["hour"], told["settings"]
+    times = [paint["at_the_start_ms"], *paint["fleet_ms"], *paint["run_ms"]]
+    layers, latencies = settings["num_layers"], [1000 * each for each in scrapes["seconds"]]
+    grown = (max(hour["rss_bytes"]) - hour["rss_bytes"][1]) / 1e6
+    return paragraph(
+        [
+            f"With {settings['num_recorded']} runs x {layers} layers recorded, the first paint in Chromium takes",
+            f"{statistics.median(times):.0f} ms ({max(times):.0f} at worst), and a snapshot is on the page",
+            f"{statistics.median(told['updates_seconds']):.2f} s after it was sent",
+            f"({max(told['updates_seconds']):.2f} at worst). With {scrapes['num_runs']} runs x {layers} layers,",
+            f"/metrics answers in {statistics.median(latencies):.0f} ms ({max(latencies):.0f} at worst):",
+            f"{scrapes['series']:,} series, {scrapes['bytes'] / 1e6:.1f} MB. Over an hour of theirs, simulated, the",
+            f"monitor's memory stays within {grown:.1f} MB of {hour['rss_bytes'][1] / 1e6:.0f} MB.",
+        ]
+    )
+
+
+WRITERS: Mapping[str, Callable[[Document], list[str]]] = {"live_page": live_page}

@@ -1,0 +1,133 @@
+"""An hour of many runs in a few minutes: the monitor's service, store and pages, with clocks that we turn.
+
+Sockets and the engine's arithmetic are left out, since an hour of them takes an hour; profiles are real ones, made
+before.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+from prometheus_client import CollectorRegistry
+
+from benchmarks.live_scenes import NUM_LAYERS, hello, profiles
+from koopmon.config import from_mapping
+from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.live import board as boards
+from koopmon.monitor.live.board import LiveBoard
+from koopmon.monitor.metrics import Metrics
+from koopmon.monitor.rejections import Rejections
+from koopmon.monitor.service import Service
+from koopmon.monitor.store import Store
+from koopmon.monitor.web import WebServer
+from koopmon.wire.messages import Applied, Heartbeat
+
+HOUR_SECONDS = 3600.0
+HEARTBEAT_SECONDS, SNAPSHOT_SECONDS, SCRAPE_SECONDS, COUNT_SECONDS = 10.0, 60.0, 15.0, 300.0
+NUM_PROFILES = 8
+
+
+class _Snapshot:
+    """What a result says of its snapshot, without the states."""
+
+    num_shards, masked, num_samples = 1, False, 128
+
+    def __init__(self, run: str, step: int) -> None:
+        self.run, self.incarnation, self.step = run, "aaaaaaaa", step
+        self.learning_rate, self.loss, self.grad_norm = 1e-3, 2.0 + 0.1 * (step % 7), 1.0
+        self.lr_scale, self.kss_alpha = 1.0, 0.0
+        self.observables: dict[str, list[float | None]] = {}
+
+
+class _Engine:
+    """Has nothing to do."""
+
+    queue_length = 0
+
+    def submit(self, *_: Any, **__: Any) -> None:
+        raise AssertionError("no shard is sent")
+
+
+def simulate(num_runs: int) -> dict[str, Any]:
+    """Resident bytes and series along the hour, once everything that is bounded is full."""
+    found, clock = profiles(NUM_PROFILES), [0.0]
+    config = from_mapping({"policy": {"dry_run": True}})
+    registry = CollectorRegistry()
+    metrics = Metrics(registry, {"version": "0"})
+    board = LiveBoard(clock=lambda: clock[0], wall=lambda: 1.7e9 + clock[0])
+    counts: dict[str, list[float]] = {"seconds": [], "rss_bytes": [], "series": []}
+    with tempfile.TemporaryDirectory(prefix="koopmon-") as folder:
+        store = Store.open(Path(folder) / "history.sqlite3", config.store, clock=lambda: clock[0])
+        web = WebServer("127.0.0.1:0", registry, {}, board=board)
+        service = Service(
+            config,
+            metrics=metrics,
+            store=store,
+            engine=cast(Engine, _Engine()),
+            rejections=Rejections(metrics, lambda: clock[0]),
+            send=lambda peer, message: True,
+            data_endpoint="ipc:///nowhere",
+            board=board,
+            clock=lambda: clock[0],
+            wall=lambda: 1.7e9 + clock[0],
+        )
+        runs = [f"run-{number:02d}" for number in range(num_runs)]
+        for run in runs:
+            service.on_control(run.encode(), hello(run))
+        # A connection each time: the server lets none live for long.
+        once = httpx.Limits(max_keepalive_connections=0)
+        with httpx.Client(base_url=f"http://{web.address}", timeout=60.0, limits=once) as client:
+            step = 0
+
+            def snapshots() -> None:
+                nonlocal step
+                step += 1
+                for number, run in enumerate(runs):
+                    profile = found[(step + number) % NUM_PROFILES]
+                    service.on_result(Result(cast(Any, _Snapshot(run, step)), profile, 0.1))
+
+            _fill(board, runs, snapshots)
+            while clock[0] <= HOUR_SECONDS:
+                at = clock[0]
+                for run in runs:
+                    beat = Heartbeat(
+                        run=run, incarnation="aaaaaaaa", process_rank=0, step=step, applied=Applied(), sent=step
+                    )
+                    service.on_control(run.encode(), beat)
+                if at % SNAPSHOT_SECONDS == 0:
+                    snapshots()
+                    client.get(f"/runs/{runs[step % num_runs]}").raise_for_status()
+                    client.get("/").raise_for_status()
+                if at % SCRAPE_SECONDS == 0 or at % COUNT_SECONDS == 0:
+                    text = client.get("/metrics").text
+                if at % COUNT_SECONDS == 0:
+                    counts["seconds"].append(at)
+                    counts["rss_bytes"].append(_resident())
+                    counts["series"].append(sum(not line.startswith("#") for line in text.splitlines()))
+                service.tick()
+                clock[0] += 5.0
+        web.close()
+        store.close()
+    return {"num_runs": num_runs, "num_layers": NUM_LAYERS, "snapshots": step * num_runs, **counts}
+
+
+def _fill(board: LiveBoard, runs: list[str], snapshots: Any) -> None:
+    """What a run keeps is bounded: begin where the bounds are reached."""
+    snapshots()
+    for run in runs:
+        view = board.view(run)
+        assert view is not None
+        point, column = view.points[0], view.columns[0]
+        copies = [type(point)(**{name: getattr(point, name) for name in point.__slots__} | {"step": -back})
+                  for back in range(boards.MAX_POINTS, 0, -1)]  # fmt: skip
+        columns = [type(column)(-back, {name: each[:] for name, each in column.values.items()})
+                   for back in range(boards.MAX_COLUMNS, 0, -1)]  # fmt: skip
+        board.restore(view, points=copies, columns=columns)
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

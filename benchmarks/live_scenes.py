@@ -1,0 +1,191 @@
+"""What the live page is measured on: recorded runs, a monitor in a process of its own, simulated agents, a browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from koopmon.config import Config
+from koopmon.monitor.guard import Guard
+from koopmon.monitor.sample import Sample
+from koopmon.monitor.store import Store
+from koopmon.spectral import SpectralProfile, profile_states
+from koopmon.wire.codec import WireLimits, decode_for_agent, encode
+from koopmon.wire.messages import Applied, Heartbeat, Hello, Shard, Welcome
+from koopmon.wire.sockets import ControlClient, DataSender, WireContext
+
+INCARNATION = "aaaaaaaa"
+NUM_LAYERS, WIDTH, NUM_SAMPLES, SVD_RANK = 48, 64, 128, 32
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage")
+WAIT_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A monitor's addresses; `url` is that of its pages."""
+
+    endpoint: str
+    url: str
+    pid: int
+
+
+def states(seed: int, scale: float = 0.3) -> Tensor:
+    """A residual stream of NUM_LAYERS transitions, (L + 1, N, D)."""
+    generator = torch.Generator().manual_seed(seed)
+    updates = torch.randn((NUM_LAYERS + 1, NUM_SAMPLES, WIDTH), generator=generator)
+    updates[1:] *= scale
+    return torch.cumsum(updates, dim=0)
+
+
+def profiles(count: int) -> list[SpectralProfile]:
+    return [profile_states(states(seed), svd_rank=SVD_RANK, kreiss="never") for seed in range(count)]
+
+
+def hello(run: str) -> Hello:
+    return Hello(
+        run=run,
+        incarnation=INCARNATION,
+        process_rank=0,
+        world_size=8,
+        num_senders=1,
+        adapter="transformer",
+        num_layers=NUM_LAYERS,
+        width=WIDTH,
+        acts=True,
+        step=0,
+        applied=Applied(),
+        koopmon_version="0",
+        torch_version="0",
+        hostname="node-1",
+    )
+
+
+def record(path: Path, num_runs: int, num_snapshots: int, found: list[SpectralProfile]) -> None:
+    """A history of runs as a monitor writes it down: profiles, observations and decisions."""
+    store = Store.open(path)
+    for number in range(num_runs):
+        said, at = hello(f"recorded-{number:02d}"), time.time() - num_snapshots
+        store.record_hello(at, said)
+        guard, where = Guard(Config(), said, Applied()), (said.run, said.incarnation)
+        for step in range(1, num_snapshots + 1):
+            profile = found[step % len(found)]
+            sample = Sample(step=step, learning_rate=1e-3, loss=2.0, grad_norm=1.0, lr_scale=1.0, kss_alpha=0.0)
+            verdict = guard.judge(float(step), sample, profile, step=step)
+            store.record_profile(
+                at + step, *where, step, num_shards=1, masked=False, seconds=0.1, profile=profile.to_dict()
+            )
+            store.record_observation(
+                *(at + step, *where, step),
+                scalars={"learning_rate": 1e-3, "loss": 2.0},
+                lr_scale=1.0,
+                kss_alpha=0.0,
+                non_finite=False,
+                observation=verdict.observation,
+                risk=verdict.risk.value,
+                reason=verdict.risk.reason,
+                components=verdict.risk.components,
+            )
+            if verdict.decision is not None and verdict.remarkable:
+                told = {"phase": verdict.decision.phase, "reason": verdict.decision.reason}
+                commands = verdict.commands
+                risk = verdict.risk.value
+                store.record_decision(at + step, *where, step, **told, risk=risk, commands=commands, outcome="pending")
+        store.commit()
+    store.close()
+
+
+class Agent:
+    """One rank that says what it is told to; it takes no commands."""
+
+    def __init__(self, endpoint: str, run: str) -> None:
+        self._context = WireContext()
+        self._control = ControlClient(self._context, endpoint)
+        self._run = run
+        wait_until(lambda: self._control.send(encode(hello(run))), 0.01)
+        frames = wait_until(self._control.recv, 0.005)
+        welcome = decode_for_agent(frames, limits=WireLimits())
+        if not isinstance(welcome, Welcome):
+            raise TypeError(f"not welcomed: {welcome}")
+        self._data = DataSender(self._context, welcome.data_endpoint, queue_length=64)
+
+    def snapshot(self, step: int, held: Tensor) -> None:
+        """Hand the states (L + 1, N, D) of one step to the socket."""
+        shard = Shard(
+            run=self._run,
+            incarnation=INCARNATION,
+            process_rank=0,
+            num_senders=1,
+            step=step,
+            first_point=0,
+            num_points=held.shape[0],
+            num_samples=held.shape[1],
+            width=held.shape[2],
+            dtype="bfloat16",
+            learning_rate=1e-3,
+            loss=2.0,
+        )
+        frames = encode(shard, held)
+        wait_until(lambda: self._data.send(frames) is None, 0.005)
+
+    def heartbeat(self, step: int) -> None:
+        beat = Heartbeat(run=self._run, incarnation=INCARNATION, process_rank=0, step=step, applied=Applied())
+        wait_until(lambda: self._control.send(encode(beat)), 0.01)
+        while self._control.recv() is not None:
+            pass
+
+    def close(self) -> None:
+        self._context.close()
+
+
+@contextmanager
+def monitor(folder: Path, store: Path, config: str = "") -> Iterator[Served]:
+    """`koopmon monitor` on ports of its own, once it serves; SIGTERM at the end."""
+    ready, settings = folder / "ready.json", folder / "koopmon.toml"
+    ready.unlink(missing_ok=True)
+    settings.write_text(config, encoding="utf-8")
+    places = {"--bind": "tcp://127.0.0.1:0", "--http": "127.0.0.1:0", "--device": "cpu", "--store": str(store)}
+    places |= {"--ready-file": str(ready), "--config": str(settings)}
+    words = [word for pair in places.items() for word in pair]
+    with (folder / "monitor.log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-m", "koopmon", "monitor", *words], stdout=log, stderr=log)
+    try:
+        wait_until(lambda: ready.exists() or process.poll() is not None, 0.002)
+        told = json.loads(ready.read_text(encoding="utf-8"))
+        yield Served(told["endpoint"], f"{told['scheme']}://{told['http']}", process.pid)
+    finally:
+        process.terminate()
+        process.wait(WAIT_SECONDS)
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A headless browser of this machine's."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=QUIET)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def wait_until(condition: Callable[[], Any], pause_seconds: float = 0.05) -> Any:
+    """The first true value of `condition`. Raises TimeoutError when it does not come."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {WAIT_SECONDS:.0f} s in vain")
+        time.sleep(pause_seconds)
+    return found

@@ -1,0 +1,138 @@
+"""The routes of the live page. All of them only read; names of runs are strangers' words, and are treated so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from importlib.resources import files
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
+
+from koopmon.config import PolicyConfig
+from koopmon.monitor.live import api, detail, fleet, layout
+from koopmon.monitor.live.board import LiveBoard
+from koopmon.monitor.live.markup import join, tag
+from koopmon.monitor.live.once import Once
+from koopmon.monitor.live.records import QUANTITIES
+from koopmon.monitor.live.stream import Streams
+
+STATIC = {
+    "live.css": "text/css; charset=utf-8",
+    "live.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
+NOSNIFF = {"x-content-type-options": "nosniff"}
+RETRY_AFTER_SECONDS = 15
+Answer = Callable[[Request], Response]
+
+
+def routes(
+    board: LiveBoard, streams: Streams, policy: PolicyConfig, wall: Callable[[], float] = time.time
+) -> list[BaseRoute]:
+    """Pages, JSON and events over one board. `policy` has the thresholds of runs that were not judged yet."""
+
+    once = Once()
+
+    # Plain functions: starlette runs them in threads.
+    def all_runs(request: Request) -> Response:
+        root = layout.root_of(request.scope["raw_path"])
+
+        def draw() -> str:
+            return fleet.render(root, board.views(), wall(), policy, num_hidden=board.num_hidden)
+
+        return _html(once.page(root, board.revision, draw))
+
+    def one_run(request: Request) -> Response:
+        root, name = layout.root_of(request.scope["raw_path"]), request.path_params["name"]
+        view = board.view(name)
+        if view is None:
+            return _html(_unknown(root, name, board), status=404)
+        chosen = request.query_params.get("show", "")
+        quantity = chosen if chosen in QUANTITIES else "near_unit_mass"
+
+        def draw() -> str:
+            return detail.render(root, view, wall(), policy, quantity=quantity)
+
+        return _html(once.page((root, name, quantity), view.revision, draw))
+
+    def runs_json(_: Request) -> Response:
+        return _json(api.runs(board.views(), wall()))
+
+    def run_json(request: Request) -> Response:
+        name = request.path_params["name"]
+        view = board.view(name)
+        if view is None:
+            return _json({"error": f"no run {name[:128]!r} is known here", "runs": board.names()}, status=404)
+        return _json(api.run(view, wall()))
+
+    async def events(request: Request) -> Response:
+        if not streams.take():
+            words = (
+                f"{streams.most} streams of events are open, as many as [http] max_streams and max_http_connections"
+                " allow: close a page, or ask api/v1/runs now and then\n"
+            )
+            headers = {**layout.HEADERS, "retry-after": str(RETRY_AFTER_SECONDS)}
+            return Response(words, status_code=503, headers=headers, media_type="text/plain")
+        last_id = request.headers.get("last-event-id", "")
+        return EventStream(streams, streams.follow(request.query_params.get("run"), last_id))
+
+    shown = [
+        Route("/", all_runs),
+        Route("/runs/{name:path}", one_run),
+        Route("/api/v1/runs", runs_json),
+        Route("/api/v1/runs/{name:path}", run_json),
+        Route("/api/v1/events", events),
+    ]
+    return [*shown, *(Route(f"/static/{name}", _file(name, kind)) for name, kind in STATIC.items())]
+
+
+class EventStream(StreamingResponse):
+    """A response that goes on; its place among the streams is given back however it ends."""
+
+    def __init__(self, streams: Streams, content: AsyncIterator[bytes]) -> None:
+        # A connection ends with its stream: it has been let to live for longer than others may.
+        headers = {**layout.HEADERS, "x-accel-buffering": "no", "connection": "close"}
+        super().__init__(content, media_type="text/event-stream", headers=headers)
+        self._streams = streams
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._streams.give_back()
+
+
+def not_found(request: Request, _: Exception) -> Response:
+    """For an address that is none of ours."""
+    root = layout.root_of(request.scope["raw_path"])
+    return _html(layout.message(root, "No such page", "This monitor has no page at this address."), status=404)
+
+
+def _unknown(root: str, name: str, board: LiveBoard) -> str:
+    links = [tag("li", tag("a", each, href=layout.run_address(root, each))) for each in board.names()[-20:]]
+    words = tag("p", "This monitor knows no run ", tag("code", name[:128]), ".")
+    listed = join(tag("p", "Known here:"), tag("ul", *links)) if links else tag("p", "It knows none yet.")
+    return layout.message(root, "No such run", words, listed)
+
+
+def _file(name: str, kind: str) -> Answer:
+    body = files("koopmon.monitor.live").joinpath("static", name).read_bytes()
+
+    def answer(_: Request) -> Response:
+        return Response(body, headers={**NOSNIFF, "content-type": kind, "cache-control": "no-cache"})
+
+    return answer
+
+
+def _html(text: str, *, status: int = 200) -> Response:
+    return HTMLResponse(text, status_code=status, headers=layout.HEADERS)
+
+
+def _json(value: Any, *, status: int = 200) -> Response:
+    headers = {**NOSNIFF, "content-type": "application/json", "cache-control": "no-store"}
+    return Response(msgspec.json.encode(value), status_code=status, headers=headers)

@@ -1,0 +1,95 @@
+"""Runs on a live board without a daemon: a registry, a guard and real profiles feed it as the service does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from koopmon.config import Config, from_mapping
+from koopmon.monitor.guard import Guard, Verdict
+from koopmon.monitor.live.board import LiveBoard, standing_of
+from koopmon.monitor.live.records import RunView
+from koopmon.monitor.runs import Run, RunRegistry
+from koopmon.monitor.sample import Sample
+from koopmon.spectral import SpectralProfile, profile_states
+from koopmon.wire.messages import Ack, Applied, Heartbeat, Hello
+
+NUM_LAYERS = 3
+
+
+def profile(seed: int = 0, num_layers: int = NUM_LAYERS, scale: float = 0.5) -> SpectralProfile:
+    """Of a random residual stream, (L + 1, N, D) = (num_layers + 1, 64, 8)."""
+    generator = torch.Generator().manual_seed(seed)
+    updates = torch.randn((num_layers + 1, 64, 8), generator=generator)
+    updates[1:] *= scale
+    return profile_states(torch.cumsum(updates, dim=0), svd_rank=8)
+
+
+class Fed:
+    """One run on a board. `applied` is what its rank 0 says is in force."""
+
+    def __init__(
+        self, board: LiveBoard, config: Config, name: str, incarnation: str = "aaaaaaaa", **hello: Any
+    ) -> None:
+        self.board, self.config = board, config
+        self.applied = Applied()
+        self.words = {"run": name, "incarnation": incarnation}
+        values = {
+            "process_rank": 0, "world_size": 2, "num_senders": 1, "adapter": "transformer", "num_layers": NUM_LAYERS,
+            "width": 8, "acts": True, "step": 0, "applied": self.applied, "koopmon_version": "0", "torch_version": "0",
+            "hostname": "node-1",
+        }  # fmt: skip
+        said = Hello(**self.words, **{**values, **hello})
+        self.registry = RunRegistry(config.monitor)
+        self.run: Run = self.registry.admit(0.0, said, b"peer")[0].run
+        self.guard = Guard(config, said, self.applied)
+        self.heard()
+
+    def heard(self) -> None:
+        self.board.heard(self.run, sends=self.guard.sends)
+
+    def heartbeat(self, step: int, **fields: Any) -> None:
+        beat = Heartbeat(**self.words, process_rank=0, step=step, applied=self.applied, **fields)
+        self.registry.heard(float(step), beat, b"peer")
+        self.heard()
+
+    def judge(self, step: int, found: SpectralProfile | None, **scalars: Any) -> Verdict:
+        """One snapshot; None: its states were not finite."""
+        values = {"learning_rate": 1e-3, "loss": 2.0, "grad_norm": None, "lr_scale": self.applied.lr_scale}
+        sample = Sample(step=step, kss_alpha=0.0, **{**values, **scalars})
+        verdict = self.guard.judge(float(step), sample, found, step=step)
+        self.board.judged(self.run.name, sample, found, verdict, standing_of(float(step), self.guard, verdict))
+        return verdict
+
+    def answer(self, command_id: str, outcome: Any, step: int, detail: str = "") -> None:
+        ack = Ack(**self.words, command_id=command_id, outcome=outcome, step=step, detail=detail, applied=self.applied)
+        self.guard.acknowledge(float(step), ack)
+        self.board.answered(ack)
+        self.board.stands(self.run.name, self.guard.policy_state)
+
+    @property
+    def view(self) -> RunView:
+        found = self.board.view(self.run.name)
+        assert found is not None
+        return found
+
+
+@pytest.fixture
+def board() -> LiveBoard:
+    return LiveBoard(clock=iter(range(1_000_000)).__next__, wall=lambda: 1_700_000_000.0)
+
+
+@pytest.fixture
+def feed(board: LiveBoard) -> Callable[..., Fed]:
+    def start(name: str = "job", incarnation: str = "aaaaaaaa", *, tables: Any = None, **hello: Any) -> Fed:
+        return Fed(board, from_mapping(tables or {}), name, incarnation, **hello)
+
+    return start
+
+
+@pytest.fixture
+def make_profile() -> Callable[..., SpectralProfile]:
+    return profile
