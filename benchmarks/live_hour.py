@@ -27,7 +27,7 @@ from koopmon.monitor.web import WebServer
 from koopmon.wire.messages import Applied, Heartbeat
 
 HOUR_SECONDS = 3600.0
-HEARTBEAT_SECONDS, SNAPSHOT_SECONDS, SCRAPE_SECONDS, COUNT_SECONDS = 10.0, 60.0, 15.0, 300.0
+HEARTBEAT_SECONDS, SNAPSHOT_SECONDS, SCRAPE_SECONDS, COUNT_SECONDS = 10.0, 60.0, 60.0, 300.0
 NUM_PROFILES = 8
 
 
@@ -109,7 +109,7 @@ def simulate(num_runs: int) -> dict[str, Any]:
                     counts["rss_bytes"].append(_resident())
                     counts["series"].append(sum(not line.startswith("#") for line in text.splitlines()))
                 service.tick()
-                clock[0] += 5.0
+                clock[0] += HEARTBEAT_SECONDS
         web.close()
         store.close()
     return {"num_runs": num_runs, "num_layers": NUM_LAYERS, "snapshots": step * num_runs, **counts}
