@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import uvicorn
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
@@ -21,6 +20,7 @@ from koopmon.config import PolicyConfig
 from koopmon.errors import EndpointError
 from koopmon.monitor import doorkeeper
 from koopmon.monitor.alerts_page import alerts_page
+from koopmon.monitor.exposition import Exposition
 from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.live.pages import not_found, routes
 from koopmon.monitor.live.stream import Streams
@@ -126,16 +126,15 @@ class WebServer:
 def _application(
     registry: CollectorRegistry, checks: Mapping[str, Callable[[], bool]], live: Sequence[BaseRoute]
 ) -> Starlette:
+    exposition = Exposition(registry)
+
     # Plain functions: starlette runs them in a thread, so a scrape does not hold up a health check.
     def alerts(_: Request) -> Response:
         return HTMLResponse(alerts_page())
 
     def metrics(request: Request) -> Response:
-        try:
-            encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        except (TypeError, ValueError):  # it cannot read every version that may be asked for
-            encode, content_type = choose_encoder("")
-        return Response(encode(registry), media_type=content_type)
+        body, content_type = exposition.render(request.headers.get("accept", ""))
+        return Response(body, media_type=content_type)
 
     def check(name: str) -> Callable[[Request], Response]:
         def answer(_: Request) -> Response:
