@@ -35,6 +35,8 @@ NUM_RECORDED, NUM_SNAPSHOTS, NUM_SIMULATED = 20, 60, 50
 PAINTS, UPDATES, SCRAPES = 7, 15, 40
 PAINT_SECONDS, UPDATE_SECONDS, SCRAPE_SECONDS = 1.0, 2.0, 0.2
 MAX_GROWTH_BYTES = 16 << 20
+ACCEPT = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+"""What Prometheus asks for."""
 FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
 
 
@@ -109,7 +111,7 @@ def scrapes(folder: Path) -> dict[str, Any]:
             agents[number % NUM_SIMULATED].heartbeat(number + 2)
             began = time.monotonic()
             connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=30.0)
-            connection.request("GET", "/metrics")
+            connection.request("GET", "/metrics", headers={"Accept": ACCEPT})
             text = connection.getresponse().read()
             took.append(time.monotonic() - began)
             connection.close()
