@@ -171,7 +171,8 @@ def test_without_matplotlib_there_is_a_page_and_one_line(
 def test_a_plain_install_without_matplotlib_is_enough(state_home: Path) -> None:
     """In a process of its own, in which matplotlib cannot be imported at all."""
     body = "import sys; sys.modules['matplotlib'] = None; from koopmon.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = [sys.executable, "-c", body, "report", "two", "--out", "bare"]
+    # -P: the working directory has a folder named koopmon, that of the histories.
+    words = [sys.executable, "-P", "-c", body, "report", "two", "--out", "bare"]
     done = subprocess.run(words, cwd=state_home, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "pip install 'koopmon[plots]'" in done.stderr
