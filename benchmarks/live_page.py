@@ -165,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     console = campaign.console()
+    origin = provenance(0)  # before the pictures change the tree
     with tempfile.TemporaryDirectory(prefix="koopmon-") as folder:
         told = measure(Path(folder), console)
         told["pictures"] = live_pictures.take(Path(folder), options.docs)
@@ -184,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for words in found:
         console.print(f"[red]{words}[/red]")
     settings = {"num_recorded": NUM_RECORDED, "num_layers": NUM_LAYERS}
-    document = {"provenance": provenance(0), "settings": settings, **told}
+    document = {"provenance": origin, "settings": settings, **told}
     options.out.write_text(json.dumps({**document, "missed": found}, indent=1) + "\n", encoding="utf-8")
     return int(bool(found))
 
