@@ -10,7 +10,7 @@ STYLE: Final = """
 --link:#7cbcf7;--bad:#ff8f80;--good:#6fd79b;--warn:#f0b566}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
-main,header,footer{max-width:68rem;margin:0 auto;padding:0 1.25rem}
+main,header,footer{max-width:76rem;margin:0 auto;padding:0 1.25rem}
 header{padding-top:2.25rem}
 h1{font-size:clamp(1.4rem,4vw,2rem);line-height:1.2;margin:.1rem 0 .6rem;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:2.6rem 0 .5rem;padding-top:.9rem;border-top:1px solid var(--line)}
