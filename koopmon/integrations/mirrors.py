@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 from koopmon.agent.attach import Agent
@@ -42,7 +43,7 @@ def scalars(agent: Agent) -> dict[str, float]:
     return {PREFIX + name: float(value) for name, value in found.items() if value is not None}
 
 
-class Mirror:
+class Mirror(ABC):
     """Parent of the mirrors: `write` never raises."""
 
     def __init__(self) -> None:
@@ -60,11 +61,12 @@ class Mirror:
             self.enabled = False
             logger.warning("koopmon: %s is off, training goes on: %s", type(self).__name__, error)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing of their own to write down
         """Write down what is buffered, as far as it is ours. Idempotent."""
 
+    @abstractmethod
     def _show(self, found: dict[str, float], step: int) -> None:
-        raise NotImplementedError
+        """Put these into the tracker; may raise."""
 
 
 class TensorBoardMirror(Mirror):
