@@ -141,8 +141,12 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
     optimizer = recipe.make_optimizer(model)
     recorder = Recorder(model, recipe)
     shaping = _shaping(model, recipe)
-    size = recipe.width * recipe.num_layers if recipe.optimizer == "adamw" else 0
-    controller = Controller(recipe.control, size, initial["update_exponent"])
+    controller = Controller(
+        recipe.control,
+        width=recipe.width if recipe.optimizer == "adamw" else 0,
+        num_layers=recipe.num_layers,
+        exponent=initial["update_exponent"],
+    )
     losses: list[float] = []
     norms: list[float] = []
     died_at: int | None = None
