@@ -34,7 +34,7 @@ class Controller:
         risk: RiskConfig | None = None,
         policy: PolicyConfig | None = None,
     ) -> None:
-        self._size, self._exponent = width * num_layers, exponent
+        self._width, self._num_layers, self._exponent = width, num_layers, exponent
         self._config = risk or RiskConfig()
         self.lr_scale = 1.0
         self.kss = KssSettings()
@@ -78,7 +78,8 @@ class Controller:
             profile,
             step=step,
             learning_rate=lr,
-            effective_rate=lr * self._size or None,
+            width=self._width or None,
+            num_layers=self._num_layers,
             update_exponent=self._exponent,
             loss=loss,
             lr_scale=self.lr_scale,

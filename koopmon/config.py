@@ -211,14 +211,20 @@ class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     restlessness_scale: Positive = 0.36
     """That mean, in units of `peak_scale`, at which the risk is one half."""
     prior_slope: NonNegative = 10.0
-    """Log-odds of divergence that the prior gains for each factor of ten on the effective rate, which is the learning
-    rate in force x width x transitions. Only under optimizers whose steps are as long as the rate says (Adam's kin)."""
+    """Log-odds of failure that the prior gains for each factor of ten on the learning rate in force. Only under
+    optimizers whose steps are as long as the rate says (Adam's kin)."""
     critical_rate: Positive = 1.0
-    """Effective rate at which the prior is even for layers whose updates nothing brakes (koopmon.risk.brake). Of runs
-    of 200 steps half die at 1.8; longer ones, and those that learn more, die from 1 on."""
-    braked_decades: NonNegative = 3.0
-    """Factors of ten by which it is higher behind normalisations. Ours lived at every rate that was tried, up to one
-    factor of ten; large models are trained at two."""
+    """Learning rate x width x transitions at which the prior is even for layers without normalisation. Of runs of 200
+    steps half die at 1.8; longer ones, and those that learn more, die from 1 on."""
+    normalized_critical_rate: Positive = 0.5
+    """Learning rate x width at which it is even for normalised layers (koopmon.risk.brake). Runs with gradient clipping
+    ended best at 0.2 to 0.4 and were ruined from 0.6 on (`benchmarks.proving_ground`)."""
+    normalized_scale: Positive = 0.75
+    """Unsteadiness of normalised layers that counts as 1. Theirs is taken after a median over three snapshots, which
+    removes what one odd batch does to one snapshot; healthy runs reached 0.54, ruined ones 0.82 and more."""
+    normalized_weight: NonNegative = 0.5
+    """Largest log-odds, of either sign, by which the prior counts in the risk of normalised layers. There the evidence
+    decides alone: large models train well at 0.3 to 1.6."""
     min_prior: Annotated[float, Meta(ge=-20.0, le=0.0)] = -6.0
     """Least log-odds of the prior: at -6 it takes 4.5 times the unsteadiness."""
     max_prior: Annotated[float, Meta(ge=0.0, le=20.0)] = 3.0
@@ -249,6 +255,8 @@ class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     landing_rate: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.5
     """Where the scheduled rate is known to be above the critical one (`[risk] critical_rate`), a back-off goes at least
     down to this times the critical one, and else by the gentle factors, which feel for a rate that is bearable."""
+    normalized_landing_rate: Annotated[float, Meta(gt=0.0, le=100.0)] = 0.5
+    """Likewise for normalised layers (`[risk] normalized_critical_rate`)."""
     gentle_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.85
     """The back-off there."""
     gentle_severe_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.6

@@ -23,7 +23,7 @@ from koopmon.config import CadenceConfig
 from koopmon.spectral import SpectralProfile, profile_states
 
 Arm = Literal["clip", "qk_norm", "zclip", "adagc", "spike", "guarded"]
-"""clip: gradient clipping at 1.0 and nothing else. qk_norm: the same, with queries and keys normalised, which is another
+"""clip: gradient clipping at 1.0 and nothing else. qk_norm: the same, with normalised queries and keys: another
 model. zclip, adagc: other gradient clippings beside it. spike: the rate is halved when the loss jumps. guarded:
 koopmon's detector and policy with their defaults."""
 Failure = Literal["", "no_warmup", "restart"]

@@ -148,7 +148,8 @@ class Guard:
             profile,
             step=sample.step,
             learning_rate=sample.learning_rate,
-            effective_rate=self._effective_rate(sample.learning_rate),
+            width=self._width if self._rate_sized_steps and self._width else None,
+            num_layers=self._num_layers,
             update_exponent=self._update_exponent,
             loss=sample.loss,
             grad_norm=sample.grad_norm,
@@ -174,12 +175,6 @@ class Guard:
             replaced=self._expect(now, commands) if self.sends else (),
             remarkable=remarkable,
         )
-
-    def _effective_rate(self, rate: float | None) -> float | None:
-        """Learning rate x width x transitions, where the rate tells how long the optimizer's steps are."""
-        if rate is None or not self._rate_sized_steps or not self._width or not self._num_layers:
-            return None
-        return rate * self._width * self._num_layers
 
     def acknowledge(self, now: float, ack: Ack) -> CommandKind | None:
         """Take rank 0's answer; returns the kind of the command it answers, None when that is none of ours."""

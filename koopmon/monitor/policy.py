@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from koopmon.config import KssConfig, PolicyConfig
-from koopmon.risk.online import Observation, OnlineRisk
+from koopmon.risk.online import Observation, OnlineRisk, normalization
 from koopmon.wire.messages import Ack, CommandKind, KssSettings
 
 Phase = Literal["calm", "alert", "acting", "backed_off", "recovering"]
@@ -290,7 +290,9 @@ def _lower_scale(case: _Case) -> float:
     if excess is None or excess < 1.0:
         return flared * (config.severe_factor if case.severe else config.backoff_factor)
     gently = flared * (config.gentle_severe_factor if case.severe else config.gentle_factor)
-    return min(gently, config.landing_rate / excess)
+    normalized = normalization(case.seen)
+    landing = config.landing_rate ** (1.0 - normalized) * config.normalized_landing_rate**normalized
+    return min(gently, landing / excess)
 
 
 def _shape(case: _Case) -> Proposal | None:

@@ -11,11 +11,15 @@ mean; or, when that is larger, the slow mean of the peak over its own scale, sin
 without one great lurch. Where a family's linear maps explain little of what its layers do, as those of splines, v
 counts by 1 - reliability_weight * (1 - share of reliable modes).
 
-What is known beforehand (`prior`) are log-odds by the effective rate in force and by whether normalisations brake the
-layers' updates (`koopmon.risk.brake`), read at the start. They are bounded, so that evidence can always overrule them.
-Two scores in [0, 1] come of it, as log-odds:
+Normalised layers fail otherwise: nothing dies, a rate that is too high ruins the run while the layers' ratios climb for
+tens of steps. One batch of odd text moves their ratios for one snapshot and harms nothing. So z is there the median of
+the last three snapshots, and v is divided by `normalized_scale`.
 
-    risk      4 log v + prior                                acts: without a lurch it is 0, whatever the prior
+What is known beforehand (`prior`) are log-odds by the learning rate in force, against the critical rate of such layers
+(`rate_excess`). They are bounded, so that evidence can always overrule them. In the risk of normalised layers they
+count little, since the critical rate of large models is not known. Two scores in [0, 1] come of it, as log-odds:
+
+    risk      4 log v + bounded prior                        acts: without a lurch it is 0, whatever the prior
     forecast  log growth of the expansive mass + prior       warns, and never acts: it may be high from the start
               or, where the script logs its loss,
               4 log(z + 0.05) + prior                        with z the loss's z-score (koopmon.risk.surprise)
@@ -64,9 +68,9 @@ class Observation:
     nonlinearity_ratio: float | None = None
     reliable_mode_ratio: float | None = None
     learning_rate: float | None = None
-    effective_rate: float | None = None
-    """Learning rate x width x transitions, before koopmon's scale; None where the optimizer's steps are not as long as
-    the rate says."""
+    width: int | None = None
+    """Of the residual stream; None where the optimizer's steps are not as long as the rate says."""
+    num_layers: int = 0
     update_exponent: float | None = None
     """Of the model as it was when the run began; None where it is not known."""
     loss: float | None = None
@@ -82,6 +86,9 @@ class RiskState:
     initial_expansive_mass: float | None = None
     step: int | None = None
     z: tuple[float, ...] = ()
+    """After the median of normalised layers."""
+    recent: tuple[tuple[float, ...], ...] = ()
+    """z of the last two snapshots, before it."""
     speed: tuple[float, ...] = ()
     """Running mean of |dz| per step, one value per layer."""
     restlessness: float = 0.0
@@ -102,7 +109,7 @@ class OnlineRisk:
     reason: str
     forecast: float = 0.0
     excess_rate: float | None = None
-    """The effective rate as scheduled over the critical one of such layers; None where either is not known."""
+    """The scheduled rate over the critical one of such layers; None where either is not known."""
     components: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -111,7 +118,8 @@ def observe(
     *,
     step: int,
     learning_rate: float | None = None,
-    effective_rate: float | None = None,
+    width: int | None = None,
+    num_layers: int = 0,
     update_exponent: float | None = None,
     loss: float | None = None,
     grad_norm: float | None = None,
@@ -124,7 +132,8 @@ def observe(
     scalars = {
         "step": step,
         "learning_rate": learning_rate,
-        "effective_rate": effective_rate,
+        "width": width,
+        "num_layers": num_layers,
         "update_exponent": update_exponent,
         "loss": loss,
         "grad_norm": grad_norm,
@@ -151,29 +160,49 @@ def observe(
     )
 
 
-def critical_rate(update_exponent: float | None, config: RiskConfig) -> float:
-    """The effective rate at which a run's fate is even; an unknown brake counts as none."""
-    braked = 0.0 if update_exponent is None else brake(update_exponent)
-    return float(config.critical_rate * 10.0 ** (config.braked_decades * braked))
+def rate_excess(observation: Observation, config: RiskConfig) -> float | None:
+    """The scheduled rate, before koopmon's scale, over the rate at which the fate of such layers is even.
 
-
-def prior(update_exponent: float | None, effective_rate: float | None, config: RiskConfig) -> float:
-    """Log-odds that a run diverges, by what is known before it moves; within the bounds of `config`.
-
-    What is None says nothing: an unknown brake counts as none, an unknown rate as one that is even without a brake.
+    None where the rate or the width is not known. Depth counts only without normalisation: published recipes for
+    normalised models keep learning rate x width nearly constant while their depth grows tenfold. Layers that are
+    normalised in part are placed between the two on a logarithmic scale; an unknown exponent counts as unnormalised.
     """
-    rate = config.critical_rate if effective_rate is None else max(effective_rate, TINY_RATE)
-    log_odds = config.prior_slope * math.log10(rate / critical_rate(update_exponent, config))
+    if observation.learning_rate is None or not observation.width:
+        return None
+    normalized = normalization(observation)
+    rate = max(observation.learning_rate, TINY_RATE) * observation.width
+    bare = math.log10(rate * max(observation.num_layers, 1) / config.critical_rate)
+    behind_norms = math.log10(rate / config.normalized_critical_rate)
+    return float(10.0 ** ((1.0 - normalized) * bare + normalized * behind_norms))
+
+
+def normalization(observation: Observation) -> float:
+    """1 behind normalisations, 0 without, or where it is not known."""
+    return 0.0 if observation.update_exponent is None else brake(observation.update_exponent)
+
+
+def prior(observation: Observation, config: RiskConfig) -> float:
+    """Log-odds that the run fails, by what is known before it moves: the rate in force. 0 where that is not known."""
+    excess = rate_excess(observation, config)
+    if excess is None:
+        return 0.0
+    log_odds = config.prior_slope * math.log10(max(excess * observation.lr_scale, TINY_RATE))
     return min(max(log_odds, config.min_prior), config.max_prior)
+
+
+def weighed(log_odds: float, observation: Observation, config: RiskConfig) -> float:
+    """What of the prior counts in the risk: all of it without normalisation, `normalized_weight` at most behind it."""
+    normalized = normalization(observation)
+    bounded = min(max(log_odds, -config.normalized_weight), config.normalized_weight)
+    return (1.0 - normalized) * log_odds + normalized * bounded
 
 
 def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tuple[RiskState, OnlineRisk]:
     """Score one observation against the run's own history; returns the new history and the risk."""
     state, risk = _assess(state, observation, config)
-    rate = observation.effective_rate
-    if rate is None or observation.update_exponent is None:
+    if observation.update_exponent is None:
         return state, risk
-    return state, replace(risk, excess_rate=rate / critical_rate(observation.update_exponent, config))
+    return state, replace(risk, excess_rate=rate_excess(observation, config))
 
 
 def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> tuple[RiskState, OnlineRisk]:
@@ -182,19 +211,25 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     if not observation.informative:
         return state, OnlineRisk(value=0.0, reason=f"not informative: {observation.reason}")
     z = tuple(math.log(max(ratio, 0.0) + config.update_ratio_floor) for ratio in observation.update_ratios)
-    state = _with_start_and_loss(state, observation)
-    foreseen = {"prior": _prior(observation, config), "growth": _growth(state, observation)}
+    known_layers = len(z) == len(state.z)
+    before = state.recent if known_layers else ()
+    state = replace(_with_start_and_loss(state, observation), recent=(*before[-1:], z))
+    if normalization(observation) > 0.5:
+        z = _median_of_three(before, z)
+    foreseen = {"prior": prior(observation, config), "growth": _growth(state, observation)}
     if len(state.surprise.losses) > LEAST:
         foreseen["loss"] = state.surprise.value
     forecast = foresight(foreseen)
-    if state.step is None or observation.step <= state.step or len(z) != len(state.z):
-        fresh = replace(state, step=observation.step, z=z, speed=(), restlessness=0.0, lr_scale=1.0)
+    if state.step is None or observation.step <= state.step or not known_layers:
+        fresh = replace(
+            state, step=observation.step, z=z, recent=state.recent[-1:], speed=(), restlessness=0.0, lr_scale=1.0
+        )
         return fresh, OnlineRisk(value=0.0, forecast=forecast, reason="first snapshot", components=foreseen)
     gap = min(max(observation.step - state.step, config.min_gap_steps), config.max_gap_steps)
     latest = tuple(abs(new - old) / gap for new, old in zip(z, state.z, strict=True))
     weight = config.smoothing
-    before = state.speed or (0.0,) * len(z)
-    speed = tuple((1 - weight) * old + weight * new for new, old in zip(latest, before, strict=True))
+    mean = state.speed or (0.0,) * len(z)
+    speed = tuple((1 - weight) * old + weight * new for new, old in zip(latest, mean, strict=True))
     layer = latest.index(max(latest))
     peak, fastest = latest[layer] / config.peak_scale, max(speed) / config.speed_scale
     slow = config.restlessness_smoothing
@@ -206,16 +241,24 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     lasting = restless / config.restlessness_scale
     reliable = 1.0 if observation.reliable_mode_ratio is None else observation.reliable_mode_ratio
     reliability = 1.0 - config.reliability_weight * (1.0 - reliable)
-    v = max(0.5 * (peak + fastest), lasting) * reliability
+    v = max(0.5 * (peak + fastest), lasting) * reliability / config.normalized_scale ** normalization(observation)
+    known = weighed(foreseen["prior"], observation, config)
     reason = (
         f"unsteadiness {v:.2f} of the update ratio (peak {peak:.2f} in layer {layer}, speed {fastest:.2f}, "
-        f"lasting {lasting:.2f}), prior {foreseen['prior']:+.1f} by the rate and the layers' brake"
+        f"lasting {lasting:.2f}), prior {known:+.1f} by the rate and the layers' normalisation"
     )
     if reliability < 1.0:
         reason += f", weighed by {reliability:.2f} for its reliable modes"
     parts = {"unsteadiness": v, "peak": peak, "speed": fastest, "lasting": lasting, **foreseen}
-    value = _sigmoid(4.0 * math.log(v) + foreseen["prior"]) if v > 0.0 else 0.0
+    value = _sigmoid(4.0 * math.log(v) + known) if v > 0.0 else 0.0
     return state, OnlineRisk(value=value, forecast=forecast, reason=reason, components=parts)
+
+
+def _median_of_three(before: tuple[tuple[float, ...], ...], z: tuple[float, ...]) -> tuple[float, ...]:
+    """Of each layer over this snapshot and the two before it; `z` as it is while there are not as many."""
+    if len(before) < 2:
+        return z
+    return tuple(sorted(values)[1] for values in zip(*before, z, strict=True))
 
 
 def _with_start_and_loss(state: RiskState, observation: Observation) -> RiskState:
@@ -224,11 +267,6 @@ def _with_start_and_loss(state: RiskState, observation: Observation) -> RiskStat
     if state.initial_expansive_mass is not None:
         return state
     return replace(state, initial_expansive_mass=observation.expansive_mass)
-
-
-def _prior(observation: Observation, config: RiskConfig) -> float:
-    rate = observation.effective_rate
-    return prior(observation.update_exponent, None if rate is None else rate * observation.lr_scale, config)
 
 
 def _growth(state: RiskState, observation: Observation) -> float:

@@ -327,11 +327,11 @@ def test_divergence_probability_is_that_of_the_highest_rate_so_far() -> None:
 
 
 def test_the_rate_counts_only_where_it_tells_how_long_the_steps_are() -> None:
-    for sized, expected in ((True, 0.01 * 8 * 2), (False, None)):
+    for sized, expected in ((True, 8), (False, None)):
         guard = Guard(Config(), hello(rate_sized_steps=sized, update_exponent=0.4), Applied(), calibrator=calibrator())
         guard.score_initially(0, calm_profile())
         verdict = guard.judge(0.0, sample(0, learning_rate=0.01), calm_profile(), step=0)
-        assert verdict.observation.effective_rate == (None if expected is None else pytest.approx(expected))
+        assert verdict.observation.width == expected
         assert (guard.divergence_probability is not None) == sized
 
 

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koopmon.config import RiskConfig
-from koopmon.risk.brake import brake
-from koopmon.risk.online import LOSS_FLOOR, Observation, OnlineRisk, RiskState, assess, critical_rate, prior
+from koopmon.risk.online import LOSS_FLOOR, Observation, OnlineRisk, RiskState, assess, prior, rate_excess
 from koopmon.risk.surprise import LEAST
 
 CONFIG = RiskConfig()
@@ -64,45 +63,82 @@ def log_odds(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
-def test_braked_layers_may_lurch_more() -> None:
-    bare, partly = follow(LURCH)[-1], follow(LURCH, 0.395)[-1]
-    assert log_odds(bare.value) - log_odds(partly.value) == pytest.approx(
-        min(CONFIG.prior_slope * CONFIG.braked_decades * brake(0.395), -CONFIG.min_prior)
+def at_rate(rate: float | None, exponent: float | None = 1.0, **fields: Any) -> Observation:
+    """A rate of a model of width 10 and 4 layers."""
+    return Observation(
+        step=0, informative=True, learning_rate=rate, width=10, num_layers=4, update_exponent=exponent, **fields
     )
-    assert follow(LURCH, 0.0)[-1].components["prior"] == CONFIG.min_prior, "bounded, so that evidence can overrule it"
-    assert "prior -6.0" in follow(LURCH, 0.0)[-1].reason
 
 
-def test_the_prior_rises_with_the_effective_rate_within_its_bounds() -> None:
-    rates = [0.0, 1e-6, 1.0, CONFIG.critical_rate, 3.0, 1e6]
-    found = [prior(1.0, rate, CONFIG) for rate in rates]
+@pytest.mark.parametrize(
+    ("exponent", "critical"),
+    [(1.0, CONFIG.critical_rate / 40), (None, CONFIG.critical_rate / 40), (0.0, CONFIG.normalized_critical_rate / 10)],
+    ids=["unnormalised", "unknown", "normalised: depth does not count"],
+)
+def test_the_prior_rises_with_the_rate_within_its_bounds(exponent: float | None, critical: float) -> None:
+    found = [prior(at_rate(rate, exponent), CONFIG) for rate in (0.0, 1e-9, critical / 2, critical, 2 * critical, 1e6)]
     assert found == sorted(found)
     assert found[0] == found[1] == CONFIG.min_prior
-    assert found[3] == pytest.approx(0.0)
+    assert found[3] == pytest.approx(0.0, abs=1e-9)
     assert found[-1] == CONFIG.max_prior
-    assert prior(1.0, 1.0, CONFIG) - prior(1.0, 0.9, CONFIG) == pytest.approx(CONFIG.prior_slope * -math.log10(0.9))
-    assert prior(1.0, None, CONFIG) == 0.0, "an unknown rate counts as the critical one"
-    assert prior(None, 3.0, CONFIG) == prior(1.0, 3.0, CONFIG), "an unknown brake counts as none"
+    assert found[3] - found[2] == pytest.approx(CONFIG.prior_slope * math.log10(2))
 
 
-def test_the_excess_is_that_of_the_scheduled_rate_over_the_critical_one_of_such_layers() -> None:
-    assert critical_rate(None, CONFIG) == critical_rate(1.0, CONFIG) == CONFIG.critical_rate
-    assert critical_rate(0.0, CONFIG) == pytest.approx(CONFIG.critical_rate * 10**CONFIG.braked_decades)
-    bare, braked = (follow(LURCH, k, effective_rate=3.0, lr_scale=0.5)[-1].excess_rate for k in (1.0, 0.0))
-    assert bare == pytest.approx(3.0 / CONFIG.critical_rate), "whatever koopmon's own scale is"
-    assert braked == pytest.approx(bare / 10**CONFIG.braked_decades)
-    assert follow(LURCH)[-1].excess_rate is None, "no rate"
-    _, unknown = assess(RiskState(), seen(0, (1.0,), None, effective_rate=3.0), CONFIG)  # type: ignore[arg-type]
-    assert unknown.excess_rate is None, "no brake"
+@pytest.mark.parametrize("fields", [{"learning_rate": None}, {"width": None}, {"width": 0}])
+def test_an_unknown_rate_says_nothing(fields: dict[str, Any]) -> None:
+    observation = replace(at_rate(1.0), **fields)
+    assert prior(observation, CONFIG) == 0.0
+    assert rate_excess(observation, CONFIG) is None
+
+
+def test_the_excess_is_that_of_the_scheduled_rate() -> None:
+    whole, halved = (rate_excess(at_rate(0.3, lr_scale=scale), CONFIG) for scale in (1.0, 0.5))
+    assert whole == halved == pytest.approx(0.3 * 40 / CONFIG.critical_rate)
+    bare, behind_norms = (rate_excess(at_rate(0.3, exponent), CONFIG) for exponent in (1.0, 0.0))
+    partly = rate_excess(at_rate(0.3, 0.3), CONFIG)
+    assert bare is not None
+    assert behind_norms == pytest.approx(0.3 * 10 / CONFIG.normalized_critical_rate)
+    assert partly == pytest.approx(math.sqrt(bare * behind_norms)), "half way between the two"
+    _, unknown = assess(RiskState(), replace(at_rate(3.0, None), update_ratios=(1.0,)), CONFIG)
+    assert unknown.excess_rate is None, "nobody knows which critical rate is that of these layers"
 
 
 def test_the_rate_in_force_counts() -> None:
-    whole, halved = (follow(LURCH, effective_rate=1.0, lr_scale=scale)[-1] for scale in (1.0, 0.5))
-    assert whole.components["prior"] - halved.components["prior"] == pytest.approx(CONFIG.prior_slope * math.log10(2))
+    whole, halved = (prior(at_rate(0.02, lr_scale=scale), CONFIG) for scale in (1.0, 0.5))
+    assert whole - halved == pytest.approx(CONFIG.prior_slope * math.log10(2))
+
+
+CLIMB = [(step, (0.5 * 1.8**step, 0.6)) for step in range(12)]
+"""As when one layer takes over the stream."""
+
+
+def test_evidence_decides_in_normalised_layers_whatever_the_rate() -> None:
+    low, high = (follow(CLIMB, 0.0, learning_rate=rate, width=10)[-1] for rate in (1e-9, 1.0))
+    assert log_odds(high.value) - log_odds(low.value) == pytest.approx(2 * CONFIG.normalized_weight)
+    assert low.components["prior"] == CONFIG.min_prior, "the forecast still goes by all of it"
+    bare = [follow(CLIMB, learning_rate=rate, width=10)[-1] for rate in (1e-9, 1.0)]
+    assert log_odds(bare[1].value) - log_odds(bare[0].value) == pytest.approx(CONFIG.max_prior - CONFIG.min_prior)
+
+
+def test_a_climb_of_normalised_layers_is_an_alarm() -> None:
+    slow = [(step, (0.5 * 1.02**step, 0.6)) for step in range(60)]
+    assert follow(CLIMB, 0.0)[-1].value > 0.4
+    assert max(risk.value for risk in follow(slow, 0.0)) < 0.05
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("height", [2.0, 5.0, 20.0])
+def test_one_odd_snapshot_of_normalised_layers_is_no_alarm(layer: int, height: float) -> None:
+    series = [(step, (0.5, 0.6)) for step in range(20)]
+    odd = tuple(ratio * (height if index == layer else 1.0) for index, ratio in enumerate((0.5, 0.6)))
+    series[10] = (10, odd)  # type: ignore[assignment]
+    assert max(risk.value for risk in follow(series, 0.0)) == 0.0
+    if height > 2.0:
+        assert max(risk.value for risk in follow(series)) > 0.4, "without normalisation it is one"
 
 
 def test_without_a_lurch_there_is_no_risk_whatever_is_known_beforehand() -> None:
-    risks = follow([(step, (1.0, 1.0)) for step in range(30)], effective_rate=1e6)
+    risks = follow([(step, (1.0, 1.0)) for step in range(30)], learning_rate=1e6, width=1)
     assert max(risk.value for risk in risks) == 0.0
     assert risks[0].forecast == pytest.approx(1 / (1 + math.exp(-CONFIG.max_prior))), "but there is a warning"
 
@@ -121,8 +157,10 @@ def test_a_logged_loss_makes_the_forecast() -> None:
     losses = [3.0 + 0.01 * (step % 3) for step in range(12)] + [3.2]
     plain, told = RiskState(), RiskState()
     for step, loss in enumerate(losses):
-        plain, without = assess(plain, seen(step, (1.0,), effective_rate=0.9, expansive_mass=0.1), CONFIG)
-        told, with_loss = assess(told, seen(step, (1.0,), effective_rate=0.9, expansive_mass=0.1, loss=loss), CONFIG)
+        plain, without = assess(plain, seen(step, (1.0,), learning_rate=0.9, width=1, expansive_mass=0.1), CONFIG)
+        told, with_loss = assess(
+            told, seen(step, (1.0,), learning_rate=0.9, width=1, expansive_mass=0.1, loss=loss), CONFIG
+        )
         assert ("loss" in with_loss.components) == (step >= LEAST), "before, the expansive mass speaks"
         if step < LEAST:
             assert with_loss.forecast == without.forecast
@@ -131,7 +169,7 @@ def test_a_logged_loss_makes_the_forecast() -> None:
     assert with_loss.forecast == pytest.approx(1 / (1 + math.exp(-known - 4 * math.log(z + LOSS_FLOOR))))
     assert with_loss.forecast > 0.99 > 0.5 > without.forecast
     assert with_loss.value == without.value == 0.0, "a loss alone is no reason to act"
-    told, fallen = assess(told, seen(13, (1.0,), effective_rate=0.9, loss=2.9), CONFIG)
+    told, fallen = assess(told, seen(13, (1.0,), learning_rate=0.9, width=1, loss=2.9), CONFIG)
     assert fallen.forecast < 0.01
 
 
@@ -204,7 +242,7 @@ def test_a_step_that_goes_back_or_another_depth_starts_afresh(again: Observation
     st.integers(1, 100),
 )
 def test_the_risk_is_always_a_probability(ratios: list[tuple[float, float]], share: float, gap: int) -> None:
-    for risk in follow([(i * gap, r) for i, r in enumerate(ratios)], share, effective_rate=gap * share):
+    for risk in follow([(i * gap, r) for i, r in enumerate(ratios)], share, learning_rate=gap * share, width=1):
         assert 0.0 <= risk.value <= 1.0
         assert 0.0 <= risk.forecast <= 1.0
         assert all(math.isfinite(value) for value in risk.components.values())
