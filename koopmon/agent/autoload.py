@@ -22,6 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from koopmon.errors import raise_from_signal
+
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
@@ -147,7 +149,8 @@ class _Watch:
         self._busy = True
         try:
             self._attach(optimizer)
-        except Exception as error:
+        except BaseException as error:
+            raise_from_signal(error)
             self._say(f"not attached, training goes on without koopmon: {type(error).__name__}: {error}")
         finally:
             self._busy = False
