@@ -138,7 +138,8 @@ def fall_back(selection: Selection, model: nn.Module, reason: object) -> Selecti
 
 
 def _replacement(failed: ArchitectureAdapter, following: ArchitectureAdapter, model: nn.Module, reason: object) -> str:
-    return f"{source(following)} is used for {type(model).__name__}, as {source(failed)} failed: {one_line(reason)}"
+    why = one_line(reason.reason if isinstance(reason, PluginError) else reason)
+    return f"{source(following)} is used for {type(model).__name__}, as {source(failed)} failed: {why}"
 
 
 def _selection(

@@ -49,7 +49,7 @@ def _items() -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], object]]]
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         yield "the GPUs' random state", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all
     yield "the default dtype", torch.get_default_dtype, torch.set_default_dtype
-    yield "the use of deterministic algorithms", _determinism, lambda kept: torch.use_deterministic_algorithms(*kept)
+    yield "the use of deterministic algorithms", _determinism, _set_determinism
     yield "anomaly detection", _anomaly, lambda kept: torch.set_anomaly_enabled(*kept)
     yield "float32 precision", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
     for name in ("benchmark", "deterministic"):
@@ -62,6 +62,10 @@ def _items() -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], object]]]
 
 def _determinism() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _set_determinism(kept: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(kept[0], warn_only=kept[1])
 
 
 def _anomaly() -> tuple[bool, bool]:
