@@ -331,8 +331,8 @@ def test_a_more_specific_adapter_wins_and_the_line_says_whose_it_is(
     found = koopmon.discover(model, torch.randn(4, 12, 16))
     assert type(found.adapter).__module__ == module, "what a user gets is the plugin's own object"
     assert said(caplog) == [
-        "koopmon: adapter 'theirs' of plugin theirs (theirs 1.2) (specificity 50) is used for TransformerEncoder, in "
-        "the place of koopmon's own 'transformer' (10)"
+        "koopmon: adapter 'theirs' of plugin theirs (theirs 1.2) is used for TransformerEncoder with specificity 50, in "
+        "the place of koopmon's own 'transformer' with 10"
     ]
 
 

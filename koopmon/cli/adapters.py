@@ -38,7 +38,9 @@ def adapters(
     if as_json:
         print(json.dumps(found))  # noqa: T201 - a result
         return 0
-    table = Table("adapter", "plugin", "distribution", "")
+    table = Table()
+    for heading in ("adapter", "plugin", "distribution", ""):
+        table.add_column(heading, overflow="fold")
     for row in found["adapters"]:
         table.add_row(*_cells(row["name"], row["plugin"], row["distribution"], row["summary"]))
     for row in found["left_out"]:

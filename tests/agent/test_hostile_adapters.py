@@ -1,4 +1,4 @@
-"""Third-party adapters that fail inside a training: the training does not notice, and is watched where that is possible."""
+"""Third-party adapters that fail inside a training: the training does not notice, and stays watched where it can be."""
 
 from __future__ import annotations
 
