@@ -82,8 +82,10 @@ class PluginCalls:
             if changed or work.changed:
                 say_once(f"{self.label}: {what} changed {', '.join(changed + work.changed)}; koopmon has put it back")
             if late:
-                _overdue[self.label] = f"{what} was not over when the {SECONDS:g} s of this plugin were"
-                raise PluginError(self.label, _overdue[self.label])
+                _overdue[self.label] = reason = f"{what} was not over when the {SECONDS:g} s of this plugin were"
+                if (rank := _rank()) != "0":  # it may be this rank's alone, which then has another adapter
+                    logger.warning("koopmon: rank %s: %s: %s", rank, self.label, reason)
+                raise PluginError(self.label, reason)
             if work.failure:
                 raise PluginError(self.label, f"{what} {work.failure}")
             result: T = work.result
@@ -173,5 +175,8 @@ def told(error: BaseException) -> str:
 @functools.cache
 def say_once(text: str, *, level: int = logging.WARNING) -> None:
     """One log line per process, and per job: of all ranks the first alone says it above DEBUG."""
-    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    logger.log(level if first else logging.DEBUG, "koopmon: %s", text)
+    logger.log(level if _rank() == "0" else logging.DEBUG, "koopmon: %s", text)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import sys
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["ProcessState"]
+
+logger = logging.getLogger("koopmon.plugins")
 
 
 class ProcessState:
@@ -33,10 +36,12 @@ class ProcessState:
         """Put back what has changed since; returns the names of what had."""
         changed = []
         for name, get, put, value in self._kept:
-            with contextlib.suppress(Exception):
+            try:
                 if not _same(get(), value):
                     put(value)
                     changed.append(name)
+            except Exception as error:
+                logger.warning("koopmon: a plugin changed %s, which cannot be put back: %s", name, error)
         return changed
 
 

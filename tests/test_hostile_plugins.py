@@ -203,6 +203,8 @@ SLOW = {
 }
 
 
+# The exception that ends a thread may strike in a destructor, which ignores it with a warning; it is raised again.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize(("source", "what"), SLOW.values(), ids=SLOW)
 def test_a_plugin_that_takes_too_long_is_left_behind(
@@ -222,6 +224,18 @@ def test_a_plugin_that_takes_too_long_is_left_behind(
     new = [each for each in left if each not in before]
     assert len(new) == ("sleep(20)" in source), "what can be ended does not run beside the training"
     assert all(each.daemon for each in new)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_each_rank_says_that_a_plugin_was_late_for_it(
+    install: Install, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    install("raise ValueError", name="raises")
+    install("import time; time.sleep(5)")
+    plugin_manager()
+    (line,) = said(caplog)
+    assert line.startswith("koopmon: rank 3: plugin theirs (theirs 1.2): its import was not over")
 
 
 @pytest.mark.usefixtures("hurried")
@@ -331,8 +345,8 @@ def test_a_more_specific_adapter_wins_and_the_line_says_whose_it_is(
     found = koopmon.discover(model, torch.randn(4, 12, 16))
     assert type(found.adapter).__module__ == module, "what a user gets is the plugin's own object"
     assert said(caplog) == [
-        "koopmon: adapter 'theirs' of plugin theirs (theirs 1.2) is used for TransformerEncoder with specificity 50, in "
-        "the place of koopmon's own 'transformer' with 10"
+        "koopmon: adapter 'theirs' of plugin theirs (theirs 1.2) is used for TransformerEncoder with specificity 50, "
+        "in the place of koopmon's own 'transformer' with 10"
     ]
 
 

@@ -217,7 +217,8 @@ def root_module(optimizer: Optimizer) -> nn.Module:
 def _owns(module: nn.Module, parameters: frozenset[int]) -> bool:
     try:
         return parameters <= {id(parameter) for parameter in module.parameters()}
-    except Exception:  # a half-built module somewhere else in the process
+    except BaseException as error:  # a half-built module somewhere else in the process
+        raise_from_signal(error)
         return False
 
 
