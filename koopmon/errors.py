@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import opcode
-from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 _RAISE = opcode.opmap["RAISE_VARARGS"]
 _VARARGS = 0x04

@@ -248,7 +248,10 @@ def test_the_time_of_a_plugin_is_that_of_all_its_calls(install: Install, model: 
 
 @pytest.mark.usefixtures("hurried")
 def test_an_import_of_another_package_is_not_cut_in_half(install: Install, tmp_path: Path) -> None:
-    (tmp_path / "slow_library.py").write_text("import time\nfor _ in range(100):\n    time.sleep(0.01)\nwhole = True\n")
+    (tmp_path / "slow_library.py").write_text(
+        "import sys, time\nsys.slow_begun = getattr(sys, 'slow_begun', 0) + 1\n"
+        "for _ in range(100):\n    time.sleep(0.01)\nwhole = True\n"
+    )
     install(f"import slow_library\n{adapter()}")
     manager = plugin_manager()
     assert "was not over" in manager.failures["theirs"]
@@ -256,6 +259,7 @@ def test_an_import_of_another_package_is_not_cut_in_half(install: Install, tmp_p
     import slow_library  # type: ignore[import-not-found]  # waits for the thread that imports it
 
     assert slow_library.whole
+    assert vars(sys).pop("slow_begun") == 1
     assert time.monotonic() - began < 10
     del sys.modules["slow_library"]
 
