@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import campaign
-from benchmarks.fault_campaign import kinds, scripts
+from benchmarks.fault_campaign import hostile, kinds, scripts
 from benchmarks.fault_campaign.machine import Link, small_disk
 from benchmarks.fault_campaign.stages import Found, Watched, inject
 
@@ -123,6 +123,7 @@ KINDS: Mapping[str, Kind] = {
     "conflicting": Kind(play=under_script(scripts.conflicting), scenes=1, count=25),
     "poisoned": Kind(play=beside_monitor(kinds.poisoned, dense=True), scenes=2, count=20),
     "adapter_raises": Kind(play=scripts.adapter_raises, scenes=1, count=30),
+    "hostile_plugin": Kind(play=hostile.hostile_plugin, scenes=1, count=len(hostile.MANNERS)),
     "same_name": Kind(play=scripts.same_name, scenes=1, count=20),
 }
 

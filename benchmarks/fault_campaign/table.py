@@ -109,8 +109,15 @@ WORDS: Mapping[str, tuple[str, str, str]] = {
     ),
     "adapter_raises": (
         "An architecture adapter raises, in any of its methods, at its first call or later",
-        "nothing; that agent goes off, with one line",
-        "stays off by design; counted until the next training's first snapshot",
+        "nothing; before the chain is verified koopmon's own adapter takes its place, after that the agent goes off,"
+        " with one line",
+        "an agent that is off stays so by design; counted until the next training's first snapshot",
+    ),
+    "hostile_plugin": (
+        "While a job under `koopmon run` starts, a plugin exits, interrupts or hangs, takes the name or the claim of a"
+        " built-in adapter, reads no chain, or changes torch's global state",
+        "nothing; a plugin that hangs delays the start by 10 s at most",
+        "koopmon's own adapter is used, with one line that names the plugin; counted from the first step",
     ),
     "same_name": (
         "A second job begins under the name of one that trains (policy `observe`)",

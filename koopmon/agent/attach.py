@@ -18,7 +18,7 @@ from koopmon.agent.guest import Guest
 from koopmon.agent.layout import refusal
 from koopmon.agent.world import check_run_name, launched_rank
 from koopmon.config import Config
-from koopmon.errors import KoopmonError
+from koopmon.errors import KoopmonError, raise_from_signal
 from koopmon.plugins import select
 from koopmon.wire.endpoints import check_endpoint
 from koopmon.wire.trust import make_trust
@@ -101,6 +101,7 @@ def _invite(
     except (KoopmonError, _NotAttachedError):
         raise
     except Exception as error:
+        raise_from_signal(error)
         logger.debug("koopmon: attach", exc_info=error)
         raise _NotAttachedError(f"{type(error).__name__}: {error}") from error
 

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from koopmon.errors import raise_from_signal
+
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
@@ -147,7 +149,8 @@ class _Watch:
         self._busy = True
         try:
             self._attach(optimizer)
-        except Exception as error:
+        except BaseException as error:
+            raise_from_signal(error)
             self._say(f"not attached, training goes on without koopmon: {type(error).__name__}: {error}")
         finally:
             self._busy = False
@@ -214,7 +217,8 @@ def root_module(optimizer: Optimizer) -> nn.Module:
 def _owns(module: nn.Module, parameters: frozenset[int]) -> bool:
     try:
         return parameters <= {id(parameter) for parameter in module.parameters()}
-    except Exception:  # a half-built module somewhere else in the process
+    except BaseException as error:  # a half-built module somewhere else in the process
+        raise_from_signal(error)
         return False
 
 

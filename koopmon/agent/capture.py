@@ -21,8 +21,9 @@ from koopmon.agent.sampler import Sampler
 from koopmon.api import Observable, Point, Stack
 from koopmon.chain import ChainVerifier
 from koopmon.discovery import not_verified
+from koopmon.errors import PluginError
 from koopmon.observables import declared
-from koopmon.plugins import Selection
+from koopmon.plugins import Selection, fall_back
 
 MAX_ATTEMPTS = 3
 """Training forwards on which the chain may fail to verify before koopmon gives up."""
@@ -57,6 +58,9 @@ class Listener(Protocol):
     def snapshot_ready(self) -> None:
         """Every point of a snapshot lies in the sampler."""
 
+    def adapter_replaced(self, selection: Selection) -> None:
+        """Another adapter watches the model from now on: the one before has failed, or found no chain."""
+
 
 def recomputing() -> bool:
     """Whether a backward pass runs in this thread: a forward inside it is activation checkpointing's second one."""
@@ -83,14 +87,10 @@ class Taps:
         self.num_forwards = 0
         """Training forwards since the last step edge."""
         self._model = weakref.ref(model)
-        self._selection = selection
-        self._adapter = selection.adapter
         self._fence = fence
         self._ledger = ledger
         self._injection = injection
         self._listener = listener
-        self._verifier = ChainVerifier(selection.adapter, selection.candidates)
-        self._num_attempts = 0
         self._num_missed = 0
         self._width = 0
         self._due = False
@@ -106,6 +106,14 @@ class Taps:
             model.register_forward_hook(fence.hook(self._leave_root)),
         ]
         self.readers = Fence("reading the family's observables")
+        self._watch(selection)
+
+    def _watch(self, selection: Selection) -> None:
+        """Tap the candidates of `selection`; the next training forward shows which of them is a chain."""
+        self._selection = selection
+        self._adapter = selection.adapter
+        self._verifier = ChainVerifier(selection.adapter, selection.candidates)
+        self._num_attempts = 0
         self._handles: dict[str, list[Any]] = {}
         for stack in selection.candidates:
             # Readers first: the tap behind the last block hands the snapshot over.
@@ -113,15 +121,27 @@ class Taps:
             self._handles[stack.name] = handles + [tap for point in stack.points for tap in self._tap(stack, point)]
 
     def _tap(self, stack: Stack, point: Point) -> list[Any]:
-        first = point.layer == 0
+        first, selection = point.layer == 0, self._selection
 
         def enter_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._observing or self._injection.active or (first and (self._due or not self._root_called)):
-                self._enter(stack, point, self._adapter.block_input(module, args, kwargs))
+                try:
+                    state = selection.adapter.block_input(module, args, kwargs)
+                except PluginError as error:
+                    if not self._replace_adapter(error):
+                        raise
+                if self._selection is selection:  # a hook that was taken off may still be called in this forward
+                    self._enter(stack, point, state)
 
         def leave_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if self._observing or self._injection.active or self._capturing:
-                return self._leave(stack, point, output)
+                try:
+                    state = selection.adapter.block_output(module, output)
+                except PluginError as error:
+                    if not self._replace_adapter(error):
+                        raise
+                if self._selection is selection:
+                    return self._leave(stack, point, output, state)
             return None
 
         return [
@@ -137,6 +157,19 @@ class Taps:
                 self._ledger.capture_seconds += time.perf_counter() - started
 
         return observable.module.register_forward_hook(self.readers.hook(leave_module), with_kwargs=True)
+
+    def _replace_adapter(self, reason: object) -> bool:
+        """Go on with koopmon's own adapter, if it claims the model and no chain was verified yet. Whether it did."""
+        model = self._model()
+        following = None if self.stack is not None or model is None else fall_back(self._selection, model, reason)
+        if following is None:
+            return False
+        self._observing = False
+        for name in self._handles:
+            self._untap(name)
+        self._watch(following)
+        self._listener.adapter_replaced(following)
+        return True
 
     def remove(self, reason: str = "") -> None:
         """Take every hook off the model. Idempotent."""
@@ -245,7 +278,9 @@ class Taps:
         elif self._num_attempts >= MAX_ATTEMPTS and (model := self._model()) is not None:
             blocks = [point.module for stack in self._selection.candidates for point in stack.points]
             compiled = f"{type(model).__name__}: {INSIDE_A_GRAPH}" if compiled_whole(model, blocks) else ""
-            self._give_up(compiled or not_verified(model, self._selection, reasons))
+            reason = compiled or not_verified(model, self._selection, reasons)
+            if not self._replace_adapter(reason):
+                self._give_up(reason)
 
     # One block.
 
@@ -276,9 +311,8 @@ class Taps:
             self.sampler.put(0, state)
         self._ledger.capture_seconds += time.perf_counter() - started
 
-    def _leave(self, stack: Stack, point: Point, output: Any) -> Any:
+    def _leave(self, stack: Stack, point: Point, output: Any, state: Tensor | None) -> Any:
         again = recomputing()
-        state = self._adapter.block_output(point.module, output)
         if self._observing and not again:
             self._verifier.observe_output(stack, point.layer, state)
         if stack is not self.stack or state is None:

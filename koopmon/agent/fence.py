@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from koopmon.errors import raise_from_signal
+
 logger = logging.getLogger("koopmon.agent")
 _fences: weakref.WeakSet[Fence] = weakref.WeakSet()
 
@@ -65,6 +67,7 @@ class Hook:
         try:
             return self._body(*args)
         except Exception as error:
+            raise_from_signal(error)  # a handler of the user's, which by chance ran here
             self._fence.trip(getattr(self._body, "__name__", "hook"), error)
             return None
 

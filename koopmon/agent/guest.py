@@ -28,7 +28,7 @@ from koopmon.agent.sender import Sender
 from koopmon.agent.world import Introduction, World, current_world, default_run_name, launched_rank, meeting_place
 from koopmon.api import Stack
 from koopmon.config import Config, KssConfig
-from koopmon.plugins import Selection
+from koopmon.plugins import Selection, source
 from koopmon.wire.messages import KssSettings
 from koopmon.wire.trust import Trust
 
@@ -81,7 +81,7 @@ class Guest:
         self._num_microbatches = 1
         self._last_edge: float | None = None
         self._charged_seconds = 0.0
-        self._kss_refusal = "" if config.kss.through_shielded else kss_refusal(model, selection)
+        self._kss_refusal = self._refuse_kss(model, selection)
         self._closables: list[Sender | ControlGroup] = []
         self._finalizer = weakref.finalize(self, _shut_down, self._pid, self._closables)
         self._handles: list[Any] = []
@@ -143,20 +143,29 @@ class Guest:
             self.sender.start()
 
     def _description(self, world: World, num_senders: int) -> Description:
-        overrides = self.adapter.kss_settings()
-        kss = None
-        if overrides:
-            known = {**msgspec.structs.asdict(KssConfig()), **overrides}
-            kss = KssSettings(**{name: known[name] for name in KssSettings.__struct_fields__ if name in known})
         return Description(
             process_rank=world.rank,
             world_size=world.size,
             num_senders=num_senders,
-            adapter=self.adapter.name,
-            thresholds=dict(self.adapter.thresholds()),
             rate_sized_steps=self._rate_sized_steps,
-            kss=kss,
+            **self._family(),
         )
+
+    def _family(self) -> dict[str, Any]:
+        """What hello says of the adapter."""
+        overrides, kss = self.adapter.kss_settings(), None
+        if overrides:
+            known = {**msgspec.structs.asdict(KssConfig()), **overrides}
+            try:
+                kss = msgspec.convert(
+                    {name: known[name] for name in KssSettings.__struct_fields__ if name in known}, KssSettings
+                )
+            except msgspec.ValidationError as error:
+                logger.warning("koopmon: the KSS settings of %s are left out: %s", source(self.adapter), error)
+        return {"adapter": self.adapter.name, "thresholds": dict(self.adapter.thresholds()), "kss": kss}
+
+    def _refuse_kss(self, model: nn.Module, selection: Selection) -> str:
+        return "" if self._config.kss.through_shielded else kss_refusal(model, selection)
 
     def _learn_layout(self, *, last_word: bool) -> None:
         """Settle how the ranks share the training, and so whether koopmon acts; not known before the first forward."""
@@ -209,7 +218,16 @@ class Guest:
         if self.taps.failure:
             return
         self._describe(num_layers=len(stack.points), width=width, update_exponent=update_exponent)
-        logger.info("koopmon: taps %d blocks of %s", len(stack.points), stack.name or "the model")
+        blocks = f"{len(stack.points)} blocks of {stack.name or 'the model'}"
+        logger.info("koopmon: taps %s, found by %s", blocks, source(self.adapter))
+
+    def adapter_replaced(self, selection: Selection) -> None:
+        self.adapter = selection.adapter
+        model = self._model()
+        self._kss_refusal = "" if model is None else self._refuse_kss(model, selection)
+        if self.actuator is not None:
+            self.actuator.shielded = self._kss_refusal
+        self._describe(**self._family())
 
     def snapshot_ready(self) -> None:
         sampler, sender, actuator = self.taps.sampler, self.sender, self.actuator

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from koopmon.cli import factory as factories
-from koopmon.errors import AdapterError
+from koopmon.errors import AdapterError, raise_from_signal
 
 if TYPE_CHECKING:
     from koopmon.api import ArchitectureAdapter, ExampleModel
@@ -91,12 +91,12 @@ def _adapters(target: str) -> tuple[list[ArchitectureAdapter], PluginManager]:
         return found, manager
     known = plugins.adapters(manager)
     if target in known:
-        return [known[target]], manager
+        return [plugins.original(known[target])], manager
     brought = _plugins_of(target)
     for plugin in brought:
         if plugin in manager.failures:
             raise AdapterError(f"plugin {plugin} of {target} is not usable: {manager.failures[plugin]}")
-    found = [adapter for plugin in brought for adapter in _offers(manager, plugin)]
+    found = [plugins.original(adapter) for plugin in brought for adapter in manager.offers.get(plugin, ())]
     if found:
         return found, manager
     if not brought and not _is_module(target):
@@ -117,7 +117,8 @@ def _instances(target: str, named: Any) -> list[ArchitectureAdapter]:
     if callable(named) and not isinstance(named, ArchitectureAdapter):
         try:
             made = named()
-        except Exception as error:  # user code
+        except BaseException as error:  # user code
+            raise_from_signal(error)
             raise AdapterError(f"adapter {target!r} raised {type(error).__name__}: {error}".splitlines()[0]) from error
     found = list(made) if isinstance(made, (list, tuple)) else [made]
     for each in found:
@@ -150,16 +151,6 @@ def _is_module(name: str) -> bool:
         return find_spec(name) is not None
     except (ImportError, ValueError):
         return False
-
-
-def _offers(manager: PluginManager, plugin: str) -> list[ArchitectureAdapter]:
-    hook: Any = manager.hook.koopmon_architecture_adapters
-    return [
-        adapter
-        for implementation in hook.get_hookimpls()
-        if implementation.plugin_name == plugin
-        for adapter in implementation.function()
-    ]
 
 
 def _named_model(name: str) -> ExampleModel:

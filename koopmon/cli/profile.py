@@ -15,7 +15,7 @@ from rich.table import Table
 
 from koopmon import plots
 from koopmon.cli import factory as factories
-from koopmon.errors import CalibrationError, ConfigError, KoopmonError
+from koopmon.errors import CalibrationError, ConfigError, KoopmonError, raise_from_signal
 
 if TYPE_CHECKING:
     from koopmon.profiling import CapturedStates
@@ -99,7 +99,8 @@ def profile(
             raise
         except ValueError as error:
             raise KoopmonError(f"{factory}: {error}") from error
-        except Exception as error:  # the model's own forward pass
+        except BaseException as error:  # the model's own forward pass
+            raise_from_signal(error)
             raise KoopmonError(
                 f"{factory}: the forward pass raised {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error

@@ -21,7 +21,7 @@ from koopmon.api import ArchitectureAdapter, ExampleModel, Stack
 from koopmon.chain import ChainVerifier
 from koopmon.conformance.verdict import ConformanceError, demand, told
 from koopmon.discovery import probe
-from koopmon.errors import KoopmonError
+from koopmon.errors import KoopmonError, raise_from_signal
 from koopmon.plugins import Selection, adapters, select
 
 MIN_TOKENS = 32
@@ -74,7 +74,8 @@ class Bench:
             self._check_example()
         except ConformanceError as error:
             return str(error)
-        except Exception as error:  # user code
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # user code
+            raise_from_signal(error)
             return f"the example model raised {told(error)}"
         return ""
 
@@ -134,7 +135,8 @@ class Bench:
         """Whether KSS acts only where `[kss] through_shielded` allows it. Raises SkipTest where that cannot be told."""
         try:
             return bool(self.shields)
-        except Exception:  # the adapter's own code
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # the adapter's own code
+            raise_from_signal(error)
             raise SkipTest("needs what is shielded from KSS, which `kss-shields` does not find") from None
 
     @cached_property
@@ -149,7 +151,8 @@ class Bench:
             kept, reasons = verifier.verdict()
         except KoopmonError as error:
             return None, str(error)
-        except Exception as error:  # the adapter's own code
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # the adapter's own code
+            raise_from_signal(error)
             return None, f"raised {told(error)}"
         if kept is None:
             reason = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in reasons.items())

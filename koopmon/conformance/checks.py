@@ -11,8 +11,8 @@ from koopmon.api import ArchitectureAdapter, ExampleModel
 from koopmon.conformance import claims, families, reading, steering
 from koopmon.conformance.bench import Bench
 from koopmon.conformance.verdict import ConformanceError, Outcome, told
-from koopmon.errors import AdapterError
-from koopmon.plugins import adapters
+from koopmon.errors import AdapterError, raise_from_signal
+from koopmon.plugins import adapters, original
 
 BATTERY: dict[str, Callable[[Bench], str]] = {
     "example": claims.example,
@@ -62,7 +62,8 @@ class Check:
             raise
         except AdapterError as error:
             raise ConformanceError(str(error)) from error
-        except Exception as error:  # the adapter's own code, or its model's
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # the adapter's own code, or its model's
+            raise_from_signal(error)
             raise ConformanceError(f"raised {told(error)}") from error
 
     def run(self) -> Outcome:
@@ -88,7 +89,7 @@ def checks(adapter: str | ArchitectureAdapter | type[ArchitectureAdapter], examp
         known = adapters()
         if adapter not in known:
             raise AdapterError(f"adapter = {adapter!r}: allowed are {', '.join(known) or 'none'}")
-        adapter = known[adapter]
+        adapter = original(known[adapter])
     elif isinstance(adapter, type):
         adapter = adapter()
     bench = Bench(adapter, example)

@@ -16,8 +16,8 @@ from koopmon.api import MAX_SPECIFICITY, ArchitectureAdapter, Stack
 from koopmon.config import KssConfig, RiskConfig
 from koopmon.conformance.bench import Bench, described, same_bits
 from koopmon.conformance.verdict import demand
-from koopmon.errors import AdapterError, ConfigError
-from koopmon.plugins import claimed, example_models
+from koopmon.errors import AdapterError, ConfigError, raise_from_signal
+from koopmon.plugins import claims_on, example_models
 from koopmon.spectral import LARGEST_EXPONENT
 from koopmon.wire.messages import KssSettings
 
@@ -38,10 +38,10 @@ def claim(bench: Bench) -> str:
         1 <= found <= MAX_SPECIFICITY,
         f"specificity() gives {found} for a model of its own family, allowed are 1 to {MAX_SPECIFICITY}",
     )
-    others = {"again": model, "for another build": bench.build()}
+    same = {"again": model, "for another build": bench.build()}
     with contextlib.suppress(Exception):  # not every model can be copied
-        others["for a deepcopy"] = copy.deepcopy(model)
-    for when, other in others.items():
+        same["for a deepcopy"] = copy.deepcopy(model)
+    for when, other in same.items():
         now = adapter.specificity(other)
         demand(now == found, f"specificity() gives {found}, and {now} {when} of the same model")
     adapter.stacks(model)
@@ -49,16 +49,9 @@ def claim(bench: Bench) -> str:
     after = _attributes(adapter)
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     demand(not changed, f"the adapter keeps {', '.join(changed)} of one model for the next: it must be stateless")
-    try:
-        chosen = claimed(model, bench.known)
-    except AdapterError as error:
-        demand(False, str(error))
-    else:
-        theirs = chosen.specificity(model)
-        demand(
-            chosen is adapter,
-            f"adapter {chosen.name!r} is chosen for this model: it claims {theirs}, this one {found}",
-        )
+    others = {name: other for name, other in bench.known.items() if other is not adapter}
+    for name, claim in claims_on(model, others).items():
+        demand(claim < found, f"adapter {name!r} claims this model with {claim}, this one with {found}: raise it above")
     return f"specificity {found}, chosen among {', '.join(bench.known)}"
 
 
@@ -76,7 +69,8 @@ def restraint(bench: Bench) -> str:
         try:
             model = Bench(owner, offer).build()
             theirs = owner.specificity(model)
-        except Exception:  # noqa: S112 - not this adapter's fault
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # not this adapter's fault
+            raise_from_signal(error)
             continue
         found = adapter.specificity(model)
         demand(

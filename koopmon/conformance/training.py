@@ -26,6 +26,7 @@ from koopmon.agent.sender import Sender
 from koopmon.api import Stack
 from koopmon.conformance.bench import Bench, at_points, seeded
 from koopmon.conformance.verdict import demand, told
+from koopmon.errors import raise_from_signal
 from koopmon.plugins import select
 from koopmon.wire.messages import Command
 
@@ -248,7 +249,8 @@ def require_checkpointing(bench: Bench) -> None:
     trial = Training(bench, checkpointing=True)
     try:
         trial.backward()
-    except Exception as error:  # the model's own
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # the model's own
+        raise_from_signal(error)
         raise SkipTest(f"the model itself does not train under activation checkpointing: {told(error)}") from None
 
 

@@ -87,9 +87,10 @@ def test_tensorboard_reads_it_back_from_a_run_of_its_own_and_from_the_users(agen
     assert read_back(tmp_path / "theirs")["loss"] == [(8, 1.0)]
 
 
-def test_a_tracker_that_fails_is_one_line(agent: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [OSError("No space left on device"), SystemExit("No space left on device")])
+def test_a_tracker_that_fails_is_one_line(error: BaseException, agent: Any, caplog: pytest.LogCaptureFixture) -> None:
     def full(*_: Any) -> None:
-        raise OSError("No space left on device")
+        raise error
 
     mirror = TensorBoardMirror(SimpleNamespace(add_scalar=full))
     for step in range(3):
