@@ -22,13 +22,12 @@ from rich.table import Table
 
 from benchmarks import campaign
 from benchmarks.provenance import provenance
-from benchmarks.proving_ground.models import Norm
+from benchmarks.proving_ground.models import NORMS
 from benchmarks.proving_ground.outcomes import Run, best_rate, final_loss, interval, of, outcome, sensitivity, summary
 from benchmarks.proving_ground.training import Arm, Recipe, train
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "proving_ground.json"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-NORMS: tuple[Norm, ...] = ("pre", "rms")
 SMALL, LARGE = (64, 4), (128, 6)
 """Width and layers."""
 SEEDS = (10, 11, 12)

@@ -6,13 +6,14 @@ Shapes: B sequences, T tokens, D width, V vocabulary, H heads.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 Norm = Literal["pre", "rms"]
+NORMS: tuple[Norm, ...] = get_args(Norm)
 NUM_HEADS = 4
 VOCABULARY = 256
 INITIAL_STD = 0.02
