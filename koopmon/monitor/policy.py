@@ -292,7 +292,7 @@ def _lower_scale(case: _Case) -> float:
     gently = flared * (config.gentle_severe_factor if case.severe else config.gentle_factor)
     normalized = normalization(case.seen)
     landing = config.landing_rate ** (1.0 - normalized) * config.normalized_landing_rate**normalized
-    return min(gently, landing / excess)
+    return float(min(gently, landing / excess))
 
 
 def _shape(case: _Case) -> Proposal | None:
