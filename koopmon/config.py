@@ -219,12 +219,13 @@ class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     normalized_critical_rate: Positive = 0.5
     """Learning rate x width at which it is even for normalised layers (koopmon.risk.brake). Runs with gradient clipping
     ended best at 0.2 to 0.4 and were ruined from 0.6 on (`benchmarks.proving_ground`)."""
-    normalized_scale: Positive = 0.75
+    normalized_scale: Positive = 0.6
     """Unsteadiness of normalised layers that counts as 1. Theirs is taken after a median over three snapshots, which
-    removes what one odd batch does to one snapshot; healthy runs reached 0.54, ruined ones 0.82 and more."""
-    normalized_weight: NonNegative = 0.5
-    """Largest log-odds, of either sign, by which the prior counts in the risk of normalised layers. There the evidence
-    decides alone: large models train well at 0.3 to 1.6."""
+    removes what one odd batch does to one snapshot. Healthy runs reached 0.54 at a fifth of the critical rate, ruined
+    ones 0.57 (width 128) to 3.2 at and above it."""
+    normalized_weight: NonNegative = 1.0
+    """Largest log-odds, of either sign, by which the prior counts in the risk of normalised layers: large models train
+    well at 0.3 to 1.6, so the evidence has to decide."""
     min_prior: Annotated[float, Meta(ge=-20.0, le=0.0)] = -6.0
     """Least log-odds of the prior: at -6 it takes 4.5 times the unsteadiness."""
     max_prior: Annotated[float, Meta(ge=0.0, le=20.0)] = 3.0
