@@ -37,7 +37,7 @@ def mixed_transition(num_samples: int = 400) -> tuple[Tensor, Tensor]:
 
 
 def dense(x_ND: Tensor, y_ND: Tensor, svd_rank: int | None, ridge: float) -> dict[str, Any]:
-    """METHOD sections 2 and 3 as they stand: symmetric whitening, least squares, left and right eigenvectors."""
+    """docs/method.md as it stands: symmetric whitening, least squares, left and right eigenvectors."""
     lengths, updates = (np.log(np.linalg.norm(rows, axis=1)) for rows in (x_ND.numpy(), (y_ND - x_ND).numpy()))
     variance = lengths.var() + 0.05 / (2 * x_ND.shape[1])
     exponent = np.cov(lengths, updates, bias=True)[0, 1] / variance
