@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import koopmon
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -85,6 +87,7 @@ def test_entry_points_and_requirements(wheel: zipfile.ZipFile) -> None:
     assert "\ntransformer = koopmon_adapters.transformer\n" in text
     (metadata,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
     told = Parser().parsestr(wheel.read(metadata).decode())
+    assert told["Version"] == koopmon.__version__
     assert told["Requires-Python"] == ">=3.11"
     plain = [line for line in told.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert not any("==" in line for line in plain), "pins belong to constraints.txt"
