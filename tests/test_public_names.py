@@ -17,6 +17,7 @@ import koopmon
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.process
 def test_import_is_light() -> None:
     """In a process of its own: neither the package nor its directory listing imports what is heavy."""
     script = (

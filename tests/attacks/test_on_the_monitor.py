@@ -23,6 +23,8 @@ from koopmon.wire.messages import Ack, Applied, Command, Goodbye, Heartbeat, Hel
 from tests.keyring import Keyring
 from tests.monitor.conftest import make_states
 
+pytestmark = pytest.mark.process
+
 Train = Callable[..., Any]
 Connect = Callable[..., Any]
 

@@ -176,6 +176,7 @@ def test_a_training_that_raises_says_so(library: Any, monitor: ScriptedMonitor) 
         assert monitor.of(Goodbye)[0].reason == "the training raised FailureError"
 
 
+@pytest.mark.process
 def test_what_nobody_caught_is_said_when_the_interpreter_ends(monitor: ScriptedMonitor) -> None:
     text = """
 import sys
@@ -259,6 +260,7 @@ def test_a_mistake_in_an_argument_is_raised_before_the_first_step(library: Any) 
     assert seen == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("module", "library", "extra"),
     [

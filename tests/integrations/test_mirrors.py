@@ -127,7 +127,7 @@ run.finish()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_wandb_holds_it_beside_the_users_own(tmp_path: Path) -> None:
     done = ended_well(("-c", WANDB, str(tmp_path)), WANDB_MODE="offline", WANDB_SILENT="true", HOME=str(tmp_path))
     assert done.stdout.strip().splitlines()[-1] == str(

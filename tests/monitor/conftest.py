@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
-import httpx
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
@@ -182,7 +182,8 @@ class Served:
 
     def samples(self) -> dict[str, float]:
         """Every sample of /metrics, as `name{label="value",...}` without the prefix."""
-        text = httpx.get(f"http://{self.addresses.http}/metrics", timeout=30.0).text
+        with urlopen(f"http://{self.addresses.http}/metrics", timeout=30.0) as answer:
+            text = answer.read().decode("utf-8")
         found = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:

@@ -114,6 +114,7 @@ def count(path: Path, table: str) -> int:
     return int(number)
 
 
+@pytest.mark.process
 def test_no_kill_9_at_any_moment_loses_what_was_acknowledged(path: Path) -> None:
     program = [sys.executable, str(HERE / "programs" / "killed_writers.py"), str(path), "40", "1"]
     done = subprocess.run(program, capture_output=True, text=True, timeout=200, check=True)
@@ -130,6 +131,7 @@ def test_no_kill_9_at_any_moment_loses_what_was_acknowledged(path: Path) -> None
     assert not list(path.parent.glob("*.damaged-*"))
 
 
+@pytest.mark.process
 def test_every_command_that_left_a_killed_monitor_is_in_its_history(
     start_process: Callable[..., Any], connect: Callable[..., Any], store_path: Path
 ) -> None:
@@ -276,6 +278,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.process
 def test_a_disk_that_is_really_full_pauses_and_resumes_by_itself(
     small_disk: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -219,6 +219,7 @@ while True:
 """
 
 
+@pytest.mark.process
 def test_kill_9_of_the_writer_loses_no_committed_decision(path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None

@@ -7,8 +7,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
+
+pytest.importorskip("scipy")
+
+import numpy as np
 import torch
 from scipy.special import expit
 from torch import Tensor
@@ -253,6 +256,7 @@ print(zeros, raised)
 """
 
 
+@pytest.mark.process
 def test_no_value_crashes_the_process() -> None:
     """NaN in an eigendecomposition ends the process without an exception: only another process can tell."""
     done = subprocess.run([sys.executable, "-c", SURVIVAL], capture_output=True, text=True, timeout=200, check=False)

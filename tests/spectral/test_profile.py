@@ -8,8 +8,11 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
+
+pytest.importorskip("scipy")
+
+import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
@@ -331,6 +334,7 @@ print(refused, finite)
 """
 
 
+@pytest.mark.process
 def test_no_value_crashes_the_process() -> None:
     """NaN in an eigendecomposition ends the process without an exception: only another process can tell."""
     done = subprocess.run([sys.executable, "-c", SURVIVAL], capture_output=True, text=True, timeout=200, check=False)
