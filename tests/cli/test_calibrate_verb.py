@@ -137,6 +137,7 @@ def histories(tmp_path: Path) -> list[str]:
 def test_recorded_runs_make_a_calibrator_that_knows_its_error(
     histories: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("matplotlib")
     out, png = tmp_path / "calibrator.json", tmp_path / "reliability.png"
     assert main(["calibrate", *histories, "--out", str(out), "--png", str(png)]) == 0
     told = capsys.readouterr()

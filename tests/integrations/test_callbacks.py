@@ -46,6 +46,7 @@ class HuggingFace:
     """`fit` trains, calls `after_step(k)` behind each step, and tells how many steps were made."""
 
     def __init__(self, **options: Any) -> None:
+        pytest.importorskip("transformers")
         from koopmon.integrations.huggingface import KoopmonCallback
 
         self.callback = KoopmonCallback(**options)
@@ -83,6 +84,7 @@ class Lightning:
     """Likewise."""
 
     def __init__(self, **options: Any) -> None:
+        pytest.importorskip("lightning")
         from koopmon.integrations.lightning import KoopmonCallback
 
         self.callback = KoopmonCallback(**options)
