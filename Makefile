@@ -38,7 +38,7 @@ docs: $(VENV)/.dev.stamp ## build the site from docs/ and the code into site/; n
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 unit: $(VENV)/.dev.stamp ## the fast tests, which start no process: under 3 minutes on 2 cores
-	$(BIN)/pytest -n $(WORKERS) -m "not process and not distributed and not slow and not science"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m "not process and not distributed and not slow and not science"
 
 test: lint ## every check: lint, types and tests; REQUIRE_ALL=1 forbids skipping what a machine lacks
 	$(BIN)/pytest -n $(WORKERS) -m "not distributed"

@@ -33,7 +33,6 @@ from koopmon.wire.messages import (
     Goodbye,
     Heartbeat,
     HeartbeatReply,
-    Hello,
     MonitorMessage,
     Refused,
     Shard,
@@ -41,6 +40,7 @@ from koopmon.wire.messages import (
 )
 from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
 from koopmon.wire.trust import Trust
+from tests import factories
 
 WAIT_SECONDS = 60.0
 Waiter = Callable[[Callable[[], Any]], Any]
@@ -91,20 +91,9 @@ class ScriptedAgent:
 
     def hello(self, **fields: Any) -> Welcome | Refused:
         """Say hello and wait for the answer; a welcome opens the data channel."""
-        values = {
-            "process_rank": self.rank,
-            "world_size": max(self.num_senders, self.rank + 1),
-            "num_senders": self.num_senders,
-            "adapter": "transformer",
-            "num_layers": 3,
-            "width": 12,
-            "acts": True,
-            "step": 0,
-            "applied": Applied(),
-            "koopmon_version": "0",
-            "torch_version": "0",
-        }
-        self.send(Hello(**self.name, **{**values, **fields}))
+        ranks = {"world_size": max(self.num_senders, self.rank + 1), "num_senders": self.num_senders}
+        values = {"process_rank": self.rank, "num_layers": 3, "width": 12, **ranks}
+        self.send(factories.hello(**self.name, **{**values, **fields}))
         answer = self.expect((Welcome, Refused))
         if isinstance(answer, Welcome):
             if self.data is not None:
