@@ -47,7 +47,7 @@ HEALTHY: Mapping[str, Mapping[str, Any]] = {
     "none": {"norm": "none", "lr": 0.001},
 }
 """Runs to be left alone. PyTorch's own initialisation gives Pre-LN a near-unit mass that the published guidance calls
-high risk (METHOD section 9), and it trains well.
+high risk (docs/method.md, "Reported spectra"), and it trains well.
 """
 READY_SECONDS = 120.0
 

@@ -24,6 +24,7 @@ from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
 from koopmon.wire.messages import Applied, Heartbeat, Hello, Shard, Welcome
 from koopmon.wire.sockets import ControlClient, DataSender, WireContext
+from tests import factories
 
 INCARNATION = "aaaaaaaa"
 NUM_LAYERS, WIDTH, NUM_SAMPLES, SVD_RANK = 48, 64, 128, 32
@@ -53,22 +54,7 @@ def profiles(count: int) -> list[SpectralProfile]:
 
 
 def hello(run: str) -> Hello:
-    return Hello(
-        run=run,
-        incarnation=INCARNATION,
-        process_rank=0,
-        world_size=8,
-        num_senders=1,
-        adapter="transformer",
-        num_layers=NUM_LAYERS,
-        width=WIDTH,
-        acts=True,
-        step=0,
-        applied=Applied(),
-        koopmon_version="0",
-        torch_version="0",
-        hostname="node-1",
-    )
+    return factories.hello(run, INCARNATION, world_size=8, num_layers=NUM_LAYERS, width=WIDTH, hostname="node-1")
 
 
 def record(path: Path, num_runs: int, num_snapshots: int, found: list[SpectralProfile]) -> None:

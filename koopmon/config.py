@@ -289,7 +289,7 @@ class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class KssConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Koopman Spectral Shaping as the policy turns it on (METHOD section 7)."""
+    """Koopman Spectral Shaping as the policy turns it on (docs/method.md, "Koopman Spectral Shaping")."""
 
     alpha: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.15
     radius_margin: Annotated[float, Meta(ge=1.0)] = 1.5
@@ -298,7 +298,7 @@ class KssConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """...and never below this modulus (the paper's tau_u)."""
     temperature: Positive = 20.0
     beta: NonNegative = 0.0
-    """Weight of the near-unit target; 0 leaves the unstable penalty alone (METHOD section 9)."""
+    """Weight of the near-unit target; 0 leaves the unstable penalty alone (docs/method.md)."""
     gamma: Ratio = 0.4
     svd_rank: Annotated[int, Meta(ge=1, le=512)] = 32
     num_samples: Annotated[int, Meta(ge=4, le=65536)] = 128

@@ -269,6 +269,7 @@ assert "torch" not in sys.modules, "a launcher that asks for a monitor loads tor
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("script", [LIGHT, LIGHT_LAUNCHER], ids=["library", "launcher"])
 def test_imports_stay_light(script: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)

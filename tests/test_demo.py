@@ -100,6 +100,7 @@ def test_whether_kss_helped() -> None:
 
 
 def test_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     require("picture")
     curve = Curve(label="a", steps=[0, 1, 2], losses=[5.0, 60.0, math.inf], diverged=True, colour="red")
     watched = Watched(

@@ -220,6 +220,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.process
 def test_broken_installed_plugins_are_skipped_logged_once_and_listed(tmp_path: Path) -> None:
     """A real distribution on the path of a real process."""
     for name, (source, _) in BROKEN.items():

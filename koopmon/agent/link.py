@@ -11,11 +11,11 @@ import os
 import platform
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Protocol
 
 import torch
 
+from koopmon import __version__
 from koopmon.agent.answers import Answers
 from koopmon.agent.ledger import Ledger
 from koopmon.agent.world import Identity
@@ -123,7 +123,6 @@ class Link:
         self._ledger = ledger
         self._directions = directions
         self._limits = WireLimits()
-        self._version = version("koopmon")
         self._num_connections = 0
         self._hello_due: float | None = 0.0
         self._unsaid = True
@@ -280,7 +279,7 @@ class Link:
             acts=described.acts,
             step=self._ledger.step,
             applied=self._directions.applied(),
-            koopmon_version=self._version,
+            koopmon_version=__version__,
             torch_version=str(torch.__version__),
             hostname=platform.node()[:255],
             pid=os.getpid(),

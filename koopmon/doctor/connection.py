@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 
+from koopmon import __version__
 from koopmon.doctor.findings import Finding, fail, ok, warn
 from koopmon.errors import EndpointError, KeysError, KoopmonError
 from koopmon.wire.endpoints import is_loopback, reached_beside
@@ -152,12 +152,8 @@ def _fix_of(failure: str, trust: Trust) -> str:
 
 
 def _versions(reply: ProbeReply) -> Finding:
-    try:
-        ours = version("koopmon")
-    except PackageNotFoundError:
-        ours = "unknown"
-    said = f"protocol {PROTOCOL_VERSION} on both sides; koopmon {ours} here, {reply.koopmon_version} there"
-    if ours != reply.koopmon_version:
+    said = f"protocol {PROTOCOL_VERSION} on both sides; koopmon {__version__} here, {reply.koopmon_version} there"
+    if __version__ != reply.koopmon_version:
         return warn("versions", said, f"pip install koopmon=={reply.koopmon_version}, or upgrade the monitor")
     return ok("versions", said)
 

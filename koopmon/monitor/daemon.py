@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
 import torch
 from prometheus_client import CollectorRegistry
 
+from koopmon import __version__
 from koopmon.config import Config
 from koopmon.errors import EndpointError, ProtocolError
 from koopmon.monitor.access import Access
@@ -335,12 +335,8 @@ def _data_beside(endpoint: str) -> str:
 
 
 def _build() -> dict[str, str]:
-    try:
-        ours = version("koopmon")
-    except PackageNotFoundError:
-        ours = "unknown"
     return {
-        "version": ours,
+        "version": __version__,
         "protocol": str(PROTOCOL_VERSION),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -11,7 +11,7 @@ from koopmon.risk.initial import initial_risk
 from koopmon.spectral import SpectralProfile
 
 MAX_LOSS, MAX_GRADIENT_NORM = 50.0, 500.0
-"""The paper's rule of divergence (METHOD section 4); states that are not finite count too."""
+"""The paper's rule of divergence (docs/method.md, "Risk at initialisation"); states that are not finite count too."""
 MAX_FIRST_STEP = 10
 """A profile later than this is none of the initialisation."""
 

@@ -1,6 +1,6 @@
 """When to act and how: `decide`, a pure function of (now, state, observation, risk, configuration).
 
-The evidence behind the rules (METHOD sections 8 and 9, benchmarks/results): backing the learning rate off works at
+The evidence behind the rules (docs/method.md, "Policy"; docs/evidence.md): backing the learning rate off works at
 once; KSS as published forbids small models to learn, and in bursts through the optimizer's moments it can kill. So
 the rate is backed off first, by more when the risk is severe, and again while it stays high; gently where the rate is
 known to be above the critical one, since that alone explains the alarm. Calm brings it back in small notches, each
@@ -359,7 +359,7 @@ def _bar_kss(case: _Case) -> Proposal | None:
 
 
 def _stop_shaping(case: _Case) -> Proposal | None:
-    """KSS is a companion for a while, not a regime: under it for long, runs learned less (METHOD section 9)."""
+    """KSS is a companion for a while, not a regime: under it for long, runs learned less (benchmarks.kss)."""
     state, hold = case.state, case.config.kss_hold_steps
     if state.kss_on_at is None or case.seen.step - state.kss_on_at < hold:
         return None

@@ -1,4 +1,4 @@
-"""Risk at initialisation: the paper's score, and when it says nothing (METHOD section 4)."""
+"""Risk at initialisation: the paper's score, and when it says nothing (docs/method.md, "Risk at initialisation")."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 does, and what is known beforehand.
 
 Near-unit mass alone is blind to a learning rate that is too high, and growth alone cannot decide: healthy runs grow
-their update ratio too (METHOD section 8). What separated our recorded runs is unsteadiness: in a healthy run the
+their update ratio too (docs/method.md). What separated our recorded runs is unsteadiness: in a healthy run the
 update ratio of every layer moves smoothly, also when it takes off; under a rate that will kill the run single layers
 lurch, up and down, for a step or two at a time, before the loss moves. With z_l = log(update_ratio_l + floor), the
 speed of layer l is |dz_l| per optimizer step. Two quantities are taken: the peak (the fastest layer between the last

@@ -50,7 +50,7 @@ class Thirds(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LayerProfile:
-    """The spectrum of one transition h_l -> h_{l+1}, in whitened coordinates (METHOD of RKSP, eqs. 5-13 and 29).
+    """The spectrum of one transition h_l -> h_{l+1}, in whitened coordinates (eqs. 5-13 and 29; docs/method.md).
 
     Numbers are always finite, also where `informative` is False: there they describe what little the samples hold.
     """

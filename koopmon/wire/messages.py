@@ -49,7 +49,7 @@ class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
 
 
 class KssSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Koopman Spectral Shaping on the wire (METHOD: eqs. 14-15). `alpha` 0 means off."""
+    """Koopman Spectral Shaping on the wire (docs/method.md, "Koopman Spectral Shaping"). `alpha` 0 means off."""
 
     alpha: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.0
     temperature: Annotated[float, Meta(gt=0.0, le=1000.0)] = 20.0

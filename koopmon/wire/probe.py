@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
+from koopmon import __version__
 from koopmon.errors import ProtocolError
 from koopmon.wire.endpoints import reached_beside
 from koopmon.wire.headers import decode_header, encode_header
@@ -44,7 +44,7 @@ class Probed:
 def probe(endpoint: str, trust: Trust, *, run: str = NOBODY, timeout_seconds: float = 2.0) -> Probed:
     """Ask the monitor at `endpoint`, by the keys of `trust`. Raises EndpointError and KeysError."""
     deadline = time.monotonic() + timeout_seconds
-    question = [encode_header(Probe(run=run, incarnation="0" * 8, koopmon_version=_version()))]
+    question = [encode_header(Probe(run=run, incarnation="0" * 8, koopmon_version=__version__))]
     with WireContext(trust) as context:
         control = ProbingClient(context, endpoint)
         poller = Poller(control)
@@ -101,10 +101,3 @@ def _answer(frames: list[memoryview], took: float, asked: float) -> Probed:
         return Probed(reached=True, shook_hands=True, failure=f"it answers with a {kind}", reason="direction")
     offset = message.time - (asked + took / 2)
     return Probed(reply=message, reached=True, shook_hands=True, clock_offset_seconds=offset, round_trip_seconds=took)
-
-
-def _version() -> str:
-    try:
-        return version("koopmon")[:64]
-    except PackageNotFoundError:
-        return "unknown"

@@ -237,6 +237,7 @@ class Rows(Dataset[int]):
         return index
 
 
+@pytest.mark.process
 def test_data_loader_workers_are_left_alone(monitor: ScriptedMonitor, agents: Attach) -> None:
     model = build()
     optimizer = optimizer_of(model)
@@ -248,6 +249,7 @@ def test_data_loader_workers_are_left_alone(monitor: ScriptedMonitor, agents: At
     assert agent.enabled
 
 
+@pytest.mark.process
 def test_a_forked_child_can_train_and_end_and_says_nothing(monitor: ScriptedMonitor, agents: Attach) -> None:
     model = build()
     optimizer = optimizer_of(model)
@@ -363,6 +365,8 @@ for end in ("return", "exit", "interrupt"):
 """
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_a_script_that_never_closes_ends_well_with_a_goodbye(
     python: Callable[..., subprocess.CompletedProcess[str]], monitor: ScriptedMonitor
 ) -> None:
@@ -440,7 +444,6 @@ def test_an_optimizer_whose_step_calls_another_is_scaled_once(monitor: ScriptedM
     assert optimizer.param_groups[0]["lr"] == 0.01
 
 
-@pytest.mark.slow
 def test_a_compiled_model_stays_one_graph_and_the_missing_taps_are_said(
     monitor: ScriptedMonitor, agents: Attach, caplog: pytest.LogCaptureFixture
 ) -> None:

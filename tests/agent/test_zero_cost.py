@@ -118,6 +118,7 @@ def test_a_hook_that_would_wait_is_caught(
     assert "WaitedError" in agent.status()["reason"]
 
 
+@pytest.mark.slow
 def test_memory_and_buffers_do_not_grow(monitor: ScriptedMonitor) -> None:
     """A slice; the whole length is `python -m benchmarks.endurance`."""
     found = endure(600, monitor)
@@ -152,6 +153,7 @@ for _ in range(3):
 """
 
 
+@pytest.mark.process
 def test_no_thread_is_left_after_close_not_even_the_sockets_own(
     python: Callable[..., subprocess.CompletedProcess[str]], monitor: ScriptedMonitor
 ) -> None:
@@ -169,6 +171,8 @@ class Workers(Dataset[tuple[int, int, bool]]):
         return index, ours, threading.current_thread() is threading.main_thread()
 
 
+@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_data_loader_workers_see_nothing_of_it(method: str, monitor: ScriptedMonitor, agents: Attach) -> None:
     def items() -> list[list[Any]]:
@@ -207,6 +211,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.process
 def test_a_spawned_worker_of_a_guarded_job_does_not_even_load_the_agent(
     tmp_path: Path, python: Callable[..., subprocess.CompletedProcess[str]], monitor: ScriptedMonitor
 ) -> None:
@@ -226,6 +231,7 @@ def test_a_spawned_worker_of_a_guarded_job_does_not_even_load_the_agent(
     assert done.stdout.splitlines() == ["True", "spawn [0, 0, 0, 0]", "fork [1, 1, 1, 1]"]
 
 
+@pytest.mark.process
 def test_the_launcher_never_imports_torch(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "koopmon", "run", "--store", str(tmp_path / "s"), "--", "true"],

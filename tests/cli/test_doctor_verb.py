@@ -22,6 +22,8 @@ from tests.keyring import Keyring
 from tests.monitor.conftest import MonitorProcess, ScriptedAgent, wait_until
 from tests.wire.test_probe import OLDER, answering
 
+pytestmark = pytest.mark.process
+
 FACTORY = """
 import torch
 from torch import nn

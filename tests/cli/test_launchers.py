@@ -40,6 +40,7 @@ def watched(directory: Path, store: Path) -> tuple[int, set[int], int]:
         return len(history.incarnations(run)), ranks, len(list(history.profiles(run)))
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_plain_script_is_watched_and_its_children_are_not(koopmon: Any) -> None:
     alone = koopmon.python(str(PLAIN), **SHORT)
@@ -76,6 +77,7 @@ def test_the_tasks_of_a_batch_script_are_one_run(koopmon: Any, late: str) -> Non
     assert profiles >= 3
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("environ", "words", "said"),
     [

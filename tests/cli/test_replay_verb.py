@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from koopmon.cli import main
 from koopmon.monitor.store import Store
-from koopmon.risk.online import Observation
+from tests.factories import observation, record_observation
 
 
 @pytest.fixture
@@ -24,21 +23,8 @@ def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     store = Store.open(path)
     for step in range(20):
         ratios = (0.5, math.exp(3.0) if step in (10, 12) else 0.5)
-        seen = Observation(step=step, informative=True, update_ratios=ratios, near_unit_mass=0.95)
-        store.record_observation(
-            float(step),
-            "team/run",
-            "0123abcd",
-            step,
-            scalars={},
-            lr_scale=1.0,
-            kss_alpha=0.0,
-            non_finite=False,
-            observation=asdict(seen),
-            risk=0.25,
-            reason="",
-            components={},
-        )
+        seen = observation(step, update_ratios=ratios, near_unit_mass=0.95)
+        record_observation(store, float(step), step, "team/run", "0123abcd", observation=seen, risk=0.25)
     store.close()
     return tmp_path
 

@@ -12,8 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
+
+pytest.importorskip("kubernetes_validate")
+
+import kubernetes_validate
 import yaml
 
 from koopmon.config import load
@@ -192,6 +195,7 @@ def test_nothing_runs_as_root_or_writes_to_its_image() -> None:
         assert "memory" in container["resources"]["limits"]
 
 
+@pytest.mark.process
 def test_the_monitor_takes_the_copied_keys_and_would_not_take_the_mounted_ones(tmp_path: Path) -> None:
     keys = tmp_path / "made"
     koopmon("keys", "make", "--keys", str(keys))
@@ -209,6 +213,7 @@ def test_the_monitor_takes_the_copied_keys_and_would_not_take_the_mounted_ones(t
         read_secret(mounted, "monitor")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["PyTorchJob", "TrainJob"])
 def test_the_example_jobs_find_the_monitor_and_their_keys(tmp_path: Path, kind: str) -> None:
     keys = tmp_path / "made"

@@ -19,6 +19,7 @@ SCRIPTS = DEPLOY / "slurm"
 TRAIN = (str(HOUSE / "tests/scripts/train_prose.py"), "--lr", "0.001")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sbatch")), ids=lambda path: path.name)
 def test_scripts_are_clean(script: Path) -> None:
     words = [beside_python("shellcheck"), str(script)]
@@ -26,6 +27,7 @@ def test_scripts_are_clean(script: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "environ", "told"),
     [

@@ -23,6 +23,7 @@ def grafana() -> Iterator[FakeGrafana]:
 @pytest.fixture
 def push(grafana: FakeGrafana, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Push:
     """Push to `grafana`; returns exit status, output and errors, in which no secret ever stands."""
+    pytest.importorskip("grafana_client")
     for name in ("KOOPMON_CONFIG", "KOOPMON_SLACK_WEBHOOK", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KOOPMON_GRAFANA_TOKEN", TOKEN)

@@ -70,6 +70,7 @@ def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path: Path, capsys
     assert said.count("\n") == 1
 
 
+@pytest.mark.process
 @pytest.mark.needs("amtool")
 def test_alertmanager_takes_its_configuration() -> None:
     command = ["amtool", "check-config", str(ROOT / "deploy" / "alertmanager.yml")]

@@ -156,6 +156,7 @@ def test_every_decision_and_its_outcome_is_annotated(
     assert outcome["text"] == "job step 4: set_lr_scale applied"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("fault", ["gone", "hang"])
 def test_a_monitor_whose_grafana_is_dead_guards_all_the_same(
     start_process: Start, connect: Start, grafana: FakeGrafana, monkeypatch: pytest.MonkeyPatch, fault: str
@@ -182,6 +183,7 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "koopmon", "monitor", "--bind", "tcp://127.0.0.1:0", "--http", "127.0.0.1:0", *words]
 
 
+@pytest.mark.process
 def test_the_command_line_names_grafana_and_the_file_of_its_token(
     connect: Start, grafana: FakeGrafana, tmp_path: Path, until: Until
 ) -> None:
@@ -205,6 +207,7 @@ def test_the_command_line_names_grafana_and_the_file_of_its_token(
     assert TOKEN not in log
 
 
+@pytest.mark.process
 def test_a_monitor_without_a_token_does_not_begin(tmp_path: Path) -> None:
     environ = {key: value for key, value in os.environ.items() if not key.startswith("KOOPMON_")}
     words = ("--grafana-url", "http://grafana.example.org/", "--store", str(tmp_path / "history.sqlite3"))

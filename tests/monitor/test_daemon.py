@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
@@ -18,6 +17,8 @@ from koopmon.monitor.daemon import Monitor
 from koopmon.monitor.service import Service
 from koopmon.wire.codec import MAGIC, PREFIX, encode
 from koopmon.wire.messages import Applied, Command, Goodbye, Heartbeat, HeartbeatReply, KssSettings, Refused, Welcome
+
+httpx = pytest.importorskip("httpx")
 
 Start = Callable[..., Any]
 Until = Callable[[Callable[[], Any]], Any]

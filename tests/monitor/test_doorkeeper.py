@@ -8,12 +8,13 @@ import socket
 import time
 from collections.abc import Iterator
 
-import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
 from koopmon.monitor import doorkeeper
 from koopmon.monitor.web import WebServer
+
+httpx = pytest.importorskip("httpx")
 
 WAIT_SECONDS = 60.0
 

@@ -25,7 +25,8 @@ from koopmon.monitor.retention import DAY_SECONDS
 from koopmon.monitor.schema import SCHEMA_VERSION
 from koopmon.monitor.store import Store
 from koopmon.wire.codec import WireLimits, decode_for_agent
-from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello
+from koopmon.wire.messages import Ack, Applied, Command
+from tests.factories import ack, command, heartbeat, hello, record_observation
 
 HERE = Path(__file__).parent
 RUN, OTHER, FIRST, SECOND = "job", "other", "aaaaaaaa", "bbbbbbbb"
@@ -64,12 +65,11 @@ def open_store(path: Path, clock: Clock) -> Iterator[Callable[..., Store]]:
 
 
 def decide(store: Store, number: int, *, at: float = NOW, run: str = RUN, incarnation: str = FIRST) -> None:
-    command = Command(run=run, incarnation=incarnation, id=f"{number:08x}", kind="stop", reason="", expires_step=1)
+    wanted = command(number, run, incarnation, kind="stop")
     store.record_decision(
-        at, run, incarnation, number, phase="alert", reason="", risk=0.5, commands=[command], outcome="pending"
+        at, run, incarnation, number, phase="alert", reason="", risk=0.5, commands=[wanted], outcome="pending"
     )
-    answer = Ack(run=run, incarnation=incarnation, command_id=command.id, outcome="applied", step=1, applied=Applied())
-    store.record_ack(at, answer)
+    store.record_ack(at, ack(number, run, incarnation))
 
 
 def fill(store: Store, rows: int, *, at: float = NOW, run: str = RUN, incarnation: str = FIRST) -> None:
@@ -78,20 +78,8 @@ def fill(store: Store, rows: int, *, at: float = NOW, run: str = RUN, incarnatio
     for step in range(rows):
         noise = {"text": os.urandom(10_000).hex()}
         store.record_profile(*where, step, num_shards=1, masked=False, seconds=0.0, profile=noise)
-        store.record_observation(
-            *where,
-            step,
-            scalars={},
-            lr_scale=1.0,
-            kss_alpha=0.0,
-            non_finite=False,
-            observation={},
-            risk=0.5,
-            reason="",
-            components={},
-        )
-        beat = Heartbeat(run=run, incarnation=incarnation, process_rank=0, step=step, applied=Applied())
-        store.record_heartbeat(at, beat)
+        record_observation(store, at, step, run, incarnation, risk=0.5)
+        store.record_heartbeat(at, heartbeat(step, run, incarnation))
     store.commit()
 
 
@@ -114,6 +102,7 @@ def count(path: Path, table: str) -> int:
     return int(number)
 
 
+@pytest.mark.process
 def test_no_kill_9_at_any_moment_loses_what_was_acknowledged(path: Path) -> None:
     program = [sys.executable, str(HERE / "programs" / "killed_writers.py"), str(path), "40", "1"]
     done = subprocess.run(program, capture_output=True, text=True, timeout=200, check=True)
@@ -130,6 +119,7 @@ def test_no_kill_9_at_any_moment_loses_what_was_acknowledged(path: Path) -> None
     assert not list(path.parent.glob("*.damaged-*"))
 
 
+@pytest.mark.process
 def test_every_command_that_left_a_killed_monitor_is_in_its_history(
     start_process: Callable[..., Any], connect: Callable[..., Any], store_path: Path
 ) -> None:
@@ -276,6 +266,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.process
 def test_a_disk_that_is_really_full_pauses_and_resumes_by_itself(
     small_disk: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -412,24 +403,6 @@ def test_an_answer_counts_for_its_own_run_and_once(open_store: Callable[..., Sto
     with Store.open_readonly(path) as history:
         ((row,),) = [decision.commands for decision in history.decisions(RUN)]
     assert row.outcome == "applied"
-
-
-def hello(run: str) -> Hello:
-    return Hello(
-        run=run,
-        incarnation=FIRST,
-        process_rank=0,
-        world_size=1,
-        num_senders=1,
-        adapter="transformer",
-        num_layers=4,
-        width=8,
-        acts=True,
-        step=0,
-        applied=Applied(),
-        koopmon_version="0",
-        torch_version="0",
-    )
 
 
 @pytest.mark.parametrize(

@@ -15,29 +15,13 @@ from koopmon.monitor.sample import Sample
 from koopmon.risk.calibration import Calibrator, Example, fit
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.messages import Ack, Applied, Command, Hello, KssSettings
+from tests import factories
 
 RUN, INCARNATION = "job", "aaaaaaaa"
 
 
 def hello(**fields: Any) -> Hello:
-    return Hello(
-        run=RUN,
-        incarnation=INCARNATION,
-        **{
-            "process_rank": 0,
-            "world_size": 1,
-            "num_senders": 1,
-            "adapter": "transformer",
-            "num_layers": 2,
-            "width": 8,
-            "acts": True,
-            "step": 0,
-            "applied": Applied(),
-            "koopmon_version": "0",
-            "torch_version": "0",
-            **fields,
-        },
-    )
+    return factories.hello(RUN, INCARNATION, **{"num_layers": 2, **fields})
 
 
 def sample(step: int, **fields: Any) -> Sample:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -18,6 +17,8 @@ from koopmon.errors import ConfigError, EndpointError
 from koopmon.monitor.login import Login, read_login, read_tls
 from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.web import WebServer, parse_address
+
+httpx = pytest.importorskip("httpx")
 
 TOKEN, PASSWORD = "t0ken-of-the-test", "p:ss wörd"
 
@@ -134,6 +135,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return files
 
 
+@pytest.mark.process
 @pytest.mark.needs("openssl")
 def test_pages_over_tls(serve: Callable[..., WebServer], certificate: tuple[str, str]) -> None:
     tls = read_tls(HttpConfig(tls_certificate=certificate[0], tls_key=certificate[1]))
@@ -149,6 +151,7 @@ def test_pages_over_tls(serve: Callable[..., WebServer], certificate: tuple[str,
         httpx.get(f"https://{server.address}/metrics", timeout=10.0)
 
 
+@pytest.mark.process
 @pytest.mark.needs("openssl")
 def test_bad_certificates_and_keys_are_one_line(certificate: tuple[str, str], tmp_path: Path) -> None:
     cert, key = certificate

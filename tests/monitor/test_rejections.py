@@ -6,7 +6,6 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import msgspec
 import pytest
 import torch
@@ -15,6 +14,8 @@ from koopmon.monitor import doorkeeper
 from koopmon.monitor.metrics import REJECTIONS
 from koopmon.wire.codec import MAGIC, PREFIX, encode
 from koopmon.wire.messages import Ack, Applied, Heartbeat, Refused
+
+httpx = pytest.importorskip("httpx")
 
 Cause = Callable[[Any, Callable[..., Any], Any], None]
 LIMITS = {"max_runs": 1, "max_peers": 2, "max_layers": 8, "max_header_bytes": 4096, "max_http_connections": 4}

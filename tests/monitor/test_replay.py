@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,38 +15,18 @@ from koopmon.monitor.policy import PolicyState, decide
 from koopmon.monitor.replay import Replayed, replay
 from koopmon.monitor.store import Store
 from koopmon.risk.online import Observation, RiskState, assess
-from koopmon.wire.messages import Applied, Hello
+from tests.factories import hello, observation, record_observation
 
 RUN, INCARNATION = "run-1", "0123abcd"
 NUM_STEPS = 60
 Recorder = Callable[..., Path]
 
 
-def hello(incarnation: str, **thresholds: float) -> Hello:
-    return Hello(
-        run=RUN,
-        incarnation=incarnation,
-        process_rank=0,
-        world_size=1,
-        num_senders=1,
-        adapter="transformer",
-        num_layers=2,
-        width=8,
-        acts=True,
-        step=0,
-        applied=Applied(),
-        koopmon_version="0",
-        torch_version="0",
-        thresholds=thresholds,
-    )
-
-
-def observation(step: int, scale: float) -> Observation:
+def seen_at(step: int, scale: float) -> Observation:
     """A run that lurches from step 30 on, less so under a lower rate."""
     ratio = 0.5 + (math.exp(2.5 * scale) if step >= 30 and step % 3 == 0 else 0.0)
-    return Observation(
-        step=step,
-        informative=True,
+    return observation(
+        step,
         update_ratios=(0.5, ratio),
         near_unit_mass=0.95,
         max_spectral_radius=1.2,
@@ -64,22 +43,21 @@ def recorded(tmp_path: Path) -> Recorder:
         path = tmp_path / "run.sqlite3"
         store = Store.open(path)
         for incarnation in incarnations:
-            store.record_hello(0.0, hello(incarnation, **thresholds))
+            store.record_hello(0.0, hello(RUN, incarnation, thresholds=thresholds))
             history, state = RiskState(), PolicyState()
             for step in range(NUM_STEPS):
-                seen = observation(step, state.lr_scale)
+                seen = seen_at(step, state.lr_scale)
                 history, risk = assess(history, seen, config.risk)
                 state = decide(float(step), state, seen, risk, config.policy, config.kss).state
-                store.record_observation(
+                record_observation(
+                    store,
                     float(step),
+                    step,
                     RUN,
                     incarnation,
-                    step,
                     scalars={"loss": 3.0},
                     lr_scale=seen.lr_scale,
-                    kss_alpha=0.0,
-                    non_finite=False,
-                    observation=asdict(seen),
+                    observation=seen,
                     risk=risk.value,
                     reason=risk.reason,
                     components=risk.components,
@@ -136,7 +114,7 @@ def test_what_cannot_be_replayed_is_named(recorded: Recorder, tmp_path: Path) ->
     with History.open(path) as history, pytest.raises(StoreError, match="'run-2': the store knows run-1"):
         list(replay(history, "run-2", Config()))
     store = Store.open(tmp_path / "empty.sqlite3")
-    store.record_hello(0.0, hello(INCARNATION))
+    store.record_hello(0.0, hello(RUN, INCARNATION))
     store.close()
     with pytest.raises(StoreError, match="no snapshot was recorded"):
         again(tmp_path / "empty.sqlite3", Config())
@@ -149,21 +127,8 @@ def test_what_cannot_be_replayed_is_named(recorded: Recorder, tmp_path: Path) ->
 def test_a_row_that_another_version_wrote_is_named_by_its_step(tmp_path: Path) -> None:
     path = tmp_path / "strange.sqlite3"
     store = Store.open(path)
-    store.record_hello(0.0, hello(INCARNATION))
-    store.record_observation(
-        0.0,
-        RUN,
-        INCARNATION,
-        7,
-        scalars={},
-        lr_scale=1.0,
-        kss_alpha=0.0,
-        non_finite=False,
-        observation={"informative": "perhaps"},
-        risk=0.0,
-        reason="",
-        components={},
-    )
+    store.record_hello(0.0, hello(RUN, INCARNATION))
+    record_observation(store, 0.0, 7, RUN, INCARNATION, observation={"informative": "perhaps"})
     store.close()
     with pytest.raises(StoreError, match="step 7 cannot be judged again"):
         again(path, Config())

@@ -11,6 +11,7 @@ from koopmon.config import MonitorConfig
 from koopmon.errors import ProtocolError
 from koopmon.monitor.runs import AdmissionError, RunRegistry, RunState
 from koopmon.wire.messages import Ack, Applied, Goodbye, Heartbeat, Hello, Shard
+from tests import factories
 
 FIRST, SECOND = "aaaaaaaa", "bbbbbbbb"
 CONFIG = MonitorConfig(
@@ -19,28 +20,11 @@ CONFIG = MonitorConfig(
 
 
 def hello(run: str = "job", incarnation: str = FIRST, rank: int = 0, **fields: Any) -> Hello:
-    return Hello(
-        run=run,
-        incarnation=incarnation,
-        process_rank=rank,
-        **{
-            "world_size": 8,
-            "num_senders": 2,
-            "adapter": "transformer",
-            "num_layers": 4,
-            "width": 8,
-            "acts": True,
-            "step": 0,
-            "applied": Applied(),
-            "koopmon_version": "0",
-            "torch_version": "0",
-            **fields,
-        },
-    )
+    return factories.hello(run, incarnation, process_rank=rank, **{"world_size": 8, "num_senders": 2, **fields})
 
 
 def heartbeat(rank: int = 0, incarnation: str = FIRST, step: int = 5, run: str = "job", **fields: Any) -> Heartbeat:
-    return Heartbeat(run=run, incarnation=incarnation, process_rank=rank, step=step, **{"applied": Applied(), **fields})
+    return factories.heartbeat(step, run, incarnation, process_rank=rank, **fields)
 
 
 def goodbye(rank: int = 0, step: int = 9) -> Goodbye:

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -16,6 +15,8 @@ from koopmon.errors import EndpointError
 from koopmon.monitor.alerts import ALERTS
 from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.web import WebServer, parse_address
+
+httpx = pytest.importorskip("httpx")
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from koopmon.monitor.history import History
 from koopmon.monitor.store import Store
 from koopmon.report.facts import Facts, gather
 from koopmon.spectral import profile_states
-from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, Heartbeat, Hello, KssSettings
+from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, Heartbeat, KssSettings
+from tests.factories import hello, record_observation
 
 RUN, FIRST = "team/run-1", "0123abcd"
 
@@ -35,20 +36,9 @@ class Recorder:
         self.scale, self.alpha, self.count = 1.0, 0.0, 0
 
     def hello(self, **fields: Any) -> None:
-        values: dict[str, Any] = {
-            "process_rank": 0,
-            "world_size": 2,
-            "num_senders": 2,
-            "adapter": "transformer",
-            "num_layers": 3,
-            "width": 6,
-            "acts": True,
-            "step": 0,
-            "applied": Applied(),
-            "koopmon_version": "0.1",
-            "torch_version": "2.13",
-        }
-        self.store.record_hello(self.began, Hello(run=self.run, incarnation=self.incarnation, **{**values, **fields}))
+        shape = {"world_size": 2, "num_senders": 2, "num_layers": 3, "width": 6}
+        versions = {"koopmon_version": "0.1", "torch_version": "2.13"}
+        self.store.record_hello(self.began, hello(self.run, self.incarnation, **{**shape, **versions, **fields}))
 
     def saw(
         self,
@@ -75,11 +65,12 @@ class Recorder:
                 profile=profile,
                 observables={},
             )
-        self.store.record_observation(
+        record_observation(
+            self.store,
             at,
+            step,
             self.run,
             self.incarnation,
-            step,
             scalars={"learning_rate": 0.01, "loss": loss, "grad_norm": None},
             lr_scale=self.scale,
             kss_alpha=self.alpha,

@@ -6,27 +6,11 @@ from pathlib import Path
 
 from koopmon.monitor.store import Store
 from koopmon.report.summary import summarise
-from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, Hello, KssSettings
+from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, KssSettings
+from tests.factories import hello, record_observation
 
 RUN, INCARNATION = "run-1", "0123abcd"
 WHO = {"run": RUN, "incarnation": INCARNATION}
-
-
-def hello() -> Hello:
-    return Hello(
-        **WHO,
-        process_rank=0,
-        world_size=2,
-        num_senders=2,
-        adapter="transformer",
-        num_layers=4,
-        width=8,
-        acts=True,
-        step=0,
-        applied=Applied(),
-        koopmon_version="0",
-        torch_version="0",
-    )
 
 
 class Writer:
@@ -38,20 +22,7 @@ class Writer:
         self.count = 0
 
     def saw(self, step: int, risk: float) -> None:
-        self.store.record_observation(
-            1.0,
-            RUN,
-            INCARNATION,
-            step,
-            scalars={},
-            lr_scale=1.0,
-            kss_alpha=0.0,
-            non_finite=False,
-            observation={},
-            risk=risk,
-            reason="",
-            components={},
-        )
+        record_observation(self.store, 1.0, step, **WHO, risk=risk)
 
     def sent(
         self, step: int, outcome: AckOutcome | None, *, lr_scale: float | None = None, alpha: float | None = None
@@ -90,7 +61,7 @@ class Writer:
 
 def test_a_guarded_run(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "h.sqlite3")
-    writer.store.record_hello(1.0, hello())
+    writer.store.record_hello(1.0, hello(**WHO, world_size=2, num_senders=2))
     for step, risk in ((2, 0.1), (4, 0.9), (6, 0.3)):
         writer.saw(step, risk)
     for scale in (0.5, 0.25, 0.5, 1.0, 0.5):
@@ -106,7 +77,7 @@ def test_a_guarded_run(tmp_path: Path) -> None:
 
 def test_what_was_not_applied_is_not_claimed(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "h.sqlite3")
-    writer.store.record_hello(1.0, hello())
+    writer.store.record_hello(1.0, hello(**WHO, world_size=2, num_senders=2))
     writer.sent(1, "refused", lr_scale=0.5)
     writer.sent(2, "expired", alpha=0.15)
     writer.sent(3, None, lr_scale=0.5)
@@ -119,7 +90,7 @@ def test_what_was_not_applied_is_not_claimed(tmp_path: Path) -> None:
 
 def test_a_run_that_was_left_alone(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "h.sqlite3")
-    writer.store.record_hello(1.0, hello())
+    writer.store.record_hello(1.0, hello(**WHO, world_size=2, num_senders=2))
     writer.saw(2, 0.1)
     assert "nothing was done to the training" in writer.summary()
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from scipy import optimize
 
 from koopmon.errors import CalibrationError
 from koopmon.risk.brake import brake
@@ -59,6 +58,7 @@ def test_the_fit_is_the_maximum_of_the_penalised_likelihood() -> None:
         )
         return sum(losses) + 0.5 * PENALTY * sum(a * a for a in w[:-1])
 
+    optimize = pytest.importorskip("scipy.optimize")
     best = optimize.minimize(objective, [0.0] * 3, method="BFGS", options={"gtol": 1e-8})
     assert [*calibrator.weights, calibrator.intercept] == pytest.approx(list(best.x), abs=1e-3)
 

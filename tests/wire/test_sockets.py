@@ -490,6 +490,7 @@ print("parent unharmed")
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("ending", ["close", "exit"])
 def test_a_forked_child_is_refused_and_harms_no_one(ending: str, tmp_path: Path) -> None:
     script = [sys.executable, "-c", FORK, f"ipc://{tmp_path}/run/", ending]
@@ -527,6 +528,7 @@ ready.wait()
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("user", ["main", "ended", "daemon"])
 def test_a_process_that_forgets_to_close_ends_well(user: str, far: WireContext) -> None:
     """With messages half sent: freeing their memory under the transport would abort the process."""

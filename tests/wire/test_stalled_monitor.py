@@ -19,6 +19,8 @@ from koopmon.wire.messages import Goodbye, Shard
 from koopmon.wire.pool import BufferPool
 from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
 
+pytestmark = pytest.mark.process
+
 WHO: dict[str, Any] = {"run": "job", "incarnation": "00c0ffee"}
 MONITOR = """
 import sys

@@ -15,7 +15,8 @@ from koopmon.monitor.live.records import RunView
 from koopmon.monitor.runs import Run, RunRegistry
 from koopmon.monitor.sample import Sample
 from koopmon.spectral import SpectralProfile, profile_states
-from koopmon.wire.messages import Ack, Applied, Heartbeat, Hello
+from koopmon.wire.messages import Ack, Applied, Heartbeat
+from tests import factories
 
 NUM_LAYERS = 3
 
@@ -37,12 +38,8 @@ class Fed:
         self.board, self.config = board, config
         self.applied = Applied()
         self.words = {"run": name, "incarnation": incarnation}
-        values = {
-            "process_rank": 0, "world_size": 2, "num_senders": 1, "adapter": "transformer", "num_layers": NUM_LAYERS,
-            "width": 8, "acts": True, "step": 0, "applied": self.applied, "koopmon_version": "0", "torch_version": "0",
-            "hostname": "node-1",
-        }  # fmt: skip
-        said = Hello(**self.words, **{**values, **hello})
+        values = {"world_size": 2, "num_layers": NUM_LAYERS, "applied": self.applied, "hostname": "node-1"}
+        said = factories.hello(**self.words, **{**values, **hello})
         self.registry = RunRegistry(config.monitor)
         self.run: Run = self.registry.admit(0.0, said, b"peer")[0].run
         self.guard = Guard(config, said, self.applied)

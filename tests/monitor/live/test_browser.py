@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+pytest.importorskip("axe_playwright_python")
+pytest.importorskip("playwright")
+
 import torch
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -19,7 +23,7 @@ from koopmon.monitor.login import Login
 from koopmon.monitor.web import WebServer
 from koopmon.wire.messages import Applied
 
-pytestmark = [pytest.mark.needs("chromium"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.needs("chromium"), pytest.mark.process, pytest.mark.timeout(180)]
 QUIET = (
     "--no-sandbox",
     "--disable-gpu",

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from typing import Any
 
-import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -17,6 +16,8 @@ from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.live.markup import Markup, join, tag
 from koopmon.monitor.login import Login
 from koopmon.monitor.web import WebServer
+
+httpx = pytest.importorskip("httpx")
 
 HOSTILE = """"><script>alert(1)</script>'&</title>{{7*7}}"""
 NAME = "team/exp:1.0+b"

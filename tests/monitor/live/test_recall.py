@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
@@ -16,6 +15,8 @@ from koopmon.monitor.live import recall as recalls
 from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.live.recall import Recall
 from koopmon.wire.messages import Applied
+
+httpx = pytest.importorskip("httpx")
 
 Start = Callable[..., Any]
 Until = Callable[[Callable[[], Any]], Any]

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -18,6 +17,8 @@ from koopmon.monitor.live import stream
 from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.live.stream import frame, resumed
 from koopmon.monitor.web import WebServer
+
+httpx = pytest.importorskip("httpx")
 
 WAIT_SECONDS = 60.0
 Feed = Callable[..., Any]
