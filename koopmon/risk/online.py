@@ -28,7 +28,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from msgspec import Meta
 
 from koopmon.config import RiskConfig
 from koopmon.risk.brake import brake
@@ -38,12 +40,15 @@ if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
 
 
-TINY_RATE = 1e-12
-"""A rate of 0, as at the first step of a warm-up, has a logarithm too."""
+TINY_RATE, HUGE_RATE = 1e-12, 1e12
+"""A rate of 0, as at the first step of a warm-up, has a logarithm too, and an infinite one a finite logarithm."""
 EXPANSIVE_FLOOR = 0.01
 """Added to the expansive mass: growth below it counts little. One mode of 32 in one layer of 4 is 0.008."""
 LOSS_FLOOR = 0.05
 """Added to the loss's z-score, which may be nothing: -12 log-odds."""
+
+
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,16 +82,19 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RiskState:
-    """What the detector remembers of one run. z is log(update ratio + floor), one value per layer."""
+    """What the detector remembers of one run. z is log(update ratio + floor), one value per layer.
 
-    initial_expansive_mass: float | None = None
-    step: int | None = None
-    z: tuple[float, ...] = ()
-    speed: tuple[float, ...] = ()
+    The bounds hold for what a history hands back after a restart, which may be damaged or forged.
+    """
+
+    initial_expansive_mass: Share | None = None
+    step: Annotated[int, Meta(ge=0, lt=1 << 53)] | None = None
+    z: Annotated[tuple[Annotated[float, Meta(ge=-1000.0, le=1000.0)], ...], Meta(max_length=4096)] = ()
+    speed: Annotated[tuple[Annotated[float, Meta(ge=0.0, le=2000.0)], ...], Meta(max_length=4096)] = ()
     """Running mean of |dz| per step, one value per layer."""
-    restlessness: float = 0.0
+    restlessness: Share = 0.0
     """Slow running mean of the peak, each peak counted as 1 at most."""
-    lr_scale: float = 1.0
+    lr_scale: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     """koopmon's scale at the last snapshot: once it is lowered, earlier restlessness is no longer evidence."""
     surprise: Surprise = field(default_factory=Surprise)
     """Of the logged loss; empty where nothing is logged."""
@@ -120,7 +128,9 @@ def observe(
     non_finite: bool = False,
 ) -> Observation:
     """Reduce a profile to what the detector and the policy look at. `profile` is None when the states were not
-    finite."""
+    finite. An effective rate that is NaN counts as unknown."""
+    if effective_rate is not None and math.isnan(effective_rate):
+        effective_rate = None
     scalars = {
         "step": step,
         "learning_rate": learning_rate,
@@ -162,7 +172,7 @@ def prior(update_exponent: float | None, effective_rate: float | None, config: R
 
     What is None says nothing: an unknown brake counts as none, an unknown rate as one that is even without a brake.
     """
-    rate = config.critical_rate if effective_rate is None else max(effective_rate, TINY_RATE)
+    rate = config.critical_rate if effective_rate is None else min(max(effective_rate, TINY_RATE), HUGE_RATE)
     log_odds = config.prior_slope * math.log10(rate / critical_rate(update_exponent, config))
     return min(max(log_odds, config.min_prior), config.max_prior)
 
@@ -187,7 +197,8 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     if len(state.surprise.losses) > LEAST:
         foreseen["loss"] = state.surprise.value
     forecast = foresight(foreseen)
-    if state.step is None or observation.step <= state.step or len(z) != len(state.z):
+    changed = len(z) != len(state.z) or len(state.speed) not in (0, len(z))
+    if state.step is None or observation.step <= state.step or changed:
         fresh = replace(state, step=observation.step, z=z, speed=(), restlessness=0.0, lr_scale=1.0)
         return fresh, OnlineRisk(value=0.0, forecast=forecast, reason="first snapshot", components=foreseen)
     gap = min(max(observation.step - state.step, config.min_gap_steps), config.max_gap_steps)

@@ -66,7 +66,8 @@ class WireContext:
         if os.getpid() == self._pid:
             if self._gate is not None:
                 self._gate.close()
-            self._context.term()
+            # With whatever a constructor that raised has left behind: `term` alone would wait for it for ever.
+            self._context.destroy()
 
     def _gate_for_agents(self) -> curve.Gate:
         """Whom it lets in is read from the key files. Raises KeysError."""
