@@ -509,7 +509,7 @@ def load(path: str | os.PathLike[str] | None = None, *, overrides: Mapping[str, 
 
 
 def _read(path: Path) -> bytes:
-    """The content of a file. Raises OSError; ConfigError for what is no file, as a pipe or a device, or is too large."""
+    """The content of a file. Raises OSError, and ConfigError for a pipe, a device or a file that is too large."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ConfigError(f"{path}: not a regular file: a configuration is read from no directory, pipe or device")
     with path.open("rb") as file:

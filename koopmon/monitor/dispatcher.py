@@ -1,7 +1,7 @@
 """From verdicts to answered commands: recorded, then sent to rank 0, offered again, and accounted for.
 
-What only tells of a decision (metrics, page, annotations) may fail without touching it. Where it cannot be recorded, it is
-not sent.
+What only tells of a decision (metrics, page, annotations) may fail without touching it. A decision that cannot be
+recorded is not sent.
 """
 
 from __future__ import annotations

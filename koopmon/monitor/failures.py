@@ -18,7 +18,7 @@ MAX_PLACES = 1024
 
 
 class Failures:
-    """Counts errors by `part` and logs those of one part and run once a minute. From any thread; nothing here raises."""
+    """Counts errors by `part`, and logs those of one part and run once a minute. Thread-safe; nothing here raises."""
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._metrics = metrics

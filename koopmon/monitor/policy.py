@@ -317,9 +317,7 @@ def _shape(case: _Case) -> Proposal | None:
         return None
     radius = state.calm_radius or 1.0
     if radius >= MAX_MODULUS:
-        why = (
-            f"KSS stays off: the run's calm spectral radius is {radius:.3g}, and it acts up to {MAX_MODULUS:g} at most"
-        )
+        why = f"KSS stays off: the run's calm spectral radius is {radius:.3g}, and tau_u is {MAX_MODULUS:g} at most"
         return (), replace(state, kss_barred=True), why
     tau_u = min(max(case.kss.min_tau_u, case.kss.radius_margin * radius), MAX_MODULUS)
     settings = KssSettings(

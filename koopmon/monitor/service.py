@@ -1,7 +1,7 @@
 """What the monitor does with each message, each profile and the passing of time. The sockets are the daemon's.
 
-An error in what is done for one run ends there: it is noted, and the other runs do not notice. A run that cannot be taken
-in is refused; one whose commands cannot be handled is only watched from then on.
+An error in what is done for one run is noted, and touches no other run. A run that cannot be taken in is refused; one
+whose commands cannot be handled is only watched from then on.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ class Bench:
     def __init__(self, **options: Any) -> None:
         self.results: list[Result] = []
         self.drops: list[str] = []
+        self.failures: list[tuple[str, Exception]] = []
         self.gate = threading.Event()
         self.gate.set()
         self.engine = Engine(
@@ -54,6 +55,7 @@ class Bench:
                 "max_bytes": 1 << 30,
                 "on_result": self._take,
                 "on_drop": self.drops.append,
+                "on_failure": lambda run, error: self.failures.append((run, error)),
                 **options,
             }
         )
