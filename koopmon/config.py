@@ -195,7 +195,7 @@ class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     heartbeat_seconds: Annotated[float, Meta(ge=0.02, le=MAX_HEARTBEAT_SECONDS)] = 1.0
     """Time between two heartbeats of a rank; no agent sends them more often than every 0.02 s."""
     vanished_after_seconds: Annotated[float, Meta(gt=0.0, le=MAX_SECONDS)] = 60.0
-    """Silence after which a run counts as vanished: at least 3 heartbeats."""
+    """Silence after which a run counts as vanished."""
     ended_series_seconds: Seconds = 300.0
     """How long a run's series stay after goodbye."""
     vanished_series_seconds: Seconds = 86_400.0
@@ -264,24 +264,24 @@ class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     act_risk: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.4
     """Risk at or above which a snapshot counts as high."""
     severe_risk: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.8
-    """Risk that acts at once, without confirmation, and by `severe_factor`; at least `act_risk`."""
+    """Risk that acts at once, without confirmation, and by `severe_factor`."""
     release_risk: Ratio = 0.2
-    """Risk below which a snapshot counts as calm; less than `act_risk`."""
+    """Risk below which a snapshot counts as calm."""
     confirm_snapshots: Annotated[int, Meta(ge=1, le=100)] = 1
     """High snapshots in a row before an action."""
     backoff_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.5
     """What the learning-rate scale is multiplied with at a back-off."""
     severe_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.25
-    """Likewise at a severe risk; at most `backoff_factor`."""
+    """Likewise at a severe risk."""
     landing_rate: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.5
     """Where the scheduled rate is known to be above the critical one (`[risk] critical_rate`), a back-off goes at least
     down to this times the critical one, and else by the gentle factors, which feel for a rate that is bearable."""
     gentle_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.85
     """The back-off there."""
     gentle_severe_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.6
-    """Likewise at a severe risk; at most `gentle_factor`."""
+    """Likewise at a severe risk."""
     min_lr_scale: Annotated[float, Meta(ge=0.05, le=1.0)] = 0.125
-    """The scale below which the policy never goes; at most `backoff_factor` and `gentle_factor`."""
+    """The scale below which the policy never goes."""
     cooldown_steps: Steps = 6
     """Steps after an action before the next of its kind: the time in which it must show an effect."""
     hold_steps: Steps = 200
@@ -319,7 +319,7 @@ class KssConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Weight of the near-unit target; 0 leaves the unstable penalty alone (METHOD section 9)."""
     gamma: Ratio = 0.4
     svd_rank: KssSvdRank = 32
-    """Rank of its DMD; at most `num_samples`."""
+    """Rank of its DMD."""
     num_samples: KssSamples = 128
     every: KssEvery = 1
     layer_fraction: LayerFraction = 1.0
@@ -367,38 +367,43 @@ class Rule:
     factor: float = 1.0
     strict: bool = False
 
+    @property
+    def words(self) -> str:
+        """The rule itself."""
+        times = "" if self.factor == 1.0 else f"{self.factor:g} x "
+        return f"{times}{self.low} {'<' if self.strict else '<='} {self.high}"
+
     def check(self, config: Config) -> None:
         """Raise ConfigError, with both keys, their values and what is allowed, unless `config` keeps to the rule."""
         low, high = _number_at(config, self.low), _number_at(config, self.high)
-        if self.factor * low < high or (not self.strict and self.factor * low == high):
-            return
-        sign, times = "<" if self.strict else "<=", "" if self.factor == 1.0 else f"{self.factor:g} x "
-        raise ConfigError(
-            f"{self.low} = {low!r}, {self.high} = {high!r}: expected {times}{self.low} {sign} {self.high}:"
-            f" {self.otherwise}"
-        )
+        if self.factor * low > high or (self.strict and self.factor * low == high):
+            raise ConfigError(f"{self.low} = {low!r}, {self.high} = {high!r}: expected {self.words}: {self.otherwise}")
 
 
 RULES: Final[tuple[Rule, ...]] = (
-    Rule("cadence.dense_every", "cadence.calm_every", "the dense cadence would be the sparse one"),
+    Rule("cadence.dense_every", "cadence.calm_every", "the warm-up would have fewer snapshots than calm training"),
     Rule(
         "monitor.heartbeat_seconds",
         "monitor.vanished_after_seconds",
         "a run would vanish between two heartbeats",
         factor=3.0,
     ),
-    Rule("monitor.max_header_bytes", "monitor.max_message_bytes", "no message has a longer header than it has bytes"),
-    Rule("monitor.max_message_bytes", "monitor.max_pending_bytes", "one message would take more memory than all may"),
-    Rule("risk.min_gap_steps", "risk.max_gap_steps", "no gap would lie between them"),
-    Rule("policy.release_risk", "policy.act_risk", "one snapshot would be high and calm", strict=True),
+    Rule("monitor.max_header_bytes", "monitor.max_message_bytes", "a header of that size would fit into no message"),
+    Rule(
+        "monitor.max_message_bytes",
+        "monitor.max_pending_bytes",
+        "one message could take more memory than all of them may",
+    ),
+    Rule("risk.min_gap_steps", "risk.max_gap_steps", "the least gap would be longer than the longest"),
+    Rule("policy.release_risk", "policy.act_risk", "one snapshot would be high and calm at once", strict=True),
     Rule("policy.act_risk", "policy.severe_risk", "a risk would be severe before it is high"),
-    Rule("policy.severe_factor", "policy.backoff_factor", "a severe risk would be backed off from by less"),
-    Rule("policy.gentle_severe_factor", "policy.gentle_factor", "a severe risk would be backed off from by less"),
-    Rule("policy.min_lr_scale", "policy.backoff_factor", "no back-off could go as far as it should"),
-    Rule("policy.min_lr_scale", "policy.gentle_factor", "no back-off could go as far as it should"),
-    Rule("policy.dense_every", "policy.dense_steps", "no snapshot would come of the dense cadence"),
-    Rule("policy.kss_ramp_steps", "policy.kss_hold_steps", "KSS would go before it is there"),
-    Rule("kss.svd_rank", "kss.num_samples", "so few tokens have no more directions"),
+    Rule("policy.severe_factor", "policy.backoff_factor", "a severe risk would lower the rate by less"),
+    Rule("policy.gentle_severe_factor", "policy.gentle_factor", "a severe risk would lower the rate by less"),
+    Rule("policy.min_lr_scale", "policy.backoff_factor", "no back-off could lower the rate as far as it says"),
+    Rule("policy.min_lr_scale", "policy.gentle_factor", "no back-off could lower the rate as far as it says"),
+    Rule("policy.dense_every", "policy.dense_steps", "the dense cadence would be over before its first snapshot"),
+    Rule("policy.kss_ramp_steps", "policy.kss_hold_steps", "KSS would be turned off before it is fully on"),
+    Rule("kss.svd_rank", "kss.num_samples", "a DMD has no more modes than tokens"),
 )
 
 

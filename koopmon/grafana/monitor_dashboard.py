@@ -110,8 +110,8 @@ def _refusals_and_store() -> list[Json]:
         ),
         lines(
             "Failures",
-            "Snapshots that an error kept from being profiled or judged, records that were not written, and other errors"
-            " of the monitor's own, in all.",
+            "Snapshots that an error kept from being profiled or judged, records that were not written, and other"
+            " errors of the monitor's own, in all.",
             [
                 query(f"koopmon_engine_failures_total{OF}", "{{instance}} not judged"),
                 query(f"koopmon_store_lost_total{OF}", "{{instance}} not written"),
