@@ -392,7 +392,7 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule(
         "monitor.max_message_bytes",
         "monitor.max_pending_bytes",
-        "one message could take more memory than all of them may",
+        "one message could take more memory than all may",
     ),
     Rule("risk.min_gap_steps", "risk.max_gap_steps", "the least gap would be longer than the longest"),
     Rule("policy.release_risk", "policy.act_risk", "one snapshot would be high and calm at once", strict=True),
