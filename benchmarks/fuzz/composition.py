@@ -34,6 +34,7 @@ from koopmon.wire.codec import UNBOUNDED_SCALARS, ReceivedShard, WireLimits, dec
 from koopmon.wire.messages import (
     DROP_REASONS,
     Ack,
+    Applied,
     Command,
     Goodbye,
     Heartbeat,
@@ -112,18 +113,25 @@ def _within(kind: msgspec.inspect.IntType | msgspec.inspect.FloatType) -> Iterat
 
 
 def made(cls: type[T], choose: Choose[Any], **fixed: Any) -> T:
-    """A struct of this class that is legal field by field."""
+    """A struct of this class that is legal field by field; with the first of all choices it has its defaults."""
     kind = msgspec.inspect.type_info(cls)
     assert isinstance(kind, msgspec.inspect.StructType)
     values = {}
     for field in kind.fields:
         if field.name in fixed:
             values[field.name] = fixed[field.name]
+        elif not field.required and choose((True, False, False)):
+            continue
         elif field.name in UNBOUNDED_SCALARS:
             values[field.name] = choose((None, *STRANGE, *SIZES, *(-size for size in SIZES)))
         else:
             values[field.name] = legal(field.type, choose)
     return cls(**values)
+
+
+def plain_hello(**fields: Any) -> Hello:
+    """A hello of an agent that acts, as it should be but for `fields`."""
+    return made(Hello, lambda options: options[0], **{"acts": True, "width": 8, "applied": Applied(), **fields})
 
 
 def _profile(choose: Choose[Any]) -> SpectralProfile | None:
@@ -200,7 +208,7 @@ class Play:
             wall=lambda: 1.7e9 + self.now,
         )
         if self.choose((True, True, False)):
-            self._says(made(Hello, lambda options: options[0], **self._named(), **RANK, acts=True, width=8))
+            self._says(plain_hello(**self._named(), **RANK))
 
     def close(self) -> None:
         if self._store is not None:
