@@ -6,6 +6,7 @@ input is a sequence of choices, one byte each: what happens next, and for each n
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import shutil
@@ -24,6 +25,7 @@ from koopmon.config import Config, RiskConfig, StoreConfig, from_mapping
 from koopmon.errors import ProtocolError
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.guard import Memory
 from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.rejections import Rejections
 from koopmon.monitor.service import Service
@@ -237,12 +239,17 @@ class Play:
         return happening.__name__
 
     def check(self) -> None:
-        """No series is without a number, and nothing went wrong inside that was only confined."""
+        """No series is without a number, nothing went wrong inside that was only confined, and a restart finds what it
+        needs."""
         for family in self.metrics.collect():
             for sample in family.samples:
                 assert math.isfinite(sample.value), sample
                 quiet = family.name not in ("koopmon_internal_errors", "koopmon_store_lost", "koopmon_engine_failures")
                 assert quiet or sample.value == 0.0, sample
+        assert self._store is not None
+        for run, incarnation in itertools.product(RUNS, INCARNATIONS):
+            if (memory := self._store.memory(run, incarnation)) is not None:
+                msgspec.json.decode(memory, type=Memory)
 
     def pass_time(self) -> None:
         self.now += self.choose(SECONDS)

@@ -92,7 +92,7 @@ class RiskState:
     z: Annotated[tuple[Annotated[float, Meta(ge=-1000.0, le=1000.0)], ...], Meta(max_length=4096)] = ()
     speed: Annotated[tuple[Annotated[float, Meta(ge=0.0, le=2000.0)], ...], Meta(max_length=4096)] = ()
     """Running mean of |dz| per step, one value per layer."""
-    restlessness: Share = 0.0
+    restlessness: Annotated[float, Meta(ge=0.0, le=1.000_001)] = 0.0
     """Slow running mean of the peak, each peak counted as 1 at most."""
     lr_scale: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     """koopmon's scale at the last snapshot: once it is lowered, earlier restlessness is no longer evidence."""
