@@ -141,8 +141,12 @@ class Socket:
         if self._owner._context.closed:
             raise EndpointError("the transport is closed")
         raw = self._owner._context.socket(self._kind)
-        for option, value in (COMMON | self._options).items():
-            raw.set(option, value)
+        try:
+            for option, value in (COMMON | self._options).items():
+                raw.set(option, value)
+        except BaseException:
+            raw.close(linger=0)
+            raise
         return raw
 
     def _guard(self) -> None:

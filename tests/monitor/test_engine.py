@@ -105,6 +105,19 @@ def test_profiles_equal_those_of_the_spectral_core(bench: Bench) -> None:
     assert [result.again for result in bench.results] == [False, True, False], "Kreiss constants come seldom"
 
 
+def test_a_result_that_cannot_be_handed_over_costs_that_snapshot_alone(bench: Bench) -> None:
+    """The worker is every run's."""
+    real, bench.engine._on_result = bench.engine._on_result, lambda _: 1 / 0  # type: ignore[assignment,return-value]
+    bench.engine.submit(make_snapshot(run="bad"))
+    assert bench.engine.drain(WAIT_SECONDS)
+    bench.engine._on_result = real
+    bench.engine.submit(make_snapshot(run="good"))
+    assert bench.engine.drain(WAIT_SECONDS)
+    assert [result.snapshot.run for result in bench.first_results()] == ["good"]
+    ((run, error),) = bench.failures
+    assert (run, type(error)) == ("bad", ZeroDivisionError)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_states_that_are_not_finite_are_a_result(bench: Bench, bad: float) -> None:
     states = torch.randn((3, 40, 8))
