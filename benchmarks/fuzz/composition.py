@@ -131,7 +131,7 @@ def made(cls: type[T], choose: Choose[Any], **fixed: Any) -> T:
     return cls(**values)
 
 
-def plain_hello(**fields: Any) -> Hello:
+def legal_hello(**fields: Any) -> Hello:
     """A hello of an agent that acts, as it should be but for `fields`."""
     return made(Hello, lambda options: options[0], **{"acts": True, "width": 8, "applied": Applied(), **fields})
 
@@ -210,7 +210,7 @@ class Play:
             wall=lambda: 1.7e9 + self.now,
         )
         if self.choose((True, True, False)):
-            self._says(plain_hello(**self._named(), **RANK))
+            self._says(legal_hello(**self._named(), **RANK))
 
     def close(self) -> None:
         if self._store is not None:
