@@ -59,7 +59,7 @@ audit: $(VENV)/.dev.stamp ## known vulnerabilities of the pinned dependencies; n
 prove: $(VENV)/.dev.stamp ## the longer campaigns: every benchmark, each printing its table and keeping its JSON
 	$(BIN)/python -m benchmarks.fuzz --target codec --executions 10000000 --seconds 7200
 	$(BIN)/python -m benchmarks.fuzz --target sockets --seconds 1800
-	@set -e; for target in http config calibrator recording; do $(BIN)/python -m benchmarks.fuzz --target $$target --seconds 600; done
+	@set -e; for target in http config calibrator recording composition; do $(BIN)/python -m benchmarks.fuzz --target $$target --seconds 600; done
 	@set -e; for name in $(COMMANDS); do echo "== $$name"; $(BIN)/python -m "benchmarks.$$name"; done
 
 clean: ## forget the environment and what was built

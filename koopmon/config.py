@@ -3,28 +3,54 @@
 One file serves both sides: the agent reads `[model]`, `[sampling]`, `[cadence]`, `[limits]`, `[control]`; the monitor
 reads `[monitor]`, `[http]`, `[grafana]`, `[store]`, `[risk]`, `[policy]` and `[kss]`, but for `through_shielded`, which
 is the agent's; both read `[security]`. A file that names an unknown table or key, or a value outside its bounds, is
-refused whole.
+refused whole, and so are values that contradict each other (`RULES`).
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import os
+import stat
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
 from koopmon.errors import ConfigError, one_line
+from koopmon.wire.messages import (
+    MAX_CADENCE_STEPS,
+    MAX_HEARTBEAT_SECONDS,
+    MAX_LAYERS,
+    MAX_RAMP_STEPS,
+    KssAlpha,
+    KssBeta,
+    KssEvery,
+    KssModulus,
+    KssSamples,
+    KssSvdRank,
+    KssTemperature,
+    LayerFraction,
+    NumSenders,
+)
 
-Steps = Annotated[int, Meta(ge=1, le=1_000_000)]
-Seconds = Annotated[float, Meta(ge=0.0, le=604_800.0)]
+# Every number has bounds on both sides: infinity passes a bound on one side alone. Where a value ends up in a message,
+# its bounds are those of the protocol.
+MAX_STEPS: Final = 1_000_000
+MAX_SECONDS: Final = 604_800.0
+"""A week."""
+MAX_FILE_BYTES: Final = 1 << 20
+"""Of the file; the defaults take less than 10 kB."""
+Steps = Annotated[int, Meta(ge=1, le=MAX_STEPS)]
+RampSteps = Annotated[int, Meta(ge=1, le=MAX_RAMP_STEPS)]
+Seconds = Annotated[float, Meta(ge=0.0, le=MAX_SECONDS)]
 Ratio = Annotated[float, Meta(ge=0.0, le=1.0)]
-Positive = Annotated[float, Meta(gt=0.0)]
-NonNegative = Annotated[float, Meta(ge=0.0)]
+Scale = Annotated[float, Meta(ge=1e-6, le=1e6)]
+"""What a measured value is divided by."""
 PolicyName = Literal["lr", "kss", "kss+lr", "observe"]
 
 
@@ -46,7 +72,7 @@ class SamplingConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     num_samples: Annotated[int, Meta(ge=16, le=65536)] = 512
     """N of one snapshot, shared evenly among the sending ranks."""
-    max_senders: Annotated[int, Meta(ge=1, le=1024)] = 8
+    max_senders: NumSenders = 8
     """Data-parallel ranks that send."""
     seed: Annotated[int, Meta(ge=0, lt=1 << 31)] = 0
     """Seed of the token choice, which is a pure function of (seed, step, data-parallel rank, mask)."""
@@ -65,7 +91,7 @@ class CadenceConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Long-run share of step time that koopmon may spend in the training thread."""
     initial_credit_seconds: Seconds = 5.0
     """What may be spent at once at the start."""
-    max_bytes_per_second: Annotated[float, Meta(gt=0.0)] = 50e6
+    max_bytes_per_second: Annotated[float, Meta(ge=1.0, le=1e12)] = 50e6
     """Cap on what one rank sends."""
 
 
@@ -76,11 +102,11 @@ class LimitsConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """auto: act in proven layouts only; always: in untested ones too; never: watch-only."""
     min_lr_scale: Annotated[float, Meta(ge=0.05, le=1.0)] = 0.05
     """The least factor on the learning rate."""
-    max_kss_alpha: NonNegative = 30.0
+    max_kss_alpha: KssAlpha = 30.0
     """The largest KSS weight."""
-    max_kss_svd_rank: Annotated[int, Meta(ge=1, le=512)] = 64
+    max_kss_svd_rank: KssSvdRank = 64
     """The largest rank of its DMD, which it costs time at every step by..."""
-    max_kss_samples: Annotated[int, Meta(ge=4, le=65536)] = 1024
+    max_kss_samples: KssSamples = 1024
     """...and the most tokens."""
     max_actions_per_hour: Annotated[int, Meta(ge=0, le=100_000)] = 240
     """Commands that change training, per hour."""
@@ -91,7 +117,7 @@ class ControlConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     timeout_seconds: Annotated[float, Meta(gt=0.0, le=600.0)] = 3.0
     """How long a rank may wait for the others before control is off."""
-    monitor_lost_seconds: Annotated[float, Meta(gt=0.0)] = 10.0
+    monitor_lost_seconds: Annotated[float, Meta(gt=0.0, le=MAX_SECONDS)] = 10.0
     """Silence after which the monitor counts as lost."""
     on_monitor_lost: Literal["hold", "ramp"] = "hold"
     """hold: what is applied stays; ramp: go back to the user's own settings slowly."""
@@ -152,22 +178,23 @@ class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Jobs watched at once; one more is refused."""
     max_peers: Annotated[int, Meta(ge=1, le=1 << 20)] = 16_384
     """Ranks of one job that may speak; one more is refused."""
-    max_layers: Annotated[int, Meta(ge=1, le=4096)] = 4096
+    max_layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)] = MAX_LAYERS
     """Transitions of one model: a message with more frames than that needs is refused."""
     max_header_bytes: Annotated[int, Meta(ge=1 << 12, le=1 << 24)] = 1 << 16
     """Of any message but a snapshot's frames; the transport cuts whoever sends one that is longer."""
-    max_message_bytes: Annotated[int, Meta(ge=1 << 16)] = 1 << 30
+    max_message_bytes: Annotated[int, Meta(ge=1 << 16, le=1 << 40)] = 1 << 30
     """Of a snapshot's shard, all frames."""
     max_http_connections: Annotated[int, Meta(ge=4, le=10_000)] = 128
     """To the pages; with one more the oldest gives way."""
-    max_pending_bytes: Annotated[int, Meta(ge=1 << 20)] = 2 << 30
+    max_pending_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 44)] = 2 << 30
     """Memory for shards that wait for their siblings."""
-    assemble_timeout_seconds: Annotated[float, Meta(gt=0.0)] = 5.0
+    assemble_timeout_seconds: Annotated[float, Meta(ge=0.01, le=3600.0)] = 5.0
     """How long a snapshot waits for missing shards; then what is there is profiled, or dropped when too little."""
     queue_length: Annotated[int, Meta(ge=1, le=10_000)] = 16
     """Snapshots that may wait for the engine; the oldest of the run with most gives way."""
-    heartbeat_seconds: Annotated[float, Meta(gt=0.0, le=3600.0)] = 1.0
-    vanished_after_seconds: Annotated[float, Meta(gt=0.0)] = 60.0
+    heartbeat_seconds: Annotated[float, Meta(ge=0.02, le=MAX_HEARTBEAT_SECONDS)] = 1.0
+    """Time between two heartbeats of a rank; no agent sends them more often than every 0.02 s."""
+    vanished_after_seconds: Annotated[float, Meta(gt=0.0, le=MAX_SECONDS)] = 60.0
     """Silence after which a run counts as vanished."""
     ended_series_seconds: Seconds = 300.0
     """How long a run's series stay after goodbye."""
@@ -182,7 +209,7 @@ class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class StoreConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the history file keeps. Decisions, commands and their answers of a run that goes on are never deleted."""
 
-    max_bytes: Annotated[int, Meta(ge=1 << 20)] = 4 << 30
+    max_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 47)] = 4 << 30
     """Size above which profiles, observations and heartbeats are deleted, the oldest first, those of runs that are
     over before those of runs that go on. Decisions stay."""
     max_age_days: Annotated[float, Meta(gt=0.0, le=36_500.0)] = 365.0
@@ -202,28 +229,28 @@ class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Snapshots closer than this count as this far apart: sampling noise does not shrink with the gap."""
     max_gap_steps: Steps = 4
     """Snapshots further apart than this count as this far apart: an oscillation does not grow with the gap."""
-    peak_scale: Positive = 0.41
+    peak_scale: Scale = 0.41
     """Speed of the fastest layer between two snapshots at which the risk is one half."""
-    speed_scale: Positive = 0.25
+    speed_scale: Scale = 0.25
     """Likewise for the largest of the layers' running means."""
     restlessness_smoothing: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.1
     """Weight of the newest snapshot in the slow mean of the peak."""
-    restlessness_scale: Positive = 0.36
+    restlessness_scale: Scale = 0.36
     """That mean, in units of `peak_scale`, at which the risk is one half."""
-    prior_slope: NonNegative = 10.0
+    prior_slope: Annotated[float, Meta(ge=0.0, le=1000.0)] = 10.0
     """Log-odds of failure that the prior gains for each factor of ten on the learning rate in force. Only under
     optimizers whose steps are as long as the rate says (Adam's kin)."""
-    critical_rate: Positive = 1.0
+    critical_rate: Annotated[float, Meta(ge=1e-9, le=1e9)] = 1.0
     """Learning rate x width x transitions at which the prior is even for layers without normalisation. Of runs of 200
     steps half die at 1.8; longer ones, and those that learn more, die from 1 on."""
-    normalized_critical_rate: Positive = 0.5
+    normalized_critical_rate: Annotated[float, Meta(ge=1e-9, le=1e9)] = 0.5
     """Learning rate x width at which it is even for normalised layers (koopmon.risk.brake). Runs with gradient clipping
     ended best at 0.2 to 0.4 and were ruined from 0.6 on (`benchmarks.proving_ground`)."""
-    normalized_scale: Positive = 0.6
+    normalized_scale: Scale = 0.6
     """Unsteadiness of normalised layers that counts as 1. Theirs is taken after a median over three snapshots, which
     removes what one odd batch does to one snapshot. Healthy runs reached 0.54 at a fifth of the critical rate, ruined
     ones 0.57 (width 128) to 3.2 at and above it."""
-    normalized_weight: NonNegative = 1.0
+    normalized_weight: Annotated[float, Meta(ge=0.0, le=20.0)] = 1.0
     """Largest log-odds, of either sign, by which the prior counts in the risk of normalised layers: large models train
     well at 0.3 to 1.6, so the evidence has to decide."""
     min_prior: Annotated[float, Meta(ge=-20.0, le=0.0)] = -6.0
@@ -270,15 +297,15 @@ class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Calm steps before the scale rises by one notch; twice as many after the second back-off, and so on."""
     rise_factor: Annotated[float, Meta(gt=1.0, le=4.0)] = 1.25
     """That notch."""
-    ramp_steps: Steps = 20
+    ramp_steps: RampSteps = 20
     """Steps over which it is taken."""
-    kss_ramp_steps: Steps = 10
+    kss_ramp_steps: RampSteps = 10
     """Steps over which KSS comes and goes."""
     kss_hold_steps: Steps = 20
     """Steps for which KSS accompanies a back-off, its coming included."""
-    harm_ratio: Annotated[float, Meta(gt=1.0)] = 1.2
+    harm_ratio: Annotated[float, Meta(gt=1.0, le=1000.0)] = 1.2
     """KSS is barred when the logged loss exceeds this times its value when KSS came on."""
-    dense_every: Steps = 1
+    dense_every: Annotated[int, Meta(ge=1, le=MAX_CADENCE_STEPS)] = 1
     """Cadence, in steps, asked for while the risk is not calm."""
     dense_steps: Steps = 60
     """Steps for which that cadence is asked."""
@@ -291,19 +318,20 @@ class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class KssConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Koopman Spectral Shaping as the policy turns it on (docs/method.md, "Koopman Spectral Shaping")."""
 
-    alpha: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.15
-    radius_margin: Annotated[float, Meta(ge=1.0)] = 1.5
-    """The unstable penalty starts at this times the run's own calm spectral radius."""
-    min_tau_u: Positive = 1.05
+    alpha: KssAlpha = 0.15
+    radius_margin: Annotated[float, Meta(ge=1.0, le=1000.0)] = 1.5
+    """The unstable penalty starts at this times the run's own calm spectral radius, at most at modulus 1000."""
+    min_tau_u: KssModulus = 1.05
     """...and never below this modulus (the paper's tau_u)."""
-    temperature: Positive = 20.0
-    beta: NonNegative = 0.0
+    temperature: KssTemperature = 20.0
+    beta: KssBeta = 0.0
     """Weight of the near-unit target; 0 leaves the unstable penalty alone (docs/method.md)."""
     gamma: Ratio = 0.4
-    svd_rank: Annotated[int, Meta(ge=1, le=512)] = 32
-    num_samples: Annotated[int, Meta(ge=4, le=65536)] = 128
-    every: Steps = 1
-    layer_fraction: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    svd_rank: KssSvdRank = 32
+    """Rank of its DMD."""
+    num_samples: KssSamples = 128
+    every: KssEvery = 1
+    layer_fraction: LayerFraction = 1.0
     through_shielded: bool = False
     """Let KSS act where its gradient reaches modules that the model's family shields, such as routers. The agent's."""
 
@@ -325,6 +353,74 @@ class Config(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     policy: PolicyConfig = PolicyConfig()
     kss: KssConfig = KssConfig()
 
+    def __post_init__(self) -> None:
+        for rule in RULES:
+            rule.check(self)
+        if self.security.loopback == "curve" and self.security.insecure_plaintext_tcp:
+            raise ConfigError(
+                "security.loopback = 'curve', security.insecure_plaintext_tcp = True: expected one of the two:"
+                " plaintext takes the keys from loopback as well"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`factor` times the value at `low` is at most the value at `high`, and less where `strict`; both are TABLE.KEY.
+
+    `otherwise` says what a configuration that breaks the rule would do.
+    """
+
+    low: str
+    high: str
+    otherwise: str
+    factor: float = 1.0
+    strict: bool = False
+
+    @property
+    def words(self) -> str:
+        """The rule itself."""
+        times = "" if self.factor == 1.0 else f"{self.factor:g} x "
+        return f"{times}{self.low} {'<' if self.strict else '<='} {self.high}"
+
+    def check(self, config: Config) -> None:
+        """Raise ConfigError, with both keys, their values and what is allowed, unless `config` keeps to the rule."""
+        low, high = _number_at(config, self.low), _number_at(config, self.high)
+        if self.factor * low > high or (self.strict and self.factor * low == high):
+            raise ConfigError(f"{self.low} = {low!r}, {self.high} = {high!r}: expected {self.words}: {self.otherwise}")
+
+
+RULES: Final[tuple[Rule, ...]] = (
+    Rule("cadence.dense_every", "cadence.calm_every", "the warm-up would have fewer snapshots than calm training"),
+    Rule(
+        "monitor.heartbeat_seconds",
+        "monitor.vanished_after_seconds",
+        "a run would vanish between two heartbeats",
+        factor=3.0,
+    ),
+    Rule("monitor.max_header_bytes", "monitor.max_message_bytes", "a header of that size would fit into no message"),
+    Rule(
+        "monitor.max_message_bytes",
+        "monitor.max_pending_bytes",
+        "one message could take more memory than all may",
+    ),
+    Rule("risk.min_gap_steps", "risk.max_gap_steps", "the least gap would be longer than the longest"),
+    Rule("policy.release_risk", "policy.act_risk", "one snapshot would be high and calm at once", strict=True),
+    Rule("policy.act_risk", "policy.severe_risk", "a risk would be severe before it is high"),
+    Rule("policy.severe_factor", "policy.backoff_factor", "a severe risk would lower the rate by less"),
+    Rule("policy.gentle_severe_factor", "policy.gentle_factor", "a severe risk would lower the rate by less"),
+    Rule("policy.min_lr_scale", "policy.backoff_factor", "no back-off could lower the rate as far as it says"),
+    Rule("policy.min_lr_scale", "policy.gentle_factor", "no back-off could lower the rate as far as it says"),
+    Rule("policy.dense_every", "policy.dense_steps", "the dense cadence would be over before its first snapshot"),
+    Rule("policy.kss_ramp_steps", "policy.kss_hold_steps", "KSS would be turned off before it is fully on"),
+    Rule("kss.svd_rank", "kss.num_samples", "a DMD has no more modes than tokens"),
+)
+
+
+def _number_at(config: Config, path: str) -> float:
+    table, _, key = path.partition(".")
+    number: float = getattr(getattr(config, table), key)
+    return number
+
 
 def _value_at(data: Any, path: str) -> Any:
     for part in path.split("."):
@@ -339,6 +435,8 @@ def from_mapping(data: Mapping[str, Any], *, source: str = "configuration") -> C
     try:
         return msgspec.convert(dict(data), Config, strict=True)
     except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise ConfigError(f"{source}: {error.__cause__}") from None
         message, _, path = str(error).partition(" - at `$.")
         field = path.rstrip("`")
         known, unknown = message.partition("Object contains unknown field ")[::2]
@@ -346,8 +444,46 @@ def from_mapping(data: Mapping[str, Any], *, source: str = "configuration") -> C
             raise ConfigError(f"{source}: {_unknown(one_line(field, 80), one_line(unknown.strip('`'), 80))}") from None
         if not field:
             raise ConfigError(f"{source}: {message}; allowed tables: {', '.join(Config.__struct_fields__)}") from None
-        value, what = one_line(repr(_value_at(data, field))), one_line(message[0].lower() + message[1:])
+        value, what = _shown(_value_at(data, field)), one_line(_expected(field, message))
         raise ConfigError(f"{source}: {one_line(field, 80)} = {value}: {what}") from None
+
+
+def checked(config: Config) -> Config:
+    """`config` again, made in Python and so not validated yet. Raises ConfigError."""
+    return from_mapping(msgspec.to_builtins(config))
+
+
+def _shown(value: Any) -> str:
+    try:
+        return one_line(repr(value))
+    except ValueError:  # Python prints no integer of thousands of digits
+        return "an integer of thousands of digits"
+
+
+def _expected(field: str, message: str) -> str:
+    """What msgspec says, with both bounds of a number: it names the one that was broken, or none."""
+    kind, bounds = _bounds(field)
+    if not bounds:
+        return message[0].lower() + message[1:]
+    _, comma, got = message.partition(", got ")
+    return f"expected `{kind}` {' and '.join(bounds)}{comma}{got}"
+
+
+def _bounds(field: str) -> tuple[str, list[str]]:
+    """Type and bounds of the number at TABLE.KEY; empty for what is none."""
+    found = _types().get(field)
+    if not isinstance(found, (msgspec.inspect.IntType, msgspec.inspect.FloatType)):
+        return "", []
+    signs = {">": found.gt, ">=": found.ge, "<": found.lt, "<=": found.le}
+    kind = "int" if isinstance(found, msgspec.inspect.IntType) else "float"
+    return kind, [f"{sign} {bound}" for sign, bound in signs.items() if bound is not None]
+
+
+@functools.cache
+def _types() -> dict[str, msgspec.inspect.Type]:
+    """The type of each TABLE.KEY."""
+    tables: Any = msgspec.inspect.type_info(Config)
+    return {f"{table.name}.{field.name}": field.type for table in tables.fields for field in table.type.fields}
 
 
 def _unknown(table: str, name: str) -> str:
@@ -371,10 +507,12 @@ def load(path: str | os.PathLike[str] | None = None, *, overrides: Mapping[str, 
     if path is not None:
         source = str(path)
         try:
-            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            data = tomllib.loads(_read(Path(path)).decode("utf-8"))
         except OSError as error:
             raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
         except ValueError as error:  # not TOML, not UTF-8, or an integer of thousands of digits
+            if isinstance(error, ConfigError):
+                raise
             raise ConfigError(f"{source}: not valid TOML: {one_line(error)}") from None
         except RecursionError:
             raise ConfigError(f"{source}: not valid TOML: nested too deeply") from None
@@ -382,3 +520,14 @@ def load(path: str | os.PathLike[str] | None = None, *, overrides: Mapping[str, 
         merged = data.get(table, {})
         data[table] = {**merged, **values} if isinstance(values, Mapping) and isinstance(merged, Mapping) else values
     return from_mapping(data, source=source)
+
+
+def _read(path: Path) -> bytes:
+    """The content of a file. Raises OSError, and ConfigError for a pipe, a device or a file that is too large."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ConfigError(f"{path}: not a regular file: a configuration is read from no directory, pipe or device")
+    with path.open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: {path.stat().st_size} bytes: at most {MAX_FILE_BYTES} are read")
+    return content

@@ -53,6 +53,16 @@ def page() -> str:
     for name, table in tables():
         parts += [f"## [{name}]", "", f"{_paragraph(table.__doc__)} {_reader(name)}", ""]
         parts += ["| key | default | allowed | what |", "|---|---|---|---|", *_rows(table), ""]
+    parts += [
+        "## Values that belong together",
+        "",
+        "A file that breaks one of these rules is refused too; a key that it leaves out counts with its default.",
+        "",
+        "| rule | else |",
+        "|---|---|",
+        *(f"| {cell(f'`{rule.words}`')} | {cell(rule.otherwise)} |" for rule in config.RULES),
+        "",
+    ]
     return "\n".join(parts)
 
 

@@ -27,8 +27,8 @@ def test_a_file_changes_what_it_names_and_overrides_win(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        ({"policy": {"act_risk": 2.0}}, r"policy\.act_risk = 2\.0: expected `float` < 1\.0"),
-        ({"policy": {"act_risk": "high"}}, r"policy\.act_risk = 'high': expected `float`, got `str`"),
+        ({"policy": {"act_risk": 2.0}}, r"policy\.act_risk = 2\.0: expected `float` > 0\.0 and < 1\.0"),
+        ({"policy": {"act_risk": "high"}}, r"policy\.act_risk = 'high': expected `float` > 0\.0 and < 1\.0, got `str`"),
         ({"policy": {"name": "panic"}}, r"policy\.name = 'panic'"),
         ({"policy": 3}, r"policy = 3: expected `object`"),
         ({"policy": {"act_riks": 0.2}}, r"no field policy\.act_riks, did you mean act_risk\? \(allowed: .*act_risk, "),

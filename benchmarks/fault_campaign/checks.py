@@ -90,6 +90,10 @@ def read_store(path: Path) -> list[Chapter]:
     return chapters
 
 
+MADE_UP = "extreme-"
+"""How the names of runs begin that no training is behind."""
+
+
 def doubted_decisions(path: Path, said: Iterable[str]) -> list[str]:
     """Decisions that the monitors' own log tells of and the store does not, and those that the store has twice."""
     with contextlib.closing(sqlite3.connect(path)) as database:
@@ -100,7 +104,8 @@ def doubted_decisions(path: Path, said: Iterable[str]) -> list[str]:
     stored = Counter((run, step) for run, step, *_ in rows)
     logged = Counter((match[1], int(match[2])) for line in said if (match := DECIDED.search(line)))
     found = [f"lost: run {run} step {step}" for (run, step), count in logged.items() if count > stored[run, step]]
-    doubled = [each for each, count in Counter(rows).items() if count > 1]
+    # A run that is made up may go back to a step, and is decided upon anew there.
+    doubled = [each for each, count in Counter(rows).items() if count > 1 and not each[0].startswith(MADE_UP)]
     return found + [f"doubled: run {run} step {step}: {reason}" for run, step, _, _, reason in doubled]
 
 

@@ -12,8 +12,15 @@ import signal
 import time
 from pathlib import Path
 
+import torch
+
+from benchmarks.fault_campaign.checks import MADE_UP
 from benchmarks.fault_campaign.machine import wait
 from benchmarks.fault_campaign.stages import Watched
+from benchmarks.fuzz.composition import STRANGE, WHOLE, legal_hello, made
+from koopmon.wire.codec import WireLimits, decode_for_agent, encode
+from koopmon.wire.messages import Ack, Command, Goodbye, Heartbeat, Shard, Welcome
+from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
 
 
 def monitor_killed(stage: Watched) -> str:
@@ -192,6 +199,38 @@ def resumed(stage: Watched) -> str:
     job.launch()
     wait(lambda: job.stretches() != before and job.last() is not None, f"a restart of {job.run}")
     return f"{old} ranks, then {job.world}"
+
+
+def extreme_numbers(stage: Watched) -> str:
+    """An agent of another run says what is legal, with numbers at the edges of what is."""
+    choose = stage.rng.choice
+    name = {"run": f"{MADE_UP}{stage.rng.randrange(1 << 30)}", "incarnation": "e" * 8, "process_rank": 0}
+    said = 0
+    with WireContext() as context:
+        control = ControlClient(context, stage.bind)
+        poller, data = Poller(control), None
+        wait(lambda: control.send(encode(legal_hello(**name, world_size=3, num_senders=3))), "the monitor", 30.0)
+        until = time.monotonic() + stage.rng.uniform(1.0, 3.0)
+        while time.monotonic() < until:
+            while (frames := control.recv()) is not None:
+                message = decode_for_agent(frames, limits=WireLimits())
+                if isinstance(message, Welcome) and data is None:
+                    data = DataSender(context, message.data_endpoint)
+                if isinstance(message, Command):
+                    about = {"run": name["run"], "incarnation": name["incarnation"], "command_id": message.id}
+                    said += control.send(encode(made(Ack, choose, **about)))
+            said += control.send(encode(made(Heartbeat, choose, **name, dropped={"not_finite": choose(WHOLE)})))
+            if data is not None:
+                shape = {"num_points": 3, "num_samples": 16, "width": 4, "dtype": "float32", "first_point": 0}
+                place = {"process_rank": choose((0, 1, 2)), "num_senders": 3, "last_stage": True}
+                header = made(
+                    Shard, choose, **{**name, **shape, **place}, observables={"a": [choose((0.0, 1e308))] * 2}
+                )
+                states = torch.randn((3, 16, 4)) * choose((1.0, 1e30, *STRANGE))
+                said += data.send(encode(header, states)) is None
+            poller.wait(0.02)
+        control.send(encode(made(Goodbye, choose, **name)))
+    return f"{said} messages"
 
 
 def poisoned(stage: Watched) -> str:

@@ -122,6 +122,7 @@ KINDS: Mapping[str, Kind] = {
     "expired": Kind(play=under_script(scripts.expired), scenes=1, count=25),
     "conflicting": Kind(play=under_script(scripts.conflicting), scenes=1, count=25),
     "poisoned": Kind(play=beside_monitor(kinds.poisoned, dense=True), scenes=2, count=20),
+    "extreme_numbers": Kind(play=beside_monitor(kinds.extreme_numbers), scenes=1, count=20),
     "adapter_raises": Kind(play=scripts.adapter_raises, scenes=1, count=30),
     "hostile_plugin": Kind(play=hostile.hostile_plugin, scenes=1, count=len(hostile.MANNERS)),
     "same_name": Kind(play=scripts.same_name, scenes=1, count=20),

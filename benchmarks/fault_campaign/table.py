@@ -107,6 +107,11 @@ WORDS: Mapping[str, tuple[str, str, str]] = {
         "what it does without koopmon: the script drops that step's gradient",
         "that snapshot is kept back and counted; it is an observation all the same",
     ),
+    "extreme_numbers": (
+        "An agent of another run sends legal messages with numbers at the edges of what is legal, for up to 3 s",
+        "nothing; commands go on",
+        "nothing is broken: the monitor composes nothing of them that it cannot send or record",
+    ),
     "adapter_raises": (
         "An architecture adapter raises, in any of its methods, at its first call or later",
         "nothing; before the chain is verified koopmon's own adapter takes its place, after that the agent goes off,"

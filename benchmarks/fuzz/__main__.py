@@ -33,7 +33,7 @@ from benchmarks.provenance import provenance
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
 RESULT = HERE.parent / "results" / "fuzz.json"
-TARGETS = ("codec", "http", "config", "calibrator", "recording", "sockets")
+TARGETS = ("codec", "http", "config", "calibrator", "recording", "composition", "sockets")
 MAX_INPUT_BYTES = 8192
 MAX_GROWTH_BYTES = 50 << 20
 GRACE_SECONDS = 120.0

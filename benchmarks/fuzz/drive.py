@@ -22,6 +22,7 @@ INSTRUMENTED = {
     "config": ["koopmon.config", "tomllib"],
     "calibrator": ["koopmon.risk"],
     "recording": ["koopmon.monitor", "benchmarks.campaign"],
+    "composition": ["koopmon.monitor", "koopmon.risk"],
 }
 """By target, the packages whose branches guide the fuzzer. Native code (msgspec, SQLite) it does not see into."""
 WRITE_SECONDS = 2.0

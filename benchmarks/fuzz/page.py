@@ -9,6 +9,7 @@ from benchmarks.markdown import table
 
 WORDS = {
     "codec": "messages, decoded",
+    "composition": "legal messages with extreme numbers, and what the monitor makes of them",
     "sockets": "a monitor's own sockets and pages, over TCP, by strangers and liars",
     "http": "the pages' server",
     "config": "a configuration",

@@ -118,7 +118,7 @@ def _checked(explicit: bool, make: Callable[[], T]) -> T:
 
 def _configured(config: Config | Mapping[str, Any] | str | os.PathLike[str] | None) -> Config:
     if isinstance(config, Config):
-        return config
+        return configuration.checked(config)
     if isinstance(config, Mapping):
         return configuration.from_mapping(config)
     return configuration.load(config)

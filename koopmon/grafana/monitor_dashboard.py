@@ -110,10 +110,12 @@ def _refusals_and_store() -> list[Json]:
         ),
         lines(
             "Failures",
-            "Snapshots that an error kept from being profiled or judged, and records that were not written, in all.",
+            "Snapshots that an error kept from being profiled or judged, records that were not written, and other"
+            " errors of the monitor's own, in all.",
             [
                 query(f"koopmon_engine_failures_total{OF}", "{{instance}} not judged"),
                 query(f"koopmon_store_lost_total{OF}", "{{instance}} not written"),
+                query(f"sum by (instance) (koopmon_internal_errors_total{OF})", "{{instance}} errors"),
             ],
             minimum=0,
         ),

@@ -355,6 +355,20 @@ ALERTS: tuple[Alert, ...] = (
         panel=("koopmon-monitor", "Failures"),
     ),
     Alert(
+        name="KoopmonInternalErrors",
+        group="monitor",
+        severity="warning",
+        expr=('sum by (job, instance, part) (increase(koopmon_internal_errors_total{part!="judgement"}[10m])) > 0'),
+        summary="The monitor at {{ $labels.instance }} had errors of its own: {{ $labels.part }}",
+        description='{{ $value | printf "%.0f" }} errors in the last ten minutes.',
+        means="An error inside the monitor was confined to one run or one message. A run may only be watched from then"
+        " on, or may have been refused; the others are guarded as before.",
+        look="The monitor's log has the traceback, the run, and what follows for it.",
+        do="Report it with that traceback. A run that is only watched is guarded again after the monitor has been"
+        " restarted, or with the run's next launch.",
+        panel=("koopmon-monitor", "Failures"),
+    ),
+    Alert(
         name="KoopmonMessagesRejected",
         group="monitor",
         severity="warning",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from koopmon.errors import ProtocolError
+from koopmon.spectral.records import finite_mean
 from koopmon.wire.messages import MAX_OBSERVABLES, Shard
 
 SHARD_OVERHEAD_BYTES = 1024
@@ -91,16 +92,24 @@ class Assembler:
     """Holds shards until their step is complete, passed by a later one, or `timeout_seconds` old; at most `max_bytes`.
 
     An incomplete snapshot is still used when at least half of its shards came and they hold `min_samples` rows.
-    `on_drop(run, reason)` hears of each one that is not.
+    `on_drop(run, reason)` hears of each one that is not, `on_failure(run, error)` of one that an error kept from being
+    put together: it ends no more than that snapshot.
     """
 
     def __init__(
-        self, *, timeout_seconds: float, max_bytes: int, min_samples: int, on_drop: Callable[[str, str], None]
+        self,
+        *,
+        timeout_seconds: float,
+        max_bytes: int,
+        min_samples: int,
+        on_drop: Callable[[str, str], None],
+        on_failure: Callable[[str, Exception], None],
     ) -> None:
         self._timeout_seconds = timeout_seconds
         self._max_bytes = max_bytes
         self._min_samples = min_samples
         self._on_drop = on_drop
+        self._on_failure = on_failure
         self._pending: dict[tuple[RunKey, int], _Pending] = {}
         self._done: dict[RunKey, int] = {}
         self.num_bytes = 0
@@ -129,8 +138,7 @@ class Assembler:
         self.num_bytes += num_bytes
         if not pending.complete:
             return []
-        earlier = sorted(other for other in self._pending if other[0] == run_key and other[1] <= shard.step)
-        return [snapshot for other in earlier if (snapshot := self._close(other)) is not None]
+        return self._close_all(other for other in self._pending if other[0] == run_key and other[1] <= shard.step)
 
     def expire(self, now: float) -> list[Snapshot]:
         """Close what has waited too long; return the snapshots that are usable all the same."""
@@ -169,7 +177,15 @@ class Assembler:
         return pending
 
     def _close_all(self, keys: Iterable[tuple[RunKey, int]]) -> list[Snapshot]:
-        return [snapshot for key in sorted(keys) if (snapshot := self._close(key)) is not None]
+        snapshots = []
+        for key in sorted(keys):
+            try:
+                snapshot = self._close(key)
+            except Exception as error:
+                self._on_failure(key[0][0], error)
+            else:
+                snapshots += [] if snapshot is None else [snapshot]
+        return snapshots
 
     def _close(self, key: tuple[RunKey, int]) -> Snapshot | None:
         run_key, step = key
@@ -256,7 +272,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     if not known:
         return None
-    return math.fsum(known) / len(known) if all(map(math.isfinite, known)) else math.nan
+    return finite_mean(known) if all(map(math.isfinite, known)) else math.nan
 
 
 def _snapshot(headers: Sequence[Shard], blocks: tuple[tuple[Tensor, ...], ...]) -> Snapshot:
@@ -285,11 +301,12 @@ def _observables(headers: Sequence[Shard], num_layers: int) -> dict[str, tuple[f
 
 
 def _weighed(headers: Sequence[Shard], name: str, layer: int) -> float | None:
-    total, num_samples = 0.0, 0
+    known: list[tuple[float, int]] = []
     for header in headers:
         values, index = header.observables.get(name, ()), layer - header.first_point
         value = values[index] if 0 <= index < len(values) else None
         if value is not None:
-            total += value * header.num_samples
-            num_samples += header.num_samples
-    return total / num_samples if num_samples else None
+            known.append((value, header.num_samples))
+    num_samples = sum(count for _, count in known)
+    # Weighed by shares and not by counts: a product with a count may be beyond a double.
+    return sum(value * (count / num_samples) for value, count in known) if known else None

@@ -26,6 +26,7 @@ from koopmon.monitor.access import Access
 from koopmon.monitor.annotations import Annotations, Tell, tell_nobody
 from koopmon.monitor.device import check_device
 from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.failures import Failures
 from koopmon.monitor.grafana import read_access
 from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.live.recall import Recall
@@ -45,8 +46,11 @@ from koopmon.wire.trust import make_trust
 logger = logging.getLogger(__name__)
 
 MAX_WAIT_SECONDS = 1.0
+FAILED_WAIT_SECONDS = 0.1
+"""Before the next turn when waiting itself fails, so that the loop does not spin."""
 ALIVE_SECONDS = 10.0
-"""The loop turns at least every MAX_WAIT_SECONDS; when it has not for this long, /healthz says so."""
+"""The loop turns at least every MAX_WAIT_SECONDS; when it has not, or has failed to wait, for this long, /healthz says
+so."""
 BURST = 64
 """Messages of one socket in a row before the others get their turn."""
 DRAIN_SECONDS = 60.0
@@ -139,6 +143,7 @@ class Monitor:
         build = _build()
         metrics = Metrics(registry, build)
         self._rejections = Rejections(metrics, time.monotonic)
+        self._failures = Failures(metrics, time.monotonic)
         checks = {"healthz": self._alive, "readyz": lambda: self._serving and self._alive()}
         board = LiveBoard()
         web = WebServer(
@@ -162,6 +167,7 @@ class Monitor:
             max_bytes=monitor.max_pending_bytes,
             on_result=self._take_result,
             on_drop=lambda run: self._service.dropped(run, "engine_queue_full"),
+            on_failure=lambda run, error: self._failures.note("snapshot", error, run=run),
         )
         stack.callback(engine.close)
         self._engine = engine
@@ -183,6 +189,7 @@ class Monitor:
             tell=tell,
             build=build,
             board=board,
+            failures=self._failures,
         )
         stack.callback(Recall(board, self._store_path).close)
         self._addresses = Addresses(
@@ -207,13 +214,24 @@ class Monitor:
     def _loop(self) -> None:
         poller = Poller(self._waker, self._control, self._data)
         while not self._stop:
-            self._turned_at = time.monotonic()
-            poller.wait(max(0.0, min(self._service.next_deadline() - self._turned_at, MAX_WAIT_SECONDS)))
+            self._wait(poller)
             self._receive_control(BURST)
             self._receive_data(BURST)
-            self._note_refusals()
+            with self._failures.contained("loop"):
+                self._note_refusals()
             self._handle_results()
-            self._service.tick()
+            with self._failures.contained("loop"):
+                self._service.tick()
+
+    def _wait(self, poller: Poller) -> None:
+        now = time.monotonic()
+        try:
+            poller.wait(max(0.0, min(self._service.next_deadline() - now, MAX_WAIT_SECONDS)))
+        except Exception as error:
+            self._failures.note("loop", error)
+            time.sleep(FAILED_WAIT_SECONDS)
+        else:
+            self._turned_at = time.monotonic()
 
     def _note_refusals(self) -> None:
         for refusal in [*self._control.take_refusals(), *self._data.take_refusals()]:
@@ -221,14 +239,17 @@ class Monitor:
 
     def _finish(self) -> None:
         """Take in what has arrived, and see it profiled and stored; nobody is answered any more."""
-        self._service.stop()
+        with self._failures.contained("loop"):
+            self._service.stop()
         while self._receive_control(BURST) + self._receive_data(BURST):
             self._handle_results()
-        self._service.stop()
+        with self._failures.contained("loop"):
+            self._service.stop()
         deadline = time.monotonic() + DRAIN_SECONDS
         while not (done := self._engine.drain(COMMIT_SECONDS)) and time.monotonic() < deadline:
             self._handle_results()
-            self._service.tick()
+            with self._failures.contained("loop"):
+                self._service.tick()
         if not done:
             logger.error("monitor: the engine was not done after %.0f s: its snapshots are lost", DRAIN_SECONDS)
         self._handle_results()
@@ -270,18 +291,25 @@ class Monitor:
             self._rejections.note(error.reason, error.detail)
         except Exception as error:
             self._rejections.note("internal", f"{type(error).__name__}: {error}", cause=error)
+            self._failures.count("message")
 
     def _handle_results(self) -> None:
         while self._results:
-            with self._rejecting():
-                self._service.on_result(self._results.popleft())
+            result = self._results.popleft()
+            with self._failures.contained("snapshot", result.snapshot.run):
+                self._service.on_result(result)
 
     def _take_result(self, result: Result) -> None:
         self._results.append(result)
         self._waker.wake()
 
     def _send(self, peer: bytes, message: MonitorMessage) -> bool:
-        return self._control.send(peer, encode(message))
+        """Whether `message` left. One that the protocol cannot say is our own error, and no peer's."""
+        try:
+            return self._control.send(peer, encode(message))
+        except Exception as error:
+            self._failures.note("message", error, run=message.run)
+            return False
 
     def _alive(self) -> bool:
         return time.monotonic() - self._turned_at < ALIVE_SECONDS

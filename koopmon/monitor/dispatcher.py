@@ -1,4 +1,8 @@
-"""From verdicts to answered commands: recorded, then sent to rank 0, offered again, and accounted for."""
+"""From verdicts to answered commands: recorded, then sent to rank 0, offered again, and accounted for.
+
+What only tells of a decision (metrics, page, annotations) may fail without touching it. A decision that cannot be
+recorded is not sent.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from koopmon.errors import ProtocolError
 from koopmon.monitor.annotations import Tell, tell_nobody
+from koopmon.monitor.failures import Failures
 from koopmon.monitor.guard import Guard, Verdict
 from koopmon.monitor.live.board import LiveBoard, standing_of
 from koopmon.monitor.metrics import Metrics
@@ -34,6 +39,7 @@ class Dispatcher:
         send: Callable[[bytes, MonitorMessage], bool],
         wall: Callable[[], float],
         board: LiveBoard,
+        failures: Failures,
         tell: Tell = tell_nobody,
     ) -> None:
         """`tell` hears of every decision, and of every outcome of a command."""
@@ -43,6 +49,8 @@ class Dispatcher:
         self._wall = wall
         self._tell = tell
         self._board = board
+        self._contained = failures.contained
+        self._failures = failures
 
     def judge(
         self, now: float, run: Run, guard: Guard, sample: Sample, profile: SpectralProfile | None, *, decide: bool
@@ -50,31 +58,37 @@ class Dispatcher:
         """Let the guard judge a snapshot, record the verdict, then send what follows from it, unless it only watches.
 
         A `profile` of None means that the states were not finite; without `decide` nothing follows.
-        Returns the verdict; None when there is none, which is counted.
+        Returns the verdict; None when there is none, which is counted. An error beyond that is the caller's: none of
+        what was decided may be sent then.
         """
         try:
             if profile is not None:
                 guard.score_initially(sample.step, profile)
             verdict = guard.judge(now, sample, profile, step=run.step, decide=decide)
-        except Exception:
-            # A detector or policy that fails on one snapshot must not end the monitoring of every run.
-            logger.exception("run %s step %d: cannot be judged", run.name, sample.step)
+        except Exception as error:
+            self._failures.note("judgement", error, run=run.name, what=f"step {sample.step} cannot be judged")
             self._metrics.add("engine_failures")
             return None
+        with self._contained("metrics", run.name):
+            self._show(run, guard, verdict)
+        with self._contained("store", run.name):
+            self._record(run, guard, sample, verdict, non_finite=profile is None)
+        if verdict.unsayable is not None:
+            what = f"the decision at step {sample.step} is dropped"
+            self._failures.note("command", verdict.unsayable, run=run.name, what=what)
+        if verdict.decision is not None and verdict.remarkable:
+            self._issue(run, guard, sample, verdict, verdict.decision)
+        with self._contained("page", run.name):
+            self._board.judged(run.name, sample, profile, verdict, standing_of(now, guard, verdict))
+        return verdict
+
+    def _show(self, run: Run, guard: Guard, verdict: Verdict) -> None:
         if guard.initial is not None:
             self._metrics.set("initial_risk", guard.initial.score, run.name)
         self._metrics.set("risk", verdict.risk.value, run.name)
         self._metrics.set("forecast", verdict.risk.forecast, run.name)
         self._metrics.set("divergence_probability", guard.divergence_probability, run.name)
-        self._count(run, guard, verdict)
-        self._record(run, guard, sample, verdict, non_finite=profile is None)
-        if verdict.decision is not None and verdict.remarkable:
-            self._issue(run, guard, sample, verdict, verdict.decision)
-        self._board.judged(run.name, sample, profile, verdict, standing_of(now, guard, verdict))
-        return verdict
-
-    def _count(self, run: Run, guard: Guard, verdict: Verdict) -> None:
-        """What alerts ask of must not get lost between two scrapes."""
+        # What alerts ask of must not get lost between two scrapes.
         if guard.alarming(verdict.risk.value):
             self._metrics.add("risk_alarms", run.name)
         effect = None if verdict.decision is None else verdict.decision.took_effect
@@ -102,8 +116,7 @@ class Dispatcher:
     def _issue(self, run: Run, guard: Guard, sample: Sample, verdict: Verdict, decision: Decision) -> None:
         for command in verdict.replaced:
             # Its answer may still be on its way, and then it takes the place of this.
-            self._store.record_outcome(command.id, "unanswered")
-            self._board.settled(run.name, command.id, "unanswered")
+            self._settle(command, "unanswered")
         self._store.record_decision(
             self._wall(),
             run.name,
@@ -127,21 +140,30 @@ class Dispatcher:
         kinds = tuple(command.kind for command in verdict.commands)
         what = ", ".join(kinds) + ("" if guard.sends else " (not sent)") if kinds else "no command"
         text = f"{run.name} step {sample.step}: {what}: {decision.reason} (risk {verdict.risk.value:.2f})"
-        self._tell(self._wall(), (run.name, decision.phase, *kinds), text)
+        with self._contained("annotation", run.name):
+            self._tell(self._wall(), (run.name, decision.phase, *kinds), text)
         for command in verdict.commands:
             if guard.sends:
-                self._offer(run, command)
-            self._metrics.add("commands", run.name, command.kind, "sent" if guard.sends else "dry_run")
+                self._offer(run, guard, command)
+            else:
+                self._count(command, "dry_run")
 
     def acknowledge(self, now: float, run: Run, guard: Guard, ack: Ack) -> None:
         """Take rank 0's answer. Raises ProtocolError when no command of this monitor has its id."""
-        self._store.record_ack(self._wall(), ack)
-        kind = guard.acknowledge(now, ack)
-        if kind is None:
+        with self._contained("store", run.name):
+            self._store.record_ack(self._wall(), ack)
+        answered = guard.acknowledge(now, ack)
+        if answered is None:
             raise ProtocolError("unknown_command", f"run {run.name} answers {ack.command_id}, which is not known")
-        self._metrics.add("commands", run.name, kind, ack.outcome)
-        self._board.answered(ack)
-        self._board.stands(run.name, guard.policy_state)
+        if answered.counts:
+            with self._contained("metrics", run.name):
+                self._metrics.add("commands", run.name, answered.kind, ack.outcome)
+        if not answered.first:
+            return
+        with self._contained("page", run.name):
+            self._board.answered(ack)
+            self._board.stands(run.name, guard.policy_state)
+        kind = answered.kind
         detail = f" ({ack.detail!r})" if ack.detail else ""
         logger.info("run %s step %d: %s %s%s", run.name, ack.step, kind, ack.outcome, detail)
         self._tell_outcome(run.name, kind, ack.outcome, f"{run.name} step {ack.step}: {kind} {ack.outcome}{detail}")
@@ -150,25 +172,34 @@ class Dispatcher:
         """Give up commands past their expiry, and offer again those that wait for an answer too long."""
         self._unanswered(guard.give_up(now, run.step, run.applied))
         for command in guard.due(now):
-            self._offer(run, command)
+            self._offer(run, guard, command)
 
-    def abandon(self, run: Run, guard: Guard) -> None:
-        """The run is over, or its incarnation: nothing more is to be expected."""
+    def abandon(self, guard: Guard) -> None:
+        """The run is over, or its incarnation, or it is only watched from now on: no more answers are expected."""
         self._unanswered(guard.abandon())
 
-    def _offer(self, run: Run, command: Command) -> None:
+    def _offer(self, run: Run, guard: Guard, command: Command) -> None:
         leader = run.leader
-        if leader is not None:
-            self._send(leader.identity, command)
+        if leader is not None and self._send(leader.identity, command) and guard.sent(command):
+            self._count(command, "sent")
 
     def _unanswered(self, commands: Iterable[Command]) -> None:
         for command in commands:
-            self._metrics.add("commands", command.run, command.kind, "unanswered")
-            self._store.record_outcome(command.id, "unanswered")
-            self._board.settled(command.run, command.id, "unanswered")
-            self._tell_outcome(
-                command.run, command.kind, "unanswered", f"{command.run}: {command.kind} was not answered"
-            )
+            self._count(command, "unanswered")
+            self._settle(command, "unanswered")
+            text = f"{command.run}: {command.kind} was not answered"
+            self._tell_outcome(command.run, command.kind, "unanswered", text)
+
+    def _count(self, command: Command, outcome: str) -> None:
+        with self._contained("metrics", command.run):
+            self._metrics.add("commands", command.run, command.kind, outcome)
+
+    def _settle(self, command: Command, outcome: str) -> None:
+        with self._contained("store", command.run):
+            self._store.record_outcome(command.id, outcome)
+        with self._contained("page", command.run):
+            self._board.settled(command.run, command.id, outcome)
 
     def _tell_outcome(self, run: str, kind: str, outcome: str, text: str) -> None:
-        self._tell(self._wall(), (run, kind, outcome), text)
+        with self._contained("annotation", run):
+            self._tell(self._wall(), (run, kind, outcome), text)

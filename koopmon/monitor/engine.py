@@ -46,7 +46,8 @@ class Engine:
     """Profiles snapshots in the order in which they came. `on_result` is called in the worker thread.
 
     At most `queue_length` snapshots and `max_bytes` of states wait; when there are more, the oldest of the run that has
-    most waiting gives way and `on_drop(run)` hears of it, in the thread of `submit`.
+    most waiting gives way and `on_drop(run)` hears of it, in the thread of `submit`. `on_failure(run, error)` hears of
+    an error that is none of profiling: it costs that snapshot, and the thread goes on.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Engine:
         max_bytes: int,
         on_result: Callable[[Result], None],
         on_drop: Callable[[str], None],
+        on_failure: Callable[[str, Exception], None],
     ) -> None:
         self._device_name = device
         self._device: torch.device | None = None
@@ -66,6 +68,7 @@ class Engine:
         self._max_bytes = max_bytes
         self._on_result = on_result
         self._on_drop = on_drop
+        self._on_failure = on_failure
         self._queue: deque[Snapshot] = deque()
         self._busy = True  # warming up
         self._closing = False
@@ -130,13 +133,19 @@ class Engine:
                     return
                 snapshot = self._queue.popleft()
                 self._busy = True
-            result = self._profile(snapshot, kreiss="never")
-            self._on_result(result)
-            if result.profile is not None and self._kreiss_due(snapshot.run):
-                result = self._profile(snapshot, kreiss="auto")
-                if result.profile is not None:
-                    self._on_result(replace(result, again=True))
-            del snapshot, result
+            try:
+                self._handle(snapshot)
+            except Exception as error:
+                self._on_failure(snapshot.run, error)
+            del snapshot
+
+    def _handle(self, snapshot: Snapshot) -> None:
+        result = self._profile(snapshot, kreiss="never")
+        self._on_result(result)
+        if result.profile is not None and self._kreiss_due(snapshot.run):
+            result = self._profile(snapshot, kreiss="auto")
+            if result.profile is not None:
+                self._on_result(replace(result, again=True))
 
     def _warm_up(self) -> None:
         """The first decomposition of a process loads libraries: let it not be a run's first snapshot."""

@@ -7,6 +7,7 @@ and an expiry, are offered again until they are answered, and never once a newer
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from koopmon.config import Config, KssConfig, PolicyConfig, Section
+from koopmon.errors import ProtocolError, one_line
 from koopmon.monitor import policy
 from koopmon.monitor.sample import Sample
 from koopmon.risk import initial, online
 from koopmon.risk.calibration import Example
-from koopmon.wire.messages import Ack, Applied, Command, CommandKind, Hello
+from koopmon.wire.headers import encode_header
+from koopmon.wire.messages import MAX_STEP, MAX_TEXT, Ack, Applied, Command, CommandKind, Hello
 
 if TYPE_CHECKING:
     from koopmon.risk.calibration import Calibrator
@@ -30,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 RESEND_SECONDS = 1.0
 TRAINING_KINDS = frozenset({"set_lr_scale", "set_kss"})
+MAX_REPLACED = 64
+"""Commands of one run that a newer one has replaced, and whose answer may yet come."""
 MAX_SETTLED = 256
 """Commands of one run that are remembered after they are settled, so that a late answer is known."""
 
@@ -41,15 +46,26 @@ class Verdict:
     """How one snapshot was judged. `decision` is None when the policy was not asked.
 
     `commands` follow from it and have taken the place of the unanswered ones in `replaced`. `remarkable` is True when
-    there are commands or the phase changed.
+    there are commands, the phase changed or KSS is barred from now on. `unsayable` tells why a decision had to be
+    dropped: the protocol has no message for it.
     """
 
     observation: online.Observation
     risk: online.OnlineRisk
     decision: policy.Decision | None
-    commands: tuple[Command, ...]
-    replaced: tuple[Command, ...]
-    remarkable: bool
+    commands: tuple[Command, ...] = ()
+    replaced: tuple[Command, ...] = ()
+    remarkable: bool = False
+    unsayable: ProtocolError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What an ack answers. `first`: the command had no answer before. `counts`: nothing was counted as its outcome."""
+
+    kind: CommandKind
+    first: bool
+    counts: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +79,18 @@ class Memory:
 
 @dataclass(slots=True)
 class _Waiting:
+    """A command without an answer; a `replaced` one is not offered again, and its answer changes nothing here."""
+
     command: Command
-    sent_at: float
+    offered_at: float
+    sent: bool = False
+    replaced: bool = False
+
+
+@dataclass(slots=True)
+class _Settled:
+    kind: CommandKind
+    answered: bool
 
 
 class Guard:
@@ -84,13 +110,14 @@ class Guard:
     ) -> None:
         self._run, self._incarnation = hello.run, hello.incarnation
         self._config = config
+        self._stood_down = False
         self.describe(hello)
         remembered = _recall(memory)
         self._risk_state = remembered.risk
         self._policy_state = _in_force(remembered.policy, applied, hello.step)
         self._phase = self._policy_state.phase
         self._waiting: dict[str, _Waiting] = {}
-        self._settled: OrderedDict[str, CommandKind] = OrderedDict()
+        self._settled: OrderedDict[str, _Settled] = OrderedDict()
         self.initial = remembered.initial
         """The score at initialisation, from the first informative snapshot of the warm-up."""
         self._calibrator = calibrator
@@ -106,8 +133,16 @@ class Guard:
         hints = {} if hello.kss is None else msgspec.structs.asdict(hello.kss)
         known = {name: value for name, value in hints.items() if name in config.kss.__struct_fields__}
         self._kss_config = merged(config.kss, known, "kss")
-        self.sends = hello.acts and not config.policy.dry_run and config.policy.name != "observe"
+        self._may_send = hello.acts and not config.policy.dry_run and config.policy.name != "observe"
+
+    @property
+    def sends(self) -> bool:
         """False: commands are decided and recorded, and stay here."""
+        return self._may_send and not self._stood_down
+
+    def stand_down(self) -> None:
+        """Only watch from now on, as long as this incarnation lasts: the monitor failed on one of its commands."""
+        self._stood_down = True
 
     def score_initially(self, step: int, profile: SpectralProfile) -> None:
         """Set `initial` while the run is young and no snapshot was informative yet."""
@@ -142,7 +177,8 @@ class Guard:
 
         With `decide` False, as when the monitor shuts down, the risk is assessed and nothing follows from it.
         """
-        self._peak_rate = max(self._peak_rate, sample.learning_rate or 0.0)
+        if sample.learning_rate is not None and math.isfinite(sample.learning_rate):
+            self._peak_rate = max(self._peak_rate, sample.learning_rate)
         self._num_layers = self._num_layers if profile is None else profile.num_layers
         observation = online.observe(
             profile,
@@ -157,15 +193,22 @@ class Guard:
             kss_alpha=sample.kss_alpha,
             non_finite=profile is None,
         )
-        self._risk_state, risk = online.assess(self._risk_state, observation, self._risk_config)
+        risk_state, risk = online.assess(self._risk_state, observation, self._risk_config)
+        if not math.isfinite(risk.value):
+            raise ArithmeticError(f"the risk at step {sample.step} is {risk.value}: {risk.reason}")
+        self._risk_state = risk_state
         if not decide:
-            return Verdict(
-                observation=observation, risk=risk, decision=None, commands=(), replaced=(), remarkable=False
-            )
-        decision = policy.decide(now, self._policy_state, observation, risk, self._config.policy, self._kss_config)
+            return Verdict(observation=observation, risk=risk, decision=None)
+        before = self._policy_state
+        decision = policy.decide(now, before, observation, risk, self._config.policy, self._kss_config)
+        try:
+            commands = tuple(self._command(action, max(step, sample.step)) for action in decision.commands)
+        except ProtocolError as error:
+            # As if it had not been decided: the next alarm decides again.
+            return Verdict(observation=observation, risk=risk, decision=None, unsayable=error)
         self._policy_state = decision.state
-        commands = tuple(self._command(action, max(step, sample.step)) for action in decision.commands)
-        remarkable = bool(commands) or decision.phase != self._phase
+        barred = decision.state.kss_barred and not before.kss_barred
+        remarkable = bool(commands) or barred or decision.phase != self._phase
         self._phase = decision.phase
         return Verdict(
             observation=observation,
@@ -176,33 +219,55 @@ class Guard:
             remarkable=remarkable,
         )
 
-    def acknowledge(self, now: float, ack: Ack) -> CommandKind | None:
-        """Take rank 0's answer; returns the kind of the command it answers, None when that is none of ours."""
+    def acknowledge(self, now: float, ack: Ack) -> Answered | None:
+        """Take rank 0's answer; returns what it answers, None when that is none of ours.
+
+        The first answer settles a command. Agents repeat an answer after a reconnection, and may lie.
+        """
         waiting = self._waiting.pop(ack.command_id, None)
-        if waiting is None:
-            return self._settled.get(ack.command_id)
-        self._settle(waiting.command)
-        self._inform(now, waiting.command, ack)
-        return waiting.command.kind
+        if waiting is not None:
+            self._settle(waiting.command, answered=True)
+            if not waiting.replaced:
+                self._inform(now, waiting.command, ack)
+            return Answered(waiting.command.kind, first=True, counts=True)
+        settled = self._settled.get(ack.command_id)
+        if settled is None:
+            return None
+        first, settled.answered = not settled.answered, True
+        return Answered(settled.kind, first=first, counts=False)
 
     def due(self, now: float) -> list[Command]:
         """The commands to offer again now; from then on they are due in another RESEND_SECONDS."""
-        due = [waiting for waiting in self._waiting.values() if now - waiting.sent_at >= RESEND_SECONDS]
+        due = [each for each in self._waiting.values() if not each.replaced and now - each.offered_at >= RESEND_SECONDS]
         for waiting in due:
-            waiting.sent_at = now
+            waiting.offered_at = now
         return [waiting.command for waiting in due]
+
+    def sent(self, command: Command) -> bool:
+        """Note that `command` has left; returns whether it is the first time."""
+        waiting = self._waiting.get(command.id)
+        first = waiting is not None and not waiting.sent
+        if waiting is not None:
+            waiting.sent = True
+        return first
 
     def give_up(self, now: float, step: int, applied: Applied) -> list[Command]:
         """The commands whose expiry the run has passed without an answer; `applied` is what it says is in force."""
+        replaced = [waiting for waiting in self._waiting.values() if waiting.replaced]
+        too_many = [waiting.command.id for waiting in replaced[: max(0, len(replaced) - MAX_REPLACED)]]
         # The answer may be on its way behind the heartbeat that told the step.
         expired = [
-            waiting.command
+            waiting
             for waiting in self._waiting.values()
-            if step > waiting.command.expires_step and now - waiting.sent_at >= RESEND_SECONDS
+            if waiting.command.id in too_many
+            or (step > waiting.command.expires_step and now - waiting.offered_at >= RESEND_SECONDS)
         ]
-        for command in expired:
+        for waiting in expired:
+            command = waiting.command
             del self._waiting[command.id]
-            self._settle(command)
+            self._settle(command, answered=False)
+            if waiting.replaced:
+                continue
             ack = Ack(
                 run=self._run,
                 incarnation=self._incarnation,
@@ -213,7 +278,7 @@ class Guard:
                 applied=applied,
             )
             self._inform(now, command, ack)
-        return expired
+        return [waiting.command for waiting in expired]
 
     @property
     def policy_state(self) -> policy.PolicyState:
@@ -231,8 +296,8 @@ class Guard:
 
     @property
     def waiting(self) -> bool:
-        """Whether some command waits for its answer."""
-        return bool(self._waiting)
+        """Whether some command waits for its answer, and is offered until it comes."""
+        return any(not waiting.replaced for waiting in self._waiting.values())
 
     def memory(self) -> bytes:
         """What a guard of this incarnation needs to go on where this one stands."""
@@ -241,33 +306,41 @@ class Guard:
     def abandon(self) -> list[Command]:
         """Forget what waits for an answer, as when the run is over; returns it."""
         commands = [waiting.command for waiting in self._waiting.values()]
+        for command in commands:
+            self._settle(command, answered=False)
         self._waiting.clear()
         return commands
 
     def _command(self, action: policy.Action, step: int) -> Command:
-        return Command(
+        """The one place where commands are made: what it returns can be sent.
+
+        Steps are clamped to the protocol's last one. Raises ProtocolError for any other value that no receiver takes.
+        """
+        until = action.cadence_until_step
+        command = Command(
             run=self._run,
             incarnation=self._incarnation,
             id=secrets.token_hex(8),
             kind=action.kind,
-            reason=action.reason[:512],
-            expires_step=step + action.expires_in_steps,
+            reason=action.reason[:MAX_TEXT],
+            expires_step=min(step + action.expires_in_steps, MAX_STEP),
             lr_scale=action.lr_scale,
             kss=action.kss,
             ramp_steps=action.ramp_steps,
             cadence_steps=action.cadence_steps,
-            cadence_until_step=action.cadence_until_step,
+            cadence_until_step=None if until is None else min(until, MAX_STEP),
         )
+        encode_header(command)
+        return command
 
     def _expect(self, now: float, commands: tuple[Command, ...]) -> tuple[Command, ...]:
         kinds = {command.kind for command in commands}
-        replaced = tuple(waiting.command for waiting in self._waiting.values() if waiting.command.kind in kinds)
-        for command in replaced:
-            del self._waiting[command.id]
-            self._settle(command)
+        replaced = [each for each in self._waiting.values() if each.command.kind in kinds and not each.replaced]
+        for waiting in replaced:
+            waiting.replaced = True
         for command in commands:
             self._waiting[command.id] = _Waiting(command, now)
-        return replaced
+        return tuple(waiting.command for waiting in replaced)
 
     def _inform(self, now: float, command: Command, ack: Ack) -> None:
         # What is in force says nothing about a command that is not to change it.
@@ -276,8 +349,8 @@ class Guard:
         elif command.kind in TRAINING_KINDS:
             self._policy_state = policy.acknowledge(now, self._policy_state, ack)
 
-    def _settle(self, command: Command) -> None:
-        self._settled[command.id] = command.kind
+    def _settle(self, command: Command, *, answered: bool) -> None:
+        self._settled[command.id] = _Settled(command.kind, answered)
         while len(self._settled) > MAX_SETTLED:
             self._settled.popitem(last=False)
 
@@ -301,11 +374,12 @@ def merged(section: S, hints: Mapping[str, Any], source: str) -> S:
 
 
 def _recall(memory: bytes | None) -> Memory:
+    """What an earlier monitor put down, unless the history hands back what no monitor would have."""
     if memory is not None:
         try:
             return msgspec.json.decode(memory, type=Memory)
-        except msgspec.DecodeError as error:
-            logger.warning("guard: what an earlier monitor remembered cannot be used: %s", error)
+        except (msgspec.DecodeError, TypeError, ValueError, RecursionError) as error:
+            logger.warning("guard: what an earlier monitor remembered cannot be used: %s", one_line(error))
     return Memory(risk=online.RiskState(), policy=policy.PolicyState(), initial=None)
 
 

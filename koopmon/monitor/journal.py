@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import sqlite3
 import time
@@ -16,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
+
+import msgspec
 
 from koopmon.config import StoreConfig
 from koopmon.errors import StoreError, one_line
@@ -30,6 +33,11 @@ MAX_BACKLOG = 10_000
 """Decisions and answers that wait in memory while recording is paused; then the oldest give way."""
 MIN_FREE_BYTES = 4 << 20
 """Of the disk, before a paused store tries again: else it would stop and start with every few rows."""
+RECORD_ERRORS = (
+    *(sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError),
+    *(ArithmeticError, LookupError, TypeError, ValueError, msgspec.MsgspecError),
+)
+"""What one record is to blame for: it contradicts the others, or holds what SQLite or JSON cannot."""
 UPKEEP_SECONDS = 60.0
 BUSY_UPKEEP_SECONDS = 1.0
 P = ParamSpec("P")
@@ -70,6 +78,7 @@ class Journal:
         self._backlog: deque[Callable[[], None]] = deque()
         self._lost = 0
         self._paused_at: float | None = None
+        self._left_out_at = -math.inf
         self._damaged = False
         # Retention goes by this and never by a later look at the calendar, which may jump.
         self._epoch = wall() - clock()
@@ -205,10 +214,15 @@ class Journal:
     def _apply(self, entry: Callable[[], None]) -> None:
         try:
             entry()
-        except sqlite3.IntegrityError:
-            # Our mistake and not the disk's: trying again would not help.
-            logger.exception("store: a record that contradicts the others is left out")
+        except UnicodeDecodeError:  # the file's mistake: see SQLITE_ERRORS
+            raise
+        except RECORD_ERRORS as error:
+            # Our mistake and not the disk's: trying again would not help, and would keep all other records waiting.
             self._lost += 1
+            now = self._clock()
+            if now - self._left_out_at >= UPKEEP_SECONDS:
+                self._left_out_at = now
+                logger.error("store: a record that cannot be written is left out", exc_info=error)
 
     def _pause(self, error: Exception, *, damaged: bool = False) -> None:
         if self._paused_at is None:

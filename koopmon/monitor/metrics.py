@@ -55,6 +55,8 @@ DROPS: tuple[str, ...] = (*DROP_REASONS, *MONITOR_DROPS)
 COMMAND_KINDS: tuple[str, ...] = get_args(CommandKind)
 COMMAND_OUTCOMES: tuple[str, ...] = ("sent", "dry_run", *get_args(AckOutcome), "unanswered")
 EFFECTS = ("effect", "no_effect")
+ErrorPart = Literal["message", "snapshot", "judgement", "command", "store", "metrics", "page", "annotation", "loop"]
+"""Where an error of the monitor's own may come from."""
 DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 Kind = Literal["gauge", "counter", "histogram", "info"]
@@ -122,7 +124,7 @@ TABLE: tuple[Series, ...] = (
     Series(
         "commands",
         "counter",
-        "Commands by what became of them; one that was sent counts again with its answer.",
+        "Commands, each counted once as sent, or dry_run, and once by what became of it: its first answer, or none.",
         ("run", "kind", "outcome"),
         {"kind": COMMAND_KINDS, "outcome": COMMAND_OUTCOMES},
     ),
@@ -138,6 +140,13 @@ TABLE: tuple[Series, ...] = (
     Series("dmd_duration_seconds", "histogram", "Time to profile one snapshot, all layers."),
     Series("engine_queue_length", "gauge", "Snapshots waiting for the engine."),
     Series("engine_failures", "counter", "Snapshots that an error kept from being profiled or judged."),
+    Series(
+        "internal_errors",
+        "counter",
+        "Errors of the monitor's own; each touched no more than the run or the message that it came from.",
+        ("part",),
+        {"part": get_args(ErrorPart)},
+    ),
     Series("store_recording", "gauge", "1 while history is written, 0 while the store is paused."),
     Series("store_lost", "counter", "Records that were not written; decisions wait while the store is paused."),
     Series("build", "info", "Versions of what is running."),
@@ -157,6 +166,14 @@ def layer_buckets(num_layers: int) -> list[tuple[str, range]]:
 
 def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean; infinite, instead of an error, where the sum of what peers sent is beyond a double."""
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:
+        return math.inf
 
 
 class Metrics(Collector):
@@ -235,8 +252,9 @@ class Metrics(Collector):
                 found = [_finite(getattr(layers[index], name)) for index in span]
                 values = [value for value in found if value is not None]
                 if values:
-                    reduced = max(values) if BY_NAME[name].bucket == "max" else math.fsum(values) / len(values)
-                    fresh[name][(run, label)] = reduced
+                    reduced = _finite(max(values) if BY_NAME[name].bucket == "max" else _mean(values))
+                    if reduced is not None:
+                        fresh[name][(run, label)] = reduced
         standing = {(run, label) for label, _ in buckets}
         with self._lock:
             for name, series in fresh.items():
@@ -252,8 +270,9 @@ class Metrics(Collector):
         for name, row in observables.items():
             for label, span in layer_buckets(len(row)):
                 values = [value for value in map(_finite, row[span.start : span.stop]) if value is not None]
-                if values:
-                    fresh[run, label, name] = math.fsum(values) / len(values)
+                mean = _finite(_mean(values)) if values else None
+                if mean is not None:
+                    fresh[run, label, name] = mean
         with self._lock:
             standing = self._values["observable"]
             for labels in [labels for labels in standing if labels[0] == run]:

@@ -13,17 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from koopmon.config import KssConfig, PolicyConfig
 from koopmon.risk.online import Observation, OnlineRisk, normalization
-from koopmon.wire.messages import Ack, CommandKind, KssSettings
+from koopmon.wire.messages import MAX_MODULUS, Ack, CommandKind, Count, KssSettings, LrScale, Share, Step
 
 Phase = Literal["calm", "alert", "acting", "backed_off", "recovering"]
 """acting: a command has yet to show its effect; backed_off: it has, and what it changed is held; recovering: on the
 way back."""
 
 HOUR_SECONDS = 3600.0
+LATE_STEPS = 10_000
+"""A snapshot may be judged after a heartbeat that is later by some steps, but not by so many: the engine's queue is
+short."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,29 +51,32 @@ class Action:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyState:
-    """What the policy remembers of one run. Scale and KSS are the targets commanded last; ramps lead to them."""
+    """What the policy remembers of one run. Scale and KSS are the targets commanded last; ramps lead to them.
+
+    The bounds hold for what a history hands back after a restart, which may be damaged or forged.
+    """
 
     phase: Phase = "calm"
-    lr_scale: float = 1.0
-    num_cuts: int = 0
+    lr_scale: LrScale = 1.0
+    num_cuts: Count = 0
     """Back-offs since the scale was last 1."""
     kss: KssSettings = field(default_factory=KssSettings)
-    high_streak: int = 0
+    high_streak: Count = 0
     """Snapshots in a row with a risk of at least `act_risk`."""
-    calm_since: int | None = None
+    calm_since: Step | None = None
     """First step of the present stretch of snapshots below `release_risk`; None while not calm."""
-    acted_at: int | None = None
+    acted_at: Step | None = None
     """Step of the last back-off or of the last command that turned KSS on."""
-    risk_at_action: float = 0.0
-    kss_on_at: int | None = None
-    kss_cut: int = 0
+    risk_at_action: Share = 0.0
+    kss_on_at: Step | None = None
+    kss_cut: Count = 0
     """The back-off, counted by `num_cuts`, that KSS last accompanied: it accompanies each but once."""
     loss_at_kss: float | None = None
     kss_barred: bool = False
-    calm_radius: float | None = None
+    calm_radius: Annotated[float, Meta(ge=0.0)] | None = None
     """The run's own largest spectral radius while calm: a slow average."""
-    dense_until: int = 0
-    action_times: tuple[float, ...] = ()
+    dense_until: Step = 0
+    action_times: Annotated[tuple[float, ...], Meta(max_length=100_000)] = ()
     """When the actions of the last hour were taken, in the clock of `now`."""
 
 
@@ -129,7 +137,8 @@ class _Case:
         return since is not None and self.seen.step - since >= steps
 
 
-Proposal = tuple[tuple[Action, ...], PolicyState]
+Proposal = tuple[tuple[Action, ...], PolicyState, str]
+"""Actions, what to remember, and the reason; without one the actions tell theirs."""
 
 
 def decide(
@@ -156,8 +165,8 @@ def decide(
         proposal = rule(case)
         if proposal is None:
             continue
-        actions, following = proposal
-        wanted = "; ".join(action.reason for action in actions)
+        actions, following, why = proposal
+        wanted = why or "; ".join(action.reason for action in actions)
         if any(a.changes_training for a in actions):
             if len(case.state.action_times) + len(actions) > config.max_actions_per_hour:
                 reason = f"the budget of {config.max_actions_per_hour} actions per hour is spent; wanted: {wanted}"
@@ -169,14 +178,10 @@ def decide(
                     took_effect=case.took_effect,
                 )
             following = replace(following, action_times=following.action_times + (now,) * len(actions))
-        said = (
-            wanted
-            or f"the action at step {state.acted_at} took effect: risk {state.risk_at_action:.2f} -> {risk.value:.2f}"
-        )
         return Decision(
             state=following,
             commands=extra + actions,
-            reason=said,
+            reason=wanted,
             phase=following.phase,
             took_effect=case.took_effect,
         )
@@ -231,18 +236,26 @@ def _remember(now: float, state: PolicyState, seen: Observation, risk: OnlineRis
         state,
         phase="calm" if calm and state.phase == "alert" else state.phase,
         high_streak=state.high_streak + 1 if high else 0,
-        calm_since=(seen.step if state.calm_since is None else state.calm_since) if calm else None,
+        calm_since=_no_later(state.calm_since, seen.step, seen.step) if calm else None,
+        acted_at=_no_later(state.acted_at, seen.step),
+        kss_on_at=_no_later(state.kss_on_at, seen.step),
         calm_radius=radius,
-        action_times=tuple(t for t in state.action_times if now - t < HOUR_SECONDS),
+        action_times=tuple(t for t in state.action_times if 0.0 <= now - t < HOUR_SECONDS),
     )
+
+
+def _no_later(at: int | None, step: int, otherwise: int | None = None) -> int | None:
+    """`at`; but `step` where that lies so far before it that the run's count of steps must have begun anew."""
+    return otherwise if at is None else at if at <= step + LATE_STEPS else step
 
 
 def _look_closer(case: _Case) -> Proposal | None:
     """Ask for dense snapshots while the run is not calm, renewed before the last request runs out."""
     config, seen = case.config, case.seen
-    if case.risk.value < config.release_risk or seen.step + config.dense_steps // 2 < case.state.dense_until:
-        return None
     until = seen.step + config.dense_steps
+    asked = seen.step + config.dense_steps // 2 < case.state.dense_until <= until
+    if case.risk.value < config.release_risk or asked:
+        return None
     action = Action(
         kind="set_cadence",
         reason=f"risk {case.risk.value:.2f}: snapshots every {config.dense_every} steps until step {until}",
@@ -251,7 +264,7 @@ def _look_closer(case: _Case) -> Proposal | None:
         expires_in_steps=config.dense_steps,
     )
     phase: Phase = "alert" if case.state.phase == "calm" else case.state.phase
-    return (action,), replace(case.state, dense_until=until, phase=phase)
+    return (action,), replace(case.state, dense_until=until, phase=phase), ""
 
 
 def _back_off(case: _Case) -> Proposal | None:
@@ -266,7 +279,7 @@ def _back_off(case: _Case) -> Proposal | None:
         lr_scale=scale,
         expires_in_steps=config.expires_in_steps,
     )
-    return (action,), replace(
+    following = replace(
         state,
         phase="acting",
         lr_scale=scale,
@@ -276,6 +289,7 @@ def _back_off(case: _Case) -> Proposal | None:
         calm_since=None,
         high_streak=0,
     )
+    return (action,), following, ""
 
 
 def _lower_scale(case: _Case) -> float:
@@ -303,7 +317,11 @@ def _shape(case: _Case) -> Proposal | None:
     due = case.alarmed and case.settled if config.name == "kss" else state.num_cuts > state.kss_cut
     if not due or case.seen.non_finite:
         return None
-    tau_u = max(case.kss.min_tau_u, case.kss.radius_margin * (state.calm_radius or 1.0))
+    radius = state.calm_radius or 1.0
+    if radius >= MAX_MODULUS:
+        why = f"KSS stays off: the run's calm spectral radius is {radius:.3g}, and tau_u is {MAX_MODULUS:g} at most"
+        return (), replace(state, kss_barred=True), why
+    tau_u = min(max(case.kss.min_tau_u, case.kss.radius_margin * radius), MAX_MODULUS)
     settings = KssSettings(
         alpha=case.kss.alpha,
         temperature=case.kss.temperature,
@@ -322,7 +340,7 @@ def _shape(case: _Case) -> Proposal | None:
         ramp_steps=config.kss_ramp_steps,
         expires_in_steps=config.expires_in_steps,
     )
-    return (action,), replace(
+    following = replace(
         state,
         kss=settings,
         kss_on_at=case.seen.step,
@@ -332,6 +350,7 @@ def _shape(case: _Case) -> Proposal | None:
         risk_at_action=case.risk.value if config.name == "kss" else state.risk_at_action,
         phase="acting",
     )
+    return (action,), following, ""
 
 
 def _without_kss(case: _Case, why: str, **changes: object) -> Proposal:
@@ -342,7 +361,7 @@ def _without_kss(case: _Case, why: str, **changes: object) -> Proposal:
         ramp_steps=case.config.kss_ramp_steps,
         expires_in_steps=case.config.expires_in_steps,
     )
-    return (action,), replace(case.state, kss=KssSettings(), kss_on_at=None, **changes)  # type: ignore[arg-type]
+    return (action,), replace(case.state, kss=KssSettings(), kss_on_at=None, **changes), ""  # type: ignore[arg-type]
 
 
 def _bar_kss(case: _Case) -> Proposal | None:
@@ -372,7 +391,8 @@ def _confirm(case: _Case) -> Proposal | None:
     state = case.state
     if state.phase != "acting" or not case.settled or case.risk.value >= case.config.act_risk:
         return None
-    return (), replace(state, phase="backed_off")
+    effect = f"risk {state.risk_at_action:.2f} -> {case.risk.value:.2f}"
+    return (), replace(state, phase="backed_off"), f"the action at step {state.acted_at} took effect: {effect}"
 
 
 def _rise(case: _Case) -> Proposal | None:
@@ -392,7 +412,7 @@ def _rise(case: _Case) -> Proposal | None:
     )
     back = target >= 1.0
     phase: Phase = "calm" if back and state.kss.alpha == 0 else "recovering"
-    return (action,), replace(
+    following = replace(
         state,
         lr_scale=target,
         phase=phase,
@@ -400,3 +420,4 @@ def _rise(case: _Case) -> Proposal | None:
         num_cuts=0 if back else state.num_cuts,
         kss_cut=0 if back else state.kss_cut,
     )
+    return (action,), following, ""

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal
 
-from koopmon.config import MonitorConfig
+from koopmon.config import MAX_STEPS, MonitorConfig
 from koopmon.errors import KoopmonError, ProtocolError
-from koopmon.wire.messages import Ack, Applied, Goodbye, Heartbeat, Hello, Message, Shard
+from koopmon.wire.messages import MAX_STEP, Ack, Applied, Goodbye, Heartbeat, Hello, Message, Shard
 
+LAST_STEP = MAX_STEP - MAX_STEPS
+"""From a later step on, the step at which an answer expires could be beyond what the protocol can say."""
 MAX_RETIRED = 64
 """Earlier incarnations of one run that are remembered, so that a straggler is told apart from a new launch."""
 
@@ -118,6 +120,8 @@ class RunRegistry:
 
         Also tells which closed run, if any, had to give its place. Raises AdmissionError.
         """
+        if hello.step > LAST_STEP:
+            raise AdmissionError(f"run {hello.run!r} is at step {hello.step}: expected a step of at most {LAST_STEP}")
         events: list[Event] = []
         run = self._runs.get(hello.run)
         replaced: str | None = None
@@ -161,8 +165,9 @@ class RunRegistry:
         return Admission(run, new_run or replaced is not None, replaced, settled), events
 
     def heard(self, now: float, message: Heartbeat | Ack | Goodbye, identity: bytes, *, agent: str = "") -> Run:
-        """Note a message of a known peer. Raises ProtocolError: "unknown_run", "stale_incarnation", "identity"."""
-        run = self._current(message, agent)
+        """Note a message of a known peer. Raises ProtocolError: "unknown_run", "stale_incarnation", "identity", and
+        "refused" for a step beyond LAST_STEP."""
+        run = self._current(message, agent, message.step)
         rank = message.process_rank if not isinstance(message, Ack) else 0
         peer = run.peers.get(rank)
         if peer is None:
@@ -185,11 +190,15 @@ class RunRegistry:
         return run
 
     def received(self, now: float, shard: Shard, *, agent: str = "") -> Run:
-        """Note a shard. Raises ProtocolError: "unknown_run", "stale_incarnation" or "identity"."""
-        run = self._current(shard, agent)
+        """Note a shard. Raises ProtocolError as `heard` does."""
+        run = self._current(shard, agent, shard.step)
         if run.state is not RunState.ENDED:
             self._alive(now, run, shard.step)
         return run
+
+    def remove(self, name: str) -> None:
+        """Forget a run that could not be taken in."""
+        self._runs.pop(name, None)
 
     def expire(self, now: float) -> list[Event]:
         """What is due by `now`: runs fallen silent, runs whose time is over."""
@@ -218,7 +227,7 @@ class RunRegistry:
         ended = run.state is RunState.ENDED
         return self._config.ended_series_seconds if ended else self._config.vanished_series_seconds
 
-    def _current(self, message: Message, agent: str) -> Run:
+    def _current(self, message: Message, agent: str, step: int) -> Run:
         run = self._runs.get(message.run)
         if run is None:
             raise ProtocolError("unknown_run", f"run {message.run} has not said hello")
@@ -226,6 +235,8 @@ class RunRegistry:
             raise ProtocolError("stale_incarnation", f"run {run.name} goes on as incarnation {run.incarnation}")
         if run.agent != agent:
             raise ProtocolError("identity", f"run {run.name} is {run.agent or 'no agent'!r}'s, not {agent!r}'s")
+        if step > LAST_STEP:
+            raise ProtocolError("refused", f"run {run.name} is at step {step}: expected a step of at most {LAST_STEP}")
         return run
 
     def _make_place(self) -> list[Event]:

@@ -1,4 +1,8 @@
-"""What the monitor does with each message, each profile and the passing of time. The sockets are the daemon's."""
+"""What the monitor does with each message, each profile and the passing of time. The sockets are the daemon's.
+
+An error in what is done for one run is noted, and touches no other run. A run that cannot be taken in is refused; one
+whose commands cannot be handled is only watched from then on.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from koopmon.monitor.annotations import Tell, tell_nobody
 from koopmon.monitor.assembler import Assembler, Snapshot
 from koopmon.monitor.dispatcher import Dispatcher
 from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.failures import Failures
 from koopmon.monitor.guard import Guard
 from koopmon.monitor.inquiries import Inquiries
 from koopmon.monitor.live.board import LiveBoard
@@ -26,6 +31,7 @@ from koopmon.monitor.store import Store
 from koopmon.monitor.watch import Watch, show_run
 from koopmon.wire.codec import ReceivedShard
 from koopmon.wire.messages import (
+    MAX_TEXT,
     Ack,
     AgentMessage,
     Applied,
@@ -68,6 +74,7 @@ class Service:
         tell: Tell = tell_nobody,
         build: Mapping[str, str] | None = None,
         board: LiveBoard | None = None,
+        failures: Failures | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -85,7 +92,11 @@ class Service:
         self._stopping = False
         self._commit_at = math.inf
         self._board = board or LiveBoard(clock=clock, wall=wall)
-        self._dispatcher = Dispatcher(metrics=metrics, store=store, send=send, wall=wall, board=self._board, tell=tell)
+        self._failures = failures or Failures(metrics, clock)
+        self._contained = self._failures.contained
+        self._dispatcher = Dispatcher(
+            metrics=metrics, store=store, send=send, wall=wall, board=self._board, failures=self._failures, tell=tell
+        )
         self._registry = RunRegistry(config.monitor)
         self._inquiries = Inquiries(
             self._registry, self._access, build=build or {}, data_endpoint=data_endpoint, wall=wall
@@ -96,6 +107,7 @@ class Service:
             max_bytes=config.monitor.max_pending_bytes,
             min_samples=2 * config.monitor.svd_rank,
             on_drop=self.dropped,
+            on_failure=self._lost_in_assembly,
         )
 
     def on_control(self, peer: bytes, message: AgentMessage, key: str = "") -> None:
@@ -136,30 +148,34 @@ class Service:
         if result.again:
             self._on_kreiss(result)
             return
-        self._metrics.observe_duration(result.seconds)
+        with self._contained("metrics", snapshot.run):
+            self._metrics.observe_duration(result.seconds)
         if result.failed:
-            self._metrics.add("engine_failures")
+            with self._contained("metrics", snapshot.run):
+                self._metrics.add("engine_failures")
             self.dropped(snapshot.run, "engine_failed")
             return
-        self._store.record_profile(
-            self._wall(),
-            snapshot.run,
-            snapshot.incarnation,
-            snapshot.step,
-            num_shards=snapshot.num_shards,
-            masked=snapshot.masked,
-            seconds=result.seconds,
-            profile=None if result.profile is None else result.profile.to_dict(),
-            observables=snapshot.observables,
-        )
+        with self._contained("store", snapshot.run):
+            self._store.record_profile(
+                self._wall(),
+                snapshot.run,
+                snapshot.incarnation,
+                snapshot.step,
+                num_shards=snapshot.num_shards,
+                masked=snapshot.masked,
+                seconds=result.seconds,
+                profile=None if result.profile is None else result.profile.to_dict(),
+                observables=snapshot.observables,
+            )
         self._touched()
         run = self._registry.get(snapshot.run)
         if run is None or run.incarnation != snapshot.incarnation or run.state is RunState.VANISHED:
             return
         profile = result.profile
-        self._metrics.set_layers(run.name, profile)
-        self._metrics.set_observables(run.name, snapshot.observables)
-        self._metrics.set("informative", float(profile is not None and profile.informative), run.name)
+        with self._contained("metrics", run.name):
+            self._metrics.set_layers(run.name, profile)
+            self._metrics.set_observables(run.name, snapshot.observables)
+            self._metrics.set("informative", float(profile is not None and profile.informative), run.name)
         self._judge(run, Sample.of_snapshot(snapshot), profile)
 
     def tick(self) -> None:
@@ -168,18 +184,32 @@ class Service:
         for snapshot in self._assembler.expire(now):
             self._submit(snapshot)
         for event in self._registry.expire(now):
-            self._on_event(event)
+            with self._contained("command", event.run.name):
+                self._on_event(event)
         for run in () if self._stopping else self._registry:
-            if run.state is RunState.RUNNING:
-                self._dispatcher.offer_again(now, run, self._watches[run.name].guard)
+            with self._contained("command", run.name):
+                if run.state is RunState.RUNNING:
+                    self._offer_again(now, run)
+        with self._contained("store"):
+            self._keep_store(now)
+        with self._contained("metrics"):
+            self._metrics.set("engine_queue_length", self._engine.queue_length)
+            self._metrics.set("store_recording", float(self._store.recording))
+
+    def _offer_again(self, now: float, run: Run) -> None:
+        guard = self._watches[run.name].guard
+        try:
+            self._dispatcher.offer_again(now, run, guard)
+        except Exception as error:
+            self._stand_down(run, guard, error)
+
+    def _keep_store(self, now: float) -> None:
         if now >= self._commit_at:
             self._commit_at = math.inf
             self._store.commit()
         self._store.upkeep([run.name for run in self._registry if run.state is not RunState.ENDED])
         if lost := self._store.take_lost():
             self._metrics.add("store_lost", amount=lost)
-        self._metrics.set("engine_queue_length", self._engine.queue_length)
-        self._metrics.set("store_recording", float(self._store.recording))
 
     def next_deadline(self) -> float:
         """When `tick` has something to do next, on the service's clock; infinity when never."""
@@ -195,9 +225,15 @@ class Service:
 
     def dropped(self, run: str, reason: str) -> None:
         """Count a snapshot that was lost in the monitor."""
-        self._board.lost(run, reason)
-        if self._shown(run):
-            self._metrics.add("snapshots_dropped", run, reason)
+        with self._contained("page", run):
+            self._board.lost(run, reason)
+        with self._contained("metrics", run):
+            if self._shown(run):
+                self._metrics.add("snapshots_dropped", run, reason)
+
+    def _lost_in_assembly(self, run: str, error: Exception) -> None:
+        self._failures.note("snapshot", error, run=run)
+        self.dropped(run, "incomplete")
 
     def _on_hello(self, now: float, peer: bytes, hello: Hello, key: str) -> None:
         earlier = self._store.incarnations(hello.run)
@@ -209,21 +245,28 @@ class Service:
         except (AdmissionError, ProtocolError) as error:
             text = error.detail if isinstance(error, ProtocolError) else str(error)
             self._rejections.note(error.reason, text)
-            self._inquiries.refused(hello.run, text[:512])
-            self._answer(peer, Refused(run=hello.run, incarnation=hello.incarnation, reason=text[:512]))
+            self._refuse(peer, hello, text)
             return
         for event in events:
-            self._on_event(event)
-        self._inquiries.welcomed(hello.run)
+            with self._contained("command", event.run.name):
+                self._on_event(event)
         run = admission.run
-        if admission.new_incarnation:
-            if before is not None and admission.replaced is not None:
-                self._assembler.forget(run.name, admission.replaced)
-                self._dispatcher.abandon(before, self._watches[run.name].guard)
-            self._begin(run, hello, before, known=hello.incarnation in earlier)
-        elif hello.process_rank == 0:
-            self._watches[run.name].guard.describe(hello)
-        self._store.record_hello(self._wall(), hello)
+        try:
+            if admission.new_incarnation:
+                if before is not None and admission.replaced is not None:
+                    self._assembler.forget(run.name, admission.replaced)
+                    self._dispatcher.abandon(self._watches[run.name].guard)
+                self._begin(run, hello, before, known=hello.incarnation in earlier)
+            elif hello.process_rank == 0:
+                self._watches[run.name].guard.describe(hello)
+        except Exception as error:
+            self._failures.note("message", error, run=run.name, what="the run is refused")
+            self._forget(run)
+            self._refuse(peer, hello, "an error in the monitor: its log has the traceback")
+            return
+        self._inquiries.welcomed(hello.run)
+        with self._contained("store", run.name):
+            self._store.record_hello(self._wall(), hello)
         self._touched()
         self._show(run)
         self._answer(
@@ -236,6 +279,18 @@ class Service:
                 restore=None if admission.settled else self._watches[run.name].restore,
             ),
         )
+
+    def _refuse(self, peer: bytes, hello: Hello, text: str) -> None:
+        self._inquiries.refused(hello.run, text[:MAX_TEXT])
+        self._answer(peer, Refused(run=hello.run, incarnation=hello.incarnation, reason=text[:MAX_TEXT]))
+
+    def _forget(self, run: Run) -> None:
+        """Of a run that could not be taken in, nothing may stay that a later turn of the loop would look for."""
+        self._registry.remove(run.name)
+        self._watches.pop(run.name, None)
+        self._assembler.forget(run.name, run.incarnation)
+        with self._contained("metrics", run.name):
+            self._metrics.end_run(run.name)
 
     def _begin(self, run: Run, hello: Hello, before: Run | None, *, known: bool) -> None:
         """Watch an incarnation. `before` is the one it replaced; `known`: an earlier monitor has watched it already."""
@@ -255,7 +310,8 @@ class Service:
         snapshot, profile = result.snapshot, result.profile
         assert profile is not None, "a second result always has a profile"
         place = (snapshot.run, snapshot.incarnation, snapshot.step)
-        self._store.replace_profile(self._wall(), *place, profile.to_dict(), snapshot.observables)
+        with self._contained("store", snapshot.run):
+            self._store.replace_profile(self._wall(), *place, profile.to_dict(), snapshot.observables)
         run = self._registry.get(snapshot.run)
         if run is not None and run.incarnation == snapshot.incarnation and run.state is not RunState.VANISHED:
             self._metrics.set_layers(run.name, profile)
@@ -263,28 +319,42 @@ class Service:
     def _judge(self, run: Run, sample: Sample, profile: SpectralProfile | None) -> None:
         decide = run.state is RunState.RUNNING and not self._stopping
         watch = self._watches[run.name]
-        verdict = self._dispatcher.judge(self._clock(), run, watch.guard, sample, profile, decide=decide)
+        try:
+            verdict = self._dispatcher.judge(self._clock(), run, watch.guard, sample, profile, decide=decide)
+        except Exception as error:
+            self._stand_down(run, watch.guard, error)
+            return
         if verdict is not None:
             watch.judged(sample.step, verdict, profile)
+
+    def _stand_down(self, run: Run, guard: Guard, error: Exception) -> None:
+        """A command of this run could not be handled: from now on it is watched, and nothing is sent to it."""
+        self._failures.note("command", error, run=run.name, what="from now on this run is only watched")
+        guard.stand_down()
+        self._dispatcher.abandon(guard)
+        self._show(run)
 
     def _on_not_finite(self, run: Run, heartbeat: Heartbeat) -> None:
         """An agent kept a snapshot because its states were not finite: that is an observation all the same."""
         if not self._watches[run.name].newly_not_finite(heartbeat.step):
             return
-        self._metrics.set("informative", 0.0, run.name)
+        with self._contained("metrics", run.name):
+            self._metrics.set("informative", 0.0, run.name)
         self._judge(run, Sample.of_heartbeat(heartbeat), None)
 
     def _on_heartbeat(self, now: float, peer: bytes, run: Run, heartbeat: Heartbeat) -> None:
         watch = self._watches[run.name]
         self._show(run)
         for reason, more in watch.new_drops(heartbeat):
-            self._metrics.add("snapshots_dropped", run.name, reason, amount=more)
+            with self._contained("metrics", run.name):
+                self._metrics.add("snapshots_dropped", run.name, reason, amount=more)
             if reason == "not_finite":
                 self._on_not_finite(run, heartbeat)
-        if watch.row_due(now, heartbeat):
-            self._store.record_heartbeat(self._wall(), heartbeat)
-        if heartbeat.process_rank == 0 and watch.applied_changed(heartbeat.applied):
-            self._store.record_applied(self._wall(), run.name, run.incarnation, heartbeat.step, heartbeat.applied)
+        with self._contained("store", run.name):
+            if watch.row_due(now, heartbeat):
+                self._store.record_heartbeat(self._wall(), heartbeat)
+            if heartbeat.process_rank == 0 and watch.applied_changed(heartbeat.applied):
+                self._store.record_applied(self._wall(), run.name, run.incarnation, heartbeat.step, heartbeat.applied)
         self._answer(peer, HeartbeatReply(run=run.name, incarnation=run.incarnation, judgement=watch.judgement))
 
     def _on_goodbye(self, run: Run, goodbye: Goodbye) -> None:
@@ -296,35 +366,45 @@ class Service:
         run = event.run
         if event.kind == "removed":
             self._assembler.forget(run.name, run.incarnation)
-            self._metrics.end_run(run.name)
-            del self._watches[run.name]
+            self._watches.pop(run.name, None)
+            with self._contained("metrics", run.name):
+                self._metrics.end_run(run.name)
         elif event.kind == "ended":
             self._ended(run, "silent after the goodbye of another rank")
             self._show(run)
         else:
             logger.warning("run %s vanished at step %d", run.name, run.step)
-            self._dispatcher.abandon(run, self._watches[run.name].guard)
-            self._store.record_state(self._wall(), run.name, run.incarnation, RunState.VANISHED)
-            self._metrics.end_run(run.name, keep=KEPT_WHEN_VANISHED)
-            self._metrics.set("run_state", RunState.VANISHED, run.name)
-            self._board.ceased(run.name, RunState.VANISHED)
+            self._dispatcher.abandon(self._watches[run.name].guard)
+            with self._contained("store", run.name):
+                self._store.record_state(self._wall(), run.name, run.incarnation, RunState.VANISHED)
+            with self._contained("metrics", run.name):
+                self._metrics.end_run(run.name, keep=KEPT_WHEN_VANISHED)
+                self._metrics.set("run_state", RunState.VANISHED, run.name)
+            with self._contained("page", run.name):
+                self._board.ceased(run.name, RunState.VANISHED)
         self._touched()
 
     def _ended(self, run: Run, reason: str) -> None:
         logger.info("run %s ended at step %d: %r", run.name, run.step, reason)
-        self._dispatcher.abandon(run, self._watches[run.name].guard)
-        self._store.record_state(self._wall(), run.name, run.incarnation, RunState.ENDED, end_reason=reason)
+        self._dispatcher.abandon(self._watches[run.name].guard)
+        with self._contained("store", run.name):
+            self._store.record_state(self._wall(), run.name, run.incarnation, RunState.ENDED, end_reason=reason)
 
     def _submit(self, snapshot: Snapshot) -> None:
-        self._board.received(snapshot.run)
-        if self._shown(snapshot.run):
-            self._metrics.add("snapshots_received", snapshot.run)
-            self._metrics.set("last_snapshot_timestamp_seconds", self._wall(), snapshot.run)
-        self._engine.submit(snapshot, wait=self._stopping)
+        with self._contained("page", snapshot.run):
+            self._board.received(snapshot.run)
+        with self._contained("metrics", snapshot.run):
+            if self._shown(snapshot.run):
+                self._metrics.add("snapshots_received", snapshot.run)
+                self._metrics.set("last_snapshot_timestamp_seconds", self._wall(), snapshot.run)
+        with self._contained("snapshot", snapshot.run):
+            self._engine.submit(snapshot, wait=self._stopping)
 
     def _show(self, run: Run) -> None:
-        show_run(self._metrics, run)
-        self._board.heard(run, sends=self._watches[run.name].guard.sends)
+        with self._contained("metrics", run.name):
+            show_run(self._metrics, run)
+        with self._contained("page", run.name):
+            self._board.heard(run, sends=self._watches[run.name].guard.sends)
 
     def _shown(self, name: str) -> bool:
         """Whether a run has all of its series."""

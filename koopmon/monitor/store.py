@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from koopmon.errors import one_line
 from koopmon.monitor.history import History
 from koopmon.monitor.journal import Journal, records
 from koopmon.monitor.schema import Observables, packed_profile, scalar, to_json
@@ -41,8 +42,8 @@ class Store(Journal):
         )
         try:
             return msgspec.json.decode(rows[0][0], type=Applied) if rows else None
-        except msgspec.DecodeError as error:
-            logger.warning("store: what run %s had applied cannot be used: %s", run, error)
+        except (msgspec.DecodeError, TypeError, ValueError, RecursionError) as error:
+            logger.warning("store: what run %s had applied cannot be used: %s", run, one_line(error))
             return None
 
     def memory(self, run: str, incarnation: str) -> bytes | None:

@@ -278,7 +278,10 @@ def _launches(
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
+    try:
+        return math.fsum(values) / len(values) if values else None
+    except OverflowError:  # what a peer sent is beyond what doubles can sum
+        return max(values)
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from msgspec import Meta
 
 if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
@@ -24,7 +26,7 @@ class InitialRisk:
     (svd_rank, num_samples): scores at other settings are other quantities.
     """
 
-    score: float | None
+    score: Annotated[float, Meta(ge=0.0, le=1.0)] | None
     level: Level
     informative: bool
     reason: str

@@ -32,7 +32,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+from msgspec import Meta
 
 from koopmon.config import RiskConfig
 from koopmon.risk.brake import brake
@@ -42,12 +44,17 @@ if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
 
 
-TINY_RATE = 1e-12
-"""A rate of 0, as at the first step of a warm-up, has a logarithm too."""
+TINY_RATE, HUGE_RATE = 1e-12, 1e12
+"""A rate of 0, as at the first step of a warm-up, has a logarithm too, and an infinite one a finite logarithm."""
+LogRatios: TypeAlias = Annotated[tuple[Annotated[float, Meta(ge=-1000.0, le=1000.0)], ...], Meta(max_length=4096)]
+"""log(update ratio + floor), one value per layer."""
 EXPANSIVE_FLOOR = 0.01
 """Added to the expansive mass: growth below it counts little. One mode of 32 in one layer of 4 is 0.008."""
 LOSS_FLOOR = 0.05
 """Added to the loss's z-score, which may be nothing: -12 log-odds."""
+
+
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,19 +88,25 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RiskState:
-    """What the detector remembers of one run. z is log(update ratio + floor), one value per layer."""
+    """What the detector remembers of one run. z is log(update ratio + floor), one value per layer.
 
-    initial_expansive_mass: float | None = None
-    step: int | None = None
-    z: tuple[float, ...] = ()
+    The bounds hold for what a history hands back after a restart, which may be damaged or forged.
+    """
+
+    initial_expansive_mass: Share | None = None
+    step: Annotated[int, Meta(ge=0, lt=1 << 53)] | None = None
+    z: LogRatios = ()
     """After the median of normalised layers."""
-    recent: tuple[tuple[float, ...], ...] = ()
+    recent: Annotated[
+        tuple[LogRatios, ...],
+        Meta(max_length=2),
+    ] = ()
     """z of the last two snapshots, before it."""
-    speed: tuple[float, ...] = ()
+    speed: Annotated[tuple[Annotated[float, Meta(ge=0.0, le=2000.0)], ...], Meta(max_length=4096)] = ()
     """Running mean of |dz| per step, one value per layer."""
-    restlessness: float = 0.0
+    restlessness: Annotated[float, Meta(ge=0.0, le=1.000_001)] = 0.0
     """Slow running mean of the peak, each peak counted as 1 at most."""
-    lr_scale: float = 1.0
+    lr_scale: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     """koopmon's scale at the last snapshot: once it is lowered, earlier restlessness is no longer evidence."""
     surprise: Surprise = field(default_factory=Surprise)
     """Of the logged loss; empty where nothing is logged."""
@@ -163,14 +176,16 @@ def observe(
 def rate_excess(observation: Observation, config: RiskConfig) -> float | None:
     """The scheduled rate, before koopmon's scale, over the rate at which the fate of such layers is even.
 
-    None where the rate or the width is not known. Depth counts only without normalisation: published recipes for
-    normalised models keep learning rate x width nearly constant while their depth grows tenfold. Layers that are
-    normalised in part are placed between the two on a logarithmic scale; an unknown exponent counts as unnormalised.
+    None where the rate or the width is not known; a rate that is NaN is not known. Depth counts only without
+    normalisation: published recipes for normalised models keep learning rate x width nearly constant while their depth
+    grows tenfold. Layers that are normalised in part are placed between the two on a logarithmic scale; an unknown
+    exponent counts as unnormalised.
     """
-    if observation.learning_rate is None or not observation.width:
+    scheduled = observation.learning_rate
+    if scheduled is None or math.isnan(scheduled) or not observation.width:
         return None
     normalized = normalization(observation)
-    rate = max(observation.learning_rate, TINY_RATE) * observation.width
+    rate = min(max(scheduled, TINY_RATE), HUGE_RATE) * observation.width
     bare = math.log10(rate * max(observation.num_layers, 1) / config.critical_rate)
     behind_norms = math.log10(rate / config.normalized_critical_rate)
     return float(10.0 ** ((1.0 - normalized) * bare + normalized * behind_norms))
@@ -212,7 +227,7 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
         return state, OnlineRisk(value=0.0, reason=f"not informative: {observation.reason}")
     z = tuple(math.log(max(ratio, 0.0) + config.update_ratio_floor) for ratio in observation.update_ratios)
     known_layers = len(z) == len(state.z)
-    before = state.recent if known_layers else ()
+    before = tuple(each for each in state.recent if len(each) == len(z)) if known_layers else ()
     state = replace(_with_start_and_loss(state, observation), recent=(*before[-1:], z))
     if normalization(observation) > 0.5:
         z = _median_of_three(before, z)
@@ -220,7 +235,8 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     if len(state.surprise.losses) > LEAST:
         foreseen["loss"] = state.surprise.value
     forecast = foresight(foreseen)
-    if state.step is None or observation.step <= state.step or not known_layers:
+    changed = not known_layers or len(state.speed) not in (0, len(z))
+    if state.step is None or observation.step <= state.step or changed:
         fresh = replace(
             state, step=observation.step, z=z, recent=state.recent[-1:], speed=(), restlessness=0.0, lr_scale=1.0
         )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, replace
+from typing import Annotated
+
+from msgspec import Meta
 
 WINDOW = 20
 """Losses that are looked back on."""
@@ -19,8 +22,8 @@ ABSURD = 1e30
 class Surprise:
     """`losses` are the last sensible ones, oldest first; `value` the z-score of the newest against those before it."""
 
-    losses: tuple[float, ...] = ()
-    value: float = 0.0
+    losses: Annotated[tuple[Annotated[float, Meta(ge=-ABSURD, le=ABSURD)], ...], Meta(max_length=WINDOW)] = ()
+    value: Annotated[float, Meta(le=LARGEST)] = 0.0
 
     def after(self, loss: float | None) -> Surprise:
         """With the loss that came with one more snapshot.

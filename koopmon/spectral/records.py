@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Final, Literal, NamedTuple, overload
 
 import torch
@@ -217,10 +219,22 @@ class SpectralProfile:
         return reduce(values) if values else None
 
 
+def finite_mean(values: Sequence[float]) -> float:
+    """Mean of finite values, of which there must be one at least; finite also where their sum is not."""
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:
+        return float(sum(map(Fraction, values)) / len(values))
+
+
 def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
+    return finite_mean(values) if values else None
 
 
 def _std(values: Sequence[float]) -> float:
-    centre = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / len(values))
+    centre = finite_mean(values)
+    try:
+        return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / len(values))
+    except OverflowError:
+        root = math.sqrt(len(values))
+        return min(math.hypot(*((value - centre) / root for value in values)), sys.float_info.max)

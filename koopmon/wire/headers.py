@@ -43,7 +43,10 @@ _decoder = msgspec.msgpack.Decoder(AnyMessage)
 
 def encode_header(message: AnyMessage) -> bytes:
     """The first frame of a message. Raises ProtocolError, with the receiver's reason, for what it would refuse."""
-    header = PREFIX + _encoder.encode(message)
+    try:
+        header = PREFIX + _encoder.encode(message)
+    except (TypeError, ValueError, OverflowError) as error:  # a value that MessagePack cannot hold, such as 2**64
+        raise ProtocolError("schema", one_line(error, 200)) from None
     decode_header(header)
     return header
 

@@ -5,12 +5,23 @@ Bounds are part of the types: msgspec refuses what lies outside them while it de
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
 PROTOCOL_VERSION = 5
+MAX_STEP: Final = (1 << 53) - 1
+"""The largest optimizer step: up to here a double holds every integer."""
+MAX_MODULUS: Final = 1000.0
+"""The largest modulus at which KSS may begin to act."""
+MAX_RAMP_STEPS: Final = 100_000
+MAX_CADENCE_STEPS: Final = 100_000
+MAX_HEARTBEAT_SECONDS: Final = 3600.0
+MAX_LAYERS: Final = 4096
+"""Transitions of one model."""
+MAX_TEXT: Final = 512
+"""Characters of a reason or a detail."""
 MAX_OBSERVABLES = 8
 """Names in one shard."""
 MAX_OBSERVATIONS = 4096
@@ -19,9 +30,21 @@ MAX_OBSERVATIONS = 4096
 RunName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/+-]*\Z")]
 Identifier = Annotated[str, Meta(pattern=r"^[0-9a-f]{8,32}\Z")]
 Rank = Annotated[int, Meta(ge=0, lt=1 << 20)]
-Step = Annotated[int, Meta(ge=0, lt=1 << 53)]
+Step = Annotated[int, Meta(ge=0, lt=MAX_STEP + 1)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
-ShortText = Annotated[str, Meta(max_length=512)]
+NumSenders = Annotated[int, Meta(ge=1, le=1024)]
+LrScale = Annotated[float, Meta(gt=0.0, le=1.0)]
+RampSteps = Annotated[int, Meta(ge=0, le=MAX_RAMP_STEPS)]
+CadenceSteps = Annotated[int, Meta(ge=1, le=MAX_CADENCE_STEPS)]
+KssAlpha = Annotated[float, Meta(ge=0.0, le=1000.0)]
+KssTemperature = Annotated[float, Meta(gt=0.0, le=1000.0)]
+KssModulus = Annotated[float, Meta(gt=0.0, le=MAX_MODULUS)]
+KssBeta = Annotated[float, Meta(ge=0.0, le=1000.0)]
+KssSvdRank = Annotated[int, Meta(ge=1, le=512)]
+KssSamples = Annotated[int, Meta(ge=4, le=65536)]
+KssEvery = Annotated[int, Meta(ge=1, le=10000)]
+LayerFraction = Annotated[float, Meta(gt=0.0, le=1.0)]
+ShortText = Annotated[str, Meta(max_length=MAX_TEXT)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Word = Annotated[str, Meta(max_length=64)]
 ObservableName = Annotated[str, Meta(pattern=r"^[a-z0-9_]{1,40}\Z")]
@@ -51,22 +74,22 @@ class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
 class KssSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Koopman Spectral Shaping on the wire (docs/method.md, "Koopman Spectral Shaping"). `alpha` 0 means off."""
 
-    alpha: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.0
-    temperature: Annotated[float, Meta(gt=0.0, le=1000.0)] = 20.0
-    tau_u: Annotated[float, Meta(gt=0.0, le=1000.0)] = 1.05
-    tau_l: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.90
-    gamma: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.4
-    beta: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.0
-    svd_rank: Annotated[int, Meta(ge=1, le=512)] = 32
-    num_samples: Annotated[int, Meta(ge=4, le=65536)] = 128
-    every: Annotated[int, Meta(ge=1, le=10000)] = 1
-    layer_fraction: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    alpha: KssAlpha = 0.0
+    temperature: KssTemperature = 20.0
+    tau_u: KssModulus = 1.05
+    tau_l: Annotated[float, Meta(ge=0.0, le=MAX_MODULUS)] = 0.90
+    gamma: Share = 0.4
+    beta: KssBeta = 0.0
+    svd_rank: KssSvdRank = 32
+    num_samples: KssSamples = 128
+    every: KssEvery = 1
+    layer_fraction: LayerFraction = 1.0
 
 
 class Applied(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is in force in the training processes."""
 
-    lr_scale: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    lr_scale: LrScale = 1.0
     kss: KssSettings = KssSettings()
 
 
@@ -90,10 +113,10 @@ class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
 
     process_rank: Rank
     world_size: Annotated[int, Meta(ge=1, le=1 << 20)]
-    num_senders: Annotated[int, Meta(ge=1, le=1024)]
+    num_senders: NumSenders
     """How many ranks send shards of each snapshot."""
     adapter: Word
-    num_layers: Annotated[int, Meta(ge=0, le=4096)]
+    num_layers: Annotated[int, Meta(ge=0, le=MAX_LAYERS)]
     """Transitions of the whole model, when known; 0 before the first verified forward."""
     width: Annotated[int, Meta(ge=0, le=1 << 20)]
     acts: bool
@@ -119,7 +142,7 @@ class Welcome(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
     """The monitor's answer to `Hello`."""
 
     data_endpoint: Annotated[str, Meta(min_length=1, max_length=256)]
-    heartbeat_seconds: Annotated[float, Meta(gt=0.0, le=3600.0)] = 1.0
+    heartbeat_seconds: Annotated[float, Meta(gt=0.0, le=MAX_HEARTBEAT_SECONDS)] = 1.0
     restore: Applied | None = None
     """What an earlier incarnation of this run had applied, for a new incarnation to take over."""
 
@@ -165,13 +188,13 @@ class Command(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
     reason: ShortText
     expires_step: Step
     """Not applied after this optimizer step."""
-    lr_scale: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    lr_scale: LrScale | None = None
     """`set_lr_scale`: the factor on every parameter group's rate."""
     kss: KssSettings | None = None
     """`set_kss`."""
-    ramp_steps: Annotated[int, Meta(ge=0, le=100_000)] = 0
+    ramp_steps: RampSteps = 0
     """Steps over which the value in force moves to the new one (geometrically for the rate, linearly for alpha)."""
-    cadence_steps: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+    cadence_steps: CadenceSteps | None = None
     """`set_cadence`: snapshot every so many steps..."""
     cadence_until_step: Step | None = None
     """...until this step; then the agent's own cadence rules again."""
@@ -225,10 +248,10 @@ class Shard(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     """
 
     process_rank: Rank
-    num_senders: Annotated[int, Meta(ge=1, le=1024)]
+    num_senders: NumSenders
     step: Step
-    first_point: Annotated[int, Meta(ge=0, le=4096)]
-    num_points: Annotated[int, Meta(ge=1, le=4097)]
+    first_point: Annotated[int, Meta(ge=0, le=MAX_LAYERS)]
+    num_points: Annotated[int, Meta(ge=1, le=MAX_LAYERS + 1)]
     num_samples: Annotated[int, Meta(ge=1, le=1 << 20)]
     width: Annotated[int, Meta(ge=1, le=1 << 20)]
     dtype: DType
@@ -240,7 +263,7 @@ class Shard(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     loss: float | None = None
     """The last loss the user logged, if any."""
     grad_norm: float | None = None
-    lr_scale: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    lr_scale: LrScale = 1.0
     kss_alpha: Annotated[float, Meta(ge=0.0)] = 0.0
     observables: Annotated[dict[ObservableName, Observations], Meta(max_length=MAX_OBSERVABLES)] = msgspec.field(
         default_factory=dict

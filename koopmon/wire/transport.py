@@ -66,7 +66,8 @@ class WireContext:
         if os.getpid() == self._pid:
             if self._gate is not None:
                 self._gate.close()
-            self._context.term()
+            # With whatever a constructor that raised has left behind: `term` alone would wait for it for ever.
+            self._context.destroy()
 
     def _gate_for_agents(self) -> curve.Gate:
         """Whom it lets in is read from the key files. Raises KeysError."""
@@ -140,8 +141,12 @@ class Socket:
         if self._owner._context.closed:
             raise EndpointError("the transport is closed")
         raw = self._owner._context.socket(self._kind)
-        for option, value in (COMMON | self._options).items():
-            raw.set(option, value)
+        try:
+            for option, value in (COMMON | self._options).items():
+                raw.set(option, value)
+        except BaseException:
+            raw.close(linger=0)
+            raise
         return raw
 
     def _guard(self) -> None:

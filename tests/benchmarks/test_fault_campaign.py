@@ -200,6 +200,7 @@ BESIDE_MONITOR = (
     kinds.rank_hung,
     kinds.monitor_stopped,
     kinds.poisoned,
+    kinds.extreme_numbers,
 )
 UNDER_SCRIPT = (
     scripts.duplicate,
@@ -219,7 +220,7 @@ def in_turn(faults: Any) -> Any:
 @pytest.mark.parametrize(
     ("play", "count"),
     [
-        (beside_monitor(in_turn(BESIDE_MONITOR), spare=True), 12),
+        (beside_monitor(in_turn(BESIDE_MONITOR), spare=True), 14),
         (under_script(in_turn(UNDER_SCRIPT)), 8),
         (hostile.hostile_plugin, 1),
     ],

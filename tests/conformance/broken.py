@@ -310,7 +310,7 @@ CASES = [
     Case(FindsNothing, r"stacks\(\) gives \[\]", ("discovery",)),
     Case(UnknownThreshold, r"risk\.peak_sale = 0\.3: allowed fields are .*peak_scale", ("settings",)),
     Case(BadExponent, r"update_exponent\(\) gives nan, expected None or a number", ("settings",)),
-    Case(BadThreshold, r"risk\.peak_scale = -1\.0: expected `float` > 0\.0", ("settings",)),
+    Case(BadThreshold, r"risk\.peak_scale = -1\.0: expected `float` >= 1e-06 and <= 1000000\.0", ("settings",)),
     Case(ShieldsAStranger, r"shielded\(\) gives a Dropout that is no module of the model", ("kss-shields",)),
     Case(CannotShield, "raised AttributeError: .*router", ("untouched", "kss-shields")),
     Case(Unlisted, r"observables\(\) gives 'reach', and `measures` lists range", ("observables",)),

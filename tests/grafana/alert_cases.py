@@ -186,6 +186,14 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
             MONITOR,
         ),
     ),
+    "KoopmonInternalErrors": (
+        Firing(
+            {monitor("koopmon_internal_errors_total", part="command"): "0x20 1x60"},
+            15,
+            "1 errors in the last ten minutes.",
+            {**MONITOR, "part": "command"},
+        ),
+    ),
     "KoopmonMessagesRejected": (
         Firing(
             {monitor("koopmon_messages_rejected_total", reason="key"): "0+15x80"},
@@ -264,6 +272,10 @@ CALM: Mapping[str, tuple[Calm, ...]] = {
     "KoopmonStorePaused": (Calm({monitor("koopmon_store_recording"): "1x8 0 0 1x20"}, 4),),
     "KoopmonDmdBacklog": (Calm({monitor("koopmon_engine_queue_length"): "3 3 0 " * 20}, 10),),
     "KoopmonEngineFailing": (Calm({monitor("koopmon_engine_failures_total"): "4x60"}, 15),),
+    "KoopmonInternalErrors": (
+        Calm({monitor("koopmon_internal_errors_total", part="store"): "4x60"}, 15),
+        Calm({monitor("koopmon_internal_errors_total", part="judgement"): "0x20 1x60"}, 15),  # KoopmonEngineFailing's
+    ),
     "KoopmonMessagesRejected": (Calm({monitor("koopmon_messages_rejected_total", reason="key"): "0+1x80"}, 12),),
 }
 

@@ -56,11 +56,13 @@ class Bench:
 
     def __init__(self, *, max_bytes: int = 1 << 20, min_samples: int = 1, timeout: float = 5.0) -> None:
         self.drops: list[tuple[str, str]] = []
+        self.failures: list[tuple[str, Exception]] = []
         self.assembler = Assembler(
             timeout_seconds=timeout,
             max_bytes=max_bytes,
             min_samples=min_samples,
             on_drop=lambda run, reason: self.drops.append((run, reason)),
+            on_failure=lambda run, error: self.failures.append((run, error)),
         )
 
     def add(self, shard: tuple[Shard, list[Tensor]], now: float = 0.0) -> list[Snapshot]:

@@ -86,11 +86,13 @@ def test_a_danger_brings_a_command_that_is_on_disk_first(start_monitor: Start, c
     assert again == command, "it is offered again until it is answered"
     held = Applied(lr_scale=command.lr_scale)
     agent.acknowledge(command, "applied", held, step=4)
-    agent.acknowledge(command, "duplicate", held, step=5)
+    for again in ("duplicate", "failed", "applied"):
+        agent.acknowledge(command, again, held, step=5)
+    agent.heartbeat(6, applied=held)
     name = 'commands_total{{kind="set_lr_scale",outcome="{}",run="job"}}'
-    until(lambda: monitor.sample(name.format("duplicate")) == 1)
-    samples = monitor.samples()
+    samples = until(lambda: (found := monitor.samples())['step{run="job"}'] == 6 and found)
     assert samples[name.format("sent")] == samples[name.format("applied")] == 1
+    assert samples[name.format("duplicate")] == samples[name.format("failed")] == 0, "only the first answer counts"
     assert samples['lr_scale{run="job"}'] == command.lr_scale
     with monitor.history() as history:
         (decision,) = history.decisions("job")

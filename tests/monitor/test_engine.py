@@ -44,6 +44,7 @@ class Bench:
     def __init__(self, **options: Any) -> None:
         self.results: list[Result] = []
         self.drops: list[str] = []
+        self.failures: list[tuple[str, Exception]] = []
         self.gate = threading.Event()
         self.gate.set()
         self.engine = Engine(
@@ -54,6 +55,7 @@ class Bench:
                 "max_bytes": 1 << 30,
                 "on_result": self._take,
                 "on_drop": self.drops.append,
+                "on_failure": lambda run, error: self.failures.append((run, error)),
                 **options,
             }
         )
@@ -101,6 +103,19 @@ def test_profiles_equal_those_of_the_spectral_core(bench: Bench) -> None:
     bench.engine.submit(make_snapshot(step=2))
     assert bench.engine.drain(WAIT_SECONDS)
     assert [result.again for result in bench.results] == [False, True, False], "Kreiss constants come seldom"
+
+
+def test_a_result_that_cannot_be_handed_over_costs_that_snapshot_alone(bench: Bench) -> None:
+    """The worker is every run's."""
+    real, bench.engine._on_result = bench.engine._on_result, lambda _: 1 / 0  # type: ignore[assignment,return-value]
+    bench.engine.submit(make_snapshot(run="bad"))
+    assert bench.engine.drain(WAIT_SECONDS)
+    bench.engine._on_result = real
+    bench.engine.submit(make_snapshot(run="good"))
+    assert bench.engine.drain(WAIT_SECONDS)
+    assert [result.snapshot.run for result in bench.first_results()] == ["good"]
+    ((run, error),) = bench.failures
+    assert (run, type(error)) == ("bad", ZeroDivisionError)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from koopmon.config import Config, PolicyConfig, RiskConfig, from_mapping
-from koopmon.monitor.guard import RESEND_SECONDS, Guard, Verdict, merged
+from koopmon.monitor.guard import RESEND_SECONDS, Answered, Guard, Verdict, merged
 from koopmon.monitor.sample import Sample
 from koopmon.risk.calibration import Calibrator, Example, fit
 from koopmon.spectral import SpectralProfile, profile_states
@@ -107,7 +107,8 @@ def test_an_applied_cut_is_built_upon(outcome: str) -> None:
     guard = make_guard()
     (first,) = cuts(explode(guard, step=10))
     assert first.lr_scale is not None
-    assert guard.acknowledge(1.0, ack(first, outcome, Applied(lr_scale=first.lr_scale))) == "set_lr_scale"
+    answered = guard.acknowledge(1.0, ack(first, outcome, Applied(lr_scale=first.lr_scale)))
+    assert answered == Answered("set_lr_scale", first=True, counts=True)
     (second,) = cuts(explode(guard, step=100, now=10.0))
     assert second.lr_scale is not None
     assert second.lr_scale < first.lr_scale
@@ -142,8 +143,9 @@ def test_only_a_shield_keeps_kss_away_for_good(shielded: bool) -> None:
 def test_answers_to_settled_and_unknown_commands() -> None:
     guard = make_guard()
     (cut,) = cuts(explode(guard))
-    assert guard.acknowledge(1.0, ack(cut)) == "set_lr_scale"
-    assert guard.acknowledge(2.0, ack(cut, "duplicate")) == "set_lr_scale"
+    assert guard.acknowledge(1.0, ack(cut)) == Answered("set_lr_scale", first=True, counts=True)
+    for again in ("duplicate", "failed", "applied"):
+        assert guard.acknowledge(2.0, ack(cut, again)) == Answered("set_lr_scale", first=False, counts=False)
     stranger = Ack(run=RUN, incarnation=INCARNATION, command_id="f" * 8, outcome="applied", step=1, applied=Applied())
     assert guard.acknowledge(3.0, stranger) is None
 

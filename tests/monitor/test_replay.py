@@ -90,7 +90,7 @@ def test_another_policy_does_otherwise(recorded: Recorder) -> None:
     assert not any(row.actions for row in again(path, policy("observe")))
     kinds = {action.kind for row in again(path, policy("kss+lr")) for action in row.actions}
     assert kinds == {"set_lr_scale", "set_kss"}
-    sure = policy("lr", confirm_snapshots=2, severe_risk=1.0, act_risk=0.05)
+    sure = policy("lr", confirm_snapshots=2, severe_risk=1.0, act_risk=0.05, release_risk=0.04)
     hasty, patient = (next(row.step for row in again(path, each) if row.actions) for each in (policy("lr"), sure))
     assert hasty < patient
 

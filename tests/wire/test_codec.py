@@ -454,3 +454,23 @@ def test_ack_answers_a_command() -> None:
     assert isinstance(got, Command)
     answer = Ack(**WHO, command_id=got.id, outcome="applied", step=8, applied=Applied(kss=got.kss or KssSettings()))
     assert decode_for_monitor(encode(answer), limits=LIMITS) == answer
+
+
+UNENCODABLE: list[AnyMessage] = [
+    *(Goodbye(**WHO, process_rank=0, step=step) for step in (-1, 1 << 53, 1 << 63, 1 << 64, 1 << 200)),
+    *(Goodbye(**WHO, process_rank=0, step=1, reason=text) for text in ("\ud800", "x" * 513)),
+    Welcome(**WHO, data_endpoint="ipc:///x", heartbeat_seconds=math.inf),
+    Welcome(**WHO, data_endpoint="ipc:///x", restore=Applied(lr_scale=0.0)),
+    HeartbeatReply(**WHO, judgement={1, 2}),  # type: ignore[arg-type]
+    Heartbeat(**WHO, process_rank=0, step=1, applied=Applied(kss=KssSettings(alpha=1 << 70))),
+    Heartbeat(**WHO, process_rank=0, step=1, applied=Applied(), step_seconds=object()),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize("message", UNENCODABLE, ids=lambda message: type(message).__name__)
+def test_what_no_receiver_takes_is_not_encoded(message: AnyMessage) -> None:
+    """Whatever Python lets a field hold: the error is one that senders expect."""
+    with pytest.raises(ProtocolError) as caught:
+        encode(message)
+    assert caught.value.reason == "schema"
+    assert caught.value.detail.isprintable()

@@ -241,6 +241,18 @@ def test_a_frame_beyond_the_limit_is_never_received(near: WireContext, far: Wire
     assert receive(receiver).header.step == 2
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", [DataReceiver, ControlServer])
+def test_a_socket_that_cannot_be_made_keeps_its_context_from_nothing(kind: Any) -> None:
+    """libzmq takes no limit of 2**63, and would wait at the end for a socket that nobody has closed."""
+    context = WireContext()
+    with pytest.raises((OverflowError, EndpointError)):
+        kind(context, "tcp://127.0.0.1:0", limits=WireLimits(max_header_bytes=1 << 63, max_message_bytes=1 << 63))
+    with pytest.raises(EndpointError):
+        kind(context, "tcp://192.0.2.1:1")
+    context.close()
+
+
 def test_received_memory_is_freed_without_the_garbage_collector(data: tuple[DataSender, DataReceiver]) -> None:
     sender, receiver = data
     states = torch.ones(1, 300, 300)

@@ -50,6 +50,8 @@ def _restraint(view: RunView, standing: Standing) -> Iterator[tuple[str, str]]:
         yield "Sent", "Nothing: this is a dry run, decisions are recorded only."
     elif not view.acts:
         yield "Sent", "Nothing: the agent is watch-only; its log says why."
+    elif not view.sends:
+        yield "Sent", "Nothing: the monitor failed on a command of this run and only watches it; its log says why."
 
 
 def _answers(standing: Standing) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,71 @@
+"""The monitor's own errors: each is counted and logged, and confined to the run or the message that it came from."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from koopmon.monitor.metrics import ErrorPart, Metrics
+
+logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 60.0
+MAX_PLACES = 1024
+"""Parts and runs of which is remembered when an error of theirs was last logged."""
+
+
+class Failures:
+    """Counts errors by `part`, and logs those of one part and run once a minute. Thread-safe; nothing here raises."""
+
+    def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._logged_at: OrderedDict[tuple[ErrorPart, str], float] = OrderedDict()
+        self._silent: dict[tuple[ErrorPart, str], int] = {}
+
+    def note(self, part: ErrorPart, error: Exception, *, run: str = "", what: str = "") -> None:
+        """Count one error; log it with its traceback, the run that it came from, and `what` follows from it."""
+        self.count(part)
+        try:
+            silent = self._due((part, run))
+            if silent is not None:
+                whose = f"run {run}: " if run else ""
+                more = f" ({silent} more since the last such line)" if silent else ""
+                words = f"{whose}{part}: {type(error).__name__}: {error}"
+                logger.error("%s%s%s", words, f": {what}" if what else "", more, exc_info=error)
+        except Exception:
+            logger.exception("an error could not be told")
+
+    def count(self, part: ErrorPart) -> None:
+        """Count one error that has been logged elsewhere."""
+        try:
+            self._metrics.add("internal_errors", part)
+        except Exception:
+            logger.exception("an error could not be counted")
+
+    @contextmanager
+    def contained(self, part: ErrorPart, run: str = "") -> Iterator[None]:
+        """An error in the block is noted and goes no further."""
+        try:
+            yield
+        except Exception as error:
+            self.note(part, error, run=run)
+
+    def _due(self, place: tuple[ErrorPart, str]) -> int | None:
+        """None while a line about `place` is too young; else how many errors there have gone without one."""
+        now = self._clock()
+        with self._lock:
+            logged_at = self._logged_at.get(place)
+            if logged_at is not None and now - logged_at < LOG_SECONDS:
+                self._silent[place] = self._silent.get(place, 0) + 1
+                return None
+            self._logged_at[place] = now
+            self._logged_at.move_to_end(place)
+            if len(self._logged_at) > MAX_PLACES:
+                oldest, _ = self._logged_at.popitem(last=False)
+                self._silent.pop(oldest, None)
+            return self._silent.pop(place, 0)

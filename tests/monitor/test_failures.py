@@ -1,0 +1,276 @@
+"""One run's failure is one run's failure: whatever raises for one run, the other's guard does not notice.
+
+Two runs go through the same script in a service without sockets. Then once more for each method that the monitor calls
+on a run's behalf, which raises for the run `bad`: what `good` was sent, and all of its series, must be the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry
+
+from koopmon.monitor import daemon, policy
+from koopmon.monitor.assembler import Assembler
+from koopmon.monitor.failures import LOG_SECONDS, MAX_PLACES, Failures
+from koopmon.monitor.guard import Guard
+from koopmon.monitor.live.board import LiveBoard
+from koopmon.monitor.metrics import Metrics
+from koopmon.monitor.runs import RunRegistry
+from koopmon.monitor.service import Service
+from koopmon.monitor.store import Store
+from koopmon.monitor.watch import Watch
+from koopmon.wire.messages import Refused, Welcome
+from tests.monitor.world import BAD, GOOD, QueueEngine, World
+
+
+def concerns_bad(value: Any) -> bool:
+    """Whether an argument of a call speaks of the run `bad`."""
+    names = [value, *(getattr(value, name, None) for name in ("run", "name", "_run"))]
+    inner = [getattr(value, "snapshot", None), getattr(value, "guard", None)]
+    if isinstance(value, tuple):
+        inner += list(value)
+    return any(name in (BAD, BAD.encode()) for name in names if isinstance(name, (str, bytes))) or any(
+        concerns_bad(each) for each in inner if each is not None
+    )
+
+
+def public(cls: type[Any], *left_out: str) -> list[tuple[type[Any], str]]:
+    names = [name for name, value in vars(cls).items() if callable(value) and not name.startswith("_")]
+    return [(cls, name) for name in names if name not in left_out]
+
+
+CALLS: list[tuple[type[Any], str]] = [
+    *public(Store, "open_readonly"),
+    *public(LiveBoard, "names", "view", "views", "restore"),
+    *public(Metrics, "collect", "observe_duration"),
+    *public(Guard),
+    *public(Watch),
+    *public(RunRegistry, "get", "expire", "next_deadline", "remove"),
+    *public(QueueEngine),
+    *public(World, "says", "hello", "shard", "results", "handle", "commands", "series", "internal_errors", "play"),
+    *((Assembler, name) for name in ("add", "_close")),
+    *((Guard, name) for name in ("__init__", "_command", "_inform", "_expect")),
+]
+NEVER_FOR_ONE_RUN = {(Store, "replace_profile"), (Store, "record_outcome"), (Guard, "stand_down"), (Metrics, "value")}
+"""Not called in this script, or not with anything that tells the run."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    world = World(tmp_path_factory.mktemp("world") / "history.sqlite3")
+    seen = world.play()
+    world.store.close()
+    assert world.internal_errors() == 0.0
+    assert not world.errors
+    kinds = {type(message).__name__ for message in world.sent[GOOD]}
+    assert kinds == {"Welcome", "HeartbeatReply", "Command"}
+    assert len(world.commands(GOOD)) >= 4
+    assert world.told
+    return seen
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: f"{call[0].__name__}.{call[1]}")
+def test_what_raises_for_one_run_touches_no_other(
+    call: tuple[type[Any], str],
+    undisturbed: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cls, name = call
+    real, raised = getattr(cls, name), 0
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        nonlocal raised
+        if any(concerns_bad(value) for value in (*args, *kwargs.values())):
+            raised += 1
+            raise ZeroDivisionError("on purpose")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="koopmon"):
+        patch.setattr(cls, name, broken)
+        world = World(tmp_path / "history.sqlite3")
+        seen = world.play()
+    world.store.close()
+    assert seen == undisturbed
+    if call in NEVER_FOR_ONE_RUN:
+        return
+    assert raised, "the script does not come by it"
+    assert world.internal_errors() > 0 or world.errors, "never silently"
+    assert world.errors or any("ZeroDivisionError" in (record.exc_text or "") for record in caplog.records)
+
+
+@pytest.mark.parametrize("name", ["give_up", "due", "sent"])
+def test_a_run_whose_commands_cannot_be_handled_is_only_watched(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(tmp_path / "history.sqlite3")
+    real = getattr(Guard, name)
+
+    def broken(guard: Guard, *args: Any) -> Any:
+        if guard._run == BAD:
+            raise ZeroDivisionError("on purpose")
+        return real(guard, *args)
+
+    monkeypatch.setattr(Guard, name, broken)
+    for run in (BAD, GOOD):
+        world.hello(run)
+        world.shard(run, 1)
+    world.results(finite=False)
+    world.service.tick()
+    left = len(world.commands(BAD))
+    monkeypatch.undo()  # what has failed once is not relied upon again
+    for step in (50, 100):
+        for run in (BAD, GOOD):
+            world.hello(run)
+            world.shard(run, step)
+        world.results(finite=False)
+        world.now += 1.1
+        world.service.tick()
+    assert len(world.commands(BAD)) == left
+    assert len(world.commands(GOOD)) > left
+    bad, good = world.board.view(BAD), world.board.view(GOOD)
+    assert bad is not None
+    assert good is not None
+    assert (bad.sends, good.sends) == (False, True)
+    assert world.series(BAD)["koopmon_risk", ("run", BAD)] == 1.0, "it is watched all the same"
+    assert "run bad: command: ZeroDivisionError: on purpose: from now on this run is only watched" in caplog.text
+    world.store.close()
+
+
+def test_a_run_that_cannot_be_taken_in_is_refused_and_may_come_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path / "history.sqlite3")
+    with monkeypatch.context() as patch:
+        patch.setattr(Service, "_begin", lambda *_, **__: 1 / 0)
+        world.hello(BAD)
+        world.service.tick()
+    (refused,) = world.sent[BAD]
+    assert isinstance(refused, Refused)
+    assert "error in the monitor" in refused.reason
+    world.shard(BAD, 1)
+    world.service.tick()
+    assert not world.errors
+    world.hello(BAD)
+    assert isinstance(world.sent[BAD][-1], Welcome)
+    world.store.close()
+
+
+def test_a_decision_that_cannot_be_recorded_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path / "history.sqlite3")
+    monkeypatch.setattr(Store, "record_decision", lambda *_, **__: 1 / 0)
+    world.hello(GOOD)
+    world.shard(GOOD, 1)
+    world.results(finite=False)
+    world.service.tick()
+    assert world.commands(GOOD) == []
+    world.store.close()
+
+
+def test_an_error_is_logged_once_a_minute_for_each_run_and_part_and_counted_each_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    now = [0.0]
+    metrics = Metrics(CollectorRegistry(), {})
+    failures = Failures(metrics, lambda: now[0])
+
+    def fail(run: str, count: int) -> None:
+        for _ in range(count):
+            with failures.contained("store", run):
+                raise ZeroDivisionError("on purpose")
+
+    fail("a", 5)
+    fail("b", 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "run a: store: ZeroDivisionError: on purpose",
+        "run b: store: ZeroDivisionError: on purpose",
+    ]
+    now[0] += LOG_SECONDS
+    fail("a", 1)
+    assert caplog.records[-1].getMessage().endswith("on purpose (4 more since the last such line)")
+    assert caplog.records[-1].exc_info is not None
+    assert metrics.value("internal_errors", "store") == 7
+    for number in range(2 * MAX_PLACES):
+        fail(f"run-{number}", 2)
+    assert len(failures._logged_at) == MAX_PLACES
+    assert len(failures._silent) <= MAX_PLACES
+
+
+def test_a_loop_that_fails_goes_on_and_says_so(
+    start_monitor: Callable[..., Any],
+    connect: Callable[..., Any],
+    until: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    monitor = start_monitor()
+    agent = connect(monitor.addresses.endpoint)
+    assert isinstance(agent.hello(), Welcome)
+    loop = 'internal_errors_total{part="loop"}'
+    for owner, name in ((Service, "tick"), (Service, "next_deadline"), (daemon.Monitor, "_note_refusals")):
+        before = monitor.samples()[loop]
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            until(lambda before=before: monitor.samples()[loop] > before)
+            agent.heartbeat(1)
+    agent.snapshot(2)
+    until(lambda: monitor.sample('risk{run="job"}') is not None)
+    assert httpx.get(f"http://{monitor.addresses.http}/healthz", timeout=30.0).status_code == 200
+
+
+def test_a_loop_that_cannot_wait_is_not_healthy(
+    start_monitor: Callable[..., Any], until: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    monitor = start_monitor()
+    page = f"http://{monitor.addresses.http}/healthz"
+    monkeypatch.setattr(daemon, "ALIVE_SECONDS", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(daemon.Poller, "wait", fail)
+        until(lambda: httpx.get(page, timeout=30.0).status_code == 503)
+        seen = monitor.samples()['internal_errors_total{part="loop"}']
+        assert seen < 1000, "it does not spin"
+    monkeypatch.setattr(daemon, "ALIVE_SECONDS", 10.0)
+    until(lambda: httpx.get(page, timeout=30.0).status_code == 200)
+
+
+def test_what_cannot_be_encoded_is_no_peers_mistake(
+    start_monitor: Callable[..., Any],
+    connect: Callable[..., Any],
+    until: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monitor = start_monitor()
+    agent = connect(monitor.addresses.endpoint)
+    agent.hello()
+    absurd = policy.Action(kind="set_lr_scale", reason="on purpose", lr_scale=2.0)
+    real = policy.decide
+
+    def decide(*args: Any) -> policy.Decision:
+        decision = real(*args)
+        return policy.Decision(state=decision.state, commands=(absurd,), reason="on purpose", phase="acting")
+
+    command = 'internal_errors_total{part="command"}'
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "decide", decide)
+        agent.snapshot(1)
+        until(lambda: monitor.samples()[command] == 1)
+    samples = monitor.samples()
+    assert samples['messages_rejected_total{reason="schema"}'] == 0
+    assert samples['commands_total{kind="set_lr_scale",outcome="sent",run="job"}'] == 0
+    agent.heartbeat(2, dropped={"not_finite": 1})
+    assert agent.expect_command("set_lr_scale").lr_scale == 0.25
+    monitor.stop()
+    with monitor.history() as history:
+        assert {row.command.lr_scale for each in history.decisions("job") for row in each.commands} <= {0.25, None}
