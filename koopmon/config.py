@@ -91,7 +91,7 @@ class CadenceConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Long-run share of step time that koopmon may spend in the training thread."""
     initial_credit_seconds: Seconds = 5.0
     """What may be spent at once at the start."""
-    max_bytes_per_second: Annotated[float, Meta(ge=1.0, le=1e12)] = 50e6
+    max_bytes_per_second: Annotated[float, Meta(ge=1.0, le=1e15)] = 50e6
     """Cap on what one rank sends."""
 
 

@@ -10,9 +10,10 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
-from koopmon.errors import StoreError
+from koopmon.errors import StoreError, one_line
 from koopmon.monitor.history import DecisionRow, History, ObservationRow, ProfileRow, RunRow
 from koopmon.monitor.live.board import MAX_DECISIONS, MAX_POINTS, LiveBoard
 from koopmon.monitor.live.records import Column, Decided, Order, Point, RunView, recorded_column, recorded_spectrum
@@ -59,26 +60,40 @@ class Recall:
         for row in reversed(history.recent_runs(MAX_RECALLED)):
             if self._stop.is_set():
                 return
-            points = [_point(each) for each in history.observations(row.name, last=MAX_POINTS)]
-            decisions = [_decided(each) for each in history.decisions(row.name, last=MAX_DECISIONS)]
-            view = _with_last(_recalled(history, row), points, next(history.profiles(row.name, last=1), None))
-            self._board.restore(view, points=points, decisions=decisions)
-            known.append(view)
+            with _apart(row.name):
+                points = [_point(each) for each in history.observations(row.name, last=MAX_POINTS)]
+                decisions = [_decided(each) for each in history.decisions(row.name, last=MAX_DECISIONS)]
+                view = _with_last(_recalled(history, row), points, next(history.profiles(row.name, last=1), None))
+                self._board.restore(view, points=points, decisions=decisions)
+                known.append(view)
         for view in reversed(known):
-            columns, finite = [], None
-            for profile in self._slowly(history, view.name):
-                if (column := _column(profile)) is not None:
-                    columns.append(column)
-                    finite = profile
-            if view.spectrum is None:  # the last states were not finite
-                view = _with_last(view, [], finite)
-            self._board.restore(view, columns=columns)
+            with _apart(view.name):
+                self._fill_heatmap(history, view)
+
+    def _fill_heatmap(self, history: History, view: RunView) -> None:
+        columns, finite = [], None
+        for profile in self._slowly(history, view.name):
+            if (column := _column(profile)) is not None:
+                columns.append(column)
+                finite = profile
+        if view.spectrum is None:  # the last states were not finite
+            view = _with_last(view, [], finite)
+        self._board.restore(view, columns=columns)
 
     def _slowly(self, history: History, run: str) -> Iterator[ProfileRow]:
         for row in history.profiles(run, last=MAX_COLUMNS):
             if self._stop.wait(PAUSE_SECONDS):
                 return
             yield row
+
+
+@contextmanager
+def _apart(run: str) -> Iterator[None]:
+    """What cannot be read of one run keeps no other from being shown."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("live page: what was recorded earlier of run %s is not shown: %s", run, one_line(error))
 
 
 def _recalled(history: History, row: RunRow) -> RunView:

@@ -14,6 +14,7 @@ import torch
 from koopmon.monitor.live import recall as recalls
 from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.live.recall import Recall
+from koopmon.monitor.store import Store
 from koopmon.wire.messages import Applied
 
 httpx = pytest.importorskip("httpx")
@@ -112,3 +113,33 @@ def test_a_history_that_cannot_be_read_leaves_the_page_to_what_comes(
     recall.close()
     assert board.names() == []
     assert "not a koopmon store" in caplog.text
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "history.sqlite3"
+    store = Store.open(path)
+    for run in ("bad", "good"):
+        store.record_observation(
+            1.0,
+            run,
+            "aaaaaaaa",
+            1,
+            scalars={},
+            lr_scale=1.0,
+            kss_alpha=0.0,
+            non_finite=False,
+            observation={},
+            risk=0.5,
+            reason="",
+            components={},
+        )
+    store.close()
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE observations SET components = '[' WHERE incarnation_id = 1")
+    database.close()
+    board = LiveBoard()
+    recall = Recall(board, path)
+    assert recall.wait(60.0)
+    recall.close()
+    assert board.names() == ["good"]
+    assert "of run bad is not shown" in caplog.text
