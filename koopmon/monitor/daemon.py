@@ -217,7 +217,7 @@ class Monitor:
 
     def _note_refusals(self) -> None:
         for refusal in [*self._control.take_refusals(), *self._data.take_refusals()]:
-            self._rejections.note(refusal.reason, refusal.detail)
+            self._rejections.note(refusal.reason, refusal.detail, count=refusal.number)
 
     def _finish(self) -> None:
         """Take in what has arrived, and see it profiled and stored; nobody is answered any more."""
