@@ -171,7 +171,7 @@ class Link:
         if now - self._heard > silence:
             self._lose(now)
         if self._asked_at is not None and now - self._asked_at > silence:
-            self._reconnect(now)
+            self.reconnect(now)  # it may be dead without either side's kernel knowing
 
     def _ask(self, message: Hello | Heartbeat, now: float) -> bool:
         """Send what must be answered."""
@@ -180,11 +180,11 @@ class Link:
             self._asked_at = now
         return sent
 
-    def _reconnect(self, now: float) -> None:
-        """Give up a connection on which nothing comes back: it may be dead with neither side's kernel knowing."""
+    def reconnect(self, now: float, pause_seconds: float = 0.0) -> None:
+        """Replace the connection, after a pause; it stays where the process has no room for another."""
         self._asked_at = None
         try:
-            self._control.reconnect()
+            self._control.reconnect(pause_seconds)
         except EndpointError as error:
             self.complain(now, "reconnect", f"the connection to {self._control.endpoint} stays as it is: {error}")
 

@@ -175,11 +175,9 @@ class Sender:
             self.connected = link.welcomed and data is not None and data.connected
             num_bursts = num_bursts + 1 if num_messages == BURST else 0
             if num_bursts == MAX_BURSTS:
-                control.reconnect(FLOOD_PAUSE_SECONDS)
-                words = (
-                    f"{control.endpoint} sends more than can be read: nothing is taken for {FLOOD_PAUSE_SECONDS:.0f} s"
-                )
-                link.complain(time.monotonic(), "flood", words)
+                now, words = time.monotonic(), f"{control.endpoint} sends more than can be read"
+                link.complain(now, "flood", f"{words}: the connection is closed for {FLOOD_PAUSE_SECONDS:.0f} s")
+                link.reconnect(now, FLOOD_PAUSE_SECONDS)
             elif num_bursts:
                 time.sleep(FLOODED_SECONDS)
         self._ship(link, data, identity)

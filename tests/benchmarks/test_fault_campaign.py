@@ -200,6 +200,8 @@ BESIDE_MONITOR = (
     kinds.rank_hung,
     kinds.monitor_stopped,
     kinds.poisoned,
+    kinds.agents_flood,
+    kinds.monitor_floods,
 )
 UNDER_SCRIPT = (
     scripts.duplicate,
@@ -219,7 +221,7 @@ def in_turn(faults: Any) -> Any:
 @pytest.mark.parametrize(
     ("play", "count"),
     [
-        (beside_monitor(in_turn(BESIDE_MONITOR), spare=True), 12),
+        (beside_monitor(in_turn(BESIDE_MONITOR), spare=True), 16),
         (under_script(in_turn(UNDER_SCRIPT)), 8),
     ],
     ids=["monitor", "script"],

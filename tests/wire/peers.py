@@ -40,7 +40,12 @@ READ_SECONDS = 0.6
 
 
 def stand(kind: str, endpoint: str, trust: Trust) -> None:
-    """Our socket: does not read until a line comes on stdin, then reads for a while, and says how much there was."""
+    """Our socket: does not read until a line comes on stdin, then reads for a while, and says how much there was.
+
+    The time that a handshake may take is long past by then: its timer must not have been left running.
+    """
+    for options in (client.CLIENT, server.SERVER):
+        options[zmq.HANDSHAKE_IVL] = 300
     with WireContext(trust) as context:
         ours = SOCKETS[kind](context, endpoint)
         poller = Poller(ours)
