@@ -98,6 +98,8 @@ RESUMES = {"options": ("--resume",)}
 KINDS: Mapping[str, Kind] = {
     "monitor_killed": Kind(play=beside_monitor(kinds.monitor_killed, spare=True), scenes=2, count=18),
     "monitor_stopped": Kind(play=beside_monitor(kinds.monitor_stopped), scenes=2, count=18),
+    "agents_flood": Kind(play=beside_monitor(kinds.agents_flood), scenes=1, count=20),
+    "monitor_floods": Kind(play=beside_monitor(kinds.monitor_floods, spare=True), scenes=1, count=20),
     "monitor_moved": Kind(play=beside_monitor(kinds.monitor_moved, spare=True, tcp=True), scenes=1, count=16),
     "partition": Kind(play=beside_monitor(kinds.partition, cable=True), scenes=2, count=16, needs="namespaces"),
     "slow_link": Kind(play=beside_monitor(kinds.slow_link, cable=True), scenes=1, count=24, needs="namespaces"),

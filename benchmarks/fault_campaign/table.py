@@ -17,6 +17,17 @@ WORDS: Mapping[str, tuple[str, str, str]] = {
         "nothing; snapshots are dropped once its queue is full or it counts as lost",
         "by itself",
     ),
+    "agents_flood": (
+        "Eight other agents flood the monitor on both channels for up to 2 s and are killed (SIGKILL)",
+        "nothing",
+        "by itself: each peer has its share of what may wait, and loses what is above it",
+    ),
+    "monitor_floods": (
+        "The monitor is killed; something else floods the jobs from its endpoint for up to 2 s and is killed; another"
+        " monitor takes up the store",
+        "nothing",
+        "as after a killed monitor",
+    ),
     "monitor_moved": (
         "The monitor is restarted with its data port elsewhere; half of the times it serves at another control port"
         " first, where no agent looks",

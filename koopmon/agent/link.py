@@ -20,7 +20,7 @@ from koopmon.agent.answers import Answers
 from koopmon.agent.ledger import Ledger
 from koopmon.agent.world import Identity
 from koopmon.config import ControlConfig
-from koopmon.errors import ProtocolError
+from koopmon.errors import EndpointError, ProtocolError
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
 from koopmon.wire.messages import (
     Ack,
@@ -130,6 +130,8 @@ class Link:
         self._heartbeat_due = 0.0
         self._heartbeat_seconds = 1.0
         self._heard = time.monotonic()
+        self._asked_at: float | None = None
+        """When the first hello or heartbeat left on this connection that nothing has come back for."""
         self._lost = False
         self._restored = False
         self._complained: dict[str, float] = {}
@@ -150,21 +152,40 @@ class Link:
         connections = self._control.connections
         if connections != self._num_connections:
             self._num_connections, self._hello_due = connections, now
-            self.welcomed = False
+            self.welcomed, self._asked_at = False, None
             self._answers.start_over()
         elif self.welcomed and not self._control.connected:
             self.welcomed = False
         if self._hello_due is not None and now >= self._hello_due:
-            self._unsaid = not self._send(self._hello()) and self._unsaid
+            if self._ask(self._hello(), now):
+                self._unsaid = False
             self._hello_due = now + HELLO_SECONDS
         if now >= self._heartbeat_due:
             self._heartbeat_due = now + self._heartbeat_seconds
             if self.welcomed:
                 self._answer()
-                if self._send(self._heartbeat()):
+                if self._ask(self._heartbeat(), now):
                     self._answers.heartbeat()
-        if now - self._heard > max(self._config.monitor_lost_seconds, 3.0 * self._heartbeat_seconds):
+        silence = max(self._config.monitor_lost_seconds, 3.0 * self._heartbeat_seconds)
+        if now - self._heard > silence:
             self._lose(now)
+        if self._asked_at is not None and now - self._asked_at > silence:
+            self.reconnect(now)  # it may be dead without either side's kernel knowing
+
+    def _ask(self, message: Hello | Heartbeat, now: float) -> bool:
+        """Send what must be answered."""
+        sent = self._send(message)
+        if sent and self._asked_at is None:
+            self._asked_at = now
+        return sent
+
+    def reconnect(self, now: float, pause_seconds: float = 0.0) -> None:
+        """Replace the connection, after a pause; it stays where the process has no room for another."""
+        self._asked_at = None
+        try:
+            self._control.reconnect(pause_seconds)
+        except EndpointError as error:
+            self.complain(now, "reconnect", f"the connection to {self._control.endpoint} stays as it is: {error}")
 
     def _lose(self, now: float) -> None:
         self.welcomed = False
@@ -179,6 +200,7 @@ class Link:
 
     def receive(self, frames: list[memoryview], now: float) -> Welcome | Outcome | None:
         """Take one message. Returns a welcome, whose data endpoint the caller needs, or an outcome to acknowledge."""
+        self._asked_at = None
         try:
             message = decode_for_agent(frames, limits=self._limits)
         except ProtocolError as error:

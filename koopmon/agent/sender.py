@@ -39,6 +39,10 @@ BURST = 64
 """Messages of the monitor in a row before the rest of the work gets its turn..."""
 FLOODED_SECONDS = 0.01
 """...and the pause after so many: this thread shares its interpreter with the training."""
+MAX_BURSTS = 32
+"""So many bursts one after the other are a flood, which fills this process's memory: the connection is given up..."""
+FLOOD_PAUSE_SECONDS = 5.0
+"""...for so long."""
 MAX_SUCCESSORS = 100
 """Threads that may take over from one that was ended from outside..."""
 SUCCESSION_SECONDS = 0.2
@@ -80,6 +84,7 @@ class Sender:
         self._outbox: deque[Snapshot | Outcome] = deque()
         self._in_hand: Snapshot | None = None
         self._answers = Answers()
+        self._num_connections = 0
         self._stopping = False
         self._num_successors = 0
         self._thread = self._make_thread()
@@ -149,6 +154,7 @@ class Sender:
         link = Link(control, identity, self._config, self._ledger, self._directions, self._description, self._answers)
         poller = Poller(self._waker, control)
         data: DataSender | None = None
+        num_bursts = 0
         while not self._stopping:
             poller.wait(max(0.0, link.next_due() - time.monotonic()))
             if link.description is not self._description:
@@ -161,31 +167,47 @@ class Sender:
                 num_messages += 1
                 if isinstance(answer, Welcome):
                     endpoint = reached_beside(answer.data_endpoint, control.endpoint)
-                    data = self._connect(context, poller, data, endpoint, link)
+                    data = self._connect(context, poller, data, endpoint, link, control.connections)
                 elif answer is not None:
                     link.acknowledge(answer)
             self._ship(link, data, identity)
             link.tick(time.monotonic())
             self.connected = link.welcomed and data is not None and data.connected
-            if num_messages == BURST:
+            num_bursts = num_bursts + 1 if num_messages == BURST else 0
+            if num_bursts == MAX_BURSTS:
+                now, words = time.monotonic(), f"{control.endpoint} sends more than can be read"
+                link.complain(now, "flood", f"{words}: the connection is closed for {FLOOD_PAUSE_SECONDS:.0f} s")
+                link.reconnect(now, FLOOD_PAUSE_SECONDS)
+            elif num_bursts:
                 time.sleep(FLOODED_SECONDS)
         self._ship(link, data, identity)
         link.say_goodbye(self.farewell)
 
     def _connect(
-        self, context: WireContext, poller: Poller, data: DataSender | None, endpoint: str, link: Link
+        self,
+        context: WireContext,
+        poller: Poller,
+        data: DataSender | None,
+        endpoint: str,
+        link: Link,
+        num_connections: int,
     ) -> DataSender | None:
-        if data is not None:
-            if data.endpoint == endpoint:
-                return data
-            poller.unregister(data)
-            data.close()
+        """The data channel after a welcome on the control channel's connection of this number."""
+        before, self._num_connections = self._num_connections, num_connections
         try:
+            if data is not None and data.endpoint == endpoint:
+                if num_connections != before:
+                    # Nothing ever comes back on this one: it may be as dead as the other was.
+                    data.reconnect()
+                return data
+            if data is not None:
+                poller.unregister(data)
+                data.close()
+                data = None
             data = DataSender(context, endpoint)
+            poller.register(data)
         except (EndpointError, KeysError) as error:
             link.complain(time.monotonic(), "data", f"no snapshots are sent: {error}")
-            return None
-        poller.register(data)
         return data
 
     def _ship(self, link: Link, data: DataSender | None, identity: Identity) -> None:

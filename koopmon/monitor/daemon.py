@@ -7,11 +7,12 @@ import logging
 import math
 import os
 import platform
+import resource
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -235,7 +236,7 @@ class Monitor:
 
     def _note_refusals(self) -> None:
         for refusal in [*self._control.take_refusals(), *self._data.take_refusals()]:
-            self._rejections.note(refusal.reason, refusal.detail)
+            self._rejections.note(refusal.reason, refusal.detail, count=refusal.number)
 
     def _finish(self) -> None:
         """Take in what has arrived, and see it profiled and stored; nobody is answered any more."""
@@ -337,6 +338,7 @@ def serve(
             _write_ready(ready_file, addresses)
 
     monitor = Monitor(config, bind=bind, http=http, data_bind=data_bind, device=device, store_path=store, ready=ready)
+    _raise_descriptor_limit()
     with ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGINT):
             stack.callback(signal.signal, number, signal.signal(number, lambda *_: monitor.stop()))
@@ -344,6 +346,16 @@ def serve(
             stack.callback(ready_file.unlink, missing_ok=True)
         monitor.run()
     return 0
+
+
+def _raise_descriptor_limit() -> None:
+    """Allow as many open files as the system lets us: each peer takes one.
+
+    At the limit libzmq aborts the process for one more peer on ipc (ipc_listener.cpp), and serves no other on tcp.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # some systems do not take "unlimited"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _write_ready(path: Path, addresses: Addresses) -> None:

@@ -48,6 +48,7 @@ MONITOR_REJECTIONS = (
     "internal",
     "handshake",
     "key",
+    "flood",
 )
 MONITOR_DROPS = ("assembler_full", "engine_queue_full", "engine_failed", "superseded")
 REJECTIONS: tuple[str, ...] = tuple(dict.fromkeys((*REJECTION_REASONS, *MONITOR_REJECTIONS)))

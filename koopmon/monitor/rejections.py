@@ -23,16 +23,16 @@ class Rejections:
         self._logged_at: dict[str, float] = {}
         self._silent: dict[str, int] = {}
 
-    def note(self, reason: str, detail: str, *, cause: Exception | None = None) -> None:
-        """Count one message under `reason`, one of REJECTIONS; `detail` and `cause`, with its traceback, are logged."""
+    def note(self, reason: str, detail: str, *, cause: Exception | None = None, count: int = 1) -> None:
+        """Count messages under `reason`, one of REJECTIONS; `detail` and `cause`, with its traceback, are logged."""
         if reason not in REJECTIONS:
             detail, reason = f"{reason}: {detail}", "garbage"
-        self._metrics.add("messages_rejected", reason)
+        self._metrics.add("messages_rejected", reason, amount=count)
         now = self._clock()
         with self._lock:
             logged_at = self._logged_at.get(reason)
             if logged_at is not None and now - logged_at < LOG_SECONDS:
-                self._silent[reason] = self._silent.get(reason, 0) + 1
+                self._silent[reason] = self._silent.get(reason, 0) + count
                 return
             self._logged_at[reason] = now
             silent = self._silent.pop(reason, 0)

@@ -34,10 +34,11 @@ class KeyPair(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """A connection that was not let in: a reason to count it by, and the words."""
+    """A connection that was not let in, or messages that were dropped: a reason to count by, and the words."""
 
     reason: str
     detail: str
+    number: int = 1
 
 
 def new_pair() -> KeyPair:
@@ -96,10 +97,11 @@ class Gate:
     A client waits for it in its handshake; nobody else does.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], admits: Callable[[str], bool]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], admits: Callable[[str], bool]) -> None:
+        """`socket`, of type REP, is the gate's from now on."""
         self.refusals: deque[Refusal] = deque(maxlen=MAX_REFUSALS)
         self._admits = admits
-        self._socket = context.socket(zmq.REP)
+        self._socket = socket
         self._socket.set(zmq.LINGER, 0)
         self._socket.bind(_ZAP_ENDPOINT)
 

@@ -84,7 +84,7 @@ class ScriptedMonitor:
         with (
             WireContext(self._trust) as context,
             ControlServer(context, self.endpoint) as control,
-            DataReceiver(context, self._data_endpoint, queue_length=64) as data,
+            DataReceiver(context, self._data_endpoint) as data,
         ):
             self.endpoint, self._data_endpoint = control.endpoint, data.endpoint
             self._bound.set()

@@ -12,8 +12,19 @@ from koopmon.agent.ledger import Ledger
 from koopmon.agent.link import HELLO_SECONDS, Description, Link, Outcome
 from koopmon.agent.world import Identity
 from koopmon.config import ControlConfig
+from koopmon.errors import EndpointError
 from koopmon.wire.codec import Frame, WireLimits, decode_for_monitor, encode
-from koopmon.wire.messages import Ack, AgentMessage, Applied, Command, HeartbeatReply, Hello, Judgement, Welcome
+from koopmon.wire.messages import (
+    Ack,
+    AgentMessage,
+    Applied,
+    Command,
+    HeartbeatReply,
+    Hello,
+    Judgement,
+    Refused,
+    Welcome,
+)
 from koopmon.wire.sockets import ControlClient
 
 IDENTITY = Identity("run-1", "0123456789abcdef")
@@ -32,6 +43,10 @@ class Channel:
 
     def __init__(self) -> None:
         self.sent: list[AgentMessage] = []
+        self.reconnects: list[float] = []
+
+    def reconnect(self, pause_seconds: float = 0.0) -> None:
+        self.reconnects.append(pause_seconds)
 
     def send(self, frames: Sequence[Frame]) -> bool:
         if self.takes:
@@ -57,7 +72,7 @@ class Nothing:
         pytest.fail("nothing was to be restored")
 
     def monitor_lost(self) -> None:
-        pytest.fail("the monitor was there")
+        """That has its own tests."""
 
 
 @pytest.fixture
@@ -155,3 +170,83 @@ def test_an_ack_that_could_not_be_sent_is_sent_with_the_next_heartbeat(link: Lin
     link.tick(0.2)
     link.tick(5.0)
     assert acks(channel) == ["00000001"]
+
+
+SILENCE = ControlConfig().monitor_lost_seconds
+
+
+def ticks(link: Link, since: float, until: float) -> None:
+    for tenth in range(int(10 * since), int(10 * until) + 1):
+        link.tick(tenth / 10)
+
+
+def test_a_connection_on_which_nothing_comes_back_is_made_anew(link: Link, channel: Channel) -> None:
+    ticks(link, 0.0, SILENCE)
+    assert channel.reconnects == [], "not before its time"
+    ticks(link, SILENCE + 0.1, SILENCE + 0.2)
+    assert channel.reconnects == [0.0]
+    channel.connections += 1
+    ticks(link, SILENCE + 0.3, 2.0 * SILENCE + 0.2)
+    assert len(channel.reconnects) == 1, "the new one gets as long"
+    ticks(link, 2.0 * SILENCE + 0.3, 3.0 * SILENCE)
+    assert len(channel.reconnects) == 2
+
+
+def test_heartbeats_that_get_no_reply_count_from_the_first_on(link: Link, channel: Channel) -> None:
+    link.tick(0.0)
+    welcome(link, 0.1)
+    for second in range(1, 31):
+        link.tick(float(second))
+        reply(link, second + 0.5)
+    assert channel.reconnects == []
+    ticks(link, 31.0, 31.0 + SILENCE)
+    assert channel.reconnects == []
+    ticks(link, 31.1 + SILENCE, 31.2 + SILENCE)
+    assert len(channel.reconnects) == 1
+
+
+@pytest.mark.parametrize("seconds", [1.0, 60.0])
+def test_rare_heartbeats_may_wait_longer_for_a_reply(link: Link, channel: Channel, seconds: float) -> None:
+    message = Welcome(
+        run=IDENTITY.run, incarnation=IDENTITY.incarnation, data_endpoint="ipc:///data", heartbeat_seconds=seconds
+    )
+    link.tick(0.0)
+    link.receive([memoryview(frame) for frame in encode(message)], 0.0)
+    silence = max(SILENCE, 3.0 * seconds)
+    ticks(link, 0.1, silence)
+    assert channel.reconnects == []
+    ticks(link, silence, silence + 1.0)
+    assert len(channel.reconnects) == 1
+
+
+@pytest.mark.parametrize("answer", [b"rubbish", "refused"])
+def test_any_answer_shows_that_the_connection_lives(link: Link, channel: Channel, answer: Any) -> None:
+    refused = encode(Refused(run=IDENTITY.run, incarnation=IDENTITY.incarnation, reason="full"))
+    for second in range(100):
+        link.tick(float(second))
+        link.receive([memoryview(answer if isinstance(answer, bytes) else refused[0])], second + 0.5)
+    assert channel.reconnects == []
+
+
+def test_what_could_not_be_sent_is_not_waited_for(link: Link, channel: Channel) -> None:
+    channel.takes = False
+    ticks(link, 0.0, 3.0 * SILENCE)
+    assert channel.reconnects == [], "the transport makes the connection"
+    channel.takes = True
+    ticks(link, 3.0 * SILENCE, 4.0 * SILENCE)
+    assert channel.reconnects == []
+
+
+def test_a_connection_that_cannot_be_replaced_stays_and_is_tried_again(
+    link: Link, channel: Channel, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried: list[float] = []
+
+    def fail(pause_seconds: float = 0.0) -> None:
+        tried.append(pause_seconds)
+        raise EndpointError("no room for a socket")
+
+    channel.reconnect = fail  # type: ignore[method-assign]
+    ticks(link, 0.0, 3.0 * SILENCE)
+    assert len(tried) == 2
+    assert "stays as it is: no room for a socket" in caplog.text

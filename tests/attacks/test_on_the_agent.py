@@ -106,9 +106,23 @@ def test_rubbish_from_the_monitor_is_counted_by_reason(ring: Keyring, train: Tra
     hello = (welcomed(training, monitor), monitor.of(Hello)[-1])[1]
     for _ in range(50):
         monitor.send([b"rubbish"], [PREFIX + b"\xdf\xff\xff\xff\xff"], [PREFIX[:-1] + b"\x63"], encode(hello))
-        monitor.send([PREFIX + bytes(1 << 16)], [b"a", b"b"])
-    training.until(lambda: sum(training.agent.status()["rejected"].values()) >= 300)
-    assert training.agent.status()["rejected"] == {"garbage": 100, "version": 50, "direction": 50, "size": 100}
+        monitor.send([PREFIX + bytes(1 << 16)])
+    training.until(lambda: sum(training.agent.status()["rejected"].values()) >= 250)
+    assert training.agent.status()["rejected"] == {"garbage": 100, "version": 50, "direction": 50, "size": 50}
+    training.go_on()
+    assert training.untouched()
+
+
+def test_a_message_of_several_frames_costs_the_monitor_its_connection(
+    ring: Keyring, train: Train, demanding: Demanding
+) -> None:
+    monitor = demanding(ring.trust())
+    training = train(monitor.endpoint)
+    welcomed(training, monitor)
+    monitor.send([b"a", b"b"], [b"a", b"b"])
+    training.until(lambda: training.agent.status()["rejected"] == {"size": 1})
+    training.until(lambda: training.agent.status()["connected"])
+    assert training.agent.status()["rejected"] == {"size": 1}, "the rest was dropped with the connection"
     training.go_on()
     assert training.untouched()
 

@@ -201,6 +201,8 @@ BESIDE_MONITOR = (
     kinds.monitor_stopped,
     kinds.poisoned,
     kinds.extreme_numbers,
+    kinds.agents_flood,
+    kinds.monitor_floods,
 )
 UNDER_SCRIPT = (
     scripts.duplicate,
@@ -220,7 +222,7 @@ def in_turn(faults: Any) -> Any:
 @pytest.mark.parametrize(
     ("play", "count"),
     [
-        (beside_monitor(in_turn(BESIDE_MONITOR), spare=True), 14),
+        (beside_monitor(in_turn(BESIDE_MONITOR), spare=True), 18),
         (under_script(in_turn(UNDER_SCRIPT)), 8),
         (hostile.hostile_plugin, 1),
     ],

@@ -99,6 +99,14 @@ def unknown_command(monitor: Any, connect: Any, patch: Any) -> None:
     agent.send(Ack(**agent.name, command_id="f" * 8, outcome="applied", step=1, applied=Applied()))
 
 
+def flood(monitor: Any, connect: Any, patch: Any) -> None:
+    agent = _agent(monitor, connect)
+    patch.setattr(monitor.monitor._control._waiting, "_max_bytes", 1)
+    beat = encode(Heartbeat(**agent.name, process_rank=0, step=1, applied=Applied()))
+    for _ in range(2000):
+        agent.control.send(beat)
+
+
 def http_garbage(monitor: Any, connect: Any, patch: Any) -> None:
     with _http(monitor, b"\x16\x03\x01") as connection:
         assert b" 400 " in connection.recv(100)
@@ -128,7 +136,7 @@ def cut(connection: socket.socket) -> bool:
 
 CAUSES: tuple[Cause, ...] = (
     *(garbage, version, direction, schema, size, shape, identity, unknown_run, stale_incarnation, refused),
-    *(duplicate, late, inconsistent, unknown_command, http_garbage, http_slow, http_connections),
+    *(duplicate, late, inconsistent, unknown_command, flood, http_garbage, http_slow, http_connections),
 )
 
 

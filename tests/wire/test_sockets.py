@@ -59,7 +59,7 @@ def control(near: WireContext, far: WireContext, endpoint: str, until: Until) ->
 
 @pytest.fixture
 def data(near: WireContext, far: WireContext, endpoint: str, until: Until) -> tuple[DataSender, DataReceiver]:
-    receiver = DataReceiver(far, endpoint, queue_length=1)
+    receiver = DataReceiver(far, endpoint)
     sender = DataSender(near, receiver.endpoint)
     until(lambda: sender.connected)
     return sender, receiver
@@ -86,7 +86,7 @@ def test_a_shard_arrives_bit_for_bit(data: tuple[DataSender, DataReceiver], dtyp
 def test_a_buffer_is_not_reused_before_the_transport_let_go_of_it(
     near: WireContext, far: WireContext, endpoint: str, until: Until
 ) -> None:
-    receiver = DataReceiver(far, endpoint, queue_length=1)
+    receiver = DataReceiver(far, endpoint)
     sender = DataSender(near, receiver.endpoint, queue_length=10)
     until(lambda: sender.connected)
     shape = (2, 512, 1024)
@@ -544,7 +544,7 @@ ready.wait()
 @pytest.mark.parametrize("user", ["main", "ended", "daemon"])
 def test_a_process_that_forgets_to_close_ends_well(user: str, far: WireContext) -> None:
     """With messages half sent: freeing their memory under the transport would abort the process."""
-    server, receiver = ControlServer(far, "ipc://*"), DataReceiver(far, "tcp://127.0.0.1:0", queue_length=1)
+    server, receiver = ControlServer(far, "ipc://*"), DataReceiver(far, "tcp://127.0.0.1:0")
     script = [sys.executable, "-c", UNCLOSED, server.endpoint, receiver.endpoint, user]
     process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True)
     assert process.communicate(timeout=120) == (None, "")
