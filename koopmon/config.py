@@ -262,7 +262,7 @@ class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When to act and how; see koopmon.monitor.policy."""
+    """When to act and how; see koopmon.policy."""
 
     name: PolicyName = "lr"
     """Back-off alone: beside it KSS saved no more runs, and those learned less (docs/evidence.md)."""

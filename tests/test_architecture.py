@@ -20,10 +20,12 @@ SOURCES = sorted(path.relative_to(HOUSE) for part in ("koopmon", "plugins") for 
 
 ROOMS = {
     "errors": "",
+    "secret_files": "errors",
     "spectral": "errors",
     "wire": "errors",
     "config": "errors wire",  # a value that ends up in a message has the message's bounds
     "risk": "errors config spectral",
+    "policy": "errors config risk wire",
     "api": "errors",
     "hookspecs": "errors api",
     "structure": "errors api",
@@ -39,7 +41,7 @@ ROOMS = {
     "profiling": "errors api structure chain plugins discovery tokens observables spectral",
     "agent": "errors config spectral wire api hookspecs structure chain tokens observables plugins discovery",
     "conformance": "errors config spectral wire api chain tokens observables plugins discovery agent",
-    "monitor": "errors config spectral risk wire",
+    "monitor": "errors config spectral risk wire policy secret_files",
     "integrations": "errors config agent profiling spectral risk",  # the last three for Optuna: before any training
     "plots": "errors spectral risk",
     "grafana": "errors config monitor",

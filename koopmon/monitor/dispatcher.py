@@ -16,10 +16,10 @@ from koopmon.monitor.failures import Failures
 from koopmon.monitor.guard import Guard, Verdict
 from koopmon.monitor.live.board import LiveBoard, standing_of
 from koopmon.monitor.metrics import Metrics
-from koopmon.monitor.policy import Decision
 from koopmon.monitor.runs import Run
 from koopmon.monitor.sample import Sample
 from koopmon.monitor.store import Store
+from koopmon.policy import Decision
 from koopmon.wire.messages import Ack, Command, MonitorMessage
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from koopmon import policy
 from koopmon.config import Config, KssConfig, PolicyConfig, Section
 from koopmon.errors import ProtocolError, one_line
-from koopmon.monitor import policy
 from koopmon.monitor.sample import Sample
 from koopmon.risk import initial, online
 from koopmon.risk.calibration import Example

@@ -12,9 +12,9 @@ from typing import Any
 
 import msgspec
 
+from koopmon import policy
 from koopmon.config import Config
 from koopmon.errors import StoreError, one_line
-from koopmon.monitor import policy
 from koopmon.monitor.guard import merged
 from koopmon.monitor.history import History, IncarnationRow, ObservationRow
 from koopmon.risk import online

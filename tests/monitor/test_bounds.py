@@ -15,9 +15,9 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
+from koopmon import policy
 from koopmon.config import Config, KssConfig, MonitorConfig, PolicyConfig, RiskConfig, StoreConfig
 from koopmon.errors import ProtocolError
-from koopmon.monitor import policy
 from koopmon.monitor.assembler import Assembler
 from koopmon.monitor.guard import MAX_REPLACED, Answered, Guard, Memory, Verdict, merged
 from koopmon.monitor.metrics import MAX_LAYERS, Metrics

@@ -15,7 +15,8 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from koopmon.monitor import daemon, policy
+from koopmon import policy
+from koopmon.monitor import daemon
 from koopmon.monitor.assembler import Assembler
 from koopmon.monitor.failures import LOG_SECONDS, MAX_PLACES, Failures
 from koopmon.monitor.guard import Guard

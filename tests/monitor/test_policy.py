@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from koopmon.config import KssConfig, PolicyConfig
-from koopmon.monitor.policy import Action, Decision, PolicyState, acknowledge, decide, kss_shielded
+from koopmon.policy import Action, Decision, PolicyState, acknowledge, decide, kss_shielded
 from koopmon.risk.online import Observation, OnlineRisk
 from koopmon.wire.messages import Ack, Applied, KssSettings
 

@@ -26,9 +26,9 @@ from koopmon.monitor.live.records import (
     column_of,
     spectrum_of,
 )
-from koopmon.monitor.policy import PolicyState
 from koopmon.monitor.runs import Run, RunState
 from koopmon.monitor.sample import Sample
+from koopmon.policy import PolicyState
 from koopmon.wire.messages import Ack
 
 if TYPE_CHECKING:

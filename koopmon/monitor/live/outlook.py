@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from koopmon.monitor import policy
+from koopmon import policy
 from koopmon.monitor.live.records import RunView, Standing
 
 PHASES = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from koopmon.config import KssConfig, PolicyConfig
 from koopmon.monitor.metrics import layer_buckets
-from koopmon.monitor.policy import PolicyState
+from koopmon.policy import PolicyState
 from koopmon.risk.online import Observation, OnlineRisk
 from koopmon.wire.messages import Command
 
