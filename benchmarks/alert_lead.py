@@ -27,7 +27,7 @@ from benchmarks import campaign
 from benchmarks.alert_stack import Stack, Step, Training
 from benchmarks.provenance import provenance
 from benchmarks.training import MAX_LOSS, Recipe
-from koopmon.monitor.history import History
+from koopmon.history.reader import History
 
 RESULT = Path(__file__).parent / "results" / "alert_lead.json"
 WARNING = "KoopmonRiskSpike"

@@ -27,7 +27,7 @@ from benchmarks.campaign import KEPT_MEMORY, terminated_as_interrupted
 from benchmarks.guarded_ranks import Job
 from benchmarks.training import Recipe
 from koopmon.config import PolicyConfig
-from koopmon.monitor.history import History
+from koopmon.history.reader import History
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = Recipe(

@@ -16,13 +16,13 @@ from prometheus_client import CollectorRegistry
 
 from benchmarks.live_scenes import NUM_LAYERS, hello, profiles
 from koopmon.config import from_mapping
+from koopmon.history.writer import Store
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.live import board as boards
 from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.rejections import Rejections
 from koopmon.monitor.service import Service
-from koopmon.monitor.store import Store
 from koopmon.monitor.web import WebServer
 from koopmon.wire.messages import Applied, Heartbeat
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from koopmon.config import Config
+from koopmon.history.writer import Store
 from koopmon.monitor.guard import Guard
 from koopmon.monitor.sample import Sample
-from koopmon.monitor.store import Store
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
 from koopmon.wire.messages import Applied, Heartbeat, Hello, Shard, Welcome

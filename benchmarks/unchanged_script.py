@@ -32,7 +32,7 @@ from rich.table import Table
 
 from benchmarks import campaign
 from benchmarks.provenance import provenance
-from koopmon.monitor.history import History
+from koopmon.history.reader import History
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tests" / "scripts" / "train_prose.py"

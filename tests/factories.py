@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from koopmon.monitor.store import Store
+from koopmon.history.writer import Store
 from koopmon.risk.online import Observation
 from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello
 

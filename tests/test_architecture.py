@@ -26,6 +26,7 @@ ROOMS = {
     "config": "errors wire",  # a value that ends up in a message has the message's bounds
     "risk": "errors config spectral",
     "policy": "errors config risk wire",
+    "history": "errors config spectral wire",
     "api": "errors",
     "hookspecs": "errors api",
     "structure": "errors api",
@@ -41,13 +42,13 @@ ROOMS = {
     "profiling": "errors api structure chain plugins discovery tokens observables spectral",
     "agent": "errors config spectral wire api hookspecs structure chain tokens observables plugins discovery",
     "conformance": "errors config spectral wire api chain tokens observables plugins discovery agent",
-    "monitor": "errors config spectral risk wire policy secret_files",
+    "monitor": "errors config spectral risk wire policy secret_files history",
     "integrations": "errors config agent profiling spectral risk",  # the last three for Optuna: before any training
     "plots": "errors spectral risk",
     "grafana": "errors config monitor",
-    "report": "errors config spectral risk monitor plots",
+    "report": "errors config spectral risk plots history",
     "doctor": "errors config wire api plugins discovery agent",
-    "demo": "errors config spectral risk monitor plots",
+    "demo": "errors config spectral risk plots history",
     "cli": "*",
     "__main__": "cli",
     "__init__": "*",  # by name, lazily: see test_imports_stay_light
@@ -60,7 +61,7 @@ ALONE = {
     "yaml": "koopmon/grafana/",
     "niquests": "koopmon/grafana/push.py",
     "prometheus_client": "koopmon/monitor/",
-    "sqlite3": "koopmon/monitor/",
+    "sqlite3": "koopmon/history/",
     "starlette": "koopmon/monitor/",
     "uvicorn": "koopmon/monitor/",
     "matplotlib": "koopmon/plots.py",

@@ -23,13 +23,13 @@ from prometheus_client import CollectorRegistry
 
 from koopmon.config import Config, RiskConfig, StoreConfig, from_mapping
 from koopmon.errors import ProtocolError
+from koopmon.history.writer import Store
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.guard import Memory
 from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.rejections import Rejections
 from koopmon.monitor.service import Service
-from koopmon.monitor.store import Store
 from koopmon.spectral import LayerProfile, SpectralProfile
 from koopmon.spectral.records import FIELDS
 from koopmon.wire.codec import UNBOUNDED_SCALARS, ReceivedShard, WireLimits, decode, decode_for_agent, encode

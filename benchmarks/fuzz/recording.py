@@ -24,11 +24,11 @@ from benchmarks.campaign import _fields, _path, _read
 from benchmarks.fuzz import check_line
 from koopmon.config import Config, StoreConfig
 from koopmon.errors import StoreError
-from koopmon.monitor.history import History
+from koopmon.history.reader import History
+from koopmon.history.schema import SQLITE_ERRORS
+from koopmon.history.writer import Store
 from koopmon.monitor.outcomes import outcomes
 from koopmon.monitor.replay import replay
-from koopmon.monitor.schema import SQLITE_ERRORS
-from koopmon.monitor.store import Store
 
 KEPT = Path(__file__).parents[2] / "tests" / "monitor" / "stores" / "schema-1.sqlite3.gz"
 TEMPLATE = gzip.decompress(KEPT.read_bytes())

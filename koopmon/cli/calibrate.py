@@ -88,7 +88,7 @@ def calibrate(
 
 
 def _outcomes(stores: Iterable[Path], console: Console) -> Iterable[Outcome]:
-    from koopmon.monitor.history import History
+    from koopmon.history.reader import History
     from koopmon.monitor.outcomes import outcomes
 
     for path in track(

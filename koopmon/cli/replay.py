@@ -18,7 +18,7 @@ from koopmon.config import Config, load
 from koopmon.errors import ConfigError
 
 if TYPE_CHECKING:
-    from koopmon.monitor.history import DecisionRow
+    from koopmon.history.reader import DecisionRow
     from koopmon.monitor.replay import Replayed
 
 EPILOG = "Example: koopmon replay train-1a2b3c4d --policy careful.toml"

@@ -14,7 +14,7 @@ from koopmon.cli.layout import monitor_store, run_store
 from koopmon.errors import StoreError
 
 if TYPE_CHECKING:
-    from koopmon.monitor.history import History
+    from koopmon.history.reader import History
 
 MAX_STORES = 50
 """Files that are looked into, the newest first, for names that may have been meant."""
@@ -31,7 +31,7 @@ def opened(run: str, store: Path | None) -> Iterator[tuple[History, Path]]:
 
     Raises UnknownRunError, and StoreError for a file that cannot be read.
     """
-    from koopmon.monitor.history import History
+    from koopmon.history.reader import History
 
     with contextlib.ExitStack() as stack:
         for path in [store] if store is not None else _places(run, os.environ):
@@ -58,7 +58,7 @@ def _all_stores(environ: Mapping[str, str]) -> list[Path]:
 
 
 def _advice(run: str, places: list[Path]) -> str:
-    from koopmon.monitor.history import History
+    from koopmon.history.reader import History
 
     names: list[str] = []
     for path in places:

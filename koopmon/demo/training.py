@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from koopmon.errors import KoopmonError, StoreError
-from koopmon.monitor.history import DecisionRow, History, ObservationRow
+from koopmon.history.reader import DecisionRow, History, ObservationRow
 
 SCRIPT = Path(__file__).with_name("train.py")
 POLL_SECONDS = 0.5

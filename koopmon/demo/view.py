@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from koopmon.demo.training import Heard, Outcome, Step
-from koopmon.monitor.history import CommandRow, ObservationRow
+from koopmon.history.reader import CommandRow, ObservationRow
 
 EVERY_STEPS = 5
 HOT_RISK = 0.5

@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry
 from koopmon import __version__
 from koopmon.config import Config
 from koopmon.errors import EndpointError, ProtocolError
+from koopmon.history.writer import Store
 from koopmon.monitor.access import Access
 from koopmon.monitor.annotations import Annotations, Tell, tell_nobody
 from koopmon.monitor.device import check_device
@@ -35,7 +36,6 @@ from koopmon.monitor.login import read_login, read_tls
 from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.rejections import Rejections
 from koopmon.monitor.service import COMMIT_SECONDS, Service
-from koopmon.monitor.store import Store
 from koopmon.monitor.web import WebServer
 from koopmon.risk import calibration
 from koopmon.wire.codec import WireLimits, decode_for_monitor, decode_shard, encode

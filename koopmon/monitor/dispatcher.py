@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from koopmon.errors import ProtocolError
+from koopmon.history.writer import Store
 from koopmon.monitor.annotations import Tell, tell_nobody
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.guard import Guard, Verdict
@@ -18,7 +19,6 @@ from koopmon.monitor.live.board import LiveBoard, standing_of
 from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.runs import Run
 from koopmon.monitor.sample import Sample
-from koopmon.monitor.store import Store
 from koopmon.policy import Decision
 from koopmon.wire.messages import Ack, Command, MonitorMessage
 

@@ -9,8 +9,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 from koopmon.errors import ProtocolError
+from koopmon.history.schema import RunState
 from koopmon.monitor.access import Access
-from koopmon.monitor.runs import RunRegistry, RunState
+from koopmon.monitor.runs import RunRegistry
 from koopmon.wire.messages import Probe, ProbedState, ProbeReply
 
 MAX_REFUSED = 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from koopmon.monitor.history import History
+from koopmon.history.reader import History
 from koopmon.risk.calibration import Example
 from koopmon.risk.initial import initial_risk
 from koopmon.spectral import SpectralProfile

@@ -15,8 +15,8 @@ import msgspec
 from koopmon import policy
 from koopmon.config import Config
 from koopmon.errors import StoreError, one_line
+from koopmon.history.reader import History, IncarnationRow, ObservationRow
 from koopmon.monitor.guard import merged
-from koopmon.monitor.history import History, IncarnationRow, ObservationRow
 from koopmon.risk import online
 
 KINDS = ("set_lr_scale", "set_kss")

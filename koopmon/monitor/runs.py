@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Literal
 
 from koopmon.config import MAX_STEPS, MonitorConfig
 from koopmon.errors import KoopmonError, ProtocolError
+from koopmon.history.schema import RunState
 from koopmon.wire.messages import MAX_STEP, Ack, Applied, Goodbye, Heartbeat, Hello, Message, Shard
 
 LAST_STEP = MAX_STEP - MAX_STEPS
@@ -21,14 +21,6 @@ MAX_RETIRED = 64
 """Earlier incarnations of one run that are remembered, so that a straggler is told apart from a new launch."""
 
 EventKind = Literal["ended", "vanished", "removed"]
-
-
-class RunState(IntEnum):
-    """What the metric run_state shows."""
-
-    ENDED = 0
-    RUNNING = 1
-    VANISHED = 2
 
 
 class AdmissionError(KoopmonError):

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from koopmon.config import Config
 from koopmon.errors import ProtocolError
+from koopmon.history.schema import RunState
+from koopmon.history.writer import Store
 from koopmon.monitor.access import Access
 from koopmon.monitor.annotations import Tell, tell_nobody
 from koopmon.monitor.assembler import Assembler, Snapshot
@@ -25,9 +27,8 @@ from koopmon.monitor.inquiries import Inquiries
 from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.metrics import KEPT_WHEN_VANISHED, Metrics
 from koopmon.monitor.rejections import Rejections
-from koopmon.monitor.runs import AdmissionError, Event, Run, RunRegistry, RunState
+from koopmon.monitor.runs import AdmissionError, Event, Run, RunRegistry
 from koopmon.monitor.sample import Sample
-from koopmon.monitor.store import Store
 from koopmon.monitor.watch import Watch, show_run
 from koopmon.wire.codec import ReceivedShard
 from koopmon.wire.messages import (

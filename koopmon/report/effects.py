@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from koopmon.monitor.history import CommandRow, DecisionRow
+from koopmon.history.reader import CommandRow, DecisionRow
 
 if TYPE_CHECKING:
     from koopmon.report.facts import Point

@@ -19,8 +19,8 @@ import msgspec
 
 from koopmon.config import PolicyConfig
 from koopmon.errors import StoreError, one_line
-from koopmon.monitor.history import HeartbeatRow, History, IncarnationRow, ObservationRow
-from koopmon.monitor.runs import RunState
+from koopmon.history.reader import HeartbeatRow, History, IncarnationRow, ObservationRow
+from koopmon.history.schema import RunState
 from koopmon.report.effects import Action, Decision, read_decisions
 from koopmon.report.spectra import Heatmap, Spectrum, read_profiles
 from koopmon.report.summary import RunSummary, summary_of

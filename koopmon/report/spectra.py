@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from koopmon.monitor.history import ProfileRow
+from koopmon.history.reader import ProfileRow
 
 FIELDS = ("near_unit_mass", "expansive_mass", "spectral_radius")
 WORDS = dict(zip(FIELDS, ("near-unit mass", "expansive mass", "spectral radius"), strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from koopmon.errors import StoreError
-from koopmon.monitor.history import DecisionRow, HeartbeatRow, History, IncarnationRow
+from koopmon.history.reader import DecisionRow, HeartbeatRow, History, IncarnationRow
 
 _SENT = frozenset({"sent", "applied", "unanswered", "pending"})
 

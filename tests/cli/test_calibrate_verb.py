@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from koopmon.cli import main
-from koopmon.monitor.store import Store
+from koopmon.history.writer import Store
 from koopmon.risk.calibration import Example, fit, load, save
 from koopmon.spectral import profile_states
 from tests.factories import hello, observation, record_observation

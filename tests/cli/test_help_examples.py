@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from koopmon.cli import main
-from koopmon.monitor.history import History
+from koopmon.history.reader import History
 from manual.command_line import EXAMPLE, example, verbs
 from tests.cli.test_calibrate_verb import Recorder
 from tests.docs.pages import QUICKSTART, ROOT

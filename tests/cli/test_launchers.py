@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from koopmon.monitor.history import History
+from koopmon.history.reader import History
 
 PLAIN = Path(__file__).parent / "programs" / "plain.py"
 SHORT = {"TMPDIR": "/tmp"}

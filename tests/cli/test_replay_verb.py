@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from koopmon.cli import main
-from koopmon.monitor.store import Store
+from koopmon.history.writer import Store
 from tests.factories import observation, record_observation
 
 

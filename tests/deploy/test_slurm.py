@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from koopmon.monitor.store import Store
+from koopmon.history.writer import Store
 from tests.deploy.cluster import Cluster, free_ports
 from tests.deploy.conftest import DEPLOY, HOUSE, begun, beside_python, environment, koopmon, wait_until
 

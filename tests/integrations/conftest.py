@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from koopmon.cli.embedded import EmbeddedMonitor
-from koopmon.monitor.history import History
+from koopmon.history.reader import History
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).parent / "programs"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from koopmon.monitor.history import History
+from koopmon.history.reader import History
 from tests.integrations.conftest import PROGRAMS, TORCHRUN, ended_well
 
 

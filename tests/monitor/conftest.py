@@ -21,9 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
 from koopmon.config import Config, from_mapping
+from koopmon.history.reader import History
+from koopmon.history.writer import Store
 from koopmon.monitor.daemon import Addresses, Monitor
-from koopmon.monitor.history import History
-from koopmon.monitor.store import Store
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
 from koopmon.wire.messages import (
     Ack,

@@ -18,12 +18,12 @@ from prometheus_client import CollectorRegistry
 from koopmon import policy
 from koopmon.config import Config, KssConfig, MonitorConfig, PolicyConfig, RiskConfig, StoreConfig
 from koopmon.errors import ProtocolError
+from koopmon.history.writer import Store
 from koopmon.monitor.assembler import Assembler
 from koopmon.monitor.guard import MAX_REPLACED, Answered, Guard, Memory, Verdict, merged
 from koopmon.monitor.metrics import MAX_LAYERS, Metrics
 from koopmon.monitor.runs import LAST_STEP, AdmissionError, RunRegistry
 from koopmon.monitor.sample import Sample
-from koopmon.monitor.store import Store
 from koopmon.risk import online
 from koopmon.risk.surprise import Surprise
 from koopmon.spectral import SpectralProfile, profile_states

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from koopmon.config import StoreConfig
 from koopmon.errors import StoreError
-from koopmon.monitor.retention import DAY_SECONDS
-from koopmon.monitor.schema import SCHEMA_VERSION
-from koopmon.monitor.store import Store
+from koopmon.history.retention import DAY_SECONDS
+from koopmon.history.schema import SCHEMA_VERSION
+from koopmon.history.writer import Store
 from koopmon.wire.codec import WireLimits, decode_for_agent
 from koopmon.wire.messages import Ack, Applied, Command
 from tests.factories import ack, command, heartbeat, hello, record_observation
@@ -297,7 +297,7 @@ def test_a_disk_that_is_really_full_pauses_and_resumes_by_itself(
 def test_what_waits_is_bounded_and_written_at_the_end(
     open_store: Callable[..., Store], path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("koopmon.monitor.journal.MAX_BACKLOG", 6)
+    monkeypatch.setattr("koopmon.history.journal.MAX_BACKLOG", 6)
     store = open_store()
     store._database.execute("PRAGMA query_only = ON")
     for number in range(5):  # two records each

@@ -16,6 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from koopmon import policy
+from koopmon.history.writer import Store
 from koopmon.monitor import daemon
 from koopmon.monitor.assembler import Assembler
 from koopmon.monitor.failures import LOG_SECONDS, MAX_PLACES, Failures
@@ -24,7 +25,6 @@ from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.runs import RunRegistry
 from koopmon.monitor.service import Service
-from koopmon.monitor.store import Store
 from koopmon.monitor.watch import Watch
 from koopmon.wire.messages import Refused, Welcome
 from tests.monitor.world import BAD, GOOD, QueueEngine, World

@@ -10,9 +10,9 @@ import pytest
 
 from koopmon.config import Config, from_mapping
 from koopmon.errors import StoreError
-from koopmon.monitor.history import History
+from koopmon.history.reader import History
+from koopmon.history.writer import Store
 from koopmon.monitor.replay import Replayed, replay
-from koopmon.monitor.store import Store
 from koopmon.policy import PolicyState, decide
 from koopmon.risk.online import Observation, RiskState, assess
 from tests.factories import hello, observation, record_observation

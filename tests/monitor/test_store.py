@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from koopmon.errors import StoreError
-from koopmon.monitor.history import DecisionRow, History
-from koopmon.monitor.schema import SCHEMA_VERSION, pack, unpack
-from koopmon.monitor.store import Store
+from koopmon.history.reader import DecisionRow, History
+from koopmon.history.schema import SCHEMA_VERSION, pack, unpack
+from koopmon.history.writer import Store
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.messages import Applied, Heartbeat, KssSettings
 from tests.factories import ack, command, hello, record_observation
@@ -148,7 +148,7 @@ def test_packing_keeps_float32_apart() -> None:
 
 WRITER = """
 import sys
-from koopmon.monitor.store import Store
+from koopmon.history.writer import Store
 from koopmon.wire.messages import Command
 
 store = Store.open(sys.argv[1])

@@ -13,13 +13,13 @@ from prometheus_client import CollectorRegistry
 
 from koopmon.config import from_mapping
 from koopmon.errors import ProtocolError
+from koopmon.history.writer import Store
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.rejections import Rejections
 from koopmon.monitor.service import Service
-from koopmon.monitor.store import Store
 from koopmon.spectral import profile_states
 from koopmon.wire.codec import ReceivedShard, encode
 from koopmon.wire.messages import Ack, Applied, Command, Goodbye, Heartbeat, Hello, MonitorMessage, Shard

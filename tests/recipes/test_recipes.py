@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from koopmon.monitor.history import History
+from koopmon.history.reader import History
 from tests.recipes.conftest import ROOT, blocks, launching
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from koopmon.monitor.history import History
-from koopmon.monitor.store import Store
+from koopmon.history.reader import History
+from koopmon.history.writer import Store
 from koopmon.report.facts import Facts, gather
 from koopmon.spectral import profile_states
 from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, Heartbeat, KssSettings

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from koopmon.errors import StoreError
-from koopmon.monitor.history import History
-from koopmon.monitor.schema import pack
+from koopmon.history.reader import History
+from koopmon.history.schema import pack
 from koopmon.report.facts import gather
 from koopmon.report.story import headline, helped
 from tests.report.recorder import NAN, Recorder, guarded

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from koopmon.history.schema import RunState
 from koopmon.monitor.guard import Guard, Verdict
 from koopmon.monitor.live.records import (
     Column,
@@ -26,7 +27,7 @@ from koopmon.monitor.live.records import (
     column_of,
     spectrum_of,
 )
-from koopmon.monitor.runs import Run, RunState
+from koopmon.monitor.runs import Run
 from koopmon.monitor.sample import Sample
 from koopmon.policy import PolicyState
 from koopmon.wire.messages import Ack

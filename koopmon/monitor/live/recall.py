@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from koopmon.errors import StoreError, one_line
-from koopmon.monitor.history import DecisionRow, History, ObservationRow, ProfileRow, RunRow
+from koopmon.history.reader import DecisionRow, History, ObservationRow, ProfileRow, RunRow
+from koopmon.history.schema import RunState
 from koopmon.monitor.live.board import MAX_DECISIONS, MAX_POINTS, LiveBoard
 from koopmon.monitor.live.records import Column, Decided, Order, Point, RunView, recorded_column, recorded_spectrum
-from koopmon.monitor.runs import RunState
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from koopmon.history.schema import RunState
 from koopmon.monitor.live import board as boards
 from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.live.records import Point, RunView
 from koopmon.monitor.metrics import MAX_LAYERS
-from koopmon.monitor.runs import RunState
 
 Feed = Callable[..., Any]
 Profile = Callable[..., Any]

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from koopmon.history.writer import Store
 from koopmon.monitor.live import recall as recalls
 from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.live.recall import Recall
-from koopmon.monitor.store import Store
 from koopmon.wire.messages import Applied
 
 httpx = pytest.importorskip("httpx")

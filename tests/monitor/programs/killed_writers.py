@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from koopmon.config import StoreConfig
-from koopmon.monitor.store import Store
+from koopmon.history.writer import Store
 from koopmon.wire.messages import Ack, Applied, Command
 
 RUN, INCARNATION = "job", "aaaaaaaa"

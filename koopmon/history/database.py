@@ -8,7 +8,7 @@ import sqlite3
 from pathlib import Path
 
 from koopmon.errors import StoreError, one_line
-from koopmon.monitor.schema import APPLICATION_ID, SQLITE_ERRORS, prepare
+from koopmon.history.schema import APPLICATION_ID, SQLITE_ERRORS, prepare
 
 logger = logging.getLogger(__name__)
 

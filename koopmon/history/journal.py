@@ -22,10 +22,10 @@ import msgspec
 
 from koopmon.config import StoreConfig
 from koopmon.errors import StoreError, one_line
-from koopmon.monitor.database import is_damage, open_database, set_aside
-from koopmon.monitor.lock import take_lock
-from koopmon.monitor.retention import Retention
-from koopmon.monitor.schema import SCHEMA_VERSION, SQLITE_ERRORS
+from koopmon.history.database import is_damage, open_database, set_aside
+from koopmon.history.lock import take_lock
+from koopmon.history.retention import Retention
+from koopmon.history.schema import SCHEMA_VERSION, SQLITE_ERRORS
 
 logger = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from urllib.parse import quote
 import msgspec
 
 from koopmon.errors import StoreError, one_line
-from koopmon.monitor.schema import SQLITE_ERRORS, check, from_scalar, unpacked_profile
+from koopmon.history.schema import SQLITE_ERRORS, check, from_scalar, unpacked_profile
 from koopmon.wire.messages import Applied, Command, Hello
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRow:
-    """One run, in all its launches. Times are Unix seconds; `state` is a `koopmon.monitor.runs.RunState`."""
+    """One run, in all its launches. Times are Unix seconds; `state` is a `koopmon.history.schema.RunState`."""
 
     name: str
     first_seen: float

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import msgspec
 
 from koopmon.errors import one_line
-from koopmon.monitor.history import History
-from koopmon.monitor.journal import Journal, records
-from koopmon.monitor.schema import Observables, packed_profile, scalar, to_json
+from koopmon.history.journal import Journal, records
+from koopmon.history.reader import History
+from koopmon.history.schema import Observables, packed_profile, scalar, to_json
 from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ import math
 import sqlite3
 import zlib
 from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,14 @@ CREATE INDEX commands_by_decision ON commands (decision_id);
 """,
 }
 """What takes a store from each version to the next; each step is one transaction."""
+
+
+class RunState(IntEnum):
+    """What the metric run_state shows."""
+
+    ENDED = 0
+    RUNNING = 1
+    VANISHED = 2
 
 
 def prepare(database: sqlite3.Connection, path: Path) -> None:
