@@ -20,10 +20,10 @@ from koopmon.history.writer import Store
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.live import board as boards
 from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.rejections import Rejections
 from koopmon.monitor.service import Service
 from koopmon.monitor.web import WebServer
+from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.messages import Applied, Heartbeat
 
 HOUR_SECONDS = 3600.0

@@ -27,11 +27,11 @@ from koopmon.history.writer import Store
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.guard import Memory
-from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.rejections import Rejections
 from koopmon.monitor.service import Service
 from koopmon.spectral import LayerProfile, SpectralProfile
 from koopmon.spectral.records import FIELDS
+from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.codec import UNBOUNDED_SCALARS, ReceivedShard, WireLimits, decode, decode_for_agent, encode
 from koopmon.wire.messages import (
     DROP_REASONS,

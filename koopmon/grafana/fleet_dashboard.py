@@ -21,7 +21,7 @@ from koopmon.grafana.panels import (
     thresholds,
     value_mapping,
 )
-from koopmon.monitor.alerts import ACT_RISK, HIGH_FORECAST, LIKELY, STALE_SECONDS
+from koopmon.telemetry.alerts import ACT_RISK, HIGH_FORECAST, LIKELY, STALE_SECONDS
 
 UID = "koopmon-fleet"
 RUN = '{run=~"$run"}'

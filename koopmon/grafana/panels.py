@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from koopmon.monitor.alerts import ACT_RISK, SEVERE_RISK
+from koopmon.telemetry.alerts import ACT_RISK, SEVERE_RISK
 
 Json = dict[str, Any]
 Steps = Sequence[tuple[float | None, str]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 
-from koopmon.monitor.alerts import ALERTS, Alert
+from koopmon.telemetry.alerts import ALERTS, Alert
 
 STYLE = (
     ":root{color-scheme:light dark}body{font:1rem/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;"

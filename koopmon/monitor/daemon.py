@@ -33,11 +33,11 @@ from koopmon.monitor.grafana import read_access
 from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.live.recall import Recall
 from koopmon.monitor.login import read_login, read_tls
-from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.rejections import Rejections
 from koopmon.monitor.service import COMMIT_SECONDS, Service
 from koopmon.monitor.web import WebServer
 from koopmon.risk import calibration
+from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.codec import WireLimits, decode_for_monitor, decode_shard, encode
 from koopmon.wire.endpoints import is_loopback
 from koopmon.wire.messages import PROTOCOL_VERSION, MonitorMessage, Refused

@@ -16,10 +16,10 @@ from koopmon.monitor.annotations import Tell, tell_nobody
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.guard import Guard, Verdict
 from koopmon.monitor.live.board import LiveBoard, standing_of
-from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.runs import Run
 from koopmon.monitor.sample import Sample
 from koopmon.policy import Decision
+from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.messages import Ack, Command, MonitorMessage
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from koopmon.monitor.metrics import REJECTIONS, Metrics
+from koopmon.telemetry.metrics import REJECTIONS, Metrics
 
 logger = logging.getLogger(__name__)
 

@@ -25,11 +25,11 @@ from koopmon.monitor.failures import Failures
 from koopmon.monitor.guard import Guard
 from koopmon.monitor.inquiries import Inquiries
 from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.metrics import KEPT_WHEN_VANISHED, Metrics
 from koopmon.monitor.rejections import Rejections
 from koopmon.monitor.runs import AdmissionError, Event, Run, RunRegistry
 from koopmon.monitor.sample import Sample
 from koopmon.monitor.watch import Watch, show_run
+from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, Metrics
 from koopmon.wire.codec import ReceivedShard
 from koopmon.wire.messages import (
     MAX_TEXT,

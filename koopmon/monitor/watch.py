@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from koopmon.monitor.guard import Guard, Verdict
-from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.runs import Run
+from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.messages import Applied, Heartbeat, Judgement
 
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ from koopmon.config import PolicyConfig
 from koopmon.errors import EndpointError
 from koopmon.monitor import doorkeeper
 from koopmon.monitor.alerts_page import alerts_page
-from koopmon.monitor.exposition import Exposition
 from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.live.pages import not_found, routes
 from koopmon.monitor.live.stream import Streams
 from koopmon.monitor.login import Login
+from koopmon.telemetry.exposition import Exposition
 
 STOP_SECONDS = 5.0
 

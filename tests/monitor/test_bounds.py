@@ -21,13 +21,13 @@ from koopmon.errors import ProtocolError
 from koopmon.history.writer import Store
 from koopmon.monitor.assembler import Assembler
 from koopmon.monitor.guard import MAX_REPLACED, Answered, Guard, Memory, Verdict, merged
-from koopmon.monitor.metrics import MAX_LAYERS, Metrics
 from koopmon.monitor.runs import LAST_STEP, AdmissionError, RunRegistry
 from koopmon.monitor.sample import Sample
 from koopmon.risk import online
 from koopmon.risk.surprise import Surprise
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.spectral.records import finite_mean
+from koopmon.telemetry.metrics import MAX_LAYERS, Metrics
 from koopmon.wire.codec import encode
 from koopmon.wire.messages import (
     MAX_MODULUS,

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from koopmon.monitor.exposition import MAX_FORMATS, Exposition
-from koopmon.monitor.metrics import Metrics
+from koopmon.telemetry.exposition import MAX_FORMATS, Exposition
+from koopmon.telemetry.metrics import Metrics
 
 FORMATS = [
     "",

@@ -22,10 +22,10 @@ from koopmon.monitor.assembler import Assembler
 from koopmon.monitor.failures import LOG_SECONDS, MAX_PLACES, Failures
 from koopmon.monitor.guard import Guard
 from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.runs import RunRegistry
 from koopmon.monitor.service import Service
 from koopmon.monitor.watch import Watch
+from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.messages import Refused, Welcome
 from tests.monitor.world import BAD, GOOD, QueueEngine, World
 

@@ -15,8 +15,8 @@ from prometheus_client import CollectorRegistry
 from koopmon.config import HttpConfig
 from koopmon.errors import ConfigError, EndpointError
 from koopmon.monitor.login import Login, read_login, read_tls
-from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.web import WebServer, parse_address
+from koopmon.telemetry.metrics import Metrics
 
 httpx = pytest.importorskip("httpx")
 

@@ -13,7 +13,8 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from koopmon.monitor.metrics import (
+from koopmon.spectral import LayerProfile, SpectralProfile, profile_states
+from koopmon.telemetry.metrics import (
     COMMAND_KINDS,
     COMMAND_OUTCOMES,
     DROPS,
@@ -25,7 +26,6 @@ from koopmon.monitor.metrics import (
     Metrics,
     layer_buckets,
 )
-from koopmon.spectral import LayerProfile, SpectralProfile, profile_states
 
 GOLDEN = Path(__file__).parent / "metrics.golden"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from koopmon.monitor import doorkeeper
-from koopmon.monitor.metrics import REJECTIONS
+from koopmon.telemetry.metrics import REJECTIONS
 from koopmon.wire.codec import MAGIC, PREFIX, encode
 from koopmon.wire.messages import Ack, Applied, Heartbeat, Refused
 

@@ -12,9 +12,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from koopmon.errors import EndpointError
-from koopmon.monitor.alerts import ALERTS
-from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.web import WebServer, parse_address
+from koopmon.telemetry.alerts import ALERTS
+from koopmon.telemetry.metrics import Metrics
 
 httpx = pytest.importorskip("httpx")
 

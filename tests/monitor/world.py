@@ -17,10 +17,10 @@ from koopmon.history.writer import Store
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.metrics import Metrics
 from koopmon.monitor.rejections import Rejections
 from koopmon.monitor.service import Service
 from koopmon.spectral import profile_states
+from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.codec import ReceivedShard, encode
 from koopmon.wire.messages import Ack, Applied, Command, Goodbye, Heartbeat, Hello, MonitorMessage, Shard
 

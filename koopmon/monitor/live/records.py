@@ -9,9 +9,9 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from koopmon.config import KssConfig, PolicyConfig
-from koopmon.monitor.metrics import layer_buckets
 from koopmon.policy import PolicyState
 from koopmon.risk.online import Observation, OnlineRisk
+from koopmon.telemetry.metrics import layer_buckets
 from koopmon.wire.messages import Command
 
 if TYPE_CHECKING:

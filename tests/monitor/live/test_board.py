@@ -12,7 +12,7 @@ from koopmon.history.schema import RunState
 from koopmon.monitor.live import board as boards
 from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.live.records import Point, RunView
-from koopmon.monitor.metrics import MAX_LAYERS
+from koopmon.telemetry.metrics import MAX_LAYERS
 
 Feed = Callable[..., Any]
 Profile = Callable[..., Any]
