@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import difflib
 import functools
+import logging
 import os
 import stat
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -37,6 +38,8 @@ from koopmon.wire.messages import (
     LayerFraction,
     NumSenders,
 )
+
+logger = logging.getLogger(__name__)
 
 # Every number has bounds on both sides: infinity passes a bound on one side alone. Where a value ends up in a message,
 # its bounds are those of the protocol.
@@ -531,3 +534,24 @@ def _read(path: Path) -> bytes:
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: {path.stat().st_size} bytes: at most {MAX_FILE_BYTES} are read")
     return content
+
+
+S = TypeVar("S", bound=Section)
+
+
+def merged(section: S, hints: Mapping[str, Any], source: str) -> S:
+    """`section` with an adapter's `hints` in the fields that the user left at their defaults.
+
+    Hints that name no field or are out of bounds are left out, with a log line.
+    """
+    defaults = type(section)()
+    for name, value in hints.items():
+        if name not in section.__struct_fields__:
+            logger.warning("hello: %s names %r, which this version does not know", source, name)
+        elif getattr(section, name) == getattr(defaults, name):
+            try:
+                values = {**msgspec.structs.asdict(section), name: value}
+                section = msgspec.convert(values, type(section))
+            except msgspec.ValidationError as error:
+                logger.warning("hello: %s has %s = %r: %s", source, name, value, error)
+    return section

@@ -28,6 +28,7 @@ ROOMS = {
     "policy": "errors config risk wire",
     "history": "errors config spectral wire",
     "telemetry": "errors config spectral wire",
+    "offline": "errors config spectral risk policy history",
     "api": "errors",
     "hookspecs": "errors api",
     "structure": "errors api",

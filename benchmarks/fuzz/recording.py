@@ -27,8 +27,8 @@ from koopmon.errors import StoreError
 from koopmon.history.reader import History
 from koopmon.history.schema import SQLITE_ERRORS
 from koopmon.history.writer import Store
-from koopmon.monitor.outcomes import outcomes
-from koopmon.monitor.replay import replay
+from koopmon.offline.calibration_examples import outcomes
+from koopmon.offline.replay import replay
 
 KEPT = Path(__file__).parents[2] / "tests" / "monitor" / "stores" / "schema-1.sqlite3.gz"
 TEMPLATE = gzip.decompress(KEPT.read_bytes())

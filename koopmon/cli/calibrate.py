@@ -18,7 +18,7 @@ from koopmon.cli.console import say
 from koopmon.errors import StoreError
 
 if TYPE_CHECKING:
-    from koopmon.monitor.outcomes import Outcome
+    from koopmon.offline.calibration_examples import Outcome
 
 EPILOG = "Example: koopmon calibrate ~/.local/state/koopmon/runs/*.sqlite3 --out calibrator.json --png reliability.png"
 
@@ -89,7 +89,7 @@ def calibrate(
 
 def _outcomes(stores: Iterable[Path], console: Console) -> Iterable[Outcome]:
     from koopmon.history.reader import History
-    from koopmon.monitor.outcomes import outcomes
+    from koopmon.offline.calibration_examples import outcomes
 
     for path in track(
         list(stores), description="reading", console=console, transient=True, disable=not console.is_terminal

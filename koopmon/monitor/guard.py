@@ -10,14 +10,13 @@ import logging
 import math
 import secrets
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from koopmon import policy
-from koopmon.config import Config, KssConfig, PolicyConfig, Section
+from koopmon.config import Config, KssConfig, PolicyConfig, merged
 from koopmon.errors import ProtocolError, one_line
 from koopmon.monitor.sample import Sample
 from koopmon.risk import initial, online
@@ -37,8 +36,6 @@ MAX_REPLACED = 64
 """Commands of one run that a newer one has replaced, and whose answer may yet come."""
 MAX_SETTLED = 256
 """Commands of one run that are remembered after they are settled, so that a late answer is known."""
-
-S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,24 +350,6 @@ class Guard:
         self._settled[command.id] = _Settled(command.kind, answered)
         while len(self._settled) > MAX_SETTLED:
             self._settled.popitem(last=False)
-
-
-def merged(section: S, hints: Mapping[str, Any], source: str) -> S:
-    """`section` with an adapter's `hints` in the fields that the user left at their defaults.
-
-    Hints that name no field or are out of bounds are left out, with a log line.
-    """
-    defaults = type(section)()
-    for name, value in hints.items():
-        if name not in section.__struct_fields__:
-            logger.warning("hello: %s names %r, which this version does not know", source, name)
-        elif getattr(section, name) == getattr(defaults, name):
-            try:
-                values = {**msgspec.structs.asdict(section), name: value}
-                section = msgspec.convert(values, type(section))
-            except msgspec.ValidationError as error:
-                logger.warning("hello: %s has %s = %r: %s", source, name, value, error)
-    return section
 
 
 def _recall(memory: bytes | None) -> Memory:

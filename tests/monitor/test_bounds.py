@@ -16,11 +16,11 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from koopmon import policy
-from koopmon.config import Config, KssConfig, MonitorConfig, PolicyConfig, RiskConfig, StoreConfig
+from koopmon.config import Config, KssConfig, MonitorConfig, PolicyConfig, RiskConfig, StoreConfig, merged
 from koopmon.errors import ProtocolError
 from koopmon.history.writer import Store
 from koopmon.monitor.assembler import Assembler
-from koopmon.monitor.guard import MAX_REPLACED, Answered, Guard, Memory, Verdict, merged
+from koopmon.monitor.guard import MAX_REPLACED, Answered, Guard, Memory, Verdict
 from koopmon.monitor.runs import LAST_STEP, AdmissionError, RunRegistry
 from koopmon.monitor.sample import Sample
 from koopmon.risk import online

@@ -12,7 +12,7 @@ from koopmon.config import Config, from_mapping
 from koopmon.errors import StoreError
 from koopmon.history.reader import History
 from koopmon.history.writer import Store
-from koopmon.monitor.replay import Replayed, replay
+from koopmon.offline.replay import Replayed, replay
 from koopmon.policy import PolicyState, decide
 from koopmon.risk.online import Observation, RiskState, assess
 from tests.factories import hello, observation, record_observation

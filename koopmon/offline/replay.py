@@ -13,10 +13,9 @@ from typing import Any
 import msgspec
 
 from koopmon import policy
-from koopmon.config import Config
+from koopmon.config import Config, merged
 from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import History, IncarnationRow, ObservationRow
-from koopmon.monitor.guard import merged
 from koopmon.risk import online
 
 KINDS = ("set_lr_scale", "set_kss")
