@@ -44,10 +44,10 @@ ROOMS = {
     "profiling": "errors api structure chain plugins discovery tokens observables spectral",
     "agent": "errors config spectral wire api hookspecs structure chain tokens observables plugins discovery",
     "conformance": "errors config spectral wire api chain tokens observables plugins discovery agent",
-    "monitor": "errors config spectral risk wire policy secret_files history telemetry",
+    "grafana": "errors config telemetry secret_files",
+    "monitor": "errors config spectral risk wire policy secret_files history telemetry grafana",
     "integrations": "errors config agent profiling spectral risk",  # the last three for Optuna: before any training
     "plots": "errors spectral risk",
-    "grafana": "errors config monitor telemetry",
     "report": "errors config spectral risk plots history",
     "doctor": "errors config wire api plugins discovery agent",
     "demo": "errors config spectral risk plots history",

@@ -20,10 +20,10 @@ from koopmon.errors import (
     KoopmonError,
     one_line,
 )
+from koopmon.grafana.access import GrafanaAccess
 from koopmon.grafana.bundle import Bundle, DataSource
 from koopmon.grafana.plan import Change, Found, Kind
 from koopmon.grafana.routes import merged_policies
-from koopmon.monitor.grafana import GrafanaAccess
 
 Json = dict[str, Any]
 RETRIES = 2

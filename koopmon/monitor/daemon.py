@@ -23,13 +23,13 @@ from prometheus_client import CollectorRegistry
 from koopmon import __version__
 from koopmon.config import Config
 from koopmon.errors import EndpointError, ProtocolError
+from koopmon.grafana.access import read_access
+from koopmon.grafana.annotations import Annotations, Tell, tell_nobody
 from koopmon.history.writer import Store
 from koopmon.monitor.access import Access
-from koopmon.monitor.annotations import Annotations, Tell, tell_nobody
 from koopmon.monitor.device import check_device
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.failures import Failures
-from koopmon.monitor.grafana import read_access
 from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.live.recall import Recall
 from koopmon.monitor.login import read_login, read_tls

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from koopmon.errors import ProtocolError
+from koopmon.grafana.annotations import Tell, tell_nobody
 from koopmon.history.writer import Store
-from koopmon.monitor.annotations import Tell, tell_nobody
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.guard import Guard, Verdict
 from koopmon.monitor.live.board import LiveBoard, standing_of

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from koopmon.config import Config
 from koopmon.errors import ProtocolError
+from koopmon.grafana.annotations import Tell, tell_nobody
 from koopmon.history.schema import RunState
 from koopmon.history.writer import Store
 from koopmon.monitor.access import Access
-from koopmon.monitor.annotations import Tell, tell_nobody
 from koopmon.monitor.assembler import Assembler, Snapshot
 from koopmon.monitor.dispatcher import Dispatcher
 from koopmon.monitor.engine import Engine, Result

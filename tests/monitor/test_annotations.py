@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from koopmon.monitor import annotations
-from koopmon.monitor.annotations import Annotations
-from koopmon.monitor.grafana import GrafanaAccess
+from koopmon.grafana import annotations
+from koopmon.grafana.access import GrafanaAccess
+from koopmon.grafana.annotations import Annotations
 from koopmon.wire.messages import Applied
 from tests.fake_grafana import TOKEN, FakeGrafana
 

@@ -19,7 +19,7 @@ from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from koopmon.errors import one_line
-from koopmon.monitor.grafana import GrafanaAccess
+from koopmon.grafana.access import GrafanaAccess
 
 logger = logging.getLogger(__name__)
 
