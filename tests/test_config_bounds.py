@@ -14,7 +14,7 @@ import msgspec
 import msgspec.inspect as inspect
 import pytest
 
-from koopmon.agent.link import MIN_HEARTBEAT_SECONDS
+from koopmon.agent.comms.control_channel import MIN_HEARTBEAT_SECONDS
 from koopmon.config import (
     MAX_FILE_BYTES,
     MAX_STEPS,

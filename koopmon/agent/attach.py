@@ -13,10 +13,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from koopmon import config as configuration
-from koopmon.agent.agent import Agent
-from koopmon.agent.guest import Guest
-from koopmon.agent.layout import refusal
-from koopmon.agent.world import check_run_name, launched_rank
+from koopmon.agent.handle import Agent
+from koopmon.agent.parallelism import refusal
+from koopmon.agent.rank_identity import check_run_name, launched_rank
+from koopmon.agent.runtime import Guest
 from koopmon.config import Config
 from koopmon.errors import KoopmonError, raise_from_signal
 from koopmon.plugins import select

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from koopmon import config as configuration
-from koopmon.agent.capture import recomputing
-from koopmon.agent.guest import Guest
-from koopmon.agent.link import Outcome
-from koopmon.agent.sampler import Snapshot
-from koopmon.agent.sender import Sender
+from koopmon.agent.capture.sampler import Snapshot
+from koopmon.agent.capture.taps import recomputing
+from koopmon.agent.comms.control_channel import Outcome
+from koopmon.agent.comms.io_thread import Sender
+from koopmon.agent.runtime import Guest
 from koopmon.api import Stack
 from koopmon.conformance.bench import Bench, at_points, seeded
 from koopmon.conformance.verdict import demand, told

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from koopmon.agent.attach import Agent, attach
-from koopmon.agent.world import launched_rank
+from koopmon.agent.rank_identity import launched_rank
 from koopmon.config import Config
 
 logger = logging.getLogger("koopmon.integrations")

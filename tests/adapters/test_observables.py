@@ -247,7 +247,7 @@ def failing(*_: Any) -> Tensor:
 def test_a_reading_that_fails_is_off_and_snapshots_go_on(
     read: Any, says: str, monitor: ScriptedMonitor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from koopmon.agent.guest import Guest
+    from koopmon.agent.runtime import Guest
     from koopmon.config import Config
 
     torch.manual_seed(0)

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from koopmon.agent.actuator import MAX_PENDING, Actuator
-from koopmon.agent.cadence import Budget
-from koopmon.agent.control_group import MESSAGE_BYTES, _encoder
-from koopmon.agent.control_state import ControlState, Exchange, Ramp
-from koopmon.agent.ledger import Ledger
-from koopmon.agent.link import Outcome
+from koopmon.agent.capture.schedule import Budget
+from koopmon.agent.comms.control_channel import Outcome
+from koopmon.agent.control.actuator import MAX_PENDING, Actuator
+from koopmon.agent.control.rank_group import MESSAGE_BYTES, _encoder
+from koopmon.agent.control.state import ControlState, Exchange, Ramp
+from koopmon.agent.stats import Ledger
 from koopmon.config import Config, from_mapping
 from koopmon.wire.messages import Ack, Applied, Command, KssSettings
 from tests.agent.models import build, train_step

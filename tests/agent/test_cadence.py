@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from koopmon.agent.cadence import Budget, Cadence
-from koopmon.agent.control_state import ControlState
+from koopmon.agent.capture.schedule import Budget, Cadence
+from koopmon.agent.control.state import ControlState
 from koopmon.config import CadenceConfig
 
 CONFIG = CadenceConfig(warmup_steps=10, dense_every=2, calm_every=7)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from koopmon.agent.fence import Fence
-from koopmon.agent.kss_injection import KssInjection
-from koopmon.agent.ledger import Ledger
+from koopmon.agent.circuit_breaker import Fence
+from koopmon.agent.control.kss_injection import KssInjection
+from koopmon.agent.stats import Ledger
 from koopmon.spectral import kss_basis, kss_loss
 from koopmon.tokens import order_rows, take_rows
 from koopmon.wire.messages import KssSettings

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from benchmarks.matrix.__main__ import RESULT
-from koopmon.agent.layout import PROVEN, DataRanks, data_ranks, inspect_layout, refusal
-from koopmon.agent.world import World
+from koopmon.agent.parallelism import PROVEN, DataRanks, data_ranks, inspect_layout, refusal
+from koopmon.agent.rank_identity import World
 from tests.agent.models import build, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 

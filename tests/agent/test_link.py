@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from koopmon.agent.ledger import Ledger
-from koopmon.agent.link import HELLO_SECONDS, Description, Link, Outcome
-from koopmon.agent.world import Identity
+from koopmon.agent.comms.control_channel import HELLO_SECONDS, Description, Link, Outcome
+from koopmon.agent.rank_identity import Identity
+from koopmon.agent.stats import Ledger
 from koopmon.config import ControlConfig
 from koopmon.errors import EndpointError
 from koopmon.wire.codec import Frame, WireLimits, decode_for_monitor, encode

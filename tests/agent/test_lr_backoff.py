@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from koopmon.agent.lr_backoff import LrBackoff, largest_rate, rate_sized_steps
+from koopmon.agent.control.lr_backoff import LrBackoff, largest_rate, rate_sized_steps
 from tests.agent.models import batch, build, loss_of
 from tests.agent.scripted_monitor import ScriptedMonitor
 

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.endurance import endure
-from koopmon.agent import kss_injection
 from koopmon.agent.autoload import DIRECTORY
-from koopmon.agent.ledger import ScalarBox
+from koopmon.agent.control import kss_injection
+from koopmon.agent.stats import ScalarBox
 from koopmon.wire.messages import KssSettings
 from tests.agent.models import batch, build, checkpointed, loss_of, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor

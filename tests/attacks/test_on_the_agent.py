@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from koopmon.agent.link import MIN_HEARTBEAT_SECONDS
+from koopmon.agent.comms.control_channel import MIN_HEARTBEAT_SECONDS
 from koopmon.wire.codec import PREFIX, encode
 from koopmon.wire.messages import Ack, Command, Heartbeat, Hello, KssSettings
 from koopmon.wire.trust import Trust

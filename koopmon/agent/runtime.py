@@ -13,19 +13,26 @@ import msgspec
 from torch import nn
 from torch.optim import Optimizer
 
-from koopmon.agent.actuator import Actuator
-from koopmon.agent.cadence import Budget
-from koopmon.agent.capture import Taps
-from koopmon.agent.control_group import ControlGroup, Share
-from koopmon.agent.fence import Fence
-from koopmon.agent.kss_injection import KssInjection
-from koopmon.agent.layout import UNKNOWN, DataRanks, Layout, data_ranks, inspect_layout, kss_refusal
-from koopmon.agent.ledger import Ledger
-from koopmon.agent.link import Description, Outcome
-from koopmon.agent.lr_backoff import LrBackoff, largest_rate, rate_sized_steps
-from koopmon.agent.sampler import Sampler
-from koopmon.agent.sender import Sender
-from koopmon.agent.world import Introduction, World, current_world, default_run_name, launched_rank, meeting_place
+from koopmon.agent.capture.sampler import Sampler
+from koopmon.agent.capture.schedule import Budget
+from koopmon.agent.capture.taps import Taps
+from koopmon.agent.circuit_breaker import Fence
+from koopmon.agent.comms.control_channel import Description, Outcome
+from koopmon.agent.comms.io_thread import Sender
+from koopmon.agent.control.actuator import Actuator
+from koopmon.agent.control.kss_injection import KssInjection
+from koopmon.agent.control.lr_backoff import LrBackoff, largest_rate, rate_sized_steps
+from koopmon.agent.control.rank_group import ControlGroup, Share
+from koopmon.agent.parallelism import UNKNOWN, DataRanks, Layout, data_ranks, inspect_layout, kss_refusal
+from koopmon.agent.rank_identity import (
+    Introduction,
+    World,
+    current_world,
+    default_run_name,
+    launched_rank,
+    meeting_place,
+)
+from koopmon.agent.stats import Ledger
 from koopmon.api import Stack
 from koopmon.config import Config, KssConfig
 from koopmon.plugins import Selection, source

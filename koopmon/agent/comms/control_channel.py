@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 
 from koopmon import __version__
-from koopmon.agent.answers import Answers
-from koopmon.agent.ledger import Ledger
-from koopmon.agent.world import Identity
+from koopmon.agent.comms.pending_acks import Answers
+from koopmon.agent.rank_identity import Identity
+from koopmon.agent.stats import Ledger
 from koopmon.config import ControlConfig
 from koopmon.errors import EndpointError, ProtocolError
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode

@@ -17,11 +17,11 @@ from enum import Enum
 
 import msgspec
 
-from koopmon.agent.cadence import Budget, Cadence
-from koopmon.agent.control_group import ControlGroup
-from koopmon.agent.control_state import ControlState, Exchange
-from koopmon.agent.ledger import Ledger
-from koopmon.agent.link import Outcome
+from koopmon.agent.capture.schedule import Budget, Cadence
+from koopmon.agent.comms.control_channel import Outcome
+from koopmon.agent.control.rank_group import ControlGroup
+from koopmon.agent.control.state import ControlState, Exchange
+from koopmon.agent.stats import Ledger
 from koopmon.config import Config
 from koopmon.wire.messages import Applied, Command, KssSettings
 

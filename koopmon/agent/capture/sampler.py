@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from koopmon.agent.ledger import Ledger
+from koopmon.agent.stats import Ledger
 from koopmon.config import SamplingConfig
 from koopmon.observables import Readings
 from koopmon.tokens import align_mask, order_rows, take_rows

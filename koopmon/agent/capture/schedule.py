@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from koopmon.agent.control_state import ControlState
+from koopmon.agent.control.state import ControlState
 from koopmon.config import CadenceConfig
 
 _LEAST_CAPACITY_SECONDS = 0.1

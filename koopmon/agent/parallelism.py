@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from koopmon.agent.world import World
+from koopmon.agent.rank_identity import World
 from koopmon.observables import shielded
 from koopmon.plugins import Selection
 

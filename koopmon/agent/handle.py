@@ -8,8 +8,8 @@ from typing import Any, Self
 import msgspec
 from torch import Tensor
 
-from koopmon.agent.guest import Guest
-from koopmon.agent.ledger import ScalarBox
+from koopmon.agent.runtime import Guest
+from koopmon.agent.stats import ScalarBox
 
 logger = logging.getLogger("koopmon.agent")
 

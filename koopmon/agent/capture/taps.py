@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from koopmon.agent.fence import Fence, logger
-from koopmon.agent.layout import compiled_whole
-from koopmon.agent.ledger import Ledger
-from koopmon.agent.sampler import Sampler
+from koopmon.agent.capture.sampler import Sampler
+from koopmon.agent.circuit_breaker import Fence, logger
+from koopmon.agent.parallelism import compiled_whole
+from koopmon.agent.stats import Ledger
 from koopmon.api import Observable, Point, Stack
 from koopmon.chain import ChainVerifier
 from koopmon.discovery import not_verified

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
-from koopmon.agent.control_state import Exchange
-from koopmon.agent.ledger import Ledger
-from koopmon.agent.world import World
+from koopmon.agent.control.state import Exchange
+from koopmon.agent.rank_identity import World
+from koopmon.agent.stats import Ledger
 from koopmon.config import ControlConfig
 
 logger = logging.getLogger("koopmon.agent")

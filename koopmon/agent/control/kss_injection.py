@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from koopmon.agent.fence import Fence
-from koopmon.agent.ledger import Ledger
+from koopmon.agent.circuit_breaker import Fence
+from koopmon.agent.stats import Ledger
 from koopmon.spectral import kss_basis, kss_gradient
 from koopmon.tokens import align_mask, order_rows, take_rows
 from koopmon.wire.messages import KssSettings

@@ -13,12 +13,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from koopmon.agent.answers import Answers
-from koopmon.agent.fence import Fence
-from koopmon.agent.ledger import Ledger
-from koopmon.agent.link import Description, Directions, Link, Outcome
-from koopmon.agent.sampler import DTYPE_NAMES, Snapshot, all_finite
-from koopmon.agent.world import Identity
+from koopmon.agent.capture.sampler import DTYPE_NAMES, Snapshot, all_finite
+from koopmon.agent.circuit_breaker import Fence
+from koopmon.agent.comms.control_channel import Description, Directions, Link, Outcome
+from koopmon.agent.comms.pending_acks import Answers
+from koopmon.agent.rank_identity import Identity
+from koopmon.agent.stats import Ledger
 from koopmon.config import ControlConfig
 from koopmon.errors import EndpointError, KeysError, ProtocolError
 from koopmon.observables import tabulate
