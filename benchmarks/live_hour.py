@@ -20,7 +20,7 @@ from koopmon.history.writer import Store
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.live import board as boards
 from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.rejections import Rejections
+from koopmon.monitor.rejection_log import Rejections
 from koopmon.monitor.service import Service
 from koopmon.monitor.web import WebServer
 from koopmon.telemetry.metrics import Metrics

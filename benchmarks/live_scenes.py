@@ -18,7 +18,7 @@ from torch import Tensor
 
 from koopmon.config import Config
 from koopmon.history.writer import Store
-from koopmon.monitor.guard import Guard
+from koopmon.monitor.run_controller import Guard
 from koopmon.monitor.sample import Sample
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode

@@ -30,7 +30,7 @@ from koopmon.config import (
     load,
 )
 from koopmon.errors import ConfigError
-from koopmon.monitor.runs import LAST_STEP
+from koopmon.monitor.registry import LAST_STEP
 from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import (
     MAX_STEP,

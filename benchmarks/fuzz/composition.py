@@ -26,8 +26,8 @@ from koopmon.errors import ProtocolError
 from koopmon.history.writer import Store
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
-from koopmon.monitor.guard import Memory
-from koopmon.monitor.rejections import Rejections
+from koopmon.monitor.rejection_log import Rejections
+from koopmon.monitor.run_controller import Memory
 from koopmon.monitor.service import Service
 from koopmon.spectral import LayerProfile, SpectralProfile
 from koopmon.spectral.records import FIELDS

@@ -26,14 +26,14 @@ from koopmon.errors import EndpointError, ProtocolError
 from koopmon.grafana.access import read_access
 from koopmon.grafana.annotations import Annotations, Tell, tell_nobody
 from koopmon.history.writer import Store
-from koopmon.monitor.access import Access
+from koopmon.monitor.authorization import Access
 from koopmon.monitor.device import check_device
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.live.board import LiveBoard
 from koopmon.monitor.live.recall import Recall
 from koopmon.monitor.login import read_login, read_tls
-from koopmon.monitor.rejections import Rejections
+from koopmon.monitor.rejection_log import Rejections
 from koopmon.monitor.service import COMMIT_SECONDS, Service
 from koopmon.monitor.web import WebServer
 from koopmon.risk import calibration

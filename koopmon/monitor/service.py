@@ -17,16 +17,16 @@ from koopmon.errors import ProtocolError
 from koopmon.grafana.annotations import Tell, tell_nobody
 from koopmon.history.schema import RunState
 from koopmon.history.writer import Store
-from koopmon.monitor.access import Access
 from koopmon.monitor.assembler import Assembler, Snapshot
+from koopmon.monitor.authorization import Access
 from koopmon.monitor.dispatcher import Dispatcher
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.failures import Failures
-from koopmon.monitor.guard import Guard
-from koopmon.monitor.inquiries import Inquiries
 from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.rejections import Rejections
-from koopmon.monitor.runs import AdmissionError, Event, Run, RunRegistry
+from koopmon.monitor.probe_handler import Inquiries
+from koopmon.monitor.registry import AdmissionError, Event, Run, RunRegistry
+from koopmon.monitor.rejection_log import Rejections
+from koopmon.monitor.run_controller import Guard
 from koopmon.monitor.sample import Sample
 from koopmon.monitor.watch import Watch, show_run
 from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, Metrics

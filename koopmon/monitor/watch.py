@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from koopmon.monitor.guard import Guard, Verdict
-from koopmon.monitor.runs import Run
+from koopmon.monitor.registry import Run
+from koopmon.monitor.run_controller import Guard, Verdict
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.messages import Applied, Heartbeat, Judgement
 

@@ -20,8 +20,8 @@ from koopmon.config import Config, KssConfig, MonitorConfig, PolicyConfig, RiskC
 from koopmon.errors import ProtocolError
 from koopmon.history.writer import Store
 from koopmon.monitor.assembler import Assembler
-from koopmon.monitor.guard import MAX_REPLACED, Answered, Guard, Memory, Verdict
-from koopmon.monitor.runs import LAST_STEP, AdmissionError, RunRegistry
+from koopmon.monitor.registry import LAST_STEP, AdmissionError, RunRegistry
+from koopmon.monitor.run_controller import MAX_REPLACED, Answered, Guard, Memory, Verdict
 from koopmon.monitor.sample import Sample
 from koopmon.risk import online
 from koopmon.risk.surprise import Surprise

@@ -20,9 +20,9 @@ from koopmon.history.writer import Store
 from koopmon.monitor import daemon
 from koopmon.monitor.assembler import Assembler
 from koopmon.monitor.failures import LOG_SECONDS, MAX_PLACES, Failures
-from koopmon.monitor.guard import Guard
 from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.runs import RunRegistry
+from koopmon.monitor.registry import RunRegistry
+from koopmon.monitor.run_controller import Guard
 from koopmon.monitor.service import Service
 from koopmon.monitor.watch import Watch
 from koopmon.telemetry.metrics import Metrics

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from koopmon.config import Config, PolicyConfig, RiskConfig, from_mapping, merged
-from koopmon.monitor.guard import RESEND_SECONDS, Answered, Guard, Verdict
+from koopmon.monitor.run_controller import RESEND_SECONDS, Answered, Guard, Verdict
 from koopmon.monitor.sample import Sample
 from koopmon.risk.calibration import Calibrator, Example, fit
 from koopmon.spectral import SpectralProfile, profile_states

@@ -10,7 +10,7 @@ import pytest
 from koopmon.config import MonitorConfig
 from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
-from koopmon.monitor.runs import AdmissionError, RunRegistry
+from koopmon.monitor.registry import AdmissionError, RunRegistry
 from koopmon.wire.messages import Ack, Applied, Goodbye, Heartbeat, Hello, Shard
 from tests import factories
 

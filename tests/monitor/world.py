@@ -17,7 +17,7 @@ from koopmon.history.writer import Store
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.rejections import Rejections
+from koopmon.monitor.rejection_log import Rejections
 from koopmon.monitor.service import Service
 from koopmon.spectral import profile_states
 from koopmon.telemetry.metrics import Metrics

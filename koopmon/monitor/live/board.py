@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from koopmon.history.schema import RunState
-from koopmon.monitor.guard import Guard, Verdict
 from koopmon.monitor.live.records import (
     Column,
     Decided,
@@ -27,7 +26,8 @@ from koopmon.monitor.live.records import (
     column_of,
     spectrum_of,
 )
-from koopmon.monitor.runs import Run
+from koopmon.monitor.registry import Run
+from koopmon.monitor.run_controller import Guard, Verdict
 from koopmon.monitor.sample import Sample
 from koopmon.policy import PolicyState
 from koopmon.wire.messages import Ack

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from koopmon.config import Config, from_mapping
-from koopmon.monitor.guard import Guard, Verdict
 from koopmon.monitor.live.board import LiveBoard, standing_of
 from koopmon.monitor.live.records import RunView
-from koopmon.monitor.runs import Run, RunRegistry
+from koopmon.monitor.registry import Run, RunRegistry
+from koopmon.monitor.run_controller import Guard, Verdict
 from koopmon.monitor.sample import Sample
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.messages import Ack, Applied, Heartbeat

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 
 from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
-from koopmon.monitor.access import Access
-from koopmon.monitor.runs import RunRegistry
+from koopmon.monitor.authorization import Access
+from koopmon.monitor.registry import RunRegistry
 from koopmon.wire.messages import Probe, ProbedState, ProbeReply
 
 MAX_REFUSED = 256
