@@ -18,11 +18,11 @@ from benchmarks.live_scenes import NUM_LAYERS, hello, profiles
 from koopmon.config import from_mapping
 from koopmon.history.writer import Store
 from koopmon.monitor.engine import Engine, Result
-from koopmon.monitor.live import board as boards
-from koopmon.monitor.live.board import LiveBoard
+from koopmon.monitor.http import live_state as boards
+from koopmon.monitor.http.live_state import LiveBoard
+from koopmon.monitor.http.server import WebServer
 from koopmon.monitor.rejection_log import Rejections
 from koopmon.monitor.service import Service
-from koopmon.monitor.web import WebServer
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.messages import Applied, Heartbeat
 

@@ -64,8 +64,8 @@ ALONE = {
     "niquests": "koopmon/grafana/push.py",
     "prometheus_client": ("koopmon/telemetry/", "koopmon/monitor/"),
     "sqlite3": "koopmon/history/",
-    "starlette": "koopmon/monitor/",
-    "uvicorn": "koopmon/monitor/",
+    "starlette": "koopmon/monitor/http/",
+    "uvicorn": "koopmon/monitor/http/",
     "matplotlib": "koopmon/plots.py",
     "typer": "koopmon/cli/",
 }

@@ -30,12 +30,12 @@ from koopmon.monitor.authorization import Access
 from koopmon.monitor.device import check_device
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.failures import Failures
-from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.live.recall import Recall
-from koopmon.monitor.login import read_login, read_tls
+from koopmon.monitor.http.auth import read_login, read_tls
+from koopmon.monitor.http.live_backfill import Recall
+from koopmon.monitor.http.live_state import LiveBoard
+from koopmon.monitor.http.server import WebServer
 from koopmon.monitor.rejection_log import Rejections
 from koopmon.monitor.service import COMMIT_SECONDS, Service
-from koopmon.monitor.web import WebServer
 from koopmon.risk import calibration
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.codec import WireLimits, decode_for_monitor, decode_shard, encode

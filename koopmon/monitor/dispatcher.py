@@ -14,7 +14,7 @@ from koopmon.errors import ProtocolError
 from koopmon.grafana.annotations import Tell, tell_nobody
 from koopmon.history.writer import Store
 from koopmon.monitor.failures import Failures
-from koopmon.monitor.live.board import LiveBoard, standing_of
+from koopmon.monitor.http.live_state import LiveBoard, standing_of
 from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Guard, Verdict
 from koopmon.monitor.sample import Sample

@@ -22,7 +22,7 @@ from koopmon.monitor.authorization import Access
 from koopmon.monitor.dispatcher import Dispatcher
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.failures import Failures
-from koopmon.monitor.live.board import LiveBoard
+from koopmon.monitor.http.live_state import LiveBoard
 from koopmon.monitor.probe_handler import Inquiries
 from koopmon.monitor.registry import AdmissionError, Event, Run, RunRegistry
 from koopmon.monitor.rejection_log import Rejections

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client import CollectorRegistry
 
-from koopmon.monitor import doorkeeper
-from koopmon.monitor.web import WebServer
+from koopmon.monitor.http import limits
+from koopmon.monitor.http.server import WebServer
 
 httpx = pytest.importorskip("httpx")
 
@@ -82,7 +82,7 @@ def test_those_who_dawdle_do_not_keep_others_out(server: WebServer, noted: list[
 def test_a_connection_does_not_live_for_ever(
     server: WebServer, noted: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doorkeeper, "LIFE_SECONDS", 0.2)
+    monkeypatch.setattr(limits, "LIFE_SECONDS", 0.2)
     with connect(server, b"GET /healthz HTTP/1.1\r\nX: ") as half, connect(server) as silent:
         assert cut(half)
         assert cut(silent)

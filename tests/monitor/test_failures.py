@@ -20,7 +20,7 @@ from koopmon.history.writer import Store
 from koopmon.monitor import daemon
 from koopmon.monitor.assembler import Assembler
 from koopmon.monitor.failures import LOG_SECONDS, MAX_PLACES, Failures
-from koopmon.monitor.live.board import LiveBoard
+from koopmon.monitor.http.live_state import LiveBoard
 from koopmon.monitor.registry import RunRegistry
 from koopmon.monitor.run_controller import Guard
 from koopmon.monitor.service import Service

@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry
 
 from koopmon.config import HttpConfig
 from koopmon.errors import ConfigError, EndpointError
-from koopmon.monitor.login import Login, read_login, read_tls
-from koopmon.monitor.web import WebServer, parse_address
+from koopmon.monitor.http.auth import Login, read_login, read_tls
+from koopmon.monitor.http.server import WebServer, parse_address
 from koopmon.telemetry.metrics import Metrics
 
 httpx = pytest.importorskip("httpx")

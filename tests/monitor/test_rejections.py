@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 
-from koopmon.monitor import doorkeeper
+from koopmon.monitor.http import limits
 from koopmon.telemetry.metrics import REJECTIONS
 from koopmon.wire.codec import MAGIC, PREFIX, encode
 from koopmon.wire.messages import Ack, Applied, Heartbeat, Refused
@@ -113,7 +113,7 @@ def http_garbage(monitor: Any, connect: Any, patch: Any) -> None:
 
 
 def http_slow(monitor: Any, connect: Any, patch: Any) -> None:
-    patch.setattr(doorkeeper, "LIFE_SECONDS", 0.2)
+    patch.setattr(limits, "LIFE_SECONDS", 0.2)
     with _http(monitor, b"GET / HT") as connection:
         assert cut(connection)
     patch.undo()

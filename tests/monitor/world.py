@@ -16,7 +16,7 @@ from koopmon.errors import ProtocolError
 from koopmon.history.writer import Store
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
-from koopmon.monitor.live.board import LiveBoard
+from koopmon.monitor.http.live_state import LiveBoard
 from koopmon.monitor.rejection_log import Rejections
 from koopmon.monitor.service import Service
 from koopmon.spectral import profile_states

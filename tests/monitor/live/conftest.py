@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from koopmon.config import Config, from_mapping
-from koopmon.monitor.live.board import LiveBoard, standing_of
+from koopmon.monitor.http.live_state import LiveBoard, standing_of
 from koopmon.monitor.live.records import RunView
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.run_controller import Guard, Verdict

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from koopmon.history.schema import RunState
-from koopmon.monitor.live import board as boards
-from koopmon.monitor.live.board import LiveBoard
+from koopmon.monitor.http import live_state as boards
+from koopmon.monitor.http.live_state import LiveBoard
 from koopmon.monitor.live.records import Point, RunView
 from koopmon.telemetry.metrics import MAX_LAYERS
 

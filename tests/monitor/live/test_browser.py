@@ -18,9 +18,9 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from prometheus_client import CollectorRegistry
 
-from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.login import Login
-from koopmon.monitor.web import WebServer
+from koopmon.monitor.http.auth import Login
+from koopmon.monitor.http.live_state import LiveBoard
+from koopmon.monitor.http.server import WebServer
 from koopmon.wire.messages import Applied
 
 pytestmark = [pytest.mark.needs("chromium"), pytest.mark.process, pytest.mark.timeout(180)]

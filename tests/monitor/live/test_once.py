@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from koopmon.monitor.live.once import FRESH_SECONDS, MAX_PAGES, Once
+from koopmon.monitor.http.page_cache import FRESH_SECONDS, MAX_PAGES, Once
 
 
 def test_a_page_is_drawn_again_when_it_changed_or_its_times_are_old() -> None:

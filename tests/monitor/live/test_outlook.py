@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from koopmon.monitor.live.outlook import outlook
+from koopmon.monitor.http.policy_preview import outlook
 
 Feed = Callable[..., Any]
 Profile = Callable[..., Any]

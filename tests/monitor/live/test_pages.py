@@ -11,11 +11,12 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from koopmon.config import PolicyConfig
-from koopmon.monitor.live import heatmap, layout
-from koopmon.monitor.live.board import LiveBoard
+from koopmon.monitor.http import page as layout
+from koopmon.monitor.http.auth import Login
+from koopmon.monitor.http.live_state import LiveBoard
+from koopmon.monitor.http.server import WebServer
+from koopmon.monitor.live import heatmap
 from koopmon.monitor.live.markup import Markup, join, tag
-from koopmon.monitor.login import Login
-from koopmon.monitor.web import WebServer
 
 httpx = pytest.importorskip("httpx")
 

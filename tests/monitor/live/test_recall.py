@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from koopmon.history.writer import Store
-from koopmon.monitor.live import recall as recalls
-from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.live.recall import Recall
+from koopmon.monitor.http import live_backfill as recalls
+from koopmon.monitor.http.live_backfill import Recall
+from koopmon.monitor.http.live_state import LiveBoard
 from koopmon.wire.messages import Applied
 
 httpx = pytest.importorskip("httpx")

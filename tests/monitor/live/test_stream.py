@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from koopmon.monitor import doorkeeper
-from koopmon.monitor.live import stream
-from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.live.stream import frame, resumed
-from koopmon.monitor.web import WebServer
+from koopmon.monitor.http import event_stream, limits
+from koopmon.monitor.http.event_stream import frame, resumed
+from koopmon.monitor.http.live_state import LiveBoard
+from koopmon.monitor.http.server import WebServer
 
 httpx = pytest.importorskip("httpx")
 
@@ -31,8 +30,8 @@ def noted() -> list[tuple[str, str]]:
 
 @pytest.fixture
 def server(board: LiveBoard, noted: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
-    monkeypatch.setattr(stream, "PACE_SECONDS", 0.02)
-    monkeypatch.setattr(stream, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(event_stream, "PACE_SECONDS", 0.02)
+    monkeypatch.setattr(event_stream, "HEARTBEAT_SECONDS", 0.1)
     server = WebServer(
         "127.0.0.1:0",
         CollectorRegistry(),
@@ -201,7 +200,7 @@ def test_only_a_stream_of_ours_outlives_the_limit(
     noted: list[tuple[str, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doorkeeper, "LIFE_SECONDS", 0.3)
+    monkeypatch.setattr(limits, "LIFE_SECONDS", 0.3)
     one, reader = feed("one"), read()
     assert reader.event()["run"] == "one"
     with (
@@ -218,7 +217,7 @@ def test_only_a_stream_of_ours_outlives_the_limit(
 def test_a_stream_does_not_live_for_ever(
     server: WebServer, read: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doorkeeper, "STREAM_SECONDS", 0.3)
+    monkeypatch.setattr(limits, "STREAM_SECONDS", 0.3)
     reader = read()
     with contextlib.suppress(httpx.HTTPError):
         list(reader.lines)
@@ -232,7 +231,7 @@ def test_a_reader_that_takes_nothing_is_cut_and_costs_little_until_then(
     monkeypatch: pytest.MonkeyPatch,
     read: Callable[..., Reader],
 ) -> None:
-    monkeypatch.setattr(doorkeeper, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(limits, "STALL_SECONDS", 0.2)
     runs = [feed(f"run-{number}", adapter="a" * 64) for number in range(200)]
     other = read("run-0")
     host, _, port = server.address.rpartition(":")

@@ -16,7 +16,7 @@ from dataclasses import replace
 from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import DecisionRow, History, ObservationRow, ProfileRow, RunRow
 from koopmon.history.schema import RunState
-from koopmon.monitor.live.board import MAX_DECISIONS, MAX_POINTS, LiveBoard
+from koopmon.monitor.http.live_state import MAX_DECISIONS, MAX_POINTS, LiveBoard
 from koopmon.monitor.live.records import Column, Decided, Order, Point, RunView, recorded_column, recorded_spectrum
 
 logger = logging.getLogger(__name__)

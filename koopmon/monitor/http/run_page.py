@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from koopmon.config import PolicyConfig
-from koopmon.monitor.live import charts, heatmap, layout, plane
+from koopmon.monitor.http import page
+from koopmon.monitor.http.policy_preview import outlook
+from koopmon.monitor.http.runs_page import level
+from koopmon.monitor.live import charts, heatmap, plane
 from koopmon.monitor.live.charts import decimal, number
-from koopmon.monitor.live.fleet import level
 from koopmon.monitor.live.markup import Child, Markup, join, tag
-from koopmon.monitor.live.outlook import outlook
 from koopmon.monitor.live.records import QUANTITIES, Decided, Order, RunView
 
 ROWS = 30
@@ -21,20 +22,20 @@ def render(root: str, view: RunView, now: float, config: PolicyConfig, *, quanti
         tag("section", _summary(view, now, config), id="summary", data_live=True, aria_label="Now", class_="summary"),
         tag(
             "div",
-            layout.card("risk", "Risk", *_risk(view, config), kind="wide"),
-            layout.card("next", "What the policy would do next", _outlook(view)),
-            layout.card("depth", "Layers over steps", *_heatmap(view, quantity), kind="wide"),
-            layout.card("eigenvalues", "Eigenvalues", *_eigenvalues(view)),
-            layout.card("training", "Training", *_training(view), kind="wide"),
-            layout.card("agents", "Agents", *_agents(view)),
-            layout.card("decisions", "Decisions", _decisions(view), kind="full"),
+            page.card("risk", "Risk", *_risk(view, config), kind="wide"),
+            page.card("next", "What the policy would do next", _outlook(view)),
+            page.card("depth", "Layers over steps", *_heatmap(view, quantity), kind="wide"),
+            page.card("eigenvalues", "Eigenvalues", *_eigenvalues(view)),
+            page.card("training", "Training", *_training(view), kind="wide"),
+            page.card("agents", "Agents", *_agents(view)),
+            page.card("decisions", "Decisions", _decisions(view), kind="full"),
             class_="grid",
         ),
     )
     crumbs = tag("ol", tag("li", tag("a", "Runs", href=root or "./")), tag("li", view.name, aria_current="page"))
     title = f"risk {decimal(_risk_of(view))} · {view.name} · koopmon"
-    address = layout.run_address("", view.name).removeprefix("runs/")
-    return layout.page(root, title, main, events=f"api/v1/events?run={address}", crumbs=crumbs)
+    address = page.run_address("", view.name).removeprefix("runs/")
+    return page.page(root, title, main, events=f"api/v1/events?run={address}", crumbs=crumbs)
 
 
 def _risk_of(view: RunView) -> float | None:
@@ -44,9 +45,9 @@ def _risk_of(view: RunView) -> float | None:
 def _summary(view: RunView, now: float, config: PolicyConfig) -> Markup:
     latest, risk = view.latest, _risk_of(view)
     sizes = ((view.num_layers, "layers"), (view.width, "wide"))
-    return layout.facts(
+    return page.facts(
         [
-            ("State", layout.state(view.state)),
+            ("State", page.state(view.state)),
             ("Risk", tag("span", decimal(risk), class_=level(risk, config))),
             ("Forecast", decimal(None if latest is None else latest.forecast)),
             ("Step", f"{view.step:,}"),
@@ -54,7 +55,7 @@ def _summary(view: RunView, now: float, config: PolicyConfig) -> Markup:
             ("KSS alpha", number(view.kss_alpha)),
             ("Adapter", view.adapter or "–"),
             ("Model", ", ".join(f"{count} {word}" for count, word in sizes if count) or "–"),
-            ("Seen", layout.moment(view.last_heard, now)),
+            ("Seen", page.moment(view.last_heard, now)),
         ]
     )
 
@@ -77,8 +78,8 @@ def _risk(view: RunView, config: PolicyConfig) -> tuple[Child, ...]:
         for point in view.points[: -ROWS - 1 : -1]
     ]
     heads = ("Step", "Risk", "Forecast", "Loss", "Learning rate", "Rate scale", "KSS alpha")
-    behind = layout.table("risk-table", f"The last {len(rows)} snapshots, the newest first", heads, rows)
-    return key, charts.risk_chart(view.points, view.decisions, levels), layout.details("risk-values", "Values", behind)
+    behind = page.table("risk-table", f"The last {len(rows)} snapshots, the newest first", heads, rows)
+    return key, charts.risk_chart(view.points, view.decisions, levels), page.details("risk-values", "Values", behind)
 
 
 def _outlook(view: RunView) -> Markup:
@@ -101,10 +102,10 @@ def _eigenvalues(view: RunView) -> tuple[Child, ...]:
     text = f"Step {spectrum.step:,}. In the ring, modulus 0.90 to 1.05, a layer keeps; beyond it, it expands."
     doubt = None if spectrum.informative else tag("p", f"Not informative: {spectrum.reason}", class_="warning")
     heads = ("Layer", *(name.capitalize() for name in QUANTITIES.values()))
-    table = layout.table("layer-table", f"Every layer at step {spectrum.step}", heads, rows)
+    table = page.table("layer-table", f"Every layer at step {spectrum.step}", heads, rows)
     shown = tag("div", plane.circle(spectrum), plane.depth_legend(spectrum.labels), class_="plane")
     words = tag("p", text, class_="quiet")
-    return doubt, shown, words, layout.details("layer-values", "Values by layer", table) if rows else None
+    return doubt, shown, words, page.details("layer-values", "Values by layer", table) if rows else None
 
 
 def _heatmap(view: RunView, quantity: str) -> tuple[Child, ...]:
@@ -165,8 +166,8 @@ def _agents(view: RunView) -> tuple[Child, ...]:
         ("Dropped", f"{sum(dropped.values()):,}"),
     ]
     rows = [(reason.replace("_", " "), f"{count:,}") for reason, count in sorted(dropped.items())]
-    table = layout.table("drop-table", "Dropped snapshots by reason", ("Reason", "Snapshots"), rows) if rows else None
-    return layout.facts(pairs), table
+    table = page.table("drop-table", "Dropped snapshots by reason", ("Reason", "Snapshots"), rows) if rows else None
+    return page.facts(pairs), table
 
 
 def _decisions(view: RunView) -> Markup:

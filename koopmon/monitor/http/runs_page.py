@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from koopmon.config import PolicyConfig
-from koopmon.monitor.live import charts, layout
+from koopmon.monitor.http import page
+from koopmon.monitor.live import charts
 from koopmon.monitor.live.markup import Child, Markup, join, tag
 from koopmon.monitor.live.records import RunView
 
@@ -38,10 +39,10 @@ def render(root: str, views: Sequence[RunView], now: float, config: PolicyConfig
     main = join(
         tag("h1", "Runs"),
         tag("section", tag("dl", *tiles, class_="tiles"), id="counts", data_live=True, aria_label="Counts"),
-        layout.card("runs", "All runs", _runs(root, views, now, config), _hidden(num_hidden)),
+        page.card("runs", "All runs", _runs(root, views, now, config), _hidden(num_hidden)),
     )
     title = f"{len(at_risk)} at risk · koopmon" if at_risk else f"{len(running)} running · koopmon"
-    return layout.page(root, title, main, events="api/v1/events")
+    return page.page(root, title, main, events="api/v1/events")
 
 
 def level(risk: float | None, config: PolicyConfig) -> str:
@@ -76,21 +77,21 @@ def _row(root: str, view: RunView, now: float, config: PolicyConfig) -> Markup:
     risk = None if latest is None else latest.risk
     shown = tag("span", charts.decimal(risk), class_=level(risk, config))
     values: tuple[Child, ...] = (
-        layout.state(view.state),
+        page.state(view.state),
         view.adapter or "–",
         f"{view.step:,}",
         tag("span", shown, charts.sparkline(view.points, config.act_risk), class_="risk-cell"),
         charts.decimal(None if latest is None else latest.forecast),
         charts.number(view.lr_scale),
         charts.number(view.kss_alpha),
-        layout.moment(view.last_heard, now),
+        page.moment(view.last_heard, now),
         "–" if last is None else f"step {last.step:,}: {last.reason}",
     )
     cells = [
         tag("td", tag("span", value, class_="value"), role="cell", data_label=head, class_=CLASSES.get(head))
         for head, value in zip(HEADS[1:], values, strict=True)
     ]
-    link = tag("a", view.name, href=layout.run_address(root, view.name))
+    link = tag("a", view.name, href=page.run_address(root, view.name))
     return tag("tr", tag("th", link, scope="row", role="rowheader"), *cells, role="row")
 
 

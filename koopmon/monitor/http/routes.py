@@ -14,12 +14,12 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from koopmon.config import PolicyConfig
-from koopmon.monitor.live import api, detail, fleet, layout
-from koopmon.monitor.live.board import LiveBoard
+from koopmon.monitor.http import json_api, page, run_page, runs_page
+from koopmon.monitor.http.event_stream import Streams
+from koopmon.monitor.http.live_state import LiveBoard
+from koopmon.monitor.http.page_cache import Once
 from koopmon.monitor.live.markup import join, tag
-from koopmon.monitor.live.once import Once
 from koopmon.monitor.live.records import QUANTITIES
-from koopmon.monitor.live.stream import Streams
 
 STATIC = {
     "live.css": "text/css; charset=utf-8",
@@ -40,15 +40,15 @@ def routes(
 
     # Plain functions: starlette runs them in threads.
     def all_runs(request: Request) -> Response:
-        root = layout.root_of(request.scope["raw_path"])
+        root = page.root_of(request.scope["raw_path"])
 
         def draw() -> str:
-            return fleet.render(root, board.views(), wall(), policy, num_hidden=board.num_hidden)
+            return runs_page.render(root, board.views(), wall(), policy, num_hidden=board.num_hidden)
 
         return _html(once.page(root, board.revision, draw))
 
     def one_run(request: Request) -> Response:
-        root, name = layout.root_of(request.scope["raw_path"]), request.path_params["name"]
+        root, name = page.root_of(request.scope["raw_path"]), request.path_params["name"]
         view = board.view(name)
         if view is None:
             return _html(_unknown(root, name, board), status=404)
@@ -56,19 +56,19 @@ def routes(
         quantity = chosen if chosen in QUANTITIES else "near_unit_mass"
 
         def draw() -> str:
-            return detail.render(root, view, wall(), policy, quantity=quantity)
+            return run_page.render(root, view, wall(), policy, quantity=quantity)
 
         return _html(once.page((root, name, quantity), view.revision, draw))
 
     def runs_json(_: Request) -> Response:
-        return _json(api.runs(board.views(), wall()))
+        return _json(json_api.runs(board.views(), wall()))
 
     def run_json(request: Request) -> Response:
         name = request.path_params["name"]
         view = board.view(name)
         if view is None:
             return _json({"error": f"no run {name[:128]!r} is known here", "runs": board.names()}, status=404)
-        return _json(api.run(view, wall()))
+        return _json(json_api.run(view, wall()))
 
     async def events(request: Request) -> Response:
         if not streams.take():
@@ -76,7 +76,7 @@ def routes(
                 f"{streams.most} streams of events are open, as many as [http] max_streams and max_http_connections"
                 " allow: close a page, or ask api/v1/runs now and then\n"
             )
-            headers = {**layout.HEADERS, "retry-after": str(RETRY_AFTER_SECONDS)}
+            headers = {**page.HEADERS, "retry-after": str(RETRY_AFTER_SECONDS)}
             return Response(words, status_code=503, headers=headers, media_type="text/plain")
         last_id = request.headers.get("last-event-id", "")
         return EventStream(streams, streams.follow(request.query_params.get("run"), last_id))
@@ -96,7 +96,7 @@ class EventStream(StreamingResponse):
 
     def __init__(self, streams: Streams, content: AsyncIterator[bytes]) -> None:
         # A connection ends with its stream: it has been let to live for longer than others may.
-        headers = {**layout.HEADERS, "x-accel-buffering": "no", "connection": "close"}
+        headers = {**page.HEADERS, "x-accel-buffering": "no", "connection": "close"}
         super().__init__(content, media_type="text/event-stream", headers=headers)
         self._streams = streams
 
@@ -109,19 +109,19 @@ class EventStream(StreamingResponse):
 
 def not_found(request: Request, _: Exception) -> Response:
     """For an address that is none of ours."""
-    root = layout.root_of(request.scope["raw_path"])
-    return _html(layout.message(root, "No such page", "This monitor has no page at this address."), status=404)
+    root = page.root_of(request.scope["raw_path"])
+    return _html(page.message(root, "No such page", "This monitor has no page at this address."), status=404)
 
 
 def _unknown(root: str, name: str, board: LiveBoard) -> str:
-    links = [tag("li", tag("a", each, href=layout.run_address(root, each))) for each in board.names()[-20:]]
+    links = [tag("li", tag("a", each, href=page.run_address(root, each))) for each in board.names()[-20:]]
     words = tag("p", "This monitor knows no run ", tag("code", name[:128]), ".")
     listed = join(tag("p", "Known here:"), tag("ul", *links)) if links else tag("p", "It knows none yet.")
-    return layout.message(root, "No such run", words, listed)
+    return page.message(root, "No such run", words, listed)
 
 
 def _file(name: str, kind: str) -> Answer:
-    body = files("koopmon.monitor.live").joinpath("static", name).read_bytes()
+    body = files("koopmon.monitor.http").joinpath("static", name).read_bytes()
 
     def answer(_: Request) -> Response:
         return Response(body, headers={**NOSNIFF, "content-type": kind, "cache-control": "no-cache"})
@@ -130,7 +130,7 @@ def _file(name: str, kind: str) -> Answer:
 
 
 def _html(text: str, *, status: int = 200) -> Response:
-    return HTMLResponse(text, status_code=status, headers=layout.HEADERS)
+    return HTMLResponse(text, status_code=status, headers=page.HEADERS)
 
 
 def _json(value: Any, *, status: int = 200) -> Response:

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
-from koopmon.monitor.live.api import summary
-from koopmon.monitor.live.board import LiveBoard
+from koopmon.monitor.http.json_api import summary
+from koopmon.monitor.http.live_state import LiveBoard
 
 PACE_SECONDS = 0.5
 """Between two looks at the board: what an update may be late by, and how often one reader is told at most."""

@@ -18,12 +18,12 @@ from starlette.routing import BaseRoute, Route
 
 from koopmon.config import PolicyConfig
 from koopmon.errors import EndpointError
-from koopmon.monitor import doorkeeper
-from koopmon.monitor.alerts_page import alerts_page
-from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.live.pages import not_found, routes
-from koopmon.monitor.live.stream import Streams
-from koopmon.monitor.login import Login
+from koopmon.monitor.http import limits
+from koopmon.monitor.http.alerts_page import alerts_page
+from koopmon.monitor.http.auth import Login
+from koopmon.monitor.http.event_stream import Streams
+from koopmon.monitor.http.live_state import LiveBoard
+from koopmon.monitor.http.routes import not_found, routes
 from koopmon.telemetry.exposition import Exposition
 
 STOP_SECONDS = 5.0
@@ -97,8 +97,8 @@ class WebServer:
         self._streams = Streams(board, min(max_streams, max_connections // 2))
         pages = _application(registry, checks, routes(board, self._streams, policy or PolicyConfig()))
         config = uvicorn.Config(
-            doorkeeper.Shield(login.guard(pages), note),
-            **doorkeeper.options(max_connections, note),
+            limits.Shield(login.guard(pages), note),
+            **limits.options(max_connections, note),
             log_config=None,
             access_log=False,
             lifespan="off",

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from koopmon.monitor.live.outlook import outlook
+from koopmon.monitor.http.policy_preview import outlook
 from koopmon.monitor.live.records import Column, Decided, RunView
 
 VERSION = 1
