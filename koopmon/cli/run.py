@@ -31,7 +31,7 @@ from koopmon.cli.options import (
 )
 from koopmon.config import load
 from koopmon.errors import ConfigError, KoopmonError
-from koopmon.report.summary import summarise
+from koopmon.views.run_summary import summarise
 from koopmon.wire.trust import PLAINTEXT_VARIABLE, Trust, make_trust
 
 ANSWER_SECONDS = 2.0

@@ -21,38 +21,14 @@ from koopmon.config import PolicyConfig
 from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import HeartbeatRow, History, IncarnationRow, ObservationRow
 from koopmon.history.schema import RunState
-from koopmon.report.effects import Action, Decision, read_decisions
-from koopmon.report.spectra import Heatmap, Spectrum, read_profiles
-from koopmon.report.summary import RunSummary, summary_of
 from koopmon.risk.online import foresight
+from koopmon.views.action_effects import Action, Decision, Point, read_decisions
+from koopmon.views.run_summary import RunSummary, summary_of
+from koopmon.views.spectra import Heatmap, Spectrum, read_profiles
 
 UNHEARD_SECONDS = 120.0
 """A run that its history says goes on, and has not written for this long, may have lost its monitor."""
 State = Literal["running", "unheard", "vanished", "ended"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """One snapshot, as it was judged. `risk` and `forecast` are in [0, 1]; `reason` is the detector's."""
-
-    incarnation: str
-    step: int
-    time: float
-    risk: float
-    forecast: float | None
-    loss: float | None
-    grad_norm: float | None
-    learning_rate: float | None
-    lr_scale: float
-    kss_alpha: float
-    non_finite: bool
-    informative: bool
-    reason: str
-
-    @property
-    def broken(self) -> bool:
-        """Whether the states or the loss were not finite."""
-        return self.non_finite or (self.loss is not None and not math.isfinite(self.loss))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

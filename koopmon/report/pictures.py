@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koopmon import plots
-from koopmon.report.spectra import WORDS
+from koopmon.views.spectra import WORDS
 
 if TYPE_CHECKING:
-    from koopmon.report.facts import Facts, Point
+    from koopmon.report.facts import Facts
+    from koopmon.views.action_effects import Point
 
 MAX_MARKS = 200
 """Of commands in the timeline: beyond that, lines hide what they should show."""

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from koopmon.report.effects import LEAST, Verdict
+from koopmon.views.action_effects import LEAST, Verdict
 
 if TYPE_CHECKING:
-    from koopmon.report.effects import Action
-    from koopmon.report.facts import Facts, Point
+    from koopmon.report.facts import Facts
+    from koopmon.views.action_effects import Action, Point
 
 NOTABLE_LOSS = 0.1
 """Relative: a loss within it of the one before the alarm has come back."""

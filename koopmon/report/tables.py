@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from koopmon.report.markup import Child, Markup, tag
 from koopmon.report.pictures import TITLES
-from koopmon.report.spectra import WORDS
+from koopmon.views.spectra import WORDS
 
 if TYPE_CHECKING:
-    from koopmon.report.effects import Action, Decision
     from koopmon.report.facts import Facts, Launch
-    from koopmon.report.spectra import Heatmap
+    from koopmon.views.action_effects import Action, Decision
+    from koopmon.views.spectra import Heatmap
 
 MAX_ROWS = 300
 """Of one table on the page; `--json` has them all."""

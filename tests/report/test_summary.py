@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from koopmon.history.writer import Store
-from koopmon.report.summary import summarise
+from koopmon.views.run_summary import summarise
 from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, KssSettings
 from tests.factories import hello, record_observation
 

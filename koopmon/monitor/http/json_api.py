@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from koopmon.monitor.http.policy_preview import outlook
-from koopmon.monitor.live.records import Column, Decided, RunView
+from koopmon.views.run_view import Column, Decided, RunView
 
 VERSION = 1
 

@@ -17,7 +17,7 @@ from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import DecisionRow, History, ObservationRow, ProfileRow, RunRow
 from koopmon.history.schema import RunState
 from koopmon.monitor.http.live_state import MAX_DECISIONS, MAX_POINTS, LiveBoard
-from koopmon.monitor.live.records import Column, Decided, Order, Point, RunView, recorded_column, recorded_spectrum
+from koopmon.views.run_view import Column, Decided, Order, Point, RunView, recorded_column, recorded_spectrum
 
 logger = logging.getLogger(__name__)
 

@@ -15,21 +15,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from koopmon.history.schema import RunState
-from koopmon.monitor.live.records import (
-    Column,
-    Decided,
-    Health,
-    Order,
-    Point,
-    RunView,
-    Standing,
-    column_of,
-    spectrum_of,
-)
 from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Guard, Verdict
 from koopmon.monitor.sample import Sample
 from koopmon.policy import PolicyState
+from koopmon.views.run_view import Column, Decided, Health, Order, Point, RunView, Standing, column_of, spectrum_of
 from koopmon.wire.messages import Ack
 
 if TYPE_CHECKING:

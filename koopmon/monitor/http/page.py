@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from koopmon.monitor.live.markup import Child, Markup, join, tag
+from koopmon.views.html import Child, Markup, join, tag
 
 STATES = {"running": "●", "ended": "■", "vanished": "▲", "recorded": "○"}
 FOOTER = (

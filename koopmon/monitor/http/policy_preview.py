@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from koopmon import policy
-from koopmon.monitor.live.records import RunView, Standing
+from koopmon.views.run_view import RunView, Standing
 
 PHASES = {
     "calm": "Nothing is going on.",

@@ -18,8 +18,8 @@ from koopmon.monitor.http import json_api, page, run_page, runs_page
 from koopmon.monitor.http.event_stream import Streams
 from koopmon.monitor.http.live_state import LiveBoard
 from koopmon.monitor.http.page_cache import Once
-from koopmon.monitor.live.markup import join, tag
-from koopmon.monitor.live.records import QUANTITIES
+from koopmon.views.html import join, tag
+from koopmon.views.run_view import QUANTITIES
 
 STATIC = {
     "live.css": "text/css; charset=utf-8",

@@ -6,10 +6,10 @@ from koopmon.config import PolicyConfig
 from koopmon.monitor.http import page
 from koopmon.monitor.http.policy_preview import outlook
 from koopmon.monitor.http.runs_page import level
-from koopmon.monitor.live import charts, heatmap, plane
-from koopmon.monitor.live.charts import decimal, number
-from koopmon.monitor.live.markup import Child, Markup, join, tag
-from koopmon.monitor.live.records import QUANTITIES, Decided, Order, RunView
+from koopmon.views import eigenvalue_plot, heatmap, svg_charts
+from koopmon.views.html import Child, Markup, join, tag
+from koopmon.views.run_view import QUANTITIES, Decided, Order, RunView
+from koopmon.views.svg_charts import decimal, number
 
 ROWS = 30
 """Of the table behind the risk."""
@@ -79,7 +79,11 @@ def _risk(view: RunView, config: PolicyConfig) -> tuple[Child, ...]:
     ]
     heads = ("Step", "Risk", "Forecast", "Loss", "Learning rate", "Rate scale", "KSS alpha")
     behind = page.table("risk-table", f"The last {len(rows)} snapshots, the newest first", heads, rows)
-    return key, charts.risk_chart(view.points, view.decisions, levels), page.details("risk-values", "Values", behind)
+    return (
+        key,
+        svg_charts.risk_chart(view.points, view.decisions, levels),
+        page.details("risk-values", "Values", behind),
+    )
 
 
 def _outlook(view: RunView) -> Markup:
@@ -103,7 +107,7 @@ def _eigenvalues(view: RunView) -> tuple[Child, ...]:
     doubt = None if spectrum.informative else tag("p", f"Not informative: {spectrum.reason}", class_="warning")
     heads = ("Layer", *(name.capitalize() for name in QUANTITIES.values()))
     table = page.table("layer-table", f"Every layer at step {spectrum.step}", heads, rows)
-    shown = tag("div", plane.circle(spectrum), plane.depth_legend(spectrum.labels), class_="plane")
+    shown = tag("div", eigenvalue_plot.circle(spectrum), eigenvalue_plot.depth_legend(spectrum.labels), class_="plane")
     words = tag("p", text, class_="quiet")
     return doubt, shown, words, page.details("layer-values", "Values by layer", table) if rows else None
 
@@ -142,8 +146,8 @@ def _heatmap(view: RunView, quantity: str) -> tuple[Child, ...]:
 
 
 def _training(view: RunView) -> tuple[Child, ...]:
-    loss = charts.small_chart(view.points, lambda point: point.loss, "Loss", "loss")
-    scale = charts.small_chart(
+    loss = svg_charts.small_chart(view.points, lambda point: point.loss, "Loss", "loss")
+    scale = svg_charts.small_chart(
         view.points, lambda point: point.lr_scale, "Learning-rate scale", "scale", unit_scale=True
     )
     return loss, scale
@@ -188,4 +192,4 @@ def _decision(decided: Decided) -> Markup:
 def _order(order: Order) -> tuple[Child, ...]:
     at = "" if order.step is None else f" at step {order.step:,}"
     outcome = tag("span", f"{order.outcome.replace('_', ' ')}{at}", class_=f"outcome {order.outcome}")
-    return f"{charts.order_words(order)} ", outcome, f" {order.detail}" if order.detail else None
+    return f"{svg_charts.order_words(order)} ", outcome, f" {order.detail}" if order.detail else None

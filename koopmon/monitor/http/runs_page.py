@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from koopmon.config import PolicyConfig
 from koopmon.monitor.http import page
-from koopmon.monitor.live import charts
-from koopmon.monitor.live.markup import Child, Markup, join, tag
-from koopmon.monitor.live.records import RunView
+from koopmon.views import svg_charts
+from koopmon.views.html import Child, Markup, join, tag
+from koopmon.views.run_view import RunView
 
 HEADS = ("Run", "State", "Adapter", "Step", "Risk", "Forecast", "Rate scale", "KSS alpha", "Seen", "Last decision")
 ORDER = {"running": 0, "vanished": 1, "ended": 2, "recorded": 3}
@@ -75,15 +75,15 @@ def _runs(root: str, views: Sequence[RunView], now: float, config: PolicyConfig)
 def _row(root: str, view: RunView, now: float, config: PolicyConfig) -> Markup:
     latest, last = view.latest, view.decisions[-1] if view.decisions else None
     risk = None if latest is None else latest.risk
-    shown = tag("span", charts.decimal(risk), class_=level(risk, config))
+    shown = tag("span", svg_charts.decimal(risk), class_=level(risk, config))
     values: tuple[Child, ...] = (
         page.state(view.state),
         view.adapter or "–",
         f"{view.step:,}",
-        tag("span", shown, charts.sparkline(view.points, config.act_risk), class_="risk-cell"),
-        charts.decimal(None if latest is None else latest.forecast),
-        charts.number(view.lr_scale),
-        charts.number(view.kss_alpha),
+        tag("span", shown, svg_charts.sparkline(view.points, config.act_risk), class_="risk-cell"),
+        svg_charts.decimal(None if latest is None else latest.forecast),
+        svg_charts.number(view.lr_scale),
+        svg_charts.number(view.kss_alpha),
         page.moment(view.last_heard, now),
         "–" if last is None else f"step {last.step:,}: {last.reason}",
     )

@@ -10,11 +10,11 @@ import torch
 
 from koopmon.config import Config, from_mapping
 from koopmon.monitor.http.live_state import LiveBoard, standing_of
-from koopmon.monitor.live.records import RunView
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.run_controller import Guard, Verdict
 from koopmon.monitor.sample import Sample
 from koopmon.spectral import SpectralProfile, profile_states
+from koopmon.views.run_view import RunView
 from koopmon.wire.messages import Ack, Applied, Heartbeat
 from tests import factories
 

@@ -11,8 +11,8 @@ import pytest
 from koopmon.history.schema import RunState
 from koopmon.monitor.http import live_state as boards
 from koopmon.monitor.http.live_state import LiveBoard
-from koopmon.monitor.live.records import Point, RunView
 from koopmon.telemetry.metrics import MAX_LAYERS
+from koopmon.views.run_view import Point, RunView
 
 Feed = Callable[..., Any]
 Profile = Callable[..., Any]

@@ -15,8 +15,8 @@ from koopmon.monitor.http import page as layout
 from koopmon.monitor.http.auth import Login
 from koopmon.monitor.http.live_state import LiveBoard
 from koopmon.monitor.http.server import WebServer
-from koopmon.monitor.live import heatmap
-from koopmon.monitor.live.markup import Markup, join, tag
+from koopmon.views import heatmap
+from koopmon.views.html import Markup, join, tag
 
 httpx = pytest.importorskip("httpx")
 

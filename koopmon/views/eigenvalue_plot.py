@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from koopmon.monitor.live.charts import number
-from koopmon.monitor.live.markup import Markup, tag
-from koopmon.monitor.live.records import Spectrum
+from koopmon.views.html import Markup, tag
+from koopmon.views.run_view import Spectrum
+from koopmon.views.svg_charts import number
 
 DEPTHS = 16
 """Shades from the first layer to the last: `.depth-0` to `.depth-15`."""

@@ -10,12 +10,9 @@ import statistics
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from koopmon.history.reader import CommandRow, DecisionRow
-
-if TYPE_CHECKING:
-    from koopmon.report.facts import Point
 
 WINDOW = 8
 """Snapshots on either side of an action that are compared, at most."""
@@ -27,6 +24,30 @@ LOSS_CHANGE = 0.05
 """Likewise for the loss, relative."""
 Verdict = Literal["helped", "not enough", "did not help", "unclear", "cannot be told"]
 Direction = Literal["brake", "give back", "watch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One snapshot, as it was judged. `risk` and `forecast` are in [0, 1]; `reason` is the detector's."""
+
+    incarnation: str
+    step: int
+    time: float
+    risk: float
+    forecast: float | None
+    loss: float | None
+    grad_norm: float | None
+    learning_rate: float | None
+    lr_scale: float
+    kss_alpha: float
+    non_finite: bool
+    informative: bool
+    reason: str
+
+    @property
+    def broken(self) -> bool:
+        """Whether the states or the loss were not finite."""
+        return self.non_finite or (self.loss is not None and not math.isfinite(self.loss))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

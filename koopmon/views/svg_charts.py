@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from koopmon.monitor.live.markup import Markup, join, tag
-from koopmon.monitor.live.records import Decided, Order, Point
+from koopmon.views.html import Markup, join, tag
+from koopmon.views.run_view import Decided, Order, Point
 
 TRAINING = ("set_lr_scale", "set_kss", "stop")
 """Kinds of commands that change training; the others change what is seen of it."""
