@@ -29,8 +29,8 @@ from rich.table import Table
 from benchmarks import campaign
 from benchmarks.flooders import ROOT, Flooders
 from benchmarks.provenance import provenance
+from koopmon.wire.auth_policy import Trust
 from koopmon.wire.probe import probe
-from koopmon.wire.trust import Trust
 
 RESULT = Path(__file__).parent / "results" / "flood_and_kill.json"
 FLOOD_SECONDS = (0.05, 0.25)

@@ -222,7 +222,8 @@ class StoreConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The online detector; see koopmon.risk.online. Scales are changes of log(update ratio) per optimizer step."""
+    """The online detector; see koopmon.risk.online_detector. Scales are changes of log(update ratio) per optimizer
+    step."""
 
     update_ratio_floor: Annotated[float, Meta(gt=0.0, le=10.0)] = 0.5
     """Added to the update ratio before the logarithm: growth below it counts little."""
@@ -247,8 +248,8 @@ class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Learning rate x width x transitions at which the prior is even for layers without normalisation. Of runs of 200
     steps half die at 1.8; longer ones, and those that learn more, die from 1 on."""
     normalized_critical_rate: Annotated[float, Meta(ge=1e-9, le=1e9)] = 0.5
-    """Learning rate x width at which it is even for normalised layers (koopmon.risk.brake). Runs with gradient clipping
-    ended best at 0.2 to 0.4 and were ruined from 0.6 on (`benchmarks.proving_ground`)."""
+    """Learning rate x width at which it is even for normalised layers (koopmon.risk.normalization). Runs with gradient
+    clipping ended best at 0.2 to 0.4 and were ruined from 0.6 on (`benchmarks.proving_ground`)."""
     normalized_scale: Scale = 0.6
     """Unsteadiness of normalised layers that counts as 1. Theirs is taken after a median over three snapshots, which
     removes what one odd batch does to one snapshot. Healthy runs reached 0.54 at a fifth of the critical rate, ruined

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from koopmon.api import ArchitectureAdapter, Discovery, Stack
-from koopmon.chain import ChainVerifier, Verdict
+from koopmon.chain_verifier import ChainVerifier, Verdict
 from koopmon.errors import AdapterError, DiscoveryError
 from koopmon.plugins import Selection, fall_back, original, select
 

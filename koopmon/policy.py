@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from koopmon.config import KssConfig, PolicyConfig
-from koopmon.risk.online import Observation, OnlineRisk, normalization
+from koopmon.risk.online_detector import Observation, OnlineRisk, normalization
 from koopmon.wire.messages import MAX_MODULUS, Ack, CommandKind, Count, KssSettings, LrScale, Share, Step
 
 Phase = Literal["calm", "alert", "acting", "backed_off", "recovering"]

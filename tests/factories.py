@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from koopmon.history.writer import Store
-from koopmon.risk.online import Observation
+from koopmon.risk.online_detector import Observation
 from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello
 
 RUN, INCARNATION = "job", "aaaaaaaa"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from koopmon.wire.auth_policy import Trust
 from koopmon.wire.curve import KeyPair, new_pair
 from koopmon.wire.keys import (
     AGENTS,
@@ -16,7 +17,6 @@ from koopmon.wire.keys import (
     write_public,
     write_secret,
 )
-from koopmon.wire.trust import Trust
 
 
 class Keyring:

@@ -32,19 +32,22 @@ ROOMS = {
     "views": "errors config spectral risk policy wire history telemetry",
     "api": "errors",
     "hookspecs": "errors api",
-    "structure": "errors api",
-    "chain": "errors api structure spectral",
-    "tokens": "errors",
+    "block_finder": "errors api",
+    "chain_verifier": "errors api block_finder spectral",
+    "token_sampling": "errors",
     "observables": "errors api",
     "process_state": "errors",
     "plugin_calls": "errors process_state",
     "guarded_adapter": "errors api observables plugin_calls",
     "plugin_loading": "errors api hookspecs plugin_calls",
-    "plugins": "errors api hookspecs structure guarded_adapter plugin_calls plugin_loading",
-    "discovery": "errors api structure chain plugins",
-    "profiling": "errors api structure chain plugins discovery tokens observables spectral",
-    "agent": "errors config spectral wire api hookspecs structure chain tokens observables plugins discovery",
-    "conformance": "errors config spectral wire api chain tokens observables plugins discovery agent",
+    "plugins": "errors api hookspecs block_finder guarded_adapter plugin_calls plugin_loading",
+    "discovery": "errors api block_finder chain_verifier plugins",
+    "profiling": "errors api block_finder chain_verifier plugins discovery token_sampling observables spectral",
+    "agent": (
+        "errors config spectral wire api hookspecs block_finder chain_verifier token_sampling observables "
+        "plugins discovery"
+    ),
+    "conformance": "errors config spectral wire api chain_verifier token_sampling observables plugins discovery agent",
     "grafana": "errors config telemetry secret_files",
     "monitor": "errors config spectral risk wire policy secret_files history telemetry grafana views",
     "integrations": "errors config agent profiling spectral risk",  # the last three for Optuna: before any training
@@ -76,7 +79,7 @@ THIRD_PARTY = {
     "spectral": {"torch"},
     "risk": {"torch", "msgspec"},
     "api": {"torch"},
-    "structure": {"torch"},
+    "block_finder": {"torch"},
     "errors": set(),
 }
 """What some rooms are confined to besides the standard library."""
@@ -203,7 +206,7 @@ def test_the_plan_has_no_circles() -> None:
         ("koopmon/wire/codec.py", "from .sockets import check_endpoint"),
         ("koopmon/wire/codec.py", "from . import sockets"),
         ("koopmon/wire/keys.py", "from zmq.auth import create_certificates"),
-        ("koopmon/wire/pool.py", "import koopmon.config"),
+        ("koopmon/wire/buffer_pool.py", "import koopmon.config"),
         ("koopmon/spectral/x.py", "import numpy"),
         ("koopmon/spectral/x.py", "from koopmon.config import Config"),
         ("koopmon/risk/x.py", "from koopmon.wire.messages import Hello"),
@@ -258,7 +261,7 @@ def check(module, *absent):
 heavy = "torch", "numpy", "zmq", "msgspec", "prometheus_client", "starlette", "uvicorn", "matplotlib", "transformers"
 check("koopmon", *heavy)
 check("koopmon.wire.endpoints", *heavy)
-check("koopmon.wire.trust", "torch", "numpy", "zmq")
+check("koopmon.wire.auth_policy", "torch", "numpy", "zmq")
 check("koopmon.wire.messages", "torch", "numpy", "zmq")
 check("koopmon.cli", "torch", "zmq", "matplotlib", "transformers")
 check("koopmon.grafana.push", "torch", "zmq", "grafana_client", "niquests")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from koopmon.chain import SAMPLED_ROWS, ChainVerifier, _same_rows, sample_rows
+from koopmon.chain_verifier import SAMPLED_ROWS, ChainVerifier, _same_rows, sample_rows
 from tests.stacks import B, Block, D, L, Listed, NoSynchronisation, Pair, Stacked, T, in_turn, parallel
 
 torch.set_num_threads(1)

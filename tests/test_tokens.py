@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from koopmon.tokens import align_mask, choose_rows, order_rows, take_rows
+from koopmon.token_sampling import align_mask, choose_rows, order_rows, take_rows
 from tests.stacks import NoSynchronisation
 
 SEEDS = st.integers(min_value=0, max_value=2**31 - 1)

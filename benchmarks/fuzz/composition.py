@@ -30,7 +30,7 @@ from koopmon.monitor.rejection_log import Rejections
 from koopmon.monitor.run_controller import Memory
 from koopmon.monitor.service import Service
 from koopmon.spectral import LayerProfile, SpectralProfile
-from koopmon.spectral.records import FIELDS
+from koopmon.spectral.profiles import FIELDS
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.codec import UNBOUNDED_SCALARS, ReceivedShard, WireLimits, decode, decode_for_agent, encode
 from koopmon.wire.messages import (

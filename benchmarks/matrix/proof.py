@@ -29,7 +29,7 @@ from benchmarks.matrix.training import (
     gradients,
     states_at,
 )
-from koopmon.tokens import choose_rows
+from koopmon.token_sampling import choose_rows
 from koopmon.wire.messages import KssSettings
 from tests.agent.scripted_monitor import ScriptedMonitor
 

@@ -20,8 +20,8 @@ from koopmon.agent.runtime import Guest
 from koopmon.config import Config
 from koopmon.errors import KoopmonError, raise_from_signal
 from koopmon.plugins import select
+from koopmon.wire.auth_policy import make_trust
 from koopmon.wire.endpoints import check_endpoint
-from koopmon.wire.trust import make_trust
 
 __all__ = ["Agent", "attach"]
 

@@ -36,8 +36,8 @@ from koopmon.agent.stats import Ledger
 from koopmon.api import Stack
 from koopmon.config import Config, KssConfig
 from koopmon.plugins import Selection, source
+from koopmon.wire.auth_policy import Trust
 from koopmon.wire.messages import KssSettings
-from koopmon.wire.trust import Trust
 
 logger = logging.getLogger("koopmon.agent")
 

@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from koopmon.cli.find_history import opened
 from koopmon.cli.options import POLICIES
-from koopmon.cli.stores import opened
 from koopmon.config import Config, load
 from koopmon.errors import ConfigError
 

@@ -18,8 +18,7 @@ import typer
 from koopmon.agent.autoload import DIRECTORY
 from koopmon.cli.console import say
 from koopmon.cli.embedded import READY_SECONDS, EmbeddedMonitor, MonitorNotReadyError
-from koopmon.cli.job import run_job, signals_held, take_signal
-from koopmon.cli.layout import check_run_name, new_run_name, run_store, spread
+from koopmon.cli.launch_inspection import check_run_name, new_run_name, run_store, spread
 from koopmon.cli.options import (
     ConfigFile,
     DryRun,
@@ -29,10 +28,11 @@ from koopmon.cli.options import (
     policy_overrides,
     security_overrides,
 )
+from koopmon.cli.supervise import run_job, signals_held, take_signal
 from koopmon.config import load
 from koopmon.errors import ConfigError, KoopmonError
 from koopmon.views.run_summary import summarise
-from koopmon.wire.trust import PLAINTEXT_VARIABLE, Trust, make_trust
+from koopmon.wire.auth_policy import PLAINTEXT_VARIABLE, Trust, make_trust
 
 ANSWER_SECONDS = 2.0
 EPILOG = "Example: koopmon run -- torchrun --nproc-per-node 2 train.py --lr 0.003"

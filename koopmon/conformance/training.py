@@ -24,8 +24,8 @@ from koopmon.agent.comms.control_channel import Outcome
 from koopmon.agent.comms.io_thread import Sender
 from koopmon.agent.runtime import Guest
 from koopmon.api import Stack
-from koopmon.conformance.bench import Bench, at_points, seeded
-from koopmon.conformance.verdict import demand, told
+from koopmon.conformance.harness import Bench, at_points, seeded
+from koopmon.conformance.result import demand, told
 from koopmon.errors import raise_from_signal
 from koopmon.plugins import select
 from koopmon.wire.messages import Command

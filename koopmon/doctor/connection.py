@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from koopmon import __version__
 from koopmon.doctor.findings import Finding, fail, ok, warn
 from koopmon.errors import EndpointError, KeysError, KoopmonError
+from koopmon.wire.auth_policy import Trust
 from koopmon.wire.endpoints import is_loopback, reached_beside
 from koopmon.wire.keys import MONITOR, public_file, read_public
 from koopmon.wire.messages import PROTOCOL_VERSION, ProbeReply
 from koopmon.wire.probe import NOBODY, Probed, probe, reaches_data
-from koopmon.wire.trust import Trust
 
 DEFAULT = "tcp://127.0.0.1:9465"
 """Where `koopmon monitor` is found when nobody says otherwise."""

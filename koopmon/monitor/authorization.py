@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from koopmon.errors import ProtocolError
-from koopmon.wire.authorised import AuthorisedAgents
+from koopmon.wire.authorized_keys import AuthorisedAgents
 
 
 class Access:

@@ -38,11 +38,11 @@ from koopmon.monitor.rejection_log import Rejections
 from koopmon.monitor.service import COMMIT_SECONDS, Service
 from koopmon.risk import calibration
 from koopmon.telemetry.metrics import Metrics
+from koopmon.wire.auth_policy import make_trust
 from koopmon.wire.codec import WireLimits, decode_for_monitor, decode_shard, encode
 from koopmon.wire.endpoints import is_loopback
 from koopmon.wire.messages import PROTOCOL_VERSION, MonitorMessage, Refused
 from koopmon.wire.sockets import ControlServer, DataReceiver, Poller, Waker, WireContext
-from koopmon.wire.trust import make_trust
 
 logger = logging.getLogger(__name__)
 

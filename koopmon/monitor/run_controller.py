@@ -19,7 +19,7 @@ from koopmon import policy
 from koopmon.config import Config, KssConfig, PolicyConfig, merged
 from koopmon.errors import ProtocolError, one_line
 from koopmon.monitor.sample import Sample
-from koopmon.risk import initial, online
+from koopmon.risk import initial_score, online_detector
 from koopmon.risk.calibration import Example
 from koopmon.wire.headers import encode_header
 from koopmon.wire.messages import MAX_STEP, MAX_TEXT, Ack, Applied, Command, CommandKind, Hello
@@ -47,8 +47,8 @@ class Verdict:
     dropped: the protocol has no message for it.
     """
 
-    observation: online.Observation
-    risk: online.OnlineRisk
+    observation: online_detector.Observation
+    risk: online_detector.OnlineRisk
     decision: policy.Decision | None
     commands: tuple[Command, ...] = ()
     replaced: tuple[Command, ...] = ()
@@ -69,9 +69,9 @@ class Answered:
 class Memory:
     """What a guard must not forget when the monitor restarts."""
 
-    risk: online.RiskState
+    risk: online_detector.RiskState
     policy: policy.PolicyState
-    initial: initial.InitialRisk | None
+    initial: initial_score.InitialRisk | None
 
 
 @dataclass(slots=True)
@@ -144,7 +144,7 @@ class Guard:
     def score_initially(self, step: int, profile: SpectralProfile) -> None:
         """Set `initial` while the run is young and no snapshot was informative yet."""
         if (self.initial is None or not self.initial.informative) and step <= self._config.cadence.warmup_steps:
-            self.initial = initial.initial_risk(profile)
+            self.initial = initial_score.initial_risk(profile)
 
     def alarming(self, risk: float) -> bool:
         """Whether a risk counts as high by the configuration."""
@@ -177,7 +177,7 @@ class Guard:
         if sample.learning_rate is not None and math.isfinite(sample.learning_rate):
             self._peak_rate = max(self._peak_rate, sample.learning_rate)
         self._num_layers = self._num_layers if profile is None else profile.num_layers
-        observation = online.observe(
+        observation = online_detector.observe(
             profile,
             step=sample.step,
             learning_rate=sample.learning_rate,
@@ -190,7 +190,7 @@ class Guard:
             kss_alpha=sample.kss_alpha,
             non_finite=profile is None,
         )
-        risk_state, risk = online.assess(self._risk_state, observation, self._risk_config)
+        risk_state, risk = online_detector.assess(self._risk_state, observation, self._risk_config)
         if not math.isfinite(risk.value):
             raise ArithmeticError(f"the risk at step {sample.step} is {risk.value}: {risk.reason}")
         self._risk_state = risk_state
@@ -359,7 +359,7 @@ def _recall(memory: bytes | None) -> Memory:
             return msgspec.json.decode(memory, type=Memory)
         except (msgspec.DecodeError, TypeError, ValueError, RecursionError) as error:
             logger.warning("guard: what an earlier monitor remembered cannot be used: %s", one_line(error))
-    return Memory(risk=online.RiskState(), policy=policy.PolicyState(), initial=None)
+    return Memory(risk=online_detector.RiskState(), policy=policy.PolicyState(), initial=None)
 
 
 def _in_force(state: policy.PolicyState, applied: Applied, step: int) -> policy.PolicyState:

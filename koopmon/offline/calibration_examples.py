@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from koopmon.history.reader import History
 from koopmon.risk.calibration import Example
-from koopmon.risk.initial import initial_risk
+from koopmon.risk.initial_score import initial_risk
 from koopmon.spectral import SpectralProfile
 
 MAX_LOSS, MAX_GRADIENT_NORM = 50.0, 500.0

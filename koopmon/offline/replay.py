@@ -16,7 +16,7 @@ from koopmon import policy
 from koopmon.config import Config, merged
 from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import History, IncarnationRow, ObservationRow
-from koopmon.risk import online
+from koopmon.risk import online_detector
 
 KINDS = ("set_lr_scale", "set_kss")
 
@@ -66,16 +66,16 @@ class _Judge:
         self._risk = config.risk if hello is None else merged(config.risk, hello.thresholds, "thresholds")
         known = {name: value for name, value in hinted.items() if name in config.kss.__struct_fields__}
         self._kss = merged(config.kss, known, "kss")
-        self._history, self._state = online.RiskState(), policy.PolicyState()
+        self._history, self._state = online_detector.RiskState(), policy.PolicyState()
 
     def __call__(self, row: ObservationRow) -> Replayed:
         try:
-            recorded = msgspec.convert(row.observation, online.Observation)
+            recorded = msgspec.convert(row.observation, online_detector.Observation)
         except msgspec.ValidationError as error:
             raise StoreError(f"the snapshot at step {row.step} cannot be judged again: {one_line(error)}") from None
         scale, alpha = self._state.lr_scale, self._state.kss.alpha
         seen = replace(recorded, non_finite=row.non_finite, lr_scale=scale, kss_alpha=alpha)
-        self._history, risk = online.assess(self._history, seen, self._risk)
+        self._history, risk = online_detector.assess(self._history, seen, self._risk)
         decision = policy.decide(row.time, self._state, seen, risk, self._policy, self._kss)
         self._state = decision.state
         return Replayed(

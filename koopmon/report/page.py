@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from koopmon import __version__
 from koopmon.report import tables
 from koopmon.report.markup import Child, Markup, join, tag
+from koopmon.report.narrative import headline, helped
 from koopmon.report.pictures import Picture
-from koopmon.report.story import headline, helped
 from koopmon.report.style import STYLE
 
 if TYPE_CHECKING:
-    from koopmon.report.facts import Facts
+    from koopmon.report.run_report import Facts
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 STATES = {

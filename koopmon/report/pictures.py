@@ -12,7 +12,7 @@ from koopmon import plots
 from koopmon.views.spectra import WORDS
 
 if TYPE_CHECKING:
-    from koopmon.report.facts import Facts
+    from koopmon.report.run_report import Facts
     from koopmon.views.action_effects import Point
 
 MAX_MARKS = 200

@@ -11,7 +11,7 @@ from koopmon.report.pictures import TITLES
 from koopmon.views.spectra import WORDS
 
 if TYPE_CHECKING:
-    from koopmon.report.facts import Facts, Launch
+    from koopmon.report.run_report import Facts, Launch
     from koopmon.views.action_effects import Action, Decision
     from koopmon.views.spectra import Heatmap
 

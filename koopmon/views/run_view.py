@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from koopmon.config import KssConfig, PolicyConfig
 from koopmon.policy import PolicyState
-from koopmon.risk.online import Observation, OnlineRisk
+from koopmon.risk.online_detector import Observation, OnlineRisk
 from koopmon.telemetry.metrics import layer_buckets
 from koopmon.wire.messages import Command
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from koopmon import __version__
 from koopmon.errors import ProtocolError
+from koopmon.wire.auth_policy import Trust
 from koopmon.wire.endpoints import reached_beside
 from koopmon.wire.headers import decode_header, encode_header
 from koopmon.wire.messages import Probe, ProbeReply, Refused
 from koopmon.wire.sockets import DataSender, Poller, ProbingClient, WireContext
-from koopmon.wire.trust import Trust
 
 NOBODY = "unknown"
 """The run that is asked about when none is meant."""

@@ -18,10 +18,10 @@ from koopmon.wire.headers import Frame, WireLimits
 from koopmon.wire.messages import DropReason
 from koopmon.wire.server import READ_BYTES, Server
 from koopmon.wire.transport import ForkedChildError, Options, Socket, WireContext
-from koopmon.wire.waker import Waker
+from koopmon.wire.wakeup import Waker
 
 if TYPE_CHECKING:
-    from koopmon.wire.pool import Slot
+    from koopmon.wire.buffer_pool import Slot
 
 __all__ = [
     "ControlClient",

@@ -22,9 +22,9 @@ from zmq.utils import garbage  # imported here and now: its exit handler must be
 
 from koopmon.errors import EndpointError
 from koopmon.wire import curve
-from koopmon.wire.authorised import AuthorisedAgents
+from koopmon.wire.auth_policy import Trust
+from koopmon.wire.authorized_keys import AuthorisedAgents
 from koopmon.wire.headers import Frame
-from koopmon.wire.trust import Trust
 
 Options: TypeAlias = dict[int, int]
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import koopmon
 from benchmarks.families import Family, Scheme, language_model
-from koopmon.chain import ChainVerifier, known_exponent
+from koopmon.chain_verifier import ChainVerifier, known_exponent
 from koopmon.plugins import adapters, select
 from koopmon.profiling import capture_states
-from koopmon.risk.brake import UNBRAKED
+from koopmon.risk.normalization import UNBRAKED
 from koopmon.spectral import profile_states
 from tests.adapters import zoo
 from tests.adapters.family_zoo import CASES, Case, L, T, jamba, mixtral, own_kan

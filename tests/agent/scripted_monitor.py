@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from koopmon.wire.auth_policy import Trust
 from koopmon.wire.codec import Frame, WireLimits, decode_for_monitor, decode_shard, encode
 from koopmon.wire.messages import (
     Ack,
@@ -30,7 +31,6 @@ from koopmon.wire.messages import (
     Welcome,
 )
 from koopmon.wire.sockets import ControlServer, DataReceiver, Poller, Waker, WireContext
-from koopmon.wire.trust import Trust
 
 M = TypeVar("M")
 LIMITS = WireLimits()

@@ -14,7 +14,7 @@ from koopmon.agent.circuit_breaker import Fence
 from koopmon.agent.control.kss_injection import KssInjection
 from koopmon.agent.stats import Ledger
 from koopmon.spectral import kss_basis, kss_loss
-from koopmon.tokens import order_rows, take_rows
+from koopmon.token_sampling import order_rows, take_rows
 from koopmon.wire.messages import KssSettings
 from tests.agent.models import VOCABULARY, B, L, Model, T, batch, build, checkpointed, checkpointed_reentrant, loss_of
 from tests.agent.scripted_monitor import ScriptedMonitor

@@ -13,9 +13,9 @@ import msgspec
 import pytest
 
 from koopmon.agent.comms.control_channel import MIN_HEARTBEAT_SECONDS
+from koopmon.wire.auth_policy import Trust
 from koopmon.wire.codec import PREFIX, encode
 from koopmon.wire.messages import Ack, Command, Heartbeat, Hello, KssSettings
-from koopmon.wire.trust import Trust
 from tests.agent.scripted_monitor import ScriptedMonitor
 from tests.keyring import Keyring
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from koopmon.cli.layout import check_run_name, new_run_name, script_name, spread, state_directory
+from koopmon.cli.launch_inspection import check_run_name, new_run_name, script_name, spread, state_directory
 from koopmon.errors import ConfigError
 
 

@@ -21,8 +21,8 @@ import yaml
 
 from koopmon.config import load
 from koopmon.errors import KeysError
+from koopmon.wire.auth_policy import Trust
 from koopmon.wire.keys import read_secret
-from koopmon.wire.trust import Trust
 from tests.deploy.conftest import DEPLOY, HOUSE, koopmon, parsed
 
 ROOM = DEPLOY / "kubernetes"

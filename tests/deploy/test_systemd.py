@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from koopmon.wire.trust import Trust
+from koopmon.wire.auth_policy import Trust
 from tests.deploy.conftest import DEPLOY, KOOPMON, Starter, environment, koopmon, parsed, ready, wait_until
 from tests.monitor.conftest import ScriptedAgent
 

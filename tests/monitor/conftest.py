@@ -24,6 +24,7 @@ from koopmon.config import Config, from_mapping
 from koopmon.history.reader import History
 from koopmon.history.writer import Store
 from koopmon.monitor.daemon import Addresses, Monitor
+from koopmon.wire.auth_policy import Trust
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
 from koopmon.wire.messages import (
     Ack,
@@ -39,7 +40,6 @@ from koopmon.wire.messages import (
     Welcome,
 )
 from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
-from koopmon.wire.trust import Trust
 from tests import factories
 
 WAIT_SECONDS = 60.0

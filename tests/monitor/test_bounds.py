@@ -23,10 +23,10 @@ from koopmon.monitor.assembler import Assembler
 from koopmon.monitor.registry import LAST_STEP, AdmissionError, RunRegistry
 from koopmon.monitor.run_controller import MAX_REPLACED, Answered, Guard, Memory, Verdict
 from koopmon.monitor.sample import Sample
-from koopmon.risk import online
-from koopmon.risk.surprise import Surprise
+from koopmon.risk import online_detector
+from koopmon.risk.loss_zscore import Surprise
 from koopmon.spectral import SpectralProfile, profile_states
-from koopmon.spectral.records import finite_mean
+from koopmon.spectral.profiles import finite_mean
 from koopmon.telemetry.metrics import MAX_LAYERS, Metrics
 from koopmon.wire.codec import encode
 from koopmon.wire.messages import (
@@ -192,8 +192,8 @@ def test_no_learning_rate_blinds_the_detector(rate: float, slope: float) -> None
 
 def test_a_risk_that_is_no_number_is_an_error_and_no_calm(monkeypatch: pytest.MonkeyPatch) -> None:
     guard = make_guard()
-    state = online.OnlineRisk(value=math.nan, reason="on purpose")
-    monkeypatch.setattr(online, "assess", lambda *_: (online.RiskState(step=7), state))
+    state = online_detector.OnlineRisk(value=math.nan, reason="on purpose")
+    monkeypatch.setattr(online_detector, "assess", lambda *_: (online_detector.RiskState(step=7), state))
     with pytest.raises(ArithmeticError, match="risk at step 3 is nan"):
         guard.judge(0.0, sample(3), None, step=3)
 

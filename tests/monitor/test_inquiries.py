@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from koopmon.wire.auth_policy import Trust
 from koopmon.wire.codec import encode
 from koopmon.wire.messages import Probe
 from koopmon.wire.probe import probe
 from koopmon.wire.sockets import ControlClient, WireContext
-from koopmon.wire.trust import Trust
 from tests.keyring import Keyring
 
 PLAIN = Trust()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from koopmon.config import KssConfig, PolicyConfig
 from koopmon.policy import Action, Decision, PolicyState, acknowledge, decide, kss_shielded
-from koopmon.risk.online import Observation, OnlineRisk
+from koopmon.risk.online_detector import Observation, OnlineRisk
 from koopmon.wire.messages import Ack, Applied, KssSettings
 
 CALM, WATCH, HIGH, SEVERE = 0.01, 0.3, 0.7, 0.95

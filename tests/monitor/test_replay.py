@@ -14,7 +14,7 @@ from koopmon.history.reader import History
 from koopmon.history.writer import Store
 from koopmon.offline.replay import Replayed, replay
 from koopmon.policy import PolicyState, decide
-from koopmon.risk.online import Observation, RiskState, assess
+from koopmon.risk.online_detector import Observation, RiskState, assess
 from tests.factories import hello, observation, record_observation
 
 RUN, INCARNATION = "run-1", "0123abcd"

@@ -12,7 +12,7 @@ import torch
 
 from koopmon.history.reader import History
 from koopmon.history.writer import Store
-from koopmon.report.facts import Facts, gather
+from koopmon.report.run_report import Facts, gather
 from koopmon.spectral import profile_states
 from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, Heartbeat, KssSettings
 from tests.factories import hello, record_observation

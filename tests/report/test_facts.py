@@ -13,8 +13,8 @@ import pytest
 from koopmon.errors import StoreError
 from koopmon.history.reader import History
 from koopmon.history.schema import pack
-from koopmon.report.facts import gather
-from koopmon.report.story import headline, helped
+from koopmon.report.narrative import headline, helped
+from koopmon.report.run_report import gather
 from tests.report.recorder import NAN, Recorder, guarded
 
 SCHEMA_1 = Path(__file__).parent.parent / "monitor" / "stores" / "schema-1.sqlite3.gz"

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.models import NORMS, Decoder, associative_recall
 from koopmon import profile
-from koopmon.risk.brake import BRAKED, UNBRAKED, brake
+from koopmon.risk.normalization import BRAKED, UNBRAKED, brake
 
 
 def test_it_is_whole_below_none_above_and_linear_between() -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from koopmon.errors import CalibrationError
-from koopmon.risk.brake import brake
 from koopmon.risk.calibration import (
     PENALTY,
     Calibrator,
@@ -23,6 +22,7 @@ from koopmon.risk.calibration import (
     reliability,
     save,
 )
+from koopmon.risk.normalization import brake
 
 
 def sweep(num_runs: int = 300, *, seed: int = 0, slope: float = 8.0) -> list[Example]:

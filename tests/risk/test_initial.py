@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from koopmon.risk.initial import initial_risk
+from koopmon.risk.initial_score import initial_risk
 from koopmon.spectral import SpectralProfile, profile_states
 
 

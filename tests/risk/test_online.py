@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koopmon.config import RiskConfig
-from koopmon.risk.online import LOSS_FLOOR, Observation, OnlineRisk, RiskState, assess, prior, rate_excess
-from koopmon.risk.surprise import LEAST
+from koopmon.risk.loss_zscore import LEAST
+from koopmon.risk.online_detector import LOSS_FLOOR, Observation, OnlineRisk, RiskState, assess, prior, rate_excess
 
 CONFIG = RiskConfig()
 

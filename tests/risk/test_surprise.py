@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from koopmon.risk.surprise import LARGEST, LEAST, WINDOW, Surprise
+from koopmon.risk.loss_zscore import LARGEST, LEAST, WINDOW, Surprise
 
 
 def follow(losses: list[float | None]) -> Surprise:

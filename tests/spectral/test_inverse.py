@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from koopmon.spectral.inverse import inverses
+from koopmon.spectral._linalg import inverses
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])

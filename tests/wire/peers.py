@@ -17,6 +17,7 @@ import zmq
 
 from koopmon.errors import ProtocolError
 from koopmon.wire import client, server, sockets
+from koopmon.wire.auth_policy import Trust
 from koopmon.wire.sockets import (
     ControlClient,
     ControlServer,
@@ -26,7 +27,6 @@ from koopmon.wire.sockets import (
     ProbingClient,
     WireContext,
 )
-from koopmon.wire.trust import Trust
 
 SOCKETS: dict[str, Any] = {each.__name__: each for each in (ControlServer, DataReceiver, ControlClient, ProbingClient)}
 PEERS = {

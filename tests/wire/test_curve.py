@@ -13,13 +13,13 @@ import torch
 import zmq
 
 from koopmon.errors import KeysError
-from koopmon.wire.authorised import LOOK_SECONDS
+from koopmon.wire.auth_policy import Trust
+from koopmon.wire.authorized_keys import LOOK_SECONDS
 from koopmon.wire.codec import encode
 from koopmon.wire.curve import Refusal, new_pair
 from koopmon.wire.keys import MONITOR, public_file, read_public, secret_file, write_public
 from koopmon.wire.messages import HeartbeatReply, Shard
 from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, WireContext
-from koopmon.wire.trust import Trust
 from tests.keyring import Keyring
 
 Until = Callable[..., None]

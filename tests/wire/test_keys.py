@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from koopmon.errors import KeysError
-from koopmon.wire.authorised import LOOK_SECONDS, AuthorisedAgents
+from koopmon.wire.auth_policy import Trust, make_trust
+from koopmon.wire.authorized_keys import LOOK_SECONDS, AuthorisedAgents
 from koopmon.wire.curve import KeyPair, new_pair, pair_of
 from koopmon.wire.keys import (
     AGENTS,
@@ -25,7 +26,6 @@ from koopmon.wire.keys import (
     write_public,
     write_secret,
 )
-from koopmon.wire.trust import Trust, make_trust
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 

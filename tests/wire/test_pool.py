@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from koopmon.wire.pool import BufferPool, Slot, host_buffer
+from koopmon.wire.buffer_pool import BufferPool, Slot, host_buffer
 
 
 class Tracker:

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from koopmon.errors import EndpointError, ProtocolError
+from koopmon.wire.buffer_pool import BufferPool
 from koopmon.wire.codec import WireLimits, decode_for_agent, decode_for_monitor, decode_shard, encode
 from koopmon.wire.messages import Goodbye, HeartbeatReply, Shard
-from koopmon.wire.pool import BufferPool
 from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, Waker, WireContext
 
 WHO: dict[str, Any] = {"run": "job", "incarnation": "00c0ffee"}
@@ -512,7 +512,7 @@ def test_a_forked_child_is_refused_and_harms_no_one(ending: str, tmp_path: Path)
 
 UNCLOSED = """
 import sys, threading, time
-from koopmon.wire.pool import BufferPool
+from koopmon.wire.buffer_pool import BufferPool
 from koopmon.wire.sockets import *
 def use():
     global kept

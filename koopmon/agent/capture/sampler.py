@@ -16,9 +16,9 @@ from torch import Tensor
 from koopmon.agent.stats import Ledger
 from koopmon.config import SamplingConfig
 from koopmon.observables import Readings
-from koopmon.tokens import align_mask, order_rows, take_rows
+from koopmon.token_sampling import align_mask, order_rows, take_rows
+from koopmon.wire.buffer_pool import BufferPool, Slot, host_buffer
 from koopmon.wire.messages import DType
-from koopmon.wire.pool import BufferPool, Slot, host_buffer
 
 NUM_SLOTS = 3
 LARGE_SLOT_BYTES = 64 << 20

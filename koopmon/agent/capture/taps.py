@@ -19,7 +19,7 @@ from koopmon.agent.circuit_breaker import Fence, logger
 from koopmon.agent.parallelism import compiled_whole
 from koopmon.agent.stats import Ledger
 from koopmon.api import Observable, Point, Stack
-from koopmon.chain import ChainVerifier
+from koopmon.chain_verifier import ChainVerifier
 from koopmon.discovery import not_verified
 from koopmon.errors import PluginError
 from koopmon.observables import declared

@@ -22,11 +22,11 @@ from koopmon.agent.stats import Ledger
 from koopmon.config import ControlConfig
 from koopmon.errors import EndpointError, KeysError, ProtocolError
 from koopmon.observables import tabulate
+from koopmon.wire.auth_policy import Trust
 from koopmon.wire.codec import encode
 from koopmon.wire.endpoints import reached_beside
 from koopmon.wire.messages import MAX_OBSERVATIONS, DropReason, Shard, Welcome
 from koopmon.wire.sockets import ControlClient, DataSender, Poller, Waker, WireContext
-from koopmon.wire.trust import Trust
 
 logger = logging.getLogger("koopmon.agent")
 

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from koopmon.agent.circuit_breaker import Fence
 from koopmon.agent.stats import Ledger
 from koopmon.spectral import kss_basis, kss_gradient
-from koopmon.tokens import align_mask, order_rows, take_rows
+from koopmon.token_sampling import align_mask, order_rows, take_rows
 from koopmon.wire.messages import KssSettings
 
 _MAX_FRAMES = 32

@@ -10,7 +10,8 @@ from unittest import SkipTest
 import torch
 from torch import Tensor
 
-from koopmon.conformance.bench import Bench, same_bits
+from koopmon.conformance.harness import Bench, same_bits
+from koopmon.conformance.result import ConformanceError, demand
 from koopmon.conformance.training import (
     NUM_SAMPLES,
     SEED,
@@ -20,9 +21,8 @@ from koopmon.conformance.training import (
     Witness,
     require_checkpointing,
 )
-from koopmon.conformance.verdict import ConformanceError, demand
 from koopmon.spectral import kss_basis, kss_gradient, kss_loss
-from koopmon.tokens import align_mask, order_rows, take_rows
+from koopmon.token_sampling import align_mask, order_rows, take_rows
 from koopmon.wire.messages import KssSettings
 
 NUM_STEPS = 4

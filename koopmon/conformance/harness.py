@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, ExampleModel, Stack
-from koopmon.chain import ChainVerifier
-from koopmon.conformance.verdict import ConformanceError, demand, told
+from koopmon.chain_verifier import ChainVerifier
+from koopmon.conformance.result import ConformanceError, demand, told
 from koopmon.discovery import probe
 from koopmon.errors import KoopmonError, raise_from_signal
 from koopmon.plugins import Selection, adapters, select

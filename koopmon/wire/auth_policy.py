@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from koopmon.errors import EndpointError, KeysError
-from koopmon.wire.authorised import AuthorisedAgents
+from koopmon.wire.authorized_keys import AuthorisedAgents
 from koopmon.wire.endpoints import check_endpoint, is_loopback
 from koopmon.wire.keys import MONITOR, keys_directory, public_file, read_public, read_secret
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from koopmon.views.action_effects import LEAST, Verdict
 
 if TYPE_CHECKING:
-    from koopmon.report.facts import Facts
+    from koopmon.report.run_report import Facts
     from koopmon.views.action_effects import Action, Point
 
 NOTABLE_LOSS = 0.1

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from koopmon.cli.layout import monitor_store, run_store
+from koopmon.cli.launch_inspection import monitor_store, run_store
 from koopmon.errors import StoreError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from koopmon.spectral.growth import stack_exponent
+from koopmon.spectral.update_exponent import stack_exponent
 
 FloatField = Literal[
     "near_unit_mass",

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Point, Stack
+from koopmon.block_finder import normalised
 from koopmon.spectral import LARGEST_EXPONENT, stack_exponent, update_exponent
-from koopmon.structure import normalised
 
 __all__ = ["ChainVerifier", "Verdict", "known_exponent"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.api import Point, Stack
-from koopmon.conformance.bench import MIN_TOKENS, Bench, at_points, described, parts, same_bits, seeded
-from koopmon.conformance.verdict import demand
-from koopmon.tokens import align_mask
+from koopmon.conformance.harness import MIN_TOKENS, Bench, at_points, described, parts, same_bits, seeded
+from koopmon.conformance.result import demand
+from koopmon.token_sampling import align_mask
 
 
 def shapes(bench: Bench) -> str:

@@ -22,7 +22,7 @@ count little, since the critical rate of large models is not known. Two scores i
     risk      4 log v + bounded prior                        acts: without a lurch it is 0, whatever the prior
     forecast  log growth of the expansive mass + prior       warns, and never acts: it may be high from the start
               or, where the script logs its loss,
-              4 log(z + 0.05) + prior                        with z the loss's z-score (koopmon.risk.surprise)
+              4 log(z + 0.05) + prior                        with z the loss's z-score (koopmon.risk.loss_zscore)
 
 benchmarks/results has what each was measured to do.
 """
@@ -37,8 +37,8 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 from msgspec import Meta
 
 from koopmon.config import RiskConfig
-from koopmon.risk.brake import brake
-from koopmon.risk.surprise import LEAST, Surprise
+from koopmon.risk.loss_zscore import LEAST, Surprise
+from koopmon.risk.normalization import brake
 
 if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile

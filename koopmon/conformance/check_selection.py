@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from koopmon import config as configuration
 from koopmon.api import MAX_SPECIFICITY, ArchitectureAdapter, Stack
 from koopmon.config import KssConfig, RiskConfig
-from koopmon.conformance.bench import Bench, described, same_bits
-from koopmon.conformance.verdict import demand
+from koopmon.conformance.harness import Bench, described, same_bits
+from koopmon.conformance.result import demand
 from koopmon.errors import AdapterError, ConfigError, raise_from_signal
 from koopmon.plugins import claims_on, example_models
 from koopmon.spectral import LARGEST_EXPONENT

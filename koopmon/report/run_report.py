@@ -21,7 +21,7 @@ from koopmon.config import PolicyConfig
 from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import HeartbeatRow, History, IncarnationRow, ObservationRow
 from koopmon.history.schema import RunState
-from koopmon.risk.online import foresight
+from koopmon.risk.online_detector import foresight
 from koopmon.views.action_effects import Action, Decision, Point, read_decisions
 from koopmon.views.run_summary import RunSummary, summary_of
 from koopmon.views.spectra import Heatmap, Spectrum, read_profiles

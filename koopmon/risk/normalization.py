@@ -4,7 +4,7 @@ A layer's update grows with the state as ||y - x|| ~ ||x||^k. Behind a normalisa
 the state gets the same update. Without one it is 1 for linear layers, and more where attention multiplies states.
 Near-unit mass and the share of reliable modes change sides with the initialisation; the exponent does not. Where blocks
 hold normalisations it is taken to be 0, and it is read from states where they do not, or where none can be seen
-(`koopmon.chain.known_exponent`).
+(`koopmon.chain_verifier.known_exponent`).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pathlib import Path
 from koopmon.agent.autoload import DIRECTORY
 from koopmon.config import Config, load
 from koopmon.doctor.findings import Finding, fail, ok, warn
-from koopmon.doctor.pages import fix_of_refusal
+from koopmon.doctor.http_checks import fix_of_refusal
 from koopmon.errors import ConfigError, one_line
 from koopmon.wire.messages import ProbeReply
 
