@@ -30,7 +30,7 @@ from koopmon.history.writer import Store
 from koopmon.offline.calibration_examples import outcomes
 from koopmon.offline.replay import replay
 
-KEPT = Path(__file__).parents[2] / "tests" / "monitor" / "stores" / "schema-1.sqlite3.gz"
+KEPT = Path(__file__).parents[2] / "tests" / "history" / "stores" / "schema-1.sqlite3.gz"
 TEMPLATE = gzip.decompress(KEPT.read_bytes())
 COLUMNS = (
     *(("runs", "name"), ("incarnations", "hello"), ("incarnations", "applied"), ("incarnations", "memory")),

@@ -1,4 +1,4 @@
-"""`koopmon replay` as a user meets it; what it decides is tested in tests/monitor/test_replay.py."""
+"""`koopmon replay` as a user meets it; what it decides is tested in tests/offline/test_replay.py."""
 
 from __future__ import annotations
 

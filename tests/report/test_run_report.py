@@ -17,7 +17,7 @@ from koopmon.report.narrative import headline, helped
 from koopmon.report.run_report import gather
 from tests.report.recorder import NAN, Recorder, guarded
 
-SCHEMA_1 = Path(__file__).parent.parent / "monitor" / "stores" / "schema-1.sqlite3.gz"
+SCHEMA_1 = Path(__file__).parent.parent / "history" / "stores" / "schema-1.sqlite3.gz"
 
 
 @pytest.fixture
