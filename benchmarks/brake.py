@@ -26,7 +26,7 @@ from benchmarks.models import Norm
 from benchmarks.provenance import provenance
 from benchmarks.tasks import TASKS, draw
 from benchmarks.training import INITIAL_SAMPLES, Recipe, full_profile
-from koopmon.risk.normalization import brake
+from koopmon.risk.normalization import normalization_from_exponent
 
 RESULT = Path(__file__).parent / "results" / "brake.json"
 SIZES = ((64, 4), (96, 3), (128, 6))
@@ -85,7 +85,7 @@ def measure(family: Family, norm: Norm) -> Row:
 
 
 def _is_braked(exponent: float | None) -> bool:
-    return exponent is not None and brake(exponent) > 0.5
+    return exponent is not None and normalization_from_exponent(exponent) > 0.5
 
 
 def table(rows: Sequence[Row]) -> Table:

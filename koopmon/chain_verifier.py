@@ -37,7 +37,7 @@ from koopmon.api import ArchitectureAdapter, Point, Stack
 from koopmon.block_finder import normalised
 from koopmon.spectral import LARGEST_EXPONENT, stack_exponent, update_exponent
 
-__all__ = ["ChainVerifier", "Verdict", "known_exponent"]
+__all__ = ["ChainResult", "ChainVerifier", "known_exponent"]
 
 SAMPLED_ROWS = 1024
 """Rows of each state on which the end of one block is compared with the start of the next."""
@@ -47,7 +47,7 @@ MIN_CARRIED = 0.25
 """Least mean correlation between a block's input and output when its stack is not known to be residual."""
 
 
-class Verdict(NamedTuple):
+class ChainResult(NamedTuple):
     """`stack` is the kept one, None when no candidate is a chain; `reasons` tells for each other one, by name, why."""
 
     stack: Stack | None
@@ -191,7 +191,7 @@ class ChainVerifier:
         local = state.to_local() if hasattr(state, "to_local") else state  # a DTensor's own part: nothing is gathered
         return sample_rows(local.detach())
 
-    def verdict(self) -> Verdict:
+    def verdict(self) -> ChainResult:
         """The kept stack and, for every other candidate by name, why not. Synchronises once per candidate.
 
         A verified stack loses to one that it is nested in; then the longest is kept, and among equals the one called
@@ -219,7 +219,7 @@ class ChainVerifier:
             kept = eligible[0].stack
             why = "is longer" if len(kept.points) > len(trace.stack.points) else "comes later"
             reasons[trace.stack.name] = f"is a chain of {len(trace.stack.points)} blocks, but {kept.name!r} {why}"
-        return Verdict(eligible[0].stack if eligible else None, reasons)
+        return ChainResult(eligible[0].stack if eligible else None, reasons)
 
     def update_exponent(self, stack: Stack) -> float | None:
         """The exponent by which the updates of `stack` grow with the state, as known beforehand or as this forward pass

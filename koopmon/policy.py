@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from koopmon.config import KssConfig, PolicyConfig
 from koopmon.risk.online_detector import Observation, OnlineRisk, normalization
-from koopmon.wire.messages import MAX_MODULUS, Ack, CommandKind, Count, KssSettings, LrScale, Share, Step
+from koopmon.wire.messages import MAX_MODULUS, Ack, CommandKind, Count, Fraction, KssSettings, LrScale, Step
 
 Phase = Literal["calm", "alert", "acting", "backed_off", "recovering"]
 """acting: a command has yet to show its effect; backed_off: it has, and what it changed is held; recovering: on the
@@ -67,7 +67,7 @@ class PolicyState:
     """First step of the present stretch of snapshots below `release_risk`; None while not calm."""
     acted_at: Step | None = None
     """Step of the last back-off or of the last command that turned KSS on."""
-    risk_at_action: Share = 0.0
+    risk_at_action: Fraction = 0.0
     kss_on_at: Step | None = None
     kss_cut: Count = 0
     """The back-off, counted by `num_cuts`, that KSS last accompanied: it accompanies each but once."""

@@ -1,4 +1,4 @@
-"""The fence between koopmon and the training loop: what fails inside a hook stays inside."""
+"""The circuit breaker between koopmon and the training loop: what fails inside a hook stays inside."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from koopmon.errors import raise_from_signal
 
 logger = logging.getLogger("koopmon.agent")
-_fences: weakref.WeakSet[Fence] = weakref.WeakSet()
+_breakers: weakref.WeakSet[CircuitBreaker] = weakref.WeakSet()
 
 
-class Fence:
+class CircuitBreaker:
     """Runs koopmon's code inside the user's loop. The first exception shuts it for good, is logged once and counted.
 
-    `on_trip` is called once, with the reason, after the fence has shut; what it raises is counted as well.
+    `on_trip` is called once, with the reason, after the circuit breaker has shut; what it raises is counted as well.
     """
 
     def __init__(self, name: str, on_trip: Callable[[str], None] | None = None) -> None:
@@ -28,10 +28,10 @@ class Fence:
         self.reason = ""
         self.num_errors = 0
         self._on_trip = on_trip
-        _fences.add(self)
+        _breakers.add(self)
 
     def trip(self, where: str, error: BaseException) -> None:
-        """Shut the fence because of `error`, which was raised in `where`."""
+        """Shut the circuit breaker because of `error`, which was raised in `where`."""
         self.num_errors += 1
         if self.tripped:
             return
@@ -46,39 +46,39 @@ class Fence:
                 self.num_errors += 1
                 logger.debug("koopmon: while shutting %s", self.name, exc_info=second)
 
-    def hook(self, body: Callable[..., Any]) -> Hook:
+    def hook(self, body: Callable[..., Any]) -> GuardedHook:
         """`body` as a hook for a module or an optimizer."""
-        return Hook(self, body)
+        return GuardedHook(self, body)
 
 
-class Hook:
+class GuardedHook:
     """A fenced hook. Copies of the module that carries it, by deepcopy or pickle, carry one that does nothing."""
 
-    __slots__ = ("_body", "_fence")
+    __slots__ = ("_body", "_breaker")
 
-    def __init__(self, fence: Fence, body: Callable[..., Any]) -> None:
-        self._fence = fence
+    def __init__(self, breaker: CircuitBreaker, body: Callable[..., Any]) -> None:
+        self._breaker = breaker
         self._body = body
 
     def __call__(self, *args: Any) -> Any:
         # Traced by a compiler, a hook body would break the graph at every block.
-        if self._fence.tripped or torch.compiler.is_compiling():
+        if self._breaker.tripped or torch.compiler.is_compiling():
             return None
         try:
             return self._body(*args)
         except Exception as error:
             raise_from_signal(error)  # a handler of the user's, which by chance ran here
-            self._fence.trip(getattr(self._body, "__name__", "hook"), error)
+            self._breaker.trip(getattr(self._body, "__name__", "hook"), error)
             return None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> InertHook:
-        return InertHook()
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoopHook:
+        return NoopHook()
 
-    def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
-        return InertHook, ()
+    def __reduce__(self) -> tuple[type[NoopHook], tuple[()]]:
+        return NoopHook, ()
 
 
-class InertHook:
+class NoopHook:
     """What a copy of a tapped module carries: does nothing."""
 
     __slots__ = ()
@@ -87,14 +87,14 @@ class InertHook:
         return None
 
 
-def _shut_in_child() -> None:
-    for fence in _fences:
-        fence.tripped = True
-        fence.reason = "a forked child: the agent is the parent's"
+def _trip_in_child() -> None:
+    for breaker in _breakers:
+        breaker.tripped = True
+        breaker.reason = "a forked child: the agent is the parent's"
 
 
 # A DataLoader's worker inherits the hooks, but neither the threads nor the sockets behind them.
-os.register_at_fork(after_in_child=_shut_in_child)
+os.register_at_fork(after_in_child=_trip_in_child)
 
 
 def _first_line(error: BaseException) -> str:

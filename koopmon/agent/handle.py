@@ -8,8 +8,8 @@ from typing import Any, Self
 import msgspec
 from torch import Tensor
 
-from koopmon.agent.runtime import Guest
-from koopmon.agent.stats import ScalarBox
+from koopmon.agent.runtime import AgentRuntime
+from koopmon.agent.stats import AsyncScalar
 
 logger = logging.getLogger("koopmon.agent")
 
@@ -21,8 +21,8 @@ class Agent:
     nothing of this may drop the agent: it lives as long as the model.
     """
 
-    def __init__(self, guest: Guest | None, reason: str = "", *, joined: bool = False) -> None:
-        self._guest = guest
+    def __init__(self, runtime: AgentRuntime | None, reason: str = "", *, joined: bool = False) -> None:
+        self._runtime = runtime
         self._reason = reason
         self.joined = joined
         """Whether the training was attached before, as by `koopmon run`: then whoever did that closes it."""
@@ -36,22 +36,22 @@ class Agent:
     @property
     def should_stop(self) -> bool:
         """True once the monitor has asked the training to stop; at the same step on all ranks. The loop may look."""
-        guest = self._guest
-        return guest is not None and guest.actuator is not None and guest.actuator.state.stop
+        runtime = self._runtime
+        return runtime is not None and runtime.actuator is not None and runtime.actuator.state.stop
 
     def log(self, *, loss: float | Tensor | None = None, grad_norm: float | Tensor | None = None) -> None:
         """Tell the monitor the loss and the gradient's norm, in the user's own units; both optional, at any step.
 
         A number or a tensor with one element; one on a device is copied without synchronising.
         """
-        guest = self._guest
-        if guest is None:
+        runtime = self._runtime
+        if runtime is None:
             return
-        for name, box, value in (("loss", guest.ledger.loss, loss), ("grad_norm", guest.ledger.grad_norm, grad_norm)):
+        for name, box, value in (("loss", runtime.stats.loss, loss), ("grad_norm", runtime.stats.grad_norm, grad_norm)):
             if value is not None:
                 self._put(name, box, value)
 
-    def _put(self, name: str, box: ScalarBox, value: float | Tensor) -> None:
+    def _put(self, name: str, box: AsyncScalar, value: float | Tensor) -> None:
         try:
             box.put(value)
         except Exception as error:
@@ -61,58 +61,58 @@ class Agent:
 
     def status(self) -> dict[str, Any]:
         """What the agent is doing, as plain values; never synchronises with a device."""
-        guest = self._guest
+        runtime = self._runtime
         reason = self._why_disabled()
-        if guest is None:
+        if runtime is None:
             return {"enabled": False, "reason": reason}
-        ledger, sender, actuator, stack = guest.ledger, guest.sender, guest.actuator, guest.taps.stack
-        identity = None if sender is None else sender.identity
+        stats, io_thread, actuator, stack = runtime.stats, runtime.io_thread, runtime.actuator, runtime.taps.stack
+        identity = None if io_thread is None else io_thread.identity
         return {
             "enabled": not reason,
             "reason": reason,
-            "endpoint": guest.endpoint,
-            "connected": sender is not None and sender.connected,
+            "endpoint": runtime.endpoint,
+            "connected": io_thread is not None and io_thread.connected,
             "run": None if identity is None else identity.run,
             "incarnation": None if identity is None else identity.incarnation,
-            "process_rank": None if guest.world is None else guest.world.rank,
-            "world_size": None if guest.world is None else guest.world.size,
-            "layout": None if guest.layout is None else guest.layout.name,
-            "adapter": guest.adapter.name,
+            "process_rank": None if runtime.world is None else runtime.world.rank,
+            "world_size": None if runtime.world is None else runtime.world.size,
+            "layout": None if runtime.layout is None else runtime.layout.name,
+            "adapter": runtime.adapter.name,
             "stack": None if stack is None else stack.name,
             "num_layers": 0 if stack is None else len(stack.points),
-            "width": guest.width,
+            "width": runtime.width,
             "acts": actuator is not None and actuator.acts,
             "control_ready": actuator is not None and actuator.ready,
             "applied": None if actuator is None else msgspec.to_builtins(actuator.applied()),
-            "step": ledger.step,
-            "step_seconds": ledger.step_seconds,
-            "overhead_ratio": ledger.busy_seconds / ledger.elapsed_seconds if ledger.elapsed_seconds else 0.0,
-            "sent": ledger.sent,
-            "dropped": dict(ledger.dropped),
-            "rejected": dict(ledger.rejected),
-            "taps_missing": ledger.taps_missing,
-            "kss_skipped": ledger.kss_skipped.get() or 0.0,
-            "learning_rate": ledger.learning_rate.get(),
-            "loss": ledger.loss.get(),
-            "grad_norm": ledger.grad_norm.get(),
-            "judgement": None if ledger.judgement is None else msgspec.to_builtins(ledger.judgement),
-            "errors": guest.fence.num_errors,
+            "step": stats.step,
+            "step_seconds": stats.step_seconds,
+            "overhead_ratio": stats.busy_seconds / stats.elapsed_seconds if stats.elapsed_seconds else 0.0,
+            "sent": stats.sent,
+            "dropped": dict(stats.dropped),
+            "rejected": dict(stats.rejected),
+            "taps_missing": stats.taps_missing,
+            "kss_skipped": stats.kss_skipped.get() or 0.0,
+            "learning_rate": stats.learning_rate.get(),
+            "loss": stats.loss.get(),
+            "grad_norm": stats.grad_norm.get(),
+            "judgement": None if stats.judgement is None else msgspec.to_builtins(stats.judgement),
+            "errors": runtime.breaker.num_errors,
         }
 
     def _why_disabled(self) -> str:
-        if self._guest is None:
+        if self._runtime is None:
             return self._reason
-        return "closed" if self._guest.closed else self._guest.fence.reason or self._guest.taps.failure
+        return "closed" if self._runtime.closed else self._runtime.breaker.reason or self._runtime.taps.failure
 
     def close(self, reason: str = "") -> None:
         """Take koopmon off the training and say goodbye to the monitor. Idempotent."""
-        guest = self._guest
-        if guest is None or guest.closed:
+        runtime = self._runtime
+        if runtime is None or runtime.closed:
             return
         try:
-            guest.close(reason)
+            runtime.close(reason)
         except Exception as error:
-            guest.fence.trip("close", error)
+            runtime.breaker.trip("close", error)
 
     def __enter__(self) -> Self:
         return self

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from koopmon.agent.rank_identity import World
+from koopmon.agent.rank_identity import RankContext
 from koopmon.observables import shielded
 from koopmon.plugins import Selection
 
@@ -23,7 +23,7 @@ _MAX_FRAMES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ParallelLayout:
     """`proven`: commands may be applied by default; `caution` says why not. `refused`: known to be wrong."""
 
     name: str
@@ -59,7 +59,7 @@ def kss_refusal(model: nn.Module, selection: Selection) -> str:
     return f"KSS would reach what the model's family shields from it, {name[:200]}{more}: {allow}"
 
 
-def data_ranks(model: nn.Module, world: World) -> DataRanks:
+def data_ranks(model: nn.Module, world: RankContext) -> DataRanks:
     """Which data this rank trains on: under tensor parallelism several ranks train on the same."""
     mesh = _model_mesh(model)
     if mesh is None or mesh.size() != world.size:
@@ -73,24 +73,28 @@ def data_ranks(model: nn.Module, world: World) -> DataRanks:
     return DataRanks(ranks.index(world.rank), len(ranks), leads=0 in ranks)
 
 
-def inspect_layout(model: nn.Module, world: World) -> Layout | None:
+def inspect_layout(model: nn.Module, world: RankContext) -> ParallelLayout | None:
     """The layout of a training, seen from one rank; None while that cannot be told.
 
     A wrapper around `model` shows itself only while it runs: ask again from inside a forward.
     """
     if _runs_as_stage():
-        return Layout("pipeline", False, "stages of a pipeline are not watched yet: their layers would be mixed", True)
+        return ParallelLayout(
+            "pipeline", False, "stages of a pipeline are not watched yet: their layers would be mixed", True
+        )
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
-        return Layout("split", False, "its parameters lie on several devices, a layout not yet proven")
+        return ParallelLayout("split", False, "its parameters lie on several devices, a layout not yet proven")
     layout = _shared_layout(model, world)
     kind = next((device.type for device in devices), "cpu")
     if layout is None or kind in ("cpu", "meta"):
         return layout
-    return Layout(layout.name, False, layout.caution or f"its parameters lie on {kind}, where nothing is proven yet")
+    return ParallelLayout(
+        layout.name, False, layout.caution or f"its parameters lie on {kind}, where nothing is proven yet"
+    )
 
 
-def _shared_layout(model: nn.Module, world: World) -> Layout | None:
+def _shared_layout(model: nn.Module, world: RankContext) -> ParallelLayout | None:
     """How the ranks share the model, whatever device it is on."""
     mesh = _model_mesh(model)
     if mesh is not None:
@@ -99,7 +103,7 @@ def _shared_layout(model: nn.Module, world: World) -> Layout | None:
     if sharded:
         return _over("fsdp1", {module.process_group.size() for module in sharded}, world)
     if world.size == 1:
-        return Layout("single", True)
+        return ParallelLayout("single", True)
     wrapper = model if isinstance(model, DistributedDataParallel) else None
     if wrapper is None:
         wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
@@ -108,21 +112,21 @@ def _shared_layout(model: nn.Module, world: World) -> Layout | None:
     return _over("ddp", {wrapper.process_group.size()}, world)
 
 
-def _mesh_layout(model: nn.Module, mesh: Any, world: World) -> Layout:
+def _mesh_layout(model: nn.Module, mesh: Any, world: RankContext) -> ParallelLayout:
     data = _data_mesh(model)
     if data is None and _shards_data(model):
-        return Layout("fsdp2", False, "this version of torch does not show over which ranks FSDP2 shards it")
+        return ParallelLayout("fsdp2", False, "this version of torch does not show over which ranks FSDP2 shards it")
     if data is None:
         return _over("tp", {mesh.size()}, world)
     name = "fsdp2" if data.ndim == 1 else "hsdp"
     return _over(name if mesh.size() == data.size() else f"{name}-tp", {mesh.size()}, world)
 
 
-def _over(name: str, sizes: set[int], world: World) -> Layout:
+def _over(name: str, sizes: set[int], world: RankContext) -> ParallelLayout:
     """The layout `name`, if it spans the world."""
     if sizes == {world.size}:
-        return Layout(name, name in PROVEN, "" if name in PROVEN else f"{name} is a layout not yet proven")
-    return Layout(name, False, f"its {name} spans {min(sizes)} of {world.size} ranks, a layout not yet proven")
+        return ParallelLayout(name, name in PROVEN, "" if name in PROVEN else f"{name} is a layout not yet proven")
+    return ParallelLayout(name, False, f"its {name} spans {min(sizes)} of {world.size} ranks, a layout not yet proven")
 
 
 def _model_mesh(model: nn.Module) -> Any:
@@ -171,4 +175,6 @@ def compiled_whole(model: nn.Module, blocks: list[nn.Module]) -> bool:
     )
 
 
-UNKNOWN = Layout("unknown", False, "several ranks train it in a way that is not known here, a layout not yet proven")
+UNKNOWN = ParallelLayout(
+    "unknown", False, "several ranks train it in a way that is not known here, a layout not yet proven"
+)

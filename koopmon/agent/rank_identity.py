@@ -36,7 +36,7 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class RankContext:
     """This process among the ranks; `store` is None when it trains alone."""
 
     rank: int = 0
@@ -52,13 +52,13 @@ class Identity:
     incarnation: str
 
 
-def current_world() -> World | None:
+def current_context() -> RankContext | None:
     """The world as torch.distributed has it; None while a launcher has announced ranks that have not met yet."""
     if dist.is_available() and dist.is_initialized():
         if dist.get_world_size() == 1:
-            return World()
-        return World(dist.get_rank(), dist.get_world_size(), _own_store())
-    return None if announced_size() > 1 else World()
+            return RankContext()
+        return RankContext(dist.get_rank(), dist.get_world_size(), _own_store())
+    return None if announced_size() > 1 else RankContext()
 
 
 def announced_size() -> int:
@@ -66,7 +66,7 @@ def announced_size() -> int:
     return _announced()[1]
 
 
-def launched_rank() -> int:
+def rank_from_env() -> int:
     """What the launcher says this process's rank is; 0 when it says nothing."""
     return _announced()[0]
 
@@ -102,7 +102,7 @@ def default_run_name() -> str:
     return f"{stem[:100]}-{secrets.token_hex(4)}"
 
 
-def meeting_place(model: nn.Module, run: str | None) -> str:
+def store_prefix(model: nn.Module, run: str | None) -> str:
     """A key in the store, the same on all ranks that attach this training, whatever else each of them attaches.
 
     Trainings that look alike are told apart by their order in this process.
@@ -112,19 +112,19 @@ def meeting_place(model: nn.Module, run: str | None) -> str:
     return f"koopmon/{digest}/{next(_ordinals[digest])}"
 
 
-class Introduction:
+class RunRendezvous:
     """Settles the run's identity: rank 0 makes it and writes it to the store, the others ask until it is there.
 
-    `place` is where in the store the agents of one training meet (`meeting_place`).
+    `place` is where in the store the agents of one training meet (`store_prefix`).
     """
 
-    def __init__(self, world: World, run: str | None, place: str) -> None:
+    def __init__(self, world: RankContext, run: str | None, place: str) -> None:
         self._world = world
         self._run = run
         self._key = f"{place}/identity"
         self._deadline = time.monotonic() + SETTLE_SECONDS
 
-    def settle(self) -> Identity | None:
+    def resolve(self) -> Identity | None:
         """The identity, or None while rank 0 has not spoken; one short exchange with the store, no waiting."""
         if self._world.rank == 0:
             identity = Identity(self._run or default_run_name(), secrets.token_hex(8))

@@ -13,7 +13,7 @@ from koopmon.wire.messages import DROP_REASONS, DropReason, Judgement
 _RING = 4
 
 
-class ScalarBox:
+class AsyncScalar:
     """The latest value of a scalar that may live on a device: storing it never synchronises, reading it never waits."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class ScalarBox:
         return self._value
 
 
-class Ledger:
+class AgentStats:
     """Counters and gauges of one agent. Plain attributes are written by the training thread alone."""
 
     def __init__(self) -> None:
@@ -80,10 +80,10 @@ class Ledger:
         """What came from the monitor and was refused, by reason. Written by the sender's thread alone."""
         self.judgement: Judgement | None = None
         """What the monitor last said of this training. Written by the sender's thread alone."""
-        self.loss = ScalarBox()
-        self.grad_norm = ScalarBox()
-        self.learning_rate = ScalarBox()
-        self.kss_skipped = ScalarBox()
+        self.loss = AsyncScalar()
+        self.grad_norm = AsyncScalar()
+        self.learning_rate = AsyncScalar()
+        self.kss_skipped = AsyncScalar()
         """Layers for which the KSS gradient could not be trusted, since the start."""
 
     @property

@@ -84,7 +84,7 @@ def _examine(
 ) -> Iterator[Finding]:
     from koopmon.doctor import environment, http_checks
     from koopmon.doctor.connection import DEFAULT, Connection, Named
-    from koopmon.wire.auth_policy import make_trust
+    from koopmon.wire.auth_policy import make_auth_policy
 
     environ = os.environ
     settings, finding = environment.configuration(config, environ)
@@ -94,7 +94,7 @@ def _examine(
         settings = msgspec.structs.replace(settings, security=load(overrides=security).security)
     named = Named.of(monitor, environ)
     asked = run or environ.get("KOOPMON_RUN") or None
-    trust = make_trust(**msgspec.structs.asdict(settings.security), environ=environ)
+    trust = make_auth_policy(**msgspec.structs.asdict(settings.security), environ=environ)
     connection = Connection(named, trust, asked)
     yield from connection.findings()
     shown = None

@@ -14,7 +14,7 @@ from koopmon.cli.launch_inspection import monitor_store, run_store
 from koopmon.errors import StoreError
 
 if TYPE_CHECKING:
-    from koopmon.history.reader import History
+    from koopmon.history.reader import HistoryReader
 
 MAX_STORES = 50
 """Files that are looked into, the newest first, for names that may have been meant."""
@@ -26,16 +26,16 @@ class UnknownRunError(StoreError):
 
 
 @contextmanager
-def opened(run: str, store: Path | None) -> Iterator[tuple[History, Path]]:
+def opened(run: str, store: Path | None) -> Iterator[tuple[HistoryReader, Path]]:
     """The history that holds `run`, and its file: `store`, else the run's own, else the monitor's.
 
     Raises UnknownRunError, and StoreError for a file that cannot be read.
     """
-    from koopmon.history.reader import History
+    from koopmon.history.reader import HistoryReader
 
     with contextlib.ExitStack() as stack:
         for path in [store] if store is not None else _places(run, os.environ):
-            history = stack.enter_context(History.open(path))
+            history = stack.enter_context(HistoryReader.open(path))
             if history.run(run) is not None:
                 yield history, path
                 return
@@ -58,11 +58,11 @@ def _all_stores(environ: Mapping[str, str]) -> list[Path]:
 
 
 def _advice(run: str, places: list[Path]) -> str:
-    from koopmon.history.reader import History
+    from koopmon.history.reader import HistoryReader
 
     names: list[str] = []
     for path in places:
-        with contextlib.suppress(StoreError), History.open(path) as history:
+        with contextlib.suppress(StoreError), HistoryReader.open(path) as history:
             names += [name for name in reversed(history.runs()) if name not in names]
     where = str(places[0]) if len(places) == 1 else f"{len(places)} histories under the state directory"
     if not names:

@@ -16,7 +16,7 @@ from koopmon.config import load
 from koopmon.errors import KoopmonError, one_line
 
 if TYPE_CHECKING:
-    from koopmon.report.run_report import Facts
+    from koopmon.report.run_report import RunReport
 
 EPILOG = "Example: koopmon report train-1a2b3c4d --out report"
 
@@ -44,11 +44,11 @@ def report(
     the configuration's `[policy]`, which a history does not keep.
     """
     from koopmon.report import narrative
-    from koopmon.report.run_report import gather
+    from koopmon.report.run_report import build_report
 
     policy = load(config).policy
     with opened(run, store) as (history, path):
-        facts = gather(history, path.absolute(), run, policy)
+        facts = build_report(history, path.absolute(), run, policy)
     if out is None and not as_json:
         out = Path(f"koopmon-report-{run.replace('/', '_')}")
     if out is not None:
@@ -61,7 +61,7 @@ def report(
     return 0
 
 
-def _write(facts: Facts, out: Path) -> Path:
+def _write(facts: RunReport, out: Path) -> Path:
     """Write page and pictures; the page. Without matplotlib there is the page alone. Raises KoopmonError."""
     from koopmon.report.page import page
     from koopmon.report.pictures import Picture, draw

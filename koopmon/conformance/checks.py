@@ -10,7 +10,7 @@ from unittest import SkipTest
 from koopmon.api import ArchitectureAdapter, ExampleModel
 from koopmon.conformance import check_selection, check_state_io, check_training, families
 from koopmon.conformance.harness import Bench
-from koopmon.conformance.result import ConformanceError, Outcome, told
+from koopmon.conformance.result import CheckResult, ConformanceError, describe_error
 from koopmon.errors import AdapterError, raise_from_signal
 from koopmon.plugins import adapters, original
 
@@ -64,17 +64,17 @@ class Check:
             raise ConformanceError(str(error)) from error
         except (Exception, SystemExit, KeyboardInterrupt) as error:  # the adapter's own code, or its model's
             raise_from_signal(error)
-            raise ConformanceError(f"raised {told(error)}") from error
+            raise ConformanceError(f"raised {describe_error(error)}") from error
 
-    def run(self) -> Outcome:
+    def run(self) -> CheckResult:
         """The outcome, whatever it is; raises nothing."""
         names = (self.bench.adapter.name, self.bench.example.name, self.name)
         try:
-            return Outcome(*names, "passed", self())
+            return CheckResult(*names, "passed", self())
         except SkipTest as skipped:
-            return Outcome(*names, "skipped", str(skipped))
+            return CheckResult(*names, "skipped", str(skipped))
         except ConformanceError as broken:
-            return Outcome(*names, "failed", str(broken))
+            return CheckResult(*names, "failed", str(broken))
 
     def __str__(self) -> str:
         return self.name

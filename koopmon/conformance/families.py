@@ -31,7 +31,7 @@ def observables(bench: Bench) -> str:
             training.backward()
             training.update()
         attached.check()
-        demand(not attached.guest.taps.readers.reason, attached.guest.taps.readers.reason)
+        demand(not attached.runtime.taps.readers.reason, attached.runtime.taps.readers.reason)
         (snapshot,) = attached.notebook.snapshots
     for (name, layer), value in snapshot.observed.items():
         demand(math.isfinite(value), f"observable {name!r} of transition {layer} reads {value}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, ExampleModel, Stack
 from koopmon.chain_verifier import ChainVerifier
-from koopmon.conformance.result import ConformanceError, demand, told
+from koopmon.conformance.result import ConformanceError, demand, describe_error
 from koopmon.discovery import probe
 from koopmon.errors import KoopmonError, raise_from_signal
 from koopmon.plugins import Selection, adapters, select
@@ -76,7 +76,7 @@ class Bench:
             return str(error)
         except (Exception, SystemExit, KeyboardInterrupt) as error:  # user code
             raise_from_signal(error)
-            return f"the example model raised {told(error)}"
+            return f"the example model raised {describe_error(error)}"
         return ""
 
     def _check_example(self) -> None:
@@ -153,7 +153,7 @@ class Bench:
             return None, str(error)
         except (Exception, SystemExit, KeyboardInterrupt) as error:  # the adapter's own code
             raise_from_signal(error)
-            return None, f"raised {told(error)}"
+            return None, f"raised {describe_error(error)}"
         if kept is None:
             reason = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in reasons.items())
             return None, f"no stack is a chain of residual blocks: {reason}"

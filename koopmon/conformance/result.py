@@ -7,7 +7,7 @@ from typing import Literal
 
 from koopmon.errors import KoopmonError
 
-Verdict = Literal["passed", "failed", "skipped"]
+CheckStatus = Literal["passed", "failed", "skipped"]
 
 
 class ConformanceError(KoopmonError, AssertionError):
@@ -21,16 +21,16 @@ def demand(kept: object, broken: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CheckResult:
     """One check of one adapter with one example model; `detail` is one line, with the reason when it did not pass."""
 
     adapter: str
     example: str
     check: str
-    verdict: Verdict
+    verdict: CheckStatus
     detail: str
 
 
-def told(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}".rstrip(": ")

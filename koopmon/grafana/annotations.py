@@ -23,7 +23,7 @@ from koopmon.grafana.access import GrafanaAccess
 
 logger = logging.getLogger(__name__)
 
-Tell: TypeAlias = Callable[[float, tuple[str, ...], str], None]
+Annotate: TypeAlias = Callable[[float, tuple[str, ...], str], None]
 """Takes when (Unix time in seconds), tags and text; returns at once and never raises."""
 
 TAG = "koopmon"
@@ -35,7 +35,7 @@ MAX_TEXT = 2000
 MAX_ANSWER_BYTES = 1 << 16
 
 
-def tell_nobody(at: float, tags: tuple[str, ...], text: str) -> None:
+def no_annotations(at: float, tags: tuple[str, ...], text: str) -> None:
     """Where no Grafana is to be told."""
 
 
@@ -44,7 +44,7 @@ class RefusedError(Exception):
 
 
 class Annotations:
-    """Posts what `tell` is given, oldest first. While Grafana does not answer, the newest `queue_length` wait.
+    """Posts what `add` is given, oldest first. While Grafana does not answer, the newest `queue_length` wait.
 
     What is lost, because there was no room or because Grafana refused it, is counted and logged once.
     """
@@ -65,8 +65,8 @@ class Annotations:
         self._thread = threading.Thread(target=self._run, name="koopmon-annotations", daemon=True)
         self._thread.start()
 
-    def tell(self, at: float, tags: tuple[str, ...], text: str) -> None:
-        """See `Tell`. Tags and text may quote a peer: Grafana renders text as HTML, so it is escaped."""
+    def add(self, at: float, tags: tuple[str, ...], text: str) -> None:
+        """See `Annotate`. Tags and text may quote a peer: Grafana renders text as HTML, so it is escaped."""
         words = html.escape(one_line(text, MAX_TEXT), quote=False)
         body = {"time": round(at * 1000), "tags": [TAG, *tags], "text": words}
         with self._changed:

@@ -122,7 +122,7 @@ R = TypeVar("R")
 _OF_RUN = " JOIN incarnations ON incarnations.id = t.incarnation_id JOIN runs ON runs.id = run_id WHERE name = ?"
 
 
-class History:
+class HistoryReader:
     """A store opened for reading. Rows come in the order in which they were written: all, or the `last` so many.
 
     What a damaged or a forged file holds is checked as it is read: every method raises StoreError, and nothing else.

@@ -11,20 +11,20 @@ import msgspec
 
 from koopmon.errors import one_line
 from koopmon.history.journal import Journal, records
-from koopmon.history.reader import History
+from koopmon.history.reader import HistoryReader
 from koopmon.history.schema import Observables, packed_profile, scalar, to_json
 from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello
 
 logger = logging.getLogger(__name__)
 
 
-class Store(Journal):
+class HistoryWriter(Journal):
     """The one writer of a history file. Decisions and their answers are committed at once; times are Unix seconds."""
 
     @staticmethod
-    def open_readonly(path: str | os.PathLike[str]) -> History:
+    def open_readonly(path: str | os.PathLike[str]) -> HistoryReader:
         """Open for reading, also while a monitor writes. Raises StoreError."""
-        return History.open(path)
+        return HistoryReader.open(path)
 
     def incarnations(self, run: str) -> list[str]:
         """The incarnations of `run` in the order in which they began; empty when unknown."""
@@ -47,7 +47,7 @@ class Store(Journal):
             return None
 
     def memory(self, run: str, incarnation: str) -> bytes | None:
-        """What the guard of this incarnation last put down; None when nothing."""
+        """What the controller of this incarnation last put down; None when nothing."""
         rows = self._read(
             "SELECT memory FROM incarnations JOIN runs ON runs.id = run_id WHERE name = ? AND incarnation = ?",
             run,
@@ -135,7 +135,7 @@ class Store(Journal):
 
     @records()
     def record_memory(self, at: float, run: str, incarnation: str, memory: bytes) -> None:
-        """What the guard of this incarnation would need after a restart of the monitor."""
+        """What the controller of this incarnation would need after a restart of the monitor."""
         row = self._incarnation(at, run, incarnation)
         self._database.execute("UPDATE incarnations SET memory = ? WHERE id = ?", (memory, row))
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from koopmon.errors import ProtocolError
-from koopmon.wire.authorized_keys import AuthorisedAgents
+from koopmon.wire.authorized_keys import AuthorizedKeys
 
 
-class Access:
+class Authorization:
     """`agents` is None where no keys are demanded: there the operating system says who may speak, and for all runs."""
 
-    def __init__(self, agents: AuthorisedAgents | None = None) -> None:
+    def __init__(self, agents: AuthorizedKeys | None = None) -> None:
         self._agents = agents
 
     def agent(self, key: str, run: str) -> str:
@@ -23,7 +23,7 @@ class Access:
         name = self._agents.name_of(key)
         if name is None:
             raise ProtocolError("authorisation", "the peer's key is no agent's any more: `koopmon keys show`")
-        if not self._agents.may_speak(name, run):
+        if not self._agents.is_authorized(name, run):
             raise ProtocolError(
                 "authorisation",
                 f"agent {name!r} may not speak for run {run}: its file in agents/ says for which it may",

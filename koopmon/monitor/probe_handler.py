@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
-from koopmon.monitor.authorization import Access
+from koopmon.monitor.authorization import Authorization
 from koopmon.monitor.registry import RunRegistry
 from koopmon.wire.messages import Probe, ProbedState, ProbeReply
 
@@ -23,41 +23,41 @@ _STATES: Mapping[RunState, ProbedState] = {
 }
 
 
-class Inquiries:
+class ProbeHandler:
     """`build` holds "version" and "torch", `wall` gives Unix seconds."""
 
     def __init__(
         self,
         registry: RunRegistry,
-        access: Access,
+        authorization: Authorization,
         *,
         build: Mapping[str, str],
         data_endpoint: str,
         wall: Callable[[], float],
     ) -> None:
         self._registry = registry
-        self._access = access
+        self._authorization = authorization
         self._build = build
         self._data_endpoint = data_endpoint
         self._wall = wall
         self._refused: OrderedDict[str, str] = OrderedDict()
 
-    def refused(self, run: str, reason: str) -> None:
+    def note_refused(self, run: str, reason: str) -> None:
         """A hello for `run` was refused."""
         self._refused[run] = reason
         self._refused.move_to_end(run)
         if len(self._refused) > MAX_REFUSED:
             self._refused.popitem(last=False)
 
-    def welcomed(self, run: str) -> None:
+    def note_welcomed(self, run: str) -> None:
         """A hello for `run` was welcome: what was wrong before is over."""
         self._refused.pop(run, None)
 
-    def answer(self, probe: Probe, key: str) -> ProbeReply:
+    def reply(self, probe: Probe, key: str) -> ProbeReply:
         """The answer to a peer that has shown `key`; a run that is another agent's is as one that is not there."""
         run, refused = self._registry.get(probe.run), self._refused.get(probe.run, "")
         try:
-            agent = self._access.agent(key, probe.run)
+            agent = self._authorization.agent(key, probe.run)
         except ProtocolError as error:
             run, refused = None, error.detail[:512]
         else:

@@ -152,11 +152,11 @@ class RunRegistry:
         )
         if hello.process_rank == 0:
             run.hello, run.applied = hello, hello.applied
-        self._alive(now, run, hello.step)
+        self._mark_running(now, run, hello.step)
         settled = known is not None and known.heartbeat is not None
         return Admission(run, new_run or replaced is not None, replaced, settled), events
 
-    def heard(self, now: float, message: Heartbeat | Ack | Goodbye, identity: bytes, *, agent: str = "") -> Run:
+    def on_message(self, now: float, message: Heartbeat | Ack | Goodbye, identity: bytes, *, agent: str = "") -> Run:
         """Note a message of a known peer. Raises ProtocolError: "unknown_run", "stale_incarnation", "identity", and
         "refused" for a step beyond LAST_STEP."""
         run = self._current(message, agent, message.step)
@@ -178,14 +178,14 @@ class RunRegistry:
         if rank == 0:
             run.applied = message.applied
         if not peer.gone:
-            self._alive(now, run, message.step)
+            self._mark_running(now, run, message.step)
         return run
 
-    def received(self, now: float, shard: Shard, *, agent: str = "") -> Run:
-        """Note a shard. Raises ProtocolError as `heard` does."""
+    def on_shard(self, now: float, shard: Shard, *, agent: str = "") -> Run:
+        """Note a shard. Raises ProtocolError as `on_message` does."""
         run = self._current(shard, agent, shard.step)
         if run.state is not RunState.ENDED:
-            self._alive(now, run, shard.step)
+            self._mark_running(now, run, shard.step)
         return run
 
     def remove(self, name: str) -> None:
@@ -244,7 +244,7 @@ class RunRegistry:
         return [Event("removed", oldest)]
 
     @staticmethod
-    def _alive(now: float, run: Run, step: int) -> None:
+    def _mark_running(now: float, run: Run, step: int) -> None:
         run.last_heard, run.step = now, max(run.step, step)
         run.state, run.closed_at = RunState.RUNNING, math.inf
 

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 LOG_SECONDS = 60.0
 
 
-class Rejections:
+class RejectionLog:
     """Whatever peers send wrong ends here, from any thread: a count for each reason, and now and then a line."""
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:

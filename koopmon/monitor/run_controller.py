@@ -39,7 +39,7 @@ MAX_SETTLED = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Assessment:
     """How one snapshot was judged. `decision` is None when the policy was not asked.
 
     `commands` follow from it and have taken the place of the unanswered ones in `replaced`. `remarkable` is True when
@@ -66,8 +66,8 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """What a guard must not forget when the monitor restarts."""
+class ControllerCheckpoint:
+    """What a controller must not forget when the monitor restarts."""
 
     risk: online_detector.RiskState
     policy: policy.PolicyState
@@ -90,10 +90,11 @@ class _Settled:
     answered: bool
 
 
-class Guard:
-    """The guard of one incarnation of one run.
+class RunController:
+    """The controller of one incarnation of one run.
 
-    `applied` is what is in force in it when the guard begins, `memory` what an earlier guard of it had put down.
+    `applied` is what is in force in it when the controller begins, `checkpoint` what an earlier controller of it had
+    put down.
     """
 
     def __init__(
@@ -102,14 +103,14 @@ class Guard:
         hello: Hello,
         applied: Applied,
         *,
-        memory: bytes | None = None,
+        checkpoint: bytes | None = None,
         calibrator: Calibrator | None = None,
     ) -> None:
         self._run, self._incarnation = hello.run, hello.incarnation
         self._config = config
         self._stood_down = False
-        self.describe(hello)
-        remembered = _recall(memory)
+        self.on_hello(hello)
+        remembered = _restored(checkpoint)
         self._risk_state = remembered.risk
         self._policy_state = _in_force(remembered.policy, applied, hello.step)
         self._phase = self._policy_state.phase
@@ -121,7 +122,7 @@ class Guard:
         self._num_layers = 0
         self._peak_rate = 0.0
 
-    def describe(self, hello: Hello) -> None:
+    def on_hello(self, hello: Hello) -> None:
         """Take what a hello says of the run: whether it can be acted on, and its adapter's defaults."""
         config = self._config
         self._adapter, self._width = hello.adapter, hello.width
@@ -141,12 +142,12 @@ class Guard:
         """Only watch from now on, as long as this incarnation lasts: the monitor failed on one of its commands."""
         self._stood_down = True
 
-    def score_initially(self, step: int, profile: SpectralProfile) -> None:
+    def record_initial_score(self, step: int, profile: SpectralProfile) -> None:
         """Set `initial` while the run is young and no snapshot was informative yet."""
         if (self.initial is None or not self.initial.informative) and step <= self._config.cadence.warmup_steps:
             self.initial = initial_score.initial_risk(profile)
 
-    def alarming(self, risk: float) -> bool:
+    def is_alarming(self, risk: float) -> bool:
         """Whether a risk counts as high by the configuration."""
         return risk >= self._config.policy.act_risk
 
@@ -167,9 +168,9 @@ class Guard:
         )
         return self._calibrator.probability(example) if self._calibrator.covers(example) else None
 
-    def judge(
+    def assess(
         self, now: float, sample: Sample, profile: SpectralProfile | None, *, step: int, decide: bool = True
-    ) -> Verdict:
+    ) -> Assessment:
         """Judge one snapshot; a `profile` of None means that its states were not finite. `step` is the run's latest.
 
         With `decide` False, as when the monitor shuts down, the risk is assessed and nothing follows from it.
@@ -195,19 +196,19 @@ class Guard:
             raise ArithmeticError(f"the risk at step {sample.step} is {risk.value}: {risk.reason}")
         self._risk_state = risk_state
         if not decide:
-            return Verdict(observation=observation, risk=risk, decision=None)
+            return Assessment(observation=observation, risk=risk, decision=None)
         before = self._policy_state
         decision = policy.decide(now, before, observation, risk, self._config.policy, self._kss_config)
         try:
             commands = tuple(self._command(action, max(step, sample.step)) for action in decision.commands)
         except ProtocolError as error:
             # As if it had not been decided: the next alarm decides again.
-            return Verdict(observation=observation, risk=risk, decision=None, unsayable=error)
+            return Assessment(observation=observation, risk=risk, decision=None, unsayable=error)
         self._policy_state = decision.state
         barred = decision.state.kss_barred and not before.kss_barred
         remarkable = bool(commands) or barred or decision.phase != self._phase
         self._phase = decision.phase
-        return Verdict(
+        return Assessment(
             observation=observation,
             risk=risk,
             decision=decision,
@@ -223,9 +224,9 @@ class Guard:
         """
         waiting = self._waiting.pop(ack.command_id, None)
         if waiting is not None:
-            self._settle(waiting.command, answered=True)
+            self._mark_settled(waiting.command, answered=True)
             if not waiting.replaced:
-                self._inform(now, waiting.command, ack)
+                self._update_policy(now, waiting.command, ack)
             return Answered(waiting.command.kind, first=True, counts=True)
         settled = self._settled.get(ack.command_id)
         if settled is None:
@@ -248,7 +249,7 @@ class Guard:
             waiting.sent = True
         return first
 
-    def give_up(self, now: float, step: int, applied: Applied) -> list[Command]:
+    def expire(self, now: float, step: int, applied: Applied) -> list[Command]:
         """The commands whose expiry the run has passed without an answer; `applied` is what it says is in force."""
         replaced = [waiting for waiting in self._waiting.values() if waiting.replaced]
         too_many = [waiting.command.id for waiting in replaced[: max(0, len(replaced) - MAX_REPLACED)]]
@@ -262,7 +263,7 @@ class Guard:
         for waiting in expired:
             command = waiting.command
             del self._waiting[command.id]
-            self._settle(command, answered=False)
+            self._mark_settled(command, answered=False)
             if waiting.replaced:
                 continue
             ack = Ack(
@@ -274,7 +275,7 @@ class Guard:
                 detail="no answer",
                 applied=applied,
             )
-            self._inform(now, command, ack)
+            self._update_policy(now, command, ack)
         return [waiting.command for waiting in expired]
 
     @property
@@ -292,19 +293,21 @@ class Guard:
         return self._kss_config
 
     @property
-    def waiting(self) -> bool:
+    def has_pending(self) -> bool:
         """Whether some command waits for its answer, and is offered until it comes."""
         return any(not waiting.replaced for waiting in self._waiting.values())
 
-    def memory(self) -> bytes:
-        """What a guard of this incarnation needs to go on where this one stands."""
-        return msgspec.json.encode(Memory(risk=self._risk_state, policy=self._policy_state, initial=self.initial))
+    def checkpoint(self) -> bytes:
+        """What a controller of this incarnation needs to go on where this one stands."""
+        return msgspec.json.encode(
+            ControllerCheckpoint(risk=self._risk_state, policy=self._policy_state, initial=self.initial)
+        )
 
     def abandon(self) -> list[Command]:
         """Forget what waits for an answer, as when the run is over; returns it."""
         commands = [waiting.command for waiting in self._waiting.values()]
         for command in commands:
-            self._settle(command, answered=False)
+            self._mark_settled(command, answered=False)
         self._waiting.clear()
         return commands
 
@@ -339,27 +342,27 @@ class Guard:
             self._waiting[command.id] = _Waiting(command, now)
         return tuple(waiting.command for waiting in replaced)
 
-    def _inform(self, now: float, command: Command, ack: Ack) -> None:
+    def _update_policy(self, now: float, command: Command, ack: Ack) -> None:
         # What is in force says nothing about a command that is not to change it.
         if command.kind == "set_kss" and ack.outcome == "refused" and ack.shielded:
             self._policy_state = policy.kss_shielded(self._policy_state, ack)
         elif command.kind in TRAINING_KINDS:
             self._policy_state = policy.acknowledge(now, self._policy_state, ack)
 
-    def _settle(self, command: Command, *, answered: bool) -> None:
+    def _mark_settled(self, command: Command, *, answered: bool) -> None:
         self._settled[command.id] = _Settled(command.kind, answered)
         while len(self._settled) > MAX_SETTLED:
             self._settled.popitem(last=False)
 
 
-def _recall(memory: bytes | None) -> Memory:
+def _restored(checkpoint: bytes | None) -> ControllerCheckpoint:
     """What an earlier monitor put down, unless the history hands back what no monitor would have."""
-    if memory is not None:
+    if checkpoint is not None:
         try:
-            return msgspec.json.decode(memory, type=Memory)
+            return msgspec.json.decode(checkpoint, type=ControllerCheckpoint)
         except (msgspec.DecodeError, TypeError, ValueError, RecursionError) as error:
-            logger.warning("guard: what an earlier monitor remembered cannot be used: %s", one_line(error))
-    return Memory(risk=online_detector.RiskState(), policy=policy.PolicyState(), initial=None)
+            logger.warning("checkpoint: what an earlier monitor remembered cannot be used: %s", one_line(error))
+    return ControllerCheckpoint(risk=online_detector.RiskState(), policy=policy.PolicyState(), initial=None)
 
 
 def _in_force(state: policy.PolicyState, applied: Applied, step: int) -> policy.PolicyState:

@@ -15,7 +15,7 @@ import msgspec
 from koopmon import policy
 from koopmon.config import Config, merged
 from koopmon.errors import StoreError, one_line
-from koopmon.history.reader import History, IncarnationRow, ObservationRow
+from koopmon.history.reader import HistoryReader, IncarnationRow, ObservationRow
 from koopmon.risk import online_detector
 
 KINDS = ("set_lr_scale", "set_kss")
@@ -37,7 +37,7 @@ class Replayed:
     kss_alpha: float
 
 
-def replay(history: History, run: str, config: Config) -> Iterator[Replayed]:
+def replay(history: HistoryReader, run: str, config: Config) -> Iterator[Replayed]:
     """Judge every snapshot of `run`, in order, each incarnation from a fresh start.
 
     An adapter's hints apply where `config` leaves the defaults, as they did then. Raises StoreError when the store

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from koopmon.views.action_effects import LEAST, Verdict
+from koopmon.views.action_effects import MIN_SNAPSHOTS, EffectVerdict
 
 if TYPE_CHECKING:
-    from koopmon.report.run_report import Facts
-    from koopmon.views.action_effects import Action, Point
+    from koopmon.report.run_report import RunReport
+    from koopmon.views.action_effects import RecordedCommand, RecordedPoint
 
 NOTABLE_LOSS = 0.1
 """Relative: a loss within it of the one before the alarm has come back."""
@@ -23,7 +23,7 @@ CLOSE = 5
 NOT_APPLIED = frozenset({"refused", "failed", "expired", "unanswered"})
 
 
-def headline(facts: Facts) -> str:
+def headline(facts: RunReport) -> str:
     """What happened, in one sentence."""
     if not facts.points:
         return f"No snapshot of this run was judged; {_end(facts)}."
@@ -36,12 +36,12 @@ def headline(facts: Facts) -> str:
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
-def helped(facts: Facts) -> str:
+def helped(facts: RunReport) -> str:
     """Whether what was done helped, in one or two sentences."""
     verdicts = Counter(action.effect.verdict for action in facts.actions if action.effect is not None)
     if not verdicts:
         return f"Nothing that brakes was {_unapplied(facts)}, so there is nothing to compare."
-    order: tuple[Verdict, ...] = ("helped", "not enough", "did not help", "unclear", "cannot be told")
+    order: tuple[EffectVerdict, ...] = ("helped", "not enough", "did not help", "unclear", "cannot be told")
     told = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in order if verdict in verdicts)
     were = "were" if verdicts.total() > 1 else "was"
     return (
@@ -50,18 +50,18 @@ def helped(facts: Facts) -> str:
     )
 
 
-def _unapplied(facts: Facts) -> str:
+def _unapplied(facts: RunReport) -> str:
     return "sent" if _only_watched(facts) else "applied"
 
 
-def _only_watched(facts: Facts) -> bool:
+def _only_watched(facts: RunReport) -> bool:
     if any(action.outcome == "dry_run" for decision in facts.decisions for action in decision.actions):
         return True
     hello = facts.launches[-1].hello if facts.launches else None
     return hello is not None and not hello.get("acts", True)
 
 
-def _rise(facts: Facts) -> str:
+def _rise(facts: RunReport) -> str:
     worst = max(facts.points, key=lambda point: point.risk)
     if not facts.episodes:
         return f"the risk never reached {facts.act_risk:.2f} (highest {worst.risk:.2f} at step {worst.step})"
@@ -73,7 +73,7 @@ def _rise(facts: Facts) -> str:
     return f"risk rose above {level:.2f} at step {first.first_step}{again}{highest}"
 
 
-def _done(facts: Facts) -> str:
+def _done(facts: RunReport) -> str:
     actions = facts.actions
     applied = [action for action in actions if action.outcome == "applied" and action.direction == "brake"]
     if applied:
@@ -90,7 +90,7 @@ def _done(facts: Facts) -> str:
     return "nothing was done, since this job was only watched" if _only_watched(facts) else "nothing was done"
 
 
-def _lowered(rates: Sequence[Action]) -> str:
+def _lowered(rates: Sequence[RecordedCommand]) -> str:
     first = rates[0]
     least = min(action.lr_scale for action in rates if action.lr_scale is not None)
     if len(rates) == 1:
@@ -99,7 +99,7 @@ def _lowered(rates: Sequence[Action]) -> str:
     return f"the learning rate was lowered {len(rates)} times from step {first.step} on, to {least:.2g} of its schedule"
 
 
-def _came_of_it(facts: Facts) -> str:
+def _came_of_it(facts: RunReport) -> str:
     """How risk and loss ended, beside how they were before the alarm."""
     last = facts.points[-CLOSE:]
     if any(point.broken for point in last):
@@ -116,13 +116,13 @@ def _came_of_it(facts: Facts) -> str:
     return f"{words}, {_loss(facts)}"
 
 
-def _loss(facts: Facts) -> str:
+def _loss(facts: RunReport) -> str:
     alarm = facts.episodes[0].incarnation, facts.episodes[0].first_step
     place = next(index for index, point in enumerate(facts.points) if (point.incarnation, point.step) == alarm)
     before, later = _finite(facts.points[: place + 1])[-CLOSE:], _finite(facts.points[place + 1 :])
     if not before and not later:
         return "what the loss did is not known, since it was not logged"
-    if min(len(before), len(later)) < LEAST:
+    if min(len(before), len(later)) < MIN_SNAPSHOTS:
         return "too few losses are known to compare them"
     old, new, top = statistics.median(before), statistics.median(later[-CLOSE:]), max(later)
     # What explodes does so in its last snapshot, which a median would hide.
@@ -135,11 +135,11 @@ def _loss(facts: Facts) -> str:
     return f"the loss went on falling ({span})" if new < old * (1 - NOTABLE_LOSS) else f"the loss held ({span})"
 
 
-def _finite(points: Sequence[Point]) -> list[float]:
+def _finite(points: Sequence[RecordedPoint]) -> list[float]:
     return [point.loss for point in points if point.loss is not None and math.isfinite(point.loss)]
 
 
-def _end(facts: Facts) -> str:
+def _end(facts: RunReport) -> str:
     step = facts.summary.last_step
     at = "" if step is None else f" at step {step}"
     launch = f" in its launch {len(facts.launches)}" if len(facts.launches) > 1 else ""

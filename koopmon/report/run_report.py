@@ -19,12 +19,12 @@ import msgspec
 
 from koopmon.config import PolicyConfig
 from koopmon.errors import StoreError, one_line
-from koopmon.history.reader import HeartbeatRow, History, IncarnationRow, ObservationRow
+from koopmon.history.reader import HeartbeatRow, HistoryReader, IncarnationRow, ObservationRow
 from koopmon.history.schema import RunState
 from koopmon.risk.online_detector import foresight
-from koopmon.views.action_effects import Action, Decision, Point, read_decisions
+from koopmon.views.action_effects import RecordedCommand, RecordedDecision, RecordedPoint, read_decisions
 from koopmon.views.run_summary import RunSummary, summary_of
-from koopmon.views.spectra import Heatmap, Spectrum, read_profiles
+from koopmon.views.spectra import Heatmap, RecordedSpectrum, read_profiles
 
 UNHEARD_SECONDS = 120.0
 """A run that its history says goes on, and has not written for this long, may have lost its monitor."""
@@ -63,7 +63,7 @@ class Episode:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Agent:
+class AgentSummary:
     """What watching cost, and what did not arrive, as far as the history knows."""
 
     num_heartbeats: int
@@ -78,7 +78,7 @@ class Agent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class RunReport:
     """Everything that a report shows. The three risks are those of the configuration given: a history knows none."""
 
     run: str
@@ -91,16 +91,16 @@ class Facts:
     severe_risk: float
     release_risk: float
     summary: RunSummary
-    agent: Agent
+    agent: AgentSummary
     launches: tuple[Launch, ...]
     episodes: tuple[Episode, ...]
-    decisions: tuple[Decision, ...]
-    points: tuple[Point, ...]
-    spectra: tuple[Spectrum, ...]
+    decisions: tuple[RecordedDecision, ...]
+    points: tuple[RecordedPoint, ...]
+    spectra: tuple[RecordedSpectrum, ...]
     heatmap: Heatmap | None
 
     @property
-    def actions(self) -> list[Action]:
+    def actions(self) -> list[RecordedCommand]:
         """Commands that were to change the training, in order."""
         return [action for decision in self.decisions for action in decision.actions if action.direction != "watch"]
 
@@ -115,7 +115,7 @@ class Facts:
         return plain
 
 
-def gather(history: History, store: Path, run: str, policy: PolicyConfig | None = None) -> Facts:
+def build_report(history: HistoryReader, store: Path, run: str, policy: PolicyConfig | None = None) -> RunReport:
     """Read everything that `history` holds of `run`. Raises StoreError for a run that it does not know."""
     row = history.run(run)
     if row is None:
@@ -138,7 +138,7 @@ def gather(history: History, store: Path, run: str, policy: PolicyConfig | None 
         raise StoreError(f"store {store}: a profile of run {run!r} cannot be read: {one_line(error)}") from None
     last_seen = max([row.last_seen, *(point.time for point in points[-1:]), *(beat.time for beat in beats[-1:])])
     now = time.time()
-    return Facts(
+    return RunReport(
         run=run,
         store=str(store),
         written=now,
@@ -149,7 +149,7 @@ def gather(history: History, store: Path, run: str, policy: PolicyConfig | None 
         severe_risk=policy.severe_risk,
         release_risk=policy.release_risk,
         summary=summary_of(run, store, incarnations, points, beats, rows),
-        agent=Agent(
+        agent=AgentSummary(
             num_heartbeats=len(beats),
             mean_overhead_ratio=_mean([beat.overhead_ratio for beat in beats]),
             max_overhead_ratio=max((beat.overhead_ratio for beat in beats), default=None),
@@ -168,12 +168,12 @@ def gather(history: History, store: Path, run: str, policy: PolicyConfig | None 
     )
 
 
-def _point(row: ObservationRow) -> Point:
+def _point(row: ObservationRow) -> RecordedPoint:
     components = {name: value for name, value in row.components.items() if value is not None}
     foreseen = None
     if "prior" in components and ("growth" in components or "loss" in components):
         foreseen = foresight(components)
-    return Point(
+    return RecordedPoint(
         incarnation=row.incarnation,
         step=row.step,
         time=row.time,
@@ -198,12 +198,12 @@ def _state(state: int, last_seen: float, now: float) -> State:
     return "running" if now - last_seen < UNHEARD_SECONDS else "unheard"
 
 
-def _episodes(points: Iterable[Point], policy: PolicyConfig) -> list[Episode]:
+def _episodes(points: Iterable[RecordedPoint], policy: PolicyConfig) -> list[Episode]:
     """Stretches of high risk: each ends where the risk is calm again, by the policy's own two thresholds."""
     found: list[Episode] = []
-    current: list[Point] = []
+    current: list[RecordedPoint] = []
 
-    def close(last: Point | None) -> None:
+    def close(last: RecordedPoint | None) -> None:
         if current:
             first, worst = current[0], max(current, key=lambda point: point.risk)
             found.append(
@@ -230,7 +230,7 @@ def _episodes(points: Iterable[Point], policy: PolicyConfig) -> list[Episode]:
 
 
 def _launches(
-    rows: Sequence[IncarnationRow], points: Sequence[Point], beats: Sequence[HeartbeatRow]
+    rows: Sequence[IncarnationRow], points: Sequence[RecordedPoint], beats: Sequence[HeartbeatRow]
 ) -> Iterator[Launch]:
     steps: dict[str, list[int]] = {row.incarnation: [] if row.hello is None else [row.hello.step] for row in rows}
     for point in points:

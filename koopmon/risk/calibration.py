@@ -29,7 +29,7 @@ from msgspec import Meta, Struct
 from torch import Tensor
 
 from koopmon.errors import CalibrationError, one_line
-from koopmon.risk.normalization import brake
+from koopmon.risk.normalization import normalization_from_exponent
 
 FORMAT_VERSION = 3
 PENALTY = 1e-2
@@ -54,7 +54,7 @@ class Example:
 
     def features(self) -> tuple[float, ...]:
         """As named by FEATURES."""
-        return math.log10(self.effective_rate), brake(self.update_exponent)
+        return math.log10(self.effective_rate), normalization_from_exponent(self.update_exponent)
 
     @property
     def effective_rate(self) -> float:

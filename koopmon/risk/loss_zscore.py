@@ -10,7 +10,7 @@ from msgspec import Meta
 
 WINDOW = 20
 """Losses that are looked back on."""
-LEAST = 5
+MIN_LOSSES = 5
 """So many must be known before one can surprise."""
 LARGEST = 1e6
 """Also of a loss that is absurd."""
@@ -19,13 +19,13 @@ ABSURD = 1e30
 
 
 @dataclass(frozen=True, slots=True)
-class Surprise:
+class LossZScore:
     """`losses` are the last sensible ones, oldest first; `value` the z-score of the newest against those before it."""
 
     losses: Annotated[tuple[Annotated[float, Meta(ge=-ABSURD, le=ABSURD)], ...], Meta(max_length=WINDOW)] = ()
     value: Annotated[float, Meta(le=LARGEST)] = 0.0
 
-    def after(self, loss: float | None) -> Surprise:
+    def after(self, loss: float | None) -> LossZScore:
         """With the loss that came with one more snapshot.
 
         The same value again is no news: a script may log more seldom than snapshots are taken.
@@ -34,10 +34,10 @@ class Surprise:
             return self
         if not abs(loss) < ABSURD:  # NaN too
             return replace(self, value=LARGEST)
-        return Surprise((*self.losses, loss)[-WINDOW:], self._z_score(loss))
+        return LossZScore((*self.losses, loss)[-WINDOW:], self._z_score(loss))
 
     def _z_score(self, loss: float) -> float:
-        if len(self.losses) < LEAST:
+        if len(self.losses) < MIN_LOSSES:
             return 0.0
         mean = statistics.fmean(self.losses)
         deviation = statistics.pstdev(self.losses, mean) + 1e-3 * abs(mean) + 1e-12

@@ -9,10 +9,10 @@ hold normalisations it is taken to be 0, and it is read from states where they d
 
 from __future__ import annotations
 
-BRAKED, UNBRAKED = 0.2, 0.4
+NORMALIZED, UNNORMALIZED = 0.2, 0.4
 """Exponents up to the first count as fully braked, from the second on as not at all."""
 
 
-def brake(update_exponent: float) -> float:
+def normalization_from_exponent(update_exponent: float) -> float:
     """1 where normalisations hold the updates, 0 where nothing does; linear between."""
-    return min(max((UNBRAKED - update_exponent) / (UNBRAKED - BRAKED), 0.0), 1.0)
+    return min(max((UNNORMALIZED - update_exponent) / (UNNORMALIZED - NORMALIZED), 0.0), 1.0)

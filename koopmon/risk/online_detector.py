@@ -37,8 +37,8 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 from msgspec import Meta
 
 from koopmon.config import RiskConfig
-from koopmon.risk.loss_zscore import LEAST, Surprise
-from koopmon.risk.normalization import brake
+from koopmon.risk.loss_zscore import MIN_LOSSES, LossZScore
+from koopmon.risk.normalization import normalization_from_exponent
 
 if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
@@ -108,7 +108,7 @@ class RiskState:
     """Slow running mean of the peak, each peak counted as 1 at most."""
     lr_scale: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     """koopmon's scale at the last snapshot: once it is lowered, earlier restlessness is no longer evidence."""
-    surprise: Surprise = field(default_factory=Surprise)
+    surprise: LossZScore = field(default_factory=LossZScore)
     """Of the logged loss; empty where nothing is logged."""
 
 
@@ -193,7 +193,7 @@ def rate_excess(observation: Observation, config: RiskConfig) -> float | None:
 
 def normalization(observation: Observation) -> float:
     """1 behind normalisations, 0 without, or where it is not known."""
-    return 0.0 if observation.update_exponent is None else brake(observation.update_exponent)
+    return 0.0 if observation.update_exponent is None else normalization_from_exponent(observation.update_exponent)
 
 
 def prior(observation: Observation, config: RiskConfig) -> float:
@@ -232,7 +232,7 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     if normalization(observation) > 0.5:
         z = _median_of_three(before, z)
     foreseen = {"prior": prior(observation, config), "growth": _growth(state, observation)}
-    if len(state.surprise.losses) > LEAST:
+    if len(state.surprise.losses) > MIN_LOSSES:
         foreseen["loss"] = state.surprise.value
     forecast = foresight(foreseen)
     changed = not known_layers or len(state.speed) not in (0, len(z))

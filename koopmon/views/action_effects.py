@@ -16,18 +16,18 @@ from koopmon.history.reader import CommandRow, DecisionRow
 
 WINDOW = 8
 """Snapshots on either side of an action that are compared, at most."""
-LEAST = 3
+MIN_SNAPSHOTS = 3
 """Snapshots after it without which nothing can be told."""
 RISK_CHANGE = 0.05
 """A smaller difference counts as none."""
 LOSS_CHANGE = 0.05
 """Likewise for the loss, relative."""
-Verdict = Literal["helped", "not enough", "did not help", "unclear", "cannot be told"]
+EffectVerdict = Literal["helped", "not enough", "did not help", "unclear", "cannot be told"]
 Direction = Literal["brake", "give back", "watch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class RecordedPoint:
     """One snapshot, as it was judged. `risk` and `forecast` are in [0, 1]; `reason` is the detector's."""
 
     incarnation: str
@@ -63,12 +63,12 @@ class Effect:
     num_losses_after: int
     loss_before: float | None
     loss_after: float | None
-    verdict: Verdict
+    verdict: EffectVerdict
     why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Action:
+class RecordedCommand:
     """One command. `step` is where it was applied, or refused; `delay_steps` how long after the snapshot it answers."""
 
     id: str
@@ -87,7 +87,7 @@ class Action:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+class RecordedDecision:
     """One decision of the policy, with the commands that followed from it, if any."""
 
     incarnation: str
@@ -96,14 +96,14 @@ class Decision:
     phase: str
     risk: float
     reason: str
-    actions: tuple[Action, ...]
+    actions: tuple[RecordedCommand, ...]
 
 
-def read_decisions(rows: Sequence[DecisionRow], points: Sequence[Point]) -> Iterator[Decision]:
+def read_decisions(rows: Sequence[DecisionRow], points: Sequence[RecordedPoint]) -> Iterator[RecordedDecision]:
     """Every decision of a run, in order; each brake that was applied with its effect."""
     directions = dict(_directions(rows, points))
     in_force = sorted(_training_steps(rows, directions))
-    launches: dict[str, list[Point]] = {}
+    launches: dict[str, list[RecordedPoint]] = {}
     for point in sorted(points, key=_step):
         launches.setdefault(point.incarnation, []).append(point)
     for row in rows:
@@ -114,7 +114,7 @@ def read_decisions(rows: Sequence[DecisionRow], points: Sequence[Point]) -> Iter
                 following = next((one for one in in_force if one[0] == row.incarnation and one[1] > step), None)
                 effect = effect_of(row, step, following, launches.get(row.incarnation, []))
             actions.append(_action(row, each, direction, effect))
-        yield Decision(
+        yield RecordedDecision(
             incarnation=row.incarnation,
             step=row.step,
             time=row.time,
@@ -125,7 +125,7 @@ def read_decisions(rows: Sequence[DecisionRow], points: Sequence[Point]) -> Iter
         )
 
 
-def _directions(rows: Sequence[DecisionRow], points: Sequence[Point]) -> Iterator[tuple[str, Direction]]:
+def _directions(rows: Sequence[DecisionRow], points: Sequence[RecordedPoint]) -> Iterator[tuple[str, Direction]]:
     """Of each command, by its id, whether it brakes, by what was in force before it."""
     scale, alpha, incarnation = 1.0, 0.0, ""
     for row in rows:
@@ -149,7 +149,7 @@ Following = tuple[str, int, Direction]
 """An action that was applied: its incarnation, its step, and which way it went."""
 
 
-def effect_of(row: DecisionRow, step: int, following: Following | None, points: Sequence[Point]) -> Effect:
+def effect_of(row: DecisionRow, step: int, following: Following | None, points: Sequence[RecordedPoint]) -> Effect:
     """Compare what was seen up to the decision with what was seen from `step` on, until the `following` action.
 
     `points` are those of the decision's own launch, by step.
@@ -181,20 +181,20 @@ def _verdict(
     answered: float,
     risk_after: float | None,
     losses: Sequence[Sequence[float]],
-    after: Sequence[Point],
+    after: Sequence[RecordedPoint],
     cut: Following | None,
-) -> tuple[Verdict, str]:
+) -> tuple[EffectVerdict, str]:
     """`cut` is the action that cut the comparison short."""
     if any(point.broken for point in after):
         return "did not help", "afterwards the states or the loss were not finite"
-    if len(after) < LEAST or risk_after is None:
+    if len(after) < MIN_SNAPSHOTS or risk_after is None:
         seen = f"{len(after)} snapshot{'s' * (len(after) != 1)} after it"
         if cut is not None:
             return "cannot be told", f"{seen} before the next action at step {cut[1]}: the two cannot be told apart"
-        return "cannot be told", f"{seen}, {LEAST} are needed"
+        return "cannot be told", f"{seen}, {MIN_SNAPSHOTS} are needed"
     risk = _moved(risk_after - answered, RISK_CHANGE)
     loss, words = 0, f"the risk {_WORDS[risk]}, the loss was not logged"
-    if min(map(len, losses)) >= LEAST:
+    if min(map(len, losses)) >= MIN_SNAPSHOTS:
         old, new = statistics.median(losses[0]), statistics.median(losses[1])
         loss = _moved(new - old, LOSS_CHANGE * abs(old))
         words = f"the risk {_WORDS[risk]}, the loss {_WORDS[loss]}"
@@ -208,7 +208,7 @@ def _verdict(
 _WORDS = {-1: "fell", 0: "held", 1: "rose"}
 
 
-def _step(point: Point) -> int:
+def _step(point: RecordedPoint) -> int:
     return point.step
 
 
@@ -224,7 +224,7 @@ def _training_steps(rows: Iterable[DecisionRow], directions: Mapping[str, Direct
                 yield row.incarnation, each.acked_step, direction
 
 
-def _action(row: DecisionRow, each: CommandRow, direction: Direction, effect: Effect | None) -> Action:
+def _action(row: DecisionRow, each: CommandRow, direction: Direction, effect: Effect | None) -> RecordedCommand:
     command = each.command
     if command.lr_scale is not None:
         what = f"learning rate × {command.lr_scale:.3g}"
@@ -237,7 +237,7 @@ def _action(row: DecisionRow, each: CommandRow, direction: Direction, effect: Ef
     else:
         what = "stop"
     in_force = each.acked_step if each.outcome == "applied" else None
-    return Action(
+    return RecordedCommand(
         id=command.id,
         kind=command.kind,
         what=what,

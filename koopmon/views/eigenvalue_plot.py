@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from koopmon.views.html import Markup, tag
-from koopmon.views.run_view import Spectrum
+from koopmon.views.run_view import LatestSpectrum
 from koopmon.views.svg_charts import number
 
 DEPTHS = 16
@@ -19,7 +19,7 @@ EDGE = 190.0
 """Where the outermost modulus is drawn; the picture goes to 200."""
 
 
-def circle(spectrum: Spectrum) -> Markup:
+def circle(spectrum: LatestSpectrum) -> Markup:
     """About the unit circle and the near-unit ring, coloured by depth."""
     moduli = [math.hypot(re, im) for pairs in spectrum.eigenvalues for re, im in _pairs(pairs)]
     limit = min(max(MIN_MODULUS, 1.08 * max(moduli, default=1.0)), MAX_MODULUS)
@@ -59,7 +59,7 @@ def depth_legend(labels: Sequence[str]) -> Markup:
     return tag("svg", *shades, first, last, class_="legend", height=30, width="100%", aria_hidden="true")
 
 
-def _words(spectrum: Spectrum, moduli: Sequence[float], limit: float) -> str:
+def _words(spectrum: LatestSpectrum, moduli: Sequence[float], limit: float) -> str:
     near = sum(RING[0] <= modulus <= RING[1] for modulus in moduli)
     beyond, outside = (sum(modulus > bound for modulus in moduli) for bound in (RING[1], limit))
     said = (

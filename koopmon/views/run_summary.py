@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from koopmon.errors import StoreError
-from koopmon.history.reader import DecisionRow, HeartbeatRow, History, IncarnationRow
+from koopmon.history.reader import DecisionRow, HeartbeatRow, HistoryReader, IncarnationRow
 
 _SENT = frozenset({"sent", "applied", "unanswered", "pending"})
 
@@ -68,13 +68,13 @@ def _times(count: int) -> str:
 def summarise(store: Path, run: str) -> RunSummary | None:
     """Read the history of `run`; None when there is none to read."""
     try:
-        with History.open(store) as history:
+        with HistoryReader.open(store) as history:
             return _summarise(history, store, run)
     except StoreError:
         return None
 
 
-def _summarise(history: History, store: Path, run: str) -> RunSummary:
+def _summarise(history: HistoryReader, store: Path, run: str) -> RunSummary:
     return summary_of(
         run,
         store,

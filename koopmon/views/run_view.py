@@ -27,7 +27,7 @@ QUANTITIES: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class TimelinePoint:
     """One snapshot as it was judged. `time` is Unix seconds."""
 
     step: int
@@ -42,14 +42,14 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One step of the heatmap: by quantity, a value for each of its rows (`Spectrum.labels`)."""
+    """One step of the heatmap: by quantity, a value for each of its rows (`LatestSpectrum.labels`)."""
 
     step: int
     values: Mapping[str, array[float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spectrum:
+class LatestSpectrum:
     """The last profile. Layers above MAX_LAYERS share rows, as they share series; of those the first one's eigenvalues
     are kept, as pairs (re, im) one after the other."""
 
@@ -61,7 +61,7 @@ class Spectrum:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class CommandView:
     """One command: `outcome` as in the history, `step` where it was answered."""
 
     command: Command
@@ -71,7 +71,7 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decided:
+class DecisionView:
     """One decision of the policy, with what became of its commands."""
 
     step: int
@@ -79,11 +79,11 @@ class Decided:
     phase: str
     reason: str
     risk: float
-    orders: tuple[Order, ...] = ()
+    orders: tuple[CommandView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Health:
+class AgentHealth:
     """How the agents are. `dropped` counts snapshots by reason, the monitor's own losses too."""
 
     num_ranks: int = 0
@@ -96,8 +96,8 @@ class Health:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """Where detector and policy stand after the last snapshot: what `outlook` asks. `now` is of the policy's clock."""
+class PolicyStatus:
+    """Where detector and policy stand after the last snapshot: what `preview` asks. `now` is of the policy's clock."""
 
     now: float
     state: PolicyState
@@ -130,15 +130,15 @@ class RunView:
     lr_scale: float = 1.0
     kss_alpha: float = 0.0
     num_received: int = 0
-    health: Health = field(default_factory=Health)
-    points: tuple[Point, ...] = ()
+    health: AgentHealth = field(default_factory=AgentHealth)
+    points: tuple[TimelinePoint, ...] = ()
     columns: tuple[Column, ...] = ()
-    spectrum: Spectrum | None = None
-    decisions: tuple[Decided, ...] = ()
-    standing: Standing | None = None
+    spectrum: LatestSpectrum | None = None
+    decisions: tuple[DecisionView, ...] = ()
+    standing: PolicyStatus | None = None
 
     @property
-    def latest(self) -> Point | None:
+    def latest(self) -> TimelinePoint | None:
         return self.points[-1] if self.points else None
 
 
@@ -152,13 +152,13 @@ def recorded_column(step: int, profile: Mapping[str, Any]) -> Column:
     return _column(step, {name: [float(layer[name]) for layer in profile["layers"]] for name in QUANTITIES})
 
 
-def spectrum_of(step: int, profile: SpectralProfile) -> Spectrum:
+def spectrum_of(step: int, profile: SpectralProfile) -> LatestSpectrum:
     """The eigenvalues of a profile."""
     pairs = [[(value.real, value.imag) for value in layer.eigenvalues.tolist()] for layer in profile.layers]
     return _spectrum(step, pairs, informative=profile.informative, reason=profile.reason)
 
 
-def recorded_spectrum(step: int, profile: Mapping[str, Any]) -> Spectrum:
+def recorded_spectrum(step: int, profile: Mapping[str, Any]) -> LatestSpectrum:
     """`spectrum_of`, of `SpectralProfile.to_dict`. Raises KeyError, TypeError or ValueError."""
     layers = profile["layers"]
     pairs = [[(float(re), float(im)) for re, im in layer["eigenvalues"]] for layer in layers]
@@ -167,9 +167,9 @@ def recorded_spectrum(step: int, profile: Mapping[str, Any]) -> Spectrum:
 
 def _spectrum(
     step: int, layers: Sequence[Sequence[tuple[float, float]]], *, informative: bool, reason: str
-) -> Spectrum:
+) -> LatestSpectrum:
     buckets = layer_buckets(len(layers))
-    return Spectrum(
+    return LatestSpectrum(
         step=step,
         labels=tuple(label for label, _ in buckets),
         eigenvalues=tuple(array("f", chain.from_iterable(layers[span.start])) for _, span in buckets),

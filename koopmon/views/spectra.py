@@ -23,7 +23,7 @@ Layers = list[tuple[float | None, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spectrum:
+class RecordedSpectrum:
     """One snapshot's eigenvalues: of each transition, pairs (Re, Im). Masses are means over layers, the radius the
     largest."""
 
@@ -53,7 +53,7 @@ class Heatmap:
 class Profiles:
     """What is left of all profiles of a run."""
 
-    spectra: tuple[Spectrum, ...]
+    spectra: tuple[RecordedSpectrum, ...]
     heatmap: Heatmap | None
     num_incomplete: int
     mean_seconds: float | None
@@ -89,7 +89,7 @@ def read_profiles(
             at_alarm = row
         last = row
     chosen = (("calm", None if calm is None else calm[1]), ("alarm", at_alarm), ("after", last))
-    shown: dict[Place, Spectrum] = {}
+    shown: dict[Place, RecordedSpectrum] = {}
     for name, found in chosen:
         if found is not None:
             place = found.incarnation, found.step
@@ -107,12 +107,12 @@ def _numbers(layer: Mapping[str, Any]) -> tuple[float | None, ...]:
     return tuple(value if isinstance(value := layer.get(name), (int, float)) else None for name in FIELDS)
 
 
-def _spectrum(name: str, row: ProfileRow, risk: float | None) -> Spectrum:
+def _spectrum(name: str, row: ProfileRow, risk: float | None) -> RecordedSpectrum:
     assert row.profile is not None, "only rows with a profile are chosen"
     layers = row.profile["layers"]
     numbers = [[value for value in column if value is not None] for column in zip(*map(_numbers, layers), strict=True)]
     masses = [math.fsum(values) / len(values) if values else 0.0 for values in numbers]
-    return Spectrum(
+    return RecordedSpectrum(
         name=name,
         incarnation=row.incarnation,
         step=row.step,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from koopmon.views.html import Markup, join, tag
-from koopmon.views.run_view import Decided, Order, Point
+from koopmon.views.run_view import CommandView, DecisionView, TimelinePoint
 
 TRAINING = ("set_lr_scale", "set_kss", "stop")
 """Kinds of commands that change training; the others change what is seen of it."""
@@ -27,7 +27,7 @@ def decimal(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def sparkline(points: Sequence[Point], act_risk: float) -> Markup:
+def sparkline(points: Sequence[TimelinePoint], act_risk: float) -> Markup:
     """The risk of the last snapshots, in a cell that says the last one in words."""
     values = [point.risk for point in points[-SPARK_POINTS:]]
     if len(values) < 2:
@@ -47,7 +47,7 @@ def sparkline(points: Sequence[Point], act_risk: float) -> Markup:
 
 
 def risk_chart(
-    points: Sequence[Point], decisions: Sequence[Decided], thresholds: Sequence[tuple[str, float]]
+    points: Sequence[TimelinePoint], decisions: Sequence[DecisionView], thresholds: Sequence[tuple[str, float]]
 ) -> Markup:
     """Risk and forecast over steps. `thresholds` are drawn with their names; commands that change training are
     marked."""
@@ -86,7 +86,12 @@ def risk_chart(
 
 
 def small_chart(
-    points: Sequence[Point], value: Callable[[Point], float | None], name: str, kind: str, *, unit_scale: bool = False
+    points: Sequence[TimelinePoint],
+    value: Callable[[TimelinePoint], float | None],
+    name: str,
+    kind: str,
+    *,
+    unit_scale: bool = False,
 ) -> Markup:
     """One quantity over steps, scaled to what is there, or with `unit_scale` from 0 to 1, below what it is now."""
     known = [found for point in points if (found := value(point)) is not None and math.isfinite(found)]
@@ -94,7 +99,7 @@ def small_chart(
         return tag("p", f"No {name.lower()} is known.", class_="quiet")
     low, high = (0.0, 1.0) if unit_scale else (min(known), max(known))
 
-    def scaled(point: Point) -> float | None:
+    def scaled(point: TimelinePoint) -> float | None:
         found = value(point)
         if found is None or not math.isfinite(found):
             return None
@@ -116,7 +121,7 @@ def small_chart(
     return join(tag("p", f"{name} ", tag("strong", now), tag("span", f" {reach}", class_="quiet")), chart)
 
 
-def commands(decisions: Sequence[Decided]) -> list[tuple[Order, int]]:
+def commands(decisions: Sequence[DecisionView]) -> list[tuple[CommandView, int]]:
     """The commands that change training, each where it was answered, else where it was decided."""
     return [
         (order, decided.step if order.step is None else order.step)
@@ -126,7 +131,7 @@ def commands(decisions: Sequence[Decided]) -> list[tuple[Order, int]]:
     ]
 
 
-def order_words(order: Order) -> str:
+def order_words(order: CommandView) -> str:
     """What a command asks for."""
     command = order.command
     if command.kind == "set_lr_scale":
@@ -140,7 +145,7 @@ def order_words(order: Order) -> str:
     return command.kind
 
 
-def _mark(order: Order, step: int, at: float) -> Markup:
+def _mark(order: CommandView, step: int, at: float) -> Markup:
     """A line and a triangle below the axis, hollow where the command is not in force."""
     x = f"{at:.2f}%"
     return tag(
@@ -157,7 +162,7 @@ def _up(value: float, height: float) -> float:
     return (height - 2) - (height - 4) * min(max(value, 0.0), 1.0)
 
 
-def _placed(points: Sequence[Point]) -> Callable[[float], float]:
+def _placed(points: Sequence[TimelinePoint]) -> Callable[[float], float]:
     """Where a step stands, in percent of the width."""
     first = min((point.step for point in points), default=0)
     span = max((point.step for point in points), default=0) - first or 1
@@ -165,9 +170,9 @@ def _placed(points: Sequence[Point]) -> Callable[[float], float]:
 
 
 def _line(
-    points: Sequence[Point],
+    points: Sequence[TimelinePoint],
     place: Callable[[float], float],
-    value: Callable[[Point], float | None],
+    value: Callable[[TimelinePoint], float | None],
     kind: str,
     height: float,
 ) -> Markup:
@@ -181,7 +186,7 @@ def _plot(lines: Sequence[Markup], height: int) -> Markup:
     return tag("svg", *lines, viewBox=f"0 0 1000 {height}", preserveAspectRatio="none", width="100%", height=height)
 
 
-def _steps_axis(points: Sequence[Point], y: int) -> Markup:
+def _steps_axis(points: Sequence[TimelinePoint], y: int) -> Markup:
     if not points:
         return Markup("")
     first, last = min(point.step for point in points), max(point.step for point in points)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from koopmon.errors import EndpointError, KeysError
-from koopmon.wire.authorized_keys import AuthorisedAgents
+from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.endpoints import check_endpoint, is_loopback
 from koopmon.wire.keys import MONITOR, keys_directory, public_file, read_public, read_secret
 
@@ -21,7 +21,7 @@ PLAINTEXT_VARIABLE = "KOOPMON_INSECURE_PLAINTEXT_TCP"
 
 
 @dataclass(frozen=True, slots=True)
-class Trust:
+class AuthPolicy:
     """`directory` holds the key files, `agent` is the name of an agent's own pair. Without a directory: no keys.
 
     `curve_on_loopback`: keys also where the operating system's word would do, since every user of a host reaches its
@@ -76,9 +76,9 @@ class Trust:
         """The monitor's secret key. Raises KeysError."""
         return read_secret(self._keys, MONITOR)
 
-    def authorised_agents(self) -> AuthorisedAgents:
+    def authorized_keys(self) -> AuthorizedKeys:
         """The agents that a monitor serves. Raises KeysError."""
-        return AuthorisedAgents(self._keys)
+        return AuthorizedKeys(self._keys)
 
     @property
     def _keys(self) -> Path:
@@ -86,11 +86,11 @@ class Trust:
         return self.directory
 
 
-def make_trust(
+def make_auth_policy(
     *, keys: str, agent: str, loopback: str, insecure_plaintext_tcp: bool, environ: Mapping[str, str]
-) -> Trust:
+) -> AuthPolicy:
     """Trust as the table `[security]` of a configuration and the environment have it."""
-    return Trust(
+    return AuthPolicy(
         directory=keys_directory(keys, environ),
         agent=agent,
         curve_on_loopback=loopback == "curve",

@@ -33,7 +33,7 @@ class _Stamp(NamedTuple):
     size: int
 
 
-class AuthorisedAgents:
+class AuthorizedKeys:
     """Public files in `directory`/agents, each named after an agent. Raises KeysError when one cannot be used.
 
     Later on a file that cannot be used is one line of the log, and its agent is not served.
@@ -64,7 +64,7 @@ class AuthorisedAgents:
         name = self._owners.get(key)
         return name if name is not None and key in self._agents[name].keys(self._now()) else None
 
-    def may_speak(self, name: str, run: str) -> bool:
+    def is_authorized(self, name: str, run: str) -> bool:
         """Whether the agent `name` may speak for `run`."""
         agent = self._agents.get(name)
         return agent is not None and any(fnmatchcase(run, pattern) for pattern in agent.runs)

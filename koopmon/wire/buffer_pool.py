@@ -45,11 +45,11 @@ class Slot:
 
     def release(self) -> None:
         """Give the buffer back now: nothing reads its memory any more. Nothing when it was given back before."""
-        self._pool._give_back(self, None)
+        self._pool._return(self, None)
 
     def release_when_done(self, tracker: SendTracker) -> None:
         """Give the buffer back as soon as the transport has let go of its memory."""
-        self._pool._give_back(self, tracker)
+        self._pool._return(self, tracker)
 
 
 class BufferPool:
@@ -98,7 +98,7 @@ class BufferPool:
             else:
                 self._sending.append((buffer, tracker))
 
-    def _give_back(self, slot: Slot, tracker: SendTracker | None) -> None:
+    def _return(self, slot: Slot, tracker: SendTracker | None) -> None:
         with self._lock:
             if slot not in self._held:
                 return

@@ -9,7 +9,7 @@ import threading
 from typing import Self
 
 
-class Waker:
+class Wakeup:
     """Wakes the thread that waits in `Poller.wait`, from any thread or a signal handler."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.matrix.__main__ import RESULT
 from koopmon.agent.parallelism import PROVEN, DataRanks, data_ranks, inspect_layout, refusal
-from koopmon.agent.rank_identity import World
+from koopmon.agent.rank_identity import RankContext
 from tests.agent.models import build, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
@@ -55,17 +55,17 @@ def fully_sharded(model: nn.Module, mesh: Mesh) -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "world", "name", "proven", "says"),
     [
-        (On(parameter()), World(), "single", True, ""),
-        (On(parameter("cuda")), World(), "single", False, "on cuda, where nothing is proven yet"),
-        (On(parameter(), parameter("cuda")), World(), "split", False, "several devices"),
-        (On(parameter(mesh=Mesh(0, 1))), World(0, 2), "tp", True, ""),
-        (On(parameter(mesh=Mesh(0, 1))), World(0, 4), "tp", False, "its tp spans 2 of 4 ranks"),
-        (fully_sharded(On(parameter(mesh=Mesh(0, 1))), Mesh(0, 1)), World(0, 2), "fsdp2", True, ""),
-        (fully_sharded(On(parameter(mesh=Mesh(0, 1, 2, 3))), Mesh(0, 2)), World(0, 4), "fsdp2-tp", True, ""),
-        (fully_sharded(On(parameter("cuda", Mesh(0, 1))), Mesh(0, 1)), World(0, 2), "fsdp2", False, "on cuda"),
+        (On(parameter()), RankContext(), "single", True, ""),
+        (On(parameter("cuda")), RankContext(), "single", False, "on cuda, where nothing is proven yet"),
+        (On(parameter(), parameter("cuda")), RankContext(), "split", False, "several devices"),
+        (On(parameter(mesh=Mesh(0, 1))), RankContext(0, 2), "tp", True, ""),
+        (On(parameter(mesh=Mesh(0, 1))), RankContext(0, 4), "tp", False, "its tp spans 2 of 4 ranks"),
+        (fully_sharded(On(parameter(mesh=Mesh(0, 1))), Mesh(0, 1)), RankContext(0, 2), "fsdp2", True, ""),
+        (fully_sharded(On(parameter(mesh=Mesh(0, 1, 2, 3))), Mesh(0, 2)), RankContext(0, 4), "fsdp2-tp", True, ""),
+        (fully_sharded(On(parameter("cuda", Mesh(0, 1))), Mesh(0, 1)), RankContext(0, 2), "fsdp2", False, "on cuda"),
     ],
 )
-def test_one_look(model: nn.Module, world: World, name: str, proven: bool, says: str) -> None:
+def test_one_look(model: nn.Module, world: RankContext, name: str, proven: bool, says: str) -> None:
     layout = inspect_layout(model, world)
     assert layout is not None
     assert (layout.name, layout.proven, layout.refused) == (name, proven, False)
@@ -80,9 +80,9 @@ def test_one_look(model: nn.Module, world: World, name: str, proven: bool, says:
 def test_ranks_that_share_a_model_train_on_the_same_data_and_one_of_them_leads(rank: int, expected: DataRanks) -> None:
     mine = Mesh(rank % 2, rank % 2 + 2)
     model = fully_sharded(On(parameter(mesh=Mesh(0, 1, 2, 3))), mine)
-    assert data_ranks(model, World(rank, 4)) == expected
-    assert data_ranks(On(parameter()), World(rank, 4)) == DataRanks(rank, 4)
-    assert data_ranks(On(parameter(mesh=Mesh(0, 1, 2, 3))), World(rank, 4)) == DataRanks(0, 1, rank == 0)
+    assert data_ranks(model, RankContext(rank, 4)) == expected
+    assert data_ranks(On(parameter()), RankContext(rank, 4)) == DataRanks(rank, 4)
+    assert data_ranks(On(parameter(mesh=Mesh(0, 1, 2, 3))), RankContext(rank, 4)) == DataRanks(0, 1, rank == 0)
 
 
 class FSDPModule(On):
@@ -91,10 +91,10 @@ class FSDPModule(On):
 
 def test_sharding_whose_ranks_cannot_be_told_is_not_taken_for_tensor_parallelism() -> None:
     model = FSDPModule(parameter(mesh=Mesh(0, 1)))
-    layout = inspect_layout(model, World(1, 2))
+    layout = inspect_layout(model, RankContext(1, 2))
     assert layout is not None
     assert (layout.name, layout.proven) == ("fsdp2", False)
-    assert data_ranks(model, World(1, 2)) == DataRanks(1, 2)
+    assert data_ranks(model, RankContext(1, 2)) == DataRanks(1, 2)
 
 
 def test_replicas_in_threads_are_refused() -> None:

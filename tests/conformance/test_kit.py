@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.agent.capture.sampler import Sampler
-from koopmon.agent.comms.control_channel import Outcome
+from koopmon.agent.comms.control_channel import CommandResult
 from koopmon.agent.control.actuator import Actuator
 from koopmon.agent.control.kss_injection import KssInjection
 from koopmon.agent.control.lr_backoff import LrBackoff
@@ -157,13 +157,13 @@ def deaf(model: nn.Module, selection: Selection) -> str:
 def stubborn(self: Actuator, command: Command, state: Any, step: int) -> Any:
     """Refuses KSS, allowed or not."""
     if command.kind == "set_kss":
-        return None, Outcome(command.id, "refused", step, "KSS would reach blocks.0.mix: through_shielded", True)
+        return None, CommandResult(command.id, "refused", step, "KSS would reach blocks.0.mix: through_shielded", True)
     return JUDGE(self, command, state, step)
 
 
 def two_faced(self: Actuator, command: Command, state: Any, step: int) -> Any:
     """Says that it refuses, and obeys."""
-    return state.after(command, step), Outcome(command.id, "refused", step, self.kss_refusal, True)
+    return state.after(command, step), CommandResult(command.id, "refused", step, self.kss_refusal, True)
 
 
 def evasive(self: Actuator, command: Command, state: Any, step: int) -> Any:

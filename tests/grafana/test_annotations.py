@@ -51,9 +51,9 @@ def unused_port() -> int:
 
 def test_what_is_told_arrives_in_order_and_as_text(grafana: FakeGrafana) -> None:
     told = Annotations(access(grafana.url), 10)
-    told.tell(1700000000.25, ("job", "set_lr_scale"), "a <b>peer</b>\nsays & more")
+    told.add(1700000000.25, ("job", "set_lr_scale"), "a <b>peer</b>\nsays & more")
     for number in range(3):
-        told.tell(1.0, ("job",), str(number))
+        told.add(1.0, ("job",), str(number))
     told.close()
     assert grafana.state.annotations[0] == {
         "time": 1700000000250,
@@ -73,13 +73,13 @@ def test_a_grafana_that_comes_back_gets_the_newest(
     port = unused_port()
     told = Annotations(access(f"http://127.0.0.1:{port}/"), 4)
     for number in range(10):
-        told.tell(1.0, (), str(number))
+        told.add(1.0, (), str(number))
     until(lambda: "not posted: Connection refused" in caplog.text)
     grafana = FakeGrafana(port=port)
     try:
         until(lambda: len(grafana.state.annotations) == 4)
         until(lambda: "posted again; 6 were lost" in caplog.text)
-        told.tell(1.0, (), "later")
+        told.add(1.0, (), "later")
         told.close()
         assert texts(grafana) == ["6", "7", "8", "9", "later"]
     finally:
@@ -94,13 +94,13 @@ def test_an_outage_is_waited_for_and_a_refusal_is_not(
     monkeypatch.setattr(annotations, "FIRST_PAUSE_SECONDS", 0.05)
     told = Annotations(access(grafana.url), 10)
     with grafana.failing(503, times=2):
-        told.tell(1.0, (), "waits")
+        told.add(1.0, (), "waits")
         until(lambda: texts(grafana) == ["waits"])
     told.close()
     assert caplog.text.count("annotations are not posted: it answers 503") == 1
     refused = Annotations(access(grafana.url, token="glsa_another"), 10)
     for number in range(3):
-        refused.tell(1.0, (), str(number))
+        refused.add(1.0, (), str(number))
     refused.close()
     assert caplog.text.count("it answers 401: Invalid API key") == 1
     assert "3 annotations were not posted" in caplog.text
@@ -116,7 +116,7 @@ def test_no_grafana_holds_anybody_up(
         told = Annotations(access(grafana.url, timeout_seconds=20.0), 2)
         before = time.monotonic()
         for number in range(1000):
-            told.tell(1.0, (), str(number))
+            told.add(1.0, (), str(number))
         told.close()
         assert time.monotonic() - before < 10.0, "an answer would have been waited for 20 s"
     assert "annotations were not posted" in caplog.text or fault == "html"

@@ -23,7 +23,7 @@ from koopmon.config import StoreConfig
 from koopmon.errors import StoreError
 from koopmon.history.retention import DAY_SECONDS
 from koopmon.history.schema import SCHEMA_VERSION
-from koopmon.history.writer import Store
+from koopmon.history.writer import HistoryWriter
 from koopmon.wire.codec import WireLimits, decode_for_agent
 from koopmon.wire.messages import Ack, Applied, Command
 from tests.factories import ack, command, heartbeat, hello, record_observation
@@ -52,11 +52,11 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def open_store(path: Path, clock: Clock) -> Iterator[Callable[..., Store]]:
-    stores: list[Store] = []
+def open_store(path: Path, clock: Clock) -> Iterator[Callable[..., HistoryWriter]]:
+    stores: list[HistoryWriter] = []
 
-    def start(**config: Any) -> Store:
-        stores.append(Store.open(path, StoreConfig(**config), clock=clock, wall=lambda: NOW))
+    def start(**config: Any) -> HistoryWriter:
+        stores.append(HistoryWriter.open(path, StoreConfig(**config), clock=clock, wall=lambda: NOW))
         return stores[-1]
 
     yield start
@@ -64,7 +64,7 @@ def open_store(path: Path, clock: Clock) -> Iterator[Callable[..., Store]]:
         store.close()
 
 
-def decide(store: Store, number: int, *, at: float = NOW, run: str = RUN, incarnation: str = FIRST) -> None:
+def decide(store: HistoryWriter, number: int, *, at: float = NOW, run: str = RUN, incarnation: str = FIRST) -> None:
     wanted = command(number, run, incarnation, kind="stop")
     store.record_decision(
         at, run, incarnation, number, phase="alert", reason="", risk=0.5, commands=[wanted], outcome="pending"
@@ -72,7 +72,7 @@ def decide(store: Store, number: int, *, at: float = NOW, run: str = RUN, incarn
     store.record_ack(at, ack(number, run, incarnation))
 
 
-def fill(store: Store, rows: int, *, at: float = NOW, run: str = RUN, incarnation: str = FIRST) -> None:
+def fill(store: HistoryWriter, rows: int, *, at: float = NOW, run: str = RUN, incarnation: str = FIRST) -> None:
     """Profiles that compress to 10 kB each, an observation and a heartbeat beside each."""
     where = (at, run, incarnation)
     for step in range(rows):
@@ -83,7 +83,7 @@ def fill(store: Store, rows: int, *, at: float = NOW, run: str = RUN, incarnatio
     store.commit()
 
 
-def keep_up(store: Store, clock: Clock, *live: str) -> None:
+def keep_up(store: HistoryWriter, clock: Clock, *live: str) -> None:
     """Let a minute of upkeep pass."""
     for _ in range(70):
         clock.now += 1.0
@@ -91,7 +91,7 @@ def keep_up(store: Store, clock: Clock, *live: str) -> None:
 
 
 def ids(path: Path, run: str = RUN) -> list[str]:
-    with Store.open_readonly(path) as history:
+    with HistoryWriter.open_readonly(path) as history:
         return [row.command.id for decision in history.decisions(run) for row in decision.commands]
 
 
@@ -108,7 +108,7 @@ def test_no_kill_9_at_any_moment_loses_what_was_acknowledged(path: Path) -> None
     done = subprocess.run(program, capture_output=True, text=True, timeout=200, check=True)
     told = json.loads(done.stdout)
     assert len([word for word in told if word.endswith("!")]) > 40, "the writers came to write"
-    with Store.open_readonly(path) as history:
+    with HistoryWriter.open_readonly(path) as history:
         rows = [row for decision in history.decisions(RUN) for row in decision.commands]
     outcomes = {row.command.id: row.outcome for row in rows}
     assert len(outcomes) == len(rows), "none doubled"
@@ -157,28 +157,28 @@ def test_a_store_of_an_earlier_version_is_read_and_then_brought_up_to_date(path:
     """The files were written by the code of their time."""
 
     def content() -> list[Any]:
-        with Store.open_readonly(path) as history:
+        with HistoryWriter.open_readonly(path) as history:
             tables = (history.profiles, history.observations, history.decisions, history.heartbeats)
             return [history.incarnations(RUN), *(list(table(RUN)) for table in tables)]
 
     old_store(path, version)
     before = content()
     assert [len(rows) for rows in before] == [2, 2, 2, 2, 1]
-    Store.open(path).close()
+    HistoryWriter.open(path).close()
     assert content() == before
     database = sqlite3.connect(path)
     assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
     indexes = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
     database.close()
     fresh = path.with_name("fresh.sqlite3")
-    Store.open(fresh).close()
+    HistoryWriter.open(fresh).close()
     database = sqlite3.connect(fresh)
     assert indexes == {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
     database.close()
 
 
 def test_what_is_over_goes_by_age_and_a_live_run_keeps_its_decisions(
-    open_store: Callable[..., Store], path: Path, clock: Clock
+    open_store: Callable[..., HistoryWriter], path: Path, clock: Clock
 ) -> None:
     store = open_store(max_age_days=10)
     old = NOW - 11 * DAY_SECONDS
@@ -192,14 +192,14 @@ def test_what_is_over_goes_by_age_and_a_live_run_keeps_its_decisions(
     assert ids(path, OTHER) == []
     assert ids(path) == ["00000001", "00000002"], "those of earlier launches too"
     assert [count(path, table) for table in ("acks", "profiles", "observations", "heartbeats")] == [2, 2, 2, 2]
-    with Store.open_readonly(path) as history:
+    with HistoryWriter.open_readonly(path) as history:
         assert history.runs() == [RUN]
     decide(store, 7, run=OTHER)
     assert ids(path, OTHER) == ["00000007"], "a run whose rows went may come back"
 
 
 def test_a_run_that_a_new_monitor_has_not_heard_yet_counts_as_live(
-    open_store: Callable[..., Store], path: Path, clock: Clock
+    open_store: Callable[..., HistoryWriter], path: Path, clock: Clock
 ) -> None:
     store = open_store(max_age_days=0.001)
     decide(store, 0, at=NOW - 3600.0)
@@ -209,7 +209,7 @@ def test_a_run_that_a_new_monitor_has_not_heard_yet_counts_as_live(
 
 def test_a_jump_of_the_calendar_deletes_nothing(path: Path, clock: Clock) -> None:
     days = [0.0]
-    store = Store.open(path, clock=clock, wall=lambda: NOW + days[0] * DAY_SECONDS)
+    store = HistoryWriter.open(path, clock=clock, wall=lambda: NOW + days[0] * DAY_SECONDS)
     decide(store, 0)
     store.record_state(NOW, RUN, FIRST, 0, end_reason="finished")
     days[0] = 4000.0
@@ -219,7 +219,7 @@ def test_a_jump_of_the_calendar_deletes_nothing(path: Path, clock: Clock) -> Non
 
 
 def test_size_takes_the_oldest_of_what_is_over_first_and_no_decision(
-    open_store: Callable[..., Store], path: Path, clock: Clock
+    open_store: Callable[..., HistoryWriter], path: Path, clock: Clock
 ) -> None:
     store = open_store(max_bytes=2 << 20)
     for number, run in enumerate([OTHER, RUN]):
@@ -227,7 +227,7 @@ def test_size_takes_the_oldest_of_what_is_over_first_and_no_decision(
         fill(store, 150, run=run)
     store.record_state(NOW, OTHER, FIRST, 0, end_reason="finished")
     keep_up(store, clock, RUN)
-    with Store.open_readonly(path) as history:
+    with HistoryWriter.open_readonly(path) as history:
         kept = {run: len(list(history.profiles(run))) for run in (OTHER, RUN)}
     assert kept[OTHER] < kept[RUN]
     assert 50 < kept[RUN] <= 150
@@ -239,7 +239,7 @@ def test_size_takes_the_oldest_of_what_is_over_first_and_no_decision(
 
 
 def test_decisions_alone_are_kept_beyond_the_size_and_said_once(
-    open_store: Callable[..., Store], clock: Clock, caplog: pytest.LogCaptureFixture
+    open_store: Callable[..., HistoryWriter], clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = open_store(max_bytes=1 << 20)
     for number in range(3000):
@@ -271,7 +271,7 @@ def test_a_disk_that_is_really_full_pauses_and_resumes_by_itself(
     small_disk: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = small_disk / "history.sqlite3"
-    store = Store.open(path, clock=clock)
+    store = HistoryWriter.open(path, clock=clock)
     decide(store, 0)
     ballast = small_disk / "ballast"
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -295,7 +295,7 @@ def test_a_disk_that_is_really_full_pauses_and_resumes_by_itself(
 
 
 def test_what_waits_is_bounded_and_written_at_the_end(
-    open_store: Callable[..., Store], path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    open_store: Callable[..., HistoryWriter], path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("koopmon.history.journal.MAX_BACKLOG", 6)
     store = open_store()
@@ -336,13 +336,13 @@ def zero(path: Path) -> None:
 def test_a_damaged_store_is_kept_beside_a_new_one_and_said_in_one_line(
     harm: Callable[[Path], None], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = Store.open(path)
+    store = HistoryWriter.open(path)
     decide(store, 0)
     fill(store, 3)
     store.close()
     harm(path)
     bad = path.read_bytes()
-    store = Store.open(path)
+    store = HistoryWriter.open(path)
     decide(store, 1)
     store.close()
     assert ids(path) == ["00000001"]
@@ -354,19 +354,19 @@ def test_a_damaged_store_is_kept_beside_a_new_one_and_said_in_one_line(
 
 
 def test_a_store_that_lost_all_but_its_log_is_kept(path: Path) -> None:
-    store = Store.open(path)
+    store = HistoryWriter.open(path)
     decide(store, 0)
     log = path.with_name(path.name + "-wal").read_bytes()
     store.close()
     path.write_bytes(b"")
     path.with_name(path.name + "-wal").write_bytes(log)
-    Store.open(path).close()
+    HistoryWriter.open(path).close()
     (kept,) = path.parent.glob("*.damaged-*-wal")
     assert kept.read_bytes() == log
 
 
 def test_a_store_that_goes_bad_or_goes_away_while_it_is_written(
-    open_store: Callable[..., Store], path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+    open_store: Callable[..., HistoryWriter], path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = open_store()
     decide(store, 0)
@@ -384,7 +384,7 @@ def test_a_store_that_goes_bad_or_goes_away_while_it_is_written(
     assert "moved or removed" in caplog.text
 
 
-def test_an_answer_counts_for_its_own_run_and_once(open_store: Callable[..., Store], path: Path) -> None:
+def test_an_answer_counts_for_its_own_run_and_once(open_store: Callable[..., HistoryWriter], path: Path) -> None:
     store = open_store()
     store.record_hello(NOW, hello(OTHER))
     command = Command(run=RUN, incarnation=FIRST, id="0" * 8, kind="stop", reason="", expires_step=1)
@@ -400,7 +400,7 @@ def test_an_answer_counts_for_its_own_run_and_once(open_store: Callable[..., Sto
             NOW, Ack(run=RUN, incarnation=FIRST, command_id="f" * 8, outcome="applied", step=1, applied=Applied())
         )
     assert count(path, "acks") == 1
-    with Store.open_readonly(path) as history:
+    with HistoryWriter.open_readonly(path) as history:
         ((row,),) = [decision.commands for decision in history.decisions(RUN)]
     assert row.outcome == "applied"
 
@@ -417,7 +417,7 @@ def test_an_answer_counts_for_its_own_run_and_once(open_store: Callable[..., Sto
     ],
 )
 def test_rows_that_no_store_of_ours_holds_are_one_line(path: Path, statement: str, table: str) -> None:
-    store = Store.open(path)
+    store = HistoryWriter.open(path)
     store.record_hello(NOW, hello(RUN))
     decide(store, 0)
     fill(store, 1)
@@ -426,19 +426,22 @@ def test_rows_that_no_store_of_ours_holds_are_one_line(path: Path, statement: st
     database.execute(statement)
     database.commit()
     database.close()
-    with Store.open_readonly(path) as history, pytest.raises(StoreError, match=f"{table}: a row cannot be") as caught:
+    with (
+        HistoryWriter.open_readonly(path) as history,
+        pytest.raises(StoreError, match=f"{table}: a row cannot be") as caught,
+    ):
         list(getattr(history, table)(RUN))
     assert "\n" not in str(caught.value)
 
 
 def test_damage_whose_description_is_no_text_is_damage_all_the_same(path: Path) -> None:
     """SQLite quotes the broken text of a table in its message, and Python cannot read that; found by fuzzing."""
-    Store.open(path).close()
+    HistoryWriter.open(path).close()
     data = path.read_bytes()
     assert b"CREATE TABLE acks" in data
     path.write_bytes(data.replace(b"CREATE TABLE acks", b"CREATE \xdf\xff\xdfLE acks"))
     with pytest.raises(StoreError) as caught:
-        Store.open_readonly(path)
+        HistoryWriter.open_readonly(path)
     assert str(caught.value).isprintable()
-    Store.open(path).close()
+    HistoryWriter.open(path).close()
     assert len(list(path.parent.glob("*.damaged-*"))) == 1

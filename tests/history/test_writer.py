@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from koopmon.errors import StoreError
-from koopmon.history.reader import DecisionRow, History
+from koopmon.history.reader import DecisionRow, HistoryReader
 from koopmon.history.schema import SCHEMA_VERSION, pack, unpack
-from koopmon.history.writer import Store
+from koopmon.history.writer import HistoryWriter
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.messages import Applied, Heartbeat, KssSettings
 from tests.factories import ack, command, hello, record_observation
@@ -46,19 +46,19 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def store(path: Path, clock: Clock) -> Iterator[Store]:
-    store = Store.open(path, clock=clock)
+def store(path: Path, clock: Clock) -> Iterator[HistoryWriter]:
+    store = HistoryWriter.open(path, clock=clock)
     yield store
     store.close()
 
 
 @pytest.fixture
-def history(store: Store, path: Path) -> Iterator[History]:
-    with Store.open_readonly(path) as history:
+def history(store: HistoryWriter, path: Path) -> Iterator[HistoryReader]:
+    with HistoryWriter.open_readonly(path) as history:
         yield history
 
 
-def decide(store: Store, number: int = 0, *, outcome: Any = "pending", step: int = 10) -> None:
+def decide(store: HistoryWriter, number: int = 0, *, outcome: Any = "pending", step: int = 10) -> None:
     store.record_decision(
         100.0,
         RUN,
@@ -72,13 +72,13 @@ def decide(store: Store, number: int = 0, *, outcome: Any = "pending", step: int
     )
 
 
-def observe(store: Store, step: int = 10, **fields: Any) -> None:
+def observe(store: HistoryWriter, step: int = 10, **fields: Any) -> None:
     seen = {"scalars": {"loss": 2.5, "learning_rate": 0.1, "grad_norm": None}, "observation": {"step": step}}
     judged = {"risk": 0.25, "reason": "calm", "components": {"v": 0.5}}
     record_observation(store, 99.0, step, RUN, FIRST, **{**seen, **judged, **fields})
 
 
-def test_what_is_recorded_is_read_back(store: Store, history: History) -> None:
+def test_what_is_recorded_is_read_back(store: HistoryWriter, history: HistoryReader) -> None:
     store.record_hello(1.0, hello())
     decide(store)
     store.record_ack(101.0, ack(detail="done", applied=Applied(lr_scale=0.5)))
@@ -109,7 +109,7 @@ def test_what_is_recorded_is_read_back(store: Store, history: History) -> None:
     assert list(history.decisions("nobody")) == []
 
 
-def test_nan_is_not_unknown(store: Store, history: History) -> None:
+def test_nan_is_not_unknown(store: HistoryWriter, history: HistoryReader) -> None:
     observe(store, scalars={"loss": math.nan, "grad_norm": -math.inf}, non_finite=True)
     store.commit()
     (observation,) = history.observations(RUN)
@@ -118,7 +118,7 @@ def test_nan_is_not_unknown(store: Store, history: History) -> None:
     assert (observation.grad_norm, observation.learning_rate, observation.non_finite) == (-math.inf, None, True)
 
 
-def test_profiles_survive_and_can_be_completed(store: Store, history: History) -> None:
+def test_profiles_survive_and_can_be_completed(store: HistoryWriter, history: HistoryReader) -> None:
     states = torch.cumsum(torch.randn((4, 40, 6)), dim=0)
     brief, full = profile_states(states, svd_rank=4, kreiss="never"), profile_states(states, svd_rank=4)
     for step, profile in ((2, brief.to_dict()), (4, None)):
@@ -148,10 +148,10 @@ def test_packing_keeps_float32_apart() -> None:
 
 WRITER = """
 import sys
-from koopmon.history.writer import Store
+from koopmon.history.writer import HistoryWriter
 from koopmon.wire.messages import Command
 
-store = Store.open(sys.argv[1])
+store = HistoryWriter.open(sys.argv[1])
 run, incarnation = "job", "aaaaaaaa"
 number = 0
 while True:
@@ -172,36 +172,36 @@ def test_kill_9_of_the_writer_loses_no_committed_decision(path: Path) -> None:
         told = [int(writer.stdout.readline()) for _ in range(50)]
         writer.send_signal(signal.SIGKILL)
         told += [int(line) for line in writer.stdout.read().splitlines()]
-    with Store.open_readonly(path) as history:
+    with HistoryWriter.open_readonly(path) as history:
         decisions: list[DecisionRow] = list(history.decisions(RUN))
         steps = [row.step for row in history.observations(RUN)]
     ids = [decision.commands[0].command.id for decision in decisions]
     assert ids[: len(told)] == [f"{number:08x}" for number in told]
     assert steps[: len(told)] == told, "an observation is committed with the decision that it led to"
-    store = Store.open(path)
+    store = HistoryWriter.open(path)
     assert store.recording
     store.close()
 
 
-def test_a_store_has_one_writer(store: Store, path: Path) -> None:
+def test_a_store_has_one_writer(store: HistoryWriter, path: Path) -> None:
     with pytest.raises(StoreError, match=f"in use by another monitor \\(pid {os.getpid()}\\)") as caught:
-        Store.open(path)
+        HistoryWriter.open(path)
     assert caught.value.exit_status == 2
     assert "\n" not in str(caught.value)
 
 
-def test_the_lock_goes_with_the_writer(store: Store, path: Path) -> None:
+def test_the_lock_goes_with_the_writer(store: HistoryWriter, path: Path) -> None:
     store.close()
-    Store.open(path).close()
-    Store.open(path).close()
+    HistoryWriter.open(path).close()
+    HistoryWriter.open(path).close()
 
 
-def test_unknown_schema_is_refused(path: Path, store: Store) -> None:
+def test_unknown_schema_is_refused(path: Path, store: HistoryWriter) -> None:
     store.close()
     with sqlite3.connect(path) as database:
         database.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     database.close()
-    for open_it in (Store.open, Store.open_readonly):
+    for open_it in (HistoryWriter.open, HistoryWriter.open_readonly):
         with pytest.raises(
             StoreError, match=f"schema {SCHEMA_VERSION + 1}, this version of koopmon knows 1 to {SCHEMA_VERSION}"
         ) as caught:
@@ -218,18 +218,18 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     text.write_text("not a database, and long enough to be seen as none " * 50)
     for path in (foreign, text):
         before = path.read_bytes()
-        for open_it in (Store.open, Store.open_readonly):
+        for open_it in (HistoryWriter.open, HistoryWriter.open_readonly):
             with pytest.raises(StoreError, match=path.name):
                 open_it(path)
         assert path.read_bytes() == before
     with pytest.raises(StoreError, match="no such file"):
-        Store.open_readonly(tmp_path / "missing.sqlite3")
+        HistoryWriter.open_readonly(tmp_path / "missing.sqlite3")
     with pytest.raises(StoreError, match="choose another"):
-        Store.open(foreign / "below" / "a" / "file.sqlite3")
+        HistoryWriter.open(foreign / "below" / "a" / "file.sqlite3")
 
 
 def test_a_full_disk_pauses_recording_and_says_so_once(
-    store: Store, history: History, clock: Clock, caplog: pytest.LogCaptureFixture
+    store: HistoryWriter, history: HistoryReader, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     decide(store, 0)
     # As a full disk does, this makes SQLite fail with SQLITE_FULL.
@@ -257,7 +257,7 @@ def test_a_full_disk_pauses_recording_and_says_so_once(
     assert "recording again" in caplog.text
 
 
-def test_a_store_that_became_read_only_pauses(store: Store) -> None:
+def test_a_store_that_became_read_only_pauses(store: HistoryWriter) -> None:
     store._database.execute("PRAGMA query_only = ON")
     decide(store)
     observe(store)
@@ -267,7 +267,7 @@ def test_a_store_that_became_read_only_pauses(store: Store) -> None:
     store._database.execute("PRAGMA query_only = OFF")
 
 
-def test_what_to_restore_is_the_latest_other_incarnation(store: Store) -> None:
+def test_what_to_restore_is_the_latest_other_incarnation(store: HistoryWriter) -> None:
     kss = Applied(lr_scale=0.25, kss=KssSettings(alpha=0.3))
     assert store.last_applied(RUN, other_than=FIRST) is None
     store.record_hello(1.0, hello())
@@ -278,7 +278,7 @@ def test_what_to_restore_is_the_latest_other_incarnation(store: Store) -> None:
     assert store.incarnations(RUN) == [FIRST, SECOND]
 
 
-def test_memory_is_kept_for_each_incarnation(store: Store) -> None:
+def test_memory_is_kept_for_each_incarnation(store: HistoryWriter) -> None:
     assert store.memory(RUN, FIRST) is None
     store.record_memory(1.0, RUN, FIRST, b"one")
     store.record_memory(1.0, RUN, SECOND, b"two")
@@ -286,7 +286,7 @@ def test_memory_is_kept_for_each_incarnation(store: Store) -> None:
     assert (store.memory(RUN, FIRST), store.memory(RUN, SECOND)) == (b"three", b"two")
 
 
-def test_outcomes_are_settled_once(store: Store, history: History) -> None:
+def test_outcomes_are_settled_once(store: HistoryWriter, history: HistoryReader) -> None:
     for number in range(4):
         decide(store, number)
     decide(store, 4, outcome="dry_run")

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from koopmon.wire.auth_policy import Trust
+from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.codec import encode
 from koopmon.wire.messages import Probe
 from koopmon.wire.probe import probe
 from koopmon.wire.sockets import ControlClient, WireContext
 from tests.keyring import Keyring
 
-PLAIN = Trust()
+PLAIN = AuthPolicy()
 
 
 def test_a_probe_tells_of_the_run_and_leaves_no_trace(

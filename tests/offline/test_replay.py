@@ -10,8 +10,8 @@ import pytest
 
 from koopmon.config import Config, from_mapping
 from koopmon.errors import StoreError
-from koopmon.history.reader import History
-from koopmon.history.writer import Store
+from koopmon.history.reader import HistoryReader
+from koopmon.history.writer import HistoryWriter
 from koopmon.offline.replay import Replayed, replay
 from koopmon.policy import PolicyState, decide
 from koopmon.risk.online_detector import Observation, RiskState, assess
@@ -41,7 +41,7 @@ def recorded(tmp_path: Path) -> Recorder:
 
     def record(config: Config, *, incarnations: tuple[str, ...] = (INCARNATION,), **thresholds: float) -> Path:
         path = tmp_path / "run.sqlite3"
-        store = Store.open(path)
+        store = HistoryWriter.open(path)
         for incarnation in incarnations:
             store.record_hello(0.0, hello(RUN, incarnation, thresholds=thresholds))
             history, state = RiskState(), PolicyState()
@@ -69,7 +69,7 @@ def recorded(tmp_path: Path) -> Recorder:
 
 
 def again(path: Path, config: Config) -> list[Replayed]:
-    with History.open(path) as history:
+    with HistoryReader.open(path) as history:
         return list(replay(history, RUN, config))
 
 
@@ -111,9 +111,9 @@ def test_an_adapters_hints_apply_where_the_configuration_is_silent(recorded: Rec
 
 def test_what_cannot_be_replayed_is_named(recorded: Recorder, tmp_path: Path) -> None:
     path = recorded(policy("lr"))
-    with History.open(path) as history, pytest.raises(StoreError, match="'run-2': the store knows run-1"):
+    with HistoryReader.open(path) as history, pytest.raises(StoreError, match="'run-2': the store knows run-1"):
         list(replay(history, "run-2", Config()))
-    store = Store.open(tmp_path / "empty.sqlite3")
+    store = HistoryWriter.open(tmp_path / "empty.sqlite3")
     store.record_hello(0.0, hello(RUN, INCARNATION))
     store.close()
     with pytest.raises(StoreError, match="no snapshot was recorded"):
@@ -126,7 +126,7 @@ def test_what_cannot_be_replayed_is_named(recorded: Recorder, tmp_path: Path) ->
 
 def test_a_row_that_another_version_wrote_is_named_by_its_step(tmp_path: Path) -> None:
     path = tmp_path / "strange.sqlite3"
-    store = Store.open(path)
+    store = HistoryWriter.open(path)
     store.record_hello(0.0, hello(RUN, INCARNATION))
     record_observation(store, 0.0, 7, RUN, INCARNATION, observation={"informative": "perhaps"})
     store.close()

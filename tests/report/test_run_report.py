@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from koopmon.errors import StoreError
-from koopmon.history.reader import History
+from koopmon.history.reader import HistoryReader
 from koopmon.history.schema import pack
 from koopmon.report.narrative import headline, helped
-from koopmon.report.run_report import gather
+from koopmon.report.run_report import build_report
 from tests.report.recorder import NAN, Recorder, guarded
 
 SCHEMA_1 = Path(__file__).parent.parent / "history" / "stores" / "schema-1.sqlite3.gz"
@@ -223,9 +223,9 @@ def test_snapshots_without_every_rank_are_counted(recorder: Recorder) -> None:
 def test_a_store_of_an_older_schema(tmp_path: Path) -> None:
     path = tmp_path / "old.sqlite3"
     path.write_bytes(gzip.decompress(SCHEMA_1.read_bytes()))
-    with History.open(path) as history:
+    with HistoryReader.open(path) as history:
         for run in history.runs():
-            facts = gather(history, path, run)
+            facts = build_report(history, path, run)
             assert facts.points
             assert headline(facts).endswith(".")
 
@@ -239,5 +239,5 @@ def test_a_store_that_was_tampered_with_is_one_line(recorder: Recorder) -> None:
     database.execute("UPDATE profiles SET profile = ?", (pack({"layers": [{"eigenvalues": ["x"]}]}),))
     database.commit()
     database.close()
-    with History.open(recorder.path) as history, pytest.raises(StoreError, match="a profile of run 'team/run-1'"):
-        gather(history, recorder.path, recorder.run)
+    with HistoryReader.open(recorder.path) as history, pytest.raises(StoreError, match="a profile of run 'team/run-1'"):
+        build_report(history, recorder.path, recorder.run)

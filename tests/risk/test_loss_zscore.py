@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from koopmon.risk.loss_zscore import LARGEST, LEAST, WINDOW, Surprise
+from koopmon.risk.loss_zscore import LARGEST, MIN_LOSSES, WINDOW, LossZScore
 
 
-def follow(losses: list[float | None]) -> Surprise:
-    surprise = Surprise()
+def follow(losses: list[float | None]) -> LossZScore:
+    surprise = LossZScore()
     for loss in losses:
         surprise = surprise.after(loss)
     return surprise
@@ -28,7 +28,7 @@ def test_it_is_the_z_score_against_the_window_before() -> None:
 def test_nothing_surprises_before_enough_is_known() -> None:
     assert follow([3.0, 2.9, 2.8, 2.7, 99.0]).value == 0.0
     assert follow([3.0, 2.9, 2.8, 2.7, 2.6, 99.0]).value > 100.0
-    assert LEAST == 5
+    assert MIN_LOSSES == 5
 
 
 def test_the_same_loss_again_and_no_loss_are_no_news() -> None:

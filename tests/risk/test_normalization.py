@@ -6,12 +6,12 @@ import pytest
 
 from benchmarks.models import NORMS, Decoder, associative_recall
 from koopmon import profile
-from koopmon.risk.normalization import BRAKED, UNBRAKED, brake
+from koopmon.risk.normalization import NORMALIZED, UNNORMALIZED, normalization_from_exponent
 
 
 def test_it_is_whole_below_none_above_and_linear_between() -> None:
-    exponents = (-1.0, 0.0, BRAKED, (BRAKED + UNBRAKED) / 2, UNBRAKED, 1.0, 3.0)
-    assert [brake(k) for k in exponents] == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0])
+    exponents = (-1.0, 0.0, NORMALIZED, (NORMALIZED + UNNORMALIZED) / 2, UNNORMALIZED, 1.0, 3.0)
+    assert [normalization_from_exponent(k) for k in exponents] == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("initialisation", ["gpt2", "torch"])
@@ -21,4 +21,4 @@ def test_it_tells_residual_schemes_apart_whatever_the_initialisation(norm: str, 
     tokens, _ = associative_recall(32, seed=0)
     found = profile(model, tokens, num_samples=512, svd_rank=16)
     assert found.update_exponent is not None
-    assert brake(found.update_exponent) == float(norm not in ("none", "deep"))
+    assert normalization_from_exponent(found.update_exponent) == float(norm not in ("none", "deep"))

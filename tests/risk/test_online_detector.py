@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koopmon.config import RiskConfig
-from koopmon.risk.loss_zscore import LEAST
+from koopmon.risk.loss_zscore import MIN_LOSSES
 from koopmon.risk.online_detector import LOSS_FLOOR, Observation, OnlineRisk, RiskState, assess, prior, rate_excess
 
 CONFIG = RiskConfig()
@@ -161,8 +161,8 @@ def test_a_logged_loss_makes_the_forecast() -> None:
         told, with_loss = assess(
             told, seen(step, (1.0,), learning_rate=0.9, width=1, expansive_mass=0.1, loss=loss), CONFIG
         )
-        assert ("loss" in with_loss.components) == (step >= LEAST), "before, the expansive mass speaks"
-        if step < LEAST:
+        assert ("loss" in with_loss.components) == (step >= MIN_LOSSES), "before, the expansive mass speaks"
+        if step < MIN_LOSSES:
             assert with_loss.forecast == without.forecast
     known, z = with_loss.components["prior"], with_loss.components["loss"]
     assert z > 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from koopmon.history.writer import Store
+from koopmon.history.writer import HistoryWriter
 from koopmon.views.run_summary import summarise
 from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, KssSettings
 from tests.factories import hello, record_observation
@@ -18,7 +18,7 @@ class Writer:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.store = Store.open(path)
+        self.store = HistoryWriter.open(path)
         self.count = 0
 
     def saw(self, step: int, risk: float) -> None:

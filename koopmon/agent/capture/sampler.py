@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from koopmon.agent.stats import Ledger
+from koopmon.agent.stats import AgentStats
 from koopmon.config import SamplingConfig
 from koopmon.observables import Readings
 from koopmon.token_sampling import align_mask, order_rows, take_rows
@@ -31,7 +31,7 @@ DTYPE_NAMES: dict[torch.dtype, DType] = {
 
 
 @dataclass(slots=True)
-class Snapshot:
+class RankSnapshot:
     """One rank's rows of one snapshot: `states` (P, N, D) in the memory of `slot`, valid once `ready` has come.
 
     `num_valid`, when not None, is a 0-d host tensor, valid at the same moment: only the first rows up to it are real.
@@ -56,11 +56,11 @@ class Sampler:
     `share` is how many tokens this rank takes. Only the training thread calls it.
     """
 
-    def __init__(self, config: SamplingConfig, data_rank: int, share: int, ledger: Ledger) -> None:
+    def __init__(self, config: SamplingConfig, data_rank: int, share: int, stats: AgentStats) -> None:
         self._seed = config.seed
         self._data_rank = data_rank
         self._share = share
-        self._ledger = ledger
+        self._stats = stats
         self._dtype: torch.dtype | None = None
         self._pool: BufferPool | None = None
         self._stage: _DeviceStage | None = None
@@ -93,7 +93,7 @@ class Sampler:
             self._pool = BufferPool(slots, nbytes, _pinned if state.device.type == "cuda" else host_buffer)
         slot = self._pool.acquire(nbytes)
         if slot is None:
-            self._ledger.drop("no_buffer")
+            self._stats.drop("no_buffer")
             return False
         self._slot, self.readings = slot, Readings()
         aligned = align_mask(mask, leading)
@@ -133,7 +133,7 @@ class Sampler:
         return True
 
     @torch.no_grad()
-    def finish(self, **in_force: float) -> Snapshot | None:
+    def finish(self, **in_force: float) -> RankSnapshot | None:
         """The snapshot, once every point was put; None, and counted, when some were not."""
         slot = self._slot
         if slot is None or self._num_put != self._num_points:
@@ -146,14 +146,14 @@ class Sampler:
         num_valid, ready, masked = self._num_valid, None, self._num_valid is not None
         if self._stage is not None:
             num_valid, values, ready = self._stage.copy_out(host, num_valid, values)
-        return Snapshot(self._step, slot, host, num_valid, ready, masked, keys, values, **in_force)
+        return RankSnapshot(self._step, slot, host, num_valid, ready, masked, keys, values, **in_force)
 
     def abandon(self) -> None:
         """Give up the snapshot that was begun, if any, and count it."""
         if self._slot is not None:
             self._slot.release()
             self._slot = None
-            self._ledger.drop("incomplete")
+            self._stats.drop("incomplete")
 
 
 class _DeviceStage:

@@ -9,7 +9,7 @@ _LEAST_CAPACITY_SECONDS = 0.1
 _EMPTY = range(0)
 
 
-class Budget:
+class OverheadBudget:
     """Two token buckets: seconds that snapshots take in the training thread, a share of its step time; and bytes sent.
 
     What is spent may overdraw a bucket, since one snapshot's cost is known only afterwards; nothing more is afforded
@@ -39,7 +39,7 @@ class Budget:
         return self.credit_seconds > 0.0 and self.credit_bytes > 0.0
 
 
-class Cadence:
+class SnapshotSchedule:
     """Plans snapshots, in optimizer steps."""
 
     def __init__(self, config: CadenceConfig) -> None:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.agent.capture.sampler import Sampler
-from koopmon.agent.circuit_breaker import Fence, logger
+from koopmon.agent.circuit_breaker import CircuitBreaker, logger
 from koopmon.agent.parallelism import compiled_whole
-from koopmon.agent.stats import Ledger
+from koopmon.agent.stats import AgentStats
 from koopmon.api import Observable, Point, Stack
 from koopmon.chain_verifier import ChainVerifier
 from koopmon.discovery import not_verified
@@ -43,19 +43,19 @@ class Injection(Protocol):
     def leave(self, layer: int, state: Tensor) -> Tensor | None: ...
 
 
-class Listener(Protocol):
+class TapEvents(Protocol):
     """Who is told what the taps see; called in the training thread."""
 
-    def forward_begins(self) -> None:
+    def on_forward(self) -> None:
         """A training forward begins."""
 
-    def chain_verified(self, stack: Stack, width: int, update_exponent: float | None, fingerprint: int) -> None:
+    def on_chain_verified(self, stack: Stack, width: int, update_exponent: float | None, fingerprint: int) -> None:
         """`stack` carries the residual stream, D = `width`; the exponent by which updates grow with it, if known.
 
         `fingerprint` is of the states that entered it: equal on ranks that hold the same tokens.
         """
 
-    def snapshot_ready(self) -> None:
+    def on_snapshot_ready(self) -> None:
         """Every point of a snapshot lies in the sampler."""
 
     def adapter_replaced(self, selection: Selection) -> None:
@@ -67,17 +67,17 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-class Taps:
+class ResidualTaps:
     """All module hooks of one agent. `sampler` is None on ranks that send no snapshots."""
 
     def __init__(
         self,
         model: nn.Module,
         selection: Selection,
-        fence: Fence,
-        ledger: Ledger,
+        breaker: CircuitBreaker,
+        stats: AgentStats,
         injection: Injection,
-        listener: Listener,
+        listener: TapEvents,
     ) -> None:
         self.stack: Stack | None = None
         """The verified chain."""
@@ -87,8 +87,8 @@ class Taps:
         self.num_forwards = 0
         """Training forwards since the last step edge."""
         self._model = weakref.ref(model)
-        self._fence = fence
-        self._ledger = ledger
+        self._breaker = breaker
+        self._stats = stats
         self._injection = injection
         self._listener = listener
         self._num_missed = 0
@@ -102,10 +102,10 @@ class Taps:
         """Inside the training forward that verifies the chain."""
         self._mask: Tensor | None = None
         self._root_handles = [
-            model.register_forward_pre_hook(fence.hook(self._enter_root), with_kwargs=True),
-            model.register_forward_hook(fence.hook(self._leave_root)),
+            model.register_forward_pre_hook(breaker.hook(self._enter_root), with_kwargs=True),
+            model.register_forward_hook(breaker.hook(self._leave_root)),
         ]
-        self.readers = Fence("reading the family's observables")
+        self.readers = CircuitBreaker("reading the family's observables")
         self._watch(selection)
 
     def _watch(self, selection: Selection) -> None:
@@ -145,8 +145,8 @@ class Taps:
             return None
 
         return [
-            point.entry.register_forward_pre_hook(self._fence.hook(enter_block), with_kwargs=True),
-            point.module.register_forward_hook(self._fence.hook(leave_block)),
+            point.entry.register_forward_pre_hook(self._breaker.hook(enter_block), with_kwargs=True),
+            point.module.register_forward_hook(self._breaker.hook(leave_block)),
         ]
 
     def _read(self, stack: Stack, observable: Observable) -> Any:
@@ -154,7 +154,7 @@ class Taps:
             if stack is self.stack and self._capturing and self.sampler is not None and not recomputing():
                 started = time.perf_counter()
                 self.sampler.readings.take(observable, args, kwargs, output)
-                self._ledger.capture_seconds += time.perf_counter() - started
+                self._stats.capture_seconds += time.perf_counter() - started
 
         return observable.module.register_forward_hook(self.readers.hook(leave_module), with_kwargs=True)
 
@@ -189,7 +189,7 @@ class Taps:
 
     def _give_up(self, reason: str) -> None:
         self.remove(reason)
-        self._ledger.taps_missing += 1
+        self._stats.taps_missing += 1
         logger.warning("koopmon: no snapshots, training goes on: %s", reason)
 
     @property
@@ -211,7 +211,7 @@ class Taps:
         self._due = due and self.stack is not None
 
     def _missed(self) -> None:
-        self._ledger.taps_missing += 1
+        self._stats.taps_missing += 1
         self._num_missed += 1
         if self._num_missed == MAX_MISSED:
             logger.warning(
@@ -242,7 +242,7 @@ class Taps:
         if not self._training or self.failure:
             return
         self.num_forwards += 1
-        self._listener.forward_begins()
+        self._listener.on_forward()
         if self.stack is None:
             self._verifier.reset()
             self._observing = True
@@ -274,7 +274,7 @@ class Taps:
             for name in set(self._handles) - {kept.name}:
                 self._untap(name)
                 del self._handles[name]
-            self._listener.chain_verified(kept, self._width, exponent, fingerprint)
+            self._listener.on_chain_verified(kept, self._width, exponent, fingerprint)
         elif self._num_attempts >= MAX_ATTEMPTS and (model := self._model()) is not None:
             blocks = [point.module for stack in self._selection.candidates for point in stack.points]
             compiled = f"{type(model).__name__}: {INSIDE_A_GRAPH}" if compiled_whole(model, blocks) else ""
@@ -307,9 +307,9 @@ class Taps:
         if self.sampler is None or (state.is_cuda and torch.cuda.is_current_stream_capturing()):
             return  # what a CUDA graph captured would be copied at every replay
         started = time.perf_counter()
-        if self.sampler.begin(self._ledger.step, len(stack.points) + 1, state, self._mask):
+        if self.sampler.begin(self._stats.step, len(stack.points) + 1, state, self._mask):
             self.sampler.put(0, state)
-        self._ledger.capture_seconds += time.perf_counter() - started
+        self._stats.capture_seconds += time.perf_counter() - started
 
     def _leave(self, stack: Stack, point: Point, output: Any, state: Tensor | None) -> Any:
         again = recomputing()
@@ -332,5 +332,5 @@ class Taps:
             self._missed()
         elif index == len(stack.points):
             self._num_missed = 0
-            self._listener.snapshot_ready()
-        self._ledger.capture_seconds += time.perf_counter() - started
+            self._listener.on_snapshot_ready()
+        self._stats.capture_seconds += time.perf_counter() - started

@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 
 from koopmon import __version__
-from koopmon.agent.comms.pending_acks import Answers
+from koopmon.agent.comms.pending_acks import PendingAcks
 from koopmon.agent.rank_identity import Identity
-from koopmon.agent.stats import Ledger
+from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
 from koopmon.errors import EndpointError, ProtocolError
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
@@ -51,7 +51,7 @@ COMPLAINT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Description:
+class RankInfo:
     """What hello says of this rank, beside its name; see `koopmon.wire.messages.Hello`."""
 
     process_rank: int
@@ -68,7 +68,7 @@ class Description:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CommandResult:
     """What became of a command, at optimizer step `step`: to be acknowledged."""
 
     command_id: str
@@ -79,7 +79,7 @@ class Outcome:
     """Refused since KSS would reach what the model's family shields from it."""
 
 
-class Directions(Protocol):
+class CommandHandler(Protocol):
     """Who takes commands and knows what is in force; called in the sender's thread."""
 
     @property
@@ -99,7 +99,7 @@ class Directions(Protocol):
         """The monitor has fallen silent."""
 
 
-class Link:
+class ControlChannel:
     """The conversation with one monitor. `welcomed`: it serves this rank now. Times are of `time.monotonic`."""
 
     def __init__(
@@ -107,21 +107,21 @@ class Link:
         control: ControlClient,
         identity: Identity,
         config: ControlConfig,
-        ledger: Ledger,
-        directions: Directions,
-        description: Description,
-        answers: Answers | None = None,
+        stats: AgentStats,
+        handler: CommandHandler,
+        description: RankInfo,
+        acks: PendingAcks | None = None,
     ) -> None:
-        """`answers`: of an earlier conversation of this rank."""
+        """`acks`: of an earlier conversation of this rank."""
         self.welcomed = False
-        self._answers = answers or Answers()
-        self._answers.start_over()
+        self._acks = acks or PendingAcks()
+        self._acks.on_reconnect()
         self.description = description
         self._control = control
         self._identity = identity
         self._config = config
-        self._ledger = ledger
-        self._directions = directions
+        self._stats = stats
+        self._handler = handler
         self._limits = WireLimits()
         self._num_connections = 0
         self._hello_due: float | None = 0.0
@@ -138,7 +138,7 @@ class Link:
         self._reported_busy = 0.0
         self._reported_elapsed = 0.0
 
-    def describe(self, description: Description) -> None:
+    def describe(self, description: RankInfo) -> None:
         """Say hello again, with this."""
         self.description = description
         self._unsaid, self._hello_due = True, 0.0
@@ -153,7 +153,7 @@ class Link:
         if connections != self._num_connections:
             self._num_connections, self._hello_due = connections, now
             self.welcomed, self._asked_at = False, None
-            self._answers.start_over()
+            self._acks.on_reconnect()
         elif self.welcomed and not self._control.connected:
             self.welcomed = False
         if self._hello_due is not None and now >= self._hello_due:
@@ -165,7 +165,7 @@ class Link:
             if self.welcomed:
                 self._answer()
                 if self._ask(self._heartbeat(), now):
-                    self._answers.heartbeat()
+                    self._acks.on_heartbeat_sent()
         silence = max(self._config.monitor_lost_seconds, 3.0 * self._heartbeat_seconds)
         if now - self._heard > silence:
             self._lose(now)
@@ -185,7 +185,7 @@ class Link:
         try:
             self._control.reconnect(pause_seconds)
         except EndpointError as error:
-            self.complain(now, "reconnect", f"the connection to {self._control.endpoint} stays as it is: {error}")
+            self.warn(now, "reconnect", f"the connection to {self._control.endpoint} stays as it is: {error}")
 
     def _lose(self, now: float) -> None:
         self.welcomed = False
@@ -193,12 +193,12 @@ class Link:
             self._hello_due = now
         why = f" ({self._control.failure})" if self._control.failure else ""
         text = f"no monitor at {self._control.endpoint}{why}: training goes on, what is applied stays"
-        self.complain(now, "lost", text)
+        self.warn(now, "lost", text)
         if not self._lost:
             self._lost = True
-            self._directions.monitor_lost()
+            self._handler.monitor_lost()
 
-    def receive(self, frames: list[memoryview], now: float) -> Welcome | Outcome | None:
+    def receive(self, frames: list[memoryview], now: float) -> Welcome | CommandResult | None:
         """Take one message. Returns a welcome, whose data endpoint the caller needs, or an outcome to acknowledge."""
         self._asked_at = None
         try:
@@ -208,11 +208,11 @@ class Link:
             return None
         if isinstance(message, Refused):
             self.welcomed, self._hello_due = False, now + REFUSED_SECONDS
-            self.complain(now, "refused", f"the monitor at {self._control.endpoint} refuses: {message.reason}")
+            self.warn(now, "refused", f"the monitor at {self._control.endpoint} refuses: {message.reason}")
             return None
         if (message.run, message.incarnation) != (self._identity.run, self._identity.incarnation):
             if isinstance(message, Command):
-                return Outcome(message.id, "refused", self._ledger.step, "it is for another run or incarnation")
+                return CommandResult(message.id, "refused", self._stats.step, "it is for another run or incarnation")
             return None
         self._heard = now
         if self._lost:
@@ -223,18 +223,18 @@ class Link:
             self._answer()
             return message
         if isinstance(message, HeartbeatReply):
-            self._answers.reply()
-            self._ledger.judgement = message.judgement
+            self._acks.on_heartbeat_reply()
+            self._stats.judgement = message.judgement
         if isinstance(message, Command):
             if self.description.process_rank != 0:
-                return Outcome(message.id, "refused", self._ledger.step, "commands go to rank 0")
-            self._directions.submit(message)
+                return CommandResult(message.id, "refused", self._stats.step, "commands go to rank 0")
+            self._handler.submit(message)
         return None
 
     def reject(self, error: ProtocolError, now: float) -> None:
         """Count a message that breaks the protocol, and go on."""
-        self._ledger.reject(error.reason)
-        self.complain(now, error.reason, f"what came from {self._control.endpoint} was refused: {error}")
+        self._stats.reject(error.reason)
+        self.warn(now, error.reason, f"what came from {self._control.endpoint} was refused: {error}")
 
     def _take(self, welcome: Welcome) -> None:
         # The welcome may answer an older hello than the one that is due.
@@ -243,9 +243,9 @@ class Link:
         self._heartbeat_due = 0.0
         if welcome.restore is not None and not self._restored and self.description.process_rank == 0:
             self._restored = True
-            self._directions.restore(welcome.restore)
+            self._handler.restore(welcome.restore)
 
-    def acknowledge(self, outcome: Outcome) -> None:
+    def acknowledge(self, outcome: CommandResult) -> None:
         """Tell the monitor what became of a command; again after a new hello, when it may not have read it."""
         ack = Ack(
             run=self._identity.run,
@@ -255,17 +255,17 @@ class Link:
             step=outcome.step,
             detail=outcome.detail[:512],
             shielded=outcome.shielded,
-            applied=self._directions.applied(),
+            applied=self._handler.applied(),
         )
         if outcome.outcome == "duplicate":  # what became of it was said before
             self._send(ack)
         else:
             # At once, so that no "duplicate" overtakes it; but only a monitor that has welcomed us is sure to take it.
-            self._answers.keep(ack, said=self._send(ack) and self.welcomed)
+            self._acks.add(ack, sent=self._send(ack) and self.welcomed)
 
     def _answer(self) -> None:
-        for ack in self._answers.unsaid():
-            self._answers.keep(ack, said=self._send(ack))
+        for ack in self._acks.unsent():
+            self._acks.add(ack, sent=self._send(ack))
 
     def say_goodbye(self, reason: str) -> None:
         self._send(
@@ -273,12 +273,12 @@ class Link:
                 run=self._identity.run,
                 incarnation=self._identity.incarnation,
                 process_rank=self.description.process_rank,
-                step=self._ledger.step,
+                step=self._stats.step,
                 reason=reason[:512],
             )
         )
 
-    def complain(self, now: float, trouble: str, text: str) -> None:
+    def warn(self, now: float, trouble: str, text: str) -> None:
         """Log `text`, at most once a minute for each `trouble`."""
         if now - self._complained.get(trouble, -COMPLAINT_SECONDS) >= COMPLAINT_SECONDS:
             self._complained[trouble] = now
@@ -299,8 +299,8 @@ class Link:
             num_layers=described.num_layers,
             width=described.width,
             acts=described.acts,
-            step=self._ledger.step,
-            applied=self._directions.applied(),
+            step=self._stats.step,
+            applied=self._handler.applied(),
             koopmon_version=__version__,
             torch_version=str(torch.__version__),
             hostname=platform.node()[:255],
@@ -312,23 +312,23 @@ class Link:
         )
 
     def _heartbeat(self) -> Heartbeat:
-        ledger = self._ledger
-        busy, elapsed = ledger.busy_seconds, ledger.elapsed_seconds
+        stats = self._stats
+        busy, elapsed = stats.busy_seconds, stats.elapsed_seconds
         spent, passed = busy - self._reported_busy, elapsed - self._reported_elapsed
         self._reported_busy, self._reported_elapsed = busy, elapsed
         return Heartbeat(
             run=self._identity.run,
             incarnation=self._identity.incarnation,
             process_rank=self.description.process_rank,
-            step=ledger.step,
-            applied=self._directions.applied(),
-            sent=ledger.sent,
-            dropped=dict(ledger.dropped),
-            taps_missing=ledger.taps_missing,
+            step=stats.step,
+            applied=self._handler.applied(),
+            sent=stats.sent,
+            dropped=dict(stats.dropped),
+            taps_missing=stats.taps_missing,
             overhead_ratio=max(0.0, spent / passed) if passed > 0.0 else 0.0,
-            step_seconds=ledger.step_seconds,
-            learning_rate=ledger.learning_rate.get(),
-            loss=ledger.loss.get(),
-            grad_norm=ledger.grad_norm.get(),
-            control_ready=self._directions.ready,
+            step_seconds=stats.step_seconds,
+            learning_rate=stats.learning_rate.get(),
+            loss=stats.loss.get(),
+            grad_norm=stats.grad_norm.get(),
+            control_ready=self._handler.ready,
         )

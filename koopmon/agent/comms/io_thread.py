@@ -13,20 +13,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from koopmon.agent.capture.sampler import DTYPE_NAMES, Snapshot, all_finite
-from koopmon.agent.circuit_breaker import Fence
-from koopmon.agent.comms.control_channel import Description, Directions, Link, Outcome
-from koopmon.agent.comms.pending_acks import Answers
+from koopmon.agent.capture.sampler import DTYPE_NAMES, RankSnapshot, all_finite
+from koopmon.agent.circuit_breaker import CircuitBreaker
+from koopmon.agent.comms.control_channel import CommandHandler, CommandResult, ControlChannel, RankInfo
+from koopmon.agent.comms.pending_acks import PendingAcks
 from koopmon.agent.rank_identity import Identity
-from koopmon.agent.stats import Ledger
+from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
 from koopmon.errors import EndpointError, KeysError, ProtocolError
 from koopmon.observables import tabulate
-from koopmon.wire.auth_policy import Trust
+from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.codec import encode
 from koopmon.wire.endpoints import reached_beside
 from koopmon.wire.messages import MAX_OBSERVATIONS, DropReason, Shard, Welcome
-from koopmon.wire.sockets import ControlClient, DataSender, Poller, Waker, WireContext
+from koopmon.wire.sockets import ControlClient, DataSender, Poller, Wakeup, WireContext
 
 logger = logging.getLogger("koopmon.agent")
 
@@ -49,22 +49,22 @@ SUCCESSION_SECONDS = 0.2
 """...each after so long."""
 
 
-class Sender:
+class IOThread:
     """Runs in a daemon thread of its own from `start` to `close`; everything public may be called from any thread.
 
-    `settle` gives the run's identity once it is known. Holds nothing of the user's model.
+    `resolve_identity` gives the run's identity once it is known. Holds nothing of the user's model.
     """
 
     def __init__(
         self,
         endpoint: str,
         config: ControlConfig,
-        ledger: Ledger,
-        fence: Fence,
-        directions: Directions,
-        settle: Callable[[], Identity | None],
-        description: Description,
-        trust: Trust | None = None,
+        stats: AgentStats,
+        breaker: CircuitBreaker,
+        handler: CommandHandler,
+        resolve_identity: Callable[[], Identity | None],
+        description: RankInfo,
+        trust: AuthPolicy | None = None,
     ) -> None:
         self.identity: Identity | None = None
         self.connected = False
@@ -72,18 +72,18 @@ class Sender:
         self._endpoint = endpoint
         self._trust = trust
         self._config = config
-        self._ledger = ledger
-        self._fence = fence
-        self._directions = directions
-        self._settle = settle
-        self.farewell = ""
+        self._stats = stats
+        self._breaker = breaker
+        self._handler = handler
+        self._resolve_identity = resolve_identity
+        self.goodbye_reason = ""
         """Why this rank leaves, if there is something to tell."""
         self._description = description
         self._pid = os.getpid()
-        self._waker = Waker()
-        self._outbox: deque[Snapshot | Outcome] = deque()
-        self._in_hand: Snapshot | None = None
-        self._answers = Answers()
+        self._wakeup = Wakeup()
+        self._outbox: deque[RankSnapshot | CommandResult] = deque()
+        self._in_hand: RankSnapshot | None = None
+        self._acks = PendingAcks()
         self._num_connections = 0
         self._stopping = False
         self._num_successors = 0
@@ -95,20 +95,20 @@ class Sender:
     def start(self) -> None:
         self._thread.start()
 
-    def describe(self, description: Description) -> None:
+    def describe(self, description: RankInfo) -> None:
         """From now on this rank is described so; the monitor is told."""
         self._description = description
-        self._waker.wake()
+        self._wakeup.wake()
 
     @property
-    def description(self) -> Description:
+    def description(self) -> RankInfo:
         """How this rank is described."""
         return self._description
 
-    def post(self, item: Snapshot | Outcome) -> None:
+    def post(self, item: RankSnapshot | CommandResult) -> None:
         """Send this; returns at once."""
         self._outbox.append(item)
-        self._waker.wake()
+        self._wakeup.wake()
 
     def close(self, *, wait: bool = True) -> None:
         """Send what is queued and a goodbye, and end the thread; waits for that less than a second.
@@ -118,30 +118,30 @@ class Sender:
         if os.getpid() != self._pid:
             return
         self._stopping = True
-        self._waker.wake()
+        self._wakeup.wake()
         if wait and self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
         try:
             while not self._stopping and self.identity is None:
-                self.identity = self._settle()
+                self.identity = self._resolve_identity()
                 if self.identity is None:
                     time.sleep(IDENTITY_SECONDS)
             if not self._stopping and (identity := self.identity) is not None:
                 with WireContext(self._trust) as context, ControlClient(context, self._endpoint) as control:
                     self._serve(context, control, identity)
         except Exception as error:
-            self._fence.trip("sender", error)
+            self._breaker.trip("sender", error)
         finally:
             self.connected = False
             self._discard()
-            if self._stopping or self._fence.tripped or self._num_successors >= MAX_SUCCESSORS:
-                self._waker.close()
+            if self._stopping or self._breaker.tripped or self._num_successors >= MAX_SUCCESSORS:
+                self._wakeup.close()
             else:
-                self._hand_over()
+                self._restart()
 
-    def _hand_over(self) -> None:
+    def _restart(self) -> None:
         """This thread was ended by something that is no error of ours: another takes its place."""
         self._num_successors += 1
         if self._num_successors == 1:
@@ -151,37 +151,39 @@ class Sender:
         self._thread.start()
 
     def _serve(self, context: WireContext, control: ControlClient, identity: Identity) -> None:
-        link = Link(control, identity, self._config, self._ledger, self._directions, self._description, self._answers)
-        poller = Poller(self._waker, control)
+        channel = ControlChannel(
+            control, identity, self._config, self._stats, self._handler, self._description, self._acks
+        )
+        poller = Poller(self._wakeup, control)
         data: DataSender | None = None
         num_bursts = 0
         while not self._stopping:
-            poller.wait(max(0.0, link.next_due() - time.monotonic()))
-            if link.description is not self._description:
-                link.describe(self._description)
+            poller.wait(max(0.0, channel.next_due() - time.monotonic()))
+            if channel.description is not self._description:
+                channel.describe(self._description)
             control.mend()
             if data is not None and data.mend():
-                link.complain(time.monotonic(), "data", f"no snapshots reach {data.endpoint}: {data.failure}")
+                channel.warn(time.monotonic(), "data", f"no snapshots reach {data.endpoint}: {data.failure}")
             num_messages = 0
-            for answer in _incoming(control, link):
+            for answer in _incoming(control, channel):
                 num_messages += 1
                 if isinstance(answer, Welcome):
                     endpoint = reached_beside(answer.data_endpoint, control.endpoint)
-                    data = self._connect(context, poller, data, endpoint, link, control.connections)
+                    data = self._connect(context, poller, data, endpoint, channel, control.connections)
                 elif answer is not None:
-                    link.acknowledge(answer)
-            self._ship(link, data, identity)
-            link.tick(time.monotonic())
-            self.connected = link.welcomed and data is not None and data.connected
+                    channel.acknowledge(answer)
+            self._ship(channel, data, identity)
+            channel.tick(time.monotonic())
+            self.connected = channel.welcomed and data is not None and data.connected
             num_bursts = num_bursts + 1 if num_messages == BURST else 0
             if num_bursts == MAX_BURSTS:
                 now, words = time.monotonic(), f"{control.endpoint} sends more than can be read"
-                link.complain(now, "flood", f"{words}: the connection is closed for {FLOOD_PAUSE_SECONDS:.0f} s")
-                link.reconnect(now, FLOOD_PAUSE_SECONDS)
+                channel.warn(now, "flood", f"{words}: the connection is closed for {FLOOD_PAUSE_SECONDS:.0f} s")
+                channel.reconnect(now, FLOOD_PAUSE_SECONDS)
             elif num_bursts:
                 time.sleep(FLOODED_SECONDS)
-        self._ship(link, data, identity)
-        link.say_goodbye(self.farewell)
+        self._ship(channel, data, identity)
+        channel.say_goodbye(self.goodbye_reason)
 
     def _connect(
         self,
@@ -189,7 +191,7 @@ class Sender:
         poller: Poller,
         data: DataSender | None,
         endpoint: str,
-        link: Link,
+        channel: ControlChannel,
         num_connections: int,
     ) -> DataSender | None:
         """The data channel after a welcome on the control channel's connection of this number."""
@@ -207,14 +209,14 @@ class Sender:
             data = DataSender(context, endpoint)
             poller.register(data)
         except (EndpointError, KeysError) as error:
-            link.complain(time.monotonic(), "data", f"no snapshots are sent: {error}")
+            channel.warn(time.monotonic(), "data", f"no snapshots are sent: {error}")
         return data
 
-    def _ship(self, link: Link, data: DataSender | None, identity: Identity) -> None:
+    def _ship(self, channel: ControlChannel, data: DataSender | None, identity: Identity) -> None:
         while self._outbox:
             item = self._outbox[0]
-            if isinstance(item, Outcome):
-                link.acknowledge(item)
+            if isinstance(item, CommandResult):
+                channel.acknowledge(item)
                 self._outbox.popleft()  # only now: this thread may be ended at any point
                 continue
             self._in_hand = item
@@ -222,14 +224,14 @@ class Sender:
             reason = self._send_snapshot(item, data, identity)
             self._in_hand = None
             if reason is None:
-                self._ledger.sent += 1
+                self._stats.sent += 1
             else:
-                self._ledger.drop(reason)
+                self._stats.drop(reason)
 
-    def _send_snapshot(self, snapshot: Snapshot, data: DataSender | None, identity: Identity) -> DropReason | None:
+    def _send_snapshot(self, snapshot: RankSnapshot, data: DataSender | None, identity: Identity) -> DropReason | None:
         if snapshot.ready is not None:
             snapshot.ready.synchronize()
-        states, ledger = snapshot.states, self._ledger
+        states, stats = snapshot.states, self._stats
         if snapshot.num_valid is not None:
             states = states[:, : int(snapshot.num_valid)]
         num_points, num_samples, width = states.shape
@@ -253,9 +255,9 @@ class Sender:
             width=width,
             dtype=DTYPE_NAMES[states.dtype],
             masked=snapshot.masked,
-            learning_rate=ledger.learning_rate.get(),
-            loss=ledger.loss.get(),
-            grad_norm=ledger.grad_norm.get(),
+            learning_rate=stats.learning_rate.get(),
+            loss=stats.loss.get(),
+            grad_norm=stats.grad_norm.get(),
             lr_scale=snapshot.lr_scale,
             kss_alpha=snapshot.kss_alpha,
             observables=_observables(snapshot, num_points - 1),
@@ -265,35 +267,35 @@ class Sender:
     def _discard(self) -> None:
         """Give up snapshots; outcomes stay, for whoever takes over."""
         outcomes = []
-        item: Snapshot | Outcome | None = self._in_hand
+        item: RankSnapshot | CommandResult | None = self._in_hand
         self._in_hand = None
         while item is not None or self._outbox:
             item = item or self._outbox.popleft()
-            if isinstance(item, Snapshot):
+            if isinstance(item, RankSnapshot):
                 item.slot.release()  # nothing where it was given back already
-                self._ledger.drop("monitor_away")
+                self._stats.drop("monitor_away")
             else:
                 outcomes.append(item)
             item = None
         self._outbox.extendleft(reversed(outcomes))
 
 
-def _incoming(control: ControlClient, link: Link) -> Iterator[Welcome | Outcome | None]:
+def _incoming(control: ControlClient, channel: ControlChannel) -> Iterator[Welcome | CommandResult | None]:
     """What the link makes of each message that has come, of at most BURST."""
     for _ in range(BURST):
         now = time.monotonic()
         try:
             frames = control.recv()
         except ProtocolError as error:
-            link.reject(error, now)
+            channel.reject(error, now)
             yield None
         else:
             if frames is None:
                 return
-            yield link.receive(frames, now)
+            yield channel.receive(frames, now)
 
 
-def _observables(snapshot: Snapshot, num_layers: int) -> dict[str, list[float | None]]:
+def _observables(snapshot: RankSnapshot, num_layers: int) -> dict[str, list[float | None]]:
     """The family's readings as a shard carries them; none where they are more than it can."""
     if snapshot.observations is None:
         return {}

@@ -17,11 +17,11 @@ from enum import Enum
 
 import msgspec
 
-from koopmon.agent.capture.schedule import Budget, Cadence
-from koopmon.agent.comms.control_channel import Outcome
-from koopmon.agent.control.rank_group import ControlGroup
-from koopmon.agent.control.state import ControlState, Exchange
-from koopmon.agent.stats import Ledger
+from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
+from koopmon.agent.comms.control_channel import CommandResult
+from koopmon.agent.control.rank_group import RankGroup
+from koopmon.agent.control.state import ControlState, ControlUpdate
+from koopmon.agent.stats import AgentStats
 from koopmon.config import Config
 from koopmon.wire.messages import Applied, Command, KssSettings
 
@@ -52,30 +52,30 @@ class Actuator:
     def __init__(
         self,
         config: Config,
-        ledger: Ledger,
-        budget: Budget,
+        stats: AgentStats,
+        budget: OverheadBudget,
         *,
         rank0: bool,
         alone: bool,
-        report: Callable[[Outcome], None],
+        report: Callable[[CommandResult], None],
     ) -> None:
         self.state = ControlState()
         self.acts = False
         """False: watch-only, every command is refused."""
         self.shielded = ""
         """Why KSS must not act on this model; empty where its structure allows it."""
-        self.group: ControlGroup | None = None
+        self.group: RankGroup | None = None
         """Reaches the other ranks, where there are any and this agent acts."""
         self._limits = config.limits
         self._control = config.control
-        self._ledger = ledger
+        self._stats = stats
         self._budget = budget
-        self._cadence = Cadence(config.cadence)
+        self._cadence = SnapshotSchedule(config.cadence)
         self._rank0 = rank0
         self._alone = alone
         self._report = report
         self._pending: deque[Command | Applied | _Request] = deque()
-        self._underway: list[Applied | _Request | Outcome] = []
+        self._underway: list[Applied | _Request | CommandResult] = []
         """What the state in the exchange in flight was made of."""
         self._remembered: dict[str, None] = {}
         self._action_times: deque[float] = deque()
@@ -98,17 +98,17 @@ class Actuator:
 
     def applied(self) -> Applied:
         """What is in force."""
-        return self.state.applied(self._ledger.step)
+        return self.state.applied(self._stats.step)
 
     def submit(self, command: Command) -> None:
         """Judge `command` at the next step edge; its outcome is reported."""
-        step = self._ledger.step
+        step = self._stats.step
         if not self.acts:
-            self._report(Outcome(command.id, "refused", step, "this agent is watch-only"))
+            self._report(CommandResult(command.id, "refused", step, "this agent is watch-only"))
         elif not self.ready:
-            self._report(Outcome(command.id, "failed", step, "control between the ranks is down"))
+            self._report(CommandResult(command.id, "failed", step, "control between the ranks is down"))
         elif len(self._pending) >= MAX_PENDING:
-            self._report(Outcome(command.id, "refused", step, f"{MAX_PENDING} commands are waiting already"))
+            self._report(CommandResult(command.id, "refused", step, f"{MAX_PENDING} commands are waiting already"))
         else:
             self._pending.append(command)
 
@@ -152,23 +152,23 @@ class Actuator:
         if not self._cadence.unagreed(step, self.state):
             return False
         if not self._budget.affords:
-            self._ledger.drop("budget")
+            self._stats.drop("budget")
             return False
         return True
 
     def _plan(self, first: int, last: int, state: ControlState) -> range:
         planned, skipped = self._cadence.plan(first, last, state, self._budget.affords)
         if skipped:
-            self._ledger.drop("budget", skipped)
+            self._stats.drop("budget", skipped)
         return planned
 
-    def _exchange(self, step: int) -> Exchange:
+    def _exchange(self, step: int) -> ControlUpdate:
         state = self._next_state(step)
-        seconds = self._ledger.step_seconds or EXCHANGE_SECONDS
+        seconds = self._stats.step_seconds or EXCHANGE_SECONDS
         least = 2 if seconds < SHORT_STEP_SECONDS else 1
         following = step + min(max(least, math.ceil(EXCHANGE_SECONDS / seconds)), MAX_EXCHANGE_STEPS)
         planned = self._plan(step + 1, following, state)
-        return Exchange(
+        return ControlUpdate(
             step=step, state=state, snapshots=(planned.start, planned.stop - 1, planned.step), next_step=following
         )
 
@@ -199,13 +199,13 @@ class Actuator:
         return state
 
     def _is_underway(self, command: Command) -> bool:
-        return any(isinstance(each, Outcome) and each.command_id == command.id for each in self._underway)
+        return any(isinstance(each, CommandResult) and each.command_id == command.id for each in self._underway)
 
     def _settle(self, step: int, *, in_force: bool) -> None:
         """The state that was underway is in force on all ranks, or on none."""
         underway, self._underway = self._underway, []
         for each in underway:
-            if isinstance(each, Outcome):
+            if isinstance(each, CommandResult):
                 if not in_force:
                     self._remembered.pop(each.command_id, None)  # it may be tried again
                     each = dataclasses.replace(each, outcome="failed", detail="the exchange between the ranks failed")
@@ -213,14 +213,16 @@ class Actuator:
             elif not in_force:
                 self._pending.append(each)
 
-    def _judge(self, command: Command, state: ControlState, step: int) -> tuple[ControlState | None, Outcome]:
+    def _judge(self, command: Command, state: ControlState, step: int) -> tuple[ControlState | None, CommandResult]:
         """The state after `command`, None when it is not to be applied, and its outcome."""
         if command.id in self._remembered:
-            return None, Outcome(command.id, "duplicate", step)
+            return None, CommandResult(command.id, "duplicate", step)
         if step > command.expires_step:
-            return None, Outcome(command.id, "expired", step, f"not to be applied after step {command.expires_step}")
+            return None, CommandResult(
+                command.id, "expired", step, f"not to be applied after step {command.expires_step}"
+            )
         if self.kss_refusal and command.kss is not None and command.kss.alpha > 0.0:
-            return None, Outcome(command.id, "refused", step, self.kss_refusal, shielded=True)
+            return None, CommandResult(command.id, "refused", step, self.kss_refusal, shielded=True)
         detail = ""
         if command.lr_scale is not None and command.lr_scale < self._limits.min_lr_scale:
             command = msgspec.structs.replace(command, lr_scale=self._limits.min_lr_scale)
@@ -231,11 +233,13 @@ class Actuator:
             command = msgspec.structs.replace(command, kss=kss)
         if _is_action(command) and not self._may_act():
             most = self._limits.max_actions_per_hour
-            return None, Outcome(command.id, "refused", step, f"{most} actions in the last hour, the most allowed")
+            return None, CommandResult(
+                command.id, "refused", step, f"{most} actions in the last hour, the most allowed"
+            )
         self._remembered[command.id] = None
         if len(self._remembered) > MAX_REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
-        return state.after(command, step), Outcome(command.id, "applied", step, detail)
+        return state.after(command, step), CommandResult(command.id, "applied", step, detail)
 
     def _capped(self, kss: KssSettings) -> KssSettings:
         limits = self._limits

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from koopmon.agent.circuit_breaker import Fence
-from koopmon.agent.stats import Ledger
+from koopmon.agent.circuit_breaker import CircuitBreaker
+from koopmon.agent.stats import AgentStats
 from koopmon.spectral import kss_basis, kss_gradient
 from koopmon.token_sampling import align_mask, order_rows, take_rows
 from koopmon.wire.messages import KssSettings
@@ -76,9 +76,9 @@ class _Rows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, state: Tensor, rows: Tensor, fence: Fence) -> Tensor:
+    def forward(ctx: Any, state: Tensor, rows: Tensor, breaker: CircuitBreaker) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.shape, ctx.rows, ctx.fence = state.shape, rows, fence
+        ctx.shape, ctx.rows, ctx.breaker = state.shape, rows, breaker
         return take_rows(state, rows)
 
     @staticmethod
@@ -89,7 +89,7 @@ class _Rows(torch.autograd.Function):
             full = grad.new_zeros(ctx.shape)
             full.view(-1, ctx.shape[-1]).index_add_(0, ctx.rows, grad)
         except Exception as error:
-            ctx.fence.trip("KSS backward", error)
+            ctx.breaker.trip("KSS backward", error)
             return None, None, None
         return full, None, None
 
@@ -102,10 +102,10 @@ class _Inject(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, state: Tensor, x: Tensor | None, rows: Tensor, grad_x: Tensor, grad_y: Tensor, fence: Fence
+        ctx: Any, state: Tensor, x: Tensor | None, rows: Tensor, grad_x: Tensor, grad_y: Tensor, breaker: CircuitBreaker
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.rows, ctx.grad_x, ctx.grad_y, ctx.fence = rows, grad_x, grad_y, fence
+        ctx.rows, ctx.grad_x, ctx.grad_y, ctx.breaker = rows, grad_x, grad_y, breaker
         ctx.x_dtype = None if x is None else x.dtype
         return state.clone()
 
@@ -113,14 +113,14 @@ class _Inject(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, grad_x, grad_y = ctx.rows, ctx.grad_x, ctx.grad_y
         # Twice through one graph, or a backward that is itself to be differentiated, is the user's own business.
-        if grad is None or rows is None or ctx.fence.tripped or torch.is_grad_enabled():
+        if grad is None or rows is None or ctx.breaker.tripped or torch.is_grad_enabled():
             return grad, None, None, None, None, None
         ctx.rows = ctx.grad_x = ctx.grad_y = None
         try:
             flat = grad.reshape(-1, grad.shape[-1]).index_add(0, rows, grad_y.to(grad.dtype))
             through = None if ctx.x_dtype is None else grad_x.to(ctx.x_dtype)
         except Exception as error:
-            ctx.fence.trip("KSS backward", error)
+            ctx.breaker.trip("KSS backward", error)
             return grad, None, None, None, None, None
         return flat.view(grad.shape), through, None, None, None, None
 
@@ -132,13 +132,13 @@ class KssInjection:
     that activation checkpointing repeats builds the same graph.
     """
 
-    def __init__(self, seed: int, ledger: Ledger, fence: Fence) -> None:
+    def __init__(self, seed: int, stats: AgentStats, breaker: CircuitBreaker) -> None:
         self.active = False
         """This step's training forwards are injected into."""
         self.data_rank = 0
         self._seed = seed
-        self._ledger = ledger
-        self._fence = fence
+        self._stats = stats
+        self._breaker = breaker
         self._settings = KssSettings()
         self._step = 0
         self._layers: frozenset[int] = frozenset()
@@ -154,7 +154,7 @@ class KssInjection:
     def latch(self, step: int, alpha: float, settings: KssSettings, num_layers: int, num_forwards: int) -> None:
         """After `step` optimizer steps: what holds for the next one, given the microbatches of the last."""
         if self.active and self._skipped is not None:
-            self._ledger.kss_skipped.put(self._skipped)
+            self._stats.kss_skipped.put(self._skipped)
         self._entered.clear()
         self._rows = self._mask = None
         self.active = alpha > 0.0 and num_layers > 0 and step % settings.every == 0
@@ -182,8 +182,8 @@ class KssInjection:
         started = time.perf_counter()
         rows = self._choose(state, mask)
         if rows is not None:
-            self._entered[layer] = _Rows.apply(state, rows, self._fence)  # type: ignore[no-untyped-call]
-        self._ledger.kss_seconds += time.perf_counter() - started
+            self._entered[layer] = _Rows.apply(state, rows, self._breaker)  # type: ignore[no-untyped-call]
+        self._stats.kss_seconds += time.perf_counter() - started
 
     def leave(self, layer: int, state: Tensor) -> Tensor | None:
         """Block `layer` returned `state`: the state to go on with, or None to leave it alone."""
@@ -195,9 +195,9 @@ class KssInjection:
             y = take_rows(state.detach(), self._rows)
             grad_x, grad_y = self._gradients(_wide(x.detach()), _wide(y))
         changed: Tensor = _Inject.apply(  # type: ignore[no-untyped-call]
-            state, x if x.requires_grad else None, self._rows, grad_x, grad_y, self._fence
+            state, x if x.requires_grad else None, self._rows, grad_x, grad_y, self._breaker
         )
-        self._ledger.kss_seconds += time.perf_counter() - started
+        self._stats.kss_seconds += time.perf_counter() - started
         return changed
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

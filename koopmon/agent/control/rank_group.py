@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
-from koopmon.agent.control.state import Exchange
-from koopmon.agent.rank_identity import World
-from koopmon.agent.stats import Ledger
+from koopmon.agent.control.state import ControlUpdate
+from koopmon.agent.rank_identity import RankContext
+from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
 
 logger = logging.getLogger("koopmon.agent")
@@ -48,33 +48,38 @@ HEALTHY_SECONDS = 120.0
 """After so long without a failure the pause starts small again."""
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Exchange)
+_decoder = msgspec.msgpack.Decoder(ControlUpdate)
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class ReplicaFingerprint:
     """What a rank says of itself where several share one model: whose data it trains on, what entered its blocks."""
 
     data_rank: int
     fingerprint: int
 
 
-class ControlGroup:
+class RankGroup:
     """Exchanges between ranks. `is_due`, `launch` and `receive` are for the training thread; the rest is behind it.
 
-    `place` is where in the store the agents of one training meet (`meeting_place`). `share` is given where several
+    `place` is where in the store the agents of one training meet (`store_prefix`). `share` is given where several
     ranks share one model.
     """
 
     def __init__(
-        self, world: World, config: ControlConfig, ledger: Ledger, place: str, share: Share | None = None
+        self,
+        world: RankContext,
+        config: ControlConfig,
+        stats: AgentStats,
+        place: str,
+        share: ReplicaFingerprint | None = None,
     ) -> None:
         self.splits_tokens = False
         """Ranks that share one model hold different tokens of its data. Known once the group is ready."""
         self._share = share
         self._world = world
         self._timeout_seconds = config.timeout_seconds
-        self._ledger = ledger
+        self._stats = stats
         self._prefix = f"{place}/control"
         self._generation = 0
         self._streak = 0
@@ -116,7 +121,7 @@ class ControlGroup:
             return False
         return step == self._next
 
-    def launch(self, exchange: Exchange | None) -> None:
+    def launch(self, exchange: ControlUpdate | None) -> None:
         """Begin an exchange: rank 0 gives it, the others None. Returns at once."""
         if exchange is not None:
             packed = _encoder.encode(exchange)
@@ -131,7 +136,7 @@ class ControlGroup:
         except RuntimeError as error:
             self.fail(_reason(error))
 
-    def receive(self) -> Exchange | None:
+    def receive(self) -> ControlUpdate | None:
         """The exchange in flight, waited for at most as long as the time-out; None when it failed."""
         work, self._work = self._work, None
         try:
@@ -216,14 +221,14 @@ class ControlGroup:
         """Settle with all ranks on the step of the first exchange, ahead of where any of them is."""
         margin = START_STEPS
         while True:
-            seconds = self._ledger.step_seconds
+            seconds = self._stats.step_seconds
             ahead = margin if seconds is None else max(margin, math.ceil(START_SECONDS / max(seconds, 1e-6)))
-            first = _all_reduce(group, self._ledger.step + ahead, dist.ReduceOp.MAX)
+            first = _all_reduce(group, self._stats.step + ahead, dist.ReduceOp.MAX)
             with self._lock:
                 if self._closed.is_set() or generation != self._generation:
                     return
                 self._group, self._next = group, first
-            if _all_reduce(group, int(self._ledger.step < first), dist.ReduceOp.MIN):
+            if _all_reduce(group, int(self._stats.step < first), dist.ReduceOp.MIN):
                 break
             margin *= 4
         if self._share is not None:
@@ -232,7 +237,7 @@ class ControlGroup:
         logger.info("koopmon: commands reach all %d ranks from step %d on", self._world.size, first)
 
 
-def _differ_within(group: Any, share: Share, size: int) -> bool:
+def _differ_within(group: Any, share: ReplicaFingerprint, size: int) -> bool:
     """Whether ranks of one data rank saw different states enter their blocks; the answer is the same on all ranks."""
     mine = torch.tensor([share.data_rank, share.fingerprint], dtype=torch.int64)
     every = [torch.empty_like(mine) for _ in range(size)]

@@ -85,7 +85,7 @@ class ControlState(Struct, frozen=True, kw_only=True, array_like=True, forbid_un
         return msgspec.structs.replace(self, version=self.version + 1, **fields)
 
 
-class Exchange(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
+class ControlUpdate(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
     """What rank 0 tells all ranks at one step edge: launched after step `step`, in force from the next one on."""
 
     step: Step

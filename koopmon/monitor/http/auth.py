@@ -27,7 +27,7 @@ BROWSERS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Login:
+class HttpAuth:
     """What a request has to show; the default is nothing. A token, or a user's password, whichever it has."""
 
     token: bytes | None = field(default=None, repr=False)
@@ -51,7 +51,7 @@ class Login:
             return hmac.compare_digest(shown, b"%b:%b" % (self.user or b"", self.password))
         return False
 
-    def guard(self, pages: ASGIApp) -> ASGIApp:
+    def wrap(self, pages: ASGIApp) -> ASGIApp:
         """`pages` behind this login."""
         if not self.required:
             return pages
@@ -71,7 +71,7 @@ class Login:
         return guarded
 
 
-def read_login(config: HttpConfig, environ: Mapping[str, str]) -> Login:
+def read_http_auth(config: HttpConfig, environ: Mapping[str, str]) -> HttpAuth:
     """The login that configuration and environment ask for. Raises ConfigError, which never quotes a secret."""
     token = read_secret(config.token_file, environ.get(TOKEN_VARIABLE, ""), "http.token_file")
     password = read_secret(config.password_file, environ.get(PASSWORD_VARIABLE, ""), "http.password_file")
@@ -80,7 +80,7 @@ def read_login(config: HttpConfig, environ: Mapping[str, str]) -> Login:
             f"http.user = {config.user!r}: a user and a password go together; the password is in http.password_file"
             f" or {PASSWORD_VARIABLE}"
         )
-    return Login(token, config.user.encode() or None, password)
+    return HttpAuth(token, config.user.encode() or None, password)
 
 
 def read_tls(config: HttpConfig) -> ssl.SSLContext | None:

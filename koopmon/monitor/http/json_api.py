@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
-from koopmon.monitor.http.policy_preview import outlook
-from koopmon.views.run_view import Column, Decided, RunView
+from koopmon.monitor.http.policy_preview import preview
+from koopmon.views.run_view import Column, DecisionView, RunView
 
 VERSION = 1
 
@@ -39,7 +39,7 @@ def summary(view: RunView) -> dict[str, Any]:
 
 def run(view: RunView, now: float) -> dict[str, Any]:
     """Everything of one run. Numbers that are not finite are null."""
-    told = outlook(view)
+    told = preview(view)
     return {
         "version": VERSION,
         "time": now,
@@ -81,7 +81,7 @@ def _spectrum(view: RunView) -> dict[str, Any] | None:
     }
 
 
-def _decision(decided: Decided) -> dict[str, Any]:
+def _decision(decided: DecisionView) -> dict[str, Any]:
     return {
         "step": decided.step,
         "time": decided.time,

@@ -106,7 +106,7 @@ def _is_stream(start: Message) -> bool:
     return any(name.lower() == b"content-type" and value.startswith(EVENTS) for name, value in headers)
 
 
-class Shield:
+class ErrorBoundary:
     """Around the pages: an error in one of them, or in the middle of a request, ends this request and no more."""
 
     def __init__(self, pages: ASGIApp, note: Callable[..., None]) -> None:

@@ -14,14 +14,22 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from koopmon.errors import StoreError, one_line
-from koopmon.history.reader import DecisionRow, History, ObservationRow, ProfileRow, RunRow
+from koopmon.history.reader import DecisionRow, HistoryReader, ObservationRow, ProfileRow, RunRow
 from koopmon.history.schema import RunState
-from koopmon.monitor.http.live_state import MAX_DECISIONS, MAX_POINTS, LiveBoard
-from koopmon.views.run_view import Column, Decided, Order, Point, RunView, recorded_column, recorded_spectrum
+from koopmon.monitor.http.live_state import MAX_DECISIONS, MAX_POINTS, LiveState
+from koopmon.views.run_view import (
+    Column,
+    CommandView,
+    DecisionView,
+    RunView,
+    TimelinePoint,
+    recorded_column,
+    recorded_spectrum,
+)
 
 logger = logging.getLogger(__name__)
 
-MAX_RECALLED = 64
+MAX_BACKFILLED = 64
 """Runs, those seen last."""
 MAX_COLUMNS = 120
 """Of each heatmap; a row of the history takes a millisecond or two."""
@@ -29,11 +37,11 @@ PAUSE_SECONDS = 0.002
 """Between two such rows, in which the monitor has the interpreter to itself."""
 
 
-class Recall:
-    """Fills a board once from the store at `path`; its thread ends when it is done."""
+class LiveBackfill:
+    """Fills a live state once from the store at `path`; its thread ends when it is done."""
 
-    def __init__(self, board: LiveBoard, path: str | os.PathLike[str]) -> None:
-        self._board = board
+    def __init__(self, live_state: LiveState, path: str | os.PathLike[str]) -> None:
+        self._live_state = live_state
         self._path = path
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="koopmon-recall", daemon=True)
@@ -50,27 +58,27 @@ class Recall:
 
     def _run(self) -> None:
         try:
-            with History.open(self._path) as history:
+            with HistoryReader.open(self._path) as history:
                 self._fill(history)
         except StoreError as error:
             logger.warning("live page: what was recorded earlier is not shown: %s", error)
 
-    def _fill(self, history: History) -> None:
+    def _fill(self, history: HistoryReader) -> None:
         known = []
-        for row in reversed(history.recent_runs(MAX_RECALLED)):
+        for row in reversed(history.recent_runs(MAX_BACKFILLED)):
             if self._stop.is_set():
                 return
             with _apart(row.name):
                 points = [_point(each) for each in history.observations(row.name, last=MAX_POINTS)]
                 decisions = [_decided(each) for each in history.decisions(row.name, last=MAX_DECISIONS)]
-                view = _with_last(_recalled(history, row), points, next(history.profiles(row.name, last=1), None))
-                self._board.restore(view, points=points, decisions=decisions)
+                view = _with_last(_recorded_view(history, row), points, next(history.profiles(row.name, last=1), None))
+                self._live_state.backfill(view, points=points, decisions=decisions)
                 known.append(view)
         for view in reversed(known):
             with _apart(view.name):
                 self._fill_heatmap(history, view)
 
-    def _fill_heatmap(self, history: History, view: RunView) -> None:
+    def _fill_heatmap(self, history: HistoryReader, view: RunView) -> None:
         columns, finite = [], None
         for profile in self._slowly(history, view.name):
             if (column := _column(profile)) is not None:
@@ -78,9 +86,9 @@ class Recall:
                 finite = profile
         if view.spectrum is None:  # the last states were not finite
             view = _with_last(view, [], finite)
-        self._board.restore(view, columns=columns)
+        self._live_state.backfill(view, columns=columns)
 
-    def _slowly(self, history: History, run: str) -> Iterator[ProfileRow]:
+    def _slowly(self, history: HistoryReader, run: str) -> Iterator[ProfileRow]:
         for row in history.profiles(run, last=MAX_COLUMNS):
             if self._stop.wait(PAUSE_SECONDS):
                 return
@@ -96,7 +104,7 @@ def _apart(run: str) -> Iterator[None]:
         logger.warning("live page: what was recorded earlier of run %s is not shown: %s", run, one_line(error))
 
 
-def _recalled(history: History, row: RunRow) -> RunView:
+def _recorded_view(history: HistoryReader, row: RunRow) -> RunView:
     """What the last launch of a run said of itself. One that the history says goes on has not been heard since."""
     launch = history.incarnations(row.name)[-1]
     states = {int(RunState.ENDED): "ended", int(RunState.VANISHED): "vanished"}
@@ -110,7 +118,7 @@ def _recalled(history: History, row: RunRow) -> RunView:
     return view
 
 
-def _with_last(view: RunView, points: list[Point], last: ProfileRow | None) -> RunView:
+def _with_last(view: RunView, points: list[TimelinePoint], last: ProfileRow | None) -> RunView:
     if points:
         view = replace(view, step=max(view.step, points[-1].step))
     try:
@@ -127,8 +135,8 @@ def _column(row: ProfileRow) -> Column | None:
         return None
 
 
-def _point(row: ObservationRow) -> Point:
-    return Point(
+def _point(row: ObservationRow) -> TimelinePoint:
+    return TimelinePoint(
         step=row.step,
         time=row.time,
         risk=row.risk,
@@ -140,9 +148,9 @@ def _point(row: ObservationRow) -> Point:
     )
 
 
-def _decided(row: DecisionRow) -> Decided:
+def _decided(row: DecisionRow) -> DecisionView:
     orders = tuple(
-        Order(command=each.command, outcome=each.outcome, step=each.acked_step, detail=each.detail or "")
+        CommandView(command=each.command, outcome=each.outcome, step=each.acked_step, detail=each.detail or "")
         for each in row.commands
     )
-    return Decided(step=row.step, time=row.time, phase=row.phase, reason=row.reason, risk=row.risk, orders=orders)
+    return DecisionView(step=row.step, time=row.time, phase=row.phase, reason=row.reason, risk=row.risk, orders=orders)

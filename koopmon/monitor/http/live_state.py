@@ -16,10 +16,20 @@ from typing import TYPE_CHECKING, TypeVar
 
 from koopmon.history.schema import RunState
 from koopmon.monitor.registry import Run
-from koopmon.monitor.run_controller import Guard, Verdict
+from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.monitor.sample import Sample
 from koopmon.policy import PolicyState
-from koopmon.views.run_view import Column, Decided, Health, Order, Point, RunView, Standing, column_of, spectrum_of
+from koopmon.views.run_view import (
+    AgentHealth,
+    Column,
+    CommandView,
+    DecisionView,
+    PolicyStatus,
+    RunView,
+    TimelinePoint,
+    column_of,
+    spectrum_of,
+)
 from koopmon.wire.messages import Ack
 
 if TYPE_CHECKING:
@@ -33,17 +43,17 @@ MAX_DECISIONS = 50
 HEALTH_SECONDS = 1.0
 """Least time between two looks at a run's ranks, of which there may be thousands."""
 
-T = TypeVar("T", Point, Column, Decided)
+T = TypeVar("T", TimelinePoint, Column, DecisionView)
 
 
 @dataclass(slots=True)
 class _Kept:
-    """One run, as the board keeps it; `view` holds what is replaced, the rest grows and is cut."""
+    """One run, as the live state keeps it; `view` holds what is replaced, the rest grows and is cut."""
 
     view: RunView
-    points: deque[Point] = field(default_factory=lambda: deque(maxlen=MAX_POINTS))
+    points: deque[TimelinePoint] = field(default_factory=lambda: deque(maxlen=MAX_POINTS))
     columns: deque[Column] = field(default_factory=lambda: deque(maxlen=MAX_COLUMNS))
-    decisions: deque[Decided] = field(default_factory=lambda: deque(maxlen=MAX_DECISIONS))
+    decisions: deque[DecisionView] = field(default_factory=lambda: deque(maxlen=MAX_DECISIONS))
     lost: dict[str, int] = field(default_factory=dict)
     """Snapshots that the monitor itself lost, by reason."""
     health_at: float = float("-inf")
@@ -53,7 +63,7 @@ class _Kept:
         return replace(self.view, points=points, columns=columns, decisions=decisions)
 
 
-class LiveBoard:
+class LiveState:
     """`boot` names this board: revisions of another one mean nothing here."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
@@ -89,7 +99,7 @@ class LiveBoard:
         with self._lock:
             return [kept.shown() for kept in self._kept.values() if kept.view.revision > since]
 
-    def heard(self, run: Run, *, sends: bool) -> None:
+    def update_run(self, run: Run, *, sends: bool) -> None:
         """Take what the registry knows of a run, and how its agents are."""
         now, hello = self._clock(), run.hello
         with self._lock:
@@ -121,36 +131,36 @@ class LiveBoard:
             if changed:
                 self._change(kept)
 
-    def ceased(self, name: str, state: RunState) -> None:
+    def mark_ended(self, name: str, state: RunState) -> None:
         """A run ended or vanished; when it was last heard stays."""
         with self._lock:
             if (kept := self._kept.get(name)) is not None:
                 self._change(kept, state=state.name.lower())
 
-    def received(self, name: str) -> None:
+    def count_snapshot(self, name: str) -> None:
         """A snapshot came."""
         with self._lock:
             if (kept := self._kept.get(name)) is not None:
                 kept.view = replace(kept.view, num_received=kept.view.num_received + 1)
 
-    def lost(self, name: str, reason: str) -> None:
+    def count_drop(self, name: str, reason: str) -> None:
         """A snapshot was lost in the monitor."""
         with self._lock:
             if (kept := self._kept.get(name)) is not None:
                 kept.lost[reason] = kept.lost.get(reason, 0) + 1
 
-    def judged(
-        self, name: str, sample: Sample, profile: SpectralProfile | None, verdict: Verdict, standing: Standing
+    def record_assessment(
+        self, name: str, sample: Sample, profile: SpectralProfile | None, assessment: Assessment, status: PolicyStatus
     ) -> None:
         """One snapshot, with what it was found to say and what was decided."""
         column = None if profile is None else column_of(sample.step, profile)
         spectrum = None if profile is None else spectrum_of(sample.step, profile)
         at = self._wall()
-        point = Point(
+        point = TimelinePoint(
             step=sample.step,
             time=at,
-            risk=verdict.risk.value,
-            forecast=verdict.risk.forecast,
+            risk=assessment.risk.value,
+            forecast=assessment.risk.forecast,
             loss=sample.loss,
             learning_rate=sample.learning_rate,
             lr_scale=sample.lr_scale,
@@ -163,42 +173,42 @@ class LiveBoard:
             kept.points.append(point)
             if column is not None:
                 kept.columns.append(column)
-            if verdict.decision is not None and verdict.remarkable:
+            if assessment.decision is not None and assessment.remarkable:
                 outcome = "pending" if kept.view.sends else "dry_run"
                 kept.decisions.append(
-                    Decided(
+                    DecisionView(
                         step=sample.step,
                         time=at,
-                        phase=verdict.decision.phase,
-                        reason=verdict.decision.reason,
-                        risk=verdict.risk.value,
-                        orders=tuple(Order(command=command, outcome=outcome) for command in verdict.commands),
+                        phase=assessment.decision.phase,
+                        reason=assessment.decision.reason,
+                        risk=assessment.risk.value,
+                        orders=tuple(CommandView(command=command, outcome=outcome) for command in assessment.commands),
                     )
                 )
-            self._change(kept, standing=standing, spectrum=spectrum or kept.view.spectrum)
+            self._change(kept, standing=status, spectrum=spectrum or kept.view.spectrum)
 
-    def stands(self, name: str, state: PolicyState) -> None:
+    def set_policy_state(self, name: str, state: PolicyState) -> None:
         """An answer changed where the policy stands."""
         with self._lock:
             kept = self._kept.get(name)
             if kept is not None and kept.view.standing is not None:
                 self._change(kept, standing=replace(kept.view.standing, state=state))
 
-    def answered(self, ack: Ack) -> None:
+    def record_ack(self, ack: Ack) -> None:
         """Rank 0 answered a command."""
         self._settle(ack.run, ack.command_id, ack.outcome, ack.step, ack.detail)
 
-    def settled(self, name: str, command_id: str, outcome: str) -> None:
+    def record_outcome(self, name: str, command_id: str, outcome: str) -> None:
         """What became of a command when no answer tells."""
         self._settle(name, command_id, outcome)
 
-    def restore(
+    def backfill(
         self,
         view: RunView,
         *,
-        points: Iterable[Point] = (),
+        points: Iterable[TimelinePoint] = (),
         columns: Iterable[Column] = (),
-        decisions: Iterable[Decided] = (),
+        decisions: Iterable[DecisionView] = (),
     ) -> None:
         """Put what the history knows before what was heard since, which stays as it is."""
         # Outside the lock: they may be read from a file only now.
@@ -249,15 +259,15 @@ class LiveBoard:
         kept.view = replace(kept.view, revision=self._revision, **values)  # type: ignore[arg-type]
 
 
-def standing_of(now: float, guard: Guard, verdict: Verdict) -> Standing:
-    """`now` is of the clock that the guard is asked by."""
-    return Standing(
+def policy_status_of(now: float, controller: RunController, assessment: Assessment) -> PolicyStatus:
+    """`now` is of the clock that the controller is asked by."""
+    return PolicyStatus(
         now=now,
-        state=guard.policy_state,
-        observation=verdict.observation,
-        risk=verdict.risk,
-        policy=guard.policy_config,
-        kss=guard.kss_config,
+        state=controller.policy_state,
+        observation=assessment.observation,
+        risk=assessment.risk,
+        policy=controller.policy_config,
+        kss=controller.kss_config,
     )
 
 
@@ -269,20 +279,20 @@ def _before(kept: deque[T], earlier: list[T]) -> None:
     kept.extendleft(reversed(older[-room:] if room else []))
 
 
-def _with_outcome(order: Order, outcome: str, step: int | None, detail: str) -> Order:
+def _with_outcome(order: CommandView, outcome: str, step: int | None, detail: str) -> CommandView:
     # That a command is a duplicate says nothing of what became of it.
     if outcome == "duplicate" or (outcome == "unanswered" and order.outcome not in ("pending", "unanswered")):
         return order
     return replace(order, outcome=outcome, step=step, detail=detail)
 
 
-def _health(run: Run, lost: dict[str, int]) -> Health:
+def _health(run: Run, lost: dict[str, int]) -> AgentHealth:
     beats = [peer.heartbeat for peer in run.peers.values() if peer.heartbeat is not None]
     dropped = dict(lost)
     for beat in beats:
         for reason, count in beat.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + count
-    return Health(
+    return AgentHealth(
         num_ranks=sum(not peer.gone for peer in run.peers.values()),
         world_size=run.hello.world_size,
         overhead_ratio=max((beat.overhead_ratio for beat in beats), default=None),

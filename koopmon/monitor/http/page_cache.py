@@ -12,7 +12,7 @@ FRESH_SECONDS = 1.0
 """How long a page of which nothing changed is handed out again; then at least its times have."""
 
 
-class Once:
+class PageCache:
     """Remembers the pages drawn last."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

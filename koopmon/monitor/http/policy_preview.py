@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from koopmon import policy
-from koopmon.views.run_view import RunView, Standing
+from koopmon.views.run_view import PolicyStatus, RunView
 
 PHASES = {
     "calm": "Nothing is going on.",
@@ -21,7 +21,7 @@ PHASES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class PolicyPreview:
     """`phase` is the policy's word for where it stands, `lines` what it would do, each a condition and an answer."""
 
     phase: str
@@ -29,18 +29,18 @@ class Outlook:
     lines: tuple[tuple[str, str], ...]
 
 
-def outlook(view: RunView) -> Outlook:
+def preview(view: RunView) -> PolicyPreview:
     """For a run that was judged since this monitor began; of another one there is nothing to tell yet."""
     standing = view.standing
     if standing is None:
         known = view.decisions[-1].phase if view.decisions else "calm"
         line = ("Next", "Known once this monitor has judged a snapshot of the run.")
-        return Outlook(known, PHASES.get(known, ""), (line,))
+        return PolicyPreview(known, PHASES.get(known, ""), (line,))
     lines = [*_restraint(view, standing), *_answers(standing), *_return(standing), _budget(standing)]
-    return Outlook(standing.state.phase, PHASES[standing.state.phase], tuple(lines))
+    return PolicyPreview(standing.state.phase, PHASES[standing.state.phase], tuple(lines))
 
 
-def _restraint(view: RunView, standing: Standing) -> Iterator[tuple[str, str]]:
+def _restraint(view: RunView, standing: PolicyStatus) -> Iterator[tuple[str, str]]:
     """Why nothing would be sent, where nothing would be."""
     if view.state != "running":
         yield "Sent", f"Nothing: the run is {view.state}."
@@ -54,7 +54,7 @@ def _restraint(view: RunView, standing: Standing) -> Iterator[tuple[str, str]]:
         yield "Sent", "Nothing: the monitor failed on a command of this run and only watches it; its log says why."
 
 
-def _answers(standing: Standing) -> Iterator[tuple[str, str]]:
+def _answers(standing: PolicyStatus) -> Iterator[tuple[str, str]]:
     config = standing.policy
     if config.name == "observe":
         return
@@ -66,7 +66,7 @@ def _answers(standing: Standing) -> Iterator[tuple[str, str]]:
         yield f"If the risk is {name}, {risk:g} or more", _asked(standing, risk)
 
 
-def _asked(standing: Standing, risk: float) -> str:
+def _asked(standing: PolicyStatus, risk: float) -> str:
     """The policy's answer to one more snapshot with this risk, once the cool-down is over."""
     state, config = standing.state, standing.policy
     seen = replace(
@@ -98,7 +98,7 @@ def _words(action: policy.Action) -> str:
     return action.kind
 
 
-def _return(standing: Standing) -> Iterator[tuple[str, str]]:
+def _return(standing: PolicyStatus) -> Iterator[tuple[str, str]]:
     state, config = standing.state, standing.policy
     if state.lr_scale < 1.0 and config.name in ("lr", "kss+lr"):
         wait = config.hold_steps * max(1, state.num_cuts)
@@ -111,6 +111,6 @@ def _return(standing: Standing) -> Iterator[tuple[str, str]]:
         yield "KSS", "Barred: it harmed, or cannot reach this model."
 
 
-def _budget(standing: Standing) -> tuple[str, str]:
+def _budget(standing: PolicyStatus) -> tuple[str, str]:
     taken = sum(standing.now - at < policy.HOUR_SECONDS for at in standing.state.action_times)
     return "Budget", f"{taken} of {standing.policy.max_actions_per_hour} actions of the last hour are taken."

@@ -15,9 +15,9 @@ from starlette.types import Receive, Scope, Send
 
 from koopmon.config import PolicyConfig
 from koopmon.monitor.http import json_api, page, run_page, runs_page
-from koopmon.monitor.http.event_stream import Streams
-from koopmon.monitor.http.live_state import LiveBoard
-from koopmon.monitor.http.page_cache import Once
+from koopmon.monitor.http.event_stream import EventStreams
+from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.http.page_cache import PageCache
 from koopmon.views.html import join, tag
 from koopmon.views.run_view import QUANTITIES
 
@@ -32,26 +32,26 @@ Answer = Callable[[Request], Response]
 
 
 def routes(
-    board: LiveBoard, streams: Streams, policy: PolicyConfig, wall: Callable[[], float] = time.time
+    live_state: LiveState, streams: EventStreams, policy: PolicyConfig, wall: Callable[[], float] = time.time
 ) -> list[BaseRoute]:
     """Pages, JSON and events over one board. `policy` has the thresholds of runs that were not judged yet."""
 
-    once = Once()
+    once = PageCache()
 
     # Plain functions: starlette runs them in threads.
     def all_runs(request: Request) -> Response:
         root = page.root_of(request.scope["raw_path"])
 
         def draw() -> str:
-            return runs_page.render(root, board.views(), wall(), policy, num_hidden=board.num_hidden)
+            return runs_page.render(root, live_state.views(), wall(), policy, num_hidden=live_state.num_hidden)
 
-        return _html(once.page(root, board.revision, draw))
+        return _html(once.page(root, live_state.revision, draw))
 
     def one_run(request: Request) -> Response:
         root, name = page.root_of(request.scope["raw_path"]), request.path_params["name"]
-        view = board.view(name)
+        view = live_state.view(name)
         if view is None:
-            return _html(_unknown(root, name, board), status=404)
+            return _html(_unknown(root, name, live_state), status=404)
         chosen = request.query_params.get("show", "")
         quantity = chosen if chosen in QUANTITIES else "near_unit_mass"
 
@@ -61,17 +61,17 @@ def routes(
         return _html(once.page((root, name, quantity), view.revision, draw))
 
     def runs_json(_: Request) -> Response:
-        return _json(json_api.runs(board.views(), wall()))
+        return _json(json_api.runs(live_state.views(), wall()))
 
     def run_json(request: Request) -> Response:
         name = request.path_params["name"]
-        view = board.view(name)
+        view = live_state.view(name)
         if view is None:
-            return _json({"error": f"no run {name[:128]!r} is known here", "runs": board.names()}, status=404)
+            return _json({"error": f"no run {name[:128]!r} is known here", "runs": live_state.names()}, status=404)
         return _json(json_api.run(view, wall()))
 
     async def events(request: Request) -> Response:
-        if not streams.take():
+        if not streams.acquire():
             words = (
                 f"{streams.most} streams of events are open, as many as [http] max_streams and max_http_connections"
                 " allow: close a page, or ask api/v1/runs now and then\n"
@@ -94,7 +94,7 @@ def routes(
 class EventStream(StreamingResponse):
     """A response that goes on; its place among the streams is given back however it ends."""
 
-    def __init__(self, streams: Streams, content: AsyncIterator[bytes]) -> None:
+    def __init__(self, streams: EventStreams, content: AsyncIterator[bytes]) -> None:
         # A connection ends with its stream: it has been let to live for longer than others may.
         headers = {**page.HEADERS, "x-accel-buffering": "no", "connection": "close"}
         super().__init__(content, media_type="text/event-stream", headers=headers)
@@ -104,7 +104,7 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._streams.give_back()
+            self._streams.release()
 
 
 def not_found(request: Request, _: Exception) -> Response:
@@ -113,8 +113,8 @@ def not_found(request: Request, _: Exception) -> Response:
     return _html(page.message(root, "No such page", "This monitor has no page at this address."), status=404)
 
 
-def _unknown(root: str, name: str, board: LiveBoard) -> str:
-    links = [tag("li", tag("a", each, href=page.run_address(root, each))) for each in board.names()[-20:]]
+def _unknown(root: str, name: str, live_state: LiveState) -> str:
+    links = [tag("li", tag("a", each, href=page.run_address(root, each))) for each in live_state.names()[-20:]]
     words = tag("p", "This monitor knows no run ", tag("code", name[:128]), ".")
     listed = join(tag("p", "Known here:"), tag("ul", *links)) if links else tag("p", "It knows none yet.")
     return page.message(root, "No such run", words, listed)

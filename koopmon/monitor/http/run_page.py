@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from koopmon.config import PolicyConfig
 from koopmon.monitor.http import page
-from koopmon.monitor.http.policy_preview import outlook
+from koopmon.monitor.http.policy_preview import preview
 from koopmon.monitor.http.runs_page import level
 from koopmon.views import eigenvalue_plot, heatmap, svg_charts
 from koopmon.views.html import Child, Markup, join, tag
-from koopmon.views.run_view import QUANTITIES, Decided, Order, RunView
+from koopmon.views.run_view import QUANTITIES, CommandView, DecisionView, RunView
 from koopmon.views.svg_charts import decimal, number
 
 ROWS = 30
@@ -87,7 +87,7 @@ def _risk(view: RunView, config: PolicyConfig) -> tuple[Child, ...]:
 
 
 def _outlook(view: RunView) -> Markup:
-    told = outlook(view)
+    told = preview(view)
     lines = [tag("div", tag("dt", condition), tag("dd", answer)) for condition, answer in told.lines]
     phase = tag("p", tag("strong", told.phase.replace("_", " "), class_="phase"), f". {told.meaning}")
     return join(phase, tag("dl", *lines, class_="conditions"))
@@ -182,14 +182,14 @@ def _decisions(view: RunView) -> Markup:
     return tag("div", inner, class_="scroll", id="log", role="region", aria_label="Log of decisions", tabindex=0)
 
 
-def _decision(decided: Decided) -> Markup:
+def _decision(decided: DecisionView) -> Markup:
     orders = tag("ul", *(tag("li", *_order(order)) for order in decided.orders)) if decided.orders else None
     about = f" · {decided.phase.replace('_', ' ')} · risk {decimal(decided.risk)}"
     head = tag("p", tag("strong", f"step {decided.step:,}"), tag("span", about, class_="quiet"))
     return join(head, tag("p", decided.reason), orders)
 
 
-def _order(order: Order) -> tuple[Child, ...]:
+def _order(order: CommandView) -> tuple[Child, ...]:
     at = "" if order.step is None else f" at step {order.step:,}"
     outcome = tag("span", f"{order.outcome.replace('_', ' ')}{at}", class_=f"outcome {order.outcome}")
     return f"{svg_charts.order_words(order)} ", outcome, f" {order.detail}" if order.detail else None

@@ -20,9 +20,9 @@ from koopmon.config import PolicyConfig
 from koopmon.errors import EndpointError
 from koopmon.monitor.http import limits
 from koopmon.monitor.http.alerts_page import alerts_page
-from koopmon.monitor.http.auth import Login
-from koopmon.monitor.http.event_stream import Streams
-from koopmon.monitor.http.live_state import LiveBoard
+from koopmon.monitor.http.auth import HttpAuth
+from koopmon.monitor.http.event_stream import EventStreams
+from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.routes import not_found, routes
 from koopmon.telemetry.exposition import Exposition
 
@@ -80,24 +80,24 @@ class WebServer:
         registry: CollectorRegistry,
         checks: Mapping[str, Callable[[], bool]],
         *,
-        login: Login | None = None,
+        login: HttpAuth | None = None,
         tls: ssl.SSLContext | None = None,
         exposed: bool = False,
-        board: LiveBoard | None = None,
+        live_state: LiveState | None = None,
         policy: PolicyConfig | None = None,
         max_connections: int = 128,
         max_streams: int = 32,
         note: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
-        login = login or Login()
+        login = login or HttpAuth()
         self._socket = listen(address, exposed=exposed or (login.required and tls is not None))
         host, port = self._socket.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        board = board or LiveBoard()
-        self._streams = Streams(board, min(max_streams, max_connections // 2))
-        pages = _application(registry, checks, routes(board, self._streams, policy or PolicyConfig()))
+        live_state = live_state or LiveState()
+        self._streams = EventStreams(live_state, min(max_streams, max_connections // 2))
+        pages = _application(registry, checks, routes(live_state, self._streams, policy or PolicyConfig()))
         config = uvicorn.Config(
-            limits.Shield(login.guard(pages), note),
+            limits.ErrorBoundary(login.wrap(pages), note),
             **limits.options(max_connections, note),
             log_config=None,
             access_log=False,

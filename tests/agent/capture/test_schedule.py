@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from koopmon.agent.capture.schedule import Budget, Cadence
+from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
 from koopmon.agent.control.state import ControlState
 from koopmon.config import CadenceConfig
 
@@ -16,7 +16,7 @@ CONFIG = CadenceConfig(warmup_steps=10, dense_every=2, calm_every=7)
 CALM = ControlState()
 
 
-def planned(cadence: Cadence, steps: range, state: ControlState = CALM, window: int = 1) -> list[int]:
+def planned(cadence: SnapshotSchedule, steps: range, state: ControlState = CALM, window: int = 1) -> list[int]:
     taken: list[int] = []
     for first in range(steps.start, steps.stop, window):
         taken += cadence.plan(first, min(first + window, steps.stop) - 1, state, True)[0]
@@ -24,7 +24,7 @@ def planned(cadence: Cadence, steps: range, state: ControlState = CALM, window: 
 
 
 def test_dense_in_warm_up_and_sparse_when_calm() -> None:
-    assert planned(Cadence(CONFIG), range(1, 30)) == [1, 3, 5, 7, 9, 16, 23]
+    assert planned(SnapshotSchedule(CONFIG), range(1, 30)) == [1, 3, 5, 7, 9, 16, 23]
 
 
 @pytest.mark.parametrize(
@@ -32,23 +32,23 @@ def test_dense_in_warm_up_and_sparse_when_calm() -> None:
 )
 def test_the_monitor_may_ask_for_more_until_a_step_but_for_no_more_than_dense(asked: int, expected: list[int]) -> None:
     state = ControlState(cadence_steps=asked, cadence_until_step=31)
-    assert planned(Cadence(CONFIG), range(13, 45), state) == expected
+    assert planned(SnapshotSchedule(CONFIG), range(13, 45), state) == expected
 
 
 def test_the_monitor_cannot_ask_for_less() -> None:
     state = ControlState(cadence_steps=1000, cadence_until_step=1000)
-    assert planned(Cadence(CONFIG), range(1, 30), state) == planned(Cadence(CONFIG), range(1, 30))
+    assert planned(SnapshotSchedule(CONFIG), range(1, 30), state) == planned(SnapshotSchedule(CONFIG), range(1, 30))
 
 
 @given(window=st.integers(1, 9), start=st.integers(0, 20))
 def test_windows_of_any_length_give_the_strides_asked_for(window: int, start: int) -> None:
     config = CadenceConfig(warmup_steps=1, dense_every=1, calm_every=4)
-    taken = planned(Cadence(config), range(start + 1, start + 60), window=window)
+    taken = planned(SnapshotSchedule(config), range(start + 1, start + 60), window=window)
     assert all(b - a == 4 for a, b in itertools.pairwise(taken))
 
 
 def test_what_cannot_be_afforded_is_skipped_counted_and_not_made_up_for() -> None:
-    cadence = Cadence(CONFIG)
+    cadence = SnapshotSchedule(CONFIG)
     assert cadence.plan(1, 4, CALM, False) == (range(0), 2)
     assert list(cadence.plan(5, 6, CALM, True)[0]) == [5]
 
@@ -56,13 +56,13 @@ def test_what_cannot_be_afforded_is_skipped_counted_and_not_made_up_for() -> Non
 @given(st.integers(0, 1000), st.integers(0, 50), st.integers(-1, 1000))
 def test_without_agreement_every_rank_comes_to_the_same_steps(step: int, asked: int, until: int) -> None:
     state = ControlState(cadence_steps=asked, cadence_until_step=until)
-    one, other = Cadence(CONFIG), Cadence(CONFIG)
+    one, other = SnapshotSchedule(CONFIG), SnapshotSchedule(CONFIG)
     planned(other, range(1, 5))
     assert one.unagreed(step, state) == other.unagreed(step, state)
 
 
 def test_in_the_long_run_the_budget_is_the_share_of_step_time() -> None:
-    budget = Budget(CadenceConfig(budget_ratio=0.005, initial_credit_seconds=1.0, max_bytes_per_second=1e12))
+    budget = OverheadBudget(CadenceConfig(budget_ratio=0.005, initial_credit_seconds=1.0, max_bytes_per_second=1e12))
     spent = elapsed = 0.0
     early = 0.0
     for step in range(200_000):
@@ -81,7 +81,7 @@ def test_in_the_long_run_the_budget_is_the_share_of_step_time() -> None:
 
 
 def test_bytes_are_bounded_too_and_a_snapshot_larger_than_a_second_of_them_is_possible() -> None:
-    budget = Budget(CadenceConfig(max_bytes_per_second=1000.0))
+    budget = OverheadBudget(CadenceConfig(max_bytes_per_second=1000.0))
     assert budget.affords
     budget.spend(0.0, 2500)
     for _ in range(15):
@@ -95,7 +95,7 @@ def test_bytes_are_bounded_too_and_a_snapshot_larger_than_a_second_of_them_is_po
 
 
 def test_no_initial_credit_still_lets_the_share_build_up() -> None:
-    budget = Budget(CadenceConfig(initial_credit_seconds=0.0, budget_ratio=0.01))
+    budget = OverheadBudget(CadenceConfig(initial_credit_seconds=0.0, budget_ratio=0.01))
     assert not budget.affords
     budget.earn(1.0)
     assert budget.affords

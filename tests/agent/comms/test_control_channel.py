@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from koopmon.agent.comms.control_channel import HELLO_SECONDS, Description, Link, Outcome
+from koopmon.agent.comms.control_channel import HELLO_SECONDS, CommandResult, ControlChannel, RankInfo
 from koopmon.agent.rank_identity import Identity
-from koopmon.agent.stats import Ledger
+from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
 from koopmon.errors import EndpointError
 from koopmon.wire.codec import Frame, WireLimits, decode_for_monitor, encode
@@ -28,7 +28,7 @@ from koopmon.wire.messages import (
 from koopmon.wire.sockets import ControlClient
 
 IDENTITY = Identity("run-1", "0123456789abcdef")
-DESCRIPTION = Description(process_rank=0, world_size=2, num_senders=2, adapter="transformer")
+DESCRIPTION = RankInfo(process_rank=0, world_size=2, num_senders=2, adapter="transformer")
 VERIFIED = replace(DESCRIPTION, num_layers=4, width=64, acts=True)
 
 
@@ -81,19 +81,19 @@ def channel() -> Channel:
 
 
 @pytest.fixture
-def link(channel: Channel) -> Link:
+def link(channel: Channel) -> ControlChannel:
     control: Any = channel
-    return Link(cast(ControlClient, control), IDENTITY, ControlConfig(), Ledger(), Nothing(), DESCRIPTION)
+    return ControlChannel(cast(ControlClient, control), IDENTITY, ControlConfig(), AgentStats(), Nothing(), DESCRIPTION)
 
 
-def welcome(link: Link, now: float) -> None:
+def welcome(link: ControlChannel, now: float) -> None:
     message = Welcome(
         run=IDENTITY.run, incarnation=IDENTITY.incarnation, data_endpoint="ipc:///data", heartbeat_seconds=1.0
     )
     assert isinstance(link.receive([memoryview(frame) for frame in encode(message)], now), Welcome)
 
 
-def test_a_welcome_ends_the_hellos(link: Link, channel: Channel) -> None:
+def test_a_welcome_ends_the_hellos(link: ControlChannel, channel: Channel) -> None:
     link.tick(0.0)
     link.tick(0.5 * HELLO_SECONDS)
     assert len(channel.hellos()) == 1
@@ -103,7 +103,9 @@ def test_a_welcome_ends_the_hellos(link: Link, channel: Channel) -> None:
     assert len(channel.hellos()) == 1
 
 
-def test_a_welcome_to_an_older_hello_does_not_swallow_a_newer_description(link: Link, channel: Channel) -> None:
+def test_a_welcome_to_an_older_hello_does_not_swallow_a_newer_description(
+    link: ControlChannel, channel: Channel
+) -> None:
     link.tick(0.0)
     link.describe(VERIFIED)
     welcome(link, 0.1)
@@ -112,7 +114,7 @@ def test_a_welcome_to_an_older_hello_does_not_swallow_a_newer_description(link: 
     assert channel.hellos()[-1].acts
 
 
-def test_a_description_that_could_not_be_sent_is_sent_later(link: Link, channel: Channel) -> None:
+def test_a_description_that_could_not_be_sent_is_sent_later(link: ControlChannel, channel: Channel) -> None:
     link.tick(0.0)
     link.describe(VERIFIED)
     channel.takes = False
@@ -123,36 +125,38 @@ def test_a_description_that_could_not_be_sent_is_sent_later(link: Link, channel:
     assert channel.hellos()[-1].num_layers == 4
 
 
-def reply(link: Link, now: float) -> None:
+def reply(link: ControlChannel, now: float) -> None:
     message = HeartbeatReply(run=IDENTITY.run, incarnation=IDENTITY.incarnation)
     link.receive([memoryview(frame) for frame in encode(message)], now)
 
 
-def test_what_the_monitor_says_of_the_training_is_kept(link: Link, channel: Channel) -> None:
+def test_what_the_monitor_says_of_the_training_is_kept(link: ControlChannel, channel: Channel) -> None:
     link.tick(0.0)
     welcome(link, 0.1)
     judgement = Judgement(step=3, risk=0.5)
     message = HeartbeatReply(run=IDENTITY.run, incarnation=IDENTITY.incarnation, judgement=judgement)
     link.receive([memoryview(frame) for frame in encode(message)], 0.2)
-    assert link._ledger.judgement == judgement
+    assert link._stats.judgement == judgement
     reply(link, 0.3)
-    assert link._ledger.judgement is None, "a monitor that knows nothing takes back what an earlier one said"
+    assert link._stats.judgement is None, "a monitor that knows nothing takes back what an earlier one said"
 
 
 def acks(channel: Channel) -> list[str]:
     return [message.command_id for message in channel.sent if isinstance(message, Ack)]
 
 
-def test_what_became_of_a_command_is_said_again_to_a_monitor_that_may_not_know(link: Link, channel: Channel) -> None:
+def test_what_became_of_a_command_is_said_again_to_a_monitor_that_may_not_know(
+    link: ControlChannel, channel: Channel
+) -> None:
     link.tick(0.0)
     welcome(link, 0.1)
-    link.acknowledge(Outcome("00000001", "applied", 5))
+    link.acknowledge(CommandResult("00000001", "applied", 5))
     link.tick(0.2)  # a heartbeat, and its answer: the monitor has read what came before
     reply(link, 0.3)
-    link.acknowledge(Outcome("00000002", "applied", 6))
+    link.acknowledge(CommandResult("00000002", "applied", 6))
     channel.connections += 1  # whatever was under way is lost
     link.tick(0.4)
-    link.acknowledge(Outcome("00000003", "expired", 7))
+    link.acknowledge(CommandResult("00000003", "expired", 7))
     assert acks(channel) == ["00000001", "00000002", "00000003"]
     welcome(link, 0.5)
     assert acks(channel)[3:] == ["00000002", "00000003"]
@@ -161,11 +165,11 @@ def test_what_became_of_a_command_is_said_again_to_a_monitor_that_may_not_know(l
     assert len(acks(channel)) == 5, "once for each connection"
 
 
-def test_an_ack_that_could_not_be_sent_is_sent_with_the_next_heartbeat(link: Link, channel: Channel) -> None:
+def test_an_ack_that_could_not_be_sent_is_sent_with_the_next_heartbeat(link: ControlChannel, channel: Channel) -> None:
     link.tick(0.0)
     welcome(link, 0.1)
     channel.takes = False
-    link.acknowledge(Outcome("00000001", "applied", 5))
+    link.acknowledge(CommandResult("00000001", "applied", 5))
     channel.takes = True
     link.tick(0.2)
     link.tick(5.0)
@@ -175,12 +179,12 @@ def test_an_ack_that_could_not_be_sent_is_sent_with_the_next_heartbeat(link: Lin
 SILENCE = ControlConfig().monitor_lost_seconds
 
 
-def ticks(link: Link, since: float, until: float) -> None:
+def ticks(link: ControlChannel, since: float, until: float) -> None:
     for tenth in range(int(10 * since), int(10 * until) + 1):
         link.tick(tenth / 10)
 
 
-def test_a_connection_on_which_nothing_comes_back_is_made_anew(link: Link, channel: Channel) -> None:
+def test_a_connection_on_which_nothing_comes_back_is_made_anew(link: ControlChannel, channel: Channel) -> None:
     ticks(link, 0.0, SILENCE)
     assert channel.reconnects == [], "not before its time"
     ticks(link, SILENCE + 0.1, SILENCE + 0.2)
@@ -192,7 +196,7 @@ def test_a_connection_on_which_nothing_comes_back_is_made_anew(link: Link, chann
     assert len(channel.reconnects) == 2
 
 
-def test_heartbeats_that_get_no_reply_count_from_the_first_on(link: Link, channel: Channel) -> None:
+def test_heartbeats_that_get_no_reply_count_from_the_first_on(link: ControlChannel, channel: Channel) -> None:
     link.tick(0.0)
     welcome(link, 0.1)
     for second in range(1, 31):
@@ -206,7 +210,7 @@ def test_heartbeats_that_get_no_reply_count_from_the_first_on(link: Link, channe
 
 
 @pytest.mark.parametrize("seconds", [1.0, 60.0])
-def test_rare_heartbeats_may_wait_longer_for_a_reply(link: Link, channel: Channel, seconds: float) -> None:
+def test_rare_heartbeats_may_wait_longer_for_a_reply(link: ControlChannel, channel: Channel, seconds: float) -> None:
     message = Welcome(
         run=IDENTITY.run, incarnation=IDENTITY.incarnation, data_endpoint="ipc:///data", heartbeat_seconds=seconds
     )
@@ -220,7 +224,7 @@ def test_rare_heartbeats_may_wait_longer_for_a_reply(link: Link, channel: Channe
 
 
 @pytest.mark.parametrize("answer", [b"rubbish", "refused"])
-def test_any_answer_shows_that_the_connection_lives(link: Link, channel: Channel, answer: Any) -> None:
+def test_any_answer_shows_that_the_connection_lives(link: ControlChannel, channel: Channel, answer: Any) -> None:
     refused = encode(Refused(run=IDENTITY.run, incarnation=IDENTITY.incarnation, reason="full"))
     for second in range(100):
         link.tick(float(second))
@@ -228,7 +232,7 @@ def test_any_answer_shows_that_the_connection_lives(link: Link, channel: Channel
     assert channel.reconnects == []
 
 
-def test_what_could_not_be_sent_is_not_waited_for(link: Link, channel: Channel) -> None:
+def test_what_could_not_be_sent_is_not_waited_for(link: ControlChannel, channel: Channel) -> None:
     channel.takes = False
     ticks(link, 0.0, 3.0 * SILENCE)
     assert channel.reconnects == [], "the transport makes the connection"
@@ -238,7 +242,7 @@ def test_what_could_not_be_sent_is_not_waited_for(link: Link, channel: Channel) 
 
 
 def test_a_connection_that_cannot_be_replaced_stays_and_is_tried_again(
-    link: Link, channel: Channel, caplog: pytest.LogCaptureFixture
+    link: ControlChannel, channel: Channel, caplog: pytest.LogCaptureFixture
 ) -> None:
     tried: list[float] = []
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from koopmon.agent.capture.schedule import Budget
-from koopmon.agent.comms.control_channel import Outcome
+from koopmon.agent.capture.schedule import OverheadBudget
+from koopmon.agent.comms.control_channel import CommandResult
 from koopmon.agent.control.actuator import MAX_PENDING, Actuator
 from koopmon.agent.control.rank_group import MESSAGE_BYTES, _encoder
-from koopmon.agent.control.state import ControlState, Exchange, Ramp
-from koopmon.agent.stats import Ledger
+from koopmon.agent.control.state import ControlState, ControlUpdate, Ramp
+from koopmon.agent.stats import AgentStats
 from koopmon.config import Config, from_mapping
 from koopmon.wire.messages import Ack, Applied, Command, KssSettings
 from tests.agent.models import build, train_step
@@ -34,11 +34,11 @@ class Bench:
     """An actuator that trains alone, driven step by step."""
 
     def __init__(self, config: Config | None = None, *, acts: bool = True) -> None:
-        self.outcomes: list[Outcome] = []
-        self.ledger = Ledger()
+        self.outcomes: list[CommandResult] = []
+        self.stats = AgentStats()
         config = config or Config()
         self.actuator = Actuator(
-            config, self.ledger, Budget(config.cadence), rank0=True, alone=True, report=self.outcomes.append
+            config, self.stats, OverheadBudget(config.cadence), rank0=True, alone=True, report=self.outcomes.append
         )
         self.actuator.acts = acts
 
@@ -46,10 +46,10 @@ class Bench:
         """Submit, run one step; the learning-rate scale in it."""
         for each in commands:
             self.actuator.submit(each)
-        self.actuator.before_step(self.ledger.step)
-        scale = self.actuator.state.lr_scale(self.ledger.step)
-        self.ledger.tick(0.1)
-        self.actuator.after_step(self.ledger.step)
+        self.actuator.before_step(self.stats.step)
+        scale = self.actuator.state.lr_scale(self.stats.step)
+        self.stats.tick(0.1)
+        self.actuator.after_step(self.stats.step)
         return scale
 
     def outcome_of(self, *commands: Command) -> list[str]:
@@ -222,7 +222,7 @@ def test_ramps_stay_between_their_ends(first: int, start: float, target: float, 
 
 @pytest.mark.parametrize(("step_seconds", "apart"), [(0.01, 10), (0.05, 2), (0.2, 2), (0.5, 1), (1e-5, 100)])
 def test_exchanges_are_a_tenth_of_a_second_apart_and_at_short_steps_two_steps(step_seconds: float, apart: int) -> None:
-    launched: list[Exchange] = []
+    launched: list[ControlUpdate] = []
 
     class Group:
         in_flight = False
@@ -231,14 +231,14 @@ def test_exchanges_are_a_tenth_of_a_second_apart_and_at_short_steps_two_steps(st
         def is_due(self, step: int) -> bool:
             return True
 
-        def launch(self, exchange: Exchange) -> None:
+        def launch(self, exchange: ControlUpdate) -> None:
             launched.append(exchange)
 
-    config, ledger = Config(), Ledger()
-    actuator = Actuator(config, ledger, Budget(config.cadence), rank0=True, alone=False, report=lambda _: None)
+    config, stats = Config(), AgentStats()
+    actuator = Actuator(config, stats, OverheadBudget(config.cadence), rank0=True, alone=False, report=lambda _: None)
     group: Any = Group()
     actuator.group = group
-    ledger.tick(step_seconds)
+    stats.tick(step_seconds)
     actuator.after_step(1)
     assert launched[0].next_step == 1 + apart
 
@@ -253,7 +253,7 @@ def test_the_largest_exchange_fits() -> None:
         cadence_steps=1 << 60,
         cadence_until_step=1 << 60,
     )
-    exchange = Exchange(step=1 << 52, state=state, snapshots=(1 << 52, 1 << 52, 1 << 52), next_step=1 << 52)
+    exchange = ControlUpdate(step=1 << 52, state=state, snapshots=(1 << 52, 1 << 52, 1 << 52), next_step=1 << 52)
     assert len(_encoder.encode(exchange)) < MESSAGE_BYTES // 2
 
 

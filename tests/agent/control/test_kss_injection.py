@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from koopmon.agent.circuit_breaker import Fence
+from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.kss_injection import KssInjection
-from koopmon.agent.stats import Ledger
+from koopmon.agent.stats import AgentStats
 from koopmon.spectral import kss_basis, kss_loss
 from koopmon.token_sampling import order_rows, take_rows
 from koopmon.wire.messages import KssSettings
@@ -39,13 +39,15 @@ def tie(injection: KssInjection, model: Model) -> None:
         block.register_forward_hook(leave)
 
 
-def injected(model: Model, *, num_forwards: int = 1, settings: KssSettings = SETTINGS, alpha: float = ALPHA) -> Ledger:
-    ledger = Ledger()
-    injection = KssInjection(SEED, ledger, Fence("KSS"))
+def injected(
+    model: Model, *, num_forwards: int = 1, settings: KssSettings = SETTINGS, alpha: float = ALPHA
+) -> AgentStats:
+    stats = AgentStats()
+    injection = KssInjection(SEED, stats, CircuitBreaker("KSS"))
     injection.latch(STEP, alpha, settings, L, num_forwards)
     tie(injection, model)
     model.injection = injection  # type: ignore[assignment]
-    return ledger
+    return stats
 
 
 def penalty(
@@ -95,13 +97,13 @@ def explicit(
 @pytest.mark.parametrize("run", [None, checkpointed, checkpointed_reentrant])
 def test_equals_the_written_loss(run: Any) -> None:
     model = build(dtype=torch.float64, run=run)
-    ledger = injected(model)
+    stats = injected(model)
     loss_of(model, batch(0)).backward()
     close(model, explicit([batch(0)]))
     plain = build(dtype=torch.float64)
     loss_of(plain, batch(0)).backward()
     assert float((gradients(model) - gradients(plain)).norm() / gradients(plain).norm()) > 1e-3, "KSS does something"
-    assert ledger.kss_seconds > 0.0
+    assert stats.kss_seconds > 0.0
 
 
 def test_with_blocks_that_write_into_their_input() -> None:
@@ -137,7 +139,7 @@ def test_with_a_grad_scaler() -> None:
     model = build(dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    ledger = injected(model, alpha=0.0)
+    stats = injected(model, alpha=0.0)
     injection: KssInjection = model.injection  # type: ignore[assignment]
     optimizer.register_step_pre_hook(lambda each, *_: injection.find_scaler(each))
     scaler.scale(loss_of(model, batch(1))).backward()
@@ -147,7 +149,7 @@ def test_with_a_grad_scaler() -> None:
     injection.latch(STEP, ALPHA, SETTINGS, L, 1)
     scaler.scale(loss_of(model, batch(0))).backward()
     close(model, explicit([batch(0)], scale=1024.0))
-    assert (ledger.kss_skipped.get() or 0) == 0
+    assert (stats.kss_skipped.get() or 0) == 0
 
 
 def test_with_a_grad_scaler_whose_user_unscales_and_steps_by_hand() -> None:
@@ -204,7 +206,7 @@ def test_without_alpha_nothing_is_added_to_the_graph() -> None:
 
 def test_every_so_many_steps() -> None:
     settings = KssSettings(alpha=1.0, every=5)
-    injection = KssInjection(SEED, Ledger(), Fence("KSS"))
+    injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
     active = []
     for step in range(12):
         injection.latch(step, 1.0, settings, L, 1)
@@ -217,7 +219,7 @@ def test_a_gradient_that_cannot_be_trusted_adds_exactly_nothing_and_is_counted()
     for each in (model, plain):
         with torch.no_grad():
             each.embedding.weight[3] = torch.nan
-    ledger = injected(model)
+    stats = injected(model)
     tokens = batch(0)
     tokens[0, 0] = 3
     weights = torch.linspace(-1, 1, B * T * VOCABULARY, dtype=torch.float64).view(B, T, VOCABULARY)
@@ -228,7 +230,7 @@ def test_a_gradient_that_cannot_be_trusted_adds_exactly_nothing_and_is_counted()
     assert torch.isfinite(found).any()
     injection: KssInjection = model.injection  # type: ignore[assignment]
     injection.latch(STEP + 1, ALPHA, SETTINGS, L, 1)
-    assert ledger.kss_skipped.get() == L
+    assert stats.kss_skipped.get() == L
 
 
 def test_a_second_backward_through_the_same_graph_adds_nothing_more() -> None:
@@ -268,13 +270,13 @@ def test_a_failure_in_the_backward_pass_leaves_the_users_gradient(monkeypatch: p
     loss.backward()
     loss_of(plain, batch(0)).backward()
     assert torch.equal(gradients(model), gradients(plain))
-    fence = model.injection._fence  # type: ignore[union-attr]
-    assert (fence.tripped, fence.num_errors) == (True, 1)
-    assert "out of memory" in fence.reason
+    breaker = model.injection._breaker  # type: ignore[union-attr]
+    assert (breaker.tripped, breaker.num_errors) == (True, 1)
+    assert "out of memory" in breaker.reason
 
 
 def test_padding_is_left_out() -> None:
-    injection = KssInjection(SEED, Ledger(), Fence("KSS"))
+    injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
     injection.latch(STEP, ALPHA, SETTINGS, L, 1)
     mask = torch.zeros(B, T, dtype=torch.bool)
     mask[1, 2:6] = mask[3, :3] = True
@@ -287,7 +289,7 @@ def test_padding_is_left_out() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_states_get_a_gradient_computed_in_float32(dtype: torch.dtype) -> None:
-    injection = KssInjection(SEED, Ledger(), Fence("KSS"))
+    injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
     injection.latch(STEP, ALPHA, SETTINGS, L, 1)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(B, T, 8, generator=generator).to(dtype).requires_grad_()

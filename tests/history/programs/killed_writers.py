@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from koopmon.config import StoreConfig
-from koopmon.history.writer import Store
+from koopmon.history.writer import HistoryWriter
 from koopmon.wire.messages import Ack, Applied, Command
 
 RUN, INCARNATION = "job", "aaaaaaaa"
@@ -23,7 +23,7 @@ RUN, INCARNATION = "job", "aaaaaaaa"
 def write(path: Path, told: int, number: int) -> None:
     """Decide and be answered for ever; tell each id that is on disk."""
     # A small limit, so that pruning is among the moments.
-    store = Store.open(path, StoreConfig(max_bytes=1 << 20))
+    store = HistoryWriter.open(path, StoreConfig(max_bytes=1 << 20))
     noise = {"text": os.urandom(20_000).hex()}
     while True:
         command = Command(run=RUN, incarnation=INCARNATION, id=f"{number:08x}", kind="stop", reason="", expires_step=1)

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from koopmon.config import HttpConfig
 from koopmon.errors import ConfigError, EndpointError
-from koopmon.monitor.http.auth import Login, read_login, read_tls
+from koopmon.monitor.http.auth import HttpAuth, read_http_auth, read_tls
 from koopmon.monitor.http.server import WebServer, parse_address
 from koopmon.telemetry.metrics import Metrics
 
@@ -58,7 +58,7 @@ BAD = [
 
 
 def test_pages_behind_a_login(serve: Callable[..., WebServer]) -> None:
-    server = serve(login=Login(TOKEN.encode(), b"eve", PASSWORD.encode()))
+    server = serve(login=HttpAuth(TOKEN.encode(), b"eve", PASSWORD.encode()))
     with httpx.Client(base_url=f"http://{server.address}", timeout=30.0) as client:
         assert client.get("/healthz").status_code == 200, "it tells nothing"
         for page in ("/", "/metrics", "/nothing", "/healthz/", "//metrics", "/healthz%2f..%2fmetrics"):
@@ -74,8 +74,8 @@ def test_pages_behind_a_login(serve: Callable[..., WebServer]) -> None:
         assert client.get("/metrics", headers=twice).status_code == 401, "one of two is not enough"
 
 
-@pytest.mark.parametrize("login", [Login(TOKEN.encode()), Login(None, b"eve", PASSWORD.encode())])
-def test_only_the_kind_that_is_set_up_is_taken(login: Login) -> None:
+@pytest.mark.parametrize("login", [HttpAuth(TOKEN.encode()), HttpAuth(None, b"eve", PASSWORD.encode())])
+def test_only_the_kind_that_is_set_up_is_taken(login: HttpAuth) -> None:
     header_of = {True: GOOD[0], False: GOOD[2]}
     assert login.admits(header_of[login.token is not None].encode())
     assert not login.admits(header_of[login.token is None].encode())
@@ -91,12 +91,12 @@ def test_secrets_come_from_files_or_from_the_environment(tmp_path: Path) -> None
         user="eve",
         password_file=secret_file(tmp_path / "password", PASSWORD, 0o400),
     )
-    assert read_login(config, {"KOOPMON_HTTP_TOKEN": "not this"}).admits(GOOD[0].encode())
-    assert read_login(config, {}).admits(GOOD[2].encode())
+    assert read_http_auth(config, {"KOOPMON_HTTP_TOKEN": "not this"}).admits(GOOD[0].encode())
+    assert read_http_auth(config, {}).admits(GOOD[2].encode())
     environ = {"KOOPMON_HTTP_TOKEN": TOKEN, "KOOPMON_HTTP_PASSWORD": PASSWORD}
-    from_environment = read_login(HttpConfig(user="eve"), environ)
+    from_environment = read_http_auth(HttpConfig(user="eve"), environ)
     assert all(from_environment.admits(header.encode()) for header in GOOD)
-    assert not read_login(HttpConfig(), {}).required
+    assert not read_http_auth(HttpConfig(), {}).required
 
 
 @pytest.mark.parametrize(
@@ -107,18 +107,18 @@ def test_secrets_come_from_files_or_from_the_environment(tmp_path: Path) -> None
 def test_a_bad_secret_file_is_one_line_without_the_secret(tmp_path: Path, text: str, mode: int, says: str) -> None:
     path = secret_file(tmp_path / "token", text, mode)
     with pytest.raises(ConfigError, match=says) as caught:
-        read_login(HttpConfig(token_file=path), {})
+        read_http_auth(HttpConfig(token_file=path), {})
     assert path in str(caught.value)
     assert TOKEN not in str(caught.value)
 
 
 def test_half_a_login_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="go together"):
-        read_login(HttpConfig(user="eve"), {})
+        read_http_auth(HttpConfig(user="eve"), {})
     with pytest.raises(ConfigError, match="go together"):
-        read_login(HttpConfig(), {"KOOPMON_HTTP_PASSWORD": PASSWORD})
+        read_http_auth(HttpConfig(), {"KOOPMON_HTTP_PASSWORD": PASSWORD})
     with pytest.raises(ConfigError, match=r"http\.token_file = '/no/such': No such file"):
-        read_login(HttpConfig(token_file="/no/such"), {})
+        read_http_auth(HttpConfig(token_file="/no/such"), {})
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 @pytest.mark.needs("openssl")
 def test_pages_over_tls(serve: Callable[..., WebServer], certificate: tuple[str, str]) -> None:
     tls = read_tls(HttpConfig(tls_certificate=certificate[0], tls_key=certificate[1]))
-    server = serve(tls=tls, login=Login(TOKEN.encode()))
+    server = serve(tls=tls, login=HttpAuth(TOKEN.encode()))
     trusting = ssl.create_default_context(cafile=certificate[0])
     page = httpx.get(
         f"https://{server.address}/metrics", verify=trusting, headers={"authorization": GOOD[0]}, timeout=30.0
@@ -170,7 +170,7 @@ def test_bad_certificates_and_keys_are_one_line(certificate: tuple[str, str], tm
 
 
 def test_other_hosts_take_tls_and_a_login_or_the_risks_name(serve: Callable[..., WebServer]) -> None:
-    tls, login = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), Login(TOKEN.encode())
+    tls, login = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), HttpAuth(TOKEN.encode())
     for options in ({}, {"tls": tls}, {"login": login}):
         with pytest.raises(EndpointError, match=r"other hosts reach it.*insecure_plaintext"):
             serve("0.0.0.0:0", **options)

@@ -18,8 +18,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from prometheus_client import CollectorRegistry
 
-from koopmon.monitor.http.auth import Login
-from koopmon.monitor.http.live_state import LiveBoard
+from koopmon.monitor.http.auth import HttpAuth
+from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.server import WebServer
 from koopmon.wire.messages import Applied
 
@@ -169,11 +169,11 @@ def test_without_scripts_it_is_complete_and_says_so(open_page: Open) -> None:
 
 
 @pytest.fixture
-def serve(board: LiveBoard) -> Iterator[Callable[..., WebServer]]:
+def serve(live_state: LiveState) -> Iterator[Callable[..., WebServer]]:
     servers: list[WebServer] = []
 
     def start(address: str = "127.0.0.1:0", **options: Any) -> WebServer:
-        servers.append(WebServer(address, CollectorRegistry(), {}, board=board, **options))
+        servers.append(WebServer(address, CollectorRegistry(), {}, live_state=live_state, **options))
         return servers[-1]
 
     yield start
@@ -217,6 +217,6 @@ def test_where_streams_are_refused_the_page_says_so(visit: Open, serve: Start, f
 
 def test_a_password_opens_the_page_and_its_stream(visit: Open, serve: Start, feed: Start) -> None:
     feed("job")
-    server = serve(login=Login(None, b"eve", b"a password"))
+    server = serve(login=HttpAuth(None, b"eve", b"a password"))
     page = live(visit(server, http_credentials={"username": "eve", "password": "a password"}))
     expect(page.get_by_role("link", name="job")).to_be_visible()

@@ -1,4 +1,4 @@
-"""Events over real sockets: what changed, resumed, bounded; and the doorkeeper still cuts those who dawdle."""
+"""Events over real sockets: what changed, resumed, bounded; and the connection limits still cuts those who dawdle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from koopmon.monitor.http import event_stream, limits
 from koopmon.monitor.http.event_stream import frame, resumed
-from koopmon.monitor.http.live_state import LiveBoard
+from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.server import WebServer
 
 httpx = pytest.importorskip("httpx")
@@ -29,14 +29,14 @@ def noted() -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def server(board: LiveBoard, noted: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
+def server(live_state: LiveState, noted: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
     monkeypatch.setattr(event_stream, "PACE_SECONDS", 0.02)
     monkeypatch.setattr(event_stream, "HEARTBEAT_SECONDS", 0.1)
     server = WebServer(
         "127.0.0.1:0",
         CollectorRegistry(),
         {"healthz": lambda: True},
-        board=board,
+        live_state=live_state,
         max_connections=8,
         max_streams=2,
         note=lambda reason, detail, **_: noted.append((reason, detail)),
@@ -115,7 +115,7 @@ def test_a_stream_of_one_run_hears_of_no_other(feed: Feed, read: Callable[..., R
     assert (told["run"], told["step"]) == ("team/one", 4)
 
 
-def test_who_comes_back_goes_on_where_they_were(board: LiveBoard, feed: Feed, read: Callable[..., Reader]) -> None:
+def test_who_comes_back_goes_on_where_they_were(live_state: LiveState, feed: Feed, read: Callable[..., Reader]) -> None:
     one, two = feed("one"), feed("two")
     reader = read()
     assert {reader.event()["run"], reader.event()["run"]} == {"one", "two"}
@@ -132,15 +132,15 @@ def test_who_comes_back_goes_on_where_they_were(board: LiveBoard, feed: Feed, re
 @pytest.mark.parametrize(
     "last_id", ["", "x", "00000000-5", "-", "BOOT-", "BOOT-x", "BOOT-²", "BOOT--5", "BOOT-" + "9" * 99]
 )
-def test_an_id_that_is_none_of_this_monitor_begins_anew(board: LiveBoard, feed: Feed, last_id: str) -> None:
+def test_an_id_that_is_none_of_this_monitor_begins_anew(live_state: LiveState, feed: Feed, last_id: str) -> None:
     feed("one")
-    assert resumed(board, last_id.replace("BOOT", board.boot)) == 0
+    assert resumed(live_state, last_id.replace("BOOT", live_state.boot)) == 0
 
 
-def test_an_id_from_the_future_waits_for_nothing(board: LiveBoard, feed: Feed) -> None:
+def test_an_id_from_the_future_waits_for_nothing(live_state: LiveState, feed: Feed) -> None:
     feed("one")
-    assert resumed(board, f"{board.boot}-999999") == board.revision
-    assert resumed(board, f"{board.boot}-1") == 1
+    assert resumed(live_state, f"{live_state.boot}-999999") == live_state.revision
+    assert resumed(live_state, f"{live_state.boot}-1") == 1
 
 
 def test_words_with_line_breaks_stay_one_event() -> None:

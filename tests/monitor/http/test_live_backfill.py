@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from koopmon.history.writer import Store
+from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.http import live_backfill as recalls
-from koopmon.monitor.http.live_backfill import Recall
-from koopmon.monitor.http.live_state import LiveBoard
+from koopmon.monitor.http.live_backfill import LiveBackfill
+from koopmon.monitor.http.live_state import LiveState
 from koopmon.wire.messages import Applied
 
 httpx = pytest.importorskip("httpx")
@@ -91,10 +91,10 @@ def test_only_the_last_rows_are_read(
         assert list(history.decisions("none", last=5)) == []
         assert [row.name for row in history.recent_runs(5)] == ["job"]
     monkeypatch.setattr(recalls, "MAX_COLUMNS", 4)
-    board = LiveBoard()
-    recall = Recall(board, store_path)
+    live_state = LiveState()
+    recall = LiveBackfill(live_state, store_path)
     assert recall.wait(60.0)
-    found = board.view("job")
+    found = live_state.view("job")
     assert found is not None
     assert [column.step for column in found.columns] == [8, 9, 10, 11]
     assert found.incarnation == "bbbbbbbb"
@@ -107,17 +107,17 @@ def test_a_history_that_cannot_be_read_leaves_the_page_to_what_comes(
     with sqlite3.connect(path) as database:
         database.execute("CREATE TABLE x (y)")
     database.close()
-    board = LiveBoard()
-    recall = Recall(board, path)
+    live_state = LiveState()
+    recall = LiveBackfill(live_state, path)
     assert recall.wait(60.0)
     recall.close()
-    assert board.names() == []
+    assert live_state.names() == []
     assert "not a koopmon store" in caplog.text
 
 
 def test_a_run_that_cannot_be_read_hides_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "history.sqlite3"
-    store = Store.open(path)
+    store = HistoryWriter.open(path)
     for run in ("bad", "good"):
         store.record_observation(
             1.0,
@@ -137,9 +137,9 @@ def test_a_run_that_cannot_be_read_hides_no_other(tmp_path: Path, caplog: pytest
     with sqlite3.connect(path) as database:
         database.execute("UPDATE observations SET components = '[' WHERE incarnation_id = 1")
     database.close()
-    board = LiveBoard()
-    recall = Recall(board, path)
+    live_state = LiveState()
+    recall = LiveBackfill(live_state, path)
     assert recall.wait(60.0)
     recall.close()
-    assert board.names() == ["good"]
+    assert live_state.names() == ["good"]
     assert "of run bad is not shown" in caplog.text

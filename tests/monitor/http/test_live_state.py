@@ -10,50 +10,50 @@ import pytest
 
 from koopmon.history.schema import RunState
 from koopmon.monitor.http import live_state as boards
-from koopmon.monitor.http.live_state import LiveBoard
+from koopmon.monitor.http.live_state import LiveState
 from koopmon.telemetry.metrics import MAX_LAYERS
-from koopmon.views.run_view import Point, RunView
+from koopmon.views.run_view import RunView, TimelinePoint
 
 Feed = Callable[..., Any]
 Profile = Callable[..., Any]
 
 
-def test_a_run_as_it_is_told(board: LiveBoard, feed: Feed, make_profile: Profile) -> None:
+def test_a_run_as_it_is_told(live_state: LiveState, feed: Feed, make_profile: Profile) -> None:
     fed = feed("job")
     fed.heartbeat(4, overhead_ratio=0.002, taps_missing=1, dropped={"queue_full": 3}, step_seconds=0.5)
-    board.received("job")
-    board.lost("job", "engine_queue_full")
+    live_state.count_snapshot("job")
+    live_state.count_drop("job", "engine_queue_full")
     found = make_profile()
-    verdict = fed.judge(4, found, loss=2.5)
+    assessment = fed.judge(4, found, loss=2.5)
     fed.heartbeat(5, overhead_ratio=0.002, dropped={"queue_full": 3})
     view = fed.view
     assert (view.state, view.adapter, view.step, view.num_received) == ("running", "transformer", 5, 1)
     assert view.health.dropped == {"queue_full": 3, "engine_queue_full": 1}
     assert (view.health.num_ranks, view.health.world_size) == (1, 2)
     assert view.latest.loss == 2.5
-    assert view.latest.risk == verdict.risk.value
+    assert view.latest.risk == assessment.risk.value
     assert view.spectrum.labels == ("0", "1", "2")
     assert [len(pairs) for pairs in view.spectrum.eigenvalues] == [16, 16, 16]
     assert view.columns[0].values["spectral_radius"][1] == pytest.approx(found.layers[1].spectral_radius)
-    assert board.view("other") is None
+    assert live_state.view("other") is None
 
 
 def test_revisions_grow_with_what_can_be_seen_and_only_then(
-    board: LiveBoard, feed: Feed, make_profile: Profile
+    live_state: LiveState, feed: Feed, make_profile: Profile
 ) -> None:
     one, two = feed("one"), feed("two")
-    before = board.revision
+    before = live_state.revision
     one.heard()
-    assert board.revision == before, "a heartbeat that says nothing new"
+    assert live_state.revision == before, "a heartbeat that says nothing new"
     one.judge(1, make_profile())
-    assert [view.name for view in board.views(since=before)] == ["one"]
+    assert [view.name for view in live_state.views(since=before)] == ["one"]
     two.heartbeat(7)
-    assert {view.name for view in board.views(since=before)} == {"one", "two"}
-    assert board.views(since=board.revision) == []
+    assert {view.name for view in live_state.views(since=before)} == {"one", "two"}
+    assert live_state.views(since=live_state.revision) == []
 
 
 def test_everything_is_bounded(
-    board: LiveBoard, feed: Feed, monkeypatch: pytest.MonkeyPatch, make_profile: Profile
+    live_state: LiveState, feed: Feed, monkeypatch: pytest.MonkeyPatch, make_profile: Profile
 ) -> None:
     found, fed = make_profile(), feed("job")
     for step in range(1, boards.MAX_POINTS + 50):
@@ -66,11 +66,11 @@ def test_everything_is_bounded(
     assert len(fed.view.decisions) <= boards.MAX_DECISIONS
     monkeypatch.setattr(boards, "MAX_RUNS", 3)
     feed("ended")
-    board.ceased("ended", RunState.ENDED)
+    live_state.mark_ended("ended", RunState.ENDED)
     feed("third")
     feed("fourth")
-    assert board.names() == ["job", "third", "fourth"], "a run that is over gives way"
-    assert board.num_hidden == 1
+    assert live_state.names() == ["job", "third", "fourth"], "a run that is over gives way"
+    assert live_state.num_hidden == 1
 
 
 def test_many_layers_share_rows(feed: Feed, make_profile: Profile) -> None:
@@ -83,16 +83,16 @@ def test_many_layers_share_rows(feed: Feed, make_profile: Profile) -> None:
 def test_a_decision_and_what_becomes_of_its_commands(feed: Feed, make_profile: Profile) -> None:
     fed = feed("job")
     fed.judge(1, make_profile())
-    verdict = fed.judge(2, None)
-    assert [order.outcome for order in fed.view.decisions[-1].orders] == ["pending"] * len(verdict.commands)
-    scale = next(command for command in verdict.commands if command.kind == "set_lr_scale")
+    assessment = fed.judge(2, None)
+    assert [order.outcome for order in fed.view.decisions[-1].orders] == ["pending"] * len(assessment.commands)
+    scale = next(command for command in assessment.commands if command.kind == "set_lr_scale")
     fed.answer(scale.id, "applied", 4, "on both ranks")
     fed.answer(scale.id, "duplicate", 5)
-    fed.board.settled("job", scale.id, "unanswered")
+    fed.live_state.record_outcome("job", scale.id, "unanswered")
     (order,) = [order for order in fed.view.decisions[-1].orders if order.command.id == scale.id]
     assert (order.outcome, order.step, order.detail) == ("applied", 4, "on both ranks")
     others = [order.command.id for order in fed.view.decisions[-1].orders if order.command.id != scale.id]
-    fed.board.settled("job", others[0], "unanswered")
+    fed.live_state.record_outcome("job", others[0], "unanswered")
     assert {order.outcome for order in fed.view.decisions[-1].orders} == {"applied", "unanswered"}
 
 
@@ -106,7 +106,9 @@ def test_states_that_are_not_finite_leave_the_last_spectrum(feed: Feed, make_pro
     assert {order.outcome for order in fed.view.decisions[-1].orders} == {"dry_run"}
 
 
-def test_a_new_launch_goes_on_where_the_last_one_stood(board: LiveBoard, feed: Feed, make_profile: Profile) -> None:
+def test_a_new_launch_goes_on_where_the_last_one_stood(
+    live_state: LiveState, feed: Feed, make_profile: Profile
+) -> None:
     feed("job").judge(5, make_profile())
     later = feed("job", "bbbbbbbb", step=5)
     assert (later.view.incarnation, later.view.standing) == ("bbbbbbbb", None)
@@ -114,17 +116,17 @@ def test_a_new_launch_goes_on_where_the_last_one_stood(board: LiveBoard, feed: F
 
 
 def test_what_the_history_knows_comes_before_what_was_heard(
-    board: LiveBoard, feed: Feed, make_profile: Profile
+    live_state: LiveState, feed: Feed, make_profile: Profile
 ) -> None:
-    def point(step: int) -> Point:
-        return Point(
+    def point(step: int) -> TimelinePoint:
+        return TimelinePoint(
             step=step, time=0.0, risk=0.1, forecast=None, loss=None, learning_rate=None, lr_scale=1.0, kss_alpha=0.0
         )
 
     feed("job").judge(10, make_profile())
-    board.restore(RunView(name="job", incarnation="aaaaaaaa"), points=[point(8), point(9), point(10)])
-    board.restore(RunView(name="old", incarnation="cccccccc", state="ended"), points=[point(1)])
-    job, old = board.view("job"), board.view("old")
+    live_state.backfill(RunView(name="job", incarnation="aaaaaaaa"), points=[point(8), point(9), point(10)])
+    live_state.backfill(RunView(name="old", incarnation="cccccccc", state="ended"), points=[point(1)])
+    job, old = live_state.view("job"), live_state.view("old")
     assert job is not None
     assert old is not None
     assert [each.step for each in job.points] == [8, 9, 10]
@@ -133,13 +135,13 @@ def test_what_the_history_knows_comes_before_what_was_heard(
     assert (old.state, len(old.points)) == ("ended", 1)
 
 
-def test_readers_see_whole_runs_while_it_is_written(board: LiveBoard, feed: Feed, make_profile: Profile) -> None:
+def test_readers_see_whole_runs_while_it_is_written(live_state: LiveState, feed: Feed, make_profile: Profile) -> None:
     found, fed, torn = make_profile(), feed("job"), []
     done = threading.Event()
 
     def read() -> None:
         while not done.is_set():
-            for view in board.views():
+            for view in live_state.views():
                 steps = [each.step for each in view.points]
                 if steps != sorted(steps) or (view.spectrum and view.spectrum.step != view.points[-1].step):
                     torn.append(view)

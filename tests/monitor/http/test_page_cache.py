@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 
-from koopmon.monitor.http.page_cache import FRESH_SECONDS, MAX_PAGES, Once
+from koopmon.monitor.http.page_cache import FRESH_SECONDS, MAX_PAGES, PageCache
 
 
 def test_a_page_is_drawn_again_when_it_changed_or_its_times_are_old() -> None:
     now, drawn = [0.0], []
-    once = Once(clock=lambda: now[0])
+    once = PageCache(clock=lambda: now[0])
 
     def page(key: str, revision: int) -> str:
         return once.page(key, revision, lambda: drawn.append(key) or f"{key} {len(drawn)}")
@@ -26,7 +26,7 @@ def test_a_page_is_drawn_again_when_it_changed_or_its_times_are_old() -> None:
 
 
 def test_one_page_is_drawn_at_a_time() -> None:
-    once, drawing, most = Once(), [], []
+    once, drawing, most = PageCache(), [], []
 
     def draw() -> str:
         drawing.append(1)

@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry
 
 from koopmon.config import PolicyConfig
 from koopmon.monitor.http import page as layout
-from koopmon.monitor.http.auth import Login
-from koopmon.monitor.http.live_state import LiveBoard
+from koopmon.monitor.http.auth import HttpAuth
+from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.server import WebServer
 from koopmon.views import heatmap
 from koopmon.views.html import Markup, join, tag
@@ -55,9 +55,9 @@ class Shape(HTMLParser):
 
 
 @pytest.fixture
-def client(board: LiveBoard) -> Iterator[httpx.Client]:
+def client(live_state: LiveState) -> Iterator[httpx.Client]:
     server = WebServer(
-        "127.0.0.1:0", CollectorRegistry(), {"healthz": lambda: True}, board=board, policy=PolicyConfig()
+        "127.0.0.1:0", CollectorRegistry(), {"healthz": lambda: True}, live_state=live_state, policy=PolicyConfig()
     )
     with httpx.Client(base_url=f"http://{server.address}", timeout=30.0) as client:
         yield client
@@ -70,8 +70,8 @@ def told(feed: Feed, make_profile: Profile) -> Any:
     fed = feed(NAME, adapter=HOSTILE, hostname=HOSTILE)
     fed.judge(1, make_profile())
     fed.judge(2, make_profile(seed=1))
-    verdict = fed.judge(3, None)
-    scale = next(command for command in verdict.commands if command.kind == "set_lr_scale")
+    assessment = fed.judge(3, None)
+    scale = next(command for command in assessment.commands if command.kind == "set_lr_scale")
     fed.answer(scale.id, "refused", 4, HOSTILE)
     return fed
 
@@ -204,9 +204,9 @@ def test_a_picture_is_a_png_of_the_values(told: Any, tmp_path: Any) -> None:
         assert (pixels[row, 0, 0] > 0.5) == (value > 0.52) or abs(value - 0.52) < 0.05
 
 
-def test_a_token_alone_tells_browsers_what_to_do(board: LiveBoard) -> None:
-    for login, says in ((Login(b"secret-token"), True), (Login(b"secret-token", b"eve", b"password"), False)):
-        server = WebServer("127.0.0.1:0", CollectorRegistry(), {}, board=board, login=login)
+def test_a_token_alone_tells_browsers_what_to_do(live_state: LiveState) -> None:
+    for login, says in ((HttpAuth(b"secret-token"), True), (HttpAuth(b"secret-token", b"eve", b"password"), False)):
+        server = WebServer("127.0.0.1:0", CollectorRegistry(), {}, live_state=live_state, login=login)
         try:
             refused = httpx.get(f"http://{server.address}/", timeout=30.0)
             assert refused.status_code == 401
