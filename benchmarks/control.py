@@ -10,8 +10,8 @@ import statistics
 from typing import Literal
 
 from koopmon.config import KssConfig, PolicyConfig, RiskConfig
-from koopmon.monitor.policy import Action, PolicyState, decide
-from koopmon.risk.online import OnlineRisk, RiskState, assess, observe
+from koopmon.policy import Action, PolicyState, decide
+from koopmon.risk.online_detector import OnlineRisk, RiskState, assess, observe
 from koopmon.spectral import SpectralProfile
 from koopmon.wire.messages import KssSettings
 

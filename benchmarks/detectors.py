@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.campaign import Kept
 from benchmarks.training import Recipe, warmed
 from koopmon.config import RiskConfig
-from koopmon.risk.online import Observation, OnlineRisk, RiskState, assess
+from koopmon.risk.online_detector import Observation, OnlineRisk, RiskState, assess
 
 Series: TypeAlias = "np.ndarray[Any, Any]"
 Detector = Callable[[Kept[Recipe]], Series]

@@ -29,8 +29,8 @@ from rich.table import Table
 from benchmarks import campaign
 from benchmarks.flooders import ROOT, Flooders
 from benchmarks.provenance import provenance
+from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.probe import probe
-from koopmon.wire.trust import Trust
 
 RESULT = Path(__file__).parent / "results" / "flood_and_kill.json"
 FLOOD_SECONDS = (0.05, 0.25)
@@ -148,7 +148,7 @@ def before_monitor(folder: Path, times: int, chance: random.Random) -> dict[str,
         def cycle() -> tuple[int, float]:
             sent = flooders.agents(endpoint, chance.uniform(*FLOOD_SECONDS))
             began = time.monotonic()
-            if probe(endpoint, Trust(), timeout_seconds=ANSWER_SECONDS).reply is None:
+            if probe(endpoint, AuthPolicy(), timeout_seconds=ANSWER_SECONDS).reply is None:
                 raise TimeoutError(f"no answer within {ANSWER_SECONDS:.0f} s, status {side.process.poll()}")
             return sent, time.monotonic() - began
 

@@ -27,7 +27,7 @@ from benchmarks.campaign import KEPT_MEMORY, terminated_as_interrupted
 from benchmarks.guarded_ranks import Job
 from benchmarks.training import Recipe
 from koopmon.config import PolicyConfig
-from koopmon.monitor.history import History
+from koopmon.history.reader import HistoryReader
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = Recipe(
@@ -168,7 +168,7 @@ def _told(out: Path) -> list[dict[str, Any]]:
 def _actions(store: Path) -> dict[str, dict[str, Any]]:
     """What was applied, by run: how many commands that changed the training, and the lowest scale."""
     found = {}
-    with History.open(store) as history:
+    with HistoryReader.open(store) as history:
         for run in history.runs():
             applied = [
                 row.command

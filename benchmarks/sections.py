@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.fault_campaign.table import failures
 from benchmarks.markdown import paragraph, table
-from koopmon.monitor.outcomes import MAX_LOSS
+from koopmon.offline.calibration_examples import MAX_LOSS
 
 Document = Mapping[str, Any]
 

@@ -23,7 +23,7 @@ from benchmarks.probes import Probes
 from benchmarks.shaping import Form, Shaping
 from benchmarks.tasks import TASKS, Task, draw, loss_of, share_right
 from koopmon.profiling import CapturedStates, capture_states
-from koopmon.risk.initial import initial_risk
+from koopmon.risk.initial_score import initial_risk
 from koopmon.spectral import SpectralProfile, profile_states
 
 Optimizer = Literal["adamw", "sgd"]

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import difflib
 import functools
+import logging
 import os
 import stat
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -37,6 +38,8 @@ from koopmon.wire.messages import (
     LayerFraction,
     NumSenders,
 )
+
+logger = logging.getLogger(__name__)
 
 # Every number has bounds on both sides: infinity passes a bound on one side alone. Where a value ends up in a message,
 # its bounds are those of the protocol.
@@ -219,7 +222,8 @@ class StoreConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The online detector; see koopmon.risk.online. Scales are changes of log(update ratio) per optimizer step."""
+    """The online detector; see koopmon.risk.online_detector. Scales are changes of log(update ratio) per optimizer
+    step."""
 
     update_ratio_floor: Annotated[float, Meta(gt=0.0, le=10.0)] = 0.5
     """Added to the update ratio before the logarithm: growth below it counts little."""
@@ -244,8 +248,8 @@ class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Learning rate x width x transitions at which the prior is even for layers without normalisation. Of runs of 200
     steps half die at 1.8; longer ones, and those that learn more, die from 1 on."""
     normalized_critical_rate: Annotated[float, Meta(ge=1e-9, le=1e9)] = 0.5
-    """Learning rate x width at which it is even for normalised layers (koopmon.risk.brake). Runs with gradient clipping
-    ended best at 0.2 to 0.4 and were ruined from 0.6 on (`benchmarks.proving_ground`)."""
+    """Learning rate x width at which it is even for normalised layers (koopmon.risk.normalization). Runs with gradient
+    clipping ended best at 0.2 to 0.4 and were ruined from 0.6 on (`benchmarks.proving_ground`)."""
     normalized_scale: Scale = 0.6
     """Unsteadiness of normalised layers that counts as 1. Theirs is taken after a median over three snapshots, which
     removes what one odd batch does to one snapshot. Healthy runs reached 0.54 at a fifth of the critical rate, ruined
@@ -262,7 +266,7 @@ class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When to act and how; see koopmon.monitor.policy."""
+    """When to act and how; see koopmon.policy."""
 
     name: PolicyName = "lr"
     """Back-off alone: beside it KSS saved no more runs, and those learned less (docs/evidence.md)."""
@@ -531,3 +535,24 @@ def _read(path: Path) -> bytes:
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: {path.stat().st_size} bytes: at most {MAX_FILE_BYTES} are read")
     return content
+
+
+S = TypeVar("S", bound=Section)
+
+
+def merged(section: S, hints: Mapping[str, Any], source: str) -> S:
+    """`section` with an adapter's `hints` in the fields that the user left at their defaults.
+
+    Hints that name no field or are out of bounds are left out, with a log line.
+    """
+    defaults = type(section)()
+    for name, value in hints.items():
+        if name not in section.__struct_fields__:
+            logger.warning("hello: %s names %r, which this version does not know", source, name)
+        elif getattr(section, name) == getattr(defaults, name):
+            try:
+                values = {**msgspec.structs.asdict(section), name: value}
+                section = msgspec.convert(values, type(section))
+            except msgspec.ValidationError as error:
+                logger.warning("hello: %s has %s = %r: %s", source, name, value, error)
+    return section

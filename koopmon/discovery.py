@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from koopmon.api import ArchitectureAdapter, Discovery, Stack
-from koopmon.chain import ChainVerifier, Verdict
+from koopmon.chain_verifier import ChainResult, ChainVerifier
 from koopmon.errors import AdapterError, DiscoveryError
 from koopmon.plugins import Selection, fall_back, original, select
 
-__all__ = ["ChainVerifier", "Verdict", "discover", "not_verified", "probe", "verified", "with_fallback"]
+__all__ = ["ChainResult", "ChainVerifier", "discover", "not_verified", "probe", "verified", "with_fallback"]
 
 T = TypeVar("T")
 

@@ -14,11 +14,11 @@ import pluggy
 from torch import nn
 
 from koopmon.api import ArchitectureAdapter, ExampleModel, Stack
+from koopmon.block_finder import canonical_name, container_stack, survey
 from koopmon.errors import AdapterError, DiscoveryError, PluginError, one_line
 from koopmon.guarded_adapter import GuardedAdapter, check_adapter, original, source
 from koopmon.plugin_calls import WrongResultError, say_once, told
 from koopmon.plugin_loading import PluginManager, is_own, plugin_manager
-from koopmon.structure import canonical_name, container_stack, survey
 
 __all__ = [
     "PluginManager",

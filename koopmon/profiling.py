@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Discovery, Observable, Stack
-from koopmon.chain import ChainVerifier, known_exponent
+from koopmon.chain_verifier import ChainVerifier, known_exponent
 from koopmon.discovery import probe, verified, with_fallback
 from koopmon.observables import Readings, declared, tabulate
 from koopmon.plugins import Selection, select
 from koopmon.spectral import SpectralProfile, profile_states
-from koopmon.tokens import align_mask, choose_rows, take_rows
+from koopmon.token_sampling import align_mask, choose_rows, take_rows
 
 __all__ = ["CapturedStates", "capture_states", "profile"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from koopmon.monitor.store import Store
-from koopmon.risk.online import Observation
+from koopmon.history.writer import HistoryWriter
+from koopmon.risk.online_detector import Observation
 from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello
 
 RUN, INCARNATION = "job", "aaaaaaaa"
@@ -56,7 +56,7 @@ def observation(step: int, **fields: Any) -> Observation:
 
 
 def record_observation(
-    store: Store, at: float, step: int, run: str = RUN, incarnation: str = INCARNATION, **fields: Any
+    store: HistoryWriter, at: float, step: int, run: str = RUN, incarnation: str = INCARNATION, **fields: Any
 ) -> None:
     """A row of the history: a calm snapshot of which nothing was logged. `observation` may be an `Observation`."""
     values: dict[str, Any] = {

@@ -14,7 +14,7 @@ import msgspec
 import msgspec.inspect as inspect
 import pytest
 
-from koopmon.agent.link import MIN_HEARTBEAT_SECONDS
+from koopmon.agent.comms.control_channel import MIN_HEARTBEAT_SECONDS
 from koopmon.config import (
     MAX_FILE_BYTES,
     MAX_STEPS,
@@ -30,7 +30,7 @@ from koopmon.config import (
     load,
 )
 from koopmon.errors import ConfigError
-from koopmon.monitor.runs import LAST_STEP
+from koopmon.monitor.registry import LAST_STEP
 from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import (
     MAX_STEP,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from koopmon.doctor.machine import MIN_TORCH
+from koopmon.doctor.environment import MIN_TORCH
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ from koopmon.errors import AdapterError, raise_from_signal
 
 if TYPE_CHECKING:
     from koopmon.api import ArchitectureAdapter, ExampleModel
-    from koopmon.conformance import Outcome
+    from koopmon.conformance import CheckResult
     from koopmon.plugins import PluginManager
 
 EPILOG = "Example: koopmon adapters check mypackage"
@@ -55,7 +55,7 @@ def check(
     logging.getLogger("koopmon").addHandler(logging.NullHandler())
     console = Console(stderr=True)
     with console.status("loading torch") as status:
-        from koopmon.conformance import Outcome, checks
+        from koopmon.conformance import CheckResult, checks
 
         known, manager = _adapters(target)
         factory_models = [_named_model(name) for name in model or ()]
@@ -63,7 +63,7 @@ def check(
         for adapter in known:
             examples = factory_models or _offered(adapter, manager)
             if not examples:
-                outcomes.append(Outcome(adapter.name, "none", "example", "skipped", _no_model(manager)))
+                outcomes.append(CheckResult(adapter.name, "none", "example", "skipped", _no_model(manager)))
             for example in examples:
                 battery += checks(adapter, example)
         if not battery:
@@ -181,7 +181,7 @@ def _no_model(manager: PluginManager) -> str:
     )
 
 
-def _as_dict(outcomes: list[Outcome]) -> dict[str, Any]:
+def _as_dict(outcomes: list[CheckResult]) -> dict[str, Any]:
     rows = [
         {
             "adapter": each.adapter,
@@ -195,11 +195,11 @@ def _as_dict(outcomes: list[Outcome]) -> dict[str, Any]:
     return {"checks": rows, **_counts(outcomes)}
 
 
-def _counts(outcomes: list[Outcome]) -> dict[str, int]:
+def _counts(outcomes: list[CheckResult]) -> dict[str, int]:
     return {verdict: sum(outcome.verdict == verdict for outcome in outcomes) for verdict in _STYLES}
 
 
-def _print(outcomes: list[Outcome]) -> None:
+def _print(outcomes: list[CheckResult]) -> None:
     # A pipe has no width: a reason must not be folded narrowly for it.
     console = Console(width=None if sys.stdout.isatty() else 160)
     for adapter, example in dict.fromkeys((each.adapter, each.example) for each in outcomes):

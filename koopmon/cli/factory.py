@@ -49,7 +49,7 @@ def named(name: str, what: str = "factory") -> Any:
         raise
     except BaseException as error:  # user code
         raise_from_signal(error)
-        raise FactoryError(f"{what} {name!r}: importing {place} raised {_told(error)}") from error
+        raise FactoryError(f"{what} {name!r}: importing {place} raised {_describe_error(error)}") from error
     made: Any = module
     for part in function.split("."):
         made = getattr(made, part, None)
@@ -68,7 +68,7 @@ def call(name: str, factory: Any) -> tuple[nn.Module, Any]:
         result = factory()
     except BaseException as error:  # user code
         raise_from_signal(error)
-        raise FactoryError(f"factory {name!r} raised {_told(error)}") from error
+        raise FactoryError(f"factory {name!r} raised {_describe_error(error)}") from error
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], nn.Module):
         what = type(result).__name__
         if isinstance(result, tuple):
@@ -105,5 +105,5 @@ def _file(path: Path) -> ModuleType:
     return module
 
 
-def _told(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")

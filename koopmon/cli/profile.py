@@ -19,7 +19,7 @@ from koopmon.errors import CalibrationError, ConfigError, KoopmonError, raise_fr
 
 if TYPE_CHECKING:
     from koopmon.profiling import CapturedStates
-    from koopmon.risk.initial import InitialRisk
+    from koopmon.risk.initial_score import InitialRisk
     from koopmon.spectral import LayerProfile, SpectralProfile
 
 EPILOG = "Example: koopmon profile train.py:make_model_and_batch --png spectrum.png"
@@ -84,7 +84,7 @@ def profile(
     console = Console(stderr=True)
     with console.status("loading torch") as status:
         from koopmon.profiling import capture_states
-        from koopmon.risk.initial import initial_risk
+        from koopmon.risk.initial_score import initial_risk
         from koopmon.spectral import profile_states
 
         status.update("making the model")

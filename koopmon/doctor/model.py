@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def taps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: ModelConfig) -> Finding:
     """One forward pass: the adapter that claims the model, and the points that it would tap."""
-    from koopmon.agent.layout import refusal
+    from koopmon.agent.parallelism import refusal
     from koopmon.discovery import discover
 
     kind = type(model).__name__

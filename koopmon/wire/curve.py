@@ -2,7 +2,7 @@
 
 CURVE encrypts and authenticates both ways, and refuses what was recorded: a client proves its key to the server, and
 the server proves that it has the secret to the key that the client expects. Which clients may connect is asked of a
-`Gate` (ZeroMQ's authentication protocol, ZAP), once for each connection.
+`ZapHandler` (ZeroMQ's authentication protocol, ZAP), once for each connection.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def handshake_error(code: int) -> str:
     return names.get(code, f"a client that breaks the transport's protocol (error {code:#x})")
 
 
-class Gate:
+class ZapHandler:
     """Lets in the clients of one context whose key `admits`; the poll loop of the servers' thread serves it.
 
     A client waits for it in its handshake; nobody else does.

@@ -75,7 +75,7 @@ class Server(Socket, Generic[P]):
         self.sender_key = ""
         checked = context.trust.check(endpoint, binding=True)
         self._curve = context.trust.uses_curve(checked)
-        self._gate: curve.Gate | None = None
+        self._gate: curve.ZapHandler | None = None
         self._refusals: deque[curve.Refusal] = deque(maxlen=curve.MAX_REFUSALS)
         super().__init__(context, kind, SERVER | options)
         self._directory: Path | None = None

@@ -1,7 +1,7 @@
 """The four sockets of the protocol, and how to wait for several of them.
 
 With `transport`, `client`, `server` and `curve`, which they are made of, the only files that import zmq. Only
-`Waker.wake` may be called from any thread or a signal handler. Nothing waits but `Poller.wait`.
+`Wakeup.wake` may be called from any thread or a signal handler. Nothing waits but `Poller.wait`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from koopmon.wire.headers import Frame, WireLimits
 from koopmon.wire.messages import DropReason
 from koopmon.wire.server import READ_BYTES, Server
 from koopmon.wire.transport import ForkedChildError, Options, Socket, WireContext
-from koopmon.wire.waker import Waker
+from koopmon.wire.wakeup import Wakeup
 
 if TYPE_CHECKING:
-    from koopmon.wire.pool import Slot
+    from koopmon.wire.buffer_pool import Slot
 
 __all__ = [
     "ControlClient",
@@ -30,8 +30,8 @@ __all__ = [
     "DataSender",
     "ForkedChildError",
     "Poller",
-    "ProbingClient",
-    "Waker",
+    "ProbeClient",
+    "Wakeup",
     "WireContext",
     "check_endpoint",
 ]
@@ -144,13 +144,13 @@ class ControlClient(Client):
         return [frame.buffer]
 
 
-class ProbingClient(ControlClient):
+class ProbeClient(ControlClient):
     """A control channel that asks: it also hears of connections to what does not shake hands."""
 
     _link_events = LINK_EVENTS | zmq.EVENT_CONNECTED | zmq.EVENT_CONNECT_RETRIED
 
     @property
-    def in_vain(self) -> bool:
+    def failed(self) -> bool:
         """Whether it was tried twice, and nobody listened."""
         return not self.reached and self._retries > 1
 
@@ -190,20 +190,20 @@ class ControlServer(Server[bytes]):
 
 
 class Poller:
-    """Waits until one of several sockets has a message, or its peer came or went, or a waker was woken."""
+    """Waits until one of several sockets has a message, or its peer came or went, or a wakeup was woken."""
 
-    def __init__(self, *sources: Socket | Waker) -> None:
-        self._sources: list[Socket | Waker] = list(sources)
+    def __init__(self, *sources: Socket | Wakeup) -> None:
+        self._sources: list[Socket | Wakeup] = list(sources)
 
-    def register(self, source: Socket | Waker) -> None:
+    def register(self, source: Socket | Wakeup) -> None:
         self._sources.append(source)
 
-    def unregister(self, source: Socket | Waker) -> None:
+    def unregister(self, source: Socket | Wakeup) -> None:
         """Nothing when it is not registered."""
         if source in self._sources:
             self._sources.remove(source)
 
-    def wait(self, timeout_seconds: float) -> list[Socket | Waker]:
+    def wait(self, timeout_seconds: float) -> list[Socket | Wakeup]:
         """Those that are ready, in the order of registration; empty after `timeout_seconds`. Clears the wakers."""
         owners = {pollable: source for source in self._sources for pollable in _pollables(source)}
         found = {id(source) for source in self._sources if isinstance(source, Socket) and source._has_waiting}
@@ -212,9 +212,9 @@ class Poller:
         found |= {id(owners[pollable]) for pollable, _ in ready}
         awake = [source for source in self._sources if id(source) in found]
         for source in awake:
-            source.clear() if isinstance(source, Waker) else source._note_events()
+            source.clear() if isinstance(source, Wakeup) else source._note_events()
         return awake
 
 
-def _pollables(source: Socket | Waker) -> list[Any]:
-    return [source.fileno()] if isinstance(source, Waker) else source._pollables()
+def _pollables(source: Socket | Wakeup) -> list[Any]:
+    return [source.fileno()] if isinstance(source, Wakeup) else source._pollables()

@@ -22,9 +22,9 @@ from zmq.utils import garbage  # imported here and now: its exit handler must be
 
 from koopmon.errors import EndpointError
 from koopmon.wire import curve
-from koopmon.wire.authorised import AuthorisedAgents
+from koopmon.wire.auth_policy import AuthPolicy
+from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.headers import Frame
-from koopmon.wire.trust import Trust
 
 Options: TypeAlias = dict[int, int]
 
@@ -54,11 +54,11 @@ class WireContext:
     Raises EndpointError when the process has no room for it, as do the sockets.
     """
 
-    def __init__(self, trust: Trust | None = None) -> None:
-        self.trust = trust or Trust()
-        self.agents: AuthorisedAgents | None = None
+    def __init__(self, trust: AuthPolicy | None = None) -> None:
+        self.trust = trust or AuthPolicy()
+        self.agents: AuthorizedKeys | None = None
         """Whom the servers with keys serve; None while there is no such server."""
-        self._gate: curve.Gate | None = None
+        self._gate: curve.ZapHandler | None = None
         with _enough_room():
             self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._pid = os.getpid()
@@ -92,13 +92,13 @@ class WireContext:
         self._started = True
         return raw
 
-    def _gate_for_agents(self) -> curve.Gate:
+    def _gate_for_agents(self) -> curve.ZapHandler:
         """Whom it lets in is read from the key files. Raises KeysError."""
         if self._gate is None:
-            agents = self.agents = self.trust.authorised_agents()
+            agents = self.agents = self.trust.authorized_keys()
             socket = self._new_socket(zmq.REP)
             with closed_on_error(socket):
-                self._gate = curve.Gate(socket, lambda key: agents.name_of(key) is not None)
+                self._gate = curve.ZapHandler(socket, lambda key: agents.name_of(key) is not None)
         return self._gate
 
     @property

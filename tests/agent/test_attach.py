@@ -287,7 +287,7 @@ def test_a_hook_that_raises_shuts_the_agent_once(
 
     for step in range(8):
         if step == 4:
-            monkeypatch.setattr(type(agent._guest.adapter), "block_output", broken)
+            monkeypatch.setattr(type(agent._runtime.adapter), "block_output", broken)
         assert train_step(model, optimizer, step) == train_step(plain, plain_optimizer, step)
     status = agent.status()
     assert not status["enabled"]
@@ -311,7 +311,7 @@ def test_a_failing_agent_keeps_the_learning_rate_scale_in_force(
     rates: list[float] = []
     optimizer.register_step_pre_hook(lambda each, *_: rates.append(each.param_groups[0]["lr"]))
     monitor.wait(lambda: train_step(model, optimizer, 1) and rates[-1] == 0.0025)
-    agent._guest.fence.trip("a test", RuntimeError("broken"))
+    agent._runtime.breaker.trip("a test", RuntimeError("broken"))
     train_step(model, optimizer, 2)
     assert rates[-1] == 0.0025
     agent.close()

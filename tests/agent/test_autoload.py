@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from koopmon.agent.autoload import DIRECTORY, RootNotFoundError, root_module, wanted
+from koopmon.agent.autoload import DIRECTORY, RootNotFoundError, root_module, should_attach
 
 ENDPOINT = {"KOOPMON_ENDPOINT": "ipc:///nowhere/control", "KOOPMON_RUN": "autoload-test"}
 
@@ -242,11 +242,11 @@ PYTHON = "/usr/bin/python3"
     ],
 )
 def test_which_processes_may_train(argv: list[str], expected: bool) -> None:
-    assert wanted(ENDPOINT, argv, 7) is expected
-    assert wanted({**ENDPOINT, "RANK": "0"}, argv, 7) is expected
-    assert not wanted({}, argv, 7)
-    assert not wanted({**ENDPOINT, "KOOPMON_ATTACHED_PID": "6"}, argv, 7)
-    assert wanted({**ENDPOINT, "KOOPMON_ATTACHED_PID": "7"}, argv, 7) is expected
+    assert should_attach(ENDPOINT, argv, 7) is expected
+    assert should_attach({**ENDPOINT, "RANK": "0"}, argv, 7) is expected
+    assert not should_attach({}, argv, 7)
+    assert not should_attach({**ENDPOINT, "KOOPMON_ATTACHED_PID": "6"}, argv, 7)
+    assert should_attach({**ENDPOINT, "KOOPMON_ATTACHED_PID": "7"}, argv, 7) is expected
 
 
 class Wrapper(nn.Module):

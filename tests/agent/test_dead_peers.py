@@ -216,7 +216,7 @@ def test_a_flood_costs_the_monitor_its_connection_for_a_while(
     agents: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pause_seconds = 0.5
-    monkeypatch.setattr("koopmon.agent.sender.FLOOD_PAUSE_SECONDS", pause_seconds)
+    monkeypatch.setattr("koopmon.agent.comms.io_thread.FLOOD_PAUSE_SECONDS", pause_seconds)
     monitor = DyingMonitor("tcp", tmp_path)
     model, optimizer = _fresh()
     agent = agents(model, optimizer, endpoint=monitor.endpoint)

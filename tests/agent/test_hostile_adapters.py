@@ -148,6 +148,6 @@ def test_a_plugin_does_not_end_the_process_that_makes_an_optimizer(
 
     monkeypatch.setattr("koopmon.attach", ends, raising=False)
     model = build()
-    autoload._Watch().made(optimizer_of(model))
+    autoload._Watch().on_optimizer_created(optimizer_of(model))
     (record,) = caplog.records
     assert "not attached, training goes on without koopmon: SystemExit: 7" in record.getMessage()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from koopmon.agent.link import HELLO_SECONDS
+from koopmon.agent.comms.control_channel import HELLO_SECONDS
 from koopmon.wire.messages import Applied, KssSettings
 from tests.agent.conftest import ROOT
 from tests.agent.models import build, train_step

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.spectral import stack_exponent, update_exponent
-from koopmon.tokens import choose_rows
+from koopmon.token_sampling import choose_rows
 from tests.agent.models import (
     B,
     D,

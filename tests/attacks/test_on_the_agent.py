@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from koopmon.agent.link import MIN_HEARTBEAT_SECONDS
+from koopmon.agent.comms.control_channel import MIN_HEARTBEAT_SECONDS
+from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.codec import PREFIX, encode
 from koopmon.wire.messages import Ack, Command, Heartbeat, Hello, KssSettings
-from koopmon.wire.trust import Trust
 from tests.agent.scripted_monitor import ScriptedMonitor
 from tests.keyring import Keyring
 
@@ -56,7 +56,7 @@ def test_an_impostor_commands_nobody(
 def test_a_monitor_without_keys_commands_nobody(
     train: Train, demanding: Demanding, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = demanding(Trust())
+    plain = demanding(AuthPolicy())
     training = train(plain.endpoint, control={"monitor_lost_seconds": 0.5})
     training.until(lambda: "no monitor at" in caplog.text)
     assert plain.heard == []

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from koopmon.cli import main
-from koopmon.monitor.store import Store
+from koopmon.history.writer import HistoryWriter
 from koopmon.risk.calibration import Example, fit, load, save
 from koopmon.spectral import profile_states
 from tests.factories import hello, observation, record_observation
@@ -49,7 +49,7 @@ class Recorder:
     """Writes one short run after another into a history."""
 
     def __init__(self, path: Path) -> None:
-        self.store = Store.open(path)
+        self.store = HistoryWriter.open(path)
         self.count = 0
 
     def run(

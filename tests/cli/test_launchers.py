@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from koopmon.monitor.history import History
+from koopmon.history.reader import HistoryReader
 
 PLAIN = Path(__file__).parent / "programs" / "plain.py"
 SHORT = {"TMPDIR": "/tmp"}
@@ -33,7 +33,7 @@ def watched(directory: Path, store: Path) -> tuple[int, set[int], int]:
     """Of the one run in a store: incarnations, ranks that were heard, profiles."""
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["exit_status"] == 0
-    with History.open(store) as history:
+    with HistoryReader.open(store) as history:
         (run,) = history.runs()
         assert run == summary["run"]
         ranks = {row.process_rank for row in history.heartbeats(run)}

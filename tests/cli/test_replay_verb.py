@@ -1,4 +1,4 @@
-"""`koopmon replay` as a user meets it; what it decides is tested in tests/monitor/test_replay.py."""
+"""`koopmon replay` as a user meets it; what it decides is tested in tests/offline/test_replay.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from koopmon.cli import main
-from koopmon.monitor.store import Store
+from koopmon.history.writer import HistoryWriter
 from tests.factories import observation, record_observation
 
 
@@ -20,7 +20,7 @@ def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("KOOPMON_CONFIG", raising=False)
     path = tmp_path / "koopmon" / "runs" / "team_run.sqlite3"
     path.parent.mkdir(parents=True)
-    store = Store.open(path)
+    store = HistoryWriter.open(path)
     for step in range(20):
         ratios = (0.5, math.exp(3.0) if step in (10, 12) else 0.5)
         seen = observation(step, update_ratios=ratios, near_unit_mass=0.95)

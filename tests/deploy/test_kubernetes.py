@@ -21,8 +21,8 @@ import yaml
 
 from koopmon.config import load
 from koopmon.errors import KeysError
+from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.keys import read_secret
-from koopmon.wire.trust import Trust
 from tests.deploy.conftest import DEPLOY, HOUSE, koopmon, parsed
 
 ROOM = DEPLOY / "kubernetes"
@@ -206,9 +206,9 @@ def test_the_monitor_takes_the_copied_keys_and_would_not_take_the_mounted_ones(t
     target.mkdir()
     target.chmod(0o2777)  # an emptyDir for a group
     copy_keys(POD, secrets_monitor=mounted, secrets_agents=served, keys=target)
-    trust = Trust(target / "koopmon")
-    assert trust.monitor_secret() == Trust(keys).monitor_secret()
-    assert len(trust.authorised_agents()) == 1
+    trust = AuthPolicy(target / "koopmon")
+    assert trust.monitor_secret() == AuthPolicy(keys).monitor_secret()
+    assert len(trust.authorized_keys()) == 1
     with pytest.raises(KeysError, match="lets others in"):
         read_secret(mounted, "monitor")
 
@@ -233,6 +233,6 @@ def test_the_example_jobs_find_the_monitor_and_their_keys(tmp_path: Path, kind: 
         target.mkdir(mode=0o777)
         copy_keys(pod, secrets=mounted, keys=target)
         (mount,) = pod["spec"]["containers"][0]["volumeMounts"]
-        trust = Trust(target / given["keys"].relative_to(mount["mountPath"]))
+        trust = AuthPolicy(target / given["keys"].relative_to(mount["mountPath"]))
         trust.check_agent_keys("tcp://10.0.0.1:9465")
         assert os.stat(target / "koopmon/agent.secret").st_mode & 0o077 == 0

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from koopmon.wire.trust import Trust
+from koopmon.wire.auth_policy import AuthPolicy
 from tests.deploy.conftest import DEPLOY, KOOPMON, Starter, environment, koopmon, parsed, ready, wait_until
 from tests.monitor.conftest import ScriptedAgent
 
@@ -167,7 +167,7 @@ def test_a_monitor_serves_under_the_units_settings(tmp_path: Path, start: Starte
     assert subprocess.run(waiting, timeout=60, check=False).returncode == 0
     pages = f"http://{told['http']}"
     assert httpx.get(f"{pages}/readyz", timeout=30).text == "ok\n"
-    agent = ScriptedAgent(told["endpoint"], trust=Trust(state / "keys", curve_on_loopback=True))
+    agent = ScriptedAgent(told["endpoint"], trust=AuthPolicy(state / "keys", curve_on_loopback=True))
     try:
         agent.hello()
         agent.snapshot(1)

@@ -109,7 +109,7 @@ def test_a_reference_to_nowhere_is_seen(text: str) -> None:
     "text",
     [
         'docs/method.md, "Whitened DMD"',
-        "[evidence](evidence.md) and [its code](../koopmon/risk/online.py), koopmon/wire/PROTOCOL.md",
+        "[evidence](evidence.md) and [its code](../koopmon/risk/online_detector.py), koopmon/wire/PROTOCOL.md",
         "[reference](reference/cli.md), [elsewhere](https://example.org/page.md)",
         "HTTP status 404, NaN section",
     ],

@@ -8,6 +8,7 @@ import pytest
 
 from koopmon.cli import main
 from tests.fake_grafana import TOKEN, FakeGrafana
+from tests.monitor.conftest import connect, start_monitor, start_process, store_path, until  # noqa: F401
 
 Push = Callable[..., tuple[int, str, str]]
 SECRETS = (TOKEN, "S3CRETofSlack", "t0ken")

@@ -13,9 +13,9 @@ import yaml
 
 from koopmon.grafana.dashboards import dashboards
 from koopmon.grafana.rules import GROUPS, grafana_alerting_file, grafana_rule_groups, prometheus_rules, rule_uid
-from koopmon.monitor.alerts import ALERTS, BY_NAME, Alert
-from koopmon.monitor.metrics import BY_NAME as METRICS
-from koopmon.monitor.metrics import PREFIX
+from koopmon.telemetry.alerts import ALERTS, BY_NAME, Alert
+from koopmon.telemetry.metrics import BY_NAME as METRICS
+from koopmon.telemetry.metrics import PREFIX
 from tests.grafana.alert_cases import CALM, FIRING, FLAPPING, INTERVAL_SECONDS, Calm, Firing, Flapping, as_text
 
 pytestmark = pytest.mark.needs("promtool")

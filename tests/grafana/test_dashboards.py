@@ -11,8 +11,8 @@ import pytest
 
 from koopmon.grafana.dashboards import dashboards, panel_id
 from koopmon.grafana.panels import by_depth
-from koopmon.monitor.alerts import ALERTS
-from koopmon.monitor.metrics import BY_NAME, PREFIX, TABLE
+from koopmon.telemetry.alerts import ALERTS
+from koopmon.telemetry.metrics import BY_NAME, PREFIX, TABLE
 
 DASHBOARDS = dashboards()
 PANELS = [

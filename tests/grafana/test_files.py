@@ -12,8 +12,8 @@ import yaml
 from koopmon.cli import main
 from koopmon.grafana.files import DATASOURCE_UID, files
 from koopmon.grafana.pages import pages
-from koopmon.monitor.alerts import ALERTS
-from koopmon.monitor.metrics import TABLE
+from koopmon.telemetry.alerts import ALERTS
+from koopmon.telemetry.metrics import TABLE
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,9 +21,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
 from koopmon.config import Config, from_mapping
+from koopmon.history.reader import HistoryReader
+from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.daemon import Addresses, Monitor
-from koopmon.monitor.history import History
-from koopmon.monitor.store import Store
+from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
 from koopmon.wire.messages import (
     Ack,
@@ -39,7 +40,6 @@ from koopmon.wire.messages import (
     Welcome,
 )
 from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
-from koopmon.wire.trust import Trust
 from tests import factories
 
 WAIT_SECONDS = 60.0
@@ -73,7 +73,7 @@ class ScriptedAgent:
         incarnation: str = "aaaaaaaa",
         rank: int = 0,
         num_senders: int = 1,
-        trust: Trust | None = None,
+        trust: AuthPolicy | None = None,
     ) -> None:
         self.name = {"run": run, "incarnation": incarnation}
         self.rank, self.num_senders = rank, num_senders
@@ -183,8 +183,8 @@ class Served:
     def sample(self, name: str) -> float | None:
         return self.samples().get(name)
 
-    def history(self) -> History:
-        return Store.open_readonly(self.store)
+    def history(self) -> HistoryReader:
+        return HistoryWriter.open_readonly(self.store)
 
 
 class ThreadedMonitor(Served):

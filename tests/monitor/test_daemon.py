@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from koopmon import policy
 from koopmon.config import Config
 from koopmon.errors import EndpointError, StoreError
-from koopmon.monitor import policy
 from koopmon.monitor.daemon import Monitor
 from koopmon.monitor.service import Service
 from koopmon.wire.codec import MAGIC, PREFIX, encode

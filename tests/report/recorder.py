@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from koopmon.monitor.history import History
-from koopmon.monitor.store import Store
-from koopmon.report.facts import Facts, gather
+from koopmon.history.reader import HistoryReader
+from koopmon.history.writer import HistoryWriter
+from koopmon.report.run_report import RunReport, build_report
 from koopmon.spectral import profile_states
 from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, Heartbeat, KssSettings
 from tests.factories import hello, record_observation
@@ -31,7 +31,7 @@ class Recorder:
 
     def __init__(self, path: Path, run: str = RUN, incarnation: str = FIRST) -> None:
         self.path, self.run, self.incarnation = path, run, incarnation
-        self.store = Store.open(path)
+        self.store = HistoryWriter.open(path)
         self.began = time.time() - 30.0
         self.scale, self.alpha, self.count = 1.0, 0.0, 0
 
@@ -152,11 +152,11 @@ class Recorder:
     def ended(self, reason: str = "goodbye") -> None:
         self.store.record_state(self.began + 20.0, self.run, self.incarnation, 0, end_reason=reason)
 
-    def facts(self) -> Facts:
+    def facts(self) -> RunReport:
         """What a report of it tells, read beside the writer."""
         self.store.commit()
-        with History.open(self.path) as history:
-            return gather(history, self.path, self.run)
+        with HistoryReader.open(self.path) as history:
+            return build_report(history, self.path, self.run)
 
     def close(self) -> None:
         self.store.close()

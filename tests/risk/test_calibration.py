@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from koopmon.errors import CalibrationError
-from koopmon.risk.brake import brake
 from koopmon.risk.calibration import (
     PENALTY,
     Calibrator,
@@ -23,6 +22,7 @@ from koopmon.risk.calibration import (
     reliability,
     save,
 )
+from koopmon.risk.normalization import normalization_from_exponent
 
 
 def sweep(num_runs: int = 300, *, seed: int = 0, slope: float = 8.0) -> list[Example]:
@@ -31,7 +31,7 @@ def sweep(num_runs: int = 300, *, seed: int = 0, slope: float = 8.0) -> list[Exa
     examples = []
     for _ in range(num_runs):
         exponent, log_rate, width = draw.random(), draw.uniform(-4, -1), draw.choice((64, 128, 256))
-        logit = slope * (log_rate - (-2.5 + brake(exponent) - math.log10(width / 64)))
+        logit = slope * (log_rate - (-2.5 + normalization_from_exponent(exponent) - math.log10(width / 64)))
         diverged = draw.random() < 1 / (1 + math.exp(-min(max(logit, -50.0), 50.0)))
         examples.append(
             Example(

@@ -17,29 +17,29 @@ import zmq
 
 from koopmon.errors import ProtocolError
 from koopmon.wire import client, server, sockets
+from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.sockets import (
     ControlClient,
     ControlServer,
     DataReceiver,
     DataSender,
     Poller,
-    ProbingClient,
+    ProbeClient,
     WireContext,
 )
-from koopmon.wire.trust import Trust
 
-SOCKETS: dict[str, Any] = {each.__name__: each for each in (ControlServer, DataReceiver, ControlClient, ProbingClient)}
+SOCKETS: dict[str, Any] = {each.__name__: each for each in (ControlServer, DataReceiver, ControlClient, ProbeClient)}
 PEERS = {
     "ControlServer": ControlClient,
     "DataReceiver": DataSender,
     "ControlClient": ControlServer,
-    "ProbingClient": ControlServer,
+    "ProbeClient": ControlServer,
 }
 NUM_MESSAGES = 250
 READ_SECONDS = 0.6
 
 
-def stand(kind: str, endpoint: str, trust: Trust) -> None:
+def stand(kind: str, endpoint: str, trust: AuthPolicy) -> None:
     """Our socket: does not read until a line comes on stdin, then reads for a while, and says how much there was.
 
     The time that a handshake may take is long past by then: its timer must not have been left running.
@@ -70,7 +70,7 @@ def stand(kind: str, endpoint: str, trust: Trust) -> None:
         print(count, flush=True)
 
 
-def flood(kind: str, endpoint: str, trust: Trust) -> None:
+def flood(kind: str, endpoint: str, trust: AuthPolicy) -> None:
     """The peer of such a socket, with ZMTP heartbeats as older versions had them: talks for a while, then is gone.
 
     Between any two messages there is a PING. Whatever is read late has one behind it.
@@ -105,5 +105,5 @@ if __name__ == "__main__":
     parser.add_argument("endpoint")
     parser.add_argument("keys", nargs="?")
     options = parser.parse_args()
-    trust = Trust(Path(options.keys), curve_on_loopback=True) if options.keys else Trust()
+    trust = AuthPolicy(Path(options.keys), curve_on_loopback=True) if options.keys else AuthPolicy()
     {"stand": stand, "flood": flood}[options.role](options.kind, options.endpoint, trust)

@@ -63,7 +63,7 @@ def finish(process: subprocess.Popen[str]) -> str:
     return said
 
 
-KINDS = ("ControlServer", "DataReceiver", "ControlClient", "ProbingClient")
+KINDS = ("ControlServer", "DataReceiver", "ControlClient", "ProbeClient")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -376,7 +376,7 @@ def fail(*_: object) -> Any:
         (ControlServer, "koopmon.wire.server.claimed"),
         (DataReceiver, "koopmon.wire.curve.demand_keys"),
         (ControlClient, "koopmon.wire.curve.show_keys"),
-        (ControlServer, "koopmon.wire.curve.Gate.__init__"),
+        (ControlServer, "koopmon.wire.curve.ZapHandler.__init__"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )

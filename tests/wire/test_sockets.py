@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from koopmon.errors import EndpointError, ProtocolError
+from koopmon.wire.buffer_pool import BufferPool
 from koopmon.wire.codec import WireLimits, decode_for_agent, decode_for_monitor, decode_shard, encode
 from koopmon.wire.messages import Goodbye, HeartbeatReply, Shard
-from koopmon.wire.pool import BufferPool
-from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, Waker, WireContext
+from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, Wakeup, WireContext
 
 WHO: dict[str, Any] = {"run": "job", "incarnation": "00c0ffee"}
 REPLY = HeartbeatReply(**WHO)
@@ -385,32 +385,32 @@ def test_the_control_channel_refuses_large_and_many_framed_messages(
 
 
 def test_a_waker_wakes_from_another_thread_once_for_many_calls(data: tuple[DataSender, DataReceiver]) -> None:
-    with Waker() as waker:
-        poller = Poller(data[1], waker)
-        thread = threading.Timer(0.05, lambda: [waker.wake() for _ in range(100_000)])
+    with Wakeup() as wakeup:
+        poller = Poller(data[1], wakeup)
+        thread = threading.Timer(0.05, lambda: [wakeup.wake() for _ in range(100_000)])
         thread.start()
-        assert poller.wait(20.0) == [waker]
+        assert poller.wait(20.0) == [wakeup]
         thread.join()
         poller.wait(0.0)
         assert poller.wait(0.0) == []
 
 
 def test_a_waker_wakes_from_a_signal_handler() -> None:
-    with Waker() as waker:
-        before = signal.signal(signal.SIGUSR1, lambda *_: waker.wake())
+    with Wakeup() as wakeup:
+        before = signal.signal(signal.SIGUSR1, lambda *_: wakeup.wake())
         try:
             threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
-            assert Poller(waker).wait(20.0) == [waker]
+            assert Poller(wakeup).wait(20.0) == [wakeup]
         finally:
             signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_closed_waker_is_quiet() -> None:
-    waker = Waker()
-    poller = Poller(waker)
-    waker.close()
-    waker.close()
-    waker.wake()
+    wakeup = Wakeup()
+    poller = Poller(wakeup)
+    wakeup.close()
+    wakeup.close()
+    wakeup.wake()
     assert poller.wait(0.0) == []
 
 
@@ -457,7 +457,7 @@ from koopmon.errors import KoopmonError
 from koopmon.wire.sockets import *
 far, near = WireContext(), WireContext()
 server, receiver = ControlServer(far, sys.argv[1] + "c"), DataReceiver(far, sys.argv[1] + "d")
-client, sender, waker = ControlClient(near, server.endpoint), DataSender(near, receiver.endpoint), Waker()
+client, sender, waker = ControlClient(near, server.endpoint), DataSender(near, receiver.endpoint), Wakeup()
 while not (client.connected and sender.connected):
     Poller(client, sender).wait(1.0)
 with warnings.catch_warnings():
@@ -512,7 +512,7 @@ def test_a_forked_child_is_refused_and_harms_no_one(ending: str, tmp_path: Path)
 
 UNCLOSED = """
 import sys, threading, time
-from koopmon.wire.pool import BufferPool
+from koopmon.wire.buffer_pool import BufferPool
 from koopmon.wire.sockets import *
 def use():
     global kept
