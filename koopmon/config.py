@@ -92,7 +92,7 @@ class ControlConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     timeout_seconds: Annotated[float, Meta(gt=0.0, le=600.0)] = 3.0
     """How long a rank may wait for the others before control is off."""
     monitor_lost_seconds: Annotated[float, Meta(gt=0.0)] = 10.0
-    """Silence after which the monitor counts as lost."""
+    """Silence after which the monitor counts as lost, and the connection to it is made anew; at least 3 heartbeats."""
     on_monitor_lost: Literal["hold", "ramp"] = "hold"
     """hold: what is applied stays; ramp: go back to the user's own settings slowly."""
     ramp_back_steps: Steps = 200
@@ -156,7 +156,7 @@ class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Transitions of one model: a message with more frames than that needs is refused."""
     max_header_bytes: Annotated[int, Meta(ge=1 << 12, le=1 << 24)] = 1 << 16
     """Of any message but a snapshot's frames; the transport cuts whoever sends one that is longer."""
-    max_message_bytes: Annotated[int, Meta(ge=1 << 16)] = 1 << 30
+    max_message_bytes: Annotated[int, Meta(ge=1 << 16, le=1 << 40)] = 1 << 30
     """Of a snapshot's shard, all frames."""
     max_http_connections: Annotated[int, Meta(ge=4, le=10_000)] = 128
     """To the pages; with one more the oldest gives way."""
