@@ -102,7 +102,10 @@ class DataReceiver(Server[int]):
 
     def _begin(self) -> tuple[int, zmq.Frame]:
         first = self._socket.recv(zmq.NOBLOCK, copy=False)
-        connection: Any = first.get(zmq.SRCFD)  # PULL has no names for its peers
+        try:
+            connection: Any = first.get(zmq.SRCFD)  # PULL has no names for its peers
+        except zmq.ZMQError:
+            connection = -1  # it was broken before it was accepted
         return int(connection), first
 
     def recv(self) -> list[memoryview] | None:
