@@ -38,6 +38,8 @@ HELD_SECONDS = 0.05
 ANSWER_SECONDS = 10.0
 """At most so long may an answer take after a flood."""
 START_SECONDS = 120.0
+WARM_CYCLES = 10
+"""Memory is compared with what it is after so many."""
 
 
 def train(endpoint: str, progress: str) -> None:
@@ -71,6 +73,19 @@ def train(endpoint: str, progress: str) -> None:
     sys.exit(0 if status["enabled"] and not status["errors"] else 3)
 
 
+class Budget:
+    """How many cycles there may be, and for how long."""
+
+    def __init__(self, times: int, seconds: float) -> None:
+        self.times = times
+        self._until = time.monotonic() + seconds
+        self.interrupted = False
+
+    @property
+    def spent(self) -> bool:
+        return self.interrupted or time.monotonic() > self._until
+
+
 class Side:
     """One process that lives through all cycles, and what became of it."""
 
@@ -80,15 +95,16 @@ class Side:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}
             )
-        self.survived = self.messages = 0
+        self.cycles = self.survived = self.messages = 0
         self.slowest_seconds = 0.0
         self.start_bytes = self.end_bytes = 0
         self.why = ""
 
-    def cycles(self, times: int, cycle: Callable[[], tuple[int, float]]) -> None:
+    def go_through(self, budget: Budget, cycle: Callable[[], tuple[int, float]]) -> None:
         """Run `cycle`, which floods once and returns how many messages that were and what its victim then took."""
         try:
-            for number in range(times):
+            while self.cycles < budget.times and not budget.spent and self.survived == self.cycles:
+                self.cycles += 1
                 messages, seconds = cycle()
                 if self.process.poll() is not None:
                     break
@@ -96,7 +112,7 @@ class Side:
                 self.messages += messages
                 self.slowest_seconds = max(self.slowest_seconds, seconds)
                 self.end_bytes = self._resident()
-                if number == min(9, times - 1):
+                if self.cycles <= WARM_CYCLES:
                     self.start_bytes = self.end_bytes
         except (OSError, RuntimeError, TimeoutError) as error:
             self.why = str(error)
@@ -104,7 +120,7 @@ class Side:
     def _resident(self) -> int:
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    def end(self, times: int) -> dict[str, Any]:
+    def end(self) -> dict[str, Any]:
         """SIGTERM; plain values."""
         self.process.terminate()
         try:
@@ -113,7 +129,7 @@ class Side:
             self.process.kill()
             status = self.process.wait()
         return {
-            "cycles": times,
+            "cycles": self.cycles,
             "survived": self.survived,
             "status": status,
             "messages": self.messages,
@@ -131,7 +147,7 @@ def _await(path: Path, side: Side, words: str, seconds: float) -> None:
         time.sleep(0.05)
 
 
-def before_monitor(folder: Path, times: int, chance: random.Random) -> dict[str, Any]:
+def before_monitor(folder: Path, budget: Budget, chance: random.Random) -> dict[str, Any]:
     """Agents flood a monitor."""
     ready = folder / "ready.json"
     places = ["--bind", "tcp://127.0.0.1:0", "--http", "127.0.0.1:0", "--store", str(folder / "h.sqlite3")]
@@ -143,7 +159,7 @@ def before_monitor(folder: Path, times: int, chance: random.Random) -> dict[str,
             endpoint = json.loads(ready.read_text())["endpoint"]
         except RuntimeError as error:
             side.why = str(error)
-            return side.end(times)
+            return side.end()
 
         def cycle() -> tuple[int, float]:
             sent = flooders.agents(endpoint, chance.uniform(*FLOOD_SECONDS))
@@ -152,11 +168,11 @@ def before_monitor(folder: Path, times: int, chance: random.Random) -> dict[str,
                 raise TimeoutError(f"no answer within {ANSWER_SECONDS:.0f} s, status {side.process.poll()}")
             return sent, time.monotonic() - began
 
-        side.cycles(times, cycle)
-    return side.end(times)
+        side.go_through(budget, cycle)
+    return side.end()
 
 
-def before_training(folder: Path, times: int, chance: random.Random) -> dict[str, Any]:
+def before_training(folder: Path, budget: Budget, chance: random.Random) -> dict[str, Any]:
     """Something in a monitor's place floods a training."""
     endpoint, progress = f"ipc://{folder}/m/control", folder / "step"
     code = "import sys; from benchmarks.flood_and_kill import train; train(*sys.argv[1:])"
@@ -166,7 +182,7 @@ def before_training(folder: Path, times: int, chance: random.Random) -> dict[str
             _await(progress, side, "the training", START_SECONDS)
         except RuntimeError as error:
             side.why = str(error)
-            return side.end(times)
+            return side.end()
 
         def cycle() -> tuple[int, float]:
             sent = flooders.monitor(endpoint, chance.uniform(*FLOOD_SECONDS))
@@ -177,8 +193,8 @@ def before_training(folder: Path, times: int, chance: random.Random) -> dict[str
                 time.sleep(0.005)
             return sent, time.monotonic() - began
 
-        side.cycles(times, cycle)
-    return side.end(times)
+        side.go_through(budget, cycle)
+    return side.end()
 
 
 SIDES = {"monitor": before_monitor, "training": before_training}
@@ -186,37 +202,51 @@ SIDES = {"monitor": before_monitor, "training": before_training}
 
 def good(told: dict[str, Any]) -> bool:
     """Whether a side survived all cycles and ended well, and whether there was anything to survive."""
-    return bool(told["survived"] == told["cycles"] and told["status"] == 0 and told["messages"])
+    return bool(told["survived"] == told["cycles"] > 0 and told["status"] == 0 and told["messages"])
 
 
-def run(times: int, seed: int) -> dict[str, dict[str, Any]]:
-    """Both sides at once, each in cycles of its own; what became of them."""
+def run(budget: Budget, seed: int) -> dict[str, dict[str, Any]]:
+    """Both sides at once, each in its own cycles; what became of them. Raises KeyboardInterrupt once all is ended."""
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="kf-") as name:
 
         def play(side: str) -> None:
             folder = Path(name, side[:1])
             folder.mkdir(mode=0o700)
-            found[side] = SIDES[side](folder, times, random.Random(f"{seed} {side}"))
+            found[side] = SIDES[side](folder, budget, random.Random(f"{seed} {side}"))
 
         threads = [threading.Thread(target=play, args=(side,)) for side in SIDES]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:
+            budget.interrupted = True
+            for thread in threads:
+                thread.join()
+            raise
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.flood_and_kill", description=__doc__)
     parser.add_argument("--times", type=int, default=100, help="cycles on each side (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=600.0, help="at most so long (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the floods' lengths (default %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes (default %(default)s)")
     options = parser.parse_args(arguments)
     if options.times < 1:
         parser.error(f"--times {options.times}: must be at least 1")
+    if options.seconds <= 0:
+        parser.error(f"--seconds {options.seconds}: must be above 0")
     began = time.monotonic()
-    found = run(options.times, options.seed)
+    try:
+        with campaign.terminated_as_interrupted():
+            found = run(Budget(options.times, options.seconds), options.seed)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: nothing is kept\n")
+        return 130
     told = {"provenance": provenance(options.seed), "seconds": round(time.monotonic() - began, 1), "sides": found}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

@@ -121,7 +121,7 @@ class ControlConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     timeout_seconds: Annotated[float, Meta(gt=0.0, le=600.0)] = 3.0
     """How long a rank may wait for the others before control is off."""
     monitor_lost_seconds: Annotated[float, Meta(gt=0.0, le=MAX_SECONDS)] = 10.0
-    """Silence after which the monitor counts as lost."""
+    """Silence after which the monitor counts as lost, and the connection to it is made anew; at least 3 heartbeats."""
     on_monitor_lost: Literal["hold", "ramp"] = "hold"
     """hold: what is applied stays; ramp: go back to the user's own settings slowly."""
     ramp_back_steps: Steps = 200

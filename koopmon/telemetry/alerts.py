@@ -381,7 +381,8 @@ ALERTS: tuple[Alert, ...] = (
         description='{{ $value | printf "%.1f" }} messages a second are refused as {{ $labels.reason }}.',
         means="Someone speaks to the monitor in a way that it does not accept: another version of koopmon (`version`),"
         " a key that it does not know (`key`, `handshake`), a job that shares its name with another"
-        " (`stale_incarnation`), or a stranger on the port (`garbage`, `http_garbage`).",
+        " (`stale_incarnation`), a stranger on the port (`garbage`, `http_garbage`), or a peer that sends more than is"
+        " read (`flood`).",
         look="The monitor's log has one line per reason, with the detail.",
         do="Bring versions and keys in line (`koopmon keys show`), or close the port to strangers (docs/security.md).",
         panel=("koopmon-monitor", "Messages rejected"),

@@ -44,6 +44,7 @@ _SENDER: Final[Options] = {zmq.RCVHWM: 1, zmq.MAXMSGSIZE: 4096}
 # Reliable: a last word (goodbye, refused) gets a moment to leave.
 _CONTROL: Final[Options] = {zmq.LINGER: 500, zmq.SNDHWM: 64}
 _MAX_WAITING_CONTROL_BYTES: Final = 16 << 20
+_MIN_WAITING_BYTES: Final = 64 << 20
 
 
 class DataSender(Client):
@@ -87,7 +88,7 @@ class DataReceiver(Server[int]):
         limits: WireLimits | None = None,
         max_waiting_bytes: int | None = None,
     ) -> None:
-        """`max_waiting_bytes`: of snapshots that wait to be read, by default as much as one may have."""
+        """`max_waiting_bytes`: of snapshots that wait to be read; by default as much as one may have, or 64 MiB."""
         limits = limits or WireLimits()
         super().__init__(
             context,
@@ -96,12 +97,15 @@ class DataReceiver(Server[int]):
             endpoint,
             limits,
             max_frames=limits.max_frames,
-            max_waiting_bytes=max_waiting_bytes or limits.max_message_bytes,
+            max_waiting_bytes=max_waiting_bytes or max(limits.max_message_bytes, _MIN_WAITING_BYTES),
         )
 
     def _begin(self) -> tuple[int, zmq.Frame]:
         first = self._socket.recv(zmq.NOBLOCK, copy=False)
-        connection: Any = first.get(zmq.SRCFD)  # PULL has no names for its peers
+        try:
+            connection: Any = first.get(zmq.SRCFD)  # PULL has no names for its peers
+        except zmq.ZMQError:
+            connection = -1  # it was broken before it was accepted
         return int(connection), first
 
     def recv(self) -> list[memoryview] | None:

@@ -33,7 +33,7 @@ from tests.monitor.world import BAD, GOOD, QueueEngine, World
 def concerns_bad(value: Any) -> bool:
     """Whether an argument of a call speaks of the run `bad`."""
     names = [value, *(getattr(value, name, None) for name in ("run", "name", "_run"))]
-    inner = [getattr(value, "snapshot", None), getattr(value, "guard", None)]
+    inner = [getattr(value, "snapshot", None), getattr(value, "controller", None)]
     if isinstance(value, tuple):
         inner += list(value)
     return any(name in (BAD, BAD.encode()) for name in names if isinstance(name, (str, bytes))) or any(
@@ -48,7 +48,7 @@ def public(cls: type[Any], *left_out: str) -> list[tuple[type[Any], str]]:
 
 CALLS: list[tuple[type[Any], str]] = [
     *public(HistoryWriter, "open_readonly"),
-    *public(LiveState, "names", "view", "views", "restore"),
+    *public(LiveState, "names", "view", "views", "backfill"),
     *public(Metrics, "collect", "observe_duration"),
     *public(RunController),
     *public(Watch),

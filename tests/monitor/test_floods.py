@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import resource
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +10,6 @@ from typing import Any
 import pytest
 
 from benchmarks.flooders import Flooders
-from benchmarks.fuzz.strangers import GREETING, PING, frame, ready
-from benchmarks.fuzz.strangers import connect as dial
-from koopmon.wire.codec import encode
-from koopmon.wire.messages import Applied, Heartbeat
 
 Start = Callable[..., Any]
 Until = Callable[[Callable[[], Any]], Any]
@@ -51,28 +45,6 @@ def test_agents_flood_for_long_and_are_killed(start_process: Start, connect: Sta
         step += 1
         honest.heartbeat(step)
     assert monitor.process.poll() is None, monitor.log.read_text()
-
-
-def test_strangers_ping_and_leave(start_process: Start, connect: Start) -> None:
-    monitor = start_process()
-    honest = connect(monitor.addresses.endpoint)
-    honest.hello()
-    beat = frame(encode(Heartbeat(run="x", incarnation="0" * 8, process_rank=0, step=1, applied=Applied()))[0])
-    for _ in range(10):
-        for endpoint, kind in ((monitor.addresses.endpoint, b"DEALER"), (monitor.addresses.data_endpoint, b"PUSH")):
-            _say_and_die(endpoint, kind, (beat * 20 + PING) * 10)
-    for step in range(1, 20):
-        honest.heartbeat(step)
-        time.sleep(0.02)
-    assert monitor.process.poll() is None, monitor.log.read_text()
-
-
-def _say_and_die(endpoint: str, kind: bytes, said: bytes) -> None:
-    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
-    with contextlib.suppress(OSError), dial((host, int(port))) as connection:
-        connection.sendall(GREETING + ready(kind) + said)
-        connection.recv(64)
-        connection.shutdown(socket.SHUT_WR)
 
 
 def test_a_monitor_takes_all_the_descriptors_that_it_may_have(start_process: Start) -> None:

@@ -121,3 +121,15 @@ def test_what_is_too_long_takes_its_turn_as_an_error(near: WireContext, far: Wir
         else:
             heard += [] if frames is None else [bytes(frames[0])]
     assert heard == [b"first", "size", b"last"]
+
+
+def test_a_connection_that_has_no_name_is_read_as_any_other(
+    near: WireContext, far: WireContext, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libzmq knows none where the peer was gone before it was accepted."""
+    monkeypatch.setattr("zmq.SRCFD", 99)
+    receiver = DataReceiver(far, "tcp://127.0.0.1:0")
+    sender = DataSender(near, receiver.endpoint)
+    until(lambda: sender.send([b"x"]) is None)
+    Poller(receiver).wait(20.0)
+    assert receiver.recv() is not None
