@@ -498,7 +498,7 @@ def load(path: str | os.PathLike[str] | None = None, *, overrides: Mapping[str, 
     if path is not None:
         source = str(path)
         try:
-            data = tomllib.loads(_read(Path(path)).decode("utf-8"))
+            data = tomllib.loads(read_file(Path(path)).decode("utf-8"))
         except OSError as error:
             raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
         except ValueError as error:  # not TOML, not UTF-8, or an integer of thousands of digits
@@ -513,10 +513,10 @@ def load(path: str | os.PathLike[str] | None = None, *, overrides: Mapping[str, 
     return from_mapping(data, source=source)
 
 
-def _read(path: Path) -> bytes:
-    """The content of a file. Raises OSError, and ConfigError for a pipe, a device or a file that is too large."""
+def read_file(path: Path) -> bytes:
+    """The content of a small file. Raises OSError, and ConfigError for a pipe, a device or a file that is too large."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ConfigError(f"{path}: not a regular file: a configuration is read from no directory, pipe or device")
+        raise ConfigError(f"{path}: not a regular file: nothing is read from a directory, a pipe or a device")
     with path.open("rb") as file:
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:

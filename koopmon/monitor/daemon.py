@@ -20,7 +20,7 @@ import msgspec
 import torch
 from prometheus_client import CollectorRegistry
 
-from koopmon.config import Config
+from koopmon.config import Config, checked
 from koopmon.errors import EndpointError, ProtocolError
 from koopmon.monitor.access import Access
 from koopmon.monitor.annotations import Annotations, Tell, tell_nobody
@@ -84,7 +84,7 @@ class Monitor:
         store_path: str | os.PathLike[str],
         ready: Callable[[Addresses], None] | None = None,
     ) -> None:
-        self._config = config
+        self._config = config = checked(config)
         self._bind = bind
         self._http = http
         self._data_bind = data_bind

@@ -325,7 +325,8 @@ class Service:
             self._stand_down(run, watch.guard, error)
             return
         if verdict is not None:
-            watch.judged(sample.step, verdict, profile)
+            with self._contained("judgement", run.name):
+                watch.judged(sample.step, verdict, profile)
 
     def _stand_down(self, run: Run, guard: Guard, error: Exception) -> None:
         """A command of this run could not be handled: from now on it is watched, and nothing is sent to it."""
