@@ -49,8 +49,7 @@ MAX_WAIT_SECONDS = 1.0
 FAILED_WAIT_SECONDS = 0.1
 """Before the next turn when waiting itself fails, so that the loop does not spin."""
 ALIVE_SECONDS = 10.0
-"""The loop turns at least every MAX_WAIT_SECONDS; when it has not, or has failed to wait, for this long, /healthz says
-so."""
+"""The loop waits for at most MAX_WAIT_SECONDS at a time. /healthz fails when no wait has succeeded for this long."""
 BURST = 64
 """Messages of one socket in a row before the others get their turn."""
 DRAIN_SECONDS = 60.0
@@ -304,7 +303,7 @@ class Monitor:
         self._waker.wake()
 
     def _send(self, peer: bytes, message: MonitorMessage) -> bool:
-        """Whether `message` left. One that the protocol cannot say is our own error, and no peer's."""
+        """Whether `message` was sent. One that cannot be encoded is an error of the monitor, not of the peer."""
         try:
             return self._control.send(peer, encode(message))
         except Exception as error:

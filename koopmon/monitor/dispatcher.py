@@ -67,15 +67,16 @@ class Dispatcher:
             verdict = guard.judge(now, sample, profile, step=run.step, decide=decide)
         except Exception as error:
             self._failures.note("judgement", error, run=run.name, what=f"step {sample.step} cannot be judged")
-            self._metrics.add("engine_failures")
+            with self._contained("metrics", run.name):
+                self._metrics.add("engine_failures")
             return None
         with self._contained("metrics", run.name):
             self._show(run, guard, verdict)
         with self._contained("store", run.name):
             self._record(run, guard, sample, verdict, non_finite=profile is None)
-        if verdict.unsayable is not None:
+        if verdict.unencodable is not None:
             what = f"the decision at step {sample.step} is dropped"
-            self._failures.note("command", verdict.unsayable, run=run.name, what=what)
+            self._failures.note("command", verdict.unencodable, run=run.name, what=what)
         if verdict.decision is not None and verdict.remarkable:
             self._issue(run, guard, sample, verdict, verdict.decision)
         with self._contained("page", run.name):

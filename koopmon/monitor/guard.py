@@ -46,8 +46,8 @@ class Verdict:
     """How one snapshot was judged. `decision` is None when the policy was not asked.
 
     `commands` follow from it and have taken the place of the unanswered ones in `replaced`. `remarkable` is True when
-    there are commands, the phase changed or KSS is barred from now on. `unsayable` tells why a decision had to be
-    dropped: the protocol has no message for it.
+    there are commands, the phase changed or KSS is barred from now on. `unencodable` is why a decision was dropped: one
+    of its commands is outside the protocol's bounds.
     """
 
     observation: online.Observation
@@ -56,7 +56,7 @@ class Verdict:
     commands: tuple[Command, ...] = ()
     replaced: tuple[Command, ...] = ()
     remarkable: bool = False
-    unsayable: ProtocolError | None = None
+    unencodable: ProtocolError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Memory:
 
 @dataclass(slots=True)
 class _Waiting:
-    """A command without an answer; a `replaced` one is not offered again, and its answer changes nothing here."""
+    """A command without an answer. A `replaced` one is not offered again, and its answer does not change the policy."""
 
     command: Command
     offered_at: float
@@ -203,8 +203,8 @@ class Guard:
         try:
             commands = tuple(self._command(action, max(step, sample.step)) for action in decision.commands)
         except ProtocolError as error:
-            # As if it had not been decided: the next alarm decides again.
-            return Verdict(observation=observation, risk=risk, decision=None, unsayable=error)
+            # The policy's state stays as it was, so that the next alarm is decided anew.
+            return Verdict(observation=observation, risk=risk, decision=None, unencodable=error)
         self._policy_state = decision.state
         barred = decision.state.kss_barred and not before.kss_barred
         remarkable = bool(commands) or barred or decision.phase != self._phase
@@ -317,9 +317,9 @@ class Guard:
         return commands
 
     def _command(self, action: policy.Action, step: int) -> Command:
-        """The one place where commands are made: what it returns can be sent.
+        """Make every command that the monitor sends; what is returned can be encoded.
 
-        Steps are clamped to the protocol's last one. Raises ProtocolError for any other value that no receiver takes.
+        Steps are clamped to the protocol's last one. Raises ProtocolError for any other value outside its bounds.
         """
         until = action.cadence_until_step
         command = Command(
@@ -379,7 +379,7 @@ def merged(section: S, hints: Mapping[str, Any], source: str) -> S:
 
 
 def _recall(memory: bytes | None) -> Memory:
-    """What an earlier monitor put down, unless the history hands back what no monitor would have."""
+    """The memory that an earlier monitor recorded; an empty one when the recorded bytes are not valid."""
     if memory is not None:
         try:
             return msgspec.json.decode(memory, type=Memory)
