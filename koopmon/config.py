@@ -371,7 +371,7 @@ class Config(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Rule:
     """`factor` times the value at `low` is at most the value at `high`, and less where `strict`; both are TABLE.KEY.
 
-    `otherwise` says what a configuration that breaks the rule would do.
+    `otherwise` is what a configuration that breaks the rule would do.
     """
 
     low: str
@@ -381,8 +381,8 @@ class Rule:
     strict: bool = False
 
     @property
-    def words(self) -> str:
-        """The rule itself."""
+    def condition(self) -> str:
+        """The rule as a comparison of two keys."""
         times = "" if self.factor == 1.0 else f"{self.factor:g} x "
         return f"{times}{self.low} {'<' if self.strict else '<='} {self.high}"
 
@@ -390,7 +390,9 @@ class Rule:
         """Raise ConfigError, with both keys, their values and what is allowed, unless `config` keeps to the rule."""
         low, high = _number_at(config, self.low), _number_at(config, self.high)
         if self.factor * low > high or (self.strict and self.factor * low == high):
-            raise ConfigError(f"{self.low} = {low!r}, {self.high} = {high!r}: expected {self.words}: {self.otherwise}")
+            raise ConfigError(
+                f"{self.low} = {low!r}, {self.high} = {high!r}: expected {self.condition}: {self.otherwise}"
+            )
 
 
 RULES: Final[tuple[Rule, ...]] = (
@@ -412,8 +414,8 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("policy.act_risk", "policy.severe_risk", "a risk would be severe before it is high"),
     Rule("policy.severe_factor", "policy.backoff_factor", "a severe risk would lower the rate by less"),
     Rule("policy.gentle_severe_factor", "policy.gentle_factor", "a severe risk would lower the rate by less"),
-    Rule("policy.min_lr_scale", "policy.backoff_factor", "no back-off could lower the rate as far as it says"),
-    Rule("policy.min_lr_scale", "policy.gentle_factor", "no back-off could lower the rate as far as it says"),
+    Rule("policy.min_lr_scale", "policy.backoff_factor", "no back-off could lower the rate by that factor"),
+    Rule("policy.min_lr_scale", "policy.gentle_factor", "no back-off could lower the rate by that factor"),
     Rule("policy.dense_every", "policy.dense_steps", "the dense cadence would be over before its first snapshot"),
     Rule("policy.kss_ramp_steps", "policy.kss_hold_steps", "KSS would be turned off before it is fully on"),
     Rule("kss.svd_rank", "kss.num_samples", "a DMD has no more modes than tokens"),
@@ -465,7 +467,7 @@ def _shown(value: Any) -> str:
 
 
 def _expected(field: str, message: str) -> str:
-    """What msgspec says, with both bounds of a number: it names the one that was broken, or none."""
+    """msgspec's message, with both bounds of a number added: msgspec names only the one that the value violates."""
     kind, bounds = _bounds(field)
     if not bounds:
         return message[0].lower() + message[1:]
@@ -511,7 +513,7 @@ def load(path: str | os.PathLike[str] | None = None, *, overrides: Mapping[str, 
     if path is not None:
         source = str(path)
         try:
-            data = tomllib.loads(_read(Path(path)).decode("utf-8"))
+            data = tomllib.loads(read_file(Path(path)).decode("utf-8"))
         except OSError as error:
             raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
         except ValueError as error:  # not TOML, not UTF-8, or an integer of thousands of digits
@@ -526,10 +528,10 @@ def load(path: str | os.PathLike[str] | None = None, *, overrides: Mapping[str, 
     return from_mapping(data, source=source)
 
 
-def _read(path: Path) -> bytes:
-    """The content of a file. Raises OSError, and ConfigError for a pipe, a device or a file that is too large."""
+def read_file(path: Path) -> bytes:
+    """The content of a small file. Raises OSError, and ConfigError for a pipe, a device or a file that is too large."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ConfigError(f"{path}: not a regular file: a configuration is read from no directory, pipe or device")
+        raise ConfigError(f"{path}: not a regular file: nothing is read from a directory, a pipe or a device")
     with path.open("rb") as file:
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:

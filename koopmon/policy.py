@@ -27,7 +27,7 @@ way back."""
 
 HOUR_SECONDS = 3600.0
 LATE_STEPS = 10_000
-"""A snapshot may be judged after a heartbeat that is later by some steps, but not by so many: the engine's queue is
+"""A snapshot may be judged after a heartbeat of a later step, but never by so many steps: the engine's queue is
 short."""
 
 
@@ -53,7 +53,7 @@ class Action:
 class PolicyState:
     """What the policy remembers of one run. Scale and KSS are the targets commanded last; ramps lead to them.
 
-    The bounds hold for what a history hands back after a restart, which may be damaged or forged.
+    The bounds are checked when a history is read after a restart: it may be damaged or forged.
     """
 
     phase: Phase = "calm"
@@ -138,7 +138,7 @@ class _Case:
 
 
 Proposal = tuple[tuple[Action, ...], PolicyState, str]
-"""Actions, what to remember, and the reason; without one the actions tell theirs."""
+"""Actions, the following state, and the reason; an empty reason stands for those of the actions."""
 
 
 def decide(
@@ -245,7 +245,7 @@ def _remember(now: float, state: PolicyState, seen: Observation, risk: OnlineRis
 
 
 def _no_later(at: int | None, step: int, otherwise: int | None = None) -> int | None:
-    """`at`; but `step` where that lies so far before it that the run's count of steps must have begun anew."""
+    """`at`; but `step` where it is so much smaller that the run's count of steps must have started again."""
     return otherwise if at is None else at if at <= step + LATE_STEPS else step
 
 

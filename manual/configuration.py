@@ -60,7 +60,7 @@ def page() -> str:
         "",
         "| rule | else |",
         "|---|---|",
-        *(f"| {cell(f'`{rule.words}`')} | {cell(rule.otherwise)} |" for rule in config.RULES),
+        *(f"| {cell(f'`{rule.condition}`')} | {cell(rule.otherwise)} |" for rule in config.RULES),
         "",
     ]
     return "\n".join(parts)

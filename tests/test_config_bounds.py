@@ -213,12 +213,12 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
 
 
 def test_every_rule_has_its_contradiction() -> None:
-    assert CONTRADICTIONS.keys() == {rule.words for rule in RULES}
+    assert CONTRADICTIONS.keys() == {rule.condition for rule in RULES}
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.words)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.condition)
 def test_keys_that_contradict_each_other_are_refused_by_one_line(rule: Rule, tmp_path: Path) -> None:
-    tables = CONTRADICTIONS[rule.words]
+    tables = CONTRADICTIONS[rule.condition]
     path = tmp_path / "k.toml"
     path.write_text(
         "".join(f"[{t}]\n" + "".join(f"{k} = {v}\n" for k, v in values.items()) for t, values in tables.items())
@@ -226,7 +226,7 @@ def test_keys_that_contradict_each_other_are_refused_by_one_line(rule: Rule, tmp
     with pytest.raises(ConfigError) as caught:
         load(path)
     text = str(caught.value)
-    assert f": expected {rule.words}: {rule.otherwise}" in text
+    assert f": expected {rule.condition}: {rule.otherwise}" in text
     for key in (rule.low, rule.high):
         table, _, name = key.partition(".")
         value = tables.get(table, {}).get(name, getattr(getattr(Config(), table), name))
@@ -235,7 +235,7 @@ def test_keys_that_contradict_each_other_are_refused_by_one_line(rule: Rule, tmp
     assert text.startswith(f"{path}: ")
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.words)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.condition)
 def test_a_rule_allows_what_lies_at_its_edge(rule: Rule) -> None:
     """The higher key at the least value that the lower one's default allows."""
     low_table, _, low = rule.low.partition(".")

@@ -29,6 +29,7 @@ from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.run_controller import ControllerCheckpoint
 from koopmon.monitor.service import Service
+from koopmon.risk.calibration import Calibrator
 from koopmon.spectral import LayerProfile, SpectralProfile
 from koopmon.spectral.profiles import FIELDS
 from koopmon.telemetry.metrics import Metrics
@@ -54,6 +55,16 @@ STRANGE = (math.nan, math.inf, -math.inf)
 WHOLE = (0, 1, 2, 7, 49, 50, 60, 1000, 1 << 31, 1 << 52, (1 << 53) - 1_000_001, (1 << 53) - 60, (1 << 53) - 1)
 SECONDS = (0.0, 0.1, 1.5, 20.0, 400.0, 1e6)
 POLICIES = ("lr", "kss", "kss+lr", "observe")
+CALIBRATOR = Calibrator(
+    adapter="x",
+    weights=(1.0, 1.0),
+    intercept=0.0,
+    means=(0.0, 0.0),
+    scales=(1.0, 1.0),
+    highest_effective_rate=1e30,
+    num_runs=20,
+    num_diverged=10,
+)
 RANK = {"process_rank": 0, "world_size": 2, "num_senders": 2}
 FRAME = bytes(2 * 2 * 2)
 """Two rows of width two in bfloat16."""
@@ -133,7 +144,9 @@ def made(cls: type[T], choose: Choose[Any], **fixed: Any) -> T:
 
 def legal_hello(**fields: Any) -> Hello:
     """A hello of an agent that acts, as it should be but for `fields`."""
-    return made(Hello, lambda options: options[0], **{"acts": True, "width": 8, "applied": Applied(), **fields})
+    return made(
+        Hello, lambda options: options[0], **{"acts": True, "adapter": "x", "width": 8, "applied": Applied(), **fields}
+    )
 
 
 def _profile(choose: Choose[Any]) -> SpectralProfile | None:
@@ -206,6 +219,7 @@ class Play:
             rejection_log=RejectionLog(self.metrics, lambda: self.now),
             send=self._sent,
             data_endpoint="ipc:///nowhere",
+            calibrator=CALIBRATOR,
             clock=lambda: self.now,
             wall=lambda: 1.7e9 + self.now,
         )

@@ -37,7 +37,7 @@ RECORD_ERRORS = (
     *(sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError),
     *(ArithmeticError, LookupError, TypeError, ValueError, msgspec.MsgspecError),
 )
-"""What one record is to blame for: it contradicts the others, or holds what SQLite or JSON cannot."""
+"""Errors that one record causes: it contradicts the others, or holds a value that SQLite or JSON cannot store."""
 UPKEEP_SECONDS = 60.0
 BUSY_UPKEEP_SECONDS = 1.0
 P = ParamSpec("P")
@@ -214,10 +214,10 @@ class Journal:
     def _apply(self, entry: Callable[[], None]) -> None:
         try:
             entry()
-        except UnicodeDecodeError:  # the file's mistake: see SQLITE_ERRORS
+        except UnicodeDecodeError:  # the file is at fault: see SQLITE_ERRORS
             raise
         except RECORD_ERRORS as error:
-            # Our mistake and not the disk's: trying again would not help, and would keep all other records waiting.
+            # The record is at fault, not the disk: a retry would fail again and delay all other records.
             self._lost += 1
             now = self._clock()
             if now - self._left_out_at >= UPKEEP_SECONDS:

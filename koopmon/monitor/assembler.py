@@ -92,8 +92,8 @@ class Assembler:
     """Holds shards until their step is complete, passed by a later one, or `timeout_seconds` old; at most `max_bytes`.
 
     An incomplete snapshot is still used when at least half of its shards came and they hold `min_samples` rows.
-    `on_drop(run, reason)` hears of each one that is not, `on_failure(run, error)` of one that an error kept from being
-    put together: it ends no more than that snapshot.
+    `on_drop(run, reason)` is called for each one that is not, `on_failure(run, error)` for one that raised while it was
+    assembled; the other snapshots are not affected.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from koopmon import __version__
-from koopmon.config import Config
+from koopmon.config import Config, checked
 from koopmon.errors import EndpointError, ProtocolError
 from koopmon.grafana.access import read_access
 from koopmon.grafana.annotations import Annotate, Annotations, no_annotations
@@ -50,8 +50,7 @@ MAX_WAIT_SECONDS = 1.0
 FAILED_WAIT_SECONDS = 0.1
 """Before the next turn when waiting itself fails, so that the loop does not spin."""
 ALIVE_SECONDS = 10.0
-"""The loop turns at least every MAX_WAIT_SECONDS; when it has not, or has failed to wait, for this long, /healthz says
-so."""
+"""The loop waits for at most MAX_WAIT_SECONDS at a time. /healthz fails when no wait has succeeded for this long."""
 BURST = 64
 """Messages of one socket in a row before the others get their turn."""
 DRAIN_SECONDS = 60.0
@@ -85,7 +84,7 @@ class Monitor:
         store_path: str | os.PathLike[str],
         ready: Callable[[Addresses], None] | None = None,
     ) -> None:
-        self._config = config
+        self._config = config = checked(config)
         self._bind = bind
         self._http = http
         self._data_bind = data_bind
@@ -305,7 +304,7 @@ class Monitor:
         self._wakeup.wake()
 
     def _send(self, peer: bytes, message: MonitorMessage) -> bool:
-        """Whether `message` left. One that the protocol cannot say is our own error, and no peer's."""
+        """Whether `message` was sent. One that cannot be encoded is an error of the monitor, not of the peer."""
         try:
             return self._control.send(peer, encode(message))
         except Exception as error:

@@ -75,15 +75,16 @@ class Dispatcher:
             assessment = controller.assess(now, sample, profile, step=run.step, decide=decide)
         except Exception as error:
             self._failures.note("judgement", error, run=run.name, what=f"step {sample.step} cannot be judged")
-            self._metrics.add("engine_failures")
+            with self._contained("metrics", run.name):
+                self._metrics.add("engine_failures")
             return None
         with self._contained("metrics", run.name):
             self._show(run, controller, assessment)
         with self._contained("store", run.name):
             self._record(run, controller, sample, assessment, non_finite=profile is None)
-        if assessment.unsayable is not None:
+        if assessment.unencodable is not None:
             what = f"the decision at step {sample.step} is dropped"
-            self._failures.note("command", assessment.unsayable, run=run.name, what=what)
+            self._failures.note("command", assessment.unencodable, run=run.name, what=what)
         if assessment.decision is not None and assessment.remarkable:
             self._issue(run, controller, sample, assessment, assessment.decision)
         with self._contained("page", run.name):

@@ -46,8 +46,8 @@ class Engine:
     """Profiles snapshots in the order in which they came. `on_result` is called in the worker thread.
 
     At most `queue_length` snapshots and `max_bytes` of states wait; when there are more, the oldest of the run that has
-    most waiting gives way and `on_drop(run)` hears of it, in the thread of `submit`. `on_failure(run, error)` hears of
-    an error that is none of profiling: it costs that snapshot, and the thread goes on.
+    most waiting gives way and `on_drop(run)` hears of it, in the thread of `submit`. `on_failure(run, error)` is
+    called for an error outside profiling; that snapshot is lost, and the thread continues.
     """
 
     def __init__(

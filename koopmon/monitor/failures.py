@@ -1,4 +1,4 @@
-"""The monitor's own errors: each is counted and logged, and confined to the run or the message that it came from."""
+"""The monitor's own errors: counted, logged, and kept from affecting other runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Failures:
         self._silent: dict[tuple[ErrorPart, str], int] = {}
 
     def note(self, part: ErrorPart, error: Exception, *, run: str = "", what: str = "") -> None:
-        """Count one error; log it with its traceback, the run that it came from, and `what` follows from it."""
+        """Count one error, and log it with its traceback, the run that it came from, and its consequence `what`."""
         self.count(part)
         try:
             silent = self._due((part, run))
@@ -38,7 +38,7 @@ class Failures:
                 words = f"{whose}{part}: {type(error).__name__}: {error}"
                 logger.error("%s%s%s", words, f": {what}" if what else "", more, exc_info=error)
         except Exception:
-            logger.exception("an error could not be told")
+            logger.exception("an error could not be logged")
 
     def count(self, part: ErrorPart) -> None:
         """Count one error that has been logged elsewhere."""

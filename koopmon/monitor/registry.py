@@ -16,7 +16,7 @@ from koopmon.history.schema import RunState
 from koopmon.wire.messages import MAX_STEP, Ack, Applied, Goodbye, Heartbeat, Hello, Message, Shard
 
 LAST_STEP = MAX_STEP - MAX_STEPS
-"""From a later step on, the step at which an answer expires could be beyond what the protocol can say."""
+"""At a later step the expiry of a command could exceed the protocol's last step."""
 MAX_RETIRED = 64
 """Earlier incarnations of one run that are remembered, so that a straggler is told apart from a new launch."""
 

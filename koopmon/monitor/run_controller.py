@@ -43,8 +43,8 @@ class Assessment:
     """How one snapshot was judged. `decision` is None when the policy was not asked.
 
     `commands` follow from it and have taken the place of the unanswered ones in `replaced`. `remarkable` is True when
-    there are commands, the phase changed or KSS is barred from now on. `unsayable` tells why a decision had to be
-    dropped: the protocol has no message for it.
+    there are commands, the phase changed or KSS is barred from now on. `unencodable` is why a decision was dropped: one
+    of its commands is outside the protocol's bounds.
     """
 
     observation: online_detector.Observation
@@ -53,7 +53,7 @@ class Assessment:
     commands: tuple[Command, ...] = ()
     replaced: tuple[Command, ...] = ()
     remarkable: bool = False
-    unsayable: ProtocolError | None = None
+    unencodable: ProtocolError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class ControllerCheckpoint:
 
 @dataclass(slots=True)
 class _Waiting:
-    """A command without an answer; a `replaced` one is not offered again, and its answer changes nothing here."""
+    """A command without an answer. A `replaced` one is not offered again, and its answer does not change the policy."""
 
     command: Command
     offered_at: float
@@ -202,8 +202,8 @@ class RunController:
         try:
             commands = tuple(self._command(action, max(step, sample.step)) for action in decision.commands)
         except ProtocolError as error:
-            # As if it had not been decided: the next alarm decides again.
-            return Assessment(observation=observation, risk=risk, decision=None, unsayable=error)
+            # The policy's state stays as it was, so that the next alarm is decided anew.
+            return Assessment(observation=observation, risk=risk, decision=None, unencodable=error)
         self._policy_state = decision.state
         barred = decision.state.kss_barred and not before.kss_barred
         remarkable = bool(commands) or barred or decision.phase != self._phase
@@ -312,9 +312,9 @@ class RunController:
         return commands
 
     def _command(self, action: policy.Action, step: int) -> Command:
-        """The one place where commands are made: what it returns can be sent.
+        """Make every command that the monitor sends; what is returned can be encoded.
 
-        Steps are clamped to the protocol's last one. Raises ProtocolError for any other value that no receiver takes.
+        Steps are clamped to the protocol's last one. Raises ProtocolError for any other value outside its bounds.
         """
         until = action.cadence_until_step
         command = Command(
@@ -356,7 +356,7 @@ class RunController:
 
 
 def _restored(checkpoint: bytes | None) -> ControllerCheckpoint:
-    """What an earlier monitor put down, unless the history hands back what no monitor would have."""
+    """The checkpoint that an earlier monitor recorded; an empty one when the recorded bytes are not valid."""
     if checkpoint is not None:
         try:
             return msgspec.json.decode(checkpoint, type=ControllerCheckpoint)

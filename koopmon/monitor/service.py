@@ -292,7 +292,7 @@ class Service:
         self._reply(peer, Refused(run=hello.run, incarnation=hello.incarnation, reason=text[:MAX_TEXT]))
 
     def _forget(self, run: Run) -> None:
-        """Of a run that could not be taken in, nothing may stay that a later turn of the loop would look for."""
+        """Remove every trace of a run that could not be admitted: `tick` expects a watch for each registered run."""
         self._registry.remove(run.name)
         self._watches.pop(run.name, None)
         self._assembler.forget(run.name, run.incarnation)
@@ -334,10 +334,11 @@ class Service:
             self._stand_down(run, watch.controller, error)
             return
         if assessment is not None:
-            watch.record_assessment(sample.step, assessment, profile)
+            with self._contained("judgement", run.name):
+                watch.record_assessment(sample.step, assessment, profile)
 
     def _stand_down(self, run: Run, controller: RunController, error: Exception) -> None:
-        """A command of this run could not be handled: from now on it is watched, and nothing is sent to it."""
+        """Only watch a run from now on, because handling one of its commands raised."""
         self._failures.note("command", error, run=run.name, what="from now on this run is only watched")
         controller.stand_down()
         self._dispatcher.abandon(controller)

@@ -28,7 +28,8 @@ import torch
 from msgspec import Meta, Struct
 from torch import Tensor
 
-from koopmon.errors import CalibrationError, one_line
+from koopmon.config import read_file
+from koopmon.errors import CalibrationError, ConfigError, one_line
 from koopmon.risk.normalization import normalization_from_exponent
 
 FORMAT_VERSION = 3
@@ -228,9 +229,11 @@ def save(calibrator: Calibrator, path: Path) -> None:
 def load(path: Path) -> Calibrator:
     """Read a calibrator. Raises CalibrationError naming the file and what is wrong with it."""
     try:
-        raw = path.read_bytes()
+        raw = read_file(path)
     except OSError as error:
         raise CalibrationError(f"calibrator {path}: {error.strerror}") from None
+    except ConfigError as error:
+        raise CalibrationError(f"calibrator {error}") from None
     try:
         found = msgspec.json.decode(raw, type=Calibrator)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

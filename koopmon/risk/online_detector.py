@@ -90,7 +90,7 @@ class Observation:
 class RiskState:
     """What the detector remembers of one run. z is log(update ratio + floor), one value per layer.
 
-    The bounds hold for what a history hands back after a restart, which may be damaged or forged.
+    The bounds are checked when a history is read after a restart: it may be damaged or forged.
     """
 
     initial_expansive_mass: Share | None = None

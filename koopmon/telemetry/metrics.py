@@ -144,7 +144,7 @@ TABLE: tuple[Series, ...] = (
     Series(
         "internal_errors",
         "counter",
-        "Errors of the monitor's own; each touched no more than the run or the message that it came from.",
+        "Errors of the monitor's own; each affected no more than one run or one message.",
         ("part",),
         {"part": get_args(ErrorPart)},
     ),
@@ -170,7 +170,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Mean; infinite, instead of an error, where the sum of what peers sent is beyond a double."""
+    """Mean; infinite where the sum exceeds a double, where `fsum` would raise."""
     try:
         return math.fsum(values) / len(values)
     except OverflowError:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import koopmon
-from koopmon.config import Config
+from koopmon.config import Config, LimitsConfig
 from koopmon.errors import AdapterError, ConfigError, EndpointError
 from tests.agent.models import Model, batch, build, loss_of, train_step
 from tests.agent.scripted_monitor import Goodbye, Heartbeat, Hello, ScriptedMonitor
@@ -63,6 +63,11 @@ def test_without_an_endpoint_one_line_and_nothing_else(caplog: pytest.LogCapture
         ({"endpoint": "nonsense"}, EndpointError, "nonsense"),
         ({"run": "no spaces allowed"}, ConfigError, "no spaces allowed"),
         ({"config": {"sampling": {"num_samples": 3}}}, ConfigError, "sampling.num_samples = 3"),
+        (
+            {"config": Config(limits=LimitsConfig(max_kss_alpha=1e9))},
+            ConfigError,
+            "limits.max_kss_alpha = 1000000000.0",
+        ),
         ({"config": "/does/not/exist.toml"}, ConfigError, "/does/not/exist.toml"),
         ({"config": {"model": {"adapter": "telepathy"}}}, AdapterError, "telepathy"),
         ({"config": {"model": {"stack": "nowhere"}}}, AdapterError, "nowhere"),

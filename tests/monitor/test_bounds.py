@@ -130,8 +130,8 @@ def test_a_command_that_cannot_be_said_is_neither_recorded_nor_expected(
     with monkeypatch.context() as patch:
         patch.setattr(policy, "decide", decide)
         verdict = explode(guard)
-    assert verdict.unsayable is not None
-    assert verdict.unsayable.reason == "schema"
+    assert verdict.unencodable is not None
+    assert verdict.unencodable.reason == "schema"
     assert (verdict.decision, verdict.commands, verdict.remarkable) == (None, (), False)
     assert not guard.has_pending
     assert guard.due(1e9) == []
@@ -304,7 +304,7 @@ def test_what_a_history_hands_back_is_checked_like_what_a_peer_says(changes: dic
     for step in range(5, 200):
         verdict = guard.assess(1000.0 + step, sample(step), amplifying(300.0 if step % 20 == 0 else 2.0), step=step)
         assert math.isfinite(verdict.risk.value)
-        assert verdict.unsayable is None
+        assert verdict.unencodable is None
         for command in verdict.commands:
             assert encode(command)
         cuts += [command for command in verdict.commands if command.kind == "set_lr_scale"]

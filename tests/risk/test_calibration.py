@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,10 @@ def test_a_file_that_does_not_fit_is_refused_by_name(
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"nowhere\.json: No such file"):
         load(tmp_path / "nowhere.json")
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path):
+        with pytest.raises(CalibrationError, match=f"^calibrator {path}: not a regular file"):
+            load(path)
 
 
 def test_features_are_as_named() -> None:

@@ -68,14 +68,14 @@ class LiveBackfill:
         for row in reversed(history.recent_runs(MAX_BACKFILLED)):
             if self._stop.is_set():
                 return
-            with _apart(row.name):
+            with _isolated(row.name):
                 points = [_point(each) for each in history.observations(row.name, last=MAX_POINTS)]
                 decisions = [_decided(each) for each in history.decisions(row.name, last=MAX_DECISIONS)]
                 view = _with_last(_recorded_view(history, row), points, next(history.profiles(row.name, last=1), None))
                 self._live_state.backfill(view, points=points, decisions=decisions)
                 known.append(view)
         for view in reversed(known):
-            with _apart(view.name):
+            with _isolated(view.name):
                 self._fill_heatmap(history, view)
 
     def _fill_heatmap(self, history: HistoryReader, view: RunView) -> None:
@@ -96,8 +96,8 @@ class LiveBackfill:
 
 
 @contextmanager
-def _apart(run: str) -> Iterator[None]:
-    """What cannot be read of one run keeps no other from being shown."""
+def _isolated(run: str) -> Iterator[None]:
+    """An error while one run is read does not keep the other runs from being shown."""
     try:
         yield
     except Exception as error:
