@@ -56,7 +56,7 @@ CALLS: list[tuple[type[Any], str]] = [
     *public(QueueEngine),
     *public(World, "says", "hello", "shard", "results", "handle", "commands", "series", "internal_errors", "play"),
     *((Assembler, name) for name in ("add", "_close")),
-    *((RunController, name) for name in ("__init__", "_command", "_inform", "_expect")),
+    *((RunController, name) for name in ("__init__", "_command", "_update_policy", "_expect")),
 ]
 NEVER_FOR_ONE_RUN = {
     (HistoryWriter, "replace_profile"),
@@ -112,17 +112,17 @@ def test_what_raises_for_one_run_touches_no_other(
     assert world.errors or any("ZeroDivisionError" in (record.exc_text or "") for record in caplog.records)
 
 
-@pytest.mark.parametrize("name", ["give_up", "due", "sent"])
+@pytest.mark.parametrize("name", ["expire", "due", "sent"])
 def test_a_run_whose_commands_cannot_be_handled_is_only_watched(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     world = World(tmp_path / "history.sqlite3")
     real = getattr(RunController, name)
 
-    def broken(guard: RunController, *args: Any) -> Any:
-        if guard._run == BAD:
+    def broken(controller: RunController, *args: Any) -> Any:
+        if controller._run == BAD:
             raise ZeroDivisionError("on purpose")
-        return real(guard, *args)
+        return real(controller, *args)
 
     monkeypatch.setattr(RunController, name, broken)
     for run in (BAD, GOOD):
