@@ -1,6 +1,7 @@
 # Everything starts here; each target makes its own virtual environment from nothing and keeps it until the pins change.
 #
 #   make demo TORCH_PIP_ARGS="--index-url URL"   takes torch from another index: a default Linux install is the CUDA build
+#   make test TORCH='torch==2.7.*' VENV=.venv-2.7   takes another torch than the pinned one, in an environment of its own
 
 PYTHON         ?= python3
 VENV           ?= .venv
@@ -11,8 +12,12 @@ WORKERS        ?= 2
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
+ifeq ($(strip $(TORCH)),) # empty counts as not given: a CI matrix has an empty entry for the pinned torch
 TORCH := $(shell sed -n 's/^\(torch==[^ #]*\).*/\1/p' constraints.txt)
-PINS  := pyproject.toml constraints.txt
+endif
+# The pins with the chosen torch in the place of the pinned one.
+HELD  := $(VENV)/constraints.txt
+PINS  := pyproject.toml $(HELD)
 
 # What is a command. Harmlessness first; then what others are held against, norms and early_warning; pages come last.
 FIRST    := matrix fault_campaign norms early_warning
@@ -20,7 +25,7 @@ COMMANDS := $(patsubst benchmarks/%.py,%,$(shell grep -l __main__ benchmarks/*.p
 COMMANDS := $(FIRST) $(filter-out $(FIRST) readme guarded_ranks,$(COMMANDS)) readme
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test lint format audit prove clean
+.PHONY: help demo docs unit test lint format audit prove clean
 .DELETE_ON_ERROR:
 
 help: ## say what there is
@@ -31,6 +36,9 @@ demo: $(VENV)/.plots.stamp ## train on real text, unguarded and guarded, and dra
 
 docs: $(VENV)/.dev.stamp ## build the site from docs/ and the code into site/; no warning passes, no network is needed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+unit: $(VENV)/.dev.stamp ## the fast tests, which start no process: under 3 minutes on 2 cores
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m "not process and not distributed and not slow and not science"
 
 test: lint ## every check: lint, types and tests; REQUIRE_ALL=1 forbids skipping what a machine lacks
 	$(BIN)/pytest -n $(WORKERS) -m "not distributed"
@@ -63,15 +71,18 @@ $(BIN)/python:
 	|| { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; } \
 	|| { rm -rf $(VENV); echo "koopmon: $(PYTHON) makes no virtual environment: install its venv module" >&2; exit 1; }
 
+$(HELD): constraints.txt | $(BIN)/python
+	@{ grep -v '^torch==' constraints.txt; echo "$(TORCH)"; } > $@
+
 # torch first and alone, so that nothing else chooses its build; then the rest, held to the same pin.
 $(VENV)/.torch.stamp: constraints.txt | $(BIN)/python
 	$(PIP) install $(TORCH_PIP_ARGS) "$(TORCH)"
 	@touch $@
 
 $(VENV)/.plots.stamp: $(VENV)/.torch.stamp $(PINS)
-	$(PIP) install -c constraints.txt $(PIP_ARGS) -e ".[plots]"
+	$(PIP) install -c $(HELD) $(PIP_ARGS) -e ".[plots]"
 	@touch $@
 
 $(VENV)/.dev.stamp: $(VENV)/.torch.stamp $(PINS)
-	$(PIP) install -c constraints.txt $(PIP_ARGS) -e ".[dev]"
+	$(PIP) install -c $(HELD) $(PIP_ARGS) -e ".[dev]"
 	@touch $@

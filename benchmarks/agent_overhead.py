@@ -102,14 +102,14 @@ def rank_main(args: argparse.Namespace) -> None:
 
     for _ in range(args.warmup):  # the chain is verified, the monitor met, the ranks agree
         step()
-    guest: Any = agent._guest
+    runtime: Any = agent._runtime
     switch = Switch(model, optimizer)
     rows: list[tuple[bool, bool, float, float]] = []
     for block in range(args.steps // args.block):
         on = block % 4 in (0, 3)
         switch.turn(on)
         for _ in range(args.block):
-            snapshot = on and guest.taps._due
+            snapshot = on and runtime.taps._due
             rows.append((on, snapshot, *step()))
     switch.turn(True)
     status = agent.status()

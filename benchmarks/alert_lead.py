@@ -27,7 +27,7 @@ from benchmarks import campaign
 from benchmarks.alert_stack import Stack, Step, Training
 from benchmarks.provenance import provenance
 from benchmarks.training import MAX_LOSS, Recipe
-from koopmon.monitor.history import History
+from koopmon.history.reader import HistoryReader
 
 RESULT = Path(__file__).parent / "results" / "alert_lead.json"
 WARNING = "KoopmonRiskSpike"
@@ -93,7 +93,7 @@ class Pair:
 
     def _acted_steps(self) -> list[int]:
         """Steps at which the guarded run applied a lower learning rate."""
-        with History.open(self._stack.store(ACT)) as history:
+        with HistoryReader.open(self._stack.store(ACT)) as history:
             return [
                 row.acked_step
                 for decision in history.decisions(self.guarded.name)

@@ -1,6 +1,6 @@
 """The other families' spectra, and what KSS does to their training: `python -m benchmarks.architectures`.
 
-First the spectrum at the start at the published size (METHOD section 5: synthetic text, D 256, L 6, full rank, N 2048)
+First the spectrum at the start at the published size (docs/method.md: synthetic text, D 256, L 6, full rank, N 2048)
 beside the published figures. Where the paper names a family and says no more, two readings of it stand side by side:
 experts weighed by the softmax over all or over the chosen ones, state spaces with and without their residual. Then
 small trainings of each family over rates, with KSS off, as published, and as the unstable penalty alone.

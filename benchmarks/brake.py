@@ -1,9 +1,10 @@
 """Can it be told before training whether anything brakes the residual stream? `python -m benchmarks.brake`.
 
 Untrained models of every residual scheme and family, on each task and at three sizes: the update exponent that is read
-from their states (koopmon.spectral.growth), and what koopmon goes by, which asks the structure first
-(koopmon.chain.known_exponent). Right is a brake above one half where there is a normalisation, and below it where there
-is none; an exponent that cannot be read, since the layers hardly move yet, counts as none, as it does in the risk.
+from their states (koopmon.spectral.update_exponent), and what koopmon goes by, which asks the structure first
+(koopmon.chain_verifier.known_exponent). Right is a brake above one half where there is a normalisation, and below it
+where there is none; an exponent that cannot be read, since the layers hardly move yet, counts as none, as it does in
+the risk.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.models import Norm
 from benchmarks.provenance import provenance
 from benchmarks.tasks import TASKS, draw
 from benchmarks.training import INITIAL_SAMPLES, Recipe, full_profile
-from koopmon.risk.brake import brake
+from koopmon.risk.normalization import normalization_from_exponent
 
 RESULT = Path(__file__).parent / "results" / "brake.json"
 SIZES = ((64, 4), (96, 3), (128, 6))
@@ -84,7 +85,7 @@ def measure(family: Family, norm: Norm) -> Row:
 
 
 def _is_braked(exponent: float | None) -> bool:
-    return exponent is not None and brake(exponent) > 0.5
+    return exponent is not None and normalization_from_exponent(exponent) > 0.5
 
 
 def table(rows: Sequence[Row]) -> Table:

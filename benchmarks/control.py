@@ -10,8 +10,8 @@ import statistics
 from typing import Literal
 
 from koopmon.config import KssConfig, PolicyConfig, RiskConfig
-from koopmon.monitor.policy import Action, PolicyState, decide
-from koopmon.risk.online import OnlineRisk, RiskState, assess, observe
+from koopmon.policy import Action, PolicyState, decide
+from koopmon.risk.online_detector import OnlineRisk, RiskState, assess, observe
 from koopmon.spectral import SpectralProfile
 from koopmon.wire.messages import KssSettings
 
@@ -21,18 +21,31 @@ SPIKE_RATIO, SPIKE_WINDOW, SPIKE_HOLD = 1.5, 20, 50
 
 
 class Controller:
-    """`lr_scale` and `kss` are in force now. `size` is width x depth, 0 where the rate does not size the steps;
-    `exponent` that of the updates at the start."""
+    """`lr_scale` and `kss` are in force now. `width` is 0 where the rate does not size the steps; `exponent` is that of
+    the updates at the start."""
 
-    def __init__(self, control: Control, size: int = 0, exponent: float | None = None) -> None:
-        self._size, self._exponent = size, exponent
+    def __init__(
+        self,
+        control: Control,
+        *,
+        width: int = 0,
+        num_layers: int = 0,
+        exponent: float | None = None,
+        risk: RiskConfig | None = None,
+        policy: PolicyConfig | None = None,
+    ) -> None:
+        self._width, self._num_layers, self._exponent = width, num_layers, exponent
+        self._config = risk or RiskConfig()
         self.lr_scale = 1.0
         self.kss = KssSettings()
         self.num_actions = 0
         self.min_lr_scale = 1.0
         self.risk = OnlineRisk(value=0.0, reason="")
         self._control = control
-        self._policy = PolicyConfig(name=control) if control in ("lr", "kss", "kss+lr") else None
+        named = policy or (PolicyConfig(name=control) if control in ("lr", "kss", "kss+lr") else None)
+        self._policy = named
+        self.first_action: int | None = None
+        self.highest_risk = 0.0
         self._state, self._history = PolicyState(), RiskState()
         self._waiting: list[tuple[int, Action]] = []
         self._ramp = (0, 0, 1.0, 1.0)
@@ -65,20 +78,28 @@ class Controller:
             profile,
             step=step,
             learning_rate=lr,
-            effective_rate=lr * self._size or None,
+            width=self._width or None,
+            num_layers=self._num_layers,
             update_exponent=self._exponent,
             loss=loss,
             lr_scale=self.lr_scale,
             kss_alpha=self.kss.alpha,
             non_finite=profile is None,
         )
-        self._history, self.risk = assess(self._history, seen, RiskConfig())
+        self._history, self.risk = assess(self._history, seen, self._config)
+        self.highest_risk = max(self.highest_risk, self.risk.value)
         decision = decide(float(step), self._state, seen, self.risk, self._policy, KssConfig())
         self._state = decision.state
         for action in decision.commands:
             if action.changes_training:
                 self.num_actions += 1
+                self.first_action = step if self.first_action is None else self.first_action
                 self._waiting.append((step + DELAY, action))
+
+    @property
+    def dense_until(self) -> int:
+        """The step until which the policy asks for a snapshot at each step."""
+        return self._state.dense_until
 
     def _spike(self, step: int, loss: float) -> None:
         before = self._losses[-SPIKE_WINDOW:]

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.campaign import Kept
 from benchmarks.training import Recipe, warmed
 from koopmon.config import RiskConfig
-from koopmon.risk.online import Observation, OnlineRisk, RiskState, assess
+from koopmon.risk.online_detector import Observation, OnlineRisk, RiskState, assess
 
 Series: TypeAlias = "np.ndarray[Any, Any]"
 Detector = Callable[[Kept[Recipe]], Series]
@@ -46,7 +46,9 @@ def online(run: Kept[Recipe], config: RiskConfig | None = None, *, logged: bool 
             informative=informative,
             non_finite=bool(np.isnan(ratios).any()),
             update_ratios=tuple(ratios.tolist()),
-            effective_rate=run.case.lr * warmed(run.case, int(step)) * run.case.width * run.case.num_layers,
+            learning_rate=run.case.lr * warmed(run.case, int(step)),
+            width=run.case.width,
+            num_layers=run.case.num_layers,
             update_exponent=exponent,
             loss=float(run.series["loss"][step - 1]) if logged and step > 0 else None,
             **means,

@@ -31,8 +31,7 @@ from benchmarks.norms import died
 from benchmarks.provenance import provenance
 from benchmarks.scoring import auroc
 from benchmarks.training import Recipe, train
-from koopmon.config import PolicyConfig, RiskConfig
-from koopmon.monitor.guard import merged
+from koopmon.config import PolicyConfig, RiskConfig, merged
 from koopmon.plugins import adapters
 
 RESULT = Path(__file__).parent / "results" / "family_alarms.json"

@@ -1,6 +1,6 @@
 """The whole product against what people do by hand: `python -m benchmarks.guarded`.
 
-Associative recall with 2 pairs (METHOD section 9) on two gloo ranks, No-Norm at rates that kill: no control, clipping
+Associative recall with 2 pairs (docs/method.md) on two gloo ranks, No-Norm at rates that kill: no control, clipping
 at 1.0 and 0.5, a rate halved at each loss spike, and koopmon's policies; each over the same seeds. Beside them the
 fixed rates that are safe, and healthy runs, plain and guarded. One monitor and one torchrun serve all runs of a policy
 in turn: real processes, real sockets. `--only lr` measures the rows of that policy anew and keeps the others, each with

@@ -27,7 +27,7 @@ from benchmarks.campaign import KEPT_MEMORY, terminated_as_interrupted
 from benchmarks.guarded_ranks import Job
 from benchmarks.training import Recipe
 from koopmon.config import PolicyConfig
-from koopmon.monitor.history import History
+from koopmon.history.reader import HistoryReader
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = Recipe(
@@ -47,7 +47,7 @@ HEALTHY: Mapping[str, Mapping[str, Any]] = {
     "none": {"norm": "none", "lr": 0.001},
 }
 """Runs to be left alone. PyTorch's own initialisation gives Pre-LN a near-unit mass that the published guidance calls
-high risk (METHOD section 9), and it trains well.
+high risk (docs/method.md, "Reported spectra"), and it trains well.
 """
 READY_SECONDS = 120.0
 
@@ -168,7 +168,7 @@ def _told(out: Path) -> list[dict[str, Any]]:
 def _actions(store: Path) -> dict[str, dict[str, Any]]:
     """What was applied, by run: how many commands that changed the training, and the lowest scale."""
     found = {}
-    with History.open(store) as history:
+    with HistoryReader.open(store) as history:
         for run in history.runs():
             applied = [
                 row.command

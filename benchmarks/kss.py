@@ -1,6 +1,6 @@
 """Does shaping the spectrum let a higher rate live, and does the model then learn? `python -m benchmarks.kss`.
 
-Associative recall with 2 pairs, which small models learn (METHOD section 9). First a look: every setting at two rates
+Associative recall with 2 pairs, which small models learn (docs/method.md). First a look: every setting at two rates
 over four seeds. Then the cells that are quoted, over 24 other seeds. Survival alone does not count: beside the share
 that diverged stands the accuracy of those that lived, and of fixed rates without any of it. What the file of results
 knows already, of as many runs and steps, is kept, with the commit that it was measured at; `--again look` and `--again

@@ -16,14 +16,14 @@ from prometheus_client import CollectorRegistry
 
 from benchmarks.live_scenes import NUM_LAYERS, hello, profiles
 from koopmon.config import from_mapping
+from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.engine import Engine, Result
-from koopmon.monitor.live import board as boards
-from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.metrics import Metrics
-from koopmon.monitor.rejections import Rejections
+from koopmon.monitor.http import live_state as boards
+from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.http.server import WebServer
+from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import Service
-from koopmon.monitor.store import Store
-from koopmon.monitor.web import WebServer
+from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.messages import Applied, Heartbeat
 
 HOUR_SECONDS = 3600.0
@@ -58,20 +58,20 @@ def simulate(num_runs: int) -> dict[str, Any]:
     config = from_mapping({"policy": {"dry_run": True}})
     registry = CollectorRegistry()
     metrics = Metrics(registry, {"version": "0"})
-    board = LiveBoard(clock=lambda: clock[0], wall=lambda: 1.7e9 + clock[0])
+    live_state = LiveState(clock=lambda: clock[0], wall=lambda: 1.7e9 + clock[0])
     counts: dict[str, list[float]] = {"seconds": [], "rss_bytes": [], "series": []}
     with tempfile.TemporaryDirectory(prefix="koopmon-") as folder:
-        store = Store.open(Path(folder) / "history.sqlite3", config.store, clock=lambda: clock[0])
-        web = WebServer("127.0.0.1:0", registry, {}, board=board)
+        store = HistoryWriter.open(Path(folder) / "history.sqlite3", config.store, clock=lambda: clock[0])
+        web = WebServer("127.0.0.1:0", registry, {}, live_state=live_state)
         service = Service(
             config,
             metrics=metrics,
             store=store,
             engine=cast(Engine, _Engine()),
-            rejections=Rejections(metrics, lambda: clock[0]),
+            rejection_log=RejectionLog(metrics, lambda: clock[0]),
             send=lambda peer, message: True,
             data_endpoint="ipc:///nowhere",
-            board=board,
+            live_state=live_state,
             clock=lambda: clock[0],
             wall=lambda: 1.7e9 + clock[0],
         )
@@ -90,7 +90,7 @@ def simulate(num_runs: int) -> dict[str, Any]:
                     profile = found[(step + number) % NUM_PROFILES]
                     service.on_result(Result(cast(Any, _Snapshot(run, step)), profile, 0.1))
 
-            _fill(board, runs, snapshots)
+            _fill(live_state, runs, snapshots)
             while clock[0] <= HOUR_SECONDS:
                 at = clock[0]
                 for run in runs:
@@ -115,18 +115,18 @@ def simulate(num_runs: int) -> dict[str, Any]:
     return {"num_runs": num_runs, "num_layers": NUM_LAYERS, "snapshots": step * num_runs, **counts}
 
 
-def _fill(board: LiveBoard, runs: list[str], snapshots: Any) -> None:
+def _fill(live_state: LiveState, runs: list[str], snapshots: Any) -> None:
     """What a run keeps is bounded: begin where the bounds are reached."""
     snapshots()
     for run in runs:
-        view = board.view(run)
+        view = live_state.view(run)
         assert view is not None
         point, column = view.points[0], view.columns[0]
         copies = [type(point)(**{name: getattr(point, name) for name in point.__slots__} | {"step": -back})
                   for back in range(boards.MAX_POINTS, 0, -1)]  # fmt: skip
         columns = [type(column)(-back, {name: each[:] for name, each in column.values.items()})
                    for back in range(boards.MAX_COLUMNS, 0, -1)]  # fmt: skip
-        board.restore(view, points=copies, columns=columns)
+        live_state.backfill(view, points=copies, columns=columns)
 
 
 def _resident() -> int:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from koopmon.config import Config
-from koopmon.monitor.guard import Guard
+from koopmon.history.writer import HistoryWriter
+from koopmon.monitor.run_controller import RunController
 from koopmon.monitor.sample import Sample
-from koopmon.monitor.store import Store
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
 from koopmon.wire.messages import Applied, Heartbeat, Hello, Shard, Welcome
 from koopmon.wire.sockets import ControlClient, DataSender, WireContext
+from tests import factories
 
 INCARNATION = "aaaaaaaa"
 NUM_LAYERS, WIDTH, NUM_SAMPLES, SVD_RANK = 48, 64, 128, 32
@@ -53,35 +54,20 @@ def profiles(count: int) -> list[SpectralProfile]:
 
 
 def hello(run: str) -> Hello:
-    return Hello(
-        run=run,
-        incarnation=INCARNATION,
-        process_rank=0,
-        world_size=8,
-        num_senders=1,
-        adapter="transformer",
-        num_layers=NUM_LAYERS,
-        width=WIDTH,
-        acts=True,
-        step=0,
-        applied=Applied(),
-        koopmon_version="0",
-        torch_version="0",
-        hostname="node-1",
-    )
+    return factories.hello(run, INCARNATION, world_size=8, num_layers=NUM_LAYERS, width=WIDTH, hostname="node-1")
 
 
 def record(path: Path, num_runs: int, num_snapshots: int, found: list[SpectralProfile]) -> None:
     """A history of runs as a monitor writes it down: profiles, observations and decisions."""
-    store = Store.open(path)
+    store = HistoryWriter.open(path)
     for number in range(num_runs):
         said, at = hello(f"recorded-{number:02d}"), time.time() - num_snapshots
         store.record_hello(at, said)
-        guard, where = Guard(Config(), said, Applied()), (said.run, said.incarnation)
+        guard, where = RunController(Config(), said, Applied()), (said.run, said.incarnation)
         for step in range(1, num_snapshots + 1):
             profile = found[step % len(found)]
             sample = Sample(step=step, learning_rate=1e-3, loss=2.0, grad_norm=1.0, lr_scale=1.0, kss_alpha=0.0)
-            verdict = guard.judge(float(step), sample, profile, step=step)
+            verdict = guard.assess(float(step), sample, profile, step=step)
             store.record_profile(
                 at + step, *where, step, num_shards=1, masked=False, seconds=0.1, profile=profile.to_dict()
             )

@@ -1,4 +1,4 @@
-"""The project's own small models and tasks, for benchmarks, tables and tests: METHOD sections 4 to 6.
+"""The project's own small models and tasks, for benchmarks, tables and tests: docs/method.md.
 
 Shapes: B batch, T tokens, D width, V vocabulary. All is drawn from private generators: equal seeds, equal results.
 """

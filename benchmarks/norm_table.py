@@ -27,7 +27,7 @@ NUM_SEQUENCES = 64
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """One row of the paper (METHOD section 5) and the near-unit mass that a reproduction must show."""
+    """One row of the paper (docs/method.md, "Reported spectra") and the near-unit mass that it must show."""
 
     label: str
     paper: tuple[float, float, float] | None

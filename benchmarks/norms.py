@@ -1,6 +1,6 @@
 """What the spectrum at initialisation tells of divergence: `python -m benchmarks.norms`.
 
-Associative recall (METHOD sections 5 and 6): residual scheme x learning rate x seed x size, the profile at the start
+Associative recall (docs/method.md): residual scheme x learning rate x seed x size, the profile at the start
 and what became of the run. Asked in the paper's setting (one rate for all) and over the whole sweep; near-unit mass
 and the calibrated score against the paper's baselines, measured in the same runs, and against the learning rate alone.
 """
@@ -40,7 +40,7 @@ EARLY = 20
 SPIKE_STEPS = 100
 FIRST = {"Pre-LN": "pre", "Post-LN": "post", "RMSNorm": "rms", "SubLN": "sub", "No-Norm": "none", "DeepNorm": "deep"}
 REPRODUCED: Mapping[Norm, float] = {"pre": 0.12, "rms": 0.13, "post": 0.73, "sub": 0.13, "none": 0.97}
-"""METHOD section 5, near-unit mass of the plain re-implementation."""
+"""Near-unit mass of a plain re-implementation (docs/method.md, "Reported spectra")."""
 
 Run = Kept[Recipe]
 Score = Callable[[Run], float]

@@ -111,20 +111,20 @@ def backoff(path: Path) -> None:
     curves = [
         plots.Curve(
             label=label,
-            steps=[step.step for step in outcome.heard.steps],
-            losses=[step.loss for step in outcome.heard.steps],
+            steps=[step.step for step in outcome.record.steps],
+            losses=[step.loss for step in outcome.record.steps],
             diverged=outcome.diverged,
             colour=colour,
         )
         for label, (outcome, colour) in trained.items()
     ]
-    rows = guarded.heard.observations
+    rows = guarded.record.observations
     watched = plots.Watched(
         steps=[row.step for row in rows],
         risks=[row.risk for row in rows],
         lr_scales=[row.lr_scale for row in rows],
         kss_alphas=[row.kss_alpha for row in rows],
-        commands=list(applied_commands(guarded.heard.decisions)),
+        commands=list(applied_commands(guarded.record.decisions)),
     )
     title = f"Byte-level transformer without normalisation, AdamW at {setting.lr:g}, {setting.num_ranks} ranks"
     plots.demo(curves, watched, path, title=title)

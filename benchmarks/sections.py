@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.fault_campaign.table import failures
 from benchmarks.markdown import paragraph, table
-from koopmon.monitor.outcomes import MAX_LOSS
+from koopmon.offline.calibration_examples import MAX_LOSS
 
 Document = Mapping[str, Any]
 
@@ -340,6 +340,21 @@ def _decimal(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def flood_and_kill(told: Document) -> list[str]:
+    heading = ["what is flooded", "survived", "messages", "slowest answer, or 2 steps", "memory grew by"]
+    rows = [
+        [
+            f"a {name}",
+            f"{row['survived']} of {row['cycles']}",
+            f"{row['messages']:,}",
+            f"{row['slowest_seconds']:.2f} s",
+            f"{row['growth_bytes'] / 1e6:.1f} MB",
+        ]
+        for name, row in told["sides"].items()
+    ]
+    return table(heading, rows)
+
+
 WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "unchanged_script": unchanged_script,
     "norm_table": norm_table,
@@ -356,5 +371,6 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "guarded_families": guarded_families,
     "brake": brake,
     "fault_campaign": fault_campaign,
+    "flood_and_kill": flood_and_kill,
     "alert_lead": alert_lead,
 }

@@ -1,4 +1,4 @@
-"""What the small trainings learn: batches, losses and scores by the task's name (METHOD section 6).
+"""What the small trainings learn: batches, losses and scores by the task's name (docs/method.md).
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -16,7 +16,7 @@ from benchmarks.models import associative_recall, associative_recall_loss, next_
 Task = Literal["recall-4", "recall-2", "text", "text-full"]
 TASKS: Mapping[Task, Mapping[str, int]] = {
     "recall-4": {"num_tokens": 64, "num_pairs": 4, "vocabulary": 256},  # the paper's; small models hardly learn it
-    "recall-2": {"num_tokens": 16, "num_pairs": 2, "vocabulary": 32},  # METHOD section 9: small models do learn it
+    "recall-2": {"num_tokens": 16, "num_pairs": 2, "vocabulary": 32},  # small models do learn it
     "text": {"num_tokens": 64, "vocabulary": 1000},  # the paper's synthetic text, made small
     "text-full": {"num_tokens": 256, "vocabulary": 10_000},
 }

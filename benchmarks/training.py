@@ -23,7 +23,7 @@ from benchmarks.probes import Probes
 from benchmarks.shaping import Form, Shaping
 from benchmarks.tasks import TASKS, Task, draw, loss_of, share_right
 from koopmon.profiling import CapturedStates, capture_states
-from koopmon.risk.initial import initial_risk
+from koopmon.risk.initial_score import initial_risk
 from koopmon.spectral import SpectralProfile, profile_states
 
 Optimizer = Literal["adamw", "sgd"]
@@ -141,8 +141,12 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
     optimizer = recipe.make_optimizer(model)
     recorder = Recorder(model, recipe)
     shaping = _shaping(model, recipe)
-    size = recipe.width * recipe.num_layers if recipe.optimizer == "adamw" else 0
-    controller = Controller(recipe.control, size, initial["update_exponent"])
+    controller = Controller(
+        recipe.control,
+        width=recipe.width if recipe.optimizer == "adamw" else 0,
+        num_layers=recipe.num_layers,
+        exponent=initial["update_exponent"],
+    )
     losses: list[float] = []
     norms: list[float] = []
     died_at: int | None = None

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from benchmarks import campaign
 from benchmarks.provenance import provenance
-from koopmon.monitor.history import History
+from koopmon.history.reader import HistoryReader
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tests" / "scripts" / "train_prose.py"
@@ -123,7 +123,7 @@ def _read(case: Case, log: Path, summary: Path) -> Result:
 
 
 def _latency(store: Path) -> int | None:
-    with History.open(store) as history:
+    with HistoryReader.open(store) as history:
         decisions = [decision for run in history.runs() for decision in history.decisions(run)]
     waits = [
         row.acked_step - decision.step

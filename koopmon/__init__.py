@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from koopmon.agent.attach import Agent, attach
     from koopmon.api import ArchitectureAdapter, Discovery, ExampleModel, Observable, Point, Stack, call_arguments
+    from koopmon.block_finder import BlockList, block_lists, lists_holding, normalised, parts_of
     from koopmon.config import Config
     from koopmon.discovery import discover
     from koopmon.errors import AdapterError, ConfigError, DiscoveryError, KoopmonError
     from koopmon.hookspecs import hookimpl
     from koopmon.profiling import profile
     from koopmon.spectral import LayerProfile, SpectralProfile
-    from koopmon.structure import BlockList, block_lists, lists_holding, normalised, parts_of
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,7 @@ _HOMES = {
     "AdapterError": "koopmon.errors",
     "Agent": "koopmon.agent.attach",
     "ArchitectureAdapter": "koopmon.api",
-    "BlockList": "koopmon.structure",
+    "BlockList": "koopmon.block_finder",
     "Config": "koopmon.config",
     "ConfigError": "koopmon.errors",
     "Discovery": "koopmon.api",
@@ -35,13 +35,13 @@ _HOMES = {
     "SpectralProfile": "koopmon.spectral",
     "Stack": "koopmon.api",
     "attach": "koopmon.agent.attach",
-    "block_lists": "koopmon.structure",
+    "block_lists": "koopmon.block_finder",
     "call_arguments": "koopmon.api",
     "discover": "koopmon.discovery",
     "hookimpl": "koopmon.hookspecs",
-    "lists_holding": "koopmon.structure",
-    "normalised": "koopmon.structure",
-    "parts_of": "koopmon.structure",
+    "lists_holding": "koopmon.block_finder",
+    "normalised": "koopmon.block_finder",
+    "parts_of": "koopmon.block_finder",
     "profile": "koopmon.profiling",
 }
 """Where each public name lives. It is imported when first asked for: `import koopmon` alone must not import torch."""

@@ -143,7 +143,9 @@ class ArchitectureAdapter(ABC):
 
     @abstractmethod
     def specificity(self, model: nn.Module) -> int:
-        """How well this adapter fits `model`; the highest claim wins, a tie is an error.
+        """How well this adapter fits `model`: an integer from 0 to MAX_SPECIFICITY; the highest claim wins.
+
+        Of equal claims koopmon's own adapter wins, else the first by name; a log line says so.
 
         0 not at all; 1 some chain of blocks, not known to be of this family; 10 a transformer: blocks with attention;
         15 a family of its own whose parts stand beside those of another one that claims the model: a hybrid; 20 a

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import difflib
 import functools
+import logging
 import os
 import stat
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -37,6 +38,8 @@ from koopmon.wire.messages import (
     LayerFraction,
     NumSenders,
 )
+
+logger = logging.getLogger(__name__)
 
 # Every number has bounds on both sides: infinity passes a bound on one side alone. Where a value ends up in a message,
 # its bounds are those of the protocol.
@@ -118,7 +121,7 @@ class ControlConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     timeout_seconds: Annotated[float, Meta(gt=0.0, le=600.0)] = 3.0
     """How long a rank may wait for the others before control is off."""
     monitor_lost_seconds: Annotated[float, Meta(gt=0.0, le=MAX_SECONDS)] = 10.0
-    """Silence after which the monitor counts as lost."""
+    """Silence after which the monitor counts as lost, and the connection to it is made anew; at least 3 heartbeats."""
     on_monitor_lost: Literal["hold", "ramp"] = "hold"
     """hold: what is applied stays; ramp: go back to the user's own settings slowly."""
     ramp_back_steps: Steps = 200
@@ -219,7 +222,8 @@ class StoreConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The online detector; see koopmon.risk.online. Scales are changes of log(update ratio) per optimizer step."""
+    """The online detector; see koopmon.risk.online_detector. Scales are changes of log(update ratio) per optimizer
+    step."""
 
     update_ratio_floor: Annotated[float, Meta(gt=0.0, le=10.0)] = 0.5
     """Added to the update ratio before the logarithm: growth below it counts little."""
@@ -238,14 +242,21 @@ class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     restlessness_scale: Scale = 0.36
     """That mean, in units of `peak_scale`, at which the risk is one half."""
     prior_slope: Annotated[float, Meta(ge=0.0, le=1000.0)] = 10.0
-    """Log-odds of divergence that the prior gains for each factor of ten on the effective rate, which is the learning
-    rate in force x width x transitions. Only under optimizers whose steps are as long as the rate says (Adam's kin)."""
+    """Log-odds of failure that the prior gains for each factor of ten on the learning rate in force. Only under
+    optimizers whose steps are as long as the rate says (Adam's kin)."""
     critical_rate: Annotated[float, Meta(ge=1e-9, le=1e9)] = 1.0
-    """Effective rate at which the prior is even for layers whose updates nothing brakes (koopmon.risk.brake). Of runs
-    of 200 steps half die at 1.8; longer ones, and those that learn more, die from 1 on."""
-    braked_decades: Annotated[float, Meta(ge=0.0, le=30.0)] = 3.0
-    """Factors of ten by which it is higher behind normalisations. Ours lived at every rate that was tried, up to one
-    factor of ten; large models are trained at two."""
+    """Learning rate x width x transitions at which the prior is even for layers without normalisation. Of runs of 200
+    steps half die at 1.8; longer ones, and those that learn more, die from 1 on."""
+    normalized_critical_rate: Annotated[float, Meta(ge=1e-9, le=1e9)] = 0.5
+    """Learning rate x width at which it is even for normalised layers (koopmon.risk.normalization). Runs with gradient
+    clipping ended best at 0.2 to 0.4 and were ruined from 0.6 on (`benchmarks.proving_ground`)."""
+    normalized_scale: Scale = 0.6
+    """Unsteadiness of normalised layers that counts as 1. Theirs is taken after a median over three snapshots, which
+    removes what one odd batch does to one snapshot. Healthy runs reached 0.54 at a fifth of the critical rate, ruined
+    ones 0.57 (width 128) to 3.2 at and above it."""
+    normalized_weight: Annotated[float, Meta(ge=0.0, le=20.0)] = 1.0
+    """Largest log-odds, of either sign, by which the prior counts in the risk of normalised layers: large models train
+    well at 0.3 to 1.6, so the evidence has to decide."""
     min_prior: Annotated[float, Meta(ge=-20.0, le=0.0)] = -6.0
     """Least log-odds of the prior: at -6 it takes 4.5 times the unsteadiness."""
     max_prior: Annotated[float, Meta(ge=0.0, le=20.0)] = 3.0
@@ -255,7 +266,7 @@ class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When to act and how; see koopmon.monitor.policy."""
+    """When to act and how; see koopmon.policy."""
 
     name: PolicyName = "lr"
     """Back-off alone: beside it KSS saved no more runs, and those learned less (docs/evidence.md)."""
@@ -276,6 +287,8 @@ class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     landing_rate: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.5
     """Where the scheduled rate is known to be above the critical one (`[risk] critical_rate`), a back-off goes at least
     down to this times the critical one, and else by the gentle factors, which feel for a rate that is bearable."""
+    normalized_landing_rate: Annotated[float, Meta(gt=0.0, le=100.0)] = 0.5
+    """Likewise for normalised layers (`[risk] normalized_critical_rate`)."""
     gentle_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.85
     """The back-off there."""
     gentle_severe_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.6
@@ -307,7 +320,7 @@ class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class KssConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Koopman Spectral Shaping as the policy turns it on (METHOD section 7)."""
+    """Koopman Spectral Shaping as the policy turns it on (docs/method.md, "Koopman Spectral Shaping")."""
 
     alpha: KssAlpha = 0.15
     radius_margin: Annotated[float, Meta(ge=1.0, le=1000.0)] = 1.5
@@ -316,7 +329,7 @@ class KssConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """...and never below this modulus (the paper's tau_u)."""
     temperature: KssTemperature = 20.0
     beta: KssBeta = 0.0
-    """Weight of the near-unit target; 0 leaves the unstable penalty alone (METHOD section 9)."""
+    """Weight of the near-unit target; 0 leaves the unstable penalty alone (docs/method.md)."""
     gamma: Ratio = 0.4
     svd_rank: KssSvdRank = 32
     """Rank of its DMD."""
@@ -524,3 +537,24 @@ def read_file(path: Path) -> bytes:
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: {path.stat().st_size} bytes: at most {MAX_FILE_BYTES} are read")
     return content
+
+
+S = TypeVar("S", bound=Section)
+
+
+def merged(section: S, hints: Mapping[str, Any], source: str) -> S:
+    """`section` with an adapter's `hints` in the fields that the user left at their defaults.
+
+    Hints that name no field or are out of bounds are left out, with a log line.
+    """
+    defaults = type(section)()
+    for name, value in hints.items():
+        if name not in section.__struct_fields__:
+            logger.warning("hello: %s names %r, which this version does not know", source, name)
+        elif getattr(section, name) == getattr(defaults, name):
+            try:
+                values = {**msgspec.structs.asdict(section), name: value}
+                section = msgspec.convert(values, type(section))
+            except msgspec.ValidationError as error:
+                logger.warning("hello: %s has %s = %r: %s", source, name, value, error)
+    return section

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from koopmon.api import ArchitectureAdapter, Discovery, Stack
-from koopmon.chain import ChainVerifier, Verdict
-from koopmon.errors import DiscoveryError
-from koopmon.plugins import Selection, select
+from koopmon.chain_verifier import ChainResult, ChainVerifier
+from koopmon.errors import AdapterError, DiscoveryError
+from koopmon.plugins import Selection, fall_back, original, select
 
-__all__ = ["ChainVerifier", "Verdict", "discover", "not_verified", "probe", "verified"]
+__all__ = ["ChainResult", "ChainVerifier", "discover", "not_verified", "probe", "verified", "with_fallback"]
+
+T = TypeVar("T")
 
 
 def discover(
@@ -28,9 +30,10 @@ def discover(
 ) -> Discovery:
     """Find the residual stream of `model`: its adapter and one point per block.
 
-    With a batch, the model is called once as `model(*batch, **batch_kwargs)`, in eval and no_grad, its mode and the
+    With a batch, the model is called as `model(*batch, **batch_kwargs)`, in eval and no_grad, its mode and the
     random state restored, and the chain is verified; of several chains the longest is kept, of equals the one called
-    last, which is the decoder of an encoder-decoder. Without a batch the best candidate is returned, not verified.
+    last, which is the decoder of an encoder-decoder. Where that shows a third-party adapter to be wrong, koopmon's own
+    takes its place and the model is called again. Without a batch the best candidate is returned, not verified.
 
     `adapter` names an adapter, or is one; `stack` is the path of the list of blocks to take, "" for the model's own.
     Raises AdapterError and DiscoveryError as `koopmon.plugins.select`, and DiscoveryError with each candidate's reason
@@ -38,19 +41,33 @@ def discover(
     """
     selection = select(model, adapter, stack)
     if not batch and not batch_kwargs:
-        return Discovery(selection.adapter, selection.candidates[0], flags=selection.flags)
-    verifier = ChainVerifier(selection.adapter, selection.candidates)
-    with probe(model) as call, verifier.watch():
-        call(*batch, **batch_kwargs)
-    kept, reasons = verifier.verdict()
-    return verified(model, selection, kept, reasons)
+        return Discovery(original(selection.adapter), selection.candidates[0], flags=selection.flags)
+
+    def look(selection: Selection) -> Discovery:
+        verifier = ChainVerifier(selection.adapter, selection.candidates)
+        with probe(model) as call, verifier.watch():
+            call(*batch, **batch_kwargs)
+        return verified(model, selection, *verifier.verdict())
+
+    return with_fallback(model, selection, look)
+
+
+def with_fallback(model: nn.Module, selection: Selection, look: Callable[[Selection], T]) -> T:
+    """`look(selection)`, and once more with koopmon's own adapter where a third-party one has failed."""
+    try:
+        return look(selection)
+    except AdapterError as error:
+        following = fall_back(selection, model, error)
+        if following is None:
+            raise
+    return look(following)
 
 
 def verified(model: nn.Module, selection: Selection, kept: Stack | None, reasons: Mapping[str, str]) -> Discovery:
     """The discovery that a verdict amounts to. Raises DiscoveryError with the reasons when no stack was kept."""
     if kept is None:
         raise DiscoveryError(not_verified(model, selection, reasons))
-    return Discovery(selection.adapter, kept, verified=True, rejected=reasons, flags=selection.flags)
+    return Discovery(original(selection.adapter), kept, verified=True, rejected=reasons, flags=selection.flags)
 
 
 def not_verified(model: nn.Module, selection: Selection, reasons: Mapping[str, str]) -> str:

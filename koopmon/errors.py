@@ -2,11 +2,53 @@
 
 from __future__ import annotations
 
+import opcode
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+_RAISE = opcode.opmap["RAISE_VARARGS"]
+_VARARGS = 0x04
+"""inspect.CO_VARARGS; importing inspect takes 4 ms."""
+
 
 def one_line(text: object, limit: int = 400) -> str:
     """A text that may quote a file or a peer, fit for a log line: printable, and at most `limit` characters."""
     line = "".join(character if character.isprintable() else "?" for character in str(text))
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def _arguments(frame: FrameType) -> list[object]:
+    """The positional arguments of a function's frame."""
+    code, values = frame.f_code, frame.f_locals
+    found = [values.get(name) for name in code.co_varnames[: code.co_argcount]]
+    if code.co_flags & _VARARGS:
+        more = values.get(code.co_varnames[code.co_argcount + code.co_kwonlyargcount])
+        found += more if isinstance(more, tuple) else ()
+    return found
+
+
+def came_from_signal(error: BaseException) -> bool:
+    """Whether a signal raised `error`, as Ctrl-C does, and not the code that happened to run.
+
+    Python runs a signal's handler between two instructions of the main thread, with the frame that it interrupts as an
+    argument. The handler of Ctrl-C is written in C and has no frame of its own: the exception then starts at an
+    instruction that raises nothing.
+    """
+    trace, frame, instruction = error.__traceback__, None, 0
+    while trace is not None:
+        frame, instruction = trace.tb_frame, trace.tb_lasti
+        if frame.f_back is not None and any(each is frame.f_back for each in _arguments(frame)):
+            return True
+        trace = trace.tb_next
+    return isinstance(error, KeyboardInterrupt) and frame is not None and frame.f_code.co_code[instruction] != _RAISE
+
+
+def raise_from_signal(error: BaseException) -> None:
+    """Raise `error` again if a signal raised it: called where anything else that foreign code raises is handled."""
+    if came_from_signal(error):
+        raise error
 
 
 class KoopmonError(Exception):
@@ -31,9 +73,18 @@ class MissingExtraError(KoopmonError, ImportError):
 
 
 class AdapterError(KoopmonError):
-    """An architecture adapter cannot be selected: unknown name, no claim, or two claims of equal specificity."""
+    """An architecture adapter cannot be selected: its name is unknown, or no adapter claims the model."""
 
     exit_status = 2
+
+
+class PluginError(AdapterError):
+    """A plugin's code failed: `plugin` names it, `reason` says in a few words what it did."""
+
+    def __init__(self, plugin: str, reason: str) -> None:
+        super().__init__(f"{plugin}: {reason}")
+        self.plugin = plugin
+        self.reason = reason
 
 
 class DiscoveryError(AdapterError):

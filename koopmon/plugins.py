@@ -1,24 +1,37 @@
-"""The door for plugins: loading them through the entry-point group `koopmon`, and choosing the adapter for a model."""
+"""The door for plugins: loading them through the entry-point group `koopmon`, and choosing the adapter for a model.
+
+koopmon's own adapters come before all others: an equal claim or a name that is taken never displaces one of them.
+"""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
 
 import pluggy
 from torch import nn
 
-from koopmon import hookspecs
 from koopmon.api import ArchitectureAdapter, ExampleModel, Stack
-from koopmon.errors import AdapterError, DiscoveryError
-from koopmon.observables import flaw
-from koopmon.structure import canonical_name, container_stack, survey
+from koopmon.block_finder import canonical_name, container_stack, survey
+from koopmon.errors import AdapterError, DiscoveryError, PluginError, one_line
+from koopmon.guarded_adapter import GuardedAdapter, check_adapter, original, source
+from koopmon.plugin_calls import WrongResultError, say_once, told
+from koopmon.plugin_loading import PluginManager, is_own, plugin_manager
 
-__all__ = ["PluginManager", "Selection", "adapters", "claimed", "example_models", "plugin_manager", "select"]
-
-logger = logging.getLogger(__name__)
+__all__ = [
+    "PluginManager",
+    "Selection",
+    "adapters",
+    "claims_on",
+    "example_models",
+    "fall_back",
+    "original",
+    "plugin_manager",
+    "select",
+    "source",
+]
 
 MAX_SEEN = 16
 """Containers that an error lists."""
@@ -26,105 +39,41 @@ FAMILY = 11
 """Claims from here on are those of a family of its own, known by its parts; see `ArchitectureAdapter.specificity`."""
 
 
-class PluginManager(pluggy.PluginManager):
-    """pluggy's manager, with the plugins that could not be used: `failures` maps each one's name to why."""
-
-    def __init__(self) -> None:
-        super().__init__(hookspecs.PROJECT)
-        self.failures: dict[str, str] = {}
-        self.add_hookspecs(hookspecs)
-
-    def skip(self, name: str, reason: str) -> None:
-        """Leave a plugin out, tell so once per process, and go on."""
-        if self.has_plugin(name):
-            self.unregister(name=name)
-        self.failures[name] = reason
-        _warn_once(name, reason)
-
-
-@functools.cache
-def _warn_once(name: str, reason: str) -> None:
-    logger.warning("plugin %s is skipped: %s", name, reason)
-
-
-def plugin_manager() -> PluginManager:
-    """A new manager with every plugin of the entry-point group `koopmon` loaded, koopmon's own among them.
-
-    A plugin that cannot be imported, misspells a hook or implements none is skipped, logged once and listed in
-    `failures`.
-    """
-    manager = PluginManager()
-    loaded: dict[str, str] = {}
-    for entry in sorted(entry_points(group=hookspecs.PROJECT), key=lambda entry: (entry.name, entry.value)):
-        if loaded.get(entry.name) == entry.value:  # one distribution, seen twice on the path
-            continue
-        name = entry.name if entry.name not in loaded else f"{entry.name} of {entry.value}"
-        loaded[name] = entry.value
-        try:
-            plugin = entry.load()
-            manager.register(plugin, name=name)
-            manager.check_pending()
-            if not manager.get_hookcallers(plugin):
-                manager.skip(name, "it implements no hook: decorate its functions with @koopmon.hookimpl")
-        except Exception as error:  # a guest of ours may fail in any way
-            manager.skip(name, f"{type(error).__name__}: {error}".splitlines()[0])
-    return manager
-
-
 def adapters(manager: PluginManager | None = None) -> dict[str, ArchitectureAdapter]:
-    """Every architecture adapter by its name, in the order of the names.
+    """Every architecture adapter by its name, in the order of the names; third-party ones as a GuardedAdapter.
 
-    Raises AdapterError when two plugins offer one name, or when a plugin registered by hand misspells a hook.
+    Of two adapters of one name koopmon's own is taken, else that of the first plugin by name; the other is left out
+    with a log line. Raises AdapterError when a plugin registered by hand misspells a hook.
     """
     manager = plugin_manager() if manager is None else manager
     try:
         manager.check_pending()
     except pluggy.PluginValidationError as error:
         raise AdapterError(f"plugin {manager.get_name(error.plugin)}: {error}") from None
-    offered: dict[str, tuple[str, ArchitectureAdapter]] = {}
-    for implementation in manager.hook.koopmon_architecture_adapters.get_hookimpls():
-        plugin = implementation.plugin_name
-        try:
-            offers = list(implementation.function())  # type: ignore[call-overload]  # pluggy: object
-            for adapter in offers:
-                _check_adapter(adapter)
-        except Exception as error:  # as above
-            manager.skip(plugin, f"{type(error).__name__}: {error}".splitlines()[0])
-            continue
-        for adapter in offers:
-            if adapter.name in offered:
-                other = offered[adapter.name][0]
-                raise AdapterError(
-                    f"adapter {adapter.name!r} is offered by plugin {other!r} and by plugin {plugin!r}: uninstall one"
-                )
-            offered[adapter.name] = (plugin, adapter)
-    return {name: offered[name][1] for name in sorted(offered)}
-
-
-def _check_adapter(adapter: object) -> None:
-    if not isinstance(adapter, ArchitectureAdapter):
-        raise TypeError(f"it offers {adapter!r}, which is not an instance of ArchitectureAdapter")
-    if not isinstance(getattr(adapter, "name", None), str) or not adapter.name:
-        raise TypeError(f"its adapter {type(adapter).__name__} has no name")
-    if why := flaw(adapter.measures):
-        raise TypeError(f"adapter {adapter.name}: {why}")
+    taken: dict[str, tuple[str, ArchitectureAdapter]] = {}
+    for plugin, offers in manager.offered("koopmon_architecture_adapters", check_adapter):
+        manager.offers[plugin] = []
+        own = is_own(manager.get_plugin(plugin))
+        for offer in offers:
+            adapter = offer if own else GuardedAdapter(offer, manager.calls(plugin))
+            if adapter.name in taken:
+                holder = manager.calls(taken[adapter.name][0]).label
+                manager.leave_out(plugin, adapter.name, f"its name is taken by {holder}")
+                continue
+            taken[adapter.name] = plugin, adapter
+            manager.offers[plugin].append(adapter)
+    return {name: taken[name][1] for name in sorted(taken)}
 
 
 def example_models(manager: PluginManager | None = None) -> list[ExampleModel]:
     """Every example model that a plugin offers. A plugin that fails to offer its own is skipped, as one that fails."""
     manager = plugin_manager() if manager is None else manager
-    found: list[ExampleModel] = []
-    for implementation in manager.hook.koopmon_example_models.get_hookimpls():
-        try:
-            offers = list(implementation.function())  # type: ignore[call-overload]  # pluggy: object
-            for offer in offers:
-                if not isinstance(offer, ExampleModel):
-                    raise TypeError(f"it offers {offer!r}, which is not an ExampleModel")
-        except Exception as error:  # as above
-            manager.skip(implementation.plugin_name, f"{type(error).__name__}: {error}".splitlines()[0])
-            continue
-        found += offers
-    return found
+    return [each for _, found in manager.offered("koopmon_example_models", _check_example) for each in found]
+
+
+def _check_example(offer: object) -> None:
+    if not isinstance(offer, ExampleModel):
+        raise WrongResultError(f"gives {one_line(repr(offer), 100)}, which is not an ExampleModel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +81,15 @@ class Selection:
     """The adapter for one model, its candidate stacks, best first (never none), and its flags.
 
     `families` are the adapters with something to say of the model's parts: `adapter`, then every other one that knows a
-    family of its own in it. A hybrid has one adapter, and the names of the other families among its flags.
+    family of its own in it. A hybrid has one adapter, and the names of the other families among its flags. `fallback`
+    is what koopmon's own adapters find, where `adapter` is a third-party one that claimed the model.
     """
 
     adapter: ArchitectureAdapter
     candidates: tuple[Stack, ...]
     flags: frozenset[str]
     families: tuple[ArchitectureAdapter, ...]
+    fallback: Selection | None = None
 
 
 def select(
@@ -149,19 +100,62 @@ def select(
 ) -> Selection:
     """Choose the adapter for `model` and its candidate stacks, without running the model.
 
-    `adapter` names one, or is one; None lets all claim, and the highest specificity wins. `stack` is the path of a
-    container in the model: the only candidate then, and taken as residual. Raises AdapterError for an unknown name and
-    for two equal claims, DiscoveryError when no adapter claims the model or it holds no candidate or no such `stack`.
+    `adapter` names one, or is one; None lets all claim. The highest specificity wins; of equal ones koopmon's own, else
+    the first by name, with a log line. Where a third-party adapter fails, the next one takes its place. `stack` is the
+    path of a container in the model: the only candidate then, and taken as residual. Raises AdapterError for an unknown
+    name and PluginError where the named adapter fails, DiscoveryError when no adapter claims the model or it holds no
+    candidate or no such `stack`.
     """
     known = adapters(manager)
-    claims = _claims(model, known)
-    chosen = _winner(model, known, claims) if adapter is None else _named(adapter, known)
+    claims = claims_on(model, known)
+    if adapter is not None:
+        return _selection(model, _named(adapter, known), stack, known, claims)
+    ranked = _ranked(model, known, claims)
+    while True:
+        chosen = known[ranked[0]]
+        try:
+            selection = _selection(model, chosen, stack, known, claims)
+            break
+        except AdapterError as error:
+            if not isinstance(chosen, GuardedAdapter) or len(ranked) == 1:
+                raise
+            say_once(_replacement(chosen, known[ranked[1]], model, error))
+            del claims[ranked.pop(0)]
+    _say_choice(model, known, claims, ranked)
+    own = next((known[name] for name in ranked if not isinstance(known[name], GuardedAdapter)), None)
+    if isinstance(chosen, GuardedAdapter) and own is not None:
+        del claims[chosen.name]
+        with contextlib.suppress(AdapterError):
+            selection = replace(selection, fallback=_selection(model, own, stack, known, claims))
+    return selection
+
+
+def fall_back(selection: Selection, model: nn.Module, reason: object) -> Selection | None:
+    """What replaces a third-party adapter that failed on `model`, with a log line; None where nothing does."""
+    if selection.fallback is not None:
+        say_once(_replacement(selection.adapter, selection.fallback.adapter, model, reason))
+    return selection.fallback
+
+
+def _replacement(failed: ArchitectureAdapter, following: ArchitectureAdapter, model: nn.Module, reason: object) -> str:
+    why = one_line(reason.reason if isinstance(reason, PluginError) else reason)
+    return f"{source(following)} is used for {type(model).__name__}, as {source(failed)} failed: {why}"
+
+
+def _selection(
+    model: nn.Module,
+    chosen: ArchitectureAdapter,
+    stack: str | None,
+    known: Mapping[str, ArchitectureAdapter],
+    claims: Mapping[str, int],
+) -> Selection:
     candidates = tuple(chosen.stacks(model))
     if stack is not None:
         candidates = (_named_stack(model, candidates, stack),)
     if not candidates:
         raise DiscoveryError(f"adapter {chosen.name!r} finds no stack of blocks in {_seen(model)}")
     others = [known[name] for name, claim in claims.items() if claim >= FAMILY and name != chosen.name]
+    others.sort(key=lambda each: isinstance(each, GuardedAdapter))  # of two that measure one thing, the first is read
     flags = frozenset(chosen.flags(model)).union(other.name for other in others)
     return Selection(chosen, candidates, flags, (chosen, *others))
 
@@ -176,34 +170,44 @@ def _named(adapter: str | ArchitectureAdapter, known: dict[str, ArchitectureAdap
     return known[adapter]
 
 
-def claimed(model: nn.Module, known: dict[str, ArchitectureAdapter]) -> ArchitectureAdapter:
-    """The adapter among `known` with the highest claim on `model`; raises as `select` for none and for a tie."""
-    return _winner(model, known, _claims(model, known))
-
-
-def _claims(model: nn.Module, known: dict[str, ArchitectureAdapter]) -> dict[str, int]:
+def claims_on(model: nn.Module, known: Mapping[str, ArchitectureAdapter]) -> dict[str, int]:
+    """The specificity of each adapter, by name; one that fails to tell is left out with a log line."""
     claims: dict[str, int] = {}
     for name, adapter in known.items():
         try:
             claims[name] = adapter.specificity(model)
+        except PluginError as error:
+            say_once(f"{error}; the adapter is left out")
         except Exception as error:  # one adapter's failure is not the others'
-            _warn_once(name, f"its specificity() raised {type(error).__name__}: {error}")
+            say_once(f"adapter {name!r} is left out: specificity() {told(error)}")
     return claims
 
 
-def _winner(model: nn.Module, known: dict[str, ArchitectureAdapter], claims: dict[str, int]) -> ArchitectureAdapter:
-    highest = max(claims.values(), default=0)
-    if highest <= 0:
+def _ranked(model: nn.Module, known: Mapping[str, ArchitectureAdapter], claims: Mapping[str, int]) -> list[str]:
+    """The names of the adapters that claim `model`, the one to take first. Raises DiscoveryError when none does."""
+    ranked = [name for name, claim in claims.items() if claim > 0]
+    if not ranked:
         names = ", ".join(known) or "none could be loaded"
         raise DiscoveryError(f"no adapter ({names}) recognises {_seen(model)}")
-    winners = [name for name, claim in claims.items() if claim == highest]
-    if len(winners) > 1:
-        raise AdapterError(
-            f"adapters {' and '.join(map(repr, winners))} claim {type(model).__name__} "
-            f"with equal specificity {highest}: "
-            f"pass adapter={winners[0]!r} or adapter={winners[1]!r}"
-        )
-    return known[winners[0]]
+    return sorted(ranked, key=lambda name: (-claims[name], isinstance(known[name], GuardedAdapter), name))
+
+
+def _say_choice(
+    model: nn.Module, known: Mapping[str, ArchitectureAdapter], claims: Mapping[str, int], ranked: list[str]
+) -> None:
+    """Log what a user may not expect: equal claims, and a third-party adapter in the place of one of koopmon's own."""
+    chosen, kind = known[ranked[0]], type(model).__name__
+    for name in ranked[1:]:
+        if claims[name] == claims[chosen.name]:
+            say_once(
+                f"{source(chosen)} is used for {kind}; {source(known[name])} claims it with equal specificity "
+                f"{claims[name]}: [model] adapter = {name!r} takes that one"
+            )
+    if isinstance(chosen, GuardedAdapter):
+        instead = [name for name in ranked if not isinstance(known[name], GuardedAdapter)]
+        of = f", in the place of koopmon's own {instead[0]!r} with {claims[instead[0]]}" if instead else ""
+        level = logging.WARNING if instead else logging.INFO
+        say_once(f"{source(chosen)} is used for {kind} with specificity {claims[chosen.name]}{of}", level=level)
 
 
 def _named_stack(model: nn.Module, candidates: tuple[Stack, ...], name: str) -> Stack:

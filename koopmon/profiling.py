@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Discovery, Observable, Stack
-from koopmon.chain import ChainVerifier, known_exponent
-from koopmon.discovery import probe, verified
+from koopmon.chain_verifier import ChainVerifier, known_exponent
+from koopmon.discovery import probe, verified, with_fallback
 from koopmon.observables import Readings, declared, tabulate
 from koopmon.plugins import Selection, select
 from koopmon.spectral import SpectralProfile, profile_states
-from koopmon.tokens import align_mask, choose_rows, take_rows
+from koopmon.token_sampling import align_mask, choose_rows, take_rows
 
 __all__ = ["CapturedStates", "capture_states", "profile"]
 
@@ -63,11 +63,8 @@ class CapturedStates:
     """What the model's family measures, by name: L values each, None where there is none."""
     measures: Mapping[str, str] = field(default_factory=dict)
     """A line of help for each of these names."""
-
-    @property
-    def known_exponent(self) -> float | None:
-        """The update exponent, where it need not be read from the states."""
-        return known_exponent(self.discovery.adapter, self.discovery.stack)
+    known_exponent: float | None = None
+    """The update exponent, where it need not be read from the states."""
 
 
 def capture_states(
@@ -82,7 +79,21 @@ def capture_states(
     """What `profile` looks at: states of the verified stack on one forward pass. Arguments and errors as `profile`."""
     if num_samples < 1:
         raise ValueError(f"num_samples = {num_samples}: allowed are integers from 1")
-    selection = select(model, adapter, stack)
+
+    def look(selection: Selection) -> CapturedStates:
+        return _capture(model, selection, batch, batch_kwargs, num_samples, seed)
+
+    return with_fallback(model, select(model, adapter, stack), look)
+
+
+def _capture(
+    model: nn.Module,
+    selection: Selection,
+    batch: tuple[Any, ...],
+    batch_kwargs: Mapping[str, Any],
+    num_samples: int,
+    seed: int,
+) -> CapturedStates:
     sampler = _Sampler(model, selection, batch, batch_kwargs, num_samples, seed)
     verifier = ChainVerifier(selection.adapter, selection.candidates)
     with probe(model) as call, verifier.watch(also=sampler.take), _reading(selection) as readings:
@@ -100,7 +111,8 @@ def capture_states(
         observables = tabulate(gathered.keys, gathered.values.tolist(), len(discovery.points))
     measures = {name: text for family in reversed(selection.families) for name, text in family.measures.items()}
     told = {name: measures[name] for name in observables}
-    return CapturedStates(discovery, _alike(states), num_tokens, masked, observables, told)
+    exponent = known_exponent(selection.adapter, discovery.stack)
+    return CapturedStates(discovery, _alike(states), num_tokens, masked, observables, told, exponent)
 
 
 @contextmanager

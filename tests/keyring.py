@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.curve import KeyPair, new_pair
 from koopmon.wire.keys import (
     AGENTS,
@@ -16,7 +17,6 @@ from koopmon.wire.keys import (
     write_public,
     write_secret,
 )
-from koopmon.wire.trust import Trust
 
 
 class Keyring:
@@ -51,8 +51,8 @@ class Keyring:
         write_public(public_file(self.place, MONITOR), key)
         write_secret(self.place, MONITOR, self.monitor.secret)
 
-    def trust(self, agent: str = "agent") -> Trust:
-        return Trust(self.place, agent=agent, curve_on_loopback=True)
+    def trust(self, agent: str = "agent") -> AuthPolicy:
+        return AuthPolicy(self.place, agent=agent, curve_on_loopback=True)
 
     def security(self, agent: str = "agent") -> dict[str, str]:
         """The same as a table of the configuration."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from koopmon.api import ArchitectureAdapter, Stack
-from koopmon.structure import block_lists
+from koopmon.block_finder import block_lists
 
 B, T, D, L = 2, 5, 8, 3
 

@@ -20,28 +20,41 @@ SOURCES = sorted(path.relative_to(HOUSE) for part in ("koopmon", "plugins") for 
 
 ROOMS = {
     "errors": "",
+    "secret_files": "errors",
     "spectral": "errors",
     "wire": "errors",
     "config": "errors wire",  # a value that ends up in a message has the message's bounds
     "risk": "errors config spectral",
+    "policy": "errors config risk wire",
+    "history": "errors config spectral wire",
+    "telemetry": "errors config spectral wire",
+    "offline": "errors config spectral risk policy history",
+    "views": "errors config spectral risk policy wire history telemetry",
     "api": "errors",
     "hookspecs": "errors api",
-    "structure": "errors api",
-    "chain": "errors api structure spectral",
-    "tokens": "errors",
+    "block_finder": "errors api",
+    "chain_verifier": "errors api block_finder spectral",
+    "token_sampling": "errors",
     "observables": "errors api",
-    "plugins": "errors api hookspecs structure observables",
-    "discovery": "errors api structure chain plugins",
-    "profiling": "errors api structure chain plugins discovery tokens observables spectral",
-    "agent": "errors config spectral wire api hookspecs structure chain tokens observables plugins discovery",
-    "conformance": "errors config spectral wire api chain tokens observables plugins discovery agent",
-    "monitor": "errors config spectral risk wire",
+    "process_state": "errors",
+    "plugin_calls": "errors process_state",
+    "guarded_adapter": "errors api observables plugin_calls",
+    "plugin_loading": "errors api hookspecs plugin_calls",
+    "plugins": "errors api hookspecs block_finder guarded_adapter plugin_calls plugin_loading",
+    "discovery": "errors api block_finder chain_verifier plugins",
+    "profiling": "errors api block_finder chain_verifier plugins discovery token_sampling observables spectral",
+    "agent": (
+        "errors config spectral wire api hookspecs block_finder chain_verifier token_sampling observables "
+        "plugins discovery"
+    ),
+    "conformance": "errors config spectral wire api chain_verifier token_sampling observables plugins discovery agent",
+    "grafana": "errors config telemetry secret_files",
+    "monitor": "errors config spectral risk wire policy secret_files history telemetry grafana views",
     "integrations": "errors config agent profiling spectral risk",  # the last three for Optuna: before any training
     "plots": "errors spectral risk",
-    "grafana": "errors config monitor",
-    "report": "errors config spectral risk monitor plots",
+    "report": "errors config spectral risk plots history views",
     "doctor": "errors config wire api plugins discovery agent",
-    "demo": "errors config spectral risk monitor plots",
+    "demo": "errors config spectral risk plots history",
     "cli": "*",
     "__main__": "cli",
     "__init__": "*",  # by name, lazily: see test_imports_stay_light
@@ -53,10 +66,10 @@ ALONE = {
     "grafana_client": "koopmon/grafana/push.py",
     "yaml": "koopmon/grafana/",
     "niquests": "koopmon/grafana/push.py",
-    "prometheus_client": "koopmon/monitor/",
-    "sqlite3": "koopmon/monitor/",
-    "starlette": "koopmon/monitor/",
-    "uvicorn": "koopmon/monitor/",
+    "prometheus_client": ("koopmon/telemetry/", "koopmon/monitor/"),
+    "sqlite3": "koopmon/history/",
+    "starlette": "koopmon/monitor/http/",
+    "uvicorn": "koopmon/monitor/http/",
     "matplotlib": "koopmon/plots.py",
     "typer": "koopmon/cli/",
 }
@@ -66,7 +79,7 @@ THIRD_PARTY = {
     "spectral": {"torch"},
     "risk": {"torch", "msgspec"},
     "api": {"torch"},
-    "structure": {"torch"},
+    "block_finder": {"torch"},
     "errors": set(),
 }
 """What some rooms are confined to besides the standard library."""
@@ -193,7 +206,7 @@ def test_the_plan_has_no_circles() -> None:
         ("koopmon/wire/codec.py", "from .sockets import check_endpoint"),
         ("koopmon/wire/codec.py", "from . import sockets"),
         ("koopmon/wire/keys.py", "from zmq.auth import create_certificates"),
-        ("koopmon/wire/pool.py", "import koopmon.config"),
+        ("koopmon/wire/buffer_pool.py", "import koopmon.config"),
         ("koopmon/spectral/x.py", "import numpy"),
         ("koopmon/spectral/x.py", "from koopmon.config import Config"),
         ("koopmon/risk/x.py", "from koopmon.wire.messages import Hello"),
@@ -248,7 +261,7 @@ def check(module, *absent):
 heavy = "torch", "numpy", "zmq", "msgspec", "prometheus_client", "starlette", "uvicorn", "matplotlib", "transformers"
 check("koopmon", *heavy)
 check("koopmon.wire.endpoints", *heavy)
-check("koopmon.wire.trust", "torch", "numpy", "zmq")
+check("koopmon.wire.auth_policy", "torch", "numpy", "zmq")
 check("koopmon.wire.messages", "torch", "numpy", "zmq")
 check("koopmon.cli", "torch", "zmq", "matplotlib", "transformers")
 check("koopmon.grafana.push", "torch", "zmq", "grafana_client", "niquests")
@@ -265,6 +278,7 @@ assert "torch" not in sys.modules, "a launcher that asks for a monitor loads tor
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("script", [LIGHT, LIGHT_LAUNCHER], ids=["library", "launcher"])
 def test_imports_stay_light(script: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 SCRIPT = Path(__file__).parent.parent / ".ci" / "audit.py"
 FINE = {"name": "numpy", "version": "2.4", "vulns": []}
 SKIPPED = {"name": "torch", "skip_reason": "not found"}

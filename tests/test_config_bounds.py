@@ -14,7 +14,7 @@ import msgspec
 import msgspec.inspect as inspect
 import pytest
 
-from koopmon.agent.link import MIN_HEARTBEAT_SECONDS
+from koopmon.agent.comms.control_channel import MIN_HEARTBEAT_SECONDS
 from koopmon.config import (
     MAX_FILE_BYTES,
     MAX_STEPS,
@@ -30,7 +30,7 @@ from koopmon.config import (
     load,
 )
 from koopmon.errors import ConfigError
-from koopmon.monitor.runs import LAST_STEP
+from koopmon.monitor.registry import LAST_STEP
 from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import (
     MAX_STEP,
@@ -266,8 +266,8 @@ def test_keys_that_contradict_each_other_without_a_number() -> None:
 def test_a_configuration_made_in_python_is_refused_alike() -> None:
     with pytest.raises(ConfigError, match=r"policy\.release_risk = 0\.5, policy\.act_risk = 0\.4"):
         Config(policy=PolicyConfig(release_risk=0.5))
-    with pytest.raises(ConfigError, match=r"risk\.braked_decades = inf: expected `float` >= 0\.0 and <= 30\.0"):
-        checked(Config(risk=RiskConfig(braked_decades=math.inf)))
+    with pytest.raises(ConfigError, match=r"risk\.normalized_weight = inf: expected `float` >= 0\.0 and <= 20\.0"):
+        checked(Config(risk=RiskConfig(normalized_weight=math.inf)))
     assert checked(Config()) == Config()
 
 

@@ -15,25 +15,25 @@ import pytest
 import torch
 
 from koopmon.demo import train
-from koopmon.demo.training import DemoError, Heard, Outcome, Setting, Step, run_training
+from koopmon.demo.training import DemoError, DemoRecord, DemoResult, LoggedStep, Setting, run_training
 from koopmon.demo.view import kss_verdict, verdict
 from koopmon.plots import Curve, PlotError, Watched, demo, require
 
 SMALL = Setting(lr=0.003, steps=6, warmup=2, batch=4, context=32, width=48, layers=3)
 
 
-def steps(losses: list[float], *, diverged: bool = False) -> list[Step]:
+def steps(losses: list[float], *, diverged: bool = False) -> list[LoggedStep]:
     last = len(losses) - 1
     return [
-        Step(step=index, loss=loss, grad_norm=1.0, diverged=diverged and index == last)
+        LoggedStep(step=index, loss=loss, grad_norm=1.0, diverged=diverged and index == last)
         for index, loss in enumerate(losses)
     ]
 
 
-DEAD = Outcome(policy=None, heard=Heard(steps([5.5, 5.0, 4.0, 99.0], diverged=True)), seconds=1.0)
-SAVED = Outcome(
+DEAD = DemoResult(policy=None, record=DemoRecord(steps([5.5, 5.0, 4.0, 99.0], diverged=True)), seconds=1.0)
+SAVED = DemoResult(
     policy="kss+lr",
-    heard=Heard(steps([5.5, 5.5, 5.5, *[3.0] * 30])),
+    record=DemoRecord(steps([5.5, 5.5, 5.5, *[3.0] * 30])),
     seconds=1.0,
     summary={"adapter": "transformer", "num_kss": 1},
 )
@@ -75,9 +75,9 @@ def test_an_outcome() -> None:
     assert (DEAD.last_step, DEAD.final_loss) == (3, 99.0)
     assert SAVED.survived
     assert (SAVED.start_loss, SAVED.final_loss) == (5.5, 3.0)
-    learnt_nothing = replace(SAVED, heard=Heard(steps([5.5] * 3 + [5.6] * 30)))
+    learnt_nothing = replace(SAVED, record=DemoRecord(steps([5.5] * 3 + [5.6] * 30)))
     assert not learnt_nothing.survived, "finishing is not enough"
-    lost = replace(SAVED, heard=Heard(steps([5.5] * 3 + [math.nan] * 30)))
+    lost = replace(SAVED, record=DemoRecord(steps([5.5] * 3 + [math.nan] * 30)))
     assert not lost.survived
 
 
@@ -89,9 +89,9 @@ def test_the_verdict_names_what_failed() -> None:
 
 def test_whether_kss_helped() -> None:
     back_off = replace(SAVED, policy="lr", summary={"adapter": "transformer", "num_kss": 0})
-    better = replace(SAVED, heard=Heard(steps([5.5] * 3 + [2.9] * 30)))
+    better = replace(SAVED, record=DemoRecord(steps([5.5] * 3 + [2.9] * 30)))
     assert "helped: loss" in kss_verdict(better, back_off)
-    assert "did not help" in kss_verdict(SAVED, replace(back_off, heard=better.heard))
+    assert "did not help" in kss_verdict(SAVED, replace(back_off, record=better.record))
     assert "harmed" in kss_verdict(replace(DEAD, policy="kss+lr", summary=SAVED.summary), back_off)
     assert "without it the guard failed" in kss_verdict(SAVED, replace(DEAD, policy="lr"))
     assert "never turned on" in kss_verdict(replace(SAVED, summary={"adapter": "x", "num_kss": 0}), back_off)
@@ -100,6 +100,7 @@ def test_whether_kss_helped() -> None:
 
 
 def test_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     require("picture")
     curve = Curve(label="a", steps=[0, 1, 2], losses=[5.0, 60.0, math.inf], diverged=True, colour="red")
     watched = Watched(
@@ -116,18 +117,18 @@ def test_the_picture(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_a_training_alone_and_guarded_is_the_same_training(tmp_path: Path) -> None:
-    heard: list[Heard] = []
+    heard: list[DemoRecord] = []
     alone = run_training(SMALL, None, tmp_path, heard.append)
-    assert [step.step for step in alone.heard.steps] == list(range(6))
+    assert [step.step for step in alone.record.steps] == list(range(6))
     assert not alone.diverged
-    assert heard[-1].steps == alone.heard.steps
+    assert heard[-1].steps == alone.record.steps
     guarded = run_training(SMALL, "observe", tmp_path)
-    assert [(step.loss, step.grad_norm) for step in guarded.heard.steps] == [
-        (step.loss, step.grad_norm) for step in alone.heard.steps
+    assert [(step.loss, step.grad_norm) for step in guarded.record.steps] == [
+        (step.loss, step.grad_norm) for step in alone.record.steps
     ], "watching must not change the training"
     assert guarded.summary["adapter"] == "transformer"
-    assert guarded.heard.observations
-    assert guarded.heard.observations[0].observation["spectral_radius"] > 0.0
+    assert guarded.record.observations
+    assert guarded.record.observations[0].observation["spectral_radius"] > 0.0
 
 
 @pytest.mark.distributed

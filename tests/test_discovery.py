@@ -13,8 +13,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import koopmon
 from koopmon.api import Point, call_arguments
+from koopmon.block_finder import block_lists, canonical_name
 from koopmon.discovery import probe
-from koopmon.structure import block_lists, canonical_name
 from tests.stacks import B, Block, D, Listed, Pair, Stacked, T, in_turn, parallel
 
 torch.set_num_threads(1)

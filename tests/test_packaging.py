@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import koopmon
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -38,6 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
         yield archive
 
 
+@pytest.mark.process
 def test_the_wheel_holds_both_packages_and_their_data(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     for name in (
@@ -47,9 +50,9 @@ def test_the_wheel_holds_both_packages_and_their_data(wheel: zipfile.ZipFile) ->
         "koopmon/cli/run.py",
         "koopmon/demo/train.py",
         "koopmon/wire/PROTOCOL.md",
-        "koopmon/monitor/live/static/icon.svg",
-        "koopmon/monitor/live/static/live.css",
-        "koopmon/monitor/live/static/live.js",
+        "koopmon/monitor/http/static/icon.svg",
+        "koopmon/monitor/http/static/live.css",
+        "koopmon/monitor/http/static/live.js",
         "koopmon/agent/_autoload/sitecustomize.py",
         "koopmon_adapters/__init__.py",
         "koopmon_adapters/kan.py",
@@ -62,6 +65,7 @@ def test_the_wheel_holds_both_packages_and_their_data(wheel: zipfile.ZipFile) ->
     assert any(name.endswith("LICENSE") for name in names)
 
 
+@pytest.mark.process
 def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"koopmon", "koopmon_adapters"}
@@ -69,6 +73,7 @@ def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
         assert "sitecustomize" not in name or name == "koopmon/agent/_autoload/sitecustomize.py", name
 
 
+@pytest.mark.process
 def test_every_module_of_the_tree_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     tracked = subprocess.run(
         ["git", "ls-files", "koopmon", "plugins"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -77,6 +82,7 @@ def test_every_module_of_the_tree_is_in_the_wheel(wheel: zipfile.ZipFile) -> Non
     assert modules <= set(wheel.namelist())
 
 
+@pytest.mark.process
 def test_entry_points_and_requirements(wheel: zipfile.ZipFile) -> None:
     (entry_points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     text = wheel.read(entry_points).decode()
@@ -85,6 +91,7 @@ def test_entry_points_and_requirements(wheel: zipfile.ZipFile) -> None:
     assert "\ntransformer = koopmon_adapters.transformer\n" in text
     (metadata,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
     told = Parser().parsestr(wheel.read(metadata).decode())
+    assert told["Version"] == koopmon.__version__
     assert told["Requires-Python"] == ">=3.11"
     plain = [line for line in told.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert not any("==" in line for line in plain), "pins belong to constraints.txt"
@@ -123,6 +130,7 @@ EXTRAS = (
 )
 
 
+@pytest.mark.process
 def test_a_plain_install_imports_without_any_extra() -> None:
     code = f"""
 import sys
@@ -151,6 +159,7 @@ print(count)
     assert int(done.stdout) > 20
 
 
+@pytest.mark.process
 def test_importing_koopmon_is_light() -> None:
     code = "import koopmon, sys; print([name for name in ('torch', 'numpy', 'zmq') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -13,7 +13,7 @@ import koopmon
 from benchmarks.models import Decoder, associative_recall
 from koopmon.profiling import capture_states
 from koopmon.spectral import profile_transition
-from koopmon.tokens import choose_rows
+from koopmon.token_sampling import choose_rows
 from tests.stacks import Block, D, L, Listed, Stacked, in_turn
 
 torch.set_num_threads(1)

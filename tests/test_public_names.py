@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+import yaml
 
 import koopmon
 
+ROOT = Path(__file__).parents[1]
 
+
+@pytest.mark.process
 def test_import_is_light() -> None:
     """In a process of its own: neither the package nor its directory listing imports what is heavy."""
     script = (
@@ -40,3 +47,19 @@ def test_the_version_is_the_distribution_s() -> None:
     from importlib.metadata import version
 
     assert koopmon.__version__ == version("koopmon")
+
+
+def test_the_version_stands_in_one_place() -> None:
+    """`koopmon.__version__`: the distribution takes it from there, other files agree with it, and no module looks it up
+    in the metadata of what happens to be installed."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" not in pyproject["project"]
+    assert pyproject["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "koopmon.__version__"}
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == koopmon.__version__
+    shown = set(re.findall(r"koopmon (\d+\.\d+\.\d+)", (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")))
+    assert shown == {koopmon.__version__}
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "koopmon").rglob("*.py")}
+    assert [path.name for path, text in sources.items() if f'"{koopmon.__version__}"' in text] == ["__init__.py"]
+    # The doctor's script asks this of the interpreter that starts a job, which may be another one.
+    asking = [path.name for path, text in sources.items() if 'version("koopmon")' in text]
+    assert asking in ([], ["machine.py"], ["environment.py"])

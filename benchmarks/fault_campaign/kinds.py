@@ -17,6 +17,7 @@ import torch
 from benchmarks.fault_campaign.checks import MADE_UP
 from benchmarks.fault_campaign.machine import wait
 from benchmarks.fault_campaign.stages import Watched
+from benchmarks.flooders import Flooders
 from benchmarks.fuzz.composition import STRANGE, WHOLE, legal_hello, made
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
 from koopmon.wire.messages import Ack, Command, Goodbye, Heartbeat, Shard, Welcome
@@ -40,6 +41,24 @@ def monitor_stopped(stage: Watched) -> str:
     finally:
         os.kill(stage.monitor.pid, signal.SIGCONT)
     return f"stopped for {seconds:.1f} s"
+
+
+def agents_flood(stage: Watched) -> str:
+    """Other agents flood the monitor on both channels and are killed."""
+    with Flooders() as flooders:
+        seconds = stage.rng.uniform(0.1, 2.0)
+        sent = flooders.agents(stage.bind, seconds)
+    return f"{sent} messages in {seconds:.1f} s"
+
+
+def monitor_floods(stage: Watched) -> str:
+    """SIGKILL; something else floods the jobs from its endpoint and is killed; another monitor takes up the store."""
+    stage.monitor.kill()
+    with Flooders() as flooders:
+        sent = flooders.monitor(stage.bind, stage.rng.uniform(0.1, 2.0))
+    stage.monitor.start(stage.bind)
+    stage.monitor.prepare(stage.bind)
+    return f"{sent} messages"
 
 
 def monitor_moved(stage: Watched) -> str:

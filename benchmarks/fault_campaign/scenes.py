@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import campaign
-from benchmarks.fault_campaign import kinds, scripts
+from benchmarks.fault_campaign import hostile, kinds, scripts
 from benchmarks.fault_campaign.machine import Link, small_disk
 from benchmarks.fault_campaign.stages import Found, Watched, inject
 
@@ -98,6 +98,8 @@ RESUMES = {"options": ("--resume",)}
 KINDS: Mapping[str, Kind] = {
     "monitor_killed": Kind(play=beside_monitor(kinds.monitor_killed, spare=True), scenes=2, count=18),
     "monitor_stopped": Kind(play=beside_monitor(kinds.monitor_stopped), scenes=2, count=18),
+    "agents_flood": Kind(play=beside_monitor(kinds.agents_flood), scenes=1, count=20),
+    "monitor_floods": Kind(play=beside_monitor(kinds.monitor_floods, spare=True), scenes=1, count=20),
     "monitor_moved": Kind(play=beside_monitor(kinds.monitor_moved, spare=True, tcp=True), scenes=1, count=16),
     "partition": Kind(play=beside_monitor(kinds.partition, cable=True), scenes=2, count=16, needs="namespaces"),
     "slow_link": Kind(play=beside_monitor(kinds.slow_link, cable=True), scenes=1, count=24, needs="namespaces"),
@@ -124,6 +126,7 @@ KINDS: Mapping[str, Kind] = {
     "poisoned": Kind(play=beside_monitor(kinds.poisoned, dense=True), scenes=2, count=20),
     "extreme_numbers": Kind(play=beside_monitor(kinds.extreme_numbers), scenes=1, count=20),
     "adapter_raises": Kind(play=scripts.adapter_raises, scenes=1, count=30),
+    "hostile_plugin": Kind(play=hostile.hostile_plugin, scenes=1, count=len(hostile.MANNERS)),
     "same_name": Kind(play=scripts.same_name, scenes=1, count=20),
 }
 

@@ -122,10 +122,16 @@ class Watched:
         self.monitor.close()
 
     def steered(
-        self, *, world: int = 2, guarded: str = "attach", options: Sequence[str] = (), name: str = "steered"
+        self,
+        *,
+        world: int = 2,
+        guarded: str = "attach",
+        options: Sequence[str] = (),
+        name: str = "steered",
+        paths: str = "",
     ) -> Job:
         """A job to which the monitor's commands apply; not launched yet."""
-        return self._job(name, world, {}, guarded, options)
+        return self._job(name, world, {}, guarded, options, paths)
 
     def quiet(self, *, world: int = 1, options: Sequence[str] = (), name: str = "quiet", paths: str = "") -> Job:
         """A job that refuses all commands; not launched yet."""

@@ -17,6 +17,17 @@ WORDS: Mapping[str, tuple[str, str, str]] = {
         "nothing; snapshots are dropped once its queue is full or it counts as lost",
         "by itself",
     ),
+    "agents_flood": (
+        "Eight other agents flood the monitor on both channels for up to 2 s and are killed (SIGKILL)",
+        "nothing",
+        "by itself: each peer has its share of what may wait, and loses what is above it",
+    ),
+    "monitor_floods": (
+        "The monitor is killed; something else floods the jobs from its endpoint for up to 2 s and is killed; another"
+        " monitor takes up the store",
+        "nothing",
+        "as after a killed monitor",
+    ),
     "monitor_moved": (
         "The monitor is restarted with its data port elsewhere; half of the times it serves at another control port"
         " first, where no agent looks",
@@ -114,8 +125,15 @@ WORDS: Mapping[str, tuple[str, str, str]] = {
     ),
     "adapter_raises": (
         "An architecture adapter raises, in any of its methods, at its first call or later",
-        "nothing; that agent goes off, with one line",
-        "stays off by design; counted until the next training's first snapshot",
+        "nothing; before the chain is verified koopmon's own adapter takes its place, after that the agent goes off,"
+        " with one line",
+        "an agent that is off stays so by design; counted until the next training's first snapshot",
+    ),
+    "hostile_plugin": (
+        "While a job under `koopmon run` starts, a plugin exits, interrupts or hangs, takes the name or the claim of a"
+        " built-in adapter, reads no chain, or changes torch's global state",
+        "nothing; a plugin that hangs delays the start by 10 s at most",
+        "koopmon's own adapter is used, with one line that names the plugin; counted from the first step",
     ),
     "same_name": (
         "A second job begins under the name of one that trains (policy `observe`)",

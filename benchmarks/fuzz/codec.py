@@ -32,7 +32,6 @@ from koopmon.wire.messages import (
     Goodbye,
     Heartbeat,
     HeartbeatReply,
-    Hello,
     Judgement,
     KssSettings,
     Probe,
@@ -41,25 +40,17 @@ from koopmon.wire.messages import (
     Shard,
     Welcome,
 )
+from tests.factories import hello
 
 LIMITS = WireLimits(max_header_bytes=4096, max_message_bytes=1 << 16, max_frames=32)
 RECEIVERS: tuple[Callable[..., Any], ...] = (decode_for_monitor, decode_shard, decode_for_agent, decode)
 MAX_FRAME_BYTES = (1 << 16) - 1
 NAME: dict[str, Any] = {"run": "job", "incarnation": "aaaaaaaa"}
 MESSAGES: tuple[AnyMessage, ...] = (
-    Hello(
+    hello(
         **NAME,
-        process_rank=0,
         world_size=2,
-        num_senders=1,
-        adapter="transformer",
         num_layers=3,
-        width=8,
-        acts=True,
-        step=0,
-        applied=Applied(),
-        koopmon_version="0",
-        torch_version="0",
         thresholds={"peak_scale": 0.4},
         kss=KssSettings(alpha=0.1),
         update_exponent=0.5,

@@ -23,16 +23,16 @@ from prometheus_client import CollectorRegistry
 
 from koopmon.config import Config, RiskConfig, StoreConfig, from_mapping
 from koopmon.errors import ProtocolError
+from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
-from koopmon.monitor.guard import Memory
-from koopmon.monitor.metrics import Metrics
-from koopmon.monitor.rejections import Rejections
+from koopmon.monitor.rejection_log import RejectionLog
+from koopmon.monitor.run_controller import ControllerCheckpoint
 from koopmon.monitor.service import Service
-from koopmon.monitor.store import Store
 from koopmon.risk.calibration import Calibrator
 from koopmon.spectral import LayerProfile, SpectralProfile
-from koopmon.spectral.records import FIELDS
+from koopmon.spectral.profiles import FIELDS
+from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.codec import UNBOUNDED_SCALARS, ReceivedShard, WireLimits, decode, decode_for_agent, encode
 from koopmon.wire.messages import (
     DROP_REASONS,
@@ -202,21 +202,21 @@ class Play:
         policy = {"name": choose(POLICIES), "act_risk": choose((0.4, 1e-9)), "release_risk": 0.0}
         tables: Mapping[str, Any] = {"policy": policy | {"cooldown_steps": 1, "hold_steps": 1}}
         self._config: Config = from_mapping(tables)
-        self._store: Store | None = None
+        self._store: HistoryWriter | None = None
         self.begin()
 
     def begin(self) -> None:
         """A new monitor on the same history; the run mostly reconnects."""
         self.close()
         self.metrics = Metrics(CollectorRegistry(), {})
-        self._store = Store.open(self._path, StoreConfig(max_bytes=1 << 20), clock=lambda: self.now)
+        self._store = HistoryWriter.open(self._path, StoreConfig(max_bytes=1 << 20), clock=lambda: self.now)
         self.engine = _Engine()
         self.service = Service(
             self._config,
             metrics=self.metrics,
             store=self._store,
             engine=cast(Engine, self.engine),
-            rejections=Rejections(self.metrics, lambda: self.now),
+            rejection_log=RejectionLog(self.metrics, lambda: self.now),
             send=self._sent,
             data_endpoint="ipc:///nowhere",
             calibrator=CALIBRATOR,
@@ -263,7 +263,7 @@ class Play:
         assert self._store is not None
         for run, incarnation in itertools.product(RUNS, INCARNATIONS):
             if (memory := self._store.memory(run, incarnation)) is not None:
-                msgspec.json.decode(memory, type=Memory)
+                msgspec.json.decode(memory, type=ControllerCheckpoint)
 
     def pass_time(self) -> None:
         self.now += self.choose(SECONDS)

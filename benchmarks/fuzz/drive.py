@@ -18,7 +18,7 @@ import atheris
 
 INSTRUMENTED = {
     "codec": ["koopmon.wire"],
-    "http": ["koopmon.monitor.web", "uvicorn", "h11", "starlette"],
+    "http": ["koopmon.monitor.http.server", "uvicorn", "h11", "starlette"],
     "config": ["koopmon.config", "tomllib"],
     "calibrator": ["koopmon.risk"],
     "recording": ["koopmon.monitor", "benchmarks.campaign"],

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry
 
-from koopmon.monitor.metrics import Metrics
-from koopmon.monitor.web import WebServer
+from koopmon.monitor.http.server import WebServer
+from koopmon.telemetry.metrics import Metrics
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 HEALTH_EVERY = 256

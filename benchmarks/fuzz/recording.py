@@ -24,13 +24,13 @@ from benchmarks.campaign import _fields, _path, _read
 from benchmarks.fuzz import check_line
 from koopmon.config import Config, StoreConfig
 from koopmon.errors import StoreError
-from koopmon.monitor.history import History
-from koopmon.monitor.outcomes import outcomes
-from koopmon.monitor.replay import replay
-from koopmon.monitor.schema import SQLITE_ERRORS
-from koopmon.monitor.store import Store
+from koopmon.history.reader import HistoryReader
+from koopmon.history.schema import SQLITE_ERRORS
+from koopmon.history.writer import HistoryWriter
+from koopmon.offline.calibration_examples import calibration_examples
+from koopmon.offline.replay import replay
 
-KEPT = Path(__file__).parents[2] / "tests" / "monitor" / "stores" / "schema-1.sqlite3.gz"
+KEPT = Path(__file__).parents[2] / "tests" / "history" / "stores" / "schema-1.sqlite3.gz"
 TEMPLATE = gzip.decompress(KEPT.read_bytes())
 COLUMNS = (
     *(("runs", "name"), ("incarnations", "hello"), ("incarnations", "applied"), ("incarnations", "memory")),
@@ -104,13 +104,13 @@ def _edit(path: Path, edits: bytes) -> None:
 def _survey(path: Path) -> str:
     """Read everything that is in it."""
     try:
-        with History.open(path) as history:
+        with HistoryReader.open(path) as history:
             for run_name in history.runs():
                 history.incarnations(run_name)
                 for table in (history.profiles, history.observations, history.decisions, history.heartbeats):
                     for _ in table(run_name):
                         pass
-            list(outcomes(history))
+            list(calibration_examples(history))
             _judge_again(history)
     except StoreError as error:
         check_line(str(error))
@@ -118,7 +118,7 @@ def _survey(path: Path) -> str:
     return "read"
 
 
-def _judge_again(history: History) -> None:
+def _judge_again(history: HistoryReader) -> None:
     for run_name in history.runs():
         with contextlib.suppress(StoreError):
             list(replay(history, run_name, Config()))
@@ -127,7 +127,7 @@ def _judge_again(history: History) -> None:
 def _continue(path: Path) -> str:
     """Open it as a monitor does, write, and find what was written."""
     try:
-        store = Store.open(path, StoreConfig(max_bytes=1 << 20))
+        store = HistoryWriter.open(path, StoreConfig(max_bytes=1 << 20))
     except StoreError as error:
         check_line(str(error))
         return "not opened"

@@ -21,6 +21,7 @@ from benchmarks.fuzz.strangers import MISCONDUCT, Ports
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
 from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply, Hello, Shard, Welcome
 from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
+from tests.factories import hello
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 CONFIG = """
@@ -52,7 +53,7 @@ class HonestAgent:
         """Beat once and send a snapshot; raises TimeoutError when the monitor does not answer."""
         if self._control.connections != self._connections or self._data is None:
             self._connections = self._control.connections
-            welcome = self._ask(_hello(self._step), Welcome)
+            welcome = self._ask(hello(**NAME, num_layers=3, width=12, acts=False, step=self._step), Welcome)
             self._data = self._data or DataSender(self._context, welcome.data_endpoint)
         self._step += 1
         self._ask(Heartbeat(**NAME, process_rank=0, step=self._step, applied=Applied(), loss=2.0), HeartbeatReply)
@@ -138,23 +139,6 @@ def campaign(seconds: float, seed: int) -> dict[str, Any]:
             "served_heartbeats": agent.served,
             "log_bytes": (folder / "log").stat().st_size,
         }
-
-
-def _hello(step: int) -> Hello:
-    return Hello(
-        **NAME,
-        process_rank=0,
-        world_size=1,
-        num_senders=1,
-        adapter="transformer",
-        num_layers=3,
-        width=12,
-        acts=False,
-        step=step,
-        applied=Applied(),
-        koopmon_version="0",
-        torch_version="0",
-    )
 
 
 def _start(folder: Path) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:

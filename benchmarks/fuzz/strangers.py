@@ -17,6 +17,8 @@ from koopmon.wire.codec import PREFIX, encode
 from koopmon.wire.messages import AnyMessage
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + b"\0" + bytes(31)
+PING = b"\x04\x07\x04PING\0\0"
+"""A heartbeat of ZMTP 3.1."""
 MAX_HELD = 160
 """Connections that are kept open and silent; beyond it the oldest is let go."""
 
@@ -127,6 +129,14 @@ def endless_message(ports: Ports) -> None:
             connection.sendall(frame(bytes(1000), more=True) * 100)
 
 
+def ping_and_die(ports: Ports) -> None:
+    """More than is read at once, heartbeats among it, and the connection reset: libzmq may abort for it."""
+    address, kind = ports.channel()
+    burst = frame(b"koopmon\x03") * ports.chance.randrange(1, 300) + PING
+    with speak(address, GREETING, ready(kind), wait=True) as connection:
+        connection.sendall(burst * ports.chance.randrange(1, 5))
+
+
 def oversized(ports: Ports) -> None:
     message(ports.data, b"PUSH", [PREFIX + bytes(1 << 17)])
     message(ports.control, b"DEALER", [PREFIX + bytes(1 << 17)])
@@ -197,5 +207,18 @@ def no_reader(ports: Ports) -> None:
 
 MISCONDUCT: tuple[Callable[[Ports], None], ...] = (
     *(garbage, another_protocol, wrong_greeting, wrong_socket, half_greeting, half_frame, many_frames),
-    *(endless_message, oversized, mutated, mutated, mutated, liar, liar, half_request, long_head, bad_chunk, no_reader),
+    *(
+        endless_message,
+        ping_and_die,
+        oversized,
+        mutated,
+        mutated,
+        mutated,
+        liar,
+        liar,
+        half_request,
+        long_head,
+        bad_chunk,
+        no_reader,
+    ),
 )

@@ -29,7 +29,7 @@ from benchmarks.matrix.training import (
     gradients,
     states_at,
 )
-from koopmon.tokens import choose_rows
+from koopmon.token_sampling import choose_rows
 from koopmon.wire.messages import KssSettings
 from tests.agent.scripted_monitor import ScriptedMonitor
 
@@ -233,8 +233,8 @@ def _attach(cell: Cell, training: Training, endpoint: str, run: str, config: dic
 
 
 def _sends(agent: koopmon.Agent) -> bool:
-    guest = agent._guest
-    return agent.enabled and guest is not None and guest.sender is not None
+    runtime = agent._runtime
+    return agent.enabled and runtime is not None and runtime.io_thread is not None
 
 
 def _settle(agent: koopmon.Agent) -> None:

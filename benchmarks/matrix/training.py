@@ -34,7 +34,7 @@ from benchmarks.matrix.model import (
     wrapped,
 )
 from koopmon.spectral import kss_basis, kss_gradient, kss_loss
-from koopmon.tokens import order_rows, take_rows
+from koopmon.token_sampling import order_rows, take_rows
 from koopmon.wire.messages import KssSettings
 
 LEARNING_RATE = 0.05

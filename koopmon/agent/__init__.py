@@ -1,1 +1,1 @@
-"""The guest in a training rank: taps, sampler, sender, actuator."""
+"""The agent in a training rank: taps, sampler, sender, actuator."""

@@ -13,20 +13,20 @@ from torch import nn
 from torch.optim import Optimizer
 
 from koopmon import config as configuration
-from koopmon.agent.agent import Agent
-from koopmon.agent.guest import Guest
-from koopmon.agent.layout import refusal
-from koopmon.agent.world import check_run_name, launched_rank
+from koopmon.agent.handle import Agent
+from koopmon.agent.parallelism import refusal
+from koopmon.agent.rank_identity import check_run_name, rank_from_env
+from koopmon.agent.runtime import AgentRuntime
 from koopmon.config import Config
-from koopmon.errors import KoopmonError
+from koopmon.errors import KoopmonError, raise_from_signal
 from koopmon.plugins import select
+from koopmon.wire.auth_policy import make_auth_policy
 from koopmon.wire.endpoints import check_endpoint
-from koopmon.wire.trust import make_trust
 
 __all__ = ["Agent", "attach"]
 
 logger = logging.getLogger("koopmon.agent")
-_guests: weakref.WeakKeyDictionary[nn.Module | Optimizer, weakref.ref[Guest]] = weakref.WeakKeyDictionary()
+_runtimes: weakref.WeakKeyDictionary[nn.Module | Optimizer, weakref.ref[AgentRuntime]] = weakref.WeakKeyDictionary()
 T = TypeVar("T")
 
 
@@ -59,19 +59,19 @@ def attach(
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
     optimizer = _innermost(optimizer)
-    guest = _present(model) or _present(optimizer)
-    if guest is not None:
+    runtime = _present(model) or _present(optimizer)
+    if runtime is not None:
         logger.info("koopmon: this training is attached already")
-        return Agent(guest, joined=True)
+        return Agent(runtime, joined=True)
     try:
-        guest = _invite(model, optimizer, endpoint, run, config)
+        runtime = _invite(model, optimizer, endpoint, run, config)
     except _NotAttachedError as error:
         # One line per job: every rank has the same to say.
-        level = logging.WARNING if launched_rank() == 0 else logging.DEBUG
+        level = logging.WARNING if rank_from_env() == 0 else logging.DEBUG
         logger.log(level, "koopmon: not attached, training goes on: %s", error)
         return Agent(None, str(error))
-    _guests[model] = _guests[optimizer] = weakref.ref(guest)
-    return Agent(guest)
+    _runtimes[model] = _runtimes[optimizer] = weakref.ref(runtime)
+    return Agent(runtime)
 
 
 def _invite(
@@ -80,13 +80,13 @@ def _invite(
     endpoint: str | None,
     run: str | None,
     config: Config | Mapping[str, Any] | str | os.PathLike[str] | None,
-) -> Guest:
+) -> AgentRuntime:
     settings = _checked(config is not None, lambda: _configured(config))
     named = endpoint or os.environ.get("KOOPMON_ENDPOINT") or ""
     if not named:
         raise _NotAttachedError("no monitor is named; set KOOPMON_ENDPOINT, or start the job with `koopmon run`")
     address = _checked(endpoint is not None, lambda: check_endpoint(named))
-    trust = make_trust(**msgspec.structs.asdict(settings.security), environ=os.environ)
+    trust = make_auth_policy(**msgspec.structs.asdict(settings.security), environ=os.environ)
     _checked(False, lambda: trust.check_agent_keys(address))
     name = run or os.environ.get("KOOPMON_RUN")
     if name:
@@ -97,10 +97,11 @@ def _invite(
     by_name = config is not None and (adapter is not None or stack is not None)
     try:
         selection = _checked(by_name, lambda: select(model, adapter, stack))
-        return Guest(model, optimizer, selection, settings, address, name or None, trust)
+        return AgentRuntime(model, optimizer, selection, settings, address, name or None, trust)
     except (KoopmonError, _NotAttachedError):
         raise
     except Exception as error:
+        raise_from_signal(error)
         logger.debug("koopmon: attach", exc_info=error)
         raise _NotAttachedError(f"{type(error).__name__}: {error}") from error
 
@@ -123,10 +124,10 @@ def _configured(config: Config | Mapping[str, Any] | str | os.PathLike[str] | No
     return configuration.load(config)
 
 
-def _present(key: nn.Module | Optimizer) -> Guest | None:
-    reference = _guests.get(key)
-    guest = None if reference is None else reference()
-    return guest if guest is not None and guest.present else None
+def _present(key: nn.Module | Optimizer) -> AgentRuntime | None:
+    reference = _runtimes.get(key)
+    runtime = None if reference is None else reference()
+    return runtime if runtime is not None and runtime.present else None
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:

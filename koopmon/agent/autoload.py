@@ -22,6 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from koopmon.errors import raise_from_signal
+
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
@@ -43,7 +45,7 @@ class _Closable(Protocol):
     def close(self) -> None: ...
 
 
-def wanted(environ: Mapping[str, str], argv: Sequence[str], pid: int) -> bool:
+def should_attach(environ: Mapping[str, str], argv: Sequence[str], pid: int) -> bool:
     """Whether a process may train under koopmon: `argv` is `sys.orig_argv`, the interpreter's own command line.
 
     Left alone are: processes without an endpoint; launchers of ranks; children of multiprocessing (DataLoader workers
@@ -75,7 +77,7 @@ def _program(words: Sequence[str]) -> str:
 
 def arm() -> bool:
     """Wait for torch's optimizers, if this process is one that may train. Returns whether it does."""
-    if not wanted(os.environ, sys.orig_argv, os.getpid()):
+    if not should_attach(os.environ, sys.orig_argv, os.getpid()):
         return False
     watch = _Watch()
     os.register_at_fork(after_in_child=watch.disable)
@@ -134,21 +136,22 @@ class _Watch:
             @functools.wraps(original)
             def init(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
                 original(optimizer, *args, **kwargs)
-                self.made(optimizer)
+                self.on_optimizer_created(optimizer)
 
             optimizer_class.__init__ = init
         except Exception as error:
-            self._say(f"not attached: {error}")
+            self._log(f"not attached: {error}")
 
-    def made(self, optimizer: Optimizer) -> None:
+    def on_optimizer_created(self, optimizer: Optimizer) -> None:
         """An optimizer was made: attach, unless this one is not the first over these parameters."""
         if not self._enabled or self._busy:
             return
         self._busy = True
         try:
             self._attach(optimizer)
-        except Exception as error:
-            self._say(f"not attached, training goes on without koopmon: {type(error).__name__}: {error}")
+        except BaseException as error:
+            raise_from_signal(error)
+            self._log(f"not attached, training goes on without koopmon: {type(error).__name__}: {error}")
         finally:
             self._busy = False
 
@@ -156,7 +159,7 @@ class _Watch:
         parameters = _parameters(optimizer)
         if self._agent is not None:
             if parameters != self._parameters:
-                self._say("more than one optimizer was made: only the first one's learning rate is guarded")
+                self._log("more than one optimizer was made: only the first one's learning rate is guarded")
                 return
             # The script made its optimizer anew; the old one will not step again.
             agent, self._agent = self._agent, None
@@ -170,7 +173,7 @@ class _Watch:
         os.environ[_MARK] = str(os.getpid())
         atexit.register(agent.close)
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
             # Every rank has the same to say: one line per job.
@@ -214,7 +217,8 @@ def root_module(optimizer: Optimizer) -> nn.Module:
 def _owns(module: nn.Module, parameters: frozenset[int]) -> bool:
     try:
         return parameters <= {id(parameter) for parameter in module.parameters()}
-    except Exception:  # a half-built module somewhere else in the process
+    except BaseException as error:  # a half-built module somewhere else in the process
+        raise_from_signal(error)
         return False
 
 

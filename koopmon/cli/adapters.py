@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import entry_points
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from koopmon.cli import check
+from koopmon.errors import one_line
 
 EPILOG = "Example: koopmon adapters --json"
 
@@ -28,7 +29,8 @@ def adapters(
 ) -> int:
     """List the architecture adapters with the plugin and the distribution that brought each.
 
-    A plugin that cannot be used is listed with the reason.
+    What cannot be used is listed with the reason: a plugin that fails or takes too long, and an adapter whose name is
+    taken. Of equal claims on a model koopmon's own adapter wins, and a log line says so when the model is attached.
     """
     if context.invoked_subcommand is not None:
         return 0
@@ -36,41 +38,42 @@ def adapters(
     if as_json:
         print(json.dumps(found))  # noqa: T201 - a result
         return 0
-    table = Table("adapter", "plugin", "distribution", "")
+    table = Table()
+    for heading in ("adapter", "plugin", "distribution", ""):
+        table.add_column(heading, overflow="fold")
     for row in found["adapters"]:
-        table.add_row(row["name"], row["plugin"], row["distribution"], row["summary"])
+        table.add_row(*_cells(row["name"], row["plugin"], row["distribution"], row["summary"]))
+    for row in found["left_out"]:
+        table.add_row(
+            *_cells(row["name"], row["plugin"], row["distribution"], f"not used: {row['reason']}"), style="red"
+        )
     for row in found["failures"]:
-        table.add_row("-", row["plugin"], row["distribution"], f"not usable: {row['reason']}", style="red")
+        table.add_row(*_cells("-", row["plugin"], row["distribution"], f"not usable: {row['reason']}"), style="red")
     Console(soft_wrap=True).print(table)
     return 0
+
+
+def _cells(*texts: str) -> list[Text]:
+    return [Text(text) for text in texts]  # no markup: much of it is the plugins' own
 
 
 def _found() -> dict[str, list[dict[str, str]]]:
     # Late: torch comes with it.
     from koopmon import plugins
-    from koopmon.hookspecs import PROJECT
 
-    homes: dict[str, str] = {}
-    for entry in entry_points(group=PROJECT):
-        home = "" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
-        homes |= {entry.name: home, f"{entry.name} of {entry.value}": home}
     manager = plugins.plugin_manager()
     known = plugins.adapters(manager)
-    brought: dict[str, str] = {}
-    for implementation in manager.hook.koopmon_architecture_adapters.get_hookimpls():
-        for adapter in _offers(implementation):
-            brought[adapter.name] = implementation.plugin_name
+    brought = {adapter.name: plugin for plugin, offers in manager.offers.items() for adapter in offers}
+
+    def place(plugin: str) -> dict[str, str]:
+        return {"plugin": plugin, "distribution": manager.calls(plugin).distribution}
+
     rows = []
     for name, adapter in known.items():
-        plugin = brought.get(name, "")
-        summary = (type(adapter).__doc__ or "").strip().split("\n")[0]
-        rows.append({"name": name, "plugin": plugin, "distribution": homes.get(plugin, ""), "summary": summary})
-    failures = [
-        {"plugin": plugin, "distribution": homes.get(plugin, ""), "reason": reason}
-        for plugin, reason in manager.failures.items()
+        summary = one_line((type(plugins.original(adapter)).__doc__ or "").strip().split("\n")[0])
+        rows.append({"name": name, **place(brought[name]), "summary": summary})
+    left_out = [
+        {"name": name, **place(plugin), "reason": reason} for (plugin, name), reason in manager.left_out.items()
     ]
-    return {"adapters": rows, "failures": failures}
-
-
-def _offers(implementation: Any) -> list[Any]:
-    return list(implementation.function())
+    failures = [{**place(plugin), "reason": reason} for plugin, reason in manager.failures.items()]
+    return {"adapters": rows, "left_out": left_out, "failures": failures}

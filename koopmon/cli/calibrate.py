@@ -18,7 +18,7 @@ from koopmon.cli.console import say
 from koopmon.errors import StoreError
 
 if TYPE_CHECKING:
-    from koopmon.monitor.outcomes import Outcome
+    from koopmon.offline.calibration_examples import RunExample
 
 EPILOG = "Example: koopmon calibrate ~/.local/state/koopmon/runs/*.sqlite3 --out calibrator.json --png reliability.png"
 
@@ -87,18 +87,18 @@ def calibrate(
     return 0
 
 
-def _outcomes(stores: Iterable[Path], console: Console) -> Iterable[Outcome]:
-    from koopmon.monitor.history import History
-    from koopmon.monitor.outcomes import outcomes
+def _outcomes(stores: Iterable[Path], console: Console) -> Iterable[RunExample]:
+    from koopmon.history.reader import HistoryReader
+    from koopmon.offline.calibration_examples import calibration_examples
 
     for path in track(
         list(stores), description="reading", console=console, transient=True, disable=not console.is_terminal
     ):
-        with History.open(path) as history:
-            yield from outcomes(history)
+        with HistoryReader.open(path) as history:
+            yield from calibration_examples(history)
 
 
-def _chosen(usable: list[Outcome], adapter: str | None) -> str:
+def _chosen(usable: list[RunExample], adapter: str | None) -> str:
     counts = Counter(each.adapter for each in usable if each.adapter and adapter in (None, each.adapter))
     if not counts:
         known = sorted({each.adapter for each in usable if each.adapter})

@@ -17,11 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from koopmon.cli import factory as factories
-from koopmon.errors import AdapterError
+from koopmon.errors import AdapterError, raise_from_signal
 
 if TYPE_CHECKING:
     from koopmon.api import ArchitectureAdapter, ExampleModel
-    from koopmon.conformance import Outcome
+    from koopmon.conformance import CheckResult
     from koopmon.plugins import PluginManager
 
 EPILOG = "Example: koopmon adapters check mypackage"
@@ -55,7 +55,7 @@ def check(
     logging.getLogger("koopmon").addHandler(logging.NullHandler())
     console = Console(stderr=True)
     with console.status("loading torch") as status:
-        from koopmon.conformance import Outcome, checks
+        from koopmon.conformance import CheckResult, checks
 
         known, manager = _adapters(target)
         factory_models = [_named_model(name) for name in model or ()]
@@ -63,7 +63,7 @@ def check(
         for adapter in known:
             examples = factory_models or _offered(adapter, manager)
             if not examples:
-                outcomes.append(Outcome(adapter.name, "none", "example", "skipped", _no_model(manager)))
+                outcomes.append(CheckResult(adapter.name, "none", "example", "skipped", _no_model(manager)))
             for example in examples:
                 battery += checks(adapter, example)
         if not battery:
@@ -91,12 +91,12 @@ def _adapters(target: str) -> tuple[list[ArchitectureAdapter], PluginManager]:
         return found, manager
     known = plugins.adapters(manager)
     if target in known:
-        return [known[target]], manager
+        return [plugins.original(known[target])], manager
     brought = _plugins_of(target)
     for plugin in brought:
         if plugin in manager.failures:
             raise AdapterError(f"plugin {plugin} of {target} is not usable: {manager.failures[plugin]}")
-    found = [adapter for plugin in brought for adapter in _offers(manager, plugin)]
+    found = [plugins.original(adapter) for plugin in brought for adapter in manager.offers.get(plugin, ())]
     if found:
         return found, manager
     if not brought and not _is_module(target):
@@ -117,7 +117,8 @@ def _instances(target: str, named: Any) -> list[ArchitectureAdapter]:
     if callable(named) and not isinstance(named, ArchitectureAdapter):
         try:
             made = named()
-        except Exception as error:  # user code
+        except BaseException as error:  # user code
+            raise_from_signal(error)
             raise AdapterError(f"adapter {target!r} raised {type(error).__name__}: {error}".splitlines()[0]) from error
     found = list(made) if isinstance(made, (list, tuple)) else [made]
     for each in found:
@@ -152,16 +153,6 @@ def _is_module(name: str) -> bool:
         return False
 
 
-def _offers(manager: PluginManager, plugin: str) -> list[ArchitectureAdapter]:
-    hook: Any = manager.hook.koopmon_architecture_adapters
-    return [
-        adapter
-        for implementation in hook.get_hookimpls()
-        if implementation.plugin_name == plugin
-        for adapter in implementation.function()
-    ]
-
-
 def _named_model(name: str) -> ExampleModel:
     """An example model for any adapter from the factory of that name, which has been called once and works."""
     from koopmon.api import ExampleModel
@@ -190,7 +181,7 @@ def _no_model(manager: PluginManager) -> str:
     )
 
 
-def _as_dict(outcomes: list[Outcome]) -> dict[str, Any]:
+def _as_dict(outcomes: list[CheckResult]) -> dict[str, Any]:
     rows = [
         {
             "adapter": each.adapter,
@@ -204,11 +195,11 @@ def _as_dict(outcomes: list[Outcome]) -> dict[str, Any]:
     return {"checks": rows, **_counts(outcomes)}
 
 
-def _counts(outcomes: list[Outcome]) -> dict[str, int]:
+def _counts(outcomes: list[CheckResult]) -> dict[str, int]:
     return {verdict: sum(outcome.verdict == verdict for outcome in outcomes) for verdict in _STYLES}
 
 
-def _print(outcomes: list[Outcome]) -> None:
+def _print(outcomes: list[CheckResult]) -> None:
     # A pipe has no width: a reason must not be folded narrowly for it.
     console = Console(width=None if sys.stdout.isatty() else 160)
     for adapter, example in dict.fromkeys((each.adapter, each.example) for each in outcomes):

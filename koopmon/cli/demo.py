@@ -16,7 +16,7 @@ from koopmon.cli.options import Policy
 from koopmon.errors import KoopmonError
 
 if TYPE_CHECKING:
-    from koopmon.demo.training import Outcome, Setting
+    from koopmon.demo.training import DemoResult, Setting
 
 EPILOG = "Example: koopmon demo --policy lr"
 
@@ -65,7 +65,7 @@ def demo(
         f"AdamW at {setting.lr:g}, {setting.steps} steps, seed {setting.seed}; files in {directory}/"
     )
 
-    def trained(guard: str | None, title: str) -> Outcome:
+    def trained(guard: str | None, title: str) -> DemoResult:
         view = LiveView(console, title, guarded=guard is not None)
         with console.status("starting" if guard is None else "starting the monitor and the ranks"):
             return run_training(setting, guard, directory, view.update)
@@ -88,7 +88,7 @@ def demo(
     return 0 if shown else 1
 
 
-def _draw(setting: Setting, outcomes: list[Outcome], path: Path) -> Path | None:
+def _draw(setting: Setting, outcomes: list[DemoResult], path: Path) -> Path | None:
     """Draw the picture; without matplotlib the demonstration still stands."""
     from koopmon.demo.training import applied_commands
 
@@ -96,14 +96,14 @@ def _draw(setting: Setting, outcomes: list[Outcome], path: Path) -> Path | None:
     curves = [
         plots.Curve(
             label="unguarded" if outcome.policy is None else f"koopmon run --policy {outcome.policy}",
-            steps=[step.step for step in outcome.heard.steps],
-            losses=[step.loss for step in outcome.heard.steps],
+            steps=[step.step for step in outcome.record.steps],
+            losses=[step.loss for step in outcome.record.steps],
             diverged=outcome.diverged,
             colour=colour,
         )
         for outcome, colour in zip(outcomes, colours, strict=False)
     ]
-    guarded = outcomes[1].heard
+    guarded = outcomes[1].record
     watched = plots.Watched(
         steps=[row.step for row in guarded.observations],
         risks=[row.risk for row in guarded.observations],
@@ -121,7 +121,7 @@ def _draw(setting: Setting, outcomes: list[Outcome], path: Path) -> Path | None:
 
 
 def _as_dict(
-    setting: Setting, outcomes: list[Outcome], lines: list[str], picture: Path | None, shown: bool
+    setting: Setting, outcomes: list[DemoResult], lines: list[str], picture: Path | None, shown: bool
 ) -> dict[str, Any]:
     trainings = [
         {

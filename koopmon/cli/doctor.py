@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from koopmon.cli.layout import check_run_name, state_directory
+from koopmon.cli.launch_inspection import check_run_name, state_directory
 from koopmon.cli.options import KeysDirectory, PlaintextTcp, security_overrides
 from koopmon.config import Config, load
 
@@ -82,31 +82,31 @@ def _examine(
     security: Mapping[str, object],
     python: str | None,
 ) -> Iterator[Finding]:
-    from koopmon.doctor import machine, pages
+    from koopmon.doctor import environment, http_checks
     from koopmon.doctor.connection import DEFAULT, Connection, Named
-    from koopmon.wire.trust import make_trust
+    from koopmon.wire.auth_policy import make_auth_policy
 
     environ = os.environ
-    settings, finding = machine.configuration(config, environ)
+    settings, finding = environment.configuration(config, environ)
     yield finding
     settings = settings or Config()
     if security:
         settings = msgspec.structs.replace(settings, security=load(overrides=security).security)
     named = Named.of(monitor, environ)
     asked = run or environ.get("KOOPMON_RUN") or None
-    trust = make_trust(**msgspec.structs.asdict(settings.security), environ=environ)
+    trust = make_auth_policy(**msgspec.structs.asdict(settings.security), environ=environ)
     connection = Connection(named, trust, asked)
     yield from connection.findings()
     shown = None
     if http is not None or named.endpoint.replace("localhost", "127.0.0.1") == DEFAULT:
         token = environ.get("KOOPMON_HTTP_TOKEN", "")
-        shown = pages.Pages(http or pages.DEFAULT, token, optional=http is None)
+        shown = http_checks.Pages(http or http_checks.DEFAULT, token, optional=http is None)
         yield from shown.findings()
     if run is not None:
-        yield from pages.of_run(run, connection.reply, shown)
-    yield from machine.python(python or sys.executable, environ)
-    yield from machine.environment(environ, connection.reply)
-    yield machine.store(state_directory(environ))
+        yield from http_checks.of_run(run, connection.reply, shown)
+    yield from environment.python(python or sys.executable, environ)
+    yield from environment.environment(environ, connection.reply)
+    yield environment.store(state_directory(environ))
     if factory is not None:
         yield _taps(factory, settings)
 

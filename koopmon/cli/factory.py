@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from koopmon.errors import KoopmonError
+from koopmon.errors import KoopmonError, raise_from_signal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,8 +47,9 @@ def named(name: str, what: str = "factory") -> Any:
         module = _file(Path(place)) if place.endswith(".py") else _module(place)
     except FactoryError:
         raise
-    except Exception as error:  # user code
-        raise FactoryError(f"{what} {name!r}: importing {place} raised {_told(error)}") from error
+    except BaseException as error:  # user code
+        raise_from_signal(error)
+        raise FactoryError(f"{what} {name!r}: importing {place} raised {_describe_error(error)}") from error
     made: Any = module
     for part in function.split("."):
         made = getattr(made, part, None)
@@ -65,8 +66,9 @@ def call(name: str, factory: Any) -> tuple[nn.Module, Any]:
         raise FactoryError(f"factory {name!r}: expected a function, it is a {type(factory).__name__}")
     try:
         result = factory()
-    except Exception as error:  # user code
-        raise FactoryError(f"factory {name!r} raised {_told(error)}") from error
+    except BaseException as error:  # user code
+        raise_from_signal(error)
+        raise FactoryError(f"factory {name!r} raised {_describe_error(error)}") from error
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], nn.Module):
         what = type(result).__name__
         if isinstance(result, tuple):
@@ -103,5 +105,5 @@ def _file(path: Path) -> ModuleType:
     return module
 
 
-def _told(error: Exception) -> str:
+def _describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")

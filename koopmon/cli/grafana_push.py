@@ -76,10 +76,10 @@ def push(
     Exit status: 0 done; 1 Grafana failed or refused; 2 a mistake in what was asked, or no Grafana at that address;
     3 the token is not known, or may not; 4 nobody answers; 5 done but for what was kept as it is.
     """
+    from koopmon.grafana.access import check_url, read_access
     from koopmon.grafana.bundle import DataSource, make_bundle, make_contacts
     from koopmon.grafana.plan import plan
     from koopmon.grafana.push import Grafana
-    from koopmon.monitor.grafana import check_url, read_access
 
     access = read_access(load(config, overrides=grafana_overrides(url, token_file, timeout)).grafana, os.environ)
     wanted = DataSource(datasource, prometheus_url and check_url(prometheus_url, "--prometheus-url").rstrip("/"))

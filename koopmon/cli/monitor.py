@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from koopmon.cli.console import configure_logging
-from koopmon.cli.layout import monitor_store
+from koopmon.cli.launch_inspection import monitor_store
 from koopmon.cli.options import (
     ConfigFile,
     DryRun,

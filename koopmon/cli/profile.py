@@ -15,11 +15,11 @@ from rich.table import Table
 
 from koopmon import plots
 from koopmon.cli import factory as factories
-from koopmon.errors import CalibrationError, ConfigError, KoopmonError
+from koopmon.errors import CalibrationError, ConfigError, KoopmonError, raise_from_signal
 
 if TYPE_CHECKING:
     from koopmon.profiling import CapturedStates
-    from koopmon.risk.initial import InitialRisk
+    from koopmon.risk.initial_score import InitialRisk
     from koopmon.spectral import LayerProfile, SpectralProfile
 
 EPILOG = "Example: koopmon profile train.py:make_model_and_batch --png spectrum.png"
@@ -84,7 +84,7 @@ def profile(
     console = Console(stderr=True)
     with console.status("loading torch") as status:
         from koopmon.profiling import capture_states
-        from koopmon.risk.initial import initial_risk
+        from koopmon.risk.initial_score import initial_risk
         from koopmon.spectral import profile_states
 
         status.update("making the model")
@@ -99,7 +99,8 @@ def profile(
             raise
         except ValueError as error:
             raise KoopmonError(f"{factory}: {error}") from error
-        except Exception as error:  # the model's own forward pass
+        except BaseException as error:  # the model's own forward pass
+            raise_from_signal(error)
             raise KoopmonError(
                 f"{factory}: the forward pass raised {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error

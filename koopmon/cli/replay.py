@@ -12,14 +12,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from koopmon.cli.find_history import opened
 from koopmon.cli.options import POLICIES
-from koopmon.cli.stores import opened
 from koopmon.config import Config, load
 from koopmon.errors import ConfigError
 
 if TYPE_CHECKING:
-    from koopmon.monitor.history import DecisionRow
-    from koopmon.monitor.replay import Replayed
+    from koopmon.history.reader import DecisionRow
+    from koopmon.offline.replay import Replayed
 
 EPILOG = "Example: koopmon replay train-1a2b3c4d --policy careful.toml"
 
@@ -45,7 +45,7 @@ def replay(
 
     Snapshots are as recorded: what a training would have done after an action of the replay is not known.
     """
-    from koopmon.monitor import replay as replaying
+    from koopmon.offline import replay as replaying
 
     config = _config(policy)
     with opened(run, store) as (history, _):

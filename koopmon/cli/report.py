@@ -10,13 +10,13 @@ import typer
 
 from koopmon import plots
 from koopmon.cli.console import say
+from koopmon.cli.find_history import opened
 from koopmon.cli.options import ConfigFile
-from koopmon.cli.stores import opened
 from koopmon.config import load
 from koopmon.errors import KoopmonError, one_line
 
 if TYPE_CHECKING:
-    from koopmon.report.facts import Facts
+    from koopmon.report.run_report import RunReport
 
 EPILOG = "Example: koopmon report train-1a2b3c4d --out report"
 
@@ -43,25 +43,25 @@ def report(
     After a run or while it goes on: reading disturbs no monitor that writes. The risks that count as high are those of
     the configuration's `[policy]`, which a history does not keep.
     """
-    from koopmon.report import story
-    from koopmon.report.facts import gather
+    from koopmon.report import narrative
+    from koopmon.report.run_report import build_report
 
     policy = load(config).policy
     with opened(run, store) as (history, path):
-        facts = gather(history, path.absolute(), run, policy)
+        facts = build_report(history, path.absolute(), run, policy)
     if out is None and not as_json:
         out = Path(f"koopmon-report-{run.replace('/', '_')}")
     if out is not None:
         page = _write(facts, out)
         if not as_json:
-            print(one_line(story.headline(facts), 2000))  # noqa: T201 - a result
+            print(one_line(narrative.headline(facts), 2000))  # noqa: T201 - a result
             print(page)  # noqa: T201 - likewise
     if as_json:
-        print(json.dumps({"headline": story.headline(facts), "helped": story.helped(facts), **facts.to_dict()}))  # noqa: T201
+        print(json.dumps({"headline": narrative.headline(facts), "helped": narrative.helped(facts), **facts.to_dict()}))  # noqa: T201
     return 0
 
 
-def _write(facts: Facts, out: Path) -> Path:
+def _write(facts: RunReport, out: Path) -> Path:
     """Write page and pictures; the page. Without matplotlib there is the page alone. Raises KoopmonError."""
     from koopmon.report.page import page
     from koopmon.report.pictures import Picture, draw

@@ -18,8 +18,7 @@ import typer
 from koopmon.agent.autoload import DIRECTORY
 from koopmon.cli.console import say
 from koopmon.cli.embedded import READY_SECONDS, EmbeddedMonitor, MonitorNotReadyError
-from koopmon.cli.job import run_job, signals_held, take_signal
-from koopmon.cli.layout import check_run_name, new_run_name, run_store, spread
+from koopmon.cli.launch_inspection import check_run_name, new_run_name, run_store, spread
 from koopmon.cli.options import (
     ConfigFile,
     DryRun,
@@ -29,10 +28,11 @@ from koopmon.cli.options import (
     policy_overrides,
     security_overrides,
 )
+from koopmon.cli.supervise import run_job, signals_held, take_signal
 from koopmon.config import load
 from koopmon.errors import ConfigError, KoopmonError
-from koopmon.report.summary import summarise
-from koopmon.wire.trust import PLAINTEXT_VARIABLE, Trust, make_trust
+from koopmon.views.run_summary import summarise
+from koopmon.wire.auth_policy import PLAINTEXT_VARIABLE, AuthPolicy, make_auth_policy
 
 ANSWER_SECONDS = 2.0
 EPILOG = "Example: koopmon run -- torchrun --nproc-per-node 2 train.py --lr 0.003"
@@ -96,7 +96,7 @@ def run(
         _refuse_beside_monitor({"--policy": policy, "--dry-run": dry_run or None, "--http": http, "--store": store})
         if json_file is not None:
             raise ConfigError("--json: with --monitor the history is the monitor's; ask it there")
-        trust = make_trust(**msgspec.structs.asdict(settings.security), environ=environ)
+        trust = make_auth_policy(**msgspec.structs.asdict(settings.security), environ=environ)
         endpoint = trust.check(monitor)
         trust.check_agent_keys(endpoint)
         environ |= _security_environment(keys, insecure_plaintext_tcp)
@@ -216,7 +216,7 @@ def _default_store(environ: Mapping[str, str], name: str) -> Path:
         return Path(tempfile.mkdtemp(prefix="koopmon-history-")) / store.name
 
 
-def _why_silent(endpoint: str, trust: Trust) -> str | None:
+def _why_silent(endpoint: str, trust: AuthPolicy) -> str | None:
     """Why no monitor answers at a checked endpoint, in words that may be empty; None when one does."""
     from koopmon.wire.probe import probe
 

@@ -9,8 +9,8 @@
 Each trains the example model for a few steps with koopmon's own agent, and without it where both are compared.
 """
 
+from koopmon.conformance.check_selection import check_settings
 from koopmon.conformance.checks import BATTERY, Check, checks
-from koopmon.conformance.claims import check_settings
-from koopmon.conformance.verdict import ConformanceError, Outcome, Verdict
+from koopmon.conformance.result import CheckResult, CheckStatus, ConformanceError
 
-__all__ = ["BATTERY", "Check", "ConformanceError", "Outcome", "Verdict", "check_settings", "checks"]
+__all__ = ["BATTERY", "Check", "CheckResult", "CheckStatus", "ConformanceError", "check_settings", "checks"]

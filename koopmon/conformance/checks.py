@@ -8,33 +8,33 @@ from functools import partial
 from unittest import SkipTest
 
 from koopmon.api import ArchitectureAdapter, ExampleModel
-from koopmon.conformance import claims, families, reading, steering
-from koopmon.conformance.bench import Bench
-from koopmon.conformance.verdict import ConformanceError, Outcome, told
-from koopmon.errors import AdapterError
-from koopmon.plugins import adapters
+from koopmon.conformance import check_selection, check_state_io, check_training, families
+from koopmon.conformance.harness import Bench
+from koopmon.conformance.result import CheckResult, ConformanceError, describe_error
+from koopmon.errors import AdapterError, raise_from_signal
+from koopmon.plugins import adapters, original
 
 BATTERY: dict[str, Callable[[Bench], str]] = {
-    "example": claims.example,
-    "settings": claims.settings,
-    "claim": claims.claim,
-    "restraint": claims.restraint,
-    "untouched": claims.untouched,
-    "discovery": claims.discovery,
-    "shapes": reading.shapes,
-    "reading": reading.reading,
-    "round-trip": reading.round_trip,
-    "taps": steering.taps,
-    "taps-accumulation": partial(steering.taps, microbatches=3),
-    "taps-evaluation": partial(steering.taps, evaluate=True),
-    "taps-checkpointing": partial(steering.taps, checkpointing=True),
-    "losses": steering.losses,
+    "example": check_selection.example,
+    "settings": check_selection.settings,
+    "claim": check_selection.claim,
+    "restraint": check_selection.restraint,
+    "untouched": check_selection.untouched,
+    "discovery": check_selection.discovery,
+    "shapes": check_state_io.shapes,
+    "reading": check_state_io.reading,
+    "round-trip": check_state_io.round_trip,
+    "taps": check_training.taps,
+    "taps-accumulation": partial(check_training.taps, microbatches=3),
+    "taps-evaluation": partial(check_training.taps, evaluate=True),
+    "taps-checkpointing": partial(check_training.taps, checkpointing=True),
+    "losses": check_training.losses,
     "observables": families.observables,
     "kss-shields": families.shields,
-    "kss-gradient": steering.kss,
-    "kss-checkpointing": partial(steering.kss, checkpointing=True),
-    "learning-rate": steering.learning_rate,
-    "kss-on-and-off": steering.kss_on_and_off,
+    "kss-gradient": check_training.kss,
+    "kss-checkpointing": partial(check_training.kss, checkpointing=True),
+    "learning-rate": check_training.learning_rate,
+    "kss-on-and-off": check_training.kss_on_and_off,
 }
 """What each finds out, in one line, from an adapter and an example model on the bench."""
 WITHOUT_EXAMPLE = ("example", "settings")
@@ -62,18 +62,19 @@ class Check:
             raise
         except AdapterError as error:
             raise ConformanceError(str(error)) from error
-        except Exception as error:  # the adapter's own code, or its model's
-            raise ConformanceError(f"raised {told(error)}") from error
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # the adapter's own code, or its model's
+            raise_from_signal(error)
+            raise ConformanceError(f"raised {describe_error(error)}") from error
 
-    def run(self) -> Outcome:
+    def run(self) -> CheckResult:
         """The outcome, whatever it is; raises nothing."""
         names = (self.bench.adapter.name, self.bench.example.name, self.name)
         try:
-            return Outcome(*names, "passed", self())
+            return CheckResult(*names, "passed", self())
         except SkipTest as skipped:
-            return Outcome(*names, "skipped", str(skipped))
+            return CheckResult(*names, "skipped", str(skipped))
         except ConformanceError as broken:
-            return Outcome(*names, "failed", str(broken))
+            return CheckResult(*names, "failed", str(broken))
 
     def __str__(self) -> str:
         return self.name
@@ -88,7 +89,7 @@ def checks(adapter: str | ArchitectureAdapter | type[ArchitectureAdapter], examp
         known = adapters()
         if adapter not in known:
             raise AdapterError(f"adapter = {adapter!r}: allowed are {', '.join(known) or 'none'}")
-        adapter = known[adapter]
+        adapter = original(known[adapter])
     elif isinstance(adapter, type):
         adapter = adapter()
     bench = Bench(adapter, example)

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from koopmon.api import Observable, Stack
-from koopmon.conformance.bench import Bench, described, same_bits
-from koopmon.conformance.steering import with_alpha
+from koopmon.conformance.check_training import with_alpha
+from koopmon.conformance.harness import Bench, described, same_bits
+from koopmon.conformance.result import demand
 from koopmon.conformance.training import Attached, Training
-from koopmon.conformance.verdict import demand
 from koopmon.observables import flaw
 
 
@@ -31,7 +31,7 @@ def observables(bench: Bench) -> str:
             training.backward()
             training.update()
         attached.check()
-        demand(not attached.guest.taps.readers.reason, attached.guest.taps.readers.reason)
+        demand(not attached.runtime.taps.readers.reason, attached.runtime.taps.readers.reason)
         (snapshot,) = attached.notebook.snapshots
     for (name, layer), value in snapshot.observed.items():
         demand(math.isfinite(value), f"observable {name!r} of transition {layer} reads {value}")

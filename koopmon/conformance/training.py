@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from koopmon import config as configuration
-from koopmon.agent.capture import recomputing
-from koopmon.agent.guest import Guest
-from koopmon.agent.link import Outcome
-from koopmon.agent.sampler import Snapshot
-from koopmon.agent.sender import Sender
+from koopmon.agent.capture.sampler import RankSnapshot
+from koopmon.agent.capture.taps import recomputing
+from koopmon.agent.comms.control_channel import CommandResult
+from koopmon.agent.comms.io_thread import IOThread
+from koopmon.agent.runtime import AgentRuntime
 from koopmon.api import Stack
-from koopmon.conformance.bench import Bench, at_points, seeded
-from koopmon.conformance.verdict import demand, told
+from koopmon.conformance.harness import Bench, at_points, seeded
+from koopmon.conformance.result import demand, describe_error
+from koopmon.errors import raise_from_signal
 from koopmon.plugins import select
 from koopmon.wire.messages import Command
 
@@ -158,19 +159,19 @@ class Kept:
     observed: dict[tuple[str, int], float]
 
 
-class Notebook(Sender):
+class Notebook(IOThread):
     """In the place of the thread that owns sockets: keeps what it would send, at once, and is always connected."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.snapshots: list[Kept] = []
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[CommandResult] = []
 
     def start(self) -> None:
         self.connected = True
 
-    def post(self, item: Snapshot | Outcome) -> None:
-        if isinstance(item, Outcome):
+    def post(self, item: RankSnapshot | CommandResult) -> None:
+        if isinstance(item, CommandResult):
             self.outcomes.append(item)
             return
         if item.ready is not None:
@@ -182,7 +183,7 @@ class Notebook(Sender):
 
     def close(self, *, wait: bool = True) -> None:
         self.connected = False
-        self._waker.close()
+        self._wakeup.close()
 
 
 class Attached:
@@ -194,17 +195,23 @@ class Attached:
     def __init__(self, training: Training, *, through_shielded: bool = False) -> None:
         selection = select(training.model, training.bench.adapter)
         config = replace(CONFIG, kss=replace(CONFIG.kss, through_shielded=through_shielded))
-        self.guest = Guest(
-            training.model, training.optimizer, selection, config, "ipc://conformance", "conformance", sender=Notebook
+        self.runtime = AgentRuntime(
+            training.model,
+            training.optimizer,
+            selection,
+            config,
+            "ipc://conformance",
+            "conformance",
+            io_thread=Notebook,
         )
-        sender = self.guest.sender
-        assert isinstance(sender, Notebook)
-        self.notebook = sender
+        io_thread = self.runtime.io_thread
+        assert isinstance(io_thread, Notebook)
+        self.notebook = io_thread
 
     def command(self, kind: Any, **fields: Any) -> None:
         """Ask for a change; it comes in force with the next optimizer step."""
-        assert self.guest.actuator is not None
-        self.guest.actuator.submit(
+        assert self.runtime.actuator is not None
+        self.runtime.actuator.submit(
             Command(
                 run="conformance",
                 incarnation="c0f0c0f0",
@@ -219,18 +226,18 @@ class Attached:
     @property
     def lr_scale(self) -> float:
         """In force in the step that was made last."""
-        assert self.guest.actuator is not None
-        return self.guest.actuator.state.lr_scale(self.guest.ledger.step - 1)
+        assert self.runtime.actuator is not None
+        return self.runtime.actuator.state.lr_scale(self.runtime.stats.step - 1)
 
     @property
     def alpha(self) -> float:
         """In force in the next forward pass."""
-        assert self.guest.actuator is not None
-        return self.guest.actuator.state.kss_alpha(self.guest.ledger.step)
+        assert self.runtime.actuator is not None
+        return self.runtime.actuator.state.kss_alpha(self.runtime.stats.step)
 
     def check(self) -> None:
-        fence, taps = self.guest.fence, self.guest.taps
-        demand(not fence.reason, f"the agent switches itself off: {fence.reason}")
+        breaker, taps = self.runtime.breaker, self.runtime.taps
+        demand(not breaker.reason, f"the agent switches itself off: {breaker.reason}")
         demand(not taps.failure, f"the agent gives up: {taps.failure}")
         demand(taps.stack is not None, "the agent verifies no chain in a training forward")
         refused = [each.detail or each.outcome for each in self.notebook.outcomes if each.outcome != "applied"]
@@ -240,7 +247,7 @@ class Attached:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.guest.close("")
+        self.runtime.close("")
 
 
 def require_checkpointing(bench: Bench) -> None:
@@ -248,8 +255,11 @@ def require_checkpointing(bench: Bench) -> None:
     trial = Training(bench, checkpointing=True)
     try:
         trial.backward()
-    except Exception as error:  # the model's own
-        raise SkipTest(f"the model itself does not train under activation checkpointing: {told(error)}") from None
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # the model's own
+        raise_from_signal(error)
+        raise SkipTest(
+            f"the model itself does not train under activation checkpointing: {describe_error(error)}"
+        ) from None
 
 
 def _checkpoint_blocks(model: nn.Module, stack: Stack) -> None:

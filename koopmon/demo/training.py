@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from koopmon.errors import KoopmonError, StoreError
-from koopmon.monitor.history import DecisionRow, History, ObservationRow
+from koopmon.history.reader import DecisionRow, HistoryReader, ObservationRow
 
 SCRIPT = Path(__file__).with_name("train.py")
 POLL_SECONDS = 0.5
@@ -53,7 +53,7 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class LoggedStep:
     """One line of the training's own log."""
 
     step: int
@@ -63,42 +63,42 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class DemoRecord:
     """What is known so far: the training's steps, and what its monitor saw and decided (nothing when unguarded)."""
 
-    steps: Sequence[Step] = ()
+    steps: Sequence[LoggedStep] = ()
     observations: Sequence[ObservationRow] = ()
     decisions: Sequence[DecisionRow] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class DemoResult:
     """A training that is over. `policy` is None when nobody guarded it; losses in nats per byte."""
 
     policy: str | None
-    heard: Heard
+    record: DemoRecord
     seconds: float
     summary: dict[str, Any] = field(default_factory=dict)
     """The closing summary of `koopmon run`, when guarded."""
 
     @property
     def diverged(self) -> bool:
-        return any(step.diverged for step in self.heard.steps)
+        return any(step.diverged for step in self.record.steps)
 
     @property
     def last_step(self) -> int:
-        return self.heard.steps[-1].step
+        return self.record.steps[-1].step
 
     @property
     def start_loss(self) -> float:
-        return _mean([step.loss for step in self.heard.steps[:START_STEPS]])
+        return _mean([step.loss for step in self.record.steps[:START_STEPS]])
 
     @property
     def final_loss(self) -> float:
         """Mean over the last steps; of a run that diverged, the loss that it died with."""
         if self.diverged:
-            return self.heard.steps[-1].loss
-        return _mean([step.loss for step in self.heard.steps[-FINAL_STEPS:]])
+            return self.record.steps[-1].loss
+        return _mean([step.loss for step in self.record.steps[-FINAL_STEPS:]])
 
     @property
     def survived(self) -> bool:
@@ -108,7 +108,7 @@ class Outcome:
     @property
     def first_command_step(self) -> int | None:
         """Where the first command that changes training was applied."""
-        steps = [step for step, _ in applied_commands(self.heard.decisions)]
+        steps = [step for step, _ in applied_commands(self.record.decisions)]
         return min(steps, default=None)
 
 
@@ -120,8 +120,8 @@ def applied_commands(decisions: Sequence[DecisionRow]) -> Iterator[tuple[int, st
 
 
 def run_training(
-    setting: Setting, policy: str | None, directory: Path, on_progress: Callable[[Heard], None] = lambda _: None
-) -> Outcome:
+    setting: Setting, policy: str | None, directory: Path, on_progress: Callable[[DemoRecord], None] = lambda _: None
+) -> DemoResult:
     """Train once, to the end or to divergence; `policy` None leaves it unguarded. Files go to `directory`.
 
     Raises DemoError when the training fails in another way.
@@ -151,7 +151,7 @@ def run_training(
     summary = json.loads(result.read_text(encoding="utf-8")) if policy is not None else {}
     if policy is not None and not summary.get("adapter"):
         raise DemoError(f"koopmon did not attach to the {label} training: {_last_words(out)} (see {out})")
-    return Outcome(policy=policy, heard=heard, seconds=time.monotonic() - started, summary=summary)
+    return DemoResult(policy=policy, record=heard, seconds=time.monotonic() - started, summary=summary)
 
 
 def _environment() -> dict[str, str]:
@@ -171,18 +171,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def _hear(log: Path, store: Path, run: str) -> Heard:
+def _hear(log: Path, store: Path, run: str) -> DemoRecord:
     steps = list(_read_steps(log))
     if not store.exists():
-        return Heard(steps)
+        return DemoRecord(steps)
     try:
-        with History.open(store) as history:
-            return Heard(steps, list(history.observations(run)), list(history.decisions(run)))
+        with HistoryReader.open(store) as history:
+            return DemoRecord(steps, list(history.observations(run)), list(history.decisions(run)))
     except StoreError:  # it is just being made
-        return Heard(steps)
+        return DemoRecord(steps)
 
 
-def _read_steps(log: Path) -> Iterator[Step]:
+def _read_steps(log: Path) -> Iterator[LoggedStep]:
     try:
         text = log.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -191,7 +191,7 @@ def _read_steps(log: Path) -> Iterator[Step]:
     for line in text.split("\n")[:-1]:
         row = json.loads(line)
         diverged = bool(row.get("diverged", False))
-        yield Step(step=row["step"], loss=row["loss"], grad_norm=row["grad_norm"], diverged=diverged)
+        yield LoggedStep(step=row["step"], loss=row["loss"], grad_norm=row["grad_norm"], diverged=diverged)
 
 
 def _last_words(path: Path) -> str:

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from koopmon.demo.training import Heard, Outcome, Step
-from koopmon.monitor.history import CommandRow, ObservationRow
+from koopmon.demo.training import DemoRecord, DemoResult, LoggedStep
+from koopmon.history.reader import CommandRow, ObservationRow
 
 EVERY_STEPS = 5
 HOT_RISK = 0.5
@@ -41,7 +41,7 @@ class LiveView:
         shown = list(_COLUMNS.items())[: None if guarded else _ALONE]
         console.print(Text("".join(name.rjust(width) for name, width in shown), style="dim"))
 
-    def update(self, heard: Heard) -> None:
+    def update(self, heard: DemoRecord) -> None:
         for step in heard.steps:
             if step.step > self._printed_step and (step.step % EVERY_STEPS == 0 or step.diverged):
                 self._print_commands(heard, step.step)
@@ -49,7 +49,7 @@ class LiveView:
                 self._printed_step = step.step
         self._print_commands(heard, heard.steps[-1].step if heard.steps else -1)
 
-    def _print_step(self, heard: Heard, step: Step) -> None:
+    def _print_step(self, heard: DemoRecord, step: LoggedStep) -> None:
         widths = iter(_COLUMNS.values())
         line = Text(str(step.step).rjust(next(widths)))
         for value in (step.loss, step.grad_norm):
@@ -65,16 +65,16 @@ class LiveView:
             line.append("   diverged", style="bold red")
         self._console.print(line, soft_wrap=True)
 
-    def _print_commands(self, heard: Heard, up_to: int) -> None:
+    def _print_commands(self, heard: DemoRecord, up_to: int) -> None:
         for row in (row for decision in heard.decisions for row in decision.commands):
             if row.acked_step is None or row.acked_step > up_to or row.command.id in self._printed_commands:
                 continue
             self._printed_commands.add(row.command.id)
             if row.command.kind != "set_cadence":
-                self._console.print(Text(f"{row.acked_step:6d} {_told(row)}", style="yellow"), soft_wrap=True)
+                self._console.print(Text(f"{row.acked_step:6d} {_outcome_words(row)}", style="yellow"), soft_wrap=True)
 
 
-def summary_table(outcomes: Sequence[Outcome]) -> Table:
+def summary_table(outcomes: Sequence[DemoResult]) -> Table:
     """One row per training."""
     table = Table(title="The same script, the same seeds", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for heading in ("guarded by", "outcome", "loss", "back-offs", "KSS", "highest risk"):
@@ -87,7 +87,7 @@ def summary_table(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def verdict(unguarded: Outcome, guarded: Outcome, yardstick: Outcome | None) -> list[str]:
+def verdict(unguarded: DemoResult, guarded: DemoResult, yardstick: DemoResult | None) -> list[str]:
     """What the trainings say, one sentence each; `yardstick` is the same guard without KSS."""
     lines = []
     if not unguarded.diverged:
@@ -105,7 +105,7 @@ def verdict(unguarded: Outcome, guarded: Outcome, yardstick: Outcome | None) -> 
     return lines
 
 
-def kss_verdict(guarded: Outcome, yardstick: Outcome | None) -> str:
+def kss_verdict(guarded: DemoResult, yardstick: DemoResult | None) -> str:
     """Whether KSS helped, as far as these trainings tell."""
     policy = guarded.policy or ""
     if "kss" not in policy:
@@ -123,7 +123,7 @@ def kss_verdict(guarded: Outcome, yardstick: Outcome | None) -> str:
     return f"KSS {word}: loss at the end {ours:.3f} with it, {theirs:.3f} with back-off alone (one seed, so a lead)."
 
 
-def _guard_cells(outcome: Outcome) -> tuple[str, str, str]:
+def _guard_cells(outcome: DemoResult) -> tuple[str, str, str]:
     summary = outcome.summary
     if not summary:
         return "-", "-", "-"
@@ -136,7 +136,7 @@ def _latest(observations: Sequence[ObservationRow], step: int) -> ObservationRow
     return max((row for row in observations if row.step <= step), key=lambda row: row.step, default=None)
 
 
-def _told(row: CommandRow) -> str:
+def _outcome_words(row: CommandRow) -> str:
     command = row.command
     if command.kind == "set_lr_scale":
         change = f"learning-rate scale to {command.lr_scale:.3g}"

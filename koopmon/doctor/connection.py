@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 
+from koopmon import __version__
 from koopmon.doctor.findings import Finding, fail, ok, warn
 from koopmon.errors import EndpointError, KeysError, KoopmonError
+from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.endpoints import is_loopback, reached_beside
 from koopmon.wire.keys import MONITOR, public_file, read_public
 from koopmon.wire.messages import PROTOCOL_VERSION, ProbeReply
-from koopmon.wire.probe import NOBODY, Probed, probe, reaches_data
-from koopmon.wire.trust import Trust
+from koopmon.wire.probe import NOBODY, ProbeResult, probe, reaches_data
 
 DEFAULT = "tcp://127.0.0.1:9465"
 """Where `koopmon monitor` is found when nobody says otherwise."""
@@ -42,7 +42,7 @@ class Named:
 class Connection:
     """The checks of one endpoint, each a stage on which the next one stands. `reply` is the monitor's, once it came."""
 
-    def __init__(self, named: Named, trust: Trust, run: str | None) -> None:
+    def __init__(self, named: Named, trust: AuthPolicy, run: str | None) -> None:
         self._named = named
         self._trust = trust
         self._run = run or NOBODY
@@ -93,7 +93,7 @@ class Connection:
         also = "; the monitor's key is being rotated, both are tried" if rotating else ""
         return ok("keys", f"agent {trust.agent!r} has its secret and knows the monitor's key{also}")
 
-    def _monitor(self, endpoint: str, found: Probed) -> Iterator[Finding]:
+    def _monitor(self, endpoint: str, found: ProbeResult) -> Iterator[Finding]:
         if found.reason == "version":
             yield fail("versions", found.failure, "pip install the same version of koopmon on both sides")
             return
@@ -110,7 +110,7 @@ class Connection:
         yield self._data(endpoint, reply)
         yield _clock(found)
 
-    def _absent(self, endpoint: str, found: Probed) -> Finding:
+    def _absent(self, endpoint: str, found: ProbeResult) -> Finding:
         if found.failure:
             return fail("monitor", f"the handshake failed: {found.failure}", _fix_of(found.failure, self._trust))
         if found.reason or found.shook_hands:
@@ -140,7 +140,7 @@ _START = "start one: koopmon monitor --bind {}"
 _FAR = "see that `koopmon monitor --bind {}` runs on that host, and that the port is open between the hosts"
 
 
-def _fix_of(failure: str, trust: Trust) -> str:
+def _fix_of(failure: str, trust: AuthPolicy) -> str:
     name = f"{trust.agent}.key"
     if "does not know this agent's key" in failure or "no agent's any more" in failure:
         return f"copy {trust.directory}/{name} to agents/{name} in the monitor's key directory"
@@ -152,17 +152,13 @@ def _fix_of(failure: str, trust: Trust) -> str:
 
 
 def _versions(reply: ProbeReply) -> Finding:
-    try:
-        ours = version("koopmon")
-    except PackageNotFoundError:
-        ours = "unknown"
-    said = f"protocol {PROTOCOL_VERSION} on both sides; koopmon {ours} here, {reply.koopmon_version} there"
-    if ours != reply.koopmon_version:
+    said = f"protocol {PROTOCOL_VERSION} on both sides; koopmon {__version__} here, {reply.koopmon_version} there"
+    if __version__ != reply.koopmon_version:
         return warn("versions", said, f"pip install koopmon=={reply.koopmon_version}, or upgrade the monitor")
     return ok("versions", said)
 
 
-def _clock(found: Probed) -> Finding:
+def _clock(found: ProbeResult) -> Finding:
     offset = found.clock_offset_seconds
     way = "ahead of" if offset > 0 else "behind"
     said = f"the monitor's is {abs(offset):.3g} s {way} ours"

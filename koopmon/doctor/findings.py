@@ -7,7 +7,7 @@ from typing import Literal
 
 from koopmon.errors import one_line
 
-Level = Literal["ok", "warn", "fail"]
+FindingLevel = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class Finding:
     """One line of the doctor's: what was looked at, how it is, what was found, and the fix where it is not well."""
 
     check: str
-    level: Level
+    level: FindingLevel
     found: str
     fix: str = ""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from koopmon.doctor.findings import Finding, fail, ok, warn
-from koopmon.errors import KoopmonError, one_line
+from koopmon.errors import KoopmonError, one_line, raise_from_signal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def taps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: ModelConfig) -> Finding:
     """One forward pass: the adapter that claims the model, and the points that it would tap."""
-    from koopmon.agent.layout import refusal
+    from koopmon.agent.parallelism import refusal
     from koopmon.discovery import discover
 
     kind = type(model).__name__
@@ -25,7 +25,8 @@ def taps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
         found = discover(model, *args, adapter=config.adapter, stack=config.stack, **kwargs)
     except KoopmonError as error:
         return fail("taps", str(error), "name the list of blocks: [model] stack; or write an adapter in 15 minutes")
-    except Exception as error:  # the model's own forward pass
+    except BaseException as error:  # the model's own forward pass
+        raise_from_signal(error)
         said = f"{kind}: the forward pass raised {type(error).__name__}: {one_line(error, 200)}"
         return fail("taps", said, "see that the factory's batch is what the model takes")
     names = [point.name for point in found.points]

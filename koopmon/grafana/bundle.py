@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from koopmon.errors import ConfigError, one_line
+from koopmon.grafana.access import check_url
+from koopmon.grafana.annotations import TAG
 from koopmon.grafana.dashboards import dashboards
 from koopmon.grafana.files import DATASOURCE_UID, FOLDER, datasource_file
 from koopmon.grafana.fingerprint import fingerprint
 from koopmon.grafana.rules import grafana_rule_groups
-from koopmon.monitor.annotations import TAG
-from koopmon.monitor.grafana import check_url
 
 Json = dict[str, Any]
 

@@ -10,8 +10,8 @@ from koopmon.grafana.panels import (
     RED,
     RISK_STEPS,
     RUN_STATES,
+    ColorSteps,
     Json,
-    Steps,
     lines,
     override,
     query,
@@ -21,7 +21,7 @@ from koopmon.grafana.panels import (
     thresholds,
     value_mapping,
 )
-from koopmon.monitor.alerts import ACT_RISK, HIGH_FORECAST, LIKELY, STALE_SECONDS
+from koopmon.telemetry.alerts import ACT_RISK, HIGH_FORECAST, LIKELY, STALE_SECONDS
 
 UID = "koopmon-fleet"
 RUN = '{run=~"$run"}'
@@ -48,7 +48,7 @@ def make() -> Json:
 
 def _counts() -> list[Json]:
     bad, notable = ((None, GREEN), (1, RED)), ((None, GREEN), (1, ORANGE))
-    counts: list[tuple[str, str, str, Steps]] = [
+    counts: list[tuple[str, str, str, ColorSteps]] = [
         ("Running", "Runs whose ranks answer.", f"count(koopmon_run_state{RUN} == 1) or vector(0)", CALM),
         (
             "Vanished",
@@ -102,7 +102,7 @@ def _runs() -> Json:
     }
     cell = {"custom.cellOptions": {"type": "color-background", "mode": "basic"}}
 
-    def graded(name: str, steps: Steps, unit: str) -> Json:
+    def graded(name: str, steps: ColorSteps, unit: str) -> Json:
         return override(name, {**cell, "decimals": 2, "unit": unit, "thresholds": thresholds(steps)})
 
     return table(
@@ -130,7 +130,7 @@ def _runs() -> Json:
 
 
 def _over_time() -> list[Json]:
-    def share(title: str, text: str, metric: str, steps: Steps = ()) -> Json:
+    def share(title: str, text: str, metric: str, steps: ColorSteps = ()) -> Json:
         queries = [query(f"{metric}{RUN}", "{{run}}")]
         return lines(title, text, queries, unit="percentunit", steps=steps, minimum=0, maximum=1, link=LINE_LINK)
 

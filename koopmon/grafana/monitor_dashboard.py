@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from koopmon.grafana.layout import dashboard, datasource_variable, label_variable, link
 from koopmon.grafana.panels import GREEN, ORANGE, RED, Json, lines, query, stat
-from koopmon.monitor.alerts import MAX_REJECTED_PER_SECOND
+from koopmon.telemetry.alerts import MAX_REJECTED_PER_SECOND
 
 UID = "koopmon-monitor"
 OF = '{instance=~"$instance"}'

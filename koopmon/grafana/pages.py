@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 from koopmon.grafana.dashboards import dashboards
 from koopmon.grafana.rules import GROUPS
-from koopmon.monitor.alerts import ALERTS, Alert
-from koopmon.monitor.metrics import KEPT_WHEN_VANISHED, MAX_LAYERS, PREFIX, TABLE, Series
+from koopmon.telemetry.alerts import ALERTS, Alert
+from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, MAX_LAYERS, PREFIX, TABLE, Series
 
 WRITTEN = (
-    "<!-- Written by `koopmon grafana export grafana --docs docs`: change the tables in koopmon/monitor, not this. -->"
+    "<!-- Written by `koopmon grafana export grafana --docs docs`: edit the tables in koopmon/telemetry, not this. -->"
 )
 WHAT_OF = {
     ("run", "layer"): "For each layer of each run",

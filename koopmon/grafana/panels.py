@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from koopmon.monitor.alerts import ACT_RISK, SEVERE_RISK
+from koopmon.telemetry.alerts import ACT_RISK, SEVERE_RISK
 
 Json = dict[str, Any]
-Steps = Sequence[tuple[float | None, str]]
+ColorSteps = Sequence[tuple[float | None, str]]
 """Thresholds by their colour, None for the lowest."""
 
 DATASOURCE: Json = {"type": "prometheus", "uid": "${datasource}"}
 GREEN, ORANGE, RED, BLUE, GREY = "green", "orange", "red", "blue", "text"
-CALM: Steps = ((None, GREEN),)
-RISK_STEPS: Steps = ((None, GREEN), (ACT_RISK, ORANGE), (SEVERE_RISK, RED))
+CALM: ColorSteps = ((None, GREEN),)
+RISK_STEPS: ColorSteps = ((None, GREEN), (ACT_RISK, ORANGE), (SEVERE_RISK, RED))
 """The numbers that the alerts and the policy go by."""
 RUN_STATES: Mapping[str, tuple[str, str]] = {"0": ("ended", GREY), "1": ("running", GREEN), "2": ("vanished", RED)}
 
@@ -40,7 +40,7 @@ def panel(
     *,
     unit: str,
     options: Mapping[str, Any],
-    steps: Steps = CALM,
+    steps: ColorSteps = CALM,
     defaults: Mapping[str, Any] | None = None,
     overrides: Sequence[Json] = (),
     transformations: Sequence[Json] = (),
@@ -67,7 +67,7 @@ def stat(
     queries: Sequence[Json],
     *,
     unit: str = "none",
-    steps: Steps = CALM,
+    steps: ColorSteps = CALM,
     mappings: Mapping[str, tuple[str, str]] | None = None,
     decimals: int | None = None,
     text: bool = False,
@@ -93,7 +93,7 @@ def lines(
     queries: Sequence[Json],
     *,
     unit: str = "none",
-    steps: Steps = (),
+    steps: ColorSteps = (),
     minimum: float | None = None,
     maximum: float | None = None,
     log: bool = False,
@@ -203,7 +203,7 @@ def override(name: str, properties: Mapping[str, Any], *, by: str = "byName") ->
     }
 
 
-def thresholds(steps: Steps) -> Json:
+def thresholds(steps: ColorSteps) -> Json:
     return {"mode": "absolute", "steps": [{"value": value, "color": color} for value, color in steps]}
 
 

@@ -24,8 +24,8 @@ from koopmon.grafana.fingerprint import (
 from koopmon.grafana.routes import ROUTE, merged_policies
 
 Json = dict[str, Any]
-Kind = Literal["data source", "folder", "dashboard", "contact point", "rule group", "notification policy"]
-Action = Literal["create", "update", "delete", "unchanged", "foreign", "edited"]
+ResourceKind = Literal["data source", "folder", "dashboard", "contact point", "rule group", "notification policy"]
+ChangeAction = Literal["create", "update", "delete", "unchanged", "foreign", "edited"]
 DATASOURCE_MARK = "koopmonPushed"
 """The key of a data source's `jsonData` that keeps its fingerprint."""
 OURS_TO_CHANGE = frozenset({"", "api"})
@@ -40,9 +40,9 @@ OF_OTHERS = "is there already and was not made by a push"
 class Change:
     """One thing and what becomes of it. `before` and `after` are for reading; `body` is what Grafana is sent."""
 
-    kind: Kind
+    kind: ResourceKind
     name: str
-    action: Action
+    action: ChangeAction
     why: str = ""
     uid: str = ""
     before: Any = None

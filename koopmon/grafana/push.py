@@ -20,10 +20,10 @@ from koopmon.errors import (
     KoopmonError,
     one_line,
 )
+from koopmon.grafana.access import GrafanaAccess
 from koopmon.grafana.bundle import Bundle, DataSource
-from koopmon.grafana.plan import Change, Found, Kind
+from koopmon.grafana.plan import Change, Found, ResourceKind
 from koopmon.grafana.routes import merged_policies
-from koopmon.monitor.grafana import GrafanaAccess
 
 Json = dict[str, Any]
 RETRIES = 2
@@ -34,7 +34,7 @@ BACKOFF_SECONDS = 0.5
 FIRST_VERSION = (9, 1)
 """Of Grafana with the alerting provisioning API."""
 EDITOR = "(role Editor, or Edit on the folder)"
-PERMISSIONS: Mapping[Kind, str] = {
+PERMISSIONS: Mapping[ResourceKind, str] = {
     "data source": "datasources:read, datasources:create and datasources:write (role Admin)",
     "folder": "folders:read and folders:create (role Editor)",
     "dashboard": f"dashboards:read, dashboards:create and dashboards:write {EDITOR}",
@@ -214,7 +214,7 @@ class Grafana:
         taken = [each for each in listed if each.get("title") in wanted and each.get("uid") != wanted[each["title"]]]
         return {each["title"]: one_line(each.get("uid"), 80) for each in taken}
 
-    def _get(self, kind: Kind, name: str, ask: Callable[[], Any]) -> Json | None:
+    def _get(self, kind: ResourceKind, name: str, ask: Callable[[], Any]) -> Json | None:
         """One object; None when it is not there."""
         with self._asking(kind, name, verb="read"):
             try:
@@ -227,7 +227,7 @@ class Grafana:
             raise self._no_grafana(f"answers with something else than Grafana's API when asked for {kind} {name!r}")
         return answer
 
-    def _list(self, kind: Kind, ask: Callable[[], Any]) -> list[Json]:
+    def _list(self, kind: ResourceKind, ask: Callable[[], Any]) -> list[Json]:
         with self._asking(kind, "list", verb="read"):
             answer = ask()
         if not isinstance(answer, list) or not all(isinstance(each, dict) for each in answer):
@@ -235,7 +235,7 @@ class Grafana:
         return answer
 
     @contextmanager
-    def _asking(self, kind: Kind | None, name: str, *, verb: str) -> Iterator[None]:
+    def _asking(self, kind: ResourceKind | None, name: str, *, verb: str) -> Iterator[None]:
         """Puts what goes wrong into words. None of them holds the token, or what was sent."""
         grafana, what = f"Grafana at {self._access.url}", f"{verb} {kind} {name!r}" if kind else f"{verb} its {name}"
         try:
@@ -254,7 +254,7 @@ class Grafana:
         except self._broken.RequestException as error:
             raise GrafanaUnreachableError(f"{grafana}: cannot be reached: {_cause(error)} ({what})") from None
 
-    def _refusal(self, status: int, said: str, kind: Kind | None, what: str) -> KoopmonError:
+    def _refusal(self, status: int, said: str, kind: ResourceKind | None, what: str) -> KoopmonError:
         grafana = f"Grafana at {self._access.url}"
         match status:
             case 401:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from koopmon.grafana.dashboards import panel_id
-from koopmon.monitor.alerts import ALERTS, Alert, Group, runbook_url
+from koopmon.telemetry.alerts import ALERTS, Alert, Group, runbook_url
 
 GROUPS: Mapping[Group, tuple[str, int]] = {
     "risk": ("koopmon risk", 10),

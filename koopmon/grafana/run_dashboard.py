@@ -16,14 +16,7 @@ from koopmon.grafana.panels import (
     query,
     stat,
 )
-from koopmon.monitor.alerts import (
-    ACT_RISK,
-    HIGH_FORECAST,
-    LIKELY,
-    MAX_OVERHEAD_RATIO,
-    SEVERE_RISK,
-    STALE_SECONDS,
-)
+from koopmon.telemetry.alerts import ACT_RISK, HIGH_FORECAST, LIKELY, MAX_OVERHEAD_RATIO, SEVERE_RISK, STALE_SECONDS
 
 UID = "koopmon-run"
 RUN = '{run=~"$run"}'

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 from koopmon.agent.attach import Agent
+from koopmon.errors import raise_from_signal
 
 logger = logging.getLogger("koopmon.integrations")
 
@@ -57,7 +58,8 @@ class Mirror(ABC):
             found = scalars(agent)
             if found:
                 self._show(found, step)
-        except Exception as error:
+        except BaseException as error:  # the tracker's own code
+            raise_from_signal(error)
             self.enabled = False
             logger.warning("koopmon: %s is off, training goes on: %s", type(self).__name__, error)
 

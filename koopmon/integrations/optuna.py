@@ -26,7 +26,7 @@ from torch import nn
 from koopmon.errors import CalibrationError, ConfigError, MissingExtraError
 from koopmon.profiling import capture_states
 from koopmon.risk.calibration import Calibrator, Example, load
-from koopmon.risk.initial import initial_risk
+from koopmon.risk.initial_score import initial_risk
 from koopmon.spectral import profile_states
 
 try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from koopmon.agent.attach import Agent, attach
-from koopmon.agent.world import launched_rank
+from koopmon.agent.rank_identity import rank_from_env
 from koopmon.config import Config
 
 logger = logging.getLogger("koopmon.integrations")
@@ -50,7 +50,7 @@ class Session:
             refused = f"the trainer has {counted}, and koopmon guards one"
         if refused:
             # One line per job: every rank has the same to say.
-            level = logging.WARNING if launched_rank() == 0 else logging.DEBUG
+            level = logging.WARNING if rank_from_env() == 0 else logging.DEBUG
             logger.log(level, "koopmon: not attached, training goes on: %s", refused)
             self.agent = Agent(None, refused)
             return

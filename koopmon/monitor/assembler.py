@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from koopmon.errors import ProtocolError
-from koopmon.spectral.records import finite_mean
+from koopmon.spectral.profiles import finite_mean
 from koopmon.wire.messages import MAX_OBSERVABLES, Shard
 
 SHARD_OVERHEAD_BYTES = 1024

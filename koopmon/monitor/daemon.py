@@ -7,41 +7,42 @@ import logging
 import math
 import os
 import platform
+import resource
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
 import torch
 from prometheus_client import CollectorRegistry
 
+from koopmon import __version__
 from koopmon.config import Config, checked
 from koopmon.errors import EndpointError, ProtocolError
-from koopmon.monitor.access import Access
-from koopmon.monitor.annotations import Annotations, Tell, tell_nobody
+from koopmon.grafana.access import read_access
+from koopmon.grafana.annotations import Annotate, Annotations, no_annotations
+from koopmon.history.writer import HistoryWriter
+from koopmon.monitor.authorization import Authorization
 from koopmon.monitor.device import check_device
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.failures import Failures
-from koopmon.monitor.grafana import read_access
-from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.live.recall import Recall
-from koopmon.monitor.login import read_login, read_tls
-from koopmon.monitor.metrics import Metrics
-from koopmon.monitor.rejections import Rejections
+from koopmon.monitor.http.auth import read_http_auth, read_tls
+from koopmon.monitor.http.live_backfill import LiveBackfill
+from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.http.server import WebServer
+from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import COMMIT_SECONDS, Service
-from koopmon.monitor.store import Store
-from koopmon.monitor.web import WebServer
 from koopmon.risk import calibration
+from koopmon.telemetry.metrics import Metrics
+from koopmon.wire.auth_policy import make_auth_policy
 from koopmon.wire.codec import WireLimits, decode_for_monitor, decode_shard, encode
 from koopmon.wire.endpoints import is_loopback
 from koopmon.wire.messages import PROTOCOL_VERSION, MonitorMessage, Refused
-from koopmon.wire.sockets import ControlServer, DataReceiver, Poller, Waker, WireContext
-from koopmon.wire.trust import make_trust
+from koopmon.wire.sockets import ControlServer, DataReceiver, Poller, Wakeup, WireContext
 
 logger = logging.getLogger(__name__)
 
@@ -87,15 +88,15 @@ class Monitor:
         self._bind = bind
         self._http = http
         self._data_bind = data_bind
-        self._trust = make_trust(**msgspec.structs.asdict(config.security), environ=os.environ)
-        self._login, self._tls = read_login(config.http, os.environ), read_tls(config.http)
+        self._trust = make_auth_policy(**msgspec.structs.asdict(config.security), environ=os.environ)
+        self._auth, self._tls = read_http_auth(config.http, os.environ), read_tls(config.http)
         self._grafana = read_access(config.grafana, os.environ) if config.grafana.url else None
         self._device = check_device(device)
         self._calibrator = calibration.load(Path(chosen)) if (chosen := config.monitor.calibrator) else None
         self._store_path = store_path
         self._ready = ready
         self._results: deque[Result] = deque()
-        self._waker = Waker()
+        self._wakeup = Wakeup()
         self._stop = False
         self._serving = False
         self._turned_at = -math.inf
@@ -103,7 +104,7 @@ class Monitor:
     def stop(self) -> None:
         """Ask `run` to end; from any thread or a signal handler."""
         self._stop = True
-        self._waker.wake()
+        self._wakeup.wake()
 
     def run(self) -> None:
         """Serve until `stop`, then write what was received.
@@ -111,7 +112,7 @@ class Monitor:
         Raises EndpointError, KeysError or StoreError when it cannot begin.
         """
         with ExitStack() as stack:
-            stack.callback(self._waker.close)
+            stack.callback(self._wakeup.close)
             self._open(stack)
             where = self._addresses
             words = (where.endpoint, where.data_endpoint, where.scheme, where.http)
@@ -132,7 +133,7 @@ class Monitor:
             max_message_bytes=monitor.max_message_bytes,
             max_frames=monitor.max_layers + 2,
         )
-        store = Store.open(self._store_path, self._config.store)
+        store = HistoryWriter.open(self._store_path, self._config.store)
         stack.callback(store.close)
         wire = stack.enter_context(WireContext(self._trust))
         self._control = ControlServer(wire, self._bind, limits=limits)
@@ -141,22 +142,22 @@ class Monitor:
         registry = CollectorRegistry()
         build = _build()
         metrics = Metrics(registry, build)
-        self._rejections = Rejections(metrics, time.monotonic)
+        self._rejection_log = RejectionLog(metrics, time.monotonic)
         self._failures = Failures(metrics, time.monotonic)
         checks = {"healthz": self._alive, "readyz": lambda: self._serving and self._alive()}
-        board = LiveBoard()
+        live_state = LiveState()
         web = WebServer(
             self._http,
             registry,
             checks,
-            board=board,
+            live_state=live_state,
             policy=self._config.policy,
             max_streams=self._config.http.max_streams,
-            login=self._login,
+            login=self._auth,
             tls=self._tls,
             exposed=self._config.http.insecure_plaintext,
             max_connections=monitor.max_http_connections,
-            note=self._rejections.note,
+            note=self._rejection_log.note,
         )
         stack.callback(web.close)
         engine = Engine(
@@ -165,32 +166,32 @@ class Monitor:
             queue_length=monitor.queue_length,
             max_bytes=monitor.max_pending_bytes,
             on_result=self._take_result,
-            on_drop=lambda run: self._service.dropped(run, "engine_queue_full"),
+            on_drop=lambda run: self._service.on_dropped(run, "engine_queue_full"),
             on_failure=lambda run, error: self._failures.note("snapshot", error, run=run),
         )
         stack.callback(engine.close)
         self._engine = engine
-        tell: Tell = tell_nobody
+        annotate: Annotate = no_annotations
         if self._grafana is not None:
             annotations = Annotations(self._grafana, self._config.grafana.queue_length)
             stack.callback(annotations.close)
-            tell = annotations.tell
+            annotate = annotations.add
         self._service = Service(
             self._config,
             metrics=metrics,
             store=store,
             engine=engine,
-            rejections=self._rejections,
+            rejection_log=self._rejection_log,
             send=self._send,
             data_endpoint=self._data.endpoint,
-            access=Access(wire.agents),
+            authorization=Authorization(wire.agents),
             calibrator=self._calibrator,
-            tell=tell,
+            annotate=annotate,
             build=build,
-            board=board,
+            live_state=live_state,
             failures=self._failures,
         )
-        stack.callback(Recall(board, self._store_path).close)
+        stack.callback(LiveBackfill(live_state, self._store_path).close)
         self._addresses = Addresses(
             self._control.endpoint, self._data.endpoint, web.address, "http" if self._tls is None else "https"
         )
@@ -211,7 +212,7 @@ class Monitor:
                 )
 
     def _loop(self) -> None:
-        poller = Poller(self._waker, self._control, self._data)
+        poller = Poller(self._wakeup, self._control, self._data)
         while not self._stop:
             self._wait(poller)
             self._receive_control(BURST)
@@ -234,7 +235,7 @@ class Monitor:
 
     def _note_refusals(self) -> None:
         for refusal in [*self._control.take_refusals(), *self._data.take_refusals()]:
-            self._rejections.note(refusal.reason, refusal.detail)
+            self._rejection_log.note(refusal.reason, refusal.detail, count=refusal.number)
 
     def _finish(self) -> None:
         """Take in what has arrived, and see it profiled and stored; nobody is answered any more."""
@@ -287,9 +288,9 @@ class Monitor:
         try:
             yield
         except ProtocolError as error:
-            self._rejections.note(error.reason, error.detail)
+            self._rejection_log.note(error.reason, error.detail)
         except Exception as error:
-            self._rejections.note("internal", f"{type(error).__name__}: {error}", cause=error)
+            self._rejection_log.note("internal", f"{type(error).__name__}: {error}", cause=error)
             self._failures.count("message")
 
     def _handle_results(self) -> None:
@@ -300,7 +301,7 @@ class Monitor:
 
     def _take_result(self, result: Result) -> None:
         self._results.append(result)
-        self._waker.wake()
+        self._wakeup.wake()
 
     def _send(self, peer: bytes, message: MonitorMessage) -> bool:
         """Whether `message` was sent. One that cannot be encoded is an error of the monitor, not of the peer."""
@@ -336,6 +337,7 @@ def serve(
             _write_ready(ready_file, addresses)
 
     monitor = Monitor(config, bind=bind, http=http, data_bind=data_bind, device=device, store_path=store, ready=ready)
+    _raise_descriptor_limit()
     with ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGINT):
             stack.callback(signal.signal, number, signal.signal(number, lambda *_: monitor.stop()))
@@ -343,6 +345,16 @@ def serve(
             stack.callback(ready_file.unlink, missing_ok=True)
         monitor.run()
     return 0
+
+
+def _raise_descriptor_limit() -> None:
+    """Allow as many open files as the system lets us: each peer takes one.
+
+    At the limit libzmq aborts the process for one more peer on ipc (ipc_listener.cpp), and serves no other on tcp.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # some systems do not take "unlimited"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _write_ready(path: Path, addresses: Addresses) -> None:
@@ -362,12 +374,8 @@ def _data_beside(endpoint: str) -> str:
 
 
 def _build() -> dict[str, str]:
-    try:
-        ours = version("koopmon")
-    except PackageNotFoundError:
-        ours = "unknown"
     return {
-        "version": ours,
+        "version": __version__,
         "protocol": str(PROTOCOL_VERSION),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

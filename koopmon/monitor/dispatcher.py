@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from koopmon.errors import ProtocolError
-from koopmon.monitor.annotations import Tell, tell_nobody
+from koopmon.grafana.annotations import Annotate, no_annotations
+from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.failures import Failures
-from koopmon.monitor.guard import Guard, Verdict
-from koopmon.monitor.live.board import LiveBoard, standing_of
-from koopmon.monitor.metrics import Metrics
-from koopmon.monitor.policy import Decision
-from koopmon.monitor.runs import Run
+from koopmon.monitor.http.live_state import LiveState, policy_status_of
+from koopmon.monitor.registry import Run
+from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.monitor.sample import Sample
-from koopmon.monitor.store import Store
+from koopmon.policy import Decision
+from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.messages import Ack, Command, MonitorMessage
 
 if TYPE_CHECKING:
@@ -35,68 +35,80 @@ class Dispatcher:
         self,
         *,
         metrics: Metrics,
-        store: Store,
+        store: HistoryWriter,
         send: Callable[[bytes, MonitorMessage], bool],
         wall: Callable[[], float],
-        board: LiveBoard,
+        live_state: LiveState,
         failures: Failures,
-        tell: Tell = tell_nobody,
+        annotate: Annotate = no_annotations,
     ) -> None:
-        """`tell` hears of every decision, and of every outcome of a command."""
+        """`annotate` hears of every decision, and of every outcome of a command."""
         self._metrics = metrics
         self._store = store
         self._send = send
         self._wall = wall
-        self._tell = tell
-        self._board = board
+        self._annotate = annotate
+        self._live_state = live_state
         self._contained = failures.contained
         self._failures = failures
 
-    def judge(
-        self, now: float, run: Run, guard: Guard, sample: Sample, profile: SpectralProfile | None, *, decide: bool
-    ) -> Verdict | None:
-        """Let the guard judge a snapshot, record the verdict, then send what follows from it, unless it only watches.
+    def assess(
+        self,
+        now: float,
+        run: Run,
+        controller: RunController,
+        sample: Sample,
+        profile: SpectralProfile | None,
+        *,
+        decide: bool,
+    ) -> Assessment | None:
+        """Let the controller judge a snapshot, record the assessment, then send what follows from it, unless it only
+        watches.
 
         A `profile` of None means that the states were not finite; without `decide` nothing follows.
-        Returns the verdict; None when there is none, which is counted. An error beyond that is the caller's: none of
+        Returns the assessment; None when there is none, which is counted. An error beyond that is the caller's: none of
         what was decided may be sent then.
         """
         try:
             if profile is not None:
-                guard.score_initially(sample.step, profile)
-            verdict = guard.judge(now, sample, profile, step=run.step, decide=decide)
+                controller.record_initial_score(sample.step, profile)
+            assessment = controller.assess(now, sample, profile, step=run.step, decide=decide)
         except Exception as error:
             self._failures.note("judgement", error, run=run.name, what=f"step {sample.step} cannot be judged")
             with self._contained("metrics", run.name):
                 self._metrics.add("engine_failures")
             return None
         with self._contained("metrics", run.name):
-            self._show(run, guard, verdict)
+            self._show(run, controller, assessment)
         with self._contained("store", run.name):
-            self._record(run, guard, sample, verdict, non_finite=profile is None)
-        if verdict.unencodable is not None:
+            self._record(run, controller, sample, assessment, non_finite=profile is None)
+        if assessment.unencodable is not None:
             what = f"the decision at step {sample.step} is dropped"
-            self._failures.note("command", verdict.unencodable, run=run.name, what=what)
-        if verdict.decision is not None and verdict.remarkable:
-            self._issue(run, guard, sample, verdict, verdict.decision)
+            self._failures.note("command", assessment.unencodable, run=run.name, what=what)
+        if assessment.decision is not None and assessment.remarkable:
+            self._issue(run, controller, sample, assessment, assessment.decision)
         with self._contained("page", run.name):
-            self._board.judged(run.name, sample, profile, verdict, standing_of(now, guard, verdict))
-        return verdict
+            self._live_state.record_assessment(
+                run.name, sample, profile, assessment, policy_status_of(now, controller, assessment)
+            )
+        return assessment
 
-    def _show(self, run: Run, guard: Guard, verdict: Verdict) -> None:
-        if guard.initial is not None:
-            self._metrics.set("initial_risk", guard.initial.score, run.name)
-        self._metrics.set("risk", verdict.risk.value, run.name)
-        self._metrics.set("forecast", verdict.risk.forecast, run.name)
-        self._metrics.set("divergence_probability", guard.divergence_probability, run.name)
+    def _show(self, run: Run, controller: RunController, assessment: Assessment) -> None:
+        if controller.initial is not None:
+            self._metrics.set("initial_risk", controller.initial.score, run.name)
+        self._metrics.set("risk", assessment.risk.value, run.name)
+        self._metrics.set("forecast", assessment.risk.forecast, run.name)
+        self._metrics.set("divergence_probability", controller.divergence_probability, run.name)
         # What alerts ask of must not get lost between two scrapes.
-        if guard.alarming(verdict.risk.value):
+        if controller.is_alarming(assessment.risk.value):
             self._metrics.add("risk_alarms", run.name)
-        effect = None if verdict.decision is None else verdict.decision.took_effect
-        if effect is not None and guard.sends:
+        effect = None if assessment.decision is None else assessment.decision.took_effect
+        if effect is not None and controller.sends:
             self._metrics.add("effect_checks", run.name, "effect" if effect else "no_effect")
 
-    def _record(self, run: Run, guard: Guard, sample: Sample, verdict: Verdict, *, non_finite: bool) -> None:
+    def _record(
+        self, run: Run, controller: RunController, sample: Sample, assessment: Assessment, *, non_finite: bool
+    ) -> None:
         at = self._wall()
         self._store.record_observation(
             at,
@@ -107,15 +119,17 @@ class Dispatcher:
             lr_scale=sample.lr_scale,
             kss_alpha=sample.kss_alpha,
             non_finite=non_finite,
-            observation=verdict.observation,
-            risk=verdict.risk.value,
-            reason=verdict.risk.reason,
-            components=verdict.risk.components,
+            observation=assessment.observation,
+            risk=assessment.risk.value,
+            reason=assessment.risk.reason,
+            components=assessment.risk.components,
         )
-        self._store.record_memory(at, run.name, run.incarnation, guard.memory())
+        self._store.record_memory(at, run.name, run.incarnation, controller.checkpoint())
 
-    def _issue(self, run: Run, guard: Guard, sample: Sample, verdict: Verdict, decision: Decision) -> None:
-        for command in verdict.replaced:
+    def _issue(
+        self, run: Run, controller: RunController, sample: Sample, assessment: Assessment, decision: Decision
+    ) -> None:
+        for command in assessment.replaced:
             # Its answer may still be on its way, and then it takes the place of this.
             self._settle(command, "unanswered")
         self._store.record_decision(
@@ -125,9 +139,9 @@ class Dispatcher:
             sample.step,
             phase=decision.phase,
             reason=decision.reason,
-            risk=verdict.risk.value,
-            commands=verdict.commands,
-            outcome="pending" if guard.sends else "dry_run",
+            risk=assessment.risk.value,
+            commands=assessment.commands,
+            outcome="pending" if controller.sends else "dry_run",
         )
         logger.info(
             "run %s step %d: %s: %s (risk %.2f)%s",
@@ -135,25 +149,25 @@ class Dispatcher:
             sample.step,
             decision.phase,
             decision.reason,
-            verdict.risk.value,
-            "" if guard.sends or not verdict.commands else ", not sent",
+            assessment.risk.value,
+            "" if controller.sends or not assessment.commands else ", not sent",
         )
-        kinds = tuple(command.kind for command in verdict.commands)
-        what = ", ".join(kinds) + ("" if guard.sends else " (not sent)") if kinds else "no command"
-        text = f"{run.name} step {sample.step}: {what}: {decision.reason} (risk {verdict.risk.value:.2f})"
+        kinds = tuple(command.kind for command in assessment.commands)
+        what = ", ".join(kinds) + ("" if controller.sends else " (not sent)") if kinds else "no command"
+        text = f"{run.name} step {sample.step}: {what}: {decision.reason} (risk {assessment.risk.value:.2f})"
         with self._contained("annotation", run.name):
-            self._tell(self._wall(), (run.name, decision.phase, *kinds), text)
-        for command in verdict.commands:
-            if guard.sends:
-                self._offer(run, guard, command)
+            self._annotate(self._wall(), (run.name, decision.phase, *kinds), text)
+        for command in assessment.commands:
+            if controller.sends:
+                self._offer(run, controller, command)
             else:
                 self._count(command, "dry_run")
 
-    def acknowledge(self, now: float, run: Run, guard: Guard, ack: Ack) -> None:
+    def acknowledge(self, now: float, run: Run, controller: RunController, ack: Ack) -> None:
         """Take rank 0's answer. Raises ProtocolError when no command of this monitor has its id."""
         with self._contained("store", run.name):
             self._store.record_ack(self._wall(), ack)
-        answered = guard.acknowledge(now, ack)
+        answered = controller.acknowledge(now, ack)
         if answered is None:
             raise ProtocolError("unknown_command", f"run {run.name} answers {ack.command_id}, which is not known")
         if answered.counts:
@@ -162,26 +176,26 @@ class Dispatcher:
         if not answered.first:
             return
         with self._contained("page", run.name):
-            self._board.answered(ack)
-            self._board.stands(run.name, guard.policy_state)
+            self._live_state.record_ack(ack)
+            self._live_state.set_policy_state(run.name, controller.policy_state)
         kind = answered.kind
         detail = f" ({ack.detail!r})" if ack.detail else ""
         logger.info("run %s step %d: %s %s%s", run.name, ack.step, kind, ack.outcome, detail)
-        self._tell_outcome(run.name, kind, ack.outcome, f"{run.name} step {ack.step}: {kind} {ack.outcome}{detail}")
+        self._annotate_outcome(run.name, kind, ack.outcome, f"{run.name} step {ack.step}: {kind} {ack.outcome}{detail}")
 
-    def offer_again(self, now: float, run: Run, guard: Guard) -> None:
+    def resend_due(self, now: float, run: Run, controller: RunController) -> None:
         """Give up commands past their expiry, and offer again those that wait for an answer too long."""
-        self._unanswered(guard.give_up(now, run.step, run.applied))
-        for command in guard.due(now):
-            self._offer(run, guard, command)
+        self._unanswered(controller.expire(now, run.step, run.applied))
+        for command in controller.due(now):
+            self._offer(run, controller, command)
 
-    def abandon(self, guard: Guard) -> None:
+    def abandon(self, controller: RunController) -> None:
         """The run is over, or its incarnation, or it is only watched from now on: no more answers are expected."""
-        self._unanswered(guard.abandon())
+        self._unanswered(controller.abandon())
 
-    def _offer(self, run: Run, guard: Guard, command: Command) -> None:
+    def _offer(self, run: Run, controller: RunController, command: Command) -> None:
         leader = run.leader
-        if leader is not None and self._send(leader.identity, command) and guard.sent(command):
+        if leader is not None and self._send(leader.identity, command) and controller.sent(command):
             self._count(command, "sent")
 
     def _unanswered(self, commands: Iterable[Command]) -> None:
@@ -189,7 +203,7 @@ class Dispatcher:
             self._count(command, "unanswered")
             self._settle(command, "unanswered")
             text = f"{command.run}: {command.kind} was not answered"
-            self._tell_outcome(command.run, command.kind, "unanswered", text)
+            self._annotate_outcome(command.run, command.kind, "unanswered", text)
 
     def _count(self, command: Command, outcome: str) -> None:
         with self._contained("metrics", command.run):
@@ -199,8 +213,8 @@ class Dispatcher:
         with self._contained("store", command.run):
             self._store.record_outcome(command.id, outcome)
         with self._contained("page", command.run):
-            self._board.settled(command.run, command.id, outcome)
+            self._live_state.record_outcome(command.run, command.id, outcome)
 
-    def _tell_outcome(self, run: str, kind: str, outcome: str, text: str) -> None:
+    def _annotate_outcome(self, run: str, kind: str, outcome: str, text: str) -> None:
         with self._contained("annotation", run):
-            self._tell(self._wall(), (run, kind, outcome), text)
+            self._annotate(self._wall(), (run, kind, outcome), text)

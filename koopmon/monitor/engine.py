@@ -19,7 +19,7 @@ from koopmon.spectral import SpectralProfile, profile_states
 
 logger = logging.getLogger(__name__)
 
-Kreiss = Literal["auto", "never"]
+KreissMode = Literal["auto", "never"]
 
 FAILURE_LOG_SECONDS = 60.0
 KREISS_SECONDS = 30.0
@@ -165,7 +165,7 @@ class Engine:
         self._kreiss_at[run] = now
         return True
 
-    def _profile(self, snapshot: Snapshot, *, kreiss: Kreiss) -> Result:
+    def _profile(self, snapshot: Snapshot, *, kreiss: KreissMode) -> Result:
         start = time.perf_counter()
         profile, non_finite, failed = None, False, False
         try:
@@ -176,7 +176,7 @@ class Engine:
             self._log_failure(snapshot, error)
         return Result(snapshot.without_states(), profile, time.perf_counter() - start, non_finite, failed)
 
-    def _compute(self, snapshot: Snapshot, kreiss: Kreiss) -> SpectralProfile | None:
+    def _compute(self, snapshot: Snapshot, kreiss: KreissMode) -> SpectralProfile | None:
         """The profile, or None when the states are not finite: decomposing those would crash the process."""
         if self._device is None:
             self._device = choose_device(self._device_name)
@@ -190,7 +190,7 @@ class Engine:
             self._device = torch.device("cpu")
             return self._compute_on(self._device, snapshot, kreiss)
 
-    def _compute_on(self, device: torch.device, snapshot: Snapshot, kreiss: Kreiss) -> SpectralProfile | None:
+    def _compute_on(self, device: torch.device, snapshot: Snapshot, kreiss: KreissMode) -> SpectralProfile | None:
         states = snapshot.states(device)
         if not bool(torch.isfinite(states).all()):
             return None

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from koopmon.monitor.metrics import ErrorPart, Metrics
+from koopmon.telemetry.metrics import ErrorPart, Metrics
 
 logger = logging.getLogger(__name__)
 

@@ -14,21 +14,22 @@ from typing import TYPE_CHECKING
 
 from koopmon.config import Config
 from koopmon.errors import ProtocolError
-from koopmon.monitor.access import Access
-from koopmon.monitor.annotations import Tell, tell_nobody
+from koopmon.grafana.annotations import Annotate, no_annotations
+from koopmon.history.schema import RunState
+from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.assembler import Assembler, Snapshot
+from koopmon.monitor.authorization import Authorization
 from koopmon.monitor.dispatcher import Dispatcher
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.failures import Failures
-from koopmon.monitor.guard import Guard
-from koopmon.monitor.inquiries import Inquiries
-from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.metrics import KEPT_WHEN_VANISHED, Metrics
-from koopmon.monitor.rejections import Rejections
-from koopmon.monitor.runs import AdmissionError, Event, Run, RunRegistry, RunState
+from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.probe_handler import ProbeHandler
+from koopmon.monitor.registry import AdmissionError, Event, Run, RunRegistry
+from koopmon.monitor.rejection_log import RejectionLog
+from koopmon.monitor.run_controller import RunController
 from koopmon.monitor.sample import Sample
-from koopmon.monitor.store import Store
-from koopmon.monitor.watch import Watch, show_run
+from koopmon.monitor.watch import Watch, publish_run
+from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, Metrics
 from koopmon.wire.codec import ReceivedShard
 from koopmon.wire.messages import (
     MAX_TEXT,
@@ -64,16 +65,16 @@ class Service:
         config: Config,
         *,
         metrics: Metrics,
-        store: Store,
+        store: HistoryWriter,
         engine: Engine,
-        rejections: Rejections,
+        rejection_log: RejectionLog,
         send: Callable[[bytes, MonitorMessage], bool],
         data_endpoint: str,
-        access: Access | None = None,
+        authorization: Authorization | None = None,
         calibrator: Calibrator | None = None,
-        tell: Tell = tell_nobody,
+        annotate: Annotate = no_annotations,
         build: Mapping[str, str] | None = None,
-        board: LiveBoard | None = None,
+        live_state: LiveState | None = None,
         failures: Failures | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -82,31 +83,37 @@ class Service:
         self._metrics = metrics
         self._store = store
         self._engine = engine
-        self._rejections = rejections
+        self._rejection_log = rejection_log
         self._send = send
         self._data_endpoint = data_endpoint
-        self._access = access or Access()
+        self._authorization = authorization or Authorization()
         self._calibrator = calibrator
         self._clock = clock
         self._wall = wall
         self._stopping = False
         self._commit_at = math.inf
-        self._board = board or LiveBoard(clock=clock, wall=wall)
+        self._live_state = live_state or LiveState(clock=clock, wall=wall)
         self._failures = failures or Failures(metrics, clock)
         self._contained = self._failures.contained
         self._dispatcher = Dispatcher(
-            metrics=metrics, store=store, send=send, wall=wall, board=self._board, failures=self._failures, tell=tell
+            metrics=metrics,
+            store=store,
+            send=send,
+            wall=wall,
+            live_state=self._live_state,
+            failures=self._failures,
+            annotate=annotate,
         )
         self._registry = RunRegistry(config.monitor)
-        self._inquiries = Inquiries(
-            self._registry, self._access, build=build or {}, data_endpoint=data_endpoint, wall=wall
+        self._probe_handler = ProbeHandler(
+            self._registry, self._authorization, build=build or {}, data_endpoint=data_endpoint, wall=wall
         )
         self._watches: dict[str, Watch] = {}
         self._assembler = Assembler(
             timeout_seconds=config.monitor.assemble_timeout_seconds,
             max_bytes=config.monitor.max_pending_bytes,
             min_samples=2 * config.monitor.svd_rank,
-            on_drop=self.dropped,
+            on_drop=self.on_dropped,
             on_failure=self._lost_in_assembly,
         )
 
@@ -116,31 +123,31 @@ class Service:
         Raises ProtocolError when it must be refused.
         """
         if isinstance(message, Probe):
-            self._answer(peer, self._inquiries.answer(message, key))
+            self._reply(peer, self._probe_handler.reply(message, key))
             return
         now = self._clock()
         if isinstance(message, Hello):
             if not self._stopping:
                 self._on_hello(now, peer, message, key)
             return
-        run = self._registry.heard(now, message, peer, agent=self._access.agent(key, message.run))
+        run = self._registry.on_message(now, message, peer, agent=self._authorization.agent(key, message.run))
         if isinstance(message, Heartbeat):
             self._on_heartbeat(now, peer, run, message)
         elif isinstance(message, Ack):
             self._watches[run.name].applied_changed(message.applied)
-            self._show(run)
-            self._dispatcher.acknowledge(now, run, self._watches[run.name].guard, message)
+            self._publish_run(run)
+            self._dispatcher.acknowledge(now, run, self._watches[run.name].controller, message)
         else:
             self._on_goodbye(run, message)
-        self._touched()
+        self._schedule_commit()
 
     def on_shard(self, received: ReceivedShard, key: str = "") -> None:
         """A shard of an agent that has shown `key`. Raises ProtocolError when it must be refused."""
         now, header = self._clock(), received.header
-        run = self._registry.received(now, header, agent=self._access.agent(key, header.run))
+        run = self._registry.on_shard(now, header, agent=self._authorization.agent(key, header.run))
         for snapshot in self._assembler.add(now, header, received.points()):
             self._submit(snapshot)
-        self._show(run)
+        self._publish_run(run)
 
     def on_result(self, result: Result) -> None:
         """A snapshot came out of the engine."""
@@ -153,7 +160,7 @@ class Service:
         if result.failed:
             with self._contained("metrics", snapshot.run):
                 self._metrics.add("engine_failures")
-            self.dropped(snapshot.run, "engine_failed")
+            self.on_dropped(snapshot.run, "engine_failed")
             return
         with self._contained("store", snapshot.run):
             self._store.record_profile(
@@ -167,7 +174,7 @@ class Service:
                 profile=None if result.profile is None else result.profile.to_dict(),
                 observables=snapshot.observables,
             )
-        self._touched()
+        self._schedule_commit()
         run = self._registry.get(snapshot.run)
         if run is None or run.incarnation != snapshot.incarnation or run.state is RunState.VANISHED:
             return
@@ -176,7 +183,7 @@ class Service:
             self._metrics.set_layers(run.name, profile)
             self._metrics.set_observables(run.name, snapshot.observables)
             self._metrics.set("informative", float(profile is not None and profile.informative), run.name)
-        self._judge(run, Sample.of_snapshot(snapshot), profile)
+        self._assess(run, Sample.of_snapshot(snapshot), profile)
 
     def tick(self) -> None:
         """Do what time has made due."""
@@ -197,11 +204,11 @@ class Service:
             self._metrics.set("store_recording", float(self._store.recording))
 
     def _offer_again(self, now: float, run: Run) -> None:
-        guard = self._watches[run.name].guard
+        controller = self._watches[run.name].controller
         try:
-            self._dispatcher.offer_again(now, run, guard)
+            self._dispatcher.resend_due(now, run, controller)
         except Exception as error:
-            self._stand_down(run, guard, error)
+            self._stand_down(run, controller, error)
 
     def _keep_store(self, now: float) -> None:
         if now >= self._commit_at:
@@ -213,7 +220,7 @@ class Service:
 
     def next_deadline(self) -> float:
         """When `tick` has something to do next, on the service's clock; infinity when never."""
-        waiting = any(watch.guard.waiting for watch in self._watches.values())
+        waiting = any(watch.controller.has_pending for watch in self._watches.values())
         watch_at = self._clock() + WATCH_SECONDS if waiting else math.inf
         return min(self._assembler.next_deadline(), self._registry.next_deadline(), self._commit_at, watch_at)
 
@@ -223,28 +230,28 @@ class Service:
         for snapshot in self._assembler.flush():
             self._submit(snapshot)
 
-    def dropped(self, run: str, reason: str) -> None:
+    def on_dropped(self, run: str, reason: str) -> None:
         """Count a snapshot that was lost in the monitor."""
         with self._contained("page", run):
-            self._board.lost(run, reason)
+            self._live_state.count_drop(run, reason)
         with self._contained("metrics", run):
-            if self._shown(run):
+            if self._has_series(run):
                 self._metrics.add("snapshots_dropped", run, reason)
 
     def _lost_in_assembly(self, run: str, error: Exception) -> None:
         self._failures.note("snapshot", error, run=run)
-        self.dropped(run, "incomplete")
+        self.on_dropped(run, "incomplete")
 
     def _on_hello(self, now: float, peer: bytes, hello: Hello, key: str) -> None:
         earlier = self._store.incarnations(hello.run)
         retired = earlier[:-1] if hello.incarnation in earlier[-1:] else earlier
         before = self._registry.get(hello.run)
         try:
-            agent = self._access.agent(key, hello.run)
+            agent = self._authorization.agent(key, hello.run)
             admission, events = self._registry.admit(now, hello, peer, agent=agent, retired=retired)
         except (AdmissionError, ProtocolError) as error:
             text = error.detail if isinstance(error, ProtocolError) else str(error)
-            self._rejections.note(error.reason, text)
+            self._rejection_log.note(error.reason, text)
             self._refuse(peer, hello, text)
             return
         for event in events:
@@ -255,21 +262,21 @@ class Service:
             if admission.new_incarnation:
                 if before is not None and admission.replaced is not None:
                     self._assembler.forget(run.name, admission.replaced)
-                    self._dispatcher.abandon(self._watches[run.name].guard)
+                    self._dispatcher.abandon(self._watches[run.name].controller)
                 self._begin(run, hello, before, known=hello.incarnation in earlier)
             elif hello.process_rank == 0:
-                self._watches[run.name].guard.describe(hello)
+                self._watches[run.name].controller.on_hello(hello)
         except Exception as error:
             self._failures.note("message", error, run=run.name, what="the run is refused")
             self._forget(run)
             self._refuse(peer, hello, "an error in the monitor: its log has the traceback")
             return
-        self._inquiries.welcomed(hello.run)
+        self._probe_handler.note_welcomed(hello.run)
         with self._contained("store", run.name):
             self._store.record_hello(self._wall(), hello)
-        self._touched()
-        self._show(run)
-        self._answer(
+        self._schedule_commit()
+        self._publish_run(run)
+        self._reply(
             peer,
             Welcome(
                 run=run.name,
@@ -281,8 +288,8 @@ class Service:
         )
 
     def _refuse(self, peer: bytes, hello: Hello, text: str) -> None:
-        self._inquiries.refused(hello.run, text[:MAX_TEXT])
-        self._answer(peer, Refused(run=hello.run, incarnation=hello.incarnation, reason=text[:MAX_TEXT]))
+        self._probe_handler.note_refused(hello.run, text[:MAX_TEXT])
+        self._reply(peer, Refused(run=hello.run, incarnation=hello.incarnation, reason=text[:MAX_TEXT]))
 
     def _forget(self, run: Run) -> None:
         """Remove every trace of a run that could not be admitted: `tick` expects a watch for each registered run."""
@@ -301,8 +308,10 @@ class Service:
             restore = None
         self._store.abandon_pending(run.name)
         memory = self._store.memory(run.name, run.incarnation)
-        guard = Guard(self._config, hello, restore or hello.applied, memory=memory, calibrator=self._calibrator)
-        self._watches[run.name] = Watch(guard, restore=restore)
+        controller = RunController(
+            self._config, hello, restore or hello.applied, checkpoint=memory, calibrator=self._calibrator
+        )
+        self._watches[run.name] = Watch(controller, restore=restore)
         words = (run.name, run.incarnation, hello.step, hello.adapter, hello.world_size)
         logger.info("run %s: incarnation %s at step %d, adapter %r, %d ranks", *words)
 
@@ -316,24 +325,24 @@ class Service:
         if run is not None and run.incarnation == snapshot.incarnation and run.state is not RunState.VANISHED:
             self._metrics.set_layers(run.name, profile)
 
-    def _judge(self, run: Run, sample: Sample, profile: SpectralProfile | None) -> None:
+    def _assess(self, run: Run, sample: Sample, profile: SpectralProfile | None) -> None:
         decide = run.state is RunState.RUNNING and not self._stopping
         watch = self._watches[run.name]
         try:
-            verdict = self._dispatcher.judge(self._clock(), run, watch.guard, sample, profile, decide=decide)
+            assessment = self._dispatcher.assess(self._clock(), run, watch.controller, sample, profile, decide=decide)
         except Exception as error:
-            self._stand_down(run, watch.guard, error)
+            self._stand_down(run, watch.controller, error)
             return
-        if verdict is not None:
+        if assessment is not None:
             with self._contained("judgement", run.name):
-                watch.judged(sample.step, verdict, profile)
+                watch.record_assessment(sample.step, assessment, profile)
 
-    def _stand_down(self, run: Run, guard: Guard, error: Exception) -> None:
+    def _stand_down(self, run: Run, controller: RunController, error: Exception) -> None:
         """Only watch a run from now on, because handling one of its commands raised."""
         self._failures.note("command", error, run=run.name, what="from now on this run is only watched")
-        guard.stand_down()
-        self._dispatcher.abandon(guard)
-        self._show(run)
+        controller.stand_down()
+        self._dispatcher.abandon(controller)
+        self._publish_run(run)
 
     def _on_not_finite(self, run: Run, heartbeat: Heartbeat) -> None:
         """An agent kept a snapshot because its states were not finite: that is an observation all the same."""
@@ -341,11 +350,11 @@ class Service:
             return
         with self._contained("metrics", run.name):
             self._metrics.set("informative", 0.0, run.name)
-        self._judge(run, Sample.of_heartbeat(heartbeat), None)
+        self._assess(run, Sample.of_heartbeat(heartbeat), None)
 
     def _on_heartbeat(self, now: float, peer: bytes, run: Run, heartbeat: Heartbeat) -> None:
         watch = self._watches[run.name]
-        self._show(run)
+        self._publish_run(run)
         for reason, more in watch.new_drops(heartbeat):
             with self._contained("metrics", run.name):
                 self._metrics.add("snapshots_dropped", run.name, reason, amount=more)
@@ -356,12 +365,12 @@ class Service:
                 self._store.record_heartbeat(self._wall(), heartbeat)
             if heartbeat.process_rank == 0 and watch.applied_changed(heartbeat.applied):
                 self._store.record_applied(self._wall(), run.name, run.incarnation, heartbeat.step, heartbeat.applied)
-        self._answer(peer, HeartbeatReply(run=run.name, incarnation=run.incarnation, judgement=watch.judgement))
+        self._reply(peer, HeartbeatReply(run=run.name, incarnation=run.incarnation, judgement=watch.judgement))
 
     def _on_goodbye(self, run: Run, goodbye: Goodbye) -> None:
         if run.state is RunState.ENDED:
-            self._ended(run, goodbye.reason or "goodbye")
-        self._show(run)
+            self._mark_ended(run, goodbye.reason or "goodbye")
+        self._publish_run(run)
 
     def _on_event(self, event: Event) -> None:
         run = event.run
@@ -371,51 +380,51 @@ class Service:
             with self._contained("metrics", run.name):
                 self._metrics.end_run(run.name)
         elif event.kind == "ended":
-            self._ended(run, "silent after the goodbye of another rank")
-            self._show(run)
+            self._mark_ended(run, "silent after the goodbye of another rank")
+            self._publish_run(run)
         else:
             logger.warning("run %s vanished at step %d", run.name, run.step)
-            self._dispatcher.abandon(self._watches[run.name].guard)
+            self._dispatcher.abandon(self._watches[run.name].controller)
             with self._contained("store", run.name):
                 self._store.record_state(self._wall(), run.name, run.incarnation, RunState.VANISHED)
             with self._contained("metrics", run.name):
                 self._metrics.end_run(run.name, keep=KEPT_WHEN_VANISHED)
                 self._metrics.set("run_state", RunState.VANISHED, run.name)
             with self._contained("page", run.name):
-                self._board.ceased(run.name, RunState.VANISHED)
-        self._touched()
+                self._live_state.mark_ended(run.name, RunState.VANISHED)
+        self._schedule_commit()
 
-    def _ended(self, run: Run, reason: str) -> None:
+    def _mark_ended(self, run: Run, reason: str) -> None:
         logger.info("run %s ended at step %d: %r", run.name, run.step, reason)
-        self._dispatcher.abandon(self._watches[run.name].guard)
+        self._dispatcher.abandon(self._watches[run.name].controller)
         with self._contained("store", run.name):
             self._store.record_state(self._wall(), run.name, run.incarnation, RunState.ENDED, end_reason=reason)
 
     def _submit(self, snapshot: Snapshot) -> None:
         with self._contained("page", snapshot.run):
-            self._board.received(snapshot.run)
+            self._live_state.count_snapshot(snapshot.run)
         with self._contained("metrics", snapshot.run):
-            if self._shown(snapshot.run):
+            if self._has_series(snapshot.run):
                 self._metrics.add("snapshots_received", snapshot.run)
                 self._metrics.set("last_snapshot_timestamp_seconds", self._wall(), snapshot.run)
         with self._contained("snapshot", snapshot.run):
             self._engine.submit(snapshot, wait=self._stopping)
 
-    def _show(self, run: Run) -> None:
+    def _publish_run(self, run: Run) -> None:
         with self._contained("metrics", run.name):
-            show_run(self._metrics, run)
+            publish_run(self._metrics, run)
         with self._contained("page", run.name):
-            self._board.heard(run, sends=self._watches[run.name].guard.sends)
+            self._live_state.update_run(run, sends=self._watches[run.name].controller.sends)
 
-    def _shown(self, name: str) -> bool:
+    def _has_series(self, name: str) -> bool:
         """Whether a run has all of its series."""
         run = self._registry.get(name)
         return run is not None and run.state is not RunState.VANISHED
 
-    def _answer(self, peer: bytes, message: MonitorMessage) -> None:
+    def _reply(self, peer: bytes, message: MonitorMessage) -> None:
         if not self._stopping:
             self._send(peer, message)
 
-    def _touched(self) -> None:
+    def _schedule_commit(self) -> None:
         """The store has something to commit before long."""
         self._commit_at = min(self._commit_at, self._clock() + COMMIT_SECONDS)

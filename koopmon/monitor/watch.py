@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from koopmon.monitor.guard import Guard, Verdict
-from koopmon.monitor.metrics import Metrics
-from koopmon.monitor.runs import Run
+from koopmon.monitor.registry import Run
+from koopmon.monitor.run_controller import Assessment, RunController
+from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.messages import Applied, Heartbeat, Judgement
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ HEARTBEAT_ROW_SECONDS = 10.0
 class Watch:
     """One incarnation of a run. `restore` is what an earlier one had in force, to be handed to each rank once."""
 
-    guard: Guard
+    controller: RunController
     restore: Applied | None = None
     judgement: Judgement | None = None
     """Of the last snapshot that was judged, for the agents to show."""
@@ -59,19 +59,19 @@ class Watch:
         self._not_finite_step = max(step, self._not_finite_step)
         return newly
 
-    def judged(self, step: int, verdict: Verdict, profile: SpectralProfile | None) -> None:
+    def record_assessment(self, step: int, assessment: Assessment, profile: SpectralProfile | None) -> None:
         """Note what was made of the snapshot at `step`."""
         mass = profile.mean("near_unit_mass") if profile is not None and profile.informative else None
-        before, decision = self.judgement, verdict.decision
+        before, decision = self.judgement, assessment.decision
         said, at = ("", None) if before is None else (before.decision, before.decision_step)
-        if decision is not None and verdict.remarkable:
+        if decision is not None and assessment.remarkable:
             said, at = decision.reason[:512], step
         self.judgement = Judgement(
             step=step,
-            risk=_share(verdict.risk.value) or 0.0,
-            forecast=_share(verdict.risk.forecast),
+            risk=_share(assessment.risk.value) or 0.0,
+            forecast=_share(assessment.risk.forecast),
             near_unit_mass=_share(mass),
-            divergence_probability=_share(self.guard.divergence_probability),
+            divergence_probability=_share(self.controller.divergence_probability),
             decision=said,
             decision_step=at,
         )
@@ -82,7 +82,7 @@ def _share(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else min(max(float(value), 0.0), 1.0)
 
 
-def show_run(metrics: Metrics, run: Run) -> None:
+def publish_run(metrics: Metrics, run: Run) -> None:
     """Put what the registry knows of a run that has not vanished into its series."""
     if metrics.value("snapshots_received", run.name) is None:
         metrics.begin_run(run.name)

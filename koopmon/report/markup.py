@@ -6,16 +6,13 @@ from collections.abc import Iterable
 from html import escape
 
 from koopmon.errors import one_line
+from koopmon.views.html import Markup
+
+__all__ = ["Child", "Markup", "join", "tag"]
 
 VOID = frozenset({"meta", "img", "source", "br", "link"})
 MAX_TEXT = 2000
 """Characters of one text: what a peer may send is far shorter."""
-
-
-class Markup(str):
-    """HTML that is safe to put into a page."""
-
-    __slots__ = ()
 
 
 Child = Markup | str | Iterable["Child"] | None

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from koopmon import __version__
 from koopmon.report import tables
 from koopmon.report.markup import Child, Markup, join, tag
+from koopmon.report.narrative import headline, helped
 from koopmon.report.pictures import Picture
-from koopmon.report.story import headline, helped
 from koopmon.report.style import STYLE
 
 if TYPE_CHECKING:
-    from koopmon.report.facts import Facts
+    from koopmon.report.run_report import RunReport
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 STATES = {
@@ -26,7 +26,7 @@ STATES = {
 NARROW = "(max-width: 40rem)"
 
 
-def page(facts: Facts, pictures: Mapping[str, Picture], without: str = "") -> str:
+def page(facts: RunReport, pictures: Mapping[str, Picture], without: str = "") -> str:
     """The whole document. `without` says why there are no pictures, where there are none."""
     head = tag(
         "head",
@@ -53,7 +53,7 @@ def page(facts: Facts, pictures: Mapping[str, Picture], without: str = "") -> st
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
-def _header(facts: Facts) -> Markup:
+def _header(facts: RunReport) -> Markup:
     mark = "--bad" if facts.not_finite_step is not None else "--warn" if facts.episodes else "--good"
     return tag(
         "header",
@@ -64,7 +64,7 @@ def _header(facts: Facts) -> Markup:
     )
 
 
-def _glance(facts: Facts) -> Markup:
+def _glance(facts: RunReport) -> Markup:
     summary, agent = facts.summary, facts.agent
     highest = "-" if summary.max_risk is None else f"{summary.max_risk:.2f} at step {summary.max_risk_step}"
     lowered = f"{summary.num_backoffs} ×, to {summary.min_lr_scale:.3g}" if summary.num_backoffs else "never"
@@ -82,7 +82,7 @@ def _glance(facts: Facts) -> Markup:
     return _section("glance", "At a glance", _facts(told))
 
 
-def _timeline(facts: Facts, pictures: Mapping[str, Picture], without: str) -> Markup:
+def _timeline(facts: RunReport, pictures: Mapping[str, Picture], without: str) -> Markup:
     if not facts.points:
         why = (
             "No training process has said hello to this monitor for this run."
@@ -105,7 +105,7 @@ def _timeline(facts: Facts, pictures: Mapping[str, Picture], without: str) -> Ma
     )
 
 
-def _episodes(facts: Facts) -> Markup:
+def _episodes(facts: RunReport) -> Markup:
     if not facts.episodes:
         words = f"It never did: no snapshot had a risk of {facts.act_risk:.2f} or more."
         return _section("risk", "When the risk rose", tag("p", words if facts.points else "No risk is known."))
@@ -113,12 +113,12 @@ def _episodes(facts: Facts) -> Markup:
     return _section("risk", "When the risk rose", tag("p", span, class_="note"), tables.episodes(facts))
 
 
-def _actions(facts: Facts) -> Markup:
+def _actions(facts: RunReport) -> Markup:
     words = helped(facts) if facts.decisions else "Nothing was decided."
     return _section("done", "What was done, and whether it helped", tag("p", words), tables.effects(facts))
 
 
-def _spectra(facts: Facts, pictures: Mapping[str, Picture]) -> Markup:
+def _spectra(facts: RunReport, pictures: Mapping[str, Picture]) -> Markup:
     if not facts.spectra:
         return _section("spectra", "The spectra", tag("p", "No snapshot was profiled, so there are none."))
     caption = (
@@ -128,7 +128,7 @@ def _spectra(facts: Facts, pictures: Mapping[str, Picture]) -> Markup:
     return _section("spectra", "The spectra", _figure(pictures.get("spectra"), caption), tables.spectra(facts))
 
 
-def _layers(facts: Facts, pictures: Mapping[str, Picture]) -> Markup:
+def _layers(facts: RunReport, pictures: Mapping[str, Picture]) -> Markup:
     if facts.heatmap is None:
         return Markup("")
     several = f", of launch {facts.heatmap.incarnation}" if len(facts.launches) > 1 else ""
@@ -136,14 +136,14 @@ def _layers(facts: Facts, pictures: Mapping[str, Picture]) -> Markup:
     return _section("layers", "Layer by step", _figure(pictures.get("layers"), caption), tables.layers(facts.heatmap))
 
 
-def _decisions(facts: Facts) -> Markup:
+def _decisions(facts: RunReport) -> Markup:
     if not facts.decisions:
         return Markup("")
     note = "Times of day in UTC. A command is answered by rank 0 once all ranks have applied it at one step."
     return _section("decisions", "Every decision", tables.decisions(facts), tag("p", note, class_="note"))
 
 
-def _launches(facts: Facts) -> Markup:
+def _launches(facts: RunReport) -> Markup:
     note = (
         "The monitor's configuration is not kept in a history; thresholds and KSS are those that the model's adapter"
         " asked for."
@@ -151,7 +151,7 @@ def _launches(facts: Facts) -> Markup:
     return _section("launches", "Launches, sizes and versions", tables.launches(facts), tag("p", note, class_="note"))
 
 
-def _agent(facts: Facts) -> Markup:
+def _agent(facts: RunReport) -> Markup:
     agent = facts.agent
     told = {
         "Mean share of step time": _known(agent.mean_overhead_ratio, lambda ratio: f"{100 * ratio:.2g}%"),
@@ -170,7 +170,7 @@ def _agent(facts: Facts) -> Markup:
     )
 
 
-def _again(facts: Facts) -> Markup:
+def _again(facts: RunReport) -> Markup:
     run, store = shlex.quote(facts.run), shlex.quote(facts.store)
     lines = (
         f"koopmon report {run} --store {store} --json",
@@ -185,7 +185,7 @@ def _again(facts: Facts) -> Markup:
     )
 
 
-def _footer(facts: Facts) -> Markup:
+def _footer(facts: RunReport) -> Markup:
     at = tables.moment(facts.written)
     return tag("footer", f"Written {at} by koopmon {__version__} from {facts.store}.")
 

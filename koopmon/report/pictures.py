@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koopmon import plots
-from koopmon.report.spectra import WORDS
+from koopmon.views.spectra import WORDS
 
 if TYPE_CHECKING:
-    from koopmon.report.facts import Facts, Point
+    from koopmon.report.run_report import RunReport
+    from koopmon.views.action_effects import RecordedPoint
 
 MAX_MARKS = 200
 """Of commands in the timeline: beyond that, lines hide what they should show."""
@@ -40,7 +41,7 @@ class Picture:
     alternative: str
 
 
-def draw(facts: Facts, directory: Path) -> dict[str, Picture]:
+def draw(facts: RunReport, directory: Path) -> dict[str, Picture]:
     """The pictures that these facts allow, by name; each also as a PNG in `directory`. Raises PlotError."""
     found = {}
     for name, (make, alternative) in _makers(facts).items():
@@ -50,7 +51,7 @@ def draw(facts: Facts, directory: Path) -> dict[str, Picture]:
     return found
 
 
-def _makers(facts: Facts) -> dict[str, tuple[Callable[[bool], Any], str]]:
+def _makers(facts: RunReport) -> dict[str, tuple[Callable[[bool], Any], str]]:
     makers: dict[str, tuple[Callable[[bool], Any], str]] = {}
     if facts.points:
         makers["timeline"] = lambda narrow: _timeline(facts, narrow), _timeline_words(facts)
@@ -73,8 +74,8 @@ def _makers(facts: Facts) -> dict[str, tuple[Callable[[bool], Any], str]]:
     return makers
 
 
-def _timeline(facts: Facts, narrow: bool) -> Any:
-    launches: dict[str, list[Point]] = {}
+def _timeline(facts: RunReport, narrow: bool) -> Any:
+    launches: dict[str, list[RecordedPoint]] = {}
     for point in facts.points:
         launches.setdefault(point.incarnation, []).append(point)
     tracks = [_track(points) for points in launches.values()]
@@ -82,7 +83,7 @@ def _timeline(facts: Facts, narrow: bool) -> Any:
     return plots.timeline(tracks, marks[:MAX_MARKS], (facts.act_risk, facts.severe_risk), narrow=narrow)
 
 
-def _track(points: list[Point]) -> plots.Track:
+def _track(points: list[RecordedPoint]) -> plots.Track:
     return plots.Track(
         steps=[point.step for point in points],
         risks=[point.risk for point in points],
@@ -94,7 +95,7 @@ def _track(points: list[Point]) -> plots.Track:
     )
 
 
-def _timeline_words(facts: Facts) -> str:
+def _timeline_words(facts: RunReport) -> str:
     points = facts.points
     worst = max(points, key=lambda point: point.risk)
     least = min(points, key=lambda point: point.lr_scale)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from koopmon.report.markup import Child, Markup, tag
 from koopmon.report.pictures import TITLES
-from koopmon.report.spectra import WORDS
+from koopmon.views.spectra import WORDS
 
 if TYPE_CHECKING:
-    from koopmon.report.effects import Action, Decision
-    from koopmon.report.facts import Facts, Launch
-    from koopmon.report.spectra import Heatmap
+    from koopmon.report.run_report import Launch, RunReport
+    from koopmon.views.action_effects import RecordedCommand, RecordedDecision
+    from koopmon.views.spectra import Heatmap
 
 MAX_ROWS = 300
 """Of one table on the page; `--json` has them all."""
@@ -37,7 +37,7 @@ def moment(seconds: float) -> str:
         return "-"
 
 
-def highlights(facts: Facts) -> Markup:
+def highlights(facts: RunReport) -> Markup:
     """Some of the timeline in numbers: where it begins, peaks and ends."""
     points = facts.points
     worst = max(points, key=lambda point: point.risk)
@@ -61,7 +61,7 @@ def highlights(facts: Facts) -> Markup:
     )
 
 
-def episodes(facts: Facts) -> Markup:
+def episodes(facts: RunReport) -> Markup:
     """Each stretch of high risk."""
     several = len(facts.launches) > 1
     return _table(
@@ -81,7 +81,7 @@ def episodes(facts: Facts) -> Markup:
     )
 
 
-def effects(facts: Facts) -> Markup | None:
+def effects(facts: RunReport) -> Markup | None:
     """Each brake that was applied, with what was seen before it and after."""
     braked = [action for action in facts.actions if action.effect is not None]
     if not braked:
@@ -93,7 +93,7 @@ def effects(facts: Facts) -> Markup | None:
     )
 
 
-def _effect(action: Action) -> Sequence[Child]:
+def _effect(action: RecordedCommand) -> Sequence[Child]:
     effect = action.effect
     assert effect is not None, "only actions with an effect are listed"
     after = "-" if effect.risk_after is None else f"{effect.risk_after:.2f}"
@@ -108,7 +108,7 @@ def _effect(action: Action) -> Sequence[Child]:
     )
 
 
-def decisions(facts: Facts) -> Markup:
+def decisions(facts: RunReport) -> Markup:
     """Every decision, a row for each of its commands."""
     return _table(
         "Every decision",
@@ -117,7 +117,7 @@ def decisions(facts: Facts) -> Markup:
     )
 
 
-def _decision(decision: Decision) -> Iterable[Sequence[Child]]:
+def _decision(decision: RecordedDecision) -> Iterable[Sequence[Child]]:
     first = (str(decision.step), moment(decision.time)[11:19], decision.phase, f"{decision.risk:.2f}")
     if not decision.actions:
         yield (*first, "none", "-", "-", "-", decision.reason)
@@ -133,7 +133,7 @@ def _decision(decision: Decision) -> Iterable[Sequence[Child]]:
         )
 
 
-def spectra(facts: Facts) -> Markup:
+def spectra(facts: RunReport) -> Markup:
     """The masses of the pictured snapshots: means over layers; of the radius the largest."""
     return _table(
         "The spectra in numbers",
@@ -171,7 +171,7 @@ def layers(heatmap: Heatmap) -> Markup:
     return tag("details", tag("summary", f"The layers in numbers, {steps}"), table)
 
 
-def launches(facts: Facts) -> Markup:
+def launches(facts: RunReport) -> Markup:
     """Each incarnation, with what its rank 0 said of itself."""
     columns = ("launch", "began", "ended", "steps", "#snapshots", "model", "ranks", "acts", "versions")
     return _table("Launches", (*columns, "adapter's wishes"), (_launch(each) for each in facts.launches))

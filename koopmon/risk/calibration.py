@@ -1,11 +1,11 @@
 """Calibrated risk: the probability that a run diverges, from its spectrum at the start and its learning rate.
 
 The learning rate alone is blind to the architecture, and near-unit mass alone to the learning rate. What told best
-which models a high rate kills is whether anything brakes their updates (`koopmon.risk.brake`). Of the size, fits of our
-sweep with a weight for each gave rate, width and depth nearly the same: what counts is the effective rate, learning
-rate x width x depth. (A step of Adam moves each weight by the rate, so that a layer's output moves by the rate times
-its width, and a stack's by that times its depth.) docs/evidence.md has the figures and says what was chosen on which
-runs. A logistic model joins the two:
+which models a high rate kills is whether anything brakes their updates (`koopmon.risk.normalization`). Of the size,
+fits of our sweep with a weight for each gave rate, width and depth nearly the same: what counts is the effective rate,
+learning rate x width x depth. (A step of Adam moves each weight by the rate, so that a layer's output moves by the rate
+times its width, and a stack's by that times its depth.) docs/evidence.md has the figures and says what was chosen on
+which runs. A logistic model joins the two:
 
     P(diverges) = sigmoid(b + w_1 z_1 + w_2 z_2),    z the standardised features
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from koopmon.config import read_file
 from koopmon.errors import CalibrationError, ConfigError, one_line
-from koopmon.risk.brake import brake
+from koopmon.risk.normalization import normalization_from_exponent
 
 FORMAT_VERSION = 3
 PENALTY = 1e-2
@@ -55,7 +55,7 @@ class Example:
 
     def features(self) -> tuple[float, ...]:
         """As named by FEATURES."""
-        return math.log10(self.effective_rate), brake(self.update_exponent)
+        return math.log10(self.effective_rate), normalization_from_exponent(self.update_exponent)
 
     @property
     def effective_rate(self) -> float:

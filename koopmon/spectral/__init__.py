@@ -3,11 +3,11 @@
 Imports torch and koopmon.errors only; plain arguments, no configuration, no I/O. Rows are samples: x, y (N, D).
 """
 
-from koopmon.spectral.growth import LARGEST_EXPONENT, stack_exponent, update_exponent
 from koopmon.spectral.kss import CONDITION_GUARD, KssGradient, kss_basis, kss_gradient, kss_loss
 from koopmon.spectral.nonnormality import kreiss_constant
 from koopmon.spectral.profile import MIN_UPDATE_RATIO, profile_states, profile_transition
-from koopmon.spectral.records import FIELDS, LayerProfile, SpectralProfile, Thirds
+from koopmon.spectral.profiles import FIELDS, LayerProfile, SpectralProfile, Thirds
+from koopmon.spectral.update_exponent import LARGEST_EXPONENT, stack_exponent, update_exponent
 
 __all__ = [
     "CONDITION_GUARD",

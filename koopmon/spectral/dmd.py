@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from koopmon.spectral.inverse import inverses
+from koopmon.spectral._linalg import inverses
 from koopmon.spectral.nonnormality import condition_number, real_eigenvectors
 
 EPSILON = 1e-5

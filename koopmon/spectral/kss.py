@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from koopmon.spectral.inverse import inverses
+from koopmon.spectral._linalg import inverses
 from koopmon.spectral.nonnormality import real_eigenvectors
 from koopmon.spectral.whitening import principal_coordinates, product_dtype
 

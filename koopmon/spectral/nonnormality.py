@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from koopmon.spectral.inverse import inverses
+from koopmon.spectral._linalg import inverses
 from koopmon.spectral.resolvent import Resolvent
 
 CONDITION_LIMIT = 1.0 / torch.finfo(torch.float64).eps

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from koopmon.spectral.dmd import Operators, fit
-from koopmon.spectral.growth import update_exponent
 from koopmon.spectral.nonnormality import kreiss_constant
-from koopmon.spectral.records import LayerProfile, SpectralProfile
+from koopmon.spectral.profiles import LayerProfile, SpectralProfile
+from koopmon.spectral.update_exponent import update_exponent
 from koopmon.spectral.whitening import Coordinates, transitions
 
 EXPANSIVE = 1.05

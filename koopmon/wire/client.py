@@ -9,16 +9,18 @@ from typing import Any, Final
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from koopmon.errors import KeysError
+from koopmon.errors import EndpointError, KeysError
 from koopmon.wire import curve
 from koopmon.wire.endpoints import check_ipc_owner
-from koopmon.wire.transport import Options, Socket, WireContext
+from koopmon.wire.transport import Options, Socket, WireContext, closed_on_error
 
-# IMMEDIATE: nothing queues while the peer is away.
+# IMMEDIATE: nothing queues while the peer is away. CONNECT_TIMEOUT: the kernel's own retries come ever more rarely, up
+# to a minute apart, and would find a network late that is back.
 CLIENT: Final[Options] = {
     zmq.IMMEDIATE: 1,
     zmq.RECONNECT_IVL: 100,
     zmq.RECONNECT_IVL_MAX: 1000,
+    zmq.CONNECT_TIMEOUT: 5000,
     zmq.HANDSHAKE_IVL: 5000,
 }
 _HANDSHAKE_FAILED: Final = (
@@ -41,6 +43,8 @@ class Client(Socket):
         self._curve = context.trust.uses_curve(self.endpoint)
         self._attempts = 0
         self._opened_at = time.monotonic()
+        self._connect_at: float | None = None
+        """When `mend` connects, after a pause."""
         self._reached = False
         self._retries = 0
         self._connected = False
@@ -56,13 +60,22 @@ class Client(Socket):
 
     def _open(self) -> zmq.Socket[bytes]:
         raw = super()._open()
-        self._socket = raw
-        self._events = self._watch(raw, self._link_events)
-        raw.set(zmq.IPV6, self.endpoint.startswith("tcp://["))
-        if self._curve:
-            curve.show_keys(raw, *self._keys)
-        raw.connect(self.endpoint)
+        with closed_on_error(raw):
+            events = self._watch(raw, self._link_events)
+            with closed_on_error(events):
+                raw.set(zmq.IPV6, self.endpoint.startswith("tcp://["))
+                if self._curve:
+                    curve.show_keys(raw, *self._keys)
+                if self._connect_at is None:
+                    self._connect(raw)
+        self._events = events
         return raw
+
+    def _connect(self, raw: zmq.Socket[bytes]) -> None:
+        try:
+            raw.connect(self.endpoint)
+        except zmq.ZMQError as error:
+            raise EndpointError(f"endpoint {self.endpoint!r}: {error.strerror}") from None
 
     def _note_events(self) -> None:
         self._guard()
@@ -98,9 +111,12 @@ class Client(Socket):
     def mend(self) -> bool:
         """After a failed handshake, try again by the keys as they are in their files now; returns whether it did.
 
-        At most every MEND_SECONDS: the transport itself gives up on who refused it.
+        At most every MEND_SECONDS: the transport itself gives up on who refused it. Call it now and then.
         """
         now = time.monotonic()
+        if self._connect_at is not None and now >= self._connect_at:
+            self._connect_at = None
+            self._connect(self._socket)
         if not self.failure or now < self._opened_at + MEND_SECONDS:
             return False
         self._opened_at = now
@@ -111,7 +127,11 @@ class Client(Socket):
             except KeysError as error:
                 self._failure = str(error)
                 return False
-        self.reconnect()
+        try:
+            self.reconnect()
+        except EndpointError as error:
+            self._failure = str(error)
+            return False
         return True
 
     @property
@@ -132,19 +152,33 @@ class Client(Socket):
         self._note_events()
         return self._connections
 
-    def reconnect(self) -> None:
-        """Replace the connection by a new one to the same endpoint; what was queued is dropped."""
+    def reconnect(self, pause_seconds: float = 0.0) -> None:
+        """Replace the connection by a new one to the same endpoint; what was queued is dropped.
+
+        `pause_seconds`: stay away for so long, then let `mend` connect. Raises EndpointError, and then keeps what there
+        is, when the process has no room for a socket.
+        """
         self._guard()
-        self._socket.set(zmq.LINGER, 0)
-        self._shut()
+        old, old_events, before = self._socket, self._events, self._connect_at
+        self._connect_at = time.monotonic() + pause_seconds if pause_seconds else None
+        try:
+            self._socket = self._open()
+        except BaseException:
+            self._connect_at = before
+            raise
         self._connected = False
-        self._socket = self._open()
+        old.set(zmq.LINGER, 0)
+        _shut(old, old_events)
 
     def _pollables(self) -> list[Any]:
         self._guard()
         return [self._socket, self._events]
 
     def _shut(self) -> None:
-        self._socket.disable_monitor()
-        self._events.close()
-        super()._shut()
+        _shut(self._socket, self._events)
+
+
+def _shut(raw: zmq.Socket[bytes], events: zmq.Socket[bytes]) -> None:
+    raw.disable_monitor()  # first: with nobody to read them events would block the transport's thread
+    events.close()
+    raw.close()

@@ -2,7 +2,7 @@
 
 CURVE encrypts and authenticates both ways, and refuses what was recorded: a client proves its key to the server, and
 the server proves that it has the secret to the key that the client expects. Which clients may connect is asked of a
-`Gate` (ZeroMQ's authentication protocol, ZAP), once for each connection.
+`ZapHandler` (ZeroMQ's authentication protocol, ZAP), once for each connection.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ class KeyPair(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """A connection that was not let in: a reason to count it by, and the words."""
+    """A connection that was not let in, or messages that were dropped: a reason to count by, and the words."""
 
     reason: str
     detail: str
+    number: int = 1
 
 
 def new_pair() -> KeyPair:
@@ -90,16 +91,17 @@ def handshake_error(code: int) -> str:
     return names.get(code, f"a client that breaks the transport's protocol (error {code:#x})")
 
 
-class Gate:
+class ZapHandler:
     """Lets in the clients of one context whose key `admits`; the poll loop of the servers' thread serves it.
 
     A client waits for it in its handshake; nobody else does.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], admits: Callable[[str], bool]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], admits: Callable[[str], bool]) -> None:
+        """`socket`, of type REP, is the gate's from now on."""
         self.refusals: deque[Refusal] = deque(maxlen=MAX_REFUSALS)
         self._admits = admits
-        self._socket = context.socket(zmq.REP)
+        self._socket = socket
         self._socket.set(zmq.LINGER, 0)
         self._socket.bind(_ZAP_ENDPOINT)
 

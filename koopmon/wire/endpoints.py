@@ -1,7 +1,7 @@
 """Endpoints: what they look like, and what an ipc endpoint needs in the file system before a socket is bound to it.
 
 An ipc path lies in a directory that only its owner enters: the operating system authenticates its peers. Which tcp
-endpoints may be used, and with which keys, is `koopmon.wire.trust`'s to say.
+endpoints may be used, and with which keys, is `koopmon.wire.auth_policy`'s to say.
 """
 
 from __future__ import annotations

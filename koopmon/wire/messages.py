@@ -45,7 +45,7 @@ KssSamples = Annotated[int, Meta(ge=4, le=65536)]
 KssEvery = Annotated[int, Meta(ge=1, le=10000)]
 LayerFraction = Annotated[float, Meta(gt=0.0, le=1.0)]
 ShortText = Annotated[str, Meta(max_length=MAX_TEXT)]
-Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Word = Annotated[str, Meta(max_length=64)]
 ObservableName = Annotated[str, Meta(pattern=r"^[a-z0-9_]{1,40}\Z")]
 Observations = Annotated[list[float | None], Meta(max_length=MAX_OBSERVATIONS)]
@@ -72,13 +72,13 @@ class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
 
 
 class KssSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Koopman Spectral Shaping on the wire (METHOD: eqs. 14-15). `alpha` 0 means off."""
+    """Koopman Spectral Shaping on the wire (docs/method.md, "Koopman Spectral Shaping"). `alpha` 0 means off."""
 
     alpha: KssAlpha = 0.0
     temperature: KssTemperature = 20.0
     tau_u: KssModulus = 1.05
     tau_l: Annotated[float, Meta(ge=0.0, le=MAX_MODULUS)] = 0.90
-    gamma: Share = 0.4
+    gamma: Fraction = 0.4
     beta: KssBeta = 0.0
     svd_rank: KssSvdRank = 32
     num_samples: KssSamples = 128
@@ -97,11 +97,11 @@ class Judgement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the monitor made of the last snapshot that it judged. Absent values are unknown."""
 
     step: Step
-    risk: Share
-    forecast: Share | None = None
-    near_unit_mass: Share | None = None
+    risk: Fraction
+    forecast: Fraction | None = None
+    near_unit_mass: Fraction | None = None
     """Mean over the layers."""
-    divergence_probability: Share | None = None
+    divergence_probability: Fraction | None = None
     decision: ShortText = ""
     """Why the policy last did something, or would have..."""
     decision_step: Step | None = None

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
+from koopmon import __version__
 from koopmon.errors import ProtocolError
+from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.endpoints import reached_beside
 from koopmon.wire.headers import decode_header, encode_header
 from koopmon.wire.messages import Probe, ProbeReply, Refused
-from koopmon.wire.sockets import DataSender, Poller, ProbingClient, WireContext
-from koopmon.wire.trust import Trust
+from koopmon.wire.sockets import DataSender, Poller, ProbeClient, WireContext
 
 NOBODY = "unknown"
 """The run that is asked about when none is meant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Probed:
+class ProbeResult:
     """What came of a probe. With a `reply` a monitor is there, and all the rest is as it should be.
 
     `reached`: somebody listens there. `shook_hands`: it speaks the transport, and the keys are right. `failure` says in
@@ -41,29 +41,29 @@ class Probed:
     round_trip_seconds: float = 0.0
 
 
-def probe(endpoint: str, trust: Trust, *, run: str = NOBODY, timeout_seconds: float = 2.0) -> Probed:
+def probe(endpoint: str, trust: AuthPolicy, *, run: str = NOBODY, timeout_seconds: float = 2.0) -> ProbeResult:
     """Ask the monitor at `endpoint`, by the keys of `trust`. Raises EndpointError and KeysError."""
     deadline = time.monotonic() + timeout_seconds
-    question = [encode_header(Probe(run=run, incarnation="0" * 8, koopmon_version=_version()))]
+    question = [encode_header(Probe(run=run, incarnation="0" * 8, koopmon_version=__version__))]
     with WireContext(trust) as context:
-        control = ProbingClient(context, endpoint)
+        control = ProbeClient(context, endpoint)
         poller = Poller(control)
         asked_at = asked_wall = 0.0
         while (left := deadline - time.monotonic()) > 0.0:
             if not asked_at and control.connected and control.send(question):
                 asked_at, asked_wall = time.monotonic(), time.time()
-            if control.failure or control.in_vain:
+            if control.failure or control.failed:
                 break
             poller.wait(min(left, 0.25))
             frames = _received(control)
-            if isinstance(frames, Probed):
+            if isinstance(frames, ProbeResult):
                 return frames
             if frames is not None:
                 return _answer(frames, time.monotonic() - asked_at, asked_wall)
-        return Probed(reached=control.reached, shook_hands=control.connections > 0, failure=control.failure)
+        return ProbeResult(reached=control.reached, shook_hands=control.connections > 0, failure=control.failure)
 
 
-def reaches_data(endpoint: str, known: str, trust: Trust, *, timeout_seconds: float = 2.0) -> str:
+def reaches_data(endpoint: str, known: str, trust: AuthPolicy, *, timeout_seconds: float = 2.0) -> str:
     """Whether the data endpoint that a monitor at `known` has named can be reached: "" or why not, in words.
 
     Raises EndpointError and KeysError.
@@ -80,31 +80,26 @@ def reaches_data(endpoint: str, known: str, trust: Trust, *, timeout_seconds: fl
     return ""
 
 
-def _received(control: ProbingClient) -> list[memoryview] | Probed | None:
+def _received(control: ProbeClient) -> list[memoryview] | ProbeResult | None:
     try:
         return control.recv()
     except ProtocolError as error:
-        return Probed(reached=True, shook_hands=True, failure=error.detail, reason=error.reason)
+        return ProbeResult(reached=True, shook_hands=True, failure=error.detail, reason=error.reason)
 
 
-def _answer(frames: list[memoryview], took: float, asked: float) -> Probed:
+def _answer(frames: list[memoryview], took: float, asked: float) -> ProbeResult:
     try:
         if len(frames) != 1 or frames[0].nbytes > 1 << 16:
             raise ProtocolError("size", f"an answer of {len(frames)} frames, {frames[0].nbytes} bytes")
         message = decode_header(frames[0])
     except ProtocolError as error:
-        return Probed(reached=True, shook_hands=True, failure=error.detail, reason=error.reason)
+        return ProbeResult(reached=True, shook_hands=True, failure=error.detail, reason=error.reason)
     if isinstance(message, Refused):
-        return Probed(reached=True, shook_hands=True, failure=message.reason, refused=True)
+        return ProbeResult(reached=True, shook_hands=True, failure=message.reason, refused=True)
     if not isinstance(message, ProbeReply):
         kind = type(message).__name__
-        return Probed(reached=True, shook_hands=True, failure=f"it answers with a {kind}", reason="direction")
+        return ProbeResult(reached=True, shook_hands=True, failure=f"it answers with a {kind}", reason="direction")
     offset = message.time - (asked + took / 2)
-    return Probed(reply=message, reached=True, shook_hands=True, clock_offset_seconds=offset, round_trip_seconds=took)
-
-
-def _version() -> str:
-    try:
-        return version("koopmon")[:64]
-    except PackageNotFoundError:
-        return "unknown"
+    return ProbeResult(
+        reply=message, reached=True, shook_hands=True, clock_offset_seconds=offset, round_trip_seconds=took
+    )

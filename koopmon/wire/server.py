@@ -4,36 +4,80 @@ from __future__ import annotations
 
 import errno
 import shutil
+import time
 from collections import deque
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from koopmon.errors import EndpointError
+from koopmon.errors import EndpointError, ProtocolError
 from koopmon.wire import curve
 from koopmon.wire.endpoints import claimed, temporary_ipc
 from koopmon.wire.headers import WireLimits
-from koopmon.wire.transport import Options, Socket, WireContext
+from koopmon.wire.receive_queue import ReceiveQueue
+from koopmon.wire.transport import Options, Socket, WireContext, closed_on_error
+
+# RCVHWM 0: libzmq 4.3.5 stops reading a connection whose queue is full, marks it as broken when its peer dies, and
+# aborts the process when what it reads later holds a PING of that peer (`!_io_error`, stream_engine_base.cpp). Without
+# a limit the queue is never full. What waits is bounded here instead, by `ReceiveQueue`.
+# ZAP_DOMAIN: peers of ZMTP 1 and 2, which another assertion aborts for while the socket closes (zmtp_engine.cpp), are
+# refused where a domain is set; without a handler for it everybody else gets in.
+SERVER: Final[Options] = {zmq.RCVHWM: 0}
+_TAKE_SECONDS: Final = 0.1
+"""How long messages may be taken off the transport before anything else gets its turn..."""
+_TAKEN_AT_ONCE: Final = 64
+"""...looked at after so many."""
+_FRAME_BYTES: Final = 512
+"""Memory of a frame beside its content, about."""
+READ_BYTES: Final = 8192
+"""libzmq reads so much at once, and small frames are pieces of it: each may keep the whole from being freed."""
 
 
-class Server(Socket):
-    """A bound socket."""
+P = TypeVar("P", bound=Hashable)
+
+
+class _Message(NamedTuple):
+    frames: list[memoryview]
+    key: str
+
+
+class Server(Socket, Generic[P]):
+    """A bound socket, with `P` for what it knows its peers by.
+
+    What peers have sent waits in memory: `max_waiting_bytes` of it, see `ReceiveQueue`.
+    """
 
     endpoint: str
     """The endpoint actually bound, for peers to connect to."""
     sender_key: str
     """The key that the sender of the message last received has shown; "" where no keys are demanded."""
+    _overhead_bytes: int = _FRAME_BYTES
+    """Memory of a message beside its content and its further frames."""
 
-    def __init__(self, context: WireContext, kind: int, options: Options, endpoint: str, limits: WireLimits) -> None:
+    def __init__(
+        self,
+        context: WireContext,
+        kind: int,
+        options: Options,
+        endpoint: str,
+        limits: WireLimits,
+        *,
+        max_frames: int,
+        max_waiting_bytes: int,
+    ) -> None:
         self.limits = limits
+        self._max_frames = max_frames
+        self._waiting: ReceiveQueue[P, _Message | ProtocolError] = ReceiveQueue(max_waiting_bytes)
+        self._num_dropped = 0
         self.sender_key = ""
         checked = context.trust.check(endpoint, binding=True)
         self._curve = context.trust.uses_curve(checked)
-        self._gate: curve.Gate | None = None
+        self._gate: curve.ZapHandler | None = None
         self._refusals: deque[curve.Refusal] = deque(maxlen=curve.MAX_REFUSALS)
-        super().__init__(context, kind, options)
+        super().__init__(context, kind, SERVER | options)
         self._directory: Path | None = None
         try:
             if self._curve:
@@ -54,7 +98,9 @@ class Server(Socket):
         raw = super()._open()
         # Where keys are demanded, a client without any may be the first to notice and leave.
         left = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if self._curve else 0
-        self._events = self._watch(raw, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | left)
+        with closed_on_error(raw):
+            raw.set(zmq.ZAP_DOMAIN, curve.DOMAIN)
+            self._events = self._watch(raw, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | left)
         return raw
 
     def _bind(self, address: str) -> None:
@@ -72,9 +118,63 @@ class Server(Socket):
         """Whether every client has shown a key that the context's trust knows."""
         return self._gate is not None
 
-    def _received(self, frame: zmq.Frame) -> None:
+    def _next(self) -> tuple[P, list[memoryview]] | None:
+        """The next message and its sender, or None. Raises ProtocolError for one with too many frames."""
+        self._guard()
+        if not self._has_waiting:
+            self._take()
+        found = self._waiting.pop()
+        if found is None:
+            return None
+        peer, message = found
+        if isinstance(message, ProtocolError):
+            raise message
+        self.sender_key = message.key
+        return peer, message.frames
+
+    def _take(self) -> None:
+        """Take off the transport what has come, and drop what is too much."""
+        until = time.monotonic() + _TAKE_SECONDS
+        while time.monotonic() < until:
+            for _ in range(_TAKEN_AT_ONCE):
+                try:
+                    peer, part = self._begin()
+                except zmq.Again:
+                    return
+                if self._waiting.has_room(peer):
+                    self._keep(peer, part)
+                    continue
+                self._num_dropped += 1
+                while part.more:
+                    part = self._socket.recv(zmq.NOBLOCK, copy=False)
+
+    def _keep(self, peer: P, part: zmq.Frame) -> None:
+        """Let a message wait of which this is the first frame."""
+        frames, num_frames, num_bytes = [self._kept(part)], 1, len(part) + self._overhead_bytes
+        while part.more:
+            part = self._socket.recv(zmq.NOBLOCK, copy=False)
+            num_frames += 1
+            if num_frames <= self._max_frames:
+                frames.append(self._kept(part))
+                num_bytes += len(part) + _FRAME_BYTES
         # Without keys a client could call itself what it likes.
-        self.sender_key = "" if self._gate is None else curve.key_of(frame)
+        message: _Message | ProtocolError = _Message(frames, "" if self._gate is None else curve.key_of(part))
+        if num_frames > self._max_frames:
+            what = f"{num_frames} frames, at most {self._max_frames} are taken"
+            message, num_bytes = ProtocolError("size", what), _FRAME_BYTES
+        self._waiting.put(peer, message, num_bytes)
+
+    def _begin(self) -> tuple[P, zmq.Frame]:
+        """The sender and the first frame of the next message on the transport. Raises zmq.Again."""
+        raise NotImplementedError
+
+    def _kept(self, frame: zmq.Frame) -> memoryview:
+        """A frame as it waits, in the transport's own buffer or copied."""
+        return frame.buffer
+
+    @property
+    def _has_waiting(self) -> bool:
+        return len(self._waiting) > 0
 
     def _pollables(self) -> list[Any]:
         gate = [] if self._gate is None else [self._gate.pollable]
@@ -88,22 +188,27 @@ class Server(Socket):
             try:
                 event = parse_monitor_message(self._events.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
-                return
+                break
             kind, value = event["event"], event["value"]
             if kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 self._refuse(curve.handshake_error(value))
             elif value == errno.EPIPE:
                 self._refuse("a client without keys, or one that left before it had shown any")
+        self._take()
 
     def _refuse(self, detail: str) -> None:
         self._refusals.append(curve.Refusal("handshake", f"{self.endpoint}: {detail}"))
 
     def take_refusals(self) -> list[curve.Refusal]:
-        """Connections refused since the last call; a `Poller` that waits for this socket sees to them."""
+        """Connections and messages refused since the last call; a `Poller` that waits for this socket sees to them."""
         sources = [self._refusals] if self._gate is None else [self._refusals, self._gate.refusals]
         taken = [refusal for source in sources for refusal in source]
         for source in sources:
             source.clear()
+        if self._num_dropped:
+            words = f"{self.endpoint}: a peer sends more than is read"
+            taken.append(curve.Refusal("flood", words, self._num_dropped))
+            self._num_dropped = 0
         return taken
 
     def _shut(self) -> None:

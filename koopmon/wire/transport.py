@@ -13,27 +13,34 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Self, TypeAlias
 
 import zmq
 from zmq.utils import garbage  # imported here and now: its exit handler must be registered before ours, to run after it
 
-from koopmon.errors import EndpointError, ProtocolError
+from koopmon.errors import EndpointError
 from koopmon.wire import curve
-from koopmon.wire.authorised import AuthorisedAgents
+from koopmon.wire.auth_policy import AuthPolicy
+from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.headers import Frame
-from koopmon.wire.trust import Trust
 
 Options: TypeAlias = dict[int, int]
 
+# A dead TCP peer is given up after 60 s: by keepalive when nothing is under way, by TCP_MAXRT when something is.
+# No ZMTP heartbeats, on no socket: their timer writes to a connection that may be broken already, and libzmq 4.3.5
+# aborts the process then (`!_io_error`, stream_engine_base.cpp). The agent's own heartbeats do their work.
 COMMON: Final[Options] = {
     zmq.TCP_KEEPALIVE: 1,
     zmq.TCP_KEEPALIVE_IDLE: 30,
     zmq.TCP_KEEPALIVE_INTVL: 10,
     zmq.TCP_KEEPALIVE_CNT: 3,
+    zmq.TCP_MAXRT: 60_000,
 }
 _UNREACHED: Final = (errno.EAGAIN, errno.EHOSTUNREACH)
+_NEEDED_DESCRIPTORS: Final = 16
+_NEEDED_THREADS: Final = 2
 _serial = itertools.count()
 
 
@@ -42,16 +49,21 @@ class ForkedChildError(EndpointError):
 
 
 class WireContext:
-    """The transport of one agent or one monitor: its input/output thread and all its sockets, which share its trust."""
+    """The transport of one agent or one monitor: its input/output thread and all its sockets, which share its trust.
 
-    def __init__(self, trust: Trust | None = None) -> None:
-        self.trust = trust or Trust()
-        self.agents: AuthorisedAgents | None = None
+    Raises EndpointError when the process has no room for it, as do the sockets.
+    """
+
+    def __init__(self, trust: AuthPolicy | None = None) -> None:
+        self.trust = trust or AuthPolicy()
+        self.agents: AuthorizedKeys | None = None
         """Whom the servers with keys serve; None while there is no such server."""
-        self._gate: curve.Gate | None = None
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._gate: curve.ZapHandler | None = None
+        with _enough_room():
+            self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._pid = os.getpid()
         self._sockets: set[Socket] = set()
+        self._started = False
         self._ending = False  # nothing may be sent any more
         _open_contexts.add(self)
 
@@ -69,11 +81,24 @@ class WireContext:
             # With whatever a constructor that raised has left behind: `term` alone would wait for it for ever.
             self._context.destroy()
 
-    def _gate_for_agents(self) -> curve.Gate:
+    def _new_socket(self, kind: int) -> zmq.Socket[bytes]:
+        """Raises EndpointError when the process has no room for it."""
+        if self._context.closed:
+            raise EndpointError("the transport is closed")
+        with _enough_room():
+            if not self._started:
+                _check_room()
+            raw = self._context.socket(kind)
+        self._started = True
+        return raw
+
+    def _gate_for_agents(self) -> curve.ZapHandler:
         """Whom it lets in is read from the key files. Raises KeysError."""
         if self._gate is None:
-            agents = self.agents = self.trust.authorised_agents()
-            self._gate = curve.Gate(self._context, lambda key: agents.name_of(key) is not None)
+            agents = self.agents = self.trust.authorized_keys()
+            socket = self._new_socket(zmq.REP)
+            with closed_on_error(socket):
+                self._gate = curve.ZapHandler(socket, lambda key: agents.name_of(key) is not None)
         return self._gate
 
     @property
@@ -121,6 +146,48 @@ def _leak(*objects: object) -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
 
 
+@contextmanager
+def _enough_room() -> Iterator[None]:
+    """Raise EndpointError when the process is at its limit of descriptors or threads."""
+    try:
+        yield
+    except (OSError, RuntimeError, zmq.ZMQError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise EndpointError(f"no room for a socket: {why.lower()}; raise the limit (ulimit -n, ulimit -u)") from None
+
+
+def _check_room() -> None:
+    """Raise OSError or RuntimeError when the process is at its limit of descriptors or threads.
+
+    libzmq aborts the process when the first socket of a context finds it there (epoll.cpp, thread.cpp).
+    """
+    held: list[int] = []
+    try:
+        held += (os.open(os.devnull, os.O_RDONLY) for _ in range(_NEEDED_DESCRIPTORS))
+        done = threading.Event()
+        threads = [threading.Thread(target=done.wait, daemon=True) for _ in range(_NEEDED_THREADS)]
+        try:
+            for thread in threads:
+                thread.start()
+        finally:
+            done.set()
+        for thread in threads:
+            thread.join()
+    finally:
+        for each in held:
+            os.close(each)
+
+
+@contextmanager
+def closed_on_error(raw: zmq.Socket[bytes]) -> Iterator[None]:
+    """Close a socket that its maker could not finish: `term` waits for ever for one that is left open."""
+    try:
+        yield
+    except BaseException:
+        raw.close(linger=0)
+        raise
+
+
 class Socket:
     """What all four sockets share: options, ownership, closing."""
 
@@ -138,15 +205,10 @@ class Socket:
         context._sockets.add(self)
 
     def _open(self) -> zmq.Socket[bytes]:
-        if self._owner._context.closed:
-            raise EndpointError("the transport is closed")
-        raw = self._owner._context.socket(self._kind)
-        try:
+        raw = self._owner._new_socket(self._kind)
+        with closed_on_error(raw):
             for option, value in (COMMON | self._options).items():
                 raw.set(option, value)
-        except BaseException:
-            raw.close(linger=0)
-            raise
         return raw
 
     def _guard(self) -> None:
@@ -162,37 +224,21 @@ class Socket:
     def _note_events(self) -> None:
         """Take in what the transport reports about its connections."""
 
+    @property
+    def _has_waiting(self) -> bool:
+        """Whether a message was taken off the transport that nobody has read yet."""
+        return False
+
     def _watch(self, raw: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
         """Where the transport reports these events of a socket."""
         address = f"inproc://koopmon-events-{next(_serial)}"
-        raw.monitor(address, events)
-        watch = self._owner._context.socket(zmq.PAIR)
-        watch.set(zmq.LINGER, 0)
-        watch.set(zmq.RCVHWM, 0)  # a bounded queue of events would block the transport's thread when full
-        watch.connect(address)
+        watch = self._owner._new_socket(zmq.PAIR)
+        with closed_on_error(watch):
+            watch.set(zmq.LINGER, 0)
+            watch.set(zmq.RCVHWM, 0)  # a bounded queue of events would block the transport's thread when full
+            raw.monitor(address, events)
+            watch.connect(address)
         return watch
-
-    def _receive(self, max_frames: int) -> list[memoryview] | None:
-        """All frames of the next message, each in the transport's own buffer, or None when there is none."""
-        self._guard()
-        try:
-            part = self._socket.recv(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            return None
-        frames = [part]
-        num_frames = 1
-        while part.more:
-            part = self._socket.recv(zmq.NOBLOCK, copy=False)
-            num_frames += 1
-            if num_frames <= max_frames:
-                frames.append(part)
-        if num_frames > max_frames:
-            raise ProtocolError("size", f"{num_frames} frames, at most {max_frames} are taken")
-        self._received(part)
-        return [frame.buffer for frame in frames]
-
-    def _received(self, frame: zmq.Frame) -> None:
-        """The last frame of a message came."""
 
     def _offer(self, frames: Sequence[Frame | zmq.Frame]) -> bool:
         """Send all frames of one message, or none: False when no peer takes it now."""

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import koopmon
 from benchmarks.families import Family, Scheme, language_model
-from koopmon.chain import ChainVerifier, known_exponent
+from koopmon.chain_verifier import ChainVerifier, known_exponent
 from koopmon.plugins import adapters, select
 from koopmon.profiling import capture_states
-from koopmon.risk.brake import UNBRAKED
+from koopmon.risk.normalization import UNNORMALIZED
 from koopmon.spectral import profile_states
 from tests.adapters import zoo
 from tests.adapters.family_zoo import CASES, Case, L, T, jamba, mixtral, own_kan
@@ -182,7 +182,7 @@ def test_splines_and_experts_are_braked_where_their_blocks_normalise(family: Fam
     model = language_model(family, width=16, num_layers=2, vocabulary=64, num_tokens=16, seed=0, scheme=scheme)
     captured = capture_states(model, torch.randint(64, (8, 16)))
     read = profile_states(captured.states).update_exponent
-    assert family != "kan" or (read is not None and read < UNBRAKED / 2)
+    assert family != "kan" or (read is not None and read < UNNORMALIZED / 2)
     assert captured.known_exponent == (0.0 if scheme == "pre" else 1.0)
     verifier = ChainVerifier(captured.discovery.adapter, [captured.discovery.stack])
     assert verifier.update_exponent(captured.discovery.stack) == captured.known_exponent, "what the agent tells"

@@ -247,21 +247,21 @@ def failing(*_: Any) -> Tensor:
 def test_a_reading_that_fails_is_off_and_snapshots_go_on(
     read: Any, says: str, monitor: ScriptedMonitor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from koopmon.agent.guest import Guest
+    from koopmon.agent.runtime import AgentRuntime
     from koopmon.config import Config
 
     torch.manual_seed(0)
     model, args, _ = nano()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    guest = Guest(model, optimizer, select(model, Faulty(read)), Config(), monitor.endpoint, "job")
+    runtime = AgentRuntime(model, optimizer, select(model, Faulty(read)), Config(), monitor.endpoint, "job")
     try:
-        monitor.wait(lambda: guest.sender is not None and guest.sender.connected)
+        monitor.wait(lambda: runtime.io_thread is not None and runtime.io_thread.connected)
         for step in range(3):
             model(*args).square().mean().backward()
             optimizer.step()
             monitor.wait(lambda seen=step: len(monitor.shards) == seen)
     finally:
-        guest.close("")
+        runtime.close("")
     assert [header.observables for header, _ in monitor.shards] == [{}, {}]
     (line,) = [each.message for each in caplog.records if "observables" in each.message]
     assert "training goes on" in line

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.codec import Frame, WireLimits, decode_for_monitor, decode_shard, encode
 from koopmon.wire.messages import (
     Ack,
@@ -29,8 +30,7 @@ from koopmon.wire.messages import (
     Shard,
     Welcome,
 )
-from koopmon.wire.sockets import ControlServer, DataReceiver, Poller, Waker, WireContext
-from koopmon.wire.trust import Trust
+from koopmon.wire.sockets import ControlServer, DataReceiver, Poller, Wakeup, WireContext
 
 M = TypeVar("M")
 LIMITS = WireLimits()
@@ -46,7 +46,7 @@ class ScriptedMonitor:
         heartbeat_seconds: float = 0.05,
         restore: Applied | None = None,
         refuse: str = "",
-        trust: Trust | None = None,
+        trust: AuthPolicy | None = None,
         clock_offset_seconds: float = 0.0,
         koopmon_version: str = "0",
     ) -> None:
@@ -64,7 +64,7 @@ class ScriptedMonitor:
         self._data_endpoint = f"ipc://{directory}/data" if trust is None else "tcp://127.0.0.1:0"
         self._peers: dict[int, bytes] = {}
         self._outbox: list[list[Frame]] = []
-        self._waker = Waker()
+        self._wakeup = Wakeup()
         self._stopping = False
         self._bound = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -76,19 +76,19 @@ class ScriptedMonitor:
 
     def __exit__(self, *_: object) -> None:
         self._stopping = True
-        self._waker.wake()
+        self._wakeup.wake()
         self._thread.join(10.0)
-        self._waker.close()
+        self._wakeup.close()
 
     def _run(self) -> None:
         with (
             WireContext(self._trust) as context,
             ControlServer(context, self.endpoint) as control,
-            DataReceiver(context, self._data_endpoint, queue_length=64) as data,
+            DataReceiver(context, self._data_endpoint) as data,
         ):
             self.endpoint, self._data_endpoint = control.endpoint, data.endpoint
             self._bound.set()
-            poller = Poller(self._waker, control, data)
+            poller = Poller(self._wakeup, control, data)
             while not self._stopping:
                 poller.wait(0.05)
                 while (received := control.recv()) is not None:
@@ -137,7 +137,7 @@ class ScriptedMonitor:
     def send(self, *messages: list[Frame]) -> None:
         """Send frames to rank 0, whatever they are."""
         self._outbox += messages
-        self._waker.wake()
+        self._wakeup.wake()
 
     def command(self, kind: str, run: str | None = None, **fields: Any) -> str:
         """Send a command to rank 0, for the run that said hello last or the named one, and return its id."""

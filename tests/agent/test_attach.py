@@ -242,6 +242,7 @@ class Rows(Dataset[int]):
         return index
 
 
+@pytest.mark.process
 def test_data_loader_workers_are_left_alone(monitor: ScriptedMonitor, agents: Attach) -> None:
     model = build()
     optimizer = optimizer_of(model)
@@ -253,6 +254,7 @@ def test_data_loader_workers_are_left_alone(monitor: ScriptedMonitor, agents: At
     assert agent.enabled
 
 
+@pytest.mark.process
 def test_a_forked_child_can_train_and_end_and_says_nothing(monitor: ScriptedMonitor, agents: Attach) -> None:
     model = build()
     optimizer = optimizer_of(model)
@@ -290,7 +292,7 @@ def test_a_hook_that_raises_shuts_the_agent_once(
 
     for step in range(8):
         if step == 4:
-            monkeypatch.setattr(type(agent._guest.adapter), "block_output", broken)
+            monkeypatch.setattr(type(agent._runtime.adapter), "block_output", broken)
         assert train_step(model, optimizer, step) == train_step(plain, plain_optimizer, step)
     status = agent.status()
     assert not status["enabled"]
@@ -314,7 +316,7 @@ def test_a_failing_agent_keeps_the_learning_rate_scale_in_force(
     rates: list[float] = []
     optimizer.register_step_pre_hook(lambda each, *_: rates.append(each.param_groups[0]["lr"]))
     monitor.wait(lambda: train_step(model, optimizer, 1) and rates[-1] == 0.0025)
-    agent._guest.fence.trip("a test", RuntimeError("broken"))
+    agent._runtime.breaker.trip("a test", RuntimeError("broken"))
     train_step(model, optimizer, 2)
     assert rates[-1] == 0.0025
     agent.close()
@@ -368,6 +370,8 @@ for end in ("return", "exit", "interrupt"):
 """
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_a_script_that_never_closes_ends_well_with_a_goodbye(
     python: Callable[..., subprocess.CompletedProcess[str]], monitor: ScriptedMonitor
 ) -> None:
@@ -445,7 +449,6 @@ def test_an_optimizer_whose_step_calls_another_is_scaled_once(monitor: ScriptedM
     assert optimizer.param_groups[0]["lr"] == 0.01
 
 
-@pytest.mark.slow
 def test_a_compiled_model_stays_one_graph_and_the_missing_taps_are_said(
     monitor: ScriptedMonitor, agents: Attach, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from koopmon.agent.autoload import DIRECTORY, RootNotFoundError, root_module, wanted
+from koopmon.agent.autoload import DIRECTORY, RootNotFoundError, root_module, should_attach
 
 ENDPOINT = {"KOOPMON_ENDPOINT": "ipc:///nowhere/control", "KOOPMON_RUN": "autoload-test"}
 
@@ -86,6 +86,7 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
+@pytest.mark.process
 def test_a_plain_script_is_attached_once_and_closed_at_its_end(bench: Bench) -> None:
     done = bench.run(TRAIN)
     assert (done.returncode, done.stdout, done.stderr) == (0, "trained\n", "")
@@ -94,6 +95,7 @@ def test_a_plain_script_is_attached_once_and_closed_at_its_end(bench: Bench) -> 
     assert bench.notes()[0]["optimizer"] == "AdamW"
 
 
+@pytest.mark.process
 def test_torch_is_not_imported_before_the_script_does(bench: Bench) -> None:
     done = bench.run(
         """
@@ -110,6 +112,7 @@ def test_torch_is_not_imported_before_the_script_does(bench: Bench) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.process
 def test_the_users_own_sitecustomize_runs_and_ours_leaves_no_trace(bench: Bench) -> None:
     done = bench.run(
         f"""
@@ -121,6 +124,7 @@ def test_the_users_own_sitecustomize_runs_and_ours_leaves_no_trace(bench: Bench)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.process
 def test_an_error_in_the_users_own_sitecustomize_is_reported_as_ever(bench: Bench) -> None:
     (bench.directory / "site" / "sitecustomize.py").write_text("raise ValueError('theirs is broken')")
     done = bench.run("print('alive')")
@@ -128,12 +132,14 @@ def test_an_error_in_the_users_own_sitecustomize_is_reported_as_ever(bench: Benc
     assert "theirs is broken" in done.stderr
 
 
+@pytest.mark.process
 def test_without_an_endpoint_nothing_is_wrapped(bench: Bench) -> None:
     body = "import torch; print(hasattr(torch.optim.Optimizer.__init__, '__wrapped__'))"
     assert bench.run(body, KOOPMON_ENDPOINT="").stdout == "False\n"
     assert bench.run(body).stdout == "True\n"
 
 
+@pytest.mark.process
 def test_a_failure_is_one_line_and_training_goes_on(bench: Bench) -> None:
     done = bench.run(TRAIN, FAIL="1")
     assert (done.returncode, done.stdout) == (0, "trained\n")
@@ -142,6 +148,7 @@ def test_a_failure_is_one_line_and_training_goes_on(bench: Bench) -> None:
     assert "no residual chain" in done.stderr
 
 
+@pytest.mark.process
 def test_parameters_of_no_model_are_one_line(bench: Bench) -> None:
     done = bench.run("import torch; torch.optim.SGD([torch.ones(2, requires_grad=True)], lr=0.1); print('on')")
     assert done.stdout == "on\n"
@@ -149,6 +156,8 @@ def test_parameters_of_no_model_are_one_line(bench: Bench) -> None:
     assert "no one model owns" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_children_are_left_alone(bench: Bench) -> None:
     done = bench.run(
         """
@@ -175,6 +184,7 @@ def test_children_are_left_alone(bench: Bench) -> None:
     assert [note["what"] for note in bench.notes()] == ["attach", "close"]
 
 
+@pytest.mark.process
 def test_an_optimizer_made_anew_takes_over_and_a_second_one_is_named(bench: Bench) -> None:
     done = bench.run(
         """
@@ -232,11 +242,11 @@ PYTHON = "/usr/bin/python3"
     ],
 )
 def test_which_processes_may_train(argv: list[str], expected: bool) -> None:
-    assert wanted(ENDPOINT, argv, 7) is expected
-    assert wanted({**ENDPOINT, "RANK": "0"}, argv, 7) is expected
-    assert not wanted({}, argv, 7)
-    assert not wanted({**ENDPOINT, "KOOPMON_ATTACHED_PID": "6"}, argv, 7)
-    assert wanted({**ENDPOINT, "KOOPMON_ATTACHED_PID": "7"}, argv, 7) is expected
+    assert should_attach(ENDPOINT, argv, 7) is expected
+    assert should_attach({**ENDPOINT, "RANK": "0"}, argv, 7) is expected
+    assert not should_attach({}, argv, 7)
+    assert not should_attach({**ENDPOINT, "KOOPMON_ATTACHED_PID": "6"}, argv, 7)
+    assert should_attach({**ENDPOINT, "KOOPMON_ATTACHED_PID": "7"}, argv, 7) is expected
 
 
 class Wrapper(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from koopmon.agent.link import HELLO_SECONDS
+from koopmon.agent.comms.control_channel import HELLO_SECONDS
 from koopmon.wire.messages import Applied, KssSettings
 from tests.agent.conftest import ROOT
 from tests.agent.models import build, train_step
@@ -95,6 +95,7 @@ def test_no_monitor_at_all(agents: Attach, tmp_path: Path, caplog: pytest.LogCap
     assert sum("no monitor at" in record.message for record in caplog.records) == 1, "it repeats after a minute only"
 
 
+@pytest.mark.process
 def test_a_killed_monitor_is_only_counted_and_is_found_again(
     agents: Attach, tmp_path: Path, monitor_process: Callable[[], Any]
 ) -> None:
@@ -113,6 +114,7 @@ def test_a_killed_monitor_is_only_counted_and_is_found_again(
     assert job.agent.status()["taps_missing"] == 0
 
 
+@pytest.mark.process
 def test_a_stalled_monitor_is_never_waited_for(
     agents: Attach, tmp_path: Path, monitor_process: Callable[[], Any], caplog: pytest.LogCaptureFixture
 ) -> None:

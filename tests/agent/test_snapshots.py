@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.spectral import stack_exponent, update_exponent
-from koopmon.tokens import choose_rows
+from koopmon.token_sampling import choose_rows
 from tests.agent.models import (
     B,
     D,
@@ -275,6 +275,7 @@ def test_the_global_random_state_is_left_alone(monitor: ScriptedMonitor, agents:
     assert monitor.wait(lambda: monitor.shards)
 
 
+@pytest.mark.process
 def test_non_finite_states_are_counted_and_do_not_travel(python: Callable[..., Any], monitor: ScriptedMonitor) -> None:
     program = """
 import sys, time, torch, koopmon

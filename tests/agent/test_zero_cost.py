@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.endurance import endure
-from koopmon.agent import kss_injection
 from koopmon.agent.autoload import DIRECTORY
-from koopmon.agent.ledger import ScalarBox
+from koopmon.agent.control import kss_injection
+from koopmon.agent.stats import AsyncScalar
 from koopmon.wire.messages import KssSettings
 from tests.agent.models import batch, build, checkpointed, loss_of, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
@@ -37,7 +37,8 @@ class WaitedError(AssertionError):
 
 @contextmanager
 def nobody_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In this thread every operation that reads a tensor's value raises: inside a hook, the fence then trips."""
+    """In this thread every operation that reads a tensor's value raises: inside a hook, the circuit breaker then
+    trips."""
     here = threading.get_ident()
     solve = kss_injection.kss_gradient_op
 
@@ -49,7 +50,7 @@ def nobody_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patches, NoSynchronisation():
         patches.setattr(kss_injection, "kss_gradient_op", solver)
         # A scalar on the host is read at once; one on a device is copied and read when it has come.
-        patches.setattr(ScalarBox, "put", lambda box, value: None)
+        patches.setattr(AsyncScalar, "put", lambda box, value: None)
         for name in WAITS:
             original = getattr(torch.Tensor, name)
 
@@ -104,7 +105,7 @@ def test_a_hook_that_would_wait_is_caught(
     agent = agents(model, optimizer, endpoint=monitor.endpoint, config={"cadence": {"dense_every": 1}})
     monitor.wait(lambda: agent.status()["connected"])
     train_step(model, optimizer, 0)
-    original = type(agent._guest.adapter).block_output
+    original = type(agent._runtime.adapter).block_output
 
     def waiting(adapter: Any, module: nn.Module, output: Any) -> Any:
         state = original(adapter, module, output)
@@ -112,12 +113,13 @@ def test_a_hook_that_would_wait_is_caught(
         assert float(state.sum()) < 1e30
         return state
 
-    monkeypatch.setattr(type(agent._guest.adapter), "block_output", waiting)
+    monkeypatch.setattr(type(agent._runtime.adapter), "block_output", waiting)
     with nobody_waits(monkeypatch):
         loss_of(model, batch(1)).backward()
     assert "WaitedError" in agent.status()["reason"]
 
 
+@pytest.mark.slow
 def test_memory_and_buffers_do_not_grow(monitor: ScriptedMonitor) -> None:
     """A slice; the whole length is `python -m benchmarks.endurance`."""
     found = endure(600, monitor)
@@ -152,6 +154,7 @@ for _ in range(3):
 """
 
 
+@pytest.mark.process
 def test_no_thread_is_left_after_close_not_even_the_sockets_own(
     python: Callable[..., subprocess.CompletedProcess[str]], monitor: ScriptedMonitor
 ) -> None:
@@ -169,6 +172,8 @@ class Workers(Dataset[tuple[int, int, bool]]):
         return index, ours, threading.current_thread() is threading.main_thread()
 
 
+@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_data_loader_workers_see_nothing_of_it(method: str, monitor: ScriptedMonitor, agents: Attach) -> None:
     def items() -> list[list[Any]]:
@@ -207,6 +212,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.process
 def test_a_spawned_worker_of_a_guarded_job_does_not_even_load_the_agent(
     tmp_path: Path, python: Callable[..., subprocess.CompletedProcess[str]], monitor: ScriptedMonitor
 ) -> None:
@@ -226,6 +232,7 @@ def test_a_spawned_worker_of_a_guarded_job_does_not_even_load_the_agent(
     assert done.stdout.splitlines() == ["True", "spawn [0, 0, 0, 0]", "fork [1, 1, 1, 1]"]
 
 
+@pytest.mark.process
 def test_the_launcher_never_imports_torch(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "koopmon", "run", "--store", str(tmp_path / "s"), "--", "true"],

@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from koopmon.agent.link import MIN_HEARTBEAT_SECONDS
+from koopmon.agent.comms.control_channel import MIN_HEARTBEAT_SECONDS
+from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.codec import PREFIX, encode
 from koopmon.wire.messages import Ack, Command, Heartbeat, Hello, KssSettings
-from koopmon.wire.trust import Trust
 from tests.agent.scripted_monitor import ScriptedMonitor
 from tests.keyring import Keyring
 
@@ -56,7 +56,7 @@ def test_an_impostor_commands_nobody(
 def test_a_monitor_without_keys_commands_nobody(
     train: Train, demanding: Demanding, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = demanding(Trust())
+    plain = demanding(AuthPolicy())
     training = train(plain.endpoint, control={"monitor_lost_seconds": 0.5})
     training.until(lambda: "no monitor at" in caplog.text)
     assert plain.heard == []
@@ -106,9 +106,23 @@ def test_rubbish_from_the_monitor_is_counted_by_reason(ring: Keyring, train: Tra
     hello = (welcomed(training, monitor), monitor.of(Hello)[-1])[1]
     for _ in range(50):
         monitor.send([b"rubbish"], [PREFIX + b"\xdf\xff\xff\xff\xff"], [PREFIX[:-1] + b"\x63"], encode(hello))
-        monitor.send([PREFIX + bytes(1 << 16)], [b"a", b"b"])
-    training.until(lambda: sum(training.agent.status()["rejected"].values()) >= 300)
-    assert training.agent.status()["rejected"] == {"garbage": 100, "version": 50, "direction": 50, "size": 100}
+        monitor.send([PREFIX + bytes(1 << 16)])
+    training.until(lambda: sum(training.agent.status()["rejected"].values()) >= 250)
+    assert training.agent.status()["rejected"] == {"garbage": 100, "version": 50, "direction": 50, "size": 50}
+    training.go_on()
+    assert training.untouched()
+
+
+def test_a_message_of_several_frames_costs_the_monitor_its_connection(
+    ring: Keyring, train: Train, demanding: Demanding
+) -> None:
+    monitor = demanding(ring.trust())
+    training = train(monitor.endpoint)
+    welcomed(training, monitor)
+    monitor.send([b"a", b"b"], [b"a", b"b"])
+    training.until(lambda: training.agent.status()["rejected"] == {"size": 1})
+    training.until(lambda: training.agent.status()["connected"])
+    assert training.agent.status()["rejected"] == {"size": 1}, "the rest was dropped with the connection"
     training.go_on()
     assert training.untouched()
 

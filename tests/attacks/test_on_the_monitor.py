@@ -20,8 +20,11 @@ import pytest
 
 from koopmon.wire.codec import PREFIX, WireLimits, encode
 from koopmon.wire.messages import Ack, Applied, Command, Goodbye, Heartbeat, Hello, Refused, Shard, Welcome
+from tests import factories
 from tests.keyring import Keyring
 from tests.monitor.conftest import make_states
+
+pytestmark = pytest.mark.process
 
 Train = Callable[..., Any]
 Connect = Callable[..., Any]
@@ -51,10 +54,7 @@ def say_all(attacker: Any, name: dict[str, str]) -> int:
 
 
 def hello(name: dict[str, str]) -> Hello:
-    return Hello(
-        **name, process_rank=0, world_size=1, num_senders=1, adapter="transformer", num_layers=3, width=12, acts=True,
-        step=0, applied=Applied(), koopmon_version="0", torch_version="0",
-    )  # fmt: skip
+    return factories.hello(**name, num_layers=3, width=12)
 
 
 def still_runs(monitor: Any, training: Any, name: dict[str, str]) -> bool:

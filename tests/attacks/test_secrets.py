@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from zmq.utils import z85
@@ -21,6 +20,10 @@ from zmq.utils import z85
 import koopmon
 from tests.agent.models import build, train_step
 from tests.keyring import Keyring
+
+pytestmark = pytest.mark.process
+
+httpx = pytest.importorskip("httpx")
 
 TOKEN, PASSWORD = "tok-5e19c0de-of-the-pages", "pass-77aa41-of-the-pages"
 

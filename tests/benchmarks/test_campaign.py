@@ -51,6 +51,7 @@ def go(cases: list[Square], folder: Path, text: io.StringIO | None = None) -> li
     return campaign.run(cases, square, folder, workers=1, console=console)
 
 
+@pytest.mark.process
 def test_results_come_in_order_and_what_is_finished_is_not_done_again(cases: list[Square], tmp_path: Path) -> None:
     first = go(cases[:2], tmp_path / "work")
     again = go(list(reversed(cases)), tmp_path / "work")
@@ -59,6 +60,7 @@ def test_results_come_in_order_and_what_is_finished_is_not_done_again(cases: lis
     assert sorted(Path(cases[0].log).read_text().split()) == ["2", "3", "5"]
 
 
+@pytest.mark.process
 def test_damaged_results_are_made_again_and_named(cases: list[Square], tmp_path: Path) -> None:
     go(cases, tmp_path / "work")
     files = sorted((tmp_path / "work").glob("*.npz"))
@@ -71,6 +73,7 @@ def test_damaged_results_are_made_again_and_named(cases: list[Square], tmp_path:
     assert len(Path(cases[0].log).read_text().split()) == 5
 
 
+@pytest.mark.process
 def test_one_failure_is_named_and_the_others_are_kept(cases: list[Square], tmp_path: Path) -> None:
     unlucky = [Square(13, cases[0].log), *cases]
     with pytest.raises(RuntimeError, match="1 of 4 runs failed; the first: square-13: ValueError: unlucky"):
@@ -88,6 +91,7 @@ def slow(case: Square) -> tuple[Mapping[str, Any], dict[str, np.ndarray[Any, Any
     return square(case)
 
 
+@pytest.mark.process
 def test_a_campaign_that_is_terminated_leaves_nothing_running_and_goes_on_later(tmp_path: Path) -> None:
     log, work = tmp_path / "log", tmp_path / "work"
     program = (

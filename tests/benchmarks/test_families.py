@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("scipy")
+
 import torch
 from rich.console import Console
 from scipy.interpolate import BSpline
@@ -82,6 +85,8 @@ def test_a_family_trains_and_is_profiled(family: Family) -> None:
     assert series["near_unit_mass"].shape == (3, 2)
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_both_tables_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architectures, "WIDTH", 16)
     monkeypatch.setattr(architectures, "NUM_LAYERS", 2)
@@ -96,6 +101,8 @@ def test_both_tables_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert {(row["family"], row["num_runs"]) for row in told["trained"]} == {("transformer", 1), ("moe-2", 1)}
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_the_alarms_of_a_family_are_counted_by_what_became_of_its_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

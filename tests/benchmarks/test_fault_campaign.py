@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fault_campaign import kinds, scripts
+from benchmarks.fault_campaign import hostile, kinds, scripts
 from benchmarks.fault_campaign.__main__ import percentile
 from benchmarks.fault_campaign.checks import Chapter, Entry, doubted_decisions, examine
 from benchmarks.fault_campaign.machine import Job
@@ -201,6 +201,8 @@ BESIDE_MONITOR = (
     kinds.monitor_stopped,
     kinds.poisoned,
     kinds.extreme_numbers,
+    kinds.agents_flood,
+    kinds.monitor_floods,
 )
 UNDER_SCRIPT = (
     scripts.duplicate,
@@ -220,10 +222,11 @@ def in_turn(faults: Any) -> Any:
 @pytest.mark.parametrize(
     ("play", "count"),
     [
-        (beside_monitor(in_turn(BESIDE_MONITOR), spare=True), 14),
+        (beside_monitor(in_turn(BESIDE_MONITOR), spare=True), 18),
         (under_script(in_turn(UNDER_SCRIPT)), 8),
+        (hostile.hostile_plugin, 1),
     ],
-    ids=["monitor", "script"],
+    ids=["monitor", "script", "plugin"],
 )
 def test_a_slice_of_the_campaign(play: Any, count: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp("f")  # a short path: sockets lie in it

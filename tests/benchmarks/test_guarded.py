@@ -8,6 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("scipy")
+
 from rich.console import Console
 
 from benchmarks.guarded import again, analyse

@@ -15,7 +15,6 @@ from benchmarks.norm_table import REFERENCES, Row, measure, render
 torch.set_num_threads(1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("norm", REFERENCES)
 def test_rows_are_within_their_bands(norm: Norm) -> None:
     """Two seeds of weights, batch and tokens; the bands are those that a reproduction must meet."""
@@ -34,6 +33,7 @@ def row(norm: Norm, near_unit_mass: float, num_informative: int) -> Row:
     return Row(norm, mean, dict.fromkeys(norm_table.FIELDS, 0.01), num_informative, 3, "reason")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("norm", "near_unit_mass", "num_informative", "holds"),
     [

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
+
+pytest.importorskip("scipy")
+
+import numpy as np
 
 from benchmarks.scoring import auroc
 

@@ -6,8 +6,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+pytest.importorskip("scipy")
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -142,6 +145,8 @@ def test_cells_share_their_seeds_and_sum_up_what_became_of_them() -> None:
     assert {base_of(name) for name in SETTINGS} == set(LOOK_RATES)
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_cells_that_are_known_are_not_measured_again(tmp_path: Path) -> None:
     out = tmp_path / "kss.json"
     arguments = ["--out", str(out), "--steps", "3", "--seeds", "1", "--workers", "1", "--look", "--quote", "nothing"]

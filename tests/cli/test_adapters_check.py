@@ -68,6 +68,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_an_installed_package_keeps_every_promise(koopmon: Any, site: Path) -> None:
     done = koopmon("adapters", "check", "koopmon-echo", "--json", PYTHONPATH=str(site))
     assert (done.returncode, done.stderr) == (0, b"")
@@ -78,6 +80,7 @@ def test_an_installed_package_keeps_every_promise(koopmon: Any, site: Path) -> N
     assert (result["passed"], result["failed"], result["skipped"]) == (len(BATTERY), 0, 0)
 
 
+@pytest.mark.process
 def test_its_own_tests_run_under_pytest(site: Path, tmp_path: Path, koopmon: Any) -> None:
     shutil.copytree(ECHO / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-k", "not kss and not restraint", "tests"]

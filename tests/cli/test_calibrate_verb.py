@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import math
 import random
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from koopmon.cli import main
-from koopmon.monitor.store import Store
+from koopmon.history.writer import HistoryWriter
 from koopmon.risk.calibration import Example, fit, load, save
-from koopmon.risk.online import Observation
 from koopmon.spectral import profile_states
-from koopmon.wire.messages import Applied, Hello
+from tests.factories import hello, observation, record_observation
 
 NUM_RUNS = 60
 MODEL = """
@@ -51,7 +49,7 @@ class Recorder:
     """Writes one short run after another into a history."""
 
     def __init__(self, path: Path) -> None:
-        self.store = Store.open(path)
+        self.store = HistoryWriter.open(path)
         self.count = 0
 
     def run(
@@ -67,24 +65,8 @@ class Recorder:
     ) -> None:
         self.count += 1
         name, incarnation = f"run-{self.count}", f"{self.count:08x}"
-        hello = Hello(
-            run=name,
-            incarnation=incarnation,
-            process_rank=0,
-            world_size=1,
-            num_senders=1,
-            adapter="transformer",
-            num_layers=2,
-            width=width,
-            acts=True,
-            step=0,
-            applied=Applied(),
-            rate_sized_steps=sized,
-            update_exponent=0.4,
-            koopmon_version="0",
-            torch_version="0",
-        )
-        self.store.record_hello(0.0, hello)
+        said = hello(name, incarnation, num_layers=2, width=width, rate_sized_steps=sized, update_exponent=0.4)
+        self.store.record_hello(0.0, said)
         generator = torch.Generator().manual_seed(self.count)
         x = torch.randn((64, width), generator=generator)
         states = [x, x + scale * torch.randn((64, width), generator=generator) @ torch.randn((width, width))]
@@ -100,19 +82,15 @@ class Recorder:
             profile=profile.to_dict(),
         )
         for step in range(3):
-            self.store.record_observation(
+            record_observation(
+                self.store,
                 float(step),
+                step,
                 name,
                 incarnation,
-                step,
                 scalars={"learning_rate": rate, "loss": 60.0 if diverges and step == 2 else 2.0},
                 lr_scale=lr_scale,
-                kss_alpha=0.0,
-                non_finite=False,
-                observation=asdict(Observation(step=step, informative=True)),
-                risk=0.0,
-                reason="",
-                components={},
+                observation=observation(step),
             )
 
 
@@ -137,6 +115,7 @@ def histories(tmp_path: Path) -> list[str]:
 def test_recorded_runs_make_a_calibrator_that_knows_its_error(
     histories: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("matplotlib")
     out, png = tmp_path / "calibrator.json", tmp_path / "reliability.png"
     assert main(["calibrate", *histories, "--out", str(out), "--png", str(png)]) == 0
     told = capsys.readouterr()

@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 
 from koopmon.cli import main
-from koopmon.doctor import pages
+from koopmon.doctor import http_checks
 from koopmon.wire.codec import encode
 from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply, ProbeReply
 from tests.agent.scripted_monitor import ScriptedMonitor
 from tests.keyring import Keyring
 from tests.monitor.conftest import MonitorProcess, ScriptedAgent, wait_until
 from tests.wire.test_probe import OLDER, answering
+
+pytestmark = pytest.mark.process
 
 FACTORY = """
 import torch
@@ -378,7 +380,7 @@ def test_what_the_monitor_knows_of_a_run(
     assert "in 2 snapshots a tap did not fire" in found["taps"]["found"]
     agent.snapshot(6)
     wait_until(lambda: monitor.sample('snapshots_received_total{run="mute"}'))
-    monkeypatch.setattr(pages, "STALE_SECONDS", -1.0)
+    monkeypatch.setattr(http_checks, "STALE_SECONDS", -1.0)
     _, found = examine(*at(monitor), "--run", "mute")
     assert found["snapshots"]["level"] == "warn"
     agent.goodbye()

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 PYTHON = sys.executable
 
 # Tells what a job sees of its monitor: the metrics page's first bytes, the endpoint's directory, the monitor's pid.

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from koopmon.cli import main
-from koopmon.monitor.history import History
+from koopmon.history.reader import HistoryReader
 from manual.command_line import EXAMPLE, example, verbs
 from tests.cli.test_calibrate_verb import Recorder
 from tests.docs.pages import QUICKSTART, ROOT
@@ -109,5 +109,5 @@ def test_the_example_works(name: str, prepared: Reader, tmp_path: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_the_example_of_run_works(prepared: Reader) -> None:
-    with History.open(prepared.directory / HISTORY) as history:
+    with HistoryReader.open(prepared.directory / HISTORY) as history:
         assert list(history.observations(RUN))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from koopmon.monitor.history import History
+from koopmon.history.reader import HistoryReader
 
 PLAIN = Path(__file__).parent / "programs" / "plain.py"
 SHORT = {"TMPDIR": "/tmp"}
@@ -33,13 +33,14 @@ def watched(directory: Path, store: Path) -> tuple[int, set[int], int]:
     """Of the one run in a store: incarnations, ranks that were heard, profiles."""
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["exit_status"] == 0
-    with History.open(store) as history:
+    with HistoryReader.open(store) as history:
         (run,) = history.runs()
         assert run == summary["run"]
         ranks = {row.process_rank for row in history.heartbeats(run)}
         return len(history.incarnations(run)), ranks, len(list(history.profiles(run)))
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_plain_script_is_watched_and_its_children_are_not(koopmon: Any) -> None:
     alone = koopmon.python(str(PLAIN), **SHORT)
@@ -76,6 +77,7 @@ def test_the_tasks_of_a_batch_script_are_one_run(koopmon: Any, late: str) -> Non
     assert profiles >= 3
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("environ", "words", "said"),
     [

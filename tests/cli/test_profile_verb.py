@@ -124,6 +124,7 @@ def here(bench: Any, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.Captur
     return call
 
 
+@pytest.mark.process
 def test_a_table_a_verdict_and_a_picture(bench: Any, tmp_path: Path) -> None:
     done = bench("profile", "factory.py:make", "--png", "deep/spectrum.png")
     text = done.stdout.decode()
@@ -208,6 +209,7 @@ def test_a_picture_without_matplotlib_is_one_line_before_any_work(
     assert here("profile", "factory.py:make").returncode == 0, "only the picture needs it"
 
 
+@pytest.mark.process
 def test_adapters_name_the_plugin_that_brought_them(koopmon: Any, tmp_path: Path) -> None:
     site = tmp_path / "site"
     info = site / "broken-1.2.dist-info"

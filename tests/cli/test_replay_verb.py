@@ -1,17 +1,16 @@
-"""`koopmon replay` as a user meets it; what it decides is tested in tests/monitor/test_replay.py."""
+"""`koopmon replay` as a user meets it; what it decides is tested in tests/offline/test_replay.py."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from koopmon.cli import main
-from koopmon.monitor.store import Store
-from koopmon.risk.online import Observation
+from koopmon.history.writer import HistoryWriter
+from tests.factories import observation, record_observation
 
 
 @pytest.fixture
@@ -21,24 +20,11 @@ def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("KOOPMON_CONFIG", raising=False)
     path = tmp_path / "koopmon" / "runs" / "team_run.sqlite3"
     path.parent.mkdir(parents=True)
-    store = Store.open(path)
+    store = HistoryWriter.open(path)
     for step in range(20):
         ratios = (0.5, math.exp(3.0) if step in (10, 12) else 0.5)
-        seen = Observation(step=step, informative=True, update_ratios=ratios, near_unit_mass=0.95)
-        store.record_observation(
-            float(step),
-            "team/run",
-            "0123abcd",
-            step,
-            scalars={},
-            lr_scale=1.0,
-            kss_alpha=0.0,
-            non_finite=False,
-            observation=asdict(seen),
-            risk=0.25,
-            reason="",
-            components={},
-        )
+        seen = observation(step, update_ratios=ratios, near_unit_mass=0.95)
+        record_observation(store, float(step), step, "team/run", "0123abcd", observation=seen, risk=0.25)
     store.close()
     return tmp_path
 

@@ -64,6 +64,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
     recorded.koopmon.close()
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_real_run_is_told_and_shown(recorded: Recorded) -> None:
     headline, page = recorded.report.stdout.decode().splitlines()
@@ -82,6 +83,7 @@ def test_a_real_run_is_told_and_shown(recorded: Recorded) -> None:
     assert "transformer, 4 layers, width 128" in text
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_the_same_facts_as_data(recorded: Recorded) -> None:
     done = recorded.koopmon("report", "prose/1", "--json")
@@ -102,6 +104,7 @@ def test_the_same_facts_as_data(recorded: Recorded) -> None:
     assert not (recorded.directory / "koopmon-report-prose_1").exists(), "data alone writes no files"
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.needs("chromium")
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (375, "light"), (375, "dark")])
@@ -168,6 +171,7 @@ def test_without_matplotlib_there_is_a_page_and_one_line(
     assert [path.name for path in (state_home / "plain").iterdir()] == ["report.html"]
 
 
+@pytest.mark.process
 def test_a_plain_install_without_matplotlib_is_enough(state_home: Path) -> None:
     """In a process of its own, in which matplotlib cannot be imported at all."""
     body = "import sys; sys.modules['matplotlib'] = None; from koopmon.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 PYTHON = sys.executable
 Refused = Callable[..., None]
 

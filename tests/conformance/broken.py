@@ -282,7 +282,7 @@ CASES = [
     Case(ClaimsEverything, "90 for a linear layer", ("restraint",)),
     Case(ClaimsOthers, "20 for '.+', a model of adapter '(kan|transformer)', which claims [12]0", ("restraint",)),
     Case(ClaimsTooHigh, "gives 1000 .*, allowed are 1 to 100", ("claim",)),
-    Case(Hesitates, "adapters 'transformer' and 'echo' claim Echo with equal specificity 1", ("claim",)),
+    Case(Hesitates, "adapter 'transformer' claims this model with 1, this one with 1: raise it above", ("claim",)),
     Case(Remembers, "keeps models of one model for the next", ("claim",)),
     Case(Marks, r"specificity\(\) changes the model: Echo", ("untouched",)),
     Case(

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from koopmon.agent.actuator import Actuator
-from koopmon.agent.kss_injection import KssInjection
-from koopmon.agent.link import Outcome
-from koopmon.agent.lr_backoff import LrBackoff
-from koopmon.agent.sampler import Sampler
+from koopmon.agent.capture.sampler import Sampler
+from koopmon.agent.comms.control_channel import CommandResult
+from koopmon.agent.control.actuator import Actuator
+from koopmon.agent.control.kss_injection import KssInjection
+from koopmon.agent.control.lr_backoff import LrBackoff
 from koopmon.api import ArchitectureAdapter, ExampleModel, Stack
 from koopmon.conformance import BATTERY, ConformanceError, checks
 from koopmon.conformance.training import Training
@@ -157,13 +157,13 @@ def deaf(model: nn.Module, selection: Selection) -> str:
 def stubborn(self: Actuator, command: Command, state: Any, step: int) -> Any:
     """Refuses KSS, allowed or not."""
     if command.kind == "set_kss":
-        return None, Outcome(command.id, "refused", step, "KSS would reach blocks.0.mix: through_shielded", True)
+        return None, CommandResult(command.id, "refused", step, "KSS would reach blocks.0.mix: through_shielded", True)
     return JUDGE(self, command, state, step)
 
 
 def two_faced(self: Actuator, command: Command, state: Any, step: int) -> Any:
     """Says that it refuses, and obeys."""
-    return state.after(command, step), Outcome(command.id, "refused", step, self.kss_refusal, True)
+    return state.after(command, step), CommandResult(command.id, "refused", step, self.kss_refusal, True)
 
 
 def evasive(self: Actuator, command: Command, state: Any, step: int) -> Any:
@@ -188,11 +188,31 @@ def test_what_is_shielded_is_kept_from_kss_and_steered_exactly_where_that_is_all
 @pytest.mark.parametrize(
     ("where", "fault", "check", "reason"),
     [
-        ("koopmon.agent.guest.kss_refusal", deaf, "kss-shields", "alpha 1.0 is in force, and blocks.0.mix is shielded"),
-        ("koopmon.agent.actuator.Actuator._judge", two_faced, "kss-shields", "alpha 1.0 is in force"),
-        ("koopmon.agent.actuator.Actuator._judge", evasive, "kss-shields", "KSS is refused, expected to be refused"),
-        ("koopmon.agent.actuator.Actuator._judge", wordless, "kss-shields", "names neither .* in one line: 'no'"),
-        ("koopmon.agent.actuator.Actuator._judge", stubborn, "kss-gradient", "a command is not applied: KSS would"),
+        (
+            "koopmon.agent.runtime.kss_refusal",
+            deaf,
+            "kss-shields",
+            "alpha 1.0 is in force, and blocks.0.mix is shielded",
+        ),
+        ("koopmon.agent.control.actuator.Actuator._judge", two_faced, "kss-shields", "alpha 1.0 is in force"),
+        (
+            "koopmon.agent.control.actuator.Actuator._judge",
+            evasive,
+            "kss-shields",
+            "KSS is refused, expected to be refused",
+        ),
+        (
+            "koopmon.agent.control.actuator.Actuator._judge",
+            wordless,
+            "kss-shields",
+            "names neither .* in one line: 'no'",
+        ),
+        (
+            "koopmon.agent.control.actuator.Actuator._judge",
+            stubborn,
+            "kss-gradient",
+            "a command is not applied: KSS would",
+        ),
     ],
 )
 def test_a_shield_that_does_not_hold_is_found(

@@ -47,7 +47,9 @@ def parsed(words: Sequence[str]) -> dict[str, Any]:
 def beside_python(tool: str) -> str:
     """A checker that pip installs: beside this Python, else on the path."""
     found = shutil.which(tool, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert found is not None, f"{tool} is not installed: it comes with koopmon[dev]"
+    if found is None:
+        wanting = f"needs {tool}, which comes with koopmon[dev]"
+        pytest.fail(wanting) if os.environ.get("REQUIRE_ALL") == "1" else pytest.skip(wanting)
     return found
 
 

@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 
 from koopmon.config import load
 from tests.deploy.cluster import free_ports
 from tests.deploy.conftest import DEPLOY, HOUSE, KOOPMON, Starter, beside_python, environment, parsed, ready, wait_until
+
+httpx = pytest.importorskip("httpx")
 
 DOCKERFILE = (DEPLOY / "docker/Dockerfile").read_text()
 MONITOR_DIRECTORY = "/etc/koopmon"
@@ -46,12 +47,14 @@ def monitor_command() -> list[str]:
     return ["koopmon", *compose("compose.yaml")["services"]["monitor"]["command"]]
 
 
+@pytest.mark.process
 def test_the_dockerfile_is_clean() -> None:
     words = [beside_python("hadolint"), str(DEPLOY / "docker/Dockerfile")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.process
 def test_torch_comes_first_and_alone() -> None:
     """By the very expression that picks the pin out of constraints.txt."""
     (expression,) = re.findall(
@@ -63,6 +66,7 @@ def test_torch_comes_first_and_alone() -> None:
     assert DOCKERFILE.index("${TORCH_PIP_ARGS} ") < DOCKERFILE.index('pip install -c constraints.txt ".[plots]"')
 
 
+@pytest.mark.process
 def test_the_package_builds_from_what_the_image_is_made_of(tmp_path: Path) -> None:
     """Every source of a COPY is let through by .dockerignore, and together they are enough for a wheel."""
     let_through = {line[1:] for line in (HOUSE / ".dockerignore").read_text().splitlines() if line.startswith("!")}
@@ -104,6 +108,7 @@ def test_the_image_starts_a_monitor_as_nobody_of_note() -> None:
     assert re.findall(r"^USER (.*)$", DOCKERFILE, re.M) == ["10001:10001"]
 
 
+@pytest.mark.process
 @pytest.mark.needs("docker-compose")
 def test_the_compose_files_are_sound() -> None:
     services = compose("compose.yaml")["services"]
@@ -122,6 +127,7 @@ def test_the_compose_files_are_sound() -> None:
         assert re.search(r":v?\d", service["image"]) or service["image"].startswith("koopmon:"), name
 
 
+@pytest.mark.process
 @pytest.mark.needs("docker-compose")
 def test_the_monitors_command_line_is_one() -> None:
     given = parsed(monitor_command())
@@ -193,6 +199,7 @@ def test_the_same_processes_without_containers(tmp_path: Path, start: Starter) -
     assert (keys / "monitor.secret").read_bytes() == secret
 
 
+@pytest.mark.process
 @pytest.mark.needs("promtool")
 def test_the_page_shows_configurations_that_prometheus_takes(tmp_path: Path) -> None:
     page = (HOUSE / "docs/deploy.md").read_text()

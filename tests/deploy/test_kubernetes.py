@@ -12,14 +12,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
+
+pytest.importorskip("kubernetes_validate")
+
+import kubernetes_validate
 import yaml
 
 from koopmon.config import load
 from koopmon.errors import KeysError
+from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.keys import read_secret
-from koopmon.wire.trust import Trust
 from tests.deploy.conftest import DEPLOY, HOUSE, koopmon, parsed
 
 ROOM = DEPLOY / "kubernetes"
@@ -192,6 +195,7 @@ def test_nothing_runs_as_root_or_writes_to_its_image() -> None:
         assert "memory" in container["resources"]["limits"]
 
 
+@pytest.mark.process
 def test_the_monitor_takes_the_copied_keys_and_would_not_take_the_mounted_ones(tmp_path: Path) -> None:
     keys = tmp_path / "made"
     koopmon("keys", "make", "--keys", str(keys))
@@ -202,13 +206,14 @@ def test_the_monitor_takes_the_copied_keys_and_would_not_take_the_mounted_ones(t
     target.mkdir()
     target.chmod(0o2777)  # an emptyDir for a group
     copy_keys(POD, secrets_monitor=mounted, secrets_agents=served, keys=target)
-    trust = Trust(target / "koopmon")
-    assert trust.monitor_secret() == Trust(keys).monitor_secret()
-    assert len(trust.authorised_agents()) == 1
+    trust = AuthPolicy(target / "koopmon")
+    assert trust.monitor_secret() == AuthPolicy(keys).monitor_secret()
+    assert len(trust.authorized_keys()) == 1
     with pytest.raises(KeysError, match="lets others in"):
         read_secret(mounted, "monitor")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["PyTorchJob", "TrainJob"])
 def test_the_example_jobs_find_the_monitor_and_their_keys(tmp_path: Path, kind: str) -> None:
     keys = tmp_path / "made"
@@ -228,6 +233,6 @@ def test_the_example_jobs_find_the_monitor_and_their_keys(tmp_path: Path, kind: 
         target.mkdir(mode=0o777)
         copy_keys(pod, secrets=mounted, keys=target)
         (mount,) = pod["spec"]["containers"][0]["volumeMounts"]
-        trust = Trust(target / given["keys"].relative_to(mount["mountPath"]))
+        trust = AuthPolicy(target / given["keys"].relative_to(mount["mountPath"]))
         trust.check_agent_keys("tcp://10.0.0.1:9465")
         assert os.stat(target / "koopmon/agent.secret").st_mode & 0o077 == 0

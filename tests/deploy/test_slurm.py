@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from koopmon.monitor.store import Store
+from koopmon.history.writer import HistoryWriter
 from tests.deploy.cluster import Cluster, free_ports
 from tests.deploy.conftest import DEPLOY, HOUSE, begun, beside_python, environment, koopmon, wait_until
 
@@ -19,6 +19,7 @@ SCRIPTS = DEPLOY / "slurm"
 TRAIN = (str(HOUSE / "tests/scripts/train_prose.py"), "--lr", "0.001")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sbatch")), ids=lambda path: path.name)
 def test_scripts_are_clean(script: Path) -> None:
     words = [beside_python("shellcheck"), str(script)]
@@ -26,6 +27,7 @@ def test_scripts_are_clean(script: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "environ", "told"),
     [
@@ -73,7 +75,7 @@ def test_a_job_with_a_monitor_of_its_own_on_two_nodes(cluster: Cluster) -> None:
     assert ended(log) == "finished"
     kept = cluster.home / f"koopmon-{job}"
     assert "2 ranks" in (kept / "monitor.log").read_text()
-    with Store.open_readonly(kept / "history.sqlite3") as history:
+    with HistoryWriter.open_readonly(kept / "history.sqlite3") as history:
         assert history.runs() == [f"koopmon-{job}"]
 
 
@@ -127,5 +129,5 @@ def test_two_jobs_share_a_monitor_that_outlives_them(cluster: Cluster) -> None:
     cluster.ask("scancel", "--batch", "--signal=TERM", monitor)
     assert cluster.finished(monitor) == "COMPLETED", cluster.output(monitor)
     assert not (shared / "endpoint").exists()
-    with Store.open_readonly(shared / "store/monitor.sqlite3") as history:
+    with HistoryWriter.open_readonly(shared / "store/monitor.sqlite3") as history:
         assert sorted(history.runs()) == [f"{name}-{job}" for name, job in zip(names, jobs, strict=True)]

@@ -13,12 +13,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
-from koopmon.wire.trust import Trust
+from koopmon.wire.auth_policy import AuthPolicy
 from tests.deploy.conftest import DEPLOY, KOOPMON, Starter, environment, koopmon, parsed, ready, wait_until
 from tests.monitor.conftest import ScriptedAgent
+
+httpx = pytest.importorskip("httpx")
 
 UNIT = DEPLOY / "systemd" / "koopmon-monitor.service"
 
@@ -93,6 +94,7 @@ def unit(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.process
 @pytest.mark.needs("systemd-analyze")
 @pytest.mark.parametrize("drop_in", ["", "gpu.conf"])
 def test_the_unit_is_sound(unit: Path, drop_in: str) -> None:
@@ -106,6 +108,7 @@ def test_the_unit_is_sound(unit: Path, drop_in: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.process
 @pytest.mark.needs("systemd-analyze")
 def test_the_unit_exposes_little(unit: Path) -> None:
     done = subprocess.run(
@@ -118,6 +121,7 @@ def test_the_unit_exposes_little(unit: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.process
 @pytest.mark.needs("systemd-sysusers")
 def test_the_user_can_be_made(tmp_path: Path) -> None:
     """Under a root of its own, never in this system."""
@@ -139,6 +143,7 @@ def test_the_command_line_is_one() -> None:
     assert given["ready_file"] == Path("/run") / values("RuntimeDirectory")[0] / "ready.json"
 
 
+@pytest.mark.process
 @pytest.mark.needs("systemd-analyze")
 def test_a_monitor_serves_under_the_units_settings(tmp_path: Path, start: Starter) -> None:
     """Its command line, its umask and its system calls, with keys in the directory that it has for them."""
@@ -162,7 +167,7 @@ def test_a_monitor_serves_under_the_units_settings(tmp_path: Path, start: Starte
     assert subprocess.run(waiting, timeout=60, check=False).returncode == 0
     pages = f"http://{told['http']}"
     assert httpx.get(f"{pages}/readyz", timeout=30).text == "ok\n"
-    agent = ScriptedAgent(told["endpoint"], trust=Trust(state / "keys", curve_on_loopback=True))
+    agent = ScriptedAgent(told["endpoint"], trust=AuthPolicy(state / "keys", curve_on_loopback=True))
     try:
         agent.hello()
         agent.snapshot(1)

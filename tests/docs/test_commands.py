@@ -103,6 +103,7 @@ def test_what_a_page_says_works(page: Path, reader: Reader) -> None:
         reader.type(command)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("block", SHELL, ids=lambda block: block.place)
 def test_what_is_not_run_is_spelt_right(block: Block) -> None:
     for command in commands(block):
@@ -135,6 +136,7 @@ def test_a_reason_is_a_sentence_and_belongs_to_a_block() -> None:
         assert all(len(each) > 10 for each in told)
 
 
+@pytest.mark.process
 def test_the_pages_are_read(tmp_path: Path) -> None:
     assert {"README.md", "CONTRIBUTING.md", "quickstart.md"} <= {block.page.name for block in SHELL}
     page = tmp_path / "page.md"
@@ -149,6 +151,7 @@ def test_the_pages_are_read(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.process
 def test_a_command_that_fails_is_noticed(reader: Reader) -> None:
     with pytest.raises(AssertionError, match="ended with status 3"):
         reader.type("exit 3")

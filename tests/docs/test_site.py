@@ -14,6 +14,8 @@ import pytest
 
 from tests.docs.pages import ROOT
 
+pytestmark = pytest.mark.process
+
 GENERATED = {"reference/cli.html", "reference/configuration.html", "reference/python.html", "reference/protocol.html"}
 ELSEWHERE = re.compile(r"""(?:src|href|srcset)=["']?((?:https?:)?//[^"' >]+)|url\(["']?((?:https?:)?//[^"')]+)""")
 IMAGE = re.compile(r'<img [^>]*src="([^"]+)"')

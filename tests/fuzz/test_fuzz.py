@@ -50,6 +50,7 @@ def test_frames_and_their_input_are_each_other() -> None:
     assert len(mutated) > 10
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_moment_of_fuzzing(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from koopmon.cli import main
 from tests.fake_grafana import TOKEN, FakeGrafana
+from tests.monitor.conftest import connect, start_monitor, start_process, store_path, until  # noqa: F401
 
 Push = Callable[..., tuple[int, str, str]]
 SECRETS = (TOKEN, "S3CRETofSlack", "t0ken")
@@ -23,6 +24,7 @@ def grafana() -> Iterator[FakeGrafana]:
 @pytest.fixture
 def push(grafana: FakeGrafana, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Push:
     """Push to `grafana`; returns exit status, output and errors, in which no secret ever stands."""
+    pytest.importorskip("grafana_client")
     for name in ("KOOPMON_CONFIG", "KOOPMON_SLACK_WEBHOOK", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KOOPMON_GRAFANA_TOKEN", TOKEN)

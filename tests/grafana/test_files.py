@@ -12,8 +12,8 @@ import yaml
 from koopmon.cli import main
 from koopmon.grafana.files import DATASOURCE_UID, files
 from koopmon.grafana.pages import pages
-from koopmon.monitor.alerts import ALERTS
-from koopmon.monitor.metrics import TABLE
+from koopmon.telemetry.alerts import ALERTS
+from koopmon.telemetry.metrics import TABLE
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,6 +70,7 @@ def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path: Path, capsys
     assert said.count("\n") == 1
 
 
+@pytest.mark.process
 @pytest.mark.needs("amtool")
 def test_alertmanager_takes_its_configuration() -> None:
     command = ["amtool", "check-config", str(ROOT / "deploy" / "alertmanager.yml")]

@@ -206,6 +206,7 @@ def command(grafana: FakeGrafana, tmp_path: Path) -> Callable[..., subprocess.Co
     return run
 
 
+@pytest.mark.process
 def test_exit_statuses_of_the_real_command(
     command: Callable[..., subprocess.CompletedProcess[str]], grafana: FakeGrafana
 ) -> None:
@@ -226,6 +227,7 @@ def test_exit_statuses_of_the_real_command(
     assert "Traceback" not in gone.stderr
 
 
+@pytest.mark.process
 def test_without_the_extra_one_line_says_what_to_install(
     command: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from benchmarks.alert_lead import WARNING, WIDTH, Pair, lead, left_band
 from benchmarks.alert_stack import Stack
 from koopmon.grafana.dashboards import dashboards
 from koopmon.grafana.rules import prometheus_rules
+
+httpx = pytest.importorskip("httpx")
 
 pytestmark = [
     pytest.mark.timeout(420),

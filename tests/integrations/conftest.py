@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from koopmon.cli.embedded import EmbeddedMonitor
-from koopmon.monitor.history import History
+from koopmon.history.reader import HistoryReader
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).parent / "programs"
@@ -69,7 +69,7 @@ def monitors(tmp_path: Path) -> Iterator[Callable[..., EmbeddedMonitor]]:
 
 def history(monitor: EmbeddedMonitor, run: str) -> tuple[int, list[str]]:
     """How many profiles the monitor has written down of a run, and what became of each command, in words."""
-    with History.open(monitor.store) as known:
+    with HistoryReader.open(monitor.store) as known:
         profiles = len(list(known.profiles(run)))
         rows = [row for decision in known.decisions(run) for row in decision.commands]
     return profiles, [f"{row.command.kind} {row.outcome}" for row in rows]

@@ -46,6 +46,7 @@ class HuggingFace:
     """`fit` trains, calls `after_step(k)` behind each step, and tells how many steps were made."""
 
     def __init__(self, **options: Any) -> None:
+        pytest.importorskip("transformers")
         from koopmon.integrations.huggingface import KoopmonCallback
 
         self.callback = KoopmonCallback(**options)
@@ -83,6 +84,7 @@ class Lightning:
     """Likewise."""
 
     def __init__(self, **options: Any) -> None:
+        pytest.importorskip("lightning")
         from koopmon.integrations.lightning import KoopmonCallback
 
         self.callback = KoopmonCallback(**options)
@@ -176,6 +178,7 @@ def test_a_training_that_raises_says_so(library: Any, monitor: ScriptedMonitor) 
         assert monitor.of(Goodbye)[0].reason == "the training raised FailureError"
 
 
+@pytest.mark.process
 def test_what_nobody_caught_is_said_when_the_interpreter_ends(monitor: ScriptedMonitor) -> None:
     text = """
 import sys
@@ -259,6 +262,7 @@ def test_a_mistake_in_an_argument_is_raised_before_the_first_step(library: Any) 
     assert seen == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("module", "library", "extra"),
     [

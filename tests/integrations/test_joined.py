@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from koopmon.monitor.history import History
+from koopmon.history.reader import HistoryReader
 from tests.integrations.conftest import PROGRAMS, TORCHRUN, ended_well
 
 
@@ -26,7 +26,7 @@ def test_the_callback_uses_the_agent_that_is_there(program: str, tmp_path: Path)
         assert phase["status"]["layout"] == "ddp"
         assert phase["closed"] == "", "who attached it closes it, at the end of the process"
         assert len(phase["losses"]) == 12
-    with History.open(store) as history:
+    with HistoryReader.open(store) as history:
         assert list(history.runs()) == ["of-the-job"]
         assert len(history.incarnations("of-the-job")) == 1
         assert len(list(history.profiles("of-the-job"))) >= 3

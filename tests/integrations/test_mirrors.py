@@ -47,6 +47,7 @@ def agent(monitor: ScriptedMonitor) -> Iterator[koopmon.Agent]:
 
 def read_back(directory: Path) -> dict[str, list[tuple[int, float]]]:
     """Tags of the event files below a directory, with (step, value)."""
+    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found: dict[str, list[tuple[int, float]]] = {}
@@ -69,6 +70,7 @@ def test_what_is_shown(agent: koopmon.Agent) -> None:
 
 
 def test_tensorboard_reads_it_back_from_a_run_of_its_own_and_from_the_users(agent: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
     own = TensorBoardMirror(tmp_path / "own")
@@ -87,9 +89,10 @@ def test_tensorboard_reads_it_back_from_a_run_of_its_own_and_from_the_users(agen
     assert read_back(tmp_path / "theirs")["loss"] == [(8, 1.0)]
 
 
-def test_a_tracker_that_fails_is_one_line(agent: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [OSError("No space left on device"), SystemExit("No space left on device")])
+def test_a_tracker_that_fails_is_one_line(error: BaseException, agent: Any, caplog: pytest.LogCaptureFixture) -> None:
     def full(*_: Any) -> None:
-        raise OSError("No space left on device")
+        raise error
 
     mirror = TensorBoardMirror(SimpleNamespace(add_scalar=full))
     for step in range(3):
@@ -127,7 +130,7 @@ run.finish()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_wandb_holds_it_beside_the_users_own(tmp_path: Path) -> None:
     done = ended_well(("-c", WANDB, str(tmp_path)), WANDB_MODE="offline", WANDB_SILENT="true", HOME=str(tmp_path))
     assert done.stdout.strip().splitlines()[-1] == str(
@@ -144,6 +147,8 @@ def waiting(callback: Any, monitor: ScriptedMonitor) -> Callable[[], None]:
 
 
 def test_hugging_faces_trainer_that_reports_to_tensorboard_shows_it(monitor: ScriptedMonitor, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("transformers")
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from koopmon.integrations.huggingface import KoopmonCallback
@@ -173,6 +178,8 @@ def test_hugging_faces_trainer_that_reports_to_tensorboard_shows_it(monitor: Scr
 
 
 def test_lightnings_loggers_show_it(monitor: ScriptedMonitor, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("lightning")
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
+
+pytest.importorskip("optuna")
+
+import optuna
 import torch
 from torch import nn
 

@@ -18,6 +18,7 @@ BLOCKS = dict(re.findall(r'^```python title="([^"]+)"\n(.*?)^```$', PAGE, re.MUL
 
 
 def test_the_study_prunes_some_and_trains_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna")
     shutil.copy(ROOT / "benchmarks" / "results" / "calibrator.json", tmp_path)
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)

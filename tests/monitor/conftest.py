@@ -13,17 +13,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
-import httpx
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
 from koopmon.config import Config, from_mapping
+from koopmon.history.reader import HistoryReader
+from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.daemon import Addresses, Monitor
-from koopmon.monitor.history import History
-from koopmon.monitor.store import Store
+from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
 from koopmon.wire.messages import (
     Ack,
@@ -33,14 +34,13 @@ from koopmon.wire.messages import (
     Goodbye,
     Heartbeat,
     HeartbeatReply,
-    Hello,
     MonitorMessage,
     Refused,
     Shard,
     Welcome,
 )
 from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
-from koopmon.wire.trust import Trust
+from tests import factories
 
 WAIT_SECONDS = 60.0
 Waiter = Callable[[Callable[[], Any]], Any]
@@ -73,7 +73,7 @@ class ScriptedAgent:
         incarnation: str = "aaaaaaaa",
         rank: int = 0,
         num_senders: int = 1,
-        trust: Trust | None = None,
+        trust: AuthPolicy | None = None,
     ) -> None:
         self.name = {"run": run, "incarnation": incarnation}
         self.rank, self.num_senders = rank, num_senders
@@ -91,20 +91,9 @@ class ScriptedAgent:
 
     def hello(self, **fields: Any) -> Welcome | Refused:
         """Say hello and wait for the answer; a welcome opens the data channel."""
-        values = {
-            "process_rank": self.rank,
-            "world_size": max(self.num_senders, self.rank + 1),
-            "num_senders": self.num_senders,
-            "adapter": "transformer",
-            "num_layers": 3,
-            "width": 12,
-            "acts": True,
-            "step": 0,
-            "applied": Applied(),
-            "koopmon_version": "0",
-            "torch_version": "0",
-        }
-        self.send(Hello(**self.name, **{**values, **fields}))
+        ranks = {"world_size": max(self.num_senders, self.rank + 1), "num_senders": self.num_senders}
+        values = {"process_rank": self.rank, "num_layers": 3, "width": 12, **ranks}
+        self.send(factories.hello(**self.name, **{**values, **fields}))
         answer = self.expect((Welcome, Refused))
         if isinstance(answer, Welcome):
             if self.data is not None:
@@ -182,7 +171,8 @@ class Served:
 
     def samples(self) -> dict[str, float]:
         """Every sample of /metrics, as `name{label="value",...}` without the prefix."""
-        text = httpx.get(f"http://{self.addresses.http}/metrics", timeout=30.0).text
+        with urlopen(f"http://{self.addresses.http}/metrics", timeout=30.0) as answer:
+            text = answer.read().decode("utf-8")
         found = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
@@ -193,8 +183,8 @@ class Served:
     def sample(self, name: str) -> float | None:
         return self.samples().get(name)
 
-    def history(self) -> History:
-        return Store.open_readonly(self.store)
+    def history(self) -> HistoryReader:
+        return HistoryWriter.open_readonly(self.store)
 
 
 class ThreadedMonitor(Served):

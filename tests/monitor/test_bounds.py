@@ -15,19 +15,19 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from koopmon.config import Config, KssConfig, MonitorConfig, PolicyConfig, RiskConfig, StoreConfig
+from koopmon import policy
+from koopmon.config import Config, KssConfig, MonitorConfig, PolicyConfig, RiskConfig, StoreConfig, merged
 from koopmon.errors import ProtocolError
-from koopmon.monitor import policy
+from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.assembler import Assembler
-from koopmon.monitor.guard import MAX_REPLACED, Answered, Guard, Memory, Verdict, merged
-from koopmon.monitor.metrics import MAX_LAYERS, Metrics
-from koopmon.monitor.runs import LAST_STEP, AdmissionError, RunRegistry
+from koopmon.monitor.registry import LAST_STEP, AdmissionError, RunRegistry
+from koopmon.monitor.run_controller import MAX_REPLACED, Answered, Assessment, ControllerCheckpoint, RunController
 from koopmon.monitor.sample import Sample
-from koopmon.monitor.store import Store
-from koopmon.risk import online
-from koopmon.risk.surprise import Surprise
+from koopmon.risk import online_detector
+from koopmon.risk.loss_zscore import LossZScore
 from koopmon.spectral import SpectralProfile, profile_states
-from koopmon.spectral.records import finite_mean
+from koopmon.spectral.profiles import finite_mean
+from koopmon.telemetry.metrics import MAX_LAYERS, Metrics
 from koopmon.wire.codec import encode
 from koopmon.wire.messages import (
     MAX_MODULUS,
@@ -57,13 +57,13 @@ def sample(step: int, **fields: Any) -> Sample:
     return Sample(step=step, **{**scalars, **fields})
 
 
-def make_guard(name: str = "lr", *, memory: bytes | None = None, step: int = 0, **fields: Any) -> Guard:
+def make_guard(name: str = "lr", *, memory: bytes | None = None, step: int = 0, **fields: Any) -> RunController:
     config = Config(policy=PolicyConfig(name=name, cooldown_steps=1))  # type: ignore[arg-type]
-    return Guard(config, hello(step=step, **fields), Applied(), memory=memory)
+    return RunController(config, hello(step=step, **fields), Applied(), checkpoint=memory)
 
 
-def explode(guard: Guard, step: int = 10, *, now: float = 0.0) -> Verdict:
-    return guard.judge(now, sample(step), None, step=step)
+def explode(guard: RunController, step: int = 10, *, now: float = 0.0) -> Assessment:
+    return guard.assess(now, sample(step), None, step=step)
 
 
 def amplifying(factor: float, seed: int = 0) -> SpectralProfile:
@@ -133,7 +133,7 @@ def test_a_command_that_cannot_be_said_is_neither_recorded_nor_expected(
     assert verdict.unencodable is not None
     assert verdict.unencodable.reason == "schema"
     assert (verdict.decision, verdict.commands, verdict.remarkable) == (None, (), False)
-    assert not guard.waiting
+    assert not guard.has_pending
     assert guard.due(1e9) == []
     assert guard.policy_state == before, "as if it had not been decided"
     assert explode(guard, 11).commands, "the next one is"
@@ -152,9 +152,9 @@ def test_kss_begins_where_the_protocol_allows_it(factor: float, tau_u: float) ->
     """1.5 times the calm radius, and never below it."""
     guard = make_guard("kss")
     for step in range(1, 30):
-        verdict = guard.judge(float(step), sample(step), amplifying(factor), step=step)
+        verdict = guard.assess(float(step), sample(step), amplifying(factor), step=step)
         assert not verdict.commands
-    lurch = guard.judge(30.0, sample(30), amplifying(1.0 if factor > 100.0 else 500.0), step=30)
+    lurch = guard.assess(30.0, sample(30), amplifying(1.0 if factor > 100.0 else 500.0), step=30)
     (command,) = [each for each in lurch.commands if each.kind == "set_kss"]
     assert command.kss is not None
     assert command.kss.tau_u == pytest.approx(tau_u, rel=0.02)
@@ -166,8 +166,8 @@ def test_kss_begins_where_the_protocol_allows_it(factor: float, tau_u: float) ->
 def test_where_it_could_only_begin_below_the_calm_radius_kss_stays_off_and_says_so(factor: float) -> None:
     guard = make_guard("kss+lr")
     for step in range(1, 30):
-        guard.judge(float(step), sample(step), amplifying(factor), step=step)
-    verdicts = [guard.judge(float(step), sample(step), amplifying(1.0), step=step) for step in range(30, 50)]
+        guard.assess(float(step), sample(step), amplifying(factor), step=step)
+    verdicts = [guard.assess(float(step), sample(step), amplifying(1.0), step=step) for step in range(30, 50)]
     kinds = [command.kind for verdict in verdicts for command in verdict.commands]
     assert "set_kss" not in kinds
     assert "set_lr_scale" in kinds, "back-off goes on alone"
@@ -179,11 +179,11 @@ def test_where_it_could_only_begin_below_the_calm_radius_kss_stays_off_and_says_
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -math.inf, -1.0, 0.0, 5e-324, 1e300, LARGEST])
 @pytest.mark.parametrize("slope", [0.0, 10.0, 1000.0])
 def test_no_learning_rate_blinds_the_detector(rate: float, slope: float) -> None:
-    """The risk of a run that lurches is that of a number."""
+    """The risk of a run that jumps and stays there is that of a number."""
     config = Config(risk=RiskConfig(prior_slope=slope, critical_rate=1e-9))
-    guard = Guard(config, hello(rate_sized_steps=True, update_exponent=0.0), Applied())
-    for step, factor in enumerate((2.0, 2.0, 300.0, 2.0), start=1):
-        verdict = guard.judge(float(step), sample(step, learning_rate=rate), amplifying(factor), step=step)
+    guard = RunController(config, hello(rate_sized_steps=True, update_exponent=0.0), Applied())
+    for step, factor in enumerate((2.0, 2.0, 300.0, 300.0), start=1):
+        verdict = guard.assess(float(step), sample(step, learning_rate=rate), amplifying(factor), step=step)
         assert math.isfinite(verdict.risk.value)
         assert 0.0 <= verdict.risk.forecast <= 1.0
     assert verdict.risk.value > 0.0
@@ -192,10 +192,10 @@ def test_no_learning_rate_blinds_the_detector(rate: float, slope: float) -> None
 
 def test_a_risk_that_is_no_number_is_an_error_and_no_calm(monkeypatch: pytest.MonkeyPatch) -> None:
     guard = make_guard()
-    state = online.OnlineRisk(value=math.nan, reason="on purpose")
-    monkeypatch.setattr(online, "assess", lambda *_: (online.RiskState(step=7), state))
+    state = online_detector.OnlineRisk(value=math.nan, reason="on purpose")
+    monkeypatch.setattr(online_detector, "assess", lambda *_: (online_detector.RiskState(step=7), state))
     with pytest.raises(ArithmeticError, match="risk at step 3 is nan"):
-        guard.judge(0.0, sample(3), None, step=3)
+        guard.assess(0.0, sample(3), None, step=3)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_no_threshold_of_an_adapter_blinds_the_detector(name: str) -> None:
     for value in (0.0, 5e-324, 1e-6, 1.0, 1e6, LARGEST, -LARGEST):
         guard = make_guard(thresholds={name: value}, rate_sized_steps=True, update_exponent=0.0)
         for step, factor in enumerate((2.0, 300.0, 2.0), start=1):
-            verdict = guard.judge(float(step), sample(step, learning_rate=1e300), amplifying(factor), step=step)
+            verdict = guard.assess(float(step), sample(step, learning_rate=1e300), amplifying(factor), step=step)
             assert math.isfinite(verdict.risk.value)
 
 
@@ -248,10 +248,10 @@ def test_every_other_message_at_such_a_step_is_refused_and_leaves_the_run_as_it_
     ]
     for message in later:
         with pytest.raises(ProtocolError, match=f"at step {step}") as caught:
-            registry.heard(1.0, message, b"peer")
+            registry.on_message(1.0, message, b"peer")
         assert caught.value.reason == "refused"
     with pytest.raises(ProtocolError, match=f"at step {step}"):
-        registry.received(1.0, Shard(**NAME, process_rank=0, step=step, **shape))
+        registry.on_shard(1.0, Shard(**NAME, process_rank=0, step=step, **shape))
     run = registry.get("job")
     assert run is not None
     assert (run.step, run.last_heard, run.applied) == (3, 0.0, Applied())
@@ -264,9 +264,9 @@ def altered(**changes: Any) -> bytes:
     """A guard's memory with some values of its parts replaced."""
     guard = make_guard("kss+lr")
     for step in (1, 2, 3):
-        guard.score_initially(step, amplifying(2.0, step))
-        guard.judge(float(step), sample(step), amplifying(2.0, step), step=step)
-    told = json.loads(guard.memory())
+        guard.record_initial_score(step, amplifying(2.0, step))
+        guard.assess(float(step), sample(step), amplifying(2.0, step), step=step)
+    told = json.loads(guard.checkpoint())
     for path, value in changes.items():
         part, _, name = path.partition("__")
         told[part][name] = value
@@ -302,13 +302,13 @@ def test_what_a_history_hands_back_is_checked_like_what_a_peer_says(changes: dic
     assert guard.initial is None or guard.initial.score is None or 0.0 <= guard.initial.score <= 1.0
     cuts: list[Command] = []
     for step in range(5, 200):
-        verdict = guard.judge(1000.0 + step, sample(step), amplifying(300.0 if step % 20 == 0 else 2.0), step=step)
+        verdict = guard.assess(1000.0 + step, sample(step), amplifying(300.0 if step % 20 == 0 else 2.0), step=step)
         assert math.isfinite(verdict.risk.value)
         assert verdict.unencodable is None
         for command in verdict.commands:
             assert encode(command)
         cuts += [command for command in verdict.commands if command.kind == "set_lr_scale"]
-        msgspec.json.decode(guard.memory(), type=Memory)
+        msgspec.json.decode(guard.checkpoint(), type=ControllerCheckpoint)
     assert cuts, "it still backs off"
     assert guard.policy_state.kss_on_at is None or guard.policy_state.kss_on_at < 200
 
@@ -328,14 +328,14 @@ def test_a_memory_that_is_none_is_left_out_with_one_line(memory: Any, caplog: py
 @pytest.mark.parametrize("value", [7, b"\xff", "[", "[" * 100_000, '{"lr_scale": 1e400}', '{"lr_scale": 0}', 1.5])
 def test_what_was_applied_is_checked_too(value: Any, tmp_path: Path) -> None:
     path = tmp_path / "history.sqlite3"
-    store = Store.open(path)
+    store = HistoryWriter.open(path)
     store.record_applied(0.0, "job", "aaaaaaaa", 3, Applied(lr_scale=0.5))
     assert store.last_applied("job", other_than="bbbbbbbb") == Applied(lr_scale=0.5)
     store.close()
     with sqlite3.connect(path) as database:
         database.execute("UPDATE incarnations SET applied = ?", (value,))
     database.close()
-    store = Store.open(path)
+    store = HistoryWriter.open(path)
     assert store.last_applied("job", other_than="bbbbbbbb") is None
     store.close()
 
@@ -345,7 +345,7 @@ def test_a_record_that_cannot_be_written_keeps_no_other_waiting(
 ) -> None:
     """Of one run: SQLite has no integer beyond 2**63, and JSON no lone surrogate."""
     clock = [0.0]
-    store = Store.open(tmp_path / "history.sqlite3", StoreConfig(), clock=lambda: clock[0])
+    store = HistoryWriter.open(tmp_path / "history.sqlite3", StoreConfig(), clock=lambda: clock[0])
     for _ in range(5):
         store.record_applied(0.0, "bad", "aaaaaaaa", 1 << 70, Applied())
         store.record_heartbeat(
@@ -421,11 +421,11 @@ def test_series_that_share_layers_survive_what_cannot_be_summed() -> None:
 
 
 def test_a_loss_that_is_absurd_surprises_and_no_more() -> None:
-    surprise = Surprise()
+    surprise = LossZScore()
     for loss in (2.0, 1e29, -1e29, LARGEST, -LARGEST, math.inf, math.nan, 1e-320) * 5:
         surprise = surprise.after(loss)
         assert surprise.value <= 1e6
-        assert msgspec.json.decode(msgspec.json.encode(surprise), type=Surprise) == surprise
+        assert msgspec.json.decode(msgspec.json.encode(surprise), type=LossZScore) == surprise
 
 
 # What became of commands, once each.
@@ -439,14 +439,14 @@ def test_a_replaced_command_counts_with_its_late_answer_or_not_at_all() -> None:
         ack = Ack(**NAME, command_id=command.id, outcome="applied", step=101, applied=Applied())
         answered = guard.acknowledge(2.0, ack)
         assert answered == Answered(command.kind, first=True, counts=True)
-    assert guard.give_up(1e9, MAX_STEP, Applied()) == []
+    assert guard.expire(1e9, MAX_STEP, Applied()) == []
     assert guard.abandon() == []
 
 
 def test_what_was_counted_as_unanswered_does_not_count_again() -> None:
     guard = make_guard()
     commands = explode(guard, 10).commands
-    assert guard.give_up(100.0, 1000, Applied()) == list(commands)
+    assert guard.expire(100.0, 1000, Applied()) == list(commands)
     for first in (True, False):
         for command in commands:
             ack = Ack(**NAME, command_id=command.id, outcome="applied", step=1001, applied=Applied())
@@ -458,7 +458,7 @@ def test_replaced_commands_do_not_pile_up() -> None:
     counted = 0
     for number in range(500):  # a run whose step does not move on
         guard._policy_state = policy.PolicyState()
-        guard.judge(float(number), sample(10), None, step=LAST_STEP)
-        counted += len(guard.give_up(float(number), 10, Applied()))
+        guard.assess(float(number), sample(10), None, step=LAST_STEP)
+        counted += len(guard.expire(float(number), 10, Applied()))
     assert len(guard._waiting) <= MAX_REPLACED + 4
     assert counted + len(guard._waiting) == 1000

@@ -7,17 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
+from koopmon import policy
 from koopmon.config import Config
 from koopmon.errors import EndpointError, StoreError
-from koopmon.monitor import policy
 from koopmon.monitor.daemon import Monitor
 from koopmon.monitor.service import Service
 from koopmon.wire.codec import MAGIC, PREFIX, encode
 from koopmon.wire.messages import Applied, Command, Goodbye, Heartbeat, HeartbeatReply, KssSettings, Refused, Welcome
+
+httpx = pytest.importorskip("httpx")
 
 Start = Callable[..., Any]
 Until = Callable[[Callable[[], Any]], Any]

@@ -45,16 +45,19 @@ def test_devices_are_checked_by_name(gpus: Gpus) -> None:
     assert choose_device("cuda:1") == torch.device("cuda", 1)
 
 
+@pytest.mark.process
 def test_auto_takes_the_device_that_nobody_uses(gpus: Gpus) -> None:
     gpus({"a": "70000", "b": "4", "c": "12"}, "cba")
     assert choose_device("auto") == torch.device("cuda", 1), "by its own number, not by nvidia-smi's"
 
 
+@pytest.mark.process
 def test_auto_takes_the_first_of_equals(gpus: Gpus) -> None:
     gpus({"a": "4", "b": "4"}, "ab")
     assert choose_device("auto") == torch.device("cuda", 0)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("used", "visible", "status"),
     [
@@ -71,6 +74,7 @@ def test_auto_is_the_cpu_when_no_device_is_spare(gpus: Gpus, used: dict[str, str
     assert choose_device("auto") == torch.device("cpu")
 
 
+@pytest.mark.process
 def test_auto_without_nvidia_smi_is_the_cpu(gpus: Gpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     gpus({}, "a")
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))

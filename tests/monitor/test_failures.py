@@ -15,16 +15,17 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from koopmon.monitor import daemon, policy
+from koopmon import policy
+from koopmon.history.writer import HistoryWriter
+from koopmon.monitor import daemon
 from koopmon.monitor.assembler import Assembler
 from koopmon.monitor.failures import LOG_SECONDS, MAX_PLACES, Failures
-from koopmon.monitor.guard import Guard
-from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.metrics import Metrics
-from koopmon.monitor.runs import RunRegistry
+from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.registry import RunRegistry
+from koopmon.monitor.run_controller import RunController
 from koopmon.monitor.service import Service
-from koopmon.monitor.store import Store
 from koopmon.monitor.watch import Watch
+from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.messages import Refused, Welcome
 from tests.monitor.world import BAD, GOOD, QueueEngine, World
 
@@ -32,7 +33,7 @@ from tests.monitor.world import BAD, GOOD, QueueEngine, World
 def concerns_bad(value: Any) -> bool:
     """Whether an argument of a call speaks of the run `bad`."""
     names = [value, *(getattr(value, name, None) for name in ("run", "name", "_run"))]
-    inner = [getattr(value, "snapshot", None), getattr(value, "guard", None)]
+    inner = [getattr(value, "snapshot", None), getattr(value, "controller", None)]
     if isinstance(value, tuple):
         inner += list(value)
     return any(name in (BAD, BAD.encode()) for name in names if isinstance(name, (str, bytes))) or any(
@@ -46,18 +47,23 @@ def public(cls: type[Any], *left_out: str) -> list[tuple[type[Any], str]]:
 
 
 CALLS: list[tuple[type[Any], str]] = [
-    *public(Store, "open_readonly"),
-    *public(LiveBoard, "names", "view", "views", "restore"),
+    *public(HistoryWriter, "open_readonly"),
+    *public(LiveState, "names", "view", "views", "backfill"),
     *public(Metrics, "collect", "observe_duration"),
-    *public(Guard),
+    *public(RunController),
     *public(Watch),
     *public(RunRegistry, "get", "expire", "next_deadline", "remove"),
     *public(QueueEngine),
     *public(World, "says", "hello", "shard", "results", "handle", "commands", "series", "internal_errors", "play"),
     *((Assembler, name) for name in ("add", "_close")),
-    *((Guard, name) for name in ("__init__", "_command", "_inform", "_expect")),
+    *((RunController, name) for name in ("__init__", "_command", "_update_policy", "_expect")),
 ]
-NEVER_FOR_ONE_RUN = {(Store, "replace_profile"), (Store, "record_outcome"), (Guard, "stand_down"), (Metrics, "value")}
+NEVER_FOR_ONE_RUN = {
+    (HistoryWriter, "replace_profile"),
+    (HistoryWriter, "record_outcome"),
+    (RunController, "stand_down"),
+    (Metrics, "value"),
+}
 """Not called in this script, or not with anything that tells the run."""
 
 
@@ -106,19 +112,19 @@ def test_what_raises_for_one_run_touches_no_other(
     assert world.errors or any("ZeroDivisionError" in (record.exc_text or "") for record in caplog.records)
 
 
-@pytest.mark.parametrize("name", ["give_up", "due", "sent"])
+@pytest.mark.parametrize("name", ["expire", "due", "sent"])
 def test_a_run_whose_commands_cannot_be_handled_is_only_watched(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     world = World(tmp_path / "history.sqlite3")
-    real = getattr(Guard, name)
+    real = getattr(RunController, name)
 
-    def broken(guard: Guard, *args: Any) -> Any:
+    def broken(guard: RunController, *args: Any) -> Any:
         if guard._run == BAD:
             raise ZeroDivisionError("on purpose")
         return real(guard, *args)
 
-    monkeypatch.setattr(Guard, name, broken)
+    monkeypatch.setattr(RunController, name, broken)
     for run in (BAD, GOOD):
         world.hello(run)
         world.shard(run, 1)
@@ -165,7 +171,7 @@ def test_a_run_that_cannot_be_taken_in_is_refused_and_may_come_again(
 
 def test_a_decision_that_cannot_be_recorded_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(tmp_path / "history.sqlite3")
-    monkeypatch.setattr(Store, "record_decision", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(HistoryWriter, "record_decision", lambda *_, **__: 1 / 0)
     world.hello(GOOD)
     world.shard(GOOD, 1)
     world.results(finite=False)

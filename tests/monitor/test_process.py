@@ -12,6 +12,8 @@ import torch
 
 from koopmon.wire.messages import Applied, Heartbeat
 
+pytestmark = pytest.mark.process
+
 Start = Callable[..., Any]
 Until = Callable[[Callable[[], Any]], Any]
 

@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
+
+pytestmark = pytest.mark.process
+
+httpx = pytest.importorskip("httpx")
 
 CONFIG = """
 global: {{scrape_interval: 1s, scrape_timeout: 1s}}

@@ -18,6 +18,8 @@ import torch
 from koopmon.wire.messages import Applied, Heartbeat, Refused, Welcome
 from tests.monitor.conftest import MonitorProcess, ScriptedAgent, wait_until
 
+pytestmark = pytest.mark.process
+
 LAST = (1 << 53) - 1
 HUGE = sys.float_info.max
 TABLES = {
@@ -97,7 +99,7 @@ def observables_that_cannot_be_summed(agent: ScriptedAgent) -> None:
 
 
 def a_rate_that_is_no_number(agent: ScriptedAgent) -> None:
-    agent.hello(rate_sized_steps=True, update_exponent=0.0, thresholds={"braked_decades": 1e300, "prior_slope": 0.0})
+    agent.hello(rate_sized_steps=True, update_exponent=0.0, thresholds={"normalized_weight": 1e300, "prior_slope": 0.0})
     for step, factor in enumerate((2.0, 300.0, 2.0, 300.0), start=1):
         say(agent, step, amplified(factor), learning_rate=(math.nan, math.inf, HUGE, -HUGE)[step - 1])
 
@@ -156,6 +158,7 @@ def test_an_agent_with_absurd_numbers_ends_nothing(
     assert not any(failed.values()), f"nothing had to be contained: {failed}"
 
 
+@pytest.mark.slow
 def test_a_restart_on_the_same_history_ends_nothing(
     start_process: Callable[..., MonitorProcess], connect: Callable[..., ScriptedAgent]
 ) -> None:
@@ -191,7 +194,7 @@ def test_a_step_that_has_no_answer_is_refused_in_words(
         ("[policy]\nkss_ramp_steps = 100001\n", "policy.kss_ramp_steps = 100001: expected `int` >= 1 and <= 100000"),
         ("[policy]\nramp_steps = 100001\n", "policy.ramp_steps = 100001: expected `int` >= 1 and <= 100000"),
         ("[kss]\ntemperature = 1e4\n", "kss.temperature = 10000.0: expected `float` > 0.0 and <= 1000.0"),
-        ("[risk]\nbraked_decades = inf\n", "risk.braked_decades = inf: expected `float` >= 0.0 and <= 30.0"),
+        ("[risk]\nnormalized_weight = inf\n", "risk.normalized_weight = inf: expected `float` >= 0.0 and <= 20.0"),
         (f"[monitor]\nmax_message_bytes = {1 << 63}\n", f"monitor.max_message_bytes = {1 << 63}: expected `int`"),
         ("[monitor]\nvanished_after_seconds = 1e-9\n", "expected 3 x monitor.heartbeat_seconds <= monitor.vanished"),
     ],

@@ -13,14 +13,14 @@ from prometheus_client import CollectorRegistry
 
 from koopmon.config import from_mapping
 from koopmon.errors import ProtocolError
+from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
-from koopmon.monitor.live.board import LiveBoard
-from koopmon.monitor.metrics import Metrics
-from koopmon.monitor.rejections import Rejections
+from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import Service
-from koopmon.monitor.store import Store
 from koopmon.spectral import profile_states
+from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.codec import ReceivedShard, encode
 from koopmon.wire.messages import Ack, Applied, Command, Goodbye, Heartbeat, Hello, MonitorMessage, Shard
 
@@ -54,19 +54,19 @@ class World:
         self.told: list[str] = []
         self.errors: list[Exception] = []
         self.metrics = Metrics(CollectorRegistry(), {})
-        self.store = Store.open(path, clock=lambda: self.now)
+        self.store = HistoryWriter.open(path, clock=lambda: self.now)
         self.engine = QueueEngine()
-        self.board = LiveBoard(clock=lambda: self.now, wall=lambda: self.now)
+        self.board = LiveState(clock=lambda: self.now, wall=lambda: self.now)
         self.service = Service(
             from_mapping({"policy": {"name": "kss+lr", "cooldown_steps": 1}}),
             metrics=self.metrics,
             store=self.store,
             engine=cast(Engine, self.engine),
-            rejections=Rejections(self.metrics, lambda: self.now),
+            rejection_log=RejectionLog(self.metrics, lambda: self.now),
             send=self.send,
             data_endpoint="ipc:///nowhere",
-            tell=self.tell,
-            board=self.board,
+            annotate=self.tell,
+            live_state=self.board,
             clock=lambda: self.now,
             wall=lambda: 1.7e9 + self.now,
         )

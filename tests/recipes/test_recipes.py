@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from koopmon.monitor.history import History
+from koopmon.history.reader import HistoryReader
 from tests.recipes.conftest import ROOT, blocks, launching
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -104,7 +104,7 @@ def test_more_than_one_node(tmp_path: Path) -> None:
         for each in started:
             each.kill()
             each.communicate()
-    with History.open(tmp_path / "history.sqlite3") as history:
+    with HistoryReader.open(tmp_path / "history.sqlite3") as history:
         assert list(history.runs()) == ["pretrain-7"]
         assert len(history.incarnations("pretrain-7")) == 1
         assert {row.process_rank for row in history.heartbeats("pretrain-7")} == {0, 1}

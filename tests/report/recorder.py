@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from koopmon.monitor.history import History
-from koopmon.monitor.store import Store
-from koopmon.report.facts import Facts, gather
+from koopmon.history.reader import HistoryReader
+from koopmon.history.writer import HistoryWriter
+from koopmon.report.run_report import RunReport, build_report
 from koopmon.spectral import profile_states
-from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, Heartbeat, Hello, KssSettings
+from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, Heartbeat, KssSettings
+from tests.factories import hello, record_observation
 
 RUN, FIRST = "team/run-1", "0123abcd"
 
@@ -30,25 +31,14 @@ class Recorder:
 
     def __init__(self, path: Path, run: str = RUN, incarnation: str = FIRST) -> None:
         self.path, self.run, self.incarnation = path, run, incarnation
-        self.store = Store.open(path)
+        self.store = HistoryWriter.open(path)
         self.began = time.time() - 30.0
         self.scale, self.alpha, self.count = 1.0, 0.0, 0
 
     def hello(self, **fields: Any) -> None:
-        values: dict[str, Any] = {
-            "process_rank": 0,
-            "world_size": 2,
-            "num_senders": 2,
-            "adapter": "transformer",
-            "num_layers": 3,
-            "width": 6,
-            "acts": True,
-            "step": 0,
-            "applied": Applied(),
-            "koopmon_version": "0.1",
-            "torch_version": "2.13",
-        }
-        self.store.record_hello(self.began, Hello(run=self.run, incarnation=self.incarnation, **{**values, **fields}))
+        shape = {"world_size": 2, "num_senders": 2, "num_layers": 3, "width": 6}
+        versions = {"koopmon_version": "0.1", "torch_version": "2.13"}
+        self.store.record_hello(self.began, hello(self.run, self.incarnation, **{**shape, **versions, **fields}))
 
     def saw(
         self,
@@ -75,11 +65,12 @@ class Recorder:
                 profile=profile,
                 observables={},
             )
-        self.store.record_observation(
+        record_observation(
+            self.store,
             at,
+            step,
             self.run,
             self.incarnation,
-            step,
             scalars={"learning_rate": 0.01, "loss": loss, "grad_norm": None},
             lr_scale=self.scale,
             kss_alpha=self.alpha,
@@ -161,11 +152,11 @@ class Recorder:
     def ended(self, reason: str = "goodbye") -> None:
         self.store.record_state(self.began + 20.0, self.run, self.incarnation, 0, end_reason=reason)
 
-    def facts(self) -> Facts:
+    def facts(self) -> RunReport:
         """What a report of it tells, read beside the writer."""
         self.store.commit()
-        with History.open(self.path) as history:
-            return gather(history, self.path, self.run)
+        with HistoryReader.open(self.path) as history:
+            return build_report(history, self.path, self.run)
 
     def close(self) -> None:
         self.store.close()

@@ -10,6 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+pytest.importorskip("matplotlib")
+
 from koopmon import plots
 from koopmon.report.markup import tag
 from koopmon.report.page import page

@@ -10,10 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from scipy import optimize
 
 from koopmon.errors import CalibrationError
-from koopmon.risk.brake import brake
 from koopmon.risk.calibration import (
     PENALTY,
     Calibrator,
@@ -25,6 +23,7 @@ from koopmon.risk.calibration import (
     reliability,
     save,
 )
+from koopmon.risk.normalization import normalization_from_exponent
 
 
 def sweep(num_runs: int = 300, *, seed: int = 0, slope: float = 8.0) -> list[Example]:
@@ -33,7 +32,7 @@ def sweep(num_runs: int = 300, *, seed: int = 0, slope: float = 8.0) -> list[Exa
     examples = []
     for _ in range(num_runs):
         exponent, log_rate, width = draw.random(), draw.uniform(-4, -1), draw.choice((64, 128, 256))
-        logit = slope * (log_rate - (-2.5 + brake(exponent) - math.log10(width / 64)))
+        logit = slope * (log_rate - (-2.5 + normalization_from_exponent(exponent) - math.log10(width / 64)))
         diverged = draw.random() < 1 / (1 + math.exp(-min(max(logit, -50.0), 50.0)))
         examples.append(
             Example(
@@ -60,6 +59,7 @@ def test_the_fit_is_the_maximum_of_the_penalised_likelihood() -> None:
         )
         return sum(losses) + 0.5 * PENALTY * sum(a * a for a in w[:-1])
 
+    optimize = pytest.importorskip("scipy.optimize")
     best = optimize.minimize(objective, [0.0] * 3, method="BFGS", options={"gtol": 1e-8})
     assert [*calibrator.weights, calibrator.intercept] == pytest.approx(list(best.x), abs=1e-3)
 

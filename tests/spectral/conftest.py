@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
-from threadpoolctl import threadpool_limits
+
+try:
+    from threadpoolctl import threadpool_limits
+except ModuleNotFoundError:  # of the extra `dev`: without it numpy takes its own number of threads
+    threadpool_limits = nullcontext
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
+
+pytest.importorskip("pydmd")
+pytest.importorskip("scipy")
+
+import numpy as np
 import torch
 from pydmd import DMD
 from scipy.linalg import block_diag

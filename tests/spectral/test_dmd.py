@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
+
+pytest.importorskip("pydmd")
+pytest.importorskip("scipy")
+
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""Koopman Spectral Shaping: the loss as METHOD section 7 writes it, its gradients both ways, and what is refused."""
+"""Koopman Spectral Shaping: the loss as docs/method.md writes it, its gradients both ways, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
+
+pytest.importorskip("scipy")
+
+import numpy as np
 import torch
 from scipy.special import expit
 from torch import Tensor
@@ -70,7 +73,7 @@ TRANSITIONS = [random_transition, rotating_transition, residual_transition, repe
 
 
 def written_out(x_ND: Tensor, y_ND: Tensor, basis_DR: Tensor, **arguments: float) -> float:
-    """The formula of METHOD section 7 with the eigenvalues of the ridged Gram regression, in numpy."""
+    """The formula of docs/method.md with the eigenvalues of the ridged Gram regression, in numpy."""
     defaults = {"temperature": 20.0, "tau_u": 1.05, "tau_l": 0.90, "gamma": 0.4, "beta": 1.0, "ridge": 1e-3}
     given = defaults | arguments
     x = (x_ND - x_ND.mean(0)).numpy() @ basis_DR.numpy()
@@ -253,6 +256,7 @@ print(zeros, raised)
 """
 
 
+@pytest.mark.process
 def test_no_value_crashes_the_process() -> None:
     """NaN in an eigendecomposition ends the process without an exception: only another process can tell."""
     done = subprocess.run([sys.executable, "-c", SURVIVAL], capture_output=True, text=True, timeout=200, check=False)

@@ -7,8 +7,11 @@ import math
 import subprocess
 import sys
 
-import numpy as np
 import pytest
+
+pytest.importorskip("scipy")
+
+import numpy as np
 import scipy.linalg
 import torch
 from hypothesis import given
@@ -203,6 +206,7 @@ for bad in (float("nan"), float("inf")):
 """
 
 
+@pytest.mark.process
 def test_a_non_finite_operator_is_refused_and_does_not_end_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", REFUSAL], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr

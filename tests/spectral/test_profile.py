@@ -8,8 +8,11 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
+
+pytest.importorskip("scipy")
+
+import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
@@ -37,7 +40,7 @@ def mixed_transition(num_samples: int = 400) -> tuple[Tensor, Tensor]:
 
 
 def dense(x_ND: Tensor, y_ND: Tensor, svd_rank: int | None, ridge: float) -> dict[str, Any]:
-    """METHOD sections 2 and 3 as they stand: symmetric whitening, least squares, left and right eigenvectors."""
+    """docs/method.md as it stands: symmetric whitening, least squares, left and right eigenvectors."""
     lengths, updates = (np.log(np.linalg.norm(rows, axis=1)) for rows in (x_ND.numpy(), (y_ND - x_ND).numpy()))
     variance = lengths.var() + 0.05 / (2 * x_ND.shape[1])
     exponent = np.cov(lengths, updates, bias=True)[0, 1] / variance
@@ -331,6 +334,7 @@ print(refused, finite)
 """
 
 
+@pytest.mark.process
 def test_no_value_crashes_the_process() -> None:
     """NaN in an eigendecomposition ends the process without an exception: only another process can tell."""
     done = subprocess.run([sys.executable, "-c", SURVIVAL], capture_output=True, text=True, timeout=200, check=False)

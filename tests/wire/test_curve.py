@@ -13,13 +13,13 @@ import torch
 import zmq
 
 from koopmon.errors import KeysError
-from koopmon.wire.authorised import LOOK_SECONDS
+from koopmon.wire.auth_policy import AuthPolicy
+from koopmon.wire.authorized_keys import LOOK_SECONDS
 from koopmon.wire.codec import encode
 from koopmon.wire.curve import Refusal, new_pair
 from koopmon.wire.keys import MONITOR, public_file, read_public, secret_file, write_public
 from koopmon.wire.messages import HeartbeatReply, Shard
 from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, WireContext
-from koopmon.wire.trust import Trust
 from tests.keyring import Keyring
 
 Until = Callable[..., None]
@@ -35,7 +35,7 @@ def ring(tmp_path: Path) -> Keyring:
 class Far:
     """A monitor's two sockets; `turn` does what its loop does."""
 
-    def __init__(self, trust: Trust, bind: str = LOOPBACK) -> None:
+    def __init__(self, trust: AuthPolicy, bind: str = LOOPBACK) -> None:
         self.context = WireContext(trust)
         self.control = ControlServer(self.context, bind)
         self.data = DataReceiver(self.context, LOOPBACK)
@@ -57,7 +57,7 @@ class Far:
 def serve() -> Iterator[Callable[..., Far]]:
     made: list[Far] = []
 
-    def start(trust: Trust, bind: str = LOOPBACK) -> Far:
+    def start(trust: AuthPolicy, bind: str = LOOPBACK) -> Far:
         made.append(Far(trust, bind))
         return made[-1]
 
@@ -70,7 +70,7 @@ def serve() -> Iterator[Callable[..., Far]]:
 def client() -> Iterator[Callable[..., Any]]:
     contexts: list[WireContext] = []
 
-    def make(kind: Any, trust: Trust | None, endpoint: str) -> Any:
+    def make(kind: Any, trust: AuthPolicy | None, endpoint: str) -> Any:
         contexts.append(WireContext(trust))
         return kind(contexts[-1], endpoint)
 
@@ -158,7 +158,7 @@ def test_with_keys_there_is_no_way_to_who_has_none(
     ring: Keyring, serve: Callable[..., Far], client: Callable[..., Any], until: Until
 ) -> None:
     ring.agent()
-    far = serve(Trust())
+    far = serve(AuthPolicy())
     near = client(ControlClient, ring.trust(), far.control.endpoint)
     until(lambda: far.turn(near) or near.failure)
     assert "shows none" in near.failure
@@ -169,7 +169,7 @@ def test_a_client_that_calls_itself_someone_is_no_one_where_no_keys_are_demanded
     serve: Callable[..., Far], until: Until
 ) -> None:
     """ZMTP lets a client send properties of its own, User-Id among them: a key that nobody has checked."""
-    far = serve(Trust())
+    far = serve(AuthPolicy())
     stolen = new_pair().public
     properties = {b"Socket-Type": b"DEALER", b"Identity": b"", b"User-Id": stolen.encode()}
     ready = b"\x05READY" + b"".join(
@@ -211,7 +211,7 @@ def test_a_rotated_monitor_is_found_again_before_and_after_its_restart(
 
 def test_keys_that_cannot_be_used_are_told_for_which_endpoint(ring: Keyring, tmp_path: Path) -> None:
     ring.agent()
-    with WireContext(Trust(tmp_path / "none")) as context:
+    with WireContext(AuthPolicy(tmp_path / "none")) as context:
         for kind in (ControlServer, DataReceiver):
             with pytest.raises(KeysError, match=r"'tcp://0\.0\.0\.0:\*' needs keys: keys .*none: no such file"):
                 kind(context, "tcp://0.0.0.0:0")

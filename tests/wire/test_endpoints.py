@@ -208,6 +208,7 @@ def test_an_endpoint_in_use_is_told(kind: type[ControlServer | DataReceiver], en
         assert Path(endpoint.removeprefix("ipc://")).is_socket(), "the live socket must stay"
 
 
+@pytest.mark.process
 def test_an_ipc_file_left_by_a_killed_process_is_replaced(far: WireContext, tmp_path: Path) -> None:
     path = tmp_path / "run" / "control"
     script = (

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from koopmon.errors import KeysError
-from koopmon.wire.authorised import LOOK_SECONDS, AuthorisedAgents
+from koopmon.wire.auth_policy import AuthPolicy, make_auth_policy
+from koopmon.wire.authorized_keys import LOOK_SECONDS, AuthorizedKeys
 from koopmon.wire.curve import KeyPair, new_pair, pair_of
 from koopmon.wire.keys import (
     AGENTS,
@@ -25,7 +26,6 @@ from koopmon.wire.keys import (
     write_public,
     write_secret,
 )
-from koopmon.wire.trust import Trust, make_trust
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -165,17 +165,17 @@ class Clock:
 
 def test_agents_speak_for_their_runs_and_no_others(place: Path) -> None:
     bound, free = put(place, "bound", runs=("team-a/*", "solo")), put(place, "free")
-    agents = AuthorisedAgents(place)
+    agents = AuthorizedKeys(place)
     assert len(agents) == 2
     assert agents.name_of(bound.public) == "bound"
     assert agents.name_of(free.public) == "free"
     assert agents.name_of(new_pair().public) is None
     assert agents.name_of("") is None
-    assert [agents.may_speak("bound", run) for run in ("team-a/x", "solo", "team-b/x", "solo2", "team-a")] == [
+    assert [agents.is_authorized("bound", run) for run in ("team-a/x", "solo", "team-b/x", "solo2", "team-a")] == [
         True, True, False, False, False,
     ]  # fmt: skip
-    assert agents.may_speak("free", "anything")
-    assert not agents.may_speak("nobody", "anything")
+    assert agents.is_authorized("free", "anything")
+    assert not agents.is_authorized("nobody", "anything")
 
 
 def test_agents_are_added_rotated_and_shut_out_while_the_monitor_serves(
@@ -183,7 +183,7 @@ def test_agents_are_added_rotated_and_shut_out_while_the_monitor_serves(
 ) -> None:
     clock = Clock()
     first = put(place, "first")
-    agents = AuthorisedAgents(place, clock=clock, now=lambda: NOW)
+    agents = AuthorizedKeys(place, clock=clock, now=lambda: NOW)
     second = put(place, "second")
     assert agents.name_of(second.public) is None, "not before it looks again"
     clock.later()
@@ -209,26 +209,26 @@ def test_agents_are_added_rotated_and_shut_out_while_the_monitor_serves(
 def test_at_the_start_a_file_that_cannot_be_used_is_an_error(place: Path) -> None:
     public_file(place / AGENTS, "bad").write_text("nonsense")
     with pytest.raises(KeysError, match=r"bad\.key"):
-        AuthorisedAgents(place)
+        AuthorizedKeys(place)
     place.joinpath(AGENTS).chmod(0o755)
     with pytest.raises(KeysError, match="chmod 700"):
-        AuthorisedAgents(place)
+        AuthorizedKeys(place)
 
 
 @pytest.mark.parametrize(
     ("endpoint", "trust", "curve"),
     [
-        ("ipc:///run/x", Trust(Path("/k"), curve_on_loopback=True), False),
-        ("tcp://127.0.0.1:1", Trust(Path("/k")), False),
-        ("tcp://[::1]:1", Trust(Path("/k")), False),
-        ("tcp://127.0.0.1:1", Trust(Path("/k"), curve_on_loopback=True), True),
-        ("tcp://10.0.0.1:1", Trust(Path("/k")), True),
-        ("tcp://node:1", Trust(Path("/k")), True),
-        ("tcp://10.0.0.1:1", Trust(Path("/k"), plaintext_tcp=True), False),
-        ("tcp://10.0.0.1:1", Trust(plaintext_tcp=True), False),
+        ("ipc:///run/x", AuthPolicy(Path("/k"), curve_on_loopback=True), False),
+        ("tcp://127.0.0.1:1", AuthPolicy(Path("/k")), False),
+        ("tcp://[::1]:1", AuthPolicy(Path("/k")), False),
+        ("tcp://127.0.0.1:1", AuthPolicy(Path("/k"), curve_on_loopback=True), True),
+        ("tcp://10.0.0.1:1", AuthPolicy(Path("/k")), True),
+        ("tcp://node:1", AuthPolicy(Path("/k")), True),
+        ("tcp://10.0.0.1:1", AuthPolicy(Path("/k"), plaintext_tcp=True), False),
+        ("tcp://10.0.0.1:1", AuthPolicy(plaintext_tcp=True), False),
     ],
 )
-def test_which_endpoints_take_keys(endpoint: str, trust: Trust, curve: bool) -> None:
+def test_which_endpoints_take_keys(endpoint: str, trust: AuthPolicy, curve: bool) -> None:
     assert trust.check(endpoint) == endpoint
     assert trust.uses_curve(endpoint) is curve
 
@@ -236,5 +236,5 @@ def test_which_endpoints_take_keys(endpoint: str, trust: Trust, curve: bool) -> 
 def test_the_environment_may_name_the_risk() -> None:
     table = {"keys": "", "agent": "agent", "loopback": "plain", "insecure_plaintext_tcp": False}
     for value, plain in (("1", True), ("0", False), ("", False)):
-        trust = make_trust(**table, environ={"KOOPMON_INSECURE_PLAINTEXT_TCP": value})  # type: ignore[arg-type]
+        trust = make_auth_policy(**table, environ={"KOOPMON_INSECURE_PLAINTEXT_TCP": value})  # type: ignore[arg-type]
         assert trust.plaintext_tcp is plain

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from koopmon.errors import EndpointError, KeysError
+from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.headers import PREFIX
 from koopmon.wire.messages import PROTOCOL_VERSION, HeartbeatReply
 from koopmon.wire.probe import probe, reaches_data
 from koopmon.wire.sockets import ControlServer, Poller, WireContext
-from koopmon.wire.trust import Trust
 from tests.agent.scripted_monitor import ScriptedMonitor, encode
 from tests.keyring import Keyring
 
-PLAIN = Trust()
+PLAIN = AuthPolicy()
 OLDER = bytes([*PREFIX[:-1], PROTOCOL_VERSION - 1])
 
 

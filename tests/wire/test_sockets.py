@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from koopmon.errors import EndpointError, ProtocolError
+from koopmon.wire.buffer_pool import BufferPool
 from koopmon.wire.codec import WireLimits, decode_for_agent, decode_for_monitor, decode_shard, encode
 from koopmon.wire.messages import Goodbye, HeartbeatReply, Shard
-from koopmon.wire.pool import BufferPool
-from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, Waker, WireContext
+from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, Wakeup, WireContext
 
 WHO: dict[str, Any] = {"run": "job", "incarnation": "00c0ffee"}
 REPLY = HeartbeatReply(**WHO)
@@ -59,7 +59,7 @@ def control(near: WireContext, far: WireContext, endpoint: str, until: Until) ->
 
 @pytest.fixture
 def data(near: WireContext, far: WireContext, endpoint: str, until: Until) -> tuple[DataSender, DataReceiver]:
-    receiver = DataReceiver(far, endpoint, queue_length=1)
+    receiver = DataReceiver(far, endpoint)
     sender = DataSender(near, receiver.endpoint)
     until(lambda: sender.connected)
     return sender, receiver
@@ -86,7 +86,7 @@ def test_a_shard_arrives_bit_for_bit(data: tuple[DataSender, DataReceiver], dtyp
 def test_a_buffer_is_not_reused_before_the_transport_let_go_of_it(
     near: WireContext, far: WireContext, endpoint: str, until: Until
 ) -> None:
-    receiver = DataReceiver(far, endpoint, queue_length=1)
+    receiver = DataReceiver(far, endpoint)
     sender = DataSender(near, receiver.endpoint, queue_length=10)
     until(lambda: sender.connected)
     shape = (2, 512, 1024)
@@ -385,32 +385,32 @@ def test_the_control_channel_refuses_large_and_many_framed_messages(
 
 
 def test_a_waker_wakes_from_another_thread_once_for_many_calls(data: tuple[DataSender, DataReceiver]) -> None:
-    with Waker() as waker:
-        poller = Poller(data[1], waker)
-        thread = threading.Timer(0.05, lambda: [waker.wake() for _ in range(100_000)])
+    with Wakeup() as wakeup:
+        poller = Poller(data[1], wakeup)
+        thread = threading.Timer(0.05, lambda: [wakeup.wake() for _ in range(100_000)])
         thread.start()
-        assert poller.wait(20.0) == [waker]
+        assert poller.wait(20.0) == [wakeup]
         thread.join()
         poller.wait(0.0)
         assert poller.wait(0.0) == []
 
 
 def test_a_waker_wakes_from_a_signal_handler() -> None:
-    with Waker() as waker:
-        before = signal.signal(signal.SIGUSR1, lambda *_: waker.wake())
+    with Wakeup() as wakeup:
+        before = signal.signal(signal.SIGUSR1, lambda *_: wakeup.wake())
         try:
             threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
-            assert Poller(waker).wait(20.0) == [waker]
+            assert Poller(wakeup).wait(20.0) == [wakeup]
         finally:
             signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_closed_waker_is_quiet() -> None:
-    waker = Waker()
-    poller = Poller(waker)
-    waker.close()
-    waker.close()
-    waker.wake()
+    wakeup = Wakeup()
+    poller = Poller(wakeup)
+    wakeup.close()
+    wakeup.close()
+    wakeup.wake()
     assert poller.wait(0.0) == []
 
 
@@ -457,7 +457,7 @@ from koopmon.errors import KoopmonError
 from koopmon.wire.sockets import *
 far, near = WireContext(), WireContext()
 server, receiver = ControlServer(far, sys.argv[1] + "c"), DataReceiver(far, sys.argv[1] + "d")
-client, sender, waker = ControlClient(near, server.endpoint), DataSender(near, receiver.endpoint), Waker()
+client, sender, waker = ControlClient(near, server.endpoint), DataSender(near, receiver.endpoint), Wakeup()
 while not (client.connected and sender.connected):
     Poller(client, sender).wait(1.0)
 with warnings.catch_warnings():
@@ -502,6 +502,7 @@ print("parent unharmed")
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("ending", ["close", "exit"])
 def test_a_forked_child_is_refused_and_harms_no_one(ending: str, tmp_path: Path) -> None:
     script = [sys.executable, "-c", FORK, f"ipc://{tmp_path}/run/", ending]
@@ -511,7 +512,7 @@ def test_a_forked_child_is_refused_and_harms_no_one(ending: str, tmp_path: Path)
 
 UNCLOSED = """
 import sys, threading, time
-from koopmon.wire.pool import BufferPool
+from koopmon.wire.buffer_pool import BufferPool
 from koopmon.wire.sockets import *
 def use():
     global kept
@@ -539,10 +540,11 @@ ready.wait()
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("user", ["main", "ended", "daemon"])
 def test_a_process_that_forgets_to_close_ends_well(user: str, far: WireContext) -> None:
     """With messages half sent: freeing their memory under the transport would abort the process."""
-    server, receiver = ControlServer(far, "ipc://*"), DataReceiver(far, "tcp://127.0.0.1:0", queue_length=1)
+    server, receiver = ControlServer(far, "ipc://*"), DataReceiver(far, "tcp://127.0.0.1:0")
     script = [sys.executable, "-c", UNCLOSED, server.endpoint, receiver.endpoint, user]
     process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True)
     assert process.communicate(timeout=120) == (None, "")

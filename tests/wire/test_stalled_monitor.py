@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from koopmon.wire.buffer_pool import BufferPool
 from koopmon.wire.codec import encode
 from koopmon.wire.messages import Goodbye, Shard
-from koopmon.wire.pool import BufferPool
 from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
+
+pytestmark = pytest.mark.process
 
 WHO: dict[str, Any] = {"run": "job", "incarnation": "00c0ffee"}
 MONITOR = """

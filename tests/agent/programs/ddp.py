@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import koopmon
 from koopmon.spectral import kss_basis, kss_gradient, kss_loss
-from koopmon.tokens import order_rows, take_rows
+from koopmon.token_sampling import order_rows, take_rows
 from tests.agent.models import B, T, batch, build, loss_of
 
 

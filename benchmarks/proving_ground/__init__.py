@@ -1,0 +1,1 @@
+"""Normalised language models on real text, at learning rates from right to ruinous."""

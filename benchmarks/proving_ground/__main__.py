@@ -1,0 +1,135 @@
+"""Does koopmon make a training insensitive to its learning rate? `python -m benchmarks.proving_ground`.
+
+Pre-LN and Llama-like decoders on real text, AdamW, warm-up, cosine, gradient clipping at 1.0 in every arm, at seven
+peak rates over a factor of 1,000, and with a schedule that restarts at 30 times its peak. The arms: clipping alone;
+QK-norm, which is another model; ZClip; AdaGC; the rate halved at a loss spike; koopmon's detector and policy with their
+defaults. The detector's thresholds were chosen on other seeds (0, 1, 2). Detector and policy run inside the training's
+process; their decisions take effect two steps after the snapshot, as they do over the wire.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import campaign
+from benchmarks.provenance import provenance
+from benchmarks.proving_ground.models import NORMS
+from benchmarks.proving_ground.outcomes import Run, best_rate, final_loss, interval, of, outcome, sensitivity, summary
+from benchmarks.proving_ground.training import Arm, Recipe, train
+
+RESULT = Path(__file__).resolve().parent.parent / "results" / "proving_ground.json"
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+SMALL, LARGE = (64, 4), (128, 6)
+"""Width and layers."""
+SEEDS = (10, 11, 12)
+ARMS: tuple[Arm, ...] = ("clip", "qk_norm", "guarded")
+BASELINES: tuple[Arm, ...] = ("zclip", "adagc", "spike")
+BASELINE_RATES = (1e-2, 1e-1)
+RESTART_RATE = 3e-3
+
+
+def plan(seeds: Sequence[int], sizes: Sequence[tuple[int, int]]) -> Iterator[Recipe]:
+    """Every case; the baselines at two rates and the restart at the small size only."""
+    for (width, num_layers), norm, seed in ((size, norm, seed) for size in sizes for norm in NORMS for seed in seeds):
+
+        def case(lr: float, arm: Arm, **more: Any) -> Recipe:
+            return Recipe(norm=norm, width=width, num_layers=num_layers, seed=seed, lr=lr, arm=arm, **more)  # noqa: B023
+
+        yield from (case(lr, arm) for arm in ARMS for lr in RATES)
+        if (width, num_layers) == SMALL:
+            yield from (case(lr, arm) for arm in BASELINES for lr in BASELINE_RATES)
+            yield from (case(RESTART_RATE, arm, failure="restart") for arm in ("clip", "guarded"))
+
+
+def analyse(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """For each model: final losses by arm and rate, outcomes, sensitivities, and what the guard did."""
+    found = []
+    for width, num_layers, norm in sorted({(r.case.width, r.case.num_layers, r.case.norm) for r in runs}):
+        mine = of(runs, width=width, num_layers=num_layers, norm=norm)
+        plain = of(mine, failure="")
+        _, best = best_rate(of(plain, arm="clip"))
+        arms = {}
+        for arm in sorted({run.case.arm for run in plain}):
+            at = of(plain, arm=arm)
+            rates = sorted({run.case.lr for run in at})
+            arms[arm] = {
+                "losses": {f"{lr:g}": [round(final_loss(run), 4) for run in of(at, lr=lr)] for lr in rates},
+                "outcomes": {f"{lr:g}": [outcome(run, best) for run in of(at, lr=lr)] for lr in rates},
+                "sensitivity": asdict(sensitivity(at, best)) if len(rates) == len(RATES) else None,
+            }
+        restarts = {
+            arm: [round(final_loss(run), 4) for run in of(mine, failure="restart", arm=arm)]
+            for arm in ("clip", "guarded")
+        }
+        unfaulted = [round(final_loss(run), 4) for run in of(plain, arm="clip", lr=RESTART_RATE)]
+        found.append(
+            {
+                "width": width,
+                "num_layers": num_layers,
+                "norm": norm,
+                "arms": arms,
+                "restart": {**restarts, "unfaulted": unfaulted},
+                **summary(plain),
+            }
+        )
+    return found
+
+
+def table(model: Mapping[str, Any]) -> Table:
+    title = f"{model['norm']}, D {model['width']}, L {model['num_layers']}: validation loss, mean [95%] over seeds"
+    drawn = Table("arm", *(f"{lr:g}" for lr in RATES), "sensitivity", title=title)
+    for arm, told in model["arms"].items():
+        losses = [told["losses"].get(f"{lr:g}") for lr in RATES]
+        cells = ["-" if not each else str(interval(each)) for each in losses]
+        spread = told["sensitivity"]
+        drawn.add_row(arm, *cells, "-" if spread is None else f"{spread['mean']:.3f}")
+    return drawn
+
+
+def show(models: Sequence[Mapping[str, Any]], console: Console) -> None:
+    for model in models:
+        console.print(table(model))
+        healthy = model["healthy"]
+        console.print(
+            f"best rate {model['best_rate']:g} ({model['best_loss']:.3f}); guarded runs up to it untouched: "
+            f"{healthy['untouched']:.0%} of {healthy['num_runs']}; above it within 0.05 of the best: "
+            f"{model['within_0.05']} of {model['num_above']}; acted before the loss showed it in "
+            f"{model['acted_before_shown']} of {model['ruined_alone']}"
+        )
+        restart = model["restart"]
+        if restart["guarded"]:
+            means = {name: statistics.fmean(losses) for name, losses in restart.items()}
+            console.print(
+                f"restarted at 30 times the rate: alone {means['clip']:.3f}, guarded {means['guarded']:.3f}, "
+                f"without the fault {means['unfaulted']:.3f}"
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.proving_ground", description=__doc__)
+    campaign.options(parser, RESULT)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="held out from the detector's choice")
+    parser.add_argument("--small", action="store_true", help="the small size only")
+    options = parser.parse_args(arguments)
+    console = campaign.console()
+    sizes = (SMALL,) if options.small else (SMALL, LARGE)
+    cases = list(plan(options.seeds, sizes))
+    runs = campaign.run(cases, train, options.work, workers=options.workers, console=console)
+    models = analyse(runs)
+    show(models, console)
+    document = {"provenance": provenance(0), "seeds": list(options.seeds), "models": models}
+    options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

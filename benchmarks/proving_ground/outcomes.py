@@ -1,0 +1,139 @@
+"""How a run ended, and what an arm is worth: outcomes, learning-rate sensitivity, intervals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from benchmarks.campaign import Kept
+from benchmarks.proving_ground.training import Recipe
+
+Outcome = Literal["diverged", "ruined", "spiked", "healthy"]
+RUINED = 0.1
+"""Nats above the loss at the best rate from which a finished run counts as ruined."""
+SPIKE, BAND = 1.1, 20
+"""A spike: a loss above this times the highest of the steps before, after the warm-up."""
+RESAMPLES = 2000
+
+Run = Kept[Recipe]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean and its 95% bootstrap interval over runs."""
+
+    mean: float
+    low: float
+    high: float
+    num_runs: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def interval(values: Sequence[float], seed: int = 0) -> Interval:
+    """Raises ValueError without values."""
+    if not values:
+        raise ValueError("values: at least one is needed")
+    drawn = np.random.default_rng(seed).choice(np.asarray(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(drawn.mean(axis=1), (0.025, 0.975))
+    return Interval(statistics.fmean(values), float(low), float(high), len(values))
+
+
+def final_loss(run: Run) -> float:
+    """Validation loss at the end, in nats; that before the first step when it is lower, or when the run diverged."""
+    first, last = run.scalars["first_loss"], run.scalars["final_loss"]
+    return float(first if last is None or not math.isfinite(last) else min(first, last))
+
+
+def outcome(run: Run, best_loss: float) -> Outcome:
+    """`best_loss`: of the best rate with clipping alone, same model and seeds."""
+    if run.scalars["diverged_at"] is not None:
+        return "diverged"
+    if final_loss(run) > best_loss + RUINED:
+        return "ruined"
+    return "spiked" if spiked(run.series["loss"][run.case.warmup :]) else "healthy"
+
+
+def spiked(losses: np.ndarray[Any, Any]) -> bool:
+    return any(losses[t] > SPIKE * losses[t - BAND : t].max() for t in range(BAND, len(losses)))
+
+
+def of(runs: Iterable[Run], **fields: object) -> list[Run]:
+    """The runs whose case has these values."""
+    return [run for run in runs if all(getattr(run.case, name) == value for name, value in fields.items())]
+
+
+def best_rate(runs: Sequence[Run]) -> tuple[float, float]:
+    """Of runs of one model with clipping alone: the rate with the lowest mean loss over seeds, and that loss."""
+    rates = sorted({run.case.lr for run in runs})
+    means = {lr: statistics.fmean(final_loss(run) for run in of(runs, lr=lr)) for lr in rates}
+    lr = min(means, key=means.__getitem__)
+    return lr, means[lr]
+
+
+def sensitivity(runs: Sequence[Run], best_loss: float) -> Interval:
+    """Learning-rate sensitivity (Wortsman et al. 2023, arXiv 2309.14322): the mean over rates of the final loss minus
+    `best_loss`, for each seed; the interval is over seeds."""
+    seeds = sorted({run.case.seed for run in runs})
+    return interval([statistics.fmean(final_loss(run) for run in of(runs, seed=seed)) - best_loss for seed in seeds])
+
+
+def false_alarms(runs: Sequence[Run]) -> dict[str, float]:
+    """Of guarded runs that needed no guard: the share that was left alone, and actions per 1,000 steps."""
+    steps = sum(len(run.series["loss"]) for run in runs)
+    touched = [run for run in runs if run.scalars["num_actions"]]
+    return {
+        "num_runs": len(runs),
+        "untouched": 1.0 - len(touched) / len(runs) if runs else math.nan,
+        "actions_per_1000_steps": 1000.0 * sum(r.scalars["num_actions"] for r in runs) / steps if steps else math.nan,
+    }
+
+
+def shown_at(alone: Run, healthy: Run) -> int | None:
+    """The step from which the loss of `alone` shows that the run is ruined: its mean over 20 steps stays 0.1 above
+    that of `healthy`, the same seed at the best rate. None when it never does."""
+    width = BAND
+    length = min(len(alone.series["loss"]), len(healthy.series["loss"]))
+    kernel = np.ones(width) / width
+    above = np.convolve(alone.series["loss"][:length] - healthy.series["loss"][:length], kernel, mode="valid") > RUINED
+    if alone.scalars["diverged_at"] is not None:
+        return int(alone.scalars["diverged_at"])
+    if not len(above) or not above[-1]:
+        return None
+    below = np.flatnonzero(~above)
+    return int(below[-1] + width if len(below) else width - 1)
+
+
+def summary(runs: Sequence[Run]) -> Mapping[str, Any]:
+    """Of the guarded runs of one model: whether each ends near the best loss, by the factor on the best rate."""
+    alone = of(runs, arm="clip", failure="")
+    rate, best = best_rate(alone)
+    guarded = of(runs, arm="guarded", failure="")
+    above = [run for run in guarded if run.case.lr > 2.0 * rate]
+    healthy = [run for run in guarded if run.case.lr <= rate]
+    leads = []
+    for run in above:
+        same = of(alone, lr=run.case.lr, seed=run.case.seed)
+        reference = of(alone, lr=rate, seed=run.case.seed)
+        if not same or not reference or outcome(same[0], best) not in ("ruined", "diverged"):
+            continue
+        shown = shown_at(same[0], reference[0])
+        acted = run.scalars["first_action"]
+        leads.append(None if acted is None or shown is None else shown - acted)
+    known = [lead for lead in leads if lead is not None]
+    return {
+        "best_rate": rate,
+        "best_loss": best,
+        "healthy": false_alarms(healthy),
+        "ruined_alone": len(leads),
+        "acted_before_shown": sum(lead > 0 for lead in known),
+        "median_lead_steps": statistics.median(known) if known else None,
+        "within_0.05": sum(final_loss(run) <= best + 0.05 for run in above),
+        "num_above": len(above),
+    }

@@ -1,0 +1,69 @@
+"""What results/proving_ground.json says on a page, as lines of Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.markdown import paragraph, table
+
+Document = Mapping[str, Any]
+
+NAMES = {"pre": "Pre-LN", "rms": "RMSNorm"}
+ARMS = {
+    "clip": "clipping at 1.0",
+    "qk_norm": "clipping and QK-norm (another model)",
+    "zclip": "clipping and ZClip",
+    "adagc": "clipping and AdaGC",
+    "spike": "clipping, rate halved at a loss spike",
+    "guarded": "clipping and koopmon",
+}
+
+
+def proving_ground(told: Document) -> list[str]:
+    """For each model a table of losses by arm and rate, and what the guard did."""
+    lines: list[str] = []
+    for model in told["models"]:
+        lines += [*_model(model), ""]
+    return lines[:-1]
+
+
+def _model(model: Document) -> list[str]:
+    arms = model["arms"]
+    rates = list(arms["clip"]["losses"])
+    rows = []
+    for arm, words in ARMS.items():
+        if arm in arms:
+            found = arms[arm]
+            cells = [_mean(found["losses"].get(rate)) for rate in rates]
+            spread = found["sensitivity"]
+            shown = f"{spread['mean']:.3f} [{spread['low']:.3f}, {spread['high']:.3f}]" if spread else "-"
+            rows.append([words, *cells, shown])
+    healthy, restart = model["healthy"], model["restart"]
+    seeds = len(next(iter(arms["clip"]["losses"].values())))
+    prose = [
+        f"{NAMES[model['norm']]}, D {model['width']}, L {model['num_layers']}, {seeds} seeds: the best rate is",
+        f"{model['best_rate']:g}. Guarded runs up to it were left alone in {healthy['untouched']:.0%} of",
+        f"{healthy['num_runs']}. Above it {model['ruined_alone']} runs are ruined with clipping alone; koopmon acted",
+        f"before the loss showed it in {model['acted_before_shown']} of them{_lead(model)}. Guarded,",
+        f"{model['within_0.05']} of {model['num_above']} end within 0.05 nats of the best loss.",
+    ]
+    if restart["guarded"]:
+        prose.append(
+            f"A schedule that restarts at 30 times its rate ends at {_mean(restart['clip'])} alone,"
+            f" {_mean(restart['guarded'])} guarded, {_mean(restart['unfaulted'])} without the fault."
+        )
+    return [*table(["validation loss (nats)", *rates, "sensitivity [95%]"], rows), "", *paragraph(prose)]
+
+
+def _lead(model: Document) -> str:
+    lead = model["median_lead_steps"]
+    return "" if lead is None else f" (median lead {lead:g} steps)"
+
+
+def _mean(losses: Sequence[float] | None) -> str:
+    return f"{statistics.fmean(losses):.2f}" if losses else "-"
+
+
+WRITERS: Mapping[str, Callable[[Document], list[str]]] = {"proving_ground": proving_ground}

@@ -1,0 +1,213 @@
+"""One training of the proving ground, recorded: what its loss did, what koopmon could have seen, what an arm did.
+
+Row t of every series is of the forward and backward pass after t optimizer steps, before the next one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.control import Controller
+from benchmarks.proving_ground import text
+from benchmarks.proving_ground.clipping import gradient_rule
+from benchmarks.proving_ground.models import LanguageModel, Norm
+from koopmon.config import CadenceConfig
+from koopmon.spectral import SpectralProfile, profile_states
+
+Arm = Literal["clip", "qk_norm", "zclip", "adagc", "spike", "guarded"]
+"""clip: gradient clipping at 1.0 and nothing else. qk_norm: the same, with normalised queries and keys: another
+model. zclip, adagc: other gradient clippings beside it. spike: the rate is halved when the loss jumps. guarded:
+koopmon's detector and policy with their defaults."""
+Failure = Literal["", "no_warmup", "restart"]
+"""restart: in the middle the schedule starts again, at 30 times the peak rate."""
+
+CLIP = 1.0
+LOWEST_RATE = 0.1
+"""The cosine ends at this share of the peak rate."""
+RESTART_FACTOR = 30.0
+MAX_LOSS = 50.0
+VALIDATION_BATCHES = 40
+ONLINE_RANK, ONLINE_SAMPLES = 32, 512
+CADENCE = CadenceConfig()
+LAST = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """`lr` is the peak rate; `warmup` linear steps, then a cosine to a tenth. Clipping at 1.0 in every arm."""
+
+    norm: Norm
+    width: int = 64
+    num_layers: int = 4
+    lr: float
+    seed: int
+    arm: Arm = "clip"
+    failure: Failure = ""
+    steps: int = 500
+    warmup: int = 50
+    batch: int = 16
+    num_tokens: int = 64
+    weight_decay: float = 0.0
+
+    @property
+    def name(self) -> str:
+        more = f"-{self.failure}" if self.failure else ""
+        more += f"-wd{self.weight_decay:g}" if self.weight_decay else ""
+        return f"{self.norm}-d{self.width}-l{self.num_layers}-lr{self.lr:g}-s{self.seed}-{self.arm}{more}"
+
+    def scheduled_rate(self, step: int) -> float:
+        """What the script asks for at `step`, before koopmon's scale."""
+        warmed = 1.0 if self.failure == "no_warmup" else min(1.0, (step + 1) / self.warmup)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / self.steps)))
+        restarted = self.failure == "restart" and step >= self.steps // 2
+        return self.lr * warmed * (LOWEST_RATE + (1.0 - LOWEST_RATE) * cosine) * (RESTART_FACTOR if restarted else 1.0)
+
+
+def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+    """Train by `recipe`; returns its scalars and its series, for `benchmarks.campaign`."""
+    torch.manual_seed(recipe.seed)
+    model = LanguageModel(
+        recipe.norm,
+        width=recipe.width,
+        num_layers=recipe.num_layers,
+        max_tokens=recipe.num_tokens,
+        qk_norm=recipe.arm == "qk_norm",
+    )
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
+    control = {"guarded": "lr", "spike": "spike"}.get(recipe.arm, "")
+    controller = Controller(control, width=recipe.width, num_layers=recipe.num_layers, exponent=0.0)  # type: ignore[arg-type]
+    rule = gradient_rule(recipe.arm, CLIP)
+    recorder = Recorder(model)
+    generator = torch.Generator().manual_seed(100 + recipe.seed)
+    first_loss = validation_loss(model, recipe)
+    losses: list[float] = []
+    norms: list[float] = []
+    rates: list[float] = []
+    diverged_at: int | None = None
+    began = time.perf_counter()
+    for step in range(recipe.steps):
+        tokens = text.batch(generator, recipe.batch, recipe.num_tokens)
+        controller.begin(step)
+        due = is_due(step, controller.dense_until)
+        if due:
+            recorder.start()
+        loss = loss_of(model, tokens)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        losses.append(loss.item())
+        norms.append(norm.item())
+        if not (losses[-1] <= MAX_LOSS and math.isfinite(norms[-1])):  # NaN too
+            diverged_at = step
+            break
+        scheduled = recipe.scheduled_rate(step)
+        profile = recorder.stop(step) if due else None
+        if due or recipe.arm == "spike":
+            controller.see(step, profile, losses[-1], scheduled)
+        rule(parameters, norm)
+        rates.append(scheduled * controller.lr_scale)
+        for group in optimizer.param_groups:
+            group["lr"] = rates[-1]
+        optimizer.step()
+    scalars = {
+        "diverged_at": diverged_at,
+        "first_loss": first_loss,
+        "final_loss": None if diverged_at is not None else validation_loss(model, recipe),
+        "num_actions": controller.num_actions,
+        "first_action": controller.first_action,
+        "min_lr_scale": controller.min_lr_scale,
+        "highest_risk": controller.highest_risk,
+        "seconds_per_step": (time.perf_counter() - began) / len(losses),
+    }
+    series = {"loss": np.array(losses), "grad_norm": np.array(norms), "rate": np.array(rates), **recorder.series()}
+    return scalars, series
+
+
+def is_due(step: int, dense_until: int) -> bool:
+    """The agent's cadence: dense at the start and where the policy asked for it, else sparse."""
+    dense = step < CADENCE.warmup_steps or step < dense_until
+    return step % (CADENCE.dense_every if dense else CADENCE.calm_every) == 0
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Cross-entropy of each next byte; tokens are (B, T + 1), the result is 0-d, in nats."""
+    logits = model(tokens[:, :-1])
+    return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, recipe: Recipe) -> float:
+    """Mean over the same excerpts of held-out text in every run, in nats."""
+    generator = torch.Generator().manual_seed(7)
+    batches = [
+        text.batch(generator, recipe.batch, recipe.num_tokens, validation=True) for _ in range(VALIDATION_BATCHES)
+    ]
+    return sum(loss_of(model, tokens).item() for tokens in batches) / VALIDATION_BATCHES
+
+
+class Recorder:
+    """Takes the states of 512 tokens at every depth, as the agent does, and profiles them at online settings."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._states: list[Tensor] = []
+        self._handles: list[Any] = []
+        self._steps: list[int] = []
+        self._rows: list[dict[str, list[float]]] = []
+
+    def start(self) -> None:
+        blocks = self._model.blocks
+        self._states = []
+        self._handles = [blocks[0].register_forward_pre_hook(lambda _, args: self._take(args[0]))]
+        self._handles += [block.register_forward_hook(lambda _, __, y: self._take(y)) for block in blocks]
+        for attention in self._model.attentions():
+            attention.record = True
+
+    def _take(self, state: Tensor) -> None:
+        self._states.append(state.detach().flatten(0, 1))
+
+    def stop(self, step: int) -> SpectralProfile | None:
+        """The profile of this forward; None where the states were not finite."""
+        for handle in self._handles:
+            handle.remove()
+        for attention in self._model.attentions():
+            attention.record = False
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randperm(len(self._states[0]), generator=generator)[:ONLINE_SAMPLES]
+        states = [state[chosen] for state in self._states]
+        finite = all(bool(state.isfinite().all()) for state in states)
+        profile = profile_states(states, svd_rank=ONLINE_RANK, kreiss="never") if finite else None
+        self._steps.append(step)
+        self._rows.append(self._row(states, profile))
+        return profile
+
+    def _row(self, states: list[Tensor], profile: SpectralProfile | None) -> dict[str, list[float]]:
+        num_layers = len(states) - 1
+        missing = [math.nan] * num_layers
+        layers = profile.layers if profile is not None else ()
+        logits = [a.max_logit.max().item() if a.max_logit is not None else math.nan for a in self._model.attentions()]
+        return {
+            "update_ratio": [layer.update_ratio for layer in layers] or missing,
+            "spectral_radius": [layer.spectral_radius for layer in layers] or missing,
+            "expansive_mass": [layer.expansive_mass for layer in layers] or missing,
+            "near_unit_mass": [layer.near_unit_mass for layer in layers] or missing,
+            "reliable_mode_ratio": [layer.reliable_mode_ratio for layer in layers] or missing,
+            "stream_rms": [state.square().mean().sqrt().item() for state in states[1:]],
+            "max_logit": logits,
+            "informative": [float(profile is not None and profile.informative)],
+        }
+
+    def series(self) -> dict[str, np.ndarray[Any, Any]]:
+        """`profile_step` (S,), and (S, L) for each quantity of a layer."""
+        names = self._rows[0] if self._rows else ()
+        found = {name: np.array([row[name] for row in self._rows]) for name in names}
+        return {"profile_step": np.array(self._steps), **found}

@@ -1,0 +1,1 @@
+"""Block states and local signals, taken into a snapshot."""

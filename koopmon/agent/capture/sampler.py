@@ -1,0 +1,211 @@
+"""From residual states on the training device to one rank's part of a snapshot in host memory, ready to send.
+
+Shapes: P points, N sampled tokens, D width; a state is (..., T, D). Rows are copied into memory allocated once, (P, N,
+D), and on an accelerator leave it on a side stream: the training thread never waits for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from koopmon.agent.stats import AgentStats
+from koopmon.config import SamplingConfig
+from koopmon.observables import Readings
+from koopmon.token_sampling import align_mask, order_rows, take_rows
+from koopmon.wire.buffer_pool import BufferPool, Slot, host_buffer
+from koopmon.wire.messages import DType
+
+NUM_SLOTS = 3
+LARGE_SLOT_BYTES = 64 << 20
+"""From here on two slots must do."""
+DTYPE_NAMES: dict[torch.dtype, DType] = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+}
+
+
+@dataclass(slots=True)
+class RankSnapshot:
+    """One rank's rows of one snapshot: `states` (P, N, D) in the memory of `slot`, valid once `ready` has come.
+
+    `num_valid`, when not None, is a 0-d host tensor, valid at the same moment: only the first rows up to it are real.
+    """
+
+    step: int
+    slot: Slot
+    states: Tensor
+    num_valid: Tensor | None
+    ready: Any
+    masked: bool
+    observed: tuple[tuple[str, int], ...] = ()
+    """(name, layer) of each reading in `observations`, float32 on the host, valid at that moment too."""
+    observations: Tensor | None = None
+    lr_scale: float = 1.0
+    kss_alpha: float = 0.0
+
+
+class Sampler:
+    """Takes the same tokens at every point of one forward pass: `begin`, then `put` for each point in order, `finish`.
+
+    `share` is how many tokens this rank takes. Only the training thread calls it.
+    """
+
+    def __init__(self, config: SamplingConfig, data_rank: int, share: int, stats: AgentStats) -> None:
+        self._seed = config.seed
+        self._data_rank = data_rank
+        self._share = share
+        self._stats = stats
+        self._dtype: torch.dtype | None = None
+        self._pool: BufferPool | None = None
+        self._stage: _DeviceStage | None = None
+        self._slot: Slot | None = None
+        self._buffer: Tensor = torch.empty(0)
+        self._rows: Tensor = torch.empty(0)
+        self._num_valid: Tensor | None = None
+        self.readings = Readings()
+        """Of the snapshot that was begun last."""
+        self._shape = torch.Size()
+        self._step = 0
+        self._num_points = 0
+        self._num_put = 0
+
+    @property
+    def active(self) -> bool:
+        """True between a `begin` that returned True and `finish` or `abandon`."""
+        return self._slot is not None
+
+    @torch.no_grad()
+    def begin(self, step: int, num_points: int, state: Tensor, mask: Tensor | None) -> bool:
+        """Choose tokens and a buffer for a snapshot that starts with `state`; False, and counted, when none is free."""
+        leading = state.shape[:-1]
+        num_tokens = leading.numel()
+        self._dtype = _common(self._dtype, state.dtype)
+        shape = (num_points, min(self._share, num_tokens), state.shape[-1])
+        nbytes = num_points * self._share * shape[2] * self._dtype.itemsize
+        if self._pool is None or self._pool.slot_bytes < nbytes:
+            slots = NUM_SLOTS if nbytes < LARGE_SLOT_BYTES else NUM_SLOTS - 1
+            self._pool = BufferPool(slots, nbytes, _pinned if state.device.type == "cuda" else host_buffer)
+        slot = self._pool.acquire(nbytes)
+        if slot is None:
+            self._stats.drop("no_buffer")
+            return False
+        self._slot, self.readings = slot, Readings()
+        aligned = align_mask(mask, leading)
+        self._rows, num_valid = order_rows(
+            num_tokens,
+            self._share,
+            seed=self._seed,
+            step=step,
+            data_rank=self._data_rank,
+            mask=aligned,
+            device=state.device,
+        )
+        self._num_valid = None if aligned is None else num_valid
+        host = slot.tensor(shape, self._dtype)
+        if state.device.type == "cpu":
+            self._stage, self._buffer = None, host
+        else:
+            if self._stage is None or not self._stage.fits(shape, self._dtype, state.device):
+                self._stage = _DeviceStage(shape, self._dtype, state.device)
+            self._buffer = self._stage.open()
+        self._shape, self._step, self._num_points, self._num_put = state.shape, step, num_points, 0
+        return True
+
+    @torch.no_grad()
+    def put(self, point: int, state: Tensor) -> bool:
+        """Copy the chosen rows of the state at `point`; False, and the snapshot is abandoned, when they do not fit."""
+        if point != self._num_put or state.shape != self._shape:
+            self.abandon()
+            return False
+        target, state = self._buffer[point], state.detach()
+        if state.dtype == target.dtype and state.device == target.device and state.is_contiguous():
+            torch.index_select(state.reshape(-1, state.shape[-1]), 0, self._rows, out=target)
+        else:
+            self._dtype = _common(self._dtype, state.dtype)
+            target.copy_(take_rows(state, self._rows.to(state.device)))
+        self._num_put += 1
+        return True
+
+    @torch.no_grad()
+    def finish(self, **in_force: float) -> RankSnapshot | None:
+        """The snapshot, once every point was put; None, and counted, when some were not."""
+        slot = self._slot
+        if slot is None or self._num_put != self._num_points:
+            self.abandon()
+            return None
+        self._slot = None
+        host = slot.tensor(self._buffer.shape, self._buffer.dtype)
+        gathered = self.readings.gather(self._buffer.device)
+        keys, values = ((), None) if gathered is None else (gathered.keys, gathered.values)
+        num_valid, ready, masked = self._num_valid, None, self._num_valid is not None
+        if self._stage is not None:
+            num_valid, values, ready = self._stage.copy_out(host, num_valid, values)
+        return RankSnapshot(self._step, slot, host, num_valid, ready, masked, keys, values, **in_force)
+
+    def abandon(self) -> None:
+        """Give up the snapshot that was begun, if any, and count it."""
+        if self._slot is not None:
+            self._slot.release()
+            self._slot = None
+            self._stats.drop("incomplete")
+
+
+class _DeviceStage:
+    """Device memory in which a snapshot is gathered, and the side stream on which it leaves."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._buffer = torch.empty(shape, dtype=dtype, device=device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._left: torch.cuda.Event | None = None
+
+    def fits(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+        return self._buffer.shape == shape and self._buffer.dtype == dtype and self._buffer.device == device
+
+    def open(self) -> Tensor:
+        """The buffer. The device, and no thread, waits until the snapshot before has left it."""
+        if self._left is not None:
+            torch.cuda.current_stream(self._buffer.device).wait_event(self._left)
+        return self._buffer
+
+    def copy_out(
+        self, host: Tensor, num_valid: Tensor | None, values: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, torch.cuda.Event]:
+        """Send the buffer to `host`, and the two small tensors to pinned ones of their own."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._buffer.device))
+        with torch.cuda.stream(self._stream):
+            host.copy_(self._buffer, non_blocking=True)
+            arrived = [self._to_host(small) for small in (num_valid, values)]
+            self._left = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._left.record(self._stream)
+        return arrived[0], arrived[1], self._left
+
+    def _to_host(self, small: Tensor | None) -> Tensor | None:
+        if small is None:
+            return None
+        small.record_stream(self._stream)
+        return torch.empty(small.shape, dtype=small.dtype, pin_memory=True).copy_(small, non_blocking=True)
+
+
+def _pinned(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _common(known: torch.dtype | None, found: torch.dtype) -> torch.dtype:
+    """The wire's dtype that holds both: 16-bit types stay what they are, everything wider becomes float32."""
+    if found not in DTYPE_NAMES:
+        return torch.float32
+    return found if known is None or known == found else torch.float32
+
+
+def all_finite(states: Tensor) -> bool:
+    """Whether host `states` hold no NaN and no infinity; on one thread, and without the interpreter's lock."""
+    if states.dtype == torch.bfloat16:
+        bits = states.view(torch.int16).numpy()
+        return not bool(((bits & 0x7F80) == 0x7F80).any())
+    return bool(np.isfinite(states.numpy()).all())

@@ -1,0 +1,336 @@
+"""Taps on the residual stream, registered once: before the first block, and behind every block.
+
+All candidate stacks are tapped until one training forward has shown which of them is a chain; the others' taps go then.
+A snapshot is taken in the first grad-enabled, training-mode forward after a step edge that asked for one. Hooks that
+have nothing to do return after one look at a few flags.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from koopmon.agent.capture.sampler import Sampler
+from koopmon.agent.circuit_breaker import CircuitBreaker, logger
+from koopmon.agent.parallelism import compiled_whole
+from koopmon.agent.stats import AgentStats
+from koopmon.api import Observable, Point, Stack
+from koopmon.chain_verifier import ChainVerifier
+from koopmon.discovery import not_verified
+from koopmon.errors import PluginError
+from koopmon.observables import declared
+from koopmon.plugins import Selection, fall_back
+
+MAX_ATTEMPTS = 3
+"""Training forwards on which the chain may fail to verify before koopmon gives up."""
+MAX_MISSED = 3
+"""Snapshots in a row that taps may miss before it is said, once."""
+INSIDE_A_GRAPH = "blocks inside one compiled graph show nothing: compile them one by one, block = torch.compile(block)"
+
+
+class Injection(Protocol):
+    """What may change the stream behind a block, in training forwards and again in their recomputation."""
+
+    @property
+    def active(self) -> bool: ...
+
+    def enter(self, layer: int, state: Tensor, mask: Tensor | None) -> None: ...
+
+    def leave(self, layer: int, state: Tensor) -> Tensor | None: ...
+
+
+class TapEvents(Protocol):
+    """Who is told what the taps see; called in the training thread."""
+
+    def on_forward(self) -> None:
+        """A training forward begins."""
+
+    def on_chain_verified(self, stack: Stack, width: int, update_exponent: float | None, fingerprint: int) -> None:
+        """`stack` carries the residual stream, D = `width`; the exponent by which updates grow with it, if known.
+
+        `fingerprint` is of the states that entered it: equal on ranks that hold the same tokens.
+        """
+
+    def on_snapshot_ready(self) -> None:
+        """Every point of a snapshot lies in the sampler."""
+
+    def adapter_replaced(self, selection: Selection) -> None:
+        """Another adapter watches the model from now on: the one before has failed, or found no chain."""
+
+
+def recomputing() -> bool:
+    """Whether a backward pass runs in this thread: a forward inside it is activation checkpointing's second one."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class ResidualTaps:
+    """All module hooks of one agent. `sampler` is None on ranks that send no snapshots."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        selection: Selection,
+        breaker: CircuitBreaker,
+        stats: AgentStats,
+        injection: Injection,
+        listener: TapEvents,
+    ) -> None:
+        self.stack: Stack | None = None
+        """The verified chain."""
+        self.failure = ""
+        """Why there will be no snapshots; empty while all is well."""
+        self.sampler: Sampler | None = None
+        self.num_forwards = 0
+        """Training forwards since the last step edge."""
+        self._model = weakref.ref(model)
+        self._breaker = breaker
+        self._stats = stats
+        self._injection = injection
+        self._listener = listener
+        self._num_missed = 0
+        self._width = 0
+        self._due = False
+        """The next training forward is a snapshot."""
+        self._root_called = False
+        self._training = False
+        """Inside a training forward."""
+        self._observing = False
+        """Inside the training forward that verifies the chain."""
+        self._mask: Tensor | None = None
+        self._root_handles = [
+            model.register_forward_pre_hook(breaker.hook(self._enter_root), with_kwargs=True),
+            model.register_forward_hook(breaker.hook(self._leave_root)),
+        ]
+        self.readers = CircuitBreaker("reading the family's observables")
+        self._watch(selection)
+
+    def _watch(self, selection: Selection) -> None:
+        """Tap the candidates of `selection`; the next training forward shows which of them is a chain."""
+        self._selection = selection
+        self._adapter = selection.adapter
+        self._verifier = ChainVerifier(selection.adapter, selection.candidates)
+        self._num_attempts = 0
+        self._handles: dict[str, list[Any]] = {}
+        for stack in selection.candidates:
+            # Readers first: the tap behind the last block hands the snapshot over.
+            handles = [self._read(stack, each) for each in declared(selection.families, stack)]
+            self._handles[stack.name] = handles + [tap for point in stack.points for tap in self._tap(stack, point)]
+
+    def _tap(self, stack: Stack, point: Point) -> list[Any]:
+        first, selection = point.layer == 0, self._selection
+
+        def enter_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._observing or self._injection.active or (first and (self._due or not self._root_called)):
+                try:
+                    state = selection.adapter.block_input(module, args, kwargs)
+                except PluginError as error:
+                    if not self._replace_adapter(error):
+                        raise
+                if self._selection is selection:  # a hook that was taken off may still be called in this forward
+                    self._enter(stack, point, state)
+
+        def leave_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if self._observing or self._injection.active or self._capturing:
+                try:
+                    state = selection.adapter.block_output(module, output)
+                except PluginError as error:
+                    if not self._replace_adapter(error):
+                        raise
+                if self._selection is selection:
+                    return self._leave(stack, point, output, state)
+            return None
+
+        return [
+            point.entry.register_forward_pre_hook(self._breaker.hook(enter_block), with_kwargs=True),
+            point.module.register_forward_hook(self._breaker.hook(leave_block)),
+        ]
+
+    def _read(self, stack: Stack, observable: Observable) -> Any:
+        def leave_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if stack is self.stack and self._capturing and self.sampler is not None and not recomputing():
+                started = time.perf_counter()
+                self.sampler.readings.take(observable, args, kwargs, output)
+                self._stats.capture_seconds += time.perf_counter() - started
+
+        return observable.module.register_forward_hook(self.readers.hook(leave_module), with_kwargs=True)
+
+    def _replace_adapter(self, reason: object) -> bool:
+        """Go on with koopmon's own adapter, if it claims the model and no chain was verified yet. Whether it did."""
+        model = self._model()
+        following = None if self.stack is not None or model is None else fall_back(self._selection, model, reason)
+        if following is None:
+            return False
+        self._observing = False
+        for name in self._handles:
+            self._untap(name)
+        self._watch(following)
+        self._listener.adapter_replaced(following)
+        return True
+
+    def remove(self, reason: str = "") -> None:
+        """Take every hook off the model. Idempotent."""
+        self.failure = self.failure or reason
+        self._due = self._training = self._observing = False
+        for handle in self._root_handles:
+            handle.remove()
+        for name in self._handles:
+            self._untap(name)
+        self._root_handles, self._handles = [], {}
+        if self.sampler is not None:
+            self.sampler.abandon()
+
+    def _untap(self, name: str) -> None:
+        for handle in self._handles[name]:
+            handle.remove()
+
+    def _give_up(self, reason: str) -> None:
+        self.remove(reason)
+        self._stats.taps_missing += 1
+        logger.warning("koopmon: no snapshots, training goes on: %s", reason)
+
+    @property
+    def _capturing(self) -> bool:
+        return self.sampler is not None and self.sampler.active
+
+    def forward_over(self) -> None:
+        """Said before each step: the forward is over. Where the loop bypasses the root, its end is not seen."""
+        if self._observing:
+            self._conclude()
+
+    def step_edge(self, due: bool) -> None:
+        """An optimizer step is done; `due`: the first training forward from here on is a snapshot."""
+        if self.failure:
+            return
+        if self._due or (self.stack is None and self.num_forwards == 0):
+            self._missed()
+        self.num_forwards = 0
+        self._due = due and self.stack is not None
+
+    def _missed(self) -> None:
+        self._stats.taps_missing += 1
+        self._num_missed += 1
+        if self._num_missed == MAX_MISSED:
+            logger.warning(
+                "koopmon: %s trains, but %d snapshots were missed as taps did not fire: attach to the module that the"
+                " loop calls, after any block has been replaced; %s",
+                type(self._model()).__name__,
+                MAX_MISSED,
+                INSIDE_A_GRAPH,
+            )
+
+    # The whole model.
+
+    def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if recomputing():
+            return
+        self._root_called = True
+        self._begin_forward(module.training)
+        if self._training and self.stack is not None and (self._due or self._injection.active):
+            self._mask = self._adapter.token_mask(module, args, kwargs, self.stack)
+
+    def _begin_forward(self, training: bool) -> None:
+        if self._capturing:  # the forward before this one raised, or left the chain
+            self._abandon()
+        if self._observing:
+            self._conclude()
+        self._mask = None
+        self._training = training and torch.is_grad_enabled()
+        if not self._training or self.failure:
+            return
+        self.num_forwards += 1
+        self._listener.on_forward()
+        if self.stack is None:
+            self._verifier.reset()
+            self._observing = True
+
+    def _leave_root(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._training or recomputing():
+            return
+        self._training = False
+        if self._observing:
+            self._conclude()
+        elif self._capturing:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        assert self.sampler is not None
+        self.sampler.abandon()
+        self._missed()
+
+    def _conclude(self) -> None:
+        """One forward was observed: keep the stack that it showed to be a chain, or try again on the next."""
+        self._observing = False
+        self._num_attempts += 1
+        kept, reasons = self._verifier.verdict()
+        exponent = None if kept is None else self._verifier.update_exponent(kept)
+        fingerprint = 0 if kept is None else self._verifier.fingerprint(kept)
+        self._verifier.reset()
+        if kept is not None:
+            self.stack = kept
+            for name in set(self._handles) - {kept.name}:
+                self._untap(name)
+                del self._handles[name]
+            self._listener.on_chain_verified(kept, self._width, exponent, fingerprint)
+        elif self._num_attempts >= MAX_ATTEMPTS and (model := self._model()) is not None:
+            blocks = [point.module for stack in self._selection.candidates for point in stack.points]
+            compiled = f"{type(model).__name__}: {INSIDE_A_GRAPH}" if compiled_whole(model, blocks) else ""
+            reason = compiled or not_verified(model, self._selection, reasons)
+            if not self._replace_adapter(reason):
+                self._give_up(reason)
+
+    # One block.
+
+    def _enter(self, stack: Stack, point: Point, state: Tensor | None) -> None:
+        again = recomputing()
+        if point.layer == 0 and not again and not self._root_called:
+            self._begin_forward(point.entry.training)
+        if state is not None and hasattr(state, "to_local"):
+            self._give_up(f"{point.name} takes a DTensor, whose rows lie on several ranks")
+            return
+        if self._observing and not again:
+            self._verifier.observe_input(stack, point.layer, state)
+            if state is not None and state.dim():
+                self._width = state.shape[-1]
+        if stack is not self.stack or state is None:
+            return
+        if point.layer == 0 and self._due and self._training and not again:
+            self._begin_snapshot(stack, state)
+        if self._injection.active and (self._training or again):
+            self._injection.enter(point.layer, state, self._mask)
+
+    def _begin_snapshot(self, stack: Stack, state: Tensor) -> None:
+        self._due = False
+        if self.sampler is None or (state.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return  # what a CUDA graph captured would be copied at every replay
+        started = time.perf_counter()
+        if self.sampler.begin(self._stats.step, len(stack.points) + 1, state, self._mask):
+            self.sampler.put(0, state)
+        self._stats.capture_seconds += time.perf_counter() - started
+
+    def _leave(self, stack: Stack, point: Point, output: Any, state: Tensor | None) -> Any:
+        again = recomputing()
+        if self._observing and not again:
+            self._verifier.observe_output(stack, point.layer, state)
+        if stack is not self.stack or state is None:
+            return None
+        if self._capturing and not again:
+            self._capture(stack, point.layer + 1, state)
+        if self._injection.active and (self._training or again):
+            changed = self._injection.leave(point.layer, state)
+            if changed is not None:
+                return self._adapter.with_block_output(point.module, output, changed)
+        return None
+
+    def _capture(self, stack: Stack, index: int, state: Tensor) -> None:
+        assert self.sampler is not None
+        started = time.perf_counter()
+        if not self.sampler.put(index, state):
+            self._missed()
+        elif index == len(stack.points):
+            self._num_missed = 0
+            self._listener.on_snapshot_ready()
+        self._stats.capture_seconds += time.perf_counter() - started

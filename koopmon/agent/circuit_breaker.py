@@ -1,0 +1,101 @@
+"""The circuit breaker between koopmon and the training loop: what fails inside a hook stays inside."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from koopmon.errors import raise_from_signal
+
+logger = logging.getLogger("koopmon.agent")
+_breakers: weakref.WeakSet[CircuitBreaker] = weakref.WeakSet()
+
+
+class CircuitBreaker:
+    """Runs koopmon's code inside the user's loop. The first exception shuts it for good, is logged once and counted.
+
+    `on_trip` is called once, with the reason, after the circuit breaker has shut; what it raises is counted as well.
+    """
+
+    def __init__(self, name: str, on_trip: Callable[[str], None] | None = None) -> None:
+        self.name = name
+        self.tripped = False
+        self.reason = ""
+        self.num_errors = 0
+        self._on_trip = on_trip
+        _breakers.add(self)
+
+    def trip(self, where: str, error: BaseException) -> None:
+        """Shut the circuit breaker because of `error`, which was raised in `where`."""
+        self.num_errors += 1
+        if self.tripped:
+            return
+        self.tripped = True
+        self.reason = f"{where}: {type(error).__name__}: {_first_line(error)}"
+        logger.warning("koopmon: %s is off, training goes on: %s", self.name, self.reason)
+        logger.debug("koopmon: %s", where, exc_info=error)
+        if self._on_trip is not None:
+            try:
+                self._on_trip(self.reason)
+            except Exception as second:
+                self.num_errors += 1
+                logger.debug("koopmon: while shutting %s", self.name, exc_info=second)
+
+    def hook(self, body: Callable[..., Any]) -> GuardedHook:
+        """`body` as a hook for a module or an optimizer."""
+        return GuardedHook(self, body)
+
+
+class GuardedHook:
+    """A fenced hook. Copies of the module that carries it, by deepcopy or pickle, carry one that does nothing."""
+
+    __slots__ = ("_body", "_breaker")
+
+    def __init__(self, breaker: CircuitBreaker, body: Callable[..., Any]) -> None:
+        self._breaker = breaker
+        self._body = body
+
+    def __call__(self, *args: Any) -> Any:
+        # Traced by a compiler, a hook body would break the graph at every block.
+        if self._breaker.tripped or torch.compiler.is_compiling():
+            return None
+        try:
+            return self._body(*args)
+        except Exception as error:
+            raise_from_signal(error)  # a handler of the user's, which by chance ran here
+            self._breaker.trip(getattr(self._body, "__name__", "hook"), error)
+            return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoopHook:
+        return NoopHook()
+
+    def __reduce__(self) -> tuple[type[NoopHook], tuple[()]]:
+        return NoopHook, ()
+
+
+class NoopHook:
+    """What a copy of a tapped module carries: does nothing."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any) -> None:
+        return None
+
+
+def _trip_in_child() -> None:
+    for breaker in _breakers:
+        breaker.tripped = True
+        breaker.reason = "a forked child: the agent is the parent's"
+
+
+# A DataLoader's worker inherits the hooks, but neither the threads nor the sockets behind them.
+os.register_at_fork(after_in_child=_trip_in_child)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:300]

@@ -1,0 +1,1 @@
+"""The thread that owns both sockets, and the control channel to the monitor."""

@@ -1,0 +1,334 @@
+"""One rank's side of the control channel: hello, heartbeats, acks, goodbye, and what the monitor answers.
+
+Lives in the sender's thread. Sends without waiting; a monitor that is away is called again and again, and its silence
+changes nothing by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from koopmon import __version__
+from koopmon.agent.comms.pending_acks import PendingAcks
+from koopmon.agent.rank_identity import Identity
+from koopmon.agent.stats import AgentStats
+from koopmon.config import ControlConfig
+from koopmon.errors import EndpointError, ProtocolError
+from koopmon.wire.codec import WireLimits, decode_for_agent, encode
+from koopmon.wire.messages import (
+    Ack,
+    AckOutcome,
+    AgentMessage,
+    Applied,
+    Command,
+    Goodbye,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    KssSettings,
+    Refused,
+    Welcome,
+)
+from koopmon.wire.sockets import ControlClient
+
+logger = logging.getLogger("koopmon.agent")
+
+HELLO_SECONDS = 1.0
+"""Between two hellos while no answer comes."""
+REFUSED_SECONDS = 30.0
+"""Before hello is said again to a monitor that refused."""
+MIN_HEARTBEAT_SECONDS = 0.02
+"""However short a time the monitor asks for."""
+COMPLAINT_SECONDS = 60.0
+"""At least this long between two log lines about one trouble."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """What hello says of this rank, beside its name; see `koopmon.wire.messages.Hello`."""
+
+    process_rank: int
+    world_size: int
+    num_senders: int
+    adapter: str
+    num_layers: int = 0
+    width: int = 0
+    acts: bool = False
+    thresholds: dict[str, float] = field(default_factory=dict)
+    rate_sized_steps: bool = False
+    update_exponent: float | None = None
+    kss: KssSettings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """What became of a command, at optimizer step `step`: to be acknowledged."""
+
+    command_id: str
+    outcome: AckOutcome
+    step: int
+    detail: str = ""
+    shielded: bool = False
+    """Refused since KSS would reach what the model's family shields from it."""
+
+
+class CommandHandler(Protocol):
+    """Who takes commands and knows what is in force; called in the sender's thread."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether commands can be applied."""
+
+    def applied(self) -> Applied:
+        """What is in force."""
+
+    def submit(self, command: Command) -> None:
+        """Apply this at the next opportunity, and report the outcome."""
+
+    def restore(self, applied: Applied) -> None:
+        """Put in force what an earlier incarnation had."""
+
+    def monitor_lost(self) -> None:
+        """The monitor has fallen silent."""
+
+
+class ControlChannel:
+    """The conversation with one monitor. `welcomed`: it serves this rank now. Times are of `time.monotonic`."""
+
+    def __init__(
+        self,
+        control: ControlClient,
+        identity: Identity,
+        config: ControlConfig,
+        stats: AgentStats,
+        handler: CommandHandler,
+        description: RankInfo,
+        acks: PendingAcks | None = None,
+    ) -> None:
+        """`acks`: of an earlier conversation of this rank."""
+        self.welcomed = False
+        self._acks = acks or PendingAcks()
+        self._acks.on_reconnect()
+        self.description = description
+        self._control = control
+        self._identity = identity
+        self._config = config
+        self._stats = stats
+        self._handler = handler
+        self._limits = WireLimits()
+        self._num_connections = 0
+        self._hello_due: float | None = 0.0
+        self._unsaid = True
+        """No hello has told this description yet."""
+        self._heartbeat_due = 0.0
+        self._heartbeat_seconds = 1.0
+        self._heard = time.monotonic()
+        self._asked_at: float | None = None
+        """When the first hello or heartbeat left on this connection that nothing has come back for."""
+        self._lost = False
+        self._restored = False
+        self._complained: dict[str, float] = {}
+        self._reported_busy = 0.0
+        self._reported_elapsed = 0.0
+
+    def describe(self, description: RankInfo) -> None:
+        """Say hello again, with this."""
+        self.description = description
+        self._unsaid, self._hello_due = True, 0.0
+
+    def next_due(self) -> float:
+        """When `tick` has something to do."""
+        return self._heartbeat_due if self._hello_due is None else min(self._hello_due, self._heartbeat_due)
+
+    def tick(self, now: float) -> None:
+        """Say what is due, and notice whether the monitor is there."""
+        connections = self._control.connections
+        if connections != self._num_connections:
+            self._num_connections, self._hello_due = connections, now
+            self.welcomed, self._asked_at = False, None
+            self._acks.on_reconnect()
+        elif self.welcomed and not self._control.connected:
+            self.welcomed = False
+        if self._hello_due is not None and now >= self._hello_due:
+            if self._ask(self._hello(), now):
+                self._unsaid = False
+            self._hello_due = now + HELLO_SECONDS
+        if now >= self._heartbeat_due:
+            self._heartbeat_due = now + self._heartbeat_seconds
+            if self.welcomed:
+                self._answer()
+                if self._ask(self._heartbeat(), now):
+                    self._acks.on_heartbeat_sent()
+        silence = max(self._config.monitor_lost_seconds, 3.0 * self._heartbeat_seconds)
+        if now - self._heard > silence:
+            self._lose(now)
+        if self._asked_at is not None and now - self._asked_at > silence:
+            self.reconnect(now)  # it may be dead without either side's kernel knowing
+
+    def _ask(self, message: Hello | Heartbeat, now: float) -> bool:
+        """Send what must be answered."""
+        sent = self._send(message)
+        if sent and self._asked_at is None:
+            self._asked_at = now
+        return sent
+
+    def reconnect(self, now: float, pause_seconds: float = 0.0) -> None:
+        """Replace the connection, after a pause; it stays where the process has no room for another."""
+        self._asked_at = None
+        try:
+            self._control.reconnect(pause_seconds)
+        except EndpointError as error:
+            self.warn(now, "reconnect", f"the connection to {self._control.endpoint} stays as it is: {error}")
+
+    def _lose(self, now: float) -> None:
+        self.welcomed = False
+        if self._hello_due is None:
+            self._hello_due = now
+        why = f" ({self._control.failure})" if self._control.failure else ""
+        text = f"no monitor at {self._control.endpoint}{why}: training goes on, what is applied stays"
+        self.warn(now, "lost", text)
+        if not self._lost:
+            self._lost = True
+            self._handler.monitor_lost()
+
+    def receive(self, frames: list[memoryview], now: float) -> Welcome | CommandResult | None:
+        """Take one message. Returns a welcome, whose data endpoint the caller needs, or an outcome to acknowledge."""
+        self._asked_at = None
+        try:
+            message = decode_for_agent(frames, limits=self._limits)
+        except ProtocolError as error:
+            self.reject(error, now)
+            return None
+        if isinstance(message, Refused):
+            self.welcomed, self._hello_due = False, now + REFUSED_SECONDS
+            self.warn(now, "refused", f"the monitor at {self._control.endpoint} refuses: {message.reason}")
+            return None
+        if (message.run, message.incarnation) != (self._identity.run, self._identity.incarnation):
+            if isinstance(message, Command):
+                return CommandResult(message.id, "refused", self._stats.step, "it is for another run or incarnation")
+            return None
+        self._heard = now
+        if self._lost:
+            self._lost = False
+            logger.warning("koopmon: the monitor at %s is back", self._control.endpoint)
+        if isinstance(message, Welcome):
+            self._take(message)
+            self._answer()
+            return message
+        if isinstance(message, HeartbeatReply):
+            self._acks.on_heartbeat_reply()
+            self._stats.judgement = message.judgement
+        if isinstance(message, Command):
+            if self.description.process_rank != 0:
+                return CommandResult(message.id, "refused", self._stats.step, "commands go to rank 0")
+            self._handler.submit(message)
+        return None
+
+    def reject(self, error: ProtocolError, now: float) -> None:
+        """Count a message that breaks the protocol, and go on."""
+        self._stats.reject(error.reason)
+        self.warn(now, error.reason, f"what came from {self._control.endpoint} was refused: {error}")
+
+    def _take(self, welcome: Welcome) -> None:
+        # The welcome may answer an older hello than the one that is due.
+        self.welcomed, self._hello_due = True, 0.0 if self._unsaid else None
+        self._heartbeat_seconds = max(welcome.heartbeat_seconds, MIN_HEARTBEAT_SECONDS)
+        self._heartbeat_due = 0.0
+        if welcome.restore is not None and not self._restored and self.description.process_rank == 0:
+            self._restored = True
+            self._handler.restore(welcome.restore)
+
+    def acknowledge(self, outcome: CommandResult) -> None:
+        """Tell the monitor what became of a command; again after a new hello, when it may not have read it."""
+        ack = Ack(
+            run=self._identity.run,
+            incarnation=self._identity.incarnation,
+            command_id=outcome.command_id,
+            outcome=outcome.outcome,
+            step=outcome.step,
+            detail=outcome.detail[:512],
+            shielded=outcome.shielded,
+            applied=self._handler.applied(),
+        )
+        if outcome.outcome == "duplicate":  # what became of it was said before
+            self._send(ack)
+        else:
+            # At once, so that no "duplicate" overtakes it; but only a monitor that has welcomed us is sure to take it.
+            self._acks.add(ack, sent=self._send(ack) and self.welcomed)
+
+    def _answer(self) -> None:
+        for ack in self._acks.unsent():
+            self._acks.add(ack, sent=self._send(ack))
+
+    def say_goodbye(self, reason: str) -> None:
+        self._send(
+            Goodbye(
+                run=self._identity.run,
+                incarnation=self._identity.incarnation,
+                process_rank=self.description.process_rank,
+                step=self._stats.step,
+                reason=reason[:512],
+            )
+        )
+
+    def warn(self, now: float, trouble: str, text: str) -> None:
+        """Log `text`, at most once a minute for each `trouble`."""
+        if now - self._complained.get(trouble, -COMPLAINT_SECONDS) >= COMPLAINT_SECONDS:
+            self._complained[trouble] = now
+            logger.warning("koopmon: %s", text)
+
+    def _send(self, message: AgentMessage) -> bool:
+        return self._control.send(encode(message))
+
+    def _hello(self) -> Hello:
+        described = self.description
+        return Hello(
+            run=self._identity.run,
+            incarnation=self._identity.incarnation,
+            process_rank=described.process_rank,
+            world_size=described.world_size,
+            num_senders=described.num_senders,
+            adapter=described.adapter,
+            num_layers=described.num_layers,
+            width=described.width,
+            acts=described.acts,
+            step=self._stats.step,
+            applied=self._handler.applied(),
+            koopmon_version=__version__,
+            torch_version=str(torch.__version__),
+            hostname=platform.node()[:255],
+            pid=os.getpid(),
+            thresholds=described.thresholds,
+            rate_sized_steps=described.rate_sized_steps,
+            update_exponent=described.update_exponent,
+            kss=described.kss,
+        )
+
+    def _heartbeat(self) -> Heartbeat:
+        stats = self._stats
+        busy, elapsed = stats.busy_seconds, stats.elapsed_seconds
+        spent, passed = busy - self._reported_busy, elapsed - self._reported_elapsed
+        self._reported_busy, self._reported_elapsed = busy, elapsed
+        return Heartbeat(
+            run=self._identity.run,
+            incarnation=self._identity.incarnation,
+            process_rank=self.description.process_rank,
+            step=stats.step,
+            applied=self._handler.applied(),
+            sent=stats.sent,
+            dropped=dict(stats.dropped),
+            taps_missing=stats.taps_missing,
+            overhead_ratio=max(0.0, spent / passed) if passed > 0.0 else 0.0,
+            step_seconds=stats.step_seconds,
+            learning_rate=stats.learning_rate.get(),
+            loss=stats.loss.get(),
+            grad_norm=stats.grad_norm.get(),
+            control_ready=self._handler.ready,
+        )

@@ -1,0 +1,303 @@
+"""The one thread of a sending rank that owns its sockets: snapshots out, control both ways, and never a wait for it.
+
+The training thread hands over snapshots and outcomes through a queue that the pool of buffers bounds. What cannot be
+sent is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from koopmon.agent.capture.sampler import DTYPE_NAMES, RankSnapshot, all_finite
+from koopmon.agent.circuit_breaker import CircuitBreaker
+from koopmon.agent.comms.control_channel import CommandHandler, CommandResult, ControlChannel, RankInfo
+from koopmon.agent.comms.pending_acks import PendingAcks
+from koopmon.agent.rank_identity import Identity
+from koopmon.agent.stats import AgentStats
+from koopmon.config import ControlConfig
+from koopmon.errors import EndpointError, KeysError, ProtocolError
+from koopmon.observables import tabulate
+from koopmon.wire.auth_policy import AuthPolicy
+from koopmon.wire.codec import encode
+from koopmon.wire.endpoints import reached_beside
+from koopmon.wire.messages import MAX_OBSERVATIONS, DropReason, Shard, Welcome
+from koopmon.wire.sockets import ControlClient, DataSender, Poller, Wakeup, WireContext
+
+logger = logging.getLogger("koopmon.agent")
+
+IDENTITY_SECONDS = 0.05
+"""Between two questions for the run's name."""
+CLOSE_SECONDS = 0.8
+"""How long `close` waits for the goodbye to leave."""
+MIN_SAMPLES = 2
+BURST = 64
+"""Messages of the monitor in a row before the rest of the work gets its turn..."""
+FLOODED_SECONDS = 0.01
+"""...and the pause after so many: this thread shares its interpreter with the training."""
+MAX_BURSTS = 32
+"""So many bursts one after the other are a flood, which fills this process's memory: the connection is given up..."""
+FLOOD_PAUSE_SECONDS = 5.0
+"""...for so long."""
+MAX_SUCCESSORS = 100
+"""Threads that may take over from one that was ended from outside..."""
+SUCCESSION_SECONDS = 0.2
+"""...each after so long."""
+
+
+class IOThread:
+    """Runs in a daemon thread of its own from `start` to `close`; everything public may be called from any thread.
+
+    `resolve_identity` gives the run's identity once it is known. Holds nothing of the user's model.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        config: ControlConfig,
+        stats: AgentStats,
+        breaker: CircuitBreaker,
+        handler: CommandHandler,
+        resolve_identity: Callable[[], Identity | None],
+        description: RankInfo,
+        trust: AuthPolicy | None = None,
+    ) -> None:
+        self.identity: Identity | None = None
+        self.connected = False
+        """The monitor serves this rank and takes its data: a snapshot is worth its cost."""
+        self._endpoint = endpoint
+        self._trust = trust
+        self._config = config
+        self._stats = stats
+        self._breaker = breaker
+        self._handler = handler
+        self._resolve_identity = resolve_identity
+        self.goodbye_reason = ""
+        """Why this rank leaves, if there is something to tell."""
+        self._description = description
+        self._pid = os.getpid()
+        self._wakeup = Wakeup()
+        self._outbox: deque[RankSnapshot | CommandResult] = deque()
+        self._in_hand: RankSnapshot | None = None
+        self._acks = PendingAcks()
+        self._num_connections = 0
+        self._stopping = False
+        self._num_successors = 0
+        self._thread = self._make_thread()
+
+    def _make_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._run, name="koopmon-sender", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def describe(self, description: RankInfo) -> None:
+        """From now on this rank is described so; the monitor is told."""
+        self._description = description
+        self._wakeup.wake()
+
+    @property
+    def description(self) -> RankInfo:
+        """How this rank is described."""
+        return self._description
+
+    def post(self, item: RankSnapshot | CommandResult) -> None:
+        """Send this; returns at once."""
+        self._outbox.append(item)
+        self._wakeup.wake()
+
+    def close(self, *, wait: bool = True) -> None:
+        """Send what is queued and a goodbye, and end the thread; waits for that less than a second.
+
+        Idempotent; nothing in a forked child.
+        """
+        if os.getpid() != self._pid:
+            return
+        self._stopping = True
+        self._wakeup.wake()
+        if wait and self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping and self.identity is None:
+                self.identity = self._resolve_identity()
+                if self.identity is None:
+                    time.sleep(IDENTITY_SECONDS)
+            if not self._stopping and (identity := self.identity) is not None:
+                with WireContext(self._trust) as context, ControlClient(context, self._endpoint) as control:
+                    self._serve(context, control, identity)
+        except Exception as error:
+            self._breaker.trip("sender", error)
+        finally:
+            self.connected = False
+            self._discard()
+            if self._stopping or self._breaker.tripped or self._num_successors >= MAX_SUCCESSORS:
+                self._wakeup.close()
+            else:
+                self._restart()
+
+    def _restart(self) -> None:
+        """This thread was ended by something that is no error of ours: another takes its place."""
+        self._num_successors += 1
+        if self._num_successors == 1:
+            logger.warning("koopmon: the thread that speaks to the monitor was ended; another takes over")
+        time.sleep(SUCCESSION_SECONDS)
+        self._thread = self._make_thread()
+        self._thread.start()
+
+    def _serve(self, context: WireContext, control: ControlClient, identity: Identity) -> None:
+        channel = ControlChannel(
+            control, identity, self._config, self._stats, self._handler, self._description, self._acks
+        )
+        poller = Poller(self._wakeup, control)
+        data: DataSender | None = None
+        num_bursts = 0
+        while not self._stopping:
+            poller.wait(max(0.0, channel.next_due() - time.monotonic()))
+            if channel.description is not self._description:
+                channel.describe(self._description)
+            control.mend()
+            if data is not None and data.mend():
+                channel.warn(time.monotonic(), "data", f"no snapshots reach {data.endpoint}: {data.failure}")
+            num_messages = 0
+            for answer in _incoming(control, channel):
+                num_messages += 1
+                if isinstance(answer, Welcome):
+                    endpoint = reached_beside(answer.data_endpoint, control.endpoint)
+                    data = self._connect(context, poller, data, endpoint, channel, control.connections)
+                elif answer is not None:
+                    channel.acknowledge(answer)
+            self._ship(channel, data, identity)
+            channel.tick(time.monotonic())
+            self.connected = channel.welcomed and data is not None and data.connected
+            num_bursts = num_bursts + 1 if num_messages == BURST else 0
+            if num_bursts == MAX_BURSTS:
+                now, words = time.monotonic(), f"{control.endpoint} sends more than can be read"
+                channel.warn(now, "flood", f"{words}: the connection is closed for {FLOOD_PAUSE_SECONDS:.0f} s")
+                channel.reconnect(now, FLOOD_PAUSE_SECONDS)
+            elif num_bursts:
+                time.sleep(FLOODED_SECONDS)
+        self._ship(channel, data, identity)
+        channel.say_goodbye(self.goodbye_reason)
+
+    def _connect(
+        self,
+        context: WireContext,
+        poller: Poller,
+        data: DataSender | None,
+        endpoint: str,
+        channel: ControlChannel,
+        num_connections: int,
+    ) -> DataSender | None:
+        """The data channel after a welcome on the control channel's connection of this number."""
+        before, self._num_connections = self._num_connections, num_connections
+        try:
+            if data is not None and data.endpoint == endpoint:
+                if num_connections != before:
+                    # Nothing ever comes back on this one: it may be as dead as the other was.
+                    data.reconnect()
+                return data
+            if data is not None:
+                poller.unregister(data)
+                data.close()
+                data = None
+            data = DataSender(context, endpoint)
+            poller.register(data)
+        except (EndpointError, KeysError) as error:
+            channel.warn(time.monotonic(), "data", f"no snapshots are sent: {error}")
+        return data
+
+    def _ship(self, channel: ControlChannel, data: DataSender | None, identity: Identity) -> None:
+        while self._outbox:
+            item = self._outbox[0]
+            if isinstance(item, CommandResult):
+                channel.acknowledge(item)
+                self._outbox.popleft()  # only now: this thread may be ended at any point
+                continue
+            self._in_hand = item
+            self._outbox.popleft()
+            reason = self._send_snapshot(item, data, identity)
+            self._in_hand = None
+            if reason is None:
+                self._stats.sent += 1
+            else:
+                self._stats.drop(reason)
+
+    def _send_snapshot(self, snapshot: RankSnapshot, data: DataSender | None, identity: Identity) -> DropReason | None:
+        if snapshot.ready is not None:
+            snapshot.ready.synchronize()
+        states, stats = snapshot.states, self._stats
+        if snapshot.num_valid is not None:
+            states = states[:, : int(snapshot.num_valid)]
+        num_points, num_samples, width = states.shape
+        reason: DropReason | None = None
+        if num_samples < MIN_SAMPLES:
+            reason = "incomplete"
+        elif not all(all_finite(state) for state in states):
+            reason = "not_finite"
+        if data is None or reason is not None:
+            snapshot.slot.release()
+            return reason or "monitor_away"
+        shard = Shard(
+            run=identity.run,
+            incarnation=identity.incarnation,
+            process_rank=self._description.process_rank,
+            num_senders=self._description.num_senders,
+            step=snapshot.step,
+            first_point=0,
+            num_points=num_points,
+            num_samples=num_samples,
+            width=width,
+            dtype=DTYPE_NAMES[states.dtype],
+            masked=snapshot.masked,
+            learning_rate=stats.learning_rate.get(),
+            loss=stats.loss.get(),
+            grad_norm=stats.grad_norm.get(),
+            lr_scale=snapshot.lr_scale,
+            kss_alpha=snapshot.kss_alpha,
+            observables=_observables(snapshot, num_points - 1),
+        )
+        return data.send(encode(shard, list(states)), snapshot.slot)
+
+    def _discard(self) -> None:
+        """Give up snapshots; outcomes stay, for whoever takes over."""
+        outcomes = []
+        item: RankSnapshot | CommandResult | None = self._in_hand
+        self._in_hand = None
+        while item is not None or self._outbox:
+            item = item or self._outbox.popleft()
+            if isinstance(item, RankSnapshot):
+                item.slot.release()  # nothing where it was given back already
+                self._stats.drop("monitor_away")
+            else:
+                outcomes.append(item)
+            item = None
+        self._outbox.extendleft(reversed(outcomes))
+
+
+def _incoming(control: ControlClient, channel: ControlChannel) -> Iterator[Welcome | CommandResult | None]:
+    """What the link makes of each message that has come, of at most BURST."""
+    for _ in range(BURST):
+        now = time.monotonic()
+        try:
+            frames = control.recv()
+        except ProtocolError as error:
+            channel.reject(error, now)
+            yield None
+        else:
+            if frames is None:
+                return
+            yield channel.receive(frames, now)
+
+
+def _observables(snapshot: RankSnapshot, num_layers: int) -> dict[str, list[float | None]]:
+    """The family's readings as a shard carries them; none where they are more than it can."""
+    if snapshot.observations is None:
+        return {}
+    table = tabulate(snapshot.observed, snapshot.observations.tolist(), num_layers)
+    return table if len(table) * num_layers <= MAX_OBSERVATIONS else {}

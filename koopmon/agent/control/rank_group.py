@@ -1,0 +1,258 @@
+"""A process group of koopmon's own, over which rank 0 tells every rank what to apply at one optimizer step.
+
+Gloo over a connection of its own to the default store, under a prefix of its own, so that the user's groups and any
+accelerator's are left alone. It is formed in a background thread, when every rank has said in the store that it is
+there; the ranks then agree, over the group itself, on the step at which exchanges begin. Any failure ends the
+generation: control is off, what is in force stays, and the next generation is formed when all ranks are there again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+
+from koopmon.agent.control.state import ControlUpdate
+from koopmon.agent.rank_identity import RankContext
+from koopmon.agent.stats import AgentStats
+from koopmon.config import ControlConfig
+
+logger = logging.getLogger("koopmon.agent")
+
+MESSAGE_BYTES = 1024
+"""Length of every exchange; its first two bytes hold the length of what follows."""
+POLL_SECONDS = 0.1
+"""Between the first looks into the store; grows up to..."""
+LAST_POLL_SECONDS = 2.0
+START_SECONDS = 0.3
+"""How far ahead the first exchange is put, so that every rank knows of it in time; at least..."""
+START_STEPS = 3
+"""...so many steps."""
+OPERATION_SECONDS = 60.0
+"""How long an exchange may be under way. Only the training thread's own wait is short: while the ranks wait for each
+other anyway, in the backward pass, a slow one is no failure.
+"""
+FIRST_PAUSE_SECONDS = 1.0
+"""Before a group is formed anew; doubles with each failure up to..."""
+LAST_PAUSE_SECONDS = 60.0
+HEALTHY_SECONDS = 120.0
+"""After so long without a failure the pause starts small again."""
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(ControlUpdate)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaFingerprint:
+    """What a rank says of itself where several share one model: whose data it trains on, what entered its blocks."""
+
+    data_rank: int
+    fingerprint: int
+
+
+class RankGroup:
+    """Exchanges between ranks. `is_due`, `launch` and `receive` are for the training thread; the rest is behind it.
+
+    `place` is where in the store the agents of one training meet (`store_prefix`). `share` is given where several
+    ranks share one model.
+    """
+
+    def __init__(
+        self,
+        world: RankContext,
+        config: ControlConfig,
+        stats: AgentStats,
+        place: str,
+        share: ReplicaFingerprint | None = None,
+    ) -> None:
+        self.splits_tokens = False
+        """Ranks that share one model hold different tokens of its data. Known once the group is ready."""
+        self._share = share
+        self._world = world
+        self._timeout_seconds = config.timeout_seconds
+        self._stats = stats
+        self._prefix = f"{place}/control"
+        self._generation = 0
+        self._streak = 0
+        """Failures, each soon after the one before."""
+        self._failed = -HEALTHY_SECONDS
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._group: Any = None
+        self._work: Any = None
+        self._buffer = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
+        self._next: int | None = None
+        """After how many steps the next exchange takes place..."""
+        self._agreed = threading.Event()
+        """...and whether all ranks know of the first."""
+        self._start(self._form, 0, 0.0)
+
+    @property
+    def ready(self) -> bool:
+        """Exchanges take place: what rank 0 decides reaches every rank."""
+        return self._agreed.is_set() and not self._closed.is_set()
+
+    @property
+    def in_flight(self) -> bool:
+        """An exchange was launched and not yet received."""
+        return self._work is not None
+
+    def is_due(self, step: int) -> bool:
+        """Whether an exchange takes place after `step` optimizer steps; the answer is the same on all ranks."""
+        due = self._next
+        if due is None or step < due:
+            return False
+        # The other ranks' word may still be on its way: this is the step, and it must not be missed.
+        if not self._agreed.is_set() and not self._agreed.wait(self._timeout_seconds):
+            self.fail("the ranks did not agree on a first step")
+            return False
+        if self._next is None or step > self._next:
+            self.fail(f"the exchange of step {self._next} was missed")
+            return False
+        return step == self._next
+
+    def launch(self, exchange: ControlUpdate | None) -> None:
+        """Begin an exchange: rank 0 gives it, the others None. Returns at once."""
+        if exchange is not None:
+            packed = _encoder.encode(exchange)
+            if len(packed) > MESSAGE_BYTES - 2:
+                raise ValueError(f"exchange of {len(packed)} bytes, at most {MESSAGE_BYTES - 2} fit")
+            frame = bytearray(len(packed).to_bytes(2, "little") + packed)
+            self._buffer[: len(frame)] = torch.frombuffer(frame, dtype=torch.uint8)
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        try:
+            self._work = self._group.broadcast([self._buffer], options)
+        except RuntimeError as error:
+            self.fail(_reason(error))
+
+    def receive(self) -> ControlUpdate | None:
+        """The exchange in flight, waited for at most as long as the time-out; None when it failed."""
+        work, self._work = self._work, None
+        try:
+            work.wait(timedelta(seconds=self._timeout_seconds))
+            length = int.from_bytes(self._buffer[:2].numpy().tobytes(), "little")
+            exchange = _decoder.decode(self._buffer[2 : 2 + length].numpy().tobytes())
+        except (RuntimeError, msgspec.DecodeError) as error:
+            self.fail(_reason(error))
+            return None
+        self._next = exchange.next_step
+        return exchange
+
+    def fail(self, reason: str) -> None:
+        """Control is off; the group is given up, and another one formed when all ranks are there."""
+        with self._lock:
+            if self._closed.is_set():
+                return
+            now = time.monotonic()
+            self._streak = self._streak + 1 if now - self._failed < HEALTHY_SECONDS else 1
+            self._failed = now
+            self._drop()
+            self._generation += 1
+            pause = min(FIRST_PAUSE_SECONDS * 2.0 ** (self._streak - 1), LAST_PAUSE_SECONDS)
+            self._start(self._form, self._generation, pause)
+        # A rank that leaves is how most trainings end.
+        level = logging.INFO if "closed by peer" in reason or "reset by peer" in reason else logging.WARNING
+        logger.log(
+            level if self._streak <= 3 else logging.DEBUG,
+            "koopmon: control is off, training goes on, what is applied stays: %s",
+            reason,
+        )
+
+    def close(self, *, wait: bool = False) -> None:
+        """Give the group up for good. Idempotent; waits only when told to, which the interpreter's end needs.
+
+        The background threads end within the time-out, and must not outlive the interpreter.
+        """
+        with self._lock:
+            if not self._closed.is_set():
+                self._closed.set()
+                self._drop()
+        if wait:
+            for thread in self._threads:
+                thread.join(self._timeout_seconds + 1.0)
+
+    def _drop(self) -> None:
+        held = [self._group, self._work]
+        self._group = self._work = self._next = None
+        self._agreed.clear()
+        self._buffer = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)  # the old one may still be written to
+        if held[0] is not None:
+            # Whoever lets go of a group last waits for what is in flight: not this thread.
+            self._start(held.clear)
+
+    def _start(self, target: Any, *args: Any) -> None:
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        thread = threading.Thread(target=target, args=args, name="koopmon-control", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    # The background thread.
+
+    def _form(self, generation: int, pause_seconds: float) -> None:
+        self._closed.wait(pause_seconds)
+        try:
+            store = PrefixStore(f"{self._prefix}/{generation}", self._world.store)
+            if not self._closed.is_set():
+                store.add("ready", 1)
+            pause = POLL_SECONDS
+            while not self._closed.is_set() and store.add("ready", 0) < self._world.size:
+                self._closed.wait(pause)
+                pause = min(1.02 * pause, LAST_POLL_SECONDS)
+            if not self._closed.is_set():
+                timeout = timedelta(seconds=max(OPERATION_SECONDS, self._timeout_seconds))
+                group = dist.ProcessGroupGloo(store, self._world.rank, self._world.size, timeout)
+                self._agree(group, generation)
+        except Exception as error:
+            if generation == self._generation:
+                self.fail(f"no group of {self._world.size} ranks: {_reason(error)}")
+
+    def _agree(self, group: Any, generation: int) -> None:
+        """Settle with all ranks on the step of the first exchange, ahead of where any of them is."""
+        margin = START_STEPS
+        while True:
+            seconds = self._stats.step_seconds
+            ahead = margin if seconds is None else max(margin, math.ceil(START_SECONDS / max(seconds, 1e-6)))
+            first = _all_reduce(group, self._stats.step + ahead, dist.ReduceOp.MAX)
+            with self._lock:
+                if self._closed.is_set() or generation != self._generation:
+                    return
+                self._group, self._next = group, first
+            if _all_reduce(group, int(self._stats.step < first), dist.ReduceOp.MIN):
+                break
+            margin *= 4
+        if self._share is not None:
+            self.splits_tokens = _differ_within(group, self._share, self._world.size)
+        self._agreed.set()
+        logger.info("koopmon: commands reach all %d ranks from step %d on", self._world.size, first)
+
+
+def _differ_within(group: Any, share: ReplicaFingerprint, size: int) -> bool:
+    """Whether ranks of one data rank saw different states enter their blocks; the answer is the same on all ranks."""
+    mine = torch.tensor([share.data_rank, share.fingerprint], dtype=torch.int64)
+    every = [torch.empty_like(mine) for _ in range(size)]
+    group.allgather([every], [mine]).wait()
+    told = {tuple(each.tolist()) for each in every}
+    return len(told) > len({data_rank for data_rank, _ in told})
+
+
+def _all_reduce(group: Any, value: int, operation: Any) -> int:
+    tensor = torch.tensor([value], dtype=torch.int64)
+    options = dist.AllreduceOptions()
+    options.reduceOp = operation
+    group.allreduce([tensor], options).wait()
+    return int(tensor)
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

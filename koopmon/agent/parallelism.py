@@ -1,0 +1,180 @@
+"""How the ranks share the training: which layouts koopmon is proven to act in, which it only watches, which it refuses.
+
+What is `proven` here is what the support matrix proves (docs/support.md); its tests hold this file to it.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from koopmon.agent.rank_identity import RankContext
+from koopmon.observables import shielded
+from koopmon.plugins import Selection
+
+PROVEN = frozenset({"single", "ddp", "fsdp1", "fsdp2", "hsdp", "tp", "fsdp2-tp"})
+"""Layouts over all ranks, on the CPU, in which the matrix proves that koopmon acts rightly."""
+_MAX_FRAMES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelLayout:
+    """`proven`: commands may be applied by default; `caution` says why not. `refused`: known to be wrong."""
+
+    name: str
+    proven: bool
+    caution: str = ""
+    refused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DataRanks:
+    """This rank among those that train on different data: of ranks that share one model, the first one `leads`."""
+
+    rank: int
+    size: int
+    leads: bool = True
+
+
+def refusal(model: nn.Module) -> str:
+    """Why koopmon cannot be attached to `model` at all; empty when it can."""
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        return "torch.nn.DataParallel runs copies of the model in threads; use DistributedDataParallel"
+    return ""
+
+
+def kss_refusal(model: nn.Module, selection: Selection) -> str:
+    """Why KSS must not act on `model`: its families shield some of its modules. Empty when it may."""
+    modules = shielded(selection.families, selection.candidates)
+    if not modules:
+        return ""
+    name = next((name for name, module in model.named_modules() if module is modules[0]), "a module of the model")
+    more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+    allow = "set [kss] through_shielded = true to allow it"
+    return f"KSS would reach what the model's family shields from it, {name[:200]}{more}: {allow}"
+
+
+def data_ranks(model: nn.Module, world: RankContext) -> DataRanks:
+    """Which data this rank trains on: under tensor parallelism several ranks train on the same."""
+    mesh = _model_mesh(model)
+    if mesh is None or mesh.size() != world.size:
+        return DataRanks(world.rank, world.size)
+    data = _data_mesh(model)
+    if data is None and _shards_data(model):
+        return DataRanks(world.rank, world.size)
+    if data is None:  # tensor parallelism alone
+        return DataRanks(0, 1, leads=world.rank == 0)
+    ranks = data.mesh.flatten().tolist()
+    return DataRanks(ranks.index(world.rank), len(ranks), leads=0 in ranks)
+
+
+def inspect_layout(model: nn.Module, world: RankContext) -> ParallelLayout | None:
+    """The layout of a training, seen from one rank; None while that cannot be told.
+
+    A wrapper around `model` shows itself only while it runs: ask again from inside a forward.
+    """
+    if _runs_as_stage():
+        return ParallelLayout(
+            "pipeline", False, "stages of a pipeline are not watched yet: their layers would be mixed", True
+        )
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        return ParallelLayout("split", False, "its parameters lie on several devices, a layout not yet proven")
+    layout = _shared_layout(model, world)
+    kind = next((device.type for device in devices), "cpu")
+    if layout is None or kind in ("cpu", "meta"):
+        return layout
+    return ParallelLayout(
+        layout.name, False, layout.caution or f"its parameters lie on {kind}, where nothing is proven yet"
+    )
+
+
+def _shared_layout(model: nn.Module, world: RankContext) -> ParallelLayout | None:
+    """How the ranks share the model, whatever device it is on."""
+    mesh = _model_mesh(model)
+    if mesh is not None:
+        return _mesh_layout(model, mesh, world)
+    sharded: list[Any] = [module for module in model.modules() if type(module).__name__ == "FullyShardedDataParallel"]
+    if sharded:
+        return _over("fsdp1", {module.process_group.size() for module in sharded}, world)
+    if world.size == 1:
+        return ParallelLayout("single", True)
+    wrapper = model if isinstance(model, DistributedDataParallel) else None
+    if wrapper is None:
+        wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    if wrapper is None:
+        return None
+    return _over("ddp", {wrapper.process_group.size()}, world)
+
+
+def _mesh_layout(model: nn.Module, mesh: Any, world: RankContext) -> ParallelLayout:
+    data = _data_mesh(model)
+    if data is None and _shards_data(model):
+        return ParallelLayout("fsdp2", False, "this version of torch does not show over which ranks FSDP2 shards it")
+    if data is None:
+        return _over("tp", {mesh.size()}, world)
+    name = "fsdp2" if data.ndim == 1 else "hsdp"
+    return _over(name if mesh.size() == data.size() else f"{name}-tp", {mesh.size()}, world)
+
+
+def _over(name: str, sizes: set[int], world: RankContext) -> ParallelLayout:
+    """The layout `name`, if it spans the world."""
+    if sizes == {world.size}:
+        return ParallelLayout(name, name in PROVEN, "" if name in PROVEN else f"{name} is a layout not yet proven")
+    return ParallelLayout(name, False, f"its {name} spans {min(sizes)} of {world.size} ranks, a layout not yet proven")
+
+
+def _model_mesh(model: nn.Module) -> Any:
+    """The largest device mesh over which a parameter is distributed; None where none is."""
+    meshes = [mesh for each in model.parameters() if (mesh := getattr(each, "device_mesh", None)) is not None]
+    return max(meshes, key=lambda mesh: mesh.size(), default=None)
+
+
+def _data_mesh(model: nn.Module) -> Any:
+    """The mesh over which FSDP2 shards and replicates; None where it does not, or hides it."""
+    for module in model.modules():
+        state = getattr(module, "_get_fsdp_state", lambda: None)()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        mesh = getattr(getattr(groups[0], "mesh_info", None), "mesh", None)
+        if mesh is not None:
+            return mesh
+    return None
+
+
+def _shards_data(model: nn.Module) -> bool:
+    """Whether a part of `model` was given to fully_shard; by name, so that nothing is imported for it."""
+    return any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
+
+
+def _runs_as_stage() -> bool:
+    """Whether this is being called from inside a stage of torch.distributed.pipelining."""
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(_MAX_FRAMES):
+        if frame is None:
+            return False
+        caller = frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
+        if any(kind.__name__ == "_PipelineStageBase" for kind in type(caller).__mro__):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def compiled_whole(model: nn.Module, blocks: list[nn.Module]) -> bool:
+    """Whether the blocks of `model` run inside a compiled graph, where no hook of theirs ever fires."""
+    inside = {id(module) for block in blocks for module in block.modules() if module is not block}
+    return any(
+        (hasattr(module, "dynamo_ctx") and not any(module is block for block in blocks))
+        or module._compiled_call_impl is not None
+        for module in model.modules()
+        if id(module) not in inside
+    )
+
+
+UNKNOWN = ParallelLayout(
+    "unknown", False, "several ranks train it in a way that is not known here, a layout not yet proven"
+)

@@ -1,0 +1,109 @@
+"""What one agent counts and measures: written by the training thread, read by the sender; neither waits."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from koopmon.wire.messages import DROP_REASONS, DropReason, Judgement
+
+_RING = 4
+
+
+class AsyncScalar:
+    """The latest value of a scalar that may live on a device: storing it never synchronises, reading it never waits."""
+
+    def __init__(self) -> None:
+        self._value: float | None = None
+        self._ring: list[tuple[Tensor, Any]] = []
+        self._next = 0
+
+    def put(self, value: float | Tensor | None) -> None:
+        """Store a number or a tensor with one element; anything else raises TypeError."""
+        if isinstance(value, Tensor):
+            if value.numel() != 1 or value.is_complex():
+                raise TypeError(f"expected a number or a tensor with one element, got shape {tuple(value.shape)}")
+            if hasattr(value, "to_local"):
+                raise TypeError("a DTensor's value lies on several ranks: pass its full_tensor()")
+            value = value.detach()
+            if value.device.type == "cuda":
+                self._copy(value)
+                return
+        self._value = None if value is None else float(value)
+        self._next = 0
+
+    @torch.no_grad()
+    def _copy(self, value: Tensor) -> None:
+        if not self._ring:
+            for _ in range(_RING):
+                host = torch.zeros((), dtype=torch.float32, pin_memory=True)
+                self._ring.append((host, torch.cuda.Event()))  # type: ignore[no-untyped-call]
+        host, event = self._ring[self._next % _RING]
+        host.copy_(value.reshape(()), non_blocking=True)
+        event.record()
+        self._next += 1
+
+    def get(self) -> float | None:
+        """The latest value that has arrived; None when there was none."""
+        for age in range(1, min(self._next, _RING) + 1):
+            host, event = self._ring[(self._next - age) % _RING]
+            if event.query():
+                return float(host)
+        return self._value
+
+
+class AgentStats:
+    """Counters and gauges of one agent. Plain attributes are written by the training thread alone."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.step = 0
+        """Optimizer steps done."""
+        self.step_seconds: float | None = None
+        """Running mean of one optimizer step."""
+        self.elapsed_seconds = 0.0
+        """Time between the first step edge and the last."""
+        self.hook_seconds = 0.0
+        """Time spent in the optimizer's hooks."""
+        self.capture_seconds = 0.0
+        """Time spent copying snapshots."""
+        self.kss_seconds = 0.0
+        """Time spent computing KSS gradients."""
+        self.taps_missing = 0
+        """Snapshots in which a tap did not fire."""
+        self.sent = 0
+        self.dropped: dict[DropReason, int] = dict.fromkeys(DROP_REASONS, 0)
+        self.rejected: dict[str, int] = {}
+        """What came from the monitor and was refused, by reason. Written by the sender's thread alone."""
+        self.judgement: Judgement | None = None
+        """What the monitor last said of this training. Written by the sender's thread alone."""
+        self.loss = AsyncScalar()
+        self.grad_norm = AsyncScalar()
+        self.learning_rate = AsyncScalar()
+        self.kss_skipped = AsyncScalar()
+        """Layers for which the KSS gradient could not be trusted, since the start."""
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time that koopmon has taken in the training thread."""
+        return self.hook_seconds + self.capture_seconds + self.kss_seconds
+
+    def drop(self, reason: DropReason, count: int = 1) -> None:
+        """Count snapshots of which this rank did not send its part."""
+        with self._lock:
+            self.dropped[reason] += count
+
+    def reject(self, reason: str) -> None:
+        """Count a message that was refused."""
+        self.rejected[reason] = self.rejected.get(reason, 0) + 1
+
+    def tick(self, elapsed_seconds: float) -> None:
+        """One more optimizer step is done, `elapsed_seconds` after the one before."""
+        self.step += 1
+        if elapsed_seconds > 0.0:
+            self.elapsed_seconds += elapsed_seconds
+            mean = self.step_seconds
+            self.step_seconds = elapsed_seconds if mean is None else mean + 0.2 * (elapsed_seconds - mean)

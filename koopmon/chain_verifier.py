@@ -1,0 +1,337 @@
+"""The chain rule: which candidate stack is a residual stream, shown on one real forward pass.
+
+A stack is a *verified chain* when, in one forward of the model, every block was called exactly once and in order, what
+left block l is what entered block l+1, and all states share one shape (..., T, D). `ChainVerifier` holds that rule for
+`discover`, `profile` and the agent alike.
+
+How to use a verifier, by hand or with `watch()`, which does just this::
+
+    verifier = ChainVerifier(selection.adapter, selection.candidates)
+    for stack in verifier.candidates:
+        for point in stack.points:
+            # forward pre-hook on point.entry, with_kwargs=True, so BEFORE the block runs (blocks may write in place):
+            verifier.observe_input(stack, point.layer, adapter.block_input(point.entry, args, kwargs))
+            # forward hook on point.module:
+            verifier.observe_output(stack, point.layer, adapter.block_output(point.module, output))
+    model(...)  # ONE forward; what follows (recomputation, a second microbatch) is not observed
+    stack, reasons = verifier.verdict()  # the kept Stack or None; why each other candidate was not kept
+    verifier.reset()  # forget everything, to try again on the next forward
+
+Observing keeps a few sampled rows per tap on the device and never synchronises; `verdict()` does, once per candidate.
+Nothing here raises for what a model does: a state that is None, misshapen or out of turn becomes the reason why its
+stack is not kept.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from koopmon.api import ArchitectureAdapter, Point, Stack
+from koopmon.block_finder import normalised
+from koopmon.spectral import LARGEST_EXPONENT, stack_exponent, update_exponent
+
+__all__ = ["ChainResult", "ChainVerifier", "known_exponent"]
+
+SAMPLED_ROWS = 1024
+"""Rows of each state on which the end of one block is compared with the start of the next."""
+MIN_UPDATE = 0.01
+"""Least size of an update, relative to the state, from which its growth can be read."""
+MIN_CARRIED = 0.25
+"""Least mean correlation between a block's input and output when its stack is not known to be residual."""
+
+
+class ChainResult(NamedTuple):
+    """`stack` is the kept one, None when no candidate is a chain; `reasons` tells for each other one, by name, why."""
+
+    stack: Stack | None
+    reasons: dict[str, str]
+
+
+class _Trace:
+    """What one candidate stack did during the forward."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.failure: str | None = None
+        self.calls = [0] * len(stack.points)
+        """Calls begun, per block."""
+        self.done = 0
+        """Outputs observed."""
+        self.shape: torch.Size | None = None
+        self.changes_shape = False
+        self.last_call = -1
+        self.entered: Tensor | None = None
+        self.left: Tensor | None = None
+        self.links: list[Tensor] = []
+        """Per link l -> l+1 a 0-d boolean tensor: the sampled rows are equal."""
+        self.carried: list[Tensor] = []
+        """Per block a 0-d tensor: correlation of its output with its input."""
+        self.first: Tensor | None = None
+        """Sampled rows of the state before the first block."""
+        self.growth: list[Tensor] = []
+        """Per block, (2,): the update's exponent, and its size relative to the state."""
+
+    def fail(self, reason: str) -> None:
+        if self.failure is None:
+            self.failure = reason
+
+    def point(self, layer: int) -> Point:
+        return self.stack.points[layer]
+
+
+class ChainVerifier:
+    """Decides which of `candidates` is a verified chain. See the module's text for how to feed it."""
+
+    def __init__(self, adapter: ArchitectureAdapter, candidates: Sequence[Stack]) -> None:
+        self.adapter = adapter
+        self.candidates = tuple(candidates)
+        self._also: Callable[[Stack, int, Tensor], None] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was observed."""
+        self._traces = {stack.name: _Trace(stack) for stack in self.candidates}
+        self._clock = 0
+
+    def observe_input(self, stack: Stack, layer: int, state: Tensor | None) -> None:
+        """The state h_layer, (..., T, D), as block `layer` of `stack` is about to be called with it."""
+        trace = self._traces[stack.name]
+        trace.calls[layer] += 1
+        rows = self._rows(trace, layer, state, "takes")
+        if rows is None or trace.failure is not None:
+            return
+        if layer != trace.done or trace.entered is not None:
+            trace.fail(f"{trace.point(layer).name} was called out of turn")
+            return
+        if layer == 0:
+            trace.first = rows
+        if trace.left is not None:
+            trace.links.append(_same_rows(trace.left, rows))
+        trace.entered, trace.left = rows, None
+
+    def observe_output(self, stack: Stack, layer: int, state: Tensor | None) -> None:
+        """The state h_{layer+1}, (..., T, D), that block `layer` of `stack` has just returned."""
+        trace = self._traces[stack.name]
+        self._clock += 1
+        trace.last_call = self._clock
+        rows = self._rows(trace, layer, state, "returns")
+        if rows is None or trace.failure is not None:
+            return
+        if layer != trace.done or trace.entered is None:
+            trace.fail(f"{trace.point(layer).name} returned out of turn")
+            return
+        if not stack.residual:
+            trace.carried.append(_correlation(trace.entered, rows))
+        trace.growth.append(_growth(trace.entered, rows))
+        trace.entered, trace.left = None, rows
+        trace.done += 1
+
+    @contextmanager
+    def watch(self, also: Callable[[Stack, int, Tensor], None] | None = None) -> Iterator[None]:
+        """Observe every candidate by hooks of its own, removed at the end.
+
+        `also` is called as also(stack, l, h_l) with every state of every candidate, h_0 first: 0 <= l <= its blocks.
+        """
+        self._also = also
+        handles = []
+        try:
+            for stack in self.candidates:
+                for point in stack.points:
+                    handles.append(
+                        point.entry.register_forward_pre_hook(self._pre_hook(stack, point), with_kwargs=True)
+                    )
+                    handles.append(point.module.register_forward_hook(self._hook(stack, point)))
+            yield
+        finally:
+            self._also = None
+            for handle in handles:
+                handle.remove()
+
+    def _pre_hook(self, stack: Stack, point: Point) -> Any:
+        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            state = self.adapter.block_input(module, args, kwargs)
+            self.observe_input(stack, point.layer, state)
+            if self._also is not None and state is not None and point.layer == 0:
+                self._also(stack, 0, state)
+
+        return observe
+
+    def _hook(self, stack: Stack, point: Point) -> Any:
+        def observe(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            state = self.adapter.block_output(module, output)
+            self.observe_output(stack, point.layer, state)
+            if self._also is not None and state is not None:
+                self._also(stack, point.layer + 1, state)
+
+        return observe
+
+    @torch.no_grad()
+    def _rows(self, trace: _Trace, layer: int, state: Tensor | None, verb: str) -> Tensor | None:
+        """A private copy of sampled rows of `state`, (rows, D); None when it is no state of this chain."""
+        name = trace.point(layer).name
+        if state is None:
+            trace.fail(f"{name} {verb} no floating-point tensor that could be a state")
+            return None
+        if state.dim() < 2 or not state.is_floating_point() or state.numel() == 0:
+            trace.fail(f"{name} {verb} {_describe(state)}, no state of shape (..., T, D)")
+            return None
+        if trace.shape is None:
+            trace.shape = state.shape
+        elif state.shape != trace.shape:
+            trace.changes_shape = True
+            trace.fail(f"{name} {verb} shape {tuple(state.shape)} where the chain began with {tuple(trace.shape)}")
+            return None
+        local = state.to_local() if hasattr(state, "to_local") else state  # a DTensor's own part: nothing is gathered
+        return sample_rows(local.detach())
+
+    def verdict(self) -> ChainResult:
+        """The kept stack and, for every other candidate by name, why not. Synchronises once per candidate.
+
+        A verified stack loses to one that it is nested in; then the longest is kept, and among equals the one called
+        last, which in an encoder-decoder is the decoder, next to the loss. Stacks inside the blocks of one that keeps a
+        single shape and yet is no chain are not kept either: they are sublayers, not a residual stream of the model's
+        depth. Where the outer blocks change the shape, as stages of a hierarchy do, inner stacks stand for themselves.
+        """
+        reasons: dict[str, str] = {}
+        verified: list[_Trace] = []
+        for trace in self._traces.values():
+            failure = self._failure(trace)
+            if failure is None:
+                verified.append(trace)
+            else:
+                reasons[trace.stack.name] = failure
+        eligible: list[_Trace] = []
+        for trace in verified:
+            outer = self._enclosing(trace)
+            if outer is None:
+                eligible.append(trace)
+            else:
+                reasons[trace.stack.name] = f"is a chain, but inside a block of {outer.name!r}"
+        eligible.sort(key=lambda trace: (len(trace.stack.points), trace.last_call), reverse=True)
+        for trace in eligible[1:]:
+            kept = eligible[0].stack
+            why = "is longer" if len(kept.points) > len(trace.stack.points) else "comes later"
+            reasons[trace.stack.name] = f"is a chain of {len(trace.stack.points)} blocks, but {kept.name!r} {why}"
+        return ChainResult(eligible[0].stack if eligible else None, reasons)
+
+    def update_exponent(self, stack: Stack) -> float | None:
+        """The exponent by which the updates of `stack` grow with the state, as known beforehand or as this forward pass
+        showed; None where most of its blocks did not move it. Synchronises."""
+        known = known_exponent(self.adapter, stack)
+        if known is not None:
+            return known
+        grown = [k for k, size in _together(self._traces[stack.name].growth).tolist() if size >= MIN_UPDATE]
+        return stack_exponent(grown) if 2 * len(grown) >= len(stack.points) else None
+
+    def fingerprint(self, stack: Stack) -> int:
+        """A number below 2^32 that is the same where the same states entered `stack`. Synchronises."""
+        first = self._traces[stack.name].first
+        return 0 if first is None else zlib.crc32(first.double().cpu().contiguous().numpy().tobytes())
+
+    def _failure(self, trace: _Trace) -> str | None:
+        num_blocks = len(trace.stack.points)
+        if not any(trace.calls):
+            return "none of its blocks was called"
+        if num_blocks == 1:
+            repeated = "" if trace.calls[0] == 1 else f" ({trace.calls[0]} times: one layer shared by all depths)"
+            return f"a chain needs at least 2 blocks, and only {trace.point(0).name} was called{repeated}"
+        for layer, calls in enumerate(trace.calls):
+            if calls > 1:
+                return f"{trace.point(layer).name} was called {calls} times in one forward: a shared layer or a loop"
+        if trace.failure is not None:
+            return trace.failure
+        if trace.done != num_blocks:
+            return f"only {trace.done} of its {num_blocks} blocks were called"
+        equal = _together(trace.links).tolist()
+        for layer, is_equal in enumerate(equal):
+            if not is_equal:
+                return f"what leaves {trace.point(layer).name} is not what enters {trace.point(layer + 1).name}"
+        if trace.carried:
+            carried = float(_together(trace.carried).mean())
+            if math.isnan(carried):
+                return (
+                    "its states are not finite, or the same at every token: nothing shows that its blocks are residual"
+                )
+            if carried < MIN_CARRIED:
+                return (
+                    "its blocks chain but do not carry their input forward: the mean correlation of output and input "
+                    f"is {carried:.2f}, a residual stream has at least {MIN_CARRIED}"
+                )
+        return None
+
+    def _enclosing(self, trace: _Trace) -> Stack | None:
+        """The stack that holds `trace`'s first block inside one of its own blocks and has precedence, if any."""
+        first = trace.point(0).module
+        for other in self._traces.values():
+            if other is trace or not any(other.calls) or other.changes_shape or len(other.stack.points) == 1:
+                continue
+            for point in other.stack.points:
+                if point.module is not first and any(module is first for module in point.module.modules()):
+                    return other.stack
+        return None
+
+
+def known_exponent(adapter: ArchitectureAdapter, stack: Stack) -> float | None:
+    """The update exponent of `stack` where it need not be read from states: as `adapter` says, or else 0 where every
+    block normalises.
+
+    States tell less surely than structure: `benchmarks.brake` has how often either was right.
+    """
+    said = adapter.update_exponent(stack)
+    if said is not None and math.isfinite(said):
+        return min(max(float(said), -LARGEST_EXPONENT), LARGEST_EXPONENT)
+    return 0.0 if normalised(stack) else None
+
+
+@torch.no_grad()
+def sample_rows(state: Tensor) -> Tensor:
+    """Copy of at most SAMPLED_ROWS evenly spread rows of `state` (..., D), shape (rows, D), without synchronising."""
+    leading = state.shape[:-1]
+    num_rows = leading.numel()
+    flat = torch.arange(min(num_rows, SAMPLED_ROWS), device=state.device)
+    flat = flat * num_rows // len(flat)
+    index = []
+    for size in reversed(leading):
+        index.append(flat % size)
+        flat = flat // size
+    return state[tuple(reversed(index))]
+
+
+def _same_rows(left: Tensor, entered: Tensor) -> Tensor:
+    """0-d boolean: equal, NaN to NaN, in the narrower of both types, as mixed precision may cast between blocks."""
+    if left.shape != entered.shape:  # one of them is sharded and the other is not
+        return torch.zeros((), dtype=torch.bool, device=left.device)
+    if left.dtype != entered.dtype:
+        narrow = min(left.dtype, entered.dtype, key=lambda dtype: dtype.itemsize)
+        left, entered = left.to(narrow), entered.to(narrow)
+    return torch.isclose(left, entered.to(left.device), rtol=0.0, atol=0.0, equal_nan=True).all()
+
+
+def _correlation(x: Tensor, y: Tensor) -> Tensor:
+    """0-d correlation of x and y, both (rows, D), centred over rows; NaN when there is nothing to compare."""
+    x, y = x.float(), y.to(x.device).float()
+    x, y = x - x.mean(0), y - y.mean(0)
+    return (x * y).sum() / ((x * x).sum() * (y * y).sum()).sqrt()
+
+
+@torch.no_grad()
+def _growth(x: Tensor, y: Tensor) -> Tensor:
+    y = y.to(x.device)
+    size = (y.double() - x.double()).norm() / x.double().norm().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.stack([update_exponent(x, y), size])
+
+
+def _together(scalars: list[Tensor]) -> Tensor:
+    """Tensors of one shape, which may lie on several devices, as one on the first one's."""
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])
+
+
+def _describe(state: Tensor) -> str:
+    return f"a {str(state.dtype).removeprefix('torch.')} tensor of shape {tuple(state.shape)}"

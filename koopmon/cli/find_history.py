@@ -1,0 +1,72 @@
+"""Where the history of a run is: in a file of its own, or in that of the monitor that several jobs share."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from koopmon.cli.launch_inspection import monitor_store, run_store
+from koopmon.errors import StoreError
+
+if TYPE_CHECKING:
+    from koopmon.history.reader import HistoryReader
+
+MAX_STORES = 50
+"""Files that are looked into, the newest first, for names that may have been meant."""
+MAX_NAMES = 5
+
+
+class UnknownRunError(StoreError):
+    """No history knows a run of this name; says which ones are known."""
+
+
+@contextmanager
+def opened(run: str, store: Path | None) -> Iterator[tuple[HistoryReader, Path]]:
+    """The history that holds `run`, and its file: `store`, else the run's own, else the monitor's.
+
+    Raises UnknownRunError, and StoreError for a file that cannot be read.
+    """
+    from koopmon.history.reader import HistoryReader
+
+    with contextlib.ExitStack() as stack:
+        for path in [store] if store is not None else _places(run, os.environ):
+            history = stack.enter_context(HistoryReader.open(path))
+            if history.run(run) is not None:
+                yield history, path
+                return
+            history.close()
+    places = [store] if store is not None else _all_stores(os.environ)
+    raise UnknownRunError(_advice(run, places))
+
+
+def _places(run: str, environ: Mapping[str, str]) -> list[Path]:
+    return [path for path in (run_store(environ, run), monitor_store(environ)) if path.is_file()]
+
+
+def _all_stores(environ: Mapping[str, str]) -> list[Path]:
+    """Every history under the state directory, the one written last first."""
+    shared = monitor_store(environ)
+    with contextlib.suppress(OSError):
+        files = [*run_store(environ, "any").parent.glob("*.sqlite3"), *([shared] if shared.is_file() else [])]
+        return sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)[:MAX_STORES]
+    return []
+
+
+def _advice(run: str, places: list[Path]) -> str:
+    from koopmon.history.reader import HistoryReader
+
+    names: list[str] = []
+    for path in places:
+        with contextlib.suppress(StoreError), HistoryReader.open(path) as history:
+            names += [name for name in reversed(history.runs()) if name not in names]
+    where = str(places[0]) if len(places) == 1 else f"{len(places)} histories under the state directory"
+    if not names:
+        return f"run {run!r}: no history of any run is known; name the file with --store"
+    near = difflib.get_close_matches(run, names, n=MAX_NAMES, cutoff=0.5)
+    meant = f"did you mean {', '.join(near)}?" if near else f"the last ones are {', '.join(names[:MAX_NAMES])}"
+    return f"run {run!r}: not in {where}; {meant}"

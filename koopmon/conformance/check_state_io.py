@@ -1,0 +1,183 @@
+"""How an adapter reads and writes the state in the calls of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from koopmon.api import Point, Stack
+from koopmon.conformance.harness import MIN_TOKENS, Bench, at_points, described, parts, same_bits, seeded
+from koopmon.conformance.result import demand
+from koopmon.token_sampling import align_mask
+
+
+def shapes(bench: Bench) -> str:
+    """Input and output of every block are states of one shape (..., T, D), and the token mask fits them."""
+    model = bench.build()
+    stack = bench.likely_stack(model)
+    first: list[tuple[str, Tensor]] = []
+    masks: list[tuple[Any, torch.Size]] = []
+    asked: list[Any] = []
+
+    def root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        asked[:] = [bench.adapter.token_mask(module, args, kwargs, stack)]
+
+    def check(what: str, state: Any) -> None:
+        demand(isinstance(state, Tensor), f"{what} gives {described(state)}, expected the state, a tensor")
+        sound = state.is_floating_point() and state.dim() >= 2
+        demand(sound, f"{what} gives {described(state)}, expected a state of shape (..., T, D)")
+        if not first:
+            first.append((what, state))
+            masks.append((asked[0], state.shape[:-1]))
+        where, other = first[0]
+        demand(state.shape == other.shape, f"{what} gives {described(state)}, and {where} {described(other)}")
+
+    def enter(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check(f"block_input at {stack.points[layer].name}", bench.adapter.block_input(module, args, kwargs))
+
+    def leave(layer: int, module: nn.Module, output: Any) -> None:
+        check(f"block_output at {stack.points[layer].name}", bench.adapter.block_output(module, output))
+
+    model.register_forward_pre_hook(root, with_kwargs=True)
+    _one_forward(bench, model, stack, enter, leave)
+    demand(first, f"no block of stack {stack.name!r} is called in a forward pass")
+    (mask, leading), (_, state) = masks[0], first[0]
+    tokens = leading.numel()
+    demand(tokens >= MIN_TOKENS, f"the example's batch has {tokens} tokens, expected at least {MIN_TOKENS}")
+    seen = "all tokens count"
+    if mask is not None:
+        boolean = isinstance(mask, Tensor) and mask.dtype == torch.bool
+        demand(boolean, f"token_mask gives {described(mask)}, expected a boolean tensor")
+        fits = align_mask(mask, leading) is not None
+        demand(fits, f"token_mask gives {described(mask)}, which fits no state of shape {tuple(state.shape)}")
+        demand(mask.any(), "token_mask counts no token at all")
+        seen = f"{int(mask.sum())} of {tokens} tokens count"
+    return f"{len(stack.points)} blocks carry {described(state)}, {seen}"
+
+
+def reading(bench: Bench) -> str:
+    """block_input and block_output give the block's own tensor: no copy, nothing detached, nothing changed in place."""
+    adapter, model = bench.adapter, bench.build()
+    stack = bench.likely_stack(model)
+
+    def enter(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with _unchanged("block_input", stack.points[layer], (args, kwargs)):
+            state = adapter.block_input(module, args, kwargs)
+        _own("block_input", stack.points[layer], state, (args, kwargs), adapter.block_input(module, args, kwargs))
+
+    def leave(layer: int, module: nn.Module, output: Any) -> None:
+        with _unchanged("block_output", stack.points[layer], output):
+            state = adapter.block_output(module, output)
+        _own("block_output", stack.points[layer], state, output, adapter.block_output(module, output))
+
+    def root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with _unchanged("token_mask", None, (args, kwargs)):
+            mask = adapter.token_mask(module, args, kwargs, stack)
+        again = adapter.token_mask(module, args, kwargs, stack)
+        demand(same_bits(mask, again), "token_mask gives two different answers for one call")
+
+    model.register_forward_pre_hook(root, with_kwargs=True)
+    _one_forward(bench, model, stack, enter, leave)
+    return "each state is the block's own tensor, in the graph and unchanged"
+
+
+def round_trip(bench: Bench) -> str:
+    """with_block_output replaces the state and nothing else; replaced by itself, nothing changes at all."""
+    adapter, model = bench.adapter, bench.build()
+    stack = bench.likely_stack(model)
+    kinds: dict[str, None] = {}
+
+    def leave(layer: int, module: nn.Module, output: Any) -> Any:
+        name = stack.points[layer].name
+        state = adapter.block_output(module, output)
+        demand(isinstance(state, Tensor), f"block_output at {name} gives {described(state)}, expected a tensor")
+        assert state is not None
+        marker = state.detach() + 1.0
+        changed = adapter.with_block_output(module, output, marker)
+        told = f"with_block_output at {name}"
+        demand(type(changed) is type(output), f"{told} makes {described(changed)} of {described(output)}")
+        kept = adapter.block_output(module, output)
+        demand(kept is not None and same_bits(kept, state), f"{told} changes the output that it was given")
+        back = adapter.block_output(module, changed)
+        demand(
+            back is not None and same_bits(back, marker),
+            f"{told} does not put the state where block_output at {name} reads it",
+        )
+        before, after = parts(output), parts(changed)
+        demand(before.keys() == after.keys(), f"{told} gives parts {list(after)} for {list(before)}")
+        for path, part in before.items():
+            mine = isinstance(part, Tensor) and _shares(part, state)
+            demand(mine or after[path] is part, f"{told} replaces part {path} of the output, which is not the state")
+        kinds[type(output).__name__] = None
+        return adapter.with_block_output(module, output, state.clone())
+
+    plain = bench.build()
+    with seeded(1):
+        expected = bench.loss(plain, bench.batch(0))
+        expected.backward()  # type: ignore[no-untyped-call]
+    found = _one_forward(bench, model, stack, None, leave)
+    demand(
+        same_bits(found.detach(), expected.detach()),
+        f"with every state replaced by its copy, the loss is {found.item()!r}, and {expected.item()!r} without",
+    )
+    found.backward()  # type: ignore[no-untyped-call]
+    for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        left, right = (torch.zeros_like(each) if each.grad is None else each.grad for each in (mine, theirs))
+        same = torch.allclose(left, right, rtol=1e-4, atol=1e-6, equal_nan=True)
+        demand(same, f"with every state replaced by its copy, the gradient of {name} is another")
+    return f"{', '.join(kinds)}: only the state is replaced"
+
+
+def _one_forward(bench: Bench, model: nn.Module, stack: Stack, enter: Any, leave: Callable[..., Any]) -> Tensor:
+    """The loss of one training forward, looked at from both sides of every block."""
+    handles = at_points(model, stack, enter, leave)
+    try:
+        with seeded(1):
+            return bench.loss(model, bench.batch(0))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _unchanged(method: str, point: Point | None, call: Any) -> Iterator[None]:
+    """Demands that no tensor of `call` is written to."""
+    where = f"{method} at {point.name}" if point is not None else method
+    tensors = _tensors(call)
+    before = [(tensor._version, tensor.detach().clone()) for tensor in tensors]
+    yield
+    for tensor, (version, values) in zip(tensors, before, strict=True):
+        kept = tensor._version == version and same_bits(tensor.detach(), values)
+        demand(kept, f"{where} writes into {described(tensor)} that it was given")
+
+
+def _own(method: str, point: Point, state: Tensor | None, call: Any, again: Tensor | None) -> None:
+    """Demands that `state` is a tensor of `call` or a view of one, as differentiable as that one is."""
+    where = f"{method} at {point.name}"
+    demand(isinstance(state, Tensor), f"{where} gives {described(state)}, expected a tensor")
+    assert state is not None
+    origins = [tensor for tensor in _tensors(call) if _shares(tensor, state)]
+    demand(origins, f"{where} gives a copy, expected the block's own tensor or a view of it")
+    if any(tensor.requires_grad for tensor in origins):
+        demand(state.requires_grad, f"{where} cuts the state off from the graph: it is detached")
+    demand(again is not None and same_bits(state.detach(), again.detach()), f"{where} gives two different answers")
+
+
+def _tensors(call: Any) -> list[Tensor]:
+    """The tensors in a call or an output; of parts that are objects of their own making, those they hold."""
+    found = []
+    for part in parts(call).values():
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif hasattr(part, "__dict__") and not isinstance(part, (nn.Module, type)):
+            found += [each for each in parts(dict(vars(part))).values() if isinstance(each, Tensor)]
+    return found
+
+
+def _shares(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors lie in the same memory."""
+    return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()

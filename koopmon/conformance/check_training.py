@@ -1,0 +1,272 @@
+"""What an adapter does to a training: nothing while there is no command, and exactly what a command says.
+
+Shapes: L blocks, N sampled tokens, D width; P = L + 1 points.
+"""
+
+from __future__ import annotations
+
+from unittest import SkipTest
+
+import torch
+from torch import Tensor
+
+from koopmon.conformance.harness import Bench, same_bits
+from koopmon.conformance.result import ConformanceError, demand
+from koopmon.conformance.training import (
+    NUM_SAMPLES,
+    SEED,
+    Attached,
+    Seen,
+    Training,
+    Witness,
+    require_checkpointing,
+)
+from koopmon.spectral import kss_basis, kss_gradient, kss_loss
+from koopmon.token_sampling import align_mask, order_rows, take_rows
+from koopmon.wire.messages import KssSettings
+
+NUM_STEPS = 4
+KSS = KssSettings(tau_u=0.9, beta=0.8, svd_rank=6, num_samples=24)
+"""Both terms of the loss at work on any spectrum."""
+MAX_ALPHA = 900.0
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-2}
+"""Allowed relative difference of gradients; a model may compute in less than its parameters' type inside."""
+
+
+def taps(bench: Bench, *, microbatches: int = 1, evaluate: bool = False, checkpointing: bool = False) -> str:
+    """Each block is called once in a training forward, and each optimizer step gives one snapshot of its states."""
+    if checkpointing:
+        require_checkpointing(bench)
+    training = Training(bench, microbatches=microbatches, checkpointing=checkpointing)
+    likely = bench.likely_stack(training.model)
+    witness = Witness(bench, training.model, likely)
+    trial = Training(bench)
+    counted = Witness(bench, trial.model, bench.likely_stack(trial.model))
+    trial.backward()
+    for name, calls in counted.forwards[0].calls.items():
+        demand(calls == 1, f"the tap at {name} fires {calls} times in one training forward, expected once")
+    bench.stack(training.model)
+    with Attached(training) as attached:
+        for _ in range(NUM_STEPS):
+            if evaluate:
+                training.evaluate()
+            training.backward()
+            if evaluate:
+                training.evaluate()
+            training.update()
+        attached.check()
+        taken = attached.notebook.snapshots
+    steps = [snapshot.step for snapshot in taken]
+    # The first forward verifies the chain.
+    expected = list(range(1, NUM_STEPS))
+    demand(steps == expected, f"there are snapshots of the steps {steps}, expected one of each of {expected}")
+    for snapshot in taken:
+        seen = witness.forwards[snapshot.step * microbatches]
+        rows = _rows(seen, NUM_SAMPLES, snapshot.step)
+        whole = len(seen.states) == len(snapshot.states)
+        demand(whole, f"the snapshot of step {snapshot.step} has {len(snapshot.states)} states of {len(seen.states)}")
+        for layer, state in enumerate(seen.states):
+            found = snapshot.states[layer]
+            demand(
+                same_bits(found, take_rows(state, rows).to(found)),
+                f"the snapshot of step {snapshot.step} does not hold what the step's first microbatch had behind "
+                f"{likely.points[layer - 1].name if layer else 'the input of the first block'}",
+            )
+    return f"{len(taken)} snapshots in {NUM_STEPS} steps of {microbatches}, each of {len(likely.points) + 1} points"
+
+
+def losses(bench: Bench) -> str:
+    """With the agent attached and a snapshot at every step, training is bit for bit what it is without."""
+    plain, watched = Training(bench, microbatches=2), Training(bench, microbatches=2)
+    bench.likely_stack(watched.model)
+    with Attached(watched) as attached:
+        for training in (plain, watched):
+            for _ in range(NUM_STEPS):
+                training.backward()
+                training.update()
+    for index, (theirs, ours) in enumerate(zip(plain.losses, watched.losses, strict=True)):
+        if not same_bits(theirs, ours):
+            _require_repeatable(bench, plain)
+        demand(
+            same_bits(theirs, ours),
+            f"the loss of microbatch {index} is {ours.item()!r} with the agent attached, {theirs.item()!r} without",
+        )
+    for index, (theirs, ours) in enumerate(zip(plain.random_states, watched.random_states, strict=True)):
+        demand(torch.equal(theirs, ours), f"the random state after microbatch {index} is another with the agent")
+    demand(same_bits(plain.values(), watched.values()), "the parameters at the end are others with the agent attached")
+    bench.stack(watched.model)
+    attached.check()
+    return f"{len(plain.losses)} microbatches in {NUM_STEPS} steps, bit-identical"
+
+
+def _require_repeatable(bench: Bench, first: Training) -> None:
+    """Raises SkipTest where the same training differs from itself, as some kernels on accelerators do."""
+    second = Training(bench, microbatches=2)
+    for _ in range(NUM_STEPS):
+        second.backward()
+        second.update()
+    if not all(map(same_bits, first.losses, second.losses)):
+        raise SkipTest("the example's own training does not repeat bit for bit")
+
+
+def kss(bench: Bench, *, checkpointing: bool = False) -> str:
+    """The gradient with KSS in force equals that of (loss + alpha * kss).backward(), written out."""
+    if checkpointing:
+        require_checkpointing(bench)
+    dtype = bench.precise
+    alpha = _balanced_alpha(bench)
+    written = _Explicit(bench, dtype, alpha)
+    plain = Training(bench, dtype=dtype, microbatches=2, learning_rate=0.0)
+    guarded = Training(bench, dtype=dtype, microbatches=2, learning_rate=0.0, checkpointing=checkpointing)
+    with Attached(guarded, through_shielded=bench.through_shielded) as attached:
+        for step in range(3):
+            guarded.backward()
+            plain.backward()
+            written.backward(with_kss=step == 2)
+            if step == 2:
+                break
+            for training in (guarded, plain, written.training):
+                training.update()
+            if step == 0:
+                attached.command("set_kss", kss=with_alpha(alpha))
+        attached.check()
+        demand(attached.alpha == alpha, f"alpha {attached.alpha} is in force after a command of {alpha}")
+    share = written.training.gradient() - plain.gradient()
+    difference = _relative(guarded.gradient() - plain.gradient() - share, share)
+    name = str(dtype).removeprefix("torch.")
+    allowed = TOLERANCES[dtype]
+    demand(
+        difference <= allowed,
+        f"the gradient of alpha * kss differs from the explicit one by {difference:.1e} of its norm ({name}), allowed "
+        f"are {allowed:.0e} (1.0: nothing of it arrives)",
+    )
+    return f"relative difference {difference:.0e} in {name}, {allowed:.0e} allowed"
+
+
+def learning_rate(bench: Bench) -> str:
+    """A learning-rate scale comes and goes; the parameters are those of a training that scaled its rate by hand."""
+    guarded, hand = Training(bench), Training(bench)
+    bench.stack(guarded.model)
+    before = [group["lr"] for group in guarded.optimizer.param_groups]
+    scales = []
+    with Attached(guarded) as attached:
+        for step in range(6):
+            if step in (2, 4):
+                attached.command("set_lr_scale", lr_scale=0.5 if step == 2 else 1.0)
+            guarded.backward()
+            guarded.update()
+            scales.append(attached.lr_scale)
+            after = [group["lr"] for group in guarded.optimizer.param_groups]
+            demand(after == before, f"between steps the learning rates are {after}, expected the user's own {before}")
+            hand.backward()
+            for group, rate in zip(hand.optimizer.param_groups, before, strict=True):
+                group["lr"] = rate * scales[-1]
+            hand.update()
+        attached.check()
+    demand(scales == [1.0, 1.0, 0.5, 0.5, 1.0, 1.0], f"the scales in force were {scales}")
+    demand(same_bits(guarded.values(), hand.values()), "the parameters are not those of a rate that was scaled by hand")
+    return "0.5 for two steps and back, bit-identical to a rate scaled by hand"
+
+
+def kss_on_and_off(bench: Bench) -> str:
+    """KSS comes and goes; the parameters are those of a training that wrote it into its loss for the same steps."""
+    dtype = bench.precise
+    alpha = _balanced_alpha(bench)
+    guarded, plain = Training(bench, dtype=dtype), Training(bench, dtype=dtype)
+    hand = _Explicit(bench, dtype, alpha, training=Training(bench, dtype=dtype))
+    alphas = []
+    with Attached(guarded, through_shielded=bench.through_shielded) as attached:
+        for step in range(6):
+            if step in (1, 3):
+                attached.command("set_kss", kss=with_alpha(alpha if step == 1 else 0.0))
+            alphas.append(attached.alpha)
+            guarded.backward()
+            plain.backward()
+            hand.backward(with_kss=alphas[-1] > 0.0)
+            for training in (guarded, plain, hand.training):
+                training.update()
+        attached.check()
+    demand([each > 0.0 for each in alphas] == [False, False, True, True, False, False], f"alpha was in turn {alphas}")
+    share = hand.training.values() - plain.values()
+    difference = _relative(guarded.values() - hand.training.values(), share)
+    allowed = TOLERANCES[dtype]
+    rounding = 4.0 * torch.finfo(dtype).eps * _relative(plain.values(), share)
+    demand(
+        difference <= allowed + rounding,
+        f"the parameters differ from those of KSS written into the loss by {difference:.1e} of what KSS did, allowed "
+        f"are {allowed:.0e}",
+    )
+    return f"on for two steps and off again, relative difference {difference:.0e} from the same by hand"
+
+
+class _Explicit:
+    """A training whose loss has alpha * mean over layers of L_KSS written into it, for autograd to differentiate."""
+
+    def __init__(self, bench: Bench, dtype: torch.dtype, alpha: float, *, training: Training | None = None) -> None:
+        self.training = training or Training(bench, dtype=dtype, microbatches=2, learning_rate=0.0)
+        self.alpha = alpha
+        self._stack = bench.stack(self.training.model)
+        self._witness = Witness(bench, self.training.model, self._stack, graph=True)
+        self.trusted = 0
+        """Gradients of blocks that could be trusted so far."""
+
+    def backward(self, *, with_kss: bool) -> None:
+        self.training.backward(self._penalty if with_kss else None)
+
+    def _penalty(self) -> Tensor:
+        seen, step, num_layers = self._witness.forwards[-1], self.training.step, len(self._stack.points)
+        rows = _rows(seen, KSS.num_samples, step, fill=True)
+        total = torch.zeros((), dtype=seen.states[0].dtype, device=seen.states[0].device)
+        for layer in range(num_layers):
+            state = seen.states[layer + 1]
+            name = self._stack.points[layer].name
+            demand(state.requires_grad, f"the state that block_output gives at {name} has no gradient: it is detached")
+            x, y = take_rows(seen.states[layer], rows), take_rows(state, rows)
+            total = total + self._layer(x, y)
+        return self.alpha * total / num_layers
+
+    def _layer(self, x: Tensor, y: Tensor) -> Tensor:
+        basis = kss_basis(x.detach(), KSS.svd_rank, SEED)
+        terms = {name: getattr(KSS, name) for name in ("temperature", "tau_u", "tau_l", "gamma", "beta")}
+        if not kss_gradient(x.detach(), y.detach(), basis, **terms).ok:
+            return 0.0 * y.sum()  # what cannot be trusted is left out on both sides
+        self.trusted += 1
+        return kss_loss(x, y, basis=basis, **terms)
+
+
+def _balanced_alpha(bench: Bench) -> float:
+    """The alpha at which the gradient of KSS is as large as the task's: found once, on a step of its own."""
+    if bench.alpha is None:
+        probing = _Explicit(bench, bench.precise, 1.0)
+        probing.backward(with_kss=False)
+        task = probing.training.gradient()
+        probing.backward(with_kss=True)
+        share = probing.training.gradient() - task
+        demand(torch.isfinite(share).all(), "the gradient of the example's KSS loss is not finite")
+        demand(probing.trusted, "no block's KSS gradient can be trusted: the example's states are degenerate")
+        demand(share.any(), "the KSS loss of the states that the adapter reads has no gradient in any parameter")
+        ratio = float(task.norm() / share.norm())
+        bench.alpha = min(ratio, MAX_ALPHA) if ratio > 0.0 else 1.0
+    return bench.alpha
+
+
+def with_alpha(alpha: float) -> KssSettings:
+    """The settings of every check of KSS, at this weight."""
+    values = {name: getattr(KSS, name) for name in KssSettings.__struct_fields__}
+    return KssSettings(**{**values, "alpha": alpha})
+
+
+def _rows(seen: Seen, num_samples: int, step: int, *, fill: bool = False) -> Tensor:
+    """The tokens that the agent takes of such a forward; with `fill`, repeated until there are `num_samples`."""
+    if not seen.states:
+        raise ConformanceError("the adapter reads no state in a training forward")
+    leading, device = seen.states[0].shape[:-1], seen.states[0].device
+    mask = align_mask(seen.mask, leading)
+    rows, num_valid = order_rows(leading.numel(), num_samples, seed=SEED, step=step, mask=mask, device=device)
+    if not fill:
+        return rows[: int(num_valid)]
+    return rows[torch.arange(len(rows), device=rows.device) % num_valid.clamp(min=1)]
+
+
+def _relative(difference: Tensor, whole: Tensor) -> float:
+    return float(difference.norm() / whole.norm())

@@ -1,0 +1,286 @@
+"""The bench on which an adapter is tried: an example model, built the same every time, and trained the same way.
+
+Shapes: B batch, T tokens, D width, L blocks; a state is (..., T, D).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+from unittest import SkipTest
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from koopmon.api import ArchitectureAdapter, ExampleModel, Stack
+from koopmon.chain_verifier import ChainVerifier
+from koopmon.conformance.result import ConformanceError, demand, describe_error
+from koopmon.discovery import probe
+from koopmon.errors import KoopmonError, raise_from_signal
+from koopmon.plugins import Selection, adapters, select
+
+MIN_TOKENS = 32
+"""Tokens of one microbatch, below which a spectrum says nothing."""
+
+
+class Bench:
+    """One adapter and one example model of its family. What several checks ask is found out once."""
+
+    def __init__(self, adapter: ArchitectureAdapter, example: ExampleModel) -> None:
+        self.adapter = adapter
+        self.example = example
+        self.alpha: float | None = None
+        """The KSS weight of its checks, once one of them has found it."""
+        self._batches: dict[int, Any] = {}
+
+    @cached_property
+    def known(self) -> dict[str, ArchitectureAdapter]:
+        """Every adapter that is installed here, with the one on the bench in its own name's place."""
+        return {**adapters(), self.adapter.name: self.adapter}
+
+    def build(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The model with the parameters of seed 0, in training mode; in `dtype` when one is given."""
+        model = self._made(0)[0]
+        return (model if dtype is None else model.to(dtype)).train()
+
+    def batch(self, seed: int, dtype: torch.dtype | None = None) -> Any:
+        """The microbatch of `seed`, a copy of its own; its floating-point tensors in `dtype` when one is given."""
+        if seed not in self._batches:
+            self._batches[seed] = self._made(seed)[1]
+        return copied(self._batches[seed], dtype)
+
+    def _made(self, seed: int) -> tuple[nn.Module, Any]:
+        with seeded(seed):
+            made: Any = self.example.build(seed)
+        if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], nn.Module):
+            raise ConformanceError(f"build({seed}) gives {type(made).__name__}, expected (model, batch)")
+        return made
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The 0-d training loss of one forward pass of `model`."""
+        if self.example.loss is not None:
+            return self.example.loss(model, batch)
+        return _loss_of(call(model, batch))
+
+    @cached_property
+    def flaw(self) -> str:
+        """What makes the example itself unfit for a check; empty when it is sound."""
+        try:
+            self._check_example()
+        except ConformanceError as error:
+            return str(error)
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # user code
+            raise_from_signal(error)
+            return f"the example model raised {describe_error(error)}"
+        return ""
+
+    def _check_example(self) -> None:
+        first, second = self.build(), self.build()
+        demand(first is not second, "build(0) gives one and the same model twice, expected a new one at each call")
+        left, right = first.state_dict(), second.state_dict()
+        for name in left:
+            same = name in right and same_bits(left[name], right[name])
+            demand(same, f"build(0) gives two models that differ in {name}, expected the same for the same seed")
+        self._batches.pop(0, None)
+        again = self.batch(0)
+        self._batches.pop(0, None)
+        pairs = zip(parts(again).items(), parts(self.batch(0)).values(), strict=True)
+        for (path, one), other in pairs:
+            same = not isinstance(one, Tensor) or same_bits(one, other)
+            demand(same, f"build(0) gives two batches that differ in {path or 'their tensor'}, expected the same")
+        losses = []
+        for model in (first, second):
+            with seeded(1):
+                loss = self.loss(model, self.batch(0))
+            scalar = isinstance(loss, Tensor) and loss.dim() == 0
+            demand(scalar, f"its loss is {described(loss)}, expected a 0-d tensor")
+            demand(torch.isfinite(loss), f"its loss is {loss.item()}, expected a finite number")
+            demand(loss.requires_grad, "its loss has no gradient")
+            losses.append(loss)
+        demand(same_bits(*losses), f"the same training step gives {losses[0].item()!r} and {losses[1].item()!r}")
+        losses[0].backward()  # type: ignore[no-untyped-call]
+
+    def require_example(self) -> None:
+        """Raises SkipTest when the example itself is not sound."""
+        if self.flaw:
+            raise SkipTest(f"needs a sound example model: {self.flaw}")
+
+    @cached_property
+    def selection(self) -> Selection:
+        """The adapter's candidates in one model of the example, for their names and numbers."""
+        return select(self.build(), self.adapter)
+
+    @cached_property
+    def shields(self) -> tuple[str, ...]:
+        """Names of the modules that the model's families shield from KSS; raises what shielded() raises."""
+        model = self.build()
+        selection = select(model, self.adapter)
+        names = {module: name for name, module in model.named_modules()}
+        found: dict[str, None] = {}
+        for stack in selection.candidates:
+            for family in selection.families:
+                for module in family.shielded(stack):
+                    known = isinstance(module, nn.Module) and module in names
+                    demand(known, f"shielded() gives {described(module)} that is no module of the model")
+                    found[names[module]] = None
+        return tuple(found)
+
+    @property
+    def through_shielded(self) -> bool:
+        """Whether KSS acts only where `[kss] through_shielded` allows it. Raises SkipTest where that cannot be told."""
+        try:
+            return bool(self.shields)
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # the adapter's own code
+            raise_from_signal(error)
+            raise SkipTest("needs what is shielded from KSS, which `kss-shields` does not find") from None
+
+    @cached_property
+    def _verified(self) -> tuple[str | None, str]:
+        """The name of the verified chain, or None and why there is none."""
+        try:
+            model = self.build()
+            selection = select(model, self.adapter)
+            verifier = ChainVerifier(self.adapter, selection.candidates)
+            with probe(model) as bare, verifier.watch(), seeded(1):
+                self.loss(bare, self.batch(0))
+            kept, reasons = verifier.verdict()
+        except KoopmonError as error:
+            return None, str(error)
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # the adapter's own code
+            raise_from_signal(error)
+            return None, f"raised {describe_error(error)}"
+        if kept is None:
+            reason = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in reasons.items())
+            return None, f"no stack is a chain of residual blocks: {reason}"
+        return kept.name, ""
+
+    @property
+    def no_chain(self) -> str:
+        """Why no forward pass verifies a chain; empty when one does."""
+        return self._verified[1]
+
+    def stack(self, model: nn.Module) -> Stack:
+        """The verified chain in `model`. Raises SkipTest where there is none: `discovery` tells why."""
+        name = self._verified[0]
+        if name is None:
+            raise SkipTest("needs the chain that `discovery` does not find")
+        return next(stack for stack in self.adapter.stacks(model) if stack.name == name)
+
+    def likely_stack(self, model: nn.Module) -> Stack:
+        """The verified chain, else the adapter's best candidate. Raises SkipTest when it has none."""
+        stacks = self.adapter.stacks(model)
+        if not stacks:
+            raise SkipTest("needs a stack, and stacks() gives none")
+        name = self._verified[0]
+        return next((stack for stack in stacks if stack.name == name), stacks[0])
+
+    @cached_property
+    def precise(self) -> torch.dtype:
+        """float64 where the example computes in it, else float32."""
+        try:
+            model = self.build(torch.float64)
+            with seeded(1):
+                self.loss(model, self.batch(0, torch.float64)).backward()  # type: ignore[no-untyped-call]
+        except Exception:  # a model that insists on its own type
+            return torch.float32
+        return torch.float64
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch, numpy and random start from `seed`; at the end all are as they were."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """One forward pass."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def _loss_of(output: Any) -> Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(loss, Tensor):
+        return loss
+    for part in parts(output).values():
+        if isinstance(part, Tensor) and part.is_floating_point():
+            return part.square().mean()
+    raise ConformanceError(f"the model gives {described(output)}, without a loss: name one with ExampleModel(loss=)")
+
+
+def parts(value: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf of nested tuples, lists, mappings and dataclasses by its path, such as "[0].keys"."""
+    if isinstance(value, Mapping):
+        items = [(f"[{key!r}]", item) for key, item in value.items()]
+    elif isinstance(value, (tuple, list)):
+        items = [(f"[{index}]", item) for index, item in enumerate(value)]
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [(f".{each.name}", getattr(value, each.name)) for each in dataclasses.fields(value)]
+    else:
+        return {path: value}
+    return {where: leaf for step, item in items for where, leaf in parts(item, path + step).items()}
+
+
+def copied(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """`value` with every tensor in it cloned, floating-point ones in `dtype` when one is given."""
+    if isinstance(value, Tensor):
+        copy = value.detach().clone()
+        return copy.to(dtype) if dtype is not None and copy.is_floating_point() else copy
+    if isinstance(value, Mapping):
+        return {key: copied(item, dtype) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(copied(item, dtype) for item in value)
+    return value
+
+
+def same_bits(left: Any, right: Any) -> bool:
+    """Two tensors, or what else a state dict holds, are equal in shape, type and every value, NaN to NaN."""
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return isinstance(left, Tensor) == isinstance(right, Tensor) and bool(left == right)
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return bool(((left == right) | (left.isnan() & right.isnan())).all())
+
+
+def described(value: Any) -> str:
+    """A value in a few words."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def at_points(
+    model: nn.Module,
+    stack: Stack,
+    enter: Callable[[int, nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None,
+    leave: Callable[[int, nn.Module, Any], Any] | None = None,
+) -> list[Any]:
+    """Hooks that call enter(layer, module, args, kwargs) before, and leave(layer, module, output) behind each block."""
+
+    def before(layer: int) -> Any:
+        return lambda module, args, kwargs: None if enter is None else enter(layer, module, args, kwargs)
+
+    def behind(layer: int) -> Any:
+        return lambda module, args, output: None if leave is None else leave(layer, module, output)
+
+    handles: list[Any] = []
+    for point in stack.points:
+        handles.append(point.entry.register_forward_pre_hook(before(point.layer), with_kwargs=True))
+        handles.append(point.module.register_forward_hook(behind(point.layer)))
+    return handles

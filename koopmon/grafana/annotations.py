@@ -1,0 +1,163 @@
+"""Annotations in Grafana: every decision and what became of it, from a thread that the monitor never waits for.
+
+With http.client: the monitor must load neither grafana_client, which is slow to import and replaces urllib3, nor any
+other library for one request. It follows no redirect, so the token goes nowhere else, and knows no proxy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import http.client
+import json
+import logging
+import ssl
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TypeAlias
+from urllib.parse import urlsplit
+
+from koopmon.errors import one_line
+from koopmon.grafana.access import GrafanaAccess
+
+logger = logging.getLogger(__name__)
+
+Annotate: TypeAlias = Callable[[float, tuple[str, ...], str], None]
+"""Takes when (Unix time in seconds), tags and text; returns at once and never raises."""
+
+TAG = "koopmon"
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 60.0
+CLOSE_SECONDS = 2.0
+"""How long what waits may take to be posted at the end."""
+MAX_TEXT = 2000
+MAX_ANSWER_BYTES = 1 << 16
+
+
+def no_annotations(at: float, tags: tuple[str, ...], text: str) -> None:
+    """Where no Grafana is to be told."""
+
+
+class RefusedError(Exception):
+    """Grafana takes no such annotation, and would not take it later either."""
+
+
+class Annotations:
+    """Posts what `add` is given, oldest first. While Grafana does not answer, the newest `queue_length` wait.
+
+    What is lost, because there was no room or because Grafana refused it, is counted and logged once.
+    """
+
+    def __init__(self, access: GrafanaAccess, queue_length: int) -> None:
+        parts = urlsplit(access.url)
+        if access.in_clear:
+            logger.warning("grafana %s has no TLS: whoever is on the way can read the token", access.url)
+        self._access = access
+        self._host, self._port = str(parts.hostname), parts.port
+        self._path = f"{parts.path}api/annotations"
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._queue: deque[bytes] = deque(maxlen=queue_length)
+        self._changed = threading.Condition()
+        self._closing = False
+        self._lost = 0
+        self._failing = False
+        self._thread = threading.Thread(target=self._run, name="koopmon-annotations", daemon=True)
+        self._thread.start()
+
+    def add(self, at: float, tags: tuple[str, ...], text: str) -> None:
+        """See `Annotate`. Tags and text may quote a peer: Grafana renders text as HTML, so it is escaped."""
+        words = html.escape(one_line(text, MAX_TEXT), quote=False)
+        body = {"time": round(at * 1000), "tags": [TAG, *tags], "text": words}
+        with self._changed:
+            if len(self._queue) == self._queue.maxlen:
+                self._lost += 1
+            self._queue.append(json.dumps(body).encode())
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Post what waits, for CLOSE_SECONDS at most, and end."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(CLOSE_SECONDS)
+        with self._changed:
+            lost = self._lost + len(self._queue)
+        if lost:
+            logger.warning("grafana: %d annotations were not posted", lost)
+
+    def _run(self) -> None:
+        pause = FIRST_PAUSE_SECONDS
+        while (body := self._next()) is not None:
+            try:
+                self._post(body)
+            except (OSError, http.client.HTTPException) as error:
+                self._failed(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+                if self._closing:
+                    return
+                self._wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            except Exception as error:  # refused, or what nobody has thought of: it would be so the next time
+                self._taken(body, lost=True)
+                self._failed(str(error))
+            else:
+                pause = FIRST_PAUSE_SECONDS
+                self._taken(body, lost=False)
+                self._succeeded()
+
+    def _next(self) -> bytes | None:
+        """The oldest that waits; None when there is none and we are to end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closing)
+            return self._queue[0] if self._queue else None
+
+    def _taken(self, body: bytes, *, lost: bool) -> None:
+        """`body` no longer waits. It may have given way while it was on its way, and is counted then."""
+        with self._changed:
+            if self._queue and self._queue[0] is body:
+                self._queue.popleft()
+                self._lost += lost
+            elif not lost:
+                self._lost -= 1
+
+    def _wait(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing, timeout=seconds)
+
+    def _post(self, body: bytes) -> None:
+        # Decisions are rare: a connection that was kept would be one that the other side has closed.
+        headers = {"Authorization": f"Bearer {self._access.token}", "Content-Type": "application/json"}
+        with contextlib.closing(self._connect()) as connection:
+            connection.request("POST", self._path, body, {**headers, "Connection": "close"})
+            answer = connection.getresponse()
+            status, text = answer.status, answer.read(MAX_ANSWER_BYTES)
+        if status == 429 or status >= 500:
+            raise http.client.HTTPException(f"it answers {status}")
+        if status != 200:
+            raise RefusedError(f"it answers {status}: {_said(text)}")
+
+    def _connect(self) -> http.client.HTTPConnection:
+        seconds = self._access.timeout_seconds
+        if self._tls is None:
+            return http.client.HTTPConnection(self._host, self._port, timeout=seconds)
+        return http.client.HTTPSConnection(self._host, self._port, timeout=seconds, context=self._tls)
+
+    def _failed(self, why: str) -> None:
+        if not self._failing:
+            self._failing = True
+            logger.warning("grafana %s: annotations are not posted: %s", self._access.url, one_line(why, 200))
+
+    def _succeeded(self) -> None:
+        if self._failing:
+            self._failing = False
+            with self._changed:
+                lost, self._lost = self._lost, 0
+            logger.warning("grafana: annotations are posted again; %d were lost", lost)
+
+
+def _said(answer: bytes) -> str:
+    try:
+        message = json.loads(answer)["message"]
+    except (ValueError, KeyError, TypeError):
+        return "no reason given"
+    return one_line(message, 160)

@@ -1,0 +1,93 @@
+"""Opening the history file for writing. A damaged store is set aside, never written into and never overwritten."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import sqlite3
+from pathlib import Path
+
+from koopmon.errors import StoreError, one_line
+from koopmon.history.schema import APPLICATION_ID, SQLITE_ERRORS, prepare
+
+logger = logging.getLogger(__name__)
+
+MAGIC = b"SQLite format 3\0"
+SIGNATURE = b"CREATE TABLE incarnations"
+"""Stands in the first pages of every store, whatever became of its header."""
+HEAD_BYTES = 1 << 16
+COMPANIONS = ("-wal", "-shm")
+
+
+class DamageError(sqlite3.DatabaseError):
+    """SQLite's own check found the file inconsistent."""
+
+
+def open_database(path: Path) -> sqlite3.Connection:
+    """The store at `path`, made when missing, brought to this schema, and sound as far as SQLite can tell.
+
+    A store that is damaged is renamed, with a line that says so, and a new one begun. Raises StoreError for a newer
+    schema, for a file that is none of ours, and where nothing can be made.
+    """
+    try:
+        try:
+            return _opened(path)
+        except SQLITE_ERRORS as error:
+            if not is_damage(error) or not _ours(path):
+                raise
+            kept = set_aside(path)
+            logger.error("store %s: damaged (%s): kept as %s, a new one is begun", path, one_line(error), kept.name)
+            return _opened(path)
+    except SQLITE_ERRORS as error:
+        raise StoreError(f"store {path}: {one_line(error)}: choose another file with --store") from None
+    except OSError as error:
+        raise StoreError(f"store {path}: {error.strerror}: choose another file with --store") from None
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether the content of the file is to blame, and not the disk or a lock."""
+    code = getattr(error, "sqlite_errorcode", None)
+    damaged = code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    return damaged or isinstance(error, (DamageError, UnicodeDecodeError))
+
+
+def set_aside(path: Path) -> Path:
+    """Rename the file and what SQLite keeps beside it; returns its new name. Raises OSError."""
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
+    kept, count = path.with_name(f"{path.name}.damaged-{stamp}"), 1
+    while kept.exists():
+        kept, count = path.with_name(f"{path.name}.damaged-{stamp}-{count}"), count + 1
+    for suffix in ("", *COMPANIONS):
+        if (old := path.with_name(path.name + suffix)).exists():
+            old.rename(kept.with_name(kept.name + suffix))
+    return kept
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    _check_beginning(path)
+    database = sqlite3.connect(path, timeout=2.0, isolation_level=None)
+    try:
+        # Before anything is written: what is damaged is kept as it was found.
+        found = database.execute("PRAGMA quick_check(1)").fetchone()
+        if found != ("ok",):
+            raise DamageError(str(found[0]).rstrip().splitlines()[-1])
+        prepare(database, path)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _check_beginning(path: Path) -> None:
+    """SQLite takes an empty file for a new one and deletes the log beside it, which may hold all that is left."""
+    log = path.with_name(path.name + "-wal")
+    if path.exists() and path.stat().st_size == 0 and log.exists() and log.stat().st_size > 0:
+        raise DamageError("the file is empty, its log is not")
+
+
+def _ours(path: Path) -> bool:
+    """Whether a file that SQLite cannot read was a store. Zeros are what a machine that lost its power leaves."""
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    marked = head.startswith(MAGIC) and head[68:72] == APPLICATION_ID.to_bytes(4, "big")
+    return marked or SIGNATURE in head or not head.strip(b"\0")

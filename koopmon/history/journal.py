@@ -1,0 +1,277 @@
+"""A history file open for writing: its lock, its transaction, and what happens when the disk fails.
+
+Writes gather in a transaction that `commit` closes. A disk that is full or read-only pauses recording, with one log
+line, until a later try succeeds: nothing here raises after `open`. Meanwhile what must not be lost (decisions and their
+answers) waits in memory, and is written first when there is room again.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import IO, Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
+
+import msgspec
+
+from koopmon.config import StoreConfig
+from koopmon.errors import StoreError, one_line
+from koopmon.history.database import is_damage, open_database, set_aside
+from koopmon.history.lock import take_lock
+from koopmon.history.retention import Retention
+from koopmon.history.schema import SCHEMA_VERSION, SQLITE_ERRORS
+
+logger = logging.getLogger(__name__)
+
+MAX_BACKLOG = 10_000
+"""Decisions and answers that wait in memory while recording is paused; then the oldest give way."""
+MIN_FREE_BYTES = 4 << 20
+"""Of the disk, before a paused store tries again: else it would stop and start with every few rows."""
+RECORD_ERRORS = (
+    *(sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError),
+    *(ArithmeticError, LookupError, TypeError, ValueError, msgspec.MsgspecError),
+)
+"""Errors that one record causes: it contradicts the others, or holds a value that SQLite or JSON cannot store."""
+UPKEEP_SECONDS = 60.0
+BUSY_UPKEEP_SECONDS = 1.0
+P = ParamSpec("P")
+J = TypeVar("J", bound="Journal")
+Write: TypeAlias = Callable[Concatenate[J, P], None]
+
+
+def records(*, commit: bool = False) -> Callable[[Write[J, P]], Write[J, P]]:
+    """A method that writes. With `commit` it is on disk when it returns, or waits until it can be."""
+
+    def decorate(method: Write[J, P]) -> Write[J, P]:
+        @functools.wraps(method)
+        def write(self: J, /, *args: P.args, **kwargs: P.kwargs) -> None:
+            self._write(functools.partial(method, self, *args, **kwargs), must=commit)
+
+        return write
+
+    return decorate
+
+
+class Journal:
+    """The one writer of a history file; `recording` is False while a failing disk pauses it."""
+
+    def __init__(
+        self,
+        path: Path,
+        database: sqlite3.Connection,
+        lock: IO[str],
+        config: StoreConfig,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:
+        self._path = path
+        self._lock = lock
+        self._config = config
+        self._clock = clock
+        self._ids: dict[tuple[str, str], int] = {}
+        self._backlog: deque[Callable[[], None]] = deque()
+        self._lost = 0
+        self._paused_at: float | None = None
+        self._left_out_at = -math.inf
+        self._damaged = False
+        # Retention goes by this and never by a later look at the calendar, which may jump.
+        self._epoch = wall() - clock()
+        self._upkeep_at = clock() + BUSY_UPKEEP_SECONDS
+        self._use(database)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        config: StoreConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> Self:
+        """Open for writing, made when missing; a damaged store is set aside.
+
+        Raises StoreError: in use elsewhere, of a newer schema, none of ours, unusable path.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = take_lock(path)
+        except OSError as error:
+            raise StoreError(f"store {path}: {error.strerror}: choose another place with --store") from None
+        try:
+            return cls(path, open_database(path), lock, config or StoreConfig(), clock, wall)
+        except BaseException:
+            lock.close()
+            raise
+
+    @property
+    def recording(self) -> bool:
+        return self._paused_at is None
+
+    def take_lost(self) -> int:
+        """How many records were not written since the last call."""
+        lost, self._lost = self._lost, 0
+        return lost
+
+    def close(self) -> None:
+        """Commit what is open and hand the file over whole: the write-ahead log is folded in. Idempotent."""
+        if self._lock.closed:
+            return
+        self._try_again(now=True)
+        if self._backlog:
+            logger.error("store: %d decisions and answers could not be written", len(self._backlog))
+        self.commit()
+        try:
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except SQLITE_ERRORS as error:
+            logger.warning("store: the last checkpoint failed: %s", one_line(error))
+        self._database.close()
+        self._lock.close()
+
+    def commit(self) -> None:
+        """Make everything recorded so far survive the process."""
+        try:
+            if self._database.in_transaction:
+                self._database.execute("COMMIT")
+        except SQLITE_ERRORS as error:
+            self._pause(error)
+
+    def upkeep(self, live: Collection[str]) -> None:
+        """To be called every second or so: tries again while paused, and prunes. `live` names the runs that go on."""
+        self._try_again()
+        now = self._clock()
+        if not self.recording or now < self._upkeep_at:
+            return
+        if self._moved():
+            self._pause(sqlite3.OperationalError(f"{self._path} was moved or removed"), damaged=True)
+            self._try_again(now=True)
+            return
+        was_stuck, more = self._retention.stuck, False
+        try:
+            self._begin()
+            more = self._retention.prune(self._epoch + now, live)
+            self._database.execute("COMMIT")
+            more = self._retention.shrink() or more
+        except SQLITE_ERRORS as error:
+            self._pause(error)
+        if self._retention.forgotten:
+            self._ids.clear()
+            self._retention.forgotten = False
+        if self._retention.stuck and not was_stuck:
+            logger.warning("store: larger than [store] max_bytes, with decisions alone: nothing more is deleted")
+        self._upkeep_at = now + (BUSY_UPKEEP_SECONDS if more else UPKEEP_SECONDS)
+
+    def _use(self, database: sqlite3.Connection) -> None:
+        self._database = database
+        self._retention = Retention(database, self._config)
+        self._inode = os.stat(self._path).st_ino
+        self._ids.clear()
+
+    def _moved(self) -> bool:
+        try:
+            return os.stat(self._path).st_ino != self._inode
+        except OSError:
+            return True
+
+    def _read(self, query: str, *values: str) -> list[Any]:
+        try:
+            return self._database.execute(query, values).fetchall()
+        except SQLITE_ERRORS as error:
+            logger.warning("store: cannot be read: %s", one_line(error))
+            if is_damage(error):
+                self._pause(error)
+            return []
+
+    def _begin(self) -> None:
+        if not self._database.in_transaction:
+            self._database.execute("BEGIN IMMEDIATE")
+
+    def _write(self, entry: Callable[[], None], *, must: bool) -> None:
+        self._try_again()
+        if self.recording:
+            try:
+                self._begin()
+                self._apply(entry)
+                if must:
+                    self._database.execute("COMMIT")
+            except SQLITE_ERRORS as error:
+                self._pause(error)
+            else:
+                return
+        if must:
+            self._backlog.append(entry)
+        if not must or len(self._backlog) > MAX_BACKLOG:
+            self._lost += 1
+        if len(self._backlog) > MAX_BACKLOG:
+            self._backlog.popleft()
+
+    def _apply(self, entry: Callable[[], None]) -> None:
+        try:
+            entry()
+        except UnicodeDecodeError:  # the file is at fault: see SQLITE_ERRORS
+            raise
+        except RECORD_ERRORS as error:
+            # The record is at fault, not the disk: a retry would fail again and delay all other records.
+            self._lost += 1
+            now = self._clock()
+            if now - self._left_out_at >= UPKEEP_SECONDS:
+                self._left_out_at = now
+                logger.error("store: a record that cannot be written is left out", exc_info=error)
+
+    def _pause(self, error: Exception, *, damaged: bool = False) -> None:
+        if self._paused_at is None:
+            logger.error(
+                "store: recording paused, monitoring goes on: %s; next try in %.0f s",
+                one_line(error),
+                self._config.retry_seconds,
+            )
+        self._paused_at = self._clock()
+        self._damaged = self._damaged or damaged or is_damage(error)
+        self._ids.clear()
+        try:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+        except SQLITE_ERRORS as failure:
+            logger.debug("store: rollback failed: %s", failure)
+
+    def _try_again(self, *, now: bool = False) -> None:
+        """While paused, and when it is time: write what waits, and go on when that succeeds."""
+        if self._paused_at is None or not (now or self._clock() - self._paused_at >= self._config.retry_seconds):
+            return
+        self._paused_at = self._clock()
+        try:
+            room = os.statvfs(self._path.parent)
+            if room.f_bavail * room.f_frsize < MIN_FREE_BYTES and not now:
+                return
+            if self._damaged:
+                self._start_over()
+            self._begin()
+            # Written even when nothing waits, so that a disk that takes nothing is found out.
+            self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            for entry in self._backlog:
+                self._apply(entry)
+            self._database.execute("COMMIT")
+        except SQLITE_ERRORS as error:
+            self._pause(error)
+        except (OSError, StoreError) as error:
+            logger.debug("store: still paused: %s", error)
+        else:
+            self._backlog.clear()
+            self._paused_at = None
+            logger.warning("store: recording again")
+
+    def _start_over(self) -> None:
+        """The file went bad under our hands, or went: keep it, begin another. Raises OSError, StoreError."""
+        self._database.close()
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self._moved():
+            kept = set_aside(self._path)
+            logger.error("store %s: damaged: kept as %s, a new one is begun", self._path, kept.name)
+        self._use(open_database(self._path))
+        self._damaged = False

@@ -1,0 +1,271 @@
+"""Reading a history store: what `report`, `replay` and tests ask of it. Safe beside a monitor that writes."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self, TypeVar
+from urllib.parse import quote
+
+import msgspec
+
+from koopmon.errors import StoreError, one_line
+from koopmon.history.schema import SQLITE_ERRORS, check, from_scalar, unpacked_profile
+from koopmon.wire.messages import Applied, Command, Hello
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRow:
+    """One run, in all its launches. Times are Unix seconds; `state` is a `koopmon.history.schema.RunState`."""
+
+    name: str
+    first_seen: float
+    last_seen: float
+    state: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IncarnationRow:
+    """One launch of a run. Times are Unix seconds; `ended` is None while it goes on."""
+
+    run: str
+    incarnation: str
+    started: float
+    ended: float | None
+    end_reason: str | None
+    hello: Hello | None
+    applied: Applied | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileRow:
+    """One snapshot. `profile` is what SpectralProfile.from_dict takes; None when the states were not finite."""
+
+    incarnation: str
+    step: int
+    time: float
+    num_shards: int
+    masked: bool
+    seconds: float
+    profile: dict[str, Any] | None
+    observables: dict[str, list[float | None]]
+    """What the model's family measured, by name: one value per transition."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservationRow:
+    """What the detector saw and how it judged it."""
+
+    incarnation: str
+    step: int
+    time: float
+    learning_rate: float | None
+    loss: float | None
+    grad_norm: float | None
+    lr_scale: float
+    kss_alpha: float
+    non_finite: bool
+    observation: dict[str, Any]
+    risk: float
+    reason: str
+    components: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandRow:
+    """One command; `outcome` is "pending", "sent", "dry_run", "unanswered", or that of its last ack at `acked_step`."""
+
+    command: Command
+    time: float
+    outcome: str
+    acked_step: int | None
+    detail: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionRow:
+    """One decision of the policy with its commands."""
+
+    incarnation: str
+    step: int
+    time: float
+    phase: str
+    reason: str
+    risk: float
+    commands: tuple[CommandRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeartbeatRow:
+    """The scalars of one heartbeat; None is unknown."""
+
+    incarnation: str
+    process_rank: int
+    time: float
+    step: int
+    learning_rate: float | None
+    loss: float | None
+    grad_norm: float | None
+    step_seconds: float | None
+    overhead_ratio: float
+    lr_scale: float
+    kss_alpha: float
+
+
+R = TypeVar("R")
+
+_OF_RUN = " JOIN incarnations ON incarnations.id = t.incarnation_id JOIN runs ON runs.id = run_id WHERE name = ?"
+
+
+class HistoryReader:
+    """A store opened for reading. Rows come in the order in which they were written: all, or the `last` so many.
+
+    What a damaged or a forged file holds is checked as it is read: every method raises StoreError, and nothing else.
+    """
+
+    def __init__(self, database: sqlite3.Connection, path: Path) -> None:
+        self._database = database
+        self._database.row_factory = sqlite3.Row
+        self._path = path
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Raises StoreError when the file is missing, unreadable, not a store, or of a newer schema."""
+        path = Path(path)
+        if not path.is_file():
+            raise StoreError(f"store {path}: no such file")
+        try:
+            database = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True, timeout=5.0)
+            try:
+                check(database, path)
+            except BaseException:
+                database.close()
+                raise
+        except SQLITE_ERRORS as error:
+            raise StoreError(f"store {path}: {one_line(error)}") from None
+        return cls(database, path)
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def runs(self) -> list[str]:
+        """Names of all runs, oldest first."""
+        with self._reading("runs"):
+            rows = self._database.execute("SELECT name FROM runs ORDER BY first_seen, id").fetchall()
+            return msgspec.convert([row["name"] for row in rows], list[str])
+
+    def run(self, name: str) -> RunRow | None:
+        """What is known of a run as a whole; None for one that this store does not know."""
+        with self._reading("runs"):
+            row = self._database.execute("SELECT * FROM runs WHERE name = ?", (name,)).fetchone()
+            return None if row is None else _row(row, RunRow)
+
+    def recent_runs(self, most: int) -> list[RunRow]:
+        """The runs that were seen last, the latest first."""
+        query = "SELECT * FROM runs ORDER BY last_seen DESC, id DESC LIMIT ?"
+        with self._reading("runs"):
+            return [_row(row, RunRow) for row in self._database.execute(query, (most,))]
+
+    def incarnations(self, run: str) -> list[IncarnationRow]:
+        query = (
+            "SELECT t.*, name AS run FROM incarnations AS t JOIN runs ON runs.id = run_id WHERE name = ? ORDER BY t.id"
+        )
+        with self._reading("incarnations"):
+            return [
+                _row(
+                    row,
+                    IncarnationRow,
+                    hello=None if row["hello"] is None else msgspec.json.decode(row["hello"], type=Hello),
+                    applied=None if row["applied"] is None else msgspec.json.decode(row["applied"], type=Applied),
+                )
+                for row in self._database.execute(query, (run,))
+            ]
+
+    def profiles(self, run: str, *, last: int | None = None) -> Iterator[ProfileRow]:
+        with self._reading("profiles"):
+            for row in self._of_run("profiles", run, last):
+                profile, observables = unpacked_profile(row["profile"], non_finite=bool(row["non_finite"]))
+                yield _row(row, ProfileRow, masked=bool(row["masked"]), profile=profile, observables=observables)
+
+    def observations(self, run: str, *, last: int | None = None) -> Iterator[ObservationRow]:
+        with self._reading("observations"):
+            for row in self._of_run("observations", run, last):
+                yield _row(
+                    row,
+                    ObservationRow,
+                    **_scalars(row, "learning_rate", "loss", "grad_norm"),
+                    non_finite=bool(row["non_finite"]),
+                    observation=msgspec.json.decode(row["observation"]),
+                    components=msgspec.json.decode(row["components"]),
+                )
+
+    def decisions(self, run: str, *, last: int | None = None) -> Iterator[DecisionRow]:
+        with self._reading("decisions"):
+            for row in self._of_run("decisions", run, last):
+                yield _row(row, DecisionRow, commands=tuple(self._commands(row["id"])))
+
+    def heartbeats(self, run: str) -> Iterator[HeartbeatRow]:
+        with self._reading("heartbeats"):
+            for row in self._of_run("heartbeats", run):
+                yield _row(row, HeartbeatRow, **_scalars(row, "learning_rate", "loss", "grad_norm", "step_seconds"))
+
+    def _of_run(self, table: str, run: str, last: int | None = None) -> Iterator[sqlite3.Row]:
+        if last is not None:
+            yield from self._last_of_run(table, run, last)
+            return
+        query = f"SELECT t.*, incarnation FROM {table} AS t{_OF_RUN} ORDER BY t.id"
+        yield from self._database.execute(query, (run,))
+
+    def _last_of_run(self, table: str, run: str, most: int) -> Iterator[sqlite3.Row]:
+        """By index, launch after launch from the latest back: a long run's rows are not all looked at."""
+        launches = "SELECT t.id, incarnation FROM incarnations AS t JOIN runs ON runs.id = run_id WHERE name = ?"
+        query = f"SELECT t.*, ? AS incarnation FROM {table} AS t WHERE incarnation_id = ? ORDER BY step DESC LIMIT ?"
+        found: list[sqlite3.Row] = []
+        for launch in self._database.execute(f"{launches} ORDER BY t.id DESC", (run,)).fetchall():
+            values = (launch["incarnation"], launch["id"], most - len(found))
+            found += self._database.execute(query, values).fetchall()
+            if len(found) >= most:
+                break
+        yield from reversed(found)
+
+    def _commands(self, decision_id: int) -> Iterator[dict[str, Any]]:
+        query = (
+            "SELECT commands.*, acks.step AS acked_step, acks.detail AS detail FROM commands"
+            " LEFT JOIN acks ON acks.id = (SELECT max(id) FROM acks WHERE command_id = commands.id)"
+            " WHERE decision_id = ? ORDER BY commands.rowid"
+        )
+        for row in self._database.execute(query, (decision_id,)):
+            yield _values(row, CommandRow, command=msgspec.json.decode(row["command"], type=Command))
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, zlib.error, msgspec.MsgspecError, ValueError, TypeError, OverflowError) as error:
+            raise StoreError(f"store {self._path}: {what}: a row cannot be read: {one_line(error)}") from None
+        except RecursionError:
+            raise StoreError(f"store {self._path}: {what}: a row cannot be read: nested too deeply") from None
+
+
+def _scalars(row: sqlite3.Row, *names: str) -> dict[str, float | None]:
+    return {name: from_scalar(row[name]) for name in names}
+
+
+def _values(row: sqlite3.Row, kind: type[Any], **values: Any) -> dict[str, Any]:
+    """The columns that a dataclass names; `values` are those that need more than to be taken as they are."""
+    return {field.name: row[field.name] for field in fields(kind) if field.name not in values} | values
+
+
+def _row(row: sqlite3.Row, kind: type[R], **values: Any) -> R:
+    return msgspec.convert(_values(row, kind, **values), kind)

@@ -1,0 +1,232 @@
+"""The layout of the history store, and how its values are put down."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sqlite3
+import zlib
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from koopmon.errors import StoreError
+
+logger = logging.getLogger(__name__)
+
+Observables = Mapping[str, Sequence[float | None]]
+"""By name, one value per transition."""
+
+SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
+"""What SQLite raises. Its messages quote the file, and where that is no text, Python fails to read the message."""
+SCHEMA_VERSION = 2
+APPLICATION_ID = 0x6B6F6F70
+"""Marks the file as koopmon's ("koop")."""
+MAX_PACKED_BYTES = 256 << 20
+"""Of one profile, unpacked."""
+MAX_LOG_BYTES = 64 << 20
+"""To which the write-ahead log is cut back once its content is in the file."""
+
+SCHEMA = """
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    first_seen REAL NOT NULL,
+    last_seen REAL NOT NULL,
+    state INTEGER NOT NULL
+);
+CREATE TABLE incarnations (
+    id INTEGER PRIMARY KEY,
+    run_id INTEGER NOT NULL REFERENCES runs (id),
+    incarnation TEXT NOT NULL,
+    started REAL NOT NULL,
+    ended REAL,
+    end_reason TEXT,
+    hello TEXT,
+    applied TEXT,
+    applied_step INTEGER,
+    memory BLOB,
+    UNIQUE (run_id, incarnation)
+);
+CREATE TABLE profiles (
+    id INTEGER PRIMARY KEY,
+    incarnation_id INTEGER NOT NULL REFERENCES incarnations (id),
+    step INTEGER NOT NULL,
+    time REAL NOT NULL,
+    num_shards INTEGER NOT NULL,
+    masked INTEGER NOT NULL,
+    non_finite INTEGER NOT NULL,
+    seconds REAL NOT NULL,
+    profile BLOB
+);
+CREATE INDEX profiles_by_step ON profiles (incarnation_id, step);
+CREATE TABLE observations (
+    id INTEGER PRIMARY KEY,
+    incarnation_id INTEGER NOT NULL REFERENCES incarnations (id),
+    step INTEGER NOT NULL,
+    time REAL NOT NULL,
+    learning_rate REAL,
+    loss REAL,
+    grad_norm REAL,
+    lr_scale REAL NOT NULL,
+    kss_alpha REAL NOT NULL,
+    non_finite INTEGER NOT NULL,
+    observation TEXT NOT NULL,
+    risk REAL NOT NULL,
+    reason TEXT NOT NULL,
+    components TEXT NOT NULL
+);
+CREATE INDEX observations_by_step ON observations (incarnation_id, step);
+CREATE TABLE decisions (
+    id INTEGER PRIMARY KEY,
+    incarnation_id INTEGER NOT NULL REFERENCES incarnations (id),
+    step INTEGER NOT NULL,
+    time REAL NOT NULL,
+    phase TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    risk REAL NOT NULL
+);
+CREATE TABLE commands (
+    id TEXT PRIMARY KEY,
+    decision_id INTEGER NOT NULL REFERENCES decisions (id),
+    time REAL NOT NULL,
+    kind TEXT NOT NULL,
+    command TEXT NOT NULL,
+    outcome TEXT NOT NULL
+);
+CREATE TABLE acks (
+    id INTEGER PRIMARY KEY,
+    command_id TEXT NOT NULL,
+    time REAL NOT NULL,
+    outcome TEXT NOT NULL,
+    step INTEGER NOT NULL,
+    detail TEXT NOT NULL,
+    applied TEXT NOT NULL
+);
+CREATE INDEX acks_by_command ON acks (command_id);
+CREATE TABLE heartbeats (
+    id INTEGER PRIMARY KEY,
+    incarnation_id INTEGER NOT NULL REFERENCES incarnations (id),
+    process_rank INTEGER NOT NULL,
+    time REAL NOT NULL,
+    step INTEGER NOT NULL,
+    learning_rate REAL,
+    loss REAL,
+    grad_norm REAL,
+    step_seconds REAL,
+    overhead_ratio REAL NOT NULL,
+    lr_scale REAL NOT NULL,
+    kss_alpha REAL NOT NULL
+);
+CREATE INDEX heartbeats_by_step ON heartbeats (incarnation_id, step);
+CREATE INDEX decisions_by_step ON decisions (incarnation_id, step);
+CREATE INDEX commands_by_decision ON commands (decision_id);
+"""
+MIGRATIONS = {
+    1: """
+CREATE INDEX decisions_by_step ON decisions (incarnation_id, step);
+CREATE INDEX commands_by_decision ON commands (decision_id);
+""",
+}
+"""What takes a store from each version to the next; each step is one transaction."""
+
+
+class RunState(IntEnum):
+    """What the metric run_state shows."""
+
+    ENDED = 0
+    RUNNING = 1
+    VANISHED = 2
+
+
+def prepare(database: sqlite3.Connection, path: Path) -> None:
+    """Make the tables in an empty file, else check that they are ours and bring them up to date.
+
+    Raises StoreError naming `path`, or sqlite3.Error.
+    """
+    check(database, path, empty_allowed=True)
+    database.execute("PRAGMA auto_vacuum = INCREMENTAL")  # before the first page, so that pruning can shrink the file
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute(f"PRAGMA journal_size_limit = {MAX_LOG_BYTES}")
+    database.execute("PRAGMA synchronous = NORMAL")
+    database.execute("PRAGMA foreign_keys = ON")
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if version == 0:
+        marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};"
+        database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {marks} COMMIT;")
+    for older in range(version or SCHEMA_VERSION, SCHEMA_VERSION):
+        database.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[older]} PRAGMA user_version = {older + 1}; COMMIT;")
+        logger.info("store %s: brought from schema %d to %d", path, older, older + 1)
+
+
+def check(database: sqlite3.Connection, path: Path, *, empty_allowed: bool = False) -> None:
+    """Raise StoreError unless the file is a store of this version or an older one, or empty where that is allowed."""
+    (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if not tables and empty_allowed:
+        return
+    if database.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
+        raise StoreError(f"store {path}: not a koopmon store: choose another file")
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if not 1 <= version <= SCHEMA_VERSION:
+        raise StoreError(
+            f"store {path}: schema {version}, this version of koopmon knows 1 to {SCHEMA_VERSION}:"
+            " upgrade koopmon or choose another file"
+        )
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON of plain values, structs and dataclasses; a number that is not finite becomes null."""
+    return msgspec.json.encode(value).decode()
+
+
+def pack(value: Any) -> bytes:
+    """Compressed JSON; floats keep nine significant digits, which tell any two float32 apart."""
+    return zlib.compress(msgspec.json.encode(_rounded(value)), 6)
+
+
+def packed_profile(profile: Mapping[str, Any] | None, observables: Observables | None) -> bytes | None:
+    """A profile's column: its values, and beside them what the family measures, where it measures anything."""
+    if not observables:
+        return None if profile is None else pack(profile)
+    return pack({**(profile or {}), "observables": observables})
+
+
+def unpacked_profile(data: bytes | None, *, non_finite: bool) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The profile, None when the states were not finite, and the observables."""
+    values = {} if data is None else unpack(data)
+    if not isinstance(values, dict):
+        raise ValueError("a profile is not an object")
+    observables = values.pop("observables", {})
+    return (None if non_finite else values), observables
+
+
+def unpack(data: bytes) -> Any:
+    """What `pack` put down. Raises zlib.error, msgspec.DecodeError or ValueError for anything else."""
+    inflate = zlib.decompressobj()
+    text = inflate.decompress(data, MAX_PACKED_BYTES)
+    if not inflate.eof:
+        raise ValueError(f"packed values end early or exceed {MAX_PACKED_BYTES} bytes")
+    return msgspec.json.decode(text)
+
+
+def scalar(value: float | None) -> float | str | None:
+    """A float as a column takes it: SQLite would turn NaN into NULL, which here means unknown."""
+    return "nan" if value is not None and math.isnan(value) else value
+
+
+def from_scalar(value: float | str | None) -> float | None:
+    """A float from its column."""
+    return None if value is None else float(value)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.9g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return value

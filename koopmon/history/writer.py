@@ -1,0 +1,264 @@
+"""The history store: what the monitor writes down, in SQLite."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from koopmon.errors import one_line
+from koopmon.history.journal import Journal, records
+from koopmon.history.reader import HistoryReader
+from koopmon.history.schema import Observables, packed_profile, scalar, to_json
+from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello
+
+logger = logging.getLogger(__name__)
+
+
+class HistoryWriter(Journal):
+    """The one writer of a history file. Decisions and their answers are committed at once; times are Unix seconds."""
+
+    @staticmethod
+    def open_readonly(path: str | os.PathLike[str]) -> HistoryReader:
+        """Open for reading, also while a monitor writes. Raises StoreError."""
+        return HistoryReader.open(path)
+
+    def incarnations(self, run: str) -> list[str]:
+        """The incarnations of `run` in the order in which they began; empty when unknown."""
+        query = "SELECT incarnation FROM incarnations AS t JOIN runs ON runs.id = run_id WHERE name = ? ORDER BY t.id"
+        rows = self._read(query, run)
+        return [row[0] for row in rows]
+
+    def last_applied(self, run: str, *, other_than: str) -> Applied | None:
+        """What the latest incarnation of `run` but `other_than` had in force; None when nothing is known."""
+        rows = self._read(
+            "SELECT applied FROM incarnations JOIN runs ON runs.id = run_id"
+            " WHERE name = ? AND incarnation != ? AND applied IS NOT NULL ORDER BY incarnations.id DESC LIMIT 1",
+            run,
+            other_than,
+        )
+        try:
+            return msgspec.json.decode(rows[0][0], type=Applied) if rows else None
+        except (msgspec.DecodeError, TypeError, ValueError, RecursionError) as error:
+            logger.warning("store: what run %s had applied cannot be used: %s", run, one_line(error))
+            return None
+
+    def memory(self, run: str, incarnation: str) -> bytes | None:
+        """What the controller of this incarnation last put down; None when nothing."""
+        rows = self._read(
+            "SELECT memory FROM incarnations JOIN runs ON runs.id = run_id WHERE name = ? AND incarnation = ?",
+            run,
+            incarnation,
+        )
+        return rows[0][0] if rows else None
+
+    @records(commit=True)
+    def record_hello(self, at: float, hello: Hello) -> None:
+        """A rank came; the lowest one's hello is kept."""
+        row = self._incarnation(at, hello.run, hello.incarnation)
+        self._database.execute(
+            "UPDATE incarnations SET hello = ?, ended = NULL, end_reason = NULL"
+            " WHERE id = ? AND (hello IS NULL OR ? = 0)",
+            (to_json(hello), row, hello.process_rank),
+        )
+        self._database.execute("UPDATE runs SET state = 1, last_seen = ? WHERE name = ?", (at, hello.run))
+
+    @records()
+    def record_state(self, at: float, run: str, incarnation: str, state: int, *, end_reason: str | None = None) -> None:
+        """The run's state changed; with `end_reason` this incarnation is over."""
+        row = self._incarnation(at, run, incarnation)
+        self._database.execute("UPDATE runs SET state = ?, last_seen = ? WHERE name = ?", (state, at, run))
+        if end_reason is not None:
+            self._database.execute(
+                "UPDATE incarnations SET ended = ?, end_reason = ? WHERE id = ?", (at, end_reason, row)
+            )
+
+    @records(commit=True)
+    def record_applied(self, at: float, run: str, incarnation: str, step: int, applied: Applied) -> None:
+        """What rank 0 says is in force."""
+        row = self._incarnation(at, run, incarnation)
+        self._database.execute(
+            "UPDATE incarnations SET applied = ?, applied_step = ? WHERE id = ?", (to_json(applied), step, row)
+        )
+
+    @records()
+    def record_profile(
+        self,
+        at: float,
+        run: str,
+        incarnation: str,
+        step: int,
+        *,
+        num_shards: int,
+        masked: bool,
+        seconds: float,
+        profile: Mapping[str, Any] | None,
+        observables: Observables | None = None,
+    ) -> None:
+        """One snapshot's profile as plain values, None when its states were not finite, and its observables."""
+        row = self._incarnation(at, run, incarnation)
+        self._database.execute(
+            "INSERT INTO profiles (incarnation_id, step, time, num_shards, masked, non_finite, seconds, profile)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (row, step, at, num_shards, masked, profile is None, seconds, packed_profile(profile, observables)),
+        )
+
+    @records()
+    def record_observation(
+        self,
+        at: float,
+        run: str,
+        incarnation: str,
+        step: int,
+        *,
+        scalars: Mapping[Literal["learning_rate", "loss", "grad_norm"], float | None],
+        lr_scale: float,
+        kss_alpha: float,
+        non_finite: bool,
+        observation: Any,
+        risk: float,
+        reason: str,
+        components: Mapping[str, float],
+    ) -> None:
+        """What the detector saw at one snapshot and how it judged it."""
+        row = self._incarnation(at, run, incarnation)
+        values = [scalar(scalars.get(name)) for name in ("learning_rate", "loss", "grad_norm")]
+        parts = to_json(components)
+        self._database.execute(
+            "INSERT INTO observations (incarnation_id, step, time, learning_rate, loss, grad_norm, lr_scale, kss_alpha,"
+            " non_finite, observation, risk, reason, components) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [row, step, at, *values, lr_scale, kss_alpha, non_finite, to_json(observation), risk, reason, parts],
+        )
+
+    @records()
+    def record_memory(self, at: float, run: str, incarnation: str, memory: bytes) -> None:
+        """What the controller of this incarnation would need after a restart of the monitor."""
+        row = self._incarnation(at, run, incarnation)
+        self._database.execute("UPDATE incarnations SET memory = ? WHERE id = ?", (memory, row))
+
+    @records(commit=True)
+    def record_decision(
+        self,
+        at: float,
+        run: str,
+        incarnation: str,
+        step: int,
+        *,
+        phase: str,
+        reason: str,
+        risk: float,
+        commands: Sequence[Command],
+        outcome: Literal["pending", "dry_run"],
+    ) -> None:
+        """A decision with its commands: on disk when this returns, so before any of them is sent."""
+        row = self._incarnation(at, run, incarnation)
+        decision = self._database.execute(
+            "INSERT INTO decisions (incarnation_id, step, time, phase, reason, risk) VALUES (?, ?, ?, ?, ?, ?)",
+            (row, step, at, phase, reason, risk),
+        ).lastrowid
+        self._database.executemany(
+            "INSERT INTO commands (id, decision_id, time, kind, command, outcome) VALUES (?, ?, ?, ?, ?, ?)",
+            [(command.id, decision, at, command.kind, to_json(command), outcome) for command in commands],
+        )
+
+    @records()
+    def replace_profile(
+        self,
+        at: float,
+        run: str,
+        incarnation: str,
+        step: int,
+        profile: Mapping[str, Any],
+        observables: Observables | None = None,
+    ) -> None:
+        """Put a fuller profile of a snapshot in the place of the recorded one."""
+        row = self._incarnation(at, run, incarnation)
+        self._database.execute(
+            "UPDATE profiles SET profile = ? WHERE incarnation_id = ? AND step = ?",
+            (packed_profile(profile, observables), row, step),
+        )
+
+    @records(commit=True)
+    def abandon_pending(self, run: str) -> None:
+        """Commands of an earlier monitor that no answer came for: nobody waits for them any more."""
+        self._database.execute(
+            "UPDATE commands SET outcome = 'unanswered' WHERE outcome = 'pending' AND decision_id IN"
+            " (SELECT d.id FROM decisions AS d JOIN incarnations AS i ON i.id = incarnation_id"
+            " JOIN runs ON runs.id = run_id WHERE name = ?)",
+            (run,),
+        )
+
+    @records(commit=True)
+    def record_outcome(self, command_id: str, outcome: str) -> None:
+        """What became of a command when no ack tells."""
+        self._database.execute("UPDATE commands SET outcome = ? WHERE id = ?", (outcome, command_id))
+
+    @records(commit=True)
+    def record_ack(self, at: float, ack: Ack) -> None:
+        """Rank 0's answer to a command, and what is in force since.
+
+        An answer counts for a command of its own run, and each outcome once: a peer cannot fill the file with answers.
+        That a command is a duplicate says nothing of what became of it.
+        """
+        ours = (
+            "SELECT c.id FROM commands AS c JOIN decisions AS d ON d.id = decision_id"
+            " JOIN incarnations AS i ON i.id = incarnation_id JOIN runs ON runs.id = run_id WHERE c.id = ? AND name = ?"
+        )
+        self._database.execute(
+            "INSERT INTO acks (command_id, time, outcome, step, detail, applied) SELECT ?, ?, ?, ?, ?, ?"
+            f" WHERE EXISTS ({ours}) AND NOT EXISTS (SELECT 1 FROM acks WHERE command_id = ? AND outcome = ?)",
+            (
+                *(ack.command_id, at, ack.outcome, ack.step, ack.detail, to_json(ack.applied)),
+                *(ack.command_id, ack.run),
+                *(ack.command_id, ack.outcome),
+            ),
+        )
+        self._database.execute(
+            f"UPDATE commands SET outcome = ? WHERE id IN ({ours})"
+            " AND outcome IN ('pending', 'unanswered', 'duplicate')",
+            (ack.outcome, ack.command_id, ack.run),
+        )
+        row = self._incarnation(at, ack.run, ack.incarnation)
+        self._database.execute(
+            "UPDATE incarnations SET applied = ?, applied_step = ? WHERE id = ?", (to_json(ack.applied), ack.step, row)
+        )
+
+    @records()
+    def record_heartbeat(self, at: float, heartbeat: Heartbeat) -> None:
+        """The scalars of one heartbeat; the caller thins them."""
+        row = self._incarnation(at, heartbeat.run, heartbeat.incarnation)
+        self._database.execute("UPDATE runs SET state = 1, last_seen = ? WHERE name = ?", (at, heartbeat.run))
+        scalars = (heartbeat.learning_rate, heartbeat.loss, heartbeat.grad_norm, heartbeat.step_seconds)
+        applied = (heartbeat.applied.lr_scale, heartbeat.applied.kss.alpha)
+        self._database.execute(
+            "INSERT INTO heartbeats (incarnation_id, process_rank, time, step, learning_rate, loss, grad_norm,"
+            " step_seconds, overhead_ratio, lr_scale, kss_alpha) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                row,
+                heartbeat.process_rank,
+                at,
+                heartbeat.step,
+                *map(scalar, scalars),
+                heartbeat.overhead_ratio,
+                *applied,
+            ],
+        )
+
+    def _incarnation(self, at: float, run: str, incarnation: str) -> int:
+        known = self._ids.get((run, incarnation))
+        if known is not None:
+            return known
+        execute = self._database.execute
+        execute("INSERT OR IGNORE INTO runs (name, first_seen, last_seen, state) VALUES (?, ?, ?, 1)", (run, at, at))
+        (run_id,) = execute("SELECT id FROM runs WHERE name = ?", (run,)).fetchone()
+        execute(
+            "INSERT OR IGNORE INTO incarnations (run_id, incarnation, started) VALUES (?, ?, ?)",
+            (run_id, incarnation, at),
+        )
+        where = (run_id, incarnation)
+        (row,) = execute("SELECT id FROM incarnations WHERE run_id = ? AND incarnation = ?", where).fetchone()
+        self._ids[run, incarnation] = int(row)
+        return int(row)

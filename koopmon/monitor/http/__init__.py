@@ -1,0 +1,1 @@
+"""The monitor's HTTP server: metrics, health, pages, event stream, JSON API."""

@@ -1,0 +1,106 @@
+"""Who may read the monitor's pages: a password or a token before them, and TLS around them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from koopmon.config import HttpConfig
+from koopmon.errors import ConfigError
+from koopmon.secret_files import check_private, read_secret
+
+TOKEN_VARIABLE = "KOOPMON_HTTP_TOKEN"  # noqa: S105 - the name of a variable
+PASSWORD_VARIABLE = "KOOPMON_HTTP_PASSWORD"  # noqa: S105
+OPEN = frozenset({"/healthz", "/readyz"})
+"""Pages that tell nothing and ask for nothing."""
+BROWSERS = (
+    "A browser cannot show a bearer token: for the live page set [http] user and password_file as well, or ask with\n"
+    "  curl -H 'Authorization: Bearer TOKEN' ADDRESS\n"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpAuth:
+    """What a request has to show; the default is nothing. A token, or a user's password, whichever it has."""
+
+    token: bytes | None = field(default=None, repr=False)
+    user: bytes | None = None
+    password: bytes | None = field(default=None, repr=False)
+
+    @property
+    def required(self) -> bool:
+        return self.token is not None or self.password is not None
+
+    def admits(self, header: bytes) -> bool:
+        """Whether an `Authorization` header will do. Takes the same time wherever a guess goes wrong."""
+        scheme, _, credentials = header.strip().partition(b" ")
+        if scheme.lower() == b"bearer" and self.token is not None:
+            return hmac.compare_digest(credentials.strip(), self.token)
+        if scheme.lower() == b"basic" and self.password is not None:
+            try:
+                shown = base64.b64decode(credentials.strip(), validate=True)
+            except binascii.Error:
+                return False
+            return hmac.compare_digest(shown, b"%b:%b" % (self.user or b"", self.password))
+        return False
+
+    def wrap(self, pages: ASGIApp) -> ASGIApp:
+        """`pages` behind this login."""
+        if not self.required:
+            return pages
+        words = "a token or a password is needed\n" + (BROWSERS if self.password is None else "")
+        schemes = [b"Bearer"] * (self.token is not None) + [b'Basic realm="koopmon"'] * (self.password is not None)
+
+        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+            given = [value for name, value in scope.get("headers", ()) if name == b"authorization"]
+            is_open = scope["type"] == "http" and scope["path"] in OPEN
+            if is_open or scope["type"] == "lifespan" or (len(given) == 1 and self.admits(given[0])):
+                await pages(scope, receive, send)
+                return
+            headers = [(b"content-type", b"text/plain; charset=utf-8"), *((b"www-authenticate", s) for s in schemes)]
+            await send({"type": "http.response.start", "status": 401, "headers": headers})
+            await send({"type": "http.response.body", "body": words.encode()})
+
+        return guarded
+
+
+def read_http_auth(config: HttpConfig, environ: Mapping[str, str]) -> HttpAuth:
+    """The login that configuration and environment ask for. Raises ConfigError, which never quotes a secret."""
+    token = read_secret(config.token_file, environ.get(TOKEN_VARIABLE, ""), "http.token_file")
+    password = read_secret(config.password_file, environ.get(PASSWORD_VARIABLE, ""), "http.password_file")
+    if (password is None) != (not config.user):
+        raise ConfigError(
+            f"http.user = {config.user!r}: a user and a password go together; the password is in http.password_file"
+            f" or {PASSWORD_VARIABLE}"
+        )
+    return HttpAuth(token, config.user.encode() or None, password)
+
+
+def read_tls(config: HttpConfig) -> ssl.SSLContext | None:
+    """The certificate and key that the configuration names; None when it names none. Raises ConfigError."""
+    certificate, key = config.tls_certificate, config.tls_key
+    if not certificate and not key:
+        return None
+    if not certificate or not key:
+        missing = "tls_key" if certificate else "tls_certificate"
+        raise ConfigError(f"http.{missing} = '': a certificate and its key go together")
+    check_private(Path(key), "http.tls_key")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        # A key behind a passphrase would ask for it on the terminal.
+        context.load_cert_chain(certificate, key, password=lambda: b"")
+    except (OSError, ValueError) as error:  # ssl.SSLError among them
+        why = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"http.tls_certificate = {certificate!r}, http.tls_key = {key!r}: {why}; expected PEM files that belong"
+            " together, the key without a passphrase"
+        ) from None
+    return context

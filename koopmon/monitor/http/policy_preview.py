@@ -1,0 +1,116 @@
+"""What the policy would do next, and why: it is asked, as after a snapshot, and its answer is not carried out.
+
+`policy.decide` is a pure function, so asking it "what if the next snapshot were high, or severe?" changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from koopmon import policy
+from koopmon.views.run_view import PolicyStatus, RunView
+
+PHASES = {
+    "calm": "Nothing is going on.",
+    "alert": "The risk is not calm: snapshots are dense.",
+    "acting": "A command has yet to show its effect.",
+    "backed_off": "The last command took effect, and what it changed is held.",
+    "recovering": "On the way back to the rate that the script asks for.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyPreview:
+    """`phase` is the policy's word for where it stands, `lines` what it would do, each a condition and an answer."""
+
+    phase: str
+    meaning: str
+    lines: tuple[tuple[str, str], ...]
+
+
+def preview(view: RunView) -> PolicyPreview:
+    """For a run that was judged since this monitor began; of another one there is nothing to tell yet."""
+    standing = view.standing
+    if standing is None:
+        known = view.decisions[-1].phase if view.decisions else "calm"
+        line = ("Next", "Known once this monitor has judged a snapshot of the run.")
+        return PolicyPreview(known, PHASES.get(known, ""), (line,))
+    lines = [*_restraint(view, standing), *_answers(standing), *_return(standing), _budget(standing)]
+    return PolicyPreview(standing.state.phase, PHASES[standing.state.phase], tuple(lines))
+
+
+def _restraint(view: RunView, standing: PolicyStatus) -> Iterator[tuple[str, str]]:
+    """Why nothing would be sent, where nothing would be."""
+    if view.state != "running":
+        yield "Sent", f"Nothing: the run is {view.state}."
+    elif standing.policy.name == "observe":
+        yield "Sent", "Nothing: the policy is observe, which only watches."
+    elif standing.policy.dry_run:
+        yield "Sent", "Nothing: this is a dry run, decisions are recorded only."
+    elif not view.acts:
+        yield "Sent", "Nothing: the agent is watch-only; its log says why."
+    elif not view.sends:
+        yield "Sent", "Nothing: the monitor failed on a command of this run and only watches it; its log says why."
+
+
+def _answers(standing: PolicyStatus) -> Iterator[tuple[str, str]]:
+    config = standing.policy
+    if config.name == "observe":
+        return
+    acted_at = standing.state.acted_at
+    until = 0 if acted_at is None else acted_at + config.cooldown_steps
+    if standing.observation.step < until:
+        yield "Cool-down", f"The last action has until step {until} to show its effect. Then:"
+    for risk, name in ((config.act_risk, "high"), (config.severe_risk, "severe")):
+        yield f"If the risk is {name}, {risk:g} or more", _asked(standing, risk)
+
+
+def _asked(standing: PolicyStatus, risk: float) -> str:
+    """The policy's answer to one more snapshot with this risk, once the cool-down is over."""
+    state, config = standing.state, standing.policy
+    seen = replace(
+        standing.observation,
+        step=max(standing.observation.step + 1, (state.acted_at or 0) + config.cooldown_steps),
+        informative=True,
+        non_finite=False,
+        lr_scale=state.lr_scale,
+        kss_alpha=state.kss.alpha,
+    )
+    decision = policy.decide(standing.now, state, seen, replace(standing.risk, value=risk), config, standing.kss)
+    changes = [_words(action) for action in decision.commands if action.changes_training]
+    if changes:
+        return f"{'; '.join(changes)}."
+    if len(state.action_times) >= config.max_actions_per_hour:
+        return f"Nothing: the budget of {config.max_actions_per_hour} actions per hour is spent."
+    if config.name != "kss" and state.lr_scale <= config.min_lr_scale:
+        return f"Nothing more: the scale is as low as it may be, {config.min_lr_scale:g}."
+    if state.high_streak + 1 < config.confirm_snapshots:
+        return f"Nothing yet: it takes {config.confirm_snapshots} high snapshots in a row."
+    return "Nothing that changes the training."
+
+
+def _words(action: policy.Action) -> str:
+    if action.kind == "set_lr_scale" and action.lr_scale is not None:
+        return f"Learning rate x {action.lr_scale:.3g}"
+    if action.kind == "set_kss" and action.kss is not None:
+        return f"KSS on, alpha {action.kss.alpha:g}" if action.kss.alpha > 0 else "KSS off"
+    return action.kind
+
+
+def _return(standing: PolicyStatus) -> Iterator[tuple[str, str]]:
+    state, config = standing.state, standing.policy
+    if state.lr_scale < 1.0 and config.name in ("lr", "kss+lr"):
+        wait = config.hold_steps * max(1, state.num_cuts)
+        target = f"learning rate x {min(1.0, state.lr_scale * config.rise_factor):.3g}."
+        when = f"After {wait} calm steps" if state.calm_since is None else f"At step {state.calm_since + wait}"
+        yield "If it stays calm", f"{when}: {target}"
+    if state.kss_on_at is not None:
+        yield "KSS", f"Goes off at step {state.kss_on_at + config.kss_hold_steps}."
+    if state.kss_barred:
+        yield "KSS", "Barred: it harmed, or cannot reach this model."
+
+
+def _budget(standing: PolicyStatus) -> tuple[str, str]:
+    taken = sum(standing.now - at < policy.HOUR_SECONDS for at in standing.state.action_times)
+    return "Budget", f"{taken} of {standing.policy.max_actions_per_hour} actions of the last hour are taken."

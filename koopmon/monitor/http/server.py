@@ -1,0 +1,150 @@
+"""The monitor's pages: the live ones, /alerts, /metrics, /healthz, /readyz. Who may read them is `login`'s to say."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from koopmon.config import PolicyConfig
+from koopmon.errors import EndpointError
+from koopmon.monitor.http import limits
+from koopmon.monitor.http.alerts_page import alerts_page
+from koopmon.monitor.http.auth import HttpAuth
+from koopmon.monitor.http.event_stream import EventStreams
+from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.http.routes import not_found, routes
+from koopmon.telemetry.exposition import Exposition
+
+STOP_SECONDS = 5.0
+
+
+def parse_address(address: str, *, exposed: bool = False) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`, an address of this host; port 0 leaves the choice to the system.
+
+    Without `exposed` it must be a loopback address. Raises EndpointError.
+    """
+    match = re.fullmatch(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):(?P<port>[0-9]{1,5})", address)
+    if match is None or int(match["port"]) > 65535:
+        raise EndpointError(f"http {address!r}: expected HOST:PORT with a port from 0 to 65535, as 127.0.0.1:9464")
+    host = match["host"].strip("[]")
+    host = "127.0.0.1" if host == "localhost" else host
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        raise EndpointError(f"http {address!r}: {host!r} is no address of this host, as 127.0.0.1 or 0.0.0.0") from None
+    if not loopback and not exposed:
+        raise EndpointError(
+            f"http {address!r}: other hosts reach it: give [http] a certificate and a token or password, or name the"
+            " risk with insecure_plaintext; only loopback (127.0.0.1, [::1], localhost) goes without"
+        )
+    return host, int(match["port"])
+
+
+def listen(address: str, *, exposed: bool = False) -> socket.socket:
+    """A listening socket at `HOST:PORT`. Raises EndpointError when the address is refused or in use."""
+    host, port = parse_address(address, exposed=exposed)
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise EndpointError(f"http {address!r}: {error.strerror}: choose another --http address") from None
+    return listener
+
+
+class WebServer:
+    """Serves the pages from a thread of its own; `address` is the actual HOST:PORT.
+
+    `board` is what the live page shows, with the thresholds of `policy`; at most `max_streams` of its readers hear of
+    changes at once, on half of the connections. `checks` names the pages that answer 200 "ok" while their function
+    returns True, else 503; they ask for no `login`. With `tls` the pages are https. Addresses that other hosts reach
+    take both, or `exposed`. `note(reason, detail)` hears, in that thread, of what was refused.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        registry: CollectorRegistry,
+        checks: Mapping[str, Callable[[], bool]],
+        *,
+        login: HttpAuth | None = None,
+        tls: ssl.SSLContext | None = None,
+        exposed: bool = False,
+        live_state: LiveState | None = None,
+        policy: PolicyConfig | None = None,
+        max_connections: int = 128,
+        max_streams: int = 32,
+        note: Callable[..., None] = lambda *_, **__: None,
+    ) -> None:
+        login = login or HttpAuth()
+        self._socket = listen(address, exposed=exposed or (login.required and tls is not None))
+        host, port = self._socket.getsockname()[:2]
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        live_state = live_state or LiveState()
+        self._streams = EventStreams(live_state, min(max_streams, max_connections // 2))
+        pages = _application(registry, checks, routes(live_state, self._streams, policy or PolicyConfig()))
+        config = uvicorn.Config(
+            limits.ErrorBoundary(login.wrap(pages), note),
+            **limits.options(max_connections, note),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=2,
+            server_header=False,
+        )
+        config.load()
+        config.ssl = tls
+        self._server = uvicorn.Server(config)
+        # Outside the main thread uvicorn leaves the signals alone.
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, name="koopmon-web", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Finish what is being answered, then stop listening."""
+        self._streams.close()
+        self._server.should_exit = True
+        self._thread.join(STOP_SECONDS)
+        self._socket.close()
+
+
+def _application(
+    registry: CollectorRegistry, checks: Mapping[str, Callable[[], bool]], live: Sequence[BaseRoute]
+) -> Starlette:
+    exposition = Exposition(registry)
+
+    # Plain functions: starlette runs them in a thread, so a scrape does not hold up a health check.
+    def alerts(_: Request) -> Response:
+        return HTMLResponse(alerts_page())
+
+    def metrics(request: Request) -> Response:
+        body, content_type = exposition.render(request.headers.get("accept", ""))
+        return Response(body, media_type=content_type)
+
+    def check(name: str) -> Callable[[Request], Response]:
+        def answer(_: Request) -> Response:
+            fine = checks[name]()
+            return PlainTextResponse("ok\n" if fine else "not now\n", status_code=200 if fine else 503)
+
+        return answer
+
+    health = [Route(f"/{name}", check(name)) for name in checks]
+    return Starlette(
+        routes=[*live, Route("/alerts", alerts), Route("/metrics", metrics), *health],
+        exception_handlers={404: not_found},
+    )

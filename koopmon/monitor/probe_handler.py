@@ -1,0 +1,75 @@
+"""Answers those who only ask: `koopmon doctor`, and a launcher that wants to know whether a monitor is there.
+
+Nothing is admitted and nothing counted for them. Whoever asks is no agent yet, and may find out why it is none.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+from koopmon.errors import ProtocolError
+from koopmon.history.schema import RunState
+from koopmon.monitor.authorization import Authorization
+from koopmon.monitor.registry import RunRegistry
+from koopmon.wire.messages import Probe, ProbedState, ProbeReply
+
+MAX_REFUSED = 256
+"""Runs of which is remembered why their last hello was refused."""
+_STATES: Mapping[RunState, ProbedState] = {
+    RunState.ENDED: "ended",
+    RunState.RUNNING: "running",
+    RunState.VANISHED: "vanished",
+}
+
+
+class ProbeHandler:
+    """`build` holds "version" and "torch", `wall` gives Unix seconds."""
+
+    def __init__(
+        self,
+        registry: RunRegistry,
+        authorization: Authorization,
+        *,
+        build: Mapping[str, str],
+        data_endpoint: str,
+        wall: Callable[[], float],
+    ) -> None:
+        self._registry = registry
+        self._authorization = authorization
+        self._build = build
+        self._data_endpoint = data_endpoint
+        self._wall = wall
+        self._refused: OrderedDict[str, str] = OrderedDict()
+
+    def note_refused(self, run: str, reason: str) -> None:
+        """A hello for `run` was refused."""
+        self._refused[run] = reason
+        self._refused.move_to_end(run)
+        if len(self._refused) > MAX_REFUSED:
+            self._refused.popitem(last=False)
+
+    def note_welcomed(self, run: str) -> None:
+        """A hello for `run` was welcome: what was wrong before is over."""
+        self._refused.pop(run, None)
+
+    def reply(self, probe: Probe, key: str) -> ProbeReply:
+        """The answer to a peer that has shown `key`; a run that is another agent's is as one that is not there."""
+        run, refused = self._registry.get(probe.run), self._refused.get(probe.run, "")
+        try:
+            agent = self._authorization.agent(key, probe.run)
+        except ProtocolError as error:
+            run, refused = None, error.detail[:512]
+        else:
+            run = run if run is not None and run.agent == agent else None
+        return ProbeReply(
+            run=probe.run,
+            incarnation=probe.incarnation,
+            koopmon_version=self._build.get("version", "unknown")[:64],
+            torch_version=self._build.get("torch", "unknown")[:64],
+            time=max(0.0, self._wall()),
+            data_endpoint=self._data_endpoint,
+            run_state=None if run is None else _STATES[run.state],
+            step=None if run is None else run.step,
+            refused=refused,
+        )

@@ -1,0 +1,267 @@
+"""The registry of runs: which jobs there are, which incarnation of each, which ranks speak for it, and when it is over.
+
+Times are seconds on a clock that the caller chooses; nothing here reads one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from koopmon.config import MAX_STEPS, MonitorConfig
+from koopmon.errors import KoopmonError, ProtocolError
+from koopmon.history.schema import RunState
+from koopmon.wire.messages import MAX_STEP, Ack, Applied, Goodbye, Heartbeat, Hello, Message, Shard
+
+LAST_STEP = MAX_STEP - MAX_STEPS
+"""At a later step the expiry of a command could exceed the protocol's last step."""
+MAX_RETIRED = 64
+"""Earlier incarnations of one run that are remembered, so that a straggler is told apart from a new launch."""
+
+EventKind = Literal["ended", "vanished", "removed"]
+
+
+class AdmissionError(KoopmonError):
+    """A peer cannot be served; the text goes to it and says what to do. `reason` is what it is counted by."""
+
+    def __init__(self, text: str, reason: str = "refused") -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class Peer:
+    """One sending rank of a run, as the control channel knows it; `identity` addresses it."""
+
+    process_rank: int
+    identity: bytes
+    gone: bool = False
+    heartbeat: Heartbeat | None = None
+
+
+@dataclass(slots=True)
+class Run:
+    """One job. `applied` is what its rank 0 last reported in force; `restore` what an earlier incarnation had.
+
+    `agent` names whose key said hello for it; "" where the operating system authenticates.
+    """
+
+    name: str
+    incarnation: str
+    hello: Hello
+    state: RunState
+    started: float
+    last_heard: float
+    step: int
+    applied: Applied
+    agent: str = ""
+    restore: Applied | None = None
+    closed_at: float = math.inf
+    peers: dict[int, Peer] = field(default_factory=dict)
+    retired: list[str] = field(default_factory=list)
+
+    @property
+    def leader(self) -> Peer | None:
+        """Rank 0's peer: the one that takes commands."""
+        peer = self.peers.get(0)
+        return peer if peer is not None and not peer.gone else None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that time alone brought about."""
+
+    kind: EventKind
+    run: Run
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """The outcome of a hello. `replaced` is the incarnation that this one took over from, in this registry's memory.
+
+    `settled`: this rank has been heard from since an earlier hello, so it knows what it is to restore.
+    """
+
+    run: Run
+    new_incarnation: bool
+    replaced: str | None
+    settled: bool
+
+
+class RunRegistry:
+    """At most `max_runs` runs, counting those that are over until their series go."""
+
+    def __init__(self, config: MonitorConfig) -> None:
+        self._config = config
+        self._runs: dict[str, Run] = {}
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self._runs.values())
+
+    def get(self, name: str) -> Run | None:
+        return self._runs.get(name)
+
+    def admit(
+        self, now: float, hello: Hello, identity: bytes, *, agent: str = "", retired: Sequence[str] = ()
+    ) -> tuple[Admission, list[Event]]:
+        """Take in a rank. `retired`: incarnations that a run new to this registry is known to have left behind.
+
+        A run that is running belongs to the `agent` that said its first hello, also against a later incarnation.
+
+        Also tells which closed run, if any, had to give its place. Raises AdmissionError.
+        """
+        if hello.step > LAST_STEP:
+            raise AdmissionError(f"run {hello.run!r} is at step {hello.step}: expected a step of at most {LAST_STEP}")
+        events: list[Event] = []
+        run = self._runs.get(hello.run)
+        replaced: str | None = None
+        new_run = run is None
+        if (
+            run is not None
+            and run.agent != agent
+            and (run.state is RunState.RUNNING or hello.incarnation == run.incarnation)
+        ):
+            raise AdmissionError(
+                f"run {hello.run!r} belongs to another agent's key while it is running: give this job a run name of its"
+                " own (KOOPMON_RUN), or wait until that one is over",
+                "identity",
+            )
+        retired = retired if run is None else run.retired
+        if hello.incarnation in retired:
+            raise AdmissionError(
+                f"run {hello.run!r} was taken over by a later incarnation: give each job that runs at the same time"
+                " a run name of its own (KOOPMON_RUN)"
+            )
+        if run is None:
+            events = self._make_place()
+            run = self._runs[hello.run] = _new_run(now, hello, agent)
+            run.retired = [*retired][-MAX_RETIRED:]
+        elif hello.incarnation != run.incarnation:
+            replaced = run.incarnation
+            run = self._runs[hello.run] = _new_run(now, hello, agent)
+            run.retired = [*retired, replaced][-MAX_RETIRED:]
+        known = run.peers.get(hello.process_rank)
+        if known is None and len(run.peers) >= self._config.max_peers:
+            raise AdmissionError(
+                f"run {hello.run!r} has {len(run.peers)} ranks that speak, as many as [monitor] max_peers allows"
+            )
+        run.peers[hello.process_rank] = Peer(
+            hello.process_rank, identity, heartbeat=known.heartbeat if known is not None else None
+        )
+        if hello.process_rank == 0:
+            run.hello, run.applied = hello, hello.applied
+        self._mark_running(now, run, hello.step)
+        settled = known is not None and known.heartbeat is not None
+        return Admission(run, new_run or replaced is not None, replaced, settled), events
+
+    def on_message(self, now: float, message: Heartbeat | Ack | Goodbye, identity: bytes, *, agent: str = "") -> Run:
+        """Note a message of a known peer. Raises ProtocolError: "unknown_run", "stale_incarnation", "identity", and
+        "refused" for a step beyond LAST_STEP."""
+        run = self._current(message, agent, message.step)
+        rank = message.process_rank if not isinstance(message, Ack) else 0
+        peer = run.peers.get(rank)
+        if peer is None:
+            raise ProtocolError("unknown_run", f"run {run.name} rank {rank} has not said hello")
+        if peer.identity != identity:
+            raise ProtocolError("identity", f"run {run.name} rank {rank} speaks from another peer than its hello")
+        if isinstance(message, Goodbye):
+            run.step = max(run.step, message.step)
+            run.last_heard = now
+            peer.gone = True
+            if all(peer.gone for peer in run.peers.values()):
+                self._close(now, run, RunState.ENDED)
+            return run
+        if isinstance(message, Heartbeat):
+            peer.heartbeat = message
+        if rank == 0:
+            run.applied = message.applied
+        if not peer.gone:
+            self._mark_running(now, run, message.step)
+        return run
+
+    def on_shard(self, now: float, shard: Shard, *, agent: str = "") -> Run:
+        """Note a shard. Raises ProtocolError as `on_message` does."""
+        run = self._current(shard, agent, shard.step)
+        if run.state is not RunState.ENDED:
+            self._mark_running(now, run, shard.step)
+        return run
+
+    def remove(self, name: str) -> None:
+        """Forget a run that could not be taken in."""
+        self._runs.pop(name, None)
+
+    def expire(self, now: float) -> list[Event]:
+        """What is due by `now`: runs fallen silent, runs whose time is over."""
+        events = []
+        for run in list(self._runs.values()):
+            if run.state is RunState.RUNNING and now >= run.last_heard + self._config.vanished_after_seconds:
+                # One rank's goodbye and the others' silence is the end of a job whose launcher killed the rest.
+                ended = any(peer.gone for peer in run.peers.values())
+                self._close(now, run, RunState.ENDED if ended else RunState.VANISHED)
+                events.append(Event("ended" if ended else "vanished", run))
+            if run.state is not RunState.RUNNING and now >= run.closed_at + self._kept_seconds(run):
+                del self._runs[run.name]
+                events.append(Event("removed", run))
+        return events
+
+    def next_deadline(self) -> float:
+        """When `expire` has something to do next; infinity when never."""
+        return min(map(self._deadline, self._runs.values()), default=math.inf)
+
+    def _deadline(self, run: Run) -> float:
+        if run.state is RunState.RUNNING:
+            return run.last_heard + self._config.vanished_after_seconds
+        return run.closed_at + self._kept_seconds(run)
+
+    def _kept_seconds(self, run: Run) -> float:
+        ended = run.state is RunState.ENDED
+        return self._config.ended_series_seconds if ended else self._config.vanished_series_seconds
+
+    def _current(self, message: Message, agent: str, step: int) -> Run:
+        run = self._runs.get(message.run)
+        if run is None:
+            raise ProtocolError("unknown_run", f"run {message.run} has not said hello")
+        if run.incarnation != message.incarnation:
+            raise ProtocolError("stale_incarnation", f"run {run.name} goes on as incarnation {run.incarnation}")
+        if run.agent != agent:
+            raise ProtocolError("identity", f"run {run.name} is {run.agent or 'no agent'!r}'s, not {agent!r}'s")
+        if step > LAST_STEP:
+            raise ProtocolError("refused", f"run {run.name} is at step {step}: expected a step of at most {LAST_STEP}")
+        return run
+
+    def _make_place(self) -> list[Event]:
+        if len(self._runs) < self._config.max_runs:
+            return []
+        closed = [run for run in self._runs.values() if run.state is not RunState.RUNNING]
+        if not closed:
+            raise AdmissionError(
+                f"the monitor watches {len(self._runs)} runs, as many as [monitor] max_runs allows: end one or raise it"
+            )
+        oldest = min(closed, key=lambda run: run.closed_at)
+        del self._runs[oldest.name]
+        return [Event("removed", oldest)]
+
+    @staticmethod
+    def _mark_running(now: float, run: Run, step: int) -> None:
+        run.last_heard, run.step = now, max(run.step, step)
+        run.state, run.closed_at = RunState.RUNNING, math.inf
+
+    @staticmethod
+    def _close(now: float, run: Run, state: RunState) -> None:
+        run.state, run.closed_at = state, now
+
+
+def _new_run(now: float, hello: Hello, agent: str) -> Run:
+    return Run(
+        name=hello.run,
+        incarnation=hello.incarnation,
+        hello=hello,
+        state=RunState.RUNNING,
+        started=now,
+        last_heard=now,
+        step=hello.step,
+        applied=hello.applied,
+        agent=agent,
+    )

@@ -1,0 +1,1 @@
+"""Work on recorded runs, without a monitor."""

@@ -1,0 +1,74 @@
+"""What became of recorded runs: the examples that a calibrator is fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from koopmon.history.reader import HistoryReader
+from koopmon.risk.calibration import Example
+from koopmon.risk.initial_score import initial_risk
+from koopmon.spectral import SpectralProfile
+
+MAX_LOSS, MAX_GRADIENT_NORM = 50.0, 500.0
+"""The paper's rule of divergence (docs/method.md, "Risk at initialisation"); states that are not finite count too."""
+MAX_FIRST_STEP = 10
+"""A profile later than this is none of the initialisation."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunExample:
+    """One incarnation of a run. `example` is None when it cannot serve, and `why` says so."""
+
+    run: str
+    adapter: str | None
+    example: Example | None
+    why: str = ""
+
+
+def calibration_examples(history: HistoryReader) -> Iterator[RunExample]:
+    """Every incarnation of every run in the store."""
+    for run in history.runs():
+        rows, profiles = list(history.observations(run)), list(history.profiles(run))
+        for incarnation in history.incarnations(run):
+            seen = [row for row in rows if row.incarnation == incarnation.incarnation]
+            rates = [row.learning_rate for row in seen if row.learning_rate]
+            first = next((p for p in profiles if p.incarnation == incarnation.incarnation and p.profile), None)
+            if first is None or first.profile is None or first.step > MAX_FIRST_STEP or incarnation.hello is None:
+                yield RunExample(run, None, None, f"no profile of its first {MAX_FIRST_STEP} steps")
+                continue
+            try:
+                profile = SpectralProfile.from_dict(first.profile)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                yield RunExample(run, None, None, f"its first profile cannot be read: {error!r}")
+                continue
+            adapter = incarnation.hello.adapter
+            initial = initial_risk(profile)
+            exponent = incarnation.hello.update_exponent
+            if not initial.informative or exponent is None:
+                why = initial.reason or "its blocks do not move the state"
+                yield RunExample(run, adapter, None, f"its first profile is not informative: {why}")
+            elif not incarnation.hello.rate_sized_steps:
+                yield RunExample(run, adapter, None, "its optimizer is none whose steps are as long as the rate says")
+            elif not rates:
+                yield RunExample(run, adapter, None, "its learning rate is not known")
+            elif any(row.lr_scale < 1.0 or row.kss_alpha > 0.0 for row in seen):
+                yield RunExample(run, adapter, None, "it was acted upon, so what would have become of it is not known")
+            else:
+                diverged = any(
+                    row.non_finite
+                    or (row.loss is not None and not row.loss <= MAX_LOSS)
+                    or (row.grad_norm is not None and not row.grad_norm <= MAX_GRADIENT_NORM)
+                    for row in seen
+                )
+                yield RunExample(
+                    run,
+                    adapter,
+                    Example(
+                        update_exponent=exponent,
+                        learning_rate=max(rates),
+                        width=max(incarnation.hello.width, 1),
+                        num_layers=max(profile.num_layers, 1),
+                        diverged=diverged,
+                    ),
+                )

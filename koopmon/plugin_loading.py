@@ -1,0 +1,153 @@
+"""Loading plugins through the entry-point group `koopmon`, and calling their hooks; a plugin that fails is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from koopmon import hookspecs
+from koopmon.api import ArchitectureAdapter
+from koopmon.errors import PluginError, one_line
+from koopmon.plugin_calls import PluginCalls, WrongResultError, say_once, told
+
+__all__ = ["PluginManager", "is_own", "plugin_manager"]
+
+OWN_PACKAGE = "koopmon_adapters"
+
+
+class PluginManager(pluggy.PluginManager):
+    """pluggy's manager, with what could not be used, and why."""
+
+    def __init__(self) -> None:
+        super().__init__(hookspecs.PROJECT)
+        self.failures: dict[str, str] = {}
+        """Plugins that are skipped, by name."""
+        self.left_out: dict[tuple[str, str], str] = {}
+        """Adapters that are not used, by (plugin, adapter)."""
+        self.offers: dict[str, list[ArchitectureAdapter]] = {}
+        """The adapters that `adapters` took from each plugin."""
+        self._calls: dict[str, PluginCalls] = {}
+        self.add_hookspecs(hookspecs)
+
+    def skip(self, name: str, reason: str) -> None:
+        """Leave a plugin out, log it once per process, and go on."""
+        if self.has_plugin(name):
+            self.unregister(name=name)
+        self.failures[name] = reason
+        say_once(f"{self.calls(name).label} is skipped: {reason}")
+
+    def leave_out(self, plugin: str, adapter: str, reason: str) -> None:
+        """Leave one adapter of a plugin out, likewise."""
+        self.left_out[plugin, adapter] = reason
+        say_once(f"{self.calls(plugin).label}: adapter {adapter!r} is left out: {reason}")
+
+    def calls(self, name: str) -> PluginCalls:
+        """What calls the code of the plugin `name`."""
+        if name not in self._calls:
+            self._calls[name] = PluginCalls(name, package=_package(self.get_plugin(name)))
+        return self._calls[name]
+
+    def load(self, name: str, entry: EntryPoint) -> None:
+        """Import and register the plugin of an entry point, or skip it."""
+        package = _top(entry)
+        self._calls[name] = calls = PluginCalls(name, _distribution(entry), package)
+        try:
+            if package == OWN_PACKAGE:
+                self.register(entry.load(), name=name)
+                return
+            plugin = calls.limited("its import", entry.load)
+            calls.contained("its registration", self._register, plugin, name)
+        except PluginError as error:
+            self.skip(name, error.reason)
+        except Exception as error:  # koopmon's own, of an installation that is not whole
+            self.skip(name, f"its import {told(error)}")
+
+    def _register(self, plugin: object, name: str) -> None:
+        self.register(plugin, name=name)
+        self.check_pending()
+        if not self.get_hookcallers(plugin):
+            raise WrongResultError("found no hook: decorate its functions with @koopmon.hookimpl")
+
+    def offered(self, hook: str, check: Callable[[Any], None]) -> Iterator[tuple[str, list[Any]]]:
+        """What each plugin returns from `hook`, by the plugin's name; koopmon's own first, then by name.
+
+        A plugin that fails, or returns something that `check` raises for, is skipped.
+        """
+        implementations = getattr(self.hook, hook).get_hookimpls()
+        for each in sorted(implementations, key=lambda each: (not is_own(each.plugin), each.plugin_name)):
+
+            def call(function: Callable[[], Iterable[Any]] = each.function) -> list[Any]:
+                found = list(function())
+                for offer in found:
+                    check(offer)
+                return found
+
+            try:
+                calls = self.calls(each.plugin_name)
+                found = call() if is_own(each.plugin) else calls.limited(f"{hook}()", call)
+            except PluginError as error:
+                self.skip(each.plugin_name, error.reason)
+            except Exception as error:  # as above
+                self.skip(each.plugin_name, f"{hook}() {told(error)}")
+            else:
+                yield each.plugin_name, found
+
+
+def _package(plugin: object) -> str:
+    """The top-level package that a plugin, which is a module or an object, comes from."""
+    return (plugin.__name__ if isinstance(plugin, ModuleType) else type(plugin).__module__).partition(".")[0]
+
+
+def is_own(plugin: object) -> bool:
+    return _package(plugin) == OWN_PACKAGE
+
+
+def _top(entry: EntryPoint) -> str:
+    return entry.value.partition(":")[0].partition(".")[0]
+
+
+def _distribution(entry: EntryPoint) -> str:
+    """Name and version of what an entry point was installed with; empty where its metadata does not say."""
+    try:
+        return "" if entry.dist is None else _full_name(entry.dist)
+    except Exception:  # damaged metadata
+        return ""
+
+
+def _full_name(distribution: Distribution) -> str:
+    return one_line(f"{distribution.name} {distribution.version}", 100)
+
+
+def _entries() -> list[EntryPoint]:
+    """The entry points of all plugins: koopmon's own first, then in the order of their names."""
+    try:
+        found = list(entry_points(group=hookspecs.PROJECT))
+    except Exception:  # one damaged file in one distribution, whosever it is
+        found = []
+        for distribution in distributions():
+            try:
+                found += distribution.entry_points.select(group=hookspecs.PROJECT)
+            except Exception as error:
+                say_once(f"the entry points of {_full_name(distribution)} cannot be read: {told(error)}")
+    return sorted(found, key=lambda entry: (_top(entry) != OWN_PACKAGE, entry.name, entry.value))
+
+
+def plugin_manager() -> PluginManager:
+    """A new manager with every plugin of the entry-point group `koopmon` loaded, koopmon's own among them.
+
+    A plugin that cannot be imported in time, misspells a hook or implements none is skipped, logged once and listed in
+    `failures`.
+    """
+    manager = PluginManager()
+    loaded: dict[str, str] = {}
+    for entry in _entries():
+        if loaded.get(entry.name) == entry.value:  # one distribution, seen twice on the path
+            continue
+        name = entry.name if entry.name not in loaded else f"{entry.name} of {entry.value}"
+        loaded[name] = entry.value
+        manager.load(name, entry)
+    return manager

@@ -1,0 +1,95 @@
+"""State of the process that decides a training's numbers: kept before a plugin's code runs, put back behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["ProcessState"]
+
+logger = logging.getLogger("koopmon.plugins")
+
+
+class ProcessState:
+    """Copies of the random states and of the switches, made when this is created.
+
+    What belongs to one thread, such as grad mode and autocast, is not among them: plugins run in threads of their own.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[str, Callable[[], Any], Callable[[Any], object], Any]] = []
+        for name, get, put in _items():
+            with contextlib.suppress(Exception):  # such as a working directory that was removed
+                self._kept.append((name, get, put, get()))
+
+    def restore(self) -> list[str]:
+        """Put back what has changed since; returns the names of what had."""
+        changed = []
+        for name, get, put, value in self._kept:
+            try:
+                if not _same(get(), value):
+                    put(value)
+                    changed.append(name)
+            except Exception as error:
+                logger.warning("koopmon: a plugin changed %s, which cannot be put back: %s", name, error)
+        return changed
+
+
+def _items() -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], object]]]:
+    """(name, how to read it, how to write it)."""
+    yield "Python's random state", random.getstate, random.setstate
+    if (numpy_random := sys.modules.get("numpy.random")) is not None:
+        yield "NumPy's random state", numpy_random.get_state, numpy_random.set_state
+    yield "torch's random state", torch.get_rng_state, torch.set_rng_state
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        yield "the GPUs' random state", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all
+    yield "the default dtype", torch.get_default_dtype, torch.set_default_dtype
+    yield "the use of deterministic algorithms", _determinism, _set_determinism
+    yield "anomaly detection", _anomaly, lambda kept: torch.set_anomaly_enabled(*kept)
+    yield "float32 precision", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+    for name in ("benchmark", "deterministic"):
+        cudnn = torch.backends.cudnn
+        yield f"cudnn.{name}", partial(getattr, cudnn, name), partial(setattr, cudnn, name)
+    yield "the working directory", os.getcwd, os.chdir
+    # A filter that is added otherwise may belong to a library, which would not add it a second time.
+    yield "which warnings are errors", _fatal_warnings, _keep_fatal_warnings
+
+
+def _determinism() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _set_determinism(kept: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(kept[0], warn_only=kept[1])
+
+
+def _anomaly() -> tuple[bool, bool]:
+    return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+
+
+def _fatal_warnings() -> list[Any]:
+    return [each for each in warnings.filters if each[0] == "error"]
+
+
+def _keep_fatal_warnings(kept: list[Any]) -> None:
+    warnings.filters[:] = [each for each in warnings.filters if each[0] != "error" or each in kept]  # type: ignore[index]
+
+
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, (tuple, list)):
+        return len(left) == len(right) and all(map(_same, left, right))
+    if hasattr(left, "tobytes"):  # an array of NumPy's
+        return bool(left.tobytes() == right.tobytes())
+    return bool(left == right)

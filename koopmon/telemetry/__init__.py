@@ -1,0 +1,1 @@
+"""The tables of metrics and alerts, and the text exposition."""

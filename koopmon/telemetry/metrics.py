@@ -1,0 +1,311 @@
+"""Every metric of the monitor in one table, and the collector that holds their values.
+
+The values live here and not in prometheus_client's own metric objects: a series must vanish when its run does or when
+its value is not finite, counters must show 0 before they first count, and a trainer's PROMETHEUS_MULTIPROC_DIR must not
+reach us.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from koopmon.wire.codec import REJECTION_REASONS
+from koopmon.wire.messages import DROP_REASONS, AckOutcome, CommandKind
+
+if TYPE_CHECKING:
+    from koopmon.spectral import SpectralProfile
+
+PREFIX = "koopmon_"
+MAX_LAYERS = 64
+"""Above this many layers, neighbours share a series."""
+
+MONITOR_REJECTIONS = (
+    "unknown_run",
+    "stale_incarnation",
+    "refused",
+    "duplicate",
+    "late",
+    "inconsistent",
+    "unknown_command",
+    "http_garbage",
+    "http_slow",
+    "http_connections",
+    "internal",
+    "handshake",
+    "key",
+    "flood",
+)
+MONITOR_DROPS = ("assembler_full", "engine_queue_full", "engine_failed", "superseded")
+REJECTIONS: tuple[str, ...] = tuple(dict.fromkeys((*REJECTION_REASONS, *MONITOR_REJECTIONS)))
+DROPS: tuple[str, ...] = (*DROP_REASONS, *MONITOR_DROPS)
+COMMAND_KINDS: tuple[str, ...] = get_args(CommandKind)
+COMMAND_OUTCOMES: tuple[str, ...] = ("sent", "dry_run", *get_args(AckOutcome), "unanswered")
+EFFECTS = ("effect", "no_effect")
+ErrorPart = Literal["message", "snapshot", "judgement", "command", "store", "metrics", "page", "annotation", "loop"]
+"""Where an error of the monitor's own may come from."""
+DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+Kind = Literal["gauge", "counter", "histogram", "info"]
+RUN = ("run",)
+RUN_LAYER = ("run", "layer")
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One row of the table: `name` lacks the prefix and a counter's `_total`; `known` lists bounded label values."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    known: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    bucket: Literal["mean", "max"] = "mean"
+    """How layers that share a series are reduced."""
+
+
+def _layer(name: str, text: str, bucket: Literal["mean", "max"] = "mean") -> Series:
+    return Series(name, "gauge", text, RUN_LAYER, bucket=bucket)
+
+
+def _run(name: str, text: str) -> Series:
+    return Series(name, "gauge", text, RUN)
+
+
+TABLE: tuple[Series, ...] = (
+    _layer("near_unit_mass", "Fraction of eigenvalues with modulus in [0.90, 1.05]."),
+    _layer("expansive_mass", "Fraction of eigenvalues with modulus above 1.05."),
+    _layer("contractive_mass", "Fraction of eigenvalues with modulus below 0.80."),
+    _layer("spectral_radius", "Largest modulus of the eigenvalues.", "max"),
+    _layer("eigenvector_condition_number", "Condition number of the unit-norm right eigenvectors.", "max"),
+    _layer("kreiss_constant", "Kreiss constant of A / max(1, spectral radius): transient growth.", "max"),
+    _layer("nonlinearity_ratio", "Residual of the linear fit relative to the layer's update."),
+    _layer("update_ratio", "Size of the layer's update relative to its input; near 0 there is nothing to analyse."),
+    _layer("update_exponent", "k of |update| ~ |state|^k over tokens: 0 behind a normalisation, 1 without a brake."),
+    _layer("reliable_mode_ratio", "Fraction of modes with a ResDMD residual of at most 0.1."),
+    _layer("reliable_near_unit_mass", "Near-unit mass among the reliable modes."),
+    Series("observable", "gauge", "What the model's family measures beside the spectra.", (*RUN_LAYER, "name")),
+    _run("risk", "Online risk of divergence, 0 to 1."),
+    _run(
+        "forecast",
+        "Foresight of divergence, 0 to 1: what is known beforehand and the logged loss or the spectrum; warns only.",
+    ),
+    _run("initial_risk", "Score at initialisation: mean near-unit mass of the first informative snapshot."),
+    _run("divergence_probability", "Calibrated probability of divergence; absent until calibrated."),
+    _run("informative", "1 when the last profile says something, 0 when not."),
+    _run("kss_alpha", "Weight of Koopman Spectral Shaping in force."),
+    _run("lr_scale", "Factor on the learning rate in force."),
+    _run("step", "Last optimizer step heard of."),
+    _run("run_state", "0 ended, 1 running, 2 vanished."),
+    _run("last_snapshot_timestamp_seconds", "Unix time of the last snapshot received."),
+    _run("agent_overhead_ratio", "Largest share of step time that a rank spends in koopmon's hooks."),
+    _run("taps_missing", "Snapshots in which a tap did not fire, summed over ranks."),
+    Series("snapshots_received", "counter", "Snapshots assembled and handed to the engine.", RUN),
+    Series(
+        "snapshots_dropped",
+        "counter",
+        "Snapshots lost on the way; an agent counts its own shards, the monitor whole snapshots.",
+        ("run", "reason"),
+        {"reason": DROPS},
+    ),
+    Series(
+        "commands",
+        "counter",
+        "Commands, each counted once as sent, or dry_run, and once by what became of it: its first answer, or none.",
+        ("run", "kind", "outcome"),
+        {"kind": COMMAND_KINDS, "outcome": COMMAND_OUTCOMES},
+    ),
+    Series("risk_alarms", "counter", "Snapshots with a risk at which the policy acts.", RUN),
+    Series(
+        "effect_checks",
+        "counter",
+        "Snapshots that told whether the last action, once it had its time, brought the risk down.",
+        ("run", "outcome"),
+        {"outcome": EFFECTS},
+    ),
+    Series("messages_rejected", "counter", "Messages that were refused.", ("reason",), {"reason": REJECTIONS}),
+    Series("dmd_duration_seconds", "histogram", "Time to profile one snapshot, all layers."),
+    Series("engine_queue_length", "gauge", "Snapshots waiting for the engine."),
+    Series("engine_failures", "counter", "Snapshots that an error kept from being profiled or judged."),
+    Series(
+        "internal_errors",
+        "counter",
+        "Errors of the monitor's own; each affected no more than one run or one message.",
+        ("part",),
+        {"part": get_args(ErrorPart)},
+    ),
+    Series("store_recording", "gauge", "1 while history is written, 0 while the store is paused."),
+    Series("store_lost", "counter", "Records that were not written; decisions wait while the store is paused."),
+    Series("build", "info", "Versions of what is running."),
+)
+BY_NAME: Mapping[str, Series] = {series.name: series for series in TABLE}
+LAYER_FIELDS: tuple[str, ...] = tuple(series.name for series in TABLE if series.labels == RUN_LAYER)
+KEPT_WHEN_VANISHED = frozenset({"last_snapshot_timestamp_seconds", "run_state"})
+
+
+def layer_buckets(num_layers: int) -> list[tuple[str, range]]:
+    """Label and layers of each series: one layer each up to MAX_LAYERS, else runs of neighbours such as "4-5"."""
+    size = max(1, math.ceil(num_layers / MAX_LAYERS))
+    starts = range(0, num_layers, size)
+    spans = [range(start, min(start + size, num_layers)) for start in starts]
+    return [(str(span[0]) if size == 1 else f"{span[0]}-{span[-1]}", span) for span in spans]
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean; infinite where the sum exceeds a double, where `fsum` would raise."""
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:
+        return math.inf
+
+
+class Metrics(Collector):
+    """The values of TABLE. Safe to read from another thread while one thread writes."""
+
+    def __init__(self, registry: CollectorRegistry, build: Mapping[str, str]) -> None:
+        """Register with `registry`; `build` holds the labels of build_info."""
+        self._lock = threading.Lock()
+        self._values: dict[str, dict[tuple[str, ...], float]] = {series.name: {} for series in TABLE}
+        self._bucket_counts = [0] * (len(DURATION_BUCKETS) + 1)
+        self._duration_sum = 0.0
+        self._build = dict(build)
+        for series in TABLE:
+            if series.kind == "counter" and "run" not in series.labels:
+                self._start_counter(series, ())
+        self.set("engine_queue_length", 0)
+        self.set("store_recording", 1)
+        registry.register(self)
+
+    def set(self, name: str, value: float | None, *labels: str) -> None:
+        """Set a gauge; None or a non-finite value takes the series away instead."""
+        finite = _finite(value)
+        with self._lock:
+            if finite is None:
+                self._values[name].pop(labels, None)
+            else:
+                self._values[name][labels] = finite
+
+    def add(self, name: str, *labels: str, amount: int = 1) -> None:
+        """Count. A label value that the table does not know is a KeyError: labels are bounded."""
+        series = BY_NAME[name]
+        for label, value in zip(series.labels, labels, strict=True):
+            if label in series.known and value not in series.known[label]:
+                raise KeyError(f"{name}: {label} {value!r} is not among {', '.join(series.known[label])}")
+        with self._lock:
+            values = self._values[name]
+            values[labels] = values.get(labels, 0.0) + amount
+
+    def value(self, name: str, *labels: str) -> float | None:
+        """The value of one series; None when it is absent."""
+        with self._lock:
+            return self._values[name].get(labels)
+
+    def observe_duration(self, seconds: float) -> None:
+        """Put one profile's duration into dmd_duration_seconds."""
+        with self._lock:
+            self._bucket_counts[bisect.bisect_left(DURATION_BUCKETS, seconds)] += 1
+            self._duration_sum += seconds
+
+    def begin_run(self, run: str) -> None:
+        """Start the counters of `run` at 0 where they do not stand yet."""
+        for series in TABLE:
+            if series.kind == "counter" and "run" in series.labels:
+                self._start_counter(series, (run,))
+
+    def end_run(self, run: str, *, keep: Iterable[str] = ()) -> None:
+        """Take away the series of `run` but for the names in `keep`."""
+        kept = frozenset(keep)
+        with self._lock:
+            for series in TABLE:
+                if "run" in series.labels and series.name not in kept:
+                    values = self._values[series.name]
+                    for labels in [labels for labels in values if labels[0] == run]:
+                        del values[labels]
+
+    def set_layers(self, run: str, profile: SpectralProfile | None) -> None:
+        """Replace the per-layer series of `run` by those of `profile`; None takes them away.
+
+        A profile without Kreiss constants leaves the last ones standing.
+        """
+        fresh: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in LAYER_FIELDS}
+        layers = () if profile is None else profile.layers
+        buckets = layer_buckets(len(layers))
+        for label, span in buckets:
+            for name in LAYER_FIELDS:
+                found = [_finite(getattr(layers[index], name)) for index in span]
+                values = [value for value in found if value is not None]
+                if values:
+                    reduced = _finite(max(values) if BY_NAME[name].bucket == "max" else _mean(values))
+                    if reduced is not None:
+                        fresh[name][(run, label)] = reduced
+        standing = {(run, label) for label, _ in buckets}
+        with self._lock:
+            for name, series in fresh.items():
+                kept = standing if name == "kreiss_constant" and not series else set()
+                old = self._values[name]
+                for labels in [labels for labels in old if labels[0] == run and labels not in kept]:
+                    del old[labels]
+                old.update(series)
+
+    def set_observables(self, run: str, observables: Mapping[str, Sequence[float | None]]) -> None:
+        """Replace the series of `run` by these: by name, one value per transition, None where there is none."""
+        fresh: dict[tuple[str, ...], float] = {}
+        for name, row in observables.items():
+            for label, span in layer_buckets(len(row)):
+                values = [value for value in map(_finite, row[span.start : span.stop]) if value is not None]
+                mean = _finite(_mean(values)) if values else None
+                if mean is not None:
+                    fresh[run, label, name] = mean
+        with self._lock:
+            standing = self._values["observable"]
+            for labels in [labels for labels in standing if labels[0] == run]:
+                del standing[labels]
+            standing.update(fresh)
+
+    def collect(self) -> Iterator[Metric]:
+        """What prometheus_client renders: a consistent copy of everything."""
+        with self._lock:
+            copy = {name: dict(values) for name, values in self._values.items()}
+            counts, total = list(self._bucket_counts), self._duration_sum
+        for series in TABLE:
+            yield self._family(series, copy[series.name], counts, total)
+
+    def _family(
+        self, series: Series, values: Mapping[tuple[str, ...], float], counts: list[int], total: float
+    ) -> Metric:
+        name = PREFIX + series.name
+        if series.kind == "info":
+            return InfoMetricFamily(name, series.help, value=self._build)
+        if series.kind == "histogram":
+            bounds = [*map(str, DURATION_BUCKETS), "+Inf"]
+            cumulative = zip(bounds, map(float, itertools.accumulate(counts)), strict=True)
+            return HistogramMetricFamily(name, series.help, buckets=list(cumulative), sum_value=total)
+        make = CounterMetricFamily if series.kind == "counter" else GaugeMetricFamily
+        family = make(name, series.help, labels=series.labels)
+        for labels in sorted(values):
+            family.add_metric(labels, values[labels])
+        return family
+
+    def _start_counter(self, series: Series, first: tuple[str, ...]) -> None:
+        rest = [series.known[label] for label in series.labels[len(first) :]]
+        with self._lock:
+            for labels in itertools.product(*rest):
+                self._values[series.name].setdefault((*first, *labels), 0.0)

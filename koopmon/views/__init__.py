@@ -1,0 +1,1 @@
+"""A run as people read it: plain frozen records, and how they are drawn."""

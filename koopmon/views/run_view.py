@@ -1,0 +1,191 @@
+"""What the live page keeps of a run: small frozen records, which may be read while the monitor goes on."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from koopmon.config import KssConfig, PolicyConfig
+from koopmon.policy import PolicyState
+from koopmon.risk.online_detector import Observation, OnlineRisk
+from koopmon.telemetry.metrics import layer_buckets
+from koopmon.wire.messages import Command
+
+if TYPE_CHECKING:
+    from koopmon.spectral import SpectralProfile
+
+QUANTITIES: Mapping[str, str] = {
+    "near_unit_mass": "near-unit mass",
+    "expansive_mass": "expansive mass",
+    "contractive_mass": "contractive mass",
+    "spectral_radius": "spectral radius",
+}
+"""What the heatmap can show, and its name in words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimelinePoint:
+    """One snapshot as it was judged. `time` is Unix seconds."""
+
+    step: int
+    time: float
+    risk: float
+    forecast: float | None
+    loss: float | None
+    learning_rate: float | None
+    lr_scale: float
+    kss_alpha: float
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One step of the heatmap: by quantity, a value for each of its rows (`LatestSpectrum.labels`)."""
+
+    step: int
+    values: Mapping[str, array[float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatestSpectrum:
+    """The last profile. Layers above MAX_LAYERS share rows, as they share series; of those the first one's eigenvalues
+    are kept, as pairs (re, im) one after the other."""
+
+    step: int
+    labels: tuple[str, ...]
+    eigenvalues: tuple[array[float], ...]
+    informative: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandView:
+    """One command: `outcome` as in the history, `step` where it was answered."""
+
+    command: Command
+    outcome: str
+    step: int | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionView:
+    """One decision of the policy, with what became of its commands."""
+
+    step: int
+    time: float
+    phase: str
+    reason: str
+    risk: float
+    orders: tuple[CommandView, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentHealth:
+    """How the agents are. `dropped` counts snapshots by reason, the monitor's own losses too."""
+
+    num_ranks: int = 0
+    world_size: int = 0
+    overhead_ratio: float | None = None
+    step_seconds: float | None = None
+    taps_missing: int = 0
+    control_ready: bool = True
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyStatus:
+    """Where detector and policy stand after the last snapshot: what `preview` asks. `now` is of the policy's clock."""
+
+    now: float
+    state: PolicyState
+    observation: Observation
+    risk: OnlineRisk
+    policy: PolicyConfig
+    kss: KssConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunView:
+    """Everything that a page shows of one run, at one moment. Times are Unix seconds.
+
+    `state` is "running", "ended", "vanished", or "recorded" of a run that only the history knows. `revision` grows with
+    every change of any run.
+    """
+
+    name: str
+    incarnation: str
+    revision: int = 0
+    state: str = "recorded"
+    adapter: str = ""
+    width: int = 0
+    num_layers: int = 0
+    acts: bool = False
+    sends: bool = False
+    hostname: str = ""
+    step: int = 0
+    last_heard: float = 0.0
+    lr_scale: float = 1.0
+    kss_alpha: float = 0.0
+    num_received: int = 0
+    health: AgentHealth = field(default_factory=AgentHealth)
+    points: tuple[TimelinePoint, ...] = ()
+    columns: tuple[Column, ...] = ()
+    spectrum: LatestSpectrum | None = None
+    decisions: tuple[DecisionView, ...] = ()
+    standing: PolicyStatus | None = None
+
+    @property
+    def latest(self) -> TimelinePoint | None:
+        return self.points[-1] if self.points else None
+
+
+def column_of(step: int, profile: SpectralProfile) -> Column:
+    """The quantities of a profile, a value for each row."""
+    return _column(step, {name: [getattr(layer, name) for layer in profile.layers] for name in QUANTITIES})
+
+
+def recorded_column(step: int, profile: Mapping[str, Any]) -> Column:
+    """Likewise of `SpectralProfile.to_dict`, without its tensors. Raises KeyError, TypeError or ValueError."""
+    return _column(step, {name: [float(layer[name]) for layer in profile["layers"]] for name in QUANTITIES})
+
+
+def spectrum_of(step: int, profile: SpectralProfile) -> LatestSpectrum:
+    """The eigenvalues of a profile."""
+    pairs = [[(value.real, value.imag) for value in layer.eigenvalues.tolist()] for layer in profile.layers]
+    return _spectrum(step, pairs, informative=profile.informative, reason=profile.reason)
+
+
+def recorded_spectrum(step: int, profile: Mapping[str, Any]) -> LatestSpectrum:
+    """`spectrum_of`, of `SpectralProfile.to_dict`. Raises KeyError, TypeError or ValueError."""
+    layers = profile["layers"]
+    pairs = [[(float(re), float(im)) for re, im in layer["eigenvalues"]] for layer in layers]
+    return _spectrum(step, pairs, informative=bool(profile["informative"]), reason=str(profile["reason"]))
+
+
+def _spectrum(
+    step: int, layers: Sequence[Sequence[tuple[float, float]]], *, informative: bool, reason: str
+) -> LatestSpectrum:
+    buckets = layer_buckets(len(layers))
+    return LatestSpectrum(
+        step=step,
+        labels=tuple(label for label, _ in buckets),
+        eigenvalues=tuple(array("f", chain.from_iterable(layers[span.start])) for _, span in buckets),
+        informative=informative,
+        reason=reason,
+    )
+
+
+def _column(step: int, layers: Mapping[str, list[float]]) -> Column:
+    found = {}
+    for name, values in layers.items():
+        spans = [span for _, span in layer_buckets(len(values))]
+        reduce = max if name == "spectral_radius" else _mean
+        found[name] = array("f", [reduce(values[span.start : span.stop]) for span in spans])
+    return Column(step, found)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

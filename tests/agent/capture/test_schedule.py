@@ -1,0 +1,101 @@
+"""When snapshots are taken: the schedule, what the monitor asks for, and the budget that bounds both."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
+from koopmon.agent.control.state import ControlState
+from koopmon.config import CadenceConfig
+
+CONFIG = CadenceConfig(warmup_steps=10, dense_every=2, calm_every=7)
+CALM = ControlState()
+
+
+def planned(cadence: SnapshotSchedule, steps: range, state: ControlState = CALM, window: int = 1) -> list[int]:
+    taken: list[int] = []
+    for first in range(steps.start, steps.stop, window):
+        taken += cadence.plan(first, min(first + window, steps.stop) - 1, state, True)[0]
+    return taken
+
+
+def test_dense_in_warm_up_and_sparse_when_calm() -> None:
+    assert planned(SnapshotSchedule(CONFIG), range(1, 30)) == [1, 3, 5, 7, 9, 16, 23]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [(3, [13, 16, 19, 22, 25, 28, 31, 38]), (1, [13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 38])]
+)
+def test_the_monitor_may_ask_for_more_until_a_step_but_for_no_more_than_dense(asked: int, expected: list[int]) -> None:
+    state = ControlState(cadence_steps=asked, cadence_until_step=31)
+    assert planned(SnapshotSchedule(CONFIG), range(13, 45), state) == expected
+
+
+def test_the_monitor_cannot_ask_for_less() -> None:
+    state = ControlState(cadence_steps=1000, cadence_until_step=1000)
+    assert planned(SnapshotSchedule(CONFIG), range(1, 30), state) == planned(SnapshotSchedule(CONFIG), range(1, 30))
+
+
+@given(window=st.integers(1, 9), start=st.integers(0, 20))
+def test_windows_of_any_length_give_the_strides_asked_for(window: int, start: int) -> None:
+    config = CadenceConfig(warmup_steps=1, dense_every=1, calm_every=4)
+    taken = planned(SnapshotSchedule(config), range(start + 1, start + 60), window=window)
+    assert all(b - a == 4 for a, b in itertools.pairwise(taken))
+
+
+def test_what_cannot_be_afforded_is_skipped_counted_and_not_made_up_for() -> None:
+    cadence = SnapshotSchedule(CONFIG)
+    assert cadence.plan(1, 4, CALM, False) == (range(0), 2)
+    assert list(cadence.plan(5, 6, CALM, True)[0]) == [5]
+
+
+@given(st.integers(0, 1000), st.integers(0, 50), st.integers(-1, 1000))
+def test_without_agreement_every_rank_comes_to_the_same_steps(step: int, asked: int, until: int) -> None:
+    state = ControlState(cadence_steps=asked, cadence_until_step=until)
+    one, other = SnapshotSchedule(CONFIG), SnapshotSchedule(CONFIG)
+    planned(other, range(1, 5))
+    assert one.unagreed(step, state) == other.unagreed(step, state)
+
+
+def test_in_the_long_run_the_budget_is_the_share_of_step_time() -> None:
+    budget = OverheadBudget(CadenceConfig(budget_ratio=0.005, initial_credit_seconds=1.0, max_bytes_per_second=1e12))
+    spent = elapsed = 0.0
+    early = 0.0
+    for step in range(200_000):
+        cost = 0.0
+        if budget.affords:
+            cost = 0.003
+            spent += cost
+        budget.spend(cost)
+        budget.earn(0.1)
+        elapsed += 0.1
+        if step == 300:
+            early = spent
+    assert early > 0.9, "the credit may be spent at once"
+    assert spent <= 0.005 * elapsed + 1.0 + 0.003
+    assert spent >= 0.005 * elapsed
+
+
+def test_bytes_are_bounded_too_and_a_snapshot_larger_than_a_second_of_them_is_possible() -> None:
+    budget = OverheadBudget(CadenceConfig(max_bytes_per_second=1000.0))
+    assert budget.affords
+    budget.spend(0.0, 2500)
+    for _ in range(15):
+        assert not budget.affords
+        budget.earn(0.1)
+    budget.earn(0.1)
+    assert budget.affords
+    budget.earn(1e6)
+    budget.spend(0.0, 1000)
+    assert not budget.affords, "what was not sent is not saved up"
+
+
+def test_no_initial_credit_still_lets_the_share_build_up() -> None:
+    budget = OverheadBudget(CadenceConfig(initial_credit_seconds=0.0, budget_ratio=0.01))
+    assert not budget.affords
+    budget.earn(1.0)
+    assert budget.affords

@@ -1,0 +1,298 @@
+"""Commands to one process: which are applied, and when, and what is answered. Ramps are pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from koopmon.agent.capture.schedule import OverheadBudget
+from koopmon.agent.comms.control_channel import CommandResult
+from koopmon.agent.control.actuator import MAX_PENDING, Actuator
+from koopmon.agent.control.rank_group import MESSAGE_BYTES, _encoder
+from koopmon.agent.control.state import ControlState, ControlUpdate, Ramp
+from koopmon.agent.stats import AgentStats
+from koopmon.config import Config, from_mapping
+from koopmon.wire.messages import Ack, Applied, Command, KssSettings
+from tests.agent.models import build, train_step
+from tests.agent.scripted_monitor import ScriptedMonitor
+
+NAME = {"run": "r", "incarnation": "0123456789abcdef", "reason": "a test"}
+_next = iter(range(1 << 30))
+
+
+def command(kind: str, **fields: Any) -> Command:
+    return Command(**{**NAME, "id": f"{next(_next):08x}", "kind": kind, "expires_step": 1000, **fields})
+
+
+class Bench:
+    """An actuator that trains alone, driven step by step."""
+
+    def __init__(self, config: Config | None = None, *, acts: bool = True) -> None:
+        self.outcomes: list[CommandResult] = []
+        self.stats = AgentStats()
+        config = config or Config()
+        self.actuator = Actuator(
+            config, self.stats, OverheadBudget(config.cadence), rank0=True, alone=True, report=self.outcomes.append
+        )
+        self.actuator.acts = acts
+
+    def step(self, *commands: Command) -> float:
+        """Submit, run one step; the learning-rate scale in it."""
+        for each in commands:
+            self.actuator.submit(each)
+        self.actuator.before_step(self.stats.step)
+        scale = self.actuator.state.lr_scale(self.stats.step)
+        self.stats.tick(0.1)
+        self.actuator.after_step(self.stats.step)
+        return scale
+
+    def outcome_of(self, *commands: Command) -> list[str]:
+        """What became of each command within one step."""
+        before = len(self.outcomes)
+        self.step(*commands)
+        new = {each.command_id: each.outcome for each in self.outcomes[before:]}
+        return [new[each.id] for each in commands]
+
+
+def test_a_command_is_in_force_in_the_next_step() -> None:
+    bench = Bench()
+    for _ in range(3):
+        assert bench.step() == 1.0
+    assert bench.step(command("set_lr_scale", lr_scale=0.5)) == 0.5
+    assert bench.outcomes[-1].outcome == "applied"
+    assert bench.outcomes[-1].step == 3
+    assert bench.step() == 0.5
+
+
+def test_a_scale_ramps_geometrically_and_lands_exactly() -> None:
+    bench = Bench()
+    bench.step()
+    scales = [bench.step(command("set_lr_scale", lr_scale=0.1, ramp_steps=4))] + [bench.step() for _ in range(5)]
+    assert scales[3:] == [0.1] * 3
+    assert scales[:3] == pytest.approx([0.1**0.25, 0.1**0.5, 0.1**0.75])
+    back = [bench.step(command("set_lr_scale", lr_scale=1.0, ramp_steps=2)), bench.step()]
+    assert back == [pytest.approx(0.1**0.5), 1.0]
+
+
+def test_a_new_ramp_starts_from_where_the_old_one_is() -> None:
+    bench = Bench()
+    bench.step(command("set_lr_scale", lr_scale=0.25, ramp_steps=4))
+    at = bench.step()
+    assert bench.step(command("set_lr_scale", lr_scale=at, ramp_steps=3)) == pytest.approx(at)
+
+
+def test_alpha_ramps_linearly_and_the_settings_switch_at_once() -> None:
+    bench = Bench()
+    kss = KssSettings(alpha=0.8, tau_u=1.7, svd_rank=9)
+    bench.step(command("set_kss", kss=kss, ramp_steps=4))
+    alphas = []
+    for _ in range(6):
+        applied = bench.actuator.applied()
+        alphas.append(applied.kss.alpha)
+        assert (applied.kss.tau_u, applied.kss.svd_rank) == (1.7, 9)
+        bench.step()
+    assert alphas == pytest.approx([0.4, 0.6, 0.8, 0.8, 0.8, 0.8])
+    bench.step(command("set_kss", kss=KssSettings(alpha=0.0)))
+    assert bench.actuator.applied().kss.alpha == 0.0
+
+
+def test_commands_of_one_step_are_all_applied_in_order() -> None:
+    bench = Bench()
+    kss = KssSettings(alpha=0.1)
+    found = bench.outcome_of(
+        command("set_lr_scale", lr_scale=0.2), command("set_kss", kss=kss), command("set_lr_scale", lr_scale=0.4)
+    )
+    assert found == ["applied"] * 3
+    assert bench.actuator.applied() == Applied(lr_scale=0.4, kss=kss)
+
+
+def test_a_repeated_command_is_a_duplicate_and_changes_nothing() -> None:
+    bench = Bench()
+    first = command("set_lr_scale", lr_scale=0.5)
+    assert bench.outcome_of(first) == ["applied"]
+    bench.step(command("set_lr_scale", lr_scale=0.9))
+    assert bench.outcome_of(first) == ["duplicate"]
+    assert bench.actuator.applied().lr_scale == 0.9
+
+
+def test_a_repetition_is_not_answered_before_what_it_repeats() -> None:
+    """A monitor repeats itself to ranks that hang, and its audit log said "duplicate" of what had been applied."""
+    bench = Bench()
+    first, later = command("set_lr_scale", lr_scale=0.5), command("set_lr_scale", lr_scale=0.9)
+    bench.step(first, first, later, first)
+    assert [(each.command_id, each.outcome) for each in bench.outcomes] == [
+        (first.id, "applied"),
+        (first.id, "duplicate"),
+        (later.id, "applied"),
+        (first.id, "duplicate"),
+    ]
+    assert bench.actuator.applied().lr_scale == 0.9
+
+
+def test_a_command_is_not_applied_after_its_expiry() -> None:
+    bench = Bench()
+    for _ in range(5):
+        bench.step()
+    assert bench.outcome_of(command("set_lr_scale", lr_scale=0.5, expires_step=4)) == ["expired"]
+    assert bench.outcome_of(command("set_lr_scale", lr_scale=0.5, expires_step=6)) == ["applied"]
+
+
+def test_caps_hold_whatever_the_monitor_says() -> None:
+    bench = Bench(from_mapping({"limits": {"min_lr_scale": 0.3, "max_kss_alpha": 2.0}}))
+    bench.step(command("set_lr_scale", lr_scale=0.1))
+    assert bench.outcomes[-1].detail == "lr_scale capped at 0.3"
+    bench.step(command("set_kss", kss=KssSettings(alpha=500.0, beta=0.3)))
+    assert bench.outcomes[-1].detail == "alpha capped at 2.0"
+    assert bench.actuator.applied() == Applied(lr_scale=0.3, kss=KssSettings(alpha=2.0, beta=0.3))
+
+
+def test_actions_per_hour_are_bounded_but_the_way_back_is_always_open() -> None:
+    bench = Bench(from_mapping({"limits": {"max_actions_per_hour": 3}}))
+    actions = [command("set_lr_scale", lr_scale=0.9 - 0.1 * n) for n in range(4)]
+    assert bench.outcome_of(*actions) == ["applied"] * 3 + ["refused"]
+    assert bench.outcome_of(command("set_kss", kss=KssSettings(alpha=1.0))) == ["refused"]
+    assert bench.outcome_of(command("set_cadence", cadence_steps=5)) == ["applied"]
+    back = [command("set_lr_scale", lr_scale=1.0), command("set_kss", kss=KssSettings()), command("stop")]
+    assert bench.outcome_of(*back) == ["applied"] * 3
+    assert bench.actuator.applied() == Applied()
+
+
+def test_a_watch_only_agent_refuses_everything() -> None:
+    bench = Bench(acts=False)
+    assert bench.outcome_of(command("set_lr_scale", lr_scale=0.5)) == ["refused"]
+    assert bench.outcome_of(command("stop")) == ["refused"]
+    bench.actuator.restore(Applied(lr_scale=0.5))
+    bench.step()
+    assert bench.actuator.applied() == Applied()
+
+
+def test_more_commands_than_can_wait_are_refused() -> None:
+    bench = Bench()
+    found = bench.outcome_of(*[command("set_lr_scale", lr_scale=0.5) for _ in range(MAX_PENDING + 2)])
+    assert found == ["applied"] * MAX_PENDING + ["refused"] * 2
+
+
+def test_a_new_incarnation_takes_over_what_was_applied_unless_it_was_told_something_since() -> None:
+    before = Applied(lr_scale=0.01, kss=KssSettings(alpha=100.0, svd_rank=5))
+    bench = Bench()
+    bench.actuator.restore(before)
+    assert bench.step() == 0.05, "capped"
+    assert bench.actuator.applied().kss == KssSettings(alpha=30.0, svd_rank=5)
+    told = Bench()
+    told.step(command("set_lr_scale", lr_scale=0.5))
+    told.actuator.restore(before)
+    assert told.step() == 0.5
+
+
+@pytest.mark.parametrize(("choice", "expected"), [("hold", 0.25), ("ramp", 1.0)])
+def test_a_lost_monitor_changes_nothing_or_ramps_back_as_configured(choice: str, expected: float) -> None:
+    bench = Bench(from_mapping({"control": {"on_monitor_lost": choice, "ramp_back_steps": 10}}))
+    bench.step(command("set_lr_scale", lr_scale=0.25), command("set_kss", kss=KssSettings(alpha=1.0, beta=0.2)))
+    bench.actuator.monitor_lost()
+    scales = [bench.step() for _ in range(12)]
+    assert scales[-1] == expected
+    assert scales == sorted(scales)
+    assert scales[0] < 0.3
+    assert (bench.actuator.applied().kss.alpha == 0.0) == (choice == "ramp")
+
+
+@given(
+    st.integers(0, 50),
+    st.floats(0.05, 1.0),
+    st.floats(0.05, 1.0),
+    st.integers(0, 40),
+    st.integers(-5, 200),
+)
+def test_ramps_stay_between_their_ends(first: int, start: float, target: float, num_steps: int, step: int) -> None:
+    ramp = Ramp(first_step=first, start=start, target=target, num_steps=num_steps)
+    for value in (ramp.linear(step), ramp.geometric(step)):
+        assert min(start, target) - 1e-12 <= value <= max(start, target) + 1e-12
+        if step < first:
+            assert value == start
+        if step >= first + num_steps - 1 and step >= first:
+            assert value == target
+    assert math.isclose(ramp.linear(step), ramp.linear(step))
+
+
+@pytest.mark.parametrize(("step_seconds", "apart"), [(0.01, 10), (0.05, 2), (0.2, 2), (0.5, 1), (1e-5, 100)])
+def test_exchanges_are_a_tenth_of_a_second_apart_and_at_short_steps_two_steps(step_seconds: float, apart: int) -> None:
+    launched: list[ControlUpdate] = []
+
+    class Group:
+        in_flight = False
+        ready = True
+
+        def is_due(self, step: int) -> bool:
+            return True
+
+        def launch(self, exchange: ControlUpdate) -> None:
+            launched.append(exchange)
+
+    config, stats = Config(), AgentStats()
+    actuator = Actuator(config, stats, OverheadBudget(config.cadence), rank0=True, alone=False, report=lambda _: None)
+    group: Any = Group()
+    actuator.group = group
+    stats.tick(step_seconds)
+    actuator.after_step(1)
+    assert launched[0].next_step == 1 + apart
+
+
+def test_the_largest_exchange_fits() -> None:
+    kss = KssSettings(**dict.fromkeys(("alpha", "temperature", "tau_u", "tau_l", "gamma", "beta"), 1 / 3))
+    state = ControlState(
+        version=1 << 60,
+        lr_ramp=Ramp(first_step=1 << 52, start=1 / 3, target=1 / 7, num_steps=1 << 60),
+        alpha_ramp=Ramp(first_step=1 << 52, start=1 / 3, target=1 / 7, num_steps=1 << 60),
+        kss=kss,
+        cadence_steps=1 << 60,
+        cadence_until_step=1 << 60,
+    )
+    exchange = ControlUpdate(step=1 << 52, state=state, snapshots=(1 << 52, 1 << 52, 1 << 52), next_step=1 << 52)
+    assert len(_encoder.encode(exchange)) < MESSAGE_BYTES // 2
+
+
+def test_over_the_wire(monitor: ScriptedMonitor, agents: Callable[..., Any]) -> None:
+    import torch
+
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint)
+    monitor.wait(lambda: agent.status()["connected"])
+
+    def until_acked(command_id: str) -> Ack:
+        while not monitor.acked(command_id):
+            train_step(model, optimizer, 0)
+            time.sleep(0.01)
+        return monitor.ack(command_id)
+
+    ack = until_acked(monitor.command("set_lr_scale", lr_scale=0.5))
+    assert (ack.outcome, ack.applied.lr_scale) == ("applied", 0.5)
+    ack = until_acked(monitor.command("set_lr_scale", lr_scale=0.7, id=ack.command_id))
+    assert [each.outcome for each in monitor.of(Ack)] == ["applied"] or ack.outcome == "applied"
+    monitor.wait(lambda: train_step(model, optimizer, 0) and len(monitor.of(Ack)) == 2)
+    assert monitor.of(Ack)[1].outcome == "duplicate"
+    ack = until_acked(monitor.command("set_lr_scale", lr_scale=0.9, expires_step=0))
+    assert (ack.outcome, ack.applied.lr_scale) == ("expired", 0.5)
+    ack = until_acked(monitor.command("set_lr_scale", lr_scale=0.9, incarnation="00000000"))
+    assert (ack.outcome, ack.applied.lr_scale) == ("refused", 0.5)
+    assert not agent.should_stop
+    assert until_acked(monitor.command("stop")).outcome == "applied"
+    assert agent.should_stop
+
+
+def test_a_watch_only_agent_says_so_over_the_wire(monitor: ScriptedMonitor, agents: Callable[..., Any]) -> None:
+    import torch
+
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config={"limits": {"act": "never"}})
+    monitor.wait(lambda: agent.status()["connected"])
+    assert monitor.ack(monitor.command("set_lr_scale", lr_scale=0.5)).outcome == "refused"
+    assert not agent.status()["acts"]
+    assert all(not hello.acts for hello in monitor.heard if hasattr(hello, "acts"))

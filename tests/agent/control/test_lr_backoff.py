@@ -1,0 +1,291 @@
+"""Effective rate = schedule x scale, bit for bit, for any optimizer and scheduler; the user never sees the scale."""
+
+from __future__ import annotations
+
+import copy
+import io
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
+
+from koopmon.agent.control.lr_backoff import LrBackoff, largest_rate, rate_sized_steps
+from tests.agent.models import batch, build, loss_of
+from tests.agent.scripted_monitor import ScriptedMonitor
+
+SCALES = [1.0, 1.0, 1.0, 0.3, 0.3, 0.55, 0.07, 1.0, 1.0, 0.9, 0.5]
+LONG = 60
+SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
+    "LambdaLR": lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 7)),
+    "OneCycleLR": lambda optimizer: OneCycleLR(optimizer, max_lr=0.03, total_steps=LONG + 1),
+    "CosineAnnealingLR": lambda optimizer: CosineAnnealingLR(optimizer, T_max=5, eta_min=1e-5),
+    "ReduceLROnPlateau": lambda optimizer: ReduceLROnPlateau(optimizer, factor=0.3, patience=0, threshold=0.5),
+}
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "SGD": lambda groups: SGD(groups, lr=0.02, momentum=0.9),
+    "AdamW": lambda groups: AdamW(groups, lr=0.01),
+}
+
+
+def rates(optimizer: Optimizer) -> list[Any]:
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+def step_recording(optimizer: Optimizer, seen: list[list[float]]) -> None:
+    """One step that notes, from inside, the rates that it works with."""
+
+    def closure() -> float:
+        seen.append(rates(optimizer))
+        return 0.0
+
+    optimizer.step(closure)
+
+
+def guarded(optimizer: Optimizer, scale: Callable[[], float]) -> LrBackoff:
+    backoff = LrBackoff()
+    optimizer.register_step_pre_hook(lambda each, *_: backoff.scale_rates(each, scale()))
+    optimizer.register_step_post_hook(lambda *_: backoff.restore_rates())
+    return backoff
+
+
+def train(optimizer_name: str, schedule_name: str, *, by_hand: bool) -> tuple[list[list[float]], list[Tensor]]:
+    """The rates inside each step and the parameters at the end, scaled by the hooks or written out by hand."""
+    model = build()
+    inner = list(model.blocks.parameters())
+    outer = [p for name, p in model.named_parameters() if not name.startswith("blocks")]
+    optimizer = OPTIMIZERS[optimizer_name]([{"params": inner}, {"params": outer, "lr": 0.005}])
+    schedule, current = SCHEDULES[schedule_name](optimizer), [1.0]
+    if not by_hand:
+        guarded(optimizer, lambda: current[0])
+    seen: list[list[float]] = []
+    for step, scale in enumerate(SCALES):
+        loss = loss_of(model, batch(step))
+        optimizer.zero_grad()
+        loss.backward()
+        own, current[0] = rates(optimizer), scale
+        if by_hand:
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * scale
+        step_recording(optimizer, seen)
+        if by_hand:
+            for group, rate in zip(optimizer.param_groups, own, strict=True):
+                group["lr"] = rate
+        assert rates(optimizer) == own
+        if isinstance(schedule, ReduceLROnPlateau):
+            schedule.step(loss.detach())
+        else:
+            schedule.step()
+    return seen, [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_effective_rate_is_schedule_times_scale(optimizer: str, schedule: str) -> None:
+    expected, by_hand = train(optimizer, schedule, by_hand=True)
+    found, hooked = train(optimizer, schedule, by_hand=False)
+    assert found == expected
+    assert all(torch.equal(a, b) for a, b in zip(by_hand, hooked, strict=True))
+
+
+@pytest.mark.parametrize("schedule", ["LambdaLR", "OneCycleLR", "CosineAnnealingLR"])
+def test_a_command_scales_a_schedule_exactly(
+    schedule: str, monitor: ScriptedMonitor, agents: Callable[..., Any]
+) -> None:
+    model = build()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    twin = SGD([nn.Parameter(torch.zeros(1))], lr=0.01)
+    ours, theirs = SCHEDULES[schedule](optimizer), SCHEDULES[schedule](twin)
+    agents(model, optimizer, endpoint=monitor.endpoint)
+    monitor.wait(lambda: monitor.heard)
+    scheduled: list[float] = []
+    seen: list[list[float]] = []
+    command_id = ""
+    for step in range(LONG):
+        if step == 5:
+            command_id = monitor.command("set_lr_scale", lr_scale=0.25, ramp_steps=3)
+        time.sleep(0.005)
+        scheduled.append(twin.param_groups[0]["lr"])
+        loss_of(model, batch(step)).backward()
+        step_recording(optimizer, seen)
+        twin.step()
+        ours.step()
+        theirs.step()
+    start = monitor.ack(command_id).step
+    assert 5 <= start < LONG - 3
+    scales = [1.0] * start + [0.25 ** (1 / 3), 0.25 ** (2 / 3)] + [0.25] * (LONG - start - 2)
+    assert [each[0] for each in seen] == [rate * scale for rate, scale in zip(scheduled, scales, strict=True)]
+
+
+def test_a_scale_of_one_touches_nothing() -> None:
+    optimizer = SGD(build().parameters(), lr=0.1)
+    rate = optimizer.param_groups[0]["lr"] = float("0.1")
+    backoff = guarded(optimizer, lambda: 1.0)
+    seen: list[list[float]] = []
+    optimizer.register_step_pre_hook(lambda each, *_: seen.append(each.param_groups[0]["lr"] is rate))
+    optimizer.step()
+    assert seen == [True]
+    assert not backoff.stranded
+
+
+class BrokenStep(SGD):
+    def step(self, closure: Any = None) -> Any:
+        raise RuntimeError("no step")
+
+
+def test_after_a_step_that_raised_the_next_step_starts_from_the_users_rate() -> None:
+    optimizer = BrokenStep(build().parameters(), lr=0.1)
+    backoff = guarded(optimizer, lambda: 0.5)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="no step"):
+            optimizer.step()
+        assert rates(optimizer) == [0.05]
+    backoff.restore_rates()
+    assert rates(optimizer) == [0.1]
+
+
+def test_a_rate_that_the_user_set_after_a_failed_step_is_kept() -> None:
+    optimizer = BrokenStep(build().parameters(), lr=0.1)
+    backoff = guarded(optimizer, lambda: 0.5)
+    with pytest.raises(RuntimeError, match="no step"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.02
+    backoff.restore_rates()
+    assert rates(optimizer) == [0.02]
+
+
+def test_a_schedule_stepped_after_a_failed_step_starts_from_the_users_rate_at_the_next_forward(
+    monitor: ScriptedMonitor, agents: Callable[..., Any]
+) -> None:
+    model = build()
+    optimizer = BrokenStep(model.parameters(), lr=0.1)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint)
+    monitor.wait(lambda: monitor.heard)
+    monitor.command("set_lr_scale", lr_scale=0.5)
+    schedule = ExponentialLR(optimizer, 0.5)
+    for _ in range(2000):
+        loss_of(model, batch(0)).backward()
+        rate = optimizer.param_groups[0]["lr"]
+        assert rate == 0.1
+        with pytest.raises(RuntimeError, match="no step"):
+            optimizer.step()
+        if optimizer.param_groups[0]["lr"] == 0.05:
+            break
+        time.sleep(0.005)
+    else:
+        pytest.fail("the command was not applied")
+    loss_of(model, batch(0)).backward()
+    schedule.step()
+    assert rates(optimizer) == [0.05], "0.1 x 0.5 of the schedule, not 0.05 x 0.5"
+    assert agent.status()["errors"] == 0
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_rate_kept_in_a_tensor_is_scaled_in_place(shared: bool) -> None:
+    first, second = build(), build(1)
+    one = torch.tensor(0.1)
+    two = one if shared else torch.tensor(0.2)
+    optimizer = Adam(
+        [{"params": first.parameters(), "lr": one}, {"params": second.parameters(), "lr": two}], capturable=False
+    )
+    guarded(optimizer, lambda: 0.25)
+    before = [one.clone(), two.clone()]
+    seen: list[tuple[bool, float, float]] = []
+    optimizer.register_step_pre_hook(
+        lambda each, *_: seen.append((each.param_groups[0]["lr"] is one, float(one), float(two)))
+    )
+    for _ in range(3):
+        optimizer.step()
+        assert torch.equal(one, before[0])
+        assert torch.equal(two, before[1])
+    assert seen == [(True, float(before[0] * 0.25), float(before[1] * 0.25))] * 3
+
+
+def test_what_is_saved_holds_the_users_rates() -> None:
+    optimizer = AdamW(build().parameters(), lr=0.1)
+    guarded(optimizer, lambda: 0.5)
+    optimizer.step()
+    plain = AdamW(build().parameters(), lr=0.1)
+    plain.step()
+    assert optimizer.state_dict()["param_groups"] == plain.state_dict()["param_groups"]
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    assert copy.deepcopy(optimizer).param_groups[0]["lr"] == 0.1
+
+
+def test_the_largest_rate_is_reported_and_groups_without_one_are_left_alone() -> None:
+    model = build()
+    optimizer = SGD([{"params": [p], "lr": rate} for p, rate in zip(model.parameters(), (0.1, 0.3, 0.2), strict=False)])
+    assert largest_rate(optimizer) == 0.3
+    optimizer.param_groups[1]["lr"] = None
+    assert largest_rate(optimizer) == 0.2
+    LrBackoff().scale_rates(optimizer, 0.5)
+    assert rates(optimizer) == [0.05, None, 0.1]
+
+
+class FusedLion8bit(SGD):
+    """As other people's optimizers are named."""
+
+
+class Wrapper(SGD):
+    """As ZeroRedundancyOptimizer: the optimizer that steps is in `optim`."""
+
+    def __init__(self, params: Any, inner: Optimizer) -> None:
+        super().__init__(params, lr=0.1)
+        self.optim = inner
+
+
+def test_adams_kin_is_told_by_its_name() -> None:
+    weights = [nn.Parameter(torch.zeros(2))]
+    kin = [Adam(weights), AdamW(weights), torch.optim.NAdam(weights), torch.optim.RMSprop(weights)]
+    kin += [FusedLion8bit(weights, lr=0.1), Wrapper(weights, AdamW(weights))]
+    others = [SGD(weights, lr=0.1), torch.optim.LBFGS(weights), Wrapper(weights, SGD(weights, lr=0.1))]
+    assert [rate_sized_steps(optimizer) for optimizer in kin] == [True] * len(kin)
+    assert [rate_sized_steps(optimizer) for optimizer in others] == [False] * len(others)
+
+
+def test_a_step_whose_closure_runs_the_forward_is_scaled_all_the_same(
+    monitor: ScriptedMonitor, agents: Callable[..., Any]
+) -> None:
+    """As Lightning steps: the training step lies inside `step()`, and a forward there must not undo the scale."""
+    model = build()
+    optimizer = SGD(model.parameters(), lr=0.02)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint)
+    by_keyword = [False]
+
+    def change() -> float:
+        """By which one step moved the head's bias, in units of its gradient."""
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, batch(0))
+            loss.backward()
+            return loss
+
+        before = model.head.bias.detach().clone()
+        optimizer.step(closure=closure) if by_keyword[0] else optimizer.step(closure)
+        moved = (before - model.head.bias.detach()) / model.head.bias.grad
+        assert optimizer.param_groups[0]["lr"] == 0.02
+        return float(moved.median())
+
+    assert change() == pytest.approx(0.02, rel=1e-3)
+    monitor.wait(lambda: agent.status()["connected"])
+    command = monitor.command("set_lr_scale", lr_scale=0.25)
+    monitor.wait(lambda: change() < 0.019)
+    assert change() == pytest.approx(0.005, rel=1e-3)
+    by_keyword[0] = True
+    assert change() == pytest.approx(0.005, rel=1e-3)
+    assert monitor.ack(command).outcome == "applied"
+
+    def broken() -> Tensor:
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        optimizer.step(broken)
+    loss_of(model, batch(0)).backward()
+    assert optimizer.param_groups[0]["lr"] == 0.02, "after a closure that raised, the next forward sees the user's rate"
+    assert agent.status()["errors"] == 0

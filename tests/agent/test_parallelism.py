@@ -1,0 +1,129 @@
+"""Which layouts are proven, untested and refused, as far as one process sees; the ranks are in the support matrix."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.matrix.__main__ import RESULT
+from koopmon.agent.parallelism import PROVEN, DataRanks, data_ranks, inspect_layout, refusal
+from koopmon.agent.rank_identity import RankContext
+from tests.agent.models import build, train_step
+from tests.agent.scripted_monitor import ScriptedMonitor
+
+
+class On(nn.Module):
+    """Claims parameters of its own making, as `inspect_layout` sees them."""
+
+    def __init__(self, *parameters: Any) -> None:
+        super().__init__()
+        self.claimed = parameters
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        yield from self.claimed
+
+
+class Mesh:
+    """A device mesh over ranks 0 ... n - 1 of one dimension."""
+
+    ndim = 1
+
+    def __init__(self, *ranks: int) -> None:
+        self.mesh = torch.tensor(ranks)
+
+    def size(self) -> int:
+        return self.mesh.numel()
+
+
+def parameter(device: str = "cpu", mesh: Mesh | None = None) -> Any:
+    fields: dict[str, Any] = {"device": torch.device(device)} | ({} if mesh is None else {"device_mesh": mesh})
+    return SimpleNamespace(**fields)
+
+
+def fully_sharded(model: nn.Module, mesh: Mesh) -> nn.Module:
+    group = SimpleNamespace(mesh_info=SimpleNamespace(mesh=mesh))
+    model._get_fsdp_state = lambda: SimpleNamespace(_fsdp_param_groups=[group])  # type: ignore[assignment]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "world", "name", "proven", "says"),
+    [
+        (On(parameter()), RankContext(), "single", True, ""),
+        (On(parameter("cuda")), RankContext(), "single", False, "on cuda, where nothing is proven yet"),
+        (On(parameter(), parameter("cuda")), RankContext(), "split", False, "several devices"),
+        (On(parameter(mesh=Mesh(0, 1))), RankContext(0, 2), "tp", True, ""),
+        (On(parameter(mesh=Mesh(0, 1))), RankContext(0, 4), "tp", False, "its tp spans 2 of 4 ranks"),
+        (fully_sharded(On(parameter(mesh=Mesh(0, 1))), Mesh(0, 1)), RankContext(0, 2), "fsdp2", True, ""),
+        (fully_sharded(On(parameter(mesh=Mesh(0, 1, 2, 3))), Mesh(0, 2)), RankContext(0, 4), "fsdp2-tp", True, ""),
+        (fully_sharded(On(parameter("cuda", Mesh(0, 1))), Mesh(0, 1)), RankContext(0, 2), "fsdp2", False, "on cuda"),
+    ],
+)
+def test_one_look(model: nn.Module, world: RankContext, name: str, proven: bool, says: str) -> None:
+    layout = inspect_layout(model, world)
+    assert layout is not None
+    assert (layout.name, layout.proven, layout.refused) == (name, proven, False)
+    assert says in layout.caution
+    assert bool(layout.caution) != layout.proven
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [(0, DataRanks(0, 2, True)), (1, DataRanks(0, 2, False)), (2, DataRanks(1, 2, True)), (3, DataRanks(1, 2, False))],
+)
+def test_ranks_that_share_a_model_train_on_the_same_data_and_one_of_them_leads(rank: int, expected: DataRanks) -> None:
+    mine = Mesh(rank % 2, rank % 2 + 2)
+    model = fully_sharded(On(parameter(mesh=Mesh(0, 1, 2, 3))), mine)
+    assert data_ranks(model, RankContext(rank, 4)) == expected
+    assert data_ranks(On(parameter()), RankContext(rank, 4)) == DataRanks(rank, 4)
+    assert data_ranks(On(parameter(mesh=Mesh(0, 1, 2, 3))), RankContext(rank, 4)) == DataRanks(0, 1, rank == 0)
+
+
+class FSDPModule(On):
+    """What fully_shard makes of a model, in a torch that does not tell over which ranks."""
+
+
+def test_sharding_whose_ranks_cannot_be_told_is_not_taken_for_tensor_parallelism() -> None:
+    model = FSDPModule(parameter(mesh=Mesh(0, 1)))
+    layout = inspect_layout(model, RankContext(1, 2))
+    assert layout is not None
+    assert (layout.name, layout.proven) == ("fsdp2", False)
+    assert data_ranks(model, RankContext(1, 2)) == DataRanks(1, 2)
+
+
+def test_replicas_in_threads_are_refused() -> None:
+    assert "DataParallel" in refusal(nn.DataParallel(build()))
+
+
+def test_a_stage_of_a_pipeline_is_refused_in_its_first_forward(
+    monitor: ScriptedMonitor, agents: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    class _PipelineStageBase:
+        def forward_one_chunk(self, step: int) -> float:
+            return train_step(model, optimizer, step)
+
+    model, plain = build(), build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.01)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config={"cadence": {"dense_every": 1}})
+    monitor.wait(lambda: agent.status()["connected"])
+    stage = _PipelineStageBase()
+    for step in range(4):
+        assert stage.forward_one_chunk(step) == train_step(plain, plain_optimizer, step)
+    status = agent.status()
+    assert (status["enabled"], status["acts"], status["layout"], status["sent"]) == (False, False, "pipeline", 0)
+    assert sum("stages of a pipeline are not watched yet" in line for line in caplog.messages) == 1
+    assert not model.blocks[0]._forward_hooks
+
+
+@pytest.mark.skipif(not RESULT.exists(), reason="the matrix was not run yet")
+def test_what_is_proven_is_what_the_matrix_proves() -> None:
+    cells = json.loads(RESULT.read_text())["cells"]
+    assert {cell["layout"] for cell in cells if cell["state"] == "proven"} == PROVEN
+    assert not [cell["name"] for cell in cells if cell["state"] == "wrong"]

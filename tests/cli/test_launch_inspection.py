@@ -1,0 +1,103 @@
+"""What a job's command line and environment tell before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from koopmon.cli.launch_inspection import check_run_name, new_run_name, script_name, spread, state_directory
+from koopmon.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("torchrun --nnodes 2 train.py", "--nnodes 2"),
+        ("torchrun --nnodes=1:4 train.py", "--nnodes 1:4"),
+        ("python -m torch.distributed.run --nnodes 3 -m package.train", "--nnodes 3"),
+        ("/opt/bin/torchrun --nproc-per-node 8 --nnodes 2 train.py", "--nnodes 2"),
+        ("accelerate launch --num_machines 2 train.py", "--num-machines 2"),
+        ("deepspeed --num_nodes 2 train.py", "--num-nodes 2"),
+        ("torchrun --nnodes 1 train.py", None),
+        ("torchrun --nnodes 1:1 train.py", None),
+        ("torchrun --nproc-per-node 8 train.py --nnodes 2", None),
+        ("python train.py --nnodes 2", None),
+        ("torchrun train.py", None),
+    ],
+)
+def test_nodes_on_the_command_line(command: str, said: str | None) -> None:
+    assert spread(command.split(), {}) == said
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("sbatch job.sh", "sbatch starts it elsewhere; or put koopmon run into the batch script"),
+        ("srun --ntasks 2 python train.py", "srun outside of an allocation starts it elsewhere"),
+    ],
+)
+def test_what_slurm_would_start_elsewhere(command: str, said: str) -> None:
+    assert spread(command.split(), {}) == said
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("srun -N 2 python train.py", "srun -N 2"),
+        ("srun -N4 python train.py", "srun -N 4"),
+        ("srun --nodes=2-3 python train.py", "srun --nodes 2-3"),
+        ("/usr/bin/srun --nodes 2 python train.py", "srun --nodes 2"),
+        ("srun -N 1 --ntasks 8 python train.py", None),
+        ("srun --ntasks=8 python train.py -N 2", None),
+    ],
+)
+def test_nodes_of_a_step_inside_an_allocation(command: str, said: str | None) -> None:
+    assert spread(command.split(), {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}) == said
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"SLURM_NNODES": "2"}, "SLURM_NNODES=2"),
+        ({"SLURM_JOB_NUM_NODES": "4"}, "SLURM_JOB_NUM_NODES=4"),
+        ({"PET_NNODES": "1:2"}, "PET_NNODES=1:2"),
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS=2"),
+        ({"SLURM_NNODES": "1", "WORLD_SIZE": "1"}, None),
+        ({"SLURM_NNODES": ""}, None),
+    ],
+)
+def test_nodes_and_ranks_in_the_environment(environ: dict[str, str], said: str | None) -> None:
+    assert spread(["torchrun", "train.py"], environ) == said
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("torchrun --nproc-per-node 2 path/to/train.py --x y.py", "train"),
+        ("python -m torch.distributed.run -m package.pretrain", "pretrain"),
+        ("python -m package.train", "train"),
+        ("/usr/bin/env true", "env"),
+        ("bash ./-weird_name!.py", "weird_name"),
+        ("./...", "job"),
+    ],
+)
+def test_the_name_is_the_scripts(command: str, name: str) -> None:
+    assert script_name(command.split()) == name
+    made = new_run_name(command.split())
+    assert check_run_name(made) == made
+    assert made.startswith(f"{name}-")
+    assert made != new_run_name(command.split())
+
+
+@pytest.mark.parametrize("name", ["", " ", "-x", "a b", "x" * 129, "a\n"])
+def test_names_that_a_run_cannot_have(name: str) -> None:
+    with pytest.raises(ConfigError, match="--run"):
+        check_run_name(name)
+
+
+def test_the_state_directory() -> None:
+    assert state_directory({"XDG_STATE_HOME": "/s"}) == Path("/s/koopmon")
+    default = Path.home() / ".local" / "state" / "koopmon"
+    assert state_directory({}) == state_directory({"XDG_STATE_HOME": "relative"}) == default

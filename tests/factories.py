@@ -1,0 +1,75 @@
+"""Messages, observations and rows with every field filled in: a test names the fields that it is about."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from koopmon.history.writer import HistoryWriter
+from koopmon.risk.online_detector import Observation
+from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello
+
+RUN, INCARNATION = "job", "aaaaaaaa"
+
+
+def hello(run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Hello:
+    """One rank of a transformer of 4 layers of width 8, which acts."""
+    values = {
+        "process_rank": 0,
+        "world_size": 1,
+        "num_senders": 1,
+        "adapter": "transformer",
+        "num_layers": 4,
+        "width": 8,
+        "acts": True,
+        "step": 0,
+        "applied": Applied(),
+        "koopmon_version": "0",
+        "torch_version": "0",
+    }
+    return Hello(run=run, incarnation=incarnation, **{**values, **fields})
+
+
+def heartbeat(step: int, run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Heartbeat:
+    """Rank 0's, with nothing applied."""
+    values = {"process_rank": 0, "applied": Applied()}
+    return Heartbeat(run=run, incarnation=incarnation, step=step, **{**values, **fields})
+
+
+def command(number: int = 0, run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Command:
+    """A back-off to one half; its id is made of `number`."""
+    values = {"kind": "set_lr_scale", "reason": "risk 0.9", "expires_step": 60}
+    if fields.get("kind", "set_lr_scale") == "set_lr_scale":
+        values["lr_scale"] = 0.5
+    return Command(run=run, incarnation=incarnation, id=f"{number:08x}", **{**values, **fields})
+
+
+def ack(number: int = 0, run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Ack:
+    """The answer to `command(number)`: applied at step 12."""
+    values = {"outcome": "applied", "step": 12, "applied": Applied()}
+    return Ack(run=run, incarnation=incarnation, command_id=f"{number:08x}", **{**values, **fields})
+
+
+def observation(step: int, **fields: Any) -> Observation:
+    """An informative one; what is not named is unknown."""
+    return Observation(step=step, **{"informative": True, **fields})
+
+
+def record_observation(
+    store: HistoryWriter, at: float, step: int, run: str = RUN, incarnation: str = INCARNATION, **fields: Any
+) -> None:
+    """A row of the history: a calm snapshot of which nothing was logged. `observation` may be an `Observation`."""
+    values: dict[str, Any] = {
+        "scalars": {},
+        "lr_scale": 1.0,
+        "kss_alpha": 0.0,
+        "non_finite": False,
+        "observation": {},
+        "risk": 0.0,
+        "reason": "",
+        "components": {},
+        **fields,
+    }
+    if isinstance(values["observation"], Observation):
+        values["observation"] = asdict(values["observation"])
+    store.record_observation(at, run, incarnation, step, **values)

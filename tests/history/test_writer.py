@@ -1,0 +1,302 @@
+"""The history store: nothing committed is lost, nothing unknown is opened, a failing disk does not stop the monitor."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from koopmon.errors import StoreError
+from koopmon.history.reader import DecisionRow, HistoryReader
+from koopmon.history.schema import SCHEMA_VERSION, pack, unpack
+from koopmon.history.writer import HistoryWriter
+from koopmon.spectral import SpectralProfile, profile_states
+from koopmon.wire.messages import Applied, Heartbeat, KssSettings
+from tests.factories import ack, command, hello, record_observation
+
+RUN, FIRST, SECOND = "job", "aaaaaaaa", "bbbbbbbb"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "history.sqlite3"
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(path: Path, clock: Clock) -> Iterator[HistoryWriter]:
+    store = HistoryWriter.open(path, clock=clock)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def history(store: HistoryWriter, path: Path) -> Iterator[HistoryReader]:
+    with HistoryWriter.open_readonly(path) as history:
+        yield history
+
+
+def decide(store: HistoryWriter, number: int = 0, *, outcome: Any = "pending", step: int = 10) -> None:
+    store.record_decision(
+        100.0,
+        RUN,
+        FIRST,
+        step,
+        phase="backed_off",
+        reason="because",
+        risk=0.9,
+        commands=[command(number)],
+        outcome=outcome,
+    )
+
+
+def observe(store: HistoryWriter, step: int = 10, **fields: Any) -> None:
+    seen = {"scalars": {"loss": 2.5, "learning_rate": 0.1, "grad_norm": None}, "observation": {"step": step}}
+    judged = {"risk": 0.25, "reason": "calm", "components": {"v": 0.5}}
+    record_observation(store, 99.0, step, RUN, FIRST, **{**seen, **judged, **fields})
+
+
+def test_what_is_recorded_is_read_back(store: HistoryWriter, history: HistoryReader) -> None:
+    store.record_hello(1.0, hello())
+    decide(store)
+    store.record_ack(101.0, ack(detail="done", applied=Applied(lr_scale=0.5)))
+    observe(store)
+    store.record_heartbeat(
+        2.0,
+        Heartbeat(
+            run=RUN, incarnation=FIRST, process_rank=0, step=3, applied=Applied(), loss=math.inf, step_seconds=0.1
+        ),
+    )
+    store.record_state(120.0, RUN, FIRST, 0, end_reason="finished")
+    assert list(history.observations(RUN)) == [], "not committed yet"
+    store.commit()
+    assert history.runs() == [RUN]
+    (incarnation,) = history.incarnations(RUN)
+    assert (incarnation.started, incarnation.ended, incarnation.end_reason) == (1.0, 120.0, "finished")
+    assert incarnation.hello == hello()
+    assert incarnation.applied == Applied(lr_scale=0.5)
+    (decision,) = history.decisions(RUN)
+    assert (decision.step, decision.phase, decision.reason, decision.risk) == (10, "backed_off", "because", 0.9)
+    (sent,) = decision.commands
+    assert (sent.command, sent.outcome, sent.acked_step, sent.detail) == (command(), "applied", 12, "done")
+    (observation,) = history.observations(RUN)
+    assert (observation.loss, observation.grad_norm, observation.risk) == (2.5, None, 0.25)
+    assert (observation.observation, observation.components) == ({"step": 10}, {"v": 0.5})
+    (beat,) = history.heartbeats(RUN)
+    assert (beat.step, beat.loss, beat.step_seconds, beat.grad_norm) == (3, math.inf, 0.1, None)
+    assert list(history.decisions("nobody")) == []
+
+
+def test_nan_is_not_unknown(store: HistoryWriter, history: HistoryReader) -> None:
+    observe(store, scalars={"loss": math.nan, "grad_norm": -math.inf}, non_finite=True)
+    store.commit()
+    (observation,) = history.observations(RUN)
+    assert observation.loss is not None
+    assert math.isnan(observation.loss)
+    assert (observation.grad_norm, observation.learning_rate, observation.non_finite) == (-math.inf, None, True)
+
+
+def test_profiles_survive_and_can_be_completed(store: HistoryWriter, history: HistoryReader) -> None:
+    states = torch.cumsum(torch.randn((4, 40, 6)), dim=0)
+    brief, full = profile_states(states, svd_rank=4, kreiss="never"), profile_states(states, svd_rank=4)
+    for step, profile in ((2, brief.to_dict()), (4, None)):
+        seen = {"router_entropy": (0.5, None)}
+        store.record_profile(
+            5.0, RUN, FIRST, step, num_shards=1, masked=True, seconds=0.01, profile=profile, observables=seen
+        )
+    store.replace_profile(6.0, RUN, FIRST, 2, full.to_dict(), {"router_entropy": (0.75, None)})
+    store.commit()
+    first, second = history.profiles(RUN)
+    assert (first.observables, second.observables) == (
+        {"router_entropy": [0.75, None]},
+        {"router_entropy": [0.5, None]},
+    )
+    assert (first.step, first.masked, first.num_shards, second.profile) == (2, True, 1, None)
+    assert first.profile is not None
+    again = SpectralProfile.from_dict(first.profile)
+    kept, told = (torch.view_as_real(each.layers[2].eigenvalues) for each in (again, full))
+    assert torch.allclose(kept, told, rtol=1e-8, atol=0.0)  # nine digits are kept
+    assert again.layers[0].kreiss_constant == pytest.approx(full.layers[0].kreiss_constant, rel=1e-8)
+
+
+def test_packing_keeps_float32_apart() -> None:
+    values = [*torch.randn(1000).tolist(), 0.0, 1e-30, 3.4e38]
+    assert torch.equal(torch.tensor(unpack(pack({"v": [values, None, True, "x"]}))["v"][0]), torch.tensor(values))
+
+
+WRITER = """
+import sys
+from koopmon.history.writer import HistoryWriter
+from koopmon.wire.messages import Command
+
+store = HistoryWriter.open(sys.argv[1])
+run, incarnation = "job", "aaaaaaaa"
+number = 0
+while True:
+    store.record_observation(1.0, run, incarnation, number, scalars={}, lr_scale=1.0, kss_alpha=0.0, non_finite=False,
+                             observation={}, risk=0.5, reason="", components={})
+    command = Command(run=run, incarnation=incarnation, id=f"{number:08x}", kind="stop", reason="", expires_step=1)
+    store.record_decision(1.0, run, incarnation, number, phase="alert", reason="because", risk=0.5, commands=[command],
+                          outcome="pending")
+    print(number, flush=True)
+    number += 1
+"""
+
+
+@pytest.mark.process
+def test_kill_9_of_the_writer_loses_no_committed_decision(path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        told = [int(writer.stdout.readline()) for _ in range(50)]
+        writer.send_signal(signal.SIGKILL)
+        told += [int(line) for line in writer.stdout.read().splitlines()]
+    with HistoryWriter.open_readonly(path) as history:
+        decisions: list[DecisionRow] = list(history.decisions(RUN))
+        steps = [row.step for row in history.observations(RUN)]
+    ids = [decision.commands[0].command.id for decision in decisions]
+    assert ids[: len(told)] == [f"{number:08x}" for number in told]
+    assert steps[: len(told)] == told, "an observation is committed with the decision that it led to"
+    store = HistoryWriter.open(path)
+    assert store.recording
+    store.close()
+
+
+def test_a_store_has_one_writer(store: HistoryWriter, path: Path) -> None:
+    with pytest.raises(StoreError, match=f"in use by another monitor \\(pid {os.getpid()}\\)") as caught:
+        HistoryWriter.open(path)
+    assert caught.value.exit_status == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_the_lock_goes_with_the_writer(store: HistoryWriter, path: Path) -> None:
+    store.close()
+    HistoryWriter.open(path).close()
+    HistoryWriter.open(path).close()
+
+
+def test_unknown_schema_is_refused(path: Path, store: HistoryWriter) -> None:
+    store.close()
+    with sqlite3.connect(path) as database:
+        database.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    database.close()
+    for open_it in (HistoryWriter.open, HistoryWriter.open_readonly):
+        with pytest.raises(
+            StoreError, match=f"schema {SCHEMA_VERSION + 1}, this version of koopmon knows 1 to {SCHEMA_VERSION}"
+        ) as caught:
+            open_it(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.sqlite3"
+    with sqlite3.connect(foreign) as database:
+        database.execute("CREATE TABLE precious (value)")
+    database.close()
+    text = tmp_path / "notes.txt"
+    text.write_text("not a database, and long enough to be seen as none " * 50)
+    for path in (foreign, text):
+        before = path.read_bytes()
+        for open_it in (HistoryWriter.open, HistoryWriter.open_readonly):
+            with pytest.raises(StoreError, match=path.name):
+                open_it(path)
+        assert path.read_bytes() == before
+    with pytest.raises(StoreError, match="no such file"):
+        HistoryWriter.open_readonly(tmp_path / "missing.sqlite3")
+    with pytest.raises(StoreError, match="choose another"):
+        HistoryWriter.open(foreign / "below" / "a" / "file.sqlite3")
+
+
+def test_a_full_disk_pauses_recording_and_says_so_once(
+    store: HistoryWriter, history: HistoryReader, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    decide(store, 0)
+    # As a full disk does, this makes SQLite fail with SQLITE_FULL.
+    (pages,) = store._database.execute("PRAGMA page_count").fetchone()
+    store._database.execute(f"PRAGMA max_page_count = {pages}")
+    big = {"text": os.urandom(200_000).hex()}
+    with caplog.at_level(logging.INFO):
+        for step in range(3):
+            store.record_profile(1.0, RUN, FIRST, step, num_shards=1, masked=False, seconds=0.0, profile=big)
+            store.commit()
+    assert not store.recording
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "monitoring goes on" in caplog.text
+    decide(store, 1)
+    assert len(list(history.decisions(RUN))) == 1
+    store._database.execute(f"PRAGMA max_page_count = {1 << 30}")
+    decide(store, 2)
+    assert not store.recording, "not tried again at once"
+    clock.now += 31.0
+    decide(store, 3)
+    assert store.recording
+    ids = [decision.commands[0].command.id for decision in history.decisions(RUN)]
+    assert ids == [f"{number:08x}" for number in range(4)], "decisions wait in memory, in their order"
+    assert store.take_lost() == 3, "the profiles"
+    assert "recording again" in caplog.text
+
+
+def test_a_store_that_became_read_only_pauses(store: HistoryWriter) -> None:
+    store._database.execute("PRAGMA query_only = ON")
+    decide(store)
+    observe(store)
+    store.commit()
+    assert not store.recording
+    assert store.incarnations(RUN) == []
+    store._database.execute("PRAGMA query_only = OFF")
+
+
+def test_what_to_restore_is_the_latest_other_incarnation(store: HistoryWriter) -> None:
+    kss = Applied(lr_scale=0.25, kss=KssSettings(alpha=0.3))
+    assert store.last_applied(RUN, other_than=FIRST) is None
+    store.record_hello(1.0, hello())
+    store.record_applied(2.0, RUN, FIRST, 20, kss)
+    store.record_hello(3.0, hello(incarnation=SECOND))
+    assert store.last_applied(RUN, other_than=SECOND) == kss
+    assert store.last_applied(RUN, other_than=FIRST) is None
+    assert store.incarnations(RUN) == [FIRST, SECOND]
+
+
+def test_memory_is_kept_for_each_incarnation(store: HistoryWriter) -> None:
+    assert store.memory(RUN, FIRST) is None
+    store.record_memory(1.0, RUN, FIRST, b"one")
+    store.record_memory(1.0, RUN, SECOND, b"two")
+    store.record_memory(1.0, RUN, FIRST, b"three")
+    assert (store.memory(RUN, FIRST), store.memory(RUN, SECOND)) == (b"three", b"two")
+
+
+def test_outcomes_are_settled_once(store: HistoryWriter, history: HistoryReader) -> None:
+    for number in range(4):
+        decide(store, number)
+    decide(store, 4, outcome="dry_run")
+    store.record_ack(1.0, ack(0))
+    store.record_ack(2.0, ack(0, outcome="duplicate"))
+    store.record_outcome(f"{1:08x}", "unanswered")
+    store.record_ack(3.0, ack(1, outcome="expired"))
+    store.abandon_pending("another")
+    store.record_ack(4.0, ack(2, outcome="duplicate"))
+    store.record_ack(4.0, ack(2, outcome="refused"))
+    store.abandon_pending(RUN)
+    outcomes = [decision.commands[0].outcome for decision in history.decisions(RUN)]
+    assert outcomes == ["applied", "expired", "refused", "unanswered", "dry_run"]

@@ -1,0 +1,94 @@
+"""Runs on a live board without a daemon: a registry, a guard and real profiles feed it as the service does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from koopmon.config import Config, from_mapping
+from koopmon.monitor.http.live_state import LiveState, policy_status_of
+from koopmon.monitor.registry import Run, RunRegistry
+from koopmon.monitor.run_controller import Assessment, RunController
+from koopmon.monitor.sample import Sample
+from koopmon.spectral import SpectralProfile, profile_states
+from koopmon.views.run_view import RunView
+from koopmon.wire.messages import Ack, Applied, Heartbeat
+from tests import factories
+
+NUM_LAYERS = 3
+
+
+def profile(seed: int = 0, num_layers: int = NUM_LAYERS, scale: float = 0.5) -> SpectralProfile:
+    """Of a random residual stream, (L + 1, N, D) = (num_layers + 1, 64, 8)."""
+    generator = torch.Generator().manual_seed(seed)
+    updates = torch.randn((num_layers + 1, 64, 8), generator=generator)
+    updates[1:] *= scale
+    return profile_states(torch.cumsum(updates, dim=0), svd_rank=8)
+
+
+class Fed:
+    """One run on a board. `applied` is what its rank 0 says is in force."""
+
+    def __init__(
+        self, live_state: LiveState, config: Config, name: str, incarnation: str = "aaaaaaaa", **hello: Any
+    ) -> None:
+        self.live_state, self.config = live_state, config
+        self.applied = Applied()
+        self.words = {"run": name, "incarnation": incarnation}
+        values = {"world_size": 2, "num_layers": NUM_LAYERS, "applied": self.applied, "hostname": "node-1"}
+        said = factories.hello(**self.words, **{**values, **hello})
+        self.registry = RunRegistry(config.monitor)
+        self.run: Run = self.registry.admit(0.0, said, b"peer")[0].run
+        self.controller = RunController(config, said, self.applied)
+        self.heard()
+
+    def heard(self) -> None:
+        self.live_state.update_run(self.run, sends=self.controller.sends)
+
+    def heartbeat(self, step: int, **fields: Any) -> None:
+        beat = Heartbeat(**self.words, process_rank=0, step=step, applied=self.applied, **fields)
+        self.registry.on_message(float(step), beat, b"peer")
+        self.heard()
+
+    def judge(self, step: int, found: SpectralProfile | None, **scalars: Any) -> Assessment:
+        """One snapshot; None: its states were not finite."""
+        values = {"learning_rate": 1e-3, "loss": 2.0, "grad_norm": None, "lr_scale": self.applied.lr_scale}
+        sample = Sample(step=step, kss_alpha=0.0, **{**values, **scalars})
+        assessment = self.controller.assess(float(step), sample, found, step=step)
+        self.live_state.record_assessment(
+            self.run.name, sample, found, assessment, policy_status_of(float(step), self.controller, assessment)
+        )
+        return assessment
+
+    def answer(self, command_id: str, outcome: Any, step: int, detail: str = "") -> None:
+        ack = Ack(**self.words, command_id=command_id, outcome=outcome, step=step, detail=detail, applied=self.applied)
+        self.controller.acknowledge(float(step), ack)
+        self.live_state.record_ack(ack)
+        self.live_state.set_policy_state(self.run.name, self.controller.policy_state)
+
+    @property
+    def view(self) -> RunView:
+        found = self.live_state.view(self.run.name)
+        assert found is not None
+        return found
+
+
+@pytest.fixture
+def live_state() -> LiveState:
+    return LiveState(clock=iter(range(1_000_000)).__next__, wall=lambda: 1_700_000_000.0)
+
+
+@pytest.fixture
+def feed(live_state: LiveState) -> Callable[..., Fed]:
+    def start(name: str = "job", incarnation: str = "aaaaaaaa", *, tables: Any = None, **hello: Any) -> Fed:
+        return Fed(live_state, from_mapping(tables or {}), name, incarnation, **hello)
+
+    return start
+
+
+@pytest.fixture
+def make_profile() -> Callable[..., SpectralProfile]:
+    return profile

@@ -1,0 +1,119 @@
+"""What the pages' server takes from strangers: bounded in number, in time and in length, each refusal counted."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from koopmon.monitor.http import limits
+from koopmon.monitor.http.server import WebServer
+
+httpx = pytest.importorskip("httpx")
+
+WAIT_SECONDS = 60.0
+
+
+@pytest.fixture
+def noted() -> list[tuple[str, str]]:
+    return []
+
+
+@pytest.fixture
+def server(noted: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
+    def broken() -> bool:
+        raise RuntimeError("a page of ours")
+
+    checks = {"healthz": lambda: True, "broken": broken}
+    server = WebServer(
+        "127.0.0.1:0",
+        CollectorRegistry(),
+        checks,
+        max_connections=8,
+        note=lambda reason, detail, **_: noted.append((reason, detail)),
+    )
+    yield server
+    server.close()
+
+
+def connect(server: WebServer, said: bytes = b"") -> socket.socket:
+    host, _, port = server.address.rpartition(":")
+    connection = socket.create_connection((host, int(port)), timeout=WAIT_SECONDS)
+    connection.sendall(said)
+    return connection
+
+
+def fine(server: WebServer) -> bool:
+    return httpx.get(f"http://{server.address}/healthz", timeout=WAIT_SECONDS).status_code == 200
+
+
+def cut(connection: socket.socket) -> bool:
+    """Whether the server ended it: a reset where it left something unread."""
+    try:
+        return connection.recv(100) == b""
+    except ConnectionResetError:
+        return True
+
+
+def until(noted: list[tuple[str, str]], reason: str, count: int = 1) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while [each for each, _ in noted].count(reason) < count:
+        assert time.monotonic() < deadline, noted
+        time.sleep(0.01)
+
+
+def test_those_who_dawdle_do_not_keep_others_out(server: WebServer, noted: list[tuple[str, str]]) -> None:
+    idle = [connect(server, b"GET /healthz HTTP/1.1\r\nX: ") for _ in range(8)]
+    assert fine(server)
+    until(noted, "http_connections")
+    assert cut(idle[0]), "the oldest"
+    idle[7].setblocking(False)
+    with pytest.raises(BlockingIOError):
+        idle[7].recv(100)
+    for connection in idle:
+        connection.close()
+
+
+def test_a_connection_does_not_live_for_ever(
+    server: WebServer, noted: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "LIFE_SECONDS", 0.2)
+    with connect(server, b"GET /healthz HTTP/1.1\r\nX: ") as half, connect(server) as silent:
+        assert cut(half)
+        assert cut(silent)
+    until(noted, "http_slow", 2)
+    monkeypatch.undo()
+    assert fine(server)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * (1 << 18),
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nabc\r\n",
+    ],
+)
+def test_what_is_no_request_is_counted_and_fills_no_log(
+    server: WebServer, noted: list[tuple[str, str]], said: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            with contextlib.suppress(ConnectionError):
+                connect(server, said).close()
+        until(noted, "http_garbage")
+        assert fine(server)
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn")]
+
+
+def test_a_page_that_fails_ends_its_request_alone(server: WebServer, noted: list[tuple[str, str]]) -> None:
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"http://{server.address}/broken", timeout=WAIT_SECONDS).raise_for_status()
+    until(noted, "internal")
+    assert "a page of ours" in noted[-1][1]
+    assert fine(server)

@@ -1,0 +1,155 @@
+"""What the daemon hands to the pages: bounded, consistent, and as it is now."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from koopmon.history.schema import RunState
+from koopmon.monitor.http import live_state as boards
+from koopmon.monitor.http.live_state import LiveState
+from koopmon.telemetry.metrics import MAX_LAYERS
+from koopmon.views.run_view import RunView, TimelinePoint
+
+Feed = Callable[..., Any]
+Profile = Callable[..., Any]
+
+
+def test_a_run_as_it_is_told(live_state: LiveState, feed: Feed, make_profile: Profile) -> None:
+    fed = feed("job")
+    fed.heartbeat(4, overhead_ratio=0.002, taps_missing=1, dropped={"queue_full": 3}, step_seconds=0.5)
+    live_state.count_snapshot("job")
+    live_state.count_drop("job", "engine_queue_full")
+    found = make_profile()
+    assessment = fed.judge(4, found, loss=2.5)
+    fed.heartbeat(5, overhead_ratio=0.002, dropped={"queue_full": 3})
+    view = fed.view
+    assert (view.state, view.adapter, view.step, view.num_received) == ("running", "transformer", 5, 1)
+    assert view.health.dropped == {"queue_full": 3, "engine_queue_full": 1}
+    assert (view.health.num_ranks, view.health.world_size) == (1, 2)
+    assert view.latest.loss == 2.5
+    assert view.latest.risk == assessment.risk.value
+    assert view.spectrum.labels == ("0", "1", "2")
+    assert [len(pairs) for pairs in view.spectrum.eigenvalues] == [16, 16, 16]
+    assert view.columns[0].values["spectral_radius"][1] == pytest.approx(found.layers[1].spectral_radius)
+    assert live_state.view("other") is None
+
+
+def test_revisions_grow_with_what_can_be_seen_and_only_then(
+    live_state: LiveState, feed: Feed, make_profile: Profile
+) -> None:
+    one, two = feed("one"), feed("two")
+    before = live_state.revision
+    one.heard()
+    assert live_state.revision == before, "a heartbeat that says nothing new"
+    one.judge(1, make_profile())
+    assert [view.name for view in live_state.views(since=before)] == ["one"]
+    two.heartbeat(7)
+    assert {view.name for view in live_state.views(since=before)} == {"one", "two"}
+    assert live_state.views(since=live_state.revision) == []
+
+
+def test_everything_is_bounded(
+    live_state: LiveState, feed: Feed, monkeypatch: pytest.MonkeyPatch, make_profile: Profile
+) -> None:
+    found, fed = make_profile(), feed("job")
+    for step in range(1, boards.MAX_POINTS + 50):
+        fed.judge(step, found)
+    assert len(fed.view.points) == boards.MAX_POINTS
+    assert fed.view.points[-1].step == boards.MAX_POINTS + 49, "the newest stay"
+    assert len(fed.view.columns) == boards.MAX_COLUMNS
+    for step in range(1000, 1000 + 4 * boards.MAX_DECISIONS):
+        fed.judge(step, None if step % 2 else found)
+    assert len(fed.view.decisions) <= boards.MAX_DECISIONS
+    monkeypatch.setattr(boards, "MAX_RUNS", 3)
+    feed("ended")
+    live_state.mark_ended("ended", RunState.ENDED)
+    feed("third")
+    feed("fourth")
+    assert live_state.names() == ["job", "third", "fourth"], "a run that is over gives way"
+    assert live_state.num_hidden == 1
+
+
+def test_many_layers_share_rows(feed: Feed, make_profile: Profile) -> None:
+    fed = feed("deep", num_layers=100)
+    fed.judge(1, make_profile(num_layers=100))
+    assert len(fed.view.spectrum.labels) == 50
+    assert len(fed.view.columns[0].values["near_unit_mass"]) == 50 <= MAX_LAYERS
+
+
+def test_a_decision_and_what_becomes_of_its_commands(feed: Feed, make_profile: Profile) -> None:
+    fed = feed("job")
+    fed.judge(1, make_profile())
+    assessment = fed.judge(2, None)
+    assert [order.outcome for order in fed.view.decisions[-1].orders] == ["pending"] * len(assessment.commands)
+    scale = next(command for command in assessment.commands if command.kind == "set_lr_scale")
+    fed.answer(scale.id, "applied", 4, "on both ranks")
+    fed.answer(scale.id, "duplicate", 5)
+    fed.live_state.record_outcome("job", scale.id, "unanswered")
+    (order,) = [order for order in fed.view.decisions[-1].orders if order.command.id == scale.id]
+    assert (order.outcome, order.step, order.detail) == ("applied", 4, "on both ranks")
+    others = [order.command.id for order in fed.view.decisions[-1].orders if order.command.id != scale.id]
+    fed.live_state.record_outcome("job", others[0], "unanswered")
+    assert {order.outcome for order in fed.view.decisions[-1].orders} == {"applied", "unanswered"}
+
+
+def test_states_that_are_not_finite_leave_the_last_spectrum(feed: Feed, make_profile: Profile) -> None:
+    fed = feed("job", tables={"policy": {"dry_run": True}})
+    fed.judge(1, make_profile())
+    fed.judge(2, None)
+    assert fed.view.latest.risk == 1.0
+    assert fed.view.spectrum.step == 1
+    assert len(fed.view.columns) == 1
+    assert {order.outcome for order in fed.view.decisions[-1].orders} == {"dry_run"}
+
+
+def test_a_new_launch_goes_on_where_the_last_one_stood(
+    live_state: LiveState, feed: Feed, make_profile: Profile
+) -> None:
+    feed("job").judge(5, make_profile())
+    later = feed("job", "bbbbbbbb", step=5)
+    assert (later.view.incarnation, later.view.standing) == ("bbbbbbbb", None)
+    assert [point.step for point in later.view.points] == [5]
+
+
+def test_what_the_history_knows_comes_before_what_was_heard(
+    live_state: LiveState, feed: Feed, make_profile: Profile
+) -> None:
+    def point(step: int) -> TimelinePoint:
+        return TimelinePoint(
+            step=step, time=0.0, risk=0.1, forecast=None, loss=None, learning_rate=None, lr_scale=1.0, kss_alpha=0.0
+        )
+
+    feed("job").judge(10, make_profile())
+    live_state.backfill(RunView(name="job", incarnation="aaaaaaaa"), points=[point(8), point(9), point(10)])
+    live_state.backfill(RunView(name="old", incarnation="cccccccc", state="ended"), points=[point(1)])
+    job, old = live_state.view("job"), live_state.view("old")
+    assert job is not None
+    assert old is not None
+    assert [each.step for each in job.points] == [8, 9, 10]
+    assert job.points[-1].risk == 0.0, "what was heard stays"
+    assert job.state == "running"
+    assert (old.state, len(old.points)) == ("ended", 1)
+
+
+def test_readers_see_whole_runs_while_it_is_written(live_state: LiveState, feed: Feed, make_profile: Profile) -> None:
+    found, fed, torn = make_profile(), feed("job"), []
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            for view in live_state.views():
+                steps = [each.step for each in view.points]
+                if steps != sorted(steps) or (view.spectrum and view.spectrum.step != view.points[-1].step):
+                    torn.append(view)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for step in range(1, 300):
+        fed.judge(step, found)
+    done.set()
+    reader.join(30.0)
+    assert not torn

@@ -1,0 +1,224 @@
+"""The pages and the JSON over real sockets: escaped, linked, locked down, and the same without scripts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from koopmon.config import PolicyConfig
+from koopmon.monitor.http import page as layout
+from koopmon.monitor.http.auth import HttpAuth
+from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.http.server import WebServer
+from koopmon.views import heatmap
+from koopmon.views.html import Markup, join, tag
+
+httpx = pytest.importorskip("httpx")
+
+HOSTILE = """"><script>alert(1)</script>'&</title>{{7*7}}"""
+NAME = "team/exp:1.0+b"
+Feed = Callable[..., Any]
+Profile = Callable[..., Any]
+
+
+class Shape(HTMLParser):
+    """Every element with its attributes, and whether each is closed where it should be."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "input"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == [], "something is not closed"
+
+    def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((name, dict(attributes)))
+        if name not in self.VOID:
+            self.open.append(name)
+
+    def handle_endtag(self, name: str) -> None:
+        assert self.open.pop() == name
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for each, attributes in self.elements if each == name]
+
+
+@pytest.fixture
+def client(live_state: LiveState) -> Iterator[httpx.Client]:
+    server = WebServer(
+        "127.0.0.1:0", CollectorRegistry(), {"healthz": lambda: True}, live_state=live_state, policy=PolicyConfig()
+    )
+    with httpx.Client(base_url=f"http://{server.address}", timeout=30.0) as client:
+        yield client
+    server.close()
+
+
+@pytest.fixture
+def told(feed: Feed, make_profile: Profile) -> Any:
+    """A run of which everything that a stranger can name is hostile, after an action and its answer."""
+    fed = feed(NAME, adapter=HOSTILE, hostname=HOSTILE)
+    fed.judge(1, make_profile())
+    fed.judge(2, make_profile(seed=1))
+    assessment = fed.judge(3, None)
+    scale = next(command for command in assessment.commands if command.kind == "set_lr_scale")
+    fed.answer(scale.id, "refused", 4, HOSTILE)
+    return fed
+
+
+def test_both_pages_are_sound_and_complete_without_scripts(client: httpx.Client, told: Any) -> None:
+    fleet = Shape(client.get("/").text)
+    assert NAME in fleet.text
+    assert "1.00" in fleet.text
+    assert "learning rate x 0.25" in fleet.text, "the last decision, with its reason"
+    (link,) = [each["href"] for each in fleet.all("a") if (each["href"] or "").startswith("runs/")]
+    assert link == "runs/team%2Fexp%3A1.0%2Bb"
+    page = Shape(client.get(f"/{link}").text)
+    for words in (
+        NAME,
+        "What the policy would do next",
+        "If the risk is severe",
+        "refused at step 4",
+        "near-unit mass",
+        "of the last hour",
+    ):
+        assert words in page.text, words
+    assert "set_lr_scale" not in page.text, "in words"
+    assert {"header", "main", "footer", "nav", "h1", "noscript"} <= {name for name, _ in page.elements}
+    levels = [int(name[1]) for name, _ in page.elements if re.fullmatch(r"h\d", name)]
+    assert levels[0] == 1
+    assert set(levels[1:]) == {2}
+    assert all(each.get("alt") for each in page.all("img"))
+    assert all(each.get("aria-label") or each.get("aria-hidden") or each.get("x") or each.get("preserveaspectratio")
+               for each in page.all("svg"))  # fmt: skip
+    identities = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(identities) == len(set(identities))
+
+
+@pytest.mark.parametrize("path", ["/", "/runs/team%2Fexp%3A1.0%2Bb", "/runs/" + "%22%3E%3Cscript%3E", "/%3Cscript%3E"])
+def test_strangers_words_stay_words(client: httpx.Client, told: Any, path: str) -> None:
+    text = client.get(path).text
+    assert "<script>" not in text
+    page = Shape(text)
+    assert [each["src"] for each in page.all("script")] in ([], ["static/live.js"], ["../static/live.js"])
+    for _, attributes in page.elements:
+        assert not [name for name in attributes if name.startswith("on") or name == "style"], (
+            "the policy would block it"
+        )
+        for name in ("href", "src", "action"):
+            assert not re.match(r"(https?:)?//|javascript:", attributes.get(name) or ""), "nothing from elsewhere"
+
+
+def test_what_a_browser_is_allowed(client: httpx.Client, told: Any) -> None:
+    for path in ("/", "/runs/none", "/nothing"):
+        headers = client.get(path).headers
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "script-src 'self';" in policy
+        assert "unsafe" not in policy
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cache-control"] == "no-store"
+    for name, kind in (("live.js", "text/javascript"), ("live.css", "text/css"), ("icon.svg", "image/svg+xml")):
+        answer = client.get(f"/static/{name}")
+        assert answer.headers["content-type"].startswith(kind)
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    assert client.get("/static/../pages.py").status_code == 404
+    assert client.get("/static/%2e%2e%2fpages.py").status_code == 404
+    for path in ("/", "/api/v1/runs", "/api/v1/events"):
+        assert client.post(path).status_code == 405, "read-only"
+
+
+def test_links_lead_back_from_wherever_a_page_is(client: httpx.Client, told: Any) -> None:
+    for path, root in (("/runs/team%2Fexp%3A1.0%2Bb", "../"), ("/runs/team/exp:1.0+b", "../../")):
+        page = Shape(client.get(path).text)
+        assert root in [each["href"] for each in page.all("a")]
+        (events,) = [each["data-events"] for each in page.all("main")]
+        assert events == f"{root}api/v1/events?run=team%2Fexp%3A1.0%2Bb"
+    assert layout.root_of(b"/") == ""
+
+
+def test_an_unknown_run_is_told_in_words_which_there_are(client: httpx.Client, told: Any) -> None:
+    page = client.get("/runs/nobody")
+    assert page.status_code == 404
+    assert "knows no run nobody" in Shape(page.text).text
+    assert 'href="../runs/team%2Fexp%3A1.0%2Bb"' in page.text
+    answer = client.get("/api/v1/runs/nobody")
+    assert answer.status_code == 404
+    assert answer.json() == {"error": "no run 'nobody' is known here", "runs": [NAME]}
+
+
+def test_no_run_yet_says_how_to_start_one(client: httpx.Client) -> None:
+    text = Shape(client.get("/").text).text
+    assert "koopmon run -- torchrun train.py" in text
+    assert client.get("/api/v1/runs").json()["runs"] == []
+
+
+def test_the_json_says_what_the_page_says(client: httpx.Client, told: Any) -> None:
+    (line,) = client.get("/api/v1/runs").json()["runs"]
+    assert (line["run"], line["state"], line["risk"], line["step"]) == (NAME, "running", 1.0, 0)
+    assert line["last_decision"]["phase"] == "acting"
+    run = client.get("/api/v1/runs/team%2Fexp%3A1.0%2Bb").json()
+    assert run["version"] == 1
+    assert [point["step"] for point in run["points"]] == [1, 2, 3]
+    assert run["layers"]["steps"] == [1, 2]
+    assert len(run["layers"]["near_unit_mass"][0]) == 3
+    assert [len(pairs) for pairs in run["spectrum"]["eigenvalues"]] == [8, 8, 8]
+    (scale,) = [each for each in run["decisions"][-1]["commands"] if each["kind"] == "set_lr_scale"]
+    assert (scale["outcome"], scale["step"], scale["lr_scale"], scale["detail"]) == ("refused", 4, 0.25, HOSTILE)
+    assert {"if": "If the risk is severe, 0.8 or more", "then": "Learning rate x 0.25."} in run["outlook"]["lines"]
+
+
+@pytest.mark.parametrize("quantity", ["near_unit_mass", "spectral_radius", "nonsense"])
+def test_the_heatmap_shows_what_was_chosen(client: httpx.Client, told: Any, quantity: str) -> None:
+    page = Shape(client.get(f"/runs/{NAME}", params={"show": quantity}).text)
+    chosen = [each["value"] for each in page.all("option") if "selected" in each]
+    assert chosen == ["near_unit_mass" if quantity == "nonsense" else quantity]
+    (heat,) = [each for each in page.all("img") if each["class"] == "heat"]
+    assert heat["src"].startswith("data:image/png;base64,")
+    assert "of 3 layers in 2 snapshots, step 1 to 2" in heat["alt"]
+
+
+def test_a_picture_is_a_png_of_the_values(told: Any, tmp_path: Any) -> None:
+    import base64
+
+    from matplotlib.image import imread
+
+    url, width, height = heatmap.picture(told.view.columns, "near_unit_mass")
+    (tmp_path / "heat.png").write_bytes(base64.b64decode(url.partition(",")[2]))
+    pixels = imread(tmp_path / "heat.png")
+    assert pixels.shape == (height, width, 4) == (3, 2, 4)
+    values = told.view.columns[0].values["near_unit_mass"]
+    for row, value in enumerate(reversed(values)):
+        low, high = heatmap.ANCHORS[0][0] / 255, heatmap.ANCHORS[-1][0] / 255
+        assert low - 0.01 <= pixels[row, 0, 0] <= high + 0.01
+        assert (pixels[row, 0, 0] > 0.5) == (value > 0.52) or abs(value - 0.52) < 0.05
+
+
+def test_a_token_alone_tells_browsers_what_to_do(live_state: LiveState) -> None:
+    for login, says in ((HttpAuth(b"secret-token"), True), (HttpAuth(b"secret-token", b"eve", b"password"), False)):
+        server = WebServer("127.0.0.1:0", CollectorRegistry(), {}, live_state=live_state, login=login)
+        try:
+            refused = httpx.get(f"http://{server.address}/", timeout=30.0)
+            assert refused.status_code == 401
+            assert ("A browser cannot show a bearer token" in refused.text) == says
+            for path in ("/api/v1/runs", "/api/v1/events", "/static/live.js"):
+                assert httpx.get(f"http://{server.address}{path}", timeout=30.0).status_code == 401
+        finally:
+            server.close()
+
+
+def test_markup_escapes_what_is_no_markup() -> None:
+    assert tag("p", "<b>", Markup("<i></i>"), None, 3, class_='"x"', data_a=True, hidden=False) == (
+        '<p class="&quot;x&quot;" data-a>&lt;b&gt;<i></i>3</p>'
+    )
+    assert join("&", tag("br")) == "&amp;<br>"

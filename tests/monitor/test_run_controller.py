@@ -1,0 +1,334 @@
+"""One run's guard: verdicts to commands, and what becomes of them. The policy is the real one."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from koopmon.config import Config, PolicyConfig, RiskConfig, from_mapping, merged
+from koopmon.monitor.run_controller import RESEND_SECONDS, Answered, Assessment, RunController
+from koopmon.monitor.sample import Sample
+from koopmon.risk.calibration import Calibrator, Example, fit
+from koopmon.spectral import SpectralProfile, profile_states
+from koopmon.wire.messages import Ack, Applied, Command, Hello, KssSettings
+from tests import factories
+
+RUN, INCARNATION = "job", "aaaaaaaa"
+
+
+def hello(**fields: Any) -> Hello:
+    return factories.hello(RUN, INCARNATION, **{"num_layers": 2, **fields})
+
+
+def sample(step: int, **fields: Any) -> Sample:
+    scalars = {"learning_rate": 0.1, "loss": 2.0, "grad_norm": 1.0, "lr_scale": 1.0, "kss_alpha": 0.0}
+    return Sample(step=step, **{**scalars, **fields})
+
+
+def make_guard(config: Config | None = None, *, applied: Applied | None = None, **fields: Any) -> RunController:
+    return RunController(config or Config(), hello(**fields), applied or Applied())
+
+
+def calm_profile(seed: int = 0) -> SpectralProfile:
+    generator = torch.Generator().manual_seed(seed)
+    return profile_states(torch.cumsum(torch.randn((3, 64, 8), generator=generator), dim=0), svd_rank=4, kreiss="never")
+
+
+def explode(controller: RunController, step: int = 10, *, now: float = 0.0, latest: int | None = None) -> Assessment:
+    """A snapshot whose states are not finite: the policy backs off at once."""
+    return controller.assess(now, sample(step), None, step=step if latest is None else latest)
+
+
+def ack(command: Command, outcome: Any = "applied", applied: Applied | None = None) -> Ack:
+    return Ack(
+        run=RUN,
+        incarnation=INCARNATION,
+        command_id=command.id,
+        outcome=outcome,
+        step=12,
+        applied=applied or Applied(),
+    )
+
+
+def cuts(assessment: Assessment) -> list[Command]:
+    return [command for command in assessment.commands if command.kind == "set_lr_scale"]
+
+
+def test_a_calm_snapshot_brings_no_command() -> None:
+    controller = make_guard()
+    assessment = controller.assess(0.0, sample(1), calm_profile(), step=1)
+    assert (assessment.commands, assessment.remarkable, controller.has_pending) == ((), False, False)
+    assert assessment.decision is not None
+    assert assessment.decision.reason
+
+
+def test_a_danger_becomes_commands_with_id_and_expiry() -> None:
+    controller = make_guard()
+    assessment = explode(controller, step=10, latest=14)
+    (cut,) = cuts(assessment)
+    assert assessment.remarkable
+    assert assessment.risk.value == 1.0
+    assert (cut.run, cut.incarnation) == (RUN, INCARNATION)
+    assert cut.lr_scale is not None
+    assert 0.0 < cut.lr_scale < 1.0
+    assert cut.expires_step == 14 + Config().policy.expires_in_steps, "counted from the run's latest step"
+    assert len({command.id for command in assessment.commands}) == len(assessment.commands)
+    assert controller.has_pending
+
+
+def test_an_unanswered_command_is_offered_again_with_the_same_id_until_it_expires() -> None:
+    controller = make_guard()
+    (cut,) = cuts(explode(controller, step=10))
+    assert controller.due(RESEND_SECONDS / 2) == []
+    assert cut.id in [command.id for command in controller.due(RESEND_SECONDS)]
+    assert controller.due(RESEND_SECONDS * 1.5) == []
+    assert controller.expire(9.0, cut.expires_step, Applied()) == []
+    assert controller.expire(RESEND_SECONDS * 1.5, 1000, Applied()) == [], "the answer may be on its way"
+    assert cut.id in [command.id for command in controller.expire(9.0, 1000, Applied())]
+    assert controller.due(99.0) == []
+    assert not controller.has_pending
+
+
+def test_what_was_given_up_did_not_happen() -> None:
+    """After a cut that was never applied, the next one starts from what is in force."""
+    controller = make_guard()
+    (first,) = cuts(explode(controller, step=10))
+    controller.expire(9.0, 1000, Applied())
+    (second,) = cuts(explode(controller, step=1001, now=10.0))
+    assert second.lr_scale == first.lr_scale
+
+
+@pytest.mark.parametrize("outcome", ["applied", "duplicate"])
+def test_an_applied_cut_is_built_upon(outcome: str) -> None:
+    controller = make_guard()
+    (first,) = cuts(explode(controller, step=10))
+    assert first.lr_scale is not None
+    answered = controller.acknowledge(1.0, ack(first, outcome, Applied(lr_scale=first.lr_scale)))
+    assert answered == Answered("set_lr_scale", first=True, counts=True)
+    (second,) = cuts(explode(controller, step=100, now=10.0))
+    assert second.lr_scale is not None
+    assert second.lr_scale < first.lr_scale
+
+
+@pytest.mark.parametrize("outcome", ["refused", "failed", "expired"])
+def test_a_refused_cut_is_not(outcome: str) -> None:
+    controller = make_guard()
+    (first,) = cuts(explode(controller, step=10))
+    controller.acknowledge(1.0, ack(first, outcome, Applied()))
+    (second,) = cuts(explode(controller, step=100, now=10.0))
+    assert second.lr_scale == first.lr_scale
+
+
+@pytest.mark.parametrize("shielded", [True, False])
+def test_only_a_shield_keeps_kss_away_for_good(shielded: bool) -> None:
+    """A refusal for any other reason, such as the agent's own allowance of actions, may be none the next time."""
+    alarming = PolicyConfig(name="kss", act_risk=1e-9, severe_risk=1.0, release_risk=0.0, cooldown_steps=1)
+    controller, asked = make_guard(Config(policy=alarming)), []
+    for step in range(1, 200):
+        assessment = controller.assess(float(step), sample(step), calm_profile(step), step=step)
+        for command in assessment.commands:
+            outcome = "refused" if command.kind == "set_kss" else "applied"
+            asked += [command] * (command.kind == "set_kss")
+            answer = msgspec.structs.replace(ack(command, outcome), shielded=shielded and outcome == "refused")
+            controller.acknowledge(float(step), answer)
+        if len(asked) == 3:
+            break
+    assert len(asked) == (1 if shielded else 3)
+
+
+def test_answers_to_settled_and_unknown_commands() -> None:
+    controller = make_guard()
+    (cut,) = cuts(explode(controller))
+    assert controller.acknowledge(1.0, ack(cut)) == Answered("set_lr_scale", first=True, counts=True)
+    for again in ("duplicate", "failed", "applied"):
+        assert controller.acknowledge(2.0, ack(cut, again)) == Answered("set_lr_scale", first=False, counts=False)
+    stranger = Ack(run=RUN, incarnation=INCARNATION, command_id="f" * 8, outcome="applied", step=1, applied=Applied())
+    assert controller.acknowledge(3.0, stranger) is None
+
+
+def test_a_newer_command_of_a_kind_replaces_the_unanswered_one() -> None:
+    controller = make_guard()
+    (first,) = cuts(explode(controller, step=10))
+    assessment = explode(controller, step=100, now=1.0)
+    (second,) = cuts(assessment)
+    assert first.id in [command.id for command in assessment.replaced]
+    offered = [command.id for command in controller.due(50.0)]
+    assert second.id in offered
+    assert first.id not in offered
+
+
+def test_an_answer_to_a_cadence_command_does_not_touch_the_policy() -> None:
+    controller = make_guard()
+    assessment = explode(controller, step=10)
+    (first,) = cuts(assessment)
+    (cadence,) = [command for command in assessment.commands if command.kind == "set_cadence"]
+    controller.acknowledge(1.0, ack(cadence, "refused", Applied()))
+    controller.acknowledge(1.0, ack(first, "applied", Applied(lr_scale=first.lr_scale or 1.0)))
+    (second,) = cuts(explode(controller, step=100, now=10.0))
+    assert second.lr_scale is not None
+    assert second.lr_scale < (first.lr_scale or 1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "acts"),
+    [
+        (Config(policy=PolicyConfig(dry_run=True)), True),
+        (Config(policy=PolicyConfig(name="observe")), True),
+        (Config(), False),
+    ],
+)
+def test_who_only_watches_sends_nothing(config: Config, acts: bool) -> None:
+    controller = make_guard(config, acts=acts)
+    assert not controller.sends
+    assessment = explode(controller)
+    assert assessment.commands
+    assert not controller.has_pending
+    assert controller.due(99.0) == []
+
+
+def test_a_later_hello_tells_that_the_run_can_be_acted_on() -> None:
+    controller = make_guard(acts=False)
+    controller.on_hello(hello(acts=True))
+    assert controller.sends
+
+
+def test_shutting_down_assesses_and_decides_nothing() -> None:
+    controller = make_guard()
+    assessment = controller.assess(0.0, sample(10), None, step=10, decide=False)
+    assert (assessment.decision, assessment.commands, assessment.risk.value) == (None, (), 1.0)
+
+
+def test_a_guard_goes_on_from_the_memory_of_another() -> None:
+    controller = make_guard()
+    for step in range(1, 6):
+        profile = calm_profile(step)
+        controller.record_initial_score(step, profile)
+        controller.assess(0.0, sample(step), profile, step=step)
+    (cut,) = cuts(explode(controller, step=10))
+    held = Applied(lr_scale=cut.lr_scale or 1.0)
+    memory = controller.checkpoint()
+    heir = RunController(Config(), hello(step=11, applied=held), held, checkpoint=memory)
+    assert heir.checkpoint() == memory
+    assert heir.initial is not None
+    (second,) = cuts(explode(heir, step=100, now=10.0))
+    assert second.lr_scale is not None
+    assert second.lr_scale < held.lr_scale
+
+
+def test_what_is_in_force_outweighs_memory(caplog: pytest.LogCaptureFixture) -> None:
+    controller = make_guard()
+    (cut,) = cuts(explode(controller, step=10))
+    heir = RunController(Config(), hello(step=11), Applied(), checkpoint=controller.checkpoint())
+    (again,) = cuts(explode(heir, step=100, now=10.0))
+    assert again.lr_scale == cut.lr_scale, "the cut had not reached the run"
+    with caplog.at_level(logging.WARNING):
+        RunController(Config(), hello(), Applied(), checkpoint=b'{"risk": "of another version"}')
+    assert "cannot be used" in caplog.text
+
+
+def test_a_restored_run_is_brought_back_when_it_is_calm() -> None:
+    """A new incarnation that took over a back-off and KSS returns to the user's own settings."""
+    applied = Applied(lr_scale=0.25, kss=KssSettings(alpha=0.1))
+    controller = make_guard(applied=applied)
+    last: dict[str, Command] = {}
+    profile = calm_profile()
+    for step in range(1, 10_000, 20):
+        assessment = controller.assess(float(step), sample(step, lr_scale=0.25), profile, step=step)
+        for command in assessment.commands:
+            last[command.kind] = command
+            controller.acknowledge(float(step), ack(command))
+    assert last["set_lr_scale"].lr_scale == 1.0
+    assert last["set_kss"].kss == KssSettings()
+
+
+def test_the_initial_score_comes_from_the_first_informative_snapshot_of_the_warm_up() -> None:
+    controller = make_guard()
+    controller.record_initial_score(1, profile_states(torch.zeros((3, 64, 8)), svd_rank=4))
+    assert controller.initial is not None
+    assert controller.initial.score is None
+    controller.record_initial_score(2, calm_profile(2))
+    first = controller.initial
+    assert first.informative
+    controller.record_initial_score(3, calm_profile(3))
+    assert controller.initial is first
+    late = make_guard()
+    late.record_initial_score(Config().cadence.warmup_steps + 1, calm_profile())
+    assert late.initial is None
+
+
+def test_hints_fill_defaults_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    config = RiskConfig(smoothing=0.5)
+    with caplog.at_level(logging.WARNING):
+        filled = merged(
+            config, {"smoothing": 0.9, "peak_scale": 2.0, "speed_scale": -1.0, "invented": 1.0}, "thresholds"
+        )
+    assert (filled.smoothing, filled.peak_scale) == (0.5, 2.0)
+    assert filled.speed_scale == RiskConfig().speed_scale
+    assert "invented" in caplog.text
+    assert "speed_scale" in caplog.text
+
+
+def test_adapter_defaults_reach_the_commands_unless_the_monitor_says_otherwise() -> None:
+    hint = KssSettings(alpha=0.7, num_samples=64)
+    for configured, expected in ((None, 0.7), (0.05, 0.05)):
+        tables: dict[str, Any] = {"policy": {"name": "kss"}}
+        if configured is not None:
+            tables["kss"] = {"alpha": configured}
+        controller = make_guard(from_mapping(tables), kss=hint)
+        controller.on_hello(hello(kss=hint))
+        assert controller._kss_config.alpha == expected
+        assert controller._kss_config.num_samples == 64
+
+
+def calibrator(**settings: Any) -> Calibrator:
+    examples = [
+        Example(
+            update_exponent=0.1 * (i % 10),
+            learning_rate=10 ** (-4 + i / 20),
+            width=8,
+            num_layers=2,
+            diverged=i > 30,
+        )
+        for i in range(60)
+    ]
+    return fit(examples, **settings)
+
+
+def test_divergence_probability_is_that_of_the_highest_rate_so_far() -> None:
+    controller = RunController(
+        Config(), hello(rate_sized_steps=True, update_exponent=0.4), Applied(), calibrator=calibrator()
+    )
+    assert controller.divergence_probability is None, "nothing is known yet"
+    profile = calm_profile()
+    controller.record_initial_score(0, profile)
+    told = []
+    for step, rate in enumerate((0.0001, 0.01, 0.001)):
+        controller.assess(0.0, sample(step, learning_rate=rate), profile, step=step)
+        told.append(controller.divergence_probability)
+    expected = Example(update_exponent=0.4, learning_rate=0.01, width=8, num_layers=2)
+    assert told[0] is not None
+    assert told[0] < told[1] == told[2] == calibrator().probability(expected)
+
+
+def test_the_rate_counts_only_where_it_tells_how_long_the_steps_are() -> None:
+    for sized, expected in ((True, 8), (False, None)):
+        controller = RunController(
+            Config(), hello(rate_sized_steps=sized, update_exponent=0.4), Applied(), calibrator=calibrator()
+        )
+        controller.record_initial_score(0, calm_profile())
+        assessment = controller.assess(0.0, sample(0, learning_rate=0.01), calm_profile(), step=0)
+        assert assessment.observation.width == expected
+        assert (controller.divergence_probability is not None) == sized
+
+
+def test_a_calibrator_of_another_kind_says_nothing() -> None:
+    controller = RunController(
+        Config(), hello(rate_sized_steps=True, update_exponent=0.4), Applied(), calibrator=calibrator(adapter="moe")
+    )
+    controller.record_initial_score(0, calm_profile())
+    controller.assess(0.0, sample(0), calm_profile(), step=0)
+    assert controller.divergence_probability is None

@@ -1,0 +1,134 @@
+"""A recording decided again: under its own policy as it was, under another one as that would have it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from koopmon.config import Config, from_mapping
+from koopmon.errors import StoreError
+from koopmon.history.reader import HistoryReader
+from koopmon.history.writer import HistoryWriter
+from koopmon.offline.replay import Replayed, replay
+from koopmon.policy import PolicyState, decide
+from koopmon.risk.online_detector import Observation, RiskState, assess
+from tests.factories import hello, observation, record_observation
+
+RUN, INCARNATION = "run-1", "0123abcd"
+NUM_STEPS = 60
+Recorder = Callable[..., Path]
+
+
+def seen_at(step: int, scale: float) -> Observation:
+    """A run that lurches from step 30 on, less so under a lower rate."""
+    ratio = 0.5 + (math.exp(2.5 * scale) if step >= 30 and step % 3 == 0 else 0.0)
+    return observation(
+        step,
+        update_ratios=(0.5, ratio),
+        near_unit_mass=0.95,
+        max_spectral_radius=1.2,
+        loss=3.0,
+        lr_scale=scale,
+    )
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Recorder:
+    """Makes a store in which `config` guarded a run, each command in force at the next step."""
+
+    def record(config: Config, *, incarnations: tuple[str, ...] = (INCARNATION,), **thresholds: float) -> Path:
+        path = tmp_path / "run.sqlite3"
+        store = HistoryWriter.open(path)
+        for incarnation in incarnations:
+            store.record_hello(0.0, hello(RUN, incarnation, thresholds=thresholds))
+            history, state = RiskState(), PolicyState()
+            for step in range(NUM_STEPS):
+                seen = seen_at(step, state.lr_scale)
+                history, risk = assess(history, seen, config.risk)
+                state = decide(float(step), state, seen, risk, config.policy, config.kss).state
+                record_observation(
+                    store,
+                    float(step),
+                    step,
+                    RUN,
+                    incarnation,
+                    scalars={"loss": 3.0},
+                    lr_scale=seen.lr_scale,
+                    observation=seen,
+                    risk=risk.value,
+                    reason=risk.reason,
+                    components=risk.components,
+                )
+        store.close()
+        return path
+
+    return record
+
+
+def again(path: Path, config: Config) -> list[Replayed]:
+    with HistoryReader.open(path) as history:
+        return list(replay(history, RUN, config))
+
+
+def policy(name: str, **fields: float) -> Config:
+    return from_mapping({"policy": {"name": name, **fields}})
+
+
+def test_under_its_own_policy_a_run_is_decided_as_it_was(recorded: Recorder) -> None:
+    rows = again(recorded(policy("lr")), policy("lr"))
+    assert [row.step for row in rows] == list(range(NUM_STEPS))
+    assert [row.risk for row in rows] == pytest.approx([row.recorded_risk for row in rows])
+    assert any(row.actions for row in rows)
+    assert min(row.lr_scale for row in rows) < 1.0
+
+
+def test_another_policy_does_otherwise(recorded: Recorder) -> None:
+    path = recorded(policy("lr"))
+    assert not any(row.actions for row in again(path, policy("observe")))
+    kinds = {action.kind for row in again(path, policy("kss+lr")) for action in row.actions}
+    assert kinds == {"set_lr_scale", "set_kss"}
+    sure = policy("lr", confirm_snapshots=2, severe_risk=1.0, act_risk=0.05, release_risk=0.04)
+    hasty, patient = (next(row.step for row in again(path, each) if row.actions) for each in (policy("lr"), sure))
+    assert hasty < patient
+
+
+def test_each_incarnation_starts_afresh(recorded: Recorder) -> None:
+    rows = again(recorded(policy("lr"), incarnations=("aaaaaaaa", "bbbbbbbb")), policy("lr"))
+    halves = rows[:NUM_STEPS], rows[NUM_STEPS:]
+    assert {row.incarnation for row in halves[1]} == {"bbbbbbbb"}
+    assert [row.lr_scale for row in halves[0]] == [row.lr_scale for row in halves[1]]
+
+
+def test_an_adapters_hints_apply_where_the_configuration_is_silent(recorded: Recorder) -> None:
+    path = recorded(policy("lr"), peak_scale=100.0, speed_scale=100.0, restlessness_scale=100.0)
+    assert not any(row.actions for row in again(path, policy("lr")))
+    own = from_mapping({"policy": {"name": "lr"}, "risk": {"peak_scale": 0.2, "speed_scale": 0.2}})
+    assert any(row.actions for row in again(path, own))
+
+
+def test_what_cannot_be_replayed_is_named(recorded: Recorder, tmp_path: Path) -> None:
+    path = recorded(policy("lr"))
+    with HistoryReader.open(path) as history, pytest.raises(StoreError, match="'run-2': the store knows run-1"):
+        list(replay(history, "run-2", Config()))
+    store = HistoryWriter.open(tmp_path / "empty.sqlite3")
+    store.record_hello(0.0, hello(RUN, INCARNATION))
+    store.close()
+    with pytest.raises(StoreError, match="no snapshot was recorded"):
+        again(tmp_path / "empty.sqlite3", Config())
+    cut = tmp_path / "cut.sqlite3"
+    cut.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(StoreError, match=r"cut\.sqlite3"):
+        again(cut, Config())
+
+
+def test_a_row_that_another_version_wrote_is_named_by_its_step(tmp_path: Path) -> None:
+    path = tmp_path / "strange.sqlite3"
+    store = HistoryWriter.open(path)
+    store.record_hello(0.0, hello(RUN, INCARNATION))
+    record_observation(store, 0.0, 7, RUN, INCARNATION, observation={"informative": "perhaps"})
+    store.close()
+    with pytest.raises(StoreError, match="step 7 cannot be judged again"):
+        again(path, Config())

@@ -1,0 +1,53 @@
+"""The loss's surprise is its z-score against the run's own last losses, whatever is logged and however seldom."""
+
+import math
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from koopmon.risk.loss_zscore import LARGEST, MIN_LOSSES, WINDOW, LossZScore
+
+
+def follow(losses: list[float | None]) -> LossZScore:
+    surprise = LossZScore()
+    for loss in losses:
+        surprise = surprise.after(loss)
+    return surprise
+
+
+def test_it_is_the_z_score_against_the_window_before() -> None:
+    losses = [3.0 - 0.01 * step + 0.003 * (step % 3) for step in range(30)]
+    before = losses[-WINDOW:]
+    deviation = statistics.pstdev(before) + 1e-3 * statistics.fmean(before)
+    assert follow([*losses, 3.5]).value == pytest.approx((3.5 - statistics.fmean(before)) / deviation)
+    assert follow(losses).value < 0, "a loss that falls does not surprise"
+
+
+def test_nothing_surprises_before_enough_is_known() -> None:
+    assert follow([3.0, 2.9, 2.8, 2.7, 99.0]).value == 0.0
+    assert follow([3.0, 2.9, 2.8, 2.7, 2.6, 99.0]).value > 100.0
+    assert MIN_LOSSES == 5
+
+
+def test_the_same_loss_again_and_no_loss_are_no_news() -> None:
+    seldom = [loss for step in range(12) for loss in [3.0 - 0.1 * (step % 4)] * 10]
+    assert follow(seldom) == follow(seldom[::10])
+    assert follow([*seldom, None]) == follow(seldom)
+
+
+def test_a_loss_that_is_not_finite_is_the_largest_surprise_and_not_remembered() -> None:
+    calm = follow([3.0, 2.9, 3.1, 2.8, 3.0, 2.9, 3.05])
+    for bad in (math.nan, math.inf):
+        assert calm.after(bad).value == LARGEST
+        assert calm.after(bad).losses == calm.losses
+
+
+@given(st.lists(st.none() | st.floats(), max_size=60))
+def test_it_is_finite_and_bounded_whatever_comes(losses: list[float | None]) -> None:
+    surprise = follow(losses)
+    assert math.isfinite(surprise.value)
+    assert surprise.value <= LARGEST
+    assert len(surprise.losses) <= WINDOW
+    assert all(math.isfinite(loss) for loss in surprise.losses)

@@ -1,0 +1,253 @@
+"""The online detector: calm growth scores low, lurching layers score high, and the bounds hold for any input."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from koopmon.config import RiskConfig
+from koopmon.risk.loss_zscore import MIN_LOSSES
+from koopmon.risk.online_detector import LOSS_FLOOR, Observation, OnlineRisk, RiskState, assess, prior, rate_excess
+
+CONFIG = RiskConfig()
+
+
+def seen(step: int, ratios: tuple[float, ...], exponent: float = 1.0, **fields: Any) -> Observation:
+    return Observation(step=step, informative=True, update_ratios=ratios, update_exponent=exponent, **fields)
+
+
+def follow(series: list[tuple[int, tuple[float, ...]]], exponent: float = 1.0, **fields: Any) -> list[OnlineRisk]:
+    state, risks = RiskState(), []
+    for step, ratios in series:
+        state, risk = assess(state, seen(step, ratios, exponent, **fields), CONFIG)
+        risks.append(risk)
+    return risks
+
+
+def test_smooth_growth_by_a_hundredfold_is_calm() -> None:
+    series = [(step, (0.04 * 1.05**step, 0.05 * 1.05**step)) for step in range(95)]
+    assert max(risk.value for risk in follow(series)) < 0.05
+
+
+def test_one_layer_that_lurches_for_one_step_is_an_alarm() -> None:
+    calm = [(step, (0.5, 0.6, 0.7, 0.7)) for step in range(20)]
+    flare = [(20, (0.5, 0.6, 0.7, 20.8)), (21, (0.5, 0.6, 0.7, 0.3))]
+    risks = follow(calm + flare)
+    assert risks[19].value == 0.0
+    assert risks[20].value > 0.9
+    assert "layer 3" in risks[20].reason
+    assert risks[21].value > 0.9
+
+
+def test_lasting_unrest_without_a_great_lurch_is_an_alarm_until_the_rate_is_cut() -> None:
+    restless = [(step, (2.0 if step % 2 else 3.2,)) for step in range(60)]
+    risks = follow(restless)
+    assert max(risk.value for risk in risks[:5]) < 0.5
+    assert risks[-1].value > 0.5
+    assert risks[-1].components["lasting"] > 1 > (risks[-1].components["peak"] + risks[-1].components["speed"]) / 2
+    state = RiskState()
+    for step, ratios in restless:
+        state, _ = assess(state, seen(step, ratios), CONFIG)
+    state, after = assess(state, replace(seen(60, (3.2,)), lr_scale=0.5), CONFIG)
+    assert after.value < 0.5
+    assert state.restlessness < 0.1
+
+
+LURCH = [(0, (1.0, 1.0)), (1, (1.0, 3.0)), (2, (1.0, 1.0))]
+
+
+def log_odds(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+def at_rate(rate: float | None, exponent: float | None = 1.0, **fields: Any) -> Observation:
+    """A rate of a model of width 10 and 4 layers."""
+    return Observation(
+        step=0, informative=True, learning_rate=rate, width=10, num_layers=4, update_exponent=exponent, **fields
+    )
+
+
+@pytest.mark.parametrize(
+    ("exponent", "critical"),
+    [(1.0, CONFIG.critical_rate / 40), (None, CONFIG.critical_rate / 40), (0.0, CONFIG.normalized_critical_rate / 10)],
+    ids=["unnormalised", "unknown", "normalised: depth does not count"],
+)
+def test_the_prior_rises_with_the_rate_within_its_bounds(exponent: float | None, critical: float) -> None:
+    found = [prior(at_rate(rate, exponent), CONFIG) for rate in (0.0, 1e-9, critical / 2, critical, 2 * critical, 1e6)]
+    assert found == sorted(found)
+    assert found[0] == found[1] == CONFIG.min_prior
+    assert found[3] == pytest.approx(0.0, abs=1e-9)
+    assert found[-1] == CONFIG.max_prior
+    assert found[3] - found[2] == pytest.approx(CONFIG.prior_slope * math.log10(2))
+
+
+@pytest.mark.parametrize("fields", [{"learning_rate": None}, {"width": None}, {"width": 0}])
+def test_an_unknown_rate_says_nothing(fields: dict[str, Any]) -> None:
+    observation = replace(at_rate(1.0), **fields)
+    assert prior(observation, CONFIG) == 0.0
+    assert rate_excess(observation, CONFIG) is None
+
+
+def test_the_excess_is_that_of_the_scheduled_rate() -> None:
+    whole, halved = (rate_excess(at_rate(0.3, lr_scale=scale), CONFIG) for scale in (1.0, 0.5))
+    assert whole == halved == pytest.approx(0.3 * 40 / CONFIG.critical_rate)
+    bare, behind_norms = (rate_excess(at_rate(0.3, exponent), CONFIG) for exponent in (1.0, 0.0))
+    partly = rate_excess(at_rate(0.3, 0.3), CONFIG)
+    assert bare is not None
+    assert behind_norms == pytest.approx(0.3 * 10 / CONFIG.normalized_critical_rate)
+    assert partly == pytest.approx(math.sqrt(bare * behind_norms)), "half way between the two"
+    _, unknown = assess(RiskState(), replace(at_rate(3.0, None), update_ratios=(1.0,)), CONFIG)
+    assert unknown.excess_rate is None, "nobody knows which critical rate is that of these layers"
+
+
+def test_the_rate_in_force_counts() -> None:
+    whole, halved = (prior(at_rate(0.02, lr_scale=scale), CONFIG) for scale in (1.0, 0.5))
+    assert whole - halved == pytest.approx(CONFIG.prior_slope * math.log10(2))
+
+
+CLIMB = [(step, (0.5 * 1.8**step, 0.6)) for step in range(12)]
+"""As when one layer takes over the stream."""
+
+
+def test_evidence_decides_in_normalised_layers_whatever_the_rate() -> None:
+    low, high = (follow(CLIMB, 0.0, learning_rate=rate, width=10)[-1] for rate in (1e-9, 1.0))
+    assert log_odds(high.value) - log_odds(low.value) == pytest.approx(2 * CONFIG.normalized_weight)
+    assert low.components["prior"] == CONFIG.min_prior, "the forecast still goes by all of it"
+    bare = [follow(CLIMB, learning_rate=rate, width=10)[-1] for rate in (1e-9, 1.0)]
+    assert log_odds(bare[1].value) - log_odds(bare[0].value) == pytest.approx(CONFIG.max_prior - CONFIG.min_prior)
+
+
+def test_a_climb_of_normalised_layers_is_an_alarm() -> None:
+    slow = [(step, (0.5 * 1.02**step, 0.6)) for step in range(60)]
+    assert follow(CLIMB, 0.0)[-1].value > 0.4
+    assert max(risk.value for risk in follow(slow, 0.0)) < 0.05
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("height", [2.0, 5.0, 20.0])
+def test_one_odd_snapshot_of_normalised_layers_is_no_alarm(layer: int, height: float) -> None:
+    series = [(step, (0.5, 0.6)) for step in range(20)]
+    odd = tuple(ratio * (height if index == layer else 1.0) for index, ratio in enumerate((0.5, 0.6)))
+    series[10] = (10, odd)  # type: ignore[assignment]
+    assert max(risk.value for risk in follow(series, 0.0)) == 0.0
+    if height > 2.0:
+        assert max(risk.value for risk in follow(series)) > 0.4, "without normalisation it is one"
+
+
+def test_without_a_lurch_there_is_no_risk_whatever_is_known_beforehand() -> None:
+    risks = follow([(step, (1.0, 1.0)) for step in range(30)], learning_rate=1e6, width=1)
+    assert max(risk.value for risk in risks) == 0.0
+    assert risks[0].forecast == pytest.approx(1 / (1 + math.exp(-CONFIG.max_prior))), "but there is a warning"
+
+
+def test_the_forecast_rises_as_the_expansive_mass_grows() -> None:
+    state, forecasts = RiskState(), []
+    for step, mass in enumerate((0.02, 0.02, 0.1, 0.5, 0.02)):
+        state, risk = assess(state, seen(step, (1.0,), expansive_mass=mass), CONFIG)
+        forecasts.append(risk.forecast)
+    assert forecasts[0] == forecasts[1] == forecasts[4] == 0.5
+    assert 0.5 < forecasts[2] < forecasts[3]
+    assert log_odds(forecasts[3]) == pytest.approx(math.log(0.51 / 0.03))
+
+
+def test_a_logged_loss_makes_the_forecast() -> None:
+    losses = [3.0 + 0.01 * (step % 3) for step in range(12)] + [3.2]
+    plain, told = RiskState(), RiskState()
+    for step, loss in enumerate(losses):
+        plain, without = assess(plain, seen(step, (1.0,), learning_rate=0.9, width=1, expansive_mass=0.1), CONFIG)
+        told, with_loss = assess(
+            told, seen(step, (1.0,), learning_rate=0.9, width=1, expansive_mass=0.1, loss=loss), CONFIG
+        )
+        assert ("loss" in with_loss.components) == (step >= MIN_LOSSES), "before, the expansive mass speaks"
+        if step < MIN_LOSSES:
+            assert with_loss.forecast == without.forecast
+    known, z = with_loss.components["prior"], with_loss.components["loss"]
+    assert z > 10
+    assert with_loss.forecast == pytest.approx(1 / (1 + math.exp(-known - 4 * math.log(z + LOSS_FLOOR))))
+    assert with_loss.forecast > 0.99 > 0.5 > without.forecast
+    assert with_loss.value == without.value == 0.0, "a loss alone is no reason to act"
+    told, fallen = assess(told, seen(13, (1.0,), learning_rate=0.9, width=1, loss=2.9), CONFIG)
+    assert fallen.forecast < 0.01
+
+
+@given(reliable=st.floats(0, 1), weight=st.floats(0, 1))
+def test_unreliable_modes_weaken_the_evidence_where_a_family_says_so(reliable: float, weight: float) -> None:
+    config = RiskConfig(reliability_weight=weight)
+    before, _ = assess(RiskState(), seen(0, (1.0, 1.0)), CONFIG)
+    lurch = seen(1, (1.0, 3.0))
+    _, plain = assess(before, lurch, CONFIG)
+    _, same = assess(before, replace(lurch, reliable_mode_ratio=reliable), CONFIG)
+    _, weighed = assess(before, replace(lurch, reliable_mode_ratio=reliable), config)
+    assert same.value == plain.value, "no other family is touched"
+    factor = 1 - weight * (1 - reliable)
+    assert weighed.components["unsteadiness"] == pytest.approx(plain.components["unsteadiness"] * factor)
+    assert ("reliable modes" in weighed.reason) == (factor < 1)
+
+
+def test_the_components_are_what_the_definition_says() -> None:
+    ratios = [(0.1, 0.3), (0.4, 0.2), (0.5, 1.5)]
+    risk = follow([(2 * i, r) for i, r in enumerate(ratios)])[-1]
+    z = [[math.log(u + CONFIG.update_ratio_floor) for u in r] for r in ratios]
+    first = [abs(b - a) / 2 for a, b in zip(z[0], z[1], strict=True)]
+    second = [abs(b - a) / 2 for a, b in zip(z[1], z[2], strict=True)]
+    w = CONFIG.smoothing
+    speed = max((1 - w) * w * a + w * b for a, b in zip(first, second, strict=True)) / CONFIG.speed_scale
+    peak = max(second) / CONFIG.peak_scale
+    slow, peaks = CONFIG.restlessness_smoothing, [max(first) / CONFIG.peak_scale, peak]
+    lasting = ((1 - slow) * slow * min(peaks[0], 1) + slow * min(peaks[1], 1)) / CONFIG.restlessness_scale
+    assert risk.components["lasting"] == pytest.approx(lasting)
+    v = max((peak + speed) / 2, lasting)
+    assert risk.components["peak"] == pytest.approx(peak)
+    assert risk.components["speed"] == pytest.approx(speed)
+    assert risk.value == pytest.approx(v**4 / (1 + v**4))
+
+
+def test_a_sparse_cadence_does_not_hide_an_oscillation() -> None:
+    dense = follow([(step, (1.0 if step % 2 else 4.0,)) for step in range(12)])
+    sparse = follow([(10 * step, (1.0 if step % 2 else 4.0,)) for step in range(12)])
+    assert sparse[-1].components["peak"] == pytest.approx(
+        dense[-1].components["peak"] * CONFIG.min_gap_steps / CONFIG.max_gap_steps
+    )
+
+
+def test_states_that_are_not_finite_are_the_highest_risk_and_leave_the_history_alone() -> None:
+    state, _ = assess(RiskState(), seen(0, (0.1,)), CONFIG)
+    after, risk = assess(state, Observation(step=1, informative=False, non_finite=True), CONFIG)
+    assert risk.value == 1.0
+    assert after == state
+
+
+def test_an_identity_initialisation_is_no_risk() -> None:
+    still = Observation(step=3, informative=False, reason="layers do not move", update_ratios=(0.0,))
+    state, risk = assess(RiskState(), still, CONFIG)
+    assert risk.value == 0.0
+    assert "layers do not move" in risk.reason
+    assert state.initial_expansive_mass is None
+
+
+@pytest.mark.parametrize("again", [seen(5, (0.1,)), seen(3, (0.1,)), seen(6, (0.1, 0.2))])
+def test_a_step_that_goes_back_or_another_depth_starts_afresh(again: Observation) -> None:
+    state, _ = assess(RiskState(), seen(5, (9.0,)), CONFIG)
+    state, risk = assess(state, again, CONFIG)
+    assert risk.value == 0.0
+    assert len(state.z) == len(again.update_ratios)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1e30), st.floats(0, 1e30)), min_size=1, max_size=12),
+    st.floats(0, 1),
+    st.integers(1, 100),
+)
+def test_the_risk_is_always_a_probability(ratios: list[tuple[float, float]], share: float, gap: int) -> None:
+    for risk in follow([(i * gap, r) for i, r in enumerate(ratios)], share, learning_rate=gap * share, width=1):
+        assert 0.0 <= risk.value <= 1.0
+        assert 0.0 <= risk.forecast <= 1.0
+        assert all(math.isfinite(value) for value in risk.components.values())
+
+
+def test_observations_are_frozen_copies() -> None:
+    first = seen(0, (0.1,))
+    assert replace(first, step=1) != first

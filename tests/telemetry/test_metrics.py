@@ -1,0 +1,215 @@
+"""The table of metrics, as Prometheus reads it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from koopmon.spectral import LayerProfile, SpectralProfile, profile_states
+from koopmon.telemetry.metrics import (
+    COMMAND_KINDS,
+    COMMAND_OUTCOMES,
+    DROPS,
+    KEPT_WHEN_VANISHED,
+    LAYER_FIELDS,
+    PREFIX,
+    REJECTIONS,
+    TABLE,
+    Metrics,
+    layer_buckets,
+)
+
+GOLDEN = Path(__file__).parent / "metrics.golden"
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def metrics(registry: CollectorRegistry) -> Metrics:
+    return Metrics(registry, {"version": "0"})
+
+
+def make_profile(num_layers: int, **fields: Any) -> SpectralProfile:
+    template = profile_states(torch.randn((2, 24, 3)), kreiss="never").layers[0].to_dict()
+    layers = []
+    for layer in range(num_layers):
+        values = {name: float(layer) for name in LAYER_FIELDS}
+        layers.append(LayerProfile.from_dict({**template, **values, **fields}))
+    return SpectralProfile(layers=tuple(layers))
+
+
+def exposed(registry: CollectorRegistry) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_names_types_and_labels_are_the_public_contract(metrics: Metrics, registry: CollectorRegistry) -> None:
+    """Compare with the golden file; a change there is a change of what dashboards and alerts stand on."""
+    metrics.begin_run("job")
+    for series in TABLE:
+        if series.kind == "gauge":
+            metrics.set(series.name, 1.0, *(f"a-{label}" for label in series.labels))
+    lines = []
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        labels = sorted({label for sample in family.samples for label in sample.labels})
+        lines.append(f"{family.name} {family.type} {','.join(labels)}".rstrip())
+    assert "\n".join(lines) + "\n" == GOLDEN.read_text()
+
+
+def test_every_metric_of_the_contract_is_there() -> None:
+    names = {series.name + ("_total" if series.kind == "counter" else "") for series in TABLE}
+    assert names >= {
+        *("near_unit_mass", "expansive_mass", "contractive_mass", "spectral_radius", "eigenvector_condition_number"),
+        *("kreiss_constant", "nonlinearity_ratio", "update_ratio", "reliable_mode_ratio", "reliable_near_unit_mass"),
+        *("risk", "initial_risk", "divergence_probability", "informative", "kss_alpha", "lr_scale", "step"),
+        *("run_state", "last_snapshot_timestamp_seconds", "agent_overhead_ratio", "taps_missing"),
+        *("snapshots_received_total", "snapshots_dropped_total", "commands_total", "messages_rejected_total"),
+        *("dmd_duration_seconds", "engine_queue_length", "build"),
+    }
+
+
+def test_counters_start_at_zero_for_every_known_label_value(metrics: Metrics, registry: CollectorRegistry) -> None:
+    metrics.begin_run("job")
+    found = exposed(registry)
+    for reason in REJECTIONS:
+        assert found[PREFIX + "messages_rejected_total", (("reason", reason),)] == 0
+    for reason in DROPS:
+        assert found[PREFIX + "snapshots_dropped_total", (("reason", reason), ("run", "job"))] == 0
+    for kind in COMMAND_KINDS:
+        for outcome in COMMAND_OUTCOMES:
+            labels = (("kind", kind), ("outcome", outcome), ("run", "job"))
+            assert found[PREFIX + "commands_total", labels] == 0
+    metrics.add("commands", "job", "stop", "sent")
+    metrics.begin_run("job")
+    assert metrics.value("commands", "job", "stop", "sent") == 1
+
+
+def test_labels_are_bounded(metrics: Metrics) -> None:
+    with pytest.raises(KeyError, match="invented"):
+        metrics.add("messages_rejected", "invented")
+    with pytest.raises(ValueError, match="zip"):
+        metrics.add("messages_rejected")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
+def test_a_value_that_is_not_finite_takes_the_series_away(metrics: Metrics, bad: float | None) -> None:
+    metrics.set("risk", 0.5, "job")
+    metrics.set("risk", bad, "job")
+    assert metrics.value("risk", "job") is None
+
+
+def test_no_layer_value_is_ever_not_finite(metrics: Metrics, registry: CollectorRegistry) -> None:
+    metrics.set_layers("job", make_profile(2, spectral_radius=math.inf, near_unit_mass=math.nan))
+    found = exposed(registry)
+    assert all(math.isfinite(value) for value in found.values())
+    assert not any(name == PREFIX + "spectral_radius" for name, _ in found)
+    assert found[PREFIX + "update_ratio", (("layer", "1"), ("run", "job"))] == 1.0
+
+
+def test_fewer_layers_leave_no_stale_series(metrics: Metrics, registry: CollectorRegistry) -> None:
+    metrics.set_layers("job", make_profile(3))
+    metrics.set_layers("other", make_profile(1))
+    metrics.set_layers("job", make_profile(2, kreiss_constant=None))
+    layers = [dict(labels) for name, labels in exposed(registry) if name == PREFIX + "update_ratio"]
+    assert layers == [{"layer": "0", "run": "job"}, {"layer": "1", "run": "job"}, {"layer": "0", "run": "other"}]
+    kreiss = [dict(labels)["layer"] for name, labels in exposed(registry) if name == PREFIX + "kreiss_constant"]
+    assert kreiss == ["0", "1", "0"], "the last Kreiss constants of layers that are still there stand"
+    metrics.set_layers("job", None)
+    assert [dict(labels)["run"] for name, labels in exposed(registry) if name.endswith("_ratio")] == ["other"] * 3
+
+
+def test_observables_are_bucketed_as_layers_are_and_leave_nothing_stale(
+    metrics: Metrics, registry: CollectorRegistry
+) -> None:
+    metrics.set_observables("other", {"load_imbalance": [1.0]})
+    metrics.set_observables("job", {"router_entropy": [0.5, None, math.nan], "load_imbalance": [2.0, 3.0, 4.0]})
+    metrics.set_observables("job", {"router_entropy": [None] * 64 + [0.25, 0.75]})
+
+    def series(run: str) -> dict[tuple[str, str], float]:
+        found = {labels: value for (name, labels), value in exposed(registry).items() if name == PREFIX + "observable"}
+        told = {tuple(sorted(dict(labels).items())): value for labels, value in found.items()}
+        return {(each[0][1], each[1][1]): value for each, value in told.items() if each[2][1] == run}
+
+    assert series("job") == {("64-65", "router_entropy"): 0.5}
+    assert series("other") == {("0", "load_imbalance"): 1.0}
+    metrics.set_observables("job", {})
+    assert series("job") == {}
+    metrics.end_run("other")
+    assert series("other") == {}
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "count", "first", "last"),
+    [
+        (0, 0, None, None),
+        (1, 1, "0", "0"),
+        (64, 64, "0", "63"),
+        (65, 33, "0-1", "64-64"),
+        (4096, 64, "0-63", "4032-4095"),
+    ],
+)
+def test_layers_share_series_above_the_bound(num_layers: int, count: int, first: str | None, last: str | None) -> None:
+    buckets = layer_buckets(num_layers)
+    assert len(buckets) == count <= 64
+    assert [layer for _, span in buckets for layer in span] == list(range(num_layers))
+    if buckets:
+        assert (buckets[0][0], buckets[-1][0]) == (first, last)
+
+
+def test_a_bucket_shows_the_mean_or_the_worst(metrics: Metrics) -> None:
+    metrics.set_layers("job", make_profile(66))
+    assert metrics.value("update_ratio", "job", "2-3") == 2.5
+    assert metrics.value("spectral_radius", "job", "2-3") == 3.0
+
+
+def test_a_run_that_vanished_keeps_two_series_and_one_that_is_removed_none(
+    metrics: Metrics, registry: CollectorRegistry
+) -> None:
+    before = exposed(registry)
+    metrics.begin_run("job")
+    metrics.set_layers("job", make_profile(2))
+    metrics.set("run_state", 2, "job")
+    metrics.set("last_snapshot_timestamp_seconds", 1.0, "job")
+    metrics.end_run("job", keep=KEPT_WHEN_VANISHED)
+    left = {name for name, labels in exposed(registry) if ("run", "job") in labels}
+    assert left == {PREFIX + name for name in KEPT_WHEN_VANISHED}
+    metrics.end_run("job")
+    assert exposed(registry) == before
+
+
+def test_durations_make_a_histogram(metrics: Metrics, registry: CollectorRegistry) -> None:
+    for seconds in (0.0005, 0.001, 0.02, 100.0):
+        metrics.observe_duration(seconds)
+    found = exposed(registry)
+    name = PREFIX + "dmd_duration_seconds"
+    assert found[name + "_bucket", (("le", "0.001"),)] == 2
+    assert found[name + "_bucket", (("le", "0.025"),)] == 3
+    assert found[name + "_bucket", (("le", "+Inf"),)] == found[name + "_count", ()] == 4
+    assert found[name + "_sum", ()] == pytest.approx(100.0215)
+
+
+def test_openmetrics_is_valid_too(metrics: Metrics, registry: CollectorRegistry) -> None:
+    metrics.begin_run("job")
+    metrics.set_layers("job", make_profile(2))
+    metrics.observe_duration(0.1)
+    families = {family.name: family for family in parse_openmetrics(generate_openmetrics(registry).decode())}
+    assert families[PREFIX + "snapshots_received"].type == "counter"
+    assert families[PREFIX + "build"].samples[0].labels == {"version": "0"}
+    assert not any(
+        "rank" in sample.labels or "step" in sample.labels for f in families.values() for sample in f.samples
+    )

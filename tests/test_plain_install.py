@@ -1,0 +1,39 @@
+"""`pytest` works in an install of `.[test]`: what needs another package is skipped, and says which."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.plain_install import absent, brought
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+
+def plain(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.plain_install", "-q", "-p", "no:cacheprovider", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+
+
+def test_every_test_is_collected_or_skipped() -> None:
+    """What only an extra brings must be imported late, or after `pytest.importorskip`."""
+    done = plain("--collect-only")
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert "error" not in done.stdout.splitlines()[-1]
+    assert "could not import 'scipy'" in done.stdout
+
+
+def test_what_needs_no_extra_runs() -> None:
+    done = plain("tests/risk", "tests/test_policy.py", "tests/spectral", "tests/test_config.py", "-rs")
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " passed" in done.stdout
+
+
+def test_a_plain_install_has_no_more_than_it_says() -> None:
+    assert {"torch", "pytest", "hypothesis", "pyzmq", "typer"} <= brought()
+    assert {"scipy", "httpx", "matplotlib", "transformers", "mkdocs"} <= absent()
+    assert not absent() & {"torch", "numpy", "yaml", "zmq", "_pytest", "xdist"}
