@@ -18,6 +18,8 @@ import torch
 from koopmon.wire.messages import Applied, Heartbeat, Refused, Welcome
 from tests.monitor.conftest import MonitorProcess, ScriptedAgent, wait_until
 
+pytestmark = pytest.mark.process
+
 LAST = (1 << 53) - 1
 HUGE = sys.float_info.max
 TABLES = {
@@ -156,6 +158,7 @@ def test_an_agent_with_absurd_numbers_ends_nothing(
     assert not any(failed.values()), f"nothing had to be contained: {failed}"
 
 
+@pytest.mark.slow
 def test_a_restart_on_the_same_history_ends_nothing(
     start_process: Callable[..., MonitorProcess], connect: Callable[..., ScriptedAgent]
 ) -> None:
