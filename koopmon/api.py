@@ -35,8 +35,8 @@ MAX_SPECIFICITY = 100
 class Point:
     """One residual block, mapping h_layer to h_{layer+1}; `name` is its path in the model as given.
 
-    h_{layer+1} is read in the output of `module`. h_layer is read among the call arguments of `entry`, which is
-    `module` itself except where a block is no module of its own but a run of several that the model calls in turn.
+    h_{layer+1} is read in the output of `module`. h_layer is read among the call arguments of `entry`. `entry` is
+    `module` itself, except for a block that is not a single module but a run of modules that the model calls in turn.
     """
 
     name: str
@@ -53,8 +53,8 @@ class Point:
 class Stack:
     """A candidate chain of blocks, found without running the model; `name` is the path of its container.
 
-    `residual` says that the blocks are known by their structure to carry their input forward, h + f(h). When it is
-    False the verifying forward must show it: a plain chain of layers h -> f(h) is no residual stream.
+    `residual` is True if the structure of the blocks proves that they carry their input forward, h + f(h). If it is
+    False the verifying forward must prove it: a plain chain of layers h -> f(h) is no residual stream.
     """
 
     name: str
@@ -68,10 +68,10 @@ Reader = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], Tensor |
 
 @dataclass(frozen=True, slots=True)
 class Observable:
-    """One number of a family's own, measured beside the spectrum of transition `layer`.
+    """One number specific to a family, measured beside the spectrum of transition `layer`.
 
     In a snapshot's forward pass, and in no other, `read` is called after each call of `module`, without gradients and
-    not in a recomputation. It must not synchronise with the device, draw random numbers or change anything, and should
+    not in a recomputation. It must not synchronise with the device, draw random numbers or change any state. It should
     cost little beside the module itself. Several readings of one name and layer are averaged.
     """
 
@@ -83,10 +83,10 @@ class Observable:
 
 @dataclass(frozen=True, slots=True)
 class Discovery:
-    """What was found in a model.
+    """The result of a search in a model.
 
-    `verified` is True when a forward pass showed that each point's output is the next one's input. `rejected` tells,
-    for each stack that was seen and not kept, why. `flags` are facts beside the adapter's family, such as "hybrid".
+    `verified` is True if a forward pass showed that each point's output is the next one's input. `rejected` holds the
+    reason for each stack that was found and not kept. `flags` are facts beside the adapter's family, such as "hybrid".
     """
 
     adapter: ArchitectureAdapter
@@ -102,13 +102,17 @@ class Discovery:
 
 @dataclass(frozen=True, slots=True)
 class ExampleModel:
-    """A small model of an adapter's family, for `koopmon adapters check` to train for a few steps.
+    """A small model of an adapter's family, which `koopmon adapters check` trains for a few steps.
 
-    `adapter` is the name of the adapter that is to be chosen for it. `build(seed)` returns (model, batch), the same for
-    the same seed: parameters are taken from seed 0, microbatches from any; torch, numpy and random are seeded before
-    the call. A batch is a tensor, a tuple or list of arguments, or a mapping of keyword arguments of one forward pass,
-    with at least 32 tokens. `loss(model, batch)` calls the model and returns the 0-d loss of one training step; when it
-    is None the loss is the output's own (attribute or key `loss`), else the mean square of its first float tensor.
+    `adapter` is the name of the adapter that must be chosen for it. `build(seed)` returns (model, batch), the same for
+    the same seed: parameters are taken from seed 0, microbatches from any. torch, numpy and random are seeded before
+    the call.
+
+    A batch is a tensor, a tuple or list of arguments, or a mapping of keyword arguments of one forward pass, with at
+    least 32 tokens.
+
+    `loss(model, batch)` calls the model and returns the 0-d loss of one training step. If it is None the loss is the
+    output's own (attribute or key `loss`), else the mean square of its first float tensor.
     """
 
     name: str
@@ -141,8 +145,9 @@ class ArchitectureAdapter(ABC):
     name: ClassVar[str]
     """Unique, lower case; the value of `adapter=` and of the metrics' label."""
     measures: ClassVar[Mapping[str, str]] = {}
-    """Names that `observables` may yield: at most 8, of 1 to 40 characters of a-z, 0-9 and _, each with a line of
-    help.
+    """Names that `observables` may yield, each with a line of help.
+
+    At most 8 names, each of 1 to 40 characters of a-z, 0-9 and _.
     """
 
     @abstractmethod
@@ -159,7 +164,7 @@ class ArchitectureAdapter(ABC):
 
     @abstractmethod
     def stacks(self, model: nn.Module) -> list[Stack]:
-        """Candidate stacks, best first, found without running the model."""
+        """Return candidate stacks, best first, found without running the model."""
 
     def flags(self, model: nn.Module) -> frozenset[str]:
         """Return facts about the model to report beside the family's name."""
@@ -184,7 +189,7 @@ class ArchitectureAdapter(ABC):
     def with_block_output(self, module: nn.Module, output: Any, state: Tensor) -> Any:
         """Return `output` with its state replaced. Every other part stays the same object.
 
-        Raises TypeError for an output that is neither a tensor nor a tuple or list.
+        Raises TypeError unless the output is a tensor, a tuple, a list or a named tuple.
         """
         if isinstance(output, Tensor):
             return state
@@ -197,10 +202,10 @@ class ArchitectureAdapter(ABC):
     def token_mask(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], stack: Stack | None = None
     ) -> Tensor | None:
-        """Return a boolean tensor, True at tokens that count, from the root model's call arguments; None if there is
-        none.
+        """Return a boolean tensor, True at tokens that count, from the root model's call arguments.
 
-        Its shape is (B, T), or that of the state's leading dimensions. `stack` is the tapped stack.
+        Its shape is (B, T), or that of the state's leading dimensions. `stack` is the tapped stack. Returns None if the
+        arguments hold no mask.
         """
         named = call_arguments(model, args, kwargs)
         mask = named.get("attention_mask")

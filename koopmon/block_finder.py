@@ -95,8 +95,7 @@ def parts_of(block: nn.Module, is_part: Callable[[nn.Module], bool]) -> list[nn.
 
 
 def normalised(stack: Stack) -> bool:
-    """Return True if every block of `stack` holds a normalisation, known by its class name, such as LayerNorm or
-    RMSNorm.
+    """Return True if every block of `stack` holds a normalisation, known by its class name (LayerNorm, RMSNorm, ...).
 
     Normalisations of queries and keys do not count, nor do torch's reparametrisations, which normalise weights. A block
     that normalises by a function call counts as one without normalisation.
@@ -155,8 +154,9 @@ def container_stack(model: nn.Module, name: str) -> Stack | None:
 
 
 def survey(model: nn.Module) -> dict[str, str]:
-    """Return each container by name, with its contents and, if the structure shows it, the reason why it is no
-    stack.
+    """Return the contents of each container, by the container's name.
+
+    If the structure shows that a container is no stack, its entry includes the reason.
     """
     seen: dict[str, str] = {}
     for path, module in model.named_modules():

@@ -48,8 +48,9 @@ MIN_CARRIED = 0.25
 
 
 class ChainResult(NamedTuple):
-    """`stack` is the kept one, None if no candidate is a chain. `reasons` holds the reason against each other one, by
-    name.
+    """`stack` is the kept one, None if no candidate is a chain.
+
+    `reasons` holds the reason against each other one, by name.
     """
 
     stack: Stack | None
@@ -137,7 +138,7 @@ class ChainVerifier:
 
     @contextmanager
     def watch(self, also: Callable[[Stack, int, Tensor], None] | None = None) -> Iterator[None]:
-        """Observe every candidate by hooks of its own, removed at the end.
+        """Observe every candidate by temporary hooks, removed at the end.
 
         `also` is called as also(stack, l, h_l) with every state of every candidate, h_0 first: 0 <= l <= its blocks.
         """

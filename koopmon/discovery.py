@@ -81,11 +81,11 @@ def not_verified(model: nn.Module, selection: Selection, reasons: Mapping[str, s
 
 @contextmanager
 def probe(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields what to call for a forward pass that leaves no trace.
+    """Yield the module to call for a forward pass without side effects.
 
-    Eval mode and no_grad; each module's mode and the random states of Python, the CPU and every GPU are restored. A
-    DistributedDataParallel wrapper is stepped through, so that no collective runs. The fused inference path of
-    torch.nn.TransformerEncoder, under which a padded batch becomes a nested tensor, is off.
+    Eval mode and no_grad are set. Each module's mode and the random states of Python, the CPU and every GPU are
+    restored. The module inside a DistributedDataParallel wrapper is yielded, so that no collective runs. The fused
+    inference path of torch.nn.TransformerEncoder is off, because it turns a padded batch into a nested tensor.
     """
     modes = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()

@@ -35,8 +35,9 @@ def flaw(measures: Mapping[str, str]) -> str:
 
 
 def declared(families: Iterable[ArchitectureAdapter], stack: Stack) -> tuple[Observable, ...]:
-    """Return the observables of `families` in `stack`, at most MAX_NAMES names. Of two families with one name, the
-    first counts.
+    """Return the observables of `families` in `stack`, at most MAX_NAMES names.
+
+    Of two families with one name, the first counts.
 
     A family is left out, with a log line, if it fails or reads a name that is not in its `measures`.
     """
@@ -77,7 +78,7 @@ def shielded(families: Iterable[ArchitectureAdapter], stacks: Iterable[Stack]) -
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Readings on their way to the host: `values`, float32, of shape (len(keys),), one for each (name, layer)."""
+    """Readings in transfer to the host: `values`, float32, of shape (len(keys),), one for each (name, layer)."""
 
     keys: tuple[tuple[str, int], ...]
     values: Tensor

@@ -92,8 +92,9 @@ class PluginCalls:
             return result
 
     def contained(self, what: str, call: Callable[..., T], *args: Any) -> T:
-        """Return `call(*args)`, run in this thread. Raises PluginError, and the exceptions of signals. Keeps grad
-        mode.
+        """Return `call(*args)`, run in this thread.
+
+        Raises PluginError, and the exceptions of signals. Keeps grad mode.
         """
         grad_mode = torch.is_grad_enabled()
         try:
@@ -179,7 +180,7 @@ def told(error: BaseException) -> str:
 
 @functools.cache
 def say_once(text: str, *, level: int = logging.WARNING) -> None:
-    """One log line per process, and per job: of all ranks the first alone says it above DEBUG."""
+    """Log one line per process, and per job: ranks other than the first log it at DEBUG."""
     logger.log(level if _rank() == "0" else logging.DEBUG, "koopmon: %s", text)
 
 

@@ -91,7 +91,7 @@ class PluginManager(pluggy.PluginManager):
                 found = call() if is_own(each.plugin) else calls.limited(f"{hook}()", call)
             except PluginError as error:
                 self.skip(each.plugin_name, error.reason)
-            except Exception as error:  # as above
+            except Exception as error:  # see `load`
                 self.skip(each.plugin_name, f"{hook}() {told(error)}")
             else:
                 yield each.plugin_name, found

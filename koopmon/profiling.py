@@ -76,8 +76,9 @@ def capture_states(
     seed: int = 0,
     **batch_kwargs: Any,
 ) -> CapturedStates:
-    """Capture the states for `profile`: those of the verified stack on one forward pass. Arguments and errors as
-    `profile`.
+    """Capture the states for `profile`: those of the verified stack on one forward pass.
+
+    Arguments and errors as `profile`.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples = {num_samples}: allowed are integers from 1")

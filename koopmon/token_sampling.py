@@ -68,8 +68,9 @@ def choose_rows(
 
 
 def take_rows(state: Tensor, rows: Tensor) -> Tensor:
-    """Return the sampled tokens of a state (..., T, D) as a new tensor (N, D), without a full copy of a strided
-    state.
+    """Return the sampled tokens of a state (..., T, D) as a new tensor (N, D).
+
+    A strided state is not copied as a whole.
     """
     if state.is_contiguous():
         return state.reshape(-1, state.shape[-1]).index_select(0, rows)

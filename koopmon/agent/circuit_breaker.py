@@ -53,8 +53,9 @@ class CircuitBreaker:
 
 
 class GuardedHook:
-    """A hook whose exceptions trip the circuit breaker. Copies of its module, by deepcopy or pickle, carry a
-    NoopHook.
+    """A hook whose exceptions trip the circuit breaker.
+
+    Copies of its module, by deepcopy or pickle, carry a NoopHook.
     """
 
     __slots__ = ("_body", "_breaker")

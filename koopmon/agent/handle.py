@@ -25,7 +25,7 @@ class Agent:
         self._runtime = runtime
         self._reason = reason
         self.joined = joined
-        """Whether the training was attached before, as by `koopmon run`: then whoever did that closes it."""
+        """True if the training was attached before, as by `koopmon run`. The first caller then closes the agent."""
         self._complained = False
 
     @property
@@ -35,13 +35,14 @@ class Agent:
 
     @property
     def should_stop(self) -> bool:
-        """True after a stop command of the monitor, from the same step on all ranks. The training loop decides."""
+        """True after a stop command of the monitor, from the same step on all ranks. The loop may read it."""
         runtime = self._runtime
         return runtime is not None and runtime.actuator is not None and runtime.actuator.state.stop
 
     def log(self, *, loss: float | Tensor | None = None, grad_norm: float | Tensor | None = None) -> None:
-        """Report the loss and the gradient's norm to the monitor, in the user's own units. Both are optional, at any
-        step.
+        """Report the loss and the gradient's norm to the monitor, in the user's own units.
+
+        Both are optional, at any step.
 
         Each is a number or a tensor with one element. A tensor on a device is copied without synchronising.
         """

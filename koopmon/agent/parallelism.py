@@ -24,8 +24,9 @@ _MAX_FRAMES = 64
 
 @dataclass(frozen=True, slots=True)
 class ParallelLayout:
-    """A layout. `proven`: commands are applied by default. `caution` is the reason against. `refused`: known to be
-    wrong.
+    """A layout.
+
+    `proven`: commands are applied by default. `caution` is the reason against. `refused`: known to be wrong.
     """
 
     name: str
@@ -36,8 +37,9 @@ class ParallelLayout:
 
 @dataclass(frozen=True, slots=True)
 class DataRanks:
-    """This rank among those that train on different data. `leads`: it is the first of the ranks that share one
-    model.
+    """This rank among those that train on different data.
+
+    `leads`: it is the first of the ranks that share one model.
     """
 
     rank: int

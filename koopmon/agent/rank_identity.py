@@ -46,7 +46,7 @@ class RankContext:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The job's name and the hexadecimal name of this launch of it, equal on all ranks."""
+    """The job's name and the hexadecimal id of this launch, equal on all ranks."""
 
     run: str
     incarnation: str

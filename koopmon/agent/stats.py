@@ -22,8 +22,9 @@ class AsyncScalar:
         self._next = 0
 
     def put(self, value: float | Tensor | None) -> None:
-        """Store a number or a tensor with one element. Raises TypeError for other shapes, complex values and
-        DTensors.
+        """Store a number or a tensor with one element.
+
+        Raises TypeError for other shapes, complex values and DTensors.
         """
         if isinstance(value, Tensor):
             if value.numel() != 1 or value.is_complex():
@@ -65,7 +66,7 @@ class AgentStats:
         self.step = 0
         """Optimizer steps done."""
         self.step_seconds: float | None = None
-        """Running mean of one optimizer step."""
+        """Running mean of the duration of one optimizer step."""
         self.elapsed_seconds = 0.0
         """Time between the first step edge and the last."""
         self.hook_seconds = 0.0
@@ -79,18 +80,18 @@ class AgentStats:
         self.sent = 0
         self.dropped: dict[DropReason, int] = dict.fromkeys(DROP_REASONS, 0)
         self.rejected: dict[str, int] = {}
-        """What came from the monitor and was refused, by reason. Written by the sender's thread alone."""
+        """Refused messages of the monitor, by reason. Only the sender's thread writes it."""
         self.judgement: Judgement | None = None
-        """What the monitor last said of this training. Written by the sender's thread alone."""
+        """The monitor's latest judgement of this training. Only the sender's thread writes it."""
         self.loss = AsyncScalar()
         self.grad_norm = AsyncScalar()
         self.learning_rate = AsyncScalar()
         self.kss_skipped = AsyncScalar()
-        """Layers for which the KSS gradient could not be trusted, since the start."""
+        """Layers with an untrusted KSS gradient, since the start."""
 
     @property
     def busy_seconds(self) -> float:
-        """Time that koopmon has taken in the training thread."""
+        """Seconds that koopmon has used in the training thread."""
         return self.hook_seconds + self.capture_seconds + self.kss_seconds
 
     def drop(self, reason: DropReason, count: int = 1) -> None:

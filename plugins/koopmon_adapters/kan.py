@@ -35,7 +35,7 @@ class KANAdapter(ArchitectureAdapter):
 
     Near zero, splines add a constant that does not depend on the state. In the update exponent this looks like
     normalisation. Blocks that do not normalise therefore count as unnormalised. The share of reliable modes weighs the
-    risk by a quarter: a larger weight hid failures, and a weight of zero gave three times as many false alarms
+    risk by a quarter: a larger weight missed deaths, and a weight of zero gave three times as many false alarms
     (docs/evidence.md). All other settings, including KSS, are those of other families.
     """
 

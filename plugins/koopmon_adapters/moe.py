@@ -226,8 +226,9 @@ def _make(module: nn.Module) -> tuple[object, ...]:
 
 
 def _could_be_expert(module: nn.Module) -> bool:
-    """Return True if `module` has weights and no attention. Blocks of a transformer also form lists of equal
-    modules.
+    """Return True if `module` has weights and no attention.
+
+    Blocks of a transformer also form lists of equal modules.
     """
     names = (name for name, _ in module.named_modules())
     return _has_matrix(list(module.parameters())) and not any("att" in name.lower() for name in names)

@@ -176,8 +176,9 @@ def _is_whole(block: nn.Module) -> bool:
 
 
 def _weights(block: nn.Module, without: set[nn.Module]) -> Iterator[str]:
-    """Yield the names of the weight matrices of a block. Linear layers count by type, because sharded weights may be
-    flat.
+    """Yield the names of the weight matrices of a block.
+
+    Linear layers count by type, because sharded weights may be flat.
     """
     for path, module in block.named_modules():
         if module in without:

@@ -22,7 +22,7 @@ from koopmon.wire.messages import DType
 
 NUM_SLOTS = 3
 LARGE_SLOT_BYTES = 64 << 20
-"""Slots of this size or more come in NUM_SLOTS - 1, to bound memory."""
+"""For slots of this size or more the pool holds NUM_SLOTS - 1."""
 DTYPE_NAMES: dict[torch.dtype, DType] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
@@ -32,9 +32,10 @@ DTYPE_NAMES: dict[torch.dtype, DType] = {
 
 @dataclass(slots=True)
 class RankSnapshot:
-    """One rank's rows of one snapshot: `states` (P, N, D) in the memory of `slot`, valid once `ready` has come.
+    """One rank's rows of one snapshot: `states` (P, N, D) in the memory of `slot`, valid after the event `ready`.
 
-    `num_valid`, when not None, is a 0-d host tensor, valid at the same moment: only the first rows up to it are real.
+    `num_valid`, when not None, is a 0-d host tensor, valid at the same moment. Only the first `num_valid` rows are
+    real.
     """
 
     step: int
@@ -69,7 +70,7 @@ class Sampler:
         self._rows: Tensor = torch.empty(0)
         self._num_valid: Tensor | None = None
         self.readings = Readings()
-        """Of the snapshot that was begun last."""
+        """Readings of the latest snapshot begun."""
         self._shape = torch.Size()
         self._step = 0
         self._num_points = 0
@@ -82,8 +83,9 @@ class Sampler:
 
     @torch.no_grad()
     def begin(self, step: int, num_points: int, state: Tensor, mask: Tensor | None) -> bool:
-        """Choose tokens and a buffer for a snapshot that starts with `state`. Returns False, and counts, if none is
-        free.
+        """Choose tokens and a buffer for a snapshot that starts with `state`.
+
+        Returns False, and counts, if none is free.
         """
         leading = state.shape[:-1]
         num_tokens = leading.numel()
@@ -121,8 +123,9 @@ class Sampler:
 
     @torch.no_grad()
     def put(self, point: int, state: Tensor) -> bool:
-        """Copy the chosen rows of the state at `point`. Returns False, and abandons the snapshot, if they do not
-        fit.
+        """Copy the chosen rows of the state at `point`.
+
+        Returns False, and abandons the snapshot, if they do not fit.
         """
         if point != self._num_put or state.shape != self._shape:
             self.abandon()

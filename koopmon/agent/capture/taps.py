@@ -50,10 +50,10 @@ class TapEvents(Protocol):
         """Handle the start of a training forward."""
 
     def on_chain_verified(self, stack: Stack, width: int, update_exponent: float | None, fingerprint: int) -> None:
-        """Handle the verified chain `stack`, with D = `width` and the exponent of update growth with the state, if
-        known.
+        """Handle the verified chain `stack`, with D = `width`.
 
-        `fingerprint` is of the states that entered it: equal on ranks that hold the same tokens.
+        `update_exponent` is that of the growth of updates with the state, if known. `fingerprint` is of the states that
+        entered the chain: equal on ranks that hold the same tokens.
         """
 
     def on_snapshot_ready(self) -> None:
@@ -64,8 +64,9 @@ class TapEvents(Protocol):
 
 
 def recomputing() -> bool:
-    """Return True during a backward pass in this thread: a forward inside it is activation checkpointing's second
-    one.
+    """Return True during a backward pass in this thread.
+
+    A forward inside it is a recomputation by activation checkpointing.
     """
     return torch._C._current_graph_task_id() != -1
 
@@ -85,7 +86,7 @@ class ResidualTaps:
         self.stack: Stack | None = None
         """The verified chain."""
         self.failure = ""
-        """Why there will be no snapshots; empty while all is well."""
+        """The reason why no more snapshots are taken; empty while there is none."""
         self.sampler: Sampler | None = None
         self.num_forwards = 0
         """Training forwards since the last step edge."""
@@ -97,12 +98,12 @@ class ResidualTaps:
         self._num_missed = 0
         self._width = 0
         self._due = False
-        """The next training forward is a snapshot."""
+        """True while the next training forward must be a snapshot."""
         self._root_called = False
         self._training = False
-        """Inside a training forward."""
+        """True inside a training forward."""
         self._observing = False
-        """Inside the training forward that verifies the chain."""
+        """True inside the training forward that verifies the chain."""
         self._mask: Tensor | None = None
         self._root_handles = [
             model.register_forward_pre_hook(breaker.hook(self._enter_root), with_kwargs=True),
@@ -162,8 +163,9 @@ class ResidualTaps:
         return observable.module.register_forward_hook(self.readers.hook(leave_module), with_kwargs=True)
 
     def _replace_adapter(self, reason: object) -> bool:
-        """Change to koopmon's own adapter, if it claims the model and no chain is verified yet. Returns True on a
-        change.
+        """Change to koopmon's own adapter, if it claims the model and no chain is verified yet.
+
+        Returns True on a change.
         """
         model = self._model()
         following = None if self.stack is not None or model is None else fall_back(self._selection, model, reason)

@@ -52,7 +52,7 @@ COMPLAINT_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """What hello says of this rank, beside its name; see `koopmon.wire.messages.Hello`."""
+    """The fields of hello that describe this rank, beside its name; see `koopmon.wire.messages.Hello`."""
 
     process_rank: int
     world_size: int

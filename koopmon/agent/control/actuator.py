@@ -28,8 +28,9 @@ from koopmon.wire.messages import Applied, Command, KssSettings
 EXCHANGE_SECONDS = 0.1
 """Target interval between two exchanges. A command waits at most this interval and one step."""
 SHORT_STEP_SECONDS = 0.25
-"""Steps shorter than this have no exchange in two steps running. On a busy machine an exchange costs the ranks a
-fraction of a millisecond.
+"""Steps shorter than this have no exchange in two consecutive steps.
+
+On a busy machine an exchange costs the ranks a fraction of a millisecond.
 """
 MAX_EXCHANGE_STEPS = 100
 MAX_PENDING = 64
@@ -261,8 +262,9 @@ class Actuator:
 
 
 def _is_action(command: Command) -> bool:
-    """Return True if `command` counts against the hourly allowance. A return to the user's own settings never
-    counts.
+    """Return True if `command` counts against the hourly allowance.
+
+    A return to the user's own settings never counts.
     """
     if command.kind == "set_lr_scale":
         return command.lr_scale != 1.0

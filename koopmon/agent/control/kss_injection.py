@@ -96,8 +96,9 @@ class _Rows(torch.autograd.Function):
 
 
 class _Inject(torch.autograd.Function):
-    """Returns a block's output unchanged. On the way back the KSS gradient is added, once, at its rows and at the
-    input's.
+    """Returns a block's output unchanged.
+
+    On the way back the KSS gradient is added, once, at its rows and at the input's.
 
     The output is a copy, because the code after the block may write into it.
     """
@@ -172,8 +173,9 @@ class KssInjection:
             self._weight = alpha / (num_sampled * max(num_forwards, 1))
 
     def find_scaler(self, optimizer: Optimizer) -> None:
-        """Find the GradScaler, if any, that scales the loss of `optimizer`. Call it from inside the optimizer's
-        step().
+        """Find the GradScaler, if any, that scales the loss of `optimizer`.
+
+        Call it from inside the optimizer's step().
         """
         scaler = _calling_scaler()
         if scaler is None and not self._scanned:

@@ -63,8 +63,9 @@ class LrBackoff:
     def watch_closure(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Return the arguments of `step()` with its closure wrapped, to detect forwards inside it; None without a
-        closure.
+        """Return the arguments of `step()` with its closure wrapped; None without a closure.
+
+        The wrapper marks the forwards that run inside the closure.
         """
         if not self._scaled:
             return None
@@ -117,8 +118,9 @@ class LrBackoff:
 
 
 def largest_rate(optimizer: Optimizer) -> float | Tensor | None:
-    """Return the largest rate of the groups as the schedule set it. A rate on a device is returned as a tensor,
-    unread.
+    """Return the largest rate of the groups as the schedule set it.
+
+    A rate on a device is returned as a tensor, unread.
     """
     rates = [group.get("lr") for group in optimizer.param_groups]
     for rate in rates:

@@ -38,8 +38,10 @@ START_SECONDS = 0.3
 START_STEPS = 3
 """Least lead of the first exchange, in steps."""
 OPERATION_SECONDS = 60.0
-"""Longest duration of an exchange. Only the training thread's own wait is shorter. A slow exchange is no failure while
-the ranks wait for each other in the backward pass.
+"""Longest duration of an exchange.
+
+Only the training thread's own wait is shorter. A slow exchange is no failure while the ranks wait for each other in the
+backward pass.
 """
 FIRST_PAUSE_SECONDS = 1.0
 """First pause before a group is formed again. It doubles with each failure, up to LAST_PAUSE_SECONDS."""
@@ -53,7 +55,7 @@ _decoder = msgspec.msgpack.Decoder(ControlUpdate)
 
 @dataclass(frozen=True, slots=True)
 class ReplicaFingerprint:
-    """What a rank says of itself where several share one model: whose data it trains on, what entered its blocks."""
+    """One rank's entry if several share one model: its data rank, and a fingerprint of its first block's input."""
 
     data_rank: int
     fingerprint: int
@@ -98,7 +100,7 @@ class RankGroup:
 
     @property
     def ready(self) -> bool:
-        """Exchanges take place: what rank 0 decides reaches every rank."""
+        """True while exchanges run: rank 0's decisions reach every rank."""
         return self._agreed.is_set() and not self._closed.is_set()
 
     @property

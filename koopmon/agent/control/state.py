@@ -71,8 +71,9 @@ class ControlState(Struct, frozen=True, kw_only=True, array_like=True, forbid_un
     def towards(
         self, step: int, num_steps: int, *, lr_scale: float | None = None, kss: KssSettings | None = None
     ) -> ControlState:
-        """Return the state that moves to `lr_scale` and `kss` in `num_steps` steps, from `step` on. None keeps a
-        value.
+        """Return the state that moves to `lr_scale` and `kss` in `num_steps` steps, from `step` on.
+
+        None keeps a value.
         """
         state = self
         if lr_scale is not None:
