@@ -108,8 +108,8 @@ class ExampleModel:
     the same seed: parameters are taken from seed 0, microbatches from any. torch, numpy and random are seeded before
     the call.
 
-    A batch is a tensor, a tuple or list of arguments, or a mapping of keyword arguments of one forward pass, with at
-    least 32 tokens.
+    A batch is a tensor, a tuple or list of arguments, or a mapping of keyword arguments of one forward pass. It holds
+    at least 32 tokens.
 
     `loss(model, batch)` calls the model and returns the 0-d loss of one training step. If it is None the loss is the
     output's own (attribute or key `loss`), else the mean square of its first float tensor.
@@ -125,9 +125,7 @@ def call_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     """Return the call arguments of `model` by the names of its forward's parameters. A single mapping is unpacked."""
     if len(args) == 1 and isinstance(args[0], Mapping):
         return {**args[0], **kwargs}
-    while isinstance(
-        inner := getattr(model, "module", None), nn.Module
-    ):  # DistributedDataParallel and similar wrappers
+    while isinstance(inner := getattr(model, "module", None), nn.Module):  # DistributedDataParallel and others
         model = inner
     try:
         positional = inspect.signature(model.forward).bind_partial(*args).arguments

@@ -191,9 +191,7 @@ class ChainVerifier:
             trace.changes_shape = True
             trace.fail(f"{name} {verb} shape {tuple(state.shape)} where the chain began with {tuple(trace.shape)}")
             return None
-        local = (
-            state.to_local() if hasattr(state, "to_local") else state
-        )  # only the local part of a DTensor, to gather nothing
+        local = state.to_local() if hasattr(state, "to_local") else state  # to gather nothing
         return sample_rows(local.detach())
 
     def verdict(self) -> ChainResult:
@@ -276,8 +274,9 @@ class ChainVerifier:
         return None
 
     def _enclosing(self, trace: _Trace) -> Stack | None:
-        """Return the stack with precedence that holds `trace`'s first block inside one of its own blocks; None without
-        one.
+        """Return the stack that encloses `trace` and has precedence; None without one.
+
+        It holds the first block of `trace` inside one of its own blocks.
         """
         first = trace.point(0).module
         for other in self._traces.values():
@@ -303,8 +302,9 @@ def known_exponent(adapter: ArchitectureAdapter, stack: Stack) -> float | None:
 
 @torch.no_grad()
 def sample_rows(state: Tensor) -> Tensor:
-    """Return a copy of at most SAMPLED_ROWS evenly spread rows of `state` (..., D), (rows, D), without
-    synchronising.
+    """Return a copy of at most SAMPLED_ROWS evenly spread rows of `state` (..., D), of shape (rows, D).
+
+    Never synchronises with the device.
     """
     leading = state.shape[:-1]
     num_rows = leading.numel()

@@ -30,8 +30,8 @@ def discover(
 ) -> Discovery:
     """Find the residual stream of `model`: its adapter and one point per block.
 
-    With a batch, the model is called as `model(*batch, **batch_kwargs)`, in eval and no_grad, its mode and the random
-    state restored, and the chain is verified. Of several chains the longest is kept, of equals the one called last,
+    With a batch, the model is called as `model(*batch, **batch_kwargs)` in eval and no_grad, and the chain is verified.
+    Its mode and the random state are restored. Of several chains the longest is kept, of equals the one called last,
     which is the decoder of an encoder-decoder. If a third-party adapter proves wrong, koopmon's own replaces it and the
     model is called again. Without a batch the best candidate is returned, not verified.
 

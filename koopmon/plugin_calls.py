@@ -131,9 +131,7 @@ class _Work(threading.Thread):
             self.result = call()
         except BaseException as error:
             self.failure = told(error)
-        if (
-            torch.get_num_threads() != num_threads
-        ):  # the number is per thread; a new thread starts with the last one set
+        if torch.get_num_threads() != num_threads:  # per thread; a new thread starts with the last number set
             torch.set_num_threads(num_threads)
             self.changed.append("the number of threads")
 

@@ -106,8 +106,8 @@ def select(
     replaces it. `stack` is the path of a container in the model: it is then the only candidate, and is taken as
     residual.
 
-    Raises AdapterError for an unknown name, PluginError if the named adapter fails, and DiscoveryError if no adapter
-    claims the model or it holds no candidate or no such `stack`.
+    Raises AdapterError for an unknown name and PluginError if the named adapter fails. Raises DiscoveryError if no
+    adapter claims the model, or if the model holds no candidate or no such `stack`.
     """
     known = adapters(manager)
     claims = claims_on(model, known)
@@ -158,9 +158,7 @@ def _selection(
     if not candidates:
         raise DiscoveryError(f"adapter {chosen.name!r} finds no stack of blocks in {_seen(model)}")
     others = [known[name] for name, claim in claims.items() if claim >= FAMILY and name != chosen.name]
-    others.sort(
-        key=lambda each: isinstance(each, GuardedAdapter)
-    )  # of two families with one observable, the first is read
+    others.sort(key=lambda each: isinstance(each, GuardedAdapter))  # the first with an observable is read
     flags = frozenset(chosen.flags(model)).union(other.name for other in others)
     return Selection(chosen, candidates, flags, (chosen, *others))
 

@@ -175,8 +175,9 @@ class _Sampler:
 
 
 def _alike(states: list[Tensor]) -> tuple[Tensor, ...]:
-    """Return states on the first one's device, in the widest of their types, because blocks may lie on several
-    devices.
+    """Return states on the first one's device, in the widest of their types.
+
+    Blocks may lie on several devices.
     """
     dtype = states[0].dtype
     for state in states:

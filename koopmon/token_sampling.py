@@ -26,10 +26,13 @@ def order_rows(
 ) -> tuple[Tensor, Tensor]:
     """Return token rows to sample, those that count first, without synchronising with the device.
 
-    `mask`: boolean with num_tokens elements, True at tokens that count; None counts all. Returns `rows`, int64 of shape
-    (min(num_samples, num_tokens),), distinct, in random order, on `device` (default the mask's, else the CPU), and
-    `num_valid`, a 0-d int64 tensor there: only rows[:num_valid] are tokens that count. Raises ValueError if the mask
-    has another number of elements or num_samples is below 1.
+    `mask`: boolean with num_tokens elements, True at tokens that count; None counts all.
+
+    Returns (rows, num_valid), both on `device` (default the mask's, else the CPU). `rows` is int64 of shape
+    (min(num_samples, num_tokens),), distinct, in random order. `num_valid` is a 0-d int64 tensor: only rows[:num_valid]
+    are tokens that count.
+
+    Raises ValueError if the mask has another number of elements or num_samples is below 1.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples = {num_samples}: must be at least 1")

@@ -104,9 +104,7 @@ def _kan_transformer(seed: int) -> tuple[nn.Module, Tensor]:
         def __init__(self, width: int) -> None:
             super().__init__()
             self.layer = KANLayer(width, width, num=3, k=2)
-            nn.init.normal_(
-                self.layer.coef, std=0.1
-            )  # pykan fits its own coefficients, which differ in the last bit from call to call
+            nn.init.normal_(self.layer.coef, std=0.1)  # pykan's fitted values differ in the last bit
 
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = self.layer(x.flatten(0, -2))[0]

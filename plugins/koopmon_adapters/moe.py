@@ -1,7 +1,7 @@
 """Mixtures of experts: blocks in which a router sends each token to a few of many experts.
 
-They are recognised by structure: a collection of experts (equal modules in one list, or matrices stacked in parameters
-of three dimensions), and beside it a router with one row of weights for each of them.
+They are recognised by structure: a collection of experts, and beside it a router with one row of weights for each
+expert. The experts are equal modules in one list, or matrices stacked in parameters of three dimensions.
 """
 
 from __future__ import annotations

@@ -233,8 +233,9 @@ def _part(module: nn.Module, *path: int) -> nn.Module | None:
 
 
 def _is_joint(module: nn.Module) -> bool:
-    """Return True for a module that performs the residual addition of one stream: forward(sublayer output,
-    residual).
+    """Return True for a module that performs the residual addition of one stream.
+
+    Its forward takes (sublayer output, residual).
     """
     return hasattr(module, "prepare") and "residual" in inspect.signature(module.forward).parameters
 

@@ -1,9 +1,9 @@
 """Koopman Spectral Shaping (eqs. 14-15) inside the user's own backward pass, through the residual stream alone.
 
-Behind a tapped block the stream passes through an autograd function that changes no value. On the way back it adds the
-gradient of alpha x mean over sampled layers of L_KSS to the sampled rows of the block's output and input. The gradient
-has a closed form at forward time, so that no operation is differentiated twice. It enters once per forward: with a
-weight of alpha / microbatches x the GradScaler's scale it equals `(loss + alpha * kss).backward()`.
+Behind a tapped block the stream passes through an autograd function that changes no value. On the way back it adds a
+gradient to the sampled rows of the block's output and input: that of alpha x mean over sampled layers of L_KSS. The
+gradient has a closed form at forward time, so that no operation is differentiated twice. It enters once per forward:
+with a weight of alpha / microbatches x the GradScaler's scale it equals `(loss + alpha * kss).backward()`.
 
 Shapes: a state is (..., T, D); N sampled rows, x and y (N, D).
 """
@@ -156,8 +156,9 @@ class KssInjection:
         self._skipped: Tensor | None = None
 
     def latch(self, step: int, alpha: float, settings: KssSettings, num_layers: int, num_forwards: int) -> None:
-        """Set the next step's weight and layers, after `step` optimizer steps with `num_forwards` microbatches in the
-        last.
+        """Set the next step's weight and layers.
+
+        `step` optimizer steps are done, the last one with `num_forwards` microbatches.
         """
         if self.active and self._skipped is not None:
             self._stats.kss_skipped.put(self._skipped)

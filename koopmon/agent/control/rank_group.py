@@ -190,9 +190,7 @@ class RankGroup:
         held = [self._group, self._work]
         self._group = self._work = self._next = None
         self._agreed.clear()
-        self._buffer = torch.zeros(
-            MESSAGE_BYTES, dtype=torch.uint8
-        )  # an operation in flight may still write to the old one
+        self._buffer = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)  # an operation may still write to the old one
         if held[0] is not None:
             # The thread that drops the last reference to a group waits for its operations: use another thread.
             self._start(held.clear)
