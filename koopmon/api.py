@@ -1,4 +1,4 @@
-"""What plugin authors see: the adapter's base class and the things it speaks of.
+"""The interface for plugin authors: the adapter's base class and the types in its signatures.
 
 Shapes: B batch, T tokens, D width. A *stack* is an ordered list of residual blocks that carry one state h of shape
 (..., T, D) from each to the next; its *points* are the blocks. n points give n transitions h_l -> h_{l+1} (eq. 1).
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 STATE_ARGUMENTS = ("hidden_states", "x", "src", "tgt", "input")
-"""Names under which blocks take their state when it is passed by keyword."""
+"""Names of the keyword arguments in which blocks take their state."""
 MAX_SPECIFICITY = 100
 """The highest claim on a model."""
 
@@ -35,8 +35,8 @@ MAX_SPECIFICITY = 100
 class Point:
     """One residual block, mapping h_layer to h_{layer+1}; `name` is its path in the model as given.
 
-    h_{layer+1} is read in the output of `module`. h_layer is read among the call arguments of `entry`, which is
-    `module` itself except where a block is no module of its own but a run of several that the model calls in turn.
+    h_{layer+1} is read in the output of `module`. h_layer is read among the call arguments of `entry`. `entry` is
+    `module` itself, except for a block that is not a single module but a run of modules that the model calls in turn.
     """
 
     name: str
@@ -53,8 +53,8 @@ class Point:
 class Stack:
     """A candidate chain of blocks, found without running the model; `name` is the path of its container.
 
-    `residual` says that the blocks are known by their structure to carry their input forward, h + f(h). When it is
-    False the verifying forward must show it: a plain chain of layers h -> f(h) is no residual stream.
+    `residual` is True if the structure of the blocks proves that they carry their input forward, h + f(h). If it is
+    False the verifying forward must prove it: a plain chain of layers h -> f(h) is no residual stream.
     """
 
     name: str
@@ -63,15 +63,15 @@ class Stack:
 
 
 Reader = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], Tensor | None]
-"""read(module, args, kwargs, output): a 0-d tensor on the module's device, None when there is nothing to read."""
+"""read(module, args, kwargs, output): a 0-d tensor on the module's device; None if there is no value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observable:
-    """One number of a family's own, measured beside the spectrum of transition `layer`.
+    """One number specific to a family, measured beside the spectrum of transition `layer`.
 
     In a snapshot's forward pass, and in no other, `read` is called after each call of `module`, without gradients and
-    not in a recomputation. It must not synchronise with the device, draw random numbers or change anything, and should
+    not in a recomputation. It must not synchronise with the device, draw random numbers or change any state. It should
     cost little beside the module itself. Several readings of one name and layer are averaged.
     """
 
@@ -83,10 +83,10 @@ class Observable:
 
 @dataclass(frozen=True, slots=True)
 class Discovery:
-    """What was found in a model.
+    """The result of a search in a model.
 
-    `verified` is True when a forward pass showed that each point's output is the next one's input. `rejected` tells,
-    for each stack that was seen and not kept, why. `flags` are facts beside the adapter's family, such as "hybrid".
+    `verified` is True if a forward pass showed that each point's output is the next one's input. `rejected` holds the
+    reason for each stack that was found and not kept. `flags` are facts beside the adapter's family, such as "hybrid".
     """
 
     adapter: ArchitectureAdapter
@@ -102,13 +102,17 @@ class Discovery:
 
 @dataclass(frozen=True, slots=True)
 class ExampleModel:
-    """A small model of an adapter's family, for `koopmon adapters check` to train for a few steps.
+    """A small model of an adapter's family, which `koopmon adapters check` trains for a few steps.
 
-    `adapter` is the name of the adapter that is to be chosen for it. `build(seed)` returns (model, batch), the same for
-    the same seed: parameters are taken from seed 0, microbatches from any; torch, numpy and random are seeded before
-    the call. A batch is a tensor, a tuple or list of arguments, or a mapping of keyword arguments of one forward pass,
-    with at least 32 tokens. `loss(model, batch)` calls the model and returns the 0-d loss of one training step; when it
-    is None the loss is the output's own (attribute or key `loss`), else the mean square of its first float tensor.
+    `adapter` is the name of the adapter that must be chosen for it. `build(seed)` returns (model, batch), the same for
+    the same seed: parameters are taken from seed 0, microbatches from any. torch, numpy and random are seeded before
+    the call.
+
+    A batch is a tensor, a tuple or list of arguments, or a mapping of keyword arguments of one forward pass. It holds
+    at least 32 tokens.
+
+    `loss(model, batch)` calls the model and returns the 0-d loss of one training step. If it is None the loss is the
+    output's own (attribute or key `loss`), else the mean square of its first float tensor.
     """
 
     name: str
@@ -118,51 +122,54 @@ class ExampleModel:
 
 
 def call_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The call arguments of `model` by the names of its forward's parameters; a single mapping is unpacked."""
+    """Return the call arguments of `model` by the names of its forward's parameters. A single mapping is unpacked."""
     if len(args) == 1 and isinstance(args[0], Mapping):
         return {**args[0], **kwargs}
-    while isinstance(inner := getattr(model, "module", None), nn.Module):  # DistributedDataParallel and its kin
+    while isinstance(inner := getattr(model, "module", None), nn.Module):  # DistributedDataParallel and others
         model = inner
     try:
         positional = inspect.signature(model.forward).bind_partial(*args).arguments
-    except (TypeError, ValueError):  # a wrong call is for the model to refuse
+    except (TypeError, ValueError):  # the model itself raises for a wrong call
         positional = {}
     return {**positional, **kwargs}
 
 
 class ArchitectureAdapter(ABC):
-    """Knows one family of models: where its residual stream is, and how to read and write it.
+    """Adapter for one family of models: finds its residual stream, reads it and writes it.
 
-    An adapter is stateless: one instance serves many models. Nothing here may gather, synchronise or copy a tensor.
+    An adapter is stateless: one instance serves many models. No method may gather, synchronise or copy a tensor.
     """
 
     name: ClassVar[str]
-    """Unique, lower case; what `adapter=` and the metrics call it."""
+    """Unique, lower case; the value of `adapter=` and of the metrics' label."""
     measures: ClassVar[Mapping[str, str]] = {}
-    """What `observables` may yield: at most 8 names, 1 to 40 characters of a-z, 0-9 and _, each with a line of help."""
+    """Names that `observables` may yield, each with a line of help.
+
+    At most 8 names, each of 1 to 40 characters of a-z, 0-9 and _.
+    """
 
     @abstractmethod
     def specificity(self, model: nn.Module) -> int:
-        """How well this adapter fits `model`: an integer from 0 to MAX_SPECIFICITY; the highest claim wins.
+        """Return the fit of this adapter to `model`: an integer from 0 to MAX_SPECIFICITY. The highest claim wins.
 
-        Of equal claims koopmon's own adapter wins, else the first by name; a log line says so.
+        Of equal claims koopmon's own adapter wins, else the first by name, with a log line.
 
-        0 not at all; 1 some chain of blocks, not known to be of this family; 10 a transformer: blocks with attention;
-        15 a family of its own whose parts stand beside those of another one that claims the model: a hybrid; 20 a
-        family of its own, in or beside the transformers (experts, state spaces, splines), known by its blocks; above
-        that, up to 100, one kind of model within such a family.
+        0 no fit; 1 some chain of blocks, not known to be of this family; 10 a transformer: blocks with attention; 15 a
+        hybrid: a family of its own whose parts stand beside those of another family that claims the model; 20 a family
+        of its own, in or beside the transformers (experts, state spaces, splines), known by its blocks; above 20, up to
+        100, one kind of model within such a family.
         """
 
     @abstractmethod
     def stacks(self, model: nn.Module) -> list[Stack]:
-        """Candidate stacks, best first, found without running the model."""
+        """Return candidate stacks, best first, found without running the model."""
 
     def flags(self, model: nn.Module) -> frozenset[str]:
-        """Facts about the model worth carrying beside the family's name."""
+        """Return facts about the model to report beside the family's name."""
         return frozenset()
 
     def block_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The state h_l among the call arguments of a point's `entry`; None when it is not there."""
+        """Return the state h_l among the call arguments of a point's `entry`; None if it is absent."""
         by_name = (kwargs[name] for name in STATE_ARGUMENTS if name in kwargs)
         for value in (*args, *by_name, *kwargs.values()):
             if isinstance(value, Tensor) and value.is_floating_point():
@@ -170,7 +177,7 @@ class ArchitectureAdapter(ABC):
         return None
 
     def block_output(self, module: nn.Module, output: Any) -> Tensor | None:
-        """The state h_{l+1} in the return value of a point's `module`; None when it is not there."""
+        """Return the state h_{l+1} in the return value of a point's `module`; None if it is absent."""
         if isinstance(output, Tensor):
             return output
         if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
@@ -178,7 +185,10 @@ class ArchitectureAdapter(ABC):
         return None
 
     def with_block_output(self, module: nn.Module, output: Any, state: Tensor) -> Any:
-        """`output` with its state replaced; every other part stays the same object."""
+        """Return `output` with its state replaced. Every other part stays the same object.
+
+        Raises TypeError unless the output is a tensor, a tuple, a list or a named tuple.
+        """
         if isinstance(output, Tensor):
             return state
         if type(output) in (tuple, list):
@@ -190,9 +200,10 @@ class ArchitectureAdapter(ABC):
     def token_mask(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], stack: Stack | None = None
     ) -> Tensor | None:
-        """A boolean tensor, True at tokens that count, from the root model's call arguments; None when unseen.
+        """Return a boolean tensor, True at tokens that count, from the root model's call arguments.
 
-        Its shape is (B, T), or that of the state's leading dimensions; `stack` is the one that is tapped.
+        Its shape is (B, T), or that of the state's leading dimensions. `stack` is the tapped stack. Returns None if the
+        arguments hold no mask.
         """
         named = call_arguments(model, args, kwargs)
         mask = named.get("attention_mask")
@@ -204,29 +215,33 @@ class ArchitectureAdapter(ABC):
         return None
 
     def observables(self, stack: Stack) -> Sequence[Observable]:
-        """What the family needs measured in `stack`, beside its spectra: the names in `measures`, on some transitions.
+        """Return the family's measurements in `stack`, beside its spectra: names from `measures`, on some transitions.
 
-        Every family with parts in the model is asked, also beside the adapter that claims it.
+        It is called for every family with parts in the model, including those whose adapter was not chosen.
         """
         return ()
 
     def shielded(self, stack: Stack) -> Sequence[nn.Module]:
-        """Modules of `stack` whose parameters must get no gradient from KSS.
+        """Return the modules of `stack` whose parameters must get no gradient from KSS.
 
-        One backward pass carries the loss's gradient and that of KSS together, and nothing can keep them apart in it:
-        where anything is shielded KSS is refused, unless the configuration allows it. Every family is asked, as above.
+        One backward pass carries the gradients of the loss and of KSS together, and cannot separate them. KSS is
+        therefore refused if any module is shielded, unless the configuration allows it. It is called for every family,
+        as `observables`.
         """
         return ()
 
     def update_exponent(self, stack: Stack) -> float | None:
-        """k of ||update|| ~ ||state||^k, where the family knows it: 0 where normalisations hold the updates, 1 where
-        nothing does. None: 0 where every block holds a normalisation, else as the first forward pass shows."""
+        """Return k of ||update|| ~ ||state||^k, if the family determines it; else None.
+
+        k is 0 if normalisations bound the updates, and 1 without such a bound. For None, k is 0 if every block holds a
+        normalisation; otherwise the first forward pass measures it.
+        """
         return None
 
     def thresholds(self) -> Mapping[str, float]:
-        """Overrides of `[risk]` for this family, by field name."""
+        """Return overrides of `[risk]` for this family, by field name."""
         return {}
 
     def kss_settings(self) -> Mapping[str, float]:
-        """Overrides of `[kss]` for this family, by field name."""
+        """Return overrides of `[kss]` for this family, by field name."""
         return {}

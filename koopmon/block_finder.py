@@ -1,8 +1,8 @@
-"""The lists of blocks in a model, found without running it: what every adapter starts from.
+"""Lists of blocks in a model, found without running it. Every adapter starts from them.
 
-A *block* is a module that could map a state to the next one: it has children and parameters, or several weights of
-its own making. Leaves of `torch.nn` (a Linear, a LayerNorm) are no blocks. A list is a run of blocks that stand side by
-side in a ModuleList, Sequential or ModuleDict, or as numbered attributes (h0, h1, ...) of any module.
+A *block* is a module that could map a state to the next one: it has children and parameters, or several weights of its
+own. Leaves of `torch.nn` (a Linear, a LayerNorm) are no blocks. A list is a run of blocks in a ModuleList, Sequential
+or ModuleDict, or in numbered attributes (h0, h1, ...) of any module.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ __all__ = [
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 WRAPPER_ATTRIBUTES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Attributes under which data-parallel, compile, FSDP and checkpoint wrappers hold the module that they wrap."""
+"""Attributes in which data-parallel, compile, FSDP and checkpoint wrappers hold the wrapped module."""
 PLANAR = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 QUERY_OR_KEY = re.compile(r"(?:.*_)?(?:q|k|qk|query|key)(?:_.*)?")
-"""What normalisations of queries and keys are called: they hold attention's weights, and not the updates."""
+"""Names of normalisations of queries and keys. These bound attention's weights, and not the updates."""
 NUMBERED = re.compile(r"(?P<prefix>.*?)_?(?P<number>\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class BlockList:
-    """Blocks side by side: `name` is the container's path, with [first:end] where it holds several such runs."""
+    """Neighbouring blocks. `name` is the container's path, with [first:end] if it holds several such runs."""
 
     name: str
     blocks: tuple[tuple[str, nn.Module], ...]
-    """(path in the model as given, module) of each."""
+    """(path in the model as given, module) of each block."""
 
     def contains(self, other: BlockList) -> bool:
-        """True when `other` lies inside one of these blocks."""
+        """Return True if `other` lies inside one of these blocks."""
         first = other.blocks[0][1]
         return any(
             block is not first and any(module is first for module in block.modules()) for _, block in self.blocks
@@ -53,22 +53,22 @@ class BlockList:
 
     @property
     def is_planar(self) -> bool:
-        """True when a block convolves over a plane: its state keeps its width in dimension 1, and is no (..., T, D)."""
+        """True if a block convolves over a plane: its state has its width in dimension 1, and is not (..., T, D)."""
         return any(isinstance(module, PLANAR) for _, block in self.blocks for module in block.modules())
 
     def stack(self, *, residual: bool) -> Stack:
-        """These blocks as a candidate stack."""
+        """Return these blocks as a candidate stack."""
         points = tuple(Point(name, block, layer) for layer, (name, block) in enumerate(self.blocks))
         return Stack(self.name, points, residual)
 
 
 def canonical_name(name: str) -> str:
-    """A module's path without the segments that wrappers add, so that one name fits a model and its wrapped form."""
+    """Return a module's path without the segments of wrappers: one name then fits a model and its wrapped form."""
     return ".".join(part for part in name.split(".") if part not in WRAPPER_ATTRIBUTES)
 
 
 def block_lists(model: nn.Module) -> list[BlockList]:
-    """Every list of blocks in `model`, outer ones before those inside them; a repeated block stands in it once."""
+    """Return every list of blocks in `model`, outer lists before inner ones. A repeated block is listed once."""
     found: list[BlockList] = []
     for path, module in model.named_modules():
         for name, items in _sequences(path, module):
@@ -84,7 +84,7 @@ def block_lists(model: nn.Module) -> list[BlockList]:
 
 
 def parts_of(block: nn.Module, is_part: Callable[[nn.Module], bool]) -> list[nn.Module]:
-    """The outermost modules in `block`, itself included, that `is_part` knows, in the order of their registration."""
+    """Return the outermost modules in `block`, itself included, for which `is_part` is True, in registration order."""
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for module in block.modules():
@@ -95,10 +95,10 @@ def parts_of(block: nn.Module, is_part: Callable[[nn.Module], bool]) -> list[nn.
 
 
 def normalised(stack: Stack) -> bool:
-    """Whether every block of `stack` holds a normalisation, known by its class's name: LayerNorm, RMSNorm, your own.
+    """Return True if every block of `stack` holds a normalisation, known by its class name (LayerNorm, RMSNorm, ...).
 
-    Those of queries and keys do not count, and torch's reparametrisations normalise weights. A block that calls a
-    function to normalise holds nothing to be seen.
+    Normalisations of queries and keys do not count, nor do torch's reparametrisations, which normalise weights. A block
+    that normalises by a function call counts as one without normalisation.
     """
     return all(any(_normalisations(module) for module in {point.entry, point.module}) for point in stack.points)
 
@@ -114,11 +114,12 @@ def _normalisations(block: nn.Module) -> list[nn.Module]:
 
 
 def lists_holding(model: nn.Module, is_part: Callable[[nn.Module], bool]) -> list[BlockList]:
-    """Lists of which some blocks hold a part that `is_part` knows: longest first, among equals the later one.
+    """Return the lists in which some blocks hold a part for which `is_part` is True.
 
-    A whole block holds a part and weight matrices beside it. Lists inside one are its sublayers, heads or experts, and
-    a list whose items hold lists of whole blocks is one of stages: neither is taken. Where no block is whole, these are
-    the outermost lists of which some blocks hold, or are, a part.
+    The longest list is first; of equal ones the later one. A whole block holds a part and weight matrices beside it.
+    Lists inside a whole block are its sublayers, heads or experts. A list whose items hold lists of whole blocks is a
+    list of stages. Both are excluded. If no block is whole, the result is the outermost lists in which some blocks
+    hold, or are, a part.
     """
     parts = {blocks.name: [parts_of(block, is_part) for _, block in blocks.blocks] for blocks in block_lists(model)}
     inside = {module for rows in parts.values() for row in rows for part in row for module in part.modules()}
@@ -142,7 +143,7 @@ def lists_holding(model: nn.Module, is_part: Callable[[nn.Module], bool]) -> lis
 
 
 def container_stack(model: nn.Module, name: str) -> Stack | None:
-    """All items of the container called `name`, whatever they are; None when there is no such container."""
+    """Return all items of the container `name`, of any kind; None if there is no such container."""
     wanted = canonical_name(name)
     for path, module in model.named_modules():
         for sequence, items in _sequences(path, module):
@@ -153,7 +154,10 @@ def container_stack(model: nn.Module, name: str) -> Stack | None:
 
 
 def survey(model: nn.Module) -> dict[str, str]:
-    """What there is to see: each container by name, what it holds, and why that is no stack where structure tells."""
+    """Return the contents of each container, by the container's name.
+
+    If the structure shows that a container is no stack, its entry includes the reason.
+    """
     seen: dict[str, str] = {}
     for path, module in model.named_modules():
         for name, items in _sequences(path, module):
@@ -167,7 +171,7 @@ def survey(model: nn.Module) -> dict[str, str]:
 
 
 def _sequences(path: str, module: nn.Module) -> Iterator[tuple[str, Sequence[tuple[str, nn.Module]]]]:
-    """The ordered children of a container, or the numbered children of another module, each as (path, module)."""
+    """Yield the ordered children of a container, or the numbered children of another module, each as (path, module)."""
 
     def join(name: str) -> str:
         return f"{path}.{name}" if path else name
@@ -188,7 +192,7 @@ def _sequences(path: str, module: nn.Module) -> Iterator[tuple[str, Sequence[tup
 
 
 def _has_more(block: nn.Module, parts: Sequence[nn.Module]) -> bool:
-    """Whether `block` holds `parts`, and weight matrices that are none of theirs."""
+    """Return True if `block` holds `parts`, and weight matrices outside of them."""
     inside = {module for part in parts for module in part.modules()}
     beside = (
         parameter for module in block.modules() if module not in inside for parameter in module._parameters.values()
@@ -206,7 +210,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _class_name(module: nn.Module) -> str:
-    """The class that the user wrote, under whatever wrappers."""
+    """Return the name of the user's class, inside any wrappers."""
     for attribute in WRAPPER_ATTRIBUTES:
         inner = getattr(module, attribute, None)
         if isinstance(inner, nn.Module) and len(module._modules) == 1:

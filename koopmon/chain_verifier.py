@@ -1,10 +1,10 @@
-"""The chain rule: which candidate stack is a residual stream, shown on one real forward pass.
+"""Verification of residual chains: one real forward pass shows which candidate stack is a residual stream.
 
-A stack is a *verified chain* when, in one forward of the model, every block was called exactly once and in order, what
-left block l is what entered block l+1, and all states share one shape (..., T, D). `ChainVerifier` holds that rule for
-`discover`, `profile` and the agent alike.
+A stack is a *verified chain* if one forward of the model meets these conditions. Every block was called exactly once
+and in order. The output of block l is the input of block l+1. All states share one shape (..., T, D). `discover`,
+`profile` and the agent all use `ChainVerifier`.
 
-How to use a verifier, by hand or with `watch()`, which does just this::
+`watch()` runs these steps; a caller with its own hooks runs them by hand::
 
     verifier = ChainVerifier(selection.adapter, selection.candidates)
     for stack in verifier.candidates:
@@ -13,13 +13,13 @@ How to use a verifier, by hand or with `watch()`, which does just this::
             verifier.observe_input(stack, point.layer, adapter.block_input(point.entry, args, kwargs))
             # forward hook on point.module:
             verifier.observe_output(stack, point.layer, adapter.block_output(point.module, output))
-    model(...)  # ONE forward; what follows (recomputation, a second microbatch) is not observed
-    stack, reasons = verifier.verdict()  # the kept Stack or None; why each other candidate was not kept
-    verifier.reset()  # forget everything, to try again on the next forward
+    model(...)  # ONE forward; later calls (recomputation, a second microbatch) are not observed
+    stack, reasons = verifier.verdict()  # the kept Stack or None; the reason against each other candidate
+    verifier.reset()  # drop all observations, to try again on the next forward
 
-Observing keeps a few sampled rows per tap on the device and never synchronises; `verdict()` does, once per candidate.
-Nothing here raises for what a model does: a state that is None, misshapen or out of turn becomes the reason why its
-stack is not kept.
+Observing keeps a few sampled rows per tap on the device and never synchronises. `verdict()` synchronises once per
+candidate. The verifier raises for no behaviour of the model: a state that is None, misshapen or out of turn becomes the
+reason why its stack is not kept.
 """
 
 from __future__ import annotations
@@ -40,22 +40,25 @@ from koopmon.spectral import LARGEST_EXPONENT, stack_exponent, update_exponent
 __all__ = ["ChainResult", "ChainVerifier", "known_exponent"]
 
 SAMPLED_ROWS = 1024
-"""Rows of each state on which the end of one block is compared with the start of the next."""
+"""Rows of each state that are compared between the end of one block and the start of the next."""
 MIN_UPDATE = 0.01
-"""Least size of an update, relative to the state, from which its growth can be read."""
+"""Least size of an update, relative to the state, that shows its growth."""
 MIN_CARRIED = 0.25
-"""Least mean correlation between a block's input and output when its stack is not known to be residual."""
+"""Least mean correlation between a block's input and output, for a stack that is not known to be residual."""
 
 
 class ChainResult(NamedTuple):
-    """`stack` is the kept one, None when no candidate is a chain; `reasons` tells for each other one, by name, why."""
+    """`stack` is the kept one, None if no candidate is a chain.
+
+    `reasons` holds the reason against each other one, by name.
+    """
 
     stack: Stack | None
     reasons: dict[str, str]
 
 
 class _Trace:
-    """What one candidate stack did during the forward."""
+    """Observations of one candidate stack during the forward."""
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
@@ -87,7 +90,7 @@ class _Trace:
 
 
 class ChainVerifier:
-    """Decides which of `candidates` is a verified chain. See the module's text for how to feed it."""
+    """Decides which of `candidates` is a verified chain. The module's docstring shows its use."""
 
     def __init__(self, adapter: ArchitectureAdapter, candidates: Sequence[Stack]) -> None:
         self.adapter = adapter
@@ -96,12 +99,12 @@ class ChainVerifier:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was observed."""
+        """Drop all observations."""
         self._traces = {stack.name: _Trace(stack) for stack in self.candidates}
         self._clock = 0
 
     def observe_input(self, stack: Stack, layer: int, state: Tensor | None) -> None:
-        """The state h_layer, (..., T, D), as block `layer` of `stack` is about to be called with it."""
+        """Observe the state h_layer, (..., T, D), just before block `layer` of `stack` is called with it."""
         trace = self._traces[stack.name]
         trace.calls[layer] += 1
         rows = self._rows(trace, layer, state, "takes")
@@ -117,7 +120,7 @@ class ChainVerifier:
         trace.entered, trace.left = rows, None
 
     def observe_output(self, stack: Stack, layer: int, state: Tensor | None) -> None:
-        """The state h_{layer+1}, (..., T, D), that block `layer` of `stack` has just returned."""
+        """Observe the state h_{layer+1}, (..., T, D), just after block `layer` of `stack` has returned it."""
         trace = self._traces[stack.name]
         self._clock += 1
         trace.last_call = self._clock
@@ -135,7 +138,7 @@ class ChainVerifier:
 
     @contextmanager
     def watch(self, also: Callable[[Stack, int, Tensor], None] | None = None) -> Iterator[None]:
-        """Observe every candidate by hooks of its own, removed at the end.
+        """Observe every candidate by temporary hooks, removed at the end.
 
         `also` is called as also(stack, l, h_l) with every state of every candidate, h_0 first: 0 <= l <= its blocks.
         """
@@ -174,7 +177,7 @@ class ChainVerifier:
 
     @torch.no_grad()
     def _rows(self, trace: _Trace, layer: int, state: Tensor | None, verb: str) -> Tensor | None:
-        """A private copy of sampled rows of `state`, (rows, D); None when it is no state of this chain."""
+        """Return a private copy of sampled rows of `state`, (rows, D); None if it is no state of this chain."""
         name = trace.point(layer).name
         if state is None:
             trace.fail(f"{name} {verb} no floating-point tensor that could be a state")
@@ -188,16 +191,17 @@ class ChainVerifier:
             trace.changes_shape = True
             trace.fail(f"{name} {verb} shape {tuple(state.shape)} where the chain began with {tuple(trace.shape)}")
             return None
-        local = state.to_local() if hasattr(state, "to_local") else state  # a DTensor's own part: nothing is gathered
+        local = state.to_local() if hasattr(state, "to_local") else state  # to gather nothing
         return sample_rows(local.detach())
 
     def verdict(self) -> ChainResult:
-        """The kept stack and, for every other candidate by name, why not. Synchronises once per candidate.
+        """Return the kept stack and, for every other candidate by name, the reason against it.
 
-        A verified stack loses to one that it is nested in; then the longest is kept, and among equals the one called
-        last, which in an encoder-decoder is the decoder, next to the loss. Stacks inside the blocks of one that keeps a
-        single shape and yet is no chain are not kept either: they are sublayers, not a residual stream of the model's
-        depth. Where the outer blocks change the shape, as stages of a hierarchy do, inner stacks stand for themselves.
+        Synchronises once per candidate. A verified stack loses to one that encloses it. Of the others the longest is
+        kept, and of equal ones the last called, which in an encoder-decoder is the decoder, next to the loss. A stack
+        is also rejected if it lies inside the blocks of a stack that keeps a single shape and yet is no chain: it holds
+        sublayers, not a residual stream of the model's depth. If the outer blocks change the shape, as stages of a
+        hierarchy do, inner stacks are judged by themselves.
         """
         reasons: dict[str, str] = {}
         verified: list[_Trace] = []
@@ -222,8 +226,11 @@ class ChainVerifier:
         return ChainResult(eligible[0].stack if eligible else None, reasons)
 
     def update_exponent(self, stack: Stack) -> float | None:
-        """The exponent by which the updates of `stack` grow with the state, as known beforehand or as this forward pass
-        showed; None where most of its blocks did not move it. Synchronises."""
+        """Return the exponent by which the updates of `stack` grow with the state.
+
+        It is known beforehand or measured in this forward pass; None if most blocks did not change the state.
+        Synchronises.
+        """
         known = known_exponent(self.adapter, stack)
         if known is not None:
             return known
@@ -231,7 +238,7 @@ class ChainVerifier:
         return stack_exponent(grown) if 2 * len(grown) >= len(stack.points) else None
 
     def fingerprint(self, stack: Stack) -> int:
-        """A number below 2^32 that is the same where the same states entered `stack`. Synchronises."""
+        """Return a number below 2^32, equal for equal states at the entry of `stack`. Synchronises."""
         first = self._traces[stack.name].first
         return 0 if first is None else zlib.crc32(first.double().cpu().contiguous().numpy().tobytes())
 
@@ -267,7 +274,10 @@ class ChainVerifier:
         return None
 
     def _enclosing(self, trace: _Trace) -> Stack | None:
-        """The stack that holds `trace`'s first block inside one of its own blocks and has precedence, if any."""
+        """Return the stack that encloses `trace` and has precedence; None without one.
+
+        It holds the first block of `trace` inside one of its own blocks.
+        """
         first = trace.point(0).module
         for other in self._traces.values():
             if other is trace or not any(other.calls) or other.changes_shape or len(other.stack.points) == 1:
@@ -279,10 +289,10 @@ class ChainVerifier:
 
 
 def known_exponent(adapter: ArchitectureAdapter, stack: Stack) -> float | None:
-    """The update exponent of `stack` where it need not be read from states: as `adapter` says, or else 0 where every
-    block normalises.
+    """Return the update exponent of `stack` if no states are needed for it; else None.
 
-    States tell less surely than structure: `benchmarks.brake` has how often either was right.
+    The adapter's value comes first; without one it is 0 if every block normalises. Structure is more reliable than
+    states: `benchmarks.brake` counts how often each was right.
     """
     said = adapter.update_exponent(stack)
     if said is not None and math.isfinite(said):
@@ -292,7 +302,10 @@ def known_exponent(adapter: ArchitectureAdapter, stack: Stack) -> float | None:
 
 @torch.no_grad()
 def sample_rows(state: Tensor) -> Tensor:
-    """Copy of at most SAMPLED_ROWS evenly spread rows of `state` (..., D), shape (rows, D), without synchronising."""
+    """Return a copy of at most SAMPLED_ROWS evenly spread rows of `state` (..., D), of shape (rows, D).
+
+    Never synchronises with the device.
+    """
     leading = state.shape[:-1]
     num_rows = leading.numel()
     flat = torch.arange(min(num_rows, SAMPLED_ROWS), device=state.device)
@@ -305,7 +318,10 @@ def sample_rows(state: Tensor) -> Tensor:
 
 
 def _same_rows(left: Tensor, entered: Tensor) -> Tensor:
-    """0-d boolean: equal, NaN to NaN, in the narrower of both types, as mixed precision may cast between blocks."""
+    """Return a 0-d boolean: rows are equal, with NaN equal to NaN.
+
+    They are compared in the narrower of both types, because mixed precision may cast between blocks.
+    """
     if left.shape != entered.shape:  # one of them is sharded and the other is not
         return torch.zeros((), dtype=torch.bool, device=left.device)
     if left.dtype != entered.dtype:
@@ -315,7 +331,7 @@ def _same_rows(left: Tensor, entered: Tensor) -> Tensor:
 
 
 def _correlation(x: Tensor, y: Tensor) -> Tensor:
-    """0-d correlation of x and y, both (rows, D), centred over rows; NaN when there is nothing to compare."""
+    """Return the 0-d correlation of x and y, both (rows, D), centred over rows; NaN if either has no variance."""
     x, y = x.float(), y.to(x.device).float()
     x, y = x - x.mean(0), y - y.mean(0)
     return (x * y).sum() / ((x * x).sum() * (y * y).sum()).sqrt()
@@ -329,7 +345,7 @@ def _growth(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _together(scalars: list[Tensor]) -> Tensor:
-    """Tensors of one shape, which may lie on several devices, as one on the first one's."""
+    """Stack tensors of one shape, which may lie on several devices, on the first one's device."""
     return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])
 
 

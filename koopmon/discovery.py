@@ -1,4 +1,4 @@
-"""Finding a model's residual stream: the adapter for its family, and the stack that a forward pass shows to be one."""
+"""Discovery of a model's residual stream: the adapter for its family, and the stack that a forward pass verifies."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def discover(
 ) -> Discovery:
     """Find the residual stream of `model`: its adapter and one point per block.
 
-    With a batch, the model is called as `model(*batch, **batch_kwargs)`, in eval and no_grad, its mode and the
-    random state restored, and the chain is verified; of several chains the longest is kept, of equals the one called
-    last, which is the decoder of an encoder-decoder. Where that shows a third-party adapter to be wrong, koopmon's own
-    takes its place and the model is called again. Without a batch the best candidate is returned, not verified.
+    With a batch, the model is called as `model(*batch, **batch_kwargs)` in eval and no_grad, and the chain is verified.
+    Its mode and the random state are restored. Of several chains the longest is kept, of equals the one called last,
+    which is the decoder of an encoder-decoder. If a third-party adapter proves wrong, koopmon's own replaces it and the
+    model is called again. Without a batch the best candidate is returned, not verified.
 
-    `adapter` names an adapter, or is one; `stack` is the path of the list of blocks to take, "" for the model's own.
-    Raises AdapterError and DiscoveryError as `koopmon.plugins.select`, and DiscoveryError with each candidate's reason
-    when none is a chain.
+    `adapter` is the name of an adapter, or an adapter; `stack` is the path of the list of blocks to take, "" for the
+    model's own. Raises AdapterError and DiscoveryError as `koopmon.plugins.select`, and DiscoveryError with each
+    candidate's reason if none is a chain.
     """
     selection = select(model, adapter, stack)
     if not batch and not batch_kwargs:
@@ -53,7 +53,7 @@ def discover(
 
 
 def with_fallback(model: nn.Module, selection: Selection, look: Callable[[Selection], T]) -> T:
-    """`look(selection)`, and once more with koopmon's own adapter where a third-party one has failed."""
+    """Return `look(selection)`. If a third-party adapter fails, `look` is called again with koopmon's own."""
     try:
         return look(selection)
     except AdapterError as error:
@@ -64,14 +64,14 @@ def with_fallback(model: nn.Module, selection: Selection, look: Callable[[Select
 
 
 def verified(model: nn.Module, selection: Selection, kept: Stack | None, reasons: Mapping[str, str]) -> Discovery:
-    """The discovery that a verdict amounts to. Raises DiscoveryError with the reasons when no stack was kept."""
+    """Return the discovery of a verdict. Raises DiscoveryError with the reasons if no stack was kept."""
     if kept is None:
         raise DiscoveryError(not_verified(model, selection, reasons))
     return Discovery(original(selection.adapter), kept, verified=True, rejected=reasons, flags=selection.flags)
 
 
 def not_verified(model: nn.Module, selection: Selection, reasons: Mapping[str, str]) -> str:
-    """One line that says why no candidate of `selection` is a chain in `model`."""
+    """Return one line with the reason against each candidate of `selection` as a chain in `model`."""
     told = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in reasons.items())
     return (
         f"adapter {selection.adapter.name!r} finds no residual chain in {type(model).__name__}: {told}; "
@@ -81,11 +81,11 @@ def not_verified(model: nn.Module, selection: Selection, reasons: Mapping[str, s
 
 @contextmanager
 def probe(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields what to call for a forward pass that leaves no trace.
+    """Yield the module to call for a forward pass without side effects.
 
-    Eval mode and no_grad; each module's mode and the random states of Python, the CPU and every GPU are restored. A
-    DistributedDataParallel wrapper is stepped through, so that no collective runs. The fused inference path of
-    torch.nn.TransformerEncoder, under which a padded batch becomes a nested tensor, is off.
+    Eval mode and no_grad are set. Each module's mode and the random states of Python, the CPU and every GPU are
+    restored. The module inside a DistributedDataParallel wrapper is yielded, so that no collective runs. The fused
+    inference path of torch.nn.TransformerEncoder is off, because it turns a padded batch into a nested tensor.
     """
     modes = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()

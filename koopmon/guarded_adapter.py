@@ -1,4 +1,4 @@
-"""A third-party plugin's adapter, as koopmon calls it: see `koopmon.plugin_calls` for how."""
+"""Wrapper around the adapter of a third-party plugin; `koopmon.plugin_calls` makes its calls."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 
 class GuardedAdapter(ArchitectureAdapter):
-    """Calls another adapter, `original`, and checks what it returns.
+    """Calls another adapter, `original`, and checks its results.
 
-    What koopmon can do without, such as thresholds, is left out with one log line when it fails. Everything else raises
-    PluginError.
+    A failure of an optional method, such as `thresholds`, is logged once and replaced by a default. A failure of any
+    other method raises PluginError.
     """
 
     def __init__(self, adapter: ArchitectureAdapter, calls: PluginCalls) -> None:
@@ -55,7 +55,7 @@ class GuardedAdapter(ArchitectureAdapter):
             try:
                 what = f"observable {observable.name!r}"
                 return self._contained(what, lambda: _checked_reading(observable.read(*args)))
-            except PluginError as error:  # other families' readings go on
+            except PluginError as error:  # the readings of other families continue
                 say_once(f"{error}; its readings are left out")
                 return None
 
@@ -113,17 +113,17 @@ class GuardedAdapter(ArchitectureAdapter):
 
 
 def original(adapter: ArchitectureAdapter) -> ArchitectureAdapter:
-    """The adapter as its plugin made it."""
+    """Return the adapter that the plugin made."""
     return adapter.original if isinstance(adapter, GuardedAdapter) else adapter
 
 
 def source(adapter: ArchitectureAdapter) -> str:
-    """An adapter in words, with the plugin and the distribution that brought it unless it is koopmon's own."""
+    """Return a description of an adapter, with its plugin and distribution unless it is koopmon's own."""
     return f"adapter {adapter.name!r}" + (f" of {adapter.calls.label}" if isinstance(adapter, GuardedAdapter) else "")
 
 
 def check_adapter(adapter: object) -> None:
-    """Raises WrongResultError for what a plugin may not offer as an adapter."""
+    """Raise WrongResultError if `adapter` is not valid as a plugin's adapter."""
     if not isinstance(adapter, ArchitectureAdapter):
         raise WrongResultError(f"gives {_shown(adapter)}, which is not an instance of ArchitectureAdapter")
     name = getattr(adapter, "name", None)
@@ -177,7 +177,7 @@ def _number(value: object) -> float:
 
 
 def _each(values: Any, kind: type[T]) -> list[T]:
-    """The items of what a plugin returned, which may be a generator; all must be of one kind."""
+    """Return the items of a plugin's result, which may be a generator. All must be of type `kind`."""
     found = list(values)
     for each in found:
         if not isinstance(each, kind):

@@ -1,4 +1,4 @@
-"""Hook specifications: the doors through which plugins enter, ours included."""
+"""Hook specifications that plugins implement, including koopmon's own."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ def koopmon_architecture_adapters() -> list[ArchitectureAdapter]:  # type: ignor
 
 @hookspec
 def koopmon_example_models() -> list[ExampleModel]:  # type: ignore[empty-body]
-    """Return small models of the families that this plugin's adapters know, for `koopmon adapters check`."""
+    """Return small models of the families of this plugin's adapters, for `koopmon adapters check`."""

@@ -1,4 +1,4 @@
-"""What a family measures beside the spectra: which readings there are, and taking them without a wait.
+"""Observables: a family's measurements beside the spectra, read without a wait for the device.
 
 Shapes: a reading is a 0-d tensor on the model's device; L transitions.
 """
@@ -27,7 +27,7 @@ NAME = re.compile(r"[a-z0-9_]{1,40}")
 
 
 def flaw(measures: Mapping[str, str]) -> str:
-    """Why these names cannot be an adapter's `measures`; empty when they can."""
+    """Return the reason why `measures` is not valid for an adapter; empty if it is valid."""
     if len(measures) > MAX_NAMES:
         return f"it measures {len(measures)} observables, at most {MAX_NAMES} are allowed"
     wrong = [name for name in measures if not NAME.fullmatch(name)]
@@ -35,9 +35,11 @@ def flaw(measures: Mapping[str, str]) -> str:
 
 
 def declared(families: Iterable[ArchitectureAdapter], stack: Stack) -> tuple[Observable, ...]:
-    """What `families` measure in `stack`, at most MAX_NAMES names; where two measure one name, the first of them.
+    """Return the observables of `families` in `stack`, at most MAX_NAMES names.
 
-    A family that fails, or reads what it does not list in its `measures`, is left out with a log line.
+    Of two families with one name, the first counts.
+
+    A family is left out, with a log line, if it fails or reads a name that is not in its `measures`.
     """
     found: list[Observable] = []
     owners: dict[str, ArchitectureAdapter] = {}
@@ -47,7 +49,7 @@ def declared(families: Iterable[ArchitectureAdapter], stack: Stack) -> tuple[Obs
             unlisted = {each.name for each in offered} - set(family.measures)
             if unlisted:
                 raise ValueError(f"{sorted(unlisted)[0]!r} is not among its measures")
-        except Exception as error:  # a guest of ours may fail in any way
+        except Exception as error:  # a third-party family may raise anything
             logger.warning("adapter %s: its observables are left out: %s: %s", family.name, type(error).__name__, error)
             continue
         for each in offered:
@@ -58,16 +60,17 @@ def declared(families: Iterable[ArchitectureAdapter], stack: Stack) -> tuple[Obs
 
 
 def shielded(families: Iterable[ArchitectureAdapter], stacks: Iterable[Stack]) -> list[nn.Module]:
-    """What `families` shield from KSS in any of `stacks`: its gradient flows upstream, from one stack into another.
+    """Return the modules that `families` shield from KSS in any of `stacks`.
 
-    Where a family fails to tell, the stack's first block stands for what it might have named.
+    All stacks count, because the gradient of KSS flows upstream, from one stack into another. If a family fails, the
+    stack's first block represents the modules that it might have named.
     """
     found: dict[nn.Module, None] = {}
     for stack in stacks:
         for family in families:
             try:
                 found.update(dict.fromkeys(family.shielded(stack)))
-            except Exception as error:  # as above; what cannot be known is not risked
+            except Exception as error:  # as above; an unknown answer counts as shielded
                 logger.warning("adapter %s: shielded() raised %s: %s", family.name, type(error).__name__, error)
                 found[stack.points[0].module] = None
     return list(found)
@@ -75,7 +78,7 @@ def shielded(families: Iterable[ArchitectureAdapter], stacks: Iterable[Stack]) -
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Readings on their way to the host: `values`, float32, of shape (len(keys),), one for each (name, layer)."""
+    """Readings in transfer to the host: `values`, float32, of shape (len(keys),), one for each (name, layer)."""
 
     keys: tuple[tuple[str, int], ...]
     values: Tensor
@@ -89,7 +92,7 @@ class Readings:
 
     @torch.no_grad()
     def take(self, observable: Observable, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        """Read `observable` from a call of its module. Raises TypeError when that gives no 0-d tensor and not None."""
+        """Read `observable` from a call of its module. Raises TypeError unless the value is a 0-d tensor or None."""
         value = observable.read(observable.module, args, kwargs, output)
         if value is None:
             return
@@ -100,7 +103,7 @@ class Readings:
 
     @torch.no_grad()
     def gather(self, device: torch.device | None = None) -> Gathered | None:
-        """Everything taken, as one tensor on `device` (default: the first reading's); None when nothing was."""
+        """Return all readings as one tensor on `device` (default: the first reading's); None if there are none."""
         if not self._taken:
             return None
         place = device or next(iter(self._taken.values()))[0].device
@@ -111,7 +114,7 @@ class Readings:
 def tabulate(
     keys: Sequence[tuple[str, int]], values: Sequence[float], num_layers: int
 ) -> dict[str, list[float | None]]:
-    """Host values by name: L of each, None where there is none or where it is not finite."""
+    """Return host values by name, L of each: None for a missing or non-finite value."""
     table: dict[str, list[float | None]] = {}
     for (name, layer), value in zip(keys, values, strict=True):
         row = table.setdefault(name, [None] * num_layers)

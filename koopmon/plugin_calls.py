@@ -1,8 +1,8 @@
-"""Calls of plugins' code: they end in time, raise nothing but PluginError, and leave the training's state as it was.
+"""Calls of plugins' code, with a time limit. They raise only PluginError, and preserve the state of the training.
 
 Before a training begins, a plugin's code runs in a daemon thread while the caller waits. The user's Ctrl-C reaches the
-caller, in the main thread; whatever ends the plugin's thread ends nothing else. Inside the training's forward passes a
-plugin's code runs where it is called, without a time limit.
+caller, in the main thread. An end of the plugin's thread does not end the caller. Inside the training's forward passes
+a plugin's code runs in the caller's thread, without a time limit.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ __all__ = ["SECONDS", "PluginCalls", "WrongResultError", "say_once", "told"]
 logger = logging.getLogger("koopmon.plugins")
 
 SECONDS = 10.0
-"""What the code of one plugin may take altogether before a training begins."""
+"""Total time for the code of one plugin before a training begins."""
 STOP_ATTEMPTS = 5
 STOP_SECONDS = 0.1
-"""Between two attempts to end a thread."""
+"""Interval between two attempts to end a thread."""
 T = TypeVar("T")
 _turn = threading.RLock()
 _here = threading.local()
 _overdue: dict[str, str] = {}
-"""By the label of each plugin that took too long, what it was: it is not tried again in this process."""
+"""The call that exceeded the time limit, by the plugin's label. Such a plugin is not tried again in this process."""
 
 
 class WrongResultError(Exception):
-    """A plugin's code returned what it may not; the message begins with "gives"."""
+    """A plugin's code returned an invalid value. The message begins with "gives"."""
 
 
 class PluginCalls:
-    """Calls the code of one plugin: `name` is its entry point's, `package` its top-level module's."""
+    """Calls the code of one plugin. `name` is that of its entry point, `package` that of its top-level module."""
 
     def __init__(self, name: str, distribution: str = "", package: str = "") -> None:
         self.name = name
@@ -56,11 +56,11 @@ class PluginCalls:
         self._seconds_left = SECONDS
 
     def limited(self, what: str, call: Callable[[], T]) -> T:
-        """`call()` in a thread of its own, which is left behind once the plugin's SECONDS are over.
+        """Return `call()`, run in a separate thread, which is abandoned after the plugin's SECONDS.
 
-        Raises PluginError, in which `what` names the call. What the call prints goes to standard error.
+        Raises PluginError, in which `what` names the call. Output of the call goes to standard error.
         """
-        if getattr(_here, "is_plugin", False):  # a plugin calls koopmon, which calls plugins: the outer limit holds
+        if getattr(_here, "is_plugin", False):  # a plugin calls koopmon, which calls plugins: the outer limit applies
             return self.contained(what, call)
         with _turn:
             if self.label in _overdue:
@@ -83,7 +83,7 @@ class PluginCalls:
                 say_once(f"{self.label}: {what} changed {', '.join(changed + work.changed)}; koopmon has put it back")
             if late:
                 _overdue[self.label] = reason = f"{what} was not over when the {SECONDS:g} s of this plugin were"
-                if (rank := _rank()) != "0":  # it may be this rank's alone, which then has another adapter
+                if (rank := _rank()) != "0":  # only this rank may be late; it then has another adapter
                     logger.warning("koopmon: rank %s: %s: %s", rank, self.label, reason)
                 raise PluginError(self.label, reason)
             if work.failure:
@@ -92,7 +92,10 @@ class PluginCalls:
             return result
 
     def contained(self, what: str, call: Callable[..., T], *args: Any) -> T:
-        """`call(*args)` here and now. Raises PluginError, and what a signal raises meanwhile; grad mode is kept."""
+        """Return `call(*args)`, run in this thread.
+
+        Raises PluginError, and the exceptions of signals. Keeps grad mode.
+        """
         grad_mode = torch.is_grad_enabled()
         try:
             return call(*args)
@@ -105,7 +108,7 @@ class PluginCalls:
 
 
 class _Work(threading.Thread):
-    """One call of a plugin's code. A daemon: the interpreter does not wait for it."""
+    """One call of a plugin's code, in a daemon thread: the interpreter does not wait for it."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         super().__init__(name="koopmon-plugin", daemon=True)
@@ -113,7 +116,7 @@ class _Work(threading.Thread):
         self.failure = ""
         self.changed: list[str] = []
         self._call: Callable[[], Any] | None = call
-        # A thread begins on the first GPU, where it would take up memory of another rank's.
+        # A new thread starts on the first GPU, where it would use memory of another rank's GPU.
         on_gpu: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._gpu = torch.cuda.current_device() if on_gpu else None
 
@@ -128,16 +131,17 @@ class _Work(threading.Thread):
             self.result = call()
         except BaseException as error:
             self.failure = told(error)
-        if torch.get_num_threads() != num_threads:  # each thread has its own number; new ones begin with the last set
+        if torch.get_num_threads() != num_threads:  # per thread; a new thread starts with the last number set
             torch.set_num_threads(num_threads)
             self.changed.append("the number of threads")
 
 
 def _stop(thread: threading.Thread, package: str) -> None:
-    """Raise SystemExit in `thread` until it ends, or half a second is over.
+    """Raise SystemExit in `thread` until it ends, or STOP_ATTEMPTS x STOP_SECONDS have passed.
 
-    Not while it imports a module of another package, which would stay half made for the whole process: such an import
-    goes on beside the training. What waits in C ends when that returns.
+    A thread that imports a module of another package is not stopped, because that module would stay half imported for
+    the whole process. Such an import continues beside the training. A thread that waits in C ends when that call
+    returns.
     """
     for _ in range(STOP_ATTEMPTS):
         frame = sys._current_frames().get(thread.ident or 0)
@@ -148,7 +152,7 @@ def _stop(thread: threading.Thread, package: str) -> None:
 
 
 def _imports_others(frame: FrameType | None, package: str) -> bool:
-    """Whether the code that runs in `frame` is an import which `package` has begun."""
+    """Return True if the code in `frame` is an import that `package` has begun."""
     while frame is not None:
         if str(frame.f_globals.get("__name__")).partition(".")[0] == package:
             return False
@@ -159,14 +163,14 @@ def _imports_others(frame: FrameType | None, package: str) -> bool:
 
 
 def told(error: BaseException) -> str:
-    """What code did that ended with `error`, in a few words that follow a call's name."""
+    """Return a description of `error` in a few words that follow a call's name."""
     try:
         if isinstance(error, WrongResultError):
             return one_line(error, 300)
         if isinstance(error, SystemExit):
             return f"called sys.exit({one_line(repr(error.code), 100)})"
         text = (str(error).strip().splitlines() or [""])[0]
-    except BaseException as second:  # the exception's own code
+    except BaseException as second:  # str() and repr() run the exception's own code
         raise_from_signal(second)
         text = ""
     return f"raised {type(error).__name__}: {one_line(text, 300)}".rstrip(": ")
@@ -174,7 +178,7 @@ def told(error: BaseException) -> str:
 
 @functools.cache
 def say_once(text: str, *, level: int = logging.WARNING) -> None:
-    """One log line per process, and per job: of all ranks the first alone says it above DEBUG."""
+    """Log one line per process, and per job: ranks other than the first log it at DEBUG."""
     logger.log(level if _rank() == "0" else logging.DEBUG, "koopmon: %s", text)
 
 

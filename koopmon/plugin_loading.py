@@ -1,4 +1,4 @@
-"""Loading plugins through the entry-point group `koopmon`, and calling their hooks; a plugin that fails is skipped."""
+"""Loading of plugins through the entry-point group `koopmon`, and calls of their hooks. A failed plugin is skipped."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ OWN_PACKAGE = "koopmon_adapters"
 
 
 class PluginManager(pluggy.PluginManager):
-    """pluggy's manager, with what could not be used, and why."""
+    """pluggy's manager, with a record of unusable plugins and adapters and the reasons."""
 
     def __init__(self) -> None:
         super().__init__(hookspecs.PROJECT)
         self.failures: dict[str, str] = {}
-        """Plugins that are skipped, by name."""
+        """Reasons for the plugins that are skipped, by name."""
         self.left_out: dict[tuple[str, str], str] = {}
-        """Adapters that are not used, by (plugin, adapter)."""
+        """Reasons for the adapters that are not used, by (plugin, adapter)."""
         self.offers: dict[str, list[ArchitectureAdapter]] = {}
         """The adapters that `adapters` took from each plugin."""
         self._calls: dict[str, PluginCalls] = {}
         self.add_hookspecs(hookspecs)
 
     def skip(self, name: str, reason: str) -> None:
-        """Leave a plugin out, log it once per process, and go on."""
+        """Skip a plugin, and log it once per process."""
         if self.has_plugin(name):
             self.unregister(name=name)
         self.failures[name] = reason
         say_once(f"{self.calls(name).label} is skipped: {reason}")
 
     def leave_out(self, plugin: str, adapter: str, reason: str) -> None:
-        """Leave one adapter of a plugin out, likewise."""
+        """Leave out one adapter of a plugin, and log it once per process."""
         self.left_out[plugin, adapter] = reason
         say_once(f"{self.calls(plugin).label}: adapter {adapter!r} is left out: {reason}")
 
     def calls(self, name: str) -> PluginCalls:
-        """What calls the code of the plugin `name`."""
+        """Return the caller of the code of the plugin `name`."""
         if name not in self._calls:
             self._calls[name] = PluginCalls(name, package=_package(self.get_plugin(name)))
         return self._calls[name]
@@ -63,7 +63,7 @@ class PluginManager(pluggy.PluginManager):
             calls.contained("its registration", self._register, plugin, name)
         except PluginError as error:
             self.skip(name, error.reason)
-        except Exception as error:  # koopmon's own, of an installation that is not whole
+        except Exception as error:  # an error of koopmon's own, from an incomplete installation
             self.skip(name, f"its import {told(error)}")
 
     def _register(self, plugin: object, name: str) -> None:
@@ -73,9 +73,9 @@ class PluginManager(pluggy.PluginManager):
             raise WrongResultError("found no hook: decorate its functions with @koopmon.hookimpl")
 
     def offered(self, hook: str, check: Callable[[Any], None]) -> Iterator[tuple[str, list[Any]]]:
-        """What each plugin returns from `hook`, by the plugin's name; koopmon's own first, then by name.
+        """Yield the results of `hook` with each plugin's name: koopmon's own plugins first, then by name.
 
-        A plugin that fails, or returns something that `check` raises for, is skipped.
+        A plugin is skipped if it fails, or if `check` raises for one of its results.
         """
         implementations = getattr(self.hook, hook).get_hookimpls()
         for each in sorted(implementations, key=lambda each: (not is_own(each.plugin), each.plugin_name)):
@@ -91,14 +91,14 @@ class PluginManager(pluggy.PluginManager):
                 found = call() if is_own(each.plugin) else calls.limited(f"{hook}()", call)
             except PluginError as error:
                 self.skip(each.plugin_name, error.reason)
-            except Exception as error:  # as above
+            except Exception as error:  # see `load`
                 self.skip(each.plugin_name, f"{hook}() {told(error)}")
             else:
                 yield each.plugin_name, found
 
 
 def _package(plugin: object) -> str:
-    """The top-level package that a plugin, which is a module or an object, comes from."""
+    """Return the top-level package of a plugin, which is a module or an object."""
     return (plugin.__name__ if isinstance(plugin, ModuleType) else type(plugin).__module__).partition(".")[0]
 
 
@@ -111,7 +111,7 @@ def _top(entry: EntryPoint) -> str:
 
 
 def _distribution(entry: EntryPoint) -> str:
-    """Name and version of what an entry point was installed with; empty where its metadata does not say."""
+    """Return name and version of the distribution of an entry point; empty if its metadata lacks them."""
     try:
         return "" if entry.dist is None else _full_name(entry.dist)
     except Exception:  # damaged metadata
@@ -123,10 +123,10 @@ def _full_name(distribution: Distribution) -> str:
 
 
 def _entries() -> list[EntryPoint]:
-    """The entry points of all plugins: koopmon's own first, then in the order of their names."""
+    """Return the entry points of all plugins: koopmon's own first, then in the order of their names."""
     try:
         found = list(entry_points(group=hookspecs.PROJECT))
-    except Exception:  # one damaged file in one distribution, whosever it is
+    except Exception:  # one damaged file of any distribution is enough
         found = []
         for distribution in distributions():
             try:
@@ -137,15 +137,15 @@ def _entries() -> list[EntryPoint]:
 
 
 def plugin_manager() -> PluginManager:
-    """A new manager with every plugin of the entry-point group `koopmon` loaded, koopmon's own among them.
+    """Return a new manager with every plugin of the entry-point group `koopmon` loaded, including koopmon's own.
 
-    A plugin that cannot be imported in time, misspells a hook or implements none is skipped, logged once and listed in
-    `failures`.
+    A plugin is skipped, logged once and listed in `failures` if it cannot be imported in time, misspells a hook or
+    implements none.
     """
     manager = PluginManager()
     loaded: dict[str, str] = {}
     for entry in _entries():
-        if loaded.get(entry.name) == entry.value:  # one distribution, seen twice on the path
+        if loaded.get(entry.name) == entry.value:  # one distribution, found twice on the path
             continue
         name = entry.name if entry.name not in loaded else f"{entry.name} of {entry.value}"
         loaded[name] = entry.value

@@ -1,6 +1,7 @@
-"""The door for plugins: loading them through the entry-point group `koopmon`, and choosing the adapter for a model.
+"""Plugins: loading through the entry-point group `koopmon`, and the choice of the adapter for a model.
 
-koopmon's own adapters come before all others: an equal claim or a name that is taken never displaces one of them.
+koopmon's own adapters come before all others. A third-party adapter with an equal claim, or with the same name, never
+replaces one of them.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ __all__ = [
 MAX_SEEN = 16
 """Containers that an error lists."""
 FAMILY = 11
-"""Claims from here on are those of a family of its own, known by its parts; see `ArchitectureAdapter.specificity`."""
+"""Least claim of a family of its own, known by its parts; see `ArchitectureAdapter.specificity`."""
 
 
 def adapters(manager: PluginManager | None = None) -> dict[str, ArchitectureAdapter]:
-    """Every architecture adapter by its name, in the order of the names; third-party ones as a GuardedAdapter.
+    """Return every architecture adapter by its name, in the order of the names; third-party ones as a GuardedAdapter.
 
-    Of two adapters of one name koopmon's own is taken, else that of the first plugin by name; the other is left out
-    with a log line. Raises AdapterError when a plugin registered by hand misspells a hook.
+    Of two adapters of one name koopmon's own is taken, else that of the first plugin by name. The other is left out
+    with a log line. Raises AdapterError if a plugin registered by hand misspells a hook.
     """
     manager = plugin_manager() if manager is None else manager
     try:
@@ -66,7 +67,7 @@ def adapters(manager: PluginManager | None = None) -> dict[str, ArchitectureAdap
 
 
 def example_models(manager: PluginManager | None = None) -> list[ExampleModel]:
-    """Every example model that a plugin offers. A plugin that fails to offer its own is skipped, as one that fails."""
+    """Return every example model that a plugin offers. A plugin that fails is skipped."""
     manager = plugin_manager() if manager is None else manager
     return [each for _, found in manager.offered("koopmon_example_models", _check_example) for each in found]
 
@@ -80,9 +81,9 @@ def _check_example(offer: object) -> None:
 class Selection:
     """The adapter for one model, its candidate stacks, best first (never none), and its flags.
 
-    `families` are the adapters with something to say of the model's parts: `adapter`, then every other one that knows a
-    family of its own in it. A hybrid has one adapter, and the names of the other families among its flags. `fallback`
-    is what koopmon's own adapters find, where `adapter` is a third-party one that claimed the model.
+    `families` are the adapters with parts in the model: `adapter`, then every other one that recognises its own family
+    in it. A hybrid has one adapter, and the names of the other families among its flags. `fallback` is the selection by
+    koopmon's own adapters, if `adapter` is a third-party one that claimed the model.
     """
 
     adapter: ArchitectureAdapter
@@ -100,11 +101,13 @@ def select(
 ) -> Selection:
     """Choose the adapter for `model` and its candidate stacks, without running the model.
 
-    `adapter` names one, or is one; None lets all claim. The highest specificity wins; of equal ones koopmon's own, else
-    the first by name, with a log line. Where a third-party adapter fails, the next one takes its place. `stack` is the
-    path of a container in the model: the only candidate then, and taken as residual. Raises AdapterError for an unknown
-    name and PluginError where the named adapter fails, DiscoveryError when no adapter claims the model or it holds no
-    candidate or no such `stack`.
+    `adapter` is the name of an adapter, or an adapter; with None all adapters claim. The highest specificity wins; of
+    equal ones koopmon's own, else the first by name, with a log line. If a third-party adapter fails, the next one
+    replaces it. `stack` is the path of a container in the model: it is then the only candidate, and is taken as
+    residual.
+
+    Raises AdapterError for an unknown name and PluginError if the named adapter fails. Raises DiscoveryError if no
+    adapter claims the model, or if the model holds no candidate or no such `stack`.
     """
     known = adapters(manager)
     claims = claims_on(model, known)
@@ -131,7 +134,7 @@ def select(
 
 
 def fall_back(selection: Selection, model: nn.Module, reason: object) -> Selection | None:
-    """What replaces a third-party adapter that failed on `model`, with a log line; None where nothing does."""
+    """Return the replacement of a third-party adapter that failed on `model`, with a log line; None without one."""
     if selection.fallback is not None:
         say_once(_replacement(selection.adapter, selection.fallback.adapter, model, reason))
     return selection.fallback
@@ -155,7 +158,7 @@ def _selection(
     if not candidates:
         raise DiscoveryError(f"adapter {chosen.name!r} finds no stack of blocks in {_seen(model)}")
     others = [known[name] for name, claim in claims.items() if claim >= FAMILY and name != chosen.name]
-    others.sort(key=lambda each: isinstance(each, GuardedAdapter))  # of two that measure one thing, the first is read
+    others.sort(key=lambda each: isinstance(each, GuardedAdapter))  # the first with an observable is read
     flags = frozenset(chosen.flags(model)).union(other.name for other in others)
     return Selection(chosen, candidates, flags, (chosen, *others))
 
@@ -171,20 +174,20 @@ def _named(adapter: str | ArchitectureAdapter, known: dict[str, ArchitectureAdap
 
 
 def claims_on(model: nn.Module, known: Mapping[str, ArchitectureAdapter]) -> dict[str, int]:
-    """The specificity of each adapter, by name; one that fails to tell is left out with a log line."""
+    """Return the specificity of each adapter, by name. An adapter that fails is left out with a log line."""
     claims: dict[str, int] = {}
     for name, adapter in known.items():
         try:
             claims[name] = adapter.specificity(model)
         except PluginError as error:
             say_once(f"{error}; the adapter is left out")
-        except Exception as error:  # one adapter's failure is not the others'
+        except Exception as error:  # the failure of one adapter must not affect the others
             say_once(f"adapter {name!r} is left out: specificity() {told(error)}")
     return claims
 
 
 def _ranked(model: nn.Module, known: Mapping[str, ArchitectureAdapter], claims: Mapping[str, int]) -> list[str]:
-    """The names of the adapters that claim `model`, the one to take first. Raises DiscoveryError when none does."""
+    """Return the names of the adapters that claim `model`, best first. Raises DiscoveryError if none does."""
     ranked = [name for name, claim in claims.items() if claim > 0]
     if not ranked:
         names = ", ".join(known) or "none could be loaded"
@@ -195,7 +198,7 @@ def _ranked(model: nn.Module, known: Mapping[str, ArchitectureAdapter], claims: 
 def _say_choice(
     model: nn.Module, known: Mapping[str, ArchitectureAdapter], claims: Mapping[str, int], ranked: list[str]
 ) -> None:
-    """Log what a user may not expect: equal claims, and a third-party adapter in the place of one of koopmon's own."""
+    """Log choices that a user may not expect: equal claims, and a third-party adapter in place of koopmon's own."""
     chosen, kind = known[ranked[0]], type(model).__name__
     for name in ranked[1:]:
         if claims[name] == claims[chosen.name]:
@@ -224,7 +227,7 @@ def _named_stack(model: nn.Module, candidates: tuple[Stack, ...], name: str) -> 
 
 
 def _seen(model: nn.Module) -> str:
-    """One line on what a model holds."""
+    """Return one line that lists the contents of a model."""
     seen = [f"{name} ({content})" for name, content in survey(model).items()]
     if len(seen) > MAX_SEEN:
         seen = [*seen[:MAX_SEEN], f"and {len(seen) - MAX_SEEN} more"]

@@ -1,4 +1,4 @@
-"""State of the process that decides a training's numbers: kept before a plugin's code runs, put back behind it."""
+"""State of the process that affects a training's numbers: saved before a plugin's code runs, restored after it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ logger = logging.getLogger("koopmon.plugins")
 
 
 class ProcessState:
-    """Copies of the random states and of the switches, made when this is created.
+    """Copies of the random states and of the global switches, made at construction.
 
-    What belongs to one thread, such as grad mode and autocast, is not among them: plugins run in threads of their own.
+    State that belongs to one thread, such as grad mode and autocast, is not included: plugins run in separate threads.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class ProcessState:
                 self._kept.append((name, get, put, get()))
 
     def restore(self) -> list[str]:
-        """Put back what has changed since; returns the names of what had."""
+        """Restore the items that have changed since. Returns their names."""
         changed = []
         for name, get, put, value in self._kept:
             try:
@@ -46,7 +46,7 @@ class ProcessState:
 
 
 def _items() -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], object]]]:
-    """(name, how to read it, how to write it)."""
+    """Yield (name, function that reads it, function that writes it)."""
     yield "Python's random state", random.getstate, random.setstate
     if (numpy_random := sys.modules.get("numpy.random")) is not None:
         yield "NumPy's random state", numpy_random.get_state, numpy_random.set_state
@@ -61,7 +61,7 @@ def _items() -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], object]]]
         cudnn = torch.backends.cudnn
         yield f"cudnn.{name}", partial(getattr, cudnn, name), partial(setattr, cudnn, name)
     yield "the working directory", os.getcwd, os.chdir
-    # A filter that is added otherwise may belong to a library, which would not add it a second time.
+    # Other filters may be a library's, which would not add them a second time: keep those.
     yield "which warnings are errors", _fatal_warnings, _keep_fatal_warnings
 
 
@@ -90,6 +90,6 @@ def _same(left: Any, right: Any) -> bool:
         return torch.equal(left, right)
     if isinstance(left, (tuple, list)):
         return len(left) == len(right) and all(map(_same, left, right))
-    if hasattr(left, "tobytes"):  # an array of NumPy's
+    if hasattr(left, "tobytes"):  # a NumPy array
         return bool(left.tobytes() == right.tobytes())
     return bool(left == right)

@@ -1,4 +1,4 @@
-"""The spectrum of a model's residual stream from one forward pass: states at every depth, and their profile."""
+"""Spectrum of a model's residual stream from one forward pass: states at every depth, and their profile."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def profile(
     """Profile the L transitions of `model`'s residual stream on one forward pass `model(*batch, **batch_kwargs)`.
 
     The pass runs in eval and no_grad; each module's mode and the random state are restored. The same N tokens, at most
-    `num_samples`, are taken at every depth among those that the model's own mask counts, as `seed` chooses. `svd_rank`
-    None fits the full D x D operator of each layer (it needs N >= D), R its leading R directions. Too few tokens, or
-    layers that do not move yet, give a profile that is not `informative` and says why.
+    `num_samples`, are taken at every depth. `seed` chooses them among the tokens that the model's own mask counts.
+    `svd_rank` None fits the full D x D operator of each layer (it needs N >= D), R its leading R directions. Too few
+    tokens, or layers that do not yet change the state, give a profile that is not `informative` and holds the reason.
 
-    Raises ValueError when a state holds NaN or infinite values, naming the block that it enters or leaves; AdapterError
+    Raises ValueError if a state holds NaN or infinite values, naming the block that it enters or leaves; AdapterError
     and DiscoveryError as `koopmon.discover`.
     """
     captured = capture_states(
@@ -58,13 +58,13 @@ class CapturedStates:
     num_tokens: int
     """Tokens of the batch, of which N were taken."""
     masked: bool
-    """True when the tokens were chosen by a mask that the model was given; False when all of them counted."""
+    """True if a mask of the model's call chose the tokens; False if all of them counted."""
     observables: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    """What the model's family measures, by name: L values each, None where there is none."""
+    """Measurements of the model's family, by name: L values each, None for a missing one."""
     measures: Mapping[str, str] = field(default_factory=dict)
     """A line of help for each of these names."""
     known_exponent: float | None = None
-    """The update exponent, where it need not be read from the states."""
+    """The update exponent, if it is known without the states."""
 
 
 def capture_states(
@@ -76,7 +76,10 @@ def capture_states(
     seed: int = 0,
     **batch_kwargs: Any,
 ) -> CapturedStates:
-    """What `profile` looks at: states of the verified stack on one forward pass. Arguments and errors as `profile`."""
+    """Capture the states for `profile`: those of the verified stack on one forward pass.
+
+    Arguments and errors as `profile`.
+    """
     if num_samples < 1:
         raise ValueError(f"num_samples = {num_samples}: allowed are integers from 1")
 
@@ -117,7 +120,7 @@ def _capture(
 
 @contextmanager
 def _reading(selection: Selection) -> Iterator[Mapping[str, Readings]]:
-    """Take the families' readings in every candidate stack, by its name, for as long as this lasts."""
+    """Take the families' readings in every candidate stack, by its name, inside the context."""
     readings = {stack.name: Readings() for stack in selection.candidates}
     handles = []
     try:
@@ -151,7 +154,7 @@ class _Sampler:
     ) -> None:
         self.states: dict[str, list[Tensor]] = {stack.name: [] for stack in selection.candidates}
         self.choices: dict[str, tuple[Tensor, int, bool]] = {}
-        """Per candidate the rows, how many tokens there are, and whether a mask took part."""
+        """Per candidate: the rows, the number of tokens, and True if a mask was used."""
         self._adapter = selection.adapter
         self._call = (model, batch, batch_kwargs)
         self._num_samples = num_samples
@@ -172,7 +175,10 @@ class _Sampler:
 
 
 def _alike(states: list[Tensor]) -> tuple[Tensor, ...]:
-    """States on the first one's device, in the widest of their types: blocks may lie on several devices."""
+    """Return states on the first one's device, in the widest of their types.
+
+    Blocks may lie on several devices.
+    """
     dtype = states[0].dtype
     for state in states:
         dtype = torch.promote_types(dtype, state.dtype)

@@ -1,4 +1,4 @@
-"""Which tokens a snapshot holds: the same at every depth, a pure function of (seed, step, data-parallel rank, mask).
+"""Token sampling: the same tokens at every depth, a pure function of (seed, step, data-parallel rank, mask).
 
 Shapes: a state is (..., T, D); its leading dimensions flattened, row-major, number its tokens 0 .. num_tokens - 1.
 """
@@ -24,12 +24,15 @@ def order_rows(
     mask: Tensor | None = None,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Token rows to sample, those that count first, without synchronising with the device.
+    """Return token rows to sample, those that count first, without synchronising with the device.
 
-    `mask`: boolean with num_tokens elements, True at tokens that count; None counts all. Returns `rows`, int64 of shape
-    (min(num_samples, num_tokens),), distinct, in random order, on `device` (default the mask's, else the CPU), and
-    `num_valid`, a 0-d int64 tensor there: only rows[:num_valid] are tokens that count. Raises ValueError when the mask
-    has another number of elements or num_samples is below 1.
+    `mask`: boolean with num_tokens elements, True at tokens that count; None counts all.
+
+    Returns (rows, num_valid), both on `device` (default the mask's, else the CPU). `rows` is int64 of shape
+    (min(num_samples, num_tokens),), distinct, in random order. `num_valid` is a 0-d int64 tensor: only rows[:num_valid]
+    are tokens that count.
+
+    Raises ValueError if the mask has another number of elements or num_samples is below 1.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples = {num_samples}: must be at least 1")
@@ -59,16 +62,19 @@ def choose_rows(
     data_rank: int = 0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The rows to sample: min(num_samples, tokens that count) distinct int64 indices, on the mask's device.
+    """Return the rows to sample: min(num_samples, tokens that count) distinct int64 indices, on the mask's device.
 
-    The choice is that of `order_rows`; this form synchronises when the mask lies on an accelerator.
+    The choice is that of `order_rows`. This form synchronises if the mask lies on an accelerator.
     """
     rows, num_valid = order_rows(num_tokens, num_samples, seed=seed, step=step, data_rank=data_rank, mask=mask)
     return rows if mask is None else rows[: int(num_valid)]
 
 
 def take_rows(state: Tensor, rows: Tensor) -> Tensor:
-    """The sampled tokens of a state (..., T, D) as a new tensor (N, D), without copying the whole of a strided one."""
+    """Return the sampled tokens of a state (..., T, D) as a new tensor (N, D).
+
+    A strided state is not copied as a whole.
+    """
     if state.is_contiguous():
         return state.reshape(-1, state.shape[-1]).index_select(0, rows)
     index = []
@@ -79,9 +85,9 @@ def take_rows(state: Tensor, rows: Tensor) -> Tensor:
 
 
 def align_mask(mask: Tensor | None, leading: torch.Size) -> Tensor | None:
-    """`mask` in the layout of a state whose shape without D is `leading`, or None when it cannot belong to it.
+    """Return `mask` in the layout of a state whose shape without D is `leading`; None if it cannot belong to it.
 
-    A (B, T) mask is transposed for a (T, B, D) state; where B equals T it is taken as it is.
+    A (B, T) mask is transposed for a (T, B, D) state. If B equals T it is returned unchanged.
     """
     if mask is None or mask.shape == leading:
         return mask

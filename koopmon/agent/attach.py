@@ -1,4 +1,4 @@
-"""`koopmon.attach`: the one call that brings koopmon into a training."""
+"""`koopmon.attach`: the call that attaches the agent to a training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class _NotAttachedError(Exception):
-    """Something that is not an argument's fault keeps koopmon out; the message says what to do."""
+    """An obstacle that the arguments did not cause keeps the agent off. The message names the remedy."""
 
 
 def attach(
@@ -42,17 +42,24 @@ def attach(
     run: str | None = None,
     config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
 ) -> Agent:
-    """Attach koopmon to a training: once, on every rank alike, before the first forward pass and before compiling.
+    """Attach koopmon to a training.
 
-    `model` is the module that the loop calls. `endpoint` is the monitor's; None takes KOOPMON_ENDPOINT, and without
-    that the agent is disabled. `run` names the job; None takes KOOPMON_RUN, else the script's name and 8 hexadecimal
-    digits, the same on all ranks. `config`: a Config, its tables as a mapping, or the path of a TOML file; None takes
-    KOOPMON_CONFIG, else the defaults.
+    Call it once, on every rank alike, before the first forward pass and before compiling.
 
-    Raises TypeError, ConfigError, EndpointError or AdapterError for what these arguments themselves get wrong. Whatever
-    else is in the way (the environment, a model without a residual chain, an absent monitor) is one log line, and
-    training goes on; once this has returned, nothing is ever raised. A second call for a model or an optimizer that is
-    attached returns another handle to the same agent.
+    Args:
+        model: The module that the loop calls.
+        optimizer: The optimizer that steps. A wrapper that holds it as `optimizer` is accepted.
+        endpoint: The monitor's address. None takes KOOPMON_ENDPOINT; without that the agent is disabled.
+        run: The name of the job. None takes KOOPMON_RUN, else the script's name and 8 hexadecimal digits, the same on
+            all ranks.
+        config: A Config, its tables as a mapping, or the path of a TOML file. None takes KOOPMON_CONFIG, else the
+            defaults.
+
+    Returns a handle. A second call for an attached model or optimizer returns another handle to the same agent.
+
+    Raises TypeError, ConfigError, EndpointError or AdapterError for errors in the arguments themselves. Any other
+    obstacle (the environment, a model without a residual chain, an absent monitor) is logged as one line, and training
+    goes on. The agent raises nothing after this call has returned.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
@@ -66,7 +73,7 @@ def attach(
     try:
         runtime = _invite(model, optimizer, endpoint, run, config)
     except _NotAttachedError as error:
-        # One line per job: every rank has the same to say.
+        # Every rank would log the same line: rank 0 logs it for the job.
         level = logging.WARNING if rank_from_env() == 0 else logging.DEBUG
         logger.log(level, "koopmon: not attached, training goes on: %s", error)
         return Agent(None, str(error))
@@ -107,7 +114,7 @@ def _invite(
 
 
 def _checked(explicit: bool, make: Callable[[], T]) -> T:
-    """`make()`, whose KoopmonError is the caller's to see only if the caller wrote what is wrong."""
+    """Return `make()`. A KoopmonError reaches the caller only if the caller wrote the faulty value."""
     try:
         return make()
     except KoopmonError as error:
@@ -131,7 +138,7 @@ def _present(key: nn.Module | Optimizer) -> AgentRuntime | None:
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that steps: wrappers, as accelerate's, carry it as `optimizer` and run no hooks of their own."""
+    """Return the optimizer that steps. Wrappers such as accelerate's hold it as `optimizer` and run no hooks."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return optimizer

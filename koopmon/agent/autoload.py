@@ -1,9 +1,9 @@
-"""Zero-code attach: under `koopmon run`, the first optimizer that a training process makes is attached to its model.
+"""Zero-code attach: `koopmon run` attaches the first optimizer of a training process to its model.
 
-`_autoload/sitecustomize.py` calls `arm` when Python starts. A finder waits for `torch.optim.optimizer`, so that torch
-is imported when the script does it and not before; then `Optimizer.__init__` is wrapped. When an optimizer is made, the
-one root module that owns its parameters is looked up among the live objects, and `koopmon.attach` is called: before the
-first forward, and on every rank alike. Whatever fails becomes one log line, and training goes on.
+`_autoload/sitecustomize.py` calls `arm` when Python starts. A finder waits for `torch.optim.optimizer`, so that only
+the script imports torch. It then wraps `Optimizer.__init__`. When the script makes an optimizer, the one root module
+that owns its parameters is looked up among the live objects. `koopmon.attach` follows, before the first forward and on
+every rank alike. Every failure becomes one log line, and training goes on.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 DIRECTORY = Path(__file__).parent / "_autoload"
-"""What `koopmon run` puts first on PYTHONPATH."""
+"""The directory that `koopmon run` puts first on PYTHONPATH."""
 _TARGET = "torch.optim.optimizer"
 _MARK = "KOOPMON_ATTACHED_PID"
 LAUNCHERS = frozenset({"torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "deepspeed"})
-"""Programs and modules that start ranks and train nothing themselves."""
+"""Programs and modules that start ranks and do not train themselves."""
 _log = logging.getLogger("koopmon.agent")
 
 
 class RootNotFoundError(LookupError):
-    """No single module owns the parameters of an optimizer; the message says what was seen."""
+    """No single module owns the parameters of an optimizer. The message lists the modules found."""
 
 
 class _Closable(Protocol):
@@ -46,10 +46,11 @@ class _Closable(Protocol):
 
 
 def should_attach(environ: Mapping[str, str], argv: Sequence[str], pid: int) -> bool:
-    """Whether a process may train under koopmon: `argv` is `sys.orig_argv`, the interpreter's own command line.
+    """Return True if a process may train under koopmon. `argv` is `sys.orig_argv`, the interpreter's own command line.
 
-    Left alone are: processes without an endpoint; launchers of ranks; children of multiprocessing (DataLoader workers
-    among them); torch's compile workers; and what an attached process starts in its turn, since that inherits its RANK.
+    Excluded processes: those without an endpoint, launchers of ranks, children of multiprocessing (including DataLoader
+    workers), and torch's compile workers. The children of an attached process are excluded too, because they inherit
+    its RANK.
     """
     if not environ.get("KOOPMON_ENDPOINT") or environ.get(_MARK, str(pid)) != str(pid):
         return False
@@ -63,7 +64,7 @@ def should_attach(environ: Mapping[str, str], argv: Sequence[str], pid: int) -> 
 
 
 def _program(words: Sequence[str]) -> str:
-    """What the interpreter was told to run: a script's path, a module's name, or the code after -c; "" when nothing."""
+    """Return the program on the command line: a script's path, a module's name, or the code after -c; "" for none."""
     rest = iter(words)
     for word in rest:
         if word in ("-m", "-c"):
@@ -76,7 +77,7 @@ def _program(words: Sequence[str]) -> str:
 
 
 def arm() -> bool:
-    """Wait for torch's optimizers, if this process is one that may train. Returns whether it does."""
+    """Wait for torch's optimizers. Returns False, and does nothing, in a process that must not be attached."""
     if not should_attach(os.environ, sys.orig_argv, os.getpid()):
         return False
     watch = _Watch()
@@ -89,7 +90,7 @@ def arm() -> bool:
 
 
 class _Finder(MetaPathFinder):
-    """Sees one module being imported, lets `after` touch it, and leaves no trace behind."""
+    """Import finder that calls `after` once, with the module `torch.optim.optimizer`, and then removes itself."""
 
     def __init__(self, after: Callable[[ModuleType], None]) -> None:
         self._after = after
@@ -107,7 +108,7 @@ class _Finder(MetaPathFinder):
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            del loader.exec_module  # the instance's: the class's own shines through again
+            del loader.exec_module  # removes the instance attribute; the class's method applies again
             execute(module)
             self._after(module)
 
@@ -116,7 +117,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Watch:
-    """Follows the optimizers that this process makes."""
+    """Attaches koopmon to the optimizers that this process makes."""
 
     def __init__(self) -> None:
         self._enabled = True
@@ -143,7 +144,7 @@ class _Watch:
             self._log(f"not attached: {error}")
 
     def on_optimizer_created(self, optimizer: Optimizer) -> None:
-        """An optimizer was made: attach, unless this one is not the first over these parameters."""
+        """Attach to a new optimizer, unless an earlier one of other parameters is attached already."""
         if not self._enabled or self._busy:
             return
         self._busy = True
@@ -161,7 +162,7 @@ class _Watch:
             if parameters != self._parameters:
                 self._log("more than one optimizer was made: only the first one's learning rate is guarded")
                 return
-            # The script made its optimizer anew; the old one will not step again.
+            # The script replaced its optimizer. The old one will not step again.
             agent, self._agent = self._agent, None
             atexit.unregister(agent.close)
             agent.close()
@@ -176,7 +177,7 @@ class _Watch:
     def _log(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            # Every rank has the same to say: one line per job.
+            # Every rank would log the same line: rank 0 logs it for the job.
             first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
             _log.log(logging.WARNING if first else logging.DEBUG, "koopmon: %s", text)
 
@@ -186,17 +187,17 @@ def _parameters(optimizer: Optimizer) -> frozenset[int]:
 
 
 def root_module(optimizer: Optimizer) -> nn.Module:
-    """The outermost live module that owns every parameter of `optimizer`.
+    """Return the outermost live module that owns every parameter of `optimizer`.
 
-    When several unrelated wrappers own them (a second view of one model), it is the outermost module that all of these
-    share. Copies, such as an exponential moving average, own other parameters and never count.
+    Several unrelated wrappers may own them (a second view of one model). The result is then the outermost module that
+    all of these share. Copies, such as an exponential moving average, own other parameters and never count.
 
     Raises RootNotFoundError when there is none.
     """
     from torch import nn
 
     parameters = _parameters(optimizer)
-    # type() and not isinstance(): a lazy proxy somewhere in the process must not be woken.
+    # isinstance() reads `__class__`, which makes a lazy proxy load its object. type() does not.
     modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module) and "_modules" in vars(thing)]
     owners = [module for module in modules if _owns(module, parameters)]
     roots = _outermost(owners)
@@ -217,7 +218,7 @@ def root_module(optimizer: Optimizer) -> nn.Module:
 def _owns(module: nn.Module, parameters: frozenset[int]) -> bool:
     try:
         return parameters <= {id(parameter) for parameter in module.parameters()}
-    except BaseException as error:  # a half-built module somewhere else in the process
+    except BaseException as error:  # another part of the process may be building this module
         raise_from_signal(error)
         return False
 

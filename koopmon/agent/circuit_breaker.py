@@ -1,4 +1,4 @@
-"""The circuit breaker between koopmon and the training loop: what fails inside a hook stays inside."""
+"""Circuit breaker between koopmon and the training loop: no exception of a hook reaches the loop."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _breakers: weakref.WeakSet[CircuitBreaker] = weakref.WeakSet()
 
 
 class CircuitBreaker:
-    """Runs koopmon's code inside the user's loop. The first exception shuts it for good, is logged once and counted.
+    """Runs koopmon's code inside the user's loop. The first exception disables it for good, is logged once and counted.
 
-    `on_trip` is called once, with the reason, after the circuit breaker has shut; what it raises is counted as well.
+    `on_trip` is called once, with the reason, after the circuit breaker has tripped. An exception of `on_trip` is
+    counted too.
     """
 
     def __init__(self, name: str, on_trip: Callable[[str], None] | None = None) -> None:
@@ -31,7 +32,7 @@ class CircuitBreaker:
         _breakers.add(self)
 
     def trip(self, where: str, error: BaseException) -> None:
-        """Shut the circuit breaker because of `error`, which was raised in `where`."""
+        """Disable the guarded code because of `error`, which was raised in `where`."""
         self.num_errors += 1
         if self.tripped:
             return
@@ -47,12 +48,15 @@ class CircuitBreaker:
                 logger.debug("koopmon: while shutting %s", self.name, exc_info=second)
 
     def hook(self, body: Callable[..., Any]) -> GuardedHook:
-        """`body` as a hook for a module or an optimizer."""
+        """Return `body` as a hook for a module or an optimizer."""
         return GuardedHook(self, body)
 
 
 class GuardedHook:
-    """A fenced hook. Copies of the module that carries it, by deepcopy or pickle, carry one that does nothing."""
+    """A hook whose exceptions trip the circuit breaker.
+
+    Copies of its module, by deepcopy or pickle, carry a NoopHook.
+    """
 
     __slots__ = ("_body", "_breaker")
 
@@ -61,13 +65,13 @@ class GuardedHook:
         self._body = body
 
     def __call__(self, *args: Any) -> Any:
-        # Traced by a compiler, a hook body would break the graph at every block.
+        # A compiler that traced the hook body would break the graph at every block.
         if self._breaker.tripped or torch.compiler.is_compiling():
             return None
         try:
             return self._body(*args)
         except Exception as error:
-            raise_from_signal(error)  # a handler of the user's, which by chance ran here
+            raise_from_signal(error)  # raised by a signal handler of the user's that ran during the hook
             self._breaker.trip(getattr(self._body, "__name__", "hook"), error)
             return None
 
@@ -79,7 +83,7 @@ class GuardedHook:
 
 
 class NoopHook:
-    """What a copy of a tapped module carries: does nothing."""
+    """The hook in a copy of a tapped module. It does nothing."""
 
     __slots__ = ()
 
@@ -93,7 +97,7 @@ def _trip_in_child() -> None:
         breaker.reason = "a forked child: the agent is the parent's"
 
 
-# A DataLoader's worker inherits the hooks, but neither the threads nor the sockets behind them.
+# A DataLoader worker inherits the hooks, but not the threads and sockets that they use.
 os.register_at_fork(after_in_child=_trip_in_child)
 
 

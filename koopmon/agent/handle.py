@@ -15,34 +15,36 @@ logger = logging.getLogger("koopmon.agent")
 
 
 class Agent:
-    """One attached model and optimizer; `close`, or the end of a `with` block, lets go of them.
+    """Handle of one attached model and optimizer. `close`, or the end of a `with` block, detaches them.
 
-    No method raises or waits for anything but, in `close`, a goodbye of less than a second. A training that needs
-    nothing of this may drop the agent: it lives as long as the model.
+    No method raises. No method waits, except `close`: it waits less than a second to send the goodbye. The handle may
+    be dropped, because the agent lives as long as the model.
     """
 
     def __init__(self, runtime: AgentRuntime | None, reason: str = "", *, joined: bool = False) -> None:
         self._runtime = runtime
         self._reason = reason
         self.joined = joined
-        """Whether the training was attached before, as by `koopmon run`: then whoever did that closes it."""
+        """True if the training was attached before, as by `koopmon run`. The first caller then closes the agent."""
         self._complained = False
 
     @property
     def enabled(self) -> bool:
-        """False when koopmon is not attached, has failed or was closed: `status()["reason"]` tells why."""
+        """False when koopmon is not attached, has failed or was closed. `status()["reason"]` gives the reason."""
         return not self._why_disabled()
 
     @property
     def should_stop(self) -> bool:
-        """True once the monitor has asked the training to stop; at the same step on all ranks. The loop may look."""
+        """True after a stop command of the monitor, from the same step on all ranks. The loop may read it."""
         runtime = self._runtime
         return runtime is not None and runtime.actuator is not None and runtime.actuator.state.stop
 
     def log(self, *, loss: float | Tensor | None = None, grad_norm: float | Tensor | None = None) -> None:
-        """Tell the monitor the loss and the gradient's norm, in the user's own units; both optional, at any step.
+        """Report the loss and the gradient's norm to the monitor, in the user's own units.
 
-        A number or a tensor with one element; one on a device is copied without synchronising.
+        Both are optional, at any step.
+
+        Each is a number or a tensor with one element. A tensor on a device is copied without synchronising.
         """
         runtime = self._runtime
         if runtime is None:
@@ -60,7 +62,7 @@ class Agent:
                 logger.warning("koopmon: log(%s=...) is ignored: %s", name, error)
 
     def status(self) -> dict[str, Any]:
-        """What the agent is doing, as plain values; never synchronises with a device."""
+        """Return the state of the agent as plain values. Never synchronises with a device."""
         runtime = self._runtime
         reason = self._why_disabled()
         if runtime is None:
@@ -105,7 +107,7 @@ class Agent:
         return "closed" if self._runtime.closed else self._runtime.breaker.reason or self._runtime.taps.failure
 
     def close(self, reason: str = "") -> None:
-        """Take koopmon off the training and say goodbye to the monitor. Idempotent."""
+        """Detach koopmon from the training and send a goodbye to the monitor. Idempotent."""
         runtime = self._runtime
         if runtime is None or runtime.closed:
             return

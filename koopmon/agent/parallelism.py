@@ -1,6 +1,6 @@
-"""How the ranks share the training: which layouts koopmon is proven to act in, which it only watches, which it refuses.
+"""Parallel layouts: koopmon acts in the proven ones, watches the unproven ones, and refuses the wrong ones.
 
-What is `proven` here is what the support matrix proves (docs/support.md); its tests hold this file to it.
+`proven` follows the support matrix (docs/support.md). The tests of the matrix check this file.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from koopmon.observables import shielded
 from koopmon.plugins import Selection
 
 PROVEN = frozenset({"single", "ddp", "fsdp1", "fsdp2", "hsdp", "tp", "fsdp2-tp"})
-"""Layouts over all ranks, on the CPU, in which the matrix proves that koopmon acts rightly."""
+"""Layouts over all ranks, on the CPU, in which the matrix proves that koopmon acts correctly."""
 _MAX_FRAMES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class ParallelLayout:
-    """`proven`: commands may be applied by default; `caution` says why not. `refused`: known to be wrong."""
+    """A layout.
+
+    `proven`: commands are applied by default. `caution` is the reason against. `refused`: known to be wrong.
+    """
 
     name: str
     proven: bool
@@ -34,7 +37,10 @@ class ParallelLayout:
 
 @dataclass(frozen=True, slots=True)
 class DataRanks:
-    """This rank among those that train on different data: of ranks that share one model, the first one `leads`."""
+    """This rank among those that train on different data.
+
+    `leads`: it is the first of the ranks that share one model.
+    """
 
     rank: int
     size: int
@@ -42,14 +48,14 @@ class DataRanks:
 
 
 def refusal(model: nn.Module) -> str:
-    """Why koopmon cannot be attached to `model` at all; empty when it can."""
+    """Return the reason against attaching to `model`; empty if there is none."""
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         return "torch.nn.DataParallel runs copies of the model in threads; use DistributedDataParallel"
     return ""
 
 
 def kss_refusal(model: nn.Module, selection: Selection) -> str:
-    """Why KSS must not act on `model`: its families shield some of its modules. Empty when it may."""
+    """Return the reason against KSS on `model`: its families shield some of its modules. Empty if there is none."""
     modules = shielded(selection.families, selection.candidates)
     if not modules:
         return ""
@@ -60,7 +66,7 @@ def kss_refusal(model: nn.Module, selection: Selection) -> str:
 
 
 def data_ranks(model: nn.Module, world: RankContext) -> DataRanks:
-    """Which data this rank trains on: under tensor parallelism several ranks train on the same."""
+    """Return the data rank of this rank. Under tensor parallelism several ranks train on the same data."""
     mesh = _model_mesh(model)
     if mesh is None or mesh.size() != world.size:
         return DataRanks(world.rank, world.size)
@@ -74,9 +80,9 @@ def data_ranks(model: nn.Module, world: RankContext) -> DataRanks:
 
 
 def inspect_layout(model: nn.Module, world: RankContext) -> ParallelLayout | None:
-    """The layout of a training, seen from one rank; None while that cannot be told.
+    """Return the layout of a training, as this rank sees it; None while it is not known.
 
-    A wrapper around `model` shows itself only while it runs: ask again from inside a forward.
+    A wrapper around `model` is visible only while it runs: call again from inside a forward.
     """
     if _runs_as_stage():
         return ParallelLayout(
@@ -95,7 +101,7 @@ def inspect_layout(model: nn.Module, world: RankContext) -> ParallelLayout | Non
 
 
 def _shared_layout(model: nn.Module, world: RankContext) -> ParallelLayout | None:
-    """How the ranks share the model, whatever device it is on."""
+    """Return how the ranks share the model, regardless of its device."""
     mesh = _model_mesh(model)
     if mesh is not None:
         return _mesh_layout(model, mesh, world)
@@ -123,20 +129,20 @@ def _mesh_layout(model: nn.Module, mesh: Any, world: RankContext) -> ParallelLay
 
 
 def _over(name: str, sizes: set[int], world: RankContext) -> ParallelLayout:
-    """The layout `name`, if it spans the world."""
+    """Return the layout `name`; it is proven only if it spans the world."""
     if sizes == {world.size}:
         return ParallelLayout(name, name in PROVEN, "" if name in PROVEN else f"{name} is a layout not yet proven")
     return ParallelLayout(name, False, f"its {name} spans {min(sizes)} of {world.size} ranks, a layout not yet proven")
 
 
 def _model_mesh(model: nn.Module) -> Any:
-    """The largest device mesh over which a parameter is distributed; None where none is."""
+    """Return the largest device mesh over which a parameter is distributed; None if there is none."""
     meshes = [mesh for each in model.parameters() if (mesh := getattr(each, "device_mesh", None)) is not None]
     return max(meshes, key=lambda mesh: mesh.size(), default=None)
 
 
 def _data_mesh(model: nn.Module) -> Any:
-    """The mesh over which FSDP2 shards and replicates; None where it does not, or hides it."""
+    """Return the mesh over which FSDP2 shards and replicates; None if there is none or torch does not expose it."""
     for module in model.modules():
         state = getattr(module, "_get_fsdp_state", lambda: None)()
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
@@ -147,12 +153,12 @@ def _data_mesh(model: nn.Module) -> Any:
 
 
 def _shards_data(model: nn.Module) -> bool:
-    """Whether a part of `model` was given to fully_shard; by name, so that nothing is imported for it."""
+    """Return True if fully_shard was applied to a part of `model`. Compares class names, to import nothing."""
     return any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
 
 
 def _runs_as_stage() -> bool:
-    """Whether this is being called from inside a stage of torch.distributed.pipelining."""
+    """Return True if the caller runs inside a stage of torch.distributed.pipelining."""
     frame: FrameType | None = sys._getframe(2)
     for _ in range(_MAX_FRAMES):
         if frame is None:
@@ -165,7 +171,7 @@ def _runs_as_stage() -> bool:
 
 
 def compiled_whole(model: nn.Module, blocks: list[nn.Module]) -> bool:
-    """Whether the blocks of `model` run inside a compiled graph, where no hook of theirs ever fires."""
+    """Return True if the blocks of `model` run inside a compiled graph, where none of their hooks fires."""
     inside = {id(module) for block in blocks for module in block.modules() if module is not block}
     return any(
         (hasattr(module, "dynamo_ctx") and not any(module is block for block in blocks))

@@ -1,7 +1,7 @@
-"""Which rank this process is, and how all ranks come to call the run by one name.
+"""The rank of this process, and the run's identity that all ranks share.
 
-Whatever passes between ranks here passes through a connection of our own to the default store, and no call waits for
-another rank: the user's process groups, and the lock of the user's own store connection, are never touched.
+The ranks communicate through koopmon's own connection to the default store, and no call waits for another rank. The
+user's process groups, and the lock of the user's own store connection, are never touched.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from torch import nn
 from koopmon.errors import ConfigError
 
 SETTLE_SECONDS = 300.0
-"""How long rank 0 may take until it has named the run."""
+"""Time that rank 0 has to publish the run's identity."""
 _LAUNCHED = (
     ("RANK", "WORLD_SIZE"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
 )
-"""In which variables launchers say who a process is; torchrun's win, since it may run inside a step of Slurm's."""
+"""The launchers' variables of rank and world size. torchrun is first, because it may run inside a Slurm step."""
 _ordinals: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True)
 class RankContext:
-    """This process among the ranks; `store` is None when it trains alone."""
+    """Rank and size of this process. `store` is None if it trains alone."""
 
     rank: int = 0
     size: int = 1
@@ -46,14 +46,14 @@ class RankContext:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The job's name and the hexadecimal name of this launch of it, equal on all ranks."""
+    """The job's name and the hexadecimal id of this launch, equal on all ranks."""
 
     run: str
     incarnation: str
 
 
 def current_context() -> RankContext | None:
-    """The world as torch.distributed has it; None while a launcher has announced ranks that have not met yet."""
+    """Return the world of torch.distributed. None while a launcher has announced ranks that are not initialized yet."""
     if dist.is_available() and dist.is_initialized():
         if dist.get_world_size() == 1:
             return RankContext()
@@ -62,17 +62,17 @@ def current_context() -> RankContext | None:
 
 
 def announced_size() -> int:
-    """What the launcher says the world's size is; 1 when it says nothing."""
+    """Return the world size that the launcher announced; 1 by default."""
     return _announced()[1]
 
 
 def rank_from_env() -> int:
-    """What the launcher says this process's rank is; 0 when it says nothing."""
+    """Return the rank that the launcher announced; 0 by default."""
     return _announced()[0]
 
 
 def _announced() -> tuple[int, int]:
-    """Rank and world size by the first launcher that names this process's rank."""
+    """Return rank and world size from the first launcher that sets this process's rank."""
     for rank, size in _LAUNCHED:
         if os.environ.get(rank, "").isdecimal():
             world = os.environ.get(size, "")
@@ -82,12 +82,12 @@ def _announced() -> tuple[int, int]:
 
 def _own_store() -> Any:
     store = dist.distributed_c10d._get_default_store()
-    # A second connection where the store has such: a thread of ours then never holds the lock of the user's.
+    # A clone is a second connection: a thread of koopmon then never holds the lock of the user's connection.
     return store.clone() if hasattr(store, "clone") else store
 
 
 def check_run_name(name: str) -> str:
-    """`name` if it can name a run. Raises ConfigError."""
+    """Return `name` if it is a valid name of a run. Raises ConfigError."""
     if _RUN_NAME.fullmatch(name) is None:
         raise ConfigError(
             f"run = {name!r}: allowed are 1 to 128 letters, digits and . _ : / + -, beginning with a letter or a digit"
@@ -96,16 +96,17 @@ def check_run_name(name: str) -> str:
 
 
 def default_run_name() -> str:
-    """The script's name and 8 random hexadecimal digits."""
+    """Return the script's name and 8 random hexadecimal digits."""
     stem = re.sub(r"[^A-Za-z0-9._+-]", "-", Path(sys.argv[0] or "python").stem).strip("-.") or "python"
     stem = stem if stem[0].isalnum() else f"run{stem}"
     return f"{stem[:100]}-{secrets.token_hex(4)}"
 
 
 def store_prefix(model: nn.Module, run: str | None) -> str:
-    """A key in the store, the same on all ranks that attach this training, whatever else each of them attaches.
+    """Return a key in the store. It is the same on all ranks that attach this training.
 
-    Trainings that look alike are told apart by their order in this process.
+    A counter of this process separates trainings with equal names and parameters. Other trainings that a rank attaches
+    do not change the key.
     """
     names = "\n".join(name.removeprefix("module.") for name, _ in model.named_parameters())
     digest = hashlib.blake2b(f"{run}\n{names}".encode(), digest_size=8).hexdigest()
@@ -113,9 +114,9 @@ def store_prefix(model: nn.Module, run: str | None) -> str:
 
 
 class RunRendezvous:
-    """Settles the run's identity: rank 0 makes it and writes it to the store, the others ask until it is there.
+    """Settles the run's identity: rank 0 creates it and writes it to the store; the other ranks poll the store.
 
-    `place` is where in the store the agents of one training meet (`store_prefix`).
+    `place` is the key of one training in the store (`store_prefix`).
     """
 
     def __init__(self, world: RankContext, run: str | None, place: str) -> None:
@@ -125,7 +126,10 @@ class RunRendezvous:
         self._deadline = time.monotonic() + SETTLE_SECONDS
 
     def resolve(self) -> Identity | None:
-        """The identity, or None while rank 0 has not spoken; one short exchange with the store, no waiting."""
+        """Return the identity, or None until rank 0 has published it. One short exchange with the store; never waits.
+
+        Raises TimeoutError after SETTLE_SECONDS.
+        """
         if self._world.rank == 0:
             identity = Identity(self._run or default_run_name(), secrets.token_hex(8))
             if self._world.store is not None:

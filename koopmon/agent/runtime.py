@@ -1,4 +1,4 @@
-"""What sits in the training loop: all parts of the agent, wired to one model and one optimizer."""
+"""The parts of the agent, connected to one model and one optimizer."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ logger = logging.getLogger("koopmon.agent")
 
 
 class AgentRuntime:
-    """All hooks and threads of one attached training; `close` lets go of it. The hooks keep it alive.
+    """All hooks and threads of one attached training. `close` detaches them. The hooks keep it alive.
 
-    Until the ranks are known, which may be only after the model was built, the parts that need to know are None.
+    The ranks may become known only after the model was built. Until then the parts that depend on them are None.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class AgentRuntime:
 
     @property
     def present(self) -> bool:
-        """Whether this training is attached: not closed, and not a forked child's inheritance."""
+        """True while this training is attached: not closed, and not inherited by a forked child."""
         return not self.closed and os.getpid() == self._pid
 
-    # The ranks are known.
+    # Start, once the ranks are known.
 
     def _start(self, world: RankContext) -> None:
         config = self._config
@@ -159,7 +159,7 @@ class AgentRuntime:
         )
 
     def _family(self) -> dict[str, Any]:
-        """What hello says of the adapter."""
+        """Return the adapter's part of hello."""
         overrides, kss = self.adapter.kss_settings(), None
         if overrides:
             known = {**msgspec.structs.asdict(KssConfig()), **overrides}
@@ -175,12 +175,12 @@ class AgentRuntime:
         return "" if self._config.kss.through_shielded else kss_refusal(model, selection)
 
     def _learn_layout(self, *, last_word: bool) -> None:
-        """Settle how the ranks share the training, and so whether koopmon acts; not known before the first forward."""
+        """Set the layout and, from it, whether koopmon acts. Some layouts are known only in the first forward."""
         model, world, actuator = self._model(), self.world, self.actuator
         if model is None or world is None or actuator is None:
             return
         if world.size > self._ranks.size and not last_word:
-            return  # whether ranks that share a model share its tokens shows in the first forward
+            return  # only the first forward shows if ranks that share a model also share its tokens
         found = inspect_layout(model, world) or (UNKNOWN if last_word else None)
         if found is not None and found.refused:
             self.layout, actuator.acts = found, False
@@ -207,11 +207,11 @@ class AgentRuntime:
         if self.io_thread is not None:
             self.io_thread.post(result)
 
-    # What the taps see.
+    # Events of the taps.
 
     def on_forward(self) -> None:
         if self.world is None:
-            # No ranks have met, whatever the launcher announced: this process trains by itself.
+            # The launcher may have announced ranks, but none were initialized: this process trains alone.
             rank, world = rank_from_env(), current_context()
             if world is None:
                 self._run, world = f"{self._run or default_run_name()}-rank{rank}", RankContext()
@@ -246,7 +246,7 @@ class AgentRuntime:
             io_thread.post(snapshot)
             self._budget.spend(0.0, snapshot.states.nbytes)
 
-    # What the optimizer does.
+    # Hooks of the optimizer.
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         started = time.perf_counter()
@@ -275,7 +275,7 @@ class AgentRuntime:
         self._last_edge = started
         stats.tick(elapsed)
         self._budget.earn(elapsed)
-        # Snapshots alone are charged: with fewer of them, nothing else gets cheaper.
+        # Only snapshots are charged, because fewer of them make nothing else cheaper.
         self._budget.spend(stats.capture_seconds - self._charged_seconds)
         self._charged_seconds = stats.capture_seconds
         if actuator is not None:
@@ -296,23 +296,23 @@ class AgentRuntime:
             )
         stats.hook_seconds += time.perf_counter() - started
 
-    # The end.
+    # Closing.
 
     def _withdraw(self, reason: str) -> None:
-        """This training is not for koopmon: no taps, no commands, one line."""
+        """Stop watching this training: remove the taps, refuse commands, log one line."""
         self.taps.remove(reason)
         self.stand_down(reason)
         if self.world is not None:
             _log_once_per_job(self.world, f"not attached, training goes on: {reason}")
 
     def stand_down(self, reason: str) -> None:
-        """Something failed: no snapshots, commands or KSS any more. The learning-rate scale stays, as on all ranks."""
+        """End snapshots, commands and KSS after a failure. The learning-rate scale stays, equal on all ranks."""
         self._injection.active = False
         for closable in self._closables:
             closable.close(wait=False)
 
     def close(self, reason: str) -> None:
-        """Take every hook off, put the user's rates back, say goodbye. Waits less than a second. Idempotent."""
+        """Remove every hook, restore the user's rates and send a goodbye. Waits less than a second. Idempotent."""
         self.closed = True
         for handle in self._handles:
             handle.remove()
@@ -321,20 +321,20 @@ class AgentRuntime:
         self._rates.restore_rates()
         if self.io_thread is not None:
             self.io_thread.goodbye_reason = reason
-        if os.getpid() == self._pid:  # in a forked child the threads are the parent's
+        if os.getpid() == self._pid:  # in a forked child the threads belong to the parent
             for closable in self._closables:
                 closable.close(wait=isinstance(closable, IOThread))
 
 
 def _shut_down(pid: int, closables: list[IOThread | RankGroup]) -> None:
-    """The model is gone or the interpreter ends: threads must not outlive it. Nothing in a forked child."""
+    """End the threads with the model or the interpreter. They must not outlive it. No effect in a forked child."""
     if os.getpid() == pid:
         for closable in closables:
             closable.close(wait=True)
 
 
 def _weakly(method: Any) -> Any:
-    """`method`, without keeping its object alive."""
+    """Return a call of `method` that does not keep its object alive."""
     reference = weakref.WeakMethod(method)
 
     def call(*args: Any) -> None:

@@ -1,4 +1,4 @@
-"""What one agent counts and measures: written by the training thread, read by the sender; neither waits."""
+"""Counters and measurements of one agent. The training thread writes, the sender reads; neither waits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _RING = 4
 
 
 class AsyncScalar:
-    """The latest value of a scalar that may live on a device: storing it never synchronises, reading it never waits."""
+    """The latest value of a scalar that may live on a device. Storing never synchronises, reading never waits."""
 
     def __init__(self) -> None:
         self._value: float | None = None
@@ -22,7 +22,10 @@ class AsyncScalar:
         self._next = 0
 
     def put(self, value: float | Tensor | None) -> None:
-        """Store a number or a tensor with one element; anything else raises TypeError."""
+        """Store a number or a tensor with one element.
+
+        Raises TypeError for other shapes, complex values and DTensors.
+        """
         if isinstance(value, Tensor):
             if value.numel() != 1 or value.is_complex():
                 raise TypeError(f"expected a number or a tensor with one element, got shape {tuple(value.shape)}")
@@ -47,7 +50,7 @@ class AsyncScalar:
         self._next += 1
 
     def get(self) -> float | None:
-        """The latest value that has arrived; None when there was none."""
+        """Return the latest value that has arrived; None if there is none."""
         for age in range(1, min(self._next, _RING) + 1):
             host, event = self._ring[(self._next - age) % _RING]
             if event.query():
@@ -56,14 +59,14 @@ class AsyncScalar:
 
 
 class AgentStats:
-    """Counters and gauges of one agent. Plain attributes are written by the training thread alone."""
+    """Counters and gauges of one agent. Only the training thread writes the plain attributes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.step = 0
         """Optimizer steps done."""
         self.step_seconds: float | None = None
-        """Running mean of one optimizer step."""
+        """Running mean of the duration of one optimizer step."""
         self.elapsed_seconds = 0.0
         """Time between the first step edge and the last."""
         self.hook_seconds = 0.0
@@ -77,18 +80,18 @@ class AgentStats:
         self.sent = 0
         self.dropped: dict[DropReason, int] = dict.fromkeys(DROP_REASONS, 0)
         self.rejected: dict[str, int] = {}
-        """What came from the monitor and was refused, by reason. Written by the sender's thread alone."""
+        """Refused messages of the monitor, by reason. Only the sender's thread writes it."""
         self.judgement: Judgement | None = None
-        """What the monitor last said of this training. Written by the sender's thread alone."""
+        """The monitor's latest judgement of this training. Only the sender's thread writes it."""
         self.loss = AsyncScalar()
         self.grad_norm = AsyncScalar()
         self.learning_rate = AsyncScalar()
         self.kss_skipped = AsyncScalar()
-        """Layers for which the KSS gradient could not be trusted, since the start."""
+        """Layers with an untrusted KSS gradient, since the start."""
 
     @property
     def busy_seconds(self) -> float:
-        """Time that koopmon has taken in the training thread."""
+        """Seconds that koopmon has used in the training thread."""
         return self.hook_seconds + self.capture_seconds + self.kss_seconds
 
     def drop(self, reason: DropReason, count: int = 1) -> None:
@@ -97,11 +100,11 @@ class AgentStats:
             self.dropped[reason] += count
 
     def reject(self, reason: str) -> None:
-        """Count a message that was refused."""
+        """Count a refused message."""
         self.rejected[reason] = self.rejected.get(reason, 0) + 1
 
     def tick(self, elapsed_seconds: float) -> None:
-        """One more optimizer step is done, `elapsed_seconds` after the one before."""
+        """Count one optimizer step, `elapsed_seconds` after the one before."""
         self.step += 1
         if elapsed_seconds > 0.0:
             self.elapsed_seconds += elapsed_seconds

@@ -1,1 +1,1 @@
-"""The architecture adapters that ship with koopmon, each loaded through its entry point like anyone else's."""
+"""The architecture adapters that ship with koopmon. Each is loaded through its entry point, like third-party ones."""

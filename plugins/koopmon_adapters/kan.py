@@ -1,6 +1,7 @@
 """Kolmogorov-Arnold networks: layers whose connections are splines with trained coefficients over a grid of knots.
 
-Known by structure: a grid of knots for each input, and coefficients for each connection, one for each basis function.
+They are recognised by structure: a grid of knots for each input, and coefficients for each connection, one for each
+basis function.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from koopmon import (
 
 
 class KANAdapter(ArchitectureAdapter):
-    """Blocks with spline layers in them, and networks of spline layers alone.
+    """Blocks that contain spline layers, and networks of spline layers alone.
 
-    Flags: "plain-chain" where the spline layers are the blocks themselves: they map the state and do not carry it
-    forward; of such a list the longest run of layers of one width is the stack. Beside state spaces the claim is 15.
-    Near zero splines add a constant, whatever the state, which in the update exponent looks like a brake: blocks that
-    do not normalise count as unbraked. The share of reliable modes weighs the risk by a quarter: by more it silenced
-    deaths, by nothing there were three times as many false alarms (docs/evidence.md). All else, KSS too, is as for
-    other families.
+    Flags: "plain-chain" if the spline layers are the blocks themselves: they map the state and do not carry it forward.
+    The stack of such a list is its longest run of layers of one width. Beside state spaces the claim is 15.
+
+    Near zero, splines add a constant that does not depend on the state. In the update exponent this looks like
+    normalisation. Blocks that do not normalise therefore count as unnormalised. The share of reliable modes weighs the
+    risk by a quarter: a larger weight missed deaths, and a weight of zero gave three times as many false alarms
+    (docs/evidence.md). All other settings, including KSS, are those of other families.
     """
 
     name = "kan"
@@ -75,7 +77,7 @@ class KANAdapter(ArchitectureAdapter):
         if found is None or inputs is None or hasattr(inputs, "to_local"):
             return None
         grid, coefficients = found
-        order = grid.shape[1] - coefficients.shape[2] - 1  # so many knots stand outside the range at either end
+        order = grid.shape[1] - coefficients.shape[2] - 1  # this many knots lie outside the range at each end
         if inputs.shape[-1] != grid.shape[0] or order < 0:
             return None
         return ((inputs < grid[:, order]) | (inputs > grid[:, -1 - order])).float().mean()
@@ -88,21 +90,21 @@ def koopmon_architecture_adapters() -> list[ArchitectureAdapter]:
 
 @hookimpl
 def koopmon_example_models() -> list[ExampleModel]:
-    # pykan needs the other two and does not say so.
+    # pykan needs the other two and does not declare them.
     if any(find_spec(package) is None for package in ("kan", "sklearn", "pandas")):
         return []
     return [ExampleModel("kan-transformer", KANAdapter.name, _kan_transformer)]
 
 
 def _kan_transformer(seed: int) -> tuple[nn.Module, Tensor]:
-    """Attention, and splines in the place of each feed-forward part."""
+    """A transformer with attention, and splines in place of each feed-forward part."""
     from kan.KANLayer import KANLayer
 
     class Splines(nn.Module):
         def __init__(self, width: int) -> None:
             super().__init__()
             self.layer = KANLayer(width, width, num=3, k=2)
-            nn.init.normal_(self.layer.coef, std=0.1)  # its own are fitted, not the same to the last bit each time
+            nn.init.normal_(self.layer.coef, std=0.1)  # pykan's fitted values differ in the last bit
 
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = self.layer(x.flatten(0, -2))[0]
@@ -121,7 +123,7 @@ def _is_spline_layer(module: nn.Module) -> bool:
 
 
 def _splines(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Knots (inputs, knots) and coefficients (inputs, outputs, basis functions) in either order of the first two."""
+    """Return knots (inputs, knots) and coefficients (inputs, outputs, basis functions), or (outputs, inputs, ...)."""
     grid = {**module._buffers, **module._parameters}.get("grid")
     if grid is None or grid.dim() != 2:
         return None
@@ -133,7 +135,7 @@ def _splines(module: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def _of_one_width(blocks: BlockList) -> BlockList:
-    """`blocks`, or of a list of spline layers the longest run that keeps the width."""
+    """Return `blocks`; of a list of spline layers, the longest run that keeps the width."""
     runs = [
         list(run) for keeps, run in groupby(enumerate(blocks.blocks), lambda item: _keeps_width(item[1][1])) if keeps
     ]

@@ -1,7 +1,7 @@
 """Selective state spaces: blocks that carry a state along the tokens by a diagonal recurrence.
 
-Known by structure: the logarithm `A_log` of the recurrence's rates, a step size dt of its own making, and a short
-convolution along the tokens before both. The tapped chain is the residual stream over depth, as everywhere.
+They are recognised by structure: the logarithm `A_log` of the recurrence's rates, a computed step size dt, and a short
+convolution along the tokens before both. The tapped chain is the residual stream over depth, as in every family.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch.nn import functional
 from koopmon import ArchitectureAdapter, ExampleModel, Observable, Stack, hookimpl, lists_holding, parts_of
 
 MAX_TOKENS = 1024
-"""Tokens of a batch at which the recurrence is read: whole sequences, as many as fit, or the start of the first."""
+"""Tokens of a batch at which the recurrence is read: as many whole sequences as fit, or the start of the first."""
 TAU = 0.1
 """Half the width of the near-unit band."""
 
 
 class MambaAdapter(ArchitectureAdapter):
-    """Blocks with selective state spaces, of the first and second kind, also among blocks of other kinds.
+    """Blocks with selective state spaces (Mamba-1 and Mamba-2), also among blocks of other kinds.
 
-    Flags: "hybrid" where some blocks of the stack hold no state space, as where attention takes turns with it.
-    Thresholds are the general ones, which serve (`benchmarks.family_alarms`), and so are the KSS settings.
+    Flags: "hybrid" if some blocks of the stack hold no state space, as in stacks that alternate with attention.
+    Thresholds and KSS settings are the general ones; `benchmarks.family_alarms` evaluates the thresholds.
 
-    Measured is the state path's own spectrum, the discretised diagonal recurrence exp(dt * A). The step sizes dt are
-    computed once more from the mixer's input, since fused kernels show them to no one.
+    The observables are of the state path's own spectrum, the discretised diagonal recurrence exp(dt * A). The step
+    sizes dt are recomputed from the mixer's input, because fused kernels do not expose them.
     """
 
     name = "mamba"
@@ -72,12 +72,13 @@ class MambaAdapter(ArchitectureAdapter):
         if hidden is None:
             return None
         steps, rates = _step_sizes(mixer, hidden), _rates(mixer)
-        # |lambda| = exp(-dt * rate) never exceeds 1; one state after the other, as all at once would be many times dt.
+        # |lambda| = exp(-dt * rate) never exceeds 1. One state at a time, because all at once need many times the
+        # memory of dt.
         slow = [(steps * rate <= -math.log(1 - TAU)).float().mean() for rate in rates.unbind(-1)]
         return torch.stack(slow).mean()
 
     def _hidden(self, mixer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The mixer's input, (B, T, D); None where it is something else, or sharded over ranks."""
+        """Return the mixer's input, (B, T, D); None if it has another form, or is sharded over ranks."""
         hidden = self.block_input(mixer, args, kwargs)
         return hidden if hidden is not None and hidden.dim() == 3 and not hasattr(hidden, "to_local") else None
 
@@ -98,7 +99,7 @@ def koopmon_example_models() -> list[ExampleModel]:
 
 
 def _mamba2(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The second kind, with padding."""
+    """A Mamba-2 language model, with padding."""
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
     config = Mamba2Config(
@@ -121,7 +122,7 @@ def _mamba2(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def _mambapy(seed: int) -> tuple[nn.Module, Tensor]:
-    """The first kind, on states."""
+    """A Mamba-1 model on states."""
     from mambapy.mamba import Mamba, MambaConfig
 
     return Mamba(MambaConfig(d_model=16, n_layers=3, d_state=4)), torch.randn(4, 12, 16)
@@ -136,16 +137,16 @@ def _is_state_space(module: nn.Module) -> bool:
 
 
 def _rates(mixer: nn.Module) -> Tensor:
-    """-A, shape (channels, states); of the second kind (heads, 1)."""
+    """Return -A, shape (channels, states); (heads, 1) for Mamba-2."""
     rates = mixer.get_parameter("A_log").float().exp()
     return rates if rates.dim() == 2 else rates[:, None]
 
 
 def _step_sizes(mixer: nn.Module, hidden: Tensor) -> Tensor:
-    """dt, float32 of shape (tokens, channels), for at most MAX_TOKENS tokens of the mixer's input (B, T, D).
+    """Return dt, float32 of shape (tokens, channels), for at most MAX_TOKENS tokens of the mixer's input (B, T, D).
 
-    Of the first kind: the first half of the input projection, convolved along the tokens, gives dt's low-rank form. Of
-    the second kind: the last columns of the input projection are dt.
+    Mamba-1: the first half of the input projection, convolved along the tokens, gives dt's low-rank form. Mamba-2: the
+    last columns of the input projection are dt.
     """
     length = min(hidden.shape[1], MAX_TOKENS)
     hidden = hidden[: max(1, MAX_TOKENS // length), :length]

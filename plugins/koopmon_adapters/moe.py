@@ -1,7 +1,7 @@
 """Mixtures of experts: blocks in which a router sends each token to a few of many experts.
 
-Known by structure: a collection of experts (modules of one make side by side, or matrices stacked in parameters of
-three dimensions), and beside it a router with one row of weights for each of them.
+They are recognised by structure: a collection of experts, and beside it a router with one row of weights for each
+expert. The experts are equal modules in one list, or matrices stacked in parameters of three dimensions.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ from torch import Tensor, nn
 from koopmon import ArchitectureAdapter, ExampleModel, Observable, Stack, hookimpl, lists_holding, normalised, parts_of
 
 CHOICES = ("top_k", "num_experts_per_tok", "topk", "k")
-"""What routers and mixtures call the number of experts that each token goes to."""
+"""Attributes in which routers and mixtures hold the number of experts per token."""
 CAPACITIES = ("expert_capacity", "capacity_factor")
-"""What they call a capacity beyond which choices are dropped."""
+"""Attributes for a capacity beyond which choices are dropped."""
 
 
 class MoEAdapter(ArchitectureAdapter):
     """Blocks with routed experts, in all of the depth or in part of it.
 
-    Flags: "dense-layers" where some blocks of the stack hold no experts. Beside state spaces or splines the experts are
-    the lesser part of a hybrid, and the claim is 15. Routers are shielded from KSS. Thresholds are the general
-    ones, which serve (`benchmarks.family_alarms`), and so are the KSS settings. Routers weigh tokens whatever their
-    length, and states tell little of a brake (`benchmarks.brake`): blocks that do not normalise count as unbraked.
+    Flags: "dense-layers" if some blocks of the stack hold no experts. Beside state spaces or splines the experts are
+    the smaller part of a hybrid, and the claim is 15. Routers are shielded from KSS. Thresholds and KSS settings are
+    the general ones; `benchmarks.family_alarms` evaluates the thresholds.
 
-    All tokens that a router saw are measured, padding too.
+    Routers weight tokens regardless of their norm, and states are weak evidence of normalisation (`benchmarks.brake`).
+    Blocks that do not normalise therefore count as unnormalised.
+
+    The observables include all tokens that a router received, padding too.
     """
 
     name = "moe"
@@ -72,10 +74,10 @@ class MoEAdapter(ArchitectureAdapter):
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """One router and what its outputs say. N tokens, E experts, each token chooses K of them.
+    """One router and the readings of its outputs. N tokens, E experts, each token chooses K of them.
 
-    An output holds logits (..., E), or probabilities, and often the choices: integers, either indices (..., K) or a
-    mask (..., E) of those that found room.
+    An output holds logits (..., E), or probabilities, and often the choices. Choices are integers: either indices (...,
+    K) or a mask (..., E) of the accepted ones.
     """
 
     router: nn.Module
@@ -97,7 +99,7 @@ class Routing:
                 return None
             chosen = scores.topk(min(self.num_choices, self.num_experts)).indices
         experts = torch.arange(self.num_experts, device=chosen.device)
-        load = (chosen.reshape(-1, 1) == experts).sum(0)  # no bincount, which synchronises, no atomic additions
+        load = (chosen.reshape(-1, 1) == experts).sum(0)  # bincount would synchronise; no atomic additions
         return load.max() / load.float().mean()
 
     def dropped(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Tensor | None:
@@ -120,7 +122,7 @@ class Routing:
 
     def _probabilities(self, scores: Tensor) -> Tensor:
         if any("correction" in name for name in (*self.router._parameters, *self.router._buffers)):
-            scores = scores.sigmoid()  # corrected scores are independent ones, not a softmax's
+            scores = scores.sigmoid()  # routers with a correction use independent sigmoid scores, not a softmax
             return scores / scores.sum(-1, keepdim=True)
         given = (scores >= 0).all() & ((scores.sum(-1) - 1).abs() < 1e-2).all()
         return torch.where(given, scores, scores.softmax(-1))
@@ -148,11 +150,11 @@ SIZES = {
     "num_experts_per_tok": 2,
     "use_cache": False,
 }
-"""Of the example models."""
+"""Sizes of the example models."""
 
 
 def _mixtral(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    """With padding, and a loss that balances the experts."""
+    """A Mixtral with padding, and a loss that balances the experts."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     tokens = torch.randint(50, (4, 12))
@@ -170,7 +172,7 @@ def _olmoe(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def _routings(stack: Stack) -> Iterator[tuple[int, Routing]]:
-    """(layer, routing) of every mixture in `stack`."""
+    """Yield (layer, routing) of every mixture in `stack`."""
     for point in stack.points:
         for mixture in parts_of(point.module, _is_mixture):
             router, num_experts = _router(mixture) or (mixture, 0)
@@ -185,7 +187,7 @@ def _setting(names: Sequence[str], *modules: nn.Module) -> float | None:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """The plain tensors of a module's output; a sharded one would have to be gathered."""
+    """Return the plain tensors of a module's output. Sharded ones are excluded, because they would need a gather."""
     parts = output if isinstance(output, (tuple, list)) else (output,)
     return [part for part in parts if isinstance(part, Tensor) and not hasattr(part, "to_local")]
 
@@ -195,20 +197,20 @@ def _is_mixture(module: nn.Module) -> bool:
 
 
 def _router(module: nn.Module) -> tuple[nn.Module, int] | None:
-    """The child of `module` that routes to its experts, and how many these are; None when it is no mixture."""
+    """Return the child of `module` that routes to its experts, and their number; None if it is no mixture."""
     for collection in (*module.children(), module):
         num_experts = _num_experts(collection)
         if num_experts < 2:
             continue
         routers = [child for child in module.children() if child is not collection and _routes(child, num_experts)]
         if routers:
-            # Where several things have a row per expert, the router is the least of them.
+            # Several modules may have one row per expert: the smallest is the router.
             return min(routers, key=lambda router: sum(weight.numel() for weight in router.parameters())), num_experts
     return None
 
 
 def _num_experts(collection: nn.Module) -> int:
-    """How many experts `collection` holds; 0 when it is something else."""
+    """Return the number of experts in `collection`; 0 if it is no such collection."""
     stacked = [weight for weight in collection._parameters.values() if weight is not None and weight.dim() == 3]
     if len(stacked) > 1 and len({weight.shape[0] for weight in stacked}) == 1:
         return int(stacked[0].shape[0])
@@ -219,12 +221,15 @@ def _num_experts(collection: nn.Module) -> int:
 
 
 def _make(module: nn.Module) -> tuple[object, ...]:
-    """Equal for modules of one class whose parameters have the same shapes."""
+    """Return a key that is equal for modules of one class whose parameters have the same shapes."""
     return type(module), *(tuple(weight.shape) for weight in module.parameters())
 
 
 def _could_be_expert(module: nn.Module) -> bool:
-    """Weights, and nothing that mixes tokens: blocks of a transformer stand side by side too."""
+    """Return True if `module` has weights and no attention.
+
+    Blocks of a transformer also form lists of equal modules.
+    """
     names = (name for name, _ in module.named_modules())
     return _has_matrix(list(module.parameters())) and not any("att" in name.lower() for name in names)
 

@@ -1,6 +1,6 @@
 """Transformers: lists of blocks with attention, pre-, post- and un-normalised, sequential and parallel.
 
-Candidates are found by structure, not by the class names of libraries; the chain rule decides among them.
+Candidates are found by structure, not by the class names of libraries. The chain verification decides among them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from koopmon import ArchitectureAdapter, BlockList, ExampleModel, Point, Stack, 
 QUERY_KEY_NAMES = ({"q", "k"}, {"query", "key"}, {"wq", "wk"}, {"toq", "tok"})
 FUSED_NAMES = ("qkv", "querykeyvalue", "cattn", "inprojweight")
 VALUE_NAMES = {"v", "value", "wv", "tov"}
-"""How attention calls its projections, without underscores and `proj`, `linear`, `layer`, `lin` at the end."""
+"""Names of attention's projections, without underscores and `proj`, `linear`, `layer`, `lin` at the end."""
 
 
 class TransformerAdapter(ArchitectureAdapter):
-    """Blocks with attention, of whatever make; with specificity 1 any other list of blocks.
+    """Blocks with attention, from any library; with specificity 1 any other list of blocks.
 
-    A chain without attention is called a transformer for want of a better word only: it carries the flag
-    "no-attention", and the verifying forward must show that its blocks are residual.
+    A chain without attention is also reported as a transformer. It carries the flag "no-attention", and the verifying
+    forward must show that its blocks are residual.
     """
 
     name = "transformer"
@@ -39,11 +39,11 @@ class TransformerAdapter(ArchitectureAdapter):
     def stacks(self, model: nn.Module) -> list[Stack]:
         lists = block_lists(model)
         found = _jointed_stacks(model)
-        for stack in found:  # what lies inside its rows are sublayers
+        for stack in found:  # lists inside its rows are sublayers
             lists = [blocks for blocks in lists if not blocks.name.startswith(f"{stack.name}.")]
         found += [blocks.stack(residual=True) for blocks in _attentive(lists)]
         found = found or [blocks.stack(residual=False) for blocks in lists if not blocks.is_planar]
-        found.reverse()  # among equals the later one first, as the decoder follows the encoder
+        found.reverse()  # of equal lengths the later one first, because the decoder follows the encoder
         return sorted(found, key=lambda stack: len(stack.points), reverse=True)
 
     def flags(self, model: nn.Module) -> frozenset[str]:
@@ -64,18 +64,18 @@ class TransformerAdapter(ArchitectureAdapter):
     def token_mask(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], stack: Stack | None = None
     ) -> Tensor | None:
-        # On every snapshot: nothing here may walk through the model.
+        # Called on every snapshot: must not walk through the model.
         call = call_arguments(model, args, kwargs)
         named = {name: value for name, value in call.items() if isinstance(value, Tensor) and value.dim() == 2}
         keeps, ignores = ["attention_mask"], ["src_key_padding_mask", "key_padding_mask"]
         if stack is not None and _is_within(stack, "decoder") and _is_encoder_decoder(model, call):
             keeps, ignores = ["decoder_attention_mask"], ["tgt_key_padding_mask"]
         elif stack is not None and _is_joint(stack.points[0].entry):
-            keeps.append("mask")  # elsewhere `mask` may be anything
+            keeps.append("mask")  # in other models `mask` may have any meaning
         for name in keeps:
             if name in named:
                 return named[name].ne(0)
-        for name in ignores:  # torch's, True or minus infinity at the tokens to ignore
+        for name in ignores:  # torch's masks: True or minus infinity at the tokens to ignore
             if name in named:
                 counts = named[name].eq(0)
                 return counts if stack is None or _is_batch_first(stack) else counts.T
@@ -122,10 +122,10 @@ def _llama(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def _attentive(lists: list[BlockList]) -> list[BlockList]:
-    """Lists of transformer blocks; failing that, the outermost lists whose blocks hold attention alone.
+    """Return lists of transformer blocks; without any, the outermost lists whose blocks hold attention alone.
 
-    A whole block holds attention and weights beside it. Lists inside one are its sublayers, heads or experts, and a
-    list whose items hold lists of whole blocks is one of stages: neither is taken.
+    A whole block holds attention and weights beside it. Lists inside a whole block are its sublayers, heads or experts.
+    A list whose items hold lists of whole blocks is a list of stages. Both are excluded.
     """
     whole = [blocks for blocks in lists if any(_is_whole(block) for _, block in blocks.blocks)]
     if whole:
@@ -158,7 +158,10 @@ def _has_attention(block: nn.Module) -> bool:
 
 
 def _is_whole(block: nn.Module) -> bool:
-    """Attention inside and weights beside it; or, written out in the block, three weights beside q, k and v."""
+    """Return True if `block` holds attention and weights beside it.
+
+    A block that computes attention itself needs at least three weights beside q, k and v.
+    """
     inside: set[nn.Module] = set()
     for module in block.modules():
         if module is not block and module not in inside and _is_attention(module):
@@ -173,7 +176,10 @@ def _is_whole(block: nn.Module) -> bool:
 
 
 def _weights(block: nn.Module, without: set[nn.Module]) -> Iterator[str]:
-    """Names of the weight matrices of a block; sharded ones too, whose parameters may be flat."""
+    """Yield the names of the weight matrices of a block.
+
+    Linear layers count by type, because sharded weights may be flat.
+    """
     for path, module in block.named_modules():
         if module in without:
             continue
@@ -187,10 +193,10 @@ def _weights(block: nn.Module, without: set[nn.Module]) -> Iterator[str]:
 
 
 def _jointed_stacks(model: nn.Module) -> list[Stack]:
-    """Stacks in the manner of x-transformers: a list of [norms, sublayer, joint] of which only the parts are called.
+    """Return stacks of x-transformers' form: a list of [norms, sublayer, joint], of which only the parts are called.
 
     The joint adds the sublayer's output to the state, which is its argument `residual`. A block is a run of sublayers,
-    attention and feed-forward: it is entered at its first joint and left at its last one, or at the norm after that.
+    attention and feed-forward. Its entry is its first joint, and its exit is its last joint or the norm after it.
     """
     stacks = []
     for path, module in model.named_modules():
@@ -219,7 +225,7 @@ def _is_jointed_row(row: nn.Module) -> bool:
 
 
 def _part(module: nn.Module, *path: int) -> nn.Module | None:
-    """The module at a path of list indices; a list may hold None."""
+    """Return the module at a path of list indices; None if a list holds None."""
     part: nn.Module | None = module
     for index in path:
         part = None if part is None else part._modules[str(index)]
@@ -227,7 +233,10 @@ def _part(module: nn.Module, *path: int) -> nn.Module | None:
 
 
 def _is_joint(module: nn.Module) -> bool:
-    """A module of its own for the residual addition, of one stream: called with (sublayer output, residual)."""
+    """Return True for a module that performs the residual addition of one stream.
+
+    Its forward takes (sublayer output, residual).
+    """
     return hasattr(module, "prepare") and "residual" in inspect.signature(module.forward).parameters
 
 

@@ -1,7 +1,7 @@
 """Runs at the start of every Python process under `koopmon run`, which puts this directory first on PYTHONPATH.
 
-It arms the zero-code attach, takes its own directory off the path again, and hands over to the sitecustomize module
-that it hides. It is read by whatever Python the job uses: plain syntax, and silent where koopmon is not installed.
+It arms the zero-code attach, removes its own directory from the path, and runs the sitecustomize module that it hides.
+Any Python of the job may load it: it uses plain syntax, and does nothing where koopmon is not installed.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import sys
 
 
 def _arm() -> None:
-    # Nothing that goes wrong here may reach a process that is not ours.
+    # No error here may reach a process that koopmon does not watch.
     with contextlib.suppress(Exception):
         from koopmon.agent import autoload
 
@@ -29,7 +29,7 @@ def _hand_over() -> None:
         return
     theirs = importlib.util.module_from_spec(spec)
     sys.modules["sitecustomize"] = theirs
-    # What it raises, site.py reports, as it would without koopmon.
+    # site.py reports an exception of this module, as it would without koopmon.
     spec.loader.exec_module(theirs)
 
 

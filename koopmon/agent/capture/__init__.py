@@ -1,1 +1,1 @@
-"""Block states and local signals, taken into a snapshot."""
+"""Snapshots of block states and local signals."""

@@ -1,7 +1,7 @@
-"""From residual states on the training device to one rank's part of a snapshot in host memory, ready to send.
+"""Copies residual states from the training device into one rank's part of a snapshot in host memory.
 
-Shapes: P points, N sampled tokens, D width; a state is (..., T, D). Rows are copied into memory allocated once, (P, N,
-D), and on an accelerator leave it on a side stream: the training thread never waits for them.
+Shapes: P points, N sampled tokens, D width; a state is (..., T, D). Rows are copied into (P, N, D) memory that is
+allocated once. On an accelerator the copy to the host runs on a side stream: the training thread never waits for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from koopmon.wire.messages import DType
 
 NUM_SLOTS = 3
 LARGE_SLOT_BYTES = 64 << 20
-"""From here on two slots must do."""
+"""For slots of this size or more the pool holds NUM_SLOTS - 1."""
 DTYPE_NAMES: dict[torch.dtype, DType] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
@@ -32,9 +32,10 @@ DTYPE_NAMES: dict[torch.dtype, DType] = {
 
 @dataclass(slots=True)
 class RankSnapshot:
-    """One rank's rows of one snapshot: `states` (P, N, D) in the memory of `slot`, valid once `ready` has come.
+    """One rank's rows of one snapshot: `states` (P, N, D) in the memory of `slot`, valid after the event `ready`.
 
-    `num_valid`, when not None, is a 0-d host tensor, valid at the same moment: only the first rows up to it are real.
+    `num_valid`, when not None, is a 0-d host tensor, valid at the same moment. Only the first `num_valid` rows are
+    real.
     """
 
     step: int
@@ -44,7 +45,7 @@ class RankSnapshot:
     ready: Any
     masked: bool
     observed: tuple[tuple[str, int], ...] = ()
-    """(name, layer) of each reading in `observations`, float32 on the host, valid at that moment too."""
+    """(name, layer) of each reading in `observations`: float32 on the host, valid after `ready`."""
     observations: Tensor | None = None
     lr_scale: float = 1.0
     kss_alpha: float = 0.0
@@ -53,7 +54,7 @@ class RankSnapshot:
 class Sampler:
     """Takes the same tokens at every point of one forward pass: `begin`, then `put` for each point in order, `finish`.
 
-    `share` is how many tokens this rank takes. Only the training thread calls it.
+    `share` is the number of tokens that this rank takes. Only the training thread calls it.
     """
 
     def __init__(self, config: SamplingConfig, data_rank: int, share: int, stats: AgentStats) -> None:
@@ -69,7 +70,7 @@ class Sampler:
         self._rows: Tensor = torch.empty(0)
         self._num_valid: Tensor | None = None
         self.readings = Readings()
-        """Of the snapshot that was begun last."""
+        """Readings of the latest snapshot begun."""
         self._shape = torch.Size()
         self._step = 0
         self._num_points = 0
@@ -82,7 +83,10 @@ class Sampler:
 
     @torch.no_grad()
     def begin(self, step: int, num_points: int, state: Tensor, mask: Tensor | None) -> bool:
-        """Choose tokens and a buffer for a snapshot that starts with `state`; False, and counted, when none is free."""
+        """Choose tokens and a buffer for a snapshot that starts with `state`.
+
+        Returns False, and counts, if none is free.
+        """
         leading = state.shape[:-1]
         num_tokens = leading.numel()
         self._dtype = _common(self._dtype, state.dtype)
@@ -119,7 +123,10 @@ class Sampler:
 
     @torch.no_grad()
     def put(self, point: int, state: Tensor) -> bool:
-        """Copy the chosen rows of the state at `point`; False, and the snapshot is abandoned, when they do not fit."""
+        """Copy the chosen rows of the state at `point`.
+
+        Returns False, and abandons the snapshot, if they do not fit.
+        """
         if point != self._num_put or state.shape != self._shape:
             self.abandon()
             return False
@@ -134,7 +141,7 @@ class Sampler:
 
     @torch.no_grad()
     def finish(self, **in_force: float) -> RankSnapshot | None:
-        """The snapshot, once every point was put; None, and counted, when some were not."""
+        """Return the snapshot once every point was put. Otherwise count it as incomplete and return None."""
         slot = self._slot
         if slot is None or self._num_put != self._num_points:
             self.abandon()
@@ -149,7 +156,7 @@ class Sampler:
         return RankSnapshot(self._step, slot, host, num_valid, ready, masked, keys, values, **in_force)
 
     def abandon(self) -> None:
-        """Give up the snapshot that was begun, if any, and count it."""
+        """Drop the snapshot that was begun, if any, and count it."""
         if self._slot is not None:
             self._slot.release()
             self._slot = None
@@ -157,7 +164,7 @@ class Sampler:
 
 
 class _DeviceStage:
-    """Device memory in which a snapshot is gathered, and the side stream on which it leaves."""
+    """Device memory for the rows of a snapshot, and the side stream that copies them to the host."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self._buffer = torch.empty(shape, dtype=dtype, device=device)
@@ -168,7 +175,7 @@ class _DeviceStage:
         return self._buffer.shape == shape and self._buffer.dtype == dtype and self._buffer.device == device
 
     def open(self) -> Tensor:
-        """The buffer. The device, and no thread, waits until the snapshot before has left it."""
+        """Return the buffer. The device, but no thread, waits until the previous snapshot has been copied."""
         if self._left is not None:
             torch.cuda.current_stream(self._buffer.device).wait_event(self._left)
         return self._buffer
@@ -176,7 +183,7 @@ class _DeviceStage:
     def copy_out(
         self, host: Tensor, num_valid: Tensor | None, values: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, torch.cuda.Event]:
-        """Send the buffer to `host`, and the two small tensors to pinned ones of their own."""
+        """Copy the buffer to `host`, and the two small tensors to new pinned ones."""
         self._stream.wait_stream(torch.cuda.current_stream(self._buffer.device))
         with torch.cuda.stream(self._stream):
             host.copy_(self._buffer, non_blocking=True)
@@ -197,14 +204,14 @@ def _pinned(nbytes: int) -> Tensor:
 
 
 def _common(known: torch.dtype | None, found: torch.dtype) -> torch.dtype:
-    """The wire's dtype that holds both: 16-bit types stay what they are, everything wider becomes float32."""
+    """Return the wire dtype that holds both: 16-bit types stay as they are, all wider ones become float32."""
     if found not in DTYPE_NAMES:
         return torch.float32
     return found if known is None or known == found else torch.float32
 
 
 def all_finite(states: Tensor) -> bool:
-    """Whether host `states` hold no NaN and no infinity; on one thread, and without the interpreter's lock."""
+    """Return True if host `states` hold no NaN and no infinity. Uses one thread, without the interpreter's lock."""
     if states.dtype == torch.bfloat16:
         bits = states.view(torch.int16).numpy()
         return not bool(((bits & 0x7F80) == 0x7F80).any())

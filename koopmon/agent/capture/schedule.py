@@ -1,4 +1,4 @@
-"""When to take a snapshot: dense in warm-up and where the monitor asks, sparse when calm, within a measured budget."""
+"""Snapshot schedule: dense in warm-up and on the monitor's request, sparse otherwise, within a measured budget."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _EMPTY = range(0)
 
 
 class OverheadBudget:
-    """Two token buckets: seconds that snapshots take in the training thread, a share of its step time; and bytes sent.
+    """Two token buckets: seconds of the training thread, as a share of its step time, and bytes sent.
 
-    What is spent may overdraw a bucket, since one snapshot's cost is known only afterwards; nothing more is afforded
-    then until it has filled again.
+    Spending may overdraw a bucket, because the cost of a snapshot is known only afterwards. An overdrawn bucket affords
+    nothing until it has filled again.
     """
 
     def __init__(self, config: CadenceConfig) -> None:
@@ -24,18 +24,18 @@ class OverheadBudget:
         self.credit_bytes = config.max_bytes_per_second
 
     def earn(self, elapsed_seconds: float) -> None:
-        """A step took so long."""
+        """Add the credit of a step of `elapsed_seconds`."""
         self.credit_seconds = min(self.credit_seconds + self._ratio * elapsed_seconds, self._capacity_seconds)
         self.credit_bytes = min(self.credit_bytes + self._bytes_per_second * elapsed_seconds, self._bytes_per_second)
 
     def spend(self, seconds: float, nbytes: int = 0) -> None:
-        """The hooks took so long in the training thread; so many bytes were handed to the sender."""
+        """Charge `seconds` of the training thread and `nbytes` for the sender."""
         self.credit_seconds -= seconds
         self.credit_bytes -= nbytes
 
     @property
     def affords(self) -> bool:
-        """Whether another snapshot may be taken."""
+        """True while both buckets hold credit for another snapshot."""
         return self.credit_seconds > 0.0 and self.credit_bytes > 0.0
 
 
@@ -47,7 +47,7 @@ class SnapshotSchedule:
         self._last: int | None = None
 
     def stride(self, step: int, state: ControlState) -> int:
-        """Steps between snapshots at `step`: what the schedule says, or the monitor asks if that is denser."""
+        """Return the steps between snapshots at `step`: the schedule's, or the monitor's request if that is denser."""
         config = self._config
         every = config.dense_every if step < config.warmup_steps else config.calm_every
         if state.cadence_steps and step <= state.cadence_until_step:
@@ -55,7 +55,7 @@ class SnapshotSchedule:
         return every
 
     def plan(self, first: int, last: int, state: ControlState, affords: bool) -> tuple[range, int]:
-        """The snapshot steps within first..last, and how many were due and could not be afforded."""
+        """Return the snapshot steps within first..last, and the number that was due but not affordable."""
         stride = self.stride(first, state)
         due = range(first if self._last is None else max(first, self._last + stride), last + 1, stride)
         if not due:
@@ -64,7 +64,10 @@ class SnapshotSchedule:
         return (due, 0) if affords else (_EMPTY, len(due))
 
     def unagreed(self, step: int, state: ControlState) -> bool:
-        """Whether `step` is a snapshot when ranks cannot ask each other: a pure function of what they all hold."""
+        """Return True if `step` is a snapshot while no exchange connects the ranks.
+
+        The result depends only on `step` and values that are equal on all ranks.
+        """
         taken = step % self.stride(step, state) == 0
         if taken:
             self._last = step

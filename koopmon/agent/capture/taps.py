@@ -1,8 +1,8 @@
 """Taps on the residual stream, registered once: before the first block, and behind every block.
 
-All candidate stacks are tapped until one training forward has shown which of them is a chain; the others' taps go then.
-A snapshot is taken in the first grad-enabled, training-mode forward after a step edge that asked for one. Hooks that
-have nothing to do return after one look at a few flags.
+All candidate stacks are tapped until one training forward has shown which of them is a chain. The taps of the others
+are then removed. A snapshot is taken in the first grad-enabled, training-mode forward after a step edge that requested
+one. Idle hooks return after a check of a few flags.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from koopmon.observables import declared
 from koopmon.plugins import Selection, fall_back
 
 MAX_ATTEMPTS = 3
-"""Training forwards on which the chain may fail to verify before koopmon gives up."""
+"""Failed verifications of the chain, one per training forward, before koopmon gives up."""
 MAX_MISSED = 3
-"""Snapshots in a row that taps may miss before it is said, once."""
+"""Consecutive snapshots missed by the taps before one warning."""
 INSIDE_A_GRAPH = "blocks inside one compiled graph show nothing: compile them one by one, block = torch.compile(block)"
 
 
 class Injection(Protocol):
-    """What may change the stream behind a block, in training forwards and again in their recomputation."""
+    """Changes the stream behind a block, in training forwards and again in their recomputation."""
 
     @property
     def active(self) -> bool: ...
@@ -44,26 +44,30 @@ class Injection(Protocol):
 
 
 class TapEvents(Protocol):
-    """Who is told what the taps see; called in the training thread."""
+    """Receiver of the taps' events. All methods are called in the training thread."""
 
     def on_forward(self) -> None:
-        """A training forward begins."""
+        """Handle the start of a training forward."""
 
     def on_chain_verified(self, stack: Stack, width: int, update_exponent: float | None, fingerprint: int) -> None:
-        """`stack` carries the residual stream, D = `width`; the exponent by which updates grow with it, if known.
+        """Handle the verified chain `stack`, with D = `width`.
 
-        `fingerprint` is of the states that entered it: equal on ranks that hold the same tokens.
+        `update_exponent` is that of the growth of updates with the state, if known. `fingerprint` is of the states that
+        entered the chain: equal on ranks that hold the same tokens.
         """
 
     def on_snapshot_ready(self) -> None:
-        """Every point of a snapshot lies in the sampler."""
+        """Handle a complete snapshot: the sampler holds every point."""
 
     def adapter_replaced(self, selection: Selection) -> None:
-        """Another adapter watches the model from now on: the one before has failed, or found no chain."""
+        """Handle a new adapter: the one before has failed, or found no chain."""
 
 
 def recomputing() -> bool:
-    """Whether a backward pass runs in this thread: a forward inside it is activation checkpointing's second one."""
+    """Return True during a backward pass in this thread.
+
+    A forward inside it is a recomputation by activation checkpointing.
+    """
     return torch._C._current_graph_task_id() != -1
 
 
@@ -82,7 +86,7 @@ class ResidualTaps:
         self.stack: Stack | None = None
         """The verified chain."""
         self.failure = ""
-        """Why there will be no snapshots; empty while all is well."""
+        """The reason why no more snapshots are taken; empty while there is none."""
         self.sampler: Sampler | None = None
         self.num_forwards = 0
         """Training forwards since the last step edge."""
@@ -94,12 +98,12 @@ class ResidualTaps:
         self._num_missed = 0
         self._width = 0
         self._due = False
-        """The next training forward is a snapshot."""
+        """True while the next training forward must be a snapshot."""
         self._root_called = False
         self._training = False
-        """Inside a training forward."""
+        """True inside a training forward."""
         self._observing = False
-        """Inside the training forward that verifies the chain."""
+        """True inside the training forward that verifies the chain."""
         self._mask: Tensor | None = None
         self._root_handles = [
             model.register_forward_pre_hook(breaker.hook(self._enter_root), with_kwargs=True),
@@ -109,14 +113,14 @@ class ResidualTaps:
         self._watch(selection)
 
     def _watch(self, selection: Selection) -> None:
-        """Tap the candidates of `selection`; the next training forward shows which of them is a chain."""
+        """Tap the candidates of `selection`. The next training forward verifies which of them is a chain."""
         self._selection = selection
         self._adapter = selection.adapter
         self._verifier = ChainVerifier(selection.adapter, selection.candidates)
         self._num_attempts = 0
         self._handles: dict[str, list[Any]] = {}
         for stack in selection.candidates:
-            # Readers first: the tap behind the last block hands the snapshot over.
+            # Readers come first, because the tap behind the last block completes the snapshot.
             handles = [self._read(stack, each) for each in declared(selection.families, stack)]
             self._handles[stack.name] = handles + [tap for point in stack.points for tap in self._tap(stack, point)]
 
@@ -130,7 +134,7 @@ class ResidualTaps:
                 except PluginError as error:
                     if not self._replace_adapter(error):
                         raise
-                if self._selection is selection:  # a hook that was taken off may still be called in this forward
+                if self._selection is selection:  # a removed hook may still be called in this forward
                     self._enter(stack, point, state)
 
         def leave_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -159,7 +163,10 @@ class ResidualTaps:
         return observable.module.register_forward_hook(self.readers.hook(leave_module), with_kwargs=True)
 
     def _replace_adapter(self, reason: object) -> bool:
-        """Go on with koopmon's own adapter, if it claims the model and no chain was verified yet. Whether it did."""
+        """Change to koopmon's own adapter, if it claims the model and no chain is verified yet.
+
+        Returns True on a change.
+        """
         model = self._model()
         following = None if self.stack is not None or model is None else fall_back(self._selection, model, reason)
         if following is None:
@@ -172,7 +179,7 @@ class ResidualTaps:
         return True
 
     def remove(self, reason: str = "") -> None:
-        """Take every hook off the model. Idempotent."""
+        """Remove every hook from the model. Idempotent."""
         self.failure = self.failure or reason
         self._due = self._training = self._observing = False
         for handle in self._root_handles:
@@ -197,12 +204,12 @@ class ResidualTaps:
         return self.sampler is not None and self.sampler.active
 
     def forward_over(self) -> None:
-        """Said before each step: the forward is over. Where the loop bypasses the root, its end is not seen."""
+        """End the forward before each step. If the loop bypasses the root, no hook sees the end of the forward."""
         if self._observing:
             self._conclude()
 
     def step_edge(self, due: bool) -> None:
-        """An optimizer step is done; `due`: the first training forward from here on is a snapshot."""
+        """Start a new optimizer step. `due`: the first training forward from here on is a snapshot."""
         if self.failure:
             return
         if self._due or (self.stack is None and self.num_forwards == 0):
@@ -222,7 +229,7 @@ class ResidualTaps:
                 INSIDE_A_GRAPH,
             )
 
-    # The whole model.
+    # Hooks of the root model.
 
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if recomputing():
@@ -262,7 +269,7 @@ class ResidualTaps:
         self._missed()
 
     def _conclude(self) -> None:
-        """One forward was observed: keep the stack that it showed to be a chain, or try again on the next."""
+        """Evaluate one observed forward: keep the stack that is a chain, or try again in the next forward."""
         self._observing = False
         self._num_attempts += 1
         kept, reasons = self._verifier.verdict()
@@ -282,7 +289,7 @@ class ResidualTaps:
             if not self._replace_adapter(reason):
                 self._give_up(reason)
 
-    # One block.
+    # Hooks of the blocks.
 
     def _enter(self, stack: Stack, point: Point, state: Tensor | None) -> None:
         again = recomputing()
@@ -305,7 +312,7 @@ class ResidualTaps:
     def _begin_snapshot(self, stack: Stack, state: Tensor) -> None:
         self._due = False
         if self.sampler is None or (state.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return  # what a CUDA graph captured would be copied at every replay
+            return  # every replay of a CUDA graph would repeat a captured copy
         started = time.perf_counter()
         if self.sampler.begin(self._stats.step, len(stack.points) + 1, state, self._mask):
             self.sampler.put(0, state)

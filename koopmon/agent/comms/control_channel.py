@@ -1,7 +1,7 @@
-"""One rank's side of the control channel: hello, heartbeats, acks, goodbye, and what the monitor answers.
+"""The agent's side of the control channel: hello, heartbeats, acks, goodbye, and the monitor's replies.
 
-Lives in the sender's thread. Sends without waiting; a monitor that is away is called again and again, and its silence
-changes nothing by itself.
+It runs in the sender's thread and sends without waiting. It retries an absent monitor again and again. The monitor's
+silence by itself changes nothing in force.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from koopmon.wire.sockets import ControlClient
 logger = logging.getLogger("koopmon.agent")
 
 HELLO_SECONDS = 1.0
-"""Between two hellos while no answer comes."""
+"""Interval between two hellos without a reply."""
 REFUSED_SECONDS = 30.0
-"""Before hello is said again to a monitor that refused."""
+"""Pause before the next hello to a monitor that refused."""
 MIN_HEARTBEAT_SECONDS = 0.02
-"""However short a time the monitor asks for."""
+"""Lower bound of the heartbeat interval that the monitor requests."""
 COMPLAINT_SECONDS = 60.0
-"""At least this long between two log lines about one trouble."""
+"""Least interval between two log lines about one trouble."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """What hello says of this rank, beside its name; see `koopmon.wire.messages.Hello`."""
+    """The fields of hello that describe this rank, beside its name; see `koopmon.wire.messages.Hello`."""
 
     process_rank: int
     world_size: int
@@ -69,38 +69,38 @@ class RankInfo:
 
 @dataclass(frozen=True, slots=True)
 class CommandResult:
-    """What became of a command, at optimizer step `step`: to be acknowledged."""
+    """The outcome of a command at optimizer step `step`, to be acknowledged."""
 
     command_id: str
     outcome: AckOutcome
     step: int
     detail: str = ""
     shielded: bool = False
-    """Refused since KSS would reach what the model's family shields from it."""
+    """True if the command was refused because KSS would reach modules that the model's family shields."""
 
 
 class CommandHandler(Protocol):
-    """Who takes commands and knows what is in force; called in the sender's thread."""
+    """Applies commands and reports the values in force. All methods are called in the sender's thread."""
 
     @property
     def ready(self) -> bool:
-        """Whether commands can be applied."""
+        """True while commands can be applied."""
 
     def applied(self) -> Applied:
-        """What is in force."""
+        """Return the values in force."""
 
     def submit(self, command: Command) -> None:
-        """Apply this at the next opportunity, and report the outcome."""
+        """Apply `command` at the next opportunity, and report the outcome."""
 
     def restore(self, applied: Applied) -> None:
-        """Put in force what an earlier incarnation had."""
+        """Put in force the values of an earlier incarnation."""
 
     def monitor_lost(self) -> None:
-        """The monitor has fallen silent."""
+        """Handle the loss of the monitor."""
 
 
 class ControlChannel:
-    """The conversation with one monitor. `welcomed`: it serves this rank now. Times are of `time.monotonic`."""
+    """The exchange with one monitor. `welcomed`: the monitor serves this rank now. Times are of `time.monotonic`."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class ControlChannel:
         description: RankInfo,
         acks: PendingAcks | None = None,
     ) -> None:
-        """`acks`: of an earlier conversation of this rank."""
+        """`acks`: those of an earlier channel of this rank."""
         self.welcomed = False
         self._acks = acks or PendingAcks()
         self._acks.on_reconnect()
@@ -126,12 +126,12 @@ class ControlChannel:
         self._num_connections = 0
         self._hello_due: float | None = 0.0
         self._unsaid = True
-        """No hello has told this description yet."""
+        """True until a hello with this description was sent."""
         self._heartbeat_due = 0.0
         self._heartbeat_seconds = 1.0
         self._heard = time.monotonic()
         self._asked_at: float | None = None
-        """When the first hello or heartbeat left on this connection that nothing has come back for."""
+        """Time of the first hello or heartbeat on this connection that has no reply yet."""
         self._lost = False
         self._restored = False
         self._complained: dict[str, float] = {}
@@ -139,16 +139,16 @@ class ControlChannel:
         self._reported_elapsed = 0.0
 
     def describe(self, description: RankInfo) -> None:
-        """Say hello again, with this."""
+        """Send hello again, with this description."""
         self.description = description
         self._unsaid, self._hello_due = True, 0.0
 
     def next_due(self) -> float:
-        """When `tick` has something to do."""
+        """Return the time of the next work of `tick`."""
         return self._heartbeat_due if self._hello_due is None else min(self._hello_due, self._heartbeat_due)
 
     def tick(self, now: float) -> None:
-        """Say what is due, and notice whether the monitor is there."""
+        """Send the messages that are due, and check if the monitor is present."""
         connections = self._control.connections
         if connections != self._num_connections:
             self._num_connections, self._hello_due = connections, now
@@ -170,17 +170,17 @@ class ControlChannel:
         if now - self._heard > silence:
             self._lose(now)
         if self._asked_at is not None and now - self._asked_at > silence:
-            self.reconnect(now)  # it may be dead without either side's kernel knowing
+            self.reconnect(now)  # the connection may be dead without either kernel's notice
 
     def _ask(self, message: Hello | Heartbeat, now: float) -> bool:
-        """Send what must be answered."""
+        """Send a message that requires a reply. Returns True if it was sent."""
         sent = self._send(message)
         if sent and self._asked_at is None:
             self._asked_at = now
         return sent
 
     def reconnect(self, now: float, pause_seconds: float = 0.0) -> None:
-        """Replace the connection, after a pause; it stays where the process has no room for another."""
+        """Replace the connection, after a pause. The old one stays if the process has no room for another."""
         self._asked_at = None
         try:
             self._control.reconnect(pause_seconds)
@@ -199,7 +199,7 @@ class ControlChannel:
             self._handler.monitor_lost()
 
     def receive(self, frames: list[memoryview], now: float) -> Welcome | CommandResult | None:
-        """Take one message. Returns a welcome, whose data endpoint the caller needs, or an outcome to acknowledge."""
+        """Handle one message. Returns a welcome, for its data endpoint, or an outcome to acknowledge, or None."""
         self._asked_at = None
         try:
             message = decode_for_agent(frames, limits=self._limits)
@@ -232,7 +232,7 @@ class ControlChannel:
         return None
 
     def reject(self, error: ProtocolError, now: float) -> None:
-        """Count a message that breaks the protocol, and go on."""
+        """Count a message that breaks the protocol."""
         self._stats.reject(error.reason)
         self.warn(now, error.reason, f"what came from {self._control.endpoint} was refused: {error}")
 
@@ -246,7 +246,7 @@ class ControlChannel:
             self._handler.restore(welcome.restore)
 
     def acknowledge(self, outcome: CommandResult) -> None:
-        """Tell the monitor what became of a command; again after a new hello, when it may not have read it."""
+        """Send the outcome of a command to the monitor. A new hello repeats it if the monitor may not have read it."""
         ack = Ack(
             run=self._identity.run,
             incarnation=self._identity.incarnation,
@@ -257,10 +257,11 @@ class ControlChannel:
             shielded=outcome.shielded,
             applied=self._handler.applied(),
         )
-        if outcome.outcome == "duplicate":  # what became of it was said before
+        if outcome.outcome == "duplicate":  # the outcome was sent before
             self._send(ack)
         else:
-            # At once, so that no "duplicate" overtakes it; but only a monitor that has welcomed us is sure to take it.
+            # Sent at once, so that no "duplicate" overtakes it. Only a monitor that has sent a welcome is sure to
+            # accept it.
             self._acks.add(ack, sent=self._send(ack) and self.welcomed)
 
     def _answer(self) -> None:

@@ -1,7 +1,7 @@
-"""The one thread of a sending rank that owns its sockets: snapshots out, control both ways, and never a wait for it.
+"""The I/O thread of a sending rank. It owns the sockets: it sends snapshots, and exchanges control messages.
 
-The training thread hands over snapshots and outcomes through a queue that the pool of buffers bounds. What cannot be
-sent is dropped and counted.
+The training thread never waits for it. A queue passes snapshots and outcomes, and the pool of buffers bounds the queue.
+Items that cannot be sent are dropped and counted.
 """
 
 from __future__ import annotations
@@ -31,28 +31,29 @@ from koopmon.wire.sockets import ControlClient, DataSender, Poller, Wakeup, Wire
 logger = logging.getLogger("koopmon.agent")
 
 IDENTITY_SECONDS = 0.05
-"""Between two questions for the run's name."""
+"""Interval between two requests for the run's identity."""
 CLOSE_SECONDS = 0.8
-"""How long `close` waits for the goodbye to leave."""
+"""Longest wait of `close` for the goodbye."""
 MIN_SAMPLES = 2
 BURST = 64
-"""Messages of the monitor in a row before the rest of the work gets its turn..."""
+"""Messages of the monitor in a row before the other work of the loop."""
 FLOODED_SECONDS = 0.01
-"""...and the pause after so many: this thread shares its interpreter with the training."""
+"""Pause after a full burst, because this thread shares its interpreter with the training."""
 MAX_BURSTS = 32
-"""So many bursts one after the other are a flood, which fills this process's memory: the connection is given up..."""
+"""Full bursts in a row that count as a flood, which fills this process's memory. The connection is then closed."""
 FLOOD_PAUSE_SECONDS = 5.0
-"""...for so long."""
+"""Pause before the next connection after a flood."""
 MAX_SUCCESSORS = 100
-"""Threads that may take over from one that was ended from outside..."""
+"""Replacement threads after an end from outside, at most."""
 SUCCESSION_SECONDS = 0.2
-"""...each after so long."""
+"""Pause before each replacement thread."""
 
 
 class IOThread:
-    """Runs in a daemon thread of its own from `start` to `close`; everything public may be called from any thread.
+    """A daemon thread that runs from `start` to `close`. Any thread may call its public methods.
 
-    `resolve_identity` gives the run's identity once it is known. Holds nothing of the user's model.
+    `resolve_identity` returns the run's identity once it is known, else None. The thread holds no part of the user's
+    model.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class IOThread:
     ) -> None:
         self.identity: Identity | None = None
         self.connected = False
-        """The monitor serves this rank and takes its data: a snapshot is worth its cost."""
+        """True while the monitor serves this rank and accepts its data: only then is a snapshot worth its cost."""
         self._endpoint = endpoint
         self._trust = trust
         self._config = config
@@ -77,7 +78,7 @@ class IOThread:
         self._handler = handler
         self._resolve_identity = resolve_identity
         self.goodbye_reason = ""
-        """Why this rank leaves, if there is something to tell."""
+        """The reason in the goodbye; may be empty."""
         self._description = description
         self._pid = os.getpid()
         self._wakeup = Wakeup()
@@ -96,24 +97,24 @@ class IOThread:
         self._thread.start()
 
     def describe(self, description: RankInfo) -> None:
-        """From now on this rank is described so; the monitor is told."""
+        """Replace the description of this rank, and send it to the monitor."""
         self._description = description
         self._wakeup.wake()
 
     @property
     def description(self) -> RankInfo:
-        """How this rank is described."""
+        """The current description of this rank."""
         return self._description
 
     def post(self, item: RankSnapshot | CommandResult) -> None:
-        """Send this; returns at once."""
+        """Queue `item` for sending. Returns at once."""
         self._outbox.append(item)
         self._wakeup.wake()
 
     def close(self, *, wait: bool = True) -> None:
-        """Send what is queued and a goodbye, and end the thread; waits for that less than a second.
+        """Send the queued items and a goodbye, and end the thread. Waits CLOSE_SECONDS at most, or not at all.
 
-        Idempotent; nothing in a forked child.
+        Idempotent. No effect in a forked child.
         """
         if os.getpid() != self._pid:
             return
@@ -142,7 +143,7 @@ class IOThread:
                 self._restart()
 
     def _restart(self) -> None:
-        """This thread was ended by something that is no error of ours: another takes its place."""
+        """Start a replacement thread: an outside cause, not an error of this code, ended this one."""
         self._num_successors += 1
         if self._num_successors == 1:
             logger.warning("koopmon: the thread that speaks to the monitor was ended; another takes over")
@@ -194,12 +195,12 @@ class IOThread:
         channel: ControlChannel,
         num_connections: int,
     ) -> DataSender | None:
-        """The data channel after a welcome on the control channel's connection of this number."""
+        """Return the data channel after a welcome on the control connection with number `num_connections`."""
         before, self._num_connections = self._num_connections, num_connections
         try:
             if data is not None and data.endpoint == endpoint:
                 if num_connections != before:
-                    # Nothing ever comes back on this one: it may be as dead as the other was.
+                    # The data channel receives nothing, so that it may be as dead as the old control connection.
                     data.reconnect()
                 return data
             if data is not None:
@@ -217,7 +218,7 @@ class IOThread:
             item = self._outbox[0]
             if isinstance(item, CommandResult):
                 channel.acknowledge(item)
-                self._outbox.popleft()  # only now: this thread may be ended at any point
+                self._outbox.popleft()  # only now, because this thread may be ended at any point
                 continue
             self._in_hand = item
             self._outbox.popleft()
@@ -265,14 +266,14 @@ class IOThread:
         return data.send(encode(shard, list(states)), snapshot.slot)
 
     def _discard(self) -> None:
-        """Give up snapshots; outcomes stay, for whoever takes over."""
+        """Drop the snapshots. The outcomes stay in the queue for a replacement thread."""
         outcomes = []
         item: RankSnapshot | CommandResult | None = self._in_hand
         self._in_hand = None
         while item is not None or self._outbox:
             item = item or self._outbox.popleft()
             if isinstance(item, RankSnapshot):
-                item.slot.release()  # nothing where it was given back already
+                item.slot.release()  # no effect if it was released already
                 self._stats.drop("monitor_away")
             else:
                 outcomes.append(item)
@@ -281,7 +282,7 @@ class IOThread:
 
 
 def _incoming(control: ControlClient, channel: ControlChannel) -> Iterator[Welcome | CommandResult | None]:
-    """What the link makes of each message that has come, of at most BURST."""
+    """Yield the channel's result for each received message, at most BURST of them."""
     for _ in range(BURST):
         now = time.monotonic()
         try:
@@ -296,7 +297,7 @@ def _incoming(control: ControlClient, channel: ControlChannel) -> Iterator[Welco
 
 
 def _observables(snapshot: RankSnapshot, num_layers: int) -> dict[str, list[float | None]]:
-    """The family's readings as a shard carries them; none where they are more than it can."""
+    """Return the family's readings for a shard; empty if they exceed MAX_OBSERVATIONS."""
     if snapshot.observations is None:
         return {}
     table = tabulate(snapshot.observed, snapshot.observations.tolist(), num_layers)

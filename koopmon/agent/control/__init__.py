@@ -1,1 +1,1 @@
-"""One decision, applied on all ranks at the same optimizer step."""
+"""Control: one decision, applied on all ranks at the same optimizer step."""

@@ -1,9 +1,9 @@
-"""From commands to one and the same change on all ranks at one optimizer step.
+"""Applies commands on all ranks at one optimizer step.
 
-Rank 0 judges each command against its own caps, works out the state that it leads to, and hands that state to all ranks
-in an exchange that is launched after one step and received before the next; a process that trains alone skips the
-exchange. What every rank holds is therefore the same pure function of the step. Nothing here ever asks for more than
-the user's own settings: a learning-rate scale of at most 1, a KSS weight that goes back to 0.
+Rank 0 checks each command against its own caps and computes the resulting state. It sends that state to all ranks in an
+exchange that starts after one step and ends before the next. A process that trains alone skips the exchange. All ranks
+therefore hold the same pure function of the step. No state goes beyond the user's own settings: the learning-rate scale
+is at most 1, and the KSS weight returns to 0.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from koopmon.config import Config
 from koopmon.wire.messages import Applied, Command, KssSettings
 
 EXCHANGE_SECONDS = 0.1
-"""Aimed at between two exchanges: so long and one step, at most, does a command wait to be applied..."""
+"""Target interval between two exchanges. A command waits at most this interval and one step."""
 SHORT_STEP_SECONDS = 0.25
-"""...but no two exchanges follow each other where a step is shorter than this: on a busy machine an exchange costs
-the ranks a fraction of a millisecond.
+"""Steps shorter than this have no exchange in two consecutive steps.
+
+On a busy machine an exchange costs the ranks a fraction of a millisecond.
 """
 MAX_EXCHANGE_STEPS = 100
 MAX_PENDING = 64
-"""Commands that may wait to be judged."""
+"""Commands that may wait for judgement."""
 MAX_REMEMBERED = 4096
-"""Ids by which repeated commands are recognised."""
+"""Command ids kept to recognise repeated commands."""
 
 
 class _Request(Enum):
@@ -43,10 +44,9 @@ class _Request(Enum):
 
 
 class Actuator:
-    """What is in force on this rank.
+    """The values in force on this rank.
 
-    `rank0` judges commands; a process that trains `alone` needs no exchange; `report` takes outcomes, to be
-    acknowledged.
+    `rank0`: judges commands. `alone`: the process needs no exchange. `report` receives outcomes, to be acknowledged.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Actuator:
     ) -> None:
         self.state = ControlState()
         self.acts = False
-        """False: watch-only, every command is refused."""
+        """False in watch-only mode: every command is refused."""
         self.shielded = ""
-        """Why KSS must not act on this model; empty where its structure allows it."""
+        """The reason against KSS on this model; empty if its structure allows KSS."""
         self.group: RankGroup | None = None
-        """Reaches the other ranks, where there are any and this agent acts."""
+        """The exchange with the other ranks, if there are any and this agent acts."""
         self._limits = config.limits
         self._control = config.control
         self._stats = stats
@@ -76,32 +76,32 @@ class Actuator:
         self._report = report
         self._pending: deque[Command | Applied | _Request] = deque()
         self._underway: list[Applied | _Request | CommandResult] = []
-        """What the state in the exchange in flight was made of."""
+        """Parts of the state in the exchange in flight."""
         self._remembered: dict[str, None] = {}
         self._action_times: deque[float] = deque()
         self._snapshots = range(0)
         self._agreed_until = -1
 
-    # From the sender's thread.
+    # Called in the sender's thread.
 
     @property
     def ready(self) -> bool:
-        """Whether commands can be applied."""
+        """True while commands can be applied."""
         return self.acts and (self._alone or (self.group is not None and self.group.ready))
 
     @property
     def kss_refusal(self) -> str:
-        """Why KSS must not act; empty where it may."""
+        """The reason against KSS; empty if KSS is allowed."""
         if self.group is not None and self.group.splits_tokens:
             return "KSS is refused: ranks that share one model hold different tokens of its data"
         return self.shielded
 
     def applied(self) -> Applied:
-        """What is in force."""
+        """Return the values in force."""
         return self.state.applied(self._stats.step)
 
     def submit(self, command: Command) -> None:
-        """Judge `command` at the next step edge; its outcome is reported."""
+        """Judge `command` at the next step edge, and report its outcome."""
         step = self._stats.step
         if not self.acts:
             self._report(CommandResult(command.id, "refused", step, "this agent is watch-only"))
@@ -113,18 +113,18 @@ class Actuator:
             self._pending.append(command)
 
     def restore(self, applied: Applied) -> None:
-        """Put in force what an earlier incarnation of the run had."""
+        """Put in force the values of an earlier incarnation of the run."""
         self._pending.append(applied)
 
     def monitor_lost(self) -> None:
-        """Go back to the user's own settings, if the configuration says so."""
+        """Return to the user's own settings, if the configuration requests it."""
         if self._control.on_monitor_lost == "ramp":
             self._pending.append(_Request.RAMP_BACK)
 
-    # From the training thread.
+    # Called in the training thread.
 
     def before_step(self, step: int) -> None:
-        """Optimizer step `step`, counted from 0, is about to run: what was decided comes in force."""
+        """Put the pending decision in force, just before optimizer step `step`, counted from 0."""
         if self._alone:
             if self._pending:
                 self.state = self._next_state(step)
@@ -142,7 +142,7 @@ class Actuator:
             self._settle(step, in_force=exchange is not None)
 
     def after_step(self, step: int) -> bool:
-        """`step` optimizer steps are done. Returns whether the first training forward from here on is a snapshot."""
+        """Plan the work after `step` optimizer steps. Returns True if the next training forward is a snapshot."""
         if self._alone:
             return step in self._plan(step, step, self.state)
         if self.group is not None and self.group.is_due(step):
@@ -173,14 +173,14 @@ class Actuator:
         )
 
     def _next_state(self, step: int) -> ControlState:
-        """The state that what is pending leads to, if it comes in force at `step`."""
+        """Return the state that the pending requests lead to, if it comes in force at `step`."""
         state = self.state
         while self._pending:
             request = self._pending.popleft()
             if isinstance(request, Command):
                 judged, outcome = self._judge(request, state, step)
                 state = judged or state
-                # A repetition is not answered before what it repeats.
+                # The outcome of a repetition must not precede that of the first command.
                 if judged is None and not self._is_underway(request):
                     self._report(outcome)
                 else:
@@ -202,19 +202,19 @@ class Actuator:
         return any(isinstance(each, CommandResult) and each.command_id == command.id for each in self._underway)
 
     def _settle(self, step: int, *, in_force: bool) -> None:
-        """The state that was underway is in force on all ranks, or on none."""
+        """Report the requests underway. Their state is in force on all ranks, or on none."""
         underway, self._underway = self._underway, []
         for each in underway:
             if isinstance(each, CommandResult):
                 if not in_force:
-                    self._remembered.pop(each.command_id, None)  # it may be tried again
+                    self._remembered.pop(each.command_id, None)  # the monitor may try it again
                     each = dataclasses.replace(each, outcome="failed", detail="the exchange between the ranks failed")
                 self._report(dataclasses.replace(each, step=step))
             elif not in_force:
                 self._pending.append(each)
 
     def _judge(self, command: Command, state: ControlState, step: int) -> tuple[ControlState | None, CommandResult]:
-        """The state after `command`, None when it is not to be applied, and its outcome."""
+        """Return the state after `command`, None if it must not be applied, and its outcome."""
         if command.id in self._remembered:
             return None, CommandResult(command.id, "duplicate", step)
         if step > command.expires_step:
@@ -251,7 +251,7 @@ class Actuator:
         )
 
     def _may_act(self) -> bool:
-        """Take one action out of the hour's allowance, if there is one left."""
+        """Use one action of the hourly allowance. Returns False if none is left."""
         now, times = time.monotonic(), self._action_times
         while times and times[0] <= now - 3600.0:
             times.popleft()
@@ -262,7 +262,10 @@ class Actuator:
 
 
 def _is_action(command: Command) -> bool:
-    """Whether a command counts against the hour's allowance: going back to the user's own settings always may."""
+    """Return True if `command` counts against the hourly allowance.
+
+    A return to the user's own settings never counts.
+    """
     if command.kind == "set_lr_scale":
         return command.lr_scale != 1.0
     return command.kind == "set_kss" and command.kss is not None and command.kss.alpha > 0.0

@@ -1,9 +1,9 @@
-"""Koopman Spectral Shaping (eqs. 14-15) inside the user's own backward pass, by way of the residual stream alone.
+"""Koopman Spectral Shaping (eqs. 14-15) inside the user's own backward pass, through the residual stream alone.
 
-Behind a tapped block the stream passes through an autograd function that changes no value and, on the way back, adds
-the gradient of alpha x mean over sampled layers of L_KSS to the sampled rows of the block's output and of its input.
-The gradient is known in closed form at forward time, so that nothing is differentiated twice, and enters once per
-forward: with a weight of alpha / microbatches x the GradScaler's scale it equals `(loss + alpha * kss).backward()`.
+Behind a tapped block the stream passes through an autograd function that changes no value. On the way back it adds a
+gradient to the sampled rows of the block's output and input: that of alpha x mean over sampled layers of L_KSS. The
+gradient has a closed form at forward time, so that no operation is differentiated twice. It enters once per forward:
+with a weight of alpha / microbatches x the GradScaler's scale it equals `(loss + alpha * kss).backward()`.
 
 Shapes: a state is (..., T, D); N sampled rows, x and y (N, D).
 """
@@ -44,9 +44,10 @@ def kss_gradient_op(
     gamma: float,
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (N, D) of L_KSS in the rows x and y (N, D), at the basis of x, and a 0-d boolean: they can be trusted.
+    """Return the gradients (N, D) of L_KSS in the rows x and y (N, D), at the basis of x, and a 0-d boolean.
 
-    Opaque to compilers. The basis is a constant of the loss. Untrusted gradients are zero.
+    The boolean is True if the gradients can be trusted; otherwise they are zero. The basis is a constant of the loss.
+    Compilers treat the operation as opaque.
     """
     basis = kss_basis(x, svd_rank, seed)
     gradient = kss_gradient(x, y, basis, temperature=temperature, tau_u=tau_u, tau_l=tau_l, gamma=gamma, beta=beta)
@@ -69,10 +70,10 @@ def _(
 
 
 class _Rows(torch.autograd.Function):
-    """Copies rows of a state; a gradient in the copy flows back to those rows.
+    """Copies rows of a state. A gradient in the copy flows back to those rows.
 
-    Nothing is saved for the backward pass: under activation checkpointing, what is saved has to be made again in the
-    same order. A copy, because blocks may write into their input.
+    It saves no tensor for the backward pass, because activation checkpointing would have to recompute it in the same
+    order. It returns a copy, because blocks may write into their input.
     """
 
     @staticmethod
@@ -95,9 +96,11 @@ class _Rows(torch.autograd.Function):
 
 
 class _Inject(torch.autograd.Function):
-    """A block's output, unchanged; on the way back the KSS gradient joins, once, at its rows and at the input's.
+    """Returns a block's output unchanged.
 
-    The output is a copy: what comes after the block may write into it.
+    On the way back the KSS gradient is added, once, at its rows and at the input's.
+
+    The output is a copy, because the code after the block may write into it.
     """
 
     @staticmethod
@@ -112,7 +115,8 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, grad_x, grad_y = ctx.rows, ctx.grad_x, ctx.grad_y
-        # Twice through one graph, or a backward that is itself to be differentiated, is the user's own business.
+        # The user controls a second backward through one graph, and a backward that is differentiated: no gradient is
+        # added.
         if grad is None or rows is None or ctx.breaker.tripped or torch.is_grad_enabled():
             return grad, None, None, None, None, None
         ctx.rows = ctx.grad_x = ctx.grad_y = None
@@ -126,15 +130,15 @@ class _Inject(torch.autograd.Function):
 
 
 class KssInjection:
-    """The injection of one agent, told at each step edge what is in force until the next.
+    """The KSS injection of one agent. `latch` sets at each step edge the settings for the next step.
 
-    Which layers and which tokens take part is a pure function of (seed, step, data-parallel rank), so that a forward
-    that activation checkpointing repeats builds the same graph.
+    The layers and the tokens are a pure function of (seed, step, data-parallel rank). A forward that activation
+    checkpointing repeats then builds the same graph.
     """
 
     def __init__(self, seed: int, stats: AgentStats, breaker: CircuitBreaker) -> None:
         self.active = False
-        """This step's training forwards are injected into."""
+        """True while this step's training forwards are injected into."""
         self.data_rank = 0
         self._seed = seed
         self._stats = stats
@@ -152,7 +156,10 @@ class KssInjection:
         self._skipped: Tensor | None = None
 
     def latch(self, step: int, alpha: float, settings: KssSettings, num_layers: int, num_forwards: int) -> None:
-        """After `step` optimizer steps: what holds for the next one, given the microbatches of the last."""
+        """Set the next step's weight and layers.
+
+        `step` optimizer steps are done, the last one with `num_forwards` microbatches.
+        """
         if self.active and self._skipped is not None:
             self._stats.kss_skipped.put(self._skipped)
         self._entered.clear()
@@ -161,13 +168,16 @@ class KssInjection:
         if self.active:
             self._settings, self._step = settings, step
             num_sampled = max(1, round(settings.layer_fraction * num_layers))
-            # Equal on all ranks, and no secret.
+            # Equal on all ranks. It needs no cryptographic randomness.
             chosen = random.Random(self._seed * 1_000_003 + step).sample(range(num_layers), num_sampled)  # noqa: S311
             self._layers = frozenset(chosen)
             self._weight = alpha / (num_sampled * max(num_forwards, 1))
 
     def find_scaler(self, optimizer: Optimizer) -> None:
-        """Learn which GradScaler, if any, scales the loss of `optimizer`: called from inside its step()."""
+        """Find the GradScaler, if any, that scales the loss of `optimizer`.
+
+        Call it from inside the optimizer's step().
+        """
         scaler = _calling_scaler()
         if scaler is None and not self._scanned:
             self._scanned = True
@@ -176,7 +186,7 @@ class KssInjection:
             self._scaler = weakref.ref(scaler)
 
     def enter(self, layer: int, state: Tensor, mask: Tensor | None) -> None:
-        """Block `layer` is about to run on `state`: keep the sampled rows of its input."""
+        """Keep the sampled rows of `state`, the input of block `layer`."""
         if layer not in self._layers or not torch.is_grad_enabled():
             return
         started = time.perf_counter()
@@ -186,7 +196,7 @@ class KssInjection:
         self._stats.kss_seconds += time.perf_counter() - started
 
     def leave(self, layer: int, state: Tensor) -> Tensor | None:
-        """Block `layer` returned `state`: the state to go on with, or None to leave it alone."""
+        """Return the state that replaces `state`, the output of block `layer`; None to keep it."""
         x = self._entered.pop(layer, None)
         if x is None or self._rows is None or not state.requires_grad or state.shape[:-1] != self._leading:
             return None
@@ -224,7 +234,7 @@ class KssInjection:
         return grad_x * weight, grad_y * weight
 
     def _choose(self, state: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The rows of this forward, the same at every layer; chosen anew when the shape or the mask is another."""
+        """Return the rows of this forward, the same at every layer. A new shape or mask causes a new choice."""
         leading = state.shape[:-1]
         if self._rows is None or leading != self._leading or mask is not self._mask:
             self._leading, self._mask = leading, mask
@@ -238,7 +248,7 @@ class KssInjection:
                 mask=aligned,
                 device=state.device,
             )
-            if aligned is not None:  # fill up with tokens that count, of which some then count twice: no shape may vary
+            if aligned is not None:  # repeat tokens that count, because no shape may vary
                 rows = rows[torch.arange(len(rows), device=rows.device) % num_valid.clamp(min=1)]
             self._rows = rows
         return self._rows
@@ -253,7 +263,7 @@ def _no_scaler() -> None:
 
 
 def _calling_scaler() -> torch.amp.GradScaler | None:
-    """The enabled GradScaler out of whose step() this is being called."""
+    """Return the enabled GradScaler whose step() is on the call stack; None if there is none."""
     frame: FrameType | None = sys._getframe(2)
     for _ in range(_MAX_FRAMES):
         if frame is None:
@@ -267,8 +277,8 @@ def _calling_scaler() -> torch.amp.GradScaler | None:
 
 
 def _has_unscaled(candidate: object, optimizer: Optimizer) -> bool:
-    """Whether `candidate` is a GradScaler that has taken its scale off the gradients of `optimizer` in this step."""
-    if not issubclass(type(candidate), torch.amp.GradScaler):  # isinstance would ask proxies, which may answer back
+    """Return True if `candidate` is a GradScaler that has unscaled the gradients of `optimizer` in this step."""
+    if not issubclass(type(candidate), torch.amp.GradScaler):  # isinstance reads __class__, which runs code of proxies
         return False
     scaler: Any = candidate
     return scaler.is_enabled() and id(optimizer) in scaler._per_optimizer_states

@@ -1,6 +1,6 @@
-"""Learning-rate back-off: each parameter group's rate times a scale during `step()`, the user's own value outside it.
+"""Learning-rate back-off: scales each parameter group's rate during `step()`, and restores the user's value after it.
 
-Schedulers only ever see the values they set, so any of them composes: effective rate = schedule x scale, exactly.
+Schedulers see only the values that they set, so that any of them composes: effective rate = schedule x scale, exactly.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class _ScaledRate:
     scaled: Any
 
     def restore(self) -> None:
-        # Only what is still ours: after a step() that raised, the user may have set a new one.
+        # Restore only the scaled value: after a step() that raised, the user may have set a new one.
         if self.group.get("lr") is self.scaled:
             self.group["lr"] = self.own
 
 
 @dataclass(slots=True)
 class _ScaledTensor:
-    """A rate that is kept in a tensor: `copy` holds the user's value, `version` the state of `rate` after scaling."""
+    """A rate in a tensor. `copy` holds the user's value, `version` the version of `rate` after scaling."""
 
     rate: Tensor
     copy: Tensor
@@ -45,7 +45,7 @@ class _ScaledTensor:
 
 
 class LrBackoff:
-    """Scales the rates of one optimizer between `scale_rates` and `restore_rates`; a scale of 1 touches nothing."""
+    """Scales the rates of one optimizer between `scale_rates` and `restore_rates`. A scale of 1 changes nothing."""
 
     def __init__(self) -> None:
         self._scaled: list[_ScaledRate | _ScaledTensor] = []
@@ -54,16 +54,19 @@ class LrBackoff:
 
     @property
     def stranded(self) -> bool:
-        """True when scaled rates stand in the parameter groups although no step is underway: `step()` has raised.
+        """True while the parameter groups hold scaled rates although no step is underway: `step()` has raised.
 
-        Asked where a forward begins; a forward inside a step is its closure's, as Lightning's are.
+        Valid only at the start of a forward. A forward inside a step belongs to its closure, as in Lightning.
         """
         return bool(self._scaled) and not self._in_closure
 
     def watch_closure(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The arguments of `step()` with a closure that is known to run inside it; None when there is none to watch."""
+        """Return the arguments of `step()` with its closure wrapped; None without a closure.
+
+        The wrapper marks the forwards that run inside the closure.
+        """
         if not self._scaled:
             return None
         if callable(kwargs.get("closure")):
@@ -84,8 +87,8 @@ class LrBackoff:
 
     @torch.no_grad()
     def scale_rates(self, optimizer: Optimizer, scale: float) -> None:
-        """Multiply each group's rate by `scale` in (0, 1]; groups without a rate of their own are left alone."""
-        self.restore_rates()  # of a step() that raised: its post-hook never ran
+        """Multiply each group's rate by `scale` in (0, 1]. Groups without a rate of their own are not changed."""
+        self.restore_rates()  # if a step() raised, its post-hook never ran
         if scale == 1.0:
             return
         for index, group in enumerate(optimizer.param_groups):
@@ -97,9 +100,9 @@ class LrBackoff:
                 self._scaled.append(_ScaledRate(group, rate, group["lr"]))
 
     def _scale_tensor(self, index: int, rate: Tensor, scale: float) -> None:
-        # A capturable optimizer's graph reads this very tensor: write in place, and never ask its value.
+        # The graph of a capturable optimizer reads this very tensor: write in place, and never read its value.
         if any(isinstance(each, _ScaledTensor) and each.rate is rate for each in self._scaled):
-            return  # one tensor shared by several groups
+            return  # several groups share one tensor
         copy = self._copies.get(index)
         if copy is None or copy.shape != rate.shape or copy.device != rate.device or copy.dtype != rate.dtype:
             copy = self._copies[index] = torch.empty_like(rate)
@@ -109,13 +112,16 @@ class LrBackoff:
 
     @torch.no_grad()
     def restore_rates(self) -> None:
-        """Put every rate back, bit for bit, except where the user has set a new one since."""
+        """Restore every rate, bit for bit, except where the user has set a new one since."""
         while self._scaled:
             self._scaled.pop().restore()
 
 
 def largest_rate(optimizer: Optimizer) -> float | Tensor | None:
-    """The largest rate over the groups as the schedule set it; a tensor, not read here, where one lives on a device."""
+    """Return the largest rate of the groups as the schedule set it.
+
+    A rate on a device is returned as a tensor, unread.
+    """
     rates = [group.get("lr") for group in optimizer.param_groups]
     for rate in rates:
         if isinstance(rate, Tensor) and rate.device.type != "cpu":
@@ -125,10 +131,11 @@ def largest_rate(optimizer: Optimizer) -> float | Tensor | None:
 
 
 def rate_sized_steps(optimizer: Optimizer) -> bool:
-    """Whether a step moves each weight by about the learning rate, whatever the gradient's size: Adam and its kin.
+    """Return True if a step moves each weight by about the learning rate, regardless of the gradient's size.
 
-    Told by the names of its classes, since most of them are other people's (AdamW8bit, FusedAdam, Lion, ...); of an
-    optimizer that wraps another in `optim`, as ZeroRedundancyOptimizer does, by the one within.
+    Adam and its variants do. The class names decide, because most of these classes are third-party (AdamW8bit,
+    FusedAdam, Lion, ...). An optimizer that wraps another in `optim`, such as ZeroRedundancyOptimizer, counts as the
+    inner one.
     """
     inner = getattr(optimizer, "optim", None)
     classes = type(inner if isinstance(inner, Optimizer) else optimizer).__mro__

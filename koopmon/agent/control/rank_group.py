@@ -1,9 +1,9 @@
-"""A process group of koopmon's own, over which rank 0 tells every rank what to apply at one optimizer step.
+"""A process group of koopmon's own, over which rank 0 broadcasts the state to apply at one optimizer step.
 
-Gloo over a connection of its own to the default store, under a prefix of its own, so that the user's groups and any
-accelerator's are left alone. It is formed in a background thread, when every rank has said in the store that it is
-there; the ranks then agree, over the group itself, on the step at which exchanges begin. Any failure ends the
-generation: control is off, what is in force stays, and the next generation is formed when all ranks are there again.
+It uses Gloo over its own connection to the default store, under its own prefix. The user's groups, and those of any
+accelerator, are not touched. A background thread forms it once every rank has registered in the store. The ranks then
+agree, over the group itself, on the step of the first exchange. Any failure ends the generation: control is off, and
+the values in force stay. The next generation forms once all ranks have registered again.
 """
 
 from __future__ import annotations
@@ -29,23 +29,25 @@ from koopmon.config import ControlConfig
 logger = logging.getLogger("koopmon.agent")
 
 MESSAGE_BYTES = 1024
-"""Length of every exchange; its first two bytes hold the length of what follows."""
+"""Length of every exchange. Its first two bytes hold the length of the rest."""
 POLL_SECONDS = 0.1
-"""Between the first looks into the store; grows up to..."""
+"""First interval between two reads of the store; it grows to LAST_POLL_SECONDS."""
 LAST_POLL_SECONDS = 2.0
 START_SECONDS = 0.3
-"""How far ahead the first exchange is put, so that every rank knows of it in time; at least..."""
+"""Lead time of the first exchange, so that every rank knows its step in time."""
 START_STEPS = 3
-"""...so many steps."""
+"""Least lead of the first exchange, in steps."""
 OPERATION_SECONDS = 60.0
-"""How long an exchange may be under way. Only the training thread's own wait is short: while the ranks wait for each
-other anyway, in the backward pass, a slow one is no failure.
+"""Longest duration of an exchange.
+
+Only the training thread's own wait is shorter. A slow exchange is no failure while the ranks wait for each other in the
+backward pass.
 """
 FIRST_PAUSE_SECONDS = 1.0
-"""Before a group is formed anew; doubles with each failure up to..."""
+"""First pause before a group is formed again. It doubles with each failure, up to LAST_PAUSE_SECONDS."""
 LAST_PAUSE_SECONDS = 60.0
 HEALTHY_SECONDS = 120.0
-"""After so long without a failure the pause starts small again."""
+"""Time without a failure that resets the pause."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ControlUpdate)
@@ -53,17 +55,16 @@ _decoder = msgspec.msgpack.Decoder(ControlUpdate)
 
 @dataclass(frozen=True, slots=True)
 class ReplicaFingerprint:
-    """What a rank says of itself where several share one model: whose data it trains on, what entered its blocks."""
+    """One rank's entry if several share one model: its data rank, and a fingerprint of its first block's input."""
 
     data_rank: int
     fingerprint: int
 
 
 class RankGroup:
-    """Exchanges between ranks. `is_due`, `launch` and `receive` are for the training thread; the rest is behind it.
+    """Exchanges between ranks. The training thread calls `is_due`, `launch` and `receive`.
 
-    `place` is where in the store the agents of one training meet (`store_prefix`). `share` is given where several
-    ranks share one model.
+    `place` is the key of one training in the store (`store_prefix`). `share` is set if several ranks share one model.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class RankGroup:
         share: ReplicaFingerprint | None = None,
     ) -> None:
         self.splits_tokens = False
-        """Ranks that share one model hold different tokens of its data. Known once the group is ready."""
+        """True if ranks that share one model hold different tokens of its data. Known once the group is ready."""
         self._share = share
         self._world = world
         self._timeout_seconds = config.timeout_seconds
@@ -83,7 +84,7 @@ class RankGroup:
         self._prefix = f"{place}/control"
         self._generation = 0
         self._streak = 0
-        """Failures, each soon after the one before."""
+        """Failures in a row, each less than HEALTHY_SECONDS after the one before."""
         self._failed = -HEALTHY_SECONDS
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -92,27 +93,27 @@ class RankGroup:
         self._work: Any = None
         self._buffer = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
         self._next: int | None = None
-        """After how many steps the next exchange takes place..."""
+        """Steps done before the next exchange; None while none is agreed."""
         self._agreed = threading.Event()
-        """...and whether all ranks know of the first."""
+        """Set once all ranks know the first exchange."""
         self._start(self._form, 0, 0.0)
 
     @property
     def ready(self) -> bool:
-        """Exchanges take place: what rank 0 decides reaches every rank."""
+        """True while exchanges run: rank 0's decisions reach every rank."""
         return self._agreed.is_set() and not self._closed.is_set()
 
     @property
     def in_flight(self) -> bool:
-        """An exchange was launched and not yet received."""
+        """True while an exchange was launched and not yet received."""
         return self._work is not None
 
     def is_due(self, step: int) -> bool:
-        """Whether an exchange takes place after `step` optimizer steps; the answer is the same on all ranks."""
+        """Return True if an exchange takes place after `step` optimizer steps. The result is the same on all ranks."""
         due = self._next
         if due is None or step < due:
             return False
-        # The other ranks' word may still be on its way: this is the step, and it must not be missed.
+        # The other ranks' agreement may still be in transit. The exchange of this step must not be missed.
         if not self._agreed.is_set() and not self._agreed.wait(self._timeout_seconds):
             self.fail("the ranks did not agree on a first step")
             return False
@@ -122,7 +123,10 @@ class RankGroup:
         return step == self._next
 
     def launch(self, exchange: ControlUpdate | None) -> None:
-        """Begin an exchange: rank 0 gives it, the others None. Returns at once."""
+        """Start an exchange: rank 0 passes it, the other ranks pass None. Returns at once.
+
+        Raises ValueError if the encoded exchange exceeds MESSAGE_BYTES - 2 bytes.
+        """
         if exchange is not None:
             packed = _encoder.encode(exchange)
             if len(packed) > MESSAGE_BYTES - 2:
@@ -137,7 +141,7 @@ class RankGroup:
             self.fail(_reason(error))
 
     def receive(self) -> ControlUpdate | None:
-        """The exchange in flight, waited for at most as long as the time-out; None when it failed."""
+        """Return the exchange in flight, after a wait of at most the time-out; None if it failed."""
         work, self._work = self._work, None
         try:
             work.wait(timedelta(seconds=self._timeout_seconds))
@@ -150,7 +154,7 @@ class RankGroup:
         return exchange
 
     def fail(self, reason: str) -> None:
-        """Control is off; the group is given up, and another one formed when all ranks are there."""
+        """Turn control off and drop the group. A new one forms once all ranks have registered."""
         with self._lock:
             if self._closed.is_set():
                 return
@@ -161,7 +165,7 @@ class RankGroup:
             self._generation += 1
             pause = min(FIRST_PAUSE_SECONDS * 2.0 ** (self._streak - 1), LAST_PAUSE_SECONDS)
             self._start(self._form, self._generation, pause)
-        # A rank that leaves is how most trainings end.
+        # Most trainings end with ranks that leave: that is not a warning.
         level = logging.INFO if "closed by peer" in reason or "reset by peer" in reason else logging.WARNING
         logger.log(
             level if self._streak <= 3 else logging.DEBUG,
@@ -170,7 +174,7 @@ class RankGroup:
         )
 
     def close(self, *, wait: bool = False) -> None:
-        """Give the group up for good. Idempotent; waits only when told to, which the interpreter's end needs.
+        """Close the group for good. Idempotent. `wait` joins the threads, as the interpreter's end requires.
 
         The background threads end within the time-out, and must not outlive the interpreter.
         """
@@ -186,9 +190,9 @@ class RankGroup:
         held = [self._group, self._work]
         self._group = self._work = self._next = None
         self._agreed.clear()
-        self._buffer = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)  # the old one may still be written to
+        self._buffer = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)  # an operation may still write to the old one
         if held[0] is not None:
-            # Whoever lets go of a group last waits for what is in flight: not this thread.
+            # The thread that drops the last reference to a group waits for its operations: use another thread.
             self._start(held.clear)
 
     def _start(self, target: Any, *args: Any) -> None:
@@ -197,7 +201,7 @@ class RankGroup:
         self._threads.append(thread)
         thread.start()
 
-    # The background thread.
+    # Called in the background thread.
 
     def _form(self, generation: int, pause_seconds: float) -> None:
         self._closed.wait(pause_seconds)
@@ -218,7 +222,7 @@ class RankGroup:
                 self.fail(f"no group of {self._world.size} ranks: {_reason(error)}")
 
     def _agree(self, group: Any, generation: int) -> None:
-        """Settle with all ranks on the step of the first exchange, ahead of where any of them is."""
+        """Agree with all ranks on the step of the first exchange, ahead of every rank's current step."""
         margin = START_STEPS
         while True:
             seconds = self._stats.step_seconds
@@ -238,7 +242,7 @@ class RankGroup:
 
 
 def _differ_within(group: Any, share: ReplicaFingerprint, size: int) -> bool:
-    """Whether ranks of one data rank saw different states enter their blocks; the answer is the same on all ranks."""
+    """Return True if ranks of one data rank saw different states enter their blocks. The same on all ranks."""
     mine = torch.tensor([share.data_rank, share.fingerprint], dtype=torch.int64)
     every = [torch.empty_like(mine) for _ in range(size)]
     group.allgather([every], [mine]).wait()

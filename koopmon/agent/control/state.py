@@ -1,4 +1,4 @@
-"""What is in force in the training processes: one value that every rank holds, a pure function of the step."""
+"""The state in force in the training processes: one value that every rank holds, a pure function of the step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from koopmon.wire.messages import Applied, Command, KssSettings, Step
 
 
 class Ramp(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
-    """A value that moves from `start` to `target` in `num_steps` optimizer steps, the first of them `first_step`."""
+    """A value that moves from `start` to `target` in `num_steps` optimizer steps. The first of them is `first_step`."""
 
     first_step: int = 0
     start: float = 0.0
@@ -25,25 +25,25 @@ class Ramp(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fi
         return 1.0 if done >= self.num_steps else done / self.num_steps
 
     def linear(self, step: int) -> float:
-        """The value at `step`; exactly `target` from the last step of the ramp on."""
+        """Return the value at `step`. It is exactly `target` from the last step of the ramp on."""
         fraction = self._fraction(step)
         return self.target if fraction == 1.0 else self.start + (self.target - self.start) * fraction
 
     def geometric(self, step: int) -> float:
-        """The value at `step` when equal steps multiply by equal factors; both ends must be positive."""
+        """Return the value at `step` if equal steps multiply by equal factors. Both ends must be positive."""
         fraction = self._fraction(step)
         return self.target if fraction == 1.0 else float(self.start * (self.target / self.start) ** fraction)
 
 
 class ControlState(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
-    """Everything that commands can change. Equal on all ranks at every step; `version` counts the changes."""
+    """All values that commands can change. Equal on all ranks at every step. `version` counts the changes."""
 
     version: int = 0
     lr_ramp: Ramp = Ramp(start=1.0, target=1.0)
     alpha_ramp: Ramp = Ramp()
     kss: KssSettings = KssSettings()
     cadence_steps: int = 0
-    """What the monitor asked for, 0 when nothing."""
+    """The interval that the monitor requested; 0 for none."""
     cadence_until_step: int = -1
     stop: bool = False
 
@@ -54,11 +54,11 @@ class ControlState(Struct, frozen=True, kw_only=True, array_like=True, forbid_un
         return self.alpha_ramp.linear(step)
 
     def applied(self, step: int) -> Applied:
-        """What is in force at `step`, for the wire."""
+        """Return the values in force at `step`, for the wire."""
         return Applied(lr_scale=self.lr_scale(step), kss=msgspec.structs.replace(self.kss, alpha=self.kss_alpha(step)))
 
     def after(self, command: Command, step: int) -> ControlState:
-        """The state once `command` is applied at optimizer step `step`."""
+        """Return the state after `command` is applied at optimizer step `step`."""
         if command.lr_scale is not None:
             return self.towards(step, command.ramp_steps, lr_scale=command.lr_scale)
         if command.kss is not None:
@@ -71,7 +71,10 @@ class ControlState(Struct, frozen=True, kw_only=True, array_like=True, forbid_un
     def towards(
         self, step: int, num_steps: int, *, lr_scale: float | None = None, kss: KssSettings | None = None
     ) -> ControlState:
-        """The state that from `step` on moves to `lr_scale` and `kss` (what is None stays) in `num_steps` steps."""
+        """Return the state that moves to `lr_scale` and `kss` in `num_steps` steps, from `step` on.
+
+        None keeps a value.
+        """
         state = self
         if lr_scale is not None:
             ramp = Ramp(first_step=step, start=self.lr_scale(step - 1), target=lr_scale, num_steps=num_steps)
@@ -86,14 +89,14 @@ class ControlState(Struct, frozen=True, kw_only=True, array_like=True, forbid_un
 
 
 class ControlUpdate(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
-    """What rank 0 tells all ranks at one step edge: launched after step `step`, in force from the next one on."""
+    """Rank 0's message to all ranks at one step edge: launched after step `step`, in force from the next one on."""
 
     step: Step
     state: ControlState
     snapshots: tuple[int, int, int]
-    """First, last and stride of the steps whose forward pass is a snapshot, until the next exchange."""
+    """First, last and stride of the steps with a snapshot in their forward pass, until the next exchange."""
     next_step: Annotated[int, Meta(ge=1)]
-    """After which step the next exchange takes place."""
+    """The step after which the next exchange takes place."""
 
     def snapshot_steps(self) -> range:
         first, last, stride = self.snapshots
