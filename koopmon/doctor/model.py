@@ -1,4 +1,4 @@
-"""Whether koopmon finds the residual stream of a model, and would act on it."""
+"""Check of a model: block discovery and parallel layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def taps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: ModelConfig) -> Finding:
-    """One forward pass: the adapter that claims the model, and the points that it would tap."""
+    """Run one forward pass and report the matching adapter and the points that it would tap."""
     from koopmon.agent.parallelism import refusal
     from koopmon.discovery import discover
 
