@@ -100,8 +100,8 @@ class Journal:
     ) -> Self:
         """Open for writing; create the file if missing and rename a damaged store.
 
-        Raises StoreError if another process uses the file, for a newer schema, for a file that is not a store, and for
-        an unusable path.
+        Raises StoreError for an unusable path, a file that another process uses, a newer schema, and a file that is not
+        a store.
         """
         path = Path(path)
         try:

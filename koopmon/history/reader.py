@@ -235,8 +235,9 @@ class HistoryReader:
         yield from self._database.execute(query, (run,))
 
     def _last_of_run(self, table: str, run: str, most: int) -> Iterator[sqlite3.Row]:
-        """Read through the index, one launch after another from the latest. A full scan would read all rows of a long
-        run.
+        """Yield the newest rows, one launch after another from the latest.
+
+        The query uses the index, because a full scan would read all rows of a long run.
         """
         launches = "SELECT t.id, incarnation FROM incarnations AS t JOIN runs ON runs.id = run_id WHERE name = ?"
         query = f"SELECT t.*, ? AS incarnation FROM {table} AS t WHERE incarnation_id = ? ORDER BY step DESC LIMIT ?"

@@ -46,7 +46,7 @@ class Retention:
         """Whether the file is too large and nothing more may be deleted."""
 
     def prune(self, at: float, live: Collection[str]) -> bool:
-        """Delete one batch of due rows in the open transaction; True if more remain. Raises sqlite3.Error.
+        """Delete due rows in the open transaction for up to SLICE_SECONDS; True if more remain. Raises sqlite3.Error.
 
         `live` names the runs in progress.
         """
