@@ -49,7 +49,7 @@ def python(program: str, environ: Mapping[str, str]) -> Iterator[Finding]:
     before = environ.get("PYTHONPATH", "")
     child = {key: value for key, value in environ.items() if key != "KOOPMON_ATTACHED_PID"}
     child["PYTHONPATH"] = f"{DIRECTORY}{os.pathsep}{before}" if before else str(DIRECTORY)
-    child["KOOPMON_ENDPOINT"] = "ipc:///nowhere/control"  # it trains nothing, so nobody is called
+    child["KOOPMON_ENDPOINT"] = "ipc:///nowhere/control"  # the child trains nothing and must not connect to a monitor
     install = f"{program} -m pip install koopmon"
     try:
         done = subprocess.run(

@@ -25,7 +25,7 @@ def taps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
         found = discover(model, *args, adapter=config.adapter, stack=config.stack, **kwargs)
     except KoopmonError as error:
         return fail("taps", str(error), "name the list of blocks: [model] stack; or write an adapter in 15 minutes")
-    except BaseException as error:  # the model's own forward pass
+    except BaseException as error:  # raised by the model's own forward pass
         raise_from_signal(error)
         said = f"{kind}: the forward pass raised {type(error).__name__}: {one_line(error, 200)}"
         return fail("taps", said, "see that the factory's batch is what the model takes")

@@ -219,7 +219,7 @@ class Journal:
     def _apply(self, entry: Callable[[], None]) -> None:
         try:
             entry()
-        except UnicodeDecodeError:  # the file is at fault: see SQLITE_ERRORS
+        except UnicodeDecodeError:  # the file is damaged: see SQLITE_ERRORS
             raise
         except RECORD_ERRORS as error:
             # The record caused the error, not the disk: a retry would fail again and delay all other records.

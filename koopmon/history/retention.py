@@ -63,7 +63,7 @@ class Retention:
         free = self._pragma("freelist_count")
         much = free > max(BATCH_PAGES, self._pragma("page_count") // 8)
         if much:
-            self._database.executescript(f"PRAGMA incremental_vacuum({BATCH_PAGES})")  # `execute` frees one page alone
+            self._database.executescript(f"PRAGMA incremental_vacuum({BATCH_PAGES})")  # `execute` frees only one page
         return much and self._pragma("freelist_count") < free
 
     def _too_old(self, cutoff: float, values: dict[str, object]) -> bool:

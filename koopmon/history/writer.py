@@ -98,7 +98,7 @@ class HistoryWriter(Journal):
         profile: Mapping[str, Any] | None,
         observables: Observables | None = None,
     ) -> None:
-        """Record one snapshot: its profile as plain values, None when the states were not finite, and its observables."""
+        """Record one snapshot: its profile as plain values, None for non-finite states, and its observables."""
         row = self._incarnation(at, run, incarnation)
         self._database.execute(
             "INSERT INTO profiles (incarnation_id, step, time, num_shards, masked, non_finite, seconds, profile)"

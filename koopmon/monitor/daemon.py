@@ -360,7 +360,7 @@ def _raise_descriptor_limit() -> None:
     tcp.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # some systems do not take "unlimited"
+    with suppress(OSError, ValueError):  # some systems reject "unlimited"
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
@@ -374,9 +374,7 @@ def _write_ready(path: Path, addresses: Addresses) -> None:
 
 
 def _data_beside(endpoint: str) -> str:
-    """Return a data endpoint beside a control endpoint: another port of its address, or another socket in its
-    directory.
-    """
+    """Return a data endpoint beside `endpoint`: another port of its address, or another socket in its directory."""
     if endpoint.startswith("ipc://"):
         return f"{endpoint}-data"
     return f"{endpoint.rpartition(':')[0]}:0"

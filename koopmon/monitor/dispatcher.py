@@ -61,12 +61,11 @@ class Dispatcher:
         *,
         decide: bool,
     ) -> Assessment | None:
-        """Assess a snapshot, record the assessment, then send the commands of the decision, unless the run is
-        watch-only.
+        """Assess a snapshot, record the assessment, then send the commands of the decision.
 
-        A `profile` of None means that the states were not finite; without `decide` no decision is made. Returns the
-        assessment; None if it failed, and the failure is counted. The caller handles later errors: it must not send any
-        command of this decision.
+        Nothing is sent while the run is watch-only. A `profile` of None means that the states were not finite; without
+        `decide` no decision is made. Returns the assessment; None if it failed, and the failure is counted. The caller
+        handles later errors: it must not send any command of this decision.
         """
         try:
             if profile is not None:
@@ -189,7 +188,7 @@ class Dispatcher:
             self._offer(run, controller, command)
 
     def abandon(self, controller: RunController) -> None:
-        """Mark all waiting commands as unanswered, because the run or its incarnation has ended or is now watch-only."""
+        """Mark all waiting commands as unanswered, because the run has ended or is now watch-only."""
         self._unanswered(controller.abandon())
 
     def _offer(self, run: Run, controller: RunController, command: Command) -> None:

@@ -18,7 +18,7 @@ MAX_PLACES = 1024
 
 
 class Failures:
-    """Counts errors by `part`; logs each pair of part and run at most once a minute. Thread-safe; nothing here raises."""
+    """Counts errors by `part`; logs each part and run at most once a minute. Thread-safe; nothing here raises."""
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._metrics = metrics

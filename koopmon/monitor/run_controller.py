@@ -161,8 +161,8 @@ class RunController:
     def divergence_probability(self) -> float | None:
         """Divergence probability at the highest learning rate so far.
 
-        None without a calibrator for this kind of model, if the learning rate does not determine the size of the
-        optimizer's steps, and for rates above the calibrated range.
+        None without a calibrator for this kind of model, and for rates outside the calibrated range. Also None if the
+        learning rate does not determine the size of the optimizer's steps.
         """
         exponent = self._update_exponent
         if self._calibrator is None or exponent is None or not self._peak_rate or not self._rate_sized_steps:

@@ -34,7 +34,7 @@ Answer = Callable[[Request], Response]
 def routes(
     live_state: LiveState, streams: EventStreams, policy: PolicyConfig, wall: Callable[[], float] = time.time
 ) -> list[BaseRoute]:
-    """Routes of pages, JSON and events for one live state. `policy` has the thresholds of runs without an assessment."""
+    """Routes of pages, JSON and events for one live state. `policy` holds the thresholds of runs without assessment."""
 
     once = PageCache()
 
