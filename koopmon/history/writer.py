@@ -186,7 +186,7 @@ class HistoryWriter(Journal):
 
     @records(commit=True)
     def abandon_pending(self, run: str) -> None:
-        """Mark the unacknowledged commands of an earlier monitor: no controller waits for their acks."""
+        """Mark pending commands of an earlier monitor as unanswered: no controller waits for their acks."""
         self._database.execute(
             "UPDATE commands SET outcome = 'unanswered' WHERE outcome = 'pending' AND decision_id IN"
             " (SELECT d.id FROM decisions AS d JOIN incarnations AS i ON i.id = incarnation_id"
