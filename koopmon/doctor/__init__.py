@@ -1,1 +1,4 @@
-"""Why is my job not seen: each check is bounded in time, harmless to a monitor in use, and ends in findings."""
+"""Diagnosis of a job that the monitor does not show.
+
+Each check is bounded in time and does not disturb a monitor in use. It returns findings.
+"""

@@ -1,4 +1,4 @@
-"""Whether an agent started here would reach the monitor: endpoint, keys, handshake, versions, data channel, clock."""
+"""Checks of the connection to the monitor: endpoint, keys, handshake, versions, data channel, clock."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from koopmon.wire.messages import PROTOCOL_VERSION, ProbeReply
 from koopmon.wire.probe import NOBODY, ProbeResult, probe, reaches_data
 
 DEFAULT = "tcp://127.0.0.1:9465"
-"""Where `koopmon monitor` is found when nobody says otherwise."""
+"""Endpoint of `koopmon monitor` when neither an option nor the environment sets one."""
 PROBE_SECONDS = 2.0
 CLOCK_SECONDS = 5.0
-"""A larger difference of the clocks is worth a word."""
+"""Clock differences above this many seconds give a warning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """An endpoint, and who named it; `by` is "" where it is the default."""
+    """An endpoint and the name of its source; `by` is "" for the default."""
 
     endpoint: str
     by: str
 
     @classmethod
     def of(cls, option: str | None, environ: Mapping[str, str]) -> Named:
-        """The one that an agent would take."""
+        """Return the endpoint that an agent would use."""
         if option is not None:
             return cls(option, "--monitor")
         if environ.get("KOOPMON_ENDPOINT"):
@@ -40,7 +40,10 @@ class Named:
 
 
 class Connection:
-    """The checks of one endpoint, each a stage on which the next one stands. `reply` is the monitor's, once it came."""
+    """Checks of one endpoint, in stages.
+
+    Each stage requires the one before it. `reply` is the monitor's reply, None before it arrives.
+    """
 
     def __init__(self, named: Named, trust: AuthPolicy, run: str | None) -> None:
         self._named = named
@@ -50,7 +53,7 @@ class Connection:
         self.refusal = ""
 
     def findings(self) -> Iterator[Finding]:
-        """Endpoint, keys, monitor; and where it answers versions, data endpoint and clock."""
+        """Check endpoint, keys and monitor; if the monitor replies, check versions, data endpoint and clock."""
         named = self._named
         try:
             endpoint = self._trust.check(named.endpoint)

@@ -1,5 +1,4 @@
-"""What is here: the configuration, the Python that the job uses and whether it attaches by itself, the launcher, the
-environment, and the disk of the history."""
+"""Checks of this machine: configuration, the job's Python, launcher, environment, disk space of the history."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ print(json.dumps({"live": "koopmon.agent.autoload" in hooks, "koopmon": version(
 
 
 def configuration(path: Path | None, environ: Mapping[str, str]) -> tuple[Config | None, Finding]:
-    """The settings, as agents and monitors would read them; None where they cannot be."""
+    """Read the settings as agents and monitors do; None when they are not valid."""
     source = str(path or environ.get("KOOPMON_CONFIG") or "")
     try:
         settings = load(path)
@@ -46,11 +45,11 @@ def configuration(path: Path | None, environ: Mapping[str, str]) -> tuple[Config
 
 
 def python(program: str, environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Start a tiny child of the job's Python as `koopmon run` would, and see that the hook is live in it."""
+    """Start a short child of the job's Python as `koopmon run` does, and check that the import hook is active."""
     before = environ.get("PYTHONPATH", "")
     child = {key: value for key, value in environ.items() if key != "KOOPMON_ATTACHED_PID"}
     child["PYTHONPATH"] = f"{DIRECTORY}{os.pathsep}{before}" if before else str(DIRECTORY)
-    child["KOOPMON_ENDPOINT"] = "ipc:///nowhere/control"  # it trains nothing, so nobody is called
+    child["KOOPMON_ENDPOINT"] = "ipc:///nowhere/control"  # the child trains nothing and must not connect to a monitor
     install = f"{program} -m pip install koopmon"
     try:
         done = subprocess.run(
@@ -110,7 +109,7 @@ def _launcher(prefix: str, environ: Mapping[str, str]) -> Finding:
 
 
 def environment(environ: Mapping[str, str], reply: ProbeReply | None) -> Iterator[Finding]:
-    """What a job started from here would be told by its environment."""
+    """Check the environment variables that a job started from here inherits."""
     ranks = {name: environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in environ}
     bad = [f"{name}={value!r}" for name, value in ranks.items() if not value.isdigit()]
     if bad:
@@ -141,7 +140,7 @@ def environment(environ: Mapping[str, str], reply: ProbeReply | None) -> Iterato
 
 
 def store(directory: Path) -> Finding:
-    """Whether histories can be written where `koopmon run` and `koopmon monitor` keep them."""
+    """Check that `koopmon run` and `koopmon monitor` can write histories in `directory`."""
     there = directory
     while not there.exists() and there != there.parent:
         there = there.parent

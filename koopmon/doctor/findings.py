@@ -1,4 +1,4 @@
-"""What a check found, and what mends it."""
+"""Result of one check and its suggested fix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FindingLevel = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the doctor's: what was looked at, how it is, what was found, and the fix where it is not well."""
+    """One line of the doctor's output: the check, its level, its result, and a fix unless the level is "ok"."""
 
     check: str
     level: FindingLevel
@@ -21,7 +21,7 @@ class Finding:
 
 
 MAX_TEXT = 1000
-"""Characters: what is found may quote a peer, and is made fit for a terminal."""
+"""Maximum length of a text in characters. Findings may quote a peer, so they are also made printable."""
 
 
 def ok(check: str, found: str) -> Finding:

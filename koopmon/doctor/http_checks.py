@@ -1,4 +1,4 @@
-"""The monitor's pages, and what its metrics tell of a run."""
+"""Checks of the monitor's HTTP pages and of one run's metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT = "http://127.0.0.1:9464"
 HTTP_SECONDS = 2.0
 MAX_PAGE_BYTES = 64 << 20
 STALE_SECONDS = 120.0
-"""A running job whose last snapshot is older than this has stopped sending, or sends rarely."""
+"""Age in seconds above which the last snapshot of a running job is reported as stale."""
 _SAMPLE = re.compile(r"koopmon_(?P<name>\w+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 STATES = {0: "ended", 1: "running", 2: "vanished"}
@@ -26,9 +26,12 @@ STATES = {0: "ended", 1: "running", 2: "vanished"}
 
 @dataclass(slots=True)
 class Pages:
-    """The pages of one monitor; `runs` holds each run's samples by name, those with a reason as `name:reason`.
+    """The pages of one monitor.
 
-    `optional`: nobody named them, so that they may be elsewhere. Raises ConfigError for a malformed URL.
+    `runs` maps each run to its samples by name; samples with a reason have the key `name:reason`. With `optional`, the
+    address is the default and the pages may be elsewhere.
+
+    Raises ConfigError for a malformed URL.
     """
 
     url: str
@@ -47,7 +50,7 @@ class Pages:
             raise ConfigError(f"--http {self.url!r}: expected http://HOST:PORT or https://HOST:PORT")
 
     def findings(self) -> Iterator[Finding]:
-        """Health, readiness and metrics."""
+        """Check health, readiness and metrics."""
         try:
             alive, _ = self._get("healthz")
             ready, _ = self._get("readyz")
@@ -113,7 +116,7 @@ def _state(samples: Mapping[str, float]) -> str:
 
 
 def of_run(run: str, reply: ProbeReply | None, pages: Pages | None) -> Iterator[Finding]:
-    """What the monitor knows of one run: never came, refused, silent, without snapshots, stale, or well."""
+    """Check one run: unknown, refused, silent, without snapshots, stale, or healthy."""
     samples = {} if pages is None else pages.runs.get(run, {})
     state = (reply.run_state if reply is not None else None) or (_state(samples) if samples else "unknown")
     if reply is not None and reply.refused:
@@ -176,7 +179,7 @@ _FIX_OF_DROP = {
 
 
 def fix_of_refusal(reason: str) -> str:
-    """What to do when a hello was refused for this `reason`."""
+    """Return the fix for a hello that was refused with `reason`."""
     if "may not speak for run" in reason:
         return "add the run to `runs` in the agent's file in agents/ on the monitor's host, or set another KOOPMON_RUN"
     if "KOOPMON_RUN" in reason:

@@ -1,4 +1,4 @@
-"""Whether koopmon finds the residual stream of a model, and would act on it."""
+"""Check of a model: block discovery and parallel layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def taps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: ModelConfig) -> Finding:
-    """One forward pass: the adapter that claims the model, and the points that it would tap."""
+    """Run one forward pass and report the matching adapter and the points that it would tap."""
     from koopmon.agent.parallelism import refusal
     from koopmon.discovery import discover
 
@@ -25,7 +25,7 @@ def taps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
         found = discover(model, *args, adapter=config.adapter, stack=config.stack, **kwargs)
     except KoopmonError as error:
         return fail("taps", str(error), "name the list of blocks: [model] stack; or write an adapter in 15 minutes")
-    except BaseException as error:  # the model's own forward pass
+    except BaseException as error:  # raised by the model's own forward pass
         raise_from_signal(error)
         said = f"{kind}: the forward pass raised {type(error).__name__}: {one_line(error, 200)}"
         return fail("taps", said, "see that the factory's batch is what the model takes")

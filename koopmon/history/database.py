@@ -1,4 +1,7 @@
-"""Opening the history file for writing. A damaged store is set aside, never written into and never overwritten."""
+"""Open the history file for writing.
+
+A damaged store is renamed. It is never written to or overwritten.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,20 @@ logger = logging.getLogger(__name__)
 
 MAGIC = b"SQLite format 3\0"
 SIGNATURE = b"CREATE TABLE incarnations"
-"""Stands in the first pages of every store, whatever became of its header."""
+"""Bytes in the first pages of every store. They identify a store with a damaged header."""
 HEAD_BYTES = 1 << 16
 COMPANIONS = ("-wal", "-shm")
 
 
 class DamageError(sqlite3.DatabaseError):
-    """SQLite's own check found the file inconsistent."""
+    """SQLite's integrity check failed."""
 
 
 def open_database(path: Path) -> sqlite3.Connection:
-    """The store at `path`, made when missing, brought to this schema, and sound as far as SQLite can tell.
+    """Open the store at `path`; create it if missing, migrate it to this schema, and check its integrity.
 
-    A store that is damaged is renamed, with a line that says so, and a new one begun. Raises StoreError for a newer
-    schema, for a file that is none of ours, and where nothing can be made.
+    A damaged store is renamed with a log line, and a new one is created. Raises StoreError for a newer schema, for a
+    file that is not a koopmon store, and if no file can be created.
     """
     try:
         try:
@@ -45,14 +48,14 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 
 def is_damage(error: BaseException) -> bool:
-    """Whether the content of the file is to blame, and not the disk or a lock."""
+    """Return True if the content of the file caused `error`, False for errors of the disk or of a lock."""
     code = getattr(error, "sqlite_errorcode", None)
     damaged = code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
     return damaged or isinstance(error, (DamageError, UnicodeDecodeError))
 
 
 def set_aside(path: Path) -> Path:
-    """Rename the file and what SQLite keeps beside it; returns its new name. Raises OSError."""
+    """Rename the file and SQLite's companion files. Returns the new name. Raises OSError."""
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
     kept, count = path.with_name(f"{path.name}.damaged-{stamp}"), 1
     while kept.exists():
@@ -67,7 +70,7 @@ def _opened(path: Path) -> sqlite3.Connection:
     _check_beginning(path)
     database = sqlite3.connect(path, timeout=2.0, isolation_level=None)
     try:
-        # Before anything is written: what is damaged is kept as it was found.
+        # Check before the first write, so that a damaged file is kept unchanged.
         found = database.execute("PRAGMA quick_check(1)").fetchone()
         if found != ("ok",):
             raise DamageError(str(found[0]).rstrip().splitlines()[-1])
@@ -79,14 +82,20 @@ def _opened(path: Path) -> sqlite3.Connection:
 
 
 def _check_beginning(path: Path) -> None:
-    """SQLite takes an empty file for a new one and deletes the log beside it, which may hold all that is left."""
+    """Raise DamageError for an empty file with a non-empty log.
+
+    SQLite treats the empty file as a new database and deletes the log, which may hold the only remaining data.
+    """
     log = path.with_name(path.name + "-wal")
     if path.exists() and path.stat().st_size == 0 and log.exists() and log.stat().st_size > 0:
         raise DamageError("the file is empty, its log is not")
 
 
 def _ours(path: Path) -> bool:
-    """Whether a file that SQLite cannot read was a store. Zeros are what a machine that lost its power leaves."""
+    """Return True if a file that SQLite cannot read was a koopmon store.
+
+    A file of zeros counts as one: a power failure can leave such a file.
+    """
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     marked = head.startswith(MAGIC) and head[68:72] == APPLICATION_ID.to_bytes(4, "big")

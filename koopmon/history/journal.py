@@ -1,8 +1,8 @@
-"""A history file open for writing: its lock, its transaction, and what happens when the disk fails.
+"""A history file open for writing: lock, transaction, and recovery from disk errors.
 
-Writes gather in a transaction that `commit` closes. A disk that is full or read-only pauses recording, with one log
-line, until a later try succeeds: nothing here raises after `open`. Meanwhile what must not be lost (decisions and their
-answers) waits in memory, and is written first when there is room again.
+Writes gather in a transaction that `commit` closes. A full or read-only disk pauses recording, with one log line, until
+a retry succeeds. After `open`, nothing here raises. While recording is paused, decisions and their acks wait in memory.
+They are written first after the pause.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from koopmon.history.schema import SCHEMA_VERSION, SQLITE_ERRORS
 logger = logging.getLogger(__name__)
 
 MAX_BACKLOG = 10_000
-"""Decisions and answers that wait in memory while recording is paused; then the oldest give way."""
+"""Maximum number of decisions and acks in memory while recording is paused; above it the oldest are dropped."""
 MIN_FREE_BYTES = 4 << 20
-"""Of the disk, before a paused store tries again: else it would stop and start with every few rows."""
+"""Free bytes that a paused store requires before it retries. Without this margin it would pause again after a few rows.
+"""
 RECORD_ERRORS = (
     *(sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError),
     *(ArithmeticError, LookupError, TypeError, ValueError, msgspec.MsgspecError),
 )
-"""Errors that one record causes: it contradicts the others, or holds a value that SQLite or JSON cannot store."""
+"""Errors caused by one record: a conflict with other records, or a value that SQLite or JSON cannot store."""
 UPKEEP_SECONDS = 60.0
 BUSY_UPKEEP_SECONDS = 1.0
 P = ParamSpec("P")
@@ -46,7 +47,10 @@ Write: TypeAlias = Callable[Concatenate[J, P], None]
 
 
 def records(*, commit: bool = False) -> Callable[[Write[J, P]], Write[J, P]]:
-    """A method that writes. With `commit` it is on disk when it returns, or waits until it can be."""
+    """Decorator for methods that write.
+
+    With `commit`, the record is on disk when the method returns, or waits in memory while recording is paused.
+    """
 
     def decorate(method: Write[J, P]) -> Write[J, P]:
         @functools.wraps(method)
@@ -59,7 +63,7 @@ def records(*, commit: bool = False) -> Callable[[Write[J, P]], Write[J, P]]:
 
 
 class Journal:
-    """The one writer of a history file; `recording` is False while a failing disk pauses it."""
+    """The only writer of a history file; `recording` is False while disk errors pause it."""
 
     def __init__(
         self,
@@ -80,7 +84,7 @@ class Journal:
         self._paused_at: float | None = None
         self._left_out_at = -math.inf
         self._damaged = False
-        # Retention goes by this and never by a later look at the calendar, which may jump.
+        # Retention uses this clock and does not read the calendar again, because the calendar time may jump.
         self._epoch = wall() - clock()
         self._upkeep_at = clock() + BUSY_UPKEEP_SECONDS
         self._use(database)
@@ -94,9 +98,10 @@ class Journal:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> Self:
-        """Open for writing, made when missing; a damaged store is set aside.
+        """Open for writing; create the file if missing and rename a damaged store.
 
-        Raises StoreError: in use elsewhere, of a newer schema, none of ours, unusable path.
+        Raises StoreError for an unusable path, a file that another process uses, a newer schema, and a file that is not
+        a store.
         """
         path = Path(path)
         try:
@@ -115,12 +120,12 @@ class Journal:
         return self._paused_at is None
 
     def take_lost(self) -> int:
-        """How many records were not written since the last call."""
+        """Return the number of records lost since the last call."""
         lost, self._lost = self._lost, 0
         return lost
 
     def close(self) -> None:
-        """Commit what is open and hand the file over whole: the write-ahead log is folded in. Idempotent."""
+        """Commit the open transaction and merge the write-ahead log into the file. Idempotent."""
         if self._lock.closed:
             return
         self._try_again(now=True)
@@ -135,7 +140,7 @@ class Journal:
         self._lock.close()
 
     def commit(self) -> None:
-        """Make everything recorded so far survive the process."""
+        """Commit all records so far, so that they survive the process."""
         try:
             if self._database.in_transaction:
                 self._database.execute("COMMIT")
@@ -143,7 +148,7 @@ class Journal:
             self._pause(error)
 
     def upkeep(self, live: Collection[str]) -> None:
-        """To be called every second or so: tries again while paused, and prunes. `live` names the runs that go on."""
+        """Retry while paused, and prune. Call it about once a second; `live` names the runs in progress."""
         self._try_again()
         now = self._clock()
         if not self.recording or now < self._upkeep_at:
@@ -214,10 +219,10 @@ class Journal:
     def _apply(self, entry: Callable[[], None]) -> None:
         try:
             entry()
-        except UnicodeDecodeError:  # the file is at fault: see SQLITE_ERRORS
+        except UnicodeDecodeError:  # the file is damaged: see SQLITE_ERRORS
             raise
         except RECORD_ERRORS as error:
-            # The record is at fault, not the disk: a retry would fail again and delay all other records.
+            # The record caused the error, not the disk: a retry would fail again and delay all other records.
             self._lost += 1
             now = self._clock()
             if now - self._left_out_at >= UPKEEP_SECONDS:
@@ -241,7 +246,7 @@ class Journal:
             logger.debug("store: rollback failed: %s", failure)
 
     def _try_again(self, *, now: bool = False) -> None:
-        """While paused, and when it is time: write what waits, and go on when that succeeds."""
+        """While paused: write the waiting records when a retry is due, and resume recording if that succeeds."""
         if self._paused_at is None or not (now or self._clock() - self._paused_at >= self._config.retry_seconds):
             return
         self._paused_at = self._clock()
@@ -252,7 +257,7 @@ class Journal:
             if self._damaged:
                 self._start_over()
             self._begin()
-            # Written even when nothing waits, so that a disk that takes nothing is found out.
+            # Write even when no record waits, to detect a disk that rejects writes.
             self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             for entry in self._backlog:
                 self._apply(entry)
@@ -267,7 +272,7 @@ class Journal:
             logger.warning("store: recording again")
 
     def _start_over(self) -> None:
-        """The file went bad under our hands, or went: keep it, begin another. Raises OSError, StoreError."""
+        """Rename a file that was damaged or deleted while open, and create a new one. Raises OSError, StoreError."""
         self._database.close()
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not self._moved():

@@ -1,4 +1,7 @@
-"""One process at a time for a file: an advisory lock beside it, gone with the process however that ends."""
+"""Exclusive use of a file by one process: an advisory lock file beside it.
+
+The operating system releases the lock when the process ends, also after a crash.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from koopmon.errors import StoreError
 
 
 def take_lock(path: Path) -> IO[str]:
-    """Hold the file `path`.lock until it is closed. Raises StoreError when another process does, OSError as open()."""
+    """Hold the lock file `path`.lock until it is closed.
+
+    Raises StoreError if another process holds it, OSError as open() does.
+    """
     lock = open(path.with_name(path.name + ".lock"), "a+", encoding="ascii")  # noqa: SIM115 - the caller holds it open
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Reading a history store: what `report`, `replay` and tests ask of it. Safe beside a monitor that writes."""
+"""Read access to a history store for `report`, `replay` and tests. Safe while a monitor writes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from koopmon.wire.messages import Applied, Command, Hello
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRow:
-    """One run, in all its launches. Times are Unix seconds; `state` is a `koopmon.history.schema.RunState`."""
+    """One run with all its launches. Times are Unix seconds; `state` is a `koopmon.history.schema.RunState`."""
 
     name: str
     first_seen: float
@@ -31,7 +31,7 @@ class RunRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IncarnationRow:
-    """One launch of a run. Times are Unix seconds; `ended` is None while it goes on."""
+    """One launch of a run. Times are Unix seconds; `ended` is None while the launch runs."""
 
     run: str
     incarnation: str
@@ -44,7 +44,7 @@ class IncarnationRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileRow:
-    """One snapshot. `profile` is what SpectralProfile.from_dict takes; None when the states were not finite."""
+    """One snapshot. `profile` is the argument of SpectralProfile.from_dict; None when the states were not finite."""
 
     incarnation: str
     step: int
@@ -54,12 +54,12 @@ class ProfileRow:
     seconds: float
     profile: dict[str, Any] | None
     observables: dict[str, list[float | None]]
-    """What the model's family measured, by name: one value per transition."""
+    """Measurements of the model family by name: one value per transition."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObservationRow:
-    """What the detector saw and how it judged it."""
+    """One input of the detector with its risk, reason and components."""
 
     incarnation: str
     step: int
@@ -78,7 +78,10 @@ class ObservationRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandRow:
-    """One command; `outcome` is "pending", "sent", "dry_run", "unanswered", or that of its last ack at `acked_step`."""
+    """One command.
+
+    `outcome` is "pending", "sent", "dry_run", "unanswered", or the outcome of its last ack, at step `acked_step`.
+    """
 
     command: Command
     time: float
@@ -102,7 +105,7 @@ class DecisionRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeartbeatRow:
-    """The scalars of one heartbeat; None is unknown."""
+    """The scalars of one heartbeat; None means unknown."""
 
     incarnation: str
     process_rank: int
@@ -123,9 +126,10 @@ _OF_RUN = " JOIN incarnations ON incarnations.id = t.incarnation_id JOIN runs ON
 
 
 class HistoryReader:
-    """A store opened for reading. Rows come in the order in which they were written: all, or the `last` so many.
+    """A store opened for reading.
 
-    What a damaged or a forged file holds is checked as it is read: every method raises StoreError, and nothing else.
+    Rows come in the order of writing: all of them, or the newest `last`. The content of a damaged or forged file is
+    validated on reading: every method raises StoreError only.
     """
 
     def __init__(self, database: sqlite3.Connection, path: Path) -> None:
@@ -135,7 +139,10 @@ class HistoryReader:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Raises StoreError when the file is missing, unreadable, not a store, or of a newer schema."""
+        """Open the store.
+
+        Raises StoreError if the file is missing, unreadable, not a store, or of a newer schema.
+        """
         path = Path(path)
         if not path.is_file():
             raise StoreError(f"store {path}: no such file")
@@ -166,13 +173,13 @@ class HistoryReader:
             return msgspec.convert([row["name"] for row in rows], list[str])
 
     def run(self, name: str) -> RunRow | None:
-        """What is known of a run as a whole; None for one that this store does not know."""
+        """Return the row of one run; None when the store does not hold it."""
         with self._reading("runs"):
             row = self._database.execute("SELECT * FROM runs WHERE name = ?", (name,)).fetchone()
             return None if row is None else _row(row, RunRow)
 
     def recent_runs(self, most: int) -> list[RunRow]:
-        """The runs that were seen last, the latest first."""
+        """Return the `most` runs with the latest activity, latest first."""
         query = "SELECT * FROM runs ORDER BY last_seen DESC, id DESC LIMIT ?"
         with self._reading("runs"):
             return [_row(row, RunRow) for row in self._database.execute(query, (most,))]
@@ -228,7 +235,10 @@ class HistoryReader:
         yield from self._database.execute(query, (run,))
 
     def _last_of_run(self, table: str, run: str, most: int) -> Iterator[sqlite3.Row]:
-        """By index, launch after launch from the latest back: a long run's rows are not all looked at."""
+        """Yield the newest rows, one launch after another from the latest.
+
+        The query uses the index, because a full scan would read all rows of a long run.
+        """
         launches = "SELECT t.id, incarnation FROM incarnations AS t JOIN runs ON runs.id = run_id WHERE name = ?"
         query = f"SELECT t.*, ? AS incarnation FROM {table} AS t WHERE incarnation_id = ? ORDER BY step DESC LIMIT ?"
         found: list[sqlite3.Row] = []
@@ -263,7 +273,7 @@ def _scalars(row: sqlite3.Row, *names: str) -> dict[str, float | None]:
 
 
 def _values(row: sqlite3.Row, kind: type[Any], **values: Any) -> dict[str, Any]:
-    """The columns that a dataclass names; `values` are those that need more than to be taken as they are."""
+    """Return the columns that match fields of the dataclass `kind`; `values` overrides columns that need conversion."""
     return {field.name: row[field.name] for field in fields(kind) if field.name not in values} | values
 
 

@@ -1,7 +1,7 @@
-"""What a history file keeps, by age and by size, a little at a time so that the monitor never waits for it.
+"""Prune a history file by age and by size, in small batches that do not block the monitor.
 
-A run that goes on loses none of its decisions, commands and answers, those of its earlier launches included. Size alone
-deletes no decision of any run: they are small, and what was in force may be asked for again.
+A run in progress keeps all its decisions, commands and acks, including those of earlier launches. The size limit
+deletes no decision of any run: decisions are small, and a restart needs the values in force.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ BATCH_PAGES = 256
 SLICE_SECONDS = 0.02
 DAY_SECONDS = 86_400.0
 LOW_WATER = 0.9
-"""Of `max_bytes`: how far a file that has grown too large is taken down."""
+"""Fraction of `max_bytes` to which a file above the limit is reduced."""
 UNHEARD_SECONDS = 86_400.0
-"""A run that the file says goes on, last seen less than this ago, may only not have found a new monitor yet."""
+"""Age in seconds below which a run recorded as running is kept: its agents may still reconnect to a new monitor."""
 
 _LIVE = (
     " (SELECT id FROM runs WHERE name IN (SELECT value FROM json_each(:live))"
@@ -34,7 +34,7 @@ _OVER_AT = (
 
 
 class Retention:
-    """Prunes one open database; `at` is always the time now, in Unix seconds."""
+    """Prunes one open database. `at` is the current time in Unix seconds."""
 
     def __init__(self, database: sqlite3.Connection, config: StoreConfig) -> None:
         self._database = database
@@ -46,9 +46,9 @@ class Retention:
         """Whether the file is too large and nothing more may be deleted."""
 
     def prune(self, at: float, live: Collection[str]) -> bool:
-        """Delete for a moment what is due, in the open transaction; tells whether there is more. Raises sqlite3.Error.
+        """Delete due rows in the open transaction for up to SLICE_SECONDS; True if more remain. Raises sqlite3.Error.
 
-        `live` names the runs that go on.
+        `live` names the runs in progress.
         """
         values = {"live": json.dumps([*live]), "heard_since": at - UNHEARD_SECONDS}
         cutoff = at - self._config.max_age_days * DAY_SECONDS
@@ -59,11 +59,11 @@ class Retention:
         return more
 
     def shrink(self) -> bool:
-        """Give some of what pruning freed back to the file system; whether there was much. Outside of transactions."""
+        """Return some freed pages to the file system; True if many were free. Call it outside transactions."""
         free = self._pragma("freelist_count")
         much = free > max(BATCH_PAGES, self._pragma("page_count") // 8)
         if much:
-            self._database.executescript(f"PRAGMA incremental_vacuum({BATCH_PAGES})")  # `execute` frees one page alone
+            self._database.executescript(f"PRAGMA incremental_vacuum({BATCH_PAGES})")  # `execute` frees only one page
         return much and self._pragma("freelist_count") < free
 
     def _too_old(self, cutoff: float, values: dict[str, object]) -> bool:
@@ -91,7 +91,10 @@ class Retention:
         return False
 
     def _delete(self, where: str, values: dict[str, object], *, oldest: bool = False) -> bool:
-        """Some rows of each bulky table; `oldest` looks at no more than the first rows of each. Whether any went."""
+        """Delete a batch of rows from each bulky table; True if any was deleted.
+
+        With `oldest`, only the first rows of each table are considered.
+        """
         count = 0
         for table in BULK:
             source = f"(SELECT * FROM {table} ORDER BY id LIMIT {BATCH_ROWS})" if oldest else table

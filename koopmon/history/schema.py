@@ -1,4 +1,4 @@
-"""The layout of the history store, and how its values are put down."""
+"""Schema of the history store and encoding of its values."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from koopmon.errors import StoreError
 logger = logging.getLogger(__name__)
 
 Observables = Mapping[str, Sequence[float | None]]
-"""By name, one value per transition."""
+"""Observables by name, one value per transition."""
 
 SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
-"""What SQLite raises. Its messages quote the file, and where that is no text, Python fails to read the message."""
+"""Exceptions that SQLite raises.
+
+Its messages quote the file, and Python raises UnicodeDecodeError if the quoted bytes are not text.
+"""
 SCHEMA_VERSION = 2
 APPLICATION_ID = 0x6B6F6F70
-"""Marks the file as koopmon's ("koop")."""
+"""The file's application ID: "koop" in ASCII."""
 MAX_PACKED_BYTES = 256 << 20
-"""Of one profile, unpacked."""
+"""Maximum size of one unpacked profile in bytes."""
 MAX_LOG_BYTES = 64 << 20
-"""To which the write-ahead log is cut back once its content is in the file."""
+"""Size in bytes to which SQLite truncates the write-ahead log after a checkpoint."""
 
 SCHEMA = """
 CREATE TABLE runs (
@@ -131,11 +134,11 @@ CREATE INDEX decisions_by_step ON decisions (incarnation_id, step);
 CREATE INDEX commands_by_decision ON commands (decision_id);
 """,
 }
-"""What takes a store from each version to the next; each step is one transaction."""
+"""SQL that migrates a store from each version to the next; each step is one transaction."""
 
 
 class RunState(IntEnum):
-    """What the metric run_state shows."""
+    """Values of the metric run_state."""
 
     ENDED = 0
     RUNNING = 1
@@ -143,7 +146,7 @@ class RunState(IntEnum):
 
 
 def prepare(database: sqlite3.Connection, path: Path) -> None:
-    """Make the tables in an empty file, else check that they are ours and bring them up to date.
+    """Create the tables in an empty file, else check the application ID and migrate.
 
     Raises StoreError naming `path`, or sqlite3.Error.
     """
@@ -163,7 +166,10 @@ def prepare(database: sqlite3.Connection, path: Path) -> None:
 
 
 def check(database: sqlite3.Connection, path: Path, *, empty_allowed: bool = False) -> None:
-    """Raise StoreError unless the file is a store of this version or an older one, or empty where that is allowed."""
+    """Raise StoreError unless the file is a store of this version or older.
+
+    With `empty_allowed`, an empty file also passes.
+    """
     (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if not tables and empty_allowed:
         return
@@ -183,19 +189,19 @@ def to_json(value: Any) -> str:
 
 
 def pack(value: Any) -> bytes:
-    """Compressed JSON; floats keep nine significant digits, which tell any two float32 apart."""
+    """Compressed JSON. Floats keep nine significant digits, which distinguish any two float32 values."""
     return zlib.compress(msgspec.json.encode(_rounded(value)), 6)
 
 
 def packed_profile(profile: Mapping[str, Any] | None, observables: Observables | None) -> bytes | None:
-    """A profile's column: its values, and beside them what the family measures, where it measures anything."""
+    """Encode the profile column: the profile's values and, if measured, the observables of the model family."""
     if not observables:
         return None if profile is None else pack(profile)
     return pack({**(profile or {}), "observables": observables})
 
 
 def unpacked_profile(data: bytes | None, *, non_finite: bool) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """The profile, None when the states were not finite, and the observables."""
+    """Return the profile, None when the states were not finite, and the observables."""
     values = {} if data is None else unpack(data)
     if not isinstance(values, dict):
         raise ValueError("a profile is not an object")
@@ -204,7 +210,7 @@ def unpacked_profile(data: bytes | None, *, non_finite: bool) -> tuple[dict[str,
 
 
 def unpack(data: bytes) -> Any:
-    """What `pack` put down. Raises zlib.error, msgspec.DecodeError or ValueError for anything else."""
+    """Decode the result of `pack`. Raises zlib.error, msgspec.DecodeError or ValueError for other data."""
     inflate = zlib.decompressobj()
     text = inflate.decompress(data, MAX_PACKED_BYTES)
     if not inflate.eof:
@@ -213,12 +219,12 @@ def unpack(data: bytes) -> Any:
 
 
 def scalar(value: float | None) -> float | str | None:
-    """A float as a column takes it: SQLite would turn NaN into NULL, which here means unknown."""
+    """Encode a float for a column. SQLite stores NaN as NULL, and NULL means unknown here."""
     return "nan" if value is not None and math.isnan(value) else value
 
 
 def from_scalar(value: float | str | None) -> float | None:
-    """A float from its column."""
+    """Decode a float from its column."""
     return None if value is None else float(value)
 
 

@@ -1,4 +1,4 @@
-"""The history store: what the monitor writes down, in SQLite."""
+"""Write access to the history store for the monitor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class HistoryWriter(Journal):
-    """The one writer of a history file. Decisions and their answers are committed at once; times are Unix seconds."""
+    """The only writer of a history file. Decisions and acks are committed at once; times are Unix seconds."""
 
     @staticmethod
     def open_readonly(path: str | os.PathLike[str]) -> HistoryReader:
@@ -27,13 +27,13 @@ class HistoryWriter(Journal):
         return HistoryReader.open(path)
 
     def incarnations(self, run: str) -> list[str]:
-        """The incarnations of `run` in the order in which they began; empty when unknown."""
+        """Incarnations of `run` in the order of their starts; empty for an unknown run."""
         query = "SELECT incarnation FROM incarnations AS t JOIN runs ON runs.id = run_id WHERE name = ? ORDER BY t.id"
         rows = self._read(query, run)
         return [row[0] for row in rows]
 
     def last_applied(self, run: str, *, other_than: str) -> Applied | None:
-        """What the latest incarnation of `run` but `other_than` had in force; None when nothing is known."""
+        """Return the values in force in the latest incarnation of `run` except `other_than`; None when unknown."""
         rows = self._read(
             "SELECT applied FROM incarnations JOIN runs ON runs.id = run_id"
             " WHERE name = ? AND incarnation != ? AND applied IS NOT NULL ORDER BY incarnations.id DESC LIMIT 1",
@@ -47,7 +47,7 @@ class HistoryWriter(Journal):
             return None
 
     def memory(self, run: str, incarnation: str) -> bytes | None:
-        """What the controller of this incarnation last put down; None when nothing."""
+        """Return the last recorded controller checkpoint of this incarnation; None if there is none."""
         rows = self._read(
             "SELECT memory FROM incarnations JOIN runs ON runs.id = run_id WHERE name = ? AND incarnation = ?",
             run,
@@ -57,7 +57,7 @@ class HistoryWriter(Journal):
 
     @records(commit=True)
     def record_hello(self, at: float, hello: Hello) -> None:
-        """A rank came; the lowest one's hello is kept."""
+        """Record the hello of a rank; the hello of the lowest rank is kept."""
         row = self._incarnation(at, hello.run, hello.incarnation)
         self._database.execute(
             "UPDATE incarnations SET hello = ?, ended = NULL, end_reason = NULL"
@@ -68,7 +68,7 @@ class HistoryWriter(Journal):
 
     @records()
     def record_state(self, at: float, run: str, incarnation: str, state: int, *, end_reason: str | None = None) -> None:
-        """The run's state changed; with `end_reason` this incarnation is over."""
+        """Record a change of the run's state; `end_reason` also closes this incarnation."""
         row = self._incarnation(at, run, incarnation)
         self._database.execute("UPDATE runs SET state = ?, last_seen = ? WHERE name = ?", (state, at, run))
         if end_reason is not None:
@@ -78,7 +78,7 @@ class HistoryWriter(Journal):
 
     @records(commit=True)
     def record_applied(self, at: float, run: str, incarnation: str, step: int, applied: Applied) -> None:
-        """What rank 0 says is in force."""
+        """Record the values in force that rank 0 reported."""
         row = self._incarnation(at, run, incarnation)
         self._database.execute(
             "UPDATE incarnations SET applied = ?, applied_step = ? WHERE id = ?", (to_json(applied), step, row)
@@ -98,7 +98,7 @@ class HistoryWriter(Journal):
         profile: Mapping[str, Any] | None,
         observables: Observables | None = None,
     ) -> None:
-        """One snapshot's profile as plain values, None when its states were not finite, and its observables."""
+        """Record one snapshot: its profile as plain values, None for non-finite states, and its observables."""
         row = self._incarnation(at, run, incarnation)
         self._database.execute(
             "INSERT INTO profiles (incarnation_id, step, time, num_shards, masked, non_finite, seconds, profile)"
@@ -123,7 +123,7 @@ class HistoryWriter(Journal):
         reason: str,
         components: Mapping[str, float],
     ) -> None:
-        """What the detector saw at one snapshot and how it judged it."""
+        """Record one input of the detector at a snapshot, with its risk, reason and components."""
         row = self._incarnation(at, run, incarnation)
         values = [scalar(scalars.get(name)) for name in ("learning_rate", "loss", "grad_norm")]
         parts = to_json(components)
@@ -135,7 +135,7 @@ class HistoryWriter(Journal):
 
     @records()
     def record_memory(self, at: float, run: str, incarnation: str, memory: bytes) -> None:
-        """What the controller of this incarnation would need after a restart of the monitor."""
+        """Record the controller checkpoint that a restarted monitor needs for this incarnation."""
         row = self._incarnation(at, run, incarnation)
         self._database.execute("UPDATE incarnations SET memory = ? WHERE id = ?", (memory, row))
 
@@ -153,7 +153,10 @@ class HistoryWriter(Journal):
         commands: Sequence[Command],
         outcome: Literal["pending", "dry_run"],
     ) -> None:
-        """A decision with its commands: on disk when this returns, so before any of them is sent."""
+        """Record a decision with its commands.
+
+        The decision is on disk when this returns, before any of its commands is sent.
+        """
         row = self._incarnation(at, run, incarnation)
         decision = self._database.execute(
             "INSERT INTO decisions (incarnation_id, step, time, phase, reason, risk) VALUES (?, ?, ?, ?, ?, ?)",
@@ -174,7 +177,7 @@ class HistoryWriter(Journal):
         profile: Mapping[str, Any],
         observables: Observables | None = None,
     ) -> None:
-        """Put a fuller profile of a snapshot in the place of the recorded one."""
+        """Replace the recorded profile of a snapshot by a more complete one."""
         row = self._incarnation(at, run, incarnation)
         self._database.execute(
             "UPDATE profiles SET profile = ? WHERE incarnation_id = ? AND step = ?",
@@ -183,7 +186,7 @@ class HistoryWriter(Journal):
 
     @records(commit=True)
     def abandon_pending(self, run: str) -> None:
-        """Commands of an earlier monitor that no answer came for: nobody waits for them any more."""
+        """Mark pending commands of an earlier monitor as unanswered: no controller waits for their acks."""
         self._database.execute(
             "UPDATE commands SET outcome = 'unanswered' WHERE outcome = 'pending' AND decision_id IN"
             " (SELECT d.id FROM decisions AS d JOIN incarnations AS i ON i.id = incarnation_id"
@@ -193,15 +196,15 @@ class HistoryWriter(Journal):
 
     @records(commit=True)
     def record_outcome(self, command_id: str, outcome: str) -> None:
-        """What became of a command when no ack tells."""
+        """Record the outcome of a command without an ack."""
         self._database.execute("UPDATE commands SET outcome = ? WHERE id = ?", (outcome, command_id))
 
     @records(commit=True)
     def record_ack(self, at: float, ack: Ack) -> None:
-        """Rank 0's answer to a command, and what is in force since.
+        """Record rank 0's ack of a command and the values in force.
 
-        An answer counts for a command of its own run, and each outcome once: a peer cannot fill the file with answers.
-        That a command is a duplicate says nothing of what became of it.
+        An ack is recorded only for a command of its own run, and only once per outcome. This bounds the rows that a
+        peer can add. The outcome "duplicate" does not change the command's recorded outcome.
         """
         ours = (
             "SELECT c.id FROM commands AS c JOIN decisions AS d ON d.id = decision_id"
@@ -228,7 +231,7 @@ class HistoryWriter(Journal):
 
     @records()
     def record_heartbeat(self, at: float, heartbeat: Heartbeat) -> None:
-        """The scalars of one heartbeat; the caller thins them."""
+        """Record the scalars of one heartbeat. The caller limits the rate."""
         row = self._incarnation(at, heartbeat.run, heartbeat.incarnation)
         self._database.execute("UPDATE runs SET state = 1, last_seen = ? WHERE name = ?", (at, heartbeat.run))
         scalars = (heartbeat.learning_rate, heartbeat.loss, heartbeat.grad_norm, heartbeat.step_seconds)

@@ -1,4 +1,4 @@
-"""Which agent a key makes of its bearer, and whether that agent may speak for a run."""
+"""Authorization of messages: the agent that owns a key, and the runs that this agent may use."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from koopmon.wire.authorized_keys import AuthorizedKeys
 
 
 class Authorization:
-    """`agents` is None where no keys are demanded: there the operating system says who may speak, and for all runs."""
+    """Checks keys against the list of agents.
+
+    `agents` is None without key authentication: the operating system then controls access, for all runs.
+    """
 
     def __init__(self, agents: AuthorizedKeys | None = None) -> None:
         self._agents = agents
 
     def agent(self, key: str, run: str) -> str:
-        """The name of the agent that speaks for `run` by this key; "" where no keys are demanded.
+        """Return the name of the agent with this key, if it may use `run`; "" without key authentication.
 
-        Asked for each message, since a key may be withdrawn while its connection lives. Raises ProtocolError
-        "authorisation" for a key that is nobody's any more, and for an agent that may not speak for this run.
+        Call it for each message, because a key can be revoked during a connection. Raises ProtocolError "authorisation"
+        for an unknown or revoked key, and for an agent without permission for this run.
         """
         if self._agents is None:
             return ""

@@ -1,4 +1,4 @@
-"""The monitor's process: sockets, a poll loop with absolute deadlines, the order in which things open and close."""
+"""The monitor process: sockets, poll loop with absolute deadlines, order of startup and shutdown."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ logger = logging.getLogger(__name__)
 
 MAX_WAIT_SECONDS = 1.0
 FAILED_WAIT_SECONDS = 0.1
-"""Before the next turn when waiting itself fails, so that the loop does not spin."""
+"""Pause in seconds after a failed wait, so that the loop does not spin."""
 ALIVE_SECONDS = 10.0
 """The loop waits for at most MAX_WAIT_SECONDS at a time. /healthz fails when no wait has succeeded for this long."""
 BURST = 64
-"""Messages of one socket in a row before the others get their turn."""
+"""Maximum number of messages read from one socket before the other sockets are read."""
 DRAIN_SECONDS = 60.0
-"""How long what was received may take to be profiled at the end."""
+"""Maximum time in seconds for profiling the received snapshots at shutdown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where a monitor that can serve is found; `http` is HOST:PORT, `scheme` is http or https."""
+    """Addresses of a monitor in service; `http` is HOST:PORT, `scheme` is http or https."""
 
     endpoint: str
     data_endpoint: str
@@ -68,9 +68,9 @@ class Addresses:
 
 
 class Monitor:
-    """One daemon. `run` serves until `stop`; `ready` is called once it can serve.
+    """One monitor daemon. `run` serves until `stop`; `ready` is called when it accepts messages.
 
-    `bind` is the control endpoint, the one that users name; `data_bind` is by default beside it.
+    `bind` is the control endpoint, which users configure. `data_bind` defaults to an endpoint beside it.
     """
 
     def __init__(
@@ -102,14 +102,14 @@ class Monitor:
         self._turned_at = -math.inf
 
     def stop(self) -> None:
-        """Ask `run` to end; from any thread or a signal handler."""
+        """Ask `run` to return. Safe from any thread and from signal handlers."""
         self._stop = True
         self._wakeup.wake()
 
     def run(self) -> None:
-        """Serve until `stop`, then write what was received.
+        """Serve until `stop`, then write the received snapshots.
 
-        Raises EndpointError, KeysError or StoreError when it cannot begin.
+        Raises EndpointError, KeysError or StoreError when it cannot start.
         """
         with ExitStack() as stack:
             stack.callback(self._wakeup.close)
@@ -197,7 +197,10 @@ class Monitor:
         )
 
     def _check_alike(self) -> None:
-        """What is said by one channel belongs to who spoke by the other: both demand keys, or neither does."""
+        """Raise EndpointError unless both channels require keys, or neither does.
+
+        Data is attributed to the peer authenticated on the control channel, so both must use the same authentication.
+        """
         control, data = self._control, self._data
         if control.demands_keys != data.demands_keys:
             demanding, other = (control, data) if control.demands_keys else (data, control)
@@ -238,7 +241,7 @@ class Monitor:
             self._rejection_log.note(refusal.reason, refusal.detail, count=refusal.number)
 
     def _finish(self) -> None:
-        """Take in what has arrived, and see it profiled and stored; nobody is answered any more."""
+        """Read the messages that have arrived, then profile and store their snapshots; send no replies."""
         with self._failures.contained("loop"):
             self._service.stop()
         while self._receive_control(BURST) + self._receive_data(BURST):
@@ -255,9 +258,9 @@ class Monitor:
         self._handle_results()
 
     def _receive_control(self, most: int) -> int:
-        """Handle up to `most` control messages; returns how many there were.
+        """Handle up to `most` control messages; returns their number.
 
-        A peer of another protocol version cannot read what we say, but from our prefix it learns why it is not served.
+        A peer with another protocol version receives a refusal: it can read the version prefix, which gives the reason.
         """
         for count in range(most):
             with self._rejecting():
@@ -304,7 +307,10 @@ class Monitor:
         self._wakeup.wake()
 
     def _send(self, peer: bytes, message: MonitorMessage) -> bool:
-        """Whether `message` was sent. One that cannot be encoded is an error of the monitor, not of the peer."""
+        """Send `message`; True if it was sent.
+
+        A message that cannot be encoded counts as an error of the monitor, not of the peer.
+        """
         try:
             return self._control.send(peer, encode(message))
         except Exception as error:
@@ -325,11 +331,11 @@ def serve(
     store: Path,
     ready_file: Path | None = None,
 ) -> int:
-    """Run a monitor until SIGTERM or SIGINT; returns exit status 0. To be called in the main thread.
+    """Run a monitor until SIGTERM or SIGINT; returns exit status 0. Call it in the main thread.
 
-    `ready_file` gets a JSON object (endpoint, data_endpoint, http, scheme, pid) once the monitor can serve, and is
-    removed at the end. Raises ConfigError, CalibrationError, EndpointError, KeysError or StoreError, each one line,
-    when it cannot begin.
+    When the monitor accepts messages, it writes a JSON object to `ready_file` (endpoint, data_endpoint, http, scheme,
+    pid). The file is removed at the end. Raises ConfigError, CalibrationError, EndpointError, KeysError or StoreError,
+    each one line, when it cannot start.
     """
 
     def ready(addresses: Addresses) -> None:
@@ -348,12 +354,13 @@ def serve(
 
 
 def _raise_descriptor_limit() -> None:
-    """Allow as many open files as the system lets us: each peer takes one.
+    """Raise the limit of open files to the system's maximum: each peer uses one descriptor.
 
-    At the limit libzmq aborts the process for one more peer on ipc (ipc_listener.cpp), and serves no other on tcp.
+    At the limit libzmq aborts the process for one more peer on ipc (ipc_listener.cpp), and accepts no further peer on
+    tcp.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # some systems do not take "unlimited"
+    with suppress(OSError, ValueError):  # some systems reject "unlimited"
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
@@ -367,7 +374,7 @@ def _write_ready(path: Path, addresses: Addresses) -> None:
 
 
 def _data_beside(endpoint: str) -> str:
-    """A data endpoint beside a control endpoint: another port of its address, or another socket in its directory."""
+    """Return a data endpoint beside `endpoint`: another port of its address, or another socket in its directory."""
     if endpoint.startswith("ipc://"):
         return f"{endpoint}-data"
     return f"{endpoint.rpartition(':')[0]}:0"

@@ -1,4 +1,4 @@
-"""Which device the engine computes on: a CUDA device that nobody else uses, else the CPU."""
+"""Device of the engine: an unused CUDA device, else the CPU."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from koopmon.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 SPARE_MEMORY_MIB = 512
-"""A device with more memory in use than this belongs to somebody."""
+"""A device with more memory in use than this counts as occupied."""
 QUERY = ("nvidia-smi", "--query-gpu=uuid,memory.used", "--format=csv,noheader,nounits")
 
 
 def check_device(name: str) -> str:
-    """`name` when it is "auto", "cpu" or a CUDA device that is there. Raises ConfigError."""
+    """Return `name` if it is "auto", "cpu" or a present CUDA device. Raises ConfigError otherwise."""
     if name in {"auto", "cpu"}:
         return name
     match = re.fullmatch(r"cuda:(\d{1,3})", name)
@@ -32,9 +32,9 @@ def check_device(name: str) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `name` stands for now.
+    """Return the device for `name`.
 
-    "auto" should be asked when training already runs: before, every device looks spare.
+    Resolve "auto" after training has started: before that, every device is unused.
     """
     if name != "auto":
         return torch.device(name)
@@ -42,12 +42,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def num_cpu_threads() -> int:
-    """Threads for the linear algebra on the CPU: one, and on large machines one for every 16 cores up to 4."""
+    """Number of CPU threads for linear algebra: one per 16 cores, at least 1 and at most 4."""
     return max(1, min(4, (os.cpu_count() or 1) // 16))
 
 
 def _spare_cuda_device() -> torch.device | None:
-    # Asking CUDA itself for free memory would create a context, and take memory, on every device.
+    # A query of free memory through CUDA would create a context, which uses memory, on every device.
     if torch.cuda.device_count() == 0:
         return None
     try:

@@ -1,7 +1,6 @@
-"""From verdicts to answered commands: recorded, then sent to rank 0, offered again, and accounted for.
+"""Dispatch of decisions: record, send to rank 0, resend, and record the outcome.
 
-What only tells of a decision (metrics, page, annotations) may fail without touching it. A decision that cannot be
-recorded is not sent.
+Errors in metrics, page or annotations do not affect a decision. A decision that cannot be recorded is not sent.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """A decision is in the store before its first command is offered to `send(peer, message)`."""
+    """Records each decision in the store before its first command goes to `send(peer, message)`."""
 
     def __init__(
         self,
@@ -42,7 +41,7 @@ class Dispatcher:
         failures: Failures,
         annotate: Annotate = no_annotations,
     ) -> None:
-        """`annotate` hears of every decision, and of every outcome of a command."""
+        """`annotate` is called for every decision, and for every outcome of a command."""
         self._metrics = metrics
         self._store = store
         self._send = send
@@ -62,12 +61,11 @@ class Dispatcher:
         *,
         decide: bool,
     ) -> Assessment | None:
-        """Let the controller judge a snapshot, record the assessment, then send what follows from it, unless it only
-        watches.
+        """Assess a snapshot, record the assessment, then send the commands of the decision.
 
-        A `profile` of None means that the states were not finite; without `decide` nothing follows.
-        Returns the assessment; None when there is none, which is counted. An error beyond that is the caller's: none of
-        what was decided may be sent then.
+        Nothing is sent while the run is watch-only. A `profile` of None means that the states were not finite; without
+        `decide` no decision is made. Returns the assessment; None if it failed, and the failure is counted. The caller
+        handles later errors: it must not send any command of this decision.
         """
         try:
             if profile is not None:
@@ -99,7 +97,7 @@ class Dispatcher:
         self._metrics.set("risk", assessment.risk.value, run.name)
         self._metrics.set("forecast", assessment.risk.forecast, run.name)
         self._metrics.set("divergence_probability", controller.divergence_probability, run.name)
-        # What alerts ask of must not get lost between two scrapes.
+        # Alerts use counters here, because a gauge would lose a value between two scrapes.
         if controller.is_alarming(assessment.risk.value):
             self._metrics.add("risk_alarms", run.name)
         effect = None if assessment.decision is None else assessment.decision.took_effect
@@ -130,7 +128,7 @@ class Dispatcher:
         self, run: Run, controller: RunController, sample: Sample, assessment: Assessment, decision: Decision
     ) -> None:
         for command in assessment.replaced:
-            # Its answer may still be on its way, and then it takes the place of this.
+            # Its ack may still arrive; it then replaces this outcome.
             self._settle(command, "unanswered")
         self._store.record_decision(
             self._wall(),
@@ -164,7 +162,7 @@ class Dispatcher:
                 self._count(command, "dry_run")
 
     def acknowledge(self, now: float, run: Run, controller: RunController, ack: Ack) -> None:
-        """Take rank 0's answer. Raises ProtocolError when no command of this monitor has its id."""
+        """Handle an ack of rank 0. Raises ProtocolError when no command of this monitor has its id."""
         with self._contained("store", run.name):
             self._store.record_ack(self._wall(), ack)
         answered = controller.acknowledge(now, ack)
@@ -184,13 +182,13 @@ class Dispatcher:
         self._annotate_outcome(run.name, kind, ack.outcome, f"{run.name} step {ack.step}: {kind} {ack.outcome}{detail}")
 
     def resend_due(self, now: float, run: Run, controller: RunController) -> None:
-        """Give up commands past their expiry, and offer again those that wait for an answer too long."""
+        """Give up commands past their expiry, and resend those without an ack for RESEND_SECONDS."""
         self._unanswered(controller.expire(now, run.step, run.applied))
         for command in controller.due(now):
             self._offer(run, controller, command)
 
     def abandon(self, controller: RunController) -> None:
-        """The run is over, or its incarnation, or it is only watched from now on: no more answers are expected."""
+        """Mark all waiting commands as unanswered, because the run has ended or is now watch-only."""
         self._unanswered(controller.abandon())
 
     def _offer(self, run: Run, controller: RunController, command: Command) -> None:

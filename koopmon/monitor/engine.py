@@ -1,4 +1,4 @@
-"""Snapshots to spectral profiles, in a worker thread of its own on its own device."""
+"""Worker thread that computes spectral profiles of snapshots on its own device."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ KreissMode = Literal["auto", "never"]
 
 FAILURE_LOG_SECONDS = 60.0
 KREISS_SECONDS = 30.0
-"""Least time between the Kreiss constants of one run: they cost many times what the rest does, and decide nothing."""
+"""Minimum interval between Kreiss constants of one run. They cost far more than the profile, and no decision uses them.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the engine made of a snapshot, whose states are gone by now.
+    """Result of one snapshot, without its states.
 
     `profile` is None when the states held a NaN or an infinity (`non_finite`) or the computation failed (`failed`). A
-    result with `again` follows another of the same snapshot: its profile also holds the Kreiss constants.
+    result with `again` is the second one of the same snapshot: its profile also holds the Kreiss constants.
     """
 
     snapshot: Snapshot
@@ -43,10 +44,10 @@ class Result:
 
 
 class Engine:
-    """Profiles snapshots in the order in which they came. `on_result` is called in the worker thread.
+    """Profiles snapshots in the order of arrival. `on_result` is called in the worker thread.
 
-    At most `queue_length` snapshots and `max_bytes` of states wait; when there are more, the oldest of the run that has
-    most waiting gives way and `on_drop(run)` hears of it, in the thread of `submit`. `on_failure(run, error)` is
+    At most `queue_length` snapshots and `max_bytes` of states wait. Above that, the engine drops the oldest snapshot of
+    the run with the most waiting. It then calls `on_drop(run)` in the thread of `submit`. `on_failure(run, error)` is
     called for an error outside profiling; that snapshot is lost, and the thread continues.
     """
 
@@ -80,11 +81,11 @@ class Engine:
 
     @property
     def queue_length(self) -> int:
-        """Snapshots that wait; the one being worked on does not count."""
+        """Number of waiting snapshots, without the one in progress."""
         return len(self._queue)
 
     def submit(self, snapshot: Snapshot, *, wait: bool = False) -> None:
-        """Queue a snapshot. With `wait`, as when the monitor shuts down, nothing gives way: it waits for its turn."""
+        """Queue a snapshot. With `wait`, used at shutdown, block until there is room and drop nothing."""
         with self._changed:
             if wait:
                 self._changed.wait_for(lambda: not self._queue)
@@ -97,12 +98,12 @@ class Engine:
             self._on_drop(run)
 
     def drain(self, timeout_seconds: float) -> bool:
-        """Wait until everything submitted has its result; False when that takes longer than `timeout_seconds`."""
+        """Wait until every submitted snapshot has its result; False after `timeout_seconds`."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._queue and not self._busy, timeout_seconds)
 
     def close(self) -> None:
-        """Stop after the snapshot at hand; what still waits is forgotten."""
+        """Stop after the current snapshot; waiting snapshots are discarded."""
         with self._changed:
             self._closing = True
             self._queue.clear()
@@ -148,7 +149,7 @@ class Engine:
                 self._on_result(replace(result, again=True))
 
     def _warm_up(self) -> None:
-        """The first decomposition of a process loads libraries: let it not be a run's first snapshot."""
+        """Run one decomposition at startup, because the first one in a process loads libraries."""
         device = torch.device("cpu") if self._device_name == "auto" else torch.device(self._device_name)
         states = torch.randn((3, 64, 16), generator=torch.Generator().manual_seed(0))
         try:
@@ -157,7 +158,10 @@ class Engine:
             logger.exception("engine: warming up on %s failed", device)
 
     def _kreiss_due(self, run: str) -> bool:
-        """Whether nothing waits and this run's last Kreiss constants are old; notes that new ones are made if so."""
+        """Return True if the queue is empty and this run's Kreiss constants are due.
+
+        A True result starts a new interval of KREISS_SECONDS.
+        """
         now = time.monotonic()
         if self._queue or now - self._kreiss_at.get(run, -math.inf) < KREISS_SECONDS:
             return False
@@ -177,7 +181,7 @@ class Engine:
         return Result(snapshot.without_states(), profile, time.perf_counter() - start, non_finite, failed)
 
     def _compute(self, snapshot: Snapshot, kreiss: KreissMode) -> SpectralProfile | None:
-        """The profile, or None when the states are not finite: decomposing those would crash the process."""
+        """Return the profile, or None when the states are not finite: their decomposition would crash the process."""
         if self._device is None:
             self._device = choose_device(self._device_name)
             logger.info("engine: computing on %s", self._device)

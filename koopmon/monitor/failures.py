@@ -1,4 +1,4 @@
-"""The monitor's own errors: counted, logged, and kept from affecting other runs."""
+"""Internal errors of the monitor: counted, logged, and isolated from other runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 60.0
 MAX_PLACES = 1024
-"""Parts and runs of which is remembered when an error of theirs was last logged."""
+"""Maximum number of pairs of part and run with a stored time of the last log line."""
 
 
 class Failures:
-    """Counts errors by `part`, and logs those of one part and run once a minute. Thread-safe; nothing here raises."""
+    """Counts errors by `part`; logs each part and run at most once a minute. Thread-safe; nothing here raises."""
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._metrics = metrics
@@ -28,7 +28,7 @@ class Failures:
         self._silent: dict[tuple[ErrorPart, str], int] = {}
 
     def note(self, part: ErrorPart, error: Exception, *, run: str = "", what: str = "") -> None:
-        """Count one error, and log it with its traceback, the run that it came from, and its consequence `what`."""
+        """Count one error; log it with its traceback, its run, and its consequence `what`."""
         self.count(part)
         try:
             silent = self._due((part, run))
@@ -41,7 +41,7 @@ class Failures:
             logger.exception("an error could not be logged")
 
     def count(self, part: ErrorPart) -> None:
-        """Count one error that has been logged elsewhere."""
+        """Count one error that was logged elsewhere."""
         try:
             self._metrics.add("internal_errors", part)
         except Exception:
@@ -49,14 +49,14 @@ class Failures:
 
     @contextmanager
     def contained(self, part: ErrorPart, run: str = "") -> Iterator[None]:
-        """An error in the block is noted and goes no further."""
+        """Catch an error in the block and note it."""
         try:
             yield
         except Exception as error:
             self.note(part, error, run=run)
 
     def _due(self, place: tuple[ErrorPart, str]) -> int | None:
-        """None while a line about `place` is too young; else how many errors there have gone without one."""
+        """Return None within a minute of the last line for `place`, else the number of errors since that line."""
         now = self._clock()
         with self._lock:
             logged_at = self._logged_at.get(place)

@@ -1,6 +1,6 @@
-"""Answers those who only ask: `koopmon doctor`, and a launcher that wants to know whether a monitor is there.
+"""Answers probes (`koopmon doctor`, `koopmon run --monitor`).
 
-Nothing is admitted and nothing counted for them. Whoever asks is no agent yet, and may find out why it is none.
+Probes create no run and are not counted. A probe also returns the reason why the run's last hello was refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from koopmon.monitor.registry import RunRegistry
 from koopmon.wire.messages import Probe, ProbedState, ProbeReply
 
 MAX_REFUSED = 256
-"""Runs of which is remembered why their last hello was refused."""
+"""Maximum number of runs with a stored reason of refusal."""
 _STATES: Mapping[RunState, ProbedState] = {
     RunState.ENDED: "ended",
     RunState.RUNNING: "running",
@@ -24,7 +24,7 @@ _STATES: Mapping[RunState, ProbedState] = {
 
 
 class ProbeHandler:
-    """`build` holds "version" and "torch", `wall` gives Unix seconds."""
+    """Replies to probes. `build` holds "version" and "torch", `wall` returns Unix seconds."""
 
     def __init__(
         self,
@@ -43,18 +43,18 @@ class ProbeHandler:
         self._refused: OrderedDict[str, str] = OrderedDict()
 
     def note_refused(self, run: str, reason: str) -> None:
-        """A hello for `run` was refused."""
+        """Store the reason why a hello for `run` was refused."""
         self._refused[run] = reason
         self._refused.move_to_end(run)
         if len(self._refused) > MAX_REFUSED:
             self._refused.popitem(last=False)
 
     def note_welcomed(self, run: str) -> None:
-        """A hello for `run` was welcome: what was wrong before is over."""
+        """Delete the stored reason after an accepted hello for `run`."""
         self._refused.pop(run, None)
 
     def reply(self, probe: Probe, key: str) -> ProbeReply:
-        """The answer to a peer that has shown `key`; a run that is another agent's is as one that is not there."""
+        """Return the reply for a peer with `key`. A run of another agent looks like an unknown run."""
         run, refused = self._registry.get(probe.run), self._refused.get(probe.run, "")
         try:
             agent = self._authorization.agent(key, probe.run)

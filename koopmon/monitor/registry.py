@@ -1,6 +1,6 @@
-"""The registry of runs: which jobs there are, which incarnation of each, which ranks speak for it, and when it is over.
+"""The registry of runs: incarnation, sending ranks and state of each run.
 
-Times are seconds on a clock that the caller chooses; nothing here reads one.
+Times are seconds of the caller's clock; this module reads no clock.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from koopmon.history.schema import RunState
 from koopmon.wire.messages import MAX_STEP, Ack, Applied, Goodbye, Heartbeat, Hello, Message, Shard
 
 LAST_STEP = MAX_STEP - MAX_STEPS
-"""At a later step the expiry of a command could exceed the protocol's last step."""
+"""Largest accepted step: at a later one the expiry of a command could exceed the protocol's last step."""
 MAX_RETIRED = 64
-"""Earlier incarnations of one run that are remembered, so that a straggler is told apart from a new launch."""
+"""Maximum number of earlier incarnations kept per run, to distinguish a late message from a new launch."""
 
 EventKind = Literal["ended", "vanished", "removed"]
 
 
 class AdmissionError(KoopmonError):
-    """A peer cannot be served; the text goes to it and says what to do. `reason` is what it is counted by."""
+    """A refused hello. The text is sent to the peer and contains the fix; `reason` is the label of its count."""
 
     def __init__(self, text: str, reason: str = "refused") -> None:
         super().__init__(text)
@@ -33,7 +33,7 @@ class AdmissionError(KoopmonError):
 
 @dataclass(slots=True)
 class Peer:
-    """One sending rank of a run, as the control channel knows it; `identity` addresses it."""
+    """One sending rank of a run on the control channel; `identity` is its address."""
 
     process_rank: int
     identity: bytes
@@ -43,9 +43,10 @@ class Peer:
 
 @dataclass(slots=True)
 class Run:
-    """One job. `applied` is what its rank 0 last reported in force; `restore` what an earlier incarnation had.
+    """One job.
 
-    `agent` names whose key said hello for it; "" where the operating system authenticates.
+    `applied` holds the values in force that its rank 0 last reported; `restore` those of an earlier incarnation.
+    `agent` is the owner of the key of its first hello; "" when the operating system authenticates.
     """
 
     name: str
@@ -64,14 +65,14 @@ class Run:
 
     @property
     def leader(self) -> Peer | None:
-        """Rank 0's peer: the one that takes commands."""
+        """Rank 0's peer, which receives commands; None after its goodbye or before its hello."""
         peer = self.peers.get(0)
         return peer if peer is not None and not peer.gone else None
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that time alone brought about."""
+    """A change of a run's state that no message of this run caused."""
 
     kind: EventKind
     run: Run
@@ -79,9 +80,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """The outcome of a hello. `replaced` is the incarnation that this one took over from, in this registry's memory.
+    """The outcome of a hello.
 
-    `settled`: this rank has been heard from since an earlier hello, so it knows what it is to restore.
+    `replaced` is the incarnation that this one replaced in this registry. `settled` is True if this rank has sent a
+    heartbeat since an earlier hello: it then has the values to restore.
     """
 
     run: Run
@@ -91,7 +93,7 @@ class Admission:
 
 
 class RunRegistry:
-    """At most `max_runs` runs, counting those that are over until their series go."""
+    """Registry of at most `max_runs` runs, including closed runs until their series are removed."""
 
     def __init__(self, config: MonitorConfig) -> None:
         self._config = config
@@ -106,11 +108,10 @@ class RunRegistry:
     def admit(
         self, now: float, hello: Hello, identity: bytes, *, agent: str = "", retired: Sequence[str] = ()
     ) -> tuple[Admission, list[Event]]:
-        """Take in a rank. `retired`: incarnations that a run new to this registry is known to have left behind.
+        """Admit a rank; returns the admission and the events of runs removed to make room.
 
-        A run that is running belongs to the `agent` that said its first hello, also against a later incarnation.
-
-        Also tells which closed run, if any, had to give its place. Raises AdmissionError.
+        `retired` lists the earlier incarnations of a run that is new to this registry. A running run belongs to the
+        `agent` of its first hello; another agent cannot replace it with a later incarnation. Raises AdmissionError.
         """
         if hello.step > LAST_STEP:
             raise AdmissionError(f"run {hello.run!r} is at step {hello.step}: expected a step of at most {LAST_STEP}")
@@ -157,8 +158,10 @@ class RunRegistry:
         return Admission(run, new_run or replaced is not None, replaced, settled), events
 
     def on_message(self, now: float, message: Heartbeat | Ack | Goodbye, identity: bytes, *, agent: str = "") -> Run:
-        """Note a message of a known peer. Raises ProtocolError: "unknown_run", "stale_incarnation", "identity", and
-        "refused" for a step beyond LAST_STEP."""
+        """Note a message of a known peer.
+
+        Raises ProtocolError: "unknown_run", "stale_incarnation", "identity", and "refused" for a step beyond LAST_STEP.
+        """
         run = self._current(message, agent, message.step)
         rank = message.process_rank if not isinstance(message, Ack) else 0
         peer = run.peers.get(rank)
@@ -189,15 +192,15 @@ class RunRegistry:
         return run
 
     def remove(self, name: str) -> None:
-        """Forget a run that could not be taken in."""
+        """Remove a run whose admission failed."""
         self._runs.pop(name, None)
 
     def expire(self, now: float) -> list[Event]:
-        """What is due by `now`: runs fallen silent, runs whose time is over."""
+        """Apply the timeouts due by `now`: silent runs, and closed runs whose retention is over. Returns the events."""
         events = []
         for run in list(self._runs.values()):
             if run.state is RunState.RUNNING and now >= run.last_heard + self._config.vanished_after_seconds:
-                # One rank's goodbye and the others' silence is the end of a job whose launcher killed the rest.
+                # After a rank's goodbye, silence of the other ranks is a normal end: the launcher has killed them.
                 ended = any(peer.gone for peer in run.peers.values())
                 self._close(now, run, RunState.ENDED if ended else RunState.VANISHED)
                 events.append(Event("ended" if ended else "vanished", run))
@@ -207,7 +210,7 @@ class RunRegistry:
         return events
 
     def next_deadline(self) -> float:
-        """When `expire` has something to do next; infinity when never."""
+        """Time of the next timeout in `expire`; infinity without one."""
         return min(map(self._deadline, self._runs.values()), default=math.inf)
 
     def _deadline(self, run: Run) -> float:

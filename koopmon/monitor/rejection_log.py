@@ -1,4 +1,4 @@
-"""Counts every message that is refused, and logs each reason at most once a minute."""
+"""Counts every rejected message, and logs each reason at most once a minute."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOG_SECONDS = 60.0
 
 
 class RejectionLog:
-    """Whatever peers send wrong ends here, from any thread: a count for each reason, and now and then a line."""
+    """Counts rejected messages by reason; logs each reason at most once a minute. Thread-safe."""
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._metrics = metrics

@@ -1,7 +1,7 @@
-"""What guards one run: its risk state and policy state, and the commands that wait for their answer.
+"""Controller of one run: risk state, policy state, and commands without an ack.
 
-Knows neither sockets nor the store. The detector and the policy judge; here their actions become commands with an id
-and an expiry, are offered again until they are answered, and never once a newer one of their kind has replaced them.
+It uses neither sockets nor the store. The detector and the policy decide. The controller turns their actions into
+commands with an id and an expiry. A command is resent until its ack arrives or a newer command of its kind replaces it.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ logger = logging.getLogger(__name__)
 RESEND_SECONDS = 1.0
 TRAINING_KINDS = frozenset({"set_lr_scale", "set_kss"})
 MAX_REPLACED = 64
-"""Commands of one run that a newer one has replaced, and whose answer may yet come."""
+"""Maximum number of replaced commands of one run that still wait for an ack."""
 MAX_SETTLED = 256
-"""Commands of one run that are remembered after they are settled, so that a late answer is known."""
+"""Maximum number of settled commands of one run that are kept to identify late acks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assessment:
-    """How one snapshot was judged. `decision` is None when the policy was not asked.
+    """Assessment of one snapshot. `decision` is None when the policy was not called.
 
-    `commands` follow from it and have taken the place of the unanswered ones in `replaced`. `remarkable` is True when
-    there are commands, the phase changed or KSS is barred from now on. `unencodable` is why a decision was dropped: one
-    of its commands is outside the protocol's bounds.
+    `commands` are the commands of the decision; they replace the unanswered ones in `replaced`. `remarkable` is True if
+    there are commands, the phase changed, or KSS is now barred. `unencodable` is the reason why a decision was dropped:
+    one of its commands exceeds the protocol's bounds.
     """
 
     observation: online_detector.Observation
@@ -58,7 +58,10 @@ class Assessment:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What an ack answers. `first`: the command had no answer before. `counts`: nothing was counted as its outcome."""
+    """Command that matches an ack.
+
+    `first` is True if the command had no ack before, `counts` if no outcome of it was counted before.
+    """
 
     kind: CommandKind
     first: bool
@@ -67,7 +70,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerCheckpoint:
-    """What a controller must not forget when the monitor restarts."""
+    """State of a controller that a restarted monitor needs."""
 
     risk: online_detector.RiskState
     policy: policy.PolicyState
@@ -76,7 +79,10 @@ class ControllerCheckpoint:
 
 @dataclass(slots=True)
 class _Waiting:
-    """A command without an answer. A `replaced` one is not offered again, and its answer does not change the policy."""
+    """A command without an ack.
+
+    A `replaced` command is not resent, and its ack does not change the policy.
+    """
 
     command: Command
     offered_at: float
@@ -93,8 +99,8 @@ class _Settled:
 class RunController:
     """The controller of one incarnation of one run.
 
-    `applied` is what is in force in it when the controller begins, `checkpoint` what an earlier controller of it had
-    put down.
+    `applied` holds the values in force at the start. `checkpoint` is the recorded state of an earlier controller of
+    this incarnation.
     """
 
     def __init__(
@@ -123,7 +129,7 @@ class RunController:
         self._peak_rate = 0.0
 
     def on_hello(self, hello: Hello) -> None:
-        """Take what a hello says of the run: whether it can be acted on, and its adapter's defaults."""
+        """Read the run's properties from a hello: permission to act, and the adapter's defaults."""
         config = self._config
         self._adapter, self._width = hello.adapter, hello.width
         self._rate_sized_steps, self._update_exponent = hello.rate_sized_steps, hello.update_exponent
@@ -135,26 +141,29 @@ class RunController:
 
     @property
     def sends(self) -> bool:
-        """False: commands are decided and recorded, and stay here."""
+        """True while commands are sent. Otherwise they are decided and recorded only."""
         return self._may_send and not self._stood_down
 
     def stand_down(self) -> None:
-        """Only watch from now on, as long as this incarnation lasts: the monitor failed on one of its commands."""
+        """Send no further commands in this incarnation, because the monitor failed on one of them."""
         self._stood_down = True
 
     def record_initial_score(self, step: int, profile: SpectralProfile) -> None:
-        """Set `initial` while the run is young and no snapshot was informative yet."""
+        """Set `initial` during the first steps of the run, from the first informative snapshot."""
         if (self.initial is None or not self.initial.informative) and step <= self._config.cadence.warmup_steps:
             self.initial = initial_score.initial_risk(profile)
 
     def is_alarming(self, risk: float) -> bool:
-        """Whether a risk counts as high by the configuration."""
+        """Return True if `risk` reaches the configured alarm threshold."""
         return risk >= self._config.policy.act_risk
 
     @property
     def divergence_probability(self) -> float | None:
-        """At the highest learning rate seen so far; None without a calibrator for this run's kind of model, where the
-        rate does not tell how long the optimizer's steps are, or where none as high was tried."""
+        """Divergence probability at the highest learning rate so far.
+
+        None without a calibrator for this kind of model, and for rates outside the calibrated range. Also None if the
+        learning rate does not determine the size of the optimizer's steps.
+        """
         exponent = self._update_exponent
         if self._calibrator is None or exponent is None or not self._peak_rate or not self._rate_sized_steps:
             return None
@@ -171,9 +180,9 @@ class RunController:
     def assess(
         self, now: float, sample: Sample, profile: SpectralProfile | None, *, step: int, decide: bool = True
     ) -> Assessment:
-        """Judge one snapshot; a `profile` of None means that its states were not finite. `step` is the run's latest.
+        """Assess one snapshot; a `profile` of None means that its states were not finite.
 
-        With `decide` False, as when the monitor shuts down, the risk is assessed and nothing follows from it.
+        `step` is the run's latest step. With `decide` False, as at shutdown, only the risk is assessed.
         """
         if sample.learning_rate is not None and math.isfinite(sample.learning_rate):
             self._peak_rate = max(self._peak_rate, sample.learning_rate)
@@ -202,7 +211,7 @@ class RunController:
         try:
             commands = tuple(self._command(action, max(step, sample.step)) for action in decision.commands)
         except ProtocolError as error:
-            # The policy's state stays as it was, so that the next alarm is decided anew.
+            # Keep the old policy state, so that the next alarm is decided again.
             return Assessment(observation=observation, risk=risk, decision=None, unencodable=error)
         self._policy_state = decision.state
         barred = decision.state.kss_barred and not before.kss_barred
@@ -218,9 +227,9 @@ class RunController:
         )
 
     def acknowledge(self, now: float, ack: Ack) -> Answered | None:
-        """Take rank 0's answer; returns what it answers, None when that is none of ours.
+        """Process an ack of rank 0; returns the matching command, None for an unknown id.
 
-        The first answer settles a command. Agents repeat an answer after a reconnection, and may lie.
+        The first ack settles a command. Agents repeat acks after a reconnection, and an ack may be forged.
         """
         waiting = self._waiting.pop(ack.command_id, None)
         if waiting is not None:
@@ -235,14 +244,14 @@ class RunController:
         return Answered(settled.kind, first=first, counts=False)
 
     def due(self, now: float) -> list[Command]:
-        """The commands to offer again now; from then on they are due in another RESEND_SECONDS."""
+        """Return the commands to resend now; each is next due after RESEND_SECONDS."""
         due = [each for each in self._waiting.values() if not each.replaced and now - each.offered_at >= RESEND_SECONDS]
         for waiting in due:
             waiting.offered_at = now
         return [waiting.command for waiting in due]
 
     def sent(self, command: Command) -> bool:
-        """Note that `command` has left; returns whether it is the first time."""
+        """Mark `command` as sent; True the first time."""
         waiting = self._waiting.get(command.id)
         first = waiting is not None and not waiting.sent
         if waiting is not None:
@@ -250,10 +259,13 @@ class RunController:
         return first
 
     def expire(self, now: float, step: int, applied: Applied) -> list[Command]:
-        """The commands whose expiry the run has passed without an answer; `applied` is what it says is in force."""
+        """Remove and return the commands without an ack past their expiry step.
+
+        `applied` holds the values in force that the run last reported.
+        """
         replaced = [waiting for waiting in self._waiting.values() if waiting.replaced]
         too_many = [waiting.command.id for waiting in replaced[: max(0, len(replaced) - MAX_REPLACED)]]
-        # The answer may be on its way behind the heartbeat that told the step.
+        # The ack may arrive after the heartbeat that carries the step.
         expired = [
             waiting
             for waiting in self._waiting.values()
@@ -280,7 +292,7 @@ class RunController:
 
     @property
     def policy_state(self) -> policy.PolicyState:
-        """Where the policy stands."""
+        """Current state of the policy."""
         return self._policy_state
 
     @property
@@ -289,22 +301,22 @@ class RunController:
 
     @property
     def kss_config(self) -> KssConfig:
-        """With the adapter's hints where the user left the defaults."""
+        """KSS configuration with the adapter's hints in place of unchanged defaults."""
         return self._kss_config
 
     @property
     def has_pending(self) -> bool:
-        """Whether some command waits for its answer, and is offered until it comes."""
+        """True while a command waits for its ack and is resent."""
         return any(not waiting.replaced for waiting in self._waiting.values())
 
     def checkpoint(self) -> bytes:
-        """What a controller of this incarnation needs to go on where this one stands."""
+        """Encode the state that a later controller of this incarnation needs."""
         return msgspec.json.encode(
             ControllerCheckpoint(risk=self._risk_state, policy=self._policy_state, initial=self.initial)
         )
 
     def abandon(self) -> list[Command]:
-        """Forget what waits for an answer, as when the run is over; returns it."""
+        """Discard the waiting commands, for example at the end of the run, and return them."""
         commands = [waiting.command for waiting in self._waiting.values()]
         for command in commands:
             self._mark_settled(command, answered=False)
@@ -312,7 +324,7 @@ class RunController:
         return commands
 
     def _command(self, action: policy.Action, step: int) -> Command:
-        """Make every command that the monitor sends; what is returned can be encoded.
+        """Build and validate a command; the result can be encoded.
 
         Steps are clamped to the protocol's last one. Raises ProtocolError for any other value outside its bounds.
         """
@@ -343,7 +355,7 @@ class RunController:
         return tuple(waiting.command for waiting in replaced)
 
     def _update_policy(self, now: float, command: Command, ack: Ack) -> None:
-        # What is in force says nothing about a command that is not to change it.
+        # The values in force do not describe a command that changes no training value.
         if command.kind == "set_kss" and ack.outcome == "refused" and ack.shielded:
             self._policy_state = policy.kss_shielded(self._policy_state, ack)
         elif command.kind in TRAINING_KINDS:
@@ -356,7 +368,7 @@ class RunController:
 
 
 def _restored(checkpoint: bytes | None) -> ControllerCheckpoint:
-    """The checkpoint that an earlier monitor recorded; an empty one when the recorded bytes are not valid."""
+    """Decode the checkpoint of an earlier monitor; an empty one when the bytes are not valid."""
     if checkpoint is not None:
         try:
             return msgspec.json.decode(checkpoint, type=ControllerCheckpoint)
@@ -366,7 +378,7 @@ def _restored(checkpoint: bytes | None) -> ControllerCheckpoint:
 
 
 def _in_force(state: policy.PolicyState, applied: Applied, step: int) -> policy.PolicyState:
-    """`state` with what the agents say is in force, where it differs from what was commanded."""
+    """Update `state` with the values in force on the agents, where they differ from the commanded ones."""
     if (state.lr_scale, state.kss) == (applied.lr_scale, applied.kss):
         return state
     shaping = applied.kss.alpha > 0

@@ -1,4 +1,4 @@
-"""The scalars of one step of one run, as they came with a snapshot or a heartbeat."""
+"""The scalars of one step of one run, from a snapshot or a heartbeat."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from koopmon.wire.messages import Heartbeat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What the detector is told beside the profile; absent scalars are unknown."""
+    """Scalars that the detector uses beside the profile; None means unknown."""
 
     step: int
     learning_rate: float | None

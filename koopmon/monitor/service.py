@@ -1,7 +1,7 @@
-"""What the monitor does with each message, each profile and the passing of time. The sockets are the daemon's.
+"""Handlers of messages, profiles and timeouts. The daemon owns the sockets.
 
-An error in what is done for one run is noted, and touches no other run. A run that cannot be taken in is refused; one
-whose commands cannot be handled is only watched from then on.
+An error in handling one run is noted and affects no other run. A run that cannot be admitted is refused. A run whose
+commands fail becomes watch-only.
 """
 
 from __future__ import annotations
@@ -54,11 +54,14 @@ logger = logging.getLogger(__name__)
 
 COMMIT_SECONDS = 0.5
 WATCH_SECONDS = 0.25
-"""How long a command may wait past its time to be offered again."""
+"""Interval between checks for commands to resend."""
 
 
 class Service:
-    """`send(peer, message)` offers a message and tells whether it was taken; nothing here waits for anything."""
+    """Message handlers of the monitor.
+
+    `send(peer, message)` sends a message and returns True if it was accepted; nothing here blocks.
+    """
 
     def __init__(
         self,
@@ -118,9 +121,10 @@ class Service:
         )
 
     def on_control(self, peer: bytes, message: AgentMessage, key: str = "") -> None:
-        """A message of an agent, from the transport address `peer`, which has shown `key`, "" where none is demanded.
+        """Handle an agent's message from the transport address `peer`.
 
-        Raises ProtocolError when it must be refused.
+        `key` is the authenticated key, "" without key authentication. Raises ProtocolError when the message must be
+        rejected.
         """
         if isinstance(message, Probe):
             self._reply(peer, self._probe_handler.reply(message, key))
@@ -142,7 +146,7 @@ class Service:
         self._schedule_commit()
 
     def on_shard(self, received: ReceivedShard, key: str = "") -> None:
-        """A shard of an agent that has shown `key`. Raises ProtocolError when it must be refused."""
+        """Handle a shard from the agent with `key`. Raises ProtocolError when it must be rejected."""
         now, header = self._clock(), received.header
         run = self._registry.on_shard(now, header, agent=self._authorization.agent(key, header.run))
         for snapshot in self._assembler.add(now, header, received.points()):
@@ -150,7 +154,7 @@ class Service:
         self._publish_run(run)
 
     def on_result(self, result: Result) -> None:
-        """A snapshot came out of the engine."""
+        """Handle a result of the engine."""
         snapshot = result.snapshot
         if result.again:
             self._on_kreiss(result)
@@ -186,7 +190,7 @@ class Service:
         self._assess(run, Sample.of_snapshot(snapshot), profile)
 
     def tick(self) -> None:
-        """Do what time has made due."""
+        """Process all timeouts that are due."""
         now = self._clock()
         for snapshot in self._assembler.expire(now):
             self._submit(snapshot)
@@ -219,13 +223,13 @@ class Service:
             self._metrics.add("store_lost", amount=lost)
 
     def next_deadline(self) -> float:
-        """When `tick` has something to do next, on the service's clock; infinity when never."""
+        """Time of the next timeout in `tick`, on the service's clock; infinity without one."""
         waiting = any(watch.controller.has_pending for watch in self._watches.values())
         watch_at = self._clock() + WATCH_SECONDS if waiting else math.inf
         return min(self._assembler.next_deadline(), self._registry.next_deadline(), self._commit_at, watch_at)
 
     def stop(self) -> None:
-        """From now on answer nothing and decide nothing; hand what waits for missing shards to the engine."""
+        """Send no more replies and make no more decisions; pass incomplete snapshots to the engine."""
         self._stopping = True
         for snapshot in self._assembler.flush():
             self._submit(snapshot)
@@ -292,7 +296,7 @@ class Service:
         self._reply(peer, Refused(run=hello.run, incarnation=hello.incarnation, reason=text[:MAX_TEXT]))
 
     def _forget(self, run: Run) -> None:
-        """Remove every trace of a run that could not be admitted: `tick` expects a watch for each registered run."""
+        """Remove all state of a run that could not be admitted: `tick` expects a watch for each registered run."""
         self._registry.remove(run.name)
         self._watches.pop(run.name, None)
         self._assembler.forget(run.name, run.incarnation)
@@ -300,7 +304,10 @@ class Service:
             self._metrics.end_run(run.name)
 
     def _begin(self, run: Run, hello: Hello, before: Run | None, *, known: bool) -> None:
-        """Watch an incarnation. `before` is the one it replaced; `known`: an earlier monitor has watched it already."""
+        """Start to watch an incarnation.
+
+        `before` is the run that it replaced; `known` is True if an earlier monitor watched this incarnation.
+        """
         restore = before.applied if before is not None else None
         if before is None and not known:
             restore = self._store.last_applied(run.name, other_than=run.incarnation)
@@ -338,14 +345,14 @@ class Service:
                 watch.record_assessment(sample.step, assessment, profile)
 
     def _stand_down(self, run: Run, controller: RunController, error: Exception) -> None:
-        """Only watch a run from now on, because handling one of its commands raised."""
+        """Make a run watch-only, because handling one of its commands raised."""
         self._failures.note("command", error, run=run.name, what="from now on this run is only watched")
         controller.stand_down()
         self._dispatcher.abandon(controller)
         self._publish_run(run)
 
     def _on_not_finite(self, run: Run, heartbeat: Heartbeat) -> None:
-        """An agent kept a snapshot because its states were not finite: that is an observation all the same."""
+        """Assess a snapshot that an agent dropped because its states were not finite."""
         if not self._watches[run.name].newly_not_finite(heartbeat.step):
             return
         with self._contained("metrics", run.name):
@@ -417,7 +424,7 @@ class Service:
             self._live_state.update_run(run, sends=self._watches[run.name].controller.sends)
 
     def _has_series(self, name: str) -> bool:
-        """Whether a run has all of its series."""
+        """Return True while a run has all of its series."""
         run = self._registry.get(name)
         return run is not None and run.state is not RunState.VANISHED
 
@@ -426,5 +433,5 @@ class Service:
             self._send(peer, message)
 
     def _schedule_commit(self) -> None:
-        """The store has something to commit before long."""
+        """Schedule a commit of the store within COMMIT_SECONDS."""
         self._commit_at = min(self._commit_at, self._clock() + COMMIT_SECONDS)

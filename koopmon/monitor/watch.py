@@ -1,4 +1,4 @@
-"""What the monitor remembers of one run beside the registry's entry."""
+"""Per-run bookkeeping: reported drop totals, last judgement, pending restore."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ HEARTBEAT_ROW_SECONDS = 10.0
 
 @dataclass(slots=True)
 class Watch:
-    """One incarnation of a run. `restore` is what an earlier one had in force, to be handed to each rank once."""
+    """State of one watched incarnation.
+
+    `restore` holds values of an earlier incarnation, which each rank receives once.
+    """
 
     controller: RunController
     restore: Applied | None = None
     judgement: Judgement | None = None
-    """Of the last snapshot that was judged, for the agents to show."""
+    """Judgement of the last assessed snapshot, which agents display."""
     _drops: dict[tuple[int, str], int] = field(default_factory=dict)
     _heartbeat_rows: dict[int, float] = field(default_factory=dict)
     _applied: Applied | None = None
     _not_finite_step: int = -1
 
     def new_drops(self, heartbeat: Heartbeat) -> Iterator[tuple[str, int]]:
-        """Reasons and how many shards were dropped for each since this rank's last heartbeat: agents report totals."""
+        """Yield reasons and numbers of shards dropped since this rank's last heartbeat. Agents report totals."""
         for reason, total in heartbeat.dropped.items():
             key = (heartbeat.process_rank, reason)
             more = total - self._drops.get(key, 0)
@@ -41,26 +44,26 @@ class Watch:
                 yield reason, more
 
     def row_due(self, now: float, heartbeat: Heartbeat) -> bool:
-        """Whether this heartbeat is to be recorded: one of each rank every HEARTBEAT_ROW_SECONDS."""
+        """Return True if this heartbeat must be recorded: one per rank every HEARTBEAT_ROW_SECONDS."""
         due = now - self._heartbeat_rows.get(heartbeat.process_rank, -math.inf) >= HEARTBEAT_ROW_SECONDS
         if due:
             self._heartbeat_rows[heartbeat.process_rank] = now
         return due
 
     def applied_changed(self, applied: Applied) -> bool:
-        """Whether rank 0 reports something else in force than the last time; notes it."""
+        """Return True if rank 0 reports other values in force than the last time; stores them."""
         changed = applied != self._applied
         self._applied = applied
         return changed
 
     def newly_not_finite(self, step: int) -> bool:
-        """Whether this is the first word of states that were not finite at `step` or later; notes it."""
+        """Return True if `step` is later than every reported step with non-finite states; stores it."""
         newly = step > self._not_finite_step
         self._not_finite_step = max(step, self._not_finite_step)
         return newly
 
     def record_assessment(self, step: int, assessment: Assessment, profile: SpectralProfile | None) -> None:
-        """Note what was made of the snapshot at `step`."""
+        """Update the judgement from the assessment of the snapshot at `step`."""
         mass = profile.mean("near_unit_mass") if profile is not None and profile.informative else None
         before, decision = self.judgement, assessment.decision
         said, at = ("", None) if before is None else (before.decision, before.decision_step)
@@ -78,12 +81,12 @@ class Watch:
 
 
 def _share(value: float | None) -> float | None:
-    """`value` within [0, 1]; None when it is unknown or not finite."""
+    """Clamp `value` to [0, 1]; None when it is unknown or not finite."""
     return None if value is None or not math.isfinite(value) else min(max(float(value), 0.0), 1.0)
 
 
 def publish_run(metrics: Metrics, run: Run) -> None:
-    """Put what the registry knows of a run that has not vanished into its series."""
+    """Update the series of a run that has not vanished from the registry."""
     if metrics.value("snapshots_received", run.name) is None:
         metrics.begin_run(run.name)
     metrics.set("run_state", run.state, run.name)

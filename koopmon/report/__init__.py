@@ -1,1 +1,1 @@
-"""What happened in a recorded run, as facts, as words and as one page."""
+"""Report of a recorded run: as data, as text, and as one HTML page."""

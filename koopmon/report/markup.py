@@ -1,4 +1,4 @@
-"""HTML in which everything is escaped by how it is made: only `Markup` passes as it is, and only `tag` makes it."""
+"""HTML elements with escaped content: only `Markup` stays unescaped, and only `tag` creates it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ __all__ = ["Child", "Markup", "join", "tag"]
 
 VOID = frozenset({"meta", "img", "source", "br", "link"})
 MAX_TEXT = 2000
-"""Characters of one text: what a peer may send is far shorter."""
+"""Maximum length of one text in characters; texts within the protocol's bounds are much shorter."""
 
 
 Child = Markup | str | Iterable["Child"] | None
 
 
 def tag(name: str, /, *children: Child, **attributes: str | None) -> Markup:
-    """An element. Children that are not Markup are texts; `class_` and `data_x` stand for `class` and `data-x`.
+    """Build an element.
 
-    A text may come from a peer: what does not print shows as "?".
+    Children that are not Markup are escaped as text; `class_` and `data_x` stand for `class` and `data-x`. A text may
+    come from a peer: unprintable characters become "?".
     """
     named = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
     given = "".join(f' {key}="{escape(value)}"' for key, value in named.items())
@@ -31,7 +32,7 @@ def tag(name: str, /, *children: Child, **attributes: str | None) -> Markup:
 
 
 def join(children: Child) -> Markup:
-    """Children one after another, without an element around them."""
+    """Concatenate children without an enclosing element."""
     if children is None:
         return Markup("")
     if isinstance(children, Markup):

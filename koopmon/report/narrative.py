@@ -1,4 +1,7 @@
-"""The facts of a run in plain sentences. Each follows from the data alone; what cannot be told is said to be so."""
+"""Summary of a run in sentences.
+
+Each sentence follows from the data alone. Unknown values are named as unknown.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ if TYPE_CHECKING:
     from koopmon.views.action_effects import RecordedCommand, RecordedPoint
 
 NOTABLE_LOSS = 0.1
-"""Relative: a loss within it of the one before the alarm has come back."""
+"""Relative difference within which the loss counts as recovered to its value before the alarm."""
 LEAP = 1.5
-"""Above this times the median around it, the last loss is the one that is told."""
+"""Above this ratio of the last loss to the median around it, the sentence gives the last loss."""
 CLOSE = 5
-"""Snapshots whose median stands for a moment."""
+"""Number of snapshots in the median that represents one moment."""
 NOT_APPLIED = frozenset({"refused", "failed", "expired", "unanswered"})
 
 
 def headline(facts: RunReport) -> str:
-    """What happened, in one sentence."""
+    """Summarise the run in one sentence."""
     if not facts.points:
         return f"No snapshot of this run was judged; {_end(facts)}."
     clauses = [_rise(facts)]
@@ -37,7 +40,7 @@ def headline(facts: RunReport) -> str:
 
 
 def helped(facts: RunReport) -> str:
-    """Whether what was done helped, in one or two sentences."""
+    """Describe the effect of the actions in one or two sentences."""
     verdicts = Counter(action.effect.verdict for action in facts.actions if action.effect is not None)
     if not verdicts:
         return f"Nothing that brakes was {_unapplied(facts)}, so there is nothing to compare."
@@ -100,7 +103,7 @@ def _lowered(rates: Sequence[RecordedCommand]) -> str:
 
 
 def _came_of_it(facts: RunReport) -> str:
-    """How risk and loss ended, beside how they were before the alarm."""
+    """Describe risk and loss at the end, compared with their values before the alarm."""
     last = facts.points[-CLOSE:]
     if any(point.broken for point in last):
         return f"from step {facts.not_finite_step} on the states or the loss were not finite"
@@ -125,7 +128,7 @@ def _loss(facts: RunReport) -> str:
     if min(len(before), len(later)) < MIN_SNAPSHOTS:
         return "too few losses are known to compare them"
     old, new, top = statistics.median(before), statistics.median(later[-CLOSE:]), max(later)
-    # What explodes does so in its last snapshot, which a median would hide.
+    # A divergence may appear only in the last snapshot, and a median would hide it.
     new = later[-1] if later[-1] > new * LEAP else new
     span = f"{old:.3g} at the alarm, {new:.3g} at the end"
     if new > old * (1 + NOTABLE_LOSS):

@@ -1,4 +1,4 @@
-"""The facts of a run as one HTML file: no script, nothing from elsewhere, readable without its pictures."""
+"""HTML page of a run report: one file without scripts or external resources, readable without its pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NARROW = "(max-width: 40rem)"
 
 
 def page(facts: RunReport, pictures: Mapping[str, Picture], without: str = "") -> str:
-    """The whole document. `without` says why there are no pictures, where there are none."""
+    """Return the whole document. `without` gives the reason if there are no pictures."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

@@ -1,4 +1,4 @@
-"""The pictures of a report. Each is drawn twice, wide and narrow, in colours that follow the reader's light or dark."""
+"""Pictures of a report. Each has a wide and a narrow version, in colours for light and dark mode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from koopmon.views.action_effects import RecordedPoint
 
 MAX_MARKS = 200
-"""Of commands in the timeline: beyond that, lines hide what they should show."""
+"""Maximum number of commands marked in the timeline: more lines would hide the curves."""
 DARK = {
     plots.INK: "#e4e8ec",
     plots.GRID: "#39424e",
@@ -27,13 +27,13 @@ DARK = {
     plots.KSS: "#5fd08f",
     plots.FORECAST: "#b79be6",
 }
-"""What each colour becomes for a reader in the dark."""
+"""Replacement of each colour in dark mode."""
 TITLES = {"calm": "at the calmest", "alarm": "at the alarm", "after": "at last"}
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture for the page: `wide` and `narrow` are data URIs; `alternative` says what it shows."""
+    """A picture of the page: `wide` and `narrow` are data URIs; `alternative` is its text description."""
 
     name: str
     wide: str
@@ -42,7 +42,7 @@ class Picture:
 
 
 def draw(facts: RunReport, directory: Path) -> dict[str, Picture]:
-    """The pictures that these facts allow, by name; each also as a PNG in `directory`. Raises PlotError."""
+    """Draw the pictures for which there is data, by name; write each also as a PNG in `directory`. Raises PlotError."""
     found = {}
     for name, (make, alternative) in _makers(facts).items():
         wide = make(False)

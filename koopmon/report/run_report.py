@@ -1,7 +1,7 @@
-"""What a history tells of one run: plain frozen data, which the page, the pictures and `--json` all show.
+"""Report of one recorded run as frozen dataclasses, the source of the page, the pictures and `--json`.
 
-Steps are optimizer steps, times Unix seconds; None is unknown. Nothing is judged here that the detector and the policy
-have not judged; what followed an action is `effects`' to say.
+Steps are optimizer steps, times Unix seconds; None means unknown. All risks and decisions are those recorded by the
+detector and the policy. Module `action_effects` computes the effects of actions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from koopmon.views.run_summary import RunSummary, summary_of
 from koopmon.views.spectra import Heatmap, RecordedSpectrum, read_profiles
 
 UNHEARD_SECONDS = 120.0
-"""A run that its history says goes on, and has not written for this long, may have lost its monitor."""
+"""A run recorded as running without a write for this many seconds has the state "unheard"."""
 State = Literal["running", "unheard", "vanished", "ended"]
 
 
@@ -43,15 +43,15 @@ class Launch:
     last_step: int | None
     num_snapshots: int
     lr_scale: float
-    """In force at last."""
+    """Learning-rate scale in force at the end of the launch."""
     kss_alpha: float
     hello: dict[str, Any] | None
-    """What rank 0 said of itself (adapter, sizes, versions, the adapter's thresholds); None when it never did."""
+    """Hello of rank 0 (adapter, sizes, versions, the adapter's thresholds); None when none was recorded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Episode:
-    """The risk was high, from `first_step` until it was calm again at `last_step`; None while it is not."""
+    """A period of high risk from `first_step` to `last_step`, where it is calm again; None while the risk is high."""
 
     incarnation: str
     first_step: int
@@ -59,19 +59,19 @@ class Episode:
     peak: float
     peak_step: int
     reason: str
-    """The detector's, at the first step."""
+    """The detector's reason at the first step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentSummary:
-    """What watching cost, and what did not arrive, as far as the history knows."""
+    """Overhead of the agents and lost snapshots, as far as the history records them."""
 
     num_heartbeats: int
     mean_overhead_ratio: float | None
     max_overhead_ratio: float | None
     median_step_seconds: float | None
     num_incomplete: int
-    """Snapshots profiled without the parts of some ranks."""
+    """Number of snapshots profiled without the shards of some ranks."""
     num_not_finite: int
     num_not_informative: int
     mean_profile_seconds: float | None
@@ -79,7 +79,10 @@ class AgentSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """Everything that a report shows. The three risks are those of the configuration given: a history knows none."""
+    """Data of a report.
+
+    The three risk thresholds come from the given configuration, because a history does not record them.
+    """
 
     run: str
     store: str
@@ -101,22 +104,22 @@ class RunReport:
 
     @property
     def actions(self) -> list[RecordedCommand]:
-        """Commands that were to change the training, in order."""
+        """Commands that change the training, in order."""
         return [action for decision in self.decisions for action in decision.actions if action.direction != "watch"]
 
     @property
     def not_finite_step(self) -> int | None:
-        """Where the states or the loss were first not finite."""
+        """Step of the first states or loss that were not finite; None without one."""
         return next((point.step for point in self.points if point.broken), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; a number that is not finite is null."""
+        """Convert to plain JSON types; a number that is not finite becomes null."""
         plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
         return plain
 
 
 def build_report(history: HistoryReader, store: Path, run: str, policy: PolicyConfig | None = None) -> RunReport:
-    """Read everything that `history` holds of `run`. Raises StoreError for a run that it does not know."""
+    """Read all data of `run` from `history`. Raises StoreError for an unknown run."""
     row = history.run(run)
     if row is None:
         raise StoreError(f"run {run!r}: not in {store}")
@@ -199,7 +202,7 @@ def _state(state: int, last_seen: float, now: float) -> State:
 
 
 def _episodes(points: Iterable[RecordedPoint], policy: PolicyConfig) -> list[Episode]:
-    """Stretches of high risk: each ends where the risk is calm again, by the policy's own two thresholds."""
+    """Periods of high risk: each starts at the policy's act threshold and ends below its release threshold."""
     found: list[Episode] = []
     current: list[RecordedPoint] = []
 
@@ -256,7 +259,7 @@ def _launches(
 def _mean(values: Sequence[float]) -> float | None:
     try:
         return math.fsum(values) / len(values) if values else None
-    except OverflowError:  # what a peer sent is beyond what doubles can sum
+    except OverflowError:  # the sum of values from a peer can exceed a double
         return max(values)
 
 

@@ -1,4 +1,4 @@
-"""The report's one style sheet: light and dark, from 375 px to wide screens, and on paper."""
+"""Style sheet of the report: light and dark mode, widths from 375 px, and print."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""The tables of a report's page."""
+"""Tables of the report page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from koopmon.views.spectra import Heatmap
 
 MAX_ROWS = 300
-"""Of one table on the page; `--json` has them all."""
+"""Maximum number of rows of one table on the page; `--json` contains all rows."""
 MAX_LAYERS = 64
 TONES = {"helped": "good", "did not help": "bad", "not enough": "warn"}
 WORDY = frozenset({"reason", "why", "why, at first", "the detector's words", "adapter's wishes"})
@@ -30,7 +30,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def moment(seconds: float) -> str:
-    """A Unix time in UTC."""
+    """Format a Unix time in UTC."""
     try:
         return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (OverflowError, OSError, ValueError):
@@ -38,7 +38,7 @@ def moment(seconds: float) -> str:
 
 
 def highlights(facts: RunReport) -> Markup:
-    """Some of the timeline in numbers: where it begins, peaks and ends."""
+    """Table of the first snapshot, the one with the highest risk, and the last."""
     points = facts.points
     worst = max(points, key=lambda point: point.risk)
     chosen = {"first": points[0], "highest risk": worst, "last": points[-1]}
@@ -62,7 +62,7 @@ def highlights(facts: RunReport) -> Markup:
 
 
 def episodes(facts: RunReport) -> Markup:
-    """Each stretch of high risk."""
+    """Table of the periods of high risk."""
     several = len(facts.launches) > 1
     return _table(
         "When the risk rose",
@@ -82,7 +82,7 @@ def episodes(facts: RunReport) -> Markup:
 
 
 def effects(facts: RunReport) -> Markup | None:
-    """Each brake that was applied, with what was seen before it and after."""
+    """Table of the applied brakes with risk and loss before and after; None without any."""
     braked = [action for action in facts.actions if action.effect is not None]
     if not braked:
         return None
@@ -109,7 +109,7 @@ def _effect(action: RecordedCommand) -> Sequence[Child]:
 
 
 def decisions(facts: RunReport) -> Markup:
-    """Every decision, a row for each of its commands."""
+    """Table of all decisions with one row per command."""
     return _table(
         "Every decision",
         ("#step", "when", "phase", "#risk", "command", "outcome", "#in force at", "#delay, steps", "reason"),
@@ -134,7 +134,7 @@ def _decision(decision: RecordedDecision) -> Iterable[Sequence[Child]]:
 
 
 def spectra(facts: RunReport) -> Markup:
-    """The masses of the pictured snapshots: means over layers; of the radius the largest."""
+    """Table of the pictured spectra: means of the masses over layers, and the largest spectral radius."""
     return _table(
         "The spectra in numbers",
         ("snapshot", "#step", "#risk", "#near-unit mass", "#expansive mass", "#largest radius", "#tokens"),
@@ -154,7 +154,7 @@ def spectra(facts: RunReport) -> Markup:
 
 
 def layers(heatmap: Heatmap) -> Markup:
-    """Each layer at the first and the last column of the heatmaps."""
+    """Table of all layers at the first and the last column of the heatmaps."""
     names = tuple(heatmap.values)
     shown = range(min(len(heatmap.values[names[0]]), MAX_LAYERS))
     steps = f"step {heatmap.steps[0]} → {heatmap.steps[-1]}"
@@ -172,7 +172,7 @@ def layers(heatmap: Heatmap) -> Markup:
 
 
 def launches(facts: RunReport) -> Markup:
-    """Each incarnation, with what its rank 0 said of itself."""
+    """Table of the incarnations with the hello of rank 0."""
     columns = ("launch", "began", "ended", "steps", "#snapshots", "model", "ranks", "acts", "versions")
     return _table("Launches", (*columns, "adapter's wishes"), (_launch(each) for each in facts.launches))
 
@@ -204,7 +204,7 @@ def _kind(title: str) -> str | None:
 
 
 def _table(name: str, columns: Sequence[str], rows: Iterable[Sequence[Child]]) -> Markup:
-    """A table in a region that scrolls by itself; columns that begin with # hold numbers."""
+    """Table in a region with its own scroll bar; columns whose names begin with # hold numbers."""
     given = list(rows)
     kinds = [_kind(title) for title in columns]
     head = [tag("th", title.lstrip("#"), scope="col", class_=kind) for title, kind in zip(columns, kinds, strict=True)]

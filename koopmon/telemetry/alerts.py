@@ -1,9 +1,8 @@
-"""Every alert in one table, beside the table of metrics: Prometheus' rules, Grafana's, the page /alerts and the docs.
+"""Table of all alerts, the source of Prometheus' rules, Grafana's rules, the page /alerts and the docs.
 
-The thresholds are those by which the policy acts, at their defaults; where a run's own configuration differs, the
-counters `risk_alarms` and `effect_checks` go by that. Counters are asked with windows of a minute and more, so that at
-scrape intervals of 15 s nothing that happens between two scrapes is missed. What a window does not smooth,
-`keep_firing_seconds` does.
+The thresholds are the policy's defaults. The counters `risk_alarms` and `effect_checks` use the run's own
+configuration. Counters are queried over windows of at least a minute, so that at scrape intervals of 15 s no event is
+missed. `keep_firing_seconds` prevents flapping where a window does not.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Group = Literal["risk", "run", "monitor"]
 
 ACT_RISK, SEVERE_RISK = PolicyConfig().act_risk, PolicyConfig().severe_risk
 LIKELY = 0.5
-"""Probability of divergence that is told."""
+"""Divergence probability above which an alert fires."""
 HIGH_FORECAST = 0.8
 STALE_SECONDS = 600
 MAX_OVERHEAD_RATIO = 4 * CadenceConfig().budget_ratio
@@ -28,20 +27,20 @@ MAX_REJECTED_PER_SECOND = 0.1
 
 ON_RUN = "on (job, instance, run)"
 STATE = "last_over_time(koopmon_run_state[2m])"
-"""Over a window, as every gauge here: one scrape that fails must not end an alert, or begin its time anew."""
+"""Every gauge here is queried over a window: one failed scrape must not end an alert or restart its `for` time."""
 RUNNING = f"and {ON_RUN} {STATE} == 1"
 BY_RUN = "sum by (job, instance, run)"
 SNAPSHOT_TIME = "last_over_time(koopmon_last_snapshot_timestamp_seconds[2m])"
 LOST = 'koopmon_snapshots_dropped_total{reason!~"budget|not_finite|superseded"}'
-"""Snapshots that somebody wanted and nobody got."""
+"""Snapshots that were lost, without those skipped on purpose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alert:
-    """One row. `expr` is PromQL and gives one series per thing to tell; times are in seconds.
+    """One alert. `expr` is PromQL with one series per alert instance; times are in seconds.
 
-    `summary` and `description` are templates of Prometheus: `$labels` and `$value`. `means`, `look` and `do` are the
-    runbook: Markdown of one paragraph each, with nothing but code in backticks.
+    `summary` and `description` are Prometheus templates with `$labels` and `$value`. `means`, `look` and `do` are the
+    runbook: Markdown of one paragraph each, with code in backticks as the only markup.
     """
 
     name: str
@@ -50,23 +49,26 @@ class Alert:
     expr: str
     for_seconds: int = 0
     keep_firing_seconds: int = 0
-    """Time without the condition before it counts as over: what keeps an alert from flapping."""
+    """Time without the condition before the alert resolves; it prevents flapping."""
     summary: str
     description: str
     means: str
     look: str
     do: str
     panel: tuple[str, str] = ("koopmon-run", "Risk")
-    """Dashboard, by uid, and title of the panel that shows it."""
+    """Dashboard uid and title of the panel with the metric of this alert."""
 
     @property
     def anchor(self) -> str:
-        """Where /alerts and docs/alerts.md have it."""
+        """Anchor of this alert on the page /alerts and in docs/alerts.md."""
         return self.name
 
 
 def runbook_url(alert: Alert, docs_url: str | None = None) -> str:
-    """The page of the monitor that fired, as a template of Prometheus; or `docs_url`, which has the same anchors."""
+    """Return the alert's address on the monitor that fired, as a Prometheus template, or in `docs_url`.
+
+    Both pages have the same anchors.
+    """
     base = "http://{{ $labels.instance }}/alerts" if docs_url is None else docs_url.rstrip("#")
     return f"{base}#{alert.anchor}"
 

@@ -1,7 +1,8 @@
-"""What a scrape is answered with: prometheus_client's own words, of which only the numbers are written anew each time.
+"""Text exposition with cached sample names, because formatting labels dominates a scrape.
 
-The library formats, escapes and sorts the labels of every sample at every scrape. Fifty runs of 48 layers have 27,000
-samples, whose names and labels hardly ever change: each is asked of the library once and kept.
+prometheus_client formats, escapes and sorts the labels of every sample at every scrape. Fifty runs of 48 layers have
+27,000 samples, whose names and labels rarely change. This module formats each of them once with the library and stores
+the result.
 """
 
 from __future__ import annotations
@@ -18,34 +19,36 @@ from prometheus_client.utils import floatToGoString
 Encoder = Callable[[Collector], bytes]
 Key = tuple[str, ...]
 PLAIN = frozenset({"gauge", "counter"})
-"""Types of families whose samples are a name, labels and a number; others are few, and left to the library."""
+"""Family types whose samples consist of a name, labels and a number. The library formats the few other families."""
 _number: Callable[[float], str] = floatToGoString
 MAX_FORMATS = 4
-"""Kept at once: a scraper asks for one, and a stranger must not fill the memory with all there are."""
+"""Maximum number of cached formats. One scraper uses one; the bound keeps other clients from filling the memory."""
 EOF = "# EOF\n"
 
 
 @dataclass(slots=True)
 class _Family:
-    """Of one family in one format: the lines above it, and what stands before the number of each sample."""
+    """Cache of one family in one format: its heading, and the text before the number of each sample."""
 
     heading: str
     lines: dict[Key, str] = field(default_factory=dict)
 
 
 class Exposition:
-    """The text of `registry`, as prometheus_client writes it. For one thread at a time per format is enough: two that
-    render at once do some work twice."""
+    """The text of `registry` in the format of prometheus_client.
+
+    Concurrent calls of `render` are safe; calls for the same format may repeat work.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
         self._formats: dict[str, dict[str, _Family]] = {}
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """Body and content type for an `Accept` header."""
+        """Return body and content type for an `Accept` header."""
         try:
             encode, content_type = choose_encoder(accept)
-        except (TypeError, ValueError):  # it cannot read every version that may be asked for
+        except (TypeError, ValueError):  # choose_encoder rejects some version parameters
             encode, content_type = choose_encoder("")
         known = self._formats.get(content_type, {})
         fresh: dict[str, _Family] = {}
@@ -71,7 +74,7 @@ class Exposition:
 
 
 def _updated(encode: Encoder, metric: Metric, known: _Family | None) -> _Family:
-    """`known` with the samples that `metric` has now, in their order."""
+    """Return `known` updated to the current samples of `metric`, in their order."""
     keys = [(sample.name, *sample.labels.values()) for sample in metric.samples]
     if known is None:
         known = _Family(_text(encode, _like(metric, ())))
@@ -87,7 +90,7 @@ def _updated(encode: Encoder, metric: Metric, known: _Family | None) -> _Family:
 
 
 def _like(metric: Metric, samples: Sequence[Sample]) -> Metric:
-    """The family of `metric` with other samples."""
+    """Copy the family of `metric` with other samples."""
     alike = Metric(metric.name, metric.documentation, metric.type, metric.unit)
     alike.samples = list(samples)
     return alike

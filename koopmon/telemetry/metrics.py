@@ -1,8 +1,7 @@
-"""Every metric of the monitor in one table, and the collector that holds their values.
+"""Table of the monitor's metrics, and the collector of their values.
 
-The values live here and not in prometheus_client's own metric objects: a series must vanish when its run does or when
-its value is not finite, counters must show 0 before they first count, and a trainer's PROMETHEUS_MULTIPROC_DIR must not
-reach us.
+The metric objects of prometheus_client do not fit. A series must disappear with its run and while its value is not
+finite. Counters must show 0 before their first increment. PROMETHEUS_MULTIPROC_DIR of a trainer must have no effect.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 PREFIX = "koopmon_"
 MAX_LAYERS = 64
-"""Above this many layers, neighbours share a series."""
+"""Maximum number of series per layer metric; above it, adjacent layers share a series."""
 
 MONITOR_REJECTIONS = (
     "unknown_run",
@@ -57,7 +56,7 @@ COMMAND_KINDS: tuple[str, ...] = get_args(CommandKind)
 COMMAND_OUTCOMES: tuple[str, ...] = ("sent", "dry_run", *get_args(AckOutcome), "unanswered")
 EFFECTS = ("effect", "no_effect")
 ErrorPart = Literal["message", "snapshot", "judgement", "command", "store", "metrics", "page", "annotation", "loop"]
-"""Where an error of the monitor's own may come from."""
+"""Source of an internal error of the monitor."""
 DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 Kind = Literal["gauge", "counter", "histogram", "info"]
@@ -67,7 +66,7 @@ RUN_LAYER = ("run", "layer")
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One row of the table: `name` lacks the prefix and a counter's `_total`; `known` lists bounded label values."""
+    """One metric. `name` lacks the prefix and a counter's `_total`; `known` lists bounded label values."""
 
     name: str
     kind: Kind
@@ -75,7 +74,7 @@ class Series:
     labels: tuple[str, ...] = ()
     known: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     bucket: Literal["mean", "max"] = "mean"
-    """How layers that share a series are reduced."""
+    """Reduction over layers that share a series."""
 
 
 def _layer(name: str, text: str, bucket: Literal["mean", "max"] = "mean") -> Series:
@@ -158,7 +157,7 @@ KEPT_WHEN_VANISHED = frozenset({"last_snapshot_timestamp_seconds", "run_state"})
 
 
 def layer_buckets(num_layers: int) -> list[tuple[str, range]]:
-    """Label and layers of each series: one layer each up to MAX_LAYERS, else runs of neighbours such as "4-5"."""
+    """Label and layers of each series: one layer each up to MAX_LAYERS, else adjacent layers such as "4-5"."""
     size = max(1, math.ceil(num_layers / MAX_LAYERS))
     starts = range(0, num_layers, size)
     spans = [range(start, min(start + size, num_layers)) for start in starts]
@@ -170,7 +169,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Mean; infinite where the sum exceeds a double, where `fsum` would raise."""
+    """Mean of `values`. It is infinite if the sum exceeds a double, where `fsum` would raise."""
     try:
         return math.fsum(values) / len(values)
     except OverflowError:
@@ -178,7 +177,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class Metrics(Collector):
-    """The values of TABLE. Safe to read from another thread while one thread writes."""
+    """Values of the metrics in TABLE. Safe to read from any thread while one thread writes."""
 
     def __init__(self, registry: CollectorRegistry, build: Mapping[str, str]) -> None:
         """Register with `registry`; `build` holds the labels of build_info."""
@@ -195,7 +194,7 @@ class Metrics(Collector):
         registry.register(self)
 
     def set(self, name: str, value: float | None, *labels: str) -> None:
-        """Set a gauge; None or a non-finite value takes the series away instead."""
+        """Set a gauge; None or a non-finite value removes the series."""
         finite = _finite(value)
         with self._lock:
             if finite is None:
@@ -204,7 +203,7 @@ class Metrics(Collector):
                 self._values[name][labels] = finite
 
     def add(self, name: str, *labels: str, amount: int = 1) -> None:
-        """Count. A label value that the table does not know is a KeyError: labels are bounded."""
+        """Increment a counter. Raises KeyError for a label value outside the table: labels are bounded."""
         series = BY_NAME[name]
         for label, value in zip(series.labels, labels, strict=True):
             if label in series.known and value not in series.known[label]:
@@ -214,24 +213,24 @@ class Metrics(Collector):
             values[labels] = values.get(labels, 0.0) + amount
 
     def value(self, name: str, *labels: str) -> float | None:
-        """The value of one series; None when it is absent."""
+        """Return the value of one series; None when it is absent."""
         with self._lock:
             return self._values[name].get(labels)
 
     def observe_duration(self, seconds: float) -> None:
-        """Put one profile's duration into dmd_duration_seconds."""
+        """Add the duration of one profile to dmd_duration_seconds."""
         with self._lock:
             self._bucket_counts[bisect.bisect_left(DURATION_BUCKETS, seconds)] += 1
             self._duration_sum += seconds
 
     def begin_run(self, run: str) -> None:
-        """Start the counters of `run` at 0 where they do not stand yet."""
+        """Initialise the counters of `run` to 0 if they do not exist."""
         for series in TABLE:
             if series.kind == "counter" and "run" in series.labels:
                 self._start_counter(series, (run,))
 
     def end_run(self, run: str, *, keep: Iterable[str] = ()) -> None:
-        """Take away the series of `run` but for the names in `keep`."""
+        """Remove the series of `run` except the names in `keep`."""
         kept = frozenset(keep)
         with self._lock:
             for series in TABLE:
@@ -241,9 +240,9 @@ class Metrics(Collector):
                         del values[labels]
 
     def set_layers(self, run: str, profile: SpectralProfile | None) -> None:
-        """Replace the per-layer series of `run` by those of `profile`; None takes them away.
+        """Replace the per-layer series of `run` by those of `profile`; None removes them.
 
-        A profile without Kreiss constants leaves the last ones standing.
+        A profile without Kreiss constants keeps the previous ones.
         """
         fresh: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in LAYER_FIELDS}
         layers = () if profile is None else profile.layers
@@ -266,7 +265,10 @@ class Metrics(Collector):
                 old.update(series)
 
     def set_observables(self, run: str, observables: Mapping[str, Sequence[float | None]]) -> None:
-        """Replace the series of `run` by these: by name, one value per transition, None where there is none."""
+        """Replace the observable series of `run`.
+
+        `observables` maps each name to one value per transition, None for a missing value.
+        """
         fresh: dict[tuple[str, ...], float] = {}
         for name, row in observables.items():
             for label, span in layer_buckets(len(row)):
@@ -281,7 +283,7 @@ class Metrics(Collector):
             standing.update(fresh)
 
     def collect(self) -> Iterator[Metric]:
-        """What prometheus_client renders: a consistent copy of everything."""
+        """Return all metrics for prometheus_client, as a consistent copy."""
         with self._lock:
             copy = {name: dict(values) for name, values in self._values.items()}
             counts, total = list(self._bucket_counts), self._duration_sum

@@ -1,1 +1,1 @@
-"""A run as people read it: plain frozen records, and how they are drawn."""
+"""Views of a run: frozen records, and their rendering as HTML and SVG."""

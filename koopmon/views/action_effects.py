@@ -1,6 +1,6 @@
-"""What was decided, what became of it, and whether it helped: the snapshots before an action beside those after it.
+"""Decisions of a run with the outcome and effect of each command: snapshots before and after an action are compared.
 
-A comparison of before and after is not an experiment: what would have happened without the action is not known.
+This comparison is not an experiment: the course of the run without the action is unknown.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Literal
 from koopmon.history.reader import CommandRow, DecisionRow
 
 WINDOW = 8
-"""Snapshots on either side of an action that are compared, at most."""
+"""Maximum number of snapshots compared on each side of an action."""
 MIN_SNAPSHOTS = 3
-"""Snapshots after it without which nothing can be told."""
+"""Minimum number of snapshots after an action for a verdict."""
 RISK_CHANGE = 0.05
-"""A smaller difference counts as none."""
+"""Smaller changes of the risk count as no change."""
 LOSS_CHANGE = 0.05
-"""Likewise for the loss, relative."""
+"""Smaller relative changes of the loss count as no change."""
 EffectVerdict = Literal["helped", "not enough", "did not help", "unclear", "cannot be told"]
 Direction = Literal["brake", "give back", "watch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedPoint:
-    """One snapshot, as it was judged. `risk` and `forecast` are in [0, 1]; `reason` is the detector's."""
+    """One snapshot with its assessment. `risk` and `forecast` are in [0, 1]; `reason` is the detector's."""
 
     incarnation: str
     step: int
@@ -46,14 +46,18 @@ class RecordedPoint:
 
     @property
     def broken(self) -> bool:
-        """Whether the states or the loss were not finite."""
+        """True if the states or the loss were not finite."""
         return self.non_finite or (self.loss is not None and not math.isfinite(self.loss))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
-    """The risk that a command answered, and the median over the snapshots since it came in force, until the next
-    action; of the loss, medians before and after, over `num_losses_before` and `num_losses_after` of them."""
+    """Risk and loss before and after a command.
+
+    `risk_before` is the risk at the decision. `risk_after` is the median over the snapshots after the command, up to
+    the next action. `loss_before` and `loss_after` are medians over `num_losses_before` and `num_losses_after`
+    snapshots.
+    """
 
     num_before: int
     num_after: int
@@ -69,7 +73,10 @@ class Effect:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedCommand:
-    """One command. `step` is where it was applied, or refused; `delay_steps` how long after the snapshot it answers."""
+    """One command.
+
+    `step` is the step of its ack; `delay_steps` is the number of steps from the assessed snapshot to its application.
+    """
 
     id: str
     kind: str
@@ -83,12 +90,12 @@ class RecordedCommand:
     lr_scale: float | None
     kss_alpha: float | None
     effect: Effect | None
-    """None for what was never in force, and for what does not brake."""
+    """None for a command that was not applied, and for one that is not a brake."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedDecision:
-    """One decision of the policy, with the commands that followed from it, if any."""
+    """One decision of the policy with its commands."""
 
     incarnation: str
     step: int
@@ -100,7 +107,7 @@ class RecordedDecision:
 
 
 def read_decisions(rows: Sequence[DecisionRow], points: Sequence[RecordedPoint]) -> Iterator[RecordedDecision]:
-    """Every decision of a run, in order; each brake that was applied with its effect."""
+    """Yield the decisions of a run in order; each applied brake has its effect."""
     directions = dict(_directions(rows, points))
     in_force = sorted(_training_steps(rows, directions))
     launches: dict[str, list[RecordedPoint]] = {}
@@ -126,7 +133,7 @@ def read_decisions(rows: Sequence[DecisionRow], points: Sequence[RecordedPoint])
 
 
 def _directions(rows: Sequence[DecisionRow], points: Sequence[RecordedPoint]) -> Iterator[tuple[str, Direction]]:
-    """Of each command, by its id, whether it brakes, by what was in force before it."""
+    """Yield the id and direction of each command, compared with the values in force before it."""
     scale, alpha, incarnation = 1.0, 0.0, ""
     for row in rows:
         if row.incarnation != incarnation:
@@ -146,17 +153,17 @@ def _directions(rows: Sequence[DecisionRow], points: Sequence[RecordedPoint]) ->
 
 
 Following = tuple[str, int, Direction]
-"""An action that was applied: its incarnation, its step, and which way it went."""
+"""An applied action: its incarnation, step and direction."""
 
 
 def effect_of(row: DecisionRow, step: int, following: Following | None, points: Sequence[RecordedPoint]) -> Effect:
-    """Compare what was seen up to the decision with what was seen from `step` on, until the `following` action.
+    """Compare the snapshots up to the decision with those after `step`, up to the `following` action.
 
-    `points` are those of the decision's own launch, by step.
+    `points` are those of the decision's own launch, sorted by step.
     """
     place = bisect_right(points, row.step, key=_step)
     before = points[max(0, place - WINDOW) : place]
-    # The snapshot at the very step was taken before the optimizer stepped under the new value.
+    # The snapshot at `step` itself was taken before the optimizer stepped with the new value.
     first = bisect_right(points, step, key=_step)
     last = len(points) if following is None else bisect_right(points, following[1], key=_step)
     after = points[first : min(last, first + WINDOW)]
@@ -184,7 +191,7 @@ def _verdict(
     after: Sequence[RecordedPoint],
     cut: Following | None,
 ) -> tuple[EffectVerdict, str]:
-    """`cut` is the action that cut the comparison short."""
+    """Return the verdict and its reason; `cut` is the action that ended the comparison early."""
     if any(point.broken for point in after):
         return "did not help", "afterwards the states or the loss were not finite"
     if len(after) < MIN_SNAPSHOTS or risk_after is None:

@@ -1,4 +1,4 @@
-"""The eigenvalues of every layer in the complex plane, as SVG."""
+"""SVG plot of the eigenvalues of all layers in the complex plane."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from koopmon.views.run_view import LatestSpectrum
 from koopmon.views.svg_charts import number
 
 DEPTHS = 16
-"""Shades from the first layer to the last: `.depth-0` to `.depth-15`."""
+"""Number of shades from the first layer to the last: `.depth-0` to `.depth-15`."""
 RING = (0.90, 1.05)
-"""What counts as near unit."""
+"""Range of moduli that count as near unit."""
 MIN_MODULUS, MAX_MODULUS = 1.3, 3.0
-"""How much of the plane is shown: as far out as there are eigenvalues, within these."""
+"""Bounds of the plotted modulus, which follows the largest eigenvalue."""
 EDGE = 190.0
-"""Where the outermost modulus is drawn; the picture goes to 200."""
+"""Plot coordinate of the largest plotted modulus; the picture extends to 200."""
 
 
 def circle(spectrum: LatestSpectrum) -> Markup:
-    """About the unit circle and the near-unit ring, coloured by depth."""
+    """Plot with the unit circle and the near-unit ring; colours show the depth."""
     moduli = [math.hypot(re, im) for pairs in spectrum.eigenvalues for re, im in _pairs(pairs)]
     limit = min(max(MIN_MODULUS, 1.08 * max(moduli, default=1.0)), MAX_MODULUS)
     scale, last = EDGE / limit, max(1, len(spectrum.eigenvalues) - 1)
@@ -46,7 +46,7 @@ def circle(spectrum: LatestSpectrum) -> Markup:
 
 
 def depth_legend(labels: Sequence[str]) -> Markup:
-    """The shades, from the first layer to the last."""
+    """Legend of the shades, from the first layer to the last."""
     width = f"{100 / DEPTHS + 0.5}%"
     shades = [
         tag("rect", x=f"{100 * shade / DEPTHS}%", width=width, height=10, class_=f"depth-{shade}")
@@ -74,7 +74,10 @@ def _pairs(flat: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def _dot(re: float, im: float, scale: float, limit: float) -> str:
-    """A point: a path of no length with round ends, which takes a tenth of the bytes of a circle."""
+    """SVG path of one point.
+
+    A path of zero length with round caps needs a tenth of the bytes of a circle element.
+    """
     modulus = math.hypot(re, im)
     scale = scale * limit / modulus if modulus > limit else scale
     return f"M{scale * re:.1f},{-scale * im:.1f}h0"

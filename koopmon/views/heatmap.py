@@ -1,4 +1,4 @@
-"""Layers over steps as a picture: a PNG with one pixel for each value, which the browser enlarges."""
+"""Heatmap of layers over steps: a PNG with one pixel per value, which the browser enlarges."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ANCHORS = (
     (0x00, 0x20, 0x51), (0x11, 0x36, 0x6C), (0x3C, 0x4D, 0x6E), (0x62, 0x64, 0x6F), (0x7F, 0x7C, 0x75),
     (0x9A, 0x94, 0x78), (0xBB, 0xAF, 0x71), (0xE2, 0xCB, 0x5C), (0xFD, 0xEA, 0x45),
 )  # fmt: skip
-"""Of cividis, which looks alike to those who tell all colours apart and to those who do not."""
+"""Colours of cividis, which is readable with and without colour vision deficiency."""
 MAX_RADIUS = 3.0
 NOTHING = 255
-"""The index of what is transparent; the others are from low to high."""
+"""Palette index of transparent pixels; smaller indices go from low to high."""
 
 
 def scale_of(columns: Sequence[Column], quantity: str) -> tuple[float, float]:
-    """The values at the dark and at the bright end: masses from 0 to 1, radii up to the largest there is."""
+    """Return the lowest and highest value of the colour scale: 0 to 1 for masses, 0 to the largest value for radii."""
     if quantity != "spectral_radius":
         return 0.0, 1.0
     found = [value for column in columns for value in column.values[quantity] if math.isfinite(value)]
@@ -29,7 +29,10 @@ def scale_of(columns: Sequence[Column], quantity: str) -> tuple[float, float]:
 
 
 def picture(columns: Sequence[Column], quantity: str) -> tuple[str, int, int]:
-    """A data URL, and how many steps and rows the picture of one or more columns has; the last layer is on top."""
+    """Return a data URL and the numbers of steps and rows of the picture; the last layer is on top.
+
+    `columns` must not be empty.
+    """
     low, high = scale_of(columns, quantity)
     height = max(len(column.values[quantity]) for column in columns)
     drawn = [_shades(column.values[quantity], low, high, height) for column in columns]
@@ -38,7 +41,7 @@ def picture(columns: Sequence[Column], quantity: str) -> tuple[str, int, int]:
 
 
 def legend() -> str:
-    """The colours from low to high, as a data URL."""
+    """Colour scale from low to high as a data URL."""
     return _data_url([bytes(range(NOTHING))], NOTHING)
 
 

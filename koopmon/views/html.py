@@ -1,4 +1,4 @@
-"""HTML and SVG, put together so that nothing can be forgotten to be escaped: text is text until it is `Markup`."""
+"""HTML and SVG elements with automatic escaping: a plain string is text, only `Markup` is markup."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ VOID = frozenset({"meta", "link", "img", "br", "input"})
 
 
 class Markup(str):
-    """Text that is markup already."""
+    """Text that is already markup and is not escaped again."""
 
     __slots__ = ()
 
@@ -18,10 +18,10 @@ Child: TypeAlias = "str | int | None"
 
 
 def tag(name: str, /, *children: Child, **attributes: str | int | float | bool | None) -> Markup:
-    """One element. Children that are no Markup are escaped; None is nothing.
+    """Build one element. Children that are not Markup are escaped; None is skipped.
 
-    In the names of attributes "_" stands for "-", and a trailing one is dropped (`class_`); None and False leave an
-    attribute out, True gives it without a value.
+    In attribute names "_" becomes "-", and a trailing one is dropped (`class_`). None and False omit an attribute, True
+    writes it without a value.
     """
     words = [name]
     for key, value in attributes.items():

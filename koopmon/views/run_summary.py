@@ -1,4 +1,4 @@
-"""What a run's history comes down to once it is over."""
+"""Summary of a finished run from its history."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ _SENT = frozenset({"sent", "applied", "unanswered", "pending"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """Counts and extremes of one run; a step is an optimizer step, None is unknown."""
+    """Counts and extremes of one run; a step is an optimizer step, None means unknown."""
 
     run: str
     adapter: str | None
-    """The architecture adapter that the agents chose; None when no agent came."""
+    """The agents' architecture adapter; None when no agent connected."""
     num_snapshots: int
     last_step: int | None
     max_risk: float | None
     max_risk_step: int | None
     num_backoffs: int
-    """Commands that lowered the learning rate."""
+    """Number of commands that lowered the learning rate."""
     min_lr_scale: float
     num_kss: int
-    """Commands that turned KSS on or up."""
+    """Number of commands that switched KSS on or raised its weight."""
     max_kss_alpha: float
     num_held_back: int
-    """Commands that dry-run kept from being sent."""
+    """Number of commands not sent because of dry-run."""
     num_refused: int
-    """Commands that the agents did not apply."""
+    """Number of commands that the agents did not apply."""
     max_overhead_ratio: float | None
     store: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Plain values for JSON."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The same in words."""
+        """Return the summary as lines of text."""
         if self.adapter is None:
             return ["no training process attached; if no line above says why, install koopmon for the job's own Python"]
         risk = "" if self.max_risk is None else f"; highest risk {self.max_risk:.2f} at step {self.max_risk_step}"
@@ -86,7 +86,7 @@ def _summarise(history: HistoryReader, store: Path, run: str) -> RunSummary:
 
 
 class Judged(Protocol):
-    """A snapshot and its risk, as a row of the history or a point of the report."""
+    """A snapshot and its risk: a row of the history or a point of the report."""
 
     @property
     def step(self) -> int: ...
@@ -102,7 +102,7 @@ def summary_of(
     beats: Sequence[HeartbeatRow],
     decisions: Sequence[DecisionRow],
 ) -> RunSummary:
-    """The counts and extremes of what was read from a history."""
+    """Compute the counts and extremes from the rows of a history."""
     hellos = [row.hello for row in incarnations if row.hello is not None]
     worst = max(observations, key=lambda row: row.risk, default=None)
     steps = [row.step for row in observations] + [row.step for row in beats]
@@ -127,7 +127,7 @@ def summary_of(
 
 
 def _backoffs(decisions: Sequence[DecisionRow]) -> list[float]:
-    """Each learning-rate scale that was lower than the one before it, of the commands that were sent."""
+    """Learning-rate scales of the sent commands that lowered the scale."""
     lowered, current = [], 1.0
     for row in (row for decision in decisions for row in decision.commands):
         if row.outcome in _SENT and row.command.lr_scale is not None:
@@ -138,7 +138,7 @@ def _backoffs(decisions: Sequence[DecisionRow]) -> list[float]:
 
 
 def _kss(decisions: Sequence[DecisionRow]) -> list[float]:
-    """Each KSS weight that was higher than the one before it, of the commands that were sent."""
+    """KSS weights of the sent commands that raised the weight."""
     raised, current = [], 0.0
     for row in (row for decision in decisions for row in decision.commands):
         if row.outcome in _SENT and row.command.kss is not None:

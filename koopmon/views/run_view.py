@@ -1,4 +1,4 @@
-"""What the live page keeps of a run: small frozen records, which may be read while the monitor goes on."""
+"""Frozen records of a run for the live page, safe to read while the monitor runs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ QUANTITIES: Mapping[str, str] = {
     "contractive_mass": "contractive mass",
     "spectral_radius": "spectral radius",
 }
-"""What the heatmap can show, and its name in words."""
+"""Quantities of the heatmap and their display names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimelinePoint:
-    """One snapshot as it was judged. `time` is Unix seconds."""
+    """One snapshot with its assessment. `time` is Unix seconds."""
 
     step: int
     time: float
@@ -42,7 +42,7 @@ class TimelinePoint:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One step of the heatmap: by quantity, a value for each of its rows (`LatestSpectrum.labels`)."""
+    """One step of the heatmap: for each quantity, one value per row (`LatestSpectrum.labels`)."""
 
     step: int
     values: Mapping[str, array[float]]
@@ -50,8 +50,10 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatestSpectrum:
-    """The last profile. Layers above MAX_LAYERS share rows, as they share series; of those the first one's eigenvalues
-    are kept, as pairs (re, im) one after the other."""
+    """The eigenvalues of the latest profile, as flat pairs (re, im).
+
+    Above MAX_LAYERS, layers share rows as they share series; a shared row has the eigenvalues of its first layer.
+    """
 
     step: int
     labels: tuple[str, ...]
@@ -62,7 +64,7 @@ class LatestSpectrum:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandView:
-    """One command: `outcome` as in the history, `step` where it was answered."""
+    """One command: `outcome` as in the history, `step` is the step of its ack."""
 
     command: Command
     outcome: str
@@ -72,7 +74,7 @@ class CommandView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionView:
-    """One decision of the policy, with what became of its commands."""
+    """One decision of the policy with the outcomes of its commands."""
 
     step: int
     time: float
@@ -84,7 +86,7 @@ class DecisionView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentHealth:
-    """How the agents are. `dropped` counts snapshots by reason, the monitor's own losses too."""
+    """Health of the agents. `dropped` counts snapshots by reason, including those lost inside the monitor."""
 
     num_ranks: int = 0
     world_size: int = 0
@@ -97,7 +99,7 @@ class AgentHealth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyStatus:
-    """Where detector and policy stand after the last snapshot: what `preview` asks. `now` is of the policy's clock."""
+    """State of detector and policy after the last snapshot, the input of `preview`. `now` is on the policy's clock."""
 
     now: float
     state: PolicyState
@@ -109,10 +111,10 @@ class PolicyStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunView:
-    """Everything that a page shows of one run, at one moment. Times are Unix seconds.
+    """Data of one run's page at one moment. Times are Unix seconds.
 
-    `state` is "running", "ended", "vanished", or "recorded" of a run that only the history knows. `revision` grows with
-    every change of any run.
+    `state` is "running", "ended", "vanished", or "recorded" for a run known only from the history. `revision` grows
+    with every change of any run.
     """
 
     name: str
@@ -143,23 +145,23 @@ class RunView:
 
 
 def column_of(step: int, profile: SpectralProfile) -> Column:
-    """The quantities of a profile, a value for each row."""
+    """Heatmap column of a profile: one value per row."""
     return _column(step, {name: [getattr(layer, name) for layer in profile.layers] for name in QUANTITIES})
 
 
 def recorded_column(step: int, profile: Mapping[str, Any]) -> Column:
-    """Likewise of `SpectralProfile.to_dict`, without its tensors. Raises KeyError, TypeError or ValueError."""
+    """Heatmap column of a `SpectralProfile.to_dict` without tensors. Raises KeyError, TypeError or ValueError."""
     return _column(step, {name: [float(layer[name]) for layer in profile["layers"]] for name in QUANTITIES})
 
 
 def spectrum_of(step: int, profile: SpectralProfile) -> LatestSpectrum:
-    """The eigenvalues of a profile."""
+    """Eigenvalues of a profile."""
     pairs = [[(value.real, value.imag) for value in layer.eigenvalues.tolist()] for layer in profile.layers]
     return _spectrum(step, pairs, informative=profile.informative, reason=profile.reason)
 
 
 def recorded_spectrum(step: int, profile: Mapping[str, Any]) -> LatestSpectrum:
-    """`spectrum_of`, of `SpectralProfile.to_dict`. Raises KeyError, TypeError or ValueError."""
+    """Eigenvalues of a `SpectralProfile.to_dict`. Raises KeyError, TypeError or ValueError."""
     layers = profile["layers"]
     pairs = [[(float(re), float(im)) for re, im in layer["eigenvalues"]] for layer in layers]
     return _spectrum(step, pairs, informative=bool(profile["informative"]), reason=str(profile["reason"]))

@@ -1,6 +1,7 @@
-"""The spectra of a run that are worth a picture, and its layers over its steps. Each profile is read once and let go.
+"""Spectra of a run for the pictures, and its layers over its steps.
 
-The profiles of a long run do not fit into memory beside each other: of all but a few only three numbers a layer stay.
+The profiles of a long run together do not fit into memory. Each is read once; three numbers per layer are kept of all,
+eigenvalues only of a few.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from koopmon.history.reader import ProfileRow
 FIELDS = ("near_unit_mass", "expansive_mass", "spectral_radius")
 WORDS = dict(zip(FIELDS, ("near-unit mass", "expansive mass", "spectral radius"), strict=True))
 MAX_COLUMNS = 400
-"""Of a heatmap: of more snapshots, neighbours share a column, which shows their mean."""
+"""Maximum number of columns of a heatmap; above it, a column is the mean of adjacent snapshots."""
 Place = tuple[str, int]
-"""Incarnation and step."""
+"""Incarnation and step of one snapshot."""
 Layers = list[tuple[float | None, ...]]
-"""Of one snapshot: for each layer the numbers of FIELDS."""
+"""Values of FIELDS for each layer of one snapshot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedSpectrum:
-    """One snapshot's eigenvalues: of each transition, pairs (Re, Im). Masses are means over layers, the radius the
-    largest."""
+    """Eigenvalues of one snapshot: for each transition, pairs (Re, Im).
+
+    Masses are means over layers; the radius is the largest.
+    """
 
     name: str
     """"calm", "alarm" or "after"."""
@@ -41,7 +44,10 @@ class RecordedSpectrum:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heatmap:
-    """Layer by step of one launch: `values[field][layer][column]`, at `steps[column]`, the first of its snapshots."""
+    """Layer by step of one launch: `values[field][layer][column]`.
+
+    `steps[column]` is the step of the first snapshot in a column.
+    """
 
     incarnation: str
     steps: tuple[int, ...]
@@ -51,7 +57,7 @@ class Heatmap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profiles:
-    """What is left of all profiles of a run."""
+    """Data kept from all profiles of a run."""
 
     spectra: tuple[RecordedSpectrum, ...]
     heatmap: Heatmap | None
@@ -62,9 +68,9 @@ class Profiles:
 def read_profiles(
     rows: Iterable[ProfileRow], risks: Mapping[Place, float], alarm: Place | None, senders: Mapping[str, int]
 ) -> Profiles:
-    """What to show of a run: of `alarm`'s launch where there was one, else of the last.
+    """Select the spectra and the heatmap of a run, from the launch of `alarm` if there is one, else from the last.
 
-    `risks` tells each snapshot's risk, `senders` how many shards make a snapshot of a launch whole.
+    `risks` holds the risk of each snapshot, `senders` the number of shards of a complete snapshot per launch.
     """
     columns: dict[str, list[tuple[int, Layers]]] = {}
     calm: tuple[float, ProfileRow] | None = None
@@ -81,7 +87,7 @@ def read_profiles(
         columns.setdefault(row.incarnation, []).append((row.step, [_numbers(layer) for layer in layers]))
         risk = risks.get((row.incarnation, row.step))
         before = alarm is None or (row.incarnation == alarm[0] and row.step < alarm[1])
-        # The first snapshot has none before it to be measured by: its risk of 0 says nothing.
+        # The first snapshot of a launch has no predecessor, so its risk of 0 carries no information.
         started = len(columns[row.incarnation]) > 1
         if before and started and risk is not None and (calm is None or risk < calm[0]):
             calm = risk, row

@@ -1,6 +1,6 @@
-"""The lines of the live page over steps, as SVG that the server draws: the same with and without JavaScript.
+"""SVG line charts over steps, drawn on the server, so that they do not need JavaScript.
 
-Widths are those of the page, in percent, so that text keeps its size on a telephone; colours are the style sheet's.
+Widths are percentages of the page, so that text keeps its size on a telephone. The style sheet sets the colours.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from koopmon.views.html import Markup, join, tag
 from koopmon.views.run_view import CommandView, DecisionView, TimelinePoint
 
 TRAINING = ("set_lr_scale", "set_kss", "stop")
-"""Kinds of commands that change training; the others change what is seen of it."""
+"""Kinds of commands that change training; the others change only the observation."""
 RISK_HEIGHT, SMALL_HEIGHT, SPARK_HEIGHT = 220, 90, 24
 SPARK_POINTS = 120
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """As a reader wants it; a dash where nothing is known."""
+    """Format a number with `digits` significant digits; a dash for None and NaN."""
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}g}"
 
 
 def decimal(value: float | None) -> str:
-    """A risk, or another value from 0 to 1."""
+    """Format a risk or another value from 0 to 1; a dash for None."""
     return "–" if value is None else f"{value:.2f}"
 
 
 def sparkline(points: Sequence[TimelinePoint], act_risk: float) -> Markup:
-    """The risk of the last snapshots, in a cell that says the last one in words."""
+    """Small chart of the latest risks for a table cell."""
     values = [point.risk for point in points[-SPARK_POINTS:]]
     if len(values) < 2:
         return Markup("")
@@ -49,8 +49,10 @@ def sparkline(points: Sequence[TimelinePoint], act_risk: float) -> Markup:
 def risk_chart(
     points: Sequence[TimelinePoint], decisions: Sequence[DecisionView], thresholds: Sequence[tuple[str, float]]
 ) -> Markup:
-    """Risk and forecast over steps. `thresholds` are drawn with their names; commands that change training are
-    marked."""
+    """Chart of risk and forecast over steps.
+
+    `thresholds` are drawn with their names; commands that change training are marked.
+    """
     height, place = RISK_HEIGHT, _placed(points)
     levels, names = [], []
     for name, value in thresholds:
@@ -93,7 +95,10 @@ def small_chart(
     *,
     unit_scale: bool = False,
 ) -> Markup:
-    """One quantity over steps, scaled to what is there, or with `unit_scale` from 0 to 1, below what it is now."""
+    """Chart of one quantity over steps below its current value.
+
+    The scale fits the data, or with `unit_scale` is 0 to 1.
+    """
     known = [found for point in points if (found := value(point)) is not None and math.isfinite(found)]
     if not known:
         return tag("p", f"No {name.lower()} is known.", class_="quiet")
@@ -122,7 +127,7 @@ def small_chart(
 
 
 def commands(decisions: Sequence[DecisionView]) -> list[tuple[CommandView, int]]:
-    """The commands that change training, each where it was answered, else where it was decided."""
+    """Commands that change training, each with the step of its ack, else of its decision."""
     return [
         (order, decided.step if order.step is None else order.step)
         for decided in decisions
@@ -132,7 +137,7 @@ def commands(decisions: Sequence[DecisionView]) -> list[tuple[CommandView, int]]
 
 
 def order_words(order: CommandView) -> str:
-    """What a command asks for."""
+    """Describe the command's action."""
     command = order.command
     if command.kind == "set_lr_scale":
         return f"learning rate x {number(command.lr_scale)}"
@@ -146,7 +151,7 @@ def order_words(order: CommandView) -> str:
 
 
 def _mark(order: CommandView, step: int, at: float) -> Markup:
-    """A line and a triangle below the axis, hollow where the command is not in force."""
+    """Marker of a command: a line, and a triangle below the axis that is hollow while the command is not in force."""
     x = f"{at:.2f}%"
     return tag(
         "g",
@@ -158,12 +163,12 @@ def _mark(order: CommandView, step: int, at: float) -> Markup:
 
 
 def _up(value: float, height: float) -> float:
-    """Where a value from 0 to 1 stands in SVG, which counts downwards; room for the line's width is left."""
+    """SVG y coordinate of a value from 0 to 1, with a margin for the line width. The y axis of SVG points down."""
     return (height - 2) - (height - 4) * min(max(value, 0.0), 1.0)
 
 
 def _placed(points: Sequence[TimelinePoint]) -> Callable[[float], float]:
-    """Where a step stands, in percent of the width."""
+    """Return a function from a step to its x coordinate in percent of the width."""
     first = min((point.step for point in points), default=0)
     span = max((point.step for point in points), default=0) - first or 1
     return lambda step: 100.0 * (step - first) / span
@@ -182,7 +187,7 @@ def _line(
 
 
 def _plot(lines: Sequence[Markup], height: int) -> Markup:
-    """Lines whose x runs from 0 to 1000, stretched over the width; their strokes are not."""
+    """Chart of lines with x from 0 to 1000, stretched to the full width. The stroke width does not scale."""
     return tag("svg", *lines, viewBox=f"0 0 1000 {height}", preserveAspectRatio="none", width="100%", height=height)
 
 

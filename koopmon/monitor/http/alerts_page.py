@@ -1,4 +1,4 @@
-"""The page /alerts: what each alert means and what to do, where the links of firing alerts lead."""
+"""The page /alerts: meaning and runbook of each alert. Links of firing alerts lead here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STYLE = (
 
 
 def alerts_page() -> str:
-    """HTML with one section, and one anchor, for each alert of the table."""
+    """HTML with one section and one anchor for each alert of the table."""
     index = "".join(
         f'<li><a href="#{alert.anchor}">{alert.name}</a>: {html.escape(_plain(alert.summary))}</li>' for alert in ALERTS
     )
@@ -44,5 +44,5 @@ def _inline(markdown: str) -> str:
 
 
 def _plain(template: str) -> str:
-    """A summary without its templates: `{{ $labels.run }}` is "the run"."""
+    """Replace the templates of a summary by words: `{{ $labels.run }}` becomes "the run"."""
     return re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"the \1", template)

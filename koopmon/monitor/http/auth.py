@@ -1,4 +1,4 @@
-"""Who may read the monitor's pages: a password or a token before them, and TLS around them."""
+"""Authentication and TLS of the monitor's pages: a bearer token or a password."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from koopmon.secret_files import check_private, read_secret
 TOKEN_VARIABLE = "KOOPMON_HTTP_TOKEN"  # noqa: S105 - the name of a variable
 PASSWORD_VARIABLE = "KOOPMON_HTTP_PASSWORD"  # noqa: S105
 OPEN = frozenset({"/healthz", "/readyz"})
-"""Pages that tell nothing and ask for nothing."""
+"""Health checks that need no authentication and contain no run data."""
 BROWSERS = (
     "A browser cannot show a bearer token: for the live page set [http] user and password_file as well, or ask with\n"
     "  curl -H 'Authorization: Bearer TOKEN' ADDRESS\n"
@@ -28,7 +28,7 @@ BROWSERS = (
 
 @dataclass(frozen=True, slots=True)
 class HttpAuth:
-    """What a request has to show; the default is nothing. A token, or a user's password, whichever it has."""
+    """Credentials that a request must present: a token, or a user and password. Without either, pages are open."""
 
     token: bytes | None = field(default=None, repr=False)
     user: bytes | None = None
@@ -39,7 +39,7 @@ class HttpAuth:
         return self.token is not None or self.password is not None
 
     def admits(self, header: bytes) -> bool:
-        """Whether an `Authorization` header will do. Takes the same time wherever a guess goes wrong."""
+        """Return True if an `Authorization` header is valid. Compares in constant time."""
         scheme, _, credentials = header.strip().partition(b" ")
         if scheme.lower() == b"bearer" and self.token is not None:
             return hmac.compare_digest(credentials.strip(), self.token)
@@ -52,7 +52,7 @@ class HttpAuth:
         return False
 
     def wrap(self, pages: ASGIApp) -> ASGIApp:
-        """`pages` behind this login."""
+        """Return `pages` with this authentication in front."""
         if not self.required:
             return pages
         words = "a token or a password is needed\n" + (BROWSERS if self.password is None else "")
@@ -72,7 +72,7 @@ class HttpAuth:
 
 
 def read_http_auth(config: HttpConfig, environ: Mapping[str, str]) -> HttpAuth:
-    """The login that configuration and environment ask for. Raises ConfigError, which never quotes a secret."""
+    """Read the credentials from configuration and environment. Raises ConfigError, which never quotes a secret."""
     token = read_secret(config.token_file, environ.get(TOKEN_VARIABLE, ""), "http.token_file")
     password = read_secret(config.password_file, environ.get(PASSWORD_VARIABLE, ""), "http.password_file")
     if (password is None) != (not config.user):
@@ -84,7 +84,7 @@ def read_http_auth(config: HttpConfig, environ: Mapping[str, str]) -> HttpAuth:
 
 
 def read_tls(config: HttpConfig) -> ssl.SSLContext | None:
-    """The certificate and key that the configuration names; None when it names none. Raises ConfigError."""
+    """Load the configured certificate and key; None without them. Raises ConfigError."""
     certificate, key = config.tls_certificate, config.tls_key
     if not certificate and not key:
         return None
@@ -95,7 +95,7 @@ def read_tls(config: HttpConfig) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        # A key behind a passphrase would ask for it on the terminal.
+        # Without a password callback, OpenSSL would prompt on the terminal for the passphrase of an encrypted key.
         context.load_cert_chain(certificate, key, password=lambda: b"")
     except (OSError, ValueError) as error:  # ssl.SSLError among them
         why = getattr(error, "strerror", None) or str(error)

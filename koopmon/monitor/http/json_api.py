@@ -1,4 +1,4 @@
-"""The same as the pages, as JSON: docs/live-page.md tells the shape. Names that are there stay; there may be more."""
+"""The data of the pages as JSON. docs/live-page.md documents the format: fields may be added but not removed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ VERSION = 1
 
 
 def runs(views: Sequence[RunView], now: float) -> dict[str, Any]:
-    """All runs, in a line each. `now` is Unix seconds."""
+    """Summaries of all runs. `now` is Unix seconds."""
     return {"version": VERSION, "time": now, "runs": [summary(view) for view in views]}
 
 
 def summary(view: RunView) -> dict[str, Any]:
-    """One run in a line."""
+    """Summary of one run."""
     latest, last = view.latest, view.decisions[-1] if view.decisions else None
     return {
         "run": view.name,
@@ -38,7 +38,7 @@ def summary(view: RunView) -> dict[str, Any]:
 
 
 def run(view: RunView, now: float) -> dict[str, Any]:
-    """Everything of one run. Numbers that are not finite are null."""
+    """All data of one run. Numbers that are not finite are null."""
     told = preview(view)
     return {
         "version": VERSION,

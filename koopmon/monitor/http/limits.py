@@ -1,7 +1,8 @@
-"""What the pages' server takes from a connection: well-formed requests, soon, and of so many peers at once.
+"""Limits on HTTP connections: header size, lifetime, count.
 
-Nothing of it trusts the peer to go on. When there are too many connections the oldest gives way: an honest request
-takes milliseconds, so it is one that dawdles. What is refused is counted and now and then logged, not each time.
+No limit depends on the cooperation of the peer. Above the maximum number of connections the oldest is closed: a normal
+request takes milliseconds, so the oldest is probably a slow peer. Rejected requests are counted, and their log lines
+are rate-limited.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_HEAD_BYTES = 16 << 10
 LIFE_SECONDS = 30.0
-"""Of a connection, whatever it does: a scrape that takes longer is given up by who asked for it."""
+"""Maximum lifetime of a connection. A scraper gives up on a longer scrape."""
 STREAM_SECONDS = 3600.0
-"""Of one whose answer has declared itself a stream of events: those are few, and their readers come back by
-themselves."""
+"""Maximum lifetime of an event stream. Streams are few, and their readers reconnect."""
 STALL_SECONDS = 30.0
-"""How long the reader of a stream may take nothing while STREAM_BYTES wait for it."""
+"""Maximum time for which a stream's reader may accept no data while STREAM_BYTES wait."""
 STREAM_BYTES = 16 << 10
 EVENTS = b"text/event-stream"
 Note = Callable[[str, str], None]
 
 
 def protocol(max_connections: int, note: Note) -> type[H11Protocol]:
-    """uvicorn's protocol within bounds; `note(reason, detail)` hears of every connection that was refused or cut."""
+    """Return uvicorn's HTTP protocol class with limits.
+
+    `note(reason, detail)` is called for every connection that was refused or closed.
+    """
 
     class Bounded(H11Protocol):
         _end: asyncio.TimerHandle | None = None
@@ -72,7 +75,7 @@ def protocol(max_connections: int, note: Note) -> type[H11Protocol]:
             self.transport.abort()
 
         def _watched(self, pages: ASGIApp) -> ASGIApp:
-            """It is only by our own answer that a connection gets more time: no request can ask for it."""
+            """Extend the lifetime only for our own event-stream responses: no request can extend it."""
 
             async def watched(scope: Scope, receive: Receive, send: Send) -> None:
                 async def watching(message: Message) -> None:
@@ -107,7 +110,7 @@ def _is_stream(start: Message) -> bool:
 
 
 class ErrorBoundary:
-    """Around the pages: an error in one of them, or in the middle of a request, ends this request and no more."""
+    """ASGI middleware: an error in a page or in a request ends only that request."""
 
     def __init__(self, pages: ASGIApp, note: Callable[..., None]) -> None:
         self._pages = pages
@@ -123,10 +126,10 @@ class ErrorBoundary:
 
 
 def options(max_connections: int, note: Note) -> dict[str, Any]:
-    """What uvicorn.Config is to be told."""
+    """Return the limits as options for uvicorn.Config."""
     return {
         "http": protocol(max_connections, note),
         "h11_max_incomplete_event_size": MAX_HEAD_BYTES,
-        # It would log a line for every malformed request; what is worth one goes through `note`.
+        # uvicorn would log a line for every malformed request; `note` rate-limits these lines.
         "log_level": "critical",
     }

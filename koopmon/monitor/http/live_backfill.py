@@ -1,7 +1,7 @@
-"""After a restart the live page begins with what the history knows: read in a thread of its own, a little at a time.
+"""Fill the live page from the history after a restart, in small steps in a separate thread.
 
-The daemon's loop reads nothing of it and waits for none of it. First every run's points, decisions and last spectrum,
-then the heatmaps, whose rows are the large ones.
+The daemon's loop never waits for this thread. It first reads every run's points, decisions and last spectrum. It then
+reads the heatmaps, which have the largest rows.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from koopmon.views.run_view import (
 logger = logging.getLogger(__name__)
 
 MAX_BACKFILLED = 64
-"""Runs, those seen last."""
+"""Maximum number of runs, most recently seen first."""
 MAX_COLUMNS = 120
-"""Of each heatmap; a row of the history takes a millisecond or two."""
+"""Maximum number of columns of each heatmap; one row of the history takes a millisecond or two."""
 PAUSE_SECONDS = 0.002
-"""Between two such rows, in which the monitor has the interpreter to itself."""
+"""Pause after each heatmap row, which releases the GIL to the monitor."""
 
 
 class LiveBackfill:
-    """Fills a live state once from the store at `path`; its thread ends when it is done."""
+    """Fills a live state once from the store at `path`; its thread then ends."""
 
     def __init__(self, live_state: LiveState, path: str | os.PathLike[str]) -> None:
         self._live_state = live_state
@@ -48,7 +48,7 @@ class LiveBackfill:
         self._thread.start()
 
     def wait(self, timeout_seconds: float) -> bool:
-        """Whether it is done by then."""
+        """Wait for the thread; True if it has finished."""
         self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
 
@@ -97,7 +97,7 @@ class LiveBackfill:
 
 @contextmanager
 def _isolated(run: str) -> Iterator[None]:
-    """An error while one run is read does not keep the other runs from being shown."""
+    """Log an error in the history of one run and continue with the other runs."""
     try:
         yield
     except Exception as error:
@@ -105,7 +105,7 @@ def _isolated(run: str) -> Iterator[None]:
 
 
 def _recorded_view(history: HistoryReader, row: RunRow) -> RunView:
-    """What the last launch of a run said of itself. One that the history says goes on has not been heard since."""
+    """Return the last recorded launch of a run. A run without a recorded end has the state "recorded"."""
     launch = history.incarnations(row.name)[-1]
     states = {int(RunState.ENDED): "ended", int(RunState.VANISHED): "vanished"}
     state = states.get(row.state, "recorded")

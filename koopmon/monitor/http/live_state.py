@@ -1,7 +1,7 @@
-"""What the live page shows, handed from the daemon's thread to the web server's.
+"""State of the live page, shared between the daemon's thread and the web server's.
 
-The daemon writes: each call copies a few numbers under a lock and waits for nobody. Readers take frozen views. What is
-kept is bounded: so many runs, and of each the last so many points, columns and decisions; the history has the rest.
+The daemon writes: each call copies a few numbers under a lock and never blocks on readers. Readers take frozen views.
+The number of runs is bounded, and so are the points, columns and decisions of each; the history has the rest.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
 
 MAX_RUNS = 256
-"""Runs that are shown; of more, those go that are over, the oldest first."""
+"""Maximum number of runs on the page; above it the oldest finished run is removed."""
 MAX_POINTS = 400
 MAX_COLUMNS = 240
 MAX_DECISIONS = 50
 HEALTH_SECONDS = 1.0
-"""Least time between two looks at a run's ranks, of which there may be thousands."""
+"""Minimum interval between health updates of a run, which may have thousands of ranks."""
 
 T = TypeVar("T", TimelinePoint, Column, DecisionView)
 
 
 @dataclass(slots=True)
 class _Kept:
-    """One run, as the live state keeps it; `view` holds what is replaced, the rest grows and is cut."""
+    """One run in the live state; `view` holds values that are replaced, the bounded deques hold series."""
 
     view: RunView
     points: deque[TimelinePoint] = field(default_factory=lambda: deque(maxlen=MAX_POINTS))
     columns: deque[Column] = field(default_factory=lambda: deque(maxlen=MAX_COLUMNS))
     decisions: deque[DecisionView] = field(default_factory=lambda: deque(maxlen=MAX_DECISIONS))
     lost: dict[str, int] = field(default_factory=dict)
-    """Snapshots that the monitor itself lost, by reason."""
+    """Snapshots lost inside the monitor, by reason."""
     health_at: float = float("-inf")
 
     def shown(self) -> RunView:
@@ -64,7 +64,7 @@ class _Kept:
 
 
 class LiveState:
-    """`boot` names this board: revisions of another one mean nothing here."""
+    """Live state of all runs. `boot` identifies this instance; revisions of other instances are not comparable."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
         self.boot = secrets.token_hex(4)
@@ -77,12 +77,12 @@ class LiveState:
 
     @property
     def revision(self) -> int:
-        """Grows with every change; reading it costs nothing."""
+        """Revision number, incremented by every change; reading it takes no lock."""
         return self._revision
 
     @property
     def num_hidden(self) -> int:
-        """How often a run had to give way to another."""
+        """Number of runs removed from the page to make room for other runs."""
         return self._num_hidden
 
     def names(self) -> list[str]:
@@ -95,12 +95,12 @@ class LiveState:
             return None if kept is None else kept.shown()
 
     def views(self, *, since: int = -1) -> list[RunView]:
-        """Every run that changed after revision `since`, in the order in which they came."""
+        """Views of all runs that changed after revision `since`, in order of arrival."""
         with self._lock:
             return [kept.shown() for kept in self._kept.values() if kept.view.revision > since]
 
     def update_run(self, run: Run, *, sends: bool) -> None:
-        """Take what the registry knows of a run, and how its agents are."""
+        """Update a run from the registry, and the health of its agents."""
         now, hello = self._clock(), run.hello
         with self._lock:
             kept = self._kept.get(run.name)
@@ -132,19 +132,19 @@ class LiveState:
                 self._change(kept)
 
     def mark_ended(self, name: str, state: RunState) -> None:
-        """A run ended or vanished; when it was last heard stays."""
+        """Mark a run as ended or vanished; the time of its last message stays."""
         with self._lock:
             if (kept := self._kept.get(name)) is not None:
                 self._change(kept, state=state.name.lower())
 
     def count_snapshot(self, name: str) -> None:
-        """A snapshot came."""
+        """Count a received snapshot."""
         with self._lock:
             if (kept := self._kept.get(name)) is not None:
                 kept.view = replace(kept.view, num_received=kept.view.num_received + 1)
 
     def count_drop(self, name: str, reason: str) -> None:
-        """A snapshot was lost in the monitor."""
+        """Count a snapshot that was lost in the monitor."""
         with self._lock:
             if (kept := self._kept.get(name)) is not None:
                 kept.lost[reason] = kept.lost.get(reason, 0) + 1
@@ -152,7 +152,7 @@ class LiveState:
     def record_assessment(
         self, name: str, sample: Sample, profile: SpectralProfile | None, assessment: Assessment, status: PolicyStatus
     ) -> None:
-        """One snapshot, with what it was found to say and what was decided."""
+        """Add one snapshot with its assessment and decision."""
         column = None if profile is None else column_of(sample.step, profile)
         spectrum = None if profile is None else spectrum_of(sample.step, profile)
         at = self._wall()
@@ -188,18 +188,18 @@ class LiveState:
             self._change(kept, standing=status, spectrum=spectrum or kept.view.spectrum)
 
     def set_policy_state(self, name: str, state: PolicyState) -> None:
-        """An answer changed where the policy stands."""
+        """Update the policy state after an ack."""
         with self._lock:
             kept = self._kept.get(name)
             if kept is not None and kept.view.standing is not None:
                 self._change(kept, standing=replace(kept.view.standing, state=state))
 
     def record_ack(self, ack: Ack) -> None:
-        """Rank 0 answered a command."""
+        """Record the outcome of a command from rank 0's ack."""
         self._settle(ack.run, ack.command_id, ack.outcome, ack.step, ack.detail)
 
     def record_outcome(self, name: str, command_id: str, outcome: str) -> None:
-        """What became of a command when no answer tells."""
+        """Record the outcome of a command without an ack."""
         self._settle(name, command_id, outcome)
 
     def backfill(
@@ -210,8 +210,8 @@ class LiveState:
         columns: Iterable[Column] = (),
         decisions: Iterable[DecisionView] = (),
     ) -> None:
-        """Put what the history knows before what was heard since, which stays as it is."""
-        # Outside the lock: they may be read from a file only now.
+        """Insert values of the history before the live values, which stay unchanged."""
+        # Evaluate the iterables outside the lock: they may read from a file.
         points, columns, decisions = list(points), list(columns), list(decisions)
         with self._lock:
             kept = self._kept.get(view.name)
@@ -233,7 +233,7 @@ class LiveState:
         return kept
 
     def _follow(self, kept: _Kept, incarnation: str) -> None:
-        """A new launch goes on where the last one stood: points and decisions stay, the policy's state does not."""
+        """Switch to a new launch of the run: keep points and decisions, reset the policy status."""
         kept.lost.clear()
         kept.health_at = float("-inf")
         kept.view = replace(kept.view, incarnation=incarnation, standing=None, num_received=0)
@@ -260,7 +260,7 @@ class LiveState:
 
 
 def policy_status_of(now: float, controller: RunController, assessment: Assessment) -> PolicyStatus:
-    """`now` is of the clock that the controller is asked by."""
+    """Build the policy status; `now` is a time of the controller's clock."""
     return PolicyStatus(
         now=now,
         state=controller.policy_state,
@@ -272,7 +272,7 @@ def policy_status_of(now: float, controller: RunController, assessment: Assessme
 
 
 def _before(kept: deque[T], earlier: list[T]) -> None:
-    """Put `earlier` in front, as far as it is older than what is there and there is room."""
+    """Insert the items of `earlier` that are older than the first item, as far as there is room."""
     first = kept[0].step if kept else float("inf")
     room = (kept.maxlen or 0) - len(kept)
     older = [each for each in earlier if each.step < first]
@@ -280,7 +280,7 @@ def _before(kept: deque[T], earlier: list[T]) -> None:
 
 
 def _with_outcome(order: CommandView, outcome: str, step: int | None, detail: str) -> CommandView:
-    # That a command is a duplicate says nothing of what became of it.
+    # The outcome "duplicate" does not contain the result of the command.
     if outcome == "duplicate" or (outcome == "unanswered" and order.outcome not in ("pending", "unanswered")):
         return order
     return replace(order, outcome=outcome, step=step, detail=detail)

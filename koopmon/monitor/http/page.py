@@ -1,4 +1,4 @@
-"""What every page of the monitor shares: head, header, footer, small pieces."""
+"""Common parts of the monitor's pages: head, header, footer, small elements."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ HEADERS = {
 
 
 def page(root: str, title: str, main: Child, *, events: str = "", crumbs: Child = None) -> str:
-    """A whole document. `root` leads from this page to the monitor's address, as "" or "../"; `events` is the stream
-    that tells when it changes."""
+    """Return a whole document.
+
+    `root` is the relative path from this page to the monitor's address, such as "" or "../". `events` is the address of
+    the event stream with the page's changes.
+    """
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -69,7 +72,10 @@ def page(root: str, title: str, main: Child, *, events: str = "", crumbs: Child 
 
 
 def root_of(raw_path: bytes) -> str:
-    """From a page back to the monitor's address, whatever proxy it is behind: by the slashes of its own path."""
+    """Return the relative path from a page to the monitor's address.
+
+    It depends only on the number of slashes in the page's path, so it is correct behind any proxy.
+    """
     return "../" * (raw_path.count(b"/") - 1)
 
 
@@ -83,7 +89,7 @@ def state(name: str) -> Markup:
 
 
 def moment(at: float, now: float) -> Markup:
-    """How long ago, for a script to keep right. Unix seconds."""
+    """Element with the time since `at`, which a script updates. Times are Unix seconds."""
     if not at:
         return Markup("–")
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
@@ -98,7 +104,7 @@ def ago(seconds: float) -> str:
 
 
 def table(identity: str, caption: str, heads: Sequence[str], rows: Sequence[Sequence[Child]]) -> Markup:
-    """A table that scrolls by itself where it is too wide, also by keyboard; the first cell names its row."""
+    """Table that scrolls in its own region if it is too wide, also by keyboard; the first cell is the row header."""
     body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
     inner = tag(
         "table",
@@ -110,7 +116,7 @@ def table(identity: str, caption: str, heads: Sequence[str], rows: Sequence[Sequ
 
 
 def card(identity: str, heading: str, *children: Child, kind: str = "") -> Markup:
-    """One part of a page, which a script replaces when it changes."""
+    """Section of a page, which a script replaces when it changes."""
     return tag(
         "section",
         tag("h2", heading, id=f"{identity}-heading"),
@@ -131,7 +137,7 @@ def facts(pairs: Sequence[tuple[str, Child]]) -> Markup:
 
 
 def message(root: str, title: str, *paragraphs: Child) -> str:
-    """A page that says one thing."""
+    """Page with one message."""
     words = join(tag("h1", title), *(tag("div", each) for each in paragraphs))
     back = tag("p", tag("a", "All runs", href=root or "./"))
     return page(root, f"{title} · koopmon", tag("section", words, back, class_="card", aria_label=title))

@@ -1,4 +1,4 @@
-"""Pages drawn once for all of their readers, and one at a time: the interpreter is the daemon's too."""
+"""Page cache. Rendering is serialised because it competes with the daemon for the GIL."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Hashable
 
 MAX_PAGES = 16
 FRESH_SECONDS = 1.0
-"""How long a page of which nothing changed is handed out again; then at least its times have."""
+"""Maximum age of a cached page without changes: the times on it must be updated after this."""
 
 
 class PageCache:
-    """Remembers the pages drawn last."""
+    """Cache of the pages rendered last."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -21,7 +21,7 @@ class PageCache:
         self._kept: OrderedDict[Hashable, tuple[int, float, str]] = OrderedDict()
 
     def page(self, key: Hashable, revision: int, draw: Callable[[], str]) -> str:
-        """What `draw` gives for `key`, or gave a moment ago when `revision` is the same."""
+        """Return the cached page of `key` if it is fresh and has the same `revision`, else the result of `draw`."""
         with self._lock:
             known, at, text = self._kept.get(key, (-1, 0.0, ""))
             now = self._clock()

@@ -1,6 +1,6 @@
-"""What the policy would do next, and why: it is asked, as after a snapshot, and its answer is not carried out.
+"""Preview of the policy's next action for a high and a severe risk.
 
-`policy.decide` is a pure function, so asking it "what if the next snapshot were high, or severe?" changes nothing.
+`policy.decide` is a pure function, so a call with an assumed risk changes nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PHASES = {
 
 @dataclass(frozen=True, slots=True)
 class PolicyPreview:
-    """`phase` is the policy's word for where it stands, `lines` what it would do, each a condition and an answer."""
+    """`phase` is the policy's phase; each of `lines` holds a condition and the policy's action."""
 
     phase: str
     meaning: str
@@ -30,7 +30,7 @@ class PolicyPreview:
 
 
 def preview(view: RunView) -> PolicyPreview:
-    """For a run that was judged since this monitor began; of another one there is nothing to tell yet."""
+    """Preview for a run. Without an assessment by this monitor there is only one line, which gives the reason."""
     standing = view.standing
     if standing is None:
         known = view.decisions[-1].phase if view.decisions else "calm"
@@ -41,7 +41,7 @@ def preview(view: RunView) -> PolicyPreview:
 
 
 def _restraint(view: RunView, standing: PolicyStatus) -> Iterator[tuple[str, str]]:
-    """Why nothing would be sent, where nothing would be."""
+    """Yield the reason if no command would be sent."""
     if view.state != "running":
         yield "Sent", f"Nothing: the run is {view.state}."
     elif standing.policy.name == "observe":
@@ -67,7 +67,7 @@ def _answers(standing: PolicyStatus) -> Iterator[tuple[str, str]]:
 
 
 def _asked(standing: PolicyStatus, risk: float) -> str:
-    """The policy's answer to one more snapshot with this risk, once the cool-down is over."""
+    """Return the policy's action for one more snapshot with this risk, after the cool-down."""
     state, config = standing.state, standing.policy
     seen = replace(
         standing.observation,

@@ -1,4 +1,4 @@
-"""The routes of the live page. All of them only read; names of runs are strangers' words, and are treated so."""
+"""Read-only routes. Run names are untrusted input and always escaped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Answer = Callable[[Request], Response]
 def routes(
     live_state: LiveState, streams: EventStreams, policy: PolicyConfig, wall: Callable[[], float] = time.time
 ) -> list[BaseRoute]:
-    """Pages, JSON and events over one board. `policy` has the thresholds of runs that were not judged yet."""
+    """Routes of pages, JSON and events for one live state. `policy` holds the thresholds of runs without assessment."""
 
     once = PageCache()
 
@@ -92,10 +92,10 @@ def routes(
 
 
 class EventStream(StreamingResponse):
-    """A response that goes on; its place among the streams is given back however it ends."""
+    """Streaming response; it releases its stream in every case."""
 
     def __init__(self, streams: EventStreams, content: AsyncIterator[bytes]) -> None:
-        # A connection ends with its stream: it has been let to live for longer than others may.
+        # Close the connection with the stream, because its lifetime exceeds that of other connections.
         headers = {**page.HEADERS, "x-accel-buffering": "no", "connection": "close"}
         super().__init__(content, media_type="text/event-stream", headers=headers)
         self._streams = streams
@@ -108,7 +108,7 @@ class EventStream(StreamingResponse):
 
 
 def not_found(request: Request, _: Exception) -> Response:
-    """For an address that is none of ours."""
+    """Page for an unknown address."""
     root = page.root_of(request.scope["raw_path"])
     return _html(page.message(root, "No such page", "This monitor has no page at this address."), status=404)
 

@@ -12,11 +12,11 @@ from koopmon.views.run_view import QUANTITIES, CommandView, DecisionView, RunVie
 from koopmon.views.svg_charts import decimal, number
 
 ROWS = 30
-"""Of the table behind the risk."""
+"""Maximum number of rows of the risk table."""
 
 
 def render(root: str, view: RunView, now: float, config: PolicyConfig, *, quantity: str) -> str:
-    """The document; `quantity`, one of QUANTITIES, is what the heatmap shows. `now` is Unix seconds."""
+    """Return the document. `quantity`, one of QUANTITIES, selects the heatmap; `now` is Unix seconds."""
     main = join(
         tag("h1", view.name, class_="name"),
         tag("section", _summary(view, now, config), id="summary", data_live=True, aria_label="Now", class_="summary"),

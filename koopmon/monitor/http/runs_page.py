@@ -23,7 +23,7 @@ CLASSES = {
 
 
 def render(root: str, views: Sequence[RunView], now: float, config: PolicyConfig, *, num_hidden: int = 0) -> str:
-    """The document. `now` is Unix seconds."""
+    """Return the document. `now` is Unix seconds."""
     running = [view for view in views if view.state == "running"]
     at_risk = [view for view in running if view.latest is not None and view.latest.risk >= config.act_risk]
     held = [view for view in running if view.lr_scale < 1.0 or view.kss_alpha > 0.0]
@@ -46,7 +46,7 @@ def render(root: str, views: Sequence[RunView], now: float, config: PolicyConfig
 
 
 def level(risk: float | None, config: PolicyConfig) -> str:
-    """The class of a risk, by the policy's own thresholds."""
+    """CSS class of a risk by the policy's thresholds."""
     if risk is None or risk < config.release_risk:
         return "level low"
     return "level severe" if risk >= config.severe_risk else "level high" if risk >= config.act_risk else "level raised"
@@ -56,12 +56,13 @@ def _runs(root: str, views: Sequence[RunView], now: float, config: PolicyConfig)
     if not views:
         words = ("No run yet. Start one with ", tag("code", "koopmon run -- torchrun train.py"), ", or give the")
         return tag("p", *words, " endpoint of this monitor to it with ", tag("code", "--monitor"), ".")
-    # Those that run stay where they came in: rows that change places are hard to read.
+    # Running runs keep their order of arrival: rows that move are hard to read.
     ordered = sorted(
         views, key=lambda view: (ORDER.get(view.state, 9), 0.0 if view.state == "running" else -view.last_heard)
     )
     heads = [tag("th", head, scope="col", role="columnheader") for head in HEADS]
-    # The roles are for narrow windows, where a table that is laid out as cards would be none to a screen reader.
+    # In narrow windows the table has a card layout. Without explicit roles, screen readers would not detect it as a
+    # table.
     return tag(
         "table",
         tag("caption", "Every run that this monitor knows, those that go on first.", class_="unseen"),

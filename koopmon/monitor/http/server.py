@@ -1,4 +1,4 @@
-"""The monitor's pages: the live ones, /alerts, /metrics, /healthz, /readyz. Who may read them is `login`'s to say."""
+"""HTTP server: live pages, /alerts, /metrics, /healthz, /readyz. `login` controls access."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STOP_SECONDS = 5.0
 
 
 def parse_address(address: str, *, exposed: bool = False) -> tuple[str, int]:
-    """Host and port of `HOST:PORT`, an address of this host; port 0 leaves the choice to the system.
+    """Parse `HOST:PORT`, an address of this host; the system chooses a port for 0.
 
     Without `exposed` it must be a loopback address. Raises EndpointError.
     """
@@ -52,7 +52,7 @@ def parse_address(address: str, *, exposed: bool = False) -> tuple[str, int]:
 
 
 def listen(address: str, *, exposed: bool = False) -> socket.socket:
-    """A listening socket at `HOST:PORT`. Raises EndpointError when the address is refused or in use."""
+    """Open a listening socket at `HOST:PORT`. Raises EndpointError when the address is not allowed or in use."""
     host, port = parse_address(address, exposed=exposed)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
@@ -66,12 +66,13 @@ def listen(address: str, *, exposed: bool = False) -> socket.socket:
 
 
 class WebServer:
-    """Serves the pages from a thread of its own; `address` is the actual HOST:PORT.
+    """Serves the pages from its own thread; `address` is the actual HOST:PORT.
 
-    `board` is what the live page shows, with the thresholds of `policy`; at most `max_streams` of its readers hear of
-    changes at once, on half of the connections. `checks` names the pages that answer 200 "ok" while their function
-    returns True, else 503; they ask for no `login`. With `tls` the pages are https. Addresses that other hosts reach
-    take both, or `exposed`. `note(reason, detail)` hears, in that thread, of what was refused.
+    The live page shows `live_state`, with the thresholds of `policy` for new runs. At most `max_streams` readers
+    receive events, on at most half of the connections. Each name in `checks` is a page that returns 200 "ok" while its
+    function returns True, else 503. These pages need no `login`. With `tls` the pages use https. An address reachable
+    from other hosts requires both `login` and `tls`, or `exposed`. `note(reason, detail)` is called in the server's
+    thread for each rejected request or connection.
     """
 
     def __init__(
@@ -109,14 +110,14 @@ class WebServer:
         config.load()
         config.ssl = tls
         self._server = uvicorn.Server(config)
-        # Outside the main thread uvicorn leaves the signals alone.
+        # Outside the main thread uvicorn installs no signal handlers.
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, name="koopmon-web", daemon=True
         )
         self._thread.start()
 
     def close(self) -> None:
-        """Finish what is being answered, then stop listening."""
+        """Finish the requests in progress, then close the listening socket."""
         self._streams.close()
         self._server.should_exit = True
         self._thread.join(STOP_SECONDS)
@@ -128,7 +129,7 @@ def _application(
 ) -> Starlette:
     exposition = Exposition(registry)
 
-    # Plain functions: starlette runs them in a thread, so a scrape does not hold up a health check.
+    # Plain functions: starlette runs them in threads, so a scrape does not block a health check.
     def alerts(_: Request) -> Response:
         return HTMLResponse(alerts_page())
 
