@@ -24,6 +24,8 @@ from tests.agent.conftest import ROOT
 from tests.agent.models import build, train_step
 from tests.agent.scripted_monitor import Heartbeat, ScriptedMonitor
 
+pytestmark = pytest.mark.process
+
 Until = Callable[[Callable[[], Any]], Any]
 NUM_REPLIES = 500
 

@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks import flood_and_kill
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.slow
 def test_both_sides_live_through_a_few_cycles(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks.flooders import Flooders
 
+pytestmark = pytest.mark.process
+
 Start = Callable[..., Any]
 Until = Callable[[Callable[[], Any]], Any]
 

@@ -26,6 +26,8 @@ from koopmon.wire.messages import Goodbye
 from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, WireContext
 from tests.keyring import Keyring
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 SECONDS = 60.0
 Until = Callable[..., None]
