@@ -73,7 +73,7 @@ def _host(endpoint: str, host: str, binding: bool) -> str:
     if host.lower() == "localhost":
         return "127.0.0.1"
     if host == "*" and binding:
-        return "0.0.0.0"  # noqa: S104 - the user says so, and Trust asks for keys
+        return "0.0.0.0"  # noqa: S104 - the user chose it, and AuthPolicy requires keys
     try:
         address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:
