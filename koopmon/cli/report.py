@@ -1,4 +1,4 @@
-"""`koopmon report`: what happened in a run, as one page."""
+"""`koopmon report`: writes a one-page report of a run."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ def report(
 
 
 def _write(facts: RunReport, out: Path) -> Path:
-    """Write page and pictures; the page. Without matplotlib there is the page alone. Raises KoopmonError."""
+    """Write the page and its plots; return the page's path. Without matplotlib it writes only the page.
+
+    Raises KoopmonError.
+    """
     from koopmon.report.page import page
     from koopmon.report.pictures import Picture, draw
 

@@ -164,7 +164,6 @@ def _environment() -> dict[str, str]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Stop a training that still runs when this process leaves early."""
-    # T 181 the history is being created
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
@@ -181,7 +180,7 @@ def _hear(log: Path, store: Path, run: str) -> DemoRecord:
     try:
         with HistoryReader.open(store) as history:
             return DemoRecord(steps, list(history.observations(run)), list(history.decisions(run)))
-    except StoreError:  # it is just being made
+    except StoreError:  # the history is being created
         return DemoRecord(steps)
 
 

@@ -53,7 +53,6 @@ class KoopmonCallback(Callback):  # type: ignore[misc] # of a library that is re
     @property
     def agent(self) -> Agent:
         """The agent of the most recent training."""
-        # T 65 Lightning has divided it by accumulate_grad_batches
         return self._session.agent
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,7 +63,7 @@ class KoopmonCallback(Callback):  # type: ignore[misc] # of a library that is re
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):  # of which the trainer has taken the share of one batch in the accumulation
+        if isinstance(loss, Tensor):  # Lightning has divided it by accumulate_grad_batches
             self._session.log(loss * trainer.accumulate_grad_batches)
         if self._loggers is not None:
             self._loggers.write(self.agent, trainer.global_step)
@@ -81,8 +80,6 @@ class KoopmonCallback(Callback):  # type: ignore[misc] # of a library that is re
 class _Loggers(Mirror):
     """Writes to all loggers of the trainer; they ignore ranks other than 0."""
 
-    # T 89 one write per step, not per batch
-
     def __init__(self, trainer: Trainer) -> None:
         super().__init__()
         self._trainer = trainer
@@ -90,7 +87,7 @@ class _Loggers(Mirror):
 
     def write(self, agent: Agent, step: int) -> None:
         every = self._trainer.log_every_n_steps
-        if step != self._last_step and every > 0 and step % every == 0:  # once, of all the batches of one step
+        if step != self._last_step and every > 0 and step % every == 0:  # one write per step, not per batch
             self._last_step = step
             super().write(agent, step)
 

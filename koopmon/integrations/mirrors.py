@@ -102,8 +102,6 @@ class WandbMirror(Mirror):
     When `step_name` is None, wandb sends the values with the user's next log call.
     """
 
-    # T 113 with an explicit step, wandb could reject the user's next one
-
     def __init__(self, step_name: str | None = None) -> None:
         super().__init__()
         self._step_name = step_name
@@ -113,6 +111,6 @@ class WandbMirror(Mirror):
         if run is None:
             return
         if self._step_name is None:
-            run.log(found, commit=False)  # with a step of ours, the user's own next one could be refused
+            run.log(found, commit=False)  # with an explicit step, wandb could reject the user's next one
         else:
             run.log({**found, self._step_name: step})

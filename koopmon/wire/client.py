@@ -55,8 +55,6 @@ class Client(Socket):
 
     def _read_keys(self, context: WireContext) -> None:
         # During a rotation of the monitor's key two keys are valid; successive attempts alternate between them.
-        # T 96 the handshake timed out
-        # T 103 the peer closed the connection
         secret, known = context.trust.agent_secret(), context.trust.monitor_key()
         self._keys = secret, known[self._attempts % len(known)]
 
@@ -95,14 +93,14 @@ class Client(Socket):
 
     def _explain(self, event: int, value: int) -> str:
         if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and value == errno.EAGAIN:
-            return ""  # it stalled
+            return ""  # the handshake timed out
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return "it does not know this agent's key: put the public file into its agents/ directory"
         if self._curve:
             return "its key is not the one in monitor.key, or it shows none"
         if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
             return "it demands keys ([security] loopback), or is no monitor"
-        return ""  # it went away
+        return ""  # the peer closed the connection
 
     @property
     def failure(self) -> str:
@@ -160,7 +158,6 @@ class Client(Socket):
         With `pause_seconds`, `mend` opens the new connection after that time. Raises EndpointError when the process has
         no room for a socket; the old connection then stays.
         """
-        # T 182 first: unread events would block the transport's thread
         self._guard()
         old, old_events, before = self._socket, self._events, self._connect_at
         self._connect_at = time.monotonic() + pause_seconds if pause_seconds else None
@@ -182,6 +179,6 @@ class Client(Socket):
 
 
 def _shut(raw: zmq.Socket[bytes], events: zmq.Socket[bytes]) -> None:
-    raw.disable_monitor()  # first: with nobody to read them events would block the transport's thread
+    raw.disable_monitor()  # first: unread events would block the transport's thread
     events.close()
     raw.close()

@@ -57,13 +57,12 @@ def pair_of(secret: str) -> KeyPair:
 
 def demand_keys(socket: zmq.Socket[bytes], secret: str) -> None:
     """Make an unbound socket a CURVE server; it accepts only clients that a ZapHandler admits."""
-    # T 65 without a handler no client is admitted
     pair = pair_of(secret)
     socket.set(zmq.CURVE_SERVER, 1)
     socket.set(zmq.CURVE_SECRETKEY, pair.secret.encode())
     socket.set(zmq.CURVE_PUBLICKEY, pair.public.encode())
     socket.set(zmq.ZAP_DOMAIN, DOMAIN)
-    socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a gate nobody enters
+    socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a handler no client is admitted
 
 
 def show_keys(socket: zmq.Socket[bytes], secret: str, server: str) -> None:

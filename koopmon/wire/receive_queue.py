@@ -39,7 +39,6 @@ class ReceiveQueue(Generic[P, M]):
 
     def pop(self) -> tuple[P, M] | None:
         """Return the next peer and its oldest message; None when the queue is empty."""
-        # T 50 to the end, for round-robin order
         if not self._waiting:
             return None
         peer, messages = self._waiting.popitem(last=False)
@@ -47,7 +46,7 @@ class ReceiveQueue(Generic[P, M]):
         self._num_bytes -= num_bytes
         self._held[peer] -= num_bytes
         if messages:
-            self._waiting[peer] = messages  # to the end: the others come first
+            self._waiting[peer] = messages  # to the end, for round-robin order
         else:
             del self._held[peer]
         return peer, message

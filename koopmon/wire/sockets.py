@@ -89,8 +89,6 @@ class DataReceiver(Server[int]):
         max_waiting_bytes: int | None = None,
     ) -> None:
         """`max_waiting_bytes` bounds unread snapshots; the default is the larger of one maximum message and 64 MiB."""
-        # T 106 PULL has no identities for its peers
-        # T 108 the connection broke before it was accepted
         limits = limits or WireLimits()
         super().__init__(
             context,
@@ -105,9 +103,9 @@ class DataReceiver(Server[int]):
     def _begin(self) -> tuple[int, zmq.Frame]:
         first = self._socket.recv(zmq.NOBLOCK, copy=False)
         try:
-            connection: Any = first.get(zmq.SRCFD)  # PULL has no names for its peers
+            connection: Any = first.get(zmq.SRCFD)  # PULL has no identities for its peers
         except zmq.ZMQError:
-            connection = -1  # it was broken before it was accepted
+            connection = -1  # the connection broke before it was accepted
         return int(connection), first
 
     def recv(self) -> list[memoryview] | None:
@@ -164,8 +162,6 @@ class ProbeClient(ControlClient):
 class ControlServer(Server[bytes]):
     """ROUTER socket of the monitor for all control channels."""
 
-    # T 181 copied: a small frame would keep libzmq's whole read buffer alive
-
     def __init__(self, context: WireContext, endpoint: str, *, limits: WireLimits | None = None) -> None:
         limits = limits or WireLimits()
         super().__init__(
@@ -182,7 +178,7 @@ class ControlServer(Server[bytes]):
         return self._socket.recv(zmq.NOBLOCK), self._socket.recv(zmq.NOBLOCK, copy=False)
 
     def _kept(self, frame: zmq.Frame) -> memoryview:
-        return memoryview(frame.bytes)  # small: copied, so that it keeps nothing of its neighbours
+        return memoryview(frame.bytes)  # copied: a small frame would keep libzmq's whole read buffer alive
 
     def recv(self) -> tuple[bytes, list[memoryview]] | None:
         """Return the next message as peer identity and frames, or None. Raises ProtocolError for more than one

@@ -3,7 +3,6 @@
 Each socket belongs to the thread that uses it. In a forked child every call but `close` raises `ForkedChildError`,
 because the connection belongs to the parent.
 """
-# T 21 imported before our own atexit handler is registered, so that its handler runs after ours
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any, Final, Self, TypeAlias
 
 import zmq
-from zmq.utils import garbage  # imported here and now: its exit handler must be registered before ours, to run after it
+from zmq.utils import garbage  # imported first: atexit runs handlers in reverse order, and its handler must run last
 
 from koopmon.errors import EndpointError
 from koopmon.wire import curve
@@ -59,14 +58,13 @@ class WireContext:
         self.trust = trust or AuthPolicy()
         self.agents: AuthorizedKeys | None = None
         """Authorized agents of the CURVE servers; None while there is no such server."""
-        # T 67 True: sends are disabled
         self._gate: curve.ZapHandler | None = None
         with _enough_room():
             self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._pid = os.getpid()
         self._sockets: set[Socket] = set()
         self._started = False
-        self._ending = False  # nothing may be sent any more
+        self._ending = False  # True: sends are disabled
         _open_contexts.add(self)
 
     def close(self) -> None:
@@ -127,7 +125,6 @@ def _at_exit() -> None:
     The interpreter frees the memory of messages in flight at its end, and libzmq then aborts the process. This handler
     cannot close sockets that a daemon thread still uses; it leaks their message memory instead.
     """
-    # T 132 its own daemon thread keeps the rest alive
     for context in list(_open_contexts):
         if context._pid != os.getpid():
             continue
@@ -235,12 +232,11 @@ class Socket:
 
     def _watch(self, raw: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
         """Return a socket that receives these connection events of `raw`."""
-        # T 238 a full queue of events would block the transport's thread
         address = f"inproc://koopmon-events-{next(_serial)}"
         watch = self._owner._new_socket(zmq.PAIR)
         with closed_on_error(watch):
             watch.set(zmq.LINGER, 0)
-            watch.set(zmq.RCVHWM, 0)  # a bounded queue of events would block the transport's thread when full
+            watch.set(zmq.RCVHWM, 0)  # a full queue of events would block the transport's thread
             raw.monitor(address, events)
             watch.connect(address)
         return watch
