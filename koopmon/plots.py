@@ -57,8 +57,7 @@ class Watched:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Track:
-    """One launch of a run, one value per snapshot; None is unknown. `not_finite` holds steps with NaN or infinite
-    values in states or losses."""
+    """One launch of a run, one value per snapshot; None is unknown. `not_finite` holds steps with NaN or infinities."""
 
     steps: Sequence[int]
     risks: Sequence[float]
@@ -84,8 +83,7 @@ def require(what: str) -> None:
 
 
 def spectrum(profile: SpectralProfile, path: Path, *, title: str) -> None:
-    """Write a PNG of the eigenvalues of all layers, coloured by depth: the whole plane, and an enlarged central
-    part."""
+    """Write a PNG of the eigenvalues of all layers, coloured by depth: all, and the region of 98% of them."""
     points = [
         (value.real, value.imag, index)
         for index, layer in enumerate(profile.layers)
@@ -158,8 +156,7 @@ def demo(curves: Sequence[Curve], watched: Watched, path: Path, *, title: str) -
 
 
 def _inked(draw: Callable[P, Any]) -> Callable[P, Any]:
-    """Decorate a plot function to draw in INK and REFERENCE, because dark mode of a page replaces these colours
-    only."""
+    """Draw in INK and REFERENCE instead of black, because the dark mode of a page replaces these colours."""
 
     @functools.wraps(draw)
     def inked(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -178,10 +175,10 @@ def _inked(draw: Callable[P, Any]) -> Callable[P, Any]:
 def timeline(
     tracks: Sequence[Track], marks: Sequence[tuple[int, str]], levels: Sequence[float], *, narrow: bool = False
 ) -> Any:
-    """Return a figure of risk, loss and settings in force over steps; `marks` holds (step, kind) of each applied
-    command.
+    """Return a figure of risk, loss and settings in force over steps.
 
-    `levels` are risks at which a line is drawn. Earlier launches are paler.
+    `marks` holds (step, kind) of each applied command. `levels` are risks at which a line is drawn. Earlier launches
+    are paler.
     """
     with_loss = any(loss is not None for track in tracks for loss in track.losses)
     with_kss = any(any(track.kss_alphas) for track in tracks)

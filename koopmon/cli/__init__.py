@@ -38,12 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of standard output has closed it; without the redirect the interpreter's flush at exit would fail
-        # again.
+        # The reader has closed standard output; without the redirect the flush at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        # typer may bundle its own click, so the exception is recognised by its attributes.
+        # The attribute identifies the option parser's own errors, whichever click package raises them.
         message = getattr(error, "format_message", None)
         if message is None:
             raise

@@ -79,8 +79,7 @@ def check(
 
 
 def _adapters(target: str) -> tuple[list[ArchitectureAdapter], PluginManager]:
-    """Return the adapters of `target`, and a plugin manager with their example models. Raises KoopmonError in one
-    line."""
+    """Return the adapters of `target`, and a plugin manager with their example models. Raises KoopmonError."""
     from koopmon import plugins
 
     manager = plugins.plugin_manager()

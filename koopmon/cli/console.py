@@ -9,7 +9,7 @@ import sys
 def say(text: str) -> None:
     """Print one line with the prefix `koopmon:` on standard error. A closed standard error is ignored."""
     try:
-        print(f"koopmon: {text}", file=sys.stderr, flush=True)  # noqa: T201 - this is the command line's voice
+        print(f"koopmon: {text}", file=sys.stderr, flush=True)  # noqa: T201 - standard error of the command line
     except (OSError, ValueError):
         return
 

@@ -27,10 +27,10 @@ class UnknownRunError(StoreError):
 
 @contextmanager
 def opened(run: str, store: Path | None) -> Iterator[tuple[HistoryReader, Path]]:
-    """Open the history that contains `run`; yield it and its path. Without `store`, try the run's own and the
-    monitor's.
+    """Open the history that contains `run`; yield it and its path.
 
-    Raises UnknownRunError, and StoreError for an unreadable file.
+    Without `store` it tries the run's own history, then the monitor's. Raises UnknownRunError, and StoreError for an
+    unreadable file.
     """
     from koopmon.history.reader import HistoryReader
 

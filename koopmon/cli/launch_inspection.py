@@ -21,8 +21,7 @@ _RANK_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def spread(command: Sequence[str], environ: Mapping[str, str]) -> str | None:
-    """Return the setting that spreads the job over several nodes or commands, such as "--nnodes 2"; None without
-    one."""
+    """Return the setting that spreads the job over several nodes or commands, such as "--nnodes 2", or None."""
     if (where := _spread_by_slurm(command, environ)) is not None:
         return where
     for option, value in _launcher_options(command):

@@ -55,7 +55,7 @@ def report(
         page = _write(facts, out)
         if not as_json:
             print(one_line(narrative.headline(facts), 2000))  # noqa: T201 - a result
-            print(page)  # noqa: T201 - likewise
+            print(page)  # noqa: T201 - a result
     if as_json:
         print(json.dumps({"headline": narrative.headline(facts), "helped": narrative.helped(facts), **facts.to_dict()}))  # noqa: T201
     return 0

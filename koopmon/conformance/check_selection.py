@@ -146,8 +146,7 @@ def discovery(bench: Bench) -> str:
 
 
 def settings(bench: Bench) -> str:
-    """thresholds() and kss_settings() contain known fields with values in bounds; update_exponent() is a number or
-    None."""
+    """thresholds() and kss_settings() hold known fields with values in bounds; update_exponent() is valid."""
     check_settings(bench.adapter)
     for stack in bench.adapter.stacks(bench.build()):
         known: Any = bench.adapter.update_exponent(stack)

@@ -156,8 +156,7 @@ def _unchanged(method: str, point: Point | None, call: Any) -> Iterator[None]:
 
 
 def _own(method: str, point: Point, state: Tensor | None, call: Any, again: Tensor | None) -> None:
-    """Check that `state` is a tensor of `call` or a view of one, with the same requires_grad. Raises
-    ConformanceError."""
+    """Check that `state` is a tensor of `call` or a view of one, and attached to its graph."""
     where = f"{method} at {point.name}"
     demand(isinstance(state, Tensor), f"{where} gives {described(state)}, expected a tensor")
     assert state is not None

@@ -169,8 +169,7 @@ def learning_rate(bench: Bench) -> str:
 
 
 def kss_on_and_off(bench: Bench) -> str:
-    """After temporary KSS, the parameters equal those of a training with KSS in its explicit loss for the same
-    steps."""
+    """After temporary KSS, the parameters equal those of a training with KSS in its loss for the same steps."""
     dtype = bench.precise
     alpha = _balanced_alpha(bench)
     guarded, plain = Training(bench, dtype=dtype), Training(bench, dtype=dtype)
@@ -236,8 +235,7 @@ class _Explicit:
 
 
 def _balanced_alpha(bench: Bench) -> float:
-    """Return the alpha at which the gradient norms of KSS and of the task are equal, measured once on a separate
-    step."""
+    """Return the alpha at which the gradient norms of KSS and of the task are equal. It is measured once."""
     if bench.alpha is None:
         probing = _Explicit(bench, bench.precise, 1.0)
         probing.backward(with_kss=False)

@@ -49,8 +49,7 @@ class Bench:
         return (model if dtype is None else model.to(dtype)).train()
 
     def batch(self, seed: int, dtype: torch.dtype | None = None) -> Any:
-        """Return a fresh copy of the microbatch of `seed`; its floating-point tensors are converted to `dtype` if
-        given."""
+        """Return a fresh copy of the microbatch of `seed`, with floating-point tensors in `dtype` if given."""
         if seed not in self._batches:
             self._batches[seed] = self._made(seed)[1]
         return copied(self._batches[seed], dtype)
@@ -166,8 +165,7 @@ class Bench:
         return self._verified[1]
 
     def stack(self, model: nn.Module) -> Stack:
-        """Return the verified chain in `model`. Raises SkipTest without one; the check `discovery` reports the
-        reason."""
+        """Return the verified chain in `model`. Raises SkipTest without one; `discovery` reports the reason."""
         name = self._verified[0]
         if name is None:
             raise SkipTest("needs the chain that `discovery` does not find")
@@ -273,8 +271,7 @@ def at_points(
     enter: Callable[[int, nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None,
     leave: Callable[[int, nn.Module, Any], Any] | None = None,
 ) -> list[Any]:
-    """Register hooks: enter(layer, module, args, kwargs) before each block, and leave(layer, module, output) after
-    it."""
+    """Register enter(layer, module, args, kwargs) before and leave(layer, module, output) after each block."""
 
     def before(layer: int) -> Any:
         return lambda module, args, kwargs: None if enter is None else enter(layer, module, args, kwargs)

@@ -22,8 +22,7 @@ def demand(kept: object, broken: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """Result of one check of one adapter with one example model; `detail` is one line, with the reason unless it
-    passed."""
+    """Result of one check of one adapter with one example model; `detail` is one line."""
 
     adapter: str
     example: str

@@ -1,7 +1,7 @@
 """Trains an example model with or without koopmon's agent, identically in all other respects.
 
-The agent is the complete one of `koopmon.attach`, except for its I/O thread. `Notebook` replaces the thread, stores its
-outgoing items and submits commands locally. Every check is therefore a pure function of its seeds.
+The agent is the complete one of `koopmon.attach`, except for its I/O thread. `Notebook` replaces that thread and stores
+its outgoing items; `Attached` submits the commands. Every check is therefore a pure function of its seeds.
 """
 
 from __future__ import annotations
@@ -119,8 +119,7 @@ class Seen:
 
 
 class Witness:
-    """Records copies of all states in every training forward, independently of the agent; `graph` keeps them in the
-    graph."""
+    """Records copies of all states in every training forward; `graph` keeps them in the graph."""
 
     def __init__(self, bench: Bench, model: nn.Module, stack: Stack, *, graph: bool = False) -> None:
         self.forwards: list[Seen] = []

@@ -64,8 +64,7 @@ class LoggedStep:
 
 @dataclass(frozen=True, slots=True)
 class DemoRecord:
-    """Progress of one training: its logged steps, and the monitor's observations and decisions (empty when
-    unguarded)."""
+    """Logged steps of one training, and its monitor's observations and decisions (empty when unguarded)."""
 
     steps: Sequence[LoggedStep] = ()
     observations: Sequence[ObservationRow] = ()
@@ -156,8 +155,7 @@ def run_training(
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment without koopmon's variables, which could affect either run, and with one thread per
-    rank."""
+    """Return the environment without koopmon's variables, which would affect the runs, and with one thread per rank."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("KOOPMON_")}
     return environ | {"OMP_NUM_THREADS": "1"}
 

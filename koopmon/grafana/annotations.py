@@ -44,10 +44,10 @@ class RefusedError(Exception):
 
 
 class Annotations:
-    """Posts the annotations of `add`, oldest first. While Grafana is unreachable, the newest `queue_length` stay
-    queued.
+    """Posts the annotations of `add`, oldest first.
 
-    Annotations lost to a full queue or a rejection are counted and logged once.
+    While Grafana is unreachable, the newest `queue_length` annotations stay queued. Annotations lost to a full queue or
+    a rejection are counted and logged once.
     """
 
     def __init__(self, access: GrafanaAccess, queue_length: int) -> None:
@@ -67,8 +67,7 @@ class Annotations:
         self._thread.start()
 
     def add(self, at: float, tags: tuple[str, ...], text: str) -> None:
-        """Queue one annotation, see `Annotate`. The text is escaped: it may come from a peer and Grafana renders it as
-        HTML."""
+        """Queue one annotation, see `Annotate`. The text is escaped, because Grafana renders a peer's text as HTML."""
         words = html.escape(one_line(text, MAX_TEXT), quote=False)
         body = {"time": round(at * 1000), "tags": [TAG, *tags], "text": words}
         with self._changed:
@@ -114,8 +113,7 @@ class Annotations:
             return self._queue[0] if self._queue else None
 
     def _taken(self, body: bytes, *, lost: bool) -> None:
-        """Remove `body` from the queue. If a newer annotation displaced it during the post, correct the count of
-        losses."""
+        """Remove `body` from the queue; if a newer annotation displaced it, correct the count of losses."""
         with self._changed:
             if self._queue and self._queue[0] is body:
                 self._queue.popleft()
@@ -128,7 +126,7 @@ class Annotations:
             self._changed.wait_for(lambda: self._closing, timeout=seconds)
 
     def _post(self, body: bytes) -> None:
-        # Decisions are rare, so Grafana would have closed a kept connection by the next one.
+        # Decisions are rare, so Grafana would have closed an idle connection before the next one.
         headers = {"Authorization": f"Bearer {self._access.token}", "Content-Type": "application/json"}
         with contextlib.closing(self._connect()) as connection:
             connection.request("POST", self._path, body, {**headers, "Connection": "close"})

@@ -42,8 +42,7 @@ Json = Any
 
 
 def fingerprint(value: Json, digits: int = 16) -> str:
-    """Return a hexadecimal digest of JSON, independent of the order of keys and of int versus float for whole
-    numbers."""
+    """Return a hexadecimal digest of JSON, independent of key order and of int or float for whole numbers."""
     text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
@@ -119,7 +118,7 @@ def marked_rule(rule: Mapping[str, Json], mark: str) -> dict[str, Json]:
 
 
 def bare_group(interval: int, rules: Iterable[Mapping[str, Json]]) -> dict[str, Json]:
-    """Return a rule group's interval in seconds and its bare rules, sorted."""
+    """Return a rule group's interval in seconds and its bare rules, sorted by uid."""
     return {"interval": interval, "rules": sorted(map(bare_rule, rules), key=lambda rule: str(rule.get("uid")))}
 
 

@@ -1,4 +1,4 @@
-"""Compares the wanted resources with those in Grafana and derives one change for each. No input or output.
+"""Compares the wanted resources with those in Grafana and derives one change for each, without I/O.
 
 A push never overwrites resources that others created or that come from a file. It overwrites manual edits since the
 last push only with --force.

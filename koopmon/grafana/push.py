@@ -101,8 +101,7 @@ class Grafana:
         self._api.client.s.close()
 
     def find_datasource(self, wanted: DataSource) -> Json | None:
-        """Return the existing data source, or None. Raises ConfigError when a data source named by the user is
-        missing."""
+        """Return the existing data source, or None. Raises ConfigError when a `given` data source is missing."""
         name = wanted.given if wanted.given is not None else wanted.body()["uid"]
         quoted, api = quote(name, safe=""), self._api.datasource
         found = self._get("data source", name, lambda: api.get_datasource_by_uid(quoted))

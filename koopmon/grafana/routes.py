@@ -1,4 +1,4 @@
-"""Inserts koopmon's route into the shared notification policy tree. No input or output.
+"""Inserts koopmon's route into the shared notification policy tree, without I/O.
 
 Grafana accepts only the whole tree, so everything else in it is returned unchanged.
 """

@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 __all__ = ["KoopmonCallback"]
 
 
-class KoopmonCallback(TrainerCallback):  # type: ignore[misc] # of a library that is read without its types
+class KoopmonCallback(TrainerCallback):  # type: ignore[misc] # mypy sees no types of the library
     """Attaches koopmon when `train()` has its model and optimizer, and detaches at its end.
 
     `endpoint`, `run` and `config` are those of `koopmon.attach`, which raises errors in them at the start of `train()`.

@@ -29,7 +29,7 @@ except ModuleNotFoundError as error:
 __all__ = ["KoopmonCallback"]
 
 
-class KoopmonCallback(Callback):  # type: ignore[misc] # of a library that is read without its types
+class KoopmonCallback(Callback):  # type: ignore[misc] # mypy sees no types of the library
     """Attaches koopmon when `fit` begins to train, and detaches at its end or on an exception.
 
     `endpoint`, `run` and `config` are those of `koopmon.attach`, which raises errors in them before the first step.

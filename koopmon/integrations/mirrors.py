@@ -64,7 +64,7 @@ class Mirror(ABC):
             self.enabled = False
             logger.warning("koopmon: %s is off, training goes on: %s", type(self).__name__, error)
 
-    def close(self) -> None:  # noqa: B027 - most have nothing of their own to write down
+    def close(self) -> None:  # noqa: B027 - most mirrors buffer nothing
         """Flush buffered values of our own writer. Idempotent."""
 
     @abstractmethod
@@ -75,7 +75,7 @@ class Mirror(ABC):
 class TensorBoardMirror(Mirror):
     """Writes to a SummaryWriter of the user, or to its own writer in the run `koopmon` under the user's log directory.
 
-    The own writer has a separate directory because TensorBoard follows one file per directory.
+    Its own writer has a separate directory because TensorBoard follows one file per directory.
     """
 
     def __init__(self, writer: Writer | str | os.PathLike[str]) -> None:

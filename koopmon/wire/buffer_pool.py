@@ -19,7 +19,7 @@ class SendTracker(Protocol):
 
 
 Allocator = Callable[[int], Tensor]
-"""Number of bytes -> one-dimensional uint8 host tensor of that length, pinned for faster device copies."""
+"""Number of bytes -> one-dimensional uint8 host tensor of that length, optionally pinned."""
 
 
 def host_buffer(nbytes: int) -> Tensor:
@@ -37,8 +37,7 @@ class Slot:
         self._buffer = buffer
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype, *, offset: int = 0) -> Tensor:
-        """Return a view of the buffer from byte `offset` on, a multiple of the dtype's size. Its content is not
-        cleared.
+        """Return a view from byte `offset` on, a multiple of the dtype's size. Its content is not cleared.
 
         Raises ValueError when the view does not fit into the buffer.
         """
@@ -48,7 +47,7 @@ class Slot:
         return self._buffer[offset : offset + nbytes].view(dtype).view(tuple(shape))
 
     def release(self) -> None:
-        """Return the buffer to the pool at once. Idempotent; the caller no longer reads its memory."""
+        """Return the buffer to the pool at once; nothing may use its memory afterwards. Idempotent."""
         self._pool._return(self, None)
 
     def release_when_done(self, tracker: SendTracker) -> None:

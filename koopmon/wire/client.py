@@ -14,8 +14,8 @@ from koopmon.wire import curve
 from koopmon.wire.endpoints import check_ipc_owner
 from koopmon.wire.transport import Options, Socket, WireContext, closed_on_error
 
-# IMMEDIATE: the socket queues nothing while the peer is away. CONNECT_TIMEOUT: the kernel doubles its retry interval up
-# to a minute, so without a timeout the socket would reconnect long after the network has recovered.
+# IMMEDIATE: the socket queues nothing while the peer is away. CONNECT_TIMEOUT: the kernel's retry interval grows up to
+# a minute, so without a timeout the socket could reconnect long after the network has recovered.
 CLIENT: Final[Options] = {
     zmq.IMMEDIATE: 1,
     zmq.RECONNECT_IVL: 100,
@@ -93,7 +93,7 @@ class Client(Socket):
 
     def _explain(self, event: int, value: int) -> str:
         if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and value == errno.EAGAIN:
-            return ""  # the handshake timed out
+            return ""  # the handshake stalled
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return "it does not know this agent's key: put the public file into its agents/ directory"
         if self._curve:

@@ -7,7 +7,7 @@ Z85 form of the 32 bytes of a ZeroMQ CURVE key:
     agent.secret     agent.key          an agent's pair; the monitor needs the .key file
     agents/NAME.key                     public files of the agents that this monitor serves, each with its runs
 
-This module does not generate keys and is independent of sockets; `koopmon.wire.curve` does both.
+This module is independent of sockets. `koopmon.wire.curve` generates keys and applies them to sockets.
 """
 
 from __future__ import annotations

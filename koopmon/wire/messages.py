@@ -245,10 +245,10 @@ class ProbeReply(Message, frozen=True, kw_only=True, forbid_unknown_fields=True,
 
 
 class Shard(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="shard"):
-    """One rank's part of a snapshot: the header of `num_points` raw tensor frames, each (num_samples, width),
-    row-major.
+    """One rank's part of a snapshot: the header of `num_points` raw tensor frames.
 
-    Frame p holds the residual state at point `first_point + p`; the rows are the same tokens at every point.
+    Each frame has the shape (num_samples, width), row-major. Frame p holds the residual state at point `first_point +
+    p`; the rows are the same tokens at every point.
     """
 
     process_rank: Rank

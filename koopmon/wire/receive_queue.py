@@ -13,8 +13,8 @@ M = TypeVar("M")
 class ReceiveQueue(Generic[P, M]):
     """Messages in order within each peer, and peers in round-robin order.
 
-    The peers with unread messages share `max_bytes` equally. When the total exceeds it, a peer above its share has no
-    room for more. The queue holds at most twice `max_bytes`, plus one message of any size per peer.
+    The peers with unread messages share `max_bytes` equally. When the total reaches it, a peer that has used its share
+    has no room for more. The queue holds at most twice `max_bytes`, plus one message of any size per peer.
     """
 
     def __init__(self, max_bytes: int) -> None:

@@ -47,7 +47,7 @@ class _Message(NamedTuple):
 class Server(Socket, Generic[P]):
     """A bound socket; `P` is the type of its peer identifiers.
 
-    Unread messages use at most about `max_waiting_bytes` of memory, see `ReceiveQueue`.
+    `max_waiting_bytes` bounds the memory of unread messages, see `ReceiveQueue`.
     """
 
     endpoint: str
@@ -200,8 +200,7 @@ class Server(Socket, Generic[P]):
         self._refusals.append(curve.Refusal("handshake", f"{self.endpoint}: {detail}"))
 
     def take_refusals(self) -> list[curve.Refusal]:
-        """Return the connections and messages refused since the last call. A `Poller` with this socket collects
-        them."""
+        """Return the connections and messages refused since the last call; a `Poller` collects them."""
         sources = [self._refusals] if self._gate is None else [self._refusals, self._gate.refusals]
         taken = [refusal for source in sources for refusal in source]
         for source in sources:

@@ -181,8 +181,7 @@ class ControlServer(Server[bytes]):
         return memoryview(frame.bytes)  # copied: a small frame would keep libzmq's whole read buffer alive
 
     def recv(self) -> tuple[bytes, list[memoryview]] | None:
-        """Return the next message as peer identity and frames, or None. Raises ProtocolError for more than one
-        frame."""
+        """Return the next message as peer identity and one frame, or None. Raises ProtocolError for more frames."""
         return self._next()
 
     def send(self, peer: bytes, frames: Sequence[Frame]) -> bool:
@@ -209,8 +208,7 @@ class Poller:
             self._sources.remove(source)
 
     def wait(self, timeout_seconds: float) -> list[Socket | Wakeup]:
-        """Return the ready sources in order of registration; empty after `timeout_seconds`. Clears the ready
-        wakeups."""
+        """Return the ready sources in order of registration; empty after a timeout. Clears the ready wakeups."""
         owners = {pollable: source for source in self._sources for pollable in _pollables(source)}
         found = {id(source) for source in self._sources if isinstance(source, Socket) and source._has_waiting}
         timeout_ms = 0 if found else max(0, -int(-timeout_seconds * 1000 // 1))
