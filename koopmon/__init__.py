@@ -1,4 +1,4 @@
-"""koopmon sees training divergence coming in the spectrum of the residual stream, and stops it."""
+"""koopmon detects training divergence early, in the spectrum of the residual stream, and prevents it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _HOMES = {
     "parts_of": "koopmon.block_finder",
     "profile": "koopmon.profiling",
 }
-"""Where each public name lives. It is imported when first asked for: `import koopmon` alone must not import torch."""
+"""Module of each public name, imported on first access because `import koopmon` alone must not import torch."""
 
 __all__ = [
     "AdapterError",

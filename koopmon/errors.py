@@ -1,4 +1,4 @@
-"""Errors that koopmon raises. Each message is one line that says what to do."""
+"""Exceptions that koopmon raises. Each message is one line with the remedy."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _VARARGS = 0x04
 
 
 def one_line(text: object, limit: int = 400) -> str:
-    """A text that may quote a file or a peer, fit for a log line: printable, and at most `limit` characters."""
+    """Return printable text of at most `limit` characters for a log line. `text` may come from a file or a peer."""
     line = "".join(character if character.isprintable() else "?" for character in str(text))
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
 def _arguments(frame: FrameType) -> list[object]:
-    """The positional arguments of a function's frame."""
+    """Return the positional arguments of a function's frame."""
     code, values = frame.f_code, frame.f_locals
     found = [values.get(name) for name in code.co_varnames[: code.co_argcount]]
     if code.co_flags & _VARARGS:
@@ -30,10 +30,10 @@ def _arguments(frame: FrameType) -> list[object]:
 
 
 def came_from_signal(error: BaseException) -> bool:
-    """Whether a signal raised `error`, as Ctrl-C does, and not the code that happened to run.
+    """Return True if a signal handler raised `error`, as for Ctrl-C, rather than the interrupted code.
 
-    Python runs a signal's handler between two instructions of the main thread, with the frame that it interrupts as an
-    argument. The handler of Ctrl-C is written in C and has no frame of its own: the exception then starts at an
+    Python calls a signal handler between two instructions of the main thread and passes the interrupted frame as an
+    argument. The handler of Ctrl-C is written in C and has no frame of its own. The exception then starts at an
     instruction that raises nothing.
     """
     trace, frame, instruction = error.__traceback__, None, 0
@@ -46,25 +46,25 @@ def came_from_signal(error: BaseException) -> bool:
 
 
 def raise_from_signal(error: BaseException) -> None:
-    """Raise `error` again if a signal raised it: called where anything else that foreign code raises is handled."""
+    """Raise `error` again if a signal raised it. Call it before handling exceptions of foreign code."""
     if came_from_signal(error):
         raise error
 
 
 class KoopmonError(Exception):
-    """Parent of every error koopmon raises on purpose; `exit_status` is what the CLI returns for it."""
+    """Base class of koopmon's exceptions. `exit_status` is the status that the CLI returns for the exception."""
 
     exit_status = 1
 
 
 class ConfigError(KoopmonError, ValueError):
-    """A configuration value is malformed: names the field, the value and what is allowed."""
+    """Malformed configuration value; the message contains the field, the value and the allowed values."""
 
     exit_status = 2
 
 
 class MissingExtraError(KoopmonError, ImportError):
-    """A library that comes with an extra of koopmon is not installed: names it, and what installs it."""
+    """Missing library of an optional extra; the message contains the library and the command that installs it."""
 
     exit_status = 2
 
@@ -73,13 +73,13 @@ class MissingExtraError(KoopmonError, ImportError):
 
 
 class AdapterError(KoopmonError):
-    """An architecture adapter cannot be selected: its name is unknown, or no adapter claims the model."""
+    """Failed selection of an architecture adapter: its name is unknown, or no adapter claims the model."""
 
     exit_status = 2
 
 
 class PluginError(AdapterError):
-    """A plugin's code failed: `plugin` names it, `reason` says in a few words what it did."""
+    """Failure in a plugin's code. `plugin` is its name; `reason` is a short description of the failure."""
 
     def __init__(self, plugin: str, reason: str) -> None:
         super().__init__(f"{plugin}: {reason}")
@@ -88,11 +88,11 @@ class PluginError(AdapterError):
 
 
 class DiscoveryError(AdapterError):
-    """No residual chain was found or verified in a model; lists what was seen."""
+    """Missing or unverified residual chain in a model; the message lists the candidates."""
 
 
 class ProtocolError(KoopmonError):
-    """A message breaks PROTOCOL.md.
+    """Message that breaks PROTOCOL.md.
 
     `reason` is one of `koopmon.wire.codec.REJECTION_REASONS`: a bounded label for metrics.
     """
@@ -104,46 +104,46 @@ class ProtocolError(KoopmonError):
 
 
 class EndpointError(KoopmonError):
-    """An endpoint cannot be used: malformed, in use, unreachable, or within others' reach and without keys."""
+    """Unusable endpoint: malformed, in use, unreachable, or reachable from other hosts without keys."""
 
     exit_status = 2
 
 
 class KeysError(KoopmonError):
-    """A key file cannot be used: missing, malformed, or open to others. Names the file, never what it holds."""
+    """Unusable key file: missing, malformed, or accessible to others. The message contains its path but never a key."""
 
     exit_status = 2
 
 
 class StoreError(KoopmonError):
-    """The history store cannot be opened, is in use, or has a schema that this version does not know."""
+    """Unusable history store: it cannot be opened, is in use, or has an unknown schema."""
 
     exit_status = 2
 
 
 class CalibrationError(KoopmonError):
-    """A calibrator, or what it is to be fitted on, does not fit: says what is wrong and what would do."""
+    """Unusable calibrator or calibration data; the message contains the fault and the requirement."""
 
     exit_status = 2
 
 
 class GrafanaError(KoopmonError):
-    """Grafana did not do what it was asked for, or answered what no Grafana that is served here would."""
+    """Failed request to Grafana, or a response that no supported version of Grafana returns."""
 
 
 class GrafanaDeniedError(GrafanaError):
-    """Grafana does not know the token, or the token may not do what it was used for."""
+    """Token that Grafana rejects, or a token without the required permission."""
 
     exit_status = 3
 
 
 class GrafanaUnreachableError(GrafanaError):
-    """Nobody answers where Grafana should be, or not in time."""
+    """Grafana that cannot be reached, or that does not answer in time."""
 
     exit_status = 4
 
 
 class GrafanaKeptError(GrafanaError):
-    """Something in Grafana is not ours to overwrite: made by others, or edited by hand since it was pushed."""
+    """Grafana resource that koopmon must not overwrite: others created it, or a user edited it after the last push."""
 
     exit_status = 5

@@ -1,4 +1,4 @@
-"""Pictures of spectra and of the demonstration: the only file that imports matplotlib, and only when one is drawn."""
+"""Plots of spectra, runs and the demonstration. Only this file imports matplotlib, and only when it draws."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ KSS = "#27ae60"
 INK, GRID = "#1f2933", "#d9dee4"
 FORECAST = "#8e6bbf"
 LOSS_TOP = 100.0
-"""Nats: twice the loss at which a training counts as diverged."""
+"""Upper limit of the loss axis in nats: twice the loss at which a training counts as diverged."""
 
 
 class PlotError(KoopmonError):
-    """A picture cannot be drawn or written."""
+    """A plot cannot be drawn or written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """One training run: `losses` in nats by `steps`; `diverged` when its last step is where it died."""
+    """One training run: `losses` in nats by `steps`. `diverged` marks a run that ends with its last step."""
 
     label: str
     steps: Sequence[int]
@@ -46,7 +46,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watched:
-    """What the guarded run's monitor saw at `steps`, and what it did: `commands` holds (step, kind) of each."""
+    """Observations of the guarded run's monitor at `steps`. `commands` holds (step, kind) of each applied command."""
 
     steps: Sequence[int]
     risks: Sequence[float]
@@ -57,7 +57,7 @@ class Watched:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Track:
-    """One launch of a run, snapshot by snapshot: None is unknown; `not_finite` holds steps of states or losses so."""
+    """One launch of a run, one value per snapshot; None is unknown. `not_finite` holds steps with NaN or infinities."""
 
     steps: Sequence[int]
     risks: Sequence[float]
@@ -70,20 +70,20 @@ class Track:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plane:
-    """The eigenvalues of one snapshot: of each layer, pairs (Re, Im)."""
+    """Eigenvalues of one snapshot: pairs (Re, Im) for each layer."""
 
     title: str
     layers: Sequence[Sequence[tuple[float, float]]]
 
 
 def require(what: str) -> None:
-    """Raises PlotError, naming what was asked for, when matplotlib is not installed."""
+    """Raise PlotError with the name `what` when matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         raise PlotError(f"{what}: drawing needs matplotlib: pip install 'koopmon[plots]'")
 
 
 def spectrum(profile: SpectralProfile, path: Path, *, title: str) -> None:
-    """Write a PNG of the eigenvalues of every layer, coloured by depth: the whole plane, and where most of them lie."""
+    """Write a PNG of the eigenvalues of all layers, coloured by depth: all, and the region of 98% of them."""
     points = [
         (value.real, value.imag, index)
         for index, layer in enumerate(profile.layers)
@@ -113,7 +113,7 @@ def spectrum(profile: SpectralProfile, path: Path, *, title: str) -> None:
 
 
 def reliability(bins: Sequence[tuple[float, float, int]], path: Path, *, title: str) -> None:
-    """Write a PNG of what was said against what came: `bins` hold (mean probability, share diverged, runs) of each."""
+    """Write a PNG of a reliability diagram; `bins` hold (mean probability, share diverged, runs) of each bin."""
     figure, (axes,) = _figure(1, 1, (6.4, 6.2))
     axes.plot([0, 1], [0, 1], color=REFERENCE, linewidth=1, linestyle="dashed", label="as often as it says")
     said, came, counts = zip(*bins, strict=True)
@@ -129,7 +129,7 @@ def reliability(bins: Sequence[tuple[float, float, int]], path: Path, *, title: 
 
 
 def demo(curves: Sequence[Curve], watched: Watched, path: Path, *, title: str) -> None:
-    """Write a PNG: the losses, the risk that the monitor saw, and what was in force, over one axis of steps."""
+    """Write a PNG of the losses, the monitor's risk and the settings in force, over one axis of steps."""
     figure, panels = _figure(3, 1, (9.0, 8.4), heights=(3, 1.6, 1.4))
     losses, risk, applied = panels
     for curve in curves:
@@ -156,7 +156,7 @@ def demo(curves: Sequence[Curve], watched: Watched, path: Path, *, title: str) -
 
 
 def _inked(draw: Callable[P, Any]) -> Callable[P, Any]:
-    """Draw in INK on GRID, and never in plain black: a page that follows its reader into the dark swaps the colours."""
+    """Draw in INK and REFERENCE instead of black, because the dark mode of a page replaces these colours."""
 
     @functools.wraps(draw)
     def inked(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -175,9 +175,10 @@ def _inked(draw: Callable[P, Any]) -> Callable[P, Any]:
 def timeline(
     tracks: Sequence[Track], marks: Sequence[tuple[int, str]], levels: Sequence[float], *, narrow: bool = False
 ) -> Any:
-    """A figure of risk, loss, and what was in force, over steps; `marks` holds (step, kind) of each applied command.
+    """Return a figure of risk, loss and settings in force over steps.
 
-    `levels` are risks to draw a line at. Earlier launches are paler.
+    `marks` holds (step, kind) of each applied command. `levels` are risks at which a line is drawn. Earlier launches
+    are paler.
     """
     with_loss = any(loss is not None for track in tracks for loss in track.losses)
     with_kss = any(any(track.kss_alphas) for track in tracks)
@@ -221,7 +222,7 @@ def timeline(
 
 @_inked
 def planes(shown: Sequence[Plane], *, narrow: bool = False) -> Any:
-    """A figure of eigenvalues on the unit circle, coloured by depth: one plane for each snapshot, to one scale."""
+    """Return a figure of eigenvalues and the unit circle, coloured by depth: one panel per snapshot, on one scale."""
     from matplotlib.patches import Annulus, Circle
 
     moduli = sorted(math.hypot(*pair) for plane in shown for layer in plane.layers for pair in layer)
@@ -252,8 +253,10 @@ def planes(shown: Sequence[Plane], *, narrow: bool = False) -> Any:
 def heatmaps(
     steps: Sequence[int], named: Sequence[tuple[str, Sequence[Sequence[float | None]]]], *, narrow: bool = False
 ) -> Any:
-    """A figure of values by layer (row) and step (column), one panel for each (title, rows): masses from 0 to 1, others
-    by their span, logarithmic where that is a factor of 20."""
+    """Return a figure of values by layer (row) and step (column), one panel for each (title, rows).
+
+    Masses use a scale from 0 to 1. Other values use their range, logarithmic when it spans a factor of 20.
+    """
     from matplotlib.colors import LogNorm, Normalize
 
     figure, panels = _figure(len(named), 1, (4.2 if narrow else 9.6, 1.9 * len(named)))
@@ -278,7 +281,7 @@ def heatmaps(
 
 
 def svg(figure: Any) -> str:
-    """A figure as an SVG document, the same one for the same figure, without a background."""
+    """Return a figure as an SVG document without a background. The same figure gives the same document."""
     import matplotlib as mpl
 
     text = io.StringIO()
@@ -308,7 +311,7 @@ def _draw_loss(panel: Any, curve: Curve) -> None:
     if not curve.diverged or not curve.steps:
         return
     step, loss = curve.steps[-1], curve.losses[-1]
-    # What dies leaves the picture: its mark stays at the edge.
+    # The final loss may lie above the axis, so its mark is drawn at the edge.
     edge = 0.8 * LOSS_TOP
     panel.plot(step, min(loss, edge) if math.isfinite(loss) else edge, marker="x", markersize=11, mew=2.5, color=DEAD)
     panel.annotate(
@@ -324,9 +327,9 @@ def _draw_loss(panel: Any, curve: Curve) -> None:
 def _figure(
     rows: int, columns: int, size: tuple[float, float], heights: Sequence[float] | None = None
 ) -> tuple[Any, list[Any]]:
-    """A figure and its panels, row by row; the panels of a column share their horizontal axis."""
+    """Return a figure and its panels, row by row; the panels of a column share their horizontal axis."""
     require("picture")
-    # The object interface: no window system, and no state shared with whoever imported us.
+    # The object interface needs no window system and shares no state with the importing program.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -339,7 +342,7 @@ def _figure(
 
 
 def _bulk(values: Sequence[float]) -> tuple[float, float]:
-    """The span that holds all but the outermost 2% of `values`."""
+    """Return the range of `values` without the outermost 2%."""
     ordered = sorted(values)
     cut = len(ordered) // 100
     return (ordered[cut], ordered[-1 - cut]) if ordered else (-1.0, 1.0)

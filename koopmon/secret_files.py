@@ -1,4 +1,4 @@
-"""Secrets that lie in files, or in the environment: read once, and never shown."""
+"""Reads secrets from files or the environment. No secret appears in a message."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ MAX_FILE_BYTES = 4096
 
 
 def read_secret(file: str, from_environment: str, name: str) -> bytes | None:
-    """The line in `file`, else `from_environment`; None when neither is given. `name` is the field that names the file.
+    """Return the line in `file`, else `from_environment`; None when neither is given.
 
-    Raises ConfigError, which never quotes a secret.
+    `name` is the configuration field of the file, for the message. Raises ConfigError, which never quotes a secret.
     """
     if not file:
         return from_environment.strip().encode() or None
@@ -31,7 +31,7 @@ def read_secret(file: str, from_environment: str, name: str) -> bytes | None:
 
 
 def check_private(path: Path, name: str) -> None:
-    """Refuse a file that others read, or that is another user's. Raises ConfigError."""
+    """Refuse a file that other users can read or own. Raises ConfigError."""
     try:
         status = path.stat()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The command line: one file per verb. Nothing here imports torch before a verb needs it."""
+"""The command line, one file per command. Nothing here imports torch before a command needs it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ for verb in (run, monitor, profile, calibrate, report, replay, doctor, demo, ada
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit status; a mistake is one line on standard error, without a traceback."""
+    """Run one command and return its exit status. A user error is one line on standard error, without a traceback."""
     try:
         status = app(args=None if argv is None else list(argv), prog_name="koopmon", standalone_mode=False)
     except KoopmonError as error:
@@ -38,15 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of our output left: nothing more can be said there, not even at exit.
+        # The reader has closed standard output; without the redirect the flush at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        # The option parser's own errors, whichever click they come from.
+        # The attribute identifies the option parser's own errors, whichever click package raises them.
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        if text := " ".join(message().split()):  # empty after the help that a bare verb prints
+        if text := " ".join(message().split()):  # empty after the help of a bare command
             say(text)
         return int(getattr(error, "exit_code", 2))
     return status if isinstance(status, int) else 0

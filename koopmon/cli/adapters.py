@@ -1,4 +1,4 @@
-"""`koopmon adapters`: which architectures are known here, and which plugin brought each; `check` tries one out."""
+"""`koopmon adapters`: lists the architecture adapters and their plugins; `check` tests one adapter."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def adapters(
 
 
 def _cells(*texts: str) -> list[Text]:
-    return [Text(text) for text in texts]  # no markup: much of it is the plugins' own
+    return [Text(text) for text in texts]  # no markup: the text comes from plugins
 
 
 def _found() -> dict[str, list[dict[str, str]]]:
-    # Late: torch comes with it.
+    # Imported late because it imports torch.
     from koopmon import plugins
 
     manager = plugins.plugin_manager()

@@ -1,4 +1,4 @@
-"""`koopmon calibrate`: from recorded runs to a probability of divergence."""
+"""`koopmon calibrate`: fits a probability of divergence to recorded runs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def calibrate(
     if others:
         say(f"{others} runs left out: not {chosen}")
     diverged = [example.diverged for example in examples]
-    # Fitted first: too few runs are refused here, with their number.
+    # This fit comes first because it rejects too few runs and reports their number.
     calibration.fit(examples)
     probabilities = calibration.held_out(examples)
     error = calibration.calibration_error(diverged, probabilities)

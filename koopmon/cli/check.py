@@ -1,4 +1,4 @@
-"""`koopmon adapters check`: whether an architecture adapter keeps what koopmon builds on."""
+"""`koopmon adapters check`: tests whether an architecture adapter meets koopmon's requirements."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check(
 
     The exit status is 0 when no check failed, 1 when one did, 2 when there is nothing to check.
     """
-    # What koopmon's agent logs of an adapter's mistakes, the table says.
+    # The table already contains the adapter errors that koopmon's agent logs.
     logging.getLogger("koopmon").addHandler(logging.NullHandler())
     console = Console(stderr=True)
     with console.status("loading torch") as status:
@@ -79,7 +79,7 @@ def check(
 
 
 def _adapters(target: str) -> tuple[list[ArchitectureAdapter], PluginManager]:
-    """What is to be checked, and the plugins whose example models count. Raises KoopmonError in one line."""
+    """Return the adapters of `target`, and a plugin manager with their example models. Raises KoopmonError."""
     from koopmon import plugins
 
     manager = plugins.plugin_manager()
@@ -110,7 +110,7 @@ def _adapters(target: str) -> tuple[list[ArchitectureAdapter], PluginManager]:
 
 
 def _instances(target: str, named: Any) -> list[ArchitectureAdapter]:
-    """The adapters that an object, a class or a function stands for."""
+    """Return the adapters of an object, a class or a function."""
     from koopmon.api import ArchitectureAdapter
 
     made = named
@@ -131,7 +131,7 @@ def _instances(target: str, named: Any) -> list[ArchitectureAdapter]:
 
 
 def _plugins_of(target: str) -> list[str]:
-    """Names, as the plugin manager has them, of the plugins that a distribution or a package brings."""
+    """Return the plugin manager's names of the plugins of a distribution or a package."""
     wanted, found, seen = _normal(target), [], set()
     for entry in sorted(entry_points(group="koopmon"), key=lambda entry: (entry.name, entry.value)):
         name = entry.name if entry.name not in seen else f"{entry.name} of {entry.value}"
@@ -154,7 +154,7 @@ def _is_module(name: str) -> bool:
 
 
 def _named_model(name: str) -> ExampleModel:
-    """An example model for any adapter from the factory of that name, which has been called once and works."""
+    """Return an example model for any adapter, from the factory `name`. A test call has verified the factory."""
     from koopmon.api import ExampleModel
 
     factory = factories.named(name)
@@ -200,7 +200,7 @@ def _counts(outcomes: list[CheckResult]) -> dict[str, int]:
 
 
 def _print(outcomes: list[CheckResult]) -> None:
-    # A pipe has no width: a reason must not be folded narrowly for it.
+    # Without a terminal rich assumes a narrow width and would fold the reasons.
     console = Console(width=None if sys.stdout.isatty() else 160)
     for adapter, example in dict.fromkeys((each.adapter, each.example) for each in outcomes):
         table = Table(title=f"adapter {adapter}, model {example}", title_justify="left", title_style="")

@@ -26,7 +26,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 SHOWN = "kss+lr"
-"""Not the default of a guarded job: the demonstration shows every action, and whether KSS helped."""
+"""Differs from the default policy of a guarded job: the demonstration shows every action and the effect of KSS."""
 
 
 def demo(
@@ -89,7 +89,7 @@ def demo(
 
 
 def _draw(setting: Setting, outcomes: list[DemoResult], path: Path) -> Path | None:
-    """Draw the picture; without matplotlib the demonstration still stands."""
+    """Draw the plot and return its path; None without matplotlib, which the demonstration does not require."""
     from koopmon.demo.training import applied_commands
 
     colours = [plots.DEAD, plots.ALIVE, plots.REFERENCE]

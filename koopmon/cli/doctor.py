@@ -1,4 +1,4 @@
-"""`koopmon doctor`: why is my job not seen."""
+"""`koopmon doctor`: finds the reason why the monitor does not receive a job."""
 
 from __future__ import annotations
 

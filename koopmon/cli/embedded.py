@@ -1,4 +1,4 @@
-"""The monitor that `koopmon run` keeps for one job: beside it, below it in priority, and gone with it."""
+"""The monitor process of `koopmon run`: it serves one job, at a lower priority, and ends with the job."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from typing import Any
 from koopmon.errors import KoopmonError
 
 READY_SECONDS = 120.0
-"""A cold import of torch from a network file system takes its time."""
+"""Startup limit in seconds. A cold import of torch from a network file system is slow."""
 PATIENCE_SECONDS = 2.0
 STOP_SECONDS = 65.0
-"""More than the monitor allows itself to profile what it has received."""
+"""Shutdown limit in seconds, above the monitor's own limit for the analysis of received snapshots."""
 NICE = 5
-"""Below the training ranks, and yet fast enough to answer within a few steps on busy cores."""
+"""Lower priority than the training ranks, but high enough for answers within a few steps on busy cores."""
 
 
 class MonitorNotReadyError(KoopmonError):
-    """The embedded monitor did not come up; the message tells why, as far as it said so."""
+    """The embedded monitor did not start; the message contains the last line of its log, if any."""
 
 
 class EmbeddedMonitor:
-    """One `koopmon monitor` on an ipc endpoint in a directory of its own. Started by `start`, stopped by `close`."""
+    """One `koopmon monitor` on an ipc endpoint in its own directory. `start` starts it and `close` stops it."""
 
     def __init__(self, store: Path, *, http: str = "127.0.0.1:0", options: Sequence[str] = ()) -> None:
-        """`options` are further words for `koopmon monitor`; its log goes beside `store`."""
+        """`options` are further arguments for `koopmon monitor`. Its log file lies beside `store`."""
         self.store = store
         self.log = store.with_name(f"{store.name}.log")
         self.endpoint = ""
@@ -46,14 +46,15 @@ class EmbeddedMonitor:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, environ: Mapping[str, str], mask: set[signal.Signals]) -> None:
-        """Start it, with the signal mask `mask`; returns at once. Raises MonitorNotReadyError when it cannot be."""
+        """Start the monitor with the signal mask `mask`, without waiting. Raises MonitorNotReadyError if that fails."""
         try:
             self._directory = _short_directory()
             self.endpoint = f"ipc://{self._directory / 'control'}"
             self.store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self.log.open("wb") as log:
-                # A session of its own: the terminal's Ctrl-C is for the job, and the monitor outlives it.
-                # Its standard input is a pipe that we hold: when we die, however that happens, it reads the end of it.
+                # A separate session: the terminal's Ctrl-C reaches only the job, and the monitor outlives it. The
+                # monitor's standard input is our pipe: when this process dies for any reason, the monitor reads end of
+                # file.
                 self._process = subprocess.Popen(
                     self._command(),
                     env=dict(environ),
@@ -69,7 +70,7 @@ class EmbeddedMonitor:
             raise MonitorNotReadyError(f"{error.filename or 'monitor'}: {error.strerror}") from None
 
     def ready(self) -> bool:
-        """Whether it serves by now. Raises MonitorNotReadyError when it died instead."""
+        """Return True once the monitor serves. Raises MonitorNotReadyError when it died instead."""
         assert self._process is not None, "start() comes first"
         told = self._told()
         if told is not None:
@@ -85,7 +86,10 @@ class EmbeddedMonitor:
         return self._process is not None and self._process.poll() is None
 
     def close(self, on_wait: Callable[[], None] = lambda: None) -> None:
-        """Ask it to end, wait until everything is on disk, and remove its directory; `on_wait` if that takes long."""
+        """Stop the monitor, wait until it has written its history, and remove its directory.
+
+        It calls `on_wait` when the monitor takes more than PATIENCE_SECONDS, and kills it after STOP_SECONDS more.
+        """
         if self._process is not None:
             assert self._process.stdin is not None
             if self._process.poll() is None:
@@ -118,7 +122,7 @@ class EmbeddedMonitor:
             "--ready-file": str(self._directory / "ready"),
         }
         words = [word for pair in places.items() for word in pair]
-        # The job's devices are the job's.
+        # The accelerators belong to the job.
         return [sys.executable, "-m", "koopmon", "monitor", *words, "--device", "cpu", "--with-parent", *self._options]
 
     def _told(self) -> Any:
@@ -129,7 +133,7 @@ class EmbeddedMonitor:
             return None
 
     def _last_words(self) -> str:
-        """The last line of its log, without the prefix that every line of ours carries."""
+        """Return the last line of the monitor's log without koopmon's prefix."""
         try:
             lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
         except OSError:
@@ -139,7 +143,7 @@ class EmbeddedMonitor:
 
 
 def _short_directory() -> Path:
-    """A fresh directory, mode 0700, whose path leaves room for a socket's name (107 bytes in all)."""
+    """Create a directory, mode 0700, whose path leaves room for a socket's name (107 bytes in all)."""
     directory = Path(tempfile.mkdtemp(prefix="koopmon-"))
     if len(os.fsencode(directory)) > 90:
         directory.rmdir()

@@ -1,4 +1,4 @@
-"""Factories that a user names: `module:function` or `file.py:function`, returning (model, batch)."""
+"""Loads user factories, given as `module:function` or `file.py:function`, which return (model, batch)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 _KINDS = {"factory": "function", "adapter": "object"}
-"""What one looks for under a name, in the words of the messages."""
+"""Type of the named object in error messages, by its role."""
 
 
 class FactoryError(KoopmonError):
-    """What was named cannot be found, or a factory does not give (model, batch)."""
+    """The named object does not exist, or a factory does not return (model, batch)."""
 
     exit_status = 2
 
 
 def load(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """Call the factory `name`; the model, and its batch as positional and keyword arguments of one forward pass.
+    """Call the factory `name`; return its model, and its batch as positional and keyword arguments of one forward pass.
 
     A batch is a tensor, a tuple or list of arguments, or a mapping of keyword arguments. Raises FactoryError.
     """
@@ -39,7 +39,7 @@ def load(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
 
 
 def named(name: str, what: str = "factory") -> Any:
-    """The object that `module:object` or `file.py:object` names. Raises FactoryError, which calls it a `what`."""
+    """Return the object of `module:object` or `file.py:object`. Raises FactoryError, which uses `what` as its role."""
     place, colon, function = name.rpartition(":")
     if not colon or not place or not function:
         raise FactoryError(f"{what} {name!r}: expected module:{_KINDS[what]} or file.py:{_KINDS[what]}")
@@ -59,7 +59,7 @@ def named(name: str, what: str = "factory") -> Any:
 
 
 def call(name: str, factory: Any) -> tuple[nn.Module, Any]:
-    """What the factory called `name` gives: a model and its batch. Raises FactoryError."""
+    """Call the factory `name` and return its model and batch. Raises FactoryError."""
     from torch import nn
 
     if not callable(factory):
@@ -78,7 +78,7 @@ def call(name: str, factory: Any) -> tuple[nn.Module, Any]:
 
 
 def _module(name: str) -> ModuleType:
-    # As `python -m` does: what lies in the working directory can be named.
+    # Modules in the working directory are importable, as under `python -m`.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     return importlib.import_module(name)
@@ -89,8 +89,8 @@ def _file(path: Path) -> ModuleType:
         raise FactoryError(f"{path}: no such file")
     loaded = sys.modules.get(path.stem)
     if loaded is not None and Path(getattr(loaded, "__file__", None) or "").resolve() == path.resolve():
-        return loaded  # what is named in one file twice must know each other's classes
-    # As `python file.py` does: its neighbours can be imported.
+        return loaded  # two names from one file must share their classes
+    # Modules beside the file are importable, as under `python file.py`.
     sys.path.insert(0, str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:

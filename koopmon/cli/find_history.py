@@ -1,4 +1,4 @@
-"""Where the history of a run is: in a file of its own, or in that of the monitor that several jobs share."""
+"""Finds the history of a run: in the run's own file, or in the file of a shared monitor."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ if TYPE_CHECKING:
     from koopmon.history.reader import HistoryReader
 
 MAX_STORES = 50
-"""Files that are looked into, the newest first, for names that may have been meant."""
+"""Maximum number of history files, the newest first, to search for similar run names."""
 MAX_NAMES = 5
 
 
 class UnknownRunError(StoreError):
-    """No history knows a run of this name; says which ones are known."""
+    """No history contains a run of this name; the message lists known runs."""
 
 
 @contextmanager
 def opened(run: str, store: Path | None) -> Iterator[tuple[HistoryReader, Path]]:
-    """The history that holds `run`, and its file: `store`, else the run's own, else the monitor's.
+    """Open the history that contains `run`; yield it and its path.
 
-    Raises UnknownRunError, and StoreError for a file that cannot be read.
+    Without `store` it tries the run's own history, then the monitor's. Raises UnknownRunError, and StoreError for an
+    unreadable file.
     """
     from koopmon.history.reader import HistoryReader
 
@@ -49,7 +50,7 @@ def _places(run: str, environ: Mapping[str, str]) -> list[Path]:
 
 
 def _all_stores(environ: Mapping[str, str]) -> list[Path]:
-    """Every history under the state directory, the one written last first."""
+    """Return every history file under the state directory, the most recently written first."""
     shared = monitor_store(environ)
     with contextlib.suppress(OSError):
         files = [*run_store(environ, "any").parent.glob("*.sqlite3"), *([shared] if shared.is_file() else [])]

@@ -1,4 +1,4 @@
-"""`koopmon grafana`: dashboards and alert rules, for Prometheus and Grafana."""
+"""`koopmon grafana`: dashboards and alert rules for Prometheus and Grafana."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def export(
     as_json: AsJson = False,
 ) -> int:
     """Write dashboards, Prometheus' rules and Grafana's provisioning as files."""
-    # Late: the metrics' library comes with it.
+    # Imported late because it imports prometheus_client.
     from koopmon.grafana.files import files, write
     from koopmon.grafana.pages import pages
 

@@ -1,4 +1,4 @@
-"""`koopmon grafana push`: dashboards, alert rules and whom they reach, into a Grafana that runs."""
+"""`koopmon grafana push`: writes dashboards, alert rules and notification settings to a running Grafana."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _check(datasource: str | None, prometheus_url: str | None, folder: str, *, c
 
 
 def _make(grafana: Grafana, changes: Sequence[Change], *, force: bool) -> tuple[list[Change], KoopmonError | None]:
-    """What was changed, up to the first failure."""
+    """Apply the changes; return the completed ones and the first error, at which it stops."""
     done: list[Change] = []
     for change in changes:
         if change.writes:
@@ -146,7 +146,7 @@ def _show(changes: Sequence[Change], done: Sequence[Change], title: str, *, dry_
 
 
 def _difference(change: Change) -> str:
-    """What an update would change, or what keeps something from being updated, line by line."""
+    """Return a unified diff of an update, or of the difference that prevents one."""
     if change.before is None or change.after is None or change.action == "unchanged":
         return ""
     shown = (json.dumps(each, indent=1, sort_keys=True) for each in (change.before, change.after))

@@ -111,7 +111,7 @@ def rotate(
         previous_until=until if keep_days else None,
         runs=bound.runs,
     )
-    # The public file first: in between, the old secret is the previous one.
+    # The public file changes first: until the secret file changes, the old secret still counts as the previous key.
     _publish(place, name, changed, everywhere=authorised.exists())
     keys.write_secret(place, name, pair.secret)
     if name == keys.MONITOR:
@@ -135,7 +135,7 @@ def _publish(place: Path, name: str, key: keys.PublicKey, *, everywhere: bool = 
 
 
 def _new_pair() -> Any:
-    # Late: zmq comes with it.
+    # Imported late because it imports zmq.
     from koopmon.wire.curve import new_pair
 
     return new_pair()

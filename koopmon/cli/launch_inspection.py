@@ -1,4 +1,4 @@
-"""What a job's command line and environment tell before it starts: its name, and how many nodes it spans."""
+"""Reads a job's name and number of nodes from its command line and environment before it starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RANK_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def spread(command: Sequence[str], environ: Mapping[str, str]) -> str | None:
-    """Where it is said that the job is more than one command on this node, as "--nnodes 2"; None when nowhere."""
+    """Return the setting that spreads the job over several nodes or commands, such as "--nnodes 2", or None."""
     if (where := _spread_by_slurm(command, environ)) is not None:
         return where
     for option, value in _launcher_options(command):
@@ -51,7 +51,7 @@ def _spread_by_slurm(command: Sequence[str], environ: Mapping[str, str]) -> str 
 
 
 def script_name(command: Sequence[str]) -> str:
-    """The name of what trains: the first script or module in `command` that is not a launcher, else its program."""
+    """Return the name of the first script or module in `command` that is not a launcher, else of its program."""
     for word, following in zip(command, [*command[1:], ""], strict=True):
         if word == "-m" and following and following not in LAUNCHERS:
             return _clean(following.rpartition(".")[2])
@@ -61,12 +61,12 @@ def script_name(command: Sequence[str]) -> str:
 
 
 def new_run_name(command: Sequence[str]) -> str:
-    """A run's name that nobody else has: the script's and 8 hex digits."""
+    """Return a unique run name: the script's name and 8 hex digits."""
     return f"{script_name(command)}-{secrets.token_hex(4)}"
 
 
 def check_run_name(name: str) -> str:
-    """`name` itself. Raises ConfigError when a run cannot be called so."""
+    """Return `name` unchanged. Raises ConfigError when it is not a valid run name."""
     try:
         return msgspec.convert(name, RunName)
     except msgspec.ValidationError:
@@ -76,24 +76,24 @@ def check_run_name(name: str) -> str:
 
 
 def state_directory(environ: Mapping[str, str]) -> Path:
-    """Where koopmon keeps what should outlive a job: `koopmon` under XDG_STATE_HOME."""
+    """Return the directory of files that outlive a job: `koopmon` under XDG_STATE_HOME."""
     base = environ.get("XDG_STATE_HOME", "")
-    # The XDG specification: a relative path is to be ignored.
+    # The XDG specification requires that a relative path is ignored.
     return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "koopmon"
 
 
 def run_store(environ: Mapping[str, str], name: str) -> Path:
-    """Where `koopmon run` keeps the history of the run `name`, when nobody says otherwise."""
+    """Return the default history path of `koopmon run` for the run `name`."""
     return state_directory(environ) / "runs" / f"{name.replace('/', '_')}.sqlite3"
 
 
 def monitor_store(environ: Mapping[str, str]) -> Path:
-    """Where `koopmon monitor` keeps the history of the runs that share it, when nobody says otherwise."""
+    """Return the default history path of `koopmon monitor`, which its runs share."""
     return state_directory(environ) / "monitor.sqlite3"
 
 
 def _launcher_options(command: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Options between a launcher and the script, each with the word that follows or the part behind its `=`."""
+    """Yield the options between a launcher and the script, each with the next word or the part after its `=`."""
     launched = False
     for word, following in zip(command, [*command[1:], ""], strict=True):
         if not launched:
@@ -106,7 +106,7 @@ def _launcher_options(command: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _largest(text: str) -> int:
-    """The largest whole number in "2", "1:4" or "4(x2)"; 0 when there is none."""
+    """Return the largest whole number in "2", "1:4" or "4(x2)"; 0 without any."""
     return max((int(number) for number in re.findall(r"\d+", text)), default=0)
 
 

@@ -1,4 +1,4 @@
-"""`koopmon monitor`: the daemon in the foreground."""
+"""`koopmon monitor`: runs the monitor in the foreground."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def monitor(
     configure_logging()
     if with_parent:
         _end_with_parent()
-    # Late: torch comes with it.
+    # Imported late because it imports torch.
     from koopmon.monitor import daemon
 
     return daemon.serve(
@@ -90,10 +90,10 @@ def monitor(
 
 
 def _end_with_parent() -> None:
-    """SIGTERM to ourselves when standard input ends, which the launcher holds open while it lives."""
+    """Send SIGTERM to this process when standard input ends. The launcher keeps it open during its own life."""
 
     def watch() -> None:
-        # Not through sys.stdin: its lock, held by a daemon thread, would stop the interpreter from ending.
+        # sys.stdin has a lock; a daemon thread that holds it would prevent the interpreter from exiting.
         with contextlib.suppress(OSError):
             while os.read(0, 4096):
                 pass

@@ -1,4 +1,4 @@
-"""Options that several verbs share."""
+"""Command-line options that several commands share."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PlaintextTcp = Annotated[
 
 
 def security_overrides(keys: Path | None, plaintext_tcp: bool) -> dict[str, Any]:
-    """What the command line says of `[security]`, likewise."""
+    """Return the command-line values of `[security]` as configuration overrides."""
     table: dict[str, Any] = {}
     if keys is not None:
         table["keys"] = str(keys.absolute())
@@ -50,7 +50,7 @@ def security_overrides(keys: Path | None, plaintext_tcp: bool) -> dict[str, Any]
 
 
 def policy_overrides(policy: str | None, dry_run: bool) -> dict[str, Any]:
-    """What the command line says of `[policy]`, as overrides of a configuration."""
+    """Return the command-line values of `[policy]` as configuration overrides."""
     table: dict[str, Any] = {}
     if policy is not None:
         table["name"] = policy
@@ -60,7 +60,7 @@ def policy_overrides(policy: str | None, dry_run: bool) -> dict[str, Any]:
 
 
 def grafana_overrides(url: str | None, token_file: Path | None, timeout_seconds: float | None = None) -> dict[str, Any]:
-    """What the command line says of `[grafana]`, likewise."""
+    """Return the command-line values of `[grafana]` as configuration overrides."""
     file = None if token_file is None else str(token_file)
     given = {"url": url, "token_file": file, "timeout_seconds": timeout_seconds}
     table = {name: value for name, value in given.items() if value is not None}

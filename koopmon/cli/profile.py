@@ -1,4 +1,4 @@
-"""`koopmon profile`: the spectrum and the risk of a model before it is trained, from one forward pass."""
+"""`koopmon profile`: the spectrum and the risk of a model before training, from one forward pass."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def profile(
             raise
         except ValueError as error:
             raise KoopmonError(f"{factory}: {error}") from error
-        except BaseException as error:  # the model's own forward pass
+        except BaseException as error:  # exceptions of the model's own forward pass
             raise_from_signal(error)
             raise KoopmonError(
                 f"{factory}: the forward pass raised {type(error).__name__}: {' '.join(str(error).split())}"
@@ -115,7 +115,7 @@ def profile(
             told["forecast"] = dataclasses.asdict(forecast)
         print(json.dumps(told))  # noqa: T201 - a result
     else:
-        # A pipe has no width: a table must not be folded for it.
+        # Without a terminal rich assumes a narrow width and would fold the table.
         out = Console(width=None if sys.stdout.isatty() else 120)
         out.print(_table(type(model).__name__, captured, spectrum))
         for name, text in captured.measures.items():
@@ -128,14 +128,14 @@ def profile(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a calibrator says of a model. Rates are None where it knows none that low."""
+    """Forecast of a calibrator for a model. A rate is None when the calibrator covers no rate that low."""
 
     learning_rate: float | None
     divergence_probability: float | None
     max_learning_rate: float | None
-    """Survived with the probability SURVIVES."""
+    """Learning rate at which the run survives with the probability SURVIVES."""
     even_learning_rate: float | None
-    """Survived as often as not."""
+    """Learning rate at which the run survives with probability one half."""
     held_out_error: float | None
 
     def lines(self) -> list[str]:
@@ -206,7 +206,7 @@ def _as_dict(model: Any, captured: CapturedStates, spectrum: SpectralProfile, ri
 def _table(name: str, captured: CapturedStates, spectrum: SpectralProfile) -> Table:
     rank = "full rank" if spectrum.svd_rank is None else f"svd_rank {spectrum.svd_rank}"
     tokens = f"{spectrum.num_samples} of {captured.num_tokens} tokens{', masked' if captured.masked else ''}"
-    stack = captured.discovery.stack.name or "the model itself"  # a Sequential of blocks has no path of its own
+    stack = captured.discovery.stack.name or "the model itself"  # a Sequential of blocks has an empty path
     found = f"adapter {captured.discovery.adapter.name}, stack {stack}"
     table = Table(title=f"{name}: {found}; {tokens}, {rank}", title_justify="left", title_style="")
     table.add_column("layer", justify="right")

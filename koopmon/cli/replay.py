@@ -1,4 +1,4 @@
-"""`koopmon replay`: a recorded run under another policy, offline."""
+"""`koopmon replay`: applies another policy to a recorded run, offline."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _plain(row: Replayed) -> dict[str, Any]:
 
 
 def _recorded(decisions: Iterable[DecisionRow]) -> dict[tuple[str, int], list[str]]:
-    """What was done then, by incarnation and step."""
+    """Return the recorded actions by incarnation and step."""
     found: dict[tuple[str, int], list[str]] = {}
     for decision in decisions:
         for row in decision.commands:

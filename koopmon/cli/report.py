@@ -1,4 +1,4 @@
-"""`koopmon report`: what happened in a run, as one page."""
+"""`koopmon report`: writes a one-page report of a run."""
 
 from __future__ import annotations
 
@@ -55,14 +55,17 @@ def report(
         page = _write(facts, out)
         if not as_json:
             print(one_line(narrative.headline(facts), 2000))  # noqa: T201 - a result
-            print(page)  # noqa: T201 - likewise
+            print(page)  # noqa: T201 - a result
     if as_json:
         print(json.dumps({"headline": narrative.headline(facts), "helped": narrative.helped(facts), **facts.to_dict()}))  # noqa: T201
     return 0
 
 
 def _write(facts: RunReport, out: Path) -> Path:
-    """Write page and pictures; the page. Without matplotlib there is the page alone. Raises KoopmonError."""
+    """Write the page and its plots; return the page's path. Without matplotlib it writes only the page.
+
+    Raises KoopmonError.
+    """
     from koopmon.report.page import page
     from koopmon.report.pictures import Picture, draw
 

@@ -1,4 +1,4 @@
-"""`koopmon run`: guards an unchanged job."""
+"""`koopmon run`: guards an unchanged training job."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EPILOG = "Example: koopmon run -- torchrun --nproc-per-node 2 train.py --lr 0.00
 
 
 class _EndedEarlyError(Exception):
-    """A signal came before the job was started."""
+    """A signal arrived before the job was started."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -100,7 +100,7 @@ def run(
         endpoint = trust.check(monitor)
         trust.check_agent_keys(endpoint)
         environ |= _security_environment(keys, insecure_plaintext_tcp)
-        # Ranks on other nodes have launchers of their own: there the agents agree on a name.
+        # Ranks on other nodes have their own launchers, so the agents of a multi-node job agree on a name themselves.
         shared = name if name is not None or spread(command, environ) else new_run_name(command)
         if (why := _why_silent(endpoint, trust)) is not None:
             because = f" ({why})" if why else ""
@@ -160,7 +160,7 @@ def _run_with_own_monitor(
 
 
 def _await_monitor(embedded: EmbeddedMonitor, environ: Mapping[str, str], mask: set[signal.Signals]) -> None:
-    """Raises MonitorNotReadyError, or _EndedEarlyError when a signal came first."""
+    """Wait for the monitor. Raises MonitorNotReadyError, or _EndedEarlyError after a signal."""
     say("starting the monitor")
     embedded.start({key: value for key, value in environ.items() if key != "KOOPMON_RUN"}, mask)
     deadline = time.monotonic() + READY_SECONDS
@@ -172,7 +172,7 @@ def _await_monitor(embedded: EmbeddedMonitor, environ: Mapping[str, str], mask: 
 
 
 class _Watcher:
-    """Says once that the monitor died under a job that goes on."""
+    """Prints one message when the monitor dies while the job runs."""
 
     def __init__(self, embedded: EmbeddedMonitor) -> None:
         self._embedded = embedded
@@ -187,7 +187,7 @@ class _Watcher:
 def _job_environment(
     environ: Mapping[str, str], endpoint: str, name: str | None, config: Path | None
 ) -> dict[str, str]:
-    """The environment of the job: where its monitor is, and the directory that attaches every rank."""
+    """Return the environment of the job: the monitor's endpoint, and the directory that attaches every rank."""
     job = {key: value for key, value in environ.items() if not key.startswith("KOOPMON_HTTP_")}  # the monitor's secrets
     job["KOOPMON_ENDPOINT"] = endpoint
     if name is not None:
@@ -200,13 +200,13 @@ def _job_environment(
 
 
 def _security_environment(keys: Path | None, plaintext_tcp: bool) -> dict[str, str]:
-    """What the command line says of keys, for the agents in the job; the name of a directory, never a key."""
+    """Return the command-line key settings for the agents in the job: a directory, never a key."""
     named = {} if keys is None else {"KOOPMON_KEYS": str(keys.absolute())}
     return named | ({PLAINTEXT_VARIABLE: "1"} if plaintext_tcp else {})
 
 
 def _default_store(environ: Mapping[str, str], name: str) -> Path:
-    """A file of this run's own; beside the temporary files when the state directory cannot be written."""
+    """Return a history path for this run, in a temporary directory when the state directory is not writable."""
     store = run_store(environ, name)
     try:
         store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -217,7 +217,7 @@ def _default_store(environ: Mapping[str, str], name: str) -> Path:
 
 
 def _why_silent(endpoint: str, trust: AuthPolicy) -> str | None:
-    """Why no monitor answers at a checked endpoint, in words that may be empty; None when one does."""
+    """Return the reason, possibly empty, why no monitor answers at a checked endpoint; None when one answers."""
     from koopmon.wire.probe import probe
 
     found = probe(endpoint, trust, timeout_seconds=ANSWER_SECONDS)

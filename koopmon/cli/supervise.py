@@ -1,4 +1,4 @@
-"""The guarded job: started as it would be without us, told every signal that we are told, and waited for."""
+"""Runs the user's command: inherits the standard streams, forwards signals, returns its exit status."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class CommandNotFoundError(KoopmonError):
 
 
 class CommandNotRunnableError(KoopmonError):
-    """The job's program exists and cannot be run."""
+    """The job's program exists but cannot be executed."""
 
     exit_status = 126
 
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[set[signal.Signals]]:
-    """Hold every forwarded signal back until `run_job` or `take_signal` asks for it; gives the mask from before."""
+    """Block all forwarded signals until `run_job` or `take_signal` receives them; yield the previous mask."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     try:
         yield {signal.Signals(number) for number in before}
@@ -52,7 +52,7 @@ def signals_held() -> Iterator[set[signal.Signals]]:
 
 
 def take_signal(timeout_seconds: float) -> signal.Signals | None:
-    """Wait that long for a signal that would end the launcher; None when there was none."""
+    """Wait up to `timeout_seconds` for a signal that would end the launcher; return it, or None."""
     ending = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
     info = signal.sigtimedwait(ending, timeout_seconds)
     return None if info is None else signal.Signals(info.si_signo)
@@ -64,14 +64,14 @@ def run_job(
     mask: set[signal.Signals],
     on_child: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run `command` to its end inside `signals_held`, whose mask the job gets back, and return its exit status.
+    """Run `command` to its end inside `signals_held` and return its exit status. The job gets the previous signal mask.
 
-    Standard streams are inherited. The status is the job's own, or 128 + n when signal n ended it. `on_child` is called
-    whenever some child of ours changed its state. Raises CommandNotFoundError and CommandNotRunnableError.
+    The job inherits the standard streams. The status is the job's own, or 128 + n when signal n ended it. `on_child` is
+    called after each state change of a child process. Raises CommandNotFoundError and CommandNotRunnableError.
     """
 
     try:
-        # Safe after fork: the launcher has one thread.
+        # Safe after fork because the launcher has one thread.
         job = subprocess.Popen(
             list(command), env=dict(environ), preexec_fn=partial(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
         )
@@ -91,6 +91,6 @@ def run_job(
 
 
 def _reached_the_job_already(number: signal.Signals, info: signal.struct_siginfo) -> bool:
-    # The terminal's keys signal the whole foreground group, so the job, which shares ours, has its own copy: a second
-    # SIGINT would cut torchrun's orderly shutdown short.
+    # The terminal's keys signal the whole foreground group, so the job in the same group already has the signal. A
+    # second SIGINT would interrupt torchrun's orderly shutdown.
     return number in _FROM_TERMINAL and info.si_code == _SENT_BY_KERNEL

@@ -1,12 +1,13 @@
-"""The conformance kit: does an architecture adapter keep what koopmon builds on?
+"""The conformance kit: tests whether an architecture adapter meets koopmon's requirements.
 
-`checks(adapter, example)` gives the checks to run, on the command line with `koopmon adapters check`, or in a test::
+`checks(adapter, example)` returns the checks. Run them with `koopmon adapters check`, or in a test::
 
     @pytest.mark.parametrize("check", checks(MyAdapter, EXAMPLE), ids=str)
     def test_conformance(check):
         check()
 
-Each trains the example model for a few steps with koopmon's own agent, and without it where both are compared.
+Each check trains the example model for a few steps with koopmon's own agent. Some compare this with a training without
+the agent.
 """
 
 from koopmon.conformance.check_selection import check_settings

@@ -1,4 +1,4 @@
-"""What an adapter says of models without running them: claims, candidates, settings."""
+"""Checks of an adapter's static methods: claims, candidates and settings."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from koopmon.wire.messages import KssSettings
 
 
 def example(bench: Bench) -> str:
-    """The example model is fit for a check: the same for the same seed, with a finite loss and a gradient."""
+    """The example model is valid: the same for the same seed, with a finite loss and a gradient."""
     demand(not bench.flaw, bench.flaw)
     return f"{type(bench.build()).__name__}, the same twice for the same seed"
 
 
 def claim(bench: Bench) -> str:
-    """specificity() is an integer in bounds, the same each time, and the highest for this model."""
+    """specificity() is an integer in bounds, repeatable, and the highest for this model."""
     adapter, model = bench.adapter, bench.build()
     before = _attributes(adapter)
     found = adapter.specificity(model)
@@ -39,7 +39,7 @@ def claim(bench: Bench) -> str:
         f"specificity() gives {found} for a model of its own family, allowed are 1 to {MAX_SPECIFICITY}",
     )
     same = {"again": model, "for another build": bench.build()}
-    with contextlib.suppress(Exception):  # not every model can be copied
+    with contextlib.suppress(Exception):  # some models cannot be copied
         same["for a deepcopy"] = copy.deepcopy(model)
     for when, other in same.items():
         now = adapter.specificity(other)
@@ -56,7 +56,7 @@ def claim(bench: Bench) -> str:
 
 
 def restraint(bench: Bench) -> str:
-    """Models of other families are left to their own adapters; what is no chain of blocks at all is not claimed."""
+    """The adapter does not win models of other families, and does not claim models without a chain of blocks."""
     adapter = bench.adapter
     for what, stranger in _strangers().items():
         found = adapter.specificity(stranger)
@@ -69,7 +69,7 @@ def restraint(bench: Bench) -> str:
         try:
             model = Bench(owner, offer).build()
             theirs = owner.specificity(model)
-        except (Exception, SystemExit, KeyboardInterrupt) as error:  # not this adapter's fault
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # an error of another adapter
             raise_from_signal(error)
             continue
         found = adapter.specificity(model)
@@ -82,7 +82,7 @@ def restraint(bench: Bench) -> str:
 
 
 def untouched(bench: Bench) -> str:
-    """Whatever an adapter is asked of a model, the model and the random state stay as they are."""
+    """The adapter's methods change neither the model nor the random state."""
     adapter, model = bench.adapter, bench.build()
     calls = {
         "specificity()": lambda: adapter.specificity(model),
@@ -109,7 +109,7 @@ def untouched(bench: Bench) -> str:
 
 
 def candidates(adapter: ArchitectureAdapter, model: nn.Module) -> list[Stack]:
-    """The adapter's candidate stacks, each in order, with names that resolve. Raises ConformanceError."""
+    """Return the adapter's candidate stacks after checks of their order and names. Raises ConformanceError."""
     stacks: Any = adapter.stacks(model)
     demand(isinstance(stacks, list) and stacks, f"stacks() gives {_short(stacks)}, expected a list of candidate stacks")
     modules, inside = dict(model.named_modules(remove_duplicate=False)), set(model.modules())
@@ -136,7 +136,7 @@ def candidates(adapter: ArchitectureAdapter, model: nn.Module) -> list[Stack]:
 
 
 def discovery(bench: Bench) -> str:
-    """A stack is found, its names resolve, and a forward pass shows it to be a chain with one point per block."""
+    """The adapter finds a stack with valid names, and a forward pass verifies a chain with one point per block."""
     model = bench.build()
     first, second = candidates(bench.adapter, model), candidates(bench.adapter, model)
     demand(first == second, "stacks() gives two different answers for one model")
@@ -146,8 +146,7 @@ def discovery(bench: Bench) -> str:
 
 
 def settings(bench: Bench) -> str:
-    """thresholds() and kss_settings() name fields of the configuration, with values within their bounds, and
-    update_exponent() is a number or None."""
+    """thresholds() and kss_settings() hold known fields with values in bounds; update_exponent() is valid."""
     check_settings(bench.adapter)
     for stack in bench.adapter.stacks(bench.build()):
         known: Any = bench.adapter.update_exponent(stack)
@@ -158,7 +157,7 @@ def settings(bench: Bench) -> str:
 
 
 def check_settings(adapter: ArchitectureAdapter) -> None:
-    """Raises AdapterError naming the field, the value and what is allowed, when a default of `adapter` is not valid."""
+    """Check the defaults of `adapter`. Raises AdapterError with the field, the value and the allowed values."""
     for method, table, section in (("thresholds", "risk", RiskConfig), ("kss_settings", "kss", KssConfig)):
         values: Any = getattr(adapter, method)()
         source = f"adapter {adapter.name!r}, {method}()"
@@ -172,7 +171,7 @@ def check_settings(adapter: ArchitectureAdapter) -> None:
             configuration.from_mapping({table: dict(values)}, source=source)
         except ConfigError as error:
             raise AdapterError(str(error)) from None
-        if table == "kss":  # what travels to the monitor has bounds of its own
+        if table == "kss":  # the fields of the wire message have their own bounds
             travels = {name: value for name, value in values.items() if name in KssSettings.__struct_fields__}
             try:
                 msgspec.convert(travels, KssSettings)
@@ -181,14 +180,14 @@ def check_settings(adapter: ArchitectureAdapter) -> None:
 
 
 def _attributes(adapter: ArchitectureAdapter) -> dict[str, Any]:
-    """What an adapter remembers, so far as that can be told without comparing models."""
+    """Return identities and lengths of an adapter's attributes, a snapshot that needs no comparison of models."""
     return {
         name: (id(value), len(value) if isinstance(value, Sized) else None) for name, value in vars(adapter).items()
     }
 
 
 def _state(model: nn.Module) -> dict[str, Any]:
-    """Everything about the modules of `model` that a look at it must leave alone."""
+    """Return the state of the modules of `model` that inspection must not change."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         hooks = {key: len(value) for key, value in vars(module).items() if key.endswith("hooks")}
@@ -205,7 +204,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _strangers() -> dict[str, nn.Module]:
-    """Models in which there is no residual stream of tokens."""
+    """Return models without a residual stream of tokens."""
     planes = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(3)]
     return {
         "a linear layer": nn.Linear(4, 4),

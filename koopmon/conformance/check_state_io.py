@@ -1,4 +1,4 @@
-"""How an adapter reads and writes the state in the calls of blocks."""
+"""Checks of an adapter's reads and writes of the state in the calls of blocks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def shapes(bench: Bench) -> str:
 
 
 def reading(bench: Bench) -> str:
-    """block_input and block_output give the block's own tensor: no copy, nothing detached, nothing changed in place."""
+    """block_input and block_output return the block's own tensor: not copied, detached or changed in place."""
     adapter, model = bench.adapter, bench.build()
     stack = bench.likely_stack(model)
 
@@ -86,7 +86,7 @@ def reading(bench: Bench) -> str:
 
 
 def round_trip(bench: Bench) -> str:
-    """with_block_output replaces the state and nothing else; replaced by itself, nothing changes at all."""
+    """with_block_output replaces only the state; a replacement by the same state changes nothing."""
     adapter, model = bench.adapter, bench.build()
     stack = bench.likely_stack(model)
     kinds: dict[str, None] = {}
@@ -133,7 +133,7 @@ def round_trip(bench: Bench) -> str:
 
 
 def _one_forward(bench: Bench, model: nn.Module, stack: Stack, enter: Any, leave: Callable[..., Any]) -> Tensor:
-    """The loss of one training forward, looked at from both sides of every block."""
+    """Return the loss of one training forward with hooks before and after every block."""
     handles = at_points(model, stack, enter, leave)
     try:
         with seeded(1):
@@ -145,7 +145,7 @@ def _one_forward(bench: Bench, model: nn.Module, stack: Stack, enter: Any, leave
 
 @contextmanager
 def _unchanged(method: str, point: Point | None, call: Any) -> Iterator[None]:
-    """Demands that no tensor of `call` is written to."""
+    """Check that the body writes to no tensor of `call`. Raises ConformanceError."""
     where = f"{method} at {point.name}" if point is not None else method
     tensors = _tensors(call)
     before = [(tensor._version, tensor.detach().clone()) for tensor in tensors]
@@ -156,7 +156,7 @@ def _unchanged(method: str, point: Point | None, call: Any) -> Iterator[None]:
 
 
 def _own(method: str, point: Point, state: Tensor | None, call: Any, again: Tensor | None) -> None:
-    """Demands that `state` is a tensor of `call` or a view of one, as differentiable as that one is."""
+    """Check that `state` is a tensor of `call` or a view of one, and attached to its graph."""
     where = f"{method} at {point.name}"
     demand(isinstance(state, Tensor), f"{where} gives {described(state)}, expected a tensor")
     assert state is not None
@@ -168,7 +168,7 @@ def _own(method: str, point: Point, state: Tensor | None, call: Any, again: Tens
 
 
 def _tensors(call: Any) -> list[Tensor]:
-    """The tensors in a call or an output; of parts that are objects of their own making, those they hold."""
+    """Return the tensors in a call or an output, including those in attributes of custom objects."""
     found = []
     for part in parts(call).values():
         if isinstance(part, Tensor):
@@ -179,5 +179,5 @@ def _tensors(call: Any) -> list[Tensor]:
 
 
 def _shares(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors lie in the same memory."""
+    """Return True if two tensors share the same memory."""
     return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()

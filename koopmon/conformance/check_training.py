@@ -1,4 +1,4 @@
-"""What an adapter does to a training: nothing while there is no command, and exactly what a command says.
+"""Checks of an adapter's effect on a training: none without a command, and exactly the commanded one otherwise.
 
 Shapes: L blocks, N sampled tokens, D width; P = L + 1 points.
 """
@@ -27,10 +27,10 @@ from koopmon.wire.messages import KssSettings
 
 NUM_STEPS = 4
 KSS = KssSettings(tau_u=0.9, beta=0.8, svd_rank=6, num_samples=24)
-"""Both terms of the loss at work on any spectrum."""
+"""Settings with which both terms of the loss are active on any spectrum."""
 MAX_ALPHA = 900.0
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-2}
-"""Allowed relative difference of gradients; a model may compute in less than its parameters' type inside."""
+"""Allowed relative difference of gradients; a model may compute internally in a lower precision than its parameters."""
 
 
 def taps(bench: Bench, *, microbatches: int = 1, evaluate: bool = False, checkpointing: bool = False) -> str:
@@ -57,7 +57,7 @@ def taps(bench: Bench, *, microbatches: int = 1, evaluate: bool = False, checkpo
         attached.check()
         taken = attached.notebook.snapshots
     steps = [snapshot.step for snapshot in taken]
-    # The first forward verifies the chain.
+    # The first forward pass verifies the chain and gives no snapshot.
     expected = list(range(1, NUM_STEPS))
     demand(steps == expected, f"there are snapshots of the steps {steps}, expected one of each of {expected}")
     for snapshot in taken:
@@ -76,7 +76,7 @@ def taps(bench: Bench, *, microbatches: int = 1, evaluate: bool = False, checkpo
 
 
 def losses(bench: Bench) -> str:
-    """With the agent attached and a snapshot at every step, training is bit for bit what it is without."""
+    """With the agent attached and a snapshot at every step, training is bit-identical to training without the agent."""
     plain, watched = Training(bench, microbatches=2), Training(bench, microbatches=2)
     bench.likely_stack(watched.model)
     with Attached(watched) as attached:
@@ -100,7 +100,7 @@ def losses(bench: Bench) -> str:
 
 
 def _require_repeatable(bench: Bench, first: Training) -> None:
-    """Raises SkipTest where the same training differs from itself, as some kernels on accelerators do."""
+    """Raise SkipTest when two identical trainings differ, as with nondeterministic kernels on accelerators."""
     second = Training(bench, microbatches=2)
     for _ in range(NUM_STEPS):
         second.backward()
@@ -110,7 +110,7 @@ def _require_repeatable(bench: Bench, first: Training) -> None:
 
 
 def kss(bench: Bench, *, checkpointing: bool = False) -> str:
-    """The gradient with KSS in force equals that of (loss + alpha * kss).backward(), written out."""
+    """The gradient with KSS in force equals that of an explicit (loss + alpha * kss).backward()."""
     if checkpointing:
         require_checkpointing(bench)
     dtype = bench.precise
@@ -144,7 +144,7 @@ def kss(bench: Bench, *, checkpointing: bool = False) -> str:
 
 
 def learning_rate(bench: Bench) -> str:
-    """A learning-rate scale comes and goes; the parameters are those of a training that scaled its rate by hand."""
+    """After a temporary LR scale, the parameters equal those of a training with a manually scaled learning rate."""
     guarded, hand = Training(bench), Training(bench)
     bench.stack(guarded.model)
     before = [group["lr"] for group in guarded.optimizer.param_groups]
@@ -169,7 +169,7 @@ def learning_rate(bench: Bench) -> str:
 
 
 def kss_on_and_off(bench: Bench) -> str:
-    """KSS comes and goes; the parameters are those of a training that wrote it into its loss for the same steps."""
+    """After temporary KSS, the parameters equal those of a training with KSS in its loss for the same steps."""
     dtype = bench.precise
     alpha = _balanced_alpha(bench)
     guarded, plain = Training(bench, dtype=dtype), Training(bench, dtype=dtype)
@@ -200,7 +200,7 @@ def kss_on_and_off(bench: Bench) -> str:
 
 
 class _Explicit:
-    """A training whose loss has alpha * mean over layers of L_KSS written into it, for autograd to differentiate."""
+    """A training with alpha * mean over layers of L_KSS in its loss, differentiated by autograd."""
 
     def __init__(self, bench: Bench, dtype: torch.dtype, alpha: float, *, training: Training | None = None) -> None:
         self.training = training or Training(bench, dtype=dtype, microbatches=2, learning_rate=0.0)
@@ -208,7 +208,7 @@ class _Explicit:
         self._stack = bench.stack(self.training.model)
         self._witness = Witness(bench, self.training.model, self._stack, graph=True)
         self.trusted = 0
-        """Gradients of blocks that could be trusted so far."""
+        """Number of block gradients accepted by `kss_gradient` so far."""
 
     def backward(self, *, with_kss: bool) -> None:
         self.training.backward(self._penalty if with_kss else None)
@@ -229,13 +229,13 @@ class _Explicit:
         basis = kss_basis(x.detach(), KSS.svd_rank, SEED)
         terms = {name: getattr(KSS, name) for name in ("temperature", "tau_u", "tau_l", "gamma", "beta")}
         if not kss_gradient(x.detach(), y.detach(), basis, **terms).ok:
-            return 0.0 * y.sum()  # what cannot be trusted is left out on both sides
+            return 0.0 * y.sum()  # the agent skips these blocks too
         self.trusted += 1
         return kss_loss(x, y, basis=basis, **terms)
 
 
 def _balanced_alpha(bench: Bench) -> float:
-    """The alpha at which the gradient of KSS is as large as the task's: found once, on a step of its own."""
+    """Return the alpha at which the gradient norms of KSS and of the task are equal. It is measured once."""
     if bench.alpha is None:
         probing = _Explicit(bench, bench.precise, 1.0)
         probing.backward(with_kss=False)
@@ -251,13 +251,13 @@ def _balanced_alpha(bench: Bench) -> float:
 
 
 def with_alpha(alpha: float) -> KssSettings:
-    """The settings of every check of KSS, at this weight."""
+    """Return the KSS settings of all checks with the weight `alpha`."""
     values = {name: getattr(KSS, name) for name in KssSettings.__struct_fields__}
     return KssSettings(**{**values, "alpha": alpha})
 
 
 def _rows(seen: Seen, num_samples: int, step: int, *, fill: bool = False) -> Tensor:
-    """The tokens that the agent takes of such a forward; with `fill`, repeated until there are `num_samples`."""
+    """Return the row indices that the agent samples from a forward; `fill` repeats them up to `num_samples`."""
     if not seen.states:
         raise ConformanceError("the adapter reads no state in a training forward")
     leading, device = seen.states[0].shape[:-1], seen.states[0].device

@@ -1,4 +1,4 @@
-"""The battery: every check by its name, in the order in which their reasons are best read."""
+"""All checks by name, in the order in which their failures are easiest to understand."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ BATTERY: dict[str, Callable[[Bench], str]] = {
     "learning-rate": check_training.learning_rate,
     "kss-on-and-off": check_training.kss_on_and_off,
 }
-"""What each finds out, in one line, from an adapter and an example model on the bench."""
+"""Function of each check: takes a bench with an adapter and an example model, and returns the result in one line."""
 WITHOUT_EXAMPLE = ("example", "settings")
-"""Checks that ask nothing of the example model, or all of it."""
+"""Checks that run without a valid example model: one validates the model and the other does not use it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check of one adapter with one example model; calling it makes it, `str` gives its name."""
+    """One check of one adapter with one example model. A call runs it; `str` returns its name."""
 
     name: str
     bench: Bench
 
     def __call__(self) -> str:
-        """The outcome in one line.
+        """Run the check and return the outcome in one line.
 
-        Raises ConformanceError, an AssertionError, with the reason when the adapter breaks the promise, and
-        unittest.SkipTest, which pytest reports as skipped, when the promise cannot be put to the test.
+        Raises ConformanceError, an AssertionError, with the reason when the adapter violates the requirement. Raises
+        unittest.SkipTest, which pytest reports as skipped, when the requirement cannot be tested.
         """
         if self.name not in WITHOUT_EXAMPLE:
             self.bench.require_example()
@@ -62,12 +62,12 @@ class Check:
             raise
         except AdapterError as error:
             raise ConformanceError(str(error)) from error
-        except (Exception, SystemExit, KeyboardInterrupt) as error:  # the adapter's own code, or its model's
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # the code of the adapter or its model
             raise_from_signal(error)
             raise ConformanceError(f"raised {describe_error(error)}") from error
 
     def run(self) -> CheckResult:
-        """The outcome, whatever it is; raises nothing."""
+        """Run the check and return any outcome as a CheckResult; raises nothing."""
         names = (self.bench.adapter.name, self.bench.example.name, self.name)
         try:
             return CheckResult(*names, "passed", self())
@@ -81,7 +81,7 @@ class Check:
 
 
 def checks(adapter: str | ArchitectureAdapter | type[ArchitectureAdapter], example: ExampleModel) -> list[Check]:
-    """Every check of `adapter`, by name, class or instance, with `example`: for pytest's `parametrize`, with ids=str.
+    """Return all checks of `adapter` (name, class or instance) with `example`, for pytest's `parametrize` with ids=str.
 
     Raises AdapterError for a name that is not installed.
     """

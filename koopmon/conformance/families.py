@@ -1,4 +1,4 @@
-"""What a family says beside its stacks: what it measures in them, and what it shields from KSS."""
+"""Checks of a family's observables and of its modules that are shielded from KSS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from koopmon.observables import flaw
 
 
 def observables(bench: Bench) -> str:
-    """What is measured is listed, of a transition of the stack, and read as finite numbers in a snapshot."""
+    """Observables are declared, belong to transitions of the stack, and are finite numbers in a snapshot."""
     training = Training(bench)
     stack = bench.stack(training.model)
     why = flaw(bench.adapter.measures)
@@ -51,7 +51,7 @@ def _check_observable(bench: Bench, model: nn.Module, stack: Stack, each: Any) -
 
 
 def shields(bench: Bench) -> str:
-    """Where a family shields modules from KSS, the agent refuses it in one line, and no gradient tells of it."""
+    """For a family with shielded modules, the agent refuses KSS in one line and no gradient changes."""
     bench.stack(bench.build())
     names = bench.shields
     if not names:

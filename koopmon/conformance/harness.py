@@ -1,4 +1,4 @@
-"""The bench on which an adapter is tried: an example model, built the same every time, and trained the same way.
+"""The test bench of an adapter: builds and trains an example model reproducibly.
 
 Shapes: B batch, T tokens, D width, L blocks; a state is (..., T, D).
 """
@@ -25,31 +25,31 @@ from koopmon.errors import KoopmonError, raise_from_signal
 from koopmon.plugins import Selection, adapters, select
 
 MIN_TOKENS = 32
-"""Tokens of one microbatch, below which a spectrum says nothing."""
+"""Minimum number of tokens of one microbatch for a meaningful spectrum."""
 
 
 class Bench:
-    """One adapter and one example model of its family. What several checks ask is found out once."""
+    """One adapter and one example model of its family. Results that several checks need are cached."""
 
     def __init__(self, adapter: ArchitectureAdapter, example: ExampleModel) -> None:
         self.adapter = adapter
         self.example = example
         self.alpha: float | None = None
-        """The KSS weight of its checks, once one of them has found it."""
+        """The KSS weight of the checks, once one of them has computed it."""
         self._batches: dict[int, Any] = {}
 
     @cached_property
     def known(self) -> dict[str, ArchitectureAdapter]:
-        """Every adapter that is installed here, with the one on the bench in its own name's place."""
+        """Installed adapters by name; the adapter under test replaces an installed one of the same name."""
         return {**adapters(), self.adapter.name: self.adapter}
 
     def build(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The model with the parameters of seed 0, in training mode; in `dtype` when one is given."""
+        """Return the model with the parameters of seed 0, in training mode and converted to `dtype` if given."""
         model = self._made(0)[0]
         return (model if dtype is None else model.to(dtype)).train()
 
     def batch(self, seed: int, dtype: torch.dtype | None = None) -> Any:
-        """The microbatch of `seed`, a copy of its own; its floating-point tensors in `dtype` when one is given."""
+        """Return a fresh copy of the microbatch of `seed`, with floating-point tensors in `dtype` if given."""
         if seed not in self._batches:
             self._batches[seed] = self._made(seed)[1]
         return copied(self._batches[seed], dtype)
@@ -62,14 +62,14 @@ class Bench:
         return made
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The 0-d training loss of one forward pass of `model`."""
+        """Return the 0-d training loss of one forward pass of `model`."""
         if self.example.loss is not None:
             return self.example.loss(model, batch)
         return _loss_of(call(model, batch))
 
     @cached_property
     def flaw(self) -> str:
-        """What makes the example itself unfit for a check; empty when it is sound."""
+        """Defect of the example model itself; empty for a valid one."""
         try:
             self._check_example()
         except ConformanceError as error:
@@ -106,18 +106,18 @@ class Bench:
         losses[0].backward()  # type: ignore[no-untyped-call]
 
     def require_example(self) -> None:
-        """Raises SkipTest when the example itself is not sound."""
+        """Raise SkipTest when the example model itself is invalid."""
         if self.flaw:
             raise SkipTest(f"needs a sound example model: {self.flaw}")
 
     @cached_property
     def selection(self) -> Selection:
-        """The adapter's candidates in one model of the example, for their names and numbers."""
+        """The adapter's candidates in one instance of the model, for names and counts."""
         return select(self.build(), self.adapter)
 
     @cached_property
     def shields(self) -> tuple[str, ...]:
-        """Names of the modules that the model's families shield from KSS; raises what shielded() raises."""
+        """Names of the modules that the model's families shield from KSS; raises the exceptions of shielded()."""
         model = self.build()
         selection = select(model, self.adapter)
         names = {module: name for name, module in model.named_modules()}
@@ -132,7 +132,7 @@ class Bench:
 
     @property
     def through_shielded(self) -> bool:
-        """Whether KSS acts only where `[kss] through_shielded` allows it. Raises SkipTest where that cannot be told."""
+        """True if KSS requires `[kss] through_shielded`. Raises SkipTest when shielded() fails."""
         try:
             return bool(self.shields)
         except (Exception, SystemExit, KeyboardInterrupt) as error:  # the adapter's own code
@@ -141,7 +141,7 @@ class Bench:
 
     @cached_property
     def _verified(self) -> tuple[str | None, str]:
-        """The name of the verified chain, or None and why there is none."""
+        """Name of the verified chain and "", or None and the reason."""
         try:
             model = self.build()
             selection = select(model, self.adapter)
@@ -161,18 +161,18 @@ class Bench:
 
     @property
     def no_chain(self) -> str:
-        """Why no forward pass verifies a chain; empty when one does."""
+        """Reason why no forward pass verifies a chain; empty when one does."""
         return self._verified[1]
 
     def stack(self, model: nn.Module) -> Stack:
-        """The verified chain in `model`. Raises SkipTest where there is none: `discovery` tells why."""
+        """Return the verified chain in `model`. Raises SkipTest without one; `discovery` reports the reason."""
         name = self._verified[0]
         if name is None:
             raise SkipTest("needs the chain that `discovery` does not find")
         return next(stack for stack in self.adapter.stacks(model) if stack.name == name)
 
     def likely_stack(self, model: nn.Module) -> Stack:
-        """The verified chain, else the adapter's best candidate. Raises SkipTest when it has none."""
+        """Return the verified chain, else the adapter's best candidate. Raises SkipTest when it has none."""
         stacks = self.adapter.stacks(model)
         if not stacks:
             raise SkipTest("needs a stack, and stacks() gives none")
@@ -181,19 +181,19 @@ class Bench:
 
     @cached_property
     def precise(self) -> torch.dtype:
-        """float64 where the example computes in it, else float32."""
+        """float64 if the example can compute in it, else float32."""
         try:
             model = self.build(torch.float64)
             with seeded(1):
                 self.loss(model, self.batch(0, torch.float64)).backward()  # type: ignore[no-untyped-call]
-        except Exception:  # a model that insists on its own type
+        except Exception:  # the model requires its own dtype
             return torch.float32
         return torch.float64
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch, numpy and random start from `seed`; at the end all are as they were."""
+    """Seed torch, numpy and random with `seed`, and restore their states at the end."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -208,7 +208,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """One forward pass."""
+    """Run one forward pass."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
@@ -225,7 +225,7 @@ def _loss_of(output: Any) -> Tensor:
 
 
 def parts(value: Any, path: str = "") -> dict[str, Any]:
-    """Every leaf of nested tuples, lists, mappings and dataclasses by its path, such as "[0].keys"."""
+    """Return the leaves of nested tuples, lists, mappings and dataclasses by path, such as "[0].keys"."""
     if isinstance(value, Mapping):
         items = [(f"[{key!r}]", item) for key, item in value.items()]
     elif isinstance(value, (tuple, list)):
@@ -238,7 +238,7 @@ def parts(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def copied(value: Any, dtype: torch.dtype | None = None) -> Any:
-    """`value` with every tensor in it cloned, floating-point ones in `dtype` when one is given."""
+    """Return `value` with all tensors cloned, floating-point ones converted to `dtype` if given."""
     if isinstance(value, Tensor):
         copy = value.detach().clone()
         return copy.to(dtype) if dtype is not None and copy.is_floating_point() else copy
@@ -250,7 +250,7 @@ def copied(value: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def same_bits(left: Any, right: Any) -> bool:
-    """Two tensors, or what else a state dict holds, are equal in shape, type and every value, NaN to NaN."""
+    """Return True if two tensors or other state-dict values have equal shape, type and values; NaN equals NaN."""
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return isinstance(left, Tensor) == isinstance(right, Tensor) and bool(left == right)
     if left.shape != right.shape or left.dtype != right.dtype:
@@ -259,7 +259,7 @@ def same_bits(left: Any, right: Any) -> bool:
 
 
 def described(value: Any) -> str:
-    """A value in a few words."""
+    """Return a short description of a value."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     return "None" if value is None else f"a {type(value).__name__}"
@@ -271,7 +271,7 @@ def at_points(
     enter: Callable[[int, nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None,
     leave: Callable[[int, nn.Module, Any], Any] | None = None,
 ) -> list[Any]:
-    """Hooks that call enter(layer, module, args, kwargs) before, and leave(layer, module, output) behind each block."""
+    """Register enter(layer, module, args, kwargs) before and leave(layer, module, output) after each block."""
 
     def before(layer: int) -> Any:
         return lambda module, args, kwargs: None if enter is None else enter(layer, module, args, kwargs)

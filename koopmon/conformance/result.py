@@ -1,4 +1,4 @@
-"""What a check says: an outcome of one line, or a promise that was broken."""
+"""Result of a check, and the exception for a violated requirement."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ CheckStatus = Literal["passed", "failed", "skipped"]
 
 
 class ConformanceError(KoopmonError, AssertionError):
-    """An adapter breaks a promise; one line that says which, where and how."""
+    """An adapter violates a requirement; the one-line message contains the method, the location and the difference."""
 
 
 def demand(kept: object, broken: str) -> None:
-    """Raises ConformanceError with `broken` unless `kept` is true."""
+    """Raise ConformanceError with `broken` unless `kept` is true."""
     if not kept:
         raise ConformanceError(broken)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One check of one adapter with one example model; `detail` is one line, with the reason when it did not pass."""
+    """Result of one check of one adapter with one example model; `detail` is one line."""
 
     adapter: str
     example: str
@@ -32,5 +32,5 @@ class CheckResult:
 
 
 def describe_error(error: BaseException) -> str:
-    """An exception in one line."""
+    """Return an exception as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}".rstrip(": ")

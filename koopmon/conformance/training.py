@@ -1,7 +1,7 @@
-"""An example model in training, with koopmon's agent on it and without, the same in every other respect.
+"""Trains an example model with or without koopmon's agent, identically in all other respects.
 
-The agent is the one that `koopmon.attach` brings, whole, but for the thread that owns sockets: what that would send is
-kept here, and commands come from here, so that every check is a pure function of its seeds.
+The agent is the complete one of `koopmon.attach`, except for its I/O thread. `Notebook` replaces that thread and stores
+its outgoing items; `Attached` submits the commands. Every check is therefore a pure function of its seeds.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ CONFIG = configuration.from_mapping(
         "limits": {"act": "always", "max_kss_alpha": 1000.0, "max_actions_per_hour": 100_000},
     }
 )
-"""A snapshot at every step, and every command allowed."""
+"""A snapshot at every step, and all commands allowed."""
 
 
 class Training:
-    """Steps of plain gradient descent with momentum; microbatch m of step s is of seed 1 + s * microbatches + m."""
+    """Gradient descent with momentum; microbatch m of step s uses the seed 1 + s * microbatches + m."""
 
     def __init__(
         self,
@@ -69,12 +69,12 @@ class Training:
         self.step = 0
         self.losses: list[Tensor] = []
         self.random_states: list[Tensor] = []
-        """Of torch's generator, at the end of each microbatch."""
+        """States of torch's generator after each microbatch."""
         self._dtype = dtype
         self._microbatches = microbatches
 
     def backward(self, penalty: Callable[[], Tensor] | None = None) -> None:
-        """The gradient of this step: of the mean over microbatches of the loss, plus penalty() where one is given."""
+        """Compute the gradient of the mean loss over the microbatches, plus penalty() if given."""
         self.optimizer.zero_grad()
         for index in range(self._microbatches):
             seed = 1 + self.step * self._microbatches + index
@@ -87,12 +87,12 @@ class Training:
                 self.random_states.append(torch.get_rng_state())
 
     def update(self) -> None:
-        """The optimizer's step."""
+        """Run the optimizer step."""
         self.optimizer.step()
         self.step += 1
 
     def evaluate(self) -> None:
-        """A forward pass of each kind that is not training: in eval mode, and without gradients."""
+        """Run a forward pass in eval mode, and one without gradients."""
         for training in (False, True):
             self.model.train(training)
             with seeded(99), torch.no_grad():
@@ -100,18 +100,18 @@ class Training:
         self.model.train()
 
     def gradient(self) -> Tensor:
-        """All gradients in one row, zero where there is none."""
+        """Return all gradients as one vector, with zeros for missing ones."""
         found = [torch.zeros_like(each) if each.grad is None else each.grad for each in self.parameters]
         return torch.cat([each.detach().flatten() for each in found])
 
     def values(self) -> Tensor:
-        """All parameters in one row."""
+        """Return all parameters as one vector."""
         return torch.cat([each.detach().flatten() for each in self.parameters])
 
 
 @dataclass
 class Seen:
-    """One training forward: `states` (..., T, D), h_0 first, and how often each block was called."""
+    """One training forward: `states` (..., T, D), h_0 first, and the number of calls of each block."""
 
     mask: Tensor | None
     states: list[Tensor] = field(default_factory=list)
@@ -119,7 +119,7 @@ class Seen:
 
 
 class Witness:
-    """Sees every training forward for itself: copies of all states, in the graph when `graph` says so."""
+    """Records copies of all states in every training forward; `graph` keeps them in the graph."""
 
     def __init__(self, bench: Bench, model: nn.Module, stack: Stack, *, graph: bool = False) -> None:
         self.forwards: list[Seen] = []
@@ -152,7 +152,7 @@ class Witness:
 
 @dataclass(frozen=True)
 class Kept:
-    """A snapshot: `states` (P, N, D), P = L + 1, of the tokens that count; `observed` by name and layer."""
+    """One snapshot: `states` (P, N, D), P = L + 1, of the valid tokens; `observed` by name and layer."""
 
     step: int
     states: Tensor
@@ -160,7 +160,7 @@ class Kept:
 
 
 class Notebook(IOThread):
-    """In the place of the thread that owns sockets: keeps what it would send, at once, and is always connected."""
+    """Replacement of the I/O thread: stores outgoing items at once and is always connected."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -187,9 +187,9 @@ class Notebook(IOThread):
 
 
 class Attached:
-    """The agent on a training; a context manager. `check` raises ConformanceError once the agent has given up.
+    """Context manager that attaches the agent to a training. `check` raises ConformanceError if the agent has stopped.
 
-    With `through_shielded` KSS is allowed to reach what a family shields from it.
+    `through_shielded` allows KSS to reach the modules that a family shields.
     """
 
     def __init__(self, training: Training, *, through_shielded: bool = False) -> None:
@@ -209,7 +209,7 @@ class Attached:
         self.notebook = io_thread
 
     def command(self, kind: Any, **fields: Any) -> None:
-        """Ask for a change; it comes in force with the next optimizer step."""
+        """Submit a command; it takes effect at the next optimizer step."""
         assert self.runtime.actuator is not None
         self.runtime.actuator.submit(
             Command(
@@ -225,13 +225,13 @@ class Attached:
 
     @property
     def lr_scale(self) -> float:
-        """In force in the step that was made last."""
+        """LR scale in force in the most recent step."""
         assert self.runtime.actuator is not None
         return self.runtime.actuator.state.lr_scale(self.runtime.stats.step - 1)
 
     @property
     def alpha(self) -> float:
-        """In force in the next forward pass."""
+        """KSS alpha in force in the next forward pass."""
         assert self.runtime.actuator is not None
         return self.runtime.actuator.state.kss_alpha(self.runtime.stats.step)
 
@@ -251,11 +251,11 @@ class Attached:
 
 
 def require_checkpointing(bench: Bench) -> None:
-    """Raises SkipTest where the example does not train under activation checkpointing, with or without an agent."""
+    """Raise SkipTest if the example does not train under activation checkpointing even without an agent."""
     trial = Training(bench, checkpointing=True)
     try:
         trial.backward()
-    except (Exception, SystemExit, KeyboardInterrupt) as error:  # the model's own
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # exceptions of the model itself
         raise_from_signal(error)
         raise SkipTest(
             f"the model itself does not train under activation checkpointing: {describe_error(error)}"
@@ -263,7 +263,7 @@ def require_checkpointing(bench: Bench) -> None:
 
 
 def _checkpoint_blocks(model: nn.Module, stack: Stack) -> None:
-    """Non-reentrant checkpointing of whole calls, hooks included; by the model's own switch where it has one."""
+    """Enable non-reentrant checkpointing of whole calls including hooks, by the model's own switch if it has one."""
     if any(point.entry is not point.module for point in stack.points):
         raise SkipTest("its blocks are no modules of their own, to be repeated in the backward pass")
     switches = (getattr(model, f"{what}_checkpointing_enable", None) for what in ("activation", "gradient"))
@@ -276,7 +276,7 @@ def _checkpoint_blocks(model: nn.Module, stack: Stack) -> None:
 
 
 def _checkpoint(module: nn.Module) -> None:
-    """Make each call of `module` a checkpointed one, hooks included; it keeps its class's name."""
+    """Make each call of `module` a checkpointed one, including its hooks; the class name stays the same."""
     kind = type(module)
 
     def repeated(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

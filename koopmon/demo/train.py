@@ -1,13 +1,13 @@
 """An ordinary training script: a byte-level language model on the source of Python's own standard library.
 
-The transformer has no normalisation, which makes it easy to kill: GPT-2's initialisation (standard deviation 0.02, zero
-biases), AdamW and a short warm-up. It knows nothing of koopmon; `koopmon run` attaches from outside::
+The transformer has no normalisation, so that it diverges easily. It uses GPT-2's initialisation (standard deviation
+0.02, zero biases), AdamW and a short warm-up. The script does not use koopmon; `koopmon run` attaches from outside::
 
     torchrun --nproc-per-node 2 koopmon/demo/train.py --lr 0.01 --steps 150 --seed 0 --out run.jsonl
 
 Each step is one JSON line: step, loss (mean over ranks, nats per byte), grad_norm (2-norm before the update), lr (as
-scheduled), seconds since the first step. Training stops itself when it has diverged: loss above 50, gradient norm above
-500, or either not finite; then the last line says so and the exit status is 3.
+scheduled), seconds since the first step. The script stops after a divergence: loss above 50, gradient norm above 500,
+or either not finite. The last line then records the divergence and the exit status is 3.
 
 Shapes: B sequences per rank, T bytes, D width, H heads.
 """
@@ -37,7 +37,7 @@ EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packa
 
 
 def corpus() -> Tensor:
-    """The standard library's own source, one uint8 tensor, files in the order of their paths, tests left out."""
+    """Return the source of the standard library without tests as one uint8 tensor, in the order of the paths."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = sorted(path.relative_to(root) for path in root.rglob("*.py"))
     texts = [(root / path).read_bytes() for path in paths if EXCLUDED.isdisjoint(path.parts)]
@@ -45,7 +45,7 @@ def corpus() -> Tensor:
 
 
 class Block(nn.Module):
-    """Causal attention and an MLP, each added to the residual stream as it is: no normalisation anywhere."""
+    """Causal attention and an MLP, each added to the residual stream without any normalisation."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class ByteTransformer(nn.Module):
-    """Bytes (B, T) to logits (B, T, 256)."""
+    """Map bytes (B, T) to logits (B, T, 256)."""
 
     def __init__(self, width: int, layers: int, heads: int, context: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class ByteTransformer(nn.Module):
 
 
 def draw(data: Tensor, batch: int, context: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A batch of inputs and next bytes, each (B, T) int64, from random places."""
+    """Return a batch of inputs and next bytes, each (B, T) int64, from random positions."""
     starts = torch.randint(len(data) - context - 1, (batch, 1), generator=generator)
     window = data[starts + torch.arange(context + 1)].long()
     return window[:, :-1], window[:, 1:]
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         loss = functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        # An infinite bound measures the norm and clips nothing.
+        # An infinite bound measures the norm without clipping.
         grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), math.inf))
         mean_loss = loss.detach() / world
         dist.all_reduce(mean_loss)
@@ -152,7 +152,8 @@ def main(argv: list[str] | None = None) -> int:
         schedule.step()
     if log is not None and log is not sys.stdout:
         log.close()
-    # gloo lets go of its last collective in a thread that needs the interpreter: ending at once would abort it.
+    # gloo completes its last collective in a thread that needs the interpreter: an immediate exit would abort the
+    # process.
     time.sleep(0.1)
     dist.destroy_process_group()
     return status

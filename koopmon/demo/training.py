@@ -1,4 +1,4 @@
-"""One training of the demonstration, alone or under `koopmon run`, and what is heard of it while it goes on."""
+"""Runs one training of the demonstration, alone or under `koopmon run`, and reads its progress."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).with_name("train.py")
 POLL_SECONDS = 0.5
 STOP_SECONDS = 90.0
 FINAL_STEPS = 20
-"""The loss at the end is the mean over so many last steps."""
+"""Number of last steps over which the final loss is averaged."""
 START_STEPS = 3
 
 
@@ -31,7 +31,7 @@ class DemoError(KoopmonError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What both trainings share. `batch` is sequences per rank, `context` bytes per sequence."""
+    """Settings common to both trainings. `batch` is sequences per rank, `context` bytes per sequence."""
 
     lr: float = 0.01
     steps: int = 150
@@ -44,7 +44,7 @@ class Setting:
     num_ranks: int = 2
 
     def command(self, out: Path) -> list[str]:
-        """The torchrun command line of the training that logs to `out`."""
+        """Return the torchrun command line of the training that logs to `out`."""
         names = ("lr", "steps", "warmup", "seed", "batch", "context", "width", "layers")
         options = [word for name in names for word in (f"--{name}", str(getattr(self, name)))]
         ranks = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(self.num_ranks)]
@@ -64,7 +64,7 @@ class LoggedStep:
 
 @dataclass(frozen=True, slots=True)
 class DemoRecord:
-    """What is known so far: the training's steps, and what its monitor saw and decided (nothing when unguarded)."""
+    """Logged steps of one training, and its monitor's observations and decisions (empty when unguarded)."""
 
     steps: Sequence[LoggedStep] = ()
     observations: Sequence[ObservationRow] = ()
@@ -73,13 +73,13 @@ class DemoRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoResult:
-    """A training that is over. `policy` is None when nobody guarded it; losses in nats per byte."""
+    """Result of a finished training. `policy` is None for an unguarded training; losses are in nats per byte."""
 
     policy: str | None
     record: DemoRecord
     seconds: float
     summary: dict[str, Any] = field(default_factory=dict)
-    """The closing summary of `koopmon run`, when guarded."""
+    """The closing summary of `koopmon run`; empty when unguarded."""
 
     @property
     def diverged(self) -> bool:
@@ -95,25 +95,25 @@ class DemoResult:
 
     @property
     def final_loss(self) -> float:
-        """Mean over the last steps; of a run that diverged, the loss that it died with."""
+        """Mean loss over the last steps; for a diverged run, its last loss."""
         if self.diverged:
             return self.record.steps[-1].loss
         return _mean([step.loss for step in self.record.steps[-FINAL_STEPS:]])
 
     @property
     def survived(self) -> bool:
-        """It finished, and learnt something."""
+        """True if the training did not diverge and its loss fell."""
         return not self.diverged and self.final_loss < self.start_loss
 
     @property
     def first_command_step(self) -> int | None:
-        """Where the first command that changes training was applied."""
+        """Step at which the first command that changes training was applied; None without such a command."""
         steps = [step for step, _ in applied_commands(self.record.decisions)]
         return min(steps, default=None)
 
 
 def applied_commands(decisions: Sequence[DecisionRow]) -> Iterator[tuple[int, str]]:
-    """(step, kind) of every command that changed the training, at the step at which all ranks applied it."""
+    """Yield (step, kind) of every command that changed the training; `step` is that at which all ranks applied it."""
     for row in (row for decision in decisions for row in decision.commands):
         if row.outcome == "applied" and row.acked_step is not None and row.command.kind in ("set_lr_scale", "set_kss"):
             yield row.acked_step, row.command.kind
@@ -124,7 +124,7 @@ def run_training(
 ) -> DemoResult:
     """Train once, to the end or to divergence; `policy` None leaves it unguarded. Files go to `directory`.
 
-    Raises DemoError when the training fails in another way.
+    Raises DemoError when the training fails for another reason than divergence.
     """
     label = (policy or "unguarded").replace("+", "-")
     log, out = directory / f"{label}.jsonl", directory / f"{label}.output"
@@ -155,13 +155,13 @@ def run_training(
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without what would guard the unguarded run or change the guarded one; one thread per rank."""
+    """Return the environment without koopmon's variables, which would affect the runs, and with one thread per rank."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("KOOPMON_")}
     return environ | {"OMP_NUM_THREADS": "1"}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """See a training off that is still there because we are leaving early."""
+    """Stop a training that still runs when this process leaves early."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
@@ -178,7 +178,7 @@ def _hear(log: Path, store: Path, run: str) -> DemoRecord:
     try:
         with HistoryReader.open(store) as history:
             return DemoRecord(steps, list(history.observations(run)), list(history.decisions(run)))
-    except StoreError:  # it is just being made
+    except StoreError:  # the history is being created
         return DemoRecord(steps)
 
 
@@ -187,7 +187,7 @@ def _read_steps(log: Path) -> Iterator[LoggedStep]:
         text = log.read_text(encoding="utf-8")
     except FileNotFoundError:
         return
-    # The last line may still be in the making.
+    # The last line may be incomplete.
     for line in text.split("\n")[:-1]:
         row = json.loads(line)
         diverged = bool(row.get("diverged", False))

@@ -1,4 +1,4 @@
-"""What the demonstration prints: a line every few steps, each command as it is applied, and a comparison at the end."""
+"""Terminal output of the demonstration: a line every few steps, each applied command, and a final comparison."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _COLUMNS = {
     "lr scale": 10,
 }
 _ALONE = 3
-"""Columns that an unguarded training has."""
+"""Number of columns for an unguarded training."""
 
 
 class LiveView:
-    """Prints a training as it goes on: `update` with everything heard so far, as often as one likes."""
+    """Prints the progress of a training. `update` takes the whole record so far and may be called at any rate."""
 
     def __init__(self, console: Console, title: str, *, guarded: bool) -> None:
         self._console = console
@@ -75,7 +75,7 @@ class LiveView:
 
 
 def summary_table(outcomes: Sequence[DemoResult]) -> Table:
-    """One row per training."""
+    """Return a table with one row per training."""
     table = Table(title="The same script, the same seeds", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for heading in ("guarded by", "outcome", "loss", "back-offs", "KSS", "highest risk"):
         table.add_column(heading, no_wrap=True)
@@ -88,7 +88,7 @@ def summary_table(outcomes: Sequence[DemoResult]) -> Table:
 
 
 def verdict(unguarded: DemoResult, guarded: DemoResult, yardstick: DemoResult | None) -> list[str]:
-    """What the trainings say, one sentence each; `yardstick` is the same guard without KSS."""
+    """Return the conclusions of the trainings, one sentence each; `yardstick` is the same guard without KSS."""
     lines = []
     if not unguarded.diverged:
         lines.append("The unguarded training did not diverge: there was nothing to save.")
@@ -106,7 +106,7 @@ def verdict(unguarded: DemoResult, guarded: DemoResult, yardstick: DemoResult | 
 
 
 def kss_verdict(guarded: DemoResult, yardstick: DemoResult | None) -> str:
-    """Whether KSS helped, as far as these trainings tell."""
+    """Return one sentence on the effect of KSS in these trainings."""
     policy = guarded.policy or ""
     if "kss" not in policy:
         return f"KSS: not part of policy {policy}."

@@ -1,1 +1,1 @@
-"""Dashboards and alert rules for Prometheus and Grafana, made of the tables of metrics and alerts."""
+"""Dashboards and alert rules for Prometheus and Grafana, generated from the tables of metrics and alerts."""

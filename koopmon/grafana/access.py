@@ -1,4 +1,4 @@
-"""Where Grafana is, and the token that it knows us by: for the monitor's annotations and for `koopmon grafana push`."""
+"""Address and token of Grafana, for the monitor's annotations and for `koopmon grafana push`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOKEN_VARIABLE = "KOOPMON_GRAFANA_TOKEN"  # noqa: S105 - the name of a variable
 
 @dataclass(frozen=True, slots=True)
 class GrafanaAccess:
-    """How Grafana is spoken to. `url` ends with a slash, and what is asked for stands behind it."""
+    """Address, token and timeout of Grafana. `url` ends with a slash; request paths are appended to it."""
 
     url: str
     token: str = field(repr=False)
@@ -23,13 +23,13 @@ class GrafanaAccess:
 
     @property
     def in_clear(self) -> bool:
-        """Whether the token goes to another host without TLS."""
+        """True if the token would travel to another host without TLS."""
         parts = urlsplit(self.url)
         return parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1")
 
 
 def read_access(config: GrafanaConfig, environ: Mapping[str, str]) -> GrafanaAccess:
-    """Address and token as configuration and environment give them.
+    """Read address and token from configuration and environment.
 
     Raises ConfigError, which never quotes a secret, when either is missing or malformed.
     """
@@ -50,7 +50,7 @@ def read_access(config: GrafanaConfig, environ: Mapping[str, str]) -> GrafanaAcc
 
 
 def check_url(url: str, name: str = "grafana.url") -> str:
-    """`url` with a slash at its end. Raises ConfigError naming the field `name`; a password in it is not repeated."""
+    """Return `url` with a slash at its end. Raises ConfigError with the field `name`, without quoting a password."""
     shown = one_line(url.partition("?")[0].rpartition("@")[2])
     try:
         parts = urlsplit(url)

@@ -1,7 +1,7 @@
-"""Annotations in Grafana: every decision and what became of it, from a thread that the monitor never waits for.
+"""Posts every decision and its outcome as an annotation to Grafana, from a thread that never blocks the monitor.
 
-With http.client: the monitor must load neither grafana_client, which is slow to import and replaces urllib3, nor any
-other library for one request. It follows no redirect, so the token goes nowhere else, and knows no proxy.
+It uses http.client because grafana_client is slow to import and replaces urllib3. http.client follows no redirect, so
+the token stays with the configured host, and it uses no proxy.
 """
 
 from __future__ import annotations
@@ -24,29 +24,30 @@ from koopmon.grafana.access import GrafanaAccess
 logger = logging.getLogger(__name__)
 
 Annotate: TypeAlias = Callable[[float, tuple[str, ...], str], None]
-"""Takes when (Unix time in seconds), tags and text; returns at once and never raises."""
+"""Callback with the time (Unix seconds), tags and text of an annotation; returns at once and never raises."""
 
 TAG = "koopmon"
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
 CLOSE_SECONDS = 2.0
-"""How long what waits may take to be posted at the end."""
+"""Time limit in seconds for posting the queue at the end."""
 MAX_TEXT = 2000
 MAX_ANSWER_BYTES = 1 << 16
 
 
 def no_annotations(at: float, tags: tuple[str, ...], text: str) -> None:
-    """Where no Grafana is to be told."""
+    """Discard the annotation; used when no Grafana is configured."""
 
 
 class RefusedError(Exception):
-    """Grafana takes no such annotation, and would not take it later either."""
+    """Grafana rejects this annotation permanently."""
 
 
 class Annotations:
-    """Posts what `add` is given, oldest first. While Grafana does not answer, the newest `queue_length` wait.
+    """Posts the annotations of `add`, oldest first.
 
-    What is lost, because there was no room or because Grafana refused it, is counted and logged once.
+    While Grafana is unreachable, the newest `queue_length` annotations stay queued. Annotations lost to a full queue or
+    a rejection are counted and logged once.
     """
 
     def __init__(self, access: GrafanaAccess, queue_length: int) -> None:
@@ -66,7 +67,7 @@ class Annotations:
         self._thread.start()
 
     def add(self, at: float, tags: tuple[str, ...], text: str) -> None:
-        """See `Annotate`. Tags and text may quote a peer: Grafana renders text as HTML, so it is escaped."""
+        """Queue one annotation, see `Annotate`. The text is escaped, because Grafana renders a peer's text as HTML."""
         words = html.escape(one_line(text, MAX_TEXT), quote=False)
         body = {"time": round(at * 1000), "tags": [TAG, *tags], "text": words}
         with self._changed:
@@ -76,7 +77,7 @@ class Annotations:
             self._changed.notify()
 
     def close(self) -> None:
-        """Post what waits, for CLOSE_SECONDS at most, and end."""
+        """Post the queue for at most CLOSE_SECONDS, then stop the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -97,7 +98,7 @@ class Annotations:
                     return
                 self._wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-            except Exception as error:  # refused, or what nobody has thought of: it would be so the next time
+            except Exception as error:  # a rejection or an unexpected error would recur on a retry
                 self._taken(body, lost=True)
                 self._failed(str(error))
             else:
@@ -106,13 +107,13 @@ class Annotations:
                 self._succeeded()
 
     def _next(self) -> bytes | None:
-        """The oldest that waits; None when there is none and we are to end."""
+        """Wait for the oldest queued annotation and return it; None when the queue is empty and `close` was called."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
             return self._queue[0] if self._queue else None
 
     def _taken(self, body: bytes, *, lost: bool) -> None:
-        """`body` no longer waits. It may have given way while it was on its way, and is counted then."""
+        """Remove `body` from the queue; if a newer annotation displaced it, correct the count of losses."""
         with self._changed:
             if self._queue and self._queue[0] is body:
                 self._queue.popleft()
@@ -125,7 +126,7 @@ class Annotations:
             self._changed.wait_for(lambda: self._closing, timeout=seconds)
 
     def _post(self, body: bytes) -> None:
-        # Decisions are rare: a connection that was kept would be one that the other side has closed.
+        # Decisions are rare, so Grafana would have closed an idle connection before the next one.
         headers = {"Authorization": f"Bearer {self._access.token}", "Content-Type": "application/json"}
         with contextlib.closing(self._connect()) as connection:
             connection.request("POST", self._path, body, {**headers, "Connection": "close"})

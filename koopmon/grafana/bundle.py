@@ -1,4 +1,4 @@
-"""What is to stand in Grafana: plain data, put together before anything is asked of Grafana."""
+"""The wanted content of Grafana as plain data, complete before the first request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Json = dict[str, Any]
 CONTACT_POINT = "koopmon"
 """Name of the contact point."""
 LABEL = ("koopmon", "true")
-"""What our rules are labelled with, so that a route can take their alerts."""
+"""Label of koopmon's alerts, by which a notification route selects them."""
 DEFAULT_PROMETHEUS = "http://localhost:9090"
 
 DECISIONS: Json = {
@@ -36,22 +36,22 @@ DECISIONS: Json = {
 ContactType = Literal["webhook", "slack", "email"]
 PLAIN: Mapping[ContactType, tuple[str, ...]] = {"webhook": ("url", "httpMethod"), "slack": (), "email": ("addresses",)}
 SECRET: Mapping[ContactType, tuple[str, ...]] = {"webhook": (), "slack": ("url",), "email": ()}
-"""The settings that we send: those that Grafana gives back, and those that it never does."""
+"""Settings of each contact type: Grafana returns those in PLAIN and never those in SECRET."""
 CONTACT_UID = re.compile(r"koopmon-(webhook|slack|email)-([0-9a-f]{12})-([0-9a-f]{8})")
 
 
 @dataclass(frozen=True, slots=True)
 class Contact:
-    """One way of the contact point. `settings` may hold secrets."""
+    """One integration of the contact point. `settings` may hold secrets."""
 
     type: ContactType
     settings: Mapping[str, Any] = field(repr=False)
 
     @property
     def uid(self) -> str:
-        """Tells type and settings: a contact point has no other place in which Grafana keeps what we would note.
+        """Uid derived from type and settings, because Grafana stores no other metadata with a contact point.
 
-        Of secrets it holds 32 bits of a digest: enough to see that one has changed, too few to find it.
+        It holds 32 bits of a digest of the secrets: enough to detect a change, too few to recover a secret.
         """
         plain = fingerprint(plain_settings(self.type, self.settings), 12)
         secret = fingerprint([self.settings.get(key) for key in SECRET[self.type]], 8)
@@ -59,7 +59,7 @@ class Contact:
 
     @property
     def body(self) -> Json:
-        """What Grafana takes."""
+        """JSON body of the contact point for Grafana's API."""
         return {
             "uid": self.uid,
             "name": CONTACT_POINT,
@@ -71,32 +71,32 @@ class Contact:
 
 @dataclass(frozen=True, slots=True)
 class DataSource:
-    """The Prometheus that scrapes the monitor. `given`: uid or name of one that is there, and is only used.
+    """The Prometheus that scrapes the monitor. `given` is the uid or name of an existing data source, used unchanged.
 
-    Without it there is one of ours; a `url` of None leaves its address as it is, if it has one.
+    Without `given` the push manages its own data source; with `url` None it keeps the existing address, if any.
     """
 
     given: str | None = None
     url: str | None = None
 
     def body(self) -> Json:
-        """What Grafana takes for ours."""
+        """Return the JSON body of our own data source for Grafana's API."""
         body: Json = datasource_file(self.url or DEFAULT_PROMETHEUS)["datasources"][0]
         return body
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Everything that one push is about."""
+    """All resources of one push."""
 
     datasource: DataSource
     folder: Json
-    """`uid` and `title`."""
+    """`uid` and `title` of the folder."""
     dashboards: Mapping[str, Json]
-    """By uid."""
+    """Dashboards by uid."""
     rule_groups: tuple[Json, ...]
     contacts: tuple[Contact, ...]
-    """Empty: contact point and notification policy are left alone."""
+    """Integrations of the contact point. When empty, the push changes neither contact point nor notification policy."""
 
 
 def make_bundle(
@@ -109,7 +109,7 @@ def make_bundle(
     alerts: bool = True,
     docs_url: str | None = None,
 ) -> Bundle:
-    """What belongs into a Grafana whose Prometheus has `datasource_uid`."""
+    """Return the resources for a Grafana whose Prometheus has the uid `datasource_uid`."""
     name = datasource_name or str(datasource.body()["name"])
     groups = grafana_rule_groups(datasource_uid, folder_uid, docs_url=docs_url) if alerts else []
     return Bundle(
@@ -122,7 +122,7 @@ def make_bundle(
 
 
 def make_contacts(webhook: str | None, slack: str | None, emails: Iterable[str]) -> tuple[Contact, ...]:
-    """The contact point that the options ask for. Raises ConfigError naming the option."""
+    """Return the contacts of the command-line options. Raises ConfigError with the name of the option."""
     contacts: list[Contact] = []
     if webhook is not None:
         _check_hook(webhook, "--webhook")
@@ -140,12 +140,12 @@ def make_contacts(webhook: str | None, slack: str | None, emails: Iterable[str])
 
 
 def plain_settings(kind: ContactType, settings: Mapping[str, Any]) -> Json:
-    """Of a contact point's settings what we send and Grafana gives back."""
+    """Return the settings of a contact that both koopmon sends and Grafana returns."""
     return {key: settings.get(key) for key in PLAIN[kind]}
 
 
 def _check_hook(url: str, option: str) -> None:
-    """A webhook's address may be a secret as a whole: it is not repeated."""
+    """Check a webhook's address. The error never quotes it, because the whole address may be a secret."""
     try:
         check_url(re.split("[?#]", url)[0], option)
     except ConfigError:
@@ -157,8 +157,10 @@ def _labelled(rule: Json) -> Json:
 
 
 def _reading(dashboard: Json, uid: str, name: str) -> Json:
-    """The dashboard with our data source chosen, where Grafana would choose its default one, and, where it is about
-    one run, with the decisions that the monitor annotates in a Grafana that it knows."""
+    """Return a dashboard with our data source preselected instead of Grafana's default one.
+
+    A dashboard of one run also shows the decisions that the monitor posts as annotations.
+    """
     chosen = copy.deepcopy(dashboard)
     for variable in chosen["templating"]["list"]:
         if variable["type"] == "datasource":

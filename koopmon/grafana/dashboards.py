@@ -1,4 +1,4 @@
-"""The dashboards by their uid, and their panels by title."""
+"""Lookup of the dashboards by uid, and of their panels by title."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from koopmon.grafana.panels import Json
 
 
 def dashboards() -> dict[str, Json]:
-    """Dashboard JSON by uid, as Grafana's API and its provisioning take it; a fresh copy at each call."""
+    """Return dashboard JSON by uid, in the format of Grafana's API and provisioning; each call returns a fresh copy."""
     made = (fleet_dashboard.make(), run_dashboard.make(), monitor_dashboard.make())
     return {each["uid"]: each for each in made}
 
@@ -25,5 +25,5 @@ def _numbers() -> dict[tuple[str, str], int]:
 
 
 def panel_id(uid: str, title: str) -> int:
-    """Number of the panel called `title` on the dashboard `uid`. Raises KeyError."""
+    """Return the id of the panel `title` on the dashboard `uid`. Raises KeyError."""
     return _numbers()[uid, title]

@@ -1,4 +1,4 @@
-"""What `koopmon grafana export` writes: dashboards, rules and provisioning, each file by its path."""
+"""Files of `koopmon grafana export`: dashboards, rules and provisioning, by path."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from koopmon.grafana.rules import grafana_alerting_file, prometheus_rules
 
 DATASOURCE_UID = "koopmon-prometheus"
 FOLDER = "koopmon"
-"""Title of the folder in Grafana, and its uid."""
+"""Title and uid of the folder in Grafana."""
 DASHBOARDS_DIRECTORY = "/var/lib/grafana/dashboards/koopmon"
-"""Where a provisioned Grafana looks for the dashboards, inside its container."""
+"""Directory of the provisioned dashboards inside Grafana's container."""
 PROMETHEUS_URL = "http://prometheus:9090"
 
 
 def files(*, docs_url: str | None = None, prometheus_url: str = PROMETHEUS_URL) -> dict[str, str]:
-    """Text of each file, by its path below the directory of the export.
+    """Return the text of each file by its path below the export directory.
 
-    `docs_url`: see `prometheus_rules`; `prometheus_url` is where the provisioned Grafana finds Prometheus.
+    `docs_url`: see `prometheus_rules`. `prometheus_url` is the address of Prometheus for the provisioned Grafana.
     """
     return {
         **{f"dashboards/{uid}.json": json.dumps(each, indent=2) + "\n" for uid, each in dashboards().items()},
@@ -35,7 +35,7 @@ def files(*, docs_url: str | None = None, prometheus_url: str = PROMETHEUS_URL) 
 
 
 def write(directory: Path, contents: Mapping[str, str]) -> None:
-    """Write `contents` below `directory`, which is made; OSError when that cannot be done."""
+    """Write `contents` below `directory`, and create the directories. Raises OSError."""
     for name, text in contents.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def write(directory: Path, contents: Mapping[str, str]) -> None:
 
 
 def dashboard_provider() -> dict[str, Any]:
-    """Grafana's `provisioning/dashboards`: the folder of files that it shows."""
+    """Return Grafana's `provisioning/dashboards`: the directory with the dashboard files."""
     return {
         "apiVersion": 1,
         "providers": [
@@ -60,7 +60,7 @@ def dashboard_provider() -> dict[str, Any]:
 
 
 def datasource_file(prometheus_url: str) -> dict[str, Any]:
-    """Grafana's `provisioning/datasources`: the Prometheus that scrapes the monitor."""
+    """Return Grafana's `provisioning/datasources`: the Prometheus that scrapes the monitor."""
     return {
         "apiVersion": 1,
         "datasources": [

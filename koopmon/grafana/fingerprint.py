@@ -1,7 +1,7 @@
-"""What we sent, in a few digits, so that a later push sees whether somebody has changed it since.
+"""Fingerprints of pushed content, by which a later push detects changes that others have made since.
 
-Grafana gives back more than it was given: identifiers, versions, defaults. `bare_*` take that away, `fingerprint`
-digests the rest, and `holds` asks whether all that we want is in what Grafana has, whatever it added.
+Grafana adds identifiers, versions and defaults to the pushed content. `bare_*` remove these additions, `fingerprint`
+digests the rest, and `holds` checks that Grafana's content includes all wanted content.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 MARK = "koopmon_pushed"
-"""The hidden constant variable of a dashboard that keeps its fingerprint: what is saved by hand keeps it as well."""
+"""Name of the hidden constant variable that stores a dashboard's fingerprint. A manual save in Grafana keeps it."""
 RULE_MARK = "__koopmon_pushed__"
-"""The annotation of a rule that keeps its group's. Grafana shows and sends none that begin and end like this."""
+"""Annotation of a rule that stores its group's fingerprint. Grafana neither shows nor sends names of the form
+`__name__`."""
 ADDED_TO_DASHBOARDS = frozenset({"id", "uid", "version", "iteration", "schemaVersion"})
 OF_RULES = frozenset(
     {
@@ -32,7 +33,8 @@ OF_RULES = frozenset(
         "notification_settings",
     }
 )
-"""What counts of a rule, and whether it is paused. Not `keep_firing_for`, which a Grafana before 12 forgets."""
+"""Keys of a rule that are compared, including the pause state. `keep_firing_for` is absent: Grafana before 12 drops
+it."""
 ADDED_TO_QUERIES = frozenset({"intervalMs", "maxDataPoints"})
 UNITS = {"w": 604_800_000, "d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1000, "ms": 1, "y": 31_536_000_000}
 
@@ -40,13 +42,13 @@ Json = Any
 
 
 def fingerprint(value: Json, digits: int = 16) -> str:
-    """A digest of JSON in hexadecimal; the order of keys, and whether a whole number is a float, do not count."""
+    """Return a hexadecimal digest of JSON, independent of key order and of int or float for whole numbers."""
     text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 def holds(found: Json, wanted: Json) -> bool:
-    """Whether everything of `wanted` is in `found`; objects of `found` may have more keys, lists not more items."""
+    """Return True if `found` contains all of `wanted`. Objects may have extra keys; lists must have equal lengths."""
     if isinstance(wanted, Mapping):
         return isinstance(found, Mapping) and all(
             holds(found[key], value) if key in found else not value for key, value in wanted.items()
@@ -61,7 +63,7 @@ def holds(found: Json, wanted: Json) -> bool:
 
 
 def bare_dashboard(dashboard: Mapping[str, Json]) -> dict[str, Json]:
-    """A dashboard without what Grafana adds, and without our mark."""
+    """Return a dashboard without Grafana's additions and without our mark."""
     bare = {key: copy.deepcopy(value) for key, value in dashboard.items() if key not in ADDED_TO_DASHBOARDS}
     variables = [item for item in _variables(bare) if item.get("name") != MARK]
     if variables or "templating" in bare:
@@ -72,13 +74,13 @@ def bare_dashboard(dashboard: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def mark_of(dashboard: Mapping[str, Json]) -> str | None:
-    """The fingerprint that our last push left in a dashboard; None when it is none of ours."""
+    """Return the fingerprint that our last push stored in a dashboard; None when a push did not create it."""
     values = [item.get("query") for item in _variables(dashboard) if item.get("name") == MARK]
     return values[0] if len(values) == 1 and isinstance(values[0], str) else None
 
 
 def marked(dashboard: Mapping[str, Json]) -> dict[str, Json]:
-    """A dashboard with the mark that tells its content."""
+    """Return the dashboard with its fingerprint as a mark."""
     bare = bare_dashboard(dashboard)
     mark = fingerprint(bare)
     variable = {
@@ -95,7 +97,7 @@ def marked(dashboard: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def bare_rule(rule: Mapping[str, Json]) -> dict[str, Json]:
-    """What counts of an alert rule, without our mark, and its duration in milliseconds."""
+    """Return the compared keys of an alert rule, without our mark and with its duration in milliseconds."""
     bare = {key: value for key, value in rule.items() if key in OF_RULES}
     bare["for"] = milliseconds(bare.get("for"))
     annotations = bare.get("annotations") or {}
@@ -105,23 +107,23 @@ def bare_rule(rule: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def rule_mark(rule: Mapping[str, Json]) -> str | None:
-    """The fingerprint of its group that our last push left in a rule; None when it is none of ours."""
+    """Return the group's fingerprint that our last push stored in a rule; None when a push did not create it."""
     mark = (rule.get("annotations") or {}).get(RULE_MARK)
     return mark if isinstance(mark, str) else None
 
 
 def marked_rule(rule: Mapping[str, Json], mark: str) -> dict[str, Json]:
-    """A rule with the fingerprint of its group."""
+    """Return a rule with the fingerprint of its group."""
     return {**rule, "annotations": {**(rule.get("annotations") or {}), RULE_MARK: mark}}
 
 
 def bare_group(interval: int, rules: Iterable[Mapping[str, Json]]) -> dict[str, Json]:
-    """A rule group's interval in seconds and its bare rules, whatever their order."""
+    """Return a rule group's interval in seconds and its bare rules, sorted by uid."""
     return {"interval": interval, "rules": sorted(map(bare_rule, rules), key=lambda rule: str(rule.get("uid")))}
 
 
 def milliseconds(duration: Json) -> Json:
-    """A duration such as "1h30m" in milliseconds, so that "60s" is "1m"; what is no duration as it is."""
+    """Convert a duration such as "1h30m" to milliseconds, so that "60s" equals "1m"; other values are unchanged."""
     if not isinstance(duration, str) or not re.fullmatch(r"(\d+(ms|[ywdhms]))+|0", duration):
         return duration
     return sum(int(number) * UNITS[unit] for number, unit in re.findall(r"(\d+)(ms|[ywdhms])", duration))
@@ -133,7 +135,7 @@ def _bare_query(query: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def _filled(value: Json) -> Json:
-    """Without the keys that say nothing: null, empty, false, zero. Grafana leaves some out and adds others."""
+    """Remove keys with the value null, empty, false or zero: Grafana omits some of them and adds others."""
     if isinstance(value, Mapping):
         filled = {key: _filled(item) for key, item in value.items()}
         return {key: item for key, item in filled.items() if item not in (None, "", 0, [], {})}

@@ -1,4 +1,4 @@
-"""All runs at a glance."""
+"""Dashboard with an overview of all runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LINE_LINK = "/d/koopmon-run?var-run=${__field.labels.run}&${datasource:querypara
 
 
 def make() -> Json:
-    """The dashboard's JSON."""
+    """Return the dashboard's JSON."""
     return dashboard(
         UID,
         "koopmon / Fleet",

@@ -1,4 +1,4 @@
-"""A dashboard around its panels: rows, variables, links and annotations."""
+"""Assembles a dashboard from its panels: rows, variables, links and annotations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from koopmon.grafana.panels import DATASOURCE, Json
 
 SCHEMA_VERSION = 39
 WIDTH = 24
-"""Columns of Grafana's grid."""
+"""Number of columns of Grafana's grid."""
 
 Rows = Mapping[str, Sequence[tuple[Json, int, int]]]
 """Panels with their width and height, in rows by title."""
@@ -19,7 +19,7 @@ def datasource_variable() -> Json:
 
 
 def label_variable(name: str, label: str, metric: str, of: str, *, many: bool = True) -> Json:
-    """The values of label `of` of `metric`; with `many` several at once, or all."""
+    """Return a variable with the values of label `of` of `metric`; `many` allows several values, or all."""
     variable: Json = {
         "name": name,
         "label": label,
@@ -38,7 +38,7 @@ def label_variable(name: str, label: str, metric: str, of: str, *, many: bool = 
 
 
 def annotation(name: str, expr: str, title: str, color: str) -> Json:
-    """Marks on every panel over time, where `expr` has samples."""
+    """Return an annotation that marks all time panels at the samples of `expr`."""
     return {
         "name": name,
         "datasource": DATASOURCE,
@@ -52,7 +52,7 @@ def annotation(name: str, expr: str, title: str, color: str) -> Json:
 
 
 def link(uid: str, title: str) -> Json:
-    """To another dashboard, with the same data source and the same time."""
+    """Return a link to another dashboard that keeps the data source and the time range."""
     return {
         "type": "link",
         "title": title,
@@ -77,7 +77,7 @@ def dashboard(
     links: Sequence[Json],
     annotations: Sequence[Json] = (),
 ) -> Json:
-    """Panels are numbered and laid out from left to right, row by row."""
+    """Assemble a dashboard; panels are numbered and placed from left to right, row by row."""
     return {
         "uid": uid,
         "title": title,

@@ -1,4 +1,4 @@
-"""The monitors themselves: whether they keep up, what they refuse, whether they record."""
+"""Dashboard of the monitors: load, rejected messages and history writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RECORDING = {"0": ("paused", RED), "1": ("recording", GREEN)}
 
 
 def make() -> Json:
-    """The dashboard's JSON."""
+    """Return the dashboard's JSON."""
     return dashboard(
         UID,
         "koopmon / Monitor",

@@ -1,4 +1,4 @@
-"""The reference of metrics and alerts as pages of Markdown, from the two tables."""
+"""Generates the Markdown reference of metrics and alerts from the two tables."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ WHAT_OF = {
 
 
 def pages() -> dict[str, str]:
-    """Text of each page by its file's name."""
+    """Return the text of each page by file name."""
     return {"alerts.md": alerts_page(), "metrics.md": metrics_page()}
 
 
 def alerts_page() -> str:
-    """What each alert means, what to look at, and what to do; with one anchor for each, by its name."""
+    """Return the page with the meaning, checks and remedy of each alert, each under an anchor with its name."""
     rows = [
         (f"[{alert.name}](#{alert.anchor})", alert.severity, _time(alert.for_seconds), _plain(alert.summary))
         for alert in ALERTS
@@ -46,7 +46,7 @@ def alerts_page() -> str:
 
 
 def metrics_page() -> str:
-    """Every metric with its type and its labels."""
+    """Return the page of all metrics with their types and labels."""
     parts = [
         "# Metrics",
         WRITTEN,

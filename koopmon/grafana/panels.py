@@ -1,4 +1,4 @@
-"""Grafana's panels in small functions: queries, and what shows them."""
+"""Functions that build Grafana's panels and queries."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from koopmon.telemetry.alerts import ACT_RISK, SEVERE_RISK
 
 Json = dict[str, Any]
 ColorSteps = Sequence[tuple[float | None, str]]
-"""Thresholds by their colour, None for the lowest."""
+"""Thresholds with their colours; None is the lowest."""
 
 DATASOURCE: Json = {"type": "prometheus", "uid": "${datasource}"}
 GREEN, ORANGE, RED, BLUE, GREY = "green", "orange", "red", "blue", "text"
 CALM: ColorSteps = ((None, GREEN),)
 RISK_STEPS: ColorSteps = ((None, GREEN), (ACT_RISK, ORANGE), (SEVERE_RISK, RED))
-"""The numbers that the alerts and the policy go by."""
+"""The risk thresholds of the alerts and the policy."""
 RUN_STATES: Mapping[str, tuple[str, str]] = {"0": ("ended", GREY), "1": ("running", GREEN), "2": ("vanished", RED)}
 
 
 def query(expr: str, legend: str = "", *, instant: bool = False, table: bool = False) -> Json:
-    """One PromQL query; `legend` is a template of label names in double braces."""
+    """Return one PromQL query; `legend` is a template of label names in double braces."""
     return {
         "datasource": DATASOURCE,
         "editorMode": "code",
@@ -45,7 +45,7 @@ def panel(
     overrides: Sequence[Json] = (),
     transformations: Sequence[Json] = (),
 ) -> Json:
-    """A panel of whatever kind. `unit` is one of Grafana's ids."""
+    """Return a panel of any kind. `unit` is one of Grafana's ids."""
     return {
         "type": kind,
         "title": title,
@@ -72,7 +72,7 @@ def stat(
     decimals: int | None = None,
     text: bool = False,
 ) -> Json:
-    """The latest value, large; `text` shows the series' names instead."""
+    """Return a panel with the latest value in large type; `text` shows the names of the series instead."""
     defaults: Json = {"mappings": [value_mapping(mappings)] if mappings else []}
     if decimals is not None:
         defaults["decimals"] = decimals
@@ -101,8 +101,9 @@ def lines(
     right: str | None = None,
     link: str | None = None,
 ) -> Json:
-    """Lines over time, or stacked bars. `right` names, as a pattern, the series of the right axis; `link` is where a
-    click on a line leads.
+    """Return a panel of lines over time, or stacked bars.
+
+    `right` is a pattern of the series on the right axis. `link` is the target of a click on a line.
     """
     custom: Json = {
         "drawStyle": "bars" if bars else "line",
@@ -136,7 +137,7 @@ def lines(
 
 
 def heatmap(title: str, description: str, expr: str, *, unit: str = "none", scheme: str = "Oranges") -> Json:
-    """Rows of cells over time, one row for each layer of `expr`, in the order that they come in."""
+    """Return a heatmap over time, one row for each layer of `expr`, in the order of the series."""
     options = {
         "calculate": False,
         "cellGap": 1,
@@ -154,7 +155,7 @@ def heatmap(title: str, description: str, expr: str, *, unit: str = "none", sche
 
 
 def states(title: str, description: str, queries: Sequence[Json], mappings: Mapping[str, tuple[str, str]]) -> Json:
-    """Coloured stretches over time."""
+    """Return a state timeline: coloured intervals over time."""
     options = {
         "alignValue": "left",
         "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
@@ -176,7 +177,7 @@ def table(
     hidden: Sequence[str],
     overrides: Sequence[Json] = (),
 ) -> Json:
-    """Instant queries side by side; `columns` names what is shown, in that order, `hidden` what is not."""
+    """Return a table that joins instant queries; `columns` are the shown columns in order, `hidden` the hidden ones."""
     organize = {
         "excludeByName": dict.fromkeys(hidden, True),
         "indexByName": {name: index for index, name in enumerate(columns)},
@@ -196,7 +197,7 @@ def table(
 
 
 def override(name: str, properties: Mapping[str, Any], *, by: str = "byName") -> Json:
-    """Other properties for the fields called `name`."""
+    """Return an override of properties for the fields called `name`."""
     return {
         "matcher": {"id": by, "options": name},
         "properties": [{"id": key, "value": value} for key, value in properties.items()],
@@ -208,7 +209,7 @@ def thresholds(steps: ColorSteps) -> Json:
 
 
 def value_mapping(texts: Mapping[str, tuple[str, str]]) -> Json:
-    """Values by their text and colour."""
+    """Return a mapping from values to texts and colours."""
     options = {
         value: {"text": text, "color": color, "index": index}
         for index, (value, (text, color)) in enumerate(texts.items())
@@ -217,7 +218,7 @@ def value_mapping(texts: Mapping[str, tuple[str, str]]) -> Json:
 
 
 def by_depth(expr: str) -> str:
-    """`expr` with its series in the order of their layers: Prometheus sorts by labels, and as text 10 is before 2."""
+    """Sort the series of `expr` by layer. Prometheus sorts labels as text, which puts 10 before 2."""
     for digits in range(1, 5):
         pad = "0" * (4 - digits)
         expr = f'label_replace({expr}, "depth", "{pad}$1", "layer", "([0-9]{{{digits}}})(-.*)?")'

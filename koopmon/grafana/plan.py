@@ -1,7 +1,7 @@
-"""What a push has to do: what is wanted beside what Grafana has, and for each thing the one change that follows. Pure.
+"""Compares the wanted resources with those in Grafana and derives one change for each, without I/O.
 
-Three things are never overwritten: what others made, what comes from a file, and, unless forced, what somebody has
-edited by hand since we pushed it.
+A push never overwrites resources that others created or that come from a file. It overwrites manual edits since the
+last push only with --force.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Json = dict[str, Any]
 ResourceKind = Literal["data source", "folder", "dashboard", "contact point", "rule group", "notification policy"]
 ChangeAction = Literal["create", "update", "delete", "unchanged", "foreign", "edited"]
 DATASOURCE_MARK = "koopmonPushed"
-"""The key of a data source's `jsonData` that keeps its fingerprint."""
+"""Key of a data source's `jsonData` that stores its fingerprint."""
 OURS_TO_CHANGE = frozenset({"", "api"})
-"""Provenances in Grafana of what its API may change."""
+"""Provenances of resources that Grafana's API may change."""
 BY_HAND = "edited by hand since it was pushed; --force overwrites it"
 OVERWRITTEN = "edited by hand, overwritten"
 PROVISIONED = "is provisioned by other means, such as a file"
@@ -38,7 +38,7 @@ OF_OTHERS = "is there already and was not made by a push"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One thing and what becomes of it. `before` and `after` are for reading; `body` is what Grafana is sent."""
+    """One resource and its planned change. `before` and `after` are for display; `body` is the request body."""
 
     kind: ResourceKind
     name: str
@@ -49,7 +49,7 @@ class Change:
     after: Any = None
     body: Any = field(default=None, repr=False)
     editable: bool = True
-    """Whether Grafana lets people edit it in its own pages; what was locked before us stays locked."""
+    """True if users may edit the resource in Grafana; a resource that was locked before the push stays locked."""
 
     @property
     def writes(self) -> bool:
@@ -57,28 +57,28 @@ class Change:
 
     @property
     def kept(self) -> bool:
-        """Whether it is not as wanted, and stays so because it is not ours to overwrite."""
+        """True if the resource differs from the wanted one but must not be overwritten."""
         return self.action in ("foreign", "edited")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What Grafana has of it. None, or nothing, where it has none."""
+    """The existing resources in Grafana; None or empty for missing ones."""
 
     datasource: Json | None = None
     folder: Json | None = None
     dashboards: Mapping[str, Json] = field(default_factory=dict)
-    """By uid: `dashboard` and `meta`."""
+    """`dashboard` and `meta` by uid."""
     titles: Mapping[str, str] = field(default_factory=dict)
-    """Titles that dashboards of other uids have in our folder, and those uids."""
+    """Titles and uids of other dashboards in our folder."""
     rule_groups: Mapping[str, Json] = field(default_factory=dict)
-    """By title."""
+    """Rule groups by title."""
     contact_points: tuple[Json, ...] = ()
     policies: Json | None = None
 
 
 def plan(bundle: Bundle, found: Found, *, force: bool = False) -> list[Change]:
-    """The changes in the order in which they can be made, things that need none among them."""
+    """Return the changes in the order of their dependencies, including unchanged resources."""
     changes = [
         _datasource(bundle, found),
         _folder(bundle, found),
@@ -109,7 +109,7 @@ def _datasource(bundle: Bundle, found: Found) -> Change:
     left = (have.get("jsonData") or {}).get(DATASOURCE_MARK)
     if have.get("readOnly") or left is None:
         return replace(change, action="foreign", why=PROVISIONED if have.get("readOnly") else OF_OTHERS)
-    # What people add to it, such as a password for Prometheus, stays.
+    # User additions, such as a password for Prometheus, are kept.
     body = {**have, **_core(wanted), "jsonData": {**have["jsonData"], **mark}}
     return replace(_if_untouched(change, left == fingerprint(_core(have))), body=body)
 
@@ -121,7 +121,7 @@ def _core(datasource: Mapping[str, Any]) -> Json:
 def _folder(bundle: Bundle, found: Found) -> Change:
     body = dict(bundle.folder)
     if found.folder is not None:
-        title = str(found.folder.get("title", body["title"]))  # theirs to choose
+        title = str(found.folder.get("title", body["title"]))  # users may rename the folder
         return Change(kind="folder", name=title, action="unchanged", uid=body["uid"])
     return Change(kind="folder", name=body["title"], action="create", uid=body["uid"], after=body, body=body)
 
@@ -141,8 +141,8 @@ def _dashboard(bundle: Bundle, found: Found, uid: str) -> Change:
         return replace(change, action="foreign", why=f"a dashboard of this title, uid {other}, {OF_OTHERS}")
     have, meta = there.get("dashboard") or {}, there.get("meta") or {}
     bare, mark = bare_dashboard(have), mark_of(have)
-    content["version"] = have.get("version", 0)  # Grafana refuses when somebody saves it in between
-    body["folderUid"] = meta.get("folderUid", folder)  # it stays where somebody has moved it
+    content["version"] = have.get("version", 0)  # Grafana rejects the save after a concurrent change
+    body["folderUid"] = meta.get("folderUid", folder)  # the dashboard stays in the folder to which a user moved it
     change = replace(change, before=bare)
     if meta.get("provisioned") or mark is None:
         return replace(change, action="foreign", why=PROVISIONED if meta.get("provisioned") else OF_OTHERS)
@@ -161,7 +161,7 @@ def _rule_group(bundle: Bundle, found: Found, group: Json) -> Change:
         return change
     uids = {rule["uid"] for rule in rules}
     ours = [rule for rule in have["rules"] if rule_mark(rule) is not None or rule.get("uid") in uids]
-    # A write replaces the whole group: what others put into it goes along.
+    # A write replaces the whole group, so it includes the rules that others added.
     body["rules"] = [*rules, *(rule for rule in have["rules"] if rule not in ours)]
     provenances = {rule.get("provenance") or "" for rule in have["rules"]}
     before = bare_group(have.get("interval", 0), ours)
@@ -173,10 +173,10 @@ def _rule_group(bundle: Bundle, found: Found, group: Json) -> Change:
 
 
 def _compared(change: Change, mark: str, wanted: str) -> Change:
-    """For what has left its `mark`; `wanted` is the fingerprint of what is wanted now."""
+    """Complete the change of a resource with our `mark`; `wanted` is the fingerprint of the wanted content now."""
     if mark != wanted:
         return _if_untouched(change, mark == fingerprint(change.before))
-    # What we want has not changed since: a Grafana that rewrites what it is given does no harm here.
+    # The wanted content is unchanged since the last push, so additions by Grafana do not count as differences.
     return replace(change, action="unchanged") if holds(change.before, change.after) else _if_untouched(change, False)
 
 
@@ -220,7 +220,7 @@ def _contact(change: Change, contact: Contact, there: list[Json], *, force: bool
         yield replace(_overwritten(change), editable=same.get("provenance") != "api")
     else:
         yield replace(change, action="unchanged")
-    # Its uid tells the settings: with others it is another one, and the old one goes.
+    # The uid encodes the settings, so new settings create a new integration and the old one is deleted.
     for point in there:
         if point["uid"] != contact.uid:
             yield replace(change, action="delete", uid=point["uid"], after=None, body=None)
@@ -235,7 +235,7 @@ def _contact_edited(point: Json) -> bool:
 
 
 def _readable(kind: str, settings: Mapping[str, Any]) -> Json:
-    """Settings for showing: the address of a webhook may be a secret behind its host."""
+    """Return settings for display. The path of a webhook's address is removed because it may be a secret."""
     if kind == "email":
         return {"type": kind, "addresses": settings.get("addresses")}
     scheme, _, rest = str(settings.get("url")).partition("://")

@@ -1,6 +1,6 @@
-"""Grafana over its HTTP API: reads what is there, makes one change after the other. The only file with grafana_client.
+"""Client of Grafana's HTTP API: reads existing resources and applies changes one by one. Only it uses grafana_client.
 
-grafana_client is an extra, and late: it is slow to import, and takes the place of the environment's urllib3.
+grafana_client is an optional extra. It is imported late because it is slow to import and replaces urllib3.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from koopmon.grafana.routes import merged_policies
 
 Json = dict[str, Any]
 RETRIES = 2
-"""Tries beside the first, while nobody listens or while Grafana, or what stands before it, is out of order. They are
-harmless: everything that we make has a uid of its own, so nothing is made twice."""
+"""Retries after a refused connection or a status in RETRY_STATUSES. They are safe: each created resource has a fixed
+uid, so a repeated request creates no duplicate."""
 RETRY_STATUSES = (502, 503, 504)
 BACKOFF_SECONDS = 0.5
 FIRST_VERSION = (9, 1)
-"""Of Grafana with the alerting provisioning API."""
+"""First Grafana version with the alerting provisioning API."""
 EDITOR = "(role Editor, or Edit on the folder)"
 PERMISSIONS: Mapping[ResourceKind, str] = {
     "data source": "datasources:read, datasources:create and datasources:write (role Admin)",
@@ -45,10 +45,10 @@ PERMISSIONS: Mapping[ResourceKind, str] = {
 
 
 class Grafana:
-    """A Grafana that answers and knows our token, from `with` on.
+    """A connection to Grafana with a verified token; a context manager.
 
-    Whatever it is asked, it raises ConfigError when no Grafana is at that address, GrafanaDeniedError,
-    GrafanaUnreachableError, and GrafanaError for everything else that it says.
+    Methods raise ConfigError when no Grafana is at that address, GrafanaDeniedError, GrafanaUnreachableError, and
+    GrafanaError for every other error response.
     """
 
     def __init__(self, access: GrafanaAccess) -> None:
@@ -69,7 +69,7 @@ class Grafana:
         self._broken: Any = niquests.exceptions
         self._api: Any = GrafanaApi.from_url(access.url, credential=access.token, timeout=access.timeout_seconds)
         session = self._api.client.s
-        session.max_redirects = 0  # what is sent to the wrong address arrives without its body
+        session.max_redirects = 0  # a redirected request would arrive without its body
         retries = niquests.RetryConfiguration(
             total=RETRIES,
             read=False,
@@ -97,11 +97,11 @@ class Grafana:
         self.close()
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._api.client.s.close()
 
     def find_datasource(self, wanted: DataSource) -> Json | None:
-        """The data source as Grafana has it. Raises ConfigError when one that was named is not there."""
+        """Return the existing data source, or None. Raises ConfigError when a `given` data source is missing."""
         name = wanted.given if wanted.given is not None else wanted.body()["uid"]
         quoted, api = quote(name, safe=""), self._api.datasource
         found = self._get("data source", name, lambda: api.get_datasource_by_uid(quoted))
@@ -116,7 +116,7 @@ class Grafana:
         return found
 
     def find(self, bundle: Bundle, datasource: Json | None) -> Found:
-        """What is there of everything in the bundle. Asks, and changes nothing."""
+        """Read the existing resources of the bundle without changing anything."""
         folder = bundle.folder["uid"]
         api, alerting = self._api, self._api.alertingprovisioning
         if bundle.rule_groups or bundle.contacts:
@@ -149,7 +149,7 @@ class Grafana:
         )
 
     def make(self, change: Change, *, force: bool = False) -> None:
-        """Make one change that writes."""
+        """Apply one change that writes."""
         api, alerting = self._api, self._api.alertingprovisioning
         free = {"disable_provenance": change.editable}
         uid, body = change.uid, change.body
@@ -172,13 +172,14 @@ class Grafana:
                 case "rule group", _:
                     alerting.update_rule_group(body["folderUid"], quote(uid, safe=""), body, **free)
                 case _:
-                    # The tree is written as a whole, and knows no versions: it is read again just before.
+                    # The API writes the whole tree without a version check, so the tree is read again just before the
+                    # write.
                     action, tree = merged_policies(alerting.get_notification_policy_tree(), force=force)
                     if action == "update":
                         alerting.set_notification_policy_tree(tree, **free)
 
     def _connect(self) -> None:
-        """See whether Grafana is there and knows the token."""
+        """Check that Grafana is reachable and accepts the token."""
         with self._asking(None, "settings", verb="read"):
             try:
                 settings = self._api.client.GET("/frontend/settings")
@@ -215,7 +216,7 @@ class Grafana:
         return {each["title"]: one_line(each.get("uid"), 80) for each in taken}
 
     def _get(self, kind: ResourceKind, name: str, ask: Callable[[], Any]) -> Json | None:
-        """One object; None when it is not there."""
+        """Return one object; None when it does not exist."""
         with self._asking(kind, name, verb="read"):
             try:
                 answer = ask()
@@ -236,7 +237,7 @@ class Grafana:
 
     @contextmanager
     def _asking(self, kind: ResourceKind | None, name: str, *, verb: str) -> Iterator[None]:
-        """Puts what goes wrong into words. None of them holds the token, or what was sent."""
+        """Convert exceptions to koopmon's errors. No message contains the token or a request body."""
         grafana, what = f"Grafana at {self._access.url}", f"{verb} {kind} {name!r}" if kind else f"{verb} its {name}"
         try:
             yield
@@ -277,7 +278,7 @@ class Grafana:
 
 
 def _said(error: Any) -> str:
-    """What Grafana says, cut short; a web page says nothing."""
+    """Return Grafana's error message, shortened; a web page counts as no message."""
     answer = error.response
     text = answer.get("message") if isinstance(answer, dict) else answer
     text = " ".join(str(text or "").split())
@@ -285,7 +286,7 @@ def _said(error: Any) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost cause that has words of its own: what the libraries wrap around it is long."""
+    """Return the innermost cause with a message, because the wrapping messages of the libraries are long."""
     seen: set[int] = set()
     inner: BaseException | None = error
     while inner is not None and id(inner) not in seen:

@@ -1,6 +1,6 @@
-"""One route of ours in a notification policy tree that is everybody's. Pure.
+"""Inserts koopmon's route into the shared notification policy tree, without I/O.
 
-Grafana takes the tree as a whole or not at all, so all else of it is handed back as it was.
+Grafana accepts only the whole tree, so everything else in it is returned unchanged.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ ROUTE = f"route {LABEL[0]}={LABEL[1]}"
 
 
 def merged_policies(tree: Json, *, force: bool = False) -> tuple[Literal["update", "unchanged", "edited"], Json]:
-    """What becomes of a tree, and the tree with our route. One that leads elsewhere by now was edited by hand.
+    """Return the action and the tree with our route. A route to another receiver counts as edited by hand.
 
-    Whatever else people set on our route, such as its timing, or where they move it to, is theirs to choose.
+    Users may change other settings of our route, such as its timing or position; they are kept.
     """
     ours = [route for route in _all_routes(tree) if _is_ours(route)]
     if any(route.get("receiver") == CONTACT_POINT for route in ours):
         return "unchanged", tree
     if ours:
         return ("update", _redirected(tree)) if force else ("edited", tree)
-    # First, since a route of others may take all alerts; they get ours as well, since the search goes on.
+    # The route is first because another route may match all alerts. `continue` lets the other routes receive them too.
     route = {"receiver": CONTACT_POINT, "object_matchers": [[LABEL[0], "=", LABEL[1]]], "continue": True}
     return "update", {**tree, "routes": [route, *(tree.get("routes") or [])]}
 

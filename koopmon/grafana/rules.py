@@ -1,4 +1,4 @@
-"""The table of alerts as rules of Prometheus and of Grafana."""
+"""Converts the table of alerts to rules of Prometheus and of Grafana."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ GROUPS: Mapping[Group, tuple[str, int]] = {
     "run": ("koopmon runs", 60),
     "monitor": ("koopmon monitor", 60),
 }
-"""Title of each group, and how often Grafana evaluates it, in seconds: a multiple of 10. Prometheus takes its own
+"""Title of each group and its evaluation interval in Grafana, in seconds: a multiple of 10. Prometheus uses its own
 `evaluation_interval`."""
 
 EXPRESSIONS = "__expr__"
-"""Uid of the data source that Grafana's own expressions have."""
+"""Data source uid of Grafana's own expressions."""
 LOOKBACK_SECONDS = 600
 
 
 def prometheus_rules(docs_url: str | None = None) -> dict[str, Any]:
-    """A rule file of Prometheus (2.42 or newer), to be written as YAML.
+    """Return a rule file of Prometheus (2.42 or newer), to be written as YAML.
 
-    `docs_url` is the page that `runbook_url` points to; None: the page /alerts of the monitor that the series are of.
+    `docs_url` is the page of `runbook_url`; None selects the page /alerts of the monitor that exports the series.
     """
     return {
         "groups": [
@@ -38,9 +38,9 @@ def prometheus_rules(docs_url: str | None = None) -> dict[str, Any]:
 def grafana_rule_groups(
     datasource_uid: str, folder_uid: str, *, docs_url: str | None = None, org_id: int = 1
 ) -> list[dict[str, Any]]:
-    """Rule groups as Grafana's provisioning API takes them (`PUT /api/v1/provisioning/folder/UID/rule-groups/TITLE`).
+    """Return rule groups for Grafana's provisioning API (`PUT /api/v1/provisioning/folder/UID/rule-groups/TITLE`).
 
-    The uids of the rules follow from the names of the alerts alone.
+    The uids of the rules depend only on the names of the alerts.
     """
     return [
         {
@@ -62,7 +62,7 @@ def grafana_rule_groups(
 
 
 def grafana_alerting_file(datasource_uid: str, folder: str, *, docs_url: str | None = None) -> dict[str, Any]:
-    """The same rules as a file under Grafana's `provisioning/alerting`; `folder` is a title there."""
+    """Return the same rules as a file under Grafana's `provisioning/alerting`; `folder` is a title there."""
     return {
         "apiVersion": 1,
         "groups": [
@@ -79,7 +79,7 @@ def grafana_alerting_file(datasource_uid: str, folder: str, *, docs_url: str | N
 
 
 def rule_uid(alert: Alert) -> str:
-    """`KoopmonRiskHigh` -> `koopmon-risk-high`: at most 40 characters, as Grafana demands."""
+    """Convert a name to a uid of at most 40 characters, Grafana's limit: `KoopmonRiskHigh` -> `koopmon-risk-high`."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", alert.name).lower()
 
 
@@ -98,14 +98,14 @@ def _prometheus_rule(alert: Alert, docs_url: str | None) -> dict[str, Any]:
 
 def _grafana_rule(alert: Alert, datasource_uid: str, docs_url: str | None) -> dict[str, Any]:
     dashboard, title = alert.panel
-    # There, a value belongs to a query.
+    # In Grafana's templates a value belongs to a query.
     texts = {name: text.replace("$value", "$values.A.Value") for name, text in _annotations(alert, docs_url).items()}
     rule: dict[str, Any] = {
         "uid": rule_uid(alert),
         "title": alert.name,
         "condition": "B",
         "data": [_query(alert, datasource_uid), _is_there()],
-        # The expression gives nothing while all is well.
+        # The expression returns no series while the condition is false.
         "noDataState": "OK",
         "execErrState": "Error",
         "for": _duration(alert.for_seconds),
@@ -113,7 +113,7 @@ def _grafana_rule(alert: Alert, datasource_uid: str, docs_url: str | None) -> di
         "annotations": texts | {"__dashboardUid__": dashboard, "__panelId__": str(panel_id(dashboard, title))},
         "isPaused": False,
     }
-    if alert.keep_firing_seconds:  # Grafana 12; an older one ignores it
+    if alert.keep_firing_seconds:  # Grafana 12; older versions ignore it
         rule["keep_firing_for"] = _duration(alert.keep_firing_seconds)
     return rule
 
@@ -135,7 +135,7 @@ def _query(alert: Alert, datasource_uid: str) -> dict[str, Any]:
 
 
 def _is_there() -> dict[str, Any]:
-    """Whether a series is there, whatever its value: the comparison is in the PromQL already."""
+    """Return a condition that holds for any existing series, because the PromQL contains the comparison already."""
     return {
         "refId": "B",
         "relativeTimeRange": {"from": 0, "to": 0},

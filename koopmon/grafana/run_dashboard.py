@@ -1,4 +1,4 @@
-"""One run: how it does, what was done, and what its layers say, by depth and over time."""
+"""Dashboard of one run: state, actions, and layer statistics by depth and over time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYER = '{run=~"$run",layer=~"$layer"}'
 
 
 def make() -> Json:
-    """The dashboard's JSON."""
+    """Return the dashboard's JSON."""
     return dashboard(
         UID,
         "koopmon / Run",
@@ -47,7 +47,7 @@ def make() -> Json:
 
 
 def _commands() -> list[Json]:
-    """Every command and what became of it; a mark is as wide as the window in which it is looked for."""
+    """Return annotations of all commands with their outcomes; a mark is as wide as the range of its query."""
 
     def changed(name: str, kinds: str, color: str) -> Json:
         changes = f'changes(koopmon_commands_total{{run=~"$run",{kinds},outcome!="sent"}}[1m])'

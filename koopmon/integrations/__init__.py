@@ -1,1 +1,1 @@
-"""Callbacks and mirrors for other people's trainers and trackers, over `koopmon.attach()`."""
+"""Callbacks for trainers and mirrors for experiment trackers, built on `koopmon.attach()`."""

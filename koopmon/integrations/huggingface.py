@@ -1,4 +1,4 @@
-"""koopmon for the Trainer of Hugging Face transformers, and for what derives from it::
+"""koopmon for the Trainer of Hugging Face transformers, and for its subclasses::
 
 from koopmon.integrations.huggingface import KoopmonCallback
 
@@ -27,14 +27,15 @@ except ModuleNotFoundError as error:
 __all__ = ["KoopmonCallback"]
 
 
-class KoopmonCallback(TrainerCallback):  # type: ignore[misc] # of a library that is read without its types
-    """Attaches koopmon when `train()` has its model and optimizer, and lets go at its end.
+class KoopmonCallback(TrainerCallback):  # type: ignore[misc] # mypy sees no types of the library
+    """Attaches koopmon when `train()` has its model and optimizer, and detaches at its end.
 
-    `endpoint`, `run` and `config` are those of `koopmon.attach`, which raises what is wrong with them as `train()`
-    begins; without an endpoint the environment's is taken, and without that training goes on alone. The loss and the
-    gradient's norm are passed on when the trainer logs them, every `logging_steps`; koopmon's own scalars are then
-    logged beside them, where `report_to` names tensorboard (in a run of its own, `koopmon`, in the trainer's directory)
-    or wandb. When the monitor asks to stop (opt-in), training stops as if it had reached its last step.
+    `endpoint`, `run` and `config` are those of `koopmon.attach`, which raises errors in them at the start of `train()`.
+    Without `endpoint` the callback uses the environment's endpoint; without that the training runs unmonitored.
+
+    The callback passes on the loss and the gradient norm when the trainer logs them, every `logging_steps`. It then
+    logs koopmon's own scalars where `report_to` contains tensorboard (in a run `koopmon` in the trainer's directory) or
+    wandb. On a stop request from the monitor (opt-in), training stops as if it had reached its last step.
     """
 
     def __init__(
@@ -49,13 +50,13 @@ class KoopmonCallback(TrainerCallback):  # type: ignore[misc] # of a library tha
 
     @property
     def agent(self) -> Agent:
-        """The agent of the training that was begun last."""
+        """The agent of the most recent training."""
         return self._session.agent
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # The trainer keeps its DataParallel wrapper to itself: the model shows nothing of it.
+        # The trainer's DataParallel wrapper is private and not visible from the model.
         threads = args.n_gpu > 1
         refused = "torch.nn.DataParallel runs copies of the model in threads; start it by torchrun" if threads else ""
         self._session.begin(kwargs["model"], [kwargs.get("optimizer")], refused=refused)
@@ -87,10 +88,10 @@ class KoopmonCallback(TrainerCallback):  # type: ignore[misc] # of a library tha
 
 
 def _mirrors(args: TrainingArguments) -> list[Mirror]:
-    """For the trackers that the trainer reports to."""
+    """Return the mirrors of the trackers that the trainer reports to."""
     mirrors: list[Mirror] = []
     if "tensorboard" in args.report_to:
-        # Where the trainer's own runs are, by the name that it gives them too: date and host.
+        # The directory of the trainer's own runs; their names contain date and host.
         from transformers.integrations.integration_utils import default_logdir
 
         named = os.path.join(args.output_dir, default_logdir())

@@ -29,13 +29,14 @@ except ModuleNotFoundError as error:
 __all__ = ["KoopmonCallback"]
 
 
-class KoopmonCallback(Callback):  # type: ignore[misc] # of a library that is read without its types
-    """Attaches koopmon as `fit` begins to train, and lets go at its end or when it raises.
+class KoopmonCallback(Callback):  # type: ignore[misc] # mypy sees no types of the library
+    """Attaches koopmon when `fit` begins to train, and detaches at its end or on an exception.
 
-    `endpoint`, `run` and `config` are those of `koopmon.attach`, which raises what is wrong with them before the first
-    step; without an endpoint the environment's is taken, and without that training goes on alone. The loss of each
-    batch is passed on without waiting for a device, and koopmon's own scalars go to the trainer's loggers, every
-    `log_every_n_steps`. When the monitor asks to stop (opt-in), so does the trainer.
+    `endpoint`, `run` and `config` are those of `koopmon.attach`, which raises errors in them before the first step.
+    Without `endpoint` the callback uses the environment's endpoint; without that the training runs unmonitored.
+
+    The callback passes on the loss of each batch without waiting for a device. It writes koopmon's own scalars to the
+    trainer's loggers every `log_every_n_steps`. On a stop request from the monitor (opt-in), the trainer stops.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class KoopmonCallback(Callback):  # type: ignore[misc] # of a library that is re
 
     @property
     def agent(self) -> Agent:
-        """The agent of the training that was begun last."""
+        """The agent of the most recent training."""
         return self._session.agent
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,7 +63,7 @@ class KoopmonCallback(Callback):  # type: ignore[misc] # of a library that is re
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):  # of which the trainer has taken the share of one batch in the accumulation
+        if isinstance(loss, Tensor):  # Lightning has divided it by accumulate_grad_batches
             self._session.log(loss * trainer.accumulate_grad_batches)
         if self._loggers is not None:
             self._loggers.write(self.agent, trainer.global_step)
@@ -77,7 +78,7 @@ class KoopmonCallback(Callback):  # type: ignore[misc] # of a library that is re
 
 
 class _Loggers(Mirror):
-    """Into whatever loggers the trainer has; they drop what ranks other than 0 say."""
+    """Writes to all loggers of the trainer; they ignore ranks other than 0."""
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class _Loggers(Mirror):
 
     def write(self, agent: Agent, step: int) -> None:
         every = self._trainer.log_every_n_steps
-        if step != self._last_step and every > 0 and step % every == 0:  # once, of all the batches of one step
+        if step != self._last_step and every > 0 and step % every == 0:  # one write per step, not per batch
             self._last_step = step
             super().write(agent, step)
 

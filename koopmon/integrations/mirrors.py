@@ -1,7 +1,7 @@
-"""Koopmon's scalars beside the user's own: in TensorBoard, Weights & Biases, or whatever takes a name and a number.
+"""Mirrors koopmon's scalars to TensorBoard, Weights & Biases, or another tracker of named numbers.
 
-A mirror reads what the agent knows already, so it neither waits for a device nor for the monitor; what fails in a
-tracker is one log line, and then that mirror is off. Nothing here imports a tracker that the user does not use.
+A mirror reads values that the agent already holds, so it waits neither for a device nor for the monitor. An exception
+in a tracker causes one log line and disables that mirror. The module imports a tracker only when the user uses it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ _JUDGED = ("risk", "forecast", "near_unit_mass", "divergence_probability")
 
 
 class Writer(Protocol):
-    """What is used of TensorBoard's SummaryWriter."""
+    """The methods of TensorBoard's SummaryWriter that the mirror uses."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
 
 
 def scalars(agent: Agent) -> dict[str, float]:
-    """What is known now, by name: risk, forecast, near_unit_mass, divergence_probability (of the last snapshot that
-    the monitor judged), lr_scale, kss_alpha, and overhead_ratio, the share of step time that the agent takes.
+    """Return the currently known scalars by name.
 
-    Empty where koopmon is not attached. Ranks that send no snapshots know nothing of the monitor; rank 0 sends.
+    The last assessed snapshot gives risk, forecast, near_unit_mass and divergence_probability. The agent gives
+    lr_scale, kss_alpha and overhead_ratio, its share of step time. The result is empty when koopmon is not attached.
+    Ranks that send no snapshots receive no assessments; rank 0 always sends.
     """
     status = agent.status()
     if not status["enabled"]:
@@ -45,13 +46,13 @@ def scalars(agent: Agent) -> dict[str, float]:
 
 
 class Mirror(ABC):
-    """Parent of the mirrors: `write` never raises."""
+    """Base class of the mirrors; `write` never raises."""
 
     def __init__(self) -> None:
         self.enabled = True
 
     def write(self, agent: Agent, step: int) -> None:
-        """Show the scalars of `agent` at the trainer's own `step`."""
+        """Write the scalars of `agent` at the trainer's own `step`."""
         if not self.enabled:
             return
         try:
@@ -63,18 +64,18 @@ class Mirror(ABC):
             self.enabled = False
             logger.warning("koopmon: %s is off, training goes on: %s", type(self).__name__, error)
 
-    def close(self) -> None:  # noqa: B027 - most have nothing of their own to write down
-        """Write down what is buffered, as far as it is ours. Idempotent."""
+    def close(self) -> None:  # noqa: B027 - most mirrors buffer nothing
+        """Flush buffered values of our own writer. Idempotent."""
 
     @abstractmethod
     def _show(self, found: dict[str, float], step: int) -> None:
-        """Put these into the tracker; may raise."""
+        """Write the scalars to the tracker; may raise."""
 
 
 class TensorBoardMirror(Mirror):
-    """Into a SummaryWriter of the user's, or into one of its own in the run `koopmon` under the user's log directory.
+    """Writes to a SummaryWriter of the user, or to its own writer in the run `koopmon` under the user's log directory.
 
-    The directory is not shared: TensorBoard follows one file in each.
+    Its own writer has a separate directory because TensorBoard follows one file per directory.
     """
 
     def __init__(self, writer: Writer | str | os.PathLike[str]) -> None:
@@ -96,9 +97,9 @@ class TensorBoardMirror(Mirror):
 
 
 class WandbMirror(Mirror):
-    """Into the run of Weights & Biases that is active, if one is, under the user's own step metric `step_name`.
+    """Writes to the active run of Weights & Biases, if any, with the user's own step metric `step_name`.
 
-    The values are sent with the next ones that the user logs when `step_name` is None.
+    When `step_name` is None, wandb sends the values with the user's next log call.
     """
 
     def __init__(self, step_name: str | None = None) -> None:
@@ -110,6 +111,6 @@ class WandbMirror(Mirror):
         if run is None:
             return
         if self._step_name is None:
-            run.log(found, commit=False)  # with a step of ours, the user's own next one could be refused
+            run.log(found, commit=False)  # with an explicit step, wandb could reject the user's next one
         else:
             run.log({**found, self._step_name: step})

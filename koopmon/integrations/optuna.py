@@ -8,10 +8,10 @@
         prune_by_initial_risk(trial, model, tokens, learning_rate=rate, calibrator="calibrator.json")
         return train(model, rate)
 
-What decides is the calibrated probability that the configuration diverges: of learning rate x width x depth, and of
-whether a normalisation brakes the layers. Near-unit mass, the spectrum's own score, separates architectures and says
-little of which rates kill (docs/evidence.md): it is recorded with each trial, and prunes only where the user sets a
-bound for it.
+The decision uses the calibrated probability that the configuration diverges. Its inputs are learning rate x width x
+depth, and the presence of normalised layers. Near-unit mass, the spectrum's own score, separates architectures but
+barely predicts which learning rates diverge (docs/evidence.md). The score is recorded with each trial, and prunes only
+if the user sets a bound for it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = ["InitialForecast", "forecast", "prune_by_initial_risk"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitialForecast:
-    """What is known of a configuration before it is trained; None is unknown, and `reason` then tells why."""
+    """Initial risk of a configuration before training. None is unknown; `reason` then explains it."""
 
     divergence_probability: float | None
     near_unit_mass: float | None
@@ -58,14 +58,14 @@ def forecast(
     svd_rank: int | None = 32,
     **batch_kwargs: Any,
 ) -> InitialForecast:
-    """Profile `model` on one forward pass `model(*batch, **batch_kwargs)`, in eval and without gradients.
+    """Profile `model` with one forward pass `model(*batch, **batch_kwargs)`, in eval mode and without gradients.
 
-    `learning_rate` is the peak of its schedule under Adam or its kin, `calibrator` one for this kind of model, as
-    `koopmon calibrate` writes it, or its file. A rate above all that the calibrator was fitted on has the probability
-    of the highest that was tried: at least so much, by the fit's form.
+    `learning_rate` is the peak of its schedule under Adam or a similar optimizer. `calibrator` is for this kind of
+    model, as `koopmon calibrate` writes it, or the path of its file. For a rate above all rates of the fit, the
+    probability is that of the highest fitted rate: a lower bound, by the form of the fit.
 
-    Raises CalibrationError when the calibrator cannot be read or is for another kind of model; what `koopmon.profile`
-    raises for the model.
+    Raises CalibrationError when the calibrator is unreadable or for another kind of model, and the exceptions of
+    `koopmon.profile` for the model.
     """
     known = calibrator if calibrator is None or isinstance(calibrator, Calibrator) else load(Path(calibrator))
     captured = capture_states(model, *batch, num_samples=num_samples, **batch_kwargs)
@@ -100,14 +100,14 @@ def prune_by_initial_risk(
     svd_rank: int | None = 32,
     **batch_kwargs: Any,
 ) -> InitialForecast:
-    """Raise `optuna.TrialPruned` when the configuration is likely to diverge; else tell what is known of it.
+    """Raise `optuna.TrialPruned` when the configuration is likely to diverge; otherwise return its forecast.
 
-    With a calibrator and a learning rate: when the probability is above `max_probability`. With `max_near_unit_mass`:
-    when the score is above it, which by itself is weak evidence. One of the two is needed. Both figures are kept with
-    the trial, as user attributes `koopmon:divergence_probability` and `koopmon:near_unit_mass`; a configuration of
-    which nothing is known is not pruned, and `koopmon:reason` says why.
+    With a calibrator and a learning rate, it prunes when the probability is above `max_probability`. With
+    `max_near_unit_mass`, it prunes when the score is above that bound, which by itself is weak evidence. One of the two
+    is required. The trial keeps both figures as user attributes `koopmon:divergence_probability` and
+    `koopmon:near_unit_mass`. A configuration without figures is not pruned; `koopmon:reason` holds the reason.
 
-    Raises ConfigError for arguments that decide nothing or lie out of bounds; what `forecast` raises.
+    Raises ConfigError for arguments that allow no decision or lie out of bounds, and the exceptions of `forecast`.
     """
     if (calibrator is None) != (learning_rate is None):
         raise ConfigError("calibrator and learning_rate go together: the probability is one of diverging at a rate")

@@ -1,4 +1,4 @@
-"""What the callbacks share: koopmon in one training of somebody's trainer, from its first step to its end."""
+"""Common base of the trainer callbacks: one koopmon session per training."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ logger = logging.getLogger("koopmon.integrations")
 
 
 class Session:
-    """Attaches at the beginning of a training, lets go at its end, and begins anew with the next.
+    """Attaches at the beginning of a training and detaches at its end; each training is a new session.
 
-    Where the training is attached already, as under `koopmon run`, the agent that is there is used, and left in place.
+    An agent that is already attached, for example by `koopmon run`, is reused and stays attached at the end.
     """
 
     def __init__(
@@ -32,16 +32,16 @@ class Session:
         run: str | None = None,
         config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     ) -> None:
-        """As `koopmon.attach`."""
+        """Store the arguments of `koopmon.attach`."""
         self.agent = Agent(None, "the training has not begun")
         self._endpoint = endpoint
         self._run = run
         self._config = config
 
     def begin(self, model: nn.Module, optimizers: Sequence[object], *, refused: str = "") -> None:
-        """Attach `model` and its one optimizer; more, none, or a reason why it is `refused` is one line.
+        """Attach `model` and its one optimizer. With several, none, or a reason in `refused`, log one line instead.
 
-        Raises what `koopmon.attach` raises for `endpoint`, `run` and `config`: before the first step.
+        Raises the exceptions of `koopmon.attach` for `endpoint`, `run` and `config`, before the first step.
         """
         self.end()
         stepping = [each for each in optimizers if isinstance(each, Optimizer) and _moves_something(each)]
@@ -49,7 +49,7 @@ class Session:
             counted = f"{len(stepping)} optimizers" if stepping else "no torch.optim.Optimizer"
             refused = f"the trainer has {counted}, and koopmon guards one"
         if refused:
-            # One line per job: every rank has the same to say.
+            # Only rank 0 warns, because every rank has the same message.
             level = logging.WARNING if rank_from_env() == 0 else logging.DEBUG
             logger.log(level, "koopmon: not attached, training goes on: %s", refused)
             self.agent = Agent(None, refused)
@@ -58,21 +58,22 @@ class Session:
         atexit.register(self._interpreter_ends)
 
     def log(self, loss: float | Tensor | None = None, grad_norm: float | Tensor | None = None) -> None:
-        """Tell the monitor; a tensor on a device is copied without synchronising."""
+        """Pass values to the agent; a tensor on a device is copied without synchronising."""
         self.agent.log(loss=loss, grad_norm=grad_norm)
 
     def end(self, reason: str = "") -> None:
-        """Let go of the training, unless somebody else attached it. Idempotent."""
+        """Detach from the training, unless other code attached it. Idempotent."""
         atexit.unregister(self._interpreter_ends)
         if not self.agent.joined:
             self.agent.close(reason)
 
     def _interpreter_ends(self) -> None:
-        # Some trainers do not tell their callbacks of an exception; what nobody caught, the interpreter has kept.
+        # Some trainers do not report an exception to their callbacks; the interpreter stores an uncaught one in
+        # sys.last_type.
         error = getattr(sys, "last_type", None)
         self.end("" if error is None else f"the training raised {error.__name__}")
 
 
 def _moves_something(optimizer: Optimizer) -> bool:
-    """False for what a trainer puts in the place of an optimizer that it was not given."""
+    """Return False for the placeholder that a trainer creates when it was given no optimizer."""
     return any(parameter.requires_grad for group in optimizer.param_groups for parameter in group["params"])

@@ -1,7 +1,7 @@
-"""By what the peers of one agent or monitor know each other: by keys, or by the operating system's word.
+"""Authentication policy: which endpoints need CURVE keys and which rely on the operating system.
 
-An ipc path is reached by its owner alone, a loopback port from this host only. Whatever other hosts reach needs keys,
-unless the user has written down that it is to go without.
+The operating system restricts an ipc path to its owner and a loopback port to this host. Every endpoint that other
+hosts reach needs keys, unless the user allows plaintext explicitly.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from koopmon.wire.endpoints import check_endpoint, is_loopback
 from koopmon.wire.keys import MONITOR, keys_directory, public_file, read_public, read_secret
 
 PLAINTEXT_VARIABLE = "KOOPMON_INSECURE_PLAINTEXT_TCP"
-"""Set to 1, it stands for `[security] insecure_plaintext_tcp`."""
+"""The value 1 has the same effect as `[security] insecure_plaintext_tcp`."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuthPolicy:
-    """`directory` holds the key files, `agent` is the name of an agent's own pair. Without a directory: no keys.
+    """Authentication settings of one agent or one monitor.
 
-    `curve_on_loopback`: keys also where the operating system's word would do, since every user of a host reaches its
-    loopback ports. `plaintext_tcp`: no keys on tcp at all, whoever reaches it.
+    `directory` holds the key files; None means no keys. `agent` is the name of an agent's own key pair.
+    `curve_on_loopback` requires keys on loopback too, because every user of a host reaches its loopback ports.
+    `plaintext_tcp` disables keys on every tcp endpoint.
     """
 
     directory: Path | None = None
@@ -34,7 +35,7 @@ class AuthPolicy:
     plaintext_tcp: bool = False
 
     def check(self, endpoint: str, *, binding: bool = False) -> str:
-        """The endpoint in its normal form (`check_endpoint`). Raises EndpointError for what these settings forbid."""
+        """Return the endpoint in its normal form (`check_endpoint`). Raises EndpointError if the policy forbids it."""
         checked = check_endpoint(endpoint, binding=binding)
         if not is_loopback(checked) and not self.plaintext_tcp and self.directory is None:
             raise EndpointError(
@@ -44,13 +45,13 @@ class AuthPolicy:
         return checked
 
     def uses_curve(self, endpoint: str) -> bool:
-        """Whether peers at a checked endpoint show each other keys."""
+        """Return True if peers at a checked endpoint authenticate with CURVE keys."""
         if endpoint.startswith("ipc://") or self.plaintext_tcp:
             return False
         return self.directory is not None and (self.curve_on_loopback or not is_loopback(endpoint))
 
     def check_agent_keys(self, endpoint: str) -> None:
-        """Read what an agent needs for a checked endpoint. Raises KeysError."""
+        """Read the keys that an agent needs for a checked endpoint. Raises KeysError."""
         if self.uses_curve(endpoint):
             with self.needed_for(endpoint):
                 self.agent_secret()
@@ -58,26 +59,26 @@ class AuthPolicy:
 
     @contextmanager
     def needed_for(self, endpoint: str) -> Iterator[None]:
-        """Lets a KeysError say what the keys were needed for."""
+        """Add the endpoint that needs the keys to the message of a KeysError."""
         try:
             yield
         except KeysError as error:
             raise KeysError(f"endpoint {endpoint!r} needs keys: {error}") from None
 
     def agent_secret(self) -> str:
-        """The agent's secret key. Raises KeysError."""
+        """Return the agent's secret key. Raises KeysError."""
         return read_secret(self._keys, self.agent)
 
     def monitor_key(self) -> tuple[str, ...]:
-        """The keys by which an agent knows its monitor now, the newest first. Raises KeysError."""
+        """Return the monitor's accepted public keys, the newest first. Raises KeysError."""
         return read_public(public_file(self._keys, MONITOR)).keys()
 
     def monitor_secret(self) -> str:
-        """The monitor's secret key. Raises KeysError."""
+        """Return the monitor's secret key. Raises KeysError."""
         return read_secret(self._keys, MONITOR)
 
     def authorized_keys(self) -> AuthorizedKeys:
-        """The agents that a monitor serves. Raises KeysError."""
+        """Return the agents that a monitor serves. Raises KeysError."""
         return AuthorizedKeys(self._keys)
 
     @property
@@ -89,7 +90,7 @@ class AuthPolicy:
 def make_auth_policy(
     *, keys: str, agent: str, loopback: str, insecure_plaintext_tcp: bool, environ: Mapping[str, str]
 ) -> AuthPolicy:
-    """Trust as the table `[security]` of a configuration and the environment have it."""
+    """Build the policy from the table `[security]` of a configuration and from the environment."""
     return AuthPolicy(
         directory=keys_directory(keys, environ),
         agent=agent,

@@ -1,7 +1,7 @@
-"""The agents that a monitor serves: whose key is whose, and for which runs it may speak.
+"""The agents that a monitor serves, with their keys and their permitted runs.
 
-Read anew when the directory or one of its files has changed, so that an agent can be added, bound otherwise, rotated or
-shut out while the monitor serves.
+The monitor rereads the files when the directory or a file changes. The user can therefore add, restrict, rotate or
+remove an agent without a restart of the monitor.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from koopmon.wire.keys import AGENTS, PublicKey, check_directory, read_public
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
-"""At most so long does a change of the files wait to be seen."""
+"""Interval between checks for changed files, in seconds."""
 MAX_AGENTS = 4096
 
 
 class _Stamp(NamedTuple):
-    """What tells that a file has changed."""
+    """File attributes that change when the file changes."""
 
     path: Path
     modified_ns: int
@@ -34,9 +34,9 @@ class _Stamp(NamedTuple):
 
 
 class AuthorizedKeys:
-    """Public files in `directory`/agents, each named after an agent. Raises KeysError when one cannot be used.
+    """Public files in `directory`/agents, each named after an agent. Raises KeysError when a file is not usable.
 
-    Later on a file that cannot be used is one line of the log, and its agent is not served.
+    After construction, an unusable file causes one log line and the monitor does not serve its agent.
     """
 
     def __init__(
@@ -52,20 +52,20 @@ class AuthorizedKeys:
         self._files: dict[_Stamp, PublicKey | None] = {}
         self._agents: dict[str, PublicKey] = {}
         self._owners: dict[str, str] = {}
-        """Of each key, also one that a rotation may have outlived, the agent's name."""
+        """Agent name by key, including previous keys that a rotation may have expired."""
         self._looked_at = clock()
         for stamp in self._stamps():
             self._files[stamp] = read_public(stamp.path)
         self._list()
 
     def name_of(self, key: str) -> str | None:
-        """The agent whose key this is now; None for a stranger's, and for one that a rotation has outlived."""
+        """Return the name of the agent that owns `key`; None for an unknown or expired key."""
         self._look()
         name = self._owners.get(key)
         return name if name is not None and key in self._agents[name].keys(self._now()) else None
 
     def is_authorized(self, name: str, run: str) -> bool:
-        """Whether the agent `name` may speak for `run`."""
+        """Return True if the agent `name` may send data for `run`."""
         agent = self._agents.get(name)
         return agent is not None and any(fnmatchcase(run, pattern) for pattern in agent.runs)
 

@@ -1,4 +1,4 @@
-"""A bounded pool of preallocated host buffers: a slot is filled, sent without a copy, free again when it has left."""
+"""A bounded pool of preallocated host buffers for sends without a copy."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 
 
 class SendTracker(Protocol):
-    """Tells when the transport has let go of the buffers it was given."""
+    """Completion state of one send: `done` is True once the transport no longer uses the buffers."""
 
     @property
     def done(self) -> bool: ...
 
 
 Allocator = Callable[[int], Tensor]
-"""Bytes wanted -> one-dimensional uint8 host tensor of that length; pinned, where that helps."""
+"""Number of bytes -> one-dimensional uint8 host tensor of that length, optionally pinned."""
 
 
 def host_buffer(nbytes: int) -> Tensor:
-    """Ordinary host memory, pages touched: the first snapshot must not pay for page faults."""
+    """Allocate ordinary host memory and touch its pages, so that the first snapshot causes no page faults."""
     return torch.empty(nbytes, dtype=torch.uint8).zero_()
 
 
 class Slot:
-    """One buffer of a pool, held from `BufferPool.acquire` until `release`, or until its send is done."""
+    """One buffer of a pool, held from `BufferPool.acquire` until `release` or until its send is done."""
 
     __slots__ = ("_buffer", "_pool")
 
@@ -37,23 +37,26 @@ class Slot:
         self._buffer = buffer
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype, *, offset: int = 0) -> Tensor:
-        """A view of the buffer from byte `offset` on, a multiple of the dtype's size. Holds what was there before."""
+        """Return a view from byte `offset` on, a multiple of the dtype's size. Its content is not cleared.
+
+        Raises ValueError when the view does not fit into the buffer.
+        """
         nbytes = math.prod(shape) * dtype.itemsize
         if offset + nbytes > len(self._buffer):
             raise ValueError(f"shape {tuple(shape)} at byte {offset}: {offset + nbytes} of {len(self._buffer)} bytes")
         return self._buffer[offset : offset + nbytes].view(dtype).view(tuple(shape))
 
     def release(self) -> None:
-        """Give the buffer back now: nothing reads its memory any more. Nothing when it was given back before."""
+        """Return the buffer to the pool at once; nothing may use its memory afterwards. Idempotent."""
         self._pool._return(self, None)
 
     def release_when_done(self, tracker: SendTracker) -> None:
-        """Give the buffer back as soon as the transport has let go of its memory."""
+        """Return the buffer to the pool as soon as the transport no longer uses its memory."""
         self._pool._return(self, tracker)
 
 
 class BufferPool:
-    """`num_slots` buffers of `slot_bytes` each, allocated here and never after. Any thread may call any method."""
+    """`num_slots` buffers of `slot_bytes` each, allocated at construction only. All methods are thread-safe."""
 
     def __init__(self, num_slots: int, slot_bytes: int, allocator: Allocator = host_buffer) -> None:
         if num_slots < 1 or slot_bytes < 1:
@@ -72,7 +75,7 @@ class BufferPool:
         return buffer
 
     def acquire(self, nbytes: int) -> Slot | None:
-        """A slot of at least `nbytes`; None when all are busy or none is that large. Never waits, never allocates."""
+        """Return a slot of at least `nbytes`; None when all are busy or too small. Never waits or allocates."""
         if nbytes > self.slot_bytes:
             return None
         with self._lock:
@@ -85,7 +88,7 @@ class BufferPool:
 
     @property
     def num_free(self) -> int:
-        """Slots that `acquire` could give now."""
+        """Number of slots that `acquire` could return now."""
         with self._lock:
             self._collect()
             return len(self._free)

@@ -1,4 +1,4 @@
-"""A connecting socket: it knows whether its peer is there, and why not, and tries again with the keys of the day."""
+"""Client socket: tracks the connection state, explains handshake failures, rereads keys and reconnects."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from koopmon.wire import curve
 from koopmon.wire.endpoints import check_ipc_owner
 from koopmon.wire.transport import Options, Socket, WireContext, closed_on_error
 
-# IMMEDIATE: nothing queues while the peer is away. CONNECT_TIMEOUT: the kernel's own retries come ever more rarely, up
-# to a minute apart, and would find a network late that is back.
+# IMMEDIATE: the socket queues nothing while the peer is away. CONNECT_TIMEOUT: the kernel's retry interval grows up to
+# a minute, so without a timeout the socket could reconnect long after the network has recovered.
 CLIENT: Final[Options] = {
     zmq.IMMEDIATE: 1,
     zmq.RECONNECT_IVL: 100,
@@ -28,11 +28,11 @@ _HANDSHAKE_FAILED: Final = (
 )
 LINK_EVENTS: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _HANDSHAKE_FAILED
 MEND_SECONDS: Final = 2.0
-"""Between two attempts at a connection whose handshake fails."""
+"""Interval between two connection attempts after a failed handshake, in seconds."""
 
 
 class Client(Socket):
-    """A connecting socket that knows whether its peer is there. Raises EndpointError and KeysError."""
+    """A connecting socket that tracks the state of its connection. Raises EndpointError and KeysError."""
 
     _link_events: int = LINK_EVENTS
 
@@ -44,7 +44,7 @@ class Client(Socket):
         self._attempts = 0
         self._opened_at = time.monotonic()
         self._connect_at: float | None = None
-        """When `mend` connects, after a pause."""
+        """Monotonic time at which `mend` connects after a pause; None without a pause."""
         self._reached = False
         self._retries = 0
         self._connected = False
@@ -54,7 +54,7 @@ class Client(Socket):
         super().__init__(context, kind, CLIENT | options)
 
     def _read_keys(self, context: WireContext) -> None:
-        # While the monitor's key changes there are two that it may have.
+        # During a rotation of the monitor's key two keys are valid; successive attempts alternate between them.
         secret, known = context.trust.agent_secret(), context.trust.monitor_key()
         self._keys = secret, known[self._attempts % len(known)]
 
@@ -93,25 +93,25 @@ class Client(Socket):
 
     def _explain(self, event: int, value: int) -> str:
         if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and value == errno.EAGAIN:
-            return ""  # it stalled
+            return ""  # the handshake stalled
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return "it does not know this agent's key: put the public file into its agents/ directory"
         if self._curve:
             return "its key is not the one in monitor.key, or it shows none"
         if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
             return "it demands keys ([security] loopback), or is no monitor"
-        return ""  # it went away
+        return ""  # the peer closed the connection
 
     @property
     def failure(self) -> str:
-        """Why the last handshake failed, if it did, in words; "" once one has succeeded."""
+        """Reason why the last handshake failed; "" after a success or before the first failure."""
         self._note_events()
         return self._failure
 
     def mend(self) -> bool:
-        """After a failed handshake, try again by the keys as they are in their files now; returns whether it did.
+        """After a failed handshake, reread the key files and reconnect; return True if it reconnected.
 
-        At most every MEND_SECONDS: the transport itself gives up on who refused it. Call it now and then.
+        Call it periodically: libzmq does not retry after a peer refuses the key. It acts at most every MEND_SECONDS.
         """
         now = time.monotonic()
         if self._connect_at is not None and now >= self._connect_at:
@@ -136,27 +136,27 @@ class Client(Socket):
 
     @property
     def connected(self) -> bool:
-        """Whether the peer is there, as far as is known."""
+        """True while the peer is connected, as far as the transport has reported."""
         self._note_events()
         return self._connected
 
     @property
     def reached(self) -> bool:
-        """Whether a peer has ever been found there; a socket that watches connections too says so of anybody."""
+        """True once a handshake has succeeded; a socket that also watches connections counts any TCP or ipc peer."""
         self._note_events()
         return self._reached
 
     @property
     def connections(self) -> int:
-        """How often the peer has been found; a higher number than before means: say hello again."""
+        """Number of successful handshakes. After an increase the agent must send its hello again."""
         self._note_events()
         return self._connections
 
     def reconnect(self, pause_seconds: float = 0.0) -> None:
-        """Replace the connection by a new one to the same endpoint; what was queued is dropped.
+        """Replace the connection by a new one to the same endpoint; queued messages are dropped.
 
-        `pause_seconds`: stay away for so long, then let `mend` connect. Raises EndpointError, and then keeps what there
-        is, when the process has no room for a socket.
+        With `pause_seconds`, `mend` opens the new connection after that time. Raises EndpointError when the process has
+        no room for a socket; the old connection then stays.
         """
         self._guard()
         old, old_events, before = self._socket, self._events, self._connect_at
@@ -179,6 +179,6 @@ class Client(Socket):
 
 
 def _shut(raw: zmq.Socket[bytes], events: zmq.Socket[bytes]) -> None:
-    raw.disable_monitor()  # first: with nobody to read them events would block the transport's thread
+    raw.disable_monitor()  # first: unread events would block the transport's thread
     events.close()
     raw.close()

@@ -1,8 +1,7 @@
-"""Messages to frames and back. PROTOCOL.md is normative; nothing here knows of sockets.
+"""Encodes messages to frames and decodes them. PROTOCOL.md is normative; this module is independent of sockets.
 
-The first frame is the header (`koopmon.wire.headers`); a `Shard` is followed by one raw frame per point. Whatever
-arrives, decoding gives a valid message or raises `ProtocolError`, and allocates nothing before sizes, shapes and types
-have been checked.
+The first frame is the header (`koopmon.wire.headers`). A `Shard` has one more raw frame per point. For any input,
+decoding returns a valid message or raises `ProtocolError`. It checks sizes, shapes and types before it allocates.
 """
 
 from __future__ import annotations
@@ -55,9 +54,9 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 
 @dataclass(frozen=True, slots=True)
 class ReceivedShard:
-    """A shard whose frames have been checked against its header.
+    """A shard whose frames match its header.
 
-    `frames` are the received buffers themselves: they live as long as this object or any tensor of `points()` does.
+    `frames` are the received buffers. They stay alive as long as this object or any tensor of `points()`.
     """
 
     header: Shard
@@ -69,15 +68,15 @@ class ReceivedShard:
         return sum(frame.nbytes for frame in self.frames)
 
     def points(self) -> tuple[Tensor, ...]:
-        """P tensors of shape (N, D) in the wire dtype, one per point, which share memory with `frames`.
+        """Return P tensors of shape (N, D) in the wire dtype, one per point, which share memory with `frames`.
 
-        A frame that is read-only, or not aligned to the dtype, is copied instead. Do not write into the tensors.
+        A frame that is read-only or not aligned to the dtype is copied. Do not write into the tensors.
         """
         dtype, shape = DTYPES[self.header.dtype], (self.header.num_samples, self.header.width)
         return tuple(_as_tensor(frame, dtype).view(shape) for frame in self.frames)
 
     def states(self) -> Tensor:
-        """One tensor of shape (P, N, D) in the wire dtype, with memory of its own: one copy, and the frames may go."""
+        """Return one tensor of shape (P, N, D) in the wire dtype: a copy that does not keep the frames alive."""
         states = torch.empty(
             (self.header.num_points, self.header.num_samples, self.header.width), dtype=DTYPES[self.header.dtype]
         )
@@ -88,11 +87,11 @@ class ReceivedShard:
 
 
 def encode(message: AnyMessage, tensors: Sequence[Tensor | Frame] | Tensor = ()) -> list[Frame]:
-    """Frames of a message: the header, then for a `Shard` one raw frame per point, without a copy.
+    """Return the frames of a message: the header, then for a `Shard` one raw frame per point, without a copy.
 
-    `tensors`: P host tensors of shape (N, D), contiguous and of the header's dtype (a (P, N, D) tensor will do), or P
-    buffers of that many bytes. The frames share their memory: leave it alone until the send is done (`BufferPool`).
-    Raises ProtocolError, with the receiver's reason, for whatever a receiver would refuse.
+    `tensors`: P host tensors of shape (N, D), contiguous and of the header's dtype, or P buffers of that many bytes.
+    One (P, N, D) tensor is accepted too. The frames share this memory: do not change it until the send is done
+    (`BufferPool`). Raises ProtocolError with the receiver's reason for every message that a receiver would reject.
     """
     frames: list[Frame] = [encode_header(message)]
     if isinstance(message, Shard):
@@ -104,7 +103,7 @@ def encode(message: AnyMessage, tensors: Sequence[Tensor | Frame] | Tensor = ())
 
 
 def decode(frames: Sequence[Frame], *, limits: WireLimits) -> AnyMessage | ReceivedShard:
-    """Any message from its frames. Raises ProtocolError with one of `REJECTION_REASONS`, and nothing else."""
+    """Decode any message. Raises only ProtocolError, with one of `REJECTION_REASONS`."""
     if not frames:
         raise ProtocolError("garbage", "a message without frames")
     if len(frames) > limits.max_frames:
@@ -127,7 +126,7 @@ def decode(frames: Sequence[Frame], *, limits: WireLimits) -> AnyMessage | Recei
 
 
 def decode_for_agent(frames: Sequence[Frame], *, limits: WireLimits) -> MonitorMessage:
-    """What an agent takes: a monitor's message. Raises ProtocolError; reason "direction" for an agent's own kinds."""
+    """Decode a message from the monitor. Raises ProtocolError; the reason is "direction" for an agent's message."""
     message = decode(frames, limits=limits)
     if isinstance(message, MonitorMessage):
         return message
@@ -135,7 +134,7 @@ def decode_for_agent(frames: Sequence[Frame], *, limits: WireLimits) -> MonitorM
 
 
 def decode_for_monitor(frames: Sequence[Frame], *, limits: WireLimits) -> AgentMessage:
-    """What a monitor takes on the control channel: an agent's message, no shard. Raises ProtocolError."""
+    """Decode a message of the control channel from an agent; a shard is rejected. Raises ProtocolError."""
     message = decode(frames, limits=limits)
     if isinstance(message, AgentMessage):
         return message
@@ -143,7 +142,7 @@ def decode_for_monitor(frames: Sequence[Frame], *, limits: WireLimits) -> AgentM
 
 
 def decode_shard(frames: Sequence[Frame], *, limits: WireLimits) -> ReceivedShard:
-    """What a monitor takes on the data channel: shards. Raises ProtocolError."""
+    """Decode a shard from the data channel. Raises ProtocolError."""
     message = decode(frames, limits=limits)
     if isinstance(message, ReceivedShard):
         return message
@@ -156,7 +155,7 @@ def _wrong_way(message: AnyMessage | ReceivedShard, receiver: str) -> NoReturn:
 
 
 def _check_frames(header: Shard, frames: Sequence[Frame]) -> None:
-    """Frame count and byte counts against the header of a shard; `frames[0]` is that header."""
+    """Check frame count and byte counts against the header of a shard; `frames[0]` is that header."""
     if len(frames) != header.num_points + 1:
         raise ProtocolError("shape", f"{len(frames) - 1} tensor frames for {header.num_points} points")
     expected = header.num_samples * header.width * DTYPES[header.dtype].itemsize

@@ -1,8 +1,8 @@
-"""CURVE: pairs of keys, and what makes a socket show and demand them.
+"""CURVE key pairs, and the socket options of CURVE servers and clients.
 
-CURVE encrypts and authenticates both ways, and refuses what was recorded: a client proves its key to the server, and
-the server proves that it has the secret to the key that the client expects. Which clients may connect is asked of a
-`ZapHandler` (ZeroMQ's authentication protocol, ZAP), once for each connection.
+CURVE encrypts and authenticates both directions and rejects replayed messages. A client proves that it owns its key.
+The server proves that it owns the secret of the key that the client expects. A `ZapHandler` (ZeroMQ's authentication
+protocol, ZAP) admits or refuses each client, once per connection.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
 _ZAP_VERSION: Final = b"1.0"
 DOMAIN: Final = b"koopmon"
 MAX_REFUSALS = 4096
-"""Refusals that may wait to be taken; then the oldest go uncounted."""
+"""Bound on refusals that wait in the queue; beyond it the oldest are dropped uncounted."""
 
 
 class KeyPair(NamedTuple):
-    """Two keys of 40 characters each."""
+    """A public and a secret key, 40 characters each."""
 
     public: str
     secret: str
@@ -34,7 +34,7 @@ class KeyPair(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """A connection that was not let in, or messages that were dropped: a reason to count by, and the words."""
+    """A refused connection or dropped messages: a reason for metrics, and a text for the log."""
 
     reason: str
     detail: str
@@ -42,13 +42,13 @@ class Refusal(NamedTuple):
 
 
 def new_pair() -> KeyPair:
-    """A pair that nobody else has."""
+    """Generate a new random key pair."""
     public, secret = zmq.curve_keypair()
     return KeyPair(public.decode(), secret.decode())
 
 
 def pair_of(secret: str) -> KeyPair:
-    """The pair that a secret key belongs to. Raises KeysError."""
+    """Derive the key pair of a secret key. Raises KeysError."""
     try:
         return KeyPair(zmq.curve_public(secret.encode()).decode(), secret)
     except (zmq.ZMQError, ValueError):
@@ -56,17 +56,17 @@ def pair_of(secret: str) -> KeyPair:
 
 
 def demand_keys(socket: zmq.Socket[bytes], secret: str) -> None:
-    """Make a server of a socket before it is bound: it takes clients with keys only, and only those a Gate lets in."""
+    """Make an unbound socket a CURVE server; it accepts only clients that a ZapHandler admits."""
     pair = pair_of(secret)
     socket.set(zmq.CURVE_SERVER, 1)
     socket.set(zmq.CURVE_SECRETKEY, pair.secret.encode())
     socket.set(zmq.CURVE_PUBLICKEY, pair.public.encode())
     socket.set(zmq.ZAP_DOMAIN, DOMAIN)
-    socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a gate nobody enters
+    socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a handler no client is admitted
 
 
 def show_keys(socket: zmq.Socket[bytes], secret: str, server: str) -> None:
-    """Make a client of a socket before it connects: it speaks to who has the secret to the key `server`."""
+    """Make an unconnected socket a CURVE client that accepts only the server with the key `server`."""
     pair = pair_of(secret)
     socket.set(zmq.CURVE_SERVERKEY, server.encode())
     socket.set(zmq.CURVE_SECRETKEY, pair.secret.encode())
@@ -74,7 +74,7 @@ def show_keys(socket: zmq.Socket[bytes], secret: str, server: str) -> None:
 
 
 def key_of(frame: zmq.Frame) -> str:
-    """The key of the client that sent a frame; "" where no keys are shown."""
+    """Return the key of the client that sent a frame; "" without CURVE."""
     try:
         found = frame.get("User-Id")
     except zmq.ZMQError:
@@ -83,7 +83,7 @@ def key_of(frame: zmq.Frame) -> str:
 
 
 def handshake_error(code: int) -> str:
-    """What the transport means by the value of a handshake that broke the protocol, in words."""
+    """Describe the event value of a handshake that failed with a protocol error."""
     names: dict[int, str] = {
         zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC: "a client that expects another key of the monitor",
         zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH: "a client without keys where they are demanded, or the reverse",
@@ -92,13 +92,13 @@ def handshake_error(code: int) -> str:
 
 
 class ZapHandler:
-    """Lets in the clients of one context whose key `admits`; the poll loop of the servers' thread serves it.
+    """Admits the clients of one context whose key `admits` accepts. The poll loop of the servers' thread calls `serve`.
 
-    A client waits for it in its handshake; nobody else does.
+    Only the handshake of a client waits for the answer; other traffic continues.
     """
 
     def __init__(self, socket: zmq.Socket[bytes], admits: Callable[[str], bool]) -> None:
-        """`socket`, of type REP, is the gate's from now on."""
+        """Take ownership of `socket`, which must be of type REP."""
         self.refusals: deque[Refusal] = deque(maxlen=MAX_REFUSALS)
         self._admits = admits
         self._socket = socket
@@ -110,7 +110,7 @@ class ZapHandler:
         return self._socket
 
     def serve(self) -> None:
-        """Answer every request that has come."""
+        """Answer all pending requests."""
         while True:
             try:
                 request = self._socket.recv_multipart(zmq.NOBLOCK)

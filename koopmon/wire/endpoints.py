@@ -1,7 +1,7 @@
-"""Endpoints: what they look like, and what an ipc endpoint needs in the file system before a socket is bound to it.
+"""Endpoint syntax, and the file system requirements of an ipc endpoint before a bind.
 
-An ipc path lies in a directory that only its owner enters: the operating system authenticates its peers. Which tcp
-endpoints may be used, and with which keys, is `koopmon.wire.auth_policy`'s to say.
+An ipc path lies in a directory that only its owner can enter, so the operating system authenticates its peers.
+`koopmon.wire.auth_policy` decides which tcp endpoints are allowed and which need keys.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from koopmon.errors import EndpointError
 
 MAX_IPC_PATH_BYTES = 107 if sys.platform == "linux" else 103
-"""Length of `sockaddr_un.sun_path` less its closing zero."""
+"""Length of `sockaddr_un.sun_path` without its terminating zero."""
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+\]|[^\[\]:/;\s]+):(?P<port>[0-9]{1,5}|\*)")
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST_NAME = re.compile(rf"(?=.{{1,253}}\Z)(?:{_LABEL}\.)*(?=[A-Za-z0-9-]*[A-Za-z]){_LABEL}")
@@ -30,10 +30,10 @@ _EVERYWHERE = ("0.0.0.0", "[::]")  # noqa: S104 - named, not bound to
 
 
 def check_endpoint(endpoint: str, *, binding: bool = False) -> str:
-    """The endpoint in its normal form: `ipc://` with an absolute path, or `tcp://` with a host and a port.
+    """Return the endpoint in its normal form: `ipc://` with an absolute path, or `tcp://` with a host and a port.
 
-    Connecting takes an address or a host's name; binding takes an address, `*` for all of them. For binding, port 0 or
-    `*` leaves the choice to the system, as `ipc://*` leaves the path. Raises EndpointError.
+    Connecting accepts an address or a host name. Binding accepts an address, or `*` for all of them. For a bind, the
+    system chooses the port for 0 or `*`, and the path for `ipc://*`. Raises EndpointError.
     """
     if endpoint.startswith("ipc://"):
         return _check_ipc(endpoint, binding)
@@ -51,7 +51,7 @@ def check_endpoint(endpoint: str, *, binding: bool = False) -> str:
 
 
 def is_loopback(endpoint: str) -> bool:
-    """Whether a checked endpoint is reached from this host alone; an ipc path always is."""
+    """Return True if only this host reaches a checked endpoint; an ipc path always qualifies."""
     if endpoint.startswith("ipc://"):
         return True
     host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
@@ -62,7 +62,7 @@ def is_loopback(endpoint: str) -> bool:
 
 
 def reached_beside(endpoint: str, known: str) -> str:
-    """An endpoint that a peer at the endpoint `known` has named: bound to all its addresses, it is on the known one."""
+    """Replace a wildcard host in `endpoint`, which a peer at `known` reported, by the host of `known`."""
     for everywhere in _EVERYWHERE:
         if endpoint.startswith(f"tcp://{everywhere}:") and known.startswith("tcp://"):
             return f"{known.rpartition(':')[0]}:{endpoint.rpartition(':')[2]}"
@@ -73,7 +73,7 @@ def _host(endpoint: str, host: str, binding: bool) -> str:
     if host.lower() == "localhost":
         return "127.0.0.1"
     if host == "*" and binding:
-        return "0.0.0.0"  # noqa: S104 - the user says so, and Trust asks for keys
+        return "0.0.0.0"  # noqa: S104 - the user chose it, and AuthPolicy requires keys
     try:
         address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:
@@ -115,7 +115,7 @@ def _check_length(path: str) -> None:
 
 
 def check_ipc_owner(endpoint: str) -> None:
-    """Before connecting: refuse an ipc directory that others enter or own. What does not exist yet is no error."""
+    """Before a connect, refuse an ipc directory that others own or can enter. A missing directory is no error."""
     if endpoint.startswith("ipc://"):
         with contextlib.suppress(FileNotFoundError):
             _check_directory(Path(endpoint.removeprefix("ipc://")).parent)
@@ -123,10 +123,10 @@ def check_ipc_owner(endpoint: str) -> None:
 
 @contextlib.contextmanager
 def claimed(endpoint: str) -> Iterator[str]:
-    """Hold what binding to a checked endpoint needs, and give the address to bind.
+    """Prepare binding to a checked endpoint and yield the address to bind.
 
-    For ipc: the directory exists and is its owner's alone, a stale socket file is gone, no one else listens there (nor
-    can start to while this is held), and the file ends up with mode 0600. Raises EndpointError.
+    For ipc: the directory exists and only its owner can enter it, a stale socket file is removed, and no other process
+    listens there. A lock prevents other binds until the context exits. The file gets mode 0600. Raises EndpointError.
     """
     if not endpoint.startswith("ipc://"):
         yield endpoint
@@ -141,7 +141,8 @@ def claimed(endpoint: str) -> Iterator[str]:
             f"endpoint {endpoint!r}: {path.parent}: {error.strerror}; choose another directory"
         ) from None
     try:
-        # libzmq unlinks whatever is at the path before it binds: two monitors starting at once would steal it.
+        # libzmq unlinks an existing file at the path before it binds: of two monitors starting at once, one would steal
+        # it.
         fcntl.flock(directory, fcntl.LOCK_EX)
         _clear_stale(path)
         yield endpoint
@@ -152,7 +153,7 @@ def claimed(endpoint: str) -> Iterator[str]:
 
 
 def temporary_ipc() -> tuple[str, Path]:
-    """A new `ipc://` endpoint in a directory of its own, mode 0700, and that directory, for the caller to remove."""
+    """Return a new `ipc://` endpoint in its own directory, mode 0700, and that directory. The caller removes it."""
     directory = Path(tempfile.mkdtemp(prefix="koopmon-"))
     try:
         _check_length(str(directory / "socket"))

@@ -1,7 +1,7 @@
-"""The first frame of every message: an eight-byte prefix (magic and version) and a MessagePack map, checked.
+"""The first frame of every message: an eight-byte prefix (magic and version) and a validated MessagePack map.
 
-All of a control message, and the header of a shard. MessagePack and not JSON because a loss that is NaN or infinite
-must arrive as such. Nothing here needs torch: who only asks a question of a monitor need not load it.
+It holds a whole control message, or the header of a shard. The format is MessagePack because JSON cannot represent NaN
+and infinite losses. The module does not import torch, so that a probe does not load it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from koopmon.wire.messages import MAX_OBSERVATIONS, PROTOCOL_VERSION, AnyMessage
 
 RejectionReason = Literal["garbage", "version", "direction", "schema", "size", "shape", "identity", "authorisation"]
 REJECTION_REASONS: Final[tuple[RejectionReason, ...]] = get_args(RejectionReason)
-"""Every `ProtocolError.reason`. The codec raises all but the last two, the monitor's own: who speaks, and for what."""
+"""Values of `ProtocolError.reason`. The codec raises all but the last two; the monitor raises those after it checks the
+sender's identity and its permitted runs."""
 
 Frame: TypeAlias = bytes | memoryview
 
 MAGIC: Final = b"koopmon"
 PREFIX: Final = MAGIC + bytes([PROTOCOL_VERSION])
 UNBOUNDED_SCALARS: Final = frozenset({"learning_rate", "loss", "grad_norm"})
-"""Fields in which NaN and infinities travel: there they are the news. Everywhere else they are refused."""
+"""Fields that may hold NaN and infinities, because a diverging run produces them. All other fields reject them."""
 _PAYLOADS: Final = {"set_lr_scale": "lr_scale", "set_kss": "kss", "set_cadence": "cadence_steps"}
 
 
 @dataclass(frozen=True, slots=True)
 class WireLimits:
-    """What a receiver takes, in bytes and frames; checked before anything is allocated."""
+    """Receive limits in bytes and frames, checked before any allocation."""
 
     max_header_bytes: int = 1 << 16
     max_message_bytes: int = 1 << 30
@@ -42,7 +43,7 @@ _decoder = msgspec.msgpack.Decoder(AnyMessage)
 
 
 def encode_header(message: AnyMessage) -> bytes:
-    """The first frame of a message. Raises ProtocolError, with the receiver's reason, for what it would refuse."""
+    """Return the first frame of a message. Raises ProtocolError, with the receiver's reason, for an invalid message."""
     try:
         header = PREFIX + _encoder.encode(message)
     except (TypeError, ValueError, OverflowError) as error:  # a value that MessagePack cannot hold, such as 2**64
@@ -52,7 +53,7 @@ def encode_header(message: AnyMessage) -> bytes:
 
 
 def decode_header(header: Frame) -> AnyMessage:
-    """The message of a first frame, or the header of a shard. Raises ProtocolError."""
+    """Decode a first frame: a control message, or the header of a shard. Raises ProtocolError."""
     prefix = bytes(header[: len(PREFIX)])
     if len(prefix) < len(PREFIX) or not prefix.startswith(MAGIC):
         raise ProtocolError(
@@ -76,7 +77,7 @@ def decode_header(header: Frame) -> AnyMessage:
 
 
 def _check_header(message: AnyMessage) -> None:
-    """The rules that a field's own type cannot express."""
+    """Check the rules that the types of the fields cannot express."""
     _check_finite(message, "$")
     if isinstance(message, Shard):
         if message.first_point + message.num_points > 4097:
@@ -103,7 +104,7 @@ def _check_observables(shard: Shard) -> None:
 
 
 def _check_finite(value: Any, path: str) -> None:
-    """Refuse NaN and infinities outside `UNBOUNDED_SCALARS`: a bound such as `>= 0` lets infinity pass."""
+    """Reject NaN and infinities outside `UNBOUNDED_SCALARS`, because infinity satisfies a bound such as `>= 0`."""
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ProtocolError("schema", f"Expected a finite `float`, got {value} - at `{path}`")

@@ -1,13 +1,13 @@
-"""Key files: who is the monitor, who is an agent, and for which runs each agent may speak.
+"""Key files of the monitor and of the agents, with the permitted runs of each agent.
 
-A directory, its owner's alone, holds for each name a secret file and a public one, in TOML; keys are the 40 characters
-in which ZeroMQ's CURVE writes its 32 bytes (Z85):
+A directory that only its owner can enter holds a secret and a public TOML file for each name. A key is the 40-character
+Z85 form of the 32 bytes of a ZeroMQ CURVE key:
 
-    monitor.secret   monitor.key        the monitor, and what agents know it by
-    agent.secret     agent.key          an agent, and what the monitor knows it by
+    monitor.secret   monitor.key        the monitor's pair; agents need the .key file
+    agent.secret     agent.key          an agent's pair; the monitor needs the .key file
     agents/NAME.key                     public files of the agents that this monitor serves, each with its runs
 
-Nothing here makes keys or knows of sockets: that is `koopmon.wire.curve`.
+This module is independent of sockets. `koopmon.wire.curve` generates keys and applies them to sockets.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from msgspec import Meta, Struct
 from koopmon.errors import KeysError
 
 MONITOR = "monitor"
-"""The name of the monitor's own pair."""
+"""Name of the monitor's own pair."""
 AGENTS = "agents"
-"""Where, in a monitor's directory, the agents lie that it serves."""
+"""Subdirectory of a monitor's key directory with the public files of its agents."""
 MAX_FILE_BYTES = 16384
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -39,16 +39,16 @@ T = TypeVar("T")
 
 
 class PublicKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a `.key` file says. After a rotation `previous` counts as well, until `previous_until`."""
+    """Content of a `.key` file. After a rotation, `previous` is also valid until `previous_until`."""
 
     public: Z85
     previous: Z85 | None = None
     previous_until: datetime | None = None
     runs: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=128)], ...], Meta(max_length=256)] = ("*",)
-    """Patterns (`*`, `?`, `[...]`) of the names of the runs for which this agent may speak."""
+    """Patterns (`*`, `?`, `[...]`) of the names of this agent's permitted runs."""
 
     def keys(self, now: datetime | None = None) -> tuple[str, ...]:
-        """The keys that count at `now`, by default the present, the newest first."""
+        """Return the keys that are valid at `now`, by default the present, the newest first."""
         now = now or datetime.now(UTC)
         until = self.previous_until
         if self.previous is None or until is None:
@@ -62,16 +62,16 @@ class _Secret(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def keys_directory(configured: str, environ: Mapping[str, str]) -> Path:
-    """Where the key files are: `configured`, else KOOPMON_KEYS, else `koopmon/keys` under XDG_CONFIG_HOME."""
+    """Return the key directory: `configured`, else KOOPMON_KEYS, else `koopmon/keys` under XDG_CONFIG_HOME."""
     if named := configured or environ.get("KOOPMON_KEYS", ""):
         return Path(named).expanduser().absolute()
     base = environ.get("XDG_CONFIG_HOME", "")
-    # The XDG specification: a relative path is to be ignored.
+    # The XDG specification requires that a relative path is ignored.
     return (Path(base) if os.path.isabs(base) else Path.home() / ".config") / "koopmon" / "keys"
 
 
 def check_name(name: str) -> str:
-    """`name` if a pair can be called so. Raises KeysError."""
+    """Return `name` if it is a valid name for a pair. Raises KeysError."""
     if _NAME.fullmatch(name) is None or name == AGENTS:
         raise KeysError(
             f"key name {name!r}: allowed are 1 to 64 letters, digits and . _ -, beginning with a letter or a digit,"
@@ -89,7 +89,7 @@ def public_file(directory: Path, name: str) -> Path:
 
 
 def check_directory(directory: Path) -> None:
-    """Refuse a directory of keys that is not there, or that others own or enter. Raises KeysError."""
+    """Refuse a key directory that is missing, or that others own or can enter. Raises KeysError."""
     try:
         status = directory.stat()
     except OSError as error:
@@ -104,7 +104,7 @@ def check_directory(directory: Path) -> None:
 
 
 def read_secret(directory: Path, name: str) -> str:
-    """The secret key of `name`. Raises KeysError for a file that is not there, not whole, or not its owner's alone."""
+    """Read the secret key of `name`. Raises KeysError for a file that is missing, malformed or accessible to others."""
     check_directory(directory)
     path = secret_file(directory, name)
     try:
@@ -120,12 +120,12 @@ def read_secret(directory: Path, name: str) -> str:
             raw = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise KeysError(f"secret key {path}: {_why(error)}; `koopmon keys make {name}` makes it") from None
-    # What the file holds is never quoted: it is a secret.
+    # The error message never quotes the content, because it is a secret.
     return _parse(raw, _Secret, path, 'secret = "40 characters"', quote=False).secret
 
 
 def read_public(path: Path) -> PublicKey:
-    """What a public file says. Raises KeysError."""
+    """Read a public file. Raises KeysError."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
@@ -135,13 +135,13 @@ def read_public(path: Path) -> PublicKey:
 
 
 def write_secret(directory: Path, name: str, secret: str) -> None:
-    """Write or replace a secret file, mode 0600, whole or not at all. Raises KeysError."""
+    """Write or replace a secret file atomically, mode 0600. Raises KeysError."""
     text = f'# koopmon: secret key of {name}. Whoever has it is {name}.\nsecret = "{secret}"\n'
     _write(secret_file(directory, name), text, 0o600)
 
 
 def write_public(path: Path, key: PublicKey) -> None:
-    """Write or replace a public file, whole or not at all. Raises KeysError."""
+    """Write or replace a public file atomically. Raises KeysError."""
     lines = [f"# koopmon: public key of {path.stem}.", f'public = "{key.public}"']
     if key.previous is not None and key.previous_until is not None:
         until = key.previous_until.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -153,7 +153,7 @@ def write_public(path: Path, key: PublicKey) -> None:
 
 
 def make_directory(directory: Path) -> None:
-    """Make a directory of keys, mode 0700, or check the one that is there. Raises KeysError."""
+    """Create a key directory, mode 0700, or check the existing one. Raises KeysError."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

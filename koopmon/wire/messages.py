@@ -1,6 +1,6 @@
-"""The typed, frozen messages of the protocol. PROTOCOL.md is normative; `codec` puts them on the wire.
+"""The typed, frozen messages of the protocol. PROTOCOL.md is normative; `codec` converts them to frames.
 
-Bounds are part of the types: msgspec refuses what lies outside them while it decodes.
+The types include the bounds: msgspec rejects values outside them while it decodes.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from msgspec import Meta, Struct
 
 PROTOCOL_VERSION = 5
 MAX_STEP: Final = (1 << 53) - 1
-"""The largest optimizer step: up to here a double holds every integer."""
+"""The largest optimizer step: a double represents every integer up to this value."""
 MAX_MODULUS: Final = 1000.0
-"""The largest modulus at which KSS may begin to act."""
+"""Upper bound on the modulus at which KSS begins to act."""
 MAX_RAMP_STEPS: Final = 100_000
 MAX_CADENCE_STEPS: Final = 100_000
 MAX_HEARTBEAT_SECONDS: Final = 3600.0
 MAX_LAYERS: Final = 4096
-"""Transitions of one model."""
+"""Maximum number of transitions of one model."""
 MAX_TEXT: Final = 512
-"""Characters of a reason or a detail."""
+"""Maximum number of characters of a reason or a detail."""
 MAX_OBSERVABLES = 8
-"""Names in one shard."""
+"""Maximum number of observable names in one shard."""
 MAX_OBSERVATIONS = 4096
-"""Values of all observables in one shard: names times transitions."""
+"""Maximum number of observable values in one shard: names times transitions."""
 
 RunName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/+-]*\Z")]
 Identifier = Annotated[str, Meta(pattern=r"^[0-9a-f]{8,32}\Z")]
@@ -87,14 +87,14 @@ class KssSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Applied(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is in force in the training processes."""
+    """Settings in force in the training processes."""
 
     lr_scale: LrScale = 1.0
     kss: KssSettings = KssSettings()
 
 
 class Judgement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the monitor made of the last snapshot that it judged. Absent values are unknown."""
+    """The monitor's assessment of the last snapshot that it analysed. Absent values are unknown."""
 
     step: Step
     risk: Fraction
@@ -103,24 +103,24 @@ class Judgement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Mean over the layers."""
     divergence_probability: Fraction | None = None
     decision: ShortText = ""
-    """Why the policy last did something, or would have..."""
+    """Reason for the policy's last action, or for one that it would have taken in another mode."""
     decision_step: Step | None = None
-    """...and at which snapshot."""
+    """Optimizer step of the snapshot of this action."""
 
 
 class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="hello"):
-    """First message of every sending rank; sent again after each reconnection."""
+    """First message of every sending rank, repeated after each reconnection."""
 
     process_rank: Rank
     world_size: Annotated[int, Meta(ge=1, le=1 << 20)]
     num_senders: NumSenders
-    """How many ranks send shards of each snapshot."""
+    """Number of ranks that send shards of each snapshot."""
     adapter: Word
     num_layers: Annotated[int, Meta(ge=0, le=MAX_LAYERS)]
-    """Transitions of the whole model, when known; 0 before the first verified forward."""
+    """Number of transitions of the whole model, when known; 0 before the first verified forward."""
     width: Annotated[int, Meta(ge=0, le=1 << 20)]
     acts: bool
-    """False: watch-only, every command is refused."""
+    """False in watch-only mode, in which the agent refuses every command."""
     step: Step
     applied: Applied
     koopmon_version: Word
@@ -128,14 +128,15 @@ class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     hostname: Annotated[str, Meta(max_length=255)] = ""
     pid: Count = 0
     thresholds: Annotated[dict[Word, float], Meta(max_length=32)] = msgspec.field(default_factory=dict)
-    """The adapter's default `[risk]` overrides; the monitor's own configuration wins."""
+    """The adapter's default `[risk]` overrides; the monitor's own configuration takes precedence."""
     rate_sized_steps: bool = False
-    """The optimizer moves each weight by about the learning rate at each step, whatever the gradient: Adam's kin."""
+    """True for Adam and similar optimizers: each step moves each weight by about the learning rate, whatever the
+    gradient."""
     update_exponent: Annotated[float, Meta(ge=-1000.0, le=1000.0)] | None = None
-    """k of ||update|| ~ ||state||^k over the stack, in the first forward pass that this rank made; unknown before
-    it and where blocks do not move the state."""
+    """Exponent k of ||update|| ~ ||state||^k over the stack, from this rank's first forward pass. Unknown before that
+    pass and for blocks that do not change the state."""
     kss: KssSettings | None = None
-    """The adapter's default KSS settings; the monitor's own configuration wins."""
+    """The adapter's default KSS settings; the monitor's own configuration takes precedence."""
 
 
 class Welcome(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="welcome"):
@@ -144,11 +145,11 @@ class Welcome(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
     data_endpoint: Annotated[str, Meta(min_length=1, max_length=256)]
     heartbeat_seconds: Annotated[float, Meta(gt=0.0, le=MAX_HEARTBEAT_SECONDS)] = 1.0
     restore: Applied | None = None
-    """What an earlier incarnation of this run had applied, for a new incarnation to take over."""
+    """Settings that an earlier incarnation of this run had applied; a new incarnation resumes with them."""
 
 
 class Refused(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="refused"):
-    """The monitor will not serve this peer; `reason` says what to do."""
+    """The monitor does not serve this peer; `reason` contains the remedy."""
 
     reason: ShortText
 
@@ -166,38 +167,39 @@ class Heartbeat(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     """Share of step time spent in koopmon's hooks since the last heartbeat."""
     step_seconds: Annotated[float, Meta(ge=0.0)] | None = None
     learning_rate: float | None = None
-    """The largest rate over parameter groups as the user's schedule set it, before koopmon's scale."""
+    """Largest learning rate over parameter groups, as the user's schedule set it, before koopmon's LR scale."""
     loss: float | None = None
     grad_norm: float | None = None
     control_ready: bool = True
-    """False while the control group is down: commands cannot be applied."""
+    """False while the control group is down and the ranks cannot apply commands."""
 
 
 class HeartbeatReply(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="heartbeat_reply"):
-    """The monitor is alive. The agent counts the monitor as lost when several in a row stay away."""
+    """Liveness signal of the monitor. After several missing replies the agent treats the monitor as lost."""
 
     judgement: Judgement | None = None
-    """For the training process to show; nothing follows from it there."""
+    """The latest assessment, for display in the training process only."""
 
 
 class Command(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="command"):
-    """One change of the training run, for all ranks at one optimizer step."""
+    """One change of the training run, which all ranks apply at the same optimizer step."""
 
     id: Identifier
     kind: CommandKind
     reason: ShortText
     expires_step: Step
-    """Not applied after this optimizer step."""
+    """Last optimizer step at which the ranks may apply the command."""
     lr_scale: LrScale | None = None
-    """`set_lr_scale`: the factor on every parameter group's rate."""
+    """`set_lr_scale`: the factor on the learning rate of every parameter group."""
     kss: KssSettings | None = None
-    """`set_kss`."""
+    """`set_kss`: the new settings."""
     ramp_steps: RampSteps = 0
-    """Steps over which the value in force moves to the new one (geometrically for the rate, linearly for alpha)."""
+    """Number of steps over which the value in force moves to the new one: geometrically for the rate, linearly for
+    alpha."""
     cadence_steps: CadenceSteps | None = None
-    """`set_cadence`: snapshot every so many steps..."""
+    """`set_cadence`: number of optimizer steps between snapshots."""
     cadence_until_step: Step | None = None
-    """...until this step; then the agent's own cadence rules again."""
+    """`set_cadence`: last step of this cadence; afterwards the agent returns to its own."""
 
 
 class Ack(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ack"):
@@ -208,12 +210,13 @@ class Ack(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="a
     step: Step
     detail: ShortText = ""
     shielded: bool = False
-    """Refused since KSS would reach what the model's family shields from it: as long as this incarnation lasts."""
+    """True when KSS was refused because it would reach modules that the model's family shields. The refusal holds for
+    the whole incarnation."""
     applied: Applied
 
 
 class Goodbye(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="goodbye"):
-    """The sender leaves on purpose."""
+    """The sender disconnects on purpose."""
 
     process_rank: Rank
     step: Step
@@ -221,7 +224,7 @@ class Goodbye(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
 
 
 class Probe(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="probe"):
-    """A question of somebody who trains nothing: who are you, and what do you know of `run`? It leaves no trace."""
+    """A request for the monitor's identity and its knowledge of `run`. It changes no state in the monitor."""
 
     koopmon_version: Word = ""
 
@@ -236,15 +239,16 @@ class ProbeReply(Message, frozen=True, kw_only=True, forbid_unknown_fields=True,
     data_endpoint: Annotated[str, Meta(min_length=1, max_length=256)]
     run_state: ProbedState | None = None
     step: Step | None = None
-    """The latest optimizer step heard of."""
+    """Latest known optimizer step of the run."""
     refused: ShortText = ""
-    """Why a hello of this peer for the run would be refused, or the last one was; empty once one is welcome."""
+    """Reason why the monitor would refuse this peer's hello for the run, or refused the last one. Empty otherwise."""
 
 
 class Shard(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="shard"):
-    """One rank's part of a snapshot: header of `num_points` raw tensor frames, each (num_samples, width), row-major.
+    """One rank's part of a snapshot: the header of `num_points` raw tensor frames.
 
-    Frame p holds the residual state at point `first_point + p`; the rows are the same tokens at every point.
+    Each frame has the shape (num_samples, width), row-major. Frame p holds the residual state at point `first_point +
+    p`; the rows are the same tokens at every point.
     """
 
     process_rank: Rank
@@ -258,17 +262,17 @@ class Shard(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     last_stage: bool = True
     """False on every pipeline stage but the last."""
     masked: bool = False
-    """True when padding tokens were left out by a mask that the model was given."""
+    """True when a mask that the model received excluded padding tokens."""
     learning_rate: float | None = None
     loss: float | None = None
-    """The last loss the user logged, if any."""
+    """The last loss that the user logged, if any."""
     grad_norm: float | None = None
     lr_scale: LrScale = 1.0
     kss_alpha: Annotated[float, Meta(ge=0.0)] = 0.0
     observables: Annotated[dict[ObservableName, Observations], Meta(max_length=MAX_OBSERVABLES)] = msgspec.field(
         default_factory=dict
     )
-    """What the model's family measures beside the spectra: a value for each of the `num_points` - 1 transitions."""
+    """Observables of the model's family by name: one value for each of the `num_points` - 1 transitions."""
 
 
 AgentMessage = Hello | Heartbeat | Ack | Goodbye | Probe

@@ -1,7 +1,7 @@
-"""Asks whether a monitor is at an endpoint, by the protocol's own handshake: a bare connection would count there as one
-that was refused, and would not tell a monitor from anything else that listens.
+"""Probes an endpoint for a monitor with the protocol's own handshake.
 
-Waits, and is for command lines and not for training processes; needs no torch.
+A bare connection would count as a refused peer on the monitor, and could not distinguish a monitor from another server.
+The probe blocks: use it in command lines, not in training processes. It does not import torch.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from koopmon.wire.messages import Probe, ProbeReply, Refused
 from koopmon.wire.sockets import DataSender, Poller, ProbeClient, WireContext
 
 NOBODY = "unknown"
-"""The run that is asked about when none is meant."""
+"""Run name of a probe that concerns no run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeResult:
-    """What came of a probe. With a `reply` a monitor is there, and all the rest is as it should be.
+    """Result of a probe. A `reply` means that a monitor is there and its answer is valid.
 
-    `reached`: somebody listens there. `shook_hands`: it speaks the transport, and the keys are right. `failure` says in
-    words why not, or what is wrong with the answer; `reason` is the codec's for an answer that breaks the protocol.
+    `reached`: a process listens there. `shook_hands`: the transport's handshake succeeded, so the keys match. `failure`
+    describes the failed step or the invalid answer. `reason` is the codec's reason for an answer that breaks the
+    protocol.
     """
 
     reply: ProbeReply | None = None
@@ -35,14 +36,14 @@ class ProbeResult:
     failure: str = ""
     reason: str = ""
     refused: bool = False
-    """The monitor is there and would not serve this agent; `failure` is its reason."""
+    """True when the monitor is there but refused this agent; `failure` is its reason."""
     clock_offset_seconds: float = 0.0
-    """By how much the monitor's clock is ahead of ours, to within half of `round_trip_seconds`."""
+    """Lead of the monitor's clock over the local clock, in seconds, accurate to half of `round_trip_seconds`."""
     round_trip_seconds: float = 0.0
 
 
 def probe(endpoint: str, trust: AuthPolicy, *, run: str = NOBODY, timeout_seconds: float = 2.0) -> ProbeResult:
-    """Ask the monitor at `endpoint`, by the keys of `trust`. Raises EndpointError and KeysError."""
+    """Probe the monitor at `endpoint` with the keys of `trust`. Raises EndpointError and KeysError."""
     deadline = time.monotonic() + timeout_seconds
     question = [encode_header(Probe(run=run, incarnation="0" * 8, koopmon_version=__version__))]
     with WireContext(trust) as context:
@@ -64,7 +65,7 @@ def probe(endpoint: str, trust: AuthPolicy, *, run: str = NOBODY, timeout_second
 
 
 def reaches_data(endpoint: str, known: str, trust: AuthPolicy, *, timeout_seconds: float = 2.0) -> str:
-    """Whether the data endpoint that a monitor at `known` has named can be reached: "" or why not, in words.
+    """Connect to the data endpoint that a monitor at `known` reported; return "" or the reason for the failure.
 
     Raises EndpointError and KeysError.
     """

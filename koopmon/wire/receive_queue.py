@@ -1,4 +1,4 @@
-"""What a server has taken off its transport and nobody has read yet: a queue for each peer, bounded together."""
+"""Queues of received, unread messages, one per peer, with a common bound on memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ M = TypeVar("M")
 
 
 class ReceiveQueue(Generic[P, M]):
-    """Messages in the order of each peer, the peers in turn.
+    """Messages in order within each peer, and peers in round-robin order.
 
-    `max_bytes` are shared equally by the peers that have something waiting. While all of them are in use, a peer that
-    has its share has no room for more, and the others have: what is kept is at most twice `max_bytes`, and one message
-    of each peer, however large.
+    The peers with unread messages share `max_bytes` equally. When the total reaches it, a peer that has used its share
+    has no room for more. The queue holds at most twice `max_bytes`, plus one message of any size per peer.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -25,11 +24,11 @@ class ReceiveQueue(Generic[P, M]):
         self._held: dict[P, int] = {}
 
     def __len__(self) -> int:
-        """Peers that have something waiting."""
+        """Number of peers with unread messages."""
         return len(self._waiting)
 
     def has_room(self, peer: P) -> bool:
-        """Whether one more message of `peer` may wait."""
+        """Return True if one more message of `peer` fits."""
         share = self._max_bytes // (len(self._waiting) or 1)
         return self._num_bytes < self._max_bytes or self._held.get(peer, 0) < share
 
@@ -39,7 +38,7 @@ class ReceiveQueue(Generic[P, M]):
         self._num_bytes += num_bytes
 
     def pop(self) -> tuple[P, M] | None:
-        """The peer whose turn it is, and the first of its messages; None when there is none."""
+        """Return the next peer and its oldest message; None when the queue is empty."""
         if not self._waiting:
             return None
         peer, messages = self._waiting.popitem(last=False)
@@ -47,7 +46,7 @@ class ReceiveQueue(Generic[P, M]):
         self._num_bytes -= num_bytes
         self._held[peer] -= num_bytes
         if messages:
-            self._waiting[peer] = messages  # to the end: the others come first
+            self._waiting[peer] = messages  # to the end, for round-robin order
         else:
             del self._held[peer]
         return peer, message

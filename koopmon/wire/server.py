@@ -1,4 +1,4 @@
-"""A bound socket: where it is, whom it lets in, and whom it did not."""
+"""Server socket: binding, authentication of clients, and counts of refused connections."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from koopmon.wire.headers import WireLimits
 from koopmon.wire.receive_queue import ReceiveQueue
 from koopmon.wire.transport import Options, Socket, WireContext, closed_on_error
 
-# RCVHWM 0: libzmq 4.3.5 stops reading a connection whose queue is full, marks it as broken when its peer dies, and
-# aborts the process when what it reads later holds a PING of that peer (`!_io_error`, stream_engine_base.cpp). Without
-# a limit the queue is never full. What waits is bounded here instead, by `ReceiveQueue`.
-# ZAP_DOMAIN: peers of ZMTP 1 and 2, which another assertion aborts for while the socket closes (zmtp_engine.cpp), are
-# refused where a domain is set; without a handler for it everybody else gets in.
+# RCVHWM 0: libzmq 4.3.5 stops reading a connection whose queue is full and marks it as broken when its peer dies. It
+# aborts the process when a later read finds a PING of that peer (`!_io_error`, stream_engine_base.cpp). Without a limit
+# the queue is never full; `ReceiveQueue` bounds the memory instead.
+# ZAP_DOMAIN: a peer of ZMTP 1 or 2 triggers another assertion while the socket closes (zmtp_engine.cpp). With a domain
+# libzmq refuses such peers; without a handler for the domain it admits all others.
 SERVER: Final[Options] = {zmq.RCVHWM: 0}
 _TAKE_SECONDS: Final = 0.1
-"""How long messages may be taken off the transport before anything else gets its turn..."""
+"""Longest time in seconds for which one call takes messages off the transport, before the loop serves other work."""
 _TAKEN_AT_ONCE: Final = 64
-"""...looked at after so many."""
+"""Number of messages between two checks of that time."""
 _FRAME_BYTES: Final = 512
-"""Memory of a frame beside its content, about."""
+"""Approximate memory of a frame beside its content, in bytes."""
 READ_BYTES: Final = 8192
-"""libzmq reads so much at once, and small frames are pieces of it: each may keep the whole from being freed."""
+"""Size of libzmq's read buffer in bytes. Small frames are slices of it, and each may keep the whole buffer alive."""
 
 
 P = TypeVar("P", bound=Hashable)
@@ -45,17 +45,17 @@ class _Message(NamedTuple):
 
 
 class Server(Socket, Generic[P]):
-    """A bound socket, with `P` for what it knows its peers by.
+    """A bound socket; `P` is the type of its peer identifiers.
 
-    What peers have sent waits in memory: `max_waiting_bytes` of it, see `ReceiveQueue`.
+    `max_waiting_bytes` bounds the memory of unread messages, see `ReceiveQueue`.
     """
 
     endpoint: str
     """The endpoint actually bound, for peers to connect to."""
     sender_key: str
-    """The key that the sender of the message last received has shown; "" where no keys are demanded."""
+    """Key of the sender of the last received message; "" without CURVE."""
     _overhead_bytes: int = _FRAME_BYTES
-    """Memory of a message beside its content and its further frames."""
+    """Memory of a message beside its content and its further frames, in bytes."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Server(Socket, Generic[P]):
 
     def _open(self) -> zmq.Socket[bytes]:
         raw = super()._open()
-        # Where keys are demanded, a client without any may be the first to notice and leave.
+        # With CURVE, a client without keys may detect the mismatch first and disconnect.
         left = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if self._curve else 0
         with closed_on_error(raw):
             raw.set(zmq.ZAP_DOMAIN, curve.DOMAIN)
@@ -115,11 +115,11 @@ class Server(Socket, Generic[P]):
 
     @property
     def demands_keys(self) -> bool:
-        """Whether every client has shown a key that the context's trust knows."""
+        """True when every client has authenticated with an authorized key."""
         return self._gate is not None
 
     def _next(self) -> tuple[P, list[memoryview]] | None:
-        """The next message and its sender, or None. Raises ProtocolError for one with too many frames."""
+        """Return the next message and its sender, or None. Raises ProtocolError for a message with too many frames."""
         self._guard()
         if not self._has_waiting:
             self._take()
@@ -133,7 +133,7 @@ class Server(Socket, Generic[P]):
         return peer, message.frames
 
     def _take(self) -> None:
-        """Take off the transport what has come, and drop what is too much."""
+        """Take pending messages off the transport and drop those that exceed the memory limit."""
         until = time.monotonic() + _TAKE_SECONDS
         while time.monotonic() < until:
             for _ in range(_TAKEN_AT_ONCE):
@@ -149,7 +149,7 @@ class Server(Socket, Generic[P]):
                     part = self._socket.recv(zmq.NOBLOCK, copy=False)
 
     def _keep(self, peer: P, part: zmq.Frame) -> None:
-        """Let a message wait of which this is the first frame."""
+        """Queue the message whose first frame is `part`."""
         frames, num_frames, num_bytes = [self._kept(part)], 1, len(part) + self._overhead_bytes
         while part.more:
             part = self._socket.recv(zmq.NOBLOCK, copy=False)
@@ -157,7 +157,7 @@ class Server(Socket, Generic[P]):
             if num_frames <= self._max_frames:
                 frames.append(self._kept(part))
                 num_bytes += len(part) + _FRAME_BYTES
-        # Without keys a client could call itself what it likes.
+        # Without CURVE a client could claim any name in its metadata.
         message: _Message | ProtocolError = _Message(frames, "" if self._gate is None else curve.key_of(part))
         if num_frames > self._max_frames:
             what = f"{num_frames} frames, at most {self._max_frames} are taken"
@@ -165,11 +165,11 @@ class Server(Socket, Generic[P]):
         self._waiting.put(peer, message, num_bytes)
 
     def _begin(self) -> tuple[P, zmq.Frame]:
-        """The sender and the first frame of the next message on the transport. Raises zmq.Again."""
+        """Return the sender and the first frame of the next message on the transport. Raises zmq.Again."""
         raise NotImplementedError
 
     def _kept(self, frame: zmq.Frame) -> memoryview:
-        """A frame as it waits, in the transport's own buffer or copied."""
+        """Return the frame for the queue: the transport's own buffer, or a copy."""
         return frame.buffer
 
     @property
@@ -200,7 +200,7 @@ class Server(Socket, Generic[P]):
         self._refusals.append(curve.Refusal("handshake", f"{self.endpoint}: {detail}"))
 
     def take_refusals(self) -> list[curve.Refusal]:
-        """Connections and messages refused since the last call; a `Poller` that waits for this socket sees to them."""
+        """Return the connections and messages refused since the last call; a `Poller` collects them."""
         sources = [self._refusals] if self._gate is None else [self._refusals, self._gate.refusals]
         taken = [refusal for source in sources for refusal in source]
         for source in sources:

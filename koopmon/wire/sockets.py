@@ -1,7 +1,7 @@
-"""The four sockets of the protocol, and how to wait for several of them.
+"""The four sockets of the protocol, and a poller for several of them.
 
-With `transport`, `client`, `server` and `curve`, which they are made of, the only files that import zmq. Only
-`Wakeup.wake` may be called from any thread or a signal handler. Nothing waits but `Poller.wait`.
+Only this file, `transport`, `client`, `server` and `curve` import zmq. Of all calls only `Wakeup.wake` is safe from any
+thread or a signal handler. Only `Poller.wait` blocks.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ __all__ = [
     "check_endpoint",
 ]
 
-# Lossy: a closing data socket drops what is queued.
+# Snapshots may be lost: a closing data socket drops its queue.
 _DATA: Final[Options] = {zmq.LINGER: 0}
-# A monitor sends nothing on the data channel, so nobody reads it there: hardly anything may come in.
+# A monitor sends nothing on the data channel and the agent reads nothing there, so the incoming queue is minimal.
 _SENDER: Final[Options] = {zmq.RCVHWM: 1, zmq.MAXMSGSIZE: 4096}
-# A control frame above its limit is refused and counted; from twice as much on, the transport cuts the peer off unread.
-# Reliable: a last word (goodbye, refused) gets a moment to leave.
+# The codec rejects and counts a control frame above its limit. Above twice the limit, the transport disconnects the
+# peer without reading the frame. LINGER: the last messages (goodbye, refused) have 500 ms to leave.
 _CONTROL: Final[Options] = {zmq.LINGER: 500, zmq.SNDHWM: 64}
 _MAX_WAITING_CONTROL_BYTES: Final = 16 << 20
 _MIN_WAITING_BYTES: Final = 64 << 20
 
 
 class DataSender(Client):
-    """PUSH: snapshots from one rank, dropped rather than ever waited for."""
+    """PUSH socket for the snapshots of one rank. It drops a snapshot when it cannot send at once."""
 
     def __init__(self, context: WireContext, endpoint: str, *, queue_length: int = 2) -> None:
         super().__init__(context, zmq.PUSH, _DATA | _SENDER | {zmq.SNDHWM: queue_length}, endpoint)
 
     def send(self, frames: Sequence[Frame], slot: Slot | None = None) -> DropReason | None:
-        """Hand one message over without copying large frames; None, or why it was dropped.
+        """Queue one message without copying large frames; return None, or the reason for a drop.
 
-        `slot`, the memory behind the frames, is free again at once after a drop, else when the transport lets go of it.
-        Without a slot the caller leaves the frames' memory alone for good.
+        `slot` is the memory behind the frames. It becomes free at once after a drop, otherwise when the transport no
+        longer uses it. Without a slot the caller must never change the memory of the frames.
         """
         tracker: zmq.MessageTracker | None = None
         try:
@@ -76,7 +76,7 @@ class DataSender(Client):
 
 
 class DataReceiver(Server[int]):
-    """PULL: the monitor's end of the snapshots."""
+    """PULL socket of the monitor for snapshots."""
 
     _overhead_bytes = READ_BYTES
 
@@ -88,7 +88,7 @@ class DataReceiver(Server[int]):
         limits: WireLimits | None = None,
         max_waiting_bytes: int | None = None,
     ) -> None:
-        """`max_waiting_bytes`: of snapshots that wait to be read; by default as much as one may have, or 64 MiB."""
+        """`max_waiting_bytes` bounds unread snapshots; the default is the larger of one maximum message and 64 MiB."""
         limits = limits or WireLimits()
         super().__init__(
             context,
@@ -103,28 +103,28 @@ class DataReceiver(Server[int]):
     def _begin(self) -> tuple[int, zmq.Frame]:
         first = self._socket.recv(zmq.NOBLOCK, copy=False)
         try:
-            connection: Any = first.get(zmq.SRCFD)  # PULL has no names for its peers
+            connection: Any = first.get(zmq.SRCFD)  # PULL has no identities for its peers
         except zmq.ZMQError:
-            connection = -1  # it was broken before it was accepted
+            connection = -1  # the connection broke before it was accepted
         return int(connection), first
 
     def recv(self) -> list[memoryview] | None:
-        """The frames of the next message, or None. Raises ProtocolError for one with too many frames."""
+        """Return the frames of the next message, or None. Raises ProtocolError for one with too many frames."""
         received = self._next()
         return None if received is None else received[1]
 
 
 class ControlClient(Client):
-    """DEALER: one rank's control channel."""
+    """DEALER socket: the control channel of one rank."""
 
     def __init__(self, context: WireContext, endpoint: str, *, limits: WireLimits | None = None) -> None:
         self.limits = limits or WireLimits()
-        # RCVHWM 0: see `server.SERVER`. A monitor answers, and has little to say beside that.
+        # RCVHWM 0: see `server.SERVER`. The incoming traffic is small: the monitor mostly sends replies.
         options = _CONTROL | {zmq.RCVHWM: 0, zmq.MAXMSGSIZE: 2 * self.limits.max_header_bytes}
         super().__init__(context, zmq.DEALER, options, endpoint)
 
     def send(self, frames: Sequence[Frame]) -> bool:
-        """False when the monitor is away or does not read: nothing was queued."""
+        """Queue one message; return False, with nothing queued, when the monitor is away or does not read."""
         self._guard()
         if not self._offer(frames):
             return False
@@ -132,9 +132,9 @@ class ControlClient(Client):
         return True
 
     def recv(self) -> list[memoryview] | None:
-        """The frames of the monitor's next message, or None. Raises ProtocolError for more than one frame.
+        """Return the frames of the monitor's next message, or None. Raises ProtocolError for more than one frame.
 
-        Then the connection is given up for a moment: were it to break while the other frames are read, libzmq 4.3.5
+        In that case it reconnects after a pause. If the connection broke while the other frames are read, libzmq 4.3.5
         would abort the process (`!_more`, fq.cpp).
         """
         self._guard()
@@ -149,18 +149,18 @@ class ControlClient(Client):
 
 
 class ProbeClient(ControlClient):
-    """A control channel that asks: it also hears of connections to what does not shake hands."""
+    """A control channel for probes, which also detects connections that fail the handshake."""
 
     _link_events = LINK_EVENTS | zmq.EVENT_CONNECTED | zmq.EVENT_CONNECT_RETRIED
 
     @property
     def failed(self) -> bool:
-        """Whether it was tried twice, and nobody listened."""
+        """True after at least two connection attempts that found no listener."""
         return not self.reached and self._retries > 1
 
 
 class ControlServer(Server[bytes]):
-    """ROUTER: the monitor's end of every control channel."""
+    """ROUTER socket of the monitor for all control channels."""
 
     def __init__(self, context: WireContext, endpoint: str, *, limits: WireLimits | None = None) -> None:
         limits = limits or WireLimits()
@@ -178,14 +178,14 @@ class ControlServer(Server[bytes]):
         return self._socket.recv(zmq.NOBLOCK), self._socket.recv(zmq.NOBLOCK, copy=False)
 
     def _kept(self, frame: zmq.Frame) -> memoryview:
-        return memoryview(frame.bytes)  # small: copied, so that it keeps nothing of its neighbours
+        return memoryview(frame.bytes)  # copied: a small frame would keep libzmq's whole read buffer alive
 
     def recv(self) -> tuple[bytes, list[memoryview]] | None:
-        """The next message: the peer to answer, and its frame; or None. Raises ProtocolError for more frames."""
+        """Return the next message as peer identity and one frame, or None. Raises ProtocolError for more frames."""
         return self._next()
 
     def send(self, peer: bytes, frames: Sequence[Frame]) -> bool:
-        """False when the peer is gone or does not read: nothing was queued."""
+        """Queue one message; return False, with nothing queued, when the peer is gone or does not read."""
         self._guard()
         if not self._offer([peer, *frames]):
             return False
@@ -194,7 +194,7 @@ class ControlServer(Server[bytes]):
 
 
 class Poller:
-    """Waits until one of several sockets has a message, or its peer came or went, or a wakeup was woken."""
+    """Waits until a socket has a message or a connection event, or until a wakeup is triggered."""
 
     def __init__(self, *sources: Socket | Wakeup) -> None:
         self._sources: list[Socket | Wakeup] = list(sources)
@@ -203,12 +203,12 @@ class Poller:
         self._sources.append(source)
 
     def unregister(self, source: Socket | Wakeup) -> None:
-        """Nothing when it is not registered."""
+        """Remove a source. An unregistered source is ignored."""
         if source in self._sources:
             self._sources.remove(source)
 
     def wait(self, timeout_seconds: float) -> list[Socket | Wakeup]:
-        """Those that are ready, in the order of registration; empty after `timeout_seconds`. Clears the wakers."""
+        """Return the ready sources in order of registration; empty after a timeout. Clears the ready wakeups."""
         owners = {pollable: source for source in self._sources for pollable in _pollables(source)}
         found = {id(source) for source in self._sources if isinstance(source, Socket) and source._has_waiting}
         timeout_ms = 0 if found else max(0, -int(-timeout_seconds * 1000 // 1))

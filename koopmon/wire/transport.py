@@ -1,7 +1,7 @@
-"""What every socket is made of: one `WireContext` per agent or monitor, and how a socket is owned, polled and closed.
+"""Base of all sockets: one `WireContext` per agent or monitor, and the ownership, polling and closing of a socket.
 
-Each socket belongs to the thread that uses it. In a forked child every call but `close` raises `ForkedChildError`: the
-connection is the parent's.
+Each socket belongs to the thread that uses it. In a forked child every call but `close` raises `ForkedChildError`,
+because the connection belongs to the parent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any, Final, Self, TypeAlias
 
 import zmq
-from zmq.utils import garbage  # imported here and now: its exit handler must be registered before ours, to run after it
+from zmq.utils import garbage  # imported first: atexit runs handlers in reverse order, and its handler must run last
 
 from koopmon.errors import EndpointError
 from koopmon.wire import curve
@@ -28,9 +28,9 @@ from koopmon.wire.headers import Frame
 
 Options: TypeAlias = dict[int, int]
 
-# A dead TCP peer is given up after 60 s: by keepalive when nothing is under way, by TCP_MAXRT when something is.
-# No ZMTP heartbeats, on no socket: their timer writes to a connection that may be broken already, and libzmq 4.3.5
-# aborts the process then (`!_io_error`, stream_engine_base.cpp). The agent's own heartbeats do their work.
+# The kernel closes the connection to a dead TCP peer after 60 s: by keepalive when idle, by TCP_MAXRT with data in
+# flight. No socket uses ZMTP heartbeats: their timer may write to a broken connection, and libzmq 4.3.5 then aborts the
+# process (`!_io_error`, stream_engine_base.cpp). The agent's own heartbeats replace them.
 COMMON: Final[Options] = {
     zmq.TCP_KEEPALIVE: 1,
     zmq.TCP_KEEPALIVE_IDLE: 30,
@@ -45,32 +45,32 @@ _serial = itertools.count()
 
 
 class ForkedChildError(EndpointError):
-    """A socket was touched in a forked child of the process that made it."""
+    """A forked child used a socket of its parent process."""
 
 
 class WireContext:
-    """The transport of one agent or one monitor: its input/output thread and all its sockets, which share its trust.
+    """The transport of one agent or one monitor: its I/O thread and its sockets, which share one `trust` policy.
 
-    Raises EndpointError when the process has no room for it, as do the sockets.
+    This class and the sockets raise EndpointError when the process lacks descriptors or threads.
     """
 
     def __init__(self, trust: AuthPolicy | None = None) -> None:
         self.trust = trust or AuthPolicy()
         self.agents: AuthorizedKeys | None = None
-        """Whom the servers with keys serve; None while there is no such server."""
+        """Authorized agents of the CURVE servers; None while there is no such server."""
         self._gate: curve.ZapHandler | None = None
         with _enough_room():
             self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._pid = os.getpid()
         self._sockets: set[Socket] = set()
         self._started = False
-        self._ending = False  # nothing may be sent any more
+        self._ending = False  # True: sends are disabled
         _open_contexts.add(self)
 
     def close(self) -> None:
-        """Close every socket, then the transport; waits at most half a second for last words. Idempotent.
+        """Close every socket, then the transport; waits at most half a second for queued messages. Idempotent.
 
-        Call it where no other thread uses the sockets any more. Only after it may an ipc path be bound again.
+        Call it when no other thread uses the sockets. An ipc path can be bound again only after this call.
         """
         _open_contexts.discard(self)
         for each in list(self._sockets):
@@ -78,11 +78,12 @@ class WireContext:
         if os.getpid() == self._pid:
             if self._gate is not None:
                 self._gate.close()
-            # With whatever a constructor that raised has left behind: `term` alone would wait for it for ever.
+            # `destroy` also closes sockets that a failed constructor left open; `term` alone would wait for them for
+            # ever.
             self._context.destroy()
 
     def _new_socket(self, kind: int) -> zmq.Socket[bytes]:
-        """Raises EndpointError when the process has no room for it."""
+        """Create a raw socket. Raises EndpointError when the process lacks descriptors or threads."""
         if self._context.closed:
             raise EndpointError("the transport is closed")
         with _enough_room():
@@ -93,7 +94,7 @@ class WireContext:
         return raw
 
     def _gate_for_agents(self) -> curve.ZapHandler:
-        """Whom it lets in is read from the key files. Raises KeysError."""
+        """Return the ZAP handler, created on first use from the key files. Raises KeysError."""
         if self._gate is None:
             agents = self.agents = self.trust.authorized_keys()
             socket = self._new_socket(zmq.REP)
@@ -103,7 +104,7 @@ class WireContext:
 
     @property
     def _in_use_elsewhere(self) -> bool:
-        """Whether a thread other than this one may be using a socket now."""
+        """True while another live thread owns a socket of this context."""
         threads = {each._thread for each in self._sockets} - {threading.current_thread()}
         return any(thread.is_alive() for thread in threads)
 
@@ -119,10 +120,10 @@ _open_contexts: weakref.WeakSet[WireContext] = weakref.WeakSet()
 
 @atexit.register
 def _at_exit() -> None:
-    """Close what a process that ends forgot to close.
+    """Close the contexts that are still open when the process ends.
 
-    The end of the interpreter frees the memory behind messages that are on their way, and libzmq aborts the process for
-    it. Sockets that a daemon thread still uses cannot be closed from here: then that memory stays, to the very end.
+    The interpreter frees the memory of messages in flight at its end, and libzmq then aborts the process. This handler
+    cannot close sockets that a daemon thread still uses; it leaks their message memory instead.
     """
     for context in list(_open_contexts):
         if context._pid != os.getpid():
@@ -136,10 +137,10 @@ def _at_exit() -> None:
 
 
 def _leak(*objects: object) -> None:
-    """Never free them.
+    """Keep objects alive until the process ends.
 
-    pyzmq frees what was sent in a daemon thread. A tensor's destructor gives the interpreter up for a moment, and a
-    daemon thread that wants it back from an interpreter at its end is unwound through C++ that forbids it: the process
+    pyzmq frees sent buffers in a daemon thread. A tensor's destructor releases the GIL for a moment. A daemon thread
+    that requests the GIL from a finalizing interpreter is unwound through C++ code that forbids it, and the process
     aborts.
     """
     for each in objects:
@@ -159,7 +160,7 @@ def _enough_room() -> Iterator[None]:
 def _check_room() -> None:
     """Raise OSError or RuntimeError when the process is at its limit of descriptors or threads.
 
-    libzmq aborts the process when the first socket of a context finds it there (epoll.cpp, thread.cpp).
+    At that limit libzmq aborts the process with the first socket of a context (epoll.cpp, thread.cpp).
     """
     held: list[int] = []
     try:
@@ -180,7 +181,7 @@ def _check_room() -> None:
 
 @contextmanager
 def closed_on_error(raw: zmq.Socket[bytes]) -> Iterator[None]:
-    """Close a socket that its maker could not finish: `term` waits for ever for one that is left open."""
+    """Close a raw socket when the body raises, because `term` waits for ever for an open socket."""
     try:
         yield
     except BaseException:
@@ -189,7 +190,7 @@ def closed_on_error(raw: zmq.Socket[bytes]) -> Iterator[None]:
 
 
 class Socket:
-    """What all four sockets share: options, ownership, closing."""
+    """Base class of the four sockets: options, ownership and closing."""
 
     def __init__(self, context: WireContext, kind: int, options: Options) -> None:
         self._owner = context
@@ -222,26 +223,26 @@ class Socket:
         return [self._socket]
 
     def _note_events(self) -> None:
-        """Take in what the transport reports about its connections."""
+        """Process the transport's connection events."""
 
     @property
     def _has_waiting(self) -> bool:
-        """Whether a message was taken off the transport that nobody has read yet."""
+        """True while the socket holds unread messages outside the transport."""
         return False
 
     def _watch(self, raw: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
-        """Where the transport reports these events of a socket."""
+        """Return a socket that receives these connection events of `raw`."""
         address = f"inproc://koopmon-events-{next(_serial)}"
         watch = self._owner._new_socket(zmq.PAIR)
         with closed_on_error(watch):
             watch.set(zmq.LINGER, 0)
-            watch.set(zmq.RCVHWM, 0)  # a bounded queue of events would block the transport's thread when full
+            watch.set(zmq.RCVHWM, 0)  # a full queue of events would block the transport's thread
             raw.monitor(address, events)
             watch.connect(address)
         return watch
 
     def _offer(self, frames: Sequence[Frame | zmq.Frame]) -> bool:
-        """Send all frames of one message, or none: False when no peer takes it now."""
+        """Send all frames of one message, or none; return False when no peer accepts it now."""
         complete = True
         for index, frame in enumerate(frames):
             more = zmq.SNDMORE if index < len(frames) - 1 else 0
@@ -252,7 +253,8 @@ class Socket:
                     raise
                 if index == 0:
                     return False
-                # The peer left in mid-message. libzmq swallows the frames that are left, and must be offered them.
+                # The peer disconnected within the message. libzmq discards the remaining frames but requires that they
+                # are sent.
                 complete = False
         return complete
 
@@ -264,7 +266,7 @@ class Socket:
         self._socket.close()
 
     def close(self) -> None:
-        """Idempotent; in a forked child it only forgets."""
+        """Close the socket. Idempotent; in a forked child it only marks the socket as closed."""
         if self._closed:
             return
         self._closed = True

@@ -21,18 +21,21 @@ class Wakeup:
         self._write.setblocking(False)
 
     def wake(self) -> None:
-        """Never waits; many calls before the wait make one wake-up. Nothing in a forked child or after `close`."""
+        """Wake the thread without blocking. Repeated calls before the wait cause one wake-up.
+
+        The call does nothing in a forked child or after `close`.
+        """
         with self._lock:
             if not self._closed and os.getpid() == self._pid:
                 with contextlib.suppress(BlockingIOError):
                     self._write.send(b"\0")
 
     def fileno(self) -> int:
-        """Readable when woken; -1 after `close`."""
+        """Return the file descriptor, which is readable after a wake-up; -1 after `close`."""
         return self._read.fileno()
 
     def clear(self) -> None:
-        """Forget the calls so far; the thread that waits does it as it wakes."""
+        """Discard the calls so far; the waiting thread does this after it wakes."""
         with contextlib.suppress(BlockingIOError):
             while self._read.recv(4096):
                 pass
