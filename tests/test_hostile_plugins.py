@@ -550,6 +550,7 @@ print("not reached")
 
 
 @pytest.mark.parametrize("wait", ["time.sleep(60)", "while True: pass"])
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("number", "handler", "status", "out"),
     [
@@ -589,6 +590,7 @@ sys.exit(17)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "wait",
     [
