@@ -91,6 +91,7 @@ def site(tmp_path: Path) -> Path:
     return site
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_training_beside_every_hostile_plugin_is_guarded_and_its_own(koopmon: Any, site: Path) -> None:
     words = [sys.executable, "train.py", "--lr", "0.001"]
