@@ -17,6 +17,8 @@ import argparse, hashlib, os, random, sys, time
 import numpy, torch
 from torch import nn
 
+pytestmark = pytest.mark.process
+
 parser = argparse.ArgumentParser()
 parser.add_argument("--lr", type=float)
 rate = parser.parse_args().lr
@@ -91,7 +93,6 @@ def site(tmp_path: Path) -> Path:
     return site
 
 
-@pytest.mark.process
 @pytest.mark.slow
 def test_a_training_beside_every_hostile_plugin_is_guarded_and_its_own(koopmon: Any, site: Path) -> None:
     words = [sys.executable, "train.py", "--lr", "0.001"]
