@@ -12,12 +12,12 @@ import pytest
 
 from tests.test_hostile_plugins import adapter, method, write
 
+pytestmark = pytest.mark.process
+
 TRAIN = """
 import argparse, hashlib, os, random, sys, time
 import numpy, torch
 from torch import nn
-
-pytestmark = pytest.mark.process
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--lr", type=float)
