@@ -74,7 +74,7 @@ class Example:
 
 
 FEATURES = ("log10_effective_rate", "brake")
-"""Names of the features in a calibrator file. "brake" is the normalisation strength; files of version 3 have that name."""
+"""Names of the features in a calibrator file. "brake" is the normalisation strength under its name in version 3."""
 
 
 class Calibrator(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -109,7 +109,7 @@ class Calibrator(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def probability(self, example: Example) -> float:
         """Compute the probability of divergence, in (0, 1)."""
-        # exp(36) keeps the result below 1 in float64: 1 - exp(-36) is the last value apart from 1. Chosen by hand.
+        # 36 is the largest integer for which the result stays below 1 in float64.
         return 1.0 / (1.0 + math.exp(-min(max(self.logit(example), -36.0), 36.0)))
 
     def max_learning_rate(self, example: Example, probability: float) -> float | None:
