@@ -35,8 +35,8 @@ class RunExample:
 def calibration_examples(history: HistoryReader) -> Iterator[RunExample]:
     """Yield one entry for every incarnation of every run in the store.
 
-    A usable example has an informative profile of the first steps, a known learning rate, an optimizer whose step
-    length is given by the rate, and no action of koopmon on the training.
+    A usable example has an informative profile of the first steps, an update exponent and a known learning rate. The
+    rate gives the step length of its optimizer. koopmon did not act on its training.
     """
     for run in history.runs():
         rows, profiles = list(history.observations(run)), list(history.profiles(run))

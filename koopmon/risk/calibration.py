@@ -10,7 +10,7 @@ A logistic model joins two standardised features z_1 and z_2 (docs/method.md, "R
 - z_2 is the normalisation strength (`koopmon.risk.normalization`). Near-unit mass does not depend on the learning rate.
 
 w_1 >= 0 makes the probability monotonic in the rate, so a largest acceptable rate exists. A calibrator is valid for the
-family of models of its runs, and for optimizers whose step length does not depend on the gradient's size, such as Adam.
+family of models of its runs. The optimizer's step length must not depend on the gradient's size, as with Adam.
 The rank and the number of tokens of the profiles enter neither feature. docs/evidence.md has the figures.
 """
 
@@ -268,8 +268,8 @@ def held_out(examples: Sequence[Example], groups: Sequence[Hashable] | None = No
 def calibration_error(diverged: Sequence[bool], probabilities: Sequence[float]) -> float:
     """Compute the expected calibration error, in [0, 1].
 
-    It is the mean gap between the predicted and the observed share of diverged runs over the bins of `reliability`,
-    with the number of runs as the weight.
+    It is the mean gap between the predicted and the observed share of diverged runs. The mean is over the bins of
+    `reliability`, with the number of runs as the weight.
     """
     gaps = (abs(said - came) * count for said, came, count in reliability(diverged, probabilities))
     return sum(gaps) / len(diverged)

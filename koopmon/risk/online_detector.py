@@ -5,7 +5,7 @@ smoothly, even while it grows. At a learning rate that kills the run, single lay
 before the loss moves. Near-unit mass does not show a rate that is too high. Growth alone decides nothing, because
 the update ratio of healthy runs grows too.
 
-With z_l = log(update_ratio_l + floor), the speed of layer l is |dz_l| per optimizer step:
+With z_l = log(update_ratio_l + floor), the speed of layer l is |dz_l| per optimizer step. The detector computes:
 
     peak      largest speed of a layer between the last two snapshots, over `peak_scale`
     speed     largest running mean of a layer's speed, over `speed_scale`

@@ -270,7 +270,7 @@ def _penalty(
     surplus = (above * below).mean(-1) - gamma
     # The two sigmoids are a soft indicator of tau_l < |lambda| < tau_u, so their mean is a soft near-unit mass.
     loss = (gate * growth.square()).sum(-1) + beta * surplus.square()
-    # Product rule with sigmoid' = T sigmoid (1 - sigmoid) and softplus' = sigmoid.
+    # The product rule gives both derivatives, with sigmoid' = T sigmoid (1 - sigmoid) and softplus' = sigmoid.
     unstable = temperature * gate * (1.0 - gate) * growth.square() + 2.0 * gate * growth * torch.sigmoid(excess)
     # d(above below) = T above below ((1 - above) - (1 - below)) = T above below (below - above). The mean divides by R.
     near_unit = temperature * above * below * (below - above) / modulus.shape[-1]

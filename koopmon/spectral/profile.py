@@ -201,7 +201,7 @@ def _verdict(item: Coordinates, svd_rank: int | None, update_ratio: float, finit
     """Return the reason against an informative layer, or "", and a caution, or ""."""
     num_samples, present = item.x.shape
     size = item.size
-    # 20% more samples than directions. Chosen by hand.
+    # A comfortable number of samples is 20% above the number of directions. The 20% were chosen by hand.
     comfortable = math.ceil(1.2 * size)
     # With N = R centred samples the truncated fit has no residual: centring leaves N - 1 degrees of freedom.
     if num_samples < size or (svd_rank is not None and num_samples <= size):

@@ -122,7 +122,8 @@ def principal_coordinates(
     num_samples, width = x.shape[-2:]
     smaller = min(num_samples, width)
     rank = min(svd_rank, smaller)
-    # Half the rank, and at least 8 columns: the Krylov space of all blocks then exceeds the rank. Chosen by hand.
+    # A block has half as many columns as the rank, and at least 8, so the Krylov space exceeds the rank by far. Both
+    # numbers were chosen by hand.
     block = max(8, (rank + 1) // 2)
     # The Krylov method solves an eigenproblem of (depth + 1) * block columns. Up to that size the exact one costs no
     # more.
