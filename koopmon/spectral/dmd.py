@@ -55,13 +55,14 @@ def fit(x: Tensor, y: Tensor, spread: Tensor, ridge: Tensor) -> Operators:
     # g_i = 1 / sqrt(s_i^2 / (N - 1) + eps). N - 1 is the divisor of a sample covariance, as in eq. 6.
     gain = torch.rsqrt(spread.square() / (x.shape[-2] - 1) + ridge[:, None])
     whitened = spread * gain  # norms of the columns of x_w
-    # C solves the least-squares problem y ~ x C. Columns of unit norm have a Gram matrix close to I, and its Cholesky solve is well
-    # conditioned. The errors then grow with the condition number of x; x^T x itself would square that number.
+    # C solves the least-squares problem y ~ x C. Columns of unit norm have a Gram matrix close to I, and its Cholesky
+    # solve is well conditioned. The errors then grow with the condition number of x; x^T x itself would square it.
     gram = _scaled(x.mT @ x, 1.0 / spread, 1.0 / spread)
     factor = torch.linalg.cholesky_ex(gram).L
     coefficients = torch.cholesky_solve(x.mT @ y / spread[:, :, None], factor)  # diag(s) C
     # With y_w = y diag(g) and x_w = x diag(g), y ~ x C becomes y_w ~ x_w diag(1/g) C diag(g).
-    # So A^T = diag(1/g) C diag(g), and the final transpose gives A. The rows are divided by s g because `coefficients` still holds the factor s.
+    # So A^T = diag(1/g) C diag(g), and the final transpose gives A. The rows are divided by s g, because
+    # `coefficients` still holds the factor s.
     operator = _scaled(coefficients, 1.0 / whitened, gain).mT
     # E = y - x C is formed from the states. A difference of Gram matrices would cancel for nearly linear layers.
     error = torch.baddbmm(y, x, coefficients / spread[:, :, None], alpha=-1.0)
@@ -105,8 +106,8 @@ def sorted_eig(operator: Tensor) -> tuple[Tensor, Tensor]:
         adjacent; the one with the positive imaginary part is first.
     """
     eigenvalues, vectors = torch.linalg.eig(operator)
-    # Two stable sorts apply the secondary key first. LAPACK returns a conjugate pair in the order (+, -); both values have
-    # equal keys, so stable sorts keep that order.
+    # Two stable sorts apply the secondary key first. LAPACK returns a conjugate pair in the order (+, -). Both values
+    # have equal keys, so stable sorts keep that order.
     by_real = eigenvalues.real.argsort(dim=-1, descending=True, stable=True)
     by_modulus = eigenvalues.gather(-1, by_real).abs().argsort(dim=-1, descending=True, stable=True)
     order = by_real.gather(-1, by_modulus)

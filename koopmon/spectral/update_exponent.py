@@ -1,6 +1,7 @@
 """Growth of a layer's update with its state, as an exponent: near 0 behind a normalisation, near 1 for linear layers.
 
-Rows are samples: x and y have the shape (N, D). The definition is ours (docs/method.md, "Update exponent and normalisation").
+Rows are samples: x and y have the shape (N, D). The definition is ours (docs/method.md, "Update exponent and
+normalisation").
 """
 
 from __future__ import annotations
