@@ -1,12 +1,16 @@
-"""When to act and how: `decide`, a pure function of (now, state, observation, risk, configuration).
+"""Policy: `decide` maps (now, state, observation, risk, configuration) to commands, as a pure function.
 
-The evidence behind the rules (docs/method.md, "Policy"; docs/evidence.md): backing the learning rate off works at
-once; KSS as published forbids small models to learn, and in bursts through the optimizer's moments it can kill. So
-the rate is backed off first, by more when the risk is severe, and again while it stays high; gently where the rate is
-known to be above the critical one, since that alone explains the alarm. Calm brings it back in small notches, each
-flare-up makes the next return slower. KSS joins as the unstable penalty alone, above the run's own calm radius, ramps
-in from zero and out again, and is barred when the loss says that it harms. Nothing ever becomes more aggressive than
-the user's own settings.
+docs/method.md, "Policy", has the rules; docs/evidence.md has the measurements behind them. A lower learning rate works
+at once. KSS as published keeps small models from learning, and in bursts through the optimizer's moments it can make
+them diverge. The policy therefore does the following:
+
+- It lowers the LR scale first, by more at a severe risk, and again while the risk stays high. Where the rate is known
+  to be above the critical one, the scale lands near a rate that runs survive, and later factors are gentle.
+- It raises the scale in small steps while the run is calm. Each back-off makes the next rise slower.
+- It adds KSS as the unstable penalty alone, above the run's own calm radius, with a ramp in and out. A severe risk or a
+  higher loss under KSS bars it for the rest of the run.
+
+The LR scale never exceeds 1, the user's own rate.
 """
 
 from __future__ import annotations
@@ -22,18 +26,27 @@ from koopmon.risk.online_detector import Observation, OnlineRisk, normalization
 from koopmon.wire.messages import MAX_MODULUS, Ack, CommandKind, Count, Fraction, KssSettings, LrScale, Step
 
 Phase = Literal["calm", "alert", "acting", "backed_off", "recovering"]
-"""acting: a command has yet to show its effect; backed_off: it has, and what it changed is held; recovering: on the
-way back."""
+"""Phase of the policy for one run.
+
+calm: nothing is in force. alert: the run is not calm and gets dense snapshots. acting: a command has no confirmed
+effect yet. backed_off: the command took effect and stays in force. recovering: the LR scale rises.
+"""
 
 HOUR_SECONDS = 3600.0
 LATE_STEPS = 10_000
-"""A snapshot may be judged after a heartbeat of a later step, but never by so many steps: the engine's queue is
-short."""
+"""Steps by which a remembered step may exceed the step of a snapshot. A larger excess means that the count restarted.
+
+A snapshot may be assessed after a heartbeat of a later step. The engine's queue is short, so the difference is far
+smaller. Chosen by hand.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Action:
-    """One command that the policy wants; the daemon gives it an id and sends it."""
+    """One command of a decision; the daemon adds an id and sends it.
+
+    Fields that `kind` does not use keep their default.
+    """
 
     kind: CommandKind
     reason: str
@@ -46,55 +59,61 @@ class Action:
 
     @property
     def changes_training(self) -> bool:
+        """True for commands that count in the hourly budget; False for a change of the snapshot cadence."""
         return self.kind != "set_cadence"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyState:
-    """What the policy remembers of one run. Scale and KSS are the targets commanded last; ramps lead to them.
+    """State of the policy for one run. `lr_scale` and `kss` are the targets of the last commands; ramps lead to them.
 
-    The bounds are checked when a history is read after a restart: it may be damaged or forged.
+    The bounds are checked when the monitor reads a history after a restart, because the file may be damaged or forged.
     """
 
     phase: Phase = "calm"
     lr_scale: LrScale = 1.0
     num_cuts: Count = 0
-    """Back-offs since the scale was last 1."""
+    """Number of back-offs since the LR scale was last 1."""
     kss: KssSettings = field(default_factory=KssSettings)
     high_streak: Count = 0
-    """Snapshots in a row with a risk of at least `act_risk`."""
+    """Number of consecutive snapshots with a risk of at least `act_risk`."""
     calm_since: Step | None = None
-    """First step of the present stretch of snapshots below `release_risk`; None while not calm."""
+    """First step of the current sequence of snapshots below `release_risk`; None while the run is not calm."""
     acted_at: Step | None = None
     """Step of the last back-off or of the last command that turned KSS on."""
     risk_at_action: Fraction = 0.0
+    """Risk at that step, in [0, 1]."""
     kss_on_at: Step | None = None
+    """Step of the command that turned KSS on; None while it is off."""
     kss_cut: Count = 0
-    """The back-off, counted by `num_cuts`, that KSS last accompanied: it accompanies each but once."""
+    """Value of `num_cuts` when KSS was last turned on. KSS accompanies each back-off once."""
     loss_at_kss: float | None = None
+    """Logged loss at `kss_on_at`."""
     kss_barred: bool = False
+    """True when KSS stays off for the rest of the run."""
     calm_radius: Annotated[float, Meta(ge=0.0)] | None = None
-    """The run's own largest spectral radius while calm: a slow average."""
+    """Slow average of the largest spectral radius over calm snapshots; None before the first one."""
     dense_until: Step = 0
+    """Last step of the dense snapshots asked for."""
     action_times: Annotated[tuple[float, ...], Meta(max_length=100_000)] = ()
-    """When the actions of the last hour were taken, in the clock of `now`."""
+    """Times of the actions of the last hour, in seconds of the clock of `now`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """What to do now and why. `commands` is empty when nothing is to be done; `reason` never is."""
+    """Decision after one snapshot. `commands` may be empty; `reason` never is."""
 
     state: PolicyState
     commands: tuple[Action, ...]
     reason: str
     phase: Phase
     took_effect: bool | None = None
-    """What this snapshot says of the last action; None while that has yet to show, or has shown it before."""
+    """Effect of the last action as of this snapshot; None while it is open, or was decided before."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """One snapshot before the policy, with everything that a rule may look at."""
+    """Input of a rule: one snapshot, the state, the risk and the configuration."""
 
     state: PolicyState
     seen: Observation
@@ -116,29 +135,30 @@ class _Case:
 
     @property
     def alarmed(self) -> bool:
-        """High for long enough, or severe."""
+        """True when the risk is severe, or high for `confirm_snapshots` snapshots."""
         return self.severe or self.state.high_streak >= self.config.confirm_snapshots
 
     @property
     def settled(self) -> bool:
-        """The last action has had its time to show an effect."""
+        """True when the last action is at least `cooldown_steps` old, or there is none."""
         at = self.state.acted_at
         return at is None or self.seen.step - at >= self.config.cooldown_steps
 
     @property
     def took_effect(self) -> bool | None:
-        """What this snapshot says of the last action, if anything."""
+        """Effect of the last action as of this snapshot; None while it is open."""
         if self.state.phase != "acting" or self.state.acted_at is None or not self.settled:
             return None
         return False if self.alarmed else True if self.risk.value < self.config.act_risk else None
 
     def calm_for(self, steps: int) -> bool:
+        """Return True when the run has been calm for at least `steps` steps."""
         since = self.state.calm_since
         return since is not None and self.seen.step - since >= steps
 
 
 Proposal = tuple[tuple[Action, ...], PolicyState, str]
-"""Actions, the following state, and the reason; an empty reason stands for those of the actions."""
+"""Actions, the following state, and the reason. An empty reason means the joined reasons of the actions."""
 
 
 def decide(
@@ -149,10 +169,23 @@ def decide(
     config: PolicyConfig,
     kss: KssConfig,
 ) -> Decision:
-    """Decide after one snapshot. `now` is in seconds of a monotonic clock; steps are the observation's."""
+    """Decide after one snapshot: apply the first rule that fits (docs/method.md, "Policy").
+
+    Args:
+        now: seconds of a monotonic clock; only the hourly budget uses it.
+        state: state after the previous decision.
+        observation: the snapshot. Its step is the time of all rules.
+        risk: the risk of that snapshot.
+        config: the table [policy]. The policy "observe" decides no change of the training.
+        kss: the table [kss].
+
+    Returns:
+        The new state, the commands and the reason. Commands beyond `max_actions_per_hour` are left out.
+    """
     case = _Case(_remember(now, state, observation, risk, config), observation, risk, config, kss)
     closer = _look_closer(case)
     extra, case = ((), case) if closer is None else (closer[0], replace(case, state=closer[1]))
+    # The order is the priority. Harm by KSS ends first, because KSS itself may cause the alarm; back-offs come second.
     rules: tuple[Callable[[_Case], Proposal | None], ...] = (
         _bar_kss,
         _back_off,
@@ -196,7 +229,11 @@ def decide(
 
 
 def acknowledge(now: float, state: PolicyState, ack: Ack) -> PolicyState:
-    """When a command was not applied, take over what the agent says is in force."""
+    """Update the state after an acknowledgement of a command.
+
+    An applied or duplicate command leaves the state unchanged. Otherwise the state takes the settings in force that the
+    agent reports.
+    """
     if ack.outcome in ("applied", "duplicate"):
         return state
     held = ack.applied
@@ -212,8 +249,10 @@ def acknowledge(now: float, state: PolicyState, ack: Ack) -> PolicyState:
 
 
 def kss_shielded(state: PolicyState, ack: Ack) -> PolicyState:
-    """The model is shielded from KSS: that was no action and showed nothing, and will be no other next time, so it is
-    barred."""
+    """Bar KSS after the agent reported that the model is shielded from it.
+
+    The command changed nothing, so it leaves the hourly budget. A later one would have the same result.
+    """
     resting = state.lr_scale >= 1.0
     return replace(
         state,
@@ -227,10 +266,12 @@ def kss_shielded(state: PolicyState, ack: Ack) -> PolicyState:
 
 
 def _remember(now: float, state: PolicyState, seen: Observation, risk: OnlineRisk, config: PolicyConfig) -> PolicyState:
+    """Update the counters, the calm radius and the remembered steps with one snapshot, before any rule."""
     high = seen.non_finite or risk.value >= config.act_risk
     calm = seen.informative and risk.value < config.release_risk
     radius = state.calm_radius
     if calm and seen.max_spectral_radius is not None:
+        # A running mean with the weight 0.1 for the newest radius, chosen by hand.
         radius = seen.max_spectral_radius if radius is None else 0.9 * radius + 0.1 * seen.max_spectral_radius
     return replace(
         state,
@@ -245,13 +286,18 @@ def _remember(now: float, state: PolicyState, seen: Observation, risk: OnlineRis
 
 
 def _no_later(at: int | None, step: int, otherwise: int | None = None) -> int | None:
-    """`at`; but `step` where it is so much smaller that the run's count of steps must have started again."""
+    """Return `at`, or `step` where `at` exceeds it by more than LATE_STEPS; `otherwise` where `at` is None.
+
+    A larger excess means that the run's count of steps started again. Without the correction the policy would wait for
+    steps that come much later.
+    """
     return otherwise if at is None else at if at <= step + LATE_STEPS else step
 
 
 def _look_closer(case: _Case) -> Proposal | None:
-    """Ask for dense snapshots while the run is not calm, renewed before the last request runs out."""
+    """Request dense snapshots while the run is not calm, and renew the request before it expires."""
     config, seen = case.config, case.seen
+    # Half of `dense_steps` before the end is early enough for a new request and keeps the number of commands small.
     until = seen.step + config.dense_steps
     asked = seen.step + config.dense_steps // 2 < case.state.dense_until <= until
     if case.risk.value < config.release_risk or asked:
@@ -268,6 +314,7 @@ def _look_closer(case: _Case) -> Proposal | None:
 
 
 def _back_off(case: _Case) -> Proposal | None:
+    """Lower the LR scale at an alarm, when the last action is old enough and the scale is above `min_lr_scale`."""
     state, config = case.state, case.config
     if not (case.acts_on_lr and case.alarmed and case.settled) or state.lr_scale <= config.min_lr_scale:
         return None
@@ -293,24 +340,27 @@ def _back_off(case: _Case) -> Proposal | None:
 
 
 def _lower_scale(case: _Case) -> float:
-    """What to go down to.
+    """Compute the LR scale of a back-off.
 
-    A rate known to be above the critical one explains the alarm: land where runs have a chance, and from there on feel
-    for what is bearable, since every factor too many costs learning. Anything else gets the whole cut at once.
+    A rate known to be above the critical one explains the alarm by itself. The scale then lands near a rate that runs
+    survive, and later back-offs are gentle, because each further factor costs learning. Other alarms get the full
+    factor at once.
     """
     config, excess = case.config, case.risk.excess_rate
-    # While a ramp is under way the scale in force is what flared up, not the target that it leads to.
+    # During a ramp the alarm belongs to the scale in force. The target of the ramp is not in force yet.
     flared = min(case.state.lr_scale, case.seen.lr_scale)
     if excess is None or excess < 1.0:
         return flared * (config.severe_factor if case.severe else config.backoff_factor)
     gently = flared * (config.gentle_severe_factor if case.severe else config.gentle_factor)
+    # `excess` is the scheduled rate over the critical one, before koopmon's scale. A scale of landing / excess
+    # therefore puts the rate in force at `landing` times the critical one.
     normalized = normalization(case.seen)
     landing = config.landing_rate ** (1.0 - normalized) * config.normalized_landing_rate**normalized
     return float(min(gently, landing / excess))
 
 
 def _shape(case: _Case) -> Proposal | None:
-    """Turn KSS on: at the alarm under `kss`; under `kss+lr` beside a back-off that has been made."""
+    """Turn KSS on: at the alarm under the policy `kss`, beside each back-off under `kss+lr`."""
     state, config = case.state, case.config
     if not case.acts_on_kss or state.kss.alpha > 0 or case.kss.alpha <= 0:
         return None
@@ -321,6 +371,8 @@ def _shape(case: _Case) -> Proposal | None:
     if radius >= MAX_MODULUS:
         why = f"KSS stays off: the run's calm spectral radius is {radius:.3g}, and tau_u is {MAX_MODULUS:g} at most"
         return (), replace(state, kss_barred=True), why
+    # The threshold lies above the radius of this run while calm. The paper's 1.05 forbids growth that learning needs
+    # (docs/method.md).
     tau_u = min(max(case.kss.min_tau_u, case.kss.radius_margin * radius), MAX_MODULUS)
     settings = KssSettings(
         alpha=case.kss.alpha,
@@ -354,6 +406,7 @@ def _shape(case: _Case) -> Proposal | None:
 
 
 def _without_kss(case: _Case, why: str, **changes: object) -> Proposal:
+    """Turn KSS off for the reason `why`; `changes` are further fields of the following state."""
     action = Action(
         kind="set_kss",
         reason=f"KSS off: {why}",
@@ -365,7 +418,7 @@ def _without_kss(case: _Case, why: str, **changes: object) -> Proposal:
 
 
 def _bar_kss(case: _Case) -> Proposal | None:
-    """Revert KSS when, once in full force, the risk is still severe or the logged loss has clearly risen."""
+    """Turn KSS off for good at a severe risk in full force, or at a loss above `harm_ratio` times its value before."""
     state, config = case.state, case.config
     if state.kss_on_at is None or case.seen.step - state.kss_on_at < config.kss_ramp_steps + config.cooldown_steps:
         return None
@@ -378,7 +431,7 @@ def _bar_kss(case: _Case) -> Proposal | None:
 
 
 def _stop_shaping(case: _Case) -> Proposal | None:
-    """KSS is a companion for a while, not a regime: under it for long, runs learned less (benchmarks.kss)."""
+    """Turn KSS off after `kss_hold_steps`. Runs under KSS for longer learned less (`benchmarks.kss`)."""
     state, hold = case.state, case.config.kss_hold_steps
     if state.kss_on_at is None or case.seen.step - state.kss_on_at < hold:
         return None
@@ -387,7 +440,7 @@ def _stop_shaping(case: _Case) -> Proposal | None:
 
 
 def _confirm(case: _Case) -> Proposal | None:
-    """Say once that the last action took effect; when it did not, `_back_off` has gone further."""
+    """Confirm once that the last action took effect. `_back_off` handles an action without an effect earlier."""
     state = case.state
     if state.phase != "acting" or not case.settled or case.risk.value >= case.config.act_risk:
         return None
@@ -396,8 +449,7 @@ def _confirm(case: _Case) -> Proposal | None:
 
 
 def _rise(case: _Case) -> Proposal | None:
-    """Return towards the user's own rate, one notch after each calm stretch; each back-off makes the stretches
-    longer."""
+    """Raise the LR scale by `rise_factor` after each calm period. Each back-off makes the periods longer."""
     state, config = case.state, case.config
     wait = config.hold_steps * max(1, state.num_cuts)
     if state.lr_scale >= 1.0 or not case.calm_for(wait):

@@ -1,7 +1,7 @@
-"""Shards to snapshots: gather what the ranks send for one step, within bounds on memory and time.
+"""Assembly of shards into snapshots: all ranks' states of one step, within bounds on memory and time.
 
-Each sender's shards arrive in its own order. So when a step is complete, what an earlier step still misses was lost,
-and snapshots leave here in the order of their steps.
+The shards of each sender arrive in the order of its steps. When a step is complete, the missing shards of earlier steps
+are therefore lost. Snapshots leave in the order of their steps.
 """
 
 from __future__ import annotations
@@ -18,54 +18,65 @@ from koopmon.spectral.profiles import finite_mean
 from koopmon.wire.messages import MAX_OBSERVABLES, Shard
 
 SHARD_OVERHEAD_BYTES = 1024
-"""What one shard costs beside its tensors, so that many tiny ones are bounded too."""
+"""Memory of one shard beside its tensors, in bytes, so that `max_bytes` bounds many tiny shards too. Chosen by hand."""
 
 RunKey = tuple[str, str]
+"""Run and incarnation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All ranks' states of one step. `blocks[p]` holds the rows of point p, one tensor (n_i, D) for each sender.
-
-    P points, N samples, D width. Row i is the same token at every point.
-    """
+    """States of all ranks at one step: P points, N samples, D width. Row i is the same token at every point."""
 
     run: str
     incarnation: str
     step: int
     blocks: tuple[tuple[Tensor, ...], ...]
+    """P entries by depth. An entry holds one tensor (n_i, D) for each sender of the point; the n_i add up to N."""
     masked: bool
+    """True when all ranks left out padding tokens."""
     learning_rate: float | None
+    """Largest learning rate of the ranks, as scheduled; None where no rank knows it."""
     loss: float | None
+    """Mean logged loss of the ranks; NaN where a rank logged a value that is not finite."""
     grad_norm: float | None
+    """Mean logged gradient norm of the ranks; NaN as for the loss."""
     lr_scale: float
+    """koopmon's LR scale, in (0, 1], from the shard of the lowest rank."""
     kss_alpha: float
+    """Weight of KSS, at least 0, from the same shard."""
     num_shards: int
+    """Number of shards in the snapshot."""
     observables: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
-    """What the model's family measures, by name: one value per transition, None where no rank had any."""
+    """Measurements of the adapter, by name: one value for each transition, None where no rank has one."""
 
     @property
     def num_points(self) -> int:
+        """P, the number of points in the depth."""
         return len(self.blocks)
 
     @property
     def num_samples(self) -> int:
+        """N, the number of tokens of all ranks."""
         return sum(block.shape[0] for block in self.blocks[0])
 
     @property
     def width(self) -> int:
+        """D, the width of the residual stream."""
         return int(self.blocks[0][0].shape[1])
 
     @property
     def num_bytes(self) -> int:
+        """Memory of the states, in bytes."""
         return sum(block.nbytes for blocks in self.blocks for block in blocks)
 
     def without_states(self) -> Snapshot:
-        """The same without its blocks, for what outlives the profiling."""
+        """Return a copy without blocks, so that the states can be freed after profiling."""
         return replace(self, blocks=())
 
     def states(self, device: torch.device | str = "cpu") -> Tensor:
-        """The states as one float32 tensor (P, N, D) on `device`; they travel there in their own dtype."""
+        """Copy the states into one float32 tensor (P, N, D) on `device`."""
+        # The blocks move to the device in their own dtype and are converted there: half precision moves half the bytes.
         states = torch.empty((self.num_points, self.num_samples, self.width), device=device)
         for point, blocks in zip(states, self.blocks, strict=True):
             row = 0
@@ -77,6 +88,8 @@ class Snapshot:
 
 @dataclass(slots=True)
 class _Pending:
+    """Shards of one step that is not complete. `since` is the arrival of the first one, in seconds."""
+
     since: float
     num_senders: int
     width: int
@@ -89,11 +102,16 @@ class _Pending:
 
 
 class Assembler:
-    """Holds shards until their step is complete, passed by a later one, or `timeout_seconds` old; at most `max_bytes`.
+    """Store of shards until their step is complete, a later step is complete, or `timeout_seconds` have passed.
 
-    An incomplete snapshot is still used when at least half of its shards came and they hold `min_samples` rows.
-    `on_drop(run, reason)` is called for each one that is not, `on_failure(run, error)` for one that raised while it was
-    assembled; the other snapshots are not affected.
+    An incomplete snapshot is used when at least half of its shards arrived and they hold `min_samples` rows.
+
+    Args:
+        timeout_seconds: largest wait of a step, from its first shard on.
+        max_bytes: bound on the memory of all stored shards. The shard that completes a step may exceed it.
+        min_samples: smallest number of rows of an incomplete snapshot.
+        on_drop: called with (run, reason) for each dropped snapshot.
+        on_failure: called with (run, error) for a snapshot whose assembly raised. Other snapshots continue.
     """
 
     def __init__(
@@ -115,9 +133,15 @@ class Assembler:
         self.num_bytes = 0
 
     def add(self, now: float, shard: Shard, states: Sequence[Tensor]) -> list[Snapshot]:
-        """Take one shard, `states` one (n, D) tensor for each of its points; return the snapshots that are ready now.
+        """Store one shard and return the snapshots that are ready, in the order of their steps.
 
-        Raises ProtocolError with reason "duplicate", "late" or "inconsistent".
+        Args:
+            now: seconds of a monotonic clock.
+            shard: header of the shard.
+            states: one tensor (n, D) for each point of the shard.
+
+        Raises:
+            ProtocolError: with the reason "duplicate", "late" or "inconsistent". The shard is not stored.
         """
         run_key = (shard.run, shard.incarnation)
         if shard.step <= self._done.get(run_key, -1):
@@ -129,6 +153,7 @@ class Assembler:
         else:
             _check(shard, pending)
         num_bytes = sum(state.nbytes for state in states) + SHARD_OVERHEAD_BYTES
+        # The shard that completes a step frees its memory in this call, so it needs no room.
         completes = len(pending.shards) + 1 == pending.num_senders
         if not completes and not self._make_room(num_bytes, key):
             return []
@@ -138,30 +163,35 @@ class Assembler:
         self.num_bytes += num_bytes
         if not pending.complete:
             return []
+        # Earlier steps of this run get no more shards (see the module's docstring), so they close too.
         return self._close_all(other for other in self._pending if other[0] == run_key and other[1] <= shard.step)
 
     def expire(self, now: float) -> list[Snapshot]:
-        """Close what has waited too long; return the snapshots that are usable all the same."""
+        """Close the steps that are `timeout_seconds` old at `now`; return their usable snapshots."""
         due = [key for key, pending in self._pending.items() if now - pending.since >= self._timeout_seconds]
         return self._close_all(due)
 
     def flush(self) -> list[Snapshot]:
-        """Close everything, as at shutdown."""
+        """Close all steps, at shutdown; return their usable snapshots."""
         return self._close_all(list(self._pending))
 
     def forget(self, run: str, incarnation: str) -> None:
-        """Drop what waits for an incarnation that is gone, uncounted, and its step."""
+        """Drop the shards and the last step of an incarnation that ended, without a call of `on_drop`."""
         self._done.pop((run, incarnation), None)
         for key in [key for key in self._pending if key[0] == (run, incarnation)]:
             self._remove(key)
 
     def next_deadline(self) -> float:
-        """When `expire` has something to do next; infinity when nothing waits."""
+        """Compute the time of the next due `expire`, in seconds of the clock of `now`; infinity without shards."""
         return min((pending.since for pending in self._pending.values()), default=math.inf) + self._timeout_seconds
 
     def _make_room(self, num_bytes: int, key: tuple[RunKey, int]) -> bool:
-        """Drop the oldest until `num_bytes` more fit beside what `key` holds; False when `key` itself had to go."""
+        """Drop the oldest steps until `num_bytes` more fit; return False when `key` itself was dropped.
+
+        `key` is dropped last. Each dropped step counts as closed, so its later shards are "late".
+        """
         while self.num_bytes + num_bytes > self._max_bytes:
+            # Dictionaries keep the order of insertion, so the first key is the oldest step.
             oldest = next((other for other in self._pending if other != key), key)
             if oldest in self._pending:
                 self._remove(oldest)
@@ -172,11 +202,13 @@ class Assembler:
         return True
 
     def _remove(self, key: tuple[RunKey, int]) -> _Pending:
+        """Remove a step and its bytes from the count."""
         pending = self._pending.pop(key)
         self.num_bytes -= pending.num_bytes
         return pending
 
     def _close_all(self, keys: Iterable[tuple[RunKey, int]]) -> list[Snapshot]:
+        """Close the steps in order; return their usable snapshots."""
         snapshots = []
         for key in sorted(keys):
             try:
@@ -188,12 +220,14 @@ class Assembler:
         return snapshots
 
     def _close(self, key: tuple[RunKey, int]) -> Snapshot | None:
+        """Close one step; return its snapshot, or None where too much is missing."""
         run_key, step = key
         pending = self._remove(key)
         self._done[run_key] = max(step, self._done.get(run_key, -1))
         if not pending.complete and 2 * len(pending.shards) < pending.num_senders:
             self._on_drop(run_key[0], "incomplete")
             return None
+        # The order of the ranks keeps row i at the same token at every point, whatever the order of arrival.
         shards = [pending.shards[rank] for rank in sorted(pending.shards)]
         blocks = _join_stages(shards, pending.complete)
         if blocks is None or (not pending.complete and sum(map(len, blocks[0])) < self._min_samples):
@@ -207,6 +241,7 @@ def _name(shard: Shard) -> str:
 
 
 def _check(shard: Shard, pending: _Pending) -> None:
+    """Raise ProtocolError for a shard that repeats or contradicts an earlier one of its step."""
     if shard.process_rank in pending.shards:
         raise ProtocolError("duplicate", f"{_name(shard)} came twice")
     if shard.num_senders != pending.num_senders or shard.width != pending.width:
@@ -230,10 +265,13 @@ def _check(shard: Shard, pending: _Pending) -> None:
 def _join_stages(
     shards: Sequence[tuple[Shard, Sequence[Tensor]]], complete: bool
 ) -> tuple[tuple[Tensor, ...], ...] | None:
-    """Blocks of every point, pipeline stages in order; None when stages or rows are missing or do not belong together.
+    """Join the pipeline stages in order; return the blocks of every point.
 
-    Neighbouring stages either share their boundary point, whose rows must then be the same bits, or follow one another.
-    Only the former proves that rows belong together when shards are missing.
+    Neighbouring stages share their boundary point or follow one another. A shared point must have the same bits in both
+    stages.
+
+    Returns:
+        The blocks, or None when stages or rows are missing or do not match.
     """
     stages: dict[int, list[tuple[Shard, Sequence[Tensor]]]] = {}
     for header, states in shards:
@@ -249,6 +287,8 @@ def _join_stages(
             if not _same_rows(blocks[-1], stage[0]):
                 return None
             stage = stage[1:]
+        # Without a shared point, equal ranks alone match the rows. A missing shard would move them against each other,
+        # so only a complete step may join such stages.
         elif first_point != len(blocks) or (blocks and not complete):
             return None
         if blocks and stage and sum(map(len, stage[0])) != sum(map(len, blocks[0])):
@@ -259,7 +299,7 @@ def _join_stages(
 
 
 def _same_rows(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    """Bitwise equality of two lists of blocks, so that NaN equals itself."""
+    """Compare two lists of blocks bit by bit, so that NaN equals itself."""
     if [(block.shape, block.dtype) for block in left] != [(block.shape, block.dtype) for block in right]:
         return False
     return all(
@@ -269,6 +309,7 @@ def _same_rows(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
+    """Compute the mean of the known values: None without any, NaN where one is not finite."""
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -276,6 +317,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _snapshot(headers: Sequence[Shard], blocks: tuple[tuple[Tensor, ...], ...]) -> Snapshot:
+    """Build the snapshot from the headers, by rank, and the joined blocks."""
     first = headers[0]
     rates = [header.learning_rate for header in headers if header.learning_rate is not None]
     return Snapshot(
@@ -295,12 +337,13 @@ def _snapshot(headers: Sequence[Shard], blocks: tuple[tuple[Tensor, ...], ...]) 
 
 
 def _observables(headers: Sequence[Shard], num_layers: int) -> dict[str, tuple[float | None, ...]]:
-    """Means over the shards, each weighing as many samples as it has."""
+    """Compute the means of the observables over the shards, weighted by their numbers of samples."""
     names = sorted({name for header in headers for name in header.observables})[:MAX_OBSERVABLES]
     return {name: tuple(_weighed(headers, name, layer) for layer in range(num_layers)) for name in names}
 
 
 def _weighed(headers: Sequence[Shard], name: str, layer: int) -> float | None:
+    """Compute the weighted mean of one observable at one transition; None where no shard has a value."""
     known: list[tuple[float, int]] = []
     for header in headers:
         values, index = header.observables.get(name, ()), layer - header.first_point
@@ -308,5 +351,5 @@ def _weighed(headers: Sequence[Shard], name: str, layer: int) -> float | None:
         if value is not None:
             known.append((value, header.num_samples))
     num_samples = sum(count for _, count in known)
-    # Weighed by shares and not by counts: a product with a count may be beyond a double.
+    # The weights are shares: the product of a value and a count could overflow.
     return sum(value * (count / num_samples) for value, count in known) if known else None

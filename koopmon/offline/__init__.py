@@ -1,1 +1,1 @@
-"""Work on recorded runs, without a monitor."""
+"""Replay and calibration on recorded runs, without a monitor."""

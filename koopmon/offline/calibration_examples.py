@@ -1,4 +1,4 @@
-"""What became of recorded runs: the examples that a calibrator is fitted on."""
+"""Examples for the fit of a calibrator, from recorded runs."""
 
 from __future__ import annotations
 
@@ -11,23 +11,33 @@ from koopmon.risk.initial_score import initial_risk
 from koopmon.spectral import SpectralProfile
 
 MAX_LOSS, MAX_GRADIENT_NORM = 50.0, 500.0
-"""The paper's rule of divergence (docs/method.md, "Risk at initialisation"); states that are not finite count too."""
+"""Largest loss and gradient norm of a run that has not diverged: the values of arXiv 2602.22988.
+
+Losses, gradient norms and states that are not finite count as diverged too.
+"""
 MAX_FIRST_STEP = 10
-"""A profile later than this is none of the initialisation."""
+"""Latest step of a profile that counts as one of the initialisation. Chosen by hand."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunExample:
-    """One incarnation of a run. `example` is None when it cannot serve, and `why` says so."""
+    """One incarnation of a run as an example."""
 
     run: str
     adapter: str | None
+    """Name of the adapter; None where the first profile is missing or cannot be read."""
     example: Example | None
+    """Features and outcome; None where the incarnation is not usable."""
     why: str = ""
+    """Reason against a usable example; empty with one."""
 
 
 def calibration_examples(history: HistoryReader) -> Iterator[RunExample]:
-    """Every incarnation of every run in the store."""
+    """Yield one entry for every incarnation of every run in the store.
+
+    A usable example has an informative profile of the first steps, an update exponent and a known learning rate. The
+    rate gives the step length of its optimizer. koopmon did not act on its training.
+    """
     for run in history.runs():
         rows, profiles = list(history.observations(run)), list(history.profiles(run))
         for incarnation in history.incarnations(run):
@@ -55,6 +65,7 @@ def calibration_examples(history: HistoryReader) -> Iterator[RunExample]:
             elif any(row.lr_scale < 1.0 or row.kss_alpha > 0.0 for row in seen):
                 yield RunExample(run, adapter, None, "it was acted upon, so what would have become of it is not known")
             else:
+                # `not loss <= MAX_LOSS` is also True for NaN.
                 diverged = any(
                     row.non_finite
                     or (row.loss is not None and not row.loss <= MAX_LOSS)

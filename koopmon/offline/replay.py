@@ -1,7 +1,7 @@
-"""A recorded run, decided again under another configuration: what would have been done, and when.
+"""Replay of a recorded run under another configuration: risk, decisions and actions at every snapshot.
 
-The recording is what it is: the states after an action of the replay are those of the training as it went, not as it
-would have gone. So the first action and the alarms before it are certain; what follows it shows the policy's manners.
+The recorded states do not react to the actions of the replay. The replay is exact up to its first action. Later entries
+show the decisions of the policy on the recorded states only.
 """
 
 from __future__ import annotations
@@ -23,25 +23,45 @@ KINDS = ("set_lr_scale", "set_kss")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
-    """One snapshot, judged again. `recorded_risk` is what the monitor said then; `actions` are for the training."""
+    """Assessment and decision of one snapshot in the replay."""
 
     incarnation: str
     step: int
+    """Optimizer step of the snapshot."""
     time: float
+    """Time of the recorded row, in seconds."""
     recorded_risk: float
+    """Risk that the monitor recorded, in [0, 1]."""
     risk: float
+    """Risk of the replay, in [0, 1]."""
     phase: str
+    """Phase of the policy after the snapshot."""
     reason: str
+    """Reason for the decision."""
     actions: tuple[policy.Action, ...]
+    """Actions that change the training."""
     lr_scale: float
+    """LR scale that the replay commanded last."""
     kss_alpha: float
+    """Weight of KSS that the replay commanded last."""
 
 
 def replay(history: HistoryReader, run: str, config: Config) -> Iterator[Replayed]:
-    """Judge every snapshot of `run`, in order, each incarnation from a fresh start.
+    """Assess and decide every snapshot of a run, in order.
 
-    An adapter's hints apply where `config` leaves the defaults, as they did then. Raises StoreError when the store
-    knows no such run, the run has no snapshots, or a row cannot be read.
+    Each incarnation starts with an empty history. The hints of the adapter apply where `config` has the defaults, as in
+    the monitor.
+
+    Args:
+        history: the store.
+        run: name of the run.
+        config: the configuration of the replay; its tables [risk], [policy] and [kss] count.
+
+    Yields:
+        One entry for each snapshot.
+
+    Raises:
+        StoreError: the store has no such run, the run has no snapshots, or a row cannot be read.
     """
     known = history.runs()
     if run not in known:
@@ -57,7 +77,7 @@ def replay(history: HistoryReader, run: str, config: Config) -> Iterator[Replaye
 
 
 class _Judge:
-    """Detector and policy of one incarnation; the scale and the weight are those that the replay would have set."""
+    """Detector and policy of one incarnation."""
 
     def __init__(self, config: Config, row: IncarnationRow | None) -> None:
         hello = None if row is None else row.hello
@@ -73,6 +93,7 @@ class _Judge:
             recorded = msgspec.convert(row.observation, online_detector.Observation)
         except msgspec.ValidationError as error:
             raise StoreError(f"the snapshot at step {row.step} cannot be judged again: {one_line(error)}") from None
+        # The observation takes the scale and the weight of the replay; the recorded ones belong to other decisions.
         scale, alpha = self._state.lr_scale, self._state.kss.alpha
         seen = replace(recorded, non_finite=row.non_finite, lr_scale=scale, kss_alpha=alpha)
         self._history, risk = online_detector.assess(self._history, seen, self._risk)

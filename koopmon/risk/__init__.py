@@ -1,1 +1,1 @@
-"""Risk: pure functions of profiles."""
+"""Risk at initialisation and online risk, as pure functions of profiles."""

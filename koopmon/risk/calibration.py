@@ -1,18 +1,17 @@
-"""Calibrated risk: the probability that a run diverges, from its spectrum at the start and its learning rate.
+"""Calibrated risk: the probability that a run diverges, from its update exponent at the start and its learning rate.
 
-The learning rate alone is blind to the architecture, and near-unit mass alone to the learning rate. What told best
-which models a high rate kills is whether anything brakes their updates (`koopmon.risk.normalization`). Of the size,
-fits of our sweep with a weight for each gave rate, width and depth nearly the same: what counts is the effective rate,
-learning rate x width x depth. (A step of Adam moves each weight by the rate, so that a layer's output moves by the rate
-times its width, and a stack's by that times its depth.) docs/evidence.md has the figures and says what was chosen on
-which runs. A logistic model joins the two:
+A logistic model joins two standardised features z_1 and z_2 (docs/method.md, "Risk at initialisation"):
 
-    P(diverges) = sigmoid(b + w_1 z_1 + w_2 z_2),    z the standardised features
+    P(diverges) = sigmoid(b + w_1 z_1 + w_2 z_2),    w_1 >= 0
 
-with w_1, of the effective rate, never negative: a higher rate never lowers the probability, so that "how high may the
-rate be?" has an answer. A calibrator belongs to the family of models that it was fitted on, whatever the rank and the
-number of tokens of their profiles, since neither feature knows of them; and to optimizers whose steps are as long as
-the rate says, whatever the gradient: Adam and its kin.
+- z_1 is the logarithm of the effective rate, learning rate x width x depth. Adam moves each weight by about the rate
+  per step. The output of a layer then moves by rate x width, and that of a stack by rate x width x depth. Fits with
+  a weight for each of the three gave nearly equal weights.
+- z_2 is the normalisation strength (`koopmon.risk.normalization`). Near-unit mass does not depend on the learning rate.
+
+w_1 >= 0 makes the probability monotonic in the rate, so a largest acceptable rate exists. A calibrator is valid for the
+family of models of its runs. The optimizer's step length must not depend on the gradient's size, as with Adam.
+The rank and the number of tokens of the profiles enter neither feature. docs/evidence.md has the figures.
 """
 
 from __future__ import annotations
@@ -33,40 +32,53 @@ from koopmon.errors import CalibrationError, ConfigError, one_line
 from koopmon.risk.normalization import normalization_from_exponent
 
 FORMAT_VERSION = 3
+"""Version of the calibrator file. `load` refuses every other one."""
 PENALTY = 1e-2
-"""Of the squared weights, in units of one run's log-likelihood: keeps them finite where the runs are separable."""
+"""Weight of the squared weights, in units of one run's log-likelihood. Chosen by hand.
+
+It keeps the weights finite where the runs are separable.
+"""
 MIN_RUNS = 20
+"""Smallest number of runs of a fit. Chosen by hand."""
 NUM_BINS = 10
+"""Number of bins of equal width of the reliability diagram. Chosen by hand."""
 LEARNING_RATES = (1e-7, 1.0)
-"""Where `max_learning_rate` looks."""
+"""Bounds of the result of `max_learning_rate`. Chosen by hand."""
 
 Finite = Annotated[float, Meta(ge=-1e9, le=1e9)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One run. `update_exponent` is the mean over layers at the start; `learning_rate` the peak of its schedule."""
+    """Features and outcome of one run."""
 
     update_exponent: float
+    """Update exponent of the stack at the start (`koopmon.spectral.stack_exponent`)."""
     learning_rate: float
+    """Peak of the schedule, positive."""
     width: int
+    """Width of the residual stream, at least 1."""
     num_layers: int
+    """Number of transitions, at least 1."""
     diverged: bool = False
+    """True where the run diverged; unused for a prediction."""
 
     def features(self) -> tuple[float, ...]:
-        """As named by FEATURES."""
+        """Compute the features in the order of FEATURES."""
         return math.log10(self.effective_rate), normalization_from_exponent(self.update_exponent)
 
     @property
     def effective_rate(self) -> float:
+        """Learning rate x width x number of layers."""
         return self.learning_rate * self.width * self.num_layers
 
 
 FEATURES = ("log10_effective_rate", "brake")
+"""Names of the features in a calibrator file. "brake" is the normalisation strength under its name in version 3."""
 
 
 class Calibrator(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A fitted model, and where it comes from. `means` and `scales` standardise the features."""
+    """A fitted logistic model and its provenance. `means` and `scales` standardise the features."""
 
     version: Annotated[int, Meta(ge=1)] = FORMAT_VERSION
     adapter: str
@@ -76,30 +88,46 @@ class Calibrator(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     means: tuple[Finite, ...]
     scales: tuple[Annotated[float, Meta(ge=1e-9, le=1e9)], ...]
     highest_effective_rate: Annotated[float, Meta(ge=1e-30, le=1e30)]
-    """Of the runs that it was fitted on: beyond it nothing is known."""
+    """Largest effective rate of the runs of the fit. The model is not valid above it."""
     num_runs: int
     num_diverged: int
     held_out_error: float | None = None
-    """Expected calibration error on configurations that were held out of the fit."""
+    """Expected calibration error on held-out configurations, in [0, 1]; None where it was not computed."""
     provenance: dict[str, str | int | float | None] = {}
 
     def covers(self, example: Example) -> bool:
-        """Whether a rate as high as this run's was tried. A lower one than any that was is safer, by the fit's form."""
+        """Return True when the effective rate is at most the highest one of the fit.
+
+        Rates below the lowest one of the fit count as covered, because the probability never falls with the rate.
+        """
         return example.effective_rate <= self.highest_effective_rate
 
     def logit(self, example: Example) -> float:
+        """Compute the log-odds of divergence."""
         rows = zip(example.features(), self.means, self.scales, self.weights, strict=True)
         return self.intercept + sum(weight * (value - mean) / scale for value, mean, scale, weight in rows)
 
     def probability(self, example: Example) -> float:
-        """That this run diverges, in (0, 1)."""
+        """Compute the probability of divergence, in (0, 1)."""
+        # 36 is the largest integer for which the result stays below 1 in float64.
         return 1.0 / (1.0 + math.exp(-min(max(self.logit(example), -36.0), 36.0)))
 
     def max_learning_rate(self, example: Example, probability: float) -> float | None:
-        """The highest rate in LEARNING_RATES at which this model diverges with at most `probability`; None: none.
+        """Compute the highest learning rate with at most the given probability of divergence.
 
-        Never higher, in effect, than what was tried.
+        Args:
+            example: the run; its own learning rate is not used.
+            probability: in (0, 1), both excluded.
+
+        Returns:
+            A rate within LEARNING_RATES whose effective rate is at most the highest one of the fit; None when no such
+            rate exists.
+
+        Raises:
+            CalibrationError: `probability` is out of bounds.
         """
+        # The logit is linear in log10(rate) with this slope, and log10(1) = 0. So the solution of
+        # at_one + slope * log10(rate) = wanted needs no search.
         if not 0.0 < probability < 1.0:
             raise CalibrationError(f"probability {probability} must lie between 0 and 1")
         slope = self.weights[0] / self.scales[0]
@@ -107,6 +135,7 @@ class Calibrator(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         wanted = math.log(probability / (1.0 - probability))
         low, high = map(math.log10, LEARNING_RATES)
         high = min(high, math.log10(self.highest_effective_rate / (example.width * example.num_layers)))
+        # Without a slope all rates have one probability.
         if slope <= 0.0:
             return 10.0**high if at_one <= wanted else None
         found = (wanted - at_one) / slope
@@ -114,6 +143,7 @@ class Calibrator(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def _at(example: Example, learning_rate: float) -> Example:
+    """Copy the features of a run with another learning rate."""
     return Example(
         update_exponent=example.update_exponent,
         learning_rate=learning_rate,
@@ -129,9 +159,16 @@ def fit(
     held_out_error: float | None = None,
     provenance: dict[str, str | int | float | None] | None = None,
 ) -> Calibrator:
-    """The maximum of the penalised likelihood, by Newton's method, in float64.
+    """Fit a calibrator by penalised maximum likelihood, with Newton's method in float64.
 
-    Raises CalibrationError for fewer than 20 runs, or when all of them ended alike.
+    Args:
+        examples: the runs, at least MIN_RUNS; some diverged and some did not.
+        adapter: name of the adapter of their models.
+        held_out_error: expected calibration error to record, in [0, 1].
+        provenance: details of the runs to record.
+
+    Raises:
+        CalibrationError: there are too few runs, or all of them have one outcome.
     """
     diverged = [example.diverged for example in examples]
     if len(examples) < MIN_RUNS or all(diverged) or not any(diverged):
@@ -141,10 +178,13 @@ def fit(
     x = torch.tensor([example.features() for example in examples], dtype=torch.float64)
     y = torch.tensor(diverged, dtype=torch.float64)
     means, scales = x.mean(0), x.std(0)
+    # A constant feature has no scale. Its standardised values are then 0, and the penalty sets its weight to 0.
     scales = torch.where(scales > 1e-9, scales, torch.ones_like(scales))
     z = (x - means) / scales
     weights = _newton(z, y)
-    if weights[0] < 0:  # more rate, less risk: noise, not physics
+    # A negative weight of the rate comes from noise in the runs. The likelihood is concave, so the optimum under
+    # w_1 >= 0 then lies at w_1 = 0.
+    if weights[0] < 0:
         weights = torch.cat([torch.zeros(1, dtype=z.dtype), _newton(z[:, 1:], y)])
     return Calibrator(
         adapter=adapter,
@@ -161,9 +201,19 @@ def fit(
 
 
 def _newton(z: Tensor, y: Tensor) -> Tensor:
-    """Weights and, last, the intercept, which alone is not penalised. Damped, so that separable runs converge too."""
+    """Maximise the penalised likelihood by damped Newton steps.
+
+    Args:
+        z: (N, F), float64: standardised features.
+        y: (N,), float64: 1 for runs that diverged, else 0.
+
+    Returns:
+        (F + 1,): the weights, then the intercept.
+    """
     design = torch.cat([z, torch.ones_like(y)[:, None]], dim=1)
     penalty = torch.full((design.shape[1],), PENALTY, dtype=z.dtype)
+    # The intercept has no penalty of weight, so the mean probability fits the share of diverged runs. The rest of 1e-9
+    # keeps the curvature invertible.
     penalty[-1] = 1e-9
     weights = torch.zeros(design.shape[1], dtype=z.dtype)
 
@@ -172,11 +222,14 @@ def _newton(z: Tensor, y: Tensor) -> Tensor:
             0.5 * (penalty * w.square()).sum()
         )
 
+    # 100 steps and a gradient of 1e-9 bound the iteration. Chosen by hand.
     for _ in range(100):
         p = torch.sigmoid(design @ weights)
         gradient = design.T @ (p - y) + penalty * weights
+        # The Hessian X^T diag(p (1 - p)) X + penalty is positive definite, so every Newton step is a descent direction.
         curvature = design.T @ (design * (p * (1 - p))[:, None]) + torch.diag(penalty)
         step = torch.linalg.solve(curvature, gradient)
+        # A full step can overshoot where p is near 0 or 1 and the curvature is small. Halving finds a smaller loss.
         size = 1.0
         while size > 1e-6 and loss(weights - size * step) > loss(weights):
             size /= 2
@@ -187,10 +240,18 @@ def _newton(z: Tensor, y: Tensor) -> Tensor:
 
 
 def held_out(examples: Sequence[Example], groups: Sequence[Hashable] | None = None) -> list[float]:
-    """The probability of each run by a model that saw no run of its group.
+    """Predict each run by a model that was fitted without the run's group.
 
-    By default a group is a width and depth, or, where all runs share one, a tenth of the runs. Raises CalibrationError
-    as `fit` does.
+    Args:
+        examples: the runs.
+        groups: a group for each run. By default runs of equal width and depth form a group; where all are equal, the
+            runs form ten groups.
+
+    Returns:
+        The probability of divergence of each run.
+
+    Raises:
+        CalibrationError: `fit` cannot use the remaining runs of a group.
     """
     if groups is None:
         sizes = [(example.width, example.num_layers) for example in examples]
@@ -205,13 +266,21 @@ def held_out(examples: Sequence[Example], groups: Sequence[Hashable] | None = No
 
 
 def calibration_error(diverged: Sequence[bool], probabilities: Sequence[float]) -> float:
-    """Expected calibration error: over ten bins of equal width, the mean gap between what was said and what came."""
+    """Compute the expected calibration error, in [0, 1].
+
+    It is the mean gap between the predicted and the observed share of diverged runs. The mean is over the bins of
+    `reliability`, with the number of runs as the weight.
+    """
     gaps = (abs(said - came) * count for said, came, count in reliability(diverged, probabilities))
     return sum(gaps) / len(diverged)
 
 
 def reliability(diverged: Sequence[bool], probabilities: Sequence[float]) -> list[tuple[float, float, int]]:
-    """Of each bin that is not empty: the mean probability, the share that diverged, and the number of runs."""
+    """Compute the reliability diagram over NUM_BINS bins of equal width.
+
+    Returns:
+        The mean probability, the share of diverged runs and the number of runs, for each bin that holds a run.
+    """
     bins: dict[int, list[tuple[float, bool]]] = {}
     for ended, probability in zip(diverged, probabilities, strict=True):
         bins.setdefault(min(int(probability * NUM_BINS), NUM_BINS - 1), []).append((probability, ended))
@@ -227,7 +296,11 @@ def save(calibrator: Calibrator, path: Path) -> None:
 
 
 def load(path: Path) -> Calibrator:
-    """Read a calibrator. Raises CalibrationError naming the file and what is wrong with it."""
+    """Read a calibrator from a JSON file.
+
+    Raises:
+        CalibrationError: the file cannot be read, or its content is not allowed; the message holds the path.
+    """
     try:
         raw = read_file(path)
     except OSError as error:

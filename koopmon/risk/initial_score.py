@@ -1,4 +1,4 @@
-"""Risk at initialisation: the paper's score, and when it says nothing (docs/method.md, "Risk at initialisation")."""
+"""Risk at initialisation: the score of arXiv 2602.22988 and its level (docs/method.md, "Risk at initialisation")."""
 
 from __future__ import annotations
 
@@ -13,34 +13,51 @@ if TYPE_CHECKING:
 Level = Literal["low", "moderate", "high", "unknown"]
 
 LOW_NEAR_UNIT_MASS = 0.3
+"""Score below which the level is low: the paper's guidance."""
 HIGH_NEAR_UNIT_MASS = 0.5
+"""Score above which the level is high: the paper's guidance."""
 HIGH_CONDITION_NUMBER = 1e4
-"""Ours: the paper says "large kappa" without a figure. Ranks of 32 on well-behaved layers stay below 1e3."""
+"""Mean eigenvector condition number above which the level is high.
+
+The paper asks for a "large kappa" without a figure; this one is ours. Rank-32 profiles of well-behaved layers stay
+below 1e3.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitialRisk:
-    """`score` is the near-unit mass, mean over the informative layers, in [0, 1]; None when not informative.
+    """Score of a profile at initialisation and its level.
 
-    It separates architectures and knows nothing of the learning rate, so it never acts alone. It belongs to one
-    (svd_rank, num_samples): scores at other settings are other quantities.
+    The score separates architectures and does not depend on the learning rate, so no action follows from it. Scores of
+    different `svd_rank` or `num_samples` are different quantities.
     """
 
     score: Annotated[float, Meta(ge=0.0, le=1.0)] | None
+    """Near-unit mass, mean over layers, in [0, 1]; None when the profile is not informative."""
     level: Level
+    """Level by the thresholds above; "unknown" when the profile is not informative."""
     informative: bool
+    """True when at least half of the layers are informative."""
     reason: str
+    """Reason for the level."""
     svd_rank: int | None
+    """Truncation of the profile; None is full rank."""
     num_samples: int
+    """Number of tokens of the profile."""
     update_exponent: float | None = None
-    """Of the stack, over the informative layers; what `koopmon.risk.calibration` joins with the learning rate."""
+    """Update exponent of the stack, a feature of `koopmon.risk.calibration`; None when not informative."""
 
 
 def initial_risk(profile: SpectralProfile, *, known_exponent: float | None = None) -> InitialRisk:
-    """Score `profile`, taken before training moved the weights. `known_exponent` is what the model's family knows.
+    """Score a profile that was taken before training.
 
-    An identity initialisation (Fixup, ReZero) has near-unit mass 1 and trains well: its update ratio is near 0, the
-    profile is not informative, and the level is "unknown" and never "high".
+    Args:
+        profile: the profile of the initial model.
+        known_exponent: update exponent from the structure of the model; None takes that of the profile.
+
+    Returns:
+        The score and its level. An identity initialisation (Fixup, ReZero) has near-unit mass 1 and trains well. Its
+        update ratio is near 0, so the profile is not informative and the level is "unknown".
     """
     first = profile.layers[0] if profile.layers else None
     svd_rank, num_samples = (first.svd_rank, first.num_samples) if first else (None, 0)

@@ -1,30 +1,33 @@
-"""The online detector: how violently the layers' maps change from snapshot to snapshot, against what calm training
-does, and what is known beforehand.
+"""Online detector: risk and forecast of a run from the changes between its snapshots and from its learning rate.
 
-Near-unit mass alone is blind to a learning rate that is too high, and growth alone cannot decide: healthy runs grow
-their update ratio too (docs/method.md). What separated our recorded runs is unsteadiness: in a healthy run the
-update ratio of every layer moves smoothly, also when it takes off; under a rate that will kill the run single layers
-lurch, up and down, for a step or two at a time, before the loss moves. With z_l = log(update_ratio_l + floor), the
-speed of layer l is |dz_l| per optimizer step. Two quantities are taken: the peak (the fastest layer between the last
-two snapshots) and the speed (the largest of the layers' running means). Each is divided by its scale, and v is their
-mean; or, when that is larger, the slow mean of the peak over its own scale, since some runs die after lasting unrest
-without one great lurch. Where a family's linear maps explain little of what its layers do, as those of splines, v
-counts by 1 - reliability_weight * (1 - share of reliable modes).
+The detector is ours (docs/method.md, "Online detector"). In a healthy run the update ratio of every layer changes
+smoothly, even while it grows. At a learning rate that kills the run, single layers jump up and down for a step or two
+before the loss moves. Near-unit mass does not show a rate that is too high. Growth alone decides nothing, because
+the update ratio of healthy runs grows too.
 
-Normalised layers fail otherwise: nothing dies, a rate that is too high ruins the run while the layers' ratios climb for
-tens of steps. One batch of odd text moves their ratios for one snapshot and harms nothing. So z is there the median of
-the last three snapshots, and v is divided by `normalized_scale`.
+With z_l = log(update_ratio_l + floor), the speed of layer l is |dz_l| per optimizer step. The detector computes:
 
-What is known beforehand (`prior`) are log-odds by the learning rate in force, against the critical rate of such layers
-(`rate_excess`). They are bounded, so that evidence can always overrule them. In the risk of normalised layers they
-count little, since the critical rate of large models is not known. Two scores in [0, 1] come of it, as log-odds:
+    peak      largest speed of a layer between the last two snapshots, over `peak_scale`
+    speed     largest running mean of a layer's speed, over `speed_scale`
+    lasting   slow running mean of the peak, over `restlessness_scale`; some runs die without one large jump
+    v         max((peak + speed) / 2, lasting): the unsteadiness
 
-    risk      4 log v + bounded prior                        acts: without a lurch it is 0, whatever the prior
-    forecast  log growth of the expansive mass + prior       warns, and never acts: it may be high from the start
-              or, where the script logs its loss,
-              4 log(z + 0.05) + prior                        with z the loss's z-score (koopmon.risk.loss_zscore)
+Where linear maps explain little of the layers, as with splines, v is multiplied by
+1 - reliability_weight * (1 - share of reliable modes).
 
-benchmarks/results has what each was measured to do.
+Normalised layers fail in another way. A rate that is too high ruins the run while the update ratios climb for tens of
+steps. One batch of unusual text moves the ratios for one snapshot and harms nothing. For normalised layers z is
+therefore the median of the last three snapshots, and v is divided by `normalized_scale`.
+
+`prior` gives log-odds from the learning rate in force and the critical rate of such layers (`rate_excess`). Its bounds
+let evidence overrule it. It counts little in the risk of normalised layers, because the critical rate of large models
+is not known. Two scores in [0, 1] follow, as log-odds:
+
+    risk      4 log v + bounded prior                        The policy acts on it. It is 0 without any change.
+    forecast  log growth of the expansive mass + prior       It warns and starts no action.
+              4 log(z + 0.05) + prior                        The same with the loss's z-score z, where a loss is logged.
+
+The measured results are in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -45,13 +48,13 @@ if TYPE_CHECKING:
 
 
 TINY_RATE, HUGE_RATE = 1e-12, 1e12
-"""A rate of 0, as at the first step of a warm-up, has a logarithm too, and an infinite one a finite logarithm."""
+"""Bounds of a learning rate. They keep its logarithm finite, for example at rate 0 in the first step of a warm-up."""
 LogRatios: TypeAlias = Annotated[tuple[Annotated[float, Meta(ge=-1000.0, le=1000.0)], ...], Meta(max_length=4096)]
 """log(update ratio + floor), one value per layer."""
 EXPANSIVE_FLOOR = 0.01
-"""Added to the expansive mass: growth below it counts little. One mode of 32 in one layer of 4 is 0.008."""
+"""Term added to the expansive mass: growth below it counts little. One mode of 32 in one layer of 4 is 0.008."""
 LOSS_FLOOR = 0.05
-"""Added to the loss's z-score, which may be nothing: -12 log-odds."""
+"""Term added to the loss's z-score. A z-score of 0 then gives 4 log(0.05) = -12 log-odds. Chosen by hand."""
 
 
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -59,14 +62,21 @@ Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
-    """What one snapshot says: aggregates over layers, and the update ratio of each layer. Absent scalars are None."""
+    """Measurements of one snapshot: means over layers, the update ratio of each layer, and scalars of the training.
+
+    Absent scalars are None.
+    """
 
     step: int
+    """Optimizer step of the snapshot."""
     informative: bool
+    """True when the profile is informative."""
     reason: str = ""
+    """Reason against an informative profile."""
     non_finite: bool = False
-    """The states held NaN or infinity: the run has diverged."""
+    """True when the states hold NaN or infinity: the run has diverged."""
     update_ratios: tuple[float, ...] = ()
+    """Update ratio of each layer, by depth."""
     near_unit_mass: float | None = None
     expansive_mass: float | None = None
     spectral_radius: float | None = None
@@ -76,10 +86,10 @@ class Observation:
     reliable_mode_ratio: float | None = None
     learning_rate: float | None = None
     width: int | None = None
-    """Of the residual stream; None where the optimizer's steps are not as long as the rate says."""
+    """Width of the residual stream; None where the optimizer's step length is not given by the learning rate."""
     num_layers: int = 0
     update_exponent: float | None = None
-    """Of the model as it was when the run began; None where it is not known."""
+    """Update exponent of the model at the start of the run; None where it is unknown."""
     loss: float | None = None
     grad_norm: float | None = None
     lr_scale: float = 1.0
@@ -88,42 +98,48 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RiskState:
-    """What the detector remembers of one run. z is log(update ratio + floor), one value per layer.
+    """History of one run for the detector. z is log(update ratio + floor), one value for each layer.
 
-    The bounds are checked when a history is read after a restart: it may be damaged or forged.
+    The bounds are checked when the monitor reads a history after a restart, because the file may be damaged or forged.
     """
 
     initial_expansive_mass: Share | None = None
     step: Annotated[int, Meta(ge=0, lt=1 << 53)] | None = None
     z: LogRatios = ()
-    """After the median of normalised layers."""
+    """z of the last snapshot, after the median of three for normalised layers."""
     recent: Annotated[
         tuple[LogRatios, ...],
         Meta(max_length=2),
     ] = ()
-    """z of the last two snapshots, before it."""
+    """z of the last two snapshots, before that median, oldest first."""
     speed: Annotated[tuple[Annotated[float, Meta(ge=0.0, le=2000.0)], ...], Meta(max_length=4096)] = ()
-    """Running mean of |dz| per step, one value per layer."""
+    """Running mean of |dz| per step, one value for each layer."""
     restlessness: Annotated[float, Meta(ge=0.0, le=1.000_001)] = 0.0
-    """Slow running mean of the peak, each peak counted as 1 at most."""
+    """Slow running mean of the peak; a peak counts as 1 at most."""
     lr_scale: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
-    """koopmon's scale at the last snapshot: once it is lowered, earlier restlessness is no longer evidence."""
+    """koopmon's LR scale at the last snapshot. A lower scale resets `restlessness`."""
     surprise: LossZScore = field(default_factory=LossZScore)
-    """Of the logged loss; empty where nothing is logged."""
+    """z-score of the logged loss; without losses where the script logs none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnlineRisk:
-    """`value`, the risk, and `forecast` in [0, 1]; `components` are v ("unsteadiness") and its parts, each 1 at its
-    scale, the log-odds "prior" and "growth" (of the expansive mass), and, once enough losses are known, "loss", the
-    z-score of the last one."""
+    """Risk and forecast of one snapshot."""
 
     value: float
+    """Risk, in [0, 1]."""
     reason: str
+    """Reason for the risk, in one line."""
     forecast: float = 0.0
+    """Forecast, in [0, 1]."""
     excess_rate: float | None = None
-    """The scheduled rate over the critical one of such layers; None where either is not known."""
+    """Scheduled rate over the critical rate of such layers; None where either is unknown."""
     components: Mapping[str, float] = field(default_factory=dict)
+    """Parts of the scores, by name.
+
+    "unsteadiness" is v; "peak", "speed" and "lasting" are its parts, each 1 at its scale. "prior" and "growth" (of the
+    expansive mass) are log-odds. "loss" is the z-score of the newest loss, once enough losses are known.
+    """
 
 
 def observe(
@@ -140,8 +156,21 @@ def observe(
     kss_alpha: float = 0.0,
     non_finite: bool = False,
 ) -> Observation:
-    """Reduce a profile to what the detector and the policy look at. `profile` is None when the states were not
-    finite."""
+    """Reduce a profile to an observation for the detector and the policy.
+
+    Args:
+        profile: the profile; None when the states were not finite.
+        step: optimizer step of the snapshot.
+        learning_rate: the rate as scheduled, before koopmon's scale.
+        width: width of the residual stream; None where the learning rate does not give the step length.
+        num_layers: number of transitions.
+        update_exponent: update exponent at the start of the run; None where it is unknown.
+        loss: logged loss.
+        grad_norm: logged gradient norm.
+        lr_scale: koopmon's LR scale, in (0, 1].
+        kss_alpha: weight of KSS, at least 0.
+        non_finite: True when the states hold NaN or infinity.
+    """
     scalars = {
         "step": step,
         "learning_rate": learning_rate,
@@ -174,30 +203,33 @@ def observe(
 
 
 def rate_excess(observation: Observation, config: RiskConfig) -> float | None:
-    """The scheduled rate, before koopmon's scale, over the rate at which the fate of such layers is even.
+    """Compute the scheduled rate over the critical rate, at which the prior is even.
 
-    None where the rate or the width is not known; a rate that is NaN is not known. Depth counts only without
-    normalisation: published recipes for normalised models keep learning rate x width nearly constant while their depth
-    grows tenfold. Layers that are normalised in part are placed between the two on a logarithmic scale; an unknown
-    exponent counts as unnormalised.
+    The scheduled rate is the rate before koopmon's scale. Partly normalised layers lie between the two critical rates
+    on a logarithmic scale. An unknown exponent counts as unnormalised.
+
+    Returns:
+        The excess, positive; None where the rate or the width is unknown or the rate is NaN.
     """
     scheduled = observation.learning_rate
     if scheduled is None or math.isnan(scheduled) or not observation.width:
         return None
     normalized = normalization(observation)
     rate = min(max(scheduled, TINY_RATE), HUGE_RATE) * observation.width
+    # Depth counts without normalisation only. Published recipes for normalised models keep learning rate x width
+    # between 0.3 and 1.6 while learning rate x depth grows from 5 to 70.
     bare = math.log10(rate * max(observation.num_layers, 1) / config.critical_rate)
     behind_norms = math.log10(rate / config.normalized_critical_rate)
     return float(10.0 ** ((1.0 - normalized) * bare + normalized * behind_norms))
 
 
 def normalization(observation: Observation) -> float:
-    """1 behind normalisations, 0 without, or where it is not known."""
+    """Compute the normalisation strength in [0, 1]; 0 where the update exponent is unknown."""
     return 0.0 if observation.update_exponent is None else normalization_from_exponent(observation.update_exponent)
 
 
 def prior(observation: Observation, config: RiskConfig) -> float:
-    """Log-odds that the run fails, by what is known before it moves: the rate in force. 0 where that is not known."""
+    """Compute the log-odds of failure from the rate in force, within [min_prior, max_prior]; 0 where it is unknown."""
     excess = rate_excess(observation, config)
     if excess is None:
         return 0.0
@@ -206,14 +238,19 @@ def prior(observation: Observation, config: RiskConfig) -> float:
 
 
 def weighed(log_odds: float, observation: Observation, config: RiskConfig) -> float:
-    """What of the prior counts in the risk: all of it without normalisation, `normalized_weight` at most behind it."""
+    """Weigh the prior for the risk: the whole prior without normalisation, at most `normalized_weight` behind it."""
     normalized = normalization(observation)
     bounded = min(max(log_odds, -config.normalized_weight), config.normalized_weight)
     return (1.0 - normalized) * log_odds + normalized * bounded
 
 
 def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tuple[RiskState, OnlineRisk]:
-    """Score one observation against the run's own history; returns the new history and the risk."""
+    """Score one observation against the run's own history.
+
+    Returns:
+        The new history and the risk. Non-finite states give risk and forecast 1, a profile that is not informative 0;
+        both leave the history unchanged. The first snapshot gives risk 0.
+    """
     state, risk = _assess(state, observation, config)
     if observation.update_exponent is None:
         return state, risk
@@ -221,10 +258,12 @@ def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tu
 
 
 def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> tuple[RiskState, OnlineRisk]:
+    """Score one observation, without `excess_rate`."""
     if observation.non_finite:
         return state, OnlineRisk(value=1.0, forecast=1.0, reason="the residual stream is not finite")
     if not observation.informative:
         return state, OnlineRisk(value=0.0, reason=f"not informative: {observation.reason}")
+    # The floor makes changes of small update ratios count little: log is nearly flat below it.
     z = tuple(math.log(max(ratio, 0.0) + config.update_ratio_floor) for ratio in observation.update_ratios)
     known_layers = len(z) == len(state.z)
     before = tuple(each for each in state.recent if len(each) == len(z)) if known_layers else ()
@@ -236,11 +275,15 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
         foreseen["loss"] = state.surprise.value
     forecast = foresight(foreseen)
     changed = not known_layers or len(state.speed) not in (0, len(z))
+    # Steps that go back mean a new start from a checkpoint, and other layers mean another model. A difference to the
+    # last snapshot has no meaning in both cases.
     if state.step is None or observation.step <= state.step or changed:
         fresh = replace(
             state, step=observation.step, z=z, recent=state.recent[-1:], speed=(), restlessness=0.0, lr_scale=1.0
         )
         return fresh, OnlineRisk(value=0.0, forecast=forecast, reason="first snapshot", components=foreseen)
+    # The gap has a lower bound because sampling noise does not shrink with it. It has an upper bound because an
+    # oscillation does not grow with it.
     gap = min(max(observation.step - state.step, config.min_gap_steps), config.max_gap_steps)
     latest = tuple(abs(new - old) / gap for new, old in zip(z, state.z, strict=True))
     weight = config.smoothing
@@ -249,7 +292,9 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     layer = latest.index(max(latest))
     peak, fastest = latest[layer] / config.peak_scale, max(speed) / config.speed_scale
     slow = config.restlessness_smoothing
+    # After a lower LR scale the earlier restlessness is no evidence about the rate in force.
     restless = 0.0 if observation.lr_scale < state.lr_scale else state.restlessness
+    # A peak counts as 1 at most, so that one large jump does not last.
     restless = (1 - slow) * restless + slow * min(peak, 1.0)
     state = replace(
         state, step=observation.step, z=z, speed=speed, restlessness=restless, lr_scale=observation.lr_scale
@@ -257,6 +302,7 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     lasting = restless / config.restlessness_scale
     reliable = 1.0 if observation.reliable_mode_ratio is None else observation.reliable_mode_ratio
     reliability = 1.0 - config.reliability_weight * (1.0 - reliable)
+    # The exponent b = normalisation strength interpolates the scale between 1 and `normalized_scale` on a log scale.
     v = max(0.5 * (peak + fastest), lasting) * reliability / config.normalized_scale ** normalization(observation)
     known = weighed(foreseen["prior"], observation, config)
     reason = (
@@ -266,19 +312,20 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     if reliability < 1.0:
         reason += f", weighed by {reliability:.2f} for its reliable modes"
     parts = {"unsteadiness": v, "peak": peak, "speed": fastest, "lasting": lasting, **foreseen}
+    # 4 log v is the log-odds of v^4 / (v^4 + 1): one half at v = 1 and an even prior. The 4 was chosen by hand.
     value = _sigmoid(4.0 * math.log(v) + known) if v > 0.0 else 0.0
     return state, OnlineRisk(value=value, forecast=forecast, reason=reason, components=parts)
 
 
 def _median_of_three(before: tuple[tuple[float, ...], ...], z: tuple[float, ...]) -> tuple[float, ...]:
-    """Of each layer over this snapshot and the two before it; `z` as it is while there are not as many."""
+    """Compute the median of each layer over this snapshot and the last two; return `z` with fewer than two of them."""
     if len(before) < 2:
         return z
     return tuple(sorted(values)[1] for values in zip(*before, z, strict=True))
 
 
 def _with_start_and_loss(state: RiskState, observation: Observation) -> RiskState:
-    """`state`, with what the first informative snapshot said kept for good, and the loss beside this one."""
+    """Add the loss of this snapshot, and the expansive mass if this is the first informative one."""
     state = replace(state, surprise=state.surprise.after(observation.loss))
     if state.initial_expansive_mass is not None:
         return state
@@ -286,7 +333,7 @@ def _with_start_and_loss(state: RiskState, observation: Observation) -> RiskStat
 
 
 def _growth(state: RiskState, observation: Observation) -> float:
-    """Of the expansive mass since the start, as a logarithm."""
+    """Compute the logarithm of the growth of the expansive mass since the first informative snapshot."""
     now, first = observation.expansive_mass, state.initial_expansive_mass
     if now is None or first is None:
         return 0.0
@@ -294,9 +341,9 @@ def _growth(state: RiskState, observation: Observation) -> float:
 
 
 def foresight(foreseen: Mapping[str, float]) -> float:
-    """The forecast that follows from the components "prior" and "growth" or "loss".
+    """Compute the forecast in [0, 1] from the components "prior" and "loss", or "growth" where no loss is known.
 
-    By the loss where there is one: with the prior it warned earlier than the expansive mass, and of more runs.
+    With the prior, the loss warned earlier than the expansive mass and of more runs (docs/evidence.md).
     """
     if "loss" in foreseen:
         return _sigmoid(foreseen["prior"] + 4.0 * math.log(max(foreseen["loss"], 0.0) + LOSS_FLOOR))
@@ -304,4 +351,5 @@ def foresight(foreseen: Mapping[str, float]) -> float:
 
 
 def _sigmoid(log_odds: float) -> float:
+    """Compute the probability of log-odds. The bound of 50 keeps exp finite and was chosen by hand."""
     return 1.0 / (1.0 + math.exp(-min(max(log_odds, -50.0), 50.0)))

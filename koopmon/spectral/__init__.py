@@ -1,6 +1,7 @@
-"""The mathematics of koopmon: whitened DMD profiles of the residual stream, and Koopman Spectral Shaping.
+"""Whitened DMD profiles of the residual stream, and Koopman Spectral Shaping.
 
-Imports torch and koopmon.errors only; plain arguments, no configuration, no I/O. Rows are samples: x, y (N, D).
+The package imports torch and koopmon.errors only. It takes plain arguments, reads no configuration and does no I/O.
+Rows are samples: x and y have the shape (N, D). The source of the equations is arXiv 2602.22988.
 """
 
 from koopmon.spectral.kss import CONDITION_GUARD, KssGradient, kss_basis, kss_gradient, kss_loss

@@ -1,4 +1,4 @@
-"""Inverses of several matrices."""
+"""Batched matrix inverses that never raise."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from torch import Tensor
 
 
 def inverses(matrices: Tensor) -> Tensor:
-    """The inverse of each matrix (..., R, R); of a singular one whatever the factorisation leaves, and never an error.
+    """Invert each matrix of a batch.
 
-    On the CPU one after the other: oneMKL's batched factorisation, given large matrices and several threads, reports
-    wrong parameters and does not come back (torch 2.13, two matrices of 768 x 768, two threads).
+    Args:
+        matrices: (..., R, R), real or complex.
+
+    Returns:
+        The inverses, (..., R, R). The result for a singular matrix is undefined; no error is raised.
     """
+    # On the CPU the matrices are inverted one after the other. oneMKL's batched factorisation of large matrices with
+    # several threads reports wrong parameters and hangs (torch 2.13, two matrices of 768 x 768, two threads).
     if matrices.device.type != "cpu" or matrices.dim() == 2:
         inverse: Tensor = torch.linalg.inv_ex(matrices).inverse
         return inverse

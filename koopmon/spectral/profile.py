@@ -1,6 +1,6 @@
-"""Profiles of layer transitions: the residual stream's spectrum, layer by layer (eqs. 4-13, 29).
+"""Profiles of layer transitions: the spectrum of the residual stream by layer (arXiv 2602.22988, eqs. 4-13 and 29).
 
-Rows are samples: a state is (N samples, D width), the same tokens at every depth.
+Rows are samples: a state has the shape (N samples, D width). All states hold the same tokens.
 """
 
 from __future__ import annotations
@@ -20,21 +20,28 @@ from koopmon.spectral.update_exponent import update_exponent
 from koopmon.spectral.whitening import Coordinates, transitions
 
 EXPANSIVE = 1.05
+"""Modulus above which a mode is expansive, and the upper end of the near-unit band (eqs. 11-12; the paper's value)."""
 NEAR_UNIT = 0.90
+"""Lower end of the near-unit band (eq. 12; the paper's value)."""
 CONTRACTIVE = 0.80
+"""Modulus below which a mode is contractive (eq. 13; the paper's value)."""
 RELIABLE = 0.1
-"""Largest residual (eq. 10) of a reliable mode."""
+"""Largest residual of a reliable mode (eq. 10; the paper's value)."""
 
 MIN_PRESENT = 0.9
-"""Share of the directions that must be present: a LayerNorm takes one away by itself, and that is no defect."""
+"""Smallest share of present directions in an informative layer. A LayerNorm removes one direction. Chosen by hand."""
 
 MIN_UPDATE_RATIO = 0.01
-"""Below it a layer is not informative: the root mean square of |lambda - 1| is at most the update ratio, so that at
-0.01 no less than 96% of the modes lie in the near-unit band whatever the layer does. That is how it was initialised,
-no finding."""
+"""Smallest update ratio of an informative layer. Below it the spectrum shows the identity initialisation only.
+
+The root mean square of |lambda - 1| is at most the update ratio. The near-unit band holds all modes with
+|lambda - 1| <= 0.05. At a ratio of 0.01 at most (0.01 / 0.05)^2 = 4% of the modes lie outside.
+"""
 
 KREISS_FULL_RANK = 256
+"""Largest number of directions for which `kreiss="auto"` computes the Kreiss constant. It limits the cost."""
 _BATCH_ELEMENTS = 1 << 23
+"""Elements of x and y that start a fit: 2^23 float64 values are 64 MiB. Chosen by hand."""
 
 Kreiss = Literal["auto", "always", "never"]
 
@@ -42,7 +49,7 @@ Kreiss = Literal["auto", "always", "never"]
 def profile_transition(
     x: Tensor, y: Tensor, *, svd_rank: int | None = None, ridge: float = 1e-5, seed: int = 0, kreiss: Kreiss = "auto"
 ) -> LayerProfile:
-    """Profile one transition x -> y, both (N, D). See `profile_states`."""
+    """Profile one transition from x to y, both (N, D). Arguments and errors are those of `profile_states`."""
     return _profile([x, y], ["x", "y"], svd_rank, ridge, seed, kreiss).layers[0]
 
 
@@ -54,19 +61,26 @@ def profile_states(
     seed: int = 0,
     kreiss: Kreiss = "auto",
 ) -> SpectralProfile:
-    """Profile the L transitions among L+1 states, each (N, D): a (L+1, N, D) tensor or a sequence of tensors.
+    """Profile the L transitions among L+1 states (arXiv 2602.22988, eqs. 4-13 and 29).
+
+    Constant, rank-deficient or too few samples raise no error. The layer is then not `informative` and has a `reason`.
 
     Args:
-        states: the same N tokens at every depth, on one device; half precision is taken up to float32.
-        svd_rank: None fits the full D-dimensional operator in float64 (needs N >= D, comfortably 1.2 D); R fits it in
-            the leading R directions of each x, found by a randomised SVD (needs N > R, comfortably 1.2 R).
-        ridge: eps of eq. 6, in units of the states' variance; it enters the whitening map only.
-        seed: of the private generator of the randomised SVD.
-        kreiss: "auto" computes the Kreiss constant up to 256 directions, "always", or "never".
+        states: a tensor (L+1, N, D) or a sequence of L+1 tensors (N, D), with the same N tokens at every depth and on
+            one device. Half precision becomes float32.
+        svd_rank: None fits the full D-dimensional operator in float64; it needs N >= D, and 1.2 D is comfortable. An
+            integer R >= 1 fits the leading R directions of each x from a randomised SVD; it needs N > R, and 1.2 R is
+            comfortable.
+        ridge: eps of eq. 6, at least 0, in units of the states' variance. It enters the whitening map only. The
+            default 1e-5 is the paper's.
+        seed: seed of the private generator of the randomised SVD.
+        kreiss: "auto" computes the Kreiss constant up to 256 directions, "always" at any size, "never" not at all.
+
+    Returns:
+        The profile, one layer for each transition.
 
     Raises:
-        ValueError: a state holds NaN or infinite values, or arguments do not fit together; the message names which.
-            Constant, rank-deficient or too few samples never raise: the layer is then not `informative`, and says why.
+        ValueError: a state holds NaN or infinite values, or an argument is not allowed; the message holds its name.
     """
     states = list(states)
     return _profile(states, [f"states[{index}]" for index in range(len(states))], svd_rank, ridge, seed, kreiss)
@@ -75,6 +89,7 @@ def profile_states(
 def _profile(
     states: list[Tensor], names: list[str], svd_rank: int | None, ridge: float, seed: int, kreiss: Kreiss
 ) -> SpectralProfile:
+    """Check the arguments and profile the states in batches; `names` are for error messages."""
     _check(states, names, svd_rank, ridge, kreiss)
     detached = [state.detach() for state in states]
     layers: dict[int, LayerProfile] = {}
@@ -84,11 +99,13 @@ def _profile(
             indices = [index for index, _ in batch]
             mine = [exponents[index] for index in indices]
             profiles = _fit_batch([coordinates for _, coordinates in batch], mine, svd_rank, kreiss)
+            # Batches group layers by their number of directions, so they come out of depth order.
             layers.update(zip(indices, profiles, strict=True))
     return SpectralProfile(layers=tuple(layers[index] for index in sorted(layers)))
 
 
 def _check(states: list[Tensor], names: list[str], svd_rank: int | None, ridge: float, kreiss: Kreiss) -> None:
+    """Raise ValueError for the first argument that is not allowed."""
     if len(states) < 2:
         raise ValueError(f"states: {len(states)} given, at least 2 are needed for one transition")
     for state, name in zip(states, names, strict=True):
@@ -108,7 +125,7 @@ def _check(states: list[Tensor], names: list[str], svd_rank: int | None, ridge: 
 
 
 def _batches(stream: Iterable[Coordinates]) -> Iterator[list[tuple[int, Coordinates]]]:
-    """Groups of transitions with equally many directions, each group of bounded size."""
+    """Yield groups of indexed transitions with equal numbers of directions, each group of bounded size."""
     waiting: dict[int, list[tuple[int, Coordinates]]] = {}
     held = 0
     for index, coordinates in enumerate(stream):
@@ -123,6 +140,7 @@ def _batches(stream: Iterable[Coordinates]) -> Iterator[list[tuple[int, Coordina
 def _fit_batch(
     batch: list[Coordinates], exponents: list[float], svd_rank: int | None, kreiss: Kreiss
 ) -> list[LayerProfile]:
+    """Profile a batch of transitions with equal numbers of directions; `exponents` holds their update exponents."""
     num_samples, directions = batch[0].x.shape
     if directions == 0:
         return [_empty(item, exponent, svd_rank) for item, exponent in zip(batch, exponents, strict=True)]
@@ -159,9 +177,11 @@ def _fit_batch(
 
 
 def _columns(operators: Operators) -> dict[str, list[float]]:
+    """Compute the numbers of `LayerProfile` that come from the operators, one list entry for each layer."""
     modulus = operators.eigenvalues.abs()
     near_unit = (modulus >= NEAR_UNIT) & (modulus <= EXPANSIVE)
     reliable = operators.residuals <= RELIABLE
+    # Every field is finite. Overflow gives the largest float64, and `finite` makes the layer not informative.
     largest = torch.finfo(torch.float64).max
     columns = {
         "near_unit_mass": near_unit.double().mean(-1),
@@ -178,10 +198,12 @@ def _columns(operators: Operators) -> dict[str, list[float]]:
 
 
 def _verdict(item: Coordinates, svd_rank: int | None, update_ratio: float, finite: bool) -> tuple[str, str]:
-    """Why the layer is not informative, or "" and a caution."""
+    """Return the reason against an informative layer, or "", and a caution, or ""."""
     num_samples, present = item.x.shape
     size = item.size
+    # A comfortable number of samples is 20% above the number of directions. The 20% were chosen by hand.
     comfortable = math.ceil(1.2 * size)
+    # With N = R centred samples the truncated fit has no residual: centring leaves N - 1 degrees of freedom.
     if num_samples < size or (svd_rank is not None and num_samples <= size):
         need = f"full rank needs N >= D = {size}" if svd_rank is None else f"svd_rank {svd_rank} needs N > {size}"
         return f"too few samples: N = {num_samples}, {need}, comfortably {comfortable}", ""
@@ -199,7 +221,7 @@ def _verdict(item: Coordinates, svd_rank: int | None, update_ratio: float, finit
 
 
 def _empty(item: Coordinates, exponent: float, svd_rank: int | None) -> LayerProfile:
-    """The profile of samples without any spread: no modes at all."""
+    """Build the profile of a layer whose samples have no spread and therefore no modes."""
     flaw, _ = _verdict(item, svd_rank, 0.0, True)
     return LayerProfile(
         eigenvalues=torch.zeros(0, dtype=torch.complex128),

@@ -1,4 +1,4 @@
-"""What is known of a layer and of a whole stack: plain frozen records, to and from JSON types."""
+"""Profiles of a layer and of a stack, as frozen records with conversion to and from JSON types."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ FIELDS: Final[tuple[str, ...]] = (
     "reliable_mode_ratio",
     "reliable_near_unit_mass",
 )
-"""The numbers of a `LayerProfile`, each finite; only `kreiss_constant` may be None."""
+"""Names of the numbers of a `LayerProfile`. Each is finite; only `kreiss_constant` may be None."""
 
 
 class Thirds(NamedTuple):
-    """Means over the early, middle and late third of the depth."""
+    """Means over the early, middle and late third of the depth; None where no layer has the field."""
 
     early: float | None
     middle: float | None
@@ -52,43 +52,49 @@ class Thirds(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LayerProfile:
-    """The spectrum of one transition h_l -> h_{l+1}, in whitened coordinates (eqs. 5-13 and 29; docs/method.md).
+    """Spectrum of one transition h_l -> h_{l+1} in whitened coordinates (arXiv 2602.22988, eqs. 5-13 and 29).
 
-    Numbers are always finite, also where `informative` is False: there they describe what little the samples hold.
+    All numbers are finite, also where `informative` is False. docs/method.md has their definitions.
     """
 
     eigenvalues: Tensor
-    """Complex, (R,), by descending modulus, then real part; conjugate pairs adjacent, positive imaginary part first."""
+    """(R,), complex128, by descending modulus, then real part.
+
+    Conjugate pairs are adjacent; the value with the positive imaginary part is first.
+    """
     near_unit_mass: float
-    """Fraction of eigenvalues with modulus in [0.90, 1.05] (eq. 12)."""
+    """Share of eigenvalues with a modulus in [0.90, 1.05] (eq. 12)."""
     expansive_mass: float
-    """Fraction with modulus above 1.05 (eq. 11)."""
+    """Share of eigenvalues with a modulus above 1.05 (eq. 11)."""
     contractive_mass: float
-    """Fraction with modulus below 0.80 (eq. 13)."""
+    """Share of eigenvalues with a modulus below 0.80 (eq. 13)."""
     spectral_radius: float
+    """Largest modulus of the eigenvalues, at least 0."""
     eigenvector_condition_number: float
-    """sigma_max / sigma_min of the unit right eigenvectors, capped at 1 / machine epsilon."""
+    """sigma_max / sigma_min of the unit right eigenvectors, from 1 to 1 / machine epsilon."""
     kreiss_constant: float | None
-    """Of A / max(1, rho) (eq. 29), at least 1; None where it was not asked for."""
+    """Kreiss constant of A / max(1, rho) (eq. 29), at least 1; None where it was not computed."""
     nonlinearity_ratio: float
-    """What a linear map cannot explain of the update (eq. 5)."""
+    """Share eta of the update that the linear map does not explain, at least 0 (eq. 5)."""
     update_ratio: float
-    """||y_w - x_w||_F / ||x_w||_F: near 0 the layer does nothing that could be analysed."""
+    """||y_w - x_w||_F / ||x_w||_F, at least 0. A layer with a value near 0 is nearly the identity (ours)."""
     update_exponent: float
-    """k of ||y - x|| ~ ||x||^k over the samples: 0 behind a normalisation, 1 for a linear map (ours)."""
+    """k of ||y - x|| ~ ||x||^k over the samples: 0 behind a normalisation, 1 for a linear layer (ours)."""
     reliable_mode_ratio: float
-    """Fraction of modes whose residual (eq. 10) is at most 0.1."""
+    """Share of modes with a residual of at most 0.1 (eq. 10)."""
     reliable_near_unit_mass: float
-    """Near-unit fraction among the reliable modes; 0 when there are none."""
+    """Near-unit share among the reliable modes; 0 without any."""
     num_samples: int
+    """N, the number of tokens."""
     svd_rank: int | None
-    """The truncation asked for; None is full rank. Profiles of different rank or N are different quantities."""
+    """Truncation asked for; None is full rank. Profiles of different rank or N are different quantities."""
     informative: bool
+    """True when the samples determine the spectrum and the layer changes the state."""
     reason: str
-    """Why not informative, or a caution; empty when all is well."""
+    """Reason against an informative layer, or a caution; empty without either."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; eigenvalues as [re, im] pairs."""
+        """Convert to JSON types; eigenvalues become [re, im] pairs."""
         pairs = [[value.real, value.imag] for value in self.eigenvalues.tolist()]
         numbers = {name: getattr(self, name) for name in FIELDS}
         return {
@@ -102,7 +108,7 @@ class LayerProfile:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerProfile:
-        """The inverse of `to_dict`."""
+        """Convert from the result of `to_dict`."""
         pairs = [complex(real, imaginary) for real, imaginary in data["eigenvalues"]]
         rest = {name: value for name, value in data.items() if name != "eigenvalues"}
         return cls(eigenvalues=torch.tensor(pairs, dtype=torch.complex128), **rest)
@@ -110,31 +116,36 @@ class LayerProfile:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SpectralProfile:
-    """The profiles of L transitions, by depth. Aggregates run over all layers; `risk` over the informative ones."""
+    """Profiles of L transitions, by depth.
+
+    Aggregates cover all layers. `risk` and `update_exponent` cover the informative ones.
+    """
 
     layers: tuple[LayerProfile, ...]
 
     @property
     def num_layers(self) -> int:
+        """L, the number of transitions."""
         return len(self.layers)
 
     @property
     def num_samples(self) -> int:
-        """N, the same for every layer."""
+        """N, the number of tokens, equal for all layers."""
         return self.layers[0].num_samples
 
     @property
     def svd_rank(self) -> int | None:
+        """Truncation asked for; None is full rank."""
         return self.layers[0].svd_rank
 
     @property
     def informative(self) -> bool:
-        """True when at least half of the layers are."""
+        """True when at least half of the layers are informative."""
         return 2 * sum(layer.informative for layer in self.layers) >= self.num_layers
 
     @property
     def reason(self) -> str:
-        """Each distinct reason of the layers with how many share it; empty when all is well."""
+        """Each distinct reason of the layers with its number of layers; empty without any."""
         counts: dict[str, int] = {}
         for layer in self.layers:
             if layer.reason:
@@ -143,14 +154,20 @@ class SpectralProfile:
 
     @property
     def update_exponent(self) -> float | None:
-        """That of the stack (`stack_exponent`), over informative layers; None when not informative."""
+        """Update exponent of the stack: the lower of the first informative layer's and the median of these layers.
+
+        None when the profile is not informative.
+        """
         if not self.informative:
             return None
         return stack_exponent([layer.update_exponent for layer in self.layers if layer.informative])
 
     @property
     def risk(self) -> float | None:
-        """The paper's score: mean near-unit mass over informative layers, in [0, 1]; None when not informative."""
+        """Score of arXiv 2602.22988: mean near-unit mass over informative layers, in [0, 1].
+
+        None when the profile is not informative.
+        """
         if not self.informative:
             return None
         return _mean([layer.near_unit_mass for layer in self.layers if layer.informative])
@@ -160,7 +177,11 @@ class SpectralProfile:
     @overload
     def mean(self, field: str) -> float | None: ...
     def mean(self, field: str) -> float | None:
-        """Mean over layers; None when no layer holds the field (only `kreiss_constant` can be missing)."""
+        """Compute the mean of a field over layers.
+
+        Only `kreiss_constant` can be missing from layers; the result is None when all lack it. An unknown field raises
+        ValueError.
+        """
         return self._aggregate(field, _mean)
 
     @overload
@@ -168,7 +189,7 @@ class SpectralProfile:
     @overload
     def max(self, field: str) -> float | None: ...
     def max(self, field: str) -> float | None:
-        """Largest over layers, as `mean`."""
+        """Compute the largest value of a field over layers; None and errors as in `mean`."""
         return self._aggregate(field, max)
 
     @overload
@@ -176,7 +197,7 @@ class SpectralProfile:
     @overload
     def min(self, field: str) -> float | None: ...
     def min(self, field: str) -> float | None:
-        """Smallest over layers, as `mean`."""
+        """Compute the smallest value of a field over layers; None and errors as in `mean`."""
         return self._aggregate(field, min)
 
     @overload
@@ -184,11 +205,14 @@ class SpectralProfile:
     @overload
     def std(self, field: str) -> float | None: ...
     def std(self, field: str) -> float | None:
-        """Standard deviation over layers (of the layers themselves: divided by L), as `mean`."""
+        """Compute the standard deviation of a field over layers, with the divisor L; None and errors as in `mean`."""
         return self._aggregate(field, _std)
 
     def thirds(self, field: str) -> Thirds:
-        """Means over early, middle and late layers; of fewer than three layers, an empty third is the mean over all."""
+        """Compute the means of a field over early, middle and late layers; errors as in `mean`.
+
+        With fewer than three layers, an empty third takes the mean over all layers.
+        """
         values = self._values(field)
         first, second = round(self.num_layers / 3), round(2 * self.num_layers / 3)
         parts = (values[:first], values[first:second], values[second:])
@@ -196,7 +220,7 @@ class SpectralProfile:
         return Thirds(*means)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` reads `layers` only, the rest is for the reader."""
+        """Convert to JSON types. `from_dict` reads `layers` only; the other keys are derived from them."""
         return {
             "layers": [layer.to_dict() for layer in self.layers],
             "risk": self.risk,
@@ -206,7 +230,7 @@ class SpectralProfile:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SpectralProfile:
-        """The inverse of `to_dict`."""
+        """Convert from the result of `to_dict`."""
         return cls(layers=tuple(LayerProfile.from_dict(layer) for layer in data["layers"]))
 
     def _values(self, field: str) -> list[float | None]:
@@ -220,10 +244,11 @@ class SpectralProfile:
 
 
 def finite_mean(values: Sequence[float]) -> float:
-    """Mean of finite values, of which there must be one at least; finite also where their sum is not."""
+    """Compute the mean of at least one finite value. It is finite even where the sum overflows."""
     try:
         return math.fsum(values) / len(values)
     except OverflowError:
+        # Fractions have no largest value, and the mean lies between the smallest and the largest value.
         return float(sum(map(Fraction, values)) / len(values))
 
 
@@ -232,9 +257,11 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _std(values: Sequence[float]) -> float:
+    """Compute the standard deviation with the divisor len(values), at most the largest float."""
     centre = finite_mean(values)
     try:
         return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / len(values))
     except OverflowError:
+        # hypot scales its arguments, so it needs no squares. The division by sqrt(L) comes first for the same reason.
         root = math.sqrt(len(values))
         return min(math.hypot(*((value - centre) / root for value in values)), sys.float_info.max)

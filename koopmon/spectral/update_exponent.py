@@ -1,6 +1,7 @@
-"""How a layer's update grows with the state: the exponent that tells whether a normalisation brakes it.
+"""Growth of a layer's update with its state, as an exponent: near 0 behind a normalisation, near 1 for linear layers.
 
-Rows are samples: x, y (N, D).
+Rows are samples: x and y have the shape (N, D). The definition is ours (docs/method.md, "Update exponent and
+normalisation").
 """
 
 from __future__ import annotations
@@ -12,21 +13,30 @@ import torch
 from torch import Tensor
 
 LENGTH_SHARE = 0.05
-"""Of the variance 1 / (2 D) that the logarithm of a length has where D entries are drawn independently, as in a fresh
-embedding: lengths that vary by less count as equal."""
+"""Variance of log-lengths below which lengths count as equal, as a share of 1 / (2 D). Chosen by hand.
+
+1 / (2 D) is the variance of the log-length of a vector of D independent entries, as in a fresh embedding.
+"""
 
 LARGEST_EXPONENT = 100.0
-"""Bound of what is told: where single samples have no update at all the slope means nothing."""
+"""Bound of the exponent. A sample without any update gives a slope without meaning. Chosen by hand."""
 
 
 @torch.no_grad()
 def update_exponent(x: Tensor, y: Tensor) -> Tensor:
-    """k of ||y - x|| ~ ||x||^k, the least-squares slope of the logarithms over the samples; 0-d float64, within +-100.
+    """Compute k of ||y - x|| ~ ||x||^k, the least-squares slope of the log-lengths over the samples.
 
-    Where the states are all of one length, as behind a normalisation of the stream itself, there is nothing that the
-    update could grow with, and k is 0. Never synchronises. It is a property of the layer as it was initialised: once
-    training has given updates directions of their own, how long a state is says little of how long they are.
+    k is 0 for states of equal length, as behind a normalisation of the stream itself. k describes the initialisation.
+    Training gives the updates their own directions, and k then says little. The function does not wait for the device.
+
+    Args:
+        x: (N, D): input states.
+        y: (N, D): output states of the same tokens.
+
+    Returns:
+        A 0-d float64 tensor within [-100, 100]; 0 where values are not finite.
     """
+    # The floor keeps the logarithm of a zero length finite.
     tiny = torch.finfo(torch.float64).tiny
     wide = torch.promote_types(x.dtype, torch.float32)
     x, y = x.to(wide), y.to(wide)
@@ -34,19 +44,26 @@ def update_exponent(x: Tensor, y: Tensor) -> Tensor:
         torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).clamp_min(tiny).log() for rows in (x, y - x)
     )
     lengths, updates = lengths - lengths.mean(), updates - updates.mean()
+    # Slope = cov / var of the centred logarithms. The added term keeps the slope near 0 where the lengths hardly vary;
+    # without it rounding errors would decide the quotient.
     slope = (lengths * updates).mean() / (lengths.square().mean() + LENGTH_SHARE / (2 * x.shape[-1]))
     bounded: Tensor = slope.nan_to_num(0.0, 0.0, 0.0).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
     return bounded
 
 
 def stack_exponent(exponents: Sequence[float]) -> float:
-    """One exponent for a whole stack: the first layer's or the median, whichever is lower.
+    """Compute one exponent for a stack: the lower of the first layer's exponent and the median over layers.
 
-    The first layer sees states whose lengths are the embedding's, and nothing else; deeper ones see lengths that the
-    layers before have shaped, as experts do that weigh tokens differently, and grow with those although they are
-    braked. Behind a Post-LN it is the other way round: only the first layer sees states that nothing has normalised. A
-    brake that shows in either is one. Raises ValueError for no layers.
+    Args:
+        exponents: one exponent for each layer, by depth.
+
+    Raises:
+        ValueError: there are no layers.
     """
+    # Deeper layers receive lengths that earlier layers shaped, for example experts that weigh tokens differently. Their
+    # exponent can be high although they are normalised; the first layer's is then the lower one. Behind a Post-LN
+    # only the first layer receives states that nothing has normalised; the median is then the lower one. A
+    # normalisation that lowers either value counts.
     if not exponents:
         raise ValueError("exponents: none given, a stack has at least one layer")
     return min(exponents[0], float(statistics.median(exponents)))
