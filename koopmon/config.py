@@ -62,7 +62,7 @@ class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class ModelConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the residual stream is, when discovery is not to decide."""
+    """Location of the residual stream, for models in which discovery finds another one."""
 
     adapter: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
     """Name of the architecture adapter, as `koopmon adapters` lists them; absent: the one that fits best."""
@@ -82,7 +82,7 @@ class SamplingConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class CadenceConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How often snapshots are taken, in optimizer steps, inside a budget that the agent measures itself."""
+    """Cadence of snapshots, in optimizer steps. The agent measures its own time and stays within a budget."""
 
     warmup_steps: Steps = 200
     """Steps from the start during which the dense cadence holds."""
@@ -93,7 +93,7 @@ class CadenceConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     budget_ratio: Annotated[float, Meta(gt=0.0, le=0.5)] = 0.005
     """Long-run share of step time that koopmon may spend in the training thread."""
     initial_credit_seconds: Seconds = 5.0
-    """What may be spent at once at the start."""
+    """Credit at the start, for the dense snapshots of the warm-up."""
     max_bytes_per_second: Annotated[float, Meta(ge=1.0, le=1e15)] = 50e6
     """Cap on what one rank sends."""
 
@@ -210,7 +210,7 @@ class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class StoreConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the history file keeps. Decisions, commands and their answers of a run that goes on are never deleted."""
+    """Contents and size of the history file. Decisions, commands and their answers of a run that goes on are never deleted."""
 
     max_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 47)] = 4 << 30
     """Size above which profiles, observations and heartbeats are deleted, the oldest first, those of runs that are
@@ -281,9 +281,9 @@ class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     confirm_snapshots: Annotated[int, Meta(ge=1, le=100)] = 1
     """High snapshots in a row before an action."""
     backoff_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.5
-    """What the learning-rate scale is multiplied with at a back-off."""
+    """Factor on the learning-rate scale at a back-off."""
     severe_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.25
-    """Likewise at a severe risk."""
+    """Factor at a severe risk."""
     landing_rate: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.5
     """Where the scheduled rate is known to be above the critical one (`[risk] critical_rate`), a back-off goes at least
     down to this times the critical one, and else by the gentle factors, which feel for a rate that is bearable."""
@@ -300,9 +300,9 @@ class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     hold_steps: Steps = 200
     """Calm steps before the scale rises by one notch; twice as many after the second back-off, and so on."""
     rise_factor: Annotated[float, Meta(gt=1.0, le=4.0)] = 1.25
-    """That notch."""
+    """Factor by which the learning-rate scale rises at one return step."""
     ramp_steps: RampSteps = 20
-    """Steps over which it is taken."""
+    """Steps over which the scale rises by that factor."""
     kss_ramp_steps: RampSteps = 10
     """Steps over which KSS comes and goes."""
     kss_hold_steps: Steps = 20

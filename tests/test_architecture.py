@@ -283,3 +283,27 @@ assert "torch" not in sys.modules, "a launcher that asks for a monitor loads tor
 def test_imports_stay_light(script: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_no_docstring_begins_with_a_relative_clause() -> None:
+    """A summary line is an imperative or a noun phrase: what something is, without "what"."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [
+        f"{path}: {text.splitlines()[0]}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse((HOUSE / path).read_text(encoding="utf-8")))
+        if isinstance(node, kinds) and (text := ast.get_docstring(node) or "")
+        if text.split()[0] in ("What", "Whether", "Where", "How", "That")
+    ]
+    assert SOURCES
+    assert found == []
+
+
+def test_no_two_classes_share_a_name() -> None:
+    names: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.parse((HOUSE / path).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                names.setdefault(node.name, []).append(str(path))
+    assert len(names) > 100
+    assert {name: paths for name, paths in names.items() if len(paths) > 1} == {}
