@@ -210,7 +210,7 @@ class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class StoreConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Contents and size of the history file. Decisions, commands and their answers of a run that goes on are never deleted."""
+    """Contents and size of the history file. Decisions, commands and acks of a run that goes on are never deleted."""
 
     max_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 47)] = 4 << 30
     """Size above which profiles, observations and heartbeats are deleted, the oldest first, those of runs that are
