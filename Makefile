@@ -20,7 +20,7 @@ HELD  := $(VENV)/constraints.txt
 PINS  := pyproject.toml $(HELD)
 
 # What is a command. Harmlessness first; then what others are held against, norms and early_warning; pages come last.
-FIRST    := matrix fault_campaign norms early_warning
+FIRST    := matrix fault_campaign proving_ground norms early_warning
 COMMANDS := $(patsubst benchmarks/%.py,%,$(shell grep -l __main__ benchmarks/*.py))
 COMMANDS := $(FIRST) $(filter-out $(FIRST) readme guarded_ranks,$(COMMANDS)) readme
 
