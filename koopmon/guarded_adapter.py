@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from koopmon.api import MAX_SPECIFICITY, ArchitectureAdapter, Observable, Point, Stack
 from koopmon.errors import PluginError, one_line
 from koopmon.observables import flaw
-from koopmon.plugin_calls import PluginCalls, WrongResultError, say_once
+from koopmon.plugin_calls import PluginCalls, WrongResultError, bounded_list, say_once
 
 __all__ = ["GuardedAdapter", "check_adapter", "original", "source"]
 
@@ -164,7 +164,7 @@ def _checked_reading(value: Any) -> Tensor | None:
 def _checked_settings(settings: object) -> dict[str, float]:
     if not isinstance(settings, Mapping):
         raise WrongResultError(f"gives {_shown(settings)}, expected a mapping of names to numbers")
-    found = {str(name): _number(value) for name, value in settings.items()}
+    found = {str(name): _number(value) for name, value in bounded_list(settings.items())}
     if len(found) > MAX_SETTINGS or any(len(name) > MAX_NAME for name in found):
         raise WrongResultError(f"gives {len(found)} settings, allowed are {MAX_SETTINGS} of {MAX_NAME} characters")
     return found
@@ -178,7 +178,7 @@ def _number(value: object) -> float:
 
 def _each(values: Any, kind: type[T]) -> list[T]:
     """Return the items of a plugin's result, which may be a generator. All must be of type `kind`."""
-    found = list(values)
+    found = bounded_list(values)
     for each in found:
         if not isinstance(each, kind):
             raise WrongResultError(f"gives {_shown(each)}, expected a {kind.__name__}")

@@ -11,12 +11,13 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import itertools
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -25,15 +26,19 @@ import torch
 from koopmon.errors import PluginError, one_line, raise_from_signal
 from koopmon.process_state import ProcessState
 
-__all__ = ["SECONDS", "PluginCalls", "WrongResultError", "say_once", "told"]
+__all__ = ["SECONDS", "PluginCalls", "WrongResultError", "bounded_list", "say_once", "told"]
 
 logger = logging.getLogger("koopmon.plugins")
 
 SECONDS = 10.0
 """Total time for the code of one plugin before a training begins."""
 STOP_ATTEMPTS = 5
+"""Made before the training goes on; a thread of koopmon's own makes REAPER_ATTEMPTS more."""
+REAPER_ATTEMPTS = 600
 STOP_SECONDS = 0.1
 """Interval between two attempts to end a thread."""
+MAX_ITEMS = 10_000
+"""Items of one result of a plugin."""
 T = TypeVar("T")
 _turn = threading.RLock()
 _here = threading.local()
@@ -43,6 +48,18 @@ _overdue: dict[str, str] = {}
 
 class WrongResultError(Exception):
     """A plugin's code returned an invalid value. The message begins with "gives"."""
+
+
+def bounded_list(values: Iterable[T]) -> list[T]:
+    """Return the items of a plugin's result, which may be a generator.
+
+    Raises WrongResultError above MAX_ITEMS. An endless iterable would fill the memory; `list` of an iterator written in
+    C runs no bytecode, so no exception could end it.
+    """
+    found = list(itertools.islice(values, MAX_ITEMS + 1))
+    if len(found) > MAX_ITEMS:
+        raise WrongResultError(f"gives more than {MAX_ITEMS} items")
+    return found
 
 
 class PluginCalls:
@@ -76,6 +93,9 @@ class PluginCalls:
                 late = work.is_alive()
                 if late:
                     _stop(work, self._package)
+                    if work.is_alive():  # the exception may strike where Python ignores it, as in a destructor
+                        rest = (work, self._package, REAPER_ATTEMPTS)
+                        threading.Thread(target=_stop, args=rest, name="koopmon-reaper", daemon=True).start()
                     atexit.register(_stop, work, self._package)  # in torch's code it would abort the ending process
                 changed = state.restore()
             self._seconds_left -= time.monotonic() - began
@@ -136,14 +156,14 @@ class _Work(threading.Thread):
             self.changed.append("the number of threads")
 
 
-def _stop(thread: threading.Thread, package: str) -> None:
-    """Raise SystemExit in `thread` until it ends, or STOP_ATTEMPTS x STOP_SECONDS have passed.
+def _stop(thread: threading.Thread, package: str, attempts: int = STOP_ATTEMPTS) -> None:
+    """Raise SystemExit in `thread` until it ends, or `attempts` x STOP_SECONDS have passed.
 
     A thread that imports a module of another package is not stopped, because that module would stay half imported for
     the whole process. Such an import continues beside the training. A thread that waits in C ends when that call
     returns.
     """
-    for _ in range(STOP_ATTEMPTS):
+    for _ in range(attempts):
         frame = sys._current_frames().get(thread.ident or 0)
         if frame is None or _imports_others(frame, package):
             break

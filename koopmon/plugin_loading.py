@@ -12,7 +12,7 @@ import pluggy
 from koopmon import hookspecs
 from koopmon.api import ArchitectureAdapter
 from koopmon.errors import PluginError, one_line
-from koopmon.plugin_calls import PluginCalls, WrongResultError, say_once, told
+from koopmon.plugin_calls import PluginCalls, WrongResultError, bounded_list, say_once, told
 
 __all__ = ["PluginManager", "is_own", "plugin_manager"]
 
@@ -81,7 +81,7 @@ class PluginManager(pluggy.PluginManager):
         for each in sorted(implementations, key=lambda each: (not is_own(each.plugin), each.plugin_name)):
 
             def call(function: Callable[[], Iterable[Any]] = each.function) -> list[Any]:
-                found = list(function())
+                found = bounded_list(function())
                 for offer in found:
                     check(offer)
                 return found

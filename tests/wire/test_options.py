@@ -15,7 +15,7 @@ from koopmon.wire.sockets import (
     ControlServer,
     DataReceiver,
     DataSender,
-    ProbingClient,
+    ProbeClient,
     WireContext,
 )
 from tests.keyring import Keyring
@@ -41,7 +41,7 @@ SERVER = {"ZAP_DOMAIN": b"koopmon"}
 CONTROL = {"LINGER": 500, "SNDHWM": 64, "RCVHWM": 0, "MAXMSGSIZE": 2 * LIMITS.max_header_bytes}
 OPTIONS: dict[Any, dict[str, Any]] = {
     ControlClient: COMMON | CLIENT | CONTROL,
-    ProbingClient: COMMON | CLIENT | CONTROL,
+    ProbeClient: COMMON | CLIENT | CONTROL,
     ControlServer: COMMON | SERVER | CONTROL | {"ROUTER_MANDATORY": 1},
     DataSender: COMMON | CLIENT | {"LINGER": 0, "SNDHWM": 2, "RCVHWM": 1, "MAXMSGSIZE": 4096},
     DataReceiver: COMMON | SERVER | {"LINGER": 0, "RCVHWM": 0, "MAXMSGSIZE": LIMITS.max_message_bytes},
@@ -52,7 +52,7 @@ KEYS = {
 }
 WHY = """
 HEARTBEAT_IVL, HEARTBEAT_TIMEOUT, HEARTBEAT_TTL: the timer writes to a connection that may be marked as broken, and
-libzmq aborts the process (`!_io_error`, stream_engine_base.cpp). koopmon.agent.link has heartbeats of its own.
+libzmq aborts the process (`!_io_error`, stream_engine_base.cpp). The control channel has heartbeats of its own.
 RCVHWM on a socket that is read: a full queue is what lets a connection be marked so while it still has input, and a
 PING of its peer in that input aborts the process as well, whatever our own options are. The limits are those of
 koopmon.wire.receive_queue.
