@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -28,6 +27,8 @@ from koopmon.monitor.watch import Watch
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.messages import Refused, Welcome
 from tests.monitor.world import BAD, GOOD, QueueEngine, World
+
+httpx = pytest.importorskip("httpx")
 
 
 def concerns_bad(value: Any) -> bool:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
 from koopmon.wire.messages import Applied, Heartbeat, Refused, Welcome
 from tests.monitor.conftest import MonitorProcess, ScriptedAgent, wait_until
+
+httpx = pytest.importorskip("httpx")
 
 pytestmark = pytest.mark.process
 
