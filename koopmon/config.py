@@ -53,7 +53,7 @@ RampSteps = Annotated[int, Meta(ge=1, le=MAX_RAMP_STEPS)]
 Seconds = Annotated[float, Meta(ge=0.0, le=MAX_SECONDS)]
 Ratio = Annotated[float, Meta(ge=0.0, le=1.0)]
 Scale = Annotated[float, Meta(ge=1e-6, le=1e6)]
-"""What a measured value is divided by."""
+"""Divisor of a measured value."""
 PolicyName = Literal["lr", "kss", "kss+lr", "observe"]
 
 

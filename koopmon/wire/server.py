@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import errno
 import shutil
 import time
@@ -44,7 +45,7 @@ class _Message(NamedTuple):
     key: str
 
 
-class Server(Socket, Generic[P]):
+class Server(Socket, abc.ABC, Generic[P]):
     """A bound socket; `P` is the type of its peer identifiers.
 
     `max_waiting_bytes` bounds the memory of unread messages, see `ReceiveQueue`.
@@ -164,9 +165,9 @@ class Server(Socket, Generic[P]):
             message, num_bytes = ProtocolError("size", what), _FRAME_BYTES
         self._waiting.put(peer, message, num_bytes)
 
+    @abc.abstractmethod
     def _begin(self) -> tuple[P, zmq.Frame]:
         """Return the sender and the first frame of the next message on the transport. Raises zmq.Again."""
-        raise NotImplementedError
 
     def _kept(self, frame: zmq.Frame) -> memoryview:
         """Return the frame for the queue: the transport's own buffer, or a copy."""

@@ -120,6 +120,18 @@ def test_evidence_decides_in_normalised_layers_whatever_the_rate() -> None:
     assert log_odds(bare[1].value) - log_odds(bare[0].value) == pytest.approx(CONFIG.max_prior - CONFIG.min_prior)
 
 
+@pytest.mark.parametrize(("exponent", "factor"), [(0.0, 0.5), (1.0, 1.0)])
+def test_normalised_layers_have_a_scale_of_their_own(exponent: float, factor: float) -> None:
+    found = []
+    for config in (CONFIG, RiskConfig(normalized_scale=2 * CONFIG.normalized_scale)):
+        state = RiskState()
+        for step, ratios in CLIMB:
+            state, risk = assess(state, seen(step, ratios, exponent), config)
+        found.append(risk.components["unsteadiness"])
+    assert found[0] > 0.0
+    assert found[1] == pytest.approx(factor * found[0])
+
+
 def test_a_climb_of_normalised_layers_is_an_alarm() -> None:
     slow = [(step, (0.5 * 1.02**step, 0.6)) for step in range(60)]
     assert follow(CLIMB, 0.0)[-1].value > 0.4
