@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
-import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from koopmon.agent.launcher import log_for_job
 from koopmon.errors import raise_from_signal
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ _TARGET = "torch.optim.optimizer"
 _MARK = "KOOPMON_ATTACHED_PID"
 LAUNCHERS = frozenset({"torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "deepspeed"})
 """Programs and modules that start ranks and do not train themselves."""
-_log = logging.getLogger("koopmon.agent")
 
 
 class RootNotFoundError(LookupError):
@@ -177,9 +176,7 @@ class _Watch:
     def _log(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            # Every rank would log the same line: rank 0 logs it for the job.
-            first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-            _log.log(logging.WARNING if first else logging.DEBUG, "koopmon: %s", text)
+            log_for_job(text)
 
 
 def _parameters(optimizer: Optimizer) -> frozenset[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from koopmon.agent.attach import Agent, attach
-from koopmon.agent.rank_identity import rank_from_env
+from koopmon.agent.launcher import log_for_job
 from koopmon.config import Config
-
-logger = logging.getLogger("koopmon.integrations")
 
 
 class Session:
@@ -49,9 +46,7 @@ class Session:
             counted = f"{len(stepping)} optimizers" if stepping else "no torch.optim.Optimizer"
             refused = f"the trainer has {counted}, and koopmon guards one"
         if refused:
-            # Only rank 0 warns, because every rank has the same message.
-            level = logging.WARNING if rank_from_env() == 0 else logging.DEBUG
-            logger.log(level, "koopmon: not attached, training goes on: %s", refused)
+            log_for_job(f"not attached, training goes on: {refused}")
             self.agent = Agent(None, refused)
             return
         self.agent = attach(model, stepping[0], endpoint=self._endpoint, run=self._run, config=self._config)

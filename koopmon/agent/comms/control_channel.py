@@ -10,13 +10,15 @@ import logging
 import os
 import platform
 import time
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import msgspec
 import torch
+from msgspec import Struct
 
 from koopmon import __version__
 from koopmon.agent.comms.pending_acks import PendingAcks
+from koopmon.agent.control.actuator import CommandResult
 from koopmon.agent.rank_identity import Identity
 from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
@@ -24,7 +26,6 @@ from koopmon.errors import EndpointError, ProtocolError
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
 from koopmon.wire.messages import (
     Ack,
-    AckOutcome,
     AgentMessage,
     Applied,
     Command,
@@ -50,8 +51,7 @@ COMPLAINT_SECONDS = 60.0
 """Least interval between two log lines about one trouble."""
 
 
-@dataclass(frozen=True, slots=True)
-class RankInfo:
+class RankInfo(Struct, frozen=True, kw_only=True):
     """The fields of hello that describe this rank, beside its name; see `koopmon.wire.messages.Hello`."""
 
     process_rank: int
@@ -61,22 +61,10 @@ class RankInfo:
     num_layers: int = 0
     width: int = 0
     acts: bool = False
-    thresholds: dict[str, float] = field(default_factory=dict)
+    thresholds: dict[str, float] = {}
     rate_sized_steps: bool = False
     update_exponent: float | None = None
     kss: KssSettings | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CommandResult:
-    """The outcome of a command at optimizer step `step`, to be acknowledged."""
-
-    command_id: str
-    outcome: AckOutcome
-    step: int
-    detail: str = ""
-    shielded: bool = False
-    """True if the command was refused because KSS would reach modules that the model's family shields."""
 
 
 class CommandHandler(Protocol):
@@ -110,15 +98,12 @@ class ControlChannel:
         stats: AgentStats,
         handler: CommandHandler,
         description: RankInfo,
-        acks: PendingAcks | None = None,
     ) -> None:
-        """`acks`: those of an earlier channel of this rank."""
         self.welcomed = False
-        self._acks = acks or PendingAcks()
-        self._acks.on_reconnect()
+        self._acks = PendingAcks()
         self.description = description
         self._control = control
-        self._identity = identity
+        self._name: dict[str, Any] = {"run": identity.run, "incarnation": identity.incarnation}
         self._config = config
         self._stats = stats
         self._handler = handler
@@ -210,7 +195,7 @@ class ControlChannel:
             self.welcomed, self._hello_due = False, now + REFUSED_SECONDS
             self.warn(now, "refused", f"the monitor at {self._control.endpoint} refuses: {message.reason}")
             return None
-        if (message.run, message.incarnation) != (self._identity.run, self._identity.incarnation):
+        if (message.run, message.incarnation) != tuple(self._name.values()):
             if isinstance(message, Command):
                 return CommandResult(message.id, "refused", self._stats.step, "it is for another run or incarnation")
             return None
@@ -248,13 +233,12 @@ class ControlChannel:
     def acknowledge(self, outcome: CommandResult) -> None:
         """Send the outcome of a command to the monitor. A new hello repeats it if the monitor may not have read it."""
         ack = Ack(
-            run=self._identity.run,
-            incarnation=self._identity.incarnation,
+            **self._name,
             command_id=outcome.command_id,
             outcome=outcome.outcome,
             step=outcome.step,
             detail=outcome.detail[:512],
-            shielded=outcome.shielded,
+            shielded=outcome.permanent,
             applied=self._handler.applied(),
         )
         if outcome.outcome == "duplicate":  # the outcome was sent before
@@ -269,15 +253,8 @@ class ControlChannel:
             self._acks.add(ack, sent=self._send(ack))
 
     def say_goodbye(self, reason: str) -> None:
-        self._send(
-            Goodbye(
-                run=self._identity.run,
-                incarnation=self._identity.incarnation,
-                process_rank=self.description.process_rank,
-                step=self._stats.step,
-                reason=reason[:512],
-            )
-        )
+        rank, step = self.description.process_rank, self._stats.step
+        self._send(Goodbye(**self._name, process_rank=rank, step=step, reason=reason[:512]))
 
     def warn(self, now: float, trouble: str, text: str) -> None:
         """Log `text`, at most once a minute for each `trouble`."""
@@ -289,27 +266,15 @@ class ControlChannel:
         return self._control.send(encode(message))
 
     def _hello(self) -> Hello:
-        described = self.description
         return Hello(
-            run=self._identity.run,
-            incarnation=self._identity.incarnation,
-            process_rank=described.process_rank,
-            world_size=described.world_size,
-            num_senders=described.num_senders,
-            adapter=described.adapter,
-            num_layers=described.num_layers,
-            width=described.width,
-            acts=described.acts,
+            **self._name,
+            **msgspec.structs.asdict(self.description),
             step=self._stats.step,
             applied=self._handler.applied(),
             koopmon_version=__version__,
             torch_version=str(torch.__version__),
             hostname=platform.node()[:255],
             pid=os.getpid(),
-            thresholds=described.thresholds,
-            rate_sized_steps=described.rate_sized_steps,
-            update_exponent=described.update_exponent,
-            kss=described.kss,
         )
 
     def _heartbeat(self) -> Heartbeat:
@@ -318,8 +283,7 @@ class ControlChannel:
         spent, passed = busy - self._reported_busy, elapsed - self._reported_elapsed
         self._reported_busy, self._reported_elapsed = busy, elapsed
         return Heartbeat(
-            run=self._identity.run,
-            incarnation=self._identity.incarnation,
+            **self._name,
             process_rank=self.description.process_rank,
             step=stats.step,
             applied=self._handler.applied(),

@@ -104,6 +104,11 @@ class RankGroup:
         return self._agreed.is_set() and not self._closed.is_set()
 
     @property
+    def leads(self) -> bool:
+        """True on rank 0, which decides for all."""
+        return self._world.rank == 0
+
+    @property
     def in_flight(self) -> bool:
         """True while an exchange was launched and not yet received."""
         return self._work is not None
