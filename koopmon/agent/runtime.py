@@ -69,8 +69,10 @@ class AgentRuntime:
         self.adapter = selection.adapter
         self.closed = False
         self.stats = AgentStats()
-        self.breaker = CircuitBreaker("the agent", _weakly(self.stand_down))
+        self.breaker = CircuitBreaker("the agent", self.stand_down)
         self.actions = make_actions(config, self.stats, self.breaker)
+        self._lasting = tuple(action for action in self.actions if action.lasting)
+        self._others = tuple(action for action in self.actions if not action.lasting)
         self.lifecycle = LifeCycle(self.actions, self.stats, config.control)
         self._model = weakref.ref(model)
         self._config = config
@@ -277,22 +279,19 @@ class AgentRuntime:
         state, step = self.lifecycle.state, self.stats.step
         state.before_step(step)
         update = Update(optimizer, args, kwargs)
-        for action in self.actions:
-            if not action.lasting:
-                action.apply(state.control, step, update)
+        for action in self._others:
+            action.apply(state.control, step, update)
         self.stats.hook_seconds += time.perf_counter() - started
 
     def _apply_lasting(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
         update, control = Update(optimizer, args, kwargs), self.lifecycle.state.control
-        for action in self.actions:
-            if action.lasting:
-                action.apply(control, self._num_updates, update)
+        for action in self._lasting:
+            action.apply(control, self._num_updates, update)
         return update.args, update.kwargs
 
     def _revert_lasting(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for action in self.actions:
-            if action.lasting:
-                action.revert()
+        for action in self._lasting:
+            action.revert()
         self._num_updates += 1
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -305,9 +304,8 @@ class AgentRuntime:
         # Only snapshots are charged, because fewer of them make nothing else cheaper.
         self._budget.spend(stats.capture_seconds - self._charged_seconds)
         self._charged_seconds = stats.capture_seconds
-        for action in self.actions:
-            if not action.lasting:
-                action.revert()
+        for action in self._others:
+            action.revert()
         if isinstance(state := self.lifecycle.state, RankedState):
             self._plan_step(state)
         stats.hook_seconds += time.perf_counter() - started
@@ -342,15 +340,3 @@ def _shut_down(pid: int, closables: list[IOThread | RankGroup]) -> None:
     if os.getpid() == pid:
         for closable in closables:
             closable.close(wait=True)
-
-
-def _weakly(method: Any) -> Any:
-    """Return a call of `method` that does not keep its object alive."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*args: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(*args)
-
-    return call
