@@ -45,7 +45,7 @@ class CircuitBreaker:
                 on_trip(self.reason)
             except Exception as second:
                 self.num_errors += 1
-                logger.debug("koopmon: while shutting %s", self.name, exc_info=second)
+                logger.debug("koopmon: while %s was switched off", self.name, exc_info=second)
 
     def hook(self, body: Callable[..., Any]) -> GuardedHook:
         """Return `body` as a hook for a module or an optimizer."""

@@ -84,8 +84,6 @@ class AgentRuntime:
         self._budget = OverheadBudget(config.cadence)
         self._num_updates = 0
         self._num_microbatches = 1
-        self._last_edge: float | None = None
-        self._charged_seconds = 0.0
         self._pid = os.getpid()
         self._closables: list[IOThread | RankGroup] = []
         self._finalizer = weakref.finalize(self, _shut_down, self._pid, self._closables)
@@ -296,19 +294,14 @@ class AgentRuntime:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         started = time.perf_counter()
-        stats = self.stats
-        elapsed = 0.0 if self._last_edge is None else started - self._last_edge
-        self._last_edge = started
-        stats.tick(elapsed)
-        self._budget.earn(elapsed)
+        self._budget.earn(self.stats.on_step_edge(started))
         # Only snapshots are charged, because fewer of them make nothing else cheaper.
-        self._budget.spend(stats.capture_seconds - self._charged_seconds)
-        self._charged_seconds = stats.capture_seconds
+        self._budget.charge(self.stats.capture_seconds)
         for action in self._others:
             action.revert()
         if isinstance(state := self.lifecycle.state, RankedState):
             self._plan_step(state)
-        stats.hook_seconds += time.perf_counter() - started
+        self.stats.hook_seconds += time.perf_counter() - started
 
     def _plan_step(self, state: RankedState) -> None:
         """Tell the taps and the actions about the step that begins."""

@@ -63,6 +63,7 @@ class AgentStats:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._last_edge_seconds: float | None = None
         self.step = 0
         """Optimizer steps done."""
         self.step_seconds: float | None = None
@@ -102,6 +103,13 @@ class AgentStats:
     def reject(self, reason: str) -> None:
         """Count a refused message."""
         self.rejected[reason] = self.rejected.get(reason, 0) + 1
+
+    def on_step_edge(self, now_seconds: float) -> float:
+        """Count one optimizer step that ends now. Returns the time since the step before; 0 for the first."""
+        last, self._last_edge_seconds = self._last_edge_seconds, now_seconds
+        elapsed = 0.0 if last is None else now_seconds - last
+        self.tick(elapsed)
+        return elapsed
 
     def tick(self, elapsed_seconds: float) -> None:
         """Count one optimizer step, `elapsed_seconds` after the one before."""

@@ -23,6 +23,7 @@ class OverheadBudget:
         self._bytes_per_second = config.max_bytes_per_second
         self.credit_seconds = config.initial_credit_seconds
         self.credit_bytes = config.max_bytes_per_second
+        self._charged_seconds = 0.0
 
     def earn(self, elapsed_seconds: float) -> None:
         """Add the credit of a step of `elapsed_seconds`."""
@@ -33,6 +34,11 @@ class OverheadBudget:
         """Charge `seconds` of the training thread and `nbytes` for the sender."""
         self.credit_seconds -= seconds
         self.credit_bytes -= nbytes
+
+    def charge(self, total_seconds: float) -> None:
+        """Charge the time since the last charge, of a running total in the training thread."""
+        self.spend(total_seconds - self._charged_seconds)
+        self._charged_seconds = total_seconds
 
     @property
     def affords(self) -> bool:
@@ -69,7 +75,7 @@ class SnapshotSchedule:
     def unagreed(self, step: int, state: ControlState) -> bool:
         """Return True if `step` is a snapshot while no exchange connects the ranks.
 
-        Whether it is due depends only on `step` and values that are equal on all ranks.
+        All ranks find the same steps due, because they depend on `step` and on values that are equal on all ranks.
         """
         if step % self.stride(step, state):
             return False

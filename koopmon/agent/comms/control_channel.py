@@ -1,7 +1,6 @@
 """The agent's side of the control channel: hello, heartbeats, acks, goodbye, and the monitor's replies.
 
-It runs in the sender's thread and sends without waiting. It retries an absent monitor again and again. The monitor's
-silence by itself changes nothing in force.
+It runs in the sender's thread and sends without waiting. It retries an absent monitor without end.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ REFUSED_SECONDS = 30.0
 """Pause before the next hello to a monitor that refused."""
 MIN_HEARTBEAT_SECONDS = 0.02
 """Lower bound of the heartbeat interval that the monitor requests."""
-COMPLAINT_SECONDS = 60.0
-"""Least interval between two log lines about one trouble."""
+WARNING_SECONDS = 60.0
+"""Least interval between two log lines about one kind of failure."""
 
 
 class RankInfo(Struct, frozen=True, kw_only=True):
@@ -110,23 +109,23 @@ class ControlChannel:
         self._limits = WireLimits()
         self._num_connections = 0
         self._hello_due: float | None = 0.0
-        self._unsaid = True
+        self._hello_outdated = True
         """True until a hello with this description was sent."""
         self._heartbeat_due = 0.0
         self._heartbeat_seconds = 1.0
-        self._heard = time.monotonic()
-        self._asked_at: float | None = None
+        self._last_message_at = time.monotonic()
+        self._unanswered_since: float | None = None
         """Time of the first hello or heartbeat on this connection that has no reply yet."""
         self._lost = False
         self._restored = False
-        self._complained: dict[str, float] = {}
+        self._warned_at: dict[str, float] = {}
         self._reported_busy = 0.0
         self._reported_elapsed = 0.0
 
     def describe(self, description: RankInfo) -> None:
         """Send hello again, with this description."""
         self.description = description
-        self._unsaid, self._hello_due = True, 0.0
+        self._hello_outdated, self._hello_due = True, 0.0
 
     def next_due(self) -> float:
         """Return the time of the next work of `tick`."""
@@ -137,47 +136,47 @@ class ControlChannel:
         connections = self._control.connections
         if connections != self._num_connections:
             self._num_connections, self._hello_due = connections, now
-            self.welcomed, self._asked_at = False, None
+            self.welcomed, self._unanswered_since = False, None
             self._acks.on_reconnect()
         elif self.welcomed and not self._control.connected:
             self.welcomed = False
         if self._hello_due is not None and now >= self._hello_due:
-            if self._ask(self._hello(), now):
-                self._unsaid = False
+            if self._send_request(self._hello(), now):
+                self._hello_outdated = False
             self._hello_due = now + HELLO_SECONDS
         if now >= self._heartbeat_due:
             self._heartbeat_due = now + self._heartbeat_seconds
             if self.welcomed:
-                self._answer()
-                if self._ask(self._heartbeat(), now):
+                self._send_acks()
+                if self._send_request(self._heartbeat(), now):
                     self._acks.on_heartbeat_sent()
         silence = max(self._config.monitor_lost_seconds, 3.0 * self._heartbeat_seconds)
-        if now - self._heard > silence:
-            self._lose(now)
-        if self._asked_at is not None and now - self._asked_at > silence:
+        if now - self._last_message_at > silence:
+            self._on_silence(now)
+        if self._unanswered_since is not None and now - self._unanswered_since > silence:
             self.reconnect(now)  # the connection may be dead without either kernel's notice
 
-    def _ask(self, message: Hello | Heartbeat, now: float) -> bool:
+    def _send_request(self, message: Hello | Heartbeat, now: float) -> bool:
         """Send a message that requires a reply. Returns True if it was sent."""
         sent = self._send(message)
-        if sent and self._asked_at is None:
-            self._asked_at = now
+        if sent and self._unanswered_since is None:
+            self._unanswered_since = now
         return sent
 
     def reconnect(self, now: float, pause_seconds: float = 0.0) -> None:
         """Replace the connection, after a pause. The old one stays if the process has no room for another."""
-        self._asked_at = None
+        self._unanswered_since = None
         try:
             self._control.reconnect(pause_seconds)
         except EndpointError as error:
             self.warn(now, "reconnect", f"the connection to {self._control.endpoint} stays as it is: {error}")
 
-    def _lose(self, now: float) -> None:
+    def _on_silence(self, now: float) -> None:
         self.welcomed = False
         if self._hello_due is None:
             self._hello_due = now
         why = f" ({self._control.failure})" if self._control.failure else ""
-        text = f"no monitor at {self._control.endpoint}{why}: training goes on, what is applied stays"
+        text = f"no monitor at {self._control.endpoint}{why}: training goes on, the settings in force stay"
         self.warn(now, "lost", text)
         if not self._lost:
             self._lost = True
@@ -185,7 +184,7 @@ class ControlChannel:
 
     def receive(self, frames: list[memoryview], now: float) -> Welcome | CommandResult | None:
         """Handle one message. Returns a welcome, for its data endpoint, or an outcome to acknowledge, or None."""
-        self._asked_at = None
+        self._unanswered_since = None
         try:
             message = decode_for_agent(frames, limits=self._limits)
         except ProtocolError as error:
@@ -199,13 +198,13 @@ class ControlChannel:
             if isinstance(message, Command):
                 return CommandResult(message.id, "refused", self._stats.step, "it is for another run or incarnation")
             return None
-        self._heard = now
+        self._last_message_at = now
         if self._lost:
             self._lost = False
             logger.warning("koopmon: the monitor at %s is back", self._control.endpoint)
         if isinstance(message, Welcome):
-            self._take(message)
-            self._answer()
+            self._on_welcome(message)
+            self._send_acks()
             return message
         if isinstance(message, HeartbeatReply):
             self._acks.on_heartbeat_reply()
@@ -219,11 +218,11 @@ class ControlChannel:
     def reject(self, error: ProtocolError, now: float) -> None:
         """Count a message that breaks the protocol."""
         self._stats.reject(error.reason)
-        self.warn(now, error.reason, f"what came from {self._control.endpoint} was refused: {error}")
+        self.warn(now, error.reason, f"a message from {self._control.endpoint} was refused: {error}")
 
-    def _take(self, welcome: Welcome) -> None:
+    def _on_welcome(self, welcome: Welcome) -> None:
         # The welcome may answer an older hello than the one that is due.
-        self.welcomed, self._hello_due = True, 0.0 if self._unsaid else None
+        self.welcomed, self._hello_due = True, 0.0 if self._hello_outdated else None
         self._heartbeat_seconds = max(welcome.heartbeat_seconds, MIN_HEARTBEAT_SECONDS)
         self._heartbeat_due = 0.0
         if welcome.restore is not None and not self._restored and self.description.process_rank == 0:
@@ -248,7 +247,7 @@ class ControlChannel:
             # accept it.
             self._acks.add(ack, sent=self._send(ack) and self.welcomed)
 
-    def _answer(self) -> None:
+    def _send_acks(self) -> None:
         for ack in self._acks.unsent():
             self._acks.add(ack, sent=self._send(ack))
 
@@ -256,10 +255,10 @@ class ControlChannel:
         rank, step = self.description.process_rank, self._stats.step
         self._send(Goodbye(**self._name, process_rank=rank, step=step, reason=reason[:512]))
 
-    def warn(self, now: float, trouble: str, text: str) -> None:
-        """Log `text`, at most once a minute for each `trouble`."""
-        if now - self._complained.get(trouble, -COMPLAINT_SECONDS) >= COMPLAINT_SECONDS:
-            self._complained[trouble] = now
+    def warn(self, now: float, kind: str, text: str) -> None:
+        """Log `text`, at most once a minute for each `kind` of failure."""
+        if now - self._warned_at.get(kind, -WARNING_SECONDS) >= WARNING_SECONDS:
+            self._warned_at[kind] = now
             logger.warning("koopmon: %s", text)
 
     def _send(self, message: AgentMessage) -> bool:

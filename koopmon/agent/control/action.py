@@ -88,9 +88,9 @@ class ControlAction(ABC):
     def within_limits(self, value: Any) -> tuple[Target, str]:
         """Return the target that `value` asks for, within the agent's own limits, and the caps that changed it."""
 
-    @abstractmethod
     def value(self, state: ControlState, step: int) -> Any:
-        """Return the value in force at `step`, as `Applied` holds it."""
+        """Return the value in force at `step`, as `Applied` holds it: the strength by default."""
+        return self.strength(state, step)
 
     def strength(self, state: ControlState, step: int) -> float:
         """Return the strength in force at `step`. Its ramp is linear by default."""

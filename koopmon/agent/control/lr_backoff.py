@@ -70,9 +70,6 @@ class LrBackoff(ControlAction):
         part = state.actions.get(self.kind)
         return self.neutral if part is None else part.ramp.geometric(step)
 
-    def value(self, state: ControlState, step: int) -> float:
-        return self.strength(state, step)
-
     def apply(self, state: ControlState, step: int, update: Update) -> None:
         self.scale_rates(update.optimizer, self.strength(state, step))
         if self._scaled:

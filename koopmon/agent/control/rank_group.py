@@ -174,7 +174,7 @@ class RankGroup:
         level = logging.INFO if "closed by peer" in reason or "reset by peer" in reason else logging.WARNING
         logger.log(
             level if self._streak <= 3 else logging.DEBUG,
-            "koopmon: control is off, training goes on, what is applied stays: %s",
+            "koopmon: control is off, training goes on, the settings in force stay: %s",
             reason,
         )
 

@@ -112,3 +112,10 @@ def test_no_initial_credit_still_lets_the_share_build_up() -> None:
     assert not budget.affords
     budget.earn(1.0)
     assert budget.affords
+
+
+def test_a_running_total_is_charged_once() -> None:
+    budget = OverheadBudget(CadenceConfig(initial_credit_seconds=1.0))
+    for total in (0.25, 0.25, 0.75):
+        budget.charge(total)
+    assert budget.credit_seconds == 0.25

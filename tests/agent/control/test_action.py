@@ -30,9 +30,6 @@ class Recorder(ControlAction):
     def within_limits(self, value: float) -> tuple[Target, str]:
         return Target(value), ""
 
-    def value(self, state: ControlState, step: int) -> float:
-        return self.strength(state, step)
-
     def apply(self, state: ControlState, step: int, update: Update) -> None:
         if self.fails:
             raise RuntimeError("the action is broken")
