@@ -137,8 +137,8 @@ ALERTS: tuple[Alert, ...] = (
         description="The calibrated probability of divergence is {{ $value | humanizePercentage }}.",
         means="The calibrator was fitted on recorded runs. Of the runs with a similar start, learning rate, width and"
         f" depth, at least {LIKELY:.0%} diverged. The alert needs a calibrator (`[monitor] calibrator`).",
-        look="`koopmon profile FACTORY --calibrator FILE --max-lr` prints the highest learning rate within a given"
-        " probability of divergence.",
+        look="`koopmon profile FACTORY --calibrator FILE --max-lr` prints the highest learning rate that a run"
+        " probably survives.",
         do="Lower the peak learning rate, or guard the run (`--policy lr`).",
     ),
     Alert(
