@@ -197,7 +197,8 @@ def guarded(told: Document) -> list[str]:
         f"The columns by learning rate count diverged runs. Each row has {told['rows'][0]['num_runs']} runs. The best",
         f"fixed rate ends at accuracy {told['best_fixed_accuracy']:.2f}. Of {healthy['num_runs']} healthy runs the",
         f"default policy acted on {healthy['acted_on']}; {healthy['identical']} ended bit-identical to the run without",
-        f"koopmon, and the loss at the end was at most {healthy['worst_loss_ratio'] - 1:+.1%} of it. Replicas were {replicas}.",
+        f"koopmon, and the loss at the end was at most {healthy['worst_loss_ratio'] - 1:+.1%} of it.",
+        f"Replicas were {replicas}.",
     ]
     return [*table(heading, rows), "", *paragraph(prose)]
 
