@@ -124,7 +124,7 @@ TABLE: tuple[Series, ...] = (
     Series(
         "commands",
         "counter",
-        "Commands by outcome. Each counts once as sent or dry_run, and once by its first acknowledgement or as unanswered.",
+        "Commands by outcome. Each counts once as sent or dry_run and once by its acknowledgement or as unanswered.",
         ("run", "kind", "outcome"),
         {"kind": COMMAND_KINDS, "outcome": COMMAND_OUTCOMES},
     ),
