@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # forks share no threads
 
 import hypothesis  # noqa: F401  # imported here and in no fork
 import msgspec  # noqa: F401
-import numpy  # noqa: F401, ICN001
+import numpy  # noqa: F401
 import scipy.linalg  # noqa: F401
 import starlette  # noqa: F401
 import torch

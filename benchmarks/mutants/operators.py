@@ -1,8 +1,8 @@
 """Mutants of one module: small changes of its syntax tree, each of which some test should notice.
 
 Left out by rule: annotations, decorators, docstrings, f-strings, assertions, arguments of logging calls and of raised
-errors, keyword arguments named in TEXT, and changes that cannot compile. `replace(state, field=...)` loses one field at
-a time, because such a call is the assignment of an immutable state.
+errors, keyword arguments named in TEXT, and `strict` of zip, which asserts. `replace(state, field=...)` loses one field
+at a time, because such a call is the assignment of an immutable state.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ def mutants(tree: ast.Module) -> list[Mutant]:
         seen[mutant.name] += 1
         number = seen[mutant.name]
         named.append(
-            mutant
-            if number == 1
-            else Mutant(f"{mutant.name} [{number}]", mutant.scope, mutant.lines, mutant.apply)
+            mutant if number == 1 else Mutant(f"{mutant.name} [{number}]", mutant.scope, mutant.lines, mutant.apply)
         )
     return named
 
@@ -198,7 +196,9 @@ class _Finder:
                 continue
             for at, child in enumerate(value) if isinstance(value, list) else ((None, value),):
                 if isinstance(child, ast.expr):
-                    yield from self._replacements(child, value if at is not None else node, at if at is not None else name)
+                    yield from self._replacements(
+                        child, value if at is not None else node, at if at is not None else name
+                    )
                 elif isinstance(child, ast.withitem):
                     yield from self._replacements(child.context_expr, child, "context_expr")
 
@@ -259,9 +259,11 @@ class _Finder:
                 if isinstance(child, ast.expr):
                     if isinstance(node, ast.Dict) and name == "keys" and isinstance(child, ast.Constant):
                         continue
-                    yield from self._replacements(child, value if at is not None else node, at if at is not None else name)
+                    yield from self._replacements(
+                        child, value if at is not None else node, at if at is not None else name
+                    )
                 elif isinstance(child, ast.keyword):
-                    if child.arg not in TEXT and child.arg not in ("dtype", "device"):
+                    if child.arg not in TEXT and child.arg != "strict":
                         yield from self._replacements(child.value, child, "value")
                 elif isinstance(child, ast.comprehension):
                     yield from self._replacements(child.iter, child, "iter")

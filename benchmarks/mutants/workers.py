@@ -23,7 +23,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,10 @@ KILLED, SURVIVED, TIMEOUT, BROKEN = 0, 3, 4, 5
 
 MEMORY_BYTES = 6 * 1024**3
 """Address space that a mutant may add: a loop that grows a list ends here instead of taking the machine down."""
+
+
+TRACED_CALLS = 100
+"""Calls of one function that one test is traced for: the lines of a loop show in the first ones."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,17 @@ def try_group(group: Group, chosen: Callable[[str, list[Mutant]], list[int]], jo
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
             raise RuntimeError(f"the tests of {', '.join(group.modules)} do not pass or cannot be collected")
         verdicts = [Verdict(**one) for one in json.loads((out / "verdicts.json").read_text())]
-        limit, order = json.loads((out / "import.json").read_text())
+        import_plan = json.loads((out / "import.json").read_text())
         tasks: list[_Task] = []
         for module, indexes in picked.items():
             found = mutants(_parse(module))
-            for index in indexes:
-                if found[index].scope is None:
-                    tasks.append(_Task(module, found[index].name, order, limit, _importing(group, module, index, out)))
+            limit, order = import_plan[module]
+            files = Group(group.modules, tuple(dict.fromkeys(name.partition("::")[0] for name in order)))
+            tasks += [
+                _Task(module, found[index].name, order, limit, _importing(files, module, index, out))
+                for index in indexes
+                if found[index].scope is None
+            ]
         return verdicts + list(_try_all(tasks, jobs, out))
 
 
@@ -97,7 +105,7 @@ class _Task:
     limit: float
     """Seconds of CPU time; ten times as many on the clock."""
     work: Callable[[list[str], Path], None]
-    """Runs in the fork with the tests in order; writes the name of the failed test to the file; leaves by `os._exit`."""
+    """Runs in the fork with the tests in order. It writes the name of the failed test to the file and exits."""
 
 
 def _try_all(tasks: Sequence[_Task], jobs: int, out: Path) -> Iterator[Verdict]:
@@ -254,12 +262,14 @@ class _Session:
         reached = self._reach(items)
         seconds = {name: took for name, (took, _) in reached.items()}
         everything = sorted(items, key=lambda name: seconds[name])
-        limit = _limit(seconds.values())
-        (self._out / "import.json").write_text(json.dumps([limit + 20.0, everything]))
         tasks: list[_Task] = []
+        import_plan: dict[str, tuple[float, list[str]]] = {}
         for module, indexes in self._picked.items():
             found = mutants(_parse(module))
             lines_of = {name: set(lines.get(module, ())) for name, (_, lines) in reached.items()}
+            # A change of what runs at import can matter to every test that enters a function of the module.
+            entering = [name for name in everything if lines_of[name]] or everything
+            import_plan[module] = (_limit(seconds[name] for name in entering) + 20.0, entering)
             for index in indexes:
                 mutant = found[index]
                 if mutant.scope is None:
@@ -267,6 +277,7 @@ class _Session:
                 tests = [name for name in everything if not lines_of[name].isdisjoint(mutant.lines)]
                 work = _patching(items, functions, module, index)
                 tasks.append(_Task(module, mutant.name, tests, _limit(seconds[name] for name in tests), work))
+        (self._out / "import.json").write_text(json.dumps(import_plan))
         verdicts = [vars(one) for one in _try_all(tasks, self._jobs, self._out)]
         (self._out / "verdicts.json").write_text(json.dumps(verdicts))
         return True
@@ -291,11 +302,13 @@ class _Session:
         _quiet()
         lines: dict[str, set[int]] = {module: set() for module in self._picked}
         by_path = {str(ROOT / module): reached for module, reached in lines.items()}
+        calls: Counter[CodeType] = Counter()
 
         def trace(frame: FrameType, event: str, argument: object) -> Any:
             reached = by_path.get(frame.f_code.co_filename)
-            if reached is None:
+            if reached is None or calls[frame.f_code] >= TRACED_CALLS:
                 return None
+            calls[frame.f_code] += 1
 
             def local(frame: FrameType, event: str, argument: object) -> Any:
                 reached.add(frame.f_lineno)
