@@ -50,14 +50,6 @@ TRACED_CALLS = 100
 
 
 @dataclass(frozen=True)
-class Group:
-    """Modules that are tried against the same tests."""
-
-    modules: tuple[str, ...]
-    tests: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Verdict:
     """Result for one mutant."""
 
@@ -68,27 +60,42 @@ class Verdict:
     """The failed test; empty where none did."""
 
 
-def try_group(group: Group, chosen: Callable[[str, list[Mutant]], list[int]], jobs: int) -> list[Verdict]:
-    """Try the chosen mutants of a group; `chosen` maps a module and its mutants to indexes. koopmon is not imported."""
+@dataclass(frozen=True)
+class Source:
+    """A module with the mutants to try. A fork applies one of them to its own copy of the tree."""
+
+    module: str
+    tree: ast.Module
+    mutants: list[Mutant]
+
+    def compiled(self, mutant: Mutant) -> CodeType:
+        """Apply one mutant and compile the module; once in a process, because the tree stays changed."""
+        mutant.apply()
+        return compile(ast.fix_missing_locations(self.tree), str(ROOT / self.module), "exec")
+
+
+def read_source(module: str) -> Source:
+    """Parse a module and list all its mutants."""
+    tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
+    return Source(module, tree, mutants(tree))
+
+
+def try_group(sources: Sequence[Source], tests: Sequence[str], jobs: int) -> list[Verdict]:
+    """Try mutants against tests, files or folders; koopmon must not be imported yet."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         out = Path(folder)
-        picked = {module: chosen(module, mutants(_parse(module))) for module in group.modules}
-        if not any(picked.values()):
-            return []
-        pid = _fork(lambda: _collect(group, out, _Session(picked, out, jobs)))
+        pid = _fork(lambda: _collect(tests, out, _Session(sources, out, jobs)))
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
-            raise RuntimeError(f"the tests of {', '.join(group.modules)} do not pass or cannot be collected")
+            raise RuntimeError(f"{', '.join(tests)}: the tests do not pass or cannot be collected")
         verdicts = [Verdict(**one) for one in json.loads((out / "verdicts.json").read_text())]
         import_plan = json.loads((out / "import.json").read_text())
         tasks: list[_Task] = []
-        for module, indexes in picked.items():
-            found = mutants(_parse(module))
-            limit, order = import_plan[module]
-            files = Group(group.modules, tuple(dict.fromkeys(name.partition("::")[0] for name in order)))
+        for source in sources:
+            limit, order = import_plan[source.module]
             tasks += [
-                _Task(module, found[index].name, order, limit, _importing(files, module, index, out))
-                for index in indexes
-                if found[index].scope is None
+                _Task(source.module, mutant.name, order, limit, _importing(source, mutant, out))
+                for mutant in source.mutants
+                if mutant.scope is None
             ]
         return verdicts + list(_try_all(tasks, jobs, out))
 
@@ -185,11 +192,11 @@ def _quiet() -> None:
 # Of the tests of a group
 
 
-def _collect(group: Group, out: Path, plugin: object) -> None:
+def _collect(tests: Iterable[str], out: Path, plugin: object) -> None:
     """Run pytest in this process with `plugin`, and end the process with its status."""
     status = pytest.main(
         [
-            *(str(ROOT / path) for path in group.tests),
+            *(str(ROOT / path) for path in tests),
             f"--rootdir={ROOT}",
             f"--config-file={ROOT / 'pyproject.toml'}",
             f"--basetemp={out / 'tests'}",
@@ -245,8 +252,8 @@ class _Failures:
 class _Session:
     """Tries mutants of functions in place of pytest's own loop over the tests."""
 
-    def __init__(self, picked: dict[str, list[int]], out: Path, jobs: int) -> None:
-        self._picked = picked
+    def __init__(self, sources: Sequence[Source], out: Path, jobs: int) -> None:
+        self._sources = sources
         self._out = out
         self._jobs = jobs
 
@@ -256,7 +263,7 @@ class _Session:
             os._exit(BROKEN)
         session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]  # one folder for all forks
         gc.collect()
-        functions = _functions(self._picked)
+        functions = _functions(source.module for source in self._sources)
         gc.freeze()  # fewer pages are copied in each fork
         items = {item.nodeid: item for item in session.items}
         reached = self._reach(items)
@@ -264,19 +271,19 @@ class _Session:
         everything = sorted(items, key=lambda name: seconds[name])
         tasks: list[_Task] = []
         import_plan: dict[str, tuple[float, list[str]]] = {}
-        for module, indexes in self._picked.items():
-            found = mutants(_parse(module))
-            lines_of = {name: set(lines.get(module, ())) for name, (_, lines) in reached.items()}
+        for source in self._sources:
+            lines_of = {name: set(lines.get(source.module, ())) for name, (_, lines) in reached.items()}
             # A change of what runs at import can matter to every test that enters a function of the module.
             entering = [name for name in everything if lines_of[name]] or everything
-            import_plan[module] = (_limit(seconds[name] for name in entering) + 20.0, entering)
-            for index in indexes:
-                mutant = found[index]
+            import_plan[source.module] = (_limit(seconds[name] for name in entering) + 20.0, entering)
+            for mutant in source.mutants:
                 if mutant.scope is None:
                     continue
                 tests = [name for name in everything if not lines_of[name].isdisjoint(mutant.lines)]
-                work = _patching(items, functions, module, index)
-                tasks.append(_Task(module, mutant.name, tests, _limit(seconds[name] for name in tests), work))
+                live = functions[str(ROOT / source.module), mutant.scope]
+                work = _patching(items, live, source, mutant)
+                limit = _limit(seconds[name] for name in tests)
+                tasks.append(_Task(source.module, mutant.name, tests, limit, work))
         (self._out / "import.json").write_text(json.dumps(import_plan))
         verdicts = [vars(one) for one in _try_all(tasks, self._jobs, self._out)]
         (self._out / "verdicts.json").write_text(json.dumps(verdicts))
@@ -284,47 +291,45 @@ class _Session:
 
     def _reach(self, items: dict[str, pytest.Item]) -> dict[str, tuple[float, dict[str, list[int]]]]:
         """For each test its seconds, and the lines of each module that it reaches."""
-        found = {}
-        names = list(items)
-        for first in range(0, len(names), self._jobs):
-            pids = []
-            for number, name in enumerate(names[first : first + self._jobs], first):
-                out = self._out / f"reach-{number}.json"
-                pids.append((name, out, _fork(lambda name=name, out=out: self._reach_of(items[name], out))))  # type: ignore[misc]
-            for name, out, pid in pids:
-                if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != SURVIVED:
-                    raise RuntimeError(f"{name} fails without a mutant")
-                took, lines = json.loads(out.read_text())
-                found[name] = (took, lines)
+        out = self._out / "reach.json"
+        pid = _fork(lambda: self._trace(list(items.values()), out))
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != SURVIVED:
+            raise RuntimeError(f"{out.read_text() if out.exists() else 'a test'} fails without a mutant")
+        found: dict[str, tuple[float, dict[str, list[int]]]] = json.loads(out.read_text())
         return found
 
-    def _reach_of(self, item: pytest.Item, out: Path) -> None:
+    def _trace(self, items: list[pytest.Item], out: Path) -> None:
         _quiet()
-        lines: dict[str, set[int]] = {module: set() for module in self._picked}
-        by_path = {str(ROOT / module): reached for module, reached in lines.items()}
+        by_path: dict[str, set[int]] = {str(ROOT / source.module): set() for source in self._sources}
         calls: Counter[CodeType] = Counter()
 
         def trace(frame: FrameType, event: str, argument: object) -> Any:
-            reached = by_path.get(frame.f_code.co_filename)
-            if reached is None or calls[frame.f_code] >= TRACED_CALLS:
+            lines = by_path.get(frame.f_code.co_filename)
+            if lines is None or calls[frame.f_code] >= TRACED_CALLS:
                 return None
             calls[frame.f_code] += 1
 
             def local(frame: FrameType, event: str, argument: object) -> Any:
-                reached.add(frame.f_lineno)
+                lines.add(frame.f_lineno)
                 return local
 
-            reached.add(frame.f_lineno)
+            lines.add(frame.f_lineno)
             return local
 
-        item.config.pluginmanager.register(_Failures(None))
+        found = {}
+        items[0].config.pluginmanager.register(_Failures(out))
         threading.settrace(trace)
-        sys.settrace(trace)
-        started = time.process_time()
-        item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
-        took = time.process_time() - started
-        sys.settrace(None)
-        out.write_text(json.dumps([took, {module: sorted(reached) for module, reached in lines.items()}]))
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            for lines in by_path.values():
+                lines.clear()
+            calls.clear()
+            started = time.process_time()
+            sys.settrace(trace)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            sys.settrace(None)
+            took = time.process_time() - started
+            found[item.nodeid] = took, {s.module: sorted(by_path[str(ROOT / s.module)]) for s in self._sources}
+        out.write_text(json.dumps(found))
         os._exit(SURVIVED)
 
 
@@ -334,16 +339,6 @@ def _limit(seconds: Iterable[float]) -> float:
 
 
 # Putting the mutant in place
-
-
-def _parse(module: str) -> ast.Module:
-    return ast.parse((ROOT / module).read_text(encoding="utf-8"))
-
-
-def _compiled(module: str, index: int) -> CodeType:
-    tree = _parse(module)
-    mutants(tree)[index].apply()
-    return compile(ast.fix_missing_locations(tree), str(ROOT / module), "exec")
 
 
 Place = tuple[str, int]
@@ -361,18 +356,16 @@ def _functions(modules: Iterable[str]) -> dict[tuple[str, Place], list[FunctionT
 
 
 def _patching(
-    items: dict[str, pytest.Item], functions: dict[tuple[str, Place], list[FunctionType]], module: str, index: int
+    items: dict[str, pytest.Item], live: list[FunctionType], source: Source, mutant: Mutant
 ) -> Callable[[list[str], Path], None]:
     """Work of a fork of the session: the function gets the code of the mutant."""
 
     def work(order: list[str], said: Path) -> None:
         _quiet()
         try:
-            scope = mutants(_parse(module))[index].scope
-            (new,) = [code for code in _codes(_compiled(module, index)) if _place(code) == scope]
-            live = functions[new.co_filename, _place(new)]
+            (new,) = [code for code in _codes(source.compiled(mutant)) if _place(code) == mutant.scope]
             if not live:
-                raise RuntimeError(f"no function at {scope}")
+                raise RuntimeError(f"no function at {mutant.scope}")
             for function in live:
                 function.__code__ = new
         except Exception as error:
@@ -400,13 +393,14 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def _importing(group: Group, module: str, index: int, out: Path) -> Callable[[list[str], Path], None]:
+def _importing(source: Source, mutant: Mutant, out: Path) -> Callable[[list[str], Path], None]:
     """Work of a fork of the parent: the changed module is imported in the place of the one on disk."""
 
     def work(order: list[str], said: Path) -> None:
         _quiet()
-        sys.meta_path.insert(0, _Finder(module, _compiled(module, index)))
-        _collect(group, out / said.name.replace("killer", "import"), _InOrder(order, said))
+        sys.meta_path.insert(0, _Finder(source.module, source.compiled(mutant)))
+        files = dict.fromkeys(name.partition("::")[0] for name in order)
+        _collect(files, out / said.name.replace("killer", "import"), _InOrder(order, said))
 
     return work
 
