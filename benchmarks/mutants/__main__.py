@@ -107,7 +107,9 @@ def _pick(source: Source, chosen: argparse.Namespace, kept: dict[str, Any]) -> l
 
 
 def _reason(one: Verdict, reasons: dict[str, dict[str, str]]) -> str:
-    return reasons.get(one.module, {}).get(one.name, "")
+    """Look up the reason of a survivor: the longest key that its name begins with."""
+    known = reasons.get(one.module, {})
+    return known.get(max((key for key in known if one.name.startswith(key)), key=len, default=""), "")
 
 
 def _keep(verdicts: list[Verdict], kept: dict[str, Any], reasons: dict[str, dict[str, str]]) -> None:

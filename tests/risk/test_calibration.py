@@ -264,6 +264,8 @@ def test_the_highest_rate_stays_in_its_bounds() -> None:
 def test_without_an_influence_of_the_rate_all_rates_or_none_will_do(intercept: float, rate: float | None) -> None:
     flat = msgspec.structs.replace(BY_HAND, weights=(0.0, 0.0), intercept=intercept)
     assert flat.max_learning_rate(effective(1.0), 0.5) == rate
+    large = flat.max_learning_rate(effective(1.0, width=20, num_layers=30), 0.5)
+    assert large == (None if rate is None else pytest.approx(30 / 600))
 
 
 # The fit against its definition
