@@ -20,7 +20,7 @@ SOURCES = sorted(path.relative_to(HOUSE) for part in ("koopmon", "plugins") for 
 
 ROOMS = {
     "errors": "",
-    "secret_files": "errors",
+    "files": "errors",
     "spectral": "errors",
     "wire": "errors",
     "config": "errors wire",  # a value that ends up in a message has the message's bounds
@@ -48,8 +48,8 @@ ROOMS = {
         "plugins discovery"
     ),
     "conformance": "errors config spectral wire api chain_verifier token_sampling observables plugins discovery agent",
-    "grafana": "errors config telemetry secret_files",
-    "monitor": "errors config spectral risk wire policy secret_files history telemetry grafana views",
+    "grafana": "errors config telemetry files",
+    "monitor": "errors config spectral risk wire policy files history telemetry grafana views",
     "integrations": "errors config agent profiling spectral risk",  # the last three for Optuna: before any training
     "plots": "errors spectral risk",
     "report": "errors config spectral risk plots history views",
