@@ -22,7 +22,7 @@ ROOMS = {
     "errors": "",
     "files": "errors",
     "spectral": "errors",
-    "wire": "errors",
+    "wire": "errors files",
     "config": "errors wire",  # a value that ends up in a message has the message's bounds
     "risk": "errors config spectral",
     "policy": "errors config risk wire",

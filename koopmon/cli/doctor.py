@@ -106,7 +106,7 @@ def _examine(
         yield from http_checks.of_run(run, connection.reply, shown)
     yield from environment.python(python or sys.executable, environ)
     yield from environment.environment(environ, connection.reply)
-    yield environment.store(state_directory(environ))
+    yield environment.store(state_directory())
     if factory is not None:
         yield _taps(factory, settings)
 

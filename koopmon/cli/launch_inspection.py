@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+from platformdirs import user_state_path
 
 from koopmon.agent.autoload import LAUNCHERS
 from koopmon.errors import ConfigError
@@ -75,21 +75,19 @@ def check_run_name(name: str) -> str:
         ) from None
 
 
-def state_directory(environ: Mapping[str, str]) -> Path:
+def state_directory() -> Path:
     """Return the directory of files that outlive a job: `koopmon` under XDG_STATE_HOME."""
-    base = environ.get("XDG_STATE_HOME", "")
-    # The XDG specification requires that a relative path is ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "koopmon"
+    return user_state_path("koopmon")
 
 
-def run_store(environ: Mapping[str, str], name: str) -> Path:
+def run_store(name: str) -> Path:
     """Return the default history path of `koopmon run` for the run `name`."""
-    return state_directory(environ) / "runs" / f"{name.replace('/', '_')}.sqlite3"
+    return state_directory() / "runs" / f"{name.replace('/', '_')}.sqlite3"
 
 
-def monitor_store(environ: Mapping[str, str]) -> Path:
+def monitor_store() -> Path:
     """Return the default history path of `koopmon monitor`, which its runs share."""
-    return state_directory(environ) / "monitor.sqlite3"
+    return state_directory() / "monitor.sqlite3"
 
 
 def _launcher_options(command: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -84,7 +84,7 @@ def monitor(
         data_bind=bind_data,
         http=http,
         device=device,
-        store=store or monitor_store(os.environ),
+        store=store or monitor_store(),
         ready_file=ready_file,
     )
 

@@ -132,7 +132,7 @@ def _run_with_own_monitor(
     store: Path | None,
     json_file: Path | None,
 ) -> int:
-    store = store or _default_store(environ, name)
+    store = store or _default_store(name)
     options: list[str] = [] if config is None else ["--config", str(config)]
     table = overrides.get("policy", {})
     options += ["--policy", table["name"]] if "name" in table else []
@@ -205,9 +205,9 @@ def _security_environment(keys: Path | None, plaintext_tcp: bool) -> dict[str, s
     return named | ({PLAINTEXT_VARIABLE: "1"} if plaintext_tcp else {})
 
 
-def _default_store(environ: Mapping[str, str], name: str) -> Path:
+def _default_store(name: str) -> Path:
     """Return a history path for this run, in a temporary directory when the state directory is not writable."""
-    store = run_store(environ, name)
+    store = run_store(name)
     try:
         store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=store.parent):

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from koopmon.errors import EndpointError
+from koopmon.files import why_not_private
 
 MAX_IPC_PATH_BYTES = 107 if sys.platform == "linux" else 103
 """Length of `sockaddr_un.sun_path` without its terminating zero."""
@@ -164,18 +165,8 @@ def temporary_ipc() -> tuple[str, Path]:
 
 
 def _check_directory(directory: Path) -> None:
-    status = directory.stat()
-    if not stat.S_ISDIR(status.st_mode):
-        raise EndpointError(f"endpoint in {directory}: not a directory; choose another path")
-    if status.st_uid != os.geteuid():
-        raise EndpointError(
-            f"endpoint in {directory}: the directory belongs to user {status.st_uid}; use one of your own"
-        )
-    if status.st_mode & 0o077:
-        mode = stat.S_IMODE(status.st_mode)
-        raise EndpointError(
-            f"endpoint in {directory}: mode {mode:04o} lets others in; chmod 700 it, or use a directory of its own"
-        )
+    if why := why_not_private(directory, directory.stat(), directory=True):
+        raise EndpointError(f"endpoint in {directory}: {why}")
 
 
 def _clear_stale(path: Path) -> None:

@@ -97,7 +97,8 @@ def test_names_that_a_run_cannot_have(name: str) -> None:
         check_run_name(name)
 
 
-def test_the_state_directory() -> None:
-    assert state_directory({"XDG_STATE_HOME": "/s"}) == Path("/s/koopmon")
-    default = Path.home() / ".local" / "state" / "koopmon"
-    assert state_directory({}) == state_directory({"XDG_STATE_HOME": "relative"}) == default
+def test_the_state_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = Path.home() / ".local" / "state"
+    for base, expected in (("/s", Path("/s")), ("", default), ("relative", default)):
+        monkeypatch.setenv("XDG_STATE_HOME", base)
+        assert state_directory() == expected / "koopmon"
