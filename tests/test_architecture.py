@@ -21,6 +21,7 @@ SOURCES = sorted(path.relative_to(HOUSE) for part in ("koopmon", "plugins") for 
 ROOMS = {
     "errors": "",
     "files": "errors",
+    "logs": "",
     "spectral": "errors",
     "wire": "errors files",
     "config": "errors wire",  # a value that ends up in a message has the message's bounds
@@ -37,20 +38,20 @@ ROOMS = {
     "token_sampling": "errors",
     "observables": "errors api",
     "process_state": "errors",
-    "plugin_calls": "errors process_state",
+    "plugin_calls": "errors logs process_state",
     "guarded_adapter": "errors api observables plugin_calls",
     "plugin_loading": "errors api hookspecs plugin_calls",
     "plugins": "errors api hookspecs block_finder guarded_adapter plugin_calls plugin_loading",
     "discovery": "errors api block_finder chain_verifier plugins",
     "profiling": "errors api block_finder chain_verifier plugins discovery token_sampling observables spectral",
     "agent": (
-        "errors config spectral wire api hookspecs block_finder chain_verifier token_sampling observables "
+        "errors logs config spectral wire api hookspecs block_finder chain_verifier token_sampling observables "
         "plugins discovery"
     ),
     "conformance": "errors config spectral wire api chain_verifier token_sampling observables plugins discovery agent",
     "grafana": "errors config telemetry files",
-    "monitor": "errors config spectral risk wire policy files history telemetry grafana views",
-    "integrations": "errors config agent profiling spectral risk",  # the last three for Optuna: before any training
+    "monitor": "errors logs config spectral risk wire policy files history telemetry grafana views",
+    "integrations": "errors logs config agent profiling spectral risk",  # the last three for Optuna
     "plots": "errors spectral risk",
     "report": "errors config spectral risk plots history views",
     "doctor": "errors config wire api plugins discovery agent",
