@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +15,7 @@ from rich.table import Table
 from koopmon import plots
 from koopmon.cli import factory as factories
 from koopmon.errors import CalibrationError, ConfigError, KoopmonError, raise_from_signal
+from koopmon.numbers import mean
 
 if TYPE_CHECKING:
     from koopmon.profiling import CapturedStates
@@ -222,13 +222,8 @@ def _table(name: str, captured: CapturedStates, spectrum: SpectralProfile) -> Ta
         table.add_row(str(index), *cells, style=None if layer.informative else "dim")
     table.add_section()
     means = [spectrum.mean(field) for field in _COLUMNS.values()]
-    table.add_row("mean", *map(_cell, [*means, *map(_mean, captured.observables.values())]))
+    table.add_row("mean", *map(_cell, [*means, *map(mean, captured.observables.values())]))
     return table
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _remark(layer: LayerProfile) -> str:
