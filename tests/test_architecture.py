@@ -26,6 +26,7 @@ ROOMS = {
     "spectral": "errors numbers",
     "wire": "errors files",
     "config": "errors wire",  # a value that ends up in a message has the message's bounds
+    "run_names": "errors wire",
     "risk": "errors config spectral",
     "policy": "errors config risk wire",
     "history": "errors config spectral wire",
@@ -46,8 +47,8 @@ ROOMS = {
     "discovery": "errors api block_finder chain_verifier plugins",
     "profiling": "errors api block_finder chain_verifier plugins discovery token_sampling observables spectral",
     "agent": (
-        "errors logs config spectral wire api hookspecs block_finder chain_verifier token_sampling observables "
-        "plugins discovery"
+        "errors logs run_names config spectral wire api hookspecs block_finder chain_verifier token_sampling "
+        "observables plugins discovery"
     ),
     "conformance": "errors config spectral wire api chain_verifier token_sampling observables plugins discovery agent",
     "grafana": "errors config telemetry files",

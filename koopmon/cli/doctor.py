@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from koopmon.cli.launch_inspection import check_run_name, state_directory
+from koopmon.cli.launch_inspection import state_directory
 from koopmon.cli.options import KeysDirectory, PlaintextTcp, security_overrides
 from koopmon.config import Config, load
+from koopmon.run_names import check_run_name
 
 if TYPE_CHECKING:
     from koopmon.doctor.findings import Finding
@@ -61,7 +62,7 @@ def doctor(
     fails, 3 when something does.
     """
     if run is not None:
-        check_run_name(run)
+        check_run_name(run, "--run")
     findings = list(
         _examine(factory, monitor, http, run, config, security_overrides(keys, insecure_plaintext_tcp), python)
     )

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import msgspec
 from platformdirs import user_state_path
 
 from koopmon.agent.autoload import LAUNCHERS
-from koopmon.errors import ConfigError
-from koopmon.wire.messages import RunName
 
 _NODE_OPTIONS = ("--nnodes", "--num-machines", "--num-nodes")
 _SLURM_NODE_OPTIONS = ("--nodes", "-N")
@@ -54,25 +50,10 @@ def script_name(command: Sequence[str]) -> str:
     """Return the name of the first script or module in `command` that is not a launcher, else of its program."""
     for word, following in zip(command, [*command[1:], ""], strict=True):
         if word == "-m" and following and following not in LAUNCHERS:
-            return _clean(following.rpartition(".")[2])
+            return following.rpartition(".")[2]
         if word.endswith(".py"):
-            return _clean(Path(word).stem)
-    return _clean(Path(command[0]).name)
-
-
-def new_run_name(command: Sequence[str]) -> str:
-    """Return a unique run name: the script's name and 8 hex digits."""
-    return f"{script_name(command)}-{secrets.token_hex(4)}"
-
-
-def check_run_name(name: str) -> str:
-    """Return `name` unchanged. Raises ConfigError when it is not a valid run name."""
-    try:
-        return msgspec.convert(name, RunName)
-    except msgspec.ValidationError:
-        raise ConfigError(
-            f"--run {name!r}: expected up to 128 letters, digits or . _ : / + -, beginning with a letter or digit"
-        ) from None
+            return Path(word).stem
+    return Path(command[0]).name
 
 
 def state_directory() -> Path:
@@ -106,7 +87,3 @@ def _launcher_options(command: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _largest(text: str) -> int:
     """Return the largest whole number in "2", "1:4" or "4(x2)"; 0 without any."""
     return max((int(number) for number in re.findall(r"\d+", text)), default=0)
-
-
-def _clean(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-._+")[:64] or "job"

@@ -18,7 +18,7 @@ import typer
 from koopmon.agent.autoload import DIRECTORY
 from koopmon.cli.console import say
 from koopmon.cli.embedded import READY_SECONDS, EmbeddedMonitor, MonitorNotReadyError
-from koopmon.cli.launch_inspection import check_run_name, new_run_name, run_store, spread
+from koopmon.cli.launch_inspection import run_store, script_name, spread
 from koopmon.cli.options import (
     ConfigFile,
     DryRun,
@@ -31,6 +31,7 @@ from koopmon.cli.options import (
 from koopmon.cli.supervise import run_job, signals_held, take_signal
 from koopmon.config import load
 from koopmon.errors import ConfigError, KoopmonError
+from koopmon.run_names import check_run_name, new_run_name
 from koopmon.views.run_summary import summarise
 from koopmon.wire.auth_policy import PLAINTEXT_VARIABLE, AuthPolicy, make_auth_policy
 
@@ -90,7 +91,7 @@ def run(
     overrides = policy_overrides(policy, dry_run)
     settings = load(config, overrides=overrides | security_overrides(keys, insecure_plaintext_tcp))
     if name is not None:
-        check_run_name(name)
+        check_run_name(name, "--run")
     environ = dict(os.environ)
     if monitor is not None:
         _refuse_beside_monitor({"--policy": policy, "--dry-run": dry_run or None, "--http": http, "--store": store})
@@ -101,7 +102,7 @@ def run(
         trust.check_agent_keys(endpoint)
         environ |= _security_environment(keys, insecure_plaintext_tcp)
         # Ranks on other nodes have their own launchers, so the agents of a multi-node job agree on a name themselves.
-        shared = name if name is not None or spread(command, environ) else new_run_name(command)
+        shared = name if name is not None or spread(command, environ) else new_run_name(script_name(command))
         if (why := _why_silent(endpoint, trust)) is not None:
             because = f" ({why})" if why else ""
             advice = f"the job is guarded once `koopmon monitor --bind {endpoint}` runs; `koopmon doctor` says more"
@@ -118,7 +119,7 @@ def run(
             "ranks reach it, and give its endpoint with --monitor"
         )
     return _run_with_own_monitor(
-        command, environ, name or new_run_name(command), config, overrides, http, store, json_file
+        command, environ, name or new_run_name(script_name(command)), config, overrides, http, store, json_file
     )
 
 
