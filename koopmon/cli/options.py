@@ -23,9 +23,13 @@ Policy = Annotated[
     str | None,
     typer.Option(metavar="|".join(POLICIES), callback=_known_policy, help="What may be done. Default: the config's."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run, as `koopmon run` printed it.")]
+HistoryFile = Annotated[
+    Path | None,
+    typer.Option("--store", metavar="FILE", help="History, SQLite. Default: the run's own, else the monitor's."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Decide and record, but send nothing.")]
-
-
 KeysDirectory = Annotated[
     Path | None,
     typer.Option("--keys", metavar="DIR", help="Key files. Default: KOOPMON_KEYS, else under XDG_CONFIG_HOME."),
