@@ -38,6 +38,12 @@ LAUNCHERS = frozenset({"torchrun", "torch.distributed.run", "torch.distributed.l
 _log = logging.getLogger("koopmon.agent")
 
 
+def python_path(environ: Mapping[str, str]) -> str:
+    """Return the value of PYTHONPATH with which a child process attaches."""
+    before = environ.get("PYTHONPATH", "")
+    return f"{DIRECTORY}{os.pathsep}{before}" if before else str(DIRECTORY)
+
+
 class RootNotFoundError(LookupError):
     """No single module owns the parameters of an optimizer. The message lists the modules found."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
-from koopmon.cli.console import say
+from koopmon.cli.console import print_json, results, say
+from koopmon.cli.options import AsJson, KeysDirectory
 from koopmon.errors import KeysError
 from koopmon.wire import keys
 
@@ -22,12 +21,6 @@ MAKE_EPILOG = "Example: koopmon keys make monitor agent"
 SHOW_EPILOG = "Example: koopmon keys show --json"
 ROTATE_EPILOG = "Example: koopmon keys rotate agent --keep-days 7"
 DEFAULT_NAMES = [keys.MONITOR, "agent"]
-
-Directory = Annotated[
-    Path | None,
-    typer.Option("--keys", metavar="DIR", help="The directory. Default: KOOPMON_KEYS, else under XDG_CONFIG_HOME."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -50,7 +43,7 @@ def make(
             metavar="PATTERN", help="Runs that the agents may speak for, as 'team-a/*'; repeatable. Default: *."
         ),
     ] = None,
-    directory: Directory = None,
+    directory: KeysDirectory = None,
     as_json: AsJson = False,
 ) -> int:
     """Make pairs of keys: a secret file for its owner alone, and a public one for the other side.
@@ -73,7 +66,7 @@ def make(
     return _report(place, wanted, as_json)
 
 
-def show(directory: Directory = None, as_json: AsJson = False) -> int:
+def show(directory: KeysDirectory = None, as_json: AsJson = False) -> int:
     """List the keys, which agents this monitor serves, and for which runs. Never shows a secret.
 
     Files that cannot be used are one line, and exit status 2.
@@ -88,7 +81,7 @@ def rotate(
     keep_days: Annotated[
         float, typer.Option(min=0.0, max=365.0, metavar="DAYS", help="How long the old key counts too; 0: no longer.")
     ] = 7.0,
-    directory: Directory = None,
+    directory: KeysDirectory = None,
     as_json: AsJson = False,
 ) -> int:
     """Replace a pair. Jobs that run go on: for a while both the old key and the new one count.
@@ -150,13 +143,13 @@ def _pair_of(place: Path, name: str) -> Any:
 def _report(place: Path, names: list[str] | None, as_json: bool) -> int:
     rows = [row for row in _rows(place) if names is None or row["name"] in names]
     if as_json:
-        print(json.dumps({"directory": str(place), "keys": rows}))  # noqa: T201 - a result
+        print_json({"directory": str(place), "keys": rows})
         return 0
     public = Column("public key", min_width=40, no_wrap=True)
     table = Table("name", "what", public, "runs", "also until", title=str(place), title_justify="left")
     for row in rows:
         table.add_row(row["name"], row["what"], row["public"], " ".join(row["runs"]), row["previous_until"] or "")
-    Console(soft_wrap=True, markup=False, highlight=False).print(table)
+    results().print(table, soft_wrap=True)
     return 0
 
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from koopmon.agent.autoload import DIRECTORY
+from koopmon.agent.autoload import python_path
 from koopmon.config import Config, load
 from koopmon.doctor.findings import Finding, fail, ok, warn
 from koopmon.doctor.http_checks import fix_of_refusal
@@ -46,9 +46,8 @@ def configuration(path: Path | None, environ: Mapping[str, str]) -> tuple[Config
 
 def python(program: str, environ: Mapping[str, str]) -> Iterator[Finding]:
     """Start a short child of the job's Python as `koopmon run` does, and check that the import hook is active."""
-    before = environ.get("PYTHONPATH", "")
     child = {key: value for key, value in environ.items() if key != "KOOPMON_ATTACHED_PID"}
-    child["PYTHONPATH"] = f"{DIRECTORY}{os.pathsep}{before}" if before else str(DIRECTORY)
+    child["PYTHONPATH"] = python_path(environ)
     child["KOOPMON_ENDPOINT"] = "ipc:///nowhere/control"  # the child trains nothing and must not connect to a monitor
     install = f"{program} -m pip install koopmon"
     try:
