@@ -65,14 +65,14 @@ class KoopmonError(Exception):
 
 
 @contextmanager
-def foreign_code(refused: Callable[[str], Exception]) -> Iterator[None]:
+def foreign_code(refused: Callable[[str], Exception], *passing: type[Exception]) -> Iterator[None]:
     """Run the code of a user or a plugin. An exception becomes `refused("raised ...")`.
 
-    The exceptions of koopmon and of a signal, such as Ctrl-C, pass unchanged.
+    The exceptions of koopmon, of the types `passing`, and of a signal, such as Ctrl-C, pass unchanged.
     """
     try:
         yield
-    except KoopmonError:
+    except (KoopmonError, *passing):
         raise
     except BaseException as error:
         raise_from_signal(error)

@@ -72,6 +72,10 @@ class PluginCalls:
         self._package = package
         self._seconds_left = SECONDS
 
+    def run(self, what: str, call: Callable[[], T], *, limited: bool) -> T:
+        """Return `call()`, in a separate thread if `limited`, as koopmon's own plugins need not be."""
+        return self.limited(what, call) if limited else self.contained(what, call)
+
     def limited(self, what: str, call: Callable[[], T]) -> T:
         """Return `call()`, run in a separate thread, which is abandoned after the plugin's SECONDS.
 

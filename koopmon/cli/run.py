@@ -84,7 +84,7 @@ def run(
     and the job runs unguarded.
     """
     if not hasattr(signal, "sigwaitinfo"):
-        raise KoopmonError("koopmon run needs Linux: elsewhere call koopmon.attach() in the script")
+        raise KoopmonError("koopmon needs Linux")
     overrides = policy_overrides(policy, dry_run) | security_overrides(keys, insecure_plaintext_tcp)
     settings = load(config, overrides=overrides)
     if name is not None:

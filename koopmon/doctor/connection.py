@@ -50,7 +50,6 @@ class Connection:
         self._trust = trust
         self._run = run or NOBODY
         self.reply: ProbeReply | None = None
-        self.refusal = ""
 
     def findings(self) -> Iterator[Finding]:
         """Check endpoint, keys and monitor; if the monitor replies, check versions, data endpoint and clock."""
@@ -101,7 +100,6 @@ class Connection:
             yield fail("versions", found.failure, "pip install the same version of koopmon on both sides")
             return
         if found.refused:
-            self.refusal = found.failure
             yield fail("monitor", f"it refuses this agent: {found.failure}", _fix_of(found.failure, self._trust))
             return
         if found.reply is None:

@@ -14,7 +14,6 @@ import os
 import re
 import socket
 import stat
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 from koopmon.errors import EndpointError
 from koopmon.files import why_not_private
 
-MAX_IPC_PATH_BYTES = 107 if sys.platform == "linux" else 103
+MAX_IPC_PATH_BYTES = 107
 """Length of `sockaddr_un.sun_path` without its terminating zero."""
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+\]|[^\[\]:/;\s]+):(?P<port>[0-9]{1,5}|\*)")
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
@@ -102,17 +101,13 @@ def _check_ipc(endpoint: str, binding: bool) -> str:
             f"endpoint {endpoint!r}: expected ipc:// and the path of a socket file, as ipc:///run/dir/name"
         )
     path = os.path.abspath(path)
-    _check_length(path)
-    return f"ipc://{path}"
-
-
-def _check_length(path: str) -> None:
     length = len(os.fsencode(path))
     if length > MAX_IPC_PATH_BYTES:
         raise EndpointError(
             f"endpoint 'ipc://{path}': path of {length} bytes, this system takes {MAX_IPC_PATH_BYTES}: "
             "choose a shorter directory"
         )
+    return f"ipc://{path}"
 
 
 def check_ipc_owner(endpoint: str) -> None:
@@ -153,15 +148,13 @@ def claimed(endpoint: str) -> Iterator[str]:
         os.close(directory)
 
 
-def temporary_ipc() -> tuple[str, Path]:
-    """Return a new `ipc://` endpoint in its own directory, mode 0700, and that directory. The caller removes it."""
+def socket_directory() -> Path:
+    """Create a directory, mode 0700, whose path leaves room for the name of a socket. The caller removes it."""
     directory = Path(tempfile.mkdtemp(prefix="koopmon-"))
-    try:
-        _check_length(str(directory / "socket"))
-    except EndpointError:
+    if len(os.fsencode(directory / "control")) > MAX_IPC_PATH_BYTES:
         directory.rmdir()
-        raise
-    return f"ipc://{directory / 'socket'}", directory
+        directory = Path(tempfile.mkdtemp(prefix="koopmon-", dir="/tmp"))
+    return directory
 
 
 def _check_directory(directory: Path) -> None:
