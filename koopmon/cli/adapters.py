@@ -11,12 +11,10 @@ from koopmon.cli.console import print_json, results
 from koopmon.cli.options import AsJson
 from koopmon.errors import one_line
 
-EPILOG = "Example: koopmon adapters --json"
-
 
 def add_to(app: typer.Typer) -> None:
     group = typer.Typer(invoke_without_command=True)
-    group.callback(epilog=EPILOG)(adapters)
+    group.callback(epilog="Example: koopmon adapters --json")(adapters)
     check.add_to(group)
     app.add_typer(group, name="adapters")
 

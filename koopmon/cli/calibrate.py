@@ -19,11 +19,13 @@ from koopmon.errors import StoreError
 if TYPE_CHECKING:
     from koopmon.offline.calibration_examples import RunExample
 
-EPILOG = "Example: koopmon calibrate ~/.local/state/koopmon/runs/*.sqlite3 --out calibrator.json --png reliability.png"
-
 
 def add_to(app: typer.Typer) -> None:
-    app.command("calibrate", epilog=EPILOG, no_args_is_help=True)(calibrate)
+    app.command(
+        "calibrate",
+        epilog="Example: koopmon calibrate ~/.local/state/koopmon/runs/*.sqlite3 --out calibrator.json --png reliability.png",
+        no_args_is_help=True,
+    )(calibrate)
 
 
 def calibrate(

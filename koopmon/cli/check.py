@@ -25,12 +25,11 @@ if TYPE_CHECKING:
     from koopmon.conformance import CheckResult
     from koopmon.plugins import PluginManager
 
-EPILOG = "Example: koopmon adapters check mypackage"
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("check", epilog=EPILOG, no_args_is_help=True)(check)
+    app.command("check", epilog="Example: koopmon adapters check mypackage", no_args_is_help=True)(check)
 
 
 def check(

@@ -17,11 +17,9 @@ from koopmon.errors import KoopmonError
 if TYPE_CHECKING:
     from koopmon.demo.training import DemoResult, Setting
 
-EPILOG = "Example: koopmon demo --policy lr"
-
 
 def add_to(app: typer.Typer) -> None:
-    app.command("demo", epilog=EPILOG)(demo)
+    app.command("demo", epilog="Example: koopmon demo --policy lr")(demo)
 
 
 SHOWN = "kss+lr"

@@ -23,13 +23,12 @@ from koopmon.run_names import check_run_name
 if TYPE_CHECKING:
     from koopmon.doctor.findings import Finding
 
-EPILOG = "Example: koopmon doctor --monitor tcp://127.0.0.1:9465 --run train-1a2b3c4d"
 SOMETHING_FAILS = 3
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("doctor", epilog=EPILOG)(doctor)
+    app.command("doctor", epilog="Example: koopmon doctor --monitor tcp://127.0.0.1:9465 --run train-1a2b3c4d")(doctor)
 
 
 def doctor(
@@ -118,7 +117,7 @@ def _taps(factory: str, settings: Config) -> Finding:
     try:
         model, args, kwargs = factories.load(factory)
     except factories.FactoryError as error:
-        return fail("taps", str(error), "name a function that returns (model, batch): file.py:function")
+        return fail("taps", str(error), "give a function that returns (model, batch): file.py:function")
     return taps(model, args, kwargs, settings.model)
 
 
@@ -134,4 +133,4 @@ def _show(findings: list[Finding]) -> None:
     out.print(table)
     count = sum(finding.level == "fail" for finding in findings)
     warned = sum(finding.level == "warn" for finding in findings)
-    out.print(f"{count} failed, {warned} to look at" if count or warned else "all is well", soft_wrap=True)
+    out.print(f"{count} failed, {warned} warnings" if count or warned else "all checks passed", soft_wrap=True)

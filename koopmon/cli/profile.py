@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from koopmon.risk.initial_score import InitialRisk
     from koopmon.spectral import LayerProfile, SpectralProfile
 
-EPILOG = "Example: koopmon profile train.py:make_model_and_batch --png spectrum.png"
 SURVIVES = 0.95
 _COLUMNS = {
     "M~1": "near_unit_mass",
@@ -41,7 +40,11 @@ _COLUMNS = {
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("profile", epilog=EPILOG, no_args_is_help=True)(profile)
+    app.command(
+        "profile",
+        epilog="Example: koopmon profile train.py:make_model_and_batch --png spectrum.png",
+        no_args_is_help=True,
+    )(profile)
 
 
 def profile(

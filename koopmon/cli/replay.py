@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from koopmon.history.reader import DecisionRow
     from koopmon.offline.replay import Replayed
 
-EPILOG = "Example: koopmon replay train-1a2b3c4d --policy careful.toml"
-
 
 def add_to(app: typer.Typer) -> None:
-    app.command("replay", epilog=EPILOG, no_args_is_help=True)(replay)
+    app.command("replay", epilog="Example: koopmon replay train-1a2b3c4d --policy careful.toml", no_args_is_help=True)(
+        replay
+    )
 
 
 def replay(

@@ -17,11 +17,9 @@ from koopmon.errors import KoopmonError, one_line
 if TYPE_CHECKING:
     from koopmon.report.run_report import RunReport
 
-EPILOG = "Example: koopmon report train-1a2b3c4d --out report"
-
 
 def add_to(app: typer.Typer) -> None:
-    app.command("report", epilog=EPILOG, no_args_is_help=True)(report)
+    app.command("report", epilog="Example: koopmon report train-1a2b3c4d --out report", no_args_is_help=True)(report)
 
 
 def report(

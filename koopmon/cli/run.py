@@ -37,19 +37,23 @@ from koopmon.views.run_summary import summarise
 from koopmon.wire.auth_policy import PLAINTEXT_VARIABLE, AuthPolicy, make_auth_policy
 
 ANSWER_SECONDS = 2.0
-EPILOG = "Example: koopmon run -- torchrun --nproc-per-node 2 train.py --lr 0.003"
 
 
 def add_to(app: typer.Typer) -> None:
     settings = {"allow_interspersed_args": False}
-    app.command("run", epilog=EPILOG, no_args_is_help=True, context_settings=settings)(run)
+    app.command(
+        "run",
+        epilog="Example: koopmon run -- torchrun --nproc-per-node 2 train.py --lr 0.003",
+        no_args_is_help=True,
+        context_settings=settings,
+    )(run)
 
 
 def run(
-    command: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The job, as you start it today.")],
+    command: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The job's command.")],
     monitor: Annotated[
         str | None,
-        typer.Option(metavar="ENDPOINT", help="A monitor that runs already. Default: one of the job's own."),
+        typer.Option(metavar="ENDPOINT", help="Endpoint of a running monitor. Default: the job starts its own."),
     ] = None,
     policy: Policy = None,
     dry_run: DryRun = False,
@@ -62,17 +66,17 @@ def run(
             "--run",
             metavar="NAME",
             envvar="KOOPMON_RUN",
-            help="The run's name. Default: the script's and 8 hex digits. A restarted job keeps its name.",
+            help="Name of the run. Default: the script's and 8 hex digits. A restarted job keeps its name.",
         ),
     ] = None,
     http: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where the job's own monitor serves. Default: a free port.")
+        str | None, typer.Option(metavar="HOST:PORT", help="Address of the own monitor's pages. Default: a free port.")
     ] = None,
     store: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The job's history. Default: under XDG_STATE_HOME.")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the closing summary there, as JSON.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the closing summary to this file, as JSON.")
     ] = None,
 ) -> int:
     """Guard an unchanged training job, on one node with a monitor of its own.

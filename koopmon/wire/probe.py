@@ -76,7 +76,7 @@ def reaches_data(endpoint: str, known: str, trust: AuthPolicy, *, timeout_second
         while not data.connected:
             left = deadline - time.monotonic()
             if data.failure or left <= 0.0:
-                return data.failure or ("it does not answer" if data.reached else "nobody listens there")
+                return data.failure or ("no answer" if data.reached else "no server there")
             poller.wait(min(left, 0.25))
     return ""
 
