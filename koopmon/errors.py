@@ -72,9 +72,9 @@ def foreign_code(refused: Callable[[str], Exception], *passing: type[Exception])
     """
     try:
         yield
-    except (KoopmonError, *passing):
-        raise
     except BaseException as error:
+        if isinstance(error, (KoopmonError, *passing)):
+            raise
         raise_from_signal(error)
         raise refused(f"raised {describe_error(error)}") from error
 

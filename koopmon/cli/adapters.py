@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -10,6 +12,9 @@ from koopmon.cli import check
 from koopmon.cli.console import print_json, results
 from koopmon.cli.options import AsJson
 from koopmon.errors import one_line
+
+if TYPE_CHECKING:
+    from koopmon.api import ArchitectureAdapter
 
 
 def add_to(app: typer.Typer) -> None:
@@ -61,7 +66,7 @@ def _found() -> dict[str, list[dict[str, str]]]:
     def place(plugin: str) -> dict[str, str]:
         return {"plugin": plugin, "distribution": manager.calls(plugin).distribution}
 
-    def summary(adapter: object) -> str:
+    def summary(adapter: ArchitectureAdapter) -> str:
         return one_line((type(plugins.original(adapter)).__doc__ or "").strip().split("\n")[0])
 
     left_out = manager.left_out.items()

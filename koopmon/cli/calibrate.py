@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def add_to(app: typer.Typer) -> None:
     app.command(
         "calibrate",
-        epilog="Example: koopmon calibrate ~/.local/state/koopmon/runs/*.sqlite3 --out calibrator.json --png reliability.png",
+        epilog="Example: koopmon calibrate ~/.local/state/koopmon/runs/*.sqlite3 --out calibrator.json",
         no_args_is_help=True,
     )(calibrate)
 

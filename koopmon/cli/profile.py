@@ -151,10 +151,9 @@ def run_profile(request: ProfileRequest, on_stage: Callable[[str], None] = lambd
     on_stage("making the model")
     model, args, kwargs = factories.load(request.factory)
     on_stage("profiling")
-    selection = {"adapter": request.adapter, "stack": request.stack}
-    sampling = {"num_samples": request.num_samples, "seed": request.seed}
+    options = {name: getattr(request, name) for name in ("adapter", "stack", "num_samples", "seed")}
     with foreign_code(lambda told: KoopmonError(f"{request.factory}: the forward pass {told}")):
-        captured = capture_states(model, *args, **selection, **sampling, **kwargs)
+        captured = capture_states(model, *args, **options, **kwargs)
         spectrum = profile_states(captured.states, svd_rank=request.svd_rank, seed=request.seed)
     risk = initial_risk(spectrum, known_exponent=captured.known_exponent)
     forecast = None
