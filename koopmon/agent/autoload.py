@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from koopmon.agent.launcher import log_for_job
 from koopmon.errors import raise_from_signal
+from koopmon.logs import log_for_job
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +35,13 @@ _TARGET = "torch.optim.optimizer"
 _MARK = "KOOPMON_ATTACHED_PID"
 LAUNCHERS = frozenset({"torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "deepspeed"})
 """Programs and modules that start ranks and do not train themselves."""
+_log = logging.getLogger("koopmon.agent")
+
+
+def python_path(environ: Mapping[str, str]) -> str:
+    """Return the value of PYTHONPATH with which a child process attaches."""
+    before = environ.get("PYTHONPATH", "")
+    return f"{DIRECTORY}{os.pathsep}{before}" if before else str(DIRECTORY)
 
 
 class RootNotFoundError(LookupError):
@@ -176,7 +184,7 @@ class _Watch:
     def _log(self, text: str) -> None:
         if text not in self._logged:
             self._logged.add(text)
-            log_for_job(text)
+            log_for_job(_log, text)
 
 
 def _parameters(optimizer: Optimizer) -> frozenset[int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import re
 import secrets
 import sys
 import time
@@ -20,13 +19,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from koopmon.agent.launcher import announced_ranks
-from koopmon.errors import ConfigError
+from koopmon.logs import announced
+from koopmon.run_names import new_run_name
 
 SETTLE_SECONDS = 300.0
 """Time that rank 0 has to publish the run's identity."""
 _ordinals: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ def current_context() -> RankContext | None:
         if dist.get_world_size() == 1:
             return RankContext()
         return RankContext(dist.get_rank(), dist.get_world_size(), _own_store())
-    return None if announced_ranks()[1] > 1 else RankContext()
+    return None if announced()[1] > 1 else RankContext()
 
 
 def _own_store() -> Any:
@@ -61,20 +59,9 @@ def _own_store() -> Any:
     return store.clone() if hasattr(store, "clone") else store
 
 
-def check_run_name(name: str) -> str:
-    """Return `name` if it is a valid name of a run. Raises ConfigError."""
-    if _RUN_NAME.fullmatch(name) is None:
-        raise ConfigError(
-            f"run = {name!r}: allowed are 1 to 128 letters, digits and . _ : / + -, beginning with a letter or a digit"
-        )
-    return name
-
-
 def default_run_name() -> str:
     """Return the script's name and 8 random hexadecimal digits."""
-    stem = re.sub(r"[^A-Za-z0-9._+-]", "-", Path(sys.argv[0] or "python").stem).strip("-.") or "python"
-    stem = stem if stem[0].isalnum() else f"run{stem}"
-    return f"{stem[:100]}-{secrets.token_hex(4)}"
+    return new_run_name(Path(sys.argv[0] or "python").stem)
 
 
 def store_prefix(model: nn.Module, run: str | None) -> str:

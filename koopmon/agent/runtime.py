@@ -24,7 +24,6 @@ from koopmon.agent.control.actuator import Actuator
 from koopmon.agent.control.all_actions import make_actions
 from koopmon.agent.control.lr_backoff import largest_rate, rate_sized_steps
 from koopmon.agent.control.rank_group import RankGroup, ReplicaFingerprint
-from koopmon.agent.launcher import announced_ranks, log_for_job
 from koopmon.agent.lifecycle import (
     Acting,
     LifeCycle,
@@ -41,6 +40,7 @@ from koopmon.agent.rank_identity import RankContext, RunRendezvous, current_cont
 from koopmon.agent.stats import AgentStats
 from koopmon.api import ArchitectureAdapter, Stack
 from koopmon.config import Config
+from koopmon.logs import announced, log_for_job
 from koopmon.plugins import Selection, source
 from koopmon.wire.auth_policy import AuthPolicy
 
@@ -178,7 +178,7 @@ class AgentRuntime:
             self._withdraw(rank, layout, decision.reason)
         elif isinstance(self.lifecycle.state, Verifying):
             if decision.reason:
-                log_for_job(f"watch-only: {decision.reason}", rank.world.rank)
+                log_for_job(logger, f"watch-only: {decision.reason}", rank=rank.world.rank)
             acts = decision.role is Role.ACT
             self.lifecycle.enter(self._acting(rank, layout, fingerprint) if acts else Watching(rank, layout))
             self._describe(acts=acts)
@@ -205,7 +205,7 @@ class AgentRuntime:
         """Stop watching this training: remove the taps, refuse commands, log one line."""
         self.taps.remove(reason)
         self.stand_down(reason, layout)
-        log_for_job(f"not attached, training goes on: {reason}", rank.world.rank)
+        log_for_job(logger, f"not attached, training goes on: {reason}", rank=rank.world.rank)
 
     def stand_down(self, reason: str, layout: ParallelLayout | None = None) -> None:
         """End snapshots and commands. The control state stays, equal on all ranks, and lasting actions apply it."""
@@ -241,7 +241,7 @@ class AgentRuntime:
             world = current_context()
             if world is None:
                 # The launcher announced ranks, but none were initialized: this process trains alone.
-                self._run = f"{self._run or default_run_name()}-rank{announced_ranks()[0]}"
+                self._run = f"{self._run or default_run_name()}-rank{announced()[0]}"
             self._meet_ranks(world or RankContext())
         for action in self.actions:
             action.on_forward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from koopmon.agent.attach import Agent, attach
-from koopmon.agent.launcher import log_for_job
 from koopmon.config import Config
+from koopmon.logs import log_for_job
+
+logger = logging.getLogger("koopmon.integrations")
 
 
 class SessionCallback:
@@ -57,7 +60,7 @@ class Session:
             counted = f"{len(stepping)} optimizers" if stepping else "no torch.optim.Optimizer"
             refused = f"the trainer has {counted}, and koopmon guards one"
         if refused:
-            log_for_job(f"not attached, training goes on: {refused}")
+            log_for_job(logger, f"not attached, training goes on: {refused}")
             self.agent = Agent(None, refused)
             return
         self.agent = attach(model, stepping[0], **self._arguments)

@@ -22,6 +22,7 @@ from koopmon.agent.rank_identity import Identity
 from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
 from koopmon.errors import EndpointError, ProtocolError
+from koopmon.logs import LogLimit
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
 from koopmon.wire.messages import (
     Ack,
@@ -46,8 +47,6 @@ REFUSED_SECONDS = 30.0
 """Pause before the next hello to a monitor that refused."""
 MIN_HEARTBEAT_SECONDS = 0.02
 """Lower bound of the heartbeat interval that the monitor requests."""
-WARNING_SECONDS = 60.0
-"""Least interval between two log lines about one kind of failure."""
 
 
 class RankInfo(Struct, frozen=True, kw_only=True):
@@ -118,7 +117,7 @@ class ControlChannel:
         """Time of the first hello or heartbeat on this connection that has no reply yet."""
         self._lost = False
         self._restored = False
-        self._warned_at: dict[str, float] = {}
+        self._limit = LogLimit()
         self._reported_busy = 0.0
         self._reported_elapsed = 0.0
 
@@ -255,11 +254,10 @@ class ControlChannel:
         rank, step = self.description.process_rank, self._stats.step
         self._send(Goodbye(**self._name, process_rank=rank, step=step, reason=reason[:512]))
 
-    def warn(self, now: float, kind: str, text: str) -> None:
-        """Log `text`, at most once a minute for each `kind` of failure."""
-        if now - self._warned_at.get(kind, -WARNING_SECONDS) >= WARNING_SECONDS:
-            self._warned_at[kind] = now
-            logger.warning("koopmon: %s", text)
+    def warn(self, now: float, trouble: str, text: str) -> None:
+        """Log `text`, at most once a minute for each `trouble`."""
+        if (more := self._limit.admit(now, trouble)) is not None:
+            logger.warning("koopmon: %s%s", text, more)
 
     def _send(self, message: AgentMessage) -> bool:
         return self._control.send(encode(message))
