@@ -6,7 +6,7 @@ waiting for ranks -> verifying -> watching or acting -> stood down
 - verifying: the ranks are known. Only the first forward shows in which layout they train.
 - watching: the agent takes snapshots and refuses commands.
 - acting: it also applies commands.
-- stood down: it has failed, was refused or was closed. What is in force stays in force.
+- stood down: it has failed, was refused or was closed. The values in force stay.
 
 No state refers to the model, because the I/O thread holds the life cycle.
 """

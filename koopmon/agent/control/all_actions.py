@@ -1,4 +1,4 @@
-"""The kinds of actions that this agent knows. A new kind is a new file and one line here."""
+"""List of the kinds of actions. A new kind is a new file and one line here."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class ControlState(Struct, frozen=True, kw_only=True, array_like=True, forbid_un
 
     version: int = 0
     actions: dict[str, ActionState] = {}
-    """By kind of command. An action that is absent leaves the user's own values."""
+    """Keys are kinds of commands. An action that is absent leaves the user's own values."""
     cadence_steps: int = 0
     """The interval that the monitor requested; 0 for none."""
     cadence_until_step: int = -1
