@@ -24,7 +24,6 @@ VARIABLES = {
     "KOOPMON_HTTP_PASSWORD": "The password that opens them, in place of `[http] password_file`",
     "KOOPMON_GRAFANA_URL": "Grafana's address for `koopmon grafana push`, in place of `--url` and `[grafana] url`",
     "KOOPMON_GRAFANA_TOKEN": "The token of a service account there, in place of `[grafana] token_file`",
-    "KOOPMON_SLACK_WEBHOOK": "Where `koopmon grafana push` sends alerts, in place of `--slack`",
     "XDG_STATE_HOME": "Histories are in `koopmon` below it; absent: `~/.local/state`",
     "XDG_CONFIG_HOME": "Key files are in `koopmon/keys` below it; absent: `~/.config`",
 }

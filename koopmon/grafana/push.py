@@ -6,10 +6,10 @@ grafana_client is an optional extra. It is imported late because it is slow to i
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import quote
 
 from koopmon.errors import (
     ConfigError,
@@ -22,28 +22,29 @@ from koopmon.errors import (
 from koopmon.grafana import resources
 from koopmon.grafana.access import GrafanaAccess, check_url
 from koopmon.grafana.files import DATASOURCE_UID, FOLDER
-from koopmon.grafana.resources import Change, Json, Kind
+from koopmon.grafana.resources import Change, Json
+from koopmon.grafana.rules import grafana_rule_groups
 
-EDITOR = "(role Editor, or Edit on the folder)"
-PERMISSIONS: dict[Kind, str] = {
-    "data source": "datasources:read, datasources:create and datasources:write (role Admin)",
-    "folder": "folders:read and folders:create (role Editor)",
-    "dashboard": f"dashboards:read, dashboards:create and dashboards:write {EDITOR}",
-    "rule group": f"alert.provisioning:read and alert.provisioning:write {EDITOR}",
+HINTS = {
+    401: "; has it expired?",
+    403: "; it needs role Editor, or Edit on the folder, and Admin for a data source",
+    404: "; rules need Grafana 9.1 or later: --no-alerts pushes the dashboards alone",
+    409: "; somebody changed it meanwhile, or has its name",
+    412: "; somebody changed it meanwhile, or has its name",
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class PushOptions:
     """Options of a push. Raises ConfigError with the name of the option."""
 
     datasource: str | None = None
-    """Uid or name of an existing data source; None for our own."""
+    """Uid of an existing data source; None for our own."""
     prometheus_url: str | None = None
     """Address of Prometheus for our own data source; None accepts the present one."""
     folder: str = FOLDER
-    alerts: bool = True
     docs_url: str | None = None
+    alerts: bool = True
     force: bool = False
     dry_run: bool = False
 
@@ -60,69 +61,53 @@ class PushOptions:
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """Planned changes, those that were made, and the error at which the push stopped."""
+    """Grafana's version, all changes, and the error that stopped the push after it had begun to write."""
 
     version: str
-    """Version of Grafana."""
-    changes: Sequence[Change]
-    done: Sequence[Change] = ()
+    changes: list[Change]
     error: KoopmonError | None = None
 
 
-def push(access: GrafanaAccess, options: PushOptions) -> PushResult:
+def push_to(access: GrafanaAccess, options: PushOptions) -> PushResult:
     """Bring Grafana to the wanted state; a second push with the same options writes nothing.
 
     Raises ConfigError when no Grafana is at that address, GrafanaDeniedError, GrafanaUnreachableError, and GrafanaError
-    for every other error response, unless it has begun to write.
+    for every other error response.
     """
-    grafana = _Grafana(access)
-    with closing(grafana):
-        version = grafana.connect()
+    with closing(_Grafana(access)) as grafana:
+        version = grafana.version()
         changes = _plan(grafana, options)
-        done: list[Change] = []
-        try:
-            for change in changes:
-                if change.writes and not options.dry_run:
-                    grafana.call(
-                        *change.request, what=f"{change.action} {change.kind} {change.name!r}", kind=change.kind
-                    )
-                    done.append(change)
-        except KoopmonError as error:
-            return PushResult(version, changes, done, error)
-    return PushResult(version, changes, done)
+        for index, change in enumerate(changes):
+            if change.writes and not options.dry_run:
+                try:
+                    grafana.call(*change.request, what=f"{change.action} {change.kind} {change.name!r}")
+                except KoopmonError as error:
+                    return PushResult(version, changes, error)
+                changes[index] = replace(change, done=True)
+    return PushResult(version, changes)
 
 
 def _plan(grafana: _Grafana, options: PushOptions) -> list[Change]:
-    force, given, folder = options.force, options.datasource, options.folder
+    force, given, folder_uid = options.force, options.datasource, options.folder
+    name = DATASOURCE_UID if given is None else given
+    source = grafana.read(f"data source {name!r}", f"/datasources/uid/{quote(name, safe='')}")
     if given is None:
-        source = grafana.read("data source", DATASOURCE_UID, resources.datasource_path())
         url = options.prometheus_url and options.prometheus_url.rstrip("/")
         changes = [resources.datasource(source, url, force=force)]
-        source = source or {"uid": DATASOURCE_UID, "name": changes[0].name}
+        source = source or {"uid": name, "name": changes[0].name}
+    elif source is None or "prometheus" not in str(source.get("type")):
+        raise ConfigError(f"--datasource {one_line(given)!r}: Grafana has no Prometheus data source of this uid")
     else:
-        source = _given_datasource(grafana, given)
         changes = [Change(kind="data source", name=given, action="unchanged", why="used as it is")]
-    there = grafana.read("folder", folder, f"/folders/{folder}")
-    changes.append(resources.folder(there, folder))
+    folder = grafana.read(f"folder {folder_uid!r}", f"/folders/{folder_uid}")
+    changes.append(resources.folder(folder, folder_uid))
     for board in resources.wanted_dashboards(source["uid"], source["name"]):
-        have = grafana.read("dashboard", board["title"], f"/dashboards/uid/{board['uid']}")
-        changes.append(resources.dashboard(board, have, folder, force=force))
-    groups = resources.wanted_rule_groups(source["uid"], folder, options.docs_url) if options.alerts else ()
-    for group in groups:
-        have = there and grafana.read("rule group", group["title"], resources.rule_group_path(group))
+        have = grafana.read(f"dashboard {board['title']!r}", f"/dashboards/uid/{board['uid']}")
+        changes.append(resources.dashboard(board, have, folder_uid, force=force))
+    for group in grafana_rule_groups(source["uid"], folder_uid, docs_url=options.docs_url) if options.alerts else ():
+        have = folder and grafana.read(f"rule group {group['title']!r}", resources.rule_group_path(group))
         changes.append(resources.rule_group(group, have, force=force))
     return changes
-
-
-def _given_datasource(grafana: _Grafana, given: str) -> Json:
-    shown = f"--datasource {one_line(given)!r}"
-    paths = (resources.datasource_path(given, by) for by in ("uid", "name"))
-    found = given and next(filter(None, (grafana.read("data source", given, path) for path in paths)), None)
-    if not found:
-        raise ConfigError(f"{shown}: Grafana has no data source of this uid or name")
-    if "prometheus" not in str(found.get("type")):
-        raise ConfigError(f"{shown}: is of type {one_line(found.get('type'))}; expected one of Prometheus")
-    return found
 
 
 class _Grafana:
@@ -147,33 +132,29 @@ class _Grafana:
     def close(self) -> None:
         self._client.s.close()
 
-    def connect(self) -> str:
-        """Check address and token; return Grafana's version."""
-        settings = self.read(None, "its settings", "/frontend/settings") or {}
+    def version(self) -> str:
+        """Return Grafana's version, after a check of address and token."""
+        settings = self.read("its settings", "/frontend/settings") or {}
         if not isinstance(build := settings.get("buildInfo"), dict):
             raise self._no_grafana("its settings are missing")
         return one_line(build.get("version") or "", 40)
 
-    def read(self, kind: Kind | None, name: str, path: str) -> Json | None:
+    def read(self, name: str, path: str) -> Json | None:
         """Return a resource; None when it does not exist."""
-        what = f"read {kind} {name!r}" if kind else f"read {name}"
-        return self.call("GET", path, what=what, kind=kind, missing=None)
+        return self.call("GET", path, what=f"read {name}")
 
-    def call(
-        self, method: str, path: str, body: Json | None = None, *, what: str, kind: Kind | None, **missing: None
-    ) -> Json | None:
-        """Send one request and return its answer; `missing` is the answer in case of status 404."""
+    def call(self, method: str, path: str, body: Json | None = None, *, what: str) -> Json | None:
+        """Send one request and return its answer; None for a GET with status 404."""
         where = f"Grafana at {self._access.url}"
         try:
             answer = getattr(self._client, method)(path, json=body)
         except self._errors.GrafanaTimeoutError:
-            raise GrafanaUnreachableError(
-                f"{where}: no answer within {self._access.timeout_seconds:g} s ({what})"
-            ) from None
+            seconds = self._access.timeout_seconds
+            raise GrafanaUnreachableError(f"{where}: no answer within {seconds:g} s ({what})") from None
         except self._errors.GrafanaException as error:
-            if error.status_code == 404 and missing:
+            if error.status_code == 404 and method == "GET":
                 return None
-            raise _refusal(error, where, what, kind) from None
+            raise _refusal(error, where, what) from None
         except (self._transport_errors.TooManyRedirects, self._transport_errors.JSONDecodeError):
             raise self._no_grafana(f"a redirect, or no JSON ({what})") from None
         except self._transport_errors.RequestException as error:
@@ -189,23 +170,15 @@ class _Grafana:
         )
 
 
-def _refusal(error: Any, where: str, what: str, kind: Kind | None) -> KoopmonError:
+def _refusal(error: Any, where: str, what: str) -> GrafanaError:
     status, answer = error.status_code, error.response
     said = answer.get("message") if isinstance(answer, dict) else None
-    said = one_line(said or "no reason given", 200)
-    match status:
-        case 401:
-            return GrafanaDeniedError(f"{where} does not know the token (401): {said}; has it expired?")
-        case 403:
-            needs = f"; it needs {PERMISSIONS[kind]}" if kind else ""
-            return GrafanaDeniedError(f"{where}: the token may not {what} (403): {said}{needs}")
-        case 404 if kind == "rule group":
-            hint = "; rules need Grafana 9.1 or later: --no-alerts pushes the dashboards alone"
-        case 409 | 412:
-            hint = "; somebody changed it meanwhile, or has its name"
-        case _:
-            hint = ""
-    return GrafanaError(f"{where}: cannot {what} ({status}): {said}{hint}")
+    words = f"({status}): {one_line(said or 'no reason given', 200)}{HINTS.get(status, '')}"
+    if status == 401:
+        return GrafanaDeniedError(f"{where} does not know the token {words}")
+    if status == 403:
+        return GrafanaDeniedError(f"{where}: the token may not {what} {words}")
+    return GrafanaError(f"{where}: cannot {what} {words}")
 
 
 def _cause(error: BaseException) -> str:

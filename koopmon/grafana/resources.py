@@ -9,23 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from urllib.parse import quote
 
 from koopmon.grafana.annotations import TAG
 from koopmon.grafana.dashboards import dashboards
-from koopmon.grafana.files import DATASOURCE_UID, FOLDER, datasource_file
-from koopmon.grafana.rules import grafana_rule_groups
+from koopmon.grafana.files import FOLDER, datasource_file
 
 Json = dict[str, Any]
-Kind = Literal["data source", "folder", "dashboard", "rule group"]
-Action = Literal["create", "update", "unchanged", "kept"]
 
 DEFAULT_PROMETHEUS = "http://localhost:9090"
-LABEL = {"koopmon": "true"}
-"""Label of koopmon's alerts, by which a notification policy can select them."""
 DECISIONS: Json = {
     "name": "Decisions",
     "datasource": {"type": "grafana", "uid": "-- Grafana --"},
@@ -42,16 +37,18 @@ ADDED_TO_DASHBOARDS = frozenset({"id", "uid", "version", "iteration", "schemaVer
 ADDED_TO_QUERIES = frozenset({"intervalMs", "maxDataPoints"})
 RULE_KEYS = ("uid", "title", "condition", "noDataState", "execErrState", "labels")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+FROM_A_FILE = "comes from a file"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
     """One resource and its planned change. `before` and `after` are for display."""
 
-    kind: Kind
+    kind: Literal["data source", "folder", "dashboard", "rule group"]
     name: str
-    action: Action = "create"
+    action: Literal["create", "update", "unchanged", "kept"] = "create"
     why: str = ""
+    done: bool = False
     before: Any = None
     after: Any = None
     request: tuple[str, str, Json] = field(default=("", "", {}), repr=False)
@@ -69,17 +66,13 @@ def datasource(have: Json | None, url: str | None, *, force: bool) -> Change:
     if have is None:
         return change
     body = {**have, "url": wanted["url"]}  # keeps what users added, such as a password for Prometheus
-    change = replace(change, before={**wanted, "url": have.get("url")}, request=("PUT", datasource_path(), body))
+    request = ("PUT", f"/datasources/uid/{wanted['uid']}", body)
+    change = replace(change, before={**wanted, "url": have.get("url")}, request=request)
     if url is None or url == have.get("url"):
         return replace(change, action="unchanged")
     if have.get("readOnly"):
-        return replace(change, action="kept", why="comes from a file")
-    return _overwritten(change, "has another address", force=force)
-
-
-def datasource_path(uid: str = DATASOURCE_UID, by: str = "uid") -> str:
-    """Return the API path of a data source, by its uid or name."""
-    return f"/datasources/{by}/{quote(uid, safe='')}"
+        return replace(change, action="kept", why=FROM_A_FILE)
+    return _edited(change, "has another address", force=force)
 
 
 def folder(have: Json | None, uid: str) -> Change:
@@ -89,8 +82,8 @@ def folder(have: Json | None, uid: str) -> Change:
     return change if have is None else replace(change, name=str(have.get("title")), action="unchanged")
 
 
-def wanted_dashboards(datasource_uid: str, datasource_name: str) -> Iterable[Json]:
-    """Return the dashboards with our data source preselected instead of Grafana's default one.
+def wanted_dashboards(datasource_uid: str, datasource_name: str) -> Iterator[Json]:
+    """Yield the dashboards with our data source preselected instead of Grafana's default one.
 
     The dashboard of one run also shows the decisions that the monitor posts as annotations.
     """
@@ -108,23 +101,16 @@ def dashboard(wanted: Json, have: Json | None, folder_uid: str, *, force: bool) 
     there, meta = (have or {}).get("dashboard") or {}, (have or {}).get("meta") or {}
     after = _bare_dashboard(wanted)
     mark = fingerprint(after)
-    constant = {"name": MARK, "type": "constant", "hide": 2, "skipUrlSync": True, "query": mark}
-    variables = [*_variables(wanted), {**constant, "current": {"text": mark, "value": mark}}]
+    constant = {"name": MARK, "type": "constant", "hide": 2, "query": mark, "current": {"text": mark, "value": mark}}
     # Grafana rejects the request if the version has changed since it was read.
-    content = {**wanted, "templating": {"list": variables}, "id": None, "version": there.get("version", 0)}
+    board = {**wanted, "templating": {"list": [*_variables(wanted), constant]}, "version": there.get("version", 0)}
     place = meta.get("folderUid", folder_uid)
-    body = {"dashboard": content, "folderUid": place, "message": "koopmon grafana push", "overwrite": False}
+    body = {"dashboard": board, "folderUid": place, "message": "koopmon grafana push", "overwrite": False}
     change = Change(kind="dashboard", name=wanted["title"], after=after, request=("POST", "/dashboards/db", body))
     if have is None:
         return change
     marks = {item.get("query") for item in _variables(there) if item.get("name") == MARK}
     return _compared(replace(change, before=_bare_dashboard(there)), marks, bool(meta.get("provisioned")), force=force)
-
-
-def wanted_rule_groups(datasource_uid: str, folder_uid: str, docs_url: str | None) -> Iterable[Json]:
-    """Return the rule groups; each rule has LABEL."""
-    for group in grafana_rule_groups(datasource_uid, folder_uid, docs_url=docs_url):
-        yield {**group, "rules": [{**rule, "labels": {**rule["labels"], **LABEL}} for rule in group["rules"]]}
 
 
 def rule_group(wanted: Json, have: Json | None, *, force: bool) -> Change:
@@ -136,8 +122,9 @@ def rule_group(wanted: Json, have: Json | None, *, force: bool) -> Change:
     there = (have or {}).get("rules") or []
     ours = [rule for rule in there if rule.get("uid") in uids or _rule_mark(rule)]
     body = {**wanted, "rules": [*rules, *(rule for rule in there if rule not in ours)]}
-    request = ("PUT", rule_group_path(wanted), body)
-    change = Change(kind="rule group", name=wanted["title"], after=after, request=request)
+    change = Change(
+        kind="rule group", name=wanted["title"], after=after, request=("PUT", rule_group_path(wanted), body)
+    )
     if have is None or not there:
         return change
     provisioned = any(rule.get("provenance") for rule in there)
@@ -159,14 +146,14 @@ def fingerprint(content: Any) -> str:
 def _compared(change: Change, marks: set[Any], provisioned: bool, *, force: bool) -> Change:
     """Complete the change of a resource that exists; `marks` are the fingerprints that it holds."""
     if provisioned or not marks - {None}:
-        return replace(change, action="kept", why="comes from a file" if provisioned else "was not made by a push")
+        return replace(change, action="kept", why=FROM_A_FILE if provisioned else "was not made by a push")
     before = fingerprint(change.before)
     if marks == {before}:
         return replace(change, action="unchanged" if before == fingerprint(change.after) else "update")
-    return _overwritten(change, "edited by hand", force=force)
+    return _edited(change, "edited by hand", force=force)
 
 
-def _overwritten(change: Change, why: str, *, force: bool) -> Change:
+def _edited(change: Change, why: str, *, force: bool) -> Change:
     if force:
         return replace(change, action="update", why=why)
     return replace(change, action="kept", why=f"{why}; --force overwrites it")

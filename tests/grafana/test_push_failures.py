@@ -16,10 +16,11 @@ from tests.fake_grafana import TOKEN, FakeGrafana
 Push = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(autouse=True)
-def short_timeout(push: Push, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "koopmon.toml").write_text("[grafana]\ntimeout_seconds = 0.3\n")
-    monkeypatch.setenv("KOOPMON_CONFIG", str(tmp_path / "koopmon.toml"))
+@pytest.fixture
+def hurried(tmp_path: Path) -> tuple[str, str]:
+    """Options that wait one second for an answer."""
+    (tmp_path / "koopmon.toml").write_text("[grafana]\ntimeout_seconds = 1.0\n")
+    return "--config", str(tmp_path / "koopmon.toml")
 
 
 def refused(pushed: tuple[int, str, str], status: int, *words: str) -> None:
@@ -42,14 +43,14 @@ def refused(pushed: tuple[int, str, str], status: int, *words: str) -> None:
         ("text", 2, "a redirect, or no JSON (read its settings)"),
         ("redirect", 2, "a redirect, or no JSON (read its settings)"),
         ("close", 4, "cannot be reached: "),
-        ("hang", 4, "no answer within 0.3 s"),
+        ("hang", 4, "no answer within 1 s"),
     ],
 )
 def test_a_grafana_that_does_not_serve_is_told_from_one_that_does(
-    push: Push, grafana: FakeGrafana, fault: int | str, status: int, words: str
+    push: Push, grafana: FakeGrafana, hurried: tuple[str, str], fault: int | str, status: int, words: str
 ) -> None:
     with grafana.failing(fault):
-        pushed = push()
+        pushed = push(*hurried)
     refused(pushed, status, grafana.url, words)
     assert pushed[1] == ""
     assert len(grafana.requests) == 1
@@ -74,7 +75,7 @@ def test_an_address_without_its_sub_path(push: Push, grafana: FakeGrafana) -> No
 @pytest.mark.parametrize(
     ("method", "path", "fault", "status", "words"),
     [
-        ("POST", "folders", 403, 3, "may not create folder 'koopmon' (403): told to answer 403; it needs folders:read"),
+        ("POST", "folders", 403, 3, "may not create folder 'koopmon' (403): told to answer 403; it needs role"),
         ("GET", "datasources", 403, 3, "may not read data source 'koopmon-prometheus' (403)"),
         (
             "POST",
@@ -88,15 +89,22 @@ def test_an_address_without_its_sub_path(push: Push, grafana: FakeGrafana) -> No
         ("POST", "dashboards", 500, 1, "cannot create dashboard 'koopmon / Fleet' (500): told to answer 500"),
         ("PUT", "koopmon risk", 404, 1, "cannot create rule group 'koopmon risk' (404)"),
         ("GET", "koopmon-run", "html", 2, "no JSON (read dashboard 'koopmon / Run')"),
-        ("PUT", "koopmon monitor", "hang", 4, "no answer within 0.3 s (create rule group 'koopmon monitor')"),
+        ("PUT", "koopmon monitor", "hang", 4, "no answer within 1 s (create rule group 'koopmon monitor')"),
         ("POST", "folders", "close", 4, "cannot be reached"),
     ],
 )
 def test_a_failure_on_the_way_says_what_was_done_and_the_next_push_finishes(
-    push: Push, grafana: FakeGrafana, method: str, path: str, fault: int | str, status: int, words: str
+    push: Push,
+    grafana: FakeGrafana,
+    hurried: tuple[str, str],
+    method: str,
+    path: str,
+    fault: int | str,
+    status: int,
+    words: str,
 ) -> None:
     with grafana.failing(fault, method=method, path=path):
-        pushed = push()
+        pushed = push(*hurried) if fault == "hang" else push()
     refused(pushed, status, words)
     made = len([request for request in grafana.writes if path not in request.path])
     if method == "GET":
@@ -140,9 +148,9 @@ def test_an_old_grafana_takes_dashboards_alone(push: Push, grafana: FakeGrafana)
         (["--url", ""], "grafana.url = '': expected Grafana's address: --url, KOOPMON_GRAFANA_URL or"),
         (["--prometheus-url", "prometheus:9090"], "--prometheus-url = 'prometheus:9090': expected http"),
         (["--prometheus-url", "http://p:9090", "--datasource", "x"], "--datasource and --prometheus-url: one or the"),
-        (["--datasource", "nowhere"], "--datasource 'nowhere': Grafana has no data source of this uid or name"),
+        (["--datasource", "nowhere"], "--datasource 'nowhere': Grafana has no Prometheus data source of this uid"),
         (["--folder", "a/b"], "--folder 'a/b': expected a uid"),
-        (["--datasource", ""], "--datasource '': Grafana has no data source"),
+        (["--datasource", ""], "--datasource '': Grafana has no Prometheus data source"),
         (["--token-file", "nowhere.token"], "grafana.token_file = 'nowhere.token': No such file or directory"),
     ],
 )
@@ -153,7 +161,7 @@ def test_a_mistake_in_what_was_asked_is_named(push: Push, grafana: FakeGrafana, 
 
 def test_a_data_source_of_another_kind_is_refused(push: Push, grafana: FakeGrafana) -> None:
     grafana.state.datasources["logs"] = {"uid": "logs", "name": "Logs", "type": "loki"}
-    refused(push("--datasource", "logs"), 2, "--datasource 'logs': is of type loki; expected one of Prometheus")
+    refused(push("--datasource", "logs"), 2, "--datasource 'logs': Grafana has no Prometheus data source of this uid")
 
 
 def test_a_token_comes_from_a_private_file_or_the_environment(

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from koopmon.grafana.resources import dashboard, fingerprint, rule_group, wanted_dashboards, wanted_rule_groups
+from koopmon.grafana.resources import dashboard, fingerprint, rule_group, wanted_dashboards
+from koopmon.grafana.rules import grafana_rule_groups
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-10, 10) | st.floats(-10, 10) | st.text(max_size=4),
@@ -29,7 +30,7 @@ def pushed_board() -> tuple[Any, Any]:
 
 def pushed_group() -> tuple[Any, Any]:
     """A wanted rule group, and Grafana's answer after its first push."""
-    (wanted, *_) = wanted_rule_groups("prom", "folder", None)
+    (wanted, *_) = grafana_rule_groups("prom", "folder")
     return wanted, json.loads(json.dumps(rule_group(wanted, None, force=False).request[2]))
 
 
