@@ -96,10 +96,7 @@ def _now() -> list[Json]:
             decimals=0,
         ),
         stat(
-            "Initial score",
-            "Mean near-unit mass of the first informative snapshot.",
-            _of("initial_risk"),
-            decimals=2,
+            "Initial score", "Mean near-unit mass of the first informative snapshot.", _of("initial_risk"), decimals=2
         ),
         stat(
             "Learning-rate scale",
@@ -109,11 +106,7 @@ def _now() -> list[Json]:
             steps=((None, ORANGE), (1, GREEN)),
         ),
         stat(
-            "Last snapshot",
-            "How long ago the last snapshot came.",
-            snapshot_age,
-            unit="s",
-            steps=warn(STALE_SECONDS),
+            "Last snapshot", "How long ago the last snapshot came.", snapshot_age, unit="s", steps=warn(STALE_SECONDS)
         ),
     ]
 

@@ -122,7 +122,9 @@ class WebServer:
         self._filter_log = connections.filter_log
         UVICORN_LOG.addFilter(self._filter_log)
         # Outside the main thread uvicorn installs no signal handlers.
-        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="koopmon-web", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), name="koopmon-web", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
