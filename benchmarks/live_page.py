@@ -124,7 +124,8 @@ def scrapes(folder: Path) -> dict[str, Any]:
     text = gzip.decompress(packed)
     series = sum(not line.startswith(b"#") for line in text.splitlines())
     told = {"seconds": took, "cpu_seconds": cpu, "series": series, "bytes": len(text), "sent_bytes": len(packed)}
-    return {"provenance": provenance(0), "num_runs": NUM_SIMULATED, **told}
+    # Latency depends on what else the machine does; CPU time hardly does.
+    return {"provenance": provenance(0), "load_average": os.getloadavg()[0], "num_runs": NUM_SIMULATED, **told}
 
 
 def cpu_seconds(pid: int) -> float:

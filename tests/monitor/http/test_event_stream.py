@@ -228,6 +228,7 @@ def test_a_reader_that_takes_nothing_is_cut_and_costs_little_until_then(
             return "http_slow" in [reason for reason, _ in noted]
 
         eventually(busy)
+        assert cut(stalled)
     assert "took nothing" in noted[-1][1]
     assert [reason for reason, _ in noted] == ["http_slow"], "the other reader stays"
     runs[0].heartbeat(10_000)
