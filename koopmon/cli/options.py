@@ -65,9 +65,8 @@ def policy_overrides(policy: str | None, dry_run: bool) -> dict[str, Any]:
     return {"policy": table} if table else {}
 
 
-def grafana_overrides(url: str | None, token_file: Path | None, timeout_seconds: float | None = None) -> dict[str, Any]:
+def grafana_overrides(url: str | None, token_file: Path | None) -> dict[str, Any]:
     """Return the command-line values of `[grafana]` as configuration overrides."""
-    file = None if token_file is None else str(token_file)
-    given = {"url": url, "token_file": file, "timeout_seconds": timeout_seconds}
+    given = {"url": url, "token_file": None if token_file is None else str(token_file)}
     table = {name: value for name, value in given.items() if value is not None}
     return {"grafana": table} if table else {}
