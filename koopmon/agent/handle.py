@@ -86,12 +86,12 @@ class Agent:
             "dropped": dict(stats.dropped),
             "rejected": dict(stats.rejected),
             "taps_missing": stats.taps_missing,
-            "kss_skipped": stats.kss_skipped.get() or 0.0,
             "learning_rate": stats.learning_rate.get(),
             "loss": stats.loss.get(),
             "grad_norm": stats.grad_norm.get(),
             "judgement": msgspec.to_builtins(stats.judgement),
             "errors": runtime.breaker.num_errors,
+            **{name: value for action in runtime.actions for name, value in action.facts().items()},
         }
 
     def _why_disabled(self) -> str:

@@ -74,8 +74,8 @@ class AgentStats:
         """Time spent in the optimizer's hooks."""
         self.capture_seconds = 0.0
         """Time spent copying snapshots."""
-        self.kss_seconds = 0.0
-        """Time spent computing KSS gradients."""
+        self.action_seconds = 0.0
+        """Time that actions spent in forwards."""
         self.taps_missing = 0
         """Snapshots in which a tap did not fire."""
         self.sent = 0
@@ -87,13 +87,11 @@ class AgentStats:
         self.loss = AsyncScalar()
         self.grad_norm = AsyncScalar()
         self.learning_rate = AsyncScalar()
-        self.kss_skipped = AsyncScalar()
-        """Layers with an untrusted KSS gradient, since the start."""
 
     @property
     def busy_seconds(self) -> float:
         """Seconds that koopmon has used in the training thread."""
-        return self.hook_seconds + self.capture_seconds + self.kss_seconds
+        return self.hook_seconds + self.capture_seconds + self.action_seconds
 
     def drop(self, reason: DropReason, count: int = 1) -> None:
         """Count snapshots of which this rank did not send its part."""

@@ -108,6 +108,10 @@ class ControlAction(ABC):
         """Return the fields of hello that tell the monitor about this action."""
         return {}
 
+    def facts(self) -> Mapping[str, Any]:
+        """Return this action's share of `Agent.status()`."""
+        return {}
+
     @abstractmethod
     def apply(self, state: ControlState, step: int, update: Update) -> None:
         """Put `state` in force for `update`, the optimizer's update number `step`, counted from 0."""

@@ -74,6 +74,9 @@ class KssAction(ControlAction):
             logger.warning("koopmon: the KSS settings of %s are left out: %s", source(adapter), error)
             return {"kss": None}
 
+    def facts(self) -> Mapping[str, Any]:
+        return {"kss_skipped": self._injection.skipped.get() or 0.0}
+
     def before_forwards(self, state: ControlState, step: int, forwards: NextForwards) -> Injection | None:
         self._injection.latch(step, self.value(state, step), forwards)
         return self._injection if self._injection.active else None

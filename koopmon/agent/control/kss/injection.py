@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.action import NextForwards
 from koopmon.agent.control.kss.grad_scaler import calling_scaler, unscaling_scaler
-from koopmon.agent.stats import AgentStats
+from koopmon.agent.stats import AgentStats, AsyncScalar
 from koopmon.spectral import kss_basis, kss_gradient
 from koopmon.token_sampling import align_mask, order_rows, take_rows
 from koopmon.wire.messages import KssSettings
@@ -120,6 +120,8 @@ class KssInjection:
     def __init__(self, seed: int, stats: AgentStats, breaker: CircuitBreaker) -> None:
         self.active = False
         """True while this step's training forwards are injected into."""
+        self.skipped = AsyncScalar()
+        """Layers with an untrusted gradient, since the start."""
         self._seed = seed
         self._stats = stats
         self._breaker = breaker
@@ -134,7 +136,7 @@ class KssInjection:
         self._leading = torch.Size()
         self._mask: Tensor | None = None
         self._rows: Tensor | None = None
-        self._skipped: Tensor | None = None
+        self._num_skipped: Tensor | None = None
 
     def latch(self, step: int, settings: KssSettings, forwards: NextForwards) -> None:
         """Set the next step's weight and layers. `step` optimizer steps are done; `settings` hold its alpha."""
@@ -151,8 +153,8 @@ class KssInjection:
 
     def end(self) -> None:
         """Inject nothing more, and publish the number of layers that were skipped. Idempotent."""
-        if self.active and self._skipped is not None:
-            self._stats.kss_skipped.put(self._skipped)
+        if self.active and self._num_skipped is not None:
+            self.skipped.put(self._num_skipped)
         self.active = False
         self._entered.clear()
         self._rows = self._mask = None
@@ -177,7 +179,7 @@ class KssInjection:
         rows = self._choose(state, mask)
         if rows is not None:
             self._entered[layer] = _Rows.apply(state, rows, self._breaker)  # type: ignore[no-untyped-call]
-        self._stats.kss_seconds += time.perf_counter() - started
+        self._stats.action_seconds += time.perf_counter() - started
 
     def leave(self, layer: int, state: Tensor) -> Tensor | None:
         """Return the state that replaces `state`, the output of block `layer`; None to keep it."""
@@ -191,16 +193,16 @@ class KssInjection:
         changed: Tensor = _Inject.apply(  # type: ignore[no-untyped-call]
             state, x if x.requires_grad else None, self._rows, grad_x, grad_y, self._breaker
         )
-        self._stats.kss_seconds += time.perf_counter() - started
+        self._stats.action_seconds += time.perf_counter() - started
         return changed
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         settings = self._settings
         loss_settings = [getattr(settings, name) for name in _LOSS_FIELDS]
         grad_x, grad_y, trusted = kss_gradient_op(x, y, settings.svd_rank, self._seed, loss_settings)
-        if self._skipped is None or self._skipped.device != trusted.device:
-            self._skipped = torch.zeros((), dtype=torch.float32, device=trusted.device)
-        self._skipped += ~trusted
+        if self._num_skipped is None or self._num_skipped.device != trusted.device:
+            self._num_skipped = torch.zeros((), dtype=torch.float32, device=trusted.device)
+        self._num_skipped += ~trusted
         scaler = self._scaler()
         scale = None if scaler is None else scaler._scale
         if scale is None:
