@@ -11,7 +11,7 @@ from koopmon.config import MonitorConfig
 from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
 from koopmon.monitor.registry import AdmissionError, RunRegistry
-from koopmon.wire.messages import Ack, Applied, Goodbye, Heartbeat, Hello, Shard
+from koopmon.wire.messages import Ack, Applied, Goodbye, Heartbeat, Hello, Shard, TrainingStep
 from tests import factories
 
 FIRST, SECOND = "aaaaaaaa", "bbbbbbbb"
@@ -38,7 +38,7 @@ def shard(incarnation: str = FIRST, step: int = 3) -> Shard:
         incarnation=incarnation,
         process_rank=0,
         num_senders=1,
-        step=step,
+        training=TrainingStep(step=step),
         first_point=0,
         num_points=2,
         num_samples=4,

@@ -23,6 +23,7 @@ from koopmon.spectral import profile_states
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.codec import ReceivedShard, encode
 from koopmon.wire.messages import Ack, Applied, Command, Goodbye, Heartbeat, Hello, MonitorMessage, Shard
+from tests.factories import gathered
 
 BAD, GOOD = "bad", "good"
 INCARNATION = "aaaaaaaa"
@@ -93,7 +94,7 @@ class World:
     def shard(self, run: str, step: int, **fields: Any) -> None:
         shape = {"first_point": 0, "num_points": 3, "num_samples": 2, "width": 2, "dtype": "bfloat16"}
         values = {"process_rank": 0, "num_senders": 1, "learning_rate": 0.1, "loss": 2.0, "step": step, **shape}
-        header = Shard(run=run, incarnation=INCARNATION, **{**values, **fields})
+        header = Shard(run=run, incarnation=INCARNATION, **gathered({**values, **fields}))
         received = ReceivedShard(header, tuple(memoryview(FRAME) for _ in range(header.num_points)))
         self.handle(lambda: self.service.on_shard(received))
 

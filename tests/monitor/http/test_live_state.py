@@ -13,6 +13,7 @@ from koopmon.monitor.http import live_state as boards
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.telemetry.metrics import MAX_LAYERS
 from koopmon.views.run_view import RunView, TimelinePoint
+from koopmon.wire.messages import TrainingStep
 
 Feed = Callable[..., Any]
 Profile = Callable[..., Any]
@@ -120,7 +121,10 @@ def test_what_the_history_knows_comes_before_what_was_heard(
 ) -> None:
     def point(step: int) -> TimelinePoint:
         return TimelinePoint(
-            step=step, time=0.0, risk=0.1, forecast=None, loss=None, learning_rate=None, lr_scale=1.0, kss_alpha=0.0
+            training=TrainingStep(step=step),
+            time=0.0,
+            risk=0.1,
+            forecast=None,
         )
 
     feed("job").judge(10, make_profile())
