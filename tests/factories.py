@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from koopmon.history.writer import HistoryWriter
@@ -76,6 +75,4 @@ def record_observation(
         "components": {},
         **fields,
     }
-    if isinstance(values["observation"], Observation):
-        values["observation"] = asdict(values["observation"])
     store.record_observation(at, run, incarnation, **gathered(values))

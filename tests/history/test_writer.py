@@ -155,13 +155,13 @@ def test_packing_keeps_float32_apart() -> None:
 WRITER = """
 import sys
 from koopmon.history.writer import HistoryWriter
-from koopmon.wire.messages import Command
+from koopmon.wire.messages import Command, TrainingStep
 
 store = HistoryWriter.open(sys.argv[1])
 run, incarnation = "job", "aaaaaaaa"
 number = 0
 while True:
-    store.record_observation(1.0, run, incarnation, number, scalars={}, lr_scale=1.0, kss_alpha=0.0, non_finite=False,
+    store.record_observation(1.0, run, incarnation, TrainingStep(step=number), non_finite=False,
                              observation={}, risk=0.5, reason="", components={})
     command = Command(run=run, incarnation=incarnation, id=f"{number:08x}", kind="stop", reason="", expires_step=1)
     store.record_decision(1.0, run, incarnation, number, phase="alert", reason="because", risk=0.5, commands=[command],

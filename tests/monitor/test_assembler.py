@@ -76,7 +76,7 @@ def test_one_sender_makes_a_snapshot_at_once(dtype: torch.dtype) -> None:
     assert snapshot.states().dtype == torch.float32
     assert torch.equal(snapshot.states(), torch.stack(states).float())
     assert (snapshot.num_points, snapshot.num_samples, snapshot.width) == (3, 2, WIDTH)
-    assert snapshot.training == TrainingStep(step=5, learning_rate=0.1, loss=2.0, lr_scale=0.5, kss_alpha=0.2)
+    assert snapshot.training == TrainingStep(step=1, learning_rate=0.1, loss=2.0, lr_scale=0.5, kss_alpha=0.2)
     assert (snapshot.masked, snapshot.num_shards) == (True, 1)
 
 

@@ -264,4 +264,4 @@ def test_the_risk_is_always_a_probability(ratios: list[tuple[float, float]], sha
 
 def test_observations_are_frozen_copies() -> None:
     first = seen(0, (0.1,))
-    assert replace(first, step=1) != first
+    assert replace(first, informative=False) != first
