@@ -22,7 +22,7 @@ from koopmon.history.schema import SCHEMA_VERSION, pack, unpack
 from koopmon.history.writer import HistoryWriter
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.messages import Applied, Heartbeat, KssSettings, TrainingStep
-from tests.factories import ack, command, hello, record_observation
+from tests.factories import ack, command, heartbeat, hello, record_observation
 
 RUN, FIRST, SECOND = "job", "aaaaaaaa", "bbbbbbbb"
 
@@ -122,6 +122,24 @@ def test_nan_is_not_unknown(store: HistoryWriter, history: HistoryReader) -> Non
     assert training.loss is not None
     assert math.isnan(training.loss)
     assert (training.grad_norm, training.learning_rate, observation.non_finite) == (-math.inf, None, True)
+
+
+def test_a_store_of_before_a_scalar_is_read_without_it_and_gets_its_column(store: HistoryWriter, path: Path) -> None:
+    observe(store, grad_norm=1.0)
+    store.close()
+    with sqlite3.connect(path) as database:
+        for table in ("observations", "heartbeats"):
+            database.execute(f"ALTER TABLE {table} DROP COLUMN grad_norm")
+    database.close()
+    with HistoryReader.open(path) as history:
+        assert [row.training.grad_norm for row in history.observations(RUN)] == [None]
+    later = HistoryWriter.open(path)
+    observe(later, 11, grad_norm=3.0)
+    later.record_heartbeat(2.0, heartbeat(11, RUN, FIRST, grad_norm=4.0))
+    later.close()
+    with HistoryReader.open(path) as history:
+        assert [row.training.grad_norm for row in history.observations(RUN)] == [None, 3.0]
+        assert [row.training.grad_norm for row in history.heartbeats(RUN)] == [4.0]
 
 
 def test_profiles_survive_and_can_be_completed(store: HistoryWriter, history: HistoryReader) -> None:

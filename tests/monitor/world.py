@@ -82,6 +82,7 @@ class World:
 
     def says(self, run: str, kind: type[Any], **fields: Any) -> None:
         """A message of a run arrives."""
+        fields = gathered(fields) if "training" in kind.__struct_fields__ else fields
         message = kind(run=run, incarnation=INCARNATION, **fields)
         encode(message)
         self.handle(lambda: self.service.on_control(run.encode(), message))
