@@ -111,8 +111,8 @@ def _agents(endpoint: str, sent: memoryview[int]) -> None:
             torch_version="0",
         )
         _until_sent(agent, encode_header(hello))
-        beat = Heartbeat(**name, process_rank=0, training=TrainingStep(step=1), applied=Applied())
-        frames.append([encode_header(beat)])
+        said = Heartbeat(**name, process_rank=0, training=TrainingStep(step=1), applied=Applied())
+        frames.append([encode_header(said)])
     poller = Poller(*agents)
     shape: dict[str, Any] = {
         "training": TrainingStep(step=1),

@@ -21,7 +21,7 @@ from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.run_controller import RunController
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
-from koopmon.wire.messages import Applied, Heartbeat, Hello, Shard, TrainingStep, Welcome
+from koopmon.wire.messages import Applied, Hello, Shard, TrainingStep, Welcome
 from koopmon.wire.sockets import ControlClient, DataSender, WireContext
 from tests import factories
 
@@ -119,8 +119,7 @@ class Agent:
         wait_until(lambda: self._data.send(frames) is None, 0.005)
 
     def heartbeat(self, step: int) -> None:
-        values = {"process_rank": 0, "training": TrainingStep(step=step), "applied": Applied()}
-        beat = Heartbeat(run=self._run, incarnation=INCARNATION, **values)
+        beat = factories.heartbeat(step, self._run, INCARNATION)
         wait_until(lambda: self._control.send(encode(beat)), 0.01)
         while self._control.recv() is not None:
             pass
