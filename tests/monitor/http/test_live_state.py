@@ -31,7 +31,7 @@ def test_a_run_as_it_is_told(live_state: LiveState, feed: Feed, make_profile: Pr
     assert (view.state, view.adapter, view.step, view.num_received) == ("running", "transformer", 5, 1)
     assert view.health.dropped == {"queue_full": 3, "engine_queue_full": 1}
     assert (view.health.num_ranks, view.health.world_size) == (1, 2)
-    assert view.latest.loss == 2.5
+    assert view.latest.training.loss == 2.5
     assert view.latest.risk == assessment.risk.value
     assert view.spectrum.labels == ("0", "1", "2")
     assert [len(pairs) for pairs in view.spectrum.eigenvalues] == [16, 16, 16]
