@@ -48,9 +48,9 @@ class Agent:
         runtime = self._runtime
         if runtime is None:
             return
-        for name, box, value in (("loss", runtime.stats.loss, loss), ("grad_norm", runtime.stats.grad_norm, grad_norm)):
+        for name, value in {"loss": loss, "grad_norm": grad_norm}.items():
             if value is not None:
-                self._put(name, box, value)
+                self._put(name, runtime.stats.measured[name], value)
 
     def _put(self, name: str, box: AsyncScalar, value: float | Tensor) -> None:
         try:
@@ -86,9 +86,7 @@ class Agent:
             "dropped": dict(stats.dropped),
             "rejected": dict(stats.rejected),
             "taps_missing": stats.taps_missing,
-            "learning_rate": stats.learning_rate.get(),
-            "loss": stats.loss.get(),
-            "grad_norm": stats.grad_norm.get(),
+            **{name: scalar.get() for name, scalar in stats.measured.items()},
             "judgement": msgspec.to_builtins(stats.judgement),
             "errors": runtime.breaker.num_errors,
             **{name: value for action in runtime.actions for name, value in action.facts().items()},

@@ -6,7 +6,6 @@ import logging
 import os
 import time
 import weakref
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -264,15 +263,14 @@ class AgentRuntime:
 
     def on_snapshot_ready(self, snapshot: RankSnapshot) -> None:
         if (io_thread := self.io_thread) is not None:
-            applied = self.lifecycle.applied()
-            io_thread.post(replace(snapshot, lr_scale=applied.lr_scale, kss_alpha=applied.kss.alpha))
+            io_thread.post(snapshot)
             self._budget.spend(0.0, snapshot.states.nbytes)
 
     # Hooks of the optimizer.
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         started = time.perf_counter()
-        self.stats.learning_rate.put(largest_rate(optimizer))
+        self.stats.measured["learning_rate"].put(largest_rate(optimizer))
         self.taps.forward_over()
         state, step = self.lifecycle.state, self.stats.step
         state.before_step(step)
@@ -306,18 +304,17 @@ class AgentRuntime:
     def _plan_step(self, state: RankedState) -> None:
         """Tell the taps and the actions about the step that begins."""
         step, stack, sender = self.stats.step, self.taps.stack, state.rank.sender
-        due = state.after_step(step) and stack is not None
-        if due and sender is not None and not sender.io_thread.connected:
-            self.stats.drop("monitor_away")
-            due = False
+        due = None
+        if state.after_step(step) and stack is not None and sender is not None:
+            if sender.io_thread.connected:
+                due = sender.sampler, self.lifecycle.applied(step).at_step(step)
+            else:
+                self.stats.drop("monitor_away")
         self._num_microbatches = self.taps.num_forwards or self._num_microbatches
         num_layers = 0 if stack is None else len(stack.points)
         forwards = NextForwards(num_layers, self._num_microbatches, state.rank.data_ranks.rank)
         injections = [action.before_forwards(state.control, step, forwards) for action in self.actions]
-        self.taps.step_edge(
-            sender.sampler if due and sender is not None else None,
-            [injection for injection in injections if injection is not None],
-        )
+        self.taps.step_edge(due, [injection for injection in injections if injection is not None])
 
 
 def _family(adapter: ArchitectureAdapter, actions: tuple[ControlAction, ...]) -> dict[str, Any]:

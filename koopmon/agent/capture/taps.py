@@ -27,6 +27,7 @@ from koopmon.discovery import not_verified
 from koopmon.errors import PluginError
 from koopmon.observables import declared
 from koopmon.plugins import Selection, fall_back
+from koopmon.wire.messages import TrainingStep
 
 MAX_ATTEMPTS = 3
 """Failed verifications of the chain, one per training forward, before koopmon gives up."""
@@ -95,8 +96,8 @@ class ResidualTaps:
         self._stats = stats
         self._listener = listener
         self._phase = ForwardPhase.IDLE
-        self._due: Sampler | None = None
-        """Takes a snapshot in the next training forward."""
+        self._due: tuple[Sampler, TrainingStep] | None = None
+        """The snapshot to take in the next training forward."""
         self._sampling: Sampler | None = None
         """Takes the snapshot of this forward."""
         self._injections: Sequence[Injection] = ()
@@ -204,10 +205,10 @@ class ResidualTaps:
         if self._phase is ForwardPhase.VERIFYING:
             self._conclude()
 
-    def step_edge(self, due: Sampler | None, injections: Sequence[Injection]) -> None:
+    def step_edge(self, due: tuple[Sampler, TrainingStep] | None, injections: Sequence[Injection]) -> None:
         """Start a new optimizer step, in which `injections` change the stream.
 
-        `due` takes a snapshot in the first training forward from here on; None takes none.
+        With `due` the sampler takes a snapshot of that step in the first training forward from here on.
         """
         if self.failure:
             return
@@ -305,16 +306,16 @@ class ResidualTaps:
                 self.width = state.shape[-1]
         elif phase is not ForwardPhase.IDLE and stack is self.stack and state is not None:
             if phase is ForwardPhase.SNAPSHOT and point.layer == 0 and self._due is not None:
-                self._begin_snapshot(self._due, len(stack.points) + 1, state)
+                self._begin_snapshot(*self._due, len(stack.points) + 1, state)
             for injection in self._injections:
                 injection.enter(point.layer, state, self._mask)
 
-    def _begin_snapshot(self, sampler: Sampler, num_points: int, state: Tensor) -> None:
+    def _begin_snapshot(self, sampler: Sampler, training: TrainingStep, num_points: int, state: Tensor) -> None:
         self._due = None
         if state.is_cuda and torch.cuda.is_current_stream_capturing():
             return  # every replay of a CUDA graph would repeat a captured copy
         started = time.perf_counter()
-        if sampler.begin(self._stats.step, num_points, state, self._mask):
+        if sampler.begin(training, num_points, state, self._mask):
             sampler.put(0, state)
             self._sampling = sampler
         self._stats.capture_seconds += time.perf_counter() - started
