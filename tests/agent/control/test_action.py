@@ -70,7 +70,9 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> tuple[Recorder, Lasting]:
 def prepared(monitor: ScriptedMonitor, agents: Callable[..., Any], **options: Any) -> tuple[Any, ...]:
     model = build(**options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    return agents(model, optimizer, endpoint=monitor.endpoint), model, optimizer
+    agent = agents(model, optimizer, endpoint=monitor.endpoint)
+    monitor.wait(lambda: agent.status()["connected"])
+    return agent, model, optimizer
 
 
 def test_the_order_of_calls_in_a_step(
