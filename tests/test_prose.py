@@ -46,8 +46,6 @@ FIRST_WORDS = {
 NOT_YET = {
     "docs/alerts.md",
     "docs/metrics.md",
-    "koopmon/agent/comms/io_thread.py",
-    "koopmon/agent/comms/pending_acks.py",
     "koopmon/cli/doctor.py",
     "koopmon/cli/grafana_push.py",
     "koopmon/cli/keys.py",
