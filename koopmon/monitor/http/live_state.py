@@ -19,17 +19,8 @@ from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.monitor.sample import Sample
 from koopmon.policy import PolicyState
-from koopmon.views.run_view import (
-    AgentHealth,
-    Column,
-    CommandView,
-    DecisionView,
-    PolicyStatus,
-    RunView,
-    TimelinePoint,
-    column_of,
-    spectrum_of,
-)
+from koopmon.views.run_view import AgentHealth, CommandView, DecisionView, Point, PolicyStatus, RunView, TrainingStep
+from koopmon.views.spectra import Column, Spectrum
 from koopmon.wire.messages import Ack
 
 if TYPE_CHECKING:
@@ -43,7 +34,7 @@ MAX_DECISIONS = 50
 HEALTH_SECONDS = 1.0
 """Minimum interval between health updates of a run, which may have thousands of ranks."""
 
-T = TypeVar("T", TimelinePoint, Column, DecisionView)
+T = TypeVar("T", Point, Column, DecisionView)
 
 
 @dataclass(slots=True)
@@ -51,7 +42,7 @@ class _Kept:
     """One run in the live state; `view` holds values that are replaced, the bounded deques hold series."""
 
     view: RunView
-    points: deque[TimelinePoint] = field(default_factory=lambda: deque(maxlen=MAX_POINTS))
+    points: deque[Point] = field(default_factory=lambda: deque(maxlen=MAX_POINTS))
     columns: deque[Column] = field(default_factory=lambda: deque(maxlen=MAX_COLUMNS))
     decisions: deque[DecisionView] = field(default_factory=lambda: deque(maxlen=MAX_DECISIONS))
     lost: dict[str, int] = field(default_factory=dict)
@@ -153,36 +144,34 @@ class LiveState:
         self, name: str, sample: Sample, profile: SpectralProfile | None, assessment: Assessment, status: PolicyStatus
     ) -> None:
         """Add one snapshot with its assessment and decision."""
-        column = None if profile is None else column_of(sample.step, profile)
-        spectrum = None if profile is None else spectrum_of(sample.step, profile)
+        # The history stores the same form of a profile: the page and the report cannot disagree.
+        plain = None if profile is None else profile.to_dict()
+        column = None if plain is None else Column.of(sample.step, plain["layers"])
+        spectrum = None if plain is None else Spectrum.of(sample.step, plain)
         at = self._wall()
-        point = TimelinePoint(
-            step=sample.step,
-            time=at,
-            risk=assessment.risk.value,
-            forecast=assessment.risk.forecast,
-            loss=sample.loss,
-            learning_rate=sample.learning_rate,
-            lr_scale=sample.lr_scale,
-            kss_alpha=sample.kss_alpha,
-        )
         with self._lock:
             kept = self._kept.get(name)
             if kept is None:
                 return
-            kept.points.append(point)
+            incarnation = kept.view.incarnation
+            kept.points.append(
+                Point.of_assessment(incarnation, _training(sample), at, assessment.observation, assessment.risk)
+            )
             if column is not None:
                 kept.columns.append(column)
             if assessment.decision is not None and assessment.remarkable:
                 outcome = "pending" if kept.view.sends else "dry_run"
                 kept.decisions.append(
                     DecisionView(
+                        incarnation=incarnation,
                         step=sample.step,
                         time=at,
                         phase=assessment.decision.phase,
                         reason=assessment.decision.reason,
                         risk=assessment.risk.value,
-                        orders=tuple(CommandView(command=command, outcome=outcome) for command in assessment.commands),
+                        commands=tuple(
+                            CommandView(command=command, outcome=outcome) for command in assessment.commands
+                        ),
                     )
                 )
             self._change(kept, standing=status, spectrum=spectrum or kept.view.spectrum)
@@ -206,7 +195,7 @@ class LiveState:
         self,
         view: RunView,
         *,
-        points: Iterable[TimelinePoint] = (),
+        points: Iterable[Point] = (),
         columns: Iterable[Column] = (),
         decisions: Iterable[DecisionView] = (),
     ) -> None:
@@ -244,13 +233,13 @@ class LiveState:
             if kept is None:
                 return
             for index in range(len(kept.decisions) - 1, -1, -1):
-                decided = kept.decisions[index]
-                if any(order.command.id == command_id for order in decided.orders):
-                    orders = tuple(
-                        _with_outcome(order, outcome, step, detail) if order.command.id == command_id else order
-                        for order in decided.orders
+                decision = kept.decisions[index]
+                if any(each.command.id == command_id for each in decision.commands):
+                    commands = tuple(
+                        _with_outcome(each, outcome, step, detail) if each.command.id == command_id else each
+                        for each in decision.commands
                     )
-                    kept.decisions[index] = replace(decided, orders=orders)
+                    kept.decisions[index] = replace(decision, commands=commands)
                     self._change(kept)
                     return
 
@@ -279,11 +268,15 @@ def _before(kept: deque[T], earlier: list[T]) -> None:
     kept.extendleft(reversed(older[-room:] if room else []))
 
 
-def _with_outcome(order: CommandView, outcome: str, step: int | None, detail: str) -> CommandView:
+def _training(sample: Sample) -> TrainingStep:
+    return TrainingStep(**{name: getattr(sample, name) for name in TrainingStep.__struct_fields__})
+
+
+def _with_outcome(command: CommandView, outcome: str, step: int | None, detail: str) -> CommandView:
     # The outcome "duplicate" does not contain the result of the command.
-    if outcome == "duplicate" or (outcome == "unanswered" and order.outcome not in ("pending", "unanswered")):
-        return order
-    return replace(order, outcome=outcome, step=step, detail=detail)
+    if outcome == "duplicate" or (outcome == "unanswered" and command.outcome not in ("pending", "unanswered")):
+        return command
+    return replace(command, outcome=outcome, step=step, detail=detail)
 
 
 def _health(run: Run, lost: dict[str, int]) -> AgentHealth:

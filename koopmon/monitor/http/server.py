@@ -13,13 +13,12 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from koopmon.config import PolicyConfig
 from koopmon.errors import EndpointError
 from koopmon.monitor.http import limits
-from koopmon.monitor.http.alerts_page import alerts_page
 from koopmon.monitor.http.auth import HttpAuth
 from koopmon.monitor.http.event_stream import EventStreams
 from koopmon.monitor.http.live_state import LiveState
@@ -130,9 +129,6 @@ def _application(
     exposition = Exposition(registry)
 
     # Plain functions: starlette runs them in threads, so a scrape does not block a health check.
-    def alerts(_: Request) -> Response:
-        return HTMLResponse(alerts_page())
-
     def metrics(request: Request) -> Response:
         body, content_type = exposition.render(request.headers.get("accept", ""))
         return Response(body, media_type=content_type)
@@ -146,6 +142,6 @@ def _application(
 
     health = [Route(f"/{name}", check(name)) for name in checks]
     return Starlette(
-        routes=[*live, Route("/alerts", alerts), Route("/metrics", metrics), *health],
+        routes=[*live, Route("/metrics", metrics), *health],
         exception_handlers={404: not_found},
     )

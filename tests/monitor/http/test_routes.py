@@ -11,12 +11,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from koopmon.config import PolicyConfig
-from koopmon.monitor.http import page as layout
+from koopmon.monitor.http import pages as layout
 from koopmon.monitor.http.auth import HttpAuth
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.server import WebServer
 from koopmon.views import heatmap
-from koopmon.views.html import Markup, join, tag
 
 httpx = pytest.importorskip("httpx")
 
@@ -175,7 +174,7 @@ def test_the_json_says_what_the_page_says(client: httpx.Client, told: Any) -> No
     assert [len(pairs) for pairs in run["spectrum"]["eigenvalues"]] == [8, 8, 8]
     (scale,) = [each for each in run["decisions"][-1]["commands"] if each["kind"] == "set_lr_scale"]
     assert (scale["outcome"], scale["step"], scale["lr_scale"], scale["detail"]) == ("refused", 4, 0.25, HOSTILE)
-    assert {"if": "If the risk is severe, 0.8 or more", "then": "Learning rate x 0.25."} in run["outlook"]["lines"]
+    assert {"if": "If the risk is severe, 0.8 or more", "then": "Learning rate × 0.25."} in run["outlook"]["lines"]
 
 
 @pytest.mark.parametrize("quantity", ["near_unit_mass", "spectral_radius", "nonsense"])
@@ -193,10 +192,11 @@ def test_a_picture_is_a_png_of_the_values(told: Any, tmp_path: Any) -> None:
 
     from matplotlib.image import imread
 
-    url, width, height = heatmap.picture(told.view.columns, "near_unit_mass")
+    found = heatmap.heatmap(told.view.columns, "near_unit_mass")
+    url = re.search(r'src="([^"]*)" alt="Near-unit mass of 3 layers in 2 snapshots', found)[1]
     (tmp_path / "heat.png").write_bytes(base64.b64decode(url.partition(",")[2]))
     pixels = imread(tmp_path / "heat.png")
-    assert pixels.shape == (height, width, 4) == (3, 2, 4)
+    assert pixels.shape == (3, 2, 4)
     values = told.view.columns[0].values["near_unit_mass"]
     for row, value in enumerate(reversed(values)):
         low, high = heatmap.ANCHORS[0][0] / 255, heatmap.ANCHORS[-1][0] / 255
@@ -215,10 +215,3 @@ def test_a_token_alone_tells_browsers_what_to_do(live_state: LiveState) -> None:
                 assert httpx.get(f"http://{server.address}{path}", timeout=30.0).status_code == 401
         finally:
             server.close()
-
-
-def test_markup_escapes_what_is_no_markup() -> None:
-    assert tag("p", "<b>", Markup("<i></i>"), None, 3, class_='"x"', data_a=True, hidden=False) == (
-        '<p class="&quot;x&quot;" data-a>&lt;b&gt;<i></i>3</p>'
-    )
-    assert join("&", tag("br")) == "&amp;<br>"
