@@ -7,7 +7,7 @@ from typing import Any
 
 from koopmon.history.writer import HistoryWriter
 from koopmon.risk.online_detector import Observation
-from koopmon.views.run_view import Point, TrainingStep
+from koopmon.views.run_view import TimelinePoint, TrainingStep
 from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello
 
 RUN, INCARNATION = "job", "aaaaaaaa"
@@ -76,9 +76,9 @@ def record_observation(
     store.record_observation(at, run, incarnation, step, **values)
 
 
-def point(step: int, incarnation: str = INCARNATION, **fields: Any) -> Point:
+def point(step: int, incarnation: str = INCARNATION, **fields: Any) -> TimelinePoint:
     """A calm snapshot of a view; the scalars of the training are named beside the other fields."""
     names = TrainingStep.__struct_fields__
     training = TrainingStep(step=step, **{name: fields.pop(name) for name in names if name in fields})
     values = {"time": 0.0, "risk": 0.1, "forecast": None, "reason": "", "informative": True, "non_finite": False}
-    return Point(incarnation=incarnation, training=training, **{**values, **fields})
+    return TimelinePoint(incarnation=incarnation, training=training, **{**values, **fields})

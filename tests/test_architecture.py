@@ -52,9 +52,9 @@ ROOMS = {
     "monitor": "errors config spectral risk wire policy secret_files history telemetry grafana views",
     "integrations": "errors config agent profiling spectral risk",  # the last three for Optuna: before any training
     "plots": "errors spectral risk",
-    "report": "errors config spectral risk plots history views",
+    "report": "errors config spectral risk history views",
     "doctor": "errors config wire api plugins discovery agent",
-    "demo": "errors config spectral risk plots history",
+    "demo": "errors config spectral risk plots history views",
     "cli": "*",
     "__main__": "cli",
     "__init__": "*",  # by name, lazily: see test_imports_stay_light
@@ -71,6 +71,7 @@ ALONE = {
     "starlette": "koopmon/monitor/http/",
     "uvicorn": "koopmon/monitor/http/",
     "matplotlib": "koopmon/plots.py",
+    "jinja2": "koopmon/views/html.py",
     "typer": "koopmon/cli/",
 }
 """What one place of the house alone may import, or a few together."""

@@ -24,12 +24,15 @@ def glance(report: RunReport) -> dict[str, str]:
 def _facts(report: RunReport) -> Iterator[tuple[str, str]]:
     step, points = report.summary.last_step, report.points
     at = "" if step is None else f" at step {step}"
-    yield "State", {
-        "ended": f"ended{at}",
-        "vanished": f"vanished{at}, without a goodbye",
-        "running": f"running{at}",
-        "unheard": f"no message for a while, last{at or ' at its start'}; its end is not recorded",
-    }[report.state]
+    yield (
+        "State",
+        {
+            "ended": f"ended{at}",
+            "vanished": f"vanished{at}, without a goodbye",
+            "running": f"running{at}",
+            "unheard": f"no message for a while, last{at or ' at its start'}; its end is not recorded",
+        }[report.state],
+    )
     yield "Risk", _risk(report)
     if (broken := report.not_finite_step) is not None:
         yield "States or loss", f"not finite from step {broken} on"

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from koopmon.history.reader import HistoryReader
 from koopmon.history.schema import RunState
 from koopmon.views.action_effects import MIN_SNAPSHOTS, with_effects
 from koopmon.views.run_summary import RecordedRun, RunSummary, summary_of
-from koopmon.views.run_view import CommandView, DecisionView, Point
+from koopmon.views.run_view import CommandView, DecisionView, TimelinePoint
 from koopmon.views.spectra import Profiles, layers_to_dict, read_profiles
 
 UNHEARD_SECONDS = 120.0
@@ -110,7 +111,7 @@ class RunReport:
     episodes: tuple[Episode, ...]
     loss: LossCourse | None
     decisions: tuple[DecisionView, ...]
-    points: tuple[Point, ...]
+    points: tuple[TimelinePoint, ...]
     profiles: Profiles
 
     @property
@@ -210,13 +211,13 @@ def _state(state: int, last_seen: float, now: float) -> State:
     return "running" if now - last_seen < UNHEARD_SECONDS else "unheard"
 
 
-def _episodes(points: Sequence[Point], policy: PolicyConfig) -> Iterator[Episode]:
+def _episodes(points: Sequence[TimelinePoint], policy: PolicyConfig) -> Iterator[Episode]:
     """Yield the periods of high risk: each starts at the act threshold and ends below the release threshold.
 
     The end of a launch ends a period, except at the end of the run.
     """
-    high: list[Point] = []
-    for point, following in zip(points, [*points[1:], None], strict=True):
+    high: list[TimelinePoint] = []
+    for point, following in zip_longest(points, points[1:]):
         if not high and point.risk < policy.act_risk:
             continue
         is_calm = bool(high) and point.risk < policy.release_risk
@@ -229,7 +230,7 @@ def _episodes(points: Sequence[Point], policy: PolicyConfig) -> Iterator[Episode
         yield _episode(high, None)
 
 
-def _episode(high: Sequence[Point], last_step: int | None) -> Episode:
+def _episode(high: Sequence[TimelinePoint], last_step: int | None) -> Episode:
     first, worst = high[0], max(high, key=lambda point: point.risk)
     return Episode(
         incarnation=first.incarnation,
@@ -241,7 +242,7 @@ def _episode(high: Sequence[Point], last_step: int | None) -> Episode:
     )
 
 
-def _loss_course(points: Sequence[Point], alarm: tuple[str, int] | None) -> LossCourse | None:
+def _loss_course(points: Sequence[TimelinePoint], alarm: tuple[str, int] | None) -> LossCourse | None:
     """Compare the loss before and after the first alarm; None without an alarm or with too few losses."""
     place = next((index for index, point in enumerate(points, 1) if (point.incarnation, point.step) == alarm), 0)
     before, after = _losses(points[:place])[-CLOSE:], _losses(points[place:])
@@ -251,7 +252,7 @@ def _loss_course(points: Sequence[Point], alarm: tuple[str, int] | None) -> Loss
     return LossCourse(at_alarm=statistics.median(before), highest=max(after), last=last)
 
 
-def _losses(points: Sequence[Point]) -> list[float]:
+def _losses(points: Sequence[TimelinePoint]) -> list[float]:
     losses = [point.training.loss for point in points]
     return [loss for loss in losses if loss is not None and math.isfinite(loss)]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from koopmon.views.run_view import DecisionView, Direction, Point
+from koopmon.views.run_view import DecisionView, Direction, TimelinePoint
 
 WINDOW = 8
 """Maximum number of snapshots compared on each side of an action."""
@@ -51,9 +51,9 @@ class AppliedAction(NamedTuple):
     direction: Direction
 
 
-def with_effects(decisions: Iterable[DecisionView], points: Sequence[Point]) -> Iterator[DecisionView]:
+def with_effects(decisions: Iterable[DecisionView], points: Sequence[TimelinePoint]) -> Iterator[DecisionView]:
     """Yield the decisions of a run in order; each command has its direction, and each applied brake its effect."""
-    launches: dict[str, list[Point]] = {}
+    launches: dict[str, list[TimelinePoint]] = {}
     for point in sorted(points, key=_step):
         launches.setdefault(point.incarnation, []).append(point)
     directed = list(_directed(decisions, launches))
@@ -74,7 +74,9 @@ def with_effects(decisions: Iterable[DecisionView], points: Sequence[Point]) -> 
         yield replace(decision, commands=tuple(commands))
 
 
-def _directed(decisions: Iterable[DecisionView], launches: Mapping[str, Sequence[Point]]) -> Iterator[DecisionView]:
+def _directed(
+    decisions: Iterable[DecisionView], launches: Mapping[str, Sequence[TimelinePoint]]
+) -> Iterator[DecisionView]:
     """Yield the decisions with the direction of each command, compared with the values in force before it."""
     scale, alpha, incarnation = 1.0, 0.0, ""
     for decision in decisions:
@@ -97,7 +99,9 @@ def _directed(decisions: Iterable[DecisionView], launches: Mapping[str, Sequence
         yield replace(decision, commands=tuple(commands))
 
 
-def effect_of(decision: DecisionView, step: int, following: AppliedAction | None, points: Sequence[Point]) -> Effect:
+def effect_of(
+    decision: DecisionView, step: int, following: AppliedAction | None, points: Sequence[TimelinePoint]
+) -> Effect:
     """Compare the snapshots up to the decision with those after `step`, up to the `following` action.
 
     `points` are those of the decision's own launch, sorted by step.
@@ -128,7 +132,7 @@ def _verdict(
     risk_after: float | None,
     old: Sequence[float],
     new: Sequence[float],
-    after: Sequence[Point],
+    after: Sequence[TimelinePoint],
     cut: AppliedAction | None,
 ) -> tuple[EffectVerdict, str]:
     """Return the verdict and its reason; `cut` is the action that ended the comparison early."""
@@ -154,7 +158,7 @@ def _verdict(
 _WORDS = {-1: "fell", 0: "held", 1: "rose"}
 
 
-def _step(point: Point) -> int:
+def _step(point: TimelinePoint) -> int:
     return point.step
 
 
@@ -162,7 +166,7 @@ def _moved(difference: float, least: float) -> int:
     return 0 if abs(difference) < least else 1 if difference > 0 else -1
 
 
-def _losses(points: Sequence[Point]) -> list[float]:
+def _losses(points: Sequence[TimelinePoint]) -> list[float]:
     return [point.training.loss for point in points if point.training.loss is not None]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from koopmon.errors import StoreError
 from koopmon.history.reader import HeartbeatRow, HistoryReader, IncarnationRow
-from koopmon.views.run_view import DecisionView, Point
+from koopmon.views.run_view import DecisionView, TimelinePoint
 
 _SENT = frozenset({"sent", "applied", "unanswered", "pending"})
 
@@ -21,7 +21,7 @@ class RecordedRun:
 
     name: str
     launches: Sequence[IncarnationRow]
-    points: Sequence[Point]
+    points: Sequence[TimelinePoint]
     beats: Sequence[HeartbeatRow]
     decisions: Sequence[DecisionView]
 
@@ -31,7 +31,7 @@ class RecordedRun:
         return cls(
             name=name,
             launches=history.incarnations(name),
-            points=[Point.of_row(row) for row in history.observations(name)],
+            points=[TimelinePoint.of_row(row) for row in history.observations(name)],
             beats=list(history.heartbeats(name)),
             decisions=[DecisionView.of_row(row) for row in history.decisions(name)],
         )

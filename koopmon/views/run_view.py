@@ -52,7 +52,7 @@ class Scalar:
     idle: float | None = None
     """The chart is left out while all values equal this one."""
 
-    def of(self, point: Point) -> float | None:
+    def of(self, point: TimelinePoint) -> float | None:
         """Value at one point; None where it is unknown or not finite."""
         value: float | None = getattr(point.training, self.name)
         return None if value is None or not math.isfinite(value) else value
@@ -68,7 +68,7 @@ SCALARS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class TimelinePoint:
     """One snapshot with its assessment. `time` is Unix seconds; `risk` and `forecast` are in [0, 1]."""
 
     incarnation: str
@@ -287,14 +287,14 @@ class RunView:
     kss_alpha: float = 0.0
     num_received: int = 0
     health: AgentHealth = field(default_factory=AgentHealth)
-    points: tuple[Point, ...] = ()
+    points: tuple[TimelinePoint, ...] = ()
     columns: tuple[Column, ...] = ()
     spectrum: Spectrum | None = None
     decisions: tuple[DecisionView, ...] = ()
     standing: PolicyStatus | None = None
 
     @property
-    def latest(self) -> Point | None:
+    def latest(self) -> TimelinePoint | None:
         return self.points[-1] if self.points else None
 
     @property

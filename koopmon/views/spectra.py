@@ -224,7 +224,9 @@ def _merged(group: Sequence[Column]) -> Column:
 
 def _rows(num_layers: int, *, share: bool) -> list[tuple[str, range]]:
     """Label and layers of each row."""
-    return layer_buckets(num_layers) if share else [(str(layer), range(layer, layer + 1)) for layer in range(num_layers)]
+    return (
+        layer_buckets(num_layers) if share else [(str(layer), range(layer, layer + 1)) for layer in range(num_layers)]
+    )
 
 
 def _number(value: float | None) -> float:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from markupsafe import Markup
 
 from koopmon.views.html import decimal, macro, number
-from koopmon.views.run_view import DecisionView, Point, Scalar, training_commands
+from koopmon.views.run_view import DecisionView, TimelinePoint, Scalar, training_commands
 from koopmon.views.spectra import Spectrum
 
 RISK_HEIGHT, SMALL_HEIGHT, SPARK_HEIGHT = 220, 90, 24
@@ -31,7 +31,7 @@ EDGE = 190.0
 """Plot coordinate of the largest plotted modulus; the picture extends to 200."""
 
 
-def sparkline(points: Sequence[Point], act_risk: float) -> Markup:
+def sparkline(points: Sequence[TimelinePoint], act_risk: float) -> Markup:
     """Small chart of the latest risks for a table cell; empty for fewer than two points."""
     risks = [point.risk for point in points[-SPARK_POINTS:]]
     if len(risks) < 2:
@@ -41,7 +41,7 @@ def sparkline(points: Sequence[Point], act_risk: float) -> Markup:
 
 
 def risk_chart(
-    points: Sequence[Point], decisions: Sequence[DecisionView], thresholds: Sequence[tuple[str, float]]
+    points: Sequence[TimelinePoint], decisions: Sequence[DecisionView], thresholds: Sequence[tuple[str, float]]
 ) -> Markup:
     """Chart of risk and forecast over steps.
 
@@ -75,7 +75,7 @@ def risk_chart(
     )
 
 
-def scalar_chart(points: Sequence[Point], scalar: Scalar) -> Markup:
+def scalar_chart(points: Sequence[TimelinePoint], scalar: Scalar) -> Markup:
     """Chart of one scalar over steps below its current value; empty while all values are the idle one."""
     known = [value for point in points if (value := scalar.of(point)) is not None]
     if known and all(value == scalar.idle for value in known):
@@ -116,7 +116,9 @@ def eigenvalue_plot(spectrum: Spectrum, limit: float | None = None) -> Markup:
         ],
         scale=scale,
         ring=[scale * modulus for modulus in reversed(RING)],
-        description=f"{description} {outside} beyond modulus {limit:g} are drawn at the rim." if outside else description,
+        description=f"{description} {outside} beyond modulus {limit:g} are drawn at the rim."
+        if outside
+        else description,
     )
 
 
@@ -143,7 +145,12 @@ def _dots(pairs: Sequence[tuple[float, float]], scale: float, limit: float) -> M
 
 
 def _lines(
-    points: Sequence[Point], value: Callable[[Point], float | None], kind: str, height: float, *, held: bool = False
+    points: Sequence[TimelinePoint],
+    value: Callable[[TimelinePoint], float | None],
+    kind: str,
+    height: float,
+    *,
+    held: bool = False,
 ) -> Iterator[tuple[str, Markup]]:
     """Yield the class and points of one polyline per launch; an earlier launch has the class `earlier` too."""
     place = _placed(points)
@@ -188,14 +195,14 @@ def _up(value: float, height: float) -> float:
     return (height - 2) - (height - 4) * min(max(value, 0.0), 1.0)
 
 
-def _placed(points: Sequence[Point]) -> Callable[[float], float]:
+def _placed(points: Sequence[TimelinePoint]) -> Callable[[float], float]:
     """Return a function from a step to its x coordinate in percent of the width."""
     first = min((point.step for point in points), default=0)
     span = max((point.step for point in points), default=0) - first or 1
     return lambda step: 100.0 * (step - first) / span
 
 
-def _ticks(points: Sequence[Point]) -> list[tuple[int, str, str]]:
+def _ticks(points: Sequence[TimelinePoint]) -> list[tuple[int, str, str]]:
     """Step, place and text anchor of each label of the axis."""
     if not points:
         return []

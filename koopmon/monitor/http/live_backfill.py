@@ -17,7 +17,7 @@ from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import HistoryReader, ProfileRow, RunRow
 from koopmon.history.schema import RunState
 from koopmon.monitor.http.live_state import MAX_DECISIONS, MAX_POINTS, LiveState
-from koopmon.views.run_view import DecisionView, Point, RunView
+from koopmon.views.run_view import DecisionView, TimelinePoint, RunView
 from koopmon.views.spectra import Column, Spectrum
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class LiveBackfill:
             if self._stop.is_set():
                 return
             with _isolated(row.name):
-                points = [Point.of_row(each) for each in history.observations(row.name, last=MAX_POINTS)]
+                points = [TimelinePoint.of_row(each) for each in history.observations(row.name, last=MAX_POINTS)]
                 decisions = [DecisionView.of_row(each) for each in history.decisions(row.name, last=MAX_DECISIONS)]
                 view = _with_last(_recorded_view(history, row), points, next(history.profiles(row.name, last=1), None))
                 self._live_state.backfill(view, points=points, decisions=decisions)
@@ -111,7 +111,7 @@ def _recorded_view(history: HistoryReader, row: RunRow) -> RunView:
     return view
 
 
-def _with_last(view: RunView, points: list[Point], last: ProfileRow | None) -> RunView:
+def _with_last(view: RunView, points: list[TimelinePoint], last: ProfileRow | None) -> RunView:
     if points:
         view = replace(view, step=max(view.step, points[-1].step))
     try:

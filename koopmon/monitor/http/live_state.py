@@ -19,7 +19,15 @@ from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.monitor.sample import Sample
 from koopmon.policy import PolicyState
-from koopmon.views.run_view import AgentHealth, CommandView, DecisionView, Point, PolicyStatus, RunView, TrainingStep
+from koopmon.views.run_view import (
+    AgentHealth,
+    CommandView,
+    DecisionView,
+    TimelinePoint,
+    PolicyStatus,
+    RunView,
+    TrainingStep,
+)
 from koopmon.views.spectra import Column, Spectrum
 from koopmon.wire.messages import Ack
 
@@ -34,7 +42,7 @@ MAX_DECISIONS = 50
 HEALTH_SECONDS = 1.0
 """Minimum interval between health updates of a run, which may have thousands of ranks."""
 
-T = TypeVar("T", Point, Column, DecisionView)
+T = TypeVar("T", TimelinePoint, Column, DecisionView)
 
 
 @dataclass(slots=True)
@@ -42,7 +50,7 @@ class _Kept:
     """One run in the live state; `view` holds values that are replaced, the bounded deques hold series."""
 
     view: RunView
-    points: deque[Point] = field(default_factory=lambda: deque(maxlen=MAX_POINTS))
+    points: deque[TimelinePoint] = field(default_factory=lambda: deque(maxlen=MAX_POINTS))
     columns: deque[Column] = field(default_factory=lambda: deque(maxlen=MAX_COLUMNS))
     decisions: deque[DecisionView] = field(default_factory=lambda: deque(maxlen=MAX_DECISIONS))
     lost: dict[str, int] = field(default_factory=dict)
@@ -155,7 +163,7 @@ class LiveState:
                 return
             incarnation = kept.view.incarnation
             kept.points.append(
-                Point.of_assessment(incarnation, _training(sample), at, assessment.observation, assessment.risk)
+                TimelinePoint.of_assessment(incarnation, _training(sample), at, assessment.observation, assessment.risk)
             )
             if column is not None:
                 kept.columns.append(column)
@@ -195,7 +203,7 @@ class LiveState:
         self,
         view: RunView,
         *,
-        points: Iterable[Point] = (),
+        points: Iterable[TimelinePoint] = (),
         columns: Iterable[Column] = (),
         decisions: Iterable[DecisionView] = (),
     ) -> None:

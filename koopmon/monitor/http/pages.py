@@ -49,7 +49,9 @@ def runs_page(root: str, views: Sequence[RunView], now: float, policy: PolicyCon
         root,
         events="api/v1/events",
         # Running runs keep their order of arrival: rows that move are hard to read.
-        views=sorted(views, key=lambda view: (ORDER.get(view.state, 9), 0.0 if view.state == "running" else -view.last_heard)),
+        views=sorted(
+            views, key=lambda view: (ORDER.get(view.state, 9), 0.0 if view.state == "running" else -view.last_heard)
+        ),
         now=now,
         policy=policy,
         num_hidden=num_hidden,
@@ -116,7 +118,7 @@ def not_found_page(root: str) -> str:
 
 
 def alerts_page() -> str:
-    """Render the page with one section and one anchor for each alert of the table. Links of firing alerts lead there."""
+    """Render the page with one section and anchor for each alert of the table. Links of firing alerts lead there."""
     return _page("alerts.html", "", title="Alerts", alerts=ALERTS)
 
 

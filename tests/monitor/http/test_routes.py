@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from typing import Any
@@ -14,12 +16,13 @@ from koopmon.config import PolicyConfig
 from koopmon.monitor.http import pages as layout
 from koopmon.monitor.http.auth import HttpAuth
 from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.http.routes import FRESH_SECONDS, MAX_PAGES, PageCache
 from koopmon.monitor.http.server import WebServer
 from koopmon.views import heatmap
 
 httpx = pytest.importorskip("httpx")
 
-HOSTILE = """"><script>alert(1)</script>'&</title>{{7*7}}"""
+HOSTILE = """"><script>alert(1)</script>'&</title>{{7*7}}\u202e\x07"""
 NAME = "team/exp:1.0+b"
 Feed = Callable[..., Any]
 Profile = Callable[..., Any]
@@ -108,6 +111,7 @@ def test_both_pages_are_sound_and_complete_without_scripts(client: httpx.Client,
 def test_strangers_words_stay_words(client: httpx.Client, told: Any, path: str) -> None:
     text = client.get(path).text
     assert "<script>" not in text
+    assert not {"\u202e", "\x07"} & set(text), "not printable"
     page = Shape(text)
     assert [each["src"] for each in page.all("script")] in ([], ["static/live.js"], ["../static/live.js"])
     for _, attributes in page.elements:
@@ -127,7 +131,12 @@ def test_what_a_browser_is_allowed(client: httpx.Client, told: Any) -> None:
         assert "unsafe" not in policy
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cache-control"] == "no-store"
-    for name, kind in (("live.js", "text/javascript"), ("live.css", "text/css"), ("icon.svg", "image/svg+xml")):
+    for name, kind in (
+        ("live.js", "text/javascript"),
+        ("views.css", "text/css"),
+        ("live.css", "text/css"),
+        ("icon.svg", "image/svg+xml"),
+    ):
         answer = client.get(f"/static/{name}")
         assert answer.headers["content-type"].startswith(kind)
         assert answer.headers["x-content-type-options"] == "nosniff"
@@ -215,3 +224,38 @@ def test_a_token_alone_tells_browsers_what_to_do(live_state: LiveState) -> None:
                 assert httpx.get(f"http://{server.address}{path}", timeout=30.0).status_code == 401
         finally:
             server.close()
+
+
+def test_a_page_is_drawn_again_when_it_changed_or_its_times_are_old() -> None:
+    now, drawn = [0.0], []
+    once = PageCache(clock=lambda: now[0])
+
+    def page(key: str, revision: int) -> str:
+        return once.page(key, revision, lambda: drawn.append(key) or f"{key} {len(drawn)}")
+
+    assert page("a", 1) == page("a", 1) == "a 1"
+    assert page("b", 1) == "b 2"
+    assert page("a", 2) == "a 3"
+    now[0] = FRESH_SECONDS
+    assert page("a", 2) == "a 4"
+    for number in range(MAX_PAGES):
+        page(f"other {number}", 1)
+    assert page("b", 1) == f"b {5 + MAX_PAGES}", "only so many are remembered"
+
+
+def test_one_page_is_drawn_at_a_time() -> None:
+    once, drawing, most = PageCache(), [], []
+
+    def draw() -> str:
+        drawing.append(1)
+        most.append(len(drawing))
+        time.sleep(0.005)
+        drawing.pop()
+        return "page"
+
+    readers = [threading.Thread(target=once.page, args=(number, 1, draw)) for number in range(12)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(30.0)
+    assert most == [1] * 12
