@@ -260,8 +260,8 @@ def _losses(points: Sequence[TimelinePoint]) -> list[float]:
 def _launches(run: RecordedRun) -> Iterator[Launch]:
     snapshots = Counter(point.incarnation for point in run.points)
     seen: dict[str, list[int]] = {}
-    for each in (*run.points, *run.beats):
-        seen.setdefault(each.incarnation, []).append(each.step)
+    for incarnation, step in ((each.incarnation, each.step) for rows in (run.points, run.beats) for each in rows):
+        seen.setdefault(incarnation, []).append(step)
     for row in run.launches:
         steps = [*seen.get(row.incarnation, ()), *(() if row.hello is None else (row.hello.step,))]
         yield Launch(

@@ -94,7 +94,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 def _palette() -> bytes:
     places = np.linspace(0, len(ANCHORS) - 1, NOTHING)
     channels = [np.interp(places, range(len(ANCHORS)), channel) for channel in zip(*ANCHORS, strict=True)]
-    return np.rint(np.array(channels).T).astype(np.uint8).tobytes() + bytes(3)
+    return bytes(np.rint(np.array(channels).T).astype(np.uint8)) + bytes(3)
 
 
 _PALETTE = _palette()

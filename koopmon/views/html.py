@@ -62,7 +62,9 @@ def _text(value: object) -> object:
     """Replace unprintable characters of a text, which may come from a peer, by "?", and shorten it."""
     if value is None:
         return ""
-    return one_line(value, MAX_TEXT) if isinstance(value, str) and not isinstance(value, Markup) else value
+    if not isinstance(value, str) or isinstance(value, Markup) or (value.isprintable() and len(value) <= MAX_TEXT):
+        return value
+    return one_line(value, MAX_TEXT)
 
 
 @functools.cache

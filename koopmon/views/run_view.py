@@ -127,8 +127,8 @@ class TimelinePoint:
 
     def to_dict(self) -> dict[str, Any]:
         """Flat plain values for JSON."""
-        plain: dict[str, Any] = msgspec.to_builtins(self)
-        return plain.pop("training") | plain
+        plain = msgspec.to_builtins(self)
+        return dict(plain.pop("training"), **plain)
 
 
 def _forecast(components: Mapping[str, float | None], *, non_finite: bool) -> float | None:

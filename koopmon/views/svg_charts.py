@@ -12,7 +12,7 @@ from itertools import pairwise
 from markupsafe import Markup
 
 from koopmon.views.html import decimal, macro, number
-from koopmon.views.run_view import DecisionView, TimelinePoint, Scalar, training_commands
+from koopmon.views.run_view import DecisionView, Scalar, TimelinePoint, training_commands
 from koopmon.views.spectra import Spectrum
 
 RISK_HEIGHT, SMALL_HEIGHT, SPARK_HEIGHT = 220, 90, 24

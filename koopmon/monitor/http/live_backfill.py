@@ -17,7 +17,7 @@ from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import HistoryReader, ProfileRow, RunRow
 from koopmon.history.schema import RunState
 from koopmon.monitor.http.live_state import MAX_DECISIONS, MAX_POINTS, LiveState
-from koopmon.views.run_view import DecisionView, TimelinePoint, RunView
+from koopmon.views.run_view import DecisionView, RunView, TimelinePoint
 from koopmon.views.spectra import Column, Spectrum
 
 logger = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ from koopmon.views.run_view import (
     AgentHealth,
     CommandView,
     DecisionView,
-    TimelinePoint,
     PolicyStatus,
     RunView,
+    TimelinePoint,
     TrainingStep,
 )
 from koopmon.views.spectra import Column, Spectrum
