@@ -72,17 +72,17 @@ def _loss(report: RunReport) -> str:
 
 
 def _actions(actions: Sequence[CommandView]) -> Iterator[tuple[str, str]]:
-    brakes = [each for each in actions if each.applied_step is not None and each.direction == "brake"]
-    if not brakes:
+    restraints = [each for each in actions if each.applied_step is not None and each.direction == "restrain"]
+    if not restraints:
         yield "Actions", "none was applied"
-    scales = [(each.command.lr_scale, each.applied_step) for each in brakes if each.command.lr_scale is not None]
+    scales = [(each.command.lr_scale, each.applied_step) for each in restraints if each.command.lr_scale is not None]
     if scales:
         words = f"lowered {times(len(scales))}, to {min(scales)[0]:.3g} of its schedule"
         yield "Learning rate", f"{words}, first at step {scales[0][1]}"
-    alphas = [(each.command.kss.alpha, each.applied_step) for each in brakes if each.command.kss is not None]
+    alphas = [(each.command.kss.alpha, each.applied_step) for each in restraints if each.command.kss is not None]
     if alphas:
         yield "KSS", f"raised {times(len(alphas))}, to alpha {max(alphas)[0]:.3g}, first at step {alphas[0][1]}"
-    if stops := [each for each in brakes if each.command.kind == "stop"]:
+    if stops := [each for each in restraints if each.command.kind == "stop"]:
         yield "Stop", f"requested at step {stops[0].applied_step}"
     if failed := [each for each in actions if each.outcome in NOT_APPLIED]:
         detail = f" ({failed[0].detail})" if failed[0].detail else ""

@@ -60,7 +60,7 @@ def page(report: RunReport) -> str:
         }
         if points
         else {},
-        brakes=[each for each in report.actions if each.effect is not None],
+        compared=[each for each in report.actions if each.effect is not None],
         commands=[(each, command) for each in report.decisions for command in each.commands or (None,)],
         delay_steps=delay_steps,
         planes=[(each, eigenvalue_plot(each.spectrum, limit)) for each in spectra],

@@ -1,4 +1,4 @@
-"""Effects of commands: snapshots before and after each applied brake are compared.
+"""Effects of commands: snapshots before and after each applied command that restrains the training are compared.
 
 This comparison is not an experiment: the course of the run without the action is unknown.
 """
@@ -52,7 +52,10 @@ class AppliedAction(NamedTuple):
 
 
 def with_effects(decisions: Iterable[DecisionView], points: Sequence[TimelinePoint]) -> Iterator[DecisionView]:
-    """Yield the decisions of a run in order; each command has its direction, and each applied brake its effect."""
+    """Yield the decisions of a run in order.
+
+    Each command has its direction, and an effect if it restrained the training.
+    """
     launches: dict[str, list[TimelinePoint]] = {}
     for point in sorted(points, key=_step):
         launches.setdefault(point.incarnation, []).append(point)
@@ -61,12 +64,12 @@ def with_effects(decisions: Iterable[DecisionView], points: Sequence[TimelinePoi
         AppliedAction(decision.incarnation, each.applied_step, each.direction)
         for decision in directed
         for each in decision.commands
-        if each.applied_step is not None and each.direction is not None and each.direction != "watch"
+        if each.applied_step is not None and each.direction is not None and each.direction != "observe"
     )
     for decision in directed:
         commands = []
         for each in decision.commands:
-            if each.applied_step is not None and each.direction == "brake":
+            if each.applied_step is not None and each.direction == "restrain":
                 later = (one for one in applied if one[0] == decision.incarnation and one.step > each.applied_step)
                 known = launches.get(decision.incarnation, [])
                 each = replace(each, effect=effect_of(decision, each.applied_step, next(later, None), known))
@@ -87,14 +90,14 @@ def _directed(
         commands = []
         for each in decision.commands:
             command, applied = each.command, each.outcome == "applied"
-            brakes = command.kind == "stop"
+            restrains = command.kind == "stop"
             if command.lr_scale is not None:
-                brakes = command.lr_scale < scale
+                restrains = command.lr_scale < scale
                 scale = command.lr_scale if applied else scale
             elif command.kss is not None:
-                brakes = command.kss.alpha > alpha
+                restrains = command.kss.alpha > alpha
                 alpha = command.kss.alpha if applied else alpha
-            direction: Direction = "brake" if brakes else "give back" if each.changes_training else "watch"
+            direction: Direction = "restrain" if restrains else "release" if each.changes_training else "observe"
             commands.append(replace(each, direction=direction))
         yield replace(decision, commands=tuple(commands))
 
@@ -148,8 +151,8 @@ def _verdict(
     if min(len(old), len(new)) >= MIN_SNAPSHOTS:
         loss = _moved(statistics.median(new) - statistics.median(old), LOSS_CHANGE * abs(statistics.median(old)))
         words = f"the risk {_WORDS[risk]}, the loss {_WORDS[loss]}"
-    if cut is not None and cut.direction == "brake":
-        return "not enough", f"{words}, and another brake followed at step {cut.step}"
+    if cut is not None and cut.direction == "restrain":
+        return "not enough", f"{words}, and another such command followed at step {cut.step}"
     if risk > 0 or (risk == 0 and loss > 0):
         return "did not help", words
     return ("helped" if risk < 0 and loss <= 0 else "unclear"), words

@@ -139,7 +139,8 @@ def _forecast(components: Mapping[str, float | None], *, non_finite: bool) -> fl
     return 1.0 if non_finite else None
 
 
-Direction = Literal["brake", "give back", "watch"]
+Direction = Literal["restrain", "release", "observe"]
+"""A command restrains the training (back-off, KSS, stop), releases it, or changes only the observation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,8 +152,9 @@ class CommandView:
     step: int | None = None
     detail: str = ""
     direction: Direction | None = None
-    """Set by `with_effects`, as is `effect`: None for a command that was not applied or is not a brake."""
+    """None before `with_effects`."""
     effect: Effect | None = None
+    """Set by `with_effects` for an applied command that restrained the training."""
 
     @property
     def words(self) -> str:

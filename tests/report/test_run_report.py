@@ -41,7 +41,7 @@ def test_a_guarded_run_at_a_glance(recorder: Recorder) -> None:
         "Share of step time": "1% at most",
     }
     (action,) = facts.actions
-    assert (action.outcome, action.step, action.direction) == ("applied", 42, "brake")
+    assert (action.outcome, action.step, action.direction) == ("applied", 42, "restrain")
     effect = action.effect
     assert effect is not None
     assert (effect.verdict, effect.num_before, effect.num_after) == ("helped", 8, 8)
@@ -85,7 +85,7 @@ def test_whether_it_helped(
     assert (action.effect.verdict, action.effect.why) == (verdict, why)
 
 
-def test_a_brake_that_another_one_followed_was_not_enough_and_giving_back_is_no_brake(recorder: Recorder) -> None:
+def test_a_back_off_that_another_one_followed_was_not_enough_and_a_release_has_no_effect(recorder: Recorder) -> None:
     recorder.hello()
     for step in range(10):
         recorder.saw(step, 0.9, 3.0)
@@ -99,11 +99,11 @@ def test_a_brake_that_another_one_followed_was_not_enough_and_giving_back_is_no_
     recorder.saw(20, 0.1, 3.0)
     first, second, third = recorder.facts().actions
     assert first.effect is not None
-    assert first.effect.why == "the risk fell, the loss held, and another brake followed at step 14"
+    assert first.effect.why == "the risk fell, the loss held, and another such command followed at step 14"
     assert first.effect.verdict == "not enough"
     assert second.effect is not None
     assert second.effect.verdict == "helped"
-    assert (third.direction, third.effect) == ("give back", None)
+    assert (third.direction, third.effect) == ("release", None)
     assert sorted(glance(recorder.facts())["Effect"].split(", ")) == ["1 helped", "1 not enough"]
 
 
@@ -193,7 +193,7 @@ def test_a_restart_is_a_second_launch(recorder: Recorder) -> None:
         (0, 9, 10),
         (5, 19, 15),
     ]
-    assert [each.direction for each in facts.actions] == ["brake", "give back"], "the second launch began at 0.5"
+    assert [each.direction for each in facts.actions] == ["restrain", "release"], "the second launch began at 0.5"
     assert facts.actions[0].effect is not None
     assert facts.actions[0].effect.verdict == "cannot be told", "the other launch is no witness of this one"
     assert (glance(facts)["State"], glance(facts)["Launches"]) == ("running at step 19", "2")

@@ -80,8 +80,8 @@ def routes(
     async def events(request: Request) -> Response:
         if not streams.acquire():
             words = (
-                f"{streams.most} streams of events are open, as many as [http] max_streams and max_http_connections"
-                " allow: close a page, or ask api/v1/runs now and then\n"
+                f"{streams.most} event streams are open, the limit of [http] max_streams and max_http_connections:"
+                " close a page, or poll api/v1/runs\n"
             )
             headers = {**pages.HEADERS, "retry-after": str(RETRY_AFTER_SECONDS)}
             return Response(words, status_code=503, headers=headers, media_type="text/plain")
