@@ -22,6 +22,7 @@ from koopmon.config import PolicyConfig
 from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import HistoryReader
 from koopmon.history.schema import RunState
+from koopmon.numbers import mean
 from koopmon.views.action_effects import MIN_SNAPSHOTS, with_effects
 from koopmon.views.run_summary import RecordedRun, RunSummary, summary_of
 from koopmon.views.run_view import CommandView, DecisionView, TimelinePoint
@@ -186,7 +187,7 @@ def build_report(history: HistoryReader, store: Path, name: str, policy: PolicyC
         summary=summary_of(run, store),
         agent=AgentSummary(
             num_heartbeats=len(beats),
-            mean_overhead_ratio=_mean([beat.overhead_ratio for beat in beats]),
+            mean_overhead_ratio=mean([beat.overhead_ratio for beat in beats]),
             max_overhead_ratio=max((beat.overhead_ratio for beat in beats), default=None),
             median_step_seconds=_median([beat.step_seconds for beat in beats]),
             num_incomplete=profiles.num_incomplete,
@@ -276,13 +277,6 @@ def _launches(run: RecordedRun) -> Iterator[Launch]:
             kss_alpha=0.0 if row.applied is None else row.applied.kss.alpha,
             hello=None if row.hello is None else msgspec.to_builtins(row.hello),
         )
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    try:
-        return math.fsum(values) / len(values) if values else None
-    except OverflowError:  # the sum of values from a peer can exceed a double
-        return max(values)
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -23,6 +23,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from koopmon.numbers import mean
 from koopmon.wire.codec import REJECTION_REASONS
 from koopmon.wire.messages import DROP_REASONS, AckOutcome, CommandKind
 
@@ -172,14 +173,6 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def _mean(values: Sequence[float]) -> float:
-    """Mean of `values`. It is infinite if the sum exceeds a double, where `fsum` would raise."""
-    try:
-        return math.fsum(values) / len(values)
-    except OverflowError:
-        return math.inf
-
-
 class Metrics(Collector):
     """Values of the metrics in TABLE. Safe to read from any thread while one thread writes."""
 
@@ -255,10 +248,9 @@ class Metrics(Collector):
             for name in LAYER_FIELDS:
                 found = [_finite(getattr(layers[index], name)) for index in span]
                 values = [value for value in found if value is not None]
-                if values:
-                    reduced = _finite(max(values) if BY_NAME[name].bucket == "max" else _mean(values))
-                    if reduced is not None:
-                        fresh[name][(run, label)] = reduced
+                reduced = max(values, default=None) if BY_NAME[name].bucket == "max" else mean(values)
+                if reduced is not None:
+                    fresh[name][(run, label)] = reduced
         standing = {(run, label) for label, _ in buckets}
         with self._lock:
             for name, series in fresh.items():
@@ -276,10 +268,9 @@ class Metrics(Collector):
         fresh: dict[tuple[str, ...], float] = {}
         for name, row in observables.items():
             for label, span in layer_buckets(len(row)):
-                values = [value for value in map(_finite, row[span.start : span.stop]) if value is not None]
-                mean = _finite(_mean(values)) if values else None
-                if mean is not None:
-                    fresh[run, label, name] = mean
+                average = mean(map(_finite, row[span.start : span.stop]))
+                if average is not None:
+                    fresh[run, label, name] = average
         with self._lock:
             standing = self._values["observable"]
             for labels in [labels for labels in standing if labels[0] == run]:
