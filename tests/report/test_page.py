@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,6 @@ from tests.report.reading import Reading
 from tests.report.recorder import NAN, Recorder, guarded
 
 LOADING = ("src", "srcset", "href", "action", "data", "poster", "background", "xlink:href")
-
-
-@pytest.fixture
-def recorder(tmp_path: Path) -> Iterator[Recorder]:
-    recorder = Recorder(tmp_path / "h.sqlite3")
-    yield recorder
-    recorder.close()
 
 
 def check_alone(document: str) -> Reading:

@@ -1,11 +1,10 @@
-"""What a history tells of a run, in facts and in words; every history here was written by the real store."""
+"""What a history tells of a run; every history here was written by the real store."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,25 +20,8 @@ from tests.report.recorder import NAN, Recorder, guarded
 SCHEMA_1 = Path(__file__).parent.parent / "history" / "stores" / "schema-1.sqlite3.gz"
 
 
-@pytest.fixture
-def recorder(tmp_path: Path) -> Iterator[Recorder]:
-    recorder = Recorder(tmp_path / "h.sqlite3")
-    yield recorder
-    recorder.close()
-
-
-def test_a_guarded_run_at_a_glance(recorder: Recorder) -> None:
+def test_a_guarded_run(recorder: Recorder) -> None:
     facts = guarded(recorder, profiled=True).facts()
-    assert glance(facts) == {
-        "State": "ended at step 200",
-        "Risk": "0.40 or more from step 40; highest 0.85 at step 40",
-        "Loss": "3 at the first high risk, then at most 4.5, 2.8 at the end",
-        "Learning rate": "lowered once, to 0.5 of its schedule, first at step 42",
-        "Effect": "1 helped",
-        "Snapshots": "101",
-        "Time span": "20 s",
-        "Share of step time": "1% at most",
-    }
     (action,) = facts.actions
     assert (action.outcome, action.step, action.direction) == ("applied", 42, "restrain")
     effect = action.effect
@@ -56,107 +38,6 @@ def test_a_guarded_run_at_a_glance(recorder: Recorder) -> None:
     (command,) = json.loads(json.dumps(facts.to_dict()))["decisions"][0]["commands"]
     assert (command["what"], command["delay_steps"]) == ("learning rate × 0.5", 2)
     assert command["effect"]["verdict"] == "helped"
-
-
-@pytest.mark.parametrize(
-    ("after", "losses", "verdict", "why"),
-    [
-        ([0.1] * 8, [3.0] * 8, "helped", "the risk fell, the loss held"),
-        ([0.1] * 8, [2.0] * 8, "helped", "the risk fell, the loss fell"),
-        ([0.1] * 8, [None] * 8, "helped", "the risk fell, the loss was not logged"),
-        ([0.9] * 8, [3.0] * 8, "unclear", "the risk held, the loss held"),
-        ([0.9] * 8, [9.0] * 8, "did not help", "the risk held, the loss rose"),
-        ([0.99] * 8, [3.0] * 8, "did not help", "the risk rose, the loss held"),
-        ([0.1] * 2, [3.0] * 2, "cannot be told", "2 snapshots after it, 3 are needed"),
-        ([0.1] * 8, [3.0] * 7 + [NAN], "did not help", "afterwards the states or the loss were not finite"),
-    ],
-)
-def test_whether_it_helped(
-    recorder: Recorder, after: list[float], losses: list[float | None], verdict: str, why: str
-) -> None:
-    recorder.hello()
-    for step in range(10):
-        recorder.saw(step, 0.9, 3.0)
-    recorder.did(9, 0.9, lr_scale=0.5)
-    for index, (risk, loss) in enumerate(zip(after, losses, strict=True)):
-        recorder.saw(11 + index, risk, loss)
-    (action,) = recorder.facts().actions
-    assert action.effect is not None
-    assert (action.effect.verdict, action.effect.why) == (verdict, why)
-
-
-def test_a_back_off_that_another_one_followed_was_not_enough_and_a_release_has_no_effect(recorder: Recorder) -> None:
-    recorder.hello()
-    for step in range(10):
-        recorder.saw(step, 0.9, 3.0)
-    recorder.did(9, 0.9, lr_scale=0.5, after=0)
-    for step in range(10, 15):
-        recorder.saw(step, 0.5, 3.0)
-    recorder.did(14, 0.5, lr_scale=0.25, after=0)
-    for step in range(15, 20):
-        recorder.saw(step, 0.1, 3.0)
-    recorder.did(19, 0.1, lr_scale=0.3, after=0)
-    recorder.saw(20, 0.1, 3.0)
-    first, second, third = recorder.facts().actions
-    assert first.effect is not None
-    assert first.effect.why == "the risk fell, the loss held, and another such command followed at step 14"
-    assert first.effect.verdict == "not enough"
-    assert second.effect is not None
-    assert second.effect.verdict == "helped"
-    assert (third.direction, third.effect) == ("release", None)
-    assert sorted(glance(recorder.facts())["Effect"].split(", ")) == ["1 helped", "1 not enough"]
-
-
-def test_two_actions_close_together_cannot_be_told_apart(recorder: Recorder) -> None:
-    recorder.hello()
-    for step in range(10):
-        recorder.saw(step, 0.9, 3.0)
-    recorder.did(8, 0.9, lr_scale=0.5, after=0)
-    recorder.did(9, 0.9, alpha=0.15, after=0)
-    for step in range(10, 20):
-        recorder.saw(step, 0.1, 3.0)
-    first, second = recorder.facts().actions
-    assert first.effect is not None
-    assert first.effect.verdict == "cannot be told"
-    assert "before the next action at step 9" in first.effect.why
-    assert second.effect is not None
-    assert second.effect.verdict == "helped"
-    assert glance(recorder.facts())["KSS"] == "raised once, to alpha 0.15, first at step 9"
-
-
-def test_a_run_that_was_left_alone(recorder: Recorder) -> None:
-    recorder.hello()
-    for step in range(10):
-        recorder.saw(step, 0.01 * step, 3.0)
-    recorder.ended()
-    told = glance(recorder.facts())
-    assert told["Risk"] == "below 0.40 in all snapshots, highest 0.09 at step 9"
-    assert told["Actions"] == "none was applied"
-    assert told["Loss"] == "3 at first, 3 at the end"
-    assert told["State"] == "ended at step 9"
-    assert "Effect" not in told
-
-
-@pytest.mark.parametrize(
-    ("hello", "outcome", "detail", "name", "says"),
-    [
-        ({}, None, "", "Not sent", "1 command, because this job was only watched"),
-        ({"acts": False}, "refused", "watch-only", "Not applied", "1 command; the first: refused (watch-only)"),
-        ({}, "expired", "no answer", "Not applied", "1 command; the first: expired (no answer)"),
-    ],
-)
-def test_what_was_not_applied_is_not_claimed(
-    recorder: Recorder, hello: dict[str, bool], outcome: str | None, detail: str, name: str, says: str
-) -> None:
-    recorder.hello(**hello)
-    for step in range(10):
-        recorder.saw(step, 0.9)
-    recorder.did(9, 0.9, outcome, lr_scale=0.5, detail=detail)  # type: ignore[arg-type]
-    facts = recorder.facts()
-    told = glance(facts)
-    assert (told[name], told["Actions"], told["Loss"]) == (says, "none was applied", "not logged")
-    assert told["Risk"].endswith("still high at the end")
-    assert facts.actions[0].effect is None
 
 
 def test_a_run_whose_states_were_not_finite(recorder: Recorder) -> None:
@@ -198,22 +79,6 @@ def test_a_restart_is_a_second_launch(recorder: Recorder) -> None:
     assert facts.actions[0].effect.verdict == "cannot be told", "the other launch is no witness of this one"
     assert (glance(facts)["State"], glance(facts)["Launches"]) == ("running at step 19", "2")
     assert facts.episodes[0].last_step == 9, "what was high ended with its launch"
-
-
-def test_what_fell_silent_and_what_was_left_behind(recorder: Recorder) -> None:
-    recorder.hello()
-    recorder.saw(4, 0.1)
-    assert recorder.facts().state == "running"
-    recorder.store.record_state(recorder.began, recorder.run, recorder.incarnation, 2)
-    assert glance(recorder.facts())["State"] == "vanished at step 4, without a goodbye"
-    recorder.began -= 1000.0
-    recorder.store.record_state(recorder.began, recorder.run, recorder.incarnation, 1)
-    database = sqlite3.connect(recorder.path)
-    recorder.store.commit()
-    database.execute("UPDATE observations SET time = time - 1000")
-    database.commit()
-    database.close()
-    assert glance(recorder.facts())["State"] == "no message for a while, last at step 4; its end is not recorded"
 
 
 def test_the_forecast_is_that_of_the_detector(recorder: Recorder) -> None:

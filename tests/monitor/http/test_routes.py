@@ -18,7 +18,6 @@ from koopmon.monitor.http.auth import HttpAuth
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.routes import FRESH_SECONDS, MAX_PAGES, PageCache
 from koopmon.monitor.http.server import WebServer
-from koopmon.views import heatmap
 
 httpx = pytest.importorskip("httpx")
 
@@ -194,23 +193,6 @@ def test_the_heatmap_shows_what_was_chosen(client: httpx.Client, told: Any, quan
     (heat,) = [each for each in page.all("img") if each["class"] == "heat"]
     assert heat["src"].startswith("data:image/png;base64,")
     assert "of 3 layers in 2 snapshots, step 1 to 2" in heat["alt"]
-
-
-def test_a_picture_is_a_png_of_the_values(told: Any, tmp_path: Any) -> None:
-    import base64
-
-    from matplotlib.image import imread
-
-    found = heatmap.heatmap(told.view.columns, "near_unit_mass")
-    url = re.search(r'src="([^"]*)" alt="Near-unit mass of 3 layers in 2 snapshots', found)[1]
-    (tmp_path / "heat.png").write_bytes(base64.b64decode(url.partition(",")[2]))
-    pixels = imread(tmp_path / "heat.png")
-    assert pixels.shape == (3, 2, 4)
-    values = told.view.columns[0].values["near_unit_mass"]
-    for row, value in enumerate(reversed(values)):
-        low, high = heatmap.ANCHORS[0][0] / 255, heatmap.ANCHORS[-1][0] / 255
-        assert low - 0.01 <= pixels[row, 0, 0] <= high + 0.01
-        assert (pixels[row, 0, 0] > 0.5) == (value > 0.52) or abs(value - 0.52) < 0.05
 
 
 def test_a_token_alone_tells_browsers_what_to_do(live_state: LiveState) -> None:
