@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import msgspec
 
 from koopmon.risk.online_detector import foresight
+from koopmon.wire.messages import AtStep
 
 if TYPE_CHECKING:
     from koopmon.config import KssConfig, PolicyConfig
@@ -21,19 +22,10 @@ if TYPE_CHECKING:
     from koopmon.risk.online_detector import Observation, OnlineRisk
     from koopmon.views.action_effects import Effect
     from koopmon.views.spectra import Column, Spectrum
-    from koopmon.wire.messages import Command
+    from koopmon.wire.messages import Command, TrainingStep
 
 TRAINING_KINDS = ("set_lr_scale", "set_kss", "stop")
 """Kinds of commands that change training; the others change only the observation."""
-
-
-class TrainingStep(msgspec.Struct, frozen=True, kw_only=True):
-    step: int
-    learning_rate: float | None = None
-    loss: float | None = None
-    grad_norm: float | None = None
-    lr_scale: float = 1.0
-    kss_alpha: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +60,7 @@ SCALARS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TimelinePoint:
+class TimelinePoint(AtStep):
     """One snapshot with its assessment. `time` is Unix seconds; `risk` and `forecast` are in [0, 1]."""
 
     incarnation: str
@@ -81,10 +73,6 @@ class TimelinePoint:
     non_finite: bool
 
     @property
-    def step(self) -> int:
-        return self.training.step
-
-    @property
     def broken(self) -> bool:
         """True if the states or the loss were not finite."""
         loss = self.training.loss
@@ -94,14 +82,7 @@ class TimelinePoint:
     def of_row(cls, row: ObservationRow) -> Self:
         return cls(
             incarnation=row.incarnation,
-            training=TrainingStep(
-                step=row.step,
-                learning_rate=row.learning_rate,
-                loss=row.loss,
-                grad_norm=row.grad_norm,
-                lr_scale=row.lr_scale,
-                kss_alpha=row.kss_alpha,
-            ),
+            training=row.training,
             time=row.time,
             risk=row.risk,
             forecast=_forecast(row.components, non_finite=row.non_finite),
@@ -111,12 +92,10 @@ class TimelinePoint:
         )
 
     @classmethod
-    def of_assessment(
-        cls, incarnation: str, training: TrainingStep, time: float, observation: Observation, risk: OnlineRisk
-    ) -> Self:
+    def of_assessment(cls, incarnation: str, time: float, observation: Observation, risk: OnlineRisk) -> Self:
         return cls(
             incarnation=incarnation,
-            training=training,
+            training=observation.training,
             time=time,
             risk=risk.value,
             forecast=_forecast(risk.components, non_finite=observation.non_finite),

@@ -18,34 +18,32 @@ from koopmon.views.run_view import (
     CommandView,
     DecisionView,
     TimelinePoint,
-    TrainingStep,
     command_words,
     training_commands,
 )
-from koopmon.wire.messages import KssSettings
+from koopmon.wire.messages import KssSettings, TrainingStep
 from tests.factories import INCARNATION, RUN, command, observation, point, record_observation
 
+TRAINING = {"learning_rate": 0.01, "loss": 2.0, "grad_norm": 1.5, "lr_scale": 0.5, "kss_alpha": 0.1}
 
-def assessed(step: int, **fields: object) -> tuple[TrainingStep, Observation, OnlineRisk]:
-    training = TrainingStep(step=step, learning_rate=0.01, loss=2.0, grad_norm=1.5, lr_scale=0.5, kss_alpha=0.1)
-    known = {"learning_rate": 0.01, "loss": 2.0, "update_ratios": (0.1, 0.2), "expansive_mass": 0.1, "width": 8}
-    seen = observation(step, **{**known, **fields})
-    return training, seen, assess(RiskState(), seen, RiskConfig())[1]
+
+def assessed(step: int, **fields: object) -> tuple[Observation, OnlineRisk]:
+    known = {"update_ratios": (0.1, 0.2), "expansive_mass": 0.1, "width": 8}
+    seen = observation(step, **{**TRAINING, **known, **fields})
+    return seen, assess(RiskState(), seen, RiskConfig())[1]
 
 
 @pytest.mark.parametrize("fields", [{}, {"informative": False, "reason": "few tokens"}, {"non_finite": True}])
 def test_a_row_and_a_live_assessment_make_the_same_point(tmp_path: Path, fields: dict[str, object]) -> None:
-    training, seen, risk = assessed(7, **fields)
-    live = TimelinePoint.of_assessment(INCARNATION, training, 5.0, seen, risk)
+    seen, risk = assessed(7, **fields)
+    live = TimelinePoint.of_assessment(INCARNATION, 5.0, seen, risk)
     path = tmp_path / "h.sqlite3"
     store = HistoryWriter.open(path)
     record_observation(
         store,
         5.0,
         7,
-        scalars={"learning_rate": 0.01, "loss": 2.0, "grad_norm": 1.5},
-        lr_scale=0.5,
-        kss_alpha=0.1,
+        **TRAINING,
         non_finite=seen.non_finite,
         observation=seen,
         risk=risk.value,

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, TypeVar
 from koopmon.history.schema import RunState
 from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Assessment, RunController
-from koopmon.monitor.sample import Sample
 from koopmon.policy import PolicyState
 from koopmon.views.run_view import (
     AgentHealth,
@@ -26,10 +25,9 @@ from koopmon.views.run_view import (
     PolicyStatus,
     RunView,
     TimelinePoint,
-    TrainingStep,
 )
 from koopmon.views.spectra import Column, Spectrum
-from koopmon.wire.messages import Ack
+from koopmon.wire.messages import Ack, TrainingStep
 
 if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
@@ -149,22 +147,25 @@ class LiveState:
                 kept.lost[reason] = kept.lost.get(reason, 0) + 1
 
     def record_assessment(
-        self, name: str, sample: Sample, profile: SpectralProfile | None, assessment: Assessment, status: PolicyStatus
+        self,
+        name: str,
+        training: TrainingStep,
+        profile: SpectralProfile | None,
+        assessment: Assessment,
+        status: PolicyStatus,
     ) -> None:
         """Add one snapshot with its assessment and decision."""
         # The history stores the same form of a profile: the page and the report cannot disagree.
         plain = None if profile is None else profile.to_dict()
-        column = None if plain is None else Column.of(sample.step, plain["layers"])
-        spectrum = None if plain is None else Spectrum.of(sample.step, plain)
+        column = None if plain is None else Column.of(training.step, plain["layers"])
+        spectrum = None if plain is None else Spectrum.of(training.step, plain)
         at = self._wall()
         with self._lock:
             kept = self._kept.get(name)
             if kept is None:
                 return
             incarnation = kept.view.incarnation
-            kept.points.append(
-                TimelinePoint.of_assessment(incarnation, _training(sample), at, assessment.observation, assessment.risk)
-            )
+            kept.points.append(TimelinePoint.of_assessment(incarnation, at, assessment.observation, assessment.risk))
             if column is not None:
                 kept.columns.append(column)
             if assessment.decision is not None and assessment.remarkable:
@@ -172,7 +173,7 @@ class LiveState:
                 kept.decisions.append(
                     DecisionView(
                         incarnation=incarnation,
-                        step=sample.step,
+                        step=training.step,
                         time=at,
                         phase=assessment.decision.phase,
                         reason=assessment.decision.reason,
@@ -274,10 +275,6 @@ def _before(kept: deque[T], earlier: list[T]) -> None:
     room = (kept.maxlen or 0) - len(kept)
     older = [each for each in earlier if each.step < first]
     kept.extendleft(reversed(older[-room:] if room else []))
-
-
-def _training(sample: Sample) -> TrainingStep:
-    return TrainingStep(**{name: getattr(sample, name) for name in TrainingStep.__struct_fields__})
 
 
 def _with_outcome(command: CommandView, outcome: str, step: int | None, detail: str) -> CommandView:
