@@ -39,7 +39,7 @@ def shapes(bench: Bench) -> str:
     def enter(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         check(f"block_input at {stack.points[layer].name}", bench.adapter.block_input(module, args, kwargs))
 
-    def leave(layer: int, module: nn.Module, output: Any) -> None:
+    def leave(layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         check(f"block_output at {stack.points[layer].name}", bench.adapter.block_output(module, output))
 
     model.register_forward_pre_hook(root, with_kwargs=True)
@@ -69,7 +69,7 @@ def reading(bench: Bench) -> str:
             state = adapter.block_input(module, args, kwargs)
         _own("block_input", stack.points[layer], state, (args, kwargs), adapter.block_input(module, args, kwargs))
 
-    def leave(layer: int, module: nn.Module, output: Any) -> None:
+    def leave(layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         with _unchanged("block_output", stack.points[layer], output):
             state = adapter.block_output(module, output)
         _own("block_output", stack.points[layer], state, output, adapter.block_output(module, output))
@@ -91,7 +91,7 @@ def round_trip(bench: Bench) -> str:
     stack = bench.likely_stack(model)
     kinds: dict[str, None] = {}
 
-    def leave(layer: int, module: nn.Module, output: Any) -> Any:
+    def leave(layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         name = stack.points[layer].name
         state = adapter.block_output(module, output)
         demand(isinstance(state, Tensor), f"block_output at {name} gives {described(state)}, expected a tensor")
@@ -134,13 +134,8 @@ def round_trip(bench: Bench) -> str:
 
 def _one_forward(bench: Bench, model: nn.Module, stack: Stack, enter: Any, leave: Callable[..., Any]) -> Tensor:
     """Return the loss of one training forward with hooks before and after every block."""
-    handles = at_points(model, stack, enter, leave)
-    try:
-        with seeded(1):
-            return bench.loss(model, bench.batch(0))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with at_points(stack, enter, leave), seeded(1):
+        return bench.loss(model, bench.batch(0))
 
 
 @contextmanager

@@ -81,9 +81,7 @@ def losses(bench: Bench) -> str:
     bench.likely_stack(watched.model)
     with Attached(watched) as attached:
         for training in (plain, watched):
-            for _ in range(NUM_STEPS):
-                training.backward()
-                training.update()
+            training.run(NUM_STEPS)
     for index, (theirs, ours) in enumerate(zip(plain.losses, watched.losses, strict=True)):
         if not same_bits(theirs, ours):
             _require_repeatable(bench, plain)
@@ -102,9 +100,7 @@ def losses(bench: Bench) -> str:
 def _require_repeatable(bench: Bench, first: Training) -> None:
     """Raise SkipTest when two identical trainings differ, as with nondeterministic kernels on accelerators."""
     second = Training(bench, microbatches=2)
-    for _ in range(NUM_STEPS):
-        second.backward()
-        second.update()
+    second.run(NUM_STEPS)
     if not all(map(same_bits, first.losses, second.losses)):
         raise SkipTest("the example's own training does not repeat bit for bit")
 

@@ -27,9 +27,7 @@ def observables(bench: Bench) -> str:
     if not offered:
         return "measures nothing beside the spectra"
     with Attached(training) as attached:
-        for _ in range(2):
-            training.backward()
-            training.update()
+        training.run(2)
         attached.check()
         demand(not attached.runtime.taps.readers.reason, attached.runtime.taps.readers.reason)
         (snapshot,) = attached.notebook.snapshots

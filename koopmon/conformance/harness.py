@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
 from typing import Any
 from unittest import SkipTest
 
@@ -262,21 +262,19 @@ def described(value: Any) -> str:
 
 
 def at_points(
-    model: nn.Module,
     stack: Stack,
     enter: Callable[[int, nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None,
-    leave: Callable[[int, nn.Module, Any], Any] | None = None,
-) -> list[Any]:
-    """Register enter(layer, module, args, kwargs) before and leave(layer, module, output) after each block."""
+    leave: Callable[[int, nn.Module, tuple[Any, ...], Any], Any] | None = None,
+) -> ExitStack:
+    """Register enter(layer, module, args, kwargs) before and leave(layer, module, args, output) after each block.
 
-    def before(layer: int) -> Any:
-        return lambda module, args, kwargs: None if enter is None else enter(layer, module, args, kwargs)
-
-    def behind(layer: int) -> Any:
-        return lambda module, args, output: None if leave is None else leave(layer, module, output)
-
-    handles: list[Any] = []
+    Closing the result removes the hooks.
+    """
+    hooks = ExitStack()
     for point in stack.points:
-        handles.append(point.entry.register_forward_pre_hook(before(point.layer), with_kwargs=True))
-        handles.append(point.module.register_forward_hook(behind(point.layer)))
-    return handles
+        if enter is not None:
+            before = partial(enter, point.layer)
+            hooks.enter_context(point.entry.register_forward_pre_hook(before, with_kwargs=True))
+        if leave is not None:
+            hooks.enter_context(point.module.register_forward_hook(partial(leave, point.layer)))
+    return hooks
