@@ -250,7 +250,7 @@ class ChainVerifier:
         equal = _together(trace.links).tolist()
         for layer, is_equal in enumerate(equal):
             if not is_equal:
-                return f"what leaves {trace.point(layer).name} is not what enters {trace.point(layer + 1).name}"
+                return f"the output of {trace.point(layer).name} is not the input of {trace.point(layer + 1).name}"
         if trace.carried:
             carried = float(_together(trace.carried).mean())
             if math.isnan(carried):

@@ -72,9 +72,9 @@ def verified(model: nn.Module, selection: Selection, kept: Stack | None, reasons
 
 def not_verified(model: nn.Module, selection: Selection, reasons: Mapping[str, str]) -> str:
     """Return one line with the reason against each candidate of `selection` as a chain in `model`."""
-    told = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in reasons.items())
+    rejected = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in reasons.items())
     return (
-        f"adapter {selection.adapter.name!r} finds no residual chain in {type(model).__name__}: {told}; "
+        f"adapter {selection.adapter.name!r} finds no residual chain in {type(model).__name__}: {rejected}; "
         "pass stack= to name the list of blocks that is one"
     )
 

@@ -126,9 +126,9 @@ def _capture(
     if gathered is not None:
         observables = tabulate(gathered.keys, gathered.values.tolist(), len(discovery.points))
     measures = {name: text for family in reversed(selection.families) for name, text in family.measures.items()}
-    told = {name: measures[name] for name in observables}
+    explained = {name: measures[name] for name in observables}
     exponent = known_exponent(selection.adapter, discovery.stack)
-    return CapturedStates(discovery, _alike(kept), num_tokens, masked, observables, told, exponent)
+    return CapturedStates(discovery, _alike(kept), num_tokens, masked, observables, explained, exponent)
 
 
 @contextmanager

@@ -98,20 +98,20 @@ def round_trip(bench: Bench) -> str:
         assert state is not None
         marker = state.detach() + 1.0
         changed = adapter.with_block_output(module, output, marker)
-        told = f"with_block_output at {name}"
-        demand(type(changed) is type(output), f"{told} makes {described(changed)} of {described(output)}")
+        where = f"with_block_output at {name}"
+        demand(type(changed) is type(output), f"{where} makes {described(changed)} of {described(output)}")
         kept = adapter.block_output(module, output)
-        demand(kept is not None and same_bits(kept, state), f"{told} changes the output that it was given")
+        demand(kept is not None and same_bits(kept, state), f"{where} changes the output that it was given")
         back = adapter.block_output(module, changed)
         demand(
             back is not None and same_bits(back, marker),
-            f"{told} does not put the state where block_output at {name} reads it",
+            f"{where} does not put the state where block_output at {name} reads it",
         )
         before, after = parts(output), parts(changed)
-        demand(before.keys() == after.keys(), f"{told} gives parts {list(after)} for {list(before)}")
+        demand(before.keys() == after.keys(), f"{where} gives parts {list(after)} for {list(before)}")
         for path, part in before.items():
             mine = isinstance(part, Tensor) and _shares(part, state)
-            demand(mine or after[path] is part, f"{told} replaces part {path} of the output, which is not the state")
+            demand(mine or after[path] is part, f"{where} replaces part {path} of the output, which is not the state")
         kinds[type(output).__name__] = None
         return adapter.with_block_output(module, output, state.clone())
 

@@ -69,7 +69,7 @@ def taps(bench: Bench, *, microbatches: int = 1, evaluate: bool = False, checkpo
             found = snapshot.states[layer]
             demand(
                 same_bits(found, take_rows(state, rows).to(found)),
-                f"the snapshot of step {snapshot.step} does not hold what the step's first microbatch had behind "
+                f"the snapshot of step {snapshot.step} does not hold the states of the step's first microbatch behind "
                 f"{likely.points[layer - 1].name if layer else 'the input of the first block'}",
             )
     return f"{len(taken)} snapshots in {NUM_STEPS} steps of {microbatches}, each of {len(likely.points) + 1} points"
@@ -189,8 +189,8 @@ def kss_on_and_off(bench: Bench) -> str:
     rounding = 4.0 * torch.finfo(dtype).eps * _relative(plain.values(), share)
     demand(
         difference <= allowed + rounding,
-        f"the parameters differ from those of KSS written into the loss by {difference:.1e} of what KSS did, allowed "
-        f"are {allowed:.0e}",
+        f"the parameters differ from those of KSS in the loss by {difference:.1e} of the effect of KSS, allowed are "
+        f"{allowed:.0e}",
     )
     return f"on for two steps and off again, relative difference {difference:.0e} from the same by hand"
 

@@ -71,7 +71,7 @@ def shields(bench: Bench) -> str:
     (outcome,) = given
     refused = outcome.outcome == "refused" and outcome.shielded
     demand(refused, f"KSS is {outcome.outcome}, expected to be refused as shielded: {names[0]} is shielded from it")
-    told = any(name in outcome.detail for name in names) and "through_shielded" in outcome.detail
-    one_line = told and len(outcome.detail.splitlines()) == 1
-    demand(one_line, f"the refusal names neither what is shielded nor the way out in one line: {outcome.detail!r}")
+    complete = any(name in outcome.detail for name in names) and "through_shielded" in outcome.detail
+    good = complete and len(outcome.detail.splitlines()) == 1
+    demand(good, f"the refusal lacks the shielded module or through_shielded, or is not one line: {outcome.detail!r}")
     return f"KSS is refused: {len(names)} modules are shielded"

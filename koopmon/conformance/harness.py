@@ -71,7 +71,7 @@ class Bench:
     def flaw(self) -> str:
         """Defect of the example model itself; empty for a valid one."""
         try:
-            with foreign_code(lambda told: ConformanceError(f"the example model {told}")):
+            with foreign_code(lambda why: ConformanceError(f"the example model {why}")):
                 self._check_example()
         except KoopmonError as error:
             return str(error)
@@ -135,7 +135,7 @@ class Bench:
             return bool(self.shields)
         except (Exception, SystemExit, KeyboardInterrupt) as error:  # the adapter's own code
             raise_from_signal(error)
-            raise SkipTest("needs what is shielded from KSS, which `kss-shields` does not find") from None
+            raise SkipTest("needs the modules shielded from KSS, which `kss-shields` does not find") from None
 
     @cached_property
     def _verified(self) -> tuple[str | None, str]:

@@ -260,7 +260,7 @@ def require_checkpointing(bench: Bench) -> None:
     """Raise SkipTest if the example does not train under activation checkpointing even without an agent."""
     trial = Training(bench, checkpointing=True)
     what = "the model itself does not train under activation checkpointing"
-    with foreign_code(lambda told: SkipTest(f"{what}: it {told}")):
+    with foreign_code(lambda why: SkipTest(f"{what}: it {why}")):
         trial.backward()
 
 
