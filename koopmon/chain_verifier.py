@@ -38,8 +38,6 @@ from koopmon.api import ArchitectureAdapter, Point, Stack
 from koopmon.block_finder import normalised
 from koopmon.spectral import LARGEST_EXPONENT, stack_exponent, update_exponent
 
-__all__ = ["ChainResult", "ChainVerifier", "known_exponent"]
-
 SAMPLED_ROWS = 1024
 """Rows of each state that are compared between the end of one block and the start of the next."""
 MIN_UPDATE = 0.01

@@ -14,8 +14,6 @@ from koopmon.errors import PluginError, one_line
 from koopmon.observables import flaw
 from koopmon.plugin_calls import PluginCalls, WrongResultError, bounded_list, say_once
 
-__all__ = ["GuardedAdapter", "check_adapter", "original", "source"]
-
 MAX_NAME = 64
 """Characters of an adapter's name; PROTOCOL.md has the same bound."""
 MAX_SETTINGS = 32

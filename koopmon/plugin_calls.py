@@ -26,8 +26,6 @@ from koopmon.errors import PluginError, one_line, raise_from_signal
 from koopmon.logs import announced, log_for_job
 from koopmon.process_state import ProcessState
 
-__all__ = ["SECONDS", "PluginCalls", "WrongResultError", "bounded_list", "describe_failure", "say_once"]
-
 logger = logging.getLogger("koopmon.plugins")
 
 SECONDS = 10.0

@@ -14,8 +14,6 @@ from koopmon.api import ArchitectureAdapter
 from koopmon.errors import PluginError, one_line
 from koopmon.plugin_calls import PluginCalls, WrongResultError, bounded_list, describe_failure, say_once
 
-__all__ = ["PluginManager", "is_own", "plugin_manager"]
-
 OWN_PACKAGE = "koopmon_adapters"
 
 

@@ -20,8 +20,6 @@ from koopmon.plugins import Selection, select
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.token_sampling import align_mask, choose_rows, take_rows
 
-__all__ = ["CapturedStates", "capture_states", "profile"]
-
 
 def profile(
     model: nn.Module,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from unittest import SkipTest
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from koopmon.conformance.harness import Bench, same_bits
@@ -124,7 +125,7 @@ def kss(bench: Bench, *, checkpointing: bool = False) -> str:
             for training in (guarded, plain, written.training):
                 training.update()
             if step == 0:
-                attached.command("set_kss", kss=with_alpha(alpha))
+                attached.command("set_kss", kss=replace(KSS, alpha=alpha))
         attached.check()
         demand(attached.alpha == alpha, f"alpha {attached.alpha} is in force after a command of {alpha}")
     share = written.training.gradient() - plain.gradient()
@@ -174,7 +175,7 @@ def kss_on_and_off(bench: Bench) -> str:
     with Attached(guarded, through_shielded=bench.through_shielded) as attached:
         for step in range(6):
             if step in (1, 3):
-                attached.command("set_kss", kss=with_alpha(alpha if step == 1 else 0.0))
+                attached.command("set_kss", kss=replace(KSS, alpha=alpha if step == 1 else 0.0))
             alphas.append(attached.alpha)
             guarded.backward()
             plain.backward()
@@ -244,12 +245,6 @@ def _balanced_alpha(bench: Bench) -> float:
         ratio = float(task.norm() / share.norm())
         bench.alpha = min(ratio, MAX_ALPHA) if ratio > 0.0 else 1.0
     return bench.alpha
-
-
-def with_alpha(alpha: float) -> KssSettings:
-    """Return the KSS settings of all checks with the weight `alpha`."""
-    values = {name: getattr(KSS, name) for name in KssSettings.__struct_fields__}
-    return KssSettings(**{**values, "alpha": alpha})
 
 
 def _rows(seen: Seen, num_samples: int, step: int, *, fill: bool = False) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from msgspec.structs import replace
 from torch import nn
 
 from koopmon.api import Observable, Stack
-from koopmon.conformance.check_training import with_alpha
+from koopmon.conformance.check_training import KSS
 from koopmon.conformance.harness import Bench, described, same_bits
 from koopmon.conformance.result import demand
 from koopmon.conformance.training import Attached, Training
@@ -58,7 +59,7 @@ def shields(bench: Bench) -> str:
     with Attached(guarded) as attached:
         for step in range(3):
             if step == 1:
-                attached.command("set_kss", kss=with_alpha(1.0))
+                attached.command("set_kss", kss=replace(KSS, alpha=1.0))
             for training in (plain, guarded):
                 training.backward()
             demand(attached.alpha == 0.0, f"alpha {attached.alpha} is in force, and {names[0]} is shielded from KSS")

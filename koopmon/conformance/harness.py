@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from koopmon.api import ArchitectureAdapter, ExampleModel, Stack
 from koopmon.chain_verifier import ChainVerifier
 from koopmon.conformance.result import ConformanceError, demand
-from koopmon.discovery import probe
+from koopmon.discovery import probe, random_state_kept
 from koopmon.errors import KoopmonError, foreign_code, raise_from_signal
 from koopmon.plugins import Selection, adapters, select
 
@@ -190,17 +190,11 @@ class Bench:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch, numpy and random with `seed`, and restore their states at the end."""
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=gpus):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+    with random_state_kept():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        yield
 
 
 def call(model: nn.Module, batch: Any) -> Any:
