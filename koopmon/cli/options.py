@@ -56,10 +56,10 @@ def policy_overrides(policy: str | None, dry_run: bool) -> dict[str, Any]:
     return _given("policy", name=policy, dry_run=dry_run or None)
 
 
-def grafana_overrides(url: str | None, token_file: Path | None, timeout_seconds: float | None = None) -> dict[str, Any]:
+def grafana_overrides(url: str | None, token_file: Path | None) -> dict[str, Any]:
     """Return the command-line values of `[grafana]` as configuration overrides."""
     file = None if token_file is None else str(token_file)
-    return _given("grafana", url=url, token_file=file, timeout_seconds=timeout_seconds)
+    return _given("grafana", url=url, token_file=file)
 
 
 def _given(section: str, **values: object) -> dict[str, Any]:
