@@ -208,7 +208,7 @@ def _say_choice(
             )
     if isinstance(chosen, GuardedAdapter):
         instead = [name for name in ranked if not isinstance(known[name], GuardedAdapter)]
-        of = f", in the place of koopmon's own {instead[0]!r} with {claims[instead[0]]}" if instead else ""
+        of = f", in place of koopmon's own {instead[0]!r} with {claims[instead[0]]}" if instead else ""
         level = logging.WARNING if instead else logging.INFO
         say_once(f"{source(chosen)} is used for {kind} with specificity {claims[chosen.name]}{of}", level=level)
 
