@@ -14,17 +14,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-__all__ = [
-    "ArchitectureAdapter",
-    "Discovery",
-    "ExampleModel",
-    "Observable",
-    "Point",
-    "Reader",
-    "Stack",
-    "call_arguments",
-]
-
 STATE_ARGUMENTS = ("hidden_states", "x", "src", "tgt", "input")
 """Names of the keyword arguments in which blocks take their state."""
 MAX_SPECIFICITY = 100

@@ -91,6 +91,12 @@ class Training:
         self.optimizer.step()
         self.step += 1
 
+    def run(self, num_steps: int) -> None:
+        """Train for `num_steps` optimizer steps."""
+        for _ in range(num_steps):
+            self.backward()
+            self.update()
+
     def evaluate(self) -> None:
         """Run a forward pass in eval mode, and one without gradients."""
         for training in (False, True):
@@ -141,13 +147,13 @@ class Witness:
             if looks(module) and layer == 0:
                 keep(adapter.block_input(module, args, kwargs))
 
-        def leave(layer: int, module: nn.Module, output: Any) -> None:
+        def leave(layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if looks(module):
                 self.forwards[-1].calls[stack.points[layer].name] += 1
                 keep(adapter.block_output(module, output))
 
         model.register_forward_pre_hook(begin, with_kwargs=True)
-        at_points(model, stack, enter, leave)
+        at_points(stack, enter, leave)
 
 
 @dataclass(frozen=True)
@@ -251,7 +257,7 @@ def require_checkpointing(bench: Bench) -> None:
     """Raise SkipTest if the example does not train under activation checkpointing even without an agent."""
     trial = Training(bench, checkpointing=True)
     what = "the model itself does not train under activation checkpointing"
-    with foreign_code(lambda told: SkipTest(f"{what}: it {told}")):
+    with foreign_code(lambda why: SkipTest(f"{what}: it {why}")):
         trial.backward()
 
 

@@ -129,7 +129,7 @@ GRADIENTS, PUT, SCALE = KssInjection._gradients, Sampler.put, LrBackoff.scale_ra
     [
         (KssInjection, "_gradients", doubled, "kss-gradient", "differs from the explicit one"),
         (KssInjection, "_gradients", doubled, "kss-on-and-off", "differ from those of KSS written into the loss"),
-        (Sampler, "put", shifted, "taps-accumulation", "does not hold what the step's first microbatch had"),
+        (Sampler, "put", shifted, "taps-accumulation", "does not hold the states of the step's first microbatch"),
         (Sampler, "put", drawing, "losses", "the (loss|random state)"),
         (LrBackoff, "scale_rates", timid, "learning-rate", "not those of a rate that was scaled by hand"),
         (LrBackoff, "restore_rates", forgetful, "learning-rate", "between steps the learning rates are"),
@@ -207,7 +207,7 @@ def test_what_is_shielded_is_kept_from_kss_and_steered_exactly_where_that_is_all
             "koopmon.agent.control.actuator.Actuator._judge",
             wordless,
             "kss-shields",
-            "names neither .* in one line: 'no'",
+            "lacks the shielded module .* not one line: 'no'",
         ),
         (
             "koopmon.agent.control.actuator.Actuator._judge",
