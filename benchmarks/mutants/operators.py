@@ -171,7 +171,7 @@ class _Finder:
                 yield "break", "continue", put(ast.Continue())
             case ast.Continue():
                 yield "continue", "break", put(ast.Break())
-            case ast.Return(value=value) if value is not None and not _is_none(value):
+            case ast.Return(value=value) if value is not None and not _is_falsy(value):
                 yield _short(node), "return None", put(ast.Return(value=ast.Constant(value=None)))
 
     def _expressions(self, node: ast.stmt) -> Iterator[Change]:
@@ -304,8 +304,9 @@ def _short(node: ast.AST) -> str:
     return text if len(text) <= 90 else text[:60] + "..." + text[-27:]
 
 
-def _is_none(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and node.value is None
+def _is_falsy(node: ast.expr) -> bool:
+    """Return True for None and False, which callers that test a truth value do not tell apart."""
+    return isinstance(node, ast.Constant) and node.value in (None, False)
 
 
 def _is_string(node: ast.expr) -> bool:
