@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 TEXT = frozenset({"reason", "message", "remedy", "why", "doc"})
 """Names of keyword arguments and variables that hold text for people."""
@@ -233,8 +234,8 @@ class _Finder:
                 yield _short(node), _short(node.operand), put(node.operand)
             case ast.BinOp() if not _is_string(node.left) and not _is_string(node.right):
                 if type(node.op) in ARITHMETIC:
-                    op = ARITHMETIC[type(node.op)]()
-                    yield _short(node), type(op).__name__, _setter(node, "op", op)
+                    other_way = ARITHMETIC[type(node.op)]()
+                    yield _short(node), type(other_way).__name__, _setter(node, "op", other_way)
             case ast.IfExp() if not isinstance(node.test, ast.Compare | ast.UnaryOp):
                 yield f"if {_short(node.test)}", "not", _setter(node, "test", _negated(node.test))
             case ast.Call():
@@ -271,9 +272,10 @@ class _Finder:
                         yield from self._replacements(condition, child.ifs, index)
 
 
-def _setter(owner: object, at: str | int, value: object) -> Callable[[], None]:
+def _setter(owner: Any, at: str | int, value: object) -> Callable[[], None]:
+    """Return the assignment of `value` to an attribute or an index of `owner`."""
     if isinstance(at, int):
-        return lambda: owner.__setitem__(at, value)  # type: ignore[attr-defined]
+        return lambda: owner.__setitem__(at, value)
     return lambda: setattr(owner, at, value)
 
 
