@@ -13,7 +13,7 @@ import msgspec
 from torch import nn
 from torch.optim import Optimizer
 
-from koopmon.agent.capture.sampler import Sampler
+from koopmon.agent.capture.sampler import RankSnapshot, Sampler
 from koopmon.agent.capture.schedule import OverheadBudget
 from koopmon.agent.capture.taps import ResidualTaps
 from koopmon.agent.circuit_breaker import CircuitBreaker
@@ -29,12 +29,12 @@ from koopmon.agent.rank_identity import (
     RunRendezvous,
     current_context,
     default_run_name,
-    rank_from_env,
     store_prefix,
 )
 from koopmon.agent.stats import AgentStats
 from koopmon.api import Stack
 from koopmon.config import Config, KssConfig
+from koopmon.logs import announced, log_for_job
 from koopmon.plugins import Selection, source
 from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.messages import KssSettings
@@ -192,7 +192,9 @@ class AgentRuntime:
         asked = self._config.limits.act
         actuator.acts = asked == "always" or (asked == "auto" and self.layout.proven)
         if asked == "auto" and not self.layout.proven:
-            _log_once_per_job(world, f"watch-only: {self.layout.caution}; [limits] act = 'always' acts all the same")
+            log_for_job(
+                logger, f"watch-only: {self.layout.caution}; [limits] act = 'always' acts all the same", rank=world.rank
+            )
         if actuator.acts and world.size > 1:
             share = ReplicaFingerprint(self._ranks.rank, self._fingerprint) if world.size > self._ranks.size else None
             actuator.group = RankGroup(world, self._config.control, self.stats, self._place, share)
@@ -212,7 +214,7 @@ class AgentRuntime:
     def on_forward(self) -> None:
         if self.world is None:
             # The launcher may have announced ranks, but none were initialized: this process trains alone.
-            rank, world = rank_from_env(), current_context()
+            rank, world = announced()[0], current_context()
             if world is None:
                 self._run, world = f"{self._run or default_run_name()}-rank{rank}", RankContext()
             self._start(world)
@@ -236,14 +238,9 @@ class AgentRuntime:
             self.actuator.shielded = self._kss_refusal
         self._describe(**self._family())
 
-    def on_snapshot_ready(self) -> None:
-        sampler, io_thread, actuator = self.taps.sampler, self.io_thread, self.actuator
-        if sampler is None or io_thread is None or actuator is None:
-            return
-        step = self.stats.step
-        snapshot = sampler.finish(lr_scale=actuator.state.lr_scale(step), kss_alpha=actuator.state.kss_alpha(step))
-        if snapshot is not None:
-            io_thread.post(snapshot)
+    def on_snapshot_ready(self, snapshot: RankSnapshot) -> None:
+        if self.io_thread is not None:
+            self.io_thread.post(snapshot)
             self._budget.spend(0.0, snapshot.states.nbytes)
 
     # Hooks of the optimizer.
@@ -251,7 +248,7 @@ class AgentRuntime:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         started = time.perf_counter()
         actuator, step = self.actuator, self.stats.step
-        self.stats.learning_rate.put(largest_rate(optimizer))
+        self.stats.measured["learning_rate"].put(largest_rate(optimizer))
         self.taps.forward_over()
         if actuator is not None:
             actuator.before_step(step)
@@ -285,7 +282,7 @@ class AgentRuntime:
                 stats.drop("monitor_away")
                 due = False
             self._num_microbatches = self.taps.num_forwards or self._num_microbatches
-            self.taps.step_edge(due)
+            self.taps.step_edge(actuator.applied().at_step(step) if due else None)
             stack = self.taps.stack
             self._injection.latch(
                 step,
@@ -303,7 +300,7 @@ class AgentRuntime:
         self.taps.remove(reason)
         self.stand_down(reason)
         if self.world is not None:
-            _log_once_per_job(self.world, f"not attached, training goes on: {reason}")
+            log_for_job(logger, f"not attached, training goes on: {reason}", rank=self.world.rank)
 
     def stand_down(self, reason: str) -> None:
         """End snapshots, commands and KSS after a failure. The learning-rate scale stays, equal on all ranks."""
@@ -343,7 +340,3 @@ def _weakly(method: Any) -> Any:
             alive(*args)
 
     return call
-
-
-def _log_once_per_job(world: RankContext, text: str) -> None:
-    logger.log(logging.WARNING if world.rank == 0 else logging.DEBUG, "koopmon: %s", text)

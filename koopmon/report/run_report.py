@@ -21,9 +21,11 @@ from koopmon.config import PolicyConfig
 from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import HeartbeatRow, HistoryReader, IncarnationRow, ObservationRow
 from koopmon.history.schema import RunState
+from koopmon.numbers import mean
 from koopmon.risk.online_detector import foresight
 from koopmon.views.action_effects import RecordedCommand, RecordedDecision, RecordedPoint, read_decisions
 from koopmon.views.run_summary import RunSummary, summary_of
+from koopmon.views.run_view import plain
 from koopmon.views.spectra import Heatmap, RecordedSpectrum, read_profiles
 
 UNHEARD_SECONDS = 120.0
@@ -114,8 +116,9 @@ class RunReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain JSON types; a number that is not finite becomes null."""
-        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return plain
+        values = msgspec.to_builtins(self) | {"points": [plain(point) for point in self.points]}
+        finite: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(values))
+        return finite
 
 
 def build_report(history: HistoryReader, store: Path, run: str, policy: PolicyConfig | None = None) -> RunReport:
@@ -154,7 +157,7 @@ def build_report(history: HistoryReader, store: Path, run: str, policy: PolicyCo
         summary=summary_of(run, store, incarnations, points, beats, rows),
         agent=AgentSummary(
             num_heartbeats=len(beats),
-            mean_overhead_ratio=_mean([beat.overhead_ratio for beat in beats]),
+            mean_overhead_ratio=mean([beat.overhead_ratio for beat in beats]),
             max_overhead_ratio=max((beat.overhead_ratio for beat in beats), default=None),
             median_step_seconds=_median([beat.step_seconds for beat in beats]),
             num_incomplete=profiles.num_incomplete,
@@ -178,15 +181,10 @@ def _point(row: ObservationRow) -> RecordedPoint:
         foreseen = foresight(components)
     return RecordedPoint(
         incarnation=row.incarnation,
-        step=row.step,
+        training=row.training,
         time=row.time,
         risk=row.risk,
         forecast=1.0 if row.non_finite else foreseen,
-        loss=row.loss,
-        grad_norm=row.grad_norm,
-        learning_rate=row.learning_rate,
-        lr_scale=row.lr_scale,
-        kss_alpha=row.kss_alpha,
         non_finite=row.non_finite,
         informative=row.observation.get("informative") is True,
         reason=row.reason,
@@ -254,13 +252,6 @@ def _launches(
             kss_alpha=0.0 if row.applied is None else row.applied.kss.alpha,
             hello=None if row.hello is None else msgspec.to_builtins(row.hello),
         )
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    try:
-        return math.fsum(values) / len(values) if values else None
-    except OverflowError:  # the sum of values from a peer can exceed a double
-        return max(values)
 
 
 def _median(values: Iterable[float | None]) -> float | None:

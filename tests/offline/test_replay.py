@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,8 +56,8 @@ def recorded(tmp_path: Path) -> Recorder:
                     step,
                     RUN,
                     incarnation,
-                    scalars={"loss": 3.0},
-                    lr_scale=seen.lr_scale,
+                    loss=3.0,
+                    lr_scale=seen.training.lr_scale,
                     observation=seen,
                     risk=risk.value,
                     reason=risk.reason,
@@ -85,6 +86,17 @@ def test_under_its_own_policy_a_run_is_decided_as_it_was(recorded: Recorder) -> 
     assert min(row.lr_scale for row in rows) < 1.0
 
 
+def test_a_history_whose_observations_repeat_the_scalars_is_replayed_alike(recorded: Recorder) -> None:
+    """Written before koopmon held them in one object."""
+    path = recorded(policy("lr"))
+    expected = again(path, policy("lr"))
+    flat = "json_patch(json_remove(observation, '$.training'), json_extract(observation, '$.training'))"
+    with sqlite3.connect(path) as database:
+        database.execute(f"UPDATE observations SET observation = {flat}")
+    database.close()
+    assert again(path, policy("lr")) == expected
+
+
 def test_another_policy_does_otherwise(recorded: Recorder) -> None:
     path = recorded(policy("lr"))
     assert not any(row.actions for row in again(path, policy("observe")))
@@ -111,7 +123,7 @@ def test_an_adapters_hints_apply_where_the_configuration_is_silent(recorded: Rec
 
 def test_what_cannot_be_replayed_is_named(recorded: Recorder, tmp_path: Path) -> None:
     path = recorded(policy("lr"))
-    with HistoryReader.open(path) as history, pytest.raises(StoreError, match="'run-2': the store knows run-1"):
+    with HistoryReader.open(path) as history, pytest.raises(StoreError, match="'run-2': the store has run-1"):
         list(replay(history, "run-2", Config()))
     store = HistoryWriter.open(tmp_path / "empty.sqlite3")
     store.record_hello(0.0, hello(RUN, INCARNATION))

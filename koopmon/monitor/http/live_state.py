@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, TypeVar
 from koopmon.history.schema import RunState
 from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Assessment, RunController
-from koopmon.monitor.sample import Sample
 from koopmon.policy import PolicyState
 from koopmon.views.run_view import (
     AgentHealth,
@@ -30,7 +29,7 @@ from koopmon.views.run_view import (
     column_of,
     spectrum_of,
 )
-from koopmon.wire.messages import Ack
+from koopmon.wire.messages import Ack, TrainingStep
 
 if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
@@ -150,22 +149,18 @@ class LiveState:
                 kept.lost[reason] = kept.lost.get(reason, 0) + 1
 
     def record_assessment(
-        self, name: str, sample: Sample, profile: SpectralProfile | None, assessment: Assessment, status: PolicyStatus
+        self,
+        name: str,
+        training: TrainingStep,
+        profile: SpectralProfile | None,
+        assessment: Assessment,
+        status: PolicyStatus,
     ) -> None:
         """Add one snapshot with its assessment and decision."""
-        column = None if profile is None else column_of(sample.step, profile)
-        spectrum = None if profile is None else spectrum_of(sample.step, profile)
+        column = None if profile is None else column_of(training.step, profile)
+        spectrum = None if profile is None else spectrum_of(training.step, profile)
         at = self._wall()
-        point = TimelinePoint(
-            step=sample.step,
-            time=at,
-            risk=assessment.risk.value,
-            forecast=assessment.risk.forecast,
-            loss=sample.loss,
-            learning_rate=sample.learning_rate,
-            lr_scale=sample.lr_scale,
-            kss_alpha=sample.kss_alpha,
-        )
+        point = TimelinePoint(training=training, time=at, risk=assessment.risk.value, forecast=assessment.risk.forecast)
         with self._lock:
             kept = self._kept.get(name)
             if kept is None:
@@ -177,7 +172,7 @@ class LiveState:
                 outcome = "pending" if kept.view.sends else "dry_run"
                 kept.decisions.append(
                     DecisionView(
-                        step=sample.step,
+                        step=training.step,
                         time=at,
                         phase=assessment.decision.phase,
                         reason=assessment.decision.reason,
