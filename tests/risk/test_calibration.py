@@ -350,3 +350,15 @@ def test_runs_of_two_sizes_form_two_groups_and_runs_of_one_size_ten() -> None:
 def test_the_diagram_has_ten_bins() -> None:
     probabilities = [0.05 + 0.1 * index for index in range(10)]
     assert reliability([True] * 10, probabilities) == [(pytest.approx(p), 1.0, 1) for p in probabilities]
+
+
+def test_a_fit_on_which_full_steps_run_away_converges() -> None:
+    """Rates of heavy tails and a few normalised models, which never diverge."""
+    draw, examples = random.Random(8162), []
+    for _ in range(400):
+        log_rate = min(max(math.tan(math.pi * (draw.random() - 0.5)), -30.0), 29.0)
+        normalised = draw.random() < 0.02
+        logit = min(max(20 * log_rate - 40 * normalised + 3, -50.0), 50.0)
+        diverged = draw.random() < 1 / (1 + math.exp(-logit))
+        examples.append(replace(effective(10.0**log_rate, exponent=1.0 - normalised), diverged=diverged))
+    assert max(map(abs, gradient(fit(examples), examples))) < 1e-6
