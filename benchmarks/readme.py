@@ -1,7 +1,7 @@
-"""Writes the figures of README.md, CONTRIBUTING.md and pages in docs from the results: `python -m benchmarks.readme`;
-with `--check` it only compares.
+"""Write the figures of README.md and of pages in docs from the results: `python -m benchmarks.readme`.
 
-Each section stands between `<!-- results: NAME -->` and `<!-- end of results -->` and comes from results/NAME.json.
+With `--check` it only compares. Each section is between `<!-- results: NAME -->` and `<!-- end of results -->` and
+comes from results/NAME.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)",
 
 
 def rendered(text: str, results: Path = RESULTS) -> str:
-    """`text` with every section written anew. Raises ValueError for a section that nobody writes or has no result."""
+    """Return `text` with every section written again. Raises ValueError for a section without a writer or a result."""
 
     def write(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
