@@ -96,7 +96,8 @@ def updates(browser: Any, served: Served) -> list[float]:
 
 def scrapes(folder: Path) -> dict[str, Any]:
     """Latency, CPU time and size of /metrics, compressed, while many runs report."""
-    with monitor(folder, folder / "many.sqlite3", "[monitor]\nmax_runs = 64\nqueue_length = 100\n") as served:
+    settings = "[monitor]\nmax_runs = 64\nqueue_length = 100\nvanished_after_seconds = 600\n"
+    with monitor(folder, folder / "many.sqlite3", settings) as served:
         agents = [Agent(served.endpoint, f"run-{number:02d}") for number in range(NUM_SIMULATED)]
         held = states(1).bfloat16()
         for agent in agents:
