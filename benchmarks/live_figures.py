@@ -1,4 +1,4 @@
-"""What the live page's result says on a page."""
+"""Writer of the live page's results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Document = Mapping[str, Any]
 
 
 def live_page(told: Document) -> list[str]:
-    """Paint, updates, scrapes, memory."""
+    """Write the times of paint, updates and scrapes, and the memory."""
     paint, scrapes, hour, settings = told["paint"], told["metrics"], told["hour"], told["settings"]
     times = [paint["at_the_start_ms"], *paint["fleet_ms"], *paint["run_ms"]]
     layers, latencies = settings["num_layers"], [1000 * each for each in scrapes["seconds"]]

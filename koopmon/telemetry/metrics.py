@@ -23,6 +23,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from koopmon.numbers import mean
 from koopmon.wire.codec import REJECTION_REASONS
 from koopmon.wire.messages import DROP_REASONS, AckOutcome, CommandKind
 
@@ -93,63 +94,67 @@ TABLE: tuple[Series, ...] = (
     _layer("eigenvector_condition_number", "Condition number of the unit-norm right eigenvectors.", "max"),
     _layer("kreiss_constant", "Kreiss constant of A / max(1, spectral radius): transient growth.", "max"),
     _layer("nonlinearity_ratio", "Residual of the linear fit relative to the layer's update."),
-    _layer("update_ratio", "Size of the layer's update relative to its input; near 0 there is nothing to analyse."),
-    _layer("update_exponent", "k of |update| ~ |state|^k over tokens: 0 behind a normalisation, 1 without a brake."),
+    _layer("update_ratio", "Size of the layer's update relative to its input. Near 0 the spectrum has no meaning."),
+    _layer("update_exponent", "k of |update| ~ |state|^k over tokens: 0 behind a normalisation, 1 for a linear layer."),
     _layer("reliable_mode_ratio", "Fraction of modes with a ResDMD residual of at most 0.1."),
     _layer("reliable_near_unit_mass", "Near-unit mass among the reliable modes."),
-    Series("observable", "gauge", "What the model's family measures beside the spectra.", (*RUN_LAYER, "name")),
+    Series("observable", "gauge", "Measurement of the architecture adapter, by name.", (*RUN_LAYER, "name")),
     _run("risk", "Online risk of divergence, 0 to 1."),
     _run(
         "forecast",
-        "Foresight of divergence, 0 to 1: what is known beforehand and the logged loss or the spectrum; warns only.",
+        "Forecast of divergence, 0 to 1, from the prior and the logged loss or the expansive mass. Only warns.",
     ),
     _run("initial_risk", "Score at initialisation: mean near-unit mass of the first informative snapshot."),
-    _run("divergence_probability", "Calibrated probability of divergence; absent until calibrated."),
-    _run("informative", "1 when the last profile says something, 0 when not."),
+    _run("divergence_probability", "Calibrated probability of divergence. Absent without a calibrator."),
+    _run("informative", "1 if the last profile is informative, else 0."),
     _run("kss_alpha", "Weight of Koopman Spectral Shaping in force."),
-    _run("lr_scale", "Factor on the learning rate in force."),
-    _run("step", "Last optimizer step heard of."),
-    _run("run_state", "0 ended, 1 running, 2 vanished."),
+    _run("lr_scale", "LR scale: factor on the learning rate in force."),
+    _run("step", "Largest optimizer step in a message of the run."),
+    _run("run_state", "State of the run: 0 ended, 1 running, 2 vanished."),
     _run("last_snapshot_timestamp_seconds", "Unix time of the last snapshot received."),
-    _run("agent_overhead_ratio", "Largest share of step time that a rank spends in koopmon's hooks."),
+    _run("agent_overhead_ratio", "Largest share of the step time that a rank spends in koopmon's hooks."),
     _run("taps_missing", "Snapshots in which a tap did not fire, summed over ranks."),
-    Series("snapshots_received", "counter", "Snapshots assembled and handed to the engine.", RUN),
+    Series("snapshots_received", "counter", "Snapshots that were assembled and passed to the engine.", RUN),
     Series(
         "snapshots_dropped",
         "counter",
-        "Snapshots lost on the way; an agent counts its own shards, the monitor whole snapshots.",
+        "Lost snapshots by reason. An agent counts its own shards, the monitor whole snapshots.",
         ("run", "reason"),
         {"reason": DROPS},
     ),
     Series(
         "commands",
         "counter",
-        "Commands, each counted once as sent, or dry_run, and once by what became of it: its first answer, or none.",
+        "Commands by outcome. Each counts once as sent or dry_run and once by its acknowledgement or as unanswered.",
         ("run", "kind", "outcome"),
         {"kind": COMMAND_KINDS, "outcome": COMMAND_OUTCOMES},
     ),
-    Series("risk_alarms", "counter", "Snapshots with a risk at which the policy acts.", RUN),
+    Series("risk_alarms", "counter", "Snapshots with a risk of at least act_risk.", RUN),
     Series(
         "effect_checks",
         "counter",
-        "Snapshots that told whether the last action, once it had its time, brought the risk down.",
+        "Snapshots after the cooldown of an action, by its effect on the risk.",
         ("run", "outcome"),
         {"outcome": EFFECTS},
     ),
-    Series("messages_rejected", "counter", "Messages that were refused.", ("reason",), {"reason": REJECTIONS}),
-    Series("dmd_duration_seconds", "histogram", "Time to profile one snapshot, all layers."),
-    Series("engine_queue_length", "gauge", "Snapshots waiting for the engine."),
-    Series("engine_failures", "counter", "Snapshots that an error kept from being profiled or judged."),
+    Series("messages_rejected", "counter", "Rejected messages by reason.", ("reason",), {"reason": REJECTIONS}),
+    Series("dmd_duration_seconds", "histogram", "Time to profile all layers of one snapshot."),
+    Series("engine_queue_length", "gauge", "Snapshots that wait for the engine."),
+    Series("engine_failures", "counter", "Snapshots that were not profiled or assessed because of an error."),
     Series(
         "internal_errors",
         "counter",
-        "Errors of the monitor's own; each affected no more than one run or one message.",
+        "Internal errors of the monitor by part. Each affects at most one run or one message.",
         ("part",),
         {"part": get_args(ErrorPart)},
     ),
-    Series("store_recording", "gauge", "1 while history is written, 0 while the store is paused."),
-    Series("store_lost", "counter", "Records that were not written; decisions wait while the store is paused."),
-    Series("build", "info", "Versions of what is running."),
+    Series("store_recording", "gauge", "1 while the store records, 0 while it is paused."),
+    Series(
+        "store_lost",
+        "counter",
+        "Records that were not written. Decisions wait and are not lost while the store is paused.",
+    ),
+    Series("build", "info", "Version of the monitor."),
 )
 BY_NAME: Mapping[str, Series] = {series.name: series for series in TABLE}
 LAYER_FIELDS: tuple[str, ...] = tuple(series.name for series in TABLE if series.labels == RUN_LAYER)
@@ -166,14 +171,6 @@ def layer_buckets(num_layers: int) -> list[tuple[str, range]]:
 
 def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Mean of `values`. It is infinite if the sum exceeds a double, where `fsum` would raise."""
-    try:
-        return math.fsum(values) / len(values)
-    except OverflowError:
-        return math.inf
 
 
 class Metrics(Collector):
@@ -251,10 +248,9 @@ class Metrics(Collector):
             for name in LAYER_FIELDS:
                 found = [_finite(getattr(layers[index], name)) for index in span]
                 values = [value for value in found if value is not None]
-                if values:
-                    reduced = _finite(max(values) if BY_NAME[name].bucket == "max" else _mean(values))
-                    if reduced is not None:
-                        fresh[name][(run, label)] = reduced
+                reduced = max(values, default=None) if BY_NAME[name].bucket == "max" else mean(values)
+                if reduced is not None:
+                    fresh[name][(run, label)] = reduced
         standing = {(run, label) for label, _ in buckets}
         with self._lock:
             for name, series in fresh.items():
@@ -272,10 +268,9 @@ class Metrics(Collector):
         fresh: dict[tuple[str, ...], float] = {}
         for name, row in observables.items():
             for label, span in layer_buckets(len(row)):
-                values = [value for value in map(_finite, row[span.start : span.stop]) if value is not None]
-                mean = _finite(_mean(values)) if values else None
-                if mean is not None:
-                    fresh[run, label, name] = mean
+                average = mean(map(_finite, row[span.start : span.stop]))
+                if average is not None:
+                    fresh[run, label, name] = average
         with self._lock:
             standing = self._values["observable"]
             for labels in [labels for labels in standing if labels[0] == run]:
