@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 
 from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
-from koopmon.monitor.authorization import Authorization
 from koopmon.monitor.registry import RunRegistry
 from koopmon.wire.messages import Probe, ProbedState, ProbeReply
 
@@ -29,14 +28,12 @@ class ProbeHandler:
     def __init__(
         self,
         registry: RunRegistry,
-        authorization: Authorization,
         *,
         build: Mapping[str, str],
         data_endpoint: str,
         wall: Callable[[], float],
     ) -> None:
         self._registry = registry
-        self._authorization = authorization
         self._build = build
         self._data_endpoint = data_endpoint
         self._wall = wall
@@ -57,7 +54,7 @@ class ProbeHandler:
         """Return the reply for a peer with `key`. A run of another agent looks like an unknown run."""
         run, refused = self._registry.get(probe.run), self._refused.get(probe.run, "")
         try:
-            agent = self._authorization.agent(key, probe.run)
+            agent = self._registry.agent(key, probe.run)
         except ProtocolError as error:
             run, refused = None, error.detail[:512]
         else:

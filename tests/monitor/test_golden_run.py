@@ -27,7 +27,7 @@ from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.rejection_log import RejectionLog
-from koopmon.monitor.service import Service
+from koopmon.monitor.service import Outputs, Service
 from koopmon.spectral import LayerProfile, SpectralProfile
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.codec import ReceivedShard
@@ -104,8 +104,9 @@ class GivenResults:
         self.queue: list[Snapshot] = []
         self.queue_length = 0
 
-    def submit(self, snapshot: Snapshot, *, wait: bool = False) -> None:
+    def submit(self, snapshot: Snapshot, *, wait: bool = False) -> list[str]:
         self.queue.append(snapshot.without_states())
+        return []
 
 
 class Stage:
@@ -128,16 +129,19 @@ class Stage:
         self.engine = GivenResults()
         self.store = HistoryWriter.open(self.path, clock=lambda: self.now, wall=self.wall)
         self.board = LiveState(clock=lambda: self.now, wall=self.wall)
+        outputs = Outputs(
+            history=self.store,
+            metrics=self.metrics,
+            live_state=self.board,
+            annotate=lambda at, tags, text: self.log.append(["annotated", at - START, list(tags), text]),
+        )
         self.service = Service(
             self.config,
-            metrics=self.metrics,
-            store=self.store,
+            outputs,
             engine=cast(Engine, self.engine),
             rejection_log=RejectionLog(self.metrics, lambda: self.now),
             send=self.send,
             data_endpoint="ipc:///nowhere",
-            annotate=lambda at, tags, text: self.log.append(["annotated", at - START, list(tags), text]),
-            live_state=self.board,
             clock=lambda: self.now,
             wall=self.wall,
         )

@@ -18,7 +18,7 @@ from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.rejection_log import RejectionLog
-from koopmon.monitor.service import Service
+from koopmon.monitor.service import Outputs, Service
 from koopmon.spectral import profile_states
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.codec import ReceivedShard, encode
@@ -39,8 +39,9 @@ class QueueEngine:
         self.queue: deque[Snapshot] = deque()
         self.queue_length = 0
 
-    def submit(self, snapshot: Snapshot, *, wait: bool = False) -> None:
+    def submit(self, snapshot: Snapshot, *, wait: bool = False) -> list[str]:
         self.queue.append(snapshot.without_states())
+        return []
 
 
 class World:
@@ -59,14 +60,11 @@ class World:
         self.board = LiveState(clock=lambda: self.now, wall=lambda: self.now)
         self.service = Service(
             from_mapping({"policy": {"name": "kss+lr", "cooldown_steps": 1}}),
-            metrics=self.metrics,
-            store=self.store,
+            Outputs(history=self.store, metrics=self.metrics, live_state=self.board, annotate=self.tell),
             engine=cast(Engine, self.engine),
             rejection_log=RejectionLog(self.metrics, lambda: self.now),
             send=self.send,
             data_endpoint="ipc:///nowhere",
-            annotate=self.tell,
-            live_state=self.board,
             clock=lambda: self.now,
             wall=lambda: 1.7e9 + self.now,
         )

@@ -12,12 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from koopmon.history.schema import RunState
 from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Assessment, RunController
-from koopmon.monitor.sample import Sample
 from koopmon.policy import PolicyState
 from koopmon.views.run_view import (
     AgentHealth,
@@ -31,9 +30,6 @@ from koopmon.views.run_view import (
     spectrum_of,
 )
 from koopmon.wire.messages import Ack
-
-if TYPE_CHECKING:
-    from koopmon.spectral import SpectralProfile
 
 MAX_RUNS = 256
 """Maximum number of runs on the page; above it the oldest finished run is removed."""
@@ -149,22 +145,28 @@ class LiveState:
             if (kept := self._kept.get(name)) is not None:
                 kept.lost[reason] = kept.lost.get(reason, 0) + 1
 
-    def record_assessment(
-        self, name: str, sample: Sample, profile: SpectralProfile | None, assessment: Assessment, status: PolicyStatus
-    ) -> None:
-        """Add one snapshot with its assessment and decision."""
-        column = None if profile is None else column_of(sample.step, profile)
-        spectrum = None if profile is None else spectrum_of(sample.step, profile)
-        at = self._wall()
+    def record_assessment(self, name: str, assessment: Assessment, controller: RunController) -> None:
+        """Add one snapshot with its assessment."""
+        seen, risk, profile = assessment.observation, assessment.risk, assessment.profile
+        column = None if profile is None else column_of(seen.step, profile)
+        spectrum = None if profile is None else spectrum_of(seen.step, profile)
         point = TimelinePoint(
-            step=sample.step,
-            time=at,
-            risk=assessment.risk.value,
-            forecast=assessment.risk.forecast,
-            loss=sample.loss,
-            learning_rate=sample.learning_rate,
-            lr_scale=sample.lr_scale,
-            kss_alpha=sample.kss_alpha,
+            step=seen.step,
+            time=self._wall(),
+            risk=risk.value,
+            forecast=risk.forecast,
+            loss=seen.loss,
+            learning_rate=seen.learning_rate,
+            lr_scale=seen.lr_scale,
+            kss_alpha=seen.kss_alpha,
+        )
+        status = PolicyStatus(
+            now=self._clock(),
+            state=controller.policy_state,
+            observation=seen,
+            risk=risk,
+            policy=controller.config.policy,
+            kss=controller.kss_config,
         )
         with self._lock:
             kept = self._kept.get(name)
@@ -173,19 +175,25 @@ class LiveState:
             kept.points.append(point)
             if column is not None:
                 kept.columns.append(column)
-            if assessment.decision is not None and assessment.remarkable:
-                outcome = "pending" if kept.view.sends else "dry_run"
-                kept.decisions.append(
-                    DecisionView(
-                        step=sample.step,
-                        time=at,
-                        phase=assessment.decision.phase,
-                        reason=assessment.decision.reason,
-                        risk=assessment.risk.value,
-                        orders=tuple(CommandView(command=command, outcome=outcome) for command in assessment.commands),
-                    )
-                )
             self._change(kept, standing=status, spectrum=spectrum or kept.view.spectrum)
+
+    def record_decision(self, name: str, assessment: Assessment) -> None:
+        """Add the decision of an assessment."""
+        with self._lock:
+            kept, decision = self._kept.get(name), assessment.decision
+            if kept is None or decision is None:
+                return
+            outcome = "pending" if kept.view.sends else "dry_run"
+            view = DecisionView(
+                step=assessment.observation.step,
+                time=self._wall(),
+                phase=decision.phase,
+                reason=decision.reason,
+                risk=assessment.risk.value,
+                orders=tuple(CommandView(command=command, outcome=outcome) for command in assessment.commands),
+            )
+            kept.decisions.append(view)
+            self._change(kept)
 
     def set_policy_state(self, name: str, state: PolicyState) -> None:
         """Update the policy state after an ack."""
@@ -259,18 +267,6 @@ class LiveState:
         kept.view = replace(kept.view, revision=self._revision, **values)  # type: ignore[arg-type]
 
 
-def policy_status_of(now: float, controller: RunController, assessment: Assessment) -> PolicyStatus:
-    """Build the policy status; `now` is a time of the controller's clock."""
-    return PolicyStatus(
-        now=now,
-        state=controller.policy_state,
-        observation=assessment.observation,
-        risk=assessment.risk,
-        policy=controller.policy_config,
-        kss=controller.kss_config,
-    )
-
-
 def _before(kept: deque[T], earlier: list[T]) -> None:
     """Insert the items of `earlier` that are older than the first item, as far as there is room."""
     first = kept[0].step if kept else float("inf")
@@ -287,7 +283,7 @@ def _with_outcome(order: CommandView, outcome: str, step: int | None, detail: st
 
 
 def _health(run: Run, lost: dict[str, int]) -> AgentHealth:
-    beats = [peer.heartbeat for peer in run.peers.values() if peer.heartbeat is not None]
+    beats = run.heartbeats
     dropped = dict(lost)
     for beat in beats:
         for reason, count in beat.dropped.items():

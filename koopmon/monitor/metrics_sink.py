@@ -1,0 +1,97 @@
+"""Sets the metrics of a run from its events."""
+
+from __future__ import annotations
+
+from koopmon.history.schema import RunState
+from koopmon.monitor.events import (
+    Assessed,
+    AssessmentFailed,
+    CommandAcked,
+    CommandSent,
+    CommandUnanswered,
+    Decided,
+    Event,
+    HeartbeatReceived,
+    Profiled,
+    RunChanged,
+    RunClosed,
+    RunRemoved,
+    SnapshotDropped,
+    SnapshotReceived,
+)
+from koopmon.monitor.registry import Run
+from koopmon.monitor.run_controller import Assessment
+from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, Metrics
+
+
+class MetricsSink:
+    """Values of `metrics`. A vanished run has few series: see KEPT_WHEN_VANISHED."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def __call__(self, at: float, event: Event) -> None:
+        metrics = self._metrics
+        match event:
+            case RunChanged(run):
+                self._show_run(run)
+            case HeartbeatReceived(run):
+                for reason, count in event.drops.items():
+                    metrics.add("snapshots_dropped", run.name, reason, amount=count)
+            case SnapshotReceived(run) if run.state is not RunState.VANISHED:
+                metrics.add("snapshots_received", run.name)
+                metrics.set("last_snapshot_timestamp_seconds", at, run.name)
+            case SnapshotDropped(run, reason) if run.state is not RunState.VANISHED:
+                metrics.add("snapshots_dropped", run.name, reason)
+            case Profiled(run, result):
+                metrics.observe_duration(result.seconds)
+                if result.failed:
+                    metrics.add("engine_failures")
+                elif run is not None:
+                    metrics.set_layers(run.name, result.profile)
+                    metrics.set_observables(run.name, result.snapshot.observables)
+            case Assessed(run, assessment):
+                self._show_assessment(run, assessment)
+            case AssessmentFailed():
+                metrics.add("engine_failures")
+            case Decided(run, assessment) if not run.controller.sends:
+                for command in assessment.commands:
+                    metrics.add("commands", run.name, command.kind, "dry_run")
+            case CommandSent(run, command):
+                metrics.add("commands", run.name, command.kind, "sent")
+            case CommandUnanswered(run, command):
+                metrics.add("commands", run.name, command.kind, "unanswered")
+            case CommandAcked(run, ack, kind) if kind is not None and event.counts:
+                metrics.add("commands", run.name, kind, ack.outcome)
+            case RunClosed(run) if run.state is RunState.VANISHED:
+                metrics.end_run(run.name, keep=KEPT_WHEN_VANISHED)
+                metrics.set("run_state", run.state, run.name)
+            case RunRemoved(run):
+                metrics.end_run(run.name)
+
+    def _show_run(self, run: Run) -> None:
+        metrics = self._metrics
+        if metrics.value("snapshots_received", run.name) is None:
+            metrics.begin_run(run.name)
+        metrics.set("run_state", run.state, run.name)
+        metrics.set("step", run.step, run.name)
+        metrics.set("lr_scale", run.applied.lr_scale, run.name)
+        metrics.set("kss_alpha", run.applied.kss.alpha, run.name)
+        if heartbeats := run.heartbeats:
+            metrics.set("agent_overhead_ratio", max(each.overhead_ratio for each in heartbeats), run.name)
+            metrics.set("taps_missing", sum(each.taps_missing for each in heartbeats), run.name)
+
+    def _show_assessment(self, run: Run, assessment: Assessment) -> None:
+        metrics, controller, risk = self._metrics, run.controller, assessment.risk
+        profile, decision = assessment.profile, assessment.decision
+        metrics.set("informative", float(profile is not None and profile.informative), run.name)
+        if controller.initial is not None:
+            metrics.set("initial_risk", controller.initial.score, run.name)
+        metrics.set("risk", risk.value, run.name)
+        metrics.set("forecast", risk.forecast, run.name)
+        metrics.set("divergence_probability", controller.divergence_probability, run.name)
+        # Alerts use counters here, because a gauge would lose a value between two scrapes.
+        if risk.value >= controller.config.policy.act_risk:
+            metrics.add("risk_alarms", run.name)
+        if decision is not None and decision.took_effect is not None and controller.sends:
+            metrics.add("effect_checks", run.name, "effect" if decision.took_effect else "no_effect")
