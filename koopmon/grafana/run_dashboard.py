@@ -209,12 +209,6 @@ def _layers() -> list[Json]:
             log=True,
         ),
         each(
-            "kreiss_constant",
-            "Kreiss constant",
-            "Transient growth that the eigenvalues do not show. Computed when there is time.",
-            log=True,
-        ),
-        each(
             "nonlinearity_ratio",
             "Nonlinearity (eta)",
             "Residual of the linear fit relative to the layer's update: what the spectrum cannot say.",

@@ -167,23 +167,6 @@ class HistoryWriter(Journal):
             [(command.id, decision, at, command.kind, to_json(command), outcome) for command in commands],
         )
 
-    @records()
-    def replace_profile(
-        self,
-        at: float,
-        run: str,
-        incarnation: str,
-        step: int,
-        profile: Mapping[str, Any],
-        observables: Observables | None = None,
-    ) -> None:
-        """Replace the recorded profile of a snapshot by a more complete one."""
-        row = self._incarnation(at, run, incarnation)
-        self._database.execute(
-            "UPDATE profiles SET profile = ? WHERE incarnation_id = ? AND step = ?",
-            (packed_profile(profile, observables), row, step),
-        )
-
     @records(commit=True)
     def abandon_pending(self, run: str) -> None:
         """Mark pending commands of an earlier monitor as unanswered: no controller waits for their acks."""
