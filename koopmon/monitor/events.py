@@ -19,32 +19,17 @@ if TYPE_CHECKING:
     from koopmon.telemetry.metrics import ErrorPart
 
 
+@dataclass(frozen=True, slots=True)
 class Event:
     """Base of all events."""
 
-    __slots__ = ()
     must_record: ClassVar[bool] = False
     """True if nothing may follow from the event before it is on disk: an error of the history then stops it."""
-
-    @property
-    def name(self) -> str:
-        """Name of the run."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True)
-class RunEvent(Event):
-    """Base of the events of a run in the registry."""
-
     run: Run
 
-    @property
-    def name(self) -> str:
-        return self.run.name
-
 
 @dataclass(frozen=True, slots=True)
-class RankJoined(RunEvent):
+class RankJoined(Event):
     """A rank said hello. `new` is True for the first hello of an incarnation."""
 
     hello: Hello
@@ -52,7 +37,12 @@ class RankJoined(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class HeartbeatReceived(RunEvent):
+class RunChanged(Event):
+    """The displayed state of a run may have changed: step, state, health, values in force."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatReceived(Event):
     """A rank sent a heartbeat. `drops` counts the shards that it dropped since its last one, by reason."""
 
     heartbeat: Heartbeat
@@ -64,12 +54,12 @@ class HeartbeatReceived(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotReceived(RunEvent):
+class SnapshotReceived(Event):
     """A snapshot was assembled."""
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotDropped(RunEvent):
+class SnapshotDropped(Event):
     """The monitor lost a snapshot."""
 
     reason: str
@@ -79,28 +69,19 @@ class SnapshotDropped(RunEvent):
 class Profiled(Event):
     """The engine is done with a snapshot. `run` is None if its incarnation is no longer watched."""
 
-    run: Run | None
+    run: Run | None  # type: ignore[assignment]
     result: Result
 
-    @property
-    def name(self) -> str:
-        return self.result.snapshot.run
+
+@dataclass(frozen=True, slots=True)
+class Assessed(Event):
+    """Detector and policy have assessed a snapshot; `assessment` is None if an error kept them from it."""
+
+    assessment: Assessment | None
 
 
 @dataclass(frozen=True, slots=True)
-class Assessed(RunEvent):
-    """Detector and policy have assessed a snapshot."""
-
-    assessment: Assessment
-
-
-@dataclass(frozen=True, slots=True)
-class AssessmentFailed(RunEvent):
-    """An error kept a snapshot from being assessed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decided(RunEvent):
+class Decided(Event):
     """The policy made a remarkable decision. Its commands are sent after this event."""
 
     must_record = True
@@ -108,28 +89,22 @@ class Decided(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class CommandSent(RunEvent):
+class CommandSent(Event):
     """A command was sent for the first time."""
 
     command: Command
 
 
 @dataclass(frozen=True, slots=True)
-class CommandReplaced(RunEvent):
-    """A newer command replaced this one before its ack. The ack may still arrive; it then sets the outcome."""
+class CommandUnanswered(Event):
+    """A command has no ack: it was given up, or a newer one `replaced` it. A late ack still sets the outcome."""
 
     command: Command
+    replaced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class CommandUnanswered(RunEvent):
-    """A command was given up without an ack."""
-
-    command: Command
-
-
-@dataclass(frozen=True, slots=True)
-class CommandAcked(RunEvent):
+class CommandAcked(Event):
     """Rank 0 sent an ack.
 
     `kind` is None for an unknown command. `first` is True for the first ack of the command, `counts` if no outcome of
@@ -138,24 +113,19 @@ class CommandAcked(RunEvent):
 
     ack: Ack
     kind: CommandKind | None
-    first: bool
-    counts: bool
+    first: bool = False
+    counts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class RunChanged(RunEvent):
-    """The displayed state of a run may have changed: step, state, health, values in force."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunClosed(RunEvent):
+class RunClosed(Event):
     """A run ended for `reason`, or vanished: see its state."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class RunRemoved(RunEvent):
+class RunRemoved(Event):
     """The retention time of a closed run is over, or it made room for another."""
 
 
@@ -163,6 +133,7 @@ Sink = Callable[[float, Event], None]
 """Takes the Unix time and an event."""
 
 
+@dataclass(frozen=True, slots=True)
 class Publisher:
     """Passes each event to every sink, in order, on the caller's thread.
 
@@ -170,18 +141,17 @@ class Publisher:
     noted and affects no other sink.
     """
 
-    def __init__(self, sinks: Sequence[tuple[ErrorPart, Sink]], failures: Failures, wall: Callable[[], float]) -> None:
-        self._sinks = sinks
-        self._failures = failures
-        self._wall = wall
+    sinks: Sequence[tuple[ErrorPart, Sink]]
+    failures: Failures
+    wall: Callable[[], float]
 
     def publish(self, event: Event) -> None:
         """Pass on one event. Raises the error of the history if the event must be recorded; no other sink gets it."""
-        at = self._wall()
-        for part, sink in self._sinks:
+        at = self.wall()
+        for part, sink in self.sinks:
             try:
                 sink(at, event)
             except Exception as error:
                 if event.must_record and part == "store":
                     raise
-                self._failures.note(part, error, run=event.name)
+                self.failures.note(part, error, run=event.run.name if event.run else "")

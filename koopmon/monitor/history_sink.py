@@ -4,47 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 from koopmon.history.schema import RunState
 from koopmon.history.writer import HistoryWriter
-from koopmon.monitor.events import (
-    Assessed,
-    CommandAcked,
-    CommandReplaced,
-    CommandUnanswered,
-    Decided,
-    Event,
-    HeartbeatReceived,
-    Profiled,
-    RankJoined,
-    RunClosed,
-)
+from koopmon.monitor import events
 
 COMMIT_SECONDS = 0.5
 
 
+@dataclass(slots=True)
 class HistorySink:
     """Records of runs in `history`. `commit_at` is the time of the next commit, on the clock `clock`."""
 
-    def __init__(self, history: HistoryWriter, clock: Callable[[], float]) -> None:
-        self.history = history
-        self.commit_at = math.inf
-        self._clock = clock
+    history: HistoryWriter
+    clock: Callable[[], float]
+    commit_at: float = math.inf
 
-    def __call__(self, at: float, event: Event) -> None:
-        self.commit_at = min(self.commit_at, self._clock() + COMMIT_SECONDS)
+    def __call__(self, at: float, event: events.Event) -> None:
+        self.commit_at = min(self.commit_at, self.clock() + COMMIT_SECONDS)
         history = self.history
         match event:
-            case RankJoined(run, hello):
+            case events.RankJoined(run, hello):
                 if event.new:
                     history.abandon_pending(run.name)
                 history.record_hello(at, hello)
-            case HeartbeatReceived(run, heartbeat):
+            case events.HeartbeatReceived(run, heartbeat):
                 if event.row_due:
                     history.record_heartbeat(at, heartbeat)
                 if event.applied_changed:
                     history.record_applied(at, run.name, run.incarnation, heartbeat.step, heartbeat.applied)
-            case Profiled(_, result) if not result.failed:
+            case events.Profiled(_, result) if not result.failed:
                 snapshot = result.snapshot
                 history.record_profile(
                     at,
@@ -57,7 +47,7 @@ class HistorySink:
                     profile=None if result.profile is None else result.profile.to_dict(),
                     observables=snapshot.observables,
                 )
-            case Assessed(run, assessment):
+            case events.Assessed(run, assessment) if assessment is not None:
                 observation, risk = assessment.observation, assessment.risk
                 history.record_observation(
                     at,
@@ -78,7 +68,7 @@ class HistorySink:
                     components=risk.components,
                 )
                 history.record_memory(at, run.name, run.incarnation, run.controller.checkpoint())
-            case Decided(run, assessment) if (decision := assessment.decision) is not None:
+            case events.Decided(run, assessment) if (decision := assessment.decision) is not None:
                 history.record_decision(
                     at,
                     run.name,
@@ -90,11 +80,11 @@ class HistorySink:
                     commands=assessment.commands,
                     outcome="pending" if run.controller.sends else "dry_run",
                 )
-            case CommandReplaced(_, command) | CommandUnanswered(_, command):
+            case events.CommandUnanswered(_, command):
                 history.record_outcome(command.id, "unanswered")
-            case CommandAcked(_, ack):
+            case events.CommandAcked(_, ack):
                 history.record_ack(at, ack)
-            case RunClosed(run, reason):
+            case events.RunClosed(run, reason):
                 ended = reason if run.state is RunState.ENDED else None
                 history.record_state(at, run.name, run.incarnation, run.state, end_reason=ended)
 

@@ -2,75 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from koopmon.history.schema import RunState
-from koopmon.monitor.events import (
-    Assessed,
-    AssessmentFailed,
-    CommandAcked,
-    CommandSent,
-    CommandUnanswered,
-    Decided,
-    Event,
-    HeartbeatReceived,
-    Profiled,
-    RunChanged,
-    RunClosed,
-    RunRemoved,
-    SnapshotDropped,
-    SnapshotReceived,
-)
+from koopmon.monitor import events
 from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Assessment
 from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, Metrics
 
 
+@dataclass(frozen=True, slots=True)
 class MetricsSink:
     """Values of `metrics`. A vanished run has few series: see KEPT_WHEN_VANISHED."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+    metrics: Metrics
 
-    def __call__(self, at: float, event: Event) -> None:
-        metrics = self._metrics
+    def __call__(self, at: float, event: events.Event) -> None:
+        metrics = self.metrics
         match event:
-            case RunChanged(run):
+            case events.RunChanged(run):
                 self._show_run(run)
-            case HeartbeatReceived(run):
+            case events.HeartbeatReceived(run):
                 for reason, count in event.drops.items():
                     metrics.add("snapshots_dropped", run.name, reason, amount=count)
-            case SnapshotReceived(run) if run.state is not RunState.VANISHED:
+            case events.SnapshotReceived(run) if run.state is not RunState.VANISHED:
                 metrics.add("snapshots_received", run.name)
                 metrics.set("last_snapshot_timestamp_seconds", at, run.name)
-            case SnapshotDropped(run, reason) if run.state is not RunState.VANISHED:
+            case events.SnapshotDropped(run, reason) if run.state is not RunState.VANISHED:
                 metrics.add("snapshots_dropped", run.name, reason)
-            case Profiled(run, result):
+            case events.Profiled(run, result):
                 metrics.observe_duration(result.seconds)
                 if result.failed:
                     metrics.add("engine_failures")
                 elif run is not None:
                     metrics.set_layers(run.name, result.profile)
                     metrics.set_observables(run.name, result.snapshot.observables)
-            case Assessed(run, assessment):
-                self._show_assessment(run, assessment)
-            case AssessmentFailed():
+            case events.Assessed(run, None):
                 metrics.add("engine_failures")
-            case Decided(run, assessment) if not run.controller.sends:
+            case events.Assessed(run, assessment):
+                self._show_assessment(run, assessment)
+            case events.Decided(run, assessment) if not run.controller.sends:
                 for command in assessment.commands:
                     metrics.add("commands", run.name, command.kind, "dry_run")
-            case CommandSent(run, command):
+            case events.CommandSent(run, command):
                 metrics.add("commands", run.name, command.kind, "sent")
-            case CommandUnanswered(run, command):
+            case events.CommandUnanswered(run, command, replaced=False):
                 metrics.add("commands", run.name, command.kind, "unanswered")
-            case CommandAcked(run, ack, kind) if kind is not None and event.counts:
+            case events.CommandAcked(run, ack, kind) if kind is not None and event.counts:
                 metrics.add("commands", run.name, kind, ack.outcome)
-            case RunClosed(run) if run.state is RunState.VANISHED:
+            case events.RunClosed(run) if run.state is RunState.VANISHED:
                 metrics.end_run(run.name, keep=KEPT_WHEN_VANISHED)
                 metrics.set("run_state", run.state, run.name)
-            case RunRemoved(run):
+            case events.RunRemoved(run):
                 metrics.end_run(run.name)
 
     def _show_run(self, run: Run) -> None:
-        metrics = self._metrics
+        metrics = self.metrics
         if metrics.value("snapshots_received", run.name) is None:
             metrics.begin_run(run.name)
         metrics.set("run_state", run.state, run.name)
@@ -82,7 +69,7 @@ class MetricsSink:
             metrics.set("taps_missing", sum(each.taps_missing for each in heartbeats), run.name)
 
     def _show_assessment(self, run: Run, assessment: Assessment) -> None:
-        metrics, controller, risk = self._metrics, run.controller, assessment.risk
+        metrics, controller, risk = self.metrics, run.controller, assessment.risk
         profile, decision = assessment.profile, assessment.decision
         metrics.set("informative", float(profile is not None and profile.informative), run.name)
         if controller.initial is not None:

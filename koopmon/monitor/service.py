@@ -18,27 +18,9 @@ from koopmon.errors import ProtocolError
 from koopmon.grafana.annotations import Annotate, no_annotations
 from koopmon.history.schema import RunState
 from koopmon.history.writer import HistoryWriter
+from koopmon.monitor import events
 from koopmon.monitor.assembler import Assembler, Snapshot
 from koopmon.monitor.engine import Engine, Result
-from koopmon.monitor.events import (
-    Assessed,
-    AssessmentFailed,
-    CommandAcked,
-    CommandReplaced,
-    CommandSent,
-    CommandUnanswered,
-    Decided,
-    HeartbeatReceived,
-    Profiled,
-    Publisher,
-    RankJoined,
-    RunChanged,
-    RunClosed,
-    RunRemoved,
-    Sink,
-    SnapshotDropped,
-    SnapshotReceived,
-)
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.history_sink import HistorySink
 from koopmon.monitor.http.live_state import LiveState
@@ -121,13 +103,13 @@ class Service:
         self._stopping = False
         self._failures = failures or Failures(outputs.metrics, clock)
         self._history = HistorySink(outputs.history, clock)
-        sinks: tuple[tuple[ErrorPart, Sink], ...] = (
+        sinks: tuple[tuple[ErrorPart, events.Sink], ...] = (
             ("store", self._history),
             ("metrics", MetricsSink(outputs.metrics)),
             ("page", LiveSink(outputs.live_state)),
             ("annotation", NotifySink(outputs.annotate)),
         )
-        self._publish = Publisher(sinks, self._failures, wall).publish
+        self._publish = events.Publisher(sinks, self._failures, wall).publish
         self._registry = RunRegistry(config.monitor, agents)
         self._probe_handler = ProbeHandler(self._registry, build=build or {}, data_endpoint=data_endpoint, wall=wall)
         self._assembler = Assembler(
@@ -161,7 +143,7 @@ class Service:
             case Goodbye(reason=reason):
                 if run.state is RunState.ENDED:
                     self._close(run, reason or "goodbye")
-                self._publish(RunChanged(run))
+                self._publish(events.RunChanged(run))
 
     def on_shard(self, received: ReceivedShard, key: str = "") -> None:
         """Handle a shard from the agent with `key`. Raises ProtocolError when it must be rejected."""
@@ -169,7 +151,7 @@ class Service:
         run = self._registry.on_shard(now, header, key=key)
         for snapshot in self._assembler.add(now, header, received.points()):
             self._submit(snapshot)
-        self._publish(RunChanged(run))
+        self._publish(events.RunChanged(run))
 
     def on_result(self, result: Result) -> None:
         """Handle a result of the engine."""
@@ -177,7 +159,7 @@ class Service:
         run = self._registry.get(snapshot.run)
         if run is not None and (run.incarnation != snapshot.incarnation or run.state is RunState.VANISHED):
             run = None
-        self._publish(Profiled(run, result))
+        self._publish(events.Profiled(run, result))
         if result.failed:
             self.on_dropped(snapshot.run, "engine_failed")
         elif run is not None:
@@ -223,7 +205,7 @@ class Service:
     def on_dropped(self, name: str, reason: str) -> None:
         """Count a snapshot of the run `name` that was lost in the monitor."""
         if (run := self._registry.get(name)) is not None:
-            self._publish(SnapshotDropped(run, reason))
+            self._publish(events.SnapshotDropped(run, reason))
 
     def _lost_in_assembly(self, name: str, error: Exception) -> None:
         self._failures.note("snapshot", error, run=name)
@@ -231,7 +213,7 @@ class Service:
 
     def _submit(self, snapshot: Snapshot) -> None:
         if (run := self._registry.get(snapshot.run)) is not None:
-            self._publish(SnapshotReceived(run))
+            self._publish(events.SnapshotReceived(run))
         with self._failures.contained("snapshot", snapshot.run):
             for name in self._engine.submit(snapshot, wait=self._stopping):
                 self.on_dropped(name, "engine_queue_full")
@@ -263,8 +245,8 @@ class Service:
             self._assembler.forget(before.name, before.incarnation)
             self._give_up(before, before.controller.pending.abandon())
         self._probe_handler.note_welcomed(hello.run)
-        self._publish(RankJoined(run, hello, before is not run))
-        self._publish(RunChanged(run))
+        self._publish(events.RankJoined(run, hello, before is not run))
+        self._publish(events.RunChanged(run))
         self._reply(
             peer,
             Welcome(
@@ -298,8 +280,8 @@ class Service:
         rank = run.peers[heartbeat.process_rank]
         drops, row_due = rank.new_drops(heartbeat), rank.row_due(now)
         applied_changed = heartbeat.process_rank == 0 and run.applied_changed()
-        self._publish(RunChanged(run))
-        self._publish(HeartbeatReceived(run, heartbeat, drops, row_due, applied_changed))
+        self._publish(events.RunChanged(run))
+        self._publish(events.HeartbeatReceived(run, heartbeat, drops, row_due, applied_changed))
         # The agent dropped the snapshot because its states were not finite: the run has diverged.
         if "not_finite" in drops and run.newly_not_finite(heartbeat.step):
             self._assess(run, Sample.of_heartbeat(heartbeat), None)
@@ -308,12 +290,12 @@ class Service:
 
     def _on_ack(self, now: float, run: Run, ack: Ack) -> None:
         run.applied_changed()  # the history takes the values in force from the ack
-        self._publish(RunChanged(run))
+        self._publish(events.RunChanged(run))
         answered = run.controller.acknowledge(now, ack)
         if answered is None:
-            self._publish(CommandAcked(run, ack, None, first=False, counts=False))
+            self._publish(events.CommandAcked(run, ack, None))
             raise ProtocolError("unknown_command", f"run {run.name} answers {ack.command_id}, which is not known")
-        self._publish(CommandAcked(run, ack, answered.kind, answered.first, answered.counts))
+        self._publish(events.CommandAcked(run, ack, answered.kind, answered.first, answered.counts))
 
     def _assess(self, run: Run, training: Sample, profile: SpectralProfile | None) -> None:
         decide = run.state is RunState.RUNNING and not self._stopping
@@ -321,9 +303,9 @@ class Service:
             assessment = run.controller.assess(self._clock(), training, profile, step=run.step, decide=decide)
         except Exception as error:
             self._failures.note("judgement", error, run=run.name, what=f"step {training.step} cannot be judged")
-            self._publish(AssessmentFailed(run))
+            self._publish(events.Assessed(run, None))
             return
-        self._publish(Assessed(run, assessment))
+        self._publish(events.Assessed(run, assessment))
         if assessment.unencodable is not None:
             what = f"the decision at step {training.step} is dropped"
             self._failures.note("command", assessment.unencodable, run=run.name, what=what)
@@ -333,19 +315,19 @@ class Service:
 
     def _issue(self, run: Run, assessment: Assessment) -> None:
         for command in assessment.replaced:
-            self._publish(CommandReplaced(run, command))
-        self._publish(Decided(run, assessment))
+            self._publish(events.CommandUnanswered(run, command, replaced=True))
+        self._publish(events.Decided(run, assessment))
         for command in assessment.commands if run.controller.sends else ():
             self._offer(run, command)
 
     def _offer(self, run: Run, command: Command) -> None:
         leader = run.leader
         if leader is not None and self._send(leader.identity, command) and run.controller.pending.mark_sent(command):
-            self._publish(CommandSent(run, command))
+            self._publish(events.CommandSent(run, command))
 
     def _give_up(self, run: Run, commands: Iterable[Command]) -> None:
         for command in commands:
-            self._publish(CommandUnanswered(run, command))
+            self._publish(events.CommandUnanswered(run, command))
 
     @contextmanager
     def _watching_only_after_error(self, run: Run) -> Iterator[None]:
@@ -357,19 +339,19 @@ class Service:
             with self._failures.contained("command", run.name):
                 run.controller.stand_down()
                 self._give_up(run, run.controller.pending.abandon())
-            self._publish(RunChanged(run))
+            self._publish(events.RunChanged(run))
 
     def _close(self, run: Run, reason: str) -> None:
         """Follow the registry, for which the run has ended or vanished."""
         self._give_up(run, run.controller.pending.abandon())
-        self._publish(RunClosed(run, reason))
+        self._publish(events.RunClosed(run, reason))
         if run.state is RunState.ENDED:
-            self._publish(RunChanged(run))
+            self._publish(events.RunChanged(run))
 
     def _forget(self, run: Run) -> None:
         """Follow the registry, which has removed the run."""
         self._assembler.forget(run.name, run.incarnation)
-        self._publish(RunRemoved(run))
+        self._publish(events.RunRemoved(run))
 
     def _reply(self, peer: bytes, message: MonitorMessage) -> None:
         if not self._stopping:
