@@ -362,7 +362,7 @@ def test_an_error_of_our_own_costs_one_message(
     agent = connect(monitor.addresses.endpoint)
     agent.hello()
     with monkeypatch.context() as patch:
-        patch.setattr(Service, "_on_goodbye", fail)
+        patch.setattr(Service, "_close", fail)
         agent.goodbye()
         until(lambda: monitor.sample('messages_rejected_total{reason="internal"}') == 1)
     assert "Traceback" in quiet_logs.text

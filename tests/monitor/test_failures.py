@@ -70,6 +70,7 @@ CALLS: list[tuple[type[Any], str]] = [
 NEVER_FOR_ONE_RUN = {
     (HistoryWriter, "record_outcome"),
     (RunController, "stand_down"),
+    (PendingCommands, "abandon"),
     (Metrics, "value"),
 }
 """Not called in this script, or not with anything that tells the run."""
