@@ -25,13 +25,6 @@ HEARTBEAT_ROW_SECONDS = 10.0
 """Interval between recorded heartbeats of one rank."""
 
 
-class AdmissionError(ProtocolError):
-    """A refused hello. The text is sent to the peer and contains the fix; `reason` is the label of its count."""
-
-    def __init__(self, text: str, reason: str = "refused") -> None:
-        super().__init__(reason, text)
-
-
 @dataclass(slots=True)
 class Peer:
     """One sending rank of a run on the control channel; `identity` is its address."""
@@ -172,8 +165,9 @@ class RunRegistry:
         """Admit a rank. `begin` is called for a new incarnation; if it raises, the registry stays as it was.
 
         `retired` lists the earlier incarnations of a run that is new to this registry. A running run belongs to the
-        agent of its first hello; another agent cannot replace it with a later incarnation. Raises AdmissionError, and
-        ProtocolError for a key.
+        agent of its first hello; another agent cannot replace it with a later incarnation.
+
+        Raises ProtocolError. Its text is sent to the peer and contains the fix.
         """
         agent = self.agent(key, hello.run)
         before = self._runs.get(hello.run)
@@ -200,26 +194,21 @@ class RunRegistry:
         return Admission(run, before, settled, removed)
 
     def _check(self, hello: Hello, run: Run | None, agent: str, retired: Sequence[str]) -> None:
-        """Raise AdmissionError for a hello that the registry must refuse."""
-        if hello.step > LAST_STEP:
-            raise AdmissionError(f"run {hello.run!r} is at step {hello.step}: expected a step of at most {LAST_STEP}")
+        """Raise ProtocolError for a hello that the registry must refuse."""
+        name, running = f"run {hello.run!r}", run is not None and run.state is RunState.RUNNING
         same = run is not None and hello.incarnation == run.incarnation
-        if run is not None and run.agent != agent and (run.state is RunState.RUNNING or same):
-            raise AdmissionError(
-                f"run {hello.run!r} belongs to another agent's key while it is running: give this job a run name of its"
-                " own (KOOPMON_RUN), or wait until that one is over",
-                "identity",
-            )
+        if hello.step > LAST_STEP:
+            raise ProtocolError("refused", f"{name} is at step {hello.step}: expected a step of at most {LAST_STEP}")
+        if run is not None and run.agent != agent and (running or same):
+            remedy = "give this job a run name of its own (KOOPMON_RUN), or wait until that one is over"
+            raise ProtocolError("identity", f"{name} belongs to another agent's key while it is running: {remedy}")
         if hello.incarnation in retired:
-            raise AdmissionError(
-                f"run {hello.run!r} was taken over by a later incarnation: give each job that runs at the same time"
-                " a run name of its own (KOOPMON_RUN)"
-            )
-        full = run is not None and len(run.peers) >= self._config.max_peers
-        if run is not None and same and full and hello.process_rank not in run.peers:
-            raise AdmissionError(
-                f"run {hello.run!r} has {len(run.peers)} ranks that speak, as many as [monitor] max_peers allows"
-            )
+            remedy = "give each job that runs at the same time a run name of its own (KOOPMON_RUN)"
+            raise ProtocolError("refused", f"{name} was taken over by a later incarnation: {remedy}")
+        if run is not None and same and hello.process_rank not in run.peers:
+            if len(run.peers) >= self._config.max_peers:
+                limit = "as many as [monitor] max_peers allows"
+                raise ProtocolError("refused", f"{name} has {len(run.peers)} ranks that speak, {limit}")
 
     def on_message(self, now: float, message: Heartbeat | Ack | Goodbye, identity: bytes, *, key: str = "") -> Run:
         """Note a message of a known peer.
@@ -299,13 +288,14 @@ class RunRegistry:
         return run
 
     def _victim(self) -> Run | None:
-        """Return the run to remove for a new one, None while there is room. Raises AdmissionError if all run."""
+        """Return the run to remove for a new one, None while there is room. Raises ProtocolError if all run."""
         if len(self._runs) < self._config.max_runs:
             return None
         closed = [run for run in self._runs.values() if run.state is not RunState.RUNNING]
         if not closed:
-            raise AdmissionError(
-                f"the monitor watches {len(self._runs)} runs, as many as [monitor] max_runs allows: end one or raise it"
+            raise ProtocolError(
+                "refused",
+                f"the monitor watches {len(self._runs)} runs, as many as [monitor] max_runs allows: end one or raise it",
             )
         return min(closed, key=lambda run: run.closed_at)
 

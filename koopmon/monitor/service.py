@@ -111,7 +111,9 @@ class Service:
         )
         self._publish = events.Publisher(sinks, self._failures, wall).publish
         self._registry = RunRegistry(config.monitor, agents)
-        self._probe_handler = ProbeHandler(self._registry, build=build or {}, data_endpoint=data_endpoint, wall=wall)
+        self._probe_handler = ProbeHandler(
+            registry=self._registry, build=build or {}, data_endpoint=data_endpoint, wall=wall
+        )
         self._assembler = Assembler(
             timeout_seconds=config.monitor.assemble_timeout_seconds,
             max_bytes=config.monitor.max_pending_bytes,

@@ -21,7 +21,7 @@ from koopmon.errors import ProtocolError
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.assembler import Assembler
 from koopmon.monitor.pending_commands import MAX_REPLACED, Answered
-from koopmon.monitor.registry import LAST_STEP, AdmissionError, RunRegistry
+from koopmon.monitor.registry import LAST_STEP, RunRegistry
 from koopmon.monitor.run_controller import Assessment, ControllerCheckpoint, RunController
 from koopmon.monitor.sample import Sample
 from koopmon.risk import online_detector
@@ -231,7 +231,7 @@ BEYOND = [LAST_STEP + 1, MAX_STEP - 14, MAX_STEP]
 @pytest.mark.parametrize("step", BEYOND)
 def test_a_hello_at_a_step_that_has_no_answer_is_refused_in_words(step: int) -> None:
     registry = RunRegistry(MonitorConfig())
-    with pytest.raises(AdmissionError, match=f"at step {step}: expected a step of at most {LAST_STEP}") as caught:
+    with pytest.raises(ProtocolError, match=f"at step {step}: expected a step of at most {LAST_STEP}") as caught:
         factories.admit(registry, 0.0, hello(step=step), b"peer")
     assert caught.value.reason == "refused"
     assert registry.get("job") is None

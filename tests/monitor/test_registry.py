@@ -10,7 +10,7 @@ import pytest
 from koopmon.config import MonitorConfig
 from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
-from koopmon.monitor.registry import AdmissionError, RunRegistry
+from koopmon.monitor.registry import RunRegistry
 from koopmon.wire.messages import Ack, Applied, Goodbye, Heartbeat, Hello, Shard
 from tests import factories
 from tests.factories import admit
@@ -122,23 +122,23 @@ def test_a_new_incarnation_takes_over_for_good(registry: RunRegistry) -> None:
         assert caught.value.reason == "stale_incarnation"
     with pytest.raises(ProtocolError, match="goes on as"):
         registry.on_shard(2.0, shard())
-    with pytest.raises(AdmissionError, match="KOOPMON_RUN"):
+    with pytest.raises(ProtocolError, match="KOOPMON_RUN"):
         admit(registry, 3.0, hello(), b"p0")
 
 
 def test_incarnations_retired_before_a_restart_stay_retired(registry: RunRegistry) -> None:
-    with pytest.raises(AdmissionError, match="taken over"):
+    with pytest.raises(ProtocolError, match="taken over"):
         admit(registry, 0.0, hello(), b"p0", retired=[FIRST])
     assert list(registry) == []
     admit(registry, 0.0, hello(incarnation=SECOND), b"p0", retired=[FIRST])
-    with pytest.raises(AdmissionError, match="taken over"):
+    with pytest.raises(ProtocolError, match="taken over"):
         admit(registry, 0.0, hello(), b"p0")
 
 
 def test_too_many_runs_are_refused_until_one_is_over(registry: RunRegistry) -> None:
     admit(registry, 0.0, hello("a"), b"a")
     admit(registry, 0.0, hello("b"), b"b")
-    with pytest.raises(AdmissionError, match="max_runs"):
+    with pytest.raises(ProtocolError, match="max_runs"):
         admit(registry, 1.0, hello("c"), b"c")
     registry.on_message(2.0, Goodbye(run="a", incarnation=FIRST, process_rank=0, step=1), b"a")
     admission = admit(registry, 3.0, hello("c"), b"c")
