@@ -1,4 +1,4 @@
-"""What the live page's result says on a page."""
+"""Writer of the live page's results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Document = Mapping[str, Any]
 
 
 def live_page(told: Document) -> list[str]:
-    """Paint, updates, scrapes, memory."""
+    """Write the times of paint, updates and scrapes, and the memory."""
     paint, scrapes, hour, settings = told["paint"], told["metrics"], told["hour"], told["settings"]
     times = [paint["at_the_start_ms"], *paint["fleet_ms"], *paint["run_ms"]]
     layers, latencies = settings["num_layers"], [1000 * each for each in scrapes["seconds"]]
@@ -24,8 +24,8 @@ def live_page(told: Document) -> list[str]:
             f"{statistics.median(told['updates_seconds']):.2f} s after it was sent",
             f"({max(told['updates_seconds']):.2f} at worst). With {scrapes['num_runs']} runs x {layers} layers,",
             f"/metrics answers in {statistics.median(latencies):.0f} ms ({max(latencies):.0f} at worst,",
-            f"{1000 * scrapes['first_seconds']:.0f} the very first time):",
-            f"{scrapes['series']:,} series, {scrapes['bytes'] / 1e6:.1f} MB. Over an hour of theirs, simulated, the",
+            f"{1000 * scrapes['first_seconds']:.0f} at the first scrape):",
+            f"{scrapes['series']:,} series, {scrapes['bytes'] / 1e6:.1f} MB. Over a simulated hour of these runs, the",
             f"monitor's memory stays within {grown:.1f} MB of {hour['rss_bytes'][1] / 1e6:.0f} MB.",
         ]
     )

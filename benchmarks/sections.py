@@ -1,4 +1,4 @@
-"""What each result says on a page, as lines of Markdown: one writer for each file in results/."""
+"""Writers of the result sections of the pages, as lines of Markdown: one for each file in results/."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Document = Mapping[str, Any]
 
 
 def unchanged_script(told: Document) -> list[str]:
-    """Rates that kill, by policy; then the healthy runs and the slowest commands."""
+    """Write the rates that diverge, by policy, then the healthy runs and the slowest commands."""
     others = told["settings"]["policies"]
     heading = [
         "learning rate",
-        f"unguarded dies at step ({len(told['settings']['seeds'])} seeds)",
+        f"unguarded diverges at step ({len(told['settings']['seeds'])} seeds)",
         "saved, default policy",
     ]
     heading += [f"saved, policy `{name}`" for name in others]
@@ -36,14 +36,16 @@ def unchanged_script(told: Document) -> list[str]:
     total, healthy = told["totals"], told["totals"]["healthy_runs"]
     waits = sorted(run["max_latency_steps"] for run in told["results"].values() if run["max_latency_steps"] is not None)
     identical = "all of them ended" if total["identical_when_left_alone"] else "not all of them ended"
-    missed = [f"Not saved: policy `{run['policy'] or 'default'}` at {run['lr']:g}, {run['why']}." for run in lost]
+    missed = [
+        f"Policy `{run['policy'] or 'default'}` did not save one run at {run['lr']:g}: {run['why']}." for run in lost
+    ]
     prose = [
         *missed,
         f"At the safe rate {told['settings']['safe_lr']:g} the default policy acted on {total['acted_no_norm']} of",
         f"{healthy} runs of that model and on {total['acted_pre_ln']} of {healthy} with Pre-LN, and {identical} with",
         "bit-identical parameters. The slowest command of a run was in force",
-        f"{waits[len(waits) // 2]} steps after the snapshot that it answers in the median run,",
-        f"{waits[-1]} in the worst.",
+        f"{waits[len(waits) // 2]} steps after its snapshot in the median run,",
+        f"{waits[-1]} steps in the worst.",
     ]
     return [*table([*heading, "loss at the end / best fixed rate, default"], rows), "", *paragraph(prose)]
 
@@ -71,7 +73,7 @@ def spectral_speed(told: Document) -> list[str]:
             f"{cores}; PyDMD's `fit(x, y).eigs` takes {ratios['ours']['cpu']:.0f} times as much CPU, its inner",
             "operator alone",
             f"{ratios['ours']['cpu_against_operator']:.0f} times. At full rank the two take {full['cpu']:.1f} and",
-            f"{full['cpu_against_operator']:.1f} times as much as we do.",
+            f"{full['cpu_against_operator']:.1f} times as much as koopmon.",
         ]
     )
 
@@ -93,7 +95,7 @@ def agent_overhead(told: Document) -> list[str]:
 
 
 def norms(told: Document) -> list[str]:
-    """Every score at the start, in both settings."""
+    """Write every score at the start, in both settings."""
     settings = told["auroc"]
     names = list(dict.fromkeys(name for areas in settings.values() for name in areas))
     sweep = settings[list(settings)[-1]]
@@ -112,7 +114,7 @@ def norms(told: Document) -> list[str]:
 
 
 def early_warning(told: Document) -> list[str]:
-    """All detectors on all recordings, at the same rate of false alarms."""
+    """Write all detectors on all recordings, at the same rate of false alarms."""
     return _verdicts(told["tables"]["all"])
 
 
@@ -133,7 +135,7 @@ def _verdicts(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def fresh(told: Document) -> list[str]:
-    """The start by groups of runs; then every detector at thresholds from elsewhere."""
+    """Write the score at the start by groups of runs, then every detector at thresholds from other runs."""
     scores = list(told["start"]["all"]["auroc"])
     rows = [
         [
@@ -149,7 +151,7 @@ def fresh(told: Document) -> list[str]:
 
 
 def kss(told: Document) -> list[str]:
-    """First what is quoted, with intervals; then what was looked at."""
+    """Write the main settings with intervals, then the preliminary search."""
     quoted = [
         [
             row["setting"],
@@ -169,15 +171,15 @@ def kss(told: Document) -> list[str]:
     return [
         *table(heading, quoted),
         "",
-        f"{told['cells'][0]['num_runs']} runs in each row. The look before, {told['look'][0]['num_runs']} runs each:",
-        "diverged, accuracy of the others.",
+        f"Each row has {told['cells'][0]['num_runs']} runs. The next table is the preliminary search with",
+        f"{told['look'][0]['num_runs']} runs each: the share of diverged runs, and the accuracy of the others.",
         "",
         *table(["setting", "at a lower rate", "at a higher rate"], looked),
     ]
 
 
 def guarded(told: Document) -> list[str]:
-    """Each control over the rates that kill; then what became of healthy runs."""
+    """Write each control over the rates that diverge, then the healthy runs."""
     plan, healthy = told["plan"], told["healthy"]
     rows = [
         [
@@ -192,16 +194,17 @@ def guarded(told: Document) -> list[str]:
     heading = ["control", "diverged [95%]", *(f"{lr:g}" for lr in plan["rates"]), "accuracy", "actions"]
     replicas = "equal" if told["replicas_equal"] else "not always equal"
     prose = [
-        f"Diverged, then by learning rate; {told['rows'][0]['num_runs']} runs in each row. The best fixed rate ends at",
-        f"accuracy {told['best_fixed_accuracy']:.2f}. Of {healthy['num_runs']} healthy runs the default policy acted",
-        f"on {healthy['acted_on']}; {healthy['identical']} ended bit-identical to the run without koopmon, and the",
-        f"loss at the end was at most {healthy['worst_loss_ratio'] - 1:+.1%} of it. Replicas were {replicas}.",
+        f"The columns by learning rate count diverged runs. Each row has {told['rows'][0]['num_runs']} runs. The best",
+        f"fixed rate ends at accuracy {told['best_fixed_accuracy']:.2f}. Of {healthy['num_runs']} healthy runs the",
+        f"default policy acted on {healthy['acted_on']}; {healthy['identical']} ended bit-identical to the run without",
+        f"koopmon, and the loss at the end was at most {healthy['worst_loss_ratio'] - 1:+.1%} of it.",
+        f"Replicas were {replicas}.",
     ]
     return [*table(heading, rows), "", *paragraph(prose)]
 
 
 def architectures(told: Document) -> list[str]:
-    """The families' spectra at the start, and their trainings with and without KSS."""
+    """Write the families' spectra at the start, and their trainings with and without KSS."""
     shown = {
         "near_unit_mass": "near-unit mass",
         "contractive_mass": "contractive mass",
@@ -222,16 +225,16 @@ def architectures(told: Document) -> list[str]:
         ends = [f"{row['num_diverged']} of {row['num_runs']}, {_decimal(row['final_loss'])}" for row in mine]
         trained.append([family, setting, *ends])
     return [
-        *table(["family (in brackets the paper)", "adapter", *shown.values()], rows),
+        *table(["family (paper in brackets)", "adapter", *shown.values()], rows),
         "",
-        "Trained: how many diverged, and the loss at the end of the others.",
+        "The next table has the trainings: the number of diverged runs, and the final loss of the others.",
         "",
         *table(["family", "KSS", *(f"{lr:g}" for lr in rates)], trained),
     ]
 
 
 def family_alarms(told: Document) -> list[str]:
-    """Each family, with and without normalisation: who was warned in time, and who was alarmed for nothing."""
+    """Write the warnings and false alarms of each family, with and without normalisation."""
     rows = []
     for row in told["rows"]:
         alarms, steps = row["false_alarms"], row["healthy_steps"]
@@ -258,7 +261,7 @@ def family_alarms(told: Document) -> list[str]:
 
 
 def brake(told: Document) -> list[str]:
-    """Each scheme of each family: what is read from states, and how often that, and koopmon, is right."""
+    """Write the exponent measured from states for each scheme of each family, and the accuracy of both methods."""
     rows = [
         [
             f"{row['family']}, {row['norm']}",
@@ -267,11 +270,11 @@ def brake(told: Document) -> list[str]:
         ]
         for row in told["rows"]
     ]
-    return table(["family, scheme", "update exponent read", "right by states alone", "right as koopmon does it"], rows)
+    return table(["family, scheme", "measured update exponent", "right from states alone", "right in koopmon"], rows)
 
 
 def guarded_families(told: Document) -> list[str]:
-    """Each family under each control at the rates that kill, its best fixed rate and its healthy runs."""
+    """Write each family under each control at the rates that diverge, its best fixed rate and its healthy runs."""
     rates = told["plan"]["rates"]
     rows, acted, identical, num_healthy = [], 0, 0, 0
     for family, found in told["families"].items():
@@ -287,20 +290,20 @@ def guarded_families(told: Document) -> list[str]:
     counts = {row["num_runs"] for found in told["families"].values() for row in found["rows"]}
     replicas = "equal" if all(found["replicas_equal"] for found in told["families"].values()) else "not always equal"
     prose = [
-        f"{' or '.join(map(str, sorted(counts, reverse=True)))} runs in each row. Of {num_healthy} healthy",
+        f"Each row has {' or '.join(map(str, sorted(counts, reverse=True)))} runs. Of {num_healthy} healthy",
         f"runs the default policy acted on {acted}; {identical} ended bit-identical. Replicas were {replicas}.",
     ]
     return [*table(heading, rows), "", *paragraph(prose)]
 
 
 def fault_campaign(told: Document) -> list[str]:
-    """Each kind of fault, in words, and what was measured; then the totals."""
+    """Write each kind of fault with its measurements, then the totals."""
     heading, rows, prose = failures(told)
     return [*table(heading, rows), "", *paragraph(prose)]
 
 
 def alert_lead(told: Document) -> list[str]:
-    """Steps from the notification to the loss, and what became of the guarded runs."""
+    """Write the steps from the notification to the rise of the loss, and the outcomes of the guarded runs."""
     total = told["totals"]
 
     def cell(value: float | None) -> str:
@@ -319,15 +322,15 @@ def alert_lead(told: Document) -> list[str]:
     ]
     moved = sum(row["guarded"]["left_band_at"] is not None for row in told["rows"])
     lost = sum(row["guarded"]["last_loss"] is None or row["guarded"]["last_loss"] > MAX_LOSS for row in told["rows"])
-    heading = ["seed", "webhook told at step", "loss leaves its band", "lead, steps"]
+    heading = ["seed", "notified at step", "loss leaves its band", "lead, steps"]
     prose = [
-        f"`python -m benchmarks.alert_lead`: {total['num_runs']} runs without normalisation at a rate that kills, at a",
-        "step a second, scraped and evaluated every second. The loss counts as out of its band when it is more than",
+        f"`python -m benchmarks.alert_lead` trains {total['num_runs']} runs without normalisation at a rate that",
+        "diverges, with one step, scrape and evaluation per second. The loss leaves its band when it is more than",
         "10% above the highest of the 20 steps before. The notification of KoopmonRiskSpike came at least 5 steps",
         f"before that in {total['num_five_steps_before']} of {total['num_left_band']} (median lead",
-        f"{total['median_lead']:g}, least {total['least_lead']:g}). Of the same seeds under the default policy koopmon",
-        f"acted on {total['num_acted']}, and the alert was over afterwards in {total['num_resolved']}; their loss left",
-        f"its band in {moved} as well, and was lost in {lost}.",
+        f"{total['median_lead']:g}, smallest {total['least_lead']:g}). With the same seeds under the default policy,",
+        f"koopmon acted on {total['num_acted']} runs, and the alert resolved afterwards in {total['num_resolved']}.",
+        f"The loss left its band in {moved} of them, and {lost} diverged.",
     ]
     return [*paragraph(prose), "", *table([*heading, "guarded: acts at", "guarded: resolved at"], rows)]
 
@@ -341,7 +344,7 @@ def _decimal(value: float | None) -> str:
 
 
 def flood_and_kill(told: Document) -> list[str]:
-    heading = ["what is flooded", "survived", "messages", "slowest answer, or 2 steps", "memory grew by"]
+    heading = ["flooded process", "survived", "messages", "slowest reply, or 2 steps", "memory growth"]
     rows = [
         [
             f"a {name}",

@@ -228,8 +228,8 @@ class ChainVerifier:
     def update_exponent(self, stack: Stack) -> float | None:
         """Return the exponent by which the updates of `stack` grow with the state.
 
-        It is known beforehand or measured in this forward pass; None if most blocks did not change the state.
-        Synchronises.
+        The structure of the blocks gives it, else this forward pass. It is None if most blocks did not change the
+        state. Synchronises.
         """
         known = known_exponent(self.adapter, stack)
         if known is not None:

@@ -1,9 +1,9 @@
-"""Configuration: frozen, validated, from TOML and the environment. Every field states its unit and what is allowed.
+"""Configuration: frozen, validated tables from TOML and the environment. Each field has a unit and bounds.
 
-One file serves both sides: the agent reads `[model]`, `[sampling]`, `[cadence]`, `[limits]`, `[control]`; the monitor
-reads `[monitor]`, `[http]`, `[grafana]`, `[store]`, `[risk]`, `[policy]` and `[kss]`, but for `through_shielded`, which
-is the agent's; both read `[security]`. A file that names an unknown table or key, or a value outside its bounds, is
-refused whole, and so are values that contradict each other (`RULES`).
+Agent and monitor can share one file. The agent reads `[model]`, `[sampling]`, `[cadence]`, `[limits]`, `[control]` and
+the key `through_shielded` of `[kss]`. The monitor reads `[monitor]`, `[http]`, `[grafana]`, `[store]`, `[risk]`,
+`[policy]` and the other keys of `[kss]`. Both read `[security]`. An unknown table or key, a value outside its bounds,
+or values that contradict each other (`RULES`) make the whole file invalid.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from koopmon.wire.messages import (
 
 logger = logging.getLogger(__name__)
 
-# Every number has bounds on both sides: infinity passes a bound on one side alone. Where a value ends up in a message,
-# its bounds are those of the protocol.
+# Every number has a lower and an upper bound, because infinity passes a single bound. A value that is sent in a message
+# has the bounds of the protocol.
 MAX_STEPS: Final = 1_000_000
 MAX_SECONDS: Final = 604_800.0
 """A week."""
 MAX_FILE_BYTES: Final = 1 << 20
-"""Of the file; the defaults take less than 10 kB."""
+"""Largest configuration file. A file with every default takes less than 10 kB."""
 Steps = Annotated[int, Meta(ge=1, le=MAX_STEPS)]
 RampSteps = Annotated[int, Meta(ge=1, le=MAX_RAMP_STEPS)]
 Seconds = Annotated[float, Meta(ge=0.0, le=MAX_SECONDS)]
@@ -59,290 +59,310 @@ PolicyName = Literal["lr", "kss", "kss+lr", "observe"]
 
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Parent of every table."""
+    """Base class of the tables."""
 
 
 class ModelConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Location of the residual stream, for models in which discovery finds another one."""
+    """Location of the residual stream, for models in which discovery selects the wrong stack."""
 
     adapter: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
-    """Name of the architecture adapter, as `koopmon adapters` lists them; absent: the one that fits best."""
+    """Name of the architecture adapter, from the list of `koopmon adapters`. Absent: the adapter with the best fit."""
     stack: Annotated[str, Meta(min_length=1)] | None = None
-    """Path in the model of the list of blocks to tap; absent: the chain that a forward pass shows."""
+    """Path in the model of the list of blocks to tap. Absent: the chain that a forward pass verifies."""
 
 
 class SamplingConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which tokens a snapshot holds."""
+    """Choice of the tokens in a snapshot."""
 
     num_samples: Annotated[int, Meta(ge=16, le=65536)] = 512
-    """N of one snapshot, shared evenly among the sending ranks."""
+    """Number of tokens N in one snapshot. The sending ranks share it evenly."""
     max_senders: NumSenders = 8
-    """Data-parallel ranks that send."""
+    """Largest number of data-parallel ranks that send snapshots."""
     seed: Annotated[int, Meta(ge=0, lt=1 << 31)] = 0
-    """Seed of the token choice, which is a pure function of (seed, step, data-parallel rank, mask)."""
+    """Seed of the token choice. The choice is a pure function of seed, step, data-parallel rank and mask."""
 
 
 class CadenceConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Cadence of snapshots, in optimizer steps. The agent measures its own time and stays within a budget."""
+    """Cadence of snapshots. The agent measures its own time and stays within a budget."""
 
     warmup_steps: Steps = 200
-    """Steps from the start during which the dense cadence holds."""
+    """Length of the warm-up, in optimizer steps. The warm-up has the dense cadence."""
     dense_every: Steps = 1
-    """Steps between snapshots in warm-up, and the least that the monitor may ask for."""
+    """Steps between snapshots in the warm-up. It is also the smallest number that the monitor can request."""
     calm_every: Steps = 10
-    """Steps between snapshots when nothing is going on."""
+    """Steps between snapshots after the warm-up, while the run is calm."""
     budget_ratio: Annotated[float, Meta(gt=0.0, le=0.5)] = 0.005
-    """Long-run share of step time that koopmon may spend in the training thread."""
+    """Largest long-run share of the step time that koopmon spends in the training thread."""
     initial_credit_seconds: Seconds = 5.0
-    """Credit at the start, for the dense snapshots of the warm-up."""
+    """Time in the training thread that koopmon can spend on top of the budget, for the dense snapshots at the start."""
     max_bytes_per_second: Annotated[float, Meta(ge=1.0, le=1e15)] = 50e6
-    """Cap on what one rank sends."""
+    """Largest rate at which one rank sends snapshots."""
 
 
 class LimitsConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Caps that the agent holds whatever the monitor says."""
+    """Limits that the agent enforces on every command of the monitor."""
 
     act: Literal["auto", "always", "never"] = "auto"
-    """auto: act in proven layouts only; always: in untested ones too; never: watch-only."""
+    """`auto` acts in proven parallel layouts only. `always` acts in untested layouts as well. `never` only watches."""
     min_lr_scale: Annotated[float, Meta(ge=0.05, le=1.0)] = 0.05
-    """The least factor on the learning rate."""
+    """Lower bound on the factor on the learning rate."""
     max_kss_alpha: KssAlpha = 30.0
-    """The largest KSS weight."""
+    """Upper bound on the weight of KSS."""
     max_kss_svd_rank: KssSvdRank = 64
-    """The largest rank of its DMD, which it costs time at every step by..."""
+    """Upper bound on the rank of the DMD of KSS. The rank adds time to every step under KSS."""
     max_kss_samples: KssSamples = 1024
-    """...and the most tokens."""
+    """Upper bound on the tokens of the DMD of KSS. The tokens add time to every step under KSS."""
     max_actions_per_hour: Annotated[int, Meta(ge=0, le=100_000)] = 240
-    """Commands that change training, per hour."""
+    """Largest number of commands per hour that change the training."""
 
 
 class ControlConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The control channel and the group that applies commands on all ranks at one step."""
+    """Control channel, and the group of ranks that applies each command at one step."""
 
     timeout_seconds: Annotated[float, Meta(gt=0.0, le=600.0)] = 3.0
-    """How long a rank may wait for the others before control is off."""
+    """Longest time that a rank waits for the others. After it, control is off until all ranks have joined again."""
     monitor_lost_seconds: Annotated[float, Meta(gt=0.0, le=MAX_SECONDS)] = 10.0
-    """Silence after which the monitor counts as lost, and the connection to it is made anew; at least 3 heartbeats."""
+    """Time without a reply after which the monitor counts as lost and the agent reconnects. At least 3 heartbeats."""
     on_monitor_lost: Literal["hold", "ramp"] = "hold"
-    """hold: what is applied stays; ramp: go back to the user's own settings slowly."""
+    """Reaction to a lost monitor. `hold` keeps the settings in force. `ramp` returns slowly to the user's settings."""
     ramp_back_steps: Steps = 200
-    """Steps of that ramp."""
+    """Length of the return to the user's settings under `on_monitor_lost = "ramp"`, in steps."""
 
 
 class SecurityConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """By what agent and monitor know each other; docs/security.md. Secrets are never in here, only where they are."""
+    """Authentication between agent and monitor (docs/security.md). The table holds paths of secrets, never secrets."""
 
     keys: str = ""
-    """Directory of the key files; empty: KOOPMON_KEYS, else koopmon/keys under XDG_CONFIG_HOME."""
+    """Directory of the key files. Empty: the value of KOOPMON_KEYS, else koopmon/keys under XDG_CONFIG_HOME."""
     agent: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")] = "agent"
-    """Name of the pair by which an agent makes itself known."""
+    """Name of the key pair with which an agent authenticates."""
     loopback: Literal["plain", "curve"] = "plain"
-    """curve: keys on loopback tcp as well, which every user of the host reaches. On both sides, or on neither."""
+    """`curve` requires keys on loopback tcp as well, which every user of the host can reach. Agent and monitor must
+    have the same value."""
     insecure_plaintext_tcp: bool = False
-    """No keys on any tcp endpoint: whoever reaches it reads and commands the training. On both sides, or on neither."""
+    """Use no keys on any tcp endpoint. Anyone who can reach the endpoint can then read and command the training. Agent
+    and monitor must have the same value."""
 
 
 class HttpConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who may read the monitor's pages, all but /healthz and /readyz. Secrets lie in files of mode 0600."""
+    """Access to the monitor's pages except /healthz and /readyz. Secrets are in files of mode 0600."""
 
     tls_certificate: str = ""
-    """PEM file of the certificate and its chain; with `tls_key` the pages are https."""
+    """PEM file of the certificate and its chain. With `tls_key`, the pages use https."""
     tls_key: str = ""
-    """PEM file of its key."""
+    """PEM file of the private key of `tls_certificate`."""
     token_file: str = ""
-    """File with the bearer token that opens the pages; empty: KOOPMON_HTTP_TOKEN, else none does."""
+    """File with the bearer token for the pages. Empty: the value of KOOPMON_HTTP_TOKEN, else no token is valid."""
     user: Annotated[str, Meta(max_length=128, pattern=r"^[^:\x00-\x1f]*\Z")] = ""
-    """Name for basic authentication."""
+    """User name for basic authentication."""
     password_file: str = ""
-    """File with that user's password; empty: KOOPMON_HTTP_PASSWORD."""
+    """File with the password of `user`. Empty: the value of KOOPMON_HTTP_PASSWORD."""
     max_streams: Annotated[int, Meta(ge=0, le=1000)] = 32
-    """Open pages that hear of changes at once, on at most half of `[monitor] max_http_connections`; others ask now and
-    then."""
+    """Largest number of open pages that receive changes as a stream of events. Streams use at most half of `[monitor]
+    max_http_connections`. Further pages poll."""
     insecure_plaintext: bool = False
-    """Serve other hosts without TLS and without a login: whoever reaches the port reads the pages."""
+    """Serve other hosts without TLS and without a login. Anyone who can reach the port can then read the pages."""
 
 
 class GrafanaConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A Grafana that is told of decisions, and that `koopmon grafana push` fills; docs/grafana-push.md."""
+    """Grafana for annotations of decisions and for `koopmon grafana push` (docs/grafana-push.md)."""
 
     url: Annotated[str, Meta(max_length=2048)] = ""
-    """Its address, with the sub-path if it has one; empty: the monitor tells no Grafana."""
+    """Address of Grafana, with its sub-path if any. Empty: the monitor posts no annotations."""
     token_file: str = ""
-    """File, of mode 0600, with a service account's token; empty: KOOPMON_GRAFANA_TOKEN."""
+    """File of mode 0600 with the token of a service account. Empty: the value of KOOPMON_GRAFANA_TOKEN."""
     timeout_seconds: Annotated[float, Meta(gt=0.0, le=300.0)] = 5.0
-    """How long one answer may take."""
+    """Time limit of one request."""
     queue_length: Annotated[int, Meta(ge=1, le=100_000)] = 256
-    """Annotations that may wait for a slow Grafana; then the oldest gives way."""
+    """Largest number of annotations that wait for a slow Grafana. Above it, the oldest is dropped."""
 
 
 class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The daemon's bounds."""
+    """Limits and timeouts of the monitor."""
 
     max_runs: Annotated[int, Meta(ge=1, le=10_000)] = 64
-    """Jobs watched at once; one more is refused."""
+    """Largest number of runs at one time. Further runs are refused."""
     max_peers: Annotated[int, Meta(ge=1, le=1 << 20)] = 16_384
-    """Ranks of one job that may speak; one more is refused."""
+    """Largest number of connected ranks of one run. Further ranks are refused."""
     max_layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)] = MAX_LAYERS
-    """Transitions of one model: a message with more frames than that needs is refused."""
+    """Largest number of transitions of one model. Messages with more frames than this needs are refused."""
     max_header_bytes: Annotated[int, Meta(ge=1 << 12, le=1 << 24)] = 1 << 16
-    """Of any message but a snapshot's frames; the transport cuts whoever sends one that is longer."""
+    """Largest control message or snapshot header. A control message of more than twice this size closes the
+    connection."""
     max_message_bytes: Annotated[int, Meta(ge=1 << 16, le=1 << 40)] = 1 << 30
-    """Of a snapshot's shard, all frames."""
+    """Largest shard of a snapshot, all frames together."""
     max_http_connections: Annotated[int, Meta(ge=4, le=10_000)] = 128
-    """To the pages; with one more the oldest gives way."""
+    """Largest number of connections to the pages. A further connection closes the oldest one."""
     max_pending_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 44)] = 2 << 30
-    """Memory for shards that wait for their siblings."""
+    """Memory for incomplete snapshots, and as much again for snapshots that wait for the engine."""
     assemble_timeout_seconds: Annotated[float, Meta(ge=0.01, le=3600.0)] = 5.0
-    """How long a snapshot waits for missing shards; then what is there is profiled, or dropped when too little."""
+    """Longest time that a snapshot waits for missing shards. The monitor then profiles the shards that it has, or drops
+    the snapshot if they are too few."""
     queue_length: Annotated[int, Meta(ge=1, le=10_000)] = 16
-    """Snapshots that may wait for the engine; the oldest of the run with most gives way."""
+    """Largest number of snapshots that wait for the engine. Above it, the oldest snapshot of the run with the most
+    is dropped."""
     heartbeat_seconds: Annotated[float, Meta(ge=0.02, le=MAX_HEARTBEAT_SECONDS)] = 1.0
-    """Time between two heartbeats of a rank; no agent sends them more often than every 0.02 s."""
+    """Time between two heartbeats of a rank, in seconds."""
     vanished_after_seconds: Annotated[float, Meta(gt=0.0, le=MAX_SECONDS)] = 60.0
-    """Silence after which a run counts as vanished."""
+    """Time without a message after which a run counts as vanished."""
     ended_series_seconds: Seconds = 300.0
-    """How long a run's series stay after goodbye."""
+    """Time for which the metrics of an ended run stay."""
     vanished_series_seconds: Seconds = 86_400.0
-    """How long the timestamp and state of a vanished run stay."""
+    """Time for which the state of a vanished run and the time of its last snapshot stay in the metrics."""
     svd_rank: Annotated[int, Meta(ge=2, le=512)] = 32
-    """Rank of the online DMD."""
+    """Rank of the DMD of snapshots."""
     calibrator: str = ""
-    """File of a calibrator, as `koopmon calibrate` writes it; empty: no probability of divergence is exported."""
+    """Calibrator file from `koopmon calibrate`. Empty: no probability of divergence is exported."""
 
 
 class StoreConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Contents and size of the history file. Decisions, commands and acks of a run that goes on are never deleted."""
+    """Size and age of the history file. Decisions, commands and acknowledgements of active runs are never deleted."""
 
     max_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 47)] = 4 << 30
-    """Size above which profiles, observations and heartbeats are deleted, the oldest first, those of runs that are
-    over before those of runs that go on. Decisions stay."""
+    """Size above which profiles, observations and heartbeats are deleted. Finished runs come before active ones, and
+    old records before new ones. Decisions stay."""
     max_age_days: Annotated[float, Meta(gt=0.0, le=36_500.0)] = 365.0
-    """Age at which everything of a launch that is over is deleted, and the profiles and such of one that goes on."""
+    """Age at which all records of a finished launch are deleted. Of an active launch, profiles, observations and
+    heartbeats are deleted."""
     retry_seconds: Annotated[float, Meta(gt=0.0, le=3600.0)] = 2.0
-    """While a full or failing disk pauses recording: time between tries."""
+    """Time between attempts to write while a full or failing disk pauses recording."""
 
 
 class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The online detector; see koopmon.risk.online_detector. Scales are changes of log(update ratio) per optimizer
-    step."""
+    """Online detector (docs/method.md, "Online detector"). The speed of a layer is |change of log(update ratio +
+    floor)| per optimizer step."""
 
     update_ratio_floor: Annotated[float, Meta(gt=0.0, le=10.0)] = 0.5
-    """Added to the update ratio before the logarithm: growth below it counts little."""
+    """Floor that is added to the update ratio before the logarithm. Growth below the floor counts little."""
     smoothing: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.4
-    """Weight of the newest snapshot in each layer's running mean of its speed."""
+    """Weight of the newest snapshot in the running mean of each layer's speed."""
     min_gap_steps: Steps = 2
-    """Snapshots closer than this count as this far apart: sampling noise does not shrink with the gap."""
+    """Lower bound on the gap between two snapshots when a speed is computed. Sampling noise does not shrink with
+    the gap."""
     max_gap_steps: Steps = 4
-    """Snapshots further apart than this count as this far apart: an oscillation does not grow with the gap."""
+    """Upper bound on the gap between two snapshots when a speed is computed. An oscillation does not grow with the
+    gap."""
     peak_scale: Scale = 0.41
-    """Speed of the fastest layer between two snapshots at which the risk is one half."""
+    """Peak, the speed of the fastest layer between two snapshots, that counts as 1."""
     speed_scale: Scale = 0.25
-    """Likewise for the largest of the layers' running means."""
+    """Largest running mean of the layers' speeds that counts as 1."""
     restlessness_smoothing: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.1
-    """Weight of the newest snapshot in the slow mean of the peak."""
+    """Weight of the newest snapshot in the slow running mean of the peak."""
     restlessness_scale: Scale = 0.36
-    """That mean, in units of `peak_scale`, at which the risk is one half."""
+    """Slow running mean of the peak that counts as 1, in units of `peak_scale`."""
     prior_slope: Annotated[float, Meta(ge=0.0, le=1000.0)] = 10.0
-    """Log-odds of failure that the prior gains for each factor of ten on the learning rate in force. Only under
-    optimizers whose steps are as long as the rate says (Adam's kin)."""
+    """Log-odds of failure that each factor of ten on the learning rate adds to the prior. It applies to optimizers
+    whose step length follows from the learning rate alone, such as Adam."""
     critical_rate: Annotated[float, Meta(ge=1e-9, le=1e9)] = 1.0
-    """Learning rate x width x transitions at which the prior is even for layers without normalisation. Of runs of 200
-    steps half die at 1.8; longer ones, and those that learn more, die from 1 on."""
+    """Learning rate x width x transitions at which the prior is even for layers without normalisation. Half of the
+    runs of 200 steps diverge at 1.8. Longer runs diverge from 1 on."""
     normalized_critical_rate: Annotated[float, Meta(ge=1e-9, le=1e9)] = 0.5
-    """Learning rate x width at which it is even for normalised layers (koopmon.risk.normalization). Runs with gradient
-    clipping ended best at 0.2 to 0.4 and were ruined from 0.6 on (`benchmarks.proving_ground`)."""
+    """Learning rate x width at which the prior is even for normalised layers. Runs with gradient clipping reached the
+    lowest loss at 0.2 to 0.4 and were ruined from 0.6 on (`benchmarks.proving_ground`)."""
     normalized_scale: Scale = 0.6
-    """Unsteadiness of normalised layers that counts as 1. Theirs is taken after a median over three snapshots, which
-    removes what one odd batch does to one snapshot. Healthy runs reached 0.54 at a fifth of the critical rate, ruined
-    ones 0.57 (width 128) to 3.2 at and above it."""
+    """Unsteadiness of normalised layers that counts as 1. A median over three snapshots comes first and removes the
+    effect of one unusual batch. Healthy runs reached 0.54 at a fifth of the critical rate. Ruined runs reached 0.57
+    (width 128) to 3.2 at and above it."""
     normalized_weight: Annotated[float, Meta(ge=0.0, le=20.0)] = 1.0
-    """Largest log-odds, of either sign, by which the prior counts in the risk of normalised layers: large models train
-    well at 0.3 to 1.6, so the evidence has to decide."""
+    """Bound on the prior in the risk of normalised layers, in log-odds of either sign. Large models train well at
+    learning rate x width from 0.3 to 1.6, so the prior decides little."""
     min_prior: Annotated[float, Meta(ge=-20.0, le=0.0)] = -6.0
-    """Least log-odds of the prior: at -6 it takes 4.5 times the unsteadiness."""
+    """Lower bound on the log-odds of the prior. At -6, a risk of one half needs 4.5 times the unsteadiness."""
     max_prior: Annotated[float, Meta(ge=0.0, le=20.0)] = 3.0
-    """Largest log-odds of the prior: at 3 it takes half of the unsteadiness."""
+    """Upper bound on the log-odds of the prior. At 3, a risk of one half needs half of the unsteadiness."""
     reliability_weight: Ratio = 0.0
-    """How far unreliable modes weaken the evidence: 0 not at all, 1 in proportion to the share of reliable modes."""
+    """Effect of unreliable modes on the unsteadiness. 0 ignores them. 1 multiplies the unsteadiness by the share of
+    reliable modes."""
 
 
 class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When to act and how; see koopmon.policy."""
+    """Policy: thresholds and sizes of its actions (docs/method.md, "Policy")."""
 
     name: PolicyName = "lr"
-    """Back-off alone: beside it KSS saved no more runs, and those learned less (docs/evidence.md)."""
+    """Actions of the policy. `lr` backs off the learning rate; `kss+lr` adds KSS; `kss` uses KSS alone; `observe` only
+    watches. With KSS added, no more runs were saved and they learned less (docs/evidence.md)."""
     dry_run: bool = False
-    """Decide and record, but send nothing."""
+    """Decide and record, but send no command."""
     act_risk: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.4
     """Risk at or above which a snapshot counts as high."""
     severe_risk: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.8
-    """Risk that acts at once, without confirmation, and by `severe_factor`."""
+    """Risk at or above which the policy acts without confirmation and uses `severe_factor`."""
     release_risk: Ratio = 0.2
     """Risk below which a snapshot counts as calm."""
     confirm_snapshots: Annotated[int, Meta(ge=1, le=100)] = 1
-    """High snapshots in a row before an action."""
+    """Number of consecutive snapshots with a high risk before an action."""
     backoff_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.5
-    """Factor on the learning-rate scale at a back-off."""
+    """Factor on the learning-rate scale at a back-off, below the critical rate or without a known rate."""
     severe_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.25
-    """Factor at a severe risk."""
+    """Factor that replaces `backoff_factor` when the risk is severe."""
     landing_rate: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.5
-    """Where the scheduled rate is known to be above the critical one (`[risk] critical_rate`), a back-off goes at least
-    down to this times the critical one, and else by the gentle factors, which feel for a rate that is bearable."""
+    """Target of a back-off from above the critical rate (`[risk] critical_rate`), as a multiple of that rate. The new
+    rate is this target, or lower by the gentle factors."""
     normalized_landing_rate: Annotated[float, Meta(gt=0.0, le=100.0)] = 0.5
-    """Likewise for normalised layers (`[risk] normalized_critical_rate`)."""
+    """Value of `landing_rate` for normalised layers, as a multiple of `[risk] normalized_critical_rate`."""
     gentle_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.85
-    """The back-off there."""
+    """Factor on the learning-rate scale at a back-off from above the critical rate."""
     gentle_severe_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.6
-    """Likewise at a severe risk."""
+    """Factor that replaces `gentle_factor` when the risk is severe."""
     min_lr_scale: Annotated[float, Meta(ge=0.05, le=1.0)] = 0.125
-    """The scale below which the policy never goes."""
+    """Lower bound on the learning-rate scale of the policy."""
     cooldown_steps: Steps = 6
-    """Steps after an action before the next of its kind: the time in which it must show an effect."""
+    """Steps between two actions of one kind. An action must show its effect within this time."""
     hold_steps: Steps = 200
-    """Calm steps before the scale rises by one notch; twice as many after the second back-off, and so on."""
+    """Calm steps before the learning-rate scale rises by `rise_factor`. The number is multiplied by the number of
+    back-offs."""
     rise_factor: Annotated[float, Meta(gt=1.0, le=4.0)] = 1.25
-    """Factor by which the learning-rate scale rises at one return step."""
+    """Factor by which the learning-rate scale rises after a calm period."""
     ramp_steps: RampSteps = 20
-    """Steps over which the scale rises by that factor."""
+    """Steps over which the learning-rate scale rises by `rise_factor`."""
     kss_ramp_steps: RampSteps = 10
-    """Steps over which KSS comes and goes."""
+    """Steps over which the weight of KSS rises at the start and falls at the end."""
     kss_hold_steps: Steps = 20
-    """Steps for which KSS accompanies a back-off, its coming included."""
+    """Steps for which KSS stays on, including the rise of its weight."""
     harm_ratio: Annotated[float, Meta(gt=1.0, le=1000.0)] = 1.2
-    """KSS is barred when the logged loss exceeds this times its value when KSS came on."""
+    """Ratio of the logged loss to its value at the start of KSS above which KSS stays off for the rest of the run."""
     dense_every: Annotated[int, Meta(ge=1, le=MAX_CADENCE_STEPS)] = 1
-    """Cadence, in steps, asked for while the risk is not calm."""
+    """Steps between snapshots that the policy requests while the run is not calm."""
     dense_steps: Steps = 60
-    """Steps for which that cadence is asked."""
+    """Steps for which one request for dense snapshots is valid."""
     max_actions_per_hour: Annotated[int, Meta(ge=0, le=100_000)] = 120
-    """Commands that change one run's training, per hour."""
+    """Largest number of commands per hour that change the training of one run."""
     expires_in_steps: Steps = 50
-    """Steps after which an unapplied command is void."""
+    """Steps after which a command expires if no rank has applied it."""
 
 
 class KssConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Koopman Spectral Shaping as the policy turns it on (docs/method.md, "Koopman Spectral Shaping")."""
+    """Settings of Koopman Spectral Shaping (KSS) when the policy turns it on (docs/method.md, "Koopman Spectral
+    Shaping")."""
 
     alpha: KssAlpha = 0.15
+    """Weight of the KSS loss."""
     radius_margin: Annotated[float, Meta(ge=1.0, le=1000.0)] = 1.5
-    """The unstable penalty starts at this times the run's own calm spectral radius, at most at modulus 1000."""
+    """Threshold tau_u of the unstable penalty, as a multiple of the run's spectral radius while calm. tau_u is at most
+    1000."""
     min_tau_u: KssModulus = 1.05
-    """...and never below this modulus (the paper's tau_u)."""
+    """Lower bound on the threshold tau_u of the unstable penalty: the value of the paper."""
     temperature: KssTemperature = 20.0
+    """Steepness T of the sigmoids at the thresholds."""
     beta: KssBeta = 0.0
-    """Weight of the near-unit target; 0 leaves the unstable penalty alone (docs/method.md)."""
+    """Weight of the near-unit target. With 0 the loss is the unstable penalty alone."""
     gamma: Ratio = 0.4
+    """Target of the near-unit mass."""
     svd_rank: KssSvdRank = 32
-    """Rank of its DMD."""
+    """Rank of the DMD of KSS."""
     num_samples: KssSamples = 128
+    """Number of tokens in the DMD of KSS."""
     every: KssEvery = 1
+    """Steps from one step with the KSS loss to the next."""
     layer_fraction: LayerFraction = 1.0
+    """Share of the layers in the KSS loss. Each step draws its layers."""
     through_shielded: bool = False
-    """Let KSS act where its gradient reaches modules that the model's family shields, such as routers. The agent's."""
+    """Allow KSS where its gradient reaches modules that the model's adapter shields, such as routers. The agent reads
+    this key."""
 
 
 class Config(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything."""
+    """All tables."""
 
     model: ModelConfig = ModelConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -364,15 +384,15 @@ class Config(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if self.security.loopback == "curve" and self.security.insecure_plaintext_tcp:
             raise ConfigError(
                 "security.loopback = 'curve', security.insecure_plaintext_tcp = True: expected one of the two:"
-                " plaintext takes the keys from loopback as well"
+                " insecure_plaintext_tcp disables keys on loopback as well"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`factor` times the value at `low` is at most the value at `high`, and less where `strict`; both are TABLE.KEY.
+    """Relation between two keys: factor x low <= high, or < if `strict`. `low` and `high` are TABLE.KEY.
 
-    `otherwise` is what a configuration that breaks the rule would do.
+    `otherwise` describes the effect of a configuration that breaks the rule.
     """
 
     low: str
@@ -383,12 +403,12 @@ class Rule:
 
     @property
     def condition(self) -> str:
-        """The rule as a comparison of two keys."""
+        """Rule as a comparison of two keys."""
         times = "" if self.factor == 1.0 else f"{self.factor:g} x "
         return f"{times}{self.low} {'<' if self.strict else '<='} {self.high}"
 
     def check(self, config: Config) -> None:
-        """Raise ConfigError, with both keys, their values and what is allowed, unless `config` keeps to the rule."""
+        """Raise ConfigError if `config` breaks the rule. The message has both keys, their values and the rule."""
         low, high = _number_at(config, self.low), _number_at(config, self.high)
         if self.factor * low > high or (self.strict and self.factor * low == high):
             raise ConfigError(
@@ -401,25 +421,25 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule(
         "monitor.heartbeat_seconds",
         "monitor.vanished_after_seconds",
-        "a run would vanish between two heartbeats",
+        "a run would count as vanished between two heartbeats",
         factor=3.0,
     ),
-    Rule("monitor.max_header_bytes", "monitor.max_message_bytes", "a header of that size would fit into no message"),
+    Rule("monitor.max_header_bytes", "monitor.max_message_bytes", "a header could exceed the largest message"),
     Rule(
         "monitor.max_message_bytes",
         "monitor.max_pending_bytes",
-        "one message could take more memory than all may",
+        "one message could exceed the memory for all messages",
     ),
-    Rule("risk.min_gap_steps", "risk.max_gap_steps", "the least gap would be longer than the longest"),
+    Rule("risk.min_gap_steps", "risk.max_gap_steps", "the lower bound of the gap would exceed the upper one"),
     Rule("policy.release_risk", "policy.act_risk", "one snapshot would be high and calm at once", strict=True),
     Rule("policy.act_risk", "policy.severe_risk", "a risk would be severe before it is high"),
     Rule("policy.severe_factor", "policy.backoff_factor", "a severe risk would lower the rate by less"),
     Rule("policy.gentle_severe_factor", "policy.gentle_factor", "a severe risk would lower the rate by less"),
     Rule("policy.min_lr_scale", "policy.backoff_factor", "no back-off could lower the rate by that factor"),
     Rule("policy.min_lr_scale", "policy.gentle_factor", "no back-off could lower the rate by that factor"),
-    Rule("policy.dense_every", "policy.dense_steps", "the dense cadence would be over before its first snapshot"),
+    Rule("policy.dense_every", "policy.dense_steps", "the dense cadence would end before its first snapshot"),
     Rule("policy.kss_ramp_steps", "policy.kss_hold_steps", "KSS would be turned off before it is fully on"),
-    Rule("kss.svd_rank", "kss.num_samples", "a DMD has no more modes than tokens"),
+    Rule("kss.svd_rank", "kss.num_samples", "a DMD has at most as many modes as tokens"),
 )
 
 
@@ -438,7 +458,7 @@ def _value_at(data: Any, path: str) -> Any:
 
 
 def from_mapping(data: Mapping[str, Any], *, source: str = "configuration") -> Config:
-    """Validate nested tables. Raises ConfigError naming the field, the value and what is allowed."""
+    """Validate nested tables. Raises ConfigError with the field, the value and the allowed values."""
     try:
         return msgspec.convert(dict(data), Config, strict=True)
     except msgspec.ValidationError as error:
@@ -456,7 +476,7 @@ def from_mapping(data: Mapping[str, Any], *, source: str = "configuration") -> C
 
 
 def checked(config: Config) -> Config:
-    """`config` again, made in Python and so not validated yet. Raises ConfigError."""
+    """Validate a configuration that was built in Python, which checks no bounds. Raises ConfigError."""
     return from_mapping(msgspec.to_builtins(config))
 
 
@@ -468,7 +488,7 @@ def _shown(value: Any) -> str:
 
 
 def _expected(field: str, message: str) -> str:
-    """msgspec's message, with both bounds of a number added: msgspec names only the one that the value violates."""
+    """Add both bounds of a number to the message of msgspec, which has only the violated one."""
     kind, bounds = _bounds(field)
     if not bounds:
         return message[0].lower() + message[1:]
@@ -477,7 +497,7 @@ def _expected(field: str, message: str) -> str:
 
 
 def _bounds(field: str) -> tuple[str, list[str]]:
-    """Type and bounds of the number at TABLE.KEY; empty for what is none."""
+    """Return the type and the bounds of the number at TABLE.KEY; empty if the key is not a number."""
     found = _types().get(field)
     if not isinstance(found, (msgspec.inspect.IntType, msgspec.inspect.FloatType)):
         return "", []
@@ -488,7 +508,7 @@ def _bounds(field: str) -> tuple[str, list[str]]:
 
 @functools.cache
 def _types() -> dict[str, msgspec.inspect.Type]:
-    """The type of each TABLE.KEY."""
+    """Return the type of each TABLE.KEY."""
     tables: Any = msgspec.inspect.type_info(Config)
     return {f"{table.name}.{field.name}": field.type for table in tables.fields for field in table.type.fields}
 
@@ -503,10 +523,9 @@ def _unknown(table: str, name: str) -> str:
 
 
 def load(path: str | os.PathLike[str] | None = None, *, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read the TOML file at `path`, else the one that KOOPMON_CONFIG names, else the defaults; `overrides` win, table
-    by table.
+    """Read the TOML file at `path`, else at KOOPMON_CONFIG, else the defaults.
 
-    Raises ConfigError when the file is missing or malformed.
+    `overrides` holds tables whose keys replace those of the file. Raises ConfigError if the file is missing or invalid.
     """
     path = path or os.environ.get("KOOPMON_CONFIG") or None
     data: dict[str, Any] = {}
@@ -530,13 +549,13 @@ def load(path: str | os.PathLike[str] | None = None, *, overrides: Mapping[str, 
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a small file. Raises OSError, and ConfigError for a pipe, a device or a file that is too large."""
+    """Read a regular file of at most MAX_FILE_BYTES. Raises OSError, or ConfigError for any other kind of file."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ConfigError(f"{path}: not a regular file: nothing is read from a directory, a pipe or a device")
+        raise ConfigError(f"{path}: not a regular file: directories, pipes and devices are refused")
     with path.open("rb") as file:
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: {path.stat().st_size} bytes: at most {MAX_FILE_BYTES} are read")
+        raise ConfigError(f"{path}: {path.stat().st_size} bytes: the limit is {MAX_FILE_BYTES} bytes")
     return content
 
 
@@ -544,20 +563,20 @@ S = TypeVar("S", bound=Section)
 
 
 def merged(section: S, hints: Mapping[str, Any], source: str) -> S:
-    """`section` with an adapter's `hints` in the fields that the user left at their defaults.
+    """Return `section` with an adapter's `hints` in the fields that have their default.
 
-    Hints that name no field or are out of bounds are left out, with a log line.
+    A hint without a field or with a value out of bounds is skipped and logged.
     """
     defaults = type(section)()
     for name, value in hints.items():
         if name not in section.__struct_fields__:
-            logger.warning("hello: %s names %r, which this version does not know", source, name)
+            logger.warning("hello: %s: ignored %r: this version has no such key", source, name)
         elif getattr(section, name) == getattr(defaults, name):
             try:
                 values = {**msgspec.structs.asdict(section), name: value}
                 section = msgspec.convert(values, type(section))
             except msgspec.ValidationError as error:
-                logger.warning("hello: %s has %s = %r: %s", source, name, value, error)
+                logger.warning("hello: %s: ignored %s = %r: %s", source, name, value, error)
     return section
 
 

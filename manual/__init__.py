@@ -1,1 +1,1 @@
-"""The site: what `mkdocs.yml` adds to the pages in docs/. Its reference is made from the code at every build."""
+"""Extensions of the site beside the pages in docs/. Each build generates the reference from the code."""

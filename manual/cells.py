@@ -1,4 +1,4 @@
-"""Cells of Markdown tables, as Python-Markdown reads them."""
+"""Cells of Markdown tables for Python-Markdown."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ CODE = re.compile(r"(`+.+?`+)")
 
 
 def cell(text: str) -> str:
-    """On one line, its bars escaped; within code they end no cell, and a backslash would be shown."""
+    """Format `text` on one line with escaped bars. Bars in code stay, because no escape works there."""
     parts = CODE.split(" ".join(text.split()))
     return "".join(part if CODE.fullmatch(part) else part.replace("|", "\\|") for part in parts)

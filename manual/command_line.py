@@ -1,4 +1,4 @@
-"""The reference of the command line, from its options as typer knows them."""
+"""Command line reference, generated from the options of typer."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from manual.cells import cell
 EXAMPLE = "Example: "
 LEFT_OUT = ("--help", "--install-completion", "--show-completion")
 VARIABLES = {
-    "KOOPMON_ENDPOINT": "Where the monitor is, for an agent; `koopmon run` sets it for the job",
-    "KOOPMON_RUN": "The run's name; absent: the script's and 8 hex digits",
-    "KOOPMON_CONFIG": "The configuration file, where no `--config` names one",
-    "KOOPMON_KEYS": "The directory of the key files, where neither `--keys` nor `[security] keys` names one",
-    "KOOPMON_HTTP_TOKEN": "The bearer token that opens the monitor's pages, in place of `[http] token_file`",
-    "KOOPMON_HTTP_PASSWORD": "The password that opens them, in place of `[http] password_file`",
-    "KOOPMON_GRAFANA_URL": "Grafana's address for `koopmon grafana push`, in place of `--url` and `[grafana] url`",
-    "KOOPMON_GRAFANA_TOKEN": "The token of a service account there, in place of `[grafana] token_file`",
-    "KOOPMON_SLACK_WEBHOOK": "Where `koopmon grafana push` sends alerts, in place of `--slack`",
-    "XDG_STATE_HOME": "Histories are in `koopmon` below it; absent: `~/.local/state`",
-    "XDG_CONFIG_HOME": "Key files are in `koopmon/keys` below it; absent: `~/.config`",
+    "KOOPMON_ENDPOINT": "Endpoint of the monitor for an agent; `koopmon run` sets it for the job",
+    "KOOPMON_RUN": "Name of the run. Absent: the script's name and 8 hex digits",
+    "KOOPMON_CONFIG": "Configuration file if `--config` is absent",
+    "KOOPMON_KEYS": "Directory of the key files if `--keys` and `[security] keys` are absent",
+    "KOOPMON_HTTP_TOKEN": "Bearer token for the monitor's pages, instead of `[http] token_file`",
+    "KOOPMON_HTTP_PASSWORD": "Password for the monitor's pages, instead of `[http] password_file`",
+    "KOOPMON_GRAFANA_URL": "Address of Grafana for `koopmon grafana push`, instead of `--url` and `[grafana] url`",
+    "KOOPMON_GRAFANA_TOKEN": "Token of a service account of Grafana, instead of `[grafana] token_file`",
+    "KOOPMON_SLACK_WEBHOOK": "Slack webhook for the contact point of `koopmon grafana push`, instead of `--slack`",
+    "XDG_STATE_HOME": "Parent directory of `koopmon`, which has the histories. Absent: `~/.local/state`",
+    "XDG_CONFIG_HOME": "Parent directory of `koopmon/keys`, which has the key files. Absent: `~/.config`",
 }
 STATUSES = {
-    0: "Success. Of `koopmon monitor` also the end by SIGTERM or SIGINT, with everything recorded.",
-    2: "An option or argument that the verb does not know or allow.",
-    130: "Ctrl-C, in every verb but `run` and `monitor`.",
-    141: "The reader of the output left, as `head` does.",
+    0: "Success. For `koopmon monitor` also the end by SIGTERM or SIGINT, after it has recorded everything.",
+    2: "Unknown option or argument, or one that the verb does not allow.",
+    130: "Ctrl-C, in every verb except `run` and `monitor`.",
+    141: "The reader of the output closed the pipe, as `head` does.",
 }
-"""Beside those of the errors."""
+"""Exit statuses beside those of the exceptions."""
 
 
 def verbs(command: Any = None, name: str = "koopmon") -> Iterator[tuple[str, Any]]:
-    """Every verb and group as (its words, its command), depth first in the order of `koopmon --help`."""
+    """Return every verb and group as (words, command), depth first in the order of `koopmon --help`."""
     command = typer.main.get_command(app) if command is None else command
     yield name, command
     for child, below in getattr(command, "commands", {}).items():
@@ -46,18 +46,18 @@ def verbs(command: Any = None, name: str = "koopmon") -> Iterator[tuple[str, Any
 
 
 def example(command: Any) -> str:
-    """The example that the verb's help ends with; empty when it has none."""
+    """Return the example at the end of the verb's help; empty if it has none."""
     epilog = command.epilog or ""
     return epilog.removeprefix(EXAMPLE) if epilog.startswith(EXAMPLE) else ""
 
 
 def page() -> str:
-    """The whole page, Markdown."""
+    """Return the page as Markdown."""
     parts = [
         "# Command line",
         "",
-        "Every verb says the same with `--help`. Results are on standard output, koopmon's own words on standard error;"
-        " a mistake is one line, without a traceback, before anything is done.",
+        "`--help` prints the text of each verb. Results go to standard output, messages to standard error. A mistake on"
+        " the command line ends the verb with one line and without a traceback, before any action.",
         "",
     ]
     for name, command in verbs():
@@ -73,7 +73,7 @@ def _verb(name: str, command: Any) -> list[str]:
     lines = [f"{'#' * len(name.split())} {name}", "", "```text", " ".join(words), "```", ""]
     lines += [_prose(command.help or ""), ""]
     if shown:
-        lines += ["| option | what | default |", "|---|---|---|", *map(_row, shown), ""]
+        lines += ["| option | description | default |", "|---|---|---|", *map(_row, shown), ""]
     if example(command):
         lines += ["```sh", example(command), "```", ""]
     return lines
@@ -115,7 +115,7 @@ def _default(parameter: Any) -> str:
 
 
 def _prose(text: str) -> str:
-    """Help as Markdown: each paragraph one line, and a star no emphasis."""
+    """Convert help to Markdown with one line per paragraph and escaped stars."""
     paragraphs = inspect.cleandoc(text).split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()).replace("*", "\\*") for paragraph in paragraphs)
 
@@ -128,11 +128,12 @@ def _statuses() -> list[str]:
     return [
         "## Exit statuses",
         "",
-        "`koopmon run` returns the job's own, or 128 + n when signal n ended it; 126 and 127 as a shell does, when the"
-        " job cannot be started; 2 when it refuses its command line. `koopmon adapters check` and `koopmon demo` return"
-        " 1 when a check failed or the training was not saved, `koopmon doctor` 3 when it found something. Else:",
+        "`koopmon run` returns the status of the job, or 128 + n after signal n. It returns 126 or 127, as a shell"
+        " does, if the job cannot start, and 2 if it refuses its command line. `koopmon adapters check` returns 1 if a"
+        " check failed, `koopmon demo` 1 if the training was not saved, and `koopmon doctor` 3 if a check failed. The other"
+        " statuses are:",
         "",
-        "| status | when |",
+        "| status | condition |",
         "|---|---|",
         *(f"| {status} | {cell('<br>'.join(texts))} |" for status, texts in sorted(said.items())),
         "",
@@ -145,4 +146,4 @@ def _is_error(value: object) -> TypeGuard[type[KoopmonError]]:
 
 def _variables() -> list[str]:
     rows = [f"| `{name}` | {text} |" for name, text in VARIABLES.items()]
-    return ["## Environment", "", "| variable | what |", "|---|---|", *rows, ""]
+    return ["## Environment", "", "| variable | meaning |", "|---|---|", *rows, ""]

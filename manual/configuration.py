@@ -1,4 +1,4 @@
-"""The reference of the configuration: every table and key of koopmon/config.py, with what its source says of each."""
+"""Configuration reference: every table and key of koopmon/config.py with its description, default and bounds."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ READERS = {
     "agent": ("model", "sampling", "cadence", "limits", "control"),
     "monitor": ("monitor", "http", "grafana", "store", "risk", "policy"),
 }
-"""Who reads a table, as the module's own text says; both read the others."""
+"""Process that reads a table, as in the docstring of koopmon/config.py. Both read the tables that are not listed."""
 UNITS = {
-    "seconds": "s",
+    "seconds": "seconds",
     "per_second": "per second",
     "bytes": "bytes",
     "bytes_per_second": "bytes per second",
@@ -29,36 +29,35 @@ UNITS = {
     "steps": "optimizer steps",
     "every": "optimizer steps",
 }
-"""By how a key's name ends."""
+"""Unit of a key, by the end of its name."""
 
 
 def page() -> str:
-    """The whole page, Markdown."""
+    """Return the page as Markdown."""
     parts = [
         "# Configuration",
         "",
-        "One TOML file, named by `--config` or `KOOPMON_CONFIG`; every key may be left out. A file that names an"
-        " unknown table or key, or a value outside its bounds, is refused whole, in one line that says what"
-        " is allowed.",
+        "`--config` or `KOOPMON_CONFIG` selects one TOML file. Every key is optional. koopmon refuses a file with an"
+        " unknown table or key, or with a value outside its bounds, and prints one line with the allowed values.",
         "",
         "```toml",
         "[policy]",
         "dry_run = true        # decide and record, but send nothing",
         "",
         "[limits]",
-        "min_lr_scale = 0.25   # the agent goes no lower, whatever the monitor says",
+        "min_lr_scale = 0.25   # lower bound that the agent enforces on every command",
         "```",
         "",
     ]
     for name, table in tables():
         parts += [f"## [{name}]", "", f"{_paragraph(table.__doc__)} {_reader(name)}", ""]
-        parts += ["| key | default | allowed | what |", "|---|---|---|---|", *_rows(table), ""]
+        parts += ["| key | default | allowed | description |", "|---|---|---|---|", *_rows(table), ""]
     parts += [
-        "## Values that belong together",
+        "## Relations between keys",
         "",
-        "A file that breaks one of these rules is refused too; a key that it leaves out counts with its default.",
+        "koopmon also refuses a file that breaks one of these rules. A missing key has its default.",
         "",
-        "| rule | else |",
+        "| rule | otherwise |",
         "|---|---|",
         *(f"| {cell(f'`{rule.condition}`')} | {cell(rule.otherwise)} |" for rule in config.RULES),
         "",
@@ -67,12 +66,12 @@ def page() -> str:
 
 
 def tables() -> Iterator[tuple[str, type[config.Section]]]:
-    """Every table by its name."""
+    """Return every table by its name."""
     yield from get_type_hints(Config).items()
 
 
 def _documents(table: type[config.Section]) -> dict[str, str]:
-    """What the source says of each field: the text below it."""
+    """Return the text below each field in the source."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(table))).body
     assert isinstance(body, ast.ClassDef)
     found: dict[str, str] = {}
@@ -93,7 +92,7 @@ def _rows(table: type[config.Section]) -> Iterator[str]:
 
 
 def _unit(name: str, told: str) -> str:
-    """The unit of a key, where its own text does not say it."""
+    """Return the unit of a key if its text does not contain it."""
     units = [unit for ending, unit in UNITS.items() if f"_{name}".endswith(f"_{ending}")]
     return f"In {units[-1]}." if units and units[-1].split()[-1] not in told.lower() else ""
 
@@ -107,12 +106,12 @@ def _value(value: Any) -> str:
 
 
 def _number(value: float) -> str:
-    """As TOML writes it."""
+    """Format a number as TOML does."""
     return f"{value:g}" if isinstance(value, float) and value < 1e6 else f"{int(value):_}"
 
 
 def _kind(hint: Any) -> str:
-    """Type and bounds in words, from what msgspec checks."""
+    """Describe type and bounds in words, from the constraints that msgspec checks."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return " ".join([_kind(arguments[0]), *_bounds(arguments[1:])])

@@ -1,9 +1,8 @@
-"""What mkdocs does beside reading docs/: pages made from the code, files of the tree that pages link to, and stars in
-the navigation.
+"""Hooks of mkdocs: generated reference pages, files of the repository as pages, and stars in the navigation.
 
-A page links to a file of the repository as it does on a code host, by a relative path out of docs/. Here such a file
-comes along below tree/: a page or a picture as it is, any other file on a page that shows it, a directory on one that
-shows its files. PROTOCOL.md has a page of its own.
+A page links to a file of the repository by a relative path out of docs/, as on a code host. The site has such files
+below tree/. A page or a picture is copied; any other file is shown on a page of its own, and a directory on a page with
+its files. PROTOCOL.md has its own page.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ AS_IT_IS = (".md", ".png", ".svg", ".json", ".html")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """A star in the navigation stands for the pages that are there and fit no other entry better."""
+    """Replace each star in the navigation by its matching pages, unless another entry matches a page better."""
     named = list(_named(config.nav))
     filled: dict[str, list[str]] = {entry: [] for entry in named if "*" in entry}
     for path in sorted(Path(config.docs_dir).rglob("*.md")):
@@ -57,7 +56,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links between files of the repository become links between pages; those to files that have none become text."""
+    """Convert links between files to links between pages; a link to a file without a page becomes text."""
     here = page.file.src_uri
     if here in GENERATED:
         return markdown
@@ -77,7 +76,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _named(entry: Any) -> Iterator[str]:
-    """Every page and star of a navigation."""
+    """Return every page and star of a navigation."""
     if isinstance(entry, str):
         yield entry
     for below in entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else ():
@@ -85,7 +84,7 @@ def _named(entry: Any) -> Iterator[str]:
 
 
 def _expanded(entry: Any, filled: Mapping[str, Sequence[str]]) -> Any:
-    """`entry` with the pages that its stars stand for in their places."""
+    """Return `entry` with its stars replaced by their pages."""
     if isinstance(entry, dict):
         return {title: _expanded(below, filled) for title, below in entry.items()}
     if not isinstance(entry, list):
@@ -97,7 +96,7 @@ def _expanded(entry: Any, filled: Mapping[str, Sequence[str]]) -> Any:
 
 
 def _linked() -> list[str]:
-    """Files and directories of the repository, outside docs/, that its pages link to."""
+    """Return the files and directories outside docs/ that pages link to."""
     found = set()
     for page in (ROOT / DOCS).rglob("*.md"):
         origin = page.relative_to(ROOT).as_posix()
@@ -107,13 +106,13 @@ def _linked() -> list[str]:
 
 
 def _in_repository(origin: str, target: str) -> str | None:
-    """The path of a link in the file `origin`, both from the root; None when it leads elsewhere, or nowhere."""
+    """Return the target of a link in the file `origin`, relative to the root; None if it is not in the repository."""
     path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), target))
     return None if "://" in target or path.startswith("..") or not (ROOT / path).exists() else path
 
 
 def _place(path: str) -> str:
-    """Where a file of the repository is in the site."""
+    """Return the path of a file of the repository in the site."""
     if path.startswith(DOCS):
         return path.removeprefix(DOCS)
     if path == PROTOCOL:

@@ -1,4 +1,4 @@
-"""The reference of Python: the public names of koopmon with their signatures and docstrings."""
+"""Python reference: the public names of koopmon with their signatures and docstrings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import koopmon
 
 GROUPS: dict[str, Sequence[str]] = {
-    "Guarding a training": ("attach", "Agent"),
-    "Looking at a model": ("profile", "discover", "SpectralProfile", "LayerProfile", "Discovery"),
+    "Guard a training": ("attach", "Agent"),
+    "Inspect a model": ("profile", "discover", "SpectralProfile", "LayerProfile", "Discovery"),
     "Configuration and errors": ("Config", "KoopmonError", "ConfigError", "AdapterError", "DiscoveryError"),
-    "For adapters": (
+    "Write an adapter": (
         "ArchitectureAdapter",
         "hookimpl",
         "Point",
@@ -29,25 +29,25 @@ GROUPS: dict[str, Sequence[str]] = {
         "call_arguments",
     ),
 }
-"""Public names by what they are for; those that no group has come last, and a test asks for each."""
+"""Public names by purpose. Names without a group come last. A test requires every public name."""
 OTHERS = "Others"
 ELSEWHERE = {
     "Config": "Every table and key, frozen and validated: see [Configuration](configuration.md).",
     "hookimpl": "Marks a function as an implementation of one of koopmon's hooks, `koopmon_architecture_adapters` and"
     " `koopmon_example_models`; it is a `pluggy.HookimplMarker`.",
 }
-"""Names whose own text would say less."""
+"""Texts that replace the docstring of a name."""
 MODULES = re.compile(r"\b(?:torch(?:\.\w+)*|koopmon(?:\.\w+)+|collections\.abc|typing|pathlib)\.(?=[A-Z])")
 WIDTH = 100
 
 
 def page() -> str:
-    """The whole page, Markdown."""
+    """Return the page as Markdown."""
     parts = [
         "# Python",
         "",
-        "Everything public is a name of `koopmon` itself; `import koopmon` alone loads neither torch nor zmq. Shapes: N"
-        " samples, D width, R svd_rank, L layers.",
+        "All public names are in `koopmon`. `import koopmon` alone imports neither torch nor zmq. Shapes: N samples, D"
+        " width, R svd_rank, L layers.",
         "",
     ]
     placed = {name for names in GROUPS.values() for name in names} | {"__version__"}
@@ -62,7 +62,7 @@ def _entry(name: str, value: Any) -> list[str]:
     lines = [f"### koopmon.{name}", ""]
     if name in ELSEWHERE:
         return [*lines, ELSEWHERE[name], ""]
-    if not inspect.isclass(value) or dataclasses.is_dataclass(value):  # others come from a function, or are parents
+    if not inspect.isclass(value) or dataclasses.is_dataclass(value):  # a function builds the others
         lines += ["```python", _signature(f"koopmon.{name}", value), "```", ""]
     if own := _document(value):
         lines += [own, ""]
@@ -73,7 +73,7 @@ def _entry(name: str, value: Any) -> list[str]:
 
 
 def _members(kind: type) -> Iterator[tuple[str, Any]]:
-    """The documented methods and properties of a class of ours, in the order of its source."""
+    """Return the documented methods and properties of a class, in the order of its source."""
     for name, value in vars(kind).items():
         below = value.__func__ if isinstance(value, classmethod | staticmethod) else value
         if not name.startswith("_") and (isinstance(below, property) or inspect.isfunction(below)) and below.__doc__:
@@ -81,13 +81,13 @@ def _members(kind: type) -> Iterator[tuple[str, Any]]:
 
 
 def _method(name: str, function: Any) -> str:
-    """On one line, without self."""
+    """Format the signature of a method on one line, without self."""
     signature = inspect.signature(function)
     return _plain(f"{name}{signature.replace(parameters=list(signature.parameters.values())[1:])}")
 
 
 def _signature(name: str, value: Any) -> str:
-    """On one line where it fits, else a parameter a line."""
+    """Format a signature on one line if it fits, else with one parameter per line."""
     signature = inspect.signature(value)
     text = _plain(f"{name}{signature}")
     if len(text) <= WIDTH:
@@ -103,12 +103,12 @@ def _signature(name: str, value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """Annotations without quotes and the names of modules."""
+    """Remove quotes and module names from annotations."""
     return MODULES.sub("", " ".join(text.replace("'", "").split())).replace("<factory>", "...")
 
 
 def _document(value: Any) -> str:
-    """The docstring as Markdown: its paragraphs, indented blocks as code. Empty for what dataclasses make up."""
+    """Convert a docstring to Markdown, with indented blocks as code; empty for the generated one of a dataclass."""
     text = inspect.cleandoc(value.__doc__ or "")
     if text.startswith(f"{getattr(value, '__name__', '')}("):
         return ""

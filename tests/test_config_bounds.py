@@ -280,9 +280,9 @@ def kinds_of_file(tmp_path: Path) -> Iterator[tuple[str, str]]:
     huge = tmp_path / "huge.toml"
     with huge.open("wb") as file:
         file.truncate(1 << 40)
-    yield str(huge), f"{1 << 40} bytes: at most {MAX_FILE_BYTES} are read"
+    yield str(huge), f"{1 << 40} bytes: the limit is {MAX_FILE_BYTES} bytes"
     (tmp_path / "link").symlink_to(huge)
-    yield str(tmp_path / "link"), f"{1 << 40} bytes: at most {MAX_FILE_BYTES} are read"
+    yield str(tmp_path / "link"), f"{1 << 40} bytes: the limit is {MAX_FILE_BYTES} bytes"
     text = tmp_path / "text.toml"
     text.write_bytes(b"\xff")
     yield str(text), "not valid TOML"

@@ -1,4 +1,4 @@
-"""The fuzzing's figures as lines of Markdown, for docs/security.md: what `benchmarks.readme` writes there."""
+"""Writer of the fuzzing results for docs/security.md, as lines of Markdown."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 from benchmarks.markdown import table
 
 WORDS = {
-    "codec": "messages, decoded",
-    "composition": "legal messages with extreme numbers, and what the monitor makes of them",
-    "sockets": "a monitor's own sockets and pages, over TCP, by strangers and liars",
-    "http": "the pages' server",
-    "config": "a configuration",
-    "calibrator": "a calibrator",
-    "recording": "a history file, damaged, then read and written",
+    "codec": "the decoder of messages",
+    "composition": "the monitor's handling of legal messages with extreme numbers",
+    "sockets": "sockets and pages of a monitor, over TCP, with unknown peers and with false data",
+    "http": "the HTTP server",
+    "config": "the configuration parser",
+    "calibrator": "the calibrator parser",
+    "recording": "the reader and writer of damaged history files",
 }
 MEGABYTE = 1 << 20
 
 
 def fuzz(told: Mapping[str, Any]) -> list[str]:
-    """One row per target, in the order of WORDS."""
-    heading = ("what is fed", "executions", "minutes", "memory grew by, MB", "crashes")
+    """Write one row for each target, in the order of WORDS."""
+    heading = ("target", "executions", "minutes", "memory growth, MB", "crashes")
     rows = []
     for name, words in WORDS.items():
         row = told["targets"][name]
@@ -31,7 +31,11 @@ def fuzz(told: Mapping[str, Any]) -> list[str]:
     rejected = told["targets"]["sockets"]["rejected"]
     reasons = ", ".join(f"`{name}` {count:,}" for name, count in sorted(rejected.items()) if count)
     silent = ", ".join(f"`{name}`" for name, count in sorted(rejected.items()) if not count)
-    return [*table(heading, rows), "", f"What that monitor counted meanwhile: {reasons}. Not met there: {silent}."]
+    return [
+        *table(heading, rows),
+        "",
+        f"The monitor counted these rejections meanwhile: {reasons}. It counted none of {silent}.",
+    ]
 
 
 WRITERS = {"fuzz": fuzz}

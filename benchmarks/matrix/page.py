@@ -1,4 +1,4 @@
-"""The support matrix as lines of Markdown, for docs/support.md: what `benchmarks.readme` writes there."""
+"""Writers of the support matrix for docs/support.md, as lines of Markdown."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NOT_TRIED = "not run"
 
 
 def matrix(told: Document) -> list[str]:
-    """One table of single variations, one of pairs, and every line that koopmon or torch says."""
+    """Write a table of single variations, a table of pairs, and every message of koopmon or torch."""
     rows: Sequence[Mapping[str, Any]] = told["cells"]
     by_name = {row["name"]: row for row in rows}
     heading = ["", *(LAYOUTS[layout] for layout in LAYOUTS)]
@@ -60,7 +60,7 @@ def matrix(told: Document) -> list[str]:
     counts, machine, versions = told["counts"], told["provenance"]["machine"], told["provenance"]["versions"]
     lines = [
         f"{counts['proven']} cells proven, {counts['untested']} untested, {counts['refused']} refused,"
-        f" {counts['wrong']} wrong; {counts['not in torch']} that torch {versions['torch']} itself does not run;"
+        f" {counts['wrong']} wrong; {counts['not in torch']} that torch {versions['torch']} itself cannot run;"
         f" {told['num_cells'] - len(rows)} of {told['num_cells']} not run yet. {told['minutes']:.1f} minutes in all.",
         f"Device {told['device']}, backend {told['backend']}, {machine['cores']} cores, {told['provenance']['date']}.",
         "",
@@ -70,7 +70,7 @@ def matrix(told: Document) -> list[str]:
         "",
         *table(["cell", "state"], [[f"`{row['name']}`", _mark(row, row["name"])] for row in pairs]),
         "",
-        "What is said, in the first place where it is:",
+        "Messages, each with the state of its first cell:",
         "",
     ]
     said = sorted({_said(row) for row in rows if _said(row)[1]})
@@ -90,14 +90,14 @@ def _said(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def endurance(told: Document) -> list[str]:
-    """Memory along one long training, and what it had to do meanwhile."""
+    """Write the memory of one long training, and its load."""
     resident, tensors = told["rss_bytes"], told["tensors"]
     megabytes = (max(resident) - resident[0]) / (1 << 20)
     grown = f"{megabytes:.1f} MB at most, from {tensors[0]} live tensors to {tensors[-1]}"
     parts = [
-        f"Over {told['steps']:,} steps in {told['seconds'] / 60.0:.1f} minutes, a snapshot at each",
-        f"({told['sent']:,} sent, {told['dropped']:,} dropped), KSS and a back-off in force: after the first quarter",
-        f"the process grew by {grown}, with {told['errors']} errors of the agent.",
+        f"The training took {told['steps']:,} steps in {told['seconds'] / 60.0:.1f} minutes with a snapshot at each",
+        f"({told['sent']:,} sent, {told['dropped']:,} dropped), with KSS and a back-off in force. After the",
+        f"first quarter the process grew by {grown}, with {told['errors']} errors of the agent.",
     ]
     return paragraph(parts)
 

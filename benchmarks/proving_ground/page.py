@@ -1,4 +1,4 @@
-"""What results/proving_ground.json says on a page, as lines of Markdown."""
+"""Writer of results/proving_ground.json, as lines of Markdown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ARMS = {
 
 
 def proving_ground(told: Document) -> list[str]:
-    """For each model a table of losses by arm and rate, and what the guard did."""
+    """Write a table of losses by arm and rate for each model, and the effect of the guard."""
     lines: list[str] = []
     for model in told["models"]:
         lines += [*_model(model), ""]
@@ -44,14 +44,14 @@ def _model(model: Document) -> list[str]:
     seeds = len(next(iter(arms["clip"]["losses"].values())))
     prose = [
         f"{NAMES[model['norm']]}, D {model['width']}, L {model['num_layers']}, {seeds} seeds: the best rate is",
-        f"{model['best_rate']:g}. Guarded runs up to it were left alone in {healthy['untouched']:.0%} of",
-        f"{healthy['num_runs']}. Above it {model['ruined_alone']} runs are ruined with clipping alone; koopmon acted",
-        f"before the loss showed it in {model['acted_before_shown']} of them{_lead(model)}. Guarded,",
-        f"{model['within_0.05']} of {model['num_above']} end within 0.05 nats of the best loss.",
+        f"{model['best_rate']:g}. koopmon did not act on {healthy['untouched']:.0%} of {healthy['num_runs']} guarded",
+        f"runs up to that rate. Above it, {model['ruined_alone']} runs are ruined with clipping alone. koopmon acted",
+        f"before the loss rose in {model['acted_before_shown']} of them{_lead(model)}. Of the guarded runs",
+        f"above the best rate, {model['within_0.05']} of {model['num_above']} end within 0.05 nats of the best loss.",
     ]
     if restart["guarded"]:
         prose.append(
-            f"A schedule that restarts at 30 times its rate ends at {_mean(restart['clip'])} alone,"
+            f"A schedule that restarts at 30 times its rate ends at {_mean(restart['clip'])} with clipping alone,"
             f" {_mean(restart['guarded'])} guarded, {_mean(restart['unfaulted'])} without the fault."
         )
     return [*table(["validation loss (nats)", *rates, "sensitivity [95%]"], rows), "", *paragraph(prose)]

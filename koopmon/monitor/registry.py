@@ -293,10 +293,8 @@ class RunRegistry:
             return None
         closed = [run for run in self._runs.values() if run.state is not RunState.RUNNING]
         if not closed:
-            raise ProtocolError(
-                "refused",
-                f"the monitor watches {len(self._runs)} runs, as many as [monitor] max_runs allows: end one or raise it",
-            )
+            limit = "as many as [monitor] max_runs allows: end one or raise it"
+            raise ProtocolError("refused", f"the monitor watches {len(self._runs)} runs, {limit}")
         return min(closed, key=lambda run: run.closed_at)
 
     @staticmethod

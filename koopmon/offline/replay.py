@@ -64,7 +64,7 @@ def replay(history: HistoryReader, run: str, config: Config) -> Iterator[Replaye
     """
     known = history.runs()
     if run not in known:
-        raise StoreError(f"run {run!r}: the store knows {', '.join(known[-10:]) or 'none'}")
+        raise StoreError(f"run {run!r}: the store has {', '.join(known[-10:]) or 'none'}")
     hints = {row.incarnation: row for row in history.incarnations(run)}
     judge, seen = None, ""
     for row in history.observations(run):

@@ -313,7 +313,7 @@ def load(path: Path) -> Calibrator:
         raise CalibrationError(f"calibrator {path}: {one_line(error)}") from None
     if found.version != FORMAT_VERSION:
         raise CalibrationError(
-            f"calibrator {path}: version {found.version}, this koopmon reads version {FORMAT_VERSION}; fit it anew"
+            f"calibrator {path}: version {found.version}, this koopmon reads version {FORMAT_VERSION}; fit it again"
         )
     if found.features != FEATURES or not len(FEATURES) == len(found.weights) == len(found.means) == len(found.scales):
         raise CalibrationError(

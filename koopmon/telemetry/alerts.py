@@ -1,8 +1,8 @@
-"""Table of all alerts, the source of Prometheus' rules, Grafana's rules, the page /alerts and the docs.
+"""Table of all alerts: the source of the rules for Prometheus and Grafana, of the page /alerts and of docs/alerts.md.
 
-The thresholds are the policy's defaults. The counters `risk_alarms` and `effect_checks` use the run's own
-configuration. Counters are queried over windows of at least a minute, so that at scrape intervals of 15 s no event is
-missed. `keep_firing_seconds` prevents flapping where a window does not.
+The thresholds are defaults of the policy. The counters `risk_alarms` and `effect_checks` use the configuration of the
+run. Queries of counters span at least one minute, so a scrape interval of 15 s misses no event. `keep_firing_seconds`
+prevents flapping where the window of the query does not.
 """
 
 from __future__ import annotations
@@ -18,21 +18,26 @@ Group = Literal["risk", "run", "monitor"]
 
 ACT_RISK, SEVERE_RISK = PolicyConfig().act_risk, PolicyConfig().severe_risk
 LIKELY = 0.5
-"""Divergence probability above which an alert fires."""
+"""Divergence probability at or above which an alert fires. Chosen by hand, as are the thresholds below."""
 HIGH_FORECAST = 0.8
+"""Forecast at or above which an alert fires."""
 STALE_SECONDS = 600
+"""Age of the last snapshot above which an alert fires."""
 MAX_OVERHEAD_RATIO = 4 * CadenceConfig().budget_ratio
+"""Share of the step time above which an alert fires. The agent may exceed its budget for a short time."""
 MAX_DROPPED_RATIO = 0.5
+"""Share of lost snapshots above which an alert fires."""
 MAX_REJECTED_PER_SECOND = 0.1
+"""Rate of rejected messages above which an alert fires."""
 
 ON_RUN = "on (job, instance, run)"
 STATE = "last_over_time(koopmon_run_state[2m])"
-"""Every gauge here is queried over a window: one failed scrape must not end an alert or restart its `for` time."""
+"""State of a run. Gauges are queried over a window: a failed scrape must not end an alert or restart its `for`."""
 RUNNING = f"and {ON_RUN} {STATE} == 1"
 BY_RUN = "sum by (job, instance, run)"
 SNAPSHOT_TIME = "last_over_time(koopmon_last_snapshot_timestamp_seconds[2m])"
 LOST = 'koopmon_snapshots_dropped_total{reason!~"budget|not_finite|superseded"}'
-"""Snapshots that were lost, without those skipped on purpose."""
+"""Lost snapshots. Snapshots that were skipped on purpose do not count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,15 +84,15 @@ ALERTS: tuple[Alert, ...] = (
         group="risk",
         severity="warning",
         expr=f"increase(koopmon_risk_alarms_total[1m]) > 0 {RUNNING}",
-        summary="{{ $labels.run }}: some layer lurches",
-        description="In the last minute the risk of divergence was high enough to act on.",
-        means="The map of some layer changed so violently between two snapshots that the risk reached the value at"
-        f" which the policy acts (`[policy] act_risk`, {ACT_RISK:g} unless configured). In runs that died, this mostly"
-        " came before the loss moved. It resolves after a minute without such a snapshot.",
-        look="The risk and the update ratio by layer of the run: one layer, or all of them? Was the learning rate just"
-        " raised, or did the data change?",
-        do="Under a policy that acts: nothing; see whether the alert resolves. Under `observe` or `--dry-run`: lower"
-        " the learning rate, or restart from the last checkpoint at a lower one.",
+        summary="{{ $labels.run }}: the risk of divergence spiked",
+        description="In the last minute the risk reached the threshold for an action.",
+        means="A layer's update ratio jumped between two snapshots, and the risk reached `[policy] act_risk` (default"
+        f" {ACT_RISK:g}). Most runs that diverged had such a jump before their loss rose. The alert resolves one"
+        " minute after the last such snapshot.",
+        look="The panels of the risk and of the update ratio by layer show whether one layer or all layers jumped."
+        " Check whether the learning rate was raised or the data changed.",
+        do="Under a policy that acts: wait until the alert resolves. Under `observe` or `--dry-run`: lower the"
+        " learning rate, or restart from the last checkpoint at a lower rate.",
     ),
     Alert(
         name="KoopmonRiskHigh",
@@ -98,12 +103,12 @@ ALERTS: tuple[Alert, ...] = (
         keep_firing_seconds=120,
         summary="{{ $labels.run }}: the risk of divergence stays high",
         description='The mean risk of the last minute is {{ $value | printf "%.2f" }}.',
-        means=f"Over a minute and more the mean risk was at least {ACT_RISK:g} (`[policy] act_risk`): either nothing"
-        " acts, or what was done is not enough. A run whose states are not finite any more has risk 1.",
-        look="The commands of the run, their outcomes and the learning-rate scale; whether the run is watch-only"
-        " (docs/support.md); whether KoopmonActionWithoutEffect or KoopmonCommandNotApplied fires too.",
-        do="Save a checkpoint if the loss is still good. Lower the learning rate, or let koopmon do it (`--policy lr`)."
-        " When the loss is lost already, go back to the checkpoint before the risk rose.",
+        means=f"The mean risk was at least {ACT_RISK:g} (the default of `[policy] act_risk`) for over a minute. Either"
+        " no policy acts, or its actions are too weak. A run with states that are not finite has risk 1.",
+        look="Check the commands of the run, their outcomes and the learning-rate scale. Check whether the run is"
+        " watch-only (docs/support.md), and whether KoopmonActionWithoutEffect or KoopmonCommandNotApplied fires too.",
+        do="Save a checkpoint if the loss is still good. Lower the learning rate, or let koopmon lower it (`--policy"
+        " lr`). If the loss has already exploded, restart from the checkpoint before the risk rose.",
     ),
     Alert(
         name="KoopmonForecastHigh",
@@ -112,14 +117,14 @@ ALERTS: tuple[Alert, ...] = (
         expr=f"avg_over_time(koopmon_forecast[5m]) >= {HIGH_FORECAST:g} {RUNNING}",
         for_seconds=60,
         keep_firing_seconds=300,
-        summary="{{ $labels.run }}: what is known beforehand speaks for divergence",
+        summary="{{ $labels.run }}: the forecast of divergence is high",
         description='The mean forecast of the last five minutes is {{ $value | printf "%.2f" }}.',
-        means="By learning rate, width, depth and normalisation, and by the loss or the spectrum since, runs like this"
-        " one often diverge. No layer need have lurched yet. The forecast only warns; no policy acts on it.",
-        look="The forecast beside the risk: a forecast that was high from the first step speaks of the configuration,"
-        " one that rises speaks of the run.",
-        do="Nothing at once. Consider a lower learning rate or a longer warm-up for the next launch, and see that"
-        " checkpoints are written often enough.",
+        means="Runs with this learning rate, width, depth, normalisation and loss or spectrum often diverge. The alert"
+        " can fire before any layer jumps. The forecast only warns; no policy acts on it.",
+        look="Compare the forecast with the risk. A forecast that is high from the first step comes from the"
+        " configuration of the run. A rising forecast comes from its loss or its spectrum.",
+        do="No immediate action is needed. Consider a lower learning rate or a longer warm-up for the next launch."
+        " Check that checkpoints are frequent enough.",
     ),
     Alert(
         name="KoopmonDivergenceLikely",
@@ -128,11 +133,12 @@ ALERTS: tuple[Alert, ...] = (
         expr=f"last_over_time(koopmon_divergence_probability[2m]) >= {LIKELY:g} {RUNNING}",
         for_seconds=60,
         keep_firing_seconds=300,
-        summary="{{ $labels.run }}: at this learning rate it probably diverges",
+        summary="{{ $labels.run }}: divergence is likely at this learning rate",
         description="The calibrated probability of divergence is {{ $value | humanizePercentage }}.",
-        means="The calibrator, fitted on recorded runs, says that of runs that start like this one, with this learning"
-        f" rate, width and depth, at least {LIKELY:.0%} diverged. Absent without a calibrator.",
-        look="`koopmon profile FACTORY --calibrator FILE --max-lr` tells the highest rate that it holds to be safe.",
+        means="The calibrator was fitted on recorded runs. Of the runs with a similar start, learning rate, width and"
+        f" depth, at least {LIKELY:.0%} diverged. The alert needs a calibrator (`[monitor] calibrator`).",
+        look="`koopmon profile FACTORY --calibrator FILE --max-lr` prints the highest learning rate that a run"
+        " probably survives.",
         do="Lower the peak learning rate, or guard the run (`--policy lr`).",
     ),
     Alert(
@@ -144,12 +150,12 @@ ALERTS: tuple[Alert, ...] = (
             'koopmon_commands_total{kind=~"set_lr_scale|set_kss|stop",outcome="applied"}[5m])) > 0'
         ),
         summary="{{ $labels.run }}: {{ $labels.kind }} was applied",
-        description="koopmon changed how this run trains; the monitor's log of decisions says why.",
-        means="All ranks applied a command at one optimizer step: the learning-rate scale or the weight of Koopman"
-        " Spectral Shaping is another one now. The way back, in small notches after calm, counts as well.",
-        look="Learning-rate scale and KSS alpha of the run, and its risk since; the monitor's log has every decision"
-        " with its reason.",
-        do="Nothing. It resolves five minutes after the last command.",
+        description="koopmon changed the training of this run. The monitor's log has the decision and its reason.",
+        means="All ranks applied a command at one optimizer step. It changed the learning-rate scale or the weight of"
+        " Koopman Spectral Shaping. Commands that raise the scale again after a calm period count as well.",
+        look="Check the learning-rate scale and the KSS weight of the run, and its risk since the command. The"
+        " monitor's log has every decision with its reason.",
+        do="No action is needed. The alert resolves five minutes after the last command.",
         panel=("koopmon-run", "What is in force"),
     ),
     Alert(
@@ -158,13 +164,13 @@ ALERTS: tuple[Alert, ...] = (
         severity="critical",
         expr=f'{BY_RUN} (increase(koopmon_effect_checks_total{{outcome="no_effect"}}[5m])) > 0 {RUNNING}',
         summary="{{ $labels.run }}: the risk is still high after an action",
-        description='{{ $value | printf "%.0f" }} snapshots of the last five minutes saw no effect of the last action.',
-        means="A command was applied and had its time (`[policy] cooldown_steps`), and the risk is high all the same."
-        " koopmon goes further down, as far as `[policy] min_lr_scale`, and no further.",
-        look="Whether the risk falls with the next cut; whether the scale is at its least already; whether the"
-        " gradient norm or the data, and not the learning rate, is what changed.",
-        do="When the scale is at its least and the risk stays: stop the run and go back to the checkpoint before the"
-        " risk rose. A cause other than the learning rate (data, loss, hardware) is not cured by lowering it.",
+        description='The last action had no effect in {{ $value | printf "%.0f" }} snapshots of the last five minutes.',
+        means="A command was applied, `[policy] cooldown_steps` steps have passed, and the risk is still high. koopmon"
+        " lowers the learning rate further, down to the scale `[policy] min_lr_scale`.",
+        look="Check whether the risk falls after the next back-off, and whether the scale has reached its lower bound."
+        " Check whether the gradient norm or the data changed, and not the learning rate.",
+        do="If the scale is at its lower bound and the risk stays high: stop the run and restart from the checkpoint"
+        " before the risk rose. A lower learning rate does not repair other causes (data, loss, hardware).",
         panel=("koopmon-run", "Alarms and effect"),
     ),
     Alert(
@@ -177,11 +183,11 @@ ALERTS: tuple[Alert, ...] = (
         ),
         summary="{{ $labels.run }}: a command was not applied",
         description='{{ $value | printf "%.0f" }} commands of the last ten minutes changed nothing in the run.',
-        means="The agent refused a command, the ranks could not agree on a step, or no answer came before it expired."
-        " Training goes on as it was; the guard does not act.",
-        look="The agent's log line that names the reason (a cap in `[limits]`, a layout that is watch-only, a hung"
-        " rank), and the outcomes by kind.",
-        do="Mend what the line names. Until then treat the run as unguarded.",
+        means="The agent refused a command, the ranks did not agree on a step, or no acknowledgement arrived before"
+        " the command expired. Training continues unchanged and unguarded.",
+        look="The agent's log has the reason: a limit in `[limits]`, a watch-only layout, or a rank that hangs. The"
+        " panel shows the outcomes by kind of command.",
+        do="Repair the cause in the agent's log. Until then, treat the run as unguarded.",
         panel=("koopmon-run", "Commands"),
     ),
     Alert(
@@ -190,12 +196,12 @@ ALERTS: tuple[Alert, ...] = (
         severity="critical",
         expr=f"{STATE} == 2 unless {ON_RUN} last_over_time(koopmon_run_state[2m] offset 1h) == 2",
         summary="{{ $labels.run }} vanished",
-        description="No rank of the run has been heard of, and none said goodbye.",
-        means="The job was killed, its node died, or the network between job and monitor broke. The alert stays for an"
-        " hour; the run's state stays in the metrics for a day.",
-        look="The job's own state in the scheduler; whether other runs of the same hosts vanished too.",
-        do="When the job is gone, restart it: koopmon hands back what was in force. When it lives, mend the network;"
-        " it connects again by itself.",
+        description="The monitor receives no messages from any rank of the run, and the run did not end normally.",
+        means="The job was killed, its node failed, or the network between job and monitor failed. The alert lasts one"
+        " hour. The state of the run stays in the metrics for a day.",
+        look="Check the state of the job in the scheduler. Check whether other runs on the same hosts vanished too.",
+        do="If the job is gone, restart it: koopmon restores the settings that were in force. If the job is alive,"
+        " repair the network: the agent reconnects by itself.",
         panel=("koopmon-fleet", "Runs"),
     ),
     Alert(
@@ -204,12 +210,12 @@ ALERTS: tuple[Alert, ...] = (
         severity="warning",
         expr=f"changes(koopmon_step[5m]) == 0 {RUNNING}",
         for_seconds=600,
-        summary="{{ $labels.run }}: no optimizer step in a quarter of an hour",
-        description="The agents answer, and the step does not move.",
-        means="The ranks live, and for a quarter of an hour none has taken an optimizer step: a hung collective, a"
-        " stuck data loader, or a long evaluation or checkpoint.",
-        look="The job's own log; the stacks of its ranks (`py-spy dump --pid PID`).",
-        do="When it is an evaluation: nothing, or silence the alert for the time. Else restart the job.",
+        summary="{{ $labels.run }}: no optimizer step for a quarter of an hour",
+        description="The agents send heartbeats, but the optimizer step does not advance.",
+        means="The ranks are alive, but none has taken an optimizer step for a quarter of an hour. Common causes are a"
+        " hung collective, a stuck data loader, or a long evaluation or checkpoint.",
+        look="Check the log of the job and the stacks of its ranks (`py-spy dump --pid PID`).",
+        do="During an evaluation: no action is needed; silence the alert if it repeats. Otherwise restart the job.",
         panel=("koopmon-run", "Steps per second"),
     ),
     Alert(
@@ -221,13 +227,13 @@ ALERTS: tuple[Alert, ...] = (
             f" and {ON_RUN} changes(koopmon_step[10m]) > 0 {RUNNING}"
         ),
         for_seconds=300,
-        summary="{{ $labels.run }} trains unseen",
-        description="The run takes optimizer steps, and its last snapshot is more than ten minutes old, or none came.",
-        means="Heartbeats come and snapshots do not: spectra, risk and decisions are those of the past.",
-        look="Snapshots dropped by reason and taps missing: `budget` means that steps are too short for the time that"
-        " koopmon may take, `monitor_away` that the data endpoint is out of reach.",
-        do="Mend what the reason names: open the data endpoint's port, or raise `[cadence] budget_ratio`. Taps that"
-        " never fire: see KoopmonTapsMissing.",
+        summary="{{ $labels.run }}: training continues without snapshots",
+        description="The run takes optimizer steps, but its last snapshot is more than ten minutes old or missing.",
+        means="Heartbeats arrive and snapshots do not. The spectra, the risk and the decisions are out of date.",
+        look="Check the dropped snapshots by reason, and the missing taps. `budget` means that the steps are too short"
+        " for the time that koopmon may take. `monitor_away` means that the agent cannot reach the data endpoint.",
+        do="Open the port of the data endpoint, or raise `[cadence] budget_ratio`, according to the reason. For"
+        " missing taps see KoopmonTapsMissing.",
         panel=("koopmon-run", "Snapshots"),
     ),
     Alert(
@@ -238,13 +244,14 @@ ALERTS: tuple[Alert, ...] = (
             "(delta(koopmon_taps_missing[10m]) > 0 or last_over_time(koopmon_taps_missing[2m]) > 0"
             f" unless {ON_RUN} last_over_time(koopmon_taps_missing[2m] offset 10m)) {RUNNING}"
         ),
-        summary="{{ $labels.run }}: a layer was not seen",
+        summary="{{ $labels.run }}: layers are missing from the snapshots",
         description='In {{ $value | printf "%.0f" }} snapshots of the last ten minutes a tap did not fire.',
-        means="A forward pass went round a tapped block, or the model was compiled or wrapped after `attach`, so that"
-        " hooks do not fire. Layers are missing from the spectra.",
-        look="The agent's log line at the first missing tap; what changed about the model since the start (compile,"
-        " activation checkpointing, layer drop).",
-        do="Attach before the first forward and after wrapping. Blocks that are skipped on purpose: nothing.",
+        means="A forward pass skipped a tapped block, or the model was compiled or wrapped after `attach`, which"
+        " disables the hooks. The spectra lack these layers.",
+        look="Check the agent's log line at the first missing tap. Check for changes of the model since the start:"
+        " compile, activation checkpointing, layer drop.",
+        do="Call `attach` after wrapping and before the first forward pass. For blocks that the model skips on"
+        " purpose, no action is needed.",
         panel=("koopmon-run", "Taps missing"),
     ),
     Alert(
@@ -258,14 +265,15 @@ ALERTS: tuple[Alert, ...] = (
         for_seconds=300,
         keep_firing_seconds=300,
         summary="{{ $labels.run }}: most snapshots are lost",
-        description="{{ $value | humanizePercentage }} of the last ten minutes' snapshots were lost on the way.",
-        means="Snapshots are taken and do not arrive, or arrive and are not profiled. koopmon sees the run more rarely"
-        " than it wants to. Those that the agent leaves out to keep its budget do not count, nor do those that were"
-        " not finite.",
-        look="The reasons: `monitor_away`, `queue_full` and `no_buffer` are the way to the monitor, `incomplete` a rank"
-        " that does not send, `engine_queue_full`, `engine_failed` and `assembler_full` the monitor.",
-        do="For the way: bring monitor and job closer, or make snapshots smaller (`[sampling] num_samples`). For the"
-        " monitor: see KoopmonDmdBacklog.",
+        description="{{ $value | humanizePercentage }} of the snapshots of the last ten minutes were lost.",
+        means="Snapshots are lost on the way to the monitor, or the monitor does not profile them. koopmon therefore"
+        " has fewer snapshots than it requests. Snapshots that the agent skips within its budget and snapshots that"
+        " are not finite do not count.",
+        look="Check the reasons. `monitor_away`, `queue_full` and `no_buffer` point to the connection to the monitor."
+        " `incomplete` points to a rank that does not send. `engine_queue_full`, `engine_failed` and `assembler_full`"
+        " point to the monitor.",
+        do="For the connection: move the monitor closer to the job, or make snapshots smaller (`[sampling]"
+        " num_samples`). For the monitor: see KoopmonDmdBacklog.",
         panel=("koopmon-run", "Snapshots"),
     ),
     Alert(
@@ -274,13 +282,14 @@ ALERTS: tuple[Alert, ...] = (
         severity="info",
         expr=f"max_over_time(koopmon_informative[2m]) == 0 {RUNNING}",
         for_seconds=1800,
-        summary="{{ $labels.run }}: its spectra say nothing",
-        description="For half an hour no profile was informative: koopmon is blind on this run.",
-        means="The blocks hardly move the residual stream (as at initialisation with zero-initialised branches), there"
-        " are too few tokens, or the states are not finite.",
-        look="The update ratio by layer: near 0 there is nothing to analyse. `koopmon profile FACTORY` tells the"
-        " reason.",
-        do="Blocks that start at zero become visible by themselves. Too few tokens: raise `[sampling] num_samples`.",
+        summary="{{ $labels.run }}: the spectra are not informative",
+        description="No profile was informative for half an hour. koopmon cannot detect a divergence of this run.",
+        means="The blocks hardly change the residual stream (as at an initialisation with zero-initialised branches),"
+        " there are too few tokens, or the states are not finite.",
+        look="Check the update ratio by layer: near 0, the spectrum has no meaning. `koopmon profile FACTORY` prints"
+        " the reason.",
+        do="Zero-initialised blocks become informative as they train. For too few tokens, raise `[sampling]"
+        " num_samples`.",
         panel=("koopmon-run", "Informative"),
     ),
     Alert(
@@ -290,14 +299,14 @@ ALERTS: tuple[Alert, ...] = (
         expr=f"avg_over_time(koopmon_agent_overhead_ratio[5m]) > {MAX_OVERHEAD_RATIO:g} {RUNNING}",
         for_seconds=600,
         keep_firing_seconds=300,
-        summary="{{ $labels.run }}: koopmon takes more than its share",
+        summary="{{ $labels.run }}: koopmon exceeds its time budget",
         description="A rank spends {{ $value | humanizePercentage }} of its step time in koopmon's hooks.",
-        means=f"The budget is {CadenceConfig().budget_ratio:.1%} of the step time in the long run. Above"
-        f" {MAX_OVERHEAD_RATIO:.0%} for ten minutes something is slower than the agent foresees: very short steps, or"
-        " a host without a free core.",
-        look="Steps per second of the run, and the load of its hosts.",
-        do="Raise `[cadence] calm_every`, or lower `[sampling] num_samples`. Training is slower by that share, and"
-        " otherwise the same.",
+        means=f"The budget is {CadenceConfig().budget_ratio:.1%} of the step time in the long run. The share was above"
+        f" {MAX_OVERHEAD_RATIO:.0%} for ten minutes. Common causes are very short steps and a host without a free"
+        " core.",
+        look="Check the steps per second of the run and the load of its hosts.",
+        do="Raise `[cadence] calm_every`, or lower `[sampling] num_samples`. The training is slower by this share and"
+        " otherwise unchanged.",
         panel=("koopmon-run", "Agent overhead"),
     ),
     Alert(
@@ -307,11 +316,13 @@ ALERTS: tuple[Alert, ...] = (
         expr='up{job=~".*koopmon.*"} == 0',
         for_seconds=60,
         summary="The monitor at {{ $labels.instance }} is down",
-        description="Prometheus could not scrape it for a minute. Its runs go on as they are, unguarded.",
-        means="The monitor's process is gone, hangs, or is out of Prometheus' reach. Jobs are not harmed: what was in"
-        " force stays in force (`[control] on_monitor_lost`). The job's name in Prometheus must hold `koopmon`.",
-        look="`systemctl status koopmon-monitor` or the pod's state and log; `/healthz` from the monitor's own host.",
-        do="Start it again with the same store: runs connect by themselves, and it remembers what it did.",
+        description="Prometheus could not scrape the monitor for a minute. Its runs continue unguarded.",
+        means="The process of the monitor ended or hangs, or Prometheus cannot reach it. Jobs continue, and settings"
+        " in force stay in force (`[control] on_monitor_lost`). The name of the Prometheus job must contain `koopmon`.",
+        look="Check `systemctl status koopmon-monitor`, or the state and the log of the pod. Check `/healthz` from the"
+        " host of the monitor.",
+        do="Restart the monitor with the same store. Runs reconnect by themselves, and the monitor restores their"
+        " state from the store.",
         panel=("koopmon-monitor", "Up"),
     ),
     Alert(
@@ -320,12 +331,13 @@ ALERTS: tuple[Alert, ...] = (
         severity="critical",
         expr="max_over_time(koopmon_store_recording[1m]) == 0",
         for_seconds=60,
-        summary="The monitor at {{ $labels.instance }} cannot record",
-        description="Its store is paused, and decisions wait until they can be written down.",
-        means="The disk is full, read-only or failing. koopmon does not act without a record, so its runs are"
-        " unguarded until there is room.",
-        look="Free space and the mount of the store's directory; the monitor's log names the error.",
-        do="Make room or mend the mount: recording goes on by itself. `[store] max_bytes` bounds what it takes.",
+        summary="The monitor at {{ $labels.instance }} cannot write its history",
+        description="The store is paused, and decisions wait until it can write again.",
+        means="The disk is full, read-only or failing. koopmon records a decision before it acts, so the runs of this"
+        " monitor are unguarded.",
+        look="Check the free space and the mount of the store's directory. The monitor's log has the error.",
+        do="Free space, or repair the mount. Recording then resumes by itself. `[store] max_bytes` limits the size of"
+        " the store.",
         panel=("koopmon-monitor", "Store"),
     ),
     Alert(
@@ -335,13 +347,13 @@ ALERTS: tuple[Alert, ...] = (
         expr="min_over_time(koopmon_engine_queue_length[5m]) > 0",
         for_seconds=60,
         keep_firing_seconds=120,
-        summary="The monitor at {{ $labels.instance }} falls behind",
-        description='For five minutes {{ $value | printf "%.0f" }} snapshots or more have waited at any time.',
-        means="Snapshots come faster than the engine profiles them. Warnings come late, and once the queue is full"
-        " (`[monitor] queue_length`) the oldest snapshots give way.",
-        look="The duration of a profile, the number of runs and layers, and what else runs on the host.",
-        do="Give the monitor a core or a GPU of its own (`--device`), lower `[monitor] svd_rank`, or share the runs"
-        " among several monitors.",
+        summary="The monitor at {{ $labels.instance }} is overloaded",
+        description='At least {{ $value | printf "%.0f" }} snapshots waited for the engine for five minutes.',
+        means="Snapshots arrive faster than the engine profiles them. Warnings are late. When the queue is full"
+        " (`[monitor] queue_length`), the monitor drops the oldest snapshots.",
+        look="Check the duration of a profile, the number of runs and layers, and the load of the host.",
+        do="Give the monitor a core or a GPU of its own (`--device`), lower `[monitor] svd_rank`, or distribute the"
+        " runs over several monitors.",
         panel=("koopmon-monitor", "Engine queue"),
     ),
     Alert(
@@ -349,11 +361,12 @@ ALERTS: tuple[Alert, ...] = (
         group="monitor",
         severity="warning",
         expr="increase(koopmon_engine_failures_total[10m]) > 0",
-        summary="The monitor at {{ $labels.instance }} could not judge snapshots",
-        description='{{ $value | printf "%.0f" }} snapshots of the last ten minutes were not profiled or judged.',
-        means="An error inside the monitor kept a snapshot from being profiled or judged. Other runs are not touched.",
+        summary="The monitor at {{ $labels.instance }} failed to assess snapshots",
+        description='{{ $value | printf "%.0f" }} snapshots of the last ten minutes were not profiled or assessed.',
+        means="An error inside the monitor prevented the profile or the assessment of a snapshot. Other runs are"
+        " unaffected.",
         look="The monitor's log has the traceback.",
-        do="Report it with that traceback. A run that is hit by it again and again is unguarded.",
+        do="Report the error with its traceback. A run with repeated errors is unguarded.",
         panel=("koopmon-monitor", "Failures"),
     ),
     Alert(
@@ -361,13 +374,13 @@ ALERTS: tuple[Alert, ...] = (
         group="monitor",
         severity="warning",
         expr=('sum by (job, instance, part) (increase(koopmon_internal_errors_total{part!="judgement"}[10m])) > 0'),
-        summary="The monitor at {{ $labels.instance }} had errors of its own: {{ $labels.part }}",
+        summary="The monitor at {{ $labels.instance }} had internal errors: {{ $labels.part }}",
         description='{{ $value | printf "%.0f" }} errors in the last ten minutes.',
-        means="An error inside the monitor was confined to one run or one message. A run may only be watched from then"
-        " on, or may have been refused; the others are guarded as before.",
-        look="The monitor's log has the traceback, the run, and what follows for it.",
-        do="Report it with that traceback. A run that is only watched is guarded again after the monitor has been"
-        " restarted, or with the run's next launch.",
+        means="An error inside the monitor affected one run or one message. The run may be watch-only from now on, or"
+        " it may have been refused. All other runs stay guarded.",
+        look="The monitor's log has the traceback, the run, and the consequence for the run.",
+        do="Report the error with its traceback. A watch-only run is guarded again after a restart of the monitor or"
+        " at the next launch of the run.",
         panel=("koopmon-monitor", "Failures"),
     ),
     Alert(
@@ -379,14 +392,14 @@ ALERTS: tuple[Alert, ...] = (
         ),
         for_seconds=300,
         keep_firing_seconds=300,
-        summary="The monitor at {{ $labels.instance }} refuses messages: {{ $labels.reason }}",
-        description='{{ $value | printf "%.1f" }} messages a second are refused as {{ $labels.reason }}.',
-        means="Someone speaks to the monitor in a way that it does not accept: another version of koopmon (`version`),"
-        " a key that it does not know (`key`, `handshake`), a job that shares its name with another"
-        " (`stale_incarnation`), a stranger on the port (`garbage`, `http_garbage`), or a peer that sends more than is"
-        " read (`flood`).",
-        look="The monitor's log has one line per reason, with the detail.",
-        do="Bring versions and keys in line (`koopmon keys show`), or close the port to strangers (docs/security.md).",
+        summary="The monitor at {{ $labels.instance }} rejects messages: {{ $labels.reason }}",
+        description='The monitor rejects {{ $value | printf "%.1f" }} messages per second as {{ $labels.reason }}.',
+        means="A peer sends messages that the monitor does not accept. `version`: another version of koopmon. `key`,"
+        " `handshake`: an unknown key. `stale_incarnation`: two jobs with one name. `garbage`, `http_garbage`: another"
+        " program on the port. `flood`: more messages than the monitor reads.",
+        look="The monitor's log has one line per reason with details.",
+        do="Use the same version and keys everywhere (`koopmon keys show`), or close the port to other hosts"
+        " (docs/security.md).",
         panel=("koopmon-monitor", "Messages rejected"),
     ),
 )

@@ -51,7 +51,7 @@ def test_every_key_is_told_with_its_bounds() -> None:
         for field in msgspec.structs.fields(table):
             assert f"\n| `{field.name}` |" in told, f"{name}.{field.name}"
     assert (
-        "| `min_lr_scale` | `0.125` | number ≥ 0.05 ≤ 1 | The scale below which the policy never goes. |"
+        "| `min_lr_scale` | `0.125` | number ≥ 0.05 ≤ 1 | Lower bound on the learning-rate scale of the policy. |"
         in CONFIGURATION
     )
     assert '| `name` | `"lr"` | `"lr"`, `"kss"`, `"kss+lr"`, `"observe"` |' in CONFIGURATION

@@ -1,4 +1,4 @@
-"""What makes each alert fire and what leaves it calm, as series that promtool reads: one sample every 15 seconds."""
+"""Firing and calm cases of each alert, as series for promtool with one sample every 15 seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MONITOR = {"job": "koopmon", "instance": "monitor:9464"}
 
 @dataclass(frozen=True, slots=True)
 class Firing:
-    """At `minute` the alert fires once, with `labels` beside its own, and says `description`."""
+    """Case in which the alert fires once at `minute`, with `labels` beside its own and the text `description`."""
 
     series: Mapping[str, str]
     minute: float
@@ -22,14 +22,14 @@ class Firing:
 
 @dataclass(frozen=True, slots=True)
 class Calm:
-    """At `minute` it does not fire."""
+    """Case in which the alert does not fire at `minute`."""
 
     series: Mapping[str, str]
     minute: float
 
 
 def run(name: str, **labels: str) -> str:
-    """A series of the run, as its selector."""
+    """Return the selector of a series of the run."""
     return _selector(name, {**RUN, **labels})
 
 
@@ -42,13 +42,13 @@ def _selector(name: str, labels: Mapping[str, str]) -> str:
 
 
 def as_text(labels: Mapping[str, str]) -> str:
-    """Labels as PromQL writes them."""
+    """Format labels as PromQL."""
     return "{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}"
 
 
 RUNNING = {run("koopmon_run_state"): "1x400"}
 RUNNING_WITH_GAPS = {run("koopmon_run_state"): "1x30 stale 1x13 stale 1x400"}
-"""Two scrapes failed."""
+"""Series with two failed scrapes."""
 ENDED = {run("koopmon_run_state"): "1x20 0x400"}
 COMMANDS, EFFECTS = "koopmon_commands_total", "koopmon_effect_checks_total"
 DROPPED, RECEIVED = "koopmon_snapshots_dropped_total", "koopmon_snapshots_received_total"
@@ -59,7 +59,7 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
         Firing(
             RUNNING | {run("koopmon_risk_alarms_total"): "0x20 1x20"},
             5.5,
-            "In the last minute the risk of divergence was high enough to act on.",
+            "In the last minute the risk reached the threshold for an action.",
         ),
     ),
     "KoopmonRiskHigh": (
@@ -83,7 +83,7 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
         Firing(
             {run(COMMANDS, kind="set_lr_scale", outcome="applied"): "0x20 1x40"},
             7,
-            "koopmon changed how this run trains; the monitor's log of decisions says why.",
+            "koopmon changed the training of this run. The monitor's log has the decision and its reason.",
             {**RUN, "kind": "set_lr_scale"},
         ),
     ),
@@ -91,7 +91,7 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
         Firing(
             RUNNING | {run(EFFECTS, outcome="no_effect"): "0x20 2x40"},
             10,
-            "2 snapshots of the last five minutes saw no effect of the last action.",
+            "The last action had no effect in 2 snapshots of the last five minutes.",
         ),
     ),
     "KoopmonCommandNotApplied": (
@@ -103,22 +103,28 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
     ),
     "KoopmonRunVanished": (
         Firing(
-            {run("koopmon_run_state"): "1x20 2x60"}, 10, "No rank of the run has been heard of, and none said goodbye."
+            {run("koopmon_run_state"): "1x20 2x60"},
+            10,
+            "The monitor receives no messages from any rank of the run, and the run did not end normally.",
         ),
     ),
     "KoopmonTrainingStalled": (
-        Firing(RUNNING | {run("koopmon_step"): "0+1x20 20x200"}, 25, "The agents answer, and the step does not move."),
+        Firing(
+            RUNNING | {run("koopmon_step"): "0+1x20 20x200"},
+            25,
+            "The agents send heartbeats, but the optimizer step does not advance.",
+        ),
     ),
     "KoopmonSnapshotsStale": (
         Firing(
             RUNNING | {run("koopmon_step"): "0+1x200", run(SNAPSHOT_TIME): "60x200"},
             20,
-            "The run takes optimizer steps, and its last snapshot is more than ten minutes old, or none came.",
+            "The run takes optimizer steps, but its last snapshot is more than ten minutes old or missing.",
         ),
         Firing(
             RUNNING | {run("koopmon_step"): "0+1x200"},
             20,
-            "The run takes optimizer steps, and its last snapshot is more than ten minutes old, or none came.",
+            "The run takes optimizer steps, but its last snapshot is more than ten minutes old or missing.",
         ),
     ),
     "KoopmonTapsMissing": (
@@ -137,14 +143,14 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
         Firing(
             {run(DROPPED, reason="queue_full"): "0+3x200", run(RECEIVED): "0+1x200"},
             20,
-            "75% of the last ten minutes' snapshots were lost on the way.",
+            "75% of the snapshots of the last ten minutes were lost.",
         ),
     ),
     "KoopmonNotInformative": (
         Firing(
             RUNNING | {run("koopmon_informative"): "0x200"},
             35,
-            "For half an hour no profile was informative: koopmon is blind on this run.",
+            "No profile was informative for half an hour. koopmon cannot detect a divergence of this run.",
         ),
     ),
     "KoopmonAgentOverhead": (
@@ -158,7 +164,7 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
         Firing(
             {monitor("up"): "1x10 0x20"},
             5,
-            "Prometheus could not scrape it for a minute. Its runs go on as they are, unguarded.",
+            "Prometheus could not scrape the monitor for a minute. Its runs continue unguarded.",
             MONITOR,
         ),
     ),
@@ -166,7 +172,7 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
         Firing(
             {monitor("koopmon_store_recording"): "1x10 0x20"},
             5,
-            "Its store is paused, and decisions wait until they can be written down.",
+            "The store is paused, and decisions wait until it can write again.",
             MONITOR,
         ),
     ),
@@ -174,7 +180,7 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
         Firing(
             {monitor("koopmon_engine_queue_length"): "2x60"},
             10,
-            "For five minutes 2 snapshots or more have waited at any time.",
+            "At least 2 snapshots waited for the engine for five minutes.",
             MONITOR,
         ),
     ),
@@ -182,7 +188,7 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
         Firing(
             {monitor("koopmon_engine_failures_total"): "0x20 1x60"},
             15,
-            "1 snapshots of the last ten minutes were not profiled or judged.",
+            "1 snapshots of the last ten minutes were not profiled or assessed.",
             MONITOR,
         ),
     ),
@@ -198,7 +204,7 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
         Firing(
             {monitor("koopmon_messages_rejected_total", reason="key"): "0+15x80"},
             12,
-            "1.0 messages a second are refused as key.",
+            "The monitor rejects 1.0 messages per second as key.",
             {**MONITOR, "reason": "key"},
         ),
     ),

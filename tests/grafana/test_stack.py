@@ -64,7 +64,7 @@ def test_the_alert_comes_before_the_loss_leaves_its_band(scene: Scene) -> None:
     found = lead(steps, warned.at)
     assert found is not None
     assert found >= NEEDED_STEPS, scene.pair.told()
-    assert warned.annotations["summary"] == f"{scene.pair.alone.name}: some layer lurches"
+    assert warned.annotations["summary"] == f"{scene.pair.alone.name}: the risk of divergence spiked"
     over = scene.stack.heard(scene.pair.alone.name, WARNING, "resolved")
     assert over is None or over.at > out.at  # nobody acted, so it was not over before
 

@@ -111,7 +111,7 @@ def test_an_adapters_hints_apply_where_the_configuration_is_silent(recorded: Rec
 
 def test_what_cannot_be_replayed_is_named(recorded: Recorder, tmp_path: Path) -> None:
     path = recorded(policy("lr"))
-    with HistoryReader.open(path) as history, pytest.raises(StoreError, match="'run-2': the store knows run-1"):
+    with HistoryReader.open(path) as history, pytest.raises(StoreError, match="'run-2': the store has run-1"):
         list(replay(history, "run-2", Config()))
     store = HistoryWriter.open(tmp_path / "empty.sqlite3")
     store.record_hello(0.0, hello(RUN, INCARNATION))
