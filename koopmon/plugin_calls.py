@@ -13,7 +13,6 @@ import ctypes
 import functools
 import itertools
 import logging
-import os
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from koopmon.errors import PluginError, one_line, raise_from_signal
+from koopmon.logs import announced, log_for_job
 from koopmon.process_state import ProcessState
 
 __all__ = ["SECONDS", "PluginCalls", "WrongResultError", "bounded_list", "say_once", "told"]
@@ -72,6 +72,10 @@ class PluginCalls:
         self._package = package
         self._seconds_left = SECONDS
 
+    def run(self, what: str, call: Callable[[], T], *, limited: bool) -> T:
+        """Return `call()`, in a separate thread if `limited`, as koopmon's own plugins need not be."""
+        return self.limited(what, call) if limited else self.contained(what, call)
+
     def limited(self, what: str, call: Callable[[], T]) -> T:
         """Return `call()`, run in a separate thread, which is abandoned after the plugin's SECONDS.
 
@@ -103,7 +107,7 @@ class PluginCalls:
                 say_once(f"{self.label}: {what} changed {', '.join(changed + work.changed)}; koopmon has put it back")
             if late:
                 _overdue[self.label] = reason = f"{what} was not over when the {SECONDS:g} s of this plugin were"
-                if (rank := _rank()) != "0":  # only this rank may be late; it then has another adapter
+                if (rank := announced()[0]) != 0:  # only this rank may be late; it then has another adapter
                     logger.warning("koopmon: rank %s: %s: %s", rank, self.label, reason)
                 raise PluginError(self.label, reason)
             if work.failure:
@@ -198,9 +202,5 @@ def told(error: BaseException) -> str:
 
 @functools.cache
 def say_once(text: str, *, level: int = logging.WARNING) -> None:
-    """Log one line per process, and per job: ranks other than the first log it at DEBUG."""
-    logger.log(level if _rank() == "0" else logging.DEBUG, "koopmon: %s", text)
-
-
-def _rank() -> str:
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    """Log one line per process and per job (`log_for_job`)."""
+    log_for_job(logger, text, level=level)

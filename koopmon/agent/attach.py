@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 from koopmon import config as configuration
 from koopmon.agent.handle import Agent
 from koopmon.agent.parallelism import refusal
-from koopmon.agent.rank_identity import check_run_name, rank_from_env
 from koopmon.agent.runtime import AgentRuntime
 from koopmon.config import Config
 from koopmon.errors import KoopmonError, raise_from_signal
+from koopmon.logs import log_for_job
 from koopmon.plugins import select
+from koopmon.run_names import check_run_name
 from koopmon.wire.auth_policy import make_auth_policy
 from koopmon.wire.endpoints import check_endpoint
 
@@ -73,9 +74,7 @@ def attach(
     try:
         runtime = _invite(model, optimizer, endpoint, run, config)
     except _NotAttachedError as error:
-        # Every rank would log the same line: rank 0 logs it for the job.
-        level = logging.WARNING if rank_from_env() == 0 else logging.DEBUG
-        logger.log(level, "koopmon: not attached, training goes on: %s", error)
+        log_for_job(logger, f"not attached, training goes on: {error}")
         return Agent(None, str(error))
     _runtimes[model] = _runtimes[optimizer] = weakref.ref(runtime)
     return Agent(runtime)

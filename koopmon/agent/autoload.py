@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from koopmon.errors import raise_from_signal
+from koopmon.logs import log_for_job
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +36,12 @@ _MARK = "KOOPMON_ATTACHED_PID"
 LAUNCHERS = frozenset({"torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "deepspeed"})
 """Programs and modules that start ranks and do not train themselves."""
 _log = logging.getLogger("koopmon.agent")
+
+
+def python_path(environ: Mapping[str, str]) -> str:
+    """Return the value of PYTHONPATH with which a child process attaches."""
+    before = environ.get("PYTHONPATH", "")
+    return f"{DIRECTORY}{os.pathsep}{before}" if before else str(DIRECTORY)
 
 
 class RootNotFoundError(LookupError):
@@ -177,9 +184,7 @@ class _Watch:
     def _log(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            # Every rank would log the same line: rank 0 logs it for the job.
-            first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-            _log.log(logging.WARNING if first else logging.DEBUG, "koopmon: %s", text)
+            log_for_job(_log, text)
 
 
 def _parameters(optimizer: Optimizer) -> frozenset[int]:

@@ -29,12 +29,12 @@ from koopmon.agent.rank_identity import (
     RunRendezvous,
     current_context,
     default_run_name,
-    rank_from_env,
     store_prefix,
 )
 from koopmon.agent.stats import AgentStats
 from koopmon.api import Stack
 from koopmon.config import Config, KssConfig
+from koopmon.logs import announced, log_for_job
 from koopmon.plugins import Selection, source
 from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.messages import KssSettings
@@ -192,7 +192,9 @@ class AgentRuntime:
         asked = self._config.limits.act
         actuator.acts = asked == "always" or (asked == "auto" and self.layout.proven)
         if asked == "auto" and not self.layout.proven:
-            _log_once_per_job(world, f"watch-only: {self.layout.caution}; [limits] act = 'always' acts all the same")
+            log_for_job(
+                logger, f"watch-only: {self.layout.caution}; [limits] act = 'always' acts all the same", rank=world.rank
+            )
         if actuator.acts and world.size > 1:
             share = ReplicaFingerprint(self._ranks.rank, self._fingerprint) if world.size > self._ranks.size else None
             actuator.group = RankGroup(world, self._config.control, self.stats, self._place, share)
@@ -212,7 +214,7 @@ class AgentRuntime:
     def on_forward(self) -> None:
         if self.world is None:
             # The launcher may have announced ranks, but none were initialized: this process trains alone.
-            rank, world = rank_from_env(), current_context()
+            rank, world = announced()[0], current_context()
             if world is None:
                 self._run, world = f"{self._run or default_run_name()}-rank{rank}", RankContext()
             self._start(world)
@@ -303,7 +305,7 @@ class AgentRuntime:
         self.taps.remove(reason)
         self.stand_down(reason)
         if self.world is not None:
-            _log_once_per_job(self.world, f"not attached, training goes on: {reason}")
+            log_for_job(logger, f"not attached, training goes on: {reason}", rank=self.world.rank)
 
     def stand_down(self, reason: str) -> None:
         """End snapshots, commands and KSS after a failure. The learning-rate scale stays, equal on all ranks."""
@@ -343,7 +345,3 @@ def _weakly(method: Any) -> Any:
             alive(*args)
 
     return call
-
-
-def _log_once_per_job(world: RankContext, text: str) -> None:
-    logger.log(logging.WARNING if world.rank == 0 else logging.DEBUG, "koopmon: %s", text)

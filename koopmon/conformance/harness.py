@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, ExampleModel, Stack
 from koopmon.chain_verifier import ChainVerifier
-from koopmon.conformance.result import ConformanceError, demand, describe_error
+from koopmon.conformance.result import ConformanceError, demand
 from koopmon.discovery import probe
-from koopmon.errors import KoopmonError, raise_from_signal
+from koopmon.errors import KoopmonError, foreign_code, raise_from_signal
 from koopmon.plugins import Selection, adapters, select
 
 MIN_TOKENS = 32
@@ -71,12 +71,10 @@ class Bench:
     def flaw(self) -> str:
         """Defect of the example model itself; empty for a valid one."""
         try:
-            self._check_example()
-        except ConformanceError as error:
+            with foreign_code(lambda told: ConformanceError(f"the example model {told}")):
+                self._check_example()
+        except KoopmonError as error:
             return str(error)
-        except (Exception, SystemExit, KeyboardInterrupt) as error:  # user code
-            raise_from_signal(error)
-            return f"the example model raised {describe_error(error)}"
         return ""
 
     def _check_example(self) -> None:
@@ -143,17 +141,15 @@ class Bench:
     def _verified(self) -> tuple[str | None, str]:
         """Name of the verified chain and "", or None and the reason."""
         try:
-            model = self.build()
-            selection = select(model, self.adapter)
-            verifier = ChainVerifier(self.adapter, selection.candidates)
-            with probe(model) as bare, verifier.watch(), seeded(1):
-                self.loss(bare, self.batch(0))
-            kept, reasons = verifier.verdict()
+            with foreign_code(ConformanceError):  # the adapter's own code
+                model = self.build()
+                selection = select(model, self.adapter)
+                verifier = ChainVerifier(self.adapter, selection.candidates)
+                with probe(model) as bare, verifier.watch(), seeded(1):
+                    self.loss(bare, self.batch(0))
+                kept, reasons = verifier.verdict()
         except KoopmonError as error:
             return None, str(error)
-        except (Exception, SystemExit, KeyboardInterrupt) as error:  # the adapter's own code
-            raise_from_signal(error)
-            return None, f"raised {describe_error(error)}"
         if kept is None:
             reason = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in reasons.items())
             return None, f"no stack is a chain of residual blocks: {reason}"

@@ -25,8 +25,8 @@ from koopmon.agent.comms.io_thread import IOThread
 from koopmon.agent.runtime import AgentRuntime
 from koopmon.api import Stack
 from koopmon.conformance.harness import Bench, at_points, seeded
-from koopmon.conformance.result import demand, describe_error
-from koopmon.errors import raise_from_signal
+from koopmon.conformance.result import demand
+from koopmon.errors import foreign_code
 from koopmon.plugins import select
 from koopmon.wire.messages import Command
 
@@ -253,13 +253,9 @@ class Attached:
 def require_checkpointing(bench: Bench) -> None:
     """Raise SkipTest if the example does not train under activation checkpointing even without an agent."""
     trial = Training(bench, checkpointing=True)
-    try:
+    what = "the model itself does not train under activation checkpointing"
+    with foreign_code(lambda told: SkipTest(f"{what}: it {told}")):
         trial.backward()
-    except (Exception, SystemExit, KeyboardInterrupt) as error:  # exceptions of the model itself
-        raise_from_signal(error)
-        raise SkipTest(
-            f"the model itself does not train under activation checkpointing: {describe_error(error)}"
-        ) from None
 
 
 def _checkpoint_blocks(model: nn.Module, stack: Stack) -> None:

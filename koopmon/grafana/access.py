@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from koopmon.config import GrafanaConfig
 from koopmon.errors import ConfigError, one_line
-from koopmon.secret_files import read_secret
+from koopmon.files import read_secret
 
 TOKEN_VARIABLE = "KOOPMON_GRAFANA_TOKEN"  # noqa: S105 - the name of a variable
 

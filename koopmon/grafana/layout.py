@@ -14,6 +14,11 @@ Rows = Mapping[str, Sequence[tuple[Json, int, int]]]
 """Panels with their width and height, in rows by title."""
 
 
+def sized(width: int, height: int, *panels: Json) -> list[tuple[Json, int, int]]:
+    """Return panels of one size for a row."""
+    return [(each, width, height) for each in panels]
+
+
 def datasource_variable() -> Json:
     return {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "hide": 0}
 

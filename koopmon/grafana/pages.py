@@ -13,11 +13,7 @@ from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, MAX_LAYERS, PREFIX, TA
 WRITTEN = (
     "<!-- Written by `koopmon grafana export grafana --docs docs`: edit the tables in koopmon/telemetry, not this. -->"
 )
-WHAT_OF = {
-    ("run", "layer"): "For each layer of each run",
-    ("run",): "For each run",
-    (): "Of the monitor itself",
-}
+WHAT_OF = {("run", "layer"): "For each layer of each run", ("run",): "For each run", (): "Of the monitor itself"}
 
 
 def pages() -> dict[str, str]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from koopmon.agent.attach import Agent, attach
-from koopmon.agent.rank_identity import rank_from_env
 from koopmon.config import Config
+from koopmon.logs import log_for_job
 
 logger = logging.getLogger("koopmon.integrations")
 
@@ -49,9 +49,7 @@ class Session:
             counted = f"{len(stepping)} optimizers" if stepping else "no torch.optim.Optimizer"
             refused = f"the trainer has {counted}, and koopmon guards one"
         if refused:
-            # Only rank 0 warns, because every rank has the same message.
-            level = logging.WARNING if rank_from_env() == 0 else logging.DEBUG
-            logger.log(level, "koopmon: not attached, training goes on: %s", refused)
+            log_for_job(logger, f"not attached, training goes on: {refused}")
             self.agent = Agent(None, refused)
             return
         self.agent = attach(model, stepping[0], endpoint=self._endpoint, run=self._run, config=self._config)

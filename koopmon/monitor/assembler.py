@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from koopmon.errors import ProtocolError
-from koopmon.spectral.profiles import finite_mean
+from koopmon.numbers import mean
 from koopmon.wire.messages import MAX_OBSERVABLES, Shard
 
 SHARD_OVERHEAD_BYTES = 1024
@@ -308,14 +308,6 @@ def _same_rows(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     )
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    """Compute the mean of the known values: None without any, NaN where one is not finite."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    return finite_mean(known) if all(map(math.isfinite, known)) else math.nan
-
-
 def _snapshot(headers: Sequence[Shard], blocks: tuple[tuple[Tensor, ...], ...]) -> Snapshot:
     """Build the snapshot from the headers, by rank, and the joined blocks."""
     first = headers[0]
@@ -327,8 +319,8 @@ def _snapshot(headers: Sequence[Shard], blocks: tuple[tuple[Tensor, ...], ...]) 
         blocks=blocks,
         masked=all(header.masked for header in headers),
         learning_rate=max(rates, default=None),
-        loss=_mean(header.loss for header in headers),
-        grad_norm=_mean(header.grad_norm for header in headers),
+        loss=mean(header.loss for header in headers),
+        grad_norm=mean(header.grad_norm for header in headers),
         lr_scale=first.lr_scale,
         kss_alpha=first.kss_alpha,
         num_shards=len(headers),

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 
 from koopmon.errors import ConfigError
+from koopmon.logs import LogLimit
 from koopmon.monitor.assembler import Snapshot
 from koopmon.spectral import SpectralProfile, profile_states
 
 logger = logging.getLogger(__name__)
 
-FAILURE_LOG_SECONDS = 60.0
 SPARE_MEMORY_MIB = 512
 """A device with more memory in use than this counts as occupied."""
 QUERY = ("nvidia-smi", "--query-gpu=uuid,memory.used", "--format=csv,noheader,nounits")
@@ -69,7 +69,7 @@ class Engine:
         self._busy = True  # warming up
         self._closing = False
         self._changed = threading.Condition()
-        self._failure_logged: dict[str, float] = {}
+        self._limit = LogLimit()
         self._thread = threading.Thread(target=self._work, name="koopmon-engine", daemon=True)
         self._thread.start()
 
@@ -177,10 +177,10 @@ class Engine:
         return profile_states(states, svd_rank=self._svd_rank, kreiss="never")  # it costs far more than the rest
 
     def _log_failure(self, snapshot: Snapshot, error: Exception) -> None:
-        kind, now = type(error).__name__, time.monotonic()
-        if now - self._failure_logged.get(kind, -FAILURE_LOG_SECONDS) >= FAILURE_LOG_SECONDS:
-            self._failure_logged[kind] = now
-            logger.error("engine: run %s step %d: %s: %s", snapshot.run, snapshot.step, kind, error, exc_info=error)
+        kind = type(error).__name__
+        if (more := self._limit.admit(time.monotonic(), kind)) is not None:
+            words = f"run {snapshot.run} step {snapshot.step}: {kind}: {error}"
+            logger.error("engine: %s%s", words, more, exc_info=error)
 
 
 def check_device(name: str) -> str:

@@ -39,7 +39,7 @@ class MetricsSink:
                     metrics.set_observables(run.name, result.snapshot.observables)
             case events.Assessed(run, None):
                 metrics.add("engine_failures")
-            case events.Assessed(run, assessment):
+            case events.Assessed(run, assessment) if assessment is not None:
                 self._show_assessment(run, assessment)
             case events.Decided(run, assessment) if not run.controller.sends:
                 for command in assessment.commands:

@@ -205,10 +205,10 @@ class RunRegistry:
         if hello.incarnation in retired:
             remedy = "give each job that runs at the same time a run name of its own (KOOPMON_RUN)"
             raise ProtocolError("refused", f"{name} was taken over by a later incarnation: {remedy}")
-        if run is not None and same and hello.process_rank not in run.peers:
-            if len(run.peers) >= self._config.max_peers:
-                limit = "as many as [monitor] max_peers allows"
-                raise ProtocolError("refused", f"{name} has {len(run.peers)} ranks that speak, {limit}")
+        num_peers = len(run.peers) if run is not None and same and hello.process_rank not in run.peers else 0
+        if num_peers >= self._config.max_peers:
+            limit = "as many as [monitor] max_peers allows"
+            raise ProtocolError("refused", f"{name} has {num_peers} ranks that speak, {limit}")
 
     def on_message(self, now: float, message: Heartbeat | Ack | Goodbye, identity: bytes, *, key: str = "") -> Run:
         """Note a message of a known peer.

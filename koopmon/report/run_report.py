@@ -21,6 +21,7 @@ from koopmon.config import PolicyConfig
 from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import HeartbeatRow, HistoryReader, IncarnationRow, ObservationRow
 from koopmon.history.schema import RunState
+from koopmon.numbers import mean
 from koopmon.risk.online_detector import foresight
 from koopmon.views.action_effects import RecordedCommand, RecordedDecision, RecordedPoint, read_decisions
 from koopmon.views.run_summary import RunSummary, summary_of
@@ -154,7 +155,7 @@ def build_report(history: HistoryReader, store: Path, run: str, policy: PolicyCo
         summary=summary_of(run, store, incarnations, points, beats, rows),
         agent=AgentSummary(
             num_heartbeats=len(beats),
-            mean_overhead_ratio=_mean([beat.overhead_ratio for beat in beats]),
+            mean_overhead_ratio=mean([beat.overhead_ratio for beat in beats]),
             max_overhead_ratio=max((beat.overhead_ratio for beat in beats), default=None),
             median_step_seconds=_median([beat.step_seconds for beat in beats]),
             num_incomplete=profiles.num_incomplete,
@@ -254,13 +255,6 @@ def _launches(
             kss_alpha=0.0 if row.applied is None else row.applied.kss.alpha,
             hello=None if row.hello is None else msgspec.to_builtins(row.hello),
         )
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    try:
-        return math.fsum(values) / len(values) if values else None
-    except OverflowError:  # the sum of values from a peer can exceed a double
-        return max(values)
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -265,23 +265,21 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
         return state, OnlineRisk(value=0.0, reason=f"not informative: {observation.reason}")
     # The floor makes changes of small update ratios count little: log is nearly flat below it.
     z = tuple(math.log(max(ratio, 0.0) + config.update_ratio_floor) for ratio in observation.update_ratios)
-    known_layers = len(z) == len(state.z)
-    before = tuple(each for each in state.recent if len(each) == len(z)) if known_layers else ()
-    state = replace(_with_start_and_loss(state, observation), recent=(*before[-1:], z))
-    if normalization(observation) > 0.5:
-        z = _median_of_three(before, z)
+    state = _with_start_and_loss(state, observation)
     foreseen = {"prior": prior(observation, config), "growth": _growth(state, observation)}
     if len(state.surprise.losses) > MIN_LOSSES:
         foreseen["loss"] = state.surprise.value
     forecast = foresight(foreseen)
-    changed = not known_layers or len(state.speed) not in (0, len(z))
+    changed = len(z) != len(state.z) or len(state.speed) not in (0, len(z))
     # Steps that go back mean a new start from a checkpoint, and other layers mean another model. A difference to the
     # last snapshot has no meaning in both cases.
     if state.step is None or observation.step <= state.step or changed:
-        fresh = replace(
-            state, step=observation.step, z=z, recent=state.recent[-1:], speed=(), restlessness=0.0, lr_scale=1.0
-        )
+        fresh = replace(state, step=observation.step, z=z, recent=(z,), speed=(), restlessness=0.0, lr_scale=1.0)
         return fresh, OnlineRisk(value=0.0, forecast=forecast, reason="first snapshot", components=foreseen)
+    before = tuple(each for each in state.recent if len(each) == len(z))
+    recent = (*before[-1:], z)
+    if normalization(observation) > 0.5:
+        z = _median_of_three(before, z)
     # The gap has a lower bound because sampling noise does not shrink with it. It has an upper bound because an
     # oscillation does not grow with it.
     gap = min(max(observation.step - state.step, config.min_gap_steps), config.max_gap_steps)
@@ -297,7 +295,13 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     # A peak counts as 1 at most, so that one large jump does not last.
     restless = (1 - slow) * restless + slow * min(peak, 1.0)
     state = replace(
-        state, step=observation.step, z=z, speed=speed, restlessness=restless, lr_scale=observation.lr_scale
+        state,
+        step=observation.step,
+        z=z,
+        recent=recent,
+        speed=speed,
+        restlessness=restless,
+        lr_scale=observation.lr_scale,
     )
     lasting = restless / config.restlessness_scale
     reliable = 1.0 if observation.reliable_mode_ratio is None else observation.reliable_mode_ratio

@@ -24,6 +24,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from koopmon.numbers import mean
 from koopmon.wire.codec import REJECTION_REASONS
 from koopmon.wire.messages import DROP_REASONS, AckOutcome, CommandKind
 
@@ -173,20 +174,13 @@ def _bucketed(values: Sequence[float | None], reduction: Literal["mean", "max"])
     """Label and value of each series: the reduction of the finite values of its layers, where it is finite."""
     for label, span in layer_buckets(len(values)):
         known = [value for value in map(_finite, values[span.start : span.stop]) if value is not None]
-        if known and (reduced := _finite(max(known) if reduction == "max" else _mean(known))) is not None:
+        reduced = max(known, default=None) if reduction == "max" else mean(known)
+        if reduced is not None:
             yield label, reduced
 
 
 def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Mean of `values`. It is infinite if the sum exceeds a double, where `fsum` would raise."""
-    try:
-        return math.fsum(values) / len(values)
-    except OverflowError:
-        return math.inf
 
 
 class Metrics(Collector):
@@ -253,13 +247,10 @@ class Metrics(Collector):
     def set_layers(self, run: str, profile: SpectralProfile | None) -> None:
         """Replace the per-layer series of `run` by those of `profile`; None removes them."""
         layers = () if profile is None else profile.layers
-        fresh = {
-            name: {
-                (run, label): value
-                for label, value in _bucketed([getattr(layer, name) for layer in layers], BY_NAME[name].bucket)
-            }
-            for name in LAYER_FIELDS
-        }
+        fresh: dict[str, dict[tuple[str, ...], float]] = {}
+        for name in LAYER_FIELDS:
+            values = [getattr(layer, name) for layer in layers]
+            fresh[name] = {(run, label): value for label, value in _bucketed(values, BY_NAME[name].bucket)}
         self._replace(run, fresh)
 
     def set_observables(self, run: str, observables: Mapping[str, Sequence[float | None]]) -> None:
@@ -267,10 +258,10 @@ class Metrics(Collector):
 
         `observables` maps each name to one value per transition, None for a missing value.
         """
-        values = {
-            (run, label, name): value for name, row in observables.items() for label, value in _bucketed(row, "mean")
-        }
-        self._replace(run, {"observable": values})
+        fresh: dict[tuple[str, ...], float] = {}
+        for name, row in observables.items():
+            fresh |= {(run, label, name): value for label, value in _bucketed(row, "mean")}
+        self._replace(run, {"observable": fresh})
 
     def _replace(self, run: str, fresh: Mapping[str, Mapping[tuple[str, ...], float]]) -> None:
         """Replace all series of `run` of some metrics at once."""

@@ -193,7 +193,7 @@ def test_profile_tells_the_probability_and_the_highest_rate(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "--calibrator FILE goes with --lr RATE or --max-lr"),
+        ([], "--calibrator FILE needs --lr RATE or --max-lr"),
         (["--max-lr", "--calibrator", "experts.json"], "is for moe; this model's adapter is transformer"),
         (["--max-lr", "--calibrator", "nowhere.json"], "nowhere.json: No such file"),
     ],

@@ -27,7 +27,6 @@ from koopmon.monitor.sample import Sample
 from koopmon.risk import online_detector
 from koopmon.risk.loss_zscore import LossZScore
 from koopmon.spectral import SpectralProfile, profile_states
-from koopmon.spectral.profiles import finite_mean
 from koopmon.telemetry.metrics import MAX_LAYERS, Metrics
 from koopmon.wire.codec import encode
 from koopmon.wire.messages import (
@@ -362,14 +361,6 @@ def test_a_record_that_cannot_be_written_keeps_no_other_waiting(
 
 
 # Means of what peers send.
-
-
-@pytest.mark.parametrize(
-    "values", [[LARGEST] * 2, [LARGEST] * 3, [-LARGEST] * 7, [LARGEST, -LARGEST, LARGEST], [0.5] * 3]
-)
-def test_the_mean_of_finite_values_is_finite(values: list[float]) -> None:
-    mean = finite_mean(values)
-    assert min(values) <= mean <= max(values)
 
 
 def test_losses_and_observables_beyond_what_can_be_summed_make_a_snapshot() -> None:

@@ -51,3 +51,18 @@ def test_it_is_finite_and_bounded_whatever_comes(losses: list[float | None]) -> 
     assert surprise.value <= LARGEST
     assert len(surprise.losses) <= WINDOW
     assert all(math.isfinite(loss) for loss in surprise.losses)
+
+
+@pytest.mark.parametrize("loss", [1e30, -1e30, 1e300])
+def test_a_loss_whose_square_is_not_finite_counts_as_not_finite(loss: float) -> None:
+    calm = follow([3.0, 2.9, 3.1, 2.8, 3.0, 2.9])
+    assert calm.after(loss).value == LARGEST
+    assert calm.after(loss).losses == calm.losses
+    assert calm.after(0.999e30).losses[-1] == 0.999e30
+
+
+def test_a_loss_near_zero_has_a_least_deviation() -> None:
+    """1e-12, so the noise of a loss that has vanished is no news."""
+    vanished = follow([0.0, 1e-300] * 4)
+    assert vanished.after(5e-13).value == pytest.approx(0.5)
+    assert vanished.after(1.0).value == LARGEST

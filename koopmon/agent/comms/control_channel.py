@@ -21,6 +21,7 @@ from koopmon.agent.rank_identity import Identity
 from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
 from koopmon.errors import EndpointError, ProtocolError
+from koopmon.logs import LogLimit
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
 from koopmon.wire.messages import (
     Ack,
@@ -46,8 +47,6 @@ REFUSED_SECONDS = 30.0
 """Pause before the next hello to a monitor that refused."""
 MIN_HEARTBEAT_SECONDS = 0.02
 """Lower bound of the heartbeat interval that the monitor requests."""
-COMPLAINT_SECONDS = 60.0
-"""Least interval between two log lines about one trouble."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +133,7 @@ class ControlChannel:
         """Time of the first hello or heartbeat on this connection that has no reply yet."""
         self._lost = False
         self._restored = False
-        self._complained: dict[str, float] = {}
+        self._limit = LogLimit()
         self._reported_busy = 0.0
         self._reported_elapsed = 0.0
 
@@ -281,9 +280,8 @@ class ControlChannel:
 
     def warn(self, now: float, trouble: str, text: str) -> None:
         """Log `text`, at most once a minute for each `trouble`."""
-        if now - self._complained.get(trouble, -COMPLAINT_SECONDS) >= COMPLAINT_SECONDS:
-            self._complained[trouble] = now
-            logger.warning("koopmon: %s", text)
+        if (more := self._limit.admit(now, trouble)) is not None:
+            logger.warning("koopmon: %s%s", text, more)
 
     def _send(self, message: AgentMessage) -> bool:
         return self._control.send(encode(message))

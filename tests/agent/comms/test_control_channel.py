@@ -254,3 +254,15 @@ def test_a_connection_that_cannot_be_replaced_stays_and_is_tried_again(
     ticks(link, 0.0, 3.0 * SILENCE)
     assert len(tried) == 2
     assert "stays as it is: no room for a socket" in caplog.text
+
+
+def test_a_monitor_that_refuses_is_left_alone_for_half_a_minute(link: ControlChannel, channel: Channel) -> None:
+    link.tick(0.0)
+    refused = encode(Refused(run=IDENTITY.run, incarnation=IDENTITY.incarnation, reason="full"))
+    link.receive([memoryview(frame) for frame in refused], 1.0)
+    assert not link.welcomed
+    for now in (2.0, 15.0, 30.9):
+        link.tick(now)
+    assert len(channel.hellos()) == 1
+    link.tick(31.0)
+    assert len(channel.hellos()) == 2
