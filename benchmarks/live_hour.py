@@ -18,6 +18,7 @@ from benchmarks.live_scenes import NUM_LAYERS, hello, profiles
 from koopmon.config import from_mapping
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.failures import Failures
 from koopmon.monitor.http import live_state as boards
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.server import WebServer
@@ -64,8 +65,9 @@ def simulate(num_runs: int) -> dict[str, Any]:
         store = HistoryWriter.open(Path(folder) / "history.sqlite3", config.store, clock=lambda: clock[0])
         web = WebServer("127.0.0.1:0", registry, {}, live_state=live_state)
         service = Service(
-            config,
-            Outputs(history=store, metrics=metrics, live_state=live_state),
+            config=config,
+            failures=Failures(metrics, lambda: clock[0]),
+            outputs=Outputs(history=store, metrics=metrics, live_state=live_state),
             engine=cast(Engine, _Engine()),
             rejection_log=RejectionLog(metrics, lambda: clock[0]),
             send=lambda peer, message: True,

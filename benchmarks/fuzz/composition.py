@@ -26,6 +26,7 @@ from koopmon.errors import ProtocolError
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.failures import Failures
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.run_controller import ControllerCheckpoint
@@ -214,8 +215,9 @@ class Play:
         self._store = HistoryWriter.open(self._path, StoreConfig(max_bytes=1 << 20), clock=lambda: self.now)
         self.engine = _Engine()
         self.service = Service(
-            self._config,
-            Outputs(history=self._store, metrics=self.metrics, live_state=LiveState()),
+            config=self._config,
+            failures=Failures(self.metrics, lambda: self.now),
+            outputs=Outputs(history=self._store, metrics=self.metrics, live_state=LiveState()),
             engine=cast(Engine, self.engine),
             rejection_log=RejectionLog(self.metrics, lambda: self.now),
             send=self._sent,

@@ -199,8 +199,8 @@ class Monitor:
             stack.callback(annotations.close)
             annotate = annotations.add
         self._service = Service(
-            self._config,
-            Outputs(history=history, metrics=metrics, live_state=live_state, annotate=annotate),
+            config=self._config,
+            outputs=Outputs(history=history, metrics=metrics, live_state=live_state, annotate=annotate),
             engine=self._engine,
             rejection_log=self._rejection_log,
             send=self._send,

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from koopmon.config import Config
@@ -69,55 +69,47 @@ class Outputs:
     annotate: Annotate = no_annotations
 
 
+@dataclass(kw_only=True)
 class Service:
     """Message handlers of the monitor.
 
-    `send(peer, message)` sends a message and returns True if it was accepted; nothing here blocks.
+    `send(peer, message)` sends a message and returns True if it was accepted; nothing here blocks. `agents` is None
+    without key authentication. `clock` is monotonic, `wall` returns Unix seconds.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        outputs: Outputs,
-        *,
-        engine: Engine,
-        rejection_log: RejectionLog,
-        send: Callable[[bytes, MonitorMessage], bool],
-        data_endpoint: str,
-        agents: AuthorizedKeys | None = None,
-        calibrator: Calibrator | None = None,
-        build: Mapping[str, str] | None = None,
-        failures: Failures | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
-    ) -> None:
-        self._config = config
-        self._store = outputs.history
-        self._metrics = outputs.metrics
-        self._engine = engine
-        self._rejection_log = rejection_log
-        self._send = send
-        self._data_endpoint = data_endpoint
-        self._calibrator = calibrator
-        self._clock = clock
+    config: Config
+    outputs: Outputs
+    engine: Engine
+    failures: Failures
+    rejection_log: RejectionLog
+    send: Callable[[bytes, MonitorMessage], bool]
+    data_endpoint: str
+    agents: AuthorizedKeys | None = None
+    calibrator: Calibrator | None = None
+    build: Mapping[str, str] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
+
+    def __post_init__(self) -> None:
+        outputs, monitor = self.outputs, self.config.monitor
         self._stopping = False
-        self._failures = failures or Failures(outputs.metrics, clock)
-        self._history = HistorySink(outputs.history, clock)
+        self._store, self._metrics = outputs.history, outputs.metrics
+        self._history = HistorySink(outputs.history, self.clock)
         sinks: tuple[tuple[ErrorPart, events.Sink], ...] = (
             ("store", self._history),
             ("metrics", MetricsSink(outputs.metrics)),
             ("page", LiveSink(outputs.live_state)),
             ("annotation", NotifySink(outputs.annotate)),
         )
-        self._publish = events.Publisher(sinks, self._failures, wall).publish
-        self._registry = RunRegistry(config.monitor, agents)
+        self._publish = events.Publisher(sinks, self.failures, self.wall).publish
+        self._registry = RunRegistry(monitor, self.agents)
         self._probe_handler = ProbeHandler(
-            registry=self._registry, build=build or {}, data_endpoint=data_endpoint, wall=wall
+            registry=self._registry, build=self.build, data_endpoint=self.data_endpoint, wall=self.wall
         )
         self._assembler = Assembler(
-            timeout_seconds=config.monitor.assemble_timeout_seconds,
-            max_bytes=config.monitor.max_pending_bytes,
-            min_samples=2 * config.monitor.svd_rank,
+            timeout_seconds=monitor.assemble_timeout_seconds,
+            max_bytes=monitor.max_pending_bytes,
+            min_samples=2 * monitor.svd_rank,
             on_drop=self.on_dropped,
             on_failure=self._lost_in_assembly,
         )
@@ -128,7 +120,7 @@ class Service:
         `key` is the authenticated key, "" without key authentication. Raises ProtocolError when the message must be
         rejected.
         """
-        now = self._clock()
+        now = self.clock()
         if isinstance(message, Probe):
             self._reply(peer, self._probe_handler.reply(message, key))
             return
@@ -149,7 +141,7 @@ class Service:
 
     def on_shard(self, received: ReceivedShard, key: str = "") -> None:
         """Handle a shard from the agent with `key`. Raises ProtocolError when it must be rejected."""
-        now, header = self._clock(), received.header
+        now, header = self.clock(), received.header
         run = self._registry.on_shard(now, header, key=key)
         for snapshot in self._assembler.add(now, header, received.points()):
             self._submit(snapshot)
@@ -169,12 +161,12 @@ class Service:
 
     def tick(self) -> None:
         """Process all timeouts that are due."""
-        now = self._clock()
+        now = self.clock()
         for snapshot in self._assembler.expire(now):
             self._submit(snapshot)
         closed, removed = self._registry.expire(now)
         for run in closed:
-            with self._failures.contained("command", run.name):
+            with self.failures.contained("command", run.name):
                 self._close(run, "silent after the goodbye of another rank")
         for run in removed:
             self._forget(run)
@@ -184,18 +176,18 @@ class Service:
                     self._give_up(run, run.controller.expire(now, run.step, run.applied))
                     for command in run.controller.pending.due(now):
                         self._offer(run, command)
-        with self._failures.contained("store"):
+        with self.failures.contained("store"):
             self._history.upkeep(now, [run.name for run in self._registry if run.state is not RunState.ENDED])
             if lost := self._store.take_lost():
                 self._metrics.add("store_lost", amount=lost)
-        with self._failures.contained("metrics"):
-            self._metrics.set("engine_queue_length", self._engine.queue_length)
+        with self.failures.contained("metrics"):
+            self._metrics.set("engine_queue_length", self.engine.queue_length)
             self._metrics.set("store_recording", float(self._store.recording))
 
     def next_deadline(self) -> float:
         """Time of the next timeout in `tick`, on the service's clock; infinity without one."""
         waiting = any(run.controller.pending for run in self._registry)
-        resend_at = self._clock() + RESEND_CHECK_SECONDS if waiting else math.inf
+        resend_at = self.clock() + RESEND_CHECK_SECONDS if waiting else math.inf
         return min(self._assembler.next_deadline(), self._registry.next_deadline(), self._history.commit_at, resend_at)
 
     def stop(self) -> None:
@@ -210,14 +202,14 @@ class Service:
             self._publish(events.SnapshotDropped(run, reason))
 
     def _lost_in_assembly(self, name: str, error: Exception) -> None:
-        self._failures.note("snapshot", error, run=name)
+        self.failures.note("snapshot", error, run=name)
         self.on_dropped(name, "incomplete")
 
     def _submit(self, snapshot: Snapshot) -> None:
         if (run := self._registry.get(snapshot.run)) is not None:
             self._publish(events.SnapshotReceived(run))
-        with self._failures.contained("snapshot", snapshot.run):
-            for name in self._engine.submit(snapshot, wait=self._stopping):
+        with self.failures.contained("snapshot", snapshot.run):
+            for name in self.engine.submit(snapshot, wait=self._stopping):
                 self.on_dropped(name, "engine_queue_full")
 
     def _on_hello(self, now: float, peer: bytes, hello: Hello, key: str) -> None:
@@ -234,11 +226,11 @@ class Service:
             if before is run and hello.process_rank == 0:
                 run.controller.on_hello(hello)
         except ProtocolError as error:
-            self._rejection_log.note(error.reason, error.detail)
+            self.rejection_log.note(error.reason, error.detail)
             self._refuse(peer, hello, error.detail)
             return
         except Exception as error:
-            self._failures.note("message", error, run=hello.run, what="the run is refused")
+            self.failures.note("message", error, run=hello.run, what="the run is refused")
             self._refuse(peer, hello, "an error in the monitor: its log has the traceback")
             return
         for removed in admission.removed:
@@ -254,8 +246,8 @@ class Service:
             Welcome(
                 run=run.name,
                 incarnation=run.incarnation,
-                data_endpoint=self._data_endpoint,
-                heartbeat_seconds=self._config.monitor.heartbeat_seconds,
+                data_endpoint=self.data_endpoint,
+                heartbeat_seconds=self.config.monitor.heartbeat_seconds,
                 restore=None if admission.settled else run.restore,
             ),
         )
@@ -272,7 +264,7 @@ class Service:
             restore = None
         memory = self._store.memory(hello.run, hello.incarnation)
         applied = restore or hello.applied
-        return RunController(self._config, hello, applied, checkpoint=memory, calibrator=self._calibrator), restore
+        return RunController(self.config, hello, applied, checkpoint=memory, calibrator=self.calibrator), restore
 
     def _refuse(self, peer: bytes, hello: Hello, text: str) -> None:
         self._probe_handler.note_refused(hello.run, text[:MAX_TEXT])
@@ -302,15 +294,15 @@ class Service:
     def _assess(self, run: Run, training: Sample, profile: SpectralProfile | None) -> None:
         decide = run.state is RunState.RUNNING and not self._stopping
         try:
-            assessment = run.controller.assess(self._clock(), training, profile, step=run.step, decide=decide)
+            assessment = run.controller.assess(self.clock(), training, profile, step=run.step, decide=decide)
         except Exception as error:
-            self._failures.note("judgement", error, run=run.name, what=f"step {training.step} cannot be judged")
+            self.failures.note("judgement", error, run=run.name, what=f"step {training.step} cannot be judged")
             self._publish(events.Assessed(run, None))
             return
         self._publish(events.Assessed(run, assessment))
         if assessment.unencodable is not None:
             what = f"the decision at step {training.step} is dropped"
-            self._failures.note("command", assessment.unencodable, run=run.name, what=what)
+            self.failures.note("command", assessment.unencodable, run=run.name, what=what)
         if assessment.remarkable:
             with self._watching_only_after_error(run):
                 self._issue(run, assessment)
@@ -324,7 +316,7 @@ class Service:
 
     def _offer(self, run: Run, command: Command) -> None:
         leader = run.leader
-        if leader is not None and self._send(leader.identity, command) and run.controller.pending.mark_sent(command):
+        if leader is not None and self.send(leader.identity, command) and run.controller.pending.mark_sent(command):
             self._publish(events.CommandSent(run, command))
 
     def _give_up(self, run: Run, commands: Iterable[Command]) -> None:
@@ -337,8 +329,8 @@ class Service:
         try:
             yield
         except Exception as error:
-            self._failures.note("command", error, run=run.name, what="from now on this run is only watched")
-            with self._failures.contained("command", run.name):
+            self.failures.note("command", error, run=run.name, what="from now on this run is only watched")
+            with self.failures.contained("command", run.name):
                 run.controller.stand_down()
                 self._give_up(run, run.controller.pending.abandon())
             self._publish(events.RunChanged(run))
@@ -357,4 +349,4 @@ class Service:
 
     def _reply(self, peer: bytes, message: MonitorMessage) -> None:
         if not self._stopping:
-            self._send(peer, message)
+            self.send(peer, message)

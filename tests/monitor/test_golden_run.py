@@ -25,6 +25,7 @@ from koopmon.errors import ProtocolError
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.failures import Failures
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import Outputs, Service
@@ -136,8 +137,9 @@ class Stage:
             annotate=lambda at, tags, text: self.log.append(["annotated", at - START, list(tags), text]),
         )
         self.service = Service(
-            self.config,
-            outputs,
+            config=self.config,
+            outputs=outputs,
+            failures=Failures(self.metrics, lambda: self.now),
             engine=cast(Engine, self.engine),
             rejection_log=RejectionLog(self.metrics, lambda: self.now),
             send=self.send,

@@ -16,6 +16,7 @@ from koopmon.errors import ProtocolError
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.failures import Failures
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import Outputs, Service
@@ -59,9 +60,10 @@ class World:
         self.engine = QueueEngine()
         self.board = LiveState(clock=lambda: self.now, wall=lambda: self.now)
         self.service = Service(
-            from_mapping({"policy": {"name": "kss+lr", "cooldown_steps": 1}}),
-            Outputs(history=self.store, metrics=self.metrics, live_state=self.board, annotate=self.tell),
+            config=from_mapping({"policy": {"name": "kss+lr", "cooldown_steps": 1}}),
+            outputs=Outputs(history=self.store, metrics=self.metrics, live_state=self.board, annotate=self.tell),
             engine=cast(Engine, self.engine),
+            failures=Failures(self.metrics, lambda: self.now),
             rejection_log=RejectionLog(self.metrics, lambda: self.now),
             send=self.send,
             data_endpoint="ipc:///nowhere",
