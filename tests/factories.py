@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from koopmon.config import Config
@@ -10,9 +9,16 @@ from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.registry import Admission, RunRegistry
 from koopmon.monitor.run_controller import RunController
 from koopmon.risk.online_detector import Observation
-from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello
+from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello, TrainingStep
 
 RUN, INCARNATION = "job", "aaaaaaaa"
+
+
+def gathered(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with those of a `TrainingStep` gathered in one, under `training`."""
+    names = TrainingStep.__struct_fields__
+    training = TrainingStep(**{name: value for name, value in fields.items() if name in names})
+    return {"training": training, **{name: value for name, value in fields.items() if name not in names}}
 
 
 def hello(run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Hello:
@@ -40,8 +46,9 @@ def admit(registry: RunRegistry, now: float, said: Hello, identity: bytes, **fie
 
 def heartbeat(step: int, run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Heartbeat:
     """Rank 0's, with nothing applied."""
-    values = {"process_rank": 0, "applied": Applied()}
-    return Heartbeat(run=run, incarnation=incarnation, step=step, **{**values, **fields})
+    values = {"process_rank": 0, "applied": Applied(), **fields}
+    in_force = {"lr_scale": values["applied"].lr_scale, "kss_alpha": values["applied"].kss.alpha}
+    return Heartbeat(run=run, incarnation=incarnation, **gathered({"step": step, **in_force, **values}))
 
 
 def command(number: int = 0, run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Command:
@@ -60,7 +67,7 @@ def ack(number: int = 0, run: str = RUN, incarnation: str = INCARNATION, **field
 
 def observation(step: int, **fields: Any) -> Observation:
     """An informative one; what is not named is unknown."""
-    return Observation(step=step, **{"informative": True, **fields})
+    return Observation(**gathered({"step": step, "informative": True, **fields}))
 
 
 def record_observation(
@@ -68,9 +75,7 @@ def record_observation(
 ) -> None:
     """A row of the history: a calm snapshot of which nothing was logged. `observation` may be an `Observation`."""
     values: dict[str, Any] = {
-        "scalars": {},
-        "lr_scale": 1.0,
-        "kss_alpha": 0.0,
+        "step": step,
         "non_finite": False,
         "observation": {},
         "risk": 0.0,
@@ -78,6 +83,4 @@ def record_observation(
         "components": {},
         **fields,
     }
-    if isinstance(values["observation"], Observation):
-        values["observation"] = asdict(values["observation"])
-    store.record_observation(at, run, incarnation, step, **values)
+    store.record_observation(at, run, incarnation, **gathered(values))

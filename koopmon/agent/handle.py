@@ -49,9 +49,9 @@ class Agent:
         runtime = self._runtime
         if runtime is None:
             return
-        for name, box, value in (("loss", runtime.stats.loss, loss), ("grad_norm", runtime.stats.grad_norm, grad_norm)):
+        for name, value in {"loss": loss, "grad_norm": grad_norm}.items():
             if value is not None:
-                self._put(name, box, value)
+                self._put(name, runtime.stats.measured[name], value)
 
     def _put(self, name: str, box: AsyncScalar, value: float | Tensor) -> None:
         try:
@@ -94,9 +94,7 @@ class Agent:
             "rejected": dict(stats.rejected),
             "taps_missing": stats.taps_missing,
             "kss_skipped": stats.kss_skipped.get() or 0.0,
-            "learning_rate": stats.learning_rate.get(),
-            "loss": stats.loss.get(),
-            "grad_norm": stats.grad_norm.get(),
+            **{name: scalar.get() for name, scalar in stats.measured.items()},
             "judgement": None if stats.judgement is None else msgspec.to_builtins(stats.judgement),
             "errors": runtime.breaker.num_errors,
         }

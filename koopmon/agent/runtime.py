@@ -13,7 +13,7 @@ import msgspec
 from torch import nn
 from torch.optim import Optimizer
 
-from koopmon.agent.capture.sampler import Sampler
+from koopmon.agent.capture.sampler import RankSnapshot, Sampler
 from koopmon.agent.capture.schedule import OverheadBudget
 from koopmon.agent.capture.taps import ResidualTaps
 from koopmon.agent.circuit_breaker import CircuitBreaker
@@ -238,14 +238,9 @@ class AgentRuntime:
             self.actuator.shielded = self._kss_refusal
         self._describe(**self._family())
 
-    def on_snapshot_ready(self) -> None:
-        sampler, io_thread, actuator = self.taps.sampler, self.io_thread, self.actuator
-        if sampler is None or io_thread is None or actuator is None:
-            return
-        step = self.stats.step
-        snapshot = sampler.finish(lr_scale=actuator.state.lr_scale(step), kss_alpha=actuator.state.kss_alpha(step))
-        if snapshot is not None:
-            io_thread.post(snapshot)
+    def on_snapshot_ready(self, snapshot: RankSnapshot) -> None:
+        if self.io_thread is not None:
+            self.io_thread.post(snapshot)
             self._budget.spend(0.0, snapshot.states.nbytes)
 
     # Hooks of the optimizer.
@@ -253,7 +248,7 @@ class AgentRuntime:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         started = time.perf_counter()
         actuator, step = self.actuator, self.stats.step
-        self.stats.learning_rate.put(largest_rate(optimizer))
+        self.stats.measured["learning_rate"].put(largest_rate(optimizer))
         self.taps.forward_over()
         if actuator is not None:
             actuator.before_step(step)
@@ -287,7 +282,7 @@ class AgentRuntime:
                 stats.drop("monitor_away")
                 due = False
             self._num_microbatches = self.taps.num_forwards or self._num_microbatches
-            self.taps.step_edge(due)
+            self.taps.step_edge(actuator.applied().at_step(step) if due else None)
             stack = self.taps.stack
             self._injection.latch(
                 step,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
-from koopmon.wire.messages import DROP_REASONS, DropReason, Judgement
+from koopmon.wire.messages import DROP_REASONS, MEASURED, DropReason, Judgement, TrainingStep
 
 _RING = 4
 
@@ -83,9 +84,7 @@ class AgentStats:
         """Refused messages of the monitor, by reason. Only the sender's thread writes it."""
         self.judgement: Judgement | None = None
         """The monitor's latest judgement of this training. Only the sender's thread writes it."""
-        self.loss = AsyncScalar()
-        self.grad_norm = AsyncScalar()
-        self.learning_rate = AsyncScalar()
+        self.measured = {name: AsyncScalar() for name in MEASURED}
         self.kss_skipped = AsyncScalar()
         """Layers with an untrusted KSS gradient, since the start."""
 
@@ -93,6 +92,10 @@ class AgentStats:
     def busy_seconds(self) -> float:
         """Seconds that koopmon has used in the training thread."""
         return self.hook_seconds + self.capture_seconds + self.kss_seconds
+
+    def with_measured(self, training: TrainingStep) -> TrainingStep:
+        """Return `training` with the latest measured values."""
+        return msgspec.structs.replace(training, **{name: scalar.get() for name, scalar in self.measured.items()})
 
     def drop(self, reason: DropReason, count: int = 1) -> None:
         """Count snapshots of which this rank did not send its part."""

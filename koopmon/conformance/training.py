@@ -178,7 +178,7 @@ class Notebook(IOThread):
             item.ready.synchronize()
         valid = item.states if item.num_valid is None else item.states[:, : int(item.num_valid)]
         values = () if item.observations is None else item.observations.tolist()
-        self.snapshots.append(Kept(item.step, valid.clone(), dict(zip(item.observed, values, strict=True))))
+        self.snapshots.append(Kept(item.training.step, valid.clone(), dict(zip(item.observed, values, strict=True))))
         item.slot.release()
 
     def close(self, *, wait: bool = True) -> None:

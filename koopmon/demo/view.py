@@ -59,7 +59,7 @@ class LiveView:
             for name in ("spectral_radius", "update_ratio", "near_unit_mass"):
                 line.append(_number(seen.observation.get(name), next(widths)))
             line.append(f"{seen.risk:.2f}".rjust(next(widths)), style="bold red" if seen.risk >= HOT_RISK else "green")
-            for value in (seen.kss_alpha, seen.lr_scale):
+            for value in (seen.training.kss_alpha, seen.training.lr_scale):
                 line.append(_number(value, next(widths)))
         if step.diverged:
             line.append("   diverged", style="bold red")

@@ -61,9 +61,7 @@ class MetricsSink:
         if metrics.value("snapshots_received", run.name) is None:
             metrics.begin_run(run.name)
         metrics.set("run_state", run.state, run.name)
-        metrics.set("step", run.step, run.name)
-        metrics.set("lr_scale", run.applied.lr_scale, run.name)
-        metrics.set("kss_alpha", run.applied.kss.alpha, run.name)
+        metrics.set_training(run.name, run.training)
         if heartbeats := run.heartbeats:
             metrics.set("agent_overhead_ratio", max(each.overhead_ratio for each in heartbeats), run.name)
             metrics.set("taps_missing", sum(each.taps_missing for each in heartbeats), run.name)

@@ -9,12 +9,25 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from koopmon.config import MAX_STEPS, MonitorConfig
 from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
 from koopmon.monitor.run_controller import RunController
 from koopmon.wire.authorized_keys import AuthorizedKeys
-from koopmon.wire.messages import MAX_STEP, Ack, Applied, DropReason, Goodbye, Heartbeat, Hello, Shard
+from koopmon.wire.messages import (
+    MAX_STEP,
+    MEASURED,
+    Ack,
+    Applied,
+    DropReason,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Shard,
+    TrainingStep,
+)
 
 LAST_STEP = MAX_STEP - MAX_STEPS
 """Largest accepted step: at a later one the expiry of a command could exceed the protocol's last step."""
@@ -81,6 +94,14 @@ class Run:
     @property
     def incarnation(self) -> str:
         return self.hello.incarnation
+
+    @property
+    def training(self) -> TrainingStep:
+        """Latest known scalars: step and values in force of the run, measured values of rank 0's last heartbeat."""
+        known, beat = self.applied.at_step(self.step), self.peers[0].heartbeat if 0 in self.peers else None
+        if beat is None:
+            return known
+        return msgspec.structs.replace(known, **{name: getattr(beat.training, name) for name in MEASURED})
 
     @property
     def leader(self) -> Peer | None:

@@ -18,11 +18,10 @@ from koopmon import policy
 from koopmon.config import Config, with_hints
 from koopmon.errors import ProtocolError, one_line
 from koopmon.monitor.pending_commands import Answered, PendingCommands
-from koopmon.monitor.sample import Sample
 from koopmon.risk import initial_score, online_detector
 from koopmon.risk.calibration import Example
 from koopmon.wire.headers import encode_header
-from koopmon.wire.messages import MAX_STEP, MAX_TEXT, Ack, Applied, Command, Hello, Judgement
+from koopmon.wire.messages import MAX_STEP, MAX_TEXT, Ack, Applied, Command, Hello, Judgement, TrainingStep
 
 if TYPE_CHECKING:
     from koopmon.risk.calibration import Calibrator
@@ -130,7 +129,7 @@ class RunController:
         return calibrator.probability(example) if calibrator.covers(example) else None
 
     def assess(
-        self, now: float, training: Sample, profile: SpectralProfile | None, *, step: int, decide: bool = True
+        self, now: float, training: TrainingStep, profile: SpectralProfile | None, *, step: int, decide: bool = True
     ) -> Assessment:
         """Assess one snapshot; a `profile` of None means that its states were not finite.
 
@@ -147,7 +146,7 @@ class RunController:
         self.judgement = self._judge(assessment)
         return assessment
 
-    def _observe(self, training: Sample, profile: SpectralProfile | None) -> online_detector.Observation:
+    def _observe(self, training: TrainingStep, profile: SpectralProfile | None) -> online_detector.Observation:
         hello, rate = self._hello, training.learning_rate
         if profile is not None:
             self._num_layers = profile.num_layers
@@ -158,15 +157,10 @@ class RunController:
             self._peak_rate = max(self._peak_rate, rate)
         return online_detector.observe(
             profile,
-            step=training.step,
-            learning_rate=rate,
+            training,
             width=hello.width if hello.rate_sized_steps and hello.width else None,
             num_layers=self._num_layers,
             update_exponent=hello.update_exponent,
-            loss=training.loss,
-            grad_norm=training.grad_norm,
-            lr_scale=training.lr_scale,
-            kss_alpha=training.kss_alpha,
             non_finite=profile is None,
         )
 

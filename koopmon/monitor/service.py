@@ -31,7 +31,6 @@ from koopmon.monitor.probe_handler import ProbeHandler
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.run_controller import Assessment, RunController
-from koopmon.monitor.sample import Sample
 from koopmon.telemetry.metrics import ErrorPart, Metrics
 from koopmon.wire.codec import ReceivedShard
 from koopmon.wire.messages import (
@@ -47,6 +46,7 @@ from koopmon.wire.messages import (
     MonitorMessage,
     Probe,
     Refused,
+    TrainingStep,
     Welcome,
 )
 
@@ -157,7 +157,7 @@ class Service:
         if result.failed:
             self.on_dropped(snapshot.run, "engine_failed")
         elif run is not None:
-            self._assess(run, Sample.of_snapshot(snapshot), result.profile)
+            self._assess(run, snapshot.training, result.profile)
 
     def tick(self) -> None:
         """Process all timeouts that are due."""
@@ -278,7 +278,7 @@ class Service:
         self._publish(events.HeartbeatReceived(run, heartbeat, drops, row_due, applied_changed))
         # The agent dropped the snapshot because its states were not finite: the run has diverged.
         if "not_finite" in drops and run.newly_not_finite(heartbeat.step):
-            self._assess(run, Sample.of_heartbeat(heartbeat), None)
+            self._assess(run, heartbeat.training, None)
         judgement = run.controller.judgement
         self._reply(peer, HeartbeatReply(run=run.name, incarnation=run.incarnation, judgement=judgement))
 
@@ -291,7 +291,7 @@ class Service:
             raise ProtocolError("unknown_command", f"run {run.name} answers {ack.command_id}, which is not known")
         self._publish(events.CommandAcked(run, ack, answered.kind, answered.first, answered.counts))
 
-    def _assess(self, run: Run, training: Sample, profile: SpectralProfile | None) -> None:
+    def _assess(self, run: Run, training: TrainingStep, profile: SpectralProfile | None) -> None:
         decide = run.state is RunState.RUNNING and not self._stopping
         try:
             assessment = run.controller.assess(self.clock(), training, profile, step=run.step, decide=decide)

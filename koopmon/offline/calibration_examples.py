@@ -70,10 +70,10 @@ def _run_example(incarnation: IncarnationRow, first: ProfileRow | None, rows: li
         return useless(f"its first profile is not informative: {why}")
     if not hello.rate_sized_steps:
         return useless("its optimizer is none whose steps are as long as the rate says")
-    rates = [row.learning_rate for row in rows if row.learning_rate]
+    rates = [row.training.learning_rate for row in rows if row.training.learning_rate]
     if not rates:
         return useless("its learning rate is not known")
-    if any(row.lr_scale < 1.0 or row.kss_alpha > 0.0 for row in rows):
+    if any(row.training.lr_scale < 1.0 or row.training.kss_alpha > 0.0 for row in rows):
         return useless("it was acted upon, so what would have become of it is not known")
     example = Example(
         update_exponent=hello.update_exponent,
@@ -87,8 +87,9 @@ def _run_example(incarnation: IncarnationRow, first: ProfileRow | None, rows: li
 
 def _diverged(row: ObservationRow) -> bool:
     # `not loss <= MAX_LOSS` is also True for NaN.
+    loss, grad_norm = row.training.loss, row.training.grad_norm
     return (
         row.non_finite
-        or (row.loss is not None and not row.loss <= MAX_LOSS)
-        or (row.grad_norm is not None and not row.grad_norm <= MAX_GRADIENT_NORM)
+        or (loss is not None and not loss <= MAX_LOSS)
+        or (grad_norm is not None and not grad_norm <= MAX_GRADIENT_NORM)
     )

@@ -139,7 +139,8 @@ def _loss(facts: RunReport) -> str:
 
 
 def _finite(points: Sequence[RecordedPoint]) -> list[float]:
-    return [point.loss for point in points if point.loss is not None and math.isfinite(point.loss)]
+    losses = (point.training.loss for point in points)
+    return [loss for loss in losses if loss is not None and math.isfinite(loss)]
 
 
 def _end(facts: RunReport) -> str:

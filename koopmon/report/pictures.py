@@ -88,9 +88,9 @@ def _track(points: list[RecordedPoint]) -> plots.Track:
         steps=[point.step for point in points],
         risks=[point.risk for point in points],
         forecasts=[point.forecast for point in points],
-        losses=[point.loss for point in points],
-        lr_scales=[point.lr_scale for point in points],
-        kss_alphas=[point.kss_alpha for point in points],
+        losses=[point.training.loss for point in points],
+        lr_scales=[point.training.lr_scale for point in points],
+        kss_alphas=[point.training.kss_alpha for point in points],
         not_finite=[point.step for point in points if point.broken],
     )
 
@@ -98,10 +98,10 @@ def _track(points: list[RecordedPoint]) -> plots.Track:
 def _timeline_words(facts: RunReport) -> str:
     points = facts.points
     worst = max(points, key=lambda point: point.risk)
-    least = min(points, key=lambda point: point.lr_scale)
+    least = min(points, key=lambda point: point.training.lr_scale)
     return (
         f"Risk, loss and what was in force over steps {points[0].step} to {points[-1].step}. Highest risk"
-        f" {worst.risk:.2f} at step {worst.step}; lowest learning-rate scale {least.lr_scale:.3g}."
+        f" {worst.risk:.2f} at step {worst.step}; lowest learning-rate scale {least.training.lr_scale:.3g}."
     )
 
 

@@ -25,6 +25,7 @@ from koopmon.numbers import mean
 from koopmon.risk.online_detector import foresight
 from koopmon.views.action_effects import RecordedCommand, RecordedDecision, RecordedPoint, read_decisions
 from koopmon.views.run_summary import RunSummary, summary_of
+from koopmon.views.run_view import plain
 from koopmon.views.spectra import Heatmap, RecordedSpectrum, read_profiles
 
 UNHEARD_SECONDS = 120.0
@@ -115,8 +116,9 @@ class RunReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain JSON types; a number that is not finite becomes null."""
-        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return plain
+        values = msgspec.to_builtins(self) | {"points": [plain(point) for point in self.points]}
+        finite: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(values))
+        return finite
 
 
 def build_report(history: HistoryReader, store: Path, run: str, policy: PolicyConfig | None = None) -> RunReport:
@@ -179,15 +181,10 @@ def _point(row: ObservationRow) -> RecordedPoint:
         foreseen = foresight(components)
     return RecordedPoint(
         incarnation=row.incarnation,
-        step=row.step,
+        training=row.training,
         time=row.time,
         risk=row.risk,
         forecast=1.0 if row.non_finite else foreseen,
-        loss=row.loss,
-        grad_norm=row.grad_norm,
-        learning_rate=row.learning_rate,
-        lr_scale=row.lr_scale,
-        kss_alpha=row.kss_alpha,
         non_finite=row.non_finite,
         informative=row.observation.get("informative") is True,
         reason=row.reason,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from koopmon.report.markup import Child, Markup, tag
 from koopmon.report.pictures import TITLES
+from koopmon.views.run_view import SCALARS
 from koopmon.views.spectra import WORDS
 
 if TYPE_CHECKING:
@@ -42,18 +43,17 @@ def highlights(facts: RunReport) -> Markup:
     points = facts.points
     worst = max(points, key=lambda point: point.risk)
     chosen = {"first": points[0], "highest risk": worst, "last": points[-1]}
+    scalars = [f"#{name.lower()}" for name in SCALARS.values()]
     return _table(
         "The timeline in numbers",
-        ("snapshot", "#step", "#risk", "#forecast", "#loss", "#rate ×", "#KSS α", "the detector's words"),
+        ("snapshot", "#step", "#risk", "#forecast", *scalars, "the detector's words"),
         (
             (
                 name,
                 str(point.step),
                 f"{point.risk:.2f}",
                 "-" if point.forecast is None else f"{point.forecast:.2f}",
-                number(point.loss),
-                number(point.lr_scale),
-                number(point.kss_alpha),
+                *(number(getattr(point.training, name)) for name in SCALARS),
                 point.reason,
             )
             for name, point in chosen.items()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from koopmon.history.reader import CommandRow, DecisionRow
+from koopmon.wire.messages import AtStep, TrainingStep
 
 WINDOW = 8
 """Maximum number of snapshots compared on each side of an action."""
@@ -27,19 +28,14 @@ Direction = Literal["brake", "give back", "watch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecordedPoint:
+class RecordedPoint(AtStep):
     """One snapshot with its assessment. `risk` and `forecast` are in [0, 1]; `reason` is the detector's."""
 
     incarnation: str
-    step: int
+    training: TrainingStep
     time: float
     risk: float
     forecast: float | None
-    loss: float | None
-    grad_norm: float | None
-    learning_rate: float | None
-    lr_scale: float
-    kss_alpha: float
     non_finite: bool
     informative: bool
     reason: str
@@ -47,7 +43,8 @@ class RecordedPoint:
     @property
     def broken(self) -> bool:
         """True if the states or the loss were not finite."""
-        return self.non_finite or (self.loss is not None and not math.isfinite(self.loss))
+        loss = self.training.loss
+        return self.non_finite or (loss is not None and not math.isfinite(loss))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +136,7 @@ def _directions(rows: Sequence[DecisionRow], points: Sequence[RecordedPoint]) ->
         if row.incarnation != incarnation:
             incarnation = row.incarnation
             seen = next((point for point in points if point.incarnation == incarnation), None)
-            scale, alpha = (1.0, 0.0) if seen is None else (seen.lr_scale, seen.kss_alpha)
+            scale, alpha = (1.0, 0.0) if seen is None else (seen.training.lr_scale, seen.training.kss_alpha)
         for each in row.commands:
             command, applied = each.command, each.outcome == "applied"
             if command.lr_scale is not None:
@@ -167,7 +164,7 @@ def effect_of(row: DecisionRow, step: int, following: Following | None, points: 
     first = bisect_right(points, step, key=_step)
     last = len(points) if following is None else bisect_right(points, following[1], key=_step)
     after = points[first : min(last, first + WINDOW)]
-    losses = [[p.loss for p in side if p.loss is not None] for side in (before, after)]
+    losses = [[p.training.loss for p in side if p.training.loss is not None] for side in (before, after)]
     risk_after = _median(point.risk for point in after)
     verdict, why = _verdict(row.risk, risk_after, losses, after, following if len(after) < WINDOW else None)
     return Effect(

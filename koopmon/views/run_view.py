@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from koopmon.config import KssConfig, PolicyConfig
 from koopmon.policy import PolicyState
 from koopmon.risk.online_detector import Observation, OnlineRisk
 from koopmon.telemetry.metrics import layer_buckets
-from koopmon.wire.messages import Command
+from koopmon.wire.messages import AtStep, Command, TrainingStep
 
 if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
@@ -24,20 +26,23 @@ QUANTITIES: Mapping[str, str] = {
     "spectral_radius": "spectral radius",
 }
 """Quantities of the heatmap and their display names."""
+SCALARS: Mapping[str, str] = {
+    "loss": "Loss",
+    "learning_rate": "Learning rate",
+    "lr_scale": "Rate scale",
+    "kss_alpha": "KSS alpha",
+}
+"""Fields of `TrainingStep` in the tables of the live page and the report, and their display names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TimelinePoint:
+class TimelinePoint(AtStep):
     """One snapshot with its assessment. `time` is Unix seconds."""
 
-    step: int
+    training: TrainingStep
     time: float
     risk: float
     forecast: float | None
-    loss: float | None
-    learning_rate: float | None
-    lr_scale: float
-    kss_alpha: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +147,12 @@ class RunView:
     @property
     def latest(self) -> TimelinePoint | None:
         return self.points[-1] if self.points else None
+
+
+def plain(point: AtStep) -> dict[str, Any]:
+    """Convert a point to plain values for JSON, with the scalars of its TrainingStep beside its own."""
+    values = msgspec.to_builtins(point)
+    return {**values.pop("training"), **values}
 
 
 def column_of(step: int, profile: SpectralProfile) -> Column:

@@ -173,8 +173,8 @@ def test_a_new_monitor_hands_back_what_was_applied(agents: Attach, tmp_path: Pat
         job.train(lambda: job.agent.status()["applied"]["lr_scale"] == 0.5)
         assert job.agent.status()["applied"]["kss"]["alpha"] == 0.1
         job.train(lambda: job.agent.status()["sent"] > 3)
-        assert monitor.shards[-1][0].lr_scale == 0.5
-        assert monitor.shards[-1][0].kss_alpha == 0.1
+        assert monitor.shards[-1][0].training.lr_scale == 0.5
+        assert monitor.shards[-1][0].training.kss_alpha == 0.1
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it is what ends the thread

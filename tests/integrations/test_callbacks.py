@@ -134,7 +134,7 @@ def test_the_loss_arrives_and_the_end_is_said(library: Any, monitor: ScriptedMon
     def after_step(step: int) -> None:
         monitor.wait(lambda: trainer.callback.agent.status()["connected"])
         if step == STEPS:
-            monitor.wait(lambda: any(5.0 < (beat.loss or 0.0) < 6.0 for beat in monitor.of(Heartbeat)))
+            monitor.wait(lambda: any(5.0 < (beat.training.loss or 0.0) < 6.0 for beat in monitor.of(Heartbeat)))
 
     assert trainer.fit(after_step) == STEPS
     monitor.wait(lambda: monitor.of(Goodbye))

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from koopmon.errors import ProtocolError
 from koopmon.monitor.assembler import SHARD_OVERHEAD_BYTES, Assembler, Snapshot
-from koopmon.wire.messages import Shard
+from koopmon.wire.messages import Shard, TrainingStep
+from tests.factories import gathered
 
 WIDTH = 4
 INCARNATION = "0123456789abcdef"
@@ -41,13 +42,12 @@ def make_shard(
         incarnation=fields.pop("incarnation", INCARNATION),
         process_rank=rank,
         num_senders=num_senders,
-        step=step,
         first_point=fields.pop("first_point", 0),
         num_points=states.shape[0],
         num_samples=states.shape[1],
         width=fields.pop("width", WIDTH),
         dtype=DTYPES[states.dtype],
-        **fields,
+        **gathered({"step": step, **fields}),
     )
     return shard, list(states)
 
@@ -77,8 +77,8 @@ def test_one_sender_makes_a_snapshot_at_once(dtype: torch.dtype) -> None:
     assert snapshot.states().dtype == torch.float32
     assert torch.equal(snapshot.states(), torch.stack(states).float())
     assert (snapshot.num_points, snapshot.num_samples, snapshot.width) == (3, 2, WIDTH)
-    assert (snapshot.learning_rate, snapshot.loss, snapshot.grad_norm) == (0.1, 2.0, None)
-    assert (snapshot.lr_scale, snapshot.kss_alpha, snapshot.masked, snapshot.num_shards) == (0.5, 0.2, True, 1)
+    assert snapshot.training == TrainingStep(step=1, learning_rate=0.1, loss=2.0, lr_scale=0.5, kss_alpha=0.2)
+    assert (snapshot.masked, snapshot.num_shards) == (True, 1)
 
 
 @given(data=st.data(), num_senders=st.integers(1, 6))
@@ -108,7 +108,7 @@ def test_any_order_any_duplicates_any_loss(data: st.DataObject, num_senders: int
     if snapshots:
         joined = torch.cat([torch.stack(shards[rank][1]) for rank in came], dim=1)
         assert torch.equal(snapshots[0].states(), joined)
-        assert snapshots[0].loss == pytest.approx(sum(came) / len(came))
+        assert snapshots[0].training.loss == pytest.approx(sum(came) / len(came))
         assert snapshots[0].num_shards == len(came)
 
 
@@ -307,8 +307,8 @@ def test_one_rank_with_a_loss_that_is_not_finite_shows(bad: float) -> None:
     bench = Bench()
     bench.add(make_shard(0, num_senders=2, loss=1.0))
     (snapshot,) = bench.add(make_shard(1, num_senders=2, loss=bad))
-    assert snapshot.loss is not None
-    assert math.isnan(snapshot.loss)
+    assert snapshot.training.loss is not None
+    assert math.isnan(snapshot.training.loss)
 
 
 def test_without_states_is_light() -> None:

@@ -63,7 +63,8 @@ Fields = dict[str, Any]
 
 def shard(run: str, launch: str, step: int, rank: int, senders: int, fields: Fields) -> Shard:
     shape = {"first_point": 0, "num_points": 3, "num_samples": 64, "width": 1, "dtype": "bfloat16"}
-    return Shard(run=run, incarnation=launch, step=step, process_rank=rank, num_senders=senders, **shape, **fields)
+    said = factories.gathered({"step": step, "process_rank": rank, "num_senders": senders, **shape, **fields})
+    return Shard(run=run, incarnation=launch, **said)
 
 
 def heartbeat(run: str, launch: str, step: int, rank: int, applied: Applied, fields: Fields) -> Heartbeat:
@@ -341,7 +342,7 @@ def _of_run(stage: Stage, history: Any, run: str) -> Iterator[tuple[str, Any]]:
     yield (
         "observations",
         [
-            [each.incarnation, each.step, each.time - START, each.loss, each.lr_scale, each.risk]
+            [each.incarnation, each.step, each.time - START, each.training.loss, each.training.lr_scale, each.risk]
             for each in history.observations(run)
         ],
     )

@@ -23,12 +23,14 @@ from koopmon.risk.online_detector import (
     rate_excess,
     weighed,
 )
+from koopmon.wire.messages import TrainingStep
+from tests.factories import observation
 
 CONFIG = RiskConfig()
 
 
 def seen(step: int, ratios: tuple[float, ...], exponent: float = 1.0, **fields: Any) -> Observation:
-    return Observation(step=step, informative=True, update_ratios=ratios, update_exponent=exponent, **fields)
+    return observation(step, update_ratios=ratios, update_exponent=exponent, **fields)
 
 
 def follow(series: list[tuple[int, tuple[float, ...]]], exponent: float = 1.0, **fields: Any) -> list[OnlineRisk]:
@@ -63,7 +65,7 @@ def test_lasting_unrest_without_a_great_lurch_is_an_alarm_until_the_rate_is_cut(
     state = RiskState()
     for step, ratios in restless:
         state, _ = assess(state, seen(step, ratios), CONFIG)
-    state, after = assess(state, replace(seen(60, (3.2,)), lr_scale=0.5), CONFIG)
+    state, after = assess(state, seen(60, (3.2,), lr_scale=0.5), CONFIG)
     assert after.value < 0.5
     assert state.restlessness < 0.1
 
@@ -77,9 +79,7 @@ def log_odds(probability: float) -> float:
 
 def at_rate(rate: float | None, exponent: float | None = 1.0, **fields: Any) -> Observation:
     """A rate of a model of width 10 and 4 layers."""
-    return Observation(
-        step=0, informative=True, learning_rate=rate, width=10, num_layers=4, update_exponent=exponent, **fields
-    )
+    return observation(0, learning_rate=rate, width=10, num_layers=4, update_exponent=exponent, **fields)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +98,9 @@ def test_the_prior_rises_with_the_rate_within_its_bounds(exponent: float | None,
 
 @pytest.mark.parametrize("fields", [{"learning_rate": None}, {"width": None}, {"width": 0}])
 def test_an_unknown_rate_says_nothing(fields: dict[str, Any]) -> None:
-    observation = replace(at_rate(1.0), **fields)
-    assert prior(observation, CONFIG) == 0.0
-    assert rate_excess(observation, CONFIG) is None
+    case = observation(0, **{"learning_rate": 1.0, "width": 10, "num_layers": 4, "update_exponent": 1.0, **fields})
+    assert prior(case, CONFIG) == 0.0
+    assert rate_excess(case, CONFIG) is None
 
 
 def test_the_excess_is_that_of_the_scheduled_rate() -> None:
@@ -239,13 +239,15 @@ def test_a_sparse_cadence_does_not_hide_an_oscillation() -> None:
 
 def test_states_that_are_not_finite_are_the_highest_risk_and_leave_the_history_alone() -> None:
     state, _ = assess(RiskState(), seen(0, (0.1,)), CONFIG)
-    after, risk = assess(state, Observation(step=1, informative=False, non_finite=True), CONFIG)
+    after, risk = assess(state, Observation(training=TrainingStep(step=1), informative=False, non_finite=True), CONFIG)
     assert risk.value == 1.0
     assert after == state
 
 
 def test_an_identity_initialisation_is_no_risk() -> None:
-    still = Observation(step=3, informative=False, reason="layers do not move", update_ratios=(0.0,))
+    still = Observation(
+        training=TrainingStep(step=3), informative=False, reason="layers do not move", update_ratios=(0.0,)
+    )
     state, risk = assess(RiskState(), still, CONFIG)
     assert risk.value == 0.0
     assert "layers do not move" in risk.reason
@@ -274,7 +276,7 @@ def test_the_risk_is_always_a_probability(ratios: list[tuple[float, float]], sha
 
 def test_observations_are_frozen_copies() -> None:
     first = seen(0, (0.1,))
-    assert replace(first, step=1) != first
+    assert replace(first, informative=False) != first
 
 
 def test_the_excess_is_one_at_the_critical_rate_of_the_configuration() -> None:
@@ -310,7 +312,7 @@ def test_the_prior_counts_within_its_weight_behind_normalisation(
 
 
 def test_states_that_are_not_finite_have_the_highest_forecast() -> None:
-    _, risk = assess(RiskState(), Observation(step=1, informative=False, non_finite=True), CONFIG)
+    _, risk = assess(RiskState(), observation(1, informative=False, non_finite=True), CONFIG)
     assert (risk.value, risk.forecast) == (1.0, 1.0)
 
 

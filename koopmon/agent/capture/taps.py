@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from koopmon.agent.capture.sampler import Sampler
+from koopmon.agent.capture.sampler import RankSnapshot, Sampler
 from koopmon.agent.circuit_breaker import CircuitBreaker, logger
 from koopmon.agent.parallelism import compiled_whole
 from koopmon.agent.stats import AgentStats
@@ -24,6 +24,7 @@ from koopmon.discovery import not_verified
 from koopmon.errors import PluginError
 from koopmon.observables import declared
 from koopmon.plugins import Selection, fall_back
+from koopmon.wire.messages import TrainingStep
 
 MAX_ATTEMPTS = 3
 """Failed verifications of the chain, one per training forward, before koopmon gives up."""
@@ -56,8 +57,8 @@ class TapEvents(Protocol):
         entered the chain: equal on ranks that hold the same tokens.
         """
 
-    def on_snapshot_ready(self) -> None:
-        """Handle a complete snapshot: the sampler holds every point."""
+    def on_snapshot_ready(self, snapshot: RankSnapshot) -> None:
+        """Handle a complete snapshot."""
 
     def adapter_replaced(self, selection: Selection) -> None:
         """Handle a new adapter: the one before has failed, or found no chain."""
@@ -97,8 +98,8 @@ class ResidualTaps:
         self._listener = listener
         self._num_missed = 0
         self._width = 0
-        self._due = False
-        """True while the next training forward must be a snapshot."""
+        self._due: TrainingStep | None = None
+        """Step of the snapshot that the next training forward must be; None while none is due."""
         self._root_called = False
         self._training = False
         """True inside a training forward."""
@@ -128,7 +129,8 @@ class ResidualTaps:
         first, selection = point.layer == 0, self._selection
 
         def enter_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._observing or self._injection.active or (first and (self._due or not self._root_called)):
+            begins = first and (self._due is not None or not self._root_called)
+            if begins or self._observing or self._injection.active:
                 try:
                     state = selection.adapter.block_input(module, args, kwargs)
                 except PluginError as error:
@@ -181,7 +183,7 @@ class ResidualTaps:
     def remove(self, reason: str = "") -> None:
         """Remove every hook from the model. Idempotent."""
         self.failure = self.failure or reason
-        self._due = self._training = self._observing = False
+        self._due, self._training, self._observing = None, False, False
         for handle in self._root_handles:
             handle.remove()
         for name in self._handles:
@@ -208,14 +210,14 @@ class ResidualTaps:
         if self._observing:
             self._conclude()
 
-    def step_edge(self, due: bool) -> None:
-        """Start a new optimizer step. `due`: the first training forward from here on is a snapshot."""
+    def step_edge(self, due: TrainingStep | None) -> None:
+        """Start a new optimizer step. With `due` the first training forward from here on is a snapshot of that step."""
         if self.failure:
             return
-        if self._due or (self.stack is None and self.num_forwards == 0):
+        if self._due is not None or (self.stack is None and self.num_forwards == 0):
             self._missed()
         self.num_forwards = 0
-        self._due = due and self.stack is not None
+        self._due = None if self.stack is None else due
 
     def _missed(self) -> None:
         self._stats.taps_missing += 1
@@ -236,7 +238,7 @@ class ResidualTaps:
             return
         self._root_called = True
         self._begin_forward(module.training)
-        if self._training and self.stack is not None and (self._due or self._injection.active):
+        if self._training and self.stack is not None and (self._due is not None or self._injection.active):
             self._mask = self._adapter.token_mask(module, args, kwargs, self.stack)
 
     def _begin_forward(self, training: bool) -> None:
@@ -304,17 +306,17 @@ class ResidualTaps:
                 self._width = state.shape[-1]
         if stack is not self.stack or state is None:
             return
-        if point.layer == 0 and self._due and self._training and not again:
-            self._begin_snapshot(stack, state)
+        if point.layer == 0 and self._due is not None and self._training and not again:
+            self._begin_snapshot(stack, state, self._due)
         if self._injection.active and (self._training or again):
             self._injection.enter(point.layer, state, self._mask)
 
-    def _begin_snapshot(self, stack: Stack, state: Tensor) -> None:
-        self._due = False
+    def _begin_snapshot(self, stack: Stack, state: Tensor, training: TrainingStep) -> None:
+        self._due = None
         if self.sampler is None or (state.is_cuda and torch.cuda.is_current_stream_capturing()):
             return  # every replay of a CUDA graph would repeat a captured copy
         started = time.perf_counter()
-        if self.sampler.begin(self._stats.step, len(stack.points) + 1, state, self._mask):
+        if self.sampler.begin(training, len(stack.points) + 1, state, self._mask):
             self.sampler.put(0, state)
         self._stats.capture_seconds += time.perf_counter() - started
 
@@ -339,5 +341,7 @@ class ResidualTaps:
             self._missed()
         elif index == len(stack.points):
             self._num_missed = 0
-            self._listener.on_snapshot_ready()
+            snapshot = self.sampler.finish()
+            if snapshot is not None:
+                self._listener.on_snapshot_ready(snapshot)
         self._stats.capture_seconds += time.perf_counter() - started

@@ -311,7 +311,7 @@ class ControlChannel:
         )
 
     def _heartbeat(self) -> Heartbeat:
-        stats = self._stats
+        stats, applied = self._stats, self._handler.applied()
         busy, elapsed = stats.busy_seconds, stats.elapsed_seconds
         spent, passed = busy - self._reported_busy, elapsed - self._reported_elapsed
         self._reported_busy, self._reported_elapsed = busy, elapsed
@@ -319,15 +319,12 @@ class ControlChannel:
             run=self._identity.run,
             incarnation=self._identity.incarnation,
             process_rank=self.description.process_rank,
-            step=stats.step,
-            applied=self._handler.applied(),
+            training=stats.with_measured(applied.at_step(stats.step)),
+            applied=applied,
             sent=stats.sent,
             dropped=dict(stats.dropped),
             taps_missing=stats.taps_missing,
             overhead_ratio=max(0.0, spent / passed) if passed > 0.0 else 0.0,
             step_seconds=stats.step_seconds,
-            learning_rate=stats.learning_rate.get(),
-            loss=stats.loss.get(),
-            grad_norm=stats.grad_norm.get(),
             control_ready=self._handler.ready,
         )

@@ -232,7 +232,7 @@ class IOThread:
     def _send_snapshot(self, snapshot: RankSnapshot, data: DataSender | None, identity: Identity) -> DropReason | None:
         if snapshot.ready is not None:
             snapshot.ready.synchronize()
-        states, stats = snapshot.states, self._stats
+        states = snapshot.states
         if snapshot.num_valid is not None:
             states = states[:, : int(snapshot.num_valid)]
         num_points, num_samples, width = states.shape
@@ -249,18 +249,13 @@ class IOThread:
             incarnation=identity.incarnation,
             process_rank=self._description.process_rank,
             num_senders=self._description.num_senders,
-            step=snapshot.step,
+            training=self._stats.with_measured(snapshot.training),
             first_point=0,
             num_points=num_points,
             num_samples=num_samples,
             width=width,
             dtype=DTYPE_NAMES[states.dtype],
             masked=snapshot.masked,
-            learning_rate=stats.learning_rate.get(),
-            loss=stats.loss.get(),
-            grad_norm=stats.grad_norm.get(),
-            lr_scale=snapshot.lr_scale,
-            kss_alpha=snapshot.kss_alpha,
             observables=_observables(snapshot, num_points - 1),
         )
         return data.send(encode(shard, list(states)), snapshot.slot)

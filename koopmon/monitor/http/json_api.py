@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from koopmon.monitor.http.policy_preview import preview
-from koopmon.views.run_view import Column, DecisionView, RunView
+from koopmon.views.run_view import Column, DecisionView, RunView, plain
 
 VERSION = 1
 
@@ -48,7 +48,7 @@ def run(view: RunView, now: float) -> dict[str, Any]:
         "acts": view.acts,
         "sends": view.sends,
         "health": msgspec.to_builtins(view.health) | {"snapshots_received": view.num_received},
-        "points": msgspec.to_builtins(view.points),
+        "points": [plain(point) for point in view.points],
         "layers": _layers(view.columns),
         "spectrum": _spectrum(view),
         "decisions": [_decision(decided) for decided in view.decisions],

@@ -136,16 +136,7 @@ def _column(row: ProfileRow) -> Column | None:
 
 
 def _point(row: ObservationRow) -> TimelinePoint:
-    return TimelinePoint(
-        step=row.step,
-        time=row.time,
-        risk=row.risk,
-        forecast=None,
-        loss=row.loss,
-        learning_rate=row.learning_rate,
-        lr_scale=row.lr_scale,
-        kss_alpha=row.kss_alpha,
-    )
+    return TimelinePoint(training=row.training, time=row.time, risk=row.risk, forecast=None)
 
 
 def _decided(row: DecisionRow) -> DecisionView:

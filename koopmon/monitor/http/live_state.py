@@ -150,16 +150,7 @@ class LiveState:
         seen, risk, profile = assessment.observation, assessment.risk, assessment.profile
         column = None if profile is None else column_of(seen.step, profile)
         spectrum = None if profile is None else spectrum_of(seen.step, profile)
-        point = TimelinePoint(
-            step=seen.step,
-            time=self._wall(),
-            risk=risk.value,
-            forecast=risk.forecast,
-            loss=seen.loss,
-            learning_rate=seen.learning_rate,
-            lr_scale=seen.lr_scale,
-            kss_alpha=seen.kss_alpha,
-        )
+        point = TimelinePoint(training=seen.training, time=self._wall(), risk=risk.value, forecast=risk.forecast)
         status = PolicyStatus(
             now=self._clock(),
             state=controller.policy_state,

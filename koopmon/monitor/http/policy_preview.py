@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from koopmon import policy
 from koopmon.views.run_view import PolicyStatus, RunView
 
@@ -71,11 +73,14 @@ def _asked(standing: PolicyStatus, risk: float) -> str:
     state, config = standing.state, standing.policy
     seen = replace(
         standing.observation,
-        step=max(standing.observation.step + 1, (state.acted_at or 0) + config.cooldown_steps),
+        training=msgspec.structs.replace(
+            standing.observation.training,
+            step=max(standing.observation.step + 1, (state.acted_at or 0) + config.cooldown_steps),
+            lr_scale=state.lr_scale,
+            kss_alpha=state.kss.alpha,
+        ),
         informative=True,
         non_finite=False,
-        lr_scale=state.lr_scale,
-        kss_alpha=state.kss.alpha,
     )
     decision = policy.decide(standing.now, state, seen, replace(standing.risk, value=risk), config, standing.kss)
     changes = [_words(action) for action in decision.commands if action.changes_training]

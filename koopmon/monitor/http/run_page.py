@@ -8,7 +8,7 @@ from koopmon.monitor.http.policy_preview import preview
 from koopmon.monitor.http.runs_page import level
 from koopmon.views import eigenvalue_plot, heatmap, svg_charts
 from koopmon.views.html import Child, Markup, join, tag
-from koopmon.views.run_view import QUANTITIES, CommandView, DecisionView, RunView
+from koopmon.views.run_view import QUANTITIES, SCALARS, CommandView, DecisionView, RunView
 from koopmon.views.svg_charts import decimal, number
 
 ROWS = 30
@@ -70,14 +70,11 @@ def _risk(view: RunView, config: PolicyConfig) -> tuple[Child, ...]:
             f"{point.step:,}",
             decimal(point.risk),
             decimal(point.forecast),
-            number(point.loss, 4),
-            number(point.learning_rate),
-            number(point.lr_scale),
-            number(point.kss_alpha),
+            *(number(getattr(point.training, name), 4) for name in SCALARS),
         )
         for point in view.points[: -ROWS - 1 : -1]
     ]
-    heads = ("Step", "Risk", "Forecast", "Loss", "Learning rate", "Rate scale", "KSS alpha")
+    heads = ("Step", "Risk", "Forecast", *SCALARS.values())
     behind = page.table("risk-table", f"The last {len(rows)} snapshots, the newest first", heads, rows)
     return (
         key,
@@ -146,9 +143,9 @@ def _heatmap(view: RunView, quantity: str) -> tuple[Child, ...]:
 
 
 def _training(view: RunView) -> tuple[Child, ...]:
-    loss = svg_charts.small_chart(view.points, lambda point: point.loss, "Loss", "loss")
+    loss = svg_charts.small_chart(view.points, lambda point: point.training.loss, "Loss", "loss")
     scale = svg_charts.small_chart(
-        view.points, lambda point: point.lr_scale, "Learning-rate scale", "scale", unit_scale=True
+        view.points, lambda point: point.training.lr_scale, "Learning-rate scale", "scale", unit_scale=True
     )
     return loss, scale
 

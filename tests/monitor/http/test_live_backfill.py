@@ -16,6 +16,7 @@ from koopmon.monitor.http import live_backfill as recalls
 from koopmon.monitor.http.live_backfill import LiveBackfill
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.wire.messages import Applied
+from tests.factories import record_observation
 
 httpx = pytest.importorskip("httpx")
 
@@ -119,20 +120,7 @@ def test_a_run_that_cannot_be_read_hides_no_other(tmp_path: Path, caplog: pytest
     path = tmp_path / "history.sqlite3"
     store = HistoryWriter.open(path)
     for run in ("bad", "good"):
-        store.record_observation(
-            1.0,
-            run,
-            "aaaaaaaa",
-            1,
-            scalars={},
-            lr_scale=1.0,
-            kss_alpha=0.0,
-            non_finite=False,
-            observation={},
-            risk=0.5,
-            reason="",
-            components={},
-        )
+        record_observation(store, 1.0, 1, run)
     store.close()
     with sqlite3.connect(path) as database:
         database.execute("UPDATE observations SET components = '[' WHERE incarnation_id = 1")

@@ -13,6 +13,7 @@ from koopmon.monitor.http import live_state as boards
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.telemetry.metrics import MAX_LAYERS
 from koopmon.views.run_view import RunView, TimelinePoint
+from koopmon.wire.messages import TrainingStep
 
 Feed = Callable[..., Any]
 Profile = Callable[..., Any]
@@ -30,7 +31,7 @@ def test_a_run_as_it_is_told(live_state: LiveState, feed: Feed, make_profile: Pr
     assert (view.state, view.adapter, view.step, view.num_received) == ("running", "transformer", 5, 1)
     assert view.health.dropped == {"queue_full": 3, "engine_queue_full": 1}
     assert (view.health.num_ranks, view.health.world_size) == (1, 2)
-    assert view.latest.loss == 2.5
+    assert view.latest.training.loss == 2.5
     assert view.latest.risk == assessment.risk.value
     assert view.spectrum.labels == ("0", "1", "2")
     assert [len(pairs) for pairs in view.spectrum.eigenvalues] == [16, 16, 16]
@@ -120,7 +121,10 @@ def test_what_the_history_knows_comes_before_what_was_heard(
 ) -> None:
     def point(step: int) -> TimelinePoint:
         return TimelinePoint(
-            step=step, time=0.0, risk=0.1, forecast=None, loss=None, learning_rate=None, lr_scale=1.0, kss_alpha=0.0
+            training=TrainingStep(step=step),
+            time=0.0,
+            risk=0.1,
+            forecast=None,
         )
 
     feed("job").judge(10, make_profile())
