@@ -52,9 +52,7 @@ def test_make_binds_agents_to_runs_and_overwrites_nothing(place: Path, capsys: p
     secret = read_secret(place, "alice")
     status, out, err = run(capsys, "make", "bob", "alice")
     assert (status, out) == (2, "")
-    assert err == (
-        f"koopmon: {secret_file(place, 'alice')}: exists; `koopmon keys rotate alice` replaces it\n"
-    )
+    assert err == (f"koopmon: {secret_file(place, 'alice')}: exists; `koopmon keys rotate alice` replaces it\n")
     assert read_secret(place, "alice") == secret
     assert not secret_file(place, "bob").exists(), "all or nothing"
 

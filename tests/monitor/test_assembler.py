@@ -324,15 +324,20 @@ def test_the_scalars_of_several_ranks() -> None:
     bench.add(make_shard(2, num_senders=3, learning_rate=0.1, loss=1.0, grad_norm=8.0, lr_scale=0.25, kss_alpha=0.3))
     bench.add(make_shard(0, num_senders=3, learning_rate=0.3, loss=3.0, lr_scale=0.5, kss_alpha=0.1, masked=True))
     (found,) = bench.add(make_shard(1, num_senders=3, learning_rate=0.2, loss=5.0, grad_norm=2.0, masked=True))
-    assert (found.learning_rate, found.loss, found.grad_norm) == (0.3, 3.0, 5.0)
-    assert (found.lr_scale, found.kss_alpha, found.masked, found.num_shards) == (0.5, 0.1, False, 3)
+    assert (found.training.learning_rate, found.training.loss, found.training.grad_norm) == (0.3, 3.0, 5.0)
+    assert (found.training.lr_scale, found.training.kss_alpha, found.masked, found.num_shards) == (0.5, 0.1, False, 3)
 
 
 def test_ranks_without_a_rate_know_none() -> None:
     bench = Bench()
     bench.add(make_shard(0, num_senders=2))
     (found,) = bench.add(make_shard(1, num_senders=2, masked=True))
-    assert (found.learning_rate, found.loss, found.grad_norm, found.masked) == (None, None, None, False)
+    assert (found.training.learning_rate, found.training.loss, found.training.grad_norm, found.masked) == (
+        None,
+        None,
+        None,
+        False,
+    )
 
 
 def test_memory_is_counted_with_the_overhead_of_each_shard() -> None:
@@ -550,4 +555,4 @@ def test_losses_beyond_all_sums_have_a_mean() -> None:
     bench = Bench()
     for rank in range(3):
         found = bench.add(make_shard(rank, num_senders=3, loss=1.5e308))
-    assert found[0].loss == pytest.approx(1.5e308)
+    assert found[0].training.loss == pytest.approx(1.5e308)

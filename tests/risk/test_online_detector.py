@@ -312,7 +312,7 @@ def test_the_prior_counts_within_its_weight_behind_normalisation(
 
 
 def test_states_that_are_not_finite_have_the_highest_forecast() -> None:
-    _, risk = assess(RiskState(), observation(1, informative=False, non_finite=True), CONFIG)
+    _, risk = assess(RiskState(), observation(step=1, informative=False, non_finite=True), CONFIG)
     assert (risk.value, risk.forecast) == (1.0, 1.0)
 
 
