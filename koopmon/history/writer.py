@@ -115,7 +115,7 @@ class HistoryWriter(Journal):
         components: Mapping[str, float],
         **columns: Any,
     ) -> None:
-        """Record one input of the detector at a snapshot with its components. The columns are non_finite, risk, reason."""
+        """Record one input of the detector and its components. The columns are non_finite, risk and reason."""
         texts = {"observation": to_json(observation), "components": to_json(components)}
         self._insert("observations", at, run, incarnation, **msgspec.structs.asdict(training), **texts, **columns)
 

@@ -64,7 +64,7 @@ class Peer:
 
 @dataclass(slots=True)
 class Run:
-    """One job: all that the monitor knows of its current incarnation.
+    """One job: the state of its current incarnation in the monitor.
 
     `applied` holds the values in force that its rank 0 last reported; `restore` those of an earlier incarnation, which
     each rank receives once. `agent` is the owner of the key of its first hello; "" when the operating system
@@ -172,12 +172,10 @@ class RunRegistry:
             return ""
         name = self._agents.name_of(key)
         if name is None:
-            raise ProtocolError("authorisation", "the peer's key is no agent's any more: `koopmon keys show`")
+            raise ProtocolError("authorisation", "no agent has the peer's key: `koopmon keys show`")
         if not self._agents.is_authorized(name, run):
-            raise ProtocolError(
-                "authorisation",
-                f"agent {name!r} may not speak for run {run}: its file in agents/ says for which it may",
-            )
+            remedy = "its file in agents/ lists its runs"
+            raise ProtocolError("authorisation", f"agent {name!r} may not use run {run}: {remedy}")
         return name
 
     def admit(
@@ -229,7 +227,7 @@ class RunRegistry:
         num_peers = len(run.peers) if run is not None and same and hello.process_rank not in run.peers else 0
         if num_peers >= self._config.max_peers:
             limit = "as many as [monitor] max_peers allows"
-            raise ProtocolError("refused", f"{name} has {num_peers} ranks that speak, {limit}")
+            raise ProtocolError("refused", f"{name} has {num_peers} connected ranks, {limit}")
 
     def on_message(self, now: float, message: Heartbeat | Ack | Goodbye, identity: bytes, *, key: str = "") -> Run:
         """Note a message of a known peer.
@@ -242,7 +240,7 @@ class RunRegistry:
         if peer is None:
             raise ProtocolError("unknown_run", f"run {run.name} rank {rank} has not said hello")
         if peer.identity != identity:
-            raise ProtocolError("identity", f"run {run.name} rank {rank} speaks from another peer than its hello")
+            raise ProtocolError("identity", f"run {run.name} rank {rank} sends from another peer than its hello")
         if isinstance(message, Goodbye):
             run.step = max(run.step, message.step)
             run.last_heard = now
@@ -300,7 +298,7 @@ class RunRegistry:
         if run is None:
             raise ProtocolError("unknown_run", f"run {message.run} has not said hello")
         if run.incarnation != message.incarnation:
-            raise ProtocolError("stale_incarnation", f"run {run.name} goes on as incarnation {run.incarnation}")
+            raise ProtocolError("stale_incarnation", f"run {run.name} now has the incarnation {run.incarnation}")
         if run.agent != agent:
             raise ProtocolError("identity", f"run {run.name} is {run.agent or 'no agent'!r}'s, not {agent!r}'s")
         if message.step > LAST_STEP:

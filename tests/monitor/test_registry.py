@@ -120,7 +120,7 @@ def test_a_new_incarnation_takes_over_for_good(registry: RunRegistry) -> None:
         with pytest.raises(ProtocolError) as caught:
             registry.on_message(2.0, message, b"p0")
         assert caught.value.reason == "stale_incarnation"
-    with pytest.raises(ProtocolError, match="goes on as"):
+    with pytest.raises(ProtocolError, match="now has the incarnation"):
         registry.on_shard(2.0, shard())
     with pytest.raises(ProtocolError, match="KOOPMON_RUN"):
         admit(registry, 3.0, hello(), b"p0")
