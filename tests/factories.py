@@ -9,6 +9,7 @@ from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.registry import Admission, RunRegistry
 from koopmon.monitor.run_controller import RunController
 from koopmon.risk.online_detector import Observation
+from koopmon.views.run_view import TimelinePoint
 from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello, TrainingStep
 
 RUN, INCARNATION = "job", "aaaaaaaa"
@@ -84,3 +85,9 @@ def record_observation(
         **fields,
     }
     store.record_observation(at, run, incarnation, **gathered(values))
+
+
+def point(step: int, incarnation: str = INCARNATION, **fields: Any) -> TimelinePoint:
+    """A calm snapshot of a view; the scalars of the training are named beside the other fields."""
+    values = {"time": 0.0, "risk": 0.1, "forecast": None, "reason": "", "informative": True, "non_finite": False}
+    return TimelinePoint(incarnation=incarnation, **gathered({"step": step, **values, **fields}))

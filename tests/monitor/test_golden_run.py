@@ -304,7 +304,7 @@ def _shown(stage: Stage, run: str) -> Fields:
     view = stage.board.view(run)
     assert view is not None
     decisions = [
-        [each.step, each.phase, each.reason, [[stage.name(o.command.id), o.outcome, o.step] for o in each.orders]]
+        [each.step, each.phase, each.reason, [[stage.name(o.command.id), o.outcome, o.step] for o in each.commands]]
         for each in view.decisions
     ]
     standing = None if view.standing is None else view.standing.state.phase
