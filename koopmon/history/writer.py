@@ -87,6 +87,7 @@ class HistoryWriter(Journal):
     @records()
     def record_profile(
         self,
+        /,
         at: float,
         run: str,
         incarnation: str,
@@ -106,6 +107,7 @@ class HistoryWriter(Journal):
     @records()
     def record_observation(
         self,
+        /,
         at: float,
         run: str,
         incarnation: str,
@@ -128,6 +130,7 @@ class HistoryWriter(Journal):
     @records(commit=True)
     def record_decision(
         self,
+        /,
         at: float,
         run: str,
         incarnation: str,
