@@ -129,19 +129,28 @@ class Monitor:
 
     def _open(self, stack: ExitStack) -> None:
         """Open all parts, which `stack` closes in the opposite order."""
-        history = HistoryWriter.open(self._store_path, self._config.store)
-        stack.callback(history.close)
-        agents = self._open_wire(stack)
         registry = CollectorRegistry()
-        metrics = Metrics(registry, _build())
-        self._rejection_log = RejectionLog(metrics, time.monotonic)
-        self._failures = Failures(metrics, time.monotonic)
-        live_state = LiveState()
-        http = self._open_http(stack, registry, live_state)
-        self._open_pipeline(stack, history, metrics, live_state, agents)
-        stack.callback(LiveBackfill(live_state, self._store_path).close)
+        outputs = self._open_outputs(stack, registry)
+        self._rejection_log = RejectionLog(outputs.metrics, time.monotonic)
+        self._failures = Failures(outputs.metrics, time.monotonic)
+        agents = self._open_wire(stack)
+        http = self._open_http(stack, registry, outputs.live_state)
+        self._open_pipeline(stack, outputs, agents)
+        stack.callback(LiveBackfill(outputs.live_state, self._store_path).close)
         scheme = "http" if self._tls is None else "https"
         self._addresses = Addresses(self._control.endpoint, self._data.endpoint, http, scheme)
+
+    def _open_outputs(self, stack: ExitStack, registry: CollectorRegistry) -> Outputs:
+        """Open the history, the metrics, the live page's state, and the connection to Grafana."""
+        history = HistoryWriter.open(self._store_path, self._config.store)
+        stack.callback(history.close)
+        annotate: Annotate = no_annotations
+        if self._grafana is not None:
+            annotations = Annotations(self._grafana, self._config.grafana.queue_length)
+            stack.callback(annotations.close)
+            annotate = annotations.add
+        metrics = Metrics(registry, _build())
+        return Outputs(history=history, metrics=metrics, live_state=LiveState(), annotate=annotate)
 
     def _open_wire(self, stack: ExitStack) -> AuthorizedKeys | None:
         """Open both channels. Returns the agents' keys; None without key authentication."""
@@ -175,14 +184,7 @@ class Monitor:
         stack.callback(web.close)
         return web.address
 
-    def _open_pipeline(
-        self,
-        stack: ExitStack,
-        history: HistoryWriter,
-        metrics: Metrics,
-        live_state: LiveState,
-        agents: AuthorizedKeys | None,
-    ) -> None:
+    def _open_pipeline(self, stack: ExitStack, outputs: Outputs, agents: AuthorizedKeys | None) -> None:
         """Open the engine and the service."""
         monitor = self._config.monitor
         self._engine = Engine(
@@ -194,14 +196,9 @@ class Monitor:
             on_failure=lambda run, error: self._failures.note("snapshot", error, run=run),
         )
         stack.callback(self._engine.close)
-        annotate: Annotate = no_annotations
-        if self._grafana is not None:
-            annotations = Annotations(self._grafana, self._config.grafana.queue_length)
-            stack.callback(annotations.close)
-            annotate = annotations.add
         self._service = Service(
             config=self._config,
-            outputs=Outputs(history=history, metrics=metrics, live_state=live_state, annotate=annotate),
+            outputs=outputs,
             engine=self._engine,
             rejection_log=self._rejection_log,
             send=self._send,

@@ -109,7 +109,7 @@ class Service:
         self._assembler = Assembler(
             timeout_seconds=monitor.assemble_timeout_seconds,
             max_bytes=monitor.max_pending_bytes,
-            min_samples=2 * monitor.svd_rank,
+            min_samples=2 * monitor.svd_rank,  # a fit of rank R needs more than R samples; twice as many: by hand
             on_drop=self.on_dropped,
             on_failure=self._lost_in_assembly,
         )
