@@ -6,6 +6,7 @@ from typing import Any
 
 from koopmon.history.writer import HistoryWriter
 from koopmon.risk.online_detector import Observation
+from koopmon.views.run_view import TimelinePoint
 from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello, TrainingStep
 
 RUN, INCARNATION = "job", "aaaaaaaa"
@@ -76,3 +77,9 @@ def record_observation(
         **fields,
     }
     store.record_observation(at, run, incarnation, **gathered(values))
+
+
+def point(step: int, incarnation: str = INCARNATION, **fields: Any) -> TimelinePoint:
+    """A calm snapshot of a view; the scalars of the training are named beside the other fields."""
+    values = {"time": 0.0, "risk": 0.1, "forecast": None, "reason": "", "informative": True, "non_finite": False}
+    return TimelinePoint(incarnation=incarnation, **gathered({"step": step, **values, **fields}))

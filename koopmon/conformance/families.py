@@ -70,7 +70,7 @@ def shields(bench: Bench) -> str:
         given = attached.notebook.outcomes
     demand(len(given) == 1, f"a command of KSS has {len(given)} outcomes, expected one")
     (outcome,) = given
-    refused = outcome.outcome == "refused" and outcome.shielded
+    refused = outcome.outcome == "refused" and outcome.permanent
     demand(refused, f"KSS is {outcome.outcome}, expected to be refused as shielded: {names[0]} is shielded from it")
     complete = any(name in outcome.detail for name in names) and "through_shielded" in outcome.detail
     good = complete and len(outcome.detail.splitlines()) == 1

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from koopmon import config as configuration
 from koopmon.agent.capture.sampler import RankSnapshot
 from koopmon.agent.capture.taps import recomputing
-from koopmon.agent.comms.control_channel import CommandResult
 from koopmon.agent.comms.io_thread import IOThread
+from koopmon.agent.control.actuator import CommandResult
 from koopmon.agent.runtime import AgentRuntime
 from koopmon.api import Stack
 from koopmon.conformance.harness import Bench, at_points, seeded
@@ -187,7 +187,7 @@ class Notebook(IOThread):
         self.snapshots.append(Kept(item.training.step, valid.clone(), dict(zip(item.observed, values, strict=True))))
         item.slot.release()
 
-    def close(self, *, wait: bool = True) -> None:
+    def close(self, reason: str = "", *, wait: bool = True) -> None:
         self.connected = False
         self._wakeup.close()
 
@@ -216,8 +216,7 @@ class Attached:
 
     def command(self, kind: Any, **fields: Any) -> None:
         """Submit a command; it takes effect at the next optimizer step."""
-        assert self.runtime.actuator is not None
-        self.runtime.actuator.submit(
+        self.runtime.lifecycle.submit(
             Command(
                 run="conformance",
                 incarnation="c0f0c0f0",
@@ -232,14 +231,12 @@ class Attached:
     @property
     def lr_scale(self) -> float:
         """LR scale in force in the most recent step."""
-        assert self.runtime.actuator is not None
-        return self.runtime.actuator.state.lr_scale(self.runtime.stats.step - 1)
+        return self.runtime.lifecycle.applied(self.runtime.stats.step - 1).lr_scale
 
     @property
     def alpha(self) -> float:
         """KSS alpha in force in the next forward pass."""
-        assert self.runtime.actuator is not None
-        return self.runtime.actuator.state.kss_alpha(self.runtime.stats.step)
+        return self.runtime.lifecycle.applied().kss.alpha
 
     def check(self) -> None:
         breaker, taps = self.runtime.breaker, self.runtime.taps
