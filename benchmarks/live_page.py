@@ -96,7 +96,8 @@ def updates(browser: Any, served: Served) -> list[float]:
 
 def scrapes(folder: Path) -> dict[str, Any]:
     """Measure latency, CPU time and size of /metrics, compressed, while many runs report."""
-    with monitor(folder, folder / "many.sqlite3", "[monitor]\nmax_runs = 64\nqueue_length = 100\n") as served:
+    settings = "[monitor]\nmax_runs = 64\nqueue_length = 100\nvanished_after_seconds = 600\n"
+    with monitor(folder, folder / "many.sqlite3", settings) as served:
         agents = [Agent(served.endpoint, f"run-{number:02d}") for number in range(NUM_SIMULATED)]
         held = states(1).bfloat16()
         for agent in agents:
@@ -161,8 +162,8 @@ def missed(told: dict[str, Any]) -> list[str]:
         found.append(f"first paint took {worst:.2f} s")
     if max(told["updates_seconds"]) > UPDATE_SECONDS:
         found.append(f"an update took {max(told['updates_seconds']):.2f} s")
-    if statistics.median(told["metrics"]["cpu_seconds"]) > SCRAPE_CPU_SECONDS:
-        found.append(f"a scrape took {statistics.median(told['metrics']['cpu_seconds']):.2f} s of CPU time")
+    if max(told["metrics"]["cpu_seconds"]) > SCRAPE_CPU_SECONDS:
+        found.append(f"a scrape took {max(told['metrics']['cpu_seconds']):.2f} s of CPU time")
     if max(hour["rss_bytes"]) - hour["rss_bytes"][1] > MAX_GROWTH_BYTES or len(set(hour["series"][1:])) > 1:
         found.append("memory or series grew")
     return found
