@@ -28,7 +28,7 @@ INSTRUMENTED = {
 WRITE_SECONDS = 2.0
 WARM_EXECUTIONS = 20_000
 WARM_SECONDS = 10.0
-"""Executions of the warm-up: imports, caches and the corpus do not count as growth."""
+"""Executions and seconds of the warm-up: imports, caches and the corpus do not count as growth."""
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 

@@ -35,7 +35,7 @@ VOCABULARY = 11
 
 
 class Attention(nn.Module):
-    """The number of heads follows from the query's projection: under tensor parallelism it is that of this rank."""
+    """Attention with the number of heads in the query's projection; under tensor parallelism, those of this rank."""
 
     def __init__(self) -> None:
         super().__init__()
