@@ -13,7 +13,7 @@ from koopmon.config import KssConfig, PolicyConfig, RiskConfig
 from koopmon.policy import Action, PolicyState, decide
 from koopmon.risk.online_detector import OnlineRisk, RiskState, assess, observe
 from koopmon.spectral import SpectralProfile
-from koopmon.wire.messages import KssSettings
+from koopmon.wire.messages import KssSettings, TrainingStep
 
 Control = Literal["", "lr", "kss", "kss+lr", "spike"]
 DELAY = 2
@@ -78,14 +78,10 @@ class Controller:
             return
         seen = observe(
             profile,
-            step=step,
-            learning_rate=lr,
+            TrainingStep(step=step, learning_rate=lr, loss=loss, lr_scale=self.lr_scale, kss_alpha=self.kss.alpha),
             width=self._width or None,
             num_layers=self._num_layers,
             update_exponent=self._exponent,
-            loss=loss,
-            lr_scale=self.lr_scale,
-            kss_alpha=self.kss.alpha,
             non_finite=profile is None,
         )
         self._history, self.risk = assess(self._history, seen, self._config)

@@ -16,6 +16,7 @@ from benchmarks.campaign import Kept
 from benchmarks.training import Recipe, warmed
 from koopmon.config import RiskConfig
 from koopmon.risk.online_detector import Observation, OnlineRisk, RiskState, assess
+from koopmon.wire.messages import TrainingStep
 
 Series: TypeAlias = "np.ndarray[Any, Any]"
 Detector = Callable[[Kept[Recipe]], Series]
@@ -43,15 +44,17 @@ def online(run: Kept[Recipe], config: RiskConfig | None = None, *, logged: bool 
         informative = bool(run.series["informative"][row])
         means: dict[str, Any] = {name: float(run.series[name][row].mean()) for name in MEANS if informative}
         observation = Observation(
-            step=int(step),
+            training=TrainingStep(
+                step=int(step),
+                learning_rate=run.case.lr * warmed(run.case, int(step)),
+                loss=float(run.series["loss"][step - 1]) if logged and step > 0 else None,
+            ),
             informative=informative,
             non_finite=bool(np.isnan(ratios).any()),
             update_ratios=tuple(ratios.tolist()),
-            learning_rate=run.case.lr * warmed(run.case, int(step)),
             width=run.case.width,
             num_layers=run.case.num_layers,
             update_exponent=exponent,
-            loss=float(run.series["loss"][step - 1]) if logged and step > 0 else None,
             **means,
         )
         state, risk = assess(state, observation, config)

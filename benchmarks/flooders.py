@@ -21,7 +21,7 @@ import zmq
 
 from koopmon.wire import client, server, sockets
 from koopmon.wire.headers import decode_header, encode_header
-from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply, Hello, Shard, Welcome
+from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply, Hello, Shard, TrainingStep, Welcome
 from koopmon.wire.sockets import ControlClient, ControlServer, DataSender, Poller, WireContext
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,10 +111,18 @@ def _agents(endpoint: str, sent: memoryview[int]) -> None:
             torch_version="0",
         )
         _until_sent(agent, encode_header(hello))
-        frames.append([encode_header(Heartbeat(**name, process_rank=0, step=1, applied=Applied()))])
+        said = Heartbeat(**name, process_rank=0, training=TrainingStep(step=1), applied=Applied())
+        frames.append([encode_header(said)])
     poller = Poller(*agents)
-    shape: dict[str, Any] = {"first_point": 0, "num_points": 2, "num_samples": 4, "width": 4, "dtype": "float16"}
-    shard = Shard(run="flood-0", incarnation="f" * 8, process_rank=0, num_senders=1, step=1, **shape)
+    shape: dict[str, Any] = {
+        "training": TrainingStep(step=1),
+        "first_point": 0,
+        "num_points": 2,
+        "num_samples": 4,
+        "width": 4,
+        "dtype": "float16",
+    }
+    shard = Shard(run="flood-0", incarnation="f" * 8, process_rank=0, num_senders=1, **shape)
     snapshot = [encode_header(shard), bytes(32), bytes(32)]
     while True:
         for agent, beat in zip(agents, frames, strict=True):

@@ -24,7 +24,7 @@ from koopmon.monitor.http.server import WebServer
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import Service
 from koopmon.telemetry.metrics import Metrics
-from koopmon.wire.messages import Applied, Heartbeat
+from koopmon.wire.messages import Applied, Heartbeat, TrainingStep
 
 HOUR_SECONDS = 3600.0
 HEARTBEAT_SECONDS, SNAPSHOT_SECONDS, SCRAPE_SECONDS, COUNT_SECONDS = 10.0, 60.0, 60.0, 300.0
@@ -38,8 +38,7 @@ class _Snapshot:
 
     def __init__(self, run: str, step: int) -> None:
         self.run, self.incarnation, self.step = run, "aaaaaaaa", step
-        self.learning_rate, self.loss, self.grad_norm = 1e-3, 2.0 + 0.1 * (step % 7), 1.0
-        self.lr_scale, self.kss_alpha = 1.0, 0.0
+        self.training = TrainingStep(step=step, learning_rate=1e-3, loss=2.0 + 0.1 * (step % 7), grad_norm=1.0)
         self.observables: dict[str, list[float | None]] = {}
 
 
@@ -95,7 +94,12 @@ def simulate(num_runs: int) -> dict[str, Any]:
                 at = clock[0]
                 for run in runs:
                     beat = Heartbeat(
-                        run=run, incarnation="aaaaaaaa", process_rank=0, step=step, applied=Applied(), sent=step
+                        run=run,
+                        incarnation="aaaaaaaa",
+                        process_rank=0,
+                        training=TrainingStep(step=step),
+                        applied=Applied(),
+                        sent=step,
                     )
                     service.on_control(run.encode(), beat)
                 if at % SNAPSHOT_SECONDS == 0:

@@ -2,16 +2,19 @@
 
 A monitor in its own process starts on a history of 20 runs x 48 layers. The benchmark measures the first contentful
 paint in Chromium, and the time from sending a snapshot to the change of the page. Then 50 runs x 48 layers report to
-another monitor, for the latency and size of a scrape. Then one hour of 50 runs is simulated, for the memory. Finally it
-takes docs/live-fleet.png and docs/live-run.png of real trainings. The exit status is 1 if a bound is exceeded.
+another monitor, for the latency, CPU time and size of a scrape. Then one hour of 50 runs is simulated, for the memory.
+Finally it takes docs/live-fleet.png and docs/live-run.png of real trainings. `--only-scrapes` measures /metrics alone
+and replaces that part of the result. The exit status is 1 if a bound is exceeded.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import http.client
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -32,7 +35,7 @@ RESULT = Path(__file__).parent / "results" / "live_page.json"
 DOCS = Path(__file__).parents[1] / "docs"
 NUM_RECORDED, NUM_SNAPSHOTS, NUM_SIMULATED = 20, 60, 50
 PAINTS, UPDATES, SCRAPES = 7, 15, 40
-PAINT_SECONDS, UPDATE_SECONDS, SCRAPE_SECONDS = 1.0, 2.0, 0.2
+PAINT_SECONDS, UPDATE_SECONDS, SCRAPE_CPU_SECONDS = 1.0, 2.0, 0.25
 MAX_GROWTH_BYTES = 16 << 20
 ACCEPT = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
 """Accept header of Prometheus."""
@@ -92,8 +95,9 @@ def updates(browser: Any, served: Served) -> list[float]:
 
 
 def scrapes(folder: Path) -> dict[str, Any]:
-    """Measure latency and size of /metrics while many runs report."""
-    with monitor(folder, folder / "many.sqlite3", "[monitor]\nmax_runs = 64\nqueue_length = 100\n") as served:
+    """Measure latency, CPU time and size of /metrics, compressed, while many runs report."""
+    settings = "[monitor]\nmax_runs = 64\nqueue_length = 100\nvanished_after_seconds = 600\n"
+    with monitor(folder, folder / "many.sqlite3", settings) as served:
         agents = [Agent(served.endpoint, f"run-{number:02d}") for number in range(NUM_SIMULATED)]
         held = states(1).bfloat16()
         for agent in agents:
@@ -105,22 +109,30 @@ def scrapes(folder: Path) -> dict[str, Any]:
             return text.count(f'layer="{NUM_LAYERS - 1}"') >= 10 * NUM_SIMULATED
 
         wait_until(reported, 0.5)
-        took, text = [], b""
+        took, cpu, packed = [], [], b""
         for number in range(SCRAPES):
             agents[number % NUM_SIMULATED].heartbeat(number + 2)
-            began = time.monotonic()
-            connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=30.0)
-            connection.request("GET", "/metrics", headers={"Accept": ACCEPT})
-            text = connection.getresponse().read()
-            took.append(time.monotonic() - began)
-            connection.close()
             time.sleep(0.1)
+            began, spent = time.monotonic(), cpu_seconds(served.pid)
+            connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=30.0)
+            connection.request("GET", "/metrics", headers={"Accept": ACCEPT, "Accept-Encoding": "gzip"})
+            packed = connection.getresponse().read()
+            took.append(time.monotonic() - began)
+            cpu.append(cpu_seconds(served.pid) - spent)
+            connection.close()
         for agent in agents:
             agent.close()
+    text = gzip.decompress(packed)
     series = sum(not line.startswith(b"#") for line in text.splitlines())
-    # The first scrape formats the name of every series, here of 50 runs that all started since the last scrape.
-    told = {"first_seconds": took[0], "seconds": took[1:]}
-    return {"num_runs": NUM_SIMULATED, **told, "series": series, "bytes": len(text)}
+    told = {"seconds": took, "cpu_seconds": cpu, "series": series, "bytes": len(text), "sent_bytes": len(packed)}
+    # Latency depends on what else the machine does; CPU time hardly does.
+    return {"provenance": provenance(0), "load_average": os.getloadavg()[0], "num_runs": NUM_SIMULATED, **told}
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and all its threads, in steps of a clock tick (10 ms)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(folder: Path, console: Any) -> dict[str, Any]:
@@ -150,8 +162,8 @@ def missed(told: dict[str, Any]) -> list[str]:
         found.append(f"first paint took {worst:.2f} s")
     if max(told["updates_seconds"]) > UPDATE_SECONDS:
         found.append(f"an update took {max(told['updates_seconds']):.2f} s")
-    if max(told["metrics"]["seconds"]) > SCRAPE_SECONDS:
-        found.append(f"a scrape took {max(told['metrics']['seconds']):.2f} s")
+    if max(told["metrics"]["cpu_seconds"]) > SCRAPE_CPU_SECONDS:
+        found.append(f"a scrape took {max(told['metrics']['cpu_seconds']):.2f} s of CPU time")
     if max(hour["rss_bytes"]) - hour["rss_bytes"][1] > MAX_GROWTH_BYTES or len(set(hour["series"][1:])) > 1:
         found.append("memory or series grew")
     return found
@@ -161,13 +173,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.live_page", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes (default %(default)s)")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where the pictures go (default %(default)s)")
+    parser.add_argument("--only-scrapes", action="store_true", help="measure /metrics alone, and keep the rest")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     console = campaign.console()
     origin = provenance(0)  # the provenance is read before the pictures change the tree
     with tempfile.TemporaryDirectory(prefix="koopmon-") as folder:
+        if options.only_scrapes:
+            document = json.loads(options.out.read_text(encoding="utf-8"))
+            return _report({**document, "metrics": scrapes(Path(folder))}, options.out, console)
         told = measure(Path(folder), console)
         told["pictures"] = live_pictures.take(Path(folder), options.docs)
+    settings = {"num_recorded": NUM_RECORDED, "num_layers": NUM_LAYERS}
+    return _report({"provenance": origin, "settings": settings, **told}, options.out, console)
+
+
+def _report(told: dict[str, Any], out: Path, console: Any) -> int:
+    """Print and write the result; return the exit status."""
     table = Table("what", "median", "worst", title="live page")
     paint, hour = told["paint"], told["hour"]
     for name, values, unit in (
@@ -175,6 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("first paint, one run", paint["run_ms"], "ms"),
         ("snapshot to page", told["updates_seconds"], "s"),
         ("/metrics", told["metrics"]["seconds"], "s"),
+        ("/metrics, CPU time", told["metrics"]["cpu_seconds"], "s"),
     ):
         table.add_row(name, f"{statistics.median(values):.3g} {unit}", f"{max(values):.3g} {unit}")
     grown = (max(hour["rss_bytes"]) - hour["rss_bytes"][1]) / 1e6
@@ -183,9 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = missed(told)
     for words in found:
         console.print(f"[red]{words}[/red]")
-    settings = {"num_recorded": NUM_RECORDED, "num_layers": NUM_LAYERS}
-    document = {"provenance": origin, "settings": settings, **told}
-    options.out.write_text(json.dumps({**document, "missed": found}, indent=1) + "\n", encoding="utf-8")
+    out.write_text(json.dumps({**told, "missed": found}, indent=1) + "\n", encoding="utf-8")
     return int(bool(found))
 
 

@@ -19,10 +19,9 @@ from torch import Tensor
 from koopmon.config import Config
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.run_controller import RunController
-from koopmon.monitor.sample import Sample
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
-from koopmon.wire.messages import Applied, Heartbeat, Hello, Shard, Welcome
+from koopmon.wire.messages import Applied, Hello, Shard, TrainingStep, Welcome
 from koopmon.wire.sockets import ControlClient, DataSender, WireContext
 from tests import factories
 
@@ -66,16 +65,13 @@ def record(path: Path, num_runs: int, num_snapshots: int, found: list[SpectralPr
         guard, where = RunController(Config(), said, Applied()), (said.run, said.incarnation)
         for step in range(1, num_snapshots + 1):
             profile = found[step % len(found)]
-            sample = Sample(step=step, learning_rate=1e-3, loss=2.0, grad_norm=1.0, lr_scale=1.0, kss_alpha=0.0)
-            verdict = guard.assess(float(step), sample, profile, step=step)
+            training = TrainingStep(step=step, learning_rate=1e-3, loss=2.0, grad_norm=1.0)
+            verdict = guard.assess(float(step), training, profile, step=step)
             store.record_profile(
                 at + step, *where, step, num_shards=1, masked=False, seconds=0.1, profile=profile.to_dict()
             )
             store.record_observation(
-                *(at + step, *where, step),
-                scalars={"learning_rate": 1e-3, "loss": 2.0},
-                lr_scale=1.0,
-                kss_alpha=0.0,
+                *(at + step, *where, training),
                 non_finite=False,
                 observation=verdict.observation,
                 risk=verdict.risk.value,
@@ -112,20 +108,18 @@ class Agent:
             incarnation=INCARNATION,
             process_rank=0,
             num_senders=1,
-            step=step,
+            training=TrainingStep(step=step, learning_rate=1e-3, loss=2.0),
             first_point=0,
             num_points=held.shape[0],
             num_samples=held.shape[1],
             width=held.shape[2],
             dtype="bfloat16",
-            learning_rate=1e-3,
-            loss=2.0,
         )
         frames = encode(shard, held)
         wait_until(lambda: self._data.send(frames) is None, 0.005)
 
     def heartbeat(self, step: int) -> None:
-        beat = Heartbeat(run=self._run, incarnation=INCARNATION, process_rank=0, step=step, applied=Applied())
+        beat = factories.heartbeat(step, self._run, INCARNATION)
         wait_until(lambda: self._control.send(encode(beat)), 0.01)
         while self._control.recv() is not None:
             pass

@@ -122,8 +122,8 @@ def backoff(path: Path) -> None:
     watched = plots.Watched(
         steps=[row.step for row in rows],
         risks=[row.risk for row in rows],
-        lr_scales=[row.lr_scale for row in rows],
-        kss_alphas=[row.kss_alpha for row in rows],
+        lr_scales=[row.training.lr_scale for row in rows],
+        kss_alphas=[row.training.kss_alpha for row in rows],
         commands=list(applied_commands(guarded.record.decisions)),
     )
     title = f"Byte-level transformer without normalisation, AdamW at {setting.lr:g}, {setting.num_ranks} ranks"

@@ -16,13 +16,14 @@ from pathlib import Path
 from benchmarks.fuzz.page import WRITERS as FUZZ
 from benchmarks.live_figures import WRITERS as LIVE
 from benchmarks.matrix.page import WRITERS as MATRIX
+from benchmarks.mutants.page import WRITERS as MUTANTS
 from benchmarks.proving_ground.page import WRITERS as PROVING_GROUND
 from benchmarks.sections import WRITERS as SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ("evidence", "failures", "grafana", "live-page", "security", "support")
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
-WRITERS = {**SECTIONS, **MATRIX, **FUZZ, **LIVE, **PROVING_GROUND}
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
+WRITERS = {**SECTIONS, **MATRIX, **FUZZ, **LIVE, **MUTANTS, **PROVING_GROUND}
 RESULTS = Path(__file__).parent / "results"
 SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 

@@ -18,32 +18,26 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "AdapterError": "koopmon.errors",
-    "Agent": "koopmon.agent.attach",
-    "ArchitectureAdapter": "koopmon.api",
-    "BlockList": "koopmon.block_finder",
-    "Config": "koopmon.config",
-    "ConfigError": "koopmon.errors",
-    "Discovery": "koopmon.api",
-    "DiscoveryError": "koopmon.errors",
-    "ExampleModel": "koopmon.api",
-    "KoopmonError": "koopmon.errors",
-    "LayerProfile": "koopmon.spectral",
-    "Observable": "koopmon.api",
-    "Point": "koopmon.api",
-    "SpectralProfile": "koopmon.spectral",
-    "Stack": "koopmon.api",
-    "attach": "koopmon.agent.attach",
-    "block_lists": "koopmon.block_finder",
-    "call_arguments": "koopmon.api",
-    "discover": "koopmon.discovery",
-    "hookimpl": "koopmon.hookspecs",
-    "lists_holding": "koopmon.block_finder",
-    "normalised": "koopmon.block_finder",
-    "parts_of": "koopmon.block_finder",
-    "profile": "koopmon.profiling",
+_NAMES = {
+    "koopmon.agent.attach": ("Agent", "attach"),
+    "koopmon.api": (
+        "ArchitectureAdapter",
+        "Discovery",
+        "ExampleModel",
+        "Observable",
+        "Point",
+        "Stack",
+        "call_arguments",
+    ),
+    "koopmon.block_finder": ("BlockList", "block_lists", "lists_holding", "normalised", "parts_of"),
+    "koopmon.config": ("Config",),
+    "koopmon.discovery": ("discover",),
+    "koopmon.errors": ("AdapterError", "ConfigError", "DiscoveryError", "KoopmonError"),
+    "koopmon.hookspecs": ("hookimpl",),
+    "koopmon.profiling": ("profile",),
+    "koopmon.spectral": ("LayerProfile", "SpectralProfile"),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 """Module of each public name, imported on first access because `import koopmon` alone must not import torch."""
 
 __all__ = [

@@ -14,17 +14,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-__all__ = [
-    "ArchitectureAdapter",
-    "Discovery",
-    "ExampleModel",
-    "Observable",
-    "Point",
-    "Reader",
-    "Stack",
-    "call_arguments",
-]
-
 STATE_ARGUMENTS = ("hidden_states", "x", "src", "tgt", "input")
 """Names of keyword arguments with the state of a block."""
 MAX_SPECIFICITY = 100

@@ -27,7 +27,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,14 +38,16 @@ from koopmon.api import ArchitectureAdapter, Point, Stack
 from koopmon.block_finder import normalised
 from koopmon.spectral import LARGEST_EXPONENT, stack_exponent, update_exponent
 
-__all__ = ["ChainResult", "ChainVerifier", "known_exponent"]
-
 SAMPLED_ROWS = 1024
 """Rows of each state that are compared between the end of one block and the start of the next."""
 MIN_UPDATE = 0.01
 """Least size of an update, relative to the state, that shows its growth."""
 MIN_CARRIED = 0.25
 """Least mean correlation between a block's input and output, for a stack that is not known to be residual."""
+
+
+Also = Callable[[Stack, int, Tensor], None]
+"""also(stack, l, h_l): a second observer of every state."""
 
 
 class ChainResult(NamedTuple):
@@ -95,7 +98,6 @@ class ChainVerifier:
     def __init__(self, adapter: ArchitectureAdapter, candidates: Sequence[Stack]) -> None:
         self.adapter = adapter
         self.candidates = tuple(candidates)
-        self._also: Callable[[Stack, int, Tensor], None] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -137,43 +139,30 @@ class ChainVerifier:
         trace.done += 1
 
     @contextmanager
-    def watch(self, also: Callable[[Stack, int, Tensor], None] | None = None) -> Iterator[None]:
+    def watch(self, also: Also | None = None) -> Iterator[None]:
         """Observe every candidate by temporary hooks, removed at the end.
 
         `also` is called as also(stack, l, h_l) with every state of every candidate, h_0 first: 0 <= l <= its blocks.
         """
-        self._also = also
-        handles = []
-        try:
+        with ExitStack() as hooks:
             for stack in self.candidates:
                 for point in stack.points:
-                    handles.append(
-                        point.entry.register_forward_pre_hook(self._pre_hook(stack, point), with_kwargs=True)
-                    )
-                    handles.append(point.module.register_forward_hook(self._hook(stack, point)))
+                    before, after = (partial(observe, stack, point, also) for observe in (self._enter, self._leave))
+                    hooks.enter_context(point.entry.register_forward_pre_hook(before, with_kwargs=True))
+                    hooks.enter_context(point.module.register_forward_hook(after))
             yield
-        finally:
-            self._also = None
-            for handle in handles:
-                handle.remove()
 
-    def _pre_hook(self, stack: Stack, point: Point) -> Any:
-        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            state = self.adapter.block_input(module, args, kwargs)
-            self.observe_input(stack, point.layer, state)
-            if self._also is not None and state is not None and point.layer == 0:
-                self._also(stack, 0, state)
+    def _enter(self, stack: Stack, point: Point, also: Also | None, module: nn.Module, args: Any, kwargs: Any) -> None:
+        state = self.adapter.block_input(module, args, kwargs)
+        self.observe_input(stack, point.layer, state)
+        if also is not None and state is not None and point.layer == 0:
+            also(stack, 0, state)
 
-        return observe
-
-    def _hook(self, stack: Stack, point: Point) -> Any:
-        def observe(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            state = self.adapter.block_output(module, output)
-            self.observe_output(stack, point.layer, state)
-            if self._also is not None and state is not None:
-                self._also(stack, point.layer + 1, state)
-
-        return observe
+    def _leave(self, stack: Stack, point: Point, also: Also | None, module: nn.Module, args: Any, output: Any) -> None:
+        state = self.adapter.block_output(module, output)
+        self.observe_output(stack, point.layer, state)
+        if also is not None and state is not None:
+            also(stack, point.layer + 1, state)
 
     @torch.no_grad()
     def _rows(self, trace: _Trace, layer: int, state: Tensor | None, verb: str) -> Tensor | None:
@@ -259,7 +248,7 @@ class ChainVerifier:
         equal = _together(trace.links).tolist()
         for layer, is_equal in enumerate(equal):
             if not is_equal:
-                return f"what leaves {trace.point(layer).name} is not what enters {trace.point(layer + 1).name}"
+                return f"the output of {trace.point(layer).name} is not the input of {trace.point(layer + 1).name}"
         if trace.carried:
             carried = float(_together(trace.carried).mean())
             if math.isnan(carried):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import opcode
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +19,11 @@ def one_line(text: object, limit: int = 400) -> str:
     """Return printable text of at most `limit` characters for a log line. `text` may come from a file or a peer."""
     line = "".join(character if character.isprintable() else "?" for character in str(text))
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def describe_error(error: BaseException, limit: int = 400) -> str:
+    """Return the type and the message of an exception as one line."""
+    return one_line(f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": "), limit)
 
 
 def _arguments(frame: FrameType) -> list[object]:
@@ -55,6 +62,21 @@ class KoopmonError(Exception):
     """Base class of koopmon's exceptions. `exit_status` is the status that the CLI returns for the exception."""
 
     exit_status = 1
+
+
+@contextmanager
+def foreign_code(refused: Callable[[str], Exception], *passing: type[Exception]) -> Iterator[None]:
+    """Run the code of a user or a plugin. An exception becomes `refused("raised ...")`.
+
+    The exceptions of koopmon, of the types `passing`, and of a signal, such as Ctrl-C, pass unchanged.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, (KoopmonError, *passing)):
+            raise
+        raise_from_signal(error)
+        raise refused(f"raised {describe_error(error)}") from error
 
 
 class ConfigError(KoopmonError, ValueError):

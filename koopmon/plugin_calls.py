@@ -13,7 +13,6 @@ import ctypes
 import functools
 import itertools
 import logging
-import os
 import sys
 import threading
 import time
@@ -24,9 +23,8 @@ from typing import Any, TypeVar
 import torch
 
 from koopmon.errors import PluginError, one_line, raise_from_signal
+from koopmon.logs import announced, log_for_job
 from koopmon.process_state import ProcessState
-
-__all__ = ["SECONDS", "PluginCalls", "WrongResultError", "bounded_list", "say_once", "told"]
 
 logger = logging.getLogger("koopmon.plugins")
 
@@ -72,6 +70,10 @@ class PluginCalls:
         self._package = package
         self._seconds_left = SECONDS
 
+    def run(self, what: str, call: Callable[[], T], *, limited: bool) -> T:
+        """Return `call()`, in a separate thread if `limited`, as koopmon's own plugins need not be."""
+        return self.limited(what, call) if limited else self.contained(what, call)
+
     def limited(self, what: str, call: Callable[[], T]) -> T:
         """Return `call()`, run in a separate thread, which is abandoned after the plugin's SECONDS.
 
@@ -88,7 +90,7 @@ class PluginCalls:
                     work.start()
                     work.join(max(0.0, self._seconds_left))
             except RuntimeError as error:  # the system allows no more threads
-                raise PluginError(self.label, f"{what} {told(error)}") from error
+                raise PluginError(self.label, f"{what} {describe_failure(error)}") from error
             finally:  # also when the user's Ctrl-C ends the wait
                 late = work.is_alive()
                 if late:
@@ -103,7 +105,7 @@ class PluginCalls:
                 say_once(f"{self.label}: {what} changed {', '.join(changed + work.changed)}; koopmon has put it back")
             if late:
                 _overdue[self.label] = reason = f"{what} was not over when the {SECONDS:g} s of this plugin were"
-                if (rank := _rank()) != "0":  # only this rank may be late; it then has another adapter
+                if (rank := announced()[0]) != 0:  # only this rank may be late; it then has another adapter
                     logger.warning("koopmon: rank %s: %s: %s", rank, self.label, reason)
                 raise PluginError(self.label, reason)
             if work.failure:
@@ -121,7 +123,7 @@ class PluginCalls:
             return call(*args)
         except BaseException as error:
             raise_from_signal(error)
-            raise PluginError(self.label, f"{what} {told(error)}") from error
+            raise PluginError(self.label, f"{what} {describe_failure(error)}") from error
         finally:
             if torch.is_grad_enabled() is not grad_mode:
                 torch.set_grad_enabled(grad_mode)
@@ -150,7 +152,7 @@ class _Work(threading.Thread):
             assert call is not None
             self.result = call()
         except BaseException as error:
-            self.failure = told(error)
+            self.failure = describe_failure(error)
         if torch.get_num_threads() != num_threads:  # per thread; a new thread starts with the last number set
             torch.set_num_threads(num_threads)
             self.changed.append("the number of threads")
@@ -182,7 +184,7 @@ def _imports_others(frame: FrameType | None, package: str) -> bool:
     return False
 
 
-def told(error: BaseException) -> str:
+def describe_failure(error: BaseException) -> str:
     """Return a description of `error` in a few words that follow a call's name."""
     try:
         if isinstance(error, WrongResultError):
@@ -198,9 +200,5 @@ def told(error: BaseException) -> str:
 
 @functools.cache
 def say_once(text: str, *, level: int = logging.WARNING) -> None:
-    """Log one line per process, and per job: ranks other than the first log it at DEBUG."""
-    logger.log(level if _rank() == "0" else logging.DEBUG, "koopmon: %s", text)
-
-
-def _rank() -> str:
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    """Log one line per process and per job (`log_for_job`)."""
+    log_for_job(logger, text, level=level)

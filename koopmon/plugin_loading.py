@@ -12,9 +12,7 @@ import pluggy
 from koopmon import hookspecs
 from koopmon.api import ArchitectureAdapter
 from koopmon.errors import PluginError, one_line
-from koopmon.plugin_calls import PluginCalls, WrongResultError, bounded_list, say_once, told
-
-__all__ = ["PluginManager", "is_own", "plugin_manager"]
+from koopmon.plugin_calls import PluginCalls, WrongResultError, bounded_list, describe_failure, say_once
 
 OWN_PACKAGE = "koopmon_adapters"
 
@@ -56,15 +54,10 @@ class PluginManager(pluggy.PluginManager):
         package = _top(entry)
         self._calls[name] = calls = PluginCalls(name, _distribution(entry), package)
         try:
-            if package == OWN_PACKAGE:
-                self.register(entry.load(), name=name)
-                return
-            plugin = calls.limited("its import", entry.load)
+            plugin = calls.run("its import", entry.load, limited=package != OWN_PACKAGE)
             calls.contained("its registration", self._register, plugin, name)
         except PluginError as error:
             self.skip(name, error.reason)
-        except Exception as error:  # an error of koopmon's own, from an incomplete installation
-            self.skip(name, f"its import {told(error)}")
 
     def _register(self, plugin: object, name: str) -> None:
         self.register(plugin, name=name)
@@ -88,11 +81,9 @@ class PluginManager(pluggy.PluginManager):
 
             try:
                 calls = self.calls(each.plugin_name)
-                found = call() if is_own(each.plugin) else calls.limited(f"{hook}()", call)
+                found = calls.run(f"{hook}()", call, limited=not is_own(each.plugin))
             except PluginError as error:
                 self.skip(each.plugin_name, error.reason)
-            except Exception as error:  # see `load`
-                self.skip(each.plugin_name, f"{hook}() {told(error)}")
             else:
                 yield each.plugin_name, found
 
@@ -132,7 +123,7 @@ def _entries() -> list[EntryPoint]:
             try:
                 found += distribution.entry_points.select(group=hookspecs.PROJECT)
             except Exception as error:
-                say_once(f"the entry points of {_full_name(distribution)} cannot be read: {told(error)}")
+                say_once(f"the entry points of {_full_name(distribution)} cannot be read: {describe_failure(error)}")
     return sorted(found, key=lambda entry: (_top(entry) != OWN_PACKAGE, entry.name, entry.value))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,6 @@ from koopmon.observables import Readings, declared, tabulate
 from koopmon.plugins import Selection, select
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.token_sampling import align_mask, choose_rows, take_rows
-
-__all__ = ["CapturedStates", "capture_states", "profile"]
 
 
 def profile(
@@ -97,81 +96,55 @@ def _capture(
     num_samples: int,
     seed: int,
 ) -> CapturedStates:
-    sampler = _Sampler(model, selection, batch, batch_kwargs, num_samples, seed)
+    states: defaultdict[str, list[Tensor]] = defaultdict(list)
+    choices: dict[str, tuple[Tensor, int, bool]] = {}
+    """Per candidate: the rows, the number of tokens, and True if a mask was used."""
+
+    def take(stack: Stack, layer: int, state: Tensor) -> None:
+        leading = state.shape[:-1]
+        if layer == 0:
+            mask = align_mask(selection.adapter.token_mask(model, batch, batch_kwargs, stack), leading)
+            rows = choose_rows(leading.numel(), num_samples, seed=seed, mask=mask)
+            choices[stack.name] = rows, leading.numel(), mask is not None
+        if stack.name in choices and leading.numel() == choices[stack.name][1]:
+            states[stack.name].append(take_rows(state.detach(), choices[stack.name][0].to(state.device)))
+
     verifier = ChainVerifier(selection.adapter, selection.candidates)
-    with probe(model) as call, verifier.watch(also=sampler.take), _reading(selection) as readings:
+    with probe(model) as call, verifier.watch(also=take), _reading(selection) as readings:
         call(*batch, **batch_kwargs)
     discovery = verified(model, selection, *verifier.verdict())
-    states = sampler.states[discovery.stack.name]
-    for layer, state in enumerate(states):
+    kept = states[discovery.stack.name]
+    for layer, state in enumerate(kept):
         if not torch.isfinite(state).all():
             where = f"enters {discovery.points[0].name}" if layer == 0 else f"leaves {discovery.points[layer - 1].name}"
             raise ValueError(f"the state that {where} holds NaN or infinite values")
-    num_tokens, masked = sampler.choices[discovery.stack.name][1:]
+    num_tokens, masked = choices[discovery.stack.name][1:]
     gathered = readings[discovery.stack.name].gather()
     observables: Mapping[str, Sequence[float | None]] = {}
     if gathered is not None:
         observables = tabulate(gathered.keys, gathered.values.tolist(), len(discovery.points))
     measures = {name: text for family in reversed(selection.families) for name, text in family.measures.items()}
-    told = {name: measures[name] for name in observables}
+    explained = {name: measures[name] for name in observables}
     exponent = known_exponent(selection.adapter, discovery.stack)
-    return CapturedStates(discovery, _alike(states), num_tokens, masked, observables, told, exponent)
+    return CapturedStates(discovery, _alike(kept), num_tokens, masked, observables, explained, exponent)
 
 
 @contextmanager
 def _reading(selection: Selection) -> Iterator[Mapping[str, Readings]]:
     """Take the families' readings in every candidate stack, by its name, inside the context."""
     readings = {stack.name: Readings() for stack in selection.candidates}
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for stack in selection.candidates:
             for observable in declared(selection.families, stack):
-                hook = functools.partial(_take, readings[stack.name], observable)
-                handles.append(observable.module.register_forward_hook(hook, with_kwargs=True))
+                hook = partial(_take, readings[stack.name], observable)
+                hooks.enter_context(observable.module.register_forward_hook(hook, with_kwargs=True))
         yield readings
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _take(
     readings: Readings, observable: Observable, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
 ) -> None:
     readings.take(observable, args, kwargs, output)
-
-
-class _Sampler:
-    """Takes the same rows of every state of every candidate while the model runs."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        selection: Selection,
-        batch: tuple[Any, ...],
-        batch_kwargs: Mapping[str, Any],
-        num_samples: int,
-        seed: int,
-    ) -> None:
-        self.states: dict[str, list[Tensor]] = {stack.name: [] for stack in selection.candidates}
-        self.choices: dict[str, tuple[Tensor, int, bool]] = {}
-        """Per candidate: the rows, the number of tokens, and True if a mask was used."""
-        self._adapter = selection.adapter
-        self._call = (model, batch, batch_kwargs)
-        self._num_samples = num_samples
-        self._seed = seed
-
-    def take(self, stack: Stack, layer: int, state: Tensor) -> None:
-        if layer == 0:
-            self.choices[stack.name] = self._choose(stack, state)
-        if stack.name in self.choices and state.shape[:-1].numel() == self.choices[stack.name][1]:
-            rows = self.choices[stack.name][0].to(state.device)
-            self.states[stack.name].append(take_rows(state.detach(), rows))
-
-    def _choose(self, stack: Stack, state: Tensor) -> tuple[Tensor, int, bool]:
-        leading = state.shape[:-1]
-        mask = align_mask(self._adapter.token_mask(*self._call, stack), leading)
-        rows = choose_rows(leading.numel(), self._num_samples, seed=self._seed, mask=mask)
-        return rows, leading.numel(), mask is not None
 
 
 def _alike(states: list[Tensor]) -> tuple[Tensor, ...]:

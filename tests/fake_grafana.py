@@ -1,7 +1,7 @@
 """A small Grafana on a real socket: the part of its HTTP API that we use, strict about what it is sent.
 
-Shapes and statuses are those of the HTTP API's reference (folders, data sources, dashboards, search, alerting
-provisioning, annotations). It answers 400 to a body that Grafana would not take, and can be told to fail.
+Shapes and statuses are those of the HTTP API's reference (folders, data sources, dashboards, alerting provisioning,
+annotations). It answers 400 to a body that Grafana would not take, and can be told to fail.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 Json = Any
 TOKEN = "glsa_a-token-of-the-tests"
 WEB_PAGE = "<!DOCTYPE html><html><body>Grafana</body></html>"
-DEFAULT_RECEIVER = "grafana-default-email"
 
 
 class RefusalError(Exception):
@@ -35,7 +34,6 @@ class RefusalError(Exception):
 class Request:
     method: str
     path: str
-    query: dict[str, list[str]]
     headers: dict[str, str]
     body: Json
 
@@ -53,22 +51,15 @@ class State:
     folders: dict[str, Json] = field(default_factory=dict)
     dashboards: dict[str, Json] = field(default_factory=dict)
     groups: dict[tuple[str, str], Json] = field(default_factory=dict)
-    contact_points: list[Json] = field(default_factory=list)
-    secrets: dict[str, str] = field(default_factory=dict)
-    policies: Json = field(
-        default_factory=lambda: {"receiver": DEFAULT_RECEIVER, "group_by": ["grafana_folder", "alertname"]}
-    )
     annotations: list[Json] = field(default_factory=list)
 
 
 class FakeGrafana:
-    """Serves until `close`. `requests` holds what was asked, and `watchers` hear of it first; `failing` answers in
-    place of the API."""
+    """Serves until `close`. `requests` holds what was asked; `failing` answers in place of the API."""
 
     def __init__(self, prefix: str = "", port: int = 0) -> None:
         self.state = State()
         self.requests: list[Request] = []
-        self.watchers: list[Callable[[Request], None]] = []
         self.prefix = prefix
         self._faults: list[Callable[[Request], int | str | None]] = []
         self._release = threading.Event()
@@ -140,10 +131,8 @@ class FakeGrafana:
         raw = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         headers = {key.lower(): value for key, value in handler.headers.items()}
         body = json.loads(raw) if raw else None
-        request = Request(handler.command, unquote(parts.path), parse_qs(parts.query), headers, body)
+        request = Request(handler.command, unquote(parts.path), headers, body)
         self.requests.append(request)
-        for watcher in self.watchers:
-            watcher(request)
         fault = next((found for made in self._faults if (found := made(request)) is not None), None)
         if fault == "hang":
             self._release.wait(30)
@@ -179,8 +168,6 @@ class FakeGrafana:
         match method, words:
             case "GET", ["frontend", "settings"]:
                 return 200, {"buildInfo": {"version": state.version, "commit": "abc"}}
-            case "GET", ["search"]:
-                return 200, self._search(request.query)
             case "GET", ["folders", uid]:
                 return 200, _known(state.folders, uid, "folder not found")
             case "POST", ["folders"]:
@@ -201,14 +188,6 @@ class FakeGrafana:
                 provenance = "" if request.headers.get("x-disable-provenance") == "true" else "api"
                 return self._provisioning(method, rest, body, provenance)
         raise RefusalError(404, "Not found")
-
-    def _search(self, query: dict[str, list[str]]) -> Json:
-        folders = query.get("folderUIDs")
-        return [
-            {"uid": uid, "title": each["dashboard"]["title"], "type": "dash-db"}
-            for uid, each in self.state.dashboards.items()
-            if folders is None or each["meta"]["folderUid"] in folders
-        ]
 
     def _datasources(self, method: str, words: list[str], body: Json) -> tuple[int, Json]:
         known = self.state.datasources
@@ -263,19 +242,6 @@ class FakeGrafana:
             case "PUT", ["folder", folder, "rule-groups", title]:
                 state.groups[folder, title] = self._rule_group(folder, title, body, provenance)
                 return 200, state.groups[folder, title]
-            case "GET", ["policies"]:
-                return 200, state.policies
-            case "PUT", ["policies"]:
-                _needs(body, "receiver")
-                names = {each["name"] for each in state.contact_points} | {DEFAULT_RECEIVER}
-                for route in body.get("routes") or []:
-                    if route["receiver"] not in names:
-                        raise RefusalError(400, f"receiver {route['receiver']!r} does not exist")
-                _same_provenance(state.policies, provenance)
-                state.policies = {**body, **({"provenance": provenance} if provenance else {})}
-                return 202, {"message": "policies updated"}
-            case _, ["contact-points", *rest]:
-                return self._contact_points(method, rest, body, provenance)
         raise RefusalError(404, "Not found")
 
     def _rule_group(self, folder: str, title: str, body: Json, provenance: str) -> Json:
@@ -300,39 +266,6 @@ class FakeGrafana:
             rules.append({**kept, "orgID": 1, "folderUID": folder, "ruleGroup": title, "provenance": provenance})
         return {"title": title, "folderUid": folder, "interval": body["interval"], "rules": rules}
 
-    def _contact_points(self, method: str, words: list[str], body: Json, provenance: str) -> tuple[int, Json]:
-        state = self.state
-        uids = [each["uid"] for each in state.contact_points]
-        match method, words:
-            case "GET", []:
-                return 200, state.contact_points
-            case "POST", []:
-                _needs(body, "name", "type", "settings")
-                if len(body["uid"]) > 40 or body["uid"] in uids:
-                    raise RefusalError(400, "invalid uid")
-                state.contact_points.append(self._contact_point(body, provenance))
-                return 202, state.contact_points[-1]
-            case "PUT", [uid] if uid in uids:
-                _needs(body, "name", "type", "settings")
-                _same_provenance(state.contact_points[uids.index(uid)], provenance)
-                state.contact_points[uids.index(uid)] = self._contact_point({**body, "uid": uid}, provenance)
-                return 202, {"message": "contactpoint updated"}
-            case "DELETE", [uid] if uid in uids:
-                (name,) = [each["name"] for each in state.contact_points if each["uid"] == uid]
-                alone = [each["name"] for each in state.contact_points].count(name) == 1
-                if alone and f'"receiver": "{name}"' in json.dumps(state.policies):
-                    raise RefusalError(409, "contact point is in use")
-                del state.contact_points[uids.index(uid)]
-                return 202, {"message": "contactpoint deleted"}
-        raise RefusalError(404, "contact point not found")
-
-    def _contact_point(self, body: Json, provenance: str) -> Json:
-        settings = body["settings"]
-        if body["type"] == "slack":
-            self.state.secrets[body["uid"]] = settings["url"]
-            settings = {**settings, "url": "[REDACTED]"}
-        return {**body, "settings": settings, "provenance": provenance}
-
 
 def _answer(handler: BaseHTTPRequestHandler, status: int, text: bytes, kind: str, **headers: str) -> None:
     handler.send_response(status)
@@ -352,9 +285,3 @@ def _known(things: dict[Any, Json], key: Any, otherwise: str) -> Json:
     if key not in things:
         raise RefusalError(404, otherwise)
     return things[key]
-
-
-def _same_provenance(have: Json, provenance: str) -> None:
-    there = have.get("provenance") or ""
-    if there not in ("", provenance):
-        raise RefusalError(409, f"cannot change provenance from '{there}' to '{provenance}'")

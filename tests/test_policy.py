@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from koopmon.config import KssConfig, PolicyConfig
 from koopmon.policy import Action, Decision, PolicyState, acknowledge, decide, kss_shielded
-from koopmon.risk.online_detector import Observation, OnlineRisk
+from koopmon.risk.online_detector import OnlineRisk
 from koopmon.wire.messages import Ack, Applied, KssSettings
+from tests.factories import observation
 
 CALM, WATCH, HIGH, SEVERE = 0.01, 0.3, 0.7, 0.95
 
@@ -34,11 +36,9 @@ class Run:
     def see(self, risk: float, *, steps: int = 1, **fields: Any) -> Decision:
         """`steps` snapshots of the same risk, one step and a tenth of a second apart; the last decision."""
         for _ in range(steps):
-            observation = Observation(
-                **{"step": self.step, "informative": True, "max_spectral_radius": 1.2, "lr_scale": 1.0, **fields}
-            )
+            seen = observation(**{"step": self.step, "max_spectral_radius": 1.2, **fields})
             judged = OnlineRisk(value=risk, reason="r", excess_rate=self.excess)
-            decision = decide(self.now, self.state, observation, judged, self.config, self.kss)
+            decision = decide(self.now, self.state, seen, judged, self.config, self.kss)
             self.state = decision.state
             self.actions += [(self.step, action) for action in decision.commands if action.changes_training]
             self.step += 1
@@ -317,3 +317,444 @@ def test_nothing_is_ever_more_aggressive_than_the_users_own_settings(series: lis
         assert run.state.kss.alpha in (0.0, run.kss.alpha)
     cuts = [step for step, action in run.actions if action.kind == "set_lr_scale" and action.ramp_steps == 0]
     assert all(b - a >= run.config.cooldown_steps for a, b in pairwise(cuts))
+
+
+# Bounds of the rules: each value is on the side that docs/method.md, "Policy", and the configuration name.
+
+
+@pytest.mark.parametrize(
+    ("risk", "scale"),
+    [(0.4, 0.5), (0.3999, None), (0.8, 0.25), (0.7999, 0.5)],
+)
+def test_a_risk_at_a_threshold_counts_as_above_it(risk: float, scale: float | None) -> None:
+    run = Run(PolicyConfig(name="lr", act_risk=0.4, severe_risk=0.8))
+    run.see(risk)
+    assert run.scales == ([] if scale is None else [(0, scale)])
+
+
+def test_a_risk_at_the_release_threshold_is_not_calm() -> None:
+    run = Run(PolicyConfig(name="lr", release_risk=0.2))
+    assert [action.kind for action in run.see(0.2).commands] == ["set_cadence"]
+    assert run.state.phase == "alert"
+    assert run.state.calm_since is None
+    run.see(0.1999)
+    assert (run.state.phase, run.state.calm_since) == ("calm", 1)
+
+
+def test_an_action_is_confirmed_below_the_threshold_alone() -> None:
+    run = Run(PolicyConfig(name="lr", act_risk=0.4, min_lr_scale=0.5, cooldown_steps=3, confirm_snapshots=2))
+    run.see(0.4, steps=2)
+    run.see(CALM, steps=2)
+    decision = run.see(0.4)
+    assert decision.took_effect is None, "one high snapshot is no alarm yet, and no relief either"
+    assert decision.phase == "acting"
+    decision = run.see(0.3999)
+    assert decision.took_effect is True
+    assert decision.phase == "backed_off"
+    assert "the action at step 1 took effect: risk 0.40 -> 0.40" in decision.reason
+
+
+def test_dense_snapshots_are_asked_for_again_half_of_their_time_before_they_end() -> None:
+    """A run that stays above release has dense snapshots at every step, by two commands in each period."""
+    run = Run(PolicyConfig(name="observe", dense_steps=10, dense_every=2))
+    asked = [(step, d.commands[0].cadence_until_step) for step in range(21) if (d := run.see(WATCH)).commands]
+    assert asked == [(0, 10), (5, 15), (10, 20), (15, 25), (20, 30)]
+
+
+def test_a_request_for_dense_snapshots_lives_as_long_as_they_do() -> None:
+    config = PolicyConfig(name="observe", dense_steps=44, dense_every=3)
+    (action,) = Run(config).see(WATCH).commands
+    assert (action.kind, action.cadence_steps, action.cadence_until_step) == ("set_cadence", 3, 44)
+    assert action.expires_in_steps == 44
+    assert not action.changes_training
+
+
+def test_dense_snapshots_asked_for_by_an_earlier_count_of_steps_are_asked_for_again() -> None:
+    run = Run(PolicyConfig(name="observe", dense_steps=10), state=PolicyState(dense_until=50_000))
+    assert run.see(WATCH).commands, "steps started again: the request would hold until step 50,000"
+    run = Run(PolicyConfig(name="observe", dense_steps=10), state=PolicyState(dense_until=10))
+    assert not run.see(WATCH).commands, "the request of this very step holds"
+
+
+def test_a_policy_that_observes_says_so_as_before_and_keeps_every_setting() -> None:
+    run = Run(PolicyConfig(name="observe"))
+    decision = run.see(SEVERE, steps=30)
+    assert decision.phase == "alert"
+    assert "nothing to do" in decision.reason
+    assert run.state == replace(PolicyState(), phase="alert", high_streak=30, dense_until=run.state.dense_until)
+
+
+# Remembered steps and times
+
+
+@pytest.mark.parametrize(("ahead", "kept"), [(10_000, True), (10_001, False)])
+def test_steps_far_ahead_of_a_snapshot_belong_to_an_earlier_count(ahead: int, kept: bool) -> None:
+    """The policy does not wait for steps of a count that started again, and keeps those of a late snapshot."""
+    at = ahead + 7
+    before = PolicyState(
+        phase="acting", lr_scale=0.5, num_cuts=1, acted_at=at, kss=KssSettings(alpha=0.1), kss_on_at=at, calm_since=at
+    )
+    run = Run(PolicyConfig(name="kss+lr"), state=before, step=7)
+    run.see(CALM)
+    assert (run.state.acted_at, run.state.kss_on_at, run.state.calm_since) == ((at,) * 3 if kept else (7,) * 3)
+
+
+def test_the_budget_counts_the_actions_of_the_last_hour() -> None:
+    config = PolicyConfig(name="lr", max_actions_per_hour=1, cooldown_steps=1)
+
+    def acts(*, since: float) -> bool:
+        run = Run(config, state=PolicyState(action_times=(1000.0,)), now=1000.0 + since)
+        run.see(HIGH)
+        return bool(run.actions)
+
+    assert not acts(since=0.0)
+    assert not acts(since=3599.9)
+    assert acts(since=3600.0)
+    assert acts(since=-0.1), "a time ahead of the clock is of another boot"
+    run = Run(config, now=50.0)
+    run.see(HIGH)
+    assert run.state.action_times == (50.0,)
+
+
+def test_the_request_for_dense_snapshots_passes_a_spent_budget() -> None:
+    run = Run(PolicyConfig(name="lr", max_actions_per_hour=0))
+    decision = run.see(HIGH)
+    assert [action.kind for action in decision.commands] == ["set_cadence"]
+    assert (decision.phase, run.state.lr_scale, run.state.acted_at) == ("alert", 1.0, None)
+
+
+# Back-off
+
+
+def test_a_back_off_ends_the_calm_and_starts_the_count_of_high_snapshots_again() -> None:
+    """A back-off on a state that is not finite: its risk may be low, and the snapshot before it calm."""
+    run = Run(PolicyConfig(name="lr", confirm_snapshots=2, cooldown_steps=2, min_lr_scale=0.1))
+    run.see(HIGH, steps=2)
+    assert run.state.high_streak == 0
+    assert run.state.calm_since is None
+    run.see(CALM)
+    run.see(HIGH)
+    assert len(run.scales) == 1, "one high snapshot after the back-off is no confirmed alarm"
+    run = Run(PolicyConfig(name="lr", hold_steps=5, cooldown_steps=1))
+    run.see(CALM, steps=20)
+    run.see(CALM, non_finite=True)
+    assert run.state.calm_since is None, "calm counts from after the back-off"
+    run.see(CALM, steps=5)
+    assert [scale for _, scale in run.scales] == [0.25]
+    run.see(CALM)
+    assert len(run.scales) == 2
+
+
+def test_a_high_streak_that_was_acted_upon_is_not_acted_upon_again() -> None:
+    run = Run(PolicyConfig(name="lr", confirm_snapshots=3, cooldown_steps=2, min_lr_scale=0.05))
+    run.see(HIGH, steps=9)
+    assert [step for step, _ in run.scales] == [2, 5, 8]
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.2, 0.3, 0.4, 1.0])
+def test_a_back_off_lands_between_the_landing_rates_of_both_kinds_of_layers(exponent: float) -> None:
+    """On the geometric mean, weighed by how much the layers normalise."""
+    config = PolicyConfig(
+        name="lr", landing_rate=2.0, normalized_landing_rate=0.25, min_lr_scale=0.05, gentle_factor=0.99
+    )
+    run = Run(config, excess=4.0)
+    run.see(HIGH, update_exponent=exponent)
+    share = {0.0: 1.0, 0.2: 1.0, 0.3: 0.5, 0.4: 0.0, 1.0: 0.0}[exponent]
+    landing = math.exp((1 - share) * math.log(2.0) + share * math.log(0.25))
+    assert run.scales == [(0, pytest.approx(landing / 4.0))]
+
+
+def test_a_rate_at_the_critical_one_explains_an_alarm() -> None:
+    run = Run(PolicyConfig(name="lr", landing_rate=50.0), excess=1.0)
+    run.see(HIGH)
+    assert run.scales == [(0, run.config.gentle_factor)]
+
+
+# Return
+
+
+def test_each_notch_of_the_return_waits_for_its_own_calm() -> None:
+    run = Run(PolicyConfig(name="lr", hold_steps=10, rise_factor=1.5, ramp_steps=4))
+    run.see(SEVERE)
+    run.see(CALM, steps=60)
+    assert run.scales == [(0, 0.25), (11, 0.375), (21, 0.5625), (31, 0.84375), (41, 1.0)]
+    assert run.state.phase == "calm"
+    assert [action.ramp_steps for _, action in run.actions] == [0, 4, 4, 4, 4]
+
+
+def test_a_run_on_its_way_back_is_recovering_until_it_is_back() -> None:
+    run = Run(PolicyConfig(name="lr", hold_steps=10, rise_factor=2.0))
+    run.see(SEVERE)
+    assert run.see(CALM, steps=10).phase == "backed_off"
+    assert run.see(CALM).phase == "recovering"
+    assert run.see(CALM, steps=9).phase == "recovering"
+    assert run.see(CALM).phase == "calm"
+    assert run.state.num_cuts == 0
+
+
+def test_a_scale_below_the_own_rate_without_a_back_off_of_this_run_returns_too() -> None:
+    """A restored run starts below its own rate and has no back-offs of its own: it waits for one period."""
+    run = Run(PolicyConfig(name="lr", hold_steps=10), state=PolicyState(phase="backed_off", lr_scale=0.5))
+    run.see(CALM, steps=10)
+    assert run.scales == []
+    run.see(CALM)
+    assert run.scales == [(10, 0.625)]
+
+
+def test_kss_accompanies_the_first_back_off_after_a_full_return_again() -> None:
+    config = PolicyConfig(name="kss+lr", hold_steps=30, rise_factor=2.0, kss_hold_steps=10)
+    run = Run(config)
+    run.see(HIGH, steps=2)
+    run.see(CALM, steps=60)
+    assert run.state.lr_scale == 1.0
+    assert run.state.phase == "calm"
+    assert (run.state.num_cuts, run.state.kss_cut) == (0, 0)
+    run.see(HIGH, steps=2)
+    assert [alpha for _, alpha in run.alphas] == [run.kss.alpha, 0.0, run.kss.alpha]
+
+
+def test_a_return_to_the_own_rate_under_kss_is_no_calm_yet() -> None:
+    run = Run(PolicyConfig(name="kss+lr", hold_steps=5, rise_factor=2.0, kss_hold_steps=30))
+    run.see(HIGH, steps=2)
+    run.see(CALM, steps=6)
+    assert run.state.lr_scale == 1.0
+    assert run.state.kss.alpha > 0
+    assert run.state.phase == "recovering"
+
+
+# KSS
+
+
+def test_kss_waits_under_the_policy_of_kss_for_its_cooldown_and_an_alarm() -> None:
+    run = Run(PolicyConfig(name="kss", cooldown_steps=6, kss_hold_steps=3, kss_ramp_steps=2))
+    run.see(CALM, steps=20)
+    assert run.alphas == [], "no action is old enough to need one"
+    run.see(HIGH)
+    assert run.state.phase == "acting"
+    assert (run.state.acted_at, run.state.risk_at_action) == (20, HIGH)
+    run.see(HIGH, steps=5)
+    assert [step for step, _ in run.alphas] == [20, 23], "off after its time, not on again within the cooldown"
+    run.see(HIGH)
+    assert [step for step, _ in run.alphas] == [20, 23, 26]
+
+
+def test_beside_a_back_off_the_effect_is_that_of_the_back_off() -> None:
+    run = Run(PolicyConfig(name="kss+lr"))
+    run.see(HIGH)
+    run.see(0.5)
+    assert len(run.alphas) == 1
+    assert (run.state.phase, run.state.acted_at, run.state.risk_at_action) == ("acting", 0, HIGH)
+
+
+def test_after_the_policy_of_kss_turned_it_on_its_effect_is_confirmed() -> None:
+    run = Run(PolicyConfig(name="kss", kss_hold_steps=50))
+    run.see(HIGH)
+    decision = run.see(CALM, steps=run.config.cooldown_steps)
+    assert decision.took_effect is True
+    assert decision.phase == "backed_off"
+    assert "risk 0.70 -> 0.01" in decision.reason
+
+
+def test_kss_by_weight_zero_is_no_kss() -> None:
+    run = Run(PolicyConfig(name="kss"), kss=KssConfig(alpha=0.0))
+    run.see(HIGH, steps=30)
+    assert run.actions == []
+    assert run.state.phase == "alert"
+
+
+def test_states_that_are_not_finite_get_no_kss() -> None:
+    run = Run(PolicyConfig(name="kss"))
+    run.see(HIGH, steps=3, non_finite=True)
+    assert run.alphas == []
+
+
+def test_kss_settings_are_those_of_the_configuration() -> None:
+    kss = KssConfig(
+        alpha=0.2,
+        temperature=11.0,
+        beta=0.3,
+        gamma=0.25,
+        svd_rank=9,
+        num_samples=77,
+        every=3,
+        layer_fraction=0.5,
+        radius_margin=3.0,
+    )
+    run = Run(PolicyConfig(name="kss", expires_in_steps=21, kss_ramp_steps=4, kss_hold_steps=30), kss)
+    run.see(HIGH)
+    (action,) = (action for _, action in run.actions)
+    assert (action.ramp_steps, action.expires_in_steps) == (4, 21)
+    assert action.kss == KssSettings(
+        alpha=0.2,
+        temperature=11.0,
+        tau_u=3.0,  # above modulus 1 where no snapshot was calm yet
+        beta=0.3,
+        gamma=0.25,
+        svd_rank=9,
+        num_samples=77,
+        every=3,
+        layer_fraction=0.5,
+    )
+    assert run.state.kss == action.kss
+
+
+@pytest.mark.parametrize(
+    ("radius", "tau_u"),
+    [(0.1, 1.05), (2.0, 3.0), (900.0, 1000.0), (999.9, 1000.0), (1000.0, None), (5000.0, None)],
+)
+def test_kss_starts_above_the_calm_radius_within_the_bounds_of_a_message(radius: float, tau_u: float | None) -> None:
+    run = Run(PolicyConfig(name="kss"))
+    run.see(CALM, max_spectral_radius=radius)
+    decision = run.see(HIGH)
+    if tau_u is not None:
+        (on,) = (action.kss for _, action in run.actions)
+        assert on is not None
+        assert on.tau_u == pytest.approx(tau_u)
+    else:
+        assert run.actions == []
+        assert run.state.kss_barred
+        assert "KSS stays off" in decision.reason
+
+
+def test_the_calm_radius_follows_calm_snapshots_slowly() -> None:
+    """The weight of the newest is a tenth; snapshots that are not calm or have no radius leave it as it is."""
+    run = Run(PolicyConfig(name="observe"))
+    expected = 2.0
+    for radius in (2.0, 3.0, 1.0, 4.0):
+        run.see(CALM, max_spectral_radius=radius)
+        expected += 0.1 * (radius - expected)
+        assert run.state.calm_radius == pytest.approx(expected)
+    run.see(WATCH, max_spectral_radius=50.0)
+    run.see(CALM, max_spectral_radius=None)
+    run.see(CALM, max_spectral_radius=50.0, informative=False)
+    assert run.state.calm_radius == pytest.approx(expected)
+
+
+def on_kss(**fields: Any) -> Run:
+    """KSS came on at step 100 at loss 2; it came in over 4 steps, has a cooldown of 3 and holds for 50."""
+    config = PolicyConfig(name="kss", kss_ramp_steps=4, cooldown_steps=3, kss_hold_steps=50, harm_ratio=1.5)
+    state = PolicyState(
+        **{"phase": "backed_off", "kss": KssSettings(alpha=0.1), "kss_on_at": 100, "loss_at_kss": 2.0, **fields}
+    )
+    return Run(config, state=state)
+
+
+@pytest.mark.parametrize(
+    ("step", "risk", "loss", "barred"),
+    [
+        (106, SEVERE, 9.0, False),  # it has not had its time
+        (107, SEVERE, 2.0, True),
+        (107, CALM, 3.0, False),  # at the ratio
+        (107, CALM, 3.01, True),
+        (106, CALM, 3.01, False),
+        (107, CALM, None, False),
+        (149, CALM, 3.01, True),
+    ],
+)
+def test_kss_is_barred_by_harm_after_its_ramp_and_cooldown(
+    step: int, risk: float, loss: float | None, barred: bool
+) -> None:
+    run = on_kss()
+    run.step = step
+    run.see(risk, loss=loss)
+    assert run.state.kss_barred is barred
+    assert [alpha for _, alpha in run.alphas] == ([0.0] if barred else [])
+    if barred:
+        assert run.state.kss == KssSettings()
+        assert run.state.kss_on_at is None
+        assert run.actions[0][1].ramp_steps == 4
+
+
+def test_kss_without_a_loss_at_its_start_is_not_barred_by_a_loss() -> None:
+    run = on_kss(loss_at_kss=None)
+    run.step = 110
+    run.see(CALM, loss=1e9)
+    assert not run.state.kss_barred
+
+
+@pytest.mark.parametrize(
+    ("phase", "lr_scale", "after"),
+    [
+        ("backed_off", 1.0, "calm"),
+        ("recovering", 1.0, "calm"),
+        ("backed_off", 0.5, "backed_off"),
+        ("recovering", 0.5, "recovering"),
+    ],
+)
+def test_kss_goes_after_its_time_and_leaves_calm_where_nothing_else_is_in_force(
+    phase: Any, lr_scale: float, after: str
+) -> None:
+    run = on_kss(phase=phase, lr_scale=lr_scale)
+    run.step = 149
+    run.see(CALM)
+    assert run.alphas == []
+    run.see(CALM)
+    assert run.alphas == [(150, 0.0)]
+    assert (run.state.phase, run.state.kss, run.state.kss_on_at) == (after, KssSettings(), None)
+    assert not run.state.kss_barred
+
+
+def test_kss_that_goes_while_an_action_is_open_leaves_it_open() -> None:
+    run = on_kss(phase="acting", acted_at=149)
+    run.step = 150
+    assert run.see(WATCH).phase == "acting"
+    assert run.alphas == [(150, 0.0)]
+
+
+# What an agent answered
+
+
+def test_of_a_refused_command_the_settings_in_force_are_believed() -> None:
+    before = PolicyState(phase="acting", lr_scale=0.25, kss=KssSettings(alpha=0.3), kss_on_at=5, acted_at=9, num_cuts=2)
+
+    def after(lr_scale: float, alpha: float) -> PolicyState:
+        held = Applied(lr_scale=lr_scale, kss=KssSettings(alpha=alpha))
+        ack = Ack(run="r", incarnation="0" * 8, command_id="0" * 16, outcome="refused", step=1, applied=held)
+        return acknowledge(0.0, before, ack)
+
+    off = KssSettings(alpha=0.0)
+    assert after(1.0, 0.0) == replace(before, phase="calm", lr_scale=1.0, kss=off, kss_on_at=None, acted_at=None)
+    assert after(0.5, 0.0) == replace(before, lr_scale=0.5, kss=off, kss_on_at=None, acted_at=None)
+    assert after(1.0, 0.1) == replace(before, lr_scale=1.0, kss=KssSettings(alpha=0.1), acted_at=None)
+    ack = Ack(run="r", incarnation="0" * 8, command_id="0" * 16, outcome="duplicate", step=1, applied=Applied())
+    assert acknowledge(0.0, before, ack) == before
+
+
+def test_a_shielded_model_keeps_the_back_off_and_drops_kss() -> None:
+    before = PolicyState(
+        phase="acting", lr_scale=0.5, kss=KssSettings(alpha=0.3), kss_on_at=5, acted_at=9, action_times=(1.0, 2.0)
+    )
+    after = shielded_kss(before)
+    assert after == replace(before, kss=KssSettings(), kss_on_at=None, kss_barred=True, action_times=(1.0,))
+    held = Applied(lr_scale=0.5, kss=KssSettings(alpha=0.1))
+    ack = Ack(run="r", incarnation="0" * 8, command_id="0" * 16, outcome="refused", step=1, shielded=True, applied=held)
+    kept = kss_shielded(before, ack)
+    assert (kept.kss, kept.kss_on_at) == (held.kss, 5)
+
+
+def test_an_action_that_says_no_life_time_lives_for_fifty_steps() -> None:
+    assert Action(kind="set_lr_scale", reason="r").expires_in_steps == 50
+    run = Run(PolicyConfig(name="lr", expires_in_steps=33, hold_steps=3))
+    run.see(HIGH)
+    run.see(CALM, steps=4)
+    assert [action.expires_in_steps for _, action in run.actions] == [33, 33]
+
+
+def test_a_new_run_has_no_history() -> None:
+    state = PolicyState()
+    assert (state.phase, state.lr_scale, state.num_cuts, state.kss.alpha) == ("calm", 1.0, 0, 0.0)
+    assert (state.risk_at_action, state.dense_until, state.action_times) == (0.0, 0, ())
+
+
+def test_a_policy_that_observes_leaves_a_lower_rate_and_kss_as_they_are() -> None:
+    """Someone else's settings, or those of an earlier policy: only a policy that acts brings them back."""
+    before = PolicyState(phase="backed_off", lr_scale=0.5, kss=KssSettings(alpha=0.1), kss_on_at=0)
+    run = Run(PolicyConfig(name="observe", hold_steps=5, kss_hold_steps=5), state=before)
+    run.see(CALM, steps=50)
+    assert run.actions == []
+
+
+def test_a_spent_budget_does_not_hide_that_an_action_took_effect() -> None:
+    before = PolicyState(phase="acting", lr_scale=0.5, acted_at=0, action_times=(0.0, 0.0))
+    run = Run(PolicyConfig(name="lr", max_actions_per_hour=1), state=before, step=50)
+    assert run.see(CALM).phase == "backed_off"

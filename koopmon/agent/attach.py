@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 from koopmon import config as configuration
 from koopmon.agent.handle import Agent
 from koopmon.agent.parallelism import refusal
-from koopmon.agent.rank_identity import check_run_name, rank_from_env
 from koopmon.agent.runtime import AgentRuntime
 from koopmon.config import Config
 from koopmon.errors import KoopmonError, raise_from_signal
+from koopmon.logs import log_for_job
 from koopmon.plugins import select
+from koopmon.run_names import check_run_name
 from koopmon.wire.auth_policy import make_auth_policy
 from koopmon.wire.endpoints import check_endpoint
 
@@ -66,22 +67,20 @@ def attach(
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
     optimizer = _innermost(optimizer)
-    runtime = _present(model) or _present(optimizer)
+    runtime = _attached_runtime(model) or _attached_runtime(optimizer)
     if runtime is not None:
         logger.info("koopmon: this training is attached already")
         return Agent(runtime, joined=True)
     try:
-        runtime = _invite(model, optimizer, endpoint, run, config)
+        runtime = _make_runtime(model, optimizer, endpoint, run, config)
     except _NotAttachedError as error:
-        # Every rank would log the same line: rank 0 logs it for the job.
-        level = logging.WARNING if rank_from_env() == 0 else logging.DEBUG
-        logger.log(level, "koopmon: not attached, training goes on: %s", error)
+        log_for_job(logger, f"not attached, training goes on: {error}")
         return Agent(None, str(error))
     _runtimes[model] = _runtimes[optimizer] = weakref.ref(runtime)
     return Agent(runtime)
 
 
-def _invite(
+def _make_runtime(
     model: nn.Module,
     optimizer: Optimizer,
     endpoint: str | None,
@@ -131,7 +130,7 @@ def _configured(config: Config | Mapping[str, Any] | str | os.PathLike[str] | No
     return configuration.load(config)
 
 
-def _present(key: nn.Module | Optimizer) -> AgentRuntime | None:
+def _attached_runtime(key: nn.Module | Optimizer) -> AgentRuntime | None:
     reference = _runtimes.get(key)
     runtime = None if reference is None else reference()
     return runtime if runtime is not None and runtime.present else None

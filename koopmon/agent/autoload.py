@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from koopmon.errors import raise_from_signal
+from koopmon.logs import log_for_job
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +36,12 @@ _MARK = "KOOPMON_ATTACHED_PID"
 LAUNCHERS = frozenset({"torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "deepspeed"})
 """Programs and modules that start ranks and do not train themselves."""
 _log = logging.getLogger("koopmon.agent")
+
+
+def python_path(environ: Mapping[str, str]) -> str:
+    """Return the value of PYTHONPATH with which a child process attaches."""
+    before = environ.get("PYTHONPATH", "")
+    return f"{DIRECTORY}{os.pathsep}{before}" if before else str(DIRECTORY)
 
 
 class RootNotFoundError(LookupError):
@@ -124,7 +131,7 @@ class _Watch:
         self._busy = False
         self._agent: _Closable | None = None
         self._parameters: frozenset[int] = frozenset()
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
     def disable(self) -> None:
         self._enabled = False
@@ -160,7 +167,7 @@ class _Watch:
         parameters = _parameters(optimizer)
         if self._agent is not None:
             if parameters != self._parameters:
-                self._log("more than one optimizer was made: only the first one's learning rate is guarded")
+                self._log("more than one optimizer: koopmon guards the learning rate of the first one only")
                 return
             # The script replaced its optimizer. The old one will not step again.
             agent, self._agent = self._agent, None
@@ -175,11 +182,9 @@ class _Watch:
         atexit.register(agent.close)
 
     def _log(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            # Every rank would log the same line: rank 0 logs it for the job.
-            first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-            _log.log(logging.WARNING if first else logging.DEBUG, "koopmon: %s", text)
+        if text not in self._logged:
+            self._logged.add(text)
+            log_for_job(_log, text)
 
 
 def _parameters(optimizer: Optimizer) -> frozenset[int]:

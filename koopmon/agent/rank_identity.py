@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
-import re
 import secrets
 import sys
 import time
@@ -21,18 +19,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from koopmon.errors import ConfigError
+from koopmon.logs import announced
+from koopmon.run_names import new_run_name
 
 SETTLE_SECONDS = 300.0
 """Time that rank 0 has to publish the run's identity."""
-_LAUNCHED = (
-    ("RANK", "WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-)
-"""The launchers' variables of rank and world size. torchrun is first, because it may run inside a Slurm step."""
 _ordinals: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +50,7 @@ def current_context() -> RankContext | None:
         if dist.get_world_size() == 1:
             return RankContext()
         return RankContext(dist.get_rank(), dist.get_world_size(), _own_store())
-    return None if announced_size() > 1 else RankContext()
-
-
-def announced_size() -> int:
-    """Return the world size that the launcher announced; 1 by default."""
-    return _announced()[1]
-
-
-def rank_from_env() -> int:
-    """Return the rank that the launcher announced; 0 by default."""
-    return _announced()[0]
-
-
-def _announced() -> tuple[int, int]:
-    """Return rank and world size from the first launcher that sets this process's rank."""
-    for rank, size in _LAUNCHED:
-        if os.environ.get(rank, "").isdecimal():
-            world = os.environ.get(size, "")
-            return int(os.environ[rank]), int(world) if world.isdecimal() else 1
-    return 0, 1
+    return None if announced()[1] > 1 else RankContext()
 
 
 def _own_store() -> Any:
@@ -86,20 +59,9 @@ def _own_store() -> Any:
     return store.clone() if hasattr(store, "clone") else store
 
 
-def check_run_name(name: str) -> str:
-    """Return `name` if it is a valid name of a run. Raises ConfigError."""
-    if _RUN_NAME.fullmatch(name) is None:
-        raise ConfigError(
-            f"run = {name!r}: allowed are 1 to 128 letters, digits and . _ : / + -, beginning with a letter or a digit"
-        )
-    return name
-
-
 def default_run_name() -> str:
     """Return the script's name and 8 random hexadecimal digits."""
-    stem = re.sub(r"[^A-Za-z0-9._+-]", "-", Path(sys.argv[0] or "python").stem).strip("-.") or "python"
-    stem = stem if stem[0].isalnum() else f"run{stem}"
-    return f"{stem[:100]}-{secrets.token_hex(4)}"
+    return new_run_name(Path(sys.argv[0] or "python").stem)
 
 
 def store_prefix(model: nn.Module, run: str | None) -> str:

@@ -16,7 +16,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="koopmon",
-    help="Sees training divergence coming in the spectrum of the residual stream, and stops it.",
+    help="Detect training divergence early, in the spectrum of the residual stream, and prevent it.",
     epilog="Example: koopmon run -- torchrun --nproc-per-node 2 train.py",
     no_args_is_help=True,
     add_completion=False,

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated
+from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from koopmon.cli import check
+from koopmon.cli.console import print_json, results
+from koopmon.cli.options import AsJson
 from koopmon.errors import one_line
 
-EPILOG = "Example: koopmon adapters --json"
+if TYPE_CHECKING:
+    from koopmon.api import ArchitectureAdapter
 
 
 def add_to(app: typer.Typer) -> None:
     group = typer.Typer(invoke_without_command=True)
-    group.callback(epilog=EPILOG)(adapters)
+    group.callback(epilog="Example: koopmon adapters --json")(adapters)
     check.add_to(group)
     app.add_typer(group, name="adapters")
 
 
 def adapters(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """List the architecture adapters with the plugin and the distribution that brought each.
 
@@ -36,25 +37,22 @@ def adapters(
         return 0
     found = _found()
     if as_json:
-        print(json.dumps(found))  # noqa: T201 - a result
+        print_json(found)
         return 0
     table = Table()
     for heading in ("adapter", "plugin", "distribution", ""):
         table.add_column(heading, overflow="fold")
-    for row in found["adapters"]:
-        table.add_row(*_cells(row["name"], row["plugin"], row["distribution"], row["summary"]))
-    for row in found["left_out"]:
-        table.add_row(
-            *_cells(row["name"], row["plugin"], row["distribution"], f"not used: {row['reason']}"), style="red"
-        )
-    for row in found["failures"]:
-        table.add_row(*_cells("-", row["plugin"], row["distribution"], f"not usable: {row['reason']}"), style="red")
-    Console(soft_wrap=True).print(table)
+    for kind, style, said in (
+        ("adapters", "", ""),
+        ("left_out", "red", "not used: "),
+        ("failures", "red", "not usable: "),
+    ):
+        for row in found[kind]:
+            told = row["summary"] if kind == "adapters" else row["reason"]
+            cells = (row.get("name", "-"), row["plugin"], row["distribution"], f"{said}{told}")
+            table.add_row(*map(Text, cells), style=style)  # no markup: the text comes from plugins
+    results().print(table, soft_wrap=True)
     return 0
-
-
-def _cells(*texts: str) -> list[Text]:
-    return [Text(text) for text in texts]  # no markup: the text comes from plugins
 
 
 def _found() -> dict[str, list[dict[str, str]]]:
@@ -68,12 +66,12 @@ def _found() -> dict[str, list[dict[str, str]]]:
     def place(plugin: str) -> dict[str, str]:
         return {"plugin": plugin, "distribution": manager.calls(plugin).distribution}
 
-    rows = []
-    for name, adapter in known.items():
-        summary = one_line((type(plugins.original(adapter)).__doc__ or "").strip().split("\n")[0])
-        rows.append({"name": name, **place(brought[name]), "summary": summary})
-    left_out = [
-        {"name": name, **place(plugin), "reason": reason} for (plugin, name), reason in manager.left_out.items()
-    ]
-    failures = [{**place(plugin), "reason": reason} for plugin, reason in manager.failures.items()]
-    return {"adapters": rows, "left_out": left_out, "failures": failures}
+    def summary(adapter: ArchitectureAdapter) -> str:
+        return one_line((type(plugins.original(adapter)).__doc__ or "").strip().split("\n")[0])
+
+    left_out = manager.left_out.items()
+    return {
+        "adapters": [{"name": name, **place(brought[name]), "summary": summary(each)} for name, each in known.items()],
+        "left_out": [{"name": name, **place(plugin), "reason": reason} for (plugin, name), reason in left_out],
+        "failures": [{**place(plugin), "reason": reason} for plugin, reason in manager.failures.items()],
+    }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,34 +12,38 @@ from rich.console import Console
 from rich.progress import track
 
 from koopmon import plots
-from koopmon.cli.console import say
+from koopmon.cli.console import print_json, results, say
+from koopmon.cli.options import AsJson
 from koopmon.errors import StoreError
 
 if TYPE_CHECKING:
     from koopmon.offline.calibration_examples import RunExample
 
-EPILOG = "Example: koopmon calibrate ~/.local/state/koopmon/runs/*.sqlite3 --out calibrator.json --png reliability.png"
-
 
 def add_to(app: typer.Typer) -> None:
-    app.command("calibrate", epilog=EPILOG, no_args_is_help=True)(calibrate)
+    app.command(
+        "calibrate",
+        epilog="Example: koopmon calibrate ~/.local/state/koopmon/runs/*.sqlite3 --out calibrator.json",
+        no_args_is_help=True,
+    )(calibrate)
 
 
 def calibrate(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Histories of runs, SQLite.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the calibrator goes, as JSON.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File of the calibrator, JSON.")],
     adapter: Annotated[
         str | None, typer.Option(metavar="NAME", help="Architecture. Default: that of most of the runs.")
     ] = None,
     png: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw how what was said of held-out runs compares to what came.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw predicted against observed frequencies of held-out runs."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the calibrator and its figures as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Fit the probability that a run diverges, from its spectrum at the start and its learning rate.
 
-    Takes runs that nobody acted upon: those of `koopmon run --policy observe`, and those that stayed calm. Its error is
-    measured on runs of sizes that were held out of the fit.
+    The examples are runs without an action: those of `koopmon run --policy observe`, and those that stayed calm. The
+    error is measured on runs of sizes that the fit did not use.
     """
     if png is not None:
         plots.require(f"--png {png}")
@@ -75,13 +77,11 @@ def calibrate(
     if as_json:
         from msgspec import to_builtins
 
-        print(json.dumps({"calibrator": to_builtins(calibrator), "reliability": bins}))  # noqa: T201 - a result
+        print_json({"calibrator": to_builtins(calibrator), "reliability": bins})
         return 0
-    plain = Console(width=None if sys.stdout.isatty() else 120)
-    plain.print(
+    results().print(
         f"{chosen}: fitted on {len(examples)} runs, {sum(diverged)} of them diverged; expected calibration error "
         f"{error:.3f} on held-out sizes; written to {out}",
-        highlight=False,
         soft_wrap=True,
     )
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import sys
@@ -17,19 +16,20 @@ from rich.table import Table
 from rich.text import Text
 
 from koopmon.cli import factory as factories
-from koopmon.errors import AdapterError, raise_from_signal
+from koopmon.cli.console import print_json, results
+from koopmon.cli.options import AsJson
+from koopmon.errors import AdapterError, foreign_code
 
 if TYPE_CHECKING:
     from koopmon.api import ArchitectureAdapter, ExampleModel
     from koopmon.conformance import CheckResult
     from koopmon.plugins import PluginManager
 
-EPILOG = "Example: koopmon adapters check mypackage"
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("check", epilog=EPILOG, no_args_is_help=True)(check)
+    app.command("check", epilog="Example: koopmon adapters check mypackage", no_args_is_help=True)(check)
 
 
 def check(
@@ -45,9 +45,9 @@ def check(
             " package offers. May be repeated.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print every outcome as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> int:
-    """Train small models of an adapter's family for a few steps, and check everything that koopmon asks of an adapter.
+    """Check an architecture adapter: train small models of its family for a few steps.
 
     The exit status is 0 when no check failed, 1 when one did, 2 when there is nothing to check.
     """
@@ -72,7 +72,7 @@ def check(
             status.update(f"{each.bench.adapter.name}, {each.bench.example.name}: {each.name}")
             outcomes.append(each.run())
     if as_json:
-        print(json.dumps(_as_dict(outcomes)))  # noqa: T201 - a result
+        print_json(_as_dict(outcomes))
     else:
         _print(outcomes)
     return 1 if any(outcome.verdict == "failed" for outcome in outcomes) else 0
@@ -115,11 +115,8 @@ def _instances(target: str, named: Any) -> list[ArchitectureAdapter]:
 
     made = named
     if callable(named) and not isinstance(named, ArchitectureAdapter):
-        try:
+        with foreign_code(lambda why: AdapterError(f"adapter {target!r} {why}")):
             made = named()
-        except BaseException as error:  # user code
-            raise_from_signal(error)
-            raise AdapterError(f"adapter {target!r} raised {type(error).__name__}: {error}".splitlines()[0]) from error
     found = list(made) if isinstance(made, (list, tuple)) else [made]
     for each in found:
         if not isinstance(each, ArchitectureAdapter) or not isinstance(getattr(each, "name", None), str):
@@ -182,16 +179,8 @@ def _no_model(manager: PluginManager) -> str:
 
 
 def _as_dict(outcomes: list[CheckResult]) -> dict[str, Any]:
-    rows = [
-        {
-            "adapter": each.adapter,
-            "model": each.example,
-            "check": each.check,
-            "verdict": each.verdict,
-            "detail": each.detail,
-        }
-        for each in outcomes
-    ]
+    names = {"adapter": "adapter", "model": "example", "check": "check", "verdict": "verdict", "detail": "detail"}
+    rows = [{key: getattr(each, name) for key, name in names.items()} for each in outcomes]
     return {"checks": rows, **_counts(outcomes)}
 
 
@@ -200,8 +189,7 @@ def _counts(outcomes: list[CheckResult]) -> dict[str, int]:
 
 
 def _print(outcomes: list[CheckResult]) -> None:
-    # Without a terminal rich assumes a narrow width and would fold the reasons.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = results(width=160)
     for adapter, example in dict.fromkeys((each.adapter, each.example) for each in outcomes):
         table = Table(title=f"adapter {adapter}, model {example}", title_justify="left", title_style="")
         table.add_column("check", no_wrap=True)
@@ -209,7 +197,7 @@ def _print(outcomes: list[CheckResult]) -> None:
         table.add_column("", overflow="fold")
         for each in outcomes:
             if (each.adapter, each.example) == (adapter, example):
-                table.add_row(each.check, f"[{_STYLES[each.verdict]}]{each.verdict}", Text(each.detail))
+                table.add_row(each.check, Text(each.verdict, _STYLES[each.verdict]), each.detail)
         console.print(table)
     counts = _counts(outcomes)
-    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count), highlight=False)
+    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count))

@@ -1,9 +1,12 @@
-"""koopmon's own messages go to standard error, because standard output is for results and the guarded job."""
+"""Output of the commands: results go to standard output, koopmon's own messages to standard error."""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+
+from rich.console import Console
 
 
 def say(text: str) -> None:
@@ -12,6 +15,16 @@ def say(text: str) -> None:
         print(f"koopmon: {text}", file=sys.stderr, flush=True)  # noqa: T201 - standard error of the command line
     except (OSError, ValueError):
         return
+
+
+def print_json(result: object) -> None:
+    """Print a result on standard output as one line of JSON."""
+    print(json.dumps(result))  # noqa: T201 - standard output of the command line
+
+
+def results(width: int = 120) -> Console:
+    """Return a console on standard output. Without a terminal rich assumes 80 columns and would fold tables."""
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False, markup=False)
 
 
 def configure_logging(level: int = logging.INFO) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,18 +10,16 @@ import typer
 from rich.console import Console
 
 from koopmon import plots
-from koopmon.cli.console import say
-from koopmon.cli.options import Policy
+from koopmon.cli.console import print_json, say
+from koopmon.cli.options import AsJson, Policy
 from koopmon.errors import KoopmonError
 
 if TYPE_CHECKING:
     from koopmon.demo.training import DemoResult, Setting
 
-EPILOG = "Example: koopmon demo --policy lr"
-
 
 def add_to(app: typer.Typer) -> None:
-    app.command("demo", epilog=EPILOG)(demo)
+    app.command("demo", epilog="Example: koopmon demo --policy lr")(demo)
 
 
 SHOWN = "kss+lr"
@@ -32,23 +29,21 @@ SHOWN = "kss+lr"
 def demo(
     policy: Policy = None,
     lr: Annotated[
-        float, typer.Option(metavar="RATE", help="Learning rate: the default one kills the training.")
+        float, typer.Option(metavar="RATE", help="Learning rate. The default one makes the training diverge.")
     ] = 0.01,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Optimizer steps of each training.")] = 150,
-    seed: Annotated[int, typer.Option(metavar="N", min=0)] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of both trainings.")] = 0,
     directory: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Where the picture, the logs and the histories go.")
+        Path, typer.Option("--out", metavar="DIR", help="Directory of the picture, the logs and the histories.")
     ] = Path("koopmon-demo"),
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the outcome as JSON; the rest goes to stderr.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> int:
-    """Watch a training diverge, and survive under koopmon: real text, two ranks under torchrun, under 5 minutes.
+    """Train a model twice on two ranks, alone and under koopmon, and compare: under 5 minutes.
 
-    A byte-level transformer without normalisation learns the source of Python's own standard library, first alone, then
-    under `koopmon run` with the same seeds; when the policy has KSS beside the back-off, a third time with back-off
-    alone, to tell whether KSS helped. The exit status is 1 when the unguarded training did not diverge or the guarded
-    one was not saved.
+    A byte-level transformer without normalisation learns the source of Python's standard library, first alone, then
+    under `koopmon run` with the same seeds. If the policy has KSS beside the back-off, a third training with back-off
+    alone shows the effect of KSS. The exit status is 1 if the unguarded training did not diverge, or if the guarded
+    one did.
     """
     from koopmon.demo.training import Setting, run_training
     from koopmon.demo.view import LiveView, summary_table, verdict
@@ -84,7 +79,7 @@ def demo(
         console.print(f"picture: {picture}", soft_wrap=True)
     shown = unguarded.diverged and guarded.survived
     if as_json:
-        print(json.dumps(_as_dict(setting, outcomes, lines, picture, shown)))  # noqa: T201 - a result
+        print_json(_as_dict(setting, outcomes, lines, picture, shown))
     return 0 if shown else 1
 
 
@@ -107,8 +102,8 @@ def _draw(setting: Setting, outcomes: list[DemoResult], path: Path) -> Path | No
     watched = plots.Watched(
         steps=[row.step for row in guarded.observations],
         risks=[row.risk for row in guarded.observations],
-        lr_scales=[row.lr_scale for row in guarded.observations],
-        kss_alphas=[row.kss_alpha for row in guarded.observations],
+        lr_scales=[row.training.lr_scale for row in guarded.observations],
+        kss_alphas=[row.training.kss_alpha for row in guarded.observations],
         commands=list(applied_commands(guarded.decisions)),
     )
     title = f"Byte-level transformer without normalisation, AdamW at {setting.lr:g}, {setting.num_ranks} ranks"
@@ -123,17 +118,10 @@ def _draw(setting: Setting, outcomes: list[DemoResult], path: Path) -> Path | No
 def _as_dict(
     setting: Setting, outcomes: list[DemoResult], lines: list[str], picture: Path | None, shown: bool
 ) -> dict[str, Any]:
+    fields = ("policy", "diverged", "last_step", "start_loss", "final_loss", "first_command_step")
     trainings = [
-        {
-            "policy": outcome.policy,
-            "diverged": outcome.diverged,
-            "last_step": outcome.last_step,
-            "start_loss": outcome.start_loss,
-            "final_loss": outcome.final_loss,
-            "first_command_step": outcome.first_command_step,
-            "seconds": round(outcome.seconds, 1),
-            "guard": outcome.summary,
-        }
+        {name: getattr(outcome, name) for name in fields}
+        | {"seconds": round(outcome.seconds, 1), "guard": outcome.summary}
         for outcome in outcomes
     ]
     return {

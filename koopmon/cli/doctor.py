@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,62 +11,61 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from koopmon.cli.launch_inspection import check_run_name, state_directory
-from koopmon.cli.options import KeysDirectory, PlaintextTcp, security_overrides
+from koopmon.cli.console import print_json, results
+from koopmon.cli.launch_inspection import state_directory
+from koopmon.cli.options import AsJson, ConfigFile, KeysDirectory, PlaintextTcp, security_overrides
 from koopmon.config import Config, load
+from koopmon.run_names import check_run_name
 
 if TYPE_CHECKING:
     from koopmon.doctor.findings import Finding
 
-EPILOG = "Example: koopmon doctor --monitor tcp://127.0.0.1:9465 --run train-1a2b3c4d"
 SOMETHING_FAILS = 3
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("doctor", epilog=EPILOG)(doctor)
+    app.command("doctor", epilog="Example: koopmon doctor --monitor tcp://127.0.0.1:9465 --run train-1a2b3c4d")(doctor)
 
 
 def doctor(
     factory: Annotated[
         str | None,
-        typer.Argument(metavar="[FACTORY]", help="A model to look at: module:function or file.py:function."),
+        typer.Argument(metavar="[FACTORY]", help="Model to check: module:function or file.py:function."),
     ] = None,
     monitor: Annotated[
-        str | None, typer.Option(metavar="ENDPOINT", help="The monitor's. Default: KOOPMON_ENDPOINT, else its default.")
+        str | None,
+        typer.Option(
+            metavar="ENDPOINT", help="Endpoint of the monitor. Default: KOOPMON_ENDPOINT, else tcp://127.0.0.1:9465."
+        ),
     ] = None,
     http: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Its pages. Default: those of the default monitor."),
+        typer.Option(metavar="URL", help="Pages of the monitor. Default: those of the default monitor."),
     ] = None,
-    run: Annotated[str | None, typer.Option(metavar="NAME", help="Say what the monitor knows of this run.")] = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Configuration, TOML. Default: KOOPMON_CONFIG.")
-    ] = None,
+    run: Annotated[str | None, typer.Option(metavar="NAME", help="Run to check at the monitor.")] = None,
+    config: ConfigFile = None,
     keys: KeysDirectory = None,
     insecure_plaintext_tcp: PlaintextTcp = False,
-    python: Annotated[
-        str | None, typer.Option(metavar="FILE", help="The Python that the job uses. Default: this one.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    python: Annotated[str | None, typer.Option(metavar="FILE", help="Python of the job. Default: this one.")] = None,
+    as_json: AsJson = False,
 ) -> int:
-    """Say why a job is not seen: each finding with its fix. To be run where the job runs, in its environment.
+    """Find out why the monitor does not see a job, and print each finding with its fix.
 
-    Nothing of it disturbs a monitor in use: no run is made, and nothing is counted. The exit status is 0 when nothing
-    fails, 3 when something does.
+    Run it in the environment of the job. It does not disturb a monitor: it creates no run and changes no count. The
+    exit status is 0 when no check fails, else 3.
     """
     if run is not None:
-        check_run_name(run)
+        check_run_name(run, "--run")
     findings = list(
         _examine(factory, monitor, http, run, config, security_overrides(keys, insecure_plaintext_tcp), python)
     )
     failing = any(finding.level == "fail" for finding in findings)
     if as_json:
-        print(json.dumps({"ok": not failing, "findings": [dataclasses.asdict(each) for each in findings]}))  # noqa: T201
+        print_json({"ok": not failing, "findings": [dataclasses.asdict(each) for each in findings]})
     else:
         _show(findings)
     return SOMETHING_FAILS if failing else 0
@@ -106,7 +104,7 @@ def _examine(
         yield from http_checks.of_run(run, connection.reply, shown)
     yield from environment.python(python or sys.executable, environ)
     yield from environment.environment(environ, connection.reply)
-    yield environment.store(state_directory(environ))
+    yield environment.store(state_directory())
     if factory is not None:
         yield _taps(factory, settings)
 
@@ -119,12 +117,12 @@ def _taps(factory: str, settings: Config) -> Finding:
     try:
         model, args, kwargs = factories.load(factory)
     except factories.FactoryError as error:
-        return fail("taps", str(error), "name a function that returns (model, batch): file.py:function")
+        return fail("taps", str(error), "give a function that returns (model, batch): file.py:function")
     return taps(model, args, kwargs, settings.model)
 
 
 def _show(findings: list[Finding]) -> None:
-    out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    out = results()
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for finding in findings:
         level = Text(finding.level, style=_STYLES[finding.level])
@@ -135,4 +133,4 @@ def _show(findings: list[Finding]) -> None:
     out.print(table)
     count = sum(finding.level == "fail" for finding in findings)
     warned = sum(finding.level == "warn" for finding in findings)
-    out.print(f"{count} failed, {warned} to look at" if count or warned else "all is well", soft_wrap=True)
+    out.print(f"{count} failed, {warned} warnings" if count or warned else "all checks passed", soft_wrap=True)

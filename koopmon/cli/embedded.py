@@ -9,13 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from koopmon.errors import KoopmonError
+from koopmon.wire.endpoints import socket_directory
 
 READY_SECONDS = 120.0
 """Startup limit in seconds. A cold import of torch from a network file system is slow."""
@@ -48,7 +48,7 @@ class EmbeddedMonitor:
     def start(self, environ: Mapping[str, str], mask: set[signal.Signals]) -> None:
         """Start the monitor with the signal mask `mask`, without waiting. Raises MonitorNotReadyError if that fails."""
         try:
-            self._directory = _short_directory()
+            self._directory = socket_directory()
             self.endpoint = f"ipc://{self._directory / 'control'}"
             self.store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self.log.open("wb") as log:
@@ -72,9 +72,9 @@ class EmbeddedMonitor:
     def ready(self) -> bool:
         """Return True once the monitor serves. Raises MonitorNotReadyError when it died instead."""
         assert self._process is not None, "start() comes first"
-        told = self._told()
-        if told is not None:
-            self.page = f"{told['scheme']}://{told['http']}/"
+        addresses = self._read_ready_file()
+        if addresses is not None:
+            self.page = f"{addresses['scheme']}://{addresses['http']}/"
             self.url = f"{self.page}metrics"
             return True
         if (status := self._process.poll()) is not None:
@@ -125,7 +125,7 @@ class EmbeddedMonitor:
         # The accelerators belong to the job.
         return [sys.executable, "-m", "koopmon", "monitor", *words, "--device", "cpu", "--with-parent", *self._options]
 
-    def _told(self) -> Any:
+    def _read_ready_file(self) -> Any:
         assert self._directory is not None
         try:
             return json.loads((self._directory / "ready").read_text(encoding="utf-8"))
@@ -140,12 +140,3 @@ class EmbeddedMonitor:
             return ""
         said = [line.strip() for line in lines if line.strip()]
         return said[-1].removeprefix("koopmon: ") if said else ""
-
-
-def _short_directory() -> Path:
-    """Create a directory, mode 0700, whose path leaves room for a socket's name (107 bytes in all)."""
-    directory = Path(tempfile.mkdtemp(prefix="koopmon-"))
-    if len(os.fsencode(directory)) > 90:
-        directory.rmdir()
-        directory = Path(tempfile.mkdtemp(prefix="koopmon-", dir="/tmp"))
-    return directory

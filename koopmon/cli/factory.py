@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from koopmon.errors import KoopmonError, raise_from_signal
+from koopmon.errors import KoopmonError, foreign_code
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,13 +43,8 @@ def named(name: str, what: str = "factory") -> Any:
     place, colon, function = name.rpartition(":")
     if not colon or not place or not function:
         raise FactoryError(f"{what} {name!r}: expected module:{_KINDS[what]} or file.py:{_KINDS[what]}")
-    try:
+    with foreign_code(lambda why: FactoryError(f"{what} {name!r}: importing {place} {why}")):
         module = _file(Path(place)) if place.endswith(".py") else _module(place)
-    except FactoryError:
-        raise
-    except BaseException as error:  # user code
-        raise_from_signal(error)
-        raise FactoryError(f"{what} {name!r}: importing {place} raised {_describe_error(error)}") from error
     made: Any = module
     for part in function.split("."):
         made = getattr(made, part, None)
@@ -64,11 +59,8 @@ def call(name: str, factory: Any) -> tuple[nn.Module, Any]:
 
     if not callable(factory):
         raise FactoryError(f"factory {name!r}: expected a function, it is a {type(factory).__name__}")
-    try:
+    with foreign_code(lambda why: FactoryError(f"factory {name!r} {why}")):
         result = factory()
-    except BaseException as error:  # user code
-        raise_from_signal(error)
-        raise FactoryError(f"factory {name!r} raised {_describe_error(error)}") from error
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], nn.Module):
         what = type(result).__name__
         if isinstance(result, tuple):
@@ -103,7 +95,3 @@ def _file(path: Path) -> ModuleType:
         del sys.modules[path.stem]
         raise
     return module
-
-
-def _describe_error(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,25 +34,25 @@ def opened(run: str, store: Path | None) -> Iterator[tuple[HistoryReader, Path]]
     from koopmon.history.reader import HistoryReader
 
     with contextlib.ExitStack() as stack:
-        for path in [store] if store is not None else _places(run, os.environ):
+        for path in [store] if store is not None else _places(run):
             history = stack.enter_context(HistoryReader.open(path))
             if history.run(run) is not None:
                 yield history, path
                 return
             history.close()
-    places = [store] if store is not None else _all_stores(os.environ)
+    places = [store] if store is not None else _all_stores()
     raise UnknownRunError(_advice(run, places))
 
 
-def _places(run: str, environ: Mapping[str, str]) -> list[Path]:
-    return [path for path in (run_store(environ, run), monitor_store(environ)) if path.is_file()]
+def _places(run: str) -> list[Path]:
+    return [path for path in (run_store(run), monitor_store()) if path.is_file()]
 
 
-def _all_stores(environ: Mapping[str, str]) -> list[Path]:
+def _all_stores() -> list[Path]:
     """Return every history file under the state directory, the most recently written first."""
-    shared = monitor_store(environ)
+    shared = monitor_store()
     with contextlib.suppress(OSError):
-        files = [*run_store(environ, "any").parent.glob("*.sqlite3"), *([shared] if shared.is_file() else [])]
+        files = [*run_store("any").parent.glob("*.sqlite3"), *([shared] if shared.is_file() else [])]
         return sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)[:MAX_STORES]
     return []
 

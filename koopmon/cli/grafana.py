@@ -1,20 +1,27 @@
-"""`koopmon grafana`: dashboards and alert rules for Prometheus and Grafana."""
+"""`koopmon grafana`: dashboards and alert rules, as files or in a running Grafana."""
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from koopmon.cli.console import say
-from koopmon.cli.grafana_push import EPILOG as PUSH_EPILOG
-from koopmon.cli.grafana_push import push
-from koopmon.errors import KoopmonError
+from koopmon.cli.options import ConfigFile, grafana_overrides
+from koopmon.config import load
+from koopmon.errors import GrafanaKeptError, KoopmonError
+
+if TYPE_CHECKING:
+    from koopmon.grafana.push import PushResult
+    from koopmon.grafana.resources import Change
 
 EPILOG = "Example: koopmon grafana export grafana"
 EXPORT_EPILOG = "Example: koopmon grafana export grafana --docs-url https://docs.example.org/alerts"
+PUSH_EPILOG = "Example: koopmon grafana push --url https://grafana.example.org/ --token-file ~/grafana.token --dry-run"
 
 DocsUrl = Annotated[
     str | None,
@@ -36,7 +43,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def export(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Made if need be; its files are replaced.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Created if missing; its files are replaced.")],
     docs_url: DocsUrl = None,
     prometheus_url: Annotated[
         str, typer.Option("--prometheus-url", metavar="URL", help="Where the provisioned Grafana finds Prometheus.")
@@ -60,9 +67,91 @@ def export(
             write(place, contents)
         except OSError as error:
             raise KoopmonError(f"{error.filename or place}: cannot be written: {error.strerror}") from None
+        if not as_json:
+            say(f"{len(contents)} files in {place}")
     if as_json:
-        written = sorted(str(place / name) for place, contents in wanted.items() for name in contents)
-        print(json.dumps({"files": written}))  # noqa: T201 - a result
-    for place, contents in () if as_json else wanted.items():
-        say(f"{len(contents)} files in {place}")
+        typer.echo(json.dumps({"files": sorted(str(place / name) for place in wanted for name in wanted[place])}))
     return 0
+
+
+def push(
+    url: Annotated[
+        str | None,
+        typer.Option(envvar="KOOPMON_GRAFANA_URL", metavar="URL", help="Grafana's address, with its sub-path."),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Service account's token, mode 0600. Default: KOOPMON_GRAFANA_TOKEN."),
+    ] = None,
+    prometheus_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Where Grafana finds Prometheus. Default: as is, else http://localhost:9090."),
+    ] = None,
+    datasource: Annotated[
+        str | None, typer.Option(metavar="UID", help="Existing data source to use in place of ours.")
+    ] = None,
+    folder: Annotated[str, typer.Option(metavar="UID", help="Folder for everything; created if missing.")] = "koopmon",
+    no_alerts: Annotated[bool, typer.Option("--no-alerts", help="Push the dashboards without alert rules.")] = False,
+    docs_url: DocsUrl = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite manual edits too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the difference and write nothing.")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> int:
+    """Write data source, folder, dashboards and alert rules to Grafana.
+
+    A second push changes nothing. Resources of others are never touched; manual edits are overwritten only with
+    --force.
+
+    Exit status: 0 done; 1 Grafana failed or refused; 2 wrong options, or no Grafana at that address; 3 unknown token,
+    or missing permission; 4 no answer; 5 done, but something was kept.
+    """
+    from koopmon.grafana.access import read_access
+    from koopmon.grafana.push import PushOptions, push_to
+
+    options = PushOptions(datasource, prometheus_url, folder, docs_url, not no_alerts, force, dry_run)
+    access = read_access(load(config, overrides=grafana_overrides(url, token_file)).grafana, os.environ)
+    if access.in_clear:
+        say(f"{access.url} has no TLS: whoever is on the way can read the token")
+    result = push_to(access, options)
+    (_print_json if as_json else _print)(result, access.url, dry_run=dry_run)
+    return _status(result)
+
+
+def _status(result: PushResult) -> int:
+    """Return 0, or raise what stopped or limited the push."""
+    if result.error is not None:
+        made, planned = sum(each.done for each in result.changes), sum(each.writes for each in result.changes)
+        raise type(result.error)(f"{result.error}; {made} of {planned} changes are made; the same command continues")
+    if kept := [change for change in result.changes if change.action == "kept"]:
+        raise GrafanaKeptError("; ".join(f"{change.kind} {change.name!r}: kept: {change.why}" for change in kept))
+    return 0
+
+
+def _print_json(result: PushResult, url: str, *, dry_run: bool) -> None:
+    shown = ("kind", "name", "action", "why", "done")
+    rows = [
+        {**{name: getattr(change, name) for name in shown}, "difference": _difference(change)}
+        for change in result.changes
+    ]
+    typer.echo(json.dumps({"url": url, "version": result.version, "dry_run": dry_run, "changes": rows}))
+
+
+def _print(result: PushResult, url: str, *, dry_run: bool) -> None:
+    typer.echo(f"{url} (Grafana {result.version})")
+    for change in result.changes:
+        why = f" ({change.why})" if change.why else ""
+        failed = ": not done" if change.writes and not (change.done or dry_run) else ""
+        typer.echo(f"{change.action:9} {change.kind} {change.name}{why}{failed}")
+        typer.echo(_difference(change) if dry_run else "", nl=False)
+    if dry_run:
+        typer.echo("dry run: nothing was written")
+
+
+def _difference(change: Change) -> str:
+    """Return a unified diff of an update, or of the difference that prevents one."""
+    if change.before is None or change.action == "unchanged":
+        return ""
+    before, after = (json.dumps(each, indent=1, sort_keys=True).splitlines() for each in (change.before, change.after))
+    lines = difflib.unified_diff(before, after, "grafana", "koopmon", n=2, lineterm="")
+    return "".join(f"{line}\n" for line in lines)

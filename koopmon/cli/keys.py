@@ -1,8 +1,7 @@
-"""`koopmon keys`: makes, shows and rotates the keys of monitor and agents."""
+"""`koopmon keys`: creates, lists and rotates the keys of monitor and agents."""
 
 from __future__ import annotations
 
-import json
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,32 +9,22 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
-from koopmon.cli.console import say
+from koopmon.cli.console import print_json, results, say
+from koopmon.cli.options import AsJson, KeysDirectory
 from koopmon.errors import KeysError
 from koopmon.wire import keys
 
-EPILOG = "Example: koopmon keys make agent --runs 'team-a/*'"
-MAKE_EPILOG = "Example: koopmon keys make monitor agent"
-SHOW_EPILOG = "Example: koopmon keys show --json"
-ROTATE_EPILOG = "Example: koopmon keys rotate agent --keep-days 7"
 DEFAULT_NAMES = [keys.MONITOR, "agent"]
-
-Directory = Annotated[
-    Path | None,
-    typer.Option("--keys", metavar="DIR", help="The directory. Default: KOOPMON_KEYS, else under XDG_CONFIG_HOME."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, help="Make, show and rotate the keys by which monitor and agents meet.")
-    group.callback(epilog=EPILOG)(lambda: None)
-    group.command("make", epilog=MAKE_EPILOG)(make)
-    group.command("show", epilog=SHOW_EPILOG)(show)
-    group.command("rotate", epilog=ROTATE_EPILOG)(rotate)
+    group = typer.Typer(no_args_is_help=True, help="Create, list and rotate the keys of monitor and agents.")
+    group.callback(epilog="Example: koopmon keys make agent --runs 'team-a/*'")(lambda: None)
+    group.command("make", epilog="Example: koopmon keys make monitor agent")(make)
+    group.command("show", epilog="Example: koopmon keys show --json")(show)
+    group.command("rotate", epilog="Example: koopmon keys rotate agent --keep-days 7")(rotate)
     app.add_typer(group, name="keys")
 
 
@@ -46,26 +35,25 @@ def make(
     ] = None,
     runs: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="PATTERN", help="Runs that the agents may speak for, as 'team-a/*'; repeatable. Default: *."
-        ),
+        typer.Option(metavar="PATTERN", help="Runs that the agents may send, as 'team-a/*'; repeatable. Default: *."),
     ] = None,
-    directory: Directory = None,
+    directory: KeysDirectory = None,
     as_json: AsJson = False,
 ) -> int:
-    """Make pairs of keys: a secret file for its owner alone, and a public one for the other side.
+    """Create key pairs: a secret file for its owner, and a public file for the other side.
 
-    An agent made beside the monitor is served by it at once. One made elsewhere is served once its public file lies in
-    the monitor's agents/ directory; an agent elsewhere needs the monitor's public file, monitor.key.
+    A monitor in the same directory serves the agent at once. On another host, copy the agent's public file into the
+    monitor's agents/ directory, and the monitor's public file, monitor.key, to the agent.
     """
     place = _place(directory)
     wanted = [keys.check_name(name) for name in names or DEFAULT_NAMES]
     patterns = tuple(runs or ["*"])
-    _make_directories(place)
+    for each in (place, place / keys.AGENTS):
+        keys.make_directory(each)
     for name in wanted:
         for path in (keys.secret_file(place, name), keys.public_file(place, name)):
             if path.exists():
-                raise KeysError(f"{path}: is there already; `koopmon keys rotate {name}` replaces it")
+                raise KeysError(f"{path}: exists; `koopmon keys rotate {name}` replaces it")
     for name in wanted:
         pair = _new_pair()
         keys.write_secret(place, name, pair.secret)
@@ -73,10 +61,10 @@ def make(
     return _report(place, wanted, as_json)
 
 
-def show(directory: Directory = None, as_json: AsJson = False) -> int:
-    """List the keys, which agents this monitor serves, and for which runs. Never shows a secret.
+def show(directory: KeysDirectory = None, as_json: AsJson = False) -> int:
+    """List the keys, the agents that this monitor serves, and their runs, but no secret.
 
-    Files that cannot be used are one line, and exit status 2.
+    An unusable file gives one line and exit status 2.
     """
     place = _place(directory)
     keys.check_directory(place)
@@ -86,15 +74,15 @@ def show(directory: Directory = None, as_json: AsJson = False) -> int:
 def rotate(
     name: Annotated[str, typer.Argument(metavar="NAME", help="monitor, or an agent's name.")],
     keep_days: Annotated[
-        float, typer.Option(min=0.0, max=365.0, metavar="DAYS", help="How long the old key counts too; 0: no longer.")
+        float, typer.Option(min=0.0, max=365.0, metavar="DAYS", help="Days for which the old key stays valid.")
     ] = 7.0,
-    directory: Directory = None,
+    directory: KeysDirectory = None,
     as_json: AsJson = False,
 ) -> int:
-    """Replace a pair. Jobs that run go on: for a while both the old key and the new one count.
+    """Replace a key pair without an interruption of running jobs: the old key stays valid for some days.
 
-    After an agent's, copy its public file to the monitor, if that is elsewhere: running jobs keep the old key until
-    they connect anew. After the monitor's, copy monitor.key to the agents, if they are elsewhere, then restart it.
+    After a rotation of an agent's key, copy its public file to the monitor on another host; running jobs use the old
+    key until they reconnect. After one of the monitor's key, copy monitor.key to the agents, then restart the monitor.
     """
     place = _place(directory)
     keys.check_name(name)
@@ -115,17 +103,12 @@ def rotate(
     _publish(place, name, changed, everywhere=authorised.exists())
     keys.write_secret(place, name, pair.secret)
     if name == keys.MONITOR:
-        say("restart the monitor: it goes by the new key from then on")
+        say("restart the monitor to use the new key")
     return _report(place, [name], as_json)
 
 
 def _place(directory: Path | None) -> Path:
     return keys.keys_directory("" if directory is None else str(directory), os.environ)
-
-
-def _make_directories(place: Path) -> None:
-    keys.make_directory(place)
-    keys.make_directory(place / keys.AGENTS)
 
 
 def _publish(place: Path, name: str, key: keys.PublicKey, *, everywhere: bool = True) -> None:
@@ -150,31 +133,25 @@ def _pair_of(place: Path, name: str) -> Any:
 def _report(place: Path, names: list[str] | None, as_json: bool) -> int:
     rows = [row for row in _rows(place) if names is None or row["name"] in names]
     if as_json:
-        print(json.dumps({"directory": str(place), "keys": rows}))  # noqa: T201 - a result
+        print_json({"directory": str(place), "keys": rows})
         return 0
     public = Column("public key", min_width=40, no_wrap=True)
     table = Table("name", "what", public, "runs", "also until", title=str(place), title_justify="left")
     for row in rows:
         table.add_row(row["name"], row["what"], row["public"], " ".join(row["runs"]), row["previous_until"] or "")
-    Console(soft_wrap=True, markup=False, highlight=False).print(table)
+    results().print(table, soft_wrap=True)
     return 0
 
 
 def _rows(place: Path) -> list[dict[str, Any]]:
     rows = []
-    for path in sorted(place.glob("*.secret")):
-        name = path.stem
-        public = _pair_of(place, name).public
-        known = keys.read_public(keys.public_file(place, name))
-        if known.public != public:
-            raise KeysError(
-                f"{keys.public_file(place, name)}: not the public key to {path}; `koopmon keys rotate {name}`"
-            )
-        rows.append(_row(name, "secret and public", known, is_agent=name != keys.MONITOR))
-    for path in sorted(place.glob("*.key")):
-        if not keys.secret_file(place, path.stem).exists():
-            known = keys.read_public(path)
-            rows += [_row(path.stem, "public", known, is_agent=path.stem != keys.MONITOR)]
+    for name in sorted({path.stem for kind in ("*.secret", "*.key") for path in place.glob(kind)}):
+        has_secret, public = keys.secret_file(place, name).exists(), keys.public_file(place, name)
+        pair = _pair_of(place, name) if has_secret else None
+        known = keys.read_public(public)
+        if pair is not None and pair.public != known.public:
+            raise KeysError(f"{public}: not the public key of {name}.secret; `koopmon keys rotate {name}`")
+        rows.append(_row(name, "secret and public" if has_secret else "public", known))
     agents = place / keys.AGENTS
     if agents.exists():
         keys.check_directory(agents)
@@ -182,12 +159,12 @@ def _rows(place: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(name: str, what: str, key: keys.PublicKey, *, is_agent: bool = True) -> dict[str, Any]:
-    counts = len(key.keys()) > 1 and key.previous_until is not None
+def _row(name: str, what: str, key: keys.PublicKey) -> dict[str, Any]:
+    until = key.previous_until if len(key.keys()) > 1 else None
     return {
         "name": name,
         "what": what,
         "public": key.public,
-        "runs": list(key.runs) if is_agent else [],
-        "previous_until": key.previous_until.isoformat() if counts and key.previous_until is not None else None,
+        "runs": list(key.runs) if name != keys.MONITOR else [],
+        "previous_until": None if until is None else until.isoformat(),
     }

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import msgspec
+from platformdirs import user_state_path
 
 from koopmon.agent.autoload import LAUNCHERS
-from koopmon.errors import ConfigError
-from koopmon.wire.messages import RunName
 
 _NODE_OPTIONS = ("--nnodes", "--num-machines", "--num-nodes")
 _SLURM_NODE_OPTIONS = ("--nodes", "-N")
+_OPTION = re.compile(r"(?P<name>--[\w-]+|-N)=?(?P<value>.*)")
 _NODE_VARIABLES = ("SLURM_NNODES", "SLURM_JOB_NUM_NODES", "PET_NNODES")
 _RANK_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
@@ -24,7 +21,8 @@ def spread(command: Sequence[str], environ: Mapping[str, str]) -> str | None:
     """Return the setting that spreads the job over several nodes or commands, such as "--nnodes 2", or None."""
     if (where := _spread_by_slurm(command, environ)) is not None:
         return where
-    for option, value in _launcher_options(command):
+    launchers = (index for index, word in enumerate(command) if Path(word).name in LAUNCHERS)
+    for option, value in _options(command[next(launchers, len(command)) :]):
         if option in _NODE_OPTIONS and _largest(value) > 1:
             return f"{option} {value}"
     for name in (*_NODE_VARIABLES, *_RANK_VARIABLES):
@@ -39,14 +37,9 @@ def _spread_by_slurm(command: Sequence[str], environ: Mapping[str, str]) -> str 
         return "sbatch starts it elsewhere; or put koopmon run into the batch script"
     if program != "srun":
         return None
-    for word, following in zip(command[1:], [*command[2:], ""], strict=True):
-        option, equals, value = word.partition("=")
-        if word.startswith("-N") and len(word) > 2:
-            option, equals, value = "-N", "=", word[2:]
-        if option in _SLURM_NODE_OPTIONS and _largest(value if equals else following) > 1:
-            return f"srun {option} {value if equals else following}"
-        if word.endswith(".py") or word == "--":
-            break
+    for option, value in _options(command[1:]):
+        if option in _SLURM_NODE_OPTIONS and _largest(value) > 1:
+            return f"srun {option} {value}"
     return None if "SLURM_JOB_ID" in environ else "srun outside of an allocation starts it elsewhere"
 
 
@@ -54,61 +47,36 @@ def script_name(command: Sequence[str]) -> str:
     """Return the name of the first script or module in `command` that is not a launcher, else of its program."""
     for word, following in zip(command, [*command[1:], ""], strict=True):
         if word == "-m" and following and following not in LAUNCHERS:
-            return _clean(following.rpartition(".")[2])
+            return following.rpartition(".")[2]
         if word.endswith(".py"):
-            return _clean(Path(word).stem)
-    return _clean(Path(command[0]).name)
+            return Path(word).stem
+    return Path(command[0]).name
 
 
-def new_run_name(command: Sequence[str]) -> str:
-    """Return a unique run name: the script's name and 8 hex digits."""
-    return f"{script_name(command)}-{secrets.token_hex(4)}"
-
-
-def check_run_name(name: str) -> str:
-    """Return `name` unchanged. Raises ConfigError when it is not a valid run name."""
-    try:
-        return msgspec.convert(name, RunName)
-    except msgspec.ValidationError:
-        raise ConfigError(
-            f"--run {name!r}: expected up to 128 letters, digits or . _ : / + -, beginning with a letter or digit"
-        ) from None
-
-
-def state_directory(environ: Mapping[str, str]) -> Path:
+def state_directory() -> Path:
     """Return the directory of files that outlive a job: `koopmon` under XDG_STATE_HOME."""
-    base = environ.get("XDG_STATE_HOME", "")
-    # The XDG specification requires that a relative path is ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "koopmon"
+    return user_state_path("koopmon")
 
 
-def run_store(environ: Mapping[str, str], name: str) -> Path:
+def run_store(name: str) -> Path:
     """Return the default history path of `koopmon run` for the run `name`."""
-    return state_directory(environ) / "runs" / f"{name.replace('/', '_')}.sqlite3"
+    return state_directory() / "runs" / f"{name.replace('/', '_')}.sqlite3"
 
 
-def monitor_store(environ: Mapping[str, str]) -> Path:
+def monitor_store() -> Path:
     """Return the default history path of `koopmon monitor`, which its runs share."""
-    return state_directory(environ) / "monitor.sqlite3"
+    return state_directory() / "monitor.sqlite3"
 
 
-def _launcher_options(command: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the options between a launcher and the script, each with the next word or the part after its `=`."""
-    launched = False
-    for word, following in zip(command, [*command[1:], ""], strict=True):
-        if not launched:
-            launched = Path(word).name in LAUNCHERS
-        elif word.endswith(".py"):
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the options before the script, each with its value: after `=`, or the next word."""
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        if word.endswith(".py") or word == "--":
             return
-        elif word.startswith("--"):
-            option, equals, value = word.partition("=")
-            yield option.replace("_", "-"), value if equals else following
+        if match := _OPTION.fullmatch(word):
+            yield match["name"].replace("_", "-"), match["value"] or following
 
 
 def _largest(text: str) -> int:
     """Return the largest whole number in "2", "1:4" or "4(x2)"; 0 without any."""
     return max((int(number) for number in re.findall(r"\d+", text)), default=0)
-
-
-def _clean(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-._+")[:64] or "job"

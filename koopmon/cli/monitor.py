@@ -25,11 +25,11 @@ from koopmon.cli.options import (
 )
 from koopmon.config import load
 
-EPILOG = "Example: koopmon monitor --bind tcp://127.0.0.1:9465 --http 127.0.0.1:9464 --device auto"
-
 
 def add_to(app: typer.Typer) -> None:
-    app.command("monitor", epilog=EPILOG)(monitor)
+    app.command(
+        "monitor", epilog="Example: koopmon monitor --bind tcp://127.0.0.1:9465 --http 127.0.0.1:9464 --device auto"
+    )(monitor)
 
 
 def monitor(
@@ -38,12 +38,14 @@ def monitor(
     ] = "tcp://127.0.0.1:9465",
     bind_data: Annotated[
         str | None,
-        typer.Option(metavar="ENDPOINT", help="Endpoint of snapshots; agents are told it. Default: chosen."),
+        typer.Option(
+            metavar="ENDPOINT", help="Endpoint for snapshots, which the agents learn from it. Default: chosen."
+        ),
     ] = None,
     http: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where the live page, /metrics, /healthz and /readyz are served.")
+        str, typer.Option(metavar="HOST:PORT", help="Address of the live page, /metrics, /healthz and /readyz.")
     ] = "127.0.0.1:9464",
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:N", help="Where spectra are computed.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:N", help="Device that computes spectra.")] = "auto",
     store: Annotated[
         Path | None, typer.Option(metavar="FILE", help="History, SQLite. Default: under XDG_STATE_HOME.")
     ] = None,
@@ -62,13 +64,13 @@ def monitor(
         Path | None, typer.Option(metavar="FILE", help="Token of a service account of that Grafana, mode 0600.")
     ] = None,
     ready_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Written, as JSON, once the monitor serves.")
+        Path | None, typer.Option(metavar="FILE", help="File to write, as JSON, once the monitor serves.")
     ] = None,
     with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True)] = False,
 ) -> int:
-    """Serve agents: snapshots to spectra, spectra to metrics and decisions, decisions to commands.
+    """Run the monitor: compute spectra of snapshots, export metrics, and send commands to the agents.
 
-    Ends with status 0 on SIGTERM and SIGINT, with everything recorded.
+    SIGTERM and SIGINT end it with status 0, after the history is written.
     """
     overrides = policy_overrides(policy, dry_run) | security_overrides(keys, insecure_plaintext_tcp)
     settings = load(config, overrides=overrides | grafana_overrides(grafana_url, grafana_token_file))
@@ -84,7 +86,7 @@ def monitor(
         data_bind=bind_data,
         http=http,
         device=device,
-        store=store or monitor_store(os.environ),
+        store=store or monitor_store(),
         ready_file=ready_file,
     )
 

@@ -21,11 +21,17 @@ def _known_policy(name: str | None) -> str | None:
 ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Configuration, TOML. Default: KOOPMON_CONFIG.")]
 Policy = Annotated[
     str | None,
-    typer.Option(metavar="|".join(POLICIES), callback=_known_policy, help="What may be done. Default: the config's."),
+    typer.Option(
+        metavar="|".join(POLICIES), callback=_known_policy, help="Allowed actions. Default: the configuration's."
+    ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Decide and record, but send nothing.")]
-
-
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run, as `koopmon run` printed it.")]
+HistoryFile = Annotated[
+    Path | None,
+    typer.Option("--store", metavar="FILE", help="History, SQLite. Default: the run's own, else the monitor's."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Decide and record, but send no command.")]
 KeysDirectory = Annotated[
     Path | None,
     typer.Option("--keys", metavar="DIR", help="Key files. Default: KOOPMON_KEYS, else under XDG_CONFIG_HOME."),
@@ -34,34 +40,28 @@ PlaintextTcp = Annotated[
     bool,
     typer.Option(
         "--insecure-plaintext-tcp",
-        help="No keys on tcp: whoever reaches the endpoint reads and commands the training. On both sides.",
+        help="No keys on tcp: anyone who reaches it can read and control the training. Set it on both sides.",
     ),
 ]
 
 
 def security_overrides(keys: Path | None, plaintext_tcp: bool) -> dict[str, Any]:
     """Return the command-line values of `[security]` as configuration overrides."""
-    table: dict[str, Any] = {}
-    if keys is not None:
-        table["keys"] = str(keys.absolute())
-    if plaintext_tcp:
-        table["insecure_plaintext_tcp"] = True
-    return {"security": table} if table else {}
+    directory = None if keys is None else str(keys.absolute())
+    return _given("security", keys=directory, insecure_plaintext_tcp=plaintext_tcp or None)
 
 
 def policy_overrides(policy: str | None, dry_run: bool) -> dict[str, Any]:
     """Return the command-line values of `[policy]` as configuration overrides."""
-    table: dict[str, Any] = {}
-    if policy is not None:
-        table["name"] = policy
-    if dry_run:
-        table["dry_run"] = True
-    return {"policy": table} if table else {}
+    return _given("policy", name=policy, dry_run=dry_run or None)
 
 
-def grafana_overrides(url: str | None, token_file: Path | None, timeout_seconds: float | None = None) -> dict[str, Any]:
+def grafana_overrides(url: str | None, token_file: Path | None) -> dict[str, Any]:
     """Return the command-line values of `[grafana]` as configuration overrides."""
     file = None if token_file is None else str(token_file)
-    given = {"url": url, "token_file": file, "timeout_seconds": timeout_seconds}
-    table = {name: value for name, value in given.items() if value is not None}
-    return {"grafana": table} if table else {}
+    return _given("grafana", url=url, token_file=file)
+
+
+def _given(section: str, **values: object) -> dict[str, Any]:
+    table = {name: value for name, value in values.items() if value is not None}
+    return {section: table} if table else {}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,14 +14,16 @@ from rich.table import Table
 
 from koopmon import plots
 from koopmon.cli import factory as factories
-from koopmon.errors import CalibrationError, ConfigError, KoopmonError, raise_from_signal
+from koopmon.cli.console import print_json, results
+from koopmon.cli.options import AsJson
+from koopmon.errors import CalibrationError, ConfigError, KoopmonError, foreign_code
+from koopmon.numbers import mean
 
 if TYPE_CHECKING:
     from koopmon.profiling import CapturedStates
     from koopmon.risk.initial_score import InitialRisk
     from koopmon.spectral import LayerProfile, SpectralProfile
 
-EPILOG = "Example: koopmon profile train.py:make_model_and_batch --png spectrum.png"
 SURVIVES = 0.95
 _COLUMNS = {
     "M~1": "near_unit_mass",
@@ -39,12 +40,16 @@ _COLUMNS = {
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("profile", epilog=EPILOG, no_args_is_help=True)(profile)
+    app.command(
+        "profile",
+        epilog="Example: koopmon profile train.py:make_model_and_batch --png spectrum.png",
+        no_args_is_help=True,
+    )(profile)
 
 
 def profile(
     factory: Annotated[
-        str, typer.Argument(metavar="FACTORY", help="module:function or file.py:function returning (model, batch).")
+        str, typer.Argument(metavar="FACTORY", help="module:function or file.py:function that returns (model, batch).")
     ],
     adapter: Annotated[
         str | None, typer.Option(metavar="NAME", help="Architecture adapter. Default: the one that fits best.")
@@ -56,8 +61,8 @@ def profile(
     svd_rank: Annotated[
         int | None, typer.Option(metavar="R", min=1, help="Leading directions. Default: all, which needs N >= width.")
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the choice of tokens.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything, eigenvalues too, as JSON.")] = False,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the choice of tokens.")] = 0,
+    as_json: AsJson = False,
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the eigenvalues on the unit circle, coloured by depth.")
     ] = None,
@@ -65,68 +70,108 @@ def profile(
         Path | None, typer.Option(metavar="FILE", help="Calibrator, as `koopmon calibrate` writes it.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--lr", metavar="RATE", min=1e-12, help="Give the probability that it diverges.")
+        float | None, typer.Option("--lr", metavar="RATE", min=1e-12, help="Predict the probability of divergence.")
     ] = None,
-    max_lr: Annotated[
-        bool, typer.Option("--max-lr", help="Give the highest learning rate that is likely to be survived.")
-    ] = False,
+    max_lr: Annotated[bool, typer.Option("--max-lr", help="Predict the highest learning rate that is safe.")] = False,
 ) -> int:
     """Profile a model's residual stream from one forward pass: its spectrum, layer by layer, and its initial risk.
 
-    The score is the mean near-unit mass over layers: below 0.3 low, above 0.5 high. It separates architectures and
-    knows nothing of the learning rate.
+    The score is the mean near-unit mass over layers: below 0.3 low, above 0.5 high. It separates architectures and does
+    not depend on the learning rate.
     """
     if png is not None:
         plots.require(f"--png {png}")
-    asked = learning_rate is not None or max_lr
-    if asked != (calibrator is not None):
-        raise ConfigError("--calibrator FILE goes with --lr RATE or --max-lr, and they with it")
-    console = Console(stderr=True)
-    with console.status("loading torch") as status:
-        from koopmon.profiling import capture_states
-        from koopmon.risk.initial_score import initial_risk
-        from koopmon.spectral import profile_states
-
-        status.update("making the model")
-        model, args, kwargs = factories.load(factory)
-        status.update("profiling")
-        try:
-            captured = capture_states(
-                model, *args, adapter=adapter, stack=stack, num_samples=num_samples, seed=seed, **kwargs
-            )
-            spectrum = profile_states(captured.states, svd_rank=svd_rank, seed=seed)
-        except KoopmonError:
-            raise
-        except ValueError as error:
-            raise KoopmonError(f"{factory}: {error}") from error
-        except BaseException as error:  # exceptions of the model's own forward pass
-            raise_from_signal(error)
-            raise KoopmonError(
-                f"{factory}: the forward pass raised {type(error).__name__}: {' '.join(str(error).split())}"
-            ) from error
-        risk = initial_risk(spectrum, known_exponent=captured.known_exponent)
-        forecast = None if calibrator is None else _forecast(calibrator, captured, spectrum, risk, learning_rate)
+    if (learning_rate is not None or max_lr) != (calibrator is not None):
+        raise ConfigError("--calibrator FILE needs --lr RATE or --max-lr, and these need it")
+    request = ProfileRequest(factory, adapter, stack, num_samples, svd_rank, seed, calibrator, learning_rate)
+    with Console(stderr=True).status("loading torch") as status:
+        result = run_profile(request, status.update)
         if png is not None:
             status.update("drawing")
-            plots.spectrum(spectrum, png, title=f"{type(model).__name__}: {_verdict(risk)}")
+            plots.spectrum(result.spectrum, png, title=f"{result.model}: {result.verdict}")
     if as_json:
-        told = _as_dict(model, captured, spectrum, risk)
-        if forecast is not None:
-            told["forecast"] = dataclasses.asdict(forecast)
-        print(json.dumps(told))  # noqa: T201 - a result
+        print_json(result.to_dict())
     else:
-        # Without a terminal rich assumes a narrow width and would fold the table.
-        out = Console(width=None if sys.stdout.isatty() else 120)
-        out.print(_table(type(model).__name__, captured, spectrum))
-        for name, text in captured.measures.items():
-            out.print(f"{name}: {text}", highlight=False, soft_wrap=True)
-        out.print(f"initial risk: {_verdict(risk)}", highlight=False, soft_wrap=True)
-        for line in [] if forecast is None else forecast.lines():
-            out.print(line, highlight=False, soft_wrap=True)
+        print_result(result)
     return 0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
+class ProfileRequest:
+    """Arguments of `run_profile`. With a `calibrator`, the result holds a forecast."""
+
+    factory: str
+    adapter: str | None
+    stack: str | None
+    num_samples: int
+    svd_rank: int | None
+    seed: int
+    calibrator: Path | None
+    learning_rate: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileResult:
+    """Spectrum and risk of the model of class `model`."""
+
+    model: str
+    captured: CapturedStates
+    spectrum: SpectralProfile
+    risk: InitialRisk
+    forecast: Forecast | None
+
+    @property
+    def verdict(self) -> str:
+        if self.risk.score is None:
+            return f"not informative: {self.risk.reason}"
+        return f"{self.risk.level} ({self.risk.reason})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to JSON types, with all eigenvalues."""
+        discovery = self.captured.discovery
+        found = {
+            "model": self.model,
+            "adapter": discovery.adapter.name,
+            "stack": discovery.stack.name,
+            "points": [point.name for point in discovery.points],
+            "masked": self.captured.masked,
+            "initial_risk": dataclasses.asdict(self.risk),
+            "profile": self.spectrum.to_dict(),
+            "observables": self.captured.observables,
+        }
+        return found if self.forecast is None else {**found, "forecast": dataclasses.asdict(self.forecast)}
+
+
+def run_profile(request: ProfileRequest, on_stage: Callable[[str], None] = lambda _: None) -> ProfileResult:
+    """Build the model and profile it; `on_stage` is called with each stage. Raises KoopmonError."""
+    from koopmon.profiling import capture_states
+    from koopmon.risk.initial_score import initial_risk
+    from koopmon.spectral import profile_states
+
+    on_stage("making the model")
+    model, args, kwargs = factories.load(request.factory)
+    on_stage("profiling")
+    options = {name: getattr(request, name) for name in ("adapter", "stack", "num_samples", "seed")}
+    with foreign_code(lambda why: KoopmonError(f"{request.factory}: the forward pass {why}")):
+        captured = capture_states(model, *args, **options, **kwargs)
+        spectrum = profile_states(captured.states, svd_rank=request.svd_rank, seed=request.seed)
+    risk = initial_risk(spectrum, known_exponent=captured.known_exponent)
+    forecast = None
+    if request.calibrator is not None:
+        forecast = _forecast(request.calibrator, captured, spectrum, risk, request.learning_rate)
+    return ProfileResult(type(model).__name__, captured, spectrum, risk, forecast)
+
+
+def print_result(result: ProfileResult) -> None:
+    out = results()
+    out.print(_table(result.model, result.captured, result.spectrum))
+    lines = [f"{name}: {text}" for name, text in result.captured.measures.items()]
+    lines += [f"initial risk: {result.verdict}", *(() if result.forecast is None else result.forecast.lines())]
+    for line in lines:
+        out.print(line, soft_wrap=True)
+
+
+@dataclass(frozen=True, slots=True)
 class Forecast:
     """Forecast of a calibrator for a model. A rate is None when the calibrator covers no rate that low."""
 
@@ -153,7 +198,7 @@ class Forecast:
                 f"highest learning rate survived with probability {SURVIVES:.0%}: {self.max_learning_rate:.2g}; "
                 f"with 50%: {self.even_learning_rate:.2g}{error}"
             )
-        return lines or ["no learning rate is low enough for what the calibrator has seen of such models"]
+        return lines or ["the calibrator has no example of such a model at any learning rate"]
 
 
 def _forecast(
@@ -184,25 +229,6 @@ def _forecast(
     )
 
 
-def _verdict(risk: InitialRisk) -> str:
-    if risk.score is None:
-        return f"not informative: {risk.reason}"
-    return f"{risk.level} ({risk.reason})"
-
-
-def _as_dict(model: Any, captured: CapturedStates, spectrum: SpectralProfile, risk: InitialRisk) -> dict[str, Any]:
-    return {
-        "model": type(model).__name__,
-        "adapter": captured.discovery.adapter.name,
-        "stack": captured.discovery.stack.name,
-        "points": [point.name for point in captured.discovery.points],
-        "masked": captured.masked,
-        "initial_risk": dataclasses.asdict(risk),
-        "profile": spectrum.to_dict(),
-        "observables": captured.observables,
-    }
-
-
 def _table(name: str, captured: CapturedStates, spectrum: SpectralProfile) -> Table:
     rank = "full rank" if spectrum.svd_rank is None else f"svd_rank {spectrum.svd_rank}"
     tokens = f"{spectrum.num_samples} of {captured.num_tokens} tokens{', masked' if captured.masked else ''}"
@@ -222,13 +248,8 @@ def _table(name: str, captured: CapturedStates, spectrum: SpectralProfile) -> Ta
         table.add_row(str(index), *cells, style=None if layer.informative else "dim")
     table.add_section()
     means = [spectrum.mean(field) for field in _COLUMNS.values()]
-    table.add_row("mean", *map(_cell, [*means, *map(_mean, captured.observables.values())]))
+    table.add_row("mean", *map(_cell, [*means, *map(mean, captured.observables.values())]))
     return table
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _remark(layer: LayerProfile) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from koopmon.cli.console import print_json, results
 from koopmon.cli.find_history import opened
-from koopmon.cli.options import POLICIES
+from koopmon.cli.options import POLICIES, AsJson, HistoryFile, RunArgument
 from koopmon.config import Config, load
 from koopmon.errors import ConfigError
 
@@ -21,29 +19,27 @@ if TYPE_CHECKING:
     from koopmon.history.reader import DecisionRow
     from koopmon.offline.replay import Replayed
 
-EPILOG = "Example: koopmon replay train-1a2b3c4d --policy careful.toml"
-
 
 def add_to(app: typer.Typer) -> None:
-    app.command("replay", epilog=EPILOG, no_args_is_help=True)(replay)
+    app.command("replay", epilog="Example: koopmon replay train-1a2b3c4d --policy careful.toml", no_args_is_help=True)(
+        replay
+    )
 
 
 def replay(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's name, as `koopmon run` printed it.")],
+    run: RunArgument,
     policy: Annotated[
         str,
         typer.Option(
             metavar="FILE", help=f"Configuration, TOML: [policy], [risk], [kss]. Or a name: {', '.join(POLICIES)}."
         ),
     ],
-    store: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="History, SQLite. Default: the run's own, else the monitor's.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print every snapshot, judged again, as JSON.")] = False,
+    store: HistoryFile = None,
+    as_json: AsJson = False,
 ) -> int:
-    """Decide a recorded run again under another policy: what would have been done, and when.
+    """Decide a recorded run again under another policy, and list the actions with their steps.
 
-    Snapshots are as recorded: what a training would have done after an action of the replay is not known.
+    The snapshots are the recorded ones: the effect of a replayed action on the training is not known.
     """
     from koopmon.offline import replay as replaying
 
@@ -52,12 +48,12 @@ def replay(
         rows = list(replaying.replay(history, run, config))
         decisions = list(history.decisions(run))
     if as_json:
-        print(json.dumps({"run": run, "policy": config.policy.name, "snapshots": [_plain(row) for row in rows]}))  # noqa: T201 - a result
+        print_json({"run": run, "policy": config.policy.name, "snapshots": [_plain(row) for row in rows]})
         return 0
-    out = Console(width=None if sys.stdout.isatty() else 120)
+    out = results()
     out.print(_table(run, config, rows, decisions))
     for line in _words(config, rows, decisions):
-        out.print(line, highlight=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
     return 0
 
 
@@ -70,17 +66,8 @@ def _config(policy: str) -> Config:
 
 
 def _plain(row: Replayed) -> dict[str, Any]:
-    return {
-        "incarnation": row.incarnation,
-        "step": row.step,
-        "recorded_risk": row.recorded_risk,
-        "risk": row.risk,
-        "phase": row.phase,
-        "reason": row.reason,
-        "lr_scale": row.lr_scale,
-        "kss_alpha": row.kss_alpha,
-        "actions": [action.kind for action in row.actions],
-    }
+    fields = ("incarnation", "step", "recorded_risk", "risk", "phase", "reason", "lr_scale", "kss_alpha")
+    return {name: getattr(row, name) for name in fields} | {"actions": [action.kind for action in row.actions]}
 
 
 def _recorded(decisions: Iterable[DecisionRow]) -> dict[tuple[str, int], list[str]]:
@@ -123,9 +110,7 @@ def _words(config: Config, rows: Sequence[Replayed], decisions: Sequence[Decisio
         f"then: {_first(then)}; now: {_first(now)}, learning rate down to {min(row.lr_scale for row in rows):.3g}",
     ]
     if now:
-        lines.append(
-            "what the training would have done after the first of them is not known: the states are as recorded"
-        )
+        lines.append("the effect of these actions on the training is not known: the states are the recorded ones")
     elif config.policy.name == "observe":
         lines.append("the policy `observe` never acts")
     return lines

@@ -9,16 +9,17 @@ import signal
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import typer
 
-from koopmon.agent.autoload import DIRECTORY
+from koopmon.agent.autoload import python_path
 from koopmon.cli.console import say
 from koopmon.cli.embedded import READY_SECONDS, EmbeddedMonitor, MonitorNotReadyError
-from koopmon.cli.launch_inspection import check_run_name, new_run_name, run_store, spread
+from koopmon.cli.launch_inspection import run_store, script_name, spread
 from koopmon.cli.options import (
     ConfigFile,
     DryRun,
@@ -31,27 +32,28 @@ from koopmon.cli.options import (
 from koopmon.cli.supervise import run_job, signals_held, take_signal
 from koopmon.config import load
 from koopmon.errors import ConfigError, KoopmonError
+from koopmon.run_names import check_run_name, new_run_name
 from koopmon.views.run_summary import summarise
 from koopmon.wire.auth_policy import PLAINTEXT_VARIABLE, AuthPolicy, make_auth_policy
 
 ANSWER_SECONDS = 2.0
-EPILOG = "Example: koopmon run -- torchrun --nproc-per-node 2 train.py --lr 0.003"
-
-
-class _EndedEarlyError(Exception):
-    """A signal arrived before the job was started."""
 
 
 def add_to(app: typer.Typer) -> None:
     settings = {"allow_interspersed_args": False}
-    app.command("run", epilog=EPILOG, no_args_is_help=True, context_settings=settings)(run)
+    app.command(
+        "run",
+        epilog="Example: koopmon run -- torchrun --nproc-per-node 2 train.py --lr 0.003",
+        no_args_is_help=True,
+        context_settings=settings,
+    )(run)
 
 
 def run(
-    command: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The job, as you start it today.")],
+    command: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The job's command.")],
     monitor: Annotated[
         str | None,
-        typer.Option(metavar="ENDPOINT", help="A monitor that runs already. Default: one of the job's own."),
+        typer.Option(metavar="ENDPOINT", help="Endpoint of a running monitor. Default: the job starts its own."),
     ] = None,
     policy: Policy = None,
     dry_run: DryRun = False,
@@ -64,103 +66,119 @@ def run(
             "--run",
             metavar="NAME",
             envvar="KOOPMON_RUN",
-            help="The run's name. Default: the script's and 8 hex digits. A restarted job keeps its name.",
+            help="Name of the run. Default: the script's and 8 hex digits. A restarted job keeps its name.",
         ),
     ] = None,
     http: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where the job's own monitor serves. Default: a free port.")
+        str | None, typer.Option(metavar="HOST:PORT", help="Address of the own monitor's pages. Default: a free port.")
     ] = None,
     store: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The job's history. Default: under XDG_STATE_HOME.")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the closing summary there, as JSON.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the closing summary to this file, as JSON.")
     ] = None,
 ) -> int:
     """Guard an unchanged training job, on one node with a monitor of its own.
 
-    The job's output is its own, byte for byte; signals are passed on; its exit status is returned (128 + n after
+    koopmon does not touch the job's output. It forwards signals, and returns the job's exit status (128 + n after
     signal n).
 
-    A mistake on this command line is refused before the job starts. A monitor that does not come up is one line, and
-    the job runs unguarded: what was made to protect a training must not prevent it.
+    A mistake on this command line is refused before the job starts. If the monitor does not start, one line says so,
+    and the job runs unguarded.
     """
     if not hasattr(signal, "sigwaitinfo"):
-        raise KoopmonError("koopmon run needs Linux: elsewhere call koopmon.attach() in the script")
-    overrides = policy_overrides(policy, dry_run)
-    settings = load(config, overrides=overrides | security_overrides(keys, insecure_plaintext_tcp))
+        raise KoopmonError("koopmon needs Linux")
+    overrides = policy_overrides(policy, dry_run) | security_overrides(keys, insecure_plaintext_tcp)
+    settings = load(config, overrides=overrides)
     if name is not None:
-        check_run_name(name)
-    environ = dict(os.environ)
+        check_run_name(name, "--run")
+    job = JobRequest(command, name, config, dict(os.environ))
+    of_monitor = {"--policy": policy, "--dry-run": dry_run or None, "--http": http, "--store": store}
     if monitor is not None:
-        _refuse_beside_monitor({"--policy": policy, "--dry-run": dry_run or None, "--http": http, "--store": store})
-        if json_file is not None:
-            raise ConfigError("--json: with --monitor the history is the monitor's; ask it there")
-        trust = make_auth_policy(**msgspec.structs.asdict(settings.security), environ=environ)
-        endpoint = trust.check(monitor)
-        trust.check_agent_keys(endpoint)
-        environ |= _security_environment(keys, insecure_plaintext_tcp)
-        # Ranks on other nodes have their own launchers, so the agents of a multi-node job agree on a name themselves.
-        shared = name if name is not None or spread(command, environ) else new_run_name(command)
-        if (why := _why_silent(endpoint, trust)) is not None:
-            because = f" ({why})" if why else ""
-            advice = f"the job is guarded once `koopmon monitor --bind {endpoint}` runs; `koopmon doctor` says more"
-            say(f"no monitor answers at {endpoint}{because}: {advice}")
-        with signals_held() as mask:
-            return run_job(command, _job_environment(environ, endpoint, shared, config), mask)
-    for option, given in {"--keys": keys, "--insecure-plaintext-tcp": insecure_plaintext_tcp or None}.items():
-        if given is not None:
-            raise ConfigError(f"{option} goes with --monitor: a monitor of the job's own is reached by its user alone")
-    where = spread(command, environ)
-    if where is not None:
+        _refuse(of_monitor, "belongs to the monitor: give it to `koopmon monitor`, not beside --monitor")
+        _refuse({"--json": json_file}, "with --monitor the monitor has the history: use `koopmon report`")
+        trust = make_auth_policy(**msgspec.structs.asdict(settings.security), environ=job.environ)
+        return _run_with_shared_monitor(job, monitor, trust, _security_environment(keys, insecure_plaintext_tcp))
+    only_shared = {"--keys": keys, "--insecure-plaintext-tcp": insecure_plaintext_tcp or None}
+    _refuse(only_shared, "needs --monitor: only this user reaches the job's own monitor")
+    options = [] if policy is None else ["--policy", policy]
+    return _run_with_own_monitor(job, [*options, *(["--dry-run"] if dry_run else [])], http, store, json_file)
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """The job to guard: its command, the name and the configuration that the user gave, and its environment."""
+
+    command: list[str]
+    name: str | None
+    config: Path | None
+    environ: dict[str, str]
+
+    def new_name(self) -> str:
+        return self.name or new_run_name(script_name(self.command))
+
+    def guarded_by(self, endpoint: str, name: str | None, more: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return the job's environment: the monitor's endpoint, and the directory that attaches every rank."""
+        # KOOPMON_HTTP_* are the monitor's secrets.
+        job = {key: value for key, value in self.environ.items() if not key.startswith("KOOPMON_HTTP_")}
+        job |= {"KOOPMON_ENDPOINT": endpoint, **(more or {})}
+        if name is not None:
+            job["KOOPMON_RUN"] = name
+        if self.config is not None:
+            job["KOOPMON_CONFIG"] = str(self.config.resolve())
+        job["PYTHONPATH"] = python_path(self.environ)
+        return job
+
+
+def _run_with_shared_monitor(job: JobRequest, monitor: str, trust: AuthPolicy, security: Mapping[str, str]) -> int:
+    endpoint = trust.check(monitor)
+    trust.check_agent_keys(endpoint)
+    # Ranks on other nodes have their own launchers, so the agents of a multi-node job agree on a name themselves.
+    name = job.name if spread(job.command, job.environ) else job.new_name()
+    if (why := _why_silent(endpoint, trust)) is not None:
+        because = f" ({why})" if why else ""
+        advice = f"the job is guarded once `koopmon monitor --bind {endpoint}` runs; `koopmon doctor` says more"
+        say(f"no monitor answers at {endpoint}{because}: {advice}")
+    with signals_held() as mask:
+        return run_job(job.command, job.guarded_by(endpoint, name, security), mask)
+
+
+def _run_with_own_monitor(
+    job: JobRequest, options: list[str], http: str | None, store: Path | None, json_file: Path | None
+) -> int:
+    if (where := spread(job.command, job.environ)) is not None:
         raise ConfigError(
             f"the job is on other nodes too, or this is one of its ranks ({where}): start `koopmon monitor` where all "
             "ranks reach it, and give its endpoint with --monitor"
         )
-    return _run_with_own_monitor(
-        command, environ, name or new_run_name(command), config, overrides, http, store, json_file
-    )
-
-
-def _run_with_own_monitor(
-    command: list[str],
-    environ: dict[str, str],
-    name: str,
-    config: Path | None,
-    overrides: Mapping[str, Any],
-    http: str | None,
-    store: Path | None,
-    json_file: Path | None,
-) -> int:
-    store = store or _default_store(environ, name)
-    options: list[str] = [] if config is None else ["--config", str(config)]
-    table = overrides.get("policy", {})
-    options += ["--policy", table["name"]] if "name" in table else []
-    options += ["--dry-run"] if table.get("dry_run") else []
+    name = job.new_name()
+    store = store or _default_store(name)
+    if job.config is not None:
+        options = ["--config", str(job.config), *options]
     embedded = EmbeddedMonitor(store, http=http or "127.0.0.1:0", options=options)
     with signals_held() as mask, contextlib.ExitStack() as stack:
         stack.callback(embedded.close)
-        guarded = True
         try:
-            _await_monitor(embedded, environ, mask)
-            say(f"run {name}: guarded; live page at {embedded.page}, metrics at {embedded.url}")
+            stopped = _await_monitor(embedded, job.environ, mask)
         except MonitorNotReadyError as error:
             say(f"the job runs unguarded, because its monitor did not start: {error}")
-            guarded = False
-        except _EndedEarlyError as ended:
-            say("stopped before the job was started")
-            return 128 + int(ended.args[0])
-        if not guarded:
             embedded.close()
-            return run_job(command, environ, mask)
-        status = run_job(command, _job_environment(environ, embedded.endpoint, name, config), mask, _Watcher(embedded))
-        embedded.close(lambda: say("the monitor is writing down what it has received"))
+            return run_job(job.command, job.environ, mask)
+        if stopped is not None:
+            say("stopped before the job was started")
+            return 128 + stopped
+        say(f"run {name}: guarded; live page at {embedded.page}, metrics at {embedded.url}")
+        status = run_job(job.command, job.guarded_by(embedded.endpoint, name), mask, _Watcher(embedded))
+        embedded.close(lambda: say("the monitor writes the received snapshots to its history"))
     _close_with_summary(store, name, status, json_file)
     return status
 
 
-def _await_monitor(embedded: EmbeddedMonitor, environ: Mapping[str, str], mask: set[signal.Signals]) -> None:
-    """Wait for the monitor. Raises MonitorNotReadyError, or _EndedEarlyError after a signal."""
+def _await_monitor(
+    embedded: EmbeddedMonitor, environ: Mapping[str, str], mask: set[signal.Signals]
+) -> signal.Signals | None:
+    """Wait for the monitor; return None, or the signal that ended the wait. Raises MonitorNotReadyError."""
     say("starting the monitor")
     embedded.start({key: value for key, value in environ.items() if key != "KOOPMON_RUN"}, mask)
     deadline = time.monotonic() + READY_SECONDS
@@ -168,7 +186,8 @@ def _await_monitor(embedded: EmbeddedMonitor, environ: Mapping[str, str], mask: 
         if time.monotonic() > deadline:
             raise MonitorNotReadyError(f"not ready after {READY_SECONDS:.0f} s; its log is {embedded.log}")
         if (number := take_signal(0.05)) is not None:
-            raise _EndedEarlyError(number)
+            return number
+    return None
 
 
 class _Watcher:
@@ -184,30 +203,15 @@ class _Watcher:
             say(f"the monitor died, the job goes on as it is, unguarded; its log is {self._embedded.log}")
 
 
-def _job_environment(
-    environ: Mapping[str, str], endpoint: str, name: str | None, config: Path | None
-) -> dict[str, str]:
-    """Return the environment of the job: the monitor's endpoint, and the directory that attaches every rank."""
-    job = {key: value for key, value in environ.items() if not key.startswith("KOOPMON_HTTP_")}  # the monitor's secrets
-    job["KOOPMON_ENDPOINT"] = endpoint
-    if name is not None:
-        job["KOOPMON_RUN"] = name
-    if config is not None:
-        job["KOOPMON_CONFIG"] = str(config.resolve())
-    before = environ.get("PYTHONPATH", "")
-    job["PYTHONPATH"] = f"{DIRECTORY}{os.pathsep}{before}" if before else str(DIRECTORY)
-    return job
-
-
 def _security_environment(keys: Path | None, plaintext_tcp: bool) -> dict[str, str]:
     """Return the command-line key settings for the agents in the job: a directory, never a key."""
     named = {} if keys is None else {"KOOPMON_KEYS": str(keys.absolute())}
     return named | ({PLAINTEXT_VARIABLE: "1"} if plaintext_tcp else {})
 
 
-def _default_store(environ: Mapping[str, str], name: str) -> Path:
+def _default_store(name: str) -> Path:
     """Return a history path for this run, in a temporary directory when the state directory is not writable."""
-    store = run_store(environ, name)
+    store = run_store(name)
     try:
         store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=store.parent):
@@ -224,10 +228,11 @@ def _why_silent(endpoint: str, trust: AuthPolicy) -> str | None:
     return None if found.reply is not None or found.refused else found.failure
 
 
-def _refuse_beside_monitor(given: Mapping[str, object]) -> None:
+def _refuse(given: Mapping[str, object], why: str) -> None:
+    """Raise ConfigError if any of these options was given."""
     for option, value in given.items():
         if value is not None:
-            raise ConfigError(f"{option} belongs to the monitor: give it to `koopmon monitor`, not beside --monitor")
+            raise ConfigError(f"{option} {why}")
 
 
 def _close_with_summary(store: Path, name: str, status: int, json_file: Path | None) -> None:

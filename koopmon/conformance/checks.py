@@ -10,8 +10,8 @@ from unittest import SkipTest
 from koopmon.api import ArchitectureAdapter, ExampleModel
 from koopmon.conformance import check_selection, check_state_io, check_training, families
 from koopmon.conformance.harness import Bench
-from koopmon.conformance.result import CheckResult, ConformanceError, describe_error
-from koopmon.errors import AdapterError, raise_from_signal
+from koopmon.conformance.result import CheckResult, ConformanceError
+from koopmon.errors import AdapterError, KoopmonError, foreign_code
 from koopmon.plugins import adapters, original
 
 BATTERY: dict[str, Callable[[Bench], str]] = {
@@ -57,14 +57,12 @@ class Check:
         if self.name not in WITHOUT_EXAMPLE:
             self.bench.require_example()
         try:
-            return BATTERY[self.name](self.bench)
-        except (ConformanceError, SkipTest):
+            with foreign_code(ConformanceError, SkipTest):  # the code of the adapter or its model
+                return BATTERY[self.name](self.bench)
+        except ConformanceError:
             raise
-        except AdapterError as error:
+        except KoopmonError as error:
             raise ConformanceError(str(error)) from error
-        except (Exception, SystemExit, KeyboardInterrupt) as error:  # the code of the adapter or its model
-            raise_from_signal(error)
-            raise ConformanceError(f"raised {describe_error(error)}") from error
 
     def run(self) -> CheckResult:
         """Run the check and return any outcome as a CheckResult; raises nothing."""

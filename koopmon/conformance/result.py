@@ -29,8 +29,3 @@ class CheckResult:
     check: str
     verdict: CheckStatus
     detail: str
-
-
-def describe_error(error: BaseException) -> str:
-    """Return an exception as one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}".rstrip(": ")

@@ -50,7 +50,6 @@ class Connection:
         self._trust = trust
         self._run = run or NOBODY
         self.reply: ProbeReply | None = None
-        self.refusal = ""
 
     def findings(self) -> Iterator[Finding]:
         """Check endpoint, keys and monitor; if the monitor replies, check versions, data endpoint and clock."""
@@ -65,8 +64,8 @@ class Connection:
         else:
             yield warn(
                 "endpoint",
-                f"none is named, so {endpoint} was looked at, where `koopmon monitor` is by default",
-                "export KOOPMON_ENDPOINT=ENDPOINT, or start the job with `koopmon run`, which brings its own monitor",
+                f"no endpoint is set; checked {endpoint}, the default of `koopmon monitor`",
+                "export KOOPMON_ENDPOINT=ENDPOINT, or start the job with `koopmon run`, which starts its own monitor",
             )
         keys = self._keys(endpoint)
         yield keys
@@ -75,7 +74,7 @@ class Connection:
         try:
             found = probe(endpoint, self._trust, run=self._run, timeout_seconds=PROBE_SECONDS)
         except KoopmonError as error:
-            yield fail("monitor", str(error), "make the directory its owner's alone: chmod 700 DIRECTORY")
+            yield fail("monitor", str(error), "restrict the directory to its owner: chmod 700 DIRECTORY")
             return
         yield from self._monitor(endpoint, found)
 
@@ -83,9 +82,9 @@ class Connection:
         trust = self._trust
         if not trust.uses_curve(endpoint):
             if is_loopback(endpoint):
-                return ok("keys", "none are needed: the endpoint is reached from this host alone")
+                return ok("keys", "not needed: only this host reaches the endpoint")
             fix = "`koopmon keys make` on both sides, and no --insecure-plaintext-tcp"
-            return warn("keys", "switched off: whoever reaches the endpoint reads and commands the training", fix)
+            return warn("keys", "disabled: anyone who reaches the endpoint can read and control the training", fix)
         try:
             trust.check_agent_keys(endpoint)
         except KeysError as error:
@@ -93,15 +92,14 @@ class Connection:
         assert trust.directory is not None, "it uses keys"
         until = read_public(public_file(trust.directory, MONITOR)).previous_until
         rotating = until is not None and until.astimezone(UTC) > datetime.now(UTC)
-        also = "; the monitor's key is being rotated, both are tried" if rotating else ""
-        return ok("keys", f"agent {trust.agent!r} has its secret and knows the monitor's key{also}")
+        also = "; a key rotation is in progress, and both keys of the monitor are valid" if rotating else ""
+        return ok("keys", f"agent {trust.agent!r} has its secret key and the monitor's public key{also}")
 
     def _monitor(self, endpoint: str, found: ProbeResult) -> Iterator[Finding]:
         if found.reason == "version":
             yield fail("versions", found.failure, "pip install the same version of koopmon on both sides")
             return
         if found.refused:
-            self.refusal = found.failure
             yield fail("monitor", f"it refuses this agent: {found.failure}", _fix_of(found.failure, self._trust))
             return
         if found.reply is None:
@@ -117,12 +115,12 @@ class Connection:
         if found.failure:
             return fail("monitor", f"the handshake failed: {found.failure}", _fix_of(found.failure, self._trust))
         if found.reason or found.shook_hands:
-            what = found.failure or "it shakes hands and says nothing"
-            return fail("monitor", f"what listens at {endpoint} is no koopmon monitor: {what}", _START.format(endpoint))
+            said = f"the server at {endpoint} is not a koopmon monitor: no answer after the handshake"
+            return fail("monitor", said, _START.format(endpoint))
         if found.reached:
-            said = f"somebody listens at {endpoint} and does not speak koopmon's protocol"
-            return fail("monitor", said, f"is it the port of the monitor's pages? {_START.format(endpoint)}")
-        said = f"nobody listens at {endpoint}"
+            said = f"the server at {endpoint} does not use koopmon's protocol"
+            return fail("monitor", said, f"check that the port is not that of the pages; {_START.format(endpoint)}")
+        said = f"no server at {endpoint}"
         if not self._named.by:
             return warn("monitor", said, _START.format(endpoint))
         return fail("monitor", said, (_START if is_loopback(endpoint) else _FAR).format(endpoint))
@@ -140,7 +138,7 @@ class Connection:
 
 
 _START = "start one: koopmon monitor --bind {}"
-_FAR = "see that `koopmon monitor --bind {}` runs on that host, and that the port is open between the hosts"
+_FAR = "check that `koopmon monitor --bind {}` runs on that host, and that the port is open between the hosts"
 
 
 def _fix_of(failure: str, trust: AuthPolicy) -> str:
@@ -150,7 +148,7 @@ def _fix_of(failure: str, trust: AuthPolicy) -> str:
     if "monitor.key" in failure:
         return f"copy monitor.key from the monitor's host to {trust.directory}/{MONITOR}.key"
     if "demands keys" in failure:
-        return 'set [security] loopback = "curve" on this side too, or see that a koopmon monitor listens there'
+        return 'set [security] loopback = "curve" on this side too, or check that a koopmon monitor listens there'
     return "see the monitor's log"
 
 
@@ -164,11 +162,11 @@ def _versions(reply: ProbeReply) -> Finding:
 def _clock(found: ProbeResult) -> Finding:
     offset = found.clock_offset_seconds
     way = "ahead of" if offset > 0 else "behind"
-    said = f"the monitor's is {abs(offset):.3g} s {way} ours"
+    said = f"the monitor's clock is {abs(offset):.3g} s {way} the local clock"
     if abs(offset) > CLOCK_SECONDS + found.round_trip_seconds:
         fix = (
-            "set both by NTP (timedatectl set-ntp true): commands expire by optimizer steps and are not touched, alerts"
-            " on stale snapshots and the rotation of keys go by clocks"
+            "synchronise both by NTP (timedatectl set-ntp true): alerts on stale snapshots and the rotation of keys use"
+            " the clocks; commands expire by optimizer steps"
         )
         return warn("clock", said, fix)
     return ok("clock", said)

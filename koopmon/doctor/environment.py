@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from koopmon.agent.autoload import DIRECTORY
+from koopmon.agent.autoload import python_path
 from koopmon.config import Config, load
 from koopmon.doctor.findings import Finding, fail, ok, warn
 from koopmon.doctor.http_checks import fix_of_refusal
@@ -40,42 +40,42 @@ def configuration(path: Path | None, environ: Mapping[str, str]) -> tuple[Config
     try:
         settings = load(path)
     except ConfigError as error:
-        return None, fail("config", str(error), "mend that line; koopmon/config.py has every field with its bounds")
-    return settings, ok("config", f"{source} is valid" if source else "none is given: the defaults")
+        return None, fail(
+            "config", str(error), "correct that value; koopmon/config.py lists all keys with their bounds"
+        )
+    return settings, ok("config", f"{source} is valid" if source else "no file: the defaults are in force")
 
 
 def python(program: str, environ: Mapping[str, str]) -> Iterator[Finding]:
     """Start a short child of the job's Python as `koopmon run` does, and check that the import hook is active."""
-    before = environ.get("PYTHONPATH", "")
     child = {key: value for key, value in environ.items() if key != "KOOPMON_ATTACHED_PID"}
-    child["PYTHONPATH"] = f"{DIRECTORY}{os.pathsep}{before}" if before else str(DIRECTORY)
+    child["PYTHONPATH"] = python_path(environ)
     child["KOOPMON_ENDPOINT"] = "ipc:///nowhere/control"  # the child trains nothing and must not connect to a monitor
     install = f"{program} -m pip install koopmon"
     try:
         done = subprocess.run(
             [program, "-c", LOOK], env=child, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False
         )
-        told = json.loads(done.stdout)
+        found = json.loads(done.stdout)
     except (OSError, subprocess.TimeoutExpired) as error:
-        yield fail("auto-attach", f"{program} cannot be run: {one_line(error)}", "name the job's Python with --python")
+        yield fail("auto-attach", f"{program} cannot be run: {one_line(error)}", "give the job's Python with --python")
         return
     except ValueError:
         said = one_line(done.stderr.strip().rpartition("\n")[2] or done.stdout, 200)
-        yield fail("auto-attach", f"{program} says {said or 'nothing'}", "name the job's Python with --python")
+        yield fail("auto-attach", f"{program} printed {said or 'nothing'}", "give the job's Python with --python")
         return
-    where = f"Python {told['python']} at {program}"
-    if told["koopmon"] is None:
+    where = f"Python {found['python']} at {program}"
+    if found["koopmon"] is None:
         yield fail("auto-attach", f"{where} has no koopmon", install)
-    elif told["live"]:
-        yield ok("auto-attach", f"works for {where}, with koopmon {told['koopmon']}")
+    elif found["live"]:
+        yield ok("auto-attach", f"works for {where}, with koopmon {found['koopmon']}")
     else:
-        why = (
-            f"it ignores PYTHONPATH ({', '.join(told['flags'])})" if told["flags"] else "its sitecustomize did not run"
-        )
+        flags = ", ".join(found["flags"])
+        why = f"it ignores PYTHONPATH ({flags})" if flags else "its sitecustomize did not run"
         fix = "start it without -I, -E and -S, or call koopmon.attach(model, optimizer) in the script"
         yield fail("auto-attach", f"{where}: {why}", fix)
-    yield _torch(told["torch"], program)
-    yield _launcher(told["prefix"], environ)
+    yield _torch(found["torch"], program)
+    yield _launcher(found["prefix"], environ)
 
 
 def _torch(version: str | None, program: str) -> Finding:
@@ -90,20 +90,20 @@ def _torch(version: str | None, program: str) -> Finding:
 def _launcher(prefix: str, environ: Mapping[str, str]) -> Finding:
     found = shutil.which("torchrun", path=environ.get("PATH"))
     if found is None:
-        return warn("launcher", "torchrun is not on PATH", "`python -m torch.distributed.run` does the same")
+        return warn("launcher", "torchrun is not on PATH", "`python -m torch.distributed.run` is equivalent")
     try:
         with open(found, "rb") as file:
             first = file.readline(4096).decode(errors="replace")
     except OSError as error:
-        return warn("launcher", f"{found}: {error.strerror}", "`python -m torch.distributed.run` does the same")
+        return warn("launcher", f"{found}: {error.strerror}", "`python -m torch.distributed.run` is equivalent")
     words = first.removeprefix("#!").split()
     interpreter = words[0] if first.startswith("#!") and words else ""
     if os.path.isabs(interpreter) and not interpreter.endswith("/env"):
         home = os.path.dirname(os.path.dirname(interpreter))
         if os.path.realpath(home) != os.path.realpath(prefix):
-            said = f"{found} belongs to {interpreter}, not to the Python that was looked at"
+            said = f"{found} belongs to {interpreter}, not to the checked Python"
             return warn(
-                "launcher", said, f"--python {interpreter} looks at that one; activate one of the two for the job"
+                "launcher", said, f"--python {interpreter} checks that one; activate one of the two for the job"
             )
     return ok("launcher", f"{found} belongs to the same Python")
 
@@ -117,7 +117,7 @@ def environment(environ: Mapping[str, str], reply: ProbeReply | None) -> Iterato
     elif ("RANK" in ranks) != ("WORLD_SIZE" in ranks):
         lacking = "WORLD_SIZE" if "RANK" in ranks else "RANK"
         yield warn(
-            "environment", f"{lacking} is missing beside {', '.join(ranks)}", "set both, or leave it to torchrun"
+            "environment", f"{lacking} is missing beside {', '.join(ranks)}", "set both, or leave both to torchrun"
         )
     elif ranks and int(ranks["RANK"]) >= int(ranks["WORLD_SIZE"]):
         said = f"RANK {ranks['RANK']} in a WORLD_SIZE of {ranks['WORLD_SIZE']}"
@@ -125,7 +125,7 @@ def environment(environ: Mapping[str, str], reply: ProbeReply | None) -> Iterato
     elif ranks:
         yield ok("environment", f"this is rank {ranks['RANK']} of {ranks['WORLD_SIZE']}")
     else:
-        yield ok("environment", "no rank here: the launcher makes them")
+        yield ok("environment", "no rank is set: the launcher sets them")
     if "KOOPMON_ATTACHED_PID" in environ:
         said = "KOOPMON_ATTACHED_PID is set: processes started from here count as children of an attached one"
         yield fail("environment", said, "unset KOOPMON_ATTACHED_PID")
@@ -133,8 +133,8 @@ def environment(environ: Mapping[str, str], reply: ProbeReply | None) -> Iterato
     if name and reply is not None and reply.run == name and reply.refused:
         yield fail("run name", f"KOOPMON_RUN={name}: {reply.refused}", fix_of_refusal(reply.refused))
     elif name and reply is not None and reply.run == name and reply.run_state == "running":
-        said = f"KOOPMON_RUN={name} is running already: another job of that name takes it over"
-        yield warn("run name", said, "export KOOPMON_RUN=NAME, another one for each job that runs at the same time")
+        said = f"KOOPMON_RUN={name} is running already: another job of that name replaces it"
+        yield warn("run name", said, "export KOOPMON_RUN=NAME with a different name for each concurrent job")
     elif name:
         yield ok("run name", f"KOOPMON_RUN={name}")
 
@@ -149,7 +149,7 @@ def store(directory: Path) -> Finding:
         with tempfile.TemporaryFile(dir=there):
             free = shutil.disk_usage(there).free
     except OSError as error:
-        return fail("store", f"{directory} cannot be written: {error.strerror}", fix)
+        return fail("store", f"{directory} is not writable: {error.strerror}", fix)
     if free < LEAST_FREE_BYTES:
-        return warn("store", f"{free >> 20} MiB are free in {directory}: recording pauses on a full disk", fix)
-    return ok("store", f"{directory} can be written, {free >> 30} GiB are free")
+        return warn("store", f"{free >> 20} MiB free in {directory}: recording pauses on a full disk", fix)
+    return ok("store", f"{directory} is writable, {free >> 30} GiB free")

@@ -56,27 +56,29 @@ class Pages:
             ready, _ = self._get("readyz")
             status, text = self._get("metrics")
         except (OSError, http.client.HTTPException) as error:
-            said = f"nobody answers at {self.url}: {one_line(error) or type(error).__name__}"
-            fix = "name them with --http; the monitor's log says where they are"
+            said = f"no answer at {self.url}: {one_line(error) or type(error).__name__}"
+            fix = "give their address with --http; the monitor logs it at its start"
             yield warn("pages", said, fix) if self.optional else fail("pages", said, fix)
             return
         if "koopmon_" not in text and status == 200:
-            yield fail("pages", f"{self.url} is not a koopmon monitor's", "name its pages with --http")
+            yield fail("pages", f"{self.url} is not a koopmon monitor's", "give the address of its pages with --http")
             return
         if alive != 200:
-            yield fail("pages", f"/healthz says {alive}: the monitor hangs", "restart it; what was recorded is kept")
+            yield fail(
+                "pages", f"/healthz returns {alive}: the monitor hangs", "restart it; the recorded history is kept"
+            )
         elif ready != 200:
-            yield warn("pages", f"/readyz says {ready}: it is not ready yet", "wait, or see its log")
+            yield warn("pages", f"/readyz returns {ready}: the monitor is not ready yet", "wait, or read its log")
         if status == 401:
-            yield warn("pages", "/metrics asks for a login", "export KOOPMON_HTTP_TOKEN, as the monitor has it")
+            yield warn("pages", "/metrics needs a login", "export KOOPMON_HTTP_TOKEN with the monitor's token")
             return
         if status != 200:
-            yield fail("pages", f"/metrics says {status}", "see the monitor's log")
+            yield fail("pages", f"/metrics returns {status}", "read the monitor's log")
             return
         self.runs, self.read = _samples(text), True
         if alive == ready == 200:
             known = ", ".join(f"{run} {_state(samples)}" for run, samples in list(self.runs.items())[-5:])
-            yield ok("pages", f"{self.url} is well; runs: {known or 'none yet'}")
+            yield ok("pages", f"{self.url} is healthy; runs: {known or 'none yet'}")
 
     def _get(self, page: str) -> tuple[int, str]:
         parts = urlsplit(self.url)
@@ -124,19 +126,19 @@ def of_run(run: str, reply: ProbeReply | None, pages: Pages | None) -> Iterator[
         return
     if state == "unknown":
         if reply is None and not (pages is not None and pages.read):
-            yield warn("run", f"{run}: not known, since no monitor answered", "see above")
+            yield warn("run", f"{run}: unknown, because no monitor answered", "see the check `monitor`")
             return
         fix = (
-            "see that the job has KOOPMON_ENDPOINT and KOOPMON_RUN, and read its first lines: it says why it is not"
-            " attached. `koopmon run -- CMD` sets both"
+            "check KOOPMON_ENDPOINT and KOOPMON_RUN of the job, which `koopmon run -- CMD` sets, and read its first"
+            " lines: they give the reason if it is not attached"
         )
-        yield fail("run", f"{run}: the monitor has never heard of it, or long ago", fix)
+        yield fail("run", f"{run}: the monitor does not know it", fix)
         return
     step = samples.get("step", -1.0 if reply is None or reply.step is None else float(reply.step))
-    at = f", step {step:.0f} at last" if step >= 0 else ""
+    at = f", last step {step:.0f}" if step >= 0 else ""
     if state != "running":
         said = f"{run}: {state}{at}"
-        yield ok("run", said) if state == "ended" else fail("run", said, "is the job alive, and its network?")
+        yield ok("run", said) if state == "ended" else fail("run", said, "check that the job and its network are alive")
         return
     yield ok("run", f"{run}: running{at}")
     if samples:
@@ -154,13 +156,13 @@ def _snapshots(samples: Mapping[str, float]) -> Iterator[Finding]:
     if not received:
         worst = max(dropped, key=lambda reason: dropped[reason], default="")
         fix = _FIX_OF_DROP.get(
-            worst, "is the model in training mode, and was attach() called before the first forward?"
+            worst, "check that the model is in training mode, and that attach() ran before the first forward"
         )
-        yield fail("snapshots", f"none came{f'; dropped: {lost}' if lost else ''}", fix)
+        yield fail("snapshots", f"none received{f'; dropped: {lost}' if lost else ''}", fix)
     else:
         age = time.time() - samples.get("last_snapshot_timestamp_seconds", time.time())
-        said = f"{received:.0f} came, the last one {max(age, 0.0):.0f} s ago{f'; dropped: {lost}' if lost else ''}"
-        fix = "does the job still step? Snapshots are sparse when their budget is spent ([cadence] budget_ratio)"
+        said = f"{received:.0f} received, the last {max(age, 0.0):.0f} s ago{f'; dropped: {lost}' if lost else ''}"
+        fix = "check that the job still steps; snapshots are rare when their budget is spent ([cadence] budget_ratio)"
         yield warn("snapshots", said, fix) if age > STALE_SECONDS else ok("snapshots", said)
     if missing := samples.get("taps_missing", 0.0):
         fix = "attach before the model is compiled, or compile block by block; blocks that are skipped have no taps"
@@ -168,22 +170,22 @@ def _snapshots(samples: Mapping[str, float]) -> Iterator[Finding]:
 
 
 _FIX_OF_DROP = {
-    "monitor_away": "the data endpoint cannot be reached from the ranks: see `data endpoint` above, on their host",
+    "monitor_away": "the ranks do not reach the data endpoint: check `data endpoint` on their host",
     "queue_full": "the network is slower than the snapshots: lower [sampling] num_samples or [cadence] dense_every",
-    "no_buffer": "the sender is behind: lower [sampling] num_samples, or raise [cadence] dense_every",
+    "no_buffer": "the agent sends too slowly: lower [sampling] num_samples, or raise [cadence] dense_every",
     "budget": "snapshots cost more than they may: raise [cadence] budget_ratio, or lower [sampling] num_samples",
-    "not_finite": "the states are not finite: the training has diverged already",
-    "incomplete": "the chain of blocks is not whole: `koopmon doctor FACTORY` shows which points are tapped",
-    "engine_failed": "the monitor could not profile them: see its log",
+    "not_finite": "the states are not finite: the training has diverged",
+    "incomplete": "the chain of blocks is incomplete: `koopmon doctor FACTORY` shows the tapped points",
+    "engine_failed": "the monitor could not profile them: read its log",
 }
 
 
 def fix_of_refusal(reason: str) -> str:
     """Return the fix for a hello that was refused with `reason`."""
-    if "may not speak for run" in reason:
+    if "may not" in reason:
         return "add the run to `runs` in the agent's file in agents/ on the monitor's host, or set another KOOPMON_RUN"
     if "KOOPMON_RUN" in reason:
-        return "export KOOPMON_RUN=NAME, another one for each job"
+        return "export KOOPMON_RUN=NAME with a different name for each job"
     if "max_runs" in reason or "max_peers" in reason:
         return "raise it in the monitor's configuration, and restart it"
-    return "see the monitor's log"
+    return "read the monitor's log"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from koopmon.doctor.findings import Finding, fail, ok, warn
-from koopmon.errors import KoopmonError, one_line, raise_from_signal
+from koopmon.errors import KoopmonError, describe_error, raise_from_signal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,18 +20,22 @@ def taps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
 
     kind = type(model).__name__
     if why := refusal(model):
-        return fail("taps", f"{kind}: {why}", "docs/support.md has the layouts that are known")
+        return fail("taps", f"{kind}: {why}", "docs/support.md lists the supported layouts")
     try:
         found = discover(model, *args, adapter=config.adapter, stack=config.stack, **kwargs)
     except KoopmonError as error:
-        return fail("taps", str(error), "name the list of blocks: [model] stack; or write an adapter in 15 minutes")
+        return fail(
+            "taps",
+            str(error),
+            "set the list of blocks with [model] stack, or write an adapter (docs/write-an-adapter.md)",
+        )
     except BaseException as error:  # raised by the model's own forward pass
         raise_from_signal(error)
-        said = f"{kind}: the forward pass raised {type(error).__name__}: {one_line(error, 200)}"
-        return fail("taps", said, "see that the factory's batch is what the model takes")
+        said = f"{kind}: the forward pass raised {describe_error(error, 200)}"
+        return fail("taps", said, "check that the model accepts the factory's batch")
     names = [point.name for point in found.points]
     shown = f"{names[0]} to {names[-1]}" if len(names) > 1 else ", ".join(names)
     said = f"{kind}: adapter {found.adapter.name!r}, {len(names)} blocks, {shown}"
     if not found.verified:
-        return warn("taps", f"{said}; not verified", "let the factory return a batch beside the model")
+        return warn("taps", f"{said}; not verified", "return a batch beside the model from the factory")
     return ok("taps", said)

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from koopmon.grafana.layout import dashboard, datasource_variable, label_variable, link
-from koopmon.grafana.panels import (
-    CALM,
-    GREEN,
-    ORANGE,
-    RED,
-    RISK_STEPS,
-    RUN_STATES,
-    ColorSteps,
-    Json,
-    lines,
-    override,
-    query,
-    stat,
-    states,
-    table,
-    thresholds,
-    value_mapping,
-)
+from typing import Any
+
+from koopmon.grafana import panels
+from koopmon.grafana.layout import dashboard, label_variable, sized
+from koopmon.grafana.panels import GREEN, RED, Json, warn
 from koopmon.telemetry.alerts import ACT_RISK, HIGH_FORECAST, LIKELY, STALE_SECONDS
+from koopmon.telemetry.metrics import BY_NAME
 
 UID = "koopmon-fleet"
 RUN = '{run=~"$run"}'
 APPLIED = 'koopmon_commands_total{run=~"$run",kind!="set_cadence",outcome="applied"}'
-ROW_LINK = "/d/koopmon-run?var-run=${__data.fields.run}&${datasource:queryparam}&${__url_time_range}"
-LINE_LINK = "/d/koopmon-run?var-run=${__field.labels.run}&${datasource:queryparam}&${__url_time_range}"
+AGE = f"time() - koopmon_last_snapshot_timestamp_seconds{RUN}"
+LINK = "/d/koopmon-run?var-run=${%s}&${datasource:queryparam}&${__url_time_range}"
+ALERTS = "Alerts of koopmon{}, as Prometheus evaluates them. Alerts about monitors are included."
 
 
 def make() -> Json:
@@ -35,161 +23,101 @@ def make() -> Json:
     return dashboard(
         UID,
         "koopmon / Fleet",
-        "All runs that monitors watch: where the risk is, what was done about it, who has fallen silent.",
+        "All runs of the monitors: risk, actions and age of the last snapshot.",
         {
-            "Now": [(each, 4, 4) for each in _counts()],
-            "Runs": [(_runs(), 24, 9)],
-            "Over time": [(each, 12, 8) for each in _over_time()] + [(each, 24, 7) for each in _stretches()],
+            "Now": sized(4, 4, *_counts()),
+            "Runs": sized(24, 9, _runs()),
+            "Over time": [*sized(12, 8, *_over_time()), *sized(24, 7, *_intervals())],
         },
-        variables=[datasource_variable(), label_variable("run", "Run", "koopmon_run_state", "run")],
-        links=[link("koopmon-monitor", "Monitors")],
+        variables=[label_variable("run", "Run", "koopmon_run_state", "run")],
+        links={"koopmon-monitor": "Monitors"},
     )
 
 
 def _counts() -> list[Json]:
-    bad, notable = ((None, GREEN), (1, RED)), ((None, GREEN), (1, ORANGE))
-    counts: list[tuple[str, str, str, ColorSteps]] = [
-        ("Running", "Runs whose ranks answer.", f"count(koopmon_run_state{RUN} == 1) or vector(0)", CALM),
-        (
-            "Vanished",
-            "Runs that fell silent without a goodbye; they are shown for a day.",
-            f"count(koopmon_run_state{RUN} == 2) or vector(0)",
-            bad,
-        ),
-        (
-            "At high risk",
-            f"Runs whose risk is at least {ACT_RISK:g}, where the policy acts.",
-            f"count(koopmon_risk{RUN} >= {ACT_RISK:g}) or vector(0)",
-            bad,
-        ),
-        (
-            "Backed off",
-            "Runs whose learning rate is scaled down.",
-            f"count(koopmon_lr_scale{RUN} < 1) or vector(0)",
-            notable,
-        ),
-        (
-            "Actions in an hour",
-            "Commands that changed training, over the last hour.",
-            f"sum(increase({APPLIED}[1h]))",
-            notable,
-        ),
-        (
-            "Alerts firing",
-            "koopmon's alerts, as Prometheus evaluates them; those about monitors too.",
-            'count(ALERTS{alertname=~"Koopmon.*",alertstate="firing"}) or vector(0)',
-            bad,
-        ),
-    ]
+    bad = ((None, GREEN), (1, RED))
+
+    def count(title: str, text: str, expr: str, steps: panels.ColorSteps) -> Json:
+        return panels.stat(title, text, expr, title, steps=steps, decimals=0)
+
+    def runs(title: str, text: str, condition: str, steps: panels.ColorSteps) -> Json:
+        metric, _, bound = condition.partition(" ")
+        return count(title, text, f"count(koopmon_{metric}{RUN} {bound}) or vector(0)", steps)
+
+    at_risk = f"Runs with a risk of at least {ACT_RISK:g}, at which the policy acts."
+    firing = 'count(ALERTS{alertname=~"Koopmon.*",alertstate="firing"}) or vector(0)'
+    actions = f"sum(increase({APPLIED}[1h]))"
     return [
-        stat(title, text, [query(expr, title, instant=True)], steps=steps, decimals=0)
-        for title, text, expr, steps in counts
+        runs("Running", "Runs with ranks that send heartbeats.", "run_state == 1", panels.CALM),
+        runs("Vanished", "Runs whose heartbeats stopped without an end. They stay for a day.", "run_state == 2", bad),
+        runs("At high risk", at_risk, f"risk >= {ACT_RISK:g}", bad),
+        runs("Backed off", "Runs with an LR scale below 1.", "lr_scale < 1", warn(1)),
+        count("Actions in an hour", "Commands that changed the training in the last hour.", actions, warn(1)),
+        count("Alerts firing", ALERTS.format(""), firing, bad),
     ]
 
 
 def _runs() -> Json:
     by = "by (run, instance)"
-    last_seen = f"time() - max {by} (koopmon_last_snapshot_timestamp_seconds{RUN})"
-    shown = {
-        "state": f"max {by} (koopmon_run_state{RUN})",
-        "risk": f"max {by} (koopmon_risk{RUN})",
-        "forecast": f"max {by} (koopmon_forecast{RUN})",
-        "probability": f"max {by} (koopmon_divergence_probability{RUN})",
-        "learning-rate scale": f"min {by} (koopmon_lr_scale{RUN})",
-        "actions in an hour": f"sum {by} (increase({APPLIED}[1h]))",
-        "step": f"max {by} (koopmon_step{RUN})",
-        "last seen": last_seen,
-    }
     cell = {"custom.cellOptions": {"type": "color-background", "mode": "basic"}}
 
-    def graded(name: str, steps: ColorSteps, unit: str) -> Json:
-        return override(name, {**cell, "decimals": 2, "unit": unit, "thresholds": thresholds(steps)})
+    def graded(name: str, steps: panels.ColorSteps, unit: str) -> Json:
+        shown = {**cell, "decimals": 2, "unit": unit, "thresholds": panels.thresholds(steps)}
+        return panels.override(name, shown)
 
-    return table(
+    return panels.table(
         "Runs",
-        "One line for each run. A click on its name opens its own dashboard. Probability is empty without a"
-        " calibrator; last seen is the age of the last snapshot.",
-        [query(expr, instant=True, table=True) for expr in shown.values()],
-        columns={
-            "run": "run",
-            **{f"Value #{chr(ord('A') + number)}": name for number, name in enumerate(shown)},
-            "instance": "monitor",
+        "One line for each run. A click on its name opens its dashboard. Probability is empty without a calibrator."
+        " Last seen is the age of the last snapshot.",
+        {
+            "state": f"max {by} (koopmon_run_state{RUN})",
+            "risk": f"max {by} (koopmon_risk{RUN})",
+            "forecast": f"max {by} (koopmon_forecast{RUN})",
+            "probability": f"max {by} (koopmon_divergence_probability{RUN})",
+            "learning-rate scale": f"min {by} (koopmon_lr_scale{RUN})",
+            "actions in an hour": f"sum {by} (increase({APPLIED}[1h]))",
+            "step": f"max {by} (koopmon_step{RUN})",
+            "last seen": f"time() - max {by} (koopmon_last_snapshot_timestamp_seconds{RUN})",
         },
-        hidden=["Time"],
-        overrides=[
-            override("run", {"links": [{"title": "This run", "url": ROW_LINK}]}),
-            override("state", {**cell, "mappings": [value_mapping(RUN_STATES)]}),
-            graded("risk", RISK_STEPS, "none"),
-            graded("forecast", ((None, GREEN), (HIGH_FORECAST, ORANGE)), "none"),
-            graded("probability", ((None, GREEN), (LIKELY, ORANGE)), "percentunit"),
-            override("learning-rate scale", {"unit": "percentunit"}),
-            override("actions in an hour", {"decimals": 0}),
-            graded("last seen", ((None, GREEN), (STALE_SECONDS, ORANGE)), "s"),
+        [
+            panels.override("run", {"links": [{"title": "This run", "url": LINK % "__data.fields.run"}]}),
+            panels.override("state", {**cell, "mappings": [panels.value_mapping(panels.RUN_STATES)]}),
+            graded("risk", panels.RISK_STEPS, "none"),
+            graded("forecast", warn(HIGH_FORECAST), "none"),
+            graded("probability", warn(LIKELY), "percentunit"),
+            panels.override("learning-rate scale", {"unit": "percentunit"}),
+            panels.override("actions in an hour", {"decimals": 0}),
+            graded("last seen", warn(STALE_SECONDS), "s"),
         ],
     )
 
 
 def _over_time() -> list[Json]:
-    def share(title: str, text: str, metric: str, steps: ColorSteps = ()) -> Json:
-        queries = [query(f"{metric}{RUN}", "{{run}}")]
-        return lines(title, text, queries, unit="percentunit", steps=steps, minimum=0, maximum=1, link=LINE_LINK)
+    link = LINK % "__field.labels.run"
 
+    def share(title: str, metric: str, steps: panels.ColorSteps = ()) -> Json:
+        text, series = BY_NAME[metric].help, {"{{run}}": f"koopmon_{metric}{RUN}"}
+        return panels.lines(title, text, series, unit="percentunit", steps=steps, maximum=1, link=link)
+
+    def lines(title: str, text: str, legend: str, expr: str, **settings: Any) -> Json:
+        return panels.lines(title, text, {legend: expr}, link=link, **settings)
+
+    actions = f"sum by (run, kind) (increase({APPLIED}[1m]))"
+    age = warn(STALE_SECONDS)
     return [
-        share(
-            "Risk",
-            "Online risk of divergence. The dashed lines are where the policy acts, and where it acts at once.",
-            "koopmon_risk",
-            RISK_STEPS,
-        ),
-        share(
-            "Forecast",
-            "What is known beforehand, with the loss or the spectrum since; it only warns.",
-            "koopmon_forecast",
-            ((None, GREEN), (HIGH_FORECAST, ORANGE)),
-        ),
-        share(
-            "Learning-rate scale",
-            "The factor on each run's own schedule that is in force; 100% is the user's own.",
-            "koopmon_lr_scale",
-        ),
-        lines(
-            "Actions",
-            "Commands that changed training, in each minute.",
-            [query(f"sum by (run, kind) (increase({APPLIED}[1m]))", "{{run}} {{kind}}")],
-            bars=True,
-            minimum=0,
-            link=LINE_LINK,
-        ),
-        share(
-            "Divergence probability",
-            "Calibrated probability that a run with this learning rate diverges; empty without a calibrator.",
-            "koopmon_divergence_probability",
-            ((None, GREEN), (LIKELY, ORANGE)),
-        ),
-        lines(
-            "Age of the last snapshot",
-            "How long nothing was seen of a run.",
-            [query(f"time() - koopmon_last_snapshot_timestamp_seconds{RUN}", "{{run}}")],
-            unit="s",
-            steps=((None, GREEN), (STALE_SECONDS, ORANGE)),
-            minimum=0,
-            link=LINE_LINK,
-        ),
+        share("Risk", "risk", panels.RISK_STEPS),
+        share("Forecast", "forecast", warn(HIGH_FORECAST)),
+        share("Learning-rate scale", "lr_scale"),
+        lines("Actions", "Commands a minute that changed the training.", "{{run}} {{kind}}", actions, bars=True),
+        share("Divergence probability", "divergence_probability", warn(LIKELY)),
+        lines("Age of the last snapshot", "Time since the last snapshot.", "{{run}}", AGE, unit="s", steps=age),
     ]
 
 
-def _stretches() -> list[Json]:
+def _intervals() -> list[Json]:
+    state, firing = f"koopmon_run_state{RUN}", 'ALERTS{alertname=~"Koopmon.*"}'
+    legend = "{{alertname}} {{run}} ({{alertstate}})"
     return [
-        states(
-            "States",
-            "Running, ended or vanished, run by run.",
-            [query(f"koopmon_run_state{RUN}", "{{run}}")],
-            RUN_STATES,
-        ),
-        states(
-            "Alerts",
-            "koopmon's alerts over time, pending and firing, as Prometheus evaluates them; those about monitors too.",
-            [query('ALERTS{alertname=~"Koopmon.*"}', "{{alertname}} {{run}} ({{alertstate}})")],
-            {"1": ("on", RED)},
-        ),
+        panels.states("States", "State of each run over time.", state, "{{run}}", panels.RUN_STATES),
+        panels.states("Alerts", ALERTS.format(" over time"), firing, legend, {"1": ("on", RED)}),
     ]

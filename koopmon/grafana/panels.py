@@ -19,6 +19,11 @@ RISK_STEPS: ColorSteps = ((None, GREEN), (ACT_RISK, ORANGE), (SEVERE_RISK, RED))
 RUN_STATES: Mapping[str, tuple[str, str]] = {"0": ("ended", GREY), "1": ("running", GREEN), "2": ("vanished", RED)}
 
 
+def warn(at: float) -> ColorSteps:
+    """Return green, and orange from `at` on."""
+    return ((None, GREEN), (at, ORANGE))
+
+
 def query(expr: str, legend: str = "", *, instant: bool = False, table: bool = False) -> Json:
     """Return one PromQL query; `legend` is a template of label names in double braces."""
     return {
@@ -38,14 +43,13 @@ def panel(
     description: str,
     queries: Iterable[Json],
     *,
-    unit: str,
-    options: Mapping[str, Any],
+    options: Json,
+    unit: str = "none",
     steps: ColorSteps = CALM,
-    defaults: Mapping[str, Any] | None = None,
     overrides: Sequence[Json] = (),
-    transformations: Sequence[Json] = (),
+    **defaults: Any,
 ) -> Json:
-    """Return a panel of any kind. `unit` is one of Grafana's ids."""
+    """Return a panel of any kind. `unit` is one of Grafana's ids; `defaults` are settings of its fields."""
     return {
         "type": kind,
         "title": title,
@@ -53,29 +57,24 @@ def panel(
         "datasource": DATASOURCE,
         "targets": [{"refId": chr(ord("A") + number), **each} for number, each in enumerate(queries)],
         "fieldConfig": {
-            "defaults": {"unit": unit, "thresholds": thresholds(steps), **(defaults or {})},
+            "defaults": {"unit": unit, "thresholds": thresholds(steps), **defaults},
             "overrides": list(overrides),
         },
-        "options": dict(options),
-        **({"transformations": list(transformations)} if transformations else {}),
+        "options": options,
     }
 
 
 def stat(
     title: str,
     description: str,
-    queries: Sequence[Json],
+    expr: str,
+    legend: str = "",
     *,
-    unit: str = "none",
-    steps: ColorSteps = CALM,
     mappings: Mapping[str, tuple[str, str]] | None = None,
-    decimals: int | None = None,
     text: bool = False,
+    **settings: Any,
 ) -> Json:
     """Return a panel with the latest value in large type; `text` shows the names of the series instead."""
-    defaults: Json = {"mappings": [value_mapping(mappings)] if mappings else []}
-    if decimals is not None:
-        defaults["decimals"] = decimals
     options = {
         "colorMode": "value",
         "graphMode": "none",
@@ -84,24 +83,26 @@ def stat(
         "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
         "textMode": "name" if text else "auto",
     }
-    return panel("stat", title, description, queries, unit=unit, options=options, steps=steps, defaults=defaults)
+    mapped = [value_mapping(mappings)] if mappings else []
+    queries = [query(expr, legend, instant=True)]
+    return panel("stat", title, description, queries, options=options, mappings=mapped, **settings)
 
 
 def lines(
     title: str,
     description: str,
-    queries: Sequence[Json],
+    series: Mapping[str, str],
     *,
-    unit: str = "none",
     steps: ColorSteps = (),
-    minimum: float | None = None,
+    minimum: float | None = 0,
     maximum: float | None = None,
     log: bool = False,
     bars: bool = False,
     right: str | None = None,
     link: str | None = None,
+    unit: str = "none",
 ) -> Json:
-    """Return a panel of lines over time, or stacked bars.
+    """Return a panel of lines over time, or stacked bars. `series` maps legends to queries.
 
     `right` is a pattern of the series on the right axis. `link` is the target of a click on a line.
     """
@@ -115,10 +116,8 @@ def lines(
         "scaleDistribution": {"type": "log", "log": 10} if log else {"type": "linear"},
         "thresholdsStyle": {"mode": "dashed" if steps else "off"},
     }
-    defaults: Json = {"custom": custom}
-    defaults |= {} if minimum is None else {"min": minimum}
-    defaults |= {} if maximum is None else {"max": maximum}
-    defaults |= {} if link is None else {"links": [{"title": "This run", "url": link}]}
+    links = None if link is None else [{"title": "This run", "url": link}]
+    bounds = {"min": minimum, "max": maximum, "links": links}
     options = {
         "legend": {"calcs": ["lastNotNull", "max"], "displayMode": "table", "placement": "bottom", "showLegend": True},
         "tooltip": {"mode": "multi", "sort": "desc"},
@@ -127,12 +126,13 @@ def lines(
         "timeseries",
         title,
         description,
-        queries,
-        unit=unit,
+        [query(expr, legend) for legend, expr in series.items()],
         options=options,
+        unit=unit,
         steps=steps or CALM,
-        defaults=defaults,
         overrides=[override(right, {"custom.axisPlacement": "right"}, by="byRegexp")] if right else [],
+        custom=custom,
+        **{name: value for name, value in bounds.items() if value is not None},
     )
 
 
@@ -149,12 +149,11 @@ def heatmap(title: str, description: str, expr: str, *, unit: str = "none", sche
         "tooltip": {"mode": "single", "showColorScale": True, "yHistogram": False},
         "yAxis": {"axisPlacement": "left", "reverse": False, "axisLabel": "layer"},
     }
-    defaults = {"custom": {"scaleDistribution": {"type": "linear"}}}
-    queries = [query(expr, "{{layer}}")]
-    return panel("heatmap", title, description, queries, unit=unit, options=options, defaults=defaults)
+    custom = {"scaleDistribution": {"type": "linear"}}
+    return panel("heatmap", title, description, [query(expr, "{{layer}}")], options=options, unit=unit, custom=custom)
 
 
-def states(title: str, description: str, queries: Sequence[Json], mappings: Mapping[str, tuple[str, str]]) -> Json:
+def states(title: str, description: str, expr: str, legend: str, mappings: Mapping[str, tuple[str, str]]) -> Json:
     """Return a state timeline: coloured intervals over time."""
     options = {
         "alignValue": "left",
@@ -164,36 +163,29 @@ def states(title: str, description: str, queries: Sequence[Json], mappings: Mapp
         "showValue": "auto",
         "tooltip": {"mode": "single", "sort": "none"},
     }
-    defaults = {"mappings": [value_mapping(mappings)], "custom": {"fillOpacity": 70, "lineWidth": 0}}
-    return panel("state-timeline", title, description, queries, unit="none", options=options, defaults=defaults)
+    settings: Json = {"mappings": [value_mapping(mappings)], "custom": {"fillOpacity": 70, "lineWidth": 0}}
+    return panel("state-timeline", title, description, [query(expr, legend)], options=options, **settings)
 
 
-def table(
-    title: str,
-    description: str,
-    queries: Sequence[Json],
-    *,
-    columns: Mapping[str, str],
-    hidden: Sequence[str],
-    overrides: Sequence[Json] = (),
-) -> Json:
-    """Return a table that joins instant queries; `columns` are the shown columns in order, `hidden` the hidden ones."""
+def table(title: str, description: str, columns: Mapping[str, str], overrides: Sequence[Json]) -> Json:
+    """Return a table of runs. `columns` maps names to instant queries by run and instance, which are joined."""
+    names = {"run": "run", **{f"Value #{chr(ord('A') + number)}": name for number, name in enumerate(columns)}}
+    names["instance"] = "monitor"
     organize = {
-        "excludeByName": dict.fromkeys(hidden, True),
-        "indexByName": {name: index for index, name in enumerate(columns)},
-        "renameByName": dict(columns),
+        "excludeByName": {"Time": True},
+        "indexByName": {name: index for index, name in enumerate(names)},
+        "renameByName": names,
     }
-    return panel(
+    made = panel(
         "table",
         title,
         description,
-        queries,
-        unit="none",
+        [query(expr, instant=True, table=True) for expr in columns.values()],
         options={"cellHeight": "sm", "footer": {"show": False}, "showHeader": True},
-        defaults={"custom": {"align": "auto", "filterable": True}},
         overrides=overrides,
-        transformations=[{"id": "merge", "options": {}}, {"id": "organize", "options": organize}],
+        custom={"align": "auto", "filterable": True},
     )
+    return made | {"transformations": [{"id": "merge", "options": {}}, {"id": "organize", "options": organize}]}
 
 
 def override(name: str, properties: Mapping[str, Any], *, by: str = "byName") -> Json:

@@ -1,4 +1,4 @@
-"""Client of Grafana's HTTP API: reads existing resources and applies changes one by one. Only it uses grafana_client.
+"""Push to a running Grafana through its HTTP API. Only this module uses grafana_client.
 
 grafana_client is an optional extra. It is imported late because it is slow to import and replaces urllib3.
 """
@@ -6,10 +6,9 @@ grafana_client is an optional extra. It is imported late because it is slow to i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Self
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
 from urllib.parse import quote
 
 from koopmon.errors import (
@@ -20,279 +19,173 @@ from koopmon.errors import (
     KoopmonError,
     one_line,
 )
-from koopmon.grafana.access import GrafanaAccess
-from koopmon.grafana.bundle import Bundle, DataSource
-from koopmon.grafana.plan import Change, Found, ResourceKind
-from koopmon.grafana.routes import merged_policies
+from koopmon.grafana import resources
+from koopmon.grafana.access import GrafanaAccess, check_url
+from koopmon.grafana.files import DATASOURCE_UID, FOLDER
+from koopmon.grafana.resources import Change, Json
+from koopmon.grafana.rules import grafana_rule_groups
 
-Json = dict[str, Any]
-RETRIES = 2
-"""Retries after a refused connection or a status in RETRY_STATUSES. They are safe: each created resource has a fixed
-uid, so a repeated request creates no duplicate."""
-RETRY_STATUSES = (502, 503, 504)
-BACKOFF_SECONDS = 0.5
-FIRST_VERSION = (9, 1)
-"""First Grafana version with the alerting provisioning API."""
-EDITOR = "(role Editor, or Edit on the folder)"
-PERMISSIONS: Mapping[ResourceKind, str] = {
-    "data source": "datasources:read, datasources:create and datasources:write (role Admin)",
-    "folder": "folders:read and folders:create (role Editor)",
-    "dashboard": f"dashboards:read, dashboards:create and dashboards:write {EDITOR}",
-    "rule group": f"alert.provisioning:read and alert.provisioning:write {EDITOR}",
-    "contact point": "alert.provisioning:read and alert.provisioning:write (role Editor)",
-    "notification policy": "alert.provisioning:read and alert.provisioning:write (role Editor)",
+HINTS = {
+    401: "; has it expired?",
+    403: "; it needs role Editor, or Edit on the folder, and Admin for a data source",
+    404: "; rules need Grafana 9.1 or later: --no-alerts pushes the dashboards alone",
+    409: "; somebody changed it meanwhile, or has its name",
+    412: "; somebody changed it meanwhile, or has its name",
 }
 
 
-class Grafana:
-    """A connection to Grafana with a verified token; a context manager.
+@dataclass(frozen=True, slots=True)
+class PushOptions:
+    """Options of a push. Raises ConfigError with the name of the option."""
 
-    Methods raise ConfigError when no Grafana is at that address, GrafanaDeniedError, GrafanaUnreachableError, and
-    GrafanaError for every other error response.
+    datasource: str | None = None
+    """Uid of an existing data source; None for our own."""
+    prometheus_url: str | None = None
+    """Address of Prometheus for our own data source; None accepts the present one."""
+    folder: str = FOLDER
+    docs_url: str | None = None
+    alerts: bool = True
+    force: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.datasource is not None and self.prometheus_url is not None:
+            raise ConfigError("--datasource and --prometheus-url: one or the other")
+        if self.prometheus_url is not None:
+            check_url(self.prometheus_url, "--prometheus-url")
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", self.folder):
+            raise ConfigError(
+                f"--folder {one_line(self.folder)!r}: expected a uid: 1 to 40 letters, digits, '-' and '_'"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class PushResult:
+    """Grafana's version, all changes, and the error that stopped the push after it had begun to write."""
+
+    version: str
+    changes: list[Change]
+    error: KoopmonError | None = None
+
+
+def push_to(access: GrafanaAccess, options: PushOptions) -> PushResult:
+    """Bring Grafana to the wanted state; a second push with the same options writes nothing.
+
+    Raises ConfigError when no Grafana is at that address, GrafanaDeniedError, GrafanaUnreachableError, and GrafanaError
+    for every other error response.
     """
+    with closing(_Grafana(access)) as grafana:
+        version = grafana.version()
+        changes = _plan(grafana, options)
+        for index, change in enumerate(changes):
+            if change.writes and not options.dry_run:
+                try:
+                    grafana.call(*change.request, what=f"{change.action} {change.kind} {change.name!r}")
+                except KoopmonError as error:
+                    return PushResult(version, changes, error)
+                changes[index] = replace(change, done=True)
+    return PushResult(version, changes)
+
+
+def _plan(grafana: _Grafana, options: PushOptions) -> list[Change]:
+    force, given, folder_uid = options.force, options.datasource, options.folder
+    name = DATASOURCE_UID if given is None else given
+    source = grafana.read(f"data source {name!r}", f"/datasources/uid/{quote(name, safe='')}")
+    if given is None:
+        url = options.prometheus_url and options.prometheus_url.rstrip("/")
+        changes = [resources.datasource(source, url, force=force)]
+        source = source or {"uid": name, "name": changes[0].name}
+    elif source is None or "prometheus" not in str(source.get("type")):
+        raise ConfigError(f"--datasource {one_line(given)!r}: Grafana has no Prometheus data source of this uid")
+    else:
+        changes = [Change(kind="data source", name=given, action="unchanged", why="used as it is")]
+    folder = grafana.read(f"folder {folder_uid!r}", f"/folders/{folder_uid}")
+    changes.append(resources.folder(folder, folder_uid))
+    for board in resources.wanted_dashboards(source["uid"], source["name"]):
+        have = grafana.read(f"dashboard {board['title']!r}", f"/dashboards/uid/{board['uid']}")
+        changes.append(resources.dashboard(board, have, folder_uid, force=force))
+    for group in grafana_rule_groups(source["uid"], folder_uid, docs_url=options.docs_url) if options.alerts else ():
+        have = folder and grafana.read(f"rule group {group['title']!r}", resources.rule_group_path(group))
+        changes.append(resources.rule_group(group, have, force=force))
+    return changes
+
+
+class _Grafana:
+    """HTTP API with koopmon's errors. No error quotes the token or a request body."""
 
     def __init__(self, access: GrafanaAccess) -> None:
         try:
-            import niquests
+            import niquests.exceptions
+            from grafana_client import client
             from grafana_client.api import GrafanaApi
-            from grafana_client.client import GrafanaClientError, GrafanaException, GrafanaTimeoutError
-            from niquests.adapters import HTTPAdapter
         except ImportError as error:
             missing = str(error.name).partition(".")[0]
             raise ConfigError(
                 f'koopmon grafana push needs {missing}, which is not there: pip install "koopmon[grafana]"'
             ) from None
-        self._access = access
-        self._refused: Any = GrafanaClientError
-        self._failed: Any = GrafanaException
-        self._timed_out: Any = GrafanaTimeoutError
-        self._broken: Any = niquests.exceptions
-        self._api: Any = GrafanaApi.from_url(access.url, credential=access.token, timeout=access.timeout_seconds)
-        session = self._api.client.s
-        session.max_redirects = 0  # a redirected request would arrive without its body
-        retries = niquests.RetryConfiguration(
-            total=RETRIES,
-            read=False,
-            status_forcelist=RETRY_STATUSES,
-            allowed_methods=None,
-            backoff_factor=BACKOFF_SECONDS,
-            respect_retry_after_header=False,
-            raise_on_status=False,
-        )
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, HTTPAdapter(max_retries=retries))
-        self.version = ""
-
-    def __enter__(self) -> Self:
-        try:
-            self._connect()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        self._access, self._errors, self._transport_errors = access, client, niquests.exceptions
+        api = GrafanaApi.from_url(access.url, credential=access.token, timeout=access.timeout_seconds)
+        self._client: Any = api.client
+        self._client.s.max_redirects = 0  # a redirected request would arrive without its body
+        self._client.s.headers["X-Disable-Provenance"] = "true"  # rules stay editable in Grafana's pages
 
     def close(self) -> None:
-        """Close the connections."""
-        self._api.client.s.close()
+        self._client.s.close()
 
-    def find_datasource(self, wanted: DataSource) -> Json | None:
-        """Return the existing data source, or None. Raises ConfigError when a `given` data source is missing."""
-        name = wanted.given if wanted.given is not None else wanted.body()["uid"]
-        quoted, api = quote(name, safe=""), self._api.datasource
-        found = self._get("data source", name, lambda: api.get_datasource_by_uid(quoted))
-        if wanted.given is None:
-            return found
-        found = found or self._get("data source", name, lambda: api.get_datasource_by_name(quoted))
-        if found is None:
-            raise ConfigError(f"--datasource {one_line(name)!r}: Grafana has no data source of this uid or name")
-        if "prometheus" not in str(found.get("type")):
-            kind = one_line(found.get("type"))
-            raise ConfigError(f"--datasource {one_line(name)!r}: is of type {kind}; expected one of Prometheus")
-        return found
+    def version(self) -> str:
+        """Return Grafana's version, after a check of address and token."""
+        settings = self.read("its settings", "/frontend/settings") or {}
+        if not isinstance(build := settings.get("buildInfo"), dict):
+            raise self._no_grafana("its settings are missing")
+        return one_line(build.get("version") or "", 40)
 
-    def find(self, bundle: Bundle, datasource: Json | None) -> Found:
-        """Read the existing resources of the bundle without changing anything."""
-        folder = bundle.folder["uid"]
-        api, alerting = self._api, self._api.alertingprovisioning
-        if bundle.rule_groups or bundle.contacts:
-            self._check_version()
-        there = self._get("folder", folder, lambda: api.folder.get_folder(folder))
-        dashboards = {
-            uid: self._get("dashboard", uid, lambda uid=uid: api.dashboard.get_dashboard(uid))  # type: ignore[misc]
-            for uid in bundle.dashboards
-        }
-        groups = {} if there is None else {group["title"]: group for group in bundle.rule_groups}
-        titles = {title: quote(title, safe="") for title in groups}
-        rule_groups = {
-            title: self._get("rule group", title, lambda quoted=quoted: alerting.get_rule_group(folder, quoted))  # type: ignore[misc]
-            for title, quoted in titles.items()
-        }
-        points, policies = [], None
-        if bundle.contacts:
-            points = self._list("contact point", alerting.get_contactpoints)
-            policies = self._get("notification policy", "tree", alerting.get_notification_policy_tree)
-            if policies is None:
-                raise self._no_provisioning()
-        return Found(
-            datasource=datasource,
-            folder=there,
-            dashboards={uid: each for uid, each in dashboards.items() if each is not None},
-            titles={} if there is None else self._titles(folder, bundle),
-            rule_groups={title: each for title, each in rule_groups.items() if each is not None},
-            contact_points=tuple(points),
-            policies=policies,
-        )
+    def read(self, name: str, path: str) -> Json | None:
+        """Return a resource; None when it does not exist."""
+        return self.call("GET", path, what=f"read {name}")
 
-    def make(self, change: Change, *, force: bool = False) -> None:
-        """Apply one change that writes."""
-        api, alerting = self._api, self._api.alertingprovisioning
-        free = {"disable_provenance": change.editable}
-        uid, body = change.uid, change.body
-        with self._asking(change.kind, change.name, verb=change.action):
-            match change.kind, change.action:
-                case "data source", "create":
-                    api.datasource.create_datasource(body)
-                case "data source", _:
-                    api.datasource.update_datasource_by_uid(uid, body)
-                case "folder", _:
-                    api.folder.create_folder(body["title"], uid=uid)
-                case "dashboard", _:
-                    api.dashboard.update_dashboard(body)
-                case "contact point", "create":
-                    alerting.create_contactpoint(body, **free)
-                case "contact point", "update":
-                    alerting.update_contactpoint(uid, body, **free)
-                case "contact point", _:
-                    alerting.delete_contactpoint(uid)
-                case "rule group", _:
-                    alerting.update_rule_group(body["folderUid"], quote(uid, safe=""), body, **free)
-                case _:
-                    # The API writes the whole tree without a version check, so the tree is read again just before the
-                    # write.
-                    action, tree = merged_policies(alerting.get_notification_policy_tree(), force=force)
-                    if action == "update":
-                        alerting.set_notification_policy_tree(tree, **free)
-
-    def _connect(self) -> None:
-        """Check that Grafana is reachable and accepts the token."""
-        with self._asking(None, "settings", verb="read"):
-            try:
-                settings = self._api.client.GET("/frontend/settings")
-            except self._refused as error:
-                if error.status_code == 404:
-                    raise self._no_grafana("has no api/frontend/settings (404)") from None
-                raise
-        if not isinstance(settings, dict) or not isinstance(settings.get("buildInfo"), dict):
-            raise self._no_grafana("answers with something else than Grafana's API")
-        self.version = one_line(settings["buildInfo"].get("version") or "", 40)
-
-    def _check_version(self) -> None:
-        known = re.match(r"(\d+)\.(\d+)", self.version)
-        if known and (int(known[1]), int(known[2])) < FIRST_VERSION:
-            raise self._no_provisioning()
-
-    def _no_provisioning(self) -> KoopmonError:
-        return GrafanaError(
-            f"Grafana {self.version or 'of this version'} has no alerting provisioning API, which 9.1 and later have;"
-            " --no-alerts pushes the dashboards alone"
-        )
-
-    def _no_grafana(self, what: str) -> KoopmonError:
-        url = self._access.url
-        return ConfigError(
-            f"grafana.url = {url!r}: {what}; expected Grafana's address, with its sub-path if it has one"
-        )
-
-    def _titles(self, folder: str, bundle: Bundle) -> dict[str, str]:
-        wanted = {dashboard["title"]: uid for uid, dashboard in bundle.dashboards.items()}
-        search = self._api.search.search_dashboards
-        listed = self._list("dashboard", lambda: search(type_="dash-db", folder_uids=[folder], limit=5000))
-        taken = [each for each in listed if each.get("title") in wanted and each.get("uid") != wanted[each["title"]]]
-        return {each["title"]: one_line(each.get("uid"), 80) for each in taken}
-
-    def _get(self, kind: ResourceKind, name: str, ask: Callable[[], Any]) -> Json | None:
-        """Return one object; None when it does not exist."""
-        with self._asking(kind, name, verb="read"):
-            try:
-                answer = ask()
-            except self._refused as error:
-                if error.status_code == 404:
-                    return None
-                raise
-        if not isinstance(answer, dict):
-            raise self._no_grafana(f"answers with something else than Grafana's API when asked for {kind} {name!r}")
-        return answer
-
-    def _list(self, kind: ResourceKind, ask: Callable[[], Any]) -> list[Json]:
-        with self._asking(kind, "list", verb="read"):
-            answer = ask()
-        if not isinstance(answer, list) or not all(isinstance(each, dict) for each in answer):
-            raise self._no_grafana(f"answers with something else than Grafana's API when asked for each {kind}")
-        return answer
-
-    @contextmanager
-    def _asking(self, kind: ResourceKind | None, name: str, *, verb: str) -> Iterator[None]:
-        """Convert exceptions to koopmon's errors. No message contains the token or a request body."""
-        grafana, what = f"Grafana at {self._access.url}", f"{verb} {kind} {name!r}" if kind else f"{verb} its {name}"
+    def call(self, method: str, path: str, body: Json | None = None, *, what: str) -> Json | None:
+        """Send one request and return its answer; None for a GET with status 404."""
+        where = f"Grafana at {self._access.url}"
         try:
-            yield
-        except self._timed_out:
+            answer = getattr(self._client, method)(path, json=body)
+        except self._errors.GrafanaTimeoutError:
             seconds = self._access.timeout_seconds
-            raise GrafanaUnreachableError(f"{grafana}: no answer within {seconds:g} s ({what})") from None
-        except self._failed as error:
-            raise self._refusal(error.status_code, _said(error), kind, what) from None
-        except self._broken.TooManyRedirects:
-            raise self._no_grafana("sends elsewhere (a redirect)") from None
-        except self._broken.JSONDecodeError:
-            raise self._no_grafana(f"answers with something that is not JSON ({what})") from None
-        except self._broken.SSLError as error:
-            raise GrafanaUnreachableError(f"{grafana}: TLS failed: {_cause(error)}") from None
-        except self._broken.RequestException as error:
-            raise GrafanaUnreachableError(f"{grafana}: cannot be reached: {_cause(error)} ({what})") from None
+            raise GrafanaUnreachableError(f"{where}: no answer within {seconds:g} s ({what})") from None
+        except self._errors.GrafanaException as error:
+            if error.status_code == 404 and method == "GET":
+                return None
+            raise _refusal(error, where, what) from None
+        except (self._transport_errors.TooManyRedirects, self._transport_errors.JSONDecodeError):
+            raise self._no_grafana(f"a redirect, or no JSON ({what})") from None
+        except self._transport_errors.RequestException as error:
+            raise GrafanaUnreachableError(f"{where}: cannot be reached: {_cause(error)} ({what})") from None
+        if not isinstance(answer, dict):
+            raise self._no_grafana(f"no JSON ({what})")
+        return answer
 
-    def _refusal(self, status: int, said: str, kind: ResourceKind | None, what: str) -> KoopmonError:
-        grafana = f"Grafana at {self._access.url}"
-        match status:
-            case 401:
-                return GrafanaDeniedError(f"{grafana} does not know the token (401): {said}; has it expired?")
-            case 403:
-                needs = f"; it needs {PERMISSIONS[kind]}" if kind else ""
-                return GrafanaDeniedError(f"{grafana}: the token may not {what} (403): {said}{needs}")
-            case 404 if kind in ("rule group", "contact point", "notification policy"):
-                return GrafanaError(
-                    f"{grafana}: cannot {what} (404): {said}; has Grafana {self.version} the alerting provisioning API?"
-                )
-            case 409 | 412:
-                return GrafanaError(
-                    f"{grafana}: cannot {what} ({status}): {said}; somebody changed it meanwhile, or has its name"
-                )
-            case _ if status >= 500:
-                return GrafanaError(f"{grafana} failed ({status}) when asked to {what}: {said}")
-            case _:
-                return GrafanaError(f"{grafana} refuses to {what} ({status}): {said}")
+    def _no_grafana(self, why: str) -> ConfigError:
+        return ConfigError(
+            f"grafana.url = {self._access.url!r}: no answer of Grafana's API: {why}; expected Grafana's address, with"
+            " its sub-path if it has one"
+        )
 
 
-def _said(error: Any) -> str:
-    """Return Grafana's error message, shortened; a web page counts as no message."""
-    answer = error.response
-    text = answer.get("message") if isinstance(answer, dict) else answer
-    text = " ".join(str(text or "").split())
-    return "no reason given" if not text or text.startswith("<") else one_line(text, 200)
+def _refusal(error: Any, where: str, what: str) -> GrafanaError:
+    status, answer = error.status_code, error.response
+    said = answer.get("message") if isinstance(answer, dict) else None
+    words = f"({status}): {one_line(said or 'no reason given', 200)}{HINTS.get(status, '')}"
+    if status == 401:
+        return GrafanaDeniedError(f"{where} does not know the token {words}")
+    if status == 403:
+        return GrafanaDeniedError(f"{where}: the token may not {what} {words}")
+    return GrafanaError(f"{where}: cannot {what} {words}")
 
 
 def _cause(error: BaseException) -> str:
-    """Return the innermost cause with a message, because the wrapping messages of the libraries are long."""
-    seen: set[int] = set()
+    """Return the operating system's message, because the messages of the libraries are long."""
     inner: BaseException | None = error
-    while inner is not None and id(inner) not in seen:
-        seen.add(id(inner))
+    while inner is not None:
         if isinstance(inner, OSError) and inner.strerror:
             return one_line(inner.strerror, 160)
-        reason = getattr(inner, "reason", None) or (inner.args[0] if inner.args else None)
-        inner = reason if isinstance(reason, BaseException) else inner.__cause__ or inner.__context__
-    return one_line(str(error).partition("(Caused by")[0] or type(error).__name__, 160)
+        inner = inner.__cause__ or inner.__context__
+    return one_line(error, 160)

@@ -29,53 +29,33 @@ def prometheus_rules(docs_url: str | None = None) -> dict[str, Any]:
     """
     return {
         "groups": [
-            {"name": title, "rules": [_prometheus_rule(alert, docs_url) for alert in _members(group)]}
-            for group, (title, _) in GROUPS.items()
+            {"name": title, "rules": [_prometheus_rule(alert, docs_url) for alert in alerts]}
+            for title, _, alerts in _groups()
         ]
     }
 
 
-def grafana_rule_groups(
-    datasource_uid: str, folder_uid: str, *, docs_url: str | None = None, org_id: int = 1
-) -> list[dict[str, Any]]:
+def grafana_rule_groups(datasource_uid: str, folder_uid: str, *, docs_url: str | None = None) -> list[dict[str, Any]]:
     """Return rule groups for Grafana's provisioning API (`PUT /api/v1/provisioning/folder/UID/rule-groups/TITLE`).
 
     The uids of the rules depend only on the names of the alerts.
     """
-    return [
-        {
-            "title": title,
-            "folderUid": folder_uid,
-            "interval": seconds,
-            "rules": [
-                {
-                    **_grafana_rule(alert, datasource_uid, docs_url),
-                    "orgID": org_id,
-                    "folderUID": folder_uid,
-                    "ruleGroup": title,
-                }
-                for alert in _members(group)
-            ],
-        }
-        for group, (title, seconds) in GROUPS.items()
-    ]
+    groups = []
+    for title, seconds, alerts in _groups():
+        place = {"orgID": 1, "folderUID": folder_uid, "ruleGroup": title}
+        rules = [_grafana_rule(alert, datasource_uid, docs_url) | place for alert in alerts]
+        groups.append({"title": title, "folderUid": folder_uid, "interval": seconds, "rules": rules})
+    return groups
 
 
 def grafana_alerting_file(datasource_uid: str, folder: str, *, docs_url: str | None = None) -> dict[str, Any]:
     """Return the same rules as a file under Grafana's `provisioning/alerting`; `folder` is a title there."""
-    return {
-        "apiVersion": 1,
-        "groups": [
-            {
-                "orgId": 1,
-                "name": title,
-                "folder": folder,
-                "interval": _duration(seconds),
-                "rules": [_grafana_rule(alert, datasource_uid, docs_url) for alert in _members(group)],
-            }
-            for group, (title, seconds) in GROUPS.items()
-        ],
-    }
+    groups = []
+    for title, seconds, alerts in _groups():
+        rules = [_grafana_rule(alert, datasource_uid, docs_url) for alert in alerts]
+        head = {"orgId": 1, "name": title, "folder": folder, "interval": _duration(seconds)}
+        groups.append({**head, "rules": rules})
+    return {"apiVersion": 1, "groups": groups}
 
 
 def rule_uid(alert: Alert) -> str:
@@ -83,8 +63,10 @@ def rule_uid(alert: Alert) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", alert.name).lower()
 
 
-def _members(group: Group) -> Iterator[Alert]:
-    return (alert for alert in ALERTS if alert.group == group)
+def _groups() -> Iterator[tuple[str, int, list[Alert]]]:
+    """Yield title, interval in seconds and alerts of each group."""
+    for group, (title, seconds) in GROUPS.items():
+        yield title, seconds, [alert for alert in ALERTS if alert.group == group]
 
 
 def _prometheus_rule(alert: Alert, docs_url: str | None) -> dict[str, Any]:
@@ -104,7 +86,7 @@ def _grafana_rule(alert: Alert, datasource_uid: str, docs_url: str | None) -> di
         "uid": rule_uid(alert),
         "title": alert.name,
         "condition": "B",
-        "data": [_query(alert, datasource_uid), _is_there()],
+        "data": _queries(alert, datasource_uid),
         # The expression returns no series while the condition is false.
         "noDataState": "OK",
         "execErrState": "Error",
@@ -118,43 +100,28 @@ def _grafana_rule(alert: Alert, datasource_uid: str, docs_url: str | None) -> di
     return rule
 
 
-def _query(alert: Alert, datasource_uid: str) -> dict[str, Any]:
-    return {
-        "refId": "A",
-        "relativeTimeRange": {"from": LOOKBACK_SECONDS, "to": 0},
-        "datasourceUid": datasource_uid,
-        "model": {
-            "refId": "A",
-            "datasource": {"type": "prometheus", "uid": datasource_uid},
-            "editorMode": "code",
-            "expr": alert.expr,
-            "instant": True,
-            "range": False,
-        },
-    }
+def _queries(alert: Alert, datasource_uid: str) -> list[dict[str, Any]]:
+    """Return the alert's query, and a condition that holds for any series: the PromQL contains the comparison."""
+    prometheus = {"type": "prometheus", "uid": datasource_uid}
+    model = {"editorMode": "code", "expr": alert.expr, "instant": True, "range": False}
+    expressions = {"type": EXPRESSIONS, "uid": EXPRESSIONS}
+    return [
+        _query("A", LOOKBACK_SECONDS, prometheus, model),
+        _query("B", 0, expressions, {"type": "math", "expression": "is_number($A)"}),
+    ]
 
 
-def _is_there() -> dict[str, Any]:
-    """Return a condition that holds for any existing series, because the PromQL contains the comparison already."""
+def _query(ref_id: str, lookback: int, datasource: dict[str, str], model: dict[str, Any]) -> dict[str, Any]:
     return {
-        "refId": "B",
-        "relativeTimeRange": {"from": 0, "to": 0},
-        "datasourceUid": EXPRESSIONS,
-        "model": {
-            "refId": "B",
-            "datasource": {"type": EXPRESSIONS, "uid": EXPRESSIONS},
-            "type": "math",
-            "expression": "is_number($A)",
-        },
+        "refId": ref_id,
+        "relativeTimeRange": {"from": lookback, "to": 0},
+        "datasourceUid": datasource["uid"],
+        "model": {"refId": ref_id, "datasource": datasource, **model},
     }
 
 
 def _annotations(alert: Alert, docs_url: str | None) -> dict[str, str]:
-    return {
-        "summary": alert.summary,
-        "description": alert.description,
-        "runbook_url": runbook_url(alert, docs_url),
-    }
+    return {"summary": alert.summary, "description": alert.description, "runbook_url": runbook_url(alert, docs_url)}
 
 
 def _duration(seconds: int) -> str:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from koopmon.logs import LogLimit
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.device import choose_device, num_cpu_threads
 from koopmon.spectral import SpectralProfile, profile_states
@@ -21,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 KreissMode = Literal["auto", "never"]
 
-FAILURE_LOG_SECONDS = 60.0
 KREISS_SECONDS = 30.0
 """Minimum interval between Kreiss constants of one run. They cost far more than the profile, and no decision uses them.
 """
@@ -74,7 +74,7 @@ class Engine:
         self._busy = True  # warming up
         self._closing = False
         self._changed = threading.Condition()
-        self._failure_logged: dict[str, float] = {}
+        self._limit = LogLimit()
         self._kreiss_at: dict[str, float] = {}
         self._thread = threading.Thread(target=self._work, name="koopmon-engine", daemon=True)
         self._thread.start()
@@ -201,7 +201,7 @@ class Engine:
         return profile_states(states, svd_rank=self._svd_rank, kreiss=kreiss)
 
     def _log_failure(self, snapshot: Snapshot, error: Exception) -> None:
-        kind, now = type(error).__name__, time.monotonic()
-        if now - self._failure_logged.get(kind, -FAILURE_LOG_SECONDS) >= FAILURE_LOG_SECONDS:
-            self._failure_logged[kind] = now
-            logger.error("engine: run %s step %d: %s: %s", snapshot.run, snapshot.step, kind, error, exc_info=error)
+        kind = type(error).__name__
+        if (more := self._limit.admit(time.monotonic(), kind)) is not None:
+            words = f"run {snapshot.run} step {snapshot.step}: {kind}: {error}"
+            logger.error("engine: %s%s", words, more, exc_info=error)

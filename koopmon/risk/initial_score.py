@@ -59,8 +59,8 @@ def initial_risk(profile: SpectralProfile, *, known_exponent: float | None = Non
         The score and its level. An identity initialisation (Fixup, ReZero) has near-unit mass 1 and trains well. Its
         update ratio is near 0, so the profile is not informative and the level is "unknown".
     """
-    first = profile.layers[0] if profile.layers else None
-    svd_rank, num_samples = (first.svd_rank, first.num_samples) if first else (None, 0)
+    first = profile.layers[0]  # All layers of a profile share both.
+    svd_rank, num_samples = first.svd_rank, first.num_samples
     if not profile.informative:
         return InitialRisk(
             score=None,

@@ -6,12 +6,12 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, Final, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from koopmon.numbers import mean
 from koopmon.spectral.update_exponent import stack_exponent
 
 FloatField = Literal[
@@ -170,7 +170,7 @@ class SpectralProfile:
         """
         if not self.informative:
             return None
-        return _mean([layer.near_unit_mass for layer in self.layers if layer.informative])
+        return mean([layer.near_unit_mass for layer in self.layers if layer.informative])
 
     @overload
     def mean(self, field: FloatField) -> float: ...
@@ -182,7 +182,7 @@ class SpectralProfile:
         Only `kreiss_constant` can be missing from layers; the result is None when all lack it. An unknown field raises
         ValueError.
         """
-        return self._aggregate(field, _mean)
+        return mean(self._values(field))
 
     @overload
     def max(self, field: FloatField) -> float: ...
@@ -216,8 +216,7 @@ class SpectralProfile:
         values = self._values(field)
         first, second = round(self.num_layers / 3), round(2 * self.num_layers / 3)
         parts = (values[:first], values[first:second], values[second:])
-        means = [_mean([v for v in (part or values) if v is not None]) for part in parts]
-        return Thirds(*means)
+        return Thirds(*(mean(part or values) for part in parts))
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types. `from_dict` reads `layers` only; the other keys are derived from them."""
@@ -243,22 +242,9 @@ class SpectralProfile:
         return reduce(values) if values else None
 
 
-def finite_mean(values: Sequence[float]) -> float:
-    """Compute the mean of at least one finite value. It is finite even where the sum overflows."""
-    try:
-        return math.fsum(values) / len(values)
-    except OverflowError:
-        # Fractions have no largest value, and the mean lies between the smallest and the largest value.
-        return float(sum(map(Fraction, values)) / len(values))
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return finite_mean(values) if values else None
-
-
 def _std(values: Sequence[float]) -> float:
     """Compute the standard deviation with the divisor len(values), at most the largest float."""
-    centre = finite_mean(values)
+    centre = mean(values) or 0.0
     try:
         return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / len(values))
     except OverflowError:

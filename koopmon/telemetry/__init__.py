@@ -1,1 +1,1 @@
-"""The tables of metrics and alerts, and the text exposition."""
+"""The tables of metrics and alerts."""

@@ -23,8 +23,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from koopmon.numbers import mean
 from koopmon.wire.codec import REJECTION_REASONS
-from koopmon.wire.messages import DROP_REASONS, AckOutcome, CommandKind
+from koopmon.wire.messages import DROP_REASONS, AckOutcome, CommandKind, TrainingStep
 
 if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
@@ -157,6 +158,7 @@ TABLE: tuple[Series, ...] = (
 )
 BY_NAME: Mapping[str, Series] = {series.name: series for series in TABLE}
 LAYER_FIELDS: tuple[str, ...] = tuple(series.name for series in TABLE if series.labels == RUN_LAYER)
+TRAINING_FIELDS: tuple[str, ...] = tuple(name for name in TrainingStep.__struct_fields__ if name in BY_NAME)
 KEPT_WHEN_VANISHED = frozenset({"last_snapshot_timestamp_seconds", "run_state"})
 
 
@@ -170,14 +172,6 @@ def layer_buckets(num_layers: int) -> list[tuple[str, range]]:
 
 def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Mean of `values`. It is infinite if the sum exceeds a double, where `fsum` would raise."""
-    try:
-        return math.fsum(values) / len(values)
-    except OverflowError:
-        return math.inf
 
 
 class Metrics(Collector):
@@ -205,6 +199,11 @@ class Metrics(Collector):
                 self._values[name].pop(labels, None)
             else:
                 self._values[name][labels] = finite
+
+    def set_training(self, run: str, training: TrainingStep) -> None:
+        """Set the gauge of every field of `training` that has a metric of its name."""
+        for name in TRAINING_FIELDS:
+            self.set(name, getattr(training, name), run)
 
     def add(self, name: str, *labels: str, amount: int = 1) -> None:
         """Increment a counter. Raises KeyError for a label value outside the table: labels are bounded."""
@@ -255,10 +254,9 @@ class Metrics(Collector):
             for name in LAYER_FIELDS:
                 found = [_finite(getattr(layers[index], name)) for index in span]
                 values = [value for value in found if value is not None]
-                if values:
-                    reduced = _finite(max(values) if BY_NAME[name].bucket == "max" else _mean(values))
-                    if reduced is not None:
-                        fresh[name][(run, label)] = reduced
+                reduced = max(values, default=None) if BY_NAME[name].bucket == "max" else mean(values)
+                if reduced is not None:
+                    fresh[name][(run, label)] = reduced
         standing = {(run, label) for label, _ in buckets}
         with self._lock:
             for name, series in fresh.items():
@@ -276,10 +274,9 @@ class Metrics(Collector):
         fresh: dict[tuple[str, ...], float] = {}
         for name, row in observables.items():
             for label, span in layer_buckets(len(row)):
-                values = [value for value in map(_finite, row[span.start : span.stop]) if value is not None]
-                mean = _finite(_mean(values)) if values else None
-                if mean is not None:
-                    fresh[run, label, name] = mean
+                average = mean(map(_finite, row[span.start : span.stop]))
+                if average is not None:
+                    fresh[run, label, name] = average
         with self._lock:
             standing = self._values["observable"]
             for labels in [labels for labels in standing if labels[0] == run]:

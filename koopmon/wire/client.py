@@ -7,7 +7,6 @@ import time
 from typing import Any, Final
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from koopmon.errors import EndpointError, KeysError
 from koopmon.wire import curve
@@ -79,17 +78,13 @@ class Client(Socket):
 
     def _note_events(self) -> None:
         self._guard()
-        while True:
-            try:
-                event = parse_monitor_message(self._events.recv_multipart(zmq.NOBLOCK))
-            except zmq.Again:
-                return
-            self._reached = self._reached or event["event"] in (zmq.EVENT_CONNECTED, zmq.EVENT_HANDSHAKE_SUCCEEDED)
-            self._retries += event["event"] == zmq.EVENT_CONNECT_RETRIED
-            self._connected = event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        for event, value in self._events_of(self._events):
+            self._reached = self._reached or event in (zmq.EVENT_CONNECTED, zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            self._retries += event == zmq.EVENT_CONNECT_RETRIED
+            self._connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self._connections += self._connected
-            if self._connected or event["event"] & _HANDSHAKE_FAILED:
-                self._failure = "" if self._connected else self._explain(event["event"], event["value"])
+            if self._connected or event & _HANDSHAKE_FAILED:
+                self._failure = "" if self._connected else self._explain(event, value)
 
     def _explain(self, event: int, value: int) -> str:
         if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and value == errno.EAGAIN:
@@ -121,15 +116,11 @@ class Client(Socket):
             return False
         self._opened_at = now
         self._attempts += 1
-        if self._curve:
-            try:
-                self._read_keys(self._owner)
-            except KeysError as error:
-                self._failure = str(error)
-                return False
         try:
+            if self._curve:
+                self._read_keys(self._owner)
             self.reconnect()
-        except EndpointError as error:
+        except (EndpointError, KeysError) as error:
             self._failure = str(error)
             return False
         return True

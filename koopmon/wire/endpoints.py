@@ -14,14 +14,14 @@ import os
 import re
 import socket
 import stat
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from koopmon.errors import EndpointError
+from koopmon.files import why_not_private
 
-MAX_IPC_PATH_BYTES = 107 if sys.platform == "linux" else 103
+MAX_IPC_PATH_BYTES = 107
 """Length of `sockaddr_un.sun_path` without its terminating zero."""
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+\]|[^\[\]:/;\s]+):(?P<port>[0-9]{1,5}|\*)")
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
@@ -101,17 +101,13 @@ def _check_ipc(endpoint: str, binding: bool) -> str:
             f"endpoint {endpoint!r}: expected ipc:// and the path of a socket file, as ipc:///run/dir/name"
         )
     path = os.path.abspath(path)
-    _check_length(path)
-    return f"ipc://{path}"
-
-
-def _check_length(path: str) -> None:
     length = len(os.fsencode(path))
     if length > MAX_IPC_PATH_BYTES:
         raise EndpointError(
             f"endpoint 'ipc://{path}': path of {length} bytes, this system takes {MAX_IPC_PATH_BYTES}: "
             "choose a shorter directory"
         )
+    return f"ipc://{path}"
 
 
 def check_ipc_owner(endpoint: str) -> None:
@@ -152,30 +148,18 @@ def claimed(endpoint: str) -> Iterator[str]:
         os.close(directory)
 
 
-def temporary_ipc() -> tuple[str, Path]:
-    """Return a new `ipc://` endpoint in its own directory, mode 0700, and that directory. The caller removes it."""
+def socket_directory() -> Path:
+    """Create a directory, mode 0700, whose path leaves room for the name of a socket. The caller removes it."""
     directory = Path(tempfile.mkdtemp(prefix="koopmon-"))
-    try:
-        _check_length(str(directory / "socket"))
-    except EndpointError:
+    if len(os.fsencode(directory / "control")) > MAX_IPC_PATH_BYTES:
         directory.rmdir()
-        raise
-    return f"ipc://{directory / 'socket'}", directory
+        directory = Path(tempfile.mkdtemp(prefix="koopmon-", dir="/tmp"))
+    return directory
 
 
 def _check_directory(directory: Path) -> None:
-    status = directory.stat()
-    if not stat.S_ISDIR(status.st_mode):
-        raise EndpointError(f"endpoint in {directory}: not a directory; choose another path")
-    if status.st_uid != os.geteuid():
-        raise EndpointError(
-            f"endpoint in {directory}: the directory belongs to user {status.st_uid}; use one of your own"
-        )
-    if status.st_mode & 0o077:
-        mode = stat.S_IMODE(status.st_mode)
-        raise EndpointError(
-            f"endpoint in {directory}: mode {mode:04o} lets others in; chmod 700 it, or use a directory of its own"
-        )
+    if why := why_not_private(directory, directory.stat(), directory=True):
+        raise EndpointError(f"endpoint in {directory}: {why}")
 
 
 def _clear_stale(path: Path) -> None:

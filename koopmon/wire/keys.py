@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import tempfile
 import tomllib
 from collections.abc import Mapping
@@ -24,8 +23,10 @@ from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
+from platformdirs import user_config_path
 
 from koopmon.errors import KeysError
+from koopmon.files import why_not_private
 
 MONITOR = "monitor"
 """Name of the monitor's own pair."""
@@ -65,9 +66,7 @@ def keys_directory(configured: str, environ: Mapping[str, str]) -> Path:
     """Return the key directory: `configured`, else KOOPMON_KEYS, else `koopmon/keys` under XDG_CONFIG_HOME."""
     if named := configured or environ.get("KOOPMON_KEYS", ""):
         return Path(named).expanduser().absolute()
-    base = environ.get("XDG_CONFIG_HOME", "")
-    # The XDG specification requires that a relative path is ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".config") / "koopmon" / "keys"
+    return user_config_path("koopmon") / "keys"
 
 
 def check_name(name: str) -> str:
@@ -94,13 +93,8 @@ def check_directory(directory: Path) -> None:
         status = directory.stat()
     except OSError as error:
         raise KeysError(f"keys {directory}: {_why(error)}; `koopmon keys make` makes them there") from None
-    if not stat.S_ISDIR(status.st_mode):
-        raise KeysError(f"keys {directory}: not a directory; name another with KOOPMON_KEYS")
-    if status.st_uid != os.geteuid():
-        raise KeysError(f"keys {directory}: belongs to user {status.st_uid}; use a directory of your own")
-    if status.st_mode & 0o077:
-        mode = stat.S_IMODE(status.st_mode)
-        raise KeysError(f"keys {directory}: mode {mode:04o} lets others in; chmod 700 {directory}")
+    if why := why_not_private(directory, status, directory=True):
+        raise KeysError(f"keys {directory}: {why}")
 
 
 def read_secret(directory: Path, name: str) -> str:
@@ -109,14 +103,8 @@ def read_secret(directory: Path, name: str) -> str:
     path = secret_file(directory, name)
     try:
         with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise KeysError(f"secret key {path}: not a file; `koopmon keys make {name}` makes it")
-            if status.st_uid != os.geteuid():
-                raise KeysError(f"secret key {path}: belongs to user {status.st_uid}; make one of your own")
-            if status.st_mode & 0o077:
-                mode = stat.S_IMODE(status.st_mode)
-                raise KeysError(f"secret key {path}: mode {mode:04o} lets others read it; chmod 600 {path}")
+            if why := why_not_private(path, os.fstat(file.fileno())):
+                raise KeysError(f"secret key {path}: {why}")
             raw = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise KeysError(f"secret key {path}: {_why(error)}; `koopmon keys make {name}` makes it") from None
@@ -148,7 +136,7 @@ def write_public(path: Path, key: PublicKey) -> None:
         lines += [f'previous = "{key.previous}"', f"previous_until = {until}"]
     if path.stem != MONITOR:
         quoted = ", ".join(msgspec.json.encode(pattern).decode() for pattern in key.runs)
-        lines += ["# Names of the runs for which it may speak: patterns with * ? [...]", f"runs = [{quoted}]"]
+        lines += ["# Runs of this agent: patterns with * ? [...]", f"runs = [{quoted}]"]
     _write(path, "\n".join(lines) + "\n", 0o644)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from koopmon import __version__
 from koopmon.errors import ProtocolError
@@ -19,6 +20,7 @@ from koopmon.wire.sockets import DataSender, Poller, ProbeClient, WireContext
 
 NOBODY = "unknown"
 """Run name of a probe that concerns no run."""
+MAX_ANSWER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +58,9 @@ def probe(endpoint: str, trust: AuthPolicy, *, run: str = NOBODY, timeout_second
             if control.failure or control.failed:
                 break
             poller.wait(min(left, 0.25))
-            frames = _received(control)
-            if isinstance(frames, ProbeResult):
-                return frames
-            if frames is not None:
-                return _answer(frames, time.monotonic() - asked_at, asked_wall)
+            answer = _answer(control, asked_at, asked_wall)
+            if answer is not None:
+                return answer
         return ProbeResult(reached=control.reached, shook_hands=control.connections > 0, failure=control.failure)
 
 
@@ -76,31 +76,27 @@ def reaches_data(endpoint: str, known: str, trust: AuthPolicy, *, timeout_second
         while not data.connected:
             left = deadline - time.monotonic()
             if data.failure or left <= 0.0:
-                return data.failure or ("it does not answer" if data.reached else "nobody listens there")
+                return data.failure or ("no answer" if data.reached else "no server there")
             poller.wait(min(left, 0.25))
     return ""
 
 
-def _received(control: ProbeClient) -> list[memoryview] | ProbeResult | None:
+def _answer(control: ProbeClient, asked_at: float, asked_wall: float) -> ProbeResult | None:
+    """Return the result of the monitor's answer; None while there is none. The times are those of the question."""
+    answered = partial(ProbeResult, reached=True, shook_hands=True)
     try:
-        return control.recv()
-    except ProtocolError as error:
-        return ProbeResult(reached=True, shook_hands=True, failure=error.detail, reason=error.reason)
-
-
-def _answer(frames: list[memoryview], took: float, asked: float) -> ProbeResult:
-    try:
-        if len(frames) != 1 or frames[0].nbytes > 1 << 16:
-            raise ProtocolError("size", f"an answer of {len(frames)} frames, {frames[0].nbytes} bytes")
+        frames = control.recv()
+        if frames is None:
+            return None
+        if frames[0].nbytes > MAX_ANSWER_BYTES:
+            raise ProtocolError("size", f"an answer of {frames[0].nbytes} bytes")
         message = decode_header(frames[0])
     except ProtocolError as error:
-        return ProbeResult(reached=True, shook_hands=True, failure=error.detail, reason=error.reason)
+        return answered(failure=error.detail, reason=error.reason)
     if isinstance(message, Refused):
-        return ProbeResult(reached=True, shook_hands=True, failure=message.reason, refused=True)
+        return answered(failure=message.reason, refused=True)
     if not isinstance(message, ProbeReply):
-        kind = type(message).__name__
-        return ProbeResult(reached=True, shook_hands=True, failure=f"it answers with a {kind}", reason="direction")
-    offset = message.time - (asked + took / 2)
-    return ProbeResult(
-        reply=message, reached=True, shook_hands=True, clock_offset_seconds=offset, round_trip_seconds=took
-    )
+        return answered(failure=f"it answers with a {type(message).__name__}", reason="direction")
+    took = time.monotonic() - asked_at
+    offset = message.time - (asked_wall + took / 2)
+    return answered(reply=message, clock_offset_seconds=offset, round_trip_seconds=took)

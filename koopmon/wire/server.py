@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from koopmon.errors import EndpointError, ProtocolError
 from koopmon.wire import curve
-from koopmon.wire.endpoints import claimed, temporary_ipc
+from koopmon.wire.endpoints import claimed, socket_directory
 from koopmon.wire.headers import WireLimits
 from koopmon.wire.receive_queue import ReceiveQueue
 from koopmon.wire.transport import Options, Socket, WireContext, closed_on_error
@@ -86,7 +85,8 @@ class Server(Socket, abc.ABC, Generic[P]):
                     curve.demand_keys(self._socket, context.trust.monitor_secret())
                     self._gate = context._gate_for_agents()
             if checked == "ipc://*":
-                checked, self._directory = temporary_ipc()
+                self._directory = socket_directory()
+                checked = f"ipc://{self._directory / 'socket'}"
             self._socket.set(zmq.IPV6, checked.startswith("tcp://["))
             with claimed(checked) as address:
                 self._bind(address)
@@ -185,13 +185,8 @@ class Server(Socket, abc.ABC, Generic[P]):
         self._guard()
         if self._gate is not None:
             self._gate.serve()
-        while True:
-            try:
-                event = parse_monitor_message(self._events.recv_multipart(zmq.NOBLOCK))
-            except zmq.Again:
-                break
-            kind, value = event["event"], event["value"]
-            if kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+        for event, value in self._events_of(self._events):
+            if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 self._refuse(curve.handshake_error(value))
             elif value == errno.EPIPE:
                 self._refuse("a client without keys, or one that left before it had shown any")

@@ -71,7 +71,6 @@ class DataSender(Client):
         finally:
             if slot is not None:
                 slot.release() if tracker is None else slot.release_when_done(tracker)
-        self._count(frames)
         return None
 
 
@@ -126,10 +125,7 @@ class ControlClient(Client):
     def send(self, frames: Sequence[Frame]) -> bool:
         """Queue one message; return False, with nothing queued, when the monitor is away or does not read."""
         self._guard()
-        if not self._offer(frames):
-            return False
-        self._count(frames)
-        return True
+        return self._offer(frames)
 
     def recv(self) -> list[memoryview] | None:
         """Return the frames of the monitor's next message, or None. Raises ProtocolError for more than one frame.
@@ -187,10 +183,7 @@ class ControlServer(Server[bytes]):
     def send(self, peer: bytes, frames: Sequence[Frame]) -> bool:
         """Queue one message; return False, with nothing queued, when the peer is gone or does not read."""
         self._guard()
-        if not self._offer([peer, *frames]):
-            return False
-        self._count(frames)
-        return True
+        return self._offer([peer, *frames])
 
 
 class Poller:

@@ -19,6 +19,7 @@ from typing import Any, Final, Self, TypeAlias
 
 import zmq
 from zmq.utils import garbage  # imported first: atexit runs handlers in reverse order, and its handler must run last
+from zmq.utils.monitor import parse_monitor_message
 
 from koopmon.errors import EndpointError
 from koopmon.wire import curve
@@ -199,8 +200,6 @@ class Socket:
         self._pid = context._pid
         self._thread = threading.current_thread()
         self._closed = False
-        self.messages_sent = 0
-        self.bytes_sent = 0
         self._guard()
         self._socket = self._open()
         context._sockets.add(self)
@@ -230,6 +229,16 @@ class Socket:
         """True while the socket holds unread messages outside the transport."""
         return False
 
+    @staticmethod
+    def _events_of(watch: zmq.Socket[bytes]) -> Iterator[tuple[int, int]]:
+        """Yield the new events of a socket from `_watch`, each with its value."""
+        while True:
+            try:
+                event = parse_monitor_message(watch.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            yield event["event"], event["value"]
+
     def _watch(self, raw: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
         """Return a socket that receives these connection events of `raw`."""
         address = f"inproc://koopmon-events-{next(_serial)}"
@@ -257,10 +266,6 @@ class Socket:
                 # are sent.
                 complete = False
         return complete
-
-    def _count(self, frames: Sequence[Frame]) -> None:
-        self.messages_sent += 1
-        self.bytes_sent += sum(memoryview(frame).nbytes for frame in frames)
 
     def _shut(self) -> None:
         self._socket.close()

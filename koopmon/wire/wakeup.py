@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 from typing import Self
 
@@ -15,10 +14,7 @@ class Wakeup:
     def __init__(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.RLock()  # a signal handler may run inside wake()
-        self._closed = False
-        self._read, self._write = socket.socketpair()
-        self._read.setblocking(False)
-        self._write.setblocking(False)
+        self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def wake(self) -> None:
         """Wake the thread without blocking. Repeated calls before the wait cause one wake-up.
@@ -26,25 +22,24 @@ class Wakeup:
         The call does nothing in a forked child or after `close`.
         """
         with self._lock:
-            if not self._closed and os.getpid() == self._pid:
+            if self._descriptor >= 0 and os.getpid() == self._pid:
                 with contextlib.suppress(BlockingIOError):
-                    self._write.send(b"\0")
+                    os.eventfd_write(self._descriptor, 1)
 
     def fileno(self) -> int:
         """Return the file descriptor, which is readable after a wake-up; -1 after `close`."""
-        return self._read.fileno()
+        return self._descriptor
 
     def clear(self) -> None:
         """Discard the calls so far; the waiting thread does this after it wakes."""
         with contextlib.suppress(BlockingIOError):
-            while self._read.recv(4096):
-                pass
+            os.eventfd_read(self._descriptor)
 
     def close(self) -> None:
         with self._lock:
-            self._closed = True
-            self._read.close()
-            self._write.close()
+            descriptor, self._descriptor = self._descriptor, -1  # first: a signal handler may call wake()
+            if descriptor >= 0:
+                os.close(descriptor)
 
     def __enter__(self) -> Self:
         return self

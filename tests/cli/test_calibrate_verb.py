@@ -88,7 +88,8 @@ class Recorder:
                 step,
                 name,
                 incarnation,
-                scalars={"learning_rate": rate, "loss": 60.0 if diverges and step == 2 else 2.0},
+                learning_rate=rate,
+                loss=60.0 if diverges and step == 2 else 2.0,
                 lr_scale=lr_scale,
                 observation=observation(step),
             )
@@ -193,7 +194,7 @@ def test_profile_tells_the_probability_and_the_highest_rate(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "--calibrator FILE goes with --lr RATE or --max-lr"),
+        ([], "--calibrator FILE needs --lr RATE or --max-lr"),
         (["--max-lr", "--calibrator", "experts.json"], "is for moe; this model's adapter is transformer"),
         (["--max-lr", "--calibrator", "nowhere.json"], "nowhere.json: No such file"),
     ],

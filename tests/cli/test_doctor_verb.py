@@ -16,7 +16,7 @@ import pytest
 from koopmon.cli import main
 from koopmon.doctor import http_checks
 from koopmon.wire.codec import encode
-from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply, ProbeReply
+from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply, ProbeReply, TrainingStep
 from tests.agent.scripted_monitor import ScriptedMonitor
 from tests.keyring import Keyring
 from tests.monitor.conftest import MonitorProcess, ScriptedAgent, wait_until
@@ -131,7 +131,7 @@ def test_all_is_well_and_the_monitor_does_not_notice(
     with monitor.history() as history:
         assert history.runs() == ["well"]
     assert "well running" in found["pages"]["found"]
-    assert "1 came" in found["snapshots"]["found"]
+    assert "1 received" in found["snapshots"]["found"]
     assert "3 blocks, blocks.0 to blocks.2" in found["taps"]["found"]
     assert set(found) == {
         *("config", "endpoint", "keys", "monitor", "versions", "data endpoint", "clock", "pages", "run", "snapshots"),
@@ -144,7 +144,7 @@ def test_for_people_each_trouble_stands_beside_its_fix(here: Path, capsys: pytes
     told = capsys.readouterr().out
     assert "fail  monitor" in told
     assert "→ start one: koopmon monitor --bind tcp://127.0.0.1:1" in told
-    assert told.rstrip().endswith("1 failed, 0 to look at")
+    assert told.rstrip().endswith("1 failed, 0 warnings")
 
 
 def test_nobody_is_named_and_nobody_is_there(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def test_what_listens_is_a_server_of_pages(examine: Examine) -> None:
         server.shutdown()
         thread.join(10.0)
     assert found["monitor"]["level"] == found["pages"]["level"] == "fail"
-    assert "does not speak koopmon's protocol" in found["monitor"]["found"]
+    assert "does not use koopmon's protocol" in found["monitor"]["found"]
     assert "is not a koopmon monitor's" in found["pages"]["found"]
 
 
@@ -209,7 +209,7 @@ def test_another_package_and_another_clock_are_worth_a_word(examine: Examine, tm
     assert status == 0
     assert found["versions"]["level"] == found["clock"]["level"] == "warn"
     assert "9.9 there" in found["versions"]["found"]
-    assert "100 s behind ours" in found["clock"]["found"]
+    assert "100 s behind the local clock" in found["clock"]["found"]
     assert "expire by optimizer steps" in found["clock"]["fix"]
 
 
@@ -366,17 +366,25 @@ def test_what_the_monitor_knows_of_a_run(
     endpoint = monitor.addresses.endpoint
     _, found = examine(*at(monitor), "--run", "never")
     assert found["run"]["level"] == "fail"
-    assert "never heard of it" in found["run"]["found"]
+    assert "the monitor does not know it" in found["run"]["found"]
     agent = connect(endpoint, run="mute")
     agent.hello()
     name = {"run": "mute", "incarnation": "aaaaaaaa", "process_rank": 0}
-    agent.send(Heartbeat(**name, step=5, applied=Applied(), dropped={"monitor_away": 3, "budget": 1}, taps_missing=2))
+    agent.send(
+        Heartbeat(
+            **name,
+            training=TrainingStep(step=5),
+            applied=Applied(),
+            dropped={"monitor_away": 3, "budget": 1},
+            taps_missing=2,
+        )
+    )
     agent.expect(HeartbeatReply)
     _, found = examine(*at(monitor), "--run", "mute")
-    assert found["run"]["found"] == "mute: running, step 5 at last"
+    assert found["run"]["found"] == "mute: running, last step 5"
     assert found["snapshots"]["level"] == "fail"
-    assert "none came; dropped: 3 monitor_away, 1 budget" in found["snapshots"]["found"]
-    assert "data endpoint cannot be reached from the ranks" in found["snapshots"]["fix"]
+    assert "none received; dropped: 3 monitor_away, 1 budget" in found["snapshots"]["found"]
+    assert "the ranks do not reach the data endpoint" in found["snapshots"]["fix"]
     assert "in 2 snapshots a tap did not fire" in found["taps"]["found"]
     agent.snapshot(6)
     wait_until(lambda: monitor.sample('snapshots_received_total{run="mute"}'))
@@ -391,7 +399,7 @@ def test_what_the_monitor_knows_of_a_run(
     connect(endpoint, run="lost", incarnation="bbbbbbbb").hello()
     _, found = examine(*at(monitor), "--run", "lost")
     assert "hello is refused: run 'lost' was taken over" in found["run"]["found"]
-    assert "another one for each job" in found["run"]["fix"]
+    assert "a different name for each job" in found["run"]["fix"]
 
 
 def test_what_a_peer_says_does_not_reach_the_terminal_as_it_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from koopmon.errors import ProtocolError
 from koopmon.monitor.assembler import SHARD_OVERHEAD_BYTES, Assembler, Snapshot
-from koopmon.wire.messages import Shard
+from koopmon.wire.messages import Shard, TrainingStep
+from tests.factories import gathered
 
 WIDTH = 4
 INCARNATION = "0123456789abcdef"
@@ -40,13 +42,12 @@ def make_shard(
         incarnation=fields.pop("incarnation", INCARNATION),
         process_rank=rank,
         num_senders=num_senders,
-        step=step,
         first_point=fields.pop("first_point", 0),
         num_points=states.shape[0],
         num_samples=states.shape[1],
         width=fields.pop("width", WIDTH),
         dtype=DTYPES[states.dtype],
-        **fields,
+        **gathered({"step": step, **fields}),
     )
     return shard, list(states)
 
@@ -76,8 +77,8 @@ def test_one_sender_makes_a_snapshot_at_once(dtype: torch.dtype) -> None:
     assert snapshot.states().dtype == torch.float32
     assert torch.equal(snapshot.states(), torch.stack(states).float())
     assert (snapshot.num_points, snapshot.num_samples, snapshot.width) == (3, 2, WIDTH)
-    assert (snapshot.learning_rate, snapshot.loss, snapshot.grad_norm) == (0.1, 2.0, None)
-    assert (snapshot.lr_scale, snapshot.kss_alpha, snapshot.masked, snapshot.num_shards) == (0.5, 0.2, True, 1)
+    assert snapshot.training == TrainingStep(step=1, learning_rate=0.1, loss=2.0, lr_scale=0.5, kss_alpha=0.2)
+    assert (snapshot.masked, snapshot.num_shards) == (True, 1)
 
 
 @given(data=st.data(), num_senders=st.integers(1, 6))
@@ -107,7 +108,7 @@ def test_any_order_any_duplicates_any_loss(data: st.DataObject, num_senders: int
     if snapshots:
         joined = torch.cat([torch.stack(shards[rank][1]) for rank in came], dim=1)
         assert torch.equal(snapshots[0].states(), joined)
-        assert snapshots[0].loss == pytest.approx(sum(came) / len(came))
+        assert snapshots[0].training.loss == pytest.approx(sum(came) / len(came))
         assert snapshots[0].num_shards == len(came)
 
 
@@ -268,8 +269,6 @@ def test_stages_of_several_replicas_keep_their_rows_together() -> None:
 
 
 def torch_shard(shard: Shard, rank: int, num_senders: int) -> Shard:
-    import msgspec
-
     return msgspec.structs.replace(shard, process_rank=rank, num_senders=num_senders)
 
 
@@ -308,8 +307,8 @@ def test_one_rank_with_a_loss_that_is_not_finite_shows(bad: float) -> None:
     bench = Bench()
     bench.add(make_shard(0, num_senders=2, loss=1.0))
     (snapshot,) = bench.add(make_shard(1, num_senders=2, loss=bad))
-    assert snapshot.loss is not None
-    assert math.isnan(snapshot.loss)
+    assert snapshot.training.loss is not None
+    assert math.isnan(snapshot.training.loss)
 
 
 def test_without_states_is_light() -> None:
@@ -317,3 +316,269 @@ def test_without_states_is_light() -> None:
     assert snapshot.num_bytes == 3 * 2 * WIDTH * 4
     assert snapshot.without_states().num_bytes == 0
     assert snapshot.without_states().step == snapshot.step
+
+
+def test_the_scalars_of_several_ranks() -> None:
+    """The largest rate, means of loss and gradient norm, the settings of the lowest rank, padding left out by all."""
+    bench = Bench()
+    bench.add(make_shard(2, num_senders=3, learning_rate=0.1, loss=1.0, grad_norm=8.0, lr_scale=0.25, kss_alpha=0.3))
+    bench.add(make_shard(0, num_senders=3, learning_rate=0.3, loss=3.0, lr_scale=0.5, kss_alpha=0.1, masked=True))
+    (found,) = bench.add(make_shard(1, num_senders=3, learning_rate=0.2, loss=5.0, grad_norm=2.0, masked=True))
+    assert (found.training.learning_rate, found.training.loss, found.training.grad_norm) == (0.3, 3.0, 5.0)
+    assert (found.training.lr_scale, found.training.kss_alpha, found.masked, found.num_shards) == (0.5, 0.1, False, 3)
+
+
+def test_ranks_without_a_rate_know_none() -> None:
+    bench = Bench()
+    bench.add(make_shard(0, num_senders=2))
+    (found,) = bench.add(make_shard(1, num_senders=2, masked=True))
+    assert (found.training.learning_rate, found.training.loss, found.training.grad_norm, found.masked) == (
+        None,
+        None,
+        None,
+        False,
+    )
+
+
+def test_memory_is_counted_with_the_overhead_of_each_shard() -> None:
+    bench = Bench()
+    size = 3 * 2 * WIDTH * 4 + SHARD_OVERHEAD_BYTES
+    bench.add(make_shard(0, num_senders=3, step=1))
+    bench.add(make_shard(1, num_senders=3, step=1))
+    bench.add(make_shard(0, num_senders=3, step=2))
+    assert bench.assembler.num_bytes == 3 * size
+    bench.assembler.forget("job", INCARNATION)
+    assert bench.assembler.num_bytes == 0
+    assert SHARD_OVERHEAD_BYTES == 1024
+
+
+def test_what_fits_exactly_is_kept() -> None:
+    size = 3 * 2 * WIDTH * 4 + SHARD_OVERHEAD_BYTES
+    bench = Bench(max_bytes=2 * size)
+    bench.add(make_shard(0, num_senders=3, step=1))
+    bench.add(make_shard(1, num_senders=3, step=1))
+    assert bench.drops == []
+    bench.add(make_shard(0, num_senders=3, step=2))
+    assert bench.drops == [("job", "assembler_full")]
+    with pytest.raises(ProtocolError, match="closed"):
+        bench.add(make_shard(2, num_senders=3, step=1))
+
+
+def test_the_step_that_needs_the_room_gives_way_last() -> None:
+    """Dropped steps count as closed in their own run alone, also when an earlier step goes after a later one."""
+    size = 3 * 2 * WIDTH * 4 + SHARD_OVERHEAD_BYTES
+    bench = Bench(max_bytes=2 * size)
+    bench.add(make_shard(0, num_senders=3, step=7))
+    bench.add(make_shard(0, num_senders=3, step=3))
+    bench.add(make_shard(0, num_senders=3, step=8))
+    assert bench.drops == [("job", "assembler_full")], "step 7 came first"
+    bench.add(make_shard(0, num_senders=3, step=9))
+    assert len(bench.drops) == 2, "step 3 came next"
+    with pytest.raises(ProtocolError, match="closed"):
+        bench.add(make_shard(0, num_senders=3, step=7))
+    assert bench.add(make_shard(0, run="other", step=1)) != []
+
+
+def test_a_step_that_does_not_fit_by_itself_is_dropped_with_all_that_it_held() -> None:
+    size = 3 * 2 * WIDTH * 4 + SHARD_OVERHEAD_BYTES
+    bench = Bench(max_bytes=2 * size)
+    bench.add(make_shard(0, num_senders=4))
+    bench.add(make_shard(1, num_senders=4))
+    assert bench.add(make_shard(2, num_senders=4)) == []
+    assert bench.drops == [("job", "assembler_full")]
+    assert bench.assembler.num_bytes == 0
+
+
+def test_the_shard_that_completes_a_step_needs_no_room() -> None:
+    size = 3 * 2 * WIDTH * 4 + SHARD_OVERHEAD_BYTES
+    bench = Bench(max_bytes=size)
+    bench.add(make_shard(0, num_senders=2))
+    assert len(bench.add(make_shard(1, num_senders=2))) == 1
+    assert bench.drops == []
+
+
+@pytest.mark.parametrize(("came", "usable"), [(1, False), (2, True), (3, True)])
+def test_half_of_the_shards_are_enough(came: int, usable: bool) -> None:
+    bench = Bench()
+    for rank in range(came):
+        bench.add(make_shard(rank, num_senders=4))
+    assert bool(bench.assembler.flush()) is usable
+
+
+@pytest.mark.parametrize(("min_samples", "usable"), [(4, True), (5, False)])
+def test_rows_of_an_incomplete_snapshot_are_counted_over_its_shards(min_samples: int, usable: bool) -> None:
+    bench = Bench(min_samples=min_samples)
+    for rank in range(2):
+        bench.add(make_shard(rank, num_senders=3, rows=2))
+    assert bool(bench.assembler.flush()) is usable
+    complete = Bench(min_samples=100)
+    assert complete.add(make_shard(rows=1)), "what is complete is used as it is"
+
+
+def test_a_deadline_is_that_of_the_oldest_step() -> None:
+    bench = Bench(timeout=5.0)
+    bench.add(make_shard(0, num_senders=2, step=1), now=12.0)
+    bench.add(make_shard(0, num_senders=2, step=2, run="other"), now=10.0)
+    bench.add(make_shard(1, num_senders=3, step=3), now=11.0)
+    assert bench.assembler.next_deadline() == 15.0
+    assert [found.run for found in bench.assembler.expire(15.0)] == ["other"]
+    assert bench.assembler.next_deadline() == 16.0
+
+
+def test_a_step_at_its_time_closes_itself_and_leaves_earlier_ones_open() -> None:
+    bench = Bench(timeout=5.0)
+    bench.add(make_shard(0, num_senders=2, step=5), now=0.0)
+    bench.add(make_shard(0, num_senders=2, step=4), now=3.0)
+    assert [found.step for found in bench.assembler.expire(5.0)] == [5]
+    assert [found.step for found in bench.assembler.expire(8.0)] == [4]
+    with pytest.raises(ProtocolError, match="closed"):
+        bench.add(make_shard(0, num_senders=2, step=5), now=9.0)
+
+
+def test_a_later_step_stays_open_when_an_earlier_one_is_complete() -> None:
+    bench = Bench()
+    bench.add(make_shard(0, num_senders=2, step=2))
+    bench.add(make_shard(0, num_senders=2, step=1))
+    assert [found.step for found in bench.add(make_shard(1, num_senders=2, step=1))] == [1]
+    assert [found.step for found in bench.add(make_shard(1, num_senders=2, step=2))] == [2]
+
+
+def test_step_zero_is_a_step() -> None:
+    bench = Bench()
+    assert [found.step for found in bench.add(make_shard(step=0))] == [0]
+
+
+def test_an_incarnation_that_was_forgotten_may_begin_again() -> None:
+    bench = Bench()
+    bench.add(make_shard(step=5))
+    bench.assembler.forget("job", INCARNATION)
+    assert len(bench.add(make_shard(step=1))) == 1
+
+
+def test_a_snapshot_whose_assembly_fails_harms_no_other() -> None:
+    bench = Bench()
+    broken = make_shard(0, num_senders=2, step=1)
+    bench.add(broken)
+    broken[1].clear()  # the header says three points
+    bench.add(make_shard(0, num_senders=2, step=2, run="other"))
+    bench.add(make_shard(1, num_senders=2, step=1))
+    assert [run for run, _ in bench.failures] == ["job"]
+    assert [found.run for found in bench.assembler.flush()] == ["other"]
+    assert bench.assembler.num_bytes == 0
+
+
+def joined(*shards: tuple[Shard, list[Tensor]]) -> list[Snapshot]:
+    bench = Bench()
+    return [snapshot for shard in shards for snapshot in bench.add(shard)] + bench.assembler.flush()
+
+
+def test_a_shared_point_that_differs_joins_nothing() -> None:
+    first, second = stages((0, 3), (2, 3))
+    assert len(joined(first, second)) == 1
+    first, second = stages((0, 3), (2, 3))
+    second[1][0] = second[1][0] + 1e-6
+    assert joined(first, second) == []
+
+
+def test_a_shared_point_of_another_precision_joins_nothing() -> None:
+    first, second = stages((0, 3), (2, 3))
+    second[1][0] = second[1][0].to(torch.float64)
+    assert joined(first, second) == []
+
+
+def test_nothing_follows_the_last_stage() -> None:
+    shards = stages((0, 2), (1, 2), (2, 2))
+    early = [
+        (msgspec.structs.replace(shard, last_stage=rank >= 1), states) for rank, (shard, states) in enumerate(shards)
+    ]
+    assert len(joined(*shards)) == 1
+    assert joined(*early) == []
+
+
+def test_a_stack_without_its_last_stage_is_no_snapshot() -> None:
+    shards = stages((0, 3), (2, 3))
+    assert joined(*[(msgspec.structs.replace(shard, last_stage=False), states) for shard, states in shards]) == []
+
+
+def test_stages_without_a_shared_point_need_all_ranks() -> None:
+    """Two replicas of two stages; without one shard the rows of the stages may be those of different replicas."""
+    first, second = stages((0, 2), (2, 2)), stages((0, 2), (2, 2))
+    ranks = [first[0], second[0], first[1], second[1]]
+    shards = [(torch_shard(shard, rank, 4), states) for rank, (shard, states) in enumerate(ranks)]
+    assert len(joined(*shards)) == 1
+    crossed = [shards[0], shards[3]]
+    assert joined(*crossed) == [], "as many rows in both stages"
+
+
+def test_a_shared_point_joins_an_incomplete_step() -> None:
+    first, second = stages((0, 3), (2, 3)), stages((0, 3), (2, 3))
+    ranks = [first[0], second[0], first[1], second[1]]
+    shards = [(torch_shard(shard, rank, 4), states) for rank, (shard, states) in enumerate(ranks)]
+    (found,) = joined(shards[0], shards[2])
+    assert (found.num_points, found.num_shards) == (5, 2)
+    assert joined(shards[0], shards[3]) == [], "the shared points of two replicas differ"
+
+
+def test_a_stage_of_its_boundary_alone_adds_no_point() -> None:
+    (found,) = joined(*stages((0, 3), (2, 1)))
+    assert found.num_points == 3
+
+
+def test_observables_of_a_later_stage_are_those_of_its_own_transitions() -> None:
+    shards = stages((0, 3), (2, 3))
+    (found,) = joined(
+        (msgspec.structs.replace(shards[0][0], observables={"load": [1.0, 2.0]}), shards[0][1]),
+        (msgspec.structs.replace(shards[1][0], observables={"load": [3.0, 4.0]}), shards[1][1]),
+    )
+    assert found.observables == {"load": (1.0, 2.0, 3.0, 4.0)}
+
+
+def test_points_of_the_same_stage_must_agree_on_the_last_one() -> None:
+    bench = Bench()
+    bench.add(make_shard(0, num_senders=3, last_stage=True))
+    with pytest.raises(ProtocolError) as caught:
+        bench.add(make_shard(1, num_senders=3, points=4, last_stage=True))
+    assert caught.value.reason == "inconsistent"
+    bench.add(make_shard(2, num_senders=3, points=4, first_point=2))  # another stage has a length of its own
+
+
+def test_a_shard_from_a_view_of_memory_is_compared_by_its_values() -> None:
+    """Blocks that are not contiguous, as slices of a larger tensor are."""
+    first, second = stages((0, 3), (2, 3))
+    wide = torch.zeros(2, 2 * WIDTH)
+    wide[:, ::2] = second[1][0]
+    second[1][0] = wide[:, ::2]
+    assert len(joined(first, second)) == 1
+
+
+def test_losses_beyond_all_sums_have_a_mean() -> None:
+    bench = Bench()
+    for rank in range(3):
+        found = bench.add(make_shard(rank, num_senders=3, loss=1.5e308))
+    assert found[0].training.loss == pytest.approx(1.5e308)
+
+
+def test_a_run_counts_from_zero() -> None:
+    """However a step closes: whole, in part, or for want of room."""
+    bench = Bench()
+    assert [found.step for step in range(4) for found in bench.add(make_shard(step=step))] == [0, 1, 2, 3]
+    bench = Bench()
+    for step in range(4):
+        bench.add(make_shard(0, num_senders=2, step=step))
+        assert [found.step for found in bench.assembler.flush()] == [step]
+    bench = Bench(max_bytes=10)
+    for step in range(4):
+        bench.add(make_shard(0, num_senders=2, step=step))
+    assert len(bench.drops) == 4
+
+
+def test_two_points_are_a_stack() -> None:
+    (found,) = joined(make_shard(points=2))
+    assert found.num_points == 2
+
+
+def test_a_shared_point_that_differs_in_one_replica_joins_nothing() -> None:
+    first, second = stages((0, 3), (2, 3)), stages((0, 3), (2, 3))
+    second[1][1][0] = second[1][1][0] + 1.0
+    ranks = [first[0], second[0], first[1], second[1]]
+    assert joined(*[(torch_shard(shard, rank, 4), states) for rank, (shard, states) in enumerate(ranks)]) == []

@@ -6,9 +6,11 @@ import json
 import math
 import os
 import random
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from koopmon.errors import CalibrationError
@@ -187,3 +189,174 @@ def test_a_rate_above_the_highest_of_the_fit_is_not_covered() -> None:
     rate = calibrator.max_learning_rate(large, 0.999)
     assert rate is not None
     assert rate <= highest / (4096 * 32) * (1 + 1e-9)
+
+
+# The model by hand: log-odds 2 + 3 (log10(effective rate) + 1) / 0.5 - 4 (strength - 0.25) / 0.2
+
+
+BY_HAND = Calibrator(
+    adapter="transformer",
+    weights=(3.0, -4.0),
+    intercept=2.0,
+    means=(-1.0, 0.25),
+    scales=(0.5, 0.2),
+    highest_effective_rate=30.0,
+    num_runs=40,
+    num_diverged=20,
+)
+
+
+def effective(rate: float, *, exponent: float = 1.0, width: int = 1, num_layers: int = 1) -> Example:
+    """A run of that learning rate; as wide and deep as told, and else its effective rate is the learning rate."""
+    return Example(update_exponent=exponent, learning_rate=rate, width=width, num_layers=num_layers)
+
+
+@pytest.mark.parametrize(("exponent", "strength"), [(0.0, 1.0), (0.3, 0.5), (1.0, 0.0)])
+@pytest.mark.parametrize("rate", [1e-5, 1e-2, 0.9, 29.0])
+def test_log_odds_are_linear_in_the_standardised_features(rate: float, exponent: float, strength: float) -> None:
+    expected = 2.0 + 3.0 * (math.log10(rate) + 1.0) / 0.5 - 4.0 * (strength - 0.25) / 0.2
+    example = effective(rate, exponent=exponent)
+    assert BY_HAND.logit(example) == pytest.approx(expected)
+    assert BY_HAND.probability(example) == pytest.approx(1 / (1 + math.exp(-expected)), rel=1e-9)
+
+
+@pytest.mark.parametrize("logit", [-1e4, -36.0, -30.0, 0.0, 30.0, 36.0, 1e4])
+def test_a_probability_is_never_certain(logit: float) -> None:
+    """It is the logistic function wherever float64 holds the result apart from 1, and its last such value beyond."""
+    flat = msgspec.structs.replace(BY_HAND, weights=(0.0, 0.0), intercept=logit)
+    found = flat.probability(effective(1.0))
+    assert 0.0 < found < 1.0
+    bounded = min(max(logit, -36.0), 36.0)
+    assert found == pytest.approx(1 / (1 + math.exp(-bounded)), rel=1e-12)
+    assert 1.0 - found == pytest.approx(1 / (1 + math.exp(bounded)), rel=0.1, abs=1e-16 if logit > 0 else 0)
+
+
+def test_the_highest_rate_of_the_fit_is_covered() -> None:
+    assert BY_HAND.covers(effective(30.0))
+    assert BY_HAND.covers(effective(1.0, width=6, num_layers=5))
+    assert not BY_HAND.covers(effective(1.0, width=31))
+    assert not BY_HAND.covers(effective(1.0, num_layers=31))
+
+
+@pytest.mark.parametrize("probability", [-0.5, 0.0, 1.0, 1.5, math.nan])
+def test_a_probability_out_of_bounds_is_refused(probability: float) -> None:
+    with pytest.raises(CalibrationError, match="between 0 and 1"):
+        BY_HAND.max_learning_rate(effective(1.0), probability)
+
+
+def test_the_highest_rate_stays_in_its_bounds() -> None:
+    """At most 1 and the highest effective rate of the fit; none where it would lie below the lowest rate."""
+    assert BY_HAND.max_learning_rate(effective(1.0), 1 - 1e-12) == pytest.approx(1.0)
+    assert BY_HAND.max_learning_rate(effective(1.0, width=20, num_layers=30), 1 - 1e-12) == pytest.approx(30 / 600)
+    safe = msgspec.structs.replace(BY_HAND, intercept=-1e3)
+    assert safe.max_learning_rate(effective(1.0, width=20, num_layers=30), 0.5) == pytest.approx(30 / 600)
+    lost = msgspec.structs.replace(BY_HAND, intercept=1e3)
+    assert lost.max_learning_rate(effective(1.0), 0.5) is None
+    edge = msgspec.structs.replace(BY_HAND, weights=(1.0, 0.0), means=(0.0, 0.0), scales=(1.0, 1.0), intercept=7.0)
+    assert edge.max_learning_rate(effective(1.0), 0.5) == pytest.approx(1e-7), "the lowest rate itself is in bounds"
+    steep = msgspec.structs.replace(edge, weights=(0.5, 0.0), intercept=1.0)
+    assert steep.max_learning_rate(effective(1.0), 0.5) == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize(("intercept", "rate"), [(-1.0, 1.0), (0.0, 1.0), (1.0, None)])
+def test_without_an_influence_of_the_rate_all_rates_or_none_will_do(intercept: float, rate: float | None) -> None:
+    flat = msgspec.structs.replace(BY_HAND, weights=(0.0, 0.0), intercept=intercept)
+    assert flat.max_learning_rate(effective(1.0), 0.5) == rate
+    large = flat.max_learning_rate(effective(1.0, width=20, num_layers=30), 0.5)
+    assert large == (None if rate is None else pytest.approx(30 / 600))
+
+
+# The fit against its definition
+
+
+def gradient(calibrator: Calibrator, examples: list[Example]) -> list[float]:
+    """Of the penalised negative log-likelihood, in the weights and the intercept."""
+    rows = [
+        [
+            *((v - m) / s for v, m, s in zip(e.features(), calibrator.means, calibrator.scales, strict=True)),
+            1.0,
+        ]
+        for e in examples
+    ]
+    errors = [calibrator.probability(e) - e.diverged for e in examples]
+    penalties = [*(PENALTY * w for w in calibrator.weights), 0.0]
+    return [sum(x[i] * d for x, d in zip(rows, errors, strict=True)) + penalties[i] for i in range(3)]
+
+
+@pytest.mark.parametrize("slope", [2.0, 50.0, 1e4])
+def test_no_weight_can_be_improved(slope: float) -> None:
+    """Also where the runs are separable, so that full Newton steps overshoot."""
+    examples = sweep(100, slope=slope)
+    calibrator = fit(examples)
+    assert max(map(abs, gradient(calibrator, examples))) < 1e-6
+    mean = sum(map(calibrator.probability, examples)) / len(examples)
+    assert mean == pytest.approx(sum(e.diverged for e in examples) / len(examples), abs=1e-8)
+
+
+def test_features_are_standardised_over_the_runs() -> None:
+    examples = sweep()
+    calibrator = fit(examples)
+    columns = list(zip(*(e.features() for e in examples), strict=True))
+    assert calibrator.means == pytest.approx([statistics.fmean(column) for column in columns])
+    assert calibrator.scales == pytest.approx([statistics.stdev(column) for column in columns])
+    assert calibrator.highest_effective_rate == max(e.effective_rate for e in examples)
+    assert (calibrator.num_runs, calibrator.num_diverged) == (300, sum(e.diverged for e in examples))
+
+
+def test_a_feature_that_is_constant_has_no_weight_and_scale_one() -> None:
+    examples = [replace(e, update_exponent=0.3) for e in sweep()]
+    calibrator = fit(examples)
+    assert calibrator.scales[1] == 1.0
+    assert calibrator.weights[1] == pytest.approx(0.0, abs=1e-9)
+    assert calibrator.weights[0] > 0
+
+
+def test_a_weak_influence_of_the_rate_is_kept_and_a_weak_contrary_one_dropped() -> None:
+    """40 runs, of which those of the upper half diverge a little more often, or a little less."""
+    weak = [
+        replace(
+            effective(10 ** (index / 40 - 3), exponent=(index % 7) / 7),
+            diverged=(index * 7) % 10 < (6 if index >= 20 else 4),
+        )
+        for index in range(40)
+    ]
+    contrary = [replace(e, diverged=not e.diverged) for e in weak]
+    assert 0.0 < fit(weak).weights[0] < 1.0
+    dropped = fit(contrary)
+    assert dropped.weights[0] == 0.0
+    assert gradient(dropped, contrary)[1:] == pytest.approx([0.0, 0.0], abs=1e-6), "the rest is still fitted"
+
+
+def test_twenty_runs_are_enough() -> None:
+    assert fit(sweep(20)).num_runs == 20
+    with pytest.raises(CalibrationError, match="19 runs"):
+        fit(sweep(19))
+
+
+# Held-out runs and the reliability diagram
+
+
+def test_runs_of_two_sizes_form_two_groups_and_runs_of_one_size_ten() -> None:
+    examples = [replace(e, width=64 if index % 3 else 128) for index, e in enumerate(sweep(90, slope=3.0))]
+    assert held_out(examples) == held_out(examples, [e.width for e in examples])
+    deeper = [replace(e, width=64, num_layers=4 if index % 3 else 8) for index, e in enumerate(examples)]
+    assert held_out(deeper) == held_out(deeper, [e.num_layers for e in deeper])
+    alone = [replace(e, width=64) for e in examples]
+    assert held_out(alone) == held_out(alone, [index % 10 for index in range(len(alone))])
+
+
+def test_the_diagram_has_ten_bins() -> None:
+    probabilities = [0.05 + 0.1 * index for index in range(10)]
+    assert reliability([True] * 10, probabilities) == [(pytest.approx(p), 1.0, 1) for p in probabilities]
+
+
+def test_a_fit_on_which_full_steps_run_away_converges() -> None:
+    """Rates of heavy tails and a few normalised models, which never diverge."""
+    draw, examples = random.Random(8162), []
+    for _ in range(400):
+        log_rate = min(max(math.tan(math.pi * (draw.random() - 0.5)), -30.0), 29.0)
+        normalised = draw.random() < 0.02
+        logit = min(max(20 * log_rate - 40 * normalised + 3, -50.0), 50.0)
+        diverged = draw.random() < 1 / (1 + math.exp(-logit))
+        examples.append(replace(effective(10.0**log_rate, exponent=1.0 - normalised), diverged=diverged))
+    assert max(map(abs, gradient(fit(examples), examples))) < 1e-6

@@ -1,5 +1,7 @@
 """Initial score and its degenerate case, on profiles of states with a known spectrum."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -42,3 +44,30 @@ def test_an_identity_has_the_level_unknown() -> None:
     assert not risk.informative
     assert risk.level == "unknown"
     assert risk.score is None
+
+
+def with_layers(**fields: float) -> SpectralProfile:
+    """A profile whose layers all have these figures."""
+    found = chain(diagonal([0.2, 0.3, 0.4, 0.5]))
+    return replace(found, layers=tuple(replace(layer, **fields) for layer in found.layers))
+
+
+@pytest.mark.parametrize(
+    ("mass", "kappa", "level"),
+    [
+        (0.3, 1.0, "moderate"),
+        (0.2999, 1.0, "low"),
+        (0.5, 1.0, "moderate"),
+        (0.5001, 1.0, "high"),
+        (0.1, 1e4, "low"),
+        (0.1, 1.0001e4, "high"),
+    ],
+)
+def test_a_figure_at_a_threshold_is_not_beyond_it(mass: float, kappa: float, level: str) -> None:
+    assert initial_risk(with_layers(near_unit_mass=mass, eigenvector_condition_number=kappa)).level == level
+
+
+def test_the_exponent_from_the_structure_goes_before_that_of_the_states() -> None:
+    profile = chain(diagonal([0.2, 0.3, 0.4, 0.5]))
+    assert initial_risk(profile).update_exponent == profile.update_exponent
+    assert initial_risk(profile, known_exponent=0.0).update_exponent == 0.0

@@ -45,9 +45,24 @@ def test_a_non_finite_loss_has_the_largest_value_and_is_not_stored() -> None:
 
 
 @given(st.lists(st.none() | st.floats(), max_size=60))
-def test_value_is_finite_and_bounded_for_any_losses(losses: list[float | None]) -> None:
-    score = follow(losses)
-    assert math.isfinite(score.value)
-    assert score.value <= LARGEST
-    assert len(score.losses) <= WINDOW
-    assert all(math.isfinite(loss) for loss in score.losses)
+def test_it_is_finite_and_bounded_whatever_comes(losses: list[float | None]) -> None:
+    surprise = follow(losses)
+    assert math.isfinite(surprise.value)
+    assert surprise.value <= LARGEST
+    assert len(surprise.losses) <= WINDOW
+    assert all(math.isfinite(loss) for loss in surprise.losses)
+
+
+@pytest.mark.parametrize("loss", [1e30, -1e30, 1e300])
+def test_a_loss_whose_square_is_not_finite_counts_as_not_finite(loss: float) -> None:
+    calm = follow([3.0, 2.9, 3.1, 2.8, 3.0, 2.9])
+    assert calm.after(loss).value == LARGEST
+    assert calm.after(loss).losses == calm.losses
+    assert calm.after(0.999e30).losses[-1] == 0.999e30
+
+
+def test_a_loss_near_zero_has_a_least_deviation() -> None:
+    """1e-12, so the noise of a loss that has vanished is no news."""
+    vanished = follow([0.0, 1e-300] * 4)
+    assert vanished.after(5e-13).value == pytest.approx(0.5)
+    assert vanished.after(1.0).value == LARGEST

@@ -1,6 +1,8 @@
 """Online detector: smooth growth scores low, jumping layers score high, and the bounds hold for any input."""
 
 import math
+import random
+import statistics
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +12,25 @@ from hypothesis import strategies as st
 
 from koopmon.config import RiskConfig
 from koopmon.risk.loss_zscore import MIN_LOSSES
-from koopmon.risk.online_detector import LOSS_FLOOR, Observation, OnlineRisk, RiskState, assess, prior, rate_excess
+from koopmon.risk.online_detector import (
+    LOSS_FLOOR,
+    Observation,
+    OnlineRisk,
+    RiskState,
+    assess,
+    foresight,
+    prior,
+    rate_excess,
+    weighed,
+)
+from koopmon.wire.messages import TrainingStep
+from tests.factories import observation
 
 CONFIG = RiskConfig()
 
 
 def seen(step: int, ratios: tuple[float, ...], exponent: float = 1.0, **fields: Any) -> Observation:
-    return Observation(step=step, informative=True, update_ratios=ratios, update_exponent=exponent, **fields)
+    return observation(step, update_ratios=ratios, update_exponent=exponent, **fields)
 
 
 def follow(series: list[tuple[int, tuple[float, ...]]], exponent: float = 1.0, **fields: Any) -> list[OnlineRisk]:
@@ -51,7 +65,7 @@ def test_many_small_jumps_are_an_alarm_until_a_back_off() -> None:
     state = RiskState()
     for step, ratios in jumps:
         state, _ = assess(state, seen(step, ratios), CONFIG)
-    state, after = assess(state, replace(seen(60, (3.2,)), lr_scale=0.5), CONFIG)
+    state, after = assess(state, seen(60, (3.2,), lr_scale=0.5), CONFIG)
     assert after.value < 0.5
     assert state.restlessness < 0.1
 
@@ -64,10 +78,8 @@ def log_odds(probability: float) -> float:
 
 
 def at_rate(rate: float | None, exponent: float | None = 1.0, **fields: Any) -> Observation:
-    """Observe a learning rate in a model of width 10 with 4 layers."""
-    return Observation(
-        step=0, informative=True, learning_rate=rate, width=10, num_layers=4, update_exponent=exponent, **fields
-    )
+    """A rate of a model of width 10 and 4 layers."""
+    return observation(0, learning_rate=rate, width=10, num_layers=4, update_exponent=exponent, **fields)
 
 
 @pytest.mark.parametrize(
@@ -85,10 +97,10 @@ def test_the_prior_rises_with_the_rate_within_its_bounds(exponent: float | None,
 
 
 @pytest.mark.parametrize("fields", [{"learning_rate": None}, {"width": None}, {"width": 0}])
-def test_an_unknown_rate_has_prior_zero(fields: dict[str, Any]) -> None:
-    observation = replace(at_rate(1.0), **fields)
-    assert prior(observation, CONFIG) == 0.0
-    assert rate_excess(observation, CONFIG) is None
+def test_an_unknown_rate_says_nothing(fields: dict[str, Any]) -> None:
+    case = observation(0, **{"learning_rate": 1.0, "width": 10, "num_layers": 4, "update_exponent": 1.0, **fields})
+    assert prior(case, CONFIG) == 0.0
+    assert rate_excess(case, CONFIG) is None
 
 
 def test_excess_uses_the_scheduled_rate() -> None:
@@ -227,13 +239,15 @@ def test_a_sparse_cadence_does_not_hide_an_oscillation() -> None:
 
 def test_non_finite_states_have_risk_one_and_keep_the_history() -> None:
     state, _ = assess(RiskState(), seen(0, (0.1,)), CONFIG)
-    after, risk = assess(state, Observation(step=1, informative=False, non_finite=True), CONFIG)
+    after, risk = assess(state, Observation(training=TrainingStep(step=1), informative=False, non_finite=True), CONFIG)
     assert risk.value == 1.0
     assert after == state
 
 
-def test_an_identity_initialisation_has_risk_zero() -> None:
-    still = Observation(step=3, informative=False, reason="layers do not move", update_ratios=(0.0,))
+def test_an_identity_initialisation_is_no_risk() -> None:
+    still = Observation(
+        training=TrainingStep(step=3), informative=False, reason="layers do not move", update_ratios=(0.0,)
+    )
     state, risk = assess(RiskState(), still, CONFIG)
     assert risk.value == 0.0
     assert "layers do not move" in risk.reason
@@ -262,4 +276,126 @@ def test_the_risk_is_always_a_probability(ratios: list[tuple[float, float]], sha
 
 def test_observations_are_frozen_copies() -> None:
     first = seen(0, (0.1,))
-    assert replace(first, step=1) != first
+    assert replace(first, informative=False) != first
+
+
+def test_the_excess_is_one_at_the_critical_rate_of_the_configuration() -> None:
+    config = RiskConfig(critical_rate=3.0, normalized_critical_rate=0.7)
+    assert rate_excess(at_rate(3.0 / 40), config) == pytest.approx(1.0)
+    assert rate_excess(at_rate(0.7 / 10, 0.0), config) == pytest.approx(1.0)
+    flat = replace(at_rate(0.6), num_layers=0)
+    assert rate_excess(flat, config) == pytest.approx(0.6 * 10 / 3.0), "a model of unknown depth has one layer"
+    _, risk = assess(RiskState(), replace(at_rate(0.6), update_ratios=(1.0,)), config)
+    assert risk.excess_rate == rate_excess(at_rate(0.6), config)
+    assert rate_excess(at_rate(math.nan), config) is None
+
+
+@pytest.mark.parametrize(
+    ("log_odds", "exponent", "expected"),
+    [
+        (-5.0, 1.0, -5.0),
+        (5.0, 1.0, 5.0),
+        (-5.0, 0.0, -2.0),
+        (5.0, 0.0, 2.0),
+        (1.5, 0.0, 1.5),
+        (-1.5, 0.0, -1.5),
+        (5.0, 0.3, 3.5),
+        (-5.0, 0.3, -3.5),
+        (5.0, None, 5.0),
+    ],
+)
+def test_the_prior_counts_within_its_weight_behind_normalisation(
+    log_odds: float, exponent: float | None, expected: float
+) -> None:
+    config = RiskConfig(normalized_weight=2.0)
+    assert weighed(log_odds, at_rate(1.0, exponent), config) == pytest.approx(expected)
+
+
+def test_states_that_are_not_finite_have_the_highest_forecast() -> None:
+    _, risk = assess(RiskState(), observation(step=1, informative=False, non_finite=True), CONFIG)
+    assert (risk.value, risk.forecast) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.25, 0.33, 1.0])
+def test_normalised_layers_are_compared_by_the_median_of_three_snapshots(exponent: float) -> None:
+    """Of each layer by itself; with fewer snapshots, and for the other layers, by the snapshot."""
+    draw = random.Random(0)
+    series = [(draw.uniform(0, 3), draw.uniform(0, 3), draw.uniform(0, 3)) for _ in range(8)]
+    state = RiskState()
+    for step, ratios in enumerate(series):
+        state, _ = assess(state, seen(step, ratios, exponent), CONFIG)
+        last = series[max(0, step - 2) : step + 1]
+        plain = exponent > 0.3 or len(last) < 3
+        expected = ratios if plain else [statistics.median(column) for column in zip(*last, strict=True)]
+        assert state.z == pytest.approx([math.log(u + CONFIG.update_ratio_floor) for u in expected])
+        assert len(state.recent) == min(step + 1, 2)
+
+
+@pytest.mark.parametrize("again", [seen(7, (0.4, 0.5)), seen(9, (0.4, 0.5)), seen(20, (0.4, 0.5, 0.6))])
+@pytest.mark.parametrize("exponent", [0.0, 1.0])
+def test_a_fresh_start_forgets_what_was_measured_of_the_layers(again: Observation, exponent: float) -> None:
+    """All but the losses and the expansive mass at the start of the run."""
+    state = RiskState()
+    for step in range(10):
+        ratios = (0.5 if step % 2 else 4.0, 0.6)
+        state, _ = assess(state, seen(step, ratios, lr_scale=0.5, expansive_mass=0.1, loss=3.0 + step), CONFIG)
+    assert state.restlessness > 0
+    again = replace(again, update_exponent=exponent)
+    after, risk = assess(state, again, CONFIG)
+    new, _ = assess(replace(RiskState(), initial_expansive_mass=0.1, surprise=state.surprise), again, CONFIG)
+    assert after == new
+    assert (after.speed, after.restlessness, after.lr_scale, len(after.recent)) == ((), 0.0, 1.0, 1)
+    assert risk.value == 0.0
+
+
+def test_a_cut_starts_the_slow_mean_again_once() -> None:
+    """At the snapshot at which the scale is lower, and not at the ones after it or at a rise."""
+    slow = CONFIG.restlessness_smoothing
+    state, expected = RiskState(), 0.0
+    for step, scale in enumerate((1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.75, 0.75, 0.6, 0.6)):
+        before = state
+        state, risk = assess(state, seen(2 * step, (1.0 if step % 2 else 1.3,), lr_scale=scale), CONFIG)
+        assert state.lr_scale == scale
+        if step == 0:
+            continue
+        peak = risk.components["peak"]
+        assert 0 < peak < 1
+        expected = slow * peak + (0.0 if scale < before.lr_scale else (1 - slow) * expected)
+        assert state.restlessness == pytest.approx(expected)
+
+
+def test_a_small_unsteadiness_has_a_small_risk() -> None:
+    for height in (1.01, 1.1, 1.3, 1.6):
+        risk = follow([(0, (1.0,)), (2, (height,))])[-1]
+        v = risk.components["unsteadiness"]
+        assert v > 0
+        assert risk.value == pytest.approx(v**4 / (1 + v**4))
+
+
+def test_unknown_modes_count_as_reliable() -> None:
+    found = []
+    for weight in (0.0, 0.7):
+        state = RiskState()
+        for step, ratios in LURCH:
+            state, risk = assess(state, seen(step, ratios), RiskConfig(reliability_weight=weight))
+        found.append(risk.components["unsteadiness"])
+    assert found[0] == found[1] > 0
+
+
+def test_an_update_ratio_below_zero_counts_as_zero() -> None:
+    """Which only a forged snapshot has."""
+    forged, zero = (assess(RiskState(), seen(0, (ratio, 1.0)), CONFIG) for ratio in (-1e9, 0.0))
+    assert forged == zero
+
+
+@pytest.mark.parametrize("growth", [-10.0, 0.0, 3.0, 10.0])
+@pytest.mark.parametrize("known", [-20.0, 0.0, 2.0, 20.0])
+def test_the_forecast_is_the_logistic_function_of_prior_and_growth(known: float, growth: float) -> None:
+    found = foresight({"prior": known, "growth": growth})
+    assert found == pytest.approx(1 / (1 + math.exp(-known - growth)), rel=1e-12)
+    assert 1 - found == pytest.approx(1 / (1 + math.exp(known + growth)), rel=1e-12, abs=2e-16)
+
+
+@pytest.mark.parametrize("growth", [-1e9, 1e9])
+def test_a_forecast_is_a_probability_whatever_grows(growth: float) -> None:
+    assert foresight({"prior": 0.0, "growth": growth}) == pytest.approx(float(growth > 0), abs=1e-12)

@@ -66,7 +66,7 @@ def test_a_monitor_answers_with_its_versions_its_clock_and_its_data_endpoint(tmp
 def test_nobody_listens(endpoint: str) -> None:
     found = probe(endpoint, PLAIN, timeout_seconds=0.5)
     assert (found.reply, found.reached, found.shook_hands) == (None, False, False)
-    assert reaches_data(endpoint, endpoint, PLAIN, timeout_seconds=0.3) == "nobody listens there"
+    assert reaches_data(endpoint, endpoint, PLAIN, timeout_seconds=0.3) == "no server there"
 
 
 def test_a_server_of_pages_is_no_monitor() -> None:

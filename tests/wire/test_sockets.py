@@ -21,7 +21,7 @@ import torch
 from koopmon.errors import EndpointError, ProtocolError
 from koopmon.wire.buffer_pool import BufferPool
 from koopmon.wire.codec import WireLimits, decode_for_agent, decode_for_monitor, decode_shard, encode
-from koopmon.wire.messages import Goodbye, HeartbeatReply, Shard
+from koopmon.wire.messages import Goodbye, HeartbeatReply, Shard, TrainingStep
 from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, Wakeup, WireContext
 
 WHO: dict[str, Any] = {"run": "job", "incarnation": "00c0ffee"}
@@ -37,7 +37,7 @@ def shard(step: int, states: torch.Tensor) -> Shard:
     num_points, num_samples, width = states.shape
     dtype: Any = str(states.dtype).removeprefix("torch.")
     return Shard(
-        **WHO, process_rank=0, num_senders=1, step=step, first_point=0, num_points=num_points,
+        **WHO, process_rank=0, num_senders=1, training=TrainingStep(step=step), first_point=0, num_points=num_points,
         num_samples=num_samples, width=width, dtype=dtype,
     )  # fmt: skip
 
@@ -78,8 +78,6 @@ def test_a_shard_arrives_bit_for_bit(data: tuple[DataSender, DataReceiver], dtyp
     assert received.header.step == 5
     assert torch.equal(received.states(), states)
     assert torch.equal(torch.stack(received.points()), states)
-    assert sender.messages_sent == 1
-    assert sender.bytes_sent == len(frames[0]) + states.nbytes
     assert receiver.recv() is None
 
 
@@ -128,7 +126,6 @@ def test_without_a_monitor_a_send_is_a_drop_and_nothing_queues(
         assert slot is not None, "a drop frees its slot at once"
         states = slot.tensor((1, 512, 512), torch.float32)
         assert sender.send(encode(shard(step, states), states), slot) == "monitor_away"
-    assert sender.messages_sent == 0
     receiver = DataReceiver(far, address)
     until(lambda: sender.connected)
     until(lambda: sender.send(encode(shard(99, states), states)) is None)
@@ -286,13 +283,10 @@ def test_messages_pass_both_ways(control: tuple[ControlClient, ControlServer]) -
     answer = client.recv()
     assert answer is not None
     assert decode_for_agent(answer, limits=client.limits) == REPLY
-    assert client.bytes_sent == len(encode(goodbye(3))[0])
-    assert server.messages_sent == 1
 
 
 def test_an_unknown_peer_is_told_not_silently_dropped(control: tuple[ControlClient, ControlServer]) -> None:
     assert control[1].send(b"nobody", encode(REPLY)) is False
-    assert control[1].messages_sent == 0
 
 
 def test_a_peer_that_left_is_told(control: tuple[ControlClient, ControlServer], until: Until) -> None:

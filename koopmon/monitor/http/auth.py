@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from koopmon.config import HttpConfig
 from koopmon.errors import ConfigError
-from koopmon.secret_files import check_private, read_secret
+from koopmon.files import check_private, read_secret
 
 TOKEN_VARIABLE = "KOOPMON_HTTP_TOKEN"  # noqa: S105 - the name of a variable
 PASSWORD_VARIABLE = "KOOPMON_HTTP_PASSWORD"  # noqa: S105

@@ -1,135 +1,88 @@
-"""Limits on HTTP connections: header size, lifetime, count.
+"""Limits that uvicorn lacks: number of connections, unread event streams, errors in a page.
 
-No limit depends on the cooperation of the peer. Above the maximum number of connections the oldest is closed: a normal
-request takes milliseconds, so the oldest is probably a slow peer. Rejected requests are counted, and their log lines
-are rate-limited.
+Above the maximum number of connections the oldest is closed: a normal request takes milliseconds, so the oldest is
+probably a slow peer. There is no other limit on the time that a peer takes for its request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
-MAX_HEAD_BYTES = 16 << 10
-LIFE_SECONDS = 30.0
-"""Maximum lifetime of a connection. A scraper gives up on a longer scrape."""
 STREAM_SECONDS = 3600.0
-"""Maximum lifetime of an event stream. Streams are few, and their readers reconnect."""
+"""Maximum duration of a response. Only event streams last, and their readers reconnect."""
 STALL_SECONDS = 30.0
-"""Maximum time for which a stream's reader may accept no data while STREAM_BYTES wait."""
-STREAM_BYTES = 16 << 10
+"""Maximum time for which the reader of an event stream may accept no data."""
 EVENTS = b"text/event-stream"
-Note = Callable[[str, str], None]
+Note = Callable[..., None]
 
 
-def protocol(max_connections: int, note: Note) -> type[H11Protocol]:
-    """Return uvicorn's HTTP protocol class with limits.
+class Connections:
+    """Factory of uvicorn's connections, and ASGI application around `pages`.
 
-    `note(reason, detail)` is called for every connection that was refused or closed.
+    `note(reason, detail)` is called for each connection or request that was refused or ended.
     """
 
-    class Bounded(H11Protocol):
-        _end: asyncio.TimerHandle | None = None
-        _stall: asyncio.TimerHandle | None = None
-        _streaming = False
+    def __init__(self, pages: ASGIApp, most: int, note: Note) -> None:
+        self._pages, self._most, self._note = pages, most, note
+        self._streaming: WeakKeyDictionary[H11Protocol, bool] = WeakKeyDictionary()  # oldest connection first
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._end = self.loop.call_later(LIFE_SECONDS, self._too_slow)
-            self.app = self._watched(self.app)
-            open_now = self.server_state.connections
-            if len(open_now) > max_connections:
-                note("http_connections", f"more than {max_connections} connections: the oldest is cut")
-                oldest = min((other for other in open_now if isinstance(other, Bounded)), key=Bounded._ends_at)
-                oldest.transport.abort()
-                oldest.server_state.connections.discard(oldest)
+    def accept(self, server_state: ServerState, app_state: dict[str, Any], **parts: Any) -> H11Protocol:
+        """Return uvicorn's protocol for a new connection. Close the oldest one without a stream if it is one too many.
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            for timer in (self._end, self._stall):
-                if timer is not None:
-                    timer.cancel()
-            super().connection_lost(exc)
+        uvicorn copies `app_state` into the scope of each request.
+        """
+        opened = server_state.connections
+        closable = [each for each, streaming in self._streaming.items() if each in opened and not streaming]
+        for oldest in closable[: max(0, len(opened) - self._most + 1)]:
+            self._note("http_connections", f"more than {self._most} connections: the oldest is cut")
+            oldest.transport.abort()
+            opened.discard(oldest)
+        state = dict(app_state)
+        protocol = H11Protocol(server_state=server_state, app_state=state, **parts)
+        state["connection"] = ref(protocol)
+        self._streaming[protocol] = False
+        return protocol
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            if self._streaming:
-                self._stall = self.loop.call_later(STALL_SECONDS, self._stalled)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request. An error in a page or in a request ends only that request."""
+        connection = scope["state"]["connection"]()
 
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            if self._stall is not None:
-                self._stall.cancel()
-                self._stall = None
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start" and _is_stream(message):
+                self._streaming[connection] = True
+            async with asyncio.timeout(STALL_SECONDS if self._streaming[connection] else None):
+                await send(message)
 
-        def send_400_response(self, msg: str) -> None:
-            note("http_garbage", "not HTTP, or a head that is too long")
-            super().send_400_response(msg)
+        try:
+            async with asyncio.timeout(STREAM_SECONDS) as whole:
+                await self._pages(scope, receive, watched)
+        except TimeoutError:
+            if not whole.expired():
+                self._note("http_slow", f"the reader of a stream took nothing for {STALL_SECONDS:g} s: cut")
+                connection.transport.abort()
+        except h11.LocalProtocolError:
+            self._note("http_garbage", "the rest of a request was not HTTP")
+        except Exception as error:
+            self._note("internal", f"page {scope.get('path')!r}: {type(error).__name__}: {error}", cause=error)
+        finally:
+            self._streaming[connection] = False
 
-        def _too_slow(self) -> None:
-            note("http_slow", f"a connection lived for {LIFE_SECONDS:g} s: cut")
-            self.transport.abort()
-
-        def _watched(self, pages: ASGIApp) -> ASGIApp:
-            """Extend the lifetime only for our own event-stream responses: no request can extend it."""
-
-            async def watched(scope: Scope, receive: Receive, send: Send) -> None:
-                async def watching(message: Message) -> None:
-                    if message["type"] == "http.response.start" and _is_stream(message):
-                        self._lift()
-                    await send(message)
-
-                await pages(scope, receive, watching)
-
-            return watched
-
-        def _lift(self) -> None:
-            self._streaming = True
-            self.transport.set_write_buffer_limits(STREAM_BYTES)
-            if self._end is not None:
-                self._end.cancel()
-            self._end = self.loop.call_later(STREAM_SECONDS, self.transport.abort)
-
-        def _stalled(self) -> None:
-            note("http_slow", f"the reader of a stream took nothing for {STALL_SECONDS:g} s: cut")
-            self.transport.abort()
-
-        def _ends_at(self) -> float:
-            return float("inf") if self._end is None else self._end.when()
-
-    return Bounded
+    def filter_log(self, record: logging.LogRecord) -> bool:
+        """Count a warning of uvicorn, its only report of a malformed request. Drop the line: `note` writes one."""
+        if record.levelno == logging.WARNING:
+            self._note("http_garbage", record.getMessage())
+        return False
 
 
 def _is_stream(start: Message) -> bool:
     headers = start.get("headers", ())
     return any(name.lower() == b"content-type" and value.startswith(EVENTS) for name, value in headers)
-
-
-class ErrorBoundary:
-    """ASGI middleware: an error in a page or in a request ends only that request."""
-
-    def __init__(self, pages: ASGIApp, note: Callable[..., None]) -> None:
-        self._pages = pages
-        self._note = note
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self._pages(scope, receive, send)
-        except h11.LocalProtocolError:
-            self._note("http_garbage", "the rest of a request was not HTTP")
-        except Exception as error:
-            self._note("internal", f"page {scope.get('path')!r}: {type(error).__name__}: {error}", cause=error)
-
-
-def options(max_connections: int, note: Note) -> dict[str, Any]:
-    """Return the limits as options for uvicorn.Config."""
-    return {
-        "http": protocol(max_connections, note),
-        "h11_max_incomplete_event_size": MAX_HEAD_BYTES,
-        # uvicorn would log a line for every malformed request; `note` rate-limits these lines.
-        "log_level": "critical",
-    }

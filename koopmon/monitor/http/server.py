@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import gzip
 import ipaddress
+import logging
+import os
 import re
 import socket
 import ssl
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
 
 import uvicorn
 from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder, gzip_accepted
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from koopmon.config import PolicyConfig
 from koopmon.errors import EndpointError
-from koopmon.monitor.http import limits
-from koopmon.monitor.http.alerts_page import alerts_page
 from koopmon.monitor.http.auth import HttpAuth
 from koopmon.monitor.http.event_stream import EventStreams
+from koopmon.monitor.http.limits import Connections
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.routes import not_found, routes
-from koopmon.telemetry.exposition import Exposition
 
 STOP_SECONDS = 5.0
+MAX_HEAD_BYTES = 16 << 10
+UVICORN_LOG = logging.getLogger("uvicorn.error")
 
 
 def parse_address(address: str, *, exposed: bool = False) -> tuple[str, int]:
@@ -54,15 +60,14 @@ def parse_address(address: str, *, exposed: bool = False) -> tuple[str, int]:
 def listen(address: str, *, exposed: bool = False) -> socket.socket:
     """Open a listening socket at `HOST:PORT`. Raises EndpointError when the address is not allowed or in use."""
     host, port = parse_address(address, exposed=exposed)
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    ipv6 = ":" in host
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(128)
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ipv6 else socket.AF_INET, dualstack_ipv6=ipv6
+        )
     except OSError as error:
-        listener.close()
-        raise EndpointError(f"http {address!r}: {error.strerror}: choose another --http address") from None
-    return listener
+        why = os.strerror(error.errno or 0)
+        raise EndpointError(f"http {address!r}: {why}: choose another --http address") from None
 
 
 class WebServer:
@@ -97,10 +102,14 @@ class WebServer:
         live_state = live_state or LiveState()
         self._streams = EventStreams(live_state, min(max_streams, max_connections // 2))
         pages = _application(registry, checks, routes(live_state, self._streams, policy or PolicyConfig()))
+        connections = Connections(login.wrap(pages), max_connections, note)
         config = uvicorn.Config(
-            limits.ErrorBoundary(login.wrap(pages), note),
-            **limits.options(max_connections, note),
+            connections,
+            http=cast(Any, connections.accept),
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            backlog=max_connections,
             log_config=None,
+            log_level="warning",
             access_log=False,
             lifespan="off",
             ws="none",
@@ -110,9 +119,11 @@ class WebServer:
         config.load()
         config.ssl = tls
         self._server = uvicorn.Server(config)
+        self._filter_log = connections.filter_log
+        UVICORN_LOG.addFilter(self._filter_log)
         # Outside the main thread uvicorn installs no signal handlers.
         self._thread = threading.Thread(
-            target=self._server.run, kwargs={"sockets": [self._socket]}, name="koopmon-web", daemon=True
+            target=self._server.run, args=([self._socket],), name="koopmon-web", daemon=True
         )
         self._thread.start()
 
@@ -122,30 +133,28 @@ class WebServer:
         self._server.should_exit = True
         self._thread.join(STOP_SECONDS)
         self._socket.close()
+        UVICORN_LOG.removeFilter(self._filter_log)
 
 
 def _application(
     registry: CollectorRegistry, checks: Mapping[str, Callable[[], bool]], live: Sequence[BaseRoute]
 ) -> Starlette:
-    exposition = Exposition(registry)
-
     # Plain functions: starlette runs them in threads, so a scrape does not block a health check.
-    def alerts(_: Request) -> Response:
-        return HTMLResponse(alerts_page())
-
     def metrics(request: Request) -> Response:
-        body, content_type = exposition.render(request.headers.get("accept", ""))
-        return Response(body, media_type=content_type)
+        try:
+            encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        except (TypeError, ValueError):  # choose_encoder fails on some version parameters
+            encode, content_type = choose_encoder("")
+        body, headers = encode(registry), {"content-type": content_type, "vary": "accept-encoding"}
+        if gzip_accepted(request.headers.get("accept-encoding", "")):
+            body, headers["content-encoding"] = gzip.compress(body, compresslevel=1), "gzip"
+        return Response(body, headers=headers)
 
-    def check(name: str) -> Callable[[Request], Response]:
-        def answer(_: Request) -> Response:
-            fine = checks[name]()
-            return PlainTextResponse("ok\n" if fine else "not now\n", status_code=200 if fine else 503)
+    def health(check: Callable[[], bool], _: Request) -> Response:
+        return PlainTextResponse("ok\n") if check() else PlainTextResponse("not now\n", status_code=503)
 
-        return answer
-
-    health = [Route(f"/{name}", check(name)) for name in checks]
+    checked = [Route(f"/{name}", partial(health, check)) for name, check in checks.items()]
     return Starlette(
-        routes=[*live, Route("/alerts", alerts), Route("/metrics", metrics), *health],
+        routes=[*live, Route("/metrics", metrics), *checked],
         exception_handlers={404: not_found},
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import pytest
+from msgspec.structs import replace
 
-from koopmon.agent.comms.control_channel import HELLO_SECONDS, CommandResult, ControlChannel, RankInfo
+from koopmon.agent.comms.control_channel import HELLO_SECONDS, ControlChannel, RankInfo
+from koopmon.agent.control.actuator import CommandResult
 from koopmon.agent.rank_identity import Identity
 from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
@@ -254,3 +255,15 @@ def test_a_connection_that_cannot_be_replaced_stays_and_is_tried_again(
     ticks(link, 0.0, 3.0 * SILENCE)
     assert len(tried) == 2
     assert "stays as it is: no room for a socket" in caplog.text
+
+
+def test_a_monitor_that_refuses_is_left_alone_for_half_a_minute(link: ControlChannel, channel: Channel) -> None:
+    link.tick(0.0)
+    refused = encode(Refused(run=IDENTITY.run, incarnation=IDENTITY.incarnation, reason="full"))
+    link.receive([memoryview(frame) for frame in refused], 1.0)
+    assert not link.welcomed
+    for now in (2.0, 15.0, 30.9):
+        link.tick(now)
+    assert len(channel.hellos()) == 1
+    link.tick(31.0)
+    assert len(channel.hellos()) == 2

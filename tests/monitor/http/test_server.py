@@ -57,6 +57,15 @@ def test_metrics_in_either_format(client: httpx.Client) -> None:
     assert openmetrics.text.endswith("# EOF\n")
 
 
+def test_metrics_are_compressed_for_who_takes_it(client: httpx.Client) -> None:
+    packed = client.get("/metrics", headers={"accept-encoding": "gzip"})
+    plain = client.get("/metrics", headers={"accept-encoding": "identity"})
+    assert (packed.headers["content-encoding"], packed.headers["vary"]) == ("gzip", "accept-encoding")
+    assert "content-encoding" not in plain.headers
+    assert packed.text == plain.text
+    assert packed.num_bytes_downloaded < len(plain.content) / 2
+
+
 def test_the_index_links_to_the_pages(client: httpx.Client) -> None:
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html")
@@ -71,7 +80,7 @@ def test_alerts_has_the_runbook_of_each(client: httpx.Client) -> None:
     assert page.headers["content-type"].startswith("text/html")
     for alert in ALERTS:
         assert page.text.count(f'id="{alert.name}"') == 1
-        assert html.escape(alert.expr) in page.text
+        assert alert.expr in html.unescape(page.text)
     assert "<code>[policy] act_risk</code>" in page.text
     assert "{{" not in page.text
 

@@ -1,0 +1,139 @@
+"""Mutation run over the decision core, which `make mutants` starts.
+
+Each mutant is one small change of the code (`benchmarks.mutants.operators`); a mutant that no test of its group notices
+survives. The run passes when at least 90% of the mutants die and every survivor has a reason in `survivors.toml`.
+About an hour on 2 idle cores. `--sample 5` tries a few of each module, chosen by `--seed`; it passes when all of them
+die or have a reason.
+
+mutmut 3 leaves out properties, other decorated functions and code outside functions, which here are rules and bounds.
+cosmic-ray starts an interpreter, and so imports torch, for each mutant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+import tomllib
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # forks share no threads
+
+import hypothesis  # noqa: F401  # imported here and in no fork
+import msgspec  # noqa: F401
+import numpy  # noqa: F401
+import scipy.linalg  # noqa: F401
+import starlette  # noqa: F401
+import torch
+import zmq  # noqa: F401
+
+from benchmarks.mutants import page
+from benchmarks.mutants.operators import Mutant
+from benchmarks.mutants.workers import ROOT, SURVIVED, TIMEOUT, Source, Verdict, read_source, try_group
+from benchmarks.provenance import provenance
+
+RESULT = ROOT / "benchmarks" / "results" / "mutants.json"
+REASONS = Path(__file__).parent / "survivors.toml"
+PASSING_SHARE = 0.9
+
+GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("koopmon/policy.py",), ("tests/test_policy.py",)),
+    (("koopmon/risk/*.py",), ("tests/risk",)),
+    (("koopmon/spectral/*.py",), ("tests/spectral",)),
+    (("koopmon/monitor/run_controller.py",), ("tests/monitor/test_run_controller.py",)),
+    (("koopmon/monitor/assembler.py",), ("tests/monitor/test_assembler.py",)),
+    (("koopmon/monitor/registry.py",), ("tests/monitor/test_registry.py",)),
+    (("koopmon/agent/capture/schedule.py",), ("tests/agent/capture/test_schedule.py",)),
+    (("koopmon/agent/control/**/*.py",), ("tests/agent/control",)),
+)
+"""Modules of the decision core and the tests that are tried against them."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print a table, and keep the figures of a whole run; the exit status tells whether it passes."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mutants", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="PART", help="modules, by parts of their paths; default all")
+    parser.add_argument("--match", metavar="TEXT", help="mutants whose name contains this; nothing is kept")
+    parser.add_argument("--survivors", action="store_true", help="the survivors of the last run; nothing is kept")
+    parser.add_argument("--sample", type=int, metavar="N", help="N mutants of each module; nothing is kept")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes at a time")
+    chosen = parser.parse_args(arguments)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    reasons: dict[str, dict[str, str]] = tomllib.loads(REASONS.read_text(encoding="utf-8"))
+    kept: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))["modules"] if RESULT.exists() else {}
+    started = time.monotonic()
+    verdicts: list[Verdict] = []
+    for patterns, tests in GROUPS:
+        modules = [path.relative_to(ROOT).as_posix() for part in patterns for path in sorted(ROOT.glob(part))]
+        sources = [
+            replace(source, mutants=_pick(source, chosen, kept))
+            for module in modules
+            if not chosen.only or any(part in module for part in chosen.only)
+            for source in [read_source(module)]
+        ]
+        if not any(source.mutants for source in sources):
+            continue
+        verdicts += try_group(sources, tests, chosen.jobs)
+        if not (chosen.match or chosen.survivors or chosen.sample):
+            _keep(_figures(verdicts, reasons), kept)
+    minutes = (time.monotonic() - started) / 60
+    for line in page.lines({"modules": _figures(verdicts, reasons)}):
+        print(line)
+    survivors = [one for one in verdicts if one.status == SURVIVED]
+    for one in survivors:
+        print(f"survived {one.module} {one.name}: {_reason(one, reasons) or 'NO REASON'}")
+    share = 1 - len(survivors) / max(1, len(verdicts))
+    print(f"{share:.1%} of {len(verdicts)} mutants killed in {minutes:.1f} minutes")
+    unexplained = [one for one in survivors if not _reason(one, reasons)]
+    return 0 if not unexplained and (share >= PASSING_SHARE or chosen.sample or chosen.survivors) else 1
+
+
+def _pick(source: Source, chosen: argparse.Namespace, kept: dict[str, Any]) -> list[Mutant]:
+    """Choose among the mutants of a module, by the options."""
+    found = [mutant for mutant in source.mutants if not chosen.match or chosen.match in mutant.name]
+    if chosen.survivors:
+        survived = kept.get(source.module, {}).get("survived", {})
+        found = [mutant for mutant in found if mutant.name in survived]
+    if chosen.sample:
+        found = random.Random(f"{chosen.seed} {source.module}").sample(found, min(chosen.sample, len(found)))
+    return found
+
+
+def _reason(one: Verdict, reasons: dict[str, dict[str, str]]) -> str:
+    """Look up the reason of a survivor: the longest key that its name begins with."""
+    known = reasons.get(one.module, {})
+    return known.get(max((key for key in known if one.name.startswith(key)), key=len, default=""), "")
+
+
+def _figures(verdicts: list[Verdict], reasons: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Count by module, with the reason of each survivor."""
+    figures = {}
+    for module in dict.fromkeys(one.module for one in verdicts):
+        mine = [one for one in verdicts if one.module == module]
+        counts = Counter(one.status for one in mine)
+        figures[module] = {
+            "mutants": len(mine),
+            "share_killed": 1 - counts[SURVIVED] / len(mine),
+            "killed_by_time_limit": counts[TIMEOUT],
+            "survived": {one.name: _reason(one, reasons) for one in mine if one.status == SURVIVED},
+        }
+    return figures
+
+
+def _keep(figures: dict[str, Any], kept: dict[str, Any]) -> None:
+    """Write the figures of the modules that were tried. Those of the others stay while the modules exist."""
+    modules = {module: of for module, of in sorted({**kept, **figures}.items()) if (ROOT / module).exists()}
+    result = {"provenance": provenance(seed=0), "modules": modules}
+    RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Files that only their owner may read, and secrets read from them. No secret appears in a message."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from koopmon.errors import ConfigError
+
+MAX_FILE_BYTES = 4096
+
+
+def why_not_private(path: Path, status: os.stat_result, *, directory: bool = False, root: bool = False) -> str:
+    """Return the reason, with the remedy, why others can own, read or enter `path`; empty if they cannot.
+
+    `status` is that of the open file, so that the answer holds for the content that is read. With `root`, root may own
+    the file, as it does in a container's mounted secrets.
+    """
+    what = "directory" if directory else "file"
+    if not (stat.S_ISDIR if directory else stat.S_ISREG)(status.st_mode):
+        return f"not a {what}; name another one"
+    if status.st_uid != os.geteuid() and not (root and status.st_uid == 0):
+        return f"belongs to user {status.st_uid}; use a {what} of your own"
+    if status.st_mode & 0o077:
+        # A shared directory such as /tmp must stay open to others.
+        remedy = "in; use a directory of your own, or chmod 700" if directory else "read it; chmod 600"
+        return f"mode {stat.S_IMODE(status.st_mode):04o} lets others {remedy} {path}"
+    return ""
+
+
+def check_private(path: Path, name: str) -> None:
+    """Refuse a file that others can read or own; `name` is its configuration field. Raises ConfigError."""
+    try:
+        why = why_not_private(path, path.stat(), root=True)
+    except OSError as error:
+        why = str(error.strerror)
+    if why:
+        raise ConfigError(f"{name} = {str(path)!r}: {why}")
+
+
+def read_secret(file: str, from_environment: str, name: str) -> bytes | None:
+    """Return the line in `file`, else `from_environment`; None when neither is given.
+
+    `name` is the configuration field of the file, for the message. Raises ConfigError, which never quotes a secret.
+    """
+    if not file:
+        return from_environment.strip().encode() or None
+    path = Path(file)
+    check_private(path, name)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{name} = {file!r}: {error.strerror}") from None
+    secret = raw.strip()
+    if not secret or len(raw) > MAX_FILE_BYTES or b"\n" in secret:
+        raise ConfigError(f"{name} = {file!r}: expected one line of at most {MAX_FILE_BYTES} bytes")
+    return secret

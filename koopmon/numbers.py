@@ -1,0 +1,24 @@
+"""Arithmetic on numbers that may be missing, or too large for their sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Compute the mean of the known values: None without any, NaN if one is not finite.
+
+    The mean of finite values is finite, even where their sum overflows.
+    """
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    if not all(map(math.isfinite, known)):
+        return math.nan
+    try:
+        return math.fsum(known) / len(known)
+    except OverflowError:
+        # Fractions have no largest value, and the mean lies between the smallest and the largest value.
+        return float(sum(map(Fraction, known)) / len(known))

@@ -1,0 +1,70 @@
+"""Owners and modes of files that hold secrets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from koopmon.errors import ConfigError
+from koopmon.files import check_private, read_secret, why_not_private
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    file = tmp_path / "secret"
+    file.write_text("a word\n")
+    file.chmod(0o600)
+    return file
+
+
+def test_a_private_file_and_directory_pass(secret: Path) -> None:
+    assert why_not_private(secret, secret.stat()) == ""
+    secret.parent.chmod(0o700)
+    assert why_not_private(secret.parent, secret.parent.stat(), directory=True) == ""
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o610])
+def test_a_file_that_others_reach_is_refused_with_the_remedy(secret: Path, mode: int) -> None:
+    secret.chmod(mode)
+    assert why_not_private(secret, secret.stat()) == f"mode {mode:04o} lets others read it; chmod 600 {secret}"
+
+
+def test_nobody_is_advised_to_close_a_shared_directory_first(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    why = why_not_private(tmp_path, tmp_path.stat(), directory=True)
+    assert why.startswith("mode 1777 lets others in; use a directory of your own, or chmod 700")
+
+
+def test_a_file_is_no_directory_and_the_reverse(secret: Path) -> None:
+    assert why_not_private(secret, secret.stat(), directory=True).startswith("not a directory")
+    assert why_not_private(secret.parent, secret.parent.stat()).startswith("not a file")
+
+
+def test_another_users_file_is_refused_and_roots_only_where_root_may_own_it(secret: Path) -> None:
+    def owned_by(user: int) -> os.stat_result:
+        values = list(secret.stat())
+        values[4] = user
+        return os.stat_result(values)
+
+    other = os.geteuid() + 1
+    assert why_not_private(secret, owned_by(other), root=True).startswith(f"belongs to user {other}")
+    if os.geteuid() != 0:
+        assert why_not_private(secret, owned_by(0)).startswith("belongs to user 0")
+    assert why_not_private(secret, owned_by(0), root=True) == ""
+
+
+def test_a_secret_is_one_line_and_its_field_is_named(secret: Path) -> None:
+    assert read_secret(str(secret), "other", "http.token_file") == b"a word"
+    assert read_secret("", " other ", "http.token_file") == b"other"
+    assert read_secret("", "", "http.token_file") is None
+    for text in ("", "two\nlines", "x" * 5000):
+        secret.write_text(text)
+        with pytest.raises(ConfigError, match=r"^http.token_file = .*expected one line"):
+            read_secret(str(secret), "", "http.token_file")
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        check_private(tmp_path / "none", "http.tls_key")

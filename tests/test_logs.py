@@ -1,0 +1,69 @@
+"""Lines for a whole job, and lines at a bounded rate."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from koopmon.logs import MAX_KEYS, MINUTE, LogLimit, announced, log_for_job
+
+LOGGER = logging.getLogger("koopmon.test")
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
+        ({"RANK": "3", "WORLD_SIZE": "many"}, (3, 1)),
+        ({"RANK": "x", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}, (2, 4)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "5"}, (1, 2)),
+    ],
+)
+def test_the_rank_that_a_launcher_announced(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], expected: tuple[int, int]
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert announced() == expected
+
+
+def test_a_line_of_every_rank_is_a_warning_on_the_first_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    log_for_job(LOGGER, "100% sure")
+    monkeypatch.setenv("RANK", "1")
+    log_for_job(LOGGER, "again")
+    log_for_job(LOGGER, "told", rank=0, level=logging.INFO)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "koopmon: 100% sure"),
+        ("DEBUG", "koopmon: again"),
+        ("INFO", "koopmon: told"),
+    ]
+
+
+def test_one_line_a_minute_for_each_key_and_the_rest_is_counted() -> None:
+    limit = LogLimit()
+    assert limit.admit(0.0, "a") == limit.admit(1.0, "b") == ""
+    assert limit.admit(MINUTE - 0.1, "a") is None
+    assert limit.admit(MINUTE - 0.1, "a", count=3) is None
+    assert limit.admit(MINUTE, "a") == " (4 more since the last such line)"
+    assert limit.admit(2 * MINUTE, "a") == ""
+
+
+def test_the_oldest_keys_are_forgotten() -> None:
+    limit = LogLimit()
+    for key in range(MAX_KEYS):
+        limit.admit(float(key) / MAX_KEYS, key)
+        limit.admit(float(key) / MAX_KEYS, key)
+    assert limit.admit(1.0, "one more") == ""
+    assert limit.admit(1.0, MAX_KEYS - 1) is None, "a recent key is kept"
+    assert limit.admit(1.0, 0) == "", "the oldest key is forgotten, with its count"

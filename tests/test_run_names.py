@@ -1,0 +1,28 @@
+"""Names of runs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from koopmon.errors import ConfigError
+from koopmon.run_names import check_run_name, new_run_name
+
+
+@pytest.mark.parametrize("name", ["", " ", "-x", "a b", "x" * 129, "a\n", "ä"])
+def test_names_that_a_run_cannot_have(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--run {re.escape(repr(name))}: allowed are"):
+        check_run_name(name, "--run")
+
+
+@pytest.mark.parametrize("script", ["train", "my train.v2", "-c", "", "...", "ä" * 200, "x" * 500])
+def test_every_script_gives_a_unique_valid_name(script: str) -> None:
+    made = new_run_name(script)
+    assert check_run_name(made) == made
+    assert made != new_run_name(script)
+
+
+def test_a_name_keeps_what_is_allowed_of_its_script() -> None:
+    for script, kept in {"my train.v2": "my-train.v2", "-weird_name!": "weird_name", "...": "job", "ä": "job"}.items():
+        assert new_run_name(script)[:-9] == kept
