@@ -16,7 +16,8 @@ def live_page(told: Document) -> list[str]:
     paint, scrapes, hour, settings = told["paint"], told["metrics"], told["hour"], told["settings"]
     times = [paint["at_the_start_ms"], *paint["fleet_ms"], *paint["run_ms"]]
     layers, latencies = settings["num_layers"], [1000 * each for each in scrapes["seconds"]]
-    provenance = scrapes["provenance"]
+    sizes = f"{scrapes['bytes'] / 1e6:.1f} MB, compressed to {scrapes['sent_bytes'] / 1e6:.1f}"
+    machine = f"{scrapes['provenance']['machine']['cores']} cores at a load of {scrapes['load_average']:.0f}"
     cpu = [1000 * each for each in scrapes["cpu_seconds"]]
     grown = (max(hour["rss_bytes"]) - hour["rss_bytes"][1]) / 1e6
     return paragraph(
@@ -26,9 +27,8 @@ def live_page(told: Document) -> list[str]:
             f"{statistics.median(told['updates_seconds']):.2f} s after it was sent",
             f"({max(told['updates_seconds']):.2f} at worst). With {scrapes['num_runs']} runs x {layers} layers,",
             f"/metrics takes {statistics.median(cpu):.0f} ms of CPU time ({max(cpu):.0f} at worst) and answers in",
-            f"{statistics.median(latencies):.0f} ms ({max(latencies):.0f} at worst; on {provenance['machine']['cores']} cores at a load of",
-            f"{scrapes['load_average']:.1f}): {scrapes['series']:,} series,",
-            f"{scrapes['bytes'] / 1e6:.1f} MB, compressed to {scrapes['sent_bytes'] / 1e6:.1f}. Over an hour of theirs, simulated, the",
+            f"{statistics.median(latencies):.0f} ms ({max(latencies):.0f} at worst; {machine}):",
+            f"{scrapes['series']:,} series, {sizes}. Over an hour of theirs, simulated, the",
             f"monitor's memory stays within {grown:.1f} MB of {hour['rss_bytes'][1] / 1e6:.0f} MB.",
         ]
     )

@@ -1,4 +1,4 @@
-"""What the live page is measured on: recorded runs, a monitor in a process of its own, simulated agents, a browser."""
+"""Test bed of the live page: recorded runs, a monitor in its own process, simulated agents, a browser."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WAIT_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A monitor's addresses; `url` is that of its pages."""
+    """Addresses of a monitor; `url` is that of its pages."""
 
     endpoint: str
     url: str
@@ -41,7 +41,7 @@ class Served:
 
 
 def states(seed: int, scale: float = 0.3) -> Tensor:
-    """A residual stream of NUM_LAYERS transitions, (L + 1, N, D)."""
+    """Draw a residual stream of NUM_LAYERS transitions, (L + 1, N, D)."""
     generator = torch.Generator().manual_seed(seed)
     updates = torch.randn((NUM_LAYERS + 1, NUM_SAMPLES, WIDTH), generator=generator)
     updates[1:] *= scale
@@ -57,7 +57,7 @@ def hello(run: str) -> Hello:
 
 
 def record(path: Path, num_runs: int, num_snapshots: int, found: list[SpectralProfile]) -> None:
-    """A history of runs as a monitor writes it down: profiles, observations and decisions."""
+    """Write a history of runs like a monitor: profiles, observations and decisions."""
     store = HistoryWriter.open(path)
     for number in range(num_runs):
         said, at = hello(f"recorded-{number:02d}"), time.time() - num_snapshots
@@ -88,7 +88,7 @@ def record(path: Path, num_runs: int, num_snapshots: int, found: list[SpectralPr
 
 
 class Agent:
-    """One rank that says what it is told to; it takes no commands."""
+    """Simulated rank that sends the given snapshots and refuses commands."""
 
     def __init__(self, endpoint: str, run: str) -> None:
         self._context = WireContext()
@@ -102,7 +102,7 @@ class Agent:
         self._data = DataSender(self._context, welcome.data_endpoint, queue_length=64)
 
     def snapshot(self, step: int, held: Tensor) -> None:
-        """Hand the states (L + 1, N, D) of one step to the socket."""
+        """Send the states (L + 1, N, D) of one step."""
         shard = Shard(
             run=self._run,
             incarnation=INCARNATION,
@@ -130,7 +130,7 @@ class Agent:
 
 @contextmanager
 def monitor(folder: Path, store: Path, config: str = "") -> Iterator[Served]:
-    """`koopmon monitor` on ports of its own, once it serves; SIGTERM at the end."""
+    """Start `koopmon monitor` on free ports; return when it is ready, and stop it by SIGTERM at the end."""
     ready, settings = folder / "ready.json", folder / "koopmon.toml"
     ready.unlink(missing_ok=True)
     settings.write_text(config, encoding="utf-8")
@@ -150,7 +150,7 @@ def monitor(folder: Path, store: Path, config: str = "") -> Iterator[Served]:
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A headless browser of this machine's."""
+    """Start a headless browser of this machine."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -162,7 +162,7 @@ def chromium() -> Iterator[Any]:
 
 
 def wait_until(condition: Callable[[], Any], pause_seconds: float = 0.05) -> Any:
-    """The first true value of `condition`. Raises TimeoutError when it does not come."""
+    """Return the first true value of `condition`. Raises TimeoutError after the time limit."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not (found := condition()):
         if time.monotonic() > deadline:

@@ -54,19 +54,12 @@ def check_url(url: str, name: str = "grafana.url") -> str:
     shown = one_line(url.partition("?")[0].rpartition("@")[2])
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
+        complete = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError as error:
         raise ConfigError(f"{name} = {shown!r}: {error}") from None
     if parts.username is not None or parts.password is not None:
         raise ConfigError(f"{name} = {shown!r}: without user and password: the token is enough")
-    if (
-        parts.scheme not in ("http", "https")
-        or not host
-        or port == 0
-        or not url.isascii()
-        or not url.isprintable()
-        or " " in url
-    ):
+    if not (complete and url.isascii() and url.isprintable() and " " not in url):
         raise ConfigError(
             f"{name} = {shown!r}: expected http://HOST[:PORT]/ or https://, with the sub-path if it has one"
         )

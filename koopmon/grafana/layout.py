@@ -19,10 +19,6 @@ def sized(width: int, height: int, *panels: Json) -> list[tuple[Json, int, int]]
     return [(each, width, height) for each in panels]
 
 
-def datasource_variable() -> Json:
-    return {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "hide": 0}
-
-
 def label_variable(name: str, label: str, metric: str, of: str, *, many: bool = True) -> Json:
     """Return a variable with the values of label `of` of `metric`; `many` allows several values, or all."""
     variable: Json = {
@@ -56,7 +52,7 @@ def annotation(name: str, expr: str, title: str, color: str) -> Json:
     }
 
 
-def link(uid: str, title: str) -> Json:
+def _link(uid: str, title: str) -> Json:
     """Return a link to another dashboard that keeps the data source and the time range."""
     return {
         "type": "link",
@@ -79,10 +75,14 @@ def dashboard(
     rows: Rows,
     *,
     variables: Sequence[Json],
-    links: Sequence[Json],
+    links: Mapping[str, str],
     annotations: Sequence[Json] = (),
 ) -> Json:
-    """Assemble a dashboard; panels are numbered and placed from left to right, row by row."""
+    """Assemble a dashboard; panels are numbered and placed from left to right, row by row.
+
+    `links` are the titles of other dashboards by uid. Each dashboard has a variable for the data source.
+    """
+    source = {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "hide": 0}
     return {
         "uid": uid,
         "title": title,
@@ -94,9 +94,9 @@ def dashboard(
         "schemaVersion": SCHEMA_VERSION,
         "refresh": "10s",
         "time": {"from": "now-1h", "to": "now"},
-        "templating": {"list": list(variables)},
+        "templating": {"list": [source, *variables]},
         "annotations": {"list": list(annotations)},
-        "links": list(links),
+        "links": [_link(*each) for each in links.items()],
         "panels": list(_laid_out(rows)),
     }
 

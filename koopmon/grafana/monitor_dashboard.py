@@ -2,133 +2,101 @@
 
 from __future__ import annotations
 
-from koopmon.grafana.layout import dashboard, datasource_variable, label_variable, link, sized
-from koopmon.grafana.panels import GREEN, RED, Json, lines, stat, warn
+from typing import Any
+
+from koopmon.grafana import panels
+from koopmon.grafana.layout import dashboard, label_variable, sized
+from koopmon.grafana.panels import GREEN, RED, Json, warn
 from koopmon.telemetry.alerts import MAX_REJECTED_PER_SECOND
+from koopmon.telemetry.metrics import BY_NAME, MAX_LAYERS
 
 UID = "koopmon-monitor"
 OF = '{instance=~"$instance"}'
 LOST = '{instance=~"$instance",reason=~"assembler_full|engine_.*|superseded"}'
-FINE = ((None, RED), (1, GREEN))
 VERSIONS = "{{version}} (protocol {{protocol}}, Python {{python}}, torch {{torch}})"
-INSTANCE = "{{instance}}"
+INSTANCE, REASON = "{{instance}}", "{{reason}}"
+
+
+def make() -> Json:
+    """Return the dashboard's JSON."""
+    up, version, runs, store = _now()
+    return dashboard(
+        UID,
+        "koopmon / Monitor",
+        "The monitors: load, rejected messages and history writes.",
+        {
+            "Now": [*sized(4, 4, up), *sized(10, 4, version), *sized(5, 4, runs, store)],
+            "Engine": sized(12, 8, *_engine()),
+            "Messages and store": sized(12, 8, *_messages()),
+            "Scrapes": sized(12, 7, *_scrapes()),
+        },
+        variables=[label_variable("instance", "Monitor", "koopmon_build_info", "instance")],
+        links={"koopmon-fleet": "Fleet"},
+    )
 
 
 def _rate(metric: str, of: str = OF) -> str:
     return f"rate(koopmon_{metric}{of}[$__rate_interval])"
 
 
-def make() -> Json:
-    """Return the dashboard's JSON."""
+def _now() -> list[Json]:
+    def state(title: str, text: str, expr: str, off: str, on: str) -> Json:
+        mappings = {"0": (off, RED), "1": (on, GREEN)}
+        return panels.stat(title, text, expr, INSTANCE, steps=((None, RED), (1, GREEN)), mappings=mappings)
+
+    versions = "Versions of koopmon, its protocol, Python and torch."
+    running = f"sum by (instance) (koopmon_run_state{OF} == bool 1)"
+    recording = "State of the history. No decision is taken while it is paused."
+    return [
+        state("Up", "1 if Prometheus can scrape the monitor.", f"up{OF}", "down", "up"),
+        panels.stat("Version", versions, f"koopmon_build_info{OF}", VERSIONS, text=True),
+        panels.stat("Runs watched", "Runs in the state running, by monitor.", running, INSTANCE, decimals=0),
+        state("Store", recording, f"koopmon_store_recording{OF}", "paused", "recording"),
+    ]
+
+
+def _lines(title: str, text: str, legend: str, expr: str, **settings: Any) -> Json:
+    return panels.lines(title, text, {legend: expr}, **settings)
+
+
+def _engine() -> list[Json]:
     bucket = f"sum by (le, instance) ({_rate('dmd_duration_seconds_bucket')})"
-    up = stat(
-        "Up",
-        "Whether Prometheus can scrape the monitor.",
-        f"up{OF}",
-        INSTANCE,
-        steps=FINE,
-        mappings={"0": ("down", RED), "1": ("up", GREEN)},
-    )
-    version = stat(
-        "Version",
-        "Versions of koopmon, its protocol, Python and torch in the monitor.",
-        f"koopmon_build_info{OF}",
-        VERSIONS,
-        text=True,
-    )
-    runs = stat(
-        "Runs watched",
-        "Runs that are running, on each monitor.",
-        f"sum by (instance) (koopmon_run_state{OF} == bool 1)",
-        INSTANCE,
-        decimals=0,
-    )
-    recording = stat(
-        "Store",
-        "Whether history is written. While it is paused no decision is taken.",
-        f"koopmon_store_recording{OF}",
-        INSTANCE,
-        steps=FINE,
-        mappings={"0": ("paused", RED), "1": ("recording", GREEN)},
-    )
-    engine = [
-        lines(
-            "Duration of a profile",
-            "Time to profile one snapshot, all of its layers: median, 90% and 99%.",
-            {
-                f"{INSTANCE} {name}": f"histogram_quantile({part}, {bucket})"
-                for part, name in ((0.5, "50%"), (0.9, "90%"), (0.99, "99%"))
-            },
-            unit="s",
-        ),
-        lines("Profiles", "Snapshots profiled a second.", {INSTANCE: _rate("dmd_duration_seconds_count")}, unit="ops"),
-        lines(
-            "Engine queue",
-            "Snapshots that wait. A queue that is never empty means that warnings come late.",
-            {INSTANCE: f"koopmon_engine_queue_length{OF}"},
-            steps=warn(1),
-        ),
-        lines(
-            "Engine load",
-            "Share of the time in which the engine computes; near 100% it cannot keep up.",
-            {INSTANCE: _rate("dmd_duration_seconds_sum")},
-            unit="percentunit",
-        ),
+    quantiles = {
+        f"{INSTANCE} {name}": f"histogram_quantile({part}, {bucket})"
+        for part, name in ((0.5, "50%"), (0.9, "90%"), (0.99, "99%"))
+    }
+    profiles, busy = _rate("dmd_duration_seconds_count"), _rate("dmd_duration_seconds_sum")
+    load = "Share of the time in which the engine computes. Near 100% it does not keep up."
+    queue = f"{BY_NAME['engine_queue_length'].help} A queue that is never empty delays alerts."
+    return [
+        panels.lines("Duration of a profile", BY_NAME["dmd_duration_seconds"].help, quantiles, unit="s"),
+        _lines("Profiles", "Profiled snapshots per second.", INSTANCE, profiles, unit="ops"),
+        _lines("Engine queue", queue, INSTANCE, f"koopmon_engine_queue_length{OF}", steps=warn(1)),
+        _lines("Engine load", load, INSTANCE, busy, unit="percentunit"),
     ]
-    messages = [
-        lines(
-            "Messages rejected",
-            "Messages and requests that were refused, a second, by reason.",
-            {"{{reason}}": f"sum by (reason) ({_rate('messages_rejected_total')})"},
-            unit="ops",
-            steps=warn(MAX_REJECTED_PER_SECOND),
-        ),
-        lines(
-            "Failures",
-            "Snapshots that an error kept from being profiled or judged, records that were not written, and other"
-            " errors of the monitor's own, in all.",
-            {
-                f"{INSTANCE} not judged": f"koopmon_engine_failures_total{OF}",
-                f"{INSTANCE} not written": f"koopmon_store_lost_total{OF}",
-                f"{INSTANCE} errors": f"sum by (instance) (koopmon_internal_errors_total{OF})",
-            },
-        ),
-        lines(
-            "Snapshots lost in the monitor",
-            "Whole snapshots that the monitor dropped, a second, by reason.",
-            {"{{reason}}": f"sum by (reason) ({_rate('snapshots_dropped_total', LOST)})"},
-            unit="ops",
-        ),
-        lines(
-            "Recording",
-            "1 while history is written, 0 while the store is paused.",
-            {INSTANCE: f"koopmon_store_recording{OF}"},
-            maximum=1,
-        ),
+
+
+def _messages() -> list[Json]:
+    rejected = f"sum by (reason) ({_rate('messages_rejected_total')})"
+    lost = f"sum by (reason) ({_rate('snapshots_dropped_total', LOST)})"
+    failures = {
+        f"{INSTANCE} not judged": f"koopmon_engine_failures_total{OF}",
+        f"{INSTANCE} not written": f"koopmon_store_lost_total{OF}",
+        f"{INSTANCE} errors": f"sum by (instance) (koopmon_internal_errors_total{OF})",
+    }
+    text = "Snapshots without a profile or assessment, records that were not written, and other internal errors."
+    limit, recording = warn(MAX_REJECTED_PER_SECOND), BY_NAME["store_recording"].help
+    return [
+        _lines("Messages rejected", "Per second, by reason.", REASON, rejected, unit="ops", steps=limit),
+        panels.lines("Failures", text, failures),
+        _lines("Snapshots lost in the monitor", "Per second, by reason.", REASON, lost, unit="ops"),
+        _lines("Recording", recording, INSTANCE, f"koopmon_store_recording{OF}", maximum=1),
     ]
-    scrapes = [
-        lines(
-            "Duration of a scrape",
-            "What it takes Prometheus to read /metrics.",
-            {INSTANCE: f"scrape_duration_seconds{OF}"},
-            unit="s",
-        ),
-        lines(
-            "Series",
-            "Samples in a scrape. It grows with runs and layers, and layers share series above 64.",
-            {INSTANCE: f"scrape_samples_scraped{OF}"},
-        ),
+
+
+def _scrapes() -> list[Json]:
+    series = f"Samples of a scrape, by monitor. Above {MAX_LAYERS} layers, neighbours share a series."
+    return [
+        _lines("Duration of a scrape", "Duration of /metrics.", INSTANCE, f"scrape_duration_seconds{OF}", unit="s"),
+        _lines("Series", series, INSTANCE, f"scrape_samples_scraped{OF}"),
     ]
-    return dashboard(
-        UID,
-        "koopmon / Monitor",
-        "The monitors themselves: whether they keep up, what they refuse, whether they record.",
-        {
-            "Now": [*sized(4, 4, up), *sized(10, 4, version), *sized(5, 4, runs, recording)],
-            "Engine": sized(12, 8, *engine),
-            "Messages and store": sized(12, 8, *messages),
-            "Scrapes": sized(12, 7, *scrapes),
-        },
-        variables=[datasource_variable(), label_variable("instance", "Monitor", "koopmon_build_info", "instance")],
-        links=[link("koopmon-fleet", "Fleet")],
-    )

@@ -13,7 +13,7 @@ from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, MAX_LAYERS, PREFIX, TA
 WRITTEN = (
     "<!-- Written by `koopmon grafana export grafana --docs docs`: edit the tables in koopmon/telemetry, not this. -->"
 )
-WHAT_OF = {("run", "layer"): "For each layer of each run", ("run",): "For each run", (): "Of the monitor itself"}
+SECTIONS = {("run", "layer"): "For each layer of each run", ("run",): "For each run", (): "For each monitor"}
 
 
 def pages() -> dict[str, str]:
@@ -30,10 +30,10 @@ def alerts_page() -> str:
     parts = [
         "# Alerts",
         WRITTEN,
-        "What each alert means, what to look at, and what to do. The same text is on the page `/alerts` of every"
-        " monitor, which is where the `runbook_url` of an alert leads unless `--docs-url` names another place."
-        " [Grafana and Prometheus](grafana.md) tells how to get them; [Metrics](metrics.md) what they are made of.",
-        *_table(("alert", "severity", "fires after", "in a word"), rows),
+        "Meaning, checks and remedy of each alert. Every monitor serves the same text at `/alerts`. The `runbook_url`"
+        " of an alert leads there, unless `--docs-url` names another page. [Grafana and Prometheus](grafana.md) describes"
+        " the installation, [Metrics](metrics.md) the series behind the alerts.",
+        _table(("alert", "severity", "fires after", "summary"), rows),
     ]
     for group, (title, _) in GROUPS.items():
         parts.append(f"## {title.removeprefix('koopmon ').capitalize()}")
@@ -46,16 +46,16 @@ def metrics_page() -> str:
     parts = [
         "# Metrics",
         WRITTEN,
-        "What a monitor serves at `/metrics`, for Prometheus. Names, types and labels are a contract: a change is told"
-        " in the changelog. A value that is not finite has no series, counters start at 0 for every known value of"
-        f" their labels, and above {MAX_LAYERS} layers neighbours share a series. After a goodbye a run's series stay"
-        " for 5 minutes; of a run that vanished only "
+        "Series that a monitor serves to Prometheus at `/metrics`. Names, types and labels are a contract: the"
+        " changelog lists every change. A value that is not finite has no series. Counters start at 0 for every known"
+        f" value of their labels. Above {MAX_LAYERS} layers, neighbours share a series. The series of a run stay for 5"
+        " minutes after its end. Of a run that vanished only "
         + " and ".join(f"`{PREFIX}{name}`" for name in sorted(KEPT_WHEN_VANISHED))
         + " stay, for a day.",
     ]
-    for labels, title in WHAT_OF.items():
+    for labels, title in SECTIONS.items():
         members = [series for series in TABLE if _of(series) == labels]
-        parts += [f"## {title}", *_table(("metric", "type", "further labels", "what it is"), map(_metric, members))]
+        parts += [f"## {title}", _table(("metric", "type", "further labels", "description"), map(_metric, members))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -88,9 +88,8 @@ def _alert(alert: Alert) -> Iterable[str]:
     yield f"```promql\n{alert.expr}\n```"
 
 
-def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
-    lines = ["| " + " | ".join(row) + " |" for row in (heading, ["---"] * len(heading), *rows)]
-    return ("\n".join(lines),)
+def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heading, ["---"] * len(heading), *rows))
 
 
 def _time(seconds: int, before: str = "") -> str:

@@ -147,10 +147,20 @@ def _compared(change: Change, marks: set[Any], provisioned: bool, *, force: bool
     """Complete the change of a resource that exists; `marks` are the fingerprints that it holds."""
     if provisioned or not marks - {None}:
         return replace(change, action="kept", why=FROM_A_FILE if provisioned else "was not made by a push")
-    before = fingerprint(change.before)
-    if marks == {before}:
-        return replace(change, action="unchanged" if before == fingerprint(change.after) else "update")
+    if marks == {fingerprint(change.after)} and _holds(change.before, change.after):
+        return replace(change, action="unchanged")
+    if marks == {fingerprint(change.before)}:
+        return replace(change, action="update")
     return _edited(change, "edited by hand", force=force)
+
+
+def _holds(found: Any, wanted: Any) -> bool:
+    """Return True if `found` has all of `wanted`: a newer Grafana may add keys to what it was sent."""
+    if isinstance(wanted, dict):
+        return isinstance(found, dict) and all(_holds(found.get(key), value) for key, value in wanted.items())
+    if isinstance(wanted, list):
+        return isinstance(found, list) and len(found) == len(wanted) and all(map(_holds, found, wanted))
+    return bool(found == wanted) or not (found or wanted)
 
 
 def _edited(change: Change, why: str, *, force: bool) -> Change:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -339,6 +340,7 @@ def serve(
     """
 
     def ready(addresses: Addresses) -> None:
+        gc.freeze()  # each full collection would walk over torch's objects, for 0.13 s of CPU time
         if ready_file is not None:
             _write_ready(ready_file, addresses)
 

@@ -88,7 +88,7 @@ def test_a_public_key_of_another_pair_is_told(place: Path, capsys: pytest.Captur
     public_file(place, "agent").write_text(public_file(place, "monitor").read_text())
     status, _, err = run(capsys, "show")
     assert status == 2
-    assert "agent.key: not the public key to" in err
+    assert "agent.key: not the public key of agent.secret" in err
 
 
 def test_rotate_keeps_the_old_key_for_a_while_and_the_runs_for_good(

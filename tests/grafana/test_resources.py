@@ -42,6 +42,15 @@ def test_a_dashboard_is_known_again_until_it_is_edited() -> None:
     assert dashboard(wanted, there, "folder", force=True).action == "update"
 
 
+def test_keys_that_grafana_adds_are_no_edit_until_there_is_newer_content() -> None:
+    wanted, there = pushed_board()
+    there["dashboard"]["preload"] = False
+    there["dashboard"]["panels"][0]["pluginVersion"] = "12.0.0"
+    assert dashboard(wanted, there, "folder", force=False).action == "unchanged"
+    newer = {**wanted, "description": "newer"}
+    assert dashboard(newer, there, "folder", force=False).action == "kept"
+
+
 def test_a_second_push_adds_no_second_mark() -> None:
     wanted, there = pushed_board()
     again = dashboard(wanted, there, "folder", force=False).request[2]["dashboard"]
@@ -58,8 +67,10 @@ def test_every_part_of_a_rule_counts(key: str) -> None:
     assert rule_group(wanted, there, force=False).action == "unchanged", "the order does not count"
     if key == "expr":
         there["rules"][0]["data"][0]["model"]["expr"] += " "
-    elif key in ("labels", "annotations", "notification_settings"):
-        there["rules"][0][key] = {**(there["rules"][0].get(key) or {}), "other": "x"}
+    elif key in ("labels", "annotations"):
+        there["rules"][0][key][{"labels": "severity", "annotations": "summary"}[key]] = "x"
+    elif key == "notification_settings":
+        there["rules"][0][key] = {"receiver": "x"}
     else:
         there["rules"][0][key] = "9m"
     assert rule_group(wanted, there, force=False).action == "kept"

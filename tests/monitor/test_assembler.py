@@ -556,3 +556,29 @@ def test_losses_beyond_all_sums_have_a_mean() -> None:
     for rank in range(3):
         found = bench.add(make_shard(rank, num_senders=3, loss=1.5e308))
     assert found[0].training.loss == pytest.approx(1.5e308)
+
+
+def test_a_run_counts_from_zero() -> None:
+    """However a step closes: whole, in part, or for want of room."""
+    bench = Bench()
+    assert [found.step for step in range(4) for found in bench.add(make_shard(step=step))] == [0, 1, 2, 3]
+    bench = Bench()
+    for step in range(4):
+        bench.add(make_shard(0, num_senders=2, step=step))
+        assert [found.step for found in bench.assembler.flush()] == [step]
+    bench = Bench(max_bytes=10)
+    for step in range(4):
+        bench.add(make_shard(0, num_senders=2, step=step))
+    assert len(bench.drops) == 4
+
+
+def test_two_points_are_a_stack() -> None:
+    (found,) = joined(make_shard(points=2))
+    assert found.num_points == 2
+
+
+def test_a_shared_point_that_differs_in_one_replica_joins_nothing() -> None:
+    first, second = stages((0, 3), (2, 3)), stages((0, 3), (2, 3))
+    second[1][1][0] = second[1][1][0] + 1.0
+    ranks = [first[0], second[0], first[1], second[1]]
+    assert joined(*[(torch_shard(shard, rank, 4), states) for rank, (shard, states) in enumerate(ranks)]) == []

@@ -23,11 +23,7 @@ from koopmon.wire.messages import DType, TrainingStep
 NUM_SLOTS = 3
 LARGE_SLOT_BYTES = 64 << 20
 """For slots of this size or more the pool holds NUM_SLOTS - 1."""
-DTYPE_NAMES: dict[torch.dtype, DType] = {
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float32: "float32",
-}
+DTYPE_NAMES: dict[torch.dtype, DType] = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 @dataclass(slots=True)

@@ -77,7 +77,7 @@ class Connections:
             self._streaming[connection] = False
 
     def filter_log(self, record: logging.LogRecord) -> bool:
-        """Count a warning of uvicorn, its only report of a malformed request. Drop the line: `note` bounds their number."""
+        """Count a warning of uvicorn, its only report of a malformed request. Drop the line: `note` writes one."""
         if record.levelno == logging.WARNING:
             self._note("http_garbage", record.getMessage())
         return False

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import ipaddress
 import logging
+import os
 import re
 import socket
 import ssl
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import uvicorn
@@ -58,15 +60,14 @@ def parse_address(address: str, *, exposed: bool = False) -> tuple[str, int]:
 def listen(address: str, *, exposed: bool = False) -> socket.socket:
     """Open a listening socket at `HOST:PORT`. Raises EndpointError when the address is not allowed or in use."""
     host, port = parse_address(address, exposed=exposed)
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    ipv6 = ":" in host
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(128)
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ipv6 else socket.AF_INET, dualstack_ipv6=ipv6
+        )
     except OSError as error:
-        listener.close()
-        raise EndpointError(f"http {address!r}: {error.strerror}: choose another --http address") from None
-    return listener
+        why = os.strerror(error.errno or 0)
+        raise EndpointError(f"http {address!r}: {why}: choose another --http address") from None
 
 
 class WebServer:
@@ -149,15 +150,11 @@ def _application(
             body, headers["content-encoding"] = gzip.compress(body, compresslevel=1), "gzip"
         return Response(body, headers=headers)
 
-    def check(name: str) -> Callable[[Request], Response]:
-        def answer(_: Request) -> Response:
-            fine = checks[name]()
-            return PlainTextResponse("ok\n" if fine else "not now\n", status_code=200 if fine else 503)
+    def health(check: Callable[[], bool], _: Request) -> Response:
+        return PlainTextResponse("ok\n") if check() else PlainTextResponse("not now\n", status_code=503)
 
-        return answer
-
-    health = [Route(f"/{name}", check(name)) for name in checks]
+    checked = [Route(f"/{name}", partial(health, check)) for name, check in checks.items()]
     return Starlette(
-        routes=[*live, Route("/metrics", metrics), *health],
+        routes=[*live, Route("/metrics", metrics), *checked],
         exception_handlers={404: not_found},
     )

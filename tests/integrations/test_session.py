@@ -182,7 +182,7 @@ def test_a_training_that_raises_says_so(library: Any, monitor: ScriptedMonitor) 
 def test_what_nobody_caught_is_said_when_the_interpreter_ends(monitor: ScriptedMonitor) -> None:
     text = """
 import sys
-from tests.integrations.test_callbacks import HuggingFace
+from tests.integrations.test_session import HuggingFace
 from tests.agent.scripted_monitor import ScriptedMonitor
 trainer = HuggingFace(endpoint=sys.argv[1])
 def after_step(step):
