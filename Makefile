@@ -25,7 +25,7 @@ COMMANDS := $(patsubst benchmarks/%.py,%,$(shell grep -l __main__ benchmarks/*.p
 COMMANDS := $(FIRST) $(filter-out $(FIRST) readme guarded_ranks,$(COMMANDS)) readme
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs unit test lint format audit prove clean
+.PHONY: help demo docs unit test lint format audit mutants prove clean
 .DELETE_ON_ERROR:
 
 help: ## say what there is
@@ -55,6 +55,10 @@ format: $(VENV)/.dev.stamp ## let ruff arrange the code
 
 audit: $(VENV)/.dev.stamp ## known vulnerabilities of the pinned dependencies; needs a network, and says so without one
 	$(BIN)/python .ci/audit.py
+
+mutants: $(VENV)/.dev.stamp ## change the decision core in thousands of small ways; at least 90% must fail a test: about an hour
+	$(BIN)/python -m benchmarks.mutants --jobs $(WORKERS)
+	$(BIN)/python -m benchmarks.readme
 
 prove: $(VENV)/.dev.stamp ## the longer campaigns: every benchmark, each printing its table and keeping its JSON
 	$(BIN)/python -m benchmarks.fuzz --target codec --executions 10000000 --seconds 7200

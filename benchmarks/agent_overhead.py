@@ -1,16 +1,18 @@
-"""What the agent costs a training: `python -m benchmarks.agent_overhead [--device cpu|cuda]`.
+"""Overhead of the agent in a training: `python -m benchmarks.agent_overhead [--device cpu|cuda]`.
 
-One training, koopmon attached throughout, in which short blocks of steps with its hooks in place alternate with blocks
-of steps without (on, off, off, on, ...): what the machine does to one it does to the other. On the CPU two gloo ranks
-train under DistributedDataParallel; on a GPU one process does. A real monitor computes spectra beside them, at nice 19,
-or (`--monitor idle`) of the scheduler's idle class, the nearest to a monitor elsewhere; it is told to send nothing, so
-that the cadence stays at one snapshot every `--every` steps with hooks.
+One training has koopmon attached throughout. Short blocks of steps with its hooks alternate with blocks without (on,
+off, off, on, ...), so that disturbances of the machine affect both. On the CPU, two gloo ranks train under
+DistributedDataParallel; on a GPU one process trains. A real monitor computes spectra beside them, at nice 19 or
+(`--monitor idle`) in the idle class of the scheduler, which is close to a monitor on another host. It sends no
+commands, so the cadence stays at one snapshot every `--every` steps with hooks.
 
-Reported from rank 0, with 95% bootstrap intervals over pairs of blocks:
-- mean step: time of the blocks with hooks over time of those without; what they hold of snapshots is in it;
-- snapshot step: time of a step that takes a snapshot over the mean of the steps without hooks in the block beside it.
-CPU seconds of the training process, its sending thread included, stand beside the wall-clock ones: on a machine that
-others use they are the more faithful.
+The results are from rank 0, with 95% bootstrap intervals over pairs of blocks:
+
+- mean step: time of the blocks with hooks, snapshots included, over the time of those without;
+- snapshot step: time of a step with a snapshot over the mean of the steps without hooks in the neighbouring block.
+
+CPU seconds of the training process, including its sending thread, are beside the wall-clock ones. On a machine with
+other users they are more accurate.
 """
 
 from __future__ import annotations
@@ -46,13 +48,13 @@ from benchmarks.provenance import provenance
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 256
 GOALS = {"cpu": {"mean_step": 1.01, "snapshot_step": 1.15}, "cuda": {"mean_step": 1.005, "snapshot_step": 1.15}}
-"""The ratios that may not be exceeded."""
+"""Upper bounds of the ratios."""
 RESAMPLES = 4000
 Floats = NDArray[np.float64]
 
 
 class Switch:
-    """Takes every hook off a model and its optimizer, and puts them back, without anyone else noticing."""
+    """Removes all hooks from a model and its optimizer, and restores them."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         modules = [(module, name) for module in model.modules() for name in ("_forward_hooks", "_forward_pre_hooks")]
@@ -66,7 +68,7 @@ class Switch:
 
 
 def rank_main(args: argparse.Namespace) -> None:
-    """One rank: trains, and if it is rank 0 writes one row per step: on, snapshot, wall and CPU seconds."""
+    """Train on one rank. Rank 0 writes one row per step: on, snapshot, wall and CPU seconds."""
     device = torch.device(args.device)
     distributed = args.ranks > 1
     torch.set_num_threads(1 if distributed else torch.get_num_threads())
@@ -100,7 +102,7 @@ def rank_main(args: argparse.Namespace) -> None:
             torch.cuda.synchronize(device)
         return time.perf_counter() - wall, time.process_time() - cpu
 
-    for _ in range(args.warmup):  # the chain is verified, the monitor met, the ranks agree
+    for _ in range(args.warmup):  # by now the chain is verified, the monitor is connected, and the ranks agree
         step()
     runtime: Any = agent._runtime
     switch = Switch(model, optimizer)
@@ -109,7 +111,7 @@ def rank_main(args: argparse.Namespace) -> None:
         on = block % 4 in (0, 3)
         switch.turn(on)
         for _ in range(args.block):
-            snapshot = on and runtime.taps._due
+            snapshot = on and runtime.taps._due is not None
             rows.append((on, snapshot, *step()))
     switch.turn(True)
     status = agent.status()
@@ -121,7 +123,7 @@ def rank_main(args: argparse.Namespace) -> None:
 
 
 def interval(values: Floats, weights: Floats, seed: int) -> dict[str, float]:
-    """Ratio of sums with its 95% bootstrap interval over pairs, and the median of the pairs' own ratios."""
+    """Return the ratio of sums with its 95% bootstrap interval over pairs, and the median of the pairs' ratios."""
     rng = np.random.default_rng(seed)
     picks = rng.integers(len(values), size=(RESAMPLES, len(values)))
     resampled = values[picks].sum(1) / weights[picks].sum(1)
@@ -136,7 +138,7 @@ def interval(values: Floats, weights: Floats, seed: int) -> dict[str, float]:
 
 
 def analyse(rows: Sequence[tuple[bool, bool, float, float]], block: int, column: int, seed: int) -> dict[str, Any]:
-    """Both ratios of one clock: column 2 wall, column 3 CPU."""
+    """Return both ratios of one clock: column 2 wall, column 3 CPU."""
     blocks = [rows[start : start + block] for start in range(0, len(rows) - block + 1, block)]
     pairs = [(a, b) if a[0][0] else (b, a) for a, b in zip(blocks[::2], blocks[1::2], strict=False)]
     with_hooks = np.array([sum(row[column] for row in on) for on, _ in pairs])
@@ -151,7 +153,7 @@ def analyse(rows: Sequence[tuple[bool, bool, float, float]], block: int, column:
 
 
 def start_monitor(directory: Path, priority: str) -> tuple[subprocess.Popen[bytes], str]:
-    """A real monitor of low priority that sends no commands, and its endpoint; it serves when this returns."""
+    """Start a real monitor of low priority that sends no commands; return its endpoint when it is ready."""
     endpoint, ready = f"ipc://{directory}/control/socket", directory / "ready.json"
     options = ["--bind", endpoint, "--http", "127.0.0.1:0", "--store", str(directory / "store.sqlite3")]
     options += ["--device", "cpu", "--policy", "observe", "--dry-run", "--ready-file", str(ready)]
@@ -171,7 +173,7 @@ def start_monitor(directory: Path, priority: str) -> tuple[subprocess.Popen[byte
 
 
 def run_ranks(args: argparse.Namespace, endpoint: str, directory: Path) -> dict[str, Any]:
-    """Train, and give what rank 0 wrote."""
+    """Train and return the rows of rank 0."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     rows = directory / "rows.json"

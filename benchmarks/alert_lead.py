@@ -1,11 +1,12 @@
-"""How long before the loss moves does the alert reach the one who is on call? `python -m benchmarks.alert_lead`.
+"""Lead time of the alert before the loss rises: `python -m benchmarks.alert_lead`.
 
-Associative recall with 2 pairs, a decoder without normalisation at a rate that kills, at a pace of one step a second,
-each seed twice: watched by a monitor with policy `observe`, and guarded by one with policy `lr`. Real processes:
-monitors, Prometheus (scrape and evaluation every second), Alertmanager with deploy/alertmanager.yml, and a webhook.
+The training is associative recall with 2 pairs, in a decoder without normalisation at a rate that diverges, with one
+step per second. Each seed runs twice: watched by a monitor with the policy `observe`, and guarded by one with the
+policy `lr`. All processes are real: monitors, Prometheus (scrape and evaluation every second), Alertmanager with
+deploy/alertmanager.yml, and a webhook.
 
-The loss has left its band at the first step at which it is more than 10% above the highest of the 20 steps before. The
-lead counts the steps from the one at which the notification came to that one; it is negative when the loss was first.
+The loss leaves its band at the first step at which it is more than 10% above the highest of the 20 steps before. The
+lead is the number of steps from the notification to that step; it is negative if the loss came first.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ WINDOW, WIDTH = 20, 1.1
 RATE = 0.008
 STEPS = 200
 AT_ONCE = 4
-"""Seeds, two trainings each."""
+"""Number of seeds, with two trainings each."""
 OBSERVE, ACT = "observe", "lr"
 
 
@@ -46,16 +47,16 @@ def recipe(seed: int, *, lr: float = RATE, steps: int = STEPS) -> Recipe:
 
 
 def left_band(steps: Sequence[Step]) -> Step | None:
-    """The first step whose loss is out of the band that the steps before it drew; None while there is none."""
+    """Return the first step whose loss leaves the band of the steps before it; None without one."""
     for index in range(WINDOW, len(steps)):
         highest = max(step.loss for step in steps[index - WINDOW : index])
-        if not steps[index].loss <= WIDTH * highest:  # NaN too
+        if not steps[index].loss <= WIDTH * highest:  # also true for NaN
             return steps[index]
     return None
 
 
 def lead(steps: Sequence[Step], at: float) -> int | None:
-    """Steps from the one that was last told at the time `at` to the one that left the band."""
+    """Return the steps from the last logged one at the time `at` to the one that left the band."""
     out = left_band(steps)
     if out is None:
         return None
@@ -72,10 +73,12 @@ class Pair:
         self.guarded: Training = stack.train(f"guarded-{seed}", recipe(seed, steps=steps), ACT)
 
     def settled(self) -> bool:
-        """Whether all is told that there is to tell: the unguarded loss has left its band, and the guarded run's alert
-        is over, or each has come to its end. A training that has nothing more to tell is stopped."""
+        """Return True when both trainings have their result, and stop a training that has it.
+
+        The unguarded loss has left its band, and the alert of the guarded run has resolved, or the training has ended.
+        """
         out = left_band(self.alone.steps())
-        if out is not None and time.time() > out.at + 5.0:  # a late alert has its chance
+        if out is not None and time.time() > out.at + 5.0:  # wait for a late alert
             self.alone.stop()
         if self.resolved_at is not None:
             self.guarded.stop()
@@ -83,16 +86,16 @@ class Pair:
 
     @property
     def resolved_at(self) -> float | None:
-        """When the guarded run's alert was told to be over, after an action and while it trained on; in Unix time."""
+        """Return the Unix time at which the guarded run's alert resolved, after an action and during the training."""
         over = self._stack.heard(self.guarded.name, WARNING, "resolved")
         steps = self.guarded.steps()
-        # The end of a run ends its alerts too: that is no merit of the guard's.
+        # The end of a run resolves its alerts too, which does not count.
         if over is None or not steps or over.at > steps[-1].at or not self._acted_steps():
             return None
         return over.at
 
     def _acted_steps(self) -> list[int]:
-        """Steps at which the guarded run applied a lower learning rate."""
+        """Return the steps at which the guarded run applied a lower learning rate."""
         with HistoryReader.open(self._stack.store(ACT)) as history:
             return [
                 row.acked_step
@@ -102,7 +105,7 @@ class Pair:
             ]
 
     def told(self) -> dict[str, Any]:
-        """What the JSON keeps."""
+        """Return the values for the JSON."""
         alone, guarded, heard = self.alone.steps(), self.guarded.steps(), self._stack.heard
         out, warned = left_band(alone), heard(self.alone.name, WARNING, "firing")
         lost = [step.step for step in alone if not step.loss <= MAX_LOSS]
@@ -129,7 +132,7 @@ def _step_at(steps: Sequence[Step], at: float) -> int:
 
 
 def measure(seeds: Sequence[int], folder: Path, console: Console) -> list[dict[str, Any]]:
-    """Every seed, some of them at once: a step takes some hundredths of its second."""
+    """Run every seed, several at once: a step takes some hundredths of its second."""
     rows: list[dict[str, Any]] = []
     with Stack(folder, (OBSERVE, ACT)) as stack, console.status("trainings at a second a step"):
         for first in range(0, len(seeds), AT_ONCE):
@@ -141,7 +144,7 @@ def measure(seeds: Sequence[int], folder: Path, console: Console) -> list[dict[s
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Over all seeds whose loss left its band; a run that nobody was warned of counts with a lead of 0."""
+    """Summarise all seeds whose loss left its band. A run without a warning counts with a lead of 0."""
     moved = [row for row in rows if row["left_band_at"] is not None]
     leads = sorted(row["lead"] or 0 for row in moved)
     return {

@@ -1,5 +1,6 @@
-"""A monitoring stack of real processes on this machine: monitors, Prometheus, Alertmanager, a webhook that listens, and
-trainings at a pace of a second a step, since alerting takes seconds. What `benchmarks.alert_lead` and the tests share.
+"""Monitoring stack of real processes: monitors, Prometheus, Alertmanager, a webhook, and paced trainings.
+
+`benchmarks.alert_lead` and the tests share it. A training takes one second per step, because alerting takes seconds.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ STOP_SECONDS = 90.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notice:
-    """One alert in one notification, as the webhook got it; `at` in Unix time."""
+    """One alert in one notification of the webhook; `at` is Unix time."""
 
     at: float
     status: str
@@ -51,7 +52,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One line of a training's log; `at` in Unix time."""
+    """One line of a training's log; `at` is Unix time."""
 
     step: int
     loss: float
@@ -59,7 +60,7 @@ class Step:
 
 
 class Training:
-    """A paced training in a process of its own."""
+    """A paced training in its own process."""
 
     def __init__(self, name: str, recipe: Recipe, endpoint: str, folder: Path) -> None:
         self.name = name
@@ -76,7 +77,7 @@ class Training:
             )
 
     def steps(self) -> list[Step]:
-        """What it has told so far."""
+        """Return the lines so far."""
         text = self._log.read_text() if self._log.exists() else ""
         return [Step(**json.loads(line)) for line in text.split("\n")[:-1]]
 
@@ -85,7 +86,7 @@ class Training:
         return self._process.poll() is not None
 
     def stop(self) -> None:
-        """Let it end at its next step, with a goodbye."""
+        """End the training at its next step, with a goodbye."""
         self._stop.touch()
 
     def close(self) -> None:
@@ -94,12 +95,12 @@ class Training:
 
 
 class Stack:
-    """A context; `policies` by the name of the monitor that has it. Needs prometheus and prometheus-alertmanager."""
+    """Context of the stack; `policies` maps monitors to policies. Needs prometheus and prometheus-alertmanager."""
 
     def __init__(self, folder: Path, policies: Sequence[str]) -> None:
         self.folder = folder
         self.notices: list[Notice] = []
-        """In the order in which they came."""
+        """Notices in the order of arrival."""
         self._policies = policies
         self._endpoints: dict[str, str] = {}
         self._exit = ExitStack()
@@ -120,23 +121,23 @@ class Stack:
         self._exit.close()
 
     def store(self, policy: str) -> Path:
-        """History of the monitor that has `policy`."""
+        """Return the history of the monitor with `policy`."""
         return self.folder / f"{policy}.sqlite3"
 
     def train(self, name: str, recipe: Recipe, policy: str) -> Training:
-        """Start a training that the monitor of `policy` watches; it ends with the stack at the latest."""
+        """Start a training under the monitor with `policy`. It ends with the stack at the latest."""
         training = Training(name, recipe, self._endpoints[policy], self.folder)
         self._exit.callback(training.close)
         return training
 
     def ask(self, path: str, **parameters: str) -> Any:
-        """`data` of an answer of Prometheus' API. Raises OSError or ValueError."""
+        """Return `data` of a response of Prometheus' API. Raises OSError or ValueError."""
         query = urllib.parse.urlencode(parameters)
         with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=30.0) as answer:  # noqa: S310
             return json.load(answer)["data"]
 
     def heard(self, run: str, name: str, status: str, *, after: float = 0.0) -> Notice | None:
-        """The first notice of an alert about a run, later than `after`."""
+        """Return the first notice of an alert about a run after `after`."""
         found = (n for n in list(self.notices) if (n.run, n.name, n.status) == (run, name, status) and n.at > after)
         return next(found, None)
 
@@ -160,7 +161,7 @@ class Stack:
         return str(told["http"])
 
     def _start_alertmanager(self, undo: ExitStack, webhook: str) -> str:
-        """With the configuration that deploy/ has, but for the webhook's address."""
+        """Start Alertmanager with the configuration of deploy/ and the webhook's address."""
         settings = yaml.safe_load(ALERTMANAGER.read_text())
         (receiver,) = settings["receivers"]
         receiver["webhook_configs"][0]["url"] = webhook
@@ -195,7 +196,7 @@ class Stack:
 
 
 class _Webhook:
-    """Takes Alertmanager's notifications and appends what they tell to `notices`."""
+    """Webhook that appends the notifications of Alertmanager to `notices`."""
 
     def __init__(self, notices: list[Notice]) -> None:
         class Handler(BaseHTTPRequestHandler):
@@ -235,7 +236,7 @@ class _Webhook:
 
 
 def until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Wait for `condition`, asked twice a second. Raises RuntimeError with `what` when it does not come."""
+    """Poll `condition` twice per second. Raises RuntimeError with `what` after the time limit."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

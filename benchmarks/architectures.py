@@ -1,9 +1,10 @@
-"""The other families' spectra, and what KSS does to their training: `python -m benchmarks.architectures`.
+"""Spectra of the other families, and the effect of KSS on their training: `python -m benchmarks.architectures`.
 
-First the spectrum at the start at the published size (docs/method.md: synthetic text, D 256, L 6, full rank, N 2048)
-beside the published figures. Where the paper names a family and says no more, two readings of it stand side by side:
-experts weighed by the softmax over all or over the chosen ones, state spaces with and without their residual. Then
-small trainings of each family over rates, with KSS off, as published, and as the unstable penalty alone.
+The first part is the spectrum at the start at the published size (docs/method.md: synthetic text, D 256, L 6, full
+rank, N 2048) beside the published figures. Where the paper names a family without details, two variants are compared:
+experts with softmax weights over all or over the chosen experts, and state spaces with and without their residual. The
+second part trains small models of each family over rates, without KSS, with KSS as published, and with the unstable
+penalty alone.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ PAPER_BASE = Recipe(
 
 
 def spectra(seeds: Sequence[int], console: Console) -> list[dict[str, Any]]:
-    """Of every variant: each field, mean over layers and seeds, and what the family itself measures."""
+    """Profile every variant: each field as a mean over layers and seeds, and the measurements of the family."""
     shape = TASKS["text-full"]
     rows: list[dict[str, Any]] = []
     for variant in track(VARIANTS, description="spectra", console=console):
@@ -126,7 +127,7 @@ def cases(base: Recipe, seeds: Sequence[int]) -> list[tuple[str, Recipe]]:
 
 
 def trained(found: Sequence[tuple[str, Kept[Recipe]]], console: Console) -> list[dict[str, Any]]:
-    """Of every family, rate and setting: how many diverged, and the mean loss at the end of those that lived."""
+    """Train every family, rate and setting: number of diverged runs, and mean final loss of the others."""
     table = Table("family", "setting", *(f"{lr:g}" for lr in RATES), title="diverged, loss at the end of the others")
     rows = []
     for family in TRAINED:

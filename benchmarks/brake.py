@@ -1,10 +1,10 @@
-"""Can it be told before training whether anything brakes the residual stream? `python -m benchmarks.brake`.
+"""Detection of a normalised residual stream before training: `python -m benchmarks.brake`.
 
-Untrained models of every residual scheme and family, on each task and at three sizes: the update exponent that is read
-from their states (koopmon.spectral.update_exponent), and what koopmon goes by, which asks the structure first
-(koopmon.chain_verifier.known_exponent). Right is a brake above one half where there is a normalisation, and below it
-where there is none; an exponent that cannot be read, since the layers hardly move yet, counts as none, as it does in
-the risk.
+The models are untrained, of every residual scheme and family, on each task and at three sizes. The table compares the
+update exponent measured from their states (koopmon.spectral.update_exponent) with koopmon's value, which uses the
+structure first (koopmon.chain_verifier.known_exponent). A value is right if the normalisation strength is above one
+half with a normalisation and below it without. An exponent that cannot be measured, because the layers hardly change
+the state, counts as unnormalised, as in the risk.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Row:
     norm: Norm
     num_models: int
     lowest: float
-    """Of the exponents that were read."""
+    """Range of the measured exponents."""
     highest: float
     right_by_states: int
     right: int
-    """By what koopmon goes by."""
+    """Number of models with koopmon's value right."""
 
 
 def recipes(family: Family, norm: Norm) -> Iterator[Recipe]:

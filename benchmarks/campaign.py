@@ -1,7 +1,7 @@
-"""Many trainings, one after the other on every core: resumable, with a progress bar, each result kept as a file.
+"""Campaigns of many trainings over all cores: resumable, with a progress bar, with each result in a file.
 
-A case is a frozen dataclass; its file carries its fields, and a file that tells of other fields, or is cut short, is
-made anew. What is finished stays finished: an interrupted campaign goes on where it was.
+A case is a frozen dataclass, and its file has its fields. A file with other fields, or a truncated one, is computed
+again. An interrupted campaign keeps its finished cases and continues with the others.
 """
 
 from __future__ import annotations
@@ -32,17 +32,20 @@ DAMAGE: tuple[type[Exception], ...] = (
     *(OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, RecursionError, RuntimeError, MemoryError),
     *(zipfile.BadZipFile, zlib.error),
 )
-"""What numpy raises for an archive that was cut short or scribbled over."""
+"""Exceptions of numpy for a truncated or damaged archive."""
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-"""For the environment of training processes: glibc hands large blocks back to the kernel as soon as they are free, and
-each step of a state space then spent 40% of its time in getting them anew, page by page."""
+"""Environment of training processes.
+
+By default, glibc returns large blocks to the kernel when they are freed. Each step of a state space then spent 40% of
+its time on new pages.
+"""
 
 
 class Case(Protocol):
-    """A frozen dataclass of plain values; `name` is short and begins its file's name."""
+    """A frozen dataclass of plain values; `name` is short and starts the name of its file."""
 
     @property
     def name(self) -> str: ...
@@ -53,7 +56,7 @@ C = TypeVar("C", bound=Case)
 
 @dataclass(frozen=True, slots=True)
 class Kept(Generic[C]):
-    """One finished case: its scalars (JSON) and its series (arrays, one row per step)."""
+    """One finished case: its scalars (JSON) and its series (arrays with one row per step)."""
 
     case: C
     scalars: Mapping[str, Any]
@@ -64,12 +67,12 @@ Work = Callable[[C], tuple[Mapping[str, Any], Arrays]]
 
 
 def console() -> Console:
-    """As wide as the terminal; where the output goes to a file, wide enough for the tables."""
+    """Console as wide as the terminal; for a file, wide enough for the tables."""
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def options(parser: argparse.ArgumentParser, result: Path) -> None:
-    """The options that all campaigns share."""
+    """Add the options that all campaigns share."""
     parser.add_argument("--scale", choices=("default", "paper"), default="default", help="paper: for GPUs, for days")
     parser.add_argument("--work", type=Path, help="folder of finished runs, to go on with; default: a fresh one")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
@@ -77,9 +80,9 @@ def options(parser: argparse.ArgumentParser, result: Path) -> None:
 
 
 def run(cases: Sequence[C], work: Work[C], folder: Path | None, *, workers: int, console: Console) -> list[Kept[C]]:
-    """Every case's result, in the order of `cases`.
+    """Compute the result of every case, in the order of `cases`.
 
-    Raises ValueError when `workers` is below 1, RuntimeError naming the case when one fails; the others are kept.
+    Raises ValueError if `workers` is below 1, and RuntimeError with the case if one fails. The other results are kept.
     """
     if workers < 1:
         raise ValueError(f"workers = {workers}: must be at least 1")
@@ -95,7 +98,7 @@ def run(cases: Sequence[C], work: Work[C], folder: Path | None, *, workers: int,
     failed: list[str] = []
     for name, value in KEPT_MEMORY.items():
         os.environ.setdefault(name, value)
-    # spawn: a forked child inherits the parent's thread pools in whatever state they were.
+    # spawn: a forked child inherits the state of the parent's thread pools.
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread)
     with Progress(*columns, console=console) as progress, pool, terminated_as_interrupted():
         task = progress.add_task("training", total=len(cases), completed=len(found))
@@ -112,7 +115,7 @@ def run(cases: Sequence[C], work: Work[C], folder: Path | None, *, workers: int,
                 progress.update(task, advance=1, description=cases[index].name)
         except KeyboardInterrupt:
             console.print(f"interrupted: {len(found)} of {len(cases)} runs are kept; go on with --work {folder}")
-            # And wait: the pool's own exit would take the cancelling back before its thread has seen it.
+            # Wait as well: the exit of the pool would undo the cancellation before its thread has processed it.
             pool.shutdown(wait=True, cancel_futures=True)
             raise SystemExit(130) from None
     if failed:
@@ -122,7 +125,7 @@ def run(cases: Sequence[C], work: Work[C], folder: Path | None, *, workers: int,
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends the campaign as Ctrl-C does: without it the workers would outlive it."""
+    """Let SIGTERM end the campaign like Ctrl-C. Without it the workers would continue."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,7 +1,7 @@
-"""The guard's decisions inside a small training: the product's detector and policy, without its processes.
+"""Decisions of the guard inside a small training: the detector and the policy of the product, without its processes.
 
-A decision takes effect `DELAY` steps after the profile that it answers, as it does over the wire. "spike" is the
-baseline that people write by hand: halve the rate when the loss jumps, restore it after a while.
+A decision takes effect `DELAY` steps after its profile, as over the wire. "spike" is the manual baseline: halve the
+rate when the loss jumps, and restore it later.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from koopmon.config import KssConfig, PolicyConfig, RiskConfig
 from koopmon.policy import Action, PolicyState, decide
 from koopmon.risk.online_detector import OnlineRisk, RiskState, assess, observe
 from koopmon.spectral import SpectralProfile
-from koopmon.wire.messages import KssSettings
+from koopmon.wire.messages import KssSettings, TrainingStep
 
 Control = Literal["", "lr", "kss", "kss+lr", "spike"]
 DELAY = 2
@@ -21,8 +21,10 @@ SPIKE_RATIO, SPIKE_WINDOW, SPIKE_HOLD = 1.5, 20, 50
 
 
 class Controller:
-    """`lr_scale` and `kss` are in force now. `width` is 0 where the rate does not size the steps; `exponent` is that of
-    the updates at the start."""
+    """Control of one training. `lr_scale` and `kss` are the settings in force.
+
+    `width` is 0 if the rate does not give the step length; `exponent` is the update exponent at the start.
+    """
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class Controller:
         self._restore_at = 0
 
     def begin(self, step: int) -> None:
-        """Apply what is due at `step`."""
+        """Apply the decisions that are due at `step`."""
         due = [action for at, action in self._waiting if at <= step]
         self._waiting = [(at, action) for at, action in self._waiting if at > step]
         for action in due:
@@ -69,21 +71,17 @@ class Controller:
         self.min_lr_scale = min(self.min_lr_scale, self.lr_scale)
 
     def see(self, step: int, profile: SpectralProfile | None, loss: float, lr: float) -> None:
-        """One profile, None where the states were not finite, and the loss and the scheduled rate beside it."""
+        """Assess one profile (None for states that are not finite), with the loss and the scheduled rate."""
         if self._control == "spike":
             self._spike(step, loss)
         if self._policy is None:
             return
         seen = observe(
             profile,
-            step=step,
-            learning_rate=lr,
+            TrainingStep(step=step, learning_rate=lr, loss=loss, lr_scale=self.lr_scale, kss_alpha=self.kss.alpha),
             width=self._width or None,
             num_layers=self._num_layers,
             update_exponent=self._exponent,
-            loss=loss,
-            lr_scale=self.lr_scale,
-            kss_alpha=self.kss.alpha,
             non_finite=profile is None,
         )
         self._history, self.risk = assess(self._history, seen, self._config)
@@ -98,7 +96,7 @@ class Controller:
 
     @property
     def dense_until(self) -> int:
-        """The step until which the policy asks for a snapshot at each step."""
+        """Step until which the policy requests a snapshot at each step."""
         return self._state.dense_until
 
     def _spike(self, step: int, loss: float) -> None:

@@ -1,8 +1,8 @@
-"""Every detector as a function of one recording: a score per profiled step, higher means more alarm. All are causal.
+"""Detectors as functions of one recording: one score per profiled step, higher for more alarm. All are causal.
 
-Ours are those that the monitor runs. The baselines are what others watch, each in its usual form; two of them stand
-there once more with what koopmon knows beforehand, the rate and the layers' brake. The loss with it is what the monitor
-forecasts by where the script logs its loss, one step earlier than it can.
+koopmon's detectors are those of the monitor. The baselines are common statistics in their usual form. Two of them also
+appear with koopmon's prior, from the rate and the normalisation of the layers. The loss with this prior is the
+monitor's forecast for scripts that log their loss, one step earlier than the monitor can compute it.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ from benchmarks.campaign import Kept
 from benchmarks.training import Recipe, warmed
 from koopmon.config import RiskConfig
 from koopmon.risk.online_detector import Observation, OnlineRisk, RiskState, assess
+from koopmon.wire.messages import TrainingStep
 
 Series: TypeAlias = "np.ndarray[Any, Any]"
 Detector = Callable[[Kept[Recipe]], Series]
 
 WINDOW = 20
-"""Steps that a z-score looks back on."""
+"""Number of earlier steps of a z-score."""
 DRIFT = 0.5
-"""Of the cumulative sum, in standard deviations: half of the shift to be found, the textbook's choice for 1."""
+"""Drift of the cumulative sum, in standard deviations: half of the shift to detect, the usual choice for a shift of 1.
+"""
 LARGEST = 1e12
 LEAST_EVIDENCE = 0.05
 MEANS = ("near_unit_mass", "expansive_mass", "reliable_mode_ratio")
 
 
 def online(run: Kept[Recipe], config: RiskConfig | None = None, *, logged: bool = False) -> list[OnlineRisk]:
-    """What the monitor's detector says at each profiled step, where it sees the rate of that step.
+    """Run the monitor's detector at each profiled step, with the rate of that step.
 
-    Where the loss is `logged` it knows that of the step before: a snapshot leaves before its own step's loss is known.
+    With `logged`, it uses the loss of the step before, because a snapshot is sent before the loss of its step is known.
     """
     config = config or RiskConfig()
     exponent = run.scalars["initial"]["update_exponent"]
@@ -42,15 +44,17 @@ def online(run: Kept[Recipe], config: RiskConfig | None = None, *, logged: bool 
         informative = bool(run.series["informative"][row])
         means: dict[str, Any] = {name: float(run.series[name][row].mean()) for name in MEANS if informative}
         observation = Observation(
-            step=int(step),
+            training=TrainingStep(
+                step=int(step),
+                learning_rate=run.case.lr * warmed(run.case, int(step)),
+                loss=float(run.series["loss"][step - 1]) if logged and step > 0 else None,
+            ),
             informative=informative,
             non_finite=bool(np.isnan(ratios).any()),
             update_ratios=tuple(ratios.tolist()),
-            learning_rate=run.case.lr * warmed(run.case, int(step)),
             width=run.case.width,
             num_layers=run.case.num_layers,
             update_exponent=exponent,
-            loss=float(run.series["loss"][step - 1]) if logged and step > 0 else None,
             **means,
         )
         state, risk = assess(state, observation, config)
@@ -64,7 +68,7 @@ def _log_odds(probabilities: Sequence[float]) -> Series:
 
 
 def online_risk(run: Kept[Recipe]) -> Series:
-    """koopmon's risk, which acts, as log-odds."""
+    """koopmon's risk, which starts actions, as log-odds."""
     return _log_odds([risk.value for risk in online(run)])
 
 
@@ -74,18 +78,18 @@ def forecast(run: Kept[Recipe]) -> Series:
 
 
 def forecast_by_loss(run: Kept[Recipe]) -> Series:
-    """koopmon's forecast where the script logs its loss, as log-odds."""
+    """koopmon's forecast with a logged loss, as log-odds."""
     return _log_odds([risk.forecast for risk in online(run, logged=True)])
 
 
 def unsteadiness(run: Kept[Recipe]) -> Series:
-    """The risk's evidence without its prior."""
+    """Evidence of the risk without its prior."""
     found = [risk.components.get("unsteadiness", 0.0 if risk.value < 1 else LARGEST) for risk in online(run)]
     return np.array(found)
 
 
 def z_score(values: Series) -> Series:
-    """Of each value against the `WINDOW` before it; 0 until there are five."""
+    """z-score of each value against the `WINDOW` values before it; 0 with fewer than five."""
     scores = np.zeros(len(values))
     for t in range(5, len(values)):
         before = values[max(0, t - WINDOW) : t]
@@ -94,7 +98,7 @@ def z_score(values: Series) -> Series:
 
 
 def cusum(values: Series) -> Series:
-    """Cumulative sum of the z-scores above `DRIFT`, never below 0; one z-score counts 10 at most."""
+    """Cumulative sum of the z-scores above `DRIFT`, at least 0; one z-score counts 10 at most."""
     total, scores = 0.0, []
     for z in z_score(values):
         total = max(0.0, total + min(z, 10.0) - DRIFT)
@@ -107,12 +111,12 @@ def _finite(values: Series) -> Series:
 
 
 def _profiled(name: str, of: Callable[[Series], Series]) -> Detector:
-    """A detector of a scalar series that has one value for every step, read at the profiled ones."""
+    """Return a detector of a scalar series with one value per step, read at the profiled steps."""
     return lambda run: _finite(of(run.series[name]))[run.series["profile_step"]]
 
 
 def _spectral(name: str, sign: float = 1.0) -> Detector:
-    """The mean over layers of a field, as a log ratio to the run's start."""
+    """Mean over layers of a field, as a log ratio to the run's start."""
 
     def score(run: Kept[Recipe]) -> Series:
         values = run.series[name].mean(1)
@@ -126,7 +130,7 @@ def _level(name: str, sign: float = 1.0) -> Detector:
 
 
 def with_prior(detector: Detector) -> Detector:
-    """`detector` joined, as log-odds, with what koopmon knows beforehand."""
+    """Combine `detector` with koopmon's prior, as log-odds."""
 
     def score(run: Kept[Recipe]) -> Series:
         evidence = 4 * np.log(np.maximum(detector(run), 0.0) + LEAST_EVIDENCE)

@@ -1,10 +1,10 @@
-"""Who warns first? `python -m benchmarks.early_warning`.
+"""Comparison of detectors by their lead: `python -m benchmarks.early_warning`.
 
-Every run is recorded once; all detectors are scored on the same recordings. A detector's threshold is the lowest at
-which it raises at most one false alarm per 1,000 healthy steps, found on the runs of other seeds than the one that is
-scored. An alarm is a step at which the score passes the threshold; after it, 20 steps belong to the same alarm. The
-lead of a run that dies is from its first alarm to its death, 0 where there was none. Runs with a fault that lived are
-neither healthy nor dead: they are counted apart.
+Every run is recorded once, and all detectors are scored on the same recordings. A detector's threshold is the lowest
+with at most one false alarm per 1,000 healthy steps, found on the runs of other seeds. An alarm starts at a step at
+which the score exceeds the threshold, and lasts 20 steps. The lead of a diverging run is the time from its first alarm
+to the divergence, or 0 without an alarm. Runs with a fault that survived are neither healthy nor diverged; they are
+counted separately.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from benchmarks.training import Recipe, train
 RESULT = Path(__file__).parent / "results" / "early_warning.json"
 HOLD = 20
 ALLOWED = 1.0
-"""False alarms per 1,000 healthy steps."""
+"""Allowed false alarms per 1,000 healthy steps."""
 FAULT_STEP = 60
 FAULT_RATES: Mapping[Norm, tuple[float, ...]] = {"none": (0.001, 0.002, 0.003), "pre": (0.003,)}
 
@@ -43,7 +43,7 @@ Run = Kept[Recipe]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """One detector over all runs. `leads` in steps, one per run that died; `lives` how long those runs lived."""
+    """One detector over all runs. `leads` has the lead in steps of each diverged run; `lives` has their lengths."""
 
     name: str
     auroc: float | None
@@ -53,14 +53,14 @@ class Verdict:
     died: int
     median_lead: float
     median_share: float
-    """Of the run's life: lead / step of death."""
+    """Median share of the run's life: lead over step of divergence."""
     false_alarms: float
-    """Per 1,000 healthy steps, on runs that had no part in the threshold."""
+    """False alarms per 1,000 healthy steps, on runs that were not used for the threshold."""
     healthy_runs_alarmed: int
 
 
 def recipes(scale: str) -> list[Recipe]:
-    """The sweep of `benchmarks.norms`, and runs at rates that are safe by themselves, with a fault in their midst."""
+    """Return the sweep of `benchmarks.norms`, and runs at safe rates with an injected fault."""
     base = sweep(scale)
     steps, every = base[0].steps, base[0].profile_every
     return [
@@ -73,7 +73,7 @@ def recipes(scale: str) -> list[Recipe]:
 
 
 def alarms(scores: Series, steps: Series, threshold: float) -> list[int]:
-    """Steps at which an alarm began."""
+    """Return the steps at which alarms start."""
     found: list[int] = []
     for step in steps[scores > threshold]:
         if not found or step - found[-1] >= HOLD:
@@ -82,10 +82,10 @@ def alarms(scores: Series, steps: Series, threshold: float) -> list[int]:
 
 
 def threshold(scored: Sequence[tuple[Series, Series]], num_steps: int) -> float:
-    """The lowest that raises at most `ALLOWED` false alarms per 1,000 steps over healthy runs of `num_steps` in all."""
+    """Return the lowest threshold with at most `ALLOWED` false alarms per 1,000 of the `num_steps` healthy steps."""
     allowed = ALLOWED * num_steps / 1000
     candidates = np.unique(np.concatenate([scores for scores, _ in scored]))
-    low, high = 0, len(candidates) - 1  # at the highest score nothing passes
+    low, high = 0, len(candidates) - 1  # no score exceeds the highest one
     while low < high:
         middle = (low + high) // 2
         if sum(len(alarms(scores, steps, candidates[middle])) for scores, steps in scored) <= allowed:
@@ -96,14 +96,14 @@ def threshold(scored: Sequence[tuple[Series, Series]], num_steps: int) -> float:
 
 
 def limit_of(detector: Detector, runs: Sequence[Run]) -> float:
-    """The threshold of `detector` by the healthy ones of `runs`."""
+    """Return the threshold of `detector` from the healthy runs of `runs`."""
     healthy = [run for run in runs if not died(run) and not run.case.fault]
     num_steps = sum(len(run.series["loss"]) for run in healthy)
     return threshold([(detector(run), run.series["profile_step"]) for run in healthy], num_steps)
 
 
 def judge(name: str, detector: Detector, runs: Sequence[Run], *, limit: float | None = None) -> Verdict:
-    """Score `detector` on `runs` at the threshold `limit`, else each by one from the runs of the other seeds."""
+    """Score `detector` on `runs` at the threshold `limit`, else at thresholds from the runs of other seeds."""
     scores = [detector(run) for run in runs]
     steps = [run.series["profile_step"] for run in runs]
     healthy = [not died(run) and not run.case.fault for run in runs]
@@ -125,7 +125,7 @@ def judge(name: str, detector: Detector, runs: Sequence[Run], *, limit: float | 
                 num_alarmed += bool(found)
                 num_steps += len(run.series["loss"])
     chosen = [i for i in range(len(runs)) if healthy[i] or died(runs[i])]
-    # The last score before the loss itself is gone: what it knows at death is no warning.
+    # Drop the last score before the divergence: a score at the divergence is no warning.
     peaks = [_peak(scores[i], steps[i], runs[i]) for i in chosen]
     area = auroc([died(runs[i]) for i in chosen], peaks)
     return Verdict(
@@ -143,7 +143,7 @@ def judge(name: str, detector: Detector, runs: Sequence[Run], *, limit: float | 
 
 
 BEFORE = 5
-"""Steps before death that do not count for AUROC."""
+"""Steps before the divergence that do not count for AUROC."""
 
 
 def _peak(scores: Series, steps: Series, run: Run) -> float:
@@ -153,7 +153,7 @@ def _peak(scores: Series, steps: Series, run: Run) -> float:
 
 
 def analyse(runs: Sequence[Run], console: Console) -> dict[str, Any]:
-    """Print one table over all runs and one per kind of fault; returns them as the JSON keeps them."""
+    """Print one table over all runs and one per kind of fault; return them for the JSON."""
     document: dict[str, Any] = {"num_runs": len(runs), "allowed_per_1000_steps": ALLOWED, "tables": {}}
     rate = [run for run in runs if not run.case.fault]
     groups = {"all": list(runs), "learning rate": rate}
@@ -172,7 +172,7 @@ def analyse(runs: Sequence[Run], console: Console) -> dict[str, Any]:
 
 
 def remembered(detector: Detector) -> Detector:
-    """`detector`, asked but once of every run."""
+    """Cache `detector`, so that each run is scored once."""
     known: dict[int, Series] = {}
 
     def score(run: Run) -> Series:

@@ -1,8 +1,8 @@
-"""Whether koopmon's memory grows with the length of a training: `python -m benchmarks.endurance [--steps 10000]`.
+"""Memory of a long training with koopmon: `python -m benchmarks.endurance [--steps 10000]`.
 
-One process trains a tiny model, a snapshot at every step, KSS and a back-off in force, beside a monitor that answers.
-Ten times along the way, after a quarter of the steps, it counts its resident bytes, live tensors and live objects of
-Python's; exit status 1 when a count has grown.
+One process trains a tiny model with a snapshot at every step, KSS and a back-off in force, and a monitor that replies.
+Ten times after the first quarter of the steps, it counts resident bytes, live tensors and live Python objects. The exit
+status is 1 if a count has grown.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NUM_COUNTS = 10
 
 
 def endure(steps: int, monitor: ScriptedMonitor) -> dict[str, Any]:
-    """Train `steps` optimizer steps under `monitor`: what was counted along the way, and what was sent."""
+    """Train `steps` optimizer steps under `monitor`; return the counts along the way, and the numbers of snapshots."""
     model = plain()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     config = {"cadence": {"dense_every": 1, "warmup_steps": 1_000_000, "budget_ratio": 0.5}}
@@ -53,7 +53,7 @@ def endure(steps: int, monitor: ScriptedMonitor) -> dict[str, Any]:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         agent.log(loss=loss)
-        if step % 20 == 0:  # what the monitor keeps is not the agent's
+        if step % 20 == 0:  # the agent does not own the records of the monitor
             monitor.shards.clear()
             monitor.heard.clear()
         if step in due:
@@ -72,7 +72,7 @@ def endure(steps: int, monitor: ScriptedMonitor) -> dict[str, Any]:
 
 
 def _count(step: int, counts: dict[str, list[int]], monitor: ScriptedMonitor) -> None:
-    time.sleep(0.2)  # what is on its way arrives
+    time.sleep(0.2)  # wait for snapshots in transit
     monitor.shards.clear()
     monitor.heard.clear()
     gc.collect()
@@ -84,7 +84,7 @@ def _count(step: int, counts: dict[str, list[int]], monitor: ScriptedMonitor) ->
 
 
 def grown(found: dict[str, Any]) -> bool:
-    """Whether there is more in the end than in the beginning."""
+    """Return True if the last count exceeds the first."""
     resident, tensors = found["rss_bytes"], found["tensors"]
     return bool(resident[-1] - resident[0] > MAX_GROWTH_BYTES or tensors[-1] > tensors[0])
 

@@ -1,7 +1,7 @@
 """Small language models of the other families, for `benchmarks.architectures` and `benchmarks.family_alarms`.
 
-Shapes: N tokens, D width, E experts, K experts per token, G basis functions. Each is a `Decoder` with blocks of its
-own: where the published table names a family and no more, these are the plainest members of it.
+Shapes: N tokens, D width, E experts, K experts per token, G basis functions. Each is a `Decoder` with other blocks. The
+published table names families without details, so these are their simplest members.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ Family = Literal["transformer", "moe-1", "moe-2", "moe-4", "mamba", "kan"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 Scheme = Literal["pre", "none"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-"""The residual schemes that the families other than the transformer come in."""
+"""Residual schemes of the families other than the transformer."""
 NUM_EXPERTS, NUM_HEADS = 8, 4
 GRID_INTERVALS, SPLINE_ORDER, GRID_RANGE = 5, 3, 1.0
-"""As KAN layers have them by default: inputs beyond the grid meet no spline."""
+"""Default grid of KAN layers. Inputs beyond the grid have no spline."""
 
 
 class Experts(nn.Module):
-    """A mixture, (..., D) to (..., D): each token goes to the K of E experts that its router ranks highest.
+    """Mixture of experts, (..., D) to (..., D): each token goes to the K of E experts with the highest router scores.
 
-    The experts' outputs are weighed by the softmax over all E (Switch), or, `renormalised`, over the K chosen ones
-    (Mixtral); of one expert the latter is always 1 and would leave the router without a gradient.
+    The softmax over all E experts weighs their outputs (Switch), or with `renormalised` the softmax over the K chosen
+    experts (Mixtral). With one expert, the latter weight is always 1 and would give the router no gradient.
     """
 
     def __init__(self, width: int, num_experts: int, top_k: int, *, renormalised: bool) -> None:
@@ -52,7 +52,7 @@ class Experts(nn.Module):
 
 
 class Splines(nn.Module):
-    """A Kolmogorov-Arnold layer, (..., D) to (..., D): silu and a cubic B-spline on every connection."""
+    """Kolmogorov-Arnold layer, (..., D) to (..., D): silu and a cubic B-spline on every connection."""
 
     grid: Tensor
 
@@ -72,7 +72,7 @@ class Splines(nn.Module):
 
 
 def basis_functions(x: Tensor, grid: Tensor) -> Tensor:
-    """Values (..., D, G) of the B-splines over the knots `grid` (D, knots) at x (..., D), by the Cox-de Boor rule."""
+    """Compute the B-splines (..., D, G) over the knots `grid` (D, knots) at x (..., D), by the Cox-de Boor rule."""
     x = x[..., None]
     values = ((x >= grid[:, :-1]) & (x < grid[:, 1:])).to(x.dtype)
     for order in range(1, SPLINE_ORDER + 1):
@@ -110,7 +110,7 @@ def language_model(
     renormalised: bool = True,
     residual: bool = True,
 ) -> Decoder:
-    """A decoder whose blocks are of `family`. `renormalised` is of experts, `residual` of state spaces."""
+    """Build a decoder with blocks of `family`. `renormalised` applies to experts, `residual` to state spaces."""
     generator = torch.Generator().manual_seed(seed)
 
     def attended(feed_forward: nn.Module) -> Block:

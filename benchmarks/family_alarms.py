@@ -1,10 +1,10 @@
-"""Does the detector know the other families? `python -m benchmarks.family_alarms`.
+"""Detector on the other families: `python -m benchmarks.family_alarms`.
 
-Experts, state spaces and splines beside the transformer, each with the usual normalisation before its sublayers and
-without any, from rates that they are trained with to rates that kill. The risk is computed at online settings, with the
-thresholds that the family's adapter brings. A run counts as warned when the risk reached what makes the policy act
-before the death; an alarm on a run that lived is a false one. Beside it the risk, as log-odds, at which a family's
-living runs would raise one false alarm per 1,000 steps, whatever their rate.
+The runs are experts, state spaces, splines and transformers, each with the usual normalisation before its sublayers and
+without any, from usual rates to rates that diverge. The risk has online settings and the thresholds of the adapter. A
+run counts as warned if the risk reached the policy's threshold before the divergence. An alarm on a surviving run is
+false. The table also has the risk, as log-odds, at which the surviving runs of a family would raise one false alarm per
+1,000 steps at any rate.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ RESULT = Path(__file__).parent / "results" / "family_alarms.json"
 ADAPTERS: Mapping[Family, str] = {"transformer": "transformer", "moe-2": "moe", "mamba": "mamba", "kan": "kan"}
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 FIRST_SEEDS: Mapping[Family, int] = {"kan": 20}
-"""Splines' own settings were chosen on seeds below it; families without any begin at 0."""
+"""Seeds below it were used to choose the settings of splines. Other families start at 0."""
 BASE = Recipe(task="text", width=64, num_layers=4, steps=150, warmup=10, lr=0.0, seed=0)
 BEFORE = 5
-"""Steps before death whose risk does not count for AUROC."""
+"""Steps before the divergence that do not count for AUROC."""
 
 Run = Kept[Recipe]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One family with or without normalisation, over all rates. `leads` in steps, one for each run that died."""
+    """One family with or without normalisation, over all rates. `leads` has the lead in steps of each diverged run."""
 
     family: Family
     norm: str
@@ -56,7 +56,7 @@ class Row:
     num_runs: int
     num_diverged: int
     update_exponent: float | None
-    """At the start, mean over the runs; None where the layers hardly move."""
+    """Update exponent at the start, mean over the runs; None if the layers hardly change the state."""
     auroc: float | None
     num_warned: int
     median_lead: float | None
@@ -65,7 +65,7 @@ class Row:
     alarms_by_rate: Mapping[str, int]
     """False alarms by learning rate."""
     tolerable: float | None
-    """Log-odds of the risk at which living runs raise one false alarm per 1,000 steps."""
+    """Log-odds of the risk at which surviving runs raise one false alarm per 1,000 steps."""
 
 
 def recipes(families: Sequence[Family], num_seeds: int, scale: str) -> list[Recipe]:
@@ -80,7 +80,7 @@ def recipes(families: Sequence[Family], num_seeds: int, scale: str) -> list[Reci
 
 
 def risks(run: Run, config: RiskConfig) -> np.ndarray[Any, Any]:
-    """The risk at each profiled step as log-odds, at most 30 in size."""
+    """Return the risk at each profiled step as log-odds within [-30, 30]."""
     values = np.clip([risk.value for risk in online(run, config)], 1e-13, 1 - 1e-13)
     return np.asarray(np.log(values) - np.log1p(-values))
 
@@ -140,7 +140,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _known(path: Path) -> list[Mapping[str, Any]]:
-    """The rows that `path` has. Raises ValueError where they are of other rates."""
+    """Read the rows of `path`. Raises ValueError if they have other rates."""
     if not path.exists():
         return []
     told = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What can go wrong in a training besides its learning rate."""
+"""Injected faults of a training besides its learning rate."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ Fault = Literal["", "bad_batch", "optimizer_state", "precision", "no_warmup"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)[1:]
 BAD_BATCHES = 5
 MANTISSA_BITS = 2
-"""Of the coarse arithmetic: as fp8 E5M2 has."""
+"""Mantissa bits of the coarse arithmetic, as in fp8 E5M2."""
 
 
 def strike(fault: Fault, since: int, model: nn.Module, optimizer: Optimizer, labels: Tensor) -> None:
-    """Do what `fault` does, `since` steps after it began (negative: not yet).
+    """Apply `fault`, `since` steps after its start (negative before it).
 
-    bad_batch: the labels of 5 batches are all one and the same. optimizer_state: once, the second moments of Adam lose
-    their upper 99%, as from a checkpoint damaged or of another scale. precision: from now on the weights keep 2 bits of
-    mantissa. no_warmup: see `training.warmed`.
+    bad_batch: all labels of 5 batches are equal. optimizer_state: once, the second moments of Adam lose their upper
+    99%, as from a damaged checkpoint. precision: from now on, the weights keep 2 bits of mantissa. no_warmup: see
+    `training.warmed`.
     """
     if fault == "bad_batch" and 0 <= since < BAD_BATCHES:
         labels.fill_(1)

@@ -1,10 +1,10 @@
-"""Does a peer that floods and is killed end anybody else? `python -m benchmarks.flood_and_kill [--times 100]`.
+"""Effect of peers that flood and are killed: `python -m benchmarks.flood_and_kill [--times 100]`.
 
-One monitor and one training live through all cycles. In each, eight agents flood both channels of the monitor and are
-killed (SIGKILL); then it must answer a probe. The training's interpreter is kept by a C call for 50 ms in each step; in
-each cycle something floods it in the monitor's place and is killed; then it must have gone on. The peers' sockets have
-ZMTP heartbeats: libzmq 4.3.5 aborts a process that has them in a full queue (benchmarks/flooders.py). The exit status
-is 1 unless both survive every cycle and end well.
+One monitor and one training run through all cycles. In each cycle, eight agents flood both channels of the monitor and
+are killed (SIGKILL); then the monitor must reply to a probe. In each cycle of the training, another program floods it
+from the monitor's endpoint and is killed; then the training must continue. A C call blocks its interpreter for 50 ms in
+each step. The peers' sockets have ZMTP heartbeats, because libzmq 4.3.5 aborts a process that has them in a full queue
+(benchmarks/flooders.py). The exit status is 1 unless both survive every cycle and end normally.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ RESULT = Path(__file__).parent / "results" / "flood_and_kill.json"
 FLOOD_SECONDS = (0.05, 0.25)
 HELD_SECONDS = 0.05
 ANSWER_SECONDS = 10.0
-"""At most so long may an answer take after a flood."""
+"""Longest time to a reply after a flood."""
 START_SECONDS = 120.0
 WARM_CYCLES = 10
-"""Memory is compared with what it is after so many."""
+"""Number of cycles before the first memory count."""
 
 
 def train(endpoint: str, progress: str) -> None:
-    """The training: a tiny model, as many steps as there is time for; ends well at SIGTERM."""
+    """Source of the training: a tiny model that trains until SIGTERM."""
     import torch
 
     import koopmon
@@ -52,7 +52,7 @@ def train(endpoint: str, progress: str) -> None:
     torch.set_num_threads(1)
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
-    hold = ctypes.PyDLL(None).usleep  # unlike CDLL it keeps the interpreter
+    hold = ctypes.PyDLL(None).usleep  # unlike CDLL, it holds the interpreter lock
     model = plain()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     agent = koopmon.attach(model, optimizer, endpoint=endpoint, run="held")
@@ -74,7 +74,7 @@ def train(endpoint: str, progress: str) -> None:
 
 
 class Budget:
-    """How many cycles there may be, and for how long."""
+    """Limits on the number of cycles and on the time."""
 
     def __init__(self, times: int, seconds: float) -> None:
         self.times = times
@@ -87,7 +87,7 @@ class Budget:
 
 
 class Side:
-    """One process that lives through all cycles, and what became of it."""
+    """One process that runs through all cycles, and its results."""
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         self._log = log
@@ -101,7 +101,7 @@ class Side:
         self.why = ""
 
     def go_through(self, budget: Budget, cycle: Callable[[], tuple[int, float]]) -> None:
-        """Run `cycle`, which floods once and returns how many messages that were and what its victim then took."""
+        """Run `cycle`, which floods once and returns the number of messages and the time of the reply."""
         try:
             while self.cycles < budget.times and not budget.spent and self.survived == self.cycles:
                 self.cycles += 1
@@ -121,7 +121,7 @@ class Side:
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def end(self) -> dict[str, Any]:
-        """SIGTERM; plain values."""
+        """Stop the process by SIGTERM and return plain values."""
         self.process.terminate()
         try:
             status = self.process.wait(60.0)
@@ -148,7 +148,7 @@ def _await(path: Path, side: Side, words: str, seconds: float) -> None:
 
 
 def before_monitor(folder: Path, budget: Budget, chance: random.Random) -> dict[str, Any]:
-    """Agents flood a monitor."""
+    """Flood a monitor with agents."""
     ready = folder / "ready.json"
     places = ["--bind", "tcp://127.0.0.1:0", "--http", "127.0.0.1:0", "--store", str(folder / "h.sqlite3")]
     command = [sys.executable, "-m", "koopmon", "monitor", *places, "--device", "cpu", "--ready-file", str(ready)]
@@ -173,7 +173,7 @@ def before_monitor(folder: Path, budget: Budget, chance: random.Random) -> dict[
 
 
 def before_training(folder: Path, budget: Budget, chance: random.Random) -> dict[str, Any]:
-    """Something in a monitor's place floods a training."""
+    """Flood a training from the monitor's endpoint."""
     endpoint, progress = f"ipc://{folder}/m/control", folder / "step"
     code = "import sys; from benchmarks.flood_and_kill import train; train(*sys.argv[1:])"
     side = Side([sys.executable, "-c", code, endpoint, str(progress)], folder / "training.log")
@@ -201,12 +201,12 @@ SIDES = {"monitor": before_monitor, "training": before_training}
 
 
 def good(told: dict[str, Any]) -> bool:
-    """Whether a side survived all cycles and ended well, and whether there was anything to survive."""
+    """Return True if a side had at least one cycle, survived all and ended normally."""
     return bool(told["survived"] == told["cycles"] > 0 and told["status"] == 0 and told["messages"])
 
 
 def run(budget: Budget, seed: int) -> dict[str, dict[str, Any]]:
-    """Both sides at once, each in its own cycles; what became of them. Raises KeyboardInterrupt once all is ended."""
+    """Run both sides at once; return their results. Raises KeyboardInterrupt after both have ended."""
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="kf-") as name:
 

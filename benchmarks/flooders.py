@@ -1,8 +1,8 @@
-"""Peers that flood and are killed in the midst of it, by SIGKILL: agents before a monitor, or a monitor before agents.
+"""Peers that flood and are then killed by SIGKILL: agents that flood a monitor, or a monitor that floods agents.
 
-Each is a process of its own, forked from one that has imported everything, so that a cycle takes no longer than its
-flood. They have ZMTP heartbeats as koopmon's sockets had once, thousands a second: the PINGs of a peer that is gone are
-what libzmq 4.3.5 aborts a process for that has them in a full queue.
+Each is a separate process, forked from one that has all imports, so that a cycle takes no longer than its flood. They
+have thousands of ZMTP heartbeats per second, as koopmon's sockets once had. libzmq 4.3.5 aborts a process that has the
+PINGs of a dead peer in a full queue.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import zmq
 
 from koopmon.wire import client, server, sockets
 from koopmon.wire.headers import decode_header, encode_header
-from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply, Hello, Shard, Welcome
+from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply, Hello, Shard, TrainingStep, Welcome
 from koopmon.wire.sockets import ControlClient, ControlServer, DataSender, Poller, WireContext
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_AGENTS = 8
 MAX_REPLIES = 1000
-"""To one agent. Beyond about twice as many it would keep away for a while."""
+"""Messages to one agent. With about twice as many, the agent would close the connection for a while."""
 PATIENCE_SECONDS = 20.0
 
 
 class Flooders:
-    """The process that they are forked from. Each call takes as long as its flood."""
+    """Parent process of the flooders. Each call takes as long as its flood."""
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-c", "from benchmarks.flooders import serve; serve()"]
@@ -46,11 +46,11 @@ class Flooders:
         self._process.communicate()
 
     def agents(self, endpoint: str, seconds: float) -> int:
-        """Agents that flood the monitor at `endpoint` on both channels; how many messages they sent."""
+        """Flood the monitor at `endpoint` on both channels with agents; return the number of messages."""
         return self._flood("agents", endpoint, seconds)
 
     def monitor(self, endpoint: str, seconds: float) -> int:
-        """What listens at `endpoint` in a monitor's place, and floods who speaks to it with replies for nobody."""
+        """Listen at `endpoint` in the monitor's place, and flood connected peers with unrelated replies."""
         return self._flood("monitor", endpoint, seconds)
 
     def _flood(self, kind: str, endpoint: str, seconds: float) -> int:
@@ -64,12 +64,12 @@ class Flooders:
 
 
 def serve() -> None:
-    """The process behind `Flooders`: an order a line, and how many messages were sent as the answer."""
+    """Process behind `Flooders`: it reads one order per line and replies with the number of messages."""
     for line in sys.stdin:
         kind, endpoint, seconds = json.loads(line)
         shared = mmap.mmap(-1, 8)
         sent = memoryview(shared).cast("Q")
-        pid = os.fork()  # nothing of libzmq has begun here
+        pid = os.fork()  # the process has no state of libzmq yet
         if pid == 0:
             try:
                 {"agents": _agents, "monitor": _monitor}[kind](endpoint, sent)
@@ -111,10 +111,18 @@ def _agents(endpoint: str, sent: memoryview[int]) -> None:
             torch_version="0",
         )
         _until_sent(agent, encode_header(hello))
-        frames.append([encode_header(Heartbeat(**name, process_rank=0, step=1, applied=Applied()))])
+        said = Heartbeat(**name, process_rank=0, training=TrainingStep(step=1), applied=Applied())
+        frames.append([encode_header(said)])
     poller = Poller(*agents)
-    shape: dict[str, Any] = {"first_point": 0, "num_points": 2, "num_samples": 4, "width": 4, "dtype": "float16"}
-    shard = Shard(run="flood-0", incarnation="f" * 8, process_rank=0, num_senders=1, step=1, **shape)
+    shape: dict[str, Any] = {
+        "training": TrainingStep(step=1),
+        "first_point": 0,
+        "num_points": 2,
+        "num_samples": 4,
+        "width": 4,
+        "dtype": "float16",
+    }
+    shard = Shard(run="flood-0", incarnation="f" * 8, process_rank=0, num_senders=1, **shape)
     snapshot = [encode_header(shard), bytes(32), bytes(32)]
     while True:
         for agent, beat in zip(agents, frames, strict=True):

@@ -1,11 +1,11 @@
-"""Does it hold on runs that had no part in it? `python -m benchmarks.fresh`.
+"""Generalisation to new runs: `python -m benchmarks.fresh`.
 
-The calibrator that `benchmarks.norms` left and the detectors' thresholds that `benchmarks.early_warning` left, as they
-lie under `benchmarks/results`, on trainings that neither saw: other seeds, sizes and rates throughout, and, in groups
-of their own, another initialisation and another task. Nothing is fitted here.
+The calibrator of `benchmarks.norms` and the thresholds of `benchmarks.early_warning`, as in `benchmarks/results`, are
+applied to new trainings: other seeds, sizes and rates, and in separate groups another initialisation and another task.
+Nothing is fitted here.
 
-This is the second such sweep. The first, with seeds from 1000 on (results/fresh_reliable_modes.json), refuted the
-calibrator of its day, which read the share of reliable modes: under PyTorch's initialisation it was wrong way round.
+This is the second such sweep. The first one, with seeds from 1000 on (results/fresh_reliable_modes.json), refuted the
+former calibrator, which used the share of reliable modes: under PyTorch's initialisation its order was reversed.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ RATES = (0.002, 0.005, 0.009, 0.02)
 SIZES = ((72, 6), (120, 3))
 SEEDS: Mapping[Norm, int] = {"none": 3, "deep": 2, "pre": 1, "post": 1, "rms": 1, "sub": 1}
 FIRST_SEED = 2000
-"""No other campaign has seeds from here on."""
+"""First seed of this sweep. No other campaign uses seeds from here on."""
 OTHERS: Sequence[tuple[Mapping[str, Any], Sequence[Norm]]] = (
-    ({"initialisation": "torch"}, ("none", "pre", "rms", "sub")),  # DeepNorm starts beyond a loss of 50 there
+    ({"initialisation": "torch"}, ("none", "pre", "rms", "sub")),  # DeepNorm starts with a loss above 50 there
     ({"task": "recall-2"}, ("none", "deep", "pre")),
 )
 
@@ -46,7 +46,7 @@ Run = Kept[Recipe]
 
 
 def recipes(scale: str) -> list[Recipe]:
-    """Every training; the `paper` scale has the paper's widths and longer runs."""
+    """Return every training; the `paper` scale has the paper's widths and longer runs."""
     steps, every, factor = (2000, 5, 4) if scale == "paper" else (200, 1, 1)
     return [Recipe(**how, steps=steps, profile_every=every) for how in _axes(factor)]
 
@@ -56,7 +56,7 @@ def _axes(factor: int) -> Iterator[dict[str, Any]]:
         for width, layers in SIZES:
             for index, lr in enumerate(RATES):
                 for seed in range(num_seeds):
-                    # Where there is one seed per cell the cells have seeds of their own.
+                    # With one seed per cell, each cell has a different seed.
                     shape = {"norm": norm, "width": factor * width, "num_layers": layers, "lr": lr}
                     yield {**shape, "seed": FIRST_SEED + 10 * index + seed}
     for how, norms in OTHERS:
@@ -72,7 +72,7 @@ def group(run: Run) -> str:
 
 
 def score_start(runs: Sequence[Run], calibrator: Calibrator, console: Console) -> dict[str, Any]:
-    """AUROC and calibration of the calibrated probability, over all runs and in each group."""
+    """Return AUROC and calibration of the calibrated probability, over all runs and in each group."""
     told = [run for run in runs if informative(run)]
     groups = {"all": told, **{name: [run for run in told if group(run) == name] for name in map(group, told)}}
     found: dict[str, Any] = {}
@@ -102,7 +102,7 @@ def score_start(runs: Sequence[Run], calibrator: Calibrator, console: Console) -
 
 
 def score_warnings(runs: Sequence[Run], thresholds: Mapping[str, float], console: Console) -> list[dict[str, Any]]:
-    """Every detector at the threshold that the other runs gave it, where they gave it one."""
+    """Score every detector at the threshold from the other runs, if there is one."""
     known = {name: detector for name, detector in DETECTORS.items() if name in thresholds}
     verdicts = [judge(name, remembered(detector), runs, limit=thresholds[name]) for name, detector in known.items()]
     verdicts.sort(key=lambda verdict: (-verdict.median_lead, -(verdict.auroc or 0)))

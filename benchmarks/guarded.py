@@ -1,10 +1,10 @@
-"""The whole product against what people do by hand: `python -m benchmarks.guarded`.
+"""The whole product beside manual remedies: `python -m benchmarks.guarded`.
 
-Associative recall with 2 pairs (docs/method.md) on two gloo ranks, No-Norm at rates that kill: no control, clipping
-at 1.0 and 0.5, a rate halved at each loss spike, and koopmon's policies; each over the same seeds. Beside them the
-fixed rates that are safe, and healthy runs, plain and guarded. One monitor and one torchrun serve all runs of a policy
-in turn: real processes, real sockets. `--only lr` measures the rows of that policy anew and keeps the others, each with
-the commit that it was measured at.
+The task is associative recall with 2 pairs (docs/method.md) on two gloo ranks, No-Norm at rates that diverge. The
+controls are none, clipping at 1.0 and 0.5, a rate halved at each loss spike, and koopmon's policies, over the same
+seeds. Fixed safe rates and healthy runs, plain and guarded, are beside them. One monitor and one torchrun serve all
+runs of a policy in turn, with real processes and sockets. `--only lr` measures the rows of that policy again and keeps
+the others, each with the commit of its measurement.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RESULT = Path(__file__).parent / "results" / "guarded.json"
 
 
 def analyse(plan: Plan, runs: Mapping[str, Mapping[str, Any]], commit: str | None, console: Console) -> dict[str, Any]:
-    """Print the two tables; returns them as the JSON keeps them."""
+    """Print the two tables; return them for the JSON."""
     best = max(
         statistics.fmean(run["accuracy"] if run["died_at"] is None else 0.0 for run in of(plan, runs, "fixed", lr))
         for lr in plan.fixed
@@ -47,9 +47,9 @@ def analyse(plan: Plan, runs: Mapping[str, Mapping[str, Any]], commit: str | Non
 def again(
     plan: Plan, before: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]], commit: str | None, console: Console
 ) -> dict[str, Any]:
-    """What `analyse` found `before`, with the rows of the plan's policies measured anew.
+    """Merge the results of `analyse` into `before`, for the policies of the plan.
 
-    Raises ValueError when `before` is of other rates, seeds or steps.
+    Raises ValueError if `before` has other rates, seeds or steps.
     """
     for name in ("rates", "seeds", "steps"):
         known, wanted = before["plan"][name], json.loads(json.dumps(plan.told()[name]))

@@ -1,8 +1,8 @@
-"""Does the guard save the other families too? `python -m benchmarks.guarded_families`.
+"""The guard on the other families: `python -m benchmarks.guarded_families`.
 
-As `benchmarks.guarded`, with blocks of experts, state spaces and splines beside the transformer's, on synthetic text:
-without normalisation at rates that kill, by hand and under each policy; fixed rates that are safe; and healthy runs
-with the usual normalisation. What an adapter has of its own, as its thresholds, is in force.
+The setup is that of `benchmarks.guarded`, on synthetic text, with blocks of experts, state spaces, splines and
+transformers. The runs have no normalisation and rates that diverge, with manual remedies and under each policy. Fixed
+safe rates, and healthy runs with the usual normalisation, are beside them. The adapters' own thresholds are in force.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ PLAN = Plan(
 )
 
 FEWER_SEEDS: Mapping[str, int] = {"mamba": 2}
-"""A step of state spaces takes three times as long."""
+"""A step of state spaces takes three times as long, so they have fewer runs."""
 
 
 def analyse(plan: Plan, runs: Mapping[str, Mapping[str, Any]], commit: str | None) -> dict[str, Any]:
-    """One family's rows, its best fixed rate by the loss at the end, and its healthy runs."""
+    """Rows of one family, its best fixed rate by the final loss, and its healthy runs."""
     ends = {lr: [run["final_loss"] for run in of(plan, runs, "fixed", lr)] for lr in plan.fixed}
     means = {lr: math.inf if None in losses else statistics.fmean(losses) for lr, losses in ends.items()}
     best = min(means, key=lambda lr: means[lr])

@@ -1,5 +1,6 @@
-"""The training ranks of `benchmarks.guarded`, under torchrun: many small trainings, one after the other, each attached
-to a monitor that serves them all. Not for use by hand.
+"""Training ranks of `benchmarks.guarded` under torchrun: many small trainings in turn, each attached to one monitor.
+
+It is not for manual use.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ATTACH_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One training under the run name `run`; "" endpoint: nobody guards it."""
+    """One training with the run name `run`; it is unguarded if the endpoint is ""."""
 
     run: str
     recipe: Recipe
@@ -37,7 +38,7 @@ class Job:
 
 
 def train_one(job: Job) -> dict[str, Any]:
-    """Train `job` on all ranks; what rank 0 tells of it."""
+    """Train `job` on all ranks; return the results of rank 0."""
     recipe, rank, size = job.recipe, dist.get_rank(), dist.get_world_size()
     torch.manual_seed(recipe.seed)
     plain = recipe.model()
@@ -84,7 +85,7 @@ def train_one(job: Job) -> dict[str, Any]:
 
 
 def _wait_for_monitor(agent: koopmon.Agent) -> None:
-    """As `koopmon run` does: the first steps of so short a training are the ones that count."""
+    """Attach like `koopmon run`. The first steps of such a short training matter."""
     deadline = time.monotonic() + ATTACH_SECONDS
     while not agent.status()["connected"] and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -92,7 +93,7 @@ def _wait_for_monitor(agent: koopmon.Agent) -> None:
 
 
 def _digests(model: nn.Module) -> list[str]:
-    """Of the parameters on every rank; equal ones mean equal replicas."""
+    """Return a checksum of the parameters of every rank; equal ones mean equal replicas."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
         digest.update(parameter.detach().numpy().tobytes())
@@ -103,19 +104,19 @@ def _digests(model: nn.Module) -> list[str]:
 
 
 def main() -> None:
-    """Train the jobs of the file named first, skip those that the file named second tells of, and append to it."""
+    """Train the jobs of the first file that the second file lacks, and append the results to the second file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     jobs = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=list[Job])
     out = Path(sys.argv[2])
     finished = {json.loads(line)["run"] for line in out.read_text().splitlines()} if out.exists() else set()
-    dist.barrier()  # every rank has read it before rank 0 goes on writing
+    dist.barrier()  # every rank reads the file before rank 0 appends to it
     with out.open("a") if dist.get_rank() == 0 else Path(os.devnull).open("w") as log:
         for job in jobs:
             if job.run not in finished:
                 log.write(json.dumps(train_one(job)) + "\n")
                 log.flush()
-    # gloo lets go of its last collective in a thread that needs the interpreter: ending at once would abort it.
+    # gloo releases its last collective in a thread that needs the interpreter: an immediate exit would abort it.
     time.sleep(0.1)
     dist.destroy_process_group()
 

@@ -1,6 +1,7 @@
-"""Many short trainings on two gloo ranks, guarded by one monitor process or by nobody: what `benchmarks.guarded` and
-`benchmarks.guarded_families` share. Real processes, real sockets; one monitor and one torchrun serve all runs of a
-policy in turn.
+"""Many short trainings on two gloo ranks, guarded by one monitor process or unguarded.
+
+`benchmarks.guarded` and `benchmarks.guarded_families` share it. Processes and sockets are real. One monitor and one
+torchrun serve all runs of a policy in turn.
 """
 
 from __future__ import annotations
@@ -46,15 +47,16 @@ HEALTHY: Mapping[str, Mapping[str, Any]] = {
     "pre-torch": {"norm": "pre", "initialisation": "torch", "lr": 0.001},
     "none": {"norm": "none", "lr": 0.001},
 }
-"""Runs to be left alone. PyTorch's own initialisation gives Pre-LN a near-unit mass that the published guidance calls
-high risk (docs/method.md, "Reported spectra"), and it trains well.
+"""Healthy runs. PyTorch's own initialisation gives Pre-LN a high near-unit mass by the paper's guidance.
+
+Such runs train well (docs/method.md, "Reported spectra").
 """
 READY_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is trained: `base` at rates that kill, at rates that are safe, and `healthy` runs of each of `kinds`."""
+    """Runs of a plan: `base` at rates that diverge, at safe rates, and `healthy` runs of each of `kinds`."""
 
     base: Recipe = BASE
     by_hand: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: BY_HAND)
@@ -66,12 +68,12 @@ class Plan:
     policies: tuple[str, ...] = POLICIES
 
     def told(self) -> dict[str, Any]:
-        """What the JSON keeps of it."""
+        """Return the values for the JSON."""
         names = ("rates", "fixed", "seeds", "healthy", "policies")
         return {**{name: getattr(self, name) for name in names}, "steps": self.base.steps}
 
     def jobs(self, endpoint: str, policy: str) -> Iterator[Job]:
-        """Those of one policy; of "" those that nobody guards."""
+        """Return the runs of one policy; those of "" are unguarded."""
         for lr in self.rates:
             for seed in range(self.seeds):
                 for name, how in ({policy: {}} if policy else self.by_hand).items():
@@ -93,9 +95,9 @@ def run_name(kind: str, lr: float, seed: int) -> str:
 
 
 def train_all(plan: Plan, folder: Path, console: Console, *, alone: bool = True) -> dict[str, dict[str, Any]]:
-    """Every run by its name, with what the monitor did to it; finished ones are read from `folder`.
+    """Return every run by its name, with the actions of the monitor; finished ones are read from `folder`.
 
-    Those that nobody guards are left out unless `alone`. Raises RuntimeError when the ranks end before all is told.
+    Unguarded runs need `alone`. Raises RuntimeError if the ranks end before all results are there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
@@ -143,7 +145,7 @@ def _serve_and_train(
             if ranks.poll() is None:
                 ranks.terminate()
             ranks.wait(60.0)
-        # What counts is what they told: gloo's threads may abort a process that has nothing left to do but end.
+        # The results count, not the exit status: gloo's threads may abort a process at its end.
         missing = {job.run for job in jobs} - {row["run"] for row in _told(out)}
         if missing:
             raise RuntimeError(f"{min(missing)}: not told; the ranks ended with status {ranks.returncode}")
@@ -166,7 +168,7 @@ def _told(out: Path) -> list[dict[str, Any]]:
 
 
 def _actions(store: Path) -> dict[str, dict[str, Any]]:
-    """What was applied, by run: how many commands that changed the training, and the lowest scale."""
+    """Return the applied commands by run: the number of those that changed the training, and the lowest scale."""
     found = {}
     with HistoryReader.open(store) as history:
         for run in history.runs():
@@ -182,7 +184,7 @@ def _actions(store: Path) -> dict[str, dict[str, Any]]:
 
 
 def summarise(plan: Plan, runs: Mapping[str, Mapping[str, Any]], kind: str, commit: str | None) -> dict[str, Any]:
-    """One control over all rates that kill."""
+    """Summarise one control over all rates that diverge."""
     mine = [run for lr in plan.rates for run in of(plan, runs, kind, lr)]
     dead = sum(run["died_at"] is not None for run in mine)
     interval = stats.binomtest(dead, len(mine)).proportion_ci(0.95)
@@ -213,7 +215,7 @@ def replicas_equal(runs: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def healthy_runs(plan: Plan, runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the guard did to runs that need none, over all kinds and for each."""
+    """Summarise the healthy runs under the guard, over all kinds and for each."""
     pairs = {}
     for kind, how in plan.kinds.items():
         names = [run_name(f"healthy-{kind}%s", how["lr"], seed) for seed in range(100, 100 + plan.healthy)]

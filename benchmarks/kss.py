@@ -1,10 +1,10 @@
-"""Does shaping the spectrum let a higher rate live, and does the model then learn? `python -m benchmarks.kss`.
+"""Effect of KSS on the highest rate and on the learning: `python -m benchmarks.kss`.
 
-Associative recall with 2 pairs, which small models learn (docs/method.md). First a look: every setting at two rates
-over four seeds. Then the cells that are quoted, over 24 other seeds. Survival alone does not count: beside the share
-that diverged stands the accuracy of those that lived, and of fixed rates without any of it. What the file of results
-knows already, of as many runs and steps, is kept, with the commit that it was measured at; `--again look` and `--again
-cells` measure anew.
+The task is associative recall with 2 pairs, which small models learn (docs/method.md). A preliminary search tries every
+setting at two rates over four seeds. The main cells have 24 other seeds. Survival alone is not enough, so the tables
+have the share of diverged runs and the accuracy of the others, also for fixed rates without KSS. Results in the file
+with equal numbers of runs and steps are kept, with the commit of their measurement. `--again look` and `--again cells`
+measure them again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BASE = Recipe(
     task="recall-2", norm="none", width=64, num_layers=4, batch=32, steps=400, profile_every=0, lr=0.0, seed=0
 )
 SPARSE = {"kss_every": 10, "layer_fraction": 0.5}
-"""The published cadence: every 10th step, half of the layers."""
+"""Published cadence: every 10th step, half of the layers."""
 BRANCH: Mapping[str, Any] = {"shaping": "branch", "alpha": 0.6, "tau_u": 3.0}
 LARGER: Mapping[str, Any] = {"width": 128, "num_layers": 6}
 TEXT: Mapping[str, Any] = {"task": "text", "batch": 8}
@@ -94,7 +94,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "Pre-LN: decoupled 0.1, tau 1.5": {"norm": "pre", "shaping": "decoupled", "alpha": 0.1, "tau_u": 1.5},
     "Pre-LN: branch 0.1, tau 3": {"norm": "pre", "shaping": "branch", "alpha": 0.1, "tau_u": 3.0},
 }
-"""Alpha is 0.15, tau 1.05, the rank 32, every layer at every step, where nothing else is said."""
+"""Defaults of a setting: alpha 0.15, tau 1.05, rank 32, every layer at every step."""
 LOOK_RATES: Mapping[str, tuple[float, float]] = {
     "": (0.004, 0.008),
     "Pre-LN": (0.004, 0.008),
@@ -102,7 +102,7 @@ LOOK_RATES: Mapping[str, tuple[float, float]] = {
     "text": (0.006, 0.012),
     "SGD": (0.1, 0.3),
 }
-"""By what stands before the colon in a setting's name: a lower rate, and one that kills, if any does."""
+"""Rates by the prefix of a setting's name: a lower rate, and one that diverges if any does."""
 LOOK_SEEDS = range(100, 104)
 RATES = (0.004, 0.006, 0.008, 0.012)
 QUOTED: Mapping[str, Sequence[float]] = {
@@ -114,13 +114,15 @@ QUOTED: Mapping[str, Sequence[float]] = {
     "Pre-LN: nothing": (0.004,),
     "Pre-LN: published": (0.004,),
 }
-"""Chosen by the look: the forms as published, the best of ours for either scheme, and what they are to beat. Policies
-are quoted by `benchmarks.guarded`, in real processes."""
+"""Settings of the main cells: the published forms, the best of ours for either scheme, and their baselines.
+
+`benchmarks.guarded` has the policies, in real processes.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One setting at one rate. `low` and `high` bound the share that diverged (95%, Clopper-Pearson)."""
+    """One setting at one rate. `low` and `high` bound the share of diverged runs (95%, Clopper-Pearson)."""
 
     setting: str
     lr: float
@@ -129,24 +131,24 @@ class Cell:
     low: float
     high: float
     accuracy: float | None
-    """Mean over the runs that lived."""
+    """Mean accuracy of the surviving runs."""
     final_loss: float | None
     actions: float
     seconds_per_step: float
-    """Of the training alone, median over the runs."""
+    """Time of a step of the training alone, median over the runs."""
     step_ratio: float | None = None
-    """To the same without anything, at the same rate, measured beside it."""
+    """Ratio to the step time without KSS at the same rate, measured at the same time."""
     commit: str
-    """That it was measured at."""
+    """Commit of the measurement."""
 
 
 def base_of(setting: str) -> str:
-    """What stands before the colon: the model, task or optimizer where it is not the usual one."""
+    """Return the prefix before the colon: the model, task or optimizer if it is not the default."""
     return setting.rpartition(": ")[0]
 
 
 def cells(wanted: Mapping[str, Sequence[float]], seeds: Sequence[int], steps: int) -> list[tuple[str, Recipe]]:
-    """Every training, for settings and the rates that each is tried at."""
+    """Return every training of the settings at their rates."""
     return [
         (name, replace(BASE, lr=lr, seed=seed, steps=steps, **SETTINGS[name]))
         for name, rates in wanted.items()
@@ -174,7 +176,7 @@ def summarise(name: str, lr: float, runs: Sequence[Kept[Recipe]], commit: str) -
 
 
 def table(title: str, found: Sequence[Cell]) -> Table:
-    """Settings by rates: the share that diverged, then the accuracy of those that lived."""
+    """Print settings by rates: the share of diverged runs, then the accuracy of the others."""
     rates = sorted({cell.lr for cell in found})
     drawn = Table("setting", *(f"{lr:g}" for lr in rates), title=f"{title}: diverged, accuracy of those that lived")
     for name in dict.fromkeys(cell.setting for cell in found):
@@ -190,7 +192,7 @@ def table(title: str, found: Sequence[Cell]) -> Table:
 
 
 def known(path: Path, stage: str, num_runs: int, steps: int) -> dict[tuple[str, float], Cell]:
-    """The cells of `stage` that the file at `path` has, of so many runs and steps."""
+    """Return the cells of `stage` in the file at `path` with equal numbers of runs and steps."""
     if not path.exists():
         return {}
     document = json.loads(path.read_text(encoding="utf-8"))
@@ -203,7 +205,7 @@ def known(path: Path, stage: str, num_runs: int, steps: int) -> dict[tuple[str, 
 def train_all(
     wanted: Sequence[tuple[str, Recipe]], options: argparse.Namespace, commit: str, console: Console
 ) -> dict[tuple[str, float], Cell]:
-    """One cell for each setting and rate of `wanted`."""
+    """Summarise one cell for each setting and rate of `wanted`."""
     runs = campaign.run([r for _, r in wanted], train, options.work, workers=options.workers, console=console)
     grouped: dict[tuple[str, float], list[Kept[Recipe]]] = {}
     for (name, recipe), run in zip(wanted, runs, strict=True):

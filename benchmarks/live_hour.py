@@ -1,7 +1,7 @@
-"""An hour of many runs in a few minutes: the monitor's service, store and pages, with clocks that we turn.
+"""One simulated hour of many runs: the monitor's service, store and pages, with simulated clocks.
 
-Sockets and the engine's arithmetic are left out, since an hour of them takes an hour; profiles are real ones, made
-before.
+Sockets and the arithmetic of the engine are left out, because an hour of them takes an hour. The profiles are real and
+were computed before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from koopmon.monitor.http.server import WebServer
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import Service
 from koopmon.telemetry.metrics import Metrics
-from koopmon.wire.messages import Applied, Heartbeat
+from koopmon.wire.messages import Applied, Heartbeat, TrainingStep
 
 HOUR_SECONDS = 3600.0
 HEARTBEAT_SECONDS, SNAPSHOT_SECONDS, SCRAPE_SECONDS, COUNT_SECONDS = 10.0, 60.0, 60.0, 300.0
@@ -32,19 +32,18 @@ NUM_PROFILES = 8
 
 
 class _Snapshot:
-    """What a result says of its snapshot, without the states."""
+    """Result of the engine for a snapshot, without the states."""
 
     num_shards, masked, num_samples = 1, False, 128
 
     def __init__(self, run: str, step: int) -> None:
         self.run, self.incarnation, self.step = run, "aaaaaaaa", step
-        self.learning_rate, self.loss, self.grad_norm = 1e-3, 2.0 + 0.1 * (step % 7), 1.0
-        self.lr_scale, self.kss_alpha = 1.0, 0.0
+        self.training = TrainingStep(step=step, learning_rate=1e-3, loss=2.0 + 0.1 * (step % 7), grad_norm=1.0)
         self.observables: dict[str, list[float | None]] = {}
 
 
 class _Engine:
-    """Has nothing to do."""
+    """Engine without work."""
 
     queue_length = 0
 
@@ -53,7 +52,7 @@ class _Engine:
 
 
 def simulate(num_runs: int) -> dict[str, Any]:
-    """Resident bytes and series along the hour, once everything that is bounded is full."""
+    """Measure resident bytes and series during the hour, after everything bounded is full."""
     found, clock = profiles(NUM_PROFILES), [0.0]
     config = from_mapping({"policy": {"dry_run": True}})
     registry = CollectorRegistry()
@@ -78,7 +77,7 @@ def simulate(num_runs: int) -> dict[str, Any]:
         runs = [f"run-{number:02d}" for number in range(num_runs)]
         for run in runs:
             service.on_control(run.encode(), hello(run))
-        # A connection each time: the server lets none live for long.
+        # Each request has a new connection, because the server ends long ones.
         once = httpx.Limits(max_keepalive_connections=0)
         with httpx.Client(base_url=f"http://{web.address}", timeout=60.0, limits=once) as client:
             step = 0
@@ -95,7 +94,12 @@ def simulate(num_runs: int) -> dict[str, Any]:
                 at = clock[0]
                 for run in runs:
                     beat = Heartbeat(
-                        run=run, incarnation="aaaaaaaa", process_rank=0, step=step, applied=Applied(), sent=step
+                        run=run,
+                        incarnation="aaaaaaaa",
+                        process_rank=0,
+                        training=TrainingStep(step=step),
+                        applied=Applied(),
+                        sent=step,
                     )
                     service.on_control(run.encode(), beat)
                 if at % SNAPSHOT_SECONDS == 0:
@@ -116,7 +120,7 @@ def simulate(num_runs: int) -> dict[str, Any]:
 
 
 def _fill(live_state: LiveState, runs: list[str], snapshots: Any) -> None:
-    """What a run keeps is bounded: begin where the bounds are reached."""
+    """Fill the records of a run up to their bounds, so that the measurement starts there."""
     snapshots()
     for run in runs:
         view = live_state.view(run)

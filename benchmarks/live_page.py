@@ -1,10 +1,10 @@
-"""What the live page and /metrics take: `python -m benchmarks.live_page`.
+"""Cost of the live page and /metrics: `python -m benchmarks.live_page`.
 
-A monitor in a process of its own starts on a history of 20 runs x 48 layers: first contentful paint in Chromium, and
-the time from a snapshot's being sent to the page's having changed. Then 50 runs x 48 layers report to another one:
-latency and size of a scrape. Then an hour of 50 runs with clocks that are turned: whether memory stays flat. In the end
-real trainings are watched, and docs/live-fleet.png and docs/live-run.png are taken of them. `--only-scrapes` measures
-/metrics alone and replaces that part of the result. Exit status 1 when a bound is missed.
+A monitor in its own process starts on a history of 20 runs x 48 layers. The benchmark measures the first contentful
+paint in Chromium, and the time from sending a snapshot to the change of the page. Then 50 runs x 48 layers report to
+another monitor, for the latency, CPU time and size of a scrape. Then one hour of 50 runs is simulated, for the memory.
+Finally it takes docs/live-fleet.png and docs/live-run.png of real trainings. `--only-scrapes` measures /metrics alone
+and replaces that part of the result. The exit status is 1 if a bound is exceeded.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ PAINTS, UPDATES, SCRAPES = 7, 15, 40
 PAINT_SECONDS, UPDATE_SECONDS, SCRAPE_CPU_SECONDS = 1.0, 2.0, 0.25
 MAX_GROWTH_BYTES = 16 << 20
 ACCEPT = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
-"""What Prometheus asks for."""
+"""Request headers of Prometheus."""
 FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
 
 
 def first_paint(browser: Any, served: Served, began: float) -> dict[str, Any]:
-    """Of both pages, in milliseconds, each in a browser that knows nothing of them; first right at the start."""
+    """Return the first paint of both pages in milliseconds, each in a new browser; the first one right at the start."""
 
     def paint(path: str) -> float:
         context = browser.new_context()
         page = context.new_page()
         page.goto(served.url + path)
-        # Asked again and again, since the page's policy forbids what wait_for_function does.
+        # Poll, because the content security policy of the page forbids the method of wait_for_function.
         found = float(wait_until(lambda: page.evaluate(FIRST_PAINT), 0.01))
         context.close()
         return found
@@ -75,7 +75,7 @@ def first_paint(browser: Any, served: Served, began: float) -> dict[str, Any]:
 
 
 def updates(browser: Any, served: Served) -> list[float]:
-    """Seconds from handing a snapshot to the socket until the page shows its step."""
+    """Return the seconds from passing a snapshot to the socket until the page shows its step."""
     agent = Agent(served.endpoint, "watched")
     agent.snapshot(1, states(0).bfloat16())
     page = browser.new_page()
@@ -89,13 +89,13 @@ def updates(browser: Any, served: Served) -> list[float]:
         seen = f"document.querySelector('#eigenvalues').textContent.includes('Step {step}.')"
         wait_until(partial(page.evaluate, seen), 0.02)
         took.append(time.monotonic() - began)
-        time.sleep(0.37)  # so that not all meet the stream at the same moment of its round
+        time.sleep(0.37)  # vary the phase relative to the interval of the stream
     agent.close()
     return took
 
 
 def scrapes(folder: Path) -> dict[str, Any]:
-    """Latency, CPU time and size of /metrics, compressed, while many runs report."""
+    """Measure latency, CPU time and size of /metrics, compressed, while many runs report."""
     settings = "[monitor]\nmax_runs = 64\nqueue_length = 100\nvanished_after_seconds = 600\n"
     with monitor(folder, folder / "many.sqlite3", settings) as served:
         agents = [Agent(served.endpoint, f"run-{number:02d}") for number in range(NUM_SIMULATED)]
@@ -146,7 +146,7 @@ def measure(folder: Path, console: Any) -> dict[str, Any]:
     console.print("updates:", [round(each, 2) for each in told["updates_seconds"]])
     told["metrics"] = scrapes(folder)
     console.print("scrapes:", statistics.median(told["metrics"]["seconds"]))
-    # In a process of its own, whose memory is the monitor's alone.
+    # Use another process, whose memory is that of the monitor alone.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         told["hour"] = pool.apply(live_hour.simulate, (NUM_SIMULATED,))
     console.print("hour:", told["hour"])
@@ -154,7 +154,7 @@ def measure(folder: Path, console: Any) -> dict[str, Any]:
 
 
 def missed(told: dict[str, Any]) -> list[str]:
-    """The bounds that were not kept, in words."""
+    """Return the exceeded bounds in words."""
     paint, hour = told["paint"], told["hour"]
     worst = max(paint["at_the_start_ms"], *paint["fleet_ms"], *paint["run_ms"]) / 1000
     found = []
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     console = campaign.console()
-    origin = provenance(0)  # before the pictures change the tree
+    origin = provenance(0)  # the provenance is read before the pictures change the tree
     with tempfile.TemporaryDirectory(prefix="koopmon-") as folder:
         if options.only_scrapes:
             document = json.loads(options.out.read_text(encoding="utf-8"))

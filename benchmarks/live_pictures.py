@@ -1,5 +1,7 @@
-"""The pictures of the live page, of real trainings: models without normalisation, at rates that kill them and at one
-that does not, under one monitor."""
+"""Pictures of the live page with real trainings under one monitor.
+
+The models have no normalisation. Some rates diverge and one does not.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ SIZE = {"width": 1440, "height": 900}
 
 
 def take(folder: Path, docs: Path) -> Mapping[str, Any]:
-    """Train, and write docs/live-fleet.png and docs/live-run.png while it goes on; what is in them, in numbers."""
+    """Train, and write docs/live-fleet.png and docs/live-run.png during the training; return their numbers."""
     names = [f"no-norm-lr-{rate:g}" for rate in RATES]
     with monitor(folder, folder / "pictures.sqlite3") as served:
         jobs = [_train(folder, served.endpoint, name, rate) for name, rate in zip(names, RATES, strict=True)]

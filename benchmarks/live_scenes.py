@@ -1,4 +1,4 @@
-"""What the live page is measured on: recorded runs, a monitor in a process of its own, simulated agents, a browser."""
+"""Test bed of the live page: recorded runs, a monitor in its own process, simulated agents, a browser."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from torch import Tensor
 from koopmon.config import Config
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.run_controller import RunController
-from koopmon.monitor.sample import Sample
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
-from koopmon.wire.messages import Applied, Heartbeat, Hello, Shard, Welcome
+from koopmon.wire.messages import Applied, Hello, Shard, TrainingStep, Welcome
 from koopmon.wire.sockets import ControlClient, DataSender, WireContext
 from tests import factories
 
@@ -34,7 +33,7 @@ WAIT_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A monitor's addresses; `url` is that of its pages."""
+    """Addresses of a monitor; `url` is that of its pages."""
 
     endpoint: str
     url: str
@@ -42,7 +41,7 @@ class Served:
 
 
 def states(seed: int, scale: float = 0.3) -> Tensor:
-    """A residual stream of NUM_LAYERS transitions, (L + 1, N, D)."""
+    """Draw a residual stream of NUM_LAYERS transitions, (L + 1, N, D)."""
     generator = torch.Generator().manual_seed(seed)
     updates = torch.randn((NUM_LAYERS + 1, NUM_SAMPLES, WIDTH), generator=generator)
     updates[1:] *= scale
@@ -58,7 +57,7 @@ def hello(run: str) -> Hello:
 
 
 def record(path: Path, num_runs: int, num_snapshots: int, found: list[SpectralProfile]) -> None:
-    """A history of runs as a monitor writes it down: profiles, observations and decisions."""
+    """Write a history of runs like a monitor: profiles, observations and decisions."""
     store = HistoryWriter.open(path)
     for number in range(num_runs):
         said, at = hello(f"recorded-{number:02d}"), time.time() - num_snapshots
@@ -66,16 +65,13 @@ def record(path: Path, num_runs: int, num_snapshots: int, found: list[SpectralPr
         guard, where = RunController(Config(), said, Applied()), (said.run, said.incarnation)
         for step in range(1, num_snapshots + 1):
             profile = found[step % len(found)]
-            sample = Sample(step=step, learning_rate=1e-3, loss=2.0, grad_norm=1.0, lr_scale=1.0, kss_alpha=0.0)
-            verdict = guard.assess(float(step), sample, profile, step=step)
+            training = TrainingStep(step=step, learning_rate=1e-3, loss=2.0, grad_norm=1.0)
+            verdict = guard.assess(float(step), training, profile, step=step)
             store.record_profile(
                 at + step, *where, step, num_shards=1, masked=False, seconds=0.1, profile=profile.to_dict()
             )
             store.record_observation(
-                *(at + step, *where, step),
-                scalars={"learning_rate": 1e-3, "loss": 2.0},
-                lr_scale=1.0,
-                kss_alpha=0.0,
+                *(at + step, *where, training),
                 non_finite=False,
                 observation=verdict.observation,
                 risk=verdict.risk.value,
@@ -92,7 +88,7 @@ def record(path: Path, num_runs: int, num_snapshots: int, found: list[SpectralPr
 
 
 class Agent:
-    """One rank that says what it is told to; it takes no commands."""
+    """Simulated rank that sends the given snapshots and refuses commands."""
 
     def __init__(self, endpoint: str, run: str) -> None:
         self._context = WireContext()
@@ -106,26 +102,24 @@ class Agent:
         self._data = DataSender(self._context, welcome.data_endpoint, queue_length=64)
 
     def snapshot(self, step: int, held: Tensor) -> None:
-        """Hand the states (L + 1, N, D) of one step to the socket."""
+        """Send the states (L + 1, N, D) of one step."""
         shard = Shard(
             run=self._run,
             incarnation=INCARNATION,
             process_rank=0,
             num_senders=1,
-            step=step,
+            training=TrainingStep(step=step, learning_rate=1e-3, loss=2.0),
             first_point=0,
             num_points=held.shape[0],
             num_samples=held.shape[1],
             width=held.shape[2],
             dtype="bfloat16",
-            learning_rate=1e-3,
-            loss=2.0,
         )
         frames = encode(shard, held)
         wait_until(lambda: self._data.send(frames) is None, 0.005)
 
     def heartbeat(self, step: int) -> None:
-        beat = Heartbeat(run=self._run, incarnation=INCARNATION, process_rank=0, step=step, applied=Applied())
+        beat = factories.heartbeat(step, self._run, INCARNATION)
         wait_until(lambda: self._control.send(encode(beat)), 0.01)
         while self._control.recv() is not None:
             pass
@@ -136,7 +130,7 @@ class Agent:
 
 @contextmanager
 def monitor(folder: Path, store: Path, config: str = "") -> Iterator[Served]:
-    """`koopmon monitor` on ports of its own, once it serves; SIGTERM at the end."""
+    """Start `koopmon monitor` on free ports; return when it is ready, and stop it by SIGTERM at the end."""
     ready, settings = folder / "ready.json", folder / "koopmon.toml"
     ready.unlink(missing_ok=True)
     settings.write_text(config, encoding="utf-8")
@@ -156,7 +150,7 @@ def monitor(folder: Path, store: Path, config: str = "") -> Iterator[Served]:
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A headless browser of this machine's."""
+    """Start a headless browser of this machine."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -168,7 +162,7 @@ def chromium() -> Iterator[Any]:
 
 
 def wait_until(condition: Callable[[], Any], pause_seconds: float = 0.05) -> Any:
-    """The first true value of `condition`. Raises TimeoutError when it does not come."""
+    """Return the first true value of `condition`. Raises TimeoutError after the time limit."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not (found := condition()):
         if time.monotonic() > deadline:

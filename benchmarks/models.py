@@ -1,6 +1,6 @@
-"""The project's own small models and tasks, for benchmarks, tables and tests: docs/method.md.
+"""Small models and tasks of the project, for benchmarks, tables and tests (docs/method.md).
 
-Shapes: B batch, T tokens, D width, V vocabulary. All is drawn from private generators: equal seeds, equal results.
+Shapes: B batch, T tokens, D width, V vocabulary. Private generators draw all numbers: equal seeds give equal results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Norm = Literal["pre", "post", "none", "rms", "sub", "deep", "rezero"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
 Initialisation = Literal["gpt2", "torch"]
 INITIAL_STD = 0.02
-"""Of GPT-2's initialisation; with PyTorch's own the spectra are others."""
+"""Standard deviation of GPT-2's initialisation. PyTorch's own initialisation gives other spectra."""
 
 
 class Attention(nn.Module):
@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers with a GELU between, (..., D) to (..., D); `sub` normalises before the second."""
+    """Two layers with a GELU between them, (..., D) to (..., D); `sub` normalises before the second."""
 
     def __init__(self, width: int, *, sub: bool) -> None:
         super().__init__()
@@ -90,10 +90,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer, tokens (B, T) to logits (B, T, V).
+    """Decoder-only transformer, tokens (B, T) to logits (B, T, V).
 
-    `initialisation` "gpt2" is std 0.02 and biases 0, "torch" what the modules come with. Blocks that `make_block`
-    makes keep what it gave them.
+    `initialisation` "gpt2" has std 0.02 and biases 0; "torch" keeps the initialisation of the modules. Blocks from
+    `make_block` keep their own initialisation.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Decoder(nn.Module):
 
 
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
-    """GPT-2's initialisation of every linear map and embedding in `model`."""
+    """Apply GPT-2's initialisation to every linear map and embedding in `model`."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=INITIAL_STD, generator=generator)
@@ -146,9 +146,10 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
 def associative_recall(
     batch_size: int, *, seed: int, num_tokens: int = 64, num_pairs: int = 4, vocabulary: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """Batch of D.1: tokens (B, T) as [k1, v1, ..., kn, vn, padding..., q] and the label (B,), the value of q's key.
+    """Draw a batch of D.1: tokens (B, T) as [k1, v1, ..., kn, vn, padding..., q] and the label (B,), the value of q's
+    key.
 
-    Padding is token 0; the keys of one sequence are distinct, so that the label is unambiguous.
+    Padding is token 0. The keys of one sequence are distinct, so the label is unambiguous.
     """
     if num_tokens < 2 * num_pairs + 1:
         raise ValueError(f"num_tokens = {num_tokens}: {num_pairs} pairs and a query need at least {2 * num_pairs + 1}")
@@ -164,12 +165,12 @@ def associative_recall(
 
 
 def associative_recall_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy on the last position only: logits (B, T, V), labels (B,)."""
+    """Compute the cross-entropy at the last position: logits (B, T, V), labels (B,)."""
     return functional.cross_entropy(logits[:, -1], labels)
 
 
 def synthetic_text(batch_size: int, *, seed: int, num_tokens: int = 256, vocabulary: int = 10_000) -> Tensor:
-    """Batch of D.2, tokens (B, T): repetitions, runs of consecutive ids and random tokens, ids from 10 on.
+    """Draw a batch of D.2, tokens (B, T): repetitions, runs of consecutive ids and random tokens, with ids from 10 on.
 
     Segments are drawn with equal probability until the sequence is full: a pattern of 2-5 tokens repeated 2-4 times,
     5-15 consecutive ids, or 5-15 random ones.
@@ -200,5 +201,5 @@ def synthetic_text(batch_size: int, *, seed: int, num_tokens: int = 256, vocabul
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy of each token given those before it: logits (B, T, V), tokens (B, T)."""
+    """Compute the cross-entropy of each token given the earlier ones: logits (B, T, V), tokens (B, T)."""
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())

@@ -1,7 +1,7 @@
-"""The spectra of seven residual schemes at initialisation, beside the paper's: `python -m benchmarks.norm_table`.
+"""Spectra of seven residual schemes at initialisation beside the paper's: `python -m benchmarks.norm_table`.
 
-Each scheme is the decoder of `benchmarks.models` (D 128, L 4, T 64, V 256), profiled at full rank on N 2048 tokens of a
-fresh batch of associative recall through `koopmon.profile`, over several seeds of weights, batch and tokens together.
+Each scheme is the decoder of `benchmarks.models` (D 128, L 4, T 64, V 256). `koopmon.profile` profiles it at full rank
+on N 2048 tokens of a new batch of associative recall, over several seeds of weights, batch and tokens together.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ NUM_SEQUENCES = 64
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """One row of the paper (docs/method.md, "Reported spectra") and the near-unit mass that it must show."""
+    """One row of the paper (docs/method.md, "Reported spectra") and its required near-unit mass."""
 
     label: str
     paper: tuple[float, float, float] | None
     """Near-unit mass, expansive mass, spectral radius; None where the paper gives no row."""
     band: tuple[float, float] | None
-    """Allowed mean near-unit mass; None: the profile must not be informative."""
+    """Allowed mean near-unit mass; None if the profile must not be informative."""
 
 
 REFERENCES: dict[Norm, Reference] = {
@@ -49,19 +49,19 @@ REFERENCES: dict[Norm, Reference] = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one scheme showed: per field the mean and the standard deviation over seeds of the mean over layers."""
+    """Results of one scheme: per field the mean and the standard deviation over seeds of the mean over layers."""
 
     norm: Norm
     mean: dict[str, float]
     spread: dict[str, float]
     num_informative: int
-    """Seeds whose profile was informative."""
+    """Number of seeds with an informative profile."""
     num_seeds: int
     reason: str
 
     @property
     def holds(self) -> bool:
-        """True when the row is as `REFERENCES` demands."""
+        """True if the row meets `REFERENCES`."""
         band = REFERENCES[self.norm].band
         if band is None:
             return self.num_informative == 0
@@ -69,7 +69,7 @@ class Row:
 
 
 def profile_norm(norm: Norm, seed: int) -> koopmon.SpectralProfile:
-    """The full-rank profile of one scheme at initialisation, for one seed of weights, batch and tokens."""
+    """Profile one scheme at initialisation at full rank, for one seed of weights, batch and tokens."""
     tokens, _ = associative_recall(NUM_SEQUENCES, seed=seed)
     return koopmon.profile(Decoder(norm, seed=seed), tokens, num_samples=NUM_SAMPLES, seed=seed)
 
@@ -89,7 +89,7 @@ def measure(norm: Norm, seeds: Sequence[int]) -> Row:
 
 
 def render(row: Row) -> str:
-    """One line of the table: mean ± spread per field, then the paper's three figures."""
+    """Format one line of the table: mean ± spread per field, then the paper's three figures."""
     reference = REFERENCES[row.norm]
     cells = [f"{row.mean[field]:5.2f} ±{row.spread[field]:4.2f}" for field in FIELDS]
     paper = " / ".join(f"{value:.2f}" for value in reference.paper) if reference.paper else "no row"
@@ -103,7 +103,7 @@ def render(row: Row) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table and write it as JSON; exit status 1 when a row is not as it must be."""
+    """Print the table and write it as JSON; return exit status 1 if a row does not meet its reference."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.norm_table", description=__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="seeds per row (default 5)")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes (default %(default)s)")

@@ -1,8 +1,8 @@
-"""What the spectrum at initialisation tells of divergence: `python -m benchmarks.norms`.
+"""Prediction of divergence from the spectrum at initialisation: `python -m benchmarks.norms`.
 
-Associative recall (docs/method.md): residual scheme x learning rate x seed x size, the profile at the start
-and what became of the run. Asked in the paper's setting (one rate for all) and over the whole sweep; near-unit mass
-and the calibrated score against the paper's baselines, measured in the same runs, and against the learning rate alone.
+The sweep is associative recall (docs/method.md) over residual scheme x learning rate x seed x size. It records the
+profile at the start and the outcome of each run. It compares near-unit mass and the calibrated score with the paper's
+baselines in the same runs, and with the learning rate alone, both in the paper's setting (one rate) and over all rates.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from koopmon.risk.calibration import Example, calibration_error, fit, held_out, 
 
 RESULT = Path(__file__).parent / "results" / "norms.json"
 RECIPE_LR = 0.01
-"""The one rate of the paper's setting."""
+"""Rate of the paper's setting."""
 LRS = (0.001, 0.002, 0.003, 0.005, 0.01, 0.03)
 Sizes = Sequence[tuple[int, int]]
 SIZES: Sizes = ((64, 4), (128, 4), (96, 6))
@@ -47,14 +47,17 @@ Score = Callable[[Run], float]
 
 
 def recipes(scale: str) -> list[Recipe]:
-    """Every training of the sweep: five seeds without normalisation, where fates differ, two for DeepNorm, one for the
-    schemes that hardly ever die. The `paper` scale has the paper's sizes and seeds, and longer runs."""
+    """Return every training of the sweep.
+
+    Schemes without normalisation, with varied outcomes, have five seeds, DeepNorm two, and the schemes that hardly ever
+    diverge one. The `paper` scale has the paper's sizes and seeds, and longer runs.
+    """
     paper = scale == "paper"
     sizes = PAPER_SIZES if paper else SIZES
     steps, every = (2000, 5) if paper else (200, 1)
     return [
         Recipe(norm=norm, width=width, num_layers=layers, lr=lr, seed=seed, steps=steps, profile_every=every)
-        for norm in sorted(NORMS, key=lambda norm: norm not in SEEDS)  # those whose fates differ first
+        for norm in sorted(NORMS, key=lambda norm: norm not in SEEDS)  # schemes with varied outcomes first
         for width, layers in sizes
         for index, lr in enumerate(LRS)
         for seed in ((42, 123, 456) if paper else SEEDS.get(norm, (index % 2,)))
@@ -62,9 +65,9 @@ def recipes(scale: str) -> list[Recipe]:
 
 
 def spikes(run: Run) -> float:
-    """Steps among the first 100 whose loss lies three standard deviations above the mean of the 20 before."""
+    """Count steps among the first 100 whose loss is three standard deviations above the mean of the 20 before."""
     loss = run.series["loss"][:SPIKE_STEPS]
-    if len(loss) <= EARLY:  # dead before there was anything to compare with
+    if len(loss) <= EARLY:  # the run diverged before there was a comparison
         return 0.0
     before = np.lib.stride_tricks.sliding_window_view(loss, EARLY)[:-1]
     return float(np.sum(loss[EARLY:] > before.mean(-1) + 3 * before.std(-1)))
@@ -105,7 +108,7 @@ def informative(run: Run) -> bool:
 
 
 def analyse(runs: Sequence[Run], console: Console) -> dict[str, Any]:
-    """Print the tables; returns them as the JSON keeps them."""
+    """Print the tables; return them for the JSON."""
     document: dict[str, Any] = {"num_runs": len(runs), "num_diverged": sum(map(died, runs))}
     document["spectra"] = _spectra(runs, console)
     told = [run for run in runs if informative(run)]
@@ -160,7 +163,7 @@ def _spectra(runs: Sequence[Run], console: Console) -> list[dict[str, Any]]:
 
 
 def _calibrate(runs: Sequence[Run], out: Path, source: Mapping[str, Any]) -> None:
-    """Beside the results: the calibrator of all runs together, and a picture of what it says of sizes left out."""
+    """Write the calibrator of all runs, and a picture of its predictions for excluded sizes, beside the results."""
     examples = [example(run) for run in runs if informative(run)]
     labels, probabilities = [each.diverged for each in examples], held_out([*examples])
     error = calibration_error(labels, probabilities)

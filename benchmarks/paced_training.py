@@ -1,5 +1,6 @@
-"""One small training at a pace of so many seconds a step, attached to a monitor: a child of `benchmarks.alert_stack`.
-Not for use by hand.
+"""One small training with a fixed time per step, attached to a monitor: a child of `benchmarks.alert_stack`.
+
+It is not for manual use.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ ATTACH_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paced:
-    """`recipe` under the run name `run`. One JSON line per step (step, loss, at in Unix time) goes to `log`; the file
-    `stop` ends it before its time."""
+    """Training of `recipe` with the run name `run`.
+
+    It appends one JSON line per step (step, loss, at in Unix time) to `log`. The file `stop` ends it early.
+    """
 
     run: str
     recipe: Recipe
@@ -33,7 +36,7 @@ class Paced:
 
 
 def train(job: Paced) -> None:
-    """Train until the last step, until the loss is lost, or until it is told to stop."""
+    """Train until the last step, until the loss diverges, or until the file `stop` exists."""
     torch.set_num_threads(1)
     recipe = job.recipe
     torch.manual_seed(recipe.seed)
@@ -54,7 +57,7 @@ def train(job: Paced) -> None:
             value = loss.item()
             log.write(json.dumps({"step": step, "loss": value, "at": time.time()}) + "\n")
             log.flush()
-            if Path(job.stop).exists() or not value <= MAX_LOSS:  # NaN too
+            if Path(job.stop).exists() or not value <= MAX_LOSS:  # also true for NaN
                 return
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
-"""The pictures of the concepts pages: `python -m benchmarks.pictures`; `--only NAME` draws one.
+"""Pictures of the concepts pages: `python -m benchmarks.pictures`; `--only NAME` draws one.
 
-schemes: eigenvalues of three residual schemes before training, beside the unit circle. alarm: one training that dies,
-and what its spectra did before its loss showed anything. backoff: the demonstration under the default policy. faults:
-what `benchmarks.fault_campaign` broke, and how long the guard did not see. Seeds and rates stand in the pictures.
+schemes: eigenvalues of three residual schemes before training, beside the unit circle. alarm: one training that
+diverges, with its spectra before its loss rises. backoff: the demonstration under the default policy. faults: results
+of `benchmarks.fault_campaign`. The pictures have seeds and rates.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ SCHEMES: dict[Norm, str] = {"pre": "Pre-LN", "post": "Post-LN", "none": "No-Norm
 SEED = 42
 DYING, LIVING = 0.006, 0.001
 FRAME = 3.5
-"""Largest real part that is drawn."""
+"""Largest real part in the picture."""
 INK, BAND = "#555555", "#f1c40f"
 
 
 def schemes(path: Path) -> None:
-    """All eigenvalues of all layers of three untrained decoders (D 128, L 4, full rank, N 2048)."""
+    """Compute all eigenvalues of all layers of three untrained decoders (D 128, L 4, full rank, N 2048)."""
     figure, panels = _figure(1, len(SCHEMES), (12.6, 4.9))
     for panel, (norm, label) in zip(panels, SCHEMES.items(), strict=True):
         tokens, _ = associative_recall(64, seed=SEED)
@@ -64,7 +64,7 @@ def schemes(path: Path) -> None:
 
 
 def alarm(path: Path) -> None:
-    """One No-Norm training at a rate that kills it, and the same seed at a rate that does not."""
+    """Draw one No-Norm training at a rate that diverges, and the same seed at a safe rate."""
     dying, living = (_recorded(Recipe(lr=lr, seed=SEED, steps=120)) for lr in (DYING, LIVING))
     figure, (losses, masses, ratios, scores) = _figure(4, 1, (9.0, 10.0))
     died, steps = dying.scalars["died_at"], dying.series["profile_step"]
@@ -102,7 +102,7 @@ def alarm(path: Path) -> None:
 
 
 def backoff(path: Path) -> None:
-    """The training of `koopmon demo`, alone and under the default policy: some minutes of two cores."""
+    """Draw the training of `koopmon demo`, alone and under the default policy. It takes some minutes of two cores."""
     setting = Setting()
     with tempfile.TemporaryDirectory() as directory:
         alone = run_training(setting, None, Path(directory))
@@ -122,8 +122,8 @@ def backoff(path: Path) -> None:
     watched = plots.Watched(
         steps=[row.step for row in rows],
         risks=[row.risk for row in rows],
-        lr_scales=[row.lr_scale for row in rows],
-        kss_alphas=[row.kss_alpha for row in rows],
+        lr_scales=[row.training.lr_scale for row in rows],
+        kss_alphas=[row.training.kss_alpha for row in rows],
         commands=list(applied_commands(guarded.record.decisions)),
     )
     title = f"Byte-level transformer without normalisation, AdamW at {setting.lr:g}, {setting.num_ranks} ranks"
@@ -131,7 +131,7 @@ def backoff(path: Path) -> None:
 
 
 def faults(path: Path) -> None:
-    """Recovery of each kind of fault in the campaign's results: the median and the longest."""
+    """Draw the recovery of each kind of fault in the campaign's results: the median and the longest."""
     told = json.loads(FAULTS.read_text(encoding="utf-8"))
     kinds = sorted(told["kinds"], key=lambda kind: float(kind["recovery_median_seconds"]), reverse=True)
     figure, (panel,) = _figure(1, 1, (9.0, 6.6))

@@ -1,10 +1,11 @@
-"""What others watch: one figure per step each, read in the same forward pass as the states.
+"""Baseline statistics of other monitors: one number per step each, from the same forward pass as the states.
 
-kurtosis: of the residual stream, the largest of the layers (outlier features). max_attention_logit: before the
-softmax, over all layers, heads and causal pairs. query_key_entropy: of the attention distribution, the smallest of the
-layers. alignment: after arXiv 2510.04202, for every weight matrix of the blocks the share of its input tokens that lie
-on one side of its leading right singular vector, as |2p - 1|: 0 where signs are mixed, 1 where they collapsed; the
-mean over matrices.
+- kurtosis: of the residual stream, the largest of the layers (outlier features).
+- max_attention_logit: before the softmax, over all layers, heads and causal pairs.
+- query_key_entropy: of the attention distribution, the smallest of the layers.
+- alignment: after arXiv 2510.04202. For every weight matrix of the blocks, p is the share of its input tokens on one
+  side of its leading right singular vector. The value is |2p - 1|: 0 for mixed signs, 1 for collapsed ones; the mean
+  over matrices.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ POWER_STEPS = 4
 
 
 class Probes:
-    """Reads a `Decoder` between `start` and `stop`. Keeps each matrix's singular vector, to start from next time."""
+    """Reads a `Decoder` between `start` and `stop`. The singular vector of each matrix starts the next iteration."""
 
     def __init__(self, model: Decoder) -> None:
         self._attentions = [module for module in model.modules() if isinstance(module, Attention)]

@@ -1,4 +1,4 @@
-"""Where a figure comes from: machine, versions, commit, seed and day, for every JSON in results/."""
+"""Provenance of a figure: machine, versions, commit, seed and day, for every JSON in results/."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("koopmon", "torch", "numpy", "pyzmq", "msgspec", "pydmd", "transform
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """What a reader needs to judge a figure and to produce it again; plain values for JSON."""
+    """Return the values that a reader needs to judge and to reproduce a figure, as plain values for JSON."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": _commit(),

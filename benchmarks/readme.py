@@ -1,7 +1,7 @@
-"""Writes the figures of README.md and of pages in docs from the results: `python -m benchmarks.readme`; with `--check`
-it only compares.
+"""Write the figures of README.md and of pages in docs from the results: `python -m benchmarks.readme`.
 
-Each section stands between `<!-- results: NAME -->` and `<!-- end of results -->` and comes from results/NAME.json.
+With `--check` it only compares. Each section is between `<!-- results: NAME -->` and `<!-- end of results -->` and
+comes from results/NAME.json.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from pathlib import Path
 from benchmarks.fuzz.page import WRITERS as FUZZ
 from benchmarks.live_figures import WRITERS as LIVE
 from benchmarks.matrix.page import WRITERS as MATRIX
+from benchmarks.mutants.page import WRITERS as MUTANTS
 from benchmarks.proving_ground.page import WRITERS as PROVING_GROUND
 from benchmarks.sections import WRITERS as SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ("evidence", "failures", "grafana", "live-page", "security", "support")
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
-WRITERS = {**SECTIONS, **MATRIX, **FUZZ, **LIVE, **PROVING_GROUND}
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
+WRITERS = {**SECTIONS, **MATRIX, **FUZZ, **LIVE, **MUTANTS, **PROVING_GROUND}
 RESULTS = Path(__file__).parent / "results"
 SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
 def rendered(text: str, results: Path = RESULTS) -> str:
-    """`text` with every section written anew. Raises ValueError for a section that nobody writes or has no result."""
+    """Return `text` with every section written again. Raises ValueError for a section without a writer or a result."""
 
     def write(match: re.Match[str]) -> str:
         begin, name, end = match.groups()

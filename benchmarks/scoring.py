@@ -1,4 +1,4 @@
-"""How well a score tells runs that diverge from runs that do not."""
+"""Separation of diverging and healthy runs by a score."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ class Auroc:
 
 
 def auroc(diverged: Sequence[bool], scores: Numbers, *, seed: int = 0) -> Auroc | None:
-    """None where all runs ended alike. A score that is not finite counts as the highest when it is +inf, else lowest.
+    """Compute the area; None if all runs have one outcome. A score of +inf is the highest, another non-finite one the
+    lowest.
 
-    The bootstrap resamples runs, diverged and healthy ones apart, so that both are always there.
+    The bootstrap resamples diverged and healthy runs separately, so both are always present.
     """
     labels, values = np.asarray(diverged, dtype=bool), np.nan_to_num(np.asarray(scores, dtype=float), nan=-1e300)
     values = np.clip(values, -1e300, 1e300)
@@ -40,7 +41,7 @@ def auroc(diverged: Sequence[bool], scores: Numbers, *, seed: int = 0) -> Auroc 
         return None
 
     def area(positive: Any, negative: Any, axis: int = -1) -> Any:
-        """The share of pairs in order, ties counted half (Mann-Whitney)."""
+        """Return the share of ordered pairs; ties count half (Mann-Whitney)."""
         both = np.concatenate([positive, negative], axis=axis)
         num = positive.shape[axis]
         ranks = stats.rankdata(both, axis=axis).take(range(num), axis=axis).sum(axis=axis)
@@ -63,7 +64,9 @@ def auroc(diverged: Sequence[bool], scores: Numbers, *, seed: int = 0) -> Auroc 
 
 
 def _exact(value: float, num_bad: int, num_good: int) -> tuple[float, float]:
-    """Where every resample gives the same area the bootstrap is blind: the Clopper-Pearson bound on the smaller group
-    takes its place (not one of `n` runs misplaced)."""
+    """Return the Clopper-Pearson bound for the smaller group, with none of `n` runs misplaced.
+
+    It replaces the bootstrap if every resample has the same area.
+    """
     bound = float(stats.binomtest(0, min(num_bad, num_good)).proportion_ci(0.95).high)
     return (1.0 - bound, 1.0) if value == 1.0 else (0.0, bound) if value == 0.0 else (0.0, 1.0)

@@ -1,12 +1,15 @@
-"""Koopman Spectral Shaping inside a small training, in the forms that are compared.
+"""Koopman Spectral Shaping inside a small training, in several forms.
 
-published: eqs. 14-15 with both terms, through the one backward pass and the optimizer. unstable, target: either term
-alone. decoupled: the unstable penalty's gradient makes a step of its own after the optimizer's, outside its moments, of
-`alpha` times the length of the optimizer's step. branch, projected: no gradient at all; where a layer's radius lies
-above tau_u, the weights with which its sublayers write into the stream shrink, in the manner in which attention logits
-are clipped by shrinking queries and keys: by alpha x (radius / tau_u - 1), at most alpha, of themselves, or, projected,
-to the point where a linear layer's radius would be tau_u, by at most alpha. `delay` steps late, as a monitor would be.
-Explicit autograd: the product's injection is tested to equal it.
+- published: eqs. 14-15 with both terms, through the backward pass and the optimizer.
+- unstable, target: one of the two terms alone.
+- decoupled: the gradient of the unstable penalty takes a separate step after the optimizer's, outside its moments, of
+  `alpha` times the length of the optimizer's step.
+- branch, projected: no gradient. If a layer's radius exceeds tau_u, the weights with which its sublayers write into the
+  stream shrink, similar to clipping of attention logits by shrinking queries and keys. branch shrinks them by the share
+  alpha x (radius / tau_u - 1), at most alpha. projected shrinks them to the point where a linear layer's radius would
+  be tau_u, by at most alpha.
+
+`delay` steps model a monitor. The gradient is explicit autograd; tests compare the product's injection with it.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ NUM_SAMPLES = 128
 
 
 class Shaping:
-    """The penalty of one model. `alpha` is its weight now, 0 for off; `tau_u` the modulus that it begins at."""
+    """Penalty of one model. `alpha` is its present weight, 0 for off; `tau_u` is the modulus at which it starts."""
 
     def __init__(
         self, model: Decoder, form: Form, *, alpha: float, every: int, svd_rank: int, fraction: float, delay: int = 0
@@ -40,7 +43,7 @@ class Shaping:
         self._fraction = fraction
         self._delay = delay
         self._due: list[tuple[int, list[float]]] = []
-        """Steps after which factors on the branches of each layer are applied."""
+        """Steps after which factors on the branches of each layer apply."""
         self._step = 0
         self._model = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -51,7 +54,7 @@ class Shaping:
 
     @contextmanager
     def watching(self, step: int) -> Iterator[None]:
-        """Around the forward pass: keeps the states, with their graph, at the steps that are shaped."""
+        """Context of a forward pass that keeps the states with their graph at shaped steps."""
         self._states, self._step = [], step
         if not self.form or self.alpha <= 0 or step % self.every:
             yield
@@ -66,7 +69,7 @@ class Shaping:
                 handle.remove()
 
     def penalty(self) -> Tensor | None:
-        """The mean of L_KSS over the chosen layers; None at steps that are not shaped, or without finite states."""
+        """Return the mean of L_KSS over the chosen layers; None at other steps, or without finite states."""
         if not self._states or not all(bool(state.isfinite().all()) for state in self._states):
             return None
         if self.form in WITHOUT_GRADIENT:
@@ -84,7 +87,7 @@ class Shaping:
         return torch.stack(losses).mean()
 
     def before_step(self, penalty: Tensor | None) -> None:
-        """Decoupled: take the penalty's own gradient; call it before the loss's backward pass frees the graph."""
+        """Decoupled: compute the gradient of the penalty, before the loss's backward pass frees the graph."""
         self._gradients = []
         if self.form == "decoupled" and penalty is not None and penalty.item() > 0:
             found = torch.autograd.grad(penalty, self._parameters, retain_graph=True, allow_unused=True)
@@ -94,7 +97,7 @@ class Shaping:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Decoupled, branch and projected: the step outside the optimizer's moments."""
+        """Decoupled, branch and projected: take the step outside the optimizer's moments."""
         if self.form in WITHOUT_GRADIENT:
             self._shrink()
         if not self._gradients:
@@ -118,10 +121,10 @@ class Shaping:
                         parameter.mul_(factor)
 
     def factor(self, radius: float) -> float:
-        """On the branches of a layer with this spectral radius; 1 up to tau_u."""
+        """Return the factor on the branches of a layer with this spectral radius; 1 up to tau_u."""
         if radius <= self.tau_u:
             return 1.0
-        if self.form == "projected":  # of a linear layer, radius - 1 is in proportion to the branch
+        if self.form == "projected":  # for a linear layer, radius - 1 is proportional to the branch
             return max(1.0 - self.alpha, (self.tau_u - 1.0) / (radius - 1.0))
         return 1.0 - self.alpha * min(1.0, radius / self.tau_u - 1.0)
 

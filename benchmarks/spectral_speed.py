@@ -1,20 +1,20 @@
-"""Whole layer profiles against the oracle's eigenvalues alone: `python -m benchmarks.spectral_speed`.
+"""Whole layer profiles beside the eigenvalues of PyDMD alone: `python -m benchmarks.spectral_speed`.
 
-The same L = 12 transitions of a residual stream (D 768, N 2048), in one process, on as many threads for both sides
-(default 2), the measurements taken in turn so that a busy machine is busy for all of them.
+Both process the same L = 12 transitions of a residual stream (D 768, N 2048), in one process with equal numbers of
+threads (default 2). The measurements alternate, so that load on the machine affects both.
 
-Ours is `koopmon.spectral.profile_states`, everything from the raw float32 states to the L finished `LayerProfile`s:
-checks, centring, randomised basis, whitening, operator, eigenvalues and eigenvectors, masses, kappa(V), eta, update
-ratio, residuals, the Kreiss constant ("auto": at svd_rank 32, not at full rank) or all but that ("never").
+koopmon's side is `koopmon.spectral.profile_states`, from the raw float32 states to the L `LayerProfile`s: checks,
+centring, randomised basis, whitening, operator, eigenvalues and eigenvectors, masses, kappa(V), eta, update ratio,
+residuals, and the Kreiss constant ("auto": at svd_rank 32, not at full rank) or all but that ("never").
 
-PyDMD's is `DMD(svd_rank=32).fit(x, y).eigs`, its only public way to eigenvalues, on states that were centred and
-transposed beforehand, untimed. The goal is set against it. `fit` adds the modes and their amplitudes, more than half
-of its time; so a second row, and ratios of its own, hold the least that PyDMD can do, its inner
-`operator.compute_operator`: the SVD of x, the projected operator, its eigenvalues. Both work in float32 at svd_rank 32,
-as ours does on float32 states (in float64 they take as long); at full rank both sides work in float64.
+PyDMD's side is `DMD(svd_rank=32).fit(x, y).eigs`, its only public way to eigenvalues, on states that were centred and
+transposed before, untimed. The goal refers to it. `fit` adds the modes and their amplitudes, more than half of its
+time. A second row therefore has the minimum of PyDMD, its inner `operator.compute_operator`: the SVD of x, the
+projected operator, its eigenvalues. Both use float32 at svd_rank 32, as koopmon does on float32 states (float64 takes
+as long). At full rank both sides use float64.
 
-Transitions beyond those measured are extrapolated in proportion, and the table says so. CPU seconds stand beside the
-wall-clock ones: on a machine that others use they are the more faithful.
+Times are extrapolated in proportion to the number of transitions, and the table says so. CPU seconds are beside the
+wall-clock ones. On a machine with other users they are more accurate.
 """
 
 from __future__ import annotations
@@ -49,14 +49,15 @@ NUM_SAMPLES = 2048
 WIDTH = 768
 SVD_RANK = 32
 GOAL_RATIO = 20.0
-"""Least speed-up of our whole profile over PyDMD's eigenvalues alone, both at svd_rank 32, by wall clock."""
+"""Smallest required speed-up of koopmon's whole profile over PyDMD's eigenvalues, both at svd_rank 32, by wall clock.
+"""
 GOAL_SECONDS = 1.0
-"""Most wall-clock seconds of our whole profile at svd_rank 32 on 2 cores."""
+"""Most wall-clock seconds of koopmon's whole profile at svd_rank 32 on 2 cores."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """One side of the comparison: `run` does `num_layers` of the 12 transitions."""
+    """One side of the comparison: `run` processes `num_layers` of the 12 transitions."""
 
     name: str
     run: Callable[[], object]
@@ -65,7 +66,7 @@ class Contestant:
     cpu_seconds: list[float] = field(default_factory=list)
 
     def take(self) -> None:
-        """Measure once more; seconds are those of all 12 transitions, extrapolated from the measured ones."""
+        """Measure once more. Seconds are those of all 12 transitions, extrapolated from the measured ones."""
         scale = NUM_LAYERS / self.num_layers
         wall, cpu = time.perf_counter(), time.process_time()
         self.run()
@@ -82,7 +83,7 @@ class Contestant:
 
 
 def residual_stream(seed: int) -> list[Tensor]:
-    """L+1 states (N, D), float32: a stream of decaying spectrum that every layer changes by about a third."""
+    """Draw L+1 states (N, D), float32: a stream with a decaying spectrum that every layer changes by about a third."""
     generator = torch.Generator().manual_seed(seed)
     states = [torch.randn(NUM_SAMPLES, WIDTH, generator=generator) * torch.logspace(0, -2, WIDTH)]
     for _ in range(NUM_LAYERS):
@@ -92,19 +93,19 @@ def residual_stream(seed: int) -> list[Tensor]:
 
 
 def snapshots(states: Sequence[Tensor], dtype: torch.dtype) -> list[NDArray[np.floating[Any]]]:
-    """The states as PyDMD takes them: centred, (D, N)."""
+    """Prepare the states for PyDMD: centred, (D, N)."""
     return [(state - state.mean(0)).to(dtype).T.contiguous().numpy() for state in states]
 
 
 def fitted_eigenvalues(columns: Sequence[NDArray[np.floating[Any]]], svd_rank: int) -> list[NDArray[Any]]:
-    """PyDMD's eigenvalues of every transition among `columns` by `fit`; svd_rank -1 is full rank."""
+    """Compute PyDMD's eigenvalues of every transition among `columns` by `fit`; svd_rank -1 is full rank."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Input data condition number", UserWarning)
         return [DMD(svd_rank=svd_rank).fit(x, y).eigs for x, y in pairwise(columns)]
 
 
 def operator_eigenvalues(columns: Sequence[NDArray[np.floating[Any]]], svd_rank: int) -> list[NDArray[Any]]:
-    """The same eigenvalues from PyDMD's inner operator, without modes and amplitudes."""
+    """Compute the same eigenvalues with PyDMD's inner operator, without modes and amplitudes."""
     found = []
     for x, y in pairwise(columns):
         dmd = DMD(svd_rank=svd_rank)
@@ -114,7 +115,7 @@ def operator_eigenvalues(columns: Sequence[NDArray[np.floating[Any]]], svd_rank:
 
 
 def contestants(states: list[Tensor], oracle_layers: int, full_layers: int) -> dict[str, Contestant]:
-    """The seven sides, by key."""
+    """Return the seven sides by key."""
     single = snapshots(states[: oracle_layers + 1], torch.float32)
     double = snapshots(states[: full_layers + 1], torch.float64)
     few = states[: full_layers + 1]
@@ -148,7 +149,9 @@ def contestants(states: list[Tensor], oracle_layers: int, full_layers: int) -> d
 
 
 def ratios(sides: dict[str, Contestant], ours: str) -> dict[str, float]:
-    """How many times as long as our side `ours` PyDMD takes at the same rank, both ways, by wall clock and CPU time."""
+    """Return the ratios of PyDMD's times to those of the side `ours` at the same rank, both ways, by wall clock and
+    CPU.
+    """
     full = "_full" if ours.endswith("_full") else ""
     public, inner, side = sides[f"pydmd{full}"], sides[f"pydmd_operator{full}"], sides[ours]
     return {
@@ -160,7 +163,7 @@ def ratios(sides: dict[str, Contestant], ours: str) -> dict[str, float]:
 
 
 def render(sides: dict[str, Contestant]) -> Table:
-    """Medians per 12 transitions, and how many times as long PyDMD takes: by wall clock, and by CPU time."""
+    """Return medians per 12 transitions, and the ratios of PyDMD's times by wall clock and by CPU time."""
     table = Table(title=f"{NUM_LAYERS} transitions, D {WIDTH}, N {NUM_SAMPLES}: median seconds")
     for heading in ("", "measured", "wall s", "least", "CPU s", "PyDMD's eigs (CPU)", "its operator (CPU)"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -178,7 +181,7 @@ def render(sides: dict[str, Contestant]) -> Table:
 
 
 def document(sides: dict[str, Contestant], seed: int, threads: int, load: tuple[float, float]) -> dict[str, Any]:
-    """The figures, the goals and where they come from, as plain JSON values."""
+    """Return the figures, the goals and their provenance as plain JSON values."""
     ours, ratio = sides["ours"], ratios(sides, "ours")["wall"]
     return {
         "provenance": provenance(seed),
@@ -210,7 +213,7 @@ def document(sides: dict[str, Contestant], seed: int, threads: int, load: tuple[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table, write the JSON; exit status 1 when a goal fails."""
+    """Measure, print the table and write the JSON; return exit status 1 if a goal is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.spectral_speed", description=__doc__)
     parser.add_argument("--repeats", type=int, default=7, help="rounds at svd_rank 32 (default 7)")
     parser.add_argument("--full-repeats", type=int, default=3, help="of them with full rank too (default 3)")

@@ -1,4 +1,4 @@
-"""What the small trainings learn: batches, losses and scores by the task's name (docs/method.md).
+"""Tasks of the small trainings: batches, losses and scores by name (docs/method.md).
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -15,15 +15,19 @@ from benchmarks.models import associative_recall, associative_recall_loss, next_
 
 Task = Literal["recall-4", "recall-2", "text", "text-full"]
 TASKS: Mapping[Task, Mapping[str, int]] = {
-    "recall-4": {"num_tokens": 64, "num_pairs": 4, "vocabulary": 256},  # the paper's; small models hardly learn it
-    "recall-2": {"num_tokens": 16, "num_pairs": 2, "vocabulary": 32},  # small models do learn it
+    "recall-4": {
+        "num_tokens": 64,
+        "num_pairs": 4,
+        "vocabulary": 256,
+    },  # the paper's task, which small models hardly learn
+    "recall-2": {"num_tokens": 16, "num_pairs": 2, "vocabulary": 32},  # a task that small models learn
     "text": {"num_tokens": 64, "vocabulary": 1000},  # the paper's synthetic text, made small
     "text-full": {"num_tokens": 256, "vocabulary": 10_000},
 }
 
 
 def draw(task: Task, num_sequences: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T) and labels: (B,) of recall, the tokens themselves of text."""
+    """Draw tokens (B, T) and labels: (B,) for recall, the tokens themselves for text."""
     if _is_recall(task):
         return associative_recall(num_sequences, seed=seed, **TASKS[task])
     tokens = synthetic_text(num_sequences, seed=seed, **TASKS[task])
@@ -31,13 +35,13 @@ def draw(task: Task, num_sequences: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the answer, or of every next token, from logits (B, T, V)."""
+    """Compute the cross-entropy of the answer, or of every next token, from logits (B, T, V)."""
     return associative_recall_loss(logits, labels) if _is_recall(task) else next_token_loss(logits, labels)
 
 
 @torch.no_grad()
 def share_right(task: Task, logits: Tensor, labels: Tensor) -> float:
-    """How many answers, or next tokens, have the largest logit."""
+    """Count the answers, or next tokens, with the largest logit."""
     if _is_recall(task):
         return logits[:, -1].argmax(-1).eq(labels).float().mean().item()
     return logits[:, :-1].argmax(-1).eq(labels[:, 1:]).float().mean().item()

@@ -1,7 +1,7 @@
-"""One small training, recorded: what its loss and gradients did, and what every detector could have seen of it.
+"""One small recorded training: its loss and gradients, and the input of every detector.
 
-Row t of every series is of the forward and backward pass after t optimizer steps, before the next one. Diverged is the
-paper's rule: a loss above 50, a gradient norm above 500, or either not finite; the training ends there.
+Row t of every series belongs to the forward and backward pass after t optimizer steps. Diverged is the paper's rule: a
+loss above 50, a gradient norm above 500, or either not finite; the training ends there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FIELDS = (
 INITIAL_SAMPLES = 2048
 ONLINE_RANK, ONLINE_SAMPLES = 32, 512
 LAST = 20
-"""The loss at the end is the mean over so many last steps."""
+"""Number of last steps in the mean that is the final loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Recipe:
     task: Task = "recall-4"
     family: Family = "transformer"
     norm: Norm = "none"
-    """Families other than the transformer know "pre" and "none"."""
+    """Families other than the transformer have "pre" and "none"."""
     initialisation: Initialisation = "gpt2"
     width: int = 128
     num_layers: int = 4
@@ -63,13 +63,13 @@ class Recipe:
     optimizer: Optimizer = "adamw"
     """"sgd" has a momentum of 0.9."""
     spectral_norm: bool = False
-    """Every linear map of the blocks divided by its largest singular value, which power iteration follows."""
+    """True to divide every linear map of the blocks by its largest singular value, from power iteration."""
     fault: Fault = ""
     fault_step: int = 0
     profile_every: int = 1
-    """Optimizer steps between two online profiles; 0: none."""
+    """Optimizer steps between two online profiles; 0 for none."""
     shaping: Form = ""
-    """Always on, when `control` does not turn it on."""
+    """KSS setting that is always on, unless `control` turns it off."""
     alpha: float = 0.15
     tau_u: float = 1.05
     kss_every: int = 1
@@ -89,11 +89,11 @@ class Recipe:
         return f"{self.task}-{kind}-d{self.width}-l{self.num_layers}-lr{self.lr:g}-s{self.seed}{more}"
 
     def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T) and labels of a step; other seeds than those of the profile's batch."""
+        """Draw tokens (B, T) and labels of a step, with other seeds than the profile's batch."""
         return draw(self.task, self.batch, seed=1_000_003 * (self.seed + 1) + step)
 
     def loss(self, model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Of one forward pass; 0-d."""
+        """Compute the loss of one forward pass; 0-d."""
         return loss_of(self.task, model(tokens), labels)
 
     def model(self) -> Decoder:
@@ -127,14 +127,14 @@ class Recipe:
         return model
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """At the peak rate; the schedule is the training's."""
+        """Build the optimizer at the peak rate; the training has the schedule."""
         if self.optimizer == "sgd":
             return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=0.9)
         return torch.optim.AdamW(model.parameters(), lr=self.lr)
 
 
 def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
-    """Train by `recipe`; its scalars and its series, for `benchmarks.campaign`."""
+    """Train by `recipe`; return its scalars and its series, for `benchmarks.campaign`."""
     torch.manual_seed(recipe.seed)
     model = recipe.model()
     initial = initial_profile(model, recipe)
@@ -169,7 +169,7 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         losses.append(loss.item())
         norms.append(norm.item())
-        if not (losses[-1] <= MAX_LOSS and norms[-1] <= MAX_GRADIENT_NORM):  # NaN too
+        if not (losses[-1] <= MAX_LOSS and norms[-1] <= MAX_GRADIENT_NORM):  # also true for NaN
             died_at = step
             break
         if recipe.control:
@@ -208,14 +208,14 @@ def _shaping(model: Decoder, recipe: Recipe) -> Shaping:
 
 
 def warmed(recipe: Recipe, step: int) -> float:
-    """The schedule's factor at `step`; without a warm-up, as after the fault of that name, 1."""
+    """Return the schedule's factor at `step`; 1 without a warm-up, as for the fault of that name."""
     if recipe.fault == "no_warmup" or recipe.warmup == 0:
         return 1.0
     return min(1.0, (step + 1) / recipe.warmup)
 
 
 def initial_profile(model: Decoder, recipe: Recipe) -> dict[str, Any]:
-    """Full-rank profile of a fresh batch at N 2048: the mean over layers of each field, before any step."""
+    """Profile a new batch at full rank and N 2048: the mean over layers of each field, before any step."""
     rows = -(-INITIAL_SAMPLES // TASKS[recipe.task]["num_tokens"]) * 2
     tokens, _ = draw(recipe.task, rows, seed=recipe.seed)
     captured, profile = full_profile(model, tokens, seed=recipe.seed)
@@ -225,20 +225,22 @@ def initial_profile(model: Decoder, recipe: Recipe) -> dict[str, Any]:
 
 
 def full_profile(model: nn.Module, tokens: Tensor, *, seed: int) -> tuple[CapturedStates, SpectralProfile]:
-    """As `koopmon.profile` at full rank and N 2048, without the Kreiss constants, which take most of its time."""
+    """Profile like `koopmon.profile` at full rank and N 2048, without the Kreiss constants, which take most of the
+    time.
+    """
     captured = capture_states(model, tokens, num_samples=INITIAL_SAMPLES, seed=seed)
     return captured, profile_states(captured.states, seed=seed, kreiss="never")
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, recipe: Recipe) -> float:
-    """Share of right answers on 1,024 fresh sequences."""
+    """Return the share of right answers on 1,024 new sequences."""
     tokens, labels = draw(recipe.task, 1024, seed=7_000_000 + recipe.seed)
     return share_right(recipe.task, model(tokens), labels)
 
 
 class Recorder:
-    """Takes the states at every depth, as the agent does, and profiles them at online settings."""
+    """Takes the states at every depth like the agent, and profiles them at online settings."""
 
     def __init__(self, model: Decoder, recipe: Recipe) -> None:
         self._recipe = recipe
@@ -284,13 +286,13 @@ class Recorder:
         self._states.append(state.detach())
 
     def _chosen(self) -> Tensor:
-        """The same rows at every depth, other ones at every step."""
+        """Choose the same rows at every depth, other ones at every step."""
         total = self._states[0].shape[:2].numel()
         generator = torch.Generator().manual_seed(self._step)
         return torch.randperm(total, generator=generator)[:ONLINE_SAMPLES]
 
     def series(self) -> dict[str, np.ndarray[Any, Any]]:
-        """`profile_step` (S,), each field (S, L), each probe (S,); NaN where states were not finite."""
+        """`profile_step` (S,), each field (S, L), each probe (S,); NaN for states that are not finite."""
         if not self._steps:
             return {}
         shape = len(self._blocks)

@@ -1,14 +1,13 @@
-"""Does the guard save a script that has never heard of koopmon, and leave a healthy one alone?
+"""The guard on an unchanged script, and on a healthy one: `python -m benchmarks.unchanged_script`.
 
-`python -m benchmarks.unchanged_script` runs tests/scripts/train_prose.py, two gloo ranks under torchrun, one run
-after the other; the monitor shares the two cores with them. For each learning rate and seed: unguarded (it must
-diverge between steps 25 and 120) and under `koopmon run` with default settings. A run counts as saved when it
-finished, its loss at the end is below that at the start and within 10% of the same seed at the best fixed rate, and
-the scale on its learning rate never went below 1/8. Beside them, at the safe rate: the same model, and one with
-Pre-LN, plain and guarded; a run that was not acted on must end with bit-identical parameters. Losses are nats per
-byte; the loss at the end is the mean of the last 20 steps.
+It runs tests/scripts/train_prose.py with two gloo ranks under torchrun, one run after the other. The monitor shares the
+two cores with them. Each learning rate and seed runs unguarded (it must diverge between steps 25 and 120) and under
+`koopmon run` with default settings. A run counts as saved if it finishes, its final loss is below that at the start and
+within 10% of the same seed at the best fixed rate, and its learning-rate scale never falls below 1/8. At the safe rate,
+the same model and one with Pre-LN run plain and guarded. Without an action, such a run must end with bit-identical
+parameters. Losses are nats per byte; the final loss is the mean of the last 20 steps.
 
-Finished runs are kept in the work folder, so that an interrupted campaign goes on where it was.
+The work folder keeps finished runs, so an interrupted campaign continues with the others.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Case:
     norm: bool = False
     guarded: bool = False
     policy: str = ""
-    """The policy of a guarded run; empty: the default."""
+    """Policy of a guarded run; empty for the default."""
 
     @property
     def name(self) -> str:
@@ -65,7 +64,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """How a training ended. `num_actions` and `min_lr_scale` are the guard's; `died_at` is a step or None."""
+    """Result of a training. `num_actions` and `min_lr_scale` belong to the guard; `died_at` is a step or None."""
 
     case: Case
     died_at: int | None
@@ -76,12 +75,12 @@ class Result:
     min_lr_scale: float
     max_risk: float | None
     max_latency_steps: int | None
-    """From the snapshot that a command answers to the step that applied it, the slowest of the run."""
+    """Steps from a command's snapshot to the step that applied it, for the slowest command of the run."""
     seconds_per_step: float
 
 
 def run(case: Case, folder: Path, *, processes: int = 2) -> Result:
-    """Run one training in real processes, or read it when `folder` holds it already."""
+    """Run one training in real processes, or read its result from `folder`."""
     log, summary = folder / f"{case.name}.jsonl", folder / f"{case.name}.json"
     if not _finished(log):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
@@ -135,7 +134,7 @@ def _latency(store: Path) -> int | None:
 
 
 def saved(guarded: Result, best: float) -> tuple[bool, str]:
-    """Whether a guarded run was saved, beside `best`, the loss at the end of the same seed at its best fixed rate."""
+    """Return True if a guarded run was saved; `best` is the final loss of the same seed at its best fixed rate."""
     if guarded.died_at is not None:
         return False, f"died at {guarded.died_at}"
     if guarded.final_loss >= guarded.first_loss:
@@ -148,7 +147,7 @@ def saved(guarded: Result, best: float) -> tuple[bool, str]:
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    """Every training of the campaign, once."""
+    """Return every training of the campaign."""
     for seed in args.seeds:
         for lr in args.lrs:
             yield Case(lr=lr, seed=seed, steps=args.steps)
@@ -165,7 +164,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def report(results: dict[str, Result], args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Print the tables; returns what the JSON says of them."""
+    """Print the tables; return the values for the JSON."""
 
     def of(lr: float, seed: int, **more: Any) -> Result:
         return results[Case(lr=lr, seed=seed, steps=args.steps, **more).name]

@@ -14,29 +14,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-__all__ = [
-    "ArchitectureAdapter",
-    "Discovery",
-    "ExampleModel",
-    "Observable",
-    "Point",
-    "Reader",
-    "Stack",
-    "call_arguments",
-]
-
 STATE_ARGUMENTS = ("hidden_states", "x", "src", "tgt", "input")
-"""Names of the keyword arguments in which blocks take their state."""
+"""Names of keyword arguments with the state of a block."""
 MAX_SPECIFICITY = 100
-"""The highest claim on a model."""
+"""Highest result of `specificity`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
     """One residual block, mapping h_layer to h_{layer+1}; `name` is its path in the model as given.
 
-    h_{layer+1} is read in the output of `module`. h_layer is read among the call arguments of `entry`. `entry` is
-    `module` itself, except for a block that is not a single module but a run of modules that the model calls in turn.
+    The adapter reads h_{layer+1} from the output of `module` and h_layer from the call arguments of `entry`. `entry` is
+    `module`, unless the block is a sequence of modules that the model calls in turn.
     """
 
     name: str
@@ -53,8 +42,8 @@ class Point:
 class Stack:
     """A candidate chain of blocks, found without running the model; `name` is the path of its container.
 
-    `residual` is True if the structure of the blocks proves that they carry their input forward, h + f(h). If it is
-    False the verifying forward must prove it: a plain chain of layers h -> f(h) is no residual stream.
+    `residual` is True if the structure of the blocks proves that they add to their input, h + f(h). If it is False, the
+    verifying forward must prove it, because a plain chain of layers h -> f(h) has no residual stream.
     """
 
     name: str
@@ -68,11 +57,11 @@ Reader = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], Tensor |
 
 @dataclass(frozen=True, slots=True)
 class Observable:
-    """One number specific to a family, measured beside the spectrum of transition `layer`.
+    """One measurement of a family, beside the spectrum of transition `layer`.
 
-    In a snapshot's forward pass, and in no other, `read` is called after each call of `module`, without gradients and
-    not in a recomputation. It must not synchronise with the device, draw random numbers or change any state. It should
-    cost little beside the module itself. Several readings of one name and layer are averaged.
+    koopmon calls `read` after each call of `module` in the forward pass of a snapshot only, without gradients and not
+    in a recomputation. `read` must not synchronise with the device, draw random numbers or change any state. It should
+    cost little relative to the module. Several readings of one name and layer are averaged.
     """
 
     name: str
@@ -83,10 +72,10 @@ class Observable:
 
 @dataclass(frozen=True, slots=True)
 class Discovery:
-    """The result of a search in a model.
+    """Result of a search in a model.
 
     `verified` is True if a forward pass showed that each point's output is the next one's input. `rejected` holds the
-    reason for each stack that was found and not kept. `flags` are facts beside the adapter's family, such as "hybrid".
+    reason for each stack that was found and not kept. `flags` are further facts about the model, such as "hybrid".
     """
 
     adapter: ArchitectureAdapter
@@ -105,14 +94,14 @@ class ExampleModel:
     """A small model of an adapter's family, which `koopmon adapters check` trains for a few steps.
 
     `adapter` is the name of the adapter that must be chosen for it. `build(seed)` returns (model, batch), the same for
-    the same seed: parameters are taken from seed 0, microbatches from any. torch, numpy and random are seeded before
-    the call.
+    the same seed. koopmon takes parameters from seed 0 and microbatches from any seed. It seeds torch, numpy and random
+    before the call.
 
     A batch is a tensor, a tuple or list of arguments, or a mapping of keyword arguments of one forward pass. It holds
     at least 32 tokens.
 
-    `loss(model, batch)` calls the model and returns the 0-d loss of one training step. If it is None the loss is the
-    output's own (attribute or key `loss`), else the mean square of its first float tensor.
+    `loss(model, batch)` calls the model and returns the 0-d loss of one training step. If it is None, koopmon uses the
+    attribute or key `loss` of the output, else the mean square of its first float tensor.
     """
 
     name: str
@@ -152,12 +141,14 @@ class ArchitectureAdapter(ABC):
     def specificity(self, model: nn.Module) -> int:
         """Return the fit of this adapter to `model`: an integer from 0 to MAX_SPECIFICITY. The highest claim wins.
 
-        Of equal claims koopmon's own adapter wins, else the first by name, with a log line.
+        Among equal claims koopmon's own adapter wins, else the first by name, with a log line. The values are:
 
-        0 no fit; 1 some chain of blocks, not known to be of this family; 10 a transformer: blocks with attention; 15 a
-        hybrid: a family of its own whose parts stand beside those of another family that claims the model; 20 a family
-        of its own, in or beside the transformers (experts, state spaces, splines), known by its blocks; above 20, up to
-        100, one kind of model within such a family.
+        - 0: no fit.
+        - 1: some chain of blocks of an unknown family.
+        - 10: a transformer, with attention in its blocks.
+        - 15: a hybrid, whose parts are beside parts of another family that claims the model.
+        - 20: a family of its own (experts, state spaces, splines), identified by its blocks.
+        - 21 to 100: one kind of model within such a family.
         """
 
     @abstractmethod
@@ -217,16 +208,16 @@ class ArchitectureAdapter(ABC):
     def observables(self, stack: Stack) -> Sequence[Observable]:
         """Return the family's measurements in `stack`, beside its spectra: names from `measures`, on some transitions.
 
-        It is called for every family with parts in the model, including those whose adapter was not chosen.
+        koopmon calls it for every family with parts in the model, including those whose adapter was not chosen.
         """
         return ()
 
     def shielded(self, stack: Stack) -> Sequence[nn.Module]:
         """Return the modules of `stack` whose parameters must get no gradient from KSS.
 
-        One backward pass carries the gradients of the loss and of KSS together, and cannot separate them. KSS is
-        therefore refused if any module is shielded, unless the configuration allows it. It is called for every family,
-        as `observables`.
+        One backward pass carries the gradients of the loss and of KSS together and cannot separate them. koopmon
+        therefore refuses KSS if any module is shielded, unless the configuration allows it. koopmon calls this method
+        for every family, as `observables`.
         """
         return ()
 

@@ -16,17 +16,6 @@ from torch import nn
 
 from koopmon.api import Point, Stack
 
-__all__ = [
-    "BlockList",
-    "block_lists",
-    "canonical_name",
-    "container_stack",
-    "lists_holding",
-    "normalised",
-    "parts_of",
-    "survey",
-]
-
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 WRAPPER_ATTRIBUTES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Attributes in which data-parallel, compile, FSDP and checkpoint wrappers hold the wrapped module."""

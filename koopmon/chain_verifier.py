@@ -38,8 +38,6 @@ from koopmon.api import ArchitectureAdapter, Point, Stack
 from koopmon.block_finder import normalised
 from koopmon.spectral import LARGEST_EXPONENT, stack_exponent, update_exponent
 
-__all__ = ["ChainResult", "ChainVerifier", "known_exponent"]
-
 SAMPLED_ROWS = 1024
 """Rows of each state that are compared between the end of one block and the start of the next."""
 MIN_UPDATE = 0.01
@@ -250,7 +248,7 @@ class ChainVerifier:
         equal = _together(trace.links).tolist()
         for layer, is_equal in enumerate(equal):
             if not is_equal:
-                return f"what leaves {trace.point(layer).name} is not what enters {trace.point(layer + 1).name}"
+                return f"the output of {trace.point(layer).name} is not the input of {trace.point(layer + 1).name}"
         if trace.carried:
             carried = float(_together(trace.carried).mean())
             if math.isnan(carried):

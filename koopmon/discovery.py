@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -72,32 +73,42 @@ def verified(model: nn.Module, selection: Selection, kept: Stack | None, reasons
 
 def not_verified(model: nn.Module, selection: Selection, reasons: Mapping[str, str]) -> str:
     """Return one line with the reason against each candidate of `selection` as a chain in `model`."""
-    told = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in reasons.items())
+    rejected = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in reasons.items())
     return (
-        f"adapter {selection.adapter.name!r} finds no residual chain in {type(model).__name__}: {told}; "
+        f"adapter {selection.adapter.name!r} finds no residual chain in {type(model).__name__}: {rejected}; "
         "pass stack= to name the list of blocks that is one"
     )
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restore the random states of Python, NumPy, the CPU and every GPU at the end."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 @contextmanager
 def probe(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the module to call for a forward pass without side effects.
 
-    Eval mode and no_grad are set. Each module's mode and the random states of Python, the CPU and every GPU are
-    restored. The module inside a DistributedDataParallel wrapper is yielded, so that no collective runs. The fused
-    inference path of torch.nn.TransformerEncoder is off, because it turns a padded batch into a nested tensor.
+    Eval mode and no_grad are set. Each module's mode and the random states are restored. The module inside a
+    DistributedDataParallel wrapper is yielded, so that no collective runs. The fused inference path of
+    torch.nn.TransformerEncoder is off, because it turns a padded batch into a nested tensor.
     """
     modes = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    python_state = random.getstate()
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:
-        with torch.random.fork_rng(devices=gpus), torch.no_grad():
+        with random_state_kept(), torch.no_grad():
             model.eval()
             torch.backends.mha.set_fastpath_enabled(False)
             yield model.module if isinstance(model, DistributedDataParallel) else model
     finally:
-        random.setstate(python_state)
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, training in modes.items():
             module.training = training

@@ -14,8 +14,6 @@ from koopmon.errors import PluginError, one_line
 from koopmon.observables import flaw
 from koopmon.plugin_calls import PluginCalls, WrongResultError, bounded_list, say_once
 
-__all__ = ["GuardedAdapter", "check_adapter", "original", "source"]
-
 MAX_NAME = 64
 """Characters of an adapter's name; PROTOCOL.md has the same bound."""
 MAX_SETTINGS = 32
@@ -23,12 +21,38 @@ MAX_SETTINGS = 32
 T = TypeVar("T")
 
 
-class GuardedAdapter(ArchitectureAdapter):
-    """Calls another adapter, `original`, and checks its results.
+def _before_training(method: str, check: Callable[..., Any], **default: Any) -> Any:
+    """Return a method that calls the plugin's one in a thread with a time limit, and checks its result.
 
-    A failure of an optional method, such as `thresholds`, is logged once and replaced by a default. A failure of any
-    other method raises PluginError.
+    `check(result, *args)` returns the checked result or raises WrongResultError. With a `default`, the method is
+    optional: a failure is logged once, and gives the default.
     """
+
+    def call(self: GuardedAdapter, *args: Any) -> Any:
+        what = f"{method}() of its adapter {self.name!r}"
+        try:
+            return self.calls.limited(what, lambda: check(getattr(self.original, method)(*args), *args))
+        except PluginError as error:
+            if not default:
+                raise
+            say_once(f"{error}; it is left out")
+            return default["default"]
+
+    return call
+
+
+def _in_forward(method: str, check: Callable[[Any], Any] = lambda result: result) -> Any:
+    """Return a method that calls the plugin's one in this thread, inside a forward pass, and checks its result."""
+
+    def call(self: GuardedAdapter, *args: Any) -> Any:
+        what = f"{method}() of its adapter {self.name!r}"
+        return self.calls.contained(what, lambda: check(getattr(self.original, method)(*args)))
+
+    return call
+
+
+class GuardedAdapter(ArchitectureAdapter):
+    """Calls another adapter, `original`, and checks its results. A failure of a required method raises PluginError."""
 
     def __init__(self, adapter: ArchitectureAdapter, calls: PluginCalls) -> None:
         self.name = adapter.name  # type: ignore[misc]
@@ -36,80 +60,35 @@ class GuardedAdapter(ArchitectureAdapter):
         self.original = adapter
         self.calls = calls
 
-    def specificity(self, model: nn.Module) -> int:
-        return self._limited("specificity", lambda: _checked_claim(self.original.specificity(model)))
-
-    def stacks(self, model: nn.Module) -> list[Stack]:
-        return self._limited("stacks", lambda: _checked_stacks(self.original.stacks(model), model))
-
-    def flags(self, model: nn.Module) -> frozenset[str]:
-        return self._optional("flags", lambda: frozenset(_each(self.original.flags(model), str)), frozenset())
+    specificity = _before_training("specificity", lambda claim, _: _checked_claim(claim))
+    stacks = _before_training("stacks", lambda found, model: _checked_stacks(found, model))
+    shielded = _before_training("shielded", lambda found, _: _each(found, nn.Module))
+    flags = _before_training("flags", lambda found, _: frozenset(_each(found, str)), default=frozenset())
+    update_exponent = _before_training(
+        "update_exponent", lambda found, _: None if found is None else _number(found), default=None
+    )
+    thresholds = _before_training("thresholds", lambda found: _checked_settings(found), default={})
+    kss_settings = _before_training("kss_settings", lambda found: _checked_settings(found), default={})
+    block_input = _in_forward("block_input", lambda found: _checked_tensor(found))
+    block_output = _in_forward("block_output", lambda found: _checked_tensor(found))
+    token_mask = _in_forward("token_mask", lambda found: _checked_tensor(found))
+    with_block_output = _in_forward("with_block_output")
+    _observables = _before_training("observables", lambda found, _: _each(found, Observable), default=())
 
     def observables(self, stack: Stack) -> Sequence[Observable]:
-        none: list[Observable] = []
-        found = self._optional("observables", lambda: _each(self.original.observables(stack), Observable), none)
-        return [replace(each, read=self._reader(each)) for each in found]
+        return [replace(each, read=self._reader(each)) for each in self._observables(stack)]
 
     def _reader(self, observable: Observable) -> Callable[..., Tensor | None]:
+        what = f"observable {observable.name!r} of its adapter {self.name!r}"
+
         def read(*args: Any) -> Tensor | None:
             try:
-                what = f"observable {observable.name!r}"
-                return self._contained(what, lambda: _checked_reading(observable.read(*args)))
+                return self.calls.contained(what, lambda: _checked_reading(observable.read(*args)))
             except PluginError as error:  # the readings of other families continue
                 say_once(f"{error}; its readings are left out")
                 return None
 
         return read
-
-    def shielded(self, stack: Stack) -> Sequence[nn.Module]:
-        return self._limited("shielded", lambda: _each(self.original.shielded(stack), nn.Module))
-
-    def update_exponent(self, stack: Stack) -> float | None:
-        def ask() -> float | None:
-            found = self.original.update_exponent(stack)
-            return None if found is None else _number(found)
-
-        return self._optional("update_exponent", ask, None)
-
-    def thresholds(self) -> Mapping[str, float]:
-        return self._optional("thresholds", lambda: _checked_settings(self.original.thresholds()), {})
-
-    def kss_settings(self) -> Mapping[str, float]:
-        return self._optional("kss_settings", lambda: _checked_settings(self.original.kss_settings()), {})
-
-    def block_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        return self._tensor("block_input", self.original.block_input, module, args, kwargs)
-
-    def block_output(self, module: nn.Module, output: Any) -> Tensor | None:
-        return self._tensor("block_output", self.original.block_output, module, output)
-
-    def with_block_output(self, module: nn.Module, output: Any, state: Tensor) -> Any:
-        return self._contained("with_block_output()", self.original.with_block_output, module, output, state)
-
-    def token_mask(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], stack: Stack | None = None
-    ) -> Tensor | None:
-        return self._tensor("token_mask", self.original.token_mask, model, args, kwargs, stack)
-
-    def _limited(self, method: str, call: Callable[[], T]) -> T:
-        return self.calls.limited(f"{method}() of its adapter {self.name!r}", call)
-
-    def _optional(self, method: str, call: Callable[[], T], default: T) -> T:
-        try:
-            return self._limited(method, call)
-        except PluginError as error:
-            say_once(f"{error}; it is left out")
-            return default
-
-    def _contained(self, what: str, call: Callable[..., T], *args: Any) -> T:
-        return self.calls.contained(f"{what} of its adapter {self.name!r}", call, *args)
-
-    def _tensor(self, method: str, call: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
-        found = self._contained(f"{method}()", call, *args)
-        if found is None or isinstance(found, Tensor):
-            return found
-        gives = f"{method}() of its adapter {self.name!r} gives a {type(found).__name__}, expected a tensor or None"
-        raise PluginError(self.calls.label, gives)
 
 
 def original(adapter: ArchitectureAdapter) -> ArchitectureAdapter:
@@ -152,6 +131,12 @@ def _checked_stacks(stacks: object, model: nn.Module) -> list[Stack]:
     if len({stack.name for stack in found}) < len(found):
         raise WrongResultError("gives two stacks of one name")
     return found
+
+
+def _checked_tensor(value: object) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return value
+    raise WrongResultError(f"gives a {type(value).__name__}, expected a tensor or None")
 
 
 def _checked_reading(value: Any) -> Tensor | None:

@@ -48,7 +48,7 @@ class LogLimit:
     def admit(self, now: float, key: Hashable = "", *, count: int = 1) -> str | None:
         """Return None if the line about `key` must wait, else the line's ending.
 
-        The ending tells how many were held back since the last line. `count` is the number of events in this line.
+        The ending is the number of lines held back since the last one. `count` is the number of events in this line.
         """
         with self._lock:
             logged_at = self._logged_at.get(key)

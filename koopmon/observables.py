@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Observable, Stack
 
-__all__ = ["MAX_NAMES", "Readings", "declared", "flaw", "shielded", "tabulate"]
-
 logger = logging.getLogger(__name__)
 
 MAX_NAMES = 8

@@ -1,30 +1,24 @@
-"""Plots of spectra, runs and the demonstration. Only this file imports matplotlib, and only when it draws."""
+"""PNGs of spectra, of the calibration and of the demonstration. Only this file imports matplotlib, when it draws."""
 
 from __future__ import annotations
 
-import functools
-import io
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any
 
 from koopmon.errors import KoopmonError
 
 if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
 
-P = ParamSpec("P")
 DEAD = "#c0392b"
 ALIVE = "#1f77b4"
 REFERENCE = "#7f8c8d"
 BACKOFF = "#e67e22"
 KSS = "#27ae60"
-INK, GRID = "#1f2933", "#d9dee4"
-FORECAST = "#8e6bbf"
 LOSS_TOP = 100.0
 """Upper limit of the loss axis in nats: twice the loss at which a training counts as diverged."""
 
@@ -53,27 +47,6 @@ class Watched:
     lr_scales: Sequence[float]
     kss_alphas: Sequence[float]
     commands: Sequence[tuple[int, str]] = field(default_factory=tuple)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Track:
-    """One launch of a run, one value per snapshot; None is unknown. `not_finite` holds steps with NaN or infinities."""
-
-    steps: Sequence[int]
-    risks: Sequence[float]
-    forecasts: Sequence[float | None]
-    losses: Sequence[float | None]
-    lr_scales: Sequence[float]
-    kss_alphas: Sequence[float]
-    not_finite: Sequence[int] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plane:
-    """Eigenvalues of one snapshot: pairs (Re, Im) for each layer."""
-
-    title: str
-    layers: Sequence[Sequence[tuple[float, float]]]
 
 
 def require(what: str) -> None:
@@ -153,151 +126,6 @@ def demo(curves: Sequence[Curve], watched: Watched, path: Path, *, title: str) -
         for panel in panels:
             panel.axvline(step, color=colours.get(kind, REFERENCE), linewidth=1.0, alpha=0.7, linestyle=":")
     _save(figure, path)
-
-
-def _inked(draw: Callable[P, Any]) -> Callable[P, Any]:
-    """Draw in INK and REFERENCE instead of black, because the dark mode of a page replaces these colours."""
-
-    @functools.wraps(draw)
-    def inked(*args: P.args, **kwargs: P.kwargs) -> Any:
-        require("picture")
-        import matplotlib as mpl
-
-        named = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK)
-        named |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "patch.edgecolor"), REFERENCE)
-        with mpl.rc_context({**named, "grid.color": REFERENCE, "axes.axisbelow": True, "legend.frameon": False}):
-            return draw(*args, **kwargs)
-
-    return inked
-
-
-@_inked
-def timeline(
-    tracks: Sequence[Track], marks: Sequence[tuple[int, str]], levels: Sequence[float], *, narrow: bool = False
-) -> Any:
-    """Return a figure of risk, loss and settings in force over steps.
-
-    `marks` holds (step, kind) of each applied command. `levels` are risks at which a line is drawn. Earlier launches
-    are paler.
-    """
-    with_loss = any(loss is not None for track in tracks for loss in track.losses)
-    with_kss = any(any(track.kss_alphas) for track in tracks)
-    heights = [2.0, *([1.6] if with_loss else []), 1.2, *([0.9] if with_kss else [])]
-    figure, panels = _figure(len(heights), 1, (4.2 if narrow else 9.6, 1.25 * sum(heights) + 0.3), heights)
-    risk, *others = panels
-    loss = others.pop(0) if with_loss else None
-    scale, alpha = others[0], others[1] if with_kss else None
-    for level in levels:
-        risk.axhline(level, color=REFERENCE, linewidth=0.9, linestyle="dashed")
-    for track in tracks:
-        latest = track is tracks[-1]
-        pale = 1.0 if latest else 0.45
-        dots = {"marker": ".", "markersize": 3} if len(track.steps) < 400 else {}
-        named = ("risk", "forecast, which only warns") if latest else (None, None)
-        risk.plot(track.steps, _known(track.forecasts), color=FORECAST, lw=0.9, alpha=0.55 * pale, label=named[1])
-        risk.plot(track.steps, track.risks, color=DEAD, linewidth=1.5, alpha=pale, label=named[0], **dots)
-        risk.plot(track.not_finite, [1.0] * len(track.not_finite), "x", color=DEAD, markersize=8, mew=2)
-        if loss is not None:
-            loss.plot(track.steps, _known(track.losses), color=ALIVE, linewidth=1.4, alpha=pale)
-        scale.step(track.steps, track.lr_scales, where="post", color=BACKOFF, linewidth=1.8, alpha=pale)
-        if alpha is not None:
-            alpha.step(track.steps, track.kss_alphas, where="post", color=KSS, linewidth=1.8, alpha=pale)
-    risk.set(ylabel="risk", ylim=(-0.03, 1.05))
-    risk.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, fontsize=8, borderaxespad=0.1)
-    scale.set(ylabel="rate ×", ylim=(0, 1.08))
-    if loss is not None:
-        known = [value for track in tracks for value in _known(track.losses) if math.isfinite(value)]
-        logarithmic = bool(known) and min(known) > 0 and max(known) > 20 * min(known)
-        loss.set(ylabel="loss", yscale="log" if logarithmic else "linear")
-    if alpha is not None:
-        alpha.set(ylabel="KSS α", ylim=(0, None))
-    for step, kind in marks:
-        colour = {"set_lr_scale": BACKOFF, "set_kss": KSS}.get(kind, REFERENCE)
-        for panel in panels:
-            panel.axvline(step, color=colour, linewidth=0.9, alpha=0.7, linestyle=":")
-    panels[-1].set_xlabel("optimizer step")
-    figure.align_ylabels(panels)
-    return figure
-
-
-@_inked
-def planes(shown: Sequence[Plane], *, narrow: bool = False) -> Any:
-    """Return a figure of eigenvalues and the unit circle, coloured by depth: one panel per snapshot, on one scale."""
-    from matplotlib.patches import Annulus, Circle
-
-    moduli = sorted(math.hypot(*pair) for plane in shown for layer in plane.layers for pair in layer)
-    reach = 1.12 * max(1.2, moduli[int(0.95 * (len(moduli) - 1))] if moduli else 1.2)
-    size = (4.2, 4.0 * len(shown)) if narrow else (3.5 * max(2, len(shown)) + 0.9, 3.9)
-    figure, panels = _figure(*((len(shown), 1) if narrow else (1, len(shown))), size)
-    deepest = max(1, *(len(plane.layers) - 1 for plane in shown))
-    for panel, plane in zip(panels, shown, strict=True):
-        points = [(x, y, depth) for depth, layer in enumerate(plane.layers) for x, y in layer]
-        panel.add_patch(Annulus((0, 0), 1.05, 0.15, facecolor="#f1c40f", alpha=0.3, edgecolor="none"))
-        panel.add_patch(Circle((0, 0), 1.0, fill=False, edgecolor=REFERENCE, linewidth=1))
-        real, imaginary, depths = zip(*points, strict=True) if points else ((), (), ())
-        dots = panel.scatter(
-            real, imaginary, c=depths, s=13, cmap="viridis", vmin=0, vmax=deepest, ec=REFERENCE, lw=0.3
-        )
-        outside = sum(max(abs(x), abs(y)) > reach for x, y, _ in points)
-        beyond = f"\n{outside} of {len(points)} lie outside" if outside else ""
-        panel.set(aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach), xlabel="Re λ", ylabel="Im λ")
-        panel.set_title(f"{plane.title}{beyond}", fontsize=9)
-    place = {"location": "bottom", "aspect": 40} if narrow else {"shrink": 0.85}
-    colours = figure.colorbar(dots, ax=panels, label="layer", **place)
-    colours.locator = _whole_numbers()
-    colours.update_ticks()
-    return figure
-
-
-@_inked
-def heatmaps(
-    steps: Sequence[int], named: Sequence[tuple[str, Sequence[Sequence[float | None]]]], *, narrow: bool = False
-) -> Any:
-    """Return a figure of values by layer (row) and step (column), one panel for each (title, rows).
-
-    Masses use a scale from 0 to 1. Other values use their range, logarithmic when it spans a factor of 20.
-    """
-    from matplotlib.colors import LogNorm, Normalize
-
-    figure, panels = _figure(len(named), 1, (4.2 if narrow else 9.6, 1.9 * len(named)))
-    middles = [(low + high) / 2 for low, high in itertools.pairwise(steps)]
-    edges = [steps[0] - 0.5, *middles, steps[-1] + 0.5]
-    for panel, (title, rows) in zip(panels, named, strict=True):
-        values = [_known(row) for row in rows]
-        known = [value for row in values for value in row if math.isfinite(value)]
-        low, high = min(known, default=0.0), max(known, default=1.0)
-        linear = Normalize(0.0 if high <= 1.0 else low, max(high, 1.0))
-        norm = LogNorm(low, high) if low > 0 and high > 20 * low else linear
-        depths = [layer - 0.5 for layer in range(len(rows) + 1)]
-        drawn = panel.pcolormesh(edges, depths, values, norm=norm, cmap="viridis", rasterized=True)
-        panel.set(ylabel="layer")
-        panel.set_title(title, fontsize=9, loc="left")
-        panel.yaxis.set_major_locator(_whole_numbers())
-        panel.invert_yaxis()
-        panel.grid(visible=False)
-        figure.colorbar(drawn, ax=panel, pad=0.02)
-    panels[-1].set_xlabel("optimizer step")
-    return figure
-
-
-def svg(figure: Any) -> str:
-    """Return a figure as an SVG document without a background. The same figure gives the same document."""
-    import matplotlib as mpl
-
-    text = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "koopmon"}):
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=metadata, dpi=110)
-    return text.getvalue()
-
-
-def png(figure: Any, path: Path) -> None:
-    """Write a figure as a PNG. Raises PlotError."""
-    _save(figure, path)
-
-
-def _known(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if value is None else value for value in values]
 
 
 def _whole_numbers() -> Any:

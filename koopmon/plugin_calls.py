@@ -26,8 +26,6 @@ from koopmon.errors import PluginError, one_line, raise_from_signal
 from koopmon.logs import announced, log_for_job
 from koopmon.process_state import ProcessState
 
-__all__ = ["SECONDS", "PluginCalls", "WrongResultError", "bounded_list", "say_once", "told"]
-
 logger = logging.getLogger("koopmon.plugins")
 
 SECONDS = 10.0
@@ -92,7 +90,7 @@ class PluginCalls:
                     work.start()
                     work.join(max(0.0, self._seconds_left))
             except RuntimeError as error:  # the system allows no more threads
-                raise PluginError(self.label, f"{what} {told(error)}") from error
+                raise PluginError(self.label, f"{what} {describe_failure(error)}") from error
             finally:  # also when the user's Ctrl-C ends the wait
                 late = work.is_alive()
                 if late:
@@ -125,7 +123,7 @@ class PluginCalls:
             return call(*args)
         except BaseException as error:
             raise_from_signal(error)
-            raise PluginError(self.label, f"{what} {told(error)}") from error
+            raise PluginError(self.label, f"{what} {describe_failure(error)}") from error
         finally:
             if torch.is_grad_enabled() is not grad_mode:
                 torch.set_grad_enabled(grad_mode)
@@ -154,7 +152,7 @@ class _Work(threading.Thread):
             assert call is not None
             self.result = call()
         except BaseException as error:
-            self.failure = told(error)
+            self.failure = describe_failure(error)
         if torch.get_num_threads() != num_threads:  # per thread; a new thread starts with the last number set
             torch.set_num_threads(num_threads)
             self.changed.append("the number of threads")
@@ -186,7 +184,7 @@ def _imports_others(frame: FrameType | None, package: str) -> bool:
     return False
 
 
-def told(error: BaseException) -> str:
+def describe_failure(error: BaseException) -> str:
     """Return a description of `error` in a few words that follow a call's name."""
     try:
         if isinstance(error, WrongResultError):

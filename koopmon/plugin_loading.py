@@ -12,9 +12,7 @@ import pluggy
 from koopmon import hookspecs
 from koopmon.api import ArchitectureAdapter
 from koopmon.errors import PluginError, one_line
-from koopmon.plugin_calls import PluginCalls, WrongResultError, bounded_list, say_once, told
-
-__all__ = ["PluginManager", "is_own", "plugin_manager"]
+from koopmon.plugin_calls import PluginCalls, WrongResultError, bounded_list, describe_failure, say_once
 
 OWN_PACKAGE = "koopmon_adapters"
 
@@ -125,7 +123,7 @@ def _entries() -> list[EntryPoint]:
             try:
                 found += distribution.entry_points.select(group=hookspecs.PROJECT)
             except Exception as error:
-                say_once(f"the entry points of {_full_name(distribution)} cannot be read: {told(error)}")
+                say_once(f"the entry points of {_full_name(distribution)} cannot be read: {describe_failure(error)}")
     return sorted(found, key=lambda entry: (_top(entry) != OWN_PACKAGE, entry.name, entry.value))
 
 

@@ -18,7 +18,7 @@ from koopmon.api import ArchitectureAdapter, ExampleModel, Stack
 from koopmon.block_finder import canonical_name, container_stack, survey
 from koopmon.errors import AdapterError, DiscoveryError, PluginError, one_line
 from koopmon.guarded_adapter import GuardedAdapter, check_adapter, original, source
-from koopmon.plugin_calls import WrongResultError, say_once, told
+from koopmon.plugin_calls import WrongResultError, describe_failure, say_once
 from koopmon.plugin_loading import PluginManager, is_own, plugin_manager
 
 __all__ = [
@@ -182,7 +182,7 @@ def claims_on(model: nn.Module, known: Mapping[str, ArchitectureAdapter]) -> dic
         except PluginError as error:
             say_once(f"{error}; the adapter is left out")
         except Exception as error:  # the failure of one adapter must not affect the others
-            say_once(f"adapter {name!r} is left out: specificity() {told(error)}")
+            say_once(f"adapter {name!r} is left out: specificity() {describe_failure(error)}")
     return claims
 
 
@@ -208,7 +208,7 @@ def _say_choice(
             )
     if isinstance(chosen, GuardedAdapter):
         instead = [name for name in ranked if not isinstance(known[name], GuardedAdapter)]
-        of = f", in the place of koopmon's own {instead[0]!r} with {claims[instead[0]]}" if instead else ""
+        of = f", in place of koopmon's own {instead[0]!r} with {claims[instead[0]]}" if instead else ""
         level = logging.WARNING if instead else logging.INFO
         say_once(f"{source(chosen)} is used for {kind} with specificity {claims[chosen.name]}{of}", level=level)
 

@@ -348,7 +348,7 @@ def _lower_scale(case: _Case) -> float:
     """
     config, excess = case.config, case.risk.excess_rate
     # During a ramp the alarm belongs to the scale in force. The target of the ramp is not in force yet.
-    flared = min(case.state.lr_scale, case.seen.lr_scale)
+    flared = min(case.state.lr_scale, case.seen.training.lr_scale)
     if excess is None or excess < 1.0:
         return flared * (config.severe_factor if case.severe else config.backoff_factor)
     gently = flared * (config.gentle_severe_factor if case.severe else config.gentle_factor)
@@ -397,7 +397,7 @@ def _shape(case: _Case) -> Proposal | None:
         kss=settings,
         kss_on_at=case.seen.step,
         kss_cut=state.num_cuts,
-        loss_at_kss=case.seen.loss,
+        loss_at_kss=case.seen.training.loss,
         acted_at=case.seen.step if config.name == "kss" else state.acted_at,
         risk_at_action=case.risk.value if config.name == "kss" else state.risk_at_action,
         phase="acting",
@@ -422,7 +422,7 @@ def _bar_kss(case: _Case) -> Proposal | None:
     state, config = case.state, case.config
     if state.kss_on_at is None or case.seen.step - state.kss_on_at < config.kss_ramp_steps + config.cooldown_steps:
         return None
-    before, after = state.loss_at_kss, case.seen.loss
+    before, after = state.loss_at_kss, case.seen.training.loss
     if case.severe:
         return _without_kss(case, f"the risk is {case.risk.value:.2f} in spite of it", kss_barred=True)
     if before is not None and after is not None and after > before * config.harm_ratio:

@@ -20,8 +20,6 @@ from koopmon.plugins import Selection, select
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.token_sampling import align_mask, choose_rows, take_rows
 
-__all__ = ["CapturedStates", "capture_states", "profile"]
-
 
 def profile(
     model: nn.Module,
@@ -126,9 +124,9 @@ def _capture(
     if gathered is not None:
         observables = tabulate(gathered.keys, gathered.values.tolist(), len(discovery.points))
     measures = {name: text for family in reversed(selection.families) for name, text in family.measures.items()}
-    told = {name: measures[name] for name in observables}
+    explained = {name: measures[name] for name in observables}
     exponent = known_exponent(selection.adapter, discovery.stack)
-    return CapturedStates(discovery, _alike(kept), num_tokens, masked, observables, told, exponent)
+    return CapturedStates(discovery, _alike(kept), num_tokens, masked, observables, explained, exponent)
 
 
 @contextmanager

@@ -11,8 +11,6 @@ import struct
 import torch
 from torch import Tensor
 
-__all__ = ["align_mask", "choose_rows", "order_rows", "take_rows"]
-
 
 def order_rows(
     num_tokens: int,

@@ -129,8 +129,8 @@ def _statuses() -> list[str]:
         "",
         "`koopmon run` returns the status of the job, or 128 + n after signal n. It returns 126 or 127, as a shell"
         " does, if the job cannot start, and 2 if it refuses its command line. `koopmon adapters check` returns 1 if a"
-        " check failed, `koopmon demo` 1 if the training was not saved, and `koopmon doctor` 3 if a check failed. The other"
-        " statuses are:",
+        " check failed, `koopmon demo` 1 if the training was not saved, and `koopmon doctor` 3 if a check failed. The"
+        " other statuses are:",
         "",
         "| status | condition |",
         "|---|---|",

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from koopmon.history.writer import HistoryWriter
 from koopmon.risk.online_detector import Observation
-from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello
+from koopmon.views.run_view import TimelinePoint
+from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello, TrainingStep
 
 RUN, INCARNATION = "job", "aaaaaaaa"
+
+
+def gathered(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with those of a `TrainingStep` gathered in one, under `training`."""
+    names = TrainingStep.__struct_fields__
+    training = TrainingStep(**{name: value for name, value in fields.items() if name in names})
+    return {"training": training, **{name: value for name, value in fields.items() if name not in names}}
 
 
 def hello(run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Hello:
@@ -32,8 +39,9 @@ def hello(run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Hell
 
 def heartbeat(step: int, run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Heartbeat:
     """Rank 0's, with nothing applied."""
-    values = {"process_rank": 0, "applied": Applied()}
-    return Heartbeat(run=run, incarnation=incarnation, step=step, **{**values, **fields})
+    values = {"process_rank": 0, "applied": Applied(), **fields}
+    in_force = {"lr_scale": values["applied"].lr_scale, "kss_alpha": values["applied"].kss.alpha}
+    return Heartbeat(run=run, incarnation=incarnation, **gathered({"step": step, **in_force, **values}))
 
 
 def command(number: int = 0, run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Command:
@@ -52,7 +60,7 @@ def ack(number: int = 0, run: str = RUN, incarnation: str = INCARNATION, **field
 
 def observation(step: int, **fields: Any) -> Observation:
     """An informative one; what is not named is unknown."""
-    return Observation(step=step, **{"informative": True, **fields})
+    return Observation(**gathered({"step": step, "informative": True, **fields}))
 
 
 def record_observation(
@@ -60,9 +68,7 @@ def record_observation(
 ) -> None:
     """A row of the history: a calm snapshot of which nothing was logged. `observation` may be an `Observation`."""
     values: dict[str, Any] = {
-        "scalars": {},
-        "lr_scale": 1.0,
-        "kss_alpha": 0.0,
+        "step": step,
         "non_finite": False,
         "observation": {},
         "risk": 0.0,
@@ -70,6 +76,10 @@ def record_observation(
         "components": {},
         **fields,
     }
-    if isinstance(values["observation"], Observation):
-        values["observation"] = asdict(values["observation"])
-    store.record_observation(at, run, incarnation, step, **values)
+    store.record_observation(at, run, incarnation, **gathered(values))
+
+
+def point(step: int, incarnation: str = INCARNATION, **fields: Any) -> TimelinePoint:
+    """A calm snapshot of a view; the scalars of the training are named beside the other fields."""
+    values = {"time": 0.0, "risk": 0.1, "forecast": None, "reason": "", "informative": True, "non_finite": False}
+    return TimelinePoint(incarnation=incarnation, **gathered({"step": step, **values, **fields}))

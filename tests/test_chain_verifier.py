@@ -75,11 +75,11 @@ def nested_calls(blocks: nn.ModuleList, h: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        (between(lambda h: 2 * h), "what leaves blocks.0 is not what enters blocks.1"),
-        (between(lambda h: h.mul_(2)), "what leaves blocks.0 is not what enters blocks.1"),
-        (between(nn.functional.tanh), "what leaves blocks.0 is not what enters blocks.1"),
+        (between(lambda h: 2 * h), "the output of blocks.0 is not the input of blocks.1"),
+        (between(lambda h: h.mul_(2)), "the output of blocks.0 is not the input of blocks.1"),
+        (between(nn.functional.tanh), "the output of blocks.0 is not the input of blocks.1"),
         (between(lambda h: h[:, :-1]), "blocks.1 takes shape (2, 4, 8) where the chain began with (2, 5, 8)"),
-        (parallel, "what leaves blocks.0 is not what enters blocks.1"),
+        (parallel, "the output of blocks.0 is not the input of blocks.1"),
         (again, "blocks.0 was called 2 times in one forward: a shared layer or a loop"),
         (backwards, "blocks.2 was called out of turn"),
         (skipping, "blocks.2 was called out of turn"),

@@ -110,8 +110,8 @@ def test_no_chain_lists_each_candidate_and_the_way_out() -> None:
         koopmon.discover(model, torch.randn(B, T, D), adapter=Listed("first.blocks", "second.blocks"))
     assert str(caught.value) == (
         "adapter 'listed' finds no residual chain in Pair: "
-        "first.blocks: what leaves first.blocks.0 is not what enters first.blocks.1; "
-        "second.blocks: what leaves second.blocks.0 is not what enters second.blocks.1; "
+        "first.blocks: the output of first.blocks.0 is not the input of first.blocks.1; "
+        "second.blocks: the output of second.blocks.0 is not the input of second.blocks.1; "
         "pass stack= to name the list of blocks that is one"
     )
 

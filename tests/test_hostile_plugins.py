@@ -369,7 +369,7 @@ def test_a_more_specific_adapter_wins_and_the_line_says_whose_it_is(
     assert type(found.adapter).__module__ == module, "what a user gets is the plugin's own object"
     assert said(caplog) == [
         "koopmon: adapter 'theirs' of plugin theirs (theirs 1.2) is used for TransformerEncoder with specificity 50, "
-        "in the place of koopmon's own 'transformer' with 10"
+        "in place of koopmon's own 'transformer' with 10"
     ]
 
 

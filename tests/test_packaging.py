@@ -74,7 +74,8 @@ def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
 
 
 @pytest.mark.process
-def test_every_module_of_the_tree_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+def test_every_file_of_the_tree_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    """Modules, templates, style sheets."""
     tracked = subprocess.run(
         ["git", "ls-files", "koopmon", "plugins"], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from koopmon.config import KssConfig, PolicyConfig
 from koopmon.policy import Action, Decision, PolicyState, acknowledge, decide, kss_shielded
-from koopmon.risk.online_detector import Observation, OnlineRisk
+from koopmon.risk.online_detector import OnlineRisk
 from koopmon.wire.messages import Ack, Applied, KssSettings
+from tests.factories import observation
 
 CALM, WATCH, HIGH, SEVERE = 0.01, 0.3, 0.7, 0.95
 
@@ -35,11 +36,9 @@ class Run:
     def see(self, risk: float, *, steps: int = 1, **fields: Any) -> Decision:
         """`steps` snapshots of the same risk, one step and a tenth of a second apart; the last decision."""
         for _ in range(steps):
-            observation = Observation(
-                **{"step": self.step, "informative": True, "max_spectral_radius": 1.2, "lr_scale": 1.0, **fields}
-            )
+            seen = observation(**{"step": self.step, "max_spectral_radius": 1.2, **fields})
             judged = OnlineRisk(value=risk, reason="r", excess_rate=self.excess)
-            decision = decide(self.now, self.state, observation, judged, self.config, self.kss)
+            decision = decide(self.now, self.state, seen, judged, self.config, self.kss)
             self.state = decision.state
             self.actions += [(self.step, action) for action in decision.commands if action.changes_training]
             self.step += 1

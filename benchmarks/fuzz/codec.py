@@ -38,6 +38,7 @@ from koopmon.wire.messages import (
     ProbeReply,
     Refused,
     Shard,
+    TrainingStep,
     Welcome,
 )
 from tests.factories import hello
@@ -55,7 +56,13 @@ MESSAGES: tuple[AnyMessage, ...] = (
         kss=KssSettings(alpha=0.1),
         update_exponent=0.5,
     ),
-    Heartbeat(**NAME, process_rank=0, step=3, applied=Applied(lr_scale=0.5), loss=float("nan"), dropped={"budget": 2}),
+    Heartbeat(
+        **NAME,
+        process_rank=0,
+        training=TrainingStep(step=3, loss=float("nan"), lr_scale=0.5),
+        applied=Applied(lr_scale=0.5),
+        dropped={"budget": 2},
+    ),
     Ack(**NAME, command_id="0123abcd", outcome="applied", step=4, applied=Applied()),
     Goodbye(**NAME, process_rank=1, step=9, reason="finished"),
     Welcome(**NAME, data_endpoint="tcp://127.0.0.1:9", restore=Applied(lr_scale=0.25)),
@@ -71,7 +78,7 @@ SHARD = Shard(
     **NAME,
     process_rank=0,
     num_senders=1,
-    step=2,
+    training=TrainingStep(step=2),
     first_point=0,
     num_points=3,
     num_samples=4,

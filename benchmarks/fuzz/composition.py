@@ -45,6 +45,7 @@ from koopmon.wire.messages import (
     Message,
     MonitorMessage,
     Shard,
+    TrainingStep,
 )
 
 MAX_TURNS = 40
@@ -133,6 +134,8 @@ def made(cls: type[T], choose: Choose[Any], **fixed: Any) -> T:
     for field in kind.fields:
         if field.name in fixed:
             values[field.name] = fixed[field.name]
+        elif field.name == "training" and "step" in fixed:
+            values[field.name] = made(TrainingStep, choose, step=fixed["step"])
         elif not field.required and choose((True, False, False)):
             continue
         elif field.name in UNBOUNDED_SCALARS:

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.fuzz.strangers import MISCONDUCT, Ports
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
-from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply, Hello, Shard, Welcome
+from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply, Hello, Shard, TrainingStep, Welcome
 from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
 from tests.factories import hello
 
@@ -56,14 +56,15 @@ class HonestAgent:
             welcome = self._ask(hello(**NAME, num_layers=3, width=12, acts=False, step=self._step), Welcome)
             self._data = self._data or DataSender(self._context, welcome.data_endpoint)
         self._step += 1
-        self._ask(Heartbeat(**NAME, process_rank=0, step=self._step, applied=Applied(), loss=2.0), HeartbeatReply)
+        training = TrainingStep(step=self._step, loss=2.0)
+        self._ask(Heartbeat(**NAME, process_rank=0, training=training, applied=Applied()), HeartbeatReply)
         self.served += 1
         states = torch.cumsum(torch.randn((4, 96, 12)), dim=0).bfloat16()
         shard = Shard(
             **NAME,
             process_rank=0,
             num_senders=1,
-            step=self._step,
+            training=training,
             first_point=0,
             num_points=4,
             num_samples=96,

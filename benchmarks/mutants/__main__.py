@@ -1,4 +1,4 @@
-"""Mutation run over the decision core: `python -m benchmarks.mutants`, or `make mutants`.
+"""Mutation run over the decision core, which `make mutants` starts.
 
 Each mutant is one small change of the code (`benchmarks.mutants.operators`); a mutant that no test of its group notices
 survives. The run passes when at least 90% of the mutants die and every survivor has a reason in `survivors.toml`.
@@ -33,9 +33,10 @@ import starlette  # noqa: F401
 import torch
 import zmq  # noqa: F401
 
-from benchmarks.markdown import table
+from benchmarks.mutants import page
 from benchmarks.mutants.operators import Mutant
 from benchmarks.mutants.workers import ROOT, SURVIVED, TIMEOUT, Source, Verdict, read_source, try_group
+from benchmarks.provenance import provenance
 
 RESULT = ROOT / "benchmarks" / "results" / "mutants.json"
 REASONS = Path(__file__).parent / "survivors.toml"
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.chdir(ROOT)
     torch.set_num_threads(1)
     reasons: dict[str, dict[str, str]] = tomllib.loads(REASONS.read_text(encoding="utf-8"))
-    kept: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    kept: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))["modules"] if RESULT.exists() else {}
     started = time.monotonic()
     verdicts: list[Verdict] = []
     for patterns, tests in GROUPS:
@@ -82,9 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         verdicts += try_group(sources, tests, chosen.jobs)
         if not (chosen.match or chosen.survivors or chosen.sample):
-            _keep(verdicts, kept, reasons)
+            _keep(_figures(verdicts, reasons), kept)
     minutes = (time.monotonic() - started) / 60
-    for line in _table(verdicts):
+    for line in page.lines({"modules": _figures(verdicts, reasons)}):
         print(line)
     survivors = [one for one in verdicts if one.status == SURVIVED]
     for one in survivors:
@@ -112,27 +113,26 @@ def _reason(one: Verdict, reasons: dict[str, dict[str, str]]) -> str:
     return known.get(max((key for key in known if one.name.startswith(key)), key=len, default=""), "")
 
 
-def _keep(verdicts: list[Verdict], kept: dict[str, Any], reasons: dict[str, dict[str, str]]) -> None:
-    """Write the figures of the modules that were tried; those of other modules stay."""
+def _figures(verdicts: list[Verdict], reasons: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Count by module, with the reason of each survivor."""
+    figures = {}
     for module in dict.fromkeys(one.module for one in verdicts):
         mine = [one for one in verdicts if one.module == module]
         counts = Counter(one.status for one in mine)
-        kept[module] = {
+        figures[module] = {
             "mutants": len(mine),
-            "killed": len(mine) - counts[SURVIVED],
-            "of these by the time limit": counts[TIMEOUT],
+            "share_killed": 1 - counts[SURVIVED] / len(mine),
+            "killed_by_time_limit": counts[TIMEOUT],
             "survived": {one.name: _reason(one, reasons) for one in mine if one.status == SURVIVED},
         }
-    RESULT.write_text(json.dumps(dict(sorted(kept.items())), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return figures
 
 
-def _table(verdicts: list[Verdict]) -> list[str]:
-    rows = []
-    for module in dict.fromkeys(one.module for one in verdicts):
-        mine = [one for one in verdicts if one.module == module]
-        survived = sum(one.status == SURVIVED for one in mine)
-        rows.append((module, str(len(mine)), f"{1 - survived / len(mine):.1%}", str(survived)))
-    return table(("module", "mutants", "killed", "survived"), rows)
+def _keep(figures: dict[str, Any], kept: dict[str, Any]) -> None:
+    """Write the figures of the modules that were tried. Those of the others stay while the modules exist."""
+    modules = {module: of for module, of in sorted({**kept, **figures}.items()) if (ROOT / module).exists()}
+    result = {"provenance": provenance(seed=0), "modules": modules}
+    RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 TEXT = frozenset({"reason", "message", "remedy", "why", "doc"})
 """Names of keyword arguments and variables that hold text for people."""
@@ -171,7 +172,7 @@ class _Finder:
                 yield "break", "continue", put(ast.Continue())
             case ast.Continue():
                 yield "continue", "break", put(ast.Break())
-            case ast.Return(value=value) if value is not None and not _is_none(value):
+            case ast.Return(value=value) if value is not None and not _is_falsy(value):
                 yield _short(node), "return None", put(ast.Return(value=ast.Constant(value=None)))
 
     def _expressions(self, node: ast.stmt) -> Iterator[Change]:
@@ -233,8 +234,8 @@ class _Finder:
                 yield _short(node), _short(node.operand), put(node.operand)
             case ast.BinOp() if not _is_string(node.left) and not _is_string(node.right):
                 if type(node.op) in ARITHMETIC:
-                    op = ARITHMETIC[type(node.op)]()
-                    yield _short(node), type(op).__name__, _setter(node, "op", op)
+                    other_way = ARITHMETIC[type(node.op)]()
+                    yield _short(node), type(other_way).__name__, _setter(node, "op", other_way)
             case ast.IfExp() if not isinstance(node.test, ast.Compare | ast.UnaryOp):
                 yield f"if {_short(node.test)}", "not", _setter(node, "test", _negated(node.test))
             case ast.Call():
@@ -271,9 +272,10 @@ class _Finder:
                         yield from self._replacements(condition, child.ifs, index)
 
 
-def _setter(owner: object, at: str | int, value: object) -> Callable[[], None]:
+def _setter(owner: Any, at: str | int, value: object) -> Callable[[], None]:
+    """Return the assignment of `value` to an attribute or an index of `owner`."""
     if isinstance(at, int):
-        return lambda: owner.__setitem__(at, value)  # type: ignore[attr-defined]
+        return lambda: owner.__setitem__(at, value)
     return lambda: setattr(owner, at, value)
 
 
@@ -304,8 +306,9 @@ def _short(node: ast.AST) -> str:
     return text if len(text) <= 90 else text[:60] + "..." + text[-27:]
 
 
-def _is_none(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and node.value is None
+def _is_falsy(node: ast.expr) -> bool:
+    """Return True for None and False, which callers that test a truth value do not tell apart."""
+    return isinstance(node, ast.Constant) and node.value in (None, False)
 
 
 def _is_string(node: ast.expr) -> bool:

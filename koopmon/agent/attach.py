@@ -67,12 +67,12 @@ def attach(
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
     optimizer = _innermost(optimizer)
-    runtime = _present(model) or _present(optimizer)
+    runtime = _attached_runtime(model) or _attached_runtime(optimizer)
     if runtime is not None:
         logger.info("koopmon: this training is attached already")
         return Agent(runtime, joined=True)
     try:
-        runtime = _invite(model, optimizer, endpoint, run, config)
+        runtime = _make_runtime(model, optimizer, endpoint, run, config)
     except _NotAttachedError as error:
         log_for_job(logger, f"not attached, training goes on: {error}")
         return Agent(None, str(error))
@@ -80,7 +80,7 @@ def attach(
     return Agent(runtime)
 
 
-def _invite(
+def _make_runtime(
     model: nn.Module,
     optimizer: Optimizer,
     endpoint: str | None,
@@ -130,7 +130,7 @@ def _configured(config: Config | Mapping[str, Any] | str | os.PathLike[str] | No
     return configuration.load(config)
 
 
-def _present(key: nn.Module | Optimizer) -> AgentRuntime | None:
+def _attached_runtime(key: nn.Module | Optimizer) -> AgentRuntime | None:
     reference = _runtimes.get(key)
     runtime = None if reference is None else reference()
     return runtime if runtime is not None and runtime.present else None

@@ -131,7 +131,7 @@ class _Watch:
         self._busy = False
         self._agent: _Closable | None = None
         self._parameters: frozenset[int] = frozenset()
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
     def disable(self) -> None:
         self._enabled = False
@@ -167,7 +167,7 @@ class _Watch:
         parameters = _parameters(optimizer)
         if self._agent is not None:
             if parameters != self._parameters:
-                self._log("more than one optimizer was made: only the first one's learning rate is guarded")
+                self._log("more than one optimizer: koopmon guards the learning rate of the first one only")
                 return
             # The script replaced its optimizer. The old one will not step again.
             agent, self._agent = self._agent, None
@@ -182,8 +182,8 @@ class _Watch:
         atexit.register(agent.close)
 
     def _log(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self._logged:
+            self._logged.add(text)
             log_for_job(_log, text)
 
 

@@ -19,8 +19,8 @@ _breakers: weakref.WeakSet[CircuitBreaker] = weakref.WeakSet()
 class CircuitBreaker:
     """Runs koopmon's code inside the user's loop. The first exception disables it for good, is logged once and counted.
 
-    `on_trip` is called once, with the reason, after the circuit breaker has tripped. An exception of `on_trip` is
-    counted too.
+    The bound method `on_trip` is called once, with the reason, after the circuit breaker has tripped. An exception of
+    `on_trip` is counted too. The breaker does not keep its object alive.
     """
 
     def __init__(self, name: str, on_trip: Callable[[str], None] | None = None) -> None:
@@ -28,7 +28,7 @@ class CircuitBreaker:
         self.tripped = False
         self.reason = ""
         self.num_errors = 0
-        self._on_trip = on_trip
+        self._on_trip = None if on_trip is None else weakref.WeakMethod(on_trip)
         _breakers.add(self)
 
     def trip(self, where: str, error: BaseException) -> None:
@@ -40,12 +40,12 @@ class CircuitBreaker:
         self.reason = f"{where}: {type(error).__name__}: {_first_line(error)}"
         logger.warning("koopmon: %s is off, training goes on: %s", self.name, self.reason)
         logger.debug("koopmon: %s", where, exc_info=error)
-        if self._on_trip is not None:
+        if self._on_trip is not None and (on_trip := self._on_trip()) is not None:
             try:
-                self._on_trip(self.reason)
+                on_trip(self.reason)
             except Exception as second:
                 self.num_errors += 1
-                logger.debug("koopmon: while shutting %s", self.name, exc_info=second)
+                logger.debug("koopmon: while %s was switched off", self.name, exc_info=second)
 
     def hook(self, body: Callable[..., Any]) -> GuardedHook:
         """Return `body` as a hook for a module or an optimizer."""

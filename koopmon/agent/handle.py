@@ -36,8 +36,7 @@ class Agent:
     @property
     def should_stop(self) -> bool:
         """True after a stop command of the monitor, from the same step on all ranks. The loop may read it."""
-        runtime = self._runtime
-        return runtime is not None and runtime.actuator is not None and runtime.actuator.state.stop
+        return self._runtime is not None and self._runtime.lifecycle.state.control.stop
 
     def log(self, *, loss: float | Tensor | None = None, grad_norm: float | Tensor | None = None) -> None:
         """Report the loss and the gradient's norm to the monitor, in the user's own units.
@@ -49,9 +48,9 @@ class Agent:
         runtime = self._runtime
         if runtime is None:
             return
-        for name, box, value in (("loss", runtime.stats.loss, loss), ("grad_norm", runtime.stats.grad_norm, grad_norm)):
+        for name, value in {"loss": loss, "grad_norm": grad_norm}.items():
             if value is not None:
-                self._put(name, box, value)
+                self._put(name, runtime.stats.measured[name], value)
 
     def _put(self, name: str, box: AsyncScalar, value: float | Tensor) -> None:
         try:
@@ -67,25 +66,19 @@ class Agent:
         reason = self._why_disabled()
         if runtime is None:
             return {"enabled": False, "reason": reason}
-        stats, io_thread, actuator, stack = runtime.stats, runtime.io_thread, runtime.actuator, runtime.taps.stack
-        identity = None if io_thread is None else io_thread.identity
+        stats, state, taps = runtime.stats, runtime.lifecycle.state, runtime.taps
         return {
             "enabled": not reason,
             "reason": reason,
             "endpoint": runtime.endpoint,
-            "connected": io_thread is not None and io_thread.connected,
-            "run": None if identity is None else identity.run,
-            "incarnation": None if identity is None else identity.incarnation,
-            "process_rank": None if runtime.world is None else runtime.world.rank,
-            "world_size": None if runtime.world is None else runtime.world.size,
-            "layout": None if runtime.layout is None else runtime.layout.name,
+            **state.facts(),
             "adapter": runtime.adapter.name,
-            "stack": None if stack is None else stack.name,
-            "num_layers": 0 if stack is None else len(stack.points),
-            "width": runtime.width,
-            "acts": actuator is not None and actuator.acts,
-            "control_ready": actuator is not None and actuator.ready,
-            "applied": None if actuator is None else msgspec.to_builtins(actuator.applied()),
+            "stack": taps.stack and taps.stack.name,
+            "num_layers": len(taps.stack.points) if taps.stack else 0,
+            "width": taps.width,
+            "acts": state.acts,
+            "control_ready": state.ready,
+            "applied": msgspec.to_builtins(runtime.lifecycle.applied()),
             "step": stats.step,
             "step_seconds": stats.step_seconds,
             "overhead_ratio": stats.busy_seconds / stats.elapsed_seconds if stats.elapsed_seconds else 0.0,
@@ -93,18 +86,14 @@ class Agent:
             "dropped": dict(stats.dropped),
             "rejected": dict(stats.rejected),
             "taps_missing": stats.taps_missing,
-            "kss_skipped": stats.kss_skipped.get() or 0.0,
-            "learning_rate": stats.learning_rate.get(),
-            "loss": stats.loss.get(),
-            "grad_norm": stats.grad_norm.get(),
-            "judgement": None if stats.judgement is None else msgspec.to_builtins(stats.judgement),
+            **{name: scalar.get() for name, scalar in stats.measured.items()},
+            "judgement": msgspec.to_builtins(stats.judgement),
             "errors": runtime.breaker.num_errors,
+            **{name: value for action in runtime.actions for name, value in action.facts().items()},
         }
 
     def _why_disabled(self) -> str:
-        if self._runtime is None:
-            return self._reason
-        return "closed" if self._runtime.closed else self._runtime.breaker.reason or self._runtime.taps.failure
+        return self._reason if self._runtime is None else self._runtime.why_disabled
 
     def close(self, reason: str = "") -> None:
         """Detach koopmon from the training and send a goodbye to the monitor. Idempotent."""

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from enum import Enum
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from koopmon.agent.rank_identity import RankContext
-from koopmon.observables import shielded
-from koopmon.plugins import Selection
 
 PROVEN = frozenset({"single", "ddp", "fsdp1", "fsdp2", "hsdp", "tp", "fsdp2-tp"})
 """Layouts over all ranks, on the CPU, in which the matrix proves that koopmon acts correctly."""
@@ -33,6 +32,33 @@ class ParallelLayout:
     proven: bool
     caution: str = ""
     refused: bool = False
+    splits_tokens: bool = False
+    """True if ranks that share one model hold different tokens of its data."""
+
+
+class Role(Enum):
+    """The agent's part in a training."""
+
+    ACT = "apply commands"
+    WATCH = "take snapshots and refuse commands"
+    REFUSE = "do neither"
+
+
+@dataclass(frozen=True, slots=True)
+class RoleDecision:
+    """A role and, unless the configuration asks for it, the reason."""
+
+    role: Role
+    reason: str = ""
+
+
+def decide_role(layout: ParallelLayout, act: Literal["auto", "always", "never"]) -> RoleDecision:
+    """Return the agent's role in a training of this layout. `act` is `[limits] act` of the configuration."""
+    if layout.refused:
+        return RoleDecision(Role.REFUSE, layout.caution)
+    if act == "auto" and not layout.proven:
+        return RoleDecision(Role.WATCH, f"{layout.caution}; [limits] act = 'always' acts all the same")
+    return RoleDecision(Role.WATCH if act == "never" else Role.ACT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +78,6 @@ def refusal(model: nn.Module) -> str:
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         return "torch.nn.DataParallel runs copies of the model in threads; use DistributedDataParallel"
     return ""
-
-
-def kss_refusal(model: nn.Module, selection: Selection) -> str:
-    """Return the reason against KSS on `model`: its families shield some of its modules. Empty if there is none."""
-    modules = shielded(selection.families, selection.candidates)
-    if not modules:
-        return ""
-    name = next((name for name, module in model.named_modules() if module is modules[0]), "a module of the model")
-    more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
-    allow = "set [kss] through_shielded = true to allow it"
-    return f"KSS would reach what the model's family shields from it, {name[:200]}{more}: {allow}"
 
 
 def data_ranks(model: nn.Module, world: RankContext) -> DataRanks:

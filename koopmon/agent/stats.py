@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
-from koopmon.wire.messages import DROP_REASONS, DropReason, Judgement
+from koopmon.wire.messages import DROP_REASONS, MEASURED, DropReason, Judgement, TrainingStep
 
 _RING = 4
 
@@ -63,6 +64,7 @@ class AgentStats:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._last_edge_seconds: float | None = None
         self.step = 0
         """Optimizer steps done."""
         self.step_seconds: float | None = None
@@ -73,8 +75,8 @@ class AgentStats:
         """Time spent in the optimizer's hooks."""
         self.capture_seconds = 0.0
         """Time spent copying snapshots."""
-        self.kss_seconds = 0.0
-        """Time spent computing KSS gradients."""
+        self.action_seconds = 0.0
+        """Time that actions spent in forwards."""
         self.taps_missing = 0
         """Snapshots in which a tap did not fire."""
         self.sent = 0
@@ -83,16 +85,16 @@ class AgentStats:
         """Refused messages of the monitor, by reason. Only the sender's thread writes it."""
         self.judgement: Judgement | None = None
         """The monitor's latest judgement of this training. Only the sender's thread writes it."""
-        self.loss = AsyncScalar()
-        self.grad_norm = AsyncScalar()
-        self.learning_rate = AsyncScalar()
-        self.kss_skipped = AsyncScalar()
-        """Layers with an untrusted KSS gradient, since the start."""
+        self.measured = {name: AsyncScalar() for name in MEASURED}
 
     @property
     def busy_seconds(self) -> float:
         """Seconds that koopmon has used in the training thread."""
-        return self.hook_seconds + self.capture_seconds + self.kss_seconds
+        return self.hook_seconds + self.capture_seconds + self.action_seconds
+
+    def with_measured(self, training: TrainingStep) -> TrainingStep:
+        """Return `training` with the latest measured values."""
+        return msgspec.structs.replace(training, **{name: scalar.get() for name, scalar in self.measured.items()})
 
     def drop(self, reason: DropReason, count: int = 1) -> None:
         """Count snapshots of which this rank did not send its part."""
@@ -102,6 +104,13 @@ class AgentStats:
     def reject(self, reason: str) -> None:
         """Count a refused message."""
         self.rejected[reason] = self.rejected.get(reason, 0) + 1
+
+    def on_step_edge(self, now_seconds: float) -> float:
+        """Count one optimizer step that ends now. Returns the time since the step before; 0 for the first."""
+        last, self._last_edge_seconds = self._last_edge_seconds, now_seconds
+        elapsed = 0.0 if last is None else now_seconds - last
+        self.tick(elapsed)
+        return elapsed
 
     def tick(self, elapsed_seconds: float) -> None:
         """Count one optimizer step, `elapsed_seconds` after the one before."""

@@ -115,7 +115,7 @@ def _instances(target: str, named: Any) -> list[ArchitectureAdapter]:
 
     made = named
     if callable(named) and not isinstance(named, ArchitectureAdapter):
-        with foreign_code(lambda told: AdapterError(f"adapter {target!r} {told}")):
+        with foreign_code(lambda why: AdapterError(f"adapter {target!r} {why}")):
             made = named()
     found = list(made) if isinstance(made, (list, tuple)) else [made]
     for each in found:

@@ -102,8 +102,8 @@ def _draw(setting: Setting, outcomes: list[DemoResult], path: Path) -> Path | No
     watched = plots.Watched(
         steps=[row.step for row in guarded.observations],
         risks=[row.risk for row in guarded.observations],
-        lr_scales=[row.lr_scale for row in guarded.observations],
-        kss_alphas=[row.kss_alpha for row in guarded.observations],
+        lr_scales=[row.training.lr_scale for row in guarded.observations],
+        kss_alphas=[row.training.kss_alpha for row in guarded.observations],
         commands=list(applied_commands(guarded.decisions)),
     )
     title = f"Byte-level transformer without normalisation, AdamW at {setting.lr:g}, {setting.num_ranks} ranks"

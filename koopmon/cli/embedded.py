@@ -72,9 +72,9 @@ class EmbeddedMonitor:
     def ready(self) -> bool:
         """Return True once the monitor serves. Raises MonitorNotReadyError when it died instead."""
         assert self._process is not None, "start() comes first"
-        told = self._told()
-        if told is not None:
-            self.page = f"{told['scheme']}://{told['http']}/"
+        addresses = self._read_ready_file()
+        if addresses is not None:
+            self.page = f"{addresses['scheme']}://{addresses['http']}/"
             self.url = f"{self.page}metrics"
             return True
         if (status := self._process.poll()) is not None:
@@ -125,7 +125,7 @@ class EmbeddedMonitor:
         # The accelerators belong to the job.
         return [sys.executable, "-m", "koopmon", "monitor", *words, "--device", "cpu", "--with-parent", *self._options]
 
-    def _told(self) -> Any:
+    def _read_ready_file(self) -> Any:
         assert self._directory is not None
         try:
             return json.loads((self._directory / "ready").read_text(encoding="utf-8"))

@@ -43,7 +43,7 @@ def named(name: str, what: str = "factory") -> Any:
     place, colon, function = name.rpartition(":")
     if not colon or not place or not function:
         raise FactoryError(f"{what} {name!r}: expected module:{_KINDS[what]} or file.py:{_KINDS[what]}")
-    with foreign_code(lambda told: FactoryError(f"{what} {name!r}: importing {place} {told}")):
+    with foreign_code(lambda why: FactoryError(f"{what} {name!r}: importing {place} {why}")):
         module = _file(Path(place)) if place.endswith(".py") else _module(place)
     made: Any = module
     for part in function.split("."):
@@ -59,7 +59,7 @@ def call(name: str, factory: Any) -> tuple[nn.Module, Any]:
 
     if not callable(factory):
         raise FactoryError(f"factory {name!r}: expected a function, it is a {type(factory).__name__}")
-    with foreign_code(lambda told: FactoryError(f"factory {name!r} {told}")):
+    with foreign_code(lambda why: FactoryError(f"factory {name!r} {why}")):
         result = factory()
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], nn.Module):
         what = type(result).__name__

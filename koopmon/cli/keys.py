@@ -145,19 +145,13 @@ def _report(place: Path, names: list[str] | None, as_json: bool) -> int:
 
 def _rows(place: Path) -> list[dict[str, Any]]:
     rows = []
-    for path in sorted(place.glob("*.secret")):
-        name = path.stem
-        public = _pair_of(place, name).public
-        known = keys.read_public(keys.public_file(place, name))
-        if known.public != public:
-            raise KeysError(
-                f"{keys.public_file(place, name)}: not the public key to {path}; `koopmon keys rotate {name}`"
-            )
-        rows.append(_row(name, "secret and public", known, is_agent=name != keys.MONITOR))
-    for path in sorted(place.glob("*.key")):
-        if not keys.secret_file(place, path.stem).exists():
-            known = keys.read_public(path)
-            rows += [_row(path.stem, "public", known, is_agent=path.stem != keys.MONITOR)]
+    for name in sorted({path.stem for kind in ("*.secret", "*.key") for path in place.glob(kind)}):
+        has_secret, public = keys.secret_file(place, name).exists(), keys.public_file(place, name)
+        pair = _pair_of(place, name) if has_secret else None
+        known = keys.read_public(public)
+        if pair is not None and pair.public != known.public:
+            raise KeysError(f"{public}: not the public key of {name}.secret; `koopmon keys rotate {name}`")
+        rows.append(_row(name, "secret and public" if has_secret else "public", known))
     agents = place / keys.AGENTS
     if agents.exists():
         keys.check_directory(agents)
@@ -165,12 +159,12 @@ def _rows(place: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(name: str, what: str, key: keys.PublicKey, *, is_agent: bool = True) -> dict[str, Any]:
-    counts = len(key.keys()) > 1 and key.previous_until is not None
+def _row(name: str, what: str, key: keys.PublicKey) -> dict[str, Any]:
+    until = key.previous_until if len(key.keys()) > 1 else None
     return {
         "name": name,
         "what": what,
         "public": key.public,
-        "runs": list(key.runs) if is_agent else [],
-        "previous_until": key.previous_until.isoformat() if counts and key.previous_until is not None else None,
+        "runs": list(key.runs) if name != keys.MONITOR else [],
+        "previous_until": None if until is None else until.isoformat(),
     }

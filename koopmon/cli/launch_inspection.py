@@ -12,6 +12,7 @@ from koopmon.agent.autoload import LAUNCHERS
 
 _NODE_OPTIONS = ("--nnodes", "--num-machines", "--num-nodes")
 _SLURM_NODE_OPTIONS = ("--nodes", "-N")
+_OPTION = re.compile(r"(?P<name>--[\w-]+|-N)=?(?P<value>.*)")
 _NODE_VARIABLES = ("SLURM_NNODES", "SLURM_JOB_NUM_NODES", "PET_NNODES")
 _RANK_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
@@ -20,7 +21,8 @@ def spread(command: Sequence[str], environ: Mapping[str, str]) -> str | None:
     """Return the setting that spreads the job over several nodes or commands, such as "--nnodes 2", or None."""
     if (where := _spread_by_slurm(command, environ)) is not None:
         return where
-    for option, value in _launcher_options(command):
+    launchers = (index for index, word in enumerate(command) if Path(word).name in LAUNCHERS)
+    for option, value in _options(command[next(launchers, len(command)) :]):
         if option in _NODE_OPTIONS and _largest(value) > 1:
             return f"{option} {value}"
     for name in (*_NODE_VARIABLES, *_RANK_VARIABLES):
@@ -35,14 +37,9 @@ def _spread_by_slurm(command: Sequence[str], environ: Mapping[str, str]) -> str 
         return "sbatch starts it elsewhere; or put koopmon run into the batch script"
     if program != "srun":
         return None
-    for word, following in zip(command[1:], [*command[2:], ""], strict=True):
-        option, equals, value = word.partition("=")
-        if word.startswith("-N") and len(word) > 2:
-            option, equals, value = "-N", "=", word[2:]
-        if option in _SLURM_NODE_OPTIONS and _largest(value if equals else following) > 1:
-            return f"srun {option} {value if equals else following}"
-        if word.endswith(".py") or word == "--":
-            break
+    for option, value in _options(command[1:]):
+        if option in _SLURM_NODE_OPTIONS and _largest(value) > 1:
+            return f"srun {option} {value}"
     return None if "SLURM_JOB_ID" in environ else "srun outside of an allocation starts it elsewhere"
 
 
@@ -71,17 +68,13 @@ def monitor_store() -> Path:
     return state_directory() / "monitor.sqlite3"
 
 
-def _launcher_options(command: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the options between a launcher and the script, each with the next word or the part after its `=`."""
-    launched = False
-    for word, following in zip(command, [*command[1:], ""], strict=True):
-        if not launched:
-            launched = Path(word).name in LAUNCHERS
-        elif word.endswith(".py"):
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the options before the script, each with its value: after `=`, or the next word."""
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        if word.endswith(".py") or word == "--":
             return
-        elif word.startswith("--"):
-            option, equals, value = word.partition("=")
-            yield option.replace("_", "-"), value if equals else following
+        if match := _OPTION.fullmatch(word):
+            yield match["name"].replace("_", "-"), match["value"] or following
 
 
 def _largest(text: str) -> int:

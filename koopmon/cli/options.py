@@ -47,26 +47,21 @@ PlaintextTcp = Annotated[
 
 def security_overrides(keys: Path | None, plaintext_tcp: bool) -> dict[str, Any]:
     """Return the command-line values of `[security]` as configuration overrides."""
-    table: dict[str, Any] = {}
-    if keys is not None:
-        table["keys"] = str(keys.absolute())
-    if plaintext_tcp:
-        table["insecure_plaintext_tcp"] = True
-    return {"security": table} if table else {}
+    directory = None if keys is None else str(keys.absolute())
+    return _given("security", keys=directory, insecure_plaintext_tcp=plaintext_tcp or None)
 
 
 def policy_overrides(policy: str | None, dry_run: bool) -> dict[str, Any]:
     """Return the command-line values of `[policy]` as configuration overrides."""
-    table: dict[str, Any] = {}
-    if policy is not None:
-        table["name"] = policy
-    if dry_run:
-        table["dry_run"] = True
-    return {"policy": table} if table else {}
+    return _given("policy", name=policy, dry_run=dry_run or None)
 
 
 def grafana_overrides(url: str | None, token_file: Path | None) -> dict[str, Any]:
     """Return the command-line values of `[grafana]` as configuration overrides."""
-    given = {"url": url, "token_file": None if token_file is None else str(token_file)}
-    table = {name: value for name, value in given.items() if value is not None}
-    return {"grafana": table} if table else {}
+    file = None if token_file is None else str(token_file)
+    return _given("grafana", url=url, token_file=file)
+
+
+def _given(section: str, **values: object) -> dict[str, Any]:
+    table = {name: value for name, value in values.items() if value is not None}
+    return {section: table} if table else {}

@@ -152,7 +152,7 @@ def run_profile(request: ProfileRequest, on_stage: Callable[[str], None] = lambd
     model, args, kwargs = factories.load(request.factory)
     on_stage("profiling")
     options = {name: getattr(request, name) for name in ("adapter", "stack", "num_samples", "seed")}
-    with foreign_code(lambda told: KoopmonError(f"{request.factory}: the forward pass {told}")):
+    with foreign_code(lambda why: KoopmonError(f"{request.factory}: the forward pass {why}")):
         captured = capture_states(model, *args, **options, **kwargs)
         spectrum = profile_states(captured.states, svd_rank=request.svd_rank, seed=request.seed)
     risk = initial_risk(spectrum, known_exponent=captured.known_exponent)
@@ -198,7 +198,7 @@ class Forecast:
                 f"highest learning rate survived with probability {SURVIVES:.0%}: {self.max_learning_rate:.2g}; "
                 f"with 50%: {self.even_learning_rate:.2g}{error}"
             )
-        return lines or ["no learning rate is low enough for what the calibrator has seen of such models"]
+        return lines or ["the calibrator has no example of such a model at any learning rate"]
 
 
 def _forecast(

@@ -110,9 +110,7 @@ def _words(config: Config, rows: Sequence[Replayed], decisions: Sequence[Decisio
         f"then: {_first(then)}; now: {_first(now)}, learning rate down to {min(row.lr_scale for row in rows):.3g}",
     ]
     if now:
-        lines.append(
-            "what the training would have done after the first of them is not known: the states are as recorded"
-        )
+        lines.append("the effect of these actions on the training is not known: the states are the recorded ones")
     elif config.policy.name == "observe":
         lines.append("the policy `observe` never acts")
     return lines

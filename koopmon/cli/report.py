@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from koopmon import plots
-from koopmon.cli.console import print_json, results, say
+from koopmon.cli.console import print_json, results
 from koopmon.cli.find_history import opened
 from koopmon.cli.options import AsJson, ConfigFile, HistoryFile, RunArgument
 from koopmon.config import load
 from koopmon.errors import KoopmonError, one_line
-
-if TYPE_CHECKING:
-    from koopmon.report.run_report import RunReport
 
 
 def add_to(app: typer.Typer) -> None:
@@ -31,12 +27,13 @@ def report(
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> int:
-    """Write a report of a run: one HTML file that needs no other file, and its pictures as PNGs.
+    """Write a report of a run: one HTML file that needs no other file.
 
     It works during a run and after it; the monitor may write meanwhile. `[policy]` of the configuration defines a high
     risk, because a history does not hold it. With --json, files are written only with --out.
     """
-    from koopmon.report import narrative
+    from koopmon.report.glance import glance
+    from koopmon.report.page import page
     from koopmon.report.run_report import build_report
 
     policy = load(config).policy
@@ -45,35 +42,15 @@ def report(
     if out is None and not as_json:
         out = Path(f"koopmon-report-{run.replace('/', '_')}")
     if out is not None:
-        page = _write(facts, out)
-        if not as_json:
-            results().print(one_line(narrative.headline(facts), 2000), page, sep="\n", soft_wrap=True)
-    if as_json:
-        print_json({"headline": narrative.headline(facts), "helped": narrative.helped(facts), **facts.to_dict()})
-    return 0
-
-
-def _write(facts: RunReport, out: Path) -> Path:
-    """Write the page and its plots; return the page's path. Without matplotlib it writes only the page.
-
-    Raises KoopmonError.
-    """
-    from koopmon.report.page import page
-    from koopmon.report.pictures import Picture, draw
-
-    pictures: dict[str, Picture] = {}
-    without = ""
-    path = out / "report.html"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+        path = out / "report.html"
         try:
-            plots.require("pictures")
-        except plots.PlotError as error:
-            without = str(error)
-            say(without)
-        else:
-            pictures = draw(facts, out)
-        path.write_text(page(facts, pictures, without), encoding="utf-8")
-    except OSError as error:
-        raise KoopmonError(f"--out {out}: cannot be written: {error.strerror}") from None
-    return path
+            out.mkdir(parents=True, exist_ok=True)
+            path.write_text(page(facts), encoding="utf-8")
+        except OSError as error:
+            raise KoopmonError(f"--out {out}: cannot be written: {error.strerror}") from None
+        if not as_json:
+            lines = [one_line(f"{name}: {value}", 2000) for name, value in glance(facts).items()]
+            results().print(*lines, path, sep="\n", soft_wrap=True)
+    if as_json:
+        print_json(facts.to_dict())
+    return 0

@@ -170,7 +170,7 @@ def _run_with_own_monitor(
             return 128 + stopped
         say(f"run {name}: guarded; live page at {embedded.page}, metrics at {embedded.url}")
         status = run_job(job.command, job.guarded_by(embedded.endpoint, name), mask, _Watcher(embedded))
-        embedded.close(lambda: say("the monitor is writing down what it has received"))
+        embedded.close(lambda: say("the monitor writes the received snapshots to its history"))
     _close_with_summary(store, name, status, json_file)
     return status
 

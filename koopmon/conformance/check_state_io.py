@@ -39,7 +39,7 @@ def shapes(bench: Bench) -> str:
     def enter(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         check(f"block_input at {stack.points[layer].name}", bench.adapter.block_input(module, args, kwargs))
 
-    def leave(layer: int, module: nn.Module, output: Any) -> None:
+    def leave(layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         check(f"block_output at {stack.points[layer].name}", bench.adapter.block_output(module, output))
 
     model.register_forward_pre_hook(root, with_kwargs=True)
@@ -69,7 +69,7 @@ def reading(bench: Bench) -> str:
             state = adapter.block_input(module, args, kwargs)
         _own("block_input", stack.points[layer], state, (args, kwargs), adapter.block_input(module, args, kwargs))
 
-    def leave(layer: int, module: nn.Module, output: Any) -> None:
+    def leave(layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         with _unchanged("block_output", stack.points[layer], output):
             state = adapter.block_output(module, output)
         _own("block_output", stack.points[layer], state, output, adapter.block_output(module, output))
@@ -91,27 +91,27 @@ def round_trip(bench: Bench) -> str:
     stack = bench.likely_stack(model)
     kinds: dict[str, None] = {}
 
-    def leave(layer: int, module: nn.Module, output: Any) -> Any:
+    def leave(layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         name = stack.points[layer].name
         state = adapter.block_output(module, output)
         demand(isinstance(state, Tensor), f"block_output at {name} gives {described(state)}, expected a tensor")
         assert state is not None
         marker = state.detach() + 1.0
         changed = adapter.with_block_output(module, output, marker)
-        told = f"with_block_output at {name}"
-        demand(type(changed) is type(output), f"{told} makes {described(changed)} of {described(output)}")
+        where = f"with_block_output at {name}"
+        demand(type(changed) is type(output), f"{where} makes {described(changed)} of {described(output)}")
         kept = adapter.block_output(module, output)
-        demand(kept is not None and same_bits(kept, state), f"{told} changes the output that it was given")
+        demand(kept is not None and same_bits(kept, state), f"{where} changes the output that it was given")
         back = adapter.block_output(module, changed)
         demand(
             back is not None and same_bits(back, marker),
-            f"{told} does not put the state where block_output at {name} reads it",
+            f"{where} does not put the state where block_output at {name} reads it",
         )
         before, after = parts(output), parts(changed)
-        demand(before.keys() == after.keys(), f"{told} gives parts {list(after)} for {list(before)}")
+        demand(before.keys() == after.keys(), f"{where} gives parts {list(after)} for {list(before)}")
         for path, part in before.items():
             mine = isinstance(part, Tensor) and _shares(part, state)
-            demand(mine or after[path] is part, f"{told} replaces part {path} of the output, which is not the state")
+            demand(mine or after[path] is part, f"{where} replaces part {path} of the output, which is not the state")
         kinds[type(output).__name__] = None
         return adapter.with_block_output(module, output, state.clone())
 
@@ -134,13 +134,8 @@ def round_trip(bench: Bench) -> str:
 
 def _one_forward(bench: Bench, model: nn.Module, stack: Stack, enter: Any, leave: Callable[..., Any]) -> Tensor:
     """Return the loss of one training forward with hooks before and after every block."""
-    handles = at_points(model, stack, enter, leave)
-    try:
-        with seeded(1):
-            return bench.loss(model, bench.batch(0))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with at_points(stack, enter, leave), seeded(1):
+        return bench.loss(model, bench.batch(0))
 
 
 @contextmanager

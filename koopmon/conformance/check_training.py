@@ -8,6 +8,7 @@ from __future__ import annotations
 from unittest import SkipTest
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from koopmon.conformance.harness import Bench, same_bits
@@ -69,7 +70,7 @@ def taps(bench: Bench, *, microbatches: int = 1, evaluate: bool = False, checkpo
             found = snapshot.states[layer]
             demand(
                 same_bits(found, take_rows(state, rows).to(found)),
-                f"the snapshot of step {snapshot.step} does not hold what the step's first microbatch had behind "
+                f"the snapshot of step {snapshot.step} does not hold the states of the step's first microbatch behind "
                 f"{likely.points[layer - 1].name if layer else 'the input of the first block'}",
             )
     return f"{len(taken)} snapshots in {NUM_STEPS} steps of {microbatches}, each of {len(likely.points) + 1} points"
@@ -81,9 +82,7 @@ def losses(bench: Bench) -> str:
     bench.likely_stack(watched.model)
     with Attached(watched) as attached:
         for training in (plain, watched):
-            for _ in range(NUM_STEPS):
-                training.backward()
-                training.update()
+            training.run(NUM_STEPS)
     for index, (theirs, ours) in enumerate(zip(plain.losses, watched.losses, strict=True)):
         if not same_bits(theirs, ours):
             _require_repeatable(bench, plain)
@@ -102,9 +101,7 @@ def losses(bench: Bench) -> str:
 def _require_repeatable(bench: Bench, first: Training) -> None:
     """Raise SkipTest when two identical trainings differ, as with nondeterministic kernels on accelerators."""
     second = Training(bench, microbatches=2)
-    for _ in range(NUM_STEPS):
-        second.backward()
-        second.update()
+    second.run(NUM_STEPS)
     if not all(map(same_bits, first.losses, second.losses)):
         raise SkipTest("the example's own training does not repeat bit for bit")
 
@@ -128,7 +125,7 @@ def kss(bench: Bench, *, checkpointing: bool = False) -> str:
             for training in (guarded, plain, written.training):
                 training.update()
             if step == 0:
-                attached.command("set_kss", kss=with_alpha(alpha))
+                attached.command("set_kss", kss=replace(KSS, alpha=alpha))
         attached.check()
         demand(attached.alpha == alpha, f"alpha {attached.alpha} is in force after a command of {alpha}")
     share = written.training.gradient() - plain.gradient()
@@ -178,7 +175,7 @@ def kss_on_and_off(bench: Bench) -> str:
     with Attached(guarded, through_shielded=bench.through_shielded) as attached:
         for step in range(6):
             if step in (1, 3):
-                attached.command("set_kss", kss=with_alpha(alpha if step == 1 else 0.0))
+                attached.command("set_kss", kss=replace(KSS, alpha=alpha if step == 1 else 0.0))
             alphas.append(attached.alpha)
             guarded.backward()
             plain.backward()
@@ -193,8 +190,8 @@ def kss_on_and_off(bench: Bench) -> str:
     rounding = 4.0 * torch.finfo(dtype).eps * _relative(plain.values(), share)
     demand(
         difference <= allowed + rounding,
-        f"the parameters differ from those of KSS written into the loss by {difference:.1e} of what KSS did, allowed "
-        f"are {allowed:.0e}",
+        f"the parameters differ from those of KSS in the loss by {difference:.1e} of the effect of KSS, allowed are "
+        f"{allowed:.0e}",
     )
     return f"on for two steps and off again, relative difference {difference:.0e} from the same by hand"
 
@@ -248,12 +245,6 @@ def _balanced_alpha(bench: Bench) -> float:
         ratio = float(task.norm() / share.norm())
         bench.alpha = min(ratio, MAX_ALPHA) if ratio > 0.0 else 1.0
     return bench.alpha
-
-
-def with_alpha(alpha: float) -> KssSettings:
-    """Return the KSS settings of all checks with the weight `alpha`."""
-    values = {name: getattr(KSS, name) for name in KssSettings.__struct_fields__}
-    return KssSettings(**{**values, "alpha": alpha})
 
 
 def _rows(seen: Seen, num_samples: int, step: int, *, fill: bool = False) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from msgspec.structs import replace
 from torch import nn
 
 from koopmon.api import Observable, Stack
-from koopmon.conformance.check_training import with_alpha
+from koopmon.conformance.check_training import KSS
 from koopmon.conformance.harness import Bench, described, same_bits
 from koopmon.conformance.result import demand
 from koopmon.conformance.training import Attached, Training
@@ -27,9 +28,7 @@ def observables(bench: Bench) -> str:
     if not offered:
         return "measures nothing beside the spectra"
     with Attached(training) as attached:
-        for _ in range(2):
-            training.backward()
-            training.update()
+        training.run(2)
         attached.check()
         demand(not attached.runtime.taps.readers.reason, attached.runtime.taps.readers.reason)
         (snapshot,) = attached.notebook.snapshots
@@ -60,7 +59,7 @@ def shields(bench: Bench) -> str:
     with Attached(guarded) as attached:
         for step in range(3):
             if step == 1:
-                attached.command("set_kss", kss=with_alpha(1.0))
+                attached.command("set_kss", kss=replace(KSS, alpha=1.0))
             for training in (plain, guarded):
                 training.backward()
             demand(attached.alpha == 0.0, f"alpha {attached.alpha} is in force, and {names[0]} is shielded from KSS")
@@ -71,9 +70,9 @@ def shields(bench: Bench) -> str:
         given = attached.notebook.outcomes
     demand(len(given) == 1, f"a command of KSS has {len(given)} outcomes, expected one")
     (outcome,) = given
-    refused = outcome.outcome == "refused" and outcome.shielded
+    refused = outcome.outcome == "refused" and outcome.permanent
     demand(refused, f"KSS is {outcome.outcome}, expected to be refused as shielded: {names[0]} is shielded from it")
-    told = any(name in outcome.detail for name in names) and "through_shielded" in outcome.detail
-    one_line = told and len(outcome.detail.splitlines()) == 1
-    demand(one_line, f"the refusal names neither what is shielded nor the way out in one line: {outcome.detail!r}")
+    complete = any(name in outcome.detail for name in names) and "through_shielded" in outcome.detail
+    good = complete and len(outcome.detail.splitlines()) == 1
+    demand(good, f"the refusal lacks the shielded module or through_shielded, or is not one line: {outcome.detail!r}")
     return f"KSS is refused: {len(names)} modules are shielded"

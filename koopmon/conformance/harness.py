@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
 from typing import Any
 from unittest import SkipTest
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from koopmon.api import ArchitectureAdapter, ExampleModel, Stack
 from koopmon.chain_verifier import ChainVerifier
 from koopmon.conformance.result import ConformanceError, demand
-from koopmon.discovery import probe
+from koopmon.discovery import probe, random_state_kept
 from koopmon.errors import KoopmonError, foreign_code, raise_from_signal
 from koopmon.plugins import Selection, adapters, select
 
@@ -71,7 +71,7 @@ class Bench:
     def flaw(self) -> str:
         """Defect of the example model itself; empty for a valid one."""
         try:
-            with foreign_code(lambda told: ConformanceError(f"the example model {told}")):
+            with foreign_code(lambda why: ConformanceError(f"the example model {why}")):
                 self._check_example()
         except KoopmonError as error:
             return str(error)
@@ -135,7 +135,7 @@ class Bench:
             return bool(self.shields)
         except (Exception, SystemExit, KeyboardInterrupt) as error:  # the adapter's own code
             raise_from_signal(error)
-            raise SkipTest("needs what is shielded from KSS, which `kss-shields` does not find") from None
+            raise SkipTest("needs the modules shielded from KSS, which `kss-shields` does not find") from None
 
     @cached_property
     def _verified(self) -> tuple[str | None, str]:
@@ -190,17 +190,11 @@ class Bench:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch, numpy and random with `seed`, and restore their states at the end."""
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=gpus):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+    with random_state_kept():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        yield
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -262,21 +256,19 @@ def described(value: Any) -> str:
 
 
 def at_points(
-    model: nn.Module,
     stack: Stack,
     enter: Callable[[int, nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None,
-    leave: Callable[[int, nn.Module, Any], Any] | None = None,
-) -> list[Any]:
-    """Register enter(layer, module, args, kwargs) before and leave(layer, module, output) after each block."""
+    leave: Callable[[int, nn.Module, tuple[Any, ...], Any], Any] | None = None,
+) -> ExitStack:
+    """Register enter(layer, module, args, kwargs) before and leave(layer, module, args, output) after each block.
 
-    def before(layer: int) -> Any:
-        return lambda module, args, kwargs: None if enter is None else enter(layer, module, args, kwargs)
-
-    def behind(layer: int) -> Any:
-        return lambda module, args, output: None if leave is None else leave(layer, module, output)
-
-    handles: list[Any] = []
+    Closing the result removes the hooks.
+    """
+    hooks = ExitStack()
     for point in stack.points:
-        handles.append(point.entry.register_forward_pre_hook(before(point.layer), with_kwargs=True))
-        handles.append(point.module.register_forward_hook(behind(point.layer)))
-    return handles
+        if enter is not None:
+            before = partial(enter, point.layer)
+            hooks.enter_context(point.entry.register_forward_pre_hook(before, with_kwargs=True))
+        if leave is not None:
+            hooks.enter_context(point.module.register_forward_hook(partial(leave, point.layer)))
+    return hooks

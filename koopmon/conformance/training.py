@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from koopmon import config as configuration
 from koopmon.agent.capture.sampler import RankSnapshot
 from koopmon.agent.capture.taps import recomputing
-from koopmon.agent.comms.control_channel import CommandResult
 from koopmon.agent.comms.io_thread import IOThread
+from koopmon.agent.control.actuator import CommandResult
 from koopmon.agent.runtime import AgentRuntime
 from koopmon.api import Stack
 from koopmon.conformance.harness import Bench, at_points, seeded
@@ -91,6 +91,12 @@ class Training:
         self.optimizer.step()
         self.step += 1
 
+    def run(self, num_steps: int) -> None:
+        """Train for `num_steps` optimizer steps."""
+        for _ in range(num_steps):
+            self.backward()
+            self.update()
+
     def evaluate(self) -> None:
         """Run a forward pass in eval mode, and one without gradients."""
         for training in (False, True):
@@ -141,13 +147,13 @@ class Witness:
             if looks(module) and layer == 0:
                 keep(adapter.block_input(module, args, kwargs))
 
-        def leave(layer: int, module: nn.Module, output: Any) -> None:
+        def leave(layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if looks(module):
                 self.forwards[-1].calls[stack.points[layer].name] += 1
                 keep(adapter.block_output(module, output))
 
         model.register_forward_pre_hook(begin, with_kwargs=True)
-        at_points(model, stack, enter, leave)
+        at_points(stack, enter, leave)
 
 
 @dataclass(frozen=True)
@@ -178,10 +184,10 @@ class Notebook(IOThread):
             item.ready.synchronize()
         valid = item.states if item.num_valid is None else item.states[:, : int(item.num_valid)]
         values = () if item.observations is None else item.observations.tolist()
-        self.snapshots.append(Kept(item.step, valid.clone(), dict(zip(item.observed, values, strict=True))))
+        self.snapshots.append(Kept(item.training.step, valid.clone(), dict(zip(item.observed, values, strict=True))))
         item.slot.release()
 
-    def close(self, *, wait: bool = True) -> None:
+    def close(self, reason: str = "", *, wait: bool = True) -> None:
         self.connected = False
         self._wakeup.close()
 
@@ -210,8 +216,7 @@ class Attached:
 
     def command(self, kind: Any, **fields: Any) -> None:
         """Submit a command; it takes effect at the next optimizer step."""
-        assert self.runtime.actuator is not None
-        self.runtime.actuator.submit(
+        self.runtime.lifecycle.submit(
             Command(
                 run="conformance",
                 incarnation="c0f0c0f0",
@@ -226,14 +231,12 @@ class Attached:
     @property
     def lr_scale(self) -> float:
         """LR scale in force in the most recent step."""
-        assert self.runtime.actuator is not None
-        return self.runtime.actuator.state.lr_scale(self.runtime.stats.step - 1)
+        return self.runtime.lifecycle.applied(self.runtime.stats.step - 1).lr_scale
 
     @property
     def alpha(self) -> float:
         """KSS alpha in force in the next forward pass."""
-        assert self.runtime.actuator is not None
-        return self.runtime.actuator.state.kss_alpha(self.runtime.stats.step)
+        return self.runtime.lifecycle.applied().kss.alpha
 
     def check(self) -> None:
         breaker, taps = self.runtime.breaker, self.runtime.taps
@@ -254,7 +257,7 @@ def require_checkpointing(bench: Bench) -> None:
     """Raise SkipTest if the example does not train under activation checkpointing even without an agent."""
     trial = Training(bench, checkpointing=True)
     what = "the model itself does not train under activation checkpointing"
-    with foreign_code(lambda told: SkipTest(f"{what}: it {told}")):
+    with foreign_code(lambda why: SkipTest(f"{what}: it {why}")):
         trial.backward()
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from koopmon.errors import KoopmonError, StoreError
-from koopmon.history.reader import DecisionRow, HistoryReader, ObservationRow
+from koopmon.history.reader import HistoryReader, ObservationRow
+from koopmon.views.run_view import DecisionView
 
 SCRIPT = Path(__file__).with_name("train.py")
 POLL_SECONDS = 0.5
@@ -68,7 +69,7 @@ class DemoRecord:
 
     steps: Sequence[LoggedStep] = ()
     observations: Sequence[ObservationRow] = ()
-    decisions: Sequence[DecisionRow] = ()
+    decisions: Sequence[DecisionView] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,11 +113,11 @@ class DemoResult:
         return min(steps, default=None)
 
 
-def applied_commands(decisions: Sequence[DecisionRow]) -> Iterator[tuple[int, str]]:
+def applied_commands(decisions: Sequence[DecisionView]) -> Iterator[tuple[int, str]]:
     """Yield (step, kind) of every command that changed the training; `step` is that at which all ranks applied it."""
-    for row in (row for decision in decisions for row in decision.commands):
-        if row.outcome == "applied" and row.acked_step is not None and row.command.kind in ("set_lr_scale", "set_kss"):
-            yield row.acked_step, row.command.kind
+    for each in (each for decision in decisions for each in decision.commands):
+        if each.changes_training and each.applied_step is not None:
+            yield each.applied_step, each.command.kind
 
 
 def run_training(
@@ -177,7 +178,8 @@ def _hear(log: Path, store: Path, run: str) -> DemoRecord:
         return DemoRecord(steps)
     try:
         with HistoryReader.open(store) as history:
-            return DemoRecord(steps, list(history.observations(run)), list(history.decisions(run)))
+            decisions = [DecisionView.of_row(row) for row in history.decisions(run)]
+            return DemoRecord(steps, list(history.observations(run)), decisions)
     except StoreError:  # the history is being created
         return DemoRecord(steps)
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from koopmon.demo.training import DemoRecord, DemoResult, LoggedStep
-from koopmon.history.reader import CommandRow, ObservationRow
+from koopmon.history.reader import ObservationRow
 
 EVERY_STEPS = 5
 HOT_RISK = 0.5
@@ -59,19 +59,21 @@ class LiveView:
             for name in ("spectral_radius", "update_ratio", "near_unit_mass"):
                 line.append(_number(seen.observation.get(name), next(widths)))
             line.append(f"{seen.risk:.2f}".rjust(next(widths)), style="bold red" if seen.risk >= HOT_RISK else "green")
-            for value in (seen.kss_alpha, seen.lr_scale):
+            for value in (seen.training.kss_alpha, seen.training.lr_scale):
                 line.append(_number(value, next(widths)))
         if step.diverged:
             line.append("   diverged", style="bold red")
         self._console.print(line, soft_wrap=True)
 
     def _print_commands(self, heard: DemoRecord, up_to: int) -> None:
-        for row in (row for decision in heard.decisions for row in decision.commands):
-            if row.acked_step is None or row.acked_step > up_to or row.command.id in self._printed_commands:
+        for each in (each for decision in heard.decisions for each in decision.commands):
+            if each.step is None or each.step > up_to or each.command.id in self._printed_commands:
                 continue
-            self._printed_commands.add(row.command.id)
-            if row.command.kind != "set_cadence":
-                self._console.print(Text(f"{row.acked_step:6d} {_outcome_words(row)}", style="yellow"), soft_wrap=True)
+            self._printed_commands.add(each.command.id)
+            if each.changes_training:
+                over = f" over {each.command.ramp_steps} steps" if each.command.ramp_steps else ""
+                line = f"{each.step:6d} >> {each.words}{over} ({each.outcome}): {each.command.reason}"
+                self._console.print(Text(line, style="yellow"), soft_wrap=True)
 
 
 def summary_table(outcomes: Sequence[DemoResult]) -> Table:
@@ -101,26 +103,10 @@ def verdict(unguarded: DemoResult, guarded: DemoResult, yardstick: DemoResult | 
         )
     else:
         lines.append(f"Policy {guarded.policy} did not save the training.")
-    lines.append(kss_verdict(guarded, yardstick))
+    if yardstick is not None:
+        with_kss = f"{guarded.final_loss:.3f} with KSS" if guarded.summary.get("num_kss") else "KSS was never turned on"
+        lines.append(f"Loss at the end: {with_kss}, {yardstick.final_loss:.3f} with back-off alone (one seed).")
     return lines
-
-
-def kss_verdict(guarded: DemoResult, yardstick: DemoResult | None) -> str:
-    """Return one sentence on the effect of KSS in these trainings."""
-    policy = guarded.policy or ""
-    if "kss" not in policy:
-        return f"KSS: not part of policy {policy}."
-    if not guarded.summary.get("num_kss"):
-        return "KSS: never turned on."
-    if yardstick is None:
-        return "KSS acted alone: " + ("it saved the training." if guarded.survived else "it did not save the training.")
-    ours, theirs = guarded.final_loss, yardstick.final_loss
-    if guarded.survived != yardstick.survived:
-        return (
-            "KSS helped: without it the guard failed." if guarded.survived else "KSS harmed: without it the guard held."
-        )
-    word = "helped" if ours < theirs else "did not help"
-    return f"KSS {word}: loss at the end {ours:.3f} with it, {theirs:.3f} with back-off alone (one seed, so a lead)."
 
 
 def _guard_cells(outcome: DemoResult) -> tuple[str, str, str]:
@@ -134,18 +120,6 @@ def _guard_cells(outcome: DemoResult) -> tuple[str, str, str]:
 
 def _latest(observations: Sequence[ObservationRow], step: int) -> ObservationRow | None:
     return max((row for row in observations if row.step <= step), key=lambda row: row.step, default=None)
-
-
-def _outcome_words(row: CommandRow) -> str:
-    command = row.command
-    if command.kind == "set_lr_scale":
-        change = f"learning-rate scale to {command.lr_scale:.3g}"
-    elif command.kind == "set_kss" and command.kss is not None:
-        change = f"KSS alpha to {command.kss.alpha:.3g}"
-    else:
-        change = str(command.kind)
-    over = f" over {command.ramp_steps} steps" if command.ramp_steps else ""
-    return f">> {change}{over} ({row.outcome}): {command.reason}"
 
 
 def _number(value: float | None, width: int = 0) -> str:

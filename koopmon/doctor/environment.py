@@ -56,7 +56,7 @@ def python(program: str, environ: Mapping[str, str]) -> Iterator[Finding]:
         done = subprocess.run(
             [program, "-c", LOOK], env=child, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False
         )
-        told = json.loads(done.stdout)
+        found = json.loads(done.stdout)
     except (OSError, subprocess.TimeoutExpired) as error:
         yield fail("auto-attach", f"{program} cannot be run: {one_line(error)}", "give the job's Python with --python")
         return
@@ -64,19 +64,18 @@ def python(program: str, environ: Mapping[str, str]) -> Iterator[Finding]:
         said = one_line(done.stderr.strip().rpartition("\n")[2] or done.stdout, 200)
         yield fail("auto-attach", f"{program} printed {said or 'nothing'}", "give the job's Python with --python")
         return
-    where = f"Python {told['python']} at {program}"
-    if told["koopmon"] is None:
+    where = f"Python {found['python']} at {program}"
+    if found["koopmon"] is None:
         yield fail("auto-attach", f"{where} has no koopmon", install)
-    elif told["live"]:
-        yield ok("auto-attach", f"works for {where}, with koopmon {told['koopmon']}")
+    elif found["live"]:
+        yield ok("auto-attach", f"works for {where}, with koopmon {found['koopmon']}")
     else:
-        why = (
-            f"it ignores PYTHONPATH ({', '.join(told['flags'])})" if told["flags"] else "its sitecustomize did not run"
-        )
+        flags = ", ".join(found["flags"])
+        why = f"it ignores PYTHONPATH ({flags})" if flags else "its sitecustomize did not run"
         fix = "start it without -I, -E and -S, or call koopmon.attach(model, optimizer) in the script"
         yield fail("auto-attach", f"{where}: {why}", fix)
-    yield _torch(told["torch"], program)
-    yield _launcher(told["prefix"], environ)
+    yield _torch(found["torch"], program)
+    yield _launcher(found["prefix"], environ)
 
 
 def _torch(version: str | None, program: str) -> Finding:

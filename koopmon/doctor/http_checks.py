@@ -182,7 +182,7 @@ _FIX_OF_DROP = {
 
 def fix_of_refusal(reason: str) -> str:
     """Return the fix for a hello that was refused with `reason`."""
-    if "may not speak for run" in reason:
+    if "may not" in reason:
         return "add the run to `runs` in the agent's file in agents/ on the monitor's host, or set another KOOPMON_RUN"
     if "KOOPMON_RUN" in reason:
         return "export KOOPMON_RUN=NAME with a different name for each job"

@@ -16,7 +16,7 @@ import msgspec
 
 from koopmon.errors import StoreError, one_line
 from koopmon.history.schema import SQLITE_ERRORS, check, from_scalar, unpacked_profile
-from koopmon.wire.messages import Applied, Command, Hello
+from koopmon.wire.messages import MEASURED, Applied, AtStep, Command, Hello, TrainingStep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +58,12 @@ class ProfileRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ObservationRow:
+class ObservationRow(AtStep):
     """One input of the detector with its risk, reason and components."""
 
     incarnation: str
-    step: int
+    training: TrainingStep
     time: float
-    learning_rate: float | None
-    loss: float | None
-    grad_norm: float | None
-    lr_scale: float
-    kss_alpha: float
     non_finite: bool
     observation: dict[str, Any]
     risk: float
@@ -104,20 +99,15 @@ class DecisionRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeartbeatRow:
+class HeartbeatRow(AtStep):
     """The scalars of one heartbeat; None means unknown."""
 
     incarnation: str
     process_rank: int
     time: float
-    step: int
-    learning_rate: float | None
-    loss: float | None
-    grad_norm: float | None
+    training: TrainingStep
     step_seconds: float | None
     overhead_ratio: float
-    lr_scale: float
-    kss_alpha: float
 
 
 R = TypeVar("R")
@@ -211,7 +201,7 @@ class HistoryReader:
                 yield _row(
                     row,
                     ObservationRow,
-                    **_scalars(row, "learning_rate", "loss", "grad_norm"),
+                    training=_training(row),
                     non_finite=bool(row["non_finite"]),
                     observation=msgspec.json.decode(row["observation"]),
                     components=msgspec.json.decode(row["components"]),
@@ -225,7 +215,7 @@ class HistoryReader:
     def heartbeats(self, run: str) -> Iterator[HeartbeatRow]:
         with self._reading("heartbeats"):
             for row in self._of_run("heartbeats", run):
-                yield _row(row, HeartbeatRow, **_scalars(row, "learning_rate", "loss", "grad_norm", "step_seconds"))
+                yield _row(row, HeartbeatRow, training=_training(row), step_seconds=from_scalar(row["step_seconds"]))
 
     def _of_run(self, table: str, run: str, last: int | None = None) -> Iterator[sqlite3.Row]:
         if last is not None:
@@ -268,8 +258,12 @@ class HistoryReader:
             raise StoreError(f"store {self._path}: {what}: a row cannot be read: nested too deeply") from None
 
 
-def _scalars(row: sqlite3.Row, *names: str) -> dict[str, float | None]:
-    return {name: from_scalar(row[name]) for name in names}
+def _training(row: sqlite3.Row) -> dict[str, Any]:
+    """Return the known fields of the row's TrainingStep. A store of an earlier koopmon may lack some columns."""
+    known = {name: row[name] for name in set(row.keys()).intersection(TrainingStep.__struct_fields__)}
+    return {
+        name: from_scalar(value) if name in MEASURED else value for name, value in known.items() if value is not None
+    }
 
 
 def _values(row: sqlite3.Row, kind: type[Any], **values: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from koopmon.errors import StoreError
+from koopmon.wire.messages import TrainingStep
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ class RunState(IntEnum):
 
 
 def prepare(database: sqlite3.Connection, path: Path) -> None:
-    """Create the tables in an empty file, else check the application ID and migrate.
+    """Create the tables in an empty file, else check the application ID and migrate. Add a column per new scalar.
 
     Raises StoreError naming `path`, or sqlite3.Error.
     """
@@ -163,6 +164,11 @@ def prepare(database: sqlite3.Connection, path: Path) -> None:
     for older in range(version or SCHEMA_VERSION, SCHEMA_VERSION):
         database.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[older]} PRAGMA user_version = {older + 1}; COMMIT;")
         logger.info("store %s: brought from schema %d to %d", path, older, older + 1)
+    for table in ("observations", "heartbeats"):
+        columns = {column[1] for column in database.execute(f"PRAGMA table_info({table})")}
+        for name in TrainingStep.__struct_fields__:
+            if name not in columns:
+                database.execute(f"ALTER TABLE {table} ADD COLUMN {name} REAL")
 
 
 def check(database: sqlite3.Connection, path: Path, *, empty_allowed: bool = False) -> None:

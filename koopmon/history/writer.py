@@ -13,7 +13,7 @@ from koopmon.errors import one_line
 from koopmon.history.journal import Journal, records
 from koopmon.history.reader import HistoryReader
 from koopmon.history.schema import Observables, packed_profile, scalar, to_json
-from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello
+from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello, TrainingStep
 
 logger = logging.getLogger(__name__)
 
@@ -112,11 +112,8 @@ class HistoryWriter(Journal):
         at: float,
         run: str,
         incarnation: str,
-        step: int,
+        training: TrainingStep,
         *,
-        scalars: Mapping[Literal["learning_rate", "loss", "grad_norm"], float | None],
-        lr_scale: float,
-        kss_alpha: float,
         non_finite: bool,
         observation: Any,
         risk: float,
@@ -125,13 +122,9 @@ class HistoryWriter(Journal):
     ) -> None:
         """Record one input of the detector at a snapshot, with its risk, reason and components."""
         row = self._incarnation(at, run, incarnation)
-        values = [scalar(scalars.get(name)) for name in ("learning_rate", "loss", "grad_norm")]
-        parts = to_json(components)
-        self._database.execute(
-            "INSERT INTO observations (incarnation_id, step, time, learning_rate, loss, grad_norm, lr_scale, kss_alpha,"
-            " non_finite, observation, risk, reason, components) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [row, step, at, *values, lr_scale, kss_alpha, non_finite, to_json(observation), risk, reason, parts],
-        )
+        texts = {"observation": to_json(observation), "reason": reason, "components": to_json(components)}
+        values = {"incarnation_id": row, "time": at, "non_finite": non_finite, "risk": risk, **texts}
+        self._insert("observations", values, training)
 
     @records()
     def record_memory(self, at: float, run: str, incarnation: str, memory: bytes) -> None:
@@ -234,21 +227,14 @@ class HistoryWriter(Journal):
         """Record the scalars of one heartbeat. The caller limits the rate."""
         row = self._incarnation(at, heartbeat.run, heartbeat.incarnation)
         self._database.execute("UPDATE runs SET state = 1, last_seen = ? WHERE name = ?", (at, heartbeat.run))
-        scalars = (heartbeat.learning_rate, heartbeat.loss, heartbeat.grad_norm, heartbeat.step_seconds)
-        applied = (heartbeat.applied.lr_scale, heartbeat.applied.kss.alpha)
-        self._database.execute(
-            "INSERT INTO heartbeats (incarnation_id, process_rank, time, step, learning_rate, loss, grad_norm,"
-            " step_seconds, overhead_ratio, lr_scale, kss_alpha) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [
-                row,
-                heartbeat.process_rank,
-                at,
-                heartbeat.step,
-                *map(scalar, scalars),
-                heartbeat.overhead_ratio,
-                *applied,
-            ],
-        )
+        values = {name: getattr(heartbeat, name) for name in ("process_rank", "step_seconds", "overhead_ratio")}
+        self._insert("heartbeats", {"incarnation_id": row, "time": at, **values}, heartbeat.training)
+
+    def _insert(self, table: str, values: Mapping[str, Any], training: TrainingStep) -> None:
+        """Insert a row with `values` and the fields of `training`, each in the column of its name."""
+        values = {**values, **{name: scalar(value) for name, value in msgspec.structs.asdict(training).items()}}
+        marks = ", ".join("?" * len(values))
+        self._database.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
 
     def _incarnation(self, at: float, run: str, incarnation: str) -> int:
         known = self._ids.get((run, incarnation))

@@ -8,14 +8,12 @@ trainer.add_callback(KoopmonCallback())
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from koopmon.agent.attach import Agent
-from koopmon.config import Config
 from koopmon.errors import MissingExtraError
 from koopmon.integrations.mirrors import Mirror, TensorBoardMirror, WandbMirror
-from koopmon.integrations.session import Session
+from koopmon.integrations.session import SessionCallback
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,7 +25,7 @@ except ModuleNotFoundError as error:
 __all__ = ["KoopmonCallback"]
 
 
-class KoopmonCallback(TrainerCallback):  # type: ignore[misc] # mypy sees no types of the library
+class KoopmonCallback(SessionCallback, TrainerCallback):  # type: ignore[misc] # mypy sees no types of the library
     """Attaches koopmon when `train()` has its model and optimizer, and detaches at its end.
 
     `endpoint`, `run` and `config` are those of `koopmon.attach`, which raises errors in them at the start of `train()`.
@@ -38,20 +36,7 @@ class KoopmonCallback(TrainerCallback):  # type: ignore[misc] # mypy sees no typ
     wandb. On a stop request from the monitor (opt-in), training stops as if it had reached its last step.
     """
 
-    def __init__(
-        self,
-        *,
-        endpoint: str | None = None,
-        run: str | None = None,
-        config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
-    ) -> None:
-        self._session = Session(endpoint=endpoint, run=run, config=config)
-        self._mirrors: list[Mirror] = []
-
-    @property
-    def agent(self) -> Agent:
-        """The agent of the most recent training."""
-        return self._session.agent
+    _mirrors: Sequence[Mirror] = ()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,7 +56,7 @@ class KoopmonCallback(TrainerCallback):  # type: ignore[misc] # mypy sees no typ
         **kwargs: Any,
     ) -> None:
         known = logs or {}
-        self._session.log(known.get("loss"), known.get("grad_norm"))
+        self.agent.log(loss=known.get("loss"), grad_norm=known.get("grad_norm"))
         for mirror in self._mirrors:
             mirror.write(self.agent, state.global_step)
 

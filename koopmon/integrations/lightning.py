@@ -7,17 +7,15 @@ trainer = Trainer(callbacks=[KoopmonCallback()])
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from koopmon.agent.attach import Agent
-from koopmon.config import Config
 from koopmon.errors import MissingExtraError
 from koopmon.integrations.mirrors import Mirror
-from koopmon.integrations.session import Session
+from koopmon.integrations.session import SessionCallback
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,7 +27,7 @@ except ModuleNotFoundError as error:
 __all__ = ["KoopmonCallback"]
 
 
-class KoopmonCallback(Callback):  # type: ignore[misc] # mypy sees no types of the library
+class KoopmonCallback(SessionCallback, Callback):  # type: ignore[misc] # mypy sees no types of the library
     """Attaches koopmon when `fit` begins to train, and detaches at its end or on an exception.
 
     `endpoint`, `run` and `config` are those of `koopmon.attach`, which raises errors in them before the first step.
@@ -39,21 +37,7 @@ class KoopmonCallback(Callback):  # type: ignore[misc] # mypy sees no types of t
     trainer's loggers every `log_every_n_steps`. On a stop request from the monitor (opt-in), the trainer stops.
     """
 
-    def __init__(
-        self,
-        *,
-        endpoint: str | None = None,
-        run: str | None = None,
-        config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
-    ) -> None:
-        super().__init__()
-        self._session = Session(endpoint=endpoint, run=run, config=config)
-        self._loggers: Mirror | None = None
-
-    @property
-    def agent(self) -> Agent:
-        """The agent of the most recent training."""
-        return self._session.agent
+    _loggers: Mirror | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._session.begin(pl_module, trainer.optimizers)
@@ -64,7 +48,7 @@ class KoopmonCallback(Callback):  # type: ignore[misc] # mypy sees no types of t
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):  # Lightning has divided it by accumulate_grad_batches
-            self._session.log(loss * trainer.accumulate_grad_batches)
+            self.agent.log(loss=loss * trainer.accumulate_grad_batches)
         if self._loggers is not None:
             self._loggers.write(self.agent, trainer.global_step)
         if self.agent.should_stop:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from koopmon.agent.attach import Agent, attach
@@ -19,11 +19,8 @@ from koopmon.logs import log_for_job
 logger = logging.getLogger("koopmon.integrations")
 
 
-class Session:
-    """Attaches at the beginning of a training and detaches at its end; each training is a new session.
-
-    An agent that is already attached, for example by `koopmon run`, is reused and stays attached at the end.
-    """
+class SessionCallback:
+    """Base of the callbacks: holds the arguments of `koopmon.attach` for each training."""
 
     def __init__(
         self,
@@ -32,11 +29,25 @@ class Session:
         run: str | None = None,
         config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     ) -> None:
+        super().__init__()
+        self._session = Session(endpoint=endpoint, run=run, config=config)
+
+    @property
+    def agent(self) -> Agent:
+        """The agent of the most recent training."""
+        return self._session.agent
+
+
+class Session:
+    """Attaches at the beginning of a training and detaches at its end; each training is a new session.
+
+    An agent that is already attached, for example by `koopmon run`, is reused and stays attached at the end.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
         """Store the arguments of `koopmon.attach`."""
         self.agent = Agent(None, "the training has not begun")
-        self._endpoint = endpoint
-        self._run = run
-        self._config = config
+        self._arguments = arguments
 
     def begin(self, model: nn.Module, optimizers: Sequence[object], *, refused: str = "") -> None:
         """Attach `model` and its one optimizer. With several, none, or a reason in `refused`, log one line instead.
@@ -52,12 +63,8 @@ class Session:
             log_for_job(logger, f"not attached, training goes on: {refused}")
             self.agent = Agent(None, refused)
             return
-        self.agent = attach(model, stepping[0], endpoint=self._endpoint, run=self._run, config=self._config)
+        self.agent = attach(model, stepping[0], **self._arguments)
         atexit.register(self._interpreter_ends)
-
-    def log(self, loss: float | Tensor | None = None, grad_norm: float | Tensor | None = None) -> None:
-        """Pass values to the agent; a tensor on a device is copied without synchronising."""
-        self.agent.log(loss=loss, grad_norm=grad_norm)
 
     def end(self, reason: str = "") -> None:
         """Detach from the training, unless other code attached it. Idempotent."""

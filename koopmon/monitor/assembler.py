@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import torch
 from torch import Tensor
 
 from koopmon.errors import ProtocolError
 from koopmon.numbers import mean
-from koopmon.wire.messages import MAX_OBSERVABLES, Shard
+from koopmon.wire.messages import MAX_OBSERVABLES, MEASURED, AtStep, Shard, TrainingStep
 
 SHARD_OVERHEAD_BYTES = 1024
 """Memory of one shard beside its tensors, in bytes, so that `max_bytes` bounds many tiny shards too. Chosen by hand."""
@@ -25,26 +26,18 @@ RunKey = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(AtStep):
     """States of all ranks at one step: P points, N samples, D width. Row i is the same token at every point."""
 
     run: str
     incarnation: str
-    step: int
+    training: TrainingStep
+    """The largest learning rate of the ranks, and the means of the other measured values: NaN where a rank's value is
+    not finite, None where no rank knows it. The LR scale and the weight of KSS are those of the lowest rank."""
     blocks: tuple[tuple[Tensor, ...], ...]
     """P entries by depth. An entry holds one tensor (n_i, D) for each sender of the point; the n_i add up to N."""
     masked: bool
     """True when all ranks left out padding tokens."""
-    learning_rate: float | None
-    """Largest learning rate of the ranks, as scheduled; None where no rank knows it."""
-    loss: float | None
-    """Mean logged loss of the ranks; NaN where a rank logged a value that is not finite."""
-    grad_norm: float | None
-    """Mean logged gradient norm of the ranks; NaN as for the loss."""
-    lr_scale: float
-    """koopmon's LR scale, in (0, 1], from the shard of the lowest rank."""
-    kss_alpha: float
-    """Weight of KSS, at least 0, from the same shard."""
     num_shards: int
     """Number of shards in the snapshot."""
     observables: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
@@ -308,21 +301,22 @@ def _same_rows(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     )
 
 
+def _training(steps: Sequence[TrainingStep]) -> TrainingStep:
+    """Reduce the scalars of the ranks, by rank, to those of the snapshot."""
+    means = {name: mean(getattr(step, name) for step in steps) for name in MEASURED}
+    rates = [step.learning_rate for step in steps if step.learning_rate is not None]
+    return msgspec.structs.replace(steps[0], **means | {"learning_rate": max(rates, default=None)})
+
+
 def _snapshot(headers: Sequence[Shard], blocks: tuple[tuple[Tensor, ...], ...]) -> Snapshot:
     """Build the snapshot from the headers, by rank, and the joined blocks."""
     first = headers[0]
-    rates = [header.learning_rate for header in headers if header.learning_rate is not None]
     return Snapshot(
         run=first.run,
         incarnation=first.incarnation,
-        step=first.step,
+        training=_training([header.training for header in headers]),
         blocks=blocks,
         masked=all(header.masked for header in headers),
-        learning_rate=max(rates, default=None),
-        loss=mean(header.loss for header in headers),
-        grad_norm=mean(header.grad_norm for header in headers),
-        lr_scale=first.lr_scale,
-        kss_alpha=first.kss_alpha,
         num_shards=len(headers),
         observables=_observables(headers, len(blocks) - 1),
     )

@@ -16,10 +16,9 @@ from koopmon.monitor.failures import Failures
 from koopmon.monitor.http.live_state import LiveState, policy_status_of
 from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Assessment, RunController
-from koopmon.monitor.sample import Sample
 from koopmon.policy import Decision
 from koopmon.telemetry.metrics import Metrics
-from koopmon.wire.messages import Ack, Command, MonitorMessage
+from koopmon.wire.messages import Ack, Command, MonitorMessage, TrainingStep
 
 if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
@@ -56,7 +55,7 @@ class Dispatcher:
         now: float,
         run: Run,
         controller: RunController,
-        sample: Sample,
+        training: TrainingStep,
         profile: SpectralProfile | None,
         *,
         decide: bool,
@@ -69,25 +68,25 @@ class Dispatcher:
         """
         try:
             if profile is not None:
-                controller.record_initial_score(sample.step, profile)
-            assessment = controller.assess(now, sample, profile, step=run.step, decide=decide)
+                controller.record_initial_score(training.step, profile)
+            assessment = controller.assess(now, training, profile, step=run.step, decide=decide)
         except Exception as error:
-            self._failures.note("judgement", error, run=run.name, what=f"step {sample.step} cannot be judged")
+            self._failures.note("judgement", error, run=run.name, what=f"step {training.step} cannot be judged")
             with self._contained("metrics", run.name):
                 self._metrics.add("engine_failures")
             return None
         with self._contained("metrics", run.name):
             self._show(run, controller, assessment)
         with self._contained("store", run.name):
-            self._record(run, controller, sample, assessment, non_finite=profile is None)
+            self._record(run, controller, training, assessment, non_finite=profile is None)
         if assessment.unencodable is not None:
-            what = f"the decision at step {sample.step} is dropped"
+            what = f"the decision at step {training.step} is dropped"
             self._failures.note("command", assessment.unencodable, run=run.name, what=what)
         if assessment.decision is not None and assessment.remarkable:
-            self._issue(run, controller, sample, assessment, assessment.decision)
+            self._issue(run, controller, training, assessment, assessment.decision)
         with self._contained("page", run.name):
             self._live_state.record_assessment(
-                run.name, sample, profile, assessment, policy_status_of(now, controller, assessment)
+                run.name, training, profile, assessment, policy_status_of(now, controller, assessment)
             )
         return assessment
 
@@ -105,17 +104,14 @@ class Dispatcher:
             self._metrics.add("effect_checks", run.name, "effect" if effect else "no_effect")
 
     def _record(
-        self, run: Run, controller: RunController, sample: Sample, assessment: Assessment, *, non_finite: bool
+        self, run: Run, controller: RunController, training: TrainingStep, assessment: Assessment, *, non_finite: bool
     ) -> None:
         at = self._wall()
         self._store.record_observation(
             at,
             run.name,
             run.incarnation,
-            sample.step,
-            scalars={"learning_rate": sample.learning_rate, "loss": sample.loss, "grad_norm": sample.grad_norm},
-            lr_scale=sample.lr_scale,
-            kss_alpha=sample.kss_alpha,
+            training,
             non_finite=non_finite,
             observation=assessment.observation,
             risk=assessment.risk.value,
@@ -125,7 +121,7 @@ class Dispatcher:
         self._store.record_memory(at, run.name, run.incarnation, controller.checkpoint())
 
     def _issue(
-        self, run: Run, controller: RunController, sample: Sample, assessment: Assessment, decision: Decision
+        self, run: Run, controller: RunController, training: TrainingStep, assessment: Assessment, decision: Decision
     ) -> None:
         for command in assessment.replaced:
             # Its ack may still arrive; it then replaces this outcome.
@@ -134,7 +130,7 @@ class Dispatcher:
             self._wall(),
             run.name,
             run.incarnation,
-            sample.step,
+            training.step,
             phase=decision.phase,
             reason=decision.reason,
             risk=assessment.risk.value,
@@ -144,7 +140,7 @@ class Dispatcher:
         logger.info(
             "run %s step %d: %s: %s (risk %.2f)%s",
             run.name,
-            sample.step,
+            training.step,
             decision.phase,
             decision.reason,
             assessment.risk.value,
@@ -152,7 +148,7 @@ class Dispatcher:
         )
         kinds = tuple(command.kind for command in assessment.commands)
         what = ", ".join(kinds) + ("" if controller.sends else " (not sent)") if kinds else "no command"
-        text = f"{run.name} step {sample.step}: {what}: {decision.reason} (risk {assessment.risk.value:.2f})"
+        text = f"{run.name} step {training.step}: {what}: {decision.reason} (risk {assessment.risk.value:.2f})"
         with self._contained("annotation", run.name):
             self._annotate(self._wall(), (run.name, decision.phase, *kinds), text)
         for command in assessment.commands:

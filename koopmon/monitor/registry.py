@@ -10,10 +10,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from koopmon.config import MAX_STEPS, MonitorConfig
 from koopmon.errors import KoopmonError, ProtocolError
 from koopmon.history.schema import RunState
-from koopmon.wire.messages import MAX_STEP, Ack, Applied, Goodbye, Heartbeat, Hello, Message, Shard
+from koopmon.wire.messages import (
+    MAX_STEP,
+    MEASURED,
+    Ack,
+    Applied,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Message,
+    Shard,
+    TrainingStep,
+)
 
 LAST_STEP = MAX_STEP - MAX_STEPS
 """Largest accepted step: at a later one the expiry of a command could exceed the protocol's last step."""
@@ -62,6 +75,14 @@ class Run:
     closed_at: float = math.inf
     peers: dict[int, Peer] = field(default_factory=dict)
     retired: list[str] = field(default_factory=list)
+
+    @property
+    def training(self) -> TrainingStep:
+        """Latest known scalars: step and values in force of the run, measured values of rank 0's last heartbeat."""
+        known, beat = self.applied.at_step(self.step), self.peers[0].heartbeat if 0 in self.peers else None
+        if beat is None:
+            return known
+        return msgspec.structs.replace(known, **{name: getattr(beat.training, name) for name in MEASURED})
 
     @property
     def leader(self) -> Peer | None:

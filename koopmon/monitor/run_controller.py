@@ -18,11 +18,10 @@ import msgspec
 from koopmon import policy
 from koopmon.config import Config, KssConfig, PolicyConfig, merged
 from koopmon.errors import ProtocolError, one_line
-from koopmon.monitor.sample import Sample
 from koopmon.risk import initial_score, online_detector
 from koopmon.risk.calibration import Example
 from koopmon.wire.headers import encode_header
-from koopmon.wire.messages import MAX_STEP, MAX_TEXT, Ack, Applied, Command, CommandKind, Hello
+from koopmon.wire.messages import MAX_STEP, MAX_TEXT, Ack, Applied, Command, CommandKind, Hello, TrainingStep
 
 if TYPE_CHECKING:
     from koopmon.risk.calibration import Calibrator
@@ -178,38 +177,33 @@ class RunController:
         return self._calibrator.probability(example) if self._calibrator.covers(example) else None
 
     def assess(
-        self, now: float, sample: Sample, profile: SpectralProfile | None, *, step: int, decide: bool = True
+        self, now: float, training: TrainingStep, profile: SpectralProfile | None, *, step: int, decide: bool = True
     ) -> Assessment:
         """Assess one snapshot; a `profile` of None means that its states were not finite.
 
         `step` is the run's latest step. With `decide` False, as at shutdown, only the risk is assessed.
         """
-        if sample.learning_rate is not None and math.isfinite(sample.learning_rate):
-            self._peak_rate = max(self._peak_rate, sample.learning_rate)
+        if training.learning_rate is not None and math.isfinite(training.learning_rate):
+            self._peak_rate = max(self._peak_rate, training.learning_rate)
         self._num_layers = self._num_layers if profile is None else profile.num_layers
         observation = online_detector.observe(
             profile,
-            step=sample.step,
-            learning_rate=sample.learning_rate,
+            training,
             width=self._width if self._rate_sized_steps and self._width else None,
             num_layers=self._num_layers,
             update_exponent=self._update_exponent,
-            loss=sample.loss,
-            grad_norm=sample.grad_norm,
-            lr_scale=sample.lr_scale,
-            kss_alpha=sample.kss_alpha,
             non_finite=profile is None,
         )
         risk_state, risk = online_detector.assess(self._risk_state, observation, self._risk_config)
         if not math.isfinite(risk.value):
-            raise ArithmeticError(f"the risk at step {sample.step} is {risk.value}: {risk.reason}")
+            raise ArithmeticError(f"the risk at step {training.step} is {risk.value}: {risk.reason}")
         self._risk_state = risk_state
         if not decide:
             return Assessment(observation=observation, risk=risk, decision=None)
         before = self._policy_state
         decision = policy.decide(now, before, observation, risk, self._config.policy, self._kss_config)
         try:
-            commands = tuple(self._command(action, max(step, sample.step)) for action in decision.commands)
+            commands = tuple(self._command(action, max(step, training.step)) for action in decision.commands)
         except ProtocolError as error:
             # Keep the old policy state, so that the next alarm is decided again.
             return Assessment(observation=observation, risk=risk, decision=None, unencodable=error)

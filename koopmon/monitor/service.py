@@ -27,7 +27,6 @@ from koopmon.monitor.probe_handler import ProbeHandler
 from koopmon.monitor.registry import AdmissionError, Event, Run, RunRegistry
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.run_controller import RunController
-from koopmon.monitor.sample import Sample
 from koopmon.monitor.watch import Watch, publish_run
 from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, Metrics
 from koopmon.wire.codec import ReceivedShard
@@ -43,6 +42,7 @@ from koopmon.wire.messages import (
     MonitorMessage,
     Probe,
     Refused,
+    TrainingStep,
     Welcome,
 )
 
@@ -187,7 +187,7 @@ class Service:
             self._metrics.set_layers(run.name, profile)
             self._metrics.set_observables(run.name, snapshot.observables)
             self._metrics.set("informative", float(profile is not None and profile.informative), run.name)
-        self._assess(run, Sample.of_snapshot(snapshot), profile)
+        self._assess(run, snapshot.training, profile)
 
     def tick(self) -> None:
         """Process all timeouts that are due."""
@@ -332,17 +332,17 @@ class Service:
         if run is not None and run.incarnation == snapshot.incarnation and run.state is not RunState.VANISHED:
             self._metrics.set_layers(run.name, profile)
 
-    def _assess(self, run: Run, sample: Sample, profile: SpectralProfile | None) -> None:
+    def _assess(self, run: Run, training: TrainingStep, profile: SpectralProfile | None) -> None:
         decide = run.state is RunState.RUNNING and not self._stopping
         watch = self._watches[run.name]
         try:
-            assessment = self._dispatcher.assess(self._clock(), run, watch.controller, sample, profile, decide=decide)
+            assessment = self._dispatcher.assess(self._clock(), run, watch.controller, training, profile, decide=decide)
         except Exception as error:
             self._stand_down(run, watch.controller, error)
             return
         if assessment is not None:
             with self._contained("judgement", run.name):
-                watch.record_assessment(sample.step, assessment, profile)
+                watch.record_assessment(training.step, assessment, profile)
 
     def _stand_down(self, run: Run, controller: RunController, error: Exception) -> None:
         """Make a run watch-only, because handling one of its commands raised."""
@@ -357,7 +357,7 @@ class Service:
             return
         with self._contained("metrics", run.name):
             self._metrics.set("informative", 0.0, run.name)
-        self._assess(run, Sample.of_heartbeat(heartbeat), None)
+        self._assess(run, heartbeat.training, None)
 
     def _on_heartbeat(self, now: float, peer: bytes, run: Run, heartbeat: Heartbeat) -> None:
         watch = self._watches[run.name]

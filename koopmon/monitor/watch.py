@@ -90,9 +90,7 @@ def publish_run(metrics: Metrics, run: Run) -> None:
     if metrics.value("snapshots_received", run.name) is None:
         metrics.begin_run(run.name)
     metrics.set("run_state", run.state, run.name)
-    metrics.set("step", run.step, run.name)
-    metrics.set("lr_scale", run.applied.lr_scale, run.name)
-    metrics.set("kss_alpha", run.applied.kss.alpha, run.name)
+    metrics.set_training(run.name, run.training)
     heartbeats = [peer.heartbeat for peer in run.peers.values() if peer.heartbeat is not None]
     if heartbeats:
         metrics.set("agent_overhead_ratio", max(each.overhead_ratio for each in heartbeats), run.name)

@@ -42,7 +42,7 @@ def calibration_examples(history: HistoryReader) -> Iterator[RunExample]:
         rows, profiles = list(history.observations(run)), list(history.profiles(run))
         for incarnation in history.incarnations(run):
             seen = [row for row in rows if row.incarnation == incarnation.incarnation]
-            rates = [row.learning_rate for row in seen if row.learning_rate]
+            rates = [row.training.learning_rate for row in seen if row.training.learning_rate]
             first = next((p for p in profiles if p.incarnation == incarnation.incarnation and p.profile), None)
             if first is None or first.profile is None or first.step > MAX_FIRST_STEP or incarnation.hello is None:
                 yield RunExample(run, None, None, f"no profile of its first {MAX_FIRST_STEP} steps")
@@ -62,14 +62,14 @@ def calibration_examples(history: HistoryReader) -> Iterator[RunExample]:
                 yield RunExample(run, adapter, None, "its optimizer is none whose steps are as long as the rate says")
             elif not rates:
                 yield RunExample(run, adapter, None, "its learning rate is not known")
-            elif any(row.lr_scale < 1.0 or row.kss_alpha > 0.0 for row in seen):
+            elif any(row.training.lr_scale < 1.0 or row.training.kss_alpha > 0.0 for row in seen):
                 yield RunExample(run, adapter, None, "it was acted upon, so what would have become of it is not known")
             else:
                 # `not loss <= MAX_LOSS` is also True for NaN.
                 diverged = any(
                     row.non_finite
-                    or (row.loss is not None and not row.loss <= MAX_LOSS)
-                    or (row.grad_norm is not None and not row.grad_norm <= MAX_GRADIENT_NORM)
+                    or (row.training.loss is not None and not row.training.loss <= MAX_LOSS)
+                    or (row.training.grad_norm is not None and not row.training.grad_norm <= MAX_GRADIENT_NORM)
                     for row in seen
                 )
                 yield RunExample(

@@ -7,7 +7,7 @@ show the decisions of the policy on the recorded states only.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -90,12 +90,12 @@ class _Judge:
 
     def __call__(self, row: ObservationRow) -> Replayed:
         try:
-            recorded = msgspec.convert(row.observation, online_detector.Observation)
+            # The scale and the weight are those of the replay; the recorded ones belong to other decisions.
+            in_force = {"lr_scale": self._state.lr_scale, "kss_alpha": self._state.kss.alpha}
+            known = {"training": msgspec.structs.asdict(row.training) | in_force, "non_finite": row.non_finite}
+            seen = msgspec.convert(row.observation | known, online_detector.Observation)
         except msgspec.ValidationError as error:
             raise StoreError(f"the snapshot at step {row.step} cannot be judged again: {one_line(error)}") from None
-        # The observation takes the scale and the weight of the replay; the recorded ones belong to other decisions.
-        scale, alpha = self._state.lr_scale, self._state.kss.alpha
-        seen = replace(recorded, non_finite=row.non_finite, lr_scale=scale, kss_alpha=alpha)
         self._history, risk = online_detector.assess(self._history, seen, self._risk)
         decision = policy.decide(row.time, self._state, seen, risk, self._policy, self._kss)
         self._state = decision.state

@@ -1,4 +1,4 @@
-"""Report of one recorded run as frozen dataclasses, the source of the page, the pictures and `--json`.
+"""Report of one recorded run as frozen dataclasses, the source of the page and `--json`.
 
 Steps are optimizer steps, times Unix seconds; None means unknown. All risks and decisions are those recorded by the
 detector and the policy. Module `action_effects` computes the effects of actions.
@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,16 +20,18 @@ import msgspec
 
 from koopmon.config import PolicyConfig
 from koopmon.errors import StoreError, one_line
-from koopmon.history.reader import HeartbeatRow, HistoryReader, IncarnationRow, ObservationRow
+from koopmon.history.reader import HistoryReader
 from koopmon.history.schema import RunState
 from koopmon.numbers import mean
-from koopmon.risk.online_detector import foresight
-from koopmon.views.action_effects import RecordedCommand, RecordedDecision, RecordedPoint, read_decisions
-from koopmon.views.run_summary import RunSummary, summary_of
-from koopmon.views.spectra import Heatmap, RecordedSpectrum, read_profiles
+from koopmon.views.action_effects import MIN_SNAPSHOTS, with_effects
+from koopmon.views.run_summary import RecordedRun, RunSummary, summary_of
+from koopmon.views.run_view import CommandView, DecisionView, TimelinePoint
+from koopmon.views.spectra import Profiles, layers_to_dict, read_profiles
 
 UNHEARD_SECONDS = 120.0
 """A run recorded as running without a write for this many seconds has the state "unheard"."""
+CLOSE = 5
+"""Number of snapshots in the median that represents one moment."""
 State = Literal["running", "unheard", "vanished", "ended"]
 
 
@@ -79,6 +82,17 @@ class AgentSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LossCourse:
+    """Loss around the first period of high risk: medians at its start and at the end of the run, and the highest after
+    it.
+    """
+
+    at_alarm: float
+    highest: float
+    last: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
     """Data of a report.
 
@@ -91,22 +105,20 @@ class RunReport:
     state: State
     first_seen: float
     last_seen: float
-    act_risk: float
-    severe_risk: float
-    release_risk: float
+    policy: PolicyConfig
     summary: RunSummary
     agent: AgentSummary
     launches: tuple[Launch, ...]
     episodes: tuple[Episode, ...]
-    decisions: tuple[RecordedDecision, ...]
-    points: tuple[RecordedPoint, ...]
-    spectra: tuple[RecordedSpectrum, ...]
-    heatmap: Heatmap | None
+    loss: LossCourse | None
+    decisions: tuple[DecisionView, ...]
+    points: tuple[TimelinePoint, ...]
+    profiles: Profiles
 
     @property
-    def actions(self) -> list[RecordedCommand]:
+    def actions(self) -> list[CommandView]:
         """Commands that change the training, in order."""
-        return [action for decision in self.decisions for action in decision.actions if action.direction != "watch"]
+        return [each for decision in self.decisions for each in decision.commands if each.changes_training]
 
     @property
     def not_finite_step(self) -> int | None:
@@ -115,44 +127,64 @@ class RunReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain JSON types; a number that is not finite becomes null."""
-        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return plain
+        names = ("run", "store", "written", "state", "first_seen", "last_seen", "summary", "agent", "launches")
+        thresholds = ("act_risk", "severe_risk", "release_risk")
+        plain = {
+            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self.policy, name) for name in thresholds},
+            "episodes": self.episodes,
+            "loss": self.loss,
+            "decisions": [_decision(decision) for decision in self.decisions],
+            "points": [point.to_dict() for point in self.points],
+            "spectra": [each.to_dict() for each in self.profiles.spectra],
+            "layers": {"incarnation": self.profiles.incarnation, **layers_to_dict(self.profiles.columns)},
+        }
+        return dict(msgspec.json.decode(msgspec.json.encode(plain)))
 
 
-def build_report(history: HistoryReader, store: Path, run: str, policy: PolicyConfig | None = None) -> RunReport:
-    """Read all data of `run` from `history`. Raises StoreError for an unknown run."""
-    row = history.run(run)
+def _decision(decision: DecisionView) -> dict[str, Any]:
+    """Plain values of a decision with what is known only afterwards: the effect and the delay of each command."""
+    plain = decision.to_dict()
+    for command, each in zip(plain["commands"], decision.commands, strict=True):
+        command |= {"direction": each.direction, "delay_steps": delay_steps(decision, each), "effect": each.effect}
+    return plain
+
+
+def delay_steps(decision: DecisionView, command: CommandView) -> int | None:
+    """Return the number of steps from the assessed snapshot to the application; None for a command not applied."""
+    return None if command.applied_step is None else command.applied_step - decision.step
+
+
+def build_report(history: HistoryReader, store: Path, name: str, policy: PolicyConfig | None = None) -> RunReport:
+    """Read all data of a run from `history`. Raises StoreError for an unknown run."""
+    row = history.run(name)
     if row is None:
-        raise StoreError(f"run {run!r}: not in {store}")
+        raise StoreError(f"run {name!r}: not in {store}")
     policy = policy or PolicyConfig()
-    incarnations = history.incarnations(run)
-    points = [_point(each) for each in history.observations(run)]
-    beats = list(history.heartbeats(run))
-    rows = list(history.decisions(run))
+    run = RecordedRun.read(history, name)
+    points, beats = run.points, run.beats
     episodes = tuple(_episodes(points, policy))
-    alarm = episodes[0] if episodes else None
+    alarm = (episodes[0].incarnation, episodes[0].first_step) if episodes else None
     try:
         profiles = read_profiles(
-            history.profiles(run),
+            history.profiles(name),
             {(point.incarnation, point.step): point.risk for point in points},
-            None if alarm is None else (alarm.incarnation, alarm.first_step),
-            {each.incarnation: each.hello.num_senders for each in incarnations if each.hello is not None},
+            alarm,
+            {each.incarnation: each.hello.num_senders for each in run.launches if each.hello is not None},
         )
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:  # a forged or damaged file
-        raise StoreError(f"store {store}: a profile of run {run!r} cannot be read: {one_line(error)}") from None
+        raise StoreError(f"store {store}: a profile of run {name!r} cannot be read: {one_line(error)}") from None
     last_seen = max([row.last_seen, *(point.time for point in points[-1:]), *(beat.time for beat in beats[-1:])])
     now = time.time()
     return RunReport(
-        run=run,
+        run=name,
         store=str(store),
         written=now,
         state=_state(row.state, last_seen, now),
         first_seen=row.first_seen,
         last_seen=last_seen,
-        act_risk=policy.act_risk,
-        severe_risk=policy.severe_risk,
-        release_risk=policy.release_risk,
-        summary=summary_of(run, store, incarnations, points, beats, rows),
+        policy=policy,
+        summary=summary_of(run, store),
         agent=AgentSummary(
             num_heartbeats=len(beats),
             mean_overhead_ratio=mean([beat.overhead_ratio for beat in beats]),
@@ -163,34 +195,12 @@ def build_report(history: HistoryReader, store: Path, run: str, policy: PolicyCo
             num_not_informative=sum(not point.informative and not point.non_finite for point in points),
             mean_profile_seconds=profiles.mean_seconds,
         ),
-        launches=tuple(_launches(incarnations, points, beats)),
+        launches=tuple(_launches(run)),
         episodes=episodes,
-        decisions=tuple(read_decisions(rows, points)),
+        loss=_loss_course(points, alarm),
+        decisions=tuple(with_effects(run.decisions, points)),
         points=tuple(points),
-        spectra=profiles.spectra,
-        heatmap=profiles.heatmap,
-    )
-
-
-def _point(row: ObservationRow) -> RecordedPoint:
-    components = {name: value for name, value in row.components.items() if value is not None}
-    foreseen = None
-    if "prior" in components and ("growth" in components or "loss" in components):
-        foreseen = foresight(components)
-    return RecordedPoint(
-        incarnation=row.incarnation,
-        step=row.step,
-        time=row.time,
-        risk=row.risk,
-        forecast=1.0 if row.non_finite else foreseen,
-        loss=row.loss,
-        grad_norm=row.grad_norm,
-        learning_rate=row.learning_rate,
-        lr_scale=row.lr_scale,
-        kss_alpha=row.kss_alpha,
-        non_finite=row.non_finite,
-        informative=row.observation.get("informative") is True,
-        reason=row.reason,
+        profiles=profiles,
     )
 
 
@@ -202,54 +212,66 @@ def _state(state: int, last_seen: float, now: float) -> State:
     return "running" if now - last_seen < UNHEARD_SECONDS else "unheard"
 
 
-def _episodes(points: Iterable[RecordedPoint], policy: PolicyConfig) -> list[Episode]:
-    """Periods of high risk: each starts at the policy's act threshold and ends below its release threshold."""
-    found: list[Episode] = []
-    current: list[RecordedPoint] = []
+def _episodes(points: Sequence[TimelinePoint], policy: PolicyConfig) -> Iterator[Episode]:
+    """Yield the periods of high risk: each starts at the act threshold and ends below the release threshold.
 
-    def close(last: RecordedPoint | None) -> None:
-        if current:
-            first, worst = current[0], max(current, key=lambda point: point.risk)
-            found.append(
-                Episode(
-                    incarnation=first.incarnation,
-                    first_step=first.step,
-                    last_step=None if last is None else last.step,
-                    peak=worst.risk,
-                    peak_step=worst.step,
-                    reason=first.reason,
-                )
-            )
-            current.clear()
-
-    for point in points:
-        if current and point.incarnation != current[0].incarnation:
-            close(current[-1])
-        if current and point.risk < policy.release_risk:
-            close(point)
-        elif current or point.risk >= policy.act_risk:
-            current.append(point)
-    close(None)
-    return found
+    The end of a launch ends a period, except at the end of the run.
+    """
+    high: list[TimelinePoint] = []
+    for point, following in zip_longest(points, points[1:]):
+        if not high and point.risk < policy.act_risk:
+            continue
+        is_calm = bool(high) and point.risk < policy.release_risk
+        if not is_calm:
+            high.append(point)
+        if is_calm or (following is not None and following.incarnation != point.incarnation):
+            yield _episode(high, point.step)
+            high = []
+    if high:
+        yield _episode(high, None)
 
 
-def _launches(
-    rows: Sequence[IncarnationRow], points: Sequence[RecordedPoint], beats: Sequence[HeartbeatRow]
-) -> Iterator[Launch]:
-    steps: dict[str, list[int]] = {row.incarnation: [] if row.hello is None else [row.hello.step] for row in rows}
-    for point in points:
-        steps.setdefault(point.incarnation, []).append(point.step)
-    for beat in beats:
-        steps.setdefault(beat.incarnation, []).append(beat.step)
-    snapshots = Counter(point.incarnation for point in points)
-    for row in rows:
+def _episode(high: Sequence[TimelinePoint], last_step: int | None) -> Episode:
+    first, worst = high[0], max(high, key=lambda point: point.risk)
+    return Episode(
+        incarnation=first.incarnation,
+        first_step=first.step,
+        last_step=last_step,
+        peak=worst.risk,
+        peak_step=worst.step,
+        reason=first.reason,
+    )
+
+
+def _loss_course(points: Sequence[TimelinePoint], alarm: tuple[str, int] | None) -> LossCourse | None:
+    """Compare the loss before and after the first alarm; None without an alarm or with too few losses."""
+    place = next((index for index, point in enumerate(points, 1) if (point.incarnation, point.step) == alarm), 0)
+    before, after = _losses(points[:place])[-CLOSE:], _losses(points[place:])
+    if min(len(before), len(after)) < MIN_SNAPSHOTS:
+        return None
+    last = statistics.median(after[-CLOSE:])
+    return LossCourse(at_alarm=statistics.median(before), highest=max(after), last=last)
+
+
+def _losses(points: Sequence[TimelinePoint]) -> list[float]:
+    losses = [point.training.loss for point in points]
+    return [loss for loss in losses if loss is not None and math.isfinite(loss)]
+
+
+def _launches(run: RecordedRun) -> Iterator[Launch]:
+    snapshots = Counter(point.incarnation for point in run.points)
+    seen: dict[str, list[int]] = {}
+    for incarnation, step in ((each.incarnation, each.step) for rows in (run.points, run.beats) for each in rows):
+        seen.setdefault(incarnation, []).append(step)
+    for row in run.launches:
+        steps = [*seen.get(row.incarnation, ()), *(() if row.hello is None else (row.hello.step,))]
         yield Launch(
             incarnation=row.incarnation,
             started=row.started,
             ended=row.ended,
             end_reason=row.end_reason,
-            first_step=min(steps[row.incarnation], default=None),
-            last_step=max(steps[row.incarnation], default=None),
+            first_step=min(steps, default=None),
+            last_step=max(steps, default=None),
             num_snapshots=snapshots[row.incarnation],
             lr_scale=1.0 if row.applied is None else row.applied.lr_scale,
             kss_alpha=0.0 if row.applied is None else row.applied.kss.alpha,

@@ -42,6 +42,7 @@ from msgspec import Meta
 from koopmon.config import RiskConfig
 from koopmon.risk.loss_zscore import MIN_LOSSES, LossZScore
 from koopmon.risk.normalization import normalization_from_exponent
+from koopmon.wire.messages import AtStep, TrainingStep
 
 if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
@@ -61,14 +62,13 @@ Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Observation:
+class Observation(AtStep):
     """Measurements of one snapshot: means over layers, the update ratio of each layer, and scalars of the training.
 
     Absent scalars are None.
     """
 
-    step: int
-    """Optimizer step of the snapshot."""
+    training: TrainingStep
     informative: bool
     """True when the profile is informative."""
     reason: str = ""
@@ -84,16 +84,11 @@ class Observation:
     update_ratio: float | None = None
     nonlinearity_ratio: float | None = None
     reliable_mode_ratio: float | None = None
-    learning_rate: float | None = None
     width: int | None = None
     """Width of the residual stream; None where the optimizer's step length is not given by the learning rate."""
     num_layers: int = 0
     update_exponent: float | None = None
     """Update exponent of the model at the start of the run; None where it is unknown."""
-    loss: float | None = None
-    grad_norm: float | None = None
-    lr_scale: float = 1.0
-    kss_alpha: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,51 +139,34 @@ class OnlineRisk:
 
 def observe(
     profile: SpectralProfile | None,
+    training: TrainingStep,
     *,
-    step: int,
-    learning_rate: float | None = None,
     width: int | None = None,
     num_layers: int = 0,
     update_exponent: float | None = None,
-    loss: float | None = None,
-    grad_norm: float | None = None,
-    lr_scale: float = 1.0,
-    kss_alpha: float = 0.0,
     non_finite: bool = False,
 ) -> Observation:
     """Reduce a profile to an observation for the detector and the policy.
 
     Args:
         profile: the profile; None when the states were not finite.
-        step: optimizer step of the snapshot.
-        learning_rate: the rate as scheduled, before koopmon's scale.
+        training: scalars of the training at the snapshot.
         width: width of the residual stream; None where the learning rate does not give the step length.
         num_layers: number of transitions.
         update_exponent: update exponent at the start of the run; None where it is unknown.
-        loss: logged loss.
-        grad_norm: logged gradient norm.
-        lr_scale: koopmon's LR scale, in (0, 1].
-        kss_alpha: weight of KSS, at least 0.
         non_finite: True when the states hold NaN or infinity.
     """
-    scalars = {
-        "step": step,
-        "learning_rate": learning_rate,
-        "width": width,
-        "num_layers": num_layers,
-        "update_exponent": update_exponent,
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "lr_scale": lr_scale,
-        "kss_alpha": kss_alpha,
-    }
+    known = Observation(
+        training=training, informative=False, width=width, num_layers=num_layers, update_exponent=update_exponent
+    )
     if profile is None or non_finite:
         reason = "the states are not finite" if non_finite else "no profile"
-        return Observation(informative=False, reason=reason, non_finite=non_finite, **scalars)  # type: ignore[arg-type]
+        return replace(known, reason=reason, non_finite=non_finite)
     ratios = tuple(layer.update_ratio for layer in profile.layers)
     if not profile.informative:
-        return Observation(informative=False, reason=profile.reason, update_ratios=ratios, **scalars)  # type: ignore[arg-type]
-    return Observation(
+        return replace(known, reason=profile.reason, update_ratios=ratios)
+    return replace(
+        known,
         informative=True,
         update_ratios=ratios,
         near_unit_mass=profile.mean("near_unit_mass"),
@@ -198,7 +176,6 @@ def observe(
         update_ratio=profile.mean("update_ratio"),
         nonlinearity_ratio=profile.mean("nonlinearity_ratio"),
         reliable_mode_ratio=profile.mean("reliable_mode_ratio"),
-        **scalars,  # type: ignore[arg-type]
     )
 
 
@@ -211,7 +188,7 @@ def rate_excess(observation: Observation, config: RiskConfig) -> float | None:
     Returns:
         The excess, positive; None where the rate or the width is unknown or the rate is NaN.
     """
-    scheduled = observation.learning_rate
+    scheduled = observation.training.learning_rate
     if scheduled is None or math.isnan(scheduled) or not observation.width:
         return None
     normalized = normalization(observation)
@@ -233,7 +210,7 @@ def prior(observation: Observation, config: RiskConfig) -> float:
     excess = rate_excess(observation, config)
     if excess is None:
         return 0.0
-    log_odds = config.prior_slope * math.log10(max(excess * observation.lr_scale, TINY_RATE))
+    log_odds = config.prior_slope * math.log10(max(excess * observation.training.lr_scale, TINY_RATE))
     return min(max(log_odds, config.min_prior), config.max_prior)
 
 
@@ -291,7 +268,7 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     peak, fastest = latest[layer] / config.peak_scale, max(speed) / config.speed_scale
     slow = config.restlessness_smoothing
     # After a lower LR scale the earlier restlessness is no evidence about the rate in force.
-    restless = 0.0 if observation.lr_scale < state.lr_scale else state.restlessness
+    restless = 0.0 if observation.training.lr_scale < state.lr_scale else state.restlessness
     # A peak counts as 1 at most, so that one large jump does not last.
     restless = (1 - slow) * restless + slow * min(peak, 1.0)
     state = replace(
@@ -301,7 +278,7 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
         recent=recent,
         speed=speed,
         restlessness=restless,
-        lr_scale=observation.lr_scale,
+        lr_scale=observation.training.lr_scale,
     )
     lasting = restless / config.restlessness_scale
     reliable = 1.0 if observation.reliable_mode_ratio is None else observation.reliable_mode_ratio
@@ -330,7 +307,7 @@ def _median_of_three(before: tuple[tuple[float, ...], ...], z: tuple[float, ...]
 
 def _with_start_and_loss(state: RiskState, observation: Observation) -> RiskState:
     """Add the loss of this snapshot, and the expansive mass if this is the first informative one."""
-    state = replace(state, surprise=state.surprise.after(observation.loss))
+    state = replace(state, surprise=state.surprise.after(observation.training.loss))
     if state.initial_expansive_mass is not None:
         return state
     return replace(state, initial_expansive_mass=observation.expansive_mass)

@@ -24,8 +24,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from koopmon.numbers import mean
-from koopmon.wire.codec import REJECTION_REASONS
-from koopmon.wire.messages import DROP_REASONS, AckOutcome, CommandKind
+from koopmon.wire.headers import REJECTION_REASONS
+from koopmon.wire.messages import DROP_REASONS, AckOutcome, CommandKind, TrainingStep
 
 if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
@@ -158,6 +158,7 @@ TABLE: tuple[Series, ...] = (
 )
 BY_NAME: Mapping[str, Series] = {series.name: series for series in TABLE}
 LAYER_FIELDS: tuple[str, ...] = tuple(series.name for series in TABLE if series.labels == RUN_LAYER)
+TRAINING_FIELDS: tuple[str, ...] = tuple(name for name in TrainingStep.__struct_fields__ if name in BY_NAME)
 KEPT_WHEN_VANISHED = frozenset({"last_snapshot_timestamp_seconds", "run_state"})
 
 
@@ -198,6 +199,11 @@ class Metrics(Collector):
                 self._values[name].pop(labels, None)
             else:
                 self._values[name][labels] = finite
+
+    def set_training(self, run: str, training: TrainingStep) -> None:
+        """Set the gauge of every field of `training` that has a metric of its name."""
+        for name in TRAINING_FIELDS:
+            self.set(name, getattr(training, name), run)
 
     def add(self, name: str, *labels: str, amount: int = 1) -> None:
         """Increment a counter. Raises KeyError for a label value outside the table: labels are bounded."""

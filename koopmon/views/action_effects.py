@@ -1,4 +1,4 @@
-"""Decisions of a run with the outcome and effect of each command: snapshots before and after an action are compared.
+"""Effects of commands: snapshots before and after each applied command that restrains the training are compared.
 
 This comparison is not an experiment: the course of the run without the action is unknown.
 """
@@ -9,10 +9,10 @@ import math
 import statistics
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
-from koopmon.history.reader import CommandRow, DecisionRow
+from koopmon.views.run_view import DecisionView, Direction, TimelinePoint
 
 WINDOW = 8
 """Maximum number of snapshots compared on each side of an action."""
@@ -23,31 +23,6 @@ RISK_CHANGE = 0.05
 LOSS_CHANGE = 0.05
 """Smaller relative changes of the loss count as no change."""
 EffectVerdict = Literal["helped", "not enough", "did not help", "unclear", "cannot be told"]
-Direction = Literal["brake", "give back", "watch"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordedPoint:
-    """One snapshot with its assessment. `risk` and `forecast` are in [0, 1]; `reason` is the detector's."""
-
-    incarnation: str
-    step: int
-    time: float
-    risk: float
-    forecast: float | None
-    loss: float | None
-    grad_norm: float | None
-    learning_rate: float | None
-    lr_scale: float
-    kss_alpha: float
-    non_finite: bool
-    informative: bool
-    reason: str
-
-    @property
-    def broken(self) -> bool:
-        """True if the states or the loss were not finite."""
-        return self.non_finite or (self.loss is not None and not math.isfinite(self.loss))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,141 +30,113 @@ class Effect:
     """Risk and loss before and after a command.
 
     `risk_before` is the risk at the decision. `risk_after` is the median over the snapshots after the command, up to
-    the next action. `loss_before` and `loss_after` are medians over `num_losses_before` and `num_losses_after`
-    snapshots.
+    the next action. `loss_before` and `loss_after` are medians.
     """
 
     num_before: int
     num_after: int
-    risk_before: float | None
+    risk_before: float
     risk_after: float | None
-    num_losses_before: int
-    num_losses_after: int
     loss_before: float | None
     loss_after: float | None
     verdict: EffectVerdict
     why: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordedCommand:
-    """One command.
-
-    `step` is the step of its ack; `delay_steps` is the number of steps from the assessed snapshot to its application.
-    """
-
-    id: str
-    kind: str
-    what: str
-    direction: Direction
-    reason: str
-    outcome: str
-    detail: str
-    step: int | None
-    delay_steps: int | None
-    lr_scale: float | None
-    kss_alpha: float | None
-    effect: Effect | None
-    """None for a command that was not applied, and for one that is not a brake."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordedDecision:
-    """One decision of the policy with its commands."""
+class AppliedAction(NamedTuple):
+    """An action in force from `step` on."""
 
     incarnation: str
     step: int
-    time: float
-    phase: str
-    risk: float
-    reason: str
-    actions: tuple[RecordedCommand, ...]
+    direction: Direction
 
 
-def read_decisions(rows: Sequence[DecisionRow], points: Sequence[RecordedPoint]) -> Iterator[RecordedDecision]:
-    """Yield the decisions of a run in order; each applied brake has its effect."""
-    directions = dict(_directions(rows, points))
-    in_force = sorted(_training_steps(rows, directions))
-    launches: dict[str, list[RecordedPoint]] = {}
+def with_effects(decisions: Iterable[DecisionView], points: Sequence[TimelinePoint]) -> Iterator[DecisionView]:
+    """Yield the decisions of a run in order.
+
+    Each command has its direction, and an effect if it restrained the training.
+    """
+    launches: dict[str, list[TimelinePoint]] = {}
     for point in sorted(points, key=_step):
         launches.setdefault(point.incarnation, []).append(point)
-    for row in rows:
-        actions = []
-        for each in row.commands:
-            direction, effect, step = directions[each.command.id], None, each.acked_step
-            if each.outcome == "applied" and step is not None and direction == "brake":
-                following = next((one for one in in_force if one[0] == row.incarnation and one[1] > step), None)
-                effect = effect_of(row, step, following, launches.get(row.incarnation, []))
-            actions.append(_action(row, each, direction, effect))
-        yield RecordedDecision(
-            incarnation=row.incarnation,
-            step=row.step,
-            time=row.time,
-            phase=row.phase,
-            risk=row.risk,
-            reason=row.reason,
-            actions=tuple(actions),
-        )
+    directed = list(_directed(decisions, launches))
+    applied = sorted(
+        AppliedAction(decision.incarnation, each.applied_step, each.direction)
+        for decision in directed
+        for each in decision.commands
+        if each.applied_step is not None and each.direction is not None and each.direction != "observe"
+    )
+    for decision in directed:
+        commands = []
+        for each in decision.commands:
+            if each.applied_step is not None and each.direction == "restrain":
+                later = (one for one in applied if one[0] == decision.incarnation and one.step > each.applied_step)
+                known = launches.get(decision.incarnation, [])
+                each = replace(each, effect=effect_of(decision, each.applied_step, next(later, None), known))
+            commands.append(each)
+        yield replace(decision, commands=tuple(commands))
 
 
-def _directions(rows: Sequence[DecisionRow], points: Sequence[RecordedPoint]) -> Iterator[tuple[str, Direction]]:
-    """Yield the id and direction of each command, compared with the values in force before it."""
+def _directed(
+    decisions: Iterable[DecisionView], launches: Mapping[str, Sequence[TimelinePoint]]
+) -> Iterator[DecisionView]:
+    """Yield the decisions with the direction of each command, compared with the values in force before it."""
     scale, alpha, incarnation = 1.0, 0.0, ""
-    for row in rows:
-        if row.incarnation != incarnation:
-            incarnation = row.incarnation
-            seen = next((point for point in points if point.incarnation == incarnation), None)
-            scale, alpha = (1.0, 0.0) if seen is None else (seen.lr_scale, seen.kss_alpha)
-        for each in row.commands:
+    for decision in decisions:
+        if decision.incarnation != incarnation:
+            incarnation = decision.incarnation
+            start = launches.get(incarnation, ())[:1]
+            scale, alpha = (start[0].training.lr_scale, start[0].training.kss_alpha) if start else (1.0, 0.0)
+        commands = []
+        for each in decision.commands:
             command, applied = each.command, each.outcome == "applied"
+            restrains = command.kind == "stop"
             if command.lr_scale is not None:
-                yield command.id, "brake" if command.lr_scale < scale else "give back"
+                restrains = command.lr_scale < scale
                 scale = command.lr_scale if applied else scale
             elif command.kss is not None:
-                yield command.id, "brake" if command.kss.alpha > alpha else "give back"
+                restrains = command.kss.alpha > alpha
                 alpha = command.kss.alpha if applied else alpha
-            else:
-                yield command.id, "brake" if command.kind == "stop" else "watch"
+            direction: Direction = "restrain" if restrains else "release" if each.changes_training else "observe"
+            commands.append(replace(each, direction=direction))
+        yield replace(decision, commands=tuple(commands))
 
 
-Following = tuple[str, int, Direction]
-"""An applied action: its incarnation, step and direction."""
-
-
-def effect_of(row: DecisionRow, step: int, following: Following | None, points: Sequence[RecordedPoint]) -> Effect:
+def effect_of(
+    decision: DecisionView, step: int, following: AppliedAction | None, points: Sequence[TimelinePoint]
+) -> Effect:
     """Compare the snapshots up to the decision with those after `step`, up to the `following` action.
 
     `points` are those of the decision's own launch, sorted by step.
     """
-    place = bisect_right(points, row.step, key=_step)
+    place = bisect_right(points, decision.step, key=_step)
     before = points[max(0, place - WINDOW) : place]
     # The snapshot at `step` itself was taken before the optimizer stepped with the new value.
     first = bisect_right(points, step, key=_step)
-    last = len(points) if following is None else bisect_right(points, following[1], key=_step)
+    last = len(points) if following is None else bisect_right(points, following.step, key=_step)
     after = points[first : min(last, first + WINDOW)]
-    losses = [[p.loss for p in side if p.loss is not None] for side in (before, after)]
-    risk_after = _median(point.risk for point in after)
-    verdict, why = _verdict(row.risk, risk_after, losses, after, following if len(after) < WINDOW else None)
+    old, new = _losses(before), _losses(after)
+    risk_after = _median([point.risk for point in after])
+    verdict, why = _verdict(decision.risk, risk_after, old, new, after, following if len(after) < WINDOW else None)
     return Effect(
         num_before=len(before),
         num_after=len(after),
-        risk_before=row.risk,
+        risk_before=decision.risk,
         risk_after=risk_after,
-        num_losses_before=len(losses[0]),
-        num_losses_after=len(losses[1]),
-        loss_before=_median(losses[0]),
-        loss_after=_median(losses[1]),
+        loss_before=_median(old),
+        loss_after=_median(new),
         verdict=verdict,
         why=why,
     )
 
 
 def _verdict(
-    answered: float,
+    risk_before: float,
     risk_after: float | None,
-    losses: Sequence[Sequence[float]],
-    after: Sequence[RecordedPoint],
-    cut: Following | None,
+    old: Sequence[float],
+    new: Sequence[float],
+    after: Sequence[TimelinePoint],
+    cut: AppliedAction | None,
 ) -> tuple[EffectVerdict, str]:
     """Return the verdict and its reason; `cut` is the action that ended the comparison early."""
     if any(point.broken for point in after):
@@ -197,16 +144,15 @@ def _verdict(
     if len(after) < MIN_SNAPSHOTS or risk_after is None:
         seen = f"{len(after)} snapshot{'s' * (len(after) != 1)} after it"
         if cut is not None:
-            return "cannot be told", f"{seen} before the next action at step {cut[1]}: the two cannot be told apart"
+            return "cannot be told", f"{seen} before the next action at step {cut.step}: the two cannot be told apart"
         return "cannot be told", f"{seen}, {MIN_SNAPSHOTS} are needed"
-    risk = _moved(risk_after - answered, RISK_CHANGE)
+    risk = _moved(risk_after - risk_before, RISK_CHANGE)
     loss, words = 0, f"the risk {_WORDS[risk]}, the loss was not logged"
-    if min(map(len, losses)) >= MIN_SNAPSHOTS:
-        old, new = statistics.median(losses[0]), statistics.median(losses[1])
-        loss = _moved(new - old, LOSS_CHANGE * abs(old))
+    if min(len(old), len(new)) >= MIN_SNAPSHOTS:
+        loss = _moved(statistics.median(new) - statistics.median(old), LOSS_CHANGE * abs(statistics.median(old)))
         words = f"the risk {_WORDS[risk]}, the loss {_WORDS[loss]}"
-    if cut is not None and cut[2] == "brake":
-        return "not enough", f"{words}, and another brake followed at step {cut[1]}"
+    if cut is not None and cut.direction == "restrain":
+        return "not enough", f"{words}, and another such command followed at step {cut.step}"
     if risk > 0 or (risk == 0 and loss > 0):
         return "did not help", words
     return ("helped" if risk < 0 and loss <= 0 else "unclear"), words
@@ -215,7 +161,7 @@ def _verdict(
 _WORDS = {-1: "fell", 0: "held", 1: "rose"}
 
 
-def _step(point: RecordedPoint) -> int:
+def _step(point: TimelinePoint) -> int:
     return point.step
 
 
@@ -223,43 +169,10 @@ def _moved(difference: float, least: float) -> int:
     return 0 if abs(difference) < least else 1 if difference > 0 else -1
 
 
-def _training_steps(rows: Iterable[DecisionRow], directions: Mapping[str, Direction]) -> Iterator[Following]:
-    for row in rows:
-        for each in row.commands:
-            direction = directions[each.command.id]
-            if direction != "watch" and each.outcome == "applied" and each.acked_step is not None:
-                yield row.incarnation, each.acked_step, direction
+def _losses(points: Sequence[TimelinePoint]) -> list[float]:
+    return [point.training.loss for point in points if point.training.loss is not None]
 
 
-def _action(row: DecisionRow, each: CommandRow, direction: Direction, effect: Effect | None) -> RecordedCommand:
-    command = each.command
-    if command.lr_scale is not None:
-        what = f"learning rate × {command.lr_scale:.3g}"
-    elif command.kss is not None:
-        what = f"KSS alpha {command.kss.alpha:.3g}" if command.kss.alpha else "KSS off"
-    elif command.cadence_steps is not None:
-        until = "" if command.cadence_until_step is None else f" until step {command.cadence_until_step}"
-        every = "every step" if command.cadence_steps == 1 else f"every {command.cadence_steps} steps"
-        what = f"a snapshot {every}{until}"
-    else:
-        what = "stop"
-    in_force = each.acked_step if each.outcome == "applied" else None
-    return RecordedCommand(
-        id=command.id,
-        kind=command.kind,
-        what=what,
-        direction=direction,
-        reason=command.reason,
-        outcome=each.outcome,
-        detail=each.detail or "",
-        step=each.acked_step,
-        delay_steps=None if in_force is None else in_force - row.step,
-        lr_scale=command.lr_scale,
-        kss_alpha=None if command.kss is None else command.kss.alpha,
-        effect=effect,
-    )
-
-
-def _median(values: Iterable[float]) -> float | None:
+def _median(values: Sequence[float]) -> float | None:
     known = [value for value in values if math.isfinite(value)]
     return statistics.median(known) if known else None

@@ -1,16 +1,40 @@
-"""Summary of a finished run from its history."""
+"""A recorded run, read once for the report and the command line, and its summary."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from koopmon.errors import StoreError
-from koopmon.history.reader import DecisionRow, HeartbeatRow, HistoryReader, IncarnationRow
+from koopmon.history.reader import HeartbeatRow, HistoryReader, IncarnationRow
+from koopmon.views.run_view import DecisionView, TimelinePoint
 
 _SENT = frozenset({"sent", "applied", "unanswered", "pending"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedRun:
+    """The rows of one run without its profiles; empty for a run that the history does not hold."""
+
+    name: str
+    launches: Sequence[IncarnationRow]
+    points: Sequence[TimelinePoint]
+    beats: Sequence[HeartbeatRow]
+    decisions: Sequence[DecisionView]
+
+    @classmethod
+    def read(cls, history: HistoryReader, name: str) -> RecordedRun:
+        """Read a run. Raises StoreError."""
+        return cls(
+            name=name,
+            launches=history.incarnations(name),
+            points=[TimelinePoint.of_row(row) for row in history.observations(name)],
+            beats=list(history.heartbeats(name)),
+            decisions=[DecisionView.of_row(row) for row in history.decisions(name)],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,21 +71,26 @@ class RunSummary:
             return ["no training process attached; if no line above says why, install koopmon for the job's own Python"]
         risk = "" if self.max_risk is None else f"; highest risk {self.max_risk:.2f} at step {self.max_risk_step}"
         seen = f"{self.num_snapshots} snapshots up to step {self.last_step}{risk}"
+        return [seen, "; ".join(self.actions()) or "nothing was done to the training", f"history: {self.store}"]
+
+    def actions(self) -> list[str]:
+        """Return one phrase for each kind of action."""
         acted = []
         if self.num_backoffs:
             acted.append(
-                f"learning rate lowered {_times(self.num_backoffs)}, to {self.min_lr_scale:.3g} of its schedule"
+                f"learning rate lowered {times(self.num_backoffs)}, to {self.min_lr_scale:.3g} of its schedule"
             )
         if self.num_kss:
-            acted.append(f"KSS raised {_times(self.num_kss)}, to alpha {self.max_kss_alpha:.3g}")
+            acted.append(f"KSS raised {times(self.num_kss)}, to alpha {self.max_kss_alpha:.3g}")
         if self.num_held_back:
             acted.append(f"{self.num_held_back} commands held back: this job was only watched")
         if self.num_refused:
             acted.append(f"{self.num_refused} commands not applied")
-        return [seen, "; ".join(acted) or "nothing was done to the training", f"history: {self.store}"]
+        return acted
 
 
-def _times(count: int) -> str:
+def times(count: int) -> str:
+    """Format a number of times."""
     return "once" if count == 1 else f"{count} times"
 
 
@@ -69,80 +98,35 @@ def summarise(store: Path, run: str) -> RunSummary | None:
     """Read the history of `run`; None when there is none to read."""
     try:
         with HistoryReader.open(store) as history:
-            return _summarise(history, store, run)
+            return summary_of(RecordedRun.read(history, run), store)
     except StoreError:
         return None
 
 
-def _summarise(history: HistoryReader, store: Path, run: str) -> RunSummary:
-    return summary_of(
-        run,
-        store,
-        history.incarnations(run),
-        list(history.observations(run)),
-        list(history.heartbeats(run)),
-        list(history.decisions(run)),
-    )
-
-
-class Judged(Protocol):
-    """A snapshot and its risk: a row of the history or a point of the report."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def risk(self) -> float: ...
-
-
-def summary_of(
-    run: str,
-    store: Path,
-    incarnations: Sequence[IncarnationRow],
-    observations: Sequence[Judged],
-    beats: Sequence[HeartbeatRow],
-    decisions: Sequence[DecisionRow],
-) -> RunSummary:
-    """Compute the counts and extremes from the rows of a history."""
-    hellos = [row.hello for row in incarnations if row.hello is not None]
-    worst = max(observations, key=lambda row: row.risk, default=None)
-    steps = [row.step for row in observations] + [row.step for row in beats]
-    backoffs, kss = _backoffs(decisions), _kss(decisions)
-    outcomes = [row.outcome for decision in decisions for row in decision.commands]
+def summary_of(run: RecordedRun, store: Path) -> RunSummary:
+    """Compute the counts and extremes of a run."""
+    hellos = [row.hello for row in run.launches if row.hello is not None]
+    worst = max(run.points, key=lambda point: point.risk, default=None)
+    commands = [each for decision in run.decisions for each in decision.commands]
+    sent = [each.command for each in commands if each.outcome in _SENT]
+    scales = [1.0, *(command.lr_scale for command in sent if command.lr_scale is not None)]
+    alphas = [0.0, *(command.kss.alpha for command in sent if command.kss is not None)]
+    backoffs = [new for old, new in pairwise(scales) if new < old]
+    raised = [new for old, new in pairwise(alphas) if new > old]
+    outcomes = [each.outcome for each in commands]
     return RunSummary(
-        run=run,
+        run=run.name,
         adapter=hellos[-1].adapter if hellos else None,
-        num_snapshots=len(observations),
-        last_step=max(steps, default=None),
+        num_snapshots=len(run.points),
+        last_step=max([point.step for point in run.points] + [row.step for row in run.beats], default=None),
         max_risk=None if worst is None else worst.risk,
         max_risk_step=None if worst is None else worst.step,
         num_backoffs=len(backoffs),
         min_lr_scale=min(backoffs, default=1.0),
-        num_kss=len(kss),
-        max_kss_alpha=max(kss, default=0.0),
+        num_kss=len(raised),
+        max_kss_alpha=max(raised, default=0.0),
         num_held_back=outcomes.count("dry_run"),
         num_refused=sum(outcome in {"refused", "failed", "expired"} for outcome in outcomes),
-        max_overhead_ratio=max((row.overhead_ratio for row in beats), default=None),
+        max_overhead_ratio=max((row.overhead_ratio for row in run.beats), default=None),
         store=str(store),
     )
-
-
-def _backoffs(decisions: Sequence[DecisionRow]) -> list[float]:
-    """Learning-rate scales of the sent commands that lowered the scale."""
-    lowered, current = [], 1.0
-    for row in (row for decision in decisions for row in decision.commands):
-        if row.outcome in _SENT and row.command.lr_scale is not None:
-            if row.command.lr_scale < current:
-                lowered.append(row.command.lr_scale)
-            current = row.command.lr_scale
-    return lowered
-
-
-def _kss(decisions: Sequence[DecisionRow]) -> list[float]:
-    """KSS weights of the sent commands that raised the weight."""
-    raised, current = [], 0.0
-    for row in (row for decision in decisions for row in decision.commands):
-        if row.outcome in _SENT and row.command.kss is not None:
-            if row.command.kss.alpha > current:
-                raised.append(row.command.kss.alpha)
-            current = row.command.kss.alpha
-    return raised

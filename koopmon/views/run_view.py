@@ -1,65 +1,125 @@
-"""Frozen records of a run for the live page, safe to read while the monitor runs."""
+"""Frozen records of a run, the same for the live page, the report and the command line.
+
+A record is built either from a row of the history or from a live event. It is safe to read while the monitor runs.
+"""
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from koopmon.config import KssConfig, PolicyConfig
-from koopmon.policy import PolicyState
-from koopmon.risk.online_detector import Observation, OnlineRisk
-from koopmon.telemetry.metrics import layer_buckets
-from koopmon.wire.messages import Command
+import msgspec
+
+from koopmon.risk.online_detector import foresight
+from koopmon.wire.messages import AtStep
 
 if TYPE_CHECKING:
-    from koopmon.spectral import SpectralProfile
+    from koopmon.config import KssConfig, PolicyConfig
+    from koopmon.history.reader import DecisionRow, ObservationRow
+    from koopmon.policy import Action, PolicyState
+    from koopmon.risk.online_detector import Observation, OnlineRisk
+    from koopmon.views.action_effects import Effect
+    from koopmon.views.spectra import Column, Spectrum
+    from koopmon.wire.messages import Command, TrainingStep
 
-QUANTITIES: Mapping[str, str] = {
-    "near_unit_mass": "near-unit mass",
-    "expansive_mass": "expansive mass",
-    "contractive_mass": "contractive mass",
-    "spectral_radius": "spectral radius",
-}
-"""Quantities of the heatmap and their display names."""
+TRAINING_KINDS = ("set_lr_scale", "set_kss", "stop")
+"""Kinds of commands that change training; the others change only the observation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TimelinePoint:
-    """One snapshot with its assessment. `time` is Unix seconds."""
+class Scalar:
+    """One scalar of a `TrainingStep` on the pages. A new scalar needs one entry in SCALARS."""
 
-    step: int
+    name: str
+    title: str
+    digits: int = 3
+    chart: str = ""
+    """CSS class of its line; empty for a scalar that has no chart."""
+    unit_scale: bool = False
+    """True for a chart from 0 to 1; otherwise the chart fits the data."""
+    held: bool = False
+    """True for a setting, which keeps its value until the next step; its line is drawn in steps."""
+    idle: float | None = None
+    """The chart is left out while all values equal this one."""
+
+    def of(self, point: TimelinePoint) -> float | None:
+        """Value at one point; None where it is unknown or not finite."""
+        value: float | None = getattr(point.training, self.name)
+        return None if value is None or not math.isfinite(value) else value
+
+
+SCALARS = (
+    Scalar(name="loss", title="Loss", digits=4, chart="loss"),
+    Scalar(name="grad_norm", title="Gradient norm"),
+    Scalar(name="learning_rate", title="Learning rate"),
+    Scalar(name="lr_scale", title="Rate scale", chart="scale", unit_scale=True, held=True),
+    Scalar(name="kss_alpha", title="KSS alpha", chart="kss", held=True, idle=0.0),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimelinePoint(AtStep):
+    """One snapshot with its assessment. `time` is Unix seconds; `risk` and `forecast` are in [0, 1]."""
+
+    incarnation: str
+    training: TrainingStep
     time: float
     risk: float
     forecast: float | None
-    loss: float | None
-    learning_rate: float | None
-    lr_scale: float
-    kss_alpha: float
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One step of the heatmap: for each quantity, one value per row (`LatestSpectrum.labels`)."""
-
-    step: int
-    values: Mapping[str, array[float]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatestSpectrum:
-    """The eigenvalues of the latest profile, as flat pairs (re, im).
-
-    Above MAX_LAYERS, layers share rows as they share series; a shared row has the eigenvalues of its first layer.
-    """
-
-    step: int
-    labels: tuple[str, ...]
-    eigenvalues: tuple[array[float], ...]
-    informative: bool
     reason: str
+    informative: bool
+    non_finite: bool
+
+    @property
+    def broken(self) -> bool:
+        """True if the states or the loss were not finite."""
+        loss = self.training.loss
+        return self.non_finite or (loss is not None and not math.isfinite(loss))
+
+    @classmethod
+    def of_row(cls, row: ObservationRow) -> Self:
+        return cls(
+            incarnation=row.incarnation,
+            training=row.training,
+            time=row.time,
+            risk=row.risk,
+            forecast=_forecast(row.components, non_finite=row.non_finite),
+            reason=row.reason,
+            informative=row.observation.get("informative") is True,
+            non_finite=row.non_finite,
+        )
+
+    @classmethod
+    def of_assessment(cls, incarnation: str, time: float, observation: Observation, risk: OnlineRisk) -> Self:
+        return cls(
+            incarnation=incarnation,
+            training=observation.training,
+            time=time,
+            risk=risk.value,
+            forecast=_forecast(risk.components, non_finite=observation.non_finite),
+            reason=risk.reason,
+            informative=observation.informative,
+            non_finite=observation.non_finite,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat plain values for JSON."""
+        plain = msgspec.to_builtins(self)
+        return dict(plain.pop("training"), **plain)
+
+
+def _forecast(components: Mapping[str, float | None], *, non_finite: bool) -> float | None:
+    """Forecast from the components of a risk; None where they do not suffice, as in a snapshot without information."""
+    known = {name: value for name, value in components.items() if value is not None}
+    if "prior" in known and ("growth" in known or "loss" in known):
+        return foresight(known)
+    return 1.0 if non_finite else None
+
+
+Direction = Literal["restrain", "release", "observe"]
+"""A command restrains the training (back-off, KSS, stop), releases it, or changes only the observation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,18 +130,93 @@ class CommandView:
     outcome: str
     step: int | None = None
     detail: str = ""
+    direction: Direction | None = None
+    """None before `with_effects`."""
+    effect: Effect | None = None
+    """Set by `with_effects` for an applied command that restrained the training."""
+
+    @property
+    def words(self) -> str:
+        """Description of the command."""
+        return command_words(self.command)
+
+    @property
+    def changes_training(self) -> bool:
+        return self.command.kind in TRAINING_KINDS
+
+    @property
+    def applied_step(self) -> int | None:
+        """Step at which all ranks applied the command; None if they did not."""
+        return self.step if self.outcome == "applied" else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        command = self.command
+        return {
+            "id": command.id,
+            "kind": command.kind,
+            "what": self.words,
+            "reason": command.reason,
+            "lr_scale": command.lr_scale,
+            "kss_alpha": None if command.kss is None else command.kss.alpha,
+            "outcome": self.outcome,
+            "step": self.step,
+            "detail": self.detail,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionView:
     """One decision of the policy with the outcomes of its commands."""
 
+    incarnation: str
     step: int
     time: float
     phase: str
     reason: str
     risk: float
-    orders: tuple[CommandView, ...] = ()
+    commands: tuple[CommandView, ...] = ()
+
+    @classmethod
+    def of_row(cls, row: DecisionRow) -> Self:
+        return cls(
+            incarnation=row.incarnation,
+            step=row.step,
+            time=row.time,
+            phase=row.phase,
+            reason=row.reason,
+            risk=row.risk,
+            commands=tuple(
+                CommandView(command=each.command, outcome=each.outcome, step=each.acked_step, detail=each.detail or "")
+                for each in row.commands
+            ),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        names = ("incarnation", "step", "time", "phase", "reason", "risk")
+        return {name: getattr(self, name) for name in names} | {"commands": [each.to_dict() for each in self.commands]}
+
+
+def training_commands(decisions: Sequence[DecisionView]) -> Iterator[tuple[CommandView, int]]:
+    """Yield the commands that change training, each with the step of its ack, else of its decision."""
+    for decision in decisions:
+        for each in decision.commands:
+            if each.changes_training:
+                yield each, decision.step if each.step is None else each.step
+
+
+def command_words(command: Command | Action) -> str:
+    """Describe the effect of a command."""
+    if command.lr_scale is not None:
+        return f"learning rate × {command.lr_scale:.3g}"
+    if command.kss is not None:
+        return f"KSS alpha {command.kss.alpha:.3g}" if command.kss.alpha else "KSS off"
+    if command.cadence_steps is not None:
+        every = "every step" if command.cadence_steps == 1 else f"every {command.cadence_steps} steps"
+        until = "" if command.cadence_until_step is None else f" until step {command.cadence_until_step}"
+        return f"a snapshot {every}{until}"
+    return command.kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +270,7 @@ class RunView:
     health: AgentHealth = field(default_factory=AgentHealth)
     points: tuple[TimelinePoint, ...] = ()
     columns: tuple[Column, ...] = ()
-    spectrum: LatestSpectrum | None = None
+    spectrum: Spectrum | None = None
     decisions: tuple[DecisionView, ...] = ()
     standing: PolicyStatus | None = None
 
@@ -143,51 +278,6 @@ class RunView:
     def latest(self) -> TimelinePoint | None:
         return self.points[-1] if self.points else None
 
-
-def column_of(step: int, profile: SpectralProfile) -> Column:
-    """Heatmap column of a profile: one value per row."""
-    return _column(step, {name: [getattr(layer, name) for layer in profile.layers] for name in QUANTITIES})
-
-
-def recorded_column(step: int, profile: Mapping[str, Any]) -> Column:
-    """Heatmap column of a `SpectralProfile.to_dict` without tensors. Raises KeyError, TypeError or ValueError."""
-    return _column(step, {name: [float(layer[name]) for layer in profile["layers"]] for name in QUANTITIES})
-
-
-def spectrum_of(step: int, profile: SpectralProfile) -> LatestSpectrum:
-    """Eigenvalues of a profile."""
-    pairs = [[(value.real, value.imag) for value in layer.eigenvalues.tolist()] for layer in profile.layers]
-    return _spectrum(step, pairs, informative=profile.informative, reason=profile.reason)
-
-
-def recorded_spectrum(step: int, profile: Mapping[str, Any]) -> LatestSpectrum:
-    """Eigenvalues of a `SpectralProfile.to_dict`. Raises KeyError, TypeError or ValueError."""
-    layers = profile["layers"]
-    pairs = [[(float(re), float(im)) for re, im in layer["eigenvalues"]] for layer in layers]
-    return _spectrum(step, pairs, informative=bool(profile["informative"]), reason=str(profile["reason"]))
-
-
-def _spectrum(
-    step: int, layers: Sequence[Sequence[tuple[float, float]]], *, informative: bool, reason: str
-) -> LatestSpectrum:
-    buckets = layer_buckets(len(layers))
-    return LatestSpectrum(
-        step=step,
-        labels=tuple(label for label, _ in buckets),
-        eigenvalues=tuple(array("f", chain.from_iterable(layers[span.start])) for _, span in buckets),
-        informative=informative,
-        reason=reason,
-    )
-
-
-def _column(step: int, layers: Mapping[str, list[float]]) -> Column:
-    found = {}
-    for name, values in layers.items():
-        spans = [span for _, span in layer_buckets(len(values))]
-        reduce = max if name == "spectral_radius" else _mean
-        found[name] = array("f", [reduce(values[span.start : span.stop]) for span in spans])
-    return Column(step, found)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    @property
+    def last_decision(self) -> DecisionView | None:
+        return self.decisions[-1] if self.decisions else None

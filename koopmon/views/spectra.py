@@ -1,156 +1,243 @@
-"""Spectra of a run for the pictures, and its layers over its steps.
+"""Spectra of a run and its layers over steps, from live profiles and from recorded ones.
 
-The profiles of a long run together do not fit into memory. Each is read once; three numbers per layer are kept of all,
+The profiles of a long run together do not fit into memory. Each is read once; four numbers per layer are kept of all,
 eigenvalues only of a few.
 """
 
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
-from koopmon.history.reader import ProfileRow
+from koopmon.telemetry.metrics import layer_buckets
 
-FIELDS = ("near_unit_mass", "expansive_mass", "spectral_radius")
-WORDS = dict(zip(FIELDS, ("near-unit mass", "expansive mass", "spectral radius"), strict=True))
+if TYPE_CHECKING:
+    from koopmon.history.reader import ProfileRow
+
+QUANTITIES: Mapping[str, str] = {
+    "near_unit_mass": "near-unit mass",
+    "expansive_mass": "expansive mass",
+    "contractive_mass": "contractive mass",
+    "spectral_radius": "spectral radius",
+}
+"""Quantities of the heatmap and their display names."""
 MAX_COLUMNS = 400
-"""Maximum number of columns of a heatmap; above it, a column is the mean of adjacent snapshots."""
+"""Maximum number of columns of a report's heatmap; above it, a column is the mean of adjacent snapshots."""
 Place = tuple[str, int]
 """Incarnation and step of one snapshot."""
-Layers = list[tuple[float | None, ...]]
-"""Values of FIELDS for each layer of one snapshot."""
+Layers = Sequence[Mapping[str, Any]]
+"""Layers of a `SpectralProfile.to_dict`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One step of the heatmap: for each quantity, one value per row. NaN is unknown."""
+
+    step: int
+    values: Mapping[str, array[float]]
+
+    @classmethod
+    def of(cls, step: int, layers: Layers, *, share: bool = True) -> Column:
+        """Build the column of a profile. With `share`, layers share rows as they share series in the metrics.
+
+        Raises KeyError, TypeError or ValueError for a forged profile.
+        """
+        spans = [span for _, span in _rows(len(layers), share=share)]
+        values = {}
+        for name in QUANTITIES:
+            reduce = max if name == "spectral_radius" else _mean
+            numbers = [math.nan if layer[name] is None else float(layer[name]) for layer in layers]
+            if len(spans) < len(layers):
+                numbers = [reduce(numbers[span.start : span.stop]) for span in spans]
+            values[name] = array("f", numbers)
+        return cls(step, values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecordedSpectrum:
-    """Eigenvalues of one snapshot: for each transition, pairs (Re, Im).
+class Spectrum:
+    """The eigenvalues of one profile: for each row a flat array of pairs (re, im).
 
-    Masses are means over layers; the radius is the largest.
+    A row that layers share has the eigenvalues of its first layer.
     """
+
+    step: int
+    labels: tuple[str, ...]
+    eigenvalues: tuple[array[float], ...]
+    num_samples: int
+    informative: bool
+    reason: str
+
+    @classmethod
+    def of(cls, step: int, profile: Mapping[str, Any], *, share: bool = True) -> Spectrum:
+        """Build the spectrum of a `SpectralProfile.to_dict`. Raises KeyError, TypeError or ValueError."""
+        layers: Layers = profile["layers"]
+        rows = _rows(len(layers), share=share)
+        return cls(
+            step=step,
+            labels=tuple(label for label, _ in rows),
+            eigenvalues=tuple(_flat(layers[span.start]["eigenvalues"]) for _, span in rows),
+            num_samples=int(layers[0]["num_samples"]),
+            informative=bool(profile["informative"]),
+            reason=str(profile["reason"]),
+        )
+
+    def pairs(self, row: int) -> list[tuple[float, float]]:
+        """Eigenvalues of one row as (re, im)."""
+        flat = self.eigenvalues[row]
+        return list(zip(flat[::2], flat[1::2], strict=True))
+
+    def moduli(self) -> list[float]:
+        """Moduli of the eigenvalues of all rows."""
+        return [math.hypot(re, im) for row in range(len(self.labels)) for re, im in self.pairs(row)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "step": self.step,
+            "layers": self.labels,
+            "eigenvalues": [self.pairs(row) for row in range(len(self.labels))],
+            "num_samples": self.num_samples,
+            "informative": self.informative,
+            "reason": self.reason,
+        }
+
+
+def mean_over_layers(column: Column, name: str) -> float:
+    """Mean of a quantity over layers; of the spectral radius the largest value."""
+    return max(column.values[name]) if name == "spectral_radius" else _mean(column.values[name])
+
+
+def layers_to_dict(columns: Sequence[Column]) -> dict[str, Any]:
+    """Plain values for JSON: the steps, and for each quantity a list by step of lists by layer."""
+    names = columns[-1].values if columns else ()
+    return {
+        "steps": [column.step for column in columns],
+        **{name: [column.values[name].tolist() for column in columns] for name in names},
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenSpectrum:
+    """One of the spectra of a report. `name` is "calm", "alarm" or "after"; `column` has the values of its layers."""
 
     name: str
-    """"calm", "alarm" or "after"."""
     incarnation: str
-    step: int
     risk: float | None
-    near_unit_mass: float
-    expansive_mass: float
-    spectral_radius: float
-    num_samples: int
-    eigenvalues: tuple[tuple[tuple[float, float], ...], ...]
+    spectrum: Spectrum
+    column: Column
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heatmap:
-    """Layer by step of one launch: `values[field][layer][column]`.
-
-    `steps[column]` is the step of the first snapshot in a column.
-    """
-
-    incarnation: str
-    steps: tuple[int, ...]
-    num_snapshots: int
-    values: dict[str, tuple[tuple[float | None, ...], ...]]
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: masses are means over layers, the radius is the largest."""
+        means = {name: mean_over_layers(self.column, name) for name in QUANTITIES}
+        place = {"name": self.name, "incarnation": self.incarnation, "risk": self.risk}
+        return place | means | self.spectrum.to_dict()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profiles:
-    """Data kept from all profiles of a run."""
+    """Data kept from all profiles of a run. `columns` are those of one launch."""
 
-    spectra: tuple[RecordedSpectrum, ...]
-    heatmap: Heatmap | None
-    num_incomplete: int
-    mean_seconds: float | None
+    spectra: tuple[ChosenSpectrum, ...] = ()
+    incarnation: str = ""
+    columns: tuple[Column, ...] = ()
+    num_snapshots: int = 0
+    """Number of snapshots in `columns`."""
+    num_incomplete: int = 0
+    """Number of snapshots profiled without the shards of some ranks."""
+    mean_seconds: float | None = None
 
 
 def read_profiles(
     rows: Iterable[ProfileRow], risks: Mapping[Place, float], alarm: Place | None, senders: Mapping[str, int]
 ) -> Profiles:
-    """Select the spectra and the heatmap of a run, from the launch of `alarm` if there is one, else from the last.
+    """Select the spectra and the columns of a run, from the launch of `alarm` if there is one, else from the last.
 
-    `risks` holds the risk of each snapshot, `senders` the number of shards of a complete snapshot per launch.
+    `risks` holds the risk of each snapshot, `senders` the number of shards of a complete snapshot per launch. Raises
+    LookupError, TypeError, ValueError, AttributeError or OverflowError for a forged profile.
     """
-    columns: dict[str, list[tuple[int, Layers]]] = {}
-    calm: tuple[float, ProfileRow] | None = None
-    at_alarm: ProfileRow | None = None
-    last: ProfileRow | None = None
-    incomplete = 0
-    seconds: list[float] = []
+    columns: dict[str, list[Column]] = {}
+    chosen: dict[str, ProfileRow] = {}
+    incomplete, seconds = 0, []
     for row in rows:
         seconds.append(row.seconds)
         incomplete += row.num_shards < senders.get(row.incarnation, 0)
-        layers = [] if row.profile is None else row.profile.get("layers", [])
+        layers = None if row.profile is None else row.profile.get("layers")
         if not layers:
             continue
-        columns.setdefault(row.incarnation, []).append((row.step, [_numbers(layer) for layer in layers]))
-        risk = risks.get((row.incarnation, row.step))
-        before = alarm is None or (row.incarnation == alarm[0] and row.step < alarm[1])
         # The first snapshot of a launch has no predecessor, so its risk of 0 carries no information.
-        started = len(columns[row.incarnation]) > 1
-        if before and started and risk is not None and (calm is None or risk < calm[0]):
-            calm = risk, row
-        if alarm is not None and row.incarnation == alarm[0] and (at_alarm is None or row.step <= alarm[1]):
-            at_alarm = row
-        last = row
-    chosen = (("calm", None if calm is None else calm[1]), ("alarm", at_alarm), ("after", last))
-    shown: dict[Place, RecordedSpectrum] = {}
-    for name, found in chosen:
-        if found is not None:
+        started = row.incarnation in columns
+        columns.setdefault(row.incarnation, []).append(Column.of(row.step, layers, share=False))
+        place = row.incarnation, row.step
+        early = alarm is None or (row.incarnation == alarm[0] and row.step < alarm[1])
+        if started and early and place in risks and risks[place] < _risk(chosen.get("calm"), risks):
+            chosen["calm"] = row
+        if alarm is not None and row.incarnation == alarm[0] and ("alarm" not in chosen or row.step <= alarm[1]):
+            chosen["alarm"] = row
+        chosen["after"] = row
+    launch = alarm[0] if alarm is not None else next(reversed(columns), "")
+    kept = sorted(columns.get(launch, ()), key=lambda column: column.step)
+    spectra: dict[Place, ChosenSpectrum] = {}
+    for name in ("calm", "alarm", "after"):
+        if (found := chosen.get(name)) is not None and found.profile is not None:
             place = found.incarnation, found.step
-            shown.setdefault(place, _spectrum(name, found, risks.get(place)))
-    where = alarm[0] if alarm is not None else next(reversed(columns), "")
+            spectra.setdefault(
+                place,
+                ChosenSpectrum(
+                    name=name,
+                    incarnation=found.incarnation,
+                    risk=risks.get(place),
+                    spectrum=Spectrum.of(found.step, found.profile, share=False),
+                    column=Column.of(found.step, found.profile["layers"], share=False),
+                ),
+            )
     return Profiles(
-        spectra=tuple(shown.values()),
-        heatmap=_heatmap(where, columns[where]) if where in columns else None,
+        spectra=tuple(spectra.values()),
+        incarnation=launch,
+        columns=tuple(_thinned(kept)),
+        num_snapshots=len(kept),
         num_incomplete=incomplete,
-        mean_seconds=math.fsum(seconds) / len(seconds) if seconds else None,
+        mean_seconds=_mean(seconds) if seconds else None,
     )
 
 
-def _numbers(layer: Mapping[str, Any]) -> tuple[float | None, ...]:
-    return tuple(value if isinstance(value := layer.get(name), (int, float)) else None for name in FIELDS)
+def _risk(row: ProfileRow | None, risks: Mapping[Place, float]) -> float:
+    return math.inf if row is None else risks[row.incarnation, row.step]
 
 
-def _spectrum(name: str, row: ProfileRow, risk: float | None) -> RecordedSpectrum:
-    assert row.profile is not None, "only rows with a profile are chosen"
-    layers = row.profile["layers"]
-    numbers = [[value for value in column if value is not None] for column in zip(*map(_numbers, layers), strict=True)]
-    masses = [math.fsum(values) / len(values) if values else 0.0 for values in numbers]
-    return RecordedSpectrum(
-        name=name,
-        incarnation=row.incarnation,
-        step=row.step,
-        risk=risk,
-        near_unit_mass=masses[0],
-        expansive_mass=masses[1],
-        spectral_radius=max(numbers[2], default=0.0),
-        num_samples=int(layers[0].get("num_samples", 0)),
-        eigenvalues=tuple(
-            tuple((float(real), float(imaginary)) for real, imaginary in layer.get("eigenvalues", []))
-            for layer in layers
-        ),
-    )
-
-
-def _heatmap(incarnation: str, columns: Sequence[tuple[int, Layers]]) -> Heatmap:
-    columns = sorted(columns, key=lambda column: column[0])
+def _thinned(columns: Sequence[Column]) -> list[Column]:
+    """At most MAX_COLUMNS columns: means over adjacent ones, each at the step of its first."""
     size = max(1, math.ceil(len(columns) / MAX_COLUMNS))
     groups = [columns[start : start + size] for start in range(0, len(columns), size)]
-    depth = max(len(layers) for _, layers in columns)
+    return [group[0] if len(group) == 1 else _merged(group) for group in groups]
 
-    def cell(group: Sequence[tuple[int, Layers]], layer: int, field: int) -> float | None:
-        values = [layers[layer][field] for _, layers in group if layer < len(layers)]
-        known = [value for value in values if value is not None]
-        return math.fsum(known) / len(known) if known else None
 
-    return Heatmap(
-        incarnation=incarnation,
-        steps=tuple(group[0][0] for group in groups),
-        num_snapshots=len(columns),
-        values={
-            name: tuple(tuple(cell(group, layer, field) for group in groups) for layer in range(depth))
-            for field, name in enumerate(FIELDS)
-        },
+def _merged(group: Sequence[Column]) -> Column:
+    values = {
+        name: array("f", [_mean(row) for row in zip(*(column.values[name] for column in group), strict=False)])
+        for name in QUANTITIES
+    }
+    return Column(group[0].step, values)
+
+
+def _rows(num_layers: int, *, share: bool) -> list[tuple[str, range]]:
+    """Label and layers of each row."""
+    return (
+        layer_buckets(num_layers) if share else [(str(layer), range(layer, layer + 1)) for layer in range(num_layers)]
     )
+
+
+def _flat(pairs: Sequence[Sequence[float]]) -> array[float]:
+    flat = array("f", list(chain.from_iterable(pairs)))  # twice as fast as from the iterator
+    if len(flat) != 2 * len(pairs):
+        raise ValueError("an eigenvalue is not a pair of numbers")
+    return flat
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean of the known values; NaN without any."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan

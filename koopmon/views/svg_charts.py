@@ -1,4 +1,4 @@
-"""SVG line charts over steps, drawn on the server, so that they do not need JavaScript.
+"""SVG charts, drawn on the server, so that they do not need JavaScript; templates/charts.html has the elements.
 
 Widths are percentages of the page, so that text keeps its size on a telephone. The style sheet sets the colours.
 """
@@ -6,44 +6,38 @@ Widths are percentages of the page, so that text keeps its size on a telephone. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 
-from koopmon.views.html import Markup, join, tag
-from koopmon.views.run_view import CommandView, DecisionView, TimelinePoint
+from markupsafe import Markup
 
-TRAINING = ("set_lr_scale", "set_kss", "stop")
-"""Kinds of commands that change training; the others change only the observation."""
+from koopmon.views.html import decimal, macro, number
+from koopmon.views.run_view import DecisionView, Scalar, TimelinePoint, training_commands
+from koopmon.views.spectra import Spectrum
+
 RISK_HEIGHT, SMALL_HEIGHT, SPARK_HEIGHT = 220, 90, 24
 SPARK_POINTS = 120
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Format a number with `digits` significant digits; a dash for None and NaN."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}g}"
-
-
-def decimal(value: float | None) -> str:
-    """Format a risk or another value from 0 to 1; a dash for None."""
-    return "–" if value is None else f"{value:.2f}"
+MAX_MARKS = 200
+"""Maximum number of marked commands: more would hide the curves."""
+LOG_RATIO = 20.0
+"""A chart of positive values is logarithmic when the largest exceeds the smallest by this factor."""
+DEPTHS = 16
+"""Number of shades from the first layer to the last: `.depth-0` to `.depth-15`."""
+RING = (0.90, 1.05)
+"""Range of moduli that count as near unit."""
+MIN_MODULUS, MAX_MODULUS = 1.3, 3.0
+"""Bounds of the plotted modulus, which follows the largest eigenvalue."""
+EDGE = 190.0
+"""Plot coordinate of the largest plotted modulus; the picture extends to 200."""
 
 
 def sparkline(points: Sequence[TimelinePoint], act_risk: float) -> Markup:
-    """Small chart of the latest risks for a table cell."""
-    values = [point.risk for point in points[-SPARK_POINTS:]]
-    if len(values) < 2:
+    """Small chart of the latest risks for a table cell; empty for fewer than two points."""
+    risks = [point.risk for point in points[-SPARK_POINTS:]]
+    if len(risks) < 2:
         return Markup("")
-    xs = [100 * index / (len(values) - 1) for index in range(len(values))]
-    line = " ".join(f"{x:.1f},{_up(value, SPARK_HEIGHT):.1f}" for x, value in zip(xs, values, strict=True))
-    level = f"{_up(act_risk, SPARK_HEIGHT):.1f}"
-    return tag(
-        "svg",
-        tag("line", x1=0, x2=100, y1=level, y2=level, class_="threshold", vector_effect="non-scaling-stroke"),
-        tag("polyline", points=line, class_="line risk", vector_effect="non-scaling-stroke"),
-        class_="spark",
-        viewBox=f"0 0 100 {SPARK_HEIGHT}",
-        preserveAspectRatio="none",
-        aria_hidden="true",
-    )
+    line = _polyline(((100 * index / (len(risks) - 1), risk) for index, risk in enumerate(risks)), SPARK_HEIGHT)
+    return macro("charts.html", "sparkline", line=line, level=_up(act_risk, SPARK_HEIGHT), height=SPARK_HEIGHT)
 
 
 def risk_chart(
@@ -51,115 +45,149 @@ def risk_chart(
 ) -> Markup:
     """Chart of risk and forecast over steps.
 
-    `thresholds` are drawn with their names; commands that change training are marked.
+    `thresholds` are drawn with their names; commands that change training are marked, and so are snapshots that were
+    not finite.
     """
-    height, place = RISK_HEIGHT, _placed(points)
-    levels, names = [], []
-    for name, value in thresholds:
-        y = _up(value, height)
-        levels.append(tag("line", x1="0", x2="100%", y1=f"{y:.1f}", y2=f"{y:.1f}"))
-        names.append(tag("text", f"{name} {value:g}", x="100%", y=f"{y - 4:.1f}", text_anchor="end"))
-    marks = [_mark(order, step, place(step)) for order, step in commands(decisions) if 0.0 <= place(step) <= 100.0]
-    lines = [
-        _line(points, place, lambda point: point.forecast, "line forecast", height),
-        _line(points, place, lambda point: point.risk, "line risk", height),
-    ]
-    said = "No snapshot was judged yet."
+    place = _placed(points)
+    marks = [(each, step, place(step)) for each, step in training_commands(decisions) if 0.0 <= place(step) <= 100.0]
+    description = "No snapshot was judged yet."
     if points:
         first, last = points[0], points[-1]
-        said = (
-            f"Risk and forecast from step {first.step} to {last.step}, {len(marks)} commands. Now: risk"
-            f" {decimal(last.risk)}, forecast {decimal(last.forecast)}. The values are in the table below."
+        worst = max(points, key=lambda point: point.risk)
+        description = (
+            f"Risk and forecast from step {first.step} to {last.step}, {len(marks)} commands. Highest risk"
+            f" {decimal(worst.risk)} at step {worst.step}; last risk {decimal(last.risk)}, forecast"
+            f" {decimal(last.forecast)}. The values are in the table below."
         )
-    return tag(
-        "svg",
-        tag("g", tag("line", x1="0", x2="100%", y1=height, y2=height), class_="axis"),
-        tag("g", *levels, class_="threshold"),
-        _plot(lines, height),
-        tag("g", *marks),
-        tag("g", *names, class_="names"),
-        _steps_axis(points, height + 28),
-        class_="chart",
-        height=height + 34,
-        width="100%",
-        role="img",
-        aria_label=said,
+    return macro(
+        "charts.html",
+        "risk_chart",
+        lines=[
+            *_lines(points, lambda point: point.forecast, "forecast", RISK_HEIGHT),
+            *_lines(points, lambda point: point.risk, "risk", RISK_HEIGHT),
+        ],
+        levels=[(name, value, _up(value, RISK_HEIGHT)) for name, value in thresholds],
+        marks=marks[:MAX_MARKS],
+        broken=[(point.step, place(point.step)) for point in points if point.broken][:MAX_MARKS],
+        ticks=_ticks(points),
+        height=RISK_HEIGHT,
+        description=description,
     )
 
 
-def small_chart(
+def scalar_chart(points: Sequence[TimelinePoint], scalar: Scalar) -> Markup:
+    """Chart of one scalar over steps below its current value; empty while all values are the idle one."""
+    known = [value for point in points if (value := scalar.of(point)) is not None]
+    if known and all(value == scalar.idle for value in known):
+        return Markup("")
+    scaled, is_log = _scale(known, scalar)
+    return macro(
+        "charts.html",
+        "scalar_chart",
+        title=scalar.title,
+        known=[known[-1], min(known), max(known)] if known else [],
+        is_log=is_log,
+        lines=_lines(points, lambda point: scaled(scalar.of(point)), scalar.chart, SMALL_HEIGHT, held=scalar.held),
+        ticks=_ticks(points),
+        height=SMALL_HEIGHT,
+    )
+
+
+def eigenvalue_plot(spectrum: Spectrum, limit: float | None = None) -> Markup:
+    """Plot of all eigenvalues with the unit circle and the near-unit ring; colours show the depth.
+
+    `limit` is the largest plotted modulus, for plots on one scale.
+    """
+    moduli = spectrum.moduli()
+    limit = limit or plotted_modulus(moduli)
+    near = sum(RING[0] <= modulus <= RING[1] for modulus in moduli)
+    beyond, outside = (sum(modulus > bound for modulus in moduli) for bound in (RING[1], limit))
+    description = (
+        f"Eigenvalues of {len(spectrum.labels)} layers at step {spectrum.step}: {near} of {len(moduli)} in the"
+        f" near-unit ring, {beyond} beyond it; the largest modulus is {number(max(moduli, default=None))}."
+    )
+    scale, last = EDGE / limit, max(1, len(spectrum.labels) - 1)
+    return macro(
+        "charts.html",
+        "eigenvalue_plot",
+        layers=[
+            (label, round((DEPTHS - 1) * row / last), _dots(spectrum.pairs(row), scale, limit))
+            for row, label in enumerate(spectrum.labels)
+        ],
+        scale=scale,
+        ring=[scale * modulus for modulus in reversed(RING)],
+        description=f"{description} {outside} beyond modulus {limit:g} are drawn at the rim."
+        if outside
+        else description,
+    )
+
+
+def plotted_modulus(moduli: Sequence[float]) -> float:
+    """Largest modulus of a plot."""
+    return min(max(MIN_MODULUS, 1.08 * max(moduli, default=1.0)), MAX_MODULUS)
+
+
+def depth_legend(labels: Sequence[str]) -> Markup:
+    """Legend of the shades, from the first layer to the last."""
+    return macro("charts.html", "depth_legend", first=labels[0], last=labels[-1], depths=DEPTHS)
+
+
+def _dots(pairs: Sequence[tuple[float, float]], scale: float, limit: float) -> Markup:
+    """SVG path of the eigenvalues of one row; those beyond `limit` lie on the rim.
+
+    A path of zero length with round caps needs a tenth of the bytes of a circle element.
+    """
+    places = []
+    for re, im in pairs:
+        shrink = scale * min(1.0, limit / max(math.hypot(re, im), 1e-9))
+        places.append(f"M{shrink * re:.1f},{-shrink * im:.1f}h0")
+    return Markup("".join(places))  # noqa: S704 - numbers
+
+
+def _lines(
     points: Sequence[TimelinePoint],
     value: Callable[[TimelinePoint], float | None],
-    name: str,
     kind: str,
+    height: float,
     *,
-    unit_scale: bool = False,
-) -> Markup:
-    """Chart of one quantity over steps below its current value.
-
-    The scale fits the data, or with `unit_scale` is 0 to 1.
-    """
-    known = [found for point in points if (found := value(point)) is not None and math.isfinite(found)]
-    if not known:
-        return tag("p", f"No {name.lower()} is known.", class_="quiet")
-    low, high = (0.0, 1.0) if unit_scale else (min(known), max(known))
-
-    def scaled(point: TimelinePoint) -> float | None:
+    held: bool = False,
+) -> Iterator[tuple[str, Markup]]:
+    """Yield the class and points of one polyline per launch; an earlier launch has the class `earlier` too."""
+    place = _placed(points)
+    launches: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
         found = value(point)
-        if found is None or not math.isfinite(found):
-            return None
-        return 0.06 + 0.88 * (found - low) / ((high - low) or 1.0)
-
-    height = SMALL_HEIGHT
-    now, reach = number(known[-1]), f"from {number(min(known))} to {number(max(known))}"
-    chart = tag(
-        "svg",
-        tag("g", tag("line", x1="0", x2="100%", y1=height, y2=height), class_="axis"),
-        _plot([_line(points, _placed(points), scaled, f"line {kind}", height)], height),
-        _steps_axis(points, height + 16),
-        class_="chart",
-        height=height + 22,
-        width="100%",
-        role="img",
-        aria_label=f"{name} over steps: {reach}, now {now}.",
-    )
-    return join(tag("p", f"{name} ", tag("strong", now), tag("span", f" {reach}", class_="quiet")), chart)
+        if found is not None:
+            launches.setdefault(point.incarnation, []).append((10 * place(point.step), found))
+    latest = points[-1].incarnation if points else ""
+    for incarnation, line in launches.items():
+        yield kind if incarnation == latest else f"{kind} earlier", _polyline(_steps(line) if held else line, height)
 
 
-def commands(decisions: Sequence[DecisionView]) -> list[tuple[CommandView, int]]:
-    """Commands that change training, each with the step of its ack, else of its decision."""
-    return [
-        (order, decided.step if order.step is None else order.step)
-        for decided in decisions
-        for order in decided.orders
-        if order.command.kind in TRAINING
-    ]
+def _steps(line: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """Add the corners of a line whose values hold until the next point."""
+    yield from line[:1]
+    for (_, before), (x, y) in pairwise(line):
+        yield x, before
+        yield x, y
 
 
-def order_words(order: CommandView) -> str:
-    """Describe the command's action."""
-    command = order.command
-    if command.kind == "set_lr_scale":
-        return f"learning rate x {number(command.lr_scale)}"
-    if command.kind == "set_kss":
-        alpha = 0.0 if command.kss is None else command.kss.alpha
-        return f"KSS alpha {number(alpha)}" if alpha else "KSS off"
-    if command.kind == "set_cadence":
-        every = command.cadence_steps or 1
-        return "snapshots at every step" if every == 1 else f"snapshots every {every} steps"
-    return command.kind
+def _polyline(places: Iterable[tuple[float, float]], height: float) -> Markup:
+    return Markup(" ".join(f"{x:.1f},{_up(y, height):.1f}" for x, y in places))  # noqa: S704 - numbers
 
 
-def _mark(order: CommandView, step: int, at: float) -> Markup:
-    """Marker of a command: a line, and a triangle below the axis that is hollow while the command is not in force."""
-    x = f"{at:.2f}%"
-    return tag(
-        "g",
-        tag("title", f"step {step}: {order_words(order)}, {order.outcome}"),
-        tag("line", x1=x, x2=x, y1=0, y2=RISK_HEIGHT),
-        tag("svg", tag("path", d=f"M0,{RISK_HEIGHT + 2}l6,10h-12z"), x=x, overflow="visible"),
-        class_=f"command {'applied' if order.outcome == 'applied' else 'not-applied'}",
-    )
+def _scale(known: Sequence[float], scalar: Scalar) -> tuple[Callable[[float | None], float | None], bool]:
+    """Return the map from values to [0, 1] with a margin, and True if it is logarithmic."""
+    low, high = (0.0, 1.0) if scalar.unit_scale or not known else (min(known), max(known))
+    is_log = not scalar.unit_scale and low > 0 and high > LOG_RATIO * low
+    if is_log:
+        low, high = math.log(low), math.log(high)
+    width = (high - low) or 1.0
+
+    def scaled(value: float | None) -> float | None:
+        return None if value is None else 0.06 + 0.88 * ((math.log(value) if is_log else value) - low) / width
+
+    return scaled, is_log
 
 
 def _up(value: float, height: float) -> float:
@@ -174,27 +202,10 @@ def _placed(points: Sequence[TimelinePoint]) -> Callable[[float], float]:
     return lambda step: 100.0 * (step - first) / span
 
 
-def _line(
-    points: Sequence[TimelinePoint],
-    place: Callable[[float], float],
-    value: Callable[[TimelinePoint], float | None],
-    kind: str,
-    height: float,
-) -> Markup:
-    found = [(place(point.step), value(point)) for point in points]
-    line = " ".join(f"{10 * x:.1f},{_up(y, height):.1f}" for x, y in found if y is not None)
-    return tag("polyline", points=line, class_=kind, vector_effect="non-scaling-stroke")
-
-
-def _plot(lines: Sequence[Markup], height: int) -> Markup:
-    """Chart of lines with x from 0 to 1000, stretched to the full width. The stroke width does not scale."""
-    return tag("svg", *lines, viewBox=f"0 0 1000 {height}", preserveAspectRatio="none", width="100%", height=height)
-
-
-def _steps_axis(points: Sequence[TimelinePoint], y: int) -> Markup:
+def _ticks(points: Sequence[TimelinePoint]) -> list[tuple[int, str, str]]:
+    """Step, place and text anchor of each label of the axis."""
     if not points:
-        return Markup("")
+        return []
     first, last = min(point.step for point in points), max(point.step for point in points)
     ticks = [(first, "0", "start"), ((first + last) // 2, "50%", "middle"), (last, "100%", "end")]
-    seen = [tag("text", f"step {step:,}", x=x, y=y, text_anchor=anchor) for step, x, anchor in ticks]
-    return tag("g", *(seen if last - first > 1 else seen[:1]), class_="ticks")
+    return ticks if last - first > 1 else ticks[:1]

@@ -83,7 +83,7 @@ class AuthPolicy:
 
     @property
     def _keys(self) -> Path:
-        assert self.directory is not None, "keys are asked for only where they are used"
+        assert self.directory is not None, "keys are read only where they are used"
         return self.directory
 
 

@@ -136,7 +136,7 @@ def write_public(path: Path, key: PublicKey) -> None:
         lines += [f'previous = "{key.previous}"', f"previous_until = {until}"]
     if path.stem != MONITOR:
         quoted = ", ".join(msgspec.json.encode(pattern).decode() for pattern in key.runs)
-        lines += ["# Names of the runs for which it may speak: patterns with * ? [...]", f"runs = [{quoted}]"]
+        lines += ["# Runs of this agent: patterns with * ? [...]", f"runs = [{quoted}]"]
     _write(path, "\n".join(lines) + "\n", 0o644)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MAX_STEP: Final = (1 << 53) - 1
 """The largest optimizer step: a double represents every integer up to this value."""
 MAX_MODULUS: Final = 1000.0
@@ -86,11 +86,52 @@ class KssSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     layer_fraction: LayerFraction = 1.0
 
 
+class TrainingStep(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Scalars of the training at one optimizer step.
+
+    Messages, snapshots, observations, rows and views hold one. Agent, assembler, history, metrics and JSON walk the
+    fields. A field whose default is None is measured: None means unknown, and NaN and infinities are allowed.
+    """
+
+    step: Step
+    """Number of optimizer steps done."""
+    learning_rate: float | None = None
+    """Largest learning rate over parameter groups, as the user's schedule set it, before koopmon's LR scale."""
+    loss: float | None = None
+    """The last loss that the user logged."""
+    grad_norm: float | None = None
+    """The last gradient norm that the user logged."""
+    lr_scale: LrScale = 1.0
+    """koopmon's factor on the learning rate."""
+    kss_alpha: Annotated[float, Meta(ge=0.0)] = 0.0
+    """Weight of KSS."""
+
+
+MEASURED: Final = tuple(field.name for field in msgspec.structs.fields(TrainingStep) if field.default is None)
+"""Names of the measured fields of `TrainingStep`."""
+
+
+class AtStep:
+    """Base of the types that hold a `training: TrainingStep`."""
+
+    __slots__ = ()
+    training: TrainingStep
+
+    @property
+    def step(self) -> int:
+        """Number of optimizer steps done."""
+        return self.training.step
+
+
 class Applied(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings in force in the training processes."""
 
     lr_scale: LrScale = 1.0
     kss: KssSettings = KssSettings()
+
+    def at_step(self, step: int) -> TrainingStep:
+        """Return the scalars that are known at `step` without a measurement."""
+        return TrainingStep(step=step, lr_scale=self.lr_scale, kss_alpha=self.kss.alpha)
 
 
 class Judgement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -154,11 +195,11 @@ class Refused(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
     reason: ShortText
 
 
-class Heartbeat(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="heartbeat"):
+class Heartbeat(Message, AtStep, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="heartbeat"):
     """Periodic state of one sending rank. Absent scalars are unknown."""
 
     process_rank: Rank
-    step: Step
+    training: TrainingStep
     applied: Applied
     sent: Count = 0
     dropped: dict[DropReason, Count] = msgspec.field(default_factory=dict)
@@ -166,10 +207,6 @@ class Heartbeat(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     overhead_ratio: Annotated[float, Meta(ge=0.0)] = 0.0
     """Share of step time spent in koopmon's hooks since the last heartbeat."""
     step_seconds: Annotated[float, Meta(ge=0.0)] | None = None
-    learning_rate: float | None = None
-    """Largest learning rate over parameter groups, as the user's schedule set it, before koopmon's LR scale."""
-    loss: float | None = None
-    grad_norm: float | None = None
     control_ready: bool = True
     """False while the control group is down and the ranks cannot apply commands."""
 
@@ -244,7 +281,7 @@ class ProbeReply(Message, frozen=True, kw_only=True, forbid_unknown_fields=True,
     """Reason why the monitor would refuse this peer's hello for the run, or refused the last one. Empty otherwise."""
 
 
-class Shard(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="shard"):
+class Shard(Message, AtStep, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="shard"):
     """One rank's part of a snapshot: the header of `num_points` raw tensor frames.
 
     Each frame has the shape (num_samples, width), row-major. Frame p holds the residual state at point `first_point +
@@ -253,7 +290,8 @@ class Shard(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
 
     process_rank: Rank
     num_senders: NumSenders
-    step: Step
+    training: TrainingStep
+    """At the forward pass that was tapped."""
     first_point: Annotated[int, Meta(ge=0, le=MAX_LAYERS)]
     num_points: Annotated[int, Meta(ge=1, le=MAX_LAYERS + 1)]
     num_samples: Annotated[int, Meta(ge=1, le=1 << 20)]
@@ -263,12 +301,6 @@ class Shard(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     """False on every pipeline stage but the last."""
     masked: bool = False
     """True when a mask that the model received excluded padding tokens."""
-    learning_rate: float | None = None
-    loss: float | None = None
-    """The last loss that the user logged, if any."""
-    grad_norm: float | None = None
-    lr_scale: LrScale = 1.0
-    kss_alpha: Annotated[float, Meta(ge=0.0)] = 0.0
     observables: Annotated[dict[ObservableName, Observations], Meta(max_length=MAX_OBSERVABLES)] = msgspec.field(
         default_factory=dict
     )

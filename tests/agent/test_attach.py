@@ -393,9 +393,9 @@ def test_what_is_logged_reaches_the_monitor_and_nonsense_is_ignored(
     for _ in range(2):
         agent.log(loss="a lot")
         agent.log(loss=torch.zeros(3))
-    beat = monitor.wait(lambda: next((each for each in monitor.of(Heartbeat) if each.loss is not None), None))
-    assert beat.loss == 2.5
-    assert beat.grad_norm == float("inf")
+    beat = monitor.wait(lambda: next((each for each in monitor.of(Heartbeat) if each.training.loss is not None), None))
+    assert beat.training.loss == 2.5
+    assert beat.training.grad_norm == float("inf")
     assert sum("is ignored" in record.message for record in caplog.records) == 1
 
 

@@ -124,7 +124,7 @@ def test_a_sound_adapter_is_used_and_named(
     assert agent.status()["adapter"] == "theirs"
     lines = [record.getMessage() for record in caplog.records]
     assert "koopmon: taps 3 blocks of blocks, found by adapter 'theirs' of plugin theirs (theirs 1.2)" in lines
-    assert any("in the place of koopmon's own 'transformer'" in line for line in lines)
+    assert any("in place of koopmon's own 'transformer'" in line for line in lines)
 
 
 @pytest.mark.parametrize(

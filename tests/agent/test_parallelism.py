@@ -12,7 +12,17 @@ import torch
 from torch import nn
 
 from benchmarks.matrix.__main__ import RESULT
-from koopmon.agent.parallelism import PROVEN, DataRanks, data_ranks, inspect_layout, refusal
+from koopmon.agent.parallelism import (
+    PROVEN,
+    UNKNOWN,
+    DataRanks,
+    ParallelLayout,
+    Role,
+    data_ranks,
+    decide_role,
+    inspect_layout,
+    refusal,
+)
 from koopmon.agent.rank_identity import RankContext
 from tests.agent.models import build, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
@@ -95,6 +105,31 @@ def test_sharding_whose_ranks_cannot_be_told_is_not_taken_for_tensor_parallelism
     assert layout is not None
     assert (layout.name, layout.proven) == ("fsdp2", False)
     assert data_ranks(model, RankContext(1, 2)) == DataRanks(1, 2)
+
+
+DDP = ParallelLayout("ddp", True)
+PIPELINE = ParallelLayout("pipeline", False, "stages are not watched", refused=True)
+
+
+@pytest.mark.parametrize(
+    ("layout", "act", "role", "says"),
+    [
+        (DDP, "auto", Role.ACT, ""),
+        (DDP, "always", Role.ACT, ""),
+        (DDP, "never", Role.WATCH, ""),
+        (UNKNOWN, "auto", Role.WATCH, f"{UNKNOWN.caution}; [limits] act = 'always' acts all the same"),
+        (UNKNOWN, "always", Role.ACT, ""),
+        (UNKNOWN, "never", Role.WATCH, ""),
+        (PIPELINE, "auto", Role.REFUSE, "stages are not watched"),
+        (PIPELINE, "always", Role.REFUSE, "stages are not watched"),
+        (PIPELINE, "never", Role.REFUSE, "stages are not watched"),
+    ],
+)
+def test_the_role_follows_from_the_layout_and_the_configuration(
+    layout: ParallelLayout, act: Any, role: Role, says: str
+) -> None:
+    decision = decide_role(layout, act)
+    assert (decision.role, decision.reason) == (role, says)
 
 
 def test_replicas_in_threads_are_refused() -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.endurance import endure
 from koopmon.agent.autoload import DIRECTORY
-from koopmon.agent.control import kss_injection
+from koopmon.agent.control.kss import injection
 from koopmon.agent.stats import AsyncScalar
 from koopmon.wire.messages import KssSettings
 from tests.agent.models import batch, build, checkpointed, loss_of, train_step
@@ -40,7 +40,7 @@ def nobody_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In this thread every operation that reads a tensor's value raises: inside a hook, the circuit breaker then
     trips."""
     here = threading.get_ident()
-    solve = kss_injection.kss_gradient_op
+    solve = injection.kss_gradient_op
 
     def solver(*args: Any) -> Any:
         # Decompositions check their own success, and so wait: the library's business, and no hook's.
@@ -48,7 +48,7 @@ def nobody_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             return solve(*args)
 
     with monkeypatch.context() as patches, NoSynchronisation():
-        patches.setattr(kss_injection, "kss_gradient_op", solver)
+        patches.setattr(injection, "kss_gradient_op", solver)
         # A scalar on the host is read at once; one on a device is copied and read when it has come.
         patches.setattr(AsyncScalar, "put", lambda box, value: None)
         for name in WAITS:

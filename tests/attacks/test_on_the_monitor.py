@@ -19,7 +19,18 @@ import msgspec
 import pytest
 
 from koopmon.wire.codec import PREFIX, WireLimits, encode
-from koopmon.wire.messages import Ack, Applied, Command, Goodbye, Heartbeat, Hello, Refused, Shard, Welcome
+from koopmon.wire.messages import (
+    Ack,
+    Applied,
+    Command,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Refused,
+    Shard,
+    TrainingStep,
+    Welcome,
+)
 from tests import factories
 from tests.keyring import Keyring
 from tests.monitor.conftest import make_states
@@ -40,7 +51,7 @@ def name_of(training: Any) -> dict[str, str]:
 def say_all(attacker: Any, name: dict[str, str]) -> int:
     """Say everything but hello as the run `name`, on both channels; returns how many messages that were."""
     messages = [
-        Heartbeat(**name, process_rank=0, step=1 << 40, applied=Applied(lr_scale=0.5)),
+        Heartbeat(**name, process_rank=0, training=TrainingStep(step=1 << 40), applied=Applied(lr_scale=0.5)),
         Ack(**name, command_id="0" * 8, outcome="applied", step=1, applied=Applied()),
         Goodbye(**name, process_rank=0, step=1, reason="so that nobody watches it any more"),
     ]
@@ -48,7 +59,9 @@ def say_all(attacker: Any, name: dict[str, str]) -> int:
         attacker.send(message)
     states = make_states(1)
     shape = dict(zip(("num_points", "num_samples", "width"), states.shape, strict=True))
-    shard = Shard(**name, process_rank=0, num_senders=1, step=1, first_point=0, dtype="bfloat16", **shape)
+    shard = Shard(
+        **name, process_rank=0, num_senders=1, training=TrainingStep(step=1), first_point=0, dtype="bfloat16", **shape
+    )
     attacker.send_data(encode(shard, states))
     return len(messages) + 1
 
@@ -130,7 +143,7 @@ def test_a_key_that_is_withdrawn_ends_its_living_connection(
     ring.shut_out("leaver")
 
     def refused() -> bool:
-        leaver.send(Heartbeat(**leaver.name, process_rank=0, step=2, applied=Applied()))
+        leaver.send(Heartbeat(**leaver.name, process_rank=0, training=TrainingStep(step=2), applied=Applied()))
         return "authorisation" in monitor.refused()
 
     training.until(refused)
@@ -179,7 +192,8 @@ def test_bombs_and_oversized_headers_cost_nothing(monitor: Any, train: Train, at
     rival.send_frames([PREFIX + bytes(most)])
     rival.send_data([PREFIX + bytes(most)])
     shard = Shard(
-        **rival.name, process_rank=0, num_senders=1, step=1, first_point=0, num_points=4097, num_samples=1 << 20,
+        **rival.name, process_rank=0, num_senders=1, training=TrainingStep(step=1),
+            first_point=0, num_points=4097, num_samples=1 << 20,
         width=1 << 20, dtype="float32",
     )  # fmt: skip
     rival.send_data([PREFIX + msgspec.msgpack.encode(shard), b"far less than four exabytes"])
@@ -271,7 +285,15 @@ def test_an_agents_frames_said_twice_count_once(monitor: Any, train: Train, atta
     rival.hello()
     states = make_states(5)
     shape = dict(zip(("num_points", "num_samples", "width"), states.shape, strict=True))
-    shard = Shard(**rival.name, process_rank=0, num_senders=2, step=5, first_point=0, dtype="bfloat16", **shape)
+    shard = Shard(
+        **rival.name,
+        process_rank=0,
+        num_senders=2,
+        training=TrainingStep(step=5),
+        first_point=0,
+        dtype="bfloat16",
+        **shape,
+    )
     for _ in range(3):
         rival.send_data(encode(shard, states))
     acknowledgement = Ack(**rival.name, command_id="f" * 16, outcome="applied", step=1, applied=Applied())

@@ -88,7 +88,8 @@ class Recorder:
                 step,
                 name,
                 incarnation,
-                scalars={"learning_rate": rate, "loss": 60.0 if diverges and step == 2 else 2.0},
+                learning_rate=rate,
+                loss=60.0 if diverges and step == 2 else 2.0,
                 lr_scale=lr_scale,
                 observation=observation(step),
             )

@@ -16,7 +16,7 @@ import pytest
 from koopmon.cli import main
 from koopmon.doctor import http_checks
 from koopmon.wire.codec import encode
-from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply, ProbeReply
+from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply, ProbeReply, TrainingStep
 from tests.agent.scripted_monitor import ScriptedMonitor
 from tests.keyring import Keyring
 from tests.monitor.conftest import MonitorProcess, ScriptedAgent, wait_until
@@ -370,7 +370,15 @@ def test_what_the_monitor_knows_of_a_run(
     agent = connect(endpoint, run="mute")
     agent.hello()
     name = {"run": "mute", "incarnation": "aaaaaaaa", "process_rank": 0}
-    agent.send(Heartbeat(**name, step=5, applied=Applied(), dropped={"monitor_away": 3, "budget": 1}, taps_missing=2))
+    agent.send(
+        Heartbeat(
+            **name,
+            training=TrainingStep(step=5),
+            applied=Applied(),
+            dropped={"monitor_away": 3, "budget": 1},
+            taps_missing=2,
+        )
+    )
     agent.expect(HeartbeatReply)
     _, found = examine(*at(monitor), "--run", "mute")
     assert found["run"]["found"] == "mute: running, last step 5"

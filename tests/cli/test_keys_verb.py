@@ -52,9 +52,7 @@ def test_make_binds_agents_to_runs_and_overwrites_nothing(place: Path, capsys: p
     secret = read_secret(place, "alice")
     status, out, err = run(capsys, "make", "bob", "alice")
     assert (status, out) == (2, "")
-    assert err == (
-        f"koopmon: {secret_file(place, 'alice')}: exists; `koopmon keys rotate alice` replaces it\n"
-    )
+    assert err == (f"koopmon: {secret_file(place, 'alice')}: exists; `koopmon keys rotate alice` replaces it\n")
     assert read_secret(place, "alice") == secret
     assert not secret_file(place, "bob").exists(), "all or nothing"
 
@@ -90,7 +88,7 @@ def test_a_public_key_of_another_pair_is_told(place: Path, capsys: pytest.Captur
     public_file(place, "agent").write_text(public_file(place, "monitor").read_text())
     status, _, err = run(capsys, "show")
     assert status == 2
-    assert "agent.key: not the public key to" in err
+    assert "agent.key: not the public key of agent.secret" in err
 
 
 def test_rotate_keeps_the_old_key_for_a_while_and_the_runs_for_good(

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.agent.capture.sampler import Sampler
-from koopmon.agent.comms.control_channel import CommandResult
-from koopmon.agent.control.actuator import Actuator
-from koopmon.agent.control.kss_injection import KssInjection
+from koopmon.agent.control.actuator import Actuator, CommandResult, _towards
+from koopmon.agent.control.kss.injection import KssInjection
 from koopmon.agent.control.lr_backoff import LrBackoff
 from koopmon.api import ArchitectureAdapter, ExampleModel, Stack
 from koopmon.conformance import BATTERY, ConformanceError, checks
@@ -130,7 +129,7 @@ GRADIENTS, PUT, SCALE = KssInjection._gradients, Sampler.put, LrBackoff.scale_ra
     [
         (KssInjection, "_gradients", doubled, "kss-gradient", "differs from the explicit one"),
         (KssInjection, "_gradients", doubled, "kss-on-and-off", "differ from those of KSS written into the loss"),
-        (Sampler, "put", shifted, "taps-accumulation", "does not hold what the step's first microbatch had"),
+        (Sampler, "put", shifted, "taps-accumulation", "does not hold the states of the step's first microbatch"),
         (Sampler, "put", drawing, "losses", "the (loss|random state)"),
         (LrBackoff, "scale_rates", timid, "learning-rate", "not those of a rate that was scaled by hand"),
         (LrBackoff, "restore_rates", forgetful, "learning-rate", "between steps the learning rates are"),
@@ -163,12 +162,15 @@ def stubborn(self: Actuator, command: Command, state: Any, step: int) -> Any:
 
 def two_faced(self: Actuator, command: Command, state: Any, step: int) -> Any:
     """Says that it refuses, and obeys."""
-    return state.after(command, step), CommandResult(command.id, "refused", step, self.kss_refusal, True)
+    action = self._actions[command.kind]
+    target, _ = action.within_limits(command.kss)
+    refused = CommandResult(command.id, "refused", step, self._capability(action).reason, permanent=True)
+    return _towards(state, action, target, step, 0), refused
 
 
 def evasive(self: Actuator, command: Command, state: Any, step: int) -> Any:
     judged, outcome = JUDGE(self, command, state, step)
-    return judged, replace(outcome, shielded=False)
+    return judged, replace(outcome, permanent=False)
 
 
 def wordless(self: Actuator, command: Command, state: Any, step: int) -> Any:
@@ -189,7 +191,7 @@ def test_what_is_shielded_is_kept_from_kss_and_steered_exactly_where_that_is_all
     ("where", "fault", "check", "reason"),
     [
         (
-            "koopmon.agent.runtime.kss_refusal",
+            "koopmon.agent.control.kss.action.kss_refusal",
             deaf,
             "kss-shields",
             "alpha 1.0 is in force, and blocks.0.mix is shielded",
@@ -205,7 +207,7 @@ def test_what_is_shielded_is_kept_from_kss_and_steered_exactly_where_that_is_all
             "koopmon.agent.control.actuator.Actuator._judge",
             wordless,
             "kss-shields",
-            "names neither .* in one line: 'no'",
+            "lacks the shielded module .* not one line: 'no'",
         ),
         (
             "koopmon.agent.control.actuator.Actuator._judge",

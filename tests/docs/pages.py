@@ -1,8 +1,8 @@
-"""What the pages hold that can be run: fenced blocks, the reasons beside them, and the commands in them.
+"""Fenced blocks of the pages, their commands, and the reasons for commands that no test runs.
 
-A block of commands is fenced as `sh`, or as nothing in particular. `<!-- not run: REASON -->` on a line before it says
-why no test runs it; one with a title is run by a test of its own. Any other block whose title is the name of a file is
-that file, and lies where commands of its page run.
+A block of commands is fenced as `sh` or without a language. `<!-- not run: REASON -->` on a line before it has the
+reason that no test runs it. A separate test runs a block with a title. Any other block whose title is a file name is
+that file, and is in the directory in which the commands of its page run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
 )
-"""In the order in which their commands count as told: a later page's that is told already is not run again."""
+"""Pages in the order of their tests. A command of an earlier page is not run again for a later page."""
 FENCE = re.compile(r"^ *(?P<fence>`{3,})(?P<language>[\w+-]*)[ \t]*(?P<more>[^`]*)$")
 REASON = re.compile(r"^ *<!-- not run: (?P<reason>.+?) -->$")
 TITLE = re.compile(r'title="([^"]+)"')
@@ -38,7 +38,7 @@ class Block:
     title: str
     text: str
     reason: str
-    """Why it is not run; empty when it is."""
+    """Reason that the block is not run; empty if it is run."""
 
     @property
     def place(self) -> str:
@@ -50,13 +50,13 @@ class Block:
 
     @property
     def is_shell(self) -> bool:
-        """A listing of a tree begins with a path, and is none."""
+        """True for a block of commands. A listing of files begins with a path and does not count."""
         words = self.text.split()
         return self.language in SHELLS and bool(words) and not (self.language == "" and "/" in words[0])
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The fenced blocks of a page. Raises ValueError for a fence that nothing closes."""
+    """Return the fenced blocks of a page. Raises ValueError for an unclosed fence."""
     opened: tuple[int, re.Match[str], str] | None = None
     reason, kept = "", list[str]()
     for number, line in enumerate(page.read_text(encoding="utf-8").split("\n"), start=1):
@@ -76,11 +76,11 @@ def blocks(page: Path) -> Iterator[Block]:
         elif line.strip():
             reason = ""
     if opened is not None:
-        raise ValueError(f"{page}:{opened[0]}: nothing closes this block")
+        raise ValueError(f"{page}:{opened[0]}: this block is not closed")
 
 
 def commands(block: Block) -> Iterator[str]:
-    """The commands of a block, each whole: continued lines, loops and here-documents together."""
+    """Return the commands of a block, with continued lines, loops and here-documents in one piece."""
     gathered = ""
     for line in block.text.rstrip("\n").split("\n"):
         gathered = f"{gathered}\n{line}" if gathered else line

@@ -1,4 +1,4 @@
-"""Somebody who types what a page says: in a directory and a home of their own, on ports of their own."""
+"""Runner for the commands of a page, with its own directory, home and ports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STOP_SECONDS = 70.0
 
 
 class Reader:
-    """Runs commands one after another. `koopmon monitor` goes on beside the others until `close`."""
+    """Runs commands one after another. `koopmon monitor` runs beside the others until `close`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -33,7 +33,7 @@ class Reader:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("KOOPMON_", "SLURM_", "XDG_"))}
         for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             kept.pop(name, None)
-        # What is tested is this tree's, whichever is installed.
+        # The commands use this checkout, not an installed koopmon.
         paths = [str(ROOT), str(ROOT / "plugins"), str(directory)]
         self.environ = kept | {
             "HOME": str(directory),
@@ -49,14 +49,14 @@ class Reader:
         self._monitors: list[tuple[subprocess.Popen[bytes], Path]] = []
 
     def files_of(self, *pages: Path) -> None:
-        """Put the files there that the pages show; a later page's takes the place of an earlier one's."""
+        """Write the files that the pages show. A later page replaces files of an earlier one."""
         for block in (block for page in pages for block in blocks(page) if block.is_file):
             path = self.directory / block.title
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block.text, encoding="utf-8")
 
     def type(self, command: str, **env: str) -> str:
-        """Run one command to its end, and return what it said. Raises AssertionError when it failed."""
+        """Run one command to its end and return its output. Raises AssertionError if it failed."""
         text = self._moved(command)
         if words_of(text)[:2] == ["koopmon", "monitor"]:
             return self._keep_monitor(words_of(text), env)
@@ -79,7 +79,7 @@ class Reader:
         return done.stdout
 
     def close(self) -> None:
-        """End the monitors, which must go with status 0."""
+        """Stop the monitors, which must exit with status 0."""
         for process, log in self._monitors:
             process.send_signal(signal.SIGTERM)
             try:
@@ -91,7 +91,7 @@ class Reader:
         self._monitors = []
 
     def _moved(self, command: str) -> str:
-        """The command on our ports: the documented ones may be in use here."""
+        """Replace the documented ports, which may be in use."""
         for documented, ours in self.ports.items():
             command = re.sub(rf"\b{documented}\b", str(ours), command)
         return command

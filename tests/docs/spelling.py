@@ -1,4 +1,4 @@
-"""Whether the option parser takes a command line of ours, without running it."""
+"""Parsing of koopmon command lines without running them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from koopmon.cli import app
 
 
 def koopmon_words(command: str) -> list[str] | None:
-    """The words after `koopmon` of a simple command; None for another one."""
+    """Return the words after `koopmon` of a simple command; None for any other command."""
     words = words_of(command)
     return words[1:] if words[:1] == ["koopmon"] else None
 
 
 def words_of(command: str) -> list[str]:
-    """The program and its arguments, without variables that are set before it."""
+    """Return the program and its arguments, without variables set before it."""
     words = shlex.split(command.replace("\\\n", " "), comments=True)
     while words and re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
@@ -25,7 +25,7 @@ def words_of(command: str) -> list[str]:
 
 
 def parse(words: list[str]) -> None:
-    """Raises what the option parser raises for words that it does not take."""
+    """Parse the words. Raises the exception of the option parser for invalid words."""
     command = typer.main.get_command(app)
     context = command.make_context("koopmon", list(words))
     while (rest := [*context._protected_args, *context.args]) and hasattr(command, "commands"):

@@ -1,6 +1,4 @@
-"""Every command in the pages is run, or a reason stands beside it; the options of those of ours that are not run are
-known all the same.
-"""
+"""Commands of the pages: each one is run, or has a reason. koopmon commands that are not run are parsed."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ PLACEHOLDER = re.compile(r"(?:^|[ /@])[A-Z][A-Z_]{2,}\b(?!=)|(?:^| )\.\.\.|examp
 BUILT_IN = ("export", "cd")
 TOOLS = ("curl",)
 REASONS = {
-    "make": "a target of the Makefile, which `make -n` knows",
+    "make": "a target of the Makefile, checked by `make -n`",
     "pip": "needs a network",
     "git": "changes a repository",
     "scp": "needs another host",
@@ -43,35 +41,35 @@ REASONS = {
     "koopmon run -- srun": "needs Slurm",
     "koopmon monitor --grafana-url": "needs a Grafana; tests/grafana has a small one",
 }
-"""Why commands that begin so are not run, wherever they stand."""
+"""Reasons for commands that are not run on any page, by their first words."""
 SHELL = [block for page in PAGES for block in blocks(page) if block.is_shell]
 
 
 def plain(command: str) -> str:
-    """A command without its variables, remarks and line breaks."""
+    """Return a command without variables, comments and line breaks."""
     return " ".join(words_of(command))
 
 
 FIRST = {plain(command): block for block in reversed(SHELL) for command in commands(block)}
-"""Where each command stands first."""
+"""First block with each command."""
 
 
 def reason(block: Block, command: str) -> str:
-    """Why a command is not run; empty when it is. One that an earlier page has is run there."""
+    """Return the reason that a command is not run; empty if it is. A command of an earlier page is run there."""
     words = plain(command)
     starts = (why for start, why in REASONS.items() if words == start or words.startswith((f"{start} ", f"{start}.")))
     if why := block.reason or next(starts, ""):
         return why
     if block.title:
-        return "run by a test of its own, by its title"
+        return "run by a separate test, by its title"
     if PLACEHOLDER.search(words):
-        return "a placeholder stands in it"
+        return "it has a placeholder"
     first = FIRST[words]
     return f"run in {first.place}" if first.page != block.page and not first.reason else ""
 
 
 def due(page: Path) -> list[str]:
-    """The commands of a page that are run, in their order; monitors are kept beside them, here too."""
+    """Return the commands of a page that are run, in order. Monitors of earlier pages run here too."""
     told = [(command, reason(block, command)) for block in SHELL if block.page == page for command in commands(block)]
     is_monitor = "koopmon monitor"
     if all(why for _, why in told):
@@ -80,7 +78,7 @@ def due(page: Path) -> list[str]:
 
 
 def _tools(page: Path) -> list[pytest.MarkDecorator]:
-    """What a page takes that a machine may lack."""
+    """Return marks for the tools that a page needs and a machine may lack."""
     return [pytest.mark.needs(tool) for tool in TOOLS if any(words_of(each)[0] == tool for each in due(page))]
 
 
@@ -97,7 +95,7 @@ def reader(tmp_path: Path) -> Iterator[Reader]:
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("page", DUE)
-def test_what_a_page_says_works(page: Path, reader: Reader) -> None:
+def test_the_commands_of_a_page_succeed(page: Path, reader: Reader) -> None:
     reader.files_of(QUICKSTART, page)
     for command in due(page):
         reader.type(command)
@@ -105,12 +103,12 @@ def test_what_a_page_says_works(page: Path, reader: Reader) -> None:
 
 @pytest.mark.process
 @pytest.mark.parametrize("block", SHELL, ids=lambda block: block.place)
-def test_what_is_not_run_is_spelt_right(block: Block) -> None:
+def test_commands_that_are_not_run_parse(block: Block) -> None:
     for command in commands(block):
         if not reason(block, command):
             program = words_of(command)[0]
             found = program in (*BUILT_IN, *TOOLS) or shutil.which(program, path=SEARCH_PATH)
-            assert found, f"{block.place}: there is no {program} here: say why it is not run"
+            assert found, f"{block.place}: {program} is not installed: add a reason"
         words = koopmon_words(command)
         if words is not None:
             parse(words)

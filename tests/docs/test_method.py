@@ -1,4 +1,4 @@
-"""docs/method.md agrees with the code: each constant in its tables has the value that the code has."""
+"""Constants of docs/method.md: each value in the tables equals the value in the code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONSTANTS = [(row["name"], float(row["value"])) for row in ROW.finditer(PAGE)]
 
 
 def in_code(name: str) -> Any:
-    """Value of a configuration key (`[table] key`), a module's constant, or a parameter's default (`function:name`)."""
+    """Return the value of a configuration key (`[table] key`), a constant, or a default (`function:name`)."""
     if name.startswith("["):
         table, key = name[1:].split("] ")
         return getattr(getattr(Config(), table), key)
@@ -39,8 +39,8 @@ def test_every_row_of_a_table_of_constants_is_read() -> None:
     assert len(rows) == len(CONSTANTS) > 40
 
 
-def test_the_thresholds_of_risk_and_kss_are_told() -> None:
-    """Keys that only switch, bound or time something are in the configuration reference."""
+def test_every_threshold_of_risk_and_kss_is_in_a_table() -> None:
+    """The configuration reference alone has keys that only switch, bound or time something."""
     told = {name for name, _ in CONSTANTS}
     config = Config()
     assert {f"[risk] {key}" for key in config.risk.__struct_fields__} <= told

@@ -1,4 +1,4 @@
-"""The reference, made from the code, leaves nothing of it out; and pages quote the evidence as it is."""
+"""Completeness of the generated reference, and quoted figures in the pages."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.docs.pages import PAGES, ROOT, blocks
 
 CLI, CONFIGURATION, PYTHON = command_line.page(), configuration.page(), python_api.page()
 INTERNAL = {
-    "KOOPMON_ATTACHED_PID",  # what one process of a rank tells the next
-    "KOOPMON_INSECURE_PLAINTEXT_TCP",  # what `koopmon run` tells the agents of its option
+    "KOOPMON_ATTACHED_PID",  # passed between processes of a rank
+    "KOOPMON_INSECURE_PLAINTEXT_TCP",  # passes the option of `koopmon run` to the agents
 }
 
 
 @pytest.mark.parametrize(("name", "command"), list(command_line.verbs()), ids=lambda value: str(value)[:40])
-def test_every_verb_and_option_is_told(name: str, command: object) -> None:
+def test_every_verb_and_option_is_in_the_reference(name: str, command: object) -> None:
     if name == "koopmon":
         return
     _, _, rest = CLI.partition(f"# {name}\n")
@@ -34,7 +34,7 @@ def test_every_verb_and_option_is_told(name: str, command: object) -> None:
     assert command_line.example(command) in told
 
 
-def test_every_exit_status_and_variable_is_told() -> None:
+def test_every_exit_status_and_variable_is_in_the_reference() -> None:
     for error in filter(inspect.isclass, vars(errors).values()):
         (row,) = re.findall(rf"^\| {error.exit_status} \|.*$", CLI, re.MULTILINE)
         assert f"`{error.__name__}`" in row
@@ -44,7 +44,7 @@ def test_every_exit_status_and_variable_is_told() -> None:
     assert all(f"| `{name}` |" in CLI for name in command_line.VARIABLES)
 
 
-def test_every_key_is_told_with_its_bounds() -> None:
+def test_every_key_is_in_the_reference_with_its_bounds() -> None:
     for name, table in configuration.tables():
         _, _, rest = CONFIGURATION.partition(f"## [{name}]\n")
         told = rest.partition("\n## ")[0]
@@ -59,7 +59,7 @@ def test_every_key_is_told_with_its_bounds() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(koopmon.__all__) - {"__version__"}))
-def test_every_public_name_is_told(name: str) -> None:
+def test_every_public_name_is_in_the_reference(name: str) -> None:
     _, _, rest = PYTHON.partition(f"\n### koopmon.{name}\n")
     assert len(rest.partition("\n### ")[0]) > 40
 
@@ -89,7 +89,7 @@ def test_toml_in_the_pages_is_a_configuration() -> None:
 
 
 def test_the_concepts_quote_the_evidence() -> None:
-    """The rows of risk.md's table are cells of the table of the fresh runs."""
+    """The rows of the table in risk.md have cells of the table of the fresh runs."""
     evidence = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     fresh = evidence.partition("<!-- results: fresh -->")[2].partition("<!-- end")[0]
     rows = {cells[0]: cells for cells in map(cells_of, fresh.split("\n")) if len(cells) == 6}

@@ -1,4 +1,4 @@
-"""No file of the repository refers to a document, a section or a file that is not in it."""
+"""References in files of the repository to documents, sections and files: each one must resolve."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ TEXTS = sorted(
     and not name.endswith((".png", ".gz", ".svg", ".golden"))
 )
 GENERATED = frozenset(re.findall(r'"(reference/\w+\.md)"', (ROOT / "manual" / "hooks.py").read_text(encoding="utf-8")))
-"""Pages that the site makes from the code; read, since importing the hooks takes mkdocs."""
+"""Pages that the site generates from the code. The test reads the source, because importing the hooks needs mkdocs."""
 EXAMPLES = frozenset(
     {
         "tests/docs/test_references.py",  # the cases below
-        "tests/docs/test_site.py",  # links that are to lead nowhere
+        "tests/docs/test_site.py",  # links that are broken on purpose
         "tests/docs/test_commands.py",  # pages that a test writes
-        "tests/test_front_door.py",  # likewise
+        "tests/test_front_door.py",  # files that a test writes
     }
 )
-"""Files with references to what is not there, on purpose."""
+"""Files with broken references on purpose."""
 PAGES_HERE = frozenset(name for name in {*TRACKED, *GENERATED} if name.endswith(".md"))
 
 NUMBERED = re.compile(r"\b([A-Z][A-Z_]{3,})(?:\.md)?(?: of [A-Z]+)?[,:]? (?:sections?|eqs?\.|chapters?) ?\d")
-"""A document by its name in capitals, with a section or an equation."""
+"""Name of a document in capitals, with a section or an equation."""
 PAGE = re.compile(r"(?<![\w/.*}-])((?:\.{1,2}/)*[\w-]+(?:/[\w.-]+)*\.md)\b")
 SECTION = re.compile(r'\b(docs/[\w/-]+\.md), "([^"\n]+)"')
 PATH = re.compile(r"`((?:koopmon|plugins|benchmarks|tests|docs|deploy|grafana|manual)/[\w./-]+\.\w+)`")
-"""A file of the repository, as a page of prose names it."""
+"""Path of a file of the repository in a page."""
 LINK = re.compile(r"(?<!!)\[[^\[\]]*\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
 
 
 def complaints(name: str, text: str) -> Iterator[str]:
-    """What is wrong with the references of one file."""
+    """Return the broken references of one file."""
     stems = {posixpath.splitext(posixpath.basename(path))[0] for path in TRACKED}
     for match in NUMBERED.finditer(text):
         if match[1] not in stems:
@@ -72,7 +72,7 @@ def complaints(name: str, text: str) -> Iterator[str]:
 
 
 def _is_here(origin: str, target: str) -> bool:
-    """Whether `target` is a file or folder, from the root or from the file `origin`, or a page that the site makes."""
+    """Return True if `target` exists, relative to the root or the file `origin`, or is a generated page."""
     near = posixpath.normpath(posixpath.join(posixpath.dirname(origin), target))
     pages = posixpath.normpath(posixpath.join("docs", target))
     if any((ROOT / path).exists() for path in (target, near, pages) if not path.startswith("..")):
@@ -81,7 +81,7 @@ def _is_here(origin: str, target: str) -> bool:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_every_reference_leads_somewhere(name: str) -> None:
+def test_every_reference_resolves(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8", errors="replace")
     assert name in EXAMPLES or list(complaints(name, text)) == []
 
@@ -101,7 +101,7 @@ def test_every_reference_leads_somewhere(name: str) -> None:
         "[the source](../koopmon/theory.py#L1)",
     ],
 )
-def test_a_reference_to_nowhere_is_seen(text: str) -> None:
+def test_a_broken_reference_is_found(text: str) -> None:
     assert list(complaints("docs/page.md", text))
 
 
@@ -114,5 +114,5 @@ def test_a_reference_to_nowhere_is_seen(text: str) -> None:
         "HTTP status 404, NaN section",
     ],
 )
-def test_a_reference_to_what_is_here_passes(text: str) -> None:
+def test_a_valid_reference_passes(text: str) -> None:
     assert list(complaints("docs/page.md", text)) == []

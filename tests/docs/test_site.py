@@ -1,4 +1,4 @@
-"""The site builds without a warning, names nobody else's servers, and holds every page that is there."""
+"""The site builds without a warning, loads nothing from other servers, and has every page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def build(site: Path, *options: str, directory: Path = ROOT) -> subprocess.Compl
 
 
 def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """What mkdocs says beside what it does."""
+    """Return the warnings of mkdocs."""
     doing = ("INFO    -  Cleaning site", "INFO    -  Building documentation", "INFO    -  Documentation built")
     return [line for line in done.stderr.split("\n") if line and not line.startswith(doing)]
 
@@ -52,13 +52,13 @@ def html(site: Path) -> Mapping[str, str]:
     return {path.relative_to(site).as_posix(): path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
 
 
-def test_every_page_is_there_and_in_the_navigation(html: Mapping[str, str]) -> None:
+def test_every_page_is_in_the_site_and_its_navigation(html: Mapping[str, str]) -> None:
     pages = {path.relative_to(ROOT / "docs").with_suffix(".html").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert pages | GENERATED <= html.keys()
     assert {page for page in pages | GENERATED if f'href="{page}"' not in html["index.html"]} == set()
 
 
-def test_a_reader_without_a_network_misses_nothing(site: Path, html: Mapping[str, str]) -> None:
+def test_the_site_needs_no_network(site: Path, html: Mapping[str, str]) -> None:
     loaded = {path: set(ELSEWHERE.findall(re.sub(r"<a .*?>", "", text))) for path, text in html.items()}
     assert {path: found for path, found in loaded.items() if found} == {}
     styles = "".join(path.read_text(encoding="utf-8") for path in site.rglob("*.css"))
@@ -68,14 +68,14 @@ def test_a_reader_without_a_network_misses_nothing(site: Path, html: Mapping[str
             assert (site / path).parent.joinpath(image).is_file(), f"{path} shows {image}"
 
 
-def test_files_of_the_tree_come_along(html: Mapping[str, str]) -> None:
+def test_linked_files_of_the_repository_are_in_the_site(html: Mapping[str, str]) -> None:
     assert "class</span><span" in html["tree/tests/packages/echo.html"].replace(" ", "")
     assert 'src="tree/benchmarks/results/reliability.png"' in html["evidence.html"]
     assert "The koopmon protocol, version" in html["reference/protocol.html"]
 
 
 def with_a_page(directory: Path, page: str, text: str) -> subprocess.CompletedProcess[str]:
-    """Builds a copy of the site's sources with a page of one's own."""
+    """Build a copy of the site's sources with an additional page."""
     for path in ROOT.iterdir():
         if path.name in ("docs", "manual"):
             shutil.copytree(path, directory / path.name)
@@ -93,7 +93,7 @@ def test_a_new_recipe_needs_no_line_in_the_navigation(tmp_path: Path) -> None:
     assert 'href="recipes/mine.html"' in (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
 
 
-def test_links_that_lead_nowhere_fail_the_build(tmp_path: Path) -> None:
+def test_broken_links_fail_the_build(tmp_path: Path) -> None:
     done = with_a_page(tmp_path, "mine.md", "# A\n[x](nowhere.md) [y](security.md#nowhere) [z](../nowhere.py)\n")
     assert done.returncode == 1
     for link in ("'nowhere.md'", "'security.md#nowhere'", "'../nowhere.py'"):

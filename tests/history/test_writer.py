@@ -21,8 +21,8 @@ from koopmon.history.reader import DecisionRow, HistoryReader
 from koopmon.history.schema import SCHEMA_VERSION, pack, unpack
 from koopmon.history.writer import HistoryWriter
 from koopmon.spectral import SpectralProfile, profile_states
-from koopmon.wire.messages import Applied, Heartbeat, KssSettings
-from tests.factories import ack, command, hello, record_observation
+from koopmon.wire.messages import Applied, Heartbeat, KssSettings, TrainingStep
+from tests.factories import ack, command, heartbeat, hello, record_observation
 
 RUN, FIRST, SECOND = "job", "aaaaaaaa", "bbbbbbbb"
 
@@ -73,7 +73,7 @@ def decide(store: HistoryWriter, number: int = 0, *, outcome: Any = "pending", s
 
 
 def observe(store: HistoryWriter, step: int = 10, **fields: Any) -> None:
-    seen = {"scalars": {"loss": 2.5, "learning_rate": 0.1, "grad_norm": None}, "observation": {"step": step}}
+    seen = {"loss": 2.5, "learning_rate": 0.1, "observation": {"step": step}}
     judged = {"risk": 0.25, "reason": "calm", "components": {"v": 0.5}}
     record_observation(store, 99.0, step, RUN, FIRST, **{**seen, **judged, **fields})
 
@@ -86,7 +86,12 @@ def test_what_is_recorded_is_read_back(store: HistoryWriter, history: HistoryRea
     store.record_heartbeat(
         2.0,
         Heartbeat(
-            run=RUN, incarnation=FIRST, process_rank=0, step=3, applied=Applied(), loss=math.inf, step_seconds=0.1
+            run=RUN,
+            incarnation=FIRST,
+            process_rank=0,
+            training=TrainingStep(step=3, loss=math.inf),
+            applied=Applied(),
+            step_seconds=0.1,
         ),
     )
     store.record_state(120.0, RUN, FIRST, 0, end_reason="finished")
@@ -102,20 +107,39 @@ def test_what_is_recorded_is_read_back(store: HistoryWriter, history: HistoryRea
     (sent,) = decision.commands
     assert (sent.command, sent.outcome, sent.acked_step, sent.detail) == (command(), "applied", 12, "done")
     (observation,) = history.observations(RUN)
-    assert (observation.loss, observation.grad_norm, observation.risk) == (2.5, None, 0.25)
+    assert (observation.training, observation.risk) == (TrainingStep(step=10, loss=2.5, learning_rate=0.1), 0.25)
     assert (observation.observation, observation.components) == ({"step": 10}, {"v": 0.5})
     (beat,) = history.heartbeats(RUN)
-    assert (beat.step, beat.loss, beat.step_seconds, beat.grad_norm) == (3, math.inf, 0.1, None)
+    assert (beat.training, beat.step_seconds) == (TrainingStep(step=3, loss=math.inf), 0.1)
     assert list(history.decisions("nobody")) == []
 
 
 def test_nan_is_not_unknown(store: HistoryWriter, history: HistoryReader) -> None:
-    observe(store, scalars={"loss": math.nan, "grad_norm": -math.inf}, non_finite=True)
+    observe(store, loss=math.nan, grad_norm=-math.inf, learning_rate=None, non_finite=True)
     store.commit()
     (observation,) = history.observations(RUN)
-    assert observation.loss is not None
-    assert math.isnan(observation.loss)
-    assert (observation.grad_norm, observation.learning_rate, observation.non_finite) == (-math.inf, None, True)
+    training = observation.training
+    assert training.loss is not None
+    assert math.isnan(training.loss)
+    assert (training.grad_norm, training.learning_rate, observation.non_finite) == (-math.inf, None, True)
+
+
+def test_a_store_of_before_a_scalar_is_read_without_it_and_gets_its_column(store: HistoryWriter, path: Path) -> None:
+    observe(store, grad_norm=1.0)
+    store.close()
+    with sqlite3.connect(path) as database:
+        for table in ("observations", "heartbeats"):
+            database.execute(f"ALTER TABLE {table} DROP COLUMN grad_norm")
+    database.close()
+    with HistoryReader.open(path) as history:
+        assert [row.training.grad_norm for row in history.observations(RUN)] == [None]
+    later = HistoryWriter.open(path)
+    observe(later, 11, grad_norm=3.0)
+    later.record_heartbeat(2.0, heartbeat(11, RUN, FIRST, grad_norm=4.0))
+    later.close()
+    with HistoryReader.open(path) as history:
+        assert [row.training.grad_norm for row in history.observations(RUN)] == [None, 3.0]
+        assert [row.training.grad_norm for row in history.heartbeats(RUN)] == [4.0]
 
 
 def test_profiles_survive_and_can_be_completed(store: HistoryWriter, history: HistoryReader) -> None:
@@ -149,13 +173,13 @@ def test_packing_keeps_float32_apart() -> None:
 WRITER = """
 import sys
 from koopmon.history.writer import HistoryWriter
-from koopmon.wire.messages import Command
+from koopmon.wire.messages import Command, TrainingStep
 
 store = HistoryWriter.open(sys.argv[1])
 run, incarnation = "job", "aaaaaaaa"
 number = 0
 while True:
-    store.record_observation(1.0, run, incarnation, number, scalars={}, lr_scale=1.0, kss_alpha=0.0, non_finite=False,
+    store.record_observation(1.0, run, incarnation, TrainingStep(step=number), non_finite=False,
                              observation={}, risk=0.5, reason="", components={})
     command = Command(run=run, incarnation=incarnation, id=f"{number:08x}", kind="stop", reason="", expires_step=1)
     store.record_decision(1.0, run, incarnation, number, phase="alert", reason="because", risk=0.5, commands=[command],

@@ -32,7 +32,6 @@ from koopmon.wire.messages import (
     Applied,
     Command,
     Goodbye,
-    Heartbeat,
     HeartbeatReply,
     MonitorMessage,
     Refused,
@@ -103,8 +102,7 @@ class ScriptedAgent:
 
     def heartbeat(self, step: int = 1, **fields: Any) -> None:
         """Send a heartbeat and wait for its reply."""
-        values = {"process_rank": self.rank, "step": step, "applied": Applied()}
-        self.send(Heartbeat(**self.name, **{**values, **fields}))
+        self.send(factories.heartbeat(step, **self.name, **{"process_rank": self.rank, **fields}))
         self.expect(HeartbeatReply)
 
     def acknowledge(self, command: Command, outcome: Any, applied: Applied, step: int = 1) -> None:
@@ -118,19 +116,21 @@ class ScriptedAgent:
         states = make_states(step) if states is None else states
         shard = Shard(
             **self.name,
-            **{
-                "process_rank": self.rank,
-                "num_senders": self.num_senders,
-                "step": step,
-                "first_point": 0,
-                "num_points": states.shape[0],
-                "num_samples": states.shape[1],
-                "width": states.shape[2],
-                "dtype": "bfloat16",
-                "learning_rate": 0.1,
-                "loss": 2.0,
-                **fields,
-            },
+            **factories.gathered(
+                {
+                    "process_rank": self.rank,
+                    "num_senders": self.num_senders,
+                    "step": step,
+                    "first_point": 0,
+                    "num_points": states.shape[0],
+                    "num_samples": states.shape[1],
+                    "width": states.shape[2],
+                    "dtype": "bfloat16",
+                    "learning_rate": 0.1,
+                    "loss": 2.0,
+                    **fields,
+                }
+            ),
         )
         self.send_data(encode(shard, states))
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from koopmon.errors import ProtocolError
 from koopmon.monitor.assembler import SHARD_OVERHEAD_BYTES, Assembler, Snapshot
-from koopmon.wire.messages import Shard
+from koopmon.wire.messages import Shard, TrainingStep
+from tests.factories import gathered
 
 WIDTH = 4
 INCARNATION = "0123456789abcdef"
@@ -41,13 +42,12 @@ def make_shard(
         incarnation=fields.pop("incarnation", INCARNATION),
         process_rank=rank,
         num_senders=num_senders,
-        step=step,
         first_point=fields.pop("first_point", 0),
         num_points=states.shape[0],
         num_samples=states.shape[1],
         width=fields.pop("width", WIDTH),
         dtype=DTYPES[states.dtype],
-        **fields,
+        **gathered({"step": step, **fields}),
     )
     return shard, list(states)
 
@@ -77,8 +77,8 @@ def test_one_sender_makes_a_snapshot_at_once(dtype: torch.dtype) -> None:
     assert snapshot.states().dtype == torch.float32
     assert torch.equal(snapshot.states(), torch.stack(states).float())
     assert (snapshot.num_points, snapshot.num_samples, snapshot.width) == (3, 2, WIDTH)
-    assert (snapshot.learning_rate, snapshot.loss, snapshot.grad_norm) == (0.1, 2.0, None)
-    assert (snapshot.lr_scale, snapshot.kss_alpha, snapshot.masked, snapshot.num_shards) == (0.5, 0.2, True, 1)
+    assert snapshot.training == TrainingStep(step=1, learning_rate=0.1, loss=2.0, lr_scale=0.5, kss_alpha=0.2)
+    assert (snapshot.masked, snapshot.num_shards) == (True, 1)
 
 
 @given(data=st.data(), num_senders=st.integers(1, 6))
@@ -108,7 +108,7 @@ def test_any_order_any_duplicates_any_loss(data: st.DataObject, num_senders: int
     if snapshots:
         joined = torch.cat([torch.stack(shards[rank][1]) for rank in came], dim=1)
         assert torch.equal(snapshots[0].states(), joined)
-        assert snapshots[0].loss == pytest.approx(sum(came) / len(came))
+        assert snapshots[0].training.loss == pytest.approx(sum(came) / len(came))
         assert snapshots[0].num_shards == len(came)
 
 
@@ -307,8 +307,8 @@ def test_one_rank_with_a_loss_that_is_not_finite_shows(bad: float) -> None:
     bench = Bench()
     bench.add(make_shard(0, num_senders=2, loss=1.0))
     (snapshot,) = bench.add(make_shard(1, num_senders=2, loss=bad))
-    assert snapshot.loss is not None
-    assert math.isnan(snapshot.loss)
+    assert snapshot.training.loss is not None
+    assert math.isnan(snapshot.training.loss)
 
 
 def test_without_states_is_light() -> None:
@@ -324,15 +324,20 @@ def test_the_scalars_of_several_ranks() -> None:
     bench.add(make_shard(2, num_senders=3, learning_rate=0.1, loss=1.0, grad_norm=8.0, lr_scale=0.25, kss_alpha=0.3))
     bench.add(make_shard(0, num_senders=3, learning_rate=0.3, loss=3.0, lr_scale=0.5, kss_alpha=0.1, masked=True))
     (found,) = bench.add(make_shard(1, num_senders=3, learning_rate=0.2, loss=5.0, grad_norm=2.0, masked=True))
-    assert (found.learning_rate, found.loss, found.grad_norm) == (0.3, 3.0, 5.0)
-    assert (found.lr_scale, found.kss_alpha, found.masked, found.num_shards) == (0.5, 0.1, False, 3)
+    assert (found.training.learning_rate, found.training.loss, found.training.grad_norm) == (0.3, 3.0, 5.0)
+    assert (found.training.lr_scale, found.training.kss_alpha, found.masked, found.num_shards) == (0.5, 0.1, False, 3)
 
 
 def test_ranks_without_a_rate_know_none() -> None:
     bench = Bench()
     bench.add(make_shard(0, num_senders=2))
     (found,) = bench.add(make_shard(1, num_senders=2, masked=True))
-    assert (found.learning_rate, found.loss, found.grad_norm, found.masked) == (None, None, None, False)
+    assert (found.training.learning_rate, found.training.loss, found.training.grad_norm, found.masked) == (
+        None,
+        None,
+        None,
+        False,
+    )
 
 
 def test_memory_is_counted_with_the_overhead_of_each_shard() -> None:
@@ -550,4 +555,30 @@ def test_losses_beyond_all_sums_have_a_mean() -> None:
     bench = Bench()
     for rank in range(3):
         found = bench.add(make_shard(rank, num_senders=3, loss=1.5e308))
-    assert found[0].loss == pytest.approx(1.5e308)
+    assert found[0].training.loss == pytest.approx(1.5e308)
+
+
+def test_a_run_counts_from_zero() -> None:
+    """However a step closes: whole, in part, or for want of room."""
+    bench = Bench()
+    assert [found.step for step in range(4) for found in bench.add(make_shard(step=step))] == [0, 1, 2, 3]
+    bench = Bench()
+    for step in range(4):
+        bench.add(make_shard(0, num_senders=2, step=step))
+        assert [found.step for found in bench.assembler.flush()] == [step]
+    bench = Bench(max_bytes=10)
+    for step in range(4):
+        bench.add(make_shard(0, num_senders=2, step=step))
+    assert len(bench.drops) == 4
+
+
+def test_two_points_are_a_stack() -> None:
+    (found,) = joined(make_shard(points=2))
+    assert found.num_points == 2
+
+
+def test_a_shared_point_that_differs_in_one_replica_joins_nothing() -> None:
+    first, second = stages((0, 3), (2, 3)), stages((0, 3), (2, 3))
+    second[1][1][0] = second[1][1][0] + 1.0
+    ranks = [first[0], second[0], first[1], second[1]]
+    assert joined(*[(torch_shard(shard, rank, 4), states) for rank, (shard, states) in enumerate(ranks)]) == []

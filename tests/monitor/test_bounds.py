@@ -22,7 +22,6 @@ from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.assembler import Assembler
 from koopmon.monitor.registry import LAST_STEP, AdmissionError, RunRegistry
 from koopmon.monitor.run_controller import MAX_REPLACED, Answered, Assessment, ControllerCheckpoint, RunController
-from koopmon.monitor.sample import Sample
 from koopmon.risk import online_detector
 from koopmon.risk.loss_zscore import LossZScore
 from koopmon.spectral import SpectralProfile, profile_states
@@ -39,6 +38,7 @@ from koopmon.wire.messages import (
     Hello,
     KssSettings,
     Shard,
+    TrainingStep,
 )
 
 NAME: dict[str, Any] = {"run": "job", "incarnation": "aaaaaaaa"}
@@ -51,9 +51,9 @@ def hello(**fields: Any) -> Hello:
     return Hello(**NAME, **{**values, **words, **fields})
 
 
-def sample(step: int, **fields: Any) -> Sample:
+def sample(step: int, **fields: Any) -> TrainingStep:
     scalars = {"learning_rate": 0.1, "loss": 2.0, "grad_norm": 1.0, "lr_scale": 1.0, "kss_alpha": 0.0}
-    return Sample(step=step, **{**scalars, **fields})
+    return TrainingStep(step=step, **{**scalars, **fields})
 
 
 def make_guard(name: str = "lr", *, memory: bytes | None = None, step: int = 0, **fields: Any) -> RunController:
@@ -241,7 +241,7 @@ def test_every_other_message_at_such_a_step_is_refused_and_leaves_the_run_as_it_
     registry.admit(0.0, hello(step=3), b"peer")
     shape = {"num_senders": 1, "first_point": 0, "num_points": 2, "num_samples": 1, "width": 1, "dtype": "float32"}
     later: list[Any] = [
-        Heartbeat(**NAME, process_rank=0, step=step, applied=Applied(lr_scale=0.5)),
+        Heartbeat(**NAME, process_rank=0, training=TrainingStep(step=step), applied=Applied(lr_scale=0.5)),
         Ack(**NAME, command_id="b" * 8, outcome="applied", step=step, applied=Applied(lr_scale=0.5)),
         Goodbye(**NAME, process_rank=0, step=step),
     ]
@@ -250,7 +250,7 @@ def test_every_other_message_at_such_a_step_is_refused_and_leaves_the_run_as_it_
             registry.on_message(1.0, message, b"peer")
         assert caught.value.reason == "refused"
     with pytest.raises(ProtocolError, match=f"at step {step}"):
-        registry.on_shard(1.0, Shard(**NAME, process_rank=0, step=step, **shape))
+        registry.on_shard(1.0, Shard(**NAME, process_rank=0, training=TrainingStep(step=step), **shape))
     run = registry.get("job")
     assert run is not None
     assert (run.step, run.last_heard, run.applied) == (3, 0.0, Applied())
@@ -348,7 +348,8 @@ def test_a_record_that_cannot_be_written_keeps_no_other_waiting(
     for _ in range(5):
         store.record_applied(0.0, "bad", "aaaaaaaa", 1 << 70, Applied())
         store.record_heartbeat(
-            0.0, Heartbeat(**{**NAME, "run": "bad"}, process_rank=0, step=1 << 70, applied=Applied())
+            0.0,
+            Heartbeat(**{**NAME, "run": "bad"}, process_rank=0, training=TrainingStep(step=1 << 70), applied=Applied()),
         )
         store.record_hello(0.0, msgspec.structs.replace(hello(), run="bad", hostname="\ud800"))
         store.record_applied(0.0, "good", "aaaaaaaa", 3, Applied(lr_scale=0.5))
@@ -379,21 +380,19 @@ def test_losses_and_observables_beyond_what_can_be_summed_make_a_snapshot() -> N
                 **NAME,
                 process_rank=rank,
                 num_senders=num_senders,
-                step=1,
+                training=TrainingStep(step=1, loss=LARGEST, grad_norm=LARGEST),
                 first_point=0,
                 num_points=2,
                 num_samples=3,
                 width=2,
                 dtype="float32",
-                loss=LARGEST,
-                grad_norm=LARGEST,
                 observables={"a": [LARGEST]},
             )
             snapshots += assembler.add(0.0, header, [torch.zeros((3, 2))] * 2)
         assert len(snapshots) == expected
         snapshots += assembler.expire(10.0)
         (snapshot,) = snapshots
-        assert (snapshot.loss, snapshot.grad_norm) == (LARGEST, LARGEST)
+        assert (snapshot.training.loss, snapshot.training.grad_norm) == (LARGEST, LARGEST)
         assert snapshot.observables["a"] == (LARGEST,)
     assert not failures
 

@@ -16,7 +16,17 @@ from koopmon.errors import EndpointError, StoreError
 from koopmon.monitor.daemon import Monitor
 from koopmon.monitor.service import Service
 from koopmon.wire.codec import MAGIC, PREFIX, encode
-from koopmon.wire.messages import Applied, Command, Goodbye, Heartbeat, HeartbeatReply, KssSettings, Refused, Welcome
+from koopmon.wire.messages import (
+    Applied,
+    Command,
+    Goodbye,
+    Heartbeat,
+    HeartbeatReply,
+    KssSettings,
+    Refused,
+    TrainingStep,
+    Welcome,
+)
 
 httpx = pytest.importorskip("httpx")
 
@@ -65,7 +75,9 @@ def test_snapshots_become_metrics_and_history(
     with monitor.history() as history:
         assert [row.step for row in history.profiles("job")] == [1, 3, 5]
         assert [row.step for row in history.observations("job")] == [1, 3, 5]
-        assert [(row.learning_rate, row.loss) for row in history.observations("job")] == [(0.1, 2.0)] * 3
+        assert [(row.training.learning_rate, row.training.loss) for row in history.observations("job")] == [
+            (0.1, 2.0)
+        ] * 3
         assert [row.step for row in history.heartbeats("job")] == [7], "heartbeats are thinned"
 
 
@@ -174,7 +186,9 @@ def test_garbage_on_both_channels_is_counted_and_logged_seldom(
         agent.send_frames(frames)
         agent.send_data(frames)
     agent.send_data([*rubbish[0], b"more", b"frames"])
-    shard_without_frames = encode(Heartbeat(**agent.name, process_rank=0, step=1, applied=Applied()))
+    shard_without_frames = encode(
+        Heartbeat(**agent.name, process_rank=0, training=TrainingStep(step=1), applied=Applied())
+    )
     agent.send_data(shard_without_frames)
     agent.send_frames([PREFIX + b"\x81\xa4type\xa5hello"])
     until(lambda: monitor.sample('messages_rejected_total{reason="garbage"}') == 9)
@@ -190,7 +204,7 @@ def test_garbage_on_both_channels_is_counted_and_logged_seldom(
 def test_another_protocol_version_is_told(start_monitor: Start, connect: Start, until: Until) -> None:
     monitor = start_monitor()
     agent = connect(monitor.addresses.endpoint)
-    frames = encode(Heartbeat(**agent.name, process_rank=0, step=1, applied=Applied()))
+    frames = encode(Heartbeat(**agent.name, process_rank=0, training=TrainingStep(step=1), applied=Applied()))
     header = bytes(frames[0])
     agent.send_frames([MAGIC + bytes([99]) + header[len(PREFIX) :]])
     refused = agent.expect(Refused)
@@ -202,7 +216,7 @@ def test_another_protocol_version_is_told(start_monitor: Start, connect: Start, 
 def test_strangers_and_impostors_are_rejected(start_monitor: Start, connect: Start, until: Until) -> None:
     monitor = start_monitor()
     agent, impostor = connect(monitor.addresses.endpoint), connect(monitor.addresses.endpoint)
-    impostor.send(Heartbeat(**impostor.name, process_rank=0, step=1, applied=Applied()))
+    impostor.send(Heartbeat(**impostor.name, process_rank=0, training=TrainingStep(step=1), applied=Applied()))
     until(lambda: monitor.sample('messages_rejected_total{reason="unknown_run"}') == 1)
     agent.hello()
     impostor.send(Goodbye(**impostor.name, process_rank=0, step=1))
@@ -299,7 +313,7 @@ def test_a_restarted_job_gets_back_what_was_applied(start_monitor: Start, connec
     refused = first.hello()
     assert isinstance(refused, Refused)
     assert "KOOPMON_RUN" in refused.reason
-    first.send(Heartbeat(**first.name, process_rank=0, step=51, applied=held))
+    first.send(Heartbeat(**first.name, process_rank=0, training=TrainingStep(step=51), applied=held))
     until(lambda: monitor.sample('messages_rejected_total{reason="stale_incarnation"}') == 1)
 
 

@@ -16,6 +16,7 @@ from koopmon.monitor import engine as engine_module
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
 from koopmon.spectral import profile_states
+from koopmon.wire.messages import TrainingStep
 
 WAIT_SECONDS = 60.0
 
@@ -26,14 +27,9 @@ def make_snapshot(step: int = 1, run: str = "job", states: torch.Tensor | None =
     return Snapshot(
         run=run,
         incarnation="aaaaaaaa",
-        step=step,
+        training=TrainingStep(step=step),
         blocks=tuple((point[:10], point[10:]) for point in states),
         masked=False,
-        learning_rate=None,
-        loss=None,
-        grad_norm=None,
-        lr_scale=1.0,
-        kss_alpha=0.0,
         num_shards=2,
     )
 

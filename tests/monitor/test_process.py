@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from koopmon.wire.messages import Applied, Heartbeat
+from koopmon.wire.messages import Applied, Heartbeat, TrainingStep
 
 pytestmark = pytest.mark.process
 
@@ -63,7 +63,7 @@ def test_after_a_sudden_death_the_run_is_seen_again(
 
     second = start_monitor(bind=first.addresses.endpoint)
     until(lambda: agent.control.connections == 2)
-    agent.send(Heartbeat(**agent.name, process_rank=0, step=5, applied=held))
+    agent.send(Heartbeat(**agent.name, process_rank=0, training=TrainingStep(step=5), applied=held))
     until(lambda: second.sample('messages_rejected_total{reason="unknown_run"}') == 1)
     welcome = agent.hello(step=5, applied=held)
     assert welcome.restore is None, "this incarnation knows what it has"

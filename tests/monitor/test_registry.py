@@ -11,7 +11,7 @@ from koopmon.config import MonitorConfig
 from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
 from koopmon.monitor.registry import AdmissionError, RunRegistry
-from koopmon.wire.messages import Ack, Applied, Goodbye, Heartbeat, Hello, Shard
+from koopmon.wire.messages import Ack, Applied, Goodbye, Heartbeat, Hello, Shard, TrainingStep
 from tests import factories
 
 FIRST, SECOND = "aaaaaaaa", "bbbbbbbb"
@@ -38,7 +38,7 @@ def shard(incarnation: str = FIRST, step: int = 3) -> Shard:
         incarnation=incarnation,
         process_rank=0,
         num_senders=1,
-        step=step,
+        training=TrainingStep(step=step),
         first_point=0,
         num_points=2,
         num_samples=4,
@@ -158,6 +158,7 @@ def test_only_rank_0_tells_what_is_applied_and_steps_never_fall(registry: RunReg
     registry.admit(0.0, hello(step=4), b"p0")
     registry.admit(0.0, hello(rank=1, applied=Applied(lr_scale=0.1)), b"p1")
     half = Applied(lr_scale=0.5)
-    run = registry.on_message(1.0, heartbeat(0, step=20, applied=half), b"p0")
-    registry.on_message(1.0, heartbeat(1, step=18, applied=Applied(lr_scale=0.25)), b"p1")
+    run = registry.on_message(1.0, heartbeat(0, step=20, applied=half, loss=2.0), b"p0")
+    registry.on_message(1.0, heartbeat(1, step=18, applied=Applied(lr_scale=0.25), loss=3.0), b"p1")
     assert (run.applied, run.step) == (half, 20)
+    assert run.training == TrainingStep(step=20, loss=2.0, lr_scale=0.5)

@@ -13,7 +13,7 @@ import torch
 from koopmon.monitor.http import limits
 from koopmon.telemetry.metrics import REJECTIONS
 from koopmon.wire.codec import MAGIC, PREFIX, encode
-from koopmon.wire.messages import Ack, Applied, Heartbeat, Refused
+from koopmon.wire.messages import Ack, Applied, Heartbeat, Refused, TrainingStep
 
 httpx = pytest.importorskip("httpx")
 
@@ -37,7 +37,7 @@ def version(monitor: Any, connect: Any, patch: Any) -> None:
 
 def direction(monitor: Any, connect: Any, patch: Any) -> None:
     agent = _agent(monitor, connect)
-    agent.send_data(encode(Heartbeat(**agent.name, process_rank=0, step=1, applied=Applied())))
+    agent.send_data(encode(Heartbeat(**agent.name, process_rank=0, training=TrainingStep(step=1), applied=Applied())))
 
 
 def schema(monitor: Any, connect: Any, patch: Any) -> None:
@@ -51,24 +51,26 @@ def size(monitor: Any, connect: Any, patch: Any) -> None:
 
 def shape(monitor: Any, connect: Any, patch: Any) -> None:
     agent = _agent(monitor, connect)
-    beat = encode(Heartbeat(**agent.name, process_rank=0, step=1, applied=Applied()))
+    beat = encode(Heartbeat(**agent.name, process_rank=0, training=TrainingStep(step=1), applied=Applied()))
     agent.send_data([*beat, b"x"])
 
 
 def identity(monitor: Any, connect: Any, patch: Any) -> None:
     _agent(monitor, connect)
     impostor = connect(monitor.addresses.endpoint)
-    impostor.send(Heartbeat(**impostor.name, process_rank=0, step=1, applied=Applied()))
+    impostor.send(Heartbeat(**impostor.name, process_rank=0, training=TrainingStep(step=1), applied=Applied()))
 
 
 def unknown_run(monitor: Any, connect: Any, patch: Any) -> None:
     agent = connect(monitor.addresses.endpoint)
-    agent.send(Heartbeat(**agent.name, process_rank=0, step=1, applied=Applied()))
+    agent.send(Heartbeat(**agent.name, process_rank=0, training=TrainingStep(step=1), applied=Applied()))
 
 
 def stale_incarnation(monitor: Any, connect: Any, patch: Any) -> None:
     agent = _agent(monitor, connect)
-    agent.send(Heartbeat(run="job", incarnation="b" * 8, process_rank=0, step=1, applied=Applied()))
+    agent.send(
+        Heartbeat(run="job", incarnation="b" * 8, process_rank=0, training=TrainingStep(step=1), applied=Applied())
+    )
 
 
 def refused(monitor: Any, connect: Any, patch: Any) -> None:
@@ -102,7 +104,7 @@ def unknown_command(monitor: Any, connect: Any, patch: Any) -> None:
 def flood(monitor: Any, connect: Any, patch: Any) -> None:
     agent = _agent(monitor, connect)
     patch.setattr(monitor.monitor._control._waiting, "_max_bytes", 1)
-    beat = encode(Heartbeat(**agent.name, process_rank=0, step=1, applied=Applied()))
+    beat = encode(Heartbeat(**agent.name, process_rank=0, training=TrainingStep(step=1), applied=Applied()))
     for _ in range(2000):
         agent.control.send(beat)
 

@@ -11,10 +11,9 @@ import torch
 
 from koopmon.config import Config, PolicyConfig, RiskConfig, from_mapping, merged
 from koopmon.monitor.run_controller import RESEND_SECONDS, Answered, Assessment, RunController
-from koopmon.monitor.sample import Sample
 from koopmon.risk.calibration import Calibrator, Example, fit
 from koopmon.spectral import SpectralProfile, profile_states
-from koopmon.wire.messages import Ack, Applied, Command, Hello, KssSettings
+from koopmon.wire.messages import Ack, Applied, Command, Hello, KssSettings, TrainingStep
 from tests import factories
 
 RUN, INCARNATION = "job", "aaaaaaaa"
@@ -24,9 +23,9 @@ def hello(**fields: Any) -> Hello:
     return factories.hello(RUN, INCARNATION, **{"num_layers": 2, **fields})
 
 
-def sample(step: int, **fields: Any) -> Sample:
+def sample(step: int, **fields: Any) -> TrainingStep:
     scalars = {"learning_rate": 0.1, "loss": 2.0, "grad_norm": 1.0, "lr_scale": 1.0, "kss_alpha": 0.0}
-    return Sample(step=step, **{**scalars, **fields})
+    return TrainingStep(step=step, **{**scalars, **fields})
 
 
 def make_guard(config: Config | None = None, *, applied: Applied | None = None, **fields: Any) -> RunController:

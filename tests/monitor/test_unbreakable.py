@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from koopmon.wire.messages import Applied, Heartbeat, Refused, Welcome
+from koopmon.wire.messages import Refused, Welcome
+from tests.factories import heartbeat
 from tests.monitor.conftest import MonitorProcess, ScriptedAgent, wait_until
 
 httpx = pytest.importorskip("httpx")
@@ -66,8 +67,7 @@ def hello_near_the_last_step(agent: ScriptedAgent) -> None:
 def heartbeats_near_the_last_step(agent: ScriptedAgent) -> None:
     agent.hello()
     for step in (LAST - 14, LAST):
-        beat = {"process_rank": 0, "step": step, "applied": Applied(), "dropped": {"not_finite": step}}
-        agent.send(Heartbeat(**agent.name, **beat))
+        agent.send(heartbeat(step, **agent.name, dropped={"not_finite": step}))
 
 
 def a_stack_that_amplifies(agent: ScriptedAgent) -> None:

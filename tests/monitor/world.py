@@ -23,6 +23,7 @@ from koopmon.spectral import profile_states
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.codec import ReceivedShard, encode
 from koopmon.wire.messages import Ack, Applied, Command, Goodbye, Heartbeat, Hello, MonitorMessage, Shard
+from tests.factories import gathered
 
 BAD, GOOD = "bad", "good"
 INCARNATION = "aaaaaaaa"
@@ -81,6 +82,7 @@ class World:
 
     def says(self, run: str, kind: type[Any], **fields: Any) -> None:
         """A message of a run arrives."""
+        fields = gathered(fields) if "training" in kind.__struct_fields__ else fields
         message = kind(run=run, incarnation=INCARNATION, **fields)
         encode(message)
         self.handle(lambda: self.service.on_control(run.encode(), message))
@@ -93,7 +95,7 @@ class World:
     def shard(self, run: str, step: int, **fields: Any) -> None:
         shape = {"first_point": 0, "num_points": 3, "num_samples": 2, "width": 2, "dtype": "bfloat16"}
         values = {"process_rank": 0, "num_senders": 1, "learning_rate": 0.1, "loss": 2.0, "step": step, **shape}
-        header = Shard(run=run, incarnation=INCARNATION, **{**values, **fields})
+        header = Shard(run=run, incarnation=INCARNATION, **gathered({**values, **fields}))
         received = ReceivedShard(header, tuple(memoryview(FRAME) for _ in range(header.num_points)))
         self.handle(lambda: self.service.on_shard(received))
 

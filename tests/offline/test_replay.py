@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,8 +56,8 @@ def recorded(tmp_path: Path) -> Recorder:
                     step,
                     RUN,
                     incarnation,
-                    scalars={"loss": 3.0},
-                    lr_scale=seen.lr_scale,
+                    loss=3.0,
+                    lr_scale=seen.training.lr_scale,
                     observation=seen,
                     risk=risk.value,
                     reason=risk.reason,
@@ -83,6 +84,17 @@ def test_under_its_own_policy_a_run_is_decided_as_it_was(recorded: Recorder) -> 
     assert [row.risk for row in rows] == pytest.approx([row.recorded_risk for row in rows])
     assert any(row.actions for row in rows)
     assert min(row.lr_scale for row in rows) < 1.0
+
+
+def test_a_history_whose_observations_repeat_the_scalars_is_replayed_alike(recorded: Recorder) -> None:
+    """Written before koopmon held them in one object."""
+    path = recorded(policy("lr"))
+    expected = again(path, policy("lr"))
+    flat = "json_patch(json_remove(observation, '$.training'), json_extract(observation, '$.training'))"
+    with sqlite3.connect(path) as database:
+        database.execute(f"UPDATE observations SET observation = {flat}")
+    database.close()
+    assert again(path, policy("lr")) == expected
 
 
 def test_another_policy_does_otherwise(recorded: Recorder) -> None:

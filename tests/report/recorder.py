@@ -14,7 +14,7 @@ from koopmon.history.reader import HistoryReader
 from koopmon.history.writer import HistoryWriter
 from koopmon.report.run_report import RunReport, build_report
 from koopmon.spectral import profile_states
-from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, Heartbeat, KssSettings
+from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, Heartbeat, KssSettings, TrainingStep
 from tests.factories import hello, record_observation
 
 RUN, FIRST = "team/run-1", "0123abcd"
@@ -71,7 +71,8 @@ class Recorder:
             step,
             self.run,
             self.incarnation,
-            scalars={"learning_rate": 0.01, "loss": loss, "grad_norm": None},
+            learning_rate=0.01,
+            loss=loss,
             lr_scale=self.scale,
             kss_alpha=self.alpha,
             non_finite=non_finite,
@@ -142,7 +143,7 @@ class Recorder:
             run=self.run,
             incarnation=self.incarnation,
             process_rank=0,
-            step=step,
+            training=TrainingStep(step=step),
             applied=Applied(lr_scale=self.scale),
             overhead_ratio=overhead_ratio,
             step_seconds=0.2,

@@ -1,11 +1,10 @@
-"""What a history tells of a run, in facts and in words; every history here was written by the real store."""
+"""What a history tells of a run; every history here was written by the real store."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,140 +12,32 @@ import pytest
 from koopmon.errors import StoreError
 from koopmon.history.reader import HistoryReader
 from koopmon.history.schema import pack
-from koopmon.report.narrative import headline, helped
+from koopmon.report.glance import glance
 from koopmon.report.run_report import build_report
+from koopmon.views import spectra
 from tests.report.recorder import NAN, Recorder, guarded
 
 SCHEMA_1 = Path(__file__).parent.parent / "history" / "stores" / "schema-1.sqlite3.gz"
 
 
-@pytest.fixture
-def recorder(tmp_path: Path) -> Iterator[Recorder]:
-    recorder = Recorder(tmp_path / "h.sqlite3")
-    yield recorder
-    recorder.close()
-
-
-def test_a_guarded_run_is_told_in_one_sentence(recorder: Recorder) -> None:
+def test_a_guarded_run(recorder: Recorder) -> None:
     facts = guarded(recorder, profiled=True).facts()
-    assert headline(facts) == (
-        "Risk rose above 0.80 at step 40; the learning rate was halved at step 42; the risk came down, the loss, 4.5 at"
-        " its highest, came back (3 at the alarm, 2.8 at the end); the run ended at step 200."
-    )
     (action,) = facts.actions
-    assert (action.outcome, action.step, action.delay_steps, action.direction) == ("applied", 42, 2, "brake")
+    assert (action.outcome, action.step, action.direction) == ("applied", 42, "restrain")
     effect = action.effect
     assert effect is not None
     assert (effect.verdict, effect.num_before, effect.num_after) == ("helped", 8, 8)
     assert effect.why == "the risk fell, the loss held"
     assert (effect.risk_before, effect.loss_before) == (0.85, 3.0)
     assert [(each.first_step, each.last_step, each.peak) for each in facts.episodes] == [(40, 50, 0.85)]
-    assert [(each.name, each.step) for each in facts.spectra] == [("calm", 8), ("alarm", 40), ("after", 200)]
-    assert len(facts.spectra[0].eigenvalues) == 3
-    assert facts.heatmap is not None
-    assert [len(facts.heatmap.values[name]) for name in facts.heatmap.values] == [3, 3, 3]
+    spectra = facts.profiles.spectra
+    assert [(each.name, each.spectrum.step) for each in spectra] == [("calm", 8), ("alarm", 40), ("after", 200)]
+    assert len(spectra[0].spectrum.eigenvalues) == 3
+    assert {len(values) for values in facts.profiles.columns[0].values.values()} == {3}
     assert facts.state == "ended"
-    assert json.loads(json.dumps(facts.to_dict()))["decisions"][0]["actions"][0]["what"] == "learning rate × 0.5"
-
-
-@pytest.mark.parametrize(
-    ("after", "losses", "verdict", "why"),
-    [
-        ([0.1] * 8, [3.0] * 8, "helped", "the risk fell, the loss held"),
-        ([0.1] * 8, [2.0] * 8, "helped", "the risk fell, the loss fell"),
-        ([0.1] * 8, [None] * 8, "helped", "the risk fell, the loss was not logged"),
-        ([0.9] * 8, [3.0] * 8, "unclear", "the risk held, the loss held"),
-        ([0.9] * 8, [9.0] * 8, "did not help", "the risk held, the loss rose"),
-        ([0.99] * 8, [3.0] * 8, "did not help", "the risk rose, the loss held"),
-        ([0.1] * 2, [3.0] * 2, "cannot be told", "2 snapshots after it, 3 are needed"),
-        ([0.1] * 8, [3.0] * 7 + [NAN], "did not help", "afterwards the states or the loss were not finite"),
-    ],
-)
-def test_whether_it_helped(
-    recorder: Recorder, after: list[float], losses: list[float | None], verdict: str, why: str
-) -> None:
-    recorder.hello()
-    for step in range(10):
-        recorder.saw(step, 0.9, 3.0)
-    recorder.did(9, 0.9, lr_scale=0.5)
-    for index, (risk, loss) in enumerate(zip(after, losses, strict=True)):
-        recorder.saw(11 + index, risk, loss)
-    (action,) = recorder.facts().actions
-    assert action.effect is not None
-    assert (action.effect.verdict, action.effect.why) == (verdict, why)
-
-
-def test_a_brake_that_another_one_followed_was_not_enough_and_giving_back_is_no_brake(recorder: Recorder) -> None:
-    recorder.hello()
-    for step in range(10):
-        recorder.saw(step, 0.9, 3.0)
-    recorder.did(9, 0.9, lr_scale=0.5, after=0)
-    for step in range(10, 15):
-        recorder.saw(step, 0.5, 3.0)
-    recorder.did(14, 0.5, lr_scale=0.25, after=0)
-    for step in range(15, 20):
-        recorder.saw(step, 0.1, 3.0)
-    recorder.did(19, 0.1, lr_scale=0.3, after=0)
-    recorder.saw(20, 0.1, 3.0)
-    first, second, third = recorder.facts().actions
-    assert first.effect is not None
-    assert first.effect.why == "the risk fell, the loss held, and another brake followed at step 14"
-    assert first.effect.verdict == "not enough"
-    assert second.effect is not None
-    assert second.effect.verdict == "helped"
-    assert (third.direction, third.effect) == ("give back", None)
-    assert helped(recorder.facts()).startswith("Of 2 actions that were applied: 1 helped, 1 not enough.")
-
-
-def test_two_actions_close_together_cannot_be_told_apart(recorder: Recorder) -> None:
-    recorder.hello()
-    for step in range(10):
-        recorder.saw(step, 0.9, 3.0)
-    recorder.did(8, 0.9, lr_scale=0.5, after=0)
-    recorder.did(9, 0.9, alpha=0.15, after=0)
-    for step in range(10, 20):
-        recorder.saw(step, 0.1, 3.0)
-    first, second = recorder.facts().actions
-    assert first.effect is not None
-    assert first.effect.verdict == "cannot be told"
-    assert "before the next action at step 9" in first.effect.why
-    assert second.effect is not None
-    assert second.effect.verdict == "helped"
-    assert "KSS was put in force at step 9" in headline(recorder.facts())
-
-
-def test_a_run_that_was_left_alone(recorder: Recorder) -> None:
-    recorder.hello()
-    for step in range(10):
-        recorder.saw(step, 0.01 * step, 3.0)
-    recorder.ended()
-    facts = recorder.facts()
-    assert headline(facts) == (
-        "The risk never reached 0.40 (highest 0.09 at step 9); nothing had to be done; the run ended at step 9."
-    )
-    assert helped(facts).startswith("Nothing that brakes was applied")
-
-
-@pytest.mark.parametrize(
-    ("hello", "outcome", "detail", "said"),
-    [
-        ({}, None, "", "nothing was done, since this job was only watched"),
-        ({"acts": False}, "refused", "watch-only", "1 command came to nothing: refused (watch-only)"),
-        ({}, "expired", "no answer", "1 command came to nothing: expired (no answer)"),
-    ],
-)
-def test_what_was_not_applied_is_not_claimed(
-    recorder: Recorder, hello: dict[str, bool], outcome: str | None, detail: str, said: str
-) -> None:
-    recorder.hello(**hello)
-    for step in range(10):
-        recorder.saw(step, 0.9)
-    recorder.did(9, 0.9, outcome, lr_scale=0.5, detail=detail)  # type: ignore[arg-type]
-    facts = recorder.facts()
-    assert said in headline(facts)
-    assert "the risk was 0.90 at last, what the loss did is not known, since it was not logged" in headline(facts)
-    assert facts.actions[0].effect is None
-    assert "there is nothing to compare" in helped(facts)
+    (command,) = json.loads(json.dumps(facts.to_dict()))["decisions"][0]["commands"]
+    assert (command["what"], command["delay_steps"]) == ("learning rate × 0.5", 2)
+    assert command["effect"]["verdict"] == "helped"
 
 
 def test_a_run_whose_states_were_not_finite(recorder: Recorder) -> None:
@@ -155,8 +46,8 @@ def test_a_run_whose_states_were_not_finite(recorder: Recorder) -> None:
     recorder.saw(2, 0.1, 3.0)
     recorder.saw(3, 1.0, NAN, non_finite=True)
     facts = recorder.facts()
-    assert "from step 3 on the states or the loss were not finite" in headline(facts)
-    assert (facts.spectra, facts.heatmap) == ((), None)
+    assert glance(facts)["States or loss"] == "not finite from step 3 on"
+    assert (facts.profiles.spectra, facts.profiles.columns) == ((), ())
     assert facts.agent.num_not_finite == 1
     assert facts.to_dict()["points"][2]["loss"] is None
 
@@ -164,7 +55,7 @@ def test_a_run_whose_states_were_not_finite(recorder: Recorder) -> None:
 def test_nobody_came(recorder: Recorder) -> None:
     recorder.store.record_state(recorder.began, recorder.run, recorder.incarnation, 1)
     facts = recorder.facts()
-    assert headline(facts) == "No snapshot of this run was judged; the run goes on."
+    assert (glance(facts)["State"], glance(facts)["Risk"]) == ("running", "not known, no snapshot was judged")
     assert facts.launches[0].hello is None
 
 
@@ -183,27 +74,11 @@ def test_a_restart_is_a_second_launch(recorder: Recorder) -> None:
         (0, 9, 10),
         (5, 19, 15),
     ]
-    assert [each.direction for each in facts.actions] == ["brake", "give back"], "the second launch began at 0.5"
+    assert [each.direction for each in facts.actions] == ["restrain", "release"], "the second launch began at 0.5"
     assert facts.actions[0].effect is not None
     assert facts.actions[0].effect.verdict == "cannot be told", "the other launch is no witness of this one"
-    assert headline(facts).endswith("the run goes on in its launch 2 (step 19 at last).")
+    assert (glance(facts)["State"], glance(facts)["Launches"]) == ("running at step 19", "2")
     assert facts.episodes[0].last_step == 9, "what was high ended with its launch"
-
-
-def test_what_fell_silent_and_what_was_left_behind(recorder: Recorder) -> None:
-    recorder.hello()
-    recorder.saw(4, 0.1)
-    assert recorder.facts().state == "running"
-    recorder.store.record_state(recorder.began, recorder.run, recorder.incarnation, 2)
-    assert "fell silent at step 4, without a goodbye" in headline(recorder.facts())
-    recorder.began -= 1000.0
-    recorder.store.record_state(recorder.began, recorder.run, recorder.incarnation, 1)
-    database = sqlite3.connect(recorder.path)
-    recorder.store.commit()
-    database.execute("UPDATE observations SET time = time - 1000")
-    database.commit()
-    database.close()
-    assert "was last heard of at step 4, and its end was not recorded" in headline(recorder.facts())
 
 
 def test_the_forecast_is_that_of_the_detector(recorder: Recorder) -> None:
@@ -211,6 +86,23 @@ def test_the_forecast_is_that_of_the_detector(recorder: Recorder) -> None:
     recorder.saw(1, 0.1, components={"prior": 0.0, "growth": 0.0})
     recorder.saw(2, 0.1, components={"unsteadiness": 1.0})
     assert [point.forecast for point in recorder.facts().points] == [0.5, None]
+
+
+def test_a_long_run_is_thinned_to_the_columns_of_a_page(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectra, "MAX_COLUMNS", 3)
+    recorder.hello()
+    for step in range(7):
+        recorder.saw(step, 0.1 * step, profiled=True)
+    profiles = recorder.facts().profiles
+    assert ([column.step for column in profiles.columns], profiles.num_snapshots) == ([0, 3, 6], 7)
+    with HistoryReader.open(recorder.path) as history:
+        radii = [
+            [layer["spectral_radius"] for layer in row.profile["layers"]]
+            for row in history.profiles(recorder.run)
+            if row.profile
+        ]
+    merged = [sum(values) / 3 for values in zip(*radii[:3], strict=True)]
+    assert list(profiles.columns[0].values["spectral_radius"]) == pytest.approx(merged)
 
 
 def test_snapshots_without_every_rank_are_counted(recorder: Recorder) -> None:
@@ -227,7 +119,8 @@ def test_a_store_of_an_older_schema(tmp_path: Path) -> None:
         for run in history.runs():
             facts = build_report(history, path, run)
             assert facts.points
-            assert headline(facts).endswith(".")
+            assert glance(facts)["State"]
+            assert facts.to_dict()["points"]
 
 
 def test_a_store_that_was_tampered_with_is_one_line(recorder: Recorder) -> None:

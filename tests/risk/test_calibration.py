@@ -1,4 +1,4 @@
-"""The calibrated probability of divergence: what is fitted, what is promised, what is refused."""
+"""Calibrated probability of divergence: the fit, its predictions, and refused input."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from koopmon.risk.normalization import normalization_from_exponent
 
 
 def sweep(num_runs: int = 300, *, seed: int = 0, slope: float = 8.0) -> list[Example]:
-    """Runs that diverge by chance, logistic in the rate; the critical one rises with the brake, falls with size."""
+    """Draw runs with logistic outcomes. The critical rate rises with normalisation and falls with the width."""
     draw = random.Random(seed)
     examples = []
     for _ in range(num_runs):
@@ -48,7 +48,7 @@ def sweep(num_runs: int = 300, *, seed: int = 0, slope: float = 8.0) -> list[Exa
     return examples
 
 
-def test_the_fit_is_the_maximum_of_the_penalised_likelihood() -> None:
+def test_the_fit_maximises_the_penalised_likelihood() -> None:
     examples = sweep()
     calibrator = fit(examples)
     rows = [example.features() for example in examples]
@@ -66,7 +66,7 @@ def test_the_fit_is_the_maximum_of_the_penalised_likelihood() -> None:
     assert [*calibrator.weights, calibrator.intercept] == pytest.approx(list(best.x), abs=1e-3)
 
 
-def test_it_is_calibrated_on_runs_that_it_never_saw() -> None:
+def test_calibration_holds_on_new_runs() -> None:
     calibrator = fit(sweep())
     others = sweep(3000, seed=1)
     for low in (0.0, 0.25, 0.5, 0.75):
@@ -75,7 +75,7 @@ def test_it_is_calibrated_on_runs_that_it_never_saw() -> None:
         assert sum(e.diverged for e in chosen) / len(chosen) == pytest.approx(mean, abs=0.08)
 
 
-def test_a_higher_rate_is_never_safer() -> None:
+def test_probability_never_falls_with_the_rate() -> None:
     backwards = [
         Example(update_exponent=i / 40, learning_rate=10 ** (-4 + i / 20), width=64, num_layers=4, diverged=i < 20)
         for i in range(40)
@@ -86,7 +86,7 @@ def test_a_higher_rate_is_never_safer() -> None:
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.5, 0.9])
-def test_the_highest_rate_has_the_probability_that_was_asked_for(probability: float) -> None:
+def test_max_learning_rate_has_the_given_probability(probability: float) -> None:
     calibrator = fit(sweep())
     model = Example(update_exponent=0.4, learning_rate=1.0, width=128, num_layers=4)
     rate = calibrator.max_learning_rate(model, probability)
@@ -100,7 +100,7 @@ def test_separable_runs_give_finite_weights() -> None:
     assert all(math.isfinite(w) and abs(w) < 1e3 for w in calibrator.weights)
 
 
-def test_too_few_or_one_sided_runs_are_refused() -> None:
+def test_too_few_runs_or_one_outcome_are_refused() -> None:
     with pytest.raises(CalibrationError, match="at least 20"):
         fit(sweep(10))
     healthy = [Example(update_exponent=0.1, learning_rate=0.01, width=64, num_layers=4) for _ in range(30)]
@@ -110,7 +110,7 @@ def test_too_few_or_one_sided_runs_are_refused() -> None:
         fit(sweep()).max_learning_rate(healthy[0], 1.0)
 
 
-def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_save_and_load_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "calibrator.json"
     calibrator = fit(sweep(), held_out_error=0.03, provenance={"runs": "sweep", "seed": 0})
     save(calibrator, path)
@@ -128,9 +128,7 @@ def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
         (None, "truncated"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused_by_name(
-    tmp_path: Path, change: dict[str, object] | None, says: str
-) -> None:
+def test_an_invalid_file_is_refused_with_its_path(tmp_path: Path, change: dict[str, object] | None, says: str) -> None:
     path = tmp_path / "calibrator.json"
     save(fit(sweep()), path)
     if change is None:
@@ -143,7 +141,7 @@ def test_a_file_that_does_not_fit_is_refused_by_name(
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_or_irregular_file_is_refused_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"nowhere\.json: No such file"):
         load(tmp_path / "nowhere.json")
     os.mkfifo(tmp_path / "fifo")
@@ -152,7 +150,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
             load(path)
 
 
-def test_features_are_as_named() -> None:
+def test_features_match_their_names() -> None:
     example = Example(update_exponent=0.25, learning_rate=0.001, width=100, num_layers=10)
     assert example.features() == pytest.approx((0.0, 0.75))
     assert Calibrator.__struct_fields__[0] == "version"
@@ -169,11 +167,11 @@ def test_reliability_counts_every_run_once() -> None:
     assert rows == [(pytest.approx(0.055), 0.5, 2), (pytest.approx(0.975), 0.5, 2)]
 
 
-def test_held_out_runs_have_no_part_in_their_own_probability() -> None:
+def test_held_out_excludes_the_group_of_a_run() -> None:
     examples = sweep()
     wrong = [replace(e, diverged=not e.diverged) if e.width == 64 else e for e in examples]
-    told = zip(examples, held_out(examples), held_out(wrong), strict=True)
-    assert all(honest == misled for example, honest, misled in told if example.width == 64)
+    pairs = zip(examples, held_out(examples), held_out(wrong), strict=True)
+    assert all(honest == misled for example, honest, misled in pairs if example.width == 64)
     halves = [index % 2 for index in range(len(examples))]
     models = [fit([e for e, half in zip(examples, halves, strict=True) if half != out]) for out in (0, 1)]
     assert held_out(examples, halves) == [models[half].probability(e) for e, half in zip(examples, halves, strict=True)]
@@ -181,7 +179,7 @@ def test_held_out_runs_have_no_part_in_their_own_probability() -> None:
     assert calibration_error([e.diverged for e in alone], held_out(alone)) < 0.1
 
 
-def test_beyond_what_was_tried_nothing_is_known() -> None:
+def test_a_rate_above_the_highest_of_the_fit_is_not_covered() -> None:
     examples = sweep()
     calibrator = fit(examples)
     highest = max(example.effective_rate for example in examples)
@@ -350,3 +348,15 @@ def test_runs_of_two_sizes_form_two_groups_and_runs_of_one_size_ten() -> None:
 def test_the_diagram_has_ten_bins() -> None:
     probabilities = [0.05 + 0.1 * index for index in range(10)]
     assert reliability([True] * 10, probabilities) == [(pytest.approx(p), 1.0, 1) for p in probabilities]
+
+
+def test_a_fit_on_which_full_steps_run_away_converges() -> None:
+    """Rates of heavy tails and a few normalised models, which never diverge."""
+    draw, examples = random.Random(8162), []
+    for _ in range(400):
+        log_rate = min(max(math.tan(math.pi * (draw.random() - 0.5)), -30.0), 29.0)
+        normalised = draw.random() < 0.02
+        logit = min(max(20 * log_rate - 40 * normalised + 3, -50.0), 50.0)
+        diverged = draw.random() < 1 / (1 + math.exp(-logit))
+        examples.append(replace(effective(10.0**log_rate, exponent=1.0 - normalised), diverged=diverged))
+    assert max(map(abs, gradient(fit(examples), examples))) < 1e-6

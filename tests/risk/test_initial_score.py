@@ -1,4 +1,4 @@
-"""The initial score and its degenerate case, on real profiles of states of known spectrum."""
+"""Initial score and its degenerate case, on profiles of states with a known spectrum."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def test_the_level_follows_the_near_unit_mass(values: list[float], level: str) -
     assert (risk.svd_rank, risk.num_samples) == (None, 200)
 
 
-def test_an_identity_is_unknown_and_never_high() -> None:
+def test_an_identity_has_the_level_unknown() -> None:
     states = [torch.randn(200, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))] * 4
     risk = initial_risk(profile_states(states))
     assert not risk.informative

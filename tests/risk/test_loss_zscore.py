@@ -1,4 +1,4 @@
-"""The loss's surprise is its z-score against the run's own last losses, whatever is logged and however seldom."""
+"""z-score of the logged loss against the last losses of the run, for any values and any logging interval."""
 
 import math
 import statistics
@@ -11,33 +11,33 @@ from koopmon.risk.loss_zscore import LARGEST, MIN_LOSSES, WINDOW, LossZScore
 
 
 def follow(losses: list[float | None]) -> LossZScore:
-    surprise = LossZScore()
+    score = LossZScore()
     for loss in losses:
-        surprise = surprise.after(loss)
-    return surprise
+        score = score.after(loss)
+    return score
 
 
-def test_it_is_the_z_score_against_the_window_before() -> None:
+def test_value_is_the_z_score_against_the_window() -> None:
     losses = [3.0 - 0.01 * step + 0.003 * (step % 3) for step in range(30)]
     before = losses[-WINDOW:]
     deviation = statistics.pstdev(before) + 1e-3 * statistics.fmean(before)
     assert follow([*losses, 3.5]).value == pytest.approx((3.5 - statistics.fmean(before)) / deviation)
-    assert follow(losses).value < 0, "a loss that falls does not surprise"
+    assert follow(losses).value < 0, "a falling loss has a negative z-score"
 
 
-def test_nothing_surprises_before_enough_is_known() -> None:
+def test_value_is_zero_with_too_few_losses() -> None:
     assert follow([3.0, 2.9, 2.8, 2.7, 99.0]).value == 0.0
     assert follow([3.0, 2.9, 2.8, 2.7, 2.6, 99.0]).value > 100.0
     assert MIN_LOSSES == 5
 
 
-def test_the_same_loss_again_and_no_loss_are_no_news() -> None:
+def test_a_repeated_or_missing_loss_changes_nothing() -> None:
     seldom = [loss for step in range(12) for loss in [3.0 - 0.1 * (step % 4)] * 10]
     assert follow(seldom) == follow(seldom[::10])
     assert follow([*seldom, None]) == follow(seldom)
 
 
-def test_a_loss_that_is_not_finite_is_the_largest_surprise_and_not_remembered() -> None:
+def test_a_non_finite_loss_has_the_largest_value_and_is_not_stored() -> None:
     calm = follow([3.0, 2.9, 3.1, 2.8, 3.0, 2.9, 3.05])
     for bad in (math.nan, math.inf):
         assert calm.after(bad).value == LARGEST

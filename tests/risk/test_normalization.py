@@ -1,4 +1,4 @@
-"""From the update exponent to a brake between 0 and 1."""
+"""Normalisation strength between 0 and 1 from the update exponent."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from koopmon import profile
 from koopmon.risk.normalization import NORMALIZED, UNNORMALIZED, normalization_from_exponent
 
 
-def test_it_is_whole_below_none_above_and_linear_between() -> None:
+def test_strength_is_one_then_linear_then_zero() -> None:
     exponents = (-1.0, 0.0, NORMALIZED, (NORMALIZED + UNNORMALIZED) / 2, UNNORMALIZED, 1.0, 3.0)
     assert [normalization_from_exponent(k) for k in exponents] == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("initialisation", ["gpt2", "torch"])
 @pytest.mark.parametrize("norm", [norm for norm in NORMS if norm != "rezero"])
-def test_it_tells_residual_schemes_apart_whatever_the_initialisation(norm: str, initialisation: str) -> None:
+def test_it_separates_residual_schemes_at_any_initialisation(norm: str, initialisation: str) -> None:
     model = Decoder(norm, width=64, num_layers=3, initialisation=initialisation)  # type: ignore[arg-type]
     tokens, _ = associative_recall(32, seed=0)
     found = profile(model, tokens, num_samples=512, svd_rank=16)

@@ -1,4 +1,4 @@
-"""The online detector: calm growth scores low, lurching layers score high, and the bounds hold for any input."""
+"""Online detector: smooth growth scores low, jumping layers score high, and the bounds hold for any input."""
 
 import math
 import random
@@ -23,12 +23,14 @@ from koopmon.risk.online_detector import (
     rate_excess,
     weighed,
 )
+from koopmon.wire.messages import TrainingStep
+from tests.factories import observation
 
 CONFIG = RiskConfig()
 
 
 def seen(step: int, ratios: tuple[float, ...], exponent: float = 1.0, **fields: Any) -> Observation:
-    return Observation(step=step, informative=True, update_ratios=ratios, update_exponent=exponent, **fields)
+    return observation(step, update_ratios=ratios, update_exponent=exponent, **fields)
 
 
 def follow(series: list[tuple[int, tuple[float, ...]]], exponent: float = 1.0, **fields: Any) -> list[OnlineRisk]:
@@ -44,7 +46,7 @@ def test_smooth_growth_by_a_hundredfold_is_calm() -> None:
     assert max(risk.value for risk in follow(series)) < 0.05
 
 
-def test_one_layer_that_lurches_for_one_step_is_an_alarm() -> None:
+def test_a_jump_of_one_layer_for_one_step_is_an_alarm() -> None:
     calm = [(step, (0.5, 0.6, 0.7, 0.7)) for step in range(20)]
     flare = [(20, (0.5, 0.6, 0.7, 20.8)), (21, (0.5, 0.6, 0.7, 0.3))]
     risks = follow(calm + flare)
@@ -54,21 +56,21 @@ def test_one_layer_that_lurches_for_one_step_is_an_alarm() -> None:
     assert risks[21].value > 0.9
 
 
-def test_lasting_unrest_without_a_great_lurch_is_an_alarm_until_the_rate_is_cut() -> None:
-    restless = [(step, (2.0 if step % 2 else 3.2,)) for step in range(60)]
-    risks = follow(restless)
+def test_many_small_jumps_are_an_alarm_until_a_back_off() -> None:
+    jumps = [(step, (2.0 if step % 2 else 3.2,)) for step in range(60)]
+    risks = follow(jumps)
     assert max(risk.value for risk in risks[:5]) < 0.5
     assert risks[-1].value > 0.5
     assert risks[-1].components["lasting"] > 1 > (risks[-1].components["peak"] + risks[-1].components["speed"]) / 2
     state = RiskState()
-    for step, ratios in restless:
+    for step, ratios in jumps:
         state, _ = assess(state, seen(step, ratios), CONFIG)
-    state, after = assess(state, replace(seen(60, (3.2,)), lr_scale=0.5), CONFIG)
+    state, after = assess(state, seen(60, (3.2,), lr_scale=0.5), CONFIG)
     assert after.value < 0.5
     assert state.restlessness < 0.1
 
 
-LURCH = [(0, (1.0, 1.0)), (1, (1.0, 3.0)), (2, (1.0, 1.0))]
+JUMP = [(0, (1.0, 1.0)), (1, (1.0, 3.0)), (2, (1.0, 1.0))]
 
 
 def log_odds(probability: float) -> float:
@@ -77,9 +79,7 @@ def log_odds(probability: float) -> float:
 
 def at_rate(rate: float | None, exponent: float | None = 1.0, **fields: Any) -> Observation:
     """A rate of a model of width 10 and 4 layers."""
-    return Observation(
-        step=0, informative=True, learning_rate=rate, width=10, num_layers=4, update_exponent=exponent, **fields
-    )
+    return observation(0, learning_rate=rate, width=10, num_layers=4, update_exponent=exponent, **fields)
 
 
 @pytest.mark.parametrize(
@@ -98,12 +98,12 @@ def test_the_prior_rises_with_the_rate_within_its_bounds(exponent: float | None,
 
 @pytest.mark.parametrize("fields", [{"learning_rate": None}, {"width": None}, {"width": 0}])
 def test_an_unknown_rate_says_nothing(fields: dict[str, Any]) -> None:
-    observation = replace(at_rate(1.0), **fields)
-    assert prior(observation, CONFIG) == 0.0
-    assert rate_excess(observation, CONFIG) is None
+    case = observation(0, **{"learning_rate": 1.0, "width": 10, "num_layers": 4, "update_exponent": 1.0, **fields})
+    assert prior(case, CONFIG) == 0.0
+    assert rate_excess(case, CONFIG) is None
 
 
-def test_the_excess_is_that_of_the_scheduled_rate() -> None:
+def test_excess_uses_the_scheduled_rate() -> None:
     whole, halved = (rate_excess(at_rate(0.3, lr_scale=scale), CONFIG) for scale in (1.0, 0.5))
     assert whole == halved == pytest.approx(0.3 * 40 / CONFIG.critical_rate)
     bare, behind_norms = (rate_excess(at_rate(0.3, exponent), CONFIG) for exponent in (1.0, 0.0))
@@ -112,28 +112,28 @@ def test_the_excess_is_that_of_the_scheduled_rate() -> None:
     assert behind_norms == pytest.approx(0.3 * 10 / CONFIG.normalized_critical_rate)
     assert partly == pytest.approx(math.sqrt(bare * behind_norms)), "half way between the two"
     _, unknown = assess(RiskState(), replace(at_rate(3.0, None), update_ratios=(1.0,)), CONFIG)
-    assert unknown.excess_rate is None, "nobody knows which critical rate is that of these layers"
+    assert unknown.excess_rate is None, "the critical rate of these layers is unknown"
 
 
-def test_the_rate_in_force_counts() -> None:
+def test_the_prior_uses_the_rate_in_force() -> None:
     whole, halved = (prior(at_rate(0.02, lr_scale=scale), CONFIG) for scale in (1.0, 0.5))
     assert whole - halved == pytest.approx(CONFIG.prior_slope * math.log10(2))
 
 
 CLIMB = [(step, (0.5 * 1.8**step, 0.6)) for step in range(12)]
-"""As when one layer takes over the stream."""
+"""Update ratios of a run in which one layer dominates the stream."""
 
 
-def test_evidence_decides_in_normalised_layers_whatever_the_rate() -> None:
+def test_evidence_overrules_the_rate_for_normalised_layers() -> None:
     low, high = (follow(CLIMB, 0.0, learning_rate=rate, width=10)[-1] for rate in (1e-9, 1.0))
     assert log_odds(high.value) - log_odds(low.value) == pytest.approx(2 * CONFIG.normalized_weight)
-    assert low.components["prior"] == CONFIG.min_prior, "the forecast still goes by all of it"
+    assert low.components["prior"] == CONFIG.min_prior, "the forecast uses the whole prior"
     bare = [follow(CLIMB, learning_rate=rate, width=10)[-1] for rate in (1e-9, 1.0)]
     assert log_odds(bare[1].value) - log_odds(bare[0].value) == pytest.approx(CONFIG.max_prior - CONFIG.min_prior)
 
 
 @pytest.mark.parametrize(("exponent", "factor"), [(0.0, 0.5), (1.0, 1.0)])
-def test_normalised_layers_have_a_scale_of_their_own(exponent: float, factor: float) -> None:
+def test_normalised_layers_have_their_own_scale(exponent: float, factor: float) -> None:
     found = []
     for config in (CONFIG, RiskConfig(normalized_scale=2 * CONFIG.normalized_scale)):
         state = RiskState()
@@ -152,7 +152,7 @@ def test_a_climb_of_normalised_layers_is_an_alarm() -> None:
 
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("height", [2.0, 5.0, 20.0])
-def test_one_odd_snapshot_of_normalised_layers_is_no_alarm(layer: int, height: float) -> None:
+def test_one_unusual_snapshot_of_normalised_layers_is_no_alarm(layer: int, height: float) -> None:
     series = [(step, (0.5, 0.6)) for step in range(20)]
     odd = tuple(ratio * (height if index == layer else 1.0) for index, ratio in enumerate((0.5, 0.6)))
     series[10] = (10, odd)  # type: ignore[assignment]
@@ -161,13 +161,13 @@ def test_one_odd_snapshot_of_normalised_layers_is_no_alarm(layer: int, height: f
         assert max(risk.value for risk in follow(series)) > 0.4, "without normalisation it is one"
 
 
-def test_without_a_lurch_there_is_no_risk_whatever_is_known_beforehand() -> None:
+def test_without_a_change_the_risk_is_zero_at_any_prior() -> None:
     risks = follow([(step, (1.0, 1.0)) for step in range(30)], learning_rate=1e6, width=1)
     assert max(risk.value for risk in risks) == 0.0
     assert risks[0].forecast == pytest.approx(1 / (1 + math.exp(-CONFIG.max_prior))), "but there is a warning"
 
 
-def test_the_forecast_rises_as_the_expansive_mass_grows() -> None:
+def test_the_forecast_rises_with_the_expansive_mass() -> None:
     state, forecasts = RiskState(), []
     for step, mass in enumerate((0.02, 0.02, 0.1, 0.5, 0.02)):
         state, risk = assess(state, seen(step, (1.0,), expansive_mass=mass), CONFIG)
@@ -177,7 +177,7 @@ def test_the_forecast_rises_as_the_expansive_mass_grows() -> None:
     assert log_odds(forecasts[3]) == pytest.approx(math.log(0.51 / 0.03))
 
 
-def test_a_logged_loss_makes_the_forecast() -> None:
+def test_the_forecast_uses_a_logged_loss() -> None:
     losses = [3.0 + 0.01 * (step % 3) for step in range(12)] + [3.2]
     plain, told = RiskState(), RiskState()
     for step, loss in enumerate(losses):
@@ -198,20 +198,20 @@ def test_a_logged_loss_makes_the_forecast() -> None:
 
 
 @given(reliable=st.floats(0, 1), weight=st.floats(0, 1))
-def test_unreliable_modes_weaken_the_evidence_where_a_family_says_so(reliable: float, weight: float) -> None:
+def test_reliability_weight_scales_the_unsteadiness(reliable: float, weight: float) -> None:
     config = RiskConfig(reliability_weight=weight)
     before, _ = assess(RiskState(), seen(0, (1.0, 1.0)), CONFIG)
-    lurch = seen(1, (1.0, 3.0))
-    _, plain = assess(before, lurch, CONFIG)
-    _, same = assess(before, replace(lurch, reliable_mode_ratio=reliable), CONFIG)
-    _, weighed = assess(before, replace(lurch, reliable_mode_ratio=reliable), config)
+    jump = seen(1, (1.0, 3.0))
+    _, plain = assess(before, jump, CONFIG)
+    _, same = assess(before, replace(jump, reliable_mode_ratio=reliable), CONFIG)
+    _, weighed = assess(before, replace(jump, reliable_mode_ratio=reliable), config)
     assert same.value == plain.value, "no other family is touched"
     factor = 1 - weight * (1 - reliable)
     assert weighed.components["unsteadiness"] == pytest.approx(plain.components["unsteadiness"] * factor)
     assert ("reliable modes" in weighed.reason) == (factor < 1)
 
 
-def test_the_components_are_what_the_definition_says() -> None:
+def test_components_match_their_definition() -> None:
     ratios = [(0.1, 0.3), (0.4, 0.2), (0.5, 1.5)]
     risk = follow([(2 * i, r) for i, r in enumerate(ratios)])[-1]
     z = [[math.log(u + CONFIG.update_ratio_floor) for u in r] for r in ratios]
@@ -237,15 +237,17 @@ def test_a_sparse_cadence_does_not_hide_an_oscillation() -> None:
     )
 
 
-def test_states_that_are_not_finite_are_the_highest_risk_and_leave_the_history_alone() -> None:
+def test_non_finite_states_have_risk_one_and_keep_the_history() -> None:
     state, _ = assess(RiskState(), seen(0, (0.1,)), CONFIG)
-    after, risk = assess(state, Observation(step=1, informative=False, non_finite=True), CONFIG)
+    after, risk = assess(state, Observation(training=TrainingStep(step=1), informative=False, non_finite=True), CONFIG)
     assert risk.value == 1.0
     assert after == state
 
 
 def test_an_identity_initialisation_is_no_risk() -> None:
-    still = Observation(step=3, informative=False, reason="layers do not move", update_ratios=(0.0,))
+    still = Observation(
+        training=TrainingStep(step=3), informative=False, reason="layers do not move", update_ratios=(0.0,)
+    )
     state, risk = assess(RiskState(), still, CONFIG)
     assert risk.value == 0.0
     assert "layers do not move" in risk.reason
@@ -253,7 +255,7 @@ def test_an_identity_initialisation_is_no_risk() -> None:
 
 
 @pytest.mark.parametrize("again", [seen(5, (0.1,)), seen(3, (0.1,)), seen(6, (0.1, 0.2))])
-def test_a_step_that_goes_back_or_another_depth_starts_afresh(again: Observation) -> None:
+def test_an_earlier_step_or_another_depth_resets_the_history(again: Observation) -> None:
     state, _ = assess(RiskState(), seen(5, (9.0,)), CONFIG)
     state, risk = assess(state, again, CONFIG)
     assert risk.value == 0.0
@@ -274,7 +276,7 @@ def test_the_risk_is_always_a_probability(ratios: list[tuple[float, float]], sha
 
 def test_observations_are_frozen_copies() -> None:
     first = seen(0, (0.1,))
-    assert replace(first, step=1) != first
+    assert replace(first, informative=False) != first
 
 
 def test_the_excess_is_one_at_the_critical_rate_of_the_configuration() -> None:
@@ -310,7 +312,7 @@ def test_the_prior_counts_within_its_weight_behind_normalisation(
 
 
 def test_states_that_are_not_finite_have_the_highest_forecast() -> None:
-    _, risk = assess(RiskState(), Observation(step=1, informative=False, non_finite=True), CONFIG)
+    _, risk = assess(RiskState(), observation(step=1, informative=False, non_finite=True), CONFIG)
     assert (risk.value, risk.forecast) == (1.0, 1.0)
 
 
@@ -374,7 +376,7 @@ def test_unknown_modes_count_as_reliable() -> None:
     found = []
     for weight in (0.0, 0.7):
         state = RiskState()
-        for step, ratios in LURCH:
+        for step, ratios in JUMP:
             state, risk = assess(state, seen(step, ratios), RiskConfig(reliability_weight=weight))
         found.append(risk.components["unsteadiness"])
     assert found[0] == found[1] > 0

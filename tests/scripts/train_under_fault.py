@@ -118,7 +118,7 @@ def train(args: argparse.Namespace, orders: Orders, log: str, run: str | None = 
             if agent is not None:
                 agent.log(loss=loss)
             checksum = digest(plain) if step % DIGEST_EVERY == 0 else ""
-            version = -1 if agent is None or agent._runtime is None else agent._runtime.actuator.state.version
+            version = -1 if agent is None or agent._runtime is None else agent._runtime.lifecycle.state.control.version
             file.write(
                 str(Line(step, float(loss.detach()).hex(), rates[-1].hex(), version, time.monotonic(), checksum))
             )

@@ -1,4 +1,4 @@
-"""One thread in the linear algebra, numpy's too: these tests run beside each other."""
+"""Use one thread for linear algebra, also in numpy, because the tests run in parallel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 try:
     from threadpoolctl import threadpool_limits
-except ModuleNotFoundError:  # of the extra `dev`: without it numpy takes its own number of threads
+except ModuleNotFoundError:  # part of the extra `dev`; without it numpy uses its own number of threads
     threadpool_limits = nullcontext
 
 

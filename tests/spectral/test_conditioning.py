@@ -1,4 +1,4 @@
-"""Eigenvalues to 1e-6 where x is nearly singular: its condition number must not enter squared."""
+"""Accuracy of 1e-6 for a nearly singular x: its condition number must not enter squared."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Input data condition number:User
 
 
 def set_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """The largest distance between partners of the best matching of two sets of eigenvalues."""
+    """Return the largest distance in the best matching of two sets of eigenvalues."""
     assert len(first) == len(second)
     cost = np.abs(np.asarray(first)[:, None] - np.asarray(second)[None, :])
     return float(cost[linear_sum_assignment(cost)].max())
 
 
 def pydmd_eigenvalues(x: np.ndarray, y: np.ndarray, svd_rank: int = -1) -> np.ndarray:
-    """PyDMD's eigenvalues of centred data; rows are samples here, columns there."""
+    """Return PyDMD's eigenvalues of centred data. Rows are samples here; columns are samples in PyDMD."""
     return DMD(svd_rank=svd_rank).fit((x - x.mean(0)).T, (y - y.mean(0)).T).eigs
 
 
@@ -37,8 +37,8 @@ def rotations(radii: np.ndarray, angles: np.ndarray) -> np.ndarray:
     )
 
 
-def test_an_ill_conditioned_x_does_not_spoil_the_eigenvalues() -> None:
-    """Standard deviations over five orders of magnitude: the square of that would not leave 1e-6."""
+def test_eigenvalues_are_accurate_for_an_ill_conditioned_x() -> None:
+    """The standard deviations span five orders of magnitude. Their square would lose the accuracy of 1e-6."""
     rng = np.random.default_rng(3)
     frame = np.linalg.qr(rng.standard_normal((WIDTH, WIDTH)))[0]
     x = rng.standard_normal((SAMPLES, WIDTH)) @ np.diag(np.geomspace(1e3, 1e-2, WIDTH)) @ frame
@@ -48,7 +48,7 @@ def test_an_ill_conditioned_x_does_not_spoil_the_eigenvalues() -> None:
     assert set_distance(profile.eigenvalues.numpy(), pydmd_eigenvalues(x, y)) < 1e-6
 
 
-def test_a_trajectory_in_time_is_as_good_as_independent_samples() -> None:
+def test_a_trajectory_gives_the_same_accuracy_as_independent_samples() -> None:
     rng = np.random.default_rng(4)
     a = rotations(np.full(6, 0.999), np.linspace(0.3, 2.6, 6))
     orbit = [rng.standard_normal(12)]

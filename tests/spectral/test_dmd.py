@@ -1,4 +1,4 @@
-"""Eigenvalues of the whitened operator: against PyDMD, against known spectra, and what must not change them."""
+"""Eigenvalues of the whitened operator against PyDMD and known spectra, and their invariances."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def orthogonal(width: int, seed: int) -> Tensor:
 
 
 def set_distance(found: Tensor | np.ndarray, wanted: Tensor | np.ndarray) -> float:
-    """The largest distance between partners when two sets of eigenvalues are matched one to one."""
+    """Return the largest distance in the best one-to-one matching of two sets of eigenvalues."""
     found, wanted = np.asarray(found), np.asarray(wanted)
     assert found.shape == wanted.shape
     distances = np.abs(found[:, None] - wanted[None, :])
@@ -42,7 +42,7 @@ def set_distance(found: Tensor | np.ndarray, wanted: Tensor | np.ndarray) -> flo
 
 
 def oracle(x: Tensor, y: Tensor, svd_rank: int = -1) -> np.ndarray:
-    """PyDMD's eigenvalues on centred data; -1 is full rank."""
+    """Return PyDMD's eigenvalues of centred data; the rank -1 is full rank."""
     dmd = DMD(svd_rank=svd_rank)
     dmd.operator.compute_operator((x - x.mean(0)).T.numpy(), (y - y.mean(0)).T.numpy())
     return dmd.operator.eigenvalues
@@ -53,14 +53,14 @@ def random_system() -> Tensor:
 
 
 def non_normal_system() -> Tensor:
-    """Distinct eigenvalues, a strictly upper part that dwarfs their gaps, in a turned basis."""
+    """Build an operator with distinct eigenvalues and a large strictly upper part, in a rotated basis."""
     turn = orthogonal(WIDTH, seed=2)
     triangle = torch.diag(torch.linspace(0.3, 1.2, WIDTH, dtype=torch.float64))
     return turn @ (triangle + torch.diag(torch.full((WIDTH - 1,), 0.5, dtype=torch.float64), 1)) @ turn.T
 
 
 def rotation_system() -> Tensor:
-    """Planes that turn by different angles and grow or shrink a little."""
+    """Build rotations of planes by different angles, with moduli close to 1."""
     pairs = WIDTH // 2
     angle, modulus = torch.linspace(0.2, 2.9, pairs).double(), torch.linspace(0.92, 1.04, pairs).double()
     blocks = [
@@ -79,7 +79,7 @@ SYSTEMS = [random_system, non_normal_system, rotation_system, near_identity_syst
 
 
 def uneven_samples(num_samples: int = 300, seed: int = 5) -> Tensor:
-    """x (N, D) off the origin, with directions of very different size."""
+    """Draw x (N, D) away from the origin, with directions of very different size."""
     scale = torch.logspace(0, -2, WIDTH, dtype=torch.float64)
     return (normal(num_samples, WIDTH, seed=seed) * scale) @ orthogonal(WIDTH, seed=6) + 3.0
 
@@ -97,7 +97,7 @@ def test_an_exact_linear_map_gives_its_own_spectrum(system: Callable[[], Tensor]
 
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("svd_rank", [None, 5])
-def test_with_noise_the_spectrum_is_that_of_pydmd(system: Callable[[], Tensor], svd_rank: int | None) -> None:
+def test_with_noise_the_spectrum_equals_that_of_pydmd(system: Callable[[], Tensor], svd_rank: int | None) -> None:
     x = uneven_samples()
     y = x @ system().T + 0.1 * torch.tanh(normal(300, WIDTH, seed=7)) + 0.3 * x.sin()
     profile = profile_transition(x, y, svd_rank=svd_rank, kreiss="never")
@@ -116,7 +116,7 @@ def test_eigenvalues_are_sorted_and_pairs_stay_together() -> None:
 
 
 def decaying_transition() -> tuple[Tensor, Tensor]:
-    """x, y (400, 300): slow modes in the large directions, coupled ever more weakly to the small ones."""
+    """Build x, y (400, 300) with slow modes in the large directions and decreasing coupling to the small ones."""
     width, num_samples = 300, 400
     index = torch.arange(width, dtype=torch.float64)
     turn = orthogonal(width, seed=8)
@@ -151,7 +151,7 @@ def test_truncation_at_the_width_is_the_full_operator() -> None:
     assert set_distance(truncated.eigenvalues, full.eigenvalues) < 1e-9
 
 
-def test_a_seed_decides_the_randomised_basis_and_nothing_else_does() -> None:
+def test_only_the_seed_changes_the_randomised_basis() -> None:
     x, y = (state.float() for state in decaying_transition())
 
     def eigenvalues(seed: int) -> Tensor:
@@ -181,7 +181,7 @@ def assert_same(first: LayerProfile, second: LayerProfile, tolerance: float) -> 
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), width=st.integers(2, 8), truncated=st.booleans())
-def test_nothing_depends_on_the_orthogonal_frame(seed: int, width: int, truncated: bool) -> None:
+def test_profiles_do_not_depend_on_the_orthogonal_frame(seed: int, width: int, truncated: bool) -> None:
     x = normal(60, width, seed=seed) * torch.logspace(0, -1, width, dtype=torch.float64)
     y = x @ normal(width, width, seed=seed + 1) + 0.3 * normal(60, width, seed=seed + 2)
     frame = orthogonal(width, seed=seed + 3)

@@ -1,4 +1,4 @@
-"""Koopman Spectral Shaping: the loss as docs/method.md writes it, its gradients both ways, and what is refused."""
+"""Koopman Spectral Shaping: the loss of docs/method.md, its two gradients, and refused input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def random_transition() -> tuple[Tensor, Tensor]:
 
 
 def rotating_transition() -> tuple[Tensor, Tensor]:
-    """Conjugate pairs only: three planes that turn, with moduli around the thresholds."""
+    """Build three rotating planes: conjugate pairs with moduli around the thresholds."""
     x = samples(seed=3)
     blocks = [
         m * torch.tensor([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]], dtype=torch.float64)
@@ -58,14 +58,14 @@ def residual_transition() -> tuple[Tensor, Tensor]:
 
 
 def repeating_transition() -> tuple[Tensor, Tensor]:
-    """Three planes that turn alike, two of them to 1e-9: conjugate pairs repeated, and all but repeated."""
+    """Build three planes with equal rotations, two of them to 1e-9: repeated and nearly repeated conjugate pairs."""
     x = samples(seed=9)
     blocks = [
         torch.tensor([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]], dtype=torch.float64)
         for a in (0.7, 0.7, 0.7 + 1e-9)
     ]
     centred = x - x.mean(0)
-    white = torch.linalg.qr(centred).Q * 40**0.5  # so that the whitened operator is the normal one that was meant
+    white = torch.linalg.qr(centred).Q * 40**0.5  # the whitened operator is then the intended normal one
     return white, white @ torch.block_diag(*blocks).T
 
 
@@ -73,7 +73,7 @@ TRANSITIONS = [random_transition, rotating_transition, residual_transition, repe
 
 
 def written_out(x_ND: Tensor, y_ND: Tensor, basis_DR: Tensor, **arguments: float) -> float:
-    """The formula of docs/method.md with the eigenvalues of the ridged Gram regression, in numpy."""
+    """Compute the formula of docs/method.md in numpy, with the eigenvalues of the ridged Gram regression."""
     defaults = {"temperature": 20.0, "tau_u": 1.05, "tau_l": 0.90, "gamma": 0.4, "beta": 1.0, "ridge": 1e-3}
     given = defaults | arguments
     x = (x_ND - x_ND.mean(0)).numpy() @ basis_DR.numpy()
@@ -137,7 +137,7 @@ def test_the_closed_form_equals_autograd(
 
 
 def test_the_rotating_transition_has_conjugate_pairs() -> None:
-    """Otherwise the comparison above would not see them."""
+    """The comparison above needs conjugate pairs."""
     x, y = (state - state.mean(0) for state in rotating_transition())
     assert (torch.linalg.eigvals(torch.linalg.lstsq(x, y).solution).imag.abs() > 0.1).all()
 
@@ -164,7 +164,7 @@ def test_a_step_against_the_gradient_lowers_the_loss() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precision_is_taken_up_and_handed_back(dtype: torch.dtype) -> None:
+def test_lower_precision_is_converted_and_restored(dtype: torch.dtype) -> None:
     x, y = (state.to(dtype) for state in residual_transition())
     basis = kss_basis(x, 4)
     assert basis.dtype == torch.float32
@@ -184,7 +184,7 @@ def spoiled(state: Tensor, value: float) -> Tensor:
 
 
 def defective() -> tuple[Tensor, Tensor]:
-    """y = x J^T with one Jordan block: eigenvalue gradients do not exist."""
+    """Build y = x J^T with one Jordan block, whose eigenvalues have no gradient."""
     x = normal(40, SIZE, seed=7)
     return x, x @ (torch.eye(SIZE) + torch.diag(torch.ones(SIZE - 1), 1)).double().T
 
@@ -205,7 +205,7 @@ def refused() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("name", refused())
-def test_what_has_no_gradient_gives_exact_zeros(name: str) -> None:
+def test_a_transition_without_a_gradient_gives_exact_zeros(name: str) -> None:
     x, y = refused()[name]
     ridge = {"ridge": 0.0} if name == "defective" else {}
     found = kss_gradient(x, y, kss_basis(x, SIZE), **ridge)
@@ -215,7 +215,7 @@ def test_what_has_no_gradient_gives_exact_zeros(name: str) -> None:
     assert torch.equal(found.grad_y, torch.zeros_like(y))
 
 
-def test_what_is_refused_leaves_its_neighbours_alone() -> None:
+def test_a_refused_transition_leaves_the_others_unchanged() -> None:
     good = random_transition()
     pairs = [good, *refused().values(), good]
     x, y = (torch.stack(states) for states in zip(*pairs, strict=True))
@@ -230,7 +230,7 @@ def test_what_is_refused_leaves_its_neighbours_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "message"), [("NaN in x", "^x holds"), ("infinite y", "^y holds"), ("zero", "^x has")]
 )
-def test_the_loss_names_what_it_refuses(name: str, message: str) -> None:
+def test_the_loss_refuses_bad_states_with_their_name(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kss_loss(*refused()[name])
 
@@ -258,7 +258,7 @@ print(zeros, raised)
 
 @pytest.mark.process
 def test_no_value_crashes_the_process() -> None:
-    """NaN in an eigendecomposition ends the process without an exception: only another process can tell."""
+    """NaN in an eigendecomposition ends the process without an exception, so the test uses another process."""
     done = subprocess.run([sys.executable, "-c", SURVIVAL], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["24", "24"]
@@ -266,7 +266,7 @@ def test_no_value_crashes_the_process() -> None:
 
 @pytest.mark.parametrize("width", [8, 300])
 def test_the_basis_is_orthonormal_and_the_global_random_state_untouched(width: int) -> None:
-    """Width 300 takes the randomised path."""
+    """The width 300 uses the randomised path."""
     x = normal(320, width, seed=8)
     y = x + 0.2 * x.sin()
     before = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Inverses of batches that a threaded batched factorisation does not come back from."""
+"""Inverses of batches for which a threaded batched factorisation hangs."""
 
 from __future__ import annotations
 

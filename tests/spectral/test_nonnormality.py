@@ -1,4 +1,4 @@
-"""Kreiss constant and eigenvector condition number against values known in closed form and a dense search of SVDs."""
+"""Kreiss constant and eigenvector condition number against closed forms and a dense search of SVDs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from koopmon.spectral.nonnormality import CONDITION_LIMIT, KREISS_ACCURACY, cond
 
 
 def dense_kreiss(a: np.ndarray) -> float:
-    """sup over |z| > 1 of (|z| - 1) / sigma_min(zI - B), B = A / max(1, rho): a grid of SVDs, then Nelder-Mead."""
+    """Maximise (|z| - 1) / sigma_min(zI - B) over |z| > 1, B = A / max(1, rho), by a grid of SVDs and Nelder-Mead."""
     b = a / max(1.0, np.abs(np.linalg.eigvals(a)).max())
     identity = np.eye(len(b))
 
@@ -46,7 +46,7 @@ def dense_kreiss(a: np.ndarray) -> float:
 
 
 def operators() -> dict[str, np.ndarray]:
-    """Operators of every kind that a layer may have, and the classical hard ones."""
+    """Return operators of every kind that a layer may have, and classical hard cases."""
     rng = np.random.default_rng(1)
     turn = np.linalg.qr(rng.standard_normal((16, 16)))[0]
     skewed = rng.standard_normal((12, 12))
@@ -75,8 +75,8 @@ def test_the_stated_accuracy_holds_against_a_dense_search(name: str) -> None:
     assert (1 - KREISS_ACCURACY) * wanted <= found <= wanted * (1 + 1e-6)
 
 
-def test_the_search_is_asked_something() -> None:
-    """Were all constants alike, a constant function would pass."""
+def test_the_operators_have_different_constants() -> None:
+    """A constant function would pass if all constants were equal."""
     constants = [dense_kreiss_of(name) for name in operators()]
     assert min(constants) == pytest.approx(1.0, abs=1e-6)
     assert max(constants) > 10
@@ -170,7 +170,7 @@ def test_masses_count_the_bands_of_the_paper() -> None:
 
 @pytest.mark.parametrize("field", ["eigenvector_condition_number", "kreiss_constant"])
 def test_a_normal_operator_has_the_value_one(field: str) -> None:
-    """Whitened, a rotation of isotropic samples is orthogonal up to what the sample covariance leaves."""
+    """A whitened rotation of isotropic samples is orthogonal up to the error of the sample covariance."""
     rng = np.random.default_rng(10)
     x = np.linalg.qr(rng.standard_normal((200, 10)) - rng.standard_normal((200, 10)).mean(0))[0]
     x -= x.mean(0)

@@ -1,4 +1,4 @@
-"""Every number of a profile against dense numpy, the aggregates over depth, and what becomes of bad samples."""
+"""Every number of a profile against dense numpy, the aggregates over depth, and bad samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def mixed_transition(num_samples: int = 400) -> tuple[Tensor, Tensor]:
-    """x, y (N, 12): expansive, near-unit, intermediate and contractive modes, half of each drowned in noise."""
+    """Build x, y (N, 12) with modes of every band, half of each with strong noise."""
     moduli = torch.tensor([1.4, 1.2, 1.0, 1.02, 0.95, 0.92, 0.85, 0.86, 0.5, 0.4, 0.3, 0.2], dtype=torch.float64)
     vectors = torch.eye(12, dtype=torch.float64) + 0.3 * normal(12, 12, seed=1)
     operator = vectors @ torch.diag(moduli) @ torch.linalg.inv(vectors)
@@ -40,7 +40,7 @@ def mixed_transition(num_samples: int = 400) -> tuple[Tensor, Tensor]:
 
 
 def dense(x_ND: Tensor, y_ND: Tensor, svd_rank: int | None, ridge: float) -> dict[str, Any]:
-    """docs/method.md as it stands: symmetric whitening, least squares, left and right eigenvectors."""
+    """Compute the definitions of docs/method.md: symmetric whitening, least squares, left and right eigenvectors."""
     lengths, updates = (np.log(np.linalg.norm(rows, axis=1)) for rows in (x_ND.numpy(), (y_ND - x_ND).numpy()))
     variance = lengths.var() + 0.05 / (2 * x_ND.shape[1])
     exponent = np.cov(lengths, updates, bias=True)[0, 1] / variance
@@ -93,8 +93,8 @@ def test_every_field_equals_the_dense_computation(svd_rank: int | None, ridge: f
     assert not profile.reason
 
 
-def test_the_comparison_sees_every_kind_of_mode() -> None:
-    """Otherwise the test above would compare zeros with zeros."""
+def test_the_transition_has_every_kind_of_mode() -> None:
+    """Without each kind, the test above would compare zeros."""
     x, y = mixed_transition()
     profile = profile_transition(x, y)
     assert 0 < profile.near_unit_mass < 1
@@ -119,7 +119,7 @@ def test_complex_modes_are_compared_too() -> None:
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e12])
-def test_units_of_the_states_do_not_matter_when_the_ridge_has_them_too(factor: float) -> None:
+def test_profiles_do_not_depend_on_units_if_the_ridge_has_them_too(factor: float) -> None:
     x, y = mixed_transition()
     plain = profile_transition(x, y, ridge=1e-3, kreiss="never")
     scaled = profile_transition(factor * x, factor * y, ridge=1e-3 * factor**2, kreiss="never")
@@ -128,7 +128,7 @@ def test_units_of_the_states_do_not_matter_when_the_ridge_has_them_too(factor: f
 
 
 def stack(num_layers: int) -> SpectralProfile:
-    """A profile whose every field differs from layer to layer."""
+    """Build a profile in which every field differs between layers."""
     template = profile_transition(*mixed_transition())
     layers = [
         replace(template, **{name: float(np.sin(3 * index + place)) for place, name in enumerate(FIELDS)})
@@ -218,7 +218,7 @@ def test_rank_deficient_input_is_not_informative() -> None:
     assert len(layer.eigenvalues) == 8
 
 
-def test_the_direction_that_a_layer_norm_takes_away_is_a_caution_only() -> None:
+def test_the_direction_that_a_layer_norm_removes_is_only_a_caution() -> None:
     x = torch.nn.functional.layer_norm(normal(200, 32, seed=11), (32,))
     layer = profile_transition(x, x + 0.5 * torch.tanh(x @ normal(32, 32, seed=12)))
     assert_finite(layer)
@@ -262,7 +262,7 @@ def test_an_identity_layer_is_uninformative_until_it_moves(svd_rank: int | None)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("svd_rank", [None, 6])
-def test_half_precision_is_taken_up(dtype: torch.dtype, svd_rank: int | None) -> None:
+def test_half_precision_is_converted(dtype: torch.dtype, svd_rank: int | None) -> None:
     x, y = (state.to(dtype) for state in mixed_transition())
     half = profile_transition(x, y, svd_rank=svd_rank)
     single = profile_transition(x.float(), y.float(), svd_rank=svd_rank)
@@ -300,7 +300,7 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
         profile_transition(*mixed_transition(), **arguments)
 
 
-def test_states_that_do_not_fit_together_are_named() -> None:
+def test_states_of_different_shapes_are_refused_with_their_name() -> None:
     x = normal(20, 4, seed=15)
     with pytest.raises(ValueError, match=r"^states\[1\] has shape .*20, 5"):
         profile_states([x, normal(20, 5, seed=16)])
@@ -336,7 +336,7 @@ print(refused, finite)
 
 @pytest.mark.process
 def test_no_value_crashes_the_process() -> None:
-    """NaN in an eigendecomposition ends the process without an exception: only another process can tell."""
+    """NaN in an eigendecomposition ends the process without an exception, so the test uses another process."""
     done = subprocess.run([sys.executable, "-c", SURVIVAL], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["48", "48"]

@@ -1,4 +1,4 @@
-"""What must hold for any states: symmetries of the spectrum, and bounds of every number."""
+"""Properties for any states: symmetries of the spectrum, and bounds of every number."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTHS = st.integers(1, 7)
 
 
 def transition(seed: int, width: int) -> tuple[Tensor, Tensor]:
-    """x, y (60, D): a random linear map, a nonlinearity and noise, off the origin."""
+    """Build x, y (60, D) from a random linear map, a nonlinearity and noise, away from the origin."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -53,7 +53,7 @@ def test_masses_and_ratios_stay_in_their_bounds(seed: int, width: int, truncated
         assert layer.eigenvector_condition_number >= 1.0 - 1e-12
         assert layer.kreiss_constant is not None
         assert 1.0 <= layer.kreiss_constant <= layer.eigenvector_condition_number * (1 + 1e-6)
-        # Many layers at once: the modulus is another in its last bit than that of one.
+        # The modulus of many layers at once differs in the last bit from that of one layer.
         assert layer.spectral_radius == pytest.approx(layer.eigenvalues.abs().max().item(), rel=1e-14)
     assert profile.risk is not None
     assert 0.0 <= profile.risk <= 1.0
@@ -80,14 +80,14 @@ def test_neither_the_order_of_samples_nor_the_origin_matters(seed: int, width: i
     moved = profile_transition(x[order] + 7.0, y[order] - 3.0)
     assert distance(moved.eigenvalues, plain.eigenvalues) < 1e-8 * plain.spectral_radius
     for name in FIELDS:
-        if name != "update_exponent":  # by the lengths of the states themselves, from the origin
+        if name != "update_exponent":  # depends on the distances of the states from the origin
             assert getattr(moved, name) == pytest.approx(getattr(plain, name), rel=1e-3, abs=1e-9), name
 
 
 @settings(max_examples=25)
 @given(seed=SEEDS, width=st.integers(2, 7))
 def test_the_kss_gradient_moves_no_mean_and_stays_in_the_basis(seed: int, width: int) -> None:
-    """The operator sees centred states in the basis alone, so the gradient is orthogonal to everything else."""
+    """The operator uses centred states in the basis only, so the gradient is orthogonal to everything else."""
     x, y = transition(seed, width)
     basis = kss_basis(x, max(1, width // 2))
     found = kss_gradient(x, y, basis, tau_u=0.5)
@@ -99,8 +99,8 @@ def test_the_kss_gradient_moves_no_mean_and_stays_in_the_basis(seed: int, width:
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_a_process_that_gave_up_exact_float32_products_keeps_its_spectrum(precision: str) -> None:
-    """Training scripts set this; the products of a truncated profile then move to float64."""
+def test_a_process_with_inexact_float32_products_keeps_its_spectrum(precision: str) -> None:
+    """Training scripts set this. The products of a truncated profile then use float64."""
     x, y = (state.float() for state in transition(3, 7))
     before = torch.get_float32_matmul_precision()
     exact = profile_transition(x.double(), y.double(), svd_rank=4)
@@ -116,7 +116,7 @@ def test_a_process_that_gave_up_exact_float32_products_keeps_its_spectrum(precis
     assert gradient.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-12)
 
 
-def test_the_thread_count_and_grad_mode_are_left_alone() -> None:
+def test_the_thread_count_and_grad_mode_are_unchanged() -> None:
     x, y = transition(4, 5)
     x.requires_grad_()
     threads = torch.get_num_threads()

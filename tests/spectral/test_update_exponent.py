@@ -1,4 +1,4 @@
-"""The update exponent is the degree by which a layer's update grows with the state."""
+"""Update exponent: the degree of the growth of a layer's update with the state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from koopmon.spectral import update_exponent
 
 
 def states(num_samples: int = 4000, width: int = 32) -> tuple[Tensor, Tensor]:
-    """Rows whose lengths say nothing of their directions, and a matrix."""
+    """Draw rows with lengths independent of their directions, and a matrix."""
     generator = torch.Generator().manual_seed(0)
     x = functional.normalize(torch.randn(num_samples, width, generator=generator, dtype=torch.float64))
     lengths = torch.exp(0.3 * torch.randn(num_samples, 1, generator=generator, dtype=torch.float64))
@@ -23,13 +23,13 @@ def test_homogeneous_updates_have_their_degree(degree: int) -> None:
     x, matrix = states()
     length = x.norm(dim=1, keepdim=True)
     update = (x / length) @ matrix * length**degree
-    # The floor under the variance takes a share that is known; directions, which vary too, make noise.
+    # The term in the denominator lowers k by a known share. The varying directions add noise.
     share = x.norm(dim=1).log().var(correction=0)
     expected = degree * share / (share + 0.05 / 64)
     assert update_exponent(x, x + update).item() == pytest.approx(expected.item(), abs=0.02)
 
 
-def test_states_of_one_length_and_updates_of_none_count_as_braked() -> None:
+def test_states_of_one_length_and_zero_updates_have_exponent_zero() -> None:
     x, matrix = states()
     normal = functional.normalize(x)
     assert abs(update_exponent(normal, normal + normal @ matrix).item()) < 1e-3
@@ -38,18 +38,18 @@ def test_states_of_one_length_and_updates_of_none_count_as_braked() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_half_precision_tells_the_same(dtype: torch.dtype) -> None:
+def test_half_precision_gives_the_same_exponent(dtype: torch.dtype) -> None:
     x, matrix = states()
     y = x + x @ matrix
     assert update_exponent(x.to(dtype), y.to(dtype)).item() == pytest.approx(update_exponent(x, y).item(), abs=0.01)
 
 
-def test_values_beyond_all_bounds_stay_finite() -> None:
+def test_extreme_values_give_a_finite_exponent() -> None:
     x = torch.full((8, 4), 3e38)
     assert update_exponent(x, -x).isfinite()
 
 
-def test_samples_without_an_update_do_not_leave_the_bounds() -> None:
+def test_samples_without_an_update_stay_within_the_bounds() -> None:
     x = torch.ones(100, 1024, dtype=torch.float64)
     x[:50] *= 1.01
     y = x.clone()

@@ -26,6 +26,7 @@ from koopmon.telemetry.metrics import (
     Metrics,
     layer_buckets,
 )
+from koopmon.wire.messages import TrainingStep
 
 GOLDEN = Path(__file__).parent / "metrics.golden"
 
@@ -104,6 +105,12 @@ def test_labels_are_bounded(metrics: Metrics) -> None:
         metrics.add("messages_rejected", "invented")
     with pytest.raises(ValueError, match="zip"):
         metrics.add("messages_rejected")
+
+
+def test_the_scalars_of_a_step_are_the_gauges_of_their_names(metrics: Metrics) -> None:
+    metrics.set_training("job", TrainingStep(step=7, loss=2.0, lr_scale=0.5, kss_alpha=0.1))
+    found = {name: metrics.value(name, "job") for name in ("step", "lr_scale", "kss_alpha")}
+    assert found == {"step": 7, "lr_scale": 0.5, "kss_alpha": 0.1}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])

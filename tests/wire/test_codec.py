@@ -42,8 +42,10 @@ from koopmon.wire.messages import (
     KssSettings,
     MonitorMessage,
     Shard,
+    TrainingStep,
     Welcome,
 )
+from tests.factories import gathered
 
 LIMITS = WireLimits()
 WHO: dict[str, Any] = {"run": "job/1", "incarnation": "00c0ffee"}
@@ -126,7 +128,7 @@ def same(left: msgspec.Struct, right: msgspec.Struct) -> bool:
 
 def shard(**changes: Any) -> Shard:
     fields = {"first_point": 0, "num_points": 2, "num_samples": 3, "width": 4, "dtype": "float32", **changes}
-    return Shard(**WHO, process_rank=0, num_senders=1, step=7, **fields)
+    return Shard(**WHO, process_rank=0, num_senders=1, **gathered({"step": 7, **fields}))
 
 
 def command(**fields: Any) -> Command:
@@ -228,7 +230,8 @@ def test_received_memory_lives_as_long_as_a_view_of_it() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_is_news(value: float) -> None:
-    beat = Heartbeat(**WHO, process_rank=0, step=1, applied=Applied(), loss=value, grad_norm=value, learning_rate=value)
+    training = TrainingStep(step=1, loss=value, grad_norm=value, learning_rate=value)
+    beat = Heartbeat(**WHO, process_rank=0, training=training, applied=Applied())
     received = decode_for_monitor(encode(beat), limits=LIMITS)
     assert same(received, beat)
     frames = encode(shard(loss=value), torch.zeros(2, 3, 4))
@@ -238,7 +241,7 @@ def test_a_loss_that_is_not_finite_is_news(value: float) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("field", ["overhead_ratio", "step_seconds"])
 def test_any_other_number_must_be_finite(field: str, value: float) -> None:
-    beat = Heartbeat(**WHO, process_rank=0, step=1, applied=Applied())
+    beat = Heartbeat(**WHO, process_rank=0, training=TrainingStep(step=1), applied=Applied())
     with pytest.raises(ProtocolError, match=f"^schema: .*{field}"):
         encode(msgspec.structs.replace(beat, **{field: value}))
     raw = {**msgspec.to_builtins(beat), field: value}
@@ -462,8 +465,8 @@ UNENCODABLE: list[AnyMessage] = [
     Welcome(**WHO, data_endpoint="ipc:///x", heartbeat_seconds=math.inf),
     Welcome(**WHO, data_endpoint="ipc:///x", restore=Applied(lr_scale=0.0)),
     HeartbeatReply(**WHO, judgement={1, 2}),  # type: ignore[arg-type]
-    Heartbeat(**WHO, process_rank=0, step=1, applied=Applied(kss=KssSettings(alpha=1 << 70))),
-    Heartbeat(**WHO, process_rank=0, step=1, applied=Applied(), step_seconds=object()),  # type: ignore[arg-type]
+    Heartbeat(**WHO, process_rank=0, training=TrainingStep(step=1), applied=Applied(kss=KssSettings(alpha=1 << 70))),
+    Heartbeat(**WHO, process_rank=0, training=TrainingStep(step=1), applied=Applied(), step_seconds=object()),  # type: ignore[arg-type]
 ]
 
 

@@ -18,7 +18,7 @@ from koopmon.wire.authorized_keys import LOOK_SECONDS
 from koopmon.wire.codec import encode
 from koopmon.wire.curve import Refusal, new_pair
 from koopmon.wire.keys import MONITOR, public_file, read_public, secret_file, write_public
-from koopmon.wire.messages import HeartbeatReply, Shard
+from koopmon.wire.messages import HeartbeatReply, Shard, TrainingStep
 from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, WireContext
 from tests.keyring import Keyring
 
@@ -88,7 +88,8 @@ def test_both_channels_know_whose_key_it_was(
     assert far.data.demands_keys
     states = torch.ones(1, 4, 4)
     header = Shard(
-        run="job", incarnation="00c0ffee", process_rank=0, num_senders=1, step=1, first_point=0, num_points=1,
+        run="job", incarnation="00c0ffee", process_rank=0, num_senders=1, training=TrainingStep(step=1),
+            first_point=0, num_points=1,
         num_samples=4, width=4, dtype="float32",
     )  # fmt: skip
     for name, pair in pairs.items():

@@ -21,11 +21,12 @@ from koopmon.wire.messages import (
     KssSettings,
     Message,
     Shard,
+    TrainingStep,
 )
 
 PAGE = (Path(koopmon.wire.__file__).parent / "PROTOCOL.md").read_text(encoding="utf-8")
 MESSAGES = AnyMessage.__args__
-STRUCTS = [Message, *MESSAGES, KssSettings, Applied, Judgement]
+STRUCTS = [Message, *MESSAGES, TrainingStep, KssSettings, Applied, Judgement]
 
 
 def describe(kind: inspect.Type) -> str:

@@ -21,7 +21,7 @@ import torch
 from koopmon.errors import EndpointError, ProtocolError
 from koopmon.wire.buffer_pool import BufferPool
 from koopmon.wire.codec import WireLimits, decode_for_agent, decode_for_monitor, decode_shard, encode
-from koopmon.wire.messages import Goodbye, HeartbeatReply, Shard
+from koopmon.wire.messages import Goodbye, HeartbeatReply, Shard, TrainingStep
 from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, Wakeup, WireContext
 
 WHO: dict[str, Any] = {"run": "job", "incarnation": "00c0ffee"}
@@ -37,7 +37,7 @@ def shard(step: int, states: torch.Tensor) -> Shard:
     num_points, num_samples, width = states.shape
     dtype: Any = str(states.dtype).removeprefix("torch.")
     return Shard(
-        **WHO, process_rank=0, num_senders=1, step=step, first_point=0, num_points=num_points,
+        **WHO, process_rank=0, num_senders=1, training=TrainingStep(step=step), first_point=0, num_points=num_points,
         num_samples=num_samples, width=width, dtype=dtype,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ import torch
 
 from koopmon.wire.buffer_pool import BufferPool
 from koopmon.wire.codec import encode
-from koopmon.wire.messages import Goodbye, Shard
+from koopmon.wire.messages import Goodbye, Shard, TrainingStep
 from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
 
 pytestmark = pytest.mark.process
@@ -88,7 +88,8 @@ def test_a_stopped_monitor_is_never_waited_for(
 
     def shard(step: int) -> Shard:
         return Shard(
-            **WHO, process_rank=0, num_senders=1, step=step, first_point=0, num_points=2, num_samples=512, width=512,
+            **WHO, process_rank=0, num_senders=1, training=TrainingStep(step=step),
+            first_point=0, num_points=2, num_samples=512, width=512,
             dtype="float32",
         )  # fmt: skip
 

@@ -18,16 +18,12 @@ from koopmon.config import SamplingConfig
 from koopmon.observables import Readings
 from koopmon.token_sampling import align_mask, order_rows, take_rows
 from koopmon.wire.buffer_pool import BufferPool, Slot, host_buffer
-from koopmon.wire.messages import DType
+from koopmon.wire.messages import DType, TrainingStep
 
 NUM_SLOTS = 3
 LARGE_SLOT_BYTES = 64 << 20
 """For slots of this size or more the pool holds NUM_SLOTS - 1."""
-DTYPE_NAMES: dict[torch.dtype, DType] = {
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float32: "float32",
-}
+DTYPE_NAMES: dict[torch.dtype, DType] = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 @dataclass(slots=True)
@@ -38,7 +34,8 @@ class RankSnapshot:
     real.
     """
 
-    step: int
+    training: TrainingStep
+    """Without measured values."""
     slot: Slot
     states: Tensor
     num_valid: Tensor | None
@@ -47,8 +44,6 @@ class RankSnapshot:
     observed: tuple[tuple[str, int], ...] = ()
     """(name, layer) of each reading in `observations`: float32 on the host, valid after `ready`."""
     observations: Tensor | None = None
-    lr_scale: float = 1.0
-    kss_alpha: float = 0.0
 
 
 class Sampler:
@@ -72,7 +67,7 @@ class Sampler:
         self.readings = Readings()
         """Readings of the latest snapshot begun."""
         self._shape = torch.Size()
-        self._step = 0
+        self._training = TrainingStep(step=0)
         self._num_points = 0
         self._num_put = 0
 
@@ -82,7 +77,7 @@ class Sampler:
         return self._slot is not None
 
     @torch.no_grad()
-    def begin(self, step: int, num_points: int, state: Tensor, mask: Tensor | None) -> bool:
+    def begin(self, training: TrainingStep, num_points: int, state: Tensor, mask: Tensor | None) -> bool:
         """Choose tokens and a buffer for a snapshot that starts with `state`.
 
         Returns False, and counts, if none is free.
@@ -105,7 +100,7 @@ class Sampler:
             num_tokens,
             self._share,
             seed=self._seed,
-            step=step,
+            step=training.step,
             data_rank=self._data_rank,
             mask=aligned,
             device=state.device,
@@ -118,7 +113,7 @@ class Sampler:
             if self._stage is None or not self._stage.fits(shape, self._dtype, state.device):
                 self._stage = _DeviceStage(shape, self._dtype, state.device)
             self._buffer = self._stage.open()
-        self._shape, self._step, self._num_points, self._num_put = state.shape, step, num_points, 0
+        self._shape, self._training, self._num_points, self._num_put = state.shape, training, num_points, 0
         return True
 
     @torch.no_grad()
@@ -140,7 +135,7 @@ class Sampler:
         return True
 
     @torch.no_grad()
-    def finish(self, **in_force: float) -> RankSnapshot | None:
+    def finish(self) -> RankSnapshot | None:
         """Return the snapshot once every point was put. Otherwise count it as incomplete and return None."""
         slot = self._slot
         if slot is None or self._num_put != self._num_points:
@@ -153,7 +148,7 @@ class Sampler:
         num_valid, ready, masked = self._num_valid, None, self._num_valid is not None
         if self._stage is not None:
             num_valid, values, ready = self._stage.copy_out(host, num_valid, values)
-        return RankSnapshot(self._step, slot, host, num_valid, ready, masked, keys, values, **in_force)
+        return RankSnapshot(self._training, slot, host, num_valid, ready, masked, keys, values)
 
     def abandon(self) -> None:
         """Drop the snapshot that was begun, if any, and count it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from koopmon.agent.control.state import ControlState
+from koopmon.agent.stats import AgentStats
 from koopmon.config import CadenceConfig
 
 _LEAST_CAPACITY_SECONDS = 0.1
@@ -22,6 +23,7 @@ class OverheadBudget:
         self._bytes_per_second = config.max_bytes_per_second
         self.credit_seconds = config.initial_credit_seconds
         self.credit_bytes = config.max_bytes_per_second
+        self._charged_seconds = 0.0
 
     def earn(self, elapsed_seconds: float) -> None:
         """Add the credit of a step of `elapsed_seconds`."""
@@ -33,6 +35,11 @@ class OverheadBudget:
         self.credit_seconds -= seconds
         self.credit_bytes -= nbytes
 
+    def charge(self, total_seconds: float) -> None:
+        """Charge the time since the last charge, of a running total in the training thread."""
+        self.spend(total_seconds - self._charged_seconds)
+        self._charged_seconds = total_seconds
+
     @property
     def affords(self) -> bool:
         """True while both buckets hold credit for another snapshot."""
@@ -40,10 +47,12 @@ class OverheadBudget:
 
 
 class SnapshotSchedule:
-    """Plans snapshots, in optimizer steps."""
+    """Plans snapshots, in optimizer steps. A snapshot that is due but not affordable is counted as dropped."""
 
-    def __init__(self, config: CadenceConfig) -> None:
+    def __init__(self, config: CadenceConfig, budget: OverheadBudget, stats: AgentStats) -> None:
         self._config = config
+        self._budget = budget
+        self._stats = stats
         self._last: int | None = None
 
     def stride(self, step: int, state: ControlState) -> int:
@@ -54,21 +63,26 @@ class SnapshotSchedule:
             every = min(every, max(state.cadence_steps, config.dense_every))
         return every
 
-    def plan(self, first: int, last: int, state: ControlState, affords: bool) -> tuple[range, int]:
-        """Return the snapshot steps within first..last, and the number that was due but not affordable."""
+    def plan(self, first: int, last: int, state: ControlState) -> range:
+        """Return the snapshot steps within first..last."""
         stride = self.stride(first, state)
         due = range(first if self._last is None else max(first, self._last + stride), last + 1, stride)
         if not due:
-            return _EMPTY, 0
+            return _EMPTY
         self._last = due[-1]
-        return (due, 0) if affords else (_EMPTY, len(due))
+        return due if self._affords(len(due)) else _EMPTY
 
     def unagreed(self, step: int, state: ControlState) -> bool:
         """Return True if `step` is a snapshot while no exchange connects the ranks.
 
-        The result depends only on `step` and values that are equal on all ranks.
+        All ranks find the same steps due, because they depend on `step` and on values that are equal on all ranks.
         """
-        taken = step % self.stride(step, state) == 0
-        if taken:
-            self._last = step
-        return taken
+        if step % self.stride(step, state):
+            return False
+        self._last = step
+        return self._affords(1)
+
+    def _affords(self, num_snapshots: int) -> bool:
+        if not self._budget.affords:
+            self._stats.drop("budget", num_snapshots)
+        return self._budget.affords

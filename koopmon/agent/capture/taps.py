@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Sequence
+from enum import Enum, auto
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from koopmon.agent.capture.sampler import Sampler
+from koopmon.agent.capture.sampler import RankSnapshot, Sampler
 from koopmon.agent.circuit_breaker import CircuitBreaker, logger
+from koopmon.agent.control.action import Injection
 from koopmon.agent.parallelism import compiled_whole
 from koopmon.agent.stats import AgentStats
 from koopmon.api import Observable, Point, Stack
@@ -24,6 +27,7 @@ from koopmon.discovery import not_verified
 from koopmon.errors import PluginError
 from koopmon.observables import declared
 from koopmon.plugins import Selection, fall_back
+from koopmon.wire.messages import TrainingStep
 
 MAX_ATTEMPTS = 3
 """Failed verifications of the chain, one per training forward, before koopmon gives up."""
@@ -32,15 +36,17 @@ MAX_MISSED = 3
 INSIDE_A_GRAPH = "blocks inside one compiled graph show nothing: compile them one by one, block = torch.compile(block)"
 
 
-class Injection(Protocol):
-    """Changes the stream behind a block, in training forwards and again in their recomputation."""
+class ForwardPhase(Enum):
+    """The work of the taps in the forward that runs now."""
 
-    @property
-    def active(self) -> bool: ...
-
-    def enter(self, layer: int, state: Tensor, mask: Tensor | None) -> None: ...
-
-    def leave(self, layer: int, state: Tensor) -> Tensor | None: ...
+    IDLE = auto()
+    """None: no training forward runs, or nothing is due in it."""
+    VERIFYING = auto()
+    """Show which candidate stack is a chain."""
+    SNAPSHOT = auto()
+    """Take a snapshot, and let the actions change the stream."""
+    INJECTING = auto()
+    """Let the actions change the stream."""
 
 
 class TapEvents(Protocol):
@@ -56,8 +62,8 @@ class TapEvents(Protocol):
         entered the chain: equal on ranks that hold the same tokens.
         """
 
-    def on_snapshot_ready(self) -> None:
-        """Handle a complete snapshot: the sampler holds every point."""
+    def on_snapshot_ready(self, snapshot: RankSnapshot) -> None:
+        """Handle a complete snapshot."""
 
     def adapter_replaced(self, selection: Selection) -> None:
         """Handle a new adapter: the one before has failed, or found no chain."""
@@ -72,44 +78,37 @@ def recomputing() -> bool:
 
 
 class ResidualTaps:
-    """All module hooks of one agent. `sampler` is None on ranks that send no snapshots."""
+    """All module hooks of one agent. `step_edge` sets their work in the next step."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        selection: Selection,
-        breaker: CircuitBreaker,
-        stats: AgentStats,
-        injection: Injection,
-        listener: TapEvents,
+        self, model: nn.Module, selection: Selection, breaker: CircuitBreaker, stats: AgentStats, listener: TapEvents
     ) -> None:
         self.stack: Stack | None = None
-        """The verified chain."""
+        """The verified chain; None before the first verified forward."""
         self.failure = ""
         """The reason why no more snapshots are taken; empty while there is none."""
-        self.sampler: Sampler | None = None
+        self.width = 0
         self.num_forwards = 0
         """Training forwards since the last step edge."""
+        self.readers = CircuitBreaker("reading the family's observables")
         self._model = weakref.ref(model)
         self._breaker = breaker
         self._stats = stats
-        self._injection = injection
         self._listener = listener
+        self._phase = ForwardPhase.IDLE
+        self._due: tuple[Sampler, TrainingStep] | None = None
+        """The snapshot to take in the next training forward."""
+        self._sampling: Sampler | None = None
+        """Takes the snapshot of this forward."""
+        self._injections: Sequence[Injection] = ()
+        """Changes to the stream in this step."""
         self._num_missed = 0
-        self._width = 0
-        self._due = False
-        """True while the next training forward must be a snapshot."""
         self._root_called = False
-        self._training = False
-        """True inside a training forward."""
-        self._observing = False
-        """True inside the training forward that verifies the chain."""
         self._mask: Tensor | None = None
         self._root_handles = [
             model.register_forward_pre_hook(breaker.hook(self._enter_root), with_kwargs=True),
             model.register_forward_hook(breaker.hook(self._leave_root)),
         ]
-        self.readers = CircuitBreaker("reading the family's observables")
         self._watch(selection)
 
     def _watch(self, selection: Selection) -> None:
@@ -128,7 +127,8 @@ class ResidualTaps:
         first, selection = point.layer == 0, self._selection
 
         def enter_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._observing or self._injection.active or (first and (self._due or not self._root_called)):
+            begins = first and (self._phase is ForwardPhase.SNAPSHOT or not self._root_called)
+            if begins or self._phase is ForwardPhase.VERIFYING or self._injections:
                 try:
                     state = selection.adapter.block_input(module, args, kwargs)
                 except PluginError as error:
@@ -138,7 +138,7 @@ class ResidualTaps:
                     self._enter(stack, point, state)
 
         def leave_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if self._observing or self._injection.active or self._capturing:
+            if self._sampling is not None or self._phase is ForwardPhase.VERIFYING or self._injections:
                 try:
                     state = selection.adapter.block_output(module, output)
                 except PluginError as error:
@@ -155,9 +155,9 @@ class ResidualTaps:
 
     def _read(self, stack: Stack, observable: Observable) -> Any:
         def leave_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if stack is self.stack and self._capturing and self.sampler is not None and not recomputing():
+            if stack is self.stack and self._sampling is not None and not recomputing():
                 started = time.perf_counter()
-                self.sampler.readings.take(observable, args, kwargs, output)
+                self._sampling.readings.take(observable, args, kwargs, output)
                 self._stats.capture_seconds += time.perf_counter() - started
 
         return observable.module.register_forward_hook(self.readers.hook(leave_module), with_kwargs=True)
@@ -171,7 +171,7 @@ class ResidualTaps:
         following = None if self.stack is not None or model is None else fall_back(self._selection, model, reason)
         if following is None:
             return False
-        self._observing = False
+        self._phase = ForwardPhase.IDLE
         for name in self._handles:
             self._untap(name)
         self._watch(following)
@@ -181,14 +181,15 @@ class ResidualTaps:
     def remove(self, reason: str = "") -> None:
         """Remove every hook from the model. Idempotent."""
         self.failure = self.failure or reason
-        self._due = self._training = self._observing = False
+        self._phase, self._due, self._injections = ForwardPhase.IDLE, None, ()
         for handle in self._root_handles:
             handle.remove()
         for name in self._handles:
             self._untap(name)
         self._root_handles, self._handles = [], {}
-        if self.sampler is not None:
-            self.sampler.abandon()
+        if self._sampling is not None:
+            self._sampling.abandon()
+            self._sampling = None
 
     def _untap(self, name: str) -> None:
         for handle in self._handles[name]:
@@ -199,23 +200,23 @@ class ResidualTaps:
         self._stats.taps_missing += 1
         logger.warning("koopmon: no snapshots, training goes on: %s", reason)
 
-    @property
-    def _capturing(self) -> bool:
-        return self.sampler is not None and self.sampler.active
-
     def forward_over(self) -> None:
         """End the forward before each step. If the loop bypasses the root, no hook sees the end of the forward."""
-        if self._observing:
+        if self._phase is ForwardPhase.VERIFYING:
             self._conclude()
 
-    def step_edge(self, due: bool) -> None:
-        """Start a new optimizer step. `due`: the first training forward from here on is a snapshot."""
+    def step_edge(self, due: tuple[Sampler, TrainingStep] | None, injections: Sequence[Injection]) -> None:
+        """Start a new optimizer step, in which `injections` change the stream.
+
+        With `due` the sampler takes a snapshot of that step in the first training forward from here on.
+        """
         if self.failure:
             return
-        if self._due or (self.stack is None and self.num_forwards == 0):
+        if self._due is not None or (self.stack is None and self.num_forwards == 0):
             self._missed()
         self.num_forwards = 0
-        self._due = due and self.stack is not None
+        self._due = None if self.stack is None else due
+        self._injections = injections
 
     def _missed(self) -> None:
         self._stats.taps_missing += 1
@@ -236,41 +237,41 @@ class ResidualTaps:
             return
         self._root_called = True
         self._begin_forward(module.training)
-        if self._training and self.stack is not None and (self._due or self._injection.active):
+        if self.stack is not None and self._phase in (ForwardPhase.SNAPSHOT, ForwardPhase.INJECTING):
             self._mask = self._adapter.token_mask(module, args, kwargs, self.stack)
 
     def _begin_forward(self, training: bool) -> None:
-        if self._capturing:  # the forward before this one raised, or left the chain
-            self._abandon()
-        if self._observing:
-            self._conclude()
+        # The forward before this one may have raised, or may have bypassed the root: no hook has seen its end.
+        self._end_forward()
         self._mask = None
-        self._training = training and torch.is_grad_enabled()
-        if not self._training or self.failure:
+        if not training or not torch.is_grad_enabled() or self.failure:
             return
         self.num_forwards += 1
         self._listener.on_forward()
         if self.stack is None:
             self._verifier.reset()
-            self._observing = True
+            self._phase = ForwardPhase.VERIFYING
+        elif self._due is not None:
+            self._phase = ForwardPhase.SNAPSHOT
+        elif self._injections:
+            self._phase = ForwardPhase.INJECTING
 
     def _leave_root(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self._training or recomputing():
-            return
-        self._training = False
-        if self._observing:
-            self._conclude()
-        elif self._capturing:
-            self._abandon()
+        if not recomputing():
+            self._end_forward()
 
-    def _abandon(self) -> None:
-        assert self.sampler is not None
-        self.sampler.abandon()
-        self._missed()
+    def _end_forward(self) -> None:
+        phase, self._phase = self._phase, ForwardPhase.IDLE
+        if phase is ForwardPhase.VERIFYING:
+            self._conclude()
+        elif self._sampling is not None:  # the forward has left the chain before its end
+            self._sampling.abandon()
+            self._sampling = None
+            self._missed()
 
     def _conclude(self) -> None:
         """Evaluate one observed forward: keep the stack that is a chain, or try again in the next forward."""
-        self._observing = False
+        self._phase = ForwardPhase.IDLE
         self._num_attempts += 1
         kept, reasons = self._verifier.verdict()
         exponent = None if kept is None else self._verifier.update_exponent(kept)
@@ -281,7 +282,7 @@ class ResidualTaps:
             for name in set(self._handles) - {kept.name}:
                 self._untap(name)
                 del self._handles[name]
-            self._listener.on_chain_verified(kept, self._width, exponent, fingerprint)
+            self._listener.on_chain_verified(kept, self.width, exponent, fingerprint)
         elif self._num_attempts >= MAX_ATTEMPTS and (model := self._model()) is not None:
             blocks = [point.module for stack in self._selection.candidates for point in stack.points]
             compiled = f"{type(model).__name__}: {INSIDE_A_GRAPH}" if compiled_whole(model, blocks) else ""
@@ -298,46 +299,55 @@ class ResidualTaps:
         if state is not None and hasattr(state, "to_local"):
             self._give_up(f"{point.name} takes a DTensor, whose rows lie on several ranks")
             return
-        if self._observing and not again:
+        phase = ForwardPhase.INJECTING if again else self._phase
+        if phase is ForwardPhase.VERIFYING:
             self._verifier.observe_input(stack, point.layer, state)
             if state is not None and state.dim():
-                self._width = state.shape[-1]
-        if stack is not self.stack or state is None:
-            return
-        if point.layer == 0 and self._due and self._training and not again:
-            self._begin_snapshot(stack, state)
-        if self._injection.active and (self._training or again):
-            self._injection.enter(point.layer, state, self._mask)
+                self.width = state.shape[-1]
+        elif phase is not ForwardPhase.IDLE and stack is self.stack and state is not None:
+            if phase is ForwardPhase.SNAPSHOT and point.layer == 0 and self._due is not None:
+                self._begin_snapshot(*self._due, len(stack.points) + 1, state)
+            for injection in self._injections:
+                injection.enter(point.layer, state, self._mask)
 
-    def _begin_snapshot(self, stack: Stack, state: Tensor) -> None:
-        self._due = False
-        if self.sampler is None or (state.is_cuda and torch.cuda.is_current_stream_capturing()):
+    def _begin_snapshot(self, sampler: Sampler, training: TrainingStep, num_points: int, state: Tensor) -> None:
+        self._due = None
+        if state.is_cuda and torch.cuda.is_current_stream_capturing():
             return  # every replay of a CUDA graph would repeat a captured copy
         started = time.perf_counter()
-        if self.sampler.begin(self._stats.step, len(stack.points) + 1, state, self._mask):
-            self.sampler.put(0, state)
+        if sampler.begin(training, num_points, state, self._mask):
+            sampler.put(0, state)
+            self._sampling = sampler
         self._stats.capture_seconds += time.perf_counter() - started
 
     def _leave(self, stack: Stack, point: Point, output: Any, state: Tensor | None) -> Any:
         again = recomputing()
-        if self._observing and not again:
+        phase = ForwardPhase.INJECTING if again else self._phase
+        if phase is ForwardPhase.VERIFYING:
             self._verifier.observe_output(stack, point.layer, state)
-        if stack is not self.stack or state is None:
-            return None
-        if self._capturing and not again:
-            self._capture(stack, point.layer + 1, state)
-        if self._injection.active and (self._training or again):
-            changed = self._injection.leave(point.layer, state)
-            if changed is not None:
-                return self._adapter.with_block_output(point.module, output, changed)
+        elif phase is not ForwardPhase.IDLE and stack is self.stack and state is not None:
+            if self._sampling is not None and not again:
+                self._capture(self._sampling, point.layer + 1, len(stack.points), state)
+            return self._inject(point, output, state)
         return None
 
-    def _capture(self, stack: Stack, index: int, state: Tensor) -> None:
-        assert self.sampler is not None
+    def _capture(self, sampler: Sampler, index: int, last: int, state: Tensor) -> None:
         started = time.perf_counter()
-        if not self.sampler.put(index, state):
+        if not sampler.put(index, state):
+            self._sampling = None
             self._missed()
-        elif index == len(stack.points):
+        elif index == last:
+            self._sampling = None
             self._num_missed = 0
-            self._listener.on_snapshot_ready()
+            snapshot = sampler.finish()
+            if snapshot is not None:
+                self._listener.on_snapshot_ready(snapshot)
         self._stats.capture_seconds += time.perf_counter() - started
+
+    def _inject(self, point: Point, output: Any, state: Tensor) -> Any:
+        """Return the output that replaces the block's `output`; None to keep it."""
+        current = state
+        for injection in self._injections:
+            replaced = injection.leave(point.layer, current)
+            current = current if replaced is None else replaced
+        return None if current is state else self._adapter.with_block_output(point.module, output, current)

@@ -1,7 +1,6 @@
 """The agent's side of the control channel: hello, heartbeats, acks, goodbye, and the monitor's replies.
 
-It runs in the sender's thread and sends without waiting. It retries an absent monitor again and again. The monitor's
-silence by itself changes nothing in force.
+It runs in the sender's thread and sends without waiting. It retries an absent monitor without end.
 """
 
 from __future__ import annotations
@@ -10,13 +9,15 @@ import logging
 import os
 import platform
 import time
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import msgspec
 import torch
+from msgspec import Struct
 
 from koopmon import __version__
 from koopmon.agent.comms.pending_acks import PendingAcks
+from koopmon.agent.control.actuator import CommandResult
 from koopmon.agent.rank_identity import Identity
 from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
@@ -25,7 +26,6 @@ from koopmon.logs import LogLimit
 from koopmon.wire.codec import WireLimits, decode_for_agent, encode
 from koopmon.wire.messages import (
     Ack,
-    AckOutcome,
     AgentMessage,
     Applied,
     Command,
@@ -49,8 +49,7 @@ MIN_HEARTBEAT_SECONDS = 0.02
 """Lower bound of the heartbeat interval that the monitor requests."""
 
 
-@dataclass(frozen=True, slots=True)
-class RankInfo:
+class RankInfo(Struct, frozen=True, kw_only=True):
     """The fields of hello that describe this rank, beside its name; see `koopmon.wire.messages.Hello`."""
 
     process_rank: int
@@ -60,22 +59,10 @@ class RankInfo:
     num_layers: int = 0
     width: int = 0
     acts: bool = False
-    thresholds: dict[str, float] = field(default_factory=dict)
+    thresholds: dict[str, float] = {}
     rate_sized_steps: bool = False
     update_exponent: float | None = None
     kss: KssSettings | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CommandResult:
-    """The outcome of a command at optimizer step `step`, to be acknowledged."""
-
-    command_id: str
-    outcome: AckOutcome
-    step: int
-    detail: str = ""
-    shielded: bool = False
-    """True if the command was refused because KSS would reach modules that the model's family shields."""
 
 
 class CommandHandler(Protocol):
@@ -109,27 +96,24 @@ class ControlChannel:
         stats: AgentStats,
         handler: CommandHandler,
         description: RankInfo,
-        acks: PendingAcks | None = None,
     ) -> None:
-        """`acks`: those of an earlier channel of this rank."""
         self.welcomed = False
-        self._acks = acks or PendingAcks()
-        self._acks.on_reconnect()
+        self._acks = PendingAcks()
         self.description = description
         self._control = control
-        self._identity = identity
+        self._name: dict[str, Any] = {"run": identity.run, "incarnation": identity.incarnation}
         self._config = config
         self._stats = stats
         self._handler = handler
         self._limits = WireLimits()
         self._num_connections = 0
         self._hello_due: float | None = 0.0
-        self._unsaid = True
+        self._hello_outdated = True
         """True until a hello with this description was sent."""
         self._heartbeat_due = 0.0
         self._heartbeat_seconds = 1.0
-        self._heard = time.monotonic()
-        self._asked_at: float | None = None
+        self._last_message_at = time.monotonic()
+        self._unanswered_since: float | None = None
         """Time of the first hello or heartbeat on this connection that has no reply yet."""
         self._lost = False
         self._restored = False
@@ -140,7 +124,7 @@ class ControlChannel:
     def describe(self, description: RankInfo) -> None:
         """Send hello again, with this description."""
         self.description = description
-        self._unsaid, self._hello_due = True, 0.0
+        self._hello_outdated, self._hello_due = True, 0.0
 
     def next_due(self) -> float:
         """Return the time of the next work of `tick`."""
@@ -151,47 +135,47 @@ class ControlChannel:
         connections = self._control.connections
         if connections != self._num_connections:
             self._num_connections, self._hello_due = connections, now
-            self.welcomed, self._asked_at = False, None
+            self.welcomed, self._unanswered_since = False, None
             self._acks.on_reconnect()
         elif self.welcomed and not self._control.connected:
             self.welcomed = False
         if self._hello_due is not None and now >= self._hello_due:
-            if self._ask(self._hello(), now):
-                self._unsaid = False
+            if self._send_request(self._hello(), now):
+                self._hello_outdated = False
             self._hello_due = now + HELLO_SECONDS
         if now >= self._heartbeat_due:
             self._heartbeat_due = now + self._heartbeat_seconds
             if self.welcomed:
-                self._answer()
-                if self._ask(self._heartbeat(), now):
+                self._send_acks()
+                if self._send_request(self._heartbeat(), now):
                     self._acks.on_heartbeat_sent()
         silence = max(self._config.monitor_lost_seconds, 3.0 * self._heartbeat_seconds)
-        if now - self._heard > silence:
-            self._lose(now)
-        if self._asked_at is not None and now - self._asked_at > silence:
+        if now - self._last_message_at > silence:
+            self._on_silence(now)
+        if self._unanswered_since is not None and now - self._unanswered_since > silence:
             self.reconnect(now)  # the connection may be dead without either kernel's notice
 
-    def _ask(self, message: Hello | Heartbeat, now: float) -> bool:
+    def _send_request(self, message: Hello | Heartbeat, now: float) -> bool:
         """Send a message that requires a reply. Returns True if it was sent."""
         sent = self._send(message)
-        if sent and self._asked_at is None:
-            self._asked_at = now
+        if sent and self._unanswered_since is None:
+            self._unanswered_since = now
         return sent
 
     def reconnect(self, now: float, pause_seconds: float = 0.0) -> None:
         """Replace the connection, after a pause. The old one stays if the process has no room for another."""
-        self._asked_at = None
+        self._unanswered_since = None
         try:
             self._control.reconnect(pause_seconds)
         except EndpointError as error:
             self.warn(now, "reconnect", f"the connection to {self._control.endpoint} stays as it is: {error}")
 
-    def _lose(self, now: float) -> None:
+    def _on_silence(self, now: float) -> None:
         self.welcomed = False
         if self._hello_due is None:
             self._hello_due = now
         why = f" ({self._control.failure})" if self._control.failure else ""
-        text = f"no monitor at {self._control.endpoint}{why}: training goes on, what is applied stays"
+        text = f"no monitor at {self._control.endpoint}{why}: training goes on, the settings in force stay"
         self.warn(now, "lost", text)
         if not self._lost:
             self._lost = True
@@ -199,7 +183,7 @@ class ControlChannel:
 
     def receive(self, frames: list[memoryview], now: float) -> Welcome | CommandResult | None:
         """Handle one message. Returns a welcome, for its data endpoint, or an outcome to acknowledge, or None."""
-        self._asked_at = None
+        self._unanswered_since = None
         try:
             message = decode_for_agent(frames, limits=self._limits)
         except ProtocolError as error:
@@ -209,17 +193,17 @@ class ControlChannel:
             self.welcomed, self._hello_due = False, now + REFUSED_SECONDS
             self.warn(now, "refused", f"the monitor at {self._control.endpoint} refuses: {message.reason}")
             return None
-        if (message.run, message.incarnation) != (self._identity.run, self._identity.incarnation):
+        if (message.run, message.incarnation) != tuple(self._name.values()):
             if isinstance(message, Command):
                 return CommandResult(message.id, "refused", self._stats.step, "it is for another run or incarnation")
             return None
-        self._heard = now
+        self._last_message_at = now
         if self._lost:
             self._lost = False
             logger.warning("koopmon: the monitor at %s is back", self._control.endpoint)
         if isinstance(message, Welcome):
-            self._take(message)
-            self._answer()
+            self._on_welcome(message)
+            self._send_acks()
             return message
         if isinstance(message, HeartbeatReply):
             self._acks.on_heartbeat_reply()
@@ -233,11 +217,11 @@ class ControlChannel:
     def reject(self, error: ProtocolError, now: float) -> None:
         """Count a message that breaks the protocol."""
         self._stats.reject(error.reason)
-        self.warn(now, error.reason, f"what came from {self._control.endpoint} was refused: {error}")
+        self.warn(now, error.reason, f"a message from {self._control.endpoint} was refused: {error}")
 
-    def _take(self, welcome: Welcome) -> None:
+    def _on_welcome(self, welcome: Welcome) -> None:
         # The welcome may answer an older hello than the one that is due.
-        self.welcomed, self._hello_due = True, 0.0 if self._unsaid else None
+        self.welcomed, self._hello_due = True, 0.0 if self._hello_outdated else None
         self._heartbeat_seconds = max(welcome.heartbeat_seconds, MIN_HEARTBEAT_SECONDS)
         self._heartbeat_due = 0.0
         if welcome.restore is not None and not self._restored and self.description.process_rank == 0:
@@ -247,13 +231,12 @@ class ControlChannel:
     def acknowledge(self, outcome: CommandResult) -> None:
         """Send the outcome of a command to the monitor. A new hello repeats it if the monitor may not have read it."""
         ack = Ack(
-            run=self._identity.run,
-            incarnation=self._identity.incarnation,
+            **self._name,
             command_id=outcome.command_id,
             outcome=outcome.outcome,
             step=outcome.step,
             detail=outcome.detail[:512],
-            shielded=outcome.shielded,
+            shielded=outcome.permanent,
             applied=self._handler.applied(),
         )
         if outcome.outcome == "duplicate":  # the outcome was sent before
@@ -263,20 +246,13 @@ class ControlChannel:
             # accept it.
             self._acks.add(ack, sent=self._send(ack) and self.welcomed)
 
-    def _answer(self) -> None:
+    def _send_acks(self) -> None:
         for ack in self._acks.unsent():
             self._acks.add(ack, sent=self._send(ack))
 
     def say_goodbye(self, reason: str) -> None:
-        self._send(
-            Goodbye(
-                run=self._identity.run,
-                incarnation=self._identity.incarnation,
-                process_rank=self.description.process_rank,
-                step=self._stats.step,
-                reason=reason[:512],
-            )
-        )
+        rank, step = self.description.process_rank, self._stats.step
+        self._send(Goodbye(**self._name, process_rank=rank, step=step, reason=reason[:512]))
 
     def warn(self, now: float, trouble: str, text: str) -> None:
         """Log `text`, at most once a minute for each `trouble`."""
@@ -287,47 +263,31 @@ class ControlChannel:
         return self._control.send(encode(message))
 
     def _hello(self) -> Hello:
-        described = self.description
         return Hello(
-            run=self._identity.run,
-            incarnation=self._identity.incarnation,
-            process_rank=described.process_rank,
-            world_size=described.world_size,
-            num_senders=described.num_senders,
-            adapter=described.adapter,
-            num_layers=described.num_layers,
-            width=described.width,
-            acts=described.acts,
+            **self._name,
+            **msgspec.structs.asdict(self.description),
             step=self._stats.step,
             applied=self._handler.applied(),
             koopmon_version=__version__,
             torch_version=str(torch.__version__),
             hostname=platform.node()[:255],
             pid=os.getpid(),
-            thresholds=described.thresholds,
-            rate_sized_steps=described.rate_sized_steps,
-            update_exponent=described.update_exponent,
-            kss=described.kss,
         )
 
     def _heartbeat(self) -> Heartbeat:
-        stats = self._stats
+        stats, applied = self._stats, self._handler.applied()
         busy, elapsed = stats.busy_seconds, stats.elapsed_seconds
         spent, passed = busy - self._reported_busy, elapsed - self._reported_elapsed
         self._reported_busy, self._reported_elapsed = busy, elapsed
         return Heartbeat(
-            run=self._identity.run,
-            incarnation=self._identity.incarnation,
+            **self._name,
             process_rank=self.description.process_rank,
-            step=stats.step,
-            applied=self._handler.applied(),
+            training=stats.with_measured(applied.at_step(stats.step)),
+            applied=applied,
             sent=stats.sent,
             dropped=dict(stats.dropped),
             taps_missing=stats.taps_missing,
             overhead_ratio=max(0.0, spent / passed) if passed > 0.0 else 0.0,
             step_seconds=stats.step_seconds,
-            learning_rate=stats.learning_rate.get(),
-            loss=stats.loss.get(),
-            grad_norm=stats.grad_norm.get(),
             control_ready=self._handler.ready,
         )

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 
 from koopmon.agent.capture.sampler import DTYPE_NAMES, RankSnapshot, all_finite
 from koopmon.agent.circuit_breaker import CircuitBreaker
-from koopmon.agent.comms.control_channel import CommandHandler, CommandResult, ControlChannel, RankInfo
-from koopmon.agent.comms.pending_acks import PendingAcks
+from koopmon.agent.comms.control_channel import CommandHandler, ControlChannel, RankInfo
+from koopmon.agent.control.actuator import CommandResult
 from koopmon.agent.rank_identity import Identity
 from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
@@ -43,10 +43,6 @@ MAX_BURSTS = 32
 """Full bursts in a row that count as a flood, which fills this process's memory. The connection is then closed."""
 FLOOD_PAUSE_SECONDS = 5.0
 """Pause before the next connection after a flood."""
-MAX_SUCCESSORS = 100
-"""Replacement threads after an end from outside, at most."""
-SUCCESSION_SECONDS = 0.2
-"""Pause before each replacement thread."""
 
 
 class IOThread:
@@ -77,21 +73,14 @@ class IOThread:
         self._breaker = breaker
         self._handler = handler
         self._resolve_identity = resolve_identity
-        self.goodbye_reason = ""
-        """The reason in the goodbye; may be empty."""
         self._description = description
         self._pid = os.getpid()
         self._wakeup = Wakeup()
         self._outbox: deque[RankSnapshot | CommandResult] = deque()
-        self._in_hand: RankSnapshot | None = None
-        self._acks = PendingAcks()
         self._num_connections = 0
         self._stopping = False
-        self._num_successors = 0
-        self._thread = self._make_thread()
-
-    def _make_thread(self) -> threading.Thread:
-        return threading.Thread(target=self._run, name="koopmon-sender", daemon=True)
+        self._goodbye_reason = ""
+        self._thread = threading.Thread(target=self._run, name="koopmon-sender", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -111,13 +100,14 @@ class IOThread:
         self._outbox.append(item)
         self._wakeup.wake()
 
-    def close(self, *, wait: bool = True) -> None:
-        """Send the queued items and a goodbye, and end the thread. Waits CLOSE_SECONDS at most, or not at all.
+    def close(self, reason: str = "", *, wait: bool = True) -> None:
+        """Send the queued items and a goodbye with `reason`, and end the thread.
 
-        Idempotent. No effect in a forked child.
+        Waits CLOSE_SECONDS at most, or not at all. Idempotent. No effect in a forked child.
         """
         if os.getpid() != self._pid:
             return
+        self._goodbye_reason = reason or self._goodbye_reason
         self._stopping = True
         self._wakeup.wake()
         if wait and self._thread.is_alive() and threading.current_thread() is not self._thread:
@@ -137,24 +127,10 @@ class IOThread:
         finally:
             self.connected = False
             self._discard()
-            if self._stopping or self._breaker.tripped or self._num_successors >= MAX_SUCCESSORS:
-                self._wakeup.close()
-            else:
-                self._restart()
-
-    def _restart(self) -> None:
-        """Start a replacement thread: an outside cause, not an error of this code, ended this one."""
-        self._num_successors += 1
-        if self._num_successors == 1:
-            logger.warning("koopmon: the thread that speaks to the monitor was ended; another takes over")
-        time.sleep(SUCCESSION_SECONDS)
-        self._thread = self._make_thread()
-        self._thread.start()
+            self._wakeup.close()
 
     def _serve(self, context: WireContext, control: ControlClient, identity: Identity) -> None:
-        channel = ControlChannel(
-            control, identity, self._config, self._stats, self._handler, self._description, self._acks
-        )
+        channel = ControlChannel(control, identity, self._config, self._stats, self._handler, self._description)
         poller = Poller(self._wakeup, control)
         data: DataSender | None = None
         num_bursts = 0
@@ -184,7 +160,7 @@ class IOThread:
             elif num_bursts:
                 time.sleep(FLOODED_SECONDS)
         self._ship(channel, data, identity)
-        channel.say_goodbye(self.goodbye_reason)
+        channel.say_goodbye(self._goodbye_reason)
 
     def _connect(
         self,
@@ -215,16 +191,10 @@ class IOThread:
 
     def _ship(self, channel: ControlChannel, data: DataSender | None, identity: Identity) -> None:
         while self._outbox:
-            item = self._outbox[0]
+            item = self._outbox.popleft()
             if isinstance(item, CommandResult):
                 channel.acknowledge(item)
-                self._outbox.popleft()  # only now, because this thread may be ended at any point
-                continue
-            self._in_hand = item
-            self._outbox.popleft()
-            reason = self._send_snapshot(item, data, identity)
-            self._in_hand = None
-            if reason is None:
+            elif (reason := self._send_snapshot(item, data, identity)) is None:
                 self._stats.sent += 1
             else:
                 self._stats.drop(reason)
@@ -232,7 +202,7 @@ class IOThread:
     def _send_snapshot(self, snapshot: RankSnapshot, data: DataSender | None, identity: Identity) -> DropReason | None:
         if snapshot.ready is not None:
             snapshot.ready.synchronize()
-        states, stats = snapshot.states, self._stats
+        states = snapshot.states
         if snapshot.num_valid is not None:
             states = states[:, : int(snapshot.num_valid)]
         num_points, num_samples, width = states.shape
@@ -249,36 +219,23 @@ class IOThread:
             incarnation=identity.incarnation,
             process_rank=self._description.process_rank,
             num_senders=self._description.num_senders,
-            step=snapshot.step,
+            training=self._stats.with_measured(snapshot.training),
             first_point=0,
             num_points=num_points,
             num_samples=num_samples,
             width=width,
             dtype=DTYPE_NAMES[states.dtype],
             masked=snapshot.masked,
-            learning_rate=stats.learning_rate.get(),
-            loss=stats.loss.get(),
-            grad_norm=stats.grad_norm.get(),
-            lr_scale=snapshot.lr_scale,
-            kss_alpha=snapshot.kss_alpha,
             observables=_observables(snapshot, num_points - 1),
         )
         return data.send(encode(shard, list(states)), snapshot.slot)
 
     def _discard(self) -> None:
-        """Drop the snapshots. The outcomes stay in the queue for a replacement thread."""
-        outcomes = []
-        item: RankSnapshot | CommandResult | None = self._in_hand
-        self._in_hand = None
-        while item is not None or self._outbox:
-            item = item or self._outbox.popleft()
-            if isinstance(item, RankSnapshot):
-                item.slot.release()  # no effect if it was released already
+        """Drop the snapshots that were not sent."""
+        while self._outbox:
+            if isinstance(item := self._outbox.popleft(), RankSnapshot):
+                item.slot.release()
                 self._stats.drop("monitor_away")
-            else:
-                outcomes.append(item)
-            item = None
-        self._outbox.extendleft(reversed(outcomes))
 
 
 def _incoming(control: ControlClient, channel: ControlChannel) -> Iterator[Welcome | CommandResult | None]:

@@ -18,7 +18,7 @@ class PendingAcks:
     def __init__(self) -> None:
         self._acks: dict[str, Ack] = {}
         self._sent: dict[str, int] = {}
-        """By command: the number of heartbeats sent on this connection before its ack."""
+        """For each command, the number of heartbeats sent on this connection before its ack."""
         self._num_heartbeats = 0
         self._num_replies = 0
 

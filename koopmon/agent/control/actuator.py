@@ -2,8 +2,7 @@
 
 Rank 0 checks each command against its own caps and computes the resulting state. It sends that state to all ranks in an
 exchange that starts after one step and ends before the next. A process that trains alone skips the exchange. All ranks
-therefore hold the same pure function of the step. No state goes beyond the user's own settings: the learning-rate scale
-is at most 1, and the KSS weight returns to 0.
+therefore hold the same pure function of the step.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
-import msgspec
-
-from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
-from koopmon.agent.comms.control_channel import CommandResult
+from koopmon.agent.capture.schedule import SnapshotSchedule
+from koopmon.agent.control.action import Capability, ControlAction, Target
 from koopmon.agent.control.rank_group import RankGroup
-from koopmon.agent.control.state import ControlState, ControlUpdate
+from koopmon.agent.control.state import ActionState, ControlState, ControlUpdate, Ramp
+from koopmon.agent.parallelism import ParallelLayout
 from koopmon.agent.stats import AgentStats
 from koopmon.config import Config
-from koopmon.wire.messages import Applied, Command, KssSettings
+from koopmon.wire.messages import AckOutcome, Applied, Command
 
 EXCHANGE_SECONDS = 0.1
 """Target interval between two exchanges. A command waits at most this interval and one step."""
@@ -39,135 +38,117 @@ MAX_REMEMBERED = 4096
 """Command ids kept to recognise repeated commands."""
 
 
-class _Request(Enum):
-    RAMP_BACK = "go back to the user's own settings"
+_END_OF_RUN = 1 << 53
+
+
+class RampBack(Enum):
+    """The request to return to the user's own settings."""
+
+    REQUESTED = 0
+
+
+Request = Command | Applied | RampBack
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """The outcome of a command at optimizer step `step`, to be acknowledged."""
+
+    command_id: str
+    outcome: AckOutcome
+    step: int
+    detail: str = ""
+    permanent: bool = False
+    """True if the action can never work in this launch, so that the command would be refused again."""
 
 
 class Actuator:
-    """The values in force on this rank.
+    """Judges commands, and holds the state in force on this rank.
 
-    `rank0`: judges commands. `alone`: the process needs no exchange. `report` receives outcomes, to be acknowledged.
+    `group` is the exchange with the other ranks; None if this process trains alone. `requests` may be filled in any
+    thread. `report` receives the outcomes of commands. Only `submit` and `ready` are for the I/O thread.
     """
 
     def __init__(
         self,
+        actions: Sequence[ControlAction],
         config: Config,
         stats: AgentStats,
-        budget: OverheadBudget,
+        schedule: SnapshotSchedule,
         *,
-        rank0: bool,
-        alone: bool,
+        layout: ParallelLayout,
+        requests: deque[Request],
         report: Callable[[CommandResult], None],
+        group: RankGroup | None = None,
     ) -> None:
         self.state = ControlState()
-        self.acts = False
-        """False in watch-only mode: every command is refused."""
-        self.shielded = ""
-        """The reason against KSS on this model; empty if its structure allows KSS."""
-        self.group: RankGroup | None = None
-        """The exchange with the other ranks, if there are any and this agent acts."""
+        self._actions = {action.kind: action for action in actions}
         self._limits = config.limits
-        self._control = config.control
+        self._ramp_back_steps = config.control.ramp_back_steps
         self._stats = stats
-        self._budget = budget
-        self._cadence = SnapshotSchedule(config.cadence)
-        self._rank0 = rank0
-        self._alone = alone
+        self._schedule = schedule
+        self._layout = layout
+        self._requests = requests
         self._report = report
-        self._pending: deque[Command | Applied | _Request] = deque()
-        self._underway: list[Applied | _Request | CommandResult] = []
+        self._group = group
+        self._underway: list[Applied | RampBack | CommandResult] = []
         """Parts of the state in the exchange in flight."""
         self._remembered: dict[str, None] = {}
         self._action_times: deque[float] = deque()
         self._snapshots = range(0)
         self._agreed_until = -1
 
-    # Called in the sender's thread.
-
     @property
     def ready(self) -> bool:
         """True while commands can be applied."""
-        return self.acts and (self._alone or (self.group is not None and self.group.ready))
-
-    @property
-    def kss_refusal(self) -> str:
-        """The reason against KSS; empty if KSS is allowed."""
-        if self.group is not None and self.group.splits_tokens:
-            return "KSS is refused: ranks that share one model hold different tokens of its data"
-        return self.shielded
-
-    def applied(self) -> Applied:
-        """Return the values in force."""
-        return self.state.applied(self._stats.step)
+        return self._group is None or self._group.ready
 
     def submit(self, command: Command) -> None:
         """Judge `command` at the next step edge, and report its outcome."""
         step = self._stats.step
-        if not self.acts:
-            self._report(CommandResult(command.id, "refused", step, "this agent is watch-only"))
-        elif not self.ready:
+        if not self.ready:
             self._report(CommandResult(command.id, "failed", step, "control between the ranks is down"))
-        elif len(self._pending) >= MAX_PENDING:
+        elif len(self._requests) >= MAX_PENDING:
             self._report(CommandResult(command.id, "refused", step, f"{MAX_PENDING} commands are waiting already"))
         else:
-            self._pending.append(command)
-
-    def restore(self, applied: Applied) -> None:
-        """Put in force the values of an earlier incarnation of the run."""
-        self._pending.append(applied)
-
-    def monitor_lost(self) -> None:
-        """Return to the user's own settings, if the configuration requests it."""
-        if self._control.on_monitor_lost == "ramp":
-            self._pending.append(_Request.RAMP_BACK)
-
-    # Called in the training thread.
+            self._requests.append(command)
 
     def before_step(self, step: int) -> None:
         """Put the pending decision in force, just before optimizer step `step`, counted from 0."""
-        if self._alone:
-            if self._pending:
+        group = self._group
+        if group is None:
+            if self._requests:
                 self.state = self._next_state(step)
                 self._settle(step, in_force=True)
-        elif self.group is not None and self.group.in_flight:
-            exchange = self.group.receive()
-            if exchange is not None and exchange.step != step:
-                self.group.fail(f"rank 0 is at step {exchange.step}, this rank at step {step}")
-                exchange = None
-            if exchange is None:
+        elif group.in_flight:
+            update = group.receive()
+            if update is not None and update.step != step:
+                group.fail(f"rank 0 is at step {update.step}, this rank at step {step}")
+                update = None
+            if update is None:
                 self._agreed_until = -1
             else:
-                self.state = exchange.state
-                self._snapshots, self._agreed_until = exchange.snapshot_steps(), exchange.next_step
-            self._settle(step, in_force=exchange is not None)
+                self.state = update.state
+                self._snapshots, self._agreed_until = update.snapshot_steps(), update.next_step
+            self._settle(step, in_force=update is not None)
 
     def after_step(self, step: int) -> bool:
         """Plan the work after `step` optimizer steps. Returns True if the next training forward is a snapshot."""
-        if self._alone:
-            return step in self._plan(step, step, self.state)
-        if self.group is not None and self.group.is_due(step):
-            self.group.launch(self._exchange(step) if self._rank0 else None)
+        group = self._group
+        if group is None:
+            return step in self._schedule.plan(step, step, self.state)
+        if group.is_due(step):
+            group.launch(self._exchange(step) if group.leads else None)
         if step <= self._agreed_until:
             return step in self._snapshots
-        if not self._cadence.unagreed(step, self.state):
-            return False
-        if not self._budget.affords:
-            self._stats.drop("budget")
-            return False
-        return True
-
-    def _plan(self, first: int, last: int, state: ControlState) -> range:
-        planned, skipped = self._cadence.plan(first, last, state, self._budget.affords)
-        if skipped:
-            self._stats.drop("budget", skipped)
-        return planned
+        return self._schedule.unagreed(step, self.state)
 
     def _exchange(self, step: int) -> ControlUpdate:
         state = self._next_state(step)
         seconds = self._stats.step_seconds or EXCHANGE_SECONDS
         least = 2 if seconds < SHORT_STEP_SECONDS else 1
         following = step + min(max(least, math.ceil(EXCHANGE_SECONDS / seconds)), MAX_EXCHANGE_STEPS)
-        planned = self._plan(step + 1, following, state)
+        planned = self._schedule.plan(step + 1, following, state)
         return ControlUpdate(
             step=step, state=state, snapshots=(planned.start, planned.stop - 1, planned.step), next_step=following
         )
@@ -175,31 +156,44 @@ class Actuator:
     def _next_state(self, step: int) -> ControlState:
         """Return the state that the pending requests lead to, if it comes in force at `step`."""
         state = self.state
-        while self._pending:
-            request = self._pending.popleft()
-            if isinstance(request, Command):
-                judged, outcome = self._judge(request, state, step)
-                state = judged or state
-                # The outcome of a repetition must not precede that of the first command.
-                if judged is None and not self._is_underway(request):
-                    self._report(outcome)
-                else:
-                    self._underway.append(outcome)
-            elif isinstance(request, Applied):
-                if self.acts and state.version == 0:
-                    lr_scale, kss = max(request.lr_scale, self._limits.min_lr_scale), self._capped(request.kss)
-                    if self.kss_refusal:
-                        kss = msgspec.structs.replace(kss, alpha=0.0)
-                    state = state.towards(step, 0, lr_scale=lr_scale, kss=kss)
-                self._underway.append(request)
-            else:
-                own = msgspec.structs.replace(state.kss, alpha=0.0)
-                state = state.towards(step, self._control.ramp_back_steps, lr_scale=1.0, kss=own)
-                self._underway.append(request)
+        while self._requests:
+            request = self._requests.popleft()
+            match request:
+                case Command():
+                    state = self._apply_command(request, state, step)
+                case Applied():
+                    state = self._apply_restore(request, state, step)
+                case RampBack():
+                    state = self._apply_ramp_back(request, state, step)
         return state
 
-    def _is_underway(self, command: Command) -> bool:
-        return any(isinstance(each, CommandResult) and each.command_id == command.id for each in self._underway)
+    def _apply_command(self, command: Command, state: ControlState, step: int) -> ControlState:
+        following, result = self._judge(command, state, step)
+        underway = any(isinstance(each, CommandResult) and each.command_id == command.id for each in self._underway)
+        # The outcome of a repetition must not precede that of the first command.
+        if following is None and not underway:
+            self._report(result)
+        else:
+            self._underway.append(result)
+        return state if following is None else following
+
+    def _apply_restore(self, applied: Applied, state: ControlState, step: int) -> ControlState:
+        self._underway.append(applied)
+        if state.version > 0:  # a command since the start is newer than what is restored
+            return state
+        for action in self._actions.values():
+            target, _ = action.within_limits(getattr(applied, action.field))
+            if not self._capability(action).acts:
+                target = dataclasses.replace(target, strength=action.neutral)
+            state = _towards(state, action, target, step, num_steps=0)
+        return state
+
+    def _apply_ramp_back(self, request: RampBack, state: ControlState, step: int) -> ControlState:
+        self._underway.append(request)
+        for kind, action in self._actions.items():
+            parameters = state.actions[kind].parameters if kind in state.actions else {}
+            state = _towards(state, action, Target(action.neutral, parameters), step, self._ramp_back_steps)
+        return state
 
     def _settle(self, step: int, *, in_force: bool) -> None:
         """Report the requests underway. Their state is in force on all ranks, or on none."""
@@ -211,44 +205,45 @@ class Actuator:
                     each = dataclasses.replace(each, outcome="failed", detail="the exchange between the ranks failed")
                 self._report(dataclasses.replace(each, step=step))
             elif not in_force:
-                self._pending.append(each)
+                self._requests.append(each)
 
     def _judge(self, command: Command, state: ControlState, step: int) -> tuple[ControlState | None, CommandResult]:
         """Return the state after `command`, None if it must not be applied, and its outcome."""
+
+        def rejected(
+            outcome: AckOutcome, detail: str = "", *, permanent: bool = False
+        ) -> tuple[ControlState | None, CommandResult]:
+            return None, CommandResult(command.id, outcome, step, detail, permanent)
+
         if command.id in self._remembered:
-            return None, CommandResult(command.id, "duplicate", step)
+            return rejected("duplicate")
         if step > command.expires_step:
-            return None, CommandResult(
-                command.id, "expired", step, f"not to be applied after step {command.expires_step}"
-            )
-        if self.kss_refusal and command.kss is not None and command.kss.alpha > 0.0:
-            return None, CommandResult(command.id, "refused", step, self.kss_refusal, shielded=True)
+            return rejected("expired", f"not to be applied after step {command.expires_step}")
         detail = ""
-        if command.lr_scale is not None and command.lr_scale < self._limits.min_lr_scale:
-            command = msgspec.structs.replace(command, lr_scale=self._limits.min_lr_scale)
-            detail = f"lr_scale capped at {command.lr_scale}"
-        if command.kss is not None and (kss := self._capped(command.kss)) != command.kss:
-            less = [f for f in kss.__struct_fields__ if getattr(kss, f) != getattr(command.kss, f)]
-            detail = ", ".join(f"{field} capped at {getattr(kss, field)}" for field in less)
-            command = msgspec.structs.replace(command, kss=kss)
-        if _is_action(command) and not self._may_act():
-            most = self._limits.max_actions_per_hour
-            return None, CommandResult(
-                command.id, "refused", step, f"{most} actions in the last hour, the most allowed"
-            )
+        if command.kind == "stop":
+            state = state.changed(stop=True)
+        elif command.kind == "set_cadence":
+            until = _END_OF_RUN if command.cadence_until_step is None else command.cadence_until_step
+            state = state.changed(cadence_steps=command.cadence_steps, cadence_until_step=until)
+        else:
+            action = self._actions[command.kind]
+            target, detail = action.within_limits(getattr(command, action.field))
+            if target.strength != action.neutral:  # the way back to the user's own settings is always open
+                capability = self._capability(action)
+                if not capability.acts:
+                    return rejected("refused", capability.reason, permanent=True)
+                if not self._may_act():
+                    most = self._limits.max_actions_per_hour
+                    return rejected("refused", f"{most} actions in the last hour, the most allowed")
+            state = _towards(state, action, target, step, command.ramp_steps)
         self._remembered[command.id] = None
         if len(self._remembered) > MAX_REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
-        return state.after(command, step), CommandResult(command.id, "applied", step, detail)
+        return state, CommandResult(command.id, "applied", step, detail)
 
-    def _capped(self, kss: KssSettings) -> KssSettings:
-        limits = self._limits
-        return msgspec.structs.replace(
-            kss,
-            alpha=min(kss.alpha, limits.max_kss_alpha),
-            svd_rank=min(kss.svd_rank, limits.max_kss_svd_rank),
-            num_samples=min(kss.num_samples, limits.max_kss_samples),
-        )
+    def _capability(self, action: ControlAction) -> Capability:
+        splits_tokens = self._group is not None and self._group.splits_tokens
+        return action.capability(dataclasses.replace(self._layout, splits_tokens=splits_tokens))
 
     def _may_act(self) -> bool:
         """Use one action of the hourly allowance. Returns False if none is left."""
@@ -261,11 +256,9 @@ class Actuator:
         return True
 
 
-def _is_action(command: Command) -> bool:
-    """Return True if `command` counts against the hourly allowance.
-
-    A return to the user's own settings never counts.
-    """
-    if command.kind == "set_lr_scale":
-        return command.lr_scale != 1.0
-    return command.kind == "set_kss" and command.kss is not None and command.kss.alpha > 0.0
+def _towards(state: ControlState, action: ControlAction, target: Target, step: int, num_steps: int) -> ControlState:
+    """Return the state that moves `action` to `target` in `num_steps` steps, from `step` on."""
+    start = action.strength(state, step - 1)
+    ramp = Ramp(first_step=step, start=start, target=target.strength, num_steps=num_steps)
+    part = ActionState(ramp=ramp, parameters=target.parameters)
+    return state.changed(actions={**state.actions, action.kind: part})

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from koopmon.agent.control.action import ControlAction, Target, Update
+from koopmon.agent.control.state import ControlState
+from koopmon.config import LimitsConfig
+
 RATE_SIZED = ("adam", "lion", "rmsprop")
 """Parts of the names of optimizers that divide the gradient by its own size, or take its sign."""
 
@@ -44,36 +48,48 @@ class _ScaledTensor:
             self.rate.copy_(self.copy)
 
 
-class LrBackoff:
-    """Scales the rates of one optimizer between `scale_rates` and `restore_rates`. A scale of 1 changes nothing."""
+class LrBackoff(ControlAction):
+    """Scales the rates of an optimizer during each update. Its strength is the scale; a scale of 1 changes nothing."""
 
-    def __init__(self) -> None:
+    kind = "set_lr_scale"
+    field = "lr_scale"
+    neutral = 1.0
+    lasting = True
+
+    def __init__(self, limits: LimitsConfig) -> None:
+        self._min_scale = limits.min_lr_scale
         self._scaled: list[_ScaledRate | _ScaledTensor] = []
         self._copies: dict[int, Tensor] = {}
         self._in_closure = False
 
-    @property
-    def stranded(self) -> bool:
-        """True while the parameter groups hold scaled rates although no step is underway: `step()` has raised.
+    def within_limits(self, value: float) -> tuple[Target, str]:
+        scale = max(value, self._min_scale)
+        return Target(scale), f"lr_scale capped at {scale}" if scale > value else ""
 
-        Valid only at the start of a forward. A forward inside a step belongs to its closure, as in Lightning.
-        """
-        return bool(self._scaled) and not self._in_closure
+    def strength(self, state: ControlState, step: int) -> float:
+        part = state.actions.get(self.kind)
+        return self.neutral if part is None else part.ramp.geometric(step)
 
-    def watch_closure(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Return the arguments of `step()` with its closure wrapped; None without a closure.
+    def apply(self, state: ControlState, step: int, update: Update) -> None:
+        self.scale_rates(update.optimizer, self.strength(state, step))
+        if self._scaled:
+            self._watch_closure(update)
 
-        The wrapper marks the forwards that run inside the closure.
-        """
-        if not self._scaled:
-            return None
-        if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self._watched(kwargs["closure"])}
-        if len(args) > 1 and callable(args[1]):
-            return (args[0], self._watched(args[1]), *args[2:]), kwargs
-        return None
+    def revert(self) -> None:
+        self.restore_rates()
+
+    def on_forward(self) -> None:
+        # A rate that is scaled outside of an update was left by a step() that raised. Schedulers must not see it. A
+        # forward inside an update belongs to its closure, as in Lightning.
+        if self._scaled and not self._in_closure:
+            self.restore_rates()
+
+    def _watch_closure(self, update: Update) -> None:
+        """Wrap the closure of `step()`, if any, to recognise the forwards that run inside it."""
+        if callable(update.kwargs.get("closure")):
+            update.kwargs = {**update.kwargs, "closure": self._watched(update.kwargs["closure"])}
+        elif len(update.args) > 1 and callable(update.args[1]):
+            update.args = (update.args[0], self._watched(update.args[1]), *update.args[2:])
 
     def _watched(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def watched() -> Any:

@@ -104,6 +104,11 @@ class RankGroup:
         return self._agreed.is_set() and not self._closed.is_set()
 
     @property
+    def leads(self) -> bool:
+        """True on rank 0, which decides for all."""
+        return self._world.rank == 0
+
+    @property
     def in_flight(self) -> bool:
         """True while an exchange was launched and not yet received."""
         return self._work is not None
@@ -169,7 +174,7 @@ class RankGroup:
         level = logging.INFO if "closed by peer" in reason or "reset by peer" in reason else logging.WARNING
         logger.log(
             level if self._streak <= 3 else logging.DEBUG,
-            "koopmon: control is off, training goes on, what is applied stays: %s",
+            "koopmon: control is off, training goes on, the settings in force stay: %s",
             reason,
         )
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from koopmon.wire.messages import Applied, Command, KssSettings, Step
+from koopmon.wire.messages import Step
 
 
 class Ramp(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
@@ -35,56 +35,26 @@ class Ramp(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fi
         return self.target if fraction == 1.0 else float(self.start * (self.target / self.start) ** fraction)
 
 
+class ActionState(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
+    """One action's part of the state: a strength that moves along a ramp, and parameters that switch at once."""
+
+    ramp: Ramp
+    parameters: dict[str, int | float] = {}
+
+
 class ControlState(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
     """All values that commands can change. Equal on all ranks at every step. `version` counts the changes."""
 
     version: int = 0
-    lr_ramp: Ramp = Ramp(start=1.0, target=1.0)
-    alpha_ramp: Ramp = Ramp()
-    kss: KssSettings = KssSettings()
+    actions: dict[str, ActionState] = {}
+    """Keys are kinds of commands. An action that is absent leaves the user's own values."""
     cadence_steps: int = 0
     """The interval that the monitor requested; 0 for none."""
     cadence_until_step: int = -1
     stop: bool = False
 
-    def lr_scale(self, step: int) -> float:
-        return self.lr_ramp.geometric(step)
-
-    def kss_alpha(self, step: int) -> float:
-        return self.alpha_ramp.linear(step)
-
-    def applied(self, step: int) -> Applied:
-        """Return the values in force at `step`, for the wire."""
-        return Applied(lr_scale=self.lr_scale(step), kss=msgspec.structs.replace(self.kss, alpha=self.kss_alpha(step)))
-
-    def after(self, command: Command, step: int) -> ControlState:
-        """Return the state after `command` is applied at optimizer step `step`."""
-        if command.lr_scale is not None:
-            return self.towards(step, command.ramp_steps, lr_scale=command.lr_scale)
-        if command.kss is not None:
-            return self.towards(step, command.ramp_steps, kss=command.kss)
-        if command.cadence_steps is not None:
-            until = (1 << 53) if command.cadence_until_step is None else command.cadence_until_step
-            return self._changed(cadence_steps=command.cadence_steps, cadence_until_step=until)
-        return self._changed(stop=True)
-
-    def towards(
-        self, step: int, num_steps: int, *, lr_scale: float | None = None, kss: KssSettings | None = None
-    ) -> ControlState:
-        """Return the state that moves to `lr_scale` and `kss` in `num_steps` steps, from `step` on.
-
-        None keeps a value.
-        """
-        state = self
-        if lr_scale is not None:
-            ramp = Ramp(first_step=step, start=self.lr_scale(step - 1), target=lr_scale, num_steps=num_steps)
-            state = state._changed(lr_ramp=ramp)
-        if kss is not None:
-            ramp = Ramp(first_step=step, start=self.kss_alpha(step - 1), target=kss.alpha, num_steps=num_steps)
-            state = state._changed(alpha_ramp=ramp, kss=kss)
-        return state
-
-    def _changed(self, **fields: object) -> ControlState:
+    def changed(self, **fields: object) -> ControlState:
+        """Return a state of the next version with these fields."""
         return msgspec.structs.replace(self, version=self.version + 1, **fields)
 
 

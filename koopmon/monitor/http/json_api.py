@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 from koopmon.monitor.http.policy_preview import preview
-from koopmon.views.run_view import Column, DecisionView, RunView
+from koopmon.views.run_view import RunView
+from koopmon.views.spectra import layers_to_dict
 
 VERSION = 1
 
@@ -20,7 +21,7 @@ def runs(views: Sequence[RunView], now: float) -> dict[str, Any]:
 
 def summary(view: RunView) -> dict[str, Any]:
     """Summary of one run."""
-    latest, last = view.latest, view.decisions[-1] if view.decisions else None
+    latest, last = view.latest, view.last_decision
     return {
         "run": view.name,
         "incarnation": view.incarnation,
@@ -48,56 +49,13 @@ def run(view: RunView, now: float) -> dict[str, Any]:
         "acts": view.acts,
         "sends": view.sends,
         "health": msgspec.to_builtins(view.health) | {"snapshots_received": view.num_received},
-        "points": msgspec.to_builtins(view.points),
-        "layers": _layers(view.columns),
-        "spectrum": _spectrum(view),
-        "decisions": [_decision(decided) for decided in view.decisions],
+        "points": [point.to_dict() for point in view.points],
+        "layers": layers_to_dict(view.columns),
+        "spectrum": None if view.spectrum is None else view.spectrum.to_dict(),
+        "decisions": [decision.to_dict() for decision in view.decisions],
         "outlook": {
             "phase": told.phase,
             "meaning": told.meaning,
             "lines": [{"if": condition, "then": answer} for condition, answer in told.lines],
         },
-    }
-
-
-def _layers(columns: Sequence[Column]) -> dict[str, Any]:
-    names = columns[-1].values if columns else ()
-    return {
-        "steps": [column.step for column in columns],
-        **{name: [column.values[name].tolist() for column in columns] for name in names},
-    }
-
-
-def _spectrum(view: RunView) -> dict[str, Any] | None:
-    spectrum = view.spectrum
-    if spectrum is None:
-        return None
-    return {
-        "step": spectrum.step,
-        "layers": spectrum.labels,
-        "eigenvalues": [list(zip(flat[::2], flat[1::2], strict=True)) for flat in spectrum.eigenvalues],
-        "informative": spectrum.informative,
-        "reason": spectrum.reason,
-    }
-
-
-def _decision(decided: DecisionView) -> dict[str, Any]:
-    return {
-        "step": decided.step,
-        "time": decided.time,
-        "phase": decided.phase,
-        "reason": decided.reason,
-        "risk": decided.risk,
-        "commands": [
-            {
-                "id": order.command.id,
-                "kind": order.command.kind,
-                "lr_scale": order.command.lr_scale,
-                "kss_alpha": None if order.command.kss is None else order.command.kss.alpha,
-                "outcome": order.outcome,
-                "step": order.step,
-                "detail": order.detail,
-            }
-            for order in decided.orders
-        ],
     }

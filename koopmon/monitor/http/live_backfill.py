@@ -14,18 +14,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from koopmon.errors import StoreError, one_line
-from koopmon.history.reader import DecisionRow, HistoryReader, ObservationRow, ProfileRow, RunRow
+from koopmon.history.reader import HistoryReader, ProfileRow, RunRow
 from koopmon.history.schema import RunState
 from koopmon.monitor.http.live_state import MAX_DECISIONS, MAX_POINTS, LiveState
-from koopmon.views.run_view import (
-    Column,
-    CommandView,
-    DecisionView,
-    RunView,
-    TimelinePoint,
-    recorded_column,
-    recorded_spectrum,
-)
+from koopmon.views.run_view import DecisionView, RunView, TimelinePoint
+from koopmon.views.spectra import Column, Spectrum
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +62,8 @@ class LiveBackfill:
             if self._stop.is_set():
                 return
             with _isolated(row.name):
-                points = [_point(each) for each in history.observations(row.name, last=MAX_POINTS)]
-                decisions = [_decided(each) for each in history.decisions(row.name, last=MAX_DECISIONS)]
+                points = [TimelinePoint.of_row(each) for each in history.observations(row.name, last=MAX_POINTS)]
+                decisions = [DecisionView.of_row(each) for each in history.decisions(row.name, last=MAX_DECISIONS)]
                 view = _with_last(_recorded_view(history, row), points, next(history.profiles(row.name, last=1), None))
                 self._live_state.backfill(view, points=points, decisions=decisions)
                 known.append(view)
@@ -122,7 +115,7 @@ def _with_last(view: RunView, points: list[TimelinePoint], last: ProfileRow | No
     if points:
         view = replace(view, step=max(view.step, points[-1].step))
     try:
-        found = None if last is None or last.profile is None else recorded_spectrum(last.step, last.profile)
+        found = None if last is None or last.profile is None else Spectrum.of(last.step, last.profile)
     except (KeyError, TypeError, ValueError):
         return view
     return view if found is None else replace(view, spectrum=found)
@@ -130,27 +123,6 @@ def _with_last(view: RunView, points: list[TimelinePoint], last: ProfileRow | No
 
 def _column(row: ProfileRow) -> Column | None:
     try:
-        return None if row.profile is None else recorded_column(row.step, row.profile)
+        return None if row.profile is None else Column.of(row.step, row.profile["layers"])
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _point(row: ObservationRow) -> TimelinePoint:
-    return TimelinePoint(
-        step=row.step,
-        time=row.time,
-        risk=row.risk,
-        forecast=None,
-        loss=row.loss,
-        learning_rate=row.learning_rate,
-        lr_scale=row.lr_scale,
-        kss_alpha=row.kss_alpha,
-    )
-
-
-def _decided(row: DecisionRow) -> DecisionView:
-    orders = tuple(
-        CommandView(command=each.command, outcome=each.outcome, step=each.acked_step, detail=each.detail or "")
-        for each in row.commands
-    )
-    return DecisionView(step=row.step, time=row.time, phase=row.phase, reason=row.reason, risk=row.risk, orders=orders)

@@ -17,20 +17,17 @@ from typing import TYPE_CHECKING, TypeVar
 from koopmon.history.schema import RunState
 from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Assessment, RunController
-from koopmon.monitor.sample import Sample
 from koopmon.policy import PolicyState
 from koopmon.views.run_view import (
     AgentHealth,
-    Column,
     CommandView,
     DecisionView,
     PolicyStatus,
     RunView,
     TimelinePoint,
-    column_of,
-    spectrum_of,
 )
-from koopmon.wire.messages import Ack
+from koopmon.views.spectra import Column, Spectrum
+from koopmon.wire.messages import Ack, TrainingStep
 
 if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
@@ -150,39 +147,40 @@ class LiveState:
                 kept.lost[reason] = kept.lost.get(reason, 0) + 1
 
     def record_assessment(
-        self, name: str, sample: Sample, profile: SpectralProfile | None, assessment: Assessment, status: PolicyStatus
+        self,
+        name: str,
+        training: TrainingStep,
+        profile: SpectralProfile | None,
+        assessment: Assessment,
+        status: PolicyStatus,
     ) -> None:
         """Add one snapshot with its assessment and decision."""
-        column = None if profile is None else column_of(sample.step, profile)
-        spectrum = None if profile is None else spectrum_of(sample.step, profile)
+        # The history stores the same form of a profile: the page and the report cannot disagree.
+        plain = None if profile is None else profile.to_dict()
+        column = None if plain is None else Column.of(training.step, plain["layers"])
+        spectrum = None if plain is None else Spectrum.of(training.step, plain)
         at = self._wall()
-        point = TimelinePoint(
-            step=sample.step,
-            time=at,
-            risk=assessment.risk.value,
-            forecast=assessment.risk.forecast,
-            loss=sample.loss,
-            learning_rate=sample.learning_rate,
-            lr_scale=sample.lr_scale,
-            kss_alpha=sample.kss_alpha,
-        )
         with self._lock:
             kept = self._kept.get(name)
             if kept is None:
                 return
-            kept.points.append(point)
+            incarnation = kept.view.incarnation
+            kept.points.append(TimelinePoint.of_assessment(incarnation, at, assessment.observation, assessment.risk))
             if column is not None:
                 kept.columns.append(column)
             if assessment.decision is not None and assessment.remarkable:
                 outcome = "pending" if kept.view.sends else "dry_run"
                 kept.decisions.append(
                     DecisionView(
-                        step=sample.step,
+                        incarnation=incarnation,
+                        step=training.step,
                         time=at,
                         phase=assessment.decision.phase,
                         reason=assessment.decision.reason,
                         risk=assessment.risk.value,
-                        orders=tuple(CommandView(command=command, outcome=outcome) for command in assessment.commands),
+                        commands=tuple(
+                            CommandView(command=command, outcome=outcome) for command in assessment.commands
+                        ),
                     )
                 )
             self._change(kept, standing=status, spectrum=spectrum or kept.view.spectrum)
@@ -244,13 +242,13 @@ class LiveState:
             if kept is None:
                 return
             for index in range(len(kept.decisions) - 1, -1, -1):
-                decided = kept.decisions[index]
-                if any(order.command.id == command_id for order in decided.orders):
-                    orders = tuple(
-                        _with_outcome(order, outcome, step, detail) if order.command.id == command_id else order
-                        for order in decided.orders
+                decision = kept.decisions[index]
+                if any(each.command.id == command_id for each in decision.commands):
+                    commands = tuple(
+                        _with_outcome(each, outcome, step, detail) if each.command.id == command_id else each
+                        for each in decision.commands
                     )
-                    kept.decisions[index] = replace(decided, orders=orders)
+                    kept.decisions[index] = replace(decision, commands=commands)
                     self._change(kept)
                     return
 
@@ -279,11 +277,11 @@ def _before(kept: deque[T], earlier: list[T]) -> None:
     kept.extendleft(reversed(older[-room:] if room else []))
 
 
-def _with_outcome(order: CommandView, outcome: str, step: int | None, detail: str) -> CommandView:
+def _with_outcome(command: CommandView, outcome: str, step: int | None, detail: str) -> CommandView:
     # The outcome "duplicate" does not contain the result of the command.
-    if outcome == "duplicate" or (outcome == "unanswered" and order.outcome not in ("pending", "unanswered")):
-        return order
-    return replace(order, outcome=outcome, step=step, detail=detail)
+    if outcome == "duplicate" or (outcome == "unanswered" and command.outcome not in ("pending", "unanswered")):
+        return command
+    return replace(command, outcome=outcome, step=step, detail=detail)
 
 
 def _health(run: Run, lost: dict[str, int]) -> AgentHealth:

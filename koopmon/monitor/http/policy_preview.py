@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from koopmon import policy
-from koopmon.views.run_view import PolicyStatus, RunView
+from koopmon.views.run_view import PolicyStatus, RunView, command_words
 
 PHASES = {
     "calm": "Nothing is going on.",
@@ -71,16 +73,19 @@ def _asked(standing: PolicyStatus, risk: float) -> str:
     state, config = standing.state, standing.policy
     seen = replace(
         standing.observation,
-        step=max(standing.observation.step + 1, (state.acted_at or 0) + config.cooldown_steps),
+        training=msgspec.structs.replace(
+            standing.observation.training,
+            step=max(standing.observation.step + 1, (state.acted_at or 0) + config.cooldown_steps),
+            lr_scale=state.lr_scale,
+            kss_alpha=state.kss.alpha,
+        ),
         informative=True,
         non_finite=False,
-        lr_scale=state.lr_scale,
-        kss_alpha=state.kss.alpha,
     )
     decision = policy.decide(standing.now, state, seen, replace(standing.risk, value=risk), config, standing.kss)
-    changes = [_words(action) for action in decision.commands if action.changes_training]
+    changes = "; ".join(command_words(action) for action in decision.commands if action.changes_training)
     if changes:
-        return f"{'; '.join(changes)}."
+        return f"{changes[0].upper()}{changes[1:]}."
     if len(state.action_times) >= config.max_actions_per_hour:
         return f"Nothing: the budget of {config.max_actions_per_hour} actions per hour is spent."
     if config.name != "kss" and state.lr_scale <= config.min_lr_scale:
@@ -90,19 +95,11 @@ def _asked(standing: PolicyStatus, risk: float) -> str:
     return "Nothing that changes the training."
 
 
-def _words(action: policy.Action) -> str:
-    if action.kind == "set_lr_scale" and action.lr_scale is not None:
-        return f"Learning rate x {action.lr_scale:.3g}"
-    if action.kind == "set_kss" and action.kss is not None:
-        return f"KSS on, alpha {action.kss.alpha:g}" if action.kss.alpha > 0 else "KSS off"
-    return action.kind
-
-
 def _return(standing: PolicyStatus) -> Iterator[tuple[str, str]]:
     state, config = standing.state, standing.policy
     if state.lr_scale < 1.0 and config.name in ("lr", "kss+lr"):
         wait = config.hold_steps * max(1, state.num_cuts)
-        target = f"learning rate x {min(1.0, state.lr_scale * config.rise_factor):.3g}."
+        target = f"learning rate × {min(1.0, state.lr_scale * config.rise_factor):.3g}."
         when = f"After {wait} calm steps" if state.calm_since is None else f"At step {state.calm_since + wait}"
         yield "If it stays calm", f"{when}: {target}"
     if state.kss_on_at is not None:

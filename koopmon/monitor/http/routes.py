@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Hashable
 from importlib.resources import files
 from typing import Any
 
@@ -14,20 +16,22 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from koopmon.config import PolicyConfig
-from koopmon.monitor.http import json_api, page, run_page, runs_page
+from koopmon.monitor.http import json_api, pages
 from koopmon.monitor.http.event_stream import EventStreams
 from koopmon.monitor.http.live_state import LiveState
-from koopmon.monitor.http.page_cache import PageCache
-from koopmon.views.html import join, tag
-from koopmon.views.run_view import QUANTITIES
+from koopmon.views.spectra import QUANTITIES
 
 STATIC = {
-    "live.css": "text/css; charset=utf-8",
-    "live.js": "text/javascript; charset=utf-8",
-    "icon.svg": "image/svg+xml",
+    "views.css": ("koopmon.views", "text/css; charset=utf-8"),
+    "live.css": ("koopmon.monitor.http", "text/css; charset=utf-8"),
+    "live.js": ("koopmon.monitor.http", "text/javascript; charset=utf-8"),
+    "icon.svg": ("koopmon.monitor.http", "image/svg+xml"),
 }
 NOSNIFF = {"x-content-type-options": "nosniff"}
 RETRY_AFTER_SECONDS = 15
+MAX_PAGES = 16
+FRESH_SECONDS = 1.0
+"""Maximum age of a cached page without changes: the times on it must be updated after this."""
 Answer = Callable[[Request], Response]
 
 
@@ -36,29 +40,32 @@ def routes(
 ) -> list[BaseRoute]:
     """Routes of pages, JSON and events for one live state. `policy` holds the thresholds of runs without assessment."""
 
-    once = PageCache()
+    cache = PageCache()
 
     # Plain functions: starlette runs them in threads.
     def all_runs(request: Request) -> Response:
-        root = page.root_of(request.scope["raw_path"])
+        root = pages.root_of(request.scope["raw_path"])
 
         def draw() -> str:
-            return runs_page.render(root, live_state.views(), wall(), policy, num_hidden=live_state.num_hidden)
+            return pages.runs_page(root, live_state.views(), wall(), policy, num_hidden=live_state.num_hidden)
 
-        return _html(once.page(root, live_state.revision, draw))
+        return _html(cache.page(root, live_state.revision, draw))
 
     def one_run(request: Request) -> Response:
-        root, name = page.root_of(request.scope["raw_path"]), request.path_params["name"]
+        root, name = pages.root_of(request.scope["raw_path"]), request.path_params["name"]
         view = live_state.view(name)
         if view is None:
-            return _html(_unknown(root, name, live_state), status=404)
+            return _html(pages.unknown_run_page(root, name, live_state.names()[-20:]), status=404)
         chosen = request.query_params.get("show", "")
         quantity = chosen if chosen in QUANTITIES else "near_unit_mass"
 
         def draw() -> str:
-            return run_page.render(root, view, wall(), policy, quantity=quantity)
+            return pages.run_page(root, view, wall(), policy, quantity=quantity)
 
-        return _html(once.page((root, name, quantity), view.revision, draw))
+        return _html(cache.page((root, name, quantity), view.revision, draw))
+
+    def alerts(_: Request) -> Response:
+        return _html(cache.page("alerts", 0, pages.alerts_page))
 
     def runs_json(_: Request) -> Response:
         return _json(json_api.runs(live_state.views(), wall()))
@@ -73,10 +80,10 @@ def routes(
     async def events(request: Request) -> Response:
         if not streams.acquire():
             words = (
-                f"{streams.most} streams of events are open, as many as [http] max_streams and max_http_connections"
-                " allow: close a page, or ask api/v1/runs now and then\n"
+                f"{streams.most} event streams are open, the limit of [http] max_streams and max_http_connections:"
+                " close a page, or poll api/v1/runs\n"
             )
-            headers = {**page.HEADERS, "retry-after": str(RETRY_AFTER_SECONDS)}
+            headers = {**pages.HEADERS, "retry-after": str(RETRY_AFTER_SECONDS)}
             return Response(words, status_code=503, headers=headers, media_type="text/plain")
         last_id = request.headers.get("last-event-id", "")
         return EventStream(streams, streams.follow(request.query_params.get("run"), last_id))
@@ -84,11 +91,35 @@ def routes(
     shown = [
         Route("/", all_runs),
         Route("/runs/{name:path}", one_run),
+        Route("/alerts", alerts),
         Route("/api/v1/runs", runs_json),
         Route("/api/v1/runs/{name:path}", run_json),
         Route("/api/v1/events", events),
     ]
-    return [*shown, *(Route(f"/static/{name}", _file(name, kind)) for name, kind in STATIC.items())]
+    return [*shown, *(Route(f"/static/{name}", _file(name, *place)) for name, place in STATIC.items())]
+
+
+class PageCache:
+    """Cache of the pages rendered last. Rendering is serialised because it competes with the daemon for the GIL."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Hashable, tuple[int, float, str]] = OrderedDict()
+
+    def page(self, key: Hashable, revision: int, draw: Callable[[], str]) -> str:
+        """Return the cached page of `key` if it is fresh and has the same `revision`, else the result of `draw`."""
+        with self._lock:
+            known, at, text = self._kept.get(key, (-1, 0.0, ""))
+            now = self._clock()
+            if known == revision and now - at < FRESH_SECONDS:
+                return text
+            text = draw()
+            self._kept[key] = (revision, now, text)
+            self._kept.move_to_end(key)
+            while len(self._kept) > MAX_PAGES:
+                self._kept.popitem(last=False)
+            return text
 
 
 class EventStream(StreamingResponse):
@@ -96,7 +127,7 @@ class EventStream(StreamingResponse):
 
     def __init__(self, streams: EventStreams, content: AsyncIterator[bytes]) -> None:
         # Close the connection with the stream, because its lifetime exceeds that of other connections.
-        headers = {**page.HEADERS, "x-accel-buffering": "no", "connection": "close"}
+        headers = {**pages.HEADERS, "x-accel-buffering": "no", "connection": "close"}
         super().__init__(content, media_type="text/event-stream", headers=headers)
         self._streams = streams
 
@@ -109,19 +140,11 @@ class EventStream(StreamingResponse):
 
 def not_found(request: Request, _: Exception) -> Response:
     """Page for an unknown address."""
-    root = page.root_of(request.scope["raw_path"])
-    return _html(page.message(root, "No such page", "This monitor has no page at this address."), status=404)
+    return _html(pages.not_found_page(pages.root_of(request.scope["raw_path"])), status=404)
 
 
-def _unknown(root: str, name: str, live_state: LiveState) -> str:
-    links = [tag("li", tag("a", each, href=page.run_address(root, each))) for each in live_state.names()[-20:]]
-    words = tag("p", "This monitor knows no run ", tag("code", name[:128]), ".")
-    listed = join(tag("p", "Known here:"), tag("ul", *links)) if links else tag("p", "It knows none yet.")
-    return page.message(root, "No such run", words, listed)
-
-
-def _file(name: str, kind: str) -> Answer:
-    body = files("koopmon.monitor.http").joinpath("static", name).read_bytes()
+def _file(name: str, package: str, kind: str) -> Answer:
+    body = files(package).joinpath("static", name).read_bytes()
 
     def answer(_: Request) -> Response:
         return Response(body, headers={**NOSNIFF, "content-type": kind, "cache-control": "no-cache"})
@@ -130,7 +153,7 @@ def _file(name: str, kind: str) -> Answer:
 
 
 def _html(text: str, *, status: int = 200) -> Response:
-    return HTMLResponse(text, status_code=status, headers=page.HEADERS)
+    return HTMLResponse(text, status_code=status, headers=pages.HEADERS)
 
 
 def _json(value: Any, *, status: int = 200) -> Response:

@@ -19,12 +19,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from koopmon.config import PolicyConfig
 from koopmon.errors import EndpointError
-from koopmon.monitor.http.alerts_page import alerts_page
 from koopmon.monitor.http.auth import HttpAuth
 from koopmon.monitor.http.event_stream import EventStreams
 from koopmon.monitor.http.limits import Connections
@@ -141,9 +140,6 @@ def _application(
     registry: CollectorRegistry, checks: Mapping[str, Callable[[], bool]], live: Sequence[BaseRoute]
 ) -> Starlette:
     # Plain functions: starlette runs them in threads, so a scrape does not block a health check.
-    def alerts(_: Request) -> Response:
-        return HTMLResponse(alerts_page())
-
     def metrics(request: Request) -> Response:
         try:
             encode, content_type = choose_encoder(request.headers.get("accept", ""))
@@ -159,6 +155,6 @@ def _application(
 
     checked = [Route(f"/{name}", partial(health, check)) for name, check in checks.items()]
     return Starlette(
-        routes=[*live, Route("/alerts", alerts), Route("/metrics", metrics), *checked],
+        routes=[*live, Route("/metrics", metrics), *checked],
         exception_handlers={404: not_found},
     )

@@ -10,21 +10,26 @@ from hypothesis import strategies as st
 
 from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
 from koopmon.agent.control.state import ControlState
+from koopmon.agent.stats import AgentStats
 from koopmon.config import CadenceConfig
 
 CONFIG = CadenceConfig(warmup_steps=10, dense_every=2, calm_every=7)
 CALM = ControlState()
 
 
+def schedule(config: CadenceConfig = CONFIG, stats: AgentStats | None = None) -> SnapshotSchedule:
+    return SnapshotSchedule(config, OverheadBudget(config), stats or AgentStats())
+
+
 def planned(cadence: SnapshotSchedule, steps: range, state: ControlState = CALM, window: int = 1) -> list[int]:
     taken: list[int] = []
     for first in range(steps.start, steps.stop, window):
-        taken += cadence.plan(first, min(first + window, steps.stop) - 1, state, True)[0]
+        taken += cadence.plan(first, min(first + window, steps.stop) - 1, state)
     return taken
 
 
 def test_dense_in_warm_up_and_sparse_when_calm() -> None:
-    assert planned(SnapshotSchedule(CONFIG), range(1, 30)) == [1, 3, 5, 7, 9, 16, 23]
+    assert planned(schedule(), range(1, 30)) == [1, 3, 5, 7, 9, 16, 23]
 
 
 @pytest.mark.parametrize(
@@ -32,31 +37,39 @@ def test_dense_in_warm_up_and_sparse_when_calm() -> None:
 )
 def test_the_monitor_may_ask_for_more_until_a_step_but_for_no_more_than_dense(asked: int, expected: list[int]) -> None:
     state = ControlState(cadence_steps=asked, cadence_until_step=31)
-    assert planned(SnapshotSchedule(CONFIG), range(13, 45), state) == expected
+    assert planned(schedule(), range(13, 45), state) == expected
 
 
 def test_the_monitor_cannot_ask_for_less() -> None:
     state = ControlState(cadence_steps=1000, cadence_until_step=1000)
-    assert planned(SnapshotSchedule(CONFIG), range(1, 30), state) == planned(SnapshotSchedule(CONFIG), range(1, 30))
+    assert planned(schedule(), range(1, 30), state) == planned(schedule(), range(1, 30))
 
 
 @given(window=st.integers(1, 9), start=st.integers(0, 20))
 def test_windows_of_any_length_give_the_strides_asked_for(window: int, start: int) -> None:
     config = CadenceConfig(warmup_steps=1, dense_every=1, calm_every=4)
-    taken = planned(SnapshotSchedule(config), range(start + 1, start + 60), window=window)
+    taken = planned(schedule(config), range(start + 1, start + 60), window=window)
     assert all(b - a == 4 for a, b in itertools.pairwise(taken))
 
 
 def test_what_cannot_be_afforded_is_skipped_counted_and_not_made_up_for() -> None:
-    cadence = SnapshotSchedule(CONFIG)
-    assert cadence.plan(1, 4, CALM, False) == (range(0), 2)
-    assert list(cadence.plan(5, 6, CALM, True)[0]) == [5]
+    stats, budget = AgentStats(), OverheadBudget(CONFIG)
+    cadence = SnapshotSchedule(CONFIG, budget, stats)
+    budget.spend(2.0 * budget.credit_seconds)
+    assert list(cadence.plan(1, 4, CALM)) == []
+    assert stats.dropped["budget"] == 2
+    assert not cadence.unagreed(4, CALM)
+    assert stats.dropped["budget"] == 3
+    budget.earn(1e9)
+    assert not cadence.unagreed(5, CALM)
+    assert list(cadence.plan(5, 6, CALM)) == [6]
+    assert stats.dropped["budget"] == 3
 
 
 @given(st.integers(0, 1000), st.integers(0, 50), st.integers(-1, 1000))
 def test_without_agreement_every_rank_comes_to_the_same_steps(step: int, asked: int, until: int) -> None:
     state = ControlState(cadence_steps=asked, cadence_until_step=until)
-    one, other = SnapshotSchedule(CONFIG), SnapshotSchedule(CONFIG)
+    one, other = schedule(), schedule()
     planned(other, range(1, 5))
     assert one.unagreed(step, state) == other.unagreed(step, state)
 
@@ -99,3 +112,10 @@ def test_no_initial_credit_still_lets_the_share_build_up() -> None:
     assert not budget.affords
     budget.earn(1.0)
     assert budget.affords
+
+
+def test_a_running_total_is_charged_once() -> None:
+    budget = OverheadBudget(CadenceConfig(initial_credit_seconds=1.0))
+    for total in (0.25, 0.25, 0.75):
+        budget.charge(total)
+    assert budget.credit_seconds == 0.25

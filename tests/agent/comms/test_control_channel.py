@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import pytest
+from msgspec.structs import replace
 
-from koopmon.agent.comms.control_channel import HELLO_SECONDS, CommandResult, ControlChannel, RankInfo
+from koopmon.agent.comms.control_channel import HELLO_SECONDS, ControlChannel, RankInfo
+from koopmon.agent.control.actuator import CommandResult
 from koopmon.agent.rank_identity import Identity
 from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig

@@ -11,11 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from koopmon.agent.capture.schedule import OverheadBudget
-from koopmon.agent.comms.control_channel import CommandResult
-from koopmon.agent.control.actuator import MAX_PENDING, Actuator
+from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
+from koopmon.agent.circuit_breaker import CircuitBreaker
+from koopmon.agent.control.actuator import MAX_PENDING, Actuator, CommandResult
+from koopmon.agent.control.all_actions import make_actions
 from koopmon.agent.control.rank_group import MESSAGE_BYTES, _encoder
-from koopmon.agent.control.state import ControlState, ControlUpdate, Ramp
+from koopmon.agent.control.state import ActionState, ControlState, ControlUpdate, Ramp
+from koopmon.agent.lifecycle import Acting, LifeCycle, RankParts
+from koopmon.agent.parallelism import DataRanks, ParallelLayout
+from koopmon.agent.rank_identity import RankContext
 from koopmon.agent.stats import AgentStats
 from koopmon.config import Config, from_mapping
 from koopmon.wire.messages import Ack, Applied, Command, KssSettings
@@ -31,25 +35,45 @@ def command(kind: str, **fields: Any) -> Command:
 
 
 class Bench:
-    """An actuator that trains alone, driven step by step."""
+    """An agent that acts and trains alone, driven step by step."""
 
-    def __init__(self, config: Config | None = None, *, acts: bool = True) -> None:
+    def __init__(self, config: Config | None = None, *, group: Any = None) -> None:
         self.outcomes: list[CommandResult] = []
         self.stats = AgentStats()
         config = config or Config()
+        actions = make_actions(config, self.stats, CircuitBreaker("a test"))
+        self.lifecycle = LifeCycle(actions, self.stats, config.control)
+        schedule = SnapshotSchedule(config.cadence, OverheadBudget(config.cadence), self.stats)
+        layout = ParallelLayout("single", True)
         self.actuator = Actuator(
-            config, self.stats, OverheadBudget(config.cadence), rank0=True, alone=True, report=self.outcomes.append
+            actions,
+            config,
+            self.stats,
+            schedule,
+            layout=layout,
+            requests=self.lifecycle.requests,
+            report=self.outcomes.append,
+            group=group,
         )
-        self.actuator.acts = acts
+        rank = RankParts(RankContext(), DataRanks(0, 1), self.stats, schedule, None)
+        self.lifecycle.enter(Acting(rank, layout, self.actuator))
+
+    @property
+    def lr_scale(self) -> float:
+        """The learning-rate scale of the next step."""
+        return self.applied().lr_scale
+
+    def applied(self) -> Applied:
+        return self.lifecycle.applied()
 
     def step(self, *commands: Command) -> float:
         """Submit, run one step; the learning-rate scale in it."""
         for each in commands:
-            self.actuator.submit(each)
-        self.actuator.before_step(self.stats.step)
-        scale = self.actuator.state.lr_scale(self.stats.step)
+            self.lifecycle.submit(each)
+        self.lifecycle.state.before_step(self.stats.step)
+        scale = self.lr_scale
         self.stats.tick(0.1)
-        self.actuator.after_step(self.stats.step)
+        self.lifecycle.state.after_step(self.stats.step)
         return scale
 
     def outcome_of(self, *commands: Command) -> list[str]:
@@ -93,13 +117,13 @@ def test_alpha_ramps_linearly_and_the_settings_switch_at_once() -> None:
     bench.step(command("set_kss", kss=kss, ramp_steps=4))
     alphas = []
     for _ in range(6):
-        applied = bench.actuator.applied()
+        applied = bench.applied()
         alphas.append(applied.kss.alpha)
         assert (applied.kss.tau_u, applied.kss.svd_rank) == (1.7, 9)
         bench.step()
     assert alphas == pytest.approx([0.4, 0.6, 0.8, 0.8, 0.8, 0.8])
     bench.step(command("set_kss", kss=KssSettings(alpha=0.0)))
-    assert bench.actuator.applied().kss.alpha == 0.0
+    assert bench.applied().kss.alpha == 0.0
 
 
 def test_commands_of_one_step_are_all_applied_in_order() -> None:
@@ -109,7 +133,7 @@ def test_commands_of_one_step_are_all_applied_in_order() -> None:
         command("set_lr_scale", lr_scale=0.2), command("set_kss", kss=kss), command("set_lr_scale", lr_scale=0.4)
     )
     assert found == ["applied"] * 3
-    assert bench.actuator.applied() == Applied(lr_scale=0.4, kss=kss)
+    assert bench.applied() == Applied(lr_scale=0.4, kss=kss)
 
 
 def test_a_repeated_command_is_a_duplicate_and_changes_nothing() -> None:
@@ -118,7 +142,7 @@ def test_a_repeated_command_is_a_duplicate_and_changes_nothing() -> None:
     assert bench.outcome_of(first) == ["applied"]
     bench.step(command("set_lr_scale", lr_scale=0.9))
     assert bench.outcome_of(first) == ["duplicate"]
-    assert bench.actuator.applied().lr_scale == 0.9
+    assert bench.applied().lr_scale == 0.9
 
 
 def test_a_repetition_is_not_answered_before_what_it_repeats() -> None:
@@ -132,7 +156,7 @@ def test_a_repetition_is_not_answered_before_what_it_repeats() -> None:
         (later.id, "applied"),
         (first.id, "duplicate"),
     ]
-    assert bench.actuator.applied().lr_scale == 0.9
+    assert bench.applied().lr_scale == 0.9
 
 
 def test_a_command_is_not_applied_after_its_expiry() -> None:
@@ -149,7 +173,7 @@ def test_caps_hold_whatever_the_monitor_says() -> None:
     assert bench.outcomes[-1].detail == "lr_scale capped at 0.3"
     bench.step(command("set_kss", kss=KssSettings(alpha=500.0, beta=0.3)))
     assert bench.outcomes[-1].detail == "alpha capped at 2.0"
-    assert bench.actuator.applied() == Applied(lr_scale=0.3, kss=KssSettings(alpha=2.0, beta=0.3))
+    assert bench.applied() == Applied(lr_scale=0.3, kss=KssSettings(alpha=2.0, beta=0.3))
 
 
 def test_actions_per_hour_are_bounded_but_the_way_back_is_always_open() -> None:
@@ -160,16 +184,7 @@ def test_actions_per_hour_are_bounded_but_the_way_back_is_always_open() -> None:
     assert bench.outcome_of(command("set_cadence", cadence_steps=5)) == ["applied"]
     back = [command("set_lr_scale", lr_scale=1.0), command("set_kss", kss=KssSettings()), command("stop")]
     assert bench.outcome_of(*back) == ["applied"] * 3
-    assert bench.actuator.applied() == Applied()
-
-
-def test_a_watch_only_agent_refuses_everything() -> None:
-    bench = Bench(acts=False)
-    assert bench.outcome_of(command("set_lr_scale", lr_scale=0.5)) == ["refused"]
-    assert bench.outcome_of(command("stop")) == ["refused"]
-    bench.actuator.restore(Applied(lr_scale=0.5))
-    bench.step()
-    assert bench.actuator.applied() == Applied()
+    assert bench.applied() == Applied()
 
 
 def test_more_commands_than_can_wait_are_refused() -> None:
@@ -181,12 +196,12 @@ def test_more_commands_than_can_wait_are_refused() -> None:
 def test_a_new_incarnation_takes_over_what_was_applied_unless_it_was_told_something_since() -> None:
     before = Applied(lr_scale=0.01, kss=KssSettings(alpha=100.0, svd_rank=5))
     bench = Bench()
-    bench.actuator.restore(before)
+    bench.lifecycle.restore(before)
     assert bench.step() == 0.05, "capped"
-    assert bench.actuator.applied().kss == KssSettings(alpha=30.0, svd_rank=5)
+    assert bench.applied().kss == KssSettings(alpha=30.0, svd_rank=5)
     told = Bench()
     told.step(command("set_lr_scale", lr_scale=0.5))
-    told.actuator.restore(before)
+    told.lifecycle.restore(before)
     assert told.step() == 0.5
 
 
@@ -194,12 +209,12 @@ def test_a_new_incarnation_takes_over_what_was_applied_unless_it_was_told_someth
 def test_a_lost_monitor_changes_nothing_or_ramps_back_as_configured(choice: str, expected: float) -> None:
     bench = Bench(from_mapping({"control": {"on_monitor_lost": choice, "ramp_back_steps": 10}}))
     bench.step(command("set_lr_scale", lr_scale=0.25), command("set_kss", kss=KssSettings(alpha=1.0, beta=0.2)))
-    bench.actuator.monitor_lost()
+    bench.lifecycle.monitor_lost()
     scales = [bench.step() for _ in range(12)]
     assert scales[-1] == expected
     assert scales == sorted(scales)
     assert scales[0] < 0.3
-    assert (bench.actuator.applied().kss.alpha == 0.0) == (choice == "ramp")
+    assert (bench.applied().kss.alpha == 0.0) == (choice == "ramp")
 
 
 @given(
@@ -226,7 +241,7 @@ def test_exchanges_are_a_tenth_of_a_second_apart_and_at_short_steps_two_steps(st
 
     class Group:
         in_flight = False
-        ready = True
+        ready = leads = True
 
         def is_due(self, step: int) -> bool:
             return True
@@ -234,22 +249,21 @@ def test_exchanges_are_a_tenth_of_a_second_apart_and_at_short_steps_two_steps(st
         def launch(self, exchange: ControlUpdate) -> None:
             launched.append(exchange)
 
-    config, stats = Config(), AgentStats()
-    actuator = Actuator(config, stats, OverheadBudget(config.cadence), rank0=True, alone=False, report=lambda _: None)
-    group: Any = Group()
-    actuator.group = group
-    stats.tick(step_seconds)
-    actuator.after_step(1)
+    bench = Bench(group=Group())
+    bench.stats.tick(step_seconds)
+    bench.actuator.after_step(1)
     assert launched[0].next_step == 1 + apart
 
 
 def test_the_largest_exchange_fits() -> None:
-    kss = KssSettings(**dict.fromkeys(("alpha", "temperature", "tau_u", "tau_l", "gamma", "beta"), 1 / 3))
+    ramp = Ramp(first_step=1 << 52, start=1 / 3, target=1 / 7, num_steps=1 << 60)
+    parameters: dict[str, int | float] = dict.fromkeys(KssSettings.__struct_fields__, 1 / 3)
     state = ControlState(
         version=1 << 60,
-        lr_ramp=Ramp(first_step=1 << 52, start=1 / 3, target=1 / 7, num_steps=1 << 60),
-        alpha_ramp=Ramp(first_step=1 << 52, start=1 / 3, target=1 / 7, num_steps=1 << 60),
-        kss=kss,
+        actions={
+            "set_lr_scale": ActionState(ramp=ramp),
+            "set_kss": ActionState(ramp=ramp, parameters=parameters),
+        },
         cadence_steps=1 << 60,
         cadence_until_step=1 << 60,
     )

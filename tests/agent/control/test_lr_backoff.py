@@ -15,6 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from koopmon.agent.control.lr_backoff import LrBackoff, largest_rate, rate_sized_steps
+from koopmon.config import LimitsConfig
 from tests.agent.models import batch, build, loss_of
 from tests.agent.scripted_monitor import ScriptedMonitor
 
@@ -47,7 +48,7 @@ def step_recording(optimizer: Optimizer, seen: list[list[float]]) -> None:
 
 
 def guarded(optimizer: Optimizer, scale: Callable[[], float]) -> LrBackoff:
-    backoff = LrBackoff()
+    backoff = LrBackoff(LimitsConfig())
     optimizer.register_step_pre_hook(lambda each, *_: backoff.scale_rates(each, scale()))
     optimizer.register_step_post_hook(lambda *_: backoff.restore_rates())
     return backoff
@@ -129,7 +130,7 @@ def test_a_scale_of_one_touches_nothing() -> None:
     optimizer.register_step_pre_hook(lambda each, *_: seen.append(each.param_groups[0]["lr"] is rate))
     optimizer.step()
     assert seen == [True]
-    assert not backoff.stranded
+    assert backoff._scaled == []
 
 
 class BrokenStep(SGD):
@@ -223,7 +224,7 @@ def test_the_largest_rate_is_reported_and_groups_without_one_are_left_alone() ->
     assert largest_rate(optimizer) == 0.3
     optimizer.param_groups[1]["lr"] = None
     assert largest_rate(optimizer) == 0.2
-    LrBackoff().scale_rates(optimizer, 0.5)
+    LrBackoff(LimitsConfig()).scale_rates(optimizer, 0.5)
     assert rates(optimizer) == [0.05, None, 0.1]
 
 

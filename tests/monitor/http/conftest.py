@@ -12,10 +12,9 @@ from koopmon.config import Config, from_mapping
 from koopmon.monitor.http.live_state import LiveState, policy_status_of
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.run_controller import Assessment, RunController
-from koopmon.monitor.sample import Sample
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.views.run_view import RunView
-from koopmon.wire.messages import Ack, Applied, Heartbeat
+from koopmon.wire.messages import Ack, Applied, TrainingStep
 from tests import factories
 
 NUM_LAYERS = 3
@@ -49,17 +48,17 @@ class Fed:
         self.live_state.update_run(self.run, sends=self.controller.sends)
 
     def heartbeat(self, step: int, **fields: Any) -> None:
-        beat = Heartbeat(**self.words, process_rank=0, step=step, applied=self.applied, **fields)
+        beat = factories.heartbeat(step, **self.words, applied=self.applied, **fields)
         self.registry.on_message(float(step), beat, b"peer")
         self.heard()
 
     def judge(self, step: int, found: SpectralProfile | None, **scalars: Any) -> Assessment:
         """One snapshot; None: its states were not finite."""
         values = {"learning_rate": 1e-3, "loss": 2.0, "grad_norm": None, "lr_scale": self.applied.lr_scale}
-        sample = Sample(step=step, kss_alpha=0.0, **{**values, **scalars})
-        assessment = self.controller.assess(float(step), sample, found, step=step)
+        training = TrainingStep(step=step, **{**values, **scalars})
+        assessment = self.controller.assess(float(step), training, found, step=step)
         self.live_state.record_assessment(
-            self.run.name, sample, found, assessment, policy_status_of(float(step), self.controller, assessment)
+            self.run.name, training, found, assessment, policy_status_of(float(step), self.controller, assessment)
         )
         return assessment
 

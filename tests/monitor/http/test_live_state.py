@@ -12,7 +12,8 @@ from koopmon.history.schema import RunState
 from koopmon.monitor.http import live_state as boards
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.telemetry.metrics import MAX_LAYERS
-from koopmon.views.run_view import RunView, TimelinePoint
+from koopmon.views.run_view import RunView
+from tests.factories import point
 
 Feed = Callable[..., Any]
 Profile = Callable[..., Any]
@@ -30,7 +31,7 @@ def test_a_run_as_it_is_told(live_state: LiveState, feed: Feed, make_profile: Pr
     assert (view.state, view.adapter, view.step, view.num_received) == ("running", "transformer", 5, 1)
     assert view.health.dropped == {"queue_full": 3, "engine_queue_full": 1}
     assert (view.health.num_ranks, view.health.world_size) == (1, 2)
-    assert view.latest.loss == 2.5
+    assert view.latest.training.loss == 2.5
     assert view.latest.risk == assessment.risk.value
     assert view.spectrum.labels == ("0", "1", "2")
     assert [len(pairs) for pairs in view.spectrum.eigenvalues] == [16, 16, 16]
@@ -84,16 +85,16 @@ def test_a_decision_and_what_becomes_of_its_commands(feed: Feed, make_profile: P
     fed = feed("job")
     fed.judge(1, make_profile())
     assessment = fed.judge(2, None)
-    assert [order.outcome for order in fed.view.decisions[-1].orders] == ["pending"] * len(assessment.commands)
+    assert [each.outcome for each in fed.view.decisions[-1].commands] == ["pending"] * len(assessment.commands)
     scale = next(command for command in assessment.commands if command.kind == "set_lr_scale")
     fed.answer(scale.id, "applied", 4, "on both ranks")
     fed.answer(scale.id, "duplicate", 5)
     fed.live_state.record_outcome("job", scale.id, "unanswered")
-    (order,) = [order for order in fed.view.decisions[-1].orders if order.command.id == scale.id]
-    assert (order.outcome, order.step, order.detail) == ("applied", 4, "on both ranks")
-    others = [order.command.id for order in fed.view.decisions[-1].orders if order.command.id != scale.id]
+    (each,) = [each for each in fed.view.decisions[-1].commands if each.command.id == scale.id]
+    assert (each.outcome, each.step, each.detail) == ("applied", 4, "on both ranks")
+    others = [each.command.id for each in fed.view.decisions[-1].commands if each.command.id != scale.id]
     fed.live_state.record_outcome("job", others[0], "unanswered")
-    assert {order.outcome for order in fed.view.decisions[-1].orders} == {"applied", "unanswered"}
+    assert {each.outcome for each in fed.view.decisions[-1].commands} == {"applied", "unanswered"}
 
 
 def test_states_that_are_not_finite_leave_the_last_spectrum(feed: Feed, make_profile: Profile) -> None:
@@ -103,7 +104,7 @@ def test_states_that_are_not_finite_leave_the_last_spectrum(feed: Feed, make_pro
     assert fed.view.latest.risk == 1.0
     assert fed.view.spectrum.step == 1
     assert len(fed.view.columns) == 1
-    assert {order.outcome for order in fed.view.decisions[-1].orders} == {"dry_run"}
+    assert {each.outcome for each in fed.view.decisions[-1].commands} == {"dry_run"}
 
 
 def test_a_new_launch_goes_on_where_the_last_one_stood(
@@ -118,11 +119,6 @@ def test_a_new_launch_goes_on_where_the_last_one_stood(
 def test_what_the_history_knows_comes_before_what_was_heard(
     live_state: LiveState, feed: Feed, make_profile: Profile
 ) -> None:
-    def point(step: int) -> TimelinePoint:
-        return TimelinePoint(
-            step=step, time=0.0, risk=0.1, forecast=None, loss=None, learning_rate=None, lr_scale=1.0, kss_alpha=0.0
-        )
-
     feed("job").judge(10, make_profile())
     live_state.backfill(RunView(name="job", incarnation="aaaaaaaa"), points=[point(8), point(9), point(10)])
     live_state.backfill(RunView(name="old", incarnation="cccccccc", state="ended"), points=[point(1)])

@@ -27,8 +27,8 @@ def test_what_is_foretold_of_a_severe_risk_comes_true_and_asking_changes_nothing
     before = fed.controller.policy_state
     told = dict(preview(fed.view).lines)
     assert fed.controller.policy_state is before
-    assert told["If the risk is high, 0.4 or more"] == "Learning rate x 0.5."
-    assert told["If the risk is severe, 0.8 or more"] == "Learning rate x 0.25."
+    assert told["If the risk is high, 0.4 or more"] == "Learning rate × 0.5."
+    assert told["If the risk is severe, 0.8 or more"] == "Learning rate × 0.25."
     assert told["Budget"].startswith("0 of 120")
     assessment = fed.judge(2, None)
     assert next(command.lr_scale for command in assessment.commands if command.kind == "set_lr_scale") == 0.25
@@ -36,7 +36,7 @@ def test_what_is_foretold_of_a_severe_risk_comes_true_and_asking_changes_nothing
     assert after.phase == "acting"
     lines = dict(after.lines)
     assert "until step 8" in lines["Cool-down"]
-    assert lines["If it stays calm"] == "After 200 calm steps: learning rate x 0.312."
+    assert lines["If it stays calm"] == "After 200 calm steps: learning rate × 0.312."
     assert lines["Budget"].startswith("1 of 120")
 
 
@@ -66,4 +66,4 @@ def test_why_nothing_would_be_sent(feed: Feed, make_profile: Profile, tables: An
 def test_kss_is_foretold_where_it_is_the_policy(feed: Feed, make_profile: Profile) -> None:
     fed = feed("job", tables={"policy": {"name": "kss"}})
     fed.judge(1, make_profile())
-    assert "KSS on, alpha 0.15" in dict(preview(fed.view).lines)["If the risk is severe, 0.8 or more"]
+    assert "KSS alpha 0.15" in dict(preview(fed.view).lines)["If the risk is severe, 0.8 or more"]

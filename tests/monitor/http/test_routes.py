@@ -3,55 +3,28 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from koopmon.config import PolicyConfig
-from koopmon.monitor.http import page as layout
+from koopmon.monitor.http import pages as layout
 from koopmon.monitor.http.auth import HttpAuth
 from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.http.routes import FRESH_SECONDS, MAX_PAGES, PageCache
 from koopmon.monitor.http.server import WebServer
-from koopmon.views import heatmap
-from koopmon.views.html import Markup, join, tag
+from tests.reading import Reading
 
 httpx = pytest.importorskip("httpx")
 
-HOSTILE = """"><script>alert(1)</script>'&</title>{{7*7}}"""
+HOSTILE = """"><script>alert(1)</script>'&</title>{{7*7}}\u202e\x07"""
 NAME = "team/exp:1.0+b"
 Feed = Callable[..., Any]
 Profile = Callable[..., Any]
-
-
-class Shape(HTMLParser):
-    """Every element with its attributes, and whether each is closed where it should be."""
-
-    VOID = frozenset({"meta", "link", "img", "br", "input"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(text)
-        assert self.open == [], "something is not closed"
-
-    def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.elements.append((name, dict(attributes)))
-        if name not in self.VOID:
-            self.open.append(name)
-
-    def handle_endtag(self, name: str) -> None:
-        assert self.open.pop() == name
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def all(self, name: str) -> list[dict[str, str | None]]:
-        return [attributes for each, attributes in self.elements if each == name]
 
 
 @pytest.fixture
@@ -77,13 +50,13 @@ def told(feed: Feed, make_profile: Profile) -> Any:
 
 
 def test_both_pages_are_sound_and_complete_without_scripts(client: httpx.Client, told: Any) -> None:
-    fleet = Shape(client.get("/").text)
+    fleet = Reading(client.get("/").text)
     assert NAME in fleet.text
     assert "1.00" in fleet.text
     assert "learning rate x 0.25" in fleet.text, "the last decision, with its reason"
-    (link,) = [each["href"] for each in fleet.all("a") if (each["href"] or "").startswith("runs/")]
+    (link,) = [each["href"] for each in fleet.of("a") if (each["href"] or "").startswith("runs/")]
     assert link == "runs/team%2Fexp%3A1.0%2Bb"
-    page = Shape(client.get(f"/{link}").text)
+    page = Reading(client.get(f"/{link}").text)
     for words in (
         NAME,
         "What the policy would do next",
@@ -94,14 +67,14 @@ def test_both_pages_are_sound_and_complete_without_scripts(client: httpx.Client,
     ):
         assert words in page.text, words
     assert "set_lr_scale" not in page.text, "in words"
-    assert {"header", "main", "footer", "nav", "h1", "noscript"} <= {name for name, _ in page.elements}
-    levels = [int(name[1]) for name, _ in page.elements if re.fullmatch(r"h\d", name)]
+    assert {"header", "main", "footer", "nav", "h1", "noscript"} <= {name for name, _ in page.tags}
+    levels = [int(name[1]) for name, _ in page.tags if re.fullmatch(r"h\d", name)]
     assert levels[0] == 1
     assert set(levels[1:]) == {2}
-    assert all(each.get("alt") for each in page.all("img"))
+    assert all(each.get("alt") for each in page.of("img"))
     assert all(each.get("aria-label") or each.get("aria-hidden") or each.get("x") or each.get("preserveaspectratio")
-               for each in page.all("svg"))  # fmt: skip
-    identities = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+               for each in page.of("svg"))  # fmt: skip
+    identities = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(identities) == len(set(identities))
 
 
@@ -109,9 +82,10 @@ def test_both_pages_are_sound_and_complete_without_scripts(client: httpx.Client,
 def test_strangers_words_stay_words(client: httpx.Client, told: Any, path: str) -> None:
     text = client.get(path).text
     assert "<script>" not in text
-    page = Shape(text)
-    assert [each["src"] for each in page.all("script")] in ([], ["static/live.js"], ["../static/live.js"])
-    for _, attributes in page.elements:
+    assert not {"\u202e", "\x07"} & set(text), "not printable"
+    page = Reading(text)
+    assert [each["src"] for each in page.of("script")] in ([], ["static/live.js"], ["../static/live.js"])
+    for _, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on") or name == "style"], (
             "the policy would block it"
         )
@@ -128,7 +102,12 @@ def test_what_a_browser_is_allowed(client: httpx.Client, told: Any) -> None:
         assert "unsafe" not in policy
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cache-control"] == "no-store"
-    for name, kind in (("live.js", "text/javascript"), ("live.css", "text/css"), ("icon.svg", "image/svg+xml")):
+    for name, kind in (
+        ("live.js", "text/javascript"),
+        ("views.css", "text/css"),
+        ("live.css", "text/css"),
+        ("icon.svg", "image/svg+xml"),
+    ):
         answer = client.get(f"/static/{name}")
         assert answer.headers["content-type"].startswith(kind)
         assert answer.headers["x-content-type-options"] == "nosniff"
@@ -140,9 +119,9 @@ def test_what_a_browser_is_allowed(client: httpx.Client, told: Any) -> None:
 
 def test_links_lead_back_from_wherever_a_page_is(client: httpx.Client, told: Any) -> None:
     for path, root in (("/runs/team%2Fexp%3A1.0%2Bb", "../"), ("/runs/team/exp:1.0+b", "../../")):
-        page = Shape(client.get(path).text)
-        assert root in [each["href"] for each in page.all("a")]
-        (events,) = [each["data-events"] for each in page.all("main")]
+        page = Reading(client.get(path).text)
+        assert root in [each["href"] for each in page.of("a")]
+        (events,) = [each["data-events"] for each in page.of("main")]
         assert events == f"{root}api/v1/events?run=team%2Fexp%3A1.0%2Bb"
     assert layout.root_of(b"/") == ""
 
@@ -150,7 +129,7 @@ def test_links_lead_back_from_wherever_a_page_is(client: httpx.Client, told: Any
 def test_an_unknown_run_is_told_in_words_which_there_are(client: httpx.Client, told: Any) -> None:
     page = client.get("/runs/nobody")
     assert page.status_code == 404
-    assert "knows no run nobody" in Shape(page.text).text
+    assert "knows no run nobody" in Reading(page.text).text
     assert 'href="../runs/team%2Fexp%3A1.0%2Bb"' in page.text
     answer = client.get("/api/v1/runs/nobody")
     assert answer.status_code == 404
@@ -158,7 +137,7 @@ def test_an_unknown_run_is_told_in_words_which_there_are(client: httpx.Client, t
 
 
 def test_no_run_yet_says_how_to_start_one(client: httpx.Client) -> None:
-    text = Shape(client.get("/").text).text
+    text = Reading(client.get("/").text).text
     assert "koopmon run -- torchrun train.py" in text
     assert client.get("/api/v1/runs").json()["runs"] == []
 
@@ -175,33 +154,17 @@ def test_the_json_says_what_the_page_says(client: httpx.Client, told: Any) -> No
     assert [len(pairs) for pairs in run["spectrum"]["eigenvalues"]] == [8, 8, 8]
     (scale,) = [each for each in run["decisions"][-1]["commands"] if each["kind"] == "set_lr_scale"]
     assert (scale["outcome"], scale["step"], scale["lr_scale"], scale["detail"]) == ("refused", 4, 0.25, HOSTILE)
-    assert {"if": "If the risk is severe, 0.8 or more", "then": "Learning rate x 0.25."} in run["outlook"]["lines"]
+    assert {"if": "If the risk is severe, 0.8 or more", "then": "Learning rate × 0.25."} in run["outlook"]["lines"]
 
 
 @pytest.mark.parametrize("quantity", ["near_unit_mass", "spectral_radius", "nonsense"])
 def test_the_heatmap_shows_what_was_chosen(client: httpx.Client, told: Any, quantity: str) -> None:
-    page = Shape(client.get(f"/runs/{NAME}", params={"show": quantity}).text)
-    chosen = [each["value"] for each in page.all("option") if "selected" in each]
+    page = Reading(client.get(f"/runs/{NAME}", params={"show": quantity}).text)
+    chosen = [each["value"] for each in page.of("option") if "selected" in each]
     assert chosen == ["near_unit_mass" if quantity == "nonsense" else quantity]
-    (heat,) = [each for each in page.all("img") if each["class"] == "heat"]
+    (heat,) = [each for each in page.of("img") if each["class"] == "heat"]
     assert heat["src"].startswith("data:image/png;base64,")
     assert "of 3 layers in 2 snapshots, step 1 to 2" in heat["alt"]
-
-
-def test_a_picture_is_a_png_of_the_values(told: Any, tmp_path: Any) -> None:
-    import base64
-
-    from matplotlib.image import imread
-
-    url, width, height = heatmap.picture(told.view.columns, "near_unit_mass")
-    (tmp_path / "heat.png").write_bytes(base64.b64decode(url.partition(",")[2]))
-    pixels = imread(tmp_path / "heat.png")
-    assert pixels.shape == (height, width, 4) == (3, 2, 4)
-    values = told.view.columns[0].values["near_unit_mass"]
-    for row, value in enumerate(reversed(values)):
-        low, high = heatmap.ANCHORS[0][0] / 255, heatmap.ANCHORS[-1][0] / 255
-        assert low - 0.01 <= pixels[row, 0, 0] <= high + 0.01
-        assert (pixels[row, 0, 0] > 0.5) == (value > 0.52) or abs(value - 0.52) < 0.05
 
 
 def test_a_token_alone_tells_browsers_what_to_do(live_state: LiveState) -> None:
@@ -217,8 +180,36 @@ def test_a_token_alone_tells_browsers_what_to_do(live_state: LiveState) -> None:
             server.close()
 
 
-def test_markup_escapes_what_is_no_markup() -> None:
-    assert tag("p", "<b>", Markup("<i></i>"), None, 3, class_='"x"', data_a=True, hidden=False) == (
-        '<p class="&quot;x&quot;" data-a>&lt;b&gt;<i></i>3</p>'
-    )
-    assert join("&", tag("br")) == "&amp;<br>"
+def test_a_page_is_drawn_again_when_it_changed_or_its_times_are_old() -> None:
+    now, drawn = [0.0], []
+    once = PageCache(clock=lambda: now[0])
+
+    def page(key: str, revision: int) -> str:
+        return once.page(key, revision, lambda: drawn.append(key) or f"{key} {len(drawn)}")
+
+    assert page("a", 1) == page("a", 1) == "a 1"
+    assert page("b", 1) == "b 2"
+    assert page("a", 2) == "a 3"
+    now[0] = FRESH_SECONDS
+    assert page("a", 2) == "a 4"
+    for number in range(MAX_PAGES):
+        page(f"other {number}", 1)
+    assert page("b", 1) == f"b {5 + MAX_PAGES}", "only so many are remembered"
+
+
+def test_one_page_is_drawn_at_a_time() -> None:
+    once, drawing, most = PageCache(), [], []
+
+    def draw() -> str:
+        drawing.append(1)
+        most.append(len(drawing))
+        time.sleep(0.005)
+        drawing.pop()
+        return "page"
+
+    readers = [threading.Thread(target=once.page, args=(number, 1, draw)) for number in range(12)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(30.0)
+    assert most == [1] * 12

@@ -134,7 +134,7 @@ def test_the_loss_arrives_and_the_end_is_said(library: Any, monitor: ScriptedMon
     def after_step(step: int) -> None:
         monitor.wait(lambda: trainer.callback.agent.status()["connected"])
         if step == STEPS:
-            monitor.wait(lambda: any(5.0 < (beat.loss or 0.0) < 6.0 for beat in monitor.of(Heartbeat)))
+            monitor.wait(lambda: any(5.0 < (beat.training.loss or 0.0) < 6.0 for beat in monitor.of(Heartbeat)))
 
     assert trainer.fit(after_step) == STEPS
     monitor.wait(lambda: monitor.of(Goodbye))
@@ -182,7 +182,7 @@ def test_a_training_that_raises_says_so(library: Any, monitor: ScriptedMonitor) 
 def test_what_nobody_caught_is_said_when_the_interpreter_ends(monitor: ScriptedMonitor) -> None:
     text = """
 import sys
-from tests.integrations.test_callbacks import HuggingFace
+from tests.integrations.test_session import HuggingFace
 from tests.agent.scripted_monitor import ScriptedMonitor
 trainer = HuggingFace(endpoint=sys.argv[1])
 def after_step(step):

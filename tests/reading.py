@@ -1,4 +1,4 @@
-"""Reads a report's page as a browser would, to ask it what it holds."""
+"""Reads a page as a browser would, to ask it what it holds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ VOID = {"meta", "img", "source", "br", "link", "hr", "input"}
 
 
 class Reading(HTMLParser):
-    """`tags` are (name, attributes) in order, `text` what is shown; `open` must be empty at the end."""
+    """`tags` are (name, attributes) in order, `text` what is shown. Each element must be closed where it should be."""
 
     def __init__(self, document: str) -> None:
         super().__init__()
@@ -18,6 +18,7 @@ class Reading(HTMLParser):
         self._text: list[str] = []
         self.feed(document)
         self.close()
+        assert self.open == [], "something is not closed"
         self.text = " ".join(" ".join(self._text).split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -37,6 +38,9 @@ class Reading(HTMLParser):
         if self.open and self.open[-1][0] == "h" and self.open[-1][1:].isdigit():
             level, words = self.headings[-1]
             self.headings[-1] = (level, words + data)
+
+    def links(self) -> list[str | None]:
+        return [attributes.get("href") for attributes in self.of("a")]
 
     def of(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]

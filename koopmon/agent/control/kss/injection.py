@@ -10,13 +10,10 @@ Shapes: a state is (..., T, D); N sampled rows, x and y (N, D).
 
 from __future__ import annotations
 
-import gc
 import random
-import sys
 import time
 import weakref
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,48 +21,32 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from koopmon.agent.circuit_breaker import CircuitBreaker
-from koopmon.agent.stats import AgentStats
+from koopmon.agent.control.action import NextForwards
+from koopmon.agent.control.kss.grad_scaler import calling_scaler, unscaling_scaler
+from koopmon.agent.stats import AgentStats, AsyncScalar
 from koopmon.spectral import kss_basis, kss_gradient
 from koopmon.token_sampling import align_mask, order_rows, take_rows
 from koopmon.wire.messages import KssSettings
 
-_MAX_FRAMES = 32
+_LOSS_FIELDS = ("temperature", "tau_u", "tau_l", "gamma", "beta")
 
 
 @torch.library.custom_op("koopmon::kss_gradient", mutates_args=())
 def kss_gradient_op(
-    x: Tensor,
-    y: Tensor,
-    svd_rank: int,
-    seed: int,
-    temperature: float,
-    tau_u: float,
-    tau_l: float,
-    gamma: float,
-    beta: float,
+    x: Tensor, y: Tensor, svd_rank: int, seed: int, loss_settings: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients (N, D) of L_KSS in the rows x and y (N, D), at the basis of x, and a 0-d boolean.
 
     The boolean is True if the gradients can be trusted; otherwise they are zero. The basis is a constant of the loss.
-    Compilers treat the operation as opaque.
+    `loss_settings` are in the order of _LOSS_FIELDS. Compilers treat the operation as opaque.
     """
-    basis = kss_basis(x, svd_rank, seed)
-    gradient = kss_gradient(x, y, basis, temperature=temperature, tau_u=tau_u, tau_l=tau_l, gamma=gamma, beta=beta)
+    settings = dict(zip(_LOSS_FIELDS, loss_settings, strict=True))
+    gradient = kss_gradient(x, y, kss_basis(x, svd_rank, seed), **settings)
     return gradient.grad_x, gradient.grad_y, gradient.ok
 
 
 @kss_gradient_op.register_fake
-def _(
-    x: Tensor,
-    y: Tensor,
-    svd_rank: int,
-    seed: int,
-    temperature: float,
-    tau_u: float,
-    tau_l: float,
-    gamma: float,
-    beta: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, y: Tensor, svd_rank: int, seed: int, loss_settings: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(y), x.new_empty((), dtype=torch.bool)
 
 
@@ -139,49 +120,54 @@ class KssInjection:
     def __init__(self, seed: int, stats: AgentStats, breaker: CircuitBreaker) -> None:
         self.active = False
         """True while this step's training forwards are injected into."""
-        self.data_rank = 0
+        self.skipped = AsyncScalar()
+        """Layers with an untrusted gradient, since the start."""
         self._seed = seed
         self._stats = stats
         self._breaker = breaker
         self._settings = KssSettings()
         self._step = 0
+        self._data_rank = 0
         self._layers: frozenset[int] = frozenset()
         self._weight = 0.0
-        self._scaler: Callable[[], torch.amp.GradScaler | None] = _no_scaler
+        self._scaler: Callable[[], torch.amp.GradScaler | None] = lambda: None
         self._scanned = False
         self._entered: dict[int, Tensor] = {}
         self._leading = torch.Size()
         self._mask: Tensor | None = None
         self._rows: Tensor | None = None
-        self._skipped: Tensor | None = None
+        self._num_skipped: Tensor | None = None
 
-    def latch(self, step: int, alpha: float, settings: KssSettings, num_layers: int, num_forwards: int) -> None:
-        """Set the next step's weight and layers.
-
-        `step` optimizer steps are done, the last one with `num_forwards` microbatches.
-        """
-        if self.active and self._skipped is not None:
-            self._stats.kss_skipped.put(self._skipped)
-        self._entered.clear()
-        self._rows = self._mask = None
-        self.active = alpha > 0.0 and num_layers > 0 and step % settings.every == 0
+    def latch(self, step: int, settings: KssSettings, forwards: NextForwards) -> None:
+        """Set the next step's weight and layers. `step` optimizer steps are done; `settings` hold its alpha."""
+        self.end()
+        num_layers = forwards.num_layers
+        self.active = settings.alpha > 0.0 and num_layers > 0 and step % settings.every == 0
         if self.active:
-            self._settings, self._step = settings, step
+            self._settings, self._step, self._data_rank = settings, step, forwards.data_rank
             num_sampled = max(1, round(settings.layer_fraction * num_layers))
             # Equal on all ranks. It needs no cryptographic randomness.
             chosen = random.Random(self._seed * 1_000_003 + step).sample(range(num_layers), num_sampled)  # noqa: S311
             self._layers = frozenset(chosen)
-            self._weight = alpha / (num_sampled * max(num_forwards, 1))
+            self._weight = settings.alpha / (num_sampled * max(forwards.num_microbatches, 1))
+
+    def end(self) -> None:
+        """Inject nothing more, and publish the number of layers that were skipped. Idempotent."""
+        if self.active and self._num_skipped is not None:
+            self.skipped.put(self._num_skipped)
+        self.active = False
+        self._entered.clear()
+        self._rows = self._mask = None
 
     def find_scaler(self, optimizer: Optimizer) -> None:
         """Find the GradScaler, if any, that scales the loss of `optimizer`.
 
         Call it from inside the optimizer's step().
         """
-        scaler = _calling_scaler()
+        scaler = calling_scaler()
         if scaler is None and not self._scanned:
-            self._scanned = True
-            scaler = next((each for each in gc.get_objects() if _has_unscaled(each, optimizer)), None)
+            self._scanned = True  # a scan of all live objects is slow: once in a training
+            scaler = unscaling_scaler(optimizer)
         if scaler is not None:
             self._scaler = weakref.ref(scaler)
 
@@ -193,7 +179,7 @@ class KssInjection:
         rows = self._choose(state, mask)
         if rows is not None:
             self._entered[layer] = _Rows.apply(state, rows, self._breaker)  # type: ignore[no-untyped-call]
-        self._stats.kss_seconds += time.perf_counter() - started
+        self._stats.action_seconds += time.perf_counter() - started
 
     def leave(self, layer: int, state: Tensor) -> Tensor | None:
         """Return the state that replaces `state`, the output of block `layer`; None to keep it."""
@@ -207,25 +193,16 @@ class KssInjection:
         changed: Tensor = _Inject.apply(  # type: ignore[no-untyped-call]
             state, x if x.requires_grad else None, self._rows, grad_x, grad_y, self._breaker
         )
-        self._stats.kss_seconds += time.perf_counter() - started
+        self._stats.action_seconds += time.perf_counter() - started
         return changed
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         settings = self._settings
-        grad_x, grad_y, trusted = kss_gradient_op(
-            x,
-            y,
-            settings.svd_rank,
-            self._seed,
-            settings.temperature,
-            settings.tau_u,
-            settings.tau_l,
-            settings.gamma,
-            settings.beta,
-        )
-        if self._skipped is None or self._skipped.device != trusted.device:
-            self._skipped = torch.zeros((), dtype=torch.float32, device=trusted.device)
-        self._skipped += ~trusted
+        loss_settings = [getattr(settings, name) for name in _LOSS_FIELDS]
+        grad_x, grad_y, trusted = kss_gradient_op(x, y, settings.svd_rank, self._seed, loss_settings)
+        if self._num_skipped is None or self._num_skipped.device != trusted.device:
+            self._num_skipped = torch.zeros((), dtype=torch.float32, device=trusted.device)
+        self._num_skipped += ~trusted
         scaler = self._scaler()
         scale = None if scaler is None else scaler._scale
         if scale is None:
@@ -244,7 +221,7 @@ class KssInjection:
                 self._settings.num_samples,
                 seed=self._seed,
                 step=self._step,
-                data_rank=self.data_rank,
+                data_rank=self._data_rank,
                 mask=aligned,
                 device=state.device,
             )
@@ -256,29 +233,3 @@ class KssInjection:
 
 def _wide(rows: Tensor) -> Tensor:
     return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
-
-
-def _no_scaler() -> None:
-    return None
-
-
-def _calling_scaler() -> torch.amp.GradScaler | None:
-    """Return the enabled GradScaler whose step() is on the call stack; None if there is none."""
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(_MAX_FRAMES):
-        if frame is None:
-            return None
-        if frame.f_code.co_name in ("step", "_maybe_opt_step"):
-            caller = frame.f_locals.get("self")
-            if isinstance(caller, torch.amp.GradScaler) and caller.is_enabled():
-                return caller
-        frame = frame.f_back
-    return None
-
-
-def _has_unscaled(candidate: object, optimizer: Optimizer) -> bool:
-    """Return True if `candidate` is a GradScaler that has unscaled the gradients of `optimizer` in this step."""
-    if not issubclass(type(candidate), torch.amp.GradScaler):  # isinstance reads __class__, which runs code of proxies
-        return False
-    scaler: Any = candidate
-    return scaler.is_enabled() and id(optimizer) in scaler._per_optimizer_states

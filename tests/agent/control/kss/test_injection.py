@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
 from koopmon.agent.circuit_breaker import CircuitBreaker
-from koopmon.agent.control.kss_injection import KssInjection
+from koopmon.agent.control.action import NextForwards
+from koopmon.agent.control.kss.injection import KssInjection
 from koopmon.agent.stats import AgentStats
 from koopmon.spectral import kss_basis, kss_loss
 from koopmon.token_sampling import order_rows, take_rows
@@ -22,6 +24,16 @@ from tests.agent.scripted_monitor import ScriptedMonitor
 SEED, STEP, ALPHA = 5, 17, 0.7
 SETTINGS = KssSettings(alpha=ALPHA, tau_u=0.9, beta=0.8, svd_rank=6, num_samples=24)
 Tie = Callable[[KssInjection, Model], None]
+
+
+def latch(
+    injection: KssInjection,
+    step: int = STEP,
+    alpha: float = ALPHA,
+    settings: KssSettings = SETTINGS,
+    num_forwards: int = 1,
+) -> None:
+    injection.latch(step, replace(settings, alpha=alpha), NextForwards(L, num_forwards, 0))
 
 
 def tie(injection: KssInjection, model: Model) -> None:
@@ -44,7 +56,7 @@ def injected(
 ) -> AgentStats:
     stats = AgentStats()
     injection = KssInjection(SEED, stats, CircuitBreaker("KSS"))
-    injection.latch(STEP, alpha, settings, L, num_forwards)
+    latch(injection, STEP, alpha, settings, num_forwards)
     tie(injection, model)
     model.injection = injection  # type: ignore[assignment]
     return stats
@@ -103,7 +115,7 @@ def test_equals_the_written_loss(run: Any) -> None:
     plain = build(dtype=torch.float64)
     loss_of(plain, batch(0)).backward()
     assert float((gradients(model) - gradients(plain)).norm() / gradients(plain).norm()) > 1e-3, "KSS does something"
-    assert stats.kss_seconds > 0.0
+    assert stats.action_seconds > 0.0
 
 
 def test_with_blocks_that_write_into_their_input() -> None:
@@ -124,7 +136,7 @@ def test_with_gradient_accumulation(run: Any) -> None:
 
 
 def test_with_a_part_of_the_layers() -> None:
-    settings = KssSettings(**{**{f: getattr(SETTINGS, f) for f in SETTINGS.__struct_fields__}, "layer_fraction": 0.4})
+    settings = replace(SETTINGS, layer_fraction=0.4)
     model = build(dtype=torch.float64)
     injected(model, settings=settings)
     loss_of(model, batch(0)).backward()
@@ -139,17 +151,17 @@ def test_with_a_grad_scaler() -> None:
     model = build(dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    stats = injected(model, alpha=0.0)
+    injected(model, alpha=0.0)
     injection: KssInjection = model.injection  # type: ignore[assignment]
     optimizer.register_step_pre_hook(lambda each, *_: injection.find_scaler(each))
     scaler.scale(loss_of(model, batch(1))).backward()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    injection.latch(STEP, ALPHA, SETTINGS, L, 1)
+    latch(injection)
     scaler.scale(loss_of(model, batch(0))).backward()
     close(model, explicit([batch(0)], scale=1024.0))
-    assert (stats.kss_skipped.get() or 0) == 0
+    assert (injection.skipped.get() or 0) == 0
 
 
 def test_with_a_grad_scaler_whose_user_unscales_and_steps_by_hand() -> None:
@@ -165,7 +177,7 @@ def test_with_a_grad_scaler_whose_user_unscales_and_steps_by_hand() -> None:
     optimizer.step()
     scaler.update()
     optimizer.zero_grad()
-    injection.latch(STEP, ALPHA, SETTINGS, L, 1)
+    latch(injection)
     scaler.scale(loss_of(model, batch(0))).backward()
     close(model, explicit([batch(0)], scale=64.0))
 
@@ -198,7 +210,7 @@ def test_without_alpha_nothing_is_added_to_the_graph() -> None:
     assert nodes(loss) == nodes(expected)
     assert torch.equal(loss, expected)
     injection: KssInjection = model.injection  # type: ignore[assignment]
-    injection.latch(STEP, ALPHA, SETTINGS, L, 1)
+    latch(injection)
     loss = loss_of(model, batch(0))
     assert nodes(loss) != nodes(expected)
     assert torch.equal(loss, expected), "the value is never changed"
@@ -209,7 +221,7 @@ def test_every_so_many_steps() -> None:
     injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
     active = []
     for step in range(12):
-        injection.latch(step, 1.0, settings, L, 1)
+        latch(injection, step, 1.0, settings)
         active.append(injection.active)
     assert [step for step, each in enumerate(active) if each] == [0, 5, 10]
 
@@ -219,7 +231,7 @@ def test_a_gradient_that_cannot_be_trusted_adds_exactly_nothing_and_is_counted()
     for each in (model, plain):
         with torch.no_grad():
             each.embedding.weight[3] = torch.nan
-    stats = injected(model)
+    injected(model)
     tokens = batch(0)
     tokens[0, 0] = 3
     weights = torch.linspace(-1, 1, B * T * VOCABULARY, dtype=torch.float64).view(B, T, VOCABULARY)
@@ -229,8 +241,8 @@ def test_a_gradient_that_cannot_be_trusted_adds_exactly_nothing_and_is_counted()
     assert torch.allclose(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
     assert torch.isfinite(found).any()
     injection: KssInjection = model.injection  # type: ignore[assignment]
-    injection.latch(STEP + 1, ALPHA, SETTINGS, L, 1)
-    assert stats.kss_skipped.get() == L
+    latch(injection, STEP + 1)
+    assert injection.skipped.get() == L
 
 
 def test_a_second_backward_through_the_same_graph_adds_nothing_more() -> None:
@@ -277,7 +289,7 @@ def test_a_failure_in_the_backward_pass_leaves_the_users_gradient(monkeypatch: p
 
 def test_padding_is_left_out() -> None:
     injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
-    injection.latch(STEP, ALPHA, SETTINGS, L, 1)
+    latch(injection)
     mask = torch.zeros(B, T, dtype=torch.bool)
     mask[1, 2:6] = mask[3, :3] = True
     state = torch.arange(B * T * 2, dtype=torch.float64).view(B, T, 2).requires_grad_()
@@ -290,7 +302,7 @@ def test_padding_is_left_out() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_states_get_a_gradient_computed_in_float32(dtype: torch.dtype) -> None:
     injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
-    injection.latch(STEP, ALPHA, SETTINGS, L, 1)
+    latch(injection)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(B, T, 8, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(8, 8, generator=generator).to(dtype)

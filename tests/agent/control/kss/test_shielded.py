@@ -36,7 +36,7 @@ def train(
         optimizer.step()
         if step == 1 and kss is not None:
             sent = monitor.command("set_kss", kss=kss)
-            monitor.wait(lambda: agent._runtime.actuator._pending)
+            monitor.wait(lambda: agent._runtime.lifecycle.requests)
         if step == 2 and kss is not None:
             ack = monitor.ack(sent)
     status = agent.status()
@@ -44,16 +44,16 @@ def train(
     gradients = [layer.mlp.gate.weight.grad.clone() for layer in model.model.layers]
     if kss is not None and not through:
         cut = monitor.command("set_lr_scale", lr_scale=0.5)
-        monitor.wait(lambda: agent._runtime.actuator._pending)
+        monitor.wait(lambda: agent._runtime.lifecycle.requests)
         optimizer.step()
         assert monitor.ack(cut).outcome == "applied", "what was refused took nothing of the hour's one action"
         again = monitor.command("set_lr_scale", lr_scale=0.25)
-        monitor.wait(lambda: agent._runtime.actuator._pending)
+        monitor.wait(lambda: agent._runtime.lifecycle.requests)
         optimizer.step()
         spent = monitor.ack(again)
         assert (spent.outcome, spent.shielded) == ("refused", False), "the hour's one action is spent"
         off = monitor.command("set_kss", kss=KssSettings())
-        monitor.wait(lambda: agent._runtime.actuator._pending)
+        monitor.wait(lambda: agent._runtime.lifecycle.requests)
         optimizer.step()
         assert monitor.ack(off).outcome == "applied", "turning it off is always allowed"
     agent.close()

@@ -1,0 +1,18 @@
+"""List of the kinds of actions. A new kind is a new file and one line here."""
+
+from __future__ import annotations
+
+from koopmon.agent.circuit_breaker import CircuitBreaker
+from koopmon.agent.control.action import ControlAction
+from koopmon.agent.control.kss.action import KssAction
+from koopmon.agent.control.lr_backoff import LrBackoff
+from koopmon.agent.stats import AgentStats
+from koopmon.config import Config
+
+
+def make_actions(config: Config, stats: AgentStats, breaker: CircuitBreaker) -> tuple[ControlAction, ...]:
+    """Return one of each kind. `breaker` is the agent's: a failure behind it ends every action but the lasting ones."""
+    return (
+        LrBackoff(config.limits),
+        KssAction(config, stats, breaker),
+    )

@@ -1,0 +1,101 @@
+"""The KSS action: its limits, the models that it is refused on, and when it injects a gradient."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from torch import nn
+
+from koopmon.agent.circuit_breaker import CircuitBreaker
+from koopmon.agent.control.action import ACTS, Capability, ControlAction, Injection, NextForwards, Target, Update
+from koopmon.agent.control.kss.injection import KssInjection
+from koopmon.agent.control.state import ControlState
+from koopmon.agent.parallelism import ParallelLayout
+from koopmon.agent.stats import AgentStats
+from koopmon.api import ArchitectureAdapter
+from koopmon.config import Config, KssConfig
+from koopmon.observables import shielded
+from koopmon.plugins import Selection, source
+from koopmon.wire.messages import KssSettings
+
+logger = logging.getLogger("koopmon.agent")
+
+
+class KssAction(ControlAction):
+    """Adds the gradient of alpha x KSS to the training. Its strength is alpha; the other settings switch at once."""
+
+    kind = "set_kss"
+    field = "kss"
+    neutral = 0.0
+
+    def __init__(self, config: Config, stats: AgentStats, breaker: CircuitBreaker) -> None:
+        self._limits = config.limits
+        self._through_shielded = config.kss.through_shielded
+        self._injection = KssInjection(config.sampling.seed, stats, breaker)
+        self._refusal = ""
+
+    def within_limits(self, value: KssSettings) -> tuple[Target, str]:
+        limits = self._limits
+        capped = {
+            "alpha": min(value.alpha, limits.max_kss_alpha),
+            "svd_rank": min(value.svd_rank, limits.max_kss_svd_rank),
+            "num_samples": min(value.num_samples, limits.max_kss_samples),
+        }
+        details = [f"{name} capped at {cap}" for name, cap in capped.items() if cap != getattr(value, name)]
+        parameters = {**msgspec.structs.asdict(value), **capped}
+        return Target(parameters.pop("alpha"), parameters), ", ".join(details)
+
+    def value(self, state: ControlState, step: int) -> KssSettings:
+        return KssSettings(alpha=self.strength(state, step), **self._parameters(state))
+
+    def _parameters(self, state: ControlState) -> dict[str, Any]:
+        return state.actions[self.kind].parameters if self.kind in state.actions else {}
+
+    def capability(self, layout: ParallelLayout) -> Capability:
+        if layout.splits_tokens:
+            return Capability(False, "KSS is refused: ranks that share one model hold different tokens of its data")
+        return Capability(False, self._refusal) if self._refusal else ACTS
+
+    def inspect(self, model: nn.Module, selection: Selection) -> None:
+        self._refusal = "" if self._through_shielded else kss_refusal(model, selection)
+
+    def hello(self, adapter: ArchitectureAdapter) -> Mapping[str, Any]:
+        overrides = adapter.kss_settings()
+        if not overrides:
+            return {"kss": None}
+        known = {**msgspec.structs.asdict(KssConfig()), **overrides}
+        fields = {name: known[name] for name in KssSettings.__struct_fields__ if name in known}
+        try:
+            return {"kss": msgspec.convert(fields, KssSettings)}
+        except msgspec.ValidationError as error:
+            logger.warning("koopmon: the KSS settings of %s are left out: %s", source(adapter), error)
+            return {"kss": None}
+
+    def facts(self) -> Mapping[str, Any]:
+        return {"kss_skipped": self._injection.skipped.get() or 0.0}
+
+    def before_forwards(self, state: ControlState, step: int, forwards: NextForwards) -> Injection | None:
+        self._injection.latch(step, self.value(state, step), forwards)
+        return self._injection if self._injection.active else None
+
+    def apply(self, state: ControlState, step: int, update: Update) -> None:
+        # The scale of the loss must be known before the next step's forward, which may be the first with KSS.
+        if self.strength(state, step + 1) > 0.0:
+            self._injection.find_scaler(update.optimizer)
+
+    def revert(self) -> None:
+        self._injection.end()
+
+
+def kss_refusal(model: nn.Module, selection: Selection) -> str:
+    """Return the reason against KSS on `model`: its families shield some of its modules. Empty if there is none."""
+    modules = shielded(selection.families, selection.candidates)
+    if not modules:
+        return ""
+    name = next((name for name, module in model.named_modules() if module is modules[0]), "a module of the model")
+    more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+    allow = "set [kss] through_shielded = true to allow it"
+    return f"KSS would reach what the model's family shields from it, {name[:200]}{more}: {allow}"

@@ -1,0 +1,108 @@
+"""The KSS action: caps, refusals, and what it says of itself. The gradient is test_injection.py's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import asdict, replace
+
+from koopmon.agent.circuit_breaker import CircuitBreaker
+from koopmon.agent.control.action import NextForwards, Target, Update
+from koopmon.agent.control.kss.action import KssAction
+from koopmon.agent.control.state import ActionState, ControlState, Ramp
+from koopmon.agent.parallelism import ParallelLayout
+from koopmon.agent.stats import AgentStats
+from koopmon.config import Config, from_mapping
+from koopmon.plugins import select
+from koopmon.wire.messages import KssSettings
+from tests.adapters.family_zoo import mixtral
+from tests.agent.models import build
+
+LAYOUT = ParallelLayout("ddp", True)
+
+
+def action(config: Config | None = None) -> KssAction:
+    return KssAction(config or Config(), AgentStats(), CircuitBreaker("a test"))
+
+
+def in_force(settings: KssSettings, num_steps: int = 0) -> ControlState:
+    parameters = asdict(settings)
+    ramp = Ramp(first_step=0, start=0.0, target=parameters.pop("alpha"), num_steps=num_steps)
+    return ControlState(actions={"set_kss": ActionState(ramp=ramp, parameters=parameters)})
+
+
+def test_each_cap_is_applied_and_named() -> None:
+    limits = {"max_kss_alpha": 2.0, "max_kss_svd_rank": 8, "max_kss_samples": 64}
+    capped = action(from_mapping({"limits": limits}))
+    asked = KssSettings(alpha=5.0, svd_rank=16, num_samples=256, tau_u=1.7)
+    target, detail = capped.within_limits(asked)
+    expected = asdict(replace(asked, svd_rank=8, num_samples=64))
+    expected.pop("alpha")
+    assert target == Target(2.0, expected)
+    assert detail == "alpha capped at 2.0, svd_rank capped at 8, num_samples capped at 64"
+    within = KssSettings(alpha=2.0, svd_rank=8, num_samples=64)
+    assert capped.within_limits(within)[1] == ""
+
+
+def test_the_value_in_force_has_the_ramped_alpha_and_the_other_settings_at_once() -> None:
+    settings = KssSettings(alpha=0.8, tau_u=1.7, svd_rank=9)
+    state = in_force(settings, num_steps=4)
+    assert action().value(ControlState(), 5) == KssSettings()
+    assert [action().value(state, step).alpha for step in (0, 1, 3, 9)] == pytest.approx([0.2, 0.4, 0.8, 0.8])
+    assert replace(action().value(state, 0), alpha=0.8) == settings
+
+
+def test_it_is_refused_where_ranks_split_tokens_and_where_modules_are_shielded() -> None:
+    torch.manual_seed(0)
+    model = mixtral()[0]
+    refused, allowed = action(), action(from_mapping({"kss": {"through_shielded": True}}))
+    for each in (refused, allowed):
+        assert each.capability(LAYOUT).acts, "nothing is known against it yet"
+        each.inspect(model, select(model))
+    assert not refused.capability(LAYOUT).acts
+    assert "model.layers.0.mlp.gate and 3 more" in refused.capability(LAYOUT).reason
+    assert allowed.capability(LAYOUT).acts
+    split = ParallelLayout("tp", True, splits_tokens=True)
+    assert not allowed.capability(split).acts
+    assert "different tokens" in allowed.capability(split).reason
+    plain = build()
+    refused.inspect(plain, select(plain))
+    assert refused.capability(LAYOUT).acts, "another adapter took over, and shields nothing"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [({}, None), ({"tau_u": 1.5}, KssSettings(alpha=0.15, tau_u=1.5)), ({"tau_u": -1.0}, None)],
+)
+def test_hello_has_the_adapters_settings_if_they_are_valid(
+    overrides: dict[str, float], expected: KssSettings | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter: Any = SimpleNamespace(name="other", kss_settings=lambda: overrides)
+    assert action().hello(adapter) == {"kss": expected}
+    assert ("are left out" in caplog.text) == (overrides.get("tau_u") == -1.0)
+
+
+def test_it_injects_only_while_alpha_is_above_zero() -> None:
+    kss, forwards = action(), NextForwards(num_layers=3, num_microbatches=1, data_rank=0)
+    assert kss.before_forwards(ControlState(), 5, forwards) is None
+    state = in_force(KssSettings(alpha=0.5))
+    injection: Any = kss.before_forwards(state, 5, forwards)
+    assert injection.active
+    kss.revert()
+    assert not injection.active
+    assert kss.before_forwards(state, 5, NextForwards(0, 1, 0)) is None, "no chain is verified yet"
+
+
+def test_the_scaler_is_looked_for_before_the_first_step_with_kss(monkeypatch: pytest.MonkeyPatch) -> None:
+    kss, found = action(), []
+    monkeypatch.setattr(kss._injection, "find_scaler", found.append)
+    optimizer: Any = object()
+    ramp = Ramp(first_step=5, start=0.0, target=0.5, num_steps=1)
+    state = ControlState(actions={"set_kss": ActionState(ramp=ramp)})
+    for step in range(3, 6):
+        kss.apply(state, step, Update(optimizer, (), {}))
+        assert len(found) == max(0, step - 3)
+    assert set(found) == {optimizer}

@@ -1,0 +1,137 @@
+"""The interface of actions: when the runtime calls each method, and that a new kind needs nothing but its class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from koopmon.agent.control.action import ControlAction, Injection, NextForwards, Target, Update
+from koopmon.agent.control.state import ControlState
+from tests.agent.models import L, build, checkpointed, train_step
+from tests.agent.scripted_monitor import ScriptedMonitor
+
+
+class Recorder(ControlAction):
+    """Adds its strength to the output of block 1, and notes each call."""
+
+    kind = "set_lr_scale"
+    field = "lr_scale"
+    neutral = 1.0
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.offset = 0.0
+        self.fails = False
+
+    def within_limits(self, value: float) -> tuple[Target, str]:
+        return Target(value), ""
+
+    def apply(self, state: ControlState, step: int, update: Update) -> None:
+        if self.fails:
+            raise RuntimeError("the action is broken")
+        self.calls.append(("apply", step, self.strength(state, step)))
+
+    def revert(self) -> None:
+        self.calls.append(("revert",))
+
+    def before_forwards(self, state: ControlState, step: int, forwards: NextForwards) -> Injection | None:
+        self.calls.append(("before_forwards", step, forwards))
+        self.offset = 1.0 - self.strength(state, step)
+        return self if self.offset else None
+
+    def on_forward(self) -> None:
+        self.calls.append(("on_forward",))
+
+    def enter(self, layer: int, state: Tensor, mask: Tensor | None) -> None:
+        self.calls.append(("enter", layer))
+
+    def leave(self, layer: int, state: Tensor) -> Tensor | None:
+        return state + self.offset if layer == 1 else None
+
+
+class Lasting(Recorder):
+    kind = "set_kss"
+    field = "lr_scale"
+    lasting = True
+
+
+@pytest.fixture
+def recorders(monkeypatch: pytest.MonkeyPatch) -> tuple[Recorder, Lasting]:
+    """The only kinds of action that an agent made from here on knows."""
+    made = Recorder(), Lasting()
+    monkeypatch.setattr("koopmon.agent.runtime.make_actions", lambda config, stats, breaker: made)
+    return made
+
+
+def prepared(monitor: ScriptedMonitor, agents: Callable[..., Any], **options: Any) -> tuple[Any, ...]:
+    model = build(**options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint)
+    monitor.wait(lambda: agent.status()["connected"])
+    return agent, model, optimizer
+
+
+def test_the_order_of_calls_in_a_step(
+    recorders: tuple[Recorder, Lasting], monitor: ScriptedMonitor, agents: Callable[..., Any]
+) -> None:
+    agent, model, optimizer = prepared(monitor, agents)
+    train_step(model, optimizer, 0)
+    for each in recorders:
+        each.calls.clear()
+    train_step(model, optimizer, 1)
+    for each in recorders:
+        assert each.calls == [
+            ("on_forward",),
+            ("apply", 1, 1.0),
+            ("revert",),
+            ("before_forwards", 2, NextForwards(num_layers=L, num_microbatches=1, data_rank=0)),
+        ]
+        each.calls.clear()
+    agent.close()
+    assert [each.calls for each in recorders] == [[("revert",)], [("revert",)]]
+
+
+@pytest.mark.parametrize("run", [None, checkpointed])
+def test_a_command_reaches_the_action_of_its_kind_which_may_change_the_stream(
+    run: Any, recorders: tuple[Recorder, Lasting], monitor: ScriptedMonitor, agents: Callable[..., Any]
+) -> None:
+    _, model, optimizer = prepared(monitor, agents, run=run)
+    plain = build()
+    train_step(model, optimizer, 0)
+    command = monitor.command("set_lr_scale", lr_scale=0.75)
+    monitor.wait(lambda: train_step(model, optimizer, 1) and monitor.acked(command))
+    recorder, other = recorders
+    assert other.offset == 0.0
+    assert (recorder.offset, monitor.ack(command).outcome) == (0.25, "applied")
+    plain.load_state_dict(model.state_dict())
+    plain.blocks[1].register_forward_hook(lambda module, args, output: output + 0.25)
+    recorder.calls.clear()
+    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.01)
+    assert train_step(model, optimizer, 2) == train_step(plain, plain_optimizer, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    entered = [call[1] for call in recorder.calls if call[0] == "enter"]
+    # Under checkpointing each block runs again in the backward pass, the last one first.
+    assert entered == [0, 1, 2, *([2, 1, 0] if run is checkpointed else [])]
+
+
+def test_an_action_that_fails_ends_the_agent_and_not_the_lasting_actions(
+    recorders: tuple[Recorder, Lasting], monitor: ScriptedMonitor, agents: Callable[..., Any]
+) -> None:
+    agent, model, optimizer = prepared(monitor, agents)
+    train_step(model, optimizer, 0)
+    recorder, lasting = recorders
+    recorder.fails = True
+    lasting.calls.clear()
+    for step in range(1, 3):
+        train_step(model, optimizer, step)
+    assert "the action is broken" in agent.status()["reason"]
+    assert [call for call in lasting.calls if call[0] != "on_forward"] == [
+        ("apply", 1, 1.0),
+        ("revert",),
+        ("apply", 2, 1.0),
+        ("revert",),
+    ]

@@ -1,0 +1,93 @@
+"""The facts at the top of a report: what happened, when, and what was done; nothing is claimed that was not seen."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import pytest
+
+from koopmon.report.glance import glance
+from tests.report.recorder import Recorder, guarded
+
+
+def test_a_guarded_run_at_a_glance(recorder: Recorder) -> None:
+    assert glance(guarded(recorder).facts()) == {
+        "State": "ended at step 200",
+        "Risk": "0.40 or more from step 40; highest 0.85 at step 40",
+        "Loss": "3 at the first high risk, then at most 4.5, 2.8 at the end",
+        "Learning rate": "lowered once, to 0.5 of its schedule, first at step 42",
+        "Effect": "1 helped",
+        "Snapshots": "101",
+        "Time span": "20 s",
+        "Share of step time": "1% at most",
+    }
+
+
+def test_a_run_that_was_left_alone(recorder: Recorder) -> None:
+    recorder.hello()
+    for step in range(10):
+        recorder.saw(step, 0.01 * step, 3.0)
+    recorder.ended()
+    told = glance(recorder.facts())
+    assert told["Risk"] == "below 0.40 in all snapshots, highest 0.09 at step 9"
+    assert told["Actions"] == "none was applied"
+    assert told["Loss"] == "3 at first, 3 at the end"
+    assert told["State"] == "ended at step 9"
+    assert "Effect" not in told
+
+
+def test_kss_a_stop_and_verdicts_are_counted(recorder: Recorder) -> None:
+    recorder.hello()
+    for step in range(10):
+        recorder.saw(step, 0.9, 3.0)
+    recorder.did(7, 0.9, lr_scale=0.5, after=0)
+    recorder.did(8, 0.9, lr_scale=0.25, after=0)
+    recorder.did(9, 0.9, alpha=0.15, after=0)
+    for step in range(10, 20):
+        recorder.saw(step, 0.1, 3.0)
+    recorder.did(19, 0.1, lr_scale=0.3, after=0)
+    told = glance(recorder.facts())
+    assert told["Learning rate"] == "lowered 2 times, to 0.25 of its schedule, first at step 7", (
+        "a return does not count"
+    )
+    assert told["KSS"] == "raised once, to alpha 0.15, first at step 9"
+    assert told["Effect"] == "2 cannot be told, 1 helped"
+    assert told["Risk"] == "0.40 or more from step 0; highest 0.90 at step 0"
+
+
+@pytest.mark.parametrize(
+    ("hello", "outcome", "detail", "name", "says"),
+    [
+        ({}, None, "", "Not sent", "1 command, because this job was only watched"),
+        ({"acts": False}, "refused", "watch-only", "Not applied", "1 command; the first: refused (watch-only)"),
+        ({}, "expired", "no answer", "Not applied", "1 command; the first: expired (no answer)"),
+    ],
+)
+def test_what_was_not_applied_is_not_claimed(
+    recorder: Recorder, hello: dict[str, bool], outcome: str | None, detail: str, name: str, says: str
+) -> None:
+    recorder.hello(**hello)
+    for step in range(10):
+        recorder.saw(step, 0.9)
+    recorder.did(9, 0.9, outcome, lr_scale=0.5, detail=detail)  # type: ignore[arg-type]
+    facts = recorder.facts()
+    told = glance(facts)
+    assert (told[name], told["Actions"], told["Loss"]) == (says, "none was applied", "not logged")
+    assert told["Risk"].endswith("still high at the end")
+    assert facts.actions[0].effect is None
+
+
+def test_what_fell_silent_and_what_was_left_behind(recorder: Recorder) -> None:
+    recorder.hello()
+    recorder.saw(4, 0.1)
+    assert recorder.facts().state == "running"
+    recorder.store.record_state(recorder.began, recorder.run, recorder.incarnation, 2)
+    assert glance(recorder.facts())["State"] == "vanished at step 4, without a goodbye"
+    recorder.began -= 1000.0
+    recorder.store.record_state(recorder.began, recorder.run, recorder.incarnation, 1)
+    database = sqlite3.connect(recorder.path)
+    recorder.store.commit()
+    database.execute("UPDATE observations SET time = time - 1000")
+    database.commit()
+    database.close()
+    assert glance(recorder.facts())["State"] == "no message for a while, last at step 4; its end is not recorded"

@@ -1,0 +1,114 @@
+"""Columns and spectra of profiles, and what is kept of a long run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from koopmon.history.reader import ProfileRow
+from koopmon.spectral import profile_states
+from koopmon.views import spectra
+from koopmon.views.spectra import QUANTITIES, Column, Spectrum, layers_to_dict, mean_over_layers, read_profiles
+
+
+def layer(value: float, eigenvalues: list[Any] | None = None) -> dict[str, Any]:
+    numbers = dict.fromkeys(QUANTITIES, value)
+    return {"eigenvalues": [[value, 0.0]] if eigenvalues is None else eigenvalues, "num_samples": 8, **numbers}
+
+
+def profile(*values: float) -> dict[str, Any]:
+    return {"layers": [layer(value) for value in values], "informative": True, "reason": ""}
+
+
+def row(step: int, *values: float, incarnation: str = "aaaaaaaa", num_shards: int = 1, **fields: Any) -> ProfileRow:
+    found = profile(*values) if values else None
+    known = {"time": 0.0, "masked": False, "seconds": 0.5, "observables": {}, "profile": found}
+    return ProfileRow(incarnation=incarnation, step=step, num_shards=num_shards, **{**known, **fields})
+
+
+def risks(*pairs: tuple[int, float]) -> dict[tuple[str, int], float]:
+    return {("aaaaaaaa", step): risk for step, risk in pairs}
+
+
+def test_a_column_and_a_spectrum_are_those_of_the_profile() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = profile_states(torch.cumsum(torch.randn((4, 64, 6), generator=generator), dim=0))
+    plain = found.to_dict()
+    column, spectrum = Column.of(5, plain["layers"]), Spectrum.of(5, plain)
+    for name in QUANTITIES:
+        assert list(column.values[name]) == pytest.approx([getattr(each, name) for each in found.layers])
+    assert spectrum.labels == ("0", "1", "2")
+    for index, each in enumerate(found.layers):
+        assert [complex(*pair) for pair in spectrum.pairs(index)] == pytest.approx(each.eigenvalues.tolist())
+    assert (spectrum.num_samples, spectrum.informative) == (64, found.informative)
+    assert max(spectrum.moduli()) == pytest.approx(found.max("spectral_radius"))
+
+
+def test_many_layers_share_rows_only_where_asked() -> None:
+    deep = profile(*(0.01 * index for index in range(100)))
+    shared, whole = Column.of(1, deep["layers"]), Column.of(1, deep["layers"], share=False)
+    assert (len(shared.values["near_unit_mass"]), len(whole.values["near_unit_mass"])) == (50, 100)
+    assert shared.values["near_unit_mass"][1] == pytest.approx(0.025), "mean of two layers"
+    assert shared.values["spectral_radius"][1] == pytest.approx(0.03), "the larger one"
+    assert Spectrum.of(1, deep).labels[1] == "2-3"
+    assert Spectrum.of(1, deep).pairs(1) == [pytest.approx((0.02, 0.0))]
+    assert len(Spectrum.of(1, deep, share=False).labels) == 100
+
+
+@pytest.mark.parametrize("pairs", [["x"], [[1.0]], [[1.0, "x"]], [1.0]])
+def test_a_forged_profile_raises_what_its_readers_expect(pairs: list[Any]) -> None:
+    forged = {"layers": [layer(1.0, pairs)], "informative": True, "reason": ""}
+    with pytest.raises((TypeError, ValueError)):
+        Spectrum.of(1, forged)
+    with pytest.raises(KeyError):
+        Spectrum.of(1, {"layers": [{}], "informative": True, "reason": ""})
+    with pytest.raises((TypeError, ValueError)):
+        Column.of(1, [{**layer(1.0), "near_unit_mass": "many"}])
+
+
+def test_the_calmest_the_alarm_and_the_last_are_chosen() -> None:
+    rows = [row(step, 0.1 * step) for step in range(8)]
+    found = read_profiles(
+        rows, risks((0, 0.0), (1, 0.3), (2, 0.1), (3, 0.2), (4, 0.9), (5, 0.05), (7, 0.2)), ("aaaaaaaa", 4), {}
+    )
+    chosen = [(each.name, each.spectrum.step, each.risk) for each in found.spectra]
+    assert chosen == [("calm", 2, 0.1), ("alarm", 4, 0.9), ("after", 7, 0.2)], (
+        "the first snapshot and later ones are out"
+    )
+    assert [column.step for column in found.columns] == list(range(8))
+    assert found.mean_seconds == 0.5
+    assert mean_over_layers(found.spectra[0].column, "near_unit_mass") == pytest.approx(0.2)
+
+
+def test_without_an_alarm_the_last_launch_is_shown_and_no_snapshot_twice() -> None:
+    rows = [row(0, 0.1), row(1, 0.2), row(0, 0.3, incarnation="bbbbbbbb"), row(1, 0.4, incarnation="bbbbbbbb")]
+    found = read_profiles(rows, {("bbbbbbbb", 1): 0.1, ("aaaaaaaa", 1): 0.2}, None, {"bbbbbbbb": 2})
+    assert [(each.name, each.incarnation) for each in found.spectra] == [("calm", "bbbbbbbb")]
+    assert (found.incarnation, found.num_snapshots, found.num_incomplete) == ("bbbbbbbb", 2, 2)
+
+
+def test_the_alarm_falls_back_to_the_nearest_profile() -> None:
+    found = read_profiles([row(2, 0.1), row(6, 0.2), row(9, 0.3)], {}, ("aaaaaaaa", 7), {})
+    assert [(each.name, each.spectrum.step) for each in found.spectra] == [("alarm", 6), ("after", 9)]
+    late = read_profiles([row(8, 0.1), row(9, 0.3)], {}, ("aaaaaaaa", 7), {})
+    assert [(each.name, each.spectrum.step) for each in late.spectra] == [("alarm", 8), ("after", 9)]
+
+
+def test_nothing_profiled() -> None:
+    found = read_profiles([row(1), row(2)], risks((1, 0.1)), None, {})
+    assert (found.spectra, found.columns, found.incarnation) == ((), (), "")
+    assert found.mean_seconds == 0.5
+    assert read_profiles([], {}, None, {}).mean_seconds is None
+
+
+def test_columns_beyond_the_most_are_means_of_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectra, "MAX_COLUMNS", 2)
+    rows = [row(1, 0.2), row(2, 0.4), row(3, 0.8), row(4, math.nan)]
+    found = read_profiles(rows, {}, None, {})
+    assert [column.step for column in found.columns] == [1, 3]
+    assert [column.values["near_unit_mass"][0] for column in found.columns] == pytest.approx([0.3, 0.8])
+    plain = layers_to_dict(found.columns)
+    assert (plain["steps"], plain["expansive_mass"][0]) == ([1, 3], [pytest.approx(0.3)])
