@@ -56,14 +56,14 @@ def calibration_examples(history: HistoryReader) -> Iterator[RunExample]:
             initial = initial_risk(profile)
             exponent = incarnation.hello.update_exponent
             if not initial.informative or exponent is None:
-                why = initial.reason or "its blocks do not move the state"
+                why = initial.reason or "its blocks do not change the state"
                 yield RunExample(run, adapter, None, f"its first profile is not informative: {why}")
             elif not incarnation.hello.rate_sized_steps:
-                yield RunExample(run, adapter, None, "its optimizer is none whose steps are as long as the rate says")
+                yield RunExample(run, adapter, None, "the learning rate does not give the step length of its optimizer")
             elif not rates:
-                yield RunExample(run, adapter, None, "its learning rate is not known")
+                yield RunExample(run, adapter, None, "its learning rate is unknown")
             elif any(row.training.lr_scale < 1.0 or row.training.kss_alpha > 0.0 for row in seen):
-                yield RunExample(run, adapter, None, "it was acted upon, so what would have become of it is not known")
+                yield RunExample(run, adapter, None, "koopmon acted on it, so its outcome without actions is unknown")
             else:
                 # `not loss <= MAX_LOSS` is also True for NaN.
                 diverged = any(
