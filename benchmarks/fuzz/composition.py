@@ -26,9 +26,11 @@ from koopmon.errors import ProtocolError
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.failures import Failures
+from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.run_controller import ControllerCheckpoint
-from koopmon.monitor.service import Service
+from koopmon.monitor.service import Outputs, Service
 from koopmon.risk.calibration import Calibrator
 from koopmon.spectral import LayerProfile, SpectralProfile
 from koopmon.spectral.profiles import FIELDS
@@ -189,8 +191,9 @@ class _Engine:
     def queue_length(self) -> int:
         return len(self.queue)
 
-    def submit(self, snapshot: Snapshot, *, wait: bool = False) -> None:
+    def submit(self, snapshot: Snapshot, *, wait: bool = False) -> list[str]:
         self.queue.append(snapshot.without_states())
+        return []
 
 
 class Play:
@@ -215,9 +218,9 @@ class Play:
         self._store = HistoryWriter.open(self._path, StoreConfig(max_bytes=1 << 20), clock=lambda: self.now)
         self.engine = _Engine()
         self.service = Service(
-            self._config,
-            metrics=self.metrics,
-            store=self._store,
+            config=self._config,
+            failures=Failures(self.metrics, lambda: self.now),
+            outputs=Outputs(history=self._store, metrics=self.metrics, live_state=LiveState()),
             engine=cast(Engine, self.engine),
             rejection_log=RejectionLog(self.metrics, lambda: self.now),
             send=self._sent,
