@@ -225,7 +225,7 @@ def _merged(group: Sequence[Column]) -> Column:
     return Column(group[0].step, values)
 
 
-def _rows(num_layers: int, *, share: bool) -> list[tuple[str, range]]:
+def _rows(num_layers: int, *, share: bool) -> Sequence[tuple[str, range]]:
     """Label and layers of each row."""
     return (
         layer_buckets(num_layers) if share else [(str(layer), range(layer, layer + 1)) for layer in range(num_layers)]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from koopmon.config import Config, PolicyConfig, RiskConfig, from_mapping, merged
-from koopmon.monitor.run_controller import RESEND_SECONDS, Answered, Assessment, RunController
+from koopmon.monitor.pending_commands import RESEND_SECONDS, Answered
+from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.risk.calibration import Calibrator, Example, fit
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.messages import Ack, Applied, Command, Hello, KssSettings, TrainingStep
@@ -60,7 +61,7 @@ def cuts(assessment: Assessment) -> list[Command]:
 def test_a_calm_snapshot_brings_no_command() -> None:
     controller = make_guard()
     assessment = controller.assess(0.0, sample(1), calm_profile(), step=1)
-    assert (assessment.commands, assessment.remarkable, controller.has_pending) == ((), False, False)
+    assert (assessment.commands, assessment.remarkable, bool(controller.pending)) == ((), False, False)
     assert assessment.decision is not None
     assert assessment.decision.reason
 
@@ -76,20 +77,20 @@ def test_a_danger_becomes_commands_with_id_and_expiry() -> None:
     assert 0.0 < cut.lr_scale < 1.0
     assert cut.expires_step == 14 + Config().policy.expires_in_steps, "counted from the run's latest step"
     assert len({command.id for command in assessment.commands}) == len(assessment.commands)
-    assert controller.has_pending
+    assert bool(controller.pending)
 
 
 def test_an_unanswered_command_is_offered_again_with_the_same_id_until_it_expires() -> None:
     controller = make_guard()
     (cut,) = cuts(explode(controller, step=10))
-    assert controller.due(RESEND_SECONDS / 2) == []
-    assert cut.id in [command.id for command in controller.due(RESEND_SECONDS)]
-    assert controller.due(RESEND_SECONDS * 1.5) == []
+    assert controller.pending.due(RESEND_SECONDS / 2) == []
+    assert cut.id in [command.id for command in controller.pending.due(RESEND_SECONDS)]
+    assert controller.pending.due(RESEND_SECONDS * 1.5) == []
     assert controller.expire(9.0, cut.expires_step, Applied()) == []
     assert controller.expire(RESEND_SECONDS * 1.5, 1000, Applied()) == [], "the answer may be on its way"
     assert cut.id in [command.id for command in controller.expire(9.0, 1000, Applied())]
-    assert controller.due(99.0) == []
-    assert not controller.has_pending
+    assert controller.pending.due(99.0) == []
+    assert not bool(controller.pending)
 
 
 def test_what_was_given_up_did_not_happen() -> None:
@@ -155,7 +156,7 @@ def test_a_newer_command_of_a_kind_replaces_the_unanswered_one() -> None:
     assessment = explode(controller, step=100, now=1.0)
     (second,) = cuts(assessment)
     assert first.id in [command.id for command in assessment.replaced]
-    offered = [command.id for command in controller.due(50.0)]
+    offered = [command.id for command in controller.pending.due(50.0)]
     assert second.id in offered
     assert first.id not in offered
 
@@ -185,8 +186,8 @@ def test_who_only_watches_sends_nothing(config: Config, acts: bool) -> None:
     assert not controller.sends
     assessment = explode(controller)
     assert assessment.commands
-    assert not controller.has_pending
-    assert controller.due(99.0) == []
+    assert not bool(controller.pending)
+    assert controller.pending.due(99.0) == []
 
 
 def test_a_later_hello_tells_that_the_run_can_be_acted_on() -> None:
@@ -205,7 +206,6 @@ def test_a_guard_goes_on_from_the_memory_of_another() -> None:
     controller = make_guard()
     for step in range(1, 6):
         profile = calm_profile(step)
-        controller.record_initial_score(step, profile)
         controller.assess(0.0, sample(step), profile, step=step)
     (cut,) = cuts(explode(controller, step=10))
     held = Applied(lr_scale=cut.lr_scale or 1.0)
@@ -246,17 +246,19 @@ def test_a_restored_run_is_brought_back_when_it_is_calm() -> None:
 
 def test_the_initial_score_comes_from_the_first_informative_snapshot_of_the_warm_up() -> None:
     controller = make_guard()
-    controller.record_initial_score(1, profile_states(torch.zeros((3, 64, 8)), svd_rank=4))
+    controller.assess(1.0, sample(1), profile_states(torch.zeros((3, 64, 8)), svd_rank=4), step=1)
     assert controller.initial is not None
     assert controller.initial.score is None
-    controller.record_initial_score(2, calm_profile(2))
+    controller.assess(2.0, sample(2), calm_profile(2), step=2)
     first = controller.initial
     assert first.informative
-    controller.record_initial_score(3, calm_profile(3))
+    controller.assess(3.0, sample(3), calm_profile(3), step=3)
     assert controller.initial is first
-    late = make_guard()
-    late.record_initial_score(Config().cadence.warmup_steps + 1, calm_profile())
+    late, last = make_guard(), Config().cadence.warmup_steps
+    late.assess(1.0, sample(last + 1), calm_profile(), step=last + 1)
     assert late.initial is None
+    late.assess(2.0, sample(last), calm_profile(), step=last + 1)
+    assert late.initial is not None
 
 
 def test_hints_fill_defaults_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
@@ -279,8 +281,8 @@ def test_adapter_defaults_reach_the_commands_unless_the_monitor_says_otherwise()
             tables["kss"] = {"alpha": configured}
         controller = make_guard(from_mapping(tables), kss=hint)
         controller.on_hello(hello(kss=hint))
-        assert controller._kss_config.alpha == expected
-        assert controller._kss_config.num_samples == 64
+        assert controller.kss_config.alpha == expected
+        assert controller.kss_config.num_samples == 64
 
 
 def calibrator(**settings: Any) -> Calibrator:
@@ -303,7 +305,6 @@ def test_divergence_probability_is_that_of_the_highest_rate_so_far() -> None:
     )
     assert controller.divergence_probability is None, "nothing is known yet"
     profile = calm_profile()
-    controller.record_initial_score(0, profile)
     told = []
     for step, rate in enumerate((0.0001, 0.01, 0.001)):
         controller.assess(0.0, sample(step, learning_rate=rate), profile, step=step)
@@ -318,7 +319,6 @@ def test_the_rate_counts_only_where_it_tells_how_long_the_steps_are() -> None:
         controller = RunController(
             Config(), hello(rate_sized_steps=sized, update_exponent=0.4), Applied(), calibrator=calibrator()
         )
-        controller.record_initial_score(0, calm_profile())
         assessment = controller.assess(0.0, sample(0, learning_rate=0.01), calm_profile(), step=0)
         assert assessment.observation.width == expected
         assert (controller.divergence_probability is not None) == sized
@@ -328,6 +328,5 @@ def test_a_calibrator_of_another_kind_says_nothing() -> None:
     controller = RunController(
         Config(), hello(rate_sized_steps=True, update_exponent=0.4), Applied(), calibrator=calibrator(adapter="moe")
     )
-    controller.record_initial_score(0, calm_profile())
     controller.assess(0.0, sample(0), calm_profile(), step=0)
     assert controller.divergence_probability is None

@@ -45,7 +45,7 @@ def recorded(world: World, path: Path, command: Command) -> str:
 def shown(world: World, command: Command) -> str:
     view = world.board.view(GOOD)
     assert view is not None
-    orders = [order for decided in view.decisions for order in decided.orders]
+    orders = [order for decided in view.decisions for order in decided.commands]
     return next(order.outcome for order in orders if order.command.id == command.id)
 
 
