@@ -66,7 +66,7 @@ def _run_example(incarnation: IncarnationRow, first: ProfileRow | None, rows: li
 
     initial = initial_risk(profile)
     if not initial.informative or hello.update_exponent is None:
-        why = initial.reason or "its blocks do not move the state"
+        why = "its blocks do not move the state" if initial.informative else initial.reason
         return useless(f"its first profile is not informative: {why}")
     if not hello.rate_sized_steps:
         return useless("its optimizer is none whose steps are as long as the rate says")
