@@ -112,7 +112,7 @@ def push(
     options = PushOptions(datasource, prometheus_url, folder, docs_url, not no_alerts, force, dry_run)
     access = read_access(load(config, overrides=grafana_overrides(url, token_file)).grafana, os.environ)
     if access.in_clear:
-        say(f"{access.url} has no TLS: whoever is on the way can read the token")
+        say(f"{access.url} has no TLS: anyone on the way can read the token")
     result = push_to(access, options)
     (_print_json if as_json else _print)(result, access.url, dry_run=dry_run)
     return _status(result)

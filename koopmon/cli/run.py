@@ -39,16 +39,6 @@ from koopmon.wire.auth_policy import PLAINTEXT_VARIABLE, AuthPolicy, make_auth_p
 ANSWER_SECONDS = 2.0
 
 
-def add_to(app: typer.Typer) -> None:
-    settings = {"allow_interspersed_args": False}
-    app.command(
-        "run",
-        epilog="Example: koopmon run -- torchrun --nproc-per-node 2 train.py --lr 0.003",
-        no_args_is_help=True,
-        context_settings=settings,
-    )(run)
-
-
 def run(
     command: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The job's command.")],
     monitor: Annotated[

@@ -215,14 +215,14 @@ class Monitor:
         Data is attributed to the peer authenticated on the control channel, so both must use the same authentication.
         """
         control, data = self._control, self._data
-        if control.demands_keys != data.demands_keys:
-            demanding, other = (control, data) if control.demands_keys else (data, control)
+        if control.requires_keys != data.requires_keys:
+            demanding, other = (control, data) if control.requires_keys else (data, control)
             raise EndpointError(
                 f"endpoint {demanding.endpoint!r} demands keys and {other.endpoint!r} does not: bind both alike, or set"
                 " [security] loopback = 'curve'"
             )
         for server in (control, data):
-            if not server.demands_keys and not is_loopback(server.endpoint):
+            if not server.requires_keys and not is_loopback(server.endpoint):
                 logger.warning(
                     "monitor: %s is plaintext: whoever reaches it reads and commands training", server.endpoint
                 )

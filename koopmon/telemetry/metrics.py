@@ -25,7 +25,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from koopmon.numbers import mean
-from koopmon.wire.codec import REJECTION_REASONS
+from koopmon.wire.headers import REJECTION_REASONS
 from koopmon.wire.messages import DROP_REASONS, AckOutcome, CommandKind, TrainingStep
 
 if TYPE_CHECKING:

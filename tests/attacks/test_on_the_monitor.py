@@ -136,7 +136,7 @@ def test_a_key_that_is_withdrawn_ends_its_living_connection(
     training = train(monitor.addresses.endpoint)
     ring.agent("leaver", runs=("leaver/*",))
     leaver = attacker(monitor.addresses.endpoint, "leaver", run="leaver/x")
-    training.until(lambda: leaver.control.mend() or leaver.control.connected)
+    training.until(lambda: leaver.control.retry() or leaver.control.connected)
     assert isinstance(leaver.hello(), Welcome)
     leaver.heartbeat(1)
     monitor.begin()  # until it had looked, the key was not known
