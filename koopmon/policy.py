@@ -402,18 +402,20 @@ def _cap(case: _Case) -> Proposal | None:
 
 
 def _lower_cap(case: _Case) -> float | None:
-    """Compute the cap on the rate: the landing rate, and below both the rate in force and the last cap.
+    """Compute the cap on the rate: the landing rate, and below the rate in force; later a share of the last cap.
 
     None where no rate is known.
     """
     scheduled, excess, config = case.seen.training.learning_rate, case.risk.excess_rate, case.config
-    bounds = [] if case.state.max_rate is None else [case.state.max_rate * config.rewind_factor]
-    if scheduled is not None and 0.0 < scheduled < math.inf:
-        bounds.append(scheduled * case.seen.training.lr_scale * config.rewind_factor)
-        if excess is not None:
-            bounds.append(scheduled / excess * config.normalized_landing_rate)
-    # During the warm-up under a cap the rate in force may still be far below it.
-    return min(max(min(bounds), MIN_RATE), MAX_RATE) if bounds else None
+    if case.state.max_rate is not None:
+        # The rate in force is no bound here: during the warm-up under a cap it may be far below the cap.
+        return max(case.state.max_rate * config.rewind_factor, MIN_RATE)
+    if scheduled is None or not 0.0 < scheduled < math.inf:
+        return None
+    cap = scheduled * case.seen.training.lr_scale * config.rewind_factor
+    if excess is not None:
+        cap = min(cap, scheduled / excess * config.normalized_landing_rate)
+    return min(max(cap, MIN_RATE), MAX_RATE)
 
 
 def _back_off(case: _Case) -> Proposal | None:
