@@ -296,13 +296,14 @@ def _restored(checkpoint: bytes | None) -> ControllerCheckpoint:
 
 def _in_force(state: policy.PolicyState, applied: Applied, step: int) -> policy.PolicyState:
     """Update `state` with the values in force on the agents, where they differ from the commanded ones."""
-    if (state.lr_scale, state.kss) == (applied.lr_scale, applied.kss):
+    if (state.lr_scale, state.max_rate, state.kss) == (applied.lr_scale, applied.max_rate, applied.kss):
         return state
     shaping = applied.kss.alpha > 0
     return replace(
         state,
-        phase="backed_off" if shaping or applied.lr_scale < 1 else "calm",
+        phase="backed_off" if shaping or applied.lr_scale < 1 or applied.max_rate is not None else "calm",
         lr_scale=applied.lr_scale,
+        max_rate=applied.max_rate,
         kss=applied.kss,
         kss_on_at=(step if state.kss_on_at is None else state.kss_on_at) if shaping else None,
     )

@@ -7,7 +7,7 @@ show the decisions of the policy on the recorded states only.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
