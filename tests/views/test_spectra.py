@@ -80,6 +80,7 @@ def test_the_calmest_the_alarm_and_the_last_are_chosen() -> None:
     )
     assert [column.step for column in found.columns] == list(range(8))
     assert found.mean_seconds == 0.5
+    assert math.isnan(mean_over_layers(Column.of(1, [layer(math.nan)]), "spectral_radius"))
     assert mean_over_layers(found.spectra[0].column, "near_unit_mass") == pytest.approx(0.2)
 
 

@@ -136,8 +136,8 @@ class IOThread:
             poller.wait(max(0.0, channel.next_due() - time.monotonic()))
             if channel.description is not self._description:
                 channel.describe(self._description)
-            control.mend()
-            if data is not None and data.mend():
+            control.retry()
+            if data is not None and data.retry():
                 channel.warn(time.monotonic(), "data", f"no snapshots reach {data.endpoint}: {data.failure}")
             num_messages = 0
             for answer in _incoming(control, channel):
