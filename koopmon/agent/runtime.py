@@ -278,11 +278,12 @@ class AgentRuntime:
             action.apply(state.control, step, update)
         self.stats.hook_seconds += time.perf_counter() - started
 
-    def _apply_lasting(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _apply_lasting(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         update, control = Update(optimizer, args, kwargs), self.lifecycle.state.control
         for action in self._lasting:
             action.apply(control, self._num_updates, update)
-        return update.args, update.kwargs
+        unchanged = update.args is args and update.kwargs is kwargs
+        return None if unchanged else (update.args, update.kwargs)
 
     def _revert_lasting(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for action in self._lasting:
