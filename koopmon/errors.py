@@ -116,7 +116,7 @@ class DiscoveryError(AdapterError):
 class ProtocolError(KoopmonError):
     """Message that breaks PROTOCOL.md.
 
-    `reason` is one of `koopmon.wire.codec.REJECTION_REASONS`: a bounded label for metrics.
+    `reason` is one of `koopmon.wire.headers.REJECTION_REASONS`: a bounded label for metrics.
     """
 
     def __init__(self, reason: str, detail: str) -> None:

@@ -142,17 +142,17 @@ def run_training(
         try:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
-                on_progress(_hear(log, store, run))
+                on_progress(_read_record(log, store, run))
         finally:
-            _end(process)
-    heard = _hear(log, store, run)
-    on_progress(heard)
-    if not heard.steps or (process.returncode != 0 and not heard.steps[-1].diverged):
-        raise DemoError(f"the {label} training ended with status {process.returncode}: {_last_words(out)} (see {out})")
+            _terminate(process)
+    record = _read_record(log, store, run)
+    on_progress(record)
+    if not record.steps or (process.returncode != 0 and not record.steps[-1].diverged):
+        raise DemoError(f"the {label} training ended with status {process.returncode}: {_last_line(out)} (see {out})")
     summary = json.loads(result.read_text(encoding="utf-8")) if policy is not None else {}
     if policy is not None and not summary.get("adapter"):
-        raise DemoError(f"koopmon did not attach to the {label} training: {_last_words(out)} (see {out})")
-    return DemoResult(policy=policy, record=heard, seconds=time.monotonic() - started, summary=summary)
+        raise DemoError(f"koopmon did not attach to the {label} training: {_last_line(out)} (see {out})")
+    return DemoResult(policy=policy, record=record, seconds=time.monotonic() - started, summary=summary)
 
 
 def _environment() -> dict[str, str]:
@@ -161,7 +161,7 @@ def _environment() -> dict[str, str]:
     return environ | {"OMP_NUM_THREADS": "1"}
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _terminate(process: subprocess.Popen[bytes]) -> None:
     """Stop a training that still runs when this process leaves early."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
@@ -172,7 +172,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def _hear(log: Path, store: Path, run: str) -> DemoRecord:
+def _read_record(log: Path, store: Path, run: str) -> DemoRecord:
     steps = list(_read_steps(log))
     if not store.exists():
         return DemoRecord(steps)
@@ -196,10 +196,10 @@ def _read_steps(log: Path) -> Iterator[LoggedStep]:
         yield LoggedStep(step=row["step"], loss=row["loss"], grad_norm=row["grad_norm"], diverged=diverged)
 
 
-def _last_words(path: Path) -> str:
+def _last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for sign in ("koopmon: not attached", "Error: ", "koopmon: ", ""):
         found = [line.strip() for line in lines if sign in line and line.strip()]
         if found:
             return found[-1]
-    return "it said nothing"
+    return "no output"

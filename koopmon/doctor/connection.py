@@ -140,7 +140,7 @@ _FAR = "check that `koopmon monitor --bind {}` runs on that host, and that the p
 
 def _fix_of(failure: str, trust: AuthPolicy) -> str:
     name = f"{trust.agent}.key"
-    if "does not know this agent's key" in failure or "no agent's any more" in failure:
+    if "does not know this agent's key" in failure or "no agent has the peer's key" in failure:
         return f"copy {trust.directory}/{name} to agents/{name} in the monitor's key directory"
     if "monitor.key" in failure:
         return f"copy monitor.key from the monitor's host to {trust.directory}/{MONITOR}.key"

@@ -31,8 +31,8 @@ def alerts_page() -> str:
         "# Alerts",
         WRITTEN,
         "Meaning, checks and remedy of each alert. Every monitor serves the same text at `/alerts`. The `runbook_url`"
-        " of an alert leads there, unless `--docs-url` names another page. [Grafana and Prometheus](grafana.md) describes"
-        " the installation, [Metrics](metrics.md) the series behind the alerts.",
+        " of an alert leads there, unless `--docs-url` names another page. [Grafana and Prometheus](grafana.md)"
+        " describes the installation, [Metrics](metrics.md) the series behind the alerts.",
         _table(("alert", "severity", "fires after", "summary"), rows),
     ]
     for group, (title, _) in GROUPS.items():

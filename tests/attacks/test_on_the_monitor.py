@@ -107,7 +107,7 @@ def test_an_agent_speaks_for_no_run_of_anothers(monitor: Any, train: Train, atta
     assert isinstance(thief.hello(), Welcome)
     thief.send(hello(name))
     answer = thief.expect(Refused)
-    assert "'thief' may not speak for run victim/" in answer.reason
+    assert "'thief' may not use run victim/" in answer.reason
     thief.send(hello({**name, "incarnation": "deadbeef"}))
     assert isinstance(thief.expect(Refused), Refused)
     num_said = 2 + say_all(thief, name)

@@ -376,7 +376,7 @@ def test_unknown_modes_count_as_reliable() -> None:
     found = []
     for weight in (0.0, 0.7):
         state = RiskState()
-        for step, ratios in LURCH:
+        for step, ratios in JUMP:
             state, risk = assess(state, seen(step, ratios), RiskConfig(reliability_weight=weight))
         found.append(risk.components["unsteadiness"])
     assert found[0] == found[1] > 0
