@@ -132,6 +132,7 @@ class _Finder:
     def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[Mutant]:
         outer_path, outer_scope, outer_lines = list(self._path), self._scope, self._lines
         self._lines = range(node.lineno, node.body[0].lineno)
+        self._around = None
         self._path.append(node.name)
         for defaults in (node.args.defaults, node.args.kw_defaults):
             for at, default in enumerate(defaults):
