@@ -82,7 +82,7 @@ def summary_table(outcomes: Sequence[DemoResult]) -> Table:
     for heading in ("guarded by", "outcome", "loss", "back-offs", "KSS", "highest risk"):
         table.add_column(heading, no_wrap=True)
     for outcome in outcomes:
-        end = f"died at step {outcome.last_step}" if outcome.diverged else "finished"
+        end = f"diverged at step {outcome.last_step}" if outcome.diverged else "finished"
         told = Text(end, style="bold red" if outcome.diverged else "bold green")
         losses = f"{outcome.start_loss:.3g} to {outcome.final_loss:.3g}"
         table.add_row(outcome.policy or "nobody", told, losses, *_guard_cells(outcome))
@@ -98,7 +98,7 @@ def verdict(unguarded: DemoResult, guarded: DemoResult, yardstick: DemoResult | 
         first = guarded.first_command_step
         lead = "" if first is None else f", first acting {unguarded.last_step - first} steps before that"
         lines.append(
-            f"Unguarded it died at step {unguarded.last_step}. koopmon saved it{lead}: "
+            f"Unguarded, it diverged at step {unguarded.last_step}. koopmon saved it{lead}: "
             f"loss {guarded.start_loss:.2f} to {guarded.final_loss:.2f}."
         )
     else:

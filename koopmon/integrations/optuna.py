@@ -110,11 +110,11 @@ def prune_by_initial_risk(
     Raises ConfigError for arguments that allow no decision or lie out of bounds, and the exceptions of `forecast`.
     """
     if (calibrator is None) != (learning_rate is None):
-        raise ConfigError("calibrator and learning_rate go together: the probability is one of diverging at a rate")
+        raise ConfigError("calibrator and learning_rate go together: the probability depends on the rate")
     if calibrator is None and max_near_unit_mass is None:
-        raise ConfigError("nothing decides: give a calibrator and the learning_rate, or a max_near_unit_mass")
+        raise ConfigError("no criterion: give a calibrator and the learning_rate, or a max_near_unit_mass")
     if not 0.0 < max_probability < 1.0:
-        raise ConfigError(f"max_probability = {max_probability}: allowed is what lies between 0 and 1")
+        raise ConfigError(f"max_probability = {max_probability}: allowed are numbers between 0 and 1")
     found = forecast(
         model,
         *batch,

@@ -61,20 +61,20 @@ def _run_example(incarnation: IncarnationRow, first: ProfileRow | None, rows: li
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         return RunExample(run, None, None, f"its first profile cannot be read: {error!r}")
 
-    def useless(why: str) -> RunExample:
+    def unusable(why: str) -> RunExample:
         return RunExample(run, hello.adapter, None, why)
 
     initial = initial_risk(profile)
     if not initial.informative or hello.update_exponent is None:
-        why = initial.reason or "its blocks do not move the state"
-        return useless(f"its first profile is not informative: {why}")
+        why = "its blocks do not change the state" if initial.informative else initial.reason
+        return unusable(f"its first profile is not informative: {why}")
     if not hello.rate_sized_steps:
-        return useless("its optimizer is none whose steps are as long as the rate says")
+        return unusable("the learning rate does not give the step length of its optimizer")
     rates = [row.training.learning_rate for row in rows if row.training.learning_rate]
     if not rates:
-        return useless("its learning rate is not known")
+        return unusable("its learning rate is unknown")
     if any(row.training.lr_scale < 1.0 or row.training.kss_alpha > 0.0 for row in rows):
-        return useless("it was acted upon, so what would have become of it is not known")
+        return unusable("koopmon acted on it, so its outcome without actions is unknown")
     example = Example(
         update_exponent=hello.update_exponent,
         learning_rate=max(rates),

@@ -91,7 +91,7 @@ class _Judge:
             known = {"training": msgspec.structs.asdict(row.training) | in_force, "non_finite": row.non_finite}
             seen = msgspec.convert(row.observation | known, online_detector.Observation)
         except msgspec.ValidationError as error:
-            raise StoreError(f"the snapshot at step {row.step} cannot be judged again: {one_line(error)}") from None
+            raise StoreError(f"the snapshot at step {row.step} cannot be assessed again: {one_line(error)}") from None
         self._history, risk = online_detector.assess(self._history, seen, self._risk)
         decision = policy.decide(row.time, self._state, seen, risk, self._policy, self._kss)
         self._state = decision.state
