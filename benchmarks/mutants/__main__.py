@@ -57,6 +57,7 @@ GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("koopmon/spectral/update_exponent.py",), ("tests/spectral/test_update_exponent.py",)),
     (("koopmon/spectral/whitening.py",), ("tests/spectral/test_whitening.py", "tests/spectral/test_profile.py")),
     (("koopmon/monitor/run_controller.py",), ("tests/monitor/test_run_controller.py",)),
+    (("koopmon/monitor/pending_commands.py",), ("tests/monitor/test_pending_commands.py",)),
     (("koopmon/monitor/assembler.py",), ("tests/monitor/test_assembler.py",)),
     (("koopmon/monitor/registry.py",), ("tests/monitor/test_registry.py",)),
     (("koopmon/agent/capture/schedule.py",), ("tests/agent/capture/test_schedule.py",)),

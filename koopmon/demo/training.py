@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from koopmon.errors import KoopmonError, StoreError
@@ -92,14 +92,14 @@ class DemoResult:
 
     @property
     def start_loss(self) -> float:
-        return _mean([step.loss for step in self.record.steps[:START_STEPS]])
+        return fmean(step.loss for step in self.record.steps[:START_STEPS])
 
     @property
     def final_loss(self) -> float:
         """Mean loss over the last steps; for a diverged run, its last loss."""
         if self.diverged:
             return self.record.steps[-1].loss
-        return _mean([step.loss for step in self.record.steps[-FINAL_STEPS:]])
+        return fmean(step.loss for step in self.record.steps[-FINAL_STEPS:])
 
     @property
     def survived(self) -> bool:
@@ -203,7 +203,3 @@ def _last_line(path: Path) -> str:
         if found:
             return found[-1]
     return "no output"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan

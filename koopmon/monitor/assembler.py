@@ -209,8 +209,8 @@ class Assembler:
         run_key, step = key
         pending = self._remove(key)
         self._done[run_key] = max(step, self._done.get(run_key, -1))
-        # Half of the ranks, chosen by hand: one lost shard of many must not cost the snapshot, and the detector compares
-        # snapshots, so that one of few ranks would look like a change.
+        # Half of the ranks was chosen by hand. One lost shard of many must not cost the snapshot. The detector compares
+        # snapshots, so a snapshot of few ranks would look like a change.
         if not pending.complete and 2 * len(pending.shards) < pending.num_senders:
             self.on_drop(run_key[0], "incomplete")
             return None

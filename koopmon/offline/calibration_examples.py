@@ -66,7 +66,7 @@ def _run_example(incarnation: IncarnationRow, first: ProfileRow | None, rows: li
 
     initial = initial_risk(profile)
     if not initial.informative or hello.update_exponent is None:
-        why = initial.reason or "its blocks do not change the state"
+        why = "its blocks do not change the state" if initial.informative else initial.reason
         return unusable(f"its first profile is not informative: {why}")
     if not hello.rate_sized_steps:
         return unusable("the learning rate does not give the step length of its optimizer")
