@@ -187,7 +187,7 @@ def test_splines_and_experts_are_braked_where_their_blocks_normalise(family: Fam
     assert family != "kan" or (read is not None and read < UNNORMALIZED / 2)
     assert captured.known_exponent == (0.0 if scheme == "pre" else 1.0)
     verifier = ChainVerifier(captured.discovery.adapter, [captured.discovery.stack])
-    assert verifier.update_exponent(captured.discovery.stack) == captured.known_exponent, "what the agent tells"
+    assert verifier.update_exponent(captured.discovery.stack) == captured.known_exponent, "the value in the hello"
 
 
 @pytest.mark.parametrize(("said", "known"), [(float("nan"), 0.0), (float("inf"), 0.0), (-7e9, -100.0), (0.3, 0.3)])

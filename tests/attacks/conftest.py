@@ -40,7 +40,7 @@ class Training:
         """Train until `condition` is true, and return its value."""
         deadline = time.monotonic() + seconds
         while not (found := condition()):
-            assert time.monotonic() < deadline, f"trained in vain: {self.agent.status()}"
+            assert time.monotonic() < deadline, f"the condition stayed false: {self.agent.status()}"
             self.losses.append(train_step(self.model, self.optimizer, len(self.losses)))
             time.sleep(0.005)
         return found

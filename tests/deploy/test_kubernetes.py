@@ -180,7 +180,7 @@ def test_the_configuration_is_one() -> None:
 
 def test_the_alerts_are_those_of_the_rules_file() -> None:
     (rules,) = documents(HOUSE / "grafana/prometheus/koopmon.rules.yml")
-    assert RESOURCES["PrometheusRule"]["spec"] == rules, "prometheusrule.yaml says how it is written anew"
+    assert RESOURCES["PrometheusRule"]["spec"] == rules, "prometheusrule.yaml has the command that writes it"
 
 
 def test_nothing_runs_as_root_or_writes_to_its_image() -> None:

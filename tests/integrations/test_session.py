@@ -142,7 +142,7 @@ def test_the_loss_arrives_and_the_end_is_said(library: Any, monitor: ScriptedMon
     assert trainer.callback.agent.status()["reason"] == "closed"
     assert trainer.fit(lambda _: monitor.wait(lambda: trainer.callback.agent.status()["connected"])) == STEPS
     monitor.wait(lambda: len(monitor.of(Goodbye)) == 2)
-    assert len({each.incarnation for each in monitor.of(Goodbye)}) == 2, "the next training begins anew"
+    assert len({each.incarnation for each in monitor.of(Goodbye)}) == 2, "the next training is a new session"
 
 
 @both

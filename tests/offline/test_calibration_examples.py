@@ -1,4 +1,4 @@
-"""Which launches make an example, and the reason against each other one."""
+"""Selection of launches as examples, and the reasons against the others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def profile(scale: float = 1.0) -> dict[str, Any]:
 def record(
     store: HistoryWriter, launch: str = FIRST, *, said: Any = None, found: Any = None, step: int = 0, **scalars: Any
 ) -> None:
-    """One launch of three snapshots; `scalars` are those of the second."""
+    """One launch with three snapshots; `scalars` are those of the second one."""
     store.record_hello(0.0, hello("job", launch, **{"rate_sized_steps": True, "update_exponent": 0.4, **(said or {})}))
     columns = {"num_shards": 1, "masked": False, "seconds": 0.0}
     store.record_profile(0.0, "job", launch, step, profile=profile() if found is None else found, **columns)
@@ -89,10 +89,10 @@ def test_a_run_that_leaves_the_bounds_has_diverged(scalars: dict[str, Any], dive
         ({"step": MAX_FIRST_STEP + 1}, "no profile of its first 10 steps"),
         ({"found": {"layers": [{"eigenvalues": "none"}]}}, "its first profile cannot be read"),
         ({"found": profile(0.0)}, "its first profile is not informative"),
-        ({"said": {"update_exponent": None}}, "its blocks do not move the state"),
-        ({"said": {"rate_sized_steps": False}}, "its optimizer is none whose steps are as long as the rate says"),
-        ({"lr_scale": 0.5}, "it was acted upon"),
-        ({"kss_alpha": 0.1}, "it was acted upon"),
+        ({"said": {"update_exponent": None}}, "its blocks do not change the state"),
+        ({"said": {"rate_sized_steps": False}}, "the learning rate does not give the step length of its optimizer"),
+        ({"lr_scale": 0.5}, "koopmon acted on it"),
+        ({"kss_alpha": 0.1}, "koopmon acted on it"),
     ],
 )
 def test_the_reason_against_a_launch(launch: dict[str, Any], why: str, tmp_path: Path) -> None:
@@ -115,4 +115,4 @@ def test_an_unknown_rate_is_no_example(tmp_path: Path) -> None:
     store.close()
     with HistoryReader.open(tmp_path / "store") as history:
         (found,) = calibration_examples(history)
-    assert (found.example, found.why) == (None, "its learning rate is not known")
+    assert (found.example, found.why) == (None, "its learning rate is unknown")

@@ -185,7 +185,7 @@ def test_the_forecast_uses_a_logged_loss() -> None:
         told, with_loss = assess(
             told, seen(step, (1.0,), learning_rate=0.9, width=1, expansive_mass=0.1, loss=loss), CONFIG
         )
-        assert ("loss" in with_loss.components) == (step >= MIN_LOSSES), "before, the expansive mass speaks"
+        assert ("loss" in with_loss.components) == (step >= MIN_LOSSES), "before, the forecast uses the expansive mass"
         if step < MIN_LOSSES:
             assert with_loss.forecast == without.forecast
     known, z = with_loss.components["prior"], with_loss.components["loss"]
