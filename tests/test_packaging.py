@@ -150,7 +150,7 @@ for package in (koopmon, koopmon_adapters):
         try:
             importlib.import_module(module.name)
         except koopmon.errors.MissingExtraError:
-            # Of a library that brings its own trainer, and is asked for by importing this very file.
+            # It belongs to a library with its own trainer; the import of this file selects it.
             assert module.name.startswith("koopmon.integrations."), module.name
         count += 1
 print(count)

@@ -1,4 +1,4 @@
-"""Plain English in product code, messages and pages: no archaic words, metaphors or personification.
+"""Plain English in code, messages and pages: no archaic words, metaphors or personification.
 
 The patterns come from the review of the first version. A match is not always wrong, but a plain sentence avoids all of
 them. Code spans and quoted code are ignored.
@@ -44,12 +44,6 @@ FIRST_WORDS = {
 }
 """First words of docstrings that are a clause, or the second half of another sentence."""
 NOT_YET = {
-    "koopmon/grafana/annotations.py",
-    "koopmon/grafana/run_dashboard.py",
-    "koopmon/history/retention.py",
-    "koopmon/history/schema.py",
-    "koopmon/monitor/daemon.py",
-    "koopmon/telemetry/alerts.py",
     "koopmon/wire/PROTOCOL.md",
     "koopmon/wire/headers.py",
 }
@@ -69,7 +63,11 @@ def tracked(*patterns: str) -> list[str]:
     return sorted(name for name in done.stdout.split("\n") if name and (ROOT / name).is_file())
 
 
-PYTHON = tracked("koopmon/*.py", "plugins/*.py", "manual/*.py")
+PYTHON = tracked("koopmon/*.py", "plugins/*.py", "manual/*.py", "benchmarks/*.py")
+TESTS_NOT_YET = ("agent", "cli", "conformance", "grafana", "history", "monitor", "report", "views", "wire")
+"""Folders of tests that are not rewritten yet."""
+_SKIPPED = tuple(f"tests/{name}/" for name in TESTS_NOT_YET)
+TESTS = [name for name in tracked("tests/*.py") if name != "tests/test_prose.py" and not name.startswith(_SKIPPED)]
 PAGES = tracked(
     "docs/*.md", "koopmon/*.md", "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "mkdocs.yml"
 )
@@ -108,7 +106,7 @@ def first_words(source: str) -> Iterator[str]:
                 yield f"{node.lineno}: {' '.join(words[:8])!r}"
 
 
-@pytest.mark.parametrize("name", [name for name in PYTHON if name not in NOT_YET])
+@pytest.mark.parametrize("name", [name for name in (*PYTHON, *TESTS) if name not in NOT_YET])
 def test_the_code_is_in_plain_english(name: str) -> None:
     source = (ROOT / name).read_text(encoding="utf-8")
     found = [f"{line}: {each}" for line, text in texts(source) for each in complaints(text)]

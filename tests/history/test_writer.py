@@ -223,7 +223,7 @@ def test_unknown_schema_is_refused(path: Path, store: HistoryWriter) -> None:
     database.close()
     for open_it in (HistoryWriter.open, HistoryWriter.open_readonly):
         with pytest.raises(
-            StoreError, match=f"schema {SCHEMA_VERSION + 1}, this version of koopmon knows 1 to {SCHEMA_VERSION}"
+            StoreError, match=f"schema {SCHEMA_VERSION + 1}, this version of koopmon supports 1 to {SCHEMA_VERSION}"
         ) as caught:
             open_it(path)
         assert "\n" not in str(caught.value)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 (the name users give it)
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817 (likewise)
+from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817 (the usual name)
 
 
 def read_bytes():
