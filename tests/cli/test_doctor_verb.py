@@ -1,4 +1,4 @@
-"""`koopmon doctor`: each thing broken on purpose, with real monitors, sockets and processes; and all of it well."""
+"""`koopmon doctor`: each fault with real monitors, sockets and processes, and a setup without faults."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ Examine = Callable[..., tuple[int, dict[str, dict[str, str]]]]
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place of its own, nothing of the caller's environment, and a torchrun of this Python on PATH."""
+    """A private directory, without the variables of the caller, and a torchrun of this Python on PATH."""
     for name in list(os.environ):
         if name.startswith("KOOPMON_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             monkeypatch.delenv(name)
@@ -76,7 +76,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def examine(here: Path, capsys: pytest.CaptureFixture[str]) -> Examine:
-    """Run the doctor; its exit status, and its findings by what they are about."""
+    """Run the doctor; return its exit status and its findings by check."""
 
     def run(*words: str) -> tuple[int, dict[str, dict[str, str]]]:
         status = main(["doctor", *words, "--json"])
@@ -215,7 +215,7 @@ def test_another_package_and_another_clock_are_worth_a_word(examine: Examine, tm
 
 @pytest.fixture(scope="module")
 def ring(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
-    """Keys of the monitor, of an agent that may speak for some runs, and of one that the monitor does not know."""
+    """Keys of the monitor, of an agent with some runs, and of an unknown agent."""
     ring = Keyring(tmp_path_factory.mktemp("keys") / "ring")
     ring.agent(runs=("mine*",))
     ring.agent("stranger", served=False)

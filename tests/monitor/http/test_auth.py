@@ -1,4 +1,4 @@
-"""Who may read the pages: tokens, passwords, TLS, and what a bad file is told."""
+"""Access to the pages: tokens, passwords, TLS, and errors for bad files."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_half_a_login_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    """Create a self-signed certificate for 127.0.0.1, and its key."""
     directory = tmp_path_factory.mktemp("tls")
     files = str(directory / "cert.pem"), str(directory / "key.pem")
     subprocess.run(

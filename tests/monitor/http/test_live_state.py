@@ -1,4 +1,4 @@
-"""What the daemon hands to the pages: bounded, consistent, and as it is now."""
+"""Data from the daemon to the pages: bounded, consistent, and up to date."""
 
 from __future__ import annotations
 
