@@ -166,7 +166,7 @@ class ScriptedMonitor:
         """Return the result of `condition` once it is true."""
         deadline = time.monotonic() + timeout
         while not (found := condition()):
-            assert time.monotonic() < deadline, "waited in vain"
+            assert time.monotonic() < deadline, "the condition stayed false"
             time.sleep(0.005)
         return found
 

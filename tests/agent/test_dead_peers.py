@@ -192,7 +192,7 @@ def test_connections_that_are_dead_are_made_anew_in_the_time_that_is_stated(
     def train(condition: Callable[[], object], seconds: float) -> float:
         began = time.monotonic()
         while not condition():
-            assert time.monotonic() - began < seconds, f"trained in vain: {agent.status()}"
+            assert time.monotonic() - began < seconds, f"the condition stayed false: {agent.status()}"
             losses.append(train_step(model, optimizer, len(losses)))
             time.sleep(0.005)
         return time.monotonic() - began

@@ -54,7 +54,7 @@ class Job:
             self.losses.append(train_step(self.model, self.optimizer, len(self.losses)))
             self.slowest = max(self.slowest, time.monotonic() - started)
             time.sleep(0.005)
-        pytest.fail("trained in vain")
+        pytest.fail("the condition stayed false")
 
     def dropped(self, reason: str) -> int:
         return int(self.agent.status()["dropped"][reason])

@@ -218,7 +218,7 @@ def ring(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
     """Keys of the monitor, of an agent with some runs, and of an unknown agent."""
     ring = Keyring(tmp_path_factory.mktemp("keys") / "ring")
     ring.agent(runs=("mine*",))
-    ring.agent("stranger", served=False)
+    ring.agent("unknown", served=False)
     return ring
 
 
@@ -236,7 +236,7 @@ def locked(ring: Keyring, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     [
         ("missing", "keys", "no such file", "koopmon keys make"),
         ("loose", "keys", "lets others read it; chmod 600", "koopmon keys make"),
-        ("stranger", "monitor", "does not know this agent's key", "copy {keys}/stranger.key to agents/stranger.key"),
+        ("unknown", "monitor", "does not know this agent's key", "copy {keys}/unknown.key to agents/unknown.key"),
         ("other monitor", "monitor", "its key is not the one in monitor.key", "copy monitor.key"),
         ("not for this run", "run", "may not use run yours", "add the run to `runs` in the agent's file"),
         ("no keys here", "monitor", "it demands keys", 'loopback = "curve"'),
@@ -258,7 +258,7 @@ def test_keys(
         ring.agent()
     if trouble == "loose":
         (ring.place / "agent.secret").chmod(0o644)
-    agent = "stranger" if trouble == "stranger" else "agent"
+    agent = "unknown" if trouble == "unknown" else "agent"
     tables = "" if trouble == "no keys here" else f'keys = "{ring.place}"\nagent = "{agent}"\nloopback = "curve"\n'
     (tmp_path / "k.toml").write_text(f"[security]\n{tables}")
     status, found = examine("--monitor", locked.addresses.endpoint, "--config", "k.toml", "--run", "yours")

@@ -49,7 +49,7 @@ def wait_until(condition: Callable[[], Any]) -> Any:
     """Return the first true value of `condition`; fail after the time limit."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition stayed false"
         time.sleep(0.01)
     return value
 

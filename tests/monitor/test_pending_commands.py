@@ -205,7 +205,7 @@ def test_an_ack_is_matched_with_its_command() -> None:
     pending.add(0.0, [first])
     pending.add(0.0, [second])
     matched = Answered("set_lr_scale", first=True, counts=True)
-    assert pending.acknowledge(first.id) == (matched, None), "it tells nothing of the newest command"
+    assert pending.acknowledge(first.id) == (matched, None), "it does not belong to the newest command"
     assert pending.acknowledge(second.id) == (matched, second)
     again = Answered("set_lr_scale", first=False, counts=False)
     assert pending.acknowledge(first.id) == (again, None)

@@ -38,7 +38,7 @@ def until() -> Callable[..., None]:
     def wait(condition: Callable[[], object], timeout: float = 20.0) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
-            assert time.monotonic() < deadline, "waited in vain"
+            assert time.monotonic() < deadline, "the condition stayed false"
             time.sleep(0.002)
 
     return wait

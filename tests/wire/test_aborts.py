@@ -231,7 +231,7 @@ with WireContext() as context:
     sys.stdin.readline()
     ours.reconnect()
     until = time.monotonic() + 20.0
-    while time.monotonic() < until and ours.send([b"at last"]) is not None:
+    while time.monotonic() < until and ours.send([b"finally"]) is not None:
         poller.wait(0.02)
 """
 
@@ -248,7 +248,7 @@ def test_a_receiver_of_snapshots_talks_and_dies(program: Program, impostor: Call
         assert Poller(receiver).wait(20.0) == [receiver]
         received = receiver.recv()
         assert received is not None
-        assert bytes(received[0]) == b"at last"
+        assert bytes(received[0]) == b"finally"
         finish(ours)
 
 

@@ -60,7 +60,7 @@ BAD = [
 def test_pages_behind_a_login(serve: Callable[..., WebServer]) -> None:
     server = serve(login=HttpAuth(TOKEN.encode(), b"eve", PASSWORD.encode()))
     with httpx.Client(base_url=f"http://{server.address}", timeout=30.0) as client:
-        assert client.get("/healthz").status_code == 200, "it tells nothing"
+        assert client.get("/healthz").status_code == 200, "it contains no data"
         for page in ("/", "/metrics", "/nothing", "/healthz/", "//metrics", "/healthz%2f..%2fmetrics"):
             refused = client.get(page)
             assert refused.status_code == 401, page

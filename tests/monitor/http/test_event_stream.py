@@ -89,7 +89,7 @@ def read(server: WebServer) -> Iterator[Callable[..., Reader]]:
 def eventually(condition: Callable[[], Any]) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition stayed false"
         time.sleep(0.01)
 
 
