@@ -476,7 +476,7 @@ def test_a_new_run_has_no_history() -> None:
 
 @pytest.mark.parametrize(("rate", "counts_as"), [(0.0, 1e-12), (1e-13, 1e-12), (1e13, 1e12), (math.inf, 1e12)])
 def test_rates_beyond_all_bounds_count_as_the_bounds(rate: float, counts_as: float) -> None:
-    """So their logarithm is finite, at rate 0 in the first step of a warm-up too."""
+    """The bounds keep the logarithm finite, also at rate 0 in the first step of a warm-up."""
     found = rate_excess(at_rate(rate), RiskConfig(critical_rate=2.0))
     assert found == pytest.approx(counts_as * 40 / 2.0)
 
