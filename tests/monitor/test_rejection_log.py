@@ -1,4 +1,4 @@
-"""Every reason that the monitor counts can be brought about from outside; the limits in its configuration hold."""
+"""A peer can cause every counted reason, and the limits of the configuration hold."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def http_connections(monitor: Any, connect: Any, patch: Any) -> None:
 
 
 def cut(connection: socket.socket) -> bool:
-    """Whether the server ended it: a reset where it left something unread."""
+    """Return True if the server ended it: a reset with unread data."""
     try:
         return connection.recv(100) == b""
     except ConnectionResetError:
@@ -166,7 +166,7 @@ def test_every_reason_is_counted(
 
 
 def test_no_reason_is_left_out() -> None:
-    """ "internal" is our own failure: test_daemon breaks something for it. Those of keys are in tests/attacks."""
+    """ "internal" is a failure of the monitor: test_daemon causes one. tests/attacks has the reasons of keys."""
     assert {cause.__name__ for cause in CAUSES} == set(REJECTIONS) - {"internal", "key", "handshake", "authorisation"}
 
 

@@ -1,4 +1,4 @@
-"""The KSS action: caps, refusals, and what it says of itself. The gradient is test_injection.py's."""
+"""The KSS action: limits, refusals, and its status. test_injection.py tests the gradient."""
 
 from __future__ import annotations
 
