@@ -558,3 +558,30 @@ def test_a_return_starts_from_the_values_in_force_and_keeps_the_settings() -> No
     assert scales == pytest.approx([0.25**0.75, 0.25**0.5, 0.25**0.25, 1.0, 1.0])
     assert alphas == pytest.approx([0.4, 0.2, 0.0, 0.0, 0.0])
     assert bench.applied().kss.svd_rank == 9
+
+
+@pytest.mark.parametrize(
+    ("step", "parameters", "flaw"),
+    [(1, {}, ""), (2, {}, "rank 0 is at step 2, this rank at step 1"), (1, {"svd_rank": 0}, "out of bounds")],
+)
+def test_an_update_that_does_not_fit_is_not_applied(step: int, parameters: dict[str, Any], flaw: str) -> None:
+    kss = ActionState(ramp=Ramp(target=0.5), parameters=parameters)
+    update = ControlUpdate(
+        step=step, state=ControlState(version=1, actions={"set_kss": kss}), snapshots=(0, -1, 1), next_step=9
+    )
+    failures: list[str] = []
+
+    class Group:
+        in_flight = ready = True
+        leads = splits_tokens = False
+
+        def receive(self) -> ControlUpdate:
+            return update
+
+        def fail(self, reason: str) -> None:
+            failures.append(reason)
+
+    bench = Bench(group=Group())
+    bench.actuator.before_step(1)
+    assert bench.actuator.state.version == (0 if flaw else 1)
+    assert [flaw in failure for failure in failures] == ([True] if flaw else [])
