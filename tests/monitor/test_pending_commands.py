@@ -222,12 +222,23 @@ def test_an_ack_of_an_expired_command_is_its_first_and_does_not_count() -> None:
     assert pending.acknowledge(one.id) == (Answered("set_lr_scale", first=False, counts=False), None)
 
 
-@pytest.mark.parametrize(("now", "step", "expires"), [(1.0, 61, True), (0.9, 61, False), (1.0, 60, False)])
+@pytest.mark.parametrize(("now", "step", "expires"), [(11.0, 61, True), (10.9, 61, False), (11.0, 60, False)])
 def test_a_command_expires_after_its_last_step_and_a_second_for_the_ack(now: float, step: int, expires: bool) -> None:
     pending = PendingCommands()
-    pending.add(0.0, asked(1, expires_step=60))
+    pending.add(10.0, asked(1, expires_step=60))
     assert bool(pending.expire(now, step)) is expires
     assert bool(pending) is not expires
+
+
+def test_a_few_replaced_commands_wait_for_their_acks() -> None:
+    pending = PendingCommands()
+    for number in range(4):
+        pending.add(0.0, asked(number))
+    assert pending.expire(0.0, 0) == []
+    for number in range(4):
+        found = pending.acknowledge(asked(number)[0].id)
+        assert found is not None
+        assert found[0].counts
 
 
 def test_the_64_newest_replaced_commands_still_wait() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -588,3 +589,39 @@ def test_kss_that_a_checkpoint_knows_keeps_its_step() -> None:
 def test_a_damaged_checkpoint_is_no_checkpoint(damaged: bytes) -> None:
     fresh = make_guard().checkpoint()
     assert RunController(Config(), hello(), Applied(), checkpoint=damaged).checkpoint() == fresh
+
+
+@pytest.mark.parametrize(("mass", "shown"), [(-0.5, 0.0), (0.25, 0.25), (1.5, 1.0)])
+def test_what_agents_display_is_within_the_bounds_of_a_message(mass: float, shown: float) -> None:
+    profile = calm_profile()
+    layers = tuple(replace(layer, near_unit_mass=mass) for layer in profile.layers)
+    controller = make_guard()
+    controller.assess(0.0, sample(1), replace(profile, layers=layers), step=1)
+    assert controller.judgement is not None
+    assert controller.judgement.near_unit_mass == shown
+
+
+def test_a_command_has_an_id_that_nobody_guesses() -> None:
+    ids = [command.id for command in explode(make_guard()).commands]
+    assert all(re.fullmatch("[0-9a-f]{16}", each) for each in ids)
+
+
+def test_the_depth_of_a_model_without_a_profile_is_unknown() -> None:
+    assert explode(make_guard()).observation.num_layers == 0
+
+
+def test_a_refused_kss_is_not_in_force() -> None:
+    controller = make_guard(Config(policy=PolicyConfig(name="kss", act_risk=1e-9, severe_risk=1.0, release_risk=0.0)))
+    asked: list[Command] = []
+    for step in range(1, 50):
+        assessment = controller.assess(float(step), sample(step), calm_profile(step), step=step)
+        asked += [command for command in assessment.commands if command.kind == "set_kss"]
+        if asked:
+            break
+    assert controller.policy_state.kss.alpha > 0
+    controller.acknowledge(99.0, ack(asked[0], "refused"))
+    assert controller.policy_state.kss.alpha == 0
+
+
+def test_an_assessment_without_a_decision_is_not_remarkable() -> None:
+    assert not make_guard().assess(0.0, sample(10), None, step=10, decide=False).remarkable
