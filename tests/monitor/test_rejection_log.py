@@ -158,7 +158,7 @@ def test_every_reason_is_counted(
 
 
 def test_no_reason_is_left_out() -> None:
-    """test_daemon has "internal", our own failure, test_event_stream has "http_slow", tests/attacks has those of keys."""
+    """test_daemon has "internal", test_event_stream has "http_slow", and tests/attacks has those of keys."""
     elsewhere = {"internal", "http_slow", "key", "handshake", "authorisation"}
     assert {cause.__name__ for cause in CAUSES} == set(REJECTIONS) - elsewhere
 
