@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -67,6 +68,7 @@ def explode(guard: RunController, step: int = 10, *, now: float = 0.0) -> Assess
     return guard.assess(now, sample(step), None, step=step)
 
 
+@functools.cache
 def amplifying(factor: float, seed: int = 0) -> SpectralProfile:
     """Each layer multiplies the stream: its spectral radius is about `factor`."""
     generator = torch.Generator().manual_seed(seed)
