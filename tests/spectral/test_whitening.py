@@ -218,7 +218,7 @@ def test_two_samples_have_one_direction() -> None:
     assert found.x.shape == (2, 1)
 
 
-@pytest.mark.parametrize(("noise", "num_directions"), [(1.0, 0), (1000.0, 4)])
+@pytest.mark.parametrize(("noise", "num_directions"), [(1.0, 0), (15.0, 0), (60.0, 4), (1000.0, 4)])
 def test_rounding_noise_of_a_constant_is_no_spread(noise: float, num_directions: int) -> None:
     x = 1e6 * torch.ones(40, 4, dtype=torch.float64)
     x += noise * 1e6 * torch.finfo(torch.float64).eps * normal(40, 4, seed=13)
@@ -240,3 +240,11 @@ def test_a_truncated_basis_computes_in_the_precision_of_the_states() -> None:
     assert single.x.dtype == single.y.dtype == torch.float64
     full = coordinates_of(x[:, :20], y[:, :20])
     assert torch.equal(full.x, coordinates_of(x[:, :20].double(), y[:, :20].double()).x), "full rank is double"
+
+
+def test_a_rank_of_the_whole_width_is_full_rank() -> None:
+    x, y = normal(50, 20, seed=19).float(), normal(50, 20, seed=20).float()
+    double = coordinates_of(x.double(), y.double())
+    for svd_rank in (20, 30):
+        assert torch.equal(coordinates_of(x, y, svd_rank).x, double.x)
+    assert not torch.equal(coordinates_of(x, y, 19).x.abs(), double.x[:, :19].abs())
