@@ -17,13 +17,13 @@ from statistics import median
 from typing import Any
 
 import msgspec
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from koopmon.agent.control.action import Completion, ControlAction, RequestRefusedError, Target, Update
 from koopmon.agent.control.lr_backoff import LrBackoff
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
-from koopmon.agent.control.state_copies import CannotCopyError, StateCopy, TrainingState
+from koopmon.agent.control.state_copies import CannotCopyError, Key, StateCopy, TrainingState, copied_buffers
 from koopmon.agent.stats import AgentStats
 from koopmon.api import ArchitectureAdapter
 from koopmon.config import LimitsConfig
@@ -64,7 +64,8 @@ class RewindAction(ControlAction):
         self._model: Callable[[], nn.Module | None] = lambda: None
         self._optimizer: Callable[[], Optimizer | None] = lambda: None
         self._start, self._recent, self._older = StateCopy(), StateCopy(), StateCopy()
-        self._num_forwards = 0
+        self._first_buffers: dict[Key, Tensor] | None = None
+        """Copies of the buffers from before the first forward, until the copy of the start is taken."""
         self._refusal = "no step has run yet"
         self._final = ""
         """The reason why this training can never rewind; empty if there is none."""
@@ -140,19 +141,36 @@ class RewindAction(ControlAction):
         self._model, self._optimizer = weakref.ref(model), weakref.ref(optimizer)
 
     def on_forward(self) -> None:
-        # The first forward changes buffers: the copy of the start must precede it.
-        self._num_forwards += 1
-        if self._num_forwards == 1 and not self._final and self._stats.step == 0:
+        # The first forward changes buffers. The weights can wait: under FSDP2 they are not sharded at this moment.
+        model = self._model()
+        if self._first_buffers is None and not self._final and self._stats.step == 0 and model is not None:
             try:
-                state = self._training()
-                if state.nbytes <= self._limits.rewind_max_bytes:
-                    self._start.take(state, 0, 0.0)
+                self._first_buffers = {key: each.clone() for key, each in copied_buffers(model).items()}
             except CannotCopyError as error:
                 self._give_up(str(error))
 
     def apply(self, state: ControlState, step: int, update: Update) -> None:
         if not self._final and (step == 0 or (step + 1) % self._interval(state) == 0):
             self._check_coverage(update.optimizer)
+        if not self._final and step == 0:
+            try:
+                self._copy_start()
+            except CannotCopyError as error:
+                self._give_up(str(error))
+
+    def _copy_start(self) -> None:
+        """Copy the state from before the first update. The optimizer may have state already, if it was resumed."""
+        training = self._training()
+        if self._within_limit(training.nbytes):
+            training.tensors |= self._first_buffers or {}
+            self._start.take(training, 0, 0.0)
+        self._first_buffers = {}
+
+    def _within_limit(self, nbytes: int) -> bool:
+        most = self._limits.rewind_max_bytes
+        if nbytes > most:
+            self._give_up(f"the copies take {nbytes} bytes, [limits] rewind_max_bytes is {most}")
+        return nbytes <= most
 
     def _check_coverage(self, optimizer: Optimizer) -> None:
         """Give up if parameters of the model receive gradients that another optimizer uses: its state has no copy."""
@@ -187,12 +205,7 @@ class RewindAction(ControlAction):
     def _copy(self, state: ControlState, step: int, interval: int) -> None:
         started = time.perf_counter()
         training = self._training()
-        if self._start.step is not None and not self._start.fits(training):
-            self._start = StateCopy()
-        needed = self._start.nbytes + (NUM_COPIES - 1) * training.nbytes
-        if needed > self._limits.rewind_max_bytes:
-            most = self._limits.rewind_max_bytes
-            self._give_up(f"the copies take {needed} bytes, [limits] rewind_max_bytes is {most}")
+        if not self._within_limit(self._start.nbytes + (NUM_COPIES - 1) * training.nbytes):
             return
         self._set_refusal("")
         if step % interval:
@@ -241,6 +254,7 @@ class RewindAction(ControlAction):
 
     def _give_up(self, reason: str) -> None:
         self._final = reason
+        self._first_buffers = {}
         self._start, self._recent, self._older = StateCopy(), StateCopy(), StateCopy()
         self._set_refusal(reason)
 

@@ -8,7 +8,6 @@ the user's references stay valid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ class TrainingState:
         self.identity = tuple(map(id, weights))
         """A copy fits only the parameters that it was taken from."""
         self.tensors: dict[Key, Tensor] = {("weight", index): _local(each) for index, each in enumerate(weights)}
-        self.tensors |= {("buffer", name): _local(each) for name, each in _persistent_buffers(model)}
+        self.tensors |= copied_buffers(model)
         self.plain: dict[Key, Any] = {}
         positions = {id(each): index for index, each in enumerate(self.parameters)}
         for parameter, entries in self.optimizer.state.items():
@@ -140,13 +139,14 @@ class StateCopy:
         self.step = None
 
 
-def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    seen = set()
-    for prefix, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
-                seen.add(id(buffer))
-                yield f"{prefix}.{name}", buffer
+def copied_buffers(model: nn.Module) -> dict[Key, Tensor]:
+    """Return the persistent buffers of `model`. The others are caches, which no checkpoint holds either."""
+    return {
+        ("buffer", f"{prefix}.{name}"): _local(buffer)
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -318,3 +320,42 @@ def test_over_the_wire(monitor: ScriptedMonitor, agents: Callable[..., Any], cap
     assert agent.status()["rewinds"] == 1
     assert agent.status()["rewind_refusal"] == ""
     assert agent.status()["errors"] == 0
+
+
+@pytest.mark.distributed
+def test_both_ranks_return_to_the_same_copy_or_neither_does(
+    ranks: Callable[..., Any], monitor: ScriptedMonitor, tmp_path: Path
+) -> None:
+    layouts = ["ddp", "fsdp2", "fsdp1", "fsdp1-flat", "alone"]
+    job = ranks("rewinds.py", tmp_path / "out", monitor.endpoint, *layouts)
+    acks: dict[str, list[tuple[str, str]]] = {layout: [] for layout in layouts}
+    for layout in layouts:
+
+        def ready(run: str = layout) -> bool:
+            if any(process.poll() for process in job.processes):
+                job.wait()
+            return any(hello.run == run and hello.rewinds for hello in monitor.of(Hello))
+
+        monitor.wait(ready, 90.0)
+        # Before the ranks have met it fails, and before step 20 no copy is old enough.
+        while not acks[layout] or acks[layout][-1][0] != "applied":
+            asked = monitor.command("rewind", layout, rewind=Rewind(max_rate=1.0, min_age_steps=20))
+            ack = monitor.ack(asked)
+            acks[layout].append((ack.outcome, ack.detail))
+            if "no longer fits" in ack.detail and layout == "alone":
+                monitor.command("stop", layout)
+                break
+            time.sleep(0.1)
+    job.wait()
+    first, second = (json.loads(Path(f"{tmp_path / 'out'}.{rank}").read_text()) for rank in range(2))
+    for layout in layouts[:-1]:
+        assert acks[layout][-1] == ("applied", f"returned to step {first[layout]['copied']}")
+        assert [first[layout][name] for name in ("rewound", "copied")] == [
+            second[layout][name] for name in ("rewound", "copied")
+        ]
+    assert acks["alone"][-1][0] == "failed"
+    assert [each["alone"]["rewound"] for each in (first, second)] == [-1, -1]
+    for each in (*first.values(), *second.values()):
+        assert each["losses"] == each["expected"]
+        assert each["same"] in (True, None)
+        assert each["status"]["errors"] == 0
