@@ -36,7 +36,7 @@ WINDOW, WIDTH = 20, 1.1
 RATE = 0.008
 STEPS = 200
 AT_ONCE = 4
-"""Number of seeds, with two trainings each."""
+"""Number of seeds at one time, with two trainings each."""
 OBSERVE, ACT = "observe", "lr"
 
 

@@ -43,7 +43,7 @@ class Row:
     norm: Norm
     num_models: int
     lowest: float
-    """Range of the measured exponents."""
+    """Smallest measured exponent."""
     highest: float
     right_by_states: int
     right: int

@@ -18,11 +18,12 @@ from benchmarks.live_scenes import NUM_LAYERS, hello, profiles
 from koopmon.config import from_mapping
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.failures import Failures
 from koopmon.monitor.http import live_state as boards
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.server import WebServer
 from koopmon.monitor.rejection_log import RejectionLog
-from koopmon.monitor.service import Service
+from koopmon.monitor.service import Outputs, Service
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.messages import Applied, Heartbeat, TrainingStep
 
@@ -47,7 +48,7 @@ class _Engine:
 
     queue_length = 0
 
-    def submit(self, *_: Any, **__: Any) -> None:
+    def submit(self, *_: Any, **__: Any) -> list[str]:
         raise AssertionError("no shard is sent")
 
 
@@ -63,14 +64,13 @@ def simulate(num_runs: int) -> dict[str, Any]:
         store = HistoryWriter.open(Path(folder) / "history.sqlite3", config.store, clock=lambda: clock[0])
         web = WebServer("127.0.0.1:0", registry, {}, live_state=live_state)
         service = Service(
-            config,
-            metrics=metrics,
-            store=store,
+            config=config,
+            failures=Failures(metrics, lambda: clock[0]),
+            outputs=Outputs(history=store, metrics=metrics, live_state=live_state),
             engine=cast(Engine, _Engine()),
             rejection_log=RejectionLog(metrics, lambda: clock[0]),
             send=lambda peer, message: True,
             data_endpoint="ipc:///nowhere",
-            live_state=live_state,
             clock=lambda: clock[0],
             wall=lambda: 1.7e9 + clock[0],
         )

@@ -38,7 +38,7 @@ PAINTS, UPDATES, SCRAPES = 7, 15, 40
 PAINT_SECONDS, UPDATE_SECONDS, SCRAPE_CPU_SECONDS = 1.0, 2.0, 0.25
 MAX_GROWTH_BYTES = 16 << 20
 ACCEPT = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
-"""Request headers of Prometheus."""
+"""Accept header of Prometheus."""
 FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
 
 

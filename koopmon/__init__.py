@@ -1,4 +1,4 @@
-"""koopmon detects training divergence early, in the spectrum of the residual stream, and prevents it."""
+"""koopmon detects training divergence early in the spectrum of the residual stream and lowers the learning rate."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from koopmon.wire.messages import (
     MAX_HEARTBEAT_SECONDS,
     MAX_LAYERS,
     MAX_RAMP_STEPS,
+    Hello,
     KssAlpha,
     KssBeta,
     KssEvery,
@@ -582,3 +583,10 @@ def merged(section: S, hints: Mapping[str, Any], source: str) -> S:
             except msgspec.ValidationError as error:
                 logger.warning("hello: %s: ignored %s = %r: %s", source, name, value, error)
     return section
+
+
+def with_hints(config: Config, hello: Hello) -> tuple[RiskConfig, KssConfig]:
+    """Return the tables [risk] and [kss] for a run, with the hints of its adapter (see `merged`)."""
+    hints = {} if hello.kss is None else msgspec.structs.asdict(hello.kss)
+    known = {name: value for name, value in hints.items() if name in KssConfig.__struct_fields__}
+    return merged(config.risk, hello.thresholds, "thresholds"), merged(config.kss, known, "kss")

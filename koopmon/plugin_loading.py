@@ -28,6 +28,8 @@ class PluginManager(pluggy.PluginManager):
         """Reasons for the adapters that are not used, by (plugin, adapter)."""
         self.offers: dict[str, list[ArchitectureAdapter]] = {}
         """The adapters that `adapters` took from each plugin."""
+        self.homes: dict[str, tuple[str, ...]] = {}
+        """Module, package and distribution of each entry point, by the plugin's name."""
         self._calls: dict[str, PluginCalls] = {}
         self.add_hookspecs(hookspecs)
 
@@ -53,6 +55,7 @@ class PluginManager(pluggy.PluginManager):
         """Import and register the plugin of an entry point, or skip it."""
         package = _top(entry)
         self._calls[name] = calls = PluginCalls(name, _distribution(entry), package)
+        self.homes[name] = (entry.value, package, calls.distribution.partition(" ")[0])
         try:
             plugin = calls.run("its import", entry.load, limited=package != OWN_PACKAGE)
             calls.contained("its registration", self._register, plugin, name)

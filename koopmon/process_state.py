@@ -52,7 +52,8 @@ def _items() -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], object]]]
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         yield "the GPUs' random state", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all
     yield "the default dtype", torch.get_default_dtype, torch.set_default_dtype
-    yield "the use of deterministic algorithms", _determinism, _set_determinism
+    mode = torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode
+    yield "the use of deterministic algorithms", *mode
     yield "anomaly detection", _anomaly, lambda kept: torch.set_anomaly_enabled(*kept)
     yield "float32 precision", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
     for name in ("benchmark", "deterministic"):
@@ -61,14 +62,6 @@ def _items() -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], object]]]
     yield "the working directory", os.getcwd, os.chdir
     # Other filters may be a library's, which would not add them a second time: keep those.
     yield "which warnings are errors", _fatal_warnings, _keep_fatal_warnings
-
-
-def _determinism() -> tuple[bool, bool]:
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-
-
-def _set_determinism(kept: tuple[bool, bool]) -> None:
-    torch.use_deterministic_algorithms(kept[0], warn_only=kept[1])
 
 
 def _anomaly() -> tuple[bool, bool]:

@@ -82,19 +82,17 @@ def capture_states(
     if num_samples < 1:
         raise ValueError(f"num_samples = {num_samples}: allowed are integers from 1")
 
-    def look(selection: Selection) -> CapturedStates:
-        return _capture(model, selection, batch, batch_kwargs, num_samples, seed)
-
+    look = partial(_capture, model, batch, batch_kwargs, num_samples, seed)
     return with_fallback(model, select(model, adapter, stack), look)
 
 
 def _capture(
     model: nn.Module,
-    selection: Selection,
     batch: tuple[Any, ...],
-    batch_kwargs: Mapping[str, Any],
+    kwargs: Mapping[str, Any],
     num_samples: int,
     seed: int,
+    selection: Selection,
 ) -> CapturedStates:
     states: defaultdict[str, list[Tensor]] = defaultdict(list)
     choices: dict[str, tuple[Tensor, int, bool]] = {}
@@ -103,7 +101,7 @@ def _capture(
     def take(stack: Stack, layer: int, state: Tensor) -> None:
         leading = state.shape[:-1]
         if layer == 0:
-            mask = align_mask(selection.adapter.token_mask(model, batch, batch_kwargs, stack), leading)
+            mask = align_mask(selection.adapter.token_mask(model, batch, kwargs, stack), leading)
             rows = choose_rows(leading.numel(), num_samples, seed=seed, mask=mask)
             choices[stack.name] = rows, leading.numel(), mask is not None
         if stack.name in choices and leading.numel() == choices[stack.name][1]:
@@ -111,7 +109,7 @@ def _capture(
 
     verifier = ChainVerifier(selection.adapter, selection.candidates)
     with probe(model) as call, verifier.watch(also=take), _reading(selection) as readings:
-        call(*batch, **batch_kwargs)
+        call(*batch, **kwargs)
     discovery = verified(model, selection, *verifier.verdict())
     kept = states[discovery.stack.name]
     for layer, state in enumerate(kept):

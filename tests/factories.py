@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from koopmon.config import Config
 from koopmon.history.writer import HistoryWriter
+from koopmon.monitor.registry import Admission, RunRegistry
+from koopmon.monitor.run_controller import RunController
 from koopmon.risk.online_detector import Observation
 from koopmon.views.run_view import TimelinePoint
 from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello, TrainingStep
@@ -35,6 +38,11 @@ def hello(run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Hell
         "torch_version": "0",
     }
     return Hello(run=run, incarnation=incarnation, **{**values, **fields})
+
+
+def admit(registry: RunRegistry, now: float, said: Hello, identity: bytes, **fields: Any) -> Admission:
+    """A hello at a registry, whose runs get a controller with the default configuration."""
+    return registry.admit(now, said, identity, lambda _: (RunController(Config(), said, said.applied), None), **fields)
 
 
 def heartbeat(step: int, run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Heartbeat:

@@ -148,7 +148,7 @@ COMPUTED = {
     "tau_l": "never set",
     "step": "a peer's own",
     "decision_step": "a peer's own",
-    "risk": "clamped: koopmon.monitor.watch",
+    "risk": "clamped: koopmon.monitor.run_controller",
     "forecast": "clamped",
     "near_unit_mass": "clamped",
     "divergence_probability": "clamped",

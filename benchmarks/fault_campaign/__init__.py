@@ -1,1 +1,1 @@
-"""Everything around real trainings broken on purpose; `python -m benchmarks.fault_campaign` runs it."""
+"""Injected faults around real trainings; `python -m benchmarks.fault_campaign` runs the campaign."""

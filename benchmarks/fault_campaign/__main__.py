@@ -1,17 +1,17 @@
-"""The guest never harms the host: `python -m benchmarks.fault_campaign [--seed N]` breaks everything around trainings.
+"""Faults around guarded trainings: `python -m benchmarks.fault_campaign [--seed N]`.
 
-Real processes and sockets: a monitor, jobs of one rank and of two under torchrun and gloo, many steps a second. A scene
-is one long run, or a few, into which faults of one kind are injected one after the other at random times. The policy of
-these monitors is made restless on purpose, so that commands are under way whenever something breaks.
+Processes and sockets are real: a monitor, and jobs of one rank and of two under torchrun and gloo, with many steps per
+second. A scene is one long run, or a few, with faults of one kind at random times. The policy of these monitors acts
+often, so that commands are in flight during the faults.
 
-After the scene each job's log is held against the same training repeated without koopmon: losses and parameters must be
-equal in every bit where no command was due, and equal to the training with the audit log's commands at the steps of
-their acks where they were. Every change of the rate must be in the audit log once, every command that it calls
-applied must have changed the training once; replicas must be equal at every step. Recovery is the time from the end
-of the fault until a snapshot taken after it is in the store, for each job; under a scripted monitor, until a command is
-applied.
+After a scene, the log of each job is compared with a repetition of the training without koopmon. Without a command,
+losses and parameters must be equal in every bit. With commands, they must equal those of a training with the commands
+of the audit log at the steps of their acks. Every change of the rate must be in the audit log once, and every command
+that the log calls applied must have changed the training once. Replicas must be equal at every step. The recovery is
+the time from the end of the fault until a later snapshot of each job is in the store; under a scripted monitor, until a
+command is applied.
 
-Finished scenes are kept in the work folder: an interrupted campaign goes on where it was with --work.
+The work folder keeps finished scenes, so an interrupted campaign continues with --work.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.provenance import provenance
 
 RESULT = Path(__file__).parents[1] / "results" / "fault_campaign.json"
 GOAL_SECONDS = 5.0
-"""Within which 95% of recoveries must be."""
+"""Bound on the recovery of 95% of the injections."""
 
 
 def scenes(args: argparse.Namespace) -> list[Scene]:
@@ -48,7 +48,7 @@ def scenes(args: argparse.Namespace) -> list[Scene]:
 
 
 def by_kind(kept: Sequence[campaign.Kept[Scene]]) -> list[dict[str, Any]]:
-    """One row for each kind of fault."""
+    """Return one row for each kind of fault."""
     rows = []
     for kind in dict.fromkeys(each.case.kind for each in kept):
         scalars = [each.scalars for each in kept if each.case.kind == kind]
@@ -78,7 +78,7 @@ def by_kind(kept: Sequence[campaign.Kept[Scene]]) -> list[dict[str, Any]]:
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """The least of `values` that at least `share` of them do not exceed; None of none."""
+    """Return the smallest of `values` that a `share` of them do not exceed; None without values."""
     return sorted(values)[max(0, -int(-share * len(values) // 1) - 1)] if values else None
 
 

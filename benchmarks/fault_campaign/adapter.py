@@ -1,4 +1,4 @@
-"""An architecture adapter that raises where it is told to: the fault campaign brings it in as anyone's plugin comes."""
+"""Architecture adapter that raises at a given place. The fault campaign loads it as a third-party plugin."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENTRY_POINT = "[koopmon]\nfaulty = benchmarks.fault_campaign.adapter\n"
 
 
 class Faulty(ArchitectureAdapter):
-    """Claims the campaign's model. Its method `place` raises from the call on that comes after `calls` good ones."""
+    """Claims the campaign's model. Its method `place` raises after `calls` successful calls."""
 
     name = "faulty"
     measures = {"reading": "Nothing of interest."}  # noqa: RUF012 - as every adapter declares it

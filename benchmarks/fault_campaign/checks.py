@@ -1,8 +1,8 @@
-"""What no scene of the fault campaign may show: a loss or replicas that differ, a decision that is lost or doubled.
+"""Checks of the fault campaign: differing losses or replicas, and lost or doubled decisions.
 
-Three witnesses are compared. Each rank's own log tells what the training did; the audit log (the monitor's store, or
-the acks that a scripted monitor heard) tells what was commanded and answered; and `training.follow` repeats the
-training with the commands of the audit log at the steps of their acks, and with nothing else.
+Three sources are compared. The log of each rank has the training. The audit log (the monitor's store, or the acks at a
+scripted monitor) has the commands and their acknowledgements. `training.follow` repeats the training with only the
+commands of the audit log, at the steps of their acks.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from benchmarks.fault_campaign.machine import Job
 from benchmarks.fault_campaign.training import RATE, Line, Stretch, follow, read_lines
 
 DYING_STEPS = 3
-"""What was applied so shortly before a rank was killed may have no answer: nobody was left to give it."""
+"""Steps before the kill of a rank in which an applied command may lack an ack, because no rank could send it."""
 DECIDED = re.compile(r"run (\S+) step (\d+): (?:calm|alert|acting|backed_off|recovering): ")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A command in the audit log. `applied_at`: the steps at which acks say that it was applied; one at most is right.
+    """A command in the audit log. `applied_at` has the steps of its acks, at most one of which is right.
 
-    `scale` is the factor on the rate that it puts in force, None for other kinds.
+    `scale` is its factor on the rate, None for other kinds.
     """
 
     command_id: str
@@ -39,7 +39,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Chapter:
-    """What the audit log has of one launch of a run: the entries of the process `pid`."""
+    """Audit log of one launch of a run: the entries of the process `pid`."""
 
     run: str
     pid: int
@@ -48,7 +48,7 @@ class Chapter:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that must not be, at a time of the monotonic clock. `kind`: training, replicas, lost, doubled."""
+    """A problem at a time of the monotonic clock. `kind`: training, replicas, lost, doubled."""
 
     kind: str
     at: float
@@ -57,11 +57,11 @@ class Problem:
 
 @dataclass(slots=True)
 class Examination:
-    """What was found in the logs of one job."""
+    """Results from the logs of one job."""
 
     problems: list[Problem] = field(default_factory=list)
     edges: list[float] = field(default_factory=list)
-    """When each step was over."""
+    """End of each step."""
     num_steps: int = 0
     num_applied: int = 0
     num_restored: int = 0
@@ -69,7 +69,7 @@ class Examination:
 
 
 def read_store(path: Path) -> list[Chapter]:
-    """Every incarnation in a store that no monitor writes to any more."""
+    """Return every incarnation in a closed store."""
     chapters = []
     with contextlib.closing(sqlite3.connect(path)) as database:
         rows = database.execute("SELECT i.id, name, hello FROM incarnations AS i JOIN runs ON runs.id = run_id")
@@ -91,11 +91,11 @@ def read_store(path: Path) -> list[Chapter]:
 
 
 MADE_UP = "extreme-"
-"""How the names of runs begin that no training is behind."""
+"""Prefix of the names of runs without a training."""
 
 
 def doubted_decisions(path: Path, said: Iterable[str]) -> list[str]:
-    """Decisions that the monitors' own log tells of and the store does not, and those that the store has twice."""
+    """Return decisions that are in the monitors' log and not in the store, and decisions that the store has twice."""
     with contextlib.closing(sqlite3.connect(path)) as database:
         rows = database.execute(
             "SELECT name, step, incarnation_id, phase, reason FROM decisions AS d"
@@ -104,15 +104,15 @@ def doubted_decisions(path: Path, said: Iterable[str]) -> list[str]:
     stored = Counter((run, step) for run, step, *_ in rows)
     logged = Counter((match[1], int(match[2])) for line in said if (match := DECIDED.search(line)))
     found = [f"lost: run {run} step {step}" for (run, step), count in logged.items() if count > stored[run, step]]
-    # A run that is made up may go back to a step, and is decided upon anew there.
+    # A made-up run may go back to an earlier step and get a second decision there.
     doubled = [each for each, count in Counter(rows).items() if count > 1 and not each[0].startswith(MADE_UP)]
     return found + [f"doubled: run {run} step {step}: {reason}" for run, step, _, _, reason in doubled]
 
 
 def examine(job: Job, chapters: Sequence[Chapter], runs: Mapping[str, str] | None = None) -> Examination:
-    """Hold the logs of `job` against the audit log and against the training repeated without koopmon.
+    """Compare the logs of `job` with the audit log and with the training repeated without koopmon.
 
-    `runs` names the run of each stretch where every one has its own.
+    `runs` has the run of each stretch if they differ.
     """
     found = Examination()
     poisons = _poisons(Path(f"{job.out}.orders"))
@@ -131,7 +131,7 @@ def examine(job: Job, chapters: Sequence[Chapter], runs: Mapping[str, str] | Non
         first, last = lines[0][0].step, max(each[-1].step for each in lines if each)
         stretches.append(Stretch(first=first, last=last, world=world, scales=scales, poisons=poisons))
         logs.append(lines)
-        # Where the answer to the last one died with its rank, the one before is handed back.
+        # If the ack of the last command was lost with its rank, the settings of the command before return.
         known = 2 if found.num_dying > num_dying else 1
         before = tuple(scales[step] for step in sorted(scales)[-known:]) or before
         found.edges += [line.at for line in lines[0]]
@@ -162,7 +162,7 @@ def _poisons(orders: Path) -> dict[int, str]:
 def _account(
     found: Examination, lines: Sequence[Line], entries: Sequence[Entry], restorable: Sequence[float], *, dies: bool
 ) -> dict[int, float]:
-    """Match what changed in one stretch with the audit log; returns the scale on the rate by the step it begins at."""
+    """Match the changes in one stretch with the audit log; return the scale on the rate by its first step."""
     first = lines[0].step
     due: dict[int, list[Entry]] = {}
     for entry in entries:
@@ -181,19 +181,19 @@ def _account(
             scale = scale if entry.scale is None else entry.scale
         changes = len(now)
         if line.rate != (RATE * scale).hex() or (line.version >= 0 and line.version - version > changes):
-            # Nothing in the audit log explains it: it may be what an earlier launch had in force...
+            # The audit log has no explanation. The settings may come from an earlier launch...
             restored = _scale_of(line, restorable)
             if restored is not None and line.rate != (RATE * scale).hex():
                 scale, restorable = restored, ()
                 changes += 2  # the rate and KSS
                 found.num_restored += 1
             elif restorable and now and line.rate == (RATE * scale).hex() and line.version - version == changes + 2:
-                # ...which came in force together with the command that followed on it...
+                # ...which came into force together with the next command...
                 restorable = ()
                 changes += 2
                 found.num_restored += 1
             elif dies and line.step > lines[-1].step - DYING_STEPS and _scale_of(line, unanswered) is not None:
-                # ...or something that the rank was killed over.
+                # ...or from a command whose rank was killed.
                 scale = _scale_of(line, unanswered) or scale
                 changes = line.version - version
                 found.num_dying += 1
@@ -209,7 +209,7 @@ def _account(
         if scale != (scales[max(scales)] if scales else 1.0):
             scales[line.step] = scale
     for step in sorted(due):
-        # Applied and answered, and the rank was killed before it had written that step down.
+        # The command was applied and acknowledged, and the rank was killed before it wrote that step.
         if dies and lines[-1].step < step <= lines[-1].step + DYING_STEPS:
             found.num_applied += len(due[step])
             for entry in due[step]:

@@ -1,6 +1,6 @@
-"""A wall clock that the fault campaign can put wrong in one process: the machine's own is never touched.
+"""Wall clock with a false offset in one process. The clock of the machine stays unchanged.
 
-Imported before anything of koopmon, it makes `time.time` add the number of seconds in the file that FAULT_CLOCK names.
+Import it before any module of koopmon. `time.time` then adds the number of seconds in the file FAULT_CLOCK.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ VARIABLE = "FAULT_CLOCK"
 
 
 def falsify(path: Path) -> None:
-    """From now on `time.time` in this process adds what `path` holds."""
+    """Make `time.time` in this process add the number in `path` from now on."""
     true_time = time.time
 
     def false_time() -> float:
         try:
             return true_time() + float(path.read_text())
-        except (OSError, ValueError):  # not there yet, or being written
+        except (OSError, ValueError):  # the file is missing or being written
             return true_time()
 
     time.time = false_time

@@ -1,4 +1,4 @@
-"""Plugins that do what they should not, installed where a job of the fault campaign starts."""
+"""Misbehaving plugins, installed where a job of the fault campaign starts."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ MANNERS = {
         "    return 0"
     ),
 }
-"""What the plugin does, and its source."""
+"""Source of the plugin, with its misbehaviour."""
 
 
 def hostile_plugin(directory: Path, rng: random.Random, count: int) -> Found:
-    """Trainings under `koopmon run`, each beside one of the plugins; the fault is over with a training's first step."""
+    """Trainings under `koopmon run`, each beside one of the plugins. The fault ends with the first step."""
     manners: list[str] = []
     while len(manners) < count:
         manners += rng.sample(list(MANNERS), len(MANNERS))
@@ -78,7 +78,7 @@ def hostile_plugin(directory: Path, rng: random.Random, count: int) -> Found:
 
 
 def _site(directory: Path, number: int, manner: str) -> Path:
-    """A directory with the plugin in it, as installed."""
+    """Directory with the installed plugin."""
     site = directory / f"site-{number}"
     info = site / "hostile-0.dist-info"
     info.mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""The faults that the campaign injects into a real monitor's neighbourhood: one function each, over when it returns.
+"""Faults around a real monitor: one function for each kind, which returns at the end of the fault.
 
-Each takes the stage and returns what it did, in a few words.
+Each function takes the stage and returns a short description.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
 
 
 def monitor_killed(stage: Watched) -> str:
-    """SIGKILL; another monitor takes up the store after a while."""
+    """SIGKILL; another monitor opens the store later."""
     stage.monitor.kill()
     seconds = stage.pause(0.0, 3.0)
     stage.monitor.start(stage.bind)
@@ -52,7 +52,7 @@ def agents_flood(stage: Watched) -> str:
 
 
 def monitor_floods(stage: Watched) -> str:
-    """SIGKILL; something else floods the jobs from its endpoint and is killed; another monitor takes up the store."""
+    """SIGKILL; another program floods the jobs from the endpoint and is killed; another monitor opens the store."""
     stage.monitor.kill()
     with Flooders() as flooders:
         sent = flooders.monitor(stage.bind, stage.rng.uniform(0.1, 2.0))
@@ -62,7 +62,7 @@ def monitor_floods(stage: Watched) -> str:
 
 
 def monitor_moved(stage: Watched) -> str:
-    """Restarted with its data port elsewhere; half of the times it first serves at another control port, in vain."""
+    """Restart with another data port; half of the times first with another control port, which no agent uses."""
     stage.monitor.terminate()
     words = "another data port"
     if stage.rng.random() < 0.5:
@@ -76,7 +76,7 @@ def monitor_moved(stage: Watched) -> str:
 
 
 def partition(stage: Watched) -> str:
-    """The cable is cut: silence both ways."""
+    """Cut the link in both directions."""
     assert stage.link is not None
     stage.link.cut(down=True)
     try:
@@ -87,7 +87,7 @@ def partition(stage: Watched) -> str:
 
 
 def slow_link(stage: Watched) -> str:
-    """The cable carries little."""
+    """Limit the rate of the link."""
     assert stage.link is not None
     kilobits = stage.rng.choice([32, 64, 128, 256])
     stage.link.slow(kilobits)
@@ -99,7 +99,7 @@ def slow_link(stage: Watched) -> str:
 
 
 def disk_full(stage: Watched) -> str:
-    """Every block under the store is taken."""
+    """Fill the file system of the store."""
     filler = stage.place / "filler"
     with filler.open("wb", buffering=0) as file:
         for size in (1 << 20, 1 << 12, 1):
@@ -114,7 +114,7 @@ def disk_full(stage: Watched) -> str:
 
 
 def disk_read_only(stage: Watched) -> str:
-    """The kernel refuses every write of the monitor to a file: a limit of size 0 on files, put on from outside."""
+    """Make the kernel refuse every write of the monitor to a file, by a limit of 0 on file sizes, set from outside."""
     _, most = resource.prlimit(stage.monitor.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(stage.monitor.pid, resource.RLIMIT_FSIZE, (0, most))
     try:
@@ -125,7 +125,9 @@ def disk_read_only(stage: Watched) -> str:
 
 
 def store_corrupted(stage: Watched) -> str:
-    """Garbage in the store, under a running monitor or between two; then the file is put aside, as one would."""
+    """Write garbage into the store, under a running monitor or between two; then move the file away, as an operator
+    would.
+    """
     store = stage.monitor.store
     live = stage.rng.random() < 0.5
     if not live:
@@ -166,7 +168,7 @@ def _spoil(stage: Watched, store: Path) -> str:
 
 
 def clock_jump(stage: Watched) -> str:
-    """The wall clock of the monitor and of all ranks jumps, and stays where it is until the next jump."""
+    """Let the wall clock of the monitor and of all ranks jump, until the next jump."""
     assert stage.clock is not None
     seconds = stage.rng.choice([-1, 1]) * stage.rng.choice([10.0, 3600.0, 86400.0, 31536000.0])
     partial = stage.clock.with_suffix(".partial")
@@ -176,7 +178,7 @@ def clock_jump(stage: Watched) -> str:
 
 
 def sender_killed(stage: Watched) -> str:
-    """The thread of one rank that speaks to the monitor ends."""
+    """End the I/O thread of one rank."""
     job = stage.jobs[0]
     rank = stage.rng.randrange(job.world)
     job.order(do="kill_sender", rank=rank)
@@ -185,7 +187,7 @@ def sender_killed(stage: Watched) -> str:
 
 
 def rank_hung(stage: Watched) -> str:
-    """SIGSTOP to one rank, SIGCONT; the other waits for it."""
+    """SIGSTOP to one rank, SIGCONT; the other rank waits for it."""
     job = stage.jobs[0]
     rank = stage.rng.randrange(job.world)
     pid = job.pid(rank)
@@ -198,7 +200,7 @@ def rank_hung(stage: Watched) -> str:
 
 
 def rank_killed(stage: Watched) -> str:
-    """SIGKILL to one rank; torchrun starts both again, from the checkpoint."""
+    """SIGKILL to one rank; torchrun restarts both from the checkpoint."""
     job = stage.jobs[0]
     stage.await_command(job.run)
     before = job.stretches()
@@ -209,7 +211,7 @@ def rank_killed(stage: Watched) -> str:
 
 
 def resumed(stage: Watched) -> str:
-    """The job dies whole and is started again from its checkpoint, with one rank or with two."""
+    """Kill the whole job and restart it from its checkpoint, with one rank or with two."""
     job = stage.jobs[0]
     stage.await_command(job.run)
     before = job.stretches()
@@ -221,7 +223,7 @@ def resumed(stage: Watched) -> str:
 
 
 def extreme_numbers(stage: Watched) -> str:
-    """An agent of another run says what is legal, with numbers at the edges of what is."""
+    """An agent of another run sends legal messages with extreme numbers."""
     choose = stage.rng.choice
     name = {"run": f"{MADE_UP}{stage.rng.randrange(1 << 30)}", "incarnation": "e" * 8, "process_rank": 0}
     said = 0

@@ -1,6 +1,6 @@
-"""What the fault campaign breaks: a monitor process, jobs of real ranks, a small disk, and a link between namespaces.
+"""Machinery of the fault campaign: a monitor process, jobs of real ranks, a small disk, and a link between namespaces.
 
-Everything started here is ended here, by its process id; mounts and namespaces are taken down again.
+It ends everything that it starts, by process id, and removes its mounts and namespaces.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from koopmon.monitor import daemon
 sys.stdin.readline()
 sys.exit(main())
 """
-"""`koopmon monitor`, which does all its importing, and then waits for a word to begin."""
+"""`koopmon monitor`, which finishes its imports and then waits for a line before it starts."""
 T = TypeVar("T")
 
 
 def wait(condition: Callable[[], T], what: str, seconds: float = PATIENCE_SECONDS) -> T:
-    """What `condition` gives, once that is true. Raises TimeoutError naming `what`."""
+    """Return the result of `condition` once it is true. Raises TimeoutError with `what`."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > deadline:
@@ -48,28 +48,29 @@ def wait(condition: Callable[[], T], what: str, seconds: float = PATIENCE_SECOND
 
 
 def environment(clock: Path | None = None, **more: str) -> dict[str, str]:
-    """The environment of a process of the campaign."""
+    """Return the environment of a process of the campaign."""
     paths = [str(ROOT), str(ROOT / "plugins"), os.environ.get("PYTHONPATH", "")]
     ours = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    # Else ranks that torchrun starts again find the addresses of the dead ones in its store, and hang, koopmon or not.
+    # Without this, ranks that torchrun restarts find the addresses of the dead ones in its store and hang, also without
+    # koopmon.
     ours["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     kept = {name: value for name, value in os.environ.items() if not name.startswith("KOOPMON_")}
     return {**kept, **ours, **({VARIABLE: str(clock)} if clock else {}), **more}
 
 
 class Monitor:
-    """One monitor at a time on `store`, and a second process beside it that has imported everything already."""
+    """One monitor at a time on `store`, and a second process with finished imports."""
 
     def __init__(self, directory: Path, config: Path, *, clock: Path | None = None, within: Sequence[str] = ()) -> None:
         self.directory, self.store = directory, directory / "store.sqlite3"
         self.said: deque[str] = deque(maxlen=100_000)
-        """What every monitor so far has logged."""
+        """Log of all monitors so far."""
         self._config, self._clock, self._within = config, clock, list(within)
         self._process: subprocess.Popen[str] | None = None
         self._spare: dict[tuple[str, ...], subprocess.Popen[str]] = {}
 
     def prepare(self, bind: str, *options: str) -> None:
-        """Have a process ready that would serve at `bind`."""
+        """Prepare a process that can serve at `bind`."""
         words: tuple[str, ...] = (
             "monitor",
             "--bind",
@@ -93,7 +94,7 @@ class Monitor:
         )
 
     def start(self, bind: str, *options: str, serve: bool = True) -> bool:
-        """Begin to serve. False when it ended instead, which only `serve` False allows."""
+        """Start serving. False if the monitor exited instead, which needs `serve` False."""
         if (bind, *options) not in self._spare:
             self.prepare(bind, *options)
         self._process = process = self._spare.pop((bind, *options))
@@ -133,7 +134,7 @@ class Monitor:
             _end(self._process)
 
     def terminate(self) -> None:
-        """SIGTERM, and wait for it to have written everything down."""
+        """SIGTERM; wait until it has written everything."""
         assert self._process is not None, "start() comes first"
         self._process.terminate()
         self._process.wait(PATIENCE_SECONDS)
@@ -145,7 +146,7 @@ class Monitor:
 
 
 class Job:
-    """A training of `world` ranks, under torchrun where that is more than one; `launch` again after it has died."""
+    """A training of `world` ranks, under torchrun for more than one; `launch` restarts it."""
 
     def __init__(
         self,
@@ -162,10 +163,10 @@ class Job:
         within: Sequence[str] = (),
         paths: str = "",
     ) -> None:
-        """`guarded`: "attach" in the script, "run" by `koopmon run`, "" not at all."""
+        """`guarded`: "attach" in the script, "run" by `koopmon run`, "" for unguarded."""
         self.out, self.run, self.endpoint, self.world = out, run, endpoint, world
         self.worlds: dict[str, int] = {}
-        """How many ranks each launch had."""
+        """Number of ranks of each launch."""
         self._config, self._pace, self._guarded, self._options = config, pace, guarded, list(options)
         self._clock, self._within, self._paths = clock, list(within), paths
         self._launches = 0
@@ -197,12 +198,12 @@ class Job:
         return Path(f"{self.out}.orders")
 
     def order(self, **order: Any) -> None:
-        """One of the orders that the script knows."""
+        """Write one of the orders of the script."""
         with self._orders.open("a") as file:
             file.write(json.dumps(order) + "\n")
 
     def stretches(self) -> list[str]:
-        """The launches and restarts so far that trained, in order, by the middle part of their logs' names."""
+        """Return the launches and restarts that trained, in order, by the middle part of their logs' names."""
         found = {path.name.split(".")[-2] for path in self.out.parent.glob(f"{self.out.name}.*-*.0")}
         return sorted(found, key=lambda name: tuple(map(int, name.split("-"))))
 
@@ -213,12 +214,12 @@ class Job:
         return int(Path(f"{self.log(stretch or self.stretches()[-1], rank)}.pid").read_text())
 
     def last(self) -> Line | None:
-        """Where rank 0 is in its latest stretch; None before its first step."""
+        """Return the position of rank 0 in its latest stretch; None before its first step."""
         found = self.stretches()
         return last_line(self.log(found[-1], 0)) if found else None
 
     def step(self) -> int:
-        """The step that rank 0 did last, counted from the beginning of its latest stretch, as its agent counts."""
+        """Return the last step of rank 0, counted from the start of its latest stretch, like its agent."""
         line = self.last()
         with self.log(self.stretches()[-1], 0).open() as file:
             first = file.readline()
@@ -234,7 +235,7 @@ class Job:
         )
 
     def await_steps(self, more: int = 1) -> None:
-        """Wait until the present stretch is so much further."""
+        """Wait until the present stretch has advanced by `count` steps."""
         wait(lambda: not self.running or self.last() is not None, f"the first step of {self.run}")
         if not self.running:
             raise RuntimeError(f"{self.run} ended: {self.errors()[-2000:]}")
@@ -242,7 +243,7 @@ class Job:
         wait(lambda: (now := self.last()) and first and now.step >= first.step + more, f"steps of {self.run}")
 
     def end(self) -> None:
-        """Let it finish well, soon."""
+        """Let the job end normally soon."""
         line = self.last()
         assert line is not None
         assert self._process is not None
@@ -261,7 +262,7 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-            for each in Path("/proc").glob("[0-9]*"):  # ranks have sessions of their own
+            for each in Path("/proc").glob("[0-9]*"):  # each rank has its own session
                 with contextlib.suppress(OSError):
                     if f"--out\0{self.out}\0" in (each / "cmdline").read_text():
                         os.kill(int(each.name), signal.SIGKILL)
@@ -278,7 +279,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 @contextlib.contextmanager
 def small_disk(directory: Path, megabytes: int = 48) -> Iterator[Path]:
-    """A file system of its own at `directory`, in memory."""
+    """A separate file system in memory at `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     _run("mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=0700", "tmpfs", str(directory))
     try:
@@ -288,9 +289,9 @@ def small_disk(directory: Path, megabytes: int = 48) -> Iterator[Path]:
 
 
 class Link:
-    """A cable between two network namespaces: `job` and `monitor` are the words that run a command at either end.
+    """A link between two network namespaces: `job` and `monitor` are the prefixes of a command at either end.
 
-    Both ends have addresses of the loopback range, where peers need no keys.
+    Both ends have addresses of the loopback range, which need no keys.
     """
 
     address = "127.77.0.2"
@@ -321,11 +322,11 @@ class Link:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
     def cut(self, *, down: bool) -> None:
-        """Take the monitor's end down, or up again: silence, no reset."""
+        """Set the monitor's end down or up again: silence without a reset."""
         _run(*self.monitor, "ip", "link", "set", self._devices[1], "down" if down else "up")
 
     def slow(self, kilobits: int | None) -> None:
-        """Let both directions carry so much per second; None: everything."""
+        """Limit the rate of both directions; None removes the limit."""
         for name, device in zip(self._names, self._devices, strict=True):
             if kilobits is None:
                 _run(*_within(name), "tc", "qdisc", "del", "dev", device, "root")
@@ -339,7 +340,7 @@ def _within(namespace: str) -> list[str]:
 
 
 def missing() -> Mapping[str, str]:
-    """What this machine does not let us break, by the tool that it lacks, in words; empty where it lets us."""
+    """Return the faults that this machine does not allow, by the missing tool, in words; empty if it allows all."""
     found = {}
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         found["namespaces"] = "network namespaces cannot be made here"

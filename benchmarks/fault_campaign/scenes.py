@@ -1,4 +1,4 @@
-"""The campaign's scenes: which faults, how often, where they take place, and what each scene showed."""
+"""Scenes of the campaign: kinds of faults, their numbers and stages, and the results of each scene."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ from benchmarks.fault_campaign.machine import Link, small_disk
 from benchmarks.fault_campaign.stages import Found, Watched, inject
 
 STALL_SECONDS = 5.0
-"""A step longer than this is no step that a fault outside of the ranks may cause."""
+"""Longest step that a fault outside of the ranks may cause."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """One kind of fault. `scenes` long runs of `count` injections; `own` says that the ranks themselves are broken, so
-    that they may well stand still; `needs` names what the machine must let us do."""
+    """One kind of fault: `scenes` long runs of `count` injections.
+
+    `own` is True for faults of the ranks themselves, which may stop them. `needs` has the required tools of the
+    machine.
+    """
 
     play: Callable[[Path, random.Random, int], Found]
     scenes: int
@@ -51,8 +54,10 @@ def beside_monitor(
     dense: bool = False,
     steered: Mapping[str, Any] | None = None,
 ) -> Callable[[Path, random.Random, int], Found]:
-    """A scene in which `fault` is injected beside a monitor: a job that is steered, and a quiet one. With `spare` a
-    second monitor waits for its turn."""
+    """Return a scene that injects `fault` beside a monitor with a guarded job and a watch-only one.
+
+    With `spare`, a second monitor waits for its turn.
+    """
 
     def play(directory: Path, rng: random.Random, count: int) -> Found:
         with ExitStack() as stack:
@@ -146,8 +151,8 @@ class Scene:
 
 
 def play(scene: Scene) -> tuple[Mapping[str, Any], campaign.Arrays]:
-    """One scene; a folder of a scene that found something is left for whoever wants to know."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
+    """Run one scene. The folder of a scene with problems is kept."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its exit ends all started processes
     directory = Path(tempfile.mkdtemp(prefix="kf-"))
     rng = random.Random(f"{scene.seed} {scene.name}")
     began = time.monotonic()
@@ -162,7 +167,7 @@ def play(scene: Scene) -> tuple[Mapping[str, Any], campaign.Arrays]:
 
 
 def summary(found: Found, *, own: bool) -> dict[str, Any]:
-    """What a scene showed, problem by problem laid to the injection that came before it."""
+    """Return the results of a scene, with each problem assigned to the injection before it."""
     starts = [injection.started for injection in found.injections]
     problems = [problem for each in found.examinations for problem in each.problems]
     ends = [*starts[1:], float("inf")]
@@ -196,5 +201,5 @@ def summary(found: Found, *, own: bool) -> dict[str, Any]:
 
 
 def _slowest(edges: Sequence[float], start: float, end: float) -> float:
-    """The longest time between two steps of one launch; what lies between two launches is no step."""
+    """Return the longest time between two steps of one launch. The time between two launches does not count."""
     return max((b - a for a, b in pairwise(edges) if start <= b < end), default=0.0)

@@ -1,5 +1,7 @@
-"""The faults of the campaign that take a script: commands that come twice, late or against each other, and trainings
-that begin and end, under a scripted monitor or a real one."""
+"""Faults that need a script, under a scripted monitor or a real one.
+
+The commands repeat, are late or contradict each other. Trainings start and end.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,13 @@ from koopmon.wire.messages import Ack, Goodbye, Hello
 from tests.agent.scripted_monitor import ScriptedMonitor
 
 LAST_STEPS = 150
-"""Length of a training that gets its command at the end: control between the ranks takes a second to come up."""
+"""Steps of a training that gets its command at the end. Control between the ranks takes a second to start."""
 SHORT_STEPS = 60
 LEAST_SCALE = LimitsConfig().min_lr_scale
 
 
 class Scripted:
-    """A scripted monitor and one job of two ranks; remembers every command that it sends."""
+    """A scripted monitor and one job of two ranks; it records every command that it sends."""
 
     def __init__(self, directory: Path, rng: random.Random, options: tuple[str, ...] = ()) -> None:
         self.rng = rng
@@ -36,7 +38,7 @@ class Scripted:
         self.job = Job(directory / "job", "job", self.monitor.endpoint, config, world=2, options=options)
         self.scales: dict[str, float | None] = {}
         self.bounds: dict[str, int] = {}
-        """By command: after which step it must not be applied."""
+        """Step by command after which it must not be applied."""
 
     def __enter__(self) -> Scripted:
         self.monitor.__enter__()
@@ -48,7 +50,7 @@ class Scripted:
         self.monitor.__exit__()
 
     def send(self, scale: float, run: str | None = None, **fields: Any) -> str:
-        """One command that sets the scale on the rate."""
+        """Build one command that sets the scale on the rate."""
         command_id = self.monitor.command("set_lr_scale", run, lr_scale=scale, **fields)
         self.scales[command_id] = max(scale, LEAST_SCALE)
         self.bounds[command_id] = fields.get("expires_step", 1 << 40)
@@ -58,7 +60,7 @@ class Scripted:
         return self.rng.choice([0.125, 0.25, 0.5, 0.75, 0.875])
 
     def accepted(self, since: float) -> float:
-        """Seconds from `since` until a harmless command is applied."""
+        """Return the seconds from `since` until a harmless command is applied."""
         while True:
             command_id = self.send(1.0)
             if self.monitor.ack(command_id, 60.0).outcome == "applied":
@@ -66,7 +68,7 @@ class Scripted:
             time.sleep(0.05)
 
     def chapters(self) -> list[Chapter]:
-        """What was sent and heard, as an audit log has it; entries in the order of their first answer."""
+        """Return sent commands and received acks like an audit log, in the order of their first ack."""
         pids = {hello.run: hello.pid for hello in self.monitor.of(Hello) if hello.process_rank == 0}
         runs = {ack.command_id: ack.run for ack in self.monitor.of(Ack)}
         entries: dict[str, list[Entry]] = {run: [] for run in pids}
@@ -81,7 +83,7 @@ class Scripted:
         return [Chapter(run, pid, tuple(entries[run])) for run, pid in pids.items()]
 
     def doubts(self) -> list[str]:
-        """Commands that were applied after they had expired, or applied twice by their acks."""
+        """Return commands that were applied after their expiry, or twice by their acks."""
         applied = [ack for ack in self.monitor.of(Ack) if ack.outcome == "applied"]
         late = [
             f"doubled: {ack.command_id} after its expiry" for ack in applied if ack.step > self.bounds[ack.command_id]
@@ -91,7 +93,7 @@ class Scripted:
 
 
 def duplicate(stage: Scripted) -> str:
-    """One command many times, at once or as a monitor repeats what was not answered."""
+    """One command many times, at once or repeated like an unacknowledged one."""
     command_id, scale = secrets.token_hex(8), stage.scale()
     times = stage.rng.randint(2, 5)
     for _ in range(times):
@@ -102,7 +104,7 @@ def duplicate(stage: Scripted) -> str:
 
 
 def reordered(stage: Scripted) -> str:
-    """Commands in another order than they were made in, an old one repeated after newer ones."""
+    """Commands out of order, with an old one repeated after newer ones."""
     made = [(secrets.token_hex(8), stage.scale()) for _ in range(4)]
     sent = stage.rng.sample(made, 4)
     sent.append(stage.rng.choice(sent[:-1]))
@@ -114,7 +116,7 @@ def reordered(stage: Scripted) -> str:
 
 
 def expired(stage: Scripted) -> str:
-    """A command whose last step is past, or comes before it can be applied."""
+    """A command that has expired, or expires before it can be applied."""
     beyond = stage.rng.randint(-50, 12)
     command_id = stage.send(stage.scale(), expires_step=max(0, stage.job.step() + beyond))
     outcome = stage.monitor.ack(command_id, 30.0).outcome
@@ -122,7 +124,7 @@ def expired(stage: Scripted) -> str:
 
 
 def conflicting(stage: Scripted) -> str:
-    """Commands that contradict each other in one breath, one below the agent's cap, one for another incarnation."""
+    """Contradicting commands in one batch, one below the agent's limit, one for another incarnation."""
     ids = [stage.send(scale) for scale in stage.rng.sample([0.125, 0.25, 0.5, 0.01, 0.875], 3)]
     ids.append(stage.send(0.5, incarnation="0123456789abcdef"))
     for command_id in ids:
@@ -131,7 +133,7 @@ def conflicting(stage: Scripted) -> str:
 
 
 def scripted(fault: Callable[[Scripted], str], directory: Path, rng: random.Random, count: int) -> Found:
-    """`count` injections into one long training."""
+    """Run `count` injections into one long training."""
     injections = []
     with Scripted(directory, rng) as stage:
         stage.job.await_steps(5)
@@ -148,7 +150,7 @@ def scripted(fault: Callable[[Scripted], str], directory: Path, rng: random.Rand
 
 
 def last_step(directory: Path, rng: random.Random, count: int) -> Found:
-    """Trainings that get commands in their last steps; well again: the next training's first snapshot."""
+    """Trainings that get commands in their last steps, until the first snapshot of the next training."""
     runs = [f"last-{number}" for number in range(count + 1)]
     options = ("--phases", json.dumps([[run, "", 0] for run in runs]), "--phase-steps", str(LAST_STEPS))
     injections = []
@@ -186,7 +188,7 @@ OBSERVE: Mapping[str, Mapping[str, Any]] = {"policy": {**RESTLESS["policy"], "na
 
 
 def adapter_raises(directory: Path, rng: random.Random, count: int) -> Found:
-    """Trainings whose adapter raises somewhere, each followed by one whose adapter does not: when is that one seen?"""
+    """Trainings with an adapter that raises, each followed by one without, until the first snapshot of the latter."""
     plugin = directory / "plugin" / "faulty-0.dist-info"
     plugin.mkdir(parents=True)
     (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 0\n")
@@ -215,7 +217,7 @@ def adapter_raises(directory: Path, rng: random.Random, count: int) -> Found:
 
 
 def same_name(directory: Path, rng: random.Random, count: int) -> Found:
-    """A second job begins under the name of one that trains: it is the run from then on."""
+    """A second job starts under the name of a running one and becomes the run."""
     phases = [[f"twin-{number}", "", 0] for number in range(count)]
     options = ("--phases", json.dumps(phases), "--phase-steps", str(2 * SHORT_STEPS))
     injections = []
@@ -251,7 +253,7 @@ def _await_phase(job: Job, number: int, steps: int) -> None:
 
 
 def _first_snapshot(stage: Watched, run: str, since: float, after: int = -1) -> float | None:
-    """Seconds from `since` until a snapshot of an incarnation of `run` later than the row `after` is in the store."""
+    """Return the seconds from `since` until a snapshot of an incarnation of `run` after the row `after`."""
 
     def seen() -> bool:
         incarnation, step = stage.newest(run)

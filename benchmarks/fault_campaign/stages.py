@@ -1,4 +1,4 @@
-"""Where the campaign's faults take place: a monitor, jobs that it watches, and how one sees that all is well again."""
+"""Stages of the campaign: a monitor, its jobs, and the check of a recovery."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.fault_campaign.checks import Chapter, Examination, doubted_decis
 from benchmarks.fault_campaign.machine import Job, Link, Monitor, wait
 
 RECOVERY_SECONDS = 60.0
-"""How long is waited for all to be well again."""
+"""Time limit of a recovery."""
 RESTLESS: Mapping[str, Mapping[str, Any]] = {
     "sampling": {"num_samples": 64},
     "cadence": {"warmup_steps": 1, "dense_every": 5, "calm_every": 10, "budget_ratio": 0.5},
@@ -42,16 +42,16 @@ RESTLESS: Mapping[str, Mapping[str, Any]] = {
         "max_actions_per_hour": 100_000,
     },
 }
-"""Snapshots several times a second, and a policy that backs off and rises again all the time. It cures nothing.
+"""Settings with several snapshots per second and a policy that backs off and rises all the time, without an effect.
 
-The risk goes by two snapshots alone, on the scale of what their few tokens differ by: a quarter of them is high.
+The risk uses two snapshots alone. A quarter of the difference between their few tokens counts as high.
 """
 Tables = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(slots=True)
 class Injection:
-    """One fault. Times are of the monotonic clock; `recovery` is in seconds, None when it did not come."""
+    """One fault. Times are of the monotonic clock; `recovery` is in seconds, None without one."""
 
     detail: str
     started: float
@@ -61,7 +61,7 @@ class Injection:
 
 @dataclass(slots=True)
 class Found:
-    """All that a scene showed."""
+    """Results of a scene."""
 
     injections: list[Injection]
     examinations: list[Examination] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Found:
 
 
 def write_config(path: Path, *changes: Tables) -> Path:
-    """RESTLESS with `changes`, as the TOML file of both sides."""
+    """Return RESTLESS with `changes`, as the TOML file of both sides."""
     tables: dict[str, dict[str, Any]] = {name: dict(values) for name, values in RESTLESS.items()}
     for change in changes:
         for name, values in change.items():
@@ -88,7 +88,7 @@ def _toml(value: Any) -> str:
 
 
 class Watched:
-    """A real monitor and the jobs that it watches. `steered`, of two ranks, gets commands; `quiet`, of one, none."""
+    """A real monitor and its jobs. `steered`, of two ranks, gets commands; `quiet`, of one, gets none."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Watched:
         self.monitor = Monitor(self.place, config, clock=clock, within=link.monitor if link else ())
         self.jobs: list[Job] = []
         self.stores: list[Path] = []
-        """Finished stores, beside the monitor's own."""
+        """Finished stores, beside the monitor's present one."""
 
     def __enter__(self) -> Watched:
         self.monitor.start(self.bind)
@@ -130,11 +130,11 @@ class Watched:
         name: str = "steered",
         paths: str = "",
     ) -> Job:
-        """A job to which the monitor's commands apply; not launched yet."""
+        """Return a job that applies commands; not launched yet."""
         return self._job(name, world, {}, guarded, options, paths)
 
     def quiet(self, *, world: int = 1, options: Sequence[str] = (), name: str = "quiet", paths: str = "") -> Job:
-        """A job that refuses all commands; not launched yet."""
+        """Return a job that refuses all commands; not launched yet."""
         return self._job(name, world, {"limits": {"act": "never"}}, "attach", options, paths)
 
     def _job(
@@ -157,7 +157,7 @@ class Watched:
         return job
 
     def newest(self, run: str) -> tuple[int, int]:
-        """Of a run in the store: its latest incarnation's row, and that one's latest snapshot's step; -1 for none."""
+        """Return the row of a run's latest incarnation and the step of its latest snapshot; -1 without one."""
         query = (
             "SELECT i.id, (SELECT max(step) FROM profiles WHERE incarnation_id = i.id) FROM incarnations AS i"
             " JOIN runs ON runs.id = run_id WHERE name = ? ORDER BY i.id DESC LIMIT 1"
@@ -172,7 +172,7 @@ class Watched:
         return sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1.0)
 
     def await_command(self, run: str, seconds: float = 20.0) -> None:
-        """Wait until the latest incarnation of a run has a scale on its rate in force, for so long at most."""
+        """Wait until the latest incarnation of a run has a scale on its rate in force."""
         query = "SELECT json_extract(applied, '$.lr_scale') FROM incarnations WHERE id = ?"
 
         def braked() -> bool:
@@ -188,9 +188,9 @@ class Watched:
         return {job.run: self.newest(job.run)[0] for job in self.jobs}
 
     def recovery(self, since: float, after: Mapping[str, int] | None = None) -> float | None:
-        """Seconds from `since` until a snapshot of each job that was taken after now is in the store.
+        """Return the seconds from `since` until the store has a snapshot of each job that was taken after now.
 
-        `after`: for runs that are to come as a new incarnation, the row of their latest one before.
+        `after`: for runs that return as a new incarnation, the row of their latest one before.
         """
         after = after or {}
         marks = {job.run: -1 if job.run in after else job.step() for job in self.jobs if job.running}
@@ -206,7 +206,7 @@ class Watched:
         return time.monotonic() - since
 
     def settle(self) -> None:
-        """Wait until every job is seen by the monitor now."""
+        """Wait until the monitor receives snapshots of every job."""
         for job in self.jobs:
             job.await_steps(5)
         if self.recovery(time.monotonic()) is None:
@@ -216,13 +216,13 @@ class Watched:
         return "\n".join([*list(self.monitor.said)[-10:], *(job.errors()[-1500:] for job in self.jobs)])
 
     def pause(self, least: float, most: float) -> float:
-        """Wait for a random time; returns it."""
+        """Wait for a random time and return it."""
         seconds = self.rng.uniform(least, most)
         time.sleep(seconds)
         return seconds
 
     def conclude(self, injections: list[Injection], runs: Mapping[str, Mapping[str, str]] | None = None) -> Found:
-        """End all well, and hold the logs against the store."""
+        """End all processes normally, and compare the logs with the store."""
         for job in self.jobs:
             if job.running and not (runs and job.run in runs):
                 job.end()
@@ -241,9 +241,9 @@ class Watched:
 
 
 def inject(stage: Watched, fault: Any, *, renewed: bool = False) -> Injection:
-    """Settle, let `fault(stage)` happen, which returns words when it is over, and wait until all is well.
+    """Wait for calm, call `fault(stage)`, which returns a description at its end, and wait for the recovery.
 
-    `renewed`: the fault leaves a new incarnation of the first job.
+    `renewed`: the fault causes a new incarnation of the first job.
     """
     stage.settle()
     stage.pause(0.0, 0.4)

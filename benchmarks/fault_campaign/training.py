@@ -1,8 +1,8 @@
-"""The training that the fault campaign breaks, and the same training written out without koopmon and without processes.
+"""Training of the fault campaign, and the same training without koopmon and without processes.
 
-A tiny decoder, AdamW at a constant rate, data that is a pure function of (step, rank). What a job writes down of each
-step is compared with `follow`, which repeats the arithmetic of its ranks one after the other: losses and parameters
-must agree in every bit.
+It has a tiny decoder, AdamW at a constant rate, and data that is a pure function of (step, rank). The log of a job is
+compared with `follow`, which repeats the arithmetic of its ranks one after the other: losses and parameters must agree
+in every bit.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from benchmarks.models import Decoder
 BATCH, CONTEXT, WIDTH, LAYERS, VOCABULARY = 4, 8, 16, 3, 11
 RATE = 0.003
 CHECKPOINT_EVERY = 40
-"""Steps between checkpoints, and the multiple at which a resumed job begins."""
+"""Steps between checkpoints; a resumed job starts at a multiple."""
 DIGEST_EVERY = 5
 POISONS = {"nan": math.nan, "inf": math.inf}
 
 
 class Tiny(nn.Module):
-    """A decoder whose first block's output takes `poison`, a scalar, on top; 0 leaves every bit as it is."""
+    """A decoder that adds the scalar `poison` to the output of its first block; 0 changes no bit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,25 +48,25 @@ class Tiny(nn.Module):
 
 
 def build() -> tuple[Tiny, torch.optim.Optimizer]:
-    """Model and optimizer, always the same."""
+    """Build the model and the optimizer, equal at each call."""
     model = Tiny()
     return model, torch.optim.AdamW(model.parameters(), lr=RATE)
 
 
 def batch(step: int, rank: int) -> Tensor:
-    """Tokens (B, T) of one step and rank."""
+    """Draw the tokens (B, T) of one step and rank."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     return torch.randint(VOCABULARY, (BATCH, CONTEXT), generator=generator)
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Next-token cross-entropy."""
+    """Compute the next-token cross-entropy."""
     logits = model(tokens)
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def digest(model: nn.Module) -> str:
-    """A checksum of every parameter."""
+    """Compute a checksum of every parameter."""
     total = 0
     for parameter in model.parameters():
         total = zlib.crc32(parameter.detach().numpy().tobytes(), total)
@@ -75,9 +75,11 @@ def digest(model: nn.Module) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One optimizer step as a rank wrote it down: the loss before it, the rate that the optimizer saw during it, the
-    number of changes in force after it (-1 where the script does not know koopmon), and when it was over, in seconds of
-    the machine's monotonic clock. `digest` is empty but for every DIGEST_EVERY steps.
+    """One optimizer step in the log of a rank.
+
+    It has the loss before the step, the rate of the optimizer, the number of changes in force after it (-1 if the
+    script does not use koopmon), and its end in seconds of the monotonic clock. `digest` is empty except for every
+    DIGEST_EVERY steps.
     """
 
     step: int
@@ -92,12 +94,12 @@ class Line:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The whole lines of a rank's log; the last may be cut where the rank was killed."""
+    """Return the complete lines of a rank's log. A kill may truncate the last line."""
     return [_line(text) for text in path.read_text().split("\n")[:-1]]
 
 
 def last_line(path: Path) -> Line | None:
-    """The last whole line of a rank's log, None while there is none."""
+    """Return the last complete line of a rank's log; None without one."""
     with path.open("rb") as file:
         file.seek(max(0, file.seek(0, 2) - 400))
         texts = file.read().decode().split("\n")[:-1]
@@ -111,8 +113,10 @@ def _line(text: str) -> Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stretch:
-    """What one launch of a job did: the steps `first` to `last`, by `world` ranks, with the scale on the rate set to
-    `scales[step]` from that step on, and poisoned activations at the steps in `poisons`."""
+    """One launch of a job: the steps `first` to `last` by `world` ranks.
+
+    `scales[step]` is the scale on the rate from that step on; `poisons` has the steps with poisoned activations.
+    """
 
     first: int
     last: int
@@ -123,14 +127,16 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What every rank must have written down at one step."""
+    """Required log of every rank at one step."""
 
     losses: tuple[str, ...]
     digest: str
 
 
 def follow(stretches: Sequence[Stretch]) -> Iterator[dict[int, Expected]]:
-    """Each stretch's steps, repeated in this process; one that begins after 0 goes on from the checkpoint there."""
+    """Repeat the steps of each stretch in this process. A stretch that starts after 0 continues from the checkpoint
+    there.
+    """
     saved: dict[int, tuple[dict[str, object], dict[str, object]]] = {}
     resumed = {stretch.first for stretch in stretches}
     threads = torch.get_num_threads()
@@ -143,7 +149,7 @@ def follow(stretches: Sequence[Stretch]) -> Iterator[dict[int, Expected]]:
                 model.load_state_dict(held[0])
                 optimizer.load_state_dict(held[1])
             scale, found = 1.0, {}
-            # One further: a rank may be killed between a checkpoint and the end of the step that follows it.
+            # One step further: a rank may be killed between a checkpoint and the end of the next step.
             for step in range(stretch.first, stretch.last + 2):
                 if step in resumed and step % CHECKPOINT_EVERY == 0:
                     saved[step] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -157,7 +163,7 @@ def follow(stretches: Sequence[Stretch]) -> Iterator[dict[int, Expected]]:
 
 
 def _step(model: Tiny, optimizer: torch.optim.Optimizer, step: int, world: int, scale: float, poison: str) -> Expected:
-    """One step of all ranks: DistributedDataParallel's mean of gradients, written out."""
+    """Take one step of all ranks, with DistributedDataParallel's mean of gradients written out."""
     parameters = list(model.parameters())
     losses, means = [], [torch.zeros_like(each) for each in parameters]
     model.poison = POISONS.get(poison, 0.0)

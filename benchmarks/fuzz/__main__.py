@@ -1,11 +1,10 @@
-"""How many hostile inputs does the house stand? Each target fuzzed for a while, a table, and JSON.
+"""Fuzzing of all targets for a while, with a table and JSON.
 
     python -m benchmarks.fuzz --target codec --executions 10000000 --seconds 3600
     python -m benchmarks.fuzz --target sockets --seconds 1800
 
-Targets but `sockets` are guided by coverage (atheris); what they find that is new is kept with --keep. Memory growth is
-what a process holds at the end beyond what it held when it was warm. The exit status is 1 when anything crashed or grew
-too much.
+Coverage (atheris) guides all targets except `sockets`. --keep keeps new inputs. The memory growth is the difference
+between the memory at the end and after the warm-up. The exit status is 1 after a crash or too much growth.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ GRACE_SECONDS = 120.0
 
 
 def fuzz(target: str, seconds: float, executions: int, seed: int, keep: bool) -> dict[str, Any]:
-    """Fuzz one target in a process of its own; what came of it, as plain values."""
+    """Fuzz one target in its own process; return the results as plain values."""
     kept = CORPUS / target
     with tempfile.TemporaryDirectory(prefix="koopmon-fuzz-") as folder:
         found, log, stats = Path(folder, "found"), Path(folder, "log"), Path(folder, "stats")
@@ -92,7 +91,7 @@ def _show(said: str, crashes: Sequence[Path]) -> None:
 
 
 def _merge(target: str, found: Path, kept: Path) -> None:
-    """Add to the kept corpus what covers more than it does."""
+    """Add inputs with new coverage to the kept corpus."""
     command = [sys.executable, "-m", "benchmarks.fuzz.drive", target, str(found / ".stats"), "-merge=1"]
     subprocess.run([*command, str(kept), str(found)], cwd=HERE.parents[1], capture_output=True, check=True)
 

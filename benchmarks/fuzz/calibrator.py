@@ -1,4 +1,4 @@
-"""Target calibrator: any bytes as its JSON file; one that is taken answers with a probability."""
+"""Target calibrator: any bytes as its JSON file. A calibrator that loads must return a probability."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Target codec: frames from a peer, through each receiver's door, mutated as bytes and as messages.
+"""Target codec: frames from a peer, through each receiver, mutated as bytes and as messages.
 
-An input is one byte for the receiver, then each frame behind its length (two bytes, little-endian).
+An input is one byte for the receiver, then each frame after its length (two bytes, little-endian).
 """
 
 from __future__ import annotations
@@ -104,12 +104,12 @@ def seeds() -> Iterator[bytes]:
 
 
 def pack(receiver: int, frames: Sequence[bytes]) -> bytes:
-    """The input that stands for these frames at that receiver."""
+    """Build the input for these frames at that receiver."""
     return bytes([receiver]) + b"".join(len(frame).to_bytes(2, "little") + frame for frame in frames)
 
 
 def unpack(data: bytes) -> tuple[int, list[bytes]]:
-    """The inverse of `pack`; a last frame that is cut short is taken as it is."""
+    """Invert `pack`. A truncated last frame is used as it is."""
     receiver, at = (data[0] if data else 0), 1
     frames = []
     while at + 2 <= len(data):
@@ -120,13 +120,13 @@ def unpack(data: bytes) -> tuple[int, list[bytes]]:
 
 
 def run(data: bytes) -> str:
-    """Decode; what is taken must come out again as it went in."""
+    """Decode. An accepted message must encode to the same bytes."""
     receiver, frames = unpack(data)
     try:
         message = RECEIVERS[receiver % len(RECEIVERS)](frames, limits=LIMITS)
     except ProtocolError as error:
         check_line(error.detail, 600)
-        return REJECTION_REASONS[REJECTION_REASONS.index(error.reason)]  # no other is known to the metrics
+        return REJECTION_REASONS[REJECTION_REASONS.index(error.reason)]  # the metrics have no other reason
     if isinstance(message, ReceivedShard):
         header = message.header
         points, states = message.points(), message.states()
@@ -144,7 +144,7 @@ def run(data: bytes) -> str:
 
 
 def mutate(data: bytes, max_size: int, seed: int, mutate_bytes: Callable[[bytes, int], bytes]) -> bytes:
-    """One change: to bytes of a frame, to a field of the header, or to the frames as a sequence."""
+    """Apply one change: to bytes of a frame, to a field of the header, or to the sequence of frames."""
     chance = random.Random(seed)
     receiver, frames = unpack(data)
     if not frames:
@@ -165,7 +165,7 @@ def mutate(data: bytes, max_size: int, seed: int, mutate_bytes: Callable[[bytes,
 
 
 def _with_field(header: bytes, chance: random.Random) -> bytes:
-    """The header with one field set to something odd, left out, or taken from another message."""
+    """Return the header with one field set to an odd value, removed, or taken from another message."""
     try:
         fields = msgspec.msgpack.decode(header[len(PREFIX) :])
     except (msgspec.DecodeError, RecursionError, TypeError, UnicodeDecodeError):

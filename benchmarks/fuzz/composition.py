@@ -1,7 +1,7 @@
-"""Target composition: any sequence of legal messages with extreme numbers, against a monitor's service without sockets.
+"""Target composition: any sequence of legal messages with extreme numbers, for a monitor's service without sockets.
 
-What the monitor makes of its peers' numbers (commands, rows, series, replies) must be sound, whatever they are. An
-input is a sequence of choices, one byte each: what happens next, and for each number of it which extreme of its bounds.
+The commands, rows, series and replies of the monitor must be valid for all numbers of its peers. An input is a sequence
+of choices, one byte each: the next event, and an extreme value for each of its numbers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from koopmon.errors import ProtocolError
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.failures import Failures
+from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.run_controller import ControllerCheckpoint
-from koopmon.monitor.service import Service
+from koopmon.monitor.service import Outputs, Service
 from koopmon.risk.calibration import Calibrator
 from koopmon.spectral import LayerProfile, SpectralProfile
 from koopmon.spectral.profiles import FIELDS
@@ -74,7 +76,7 @@ Choose = Callable[[Sequence[T]], T]
 
 
 class Choices:
-    """Choices out of bytes; once they are used up, always the first."""
+    """Read choices from bytes; after the last byte, always the first choice."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
@@ -89,7 +91,7 @@ class Choices:
 
 
 def legal(kind: msgspec.inspect.Type, choose: Choose[Any]) -> Any:
-    """A value that the protocol allows for `kind`: mostly one at its bounds."""
+    """Return a value that the protocol allows for `kind`, mostly one at its bounds."""
     match kind:
         case msgspec.inspect.UnionType(types=types):
             return legal(choose(types), choose)
@@ -127,7 +129,7 @@ def _within(kind: msgspec.inspect.IntType | msgspec.inspect.FloatType) -> Iterat
 
 
 def made(cls: type[T], choose: Choose[Any], **fixed: Any) -> T:
-    """A struct of this class that is legal field by field; with the first of all choices it has its defaults."""
+    """Return a struct of this class with a legal value in each field; the first choices give its defaults."""
     kind = msgspec.inspect.type_info(cls)
     assert isinstance(kind, msgspec.inspect.StructType)
     values = {}
@@ -146,14 +148,14 @@ def made(cls: type[T], choose: Choose[Any], **fixed: Any) -> T:
 
 
 def legal_hello(**fields: Any) -> Hello:
-    """A hello of an agent that acts, as it should be but for `fields`."""
+    """Return a valid hello of an acting agent, with `fields` replaced."""
     return made(
         Hello, lambda options: options[0], **{"acts": True, "adapter": "x", "width": 8, "applied": Applied(), **fields}
     )
 
 
 def _profile(choose: Choose[Any]) -> SpectralProfile | None:
-    """What an engine may come to: finite numbers, and no more; None where the states were not finite."""
+    """Return a possible result of an engine with finite numbers; None for states that are not finite."""
     num_layers = choose((0, 1, 2, 3, 70))
     if not num_layers:
         return None
@@ -180,7 +182,7 @@ def _profile(choose: Choose[Any]) -> SpectralProfile | None:
 
 
 class _Engine:
-    """Keeps what is submitted until the play goes on with it."""
+    """Engine that keeps submitted snapshots until the next event."""
 
     def __init__(self) -> None:
         self.queue: deque[Snapshot] = deque()
@@ -189,12 +191,13 @@ class _Engine:
     def queue_length(self) -> int:
         return len(self.queue)
 
-    def submit(self, snapshot: Snapshot, *, wait: bool = False) -> None:
+    def submit(self, snapshot: Snapshot, *, wait: bool = False) -> list[str]:
         self.queue.append(snapshot.without_states())
+        return []
 
 
 class Play:
-    """A monitor's service, its peers, and a clock; `choose` makes every choice. Raises where something is not sound."""
+    """A monitor's service, its peers, and a clock; `choose` makes every choice. Raises for an invalid output."""
 
     def __init__(self, choose: Choose[Any], folder: Path) -> None:
         self.choose = choose
@@ -209,15 +212,15 @@ class Play:
         self.begin()
 
     def begin(self) -> None:
-        """A new monitor on the same history; the run mostly reconnects."""
+        """Start a new monitor on the same history; the run mostly reconnects."""
         self.close()
         self.metrics = Metrics(CollectorRegistry(), {})
         self._store = HistoryWriter.open(self._path, StoreConfig(max_bytes=1 << 20), clock=lambda: self.now)
         self.engine = _Engine()
         self.service = Service(
-            self._config,
-            metrics=self.metrics,
-            store=self._store,
+            config=self._config,
+            failures=Failures(self.metrics, lambda: self.now),
+            outputs=Outputs(history=self._store, metrics=self.metrics, live_state=LiveState()),
             engine=cast(Engine, self.engine),
             rejection_log=RejectionLog(self.metrics, lambda: self.now),
             send=self._sent,
@@ -234,14 +237,14 @@ class Play:
             self._store.close()
 
     def _sent(self, peer: bytes, message: MonitorMessage) -> bool:
-        """An agent takes it, or is away."""
+        """Let an agent receive the command, or be away."""
         assert decode_for_agent(encode(message), limits=WireLimits()) == message
         if isinstance(message, Command):
             self.commands.append(message)
         return bool(self.choose((True, True, False)))
 
     def turn(self) -> str:
-        """One thing happens; returns what."""
+        """Run one event and return its name."""
         happens = (
             *(self.shard, self.result, self.hello, self.ack, self.heartbeat, self.result, self.shard, self.pass_time),
             *(self.goodbye, self.begin),
@@ -256,8 +259,7 @@ class Play:
         return happening.__name__
 
     def check(self) -> None:
-        """No series is without a number, nothing went wrong inside that was only confined, and a restart finds what it
-        needs."""
+        """Check that every series has a number, no internal error was confined, and a restart finds its records."""
         for family in self.metrics.collect():
             for sample in family.samples:
                 assert math.isfinite(sample.value), sample
@@ -309,7 +311,7 @@ class Play:
             self.service.on_result(Result(self.engine.queue.popleft(), _profile(self.choose), 0.1))
 
     def _named(self, run: str = RUNS[0], incarnation: str = INCARNATIONS[0]) -> dict[str, Any]:
-        """Whose message it is, and a step: mostly the next one."""
+        """Choose the sender of a message and a step, mostly the next one."""
         self.step += 1
         return {"run": run, "incarnation": incarnation, "step": self.choose((*[self.step] * 12, *WHOLE))}
 

@@ -1,4 +1,4 @@
-"""Target config: any bytes as a TOML file; what is refused is refused with one line."""
+"""Target config: any bytes as a TOML file. A refusal must be one line."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One target under atheris, in a process of its own: `python -m benchmarks.fuzz.drive TARGET STATS LIBFUZZER_ARGS...`.
+"""One target under atheris in its own process: `python -m benchmarks.fuzz.drive TARGET STATS LIBFUZZER_ARGS...`.
 
-STATS gets a JSON object every few seconds: how often each outcome came, and how the process grew.
+Every few seconds it writes a JSON object to STATS with the number of each outcome and the growth of the process.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ INSTRUMENTED = {
     "recording": ["koopmon.monitor", "benchmarks.campaign"],
     "composition": ["koopmon.monitor", "koopmon.risk"],
 }
-"""By target, the packages whose branches guide the fuzzer. Native code (msgspec, SQLite) it does not see into."""
+"""Packages by target whose branches guide the fuzzer. Native code (msgspec, SQLite) is not instrumented."""
 WRITE_SECONDS = 2.0
 WARM_EXECUTIONS = 20_000
 WARM_SECONDS = 10.0
-"""What comes first, imports and caches and the corpus, is no growth."""
+"""Executions and seconds of the warm-up: imports, caches and the corpus do not count as growth."""
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def resident_bytes(pid: int | str = "self") -> int:
-    """What a process holds in memory."""
+    """Return the memory of a process."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
 
 
 class Progress:
-    """Counts outcomes and watches the memory, at the price of a look at the clock for each execution."""
+    """Counts outcomes and measures the memory. It reads the clock at each execution."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

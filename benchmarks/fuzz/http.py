@@ -16,11 +16,11 @@ HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 HEALTH_EVERY = 256
 ANSWER_SECONDS = 0.01
 RESET = struct.pack("ii", 1, 0)
-"""Linger: none, so that ports are free again at once."""
+"""No linger, so that ports are free at once."""
 
 
 _failures: list[str] = []
-"""Errors of the server's own: a request must never be one."""
+"""Internal errors of the server. No request may cause one."""
 
 
 def _note(reason: str, detail: str, **_: object) -> None:
@@ -48,7 +48,7 @@ def seeds() -> Iterator[bytes]:
 
 
 def run(data: bytes) -> str:
-    """Send, then read to the end; now and then ask whether it is well."""
+    """Send, then read to the end; check the health from time to time."""
     global _count
     _count += 1
     if _count % HEALTH_EVERY == 0:
@@ -74,7 +74,7 @@ def _exchange(pieces: list[bytes], *, seconds: float = ANSWER_SECONDS) -> bytes:
         try:
             for piece in pieces:
                 connection.sendall(piece)
-            # Whoever has said all that it will is answered no more; what is not answered by now may be half a request.
+            # A peer that has closed its side gets no reply. An input without a reply may be half a request.
             select.select([connection], [], [], seconds)
             connection.shutdown(socket.SHUT_WR)
             while chunk := connection.recv(65536):
@@ -82,7 +82,7 @@ def _exchange(pieces: list[bytes], *, seconds: float = ANSWER_SECONDS) -> bytes:
         except TimeoutError:
             raise
         except OSError:
-            pass  # it has hung up on us, as it may
+            pass  # the server has closed the connection, as it may
         return b"".join(received)
 
 

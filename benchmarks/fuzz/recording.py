@@ -1,7 +1,7 @@
-"""Target recording: a history file changed in its bytes or columns, read, replayed and written on; runs of a campaign.
+"""Target recording: a history file with changed bytes or columns, read, replayed and written; runs of a campaign.
 
-An input is a kind (one byte) and what follows. Of kind 0 that is a campaign's .npz file, else edits of a small store: a
-place (four bytes, little-endian), a length (one) and bytes to put there, where a length is odd into a column.
+An input is a kind (one byte) and its data. Kind 0 is a campaign's .npz file. Other kinds are edits of a small store: a
+place (four bytes, little-endian), a length (one byte) and the new bytes, which go into a column for an odd length.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _folder = Path(tempfile.mkdtemp(prefix="koopmon-fuzz-", dir="/dev/shm" if Path("
 
 @dataclass(frozen=True)
 class Case:
-    """A campaign's run, as small as can be."""
+    """Build the smallest run of a campaign."""
 
     seed: int = 0
     name: str = "case"
@@ -92,7 +92,7 @@ def _edit(path: Path, edits: bytes) -> None:
     path.write_bytes(content)
     if not columns:
         return
-    # One that is damaged beyond being edited stays as it is.
+    # A file that is too damaged for an edit stays as it is.
     with contextlib.suppress(*SQLITE_ERRORS), contextlib.closing(sqlite3.connect(path)) as database:
         for place, piece in columns:
             table, column = COLUMNS[place % len(COLUMNS)]
@@ -102,7 +102,7 @@ def _edit(path: Path, edits: bytes) -> None:
 
 
 def _survey(path: Path) -> str:
-    """Read everything that is in it."""
+    """Read everything in the file."""
     try:
         with HistoryReader.open(path) as history:
             for run_name in history.runs():
@@ -125,7 +125,7 @@ def _judge_again(history: HistoryReader) -> None:
 
 
 def _continue(path: Path) -> str:
-    """Open it as a monitor does, write, and find what was written."""
+    """Open the file like a monitor, write, and check the records."""
     try:
         store = HistoryWriter.open(path, StoreConfig(max_bytes=1 << 20))
     except StoreError as error:

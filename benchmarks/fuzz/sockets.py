@@ -1,4 +1,4 @@
-"""Target sockets: a real monitor with strangers at all of its ports, and one honest agent that must be served."""
+"""Target sockets: a real monitor with attackers at all of its ports, and one valid agent that must be served."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NAME: dict[str, Any] = {"run": "honest", "incarnation": "cccccccc"}
 
 
 class HonestAgent:
-    """One rank as it should be. `served` counts its heartbeats that were answered."""
+    """One valid rank. `served` counts the replies to its heartbeats."""
 
     def __init__(self, endpoint: str) -> None:
         self._context = WireContext()
@@ -50,7 +50,7 @@ class HonestAgent:
         self.served = 0
 
     def turn(self) -> None:
-        """Beat once and send a snapshot; raises TimeoutError when the monitor does not answer."""
+        """Send a heartbeat and a snapshot; raises TimeoutError without a reply."""
         if self._control.connections != self._connections or self._data is None:
             self._connections = self._control.connections
             welcome = self._ask(hello(**NAME, num_layers=3, width=12, acts=False, step=self._step), Welcome)
@@ -89,7 +89,7 @@ class HonestAgent:
 
 
 def campaign(seconds: float, seed: int) -> dict[str, Any]:
-    """Misbehave for so long; what came of it, as plain values."""
+    """Attack for the given time; return the results as plain values."""
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="koopmon-fuzz-") as name:
         folder = Path(name)
@@ -160,7 +160,7 @@ def _start(folder: Path) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
-    """Its exit status; it must end by itself when asked."""
+    """Return its exit status; it must exit on request."""
     process.terminate()
     try:
         return process.wait(90.0)
@@ -170,7 +170,7 @@ def _end(process: subprocess.Popen[bytes]) -> int:
 
 
 def _rejected(http: str) -> dict[str, int]:
-    """How many messages the monitor says it has refused, by reason."""
+    """Return the monitor's number of rejected messages, by reason."""
     with urllib.request.urlopen(f"http://{http}/metrics", timeout=30.0) as page:
         text = page.read().decode()
     return {

@@ -1,4 +1,4 @@
-"""What strangers do to a monitor's ports: a function for each kind of misconduct, which may hold connections open."""
+"""Attacks on a monitor's ports: one function for each kind, which may keep connections open."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + b"\
 PING = b"\x04\x07\x04PING\0\0"
 """A heartbeat of ZMTP 3.1."""
 MAX_HELD = 160
-"""Connections that are kept open and silent; beyond it the oldest is let go."""
+"""Number of connections that stay open and silent; a further one closes the oldest."""
 
 
 @dataclass
 class Ports:
-    """Where the monitor listens, and what is held open there."""
+    """Addresses of the monitor, and open connections."""
 
     control: tuple[str, int]
     data: tuple[str, int]
@@ -34,7 +34,7 @@ class Ports:
     held: list[socket.socket] = field(default_factory=list)
 
     def channel(self) -> tuple[tuple[str, int], bytes]:
-        """One of the ZeroMQ ports, and the socket type that speaks to it."""
+        """One of the ZeroMQ ports, and the socket type of its peers."""
         return self.chance.choice([(self.control, b"DEALER"), (self.data, b"PUSH")])
 
     def hold(self, connection: socket.socket) -> None:
@@ -54,7 +54,7 @@ def connect(address: tuple[str, int]) -> socket.socket:
 
 
 def frame(content: bytes, *, more: bool = False, length: int | None = None) -> bytes:
-    """A ZMTP frame; `length` is what it says of itself."""
+    """Build a ZMTP frame; `length` is the length in its header."""
     return bytes([2 | more]) + (len(content) if length is None else length).to_bytes(8, "big") + content
 
 
@@ -64,7 +64,7 @@ def ready(kind: bytes, extra: bytes = b"") -> bytes:
 
 
 def speak(address: tuple[str, int], *pieces: bytes, wait: bool = False) -> socket.socket:
-    """Say the pieces, each in a packet of its own; with `wait` hear first what the other side greets with."""
+    """Send the pieces, each in its own packet; with `wait`, first receive the greeting of the other side."""
     connection = connect(address)
     try:
         for index, piece in enumerate(pieces):
@@ -78,7 +78,7 @@ def speak(address: tuple[str, int], *pieces: bytes, wait: bool = False) -> socke
 
 
 def message(address: tuple[str, int], kind: bytes, frames: Sequence[bytes]) -> None:
-    """A whole message by a peer that is a good ZeroMQ peer otherwise."""
+    """Send a whole message as a valid ZeroMQ peer."""
     body = b"".join(frame(part, more=index < len(frames) - 1) for index, part in enumerate(frames))
     connection = speak(address, GREETING, ready(kind), body, wait=True)
     connection.settimeout(0.05)
@@ -130,7 +130,7 @@ def endless_message(ports: Ports) -> None:
 
 
 def ping_and_die(ports: Ports) -> None:
-    """More than is read at once, heartbeats among it, and the connection reset: libzmq may abort for it."""
+    """Send more than one read, with heartbeats, and reset the connection: libzmq may abort."""
     address, kind = ports.channel()
     burst = frame(b"koopmon\x03") * ports.chance.randrange(1, 300) + PING
     with speak(address, GREETING, ready(kind), wait=True) as connection:
@@ -143,7 +143,7 @@ def oversized(ports: Ports) -> None:
 
 
 def mutated(ports: Ports) -> None:
-    """Messages that are nearly right."""
+    """Send messages that are nearly valid."""
     seeds = list(codec.seeds())
     data = ports.chance.choice(seeds)
     for _ in range(ports.chance.randrange(1, 4)):
@@ -163,12 +163,14 @@ def _flipped(piece: bytes, chance: random.Random) -> bytes:
 
 
 def liar(ports: Ports) -> None:
-    """Well-formed messages that do not fit together: another's run, an answer to nothing, shards twice and too late."""
+    """Send valid messages that contradict each other: another's run, an ack without a command, repeated and late
+    shards.
+    """
     name = {"run": f"liar-{ports.chance.randrange(100)}", "incarnation": f"{ports.chance.randrange(1 << 32):08x}"}
     hello = msgspec.structs.replace(codec.MESSAGES[0], **name)
     control = speak(ports.control, GREETING, ready(b"DEALER"), _framed(hello), wait=True)
     ports.hold(control)
-    control.recv(4096)  # what it says of itself, or already the answer
+    control.recv(4096)  # its own value, or the answer
     control.sendall(_framed(msgspec.structs.replace(codec.MESSAGES[2], **name)))
     beat = msgspec.structs.replace(codec.MESSAGES[1], **name)
     message(ports.control, b"DEALER", [bytes(part) for part in encode(beat)])

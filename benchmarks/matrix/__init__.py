@@ -1,1 +1,1 @@
-"""The support matrix: what is proven in which manner of training; `python -m benchmarks.matrix` runs it."""
+"""Support matrix of training layouts; `python -m benchmarks.matrix` runs it."""

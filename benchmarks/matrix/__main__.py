@@ -1,9 +1,9 @@
-"""What koopmon is proven to do in which manner of training: `python -m benchmarks.matrix`.
+"""Proof of koopmon's behaviour in each training layout: `python -m benchmarks.matrix`.
 
 Real ranks over gloo train a tiny model in every cell of `benchmarks.matrix.cells`, three times: without koopmon, with
-it and nothing commanded, and under commands (`benchmarks.matrix.proof`). One torchrun serves all cells of one world
-size. Takes about 20 minutes on 2 idle cores; exit status 1 when a cell is wrong. What is finished is kept in the folder
-that is printed: an interrupted run goes on with `--work FOLDER`.
+koopmon and no command, and under commands (`benchmarks.matrix.proof`). One torchrun serves all cells of one world size.
+It takes about 20 minutes on 2 idle cores. The exit status is 1 if a cell is wrong. The printed folder keeps finished
+cells, and `--work FOLDER` continues from it.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ RESULT = Path(__file__).parents[1] / "results" / "matrix.json"
 ROOT = Path(__file__).resolve().parents[2]
 STATES = ("proven", "untested", "refused", "not in torch", "wrong")
 CELL_SECONDS = 900.0
-"""A cell that takes longer has hung."""
+"""Time after which a cell counts as hung."""
 
 
 def try_cells(chosen: Sequence[Cell], folder: Path, console: Console) -> list[dict[str, Any]]:
-    """What the ranks found of each cell, in the order of `chosen`; those that `folder` tells of are not tried again."""
+    """Return the results of each cell, in the order of `chosen`. Results in `folder` are reused."""
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "cells.jsonl"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -52,7 +52,7 @@ def try_cells(chosen: Sequence[Cell], folder: Path, console: Console) -> list[di
                     progress.update(task, completed=num_told)
                 told = _told(out)
                 if any(cell.name in told for cell in missing):
-                    continue  # with new ranks, where the last cell has taken the old ones along
+                    continue  # start new ranks if the last cell ended the old ones
                 victim = next(cell for cell in missing if cell.name not in told)
                 ended = {"state": "wrong", "line": f"its ranks ended; see {folder}/{size}.log", "checks": {}}
                 with out.open("a") as log:
@@ -63,7 +63,9 @@ def try_cells(chosen: Sequence[Cell], folder: Path, console: Console) -> list[di
 
 
 def _run_ranks(size: int, chosen: Sequence[Cell], out: Path, folder: Path) -> Iterator[int]:
-    """Run one torchrun to its end, or until a cell takes too long; now and then yields how many cells are told of."""
+    """Run one torchrun to its end, or until a cell takes too long; yield the number of finished cells from time to
+    time.
+    """
     listed = folder / f"{size}.json"
     listed.write_text(json.dumps([asdict(cell) for cell in chosen]))
     with tempfile.TemporaryDirectory(prefix="koopmon-") as sockets, (folder / f"{size}.log").open("ab") as log:
@@ -90,7 +92,7 @@ def _run_ranks(size: int, chosen: Sequence[Cell], out: Path, folder: Path) -> It
 
 
 def _told(out: Path) -> dict[str, dict[str, Any]]:
-    """By the cell's name; a line that was cut short does not count."""
+    """Read results by name of the cell. A truncated line does not count."""
     found = {}
     for line in out.read_text().splitlines() if out.exists() else []:
         try:
@@ -119,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("no cell is left: see --only, --work and --finished")
     folder = options.work or Path(tempfile.mkdtemp(prefix="koopmon-matrix-"))
     console.print(f"[dim]{len(chosen)} cells, kept in {folder}[/dim]")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the ranks would outlive this
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise the ranks would outlive this process
     try:
         rows = try_cells(chosen, folder, console)
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
-"""The cells of the support matrix: ways to train that people combine, and why each is tried.
+"""Cells of the support matrix: common combinations of training methods, and the reason for each.
 
-Not the full product, which has thousands of cells, most of them torch's own business: every single variation around
-each parallel layout, and beside them the pairs in which two mechanisms meet inside one block or one step.
+The full product has thousands of cells, most of which test torch only. The matrix has every single variation of each
+parallel layout, and the pairs in which two mechanisms meet inside one block or one step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Checkpoint = Literal["none", "reentrant-outside", "reentrant-inside", "outside",
 Precision = Literal["fp32", "bf16", "scaler"]
 
 WORLD_SIZES: dict[Parallel, int] = {"single": 1, "hsdp": 4, "fsdp2-tp": 4}
-"""Ranks of a layout, where they are not two."""
+"""Number of ranks of a layout, if not two."""
 PIPELINED: frozenset[Parallel] = frozenset({"pp-gpipe", "pp-1f1b"})
 
 WHY = {
@@ -63,7 +63,7 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """Every cell, those of one world size together, and what needs a compiler behind the others."""
+    """Return every cell, grouped by world size, with those that need a compiler last."""
     found = [cell for parallel in get_args(Parallel) for cell in _around(parallel)]
     return sorted(found, key=lambda cell: (cell.world_size, cell.compile != "eager"))
 
@@ -74,7 +74,7 @@ def _around(parallel: Parallel) -> Iterator[Cell]:
         yield Cell(parallel=parallel, compile=manner, why="axis")
     for place in get_args(Checkpoint)[1:]:
         yield Cell(parallel=parallel, checkpoint=place, why="axis")
-    if parallel not in PIPELINED:  # whose schedule accumulates by itself, microbatch by microbatch
+    if parallel not in PIPELINED:  # its schedule accumulates microbatches by itself
         yield Cell(parallel=parallel, accumulate=2, why="axis")
     for precision in get_args(Precision)[1:]:
         yield Cell(parallel=parallel, precision=precision, why="axis")
@@ -99,4 +99,4 @@ SLICE = (
     "tp-sequence",
     "pp-gpipe",
 )
-"""Names of the cells of two ranks that the tests try."""
+"""Names of the cells of two ranks in the tests."""

@@ -1,7 +1,7 @@
-"""The model of the support matrix, tiny and of every make: B batch, T tokens, D width, L blocks.
+"""Tiny model of the support matrix in all layouts: B batch, T tokens, D width, L blocks.
 
-`plain` is the reference that a single process holds; `Trained` is the same model, with the same initial weights, as a
-cell's layout wraps it.
+`plain` is the reference in a single process. `Trained` is the same model with the same initial weights, wrapped for the
+layout of a cell.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VOCABULARY = 11
 
 
 class Attention(nn.Module):
-    """As many heads as the query's projection is wide: under tensor parallelism, this rank's."""
+    """Attention with the number of heads in the query's projection; under tensor parallelism, those of this rank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-LN; `inside` makes checkpointing run inside the block, around what it adds to the stream."""
+    """Pre-LN block; `inside` applies checkpointing to the branches."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(D), Attention()
         self.norm2, self.mlp = nn.LayerNorm(D), Mlp()
         self.inside: bool | None = None
-        """Reentrant or not; None: no checkpointing."""
+        """True for reentrant checkpointing, False for the other kind, None for none."""
 
     def forward(self, h: Tensor) -> Tensor:
         if self.inside is None:
@@ -77,7 +77,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens (B, T) to logits; `first` and `last` are False on the pipeline stages that take or give states."""
+    """Tokens (B, T) to logits; `first` and `last` are False on pipeline stages without an embedding or a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Decoder(nn.Module):
         self.norm: nn.Module | None = nn.LayerNorm(D)
         self.head: nn.Module | None = nn.Linear(D, VOCABULARY)
         self.outside: bool | None = None
-        """As `Block.inside`, around the calls of whole blocks."""
+        """Checkpointing of whole blocks, as `Block.inside`."""
 
     def embed(self, tokens: Tensor) -> Tensor:
         assert self.embedding is not None
@@ -105,10 +105,10 @@ class Decoder(nn.Module):
 
 
 def plain() -> Decoder:
-    """The model with its initial weights, the same in every process."""
+    """Build the model with its initial weights, equal in every process."""
     torch.manual_seed(3)
     model = Decoder()
-    with torch.no_grad():  # updates large enough to have a spectrum of their own
+    with torch.no_grad():  # updates large enough for an informative spectrum
         for block in model.blocks:
             for parameter in block.parameters():
                 parameter.mul_(1.5)
@@ -116,7 +116,7 @@ def plain() -> Decoder:
 
 
 def states_of(model: Decoder, tokens: Tensor) -> list[Tensor]:
-    """h_0 ... h_L, each (B, T, D), of a model that nothing wraps."""
+    """Compute h_0 ... h_L, each (B, T, D), of an unwrapped model."""
     states = [model.embed(tokens)]
     for block in model.blocks:
         states.append(block(states[-1]))
@@ -124,24 +124,24 @@ def states_of(model: Decoder, tokens: Tensor) -> list[Tensor]:
 
 
 def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Next-token cross-entropy of logits (B, T, V)."""
+    """Compute the next-token cross-entropy of logits (B, T, V)."""
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
 def tokens_at(step: int, micro: int, data_rank: int) -> Tensor:
-    """(B, T) tokens of one microbatch."""
+    """Draw the tokens (B, T) of one microbatch."""
     generator = torch.Generator().manual_seed(100_000 * data_rank + 10 * step + micro)
     return torch.randint(VOCABULARY, (B, T), generator=generator)
 
 
 def autocast(cell: Cell) -> AbstractContextManager[Any]:
-    """What the forward runs in."""
+    """Return the context of the forward pass."""
     dtypes = {"bf16": torch.bfloat16, "scaler": torch.float16}
     return torch.autocast("cpu", dtypes[cell.precision]) if cell.precision in dtypes else nullcontext()
 
 
 def wrapped(cell: Cell) -> nn.Module:
-    """The model as `cell` trains it. Raises what torch raises where it does not combine these."""
+    """Wrap the model for `cell`. Raises torch's exceptions for combinations that torch does not support."""
     model: nn.Module = checkpointed(plain(), cell)
     mesh = _mesh(cell)
     if cell.parallel in ("tp", "tp-sequence", "fsdp2-tp"):
@@ -181,7 +181,7 @@ def _mesh(cell: Cell) -> DeviceMesh | None:
 
 
 def _parallelize(model: Decoder, mesh: DeviceMesh, *, sequence: bool) -> None:
-    """Megatron's plan; with `sequence`, what lies between the blocks is sharded over the tokens."""
+    """Apply Megatron's plan; `sequence` shards the states between blocks over the tokens."""
     columns, rows = ColwiseParallel, RowwiseParallel
     plan: dict[str, Any] = {f"attention.{name}": columns() for name in ("wq", "wk", "wv")}
     plan |= {"attention.wo": rows(), "mlp.up": columns(), "mlp.down": rows()}
@@ -221,7 +221,7 @@ def _distribute(model: nn.Module, cell: Cell, mesh: DeviceMesh | None) -> nn.Mod
 
 
 def synchronising(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """What a microbatch's backward runs in: gradients meet in the `last` one alone."""
+    """Return the context of a microbatch's backward pass: only the `last` one synchronises gradients."""
     inner: Any = getattr(model, "_orig_mod", model)
     if hasattr(inner, "set_requires_gradient_sync"):
         inner.set_requires_gradient_sync(last)
@@ -231,7 +231,7 @@ def synchronising(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
 
 
 def data_rank(cell: Cell, rank: int) -> int:
-    """Whose microbatches a rank trains on."""
+    """Return the data-parallel rank whose microbatches a rank trains on."""
     if cell.parallel == "fsdp2-tp":
         return rank // 2
     return 0 if cell.parallel.startswith(("tp", "pp")) else rank

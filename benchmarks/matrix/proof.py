@@ -1,9 +1,8 @@
-"""What proves a cell of the support matrix: three trainings, without koopmon, watched, and steered.
+"""Proof of a cell of the support matrix by three trainings: without koopmon, watched, and under commands.
 
-Every check is on real runs of all ranks. A cell is *proven* when the agent acts in it by itself and every check holds,
-*untested* when it attaches watch-only and says why, *refused* when it says in one line that it takes no part; and it is
-*wrong* when a check fails, whatever the agent says. Where torch itself does not combine what a cell asks for, it is
-none of these.
+Every check uses real runs of all ranks. A cell is *proven* if the agent acts by default and every check holds,
+*untested* if it attaches watch-only with a reason, and *refused* if it takes no part and logs one line. It is *wrong*
+if a check fails, whatever the agent reports. A combination that torch does not support is none of these.
 """
 
 from __future__ import annotations
@@ -43,14 +42,17 @@ STEER_SECONDS = 300.0
 CHECKED_STEPS = 2
 CONNECT_SECONDS = 20.0
 TOLERANCE = {"fp32": 0.01, "bf16": 0.2, "scaler": 0.2}
-"""Largest difference of the whole gradient from the written one, relative to KSS's part of it: forgetting the
-microbatches, the scaler or a rank is a difference of a half and more."""
+"""Largest difference of the whole gradient from the explicit one, relative to KSS's part of it.
+
+A missing microbatch, scaler or rank would give a difference of a half and more.
+"""
 STATE_TOLERANCE = {"fp32": 1e-4, "bf16": 0.06, "scaler": 0.02}
-"""Largest difference of a sent state from the plain model's, relative to the states' own size: another token's is 1."""
+"""Largest difference of a sent state from the plain model's, relative to the states' size. Another token would give 1.
+"""
 
 
 class Lines(logging.Handler):
-    """What koopmon says to the user."""
+    """koopmon's messages to the user."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -61,7 +63,7 @@ class Lines(logging.Handler):
 
 
 def prove(cell: Cell, rank: int, endpoint: str, monitor: ScriptedMonitor | None) -> dict[str, Any]:
-    """What the ranks found of `cell`, as rank 0 tells it; a collective. `monitor` is rank 0's."""
+    """Return the results of `cell` from rank 0; a collective. `monitor` belongs to rank 0."""
     try:
         losses, parameters = _train_alone(cell, rank)
     except Exception as error:
@@ -102,7 +104,7 @@ def _train_alone(cell: Cell, rank: int) -> tuple[list[float], list[State]]:
 def _watch(
     cell: Cell, rank: int, endpoint: str, monitor: ScriptedMonitor | None, losses: list[float], parameters: list[State]
 ) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Train with koopmon attached and nothing commanded: the agent's status, and what holds."""
+    """Train with koopmon attached and no command: return the agent's status and the results of the checks."""
     forget_compiled()
     training = Training(cell, rank)
     agent = _attach(cell, training, endpoint, "watched", {})
@@ -122,12 +124,12 @@ def _watch(
 
 
 def _with_tokens(checks: dict[str, bool]) -> dict[str, bool]:
-    """Only rank 0 sees the shards; the others agree with it."""
+    """Only rank 0 has the shards, so the others use its result."""
     return checks | {"tokens": checks.get("tokens", True)} if "taps" in checks else checks
 
 
 def _right_tokens(cell: Cell, monitor: ScriptedMonitor, parameters: Sequence[State]) -> bool:
-    """Every sender sent each step's snapshot once, every point of it once, and in it the states of the right tokens."""
+    """Check that every sender sent each step's snapshot once, with every point once and the right tokens."""
     shards = [(header, states) for header, states in list(monitor.shards) if header.run == "watched"]
     senders = sorted({header.process_rank for header, _ in shards})
     num_senders = shards[0][0].num_senders if shards else 0
@@ -155,7 +157,7 @@ def _right_tokens(cell: Cell, monitor: ScriptedMonitor, parameters: Sequence[Sta
 def _steer(
     cell: Cell, rank: int, endpoint: str, monitor: ScriptedMonitor | None, *, always: bool
 ) -> tuple[dict[str, bool], str]:
-    """Train under commands: KSS, then a back-off. What holds, and why the agent refused KSS, if it did."""
+    """Train under commands: KSS, then a back-off. Return the checks, and the reason for a refusal of KSS."""
     forget_compiled()
     training = Training(cell, rank)
     agent = _attach(cell, training, endpoint, "steered", {"limits": {"act": "always"}} if always else {})
@@ -198,11 +200,11 @@ def _steer(
 
 
 class _Script:
-    """What rank 0's monitor commands: KSS as soon as commands reach all ranks, a back-off once that was checked."""
+    """Commands of the monitor at rank 0: KSS as soon as commands reach all ranks, a back-off after its check."""
 
     def __init__(self, agent: koopmon.Agent, monitor: ScriptedMonitor | None) -> None:
         self.refused = ""
-        """Why KSS was refused."""
+        """Return the reason for the refusal of KSS."""
         self._agent = agent
         self._monitor = monitor
         self._sent: list[str] = []
@@ -223,7 +225,7 @@ class _Script:
 def _attach(cell: Cell, training: Training, endpoint: str, run: str, config: dict[str, Any]) -> koopmon.Agent:
     settings = {"sampling": {"num_samples": NUM_SAMPLES}, "cadence": {"dense_every": 1, "initial_credit_seconds": 60.0}}
     agent = koopmon.attach(training.model, training.optimizer, endpoint=endpoint, run=run, config=settings | config)
-    # Stages of a pipeline never learn of each other: what the agent says of that comes with the first forward.
+    # Stages of a pipeline do not communicate with each other: the message of the agent comes with the first forward.
     deadline = time.monotonic() + (1.0 if cell.parallel in PIPELINED else CONNECT_SECONDS)
     while _sends(agent) and not agent.status()["connected"] and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -238,7 +240,7 @@ def _sends(agent: koopmon.Agent) -> bool:
 
 
 def _settle(agent: koopmon.Agent) -> None:
-    """Wait until this step's snapshot has left, so that none finds the buffers taken."""
+    """Wait until the snapshot of this step was sent, so that later ones find a free buffer."""
     deadline = time.monotonic() + 5.0
     while _sends(agent) and time.monotonic() < deadline:
         status = agent.status()
@@ -251,11 +253,11 @@ def _tolerance(table: dict[str, float], cell: Cell) -> float:
     return table["bf16" if cell.parallel == "fsdp2-mixed" else cell.precision]
 
 
-# What the ranks agree on.
+# The ranks share these results.
 
 
 def _first_failure(cell: Cell, error: Exception) -> str:
-    """What failed in the rank that failed first: the others may only have waited for it in vain."""
+    """Return the failure of the first failed rank. The others may only have waited for it."""
     failure = (str(error).strip().splitlines() or [""])[0]
     said = f"{type(error).__name__}: {failure[:160]}"
     if not dist.is_initialized():
@@ -280,7 +282,7 @@ def _anywhere(held: bool) -> bool:
 
 
 def _agree(values: Sequence[float]) -> bool:
-    """Whether every rank holds the same."""
+    """Return True if every rank has equal values."""
     return all(_reduced(each, dist.ReduceOp.MIN) == _reduced(each, dist.ReduceOp.MAX) for each in values)
 
 

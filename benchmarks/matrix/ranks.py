@@ -1,8 +1,7 @@
-"""The ranks of `benchmarks.matrix`, under torchrun: tries one cell after the other; rank 0 writes down what it saw.
+"""Ranks of `benchmarks.matrix` under torchrun: they test one cell after the other, and rank 0 writes the results.
 
-Usage: matrix.ranks CELLS OUT DIRECTORY, where CELLS is a file of `Cell` fields in JSON; appends a line of JSON to
-OUT for each cell that OUT does not tell of. DIRECTORY is for the sockets of a monitor that rank 0 runs. Not for use by
-hand.
+Usage: matrix.ranks CELLS OUT DIRECTORY. CELLS is a JSON file of `Cell` fields. The program appends a line of JSON to
+OUT for each cell without one. DIRECTORY is for the sockets of a monitor that rank 0 runs. It is not for manual use.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def main() -> None:
     out, directory = Path(sys.argv[2]), Path(sys.argv[3])
     finished = {json.loads(line)["name"] for line in out.read_text().splitlines()} if out.exists() else set()
     if size > 1:
-        dist.barrier()  # every rank has read it before rank 0 goes on writing
+        dist.barrier()  # every rank reads the file before rank 0 appends to it
     for index, cell in enumerate(cells):
         if cell.name in finished:
             continue
@@ -47,10 +46,10 @@ def main() -> None:
         else:
             prove(cell, rank, f"ipc://{place}/control", None)
         if size > 1:
-            dist.barrier()  # fails where this cell broke the connections: new ranks go on with the next
+            dist.barrier()  # fails if this cell broke the connections: new ranks continue with the next cell
     if size > 1:
         dist.barrier()
-        time.sleep(0.1)  # gloo lets go of its last collective in a thread that needs the interpreter
+        time.sleep(0.1)  # gloo releases its last collective in a thread that needs the interpreter
         dist.destroy_process_group()
 
 

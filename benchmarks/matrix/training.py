@@ -1,6 +1,4 @@
-"""One training of a cell of the support matrix, the same loop whatever wraps the model; and what it amounts to, written
-out on the plain model.
-"""
+"""One training of a cell of the support matrix, with one loop for all layouts, and its plain equivalent."""
 
 from __future__ import annotations
 
@@ -39,12 +37,12 @@ from koopmon.wire.messages import KssSettings
 
 LEARNING_RATE = 0.05
 MICROBATCHES = 2
-"""Of a pipeline's schedule."""
+"""Number of microbatches of a pipeline's schedule."""
 State = dict[str, Tensor]
 
 
 class Training:
-    """A model as `cell` wraps it, its optimizer and its loop, on this rank."""
+    """Model wrapped for `cell`, with its optimizer and its loop, on this rank."""
 
     def __init__(self, cell: Cell, rank: int) -> None:
         self.cell = cell
@@ -59,7 +57,7 @@ class Training:
             self.scaler = make(device="cpu", init_scale=256.0, growth_interval=3)
 
     def step(self, step: int) -> list[float]:
-        """One optimizer step. Returns the losses of its microbatches that this rank knows."""
+        """Take one optimizer step; return the losses of its microbatches that this rank has."""
         self.optimizer.zero_grad()
         if self.schedule is not None:
             losses = self._run_schedule(step)
@@ -114,19 +112,19 @@ class Training:
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         return [float(loss.detach()) / scale for loss in losses]
 
-    # What there is afterwards.
+    # Results after the training.
 
     def parameters(self) -> State:
-        """All parameters of the whole model, by the plain model's names; a collective."""
+        """Return all parameters of the whole model by the plain model's names; a collective."""
         if self.schedule is None:
             options = StateDictOptions(full_state_dict=True)
             found = get_model_state_dict(self.model, options=options)
-            # Compiled blocks inside FSDP1 keep the compiler's name for what it wraps.
+            # Compiled blocks inside FSDP1 keep the compiler's name for the wrapped module.
             return {name.replace("_orig_mod.", ""): cast(Tensor, each).detach().clone() for name, each in found.items()}
         return self._gathered()
 
     def _gathered(self) -> State:
-        """Of a pipeline: each stage tells the others."""
+        """Collect the parameters of a pipeline: each stage sends its own to the others."""
         mine = {name.removeprefix("_orig_mod."): value for name, value in self.model.state_dict().items()}
         mine = {name.replace("._orig_mod", ""): value for name, value in mine.items()}
         found: State = {}
@@ -149,25 +147,25 @@ def digest(state: State) -> str:
 
 
 def reference(state: State) -> Decoder:
-    """The plain model with these parameters."""
+    """Build the plain model with these parameters."""
     model = plain()
     model.load_state_dict(state)
     return model
 
 
 def mixed(cell: Cell, model: Decoder) -> Decoder:
-    """`model` in the precision in which the layout runs it."""
+    """Convert `model` to the precision of the layout."""
     return model.to(torch.bfloat16) if cell.parallel == "fsdp2-mixed" else model
 
 
 def states_at(cell: Cell, state: State, tokens: Tensor) -> list[Tensor]:
-    """h_0 ... h_L, each (B, T, D), as the plain model with these parameters has them."""
+    """Compute h_0 ... h_L, each (B, T, D), of the plain model with these parameters."""
     with torch.no_grad(), autocast(cell):
         return states_of(mixed(cell, reference(state)), tokens)
 
 
 def gradients(cell: Cell, state: State, settings: KssSettings, step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Gradients of the task and of alpha * mean KSS, flat, written out on the plain model and averaged over ranks."""
+    """Compute the gradients of the task and of alpha * mean KSS, flat, on the plain model, averaged over ranks."""
     found = []
     for part in ("task", "kss"):
         model = reference(state)
@@ -203,11 +201,11 @@ def _penalty(states: list[Tensor], settings: KssSettings, step: int, rank: int) 
 
 
 def flat(state: State) -> Tensor:
-    """Parameters in the order of the plain model's."""
+    """Return the parameters in the order of the plain model's."""
     return torch.cat([state[name].float().flatten() for name, _ in plain().named_parameters()])
 
 
 def forget_compiled() -> None:
-    """Each training compiles for itself."""
+    """Reset the compiler, so that each training compiles again."""
     with suppress(AttributeError):
         torch._dynamo.reset()

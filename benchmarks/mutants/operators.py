@@ -1,7 +1,7 @@
 """Mutants of one module: small changes of its syntax tree, each of which some test should notice.
 
 Left out by rule: annotations, decorators, docstrings, f-strings, assertions, arguments of logging calls and of raised
-errors, keyword arguments named in TEXT, and `strict` of zip, which asserts. `replace(state, field=...)` loses one field
+errors, and keyword arguments named in TEXT and SWITCHES. `replace(state, field=...)` loses one field
 at a time, because such a call is the assignment of an immutable state.
 """
 
@@ -17,6 +17,8 @@ from typing import Any
 TEXT = frozenset({"reason", "message", "remedy", "why", "doc"})
 """Names of keyword arguments and variables that hold text for people."""
 
+SWITCHES = frozenset({"strict", "init"})
+"""Names of keyword arguments that assert (`strict` of zip) or shape a generated method (`init` of a field)."""
 LOGGING = frozenset({"debug", "info", "warning", "error", "exception", "log", "warn"})
 TYPES = frozenset({"Literal", "Annotated", "TypeVar", "NewType", "Meta"})
 WORD = re.compile(r"[a-z][a-z0-9_+-]*")
@@ -132,6 +134,7 @@ class _Finder:
     def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[Mutant]:
         outer_path, outer_scope, outer_lines = list(self._path), self._scope, self._lines
         self._lines = range(node.lineno, node.body[0].lineno)
+        self._around = None
         self._path.append(node.name)
         for defaults in (node.args.defaults, node.args.kw_defaults):
             for at, default in enumerate(defaults):
@@ -264,7 +267,7 @@ class _Finder:
                         child, value if at is not None else node, at if at is not None else name
                     )
                 elif isinstance(child, ast.keyword):
-                    if child.arg not in TEXT and child.arg != "strict":
+                    if child.arg not in TEXT and child.arg not in SWITCHES:
                         yield from self._replacements(child.value, child, "value")
                 elif isinstance(child, ast.comprehension):
                     yield from self._replacements(child.iter, child, "iter")

@@ -45,7 +45,7 @@ MEMORY_BYTES = 6 * 1024**3
 """Address space that a mutant may add: a loop that grows a list ends here instead of taking the machine down."""
 
 
-TRACED_CALLS = 100
+TRACED_CALLS = 5000
 """Calls of one function that one test is traced for: the lines of a loop show in the first ones."""
 
 

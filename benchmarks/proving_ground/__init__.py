@@ -1,1 +1,1 @@
-"""Normalised language models on real text, at learning rates from right to ruinous."""
+"""Normalised language models on real text, at learning rates from usual to ruinous."""

@@ -1,10 +1,10 @@
-"""Does koopmon make a training insensitive to its learning rate? `python -m benchmarks.proving_ground`.
+"""Sensitivity of trainings to the learning rate: `python -m benchmarks.proving_ground`.
 
-Pre-LN and Llama-like decoders on real text, AdamW, warm-up, cosine, gradient clipping at 1.0 in every arm, at seven
-peak rates over a factor of 1,000, and with a schedule that restarts at 30 times its peak. The arms: clipping alone;
-QK-norm, which is another model; ZClip; AdaGC; the rate halved at a loss spike; koopmon's detector and policy with their
-defaults. The detector's thresholds were chosen on other seeds (0, 1, 2). Detector and policy run inside the training's
-process; their decisions take effect two steps after the snapshot, as they do over the wire.
+Pre-LN and Llama-like decoders train on real text with AdamW, warm-up, cosine, and gradient clipping at 1.0 in every
+arm. There are seven peak rates over a factor of 1,000, and a schedule that restarts at 30 times its peak. The arms are
+clipping alone; QK-norm, which is another model; ZClip; AdaGC; the rate halved at a loss spike; and koopmon's detector
+and policy with their defaults. The detector's thresholds were chosen on other seeds (0, 1, 2). Detector and policy run
+inside the training's process. Their decisions take effect two steps after the snapshot, as over the wire.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.proving_ground.training import Arm, Recipe, train
 RESULT = Path(__file__).resolve().parent.parent / "results" / "proving_ground.json"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SMALL, LARGE = (64, 4), (128, 6)
-"""Width and layers."""
+"""Width and number of layers."""
 SEEDS = (10, 11, 12)
 ARMS: tuple[Arm, ...] = ("clip", "qk_norm", "guarded")
 BASELINES: tuple[Arm, ...] = ("zclip", "adagc", "spike")
@@ -38,7 +38,7 @@ RESTART_RATE = 3e-3
 
 
 def plan(seeds: Sequence[int], sizes: Sequence[tuple[int, int]]) -> Iterator[Recipe]:
-    """Every case; the baselines at two rates and the restart at the small size only."""
+    """Return every case; the baselines have two rates, and the restart has the small size only."""
     for (width, num_layers), norm, seed in ((size, norm, seed) for size in sizes for norm in NORMS for seed in seeds):
 
         def case(lr: float, arm: Arm, **more: Any) -> Recipe:
@@ -51,7 +51,7 @@ def plan(seeds: Sequence[int], sizes: Sequence[tuple[int, int]]) -> Iterator[Rec
 
 
 def analyse(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """For each model: final losses by arm and rate, outcomes, sensitivities, and what the guard did."""
+    """Summarise each model: final losses by arm and rate, outcomes, sensitivities, and the effect of the guard."""
     found = []
     for width, num_layers, norm in sorted({(r.case.width, r.case.num_layers, r.case.norm) for r in runs}):
         mine = of(runs, width=width, num_layers=num_layers, norm=norm)

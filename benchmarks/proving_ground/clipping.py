@@ -1,4 +1,4 @@
-"""How gradients are clipped: at a fixed norm in every arm, and the adaptive rules that people put beside it."""
+"""Gradient clipping: a fixed norm in every arm, and adaptive rules of other authors beside it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GradientRule = Callable[[Sequence[nn.Parameter], Tensor], None]
 
 
 def gradient_rule(arm: str, clip: float) -> GradientRule:
-    """The rule of an arm: clipping at `clip`, and before it what the arm adds."""
+    """Build the rule of an arm: clipping at `clip`, after the rule of the arm."""
     extra = ZClip() if arm == "zclip" else AdaGC() if arm == "adagc" else None
 
     def apply(parameters: Sequence[nn.Parameter], norm: Tensor) -> None:
@@ -25,8 +25,10 @@ def gradient_rule(arm: str, clip: float) -> GradientRule:
 
 
 class ZClip:
-    """Gradients whose norm lies more than 2.5 standard deviations above its running mean are scaled down (ZClip,
-    arXiv 2504.02507: z 2.5, decay 0.97, 25 steps of warm-up, the reciprocal rule)."""
+    """ZClip: scales down gradients whose norm is more than 2.5 standard deviations above its running mean.
+
+    Source: arXiv 2504.02507, with z 2.5, decay 0.97, 25 steps of warm-up, and the reciprocal rule.
+    """
 
     THRESHOLD, DECAY, WARMUP = 2.5, 0.97, 25
 
@@ -52,8 +54,10 @@ class ZClip:
 
 
 class AdaGC:
-    """Each tensor's gradient is held to 1.05 times the running mean of its own norm (AdaGC, arXiv 2502.11034: decay
-    0.98, after a warm-up of fixed clipping)."""
+    """AdaGC: bounds each tensor's gradient by 1.05 times the running mean of its own norm.
+
+    Source: arXiv 2502.11034, with decay 0.98, after a warm-up of fixed clipping.
+    """
 
     RATIO, DECAY, WARMUP = 1.05, 0.98, 50
 

@@ -1,4 +1,4 @@
-"""Decoders that people train: Pre-LN with LayerNorm as GPT-2, and RMSNorm with SwiGLU and rotary positions as Llama.
+"""Common decoders: Pre-LN with LayerNorm as in GPT-2, and RMSNorm with SwiGLU and rotary positions as in Llama.
 
 Shapes: B sequences, T tokens, D width, V vocabulary, H heads.
 """
@@ -17,7 +17,7 @@ NORMS: tuple[Norm, ...] = get_args(Norm)
 NUM_HEADS = 4
 VOCABULARY = 256
 INITIAL_STD = 0.02
-"""GPT-2's initialisation; layers that write into the stream are smaller by sqrt(2 L)."""
+"""Standard deviation of GPT-2's initialisation; layers that write into the stream divide it by sqrt(2 L)."""
 ROTARY_BASE = 10_000.0
 
 
@@ -51,7 +51,7 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary positions for x (B, H, T, D/H): pairs of channels turn by an angle that grows with the position."""
+    """Apply rotary positions to x (B, H, T, D/H): pairs of channels rotate by an angle proportional to the position."""
     num_tokens, half = x.shape[-2], x.shape[-1] // 2
     rates = ROTARY_BASE ** (-torch.arange(half, dtype=x.dtype) / half)
     angles = torch.outer(torch.arange(num_tokens, dtype=x.dtype), rates)
@@ -61,7 +61,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 def largest_logit(q: Tensor, k: Tensor) -> Tensor:
-    """The largest logit that a query may attend to, per head; q and k are (B, H, T, D/H), the result (H,)."""
+    """Compute the largest causal logit per head; q and k are (B, H, T, D/H), the result is (H,)."""
     logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     causal = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
     return logits.masked_fill(~causal, -math.inf).amax(dim=(0, 2, 3))
@@ -109,7 +109,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Byte-level decoder: tokens (B, T) to logits (B, T, V). Draws its weights from the global generator."""
+    """Byte-level decoder: tokens (B, T) to logits (B, T, V). It draws its weights from the global generator."""
 
     def __init__(self, norm: Norm, *, width: int, num_layers: int, max_tokens: int, qk_norm: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How a run ended, and what an arm is worth: outcomes, learning-rate sensitivity, intervals."""
+"""Outcomes of runs and arms: final losses, learning-rate sensitivity, intervals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Outcome = Literal["diverged", "ruined", "spiked", "healthy"]
 RUINED = 0.1
 """Nats above the loss at the best rate from which a finished run counts as ruined."""
 SPIKE, BAND = 1.1, 20
-"""A spike: a loss above this times the highest of the steps before, after the warm-up."""
+"""Factor on the highest loss of the steps before, after the warm-up, above which a loss is a spike."""
 RESAMPLES = 2000
 
 Run = Kept[Recipe]
@@ -37,7 +37,7 @@ class Interval:
 
 
 def interval(values: Sequence[float], seed: int = 0) -> Interval:
-    """Raises ValueError without values."""
+    """Compute the interval. Raises ValueError without values."""
     if not values:
         raise ValueError("values: at least one is needed")
     drawn = np.random.default_rng(seed).choice(np.asarray(values), (RESAMPLES, len(values)))
@@ -46,13 +46,13 @@ def interval(values: Sequence[float], seed: int = 0) -> Interval:
 
 
 def final_loss(run: Run) -> float:
-    """Validation loss at the end, in nats; that before the first step when it is lower, or when the run diverged."""
+    """Return the final validation loss in nats, or the initial one if it is lower or the run diverged."""
     first, last = run.scalars["first_loss"], run.scalars["final_loss"]
     return float(first if last is None or not math.isfinite(last) else min(first, last))
 
 
 def outcome(run: Run, best_loss: float) -> Outcome:
-    """`best_loss`: of the best rate with clipping alone, same model and seeds."""
+    """Classify a run; `best_loss` is that of the best rate with clipping alone, for the same model and seeds."""
     if run.scalars["diverged_at"] is not None:
         return "diverged"
     if final_loss(run) > best_loss + RUINED:
@@ -65,12 +65,12 @@ def spiked(losses: np.ndarray[Any, Any]) -> bool:
 
 
 def of(runs: Iterable[Run], **fields: object) -> list[Run]:
-    """The runs whose case has these values."""
+    """Return the runs whose case has these values."""
     return [run for run in runs if all(getattr(run.case, name) == value for name, value in fields.items())]
 
 
 def best_rate(runs: Sequence[Run]) -> tuple[float, float]:
-    """Of runs of one model with clipping alone: the rate with the lowest mean loss over seeds, and that loss."""
+    """Return the rate with the lowest mean loss over seeds and that loss, for runs of one model with clipping alone."""
     rates = sorted({run.case.lr for run in runs})
     means = {lr: statistics.fmean(final_loss(run) for run in of(runs, lr=lr)) for lr in rates}
     lr = min(means, key=means.__getitem__)
@@ -78,14 +78,16 @@ def best_rate(runs: Sequence[Run]) -> tuple[float, float]:
 
 
 def sensitivity(runs: Sequence[Run], best_loss: float) -> Interval:
-    """Learning-rate sensitivity (Wortsman et al. 2023, arXiv 2309.14322): the mean over rates of the final loss minus
-    `best_loss`, for each seed; the interval is over seeds."""
+    """Compute the learning-rate sensitivity (Wortsman et al. 2023, arXiv 2309.14322).
+
+    It is the mean over rates of the final loss minus `best_loss`, for each seed; the interval is over seeds.
+    """
     seeds = sorted({run.case.seed for run in runs})
     return interval([statistics.fmean(final_loss(run) for run in of(runs, seed=seed)) - best_loss for seed in seeds])
 
 
 def false_alarms(runs: Sequence[Run]) -> dict[str, float]:
-    """Of guarded runs that needed no guard: the share that was left alone, and actions per 1,000 steps."""
+    """Return the share of healthy guarded runs without an action, and the actions per 1,000 steps."""
     steps = sum(len(run.series["loss"]) for run in runs)
     touched = [run for run in runs if run.scalars["num_actions"]]
     return {
@@ -96,8 +98,11 @@ def false_alarms(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def shown_at(alone: Run, healthy: Run) -> int | None:
-    """The step from which the loss of `alone` shows that the run is ruined: its mean over 20 steps stays 0.1 above
-    that of `healthy`, the same seed at the best rate. None when it never does."""
+    """Return the step from which the loss of `alone` shows that the run is ruined.
+
+    From there its mean over 20 steps stays 0.1 above that of `healthy`, the same seed at the best rate. None without
+    such a step.
+    """
     width = BAND
     length = min(len(alone.series["loss"]), len(healthy.series["loss"]))
     kernel = np.ones(width) / width
@@ -111,7 +116,7 @@ def shown_at(alone: Run, healthy: Run) -> int | None:
 
 
 def summary(runs: Sequence[Run]) -> Mapping[str, Any]:
-    """Of the guarded runs of one model: whether each ends near the best loss, by the factor on the best rate."""
+    """Return for each guarded run of one model if it ends near the best loss, by the factor on the best rate."""
     alone = of(runs, arm="clip", failure="")
     rate, best = best_rate(alone)
     guarded = of(runs, arm="guarded", failure="")

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the source of Python's standard library, as bytes."""
+"""Real text on every machine: the source of Python's standard library, as bytes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 TRAINING_SHARE = 0.95
-"""The rest, at the end, is for validation."""
+"""Share for training; the rest, at the end, is for validation."""
 
 
 @functools.cache
 def library_source() -> Tensor:
-    """All modules of the standard library but its tests, in the order of their paths; uint8, (about 12.7e6,)."""
+    """Read the standard library except its tests, in the order of the paths; uint8, (about 12.7e6,)."""
     root = Path(sysconfig.get_paths()["stdlib"])
     parts = [
         path.read_bytes()
@@ -26,7 +26,7 @@ def library_source() -> Tensor:
 
 
 def batch(generator: torch.Generator, num_sequences: int, num_tokens: int, *, validation: bool = False) -> Tensor:
-    """Random excerpts, (B, T + 1), int64: the inputs are all but the last token, the labels all but the first."""
+    """Draw random excerpts, (B, T + 1), int64: the inputs are all but the last token, the labels all but the first."""
     text = library_source()
     border = int(len(text) * TRAINING_SHARE)
     low, high = (border, len(text)) if validation else (0, border)

@@ -1,6 +1,6 @@
-"""One training of the proving ground, recorded: what its loss did, what koopmon could have seen, what an arm did.
+"""One recorded training of the proving ground: its loss, the input of koopmon, and the actions of an arm.
 
-Row t of every series is of the forward and backward pass after t optimizer steps, before the next one.
+Row t of every series belongs to the forward and backward pass after t optimizer steps.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from koopmon.config import CadenceConfig
 from koopmon.spectral import SpectralProfile, profile_states
 
 Arm = Literal["clip", "qk_norm", "zclip", "adagc", "spike", "guarded"]
-"""clip: gradient clipping at 1.0 and nothing else. qk_norm: the same, with normalised queries and keys: another
-model. zclip, adagc: other gradient clippings beside it. spike: the rate is halved when the loss jumps. guarded:
-koopmon's detector and policy with their defaults."""
+"""Arms of the comparison.
+
+clip: gradient clipping at 1.0 only. qk_norm: the same with normalised queries and keys, which is another model. zclip,
+adagc: other gradient clippings beside it. spike: the rate is halved when the loss jumps. guarded: koopmon's detector
+and policy with their defaults.
+"""
 Failure = Literal["", "no_warmup", "restart"]
-"""restart: in the middle the schedule starts again, at 30 times the peak rate."""
+"""restart: in the middle, the schedule restarts at 30 times the peak rate."""
 
 CLIP = 1.0
 LOWEST_RATE = 0.1
-"""The cosine ends at this share of the peak rate."""
+"""Share of the peak rate at the end of the cosine."""
 RESTART_FACTOR = 30.0
 MAX_LOSS = 50.0
 VALIDATION_BATCHES = 40
@@ -42,7 +45,7 @@ LAST = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """`lr` is the peak rate; `warmup` linear steps, then a cosine to a tenth. Clipping at 1.0 in every arm."""
+    """`lr` is the peak rate; `warmup` linear steps, then a cosine to a tenth. Every arm clips at 1.0."""
 
     norm: Norm
     width: int = 64
@@ -64,7 +67,7 @@ class Recipe:
         return f"{self.norm}-d{self.width}-l{self.num_layers}-lr{self.lr:g}-s{self.seed}-{self.arm}{more}"
 
     def scheduled_rate(self, step: int) -> float:
-        """What the script asks for at `step`, before koopmon's scale."""
+        """Return the rate of the schedule at `step`, before koopmon's scale."""
         warmed = 1.0 if self.failure == "no_warmup" else min(1.0, (step + 1) / self.warmup)
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / self.steps)))
         restarted = self.failure == "restart" and step >= self.steps // 2
@@ -72,7 +75,7 @@ class Recipe:
 
 
 def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
-    """Train by `recipe`; returns its scalars and its series, for `benchmarks.campaign`."""
+    """Train by `recipe`; return its scalars and its series, for `benchmarks.campaign`."""
     torch.manual_seed(recipe.seed)
     model = LanguageModel(
         recipe.norm,
@@ -106,7 +109,7 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         losses.append(loss.item())
         norms.append(norm.item())
-        if not (losses[-1] <= MAX_LOSS and math.isfinite(norms[-1])):  # NaN too
+        if not (losses[-1] <= MAX_LOSS and math.isfinite(norms[-1])):  # also true for NaN
             diverged_at = step
             break
         scheduled = recipe.scheduled_rate(step)
@@ -133,20 +136,20 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
 
 
 def is_due(step: int, dense_until: int) -> bool:
-    """The agent's cadence: dense at the start and where the policy asked for it, else sparse."""
+    """Return the agent's cadence: dense at the start and on the policy's request, else sparse."""
     dense = step < CADENCE.warmup_steps or step < dense_until
     return step % (CADENCE.dense_every if dense else CADENCE.calm_every) == 0
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Cross-entropy of each next byte; tokens are (B, T + 1), the result is 0-d, in nats."""
+    """Compute the cross-entropy of each next byte, in nats; tokens are (B, T + 1), the result is 0-d."""
     logits = model(tokens[:, :-1])
     return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, recipe: Recipe) -> float:
-    """Mean over the same excerpts of held-out text in every run, in nats."""
+    """Compute the mean loss over the same excerpts of held-out text in every run, in nats."""
     generator = torch.Generator().manual_seed(7)
     batches = [
         text.batch(generator, recipe.batch, recipe.num_tokens, validation=True) for _ in range(VALIDATION_BATCHES)
@@ -155,7 +158,7 @@ def validation_loss(model: nn.Module, recipe: Recipe) -> float:
 
 
 class Recorder:
-    """Takes the states of 512 tokens at every depth, as the agent does, and profiles them at online settings."""
+    """Takes the states of 512 tokens at every depth like the agent, and profiles them at online settings."""
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
@@ -176,7 +179,7 @@ class Recorder:
         self._states.append(state.detach().flatten(0, 1))
 
     def stop(self, step: int) -> SpectralProfile | None:
-        """The profile of this forward; None where the states were not finite."""
+        """Profile this forward; None for states that are not finite."""
         for handle in self._handles:
             handle.remove()
         for attention in self._model.attentions():

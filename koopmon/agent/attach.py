@@ -131,8 +131,7 @@ def _configured(config: Config | Mapping[str, Any] | str | os.PathLike[str] | No
 
 
 def _attached_runtime(key: nn.Module | Optimizer) -> AgentRuntime | None:
-    reference = _runtimes.get(key)
-    runtime = None if reference is None else reference()
+    runtime = _runtimes.get(key, lambda: None)()
     return runtime if runtime is not None and runtime.present else None
 
 

@@ -14,8 +14,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from importlib.abc import MetaPathFinder
+from collections.abc import Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,39 +91,12 @@ def arm() -> bool:
     if _TARGET in sys.modules:
         watch.wrap(sys.modules[_TARGET])
     else:
-        sys.meta_path.insert(0, _Finder(watch.wrap))
+        sys.meta_path.insert(0, watch)
     return True
 
 
-class _Finder(MetaPathFinder):
-    """Import finder that calls `after` once, with the module `torch.optim.optimizer`, and then removes itself."""
-
-    def __init__(self, after: Callable[[ModuleType], None]) -> None:
-        self._after = after
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _TARGET:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        loader: Any = spec.loader
-        execute = loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            del loader.exec_module  # removes the instance attribute; the class's method applies again
-            execute(module)
-            self._after(module)
-
-        loader.exec_module = exec_module
-        return spec
-
-
 class _Watch:
-    """Attaches koopmon to the optimizers that this process makes."""
+    """Attaches koopmon to the optimizers that this process makes. It is also the import finder that waits for torch."""
 
     def __init__(self) -> None:
         self._enabled = True
@@ -132,6 +104,27 @@ class _Watch:
         self._agent: _Closable | None = None
         self._parameters: frozenset[int] = frozenset()
         self._logged: set[str] = set()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find `torch.optim.optimizer`, once, for a loader that wraps its optimizers after their import."""
+        if fullname != _TARGET:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        loader: Any = None if spec is None else spec.loader
+        if loader is None:
+            return spec
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            del loader.exec_module  # removes the instance attribute; the class's method applies again
+            execute(module)
+            self.wrap(module)
+
+        loader.exec_module = exec_module
+        return spec
 
     def disable(self) -> None:
         self._enabled = False

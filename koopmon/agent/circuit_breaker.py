@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from koopmon.errors import raise_from_signal
+from koopmon.errors import describe_error, raise_from_signal
 
 logger = logging.getLogger("koopmon.agent")
 _breakers: weakref.WeakSet[CircuitBreaker] = weakref.WeakSet()
@@ -37,7 +37,7 @@ class CircuitBreaker:
         if self.tripped:
             return
         self.tripped = True
-        self.reason = f"{where}: {type(error).__name__}: {_first_line(error)}"
+        self.reason = f"{where}: {describe_error(error)}"
         logger.warning("koopmon: %s is off, training goes on: %s", self.name, self.reason)
         logger.debug("koopmon: %s", where, exc_info=error)
         if self._on_trip is not None and (on_trip := self._on_trip()) is not None:
@@ -99,7 +99,3 @@ def _trip_in_child() -> None:
 
 # A DataLoader worker inherits the hooks, but not the threads and sockets that they use.
 os.register_at_fork(after_in_child=_trip_in_child)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:300]

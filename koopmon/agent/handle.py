@@ -9,7 +9,6 @@ import msgspec
 from torch import Tensor
 
 from koopmon.agent.runtime import AgentRuntime
-from koopmon.agent.stats import AsyncScalar
 
 logger = logging.getLogger("koopmon.agent")
 
@@ -45,20 +44,14 @@ class Agent:
 
         Each is a number or a tensor with one element. A tensor on a device is copied without synchronising.
         """
-        runtime = self._runtime
-        if runtime is None:
-            return
         for name, value in {"loss": loss, "grad_norm": grad_norm}.items():
-            if value is not None:
-                self._put(name, runtime.stats.measured[name], value)
-
-    def _put(self, name: str, box: AsyncScalar, value: float | Tensor) -> None:
-        try:
-            box.put(value)
-        except Exception as error:
-            if not self._complained:
-                self._complained = True
-                logger.warning("koopmon: log(%s=...) is ignored: %s", name, error)
+            if self._runtime is not None and value is not None:
+                try:
+                    self._runtime.stats.measured[name].put(value)
+                except Exception as error:
+                    if not self._complained:
+                        self._complained = True
+                        logger.warning("koopmon: log(%s=...) is ignored: %s", name, error)
 
     def status(self) -> dict[str, Any]:
         """Return the state of the agent as plain values. Never synchronises with a device."""

@@ -8,7 +8,6 @@ import time
 import weakref
 from typing import Any
 
-import msgspec
 from torch import nn
 from torch.optim import Optimizer
 
@@ -240,7 +239,7 @@ class AgentRuntime:
 
     def _describe(self, **changes: Any) -> None:
         if (io_thread := self.io_thread) is not None:
-            io_thread.describe(msgspec.structs.replace(io_thread.description, **changes))
+            io_thread.describe(**changes)
 
     # Events of the taps.
 
@@ -288,11 +287,12 @@ class AgentRuntime:
             action.apply(state.control, step, update)
         self.stats.hook_seconds += time.perf_counter() - started
 
-    def _apply_lasting(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _apply_lasting(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         update, control = Update(optimizer, args, kwargs), self.lifecycle.state.control
         for action in self._lasting:
             action.apply(control, self._num_updates, update)
-        return update.args, update.kwargs
+        unchanged = update.args is args and update.kwargs is kwargs
+        return None if unchanged else (update.args, update.kwargs)
 
     def _revert_lasting(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for action in self._lasting:
@@ -326,8 +326,8 @@ class AgentRuntime:
         self._num_microbatches = self.taps.num_forwards or self._num_microbatches
         num_layers = 0 if stack is None else len(stack.points)
         forwards = NextForwards(num_layers, self._num_microbatches, state.rank.data_ranks.rank)
-        injections = [action.before_forwards(state.control, step, forwards) for action in self.actions]
-        self.taps.step_edge(due, [injection for injection in injections if injection is not None])
+        changes = [action.before_forwards(state.control, step, forwards) for action in self.actions]
+        self.taps.step_edge(due, [change for change in changes if change is not None])
 
 
 def _family(adapter: ArchitectureAdapter, actions: tuple[ControlAction, ...]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 
@@ -24,8 +24,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (run, monitor, profile, calibrate, report, replay, doctor, demo, adapters, keys, grafana):
-    verb.add_to(app)
+_VERBS: tuple[tuple[Callable[..., int], str], ...] = (
+    (run.run, "run -- torchrun --nproc-per-node 2 train.py --lr 0.003"),
+    (monitor.monitor, "monitor --bind tcp://127.0.0.1:9465 --http 127.0.0.1:9464 --device auto"),
+    (profile.profile, "profile train.py:make_model_and_batch --png spectrum.png"),
+    (calibrate.calibrate, "calibrate ~/.local/state/koopmon/runs/*.sqlite3 --out calibrator.json"),
+    (report.report, "report train-1a2b3c4d --out report"),
+    (replay.replay, "replay train-1a2b3c4d --policy careful.toml"),
+    (doctor.doctor, "doctor --monitor tcp://127.0.0.1:9465 --run train-1a2b3c4d"),
+    (demo.demo, "demo --policy lr"),
+)
+"""Each verb with the example of its help."""
+_NEED_ARGUMENTS = (run.run, profile.profile, calibrate.calibrate, report.report, replay.replay)
+for verb, example in _VERBS:
+    # The words of a job belong to the job, also after its first one.
+    settings = {"allow_interspersed_args": verb is not run.run}
+    app.command(
+        epilog=f"Example: koopmon {example}", no_args_is_help=verb in _NEED_ARGUMENTS, context_settings=settings
+    )(verb)
+for group in (adapters, keys, grafana):
+    group.add_to(app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

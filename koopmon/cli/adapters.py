@@ -24,14 +24,11 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(group, name="adapters")
 
 
-def adapters(
-    context: typer.Context,
-    as_json: AsJson = False,
-) -> int:
-    """List the architecture adapters with the plugin and the distribution that brought each.
+def adapters(context: typer.Context, as_json: AsJson = False) -> int:
+    """List the architecture adapters with the plugin and the distribution of each.
 
-    What cannot be used is listed with the reason: a plugin that fails or takes too long, and an adapter whose name is
-    taken. Of equal claims on a model koopmon's own adapter wins, and a log line says so when the model is attached.
+    Unusable ones are listed with the reason: a plugin that fails or takes too long, and an adapter whose name is taken.
+    If two adapters claim a model equally, koopmon's own wins, with a log line when the model is attached.
     """
     if context.invoked_subcommand is not None:
         return 0

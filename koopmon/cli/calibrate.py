@@ -20,14 +20,6 @@ if TYPE_CHECKING:
     from koopmon.offline.calibration_examples import RunExample
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command(
-        "calibrate",
-        epilog="Example: koopmon calibrate ~/.local/state/koopmon/runs/*.sqlite3 --out calibrator.json",
-        no_args_is_help=True,
-    )(calibrate)
-
-
 def calibrate(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Histories of runs, SQLite.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="File of the calibrator, JSON.")],

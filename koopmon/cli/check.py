@@ -6,7 +6,6 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,7 +91,7 @@ def _adapters(target: str) -> tuple[list[ArchitectureAdapter], PluginManager]:
     known = plugins.adapters(manager)
     if target in known:
         return [plugins.original(known[target])], manager
-    brought = _plugins_of(target)
+    brought = [plugin for plugin, homes in manager.homes.items() if _normal(target) in map(_normal, homes)]
     for plugin in brought:
         if plugin in manager.failures:
             raise AdapterError(f"plugin {plugin} of {target} is not usable: {manager.failures[plugin]}")
@@ -124,18 +123,6 @@ def _instances(target: str, named: Any) -> list[ArchitectureAdapter]:
             raise AdapterError(f"adapter {target!r}: expected an ArchitectureAdapter with a name, it is of type {what}")
     if not found:
         raise AdapterError(f"adapter {target!r}: it gives no adapter")
-    return found
-
-
-def _plugins_of(target: str) -> list[str]:
-    """Return the plugin manager's names of the plugins of a distribution or a package."""
-    wanted, found, seen = _normal(target), [], set()
-    for entry in sorted(entry_points(group="koopmon"), key=lambda entry: (entry.name, entry.value)):
-        name = entry.name if entry.name not in seen else f"{entry.name} of {entry.value}"
-        seen.add(entry.name)
-        homes = {entry.value.split(":")[0].split(".")[0], entry.value, *([entry.dist.name] if entry.dist else [])}
-        if wanted in map(_normal, homes) and name not in found:
-            found.append(name)
     return found
 
 

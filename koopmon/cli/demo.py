@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from koopmon.demo.training import DemoResult, Setting
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("demo", epilog="Example: koopmon demo --policy lr")(demo)
-
-
 SHOWN = "kss+lr"
 """Differs from the default policy of a guarded job: the demonstration shows every action and the effect of KSS."""
 

@@ -27,10 +27,6 @@ SOMETHING_FAILS = 3
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("doctor", epilog="Example: koopmon doctor --monitor tcp://127.0.0.1:9465 --run train-1a2b3c4d")(doctor)
-
-
 def doctor(
     factory: Annotated[
         str | None,

@@ -98,19 +98,15 @@ class EmbeddedMonitor:
                 self._process.wait(PATIENCE_SECONDS)
             except subprocess.TimeoutExpired:
                 on_wait()
-                self._end()
+                try:
+                    self._process.wait(STOP_SECONDS)
+                except subprocess.TimeoutExpired:
+                    self._process.kill()
+                    self._process.wait()
             self._process.stdin.close()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
-
-    def _end(self) -> None:
-        assert self._process is not None
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
     def _command(self) -> list[str]:
         assert self._directory is not None

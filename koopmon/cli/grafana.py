@@ -109,10 +109,12 @@ def push(
     from koopmon.grafana.access import read_access
     from koopmon.grafana.push import PushOptions, push_to
 
-    options = PushOptions(datasource, prometheus_url, folder, docs_url, not no_alerts, force, dry_run)
+    options = PushOptions(
+        datasource, prometheus_url, folder, docs_url, alerts=not no_alerts, force=force, dry_run=dry_run
+    )
     access = read_access(load(config, overrides=grafana_overrides(url, token_file)).grafana, os.environ)
     if access.in_clear:
-        say(f"{access.url} has no TLS: anyone on the way can read the token")
+        say(f"{access.url} has no TLS: others on the network can read the token")
     result = push_to(access, options)
     (_print_json if as_json else _print)(result, access.url, dry_run=dry_run)
     return _status(result)

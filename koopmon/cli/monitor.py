@@ -26,12 +26,6 @@ from koopmon.cli.options import (
 from koopmon.config import load
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command(
-        "monitor", epilog="Example: koopmon monitor --bind tcp://127.0.0.1:9465 --http 127.0.0.1:9464 --device auto"
-    )(monitor)
-
-
 def monitor(
     bind: Annotated[
         str, typer.Option(metavar="ENDPOINT", help="Control endpoint that agents connect to.")

@@ -39,14 +39,6 @@ _COLUMNS = {
 }
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command(
-        "profile",
-        epilog="Example: koopmon profile train.py:make_model_and_batch --png spectrum.png",
-        no_args_is_help=True,
-    )(profile)
-
-
 def profile(
     factory: Annotated[
         str, typer.Argument(metavar="FACTORY", help="module:function or file.py:function that returns (model, batch).")

@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from koopmon.offline.replay import Replayed
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("replay", epilog="Example: koopmon replay train-1a2b3c4d --policy careful.toml", no_args_is_help=True)(
-        replay
-    )
-
-
 def replay(
     run: RunArgument,
     policy: Annotated[

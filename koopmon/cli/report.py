@@ -14,10 +14,6 @@ from koopmon.config import load
 from koopmon.errors import KoopmonError, one_line
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("report", epilog="Example: koopmon report train-1a2b3c4d --out report", no_args_is_help=True)(report)
-
-
 def report(
     run: RunArgument,
     store: HistoryFile = None,

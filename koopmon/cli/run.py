@@ -39,16 +39,6 @@ from koopmon.wire.auth_policy import PLAINTEXT_VARIABLE, AuthPolicy, make_auth_p
 ANSWER_SECONDS = 2.0
 
 
-def add_to(app: typer.Typer) -> None:
-    settings = {"allow_interspersed_args": False}
-    app.command(
-        "run",
-        epilog="Example: koopmon run -- torchrun --nproc-per-node 2 train.py --lr 0.003",
-        no_args_is_help=True,
-        context_settings=settings,
-    )(run)
-
-
 def run(
     command: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The job's command.")],
     monitor: Annotated[
@@ -115,7 +105,7 @@ class JobRequest:
     config: Path | None
     environ: dict[str, str]
 
-    def new_name(self) -> str:
+    def run_name(self) -> str:
         return self.name or new_run_name(script_name(self.command))
 
     def guarded_by(self, endpoint: str, name: str | None, more: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -135,10 +125,10 @@ def _run_with_shared_monitor(job: JobRequest, monitor: str, trust: AuthPolicy, s
     endpoint = trust.check(monitor)
     trust.check_agent_keys(endpoint)
     # Ranks on other nodes have their own launchers, so the agents of a multi-node job agree on a name themselves.
-    name = job.name if spread(job.command, job.environ) else job.new_name()
+    name = job.name if spread(job.command, job.environ) else job.run_name()
     if (why := _why_silent(endpoint, trust)) is not None:
         because = f" ({why})" if why else ""
-        advice = f"the job is guarded once `koopmon monitor --bind {endpoint}` runs; `koopmon doctor` says more"
+        advice = f"the job is guarded once `koopmon monitor --bind {endpoint}` runs; `koopmon doctor` finds the reason"
         say(f"no monitor answers at {endpoint}{because}: {advice}")
     with signals_held() as mask:
         return run_job(job.command, job.guarded_by(endpoint, name, security), mask)
@@ -152,7 +142,7 @@ def _run_with_own_monitor(
             f"the job is on other nodes too, or this is one of its ranks ({where}): start `koopmon monitor` where all "
             "ranks reach it, and give its endpoint with --monitor"
         )
-    name = job.new_name()
+    name = job.run_name()
     store = store or _default_store(name)
     if job.config is not None:
         options = ["--config", str(job.config), *options]

@@ -14,6 +14,7 @@ from torch import Tensor
 from koopmon.conformance.harness import Bench, same_bits
 from koopmon.conformance.result import ConformanceError, demand
 from koopmon.conformance.training import (
+    LEARNING_RATE,
     NUM_SAMPLES,
     SEED,
     Attached,
@@ -112,23 +113,21 @@ def kss(bench: Bench, *, checkpointing: bool = False) -> str:
         require_checkpointing(bench)
     dtype = bench.precise
     alpha = _balanced_alpha(bench)
-    written = _Explicit(bench, dtype, alpha)
+    written = _Explicit(bench, alpha, microbatches=2, learning_rate=0.0)
     plain = Training(bench, dtype=dtype, microbatches=2, learning_rate=0.0)
     guarded = Training(bench, dtype=dtype, microbatches=2, learning_rate=0.0, checkpointing=checkpointing)
     with Attached(guarded, through_shielded=bench.through_shielded) as attached:
         for step in range(3):
-            guarded.backward()
-            plain.backward()
-            written.backward(with_kss=step == 2)
-            if step == 2:
-                break
-            for training in (guarded, plain, written.training):
-                training.update()
+            written.with_kss = step == 2
+            for training in (guarded, plain, written):
+                training.backward()
+                if step < 2:
+                    training.update()
             if step == 0:
                 attached.command("set_kss", kss=replace(KSS, alpha=alpha))
         attached.check()
         demand(attached.alpha == alpha, f"alpha {attached.alpha} is in force after a command of {alpha}")
-    share = written.training.gradient() - plain.gradient()
+    share = written.gradient() - plain.gradient()
     difference = _relative(guarded.gradient() - plain.gradient() - share, share)
     name = str(dtype).removeprefix("torch.")
     allowed = TOLERANCES[dtype]
@@ -170,22 +169,20 @@ def kss_on_and_off(bench: Bench) -> str:
     dtype = bench.precise
     alpha = _balanced_alpha(bench)
     guarded, plain = Training(bench, dtype=dtype), Training(bench, dtype=dtype)
-    hand = _Explicit(bench, dtype, alpha, training=Training(bench, dtype=dtype))
+    hand = _Explicit(bench, alpha)
     alphas = []
     with Attached(guarded, through_shielded=bench.through_shielded) as attached:
         for step in range(6):
             if step in (1, 3):
                 attached.command("set_kss", kss=replace(KSS, alpha=alpha if step == 1 else 0.0))
             alphas.append(attached.alpha)
-            guarded.backward()
-            plain.backward()
-            hand.backward(with_kss=alphas[-1] > 0.0)
-            for training in (guarded, plain, hand.training):
-                training.update()
+            hand.with_kss = alphas[-1] > 0.0
+            for training in (guarded, plain, hand):
+                training.run(1)
         attached.check()
     demand([each > 0.0 for each in alphas] == [False, False, True, True, False, False], f"alpha was in turn {alphas}")
-    share = hand.training.values() - plain.values()
-    difference = _relative(guarded.values() - hand.training.values(), share)
+    share = hand.values() - plain.values()
+    difference = _relative(guarded.values() - hand.values(), share)
     allowed = TOLERANCES[dtype]
     rounding = 4.0 * torch.finfo(dtype).eps * _relative(plain.values(), share)
     demand(
@@ -196,23 +193,25 @@ def kss_on_and_off(bench: Bench) -> str:
     return f"on for two steps and off again, relative difference {difference:.0e} from the same by hand"
 
 
-class _Explicit:
-    """A training with alpha * mean over layers of L_KSS in its loss, differentiated by autograd."""
+class _Explicit(Training):
+    """A training with alpha * mean over layers of L_KSS in its loss, differentiated by autograd, while `with_kss`."""
 
-    def __init__(self, bench: Bench, dtype: torch.dtype, alpha: float, *, training: Training | None = None) -> None:
-        self.training = training or Training(bench, dtype=dtype, microbatches=2, learning_rate=0.0)
+    def __init__(
+        self, bench: Bench, alpha: float, *, microbatches: int = 1, learning_rate: float = LEARNING_RATE
+    ) -> None:
+        super().__init__(bench, dtype=bench.precise, microbatches=microbatches, learning_rate=learning_rate)
         self.alpha = alpha
-        self._stack = bench.stack(self.training.model)
-        self._witness = Witness(bench, self.training.model, self._stack, graph=True)
+        self.with_kss = False
+        self._stack = bench.stack(self.model)
+        self._witness = Witness(bench, self.model, self._stack, graph=True)
         self.trusted = 0
         """Number of block gradients accepted by `kss_gradient` so far."""
 
-    def backward(self, *, with_kss: bool) -> None:
-        self.training.backward(self._penalty if with_kss else None)
-
-    def _penalty(self) -> Tensor:
-        seen, step, num_layers = self._witness.forwards[-1], self.training.step, len(self._stack.points)
-        rows = _rows(seen, KSS.num_samples, step, fill=True)
+    def penalty(self) -> Tensor | None:
+        if not self.with_kss:
+            return None
+        seen, num_layers = self._witness.forwards[-1], len(self._stack.points)
+        rows = _rows(seen, KSS.num_samples, self.step, fill=True)
         total = torch.zeros((), dtype=seen.states[0].dtype, device=seen.states[0].device)
         for layer in range(num_layers):
             state = seen.states[layer + 1]
@@ -234,11 +233,12 @@ class _Explicit:
 def _balanced_alpha(bench: Bench) -> float:
     """Return the alpha at which the gradient norms of KSS and of the task are equal. It is measured once."""
     if bench.alpha is None:
-        probing = _Explicit(bench, bench.precise, 1.0)
-        probing.backward(with_kss=False)
-        task = probing.training.gradient()
-        probing.backward(with_kss=True)
-        share = probing.training.gradient() - task
+        probing = _Explicit(bench, 1.0, microbatches=2, learning_rate=0.0)
+        probing.backward()
+        task = probing.gradient()
+        probing.with_kss = True
+        probing.backward()
+        share = probing.gradient() - task
         demand(torch.isfinite(share).all(), "the gradient of the example's KSS loss is not finite")
         demand(probing.trusted, "no block's KSS gradient can be trusted: the example's states are degenerate")
         demand(share.any(), "the KSS loss of the states that the adapter reads has no gradient in any parameter")

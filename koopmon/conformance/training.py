@@ -7,7 +7,6 @@ its outgoing items; `Attached` submits the commands. Every check is therefore a 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 from unittest import SkipTest
@@ -73,8 +72,12 @@ class Training:
         self._dtype = dtype
         self._microbatches = microbatches
 
-    def backward(self, penalty: Callable[[], Tensor] | None = None) -> None:
-        """Compute the gradient of the mean loss over the microbatches, plus penalty() if given."""
+    def penalty(self) -> Tensor | None:
+        """Return a term to add to the loss of the last forward pass; None for no term."""
+        return None
+
+    def backward(self) -> None:
+        """Compute the gradient of the mean loss over the microbatches, plus `penalty`."""
         self.optimizer.zero_grad()
         for index in range(self._microbatches):
             seed = 1 + self.step * self._microbatches + index
@@ -82,7 +85,8 @@ class Training:
             with seeded(seed):
                 loss = self.bench.loss(self.model, batch)
                 self.losses.append(loss.detach().clone())
-                whole = loss if penalty is None else loss + penalty()
+                penalty = self.penalty()
+                whole = loss if penalty is None else loss + penalty
                 (whole / self._microbatches).backward()  # type: ignore[no-untyped-call]
                 self.random_states.append(torch.get_rng_state())
 

@@ -108,7 +108,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--out", type=Path, help="one JSON line per step goes here; standard output if absent")
+    parser.add_argument("--out", type=Path, help="file for one JSON line per step; default: standard output")
     return parser.parse_args(argv)
 
 

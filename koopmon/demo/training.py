@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from koopmon.errors import KoopmonError, StoreError
@@ -92,14 +92,14 @@ class DemoResult:
 
     @property
     def start_loss(self) -> float:
-        return _mean([step.loss for step in self.record.steps[:START_STEPS]])
+        return fmean(step.loss for step in self.record.steps[:START_STEPS])
 
     @property
     def final_loss(self) -> float:
         """Mean loss over the last steps; for a diverged run, its last loss."""
         if self.diverged:
             return self.record.steps[-1].loss
-        return _mean([step.loss for step in self.record.steps[-FINAL_STEPS:]])
+        return fmean(step.loss for step in self.record.steps[-FINAL_STEPS:])
 
     @property
     def survived(self) -> bool:
@@ -142,17 +142,17 @@ def run_training(
         try:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
-                on_progress(_hear(log, store, run))
+                on_progress(_read_record(log, store, run))
         finally:
-            _end(process)
-    heard = _hear(log, store, run)
-    on_progress(heard)
-    if not heard.steps or (process.returncode != 0 and not heard.steps[-1].diverged):
-        raise DemoError(f"the {label} training ended with status {process.returncode}: {_last_words(out)} (see {out})")
+            _terminate(process)
+    record = _read_record(log, store, run)
+    on_progress(record)
+    if not record.steps or (process.returncode != 0 and not record.steps[-1].diverged):
+        raise DemoError(f"the {label} training ended with status {process.returncode}: {_last_line(out)} (see {out})")
     summary = json.loads(result.read_text(encoding="utf-8")) if policy is not None else {}
     if policy is not None and not summary.get("adapter"):
-        raise DemoError(f"koopmon did not attach to the {label} training: {_last_words(out)} (see {out})")
-    return DemoResult(policy=policy, record=heard, seconds=time.monotonic() - started, summary=summary)
+        raise DemoError(f"koopmon did not attach to the {label} training: {_last_line(out)} (see {out})")
+    return DemoResult(policy=policy, record=record, seconds=time.monotonic() - started, summary=summary)
 
 
 def _environment() -> dict[str, str]:
@@ -161,7 +161,7 @@ def _environment() -> dict[str, str]:
     return environ | {"OMP_NUM_THREADS": "1"}
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _terminate(process: subprocess.Popen[bytes]) -> None:
     """Stop a training that still runs when this process leaves early."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
@@ -172,7 +172,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def _hear(log: Path, store: Path, run: str) -> DemoRecord:
+def _read_record(log: Path, store: Path, run: str) -> DemoRecord:
     steps = list(_read_steps(log))
     if not store.exists():
         return DemoRecord(steps)
@@ -196,14 +196,10 @@ def _read_steps(log: Path) -> Iterator[LoggedStep]:
         yield LoggedStep(step=row["step"], loss=row["loss"], grad_norm=row["grad_norm"], diverged=diverged)
 
 
-def _last_words(path: Path) -> str:
+def _last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for sign in ("koopmon: not attached", "Error: ", "koopmon: ", ""):
         found = [line.strip() for line in lines if sign in line and line.strip()]
         if found:
             return found[-1]
-    return "it said nothing"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
+    return "no output"

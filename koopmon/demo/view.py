@@ -41,20 +41,20 @@ class LiveView:
         shown = list(_COLUMNS.items())[: None if guarded else _ALONE]
         console.print(Text("".join(name.rjust(width) for name, width in shown), style="dim"))
 
-    def update(self, heard: DemoRecord) -> None:
-        for step in heard.steps:
+    def update(self, record: DemoRecord) -> None:
+        for step in record.steps:
             if step.step > self._printed_step and (step.step % EVERY_STEPS == 0 or step.diverged):
-                self._print_commands(heard, step.step)
-                self._print_step(heard, step)
+                self._print_commands(record, step.step)
+                self._print_step(record, step)
                 self._printed_step = step.step
-        self._print_commands(heard, heard.steps[-1].step if heard.steps else -1)
+        self._print_commands(record, record.steps[-1].step if record.steps else -1)
 
-    def _print_step(self, heard: DemoRecord, step: LoggedStep) -> None:
+    def _print_step(self, record: DemoRecord, step: LoggedStep) -> None:
         widths = iter(_COLUMNS.values())
         line = Text(str(step.step).rjust(next(widths)))
         for value in (step.loss, step.grad_norm):
             line.append(_number(value, next(widths)))
-        seen = _latest(heard.observations, step.step)
+        seen = _latest(record.observations, step.step)
         if seen is not None:
             for name in ("spectral_radius", "update_ratio", "near_unit_mass"):
                 line.append(_number(seen.observation.get(name), next(widths)))
@@ -65,8 +65,8 @@ class LiveView:
             line.append("   diverged", style="bold red")
         self._console.print(line, soft_wrap=True)
 
-    def _print_commands(self, heard: DemoRecord, up_to: int) -> None:
-        for each in (each for decision in heard.decisions for each in decision.commands):
+    def _print_commands(self, record: DemoRecord, up_to: int) -> None:
+        for each in (each for decision in record.decisions for each in decision.commands):
             if each.step is None or each.step > up_to or each.command.id in self._printed_commands:
                 continue
             self._printed_commands.add(each.command.id)
@@ -82,7 +82,7 @@ def summary_table(outcomes: Sequence[DemoResult]) -> Table:
     for heading in ("guarded by", "outcome", "loss", "back-offs", "KSS", "highest risk"):
         table.add_column(heading, no_wrap=True)
     for outcome in outcomes:
-        end = f"died at step {outcome.last_step}" if outcome.diverged else "finished"
+        end = f"diverged at step {outcome.last_step}" if outcome.diverged else "finished"
         told = Text(end, style="bold red" if outcome.diverged else "bold green")
         losses = f"{outcome.start_loss:.3g} to {outcome.final_loss:.3g}"
         table.add_row(outcome.policy or "nobody", told, losses, *_guard_cells(outcome))
@@ -98,7 +98,7 @@ def verdict(unguarded: DemoResult, guarded: DemoResult, yardstick: DemoResult | 
         first = guarded.first_command_step
         lead = "" if first is None else f", first acting {unguarded.last_step - first} steps before that"
         lines.append(
-            f"Unguarded it died at step {unguarded.last_step}. koopmon saved it{lead}: "
+            f"Unguarded, it diverged at step {unguarded.last_step}. koopmon saved it{lead}: "
             f"loss {guarded.start_loss:.2f} to {guarded.final_loss:.2f}."
         )
     else:

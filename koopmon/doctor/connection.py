@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from koopmon import __version__
 from koopmon.doctor.findings import Finding, fail, ok, warn
 from koopmon.errors import EndpointError, KeysError, KoopmonError
 from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.endpoints import is_loopback, reached_beside
-from koopmon.wire.keys import MONITOR, public_file, read_public
+from koopmon.wire.keys import MONITOR
 from koopmon.wire.messages import PROTOCOL_VERSION, ProbeReply
 from koopmon.wire.probe import NOBODY, ProbeResult, probe, reaches_data
 
@@ -89,9 +88,7 @@ class Connection:
             trust.check_agent_keys(endpoint)
         except KeysError as error:
             return fail("keys", str(error), "`koopmon keys make agent`, and copy monitor.key from the monitor's host")
-        assert trust.directory is not None, "it uses keys"
-        until = read_public(public_file(trust.directory, MONITOR)).previous_until
-        rotating = until is not None and until.astimezone(UTC) > datetime.now(UTC)
+        rotating = len(trust.monitor_key()) > 1
         also = "; a key rotation is in progress, and both keys of the monitor are valid" if rotating else ""
         return ok("keys", f"agent {trust.agent!r} has its secret key and the monitor's public key{also}")
 
@@ -143,7 +140,7 @@ _FAR = "check that `koopmon monitor --bind {}` runs on that host, and that the p
 
 def _fix_of(failure: str, trust: AuthPolicy) -> str:
     name = f"{trust.agent}.key"
-    if "does not know this agent's key" in failure or "no agent's any more" in failure:
+    if "does not know this agent's key" in failure or "no agent has the peer's key" in failure:
         return f"copy {trust.directory}/{name} to agents/{name} in the monitor's key directory"
     if "monitor.key" in failure:
         return f"copy monitor.key from the monitor's host to {trust.directory}/{MONITOR}.key"

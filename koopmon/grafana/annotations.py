@@ -53,7 +53,7 @@ class Annotations:
     def __init__(self, access: GrafanaAccess, queue_length: int) -> None:
         parts = urlsplit(access.url)
         if access.in_clear:
-            logger.warning("grafana %s has no TLS: whoever is on the way can read the token", access.url)
+            logger.warning("grafana %s has no TLS: others on the network can read the token", access.url)
         self._access = access
         self._host, self._port = str(parts.hostname), parts.port
         self._path = f"{parts.path}api/annotations"

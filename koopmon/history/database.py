@@ -1,4 +1,4 @@
-"""Open the history file for writing.
+"""Open the history file for writing, for this process alone.
 
 A damaged store is renamed. It is never written to or overwritten.
 """
@@ -6,9 +6,12 @@ A damaged store is renamed. It is never written to or overwritten.
 from __future__ import annotations
 
 import datetime
+import fcntl
 import logging
+import os
 import sqlite3
 from pathlib import Path
+from typing import IO
 
 from koopmon.errors import StoreError, one_line
 from koopmon.history.schema import APPLICATION_ID, SQLITE_ERRORS, prepare
@@ -24,6 +27,25 @@ COMPANIONS = ("-wal", "-shm")
 
 class DamageError(sqlite3.DatabaseError):
     """SQLite's integrity check failed."""
+
+
+def take_lock(path: Path) -> IO[str]:
+    """Hold the lock file `path`.lock until it is closed. The system releases it when the process ends, also in a crash.
+
+    Raises StoreError if another process holds it, OSError as open() does.
+    """
+    lock = open(path.with_name(path.name + ".lock"), "a+", encoding="ascii")  # noqa: SIM115 - the caller holds it open
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip() or "unknown"
+        lock.close()
+        raise StoreError(f"store {path}: in use by another monitor (pid {owner}): choose another file") from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
 
 
 def open_database(path: Path) -> sqlite3.Connection:

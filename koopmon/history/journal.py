@@ -22,8 +22,7 @@ import msgspec
 
 from koopmon.config import StoreConfig
 from koopmon.errors import StoreError, one_line
-from koopmon.history.database import is_damage, open_database, set_aside
-from koopmon.history.lock import take_lock
+from koopmon.history.database import is_damage, open_database, set_aside, take_lock
 from koopmon.history.retention import Retention
 from koopmon.history.schema import SCHEMA_VERSION, SQLITE_ERRORS
 

@@ -87,44 +87,39 @@ class HistoryWriter(Journal):
     @records()
     def record_profile(
         self,
+        /,
         at: float,
         run: str,
         incarnation: str,
         step: int,
         *,
-        num_shards: int,
-        masked: bool,
-        seconds: float,
         profile: Mapping[str, Any] | None,
         observables: Observables | None = None,
+        **columns: float,
     ) -> None:
-        """Record one snapshot: its profile as plain values, None for non-finite states, and its observables."""
-        row = self._incarnation(at, run, incarnation)
-        self._database.execute(
-            "INSERT INTO profiles (incarnation_id, step, time, num_shards, masked, non_finite, seconds, profile)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (row, step, at, num_shards, masked, profile is None, seconds, packed_profile(profile, observables)),
-        )
+        """Record one snapshot: its profile as plain values, None for non-finite states, and its observables.
+
+        The columns are num_shards, masked and seconds.
+        """
+        packed = packed_profile(profile, observables)
+        self._insert("profiles", at, run, incarnation, step=step, non_finite=profile is None, profile=packed, **columns)
 
     @records()
     def record_observation(
         self,
+        /,
         at: float,
         run: str,
         incarnation: str,
         training: TrainingStep,
         *,
-        non_finite: bool,
         observation: Any,
-        risk: float,
-        reason: str,
         components: Mapping[str, float],
+        **columns: Any,
     ) -> None:
-        """Record one input of the detector at a snapshot, with its risk, reason and components."""
-        row = self._incarnation(at, run, incarnation)
-        texts = {"observation": to_json(observation), "reason": reason, "components": to_json(components)}
-        values = {"incarnation_id": row, "time": at, "non_finite": non_finite, "risk": risk, **texts}
-        self._insert("observations", values, training)
+        """Record one input of the detector and its components. The columns are non_finite, risk and reason."""
+        texts = {"observation": to_json(observation), "components": to_json(components)}
+        self._insert("observations", at, run, incarnation, **msgspec.structs.asdict(training), **texts, **columns)
 
     @records()
     def record_memory(self, at: float, run: str, incarnation: str, memory: bytes) -> None:
@@ -135,46 +130,24 @@ class HistoryWriter(Journal):
     @records(commit=True)
     def record_decision(
         self,
+        /,
         at: float,
         run: str,
         incarnation: str,
         step: int,
         *,
-        phase: str,
-        reason: str,
-        risk: float,
         commands: Sequence[Command],
         outcome: Literal["pending", "dry_run"],
+        **columns: Any,
     ) -> None:
-        """Record a decision with its commands.
+        """Record a decision with its commands. The columns are phase, reason and risk.
 
         The decision is on disk when this returns, before any of its commands is sent.
         """
-        row = self._incarnation(at, run, incarnation)
-        decision = self._database.execute(
-            "INSERT INTO decisions (incarnation_id, step, time, phase, reason, risk) VALUES (?, ?, ?, ?, ?, ?)",
-            (row, step, at, phase, reason, risk),
-        ).lastrowid
+        decision = self._insert("decisions", at, run, incarnation, step=step, **columns)
         self._database.executemany(
             "INSERT INTO commands (id, decision_id, time, kind, command, outcome) VALUES (?, ?, ?, ?, ?, ?)",
             [(command.id, decision, at, command.kind, to_json(command), outcome) for command in commands],
-        )
-
-    @records()
-    def replace_profile(
-        self,
-        at: float,
-        run: str,
-        incarnation: str,
-        step: int,
-        profile: Mapping[str, Any],
-        observables: Observables | None = None,
-    ) -> None:
-        """Replace the recorded profile of a snapshot by a more complete one."""
-        row = self._incarnation(at, run, incarnation)
-        self._database.execute(
-            "UPDATE profiles SET profile = ? WHERE incarnation_id = ? AND step = ?",
-            (packed_profile(profile, observables), row, step),
         )
 
     @records(commit=True)
@@ -225,16 +198,17 @@ class HistoryWriter(Journal):
     @records()
     def record_heartbeat(self, at: float, heartbeat: Heartbeat) -> None:
         """Record the scalars of one heartbeat. The caller limits the rate."""
-        row = self._incarnation(at, heartbeat.run, heartbeat.incarnation)
-        self._database.execute("UPDATE runs SET state = 1, last_seen = ? WHERE name = ?", (at, heartbeat.run))
-        values = {name: getattr(heartbeat, name) for name in ("process_rank", "step_seconds", "overhead_ratio")}
-        self._insert("heartbeats", {"incarnation_id": row, "time": at, **values}, heartbeat.training)
+        run, scalars = heartbeat.run, msgspec.structs.asdict(heartbeat.training)
+        scalars |= {name: getattr(heartbeat, name) for name in ("process_rank", "step_seconds", "overhead_ratio")}
+        self._insert("heartbeats", at, run, heartbeat.incarnation, **scalars)
+        self._database.execute("UPDATE runs SET state = 1, last_seen = ? WHERE name = ?", (at, run))
 
-    def _insert(self, table: str, values: Mapping[str, Any], training: TrainingStep) -> None:
-        """Insert a row with `values` and the fields of `training`, each in the column of its name."""
-        values = {**values, **{name: scalar(value) for name, value in msgspec.structs.asdict(training).items()}}
+    def _insert(self, table: str, at: float, run: str, incarnation: str, **columns: Any) -> int | None:
+        """Insert a row of an incarnation; return its id."""
+        columns |= {"incarnation_id": self._incarnation(at, run, incarnation), "time": at}
+        values = [scalar(value) if isinstance(value, float) else value for value in columns.values()]
         marks = ", ".join("?" * len(values))
-        self._database.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
+        return self._database.execute(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})", values).lastrowid
 
     def _incarnation(self, at: float, run: str, incarnation: str) -> int:
         known = self._ids.get((run, incarnation))

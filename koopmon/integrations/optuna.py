@@ -96,9 +96,7 @@ def prune_by_initial_risk(
     calibrator: Calibrator | str | os.PathLike[str] | None = None,
     max_probability: float = 0.5,
     max_near_unit_mass: float | None = None,
-    num_samples: int = 512,
-    svd_rank: int | None = 32,
-    **batch_kwargs: Any,
+    **options: Any,
 ) -> InitialForecast:
     """Raise `optuna.TrialPruned` when the configuration is likely to diverge; otherwise return its forecast.
 
@@ -107,23 +105,16 @@ def prune_by_initial_risk(
     is required. The trial keeps both figures as user attributes `koopmon:divergence_probability` and
     `koopmon:near_unit_mass`. A configuration without figures is not pruned; `koopmon:reason` holds the reason.
 
-    Raises ConfigError for arguments that allow no decision or lie out of bounds, and the exceptions of `forecast`.
+    `options` are further arguments of `forecast`. Raises ConfigError for arguments that allow no decision or lie out of
+    bounds, and the exceptions of `forecast`.
     """
     if (calibrator is None) != (learning_rate is None):
-        raise ConfigError("calibrator and learning_rate go together: the probability is one of diverging at a rate")
+        raise ConfigError("calibrator and learning_rate go together: the probability depends on the rate")
     if calibrator is None and max_near_unit_mass is None:
-        raise ConfigError("nothing decides: give a calibrator and the learning_rate, or a max_near_unit_mass")
+        raise ConfigError("no criterion: give a calibrator and the learning_rate, or a max_near_unit_mass")
     if not 0.0 < max_probability < 1.0:
-        raise ConfigError(f"max_probability = {max_probability}: allowed is what lies between 0 and 1")
-    found = forecast(
-        model,
-        *batch,
-        learning_rate=learning_rate,
-        calibrator=calibrator,
-        num_samples=num_samples,
-        svd_rank=svd_rank,
-        **batch_kwargs,
-    )
+        raise ConfigError(f"max_probability = {max_probability}: allowed are numbers between 0 and 1")
+    found = forecast(model, *batch, learning_rate=learning_rate, calibrator=calibrator, **options)
     for name in ("divergence_probability", "near_unit_mass"):
         if getattr(found, name) is not None:
             trial.set_user_attr(f"koopmon:{name}", getattr(found, name))

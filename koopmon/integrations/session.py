@@ -46,7 +46,7 @@ class Session:
 
     def __init__(self, **arguments: Any) -> None:
         """Store the arguments of `koopmon.attach`."""
-        self.agent = Agent(None, "the training has not begun")
+        self.agent = Agent(None, "the training has not started")
         self._arguments = arguments
 
     def begin(self, model: nn.Module, optimizers: Sequence[object], *, refused: str = "") -> None:
@@ -58,7 +58,7 @@ class Session:
         stepping = [each for each in optimizers if isinstance(each, Optimizer) and _moves_something(each)]
         if not refused and len(stepping) != 1:
             counted = f"{len(stepping)} optimizers" if stepping else "no torch.optim.Optimizer"
-            refused = f"the trainer has {counted}, and koopmon guards one"
+            refused = f"the trainer has {counted}, koopmon needs exactly one"
         if refused:
             log_for_job(logger, f"not attached, training goes on: {refused}")
             self.agent = Agent(None, refused)

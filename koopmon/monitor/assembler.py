@@ -94,6 +94,7 @@ class _Pending:
         return len(self.shards) == self.num_senders
 
 
+@dataclass(slots=True, kw_only=True)
 class Assembler:
     """Store of shards until their step is complete, a later step is complete, or `timeout_seconds` have passed.
 
@@ -107,23 +108,14 @@ class Assembler:
         on_failure: called with (run, error) for a snapshot whose assembly raised. Other snapshots continue.
     """
 
-    def __init__(
-        self,
-        *,
-        timeout_seconds: float,
-        max_bytes: int,
-        min_samples: int,
-        on_drop: Callable[[str, str], None],
-        on_failure: Callable[[str, Exception], None],
-    ) -> None:
-        self._timeout_seconds = timeout_seconds
-        self._max_bytes = max_bytes
-        self._min_samples = min_samples
-        self._on_drop = on_drop
-        self._on_failure = on_failure
-        self._pending: dict[tuple[RunKey, int], _Pending] = {}
-        self._done: dict[RunKey, int] = {}
-        self.num_bytes = 0
+    timeout_seconds: float
+    max_bytes: int
+    min_samples: int
+    on_drop: Callable[[str, str], None]
+    on_failure: Callable[[str, Exception], None]
+    num_bytes: int = field(default=0, init=False)
+    _pending: dict[tuple[RunKey, int], _Pending] = field(default_factory=dict, init=False)
+    _done: dict[RunKey, int] = field(default_factory=dict, init=False)
 
     def add(self, now: float, shard: Shard, states: Sequence[Tensor]) -> list[Snapshot]:
         """Store one shard and return the snapshots that are ready, in the order of their steps.
@@ -161,7 +153,7 @@ class Assembler:
 
     def expire(self, now: float) -> list[Snapshot]:
         """Close the steps that are `timeout_seconds` old at `now`; return their usable snapshots."""
-        due = [key for key, pending in self._pending.items() if now - pending.since >= self._timeout_seconds]
+        due = [key for key, pending in self._pending.items() if now - pending.since >= self.timeout_seconds]
         return self._close_all(due)
 
     def flush(self) -> list[Snapshot]:
@@ -176,20 +168,20 @@ class Assembler:
 
     def next_deadline(self) -> float:
         """Compute the time of the next due `expire`, in seconds of the clock of `now`; infinity without shards."""
-        return min((pending.since for pending in self._pending.values()), default=math.inf) + self._timeout_seconds
+        return min((pending.since for pending in self._pending.values()), default=math.inf) + self.timeout_seconds
 
     def _make_room(self, num_bytes: int, key: tuple[RunKey, int]) -> bool:
         """Drop the oldest steps until `num_bytes` more fit; return False when `key` itself was dropped.
 
         `key` is dropped last. Each dropped step counts as closed, so its later shards are "late".
         """
-        while self.num_bytes + num_bytes > self._max_bytes:
+        while self.num_bytes + num_bytes > self.max_bytes:
             # Dictionaries keep the order of insertion, so the first key is the oldest step.
             oldest = next((other for other in self._pending if other != key), key)
             if oldest in self._pending:
                 self._remove(oldest)
             self._done[oldest[0]] = max(oldest[1], self._done.get(oldest[0], -1))
-            self._on_drop(oldest[0][0], "assembler_full")
+            self.on_drop(oldest[0][0], "assembler_full")
             if oldest == key:
                 return False
         return True
@@ -207,7 +199,7 @@ class Assembler:
             try:
                 snapshot = self._close(key)
             except Exception as error:
-                self._on_failure(key[0][0], error)
+                self.on_failure(key[0][0], error)
             else:
                 snapshots += [] if snapshot is None else [snapshot]
         return snapshots
@@ -217,14 +209,16 @@ class Assembler:
         run_key, step = key
         pending = self._remove(key)
         self._done[run_key] = max(step, self._done.get(run_key, -1))
+        # Half of the ranks was chosen by hand. One lost shard of many must not cost the snapshot. The detector compares
+        # snapshots, so a snapshot of few ranks would look like a change.
         if not pending.complete and 2 * len(pending.shards) < pending.num_senders:
-            self._on_drop(run_key[0], "incomplete")
+            self.on_drop(run_key[0], "incomplete")
             return None
         # The order of the ranks keeps row i at the same token at every point, whatever the order of arrival.
         shards = [pending.shards[rank] for rank in sorted(pending.shards)]
         blocks = _join_stages(shards, pending.complete)
-        if blocks is None or (not pending.complete and sum(map(len, blocks[0])) < self._min_samples):
-            self._on_drop(run_key[0], "incomplete")
+        if blocks is None or (not pending.complete and sum(map(len, blocks[0])) < self.min_samples):
+            self.on_drop(run_key[0], "incomplete")
             return None
         return _snapshot([header for header, _ in shards], blocks)
 

@@ -27,19 +27,19 @@ from koopmon.errors import EndpointError, ProtocolError
 from koopmon.grafana.access import read_access
 from koopmon.grafana.annotations import Annotate, Annotations, no_annotations
 from koopmon.history.writer import HistoryWriter
-from koopmon.monitor.authorization import Authorization
-from koopmon.monitor.device import check_device
-from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.engine import Engine, Result, check_device
 from koopmon.monitor.failures import Failures
+from koopmon.monitor.history_sink import COMMIT_SECONDS
 from koopmon.monitor.http.auth import read_http_auth, read_tls
 from koopmon.monitor.http.live_backfill import LiveBackfill
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.server import WebServer
 from koopmon.monitor.rejection_log import RejectionLog
-from koopmon.monitor.service import COMMIT_SECONDS, Service
+from koopmon.monitor.service import Outputs, Service
 from koopmon.risk import calibration
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.auth_policy import make_auth_policy
+from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.codec import WireLimits, decode_for_monitor, decode_shard, encode
 from koopmon.wire.endpoints import is_loopback
 from koopmon.wire.messages import PROTOCOL_VERSION, MonitorMessage, Refused
@@ -128,73 +128,85 @@ class Monitor:
         logger.info("monitor: stopped")
 
     def _open(self, stack: ExitStack) -> None:
+        """Open all parts, which `stack` closes in the opposite order."""
+        registry = CollectorRegistry()
+        outputs = self._open_outputs(stack, registry)
+        self._rejection_log = RejectionLog(outputs.metrics, time.monotonic)
+        self._failures = Failures(outputs.metrics, time.monotonic)
+        agents = self._open_wire(stack)
+        http = self._open_http(stack, registry, outputs.live_state)
+        self._open_pipeline(stack, outputs, agents)
+        stack.callback(LiveBackfill(outputs.live_state, self._store_path).close)
+        scheme = "http" if self._tls is None else "https"
+        self._addresses = Addresses(self._control.endpoint, self._data.endpoint, http, scheme)
+
+    def _open_outputs(self, stack: ExitStack, registry: CollectorRegistry) -> Outputs:
+        """Open the history, the metrics, the live page's state, and the connection to Grafana."""
+        history = HistoryWriter.open(self._store_path, self._config.store)
+        stack.callback(history.close)
+        annotate: Annotate = no_annotations
+        if self._grafana is not None:
+            annotations = Annotations(self._grafana, self._config.grafana.queue_length)
+            stack.callback(annotations.close)
+            annotate = annotations.add
+        metrics = Metrics(registry, _build())
+        return Outputs(history=history, metrics=metrics, live_state=LiveState(), annotate=annotate)
+
+    def _open_wire(self, stack: ExitStack) -> AuthorizedKeys | None:
+        """Open both channels. Returns the agents' keys; None without key authentication."""
         monitor = self._config.monitor
         limits = WireLimits(
             max_header_bytes=monitor.max_header_bytes,
             max_message_bytes=monitor.max_message_bytes,
             max_frames=monitor.max_layers + 2,
         )
-        store = HistoryWriter.open(self._store_path, self._config.store)
-        stack.callback(store.close)
         wire = stack.enter_context(WireContext(self._trust))
         self._control = ControlServer(wire, self._bind, limits=limits)
         self._data = DataReceiver(wire, self._data_bind or _data_beside(self._control.endpoint), limits=limits)
         self._check_alike()
-        registry = CollectorRegistry()
-        build = _build()
-        metrics = Metrics(registry, build)
-        self._rejection_log = RejectionLog(metrics, time.monotonic)
-        self._failures = Failures(metrics, time.monotonic)
-        checks = {"healthz": self._alive, "readyz": lambda: self._serving and self._alive()}
-        live_state = LiveState()
+        return wire.agents
+
+    def _open_http(self, stack: ExitStack, registry: CollectorRegistry, live_state: LiveState) -> str:
+        """Open the web server. Returns its address."""
         web = WebServer(
             self._http,
             registry,
-            checks,
+            {"healthz": self._alive, "readyz": lambda: self._serving and self._alive()},
             live_state=live_state,
             policy=self._config.policy,
             max_streams=self._config.http.max_streams,
             login=self._auth,
             tls=self._tls,
             exposed=self._config.http.insecure_plaintext,
-            max_connections=monitor.max_http_connections,
+            max_connections=self._config.monitor.max_http_connections,
             note=self._rejection_log.note,
         )
         stack.callback(web.close)
-        engine = Engine(
+        return web.address
+
+    def _open_pipeline(self, stack: ExitStack, outputs: Outputs, agents: AuthorizedKeys | None) -> None:
+        """Open the engine and the service."""
+        monitor = self._config.monitor
+        self._engine = Engine(
             device=self._device,
             svd_rank=monitor.svd_rank,
             queue_length=monitor.queue_length,
             max_bytes=monitor.max_pending_bytes,
             on_result=self._take_result,
-            on_drop=lambda run: self._service.on_dropped(run, "engine_queue_full"),
             on_failure=lambda run, error: self._failures.note("snapshot", error, run=run),
         )
-        stack.callback(engine.close)
-        self._engine = engine
-        annotate: Annotate = no_annotations
-        if self._grafana is not None:
-            annotations = Annotations(self._grafana, self._config.grafana.queue_length)
-            stack.callback(annotations.close)
-            annotate = annotations.add
+        stack.callback(self._engine.close)
         self._service = Service(
-            self._config,
-            metrics=metrics,
-            store=store,
-            engine=engine,
+            config=self._config,
+            outputs=outputs,
+            engine=self._engine,
             rejection_log=self._rejection_log,
             send=self._send,
             data_endpoint=self._data.endpoint,
-            authorization=Authorization(wire.agents),
+            agents=agents,
             calibrator=self._calibrator,
-            annotate=annotate,
-            build=build,
-            live_state=live_state,
+            build=_build(),
             failures=self._failures,
-        )
-        stack.callback(LiveBackfill(live_state, self._store_path).close)
-        self._addresses = Addresses(
-            self._control.endpoint, self._data.endpoint, web.address, "http" if self._tls is None else "https"
         )
 
     def _check_alike(self) -> None:
@@ -203,14 +215,14 @@ class Monitor:
         Data is attributed to the peer authenticated on the control channel, so both must use the same authentication.
         """
         control, data = self._control, self._data
-        if control.demands_keys != data.demands_keys:
-            demanding, other = (control, data) if control.demands_keys else (data, control)
+        if control.requires_keys != data.requires_keys:
+            demanding, other = (control, data) if control.requires_keys else (data, control)
             raise EndpointError(
                 f"endpoint {demanding.endpoint!r} demands keys and {other.endpoint!r} does not: bind both alike, or set"
                 " [security] loopback = 'curve'"
             )
         for server in (control, data):
-            if not server.demands_keys and not is_loopback(server.endpoint):
+            if not server.requires_keys and not is_loopback(server.endpoint):
                 logger.warning(
                     "monitor: %s is plaintext: whoever reaches it reads and commands training", server.endpoint
                 )

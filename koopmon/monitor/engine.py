@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import logging
-import math
+import os
+import re
+import subprocess
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 
+from koopmon.errors import ConfigError
 from koopmon.logs import LogLimit
 from koopmon.monitor.assembler import Snapshot
-from koopmon.monitor.device import choose_device, num_cpu_threads
 from koopmon.spectral import SpectralProfile, profile_states
 
 logger = logging.getLogger(__name__)
 
-KreissMode = Literal["auto", "never"]
-
-KREISS_SECONDS = 30.0
-"""Minimum interval between Kreiss constants of one run. They cost far more than the profile, and no decision uses them.
-"""
+SPARE_MEMORY_MIB = 512
+"""A device with more memory in use than this counts as occupied."""
+QUERY = ("nvidia-smi", "--query-gpu=uuid,memory.used", "--format=csv,noheader,nounits")
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """Result of one snapshot, without its states.
 
-    `profile` is None when the states held a NaN or an infinity (`non_finite`) or the computation failed (`failed`). A
-    result with `again` is the second one of the same snapshot: its profile also holds the Kreiss constants.
+    `profile` is None when the states held a NaN or an infinity (`non_finite`) or the computation failed (`failed`).
     """
 
     snapshot: Snapshot
@@ -40,15 +38,14 @@ class Result:
     seconds: float
     non_finite: bool = False
     failed: bool = False
-    again: bool = False
 
 
 class Engine:
     """Profiles snapshots in the order of arrival. `on_result` is called in the worker thread.
 
     At most `queue_length` snapshots and `max_bytes` of states wait. Above that, the engine drops the oldest snapshot of
-    the run with the most waiting. It then calls `on_drop(run)` in the thread of `submit`. `on_failure(run, error)` is
-    called for an error outside profiling; that snapshot is lost, and the thread continues.
+    the run with the most waiting. `on_failure(run, error)` is called for an error outside profiling; that snapshot is
+    lost, and the thread continues.
     """
 
     def __init__(
@@ -59,7 +56,6 @@ class Engine:
         queue_length: int,
         max_bytes: int,
         on_result: Callable[[Result], None],
-        on_drop: Callable[[str], None],
         on_failure: Callable[[str, Exception], None],
     ) -> None:
         self._device_name = device
@@ -68,14 +64,12 @@ class Engine:
         self._queue_length = queue_length
         self._max_bytes = max_bytes
         self._on_result = on_result
-        self._on_drop = on_drop
         self._on_failure = on_failure
         self._queue: deque[Snapshot] = deque()
         self._busy = True  # warming up
         self._closing = False
         self._changed = threading.Condition()
         self._limit = LogLimit()
-        self._kreiss_at: dict[str, float] = {}
         self._thread = threading.Thread(target=self._work, name="koopmon-engine", daemon=True)
         self._thread.start()
 
@@ -84,8 +78,11 @@ class Engine:
         """Number of waiting snapshots, without the one in progress."""
         return len(self._queue)
 
-    def submit(self, snapshot: Snapshot, *, wait: bool = False) -> None:
-        """Queue a snapshot. With `wait`, used at shutdown, block until there is room and drop nothing."""
+    def submit(self, snapshot: Snapshot, *, wait: bool = False) -> list[str]:
+        """Queue a snapshot; return the run of each snapshot that was dropped for it.
+
+        With `wait`, used at shutdown, block until there is room and drop nothing.
+        """
         with self._changed:
             if wait:
                 self._changed.wait_for(lambda: not self._queue)
@@ -94,8 +91,7 @@ class Engine:
             while len(self._queue) > 1 and self._over_full():
                 dropped.append(self._pop_oldest_of_most())
             self._changed.notify_all()
-        for run in dropped:
-            self._on_drop(run)
+            return dropped
 
     def drain(self, timeout_seconds: float) -> bool:
         """Wait until every submitted snapshot has its result; False after `timeout_seconds`."""
@@ -135,73 +131,105 @@ class Engine:
                 snapshot = self._queue.popleft()
                 self._busy = True
             try:
-                self._handle(snapshot)
+                self._on_result(self._profile(snapshot))
             except Exception as error:
                 self._on_failure(snapshot.run, error)
             del snapshot
-
-    def _handle(self, snapshot: Snapshot) -> None:
-        result = self._profile(snapshot, kreiss="never")
-        self._on_result(result)
-        if result.profile is not None and self._kreiss_due(snapshot.run):
-            result = self._profile(snapshot, kreiss="auto")
-            if result.profile is not None:
-                self._on_result(replace(result, again=True))
 
     def _warm_up(self) -> None:
         """Run one decomposition at startup, because the first one in a process loads libraries."""
         device = torch.device("cpu") if self._device_name == "auto" else torch.device(self._device_name)
         states = torch.randn((3, 64, 16), generator=torch.Generator().manual_seed(0))
         try:
-            profile_states(states.to(device), svd_rank=4)
+            profile_states(states.to(device), svd_rank=4, kreiss="never")
         except Exception:
             logger.exception("engine: warming up on %s failed", device)
 
-    def _kreiss_due(self, run: str) -> bool:
-        """Return True if the queue is empty and this run's Kreiss constants are due.
-
-        A True result starts a new interval of KREISS_SECONDS.
-        """
-        now = time.monotonic()
-        if self._queue or now - self._kreiss_at.get(run, -math.inf) < KREISS_SECONDS:
-            return False
-        self._kreiss_at = {name: at for name, at in self._kreiss_at.items() if now - at < KREISS_SECONDS}
-        self._kreiss_at[run] = now
-        return True
-
-    def _profile(self, snapshot: Snapshot, *, kreiss: KreissMode) -> Result:
+    def _profile(self, snapshot: Snapshot) -> Result:
         start = time.perf_counter()
         profile, non_finite, failed = None, False, False
         try:
-            profile = self._compute(snapshot, kreiss)
+            profile = self._compute(snapshot)
             non_finite = profile is None
         except Exception as error:
             failed = True
             self._log_failure(snapshot, error)
         return Result(snapshot.without_states(), profile, time.perf_counter() - start, non_finite, failed)
 
-    def _compute(self, snapshot: Snapshot, kreiss: KreissMode) -> SpectralProfile | None:
+    def _compute(self, snapshot: Snapshot) -> SpectralProfile | None:
         """Return the profile, or None when the states are not finite: their decomposition would crash the process."""
         if self._device is None:
             self._device = choose_device(self._device_name)
             logger.info("engine: computing on %s", self._device)
         try:
-            return self._compute_on(self._device, snapshot, kreiss)
+            return self._compute_on(self._device, snapshot)
         except RuntimeError as error:
             if self._device.type == "cpu" or isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
                 raise
             logger.warning("engine: %s failed (%s), going on on the CPU", self._device, str(error).splitlines()[0])
             self._device = torch.device("cpu")
-            return self._compute_on(self._device, snapshot, kreiss)
+            return self._compute_on(self._device, snapshot)
 
-    def _compute_on(self, device: torch.device, snapshot: Snapshot, kreiss: KreissMode) -> SpectralProfile | None:
+    def _compute_on(self, device: torch.device, snapshot: Snapshot) -> SpectralProfile | None:
         states = snapshot.states(device)
         if not bool(torch.isfinite(states).all()):
             return None
-        return profile_states(states, svd_rank=self._svd_rank, kreiss=kreiss)
+        return profile_states(states, svd_rank=self._svd_rank, kreiss="never")  # it costs far more than the rest
 
     def _log_failure(self, snapshot: Snapshot, error: Exception) -> None:
         kind = type(error).__name__
         if (more := self._limit.admit(time.monotonic(), kind)) is not None:
             words = f"run {snapshot.run} step {snapshot.step}: {kind}: {error}"
             logger.error("engine: %s%s", words, more, exc_info=error)
+
+
+def check_device(name: str) -> str:
+    """Return `name` if it is "auto", "cpu" or a present CUDA device. Raises ConfigError otherwise."""
+    if name in {"auto", "cpu"}:
+        return name
+    match = re.fullmatch(r"cuda:(\d{1,3})", name)
+    count = torch.cuda.device_count()
+    if match and int(match[1]) < count:
+        return name
+    present = f"cuda:0 to cuda:{count - 1}" if count else "no CUDA device is present"
+    raise ConfigError(f"device = {name!r}: allowed are auto, cpu and cuda:N ({present})")
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device for `name`.
+
+    Resolve "auto" after training has started: before that, every device is unused.
+    """
+    if name != "auto":
+        return torch.device(name)
+    return _spare_cuda_device() or torch.device("cpu")
+
+
+def num_cpu_threads() -> int:
+    """Number of CPU threads for linear algebra: one per 16 cores, at least 1 and at most 4."""
+    return max(1, min(4, (os.cpu_count() or 1) // 16))
+
+
+def _spare_cuda_device() -> torch.device | None:
+    # A query of free memory through CUDA would create a context, which uses memory, on every device.
+    if torch.cuda.device_count() == 0:
+        return None
+    try:
+        answer = subprocess.run(QUERY, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.info("device auto: nvidia-smi gave no answer (%s), computing on the CPU", error)
+        return None
+    used = dict(_memory_used(answer.splitlines()))
+    spare = []
+    for index in range(torch.cuda.device_count()):
+        memory = used.get(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
+        if memory is not None and memory <= SPARE_MEMORY_MIB:
+            spare.append((memory, index))
+    return torch.device("cuda", min(spare)[1]) if spare else None
+
+
+def _memory_used(lines: Iterable[str]) -> Iterable[tuple[str, int]]:
+    for line in lines:
+        uuid, _, memory = line.partition(",")
+        if memory.strip().isdigit():
+            yield uuid.strip(), int(memory)

@@ -6,24 +6,25 @@ Times are seconds of the caller's clock; this module reads no clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import msgspec
 
 from koopmon.config import MAX_STEPS, MonitorConfig
-from koopmon.errors import KoopmonError, ProtocolError
+from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
+from koopmon.monitor.run_controller import RunController
+from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.messages import (
     MAX_STEP,
     MEASURED,
     Ack,
     Applied,
+    DropReason,
     Goodbye,
     Heartbeat,
     Hello,
-    Message,
     Shard,
     TrainingStep,
 )
@@ -33,15 +34,8 @@ LAST_STEP = MAX_STEP - MAX_STEPS
 MAX_RETIRED = 64
 """Maximum number of earlier incarnations kept per run, to distinguish a late message from a new launch."""
 
-EventKind = Literal["ended", "vanished", "removed"]
-
-
-class AdmissionError(KoopmonError):
-    """A refused hello. The text is sent to the peer and contains the fix; `reason` is the label of its count."""
-
-    def __init__(self, text: str, reason: str = "refused") -> None:
-        super().__init__(text)
-        self.reason = reason
+HEARTBEAT_ROW_SECONDS = 10.0
+"""Interval between recorded heartbeats of one rank."""
 
 
 @dataclass(slots=True)
@@ -52,29 +46,54 @@ class Peer:
     identity: bytes
     gone: bool = False
     heartbeat: Heartbeat | None = None
+    drops: dict[DropReason, int] = field(default_factory=dict)
+    recorded_at: float = -math.inf
+
+    def new_drops(self, heartbeat: Heartbeat) -> dict[DropReason, int]:
+        """Return the shards dropped since the last heartbeat, by reason. Agents report totals."""
+        more = {reason: total - self.drops.get(reason, 0) for reason, total in heartbeat.dropped.items()}
+        self.drops |= heartbeat.dropped
+        return {reason: count for reason, count in more.items() if count > 0}
+
+    def row_due(self, now: float) -> bool:
+        """Return True if a heartbeat must be recorded: one every HEARTBEAT_ROW_SECONDS."""
+        due = now - self.recorded_at >= HEARTBEAT_ROW_SECONDS
+        self.recorded_at = now if due else self.recorded_at
+        return due
 
 
 @dataclass(slots=True)
 class Run:
-    """One job.
+    """One job: the state of its current incarnation in the monitor.
 
-    `applied` holds the values in force that its rank 0 last reported; `restore` those of an earlier incarnation.
-    `agent` is the owner of the key of its first hello; "" when the operating system authenticates.
+    `applied` holds the values in force that its rank 0 last reported; `restore` those of an earlier incarnation, which
+    each rank receives once. `agent` is the owner of the key of its first hello; "" when the operating system
+    authenticates.
     """
 
-    name: str
-    incarnation: str
     hello: Hello
-    state: RunState
-    started: float
+    controller: RunController
     last_heard: float
     step: int
     applied: Applied
     agent: str = ""
     restore: Applied | None = None
+    state: RunState = RunState.RUNNING
     closed_at: float = math.inf
     peers: dict[int, Peer] = field(default_factory=dict)
     retired: list[str] = field(default_factory=list)
+    recorded: Applied | None = None
+    """Values in force in the history."""
+    not_finite_step: int = -1
+    """Latest step at which an agent reported states that were not finite."""
+
+    @property
+    def name(self) -> str:
+        return self.hello.run
+
+    @property
+    def incarnation(self) -> str:
+        return self.hello.incarnation
 
     @property
     def training(self) -> TrainingStep:
@@ -90,34 +109,51 @@ class Run:
         peer = self.peers.get(0)
         return peer if peer is not None and not peer.gone else None
 
+    @property
+    def heartbeats(self) -> list[Heartbeat]:
+        """The last heartbeat of each rank that has sent one."""
+        return [peer.heartbeat for peer in self.peers.values() if peer.heartbeat is not None]
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """A change of a run's state that no message of this run caused."""
+    def applied_changed(self) -> bool:
+        """Return True if rank 0 reports other values in force than the last time; stores them."""
+        changed = self.applied != self.recorded
+        self.recorded = self.applied
+        return changed
 
-    kind: EventKind
-    run: Run
+    def newly_not_finite(self, step: int) -> bool:
+        """Return True if `step` is later than every reported step with non-finite states; stores it."""
+        newly = step > self.not_finite_step
+        self.not_finite_step = max(step, self.not_finite_step)
+        return newly
+
+
+Begin = Callable[[Run | None], tuple[RunController, Applied | None]]
+"""Makes the controller of a new incarnation and the values to restore, given the run that it replaces."""
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
     """The outcome of a hello.
 
-    `replaced` is the incarnation that this one replaced in this registry. `settled` is True if this rank has sent a
-    heartbeat since an earlier hello: it then has the values to restore.
+    `before` is the run as it was known: `run` itself, or an earlier incarnation that `run` replaces. `settled` is True
+    if this rank has sent a heartbeat since an earlier hello: it then has the values to restore. `removed` made room.
     """
 
     run: Run
-    new_incarnation: bool
-    replaced: str | None
+    before: Run | None
     settled: bool
+    removed: list[Run]
 
 
 class RunRegistry:
-    """Registry of at most `max_runs` runs, including closed runs until their series are removed."""
+    """Registry of at most `max_runs` runs, including closed runs until their series are removed.
 
-    def __init__(self, config: MonitorConfig) -> None:
+    `agents` is None without key authentication: the operating system then controls access, for all runs.
+    """
+
+    def __init__(self, config: MonitorConfig, agents: AuthorizedKeys | None = None) -> None:
         self._config = config
+        self._agents = agents
         self._runs: dict[str, Run] = {}
 
     def __iter__(self) -> Iterator[Run]:
@@ -126,70 +162,85 @@ class RunRegistry:
     def get(self, name: str) -> Run | None:
         return self._runs.get(name)
 
+    def agent(self, key: str, run: str) -> str:
+        """Return the name of the agent with this key, if it may use `run`; "" without key authentication.
+
+        Call it for each message, because a key can be revoked during a connection. Raises ProtocolError "authorisation"
+        for an unknown or revoked key, and for an agent without permission for this run.
+        """
+        if self._agents is None:
+            return ""
+        name = self._agents.name_of(key)
+        if name is None:
+            raise ProtocolError("authorisation", "no agent has the peer's key: `koopmon keys show`")
+        if not self._agents.is_authorized(name, run):
+            remedy = "its file in agents/ lists its runs"
+            raise ProtocolError("authorisation", f"agent {name!r} may not use run {run}: {remedy}")
+        return name
+
     def admit(
-        self, now: float, hello: Hello, identity: bytes, *, agent: str = "", retired: Sequence[str] = ()
-    ) -> tuple[Admission, list[Event]]:
-        """Admit a rank; returns the admission and the events of runs removed to make room.
+        self, now: float, hello: Hello, identity: bytes, begin: Begin, *, key: str = "", retired: Sequence[str] = ()
+    ) -> Admission:
+        """Admit a rank. `begin` is called for a new incarnation; if it raises, the registry stays as it was.
 
         `retired` lists the earlier incarnations of a run that is new to this registry. A running run belongs to the
-        `agent` of its first hello; another agent cannot replace it with a later incarnation. Raises AdmissionError.
+        agent of its first hello; another agent cannot replace it with a later incarnation.
+
+        Raises ProtocolError. Its text is sent to the peer and contains the fix.
         """
-        if hello.step > LAST_STEP:
-            raise AdmissionError(f"run {hello.run!r} is at step {hello.step}: expected a step of at most {LAST_STEP}")
-        events: list[Event] = []
-        run = self._runs.get(hello.run)
-        replaced: str | None = None
-        new_run = run is None
-        if (
-            run is not None
-            and run.agent != agent
-            and (run.state is RunState.RUNNING or hello.incarnation == run.incarnation)
-        ):
-            raise AdmissionError(
-                f"run {hello.run!r} belongs to another agent's key while it is running: give this job a run name of its"
-                " own (KOOPMON_RUN), or wait until that one is over",
-                "identity",
-            )
-        retired = retired if run is None else run.retired
-        if hello.incarnation in retired:
-            raise AdmissionError(
-                f"run {hello.run!r} was taken over by a later incarnation: give each job that runs at the same time"
-                " a run name of its own (KOOPMON_RUN)"
-            )
-        if run is None:
-            events = self._make_place()
-            run = self._runs[hello.run] = _new_run(now, hello, agent)
-            run.retired = [*retired][-MAX_RETIRED:]
-        elif hello.incarnation != run.incarnation:
-            replaced = run.incarnation
-            run = self._runs[hello.run] = _new_run(now, hello, agent)
-            run.retired = [*retired, replaced][-MAX_RETIRED:]
-        known = run.peers.get(hello.process_rank)
-        if known is None and len(run.peers) >= self._config.max_peers:
-            raise AdmissionError(
-                f"run {hello.run!r} has {len(run.peers)} ranks that speak, as many as [monitor] max_peers allows"
-            )
-        run.peers[hello.process_rank] = Peer(
-            hello.process_rank, identity, heartbeat=known.heartbeat if known is not None else None
-        )
+        agent = self.agent(key, hello.run)
+        before = self._runs.get(hello.run)
+        earlier = retired if before is None else before.retired
+        self._check(hello, before, agent, earlier)
+        removed: list[Run] = []
+        run = before
+        if run is None or hello.incarnation != run.incarnation:
+            victim = self._victim() if before is None else None
+            controller, restore = begin(before)
+            run = Run(hello, controller, now, hello.step, hello.applied, agent, restore)
+            run.retired = [*earlier, *([] if before is None else [before.incarnation])][-MAX_RETIRED:]
+            if victim is not None:
+                removed.append(self._runs.pop(victim.name))
+            self._runs[hello.run] = run
+        peer = run.peers.get(hello.process_rank)
+        settled = peer is not None and peer.heartbeat is not None
+        if peer is None:
+            peer = run.peers[hello.process_rank] = Peer(hello.process_rank, identity)
+        peer.identity, peer.gone = identity, False
         if hello.process_rank == 0:
             run.hello, run.applied = hello, hello.applied
         self._mark_running(now, run, hello.step)
-        settled = known is not None and known.heartbeat is not None
-        return Admission(run, new_run or replaced is not None, replaced, settled), events
+        return Admission(run, before, settled, removed)
 
-    def on_message(self, now: float, message: Heartbeat | Ack | Goodbye, identity: bytes, *, agent: str = "") -> Run:
+    def _check(self, hello: Hello, run: Run | None, agent: str, retired: Sequence[str]) -> None:
+        """Raise ProtocolError for a hello that the registry must refuse."""
+        name, running = f"run {hello.run!r}", run is not None and run.state is RunState.RUNNING
+        same = run is not None and hello.incarnation == run.incarnation
+        if hello.step > LAST_STEP:
+            raise ProtocolError("refused", f"{name} is at step {hello.step}: expected a step of at most {LAST_STEP}")
+        if run is not None and run.agent != agent and (running or same):
+            remedy = "give this job a run name of its own (KOOPMON_RUN), or wait until that one is over"
+            raise ProtocolError("identity", f"{name} belongs to another agent's key while it is running: {remedy}")
+        if hello.incarnation in retired:
+            remedy = "give each job that runs at the same time a run name of its own (KOOPMON_RUN)"
+            raise ProtocolError("refused", f"{name} was taken over by a later incarnation: {remedy}")
+        num_peers = len(run.peers) if run is not None and same and hello.process_rank not in run.peers else 0
+        if num_peers >= self._config.max_peers:
+            limit = "as many as [monitor] max_peers allows"
+            raise ProtocolError("refused", f"{name} has {num_peers} connected ranks, {limit}")
+
+    def on_message(self, now: float, message: Heartbeat | Ack | Goodbye, identity: bytes, *, key: str = "") -> Run:
         """Note a message of a known peer.
 
         Raises ProtocolError: "unknown_run", "stale_incarnation", "identity", and "refused" for a step beyond LAST_STEP.
         """
-        run = self._current(message, agent, message.step)
+        run = self._current(message, key)
         rank = message.process_rank if not isinstance(message, Ack) else 0
         peer = run.peers.get(rank)
         if peer is None:
             raise ProtocolError("unknown_run", f"run {run.name} rank {rank} has not said hello")
         if peer.identity != identity:
-            raise ProtocolError("identity", f"run {run.name} rank {rank} speaks from another peer than its hello")
+            raise ProtocolError("identity", f"run {run.name} rank {rank} sends from another peer than its hello")
         if isinstance(message, Goodbye):
             run.step = max(run.step, message.step)
             run.last_heard = now
@@ -205,67 +256,65 @@ class RunRegistry:
             self._mark_running(now, run, message.step)
         return run
 
-    def on_shard(self, now: float, shard: Shard, *, agent: str = "") -> Run:
+    def on_shard(self, now: float, shard: Shard, *, key: str = "") -> Run:
         """Note a shard. Raises ProtocolError as `on_message` does."""
-        run = self._current(shard, agent, shard.step)
+        run = self._current(shard, key)
         if run.state is not RunState.ENDED:
             self._mark_running(now, run, shard.step)
         return run
 
-    def remove(self, name: str) -> None:
-        """Remove a run whose admission failed."""
-        self._runs.pop(name, None)
+    def expire(self, now: float) -> tuple[list[Run], list[Run]]:
+        """Apply the timeouts due by `now`.
 
-    def expire(self, now: float) -> list[Event]:
-        """Apply the timeouts due by `now`: silent runs, and closed runs whose retention is over. Returns the events."""
-        events = []
+        Returns the silent runs, now ended or vanished, and the removed ones, whose retention is over.
+        """
+        closed, removed = [], []
         for run in list(self._runs.values()):
-            if run.state is RunState.RUNNING and now >= run.last_heard + self._config.vanished_after_seconds:
+            if run.state is RunState.RUNNING and now >= self._deadline(run):
                 # After a rank's goodbye, silence of the other ranks is a normal end: the launcher has killed them.
                 ended = any(peer.gone for peer in run.peers.values())
                 self._close(now, run, RunState.ENDED if ended else RunState.VANISHED)
-                events.append(Event("ended" if ended else "vanished", run))
-            if run.state is not RunState.RUNNING and now >= run.closed_at + self._kept_seconds(run):
-                del self._runs[run.name]
-                events.append(Event("removed", run))
-        return events
+                closed.append(run)
+            if run.state is not RunState.RUNNING and now >= self._deadline(run):
+                removed.append(self._runs.pop(run.name))
+        return closed, removed
 
     def next_deadline(self) -> float:
         """Time of the next timeout in `expire`; infinity without one."""
         return min(map(self._deadline, self._runs.values()), default=math.inf)
 
     def _deadline(self, run: Run) -> float:
-        if run.state is RunState.RUNNING:
-            return run.last_heard + self._config.vanished_after_seconds
-        return run.closed_at + self._kept_seconds(run)
+        match run.state:
+            case RunState.RUNNING:
+                return run.last_heard + self._config.vanished_after_seconds
+            case RunState.ENDED:
+                return run.closed_at + self._config.ended_series_seconds
+            case RunState.VANISHED:
+                return run.closed_at + self._config.vanished_series_seconds
 
-    def _kept_seconds(self, run: Run) -> float:
-        ended = run.state is RunState.ENDED
-        return self._config.ended_series_seconds if ended else self._config.vanished_series_seconds
-
-    def _current(self, message: Message, agent: str, step: int) -> Run:
+    def _current(self, message: Heartbeat | Ack | Goodbye | Shard, key: str) -> Run:
+        agent = self.agent(key, message.run)
         run = self._runs.get(message.run)
         if run is None:
             raise ProtocolError("unknown_run", f"run {message.run} has not said hello")
         if run.incarnation != message.incarnation:
-            raise ProtocolError("stale_incarnation", f"run {run.name} goes on as incarnation {run.incarnation}")
+            raise ProtocolError("stale_incarnation", f"run {run.name} now has the incarnation {run.incarnation}")
         if run.agent != agent:
             raise ProtocolError("identity", f"run {run.name} is {run.agent or 'no agent'!r}'s, not {agent!r}'s")
-        if step > LAST_STEP:
-            raise ProtocolError("refused", f"run {run.name} is at step {step}: expected a step of at most {LAST_STEP}")
+        if message.step > LAST_STEP:
+            expected = f"expected a step of at most {LAST_STEP}"
+            raise ProtocolError("refused", f"run {run.name} is at step {message.step}: {expected}")
         return run
 
-    def _make_place(self) -> list[Event]:
+    def _victim(self) -> Run | None:
+        """Return the run to remove for a new one, None while there is room. Raises ProtocolError if all run."""
         if len(self._runs) < self._config.max_runs:
-            return []
+            return None
         closed = [run for run in self._runs.values() if run.state is not RunState.RUNNING]
         if not closed:
-            raise AdmissionError(
-                f"the monitor watches {len(self._runs)} runs, as many as [monitor] max_runs allows: end one or raise it"
-            )
-        oldest = min(closed, key=lambda run: run.closed_at)
-        del self._runs[oldest.name]
-        return [Event("removed", oldest)]
+            limit = "as many as [monitor] max_runs allows: end one or raise it"
+            raise ProtocolError("refused", f"the monitor watches {len(self._runs)} runs, {limit}")
+        return min(closed, key=lambda run: run.closed_at)
 
     @staticmethod
     def _mark_running(now: float, run: Run, step: int) -> None:
@@ -275,17 +324,3 @@ class RunRegistry:
     @staticmethod
     def _close(now: float, run: Run, state: RunState) -> None:
         run.state, run.closed_at = state, now
-
-
-def _new_run(now: float, hello: Hello, agent: str) -> Run:
-    return Run(
-        name=hello.run,
-        incarnation=hello.incarnation,
-        hello=hello,
-        state=RunState.RUNNING,
-        started=now,
-        last_heard=now,
-        step=hello.step,
-        applied=hello.applied,
-        agent=agent,
-    )

@@ -1,7 +1,7 @@
-"""Controller of one run: risk state, policy state, and commands without an ack.
+"""Controller of one run: detector, policy, and the commands without an ack.
 
 It uses neither sockets nor the store. The detector and the policy decide. The controller turns their actions into
-commands with an id and an expiry. A command is resent until its ack arrives or a newer command of its kind replaces it.
+commands with an id and an expiry.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from koopmon import policy
-from koopmon.config import Config, KssConfig, PolicyConfig, merged
+from koopmon.config import Config, with_hints
 from koopmon.errors import ProtocolError, one_line
+from koopmon.monitor.pending_commands import Answered, PendingCommands
 from koopmon.risk import initial_score, online_detector
 from koopmon.risk.calibration import Example
 from koopmon.wire.headers import encode_header
-from koopmon.wire.messages import MAX_STEP, MAX_TEXT, Ack, Applied, Command, CommandKind, Hello, TrainingStep
+from koopmon.wire.messages import MAX_STEP, MAX_TEXT, Ack, Applied, Command, Hello, Judgement, TrainingStep
 
 if TYPE_CHECKING:
     from koopmon.risk.calibration import Calibrator
@@ -29,12 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESEND_SECONDS = 1.0
 TRAINING_KINDS = frozenset({"set_lr_scale", "set_kss"})
-MAX_REPLACED = 64
-"""Maximum number of replaced commands of one run that still wait for an ack."""
-MAX_SETTLED = 256
-"""Maximum number of settled commands of one run that are kept to identify late acks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,24 +42,14 @@ class Assessment:
     """
 
     observation: online_detector.Observation
+    profile: SpectralProfile | None
+    """None when the states were not finite."""
     risk: online_detector.OnlineRisk
-    decision: policy.Decision | None
+    decision: policy.Decision | None = None
     commands: tuple[Command, ...] = ()
     replaced: tuple[Command, ...] = ()
     remarkable: bool = False
     unencodable: ProtocolError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """Command that matches an ack.
-
-    `first` is True if the command had no ack before, `counts` if no outcome of it was counted before.
-    """
-
-    kind: CommandKind
-    first: bool
-    counts: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,25 +59,6 @@ class ControllerCheckpoint:
     risk: online_detector.RiskState
     policy: policy.PolicyState
     initial: initial_score.InitialRisk | None
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """A command without an ack.
-
-    A `replaced` command is not resent, and its ack does not change the policy.
-    """
-
-    command: Command
-    offered_at: float
-    sent: bool = False
-    replaced: bool = False
-
-
-@dataclass(slots=True)
-class _Settled:
-    kind: CommandKind
-    answered: bool
 
 
 class RunController:
@@ -111,50 +77,36 @@ class RunController:
         checkpoint: bytes | None = None,
         calibrator: Calibrator | None = None,
     ) -> None:
-        self._run, self._incarnation = hello.run, hello.incarnation
-        self._config = config
+        self.config = config
         self._stood_down = False
         self.on_hello(hello)
         remembered = _restored(checkpoint)
         self._risk_state = remembered.risk
-        self._policy_state = _in_force(remembered.policy, applied, hello.step)
-        self._phase = self._policy_state.phase
-        self._waiting: dict[str, _Waiting] = {}
-        self._settled: OrderedDict[str, _Settled] = OrderedDict()
+        self.policy_state = _in_force(remembered.policy, applied, hello.step)
+        self._phase = self.policy_state.phase
+        self.pending = PendingCommands()
         self.initial = remembered.initial
         """The score at initialisation, from the first informative snapshot of the warm-up."""
+        self.judgement: Judgement | None = None
+        """Judgement of the last assessed snapshot, which agents display."""
         self._calibrator = calibrator
         self._num_layers = 0
         self._peak_rate = 0.0
 
     def on_hello(self, hello: Hello) -> None:
         """Read the run's properties from a hello: permission to act, and the adapter's defaults."""
-        config = self._config
-        self._adapter, self._width = hello.adapter, hello.width
-        self._rate_sized_steps, self._update_exponent = hello.rate_sized_steps, hello.update_exponent
-        self._risk_config = merged(config.risk, hello.thresholds, "thresholds")
-        hints = {} if hello.kss is None else msgspec.structs.asdict(hello.kss)
-        known = {name: value for name, value in hints.items() if name in config.kss.__struct_fields__}
-        self._kss_config = merged(config.kss, known, "kss")
-        self._may_send = hello.acts and not config.policy.dry_run and config.policy.name != "observe"
+        self._hello = hello
+        self._risk_config, self.kss_config = with_hints(self.config, hello)
 
     @property
     def sends(self) -> bool:
         """True while commands are sent. Otherwise they are decided and recorded only."""
-        return self._may_send and not self._stood_down
+        allowed = self._hello.acts and not self.config.policy.dry_run and self.config.policy.name != "observe"
+        return allowed and not self._stood_down
 
     def stand_down(self) -> None:
         """Send no further commands in this incarnation, because the monitor failed on one of them."""
         self._stood_down = True
-
-    def record_initial_score(self, step: int, profile: SpectralProfile) -> None:
-        """Set `initial` during the first steps of the run, from the first informative snapshot."""
-        if (self.initial is None or not self.initial.informative) and step <= self._config.cadence.warmup_steps:
-            self.initial = initial_score.initial_risk(profile)
-
-    def is_alarming(self, risk: float) -> bool:
-        """Return True if `risk` reaches the configured alarm threshold."""
-        return risk >= self._config.policy.act_risk
 
     @property
     def divergence_probability(self) -> float | None:
@@ -163,18 +115,18 @@ class RunController:
         None without a calibrator for this kind of model, and for rates outside the calibrated range. Also None if the
         learning rate does not determine the size of the optimizer's steps.
         """
-        exponent = self._update_exponent
-        if self._calibrator is None or exponent is None or not self._peak_rate or not self._rate_sized_steps:
+        hello, calibrator = self._hello, self._calibrator
+        if hello.update_exponent is None or not self._peak_rate or not hello.rate_sized_steps:
             return None
-        if self._calibrator.adapter != self._adapter:
+        if calibrator is None or calibrator.adapter != hello.adapter:
             return None
         example = Example(
-            update_exponent=exponent,
+            update_exponent=hello.update_exponent,
             learning_rate=self._peak_rate,
-            width=max(self._width, 1),
+            width=max(hello.width, 1),
             num_layers=max(self._num_layers, 1),
         )
-        return self._calibrator.probability(example) if self._calibrator.covers(example) else None
+        return calibrator.probability(example) if calibrator.covers(example) else None
 
     def assess(
         self, now: float, training: TrainingStep, profile: SpectralProfile | None, *, step: int, decide: bool = True
@@ -183,139 +135,89 @@ class RunController:
 
         `step` is the run's latest step. With `decide` False, as at shutdown, only the risk is assessed.
         """
-        if training.learning_rate is not None and math.isfinite(training.learning_rate):
-            self._peak_rate = max(self._peak_rate, training.learning_rate)
-        self._num_layers = self._num_layers if profile is None else profile.num_layers
-        observation = online_detector.observe(
-            profile,
-            training,
-            width=self._width if self._rate_sized_steps and self._width else None,
-            num_layers=self._num_layers,
-            update_exponent=self._update_exponent,
-            non_finite=profile is None,
-        )
+        observation = self._observe(training, profile)
         risk_state, risk = online_detector.assess(self._risk_state, observation, self._risk_config)
         if not math.isfinite(risk.value):
             raise ArithmeticError(f"the risk at step {training.step} is {risk.value}: {risk.reason}")
         self._risk_state = risk_state
-        if not decide:
-            return Assessment(observation=observation, risk=risk, decision=None)
-        before = self._policy_state
-        decision = policy.decide(now, before, observation, risk, self._config.policy, self._kss_config)
+        assessment = Assessment(observation=observation, profile=profile, risk=risk)
+        if decide:
+            assessment = self._decide(now, assessment, max(step, training.step))
+        self.judgement = self._judge(assessment)
+        return assessment
+
+    def _observe(self, training: TrainingStep, profile: SpectralProfile | None) -> online_detector.Observation:
+        hello, rate = self._hello, training.learning_rate
+        if profile is not None:
+            self._num_layers = profile.num_layers
+            undecided = self.initial is None or not self.initial.informative
+            if undecided and training.step <= self.config.cadence.warmup_steps:
+                self.initial = initial_score.initial_risk(profile)
+        if rate is not None and math.isfinite(rate):
+            self._peak_rate = max(self._peak_rate, rate)
+        return online_detector.observe(
+            profile,
+            training,
+            width=hello.width if hello.rate_sized_steps and hello.width else None,
+            num_layers=self._num_layers,
+            update_exponent=hello.update_exponent,
+            non_finite=profile is None,
+        )
+
+    def _decide(self, now: float, assessment: Assessment, step: int) -> Assessment:
+        """Add the decision of the policy and its commands, which expire relative to `step`."""
+        before = self.policy_state
+        decision = policy.decide(
+            now, before, assessment.observation, assessment.risk, self.config.policy, self.kss_config
+        )
         try:
-            commands = tuple(self._command(action, max(step, training.step)) for action in decision.commands)
+            commands = tuple(self._command(action, step) for action in decision.commands)
         except ProtocolError as error:
             # Keep the old policy state, so that the next alarm is decided again.
-            return Assessment(observation=observation, risk=risk, decision=None, unencodable=error)
-        self._policy_state = decision.state
+            return replace(assessment, unencodable=error)
+        self.policy_state = decision.state
         barred = decision.state.kss_barred and not before.kss_barred
         remarkable = bool(commands) or barred or decision.phase != self._phase
         self._phase = decision.phase
-        return Assessment(
-            observation=observation,
-            risk=risk,
-            decision=decision,
-            commands=commands,
-            replaced=self._expect(now, commands) if self.sends else (),
-            remarkable=remarkable,
-        )
+        replaced = tuple(self.pending.add(now, commands)) if self.sends else ()
+        return replace(assessment, decision=decision, commands=commands, replaced=replaced, remarkable=remarkable)
 
     def acknowledge(self, now: float, ack: Ack) -> Answered | None:
-        """Process an ack of rank 0; returns the matching command, None for an unknown id.
-
-        The first ack settles a command. Agents repeat acks after a reconnection, and an ack may be forged.
-        """
-        waiting = self._waiting.pop(ack.command_id, None)
-        if waiting is not None:
-            self._mark_settled(waiting.command, answered=True)
-            if not waiting.replaced:
-                self._update_policy(now, waiting.command, ack)
-            return Answered(waiting.command.kind, first=True, counts=True)
-        settled = self._settled.get(ack.command_id)
-        if settled is None:
+        """Process an ack of rank 0; returns the matching command, None for an unknown id."""
+        found = self.pending.acknowledge(ack.command_id)
+        if found is None:
             return None
-        first, settled.answered = not settled.answered, True
-        return Answered(settled.kind, first=first, counts=False)
-
-    def due(self, now: float) -> list[Command]:
-        """Return the commands to resend now; each is next due after RESEND_SECONDS."""
-        due = [each for each in self._waiting.values() if not each.replaced and now - each.offered_at >= RESEND_SECONDS]
-        for waiting in due:
-            waiting.offered_at = now
-        return [waiting.command for waiting in due]
-
-    def sent(self, command: Command) -> bool:
-        """Mark `command` as sent; True the first time."""
-        waiting = self._waiting.get(command.id)
-        first = waiting is not None and not waiting.sent
-        if waiting is not None:
-            waiting.sent = True
-        return first
+        answered, newest = found
+        if newest is not None:
+            self._update_policy(now, newest, ack)
+        return answered
 
     def expire(self, now: float, step: int, applied: Applied) -> list[Command]:
         """Remove and return the commands without an ack past their expiry step.
 
         `applied` holds the values in force that the run last reported.
         """
-        replaced = [waiting for waiting in self._waiting.values() if waiting.replaced]
-        too_many = [waiting.command.id for waiting in replaced[: max(0, len(replaced) - MAX_REPLACED)]]
-        # The ack may arrive after the heartbeat that carries the step.
-        expired = [
-            waiting
-            for waiting in self._waiting.values()
-            if waiting.command.id in too_many
-            or (step > waiting.command.expires_step and now - waiting.offered_at >= RESEND_SECONDS)
-        ]
-        for waiting in expired:
-            command = waiting.command
-            del self._waiting[command.id]
-            self._mark_settled(command, answered=False)
-            if waiting.replaced:
-                continue
-            ack = Ack(
-                run=self._run,
-                incarnation=self._incarnation,
-                command_id=command.id,
-                outcome="expired",
-                step=step,
-                detail="no answer",
-                applied=applied,
-            )
-            self._update_policy(now, command, ack)
-        return [waiting.command for waiting in expired]
-
-    @property
-    def policy_state(self) -> policy.PolicyState:
-        """Current state of the policy."""
-        return self._policy_state
-
-    @property
-    def policy_config(self) -> PolicyConfig:
-        return self._config.policy
-
-    @property
-    def kss_config(self) -> KssConfig:
-        """KSS configuration with the adapter's hints in place of unchanged defaults."""
-        return self._kss_config
-
-    @property
-    def has_pending(self) -> bool:
-        """True while a command waits for its ack and is resent."""
-        return any(not waiting.replaced for waiting in self._waiting.values())
+        expired = self.pending.expire(now, step)
+        for pending in expired:
+            command = pending.command
+            if not pending.replaced:
+                ack = Ack(
+                    run=command.run,
+                    incarnation=command.incarnation,
+                    command_id=command.id,
+                    outcome="expired",
+                    step=step,
+                    detail="no answer",
+                    applied=applied,
+                )
+                self._update_policy(now, command, ack)
+        return [pending.command for pending in expired]
 
     def checkpoint(self) -> bytes:
         """Encode the state that a later controller of this incarnation needs."""
         return msgspec.json.encode(
-            ControllerCheckpoint(risk=self._risk_state, policy=self._policy_state, initial=self.initial)
+            ControllerCheckpoint(risk=self._risk_state, policy=self.policy_state, initial=self.initial)
         )
-
-    def abandon(self) -> list[Command]:
-        """Discard the waiting commands, for example at the end of the run, and return them."""
-        commands = [waiting.command for waiting in self._waiting.values()]
-        for command in commands:
-            self._mark_settled(command, answered=False)
-        self._waiting.clear()
-        return commands
 
     def _command(self, action: policy.Action, step: int) -> Command:
         """Build and validate a command; the result can be encoded.
@@ -324,8 +226,8 @@ class RunController:
         """
         until = action.cadence_until_step
         command = Command(
-            run=self._run,
-            incarnation=self._incarnation,
+            run=self._hello.run,
+            incarnation=self._hello.incarnation,
             id=secrets.token_hex(8),
             kind=action.kind,
             reason=action.reason[:MAX_TEXT],
@@ -339,26 +241,34 @@ class RunController:
         encode_header(command)
         return command
 
-    def _expect(self, now: float, commands: tuple[Command, ...]) -> tuple[Command, ...]:
-        kinds = {command.kind for command in commands}
-        replaced = [each for each in self._waiting.values() if each.command.kind in kinds and not each.replaced]
-        for waiting in replaced:
-            waiting.replaced = True
-        for command in commands:
-            self._waiting[command.id] = _Waiting(command, now)
-        return tuple(waiting.command for waiting in replaced)
-
     def _update_policy(self, now: float, command: Command, ack: Ack) -> None:
         # The values in force do not describe a command that changes no training value.
         if command.kind == "set_kss" and ack.outcome == "refused" and ack.shielded:
-            self._policy_state = policy.kss_shielded(self._policy_state, ack)
+            self.policy_state = policy.kss_shielded(self.policy_state, ack)
         elif command.kind in TRAINING_KINDS:
-            self._policy_state = policy.acknowledge(now, self._policy_state, ack)
+            self.policy_state = policy.acknowledge(now, self.policy_state, ack)
 
-    def _mark_settled(self, command: Command, *, answered: bool) -> None:
-        self._settled[command.id] = _Settled(command.kind, answered)
-        while len(self._settled) > MAX_SETTLED:
-            self._settled.popitem(last=False)
+    def _judge(self, assessment: Assessment) -> Judgement:
+        """Build the judgement for display; it keeps the last remarkable decision."""
+        profile, before, decision = assessment.profile, self.judgement, assessment.decision
+        mass = profile.mean("near_unit_mass") if profile is not None and profile.informative else None
+        said, at = ("", None) if before is None else (before.decision, before.decision_step)
+        if decision is not None and assessment.remarkable:
+            said, at = decision.reason[:MAX_TEXT], assessment.observation.step
+        return Judgement(
+            step=assessment.observation.step,
+            risk=_share(assessment.risk.value) or 0.0,
+            forecast=_share(assessment.risk.forecast),
+            near_unit_mass=_share(mass),
+            divergence_probability=_share(self.divergence_probability),
+            decision=said,
+            decision_step=at,
+        )
+
+
+def _share(value: float | None) -> float | None:
+    """Clamp `value` to [0, 1]; None when it is unknown or not finite."""
+    return None if value is None or not math.isfinite(value) else min(max(float(value), 0.0), 1.0)
 
 
 def _restored(checkpoint: bytes | None) -> ControllerCheckpoint:

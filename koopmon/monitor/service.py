@@ -1,15 +1,16 @@
 """Handlers of messages, profiles and timeouts. The daemon owns the sockets.
 
-An error in handling one run is noted and affects no other run. A run that cannot be admitted is refused. A run whose
-commands fail becomes watch-only.
+Each handler updates the run and publishes what happened; the sinks record and show it. An error in handling one run is
+noted and affects no other run. A run that cannot be admitted is refused. A run whose commands fail becomes watch-only.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from koopmon.config import Config
@@ -17,24 +18,27 @@ from koopmon.errors import ProtocolError
 from koopmon.grafana.annotations import Annotate, no_annotations
 from koopmon.history.schema import RunState
 from koopmon.history.writer import HistoryWriter
+from koopmon.monitor import events
 from koopmon.monitor.assembler import Assembler, Snapshot
-from koopmon.monitor.authorization import Authorization
-from koopmon.monitor.dispatcher import Dispatcher
 from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.failures import Failures
+from koopmon.monitor.history_sink import HistorySink
 from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.live_sink import LiveSink
+from koopmon.monitor.metrics_sink import MetricsSink
+from koopmon.monitor.notify_sink import NotifySink
 from koopmon.monitor.probe_handler import ProbeHandler
-from koopmon.monitor.registry import AdmissionError, Event, Run, RunRegistry
+from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.rejection_log import RejectionLog
-from koopmon.monitor.run_controller import RunController
-from koopmon.monitor.watch import Watch, publish_run
-from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, Metrics
+from koopmon.monitor.run_controller import Assessment, RunController
+from koopmon.telemetry.metrics import ErrorPart, Metrics
 from koopmon.wire.codec import ReceivedShard
 from koopmon.wire.messages import (
     MAX_TEXT,
     Ack,
     AgentMessage,
     Applied,
+    Command,
     Goodbye,
     Heartbeat,
     HeartbeatReply,
@@ -49,73 +53,63 @@ from koopmon.wire.messages import (
 if TYPE_CHECKING:
     from koopmon.risk.calibration import Calibrator
     from koopmon.spectral import SpectralProfile
+    from koopmon.wire.authorized_keys import AuthorizedKeys
 
-logger = logging.getLogger(__name__)
-
-COMMIT_SECONDS = 0.5
-WATCH_SECONDS = 0.25
+RESEND_CHECK_SECONDS = 0.25
 """Interval between checks for commands to resend."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """Outputs that the sinks write."""
+
+    history: HistoryWriter
+    metrics: Metrics
+    live_state: LiveState
+    annotate: Annotate = no_annotations
+
+
+@dataclass(kw_only=True)
 class Service:
     """Message handlers of the monitor.
 
-    `send(peer, message)` sends a message and returns True if it was accepted; nothing here blocks.
+    `send(peer, message)` sends a message and returns True if it was accepted; nothing here blocks. `agents` is None
+    without key authentication. `clock` is monotonic, `wall` returns Unix seconds.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        metrics: Metrics,
-        store: HistoryWriter,
-        engine: Engine,
-        rejection_log: RejectionLog,
-        send: Callable[[bytes, MonitorMessage], bool],
-        data_endpoint: str,
-        authorization: Authorization | None = None,
-        calibrator: Calibrator | None = None,
-        annotate: Annotate = no_annotations,
-        build: Mapping[str, str] | None = None,
-        live_state: LiveState | None = None,
-        failures: Failures | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
-    ) -> None:
-        self._config = config
-        self._metrics = metrics
-        self._store = store
-        self._engine = engine
-        self._rejection_log = rejection_log
-        self._send = send
-        self._data_endpoint = data_endpoint
-        self._authorization = authorization or Authorization()
-        self._calibrator = calibrator
-        self._clock = clock
-        self._wall = wall
+    config: Config
+    outputs: Outputs
+    engine: Engine
+    failures: Failures
+    rejection_log: RejectionLog
+    send: Callable[[bytes, MonitorMessage], bool]
+    data_endpoint: str
+    agents: AuthorizedKeys | None = None
+    calibrator: Calibrator | None = None
+    build: Mapping[str, str] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
+
+    def __post_init__(self) -> None:
+        outputs, monitor = self.outputs, self.config.monitor
         self._stopping = False
-        self._commit_at = math.inf
-        self._live_state = live_state or LiveState(clock=clock, wall=wall)
-        self._failures = failures or Failures(metrics, clock)
-        self._contained = self._failures.contained
-        self._dispatcher = Dispatcher(
-            metrics=metrics,
-            store=store,
-            send=send,
-            wall=wall,
-            live_state=self._live_state,
-            failures=self._failures,
-            annotate=annotate,
+        self._store, self._metrics = outputs.history, outputs.metrics
+        self._history = HistorySink(outputs.history, self.clock)
+        sinks: tuple[tuple[ErrorPart, events.Sink], ...] = (
+            ("store", self._history),
+            ("metrics", MetricsSink(outputs.metrics)),
+            ("page", LiveSink(outputs.live_state)),
+            ("annotation", NotifySink(outputs.annotate)),
         )
-        self._registry = RunRegistry(config.monitor)
+        self._publish = events.Publisher(sinks, self.failures, self.wall).publish
+        self._registry = RunRegistry(monitor, self.agents)
         self._probe_handler = ProbeHandler(
-            self._registry, self._authorization, build=build or {}, data_endpoint=data_endpoint, wall=wall
+            registry=self._registry, build=self.build, data_endpoint=self.data_endpoint, wall=self.wall
         )
-        self._watches: dict[str, Watch] = {}
         self._assembler = Assembler(
-            timeout_seconds=config.monitor.assemble_timeout_seconds,
-            max_bytes=config.monitor.max_pending_bytes,
-            min_samples=2 * config.monitor.svd_rank,
+            timeout_seconds=monitor.assemble_timeout_seconds,
+            max_bytes=monitor.max_pending_bytes,
+            min_samples=2 * monitor.svd_rank,  # a fit of rank R needs more than R samples; twice as many: by hand
             on_drop=self.on_dropped,
             on_failure=self._lost_in_assembly,
         )
@@ -126,107 +120,75 @@ class Service:
         `key` is the authenticated key, "" without key authentication. Raises ProtocolError when the message must be
         rejected.
         """
+        now = self.clock()
         if isinstance(message, Probe):
             self._reply(peer, self._probe_handler.reply(message, key))
             return
-        now = self._clock()
         if isinstance(message, Hello):
             if not self._stopping:
                 self._on_hello(now, peer, message, key)
             return
-        run = self._registry.on_message(now, message, peer, agent=self._authorization.agent(key, message.run))
-        if isinstance(message, Heartbeat):
-            self._on_heartbeat(now, peer, run, message)
-        elif isinstance(message, Ack):
-            self._watches[run.name].applied_changed(message.applied)
-            self._publish_run(run)
-            self._dispatcher.acknowledge(now, run, self._watches[run.name].controller, message)
-        else:
-            self._on_goodbye(run, message)
-        self._schedule_commit()
+        run = self._registry.on_message(now, message, peer, key=key)
+        match message:
+            case Heartbeat():
+                self._on_heartbeat(now, peer, run, message)
+            case Ack():
+                self._on_ack(now, run, message)
+            case Goodbye(reason=reason):
+                if run.state is RunState.ENDED:
+                    self._close(run, reason or "goodbye")
+                self._publish(events.RunChanged(run))
 
     def on_shard(self, received: ReceivedShard, key: str = "") -> None:
         """Handle a shard from the agent with `key`. Raises ProtocolError when it must be rejected."""
-        now, header = self._clock(), received.header
-        run = self._registry.on_shard(now, header, agent=self._authorization.agent(key, header.run))
+        now, header = self.clock(), received.header
+        run = self._registry.on_shard(now, header, key=key)
         for snapshot in self._assembler.add(now, header, received.points()):
             self._submit(snapshot)
-        self._publish_run(run)
+        self._publish(events.RunChanged(run))
 
     def on_result(self, result: Result) -> None:
         """Handle a result of the engine."""
         snapshot = result.snapshot
-        if result.again:
-            self._on_kreiss(result)
-            return
-        with self._contained("metrics", snapshot.run):
-            self._metrics.observe_duration(result.seconds)
-        if result.failed:
-            with self._contained("metrics", snapshot.run):
-                self._metrics.add("engine_failures")
-            self.on_dropped(snapshot.run, "engine_failed")
-            return
-        with self._contained("store", snapshot.run):
-            self._store.record_profile(
-                self._wall(),
-                snapshot.run,
-                snapshot.incarnation,
-                snapshot.step,
-                num_shards=snapshot.num_shards,
-                masked=snapshot.masked,
-                seconds=result.seconds,
-                profile=None if result.profile is None else result.profile.to_dict(),
-                observables=snapshot.observables,
-            )
-        self._schedule_commit()
         run = self._registry.get(snapshot.run)
-        if run is None or run.incarnation != snapshot.incarnation or run.state is RunState.VANISHED:
-            return
-        profile = result.profile
-        with self._contained("metrics", run.name):
-            self._metrics.set_layers(run.name, profile)
-            self._metrics.set_observables(run.name, snapshot.observables)
-            self._metrics.set("informative", float(profile is not None and profile.informative), run.name)
-        self._assess(run, snapshot.training, profile)
+        if run is not None and (run.incarnation != snapshot.incarnation or run.state is RunState.VANISHED):
+            run = None
+        self._publish(events.Profiled(run, result))
+        if result.failed:
+            self.on_dropped(snapshot.run, "engine_failed")
+        elif run is not None:
+            self._assess(run, snapshot.training, result.profile)
 
     def tick(self) -> None:
         """Process all timeouts that are due."""
-        now = self._clock()
+        now = self.clock()
         for snapshot in self._assembler.expire(now):
             self._submit(snapshot)
-        for event in self._registry.expire(now):
-            with self._contained("command", event.run.name):
-                self._on_event(event)
+        closed, removed = self._registry.expire(now)
+        for run in closed:
+            with self.failures.contained("command", run.name):
+                self._close(run, "silent after the goodbye of another rank")
+        for run in removed:
+            self._forget(run)
         for run in () if self._stopping else self._registry:
-            with self._contained("command", run.name):
-                if run.state is RunState.RUNNING:
-                    self._offer_again(now, run)
-        with self._contained("store"):
-            self._keep_store(now)
-        with self._contained("metrics"):
-            self._metrics.set("engine_queue_length", self._engine.queue_length)
+            if run.state is RunState.RUNNING:
+                with self._watching_only_after_error(run):
+                    self._give_up(run, run.controller.expire(now, run.step, run.applied))
+                    for command in run.controller.pending.due(now):
+                        self._offer(run, command)
+        with self.failures.contained("store"):
+            self._history.upkeep(now, [run.name for run in self._registry if run.state is not RunState.ENDED])
+            if lost := self._store.take_lost():
+                self._metrics.add("store_lost", amount=lost)
+        with self.failures.contained("metrics"):
+            self._metrics.set("engine_queue_length", self.engine.queue_length)
             self._metrics.set("store_recording", float(self._store.recording))
-
-    def _offer_again(self, now: float, run: Run) -> None:
-        controller = self._watches[run.name].controller
-        try:
-            self._dispatcher.resend_due(now, run, controller)
-        except Exception as error:
-            self._stand_down(run, controller, error)
-
-    def _keep_store(self, now: float) -> None:
-        if now >= self._commit_at:
-            self._commit_at = math.inf
-            self._store.commit()
-        self._store.upkeep([run.name for run in self._registry if run.state is not RunState.ENDED])
-        if lost := self._store.take_lost():
-            self._metrics.add("store_lost", amount=lost)
 
     def next_deadline(self) -> float:
         """Time of the next timeout in `tick`, on the service's clock; infinity without one."""
-        waiting = any(watch.controller.has_pending for watch in self._watches.values())
-        watch_at = self._clock() + WATCH_SECONDS if waiting else math.inf
-        return min(self._assembler.next_deadline(), self._registry.next_deadline(), self._commit_at, watch_at)
+        waiting = any(run.controller.pending for run in self._registry)
+        resend_at = self.clock() + RESEND_CHECK_SECONDS if waiting else math.inf
+        return min(self._assembler.next_deadline(), self._registry.next_deadline(), self._history.commit_at, resend_at)
 
     def stop(self) -> None:
         """Send no more replies and make no more decisions; pass incomplete snapshots to the engine."""
@@ -234,204 +196,157 @@ class Service:
         for snapshot in self._assembler.flush():
             self._submit(snapshot)
 
-    def on_dropped(self, run: str, reason: str) -> None:
-        """Count a snapshot that was lost in the monitor."""
-        with self._contained("page", run):
-            self._live_state.count_drop(run, reason)
-        with self._contained("metrics", run):
-            if self._has_series(run):
-                self._metrics.add("snapshots_dropped", run, reason)
+    def on_dropped(self, name: str, reason: str) -> None:
+        """Count a snapshot of the run `name` that was lost in the monitor."""
+        if (run := self._registry.get(name)) is not None:
+            self._publish(events.SnapshotDropped(run, reason))
 
-    def _lost_in_assembly(self, run: str, error: Exception) -> None:
-        self._failures.note("snapshot", error, run=run)
-        self.on_dropped(run, "incomplete")
+    def _lost_in_assembly(self, name: str, error: Exception) -> None:
+        self.failures.note("snapshot", error, run=name)
+        self.on_dropped(name, "incomplete")
+
+    def _submit(self, snapshot: Snapshot) -> None:
+        if (run := self._registry.get(snapshot.run)) is not None:
+            self._publish(events.SnapshotReceived(run))
+        with self.failures.contained("snapshot", snapshot.run):
+            for name in self.engine.submit(snapshot, wait=self._stopping):
+                self.on_dropped(name, "engine_queue_full")
 
     def _on_hello(self, now: float, peer: bytes, hello: Hello, key: str) -> None:
-        earlier = self._store.incarnations(hello.run)
-        retired = earlier[:-1] if hello.incarnation in earlier[-1:] else earlier
-        before = self._registry.get(hello.run)
+        launches = self._store.incarnations(hello.run)
+        known = hello.incarnation in launches
+        retired = launches[:-1] if hello.incarnation in launches[-1:] else launches
+
+        def begin(before: Run | None) -> tuple[RunController, Applied | None]:
+            return self._begin(hello, before, known=known)
+
         try:
-            agent = self._authorization.agent(key, hello.run)
-            admission, events = self._registry.admit(now, hello, peer, agent=agent, retired=retired)
-        except (AdmissionError, ProtocolError) as error:
-            text = error.detail if isinstance(error, ProtocolError) else str(error)
-            self._rejection_log.note(error.reason, text)
-            self._refuse(peer, hello, text)
+            admission = self._registry.admit(now, hello, peer, begin, key=key, retired=retired)
+            run, before = admission.run, admission.before
+            if before is run and hello.process_rank == 0:
+                run.controller.on_hello(hello)
+        except ProtocolError as error:
+            self.rejection_log.note(error.reason, error.detail)
+            self._refuse(peer, hello, error.detail)
             return
-        for event in events:
-            with self._contained("command", event.run.name):
-                self._on_event(event)
-        run = admission.run
-        try:
-            if admission.new_incarnation:
-                if before is not None and admission.replaced is not None:
-                    self._assembler.forget(run.name, admission.replaced)
-                    self._dispatcher.abandon(self._watches[run.name].controller)
-                self._begin(run, hello, before, known=hello.incarnation in earlier)
-            elif hello.process_rank == 0:
-                self._watches[run.name].controller.on_hello(hello)
         except Exception as error:
-            self._failures.note("message", error, run=run.name, what="the run is refused")
-            self._forget(run)
+            self.failures.note("message", error, run=hello.run, what="the run is refused")
             self._refuse(peer, hello, "an error in the monitor: its log has the traceback")
             return
+        for removed in admission.removed:
+            self._forget(removed)
+        if before is not None and before is not run:
+            self._assembler.forget(before.name, before.incarnation)
+            self._give_up(before, before.controller.pending.abandon())
         self._probe_handler.note_welcomed(hello.run)
-        with self._contained("store", run.name):
-            self._store.record_hello(self._wall(), hello)
-        self._schedule_commit()
-        self._publish_run(run)
+        self._publish(events.RankJoined(run, hello, before is not run))
+        self._publish(events.RunChanged(run))
         self._reply(
             peer,
             Welcome(
                 run=run.name,
                 incarnation=run.incarnation,
-                data_endpoint=self._data_endpoint,
-                heartbeat_seconds=self._config.monitor.heartbeat_seconds,
-                restore=None if admission.settled else self._watches[run.name].restore,
+                data_endpoint=self.data_endpoint,
+                heartbeat_seconds=self.config.monitor.heartbeat_seconds,
+                restore=None if admission.settled else run.restore,
             ),
         )
+
+    def _begin(self, hello: Hello, before: Run | None, *, known: bool) -> tuple[RunController, Applied | None]:
+        """Make the controller of a new incarnation, and the values to restore.
+
+        `before` is the run that it replaces; `known` is True if an earlier monitor watched this incarnation.
+        """
+        restore = None if before is None else before.applied
+        if before is None and not known:
+            restore = self._store.last_applied(hello.run, other_than=hello.incarnation)
+        if restore in (Applied(), hello.applied):
+            restore = None
+        memory = self._store.memory(hello.run, hello.incarnation)
+        applied = restore or hello.applied
+        return RunController(self.config, hello, applied, checkpoint=memory, calibrator=self.calibrator), restore
 
     def _refuse(self, peer: bytes, hello: Hello, text: str) -> None:
         self._probe_handler.note_refused(hello.run, text[:MAX_TEXT])
         self._reply(peer, Refused(run=hello.run, incarnation=hello.incarnation, reason=text[:MAX_TEXT]))
 
-    def _forget(self, run: Run) -> None:
-        """Remove all state of a run that could not be admitted: `tick` expects a watch for each registered run."""
-        self._registry.remove(run.name)
-        self._watches.pop(run.name, None)
-        self._assembler.forget(run.name, run.incarnation)
-        with self._contained("metrics", run.name):
-            self._metrics.end_run(run.name)
+    def _on_heartbeat(self, now: float, peer: bytes, run: Run, heartbeat: Heartbeat) -> None:
+        rank = run.peers[heartbeat.process_rank]
+        drops, row_due = rank.new_drops(heartbeat), rank.row_due(now)
+        applied_changed = heartbeat.process_rank == 0 and run.applied_changed()
+        self._publish(events.RunChanged(run))
+        self._publish(events.HeartbeatReceived(run, heartbeat, drops, row_due, applied_changed))
+        # The agent dropped the snapshot because its states were not finite: the run has diverged.
+        if "not_finite" in drops and run.newly_not_finite(heartbeat.step):
+            self._assess(run, heartbeat.training, None)
+        judgement = run.controller.judgement
+        self._reply(peer, HeartbeatReply(run=run.name, incarnation=run.incarnation, judgement=judgement))
 
-    def _begin(self, run: Run, hello: Hello, before: Run | None, *, known: bool) -> None:
-        """Start to watch an incarnation.
-
-        `before` is the run that it replaced; `known` is True if an earlier monitor watched this incarnation.
-        """
-        restore = before.applied if before is not None else None
-        if before is None and not known:
-            restore = self._store.last_applied(run.name, other_than=run.incarnation)
-        if restore in (Applied(), hello.applied):
-            restore = None
-        self._store.abandon_pending(run.name)
-        memory = self._store.memory(run.name, run.incarnation)
-        controller = RunController(
-            self._config, hello, restore or hello.applied, checkpoint=memory, calibrator=self._calibrator
-        )
-        self._watches[run.name] = Watch(controller, restore=restore)
-        words = (run.name, run.incarnation, hello.step, hello.adapter, hello.world_size)
-        logger.info("run %s: incarnation %s at step %d, adapter %r, %d ranks", *words)
-
-    def _on_kreiss(self, result: Result) -> None:
-        snapshot, profile = result.snapshot, result.profile
-        assert profile is not None, "a second result always has a profile"
-        place = (snapshot.run, snapshot.incarnation, snapshot.step)
-        with self._contained("store", snapshot.run):
-            self._store.replace_profile(self._wall(), *place, profile.to_dict(), snapshot.observables)
-        run = self._registry.get(snapshot.run)
-        if run is not None and run.incarnation == snapshot.incarnation and run.state is not RunState.VANISHED:
-            self._metrics.set_layers(run.name, profile)
+    def _on_ack(self, now: float, run: Run, ack: Ack) -> None:
+        run.applied_changed()  # the history takes the values in force from the ack
+        self._publish(events.RunChanged(run))
+        answered = run.controller.acknowledge(now, ack)
+        if answered is None:
+            self._publish(events.CommandAcked(run, ack, None))
+            raise ProtocolError("unknown_command", f"run {run.name} answers {ack.command_id}, which is not known")
+        self._publish(events.CommandAcked(run, ack, answered.kind, answered.first, answered.counts))
 
     def _assess(self, run: Run, training: TrainingStep, profile: SpectralProfile | None) -> None:
         decide = run.state is RunState.RUNNING and not self._stopping
-        watch = self._watches[run.name]
         try:
-            assessment = self._dispatcher.assess(self._clock(), run, watch.controller, training, profile, decide=decide)
+            assessment = run.controller.assess(self.clock(), training, profile, step=run.step, decide=decide)
         except Exception as error:
-            self._stand_down(run, watch.controller, error)
+            self.failures.note("judgement", error, run=run.name, what=f"step {training.step} cannot be judged")
+            self._publish(events.Assessed(run, None))
             return
-        if assessment is not None:
-            with self._contained("judgement", run.name):
-                watch.record_assessment(training.step, assessment, profile)
+        self._publish(events.Assessed(run, assessment))
+        if assessment.unencodable is not None:
+            what = f"the decision at step {training.step} is dropped"
+            self.failures.note("command", assessment.unencodable, run=run.name, what=what)
+        if assessment.remarkable:
+            with self._watching_only_after_error(run):
+                self._issue(run, assessment)
 
-    def _stand_down(self, run: Run, controller: RunController, error: Exception) -> None:
-        """Make a run watch-only, because handling one of its commands raised."""
-        self._failures.note("command", error, run=run.name, what="from now on this run is only watched")
-        controller.stand_down()
-        self._dispatcher.abandon(controller)
-        self._publish_run(run)
+    def _issue(self, run: Run, assessment: Assessment) -> None:
+        for command in assessment.replaced:
+            self._publish(events.CommandUnanswered(run, command, replaced=True))
+        self._publish(events.Decided(run, assessment))
+        for command in assessment.commands if run.controller.sends else ():
+            self._offer(run, command)
 
-    def _on_not_finite(self, run: Run, heartbeat: Heartbeat) -> None:
-        """Assess a snapshot that an agent dropped because its states were not finite."""
-        if not self._watches[run.name].newly_not_finite(heartbeat.step):
-            return
-        with self._contained("metrics", run.name):
-            self._metrics.set("informative", 0.0, run.name)
-        self._assess(run, heartbeat.training, None)
+    def _offer(self, run: Run, command: Command) -> None:
+        leader = run.leader
+        if leader is not None and self.send(leader.identity, command) and run.controller.pending.mark_sent(command):
+            self._publish(events.CommandSent(run, command))
 
-    def _on_heartbeat(self, now: float, peer: bytes, run: Run, heartbeat: Heartbeat) -> None:
-        watch = self._watches[run.name]
-        self._publish_run(run)
-        for reason, more in watch.new_drops(heartbeat):
-            with self._contained("metrics", run.name):
-                self._metrics.add("snapshots_dropped", run.name, reason, amount=more)
-            if reason == "not_finite":
-                self._on_not_finite(run, heartbeat)
-        with self._contained("store", run.name):
-            if watch.row_due(now, heartbeat):
-                self._store.record_heartbeat(self._wall(), heartbeat)
-            if heartbeat.process_rank == 0 and watch.applied_changed(heartbeat.applied):
-                self._store.record_applied(self._wall(), run.name, run.incarnation, heartbeat.step, heartbeat.applied)
-        self._reply(peer, HeartbeatReply(run=run.name, incarnation=run.incarnation, judgement=watch.judgement))
+    def _give_up(self, run: Run, commands: Iterable[Command]) -> None:
+        for command in commands:
+            self._publish(events.CommandUnanswered(run, command))
 
-    def _on_goodbye(self, run: Run, goodbye: Goodbye) -> None:
+    @contextmanager
+    def _watching_only_after_error(self, run: Run) -> Iterator[None]:
+        """Make a run watch-only if handling one of its commands raises."""
+        try:
+            yield
+        except Exception as error:
+            self.failures.note("command", error, run=run.name, what="from now on this run is only watched")
+            with self.failures.contained("command", run.name):
+                run.controller.stand_down()
+                self._give_up(run, run.controller.pending.abandon())
+            self._publish(events.RunChanged(run))
+
+    def _close(self, run: Run, reason: str) -> None:
+        """Follow the registry, for which the run has ended or vanished."""
+        self._give_up(run, run.controller.pending.abandon())
+        self._publish(events.RunClosed(run, reason))
         if run.state is RunState.ENDED:
-            self._mark_ended(run, goodbye.reason or "goodbye")
-        self._publish_run(run)
+            self._publish(events.RunChanged(run))
 
-    def _on_event(self, event: Event) -> None:
-        run = event.run
-        if event.kind == "removed":
-            self._assembler.forget(run.name, run.incarnation)
-            self._watches.pop(run.name, None)
-            with self._contained("metrics", run.name):
-                self._metrics.end_run(run.name)
-        elif event.kind == "ended":
-            self._mark_ended(run, "silent after the goodbye of another rank")
-            self._publish_run(run)
-        else:
-            logger.warning("run %s vanished at step %d", run.name, run.step)
-            self._dispatcher.abandon(self._watches[run.name].controller)
-            with self._contained("store", run.name):
-                self._store.record_state(self._wall(), run.name, run.incarnation, RunState.VANISHED)
-            with self._contained("metrics", run.name):
-                self._metrics.end_run(run.name, keep=KEPT_WHEN_VANISHED)
-                self._metrics.set("run_state", RunState.VANISHED, run.name)
-            with self._contained("page", run.name):
-                self._live_state.mark_ended(run.name, RunState.VANISHED)
-        self._schedule_commit()
-
-    def _mark_ended(self, run: Run, reason: str) -> None:
-        logger.info("run %s ended at step %d: %r", run.name, run.step, reason)
-        self._dispatcher.abandon(self._watches[run.name].controller)
-        with self._contained("store", run.name):
-            self._store.record_state(self._wall(), run.name, run.incarnation, RunState.ENDED, end_reason=reason)
-
-    def _submit(self, snapshot: Snapshot) -> None:
-        with self._contained("page", snapshot.run):
-            self._live_state.count_snapshot(snapshot.run)
-        with self._contained("metrics", snapshot.run):
-            if self._has_series(snapshot.run):
-                self._metrics.add("snapshots_received", snapshot.run)
-                self._metrics.set("last_snapshot_timestamp_seconds", self._wall(), snapshot.run)
-        with self._contained("snapshot", snapshot.run):
-            self._engine.submit(snapshot, wait=self._stopping)
-
-    def _publish_run(self, run: Run) -> None:
-        with self._contained("metrics", run.name):
-            publish_run(self._metrics, run)
-        with self._contained("page", run.name):
-            self._live_state.update_run(run, sends=self._watches[run.name].controller.sends)
-
-    def _has_series(self, name: str) -> bool:
-        """Return True while a run has all of its series."""
-        run = self._registry.get(name)
-        return run is not None and run.state is not RunState.VANISHED
+    def _forget(self, run: Run) -> None:
+        """Follow the registry, which has removed the run."""
+        self._assembler.forget(run.name, run.incarnation)
+        self._publish(events.RunRemoved(run))
 
     def _reply(self, peer: bytes, message: MonitorMessage) -> None:
         if not self._stopping:
-            self._send(peer, message)
-
-    def _schedule_commit(self) -> None:
-        """Schedule a commit of the store within COMMIT_SECONDS."""
-        self._commit_at = min(self._commit_at, self._clock() + COMMIT_SECONDS)
+            self.send(peer, message)

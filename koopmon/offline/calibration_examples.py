@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from koopmon.history.reader import HistoryReader
+from koopmon.history.reader import HistoryReader, IncarnationRow, ObservationRow, ProfileRow
 from koopmon.risk.calibration import Example
 from koopmon.risk.initial_score import initial_risk
 from koopmon.spectral import SpectralProfile
@@ -39,47 +40,56 @@ def calibration_examples(history: HistoryReader) -> Iterator[RunExample]:
     rate gives the step length of its optimizer. koopmon did not act on its training.
     """
     for run in history.runs():
-        rows, profiles = list(history.observations(run)), list(history.profiles(run))
+        first: dict[str, ProfileRow] = {}
+        for profile in history.profiles(run):
+            if profile.profile:
+                first.setdefault(profile.incarnation, profile)
+        rows: dict[str, list[ObservationRow]] = defaultdict(list)
+        for row in history.observations(run):
+            rows[row.incarnation].append(row)
         for incarnation in history.incarnations(run):
-            seen = [row for row in rows if row.incarnation == incarnation.incarnation]
-            rates = [row.training.learning_rate for row in seen if row.training.learning_rate]
-            first = next((p for p in profiles if p.incarnation == incarnation.incarnation and p.profile), None)
-            if first is None or first.profile is None or first.step > MAX_FIRST_STEP or incarnation.hello is None:
-                yield RunExample(run, None, None, f"no profile of its first {MAX_FIRST_STEP} steps")
-                continue
-            try:
-                profile = SpectralProfile.from_dict(first.profile)
-            except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                yield RunExample(run, None, None, f"its first profile cannot be read: {error!r}")
-                continue
-            adapter = incarnation.hello.adapter
-            initial = initial_risk(profile)
-            exponent = incarnation.hello.update_exponent
-            if not initial.informative or exponent is None:
-                why = initial.reason or "its blocks do not move the state"
-                yield RunExample(run, adapter, None, f"its first profile is not informative: {why}")
-            elif not incarnation.hello.rate_sized_steps:
-                yield RunExample(run, adapter, None, "its optimizer is none whose steps are as long as the rate says")
-            elif not rates:
-                yield RunExample(run, adapter, None, "its learning rate is not known")
-            elif any(row.training.lr_scale < 1.0 or row.training.kss_alpha > 0.0 for row in seen):
-                yield RunExample(run, adapter, None, "it was acted upon, so what would have become of it is not known")
-            else:
-                # `not loss <= MAX_LOSS` is also True for NaN.
-                diverged = any(
-                    row.non_finite
-                    or (row.training.loss is not None and not row.training.loss <= MAX_LOSS)
-                    or (row.training.grad_norm is not None and not row.training.grad_norm <= MAX_GRADIENT_NORM)
-                    for row in seen
-                )
-                yield RunExample(
-                    run,
-                    adapter,
-                    Example(
-                        update_exponent=exponent,
-                        learning_rate=max(rates),
-                        width=max(incarnation.hello.width, 1),
-                        num_layers=max(profile.num_layers, 1),
-                        diverged=diverged,
-                    ),
-                )
+            yield _run_example(incarnation, first.get(incarnation.incarnation), rows[incarnation.incarnation])
+
+
+def _run_example(incarnation: IncarnationRow, first: ProfileRow | None, rows: list[ObservationRow]) -> RunExample:
+    """Return one incarnation as an example, or the reason against it. `first` is its first profile."""
+    run, hello = incarnation.run, incarnation.hello
+    if first is None or first.profile is None or first.step > MAX_FIRST_STEP or hello is None:
+        return RunExample(run, None, None, f"no profile of its first {MAX_FIRST_STEP} steps")
+    try:
+        profile = SpectralProfile.from_dict(first.profile)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        return RunExample(run, None, None, f"its first profile cannot be read: {error!r}")
+
+    def unusable(why: str) -> RunExample:
+        return RunExample(run, hello.adapter, None, why)
+
+    initial = initial_risk(profile)
+    if not initial.informative or hello.update_exponent is None:
+        why = "its blocks do not change the state" if initial.informative else initial.reason
+        return unusable(f"its first profile is not informative: {why}")
+    if not hello.rate_sized_steps:
+        return unusable("the learning rate does not give the step length of its optimizer")
+    rates = [row.training.learning_rate for row in rows if row.training.learning_rate]
+    if not rates:
+        return unusable("its learning rate is unknown")
+    if any(row.training.lr_scale < 1.0 or row.training.kss_alpha > 0.0 for row in rows):
+        return unusable("koopmon acted on it, so its outcome without actions is unknown")
+    example = Example(
+        update_exponent=hello.update_exponent,
+        learning_rate=max(rates),
+        width=max(hello.width, 1),
+        num_layers=max(profile.num_layers, 1),
+        diverged=any(map(_diverged, rows)),
+    )
+    return RunExample(run, hello.adapter, example)
+
+
+def _diverged(row: ObservationRow) -> bool:
+    # `not loss <= MAX_LOSS` is also True for NaN.
+    loss, grad_norm = row.training.loss, row.training.grad_norm
+    return (
+        row.non_finite
+        or (loss is not None and not loss <= MAX_LOSS)
+        or (grad_norm is not None and not grad_norm <= MAX_GRADIENT_NORM)
+    )

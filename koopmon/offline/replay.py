@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
 from koopmon import policy
-from koopmon.config import Config, merged
+from koopmon.config import Config, with_hints
 from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import HistoryReader, IncarnationRow, ObservationRow
 from koopmon.risk import online_detector
@@ -81,11 +80,8 @@ class _Judge:
 
     def __init__(self, config: Config, row: IncarnationRow | None) -> None:
         hello = None if row is None else row.hello
-        hinted: dict[str, Any] = {} if hello is None or hello.kss is None else msgspec.structs.asdict(hello.kss)
         self._policy = config.policy
-        self._risk = config.risk if hello is None else merged(config.risk, hello.thresholds, "thresholds")
-        known = {name: value for name, value in hinted.items() if name in config.kss.__struct_fields__}
-        self._kss = merged(config.kss, known, "kss")
+        self._risk, self._kss = (config.risk, config.kss) if hello is None else with_hints(config, hello)
         self._history, self._state = online_detector.RiskState(), policy.PolicyState()
 
     def __call__(self, row: ObservationRow) -> Replayed:
@@ -95,7 +91,7 @@ class _Judge:
             known = {"training": msgspec.structs.asdict(row.training) | in_force, "non_finite": row.non_finite}
             seen = msgspec.convert(row.observation | known, online_detector.Observation)
         except msgspec.ValidationError as error:
-            raise StoreError(f"the snapshot at step {row.step} cannot be judged again: {one_line(error)}") from None
+            raise StoreError(f"the snapshot at step {row.step} cannot be assessed again: {one_line(error)}") from None
         self._history, risk = online_detector.assess(self._history, seen, self._risk)
         decision = policy.decide(row.time, self._state, seen, risk, self._policy, self._kss)
         self._state = decision.state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from koopmon.report.run_report import delay_steps
 from koopmon.views.heatmap import heatmap
 from koopmon.views.html import number, render
 from koopmon.views.run_view import SCALARS
-from koopmon.views.spectra import QUANTITIES, mean_over_layers
+from koopmon.views.spectra import QUANTITIES, Column, mean_over_layers
 from koopmon.views.svg_charts import depth_legend, eigenvalue_plot, plotted_modulus, risk_chart, scalar_chart
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ def page(report: RunReport) -> str:
     """Return the whole document."""
     profiles, points, policy = report.profiles, report.points, report.policy
     spectra, columns = profiles.spectra, profiles.columns
-    labels = [str(layer) for layer in range(len(columns[0].values["near_unit_mass"]))] if columns else []
     limit = plotted_modulus([modulus for each in spectra for modulus in each.spectrum.moduli()])
     levels = (("severe", policy.severe_risk), ("act", policy.act_risk), ("calm below", policy.release_risk))
     return render(
@@ -53,13 +53,13 @@ def page(report: RunReport) -> str:
         risk_chart=risk_chart(points, report.decisions, levels),
         scalar_charts=Markup("").join(scalar_chart(points, scalar) for scalar in SCALARS if scalar.chart),
         scalars=SCALARS,
-        highlights={
-            "first": points[0],
-            "highest risk": max(points, key=lambda point: point.risk),
-            "last": points[-1],
-        }
+        highlights=[
+            ("first", points[0]),
+            ("highest risk", max(points, key=lambda point: point.risk)),
+            ("last", points[-1]),
+        ]
         if points
-        else {},
+        else [],
         compared=[each for each in report.actions if each.effect is not None],
         commands=[(each, command) for each in report.decisions for command in each.commands or (None,)],
         delay_steps=delay_steps,
@@ -68,18 +68,21 @@ def page(report: RunReport) -> str:
         quantities=QUANTITIES,
         mean_over_layers=mean_over_layers,
         heatmaps=[
-            (words, heatmap(columns, name, labels, num_snapshots=profiles.num_snapshots))
+            (words, heatmap(columns, name, num_snapshots=profiles.num_snapshots))
             for name, words in QUANTITIES.items()
             if columns
         ],
-        layers=[
-            (label, *(f"{number(ends[0][layer], 2)} → {number(ends[1][layer], 2)}" for ends in _ends(report)))
-            for layer, label in enumerate(labels[:MAX_LAYERS])
-        ],
+        layers=_layers(columns),
     )
 
 
-def _ends(report: RunReport) -> list[tuple[list[float], list[float]]]:
-    """Values of the first and the last column of each quantity."""
-    first, last = report.profiles.columns[0].values, report.profiles.columns[-1].values
-    return [(list(first[name]), list(last[name])) for name in QUANTITIES]
+def _layers(columns: Sequence[Column]) -> list[tuple[str, ...]]:
+    """First and last value of each quantity, by layer."""
+    if not columns:
+        return []
+    first, last = columns[0].values, columns[-1].values
+    ends = (
+        [f"{number(old, 2)} → {number(new, 2)}" for old, new in zip(first[name], last[name], strict=False)]
+        for name in QUANTITIES
+    )
+    return [(str(layer), *row) for layer, row in enumerate(zip(*ends, strict=True))][:MAX_LAYERS]

@@ -7,6 +7,7 @@ finite. Counters must show 0 before their first increment. PROMETHEUS_MULTIPROC_
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 import threading
@@ -92,7 +93,6 @@ TABLE: tuple[Series, ...] = (
     _layer("contractive_mass", "Fraction of eigenvalues with modulus below 0.80."),
     _layer("spectral_radius", "Largest modulus of the eigenvalues.", "max"),
     _layer("eigenvector_condition_number", "Condition number of the unit-norm right eigenvectors.", "max"),
-    _layer("kreiss_constant", "Kreiss constant of A / max(1, spectral radius): transient growth.", "max"),
     _layer("nonlinearity_ratio", "Residual of the linear fit relative to the layer's update."),
     _layer("update_ratio", "Size of the layer's update relative to its input. Near 0 the spectrum has no meaning."),
     _layer("update_exponent", "k of |update| ~ |state|^k over tokens: 0 behind a normalisation, 1 for a linear layer."),
@@ -162,12 +162,22 @@ TRAINING_FIELDS: tuple[str, ...] = tuple(name for name in TrainingStep.__struct_
 KEPT_WHEN_VANISHED = frozenset({"last_snapshot_timestamp_seconds", "run_state"})
 
 
-def layer_buckets(num_layers: int) -> list[tuple[str, range]]:
+@functools.lru_cache(maxsize=64)
+def layer_buckets(num_layers: int) -> tuple[tuple[str, range], ...]:
     """Label and layers of each series: one layer each up to MAX_LAYERS, else adjacent layers such as "4-5"."""
     size = max(1, math.ceil(num_layers / MAX_LAYERS))
     starts = range(0, num_layers, size)
     spans = [range(start, min(start + size, num_layers)) for start in starts]
-    return [(str(span[0]) if size == 1 else f"{span[0]}-{span[-1]}", span) for span in spans]
+    return tuple((str(span[0]) if size == 1 else f"{span[0]}-{span[-1]}", span) for span in spans)
+
+
+def _bucketed(values: Sequence[float | None], reduction: Literal["mean", "max"]) -> Iterator[tuple[str, float]]:
+    """Label and value of each series: the reduction of the finite values of its layers, where it is finite."""
+    for label, span in layer_buckets(len(values)):
+        known = [value for value in map(_finite, values[span.start : span.stop]) if value is not None]
+        reduced = max(known, default=None) if reduction == "max" else mean(known)
+        if reduced is not None:
+            yield label, reduced
 
 
 def _finite(value: float | None) -> float | None:
@@ -238,33 +248,16 @@ class Metrics(Collector):
         with self._lock:
             for series in TABLE:
                 if "run" in series.labels and series.name not in kept:
-                    values = self._values[series.name]
-                    for labels in [labels for labels in values if labels[0] == run]:
-                        del values[labels]
+                    self._remove(series.name, run)
 
     def set_layers(self, run: str, profile: SpectralProfile | None) -> None:
-        """Replace the per-layer series of `run` by those of `profile`; None removes them.
-
-        A profile without Kreiss constants keeps the previous ones.
-        """
-        fresh: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in LAYER_FIELDS}
+        """Replace the per-layer series of `run` by those of `profile`; None removes them."""
         layers = () if profile is None else profile.layers
-        buckets = layer_buckets(len(layers))
-        for label, span in buckets:
-            for name in LAYER_FIELDS:
-                found = [_finite(getattr(layers[index], name)) for index in span]
-                values = [value for value in found if value is not None]
-                reduced = max(values, default=None) if BY_NAME[name].bucket == "max" else mean(values)
-                if reduced is not None:
-                    fresh[name][(run, label)] = reduced
-        standing = {(run, label) for label, _ in buckets}
-        with self._lock:
-            for name, series in fresh.items():
-                kept = standing if name == "kreiss_constant" and not series else set()
-                old = self._values[name]
-                for labels in [labels for labels in old if labels[0] == run and labels not in kept]:
-                    del old[labels]
-                old.update(series)
+        fresh: dict[str, dict[tuple[str, ...], float]] = {}
+        for name in LAYER_FIELDS:
+            values = [getattr(layer, name) for layer in layers]
+            fresh[name] = {(run, label): value for label, value in _bucketed(values, BY_NAME[name].bucket)}
+        self._replace(run, fresh)
 
     def set_observables(self, run: str, observables: Mapping[str, Sequence[float | None]]) -> None:
         """Replace the observable series of `run`.
@@ -273,15 +266,20 @@ class Metrics(Collector):
         """
         fresh: dict[tuple[str, ...], float] = {}
         for name, row in observables.items():
-            for label, span in layer_buckets(len(row)):
-                average = mean(map(_finite, row[span.start : span.stop]))
-                if average is not None:
-                    fresh[run, label, name] = average
+            fresh |= {(run, label, name): value for label, value in _bucketed(row, "mean")}
+        self._replace(run, {"observable": fresh})
+
+    def _replace(self, run: str, fresh: Mapping[str, Mapping[tuple[str, ...], float]]) -> None:
+        """Replace all series of `run` of some metrics at once."""
         with self._lock:
-            standing = self._values["observable"]
-            for labels in [labels for labels in standing if labels[0] == run]:
-                del standing[labels]
-            standing.update(fresh)
+            for name, values in fresh.items():
+                self._remove(name, run)
+                self._values[name].update(values)
+
+    def _remove(self, name: str, run: str) -> None:
+        values = self._values[name]
+        for labels in [labels for labels in values if labels[0] == run]:
+            del values[labels]
 
     def collect(self) -> Iterator[Metric]:
         """Return all metrics for prometheus_client, as a consistent copy."""

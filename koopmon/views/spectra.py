@@ -107,8 +107,10 @@ class Spectrum:
 
 
 def mean_over_layers(column: Column, name: str) -> float:
-    """Mean of a quantity over layers; of the spectral radius the largest value."""
-    return max(column.values[name]) if name == "spectral_radius" else _mean(column.values[name])
+    """Mean of a quantity over layers; of the spectral radius the largest value. NaN if no value is known."""
+    if name == "spectral_radius":
+        return max((value for value in column.values[name] if not math.isnan(value)), default=math.nan)
+    return _mean(column.values[name])
 
 
 def layers_to_dict(columns: Sequence[Column]) -> dict[str, Any]:
@@ -223,7 +225,7 @@ def _merged(group: Sequence[Column]) -> Column:
     return Column(group[0].step, values)
 
 
-def _rows(num_layers: int, *, share: bool) -> list[tuple[str, range]]:
+def _rows(num_layers: int, *, share: bool) -> Sequence[tuple[str, range]]:
     """Label and layers of each row."""
     return (
         layer_buckets(num_layers) if share else [(str(layer), range(layer, layer + 1)) for layer in range(num_layers)]

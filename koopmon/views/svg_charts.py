@@ -17,6 +17,8 @@ from koopmon.views.spectra import Spectrum
 
 RISK_HEIGHT, SMALL_HEIGHT, SPARK_HEIGHT = 220, 90, 24
 SPARK_POINTS = 120
+MAX_POINTS = 2000
+"""Maximum number of points of one line; a longer one is drawn by the extremes of adjacent points."""
 MAX_MARKS = 200
 """Maximum number of marked commands: more would hide the curves."""
 LOG_RATIO = 20.0
@@ -161,7 +163,21 @@ def _lines(
             launches.setdefault(point.incarnation, []).append((10 * place(point.step), found))
     latest = points[-1].incarnation if points else ""
     for incarnation, line in launches.items():
-        yield kind if incarnation == latest else f"{kind} earlier", _polyline(_steps(line) if held else line, height)
+        drawn = _extremes(line)
+        yield kind if incarnation == latest else f"{kind} earlier", _polyline(_steps(drawn) if held else drawn, height)
+
+
+def _extremes(line: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the line, or the lowest and highest of adjacent points if it has more than MAX_POINTS."""
+    if len(line) <= MAX_POINTS:
+        return line
+    size = math.ceil(2 * len(line) / MAX_POINTS)
+    groups = (line[start : start + size] for start in range(0, len(line), size))
+    return [
+        place
+        for group in groups
+        for place in sorted({min(group, key=lambda each: each[1]), max(group, key=lambda each: each[1])})
+    ]
 
 
 def _steps(line: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
@@ -185,7 +201,10 @@ def _scale(known: Sequence[float], scalar: Scalar) -> tuple[Callable[[float | No
     width = (high - low) or 1.0
 
     def scaled(value: float | None) -> float | None:
-        return None if value is None else 0.06 + 0.88 * ((math.log(value) if is_log else value) - low) / width
+        if value is None:
+            return None
+        # The difference of two large values could overflow.
+        return 0.06 + 0.88 * ((math.log(value) if is_log else value) / width - low / width)
 
     return scaled, is_log
 

@@ -19,7 +19,7 @@ from koopmon.wire.keys import AGENTS, PublicKey, check_directory, read_public
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
+CHECK_SECONDS = 1.0
 """Interval between checks for changed files, in seconds."""
 MAX_AGENTS = 4096
 
@@ -53,14 +53,14 @@ class AuthorizedKeys:
         self._agents: dict[str, PublicKey] = {}
         self._owners: dict[str, str] = {}
         """Agent name by key, including previous keys that a rotation may have expired."""
-        self._looked_at = clock()
+        self._checked_at = clock()
         for stamp in self._stamps():
             self._files[stamp] = read_public(stamp.path)
         self._list()
 
     def name_of(self, key: str) -> str | None:
         """Return the name of the agent that owns `key`; None for an unknown or expired key."""
-        self._look()
+        self._refresh()
         name = self._owners.get(key)
         return name if name is not None and key in self._agents[name].keys(self._now()) else None
 
@@ -72,10 +72,10 @@ class AuthorizedKeys:
     def __len__(self) -> int:
         return len(self._agents)
 
-    def _look(self) -> None:
-        if self._clock() < self._looked_at + LOOK_SECONDS:
+    def _refresh(self) -> None:
+        if self._clock() < self._checked_at + CHECK_SECONDS:
             return
-        self._looked_at = self._clock()
+        self._checked_at = self._clock()
         try:
             stamps = self._stamps()
         except KeysError as error:

@@ -25,15 +25,15 @@ CLIENT: Final[Options] = {
 _HANDSHAKE_FAILED: Final = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
-LINK_EVENTS: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _HANDSHAKE_FAILED
-MEND_SECONDS: Final = 2.0
+CONNECTION_EVENTS: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _HANDSHAKE_FAILED
+RETRY_SECONDS: Final = 2.0
 """Interval between two connection attempts after a failed handshake, in seconds."""
 
 
 class Client(Socket):
     """A connecting socket that tracks the state of its connection. Raises EndpointError and KeysError."""
 
-    _link_events: int = LINK_EVENTS
+    _watched_events: int = CONNECTION_EVENTS
 
     def __init__(self, context: WireContext, kind: int, options: Options, endpoint: str) -> None:
         self.endpoint = context.trust.check(endpoint)
@@ -43,7 +43,7 @@ class Client(Socket):
         self._attempts = 0
         self._opened_at = time.monotonic()
         self._connect_at: float | None = None
-        """Monotonic time at which `mend` connects after a pause; None without a pause."""
+        """Monotonic time at which `retry` connects after a pause; None without a pause."""
         self._reached = False
         self._retries = 0
         self._connected = False
@@ -60,11 +60,11 @@ class Client(Socket):
     def _open(self) -> zmq.Socket[bytes]:
         raw = super()._open()
         with closed_on_error(raw):
-            events = self._watch(raw, self._link_events)
+            events = self._watch(raw, self._watched_events)
             with closed_on_error(events):
                 raw.set(zmq.IPV6, self.endpoint.startswith("tcp://["))
                 if self._curve:
-                    curve.show_keys(raw, *self._keys)
+                    curve.make_curve_client(raw, *self._keys)
                 if self._connect_at is None:
                     self._connect(raw)
         self._events = events
@@ -103,16 +103,16 @@ class Client(Socket):
         self._note_events()
         return self._failure
 
-    def mend(self) -> bool:
+    def retry(self) -> bool:
         """After a failed handshake, reread the key files and reconnect; return True if it reconnected.
 
-        Call it periodically: libzmq does not retry after a peer refuses the key. It acts at most every MEND_SECONDS.
+        Call it periodically: libzmq does not retry after a peer refuses the key. It acts at most every RETRY_SECONDS.
         """
         now = time.monotonic()
         if self._connect_at is not None and now >= self._connect_at:
             self._connect_at = None
             self._connect(self._socket)
-        if not self.failure or now < self._opened_at + MEND_SECONDS:
+        if not self.failure or now < self._opened_at + RETRY_SECONDS:
             return False
         self._opened_at = now
         self._attempts += 1
@@ -146,8 +146,8 @@ class Client(Socket):
     def reconnect(self, pause_seconds: float = 0.0) -> None:
         """Replace the connection by a new one to the same endpoint; queued messages are dropped.
 
-        With `pause_seconds`, `mend` opens the new connection after that time. Raises EndpointError when the process has
-        no room for a socket; the old connection then stays.
+        With `pause_seconds`, `retry` opens the new connection after that time. Raises EndpointError when the process
+        has no room for a socket; the old connection then stays.
         """
         self._guard()
         old, old_events, before = self._socket, self._events, self._connect_at

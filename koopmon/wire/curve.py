@@ -55,7 +55,7 @@ def pair_of(secret: str) -> KeyPair:
         raise KeysError("a secret key is not one of CURVE: `koopmon keys rotate` makes another") from None
 
 
-def demand_keys(socket: zmq.Socket[bytes], secret: str) -> None:
+def make_curve_server(socket: zmq.Socket[bytes], secret: str) -> None:
     """Make an unbound socket a CURVE server; it accepts only clients that a ZapHandler admits."""
     pair = pair_of(secret)
     socket.set(zmq.CURVE_SERVER, 1)
@@ -65,7 +65,7 @@ def demand_keys(socket: zmq.Socket[bytes], secret: str) -> None:
     socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a handler no client is admitted
 
 
-def show_keys(socket: zmq.Socket[bytes], secret: str, server: str) -> None:
+def make_curve_client(socket: zmq.Socket[bytes], secret: str, server: str) -> None:
     """Make an unconnected socket a CURVE client that accepts only the server with the key `server`."""
     pair = pair_of(secret)
     socket.set(zmq.CURVE_SERVERKEY, server.encode())

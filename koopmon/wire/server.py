@@ -75,15 +75,15 @@ class Server(Socket, abc.ABC, Generic[P]):
         self.sender_key = ""
         checked = context.trust.check(endpoint, binding=True)
         self._curve = context.trust.uses_curve(checked)
-        self._gate: curve.ZapHandler | None = None
+        self._zap_handler: curve.ZapHandler | None = None
         self._refusals: deque[curve.Refusal] = deque(maxlen=curve.MAX_REFUSALS)
         super().__init__(context, kind, SERVER | options)
         self._directory: Path | None = None
         try:
             if self._curve:
                 with context.trust.needed_for(checked):
-                    curve.demand_keys(self._socket, context.trust.monitor_secret())
-                    self._gate = context._gate_for_agents()
+                    curve.make_curve_server(self._socket, context.trust.monitor_secret())
+                    self._zap_handler = context._zap_handler_for_agents()
             if checked == "ipc://*":
                 self._directory = socket_directory()
                 checked = f"ipc://{self._directory / 'socket'}"
@@ -115,9 +115,9 @@ class Server(Socket, abc.ABC, Generic[P]):
             raise EndpointError(f"endpoint {address!r}: {advice}") from None
 
     @property
-    def demands_keys(self) -> bool:
+    def requires_keys(self) -> bool:
         """True when every client has authenticated with an authorized key."""
-        return self._gate is not None
+        return self._zap_handler is not None
 
     def _next(self) -> tuple[P, list[memoryview]] | None:
         """Return the next message and its sender, or None. Raises ProtocolError for a message with too many frames."""
@@ -159,7 +159,7 @@ class Server(Socket, abc.ABC, Generic[P]):
                 frames.append(self._kept(part))
                 num_bytes += len(part) + _FRAME_BYTES
         # Without CURVE a client could claim any name in its metadata.
-        message: _Message | ProtocolError = _Message(frames, "" if self._gate is None else curve.key_of(part))
+        message: _Message | ProtocolError = _Message(frames, "" if self._zap_handler is None else curve.key_of(part))
         if num_frames > self._max_frames:
             what = f"{num_frames} frames, at most {self._max_frames} are taken"
             message, num_bytes = ProtocolError("size", what), _FRAME_BYTES
@@ -178,13 +178,13 @@ class Server(Socket, abc.ABC, Generic[P]):
         return len(self._waiting) > 0
 
     def _pollables(self) -> list[Any]:
-        gate = [] if self._gate is None else [self._gate.pollable]
-        return [*super()._pollables(), self._events, *gate]
+        handlers = [] if self._zap_handler is None else [self._zap_handler.pollable]
+        return [*super()._pollables(), self._events, *handlers]
 
     def _note_events(self) -> None:
         self._guard()
-        if self._gate is not None:
-            self._gate.serve()
+        if self._zap_handler is not None:
+            self._zap_handler.serve()
         for event, value in self._events_of(self._events):
             if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 self._refuse(curve.handshake_error(value))
@@ -197,7 +197,7 @@ class Server(Socket, abc.ABC, Generic[P]):
 
     def take_refusals(self) -> list[curve.Refusal]:
         """Return the connections and messages refused since the last call; a `Poller` collects them."""
-        sources = [self._refusals] if self._gate is None else [self._refusals, self._gate.refusals]
+        sources = [self._refusals] if self._zap_handler is None else [self._refusals, self._zap_handler.refusals]
         taken = [refusal for source in sources for refusal in source]
         for source in sources:
             source.clear()

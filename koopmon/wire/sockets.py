@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import zmq
 
 from koopmon.errors import ProtocolError
-from koopmon.wire.client import LINK_EVENTS, MEND_SECONDS, Client
+from koopmon.wire.client import CONNECTION_EVENTS, RETRY_SECONDS, Client
 from koopmon.wire.endpoints import check_endpoint
 from koopmon.wire.headers import Frame, WireLimits
 from koopmon.wire.messages import DropReason
@@ -139,7 +139,7 @@ class ControlClient(Client):
         except zmq.Again:
             return None
         if frame.more:
-            self.reconnect(MEND_SECONDS)
+            self.reconnect(RETRY_SECONDS)
             raise ProtocolError("size", "more than one frame; the connection is given up")
         return [frame.buffer]
 
@@ -147,7 +147,7 @@ class ControlClient(Client):
 class ProbeClient(ControlClient):
     """A control channel for probes, which also detects connections that fail the handshake."""
 
-    _link_events = LINK_EVENTS | zmq.EVENT_CONNECTED | zmq.EVENT_CONNECT_RETRIED
+    _watched_events = CONNECTION_EVENTS | zmq.EVENT_CONNECTED | zmq.EVENT_CONNECT_RETRIED
 
     @property
     def failed(self) -> bool:

@@ -59,7 +59,7 @@ class WireContext:
         self.trust = trust or AuthPolicy()
         self.agents: AuthorizedKeys | None = None
         """Authorized agents of the CURVE servers; None while there is no such server."""
-        self._gate: curve.ZapHandler | None = None
+        self._zap_handler: curve.ZapHandler | None = None
         with _enough_room():
             self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._pid = os.getpid()
@@ -77,8 +77,8 @@ class WireContext:
         for each in list(self._sockets):
             each.close()
         if os.getpid() == self._pid:
-            if self._gate is not None:
-                self._gate.close()
+            if self._zap_handler is not None:
+                self._zap_handler.close()
             # `destroy` also closes sockets that a failed constructor left open; `term` alone would wait for them for
             # ever.
             self._context.destroy()
@@ -94,14 +94,14 @@ class WireContext:
         self._started = True
         return raw
 
-    def _gate_for_agents(self) -> curve.ZapHandler:
+    def _zap_handler_for_agents(self) -> curve.ZapHandler:
         """Return the ZAP handler, created on first use from the key files. Raises KeysError."""
-        if self._gate is None:
+        if self._zap_handler is None:
             agents = self.agents = self.trust.authorized_keys()
             socket = self._new_socket(zmq.REP)
             with closed_on_error(socket):
-                self._gate = curve.ZapHandler(socket, lambda key: agents.name_of(key) is not None)
-        return self._gate
+                self._zap_handler = curve.ZapHandler(socket, lambda key: agents.name_of(key) is not None)
+        return self._zap_handler
 
     @property
     def _in_use_elsewhere(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import weakref
 from typing import Self
 
 
@@ -15,6 +16,8 @@ class Wakeup:
         self._pid = os.getpid()
         self._lock = threading.RLock()  # a signal handler may run inside wake()
         self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._close = weakref.finalize(self, os.close, self._descriptor)  # also without a call of close
+        self._close.atexit = False  # a daemon thread may wait on it until the process ends
 
     def wake(self) -> None:
         """Wake the thread without blocking. Repeated calls before the wait cause one wake-up.
@@ -22,24 +25,22 @@ class Wakeup:
         The call does nothing in a forked child or after `close`.
         """
         with self._lock:
-            if self._descriptor >= 0 and os.getpid() == self._pid:
+            if self._close.alive and os.getpid() == self._pid:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_write(self._descriptor, 1)
 
     def fileno(self) -> int:
         """Return the file descriptor, which is readable after a wake-up; -1 after `close`."""
-        return self._descriptor
+        return self._descriptor if self._close.alive else -1
 
     def clear(self) -> None:
         """Discard the calls so far; the waiting thread does this after it wakes."""
         with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._descriptor)
+            os.eventfd_read(self.fileno())
 
     def close(self) -> None:
         with self._lock:
-            descriptor, self._descriptor = self._descriptor, -1  # first: a signal handler may call wake()
-            if descriptor >= 0:
-                os.close(descriptor)
+            self._close()
 
     def __enter__(self) -> Self:
         return self

@@ -38,13 +38,13 @@ def test_the_first_exception_is_the_last(caplog: pytest.LogCaptureFixture) -> No
     assert fine(1, 2) == "changed"
     assert faulty(1) is None
     assert (owner.breaker.tripped, owner.breaker.num_errors) == (True, 1)
-    assert owner.reasons == [owner.breaker.reason] == ["broken: RuntimeError: out of order"]
+    assert owner.reasons == [owner.breaker.reason] == ["broken: RuntimeError: out of order badly"]
     assert fine(3) is None
     assert calls == [(1, 2)]
     owner.breaker.trip("later", ValueError("another"))
-    assert (owner.breaker.num_errors, owner.breaker.reason) == (2, "broken: RuntimeError: out of order")
+    assert (owner.breaker.num_errors, owner.breaker.reason) == (2, "broken: RuntimeError: out of order badly")
     (line,) = [each.message for each in caplog.records if each.levelno >= logging.WARNING]
-    assert line == "koopmon: the part is off, training goes on: broken: RuntimeError: out of order"
+    assert line == "koopmon: the part is off, training goes on: broken: RuntimeError: out of order badly"
 
 
 def test_an_exception_while_it_stands_down_is_only_counted() -> None:

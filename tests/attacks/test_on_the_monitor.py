@@ -107,7 +107,7 @@ def test_an_agent_speaks_for_no_run_of_anothers(monitor: Any, train: Train, atta
     assert isinstance(thief.hello(), Welcome)
     thief.send(hello(name))
     answer = thief.expect(Refused)
-    assert "'thief' may not speak for run victim/" in answer.reason
+    assert "'thief' may not use run victim/" in answer.reason
     thief.send(hello({**name, "incarnation": "deadbeef"}))
     assert isinstance(thief.expect(Refused), Refused)
     num_said = 2 + say_all(thief, name)
@@ -136,7 +136,7 @@ def test_a_key_that_is_withdrawn_ends_its_living_connection(
     training = train(monitor.addresses.endpoint)
     ring.agent("leaver", runs=("leaver/*",))
     leaver = attacker(monitor.addresses.endpoint, "leaver", run="leaver/x")
-    training.until(lambda: leaver.control.mend() or leaver.control.connected)
+    training.until(lambda: leaver.control.retry() or leaver.control.connected)
     assert isinstance(leaver.hello(), Welcome)
     leaver.heartbeat(1)
     monitor.begin()  # until it had looked, the key was not known

@@ -121,7 +121,7 @@ def test_recorded_runs_make_a_calibrator_that_knows_its_error(
     assert main(["calibrate", *histories, "--out", str(out), "--png", str(png)]) == 0
     told = capsys.readouterr()
     assert "transformer: fitted on 60 runs" in told.out
-    for why in ("it was acted upon", "learning rate is not known", "no profile of its first 10 steps"):
+    for why in ("koopmon acted on it", "learning rate is unknown", "no profile of its first 10 steps"):
         assert f"1 of 63 runs left out: {why}" in told.err or why in told.err
     calibrator = load(out)
     assert (calibrator.adapter, calibrator.num_runs) == ("transformer", 60)

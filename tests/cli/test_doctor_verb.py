@@ -238,7 +238,7 @@ def locked(ring: Keyring, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         ("loose", "keys", "lets others read it; chmod 600", "koopmon keys make"),
         ("stranger", "monitor", "does not know this agent's key", "copy {keys}/stranger.key to agents/stranger.key"),
         ("other monitor", "monitor", "its key is not the one in monitor.key", "copy monitor.key"),
-        ("not for this run", "run", "may not speak for run yours", "add the run to `runs` in the agent's file"),
+        ("not for this run", "run", "may not use run yours", "add the run to `runs` in the agent's file"),
         ("no keys here", "monitor", "it demands keys", 'loopback = "curve"'),
     ],
 )

@@ -37,7 +37,7 @@ def test_it_finds_the_runs_own_history_and_says_what_would_have_been_done(
     assert "20 snapshots, steps 0 to 19" in said
     assert "then: nothing was done; now: acted at" in said
     assert "first at step 10" in said
-    assert "the states are as recorded" in said
+    assert "the states are the recorded ones" in said
 
 
 def test_a_file_is_a_policy(state_home: Path, capsys: pytest.CaptureFixture[str]) -> None:

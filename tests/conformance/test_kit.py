@@ -128,7 +128,7 @@ GRADIENTS, PUT, SCALE = KssInjection._gradients, Sampler.put, LrBackoff.scale_ra
     ("owner", "method", "fault", "check", "reason"),
     [
         (KssInjection, "_gradients", doubled, "kss-gradient", "differs from the explicit one"),
-        (KssInjection, "_gradients", doubled, "kss-on-and-off", "differ from those of KSS written into the loss"),
+        (KssInjection, "_gradients", doubled, "kss-on-and-off", "differ from those of KSS in the loss"),
         (Sampler, "put", shifted, "taps-accumulation", "does not hold the states of the step's first microbatch"),
         (Sampler, "put", drawing, "losses", "the (loss|random state)"),
         (LrBackoff, "scale_rates", timid, "learning-rate", "not those of a rate that was scaled by hand"),

@@ -100,7 +100,7 @@ def test_profiling_leaves_the_model_and_chance_as_they_were() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({}, "nothing decides"),
+        ({}, "no criterion"),
         ({"calibrator": CALIBRATOR}, "go together"),
         ({"learning_rate": 0.1, "max_near_unit_mass": 0.5}, "go together"),
         ({"calibrator": CALIBRATOR, "learning_rate": 0.1, "max_probability": 1.5}, r"max_probability = 1\.5"),

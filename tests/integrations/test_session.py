@@ -234,7 +234,7 @@ def test_none_or_several_optimizers_are_one_line(
     trainer.fit(optimizers=optimizers)
     said = [record.message for record in caplog.records if record.name.startswith("koopmon")]
     counted = f"{optimizers} optimizers" if optimizers else "no torch.optim.Optimizer"
-    assert said == [f"koopmon: not attached, training goes on: the trainer has {counted}, and koopmon guards one"]
+    assert said == [f"koopmon: not attached, training goes on: the trainer has {counted}, koopmon needs exactly one"]
     assert not trainer.callback.agent.enabled
 
 

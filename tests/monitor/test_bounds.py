@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -20,8 +21,9 @@ from koopmon.config import Config, KssConfig, MonitorConfig, PolicyConfig, RiskC
 from koopmon.errors import ProtocolError
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.assembler import Assembler
-from koopmon.monitor.registry import LAST_STEP, AdmissionError, RunRegistry
-from koopmon.monitor.run_controller import MAX_REPLACED, Answered, Assessment, ControllerCheckpoint, RunController
+from koopmon.monitor.pending_commands import MAX_REPLACED, Answered
+from koopmon.monitor.registry import LAST_STEP, RunRegistry
+from koopmon.monitor.run_controller import Assessment, ControllerCheckpoint, RunController
 from koopmon.risk import online_detector
 from koopmon.risk.loss_zscore import LossZScore
 from koopmon.spectral import SpectralProfile, profile_states
@@ -40,6 +42,7 @@ from koopmon.wire.messages import (
     Shard,
     TrainingStep,
 )
+from tests import factories
 
 NAME: dict[str, Any] = {"run": "job", "incarnation": "aaaaaaaa"}
 LARGEST = sys.float_info.max
@@ -65,6 +68,7 @@ def explode(guard: RunController, step: int = 10, *, now: float = 0.0) -> Assess
     return guard.assess(now, sample(step), None, step=step)
 
 
+@functools.cache
 def amplifying(factor: float, seed: int = 0) -> SpectralProfile:
     """Each layer multiplies the stream: its spectral radius is about `factor`."""
     generator = torch.Generator().manual_seed(seed)
@@ -132,8 +136,8 @@ def test_a_command_that_cannot_be_said_is_neither_recorded_nor_expected(
     assert verdict.unencodable is not None
     assert verdict.unencodable.reason == "schema"
     assert (verdict.decision, verdict.commands, verdict.remarkable) == (None, (), False)
-    assert not guard.has_pending
-    assert guard.due(1e9) == []
+    assert not guard.pending
+    assert guard.pending.due(1e9) == []
     assert guard.policy_state == before, "as if it had not been decided"
     assert explode(guard, 11).commands, "the next one is"
 
@@ -228,17 +232,17 @@ BEYOND = [LAST_STEP + 1, MAX_STEP - 14, MAX_STEP]
 @pytest.mark.parametrize("step", BEYOND)
 def test_a_hello_at_a_step_that_has_no_answer_is_refused_in_words(step: int) -> None:
     registry = RunRegistry(MonitorConfig())
-    with pytest.raises(AdmissionError, match=f"at step {step}: expected a step of at most {LAST_STEP}") as caught:
-        registry.admit(0.0, hello(step=step), b"peer")
+    with pytest.raises(ProtocolError, match=f"at step {step}: expected a step of at most {LAST_STEP}") as caught:
+        factories.admit(registry, 0.0, hello(step=step), b"peer")
     assert caught.value.reason == "refused"
     assert registry.get("job") is None
-    assert registry.admit(0.0, hello(step=LAST_STEP), b"peer")[0].run.step == LAST_STEP
+    assert factories.admit(registry, 0.0, hello(step=LAST_STEP), b"peer").run.step == LAST_STEP
 
 
 @pytest.mark.parametrize("step", BEYOND)
 def test_every_other_message_at_such_a_step_is_refused_and_leaves_the_run_as_it_is(step: int) -> None:
     registry = RunRegistry(MonitorConfig())
-    registry.admit(0.0, hello(step=3), b"peer")
+    factories.admit(registry, 0.0, hello(step=3), b"peer")
     shape = {"num_senders": 1, "first_point": 0, "num_points": 2, "num_samples": 1, "width": 1, "dtype": "float32"}
     later: list[Any] = [
         Heartbeat(**NAME, process_rank=0, training=TrainingStep(step=step), applied=Applied(lr_scale=0.5)),
@@ -263,7 +267,6 @@ def altered(**changes: Any) -> bytes:
     """A guard's memory with some values of its parts replaced."""
     guard = make_guard("kss+lr")
     for step in (1, 2, 3):
-        guard.record_initial_score(step, amplifying(2.0, step))
         guard.assess(float(step), sample(step), amplifying(2.0, step), step=step)
     told = json.loads(guard.checkpoint())
     for path, value in changes.items():
@@ -430,7 +433,7 @@ def test_a_replaced_command_counts_with_its_late_answer_or_not_at_all() -> None:
         answered = guard.acknowledge(2.0, ack)
         assert answered == Answered(command.kind, first=True, counts=True)
     assert guard.expire(1e9, MAX_STEP, Applied()) == []
-    assert guard.abandon() == []
+    assert guard.pending.abandon() == []
 
 
 def test_what_was_counted_as_unanswered_does_not_count_again() -> None:
@@ -447,8 +450,8 @@ def test_replaced_commands_do_not_pile_up() -> None:
     guard = make_guard()
     counted = 0
     for number in range(500):  # a run whose step does not move on
-        guard._policy_state = policy.PolicyState()
+        guard.policy_state = policy.PolicyState()
         guard.assess(float(number), sample(10), None, step=LAST_STEP)
         counted += len(guard.expire(float(number), 10, Applied()))
-    assert len(guard._waiting) <= MAX_REPLACED + 4
-    assert counted + len(guard._waiting) == 1000
+    assert len(guard.pending._pending) <= MAX_REPLACED + 4
+    assert counted + len(guard.pending._pending) == 1000

@@ -20,11 +20,15 @@ from koopmon.logs import MINUTE
 from koopmon.monitor import daemon
 from koopmon.monitor.assembler import Assembler
 from koopmon.monitor.failures import Failures
+from koopmon.monitor.history_sink import HistorySink
 from koopmon.monitor.http.live_state import LiveState
-from koopmon.monitor.registry import RunRegistry
+from koopmon.monitor.live_sink import LiveSink
+from koopmon.monitor.metrics_sink import MetricsSink
+from koopmon.monitor.notify_sink import NotifySink
+from koopmon.monitor.pending_commands import PendingCommands
+from koopmon.monitor.registry import Peer, Run, RunRegistry
 from koopmon.monitor.run_controller import RunController
 from koopmon.monitor.service import Service
-from koopmon.monitor.watch import Watch
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.messages import Refused, Welcome
 from tests.monitor.world import BAD, GOOD, QueueEngine, World
@@ -34,8 +38,9 @@ httpx = pytest.importorskip("httpx")
 
 def concerns_bad(value: Any) -> bool:
     """Whether an argument of a call speaks of the run `bad`."""
-    names = [value, *(getattr(value, name, None) for name in ("run", "name", "_run"))]
-    inner = [getattr(value, "snapshot", None), getattr(value, "controller", None)]
+    names = [value, *(getattr(value, name, None) for name in ("run", "name", "identity"))]
+    inner = [getattr(value, name, None) for name in ("snapshot", "_hello", "command")]
+    inner += getattr(value, "_pending", {}).values()
     if isinstance(value, tuple):
         inner += list(value)
     return any(name in (BAD, BAD.encode()) for name in names if isinstance(name, (str, bytes))) or any(
@@ -53,17 +58,20 @@ CALLS: list[tuple[type[Any], str]] = [
     *public(LiveState, "names", "view", "views", "backfill"),
     *public(Metrics, "collect", "observe_duration"),
     *public(RunController),
-    *public(Watch),
+    *public(PendingCommands),
+    *public(Peer),
+    *public(Run),
     *public(RunRegistry, "get", "expire", "next_deadline", "remove"),
     *public(QueueEngine),
     *public(World, "says", "hello", "shard", "results", "handle", "commands", "series", "internal_errors", "play"),
     *((Assembler, name) for name in ("add", "_close")),
-    *((RunController, name) for name in ("__init__", "_command", "_update_policy", "_expect")),
+    *((RunController, name) for name in ("__init__", "_command", "_update_policy", "_decide")),
+    *((sink, "__call__") for sink in (HistorySink, MetricsSink, LiveSink, NotifySink)),
 ]
 NEVER_FOR_ONE_RUN = {
-    (HistoryWriter, "replace_profile"),
     (HistoryWriter, "record_outcome"),
     (RunController, "stand_down"),
+    (PendingCommands, "abandon"),
     (Metrics, "value"),
 }
 """Not called in this script, or not with anything that tells the run."""
@@ -114,19 +122,19 @@ def test_what_raises_for_one_run_touches_no_other(
     assert world.errors or any("ZeroDivisionError" in (record.exc_text or "") for record in caplog.records)
 
 
-@pytest.mark.parametrize("name", ["expire", "due", "sent"])
+@pytest.mark.parametrize("name", ["expire", "due", "mark_sent"])
 def test_a_run_whose_commands_cannot_be_handled_is_only_watched(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     world = World(tmp_path / "history.sqlite3")
-    real = getattr(RunController, name)
+    real = getattr(PendingCommands, name)
 
-    def broken(controller: RunController, *args: Any) -> Any:
-        if controller._run == BAD:
+    def broken(pending: PendingCommands, *args: Any) -> Any:
+        if concerns_bad(pending):
             raise ZeroDivisionError("on purpose")
-        return real(controller, *args)
+        return real(pending, *args)
 
-    monkeypatch.setattr(RunController, name, broken)
+    monkeypatch.setattr(PendingCommands, name, broken)
     for run in (BAD, GOOD):
         world.hello(run)
         world.shard(run, 1)

@@ -78,7 +78,7 @@ def test_behind_keys_each_agent_asks_for_its_own_runs_alone(
     assert theirs.reply.run_state is None, "another agent's run is as one that is not there"
     refused = probe(endpoint, ring.trust(), run="yours/1")
     assert refused.reply is not None
-    assert "may not speak for run yours/1" in refused.reply.refused
+    assert "may not use run yours/1" in refused.reply.refused
     rejected = {name: count for name, count in monitor.samples().items() if name.startswith("messages_rejected")}
     assert set(rejected.values()) == {0.0}
 

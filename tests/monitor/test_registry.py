@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from koopmon.config import MonitorConfig
+from koopmon.config import MAX_STEPS, Config, MonitorConfig
 from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
-from koopmon.monitor.registry import AdmissionError, RunRegistry
-from koopmon.wire.messages import Ack, Applied, Goodbye, Heartbeat, Hello, Shard, TrainingStep
+from koopmon.monitor.registry import LAST_STEP, MAX_RETIRED, Peer, Run, RunRegistry
+from koopmon.monitor.run_controller import RunController
+from koopmon.wire.authorized_keys import AuthorizedKeys
+from koopmon.wire.messages import MAX_STEP, Ack, Applied, Goodbye, Heartbeat, Hello, Shard, TrainingStep
 from tests import factories
+from tests.factories import admit
 
 FIRST, SECOND = "aaaaaaaa", "bbbbbbbb"
 CONFIG = MonitorConfig(
@@ -53,14 +56,15 @@ def registry() -> RunRegistry:
 
 
 def test_hello_admits_and_tells_what_is_new(registry: RunRegistry) -> None:
-    first, _ = registry.admit(0.0, hello(), b"p0")
-    again, _ = registry.admit(1.0, hello(rank=1), b"p1")
-    assert (first.new_incarnation, first.replaced, first.settled) == (True, None, False)
-    assert (again.new_incarnation, again.settled) == (False, False)
+    first = admit(registry, 0.0, hello(), b"p0")
+    again = admit(registry, 1.0, hello(rank=1), b"p1")
+    assert (first.before, first.settled) == (None, False)
+    assert again.before is again.run
+    assert not again.settled
     assert first.run is again.run
     assert first.run.leader is first.run.peers[0]
     registry.on_message(2.0, heartbeat(0), b"p0")
-    settled, _ = registry.admit(3.0, hello(), b"p0-again")
+    settled = admit(registry, 3.0, hello(), b"p0-again")
     assert settled.settled
     registry.on_message(4.0, heartbeat(0), b"p0-again")
     with pytest.raises(ProtocolError, match="another peer"):
@@ -68,20 +72,20 @@ def test_hello_admits_and_tells_what_is_new(registry: RunRegistry) -> None:
 
 
 def test_a_run_ends_when_all_ranks_said_goodbye_and_its_series_go_later(registry: RunRegistry) -> None:
-    registry.admit(0.0, hello(), b"p0")
-    registry.admit(0.0, hello(rank=1), b"p1")
+    admit(registry, 0.0, hello(), b"p0")
+    admit(registry, 0.0, hello(rank=1), b"p1")
     assert registry.on_message(10.0, goodbye(0), b"p0").state is RunState.RUNNING
     run = registry.on_message(11.0, goodbye(1), b"p1")
     assert run.state is RunState.ENDED
     assert run.leader is None
     assert registry.next_deadline() == 311.0
-    assert registry.expire(310.9) == []
-    assert [(event.kind, event.run.name) for event in registry.expire(311.0)] == [("removed", "job")]
+    assert registry.expire(310.9) == ([], [])
+    assert registry.expire(311.0) == ([], [run])
     assert registry.next_deadline() == math.inf
 
 
 def test_a_straggling_shard_does_not_revive_a_run_that_ended(registry: RunRegistry) -> None:
-    registry.admit(0.0, hello(), b"p0")
+    admit(registry, 0.0, hello(), b"p0")
     registry.on_message(1.0, goodbye(), b"p0")
     assert registry.on_shard(2.0, shard()).state is RunState.ENDED
     late = Ack(run="job", incarnation=FIRST, command_id="0" * 8, outcome="applied", step=9, applied=Applied())
@@ -89,56 +93,59 @@ def test_a_straggling_shard_does_not_revive_a_run_that_ended(registry: RunRegist
 
 
 def test_silence_makes_a_run_vanish_and_a_word_brings_it_back(registry: RunRegistry) -> None:
-    registry.admit(0.0, hello(), b"p0")
+    admit(registry, 0.0, hello(), b"p0")
     registry.on_message(30.0, heartbeat(), b"p0")
-    assert registry.expire(89.9) == []
-    assert [event.kind for event in registry.expire(90.0)] == ["vanished"]
-    assert registry.expire(86489.0) == []
+    assert registry.expire(89.9) == ([], [])
+    assert [run.state for run in registry.expire(90.0)[0]] == [RunState.VANISHED]
+    assert registry.expire(86489.0) == ([], [])
     run = registry.on_shard(86489.5, shard(step=7))
     assert (run.state, run.step) == (RunState.RUNNING, 7)
-    assert [event.kind for event in registry.expire(86489.5 + 60)] == ["vanished"]
-    assert [event.kind for event in registry.expire(86489.5 + 60 + 86400)] == ["removed"]
+    assert registry.expire(86489.5 + 60) == ([run], [])
+    assert run.state is RunState.VANISHED
+    assert registry.expire(86489.5 + 60 + 86400) == ([], [run])
 
 
 def test_goodbye_of_one_rank_and_silence_of_the_others_is_an_end(registry: RunRegistry) -> None:
-    registry.admit(0.0, hello(), b"p0")
-    registry.admit(0.0, hello(rank=1), b"p1")
+    admit(registry, 0.0, hello(), b"p0")
+    admit(registry, 0.0, hello(rank=1), b"p1")
     registry.on_message(1.0, goodbye(0), b"p0")
-    assert [event.kind for event in registry.expire(61.0)] == ["ended"]
+    ((run,), _) = registry.expire(61.0)
+    assert run.state is RunState.ENDED
 
 
 def test_a_new_incarnation_takes_over_for_good(registry: RunRegistry) -> None:
-    registry.admit(0.0, hello(), b"p0")
-    taken, _ = registry.admit(1.0, hello(incarnation=SECOND), b"q0")
-    assert (taken.new_incarnation, taken.replaced) == (True, FIRST)
+    admit(registry, 0.0, hello(), b"p0")
+    taken = admit(registry, 1.0, hello(incarnation=SECOND), b"q0")
+    assert taken.before is not None
+    assert (taken.before.incarnation, taken.run.incarnation) == (FIRST, SECOND)
     for message in (heartbeat(), goodbye()):
         with pytest.raises(ProtocolError) as caught:
             registry.on_message(2.0, message, b"p0")
         assert caught.value.reason == "stale_incarnation"
-    with pytest.raises(ProtocolError, match="goes on as"):
+    with pytest.raises(ProtocolError, match="now has the incarnation"):
         registry.on_shard(2.0, shard())
-    with pytest.raises(AdmissionError, match="KOOPMON_RUN"):
-        registry.admit(3.0, hello(), b"p0")
+    with pytest.raises(ProtocolError, match="KOOPMON_RUN"):
+        admit(registry, 3.0, hello(), b"p0")
 
 
 def test_incarnations_retired_before_a_restart_stay_retired(registry: RunRegistry) -> None:
-    with pytest.raises(AdmissionError, match="taken over"):
-        registry.admit(0.0, hello(), b"p0", retired=[FIRST])
+    with pytest.raises(ProtocolError, match="taken over"):
+        admit(registry, 0.0, hello(), b"p0", retired=[FIRST])
     assert list(registry) == []
-    registry.admit(0.0, hello(incarnation=SECOND), b"p0", retired=[FIRST])
-    with pytest.raises(AdmissionError, match="taken over"):
-        registry.admit(0.0, hello(), b"p0")
+    admit(registry, 0.0, hello(incarnation=SECOND), b"p0", retired=[FIRST])
+    with pytest.raises(ProtocolError, match="taken over"):
+        admit(registry, 0.0, hello(), b"p0")
 
 
 def test_too_many_runs_are_refused_until_one_is_over(registry: RunRegistry) -> None:
-    registry.admit(0.0, hello("a"), b"a")
-    registry.admit(0.0, hello("b"), b"b")
-    with pytest.raises(AdmissionError, match="max_runs"):
-        registry.admit(1.0, hello("c"), b"c")
+    admit(registry, 0.0, hello("a"), b"a")
+    admit(registry, 0.0, hello("b"), b"b")
+    with pytest.raises(ProtocolError, match="max_runs"):
+        admit(registry, 1.0, hello("c"), b"c")
     registry.on_message(2.0, Goodbye(run="a", incarnation=FIRST, process_rank=0, step=1), b"a")
-    admission, events = registry.admit(3.0, hello("c"), b"c")
+    admission = admit(registry, 3.0, hello("c"), b"c")
     assert admission.run.name == "c"
-    assert [(event.kind, event.run.name) for event in events] == [("removed", "a")]
+    assert [run.name for run in admission.removed] == ["a"]
     assert sorted(run.name for run in registry) == ["b", "c"]
 
 
@@ -148,17 +155,301 @@ def test_strangers_are_told_apart(registry: RunRegistry) -> None:
     assert caught.value.reason == "unknown_run"
     with pytest.raises(ProtocolError):
         registry.on_shard(0.0, shard())
-    registry.admit(0.0, hello(), b"p0")
+    admit(registry, 0.0, hello(), b"p0")
     with pytest.raises(ProtocolError) as caught:
         registry.on_message(0.0, heartbeat(rank=3), b"p3")
     assert caught.value.reason == "unknown_run"
 
 
 def test_only_rank_0_tells_what_is_applied_and_steps_never_fall(registry: RunRegistry) -> None:
-    registry.admit(0.0, hello(step=4), b"p0")
-    registry.admit(0.0, hello(rank=1, applied=Applied(lr_scale=0.1)), b"p1")
+    admit(registry, 0.0, hello(step=4), b"p0")
+    admit(registry, 0.0, hello(rank=1, applied=Applied(lr_scale=0.1)), b"p1")
     half = Applied(lr_scale=0.5)
     run = registry.on_message(1.0, heartbeat(0, step=20, applied=half, loss=2.0), b"p0")
     registry.on_message(1.0, heartbeat(1, step=18, applied=Applied(lr_scale=0.25), loss=3.0), b"p1")
     assert (run.applied, run.step) == (half, 20)
     assert run.training == TrainingStep(step=20, loss=2.0, lr_scale=0.5)
+
+
+# Bounds, each on the side that the text names
+
+
+def test_steps_leave_room_for_the_expiry_of_a_command(registry: RunRegistry) -> None:
+    assert LAST_STEP == MAX_STEP - MAX_STEPS
+    with pytest.raises(ProtocolError, match="at most"):
+        admit(registry, 0.0, hello(step=LAST_STEP + 1), b"p0")
+    admit(registry, 0.0, hello(step=LAST_STEP), b"p0")
+    assert registry.on_message(1.0, heartbeat(step=LAST_STEP), b"p0").step == LAST_STEP
+    for message in (heartbeat(step=LAST_STEP + 1), goodbye(step=LAST_STEP + 1)):
+        with pytest.raises(ProtocolError) as caught:
+            registry.on_message(2.0, message, b"p0")
+        assert caught.value.reason == "refused"
+    with pytest.raises(ProtocolError) as caught:
+        registry.on_shard(2.0, shard(step=LAST_STEP + 1))
+    assert caught.value.reason == "refused"
+
+
+def test_the_last_64_incarnations_stay_retired(registry: RunRegistry) -> None:
+    names = [f"{index:08x}" for index in range(67)]
+    for now, name in enumerate(names):
+        admit(registry, float(now), hello(incarnation=name), b"p0")
+    for name in names[2:-1]:
+        with pytest.raises(ProtocolError, match="taken over"):
+            admit(registry, 100.0, hello(incarnation=name), b"p0")
+    run = registry.get("job")
+    assert run is not None
+    assert run.retired == names[2:-1]
+    assert len(run.retired) == MAX_RETIRED == 64
+
+
+def test_incarnations_before_a_restart_count_among_them(registry: RunRegistry) -> None:
+    earlier = [f"{index:08x}" for index in range(64)]
+    run = admit(registry, 0.0, hello(incarnation=FIRST), b"p0", retired=earlier).run
+    assert run.retired == earlier
+    run = admit(registry, 1.0, hello(incarnation=SECOND), b"p0", retired=["cccccccc"]).run
+    assert run.retired == [*earlier[1:], FIRST], "of a run that the registry knows, its own list counts"
+
+
+def test_ranks_beyond_the_bound_are_refused_and_those_within_may_say_hello_again() -> None:
+    registry = RunRegistry(MonitorConfig(max_peers=2))
+    admit(registry, 0.0, hello(rank=0), b"p0")
+    admit(registry, 0.0, hello(rank=5), b"p5")
+    with pytest.raises(ProtocolError, match="max_peers"):
+        admit(registry, 0.0, hello(rank=1), b"p1")
+    run = admit(registry, 0.0, hello(rank=5), b"p5-again").run
+    assert sorted(run.peers) == [0, 5]
+    admit(registry, 0.0, hello(rank=1, incarnation=SECOND), b"p1")  # a new launch has ranks of its own
+
+
+def test_a_refused_hello_changes_nothing() -> None:
+    registry = RunRegistry(MonitorConfig(max_peers=1))
+    run = admit(registry, 5.0, hello(step=3), b"p0").run
+    for refused in (hello(rank=1, step=9), hello(step=LAST_STEP + 1)):
+        with pytest.raises(ProtocolError):
+            admit(registry, 50.0, refused, b"p1")
+    assert (run.step, run.last_heard, sorted(run.peers)) == (3, 5.0, [0])
+    assert registry.next_deadline() == 5.0 + MonitorConfig().vanished_after_seconds
+
+
+def test_a_controller_that_cannot_be_made_leaves_the_registry_as_it_was(registry: RunRegistry) -> None:
+    def fail(before: Run | None) -> tuple[RunController, Applied | None]:
+        raise OSError("no room")
+
+    admit(registry, 0.0, hello("a"), b"a")
+    admit(registry, 0.0, hello("b"), b"b")
+    registry.on_message(1.0, Goodbye(run="a", incarnation=FIRST, process_rank=0, step=1), b"a")
+    with pytest.raises(OSError, match="no room"):
+        registry.admit(2.0, hello("c"), b"c", fail)
+    assert sorted(run.name for run in registry) == ["a", "b"]
+    with pytest.raises(OSError, match="no room"):
+        registry.admit(2.0, hello("b", SECOND), b"b", fail)
+    assert [run.incarnation for run in registry] == [FIRST, FIRST]
+
+
+def test_values_to_restore_go_with_the_new_incarnation(registry: RunRegistry) -> None:
+    held = Applied(lr_scale=0.25)
+    befores: list[Run | None] = []
+
+    def begin(before: Run | None) -> tuple[RunController, Applied | None]:
+        befores.append(before)
+        return RunController(Config(), hello(), Applied()), held
+
+    first = registry.admit(0.0, hello(applied=Applied(lr_scale=0.5)), b"p0", begin).run
+    assert (first.restore, first.applied) == (held, Applied(lr_scale=0.5))
+    registry.admit(1.0, hello(rank=1), b"p1", begin)
+    registry.admit(2.0, hello(incarnation=SECOND), b"q0", begin)
+    assert befores == [None, first], "once for each incarnation"
+
+
+def test_of_several_closed_runs_the_one_that_closed_first_makes_room() -> None:
+    registry = RunRegistry(MonitorConfig(max_runs=3))
+    for name in "abc":
+        admit(registry, 0.0, hello(name), name.encode())
+    for now, name in ((3.0, "a"), (1.0, "b"), (2.0, "c")):
+        registry.on_message(now, Goodbye(run=name, incarnation=FIRST, process_rank=0, step=1), name.encode())
+    assert [run.name for run in admit(registry, 4.0, hello("d"), b"d").removed] == ["b"]
+    assert admit(registry, 4.0, hello("a", SECOND), b"a").removed == [], "a run that is known needs no room"
+
+
+# Timeouts
+
+
+def test_a_run_is_silent_from_its_last_message_on(registry: RunRegistry) -> None:
+    admit(registry, 10.0, hello(), b"p0")
+    admit(registry, 20.0, hello("other"), b"o")
+    assert registry.next_deadline() == 70.0
+    registry.on_shard(30.0, shard())
+    assert registry.next_deadline() == 80.0
+    closed, removed = registry.expire(80.0)
+    assert [run.name for run in closed] == ["other"]
+    assert registry.next_deadline() == 90.0
+    assert removed == []
+
+
+def test_a_vanished_run_keeps_its_series_for_a_day_and_an_ended_one_for_minutes(registry: RunRegistry) -> None:
+    admit(registry, 0.0, hello("a"), b"a")
+    admit(registry, 0.0, hello("b"), b"b")
+    registry.on_message(0.0, Goodbye(run="a", incarnation=FIRST, process_rank=0, step=1), b"a")
+    registry.expire(60.0)
+    assert registry.next_deadline() == 300.0
+    assert [run.name for run in registry.expire(300.0)[1]] == ["a"]
+    assert registry.next_deadline() == 60.0 + 86400.0
+
+
+def test_a_goodbye_counts_as_a_word_and_says_the_last_step(registry: RunRegistry) -> None:
+    admit(registry, 0.0, hello(step=20), b"p0")
+    admit(registry, 0.0, hello(rank=1), b"p1")
+    assert registry.on_message(5.0, goodbye(1, step=30), b"p1").step == 30
+    run = registry.on_message(6.0, goodbye(0, step=25), b"p0")
+    assert (run.step, run.last_heard, run.closed_at) == (30, 6.0, 6.0)
+
+
+def test_a_rank_that_said_goodbye_and_then_hello_is_back(registry: RunRegistry) -> None:
+    admit(registry, 0.0, hello(), b"p0")
+    registry.on_message(1.0, heartbeat(), b"p0")
+    registry.on_message(2.0, goodbye(), b"p0")
+    back = admit(registry, 3.0, hello(), b"p0-again")
+    assert (back.run.state, back.run.closed_at, back.settled) == (RunState.RUNNING, math.inf, True)
+    assert back.run.leader is not None
+    assert back.run.leader.identity == b"p0-again"
+    assert [each.step for each in back.run.heartbeats] == [5]
+
+
+# Whose run it is
+
+
+class Keys:
+    """Two agents by their keys: `one` may use every run, `two` the run `job` alone."""
+
+    def name_of(self, key: str) -> str | None:
+        return {"k1": "one", "k2": "two"}.get(key)
+
+    def is_authorized(self, name: str, run: str) -> bool:
+        return name == "one" or run == "job"
+
+
+@pytest.fixture
+def keyed() -> RunRegistry:
+    return RunRegistry(CONFIG, cast(AuthorizedKeys, Keys()))
+
+
+def test_without_keys_everybody_is_the_same_agent(registry: RunRegistry) -> None:
+    assert registry.agent("anything", "job") == ""
+
+
+@pytest.mark.parametrize(("key", "run", "match"), [("k9", "job", "no agent has"), ("k2", "other", "may not use")])
+def test_a_key_is_checked_at_every_message(keyed: RunRegistry, key: str, run: str, match: str) -> None:
+    for call in (
+        lambda: keyed.agent(key, run),
+        lambda: admit(keyed, 0.0, hello(run), b"p", key=key),
+        lambda: keyed.on_message(0.0, heartbeat(run=run), b"p", key=key),
+    ):
+        with pytest.raises(ProtocolError, match=match) as caught:
+            call()
+        assert caught.value.reason == "authorisation"
+    assert keyed.agent("k1", "other") == "one"
+
+
+def test_a_running_run_belongs_to_the_agent_of_its_first_hello(keyed: RunRegistry) -> None:
+    run = admit(keyed, 0.0, hello(), b"p0", key="k1").run
+    assert run.agent == "one"
+    for said in (hello(rank=1), hello(incarnation=SECOND)):
+        with pytest.raises(ProtocolError, match="belongs to another") as caught:
+            admit(keyed, 1.0, said, b"q", key="k2")
+        assert caught.value.reason == "identity"
+    for message in (heartbeat(), goodbye()):
+        with pytest.raises(ProtocolError) as refused:
+            keyed.on_message(1.0, message, b"p0", key="k2")
+        assert refused.value.reason == "identity"
+    with pytest.raises(ProtocolError) as refused:
+        keyed.on_shard(1.0, shard(), key="k2")
+    assert refused.value.reason == "identity"
+    assert keyed.on_message(1.0, heartbeat(), b"p0", key="k1") is run
+
+
+def test_a_run_that_is_over_may_be_taken_by_another_agent_as_another_incarnation(keyed: RunRegistry) -> None:
+    admit(keyed, 0.0, hello(), b"p0", key="k1")
+    keyed.on_message(1.0, goodbye(), b"p0", key="k1")
+    with pytest.raises(ProtocolError, match="belongs to another"):
+        admit(keyed, 2.0, hello(), b"q0", key="k2")
+    run = admit(keyed, 2.0, hello(incarnation=SECOND), b"q0", key="k2").run
+    assert (run.agent, run.retired) == ("two", [FIRST])
+
+
+# What the monitor keeps of a rank and a run
+
+
+def test_dropped_shards_are_counted_from_totals() -> None:
+    peer = Peer(0, b"p")
+    assert peer.new_drops(heartbeat(dropped={"queue_full": 3, "budget": 0})) == {"queue_full": 3}
+    assert peer.new_drops(heartbeat(dropped={"queue_full": 3})) == {}
+    assert peer.new_drops(heartbeat(dropped={"queue_full": 5, "budget": 1})) == {"queue_full": 2, "budget": 1}
+    assert peer.new_drops(heartbeat(dropped={"queue_full": 1})) == {}, "a total that fell is of a rank that restarted"
+    assert peer.new_drops(heartbeat(dropped={"queue_full": 2})) == {"queue_full": 1}
+
+
+def test_a_heartbeat_is_recorded_every_ten_seconds() -> None:
+    peer = Peer(0, b"p")
+    assert [now for now in (0.0, 5.0, 9.9, 10.0, 19.9, 25.0, 34.9, 35.0) if peer.row_due(now)] == [
+        0.0,
+        10.0,
+        25.0,
+        35.0,
+    ]
+
+
+def test_changes_of_a_run_are_told_once(registry: RunRegistry) -> None:
+    run = admit(registry, 0.0, hello(), b"p0").run
+    assert [run.applied_changed(), run.applied_changed()] == [True, False]
+    registry.on_message(1.0, heartbeat(applied=Applied(lr_scale=0.5)), b"p0")
+    assert [run.applied_changed(), run.applied_changed()] == [True, False]
+    assert [run.newly_not_finite(step) for step in (0, 0, 4, 3, 4, 5)] == [True, False, True, False, False, True]
+
+
+def test_only_ranks_that_sent_one_have_a_heartbeat(registry: RunRegistry) -> None:
+    run = admit(registry, 0.0, hello(), b"p0").run
+    admit(registry, 0.0, hello(rank=1), b"p1")
+    assert run.heartbeats == []
+    registry.on_message(1.0, heartbeat(1), b"p1")
+    assert [each.process_rank for each in run.heartbeats] == [1]
+    assert not admit(registry, 2.0, hello(), b"p0").settled
+    assert admit(registry, 2.0, hello(rank=1), b"p1").settled
+
+
+def test_a_message_from_another_peer_than_the_hello_changes_nothing(registry: RunRegistry) -> None:
+    run = admit(registry, 0.0, hello(), b"p0").run
+    with pytest.raises(ProtocolError) as caught:
+        registry.on_message(9.0, heartbeat(step=50, applied=Applied(lr_scale=0.5)), b"stranger")
+    assert caught.value.reason == "identity"
+    assert (run.step, run.last_heard, run.applied, run.heartbeats) == (0, 0.0, Applied(), [])
+
+
+def test_an_ack_is_of_rank_0(registry: RunRegistry) -> None:
+    run = admit(registry, 0.0, hello(), b"p0").run
+    admit(registry, 0.0, hello(rank=1), b"p1")
+    half = Applied(lr_scale=0.5)
+    ack = Ack(run="job", incarnation=FIRST, command_id="0" * 8, outcome="applied", step=9, applied=half)
+    with pytest.raises(ProtocolError, match="another peer"):
+        registry.on_message(1.0, ack, b"p1")
+    assert registry.on_message(1.0, ack, b"p0") is run
+    assert (run.applied, run.step, run.last_heard) == (half, 9, 1.0)
+
+
+def test_the_hello_of_rank_0_describes_the_run(registry: RunRegistry) -> None:
+    run = admit(registry, 0.0, hello(rank=1, width=8), b"p1").run
+    assert run.leader is None
+    assert (run.name, run.incarnation) == ("job", FIRST)
+    admit(registry, 0.0, hello(rank=0, width=16, applied=Applied(lr_scale=0.5)), b"p0")
+    assert (run.hello.width, run.applied.lr_scale) == (16, 0.5)
+    admit(registry, 0.0, hello(rank=1, width=32), b"p1")
+    assert (run.hello.width, run.applied.lr_scale) == (16, 0.5)
+
+
+def test_the_scalars_of_a_run_are_those_of_rank_0(registry: RunRegistry) -> None:
+    run = admit(registry, 0.0, hello(rank=1, step=3), b"p1").run
+    registry.on_message(1.0, heartbeat(1, step=7, loss=9.0), b"p1")
+    assert run.training == run.applied.at_step(7), "the loss of another rank is not the run's"
+    admit(registry, 2.0, hello(step=4, applied=Applied(lr_scale=0.5)), b"p0")
+    assert run.training == Applied(lr_scale=0.5).at_step(7)
+    registry.on_message(3.0, heartbeat(0, step=6, loss=2.0, grad_norm=4.0), b"p0")
+    assert run.training == TrainingStep(step=7, loss=2.0, grad_norm=4.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -10,10 +12,13 @@ import pytest
 import torch
 
 from koopmon.config import Config, PolicyConfig, RiskConfig, from_mapping, merged
-from koopmon.monitor.run_controller import RESEND_SECONDS, Answered, Assessment, RunController
+from koopmon.errors import ProtocolError
+from koopmon.monitor.pending_commands import RESEND_SECONDS, Answered
+from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.risk.calibration import Calibrator, Example, fit
+from koopmon.risk.online_detector import OnlineRisk, RiskState
 from koopmon.spectral import SpectralProfile, profile_states
-from koopmon.wire.messages import Ack, Applied, Command, Hello, KssSettings, TrainingStep
+from koopmon.wire.messages import MAX_STEP, Ack, Applied, Command, Hello, KssSettings, TrainingStep
 from tests import factories
 
 RUN, INCARNATION = "job", "aaaaaaaa"
@@ -60,7 +65,7 @@ def cuts(assessment: Assessment) -> list[Command]:
 def test_a_calm_snapshot_brings_no_command() -> None:
     controller = make_guard()
     assessment = controller.assess(0.0, sample(1), calm_profile(), step=1)
-    assert (assessment.commands, assessment.remarkable, controller.has_pending) == ((), False, False)
+    assert (assessment.commands, assessment.remarkable, bool(controller.pending)) == ((), False, False)
     assert assessment.decision is not None
     assert assessment.decision.reason
 
@@ -76,20 +81,20 @@ def test_a_danger_becomes_commands_with_id_and_expiry() -> None:
     assert 0.0 < cut.lr_scale < 1.0
     assert cut.expires_step == 14 + Config().policy.expires_in_steps, "counted from the run's latest step"
     assert len({command.id for command in assessment.commands}) == len(assessment.commands)
-    assert controller.has_pending
+    assert bool(controller.pending)
 
 
 def test_an_unanswered_command_is_offered_again_with_the_same_id_until_it_expires() -> None:
     controller = make_guard()
     (cut,) = cuts(explode(controller, step=10))
-    assert controller.due(RESEND_SECONDS / 2) == []
-    assert cut.id in [command.id for command in controller.due(RESEND_SECONDS)]
-    assert controller.due(RESEND_SECONDS * 1.5) == []
+    assert controller.pending.due(RESEND_SECONDS / 2) == []
+    assert cut.id in [command.id for command in controller.pending.due(RESEND_SECONDS)]
+    assert controller.pending.due(RESEND_SECONDS * 1.5) == []
     assert controller.expire(9.0, cut.expires_step, Applied()) == []
     assert controller.expire(RESEND_SECONDS * 1.5, 1000, Applied()) == [], "the answer may be on its way"
     assert cut.id in [command.id for command in controller.expire(9.0, 1000, Applied())]
-    assert controller.due(99.0) == []
-    assert not controller.has_pending
+    assert controller.pending.due(99.0) == []
+    assert not bool(controller.pending)
 
 
 def test_what_was_given_up_did_not_happen() -> None:
@@ -155,7 +160,7 @@ def test_a_newer_command_of_a_kind_replaces_the_unanswered_one() -> None:
     assessment = explode(controller, step=100, now=1.0)
     (second,) = cuts(assessment)
     assert first.id in [command.id for command in assessment.replaced]
-    offered = [command.id for command in controller.due(50.0)]
+    offered = [command.id for command in controller.pending.due(50.0)]
     assert second.id in offered
     assert first.id not in offered
 
@@ -185,8 +190,8 @@ def test_who_only_watches_sends_nothing(config: Config, acts: bool) -> None:
     assert not controller.sends
     assessment = explode(controller)
     assert assessment.commands
-    assert not controller.has_pending
-    assert controller.due(99.0) == []
+    assert not bool(controller.pending)
+    assert controller.pending.due(99.0) == []
 
 
 def test_a_later_hello_tells_that_the_run_can_be_acted_on() -> None:
@@ -205,7 +210,6 @@ def test_a_guard_goes_on_from_the_memory_of_another() -> None:
     controller = make_guard()
     for step in range(1, 6):
         profile = calm_profile(step)
-        controller.record_initial_score(step, profile)
         controller.assess(0.0, sample(step), profile, step=step)
     (cut,) = cuts(explode(controller, step=10))
     held = Applied(lr_scale=cut.lr_scale or 1.0)
@@ -246,17 +250,19 @@ def test_a_restored_run_is_brought_back_when_it_is_calm() -> None:
 
 def test_the_initial_score_comes_from_the_first_informative_snapshot_of_the_warm_up() -> None:
     controller = make_guard()
-    controller.record_initial_score(1, profile_states(torch.zeros((3, 64, 8)), svd_rank=4))
+    controller.assess(1.0, sample(1), profile_states(torch.zeros((3, 64, 8)), svd_rank=4), step=1)
     assert controller.initial is not None
     assert controller.initial.score is None
-    controller.record_initial_score(2, calm_profile(2))
+    controller.assess(2.0, sample(2), calm_profile(2), step=2)
     first = controller.initial
     assert first.informative
-    controller.record_initial_score(3, calm_profile(3))
+    controller.assess(3.0, sample(3), calm_profile(3), step=3)
     assert controller.initial is first
-    late = make_guard()
-    late.record_initial_score(Config().cadence.warmup_steps + 1, calm_profile())
+    late, last = make_guard(), Config().cadence.warmup_steps
+    late.assess(1.0, sample(last + 1), calm_profile(), step=last + 1)
     assert late.initial is None
+    late.assess(2.0, sample(last), calm_profile(), step=last + 1)
+    assert late.initial is not None
 
 
 def test_hints_fill_defaults_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
@@ -279,8 +285,8 @@ def test_adapter_defaults_reach_the_commands_unless_the_monitor_says_otherwise()
             tables["kss"] = {"alpha": configured}
         controller = make_guard(from_mapping(tables), kss=hint)
         controller.on_hello(hello(kss=hint))
-        assert controller._kss_config.alpha == expected
-        assert controller._kss_config.num_samples == 64
+        assert controller.kss_config.alpha == expected
+        assert controller.kss_config.num_samples == 64
 
 
 def calibrator(**settings: Any) -> Calibrator:
@@ -303,7 +309,6 @@ def test_divergence_probability_is_that_of_the_highest_rate_so_far() -> None:
     )
     assert controller.divergence_probability is None, "nothing is known yet"
     profile = calm_profile()
-    controller.record_initial_score(0, profile)
     told = []
     for step, rate in enumerate((0.0001, 0.01, 0.001)):
         controller.assess(0.0, sample(step, learning_rate=rate), profile, step=step)
@@ -318,7 +323,6 @@ def test_the_rate_counts_only_where_it_tells_how_long_the_steps_are() -> None:
         controller = RunController(
             Config(), hello(rate_sized_steps=sized, update_exponent=0.4), Applied(), calibrator=calibrator()
         )
-        controller.record_initial_score(0, calm_profile())
         assessment = controller.assess(0.0, sample(0, learning_rate=0.01), calm_profile(), step=0)
         assert assessment.observation.width == expected
         assert (controller.divergence_probability is not None) == sized
@@ -328,6 +332,296 @@ def test_a_calibrator_of_another_kind_says_nothing() -> None:
     controller = RunController(
         Config(), hello(rate_sized_steps=True, update_exponent=0.4), Applied(), calibrator=calibrator(adapter="moe")
     )
-    controller.record_initial_score(0, calm_profile())
     controller.assess(0.0, sample(0), calm_profile(), step=0)
     assert controller.divergence_probability is None
+
+
+# What a snapshot is reduced to
+
+
+def test_an_observation_has_the_scalars_of_the_sample_and_of_the_hello() -> None:
+    controller = make_guard(rate_sized_steps=True, update_exponent=0.3, width=8)
+    training = sample(7, learning_rate=0.2, loss=3.0, grad_norm=4.0, lr_scale=0.5, kss_alpha=0.1)
+    seen = controller.assess(0.0, training, calm_profile(), step=9).observation
+    assert seen.training == training
+    assert (seen.width, seen.num_layers, seen.update_exponent) == (8, 2, 0.3)
+    assert seen.informative
+    blind = controller.assess(0.0, sample(8), None, step=9).observation
+    assert (blind.non_finite, blind.num_layers) == (True, 2), "the depth is remembered"
+
+
+def test_a_width_of_zero_is_unknown() -> None:
+    controller = make_guard(rate_sized_steps=True, width=0)
+    assert controller.assess(0.0, sample(1), calm_profile(), step=1).observation.width is None
+
+
+@pytest.mark.parametrize("rate", [None, float("nan"), float("inf")])
+def test_a_rate_that_is_not_finite_is_no_highest_rate(rate: float | None) -> None:
+    controller = RunController(
+        Config(), hello(rate_sized_steps=True, update_exponent=0.4), Applied(), calibrator=calibrator()
+    )
+    controller.assess(0.0, sample(0, learning_rate=rate), calm_profile(), step=0)
+    assert controller.divergence_probability is None
+    controller.assess(0.0, sample(1, learning_rate=0.01), calm_profile(), step=1)
+    before = controller.divergence_probability
+    controller.assess(0.0, sample(2, learning_rate=rate), calm_profile(), step=2)
+    assert controller.divergence_probability == before is not None
+
+
+def test_beyond_the_calibrated_rates_nothing_is_said() -> None:
+    controller = RunController(
+        Config(), hello(rate_sized_steps=True, update_exponent=0.4), Applied(), calibrator=calibrator()
+    )
+    controller.assess(0.0, sample(0, learning_rate=1e3), calm_profile(), step=0)
+    assert controller.divergence_probability is None
+
+
+@pytest.mark.parametrize("fields", [{"update_exponent": None}, {"rate_sized_steps": False}])
+def test_without_a_feature_nothing_is_said(fields: dict[str, Any]) -> None:
+    known = {"rate_sized_steps": True, "update_exponent": 0.4, **fields}
+    controller = RunController(Config(), hello(**known), Applied(), calibrator=calibrator())
+    controller.assess(0.0, sample(0, learning_rate=0.01), calm_profile(), step=0)
+    assert controller.divergence_probability is None
+
+
+def test_without_a_calibrator_nothing_is_said() -> None:
+    controller = make_guard(rate_sized_steps=True, update_exponent=0.4)
+    controller.assess(0.0, sample(0, learning_rate=0.01), calm_profile(), step=0)
+    assert controller.divergence_probability is None
+
+
+def test_a_model_of_unknown_size_counts_as_one_wide_and_one_deep() -> None:
+    tiny = calibrator()
+    controller = RunController(
+        Config(), hello(rate_sized_steps=True, update_exponent=0.4, width=0), Applied(), calibrator=tiny
+    )
+    controller.assess(0.0, sample(0, learning_rate=0.01), None, step=0)
+    expected = Example(update_exponent=0.4, learning_rate=0.01, width=1, num_layers=1)
+    assert controller.divergence_probability == tiny.probability(expected)
+
+
+# What becomes of a decision
+
+
+def test_a_decision_is_remarkable_once() -> None:
+    controller = make_guard()
+    assert explode(controller, step=10).remarkable
+    assert not explode(controller, step=11).remarkable, "nothing was sent and the phase is the same"
+    calm = [controller.assess(0.0, sample(step), calm_profile(step), step=step) for step in range(12, 20)]
+    phases = [each.decision.phase for each in calm if each.decision is not None]
+    changed = [phase != before for phase, before in zip(phases, ["acting", *phases], strict=False)]
+    assert [bool(each.remarkable) for each in calm] == [
+        change or bool(each.commands) for change, each in zip(changed, calm, strict=True)
+    ]
+    assert any(changed)
+
+
+def test_a_bar_on_kss_is_remarkable() -> None:
+    """The radius of a calm run is beyond what a message may hold: no command, no other phase."""
+    controller = make_guard(Config(policy=PolicyConfig(name="kss")))
+    controller.policy_state = replace(controller.policy_state, calm_radius=2000.0, phase="alert", dense_until=60)
+    controller._phase = "alert"
+    alarm = PolicyConfig(name="kss", act_risk=1e-12, severe_risk=1e-9, release_risk=0.0)
+    controller.config = replace_policy(alarm)
+    for step in (1, 2, 3):
+        found = controller.assess(0.0, sample(step), calm_profile(step), step=step)
+        if found.decision is not None and found.decision.state.kss_barred:
+            break
+    assert found.remarkable
+    assert not cuts(found)
+
+
+def replace_policy(policy: PolicyConfig) -> Config:
+    return Config(policy=policy)
+
+
+def test_commands_expire_from_the_later_of_both_steps() -> None:
+    for latest, expected in ((5, 10), (10, 10), (30, 30)):
+        (cut,) = cuts(explode(make_guard(), step=10, latest=latest))
+        assert cut.expires_step == expected + Config().policy.expires_in_steps
+
+
+def test_a_command_has_the_values_of_its_action() -> None:
+    controller = make_guard(Config(policy=PolicyConfig(dense_every=3, dense_steps=40)))
+    assessment = explode(controller, step=10)
+    (cadence,) = [command for command in assessment.commands if command.kind == "set_cadence"]
+    assert (cadence.cadence_steps, cadence.cadence_until_step, cadence.expires_step) == (3, 50, 50)
+    (cut,) = cuts(assessment)
+    assert assessment.decision is not None
+    (action,) = [each for each in assessment.decision.commands if each.kind == "set_lr_scale"]
+    assert (cut.lr_scale, cut.ramp_steps, cut.kss) == (action.lr_scale, action.ramp_steps, action.kss)
+    assert cut.reason == action.reason
+    assert (cut.cadence_steps, cut.cadence_until_step) == (None, None)
+
+
+def test_steps_of_commands_stay_within_the_protocol() -> None:
+    assessment = explode(make_guard(), step=MAX_STEP - 1)
+    assert {command.expires_step for command in assessment.commands} == {MAX_STEP}
+    assert {command.cadence_until_step for command in assessment.commands} == {None, MAX_STEP}
+
+
+def test_a_command_beyond_the_protocol_leaves_the_policy_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = make_guard()
+
+    def refuse(command: Command) -> bytes:
+        raise ProtocolError("refused", "too large")
+
+    monkeypatch.setattr("koopmon.monitor.run_controller.encode_header", refuse)
+    before = controller.policy_state
+    assessment = explode(controller, step=10)
+    assert isinstance(assessment.unencodable, ProtocolError)
+    assert (assessment.decision, assessment.commands, controller.policy_state) == (None, (), before)
+    assert not controller.pending
+    monkeypatch.undo()
+    assert cuts(explode(controller, step=11)), "the next alarm is decided again"
+
+
+def test_a_risk_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = make_guard()
+    controller.assess(0.0, sample(1), calm_profile(), step=1)
+    before = controller.checkpoint()
+    nonsense = RiskState(), OnlineRisk(value=float("nan"), reason="r")
+    monkeypatch.setattr("koopmon.risk.online_detector.assess", lambda *_: nonsense)
+    with pytest.raises(ArithmeticError, match="step 3"):
+        controller.assess(0.0, sample(3), calm_profile(), step=3)
+    assert controller.checkpoint() == before
+
+
+def test_who_stood_down_sends_nothing_more() -> None:
+    controller = make_guard()
+    assert controller.sends
+    controller.stand_down()
+    assert not controller.sends
+    controller.on_hello(hello())
+    assert not controller.sends, "for this incarnation"
+    assert explode(controller).commands
+    assert not controller.pending
+
+
+def test_an_expired_command_leaves_the_values_in_force() -> None:
+    controller = make_guard(applied=Applied(lr_scale=0.5))
+    explode(controller, step=10)
+    assert controller.policy_state.lr_scale < 0.5
+    controller.expire(9.0, 1000, Applied(lr_scale=0.5))
+    assert (controller.policy_state.lr_scale, controller.policy_state.acted_at) == (0.5, None)
+
+
+def test_the_expiry_of_a_replaced_command_does_not_touch_the_policy() -> None:
+    controller = make_guard()
+    (first,) = cuts(explode(controller, step=10))
+    (second,) = cuts(explode(controller, step=40, now=1.0))
+    assert first.expires_step < 70 < second.expires_step
+    before = controller.policy_state
+    assert first.id in [command.id for command in controller.expire(9.0, 70, Applied())]
+    assert controller.policy_state == before
+
+
+# What agents display
+
+
+def test_the_judgement_is_that_of_the_last_snapshot_and_keeps_the_last_remarkable_decision() -> None:
+    controller = make_guard()
+    assert controller.judgement is None
+    profile = calm_profile()
+    controller.assess(0.0, sample(1), profile, step=1)
+    calm = controller.judgement
+    assert calm is not None
+    assert (calm.step, calm.risk, calm.decision, calm.decision_step) == (1, 0.0, "", None)
+    assert calm.near_unit_mass == profile.mean("near_unit_mass")
+    assessment = explode(controller, step=10)
+    assert assessment.decision is not None
+    alarm = controller.judgement
+    assert alarm is not None
+    assert (alarm.step, alarm.risk, alarm.forecast, alarm.near_unit_mass) == (10, 1.0, 1.0, None)
+    assert (alarm.decision, alarm.decision_step) == (assessment.decision.reason, 10)
+    later = controller.assess(0.0, sample(11), calm_profile(), step=11)
+    assert not later.remarkable
+    after = controller.judgement
+    assert after is not None
+    assert (after.step, after.decision, after.decision_step) == (11, alarm.decision, 10)
+
+
+def test_a_profile_that_is_not_informative_has_no_near_unit_mass_to_show() -> None:
+    controller = make_guard()
+    controller.assess(0.0, sample(1), profile_states(torch.zeros((3, 64, 8)), svd_rank=4), step=1)
+    assert controller.judgement is not None
+    assert controller.judgement.near_unit_mass is None
+
+
+def test_the_divergence_probability_is_shown() -> None:
+    controller = RunController(
+        Config(), hello(rate_sized_steps=True, update_exponent=0.4), Applied(), calibrator=calibrator()
+    )
+    controller.assess(0.0, sample(0, learning_rate=0.01), calm_profile(), step=0)
+    assert controller.judgement is not None
+    assert controller.judgement.divergence_probability == controller.divergence_probability is not None
+
+
+# What a new controller takes over
+
+
+@pytest.mark.parametrize(
+    ("applied", "phase", "kss_on_at"),
+    [
+        (Applied(lr_scale=0.5), "backed_off", None),
+        (Applied(kss=KssSettings(alpha=0.1)), "backed_off", 33),
+        (Applied(lr_scale=0.5, kss=KssSettings(alpha=0.1)), "backed_off", 33),
+        (Applied(), "calm", None),
+    ],
+)
+def test_values_in_force_at_the_start_are_taken_over(applied: Applied, phase: str, kss_on_at: int | None) -> None:
+    state = make_guard(applied=applied, step=33).policy_state
+    assert (state.phase, state.kss_on_at) == (phase, kss_on_at)
+    assert (state.lr_scale, state.kss) == (applied.lr_scale, applied.kss)
+
+
+def test_kss_that_a_checkpoint_knows_keeps_its_step() -> None:
+    controller = make_guard(applied=Applied(kss=KssSettings(alpha=0.1)), step=5)
+    heir = RunController(
+        Config(), hello(step=40), Applied(kss=KssSettings(alpha=0.2)), checkpoint=controller.checkpoint()
+    )
+    assert (heir.policy_state.kss_on_at, heir.policy_state.kss.alpha) == (5, 0.2)
+    gone = RunController(Config(), hello(step=40), Applied(), checkpoint=controller.checkpoint())
+    assert (gone.policy_state.kss_on_at, gone.policy_state.phase) == (None, "calm")
+
+
+@pytest.mark.parametrize("damaged", [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"risk": {}}'])
+def test_a_damaged_checkpoint_is_no_checkpoint(damaged: bytes) -> None:
+    fresh = make_guard().checkpoint()
+    assert RunController(Config(), hello(), Applied(), checkpoint=damaged).checkpoint() == fresh
+
+
+@pytest.mark.parametrize(("mass", "shown"), [(-0.5, 0.0), (0.25, 0.25), (1.5, 1.0)])
+def test_what_agents_display_is_within_the_bounds_of_a_message(mass: float, shown: float) -> None:
+    profile = calm_profile()
+    layers = tuple(replace(layer, near_unit_mass=mass) for layer in profile.layers)
+    controller = make_guard()
+    controller.assess(0.0, sample(1), replace(profile, layers=layers), step=1)
+    assert controller.judgement is not None
+    assert controller.judgement.near_unit_mass == shown
+
+
+def test_a_command_has_an_id_that_nobody_guesses() -> None:
+    ids = [command.id for command in explode(make_guard()).commands]
+    assert all(re.fullmatch("[0-9a-f]{16}", each) for each in ids)
+
+
+def test_the_depth_of_a_model_without_a_profile_is_unknown() -> None:
+    assert explode(make_guard()).observation.num_layers == 0
+
+
+def test_a_refused_kss_is_not_in_force() -> None:
+    controller = make_guard(Config(policy=PolicyConfig(name="kss", act_risk=1e-9, severe_risk=1.0, release_risk=0.0)))
+    asked: list[Command] = []
+    for step in range(1, 50):
+        assessment = controller.assess(float(step), sample(step), calm_profile(step), step=step)
+        asked += [command for command in assessment.commands if command.kind == "set_kss"]
+        if asked:
+            break
+    assert controller.policy_state.kss.alpha > 0
+    controller.acknowledge(99.0, ack(asked[0], "refused"))
+    assert controller.policy_state.kss.alpha == 0
+
+
+def test_an_assessment_without_a_decision_is_not_remarkable() -> None:
+    assert not make_guard().assess(0.0, sample(10), None, step=10, decide=False).remarkable

@@ -16,9 +16,10 @@ from koopmon.errors import ProtocolError
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.failures import Failures
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.rejection_log import RejectionLog
-from koopmon.monitor.service import Service
+from koopmon.monitor.service import Outputs, Service
 from koopmon.spectral import profile_states
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.codec import ReceivedShard, encode
@@ -40,8 +41,9 @@ class QueueEngine:
         self.queue: deque[Snapshot] = deque()
         self.queue_length = 0
 
-    def submit(self, snapshot: Snapshot, *, wait: bool = False) -> None:
+    def submit(self, snapshot: Snapshot, *, wait: bool = False) -> list[str]:
         self.queue.append(snapshot.without_states())
+        return []
 
 
 class World:
@@ -59,15 +61,13 @@ class World:
         self.engine = QueueEngine()
         self.board = LiveState(clock=lambda: self.now, wall=lambda: self.now)
         self.service = Service(
-            from_mapping({"policy": {"name": "kss+lr", "cooldown_steps": 1}}),
-            metrics=self.metrics,
-            store=self.store,
+            config=from_mapping({"policy": {"name": "kss+lr", "cooldown_steps": 1}}),
+            outputs=Outputs(history=self.store, metrics=self.metrics, live_state=self.board, annotate=self.tell),
             engine=cast(Engine, self.engine),
+            failures=Failures(self.metrics, lambda: self.now),
             rejection_log=RejectionLog(self.metrics, lambda: self.now),
             send=self.send,
             data_endpoint="ipc:///nowhere",
-            annotate=self.tell,
-            live_state=self.board,
             clock=lambda: self.now,
             wall=lambda: 1.7e9 + self.now,
         )

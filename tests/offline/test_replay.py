@@ -142,5 +142,5 @@ def test_a_row_that_another_version_wrote_is_named_by_its_step(tmp_path: Path) -
     store.record_hello(0.0, hello(RUN, INCARNATION))
     record_observation(store, 0.0, 7, RUN, INCARNATION, observation={"informative": "perhaps"})
     store.close()
-    with pytest.raises(StoreError, match="step 7 cannot be judged again"):
+    with pytest.raises(StoreError, match="step 7 cannot be assessed again"):
         again(path, Config())

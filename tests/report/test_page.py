@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from koopmon.report.page import page
+from koopmon.spectral import profile_states
 from tests.reading import Reading
-from tests.report.recorder import NAN, Recorder, guarded
+from tests.report.recorder import NAN, Recorder, guarded, states
 
 LOADING = ("src", "srcset", "href", "action", "data", "poster", "background", "xlink:href")
 
@@ -79,6 +80,16 @@ def test_a_restart_and_kss_are_drawn(recorder: Recorder) -> None:
     assert [kind for kind in kinds if kind and "risk" in kind] == ["line risk earlier", "line risk"]
     assert "line kss" in kinds
     assert [each["class"] for each in read.of("g") if "broken" in (each.get("class") or "")] == ["broken"]
+
+
+def test_a_launch_whose_number_of_layers_changed_has_a_page(recorder: Recorder) -> None:
+    recorder.hello()
+    recorder.saw(1, 0.1, profiled=True)
+    short = profile_states(states()[:3]).to_dict()
+    times = {"num_shards": 2, "masked": False, "seconds": 0.1, "observables": {}}
+    recorder.store.record_profile(recorder.began, recorder.run, recorder.incarnation, 2, profile=short, **times)
+    read = check_alone(page(recorder.facts()))
+    assert "Near-unit mass of 3 layers in 2 snapshots" in (read.of("img")[0]["alt"] or "")
 
 
 HOSTILE = "</title></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\u202e\x07"

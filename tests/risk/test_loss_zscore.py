@@ -66,3 +66,10 @@ def test_a_loss_near_zero_has_a_least_deviation() -> None:
     vanished = follow([0.0, 1e-300] * 4)
     assert vanished.after(5e-13).value == pytest.approx(0.5)
     assert vanished.after(1.0).value == LARGEST
+
+
+def test_the_last_20_losses_are_known_and_a_z_score_is_at_most_a_million() -> None:
+    losses = [float(index % 7) for index in range(40)]
+    assert follow(losses).losses == tuple(losses[-20:])
+    assert follow([*losses, 1e25]).value == 1e6
+    assert LossZScore().value == 0.0

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,10 +20,12 @@ from koopmon.risk.online_detector import (
     RiskState,
     assess,
     foresight,
+    observe,
     prior,
     rate_excess,
     weighed,
 )
+from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.messages import TrainingStep
 from tests.factories import observation
 
@@ -399,3 +402,87 @@ def test_the_forecast_is_the_logistic_function_of_prior_and_growth(known: float,
 @pytest.mark.parametrize("growth", [-1e9, 1e9])
 def test_a_forecast_is_a_probability_whatever_grows(growth: float) -> None:
     assert foresight({"prior": 0.0, "growth": growth}) == pytest.approx(float(growth > 0), abs=1e-12)
+
+
+# The reduction of a profile
+
+
+MEANS = (
+    "near_unit_mass",
+    "expansive_mass",
+    "spectral_radius",
+    "update_ratio",
+    "nonlinearity_ratio",
+    "reliable_mode_ratio",
+)
+TRAINING = TrainingStep(step=7, loss=2.0, lr_scale=0.5)
+
+
+def profile_of(*, informative: bool = True) -> SpectralProfile:
+    """Three layers whose every field is another number."""
+    states = torch.randn(4, 60, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(0)
+    layers = [
+        replace(
+            layer,
+            informative=informative,
+            reason="" if informative else "constant input",
+            **{name: 0.01 * place + 0.1 * index**2 for place, name in enumerate(MEANS)},
+        )
+        for index, layer in enumerate(profile_states(states).layers)
+    ]
+    return SpectralProfile(layers=tuple(layers))
+
+
+def test_an_observation_has_the_means_of_the_layers_and_the_largest_radius() -> None:
+    profile = profile_of()
+    found = observe(profile, TRAINING, width=5, num_layers=3, update_exponent=0.3)
+    for name in MEANS:
+        values = [getattr(layer, name) for layer in profile.layers]
+        assert getattr(found, name) == pytest.approx(statistics.fmean(values)), name
+    assert found.max_spectral_radius == max(layer.spectral_radius for layer in profile.layers)
+    assert found.update_ratios == tuple(layer.update_ratio for layer in profile.layers)
+    assert (found.training, found.width, found.num_layers, found.update_exponent) == (TRAINING, 5, 3, 0.3)
+    assert (found.informative, found.reason, found.non_finite) == (True, "", False)
+
+
+def test_of_a_profile_that_is_not_informative_the_update_ratios_are_kept() -> None:
+    profile = profile_of(informative=False)
+    found = observe(profile, TRAINING)
+    ratios = tuple(layer.update_ratio for layer in profile.layers)
+    assert found == Observation(training=TRAINING, informative=False, reason=profile.reason, update_ratios=ratios)
+
+
+@pytest.mark.parametrize("profile", [None, profile_of()])
+def test_states_that_are_not_finite_have_no_measurements(profile: SpectralProfile | None) -> None:
+    found = observe(profile, TRAINING, width=5, non_finite=True)
+    assert found == Observation(
+        training=TRAINING, informative=False, reason="the states are not finite", non_finite=True, width=5
+    )
+
+
+def test_without_a_profile_nothing_is_measured() -> None:
+    assert observe(None, TRAINING) == Observation(training=TRAINING, informative=False, reason="no profile")
+    plain = Observation(training=TRAINING, informative=False)
+    assert (plain.num_layers, plain.update_ratios, plain.non_finite, plain.reason) == (0, (), False, "")
+
+
+def test_a_new_run_has_no_history() -> None:
+    state = RiskState()
+    assert (state.initial_expansive_mass, state.step, state.z, state.recent, state.speed) == (None, None, (), (), ())
+    assert (state.restlessness, state.lr_scale) == (0.0, 1.0)
+    risk = OnlineRisk(value=0.5, reason="r")
+    assert (risk.forecast, risk.excess_rate, dict(risk.components)) == (0.0, None, {})
+
+
+@pytest.mark.parametrize(("rate", "counts_as"), [(0.0, 1e-12), (1e-13, 1e-12), (1e13, 1e12), (math.inf, 1e12)])
+def test_rates_beyond_all_bounds_count_as_the_bounds(rate: float, counts_as: float) -> None:
+    """So their logarithm is finite, at rate 0 in the first step of a warm-up too."""
+    found = rate_excess(at_rate(rate), RiskConfig(critical_rate=2.0))
+    assert found == pytest.approx(counts_as * 40 / 2.0)
+
+
+def test_a_loss_without_news_makes_a_forecast_of_its_floor() -> None:
+    """A z-score of 0 or less is 4 log(0.05) = -12 log-odds."""
+    for z in (0.0, -5.0):
+        assert log_odds(foresight({"prior": 2.0, "loss": z})) == pytest.approx(2.0 + 4 * math.log(0.05), rel=1e-6)
+    assert log_odds(foresight({"prior": 0.0, "loss": 0.95})) == pytest.approx(0.0, abs=1e-9)

@@ -18,6 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from koopmon.spectral import FIELDS, LayerProfile, profile_states, profile_transition
+from koopmon.spectral.dmd import fit, sorted_eig
 
 torch.set_num_threads(1)
 
@@ -204,3 +205,75 @@ def test_a_batch_of_layers_equals_layer_by_layer(svd_rank: int | None) -> None:
         assert_same(layer, alone, 1e-9)
         assert_same(other, alone, 1e-9)
         assert layer.kreiss_constant == pytest.approx(alone.kreiss_constant, rel=1e-3)
+
+
+def test_eigenvalues_are_sorted_by_modulus_and_then_by_real_part() -> None:
+    values, vectors = sorted_eig(torch.diag(torch.tensor([-1.0, 0.5, 1.0, -2.0, 2.0], dtype=torch.float64)))
+    assert values.real.tolist() == [2.0, -2.0, 1.0, -1.0, 0.5]
+    assert vectors.real.abs().argmax(0).tolist() == [4, 3, 2, 0, 1], "the vectors go with them"
+    turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
+    values, vectors = sorted_eig(torch.block_diag(torch.eye(1), turn, -torch.eye(1)).double())
+    assert torch.view_as_real(values).tolist() == [[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [-1.0, 0.0]]
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**31), size=st.integers(1, 8))
+def test_sorted_vectors_belong_to_their_values(seed: int, size: int) -> None:
+    operator = normal(3, size, size, seed=seed)
+    values, vectors = sorted_eig(operator)
+    moved = operator.to(vectors.dtype) @ vectors
+    torch.testing.assert_close(moved, vectors * values[:, None, :], rtol=1e-8, atol=1e-8)
+    assert (values.abs().diff(dim=-1) <= 1e-9).all()
+
+
+def reference(x: np.ndarray, y: np.ndarray, ridge: float) -> dict[str, np.ndarray]:
+    """Eqs. 5 to 10 in numpy for centred samples in principal coordinates; rows are samples."""
+    gain = 1.0 / np.sqrt((x**2).sum(0) / (len(x) - 1) + ridge)
+    x_w, y_w = x * gain, y * gain
+    operator = np.linalg.lstsq(x_w, y_w, rcond=None)[0].T
+    error = y_w - x_w @ operator.T
+    values, left = np.linalg.eig(operator.T)
+    left = left / np.linalg.norm(left, axis=0)
+    residuals = [np.linalg.norm(error @ u) / (np.linalg.norm(x_w @ u) + 1e-5) for u in left.T]
+    change = np.linalg.norm(y_w - x_w)
+    return {
+        "operator": operator,
+        "values": values,
+        "residuals": np.array(residuals),
+        "nonlinearity": np.linalg.norm(error) / (change + 1e-5),
+        "update": change / np.linalg.norm(x_w),
+    }
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-5, 0.1])
+@pytest.mark.parametrize("ridge", [0.0, 1e-5, 0.5])
+def test_a_fit_is_the_paper_in_numpy(noise: float, ridge: float) -> None:
+    """Two transitions at once, with conjugate pairs, and errors as small as the paper's epsilon."""
+    frames = [
+        torch.linalg.qr(normal(50, 5, seed=20 + each) - normal(50, 5, seed=20 + each).mean(0)).Q for each in (0, 1)
+    ]
+    x = torch.stack([torch.linalg.qr(frame - frame.mean(0)).Q for frame in frames])
+    spread = torch.tensor([[3.0, 2.0, 1.0, 0.5, 0.1], [9.0, 1.0, 0.9, 0.8, 0.7]], dtype=torch.float64)
+    x = x * spread[:, None, :]
+    y = x @ (normal(2, 5, 5, seed=22) / 2) + noise * normal(2, 50, 5, seed=23)
+    found = fit(x, y, spread, torch.tensor([ridge, ridge / 2], dtype=torch.float64))
+    assert found.finite.all()
+    for layer, eps in enumerate((ridge, ridge / 2)):
+        wanted = reference(x[layer].numpy(), y[layer].numpy(), eps)
+        assert found.operator[layer].numpy() == pytest.approx(wanted["operator"], rel=1e-7, abs=1e-9)
+        assert set_distance(found.eigenvalues[layer], wanted["values"]) < 1e-8
+        order = [int(np.abs(wanted["values"].conj() - value).argmin()) for value in found.eigenvalues[layer].numpy()]
+        matched = wanted["residuals"][order]
+        assert found.residuals[layer].numpy() == pytest.approx(matched, rel=1e-5, abs=1e-9)
+        assert found.nonlinearity[layer].item() == pytest.approx(wanted["nonlinearity"], rel=1e-6, abs=1e-9)
+        assert found.update[layer].item() == pytest.approx(wanted["update"], rel=1e-9)
+
+
+def test_an_overflow_marks_its_layer_alone() -> None:
+    x = torch.linalg.qr(normal(40, 3, seed=30)).Q.expand(2, -1, -1)
+    y = torch.stack([x[0], 1e300 * x[1]])
+    spread = torch.ones(2, 3, dtype=torch.float64)
+    found = fit(x, y, spread, torch.zeros(2, dtype=torch.float64))
+    assert found.finite.tolist() == [True, False]
+    assert torch.equal(found.operator[1], torch.eye(3, dtype=torch.float64))
+    assert (found.residuals >= 0).all(), "infinite where it is not defined, and never NaN"

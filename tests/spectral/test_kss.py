@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -277,3 +278,107 @@ def test_the_basis_is_orthonormal_and_the_global_random_state_untouched(width: i
     assert torch.equal(kss_basis(x, 6, seed=1), basis)
     assert not basis.requires_grad
     torch.testing.assert_close(basis.mT @ basis, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+def skewed(condition: float) -> tuple[Tensor, Tensor]:
+    """White x, and y = x A^T where the eigenvectors of A have that condition number."""
+    # Two unit vectors at the angle t have singular values sqrt(1 +- cos t), so the ratio is cot(t / 2).
+    angle = 2 * math.atan(1 / condition)
+    vectors = torch.tensor([[1.0, math.cos(angle)], [0.0, math.sin(angle)]], dtype=torch.float64)
+    operator = vectors @ torch.diag(torch.tensor([1.3, 0.6], dtype=torch.float64)) @ torch.linalg.inv(vectors)
+    x = samples()[:, :2]
+    white = torch.linalg.qr(x - x.mean(0)).Q
+    return white, white @ operator.T
+
+
+@pytest.mark.parametrize(("condition", "ok"), [(99.0, True), (101.0, False)])
+def test_eigenvectors_of_a_condition_above_100_give_no_gradient(condition: float, ok: bool) -> None:
+    found = kss_gradient(*skewed(condition), torch.eye(2, dtype=torch.float64), ridge=0.0)
+    assert bool(found.ok) is ok
+    assert bool(found.grad_y.any()) is ok
+
+
+def test_an_eigendecomposition_that_does_not_converge_gives_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = random_transition()
+    eig = torch.linalg.eig
+    calls: list[bool] = []
+
+    def stubborn(operator: Tensor) -> Any:
+        calls.append(torch.equal(operator, torch.eye(operator.shape[-1], dtype=operator.dtype).expand_as(operator)))
+        if not calls[-1]:
+            raise RuntimeError("the algorithm did not converge")
+        return eig(operator)
+
+    monkeypatch.setattr(torch.linalg, "eig", stubborn)
+    found = kss_gradient(torch.stack([x, x]), torch.stack([y, y]), kss_basis(x, 4).expand(2, -1, -1))
+    assert calls == [False, True]
+    assert found.ok.tolist() == [False, False]
+    assert not found.loss.any()
+    assert not found.grad_x.any()
+    assert not found.grad_y.any()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_the_basis_is_that_of_the_leading_directions_whatever_the_unit(scale: float) -> None:
+    x = samples()
+    basis = kss_basis(scale * x, 3)
+    right = np.linalg.svd((x - x.mean(0)).numpy())[2][:3].T
+    assert np.abs((basis.numpy() * right).sum(0)) == pytest.approx(1.0, abs=1e-9)
+    assert basis.dtype == torch.float64
+
+
+def test_the_basis_counts_values_that_are_not_finite_as_zero() -> None:
+    x = samples()
+    spoiled, zeroed = x.clone(), x.clone()
+    spoiled[3, 1], spoiled[4, 2], spoiled[5, 0] = float("nan"), float("inf"), float("-inf")
+    zeroed[3, 1] = zeroed[4, 2] = zeroed[5, 0] = 0.0
+    assert torch.equal(kss_basis(spoiled, 3), kss_basis(zeroed, 3))
+    assert kss_basis(torch.zeros(8, 4), 3).shape == (4, 3)
+    assert torch.isfinite(kss_basis(torch.zeros(8, 4), 3)).all()
+
+
+def test_the_defaults_are_those_of_the_paper() -> None:
+    """Rank 32, temperature 20, the band from 0.9 to 1.05, the mass 0.4; a ridge of a thousandth is ours."""
+    x = normal(200, 40, seed=20)
+    y = x @ normal(40, 40, seed=21) / 40**0.5
+    assert kss_basis(x).shape == (40, 32)
+    paper = {"temperature": 20.0, "tau_u": 1.05, "tau_l": 0.90, "gamma": 0.4, "beta": 1.0, "ridge": 1e-3}
+    basis = kss_basis(x, 32)
+    assert kss_loss(x, y) == kss_loss(x, y, svd_rank=32, **paper)
+    assert kss_loss(x, y, basis=basis).item() == pytest.approx(written_out(x, y, basis, **paper), rel=1e-9)
+    one, other = kss_gradient(x, y, basis), kss_gradient(x, y, basis, **paper)
+    assert torch.equal(one.grad_x, other.grad_x)
+    assert one.loss == other.loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_loss_has_double_precision_for_double_states_alone(dtype: torch.dtype) -> None:
+    x, y = (state.to(dtype) for state in random_transition())
+    assert kss_loss(x, y, svd_rank=3).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert kss_gradient(x, y, kss_basis(x, 3)).loss.dtype == torch.float64
+
+
+def test_the_loss_differentiates_its_arguments_and_not_the_basis() -> None:
+    x, y = (state.clone().requires_grad_() for state in random_transition())
+    basis = kss_basis(x.detach(), 3).requires_grad_()
+    kss_loss(x, y, basis=basis).backward()
+    assert basis.grad is None
+    assert x.grad is not None
+    assert y.grad is not None
+
+
+def test_a_single_sample_has_no_operator() -> None:
+    x, y = samples()[:1], samples(1)[:1]
+    assert not kss_gradient(x, y, torch.eye(SIZE, dtype=torch.float64)).ok
+    with pytest.raises(ValueError, match="no spread"):
+        kss_loss(x, y)
+
+
+def test_gradients_that_overflow_in_the_dtype_of_the_states_are_zeros() -> None:
+    """In float16, whose largest number is 65,504, a state of 1e-4 with a large loss."""
+    x, y = random_transition()
+    small = (1e-4 * x).half()
+    found = kss_gradient(small, (6e4 * y / y.abs().max()).half(), kss_basis(small, 3), beta=0.0, tau_u=0.1)
+    assert not found.ok
+    assert found.loss == 0.0
+    assert not found.grad_x.any()

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from koopmon.spectral import kreiss_constant, profile_states, profile_transition
+from koopmon.spectral import kreiss_constant, nonnormality, profile_states, profile_transition
 from koopmon.spectral.nonnormality import CONDITION_LIMIT, KREISS_ACCURACY, condition_number, real_eigenvectors
 
 
@@ -45,6 +45,12 @@ def dense_kreiss(a: np.ndarray) -> float:
     return best
 
 
+def plane(radius: float, angle: float, skew: float) -> np.ndarray:
+    """A rotation by `angle` that stretches one axis and shrinks the other by `skew`."""
+    turn = radius * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return np.diag([skew, 1.0]) @ turn @ np.diag([1 / skew, 1.0])
+
+
 def operators() -> dict[str, np.ndarray]:
     """Return operators of every kind that a layer may have, and classical hard cases."""
     rng = np.random.default_rng(1)
@@ -61,6 +67,11 @@ def operators() -> dict[str, np.ndarray]:
         "Jordan block of 0.5": 0.5 * np.eye(16) + 0.6 * np.eye(16, k=1),
         "Grcar": -np.eye(16, k=-1) + sum(np.eye(16, k=k) for k in range(4)),
         "expansive": 3.0 * rng.standard_normal((10, 10)),
+        "negative real, skewed": -skewed @ np.diag(np.linspace(0.3, 0.999, 12)) @ np.linalg.inv(skewed),
+        "far from the circle": 4.0 * np.eye(4, k=1),
+        "just inside the circle": np.diag([1 - 1e-5, 0.9, 0.5]) + np.diag([3.0, 2.0], 1),
+        "two planes near the circle": scipy.linalg.block_diag(plane(1.0, 2.0, 5.0), plane(0.999, 0.7, 4.0)),
+        "more angles than the search takes": rng.standard_normal((67, 67)) / np.sqrt(67),
     }
 
 
@@ -126,6 +137,27 @@ def test_a_batch_and_given_eigenvectors_change_nothing() -> None:
         alone = kreiss_constant(batch[index]).item()
         assert together[index].item() == pytest.approx(alone, rel=KREISS_ACCURACY)
         assert given_vectors[index].item() == pytest.approx(alone, rel=KREISS_ACCURACY)
+
+
+def test_memory_bounds_a_batch_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(4)
+    batch = torch.randn(5, 6, 6, generator=generator, dtype=torch.float64) / 6**0.5
+    together = kreiss_constant(batch)
+    sizes: list[int] = []
+    kreiss = nonnormality._kreiss
+
+    def counted(matrices: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(matrices))
+        return kreiss(matrices, *rest)
+
+    monkeypatch.setattr(nonnormality, "_kreiss", counted)
+    monkeypatch.setattr(nonnormality, "_BATCH_ELEMENTS", 2 * 6 * 16 * 6)
+    assert kreiss_constant(batch).numpy() == pytest.approx(together.numpy(), rel=KREISS_ACCURACY)
+    assert sizes == [2, 2, 1]
+    sizes.clear()
+    monkeypatch.setattr(nonnormality, "_BATCH_ELEMENTS", 1)
+    assert kreiss_constant(batch[0]).item() == pytest.approx(together[0].item(), rel=KREISS_ACCURACY)
+    assert sizes == [1]
 
 
 @given(seed=st.integers(0, 2**31), size=st.integers(1, 9), scale=st.floats(0.0, 3.0))

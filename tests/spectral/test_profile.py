@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from koopmon.spectral import FIELDS, LayerProfile, SpectralProfile, profile_states, profile_transition
+from koopmon.spectral.dmd import fit
 
 torch.set_num_threads(1)
 
@@ -340,3 +342,174 @@ def test_no_value_crashes_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", SURVIVAL], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["48", "48"]
+
+
+def test_means_of_a_stack_of_one_and_two_layers() -> None:
+    one, two = stack(1), stack(2)
+    (alone,) = (layer.update_ratio for layer in one.layers)
+    assert tuple(one.thirds("update_ratio")) == (alone, alone, alone)
+    first, second = (layer.update_ratio for layer in two.layers)
+    assert tuple(two.thirds("update_ratio")) == pytest.approx((first, (first + second) / 2, second))
+    assert one.std("update_ratio") == 0.0
+
+
+def test_deviations_of_values_whose_squares_overflow() -> None:
+    layers = stack(4).layers
+    values = (1e300, -1e300, 1e300, -1e300)
+    profile = SpectralProfile(layers=tuple(replace(a, update_ratio=v) for a, v in zip(layers, values, strict=True)))
+    assert profile.std("update_ratio") == pytest.approx(1e300)
+    largest = (sys.float_info.max, -sys.float_info.max) * 2
+    profile = SpectralProfile(layers=tuple(replace(a, update_ratio=v) for a, v in zip(layers, largest, strict=True)))
+    assert profile.std("update_ratio") == pytest.approx(sys.float_info.max)
+    assert np.isfinite(profile.std("update_ratio"))
+
+
+def test_some_layers_without_a_kreiss_constant_leave_the_others() -> None:
+    layers = stack(3).layers
+    profile = SpectralProfile(layers=(replace(layers[0], kreiss_constant=None), *layers[1:]))
+    values = [layer.kreiss_constant for layer in layers[1:]]
+    assert profile.mean("kreiss_constant") == pytest.approx(np.mean(values))
+    assert profile.max("kreiss_constant") == max(values)
+    assert profile.min("kreiss_constant") == min(values)
+
+
+def with_informative(*flags: bool) -> SpectralProfile:
+    return SpectralProfile(
+        layers=tuple(
+            replace(layer, informative=flag, reason="" if flag else "constant input", update_exponent=float(index))
+            for index, (layer, flag) in enumerate(zip(stack(len(flags)).layers, flags, strict=True))
+        )
+    )
+
+
+def test_half_of_the_layers_make_a_profile_informative() -> None:
+    assert with_informative(True, False).informative
+    assert with_informative(True, False, True, False).informative
+    assert not with_informative(True, False, False).informative
+    assert with_informative(False, True, True, False).update_exponent == 1.0, "the first informative one and a median"
+    blind = with_informative(True, False, False)
+    assert (blind.risk, blind.update_exponent) == (None, None)
+    assert blind.reason == "2 of 3 layers: constant input"
+
+
+def test_a_stack_has_the_samples_and_the_rank_of_its_layers() -> None:
+    states = [normal(40, 6, seed=seed) for seed in range(4)]
+    profile = profile_states(states, svd_rank=3)
+    assert (profile.num_layers, profile.num_samples, profile.svd_rank) == (3, 40, 3)
+    assert profile_states(states).svd_rank is None
+
+
+def test_every_layer_is_in_its_place_whatever_its_rank() -> None:
+    """Layers of another rank are fitted apart; memory bounds how many are fitted at once."""
+    full = [normal(60, 8, seed=seed) for seed in range(5)]
+    deficient = full[2] @ normal(8, 8, seed=9)[:, :4] @ normal(4, 8, seed=10)
+    states = [full[0], full[1], deficient, full[3], full[4]]
+    profile = profile_states(states, kreiss="never")
+    assert [len(layer.eigenvalues) for layer in profile.layers] == [8, 8, 4, 8]
+    for layer, (x, y) in zip(profile.layers, pairwise(states), strict=True):
+        alone = profile_transition(x, y, kreiss="never")
+        assert layer.eigenvalues.numpy() == pytest.approx(alone.eigenvalues.numpy(), rel=1e-9)
+        assert layer.update_exponent == pytest.approx(alone.update_exponent)
+
+
+def test_memory_bounds_the_layers_that_are_fitted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def counted(x: Tensor, *rest: Tensor) -> Any:
+        sizes.append(len(x))
+        return fit(x, *rest)
+
+    monkeypatch.setattr("koopmon.spectral.profile.fit", counted)
+    states = [normal(60, 8, seed=seed) for seed in range(8)]
+    profile_states(states, kreiss="never")
+    assert sizes == [7]
+    sizes.clear()
+    monkeypatch.setattr("koopmon.spectral.profile._BATCH_ELEMENTS", 3 * 2 * 60 * 8)
+    profile_states(states, kreiss="never")
+    assert sizes == [3, 3, 1]
+
+
+@pytest.mark.parametrize("num_directions", [256, 257])
+def test_a_kreiss_constant_is_computed_up_to_256_directions(
+    num_directions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counted(operator: Tensor, eigen: object) -> Tensor:
+        asked.append(operator.shape[-1])
+        return torch.ones(len(operator), dtype=torch.float64)
+
+    monkeypatch.setattr("koopmon.spectral.profile.kreiss_constant", counted)
+    x = normal(320, num_directions, seed=1)
+    profile_transition(x, x + 0.3 * normal(320, num_directions, seed=2))
+    assert asked == [256] * (num_directions == 256)
+
+
+@pytest.mark.parametrize(("present", "informative"), [(8, False), (9, True), (10, True)])
+def test_nine_tenths_of_the_directions_are_enough(present: int, informative: bool) -> None:
+    x = normal(200, 10, seed=3)
+    x[:, present:] = 0.0
+    layer = profile_transition(x, x @ normal(10, 10, seed=4))
+    assert layer.informative == informative
+    missing = f"{present} of 10 directions present"
+    assert layer.reason == {8: f"rank-deficient input: {missing}", 9: missing, 10: ""}[present]
+    assert len(layer.eigenvalues) == present
+
+
+@pytest.mark.parametrize(("ratio", "informative"), [(0.0099, False), (0.0101, True)])
+def test_a_layer_is_informative_from_an_update_ratio_of_a_hundredth_on(ratio: float, informative: bool) -> None:
+    x = normal(400, 6, seed=5)
+    x = x - x.mean(0)
+    layer = profile_transition(x, (1.0 + ratio) * x)
+    assert layer.update_ratio == pytest.approx(ratio, rel=1e-9)
+    assert layer.informative is informative
+
+
+def test_a_direction_is_present_from_a_millionth_of_the_largest_on() -> None:
+    for share, found in ((0.9e-6, 5), (1.2e-6, 6)):
+        x = torch.linalg.qr(normal(100, 6, seed=6) - normal(100, 6, seed=6).mean(0)).Q
+        x = torch.linalg.qr(x - x.mean(0)).Q * torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, share], dtype=torch.float64)
+        assert len(profile_transition(x, 2.0 * x, kreiss="never").eigenvalues) == found
+
+
+def test_a_layer_without_modes_has_these_numbers() -> None:
+    layer = profile_transition(torch.ones(50, 8), torch.zeros(50, 8), svd_rank=4)
+    numbers = layer.to_dict()
+    assert numbers.pop("eigenvalues") == []
+    assert numbers.pop("eigenvector_condition_number") == 1.0
+    assert numbers.pop("kreiss_constant") is None
+    assert (numbers.pop("num_samples"), numbers.pop("svd_rank")) == (50, 4)
+    assert (numbers.pop("informative"), numbers.pop("reason")) == (False, "constant input")
+    assert set(numbers.values()) == {0.0}
+
+
+def test_values_that_overflow_are_not_informative_and_finite() -> None:
+    x = normal(60, 6, seed=7)
+    layer = profile_transition(1e-200 * x, 1e200 * x, kreiss="never")
+    assert_finite(layer)
+    assert not layer.informative
+    assert layer.reason == "values overflow"
+
+
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [
+        ([torch.zeros(4, 3)], "1 given, at least 2"),
+        ([torch.zeros(4, 3), torch.zeros(4, 2)], r"states\[1\] has shape"),
+        ([torch.zeros(4, 3), torch.zeros(5, 3)], r"states\[1\] has shape"),
+        ([torch.zeros(4), torch.zeros(4)], r"states\[0\] has shape"),
+        ([torch.zeros(4, 0), torch.zeros(4, 0)], r"states\[0\] has shape"),
+        ([torch.zeros(4, 3, dtype=torch.int64)] * 2, r"states\[0\] has dtype"),
+    ],
+)
+def test_states_that_are_none_are_named(states: list[Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        profile_states(states)
+
+
+def test_a_width_of_one_and_a_rank_of_one_are_allowed() -> None:
+    x = normal(40, 1, seed=8)
+    assert profile_transition(x, 0.5 * x).spectral_radius == pytest.approx(0.5)
+    wide = normal(40, 5, seed=8)
+    assert len(profile_transition(wide, 0.5 * wide, svd_rank=1).eigenvalues) == 1
+    assert profile_transition(wide, 0.5 * wide, ridge=0.0).spectral_radius == pytest.approx(0.5)

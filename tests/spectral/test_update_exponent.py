@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from koopmon.spectral import update_exponent
+from koopmon.spectral.update_exponent import stack_exponent
 
 
 def states(num_samples: int = 4000, width: int = 32) -> tuple[Tensor, Tensor]:
@@ -46,7 +48,12 @@ def test_half_precision_gives_the_same_exponent(dtype: torch.dtype) -> None:
 
 def test_extreme_values_give_a_finite_exponent() -> None:
     x = torch.full((8, 4), 3e38)
-    assert update_exponent(x, -x).isfinite()
+    assert update_exponent(x, -x).item() == 0.0, "y - x overflows"
+    for bad in (float("nan"), float("inf")):
+        spoiled = torch.ones(8, 4)
+        spoiled[3, 1] = bad
+        assert update_exponent(spoiled, torch.zeros(8, 4)).item() == 0.0
+        assert update_exponent(torch.ones(8, 4), spoiled).item() == 0.0
 
 
 def test_samples_without_an_update_stay_within_the_bounds() -> None:
@@ -55,3 +62,41 @@ def test_samples_without_an_update_stay_within_the_bounds() -> None:
     y = x.clone()
     y[:50] += 1.0
     assert update_exponent(x, y).item() == 100.0
+    y = x.clone()
+    y[50:] += 1.0
+    assert update_exponent(x, y).item() == -100.0
+
+
+def test_it_is_the_slope_of_the_logarithms_over_a_floored_variance() -> None:
+    """In numpy, for lengths that vary little, where the floor counts."""
+    draw = np.random.default_rng(0)
+    for spread in (0.3, 0.03, 0.003):
+        x = draw.standard_normal((50, 8))
+        x *= np.exp(spread * draw.standard_normal((50, 1))) / np.linalg.norm(x, axis=1, keepdims=True)
+        y = x + draw.standard_normal((50, 8)) * np.linalg.norm(x, axis=1, keepdims=True) ** 2
+        lengths, updates = (np.log(np.linalg.norm(rows, axis=1)) for rows in (x, y - x))
+        slope = np.cov(lengths, updates, bias=True)[0, 1] / (lengths.var() + 0.05 / (2 * 8))
+        assert update_exponent(torch.tensor(x), torch.tensor(y)).item() == pytest.approx(slope, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("exponents", "expected"),
+    [
+        ([0.7], 0.7),
+        ([0.9, 0.1, 0.2], 0.2),
+        ([0.1, 0.9, 0.8], 0.1),
+        ([0.5, 0.2, 0.9], 0.5),
+        ([0.9, 0.2, 0.4], 0.4),
+        ([0.9, 0.2, 0.4, 0.8], 0.6),
+        ([-1.0, 5.0], -1.0),
+    ],
+)
+def test_a_stack_has_the_lower_of_its_first_layers_exponent_and_the_median(
+    exponents: list[float], expected: float
+) -> None:
+    assert stack_exponent(exponents) == pytest.approx(expected)
+
+
+def test_a_stack_without_layers_has_no_exponent() -> None:
+    with pytest.raises(ValueError, match="at least one layer"):
+        stack_exponent([])

@@ -76,7 +76,7 @@ def test_every_metric_of_the_contract_is_there() -> None:
     names = {series.name + ("_total" if series.kind == "counter" else "") for series in TABLE}
     assert names >= {
         *("near_unit_mass", "expansive_mass", "contractive_mass", "spectral_radius", "eigenvector_condition_number"),
-        *("kreiss_constant", "nonlinearity_ratio", "update_ratio", "reliable_mode_ratio", "reliable_near_unit_mass"),
+        *("nonlinearity_ratio", "update_ratio", "reliable_mode_ratio", "reliable_near_unit_mass"),
         *("risk", "initial_risk", "divergence_probability", "informative", "kss_alpha", "lr_scale", "step"),
         *("run_state", "last_snapshot_timestamp_seconds", "agent_overhead_ratio", "taps_missing"),
         *("snapshots_received_total", "snapshots_dropped_total", "commands_total", "messages_rejected_total"),
@@ -131,11 +131,9 @@ def test_no_layer_value_is_ever_not_finite(metrics: Metrics, registry: Collector
 def test_fewer_layers_leave_no_stale_series(metrics: Metrics, registry: CollectorRegistry) -> None:
     metrics.set_layers("job", make_profile(3))
     metrics.set_layers("other", make_profile(1))
-    metrics.set_layers("job", make_profile(2, kreiss_constant=None))
+    metrics.set_layers("job", make_profile(2))
     layers = [dict(labels) for name, labels in exposed(registry) if name == PREFIX + "update_ratio"]
     assert layers == [{"layer": "0", "run": "job"}, {"layer": "1", "run": "job"}, {"layer": "0", "run": "other"}]
-    kreiss = [dict(labels)["layer"] for name, labels in exposed(registry) if name == PREFIX + "kreiss_constant"]
-    assert kreiss == ["0", "1", "0"], "the last Kreiss constants of layers that are still there stand"
     metrics.set_layers("job", None)
     assert [dict(labels)["run"] for name, labels in exposed(registry) if name.endswith("_ratio")] == ["other"] * 3
 

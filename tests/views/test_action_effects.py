@@ -104,6 +104,11 @@ def test_a_command_that_was_not_applied_changes_nothing(outcome: str) -> None:
     assert second.direction == "restrain", "0.5 was never in force"
 
 
+def test_a_scale_that_is_in_force_already_restrains_nothing() -> None:
+    first, again = effects([decided(8, lr_scale=0.5), decided(9, lr_scale=0.5)], BEFORE)
+    assert (first.direction, again.direction, again.effect) == ("restrain", "release", None)
+
+
 def test_directions_of_kss_of_a_stop_and_of_a_cadence() -> None:
     decisions = [
         decided(1, kind="set_kss", kss=KssSettings(alpha=0.1)),

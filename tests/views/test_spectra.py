@@ -80,7 +80,14 @@ def test_the_calmest_the_alarm_and_the_last_are_chosen() -> None:
     )
     assert [column.step for column in found.columns] == list(range(8))
     assert found.mean_seconds == 0.5
+    assert math.isnan(mean_over_layers(Column.of(1, [layer(math.nan)]), "spectral_radius"))
     assert mean_over_layers(found.spectra[0].column, "near_unit_mass") == pytest.approx(0.2)
+
+
+def test_the_alarm_itself_is_not_the_calmest() -> None:
+    rows = [row(step, 0.1) for step in range(1, 4)]
+    found = read_profiles(rows, risks((1, 0.9), (2, 0.8), (3, 0.5)), ("aaaaaaaa", 3), {})
+    assert [(each.name, each.spectrum.step) for each in found.spectra] == [("calm", 2), ("alarm", 3)]
 
 
 def test_without_an_alarm_the_last_launch_is_shown_and_no_snapshot_twice() -> None:

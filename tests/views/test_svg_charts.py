@@ -12,6 +12,7 @@ from koopmon.views.spectra import Spectrum
 from koopmon.views.svg_charts import (
     EDGE,
     MAX_MARKS,
+    MAX_POINTS,
     RISK_HEIGHT,
     SMALL_HEIGHT,
     eigenvalue_plot,
@@ -96,6 +97,22 @@ def test_a_scalar_fits_its_chart_and_a_wide_range_is_logarithmic() -> None:
     assert "from 1 to 100, logarithmic" in wide
     (flat,) = read(scalar_chart([point(1, loss=2.0), point(2, loss=2.0)], SCALAR["loss"])).iter("polyline")
     assert all(0 < y < SMALL_HEIGHT for _, y in line(flat))
+
+
+def test_a_long_line_keeps_its_extremes_and_few_points() -> None:
+    risks = [0.5] * 50_000
+    risks[12_345], risks[30_000] = 1.0, 0.0
+    drawn = read(risk_chart([point(step, risk=risk) for step, risk in enumerate(risks)], [], LEVELS))
+    (risk,) = drawn.iter("polyline")
+    assert len(line(risk)) <= MAX_POINTS
+    assert {y for _, y in line(risk)} == {2.0, RISK_HEIGHT / 2, RISK_HEIGHT - 2.0}
+    assert [x for x, _ in line(risk)] == sorted(x for x, _ in line(risk))
+
+
+def test_values_whose_difference_overflows_are_drawn() -> None:
+    chart = scalar_chart([point(1, loss=-1.7e308), point(2, loss=1.7e308)], SCALAR["loss"])
+    assert "nan" not in chart
+    assert "inf" not in chart
 
 
 def test_a_setting_holds_until_the_next_step() -> None:

@@ -56,7 +56,7 @@ def stand(kind: str, endpoint: str, trust: AuthPolicy) -> None:
         elif trust.directory is not None:  # somebody must let the peer in
             deadline = time.monotonic() + 1.0
             while time.monotonic() < deadline:
-                ours._gate.serve()
+                ours._zap_handler.serve()
                 time.sleep(0.01)
         sys.stdin.readline()
         count, until = 0, time.monotonic() + READ_SECONDS

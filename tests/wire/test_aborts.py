@@ -193,12 +193,12 @@ import contextlib, sys, time
 from koopmon.errors import ProtocolError
 from koopmon.wire import client, sockets
 from koopmon.wire.sockets import *
-client.MEND_SECONDS = sockets.MEND_SECONDS = 0.02
+client.RETRY_SECONDS = sockets.RETRY_SECONDS = 0.02
 with WireContext() as context:
     ours = ControlClient(context, sys.argv[1])
     poller, until = Poller(ours), time.monotonic() + 4.0
     while time.monotonic() < until:
-        ours.mend()
+        ours.retry()
         poller.wait(0.02)
         for _ in range(64):
             with contextlib.suppress(ProtocolError):
@@ -376,8 +376,8 @@ def fail(*_: object) -> Any:
         (DataSender, "zmq.Socket.connect"),
         (ControlServer, "zmq.Socket.bind"),
         (ControlServer, "koopmon.wire.server.claimed"),
-        (DataReceiver, "koopmon.wire.curve.demand_keys"),
-        (ControlClient, "koopmon.wire.curve.show_keys"),
+        (DataReceiver, "koopmon.wire.curve.make_curve_server"),
+        (ControlClient, "koopmon.wire.curve.make_curve_client"),
         (ControlServer, "koopmon.wire.curve.ZapHandler.__init__"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
@@ -431,7 +431,7 @@ def test_a_paused_connection_comes_back_when_its_time_has_come(
     client.reconnect(0.3)
     began = time.monotonic()
     assert not client.connected
-    until(lambda: client.mend() or client.connected)
+    until(lambda: client.retry() or client.connected)
     assert time.monotonic() - began >= 0.3
     assert client.connections == 2
 

@@ -14,7 +14,7 @@ import zmq
 
 from koopmon.errors import KeysError
 from koopmon.wire.auth_policy import AuthPolicy
-from koopmon.wire.authorized_keys import LOOK_SECONDS
+from koopmon.wire.authorized_keys import CHECK_SECONDS
 from koopmon.wire.codec import encode
 from koopmon.wire.curve import Refusal, new_pair
 from koopmon.wire.keys import MONITOR, public_file, read_public, secret_file, write_public
@@ -44,7 +44,7 @@ class Far:
 
     def turn(self, *near: Any) -> None:
         for client in near:
-            client.mend()
+            client.retry()
         self._poller.wait(0.01)
         self.refusals += [*self.control.take_refusals(), *self.data.take_refusals()]
 
@@ -84,8 +84,8 @@ def test_both_channels_know_whose_key_it_was(
 ) -> None:
     pairs = {name: ring.agent(name) for name in ("one", "two")}
     far = serve(ring.trust())
-    assert far.control.demands_keys
-    assert far.data.demands_keys
+    assert far.control.requires_keys
+    assert far.data.requires_keys
     states = torch.ones(1, 4, 4)
     header = Shard(
         run="job", incarnation="00c0ffee", process_rank=0, num_senders=1, training=TrainingStep(step=1),
@@ -110,7 +110,7 @@ def test_both_channels_know_whose_key_it_was(
 def test_a_key_that_no_agent_has_is_refused_and_let_in_once_it_is_known(
     ring: Keyring, serve: Callable[..., Far], client: Callable[..., Any], until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("koopmon.wire.client.MEND_SECONDS", 0.1)
+    monkeypatch.setattr("koopmon.wire.client.RETRY_SECONDS", 0.1)
     pair = ring.agent(served=False)
     far = serve(ring.trust())
     near = client(ControlClient, ring.trust(), far.control.endpoint)
@@ -121,7 +121,7 @@ def test_a_key_that_no_agent_has_is_refused_and_let_in_once_it_is_known(
     assert not near.connected
     assert not near.send(REPLY)
     ring.serve("agent")
-    until(lambda: far.turn(near) or near.connected, timeout=20.0 + LOOK_SECONDS)
+    until(lambda: far.turn(near) or near.connected, timeout=20.0 + CHECK_SECONDS)
     assert near.failure == ""
     assert near.connections == 1
 
@@ -187,13 +187,13 @@ def test_a_client_that_calls_itself_someone_is_no_one_where_no_keys_are_demanded
         heard: list[Any] = []
         until(lambda: far.turn() or heard.append(far.control.recv()) or heard[-1])
     assert far.control.sender_key == ""
-    assert not far.control.demands_keys
+    assert not far.control.requires_keys
 
 
 def test_a_rotated_monitor_is_found_again_before_and_after_its_restart(
     ring: Keyring, serve: Callable[..., Far], client: Callable[..., Any], until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("koopmon.wire.client.MEND_SECONDS", 0.1)
+    monkeypatch.setattr("koopmon.wire.client.RETRY_SECONDS", 0.1)
     ring.agent()
     far = serve(ring.trust())
     endpoint = far.control.endpoint
@@ -228,7 +228,7 @@ def test_keys_that_cannot_be_used_are_told_for_which_endpoint(ring: Keyring, tmp
 def test_keys_that_go_away_later_are_told_and_nothing_breaks(
     ring: Keyring, client: Callable[..., Any], serve: Callable[..., Far], until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("koopmon.wire.client.MEND_SECONDS", 0.05)
+    monkeypatch.setattr("koopmon.wire.client.RETRY_SECONDS", 0.05)
     ring.agent(served=False)
     far = serve(ring.trust())
     near = client(ControlClient, ring.trust(), far.control.endpoint)
@@ -245,8 +245,8 @@ def test_a_server_whose_gate_is_gone_lets_nobody_in(
 ) -> None:
     ring.agent()
     far = serve(ring.trust())
-    assert far.context._gate is not None
-    far.context._gate.close()
+    assert far.context._zap_handler is not None
+    far.context._zap_handler.close()
     with zmq.Context() as bare, bare.socket(zmq.DEALER) as raw:
         raw.set(zmq.LINGER, 0)
         raw.set(zmq.IMMEDIATE, 1)

@@ -11,7 +11,7 @@ import pytest
 
 from koopmon.errors import KeysError
 from koopmon.wire.auth_policy import AuthPolicy, make_auth_policy
-from koopmon.wire.authorized_keys import LOOK_SECONDS, AuthorizedKeys
+from koopmon.wire.authorized_keys import CHECK_SECONDS, AuthorizedKeys
 from koopmon.wire.curve import KeyPair, new_pair, pair_of
 from koopmon.wire.keys import (
     AGENTS,
@@ -160,7 +160,7 @@ class Clock:
         return self.seconds
 
     def later(self) -> None:
-        self.seconds += 2 * LOOK_SECONDS
+        self.seconds += 2 * CHECK_SECONDS
 
 
 def test_agents_speak_for_their_runs_and_no_others(place: Path) -> None:

@@ -543,3 +543,21 @@ def test_a_process_that_forgets_to_close_ends_well(user: str, far: WireContext) 
     process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True)
     assert process.communicate(timeout=120) == (None, "")
     assert process.returncode == 0
+
+
+def test_a_wakeup_that_is_forgotten_gives_its_descriptor_back() -> None:
+    wakeup = Wakeup()
+    descriptor = wakeup.fileno()
+    os.fstat(descriptor)
+    del wakeup
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def test_a_closed_wakeup_ignores_calls() -> None:
+    wakeup = Wakeup()
+    wakeup.wake()
+    wakeup.close()
+    wakeup.close()
+    wakeup.wake()
+    assert wakeup.fileno() == -1

@@ -12,6 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
 
 from koopmon.agent.capture.sampler import DTYPE_NAMES, RankSnapshot, all_finite
 from koopmon.agent.circuit_breaker import CircuitBreaker
@@ -85,15 +88,10 @@ class IOThread:
     def start(self) -> None:
         self._thread.start()
 
-    def describe(self, description: RankInfo) -> None:
-        """Replace the description of this rank, and send it to the monitor."""
-        self._description = description
+    def describe(self, **changes: Any) -> None:
+        """Change fields of this rank's description, and send it to the monitor."""
+        self._description = msgspec.structs.replace(self._description, **changes)
         self._wakeup.wake()
-
-    @property
-    def description(self) -> RankInfo:
-        """The current description of this rank."""
-        return self._description
 
     def post(self, item: RankSnapshot | CommandResult) -> None:
         """Queue `item` for sending. Returns at once."""
@@ -138,8 +136,8 @@ class IOThread:
             poller.wait(max(0.0, channel.next_due() - time.monotonic()))
             if channel.description is not self._description:
                 channel.describe(self._description)
-            control.mend()
-            if data is not None and data.mend():
+            control.retry()
+            if data is not None and data.retry():
                 channel.warn(time.monotonic(), "data", f"no snapshots reach {data.endpoint}: {data.failure}")
             num_messages = 0
             for answer in _incoming(control, channel):

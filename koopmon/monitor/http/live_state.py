@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from koopmon.history.schema import RunState
 from koopmon.monitor.registry import Run
@@ -27,10 +27,7 @@ from koopmon.views.run_view import (
     TimelinePoint,
 )
 from koopmon.views.spectra import Column, Spectrum
-from koopmon.wire.messages import Ack, TrainingStep
-
-if TYPE_CHECKING:
-    from koopmon.spectral import SpectralProfile
+from koopmon.wire.messages import Ack
 
 MAX_RUNS = 256
 """Maximum number of runs on the page; above it the oldest finished run is removed."""
@@ -146,20 +143,22 @@ class LiveState:
             if (kept := self._kept.get(name)) is not None:
                 kept.lost[reason] = kept.lost.get(reason, 0) + 1
 
-    def record_assessment(
-        self,
-        name: str,
-        training: TrainingStep,
-        profile: SpectralProfile | None,
-        assessment: Assessment,
-        status: PolicyStatus,
-    ) -> None:
-        """Add one snapshot with its assessment and decision."""
+    def record_assessment(self, name: str, assessment: Assessment, controller: RunController) -> None:
+        """Add one snapshot with its assessment."""
+        seen, risk, profile = assessment.observation, assessment.risk, assessment.profile
         # The history stores the same form of a profile: the page and the report cannot disagree.
         plain = None if profile is None else profile.to_dict()
-        column = None if plain is None else Column.of(training.step, plain["layers"])
-        spectrum = None if plain is None else Spectrum.of(training.step, plain)
+        column = None if plain is None else Column.of(seen.step, plain["layers"])
+        spectrum = None if plain is None else Spectrum.of(seen.step, plain)
         at = self._wall()
+        status = PolicyStatus(
+            now=self._clock(),
+            state=controller.policy_state,
+            observation=seen,
+            risk=risk,
+            policy=controller.config.policy,
+            kss=controller.kss_config,
+        )
         with self._lock:
             kept = self._kept.get(name)
             if kept is None:
@@ -168,22 +167,26 @@ class LiveState:
             kept.points.append(TimelinePoint.of_assessment(incarnation, at, assessment.observation, assessment.risk))
             if column is not None:
                 kept.columns.append(column)
-            if assessment.decision is not None and assessment.remarkable:
-                outcome = "pending" if kept.view.sends else "dry_run"
-                kept.decisions.append(
-                    DecisionView(
-                        incarnation=incarnation,
-                        step=training.step,
-                        time=at,
-                        phase=assessment.decision.phase,
-                        reason=assessment.decision.reason,
-                        risk=assessment.risk.value,
-                        commands=tuple(
-                            CommandView(command=command, outcome=outcome) for command in assessment.commands
-                        ),
-                    )
-                )
             self._change(kept, standing=status, spectrum=spectrum or kept.view.spectrum)
+
+    def record_decision(self, name: str, assessment: Assessment) -> None:
+        """Add the decision of an assessment."""
+        with self._lock:
+            kept, decision = self._kept.get(name), assessment.decision
+            if kept is None or decision is None:
+                return
+            outcome = "pending" if kept.view.sends else "dry_run"
+            view = DecisionView(
+                incarnation=kept.view.incarnation,
+                step=assessment.observation.step,
+                time=self._wall(),
+                phase=decision.phase,
+                reason=decision.reason,
+                risk=assessment.risk.value,
+                commands=tuple(CommandView(command=command, outcome=outcome) for command in assessment.commands),
+            )
+            kept.decisions.append(view)
+            self._change(kept)
 
     def set_policy_state(self, name: str, state: PolicyState) -> None:
         """Update the policy state after an ack."""
@@ -257,18 +260,6 @@ class LiveState:
         kept.view = replace(kept.view, revision=self._revision, **values)  # type: ignore[arg-type]
 
 
-def policy_status_of(now: float, controller: RunController, assessment: Assessment) -> PolicyStatus:
-    """Build the policy status; `now` is a time of the controller's clock."""
-    return PolicyStatus(
-        now=now,
-        state=controller.policy_state,
-        observation=assessment.observation,
-        risk=assessment.risk,
-        policy=controller.policy_config,
-        kss=controller.kss_config,
-    )
-
-
 def _before(kept: deque[T], earlier: list[T]) -> None:
     """Insert the items of `earlier` that are older than the first item, as far as there is room."""
     first = kept[0].step if kept else float("inf")
@@ -285,7 +276,7 @@ def _with_outcome(command: CommandView, outcome: str, step: int | None, detail: 
 
 
 def _health(run: Run, lost: dict[str, int]) -> AgentHealth:
-    beats = [peer.heartbeat for peer in run.peers.values() if peer.heartbeat is not None]
+    beats = run.heartbeats
     dropped = dict(lost)
     for beat in beats:
         for reason, count in beat.dropped.items():

@@ -14,11 +14,11 @@ from koopmon import policy
 from koopmon.views.run_view import PolicyStatus, RunView, command_words
 
 PHASES = {
-    "calm": "Nothing is going on.",
-    "alert": "The risk is not calm: snapshots are dense.",
-    "acting": "A command has yet to show its effect.",
-    "backed_off": "The last command took effect, and what it changed is held.",
-    "recovering": "On the way back to the rate that the script asks for.",
+    "calm": "No command is in force.",
+    "alert": "The risk is not calm; snapshots are dense.",
+    "acting": "A command has no confirmed effect yet.",
+    "backed_off": "The last command took effect and stays in force.",
+    "recovering": "The learning rate rises to its schedule in steps.",
 }
 
 
@@ -38,11 +38,11 @@ def preview(view: RunView) -> PolicyPreview:
         known = view.decisions[-1].phase if view.decisions else "calm"
         line = ("Next", "Known once this monitor has judged a snapshot of the run.")
         return PolicyPreview(known, PHASES.get(known, ""), (line,))
-    lines = [*_restraint(view, standing), *_answers(standing), *_return(standing), _budget(standing)]
+    lines = [*_not_sent(view, standing), *_actions(standing), *_return(standing), _budget(standing)]
     return PolicyPreview(standing.state.phase, PHASES[standing.state.phase], tuple(lines))
 
 
-def _restraint(view: RunView, standing: PolicyStatus) -> Iterator[tuple[str, str]]:
+def _not_sent(view: RunView, standing: PolicyStatus) -> Iterator[tuple[str, str]]:
     """Yield the reason if no command would be sent."""
     if view.state != "running":
         yield "Sent", f"Nothing: the run is {view.state}."
@@ -51,24 +51,25 @@ def _restraint(view: RunView, standing: PolicyStatus) -> Iterator[tuple[str, str
     elif standing.policy.dry_run:
         yield "Sent", "Nothing: this is a dry run, decisions are recorded only."
     elif not view.acts:
-        yield "Sent", "Nothing: the agent is watch-only; its log says why."
+        yield "Sent", "Nothing: the agent is watch-only; see its log."
     elif not view.sends:
-        yield "Sent", "Nothing: the monitor failed on a command of this run and only watches it; its log says why."
+        yield "Sent", "Nothing: the monitor failed on a command of this run and only watches it; see its log."
 
 
-def _answers(standing: PolicyStatus) -> Iterator[tuple[str, str]]:
+def _actions(standing: PolicyStatus) -> Iterator[tuple[str, str]]:
+    """Yield the action for a high and for a severe risk."""
     config = standing.policy
     if config.name == "observe":
         return
     acted_at = standing.state.acted_at
     until = 0 if acted_at is None else acted_at + config.cooldown_steps
     if standing.observation.step < until:
-        yield "Cool-down", f"The last action has until step {until} to show its effect. Then:"
+        yield "Cool-down", f"The policy waits until step {until} for the effect of its last action. Then:"
     for risk, name in ((config.act_risk, "high"), (config.severe_risk, "severe")):
-        yield f"If the risk is {name}, {risk:g} or more", _asked(standing, risk)
+        yield f"If the risk is {name}, {risk:g} or more", _next_action(standing, risk)
 
 
-def _asked(standing: PolicyStatus, risk: float) -> str:
+def _next_action(standing: PolicyStatus, risk: float) -> str:
     """Return the policy's action for one more snapshot with this risk, after the cool-down."""
     state, config = standing.state, standing.policy
     seen = replace(
@@ -96,6 +97,7 @@ def _asked(standing: PolicyStatus, risk: float) -> str:
 
 
 def _return(standing: PolicyStatus) -> Iterator[tuple[str, str]]:
+    """Yield the steps at which the values in force change back."""
     state, config = standing.state, standing.policy
     if state.lr_scale < 1.0 and config.name in ("lr", "kss+lr"):
         wait = config.hold_steps * max(1, state.num_cuts)

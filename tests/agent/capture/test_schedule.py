@@ -119,3 +119,62 @@ def test_a_running_total_is_charged_once() -> None:
     for total in (0.25, 0.25, 0.75):
         budget.charge(total)
     assert budget.credit_seconds == 0.25
+
+
+@given(st.lists(st.tuples(st.sampled_from(["earn", "spend"]), st.floats(0, 100), st.integers(0, 10_000)), max_size=40))
+def test_credit_never_exceeds_its_capacity(moves: list[tuple[str, float, int]]) -> None:
+    """However long nothing is spent: the initial credit, and what may be sent in a second."""
+    config = CadenceConfig(budget_ratio=0.5, initial_credit_seconds=2.0, max_bytes_per_second=1000.0)
+    budget, seconds, nbytes = OverheadBudget(config), 2.0, 1000.0
+    for move, amount, size in moves:
+        if move == "earn":
+            budget.earn(amount)
+            seconds, nbytes = min(seconds + 0.5 * amount, 2.0), min(nbytes + 1000.0 * amount, 1000.0)
+        else:
+            budget.spend(amount, size)
+            seconds, nbytes = seconds - amount, nbytes - size
+        assert (budget.credit_seconds, budget.credit_bytes) == pytest.approx((seconds, nbytes))
+        assert budget.affords == (budget.credit_seconds > 0.0 and budget.credit_bytes > 0.0)
+
+
+def test_without_initial_credit_a_tenth_of_a_second_may_be_saved_up() -> None:
+    budget = OverheadBudget(CadenceConfig(initial_credit_seconds=0.0, budget_ratio=0.5))
+    budget.earn(1e6)
+    assert budget.credit_seconds == pytest.approx(0.1)
+    budget.spend(0.1)
+    assert not budget.affords, "nothing is left"
+
+
+def test_the_warm_up_ends_at_its_step() -> None:
+    cadence = schedule()
+    assert [cadence.stride(step, CALM) for step in (0, 9, 10, 11)] == [2, 2, 7, 7]
+
+
+def test_a_request_holds_until_its_step_and_zero_is_no_request() -> None:
+    cadence = schedule()
+    asked = ControlState(cadence_steps=3, cadence_until_step=20)
+    assert [cadence.stride(step, asked) for step in (10, 20, 21)] == [3, 3, 7]
+    assert cadence.stride(10, ControlState(cadence_steps=0, cadence_until_step=20)) == 7
+    assert cadence.stride(10, ControlState(cadence_steps=1, cadence_until_step=20)) == 2, "dense is the densest"
+
+
+def test_a_plan_starts_at_the_first_step_and_goes_on_from_the_last_snapshot() -> None:
+    cadence = schedule()
+    assert cadence.plan(3, 3, CALM) == range(3, 4, 2)
+    assert list(cadence.plan(4, 4, CALM)) == []
+    assert list(cadence.plan(5, 8, CALM)) == [5, 7]
+    assert list(cadence.plan(20, 40, CALM)) == [20, 27, 34]
+    assert list(cadence.plan(40, 42, CALM)) == [41]
+
+
+def test_steps_that_were_taken_without_agreement_count() -> None:
+    cadence = schedule()
+    assert [step for step in range(1, 15) if cadence.unagreed(step, CALM)] == [2, 4, 6, 8, 14]
+    assert list(cadence.plan(15, 21, CALM)) == [21]
+
+
+def test_the_largest_plan_that_is_not_affordable_is_counted_whole() -> None:
+    stats, budget = AgentStats(), OverheadBudget(CONFIG)
+    budget.spend(0.0, int(2 * budget.credit_bytes))
+    assert not SnapshotSchedule(CONFIG, budget, stats).plan(10, 40, CALM)
+    assert stats.dropped["budget"] == 5

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
 from koopmon.agent.circuit_breaker import CircuitBreaker
-from koopmon.agent.control.actuator import MAX_PENDING, Actuator, CommandResult
+from koopmon.agent.control.actuator import MAX_PENDING, MAX_REMEMBERED, Actuator, CommandResult
 from koopmon.agent.control.all_actions import make_actions
 from koopmon.agent.control.rank_group import MESSAGE_BYTES, _encoder
 from koopmon.agent.control.state import ActionState, ControlState, ControlUpdate, Ramp
@@ -316,3 +316,251 @@ def test_a_watch_only_agent_says_so_over_the_wire(monitor: ScriptedMonitor, agen
     assert monitor.ack(monitor.command("set_lr_scale", lr_scale=0.5)).outcome == "refused"
     assert not agent.status()["acts"]
     assert all(not hello.acts for hello in monitor.heard if hasattr(hello, "acts"))
+
+
+# Bounds
+
+
+def test_the_allowance_is_that_of_the_last_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("koopmon.agent.control.actuator.time.monotonic", lambda: now[0])
+    bench = Bench(from_mapping({"limits": {"max_actions_per_hour": 2}}))
+
+    def cut() -> str:
+        return bench.outcome_of(command("set_lr_scale", lr_scale=0.5))[0]
+
+    assert [cut(), cut(), cut()] == ["applied", "applied", "refused"]
+    assert "2 actions" in bench.outcomes[-1].detail
+    now[0] = 1000.0 + 3599.9
+    assert cut() == "refused"
+    now[0] = 1000.0 + 3600.0
+    assert [cut(), cut(), cut()] == ["applied", "applied", "refused"]
+
+
+def test_no_action_is_allowed_where_the_allowance_is_none() -> None:
+    bench = Bench(from_mapping({"limits": {"max_actions_per_hour": 0}}))
+    assert bench.outcome_of(command("set_lr_scale", lr_scale=0.5)) == ["refused"]
+    assert bench.outcome_of(command("set_lr_scale", lr_scale=1.0)) == ["applied"]
+    assert bench.applied() == Applied()
+
+
+def test_the_last_4096_commands_are_recognised() -> None:
+    bench = Bench()
+    first, second = command("set_cadence", cadence_steps=1), command("set_cadence", cadence_steps=1)
+    bench.step(first, second)
+    for _ in range(MAX_REMEMBERED // 32 - 1):
+        bench.step(*[command("set_cadence", cadence_steps=1) for _ in range(32)])
+    while len(bench.outcomes) < MAX_REMEMBERED:
+        bench.step(command("set_cadence", cadence_steps=1))
+    assert bench.outcome_of(first) == ["duplicate"]
+    bench.step(command("set_cadence", cadence_steps=1))
+    assert bench.outcome_of(second) == ["duplicate"]
+    assert bench.outcome_of(first) == ["applied"], "the oldest is forgotten"
+    assert MAX_REMEMBERED == 4096
+
+
+def test_a_command_at_its_last_step_is_applied() -> None:
+    for last, outcome in ((2, "expired"), (3, "applied")):
+        bench = Bench()
+        for _ in range(3):
+            bench.step()
+        assert bench.outcome_of(command("set_lr_scale", lr_scale=0.5, expires_step=last)) == [outcome]
+
+
+def test_as_many_commands_wait_as_are_allowed() -> None:
+    bench = Bench()
+    for _ in range(MAX_PENDING):
+        bench.actuator.submit(command("set_cadence", cadence_steps=5))
+    assert bench.outcomes == []
+    bench.actuator.submit(command("set_cadence", cadence_steps=5))
+    assert [each.outcome for each in bench.outcomes] == ["refused"]
+    assert MAX_PENDING == 64
+
+
+# What a command does
+
+
+def test_a_cadence_without_an_end_holds_to_the_end_of_the_run() -> None:
+    bench = Bench()
+    bench.step(command("set_cadence", cadence_steps=3))
+    state = bench.actuator.state
+    assert (state.version, state.cadence_steps, state.cadence_until_step) == (1, 3, 1 << 53)
+    bench.step(command("set_cadence", cadence_steps=4, cadence_until_step=77))
+    state = bench.actuator.state
+    assert (state.version, state.cadence_steps, state.cadence_until_step) == (2, 4, 77)
+
+
+def test_stop_is_a_state_of_its_own() -> None:
+    bench = Bench()
+    bench.step(command("set_lr_scale", lr_scale=0.5))
+    bench.step(command("stop"))
+    assert bench.actuator.state.stop
+    assert bench.applied().lr_scale == 0.5
+
+
+def test_caps_of_rank_and_samples_are_named() -> None:
+    bench = Bench(from_mapping({"limits": {"max_kss_svd_rank": 8, "max_kss_samples": 32}}))
+    bench.step(command("set_kss", kss=KssSettings(alpha=0.5, svd_rank=9, num_samples=64)))
+    assert bench.outcomes[-1].detail == "svd_rank capped at 8, num_samples capped at 32"
+    assert bench.applied().kss == KssSettings(alpha=0.5, svd_rank=8, num_samples=32)
+    bench.step(command("set_kss", kss=KssSettings(alpha=0.5, svd_rank=8, num_samples=32)))
+    assert bench.outcomes[-1].detail == ""
+
+
+# Between ranks, by a group in the hands of the test
+
+
+class Exchange:
+    """A group of ranks: what it was given, and what it hands back."""
+
+    splits_tokens = False
+
+    def __init__(self, *, leads: bool = True) -> None:
+        self.leads, self.ready, self.in_flight = leads, True, False
+        self.due: set[int] = set()
+        self.launched: list[ControlUpdate | None] = []
+        self.failures: list[str] = []
+        self.arriving: ControlUpdate | None = None
+
+    def is_due(self, step: int) -> bool:
+        return step in self.due
+
+    def launch(self, exchange: ControlUpdate | None) -> None:
+        self.launched.append(exchange)
+        self.arriving, self.in_flight = exchange, True
+
+    def receive(self) -> ControlUpdate | None:
+        self.in_flight = False
+        return self.arriving
+
+    def fail(self, reason: str) -> None:
+        self.failures.append(reason)
+
+
+def test_a_command_waits_for_an_exchange_and_is_in_force_in_the_step_after_it() -> None:
+    group = Exchange()
+    bench = Bench(group=group)
+    bench.step(command("set_lr_scale", lr_scale=0.5))
+    assert bench.outcomes == [], "no exchange is due"
+    group.due = {2}
+    assert bench.step() == 1.0
+    assert len(group.launched) == 1
+    assert bench.outcomes == [], "it is under way"
+    assert bench.step() == 0.5
+    assert [(each.outcome, each.step) for each in bench.outcomes] == [("applied", 2)]
+
+
+def test_a_failed_exchange_changes_nothing_and_the_command_may_come_again() -> None:
+    group = Exchange()
+    bench = Bench(group=group)
+    cut = command("set_lr_scale", lr_scale=0.5)
+    group.due = {1, 2, 3, 4}
+    bench.step(cut)
+    group.arriving = None
+    assert bench.step() == 1.0
+    assert [(each.outcome, each.detail) for each in bench.outcomes] == [
+        ("failed", "the exchange between the ranks failed")
+    ]
+    bench.step(cut)
+    assert bench.step() == 0.5
+    assert [each.outcome for each in bench.outcomes] == ["failed", "applied"]
+
+
+def test_a_restore_whose_exchange_failed_is_tried_again() -> None:
+    group = Exchange()
+    bench = Bench(group=group)
+    group.due = {1, 2, 3, 4}
+    bench.lifecycle.restore(Applied(lr_scale=0.25))
+    bench.step()
+    group.arriving = None
+    assert bench.step() == 1.0
+    assert bench.step() == 0.25
+    assert bench.outcomes == []
+
+
+def test_a_state_of_another_step_ends_the_group() -> None:
+    group = Exchange(leads=False)
+    bench = Bench(group=group)
+    group.due = {1}
+    bench.step()
+    assert group.launched == [None], "rank 0 decides"
+    group.arriving = ControlUpdate(step=5, state=ControlState(version=9), snapshots=(0, -1, 1), next_step=6)
+    bench.step()
+    assert len(group.failures) == 1
+    assert bench.actuator.state.version == 0
+
+
+def test_another_rank_takes_state_and_snapshots_from_rank_0() -> None:
+    group = Exchange(leads=False)
+    bench = Bench(group=group)
+    group.due = {1}
+    bench.step()
+    state = ControlState(version=3, cadence_steps=2)
+    group.arriving = ControlUpdate(step=1, state=state, snapshots=(3, 7, 4), next_step=8)
+    group.due = set()
+    bench.actuator.before_step(1)
+    assert bench.actuator.state is state
+    assert [step for step in range(2, 9) if bench.actuator.after_step(step)] == [3, 7]
+    calm = Config().cadence
+    assert bench.actuator.after_step(9) == (9 % calm.dense_every == 0), "beyond what is agreed, by the step alone"
+
+
+def test_rank_0_plans_the_snapshots_up_to_the_next_exchange() -> None:
+    group = Exchange()
+    bench = Bench(from_mapping({"cadence": {"dense_every": 3}}), group=group)
+    bench.stats.tick(0.01)
+    group.due = {1}
+    bench.actuator.after_step(1)
+    (update,) = group.launched
+    assert update is not None
+    assert (update.step, update.next_step) == (1, 11)
+    assert list(update.snapshot_steps()) == [2, 5, 8, 11]
+
+
+def test_before_any_step_is_timed_an_exchange_follows_the_next_step() -> None:
+    group = Exchange()
+    bench = Bench(group=group)
+    group.due = {0}
+    bench.actuator.after_step(0)
+    (update,) = group.launched
+    assert update is not None
+    assert update.next_step == 2
+
+
+def test_while_the_group_is_down_commands_fail_at_once() -> None:
+    group = Exchange()
+    bench = Bench(group=group)
+    group.ready = False
+    assert not bench.actuator.ready
+    bench.actuator.submit(command("set_lr_scale", lr_scale=0.5))
+    assert [each.outcome for each in bench.outcomes] == ["failed"]
+    assert Bench().actuator.ready, "a process that trains alone needs no group"
+
+
+def test_kss_is_refused_for_good_where_ranks_of_one_model_hold_different_tokens() -> None:
+    group = Exchange()
+    group.splits_tokens = True
+    bench = Bench(group=group)
+    group.due = {1}
+    bench.step(command("set_kss", kss=KssSettings(alpha=0.5)), command("set_kss", kss=KssSettings()))
+    bench.step()
+    assert [(each.outcome, each.permanent) for each in bench.outcomes] == [("refused", True), ("applied", False)]
+    bench = Bench(group=group)
+    group.due = {1}
+    bench.lifecycle.restore(Applied(lr_scale=0.5, kss=KssSettings(alpha=0.5, svd_rank=5)))
+    bench.step()
+    bench.step()
+    assert (bench.applied().lr_scale, bench.applied().kss.alpha) == (0.5, 0.0)
+
+
+def test_a_return_starts_from_the_values_in_force_and_keeps_the_settings() -> None:
+    bench = Bench(from_mapping({"control": {"on_monitor_lost": "ramp", "ramp_back_steps": 4}}))
+    bench.step(command("set_lr_scale", lr_scale=0.25), command("set_kss", kss=KssSettings(alpha=0.8, svd_rank=9)))
+    bench.lifecycle.monitor_lost()
+    scales, alphas = [], []
+    for _ in range(5):
+        scales.append(bench.step())
+        alphas.append(bench.applied().kss.alpha)
+    assert scales == pytest.approx([0.25**0.75, 0.25**0.5, 0.25**0.25, 1.0, 1.0])
+    assert alphas == pytest.approx([0.4, 0.2, 0.0, 0.0, 0.0])
+    assert bench.applied().kss.svd_rank == 9

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR,
 from koopmon.agent.control.action import RequestRefusedError, Target, Update
 from koopmon.agent.control.actuator import _towards
 from koopmon.agent.control.lr_backoff import LrBackoff, largest_rate, rate_sized_steps
-from koopmon.agent.control.state import ControlState
+from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.config import LimitsConfig
 from koopmon.plugins import select
 from koopmon.wire.messages import Applied, Command, Heartbeat
@@ -297,6 +297,113 @@ def test_a_step_whose_closure_runs_the_forward_is_scaled_all_the_same(
     loss_of(model, batch(0)).backward()
     assert optimizer.param_groups[0]["lr"] == 0.02, "after a closure that raised, the next forward sees the user's rate"
     assert agent.status()["errors"] == 0
+
+
+def with_tensor(rate: Tensor) -> BrokenStep:
+    return BrokenStep([{"params": [nn.Parameter(torch.zeros(1))], "lr": rate}], lr=0.1)
+
+
+def test_a_tensor_that_the_user_wrote_after_a_failed_step_is_kept() -> None:
+    rate = torch.tensor(0.1)
+    optimizer = with_tensor(rate)
+    backoff = guarded(optimizer, lambda: 0.5)
+    with pytest.raises(RuntimeError, match="no step"):
+        optimizer.step()
+    assert float(rate) == pytest.approx(0.05)
+    rate.fill_(0.02)
+    backoff.restore_rates()
+    assert float(rate) == pytest.approx(0.02)
+
+
+def test_a_tensor_that_nobody_wrote_is_restored_bit_for_bit() -> None:
+    rate = torch.tensor(0.1)
+    before = rate.clone()
+    optimizer = with_tensor(rate)
+    backoff = guarded(optimizer, lambda: 0.3)
+    with pytest.raises(RuntimeError, match="no step"):
+        optimizer.step()
+    backoff.restore_rates()
+    assert torch.equal(rate, before)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [torch.tensor([0.2]), torch.tensor(0.2, dtype=torch.float64)],
+    ids=["another shape", "another precision"],
+)
+def test_a_tensor_in_the_place_of_another_is_restored_as_it_was(second: Tensor) -> None:
+    optimizer = with_tensor(torch.tensor(0.1))
+    backoff = LrBackoff(LimitsConfig())
+    backoff.scale_rates(optimizer, 0.5)
+    backoff.restore_rates()
+    before = second.clone()
+    optimizer.param_groups[0]["lr"] = second
+    backoff.scale_rates(optimizer, 0.5)
+    assert torch.equal(second, before * 0.5)
+    backoff.restore_rates()
+    assert torch.equal(second, before)
+    assert second.dtype == before.dtype
+
+
+def test_a_scale_below_the_limit_is_raised_to_it_and_said() -> None:
+    backoff = LrBackoff(LimitsConfig(min_lr_scale=0.25))
+    for asked, scale, detail in ((0.1, 0.25, "lr_scale capped at 0.25"), (0.25, 0.25, ""), (0.5, 0.5, "")):
+        target = backoff.target(Applied(lr_scale=asked), ControlState(), 0)
+        assert target == Target(scale, detail=detail)
+
+
+def test_the_scale_in_force_is_that_of_the_ramp_at_the_step() -> None:
+    backoff = LrBackoff(LimitsConfig())
+    assert backoff.strength(ControlState(), 3) == 1.0
+    ramp = Ramp(first_step=2, start=1.0, target=0.25, num_steps=2)
+    state = ControlState(actions={"set_lr_scale": ActionState(ramp=ramp)})
+    assert [backoff.strength(state, step) for step in (1, 2, 3)] == [1.0, pytest.approx(0.5), 0.25]
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    backoff.apply(state, 3, Update(optimizer, (optimizer,), {}))
+    assert rates(optimizer) == [pytest.approx(0.025)]
+    backoff.revert()
+    assert rates(optimizer) == [0.1]
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_a_forward_inside_a_closure_keeps_the_scale_and_one_outside_ends_it(by_keyword: bool) -> None:
+    backoff = LrBackoff(LimitsConfig())
+    state = ControlState(actions={"set_lr_scale": ActionState(ramp=Ramp(start=0.5, target=0.5))})
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    seen: list[list[float]] = []
+
+    def closure() -> float:
+        backoff.on_forward()
+        seen.append(rates(optimizer))
+        return 3.0
+
+    update = Update(optimizer, (optimizer,), {"closure": closure, "other": 1})
+    if not by_keyword:
+        update = Update(optimizer, (optimizer, closure, "more"), {})
+    backoff.apply(state, 0, update)
+    wrapped = update.kwargs["closure"] if by_keyword else update.args[1]
+    assert (update.kwargs.get("other"), update.args[2:]) == ((1, ()) if by_keyword else (None, ("more",)))
+    assert wrapped() == 3.0
+    assert seen == [[0.05]]
+    backoff.on_forward()
+    assert rates(optimizer) == [0.1], "no update is under way"
+
+
+def test_without_a_scale_the_arguments_are_left_alone() -> None:
+    backoff = LrBackoff(LimitsConfig())
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    closure = object()
+    update = Update(optimizer, (optimizer, closure), {})
+    backoff.apply(ControlState(), 0, update)
+    assert update.args == (optimizer, closure)
+
+
+def test_the_largest_rate_of_no_group_is_unknown() -> None:
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    optimizer.param_groups[0]["lr"] = None
+    assert largest_rate(optimizer) is None
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+    assert largest_rate(optimizer) == 0.25
 
 
 class Capped:

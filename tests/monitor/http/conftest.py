@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from koopmon.config import Config, from_mapping
-from koopmon.monitor.http.live_state import LiveState, policy_status_of
+from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.spectral import SpectralProfile, profile_states
@@ -40,8 +40,8 @@ class Fed:
         values = {"world_size": 2, "num_layers": NUM_LAYERS, "applied": self.applied, "hostname": "node-1"}
         said = factories.hello(**self.words, **{**values, **hello})
         self.registry = RunRegistry(config.monitor)
-        self.run: Run = self.registry.admit(0.0, said, b"peer")[0].run
         self.controller = RunController(config, said, self.applied)
+        self.run: Run = self.registry.admit(0.0, said, b"peer", lambda _: (self.controller, None)).run
         self.heard()
 
     def heard(self) -> None:
@@ -57,9 +57,9 @@ class Fed:
         values = {"learning_rate": 1e-3, "loss": 2.0, "grad_norm": None, "lr_scale": self.applied.lr_scale}
         training = TrainingStep(step=step, **{**values, **scalars})
         assessment = self.controller.assess(float(step), training, found, step=step)
-        self.live_state.record_assessment(
-            self.run.name, training, found, assessment, policy_status_of(float(step), self.controller, assessment)
-        )
+        self.live_state.record_assessment(self.run.name, assessment, self.controller)
+        if assessment.remarkable:
+            self.live_state.record_decision(self.run.name, assessment)
         return assessment
 
     def answer(self, command_id: str, outcome: Any, step: int, detail: str = "") -> None:

@@ -160,7 +160,7 @@ def test_without_scripts_it_is_complete_and_says_so(open_page: Open) -> None:
     fleet.get_by_role("link", name="load again").click()
     expect(fleet.get_by_role("row")).to_have_count(3)
     page = open_page(PATH, java_script_enabled=False)
-    for name in ("Risk", "What the policy would do next", "Layers over steps", "Eigenvalues", "Agents", "Decisions"):
+    for name in ("Risk", "Next action of the policy", "Layers over steps", "Eigenvalues", "Agents", "Decisions"):
         expect(page.get_by_role("heading", name=name, exact=True)).to_be_visible()
     expect(page.locator("#decisions")).to_contain_text("applied at step 5")
     page.locator("#show").select_option("spectral_radius")
@@ -212,7 +212,7 @@ def test_a_monitor_that_comes_back_is_found_again(visit: Open, serve: Start, fee
 def test_where_streams_are_refused_the_page_says_so(visit: Open, serve: Start, feed: Start) -> None:
     feed("job")
     page = visit(serve(max_streams=0))
-    expect(page.locator("#connection")).to_have_text("no stream, asking every 15 s")
+    expect(page.locator("#connection")).to_have_text("no stream, polling every 15 s")
 
 
 def test_a_password_opens_the_page_and_its_stream(visit: Open, serve: Start, feed: Start) -> None:

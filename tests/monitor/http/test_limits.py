@@ -1,4 +1,4 @@
-"""What the pages' server takes from strangers: bounded in number, in time and in length, each refusal counted."""
+"""Connections of strangers to the pages: bounded in number and in length, each refusal counted."""
 
 from __future__ import annotations
 

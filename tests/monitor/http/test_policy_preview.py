@@ -67,3 +67,11 @@ def test_kss_is_foretold_where_it_is_the_policy(feed: Feed, make_profile: Profil
     fed = feed("job", tables={"policy": {"name": "kss"}})
     fed.judge(1, make_profile())
     assert "KSS alpha 0.15" in dict(preview(fed.view).lines)["If the risk is severe, 0.8 or more"]
+
+
+def test_within_a_cool_down_the_action_after_it_is_foretold(feed: Feed) -> None:
+    fed = feed("job")
+    fed.judge(2, None)
+    lines = dict(preview(fed.view).lines)
+    assert "until step 8" in lines["Cool-down"]
+    assert lines["If the risk is high, 0.4 or more"] == "Learning rate × 0.125."

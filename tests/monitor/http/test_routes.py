@@ -59,7 +59,7 @@ def test_both_pages_are_sound_and_complete_without_scripts(client: httpx.Client,
     page = Reading(client.get(f"/{link}").text)
     for words in (
         NAME,
-        "What the policy would do next",
+        "Next action of the policy",
         "If the risk is severe",
         "refused at step 4",
         "near-unit mass",

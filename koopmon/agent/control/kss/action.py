@@ -84,6 +84,8 @@ class KssAction(ControlAction):
         return {"kss_skipped": self._injection.skipped.get() or 0.0}
 
     def before_forwards(self, state: ControlState, step: int, forwards: NextForwards) -> Injection | None:
+        if self.strength(state, step) <= 0.0:
+            return None
         self._injection.latch(step, self._settings(state, step), forwards)
         return self._injection if self._injection.active else None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import sys
 from types import FrameType
-from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -29,13 +28,10 @@ def calling_scaler() -> torch.amp.GradScaler | None:
 
 def unscaling_scaler(optimizer: Optimizer) -> torch.amp.GradScaler | None:
     """Return a live GradScaler that has unscaled the gradients of `optimizer` in this step; None if there is none."""
-    found: Any = next((each for each in gc.get_objects() if _has_unscaled(each, optimizer)), None)
-    scaler: torch.amp.GradScaler | None = found
-    return scaler
-
-
-def _has_unscaled(candidate: object, optimizer: Optimizer) -> bool:
-    if not issubclass(type(candidate), torch.amp.GradScaler):  # isinstance reads __class__, which runs code of proxies
-        return False
-    scaler: Any = candidate
-    return scaler.is_enabled() and id(optimizer) in scaler._per_optimizer_states
+    for each in gc.get_objects():
+        # isinstance() reads `__class__`, which runs code of proxies. type() does not.
+        if issubclass(type(each), torch.amp.GradScaler):
+            scaler: torch.amp.GradScaler = each
+            if scaler.is_enabled() and id(optimizer) in scaler._per_optimizer_states:
+                return scaler
+    return None

@@ -1,22 +1,22 @@
-// Keeps a page of the monitor fresh. The server draws; this asks it again when it says that something changed, and
-// puts the parts that differ in the place of the old ones. Without it the page is complete, and stands still.
+// Updates a page of the monitor. The server renders the page. After each event of the stream this script fetches the
+// page again and replaces the parts that differ. Without the script the page is complete but static.
 
 const main = document.querySelector("main");
 const connection = document.getElementById("connection");
 const news = document.getElementById("news");
 const FALLBACK_MS = 15_000;
-const PACE_MS = 1000; // between two looks at the page, whatever happens
+const PACE_MS = 1000; // minimum time between two fetches of the page
 const words = {
   waiting: "connecting",
   live: "live",
   lost: "connection lost, trying again",
-  polling: "no stream, asking every 15 s",
+  polling: "no stream, polling every 15 s",
 };
-const told = new Map(); // of each run, what was last said aloud or needed no saying
+const told = new Map(); // last state and decision of each run, announced or known from the start
 let busy = false;
 let again = false;
 let fallback = 0;
-let skew = 0; // of the monitor's clock against ours
+let skew = 0; // monitor's clock minus the browser's
 
 function show(state) {
   if (connection.dataset.state !== state) {
@@ -72,7 +72,7 @@ function replace(fresh) {
   tick();
 }
 
-// What the reader has opened and chosen stays so.
+// Keep open details and chosen options.
 function keep(part, other) {
   for (const open of part.querySelectorAll("details[open]")) {
     other.querySelector(`#${CSS.escape(open.id)}`)?.setAttribute("open", "");
@@ -85,7 +85,7 @@ function keep(part, other) {
   }
 }
 
-// Where an element stands: by its id or its address, else by its place.
+// Identify an element by its id or its address, else by its position.
 function trace(part, element) {
   const same = [...part.querySelectorAll(element.localName)];
   return { name: element.localName, id: element.id, href: element.getAttribute("href"), index: same.indexOf(element) };
@@ -96,7 +96,7 @@ function find(part, { name, id, href, index }) {
   return all.find((each) => (id && each.id === id) || (href && each.getAttribute("href") === href)) ?? all[index];
 }
 
-// Not every snapshot is told aloud: only what the policy decides, and when a run is over or comes back.
+// Announce decisions and changes of state to screen readers, but not every snapshot.
 function speak({ run, state, last_decision: last }) {
   const now = `${state} ${last?.step} ${last?.reason}`;
   const before = told.get(run);
@@ -119,7 +119,7 @@ function listen() {
     if (source.readyState !== EventSource.CLOSED) {
       show("lost");
     } else if (!fallback) {
-      // Refused: too many pages are open. Ask now and then, and look whether there is room again.
+      // The monitor refused the stream because too many are open. Poll, and try the stream again.
       show("polling");
       fallback = setTimeout(() => {
         fallback = 0;

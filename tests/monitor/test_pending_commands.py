@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from koopmon.monitor.pending_commands import MAX_REPLACED, MAX_SETTLED, RESEND_SECONDS, Answered, PendingCommands
 from koopmon.wire.messages import Ack, Applied, Command, Goodbye
+from tests import factories
 from tests.monitor.world import GOOD, World
 
 OUTCOMES = ("applied", "expired", "refused", "failed", "duplicate")
@@ -45,7 +48,7 @@ def recorded(world: World, path: Path, command: Command) -> str:
 def shown(world: World, command: Command) -> str:
     view = world.board.view(GOOD)
     assert view is not None
-    orders = [order for decided in view.decisions for order in decided.orders]
+    orders = [order for decided in view.decisions for order in decided.commands]
     return next(order.outcome for order in orders if order.command.id == command.id)
 
 
@@ -140,3 +143,131 @@ def test_in_the_end_each_command_has_counted_once(world: World, answered: int) -
     assert totals.pop("sent") == len(ids)
     assert sum(totals.values()) == len(ids)
     assert totals.get("failed", 0.0) == answered
+
+
+# The list by itself
+
+
+def asked(*numbers: int, kind: str = "set_lr_scale", **fields: Any) -> list[Command]:
+    """Commands of one decision, by number."""
+    return [factories.command(number, kind=kind, **fields) for number in numbers]
+
+
+def ids(commands: Iterable[Command]) -> list[str]:
+    return [command.id for command in commands]
+
+
+def test_a_command_is_due_a_second_after_it_was_offered_and_every_second_from_then_on() -> None:
+    pending = PendingCommands()
+    assert not pending
+    pending.add(10.0, asked(1))
+    assert pending
+    assert pending.due(10.9) == []
+    assert ids(pending.due(11.0)) == ids(asked(1))
+    assert pending.due(11.9) == []
+    assert ids(pending.due(12.0)) == ids(asked(1))
+    assert RESEND_SECONDS == 1.0
+
+
+def test_a_newer_command_replaces_those_of_its_kind_alone() -> None:
+    pending = PendingCommands()
+    (cadence,) = asked(1, kind="set_cadence")
+    assert pending.add(0.0, [cadence, *asked(2)]) == []
+    assert ids(pending.add(0.5, asked(3))) == ids(asked(2))
+    assert pending.add(0.6, asked(4)) == asked(3), "what was replaced before is not named again"
+    assert ids(pending.due(2.0)) == [cadence.id, *ids(asked(4))]
+    assert pending
+
+
+def test_a_list_of_replaced_commands_alone_waits_for_none() -> None:
+    pending = PendingCommands()
+    pending.add(0.0, asked(1))
+    pending.add(0.0, asked(2))
+    pending.acknowledge(asked(2)[0].id)
+    assert not pending
+    assert pending.due(9.0) == []
+
+
+def test_a_command_is_sent_for_the_first_time_once() -> None:
+    pending = PendingCommands()
+    (one,) = asked(1)
+    assert not pending.mark_sent(one), "nobody asked for it"
+    pending.add(0.0, [one])
+    assert pending.mark_sent(one)
+    assert not pending.mark_sent(one)
+    pending.acknowledge(one.id)
+    assert not pending.mark_sent(one)
+
+
+def test_an_ack_is_matched_with_its_command() -> None:
+    pending = PendingCommands()
+    first, second = asked(1, 2)
+    pending.add(0.0, [first])
+    pending.add(0.0, [second])
+    matched = Answered("set_lr_scale", first=True, counts=True)
+    assert pending.acknowledge(first.id) == (matched, None), "it tells nothing of the newest command"
+    assert pending.acknowledge(second.id) == (matched, second)
+    again = Answered("set_lr_scale", first=False, counts=False)
+    assert pending.acknowledge(first.id) == (again, None)
+    assert pending.acknowledge("f" * 8) is None
+
+
+def test_an_ack_of_an_expired_command_is_its_first_and_does_not_count() -> None:
+    pending = PendingCommands()
+    (one,) = asked(1, expires_step=60)
+    pending.add(0.0, [one])
+    assert [each.command for each in pending.expire(5.0, 61)] == [one]
+    late = Answered("set_lr_scale", first=True, counts=False)
+    assert pending.acknowledge(one.id) == (late, None)
+    assert pending.acknowledge(one.id) == (Answered("set_lr_scale", first=False, counts=False), None)
+
+
+@pytest.mark.parametrize(("now", "step", "expires"), [(11.0, 61, True), (10.9, 61, False), (11.0, 60, False)])
+def test_a_command_expires_after_its_last_step_and_a_second_for_the_ack(now: float, step: int, expires: bool) -> None:
+    pending = PendingCommands()
+    pending.add(10.0, asked(1, expires_step=60))
+    assert bool(pending.expire(now, step)) is expires
+    assert bool(pending) is not expires
+
+
+def test_a_few_replaced_commands_wait_for_their_acks() -> None:
+    pending = PendingCommands()
+    for number in range(4):
+        pending.add(0.0, asked(number))
+    assert pending.expire(0.0, 0) == []
+    for number in range(4):
+        found = pending.acknowledge(asked(number)[0].id)
+        assert found is not None
+        assert found[0].counts
+
+
+def test_the_64_newest_replaced_commands_still_wait() -> None:
+    pending = PendingCommands()
+    for number in range(68):
+        pending.add(0.0, asked(number))
+    assert ids(each.command for each in pending.expire(0.0, 0)) == ids(asked(0, 1, 2)), "67 were replaced"
+    assert pending.expire(0.0, 0) == []
+    assert MAX_REPLACED == 64
+    found = pending.acknowledge(asked(3)[0].id)
+    assert found is not None
+    assert found[0].counts
+
+
+def test_the_256_commands_that_were_settled_last_are_known() -> None:
+    pending = PendingCommands()
+    for number in range(258):
+        pending.add(0.0, asked(number))
+        pending.acknowledge(asked(number)[0].id)
+    assert pending.acknowledge(asked(1)[0].id) is None
+    assert pending.acknowledge(asked(2)[0].id) is not None
+    assert MAX_SETTLED == 256
+
+
+def test_at_the_end_all_are_given_up_and_late_acks_do_not_count() -> None:
+    pending = PendingCommands()
+    pending.add(0.0, asked(1))
+    pending.add(0.0, asked(2))
+    assert ids(pending.abandon()) == ids(asked(1, 2))
+    assert not pending
+    assert pending.abandon() == []
+    assert pending.acknowledge(asked(1)[0].id) == (Answered("set_lr_scale", first=True, counts=False), None)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from koopmon.errors import ConfigError
-from koopmon.monitor.device import check_device, choose_device
+from koopmon.monitor.engine import check_device, choose_device
 
 Gpus = Callable[..., None]
 

@@ -1,0 +1,237 @@
+"""Exchanges between ranks: here groups of one process over one store; tests/agent/test_ranks.py has processes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from koopmon.agent.control import rank_group
+from koopmon.agent.control.rank_group import (
+    HEALTHY_SECONDS,
+    MESSAGE_BYTES,
+    OPERATION_SECONDS,
+    START_STEPS,
+    RankGroup,
+    ReplicaFingerprint,
+)
+from koopmon.agent.control.state import ActionState, ControlState, ControlUpdate, Ramp
+from koopmon.agent.rank_identity import RankContext
+from koopmon.agent.stats import AgentStats
+from koopmon.config import ControlConfig
+
+pytest.importorskip("torch.distributed")
+
+Make = Callable[..., list[RankGroup]]
+
+
+@pytest.fixture
+def groups() -> Iterator[Make]:
+    """Makes the ranks of one training, and waits until they are ready."""
+    made: list[RankGroup] = []
+
+    def make(
+        size: int = 2, *, steps: tuple[int, ...] = (), shares: tuple[ReplicaFingerprint, ...] = (), wait: bool = True
+    ) -> list[RankGroup]:
+        store = dist.HashStore()
+        ranks = []
+        for rank in range(size):
+            stats = AgentStats()
+            stats.step = steps[rank] if steps else 0
+            config = ControlConfig(timeout_seconds=5.0)
+            share = shares[rank] if shares else None
+            ranks.append(RankGroup(RankContext(rank, size, store), config, stats, "place", share))
+        made.extend(ranks)
+        if wait:
+            until(lambda: all(each.ready for each in ranks))
+        return ranks
+
+    yield make
+    for each in made:
+        each.close()
+    for each in made:
+        each.close(wait=True)
+
+
+def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come to it"
+        time.sleep(0.01)
+
+
+def update(step: int, next_step: int, **fields: Any) -> ControlUpdate:
+    return ControlUpdate(
+        step=step, state=ControlState(version=step, **fields), snapshots=(1, 0, 1), next_step=next_step
+    )
+
+
+def exchanged(ranks: list[RankGroup], sent: ControlUpdate) -> list[ControlUpdate | None]:
+    for each in ranks:
+        each.launch(sent if each.leads else None)
+    assert all(each.in_flight for each in ranks)
+    found = [each.receive() for each in ranks]
+    assert not any(each.in_flight for each in ranks)
+    return found
+
+
+def test_all_ranks_agree_on_a_first_step_ahead_of_every_rank(groups: Make) -> None:
+    ranks = groups(3, steps=(4, 11, 7))
+    first = 11 + START_STEPS
+    for each in ranks:
+        assert [each.is_due(step) for step in range(first)] == [False] * first
+        assert each.is_due(first)
+    assert [each.leads for each in ranks] == [True, False, False]
+
+
+def test_short_steps_have_a_longer_lead(groups: Make) -> None:
+    """The first exchange is at least a third of a second ahead."""
+    store, ranks = dist.HashStore(), []
+    for rank in range(2):
+        stats = AgentStats()
+        stats.tick(0.01)
+        ranks.append(RankGroup(RankContext(rank, 2, store), ControlConfig(timeout_seconds=5.0), stats, "place"))
+    until(lambda: all(each.ready for each in ranks))
+    assert [step for step in range(100) if ranks[0]._next == step] == [1 + 30]
+    for each in ranks:
+        each.close(wait=True)
+
+
+def test_what_rank_0_decides_reaches_every_rank(groups: Make) -> None:
+    ranks = groups(3)
+    first = ranks[0]._next
+    assert first is not None
+    sent = update(first, first + 5, actions={"set_lr_scale": ActionState(ramp=Ramp(target=0.5))})
+    assert exchanged(ranks, sent) == [sent] * 3
+    for each in ranks:
+        assert not each.is_due(first + 4)
+        assert each.is_due(first + 5)
+    again = update(first + 5, first + 6)
+    assert exchanged(ranks, again) == [again] * 3, "a shorter message after a longer one"
+
+
+def test_an_exchange_that_was_missed_turns_control_off(groups: Make, caplog: pytest.LogCaptureFixture) -> None:
+    ranks = groups()
+    first = ranks[0]._next
+    assert first is not None
+    with caplog.at_level(logging.INFO, "koopmon.agent"):
+        assert not ranks[0].is_due(first + 1)
+    assert not ranks[0].ready
+    assert "missed" in caplog.text
+    assert not ranks[0].is_due(first)
+    assert ranks[1].ready
+
+
+def test_the_largest_message_fits_and_a_larger_one_is_an_error(groups: Make) -> None:
+    ranks = groups()
+    first = ranks[0]._next
+    assert first is not None
+
+    def sized(excess: int) -> ControlUpdate:
+        empty = len(rank_group._encoder.encode(update(first, first + 5, actions={"": ActionState(ramp=Ramp())})))
+        key = "k" * (MESSAGE_BYTES - 2 - empty - 2 + excess)  # keys of over 255 bytes have two bytes more of length
+        return update(first, first + 5, actions={key: ActionState(ramp=Ramp())})
+
+    assert len(rank_group._encoder.encode(sized(0))) == MESSAGE_BYTES - 2
+    with pytest.raises(ValueError, match="at most 1022"):
+        ranks[0].launch(sized(1))
+    assert exchanged(ranks, sized(0)) == [sized(0)] * 2
+
+
+def test_an_exchange_that_cannot_be_read_turns_control_off(groups: Make) -> None:
+    ranks = groups()
+    for each in ranks:
+        each._buffer.fill_(255)
+        each.launch(None)
+    assert [each.receive() for each in ranks] == [None, None]
+    assert not any(each.ready for each in ranks)
+
+
+def test_ranks_form_a_new_group_once_all_have_lost_the_old_one(groups: Make) -> None:
+    ranks = groups()
+    ranks[0].fail("a test")
+    time.sleep(0.2)
+    assert not ranks[0].ready
+    ranks[1].fail("a test")
+    until(lambda: all(each.ready for each in ranks))
+    first = ranks[0]._next
+    assert first is not None
+    sent = update(first, first + 2)
+    assert exchanged(ranks, sent) == [sent] * 2
+
+
+def test_pauses_double_up_to_a_minute_and_start_again_after_a_healthy_time(
+    groups: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (alone, _) = groups()
+    pauses: list[float] = []
+    now = [1000.0]
+    monkeypatch.setattr(rank_group.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        alone, "_start", lambda target, *args: pauses.append(args[1]) if target == alone._form else None
+    )
+    for _ in range(9):
+        alone.fail("a test")
+        now[0] += HEALTHY_SECONDS - 0.5
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+    now[0] += 0.5
+    alone.fail("a test")
+    assert pauses[-1] == 1.0
+
+
+def test_the_end_of_other_ranks_and_repeated_failures_are_no_warning(
+    groups: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (alone, _) = groups()
+    monkeypatch.setattr(alone, "_start", lambda *_: None)
+    with caplog.at_level(logging.DEBUG, "koopmon.agent"):
+        for reason in ("connection closed by peer", "read: connection reset by peer", "other", "other"):
+            alone.fail(reason)
+    levels = [record.levelno for record in caplog.records if "control is off" in record.message]
+    assert levels == [logging.INFO, logging.INFO, logging.WARNING, logging.DEBUG]
+
+
+@pytest.mark.parametrize(
+    ("shares", "splits"),
+    [
+        (((0, 5), (0, 5)), False),
+        (((0, 5), (0, 6)), True),
+        (((0, 5), (1, 6)), False),
+        (((0, 5), (0, 5), (1, 7), (1, 8)), True),
+        (((0, 5), (0, 5), (1, 5), (1, 5)), False),
+    ],
+)
+def test_ranks_of_one_model_with_different_tokens_are_told_apart(
+    groups: Make, shares: tuple[tuple[int, int], ...], splits: bool
+) -> None:
+    ranks = groups(len(shares), shares=tuple(ReplicaFingerprint(*share) for share in shares))
+    assert [each.splits_tokens for each in ranks] == [splits] * len(shares)
+
+
+def test_without_a_share_nothing_is_split(groups: Make) -> None:
+    assert not any(each.splits_tokens for each in groups())
+
+
+def test_a_closed_group_is_not_ready_and_does_not_form_again(groups: Make) -> None:
+    ranks = groups()
+    ranks[0].close(wait=True)
+    ranks[0].close(wait=True)
+    assert not ranks[0].ready
+    ranks[0].fail("a test")
+    assert not any(thread.is_alive() for thread in ranks[0]._threads)
+
+
+def test_a_group_closes_while_it_waits_for_the_others() -> None:
+    group = RankGroup(RankContext(0, 2, dist.HashStore()), ControlConfig(), AgentStats(), "place")
+    assert not group.ready
+    assert not group.is_due(1_000_000)
+    group.close(wait=True)
+    assert not any(thread.is_alive() for thread in group._threads)
+
+
+def test_operations_outlast_the_training_threads_wait() -> None:
+    assert ControlConfig().timeout_seconds < OPERATION_SECONDS

@@ -1,0 +1,175 @@
+"""Each sink turns events into its kind of output. The recorded play has the combinations; here are the rules."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from koopmon.config import MonitorConfig
+from koopmon.history.schema import RunState
+from koopmon.history.writer import HistoryWriter
+from koopmon.monitor import events
+from koopmon.monitor.history_sink import COMMIT_SECONDS, HistorySink
+from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.live_sink import LiveSink
+from koopmon.monitor.metrics_sink import MetricsSink
+from koopmon.monitor.notify_sink import NotifySink
+from koopmon.monitor.registry import Run, RunRegistry
+from koopmon.monitor.run_controller import Assessment
+from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, Metrics
+from koopmon.wire.messages import Command, TrainingStep
+from tests import factories
+
+
+def watched(**hello: Any) -> Run:
+    return factories.admit(RunRegistry(MonitorConfig()), 0.0, factories.hello(**hello), b"peer").run
+
+
+def alarm(run: Run) -> Assessment:
+    """A snapshot whose states are not finite: the policy backs off."""
+    return run.controller.assess(0.0, TrainingStep(step=3, loss=2.0), None, step=3)
+
+
+def series(metrics: Metrics) -> dict[str, float]:
+    """Samples of runs, without the counters that are 0."""
+    return {
+        f"{sample.name.removeprefix('koopmon_')} {' '.join(list(sample.labels.values())[1:])}".strip(): sample.value
+        for family in metrics.collect()
+        for sample in family.samples
+        if "run" in sample.labels and (sample.value or not sample.name.endswith("_total"))
+    }
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics(CollectorRegistry(), {})
+
+
+@pytest.mark.parametrize(("acts", "counted"), [(True, 0.0), (False, 1.0)])
+def test_a_command_that_is_not_sent_counts_as_a_dry_run(acts: bool, counted: float, metrics: Metrics) -> None:
+    run, sink = watched(acts=acts), MetricsSink(metrics)
+    sink(0.0, events.RunChanged(run))
+    assessment = alarm(run)
+    for event in (events.Assessed(run, assessment), events.Decided(run, assessment)):
+        sink(0.0, event)
+    assert metrics.value("commands", "job", "set_lr_scale", "dry_run") == counted
+    assert metrics.value("risk", "job") == 1.0
+    assert metrics.value("risk_alarms", "job") == 1.0
+    assert metrics.value("informative", "job") == 0.0
+
+
+def test_a_replaced_command_counts_with_its_late_ack_alone(metrics: Metrics) -> None:
+    run, sink = watched(), MetricsSink(metrics)
+    sink(0.0, events.RunChanged(run))
+    sink(0.0, events.CommandUnanswered(run, factories.command(1), replaced=True))
+    assert metrics.value("commands", "job", "set_lr_scale", "unanswered") == 0.0
+    sink(0.0, events.CommandUnanswered(run, factories.command(2)))
+    assert metrics.value("commands", "job", "set_lr_scale", "unanswered") == 1.0
+    for counts, expected in ((False, 0.0), (True, 1.0)):
+        sink(0.0, events.CommandAcked(run, factories.ack(1), "set_lr_scale", counts=counts))
+        assert metrics.value("commands", "job", "set_lr_scale", "applied") == expected
+
+
+def test_a_vanished_run_keeps_few_series_and_gets_them_back_with_its_next_message(metrics: Metrics) -> None:
+    run, sink = watched(), MetricsSink(metrics)
+    for event in (events.RunChanged(run), events.SnapshotReceived(run), events.SnapshotDropped(run, "engine_failed")):
+        sink(5.0, event)
+    assert series(metrics)["snapshots_dropped_total engine_failed"] == 1.0
+    run.state = RunState.VANISHED
+    sink(6.0, events.RunClosed(run, ""))
+    assert set(series(metrics)) == KEPT_WHEN_VANISHED
+    for event in (events.SnapshotReceived(run), events.SnapshotDropped(run, "engine_failed")):
+        sink(7.0, event)
+    assert series(metrics) == {"run_state": 2.0, "last_snapshot_timestamp_seconds": 5.0}
+    run.state = RunState.RUNNING
+    sink(8.0, events.RunChanged(run))
+    assert (series(metrics)["run_state"], metrics.value("snapshots_received", "job")) == (1.0, 0.0)
+    sink(9.0, events.RunRemoved(run))
+    assert series(metrics) == {}
+
+
+def test_the_history_commits_soon_after_the_first_event(tmp_path: Path) -> None:
+    now = [10.0]
+    with_clock: dict[str, Any] = {"clock": lambda: now[0], "wall": lambda: 1e9 + now[0]}
+    history, run = HistoryWriter.open(tmp_path / "history.sqlite3", **with_clock), watched()
+    sink = HistorySink(history, lambda: now[0])
+    sink(1e9, events.RankJoined(run, run.hello, new=True))
+    now[0] += COMMIT_SECONDS / 2
+    sink(1e9, events.HeartbeatReceived(run, factories.heartbeat(5), {}, row_due=True, applied_changed=False))
+    assert sink.commit_at == 10.0 + COMMIT_SECONDS
+
+    def recorded() -> int:
+        with HistoryWriter.open_readonly(tmp_path / "history.sqlite3") as reader:
+            return len(list(reader.heartbeats("job")))
+
+    sink.upkeep(now[0], [])
+    assert recorded() == 0
+    sink.upkeep(sink.commit_at, [])
+    assert recorded() == 1
+    history.close()
+
+
+@pytest.mark.parametrize(("state", "reason"), [(RunState.ENDED, "finished"), (RunState.VANISHED, None)])
+def test_only_an_end_has_a_reason_in_the_history(state: RunState, reason: str | None, tmp_path: Path) -> None:
+    history, run = HistoryWriter.open(tmp_path / "history.sqlite3"), watched()
+    sink = HistorySink(history, lambda: 0.0)
+    sink(1.0, events.RankJoined(run, run.hello, new=True))
+    run.state = state
+    sink(2.0, events.RunClosed(run, "finished"))
+    history.close()
+    with HistoryWriter.open_readonly(tmp_path / "history.sqlite3") as reader:
+        (launch,) = reader.incarnations("job")
+        found = reader.run("job")
+    assert found is not None
+    assert (found.state, launch.end_reason) == (state, reason)
+
+
+def test_the_page_shows_a_decision_once_and_its_outcome() -> None:
+    live_state, run = LiveState(), watched()
+    sink, assessment = LiveSink(live_state), alarm(run)
+    for event in (events.RunChanged(run), events.Assessed(run, assessment), events.Decided(run, assessment)):
+        sink(0.0, event)
+    command = next(each for each in assessment.commands if each.kind == "set_lr_scale")
+    sink(0.0, events.CommandUnanswered(run, command))
+    view = live_state.view("job")
+    assert view is not None
+    ((decision,), (point,)) = view.decisions, view.points
+    assert (decision.step, point.risk) == (3, 1.0)
+    assert [each.outcome for each in decision.commands if each.command == command] == ["unanswered"]
+    run.state = RunState.VANISHED
+    sink(0.0, events.RunClosed(run, ""))
+    view = live_state.view("job")
+    assert view is not None
+    assert view.state == "vanished"
+
+
+def test_decisions_and_first_acks_are_logged_and_annotated(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[tuple[float, tuple[str, ...], str]] = []
+    run = watched()
+    sink, assessment = NotifySink(lambda *each: told.append(each)), alarm(run)
+    command: Command = factories.command(1)
+    with caplog.at_level(logging.INFO):
+        sink(1.0, events.Assessed(run, assessment))
+        sink(2.0, events.Decided(run, assessment))
+        sink(3.0, events.CommandAcked(run, factories.ack(1, detail="by <rank 0>"), command.kind, first=True))
+        sink(4.0, events.CommandAcked(run, factories.ack(1), command.kind, first=False))
+        sink(5.0, events.CommandUnanswered(run, command, replaced=True))
+        sink(6.0, events.CommandUnanswered(run, command))
+    reason = "risk 1.00: learning rate x 0.25; the residual stream is not finite"
+    texts = [text for _, _, text in told]
+    assert texts[0].startswith("job step 3: set_cadence, set_lr_scale: ")
+    assert reason in texts[0]
+    assert texts[1:] == [
+        "job step 12: set_lr_scale applied ('by <rank 0>')",
+        "job: set_lr_scale was not answered",
+    ]
+    assert [(at, tags) for at, tags, _ in told] == [
+        (2.0, ("job", "acting", "set_cadence", "set_lr_scale")),
+        (3.0, ("job", "set_lr_scale", "applied")),
+        (6.0, ("job", "set_lr_scale", "unanswered")),
+    ]
+    assert [record.getMessage() for record in caplog.records][1] == f"run {texts[1]}"
