@@ -152,6 +152,8 @@ COMPUTED = {
     "forecast": "clamped",
     "near_unit_mass": "clamped",
     "divergence_probability": "clamped",
+    "max_rate": "not sent yet",
+    "warmup_steps": "not sent yet",
 }
 """Numbers that the monitor sends, and that come from no key."""
 
