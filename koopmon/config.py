@@ -114,6 +114,11 @@ class LimitsConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Upper bound on the tokens of the DMD of KSS. The tokens add time to every step under KSS."""
     max_actions_per_hour: Annotated[int, Meta(ge=0, le=100_000)] = 240
     """Largest number of commands per hour that change the training."""
+    max_rewinds: Annotated[int, Meta(ge=0, le=100_000)] = 8
+    """Largest number of rewinds in one launch. 0 refuses all and keeps no copies."""
+    rewind_max_bytes: Annotated[int, Meta(ge=0, le=1 << 47)] = 4 << 30
+    """Memory of this process for the copies to which a rewind returns. Three copies of weights and optimizer state must
+    fit. 0 keeps no copies."""
 
 
 class ControlConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -3,7 +3,7 @@
 torch is imported once, in the parent. For each group of modules a child imports koopmon, collects the tests, and learns
 which lines each test reaches, one fork per test. Then each mutant gets a fork of that child: the code of the changed
 function is put in place of the old one, and the tests that reach it run until one fails. A mutant of code that runs at
-import gets a fork of the parent instead, which imports the changed module and collects the tests anew.
+import gets a fork of the parent instead, which imports the changed module and collects the tests again.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class _Task:
     tests: list[str]
     """Names of the tests that reach the mutant, fastest first."""
     limit: float
-    """Seconds of CPU time; ten times as many on the clock."""
+    """Seconds of CPU time; five times as many on the clock, and half a minute."""
     work: Callable[[list[str], Path], None]
     """Runs in the fork with the tests in order. It writes the name of the failed test to the file and exits."""
 
@@ -134,7 +134,7 @@ def _try_all(tasks: Sequence[_Task], jobs: int, out: Path) -> Iterator[Verdict]:
             number += 1
             said = out / f"killer-{number}"
             pid = _fork(lambda task=task, order=order, said=said: _limited(task, order, said))  # type: ignore[misc]
-            running[os.pidfd_open(pid)] = (task, pid, time.monotonic() + 10 * task.limit, said)
+            running[os.pidfd_open(pid)] = (task, pid, time.monotonic() + 30.0 + 5.0 * task.limit, said)
         ready, _, _ = select.select(list(running), [], [], 1.0)
         for fd in [*ready, *(fd for fd, (_, _, end, _) in running.items() if time.monotonic() > end)]:
             if fd not in running:
@@ -267,12 +267,12 @@ class _Session:
         gc.freeze()  # fewer pages are copied in each fork
         items = {item.nodeid: item for item in session.items}
         reached = self._reach(items)
-        seconds = {name: took for name, (took, _) in reached.items()}
-        everything = sorted(items, key=lambda name: seconds[name])
+        seconds = {name: took for name, (_, took, _) in reached.items()}
+        everything = sorted(items, key=lambda name: reached[name][0])
         tasks: list[_Task] = []
         import_plan: dict[str, tuple[float, list[str]]] = {}
         for source in self._sources:
-            lines_of = {name: set(lines.get(source.module, ())) for name, (_, lines) in reached.items()}
+            lines_of = {name: set(lines.get(source.module, ())) for name, (_, _, lines) in reached.items()}
             # A change of what runs at import can matter to every test that enters a function of the module.
             entering = [name for name in everything if lines_of[name]] or everything
             import_plan[source.module] = (_limit(seconds[name] for name in entering) + 20.0, entering)
@@ -289,13 +289,13 @@ class _Session:
         (self._out / "verdicts.json").write_text(json.dumps(verdicts))
         return True
 
-    def _reach(self, items: dict[str, pytest.Item]) -> dict[str, tuple[float, dict[str, list[int]]]]:
-        """For each test its seconds, and the lines of each module that it reaches."""
+    def _reach(self, items: dict[str, pytest.Item]) -> dict[str, tuple[float, float, dict[str, list[int]]]]:
+        """For each test its seconds on the clock and of CPU time, and the lines of each module that it reaches."""
         out = self._out / "reach.json"
         pid = _fork(lambda: self._trace(list(items.values()), out))
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != SURVIVED:
             raise RuntimeError(f"{out.read_text() if out.exists() else 'a test'} fails without a mutant")
-        found: dict[str, tuple[float, dict[str, list[int]]]] = json.loads(out.read_text())
+        found: dict[str, tuple[float, float, dict[str, list[int]]]] = json.loads(out.read_text())
         return found
 
     def _trace(self, items: list[pytest.Item], out: Path) -> None:
@@ -323,12 +323,12 @@ class _Session:
             for lines in by_path.values():
                 lines.clear()
             calls.clear()
-            started = time.process_time()
+            started, used = time.monotonic(), time.process_time()
             sys.settrace(trace)
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             sys.settrace(None)
-            took = time.process_time() - started
-            found[item.nodeid] = took, {s.module: sorted(by_path[str(ROOT / s.module)]) for s in self._sources}
+            seconds = time.monotonic() - started, time.process_time() - used
+            found[item.nodeid] = *seconds, {s.module: sorted(by_path[str(ROOT / s.module)]) for s in self._sources}
         out.write_text(json.dumps(found))
         os._exit(SURVIVED)
 
@@ -394,7 +394,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _importing(source: Source, mutant: Mutant, out: Path) -> Callable[[list[str], Path], None]:
-    """Work of a fork of the parent: the changed module is imported in the place of the one on disk."""
+    """Work of a fork of the parent: it imports the changed module instead of the one on disk."""
 
     def work(order: list[str], said: Path) -> None:
         _quiet()

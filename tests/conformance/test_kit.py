@@ -1,4 +1,4 @@
-"""The kit itself: unsound example models are named as such, and a fault of the agent's is no less found."""
+"""The kit itself: it reports invalid example models as such, and also finds faults of the agent."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def stubborn(self: Actuator, command: Command, state: Any, step: int) -> Any:
 def two_faced(self: Actuator, command: Command, state: Any, step: int) -> Any:
     """Says that it refuses, and obeys."""
     action = self._actions[command.kind]
-    target, _ = action.within_limits(command.kss)
+    target = action.target(command, state, step)
     refused = CommandResult(command.id, "refused", step, self._capability(action).reason, permanent=True)
     return _towards(state, action, target, step, 0), refused
 

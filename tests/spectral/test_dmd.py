@@ -246,9 +246,9 @@ def reference(x: np.ndarray, y: np.ndarray, ridge: float) -> dict[str, np.ndarra
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-5, 0.1])
-@pytest.mark.parametrize("ridge", [0.0, 1e-5, 0.5])
+@pytest.mark.parametrize("ridge", [0.0, 1e-5, 0.5, 1e9])
 def test_a_fit_is_the_paper_in_numpy(noise: float, ridge: float) -> None:
-    """Two transitions at once, with conjugate pairs, and errors as small as the paper's epsilon."""
+    """Two transitions at once, with conjugate pairs, and errors and states as small as the epsilon of eq. 10."""
     frames = [
         torch.linalg.qr(normal(50, 5, seed=20 + each) - normal(50, 5, seed=20 + each).mean(0)).Q for each in (0, 1)
     ]
@@ -277,3 +277,26 @@ def test_an_overflow_marks_its_layer_alone() -> None:
     assert found.finite.tolist() == [True, False]
     assert torch.equal(found.operator[1], torch.eye(3, dtype=torch.float64))
     assert (found.residuals >= 0).all(), "infinite where it is not defined, and never NaN"
+
+
+def test_residuals_of_directions_that_the_ridge_shrinks() -> None:
+    """A diagonal operator: the left eigenvector of the weak direction sees that direction alone."""
+    x = torch.linalg.qr(normal(50, 3, seed=31) - normal(50, 3, seed=31).mean(0)).Q
+    spread = torch.tensor([3.0, 1.0, 0.05], dtype=torch.float64)
+    x = torch.linalg.qr(x - x.mean(0)).Q * spread
+    y = x * torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64) + 1e-4 * normal(50, 3, seed=32)
+    found = fit(x[None], y[None], spread[None], torch.tensor([0.5], dtype=torch.float64))
+    wanted = reference(x.numpy(), y.numpy(), 0.5)
+    order = [int(np.abs(wanted["values"] - value).argmin()) for value in found.eigenvalues[0].numpy()]
+    assert found.residuals[0].numpy() == pytest.approx(wanted["residuals"][order], rel=1e-5)
+
+
+@pytest.mark.parametrize(("scale", "unit"), [(1e200, 1.0), (1e307, 1e-5)], ids=["of an error", "of the operator"])
+def test_an_overflow_in_one_column_is_an_overflow(scale: float, unit: float) -> None:
+    x = torch.linalg.qr(normal(40, 3, seed=33)).Q
+    y = x + 0.1 * normal(40, 3, seed=34)
+    y[:, 0] *= scale
+    spread = torch.full((1, 3), unit, dtype=torch.float64)
+    found = fit(unit * x[None], y[None], spread, torch.zeros(1, dtype=torch.float64))
+    assert found.finite.tolist() == [False]
+    assert torch.equal(found.operator[0], torch.eye(3, dtype=torch.float64))

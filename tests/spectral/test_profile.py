@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from koopmon.spectral import FIELDS, LayerProfile, SpectralProfile, profile_states, profile_transition
-from koopmon.spectral.dmd import fit
+from koopmon.spectral.dmd import Operators, fit
 
 torch.set_num_threads(1)
 
@@ -233,6 +233,7 @@ def test_the_direction_that_a_layer_norm_removes_is_only_a_caution() -> None:
     ("num_samples", "svd_rank", "informative", "reason"),
     [
         (15, None, False, "too few samples: N = 15, full rank needs N >= D = 16"),
+        (16, None, True, "15 of 16 directions present; few samples: N = 16, comfortably 20"),
         (17, None, True, "few samples: N = 17, comfortably 20"),
         (20, None, True, ""),
         (8, 8, False, "too few samples: N = 8, svd_rank 8 needs N > 8"),
@@ -441,8 +442,13 @@ def test_a_kreiss_constant_is_computed_up_to_256_directions(
 
     monkeypatch.setattr("koopmon.spectral.profile.kreiss_constant", counted)
     x = normal(320, num_directions, seed=1)
-    profile_transition(x, x + 0.3 * normal(320, num_directions, seed=2))
+    y = x + 0.3 * normal(320, num_directions, seed=2)
+    profile_transition(x, y)
     assert asked == [256] * (num_directions == 256)
+    profile_transition(x, y, kreiss="never")
+    asked.clear()
+    profile_transition(x, y, kreiss="always")
+    assert asked == [num_directions]
 
 
 @pytest.mark.parametrize(("present", "informative"), [(8, False), (9, True), (10, True)])
@@ -513,3 +519,49 @@ def test_a_width_of_one_and_a_rank_of_one_are_allowed() -> None:
     wide = normal(40, 5, seed=8)
     assert len(profile_transition(wide, 0.5 * wide, svd_rank=1).eigenvalues) == 1
     assert profile_transition(wide, 0.5 * wide, ridge=0.0).spectral_radius == pytest.approx(0.5)
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, eigenvalues: list[complex], residuals: list[float]) -> LayerProfile:
+    """A layer whose fit had exactly these eigenvalues and residuals."""
+
+    def exact(x: Tensor, y: Tensor, *rest: Tensor) -> Operators:
+        values = torch.tensor([eigenvalues], dtype=torch.complex128)
+        return replace(fit(x, y, *rest), eigenvalues=values, residuals=torch.tensor([residuals], dtype=torch.float64))
+
+    monkeypatch.setattr("koopmon.spectral.profile.fit", exact)
+    x = normal(60, len(eigenvalues), seed=9)
+    return profile_transition(x, x + normal(60, len(eigenvalues), seed=10), kreiss="never")
+
+
+def test_both_ends_of_the_near_unit_band_belong_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expansive is above 1.05, contractive below 0.8, and 0.1 is a residual of a reliable mode."""
+    layer = measured(monkeypatch, [1.0500001, 1.05, 1.0, -0.9, 0.8999999, 0.8, 0.7999999j, 0.0], [0.1] * 8)
+    assert (layer.near_unit_mass, layer.expansive_mass, layer.contractive_mass) == (3 / 8, 1 / 8, 2 / 8)
+    assert (layer.spectral_radius, layer.reliable_mode_ratio) == (1.0500001, 1.0)
+    assert layer.reliable_near_unit_mass == 3 / 8
+
+
+@pytest.mark.parametrize(
+    ("residuals", "ratio", "mass"),
+    [
+        ([0.1, 0.2, 0.2, 0.2], 0.25, 1.0),
+        ([0.2, 0.2, 0.2, 0.1000001], 0.0, 0.0),
+        ([0.1, 0.2, 0.0, 0.2], 0.5, 0.5),
+        ([0.1, 0.1, 0.1, 0.1], 1.0, 0.5),
+    ],
+)
+def test_the_near_unit_share_of_the_reliable_modes(
+    residuals: list[float], ratio: float, mass: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = measured(monkeypatch, [1.0, 1.0, 0.5, 0.5], residuals)
+    assert (layer.reliable_mode_ratio, layer.reliable_near_unit_mass) == (ratio, mass)
+
+
+def test_products_of_large_states_are_exact_whatever_the_mode_of_the_caller() -> None:
+    """A bfloat16 product would leave three digits."""
+    x = normal(400, 300, seed=11) * torch.logspace(0, -2, 300, dtype=torch.float64)
+    y = 0.5 * x + 0.2 * x.sin()
+    wanted = profile_transition(x, y, svd_rank=6, kreiss="never").eigenvalues.numpy()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = profile_transition(x.float(), y.float(), svd_rank=6, kreiss="never").eigenvalues.numpy()
+    assert np.sort_complex(found) == pytest.approx(np.sort_complex(wanted), rel=5e-4)

@@ -1,4 +1,4 @@
-"""When snapshots are taken: the schedule, what the monitor asks for, and the budget that bounds both."""
+"""Times of snapshots: the schedule, requests of the monitor, and the budget that bounds both."""
 
 from __future__ import annotations
 
@@ -178,3 +178,11 @@ def test_the_largest_plan_that_is_not_affordable_is_counted_whole() -> None:
     budget.spend(0.0, int(2 * budget.credit_bytes))
     assert not SnapshotSchedule(CONFIG, budget, stats).plan(10, 40, CALM)
     assert stats.dropped["budget"] == 5
+
+
+def test_the_last_byte_of_a_second_is_enough_for_a_snapshot() -> None:
+    budget = OverheadBudget(CadenceConfig(max_bytes_per_second=1000.0))
+    budget.spend(0.0, 999)
+    assert budget.affords
+    budget.spend(0.0, 1)
+    assert not budget.affords

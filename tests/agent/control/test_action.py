@@ -1,4 +1,4 @@
-"""The interface of actions: when the runtime calls each method, and that a new kind needs nothing but its class."""
+"""The interface of actions: calls of the runtime, and a new kind from a class alone."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from koopmon.agent.control.action import ControlAction, Injection, NextForwards, Target, Update
 from koopmon.agent.control.state import ControlState
+from koopmon.wire.messages import Applied, Command
 from tests.agent.models import L, build, checkpointed, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
 
 class Recorder(ControlAction):
-    """Adds its strength to the output of block 1, and notes each call."""
+    """Action that adds its strength to the output of block 1 and records each call."""
 
     kind = "set_lr_scale"
-    field = "lr_scale"
     neutral = 1.0
 
     def __init__(self) -> None:
@@ -27,8 +27,9 @@ class Recorder(ControlAction):
         self.offset = 0.0
         self.fails = False
 
-    def within_limits(self, value: float) -> tuple[Target, str]:
-        return Target(value), ""
+    def target(self, request: Command | Applied, state: ControlState, step: int) -> Target:
+        assert request.lr_scale is not None
+        return Target(request.lr_scale)
 
     def apply(self, state: ControlState, step: int, update: Update) -> None:
         if self.fails:
@@ -55,13 +56,12 @@ class Recorder(ControlAction):
 
 class Lasting(Recorder):
     kind = "set_kss"
-    field = "lr_scale"
     lasting = True
 
 
 @pytest.fixture
 def recorders(monkeypatch: pytest.MonkeyPatch) -> tuple[Recorder, Lasting]:
-    """The only kinds of action that an agent made from here on knows."""
+    """Replace the kinds of action of new agents."""
     made = Recorder(), Lasting()
     monkeypatch.setattr("koopmon.agent.runtime.make_actions", lambda config, stats, breaker: made)
     return made

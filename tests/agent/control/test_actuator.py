@@ -1,4 +1,4 @@
-"""Commands to one process: which are applied, and when, and what is answered. Ramps are pure functions of the step."""
+"""Commands to one process: applied ones, their steps, and their acks. Ramps are pure functions of the step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def command(kind: str, **fields: Any) -> Command:
 
 
 class Bench:
-    """An agent that acts and trains alone, driven step by step."""
+    """An acting agent that trains alone, driven step by step."""
 
     def __init__(self, config: Config | None = None, *, group: Any = None) -> None:
         self.outcomes: list[CommandResult] = []
@@ -60,14 +60,14 @@ class Bench:
 
     @property
     def lr_scale(self) -> float:
-        """The learning-rate scale of the next step."""
+        """Return the learning-rate scale of the next step."""
         return self.applied().lr_scale
 
     def applied(self) -> Applied:
         return self.lifecycle.applied()
 
     def step(self, *commands: Command) -> float:
-        """Submit, run one step; the learning-rate scale in it."""
+        """Submit a command and run one step; return its learning-rate scale."""
         for each in commands:
             self.lifecycle.submit(each)
         self.lifecycle.state.before_step(self.stats.step)
@@ -77,7 +77,7 @@ class Bench:
         return scale
 
     def outcome_of(self, *commands: Command) -> list[str]:
-        """What became of each command within one step."""
+        """Return the outcome of each command within one step."""
         before = len(self.outcomes)
         self.step(*commands)
         new = {each.command_id: each.outcome for each in self.outcomes[before:]}
@@ -146,7 +146,7 @@ def test_a_repeated_command_is_a_duplicate_and_changes_nothing() -> None:
 
 
 def test_a_repetition_is_not_answered_before_what_it_repeats() -> None:
-    """A monitor repeats itself to ranks that hang, and its audit log said "duplicate" of what had been applied."""
+    """A monitor repeats commands to hung ranks, and its audit log had "duplicate" for applied ones."""
     bench = Bench()
     first, later = command("set_lr_scale", lr_scale=0.5), command("set_lr_scale", lr_scale=0.9)
     bench.step(first, first, later, first)
@@ -258,17 +258,23 @@ def test_exchanges_are_a_tenth_of_a_second_apart_and_at_short_steps_two_steps(st
 def test_the_largest_exchange_fits() -> None:
     ramp = Ramp(first_step=1 << 52, start=1 / 3, target=1 / 7, num_steps=1 << 60)
     parameters: dict[str, int | float] = dict.fromkeys(KssSettings.__struct_fields__, 1 / 3)
+    cap: dict[str, int | float] = {
+        "max_rate": 1 / 3,
+        **dict.fromkeys(("capped_from", "warmup_from", "warmup_steps"), 1 << 52),
+    }
+    rewind: dict[str, int | float] = dict.fromkeys(("interval", "at_step", "copy_step"), 1 << 52)
     state = ControlState(
         version=1 << 60,
         actions={
-            "set_lr_scale": ActionState(ramp=ramp),
+            "set_lr_scale": ActionState(ramp=ramp, parameters=cap),
             "set_kss": ActionState(ramp=ramp, parameters=parameters),
+            "rewind": ActionState(ramp=ramp, parameters=rewind),
         },
         cadence_steps=1 << 60,
         cadence_until_step=1 << 60,
     )
     exchange = ControlUpdate(step=1 << 52, state=state, snapshots=(1 << 52, 1 << 52, 1 << 52), next_step=1 << 52)
-    assert len(_encoder.encode(exchange)) < MESSAGE_BYTES // 2
+    assert len(_encoder.encode(exchange)) < 3 * MESSAGE_BYTES // 4
 
 
 def test_over_the_wire(monitor: ScriptedMonitor, agents: Callable[..., Any]) -> None:
@@ -558,3 +564,30 @@ def test_a_return_starts_from_the_values_in_force_and_keeps_the_settings() -> No
     assert scales == pytest.approx([0.25**0.75, 0.25**0.5, 0.25**0.25, 1.0, 1.0])
     assert alphas == pytest.approx([0.4, 0.2, 0.0, 0.0, 0.0])
     assert bench.applied().kss.svd_rank == 9
+
+
+@pytest.mark.parametrize(
+    ("step", "parameters", "flaw"),
+    [(1, {}, ""), (2, {}, "rank 0 is at step 2, this rank at step 1"), (1, {"svd_rank": 0}, "out of bounds")],
+)
+def test_an_update_that_does_not_fit_is_not_applied(step: int, parameters: dict[str, Any], flaw: str) -> None:
+    kss = ActionState(ramp=Ramp(target=0.5), parameters=parameters)
+    update = ControlUpdate(
+        step=step, state=ControlState(version=1, actions={"set_kss": kss}), snapshots=(0, -1, 1), next_step=9
+    )
+    failures: list[str] = []
+
+    class Group:
+        in_flight = ready = True
+        leads = splits_tokens = False
+
+        def receive(self) -> ControlUpdate:
+            return update
+
+        def fail(self, reason: str) -> None:
+            failures.append(reason)
+
+    bench = Bench(group=Group())
+    bench.actuator.before_step(1)
+    assert bench.actuator.state.version == (0 if flaw else 1)
+    assert [flaw in failure for failure in failures] == ([True] if flaw else [])
