@@ -10,12 +10,12 @@ import statistics
 from dataclasses import dataclass
 from typing import Literal
 
-from koopmon.agent.control.rewind import INTERVAL_STEPS, SECOND_SLOT, START_COPY_STEPS
-from koopmon.agent.control.state_copies import StateCopy, TrainingState
 from torch import nn
 from torch.optim import Optimizer
 
 from koopmon.agent.control.lr_backoff import MIN_EFFECTIVE_SCALE
+from koopmon.agent.control.rewind import INTERVAL_STEPS, SECOND_SLOT, START_COPY_STEPS
+from koopmon.agent.control.state_copies import StateCopy, TrainingState
 from koopmon.config import KssConfig, PolicyConfig, RiskConfig
 from koopmon.policy import Action, PolicyState, decide, rewound
 from koopmon.risk.online_detector import OnlineRisk, RiskState, assess, observe
@@ -64,16 +64,16 @@ class Copies:
 
     def restore(self, step: int, wanted: Rewind) -> int | None:
         """Go back to the newest copy that meets `wanted`, and return its step; None without one."""
-        held = [each for each in (self._start, self._older, self._recent) if each.step is not None]
-        fitting = [each for each in held if each.step <= step - wanted.min_age_steps and each.rate <= wanted.max_rate]
+        held = {each.step: each for each in (self._start, self._older, self._recent) if each.step is not None}
+        latest = step - wanted.min_age_steps
+        fitting = [at for at, copy in held.items() if at == 0 or (at <= latest and copy.rate <= wanted.max_rate)]
         if not fitting:
             return None
-        chosen = max(fitting, key=lambda each: each.step or 0)
-        chosen.restore(TrainingState(self._model, self._optimizer))
-        for each in held:
-            if each.step > chosen.step:
-                each.clear()
-        return chosen.step
+        held[max(fitting)].restore(TrainingState(self._model, self._optimizer))
+        for at, copy in held.items():
+            if at > max(fitting):
+                copy.clear()
+        return max(fitting)
 
 
 class Controller:

@@ -158,8 +158,6 @@ COMPUTED = {
     "forecast": "clamped",
     "near_unit_mass": "clamped",
     "divergence_probability": "clamped",
-    "max_rate": "not sent yet",
-    "warmup_steps": "not sent yet",
 }
 """Numbers in messages of the monitor that come from no key."""
 
