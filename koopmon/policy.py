@@ -8,7 +8,7 @@ them diverge. The policy therefore does the following:
   to be above the critical one, the scale lands near a rate that runs survive, and later factors are gentle.
 - It raises the scale in small steps while the run is calm. Each back-off makes the next rise slower.
 - For normalised layers it caps the rate and goes back to a copy of the weights from before the rate was too high
-  (policy "auto"). What such a rate does to these layers in some tens of steps, a lower rate does not undo.
+  (policy "auto"). Such a rate ruins them within some tens of steps, and a lower rate does not repair them.
 - It adds KSS as the unstable penalty alone, above the run's own calm radius, with a ramp in and out. A severe risk or a
   higher loss under KSS bars it for the rest of the run.
 

@@ -256,7 +256,7 @@ class RunController:
         elif command.kind == "rewind":
             self.policy_state = policy.rewound(self.policy_state, ack)
             if ack.outcome == "applied":
-                # The layers jump: the detector starts anew with the first snapshot after the return.
+                # The layers jump: the detector restarts with the first snapshot after the return.
                 self._risk_state, self._rewound_at = online_detector.RiskState(), ack.step
         elif command.kind in TRAINING_KINDS:
             self.policy_state = policy.acknowledge(now, self.policy_state, ack)

@@ -225,7 +225,7 @@ class Listing(SGD):
 
 
 NBYTES = sum(each.nbytes for each in build().parameters())
-"""Of the weights. AdamW has twice as much state, and one number of 4 bytes for each parameter."""
+"""Size of the weights. The state of AdamW is twice as large, plus one number of 4 bytes for each parameter."""
 
 
 @pytest.mark.parametrize(
