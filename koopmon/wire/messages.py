@@ -233,7 +233,7 @@ class Rewind(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_rate: Rate
     """The learning rate in force was at most this when the copy was taken."""
     min_age_steps: Annotated[int, Meta(ge=0, le=MAX_AGE_STEPS)]
-    """The copy is at least this many optimizer steps old."""
+    """The copy is at least this many optimizer steps old, or from before the first step."""
 
 
 class Command(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="command"):

@@ -95,7 +95,7 @@ class RewindAction(ControlAction):
             copy.step
             for copy in (self._start, self._older, self._recent)
             if copy.step is not None
-            and copy.step <= step - asked.min_age_steps
+            and (copy.step == 0 or copy.step <= step - asked.min_age_steps)  # no update precedes step 0
             and copy.rate <= asked.max_rate * (1.0 + 1e-9)
         ]
         if not fitting:

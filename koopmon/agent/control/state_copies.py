@@ -114,7 +114,7 @@ class StateCopy:
 
     @torch.no_grad()
     def restore(self, state: TrainingState) -> None:
-        """Write this copy into the training, in place. The optimizer starts anew where the copy has no state."""
+        """Write this copy into the training, in place. Where the copy has no state, the optimizer starts from none."""
         kept = {
             key: each
             for key, each in self._tensors.items()

@@ -155,12 +155,27 @@ def test_a_copy_must_be_old_enough_and_from_a_low_rate(bench: Callable[..., Benc
         training.train(1)
     # Copies: the start, step 48 at rate 0.048, step 112 at rate 0.112.
     assert training.facts["rewind_steps"] == [0, 48, 112]
-    outcome, detail = training.rewind(max_rate=0.2, min_age_steps=200)
-    assert outcome == "refused"
-    assert "no copy is at least 200 steps old" in detail
-    assert "step 48 at rate 0.048" in detail
     assert training.rewind(max_rate=0.1) == ("applied", "returned to step 48")
     assert training.rewind(max_rate=0.04) == ("applied", "returned to step 0")
+
+
+def test_the_copy_of_the_start_is_always_old_enough(bench: Callable[..., Bench]) -> None:
+    training = bench()
+    training.train(3)
+    assert training.rewind(min_age_steps=200) == ("applied", "returned to step 0")
+
+
+def test_without_a_fitting_copy_a_rewind_is_refused(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("koopmon.agent.control.rewind.START_COPY_STEPS", 100)
+    training = bench(optimizer=lambda parameters: SGD(parameters, lr=0.001))
+    training.train(120)
+    for asked in ({"min_age_steps": 200}, {"max_rate": 0.0001}):
+        outcome, detail = training.rewind(**asked)
+        assert outcome == "refused"
+        assert "no copy is at least" in detail
+        assert "step 48 at rate 0.001" in detail
 
 
 def test_the_rate_of_a_copy_includes_the_scale(bench: Callable[..., Bench]) -> None:
@@ -210,7 +225,7 @@ class Listing(SGD):
 
 
 NBYTES = sum(each.nbytes for each in build().parameters())
-"""Of the weights. AdamW has twice as much state, and one number of 4 bytes for each parameter."""
+"""Size of the weights. The state of AdamW is twice as large, plus one number of 4 bytes for each parameter."""
 
 
 @pytest.mark.parametrize(
