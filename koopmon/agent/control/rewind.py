@@ -45,6 +45,9 @@ MAX_COST = 0.0025
 TIMED_COPIES = 5
 """Number of copies whose median duration decides on the interval. The first ones allocate memory and are left out."""
 
+_FAILURES = (CannotCopyError, RuntimeError, MemoryError)
+"""Errors of a copy. They end rewinds and not the agent: nothing of the training has changed."""
+
 
 class RewindAction(ControlAction):
     """Keeps copies of the training's state, and returns to one of them on command.
@@ -72,7 +75,7 @@ class RewindAction(ControlAction):
         if limits.act == "never" or limits.max_rewinds == 0 or limits.rewind_max_bytes == 0:
             self._final = self._refusal = "the agent's limits allow no rewind"
         self._seconds: deque[float] = deque(maxlen=TIMED_COPIES)
-        self._num_timed = 0
+        self._num_copies = 0
         self._num_rewinds = 0
         self._run = ""
         """The run of the command in force; empty on the ranks that do not decide."""
@@ -109,11 +112,14 @@ class RewindAction(ControlAction):
         interval, seconds = self._interval(state), self._stats.step_seconds
         if self._refusal or not seconds or len(self._seconds) < TIMED_COPIES:
             return state
-        if median(self._seconds) <= MAX_COST * interval * seconds or interval >= MAX_INTERVAL_STEPS:
+        tuned = interval
+        while median(self._seconds) > MAX_COST * tuned * seconds and tuned < MAX_INTERVAL_STEPS:
+            tuned *= 2
+        if tuned == interval:
             return state
         self._seconds.clear()
         part = state.actions.get(self.kind) or ActionState(ramp=Ramp())
-        part = msgspec.structs.replace(part, parameters={**part.parameters, "interval": 2 * interval})
+        part = msgspec.structs.replace(part, parameters={**part.parameters, "interval": tuned})
         # Not a change by a command: the version stays.
         return msgspec.structs.replace(state, actions={**state.actions, self.kind: part})
 
@@ -146,8 +152,8 @@ class RewindAction(ControlAction):
         if self._first_buffers is None and not self._final and self._stats.step == 0 and model is not None:
             try:
                 self._first_buffers = {key: each.clone() for key, each in copied_buffers(model).items()}
-            except CannotCopyError as error:
-                self._give_up(str(error))
+            except _FAILURES as error:
+                self._give_up(str(error)[:200])
 
     def apply(self, state: ControlState, step: int, update: Update) -> None:
         if not self._final and (step == 0 or (step + 1) % self._interval(state) == 0):
@@ -155,8 +161,8 @@ class RewindAction(ControlAction):
         if not self._final and step == 0:
             try:
                 self._copy_start()
-            except CannotCopyError as error:
-                self._give_up(str(error))
+            except _FAILURES as error:
+                self._give_up(str(error)[:200])
 
     def _copy_start(self) -> None:
         """Copy the state from before the first update. The optimizer may have state already, if it was resumed."""
@@ -196,8 +202,8 @@ class RewindAction(ControlAction):
         if step == 1 or step % interval == 0:
             try:
                 self._copy(state, step, interval)
-            except CannotCopyError as error:
-                self._give_up(str(error))
+            except _FAILURES as error:
+                self._give_up(str(error)[:200])
         if step >= START_COPY_STEPS and self._start.step is not None:
             self._start = StateCopy()
         return None
@@ -215,8 +221,8 @@ class RewindAction(ControlAction):
         rate = self._stats.measured["learning_rate"].get()
         scale = self._backoff.effective(state, step - 1)
         self._recent.take(training, step, math.inf if rate is None else rate * scale)
-        self._num_timed += 1
-        if self._num_timed > NUM_COPIES + SECOND_SLOT:  # both slots have their memory
+        self._num_copies += 1
+        if self._num_copies > SECOND_SLOT:  # both slots have their memory
             self._seconds.append(time.perf_counter() - started)
 
     def _rewind(self, copy_step: int, step: int, state: ControlState, agree: Callable[[bool], bool]) -> Completion:
@@ -224,8 +230,8 @@ class RewindAction(ControlAction):
         training: TrainingState | None = None
         try:
             training = self._training()
-        except CannotCopyError as error:
-            self._give_up(str(error))
+        except _FAILURES as error:
+            self._give_up(str(error)[:200])
         ready = copy is not None and training is not None and copy.fits(training)
         if not agree(ready) or copy is None or training is None:
             return Completion("failed", f"the copy of step {copy_step} no longer fits the training on every rank")

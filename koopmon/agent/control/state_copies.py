@@ -31,6 +31,7 @@ class TrainingState:
     Raises CannotCopyError for a state that a copy would not hold completely.
     """
 
+    @torch.no_grad()  # to_local() would otherwise record an operation
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         # An optimizer that wraps another in `optim`, such as ZeroRedundancyOptimizer, keeps its state there.
         inner = getattr(optimizer, "optim", None)
@@ -139,6 +140,7 @@ class StateCopy:
         self.step = None
 
 
+@torch.no_grad()
 def copied_buffers(model: nn.Module) -> dict[Key, Tensor]:
     """Return the persistent buffers of `model`. The others are caches, which no checkpoint holds either."""
     return {
@@ -151,13 +153,13 @@ def copied_buffers(model: nn.Module) -> dict[Key, Tensor]:
 
 def _local(tensor: Tensor) -> Tensor:
     """Return this rank's part of `tensor`. Raises CannotCopyError if an exact copy is not proven to be possible."""
-    with torch.no_grad():
-        local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     if local.device.type != "cpu":
         raise CannotCopyError(f"the training has tensors on {local.device.type}, where rewinds are not proven")
     if local.layout is not torch.strided or local.is_quantized or is_traceable_wrapper_subclass(local):
         raise CannotCopyError("the training has sparse or quantised tensors")
-    if any(stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)):
+    strides = local.stride()
+    if 0 in strides and any(not stride and size > 1 for stride, size in zip(strides, local.shape, strict=True)):
         raise CannotCopyError("the training has tensors whose elements share memory")
     return local
 

@@ -283,18 +283,35 @@ def test_the_interval_doubles_while_copies_cost_too_much(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rewind_module, "INTERVAL_STEPS", 1)
-    monkeypatch.setattr(rewind_module, "TIMED_COPIES", 2)
     monkeypatch.setattr(rewind_module, "MAX_COST", 1e9)
     training = bench()
     training.train(40)
     assert training.facts["rewind_steps"][-1] == 40
-    monkeypatch.setattr(rewind_module, "MAX_COST", 0.0)
+    monkeypatch.setattr(rewind_module, "MAX_COST", 0.3)
+    seconds = training.runtime.stats.step_seconds or 0.0
+    training.action._seconds.extend([1e6, seconds, seconds, seconds, 0.0])
     training.train(1)
     state = training.runtime.lifecycle.state.control
-    assert training.action.parameters(state) == {"interval": 2}
+    assert training.action.parameters(state) == {"interval": 4}, "the median copy takes as long as a step"
     assert state.version == 0, "an earlier launch's values may still be restored"
-    training.train(40)
-    assert training.action.parameters(training.runtime.lifecycle.state.control)["interval"] >= 8
+    training.train(8)
+    assert training.facts["rewind_steps"] == [0, 44, 48]
+
+
+def test_a_copy_that_fails_ends_rewinds_and_not_the_agent(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = bench()
+    training.train(17)
+
+    def no_memory(*_: Any) -> None:
+        raise RuntimeError("not enough memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(torch, "_foreach_copy_", no_memory)
+    training.train(16)
+    assert training.facts["rewind_steps"] == []
+    assert "not enough memory" in training.facts["rewind_refusal"]
+    assert training.runtime.breaker.num_errors == 0
 
 
 def test_the_end_of_the_agent_frees_the_copies(bench: Callable[..., Bench]) -> None:
