@@ -204,7 +204,7 @@ def report(result: dict[str, Any]) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What the agent costs a training.")
+    parser = argparse.ArgumentParser(description="Overhead of the agent in a training.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--d", type=int, help="width D; default 256 on the CPU, 1024 on a GPU")
     parser.add_argument("--layers", type=int, help="default 6 on the CPU, 12 on a GPU")

@@ -54,7 +54,7 @@ def again(
     for name in ("rates", "seeds", "steps"):
         known, wanted = before["plan"][name], json.loads(json.dumps(plan.told()[name]))
         if known != wanted:
-            raise ValueError(f"{name} = {wanted}: the file of results has {known}; measure all of it anew")
+            raise ValueError(f"{name} = {wanted}: the file of results has {known}; measure all of it again")
     rows = [
         summarise(plan, runs, row["control"], commit) if row["control"] in plan.policies else row
         for row in before["rows"]
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kinds, each = len(Plan().kinds), Plan().healthy
     parser.add_argument("--healthy", type=int, help=f"runs of each of {kinds} kinds (default {each})")
     parser.add_argument("--steps", type=int, default=BASE.steps)
-    parser.add_argument("--only", nargs="+", choices=POLICIES, help="measure these anew, at the rates that kill")
+    parser.add_argument("--only", nargs="+", choices=POLICIES, help="measure these again, at the rates that diverge")
     parser.add_argument("--work", type=Path, help="folder of finished runs, to go on with; default: a fresh one")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes (default %(default)s)")
     options = parser.parse_args(arguments)

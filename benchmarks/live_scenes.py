@@ -166,6 +166,6 @@ def wait_until(condition: Callable[[], Any], pause_seconds: float = 0.05) -> Any
     deadline = time.monotonic() + WAIT_SECONDS
     while not (found := condition()):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {WAIT_SECONDS:.0f} s in vain")
+            raise TimeoutError(f"the condition is still false after {WAIT_SECONDS:.0f} s")
         time.sleep(pause_seconds)
     return found

@@ -1,4 +1,4 @@
-"""What every test relies on: the markers, and hypothesis without deadlines, since no test asserts a speed."""
+"""Common setup of all tests: markers, and hypothesis without deadlines, because no test asserts a speed."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ STARTS = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn
 
 
 class Starts:
-    """The processes that tests start. A test that starts one, or uses a fixture that did, is marked `process`."""
+    """Processes that tests start. A test that starts one, or uses a fixture that did, has the mark `process`."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
-        """By the test that runs."""
+        """Started processes by the running test."""
         self._setting_up: list[tuple[str, str]] = []
         self._fixtures: dict[tuple[str, str], str] = {}
         sys.addaudithook(self._audit)
         spawn = multiprocessing.util.spawnv_passfds
 
         def audited(path: bytes, args: list[str], passfds: tuple[int, ...]) -> int:
-            self._saw("multiprocessing")  # which calls fork_exec itself, and raises no audit event
+            self._saw("multiprocessing")  # it calls fork_exec itself and raises no audit event
             return spawn(path, args, passfds)
 
         multiprocessing.util.spawnv_passfds = audited
@@ -48,7 +48,7 @@ class Starts:
             self._fixtures[fixture] = f"{what} in the fixture {fixture[0]}"
 
     def by_fixtures(self, item: pytest.Item) -> list[str]:
-        """What fixtures of a wider scope started, of those that the test uses."""
+        """Return the processes of fixtures with a wider scope that the test uses."""
         names = getattr(item, "fixturenames", ())
         return [what for (name, base), what in self._fixtures.items() if name in names and item.nodeid.startswith(base)]
 
@@ -70,7 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test whose tool this machine lacks, or fail it when REQUIRE_ALL=1 says that nothing may lack."""
+    """Skip a test whose tool is missing, or fail it under REQUIRE_ALL=1."""
     STARTED.seen.clear()
     for marker in item.iter_markers("needs"):
         (tool,) = marker.args
@@ -82,7 +82,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """Fail a test that starts a process and is not marked so: `make unit` starts none."""
+    """Fail a test that starts a process without the mark: `make unit` starts none."""
     started = [*STARTED.seen, *STARTED.by_fixtures(item)]
     if started and not any(item.get_closest_marker(name) for name in ("process", "distributed")):
         pytest.fail(f"starts a process ({started[0]}): mark it `@pytest.mark.process`", pytrace=False)
@@ -105,7 +105,7 @@ def pytest_make_collect_report() -> Iterator[None]:
 
 
 def _demand_packages(report: Any) -> None:
-    """Under REQUIRE_ALL=1, what `pytest.importorskip` skips fails."""
+    """Turn skips of `pytest.importorskip` into failures under REQUIRE_ALL=1."""
     reason = str(report.longrepr[2]) if report.skipped and isinstance(report.longrepr, tuple) else ""
     if REQUIRE_ALL and "could not import" in reason:
         report.outcome, report.longrepr = "failed", f"{reason}, and REQUIRE_ALL=1"
@@ -118,6 +118,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Name the tests that took longer than `slow` says; no failure, since machines differ."""
+    """Report tests that took longer than the limit of `slow`. They do not fail, because machines differ."""
     for nodeid, seconds in UNMARKED_SLOW.items():
         terminalreporter.write_line(f"{nodeid} took {seconds:.0f} s: mark it `slow` if it does on a quiet machine")

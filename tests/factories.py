@@ -1,4 +1,4 @@
-"""Messages, observations and rows with every field filled in: a test names the fields that it is about."""
+"""Messages, observations and rows with every field filled in. A test gives the fields that matter to it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ RUN, INCARNATION = "job", "aaaaaaaa"
 
 
 def gathered(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields with those of a `TrainingStep` gathered in one, under `training`."""
+    """Return the fields with those of a `TrainingStep` collected under `training`."""
     names = TrainingStep.__struct_fields__
     training = TrainingStep(**{name: value for name, value in fields.items() if name in names})
     return {"training": training, **{name: value for name, value in fields.items() if name not in names}}
 
 
 def hello(run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Hello:
-    """One rank of a transformer of 4 layers of width 8, which acts."""
+    """Hello of one acting rank of a transformer with 4 layers of width 8."""
     values = {
         "process_rank": 0,
         "world_size": 1,
@@ -41,19 +41,19 @@ def hello(run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Hell
 
 
 def admit(registry: RunRegistry, now: float, said: Hello, identity: bytes, **fields: Any) -> Admission:
-    """A hello at a registry, whose runs get a controller with the default configuration."""
+    """Send a hello to a registry whose runs get a controller with the default configuration."""
     return registry.admit(now, said, identity, lambda _: (RunController(Config(), said, said.applied), None), **fields)
 
 
 def heartbeat(step: int, run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Heartbeat:
-    """Rank 0's, with nothing applied."""
+    """Heartbeat of rank 0 with nothing applied."""
     values = {"process_rank": 0, "applied": Applied(), **fields}
     in_force = {"lr_scale": values["applied"].lr_scale, "kss_alpha": values["applied"].kss.alpha}
     return Heartbeat(run=run, incarnation=incarnation, **gathered({"step": step, **in_force, **values}))
 
 
 def command(number: int = 0, run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Command:
-    """A back-off to one half; its id is made of `number`."""
+    """Back-off to one half, with an id from `number`."""
     values = {"kind": "set_lr_scale", "reason": "risk 0.9", "expires_step": 60}
     if fields.get("kind", "set_lr_scale") == "set_lr_scale":
         values["lr_scale"] = 0.5
@@ -61,20 +61,20 @@ def command(number: int = 0, run: str = RUN, incarnation: str = INCARNATION, **f
 
 
 def ack(number: int = 0, run: str = RUN, incarnation: str = INCARNATION, **fields: Any) -> Ack:
-    """The answer to `command(number)`: applied at step 12."""
+    """Ack of `command(number)`: applied at step 12."""
     values = {"outcome": "applied", "step": 12, "applied": Applied()}
     return Ack(run=run, incarnation=incarnation, command_id=f"{number:08x}", **{**values, **fields})
 
 
 def observation(step: int, **fields: Any) -> Observation:
-    """An informative one; what is not named is unknown."""
+    """Informative observation; missing fields are unknown."""
     return Observation(**gathered({"step": step, "informative": True, **fields}))
 
 
 def record_observation(
     store: HistoryWriter, at: float, step: int, run: str = RUN, incarnation: str = INCARNATION, **fields: Any
 ) -> None:
-    """A row of the history: a calm snapshot of which nothing was logged. `observation` may be an `Observation`."""
+    """Row of the history: a calm snapshot without logged values. `observation` may be an `Observation`."""
     values: dict[str, Any] = {
         "step": step,
         "non_finite": False,
@@ -88,6 +88,6 @@ def record_observation(
 
 
 def point(step: int, incarnation: str = INCARNATION, **fields: Any) -> TimelinePoint:
-    """A calm snapshot of a view; the scalars of the training are named beside the other fields."""
+    """Calm snapshot of a view; scalars of the training are given beside the other fields."""
     values = {"time": 0.0, "risk": 0.1, "forecast": None, "reason": "", "informative": True, "non_finite": False}
     return TimelinePoint(incarnation=incarnation, **gathered({"step": step, **values, **fields}))

@@ -1,7 +1,7 @@
-"""A small Grafana on a real socket: the part of its HTTP API that we use, strict about what it is sent.
+"""Small Grafana on a real socket: the used part of its HTTP API, with strict checks of requests.
 
-Shapes and statuses are those of the HTTP API's reference (folders, data sources, dashboards, alerting provisioning,
-annotations). It answers 400 to a body that Grafana would not take, and can be told to fail.
+Shapes and statuses follow the reference of the HTTP API (folders, data sources, dashboards, alerting provisioning,
+annotations). It returns 400 for a body that Grafana would refuse. A test can make it fail.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WEB_PAGE = "<!DOCTYPE html><html><body>Grafana</body></html>"
 
 
 class RefusalError(Exception):
-    """An answer that is no success."""
+    """Response with an error status."""
 
     def __init__(self, status: int, message: str, **more: Json) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class Request:
 
 @dataclass
 class State:
-    """What this Grafana keeps."""
+    """State of this Grafana."""
 
     version: str = "11.6.0"
     datasources: dict[str, Json] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class State:
 
 
 class FakeGrafana:
-    """Serves until `close`. `requests` holds what was asked; `failing` answers in place of the API."""
+    """Server until `close`. `requests` has the requests; `failing` replaces responses of the API."""
 
     def __init__(self, prefix: str = "", port: int = 0) -> None:
         self.state = State()
@@ -67,7 +67,7 @@ class FakeGrafana:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            wbufsize = 1 << 16  # an answer in one packet: two would wait for each other's acknowledgement
+            wbufsize = 1 << 16  # a response in one packet: two packets would wait for an acknowledgement
             disable_nagle_algorithm = True
 
             def do_GET(self) -> None:
@@ -110,8 +110,10 @@ class FakeGrafana:
 
     @contextmanager
     def failing(self, answer: int | str, *, method: str = "", path: str = "", times: int = -1) -> Iterator[None]:
-        """Answer a status, "html", "text", "redirect", "hang" or "close" to the requests of this method with this in
-        their path, for so many times."""
+        """Fail requests of this method whose path contains the given text, for a number of times.
+
+        The response is a status, "html", "text", "redirect", "hang" or "close".
+        """
         left = [times]
 
         def fault(request: Request) -> int | str | None:
@@ -256,7 +258,7 @@ class FakeGrafana:
                 raise RefusalError(400, "uid is longer than 40 symbols")
             if rule["condition"] not in [query["refId"] for query in rule["data"]]:
                 raise RefusalError(400, "condition is not among the queries")
-            # Grafana fills in what was left out, and writes durations its own way.
+            # Grafana fills in missing fields and writes durations in its own format.
             kept = {"id": number + 1, **rule, "updated": "2026-01-01T00:00:00Z", "notification_settings": None}
             for query in kept["data"]:
                 query["model"] = {"intervalMs": 1000, "maxDataPoints": 43200, **query["model"]}

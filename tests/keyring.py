@@ -1,4 +1,4 @@
-"""Key files for the tests of monitor and agents on one machine: loopback, as if other hosts reached it."""
+"""Key files for tests of monitor and agents on one machine, where loopback stands for other hosts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from koopmon.wire.keys import (
 
 
 class Keyring:
-    """The directory `place`, with a monitor's pair; `agent` makes one for an agent that the monitor serves."""
+    """Directory `place` with a monitor's pair; `agent` adds a pair for an agent that the monitor accepts."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -55,5 +55,5 @@ class Keyring:
         return AuthPolicy(self.place, agent=agent, curve_on_loopback=True)
 
     def security(self, agent: str = "agent") -> dict[str, str]:
-        """The same as a table of the configuration."""
+        """Return the same as a table of the configuration."""
         return {"keys": str(self.place), "agent": agent, "loopback": "curve"}

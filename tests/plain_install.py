@@ -1,7 +1,7 @@
-"""pytest as in an install of `.[test]`: `python -m tests.plain_install [words for pytest]`.
+"""pytest as in an install of `.[test]`: `python -m tests.plain_install [arguments of pytest]`.
 
-Nothing can be imported that such an install would not bring: koopmon's own dependencies, those of the extra `test`, and
-what these need in turn, by the metadata of what is installed here.
+Imports fail for modules that such an install would not have. It has koopmon's dependencies, those of the extra `test`,
+and their dependencies, by the metadata of the installed distributions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ THERE = {"koopmon", "koopmon_adapters", "pip", *sys.stdlib_module_names}
 
 
 def brought() -> set[str]:
-    """Names of the distributions that `.[test]` installs."""
+    """Return the distributions that `.[test]` installs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     waiting = [Requirement(line) for line in (*project["dependencies"], *project["optional-dependencies"]["test"])]
     found: set[str] = set()
@@ -47,7 +47,7 @@ def brought() -> set[str]:
 
 
 def absent() -> frozenset[str]:
-    """Top-level modules that are installed here and would not be there."""
+    """Return top-level modules that are installed here and missing there."""
     there = brought()
     return frozenset(
         module
@@ -57,7 +57,7 @@ def absent() -> frozenset[str]:
 
 
 class Hiding:
-    """A finder of sys.meta_path that does not find some modules."""
+    """Finder of sys.meta_path that does not find some modules."""
 
     def __init__(self, finder: Any, modules: frozenset[str]) -> None:
         self._finder, self._modules = finder, modules

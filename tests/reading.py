@@ -1,4 +1,4 @@
-"""Reads a page as a browser would, to ask it what it holds."""
+"""Parser of HTML pages for tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ VOID = {"meta", "img", "source", "br", "link", "hr", "input"}
 
 
 class Reading(HTMLParser):
-    """`tags` are (name, attributes) in order, `text` what is shown. Each element must be closed where it should be."""
+    """Parsed page. `tags` are (name, attributes) in order, `text` is the shown text. Raises for unclosed elements."""
 
     def __init__(self, document: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Lists of blocks run in every manner, and an adapter that takes the ones a test names."""
+"""Lists of blocks that are run in different ways, and an adapter for given ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ B, T, D, L = 2, 5, 8, 3
 
 
 class Listed(ArchitectureAdapter):
-    """Takes the stacks that the test names."""
+    """Adapter for the stacks that the test names."""
 
     name = "listed"
 
@@ -32,7 +32,7 @@ class Listed(ArchitectureAdapter):
 
 
 class Block(nn.Module):
-    """h + f(h), by `f` of its own making where given."""
+    """h + f(h), with a given `f`."""
 
     def __init__(self, f: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class Stacked(nn.Module):
-    """A list of blocks, run as `run` says."""
+    """List of blocks, run as `run` says."""
 
     def __init__(self, run: Callable[[nn.ModuleList, Tensor], Tensor], blocks: list[nn.Module] | None = None) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Pair(nn.Module):
 
 
 class NoSynchronisation(TorchDispatchMode):
-    """Raises on operations whose result the host would have to wait for, were the tensors on a GPU."""
+    """Mode that raises on operations whose result the host would wait for with tensors on a GPU."""
 
     WAITING: ClassVar = {
         torch.ops.aten._local_scalar_dense.default,

@@ -1,6 +1,7 @@
-"""Holds the house to its plan: who may import whom, and what is left to whom alone.
+"""Architecture rules: allowed imports between packages, and restricted uses.
 
-Every import in koopmon/ and plugins/ is read, also those inside functions, behind TYPE_CHECKING and by `import_module`.
+The tests read every import in koopmon/ and plugins/, also inside functions, behind TYPE_CHECKING and by
+`import_module`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROOMS = {
     "numbers": "",
     "spectral": "errors numbers",
     "wire": "errors files",
-    "config": "errors wire",  # a value that ends up in a message has the message's bounds
+    "config": "errors wire",  # a value that becomes part of a message has the bounds of the message
     "run_names": "errors wire",
     "risk": "errors config spectral wire",
     "policy": "errors config risk wire",
@@ -60,9 +61,9 @@ ROOMS = {
     "demo": "errors config spectral risk plots history views",
     "cli": "*",
     "__main__": "cli",
-    "__init__": "*",  # by name, lazily: see test_imports_stay_light
+    "__init__": "*",  # by name and lazily: see test_imports_stay_light
 }
-"""What each room of koopmon may import of koopmon. Arrows point down only; a new room needs a line here."""
+"""Allowed imports of each package of koopmon from koopmon. Imports point downwards; a new package needs a line here."""
 
 ALONE = {
     "zmq": tuple(f"koopmon/wire/{name}.py" for name in ("transport", "client", "server", "sockets", "curve")),
@@ -77,7 +78,7 @@ ALONE = {
     "jinja2": "koopmon/views/html.py",
     "typer": "koopmon/cli/",
 }
-"""What one place of the house alone may import, or a few together."""
+"""Modules with a restricted use, and the files that may use them."""
 
 THIRD_PARTY = {
     "spectral": {"torch"},
@@ -86,10 +87,10 @@ THIRD_PARTY = {
     "block_finder": {"torch"},
     "errors": set(),
 }
-"""What some rooms are confined to besides the standard library."""
+"""Packages that may import only these besides the standard library."""
 
 MODEL_LIBRARIES = {"transformers", "mambapy", "kan"}
-"""What a plugin may import late, inside the function that builds an example model, and nowhere else."""
+"""Packages that a plugin may import late, inside the function that builds an example model only."""
 
 BANNED = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 DRAWERS = {"utils", "util", "common", "helpers", "helper", "base", "misc"}
@@ -105,7 +106,7 @@ LOGGING_SETUP = {
 
 
 def imports(source: str, module: str) -> Iterator[str]:
-    """Full names of what a module imports; for `from a import b`, that is `a.b`."""
+    """Return the full names of the imports of a module; `from a import b` gives `a.b`."""
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import(names=names):
@@ -121,7 +122,7 @@ def imports(source: str, module: str) -> Iterator[str]:
 
 
 def imports_within_functions(source: str, module: str) -> Iterator[str]:
-    """Full names of what is imported inside functions alone, not also beside them."""
+    """Return the full names of imports inside functions that are not also outside."""
     tree = ast.parse(source)
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     inner = {name for node in functions for name in imports(ast.unparse(node), module)}
@@ -130,7 +131,7 @@ def imports_within_functions(source: str, module: str) -> Iterator[str]:
 
 
 def home(name: str) -> str | None:
-    """The room of koopmon that a full name lies in; None for the package itself and its version."""
+    """Return the package of koopmon with a full name; None for koopmon itself and its version."""
     _, _, rest = name.partition(".")
     rest = koopmon._HOMES.get(rest, f"koopmon.{rest}").partition(".")[2]
     room = rest.split(".")[0]
@@ -138,7 +139,7 @@ def home(name: str) -> str | None:
 
 
 def violations(path: Path, source: str) -> list[str]:
-    """What is wrong with one file, in words; `path` is relative to the house."""
+    """Return the violations of one file in words; `path` is relative to the repository."""
     module = ".".join(path.with_suffix("").parts)
     is_plugin = path.parts[0] == "plugins"
     room = "" if is_plugin else path.with_suffix("").parts[1]
@@ -290,7 +291,7 @@ def test_imports_stay_light(script: str) -> None:
 
 
 def test_no_docstring_begins_with_a_relative_clause() -> None:
-    """A summary line is an imperative or a noun phrase: what something is, without "what"."""
+    """A summary line is an imperative or a noun phrase, and does not start with "What"."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [
         f"{path}: {text.splitlines()[0]}"

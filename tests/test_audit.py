@@ -1,4 +1,4 @@
-"""`make audit`: what it makes of pip-audit's answers, and of none."""
+"""`make audit`: its handling of the results of pip-audit, and of their absence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPEN = {"name": "rich", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions"
 
 
 def audit(directory: Path, answer: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """The script beside a pip-audit that says `answer`."""
+    """Create the script beside a pip-audit with the output `answer`."""
     (directory / "pip_audit.py").write_text(f"import sys\nprint({answer!r})\nprint('no route', file=sys.stderr)\n")
     environment = {**os.environ, "PYTHONPATH": str(directory), **environ}
     return subprocess.run(

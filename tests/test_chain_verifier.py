@@ -1,4 +1,4 @@
-"""The chain rule, fed with states that keep it and break it."""
+"""Chain verification with states that meet or break the rule."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_what_is_no_state_is_told(f: Callable[[Tensor], Any], reason: str) -> No
         lambda h: h.clone(),
         lambda h: h.view_as(h),
         lambda h: h.transpose(0, 1).contiguous().transpose(0, 1),
-        lambda h: h.to(torch.bfloat16),  # what mixed precision does at a block's door
+        lambda h: h.to(torch.bfloat16),  # the effect of mixed precision at a block's input
         lambda h: h.double(),
     ],
 )
@@ -236,6 +236,6 @@ def test_sampled_rows_are_spread_over_all_tokens() -> None:
 
 
 def test_rows_of_another_number_are_another_state() -> None:
-    """As when a stream is sharded on one side of a link only."""
+    """As for a stream that is sharded on one side of a link only."""
     assert not _same_rows(torch.ones(4, D), torch.ones(2, D))
     assert _same_rows(torch.ones(4, D), torch.ones(4, D))

@@ -1,4 +1,4 @@
-"""Configuration: what a file may say, and the one line that answers what it may not."""
+"""Configuration files: valid values, and the one-line error for an invalid one."""
 
 from __future__ import annotations
 

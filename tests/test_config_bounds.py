@@ -1,5 +1,7 @@
-"""Bounds of the configuration: every number has two, the protocol's are not exceeded, and keys do not contradict each
-other. All of it is found mechanically, so that a new key comes under the same tests."""
+"""Bounds of the configuration: every number has two, within those of the protocol, and keys are consistent.
+
+The tests find all keys automatically, so they cover new keys.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ Number = inspect.IntType | inspect.FloatType
 
 
 def fields(struct: type[msgspec.Struct]) -> dict[str, Number]:
-    """The numbers of a struct by name, also those that may be absent."""
+    """Return the numbers of a struct by name, including optional ones."""
     kind: Any = inspect.type_info(struct)
     found: dict[str, Number] = {}
     for field in kind.fields:
@@ -124,7 +126,7 @@ def test_integers_of_thousands_of_digits_are_refused_from_python_too() -> None:
         from_mapping({"kss": {"every": 10**5000}})
 
 
-# A key of the configuration, and the number of a message that its value becomes or bounds.
+# Key of the configuration, and the number of a message that its value becomes or bounds.
 SENT: dict[str, tuple[type[msgspec.Struct], str]] = {
     **{f"kss.{name}": (KssSettings, name) for name in fields(KssConfig) if name in fields(KssSettings)},
     "kss.min_tau_u": (KssSettings, "tau_u"),
@@ -153,7 +155,7 @@ COMPUTED = {
     "near_unit_mass": "clamped",
     "divergence_probability": "clamped",
 }
-"""Numbers that the monitor sends, and that come from no key."""
+"""Numbers in messages of the monitor that come from no key."""
 
 
 @pytest.mark.parametrize("key", SENT)
@@ -237,7 +239,7 @@ def test_keys_that_contradict_each_other_are_refused_by_one_line(rule: Rule, tmp
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.condition)
 def test_a_rule_allows_what_lies_at_its_edge(rule: Rule) -> None:
-    """The higher key at the least value that the lower one's default allows."""
+    """The higher key has the smallest value that the lower one's default allows."""
     low_table, _, low = rule.low.partition(".")
     table, _, name = rule.high.partition(".")
     kind = KEYS[rule.high]

@@ -1,4 +1,4 @@
-"""The demonstration: its script, its verdict, and a small slice of the whole."""
+"""Demonstration: its script, its conclusion, and a small slice of the whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Discovery: a forward pass that leaves no trace, and clear words where nothing is found."""
+"""Discovery: a forward pass without side effects, and its errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 
 class Noisy(nn.Module):
-    """Draws from every generator, trains some parts, and remembers how it was called."""
+    """Model that draws from every generator, trains some parts, and records its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def test_points_are_entered_through_themselves_unless_told() -> None:
 
 
 class LayerScaleNorm(nn.Module):
-    """A model's own normalisation, of which only the name tells."""
+    """A model's own normalisation, recognisable only by its name."""
 
     def forward(self, h: Tensor) -> Tensor:
         return h / h.norm(dim=-1, keepdim=True)

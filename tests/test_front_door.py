@@ -1,4 +1,4 @@
-"""What a contributor meets first: each file parses, says the same as pyproject.toml, and invents no address."""
+"""Files for contributors: each one parses, agrees with pyproject.toml, and contains no invented address."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_matrix_is_what_pyproject_promises() -> None:
 @pytest.mark.process
 @pytest.mark.parametrize("given", ["", "torch==2.7.*"])
 def test_make_takes_the_torch_of_the_environment(given: str, tmp_path: Path) -> None:
-    """The chosen torch is installed and constrains what follows; empty means the pin."""
+    """The chosen torch is installed and constrains the other packages; an empty value means the pin."""
     done = subprocess.run(
         ["make", "-n", "unit", f"VENV={tmp_path / 'venv'}"],
         cwd=ROOT,
@@ -111,7 +111,7 @@ def test_dependabot_watches_the_pins_the_actions_and_the_image() -> None:
 
 
 def test_pre_commit_takes_its_tools_from_the_environment() -> None:
-    """So that their versions are those of constraints.txt."""
+    """Their versions are then those of constraints.txt."""
     found = load(".pre-commit-config.yaml")
     assert [repository["repo"] for repository in found["repos"]] == ["local"]
     hooks = found["repos"][0]["hooks"]

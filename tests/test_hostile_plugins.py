@@ -1,4 +1,4 @@
-"""Plugins that are really installed and do what they should not: none ends, delays or changes what runs beside it."""
+"""Installed plugins that misbehave: none ends, delays or changes the program beside it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ FOREVER = "while True:\n    pass"
 
 
 def adapter(methods: str = "", hook: str = "return [Theirs()]") -> str:
-    """The source of a plugin with one adapter, which claims every model; `methods` go into its class."""
+    """Return the source of a plugin with one adapter that claims every model; `methods` go into its class."""
     return ADAPTER.format(methods=textwrap.indent(methods, "    "), hook=hook)
 
 
@@ -61,7 +61,7 @@ def method(name: str, body: str) -> str:
 
 
 def write(site: Path, source: str, name: str = "theirs", module: str = "theirs_plugin") -> None:
-    """A distribution with one module, as pip would leave it in `site`."""
+    """Create a distribution with one module, as pip would leave it in `site`."""
     (site / f"{module}.py").write_text(source)
     info = site / f"{name}-1.2.dist-info"
     info.mkdir(exist_ok=True)
@@ -71,12 +71,12 @@ def write(site: Path, source: str, name: str = "theirs", module: str = "theirs_p
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Installs plugins for this process, until the end of the test."""
+    """Install plugins for this process until the end of the test."""
     names = []
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def put(source: str, name: str = "theirs") -> str:
-        # A thread that another test left behind may still import its plugin.
+        # A thread of an earlier test may still import its plugin.
         names.append(f"theirs_{next(numbers)}")
         write(tmp_path, source, name, names[-1])
         invalidate_caches()
@@ -127,7 +127,7 @@ IMPORTS = {
         "class Error(Exception):\n    def __str__(self):\n        raise SystemExit(4)\nraise Error",
         "raised Error",
     ),
-    "warning": ("import warnings; warnings.warn('old')", "raised UserWarning: old"),  # pytest makes them errors
+    "warning": ("import warnings; warnings.warn('old')", "raised UserWarning: old"),  # pytest turns them into errors
     "relative": ("from . import nothing", "raised ImportError"),
 }
 
@@ -206,7 +206,7 @@ SLOW = {
 }
 
 
-# The exception that ends a thread may strike in a destructor, which ignores it with a warning; it is raised again.
+# The exception that ends a thread may hit a destructor, which ignores it with a warning. It is raised again.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize(("source", "what"), SLOW.values(), ids=SLOW)
@@ -305,7 +305,7 @@ def test_a_specificity_that_is_no_integer_in_bounds_is_refused(
     install(adapter(method("specificity", f"return {claim}")))
     assert select(model).adapter.name == "transformer"
     (line,) = said(caplog)
-    shown = repr(eval(claim))  # what the line quotes
+    shown = repr(eval(claim))  # the quoted part of the line
     assert line == (
         f"koopmon: plugin theirs (theirs 1.2): specificity() of its adapter 'theirs' gives {shown}, "
         "allowed are integers from 0 to 100; the adapter is left out"
@@ -440,7 +440,7 @@ CHANGES = {
 
 
 def everything() -> list[object]:
-    """What decides the numbers of a training; reads no random number."""
+    """Return the state that determines the numbers of a training; draws no random number."""
     return [
         torch.get_rng_state().tolist(),
         random.getstate(),
@@ -547,7 +547,7 @@ def test_a_plugin_that_asks_koopmon_for_plugins_does_not_wait_for_itself(install
     assert select(model).adapter.name == "theirs"
 
 
-# Signals of the user's.
+# Signals of the user.
 
 HANGS = """
 import os, sys, time

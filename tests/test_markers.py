@@ -1,4 +1,4 @@
-"""The markers are true: `needs` and missing packages skip or fail, and a test that starts a process says so."""
+"""Markers: `needs` and missing packages skip or fail, and a test that starts a process must have the mark."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ INI = "[pytest]\nmarkers =\n    needs(tool)\n    process\n    distributed\n    s
 
 
 def run(directory: Path, text: str, *, require_all: str = "0") -> str:
-    """What pytest says of a file of tests beside our conftest."""
+    """Return the output of pytest for a file of tests with our conftest."""
     (directory / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
     (directory / "test_it.py").write_text(text)
     (directory / "pytest.ini").write_text(INI)

@@ -1,4 +1,4 @@
-"""The wheel holds what a user needs and nothing else; a plain install needs no extra to be imported."""
+"""The wheel contains the needed files and no others, and a plain install imports without an extra."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
-    """Built from the tracked files alone, so that a stray file of this checkout cannot help."""
+    """Build from tracked files alone, so that an untracked file cannot help."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     tracked = subprocess.run(
         ["git", "ls-files", "-z", "koopmon", "plugins", "pyproject.toml", "README.md", "LICENSE"],
@@ -150,7 +150,7 @@ for package in (koopmon, koopmon_adapters):
         try:
             importlib.import_module(module.name)
         except koopmon.errors.MissingExtraError:
-            # Of a library that brings its own trainer, and is asked for by importing this very file.
+            # It belongs to a library with its own trainer; the import of this file selects it.
             assert module.name.startswith("koopmon.integrations."), module.name
         count += 1
 print(count)

@@ -1,4 +1,4 @@
-"""`pytest` works in an install of `.[test]`: what needs another package is skipped, and says which."""
+"""`pytest` works in an install of `.[test]`, and skips tests of other packages with their names."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 def plain(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tests.plain_install", "-q", "-p", "no:cacheprovider", *words]
-    without = {name: value for name, value in os.environ.items() if name != "REQUIRE_ALL"}  # skipping is the point
+    without = {
+        name: value for name, value in os.environ.items() if name != "REQUIRE_ALL"
+    }  # the test itself is about skipping
     return subprocess.run(command, cwd=ROOT, env=without, capture_output=True, text=True, timeout=280, check=False)
 
 
 def test_every_test_is_collected_or_skipped() -> None:
-    """What only an extra brings must be imported late, or after `pytest.importorskip`."""
+    """Packages of an extra must be imported late, or after `pytest.importorskip`."""
     done = plain("--collect-only")
     assert done.returncode == 0, done.stdout[-6000:]
     assert "error" not in done.stdout.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Plugins enter through one door; a bad one stays outside and hurts nobody."""
+"""Loading of plugins. A faulty one is skipped without an effect on others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from koopmon.plugins import PluginManager, adapters, example_models, original, p
 
 
 class Fixed(ArchitectureAdapter):
-    """Claims everything alike; its only stack is the model's children."""
+    """Adapter that claims every model alike; its only stack is the model's children."""
 
     def __init__(self, name: str, claim: int) -> None:
         self.name = name  # type: ignore[misc]
@@ -36,7 +36,7 @@ class Fixed(ArchitectureAdapter):
 
 
 class Offers:
-    """A plugin."""
+    """Plugin."""
 
     def __init__(self, *offered: object) -> None:
         self.offered = offered

@@ -1,4 +1,4 @@
-"""The policy as a table: hand-made observations, a fake clock, and what must follow."""
+"""Policy: decisions for given observations with a simulated clock."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CALM, WATCH, HIGH, SEVERE = 0.01, 0.3, 0.7, 0.95
 
 @dataclass
 class Run:
-    """One run before the policy: feeds snapshots, collects the commands that change training."""
+    """One run in front of the policy: it passes snapshots and collects the commands that change training."""
 
     config: PolicyConfig = field(default_factory=lambda: PolicyConfig(name="lr"))
     kss: KssConfig = field(default_factory=KssConfig)
@@ -30,11 +30,11 @@ class Run:
     step: int = 0
     now: float = 0.0
     excess: float | None = None
-    """Of the scheduled rate over the critical one."""
+    """Ratio of the scheduled rate to the critical rate."""
     actions: list[tuple[int, Action]] = field(default_factory=list)
 
     def see(self, risk: float, *, steps: int = 1, **fields: Any) -> Decision:
-        """`steps` snapshots of the same risk, one step and a tenth of a second apart; the last decision."""
+        """Pass `steps` snapshots with one risk, one step and a tenth of a second apart; return the last decision."""
         for _ in range(steps):
             seen = observation(**{"step": self.step, "max_spectral_radius": 1.2, **fields})
             judged = OnlineRisk(value=risk, reason="r", excess_rate=self.excess)
@@ -85,13 +85,13 @@ def test_severity_picks_the_cut(risk: float, factor: float) -> None:
 @pytest.mark.parametrize(
     ("excess", "risk", "scale"),
     [
-        (0.9, HIGH, 0.5),  # the rate does not explain it
+        (0.9, HIGH, 0.5),  # the rate does not explain the alarm
         (0.9, SEVERE, 0.25),
         (1.1, HIGH, 0.85),
         (1.1, SEVERE, 0.6),
         (3.0, HIGH, 0.5),  # 1.5 times the critical rate
         (3.0, SEVERE, 0.5),
-        (1000.0, SEVERE, 0.125),  # the floor
+        (1000.0, SEVERE, 0.125),  # the lower bound
     ],
 )
 def test_a_rate_that_explains_the_alarm_is_taken_to_where_runs_have_a_chance(
@@ -273,7 +273,7 @@ def shielded_kss(state: PolicyState) -> PolicyState:
 
 
 def test_where_the_model_is_shielded_from_kss_kss_and_back_off_act_as_back_off_alone() -> None:
-    """The same cuts and returns at the same steps, from the same budget."""
+    """The same back-offs and rises come at the same steps, from the same budget."""
     series = [CALM] * 5 + [HIGH] * 30 + [CALM] * 40 + [SEVERE] * 3 + [CALM] * 200
     plain, both = (Run(PolicyConfig(name=name, hold_steps=20, max_actions_per_hour=12)) for name in ("lr", "kss+lr"))
     for risk in series:
@@ -319,7 +319,7 @@ def test_nothing_is_ever_more_aggressive_than_the_users_own_settings(series: lis
     assert all(b - a >= run.config.cooldown_steps for a, b in pairwise(cuts))
 
 
-# Bounds of the rules: each value is on the side that docs/method.md, "Policy", and the configuration name.
+# Bounds of the rules: each value is on the side that docs/method.md, "Policy", and the configuration state.
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_an_action_is_confirmed_below_the_threshold_alone() -> None:
 
 
 def test_dense_snapshots_are_asked_for_again_half_of_their_time_before_they_end() -> None:
-    """A run that stays above release has dense snapshots at every step, by two commands in each period."""
+    """A run that stays above release_risk has dense snapshots at every step, by two commands in each period."""
     run = Run(PolicyConfig(name="observe", dense_steps=10, dense_every=2))
     asked = [(step, d.commands[0].cadence_until_step) for step in range(21) if (d := run.see(WATCH)).commands]
     assert asked == [(0, 10), (5, 15), (10, 20), (15, 25), (20, 30)]
@@ -389,7 +389,7 @@ def test_a_policy_that_observes_says_so_as_before_and_keeps_every_setting() -> N
 
 @pytest.mark.parametrize(("ahead", "kept"), [(10_000, True), (10_001, False)])
 def test_steps_far_ahead_of_a_snapshot_belong_to_an_earlier_count(ahead: int, kept: bool) -> None:
-    """The policy does not wait for steps of a count that started again, and keeps those of a late snapshot."""
+    """The policy does not wait for steps of a restarted count, and keeps those of a late snapshot."""
     at = ahead + 7
     before = PolicyState(
         phase="acting", lr_scale=0.5, num_cuts=1, acted_at=at, kss=KssSettings(alpha=0.1), kss_on_at=at, calm_since=at
@@ -427,7 +427,7 @@ def test_the_request_for_dense_snapshots_passes_a_spent_budget() -> None:
 
 
 def test_a_back_off_ends_the_calm_and_starts_the_count_of_high_snapshots_again() -> None:
-    """A back-off on a state that is not finite: its risk may be low, and the snapshot before it calm."""
+    """A back-off on a state that is not finite. Its risk may be low, and the snapshot before it calm."""
     run = Run(PolicyConfig(name="lr", confirm_snapshots=2, cooldown_steps=2, min_lr_scale=0.1))
     run.see(HIGH, steps=2)
     assert run.state.high_streak == 0
@@ -453,7 +453,7 @@ def test_a_high_streak_that_was_acted_upon_is_not_acted_upon_again() -> None:
 
 @pytest.mark.parametrize("exponent", [0.0, 0.2, 0.3, 0.4, 1.0])
 def test_a_back_off_lands_between_the_landing_rates_of_both_kinds_of_layers(exponent: float) -> None:
-    """On the geometric mean, weighed by how much the layers normalise."""
+    """The target is the geometric mean, weighted by the normalisation strength."""
     config = PolicyConfig(
         name="lr", landing_rate=2.0, normalized_landing_rate=0.25, min_lr_scale=0.05, gentle_factor=0.99
     )
@@ -493,7 +493,7 @@ def test_a_run_on_its_way_back_is_recovering_until_it_is_back() -> None:
 
 
 def test_a_scale_below_the_own_rate_without_a_back_off_of_this_run_returns_too() -> None:
-    """A restored run starts below its own rate and has no back-offs of its own: it waits for one period."""
+    """A restored run starts below its own rate without back-offs of its own: it waits for one period."""
     run = Run(PolicyConfig(name="lr", hold_steps=10), state=PolicyState(phase="backed_off", lr_scale=0.5))
     run.see(CALM, steps=10)
     assert run.scales == []
@@ -587,7 +587,7 @@ def test_kss_settings_are_those_of_the_configuration() -> None:
     assert action.kss == KssSettings(
         alpha=0.2,
         temperature=11.0,
-        tau_u=3.0,  # above modulus 1 where no snapshot was calm yet
+        tau_u=3.0,  # above modulus 1 without a calm snapshot
         beta=0.3,
         gamma=0.25,
         svd_rank=9,
@@ -617,7 +617,7 @@ def test_kss_starts_above_the_calm_radius_within_the_bounds_of_a_message(radius:
 
 
 def test_the_calm_radius_follows_calm_snapshots_slowly() -> None:
-    """The weight of the newest is a tenth; snapshots that are not calm or have no radius leave it as it is."""
+    """The newest radius has the weight 0.1. Other snapshots, or those without a radius, leave it unchanged."""
     run = Run(PolicyConfig(name="observe"))
     expected = 2.0
     for radius in (2.0, 3.0, 1.0, 4.0):
@@ -631,7 +631,7 @@ def test_the_calm_radius_follows_calm_snapshots_slowly() -> None:
 
 
 def on_kss(**fields: Any) -> Run:
-    """KSS came on at step 100 at loss 2; it came in over 4 steps, has a cooldown of 3 and holds for 50."""
+    """State of a run with KSS on since step 100 at loss 2, with a ramp of 4 steps, a cooldown of 3 and a hold of 50."""
     config = PolicyConfig(name="kss", kss_ramp_steps=4, cooldown_steps=3, kss_hold_steps=50, harm_ratio=1.5)
     state = PolicyState(
         **{"phase": "backed_off", "kss": KssSettings(alpha=0.1), "kss_on_at": 100, "loss_at_kss": 2.0, **fields}
@@ -642,7 +642,7 @@ def on_kss(**fields: Any) -> Run:
 @pytest.mark.parametrize(
     ("step", "risk", "loss", "barred"),
     [
-        (106, SEVERE, 9.0, False),  # it has not had its time
+        (106, SEVERE, 9.0, False),  # before the end of its cooldown
         (107, SEVERE, 2.0, True),
         (107, CALM, 3.0, False),  # at the ratio
         (107, CALM, 3.01, True),
@@ -701,7 +701,7 @@ def test_kss_that_goes_while_an_action_is_open_leaves_it_open() -> None:
     assert run.alphas == [(150, 0.0)]
 
 
-# What an agent answered
+# Acknowledgements of an agent
 
 
 def test_of_a_refused_command_the_settings_in_force_are_believed() -> None:
@@ -747,7 +747,7 @@ def test_a_new_run_has_no_history() -> None:
 
 
 def test_a_policy_that_observes_leaves_a_lower_rate_and_kss_as_they_are() -> None:
-    """Someone else's settings, or those of an earlier policy: only a policy that acts brings them back."""
+    """Settings of another user or of an earlier policy: only a policy that acts returns from them."""
     before = PolicyState(phase="backed_off", lr_scale=0.5, kss=KssSettings(alpha=0.1), kss_on_at=0)
     run = Run(PolicyConfig(name="observe", hold_steps=5, kss_hold_steps=5), state=before)
     run.see(CALM, steps=50)

@@ -1,4 +1,4 @@
-"""Profiling: the right tokens of the right states from one forward pass that leaves no trace."""
+"""Profiling: the right tokens of the right states from one forward pass without side effects."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tokens(batch_size: int = 8) -> Tensor:
 
 
 def test_profile_is_of_the_states_that_the_model_has(decoder: Decoder) -> None:
-    """Against states computed by calling the blocks one after the other."""
+    """Compare with states from calling the blocks one after the other."""
     captured = capture_states(decoder, tokens(), num_samples=100, seed=5)
     rows = choose_rows(8 * 16, 100, seed=5)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_equal_seeds_equal_profiles_and_rank_is_passed_on(decoder: Decoder) -> N
 
 
 class Masked(nn.Module):
-    """Blocks over embedded tokens; where `token` is padding the state is wild."""
+    """Blocks over embedded tokens; the state is extreme at padding."""
 
     def __init__(self) -> None:
         super().__init__()

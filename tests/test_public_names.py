@@ -1,4 +1,4 @@
-"""What `import koopmon` gives, and what it must not cost."""
+"""Public names of `import koopmon`, and its import time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.process
 def test_import_is_light() -> None:
-    """In a process of its own: neither the package nor its directory listing imports what is heavy."""
+    """In another process: neither the package nor its directory listing imports heavy modules."""
     script = (
         "import sys, json, koopmon; dir(koopmon); koopmon.__version__; koopmon.KoopmonError; "
         "print(json.dumps([name for name in ('torch', 'numpy', 'zmq', 'pluggy', 'msgspec') if name in sys.modules]))"
@@ -50,8 +50,10 @@ def test_the_version_is_the_distribution_s() -> None:
 
 
 def test_the_version_stands_in_one_place() -> None:
-    """`koopmon.__version__`: the distribution takes it from there, other files agree with it, and no module looks it up
-    in the metadata of what happens to be installed."""
+    """`koopmon.__version__` is the only source of the version.
+
+    The distribution and other files agree with it, and no module reads the metadata of an installed distribution.
+    """
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert "version" not in pyproject["project"]
     assert pyproject["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "koopmon.__version__"}
@@ -60,6 +62,6 @@ def test_the_version_stands_in_one_place() -> None:
     assert shown == {koopmon.__version__}
     sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "koopmon").rglob("*.py")}
     assert [path.name for path, text in sources.items() if f'"{koopmon.__version__}"' in text] == ["__init__.py"]
-    # The doctor's script asks this of the interpreter that starts a job, which may be another one.
+    # The doctor's script reads it in the interpreter of the job, which may be another one.
     asking = [path.name for path, text in sources.items() if 'version("koopmon")' in text]
     assert asking in ([], ["machine.py"], ["environment.py"])

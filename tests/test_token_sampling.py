@@ -1,4 +1,4 @@
-"""The choice of tokens: pure, without repetition, only tokens that count."""
+"""Choice of tokens: pure, without repetition, and only tokens that count."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_another_seed_step_or_rank_is_another_choice(changed: str) -> None:
 
 
 def test_every_token_is_as_likely() -> None:
-    """Each of 20 tokens is taken in about half of 400 draws of 10 (standard deviation 10)."""
+    """Each of 20 tokens is in about half of 400 draws of 10 (standard deviation 10)."""
     counts = torch.zeros(20)
     for step in range(400):
         counts[choose_rows(20, 10, seed=0, step=step)] += 1

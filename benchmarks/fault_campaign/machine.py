@@ -42,7 +42,7 @@ def wait(condition: Callable[[], T], what: str, seconds: float = PATIENCE_SECOND
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:.0f} s in vain for {what}")
+            raise TimeoutError(f"no {what} after {seconds:.0f} s")
         time.sleep(0.04)
     return found
 

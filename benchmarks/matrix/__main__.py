@@ -105,11 +105,11 @@ def _told(out: Path) -> dict[str, dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.matrix", description=__doc__)
-    parser.add_argument("--cells", choices=("all", "slice"), default="all", help="slice: those that the tests try")
-    parser.add_argument("--only", help="the cells whose name contains this")
-    parser.add_argument("--finished", action="store_true", help="try nothing: write what --work tells of so far")
-    parser.add_argument("--work", type=Path, help="folder of finished cells, to go on with; default: a fresh one")
-    parser.add_argument("--out", type=Path, help="where the JSON goes (default, for all cells: results/matrix.json)")
+    parser.add_argument("--cells", choices=("all", "slice"), default="all", help="slice: the cells of the tests")
+    parser.add_argument("--only", help="cells whose name contains this text")
+    parser.add_argument("--finished", action="store_true", help="run nothing; write the finished cells of --work")
+    parser.add_argument("--work", type=Path, help="folder of finished cells to continue from; default: a new one")
+    parser.add_argument("--out", type=Path, help="file for the JSON (default for all cells: results/matrix.json)")
     options = parser.parse_args(arguments)
     console = campaign.console()
     chosen = [cell for cell in cells() if options.cells == "all" or cell.name in SLICE]

@@ -74,7 +74,7 @@ GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run, print a table, and keep the figures of a whole run; the exit status tells whether it passes."""
+    """Run, print a table, and keep the figures of a whole run; return exit status 0 if it passes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mutants", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="PART", help="modules, by parts of their paths; default all")
     parser.add_argument("--match", metavar="TEXT", help="mutants whose name contains this; nothing is kept")

@@ -3,7 +3,7 @@
 torch is imported once, in the parent. For each group of modules a child imports koopmon, collects the tests, and learns
 which lines each test reaches, one fork per test. Then each mutant gets a fork of that child: the code of the changed
 function is put in place of the old one, and the tests that reach it run until one fails. A mutant of code that runs at
-import gets a fork of the parent instead, which imports the changed module and collects the tests anew.
+import gets a fork of the parent instead, which imports the changed module and collects the tests again.
 """
 
 from __future__ import annotations
@@ -394,7 +394,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _importing(source: Source, mutant: Mutant, out: Path) -> Callable[[list[str], Path], None]:
-    """Work of a fork of the parent: the changed module is imported in the place of the one on disk."""
+    """Work of a fork of the parent: it imports the changed module instead of the one on disk."""
 
     def work(order: list[str], said: Path) -> None:
         _quiet()

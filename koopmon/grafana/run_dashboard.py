@@ -89,7 +89,7 @@ def _risk() -> list[Json]:
             maximum=1,
         ),
         panels.lines(
-            "What is in force",
+            "Settings in force",
             "Factor on the learning rate, and the weight of Koopman Spectral Shaping on the right axis.",
             {"learning-rate scale": _of("lr_scale"), "KSS alpha": _of("kss_alpha")},
             right="KSS alpha",

@@ -41,9 +41,9 @@ class Retention:
         self._config = config
         self._shrinking = False
         self.forgotten = False
-        """Whether rows of whole launches went: what is remembered of their numbers is void."""
+        """True after rows of whole launches were deleted: stored row numbers of them are invalid."""
         self.stuck = False
-        """Whether the file is too large and nothing more may be deleted."""
+        """True while the file is too large and nothing more may be deleted."""
 
     def prune(self, at: float, live: Collection[str]) -> bool:
         """Delete due rows in the open transaction for up to SLICE_SECONDS; True if more remain. Raises sqlite3.Error.

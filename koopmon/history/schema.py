@@ -184,7 +184,7 @@ def check(database: sqlite3.Connection, path: Path, *, empty_allowed: bool = Fal
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if not 1 <= version <= SCHEMA_VERSION:
         raise StoreError(
-            f"store {path}: schema {version}, this version of koopmon knows 1 to {SCHEMA_VERSION}:"
+            f"store {path}: schema {version}, this version of koopmon supports 1 to {SCHEMA_VERSION}:"
             " upgrade koopmon or choose another file"
         )
 

@@ -224,7 +224,8 @@ class Monitor:
         for server in (control, data):
             if not server.requires_keys and not is_loopback(server.endpoint):
                 logger.warning(
-                    "monitor: %s is plaintext: whoever reaches it reads and commands training", server.endpoint
+                    "monitor: %s is plaintext: anyone who can reach it can read and command the training",
+                    server.endpoint,
                 )
 
     def _loop(self) -> None:

@@ -156,7 +156,7 @@ ALERTS: tuple[Alert, ...] = (
         look="Check the learning-rate scale and the KSS weight of the run, and its risk since the command. The"
         " monitor's log has every decision with its reason.",
         do="No action is needed. The alert resolves five minutes after the last command.",
-        panel=("koopmon-run", "What is in force"),
+        panel=("koopmon-run", "Settings in force"),
     ),
     Alert(
         name="KoopmonActionWithoutEffect",

@@ -1,4 +1,4 @@
-"""Small models of the families beside the transformers: experts, state spaces, splines. Other people's, where any are.
+"""Small models of experts, state spaces and splines, from third-party libraries where available.
 
 B batch, T tokens, D width, V vocabulary, L blocks, E experts.
 """
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from tests.adapters.zoo import HF_SIZES, B, Case, D, T, V, nano, tokens, transformers, x_decoder
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # raised while these libraries are imported, not by our calls
+    warnings.simplefilter("ignore", DeprecationWarning)  # the import of these libraries raises them, not our calls
     warnings.simplefilter("ignore", SyntaxWarning)
     mambapy_mamba = pytest.importorskip("mambapy.mamba")
     pykan = pytest.importorskip("kan")
     kan_layer = pytest.importorskip("kan.KANLayer")
 
-logging.getLogger("transformers").setLevel(logging.ERROR)  # each state space says that its kernels are missing
+logging.getLogger("transformers").setLevel(logging.ERROR)  # each state space warns about its missing kernels
 
 L, E = 4, 4
 HF = {**HF_SIZES, "num_hidden_layers": L}
@@ -54,7 +54,7 @@ def olmoe() -> Case:
 
 
 def deepseek_v3() -> Case:
-    """The first layer is dense; the router scores by a sigmoid."""
+    """Mixture with a dense first layer and sigmoid router scores."""
     config = transformers.DeepseekV3Config(
         **ATTENTION,
         n_routed_experts=E,
@@ -73,7 +73,7 @@ def deepseek_v3() -> Case:
 
 
 def switch_encoder() -> Case:
-    """One expert for each token, with a capacity beyond which tokens are dropped; experts in a dictionary."""
+    """Mixture with one expert per token, a capacity that drops tokens above it, and experts in a dictionary."""
     config = transformers.SwitchTransformersConfig(
         vocab_size=V,
         d_model=D,
@@ -91,7 +91,7 @@ def switch_encoder() -> Case:
 
 
 def jamba() -> Case:
-    """State spaces and attention in turn, experts in every second block."""
+    """Alternating state spaces and attention, with experts in every second block."""
     config = transformers.JambaConfig(
         **ATTENTION,
         num_experts=E,
@@ -129,7 +129,7 @@ def mambapy() -> Case:
 
 
 class Experts(nn.Module):
-    """A mixture written out: a linear router, the best two of E experts in a list."""
+    """Hand-written mixture: a linear router, the best two of E experts in a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Splines(nn.Module):
 
 
 def transformer_with(make: Callable[[], nn.Module]) -> Case:
-    """A small transformer with `make()` for the feed-forward part of every block."""
+    """Build a small transformer with `make()` for the feed-forward part of every block."""
     model, args, kwargs = nano()
     blocks = model.transformer
     while len(blocks) < L:
@@ -183,7 +183,7 @@ def dense() -> Case:
 
 
 CASES: dict[str, tuple[Callable[[], Case], str, str, tuple[int, ...], frozenset[str]]] = {
-    # name: (factory, adapter, the stack's name, the shape of its state, flags)
+    # name: (factory, adapter, name of the stack, shape of its state, flags)
     "mixtral": (mixtral, "moe", "model.layers", (B, T, D), frozenset()),
     "qwen3_moe": (qwen3_moe, "moe", "model.layers", (B, T, D), frozenset()),
     "olmoe": (olmoe, "moe", "model.layers", (B, T, D), frozenset()),

@@ -1,4 +1,4 @@
-"""The adapters for experts, state spaces and splines, against models that other people wrote."""
+"""Adapters for experts, state spaces and splines on third-party models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def case(name: str) -> Case:
 
 
 def build(name: str) -> Case:
-    """The same model for the same name."""
+    """Return the same model for the same name."""
     torch.manual_seed(0)
     return CASES[name][0]()
 
@@ -98,7 +98,9 @@ def monitor(tmp_path: Path) -> Iterator[ScriptedMonitor]:
 
 
 def train(model: nn.Module, args: Any, kwargs: Any, monitor: ScriptedMonitor | None, steps: int = 4) -> Any:
-    """Losses of a few steps, bit by bit, and with a monitor the agent's status; every step is a snapshot then."""
+    """Return the losses of a few steps in all bits, and with a monitor the status of the agent. Every step is a
+    snapshot.
+    """
     model.train()
     torch.manual_seed(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -115,7 +117,7 @@ def train(model: nn.Module, args: Any, kwargs: Any, monitor: ScriptedMonitor | N
             loss.backward()
             optimizer.step()
             losses.append(loss.detach().clone())
-            if monitor is not None:  # the first forward verifies the chain; each one after it is a snapshot
+            if monitor is not None:  # the first forward verifies the chain; each later one is a snapshot
                 monitor.wait(lambda seen=step: len(monitor.shards) == seen)
         status = {} if agent is None else agent.status()
     finally:
@@ -141,7 +143,7 @@ def test_the_agent_s_taps_fire_once_and_change_nothing(name: str, monitor: Scrip
 
 
 def known(observables: Mapping[str, Sequence[float | None]]) -> dict[str, list[bool]]:
-    """Where something is measured."""
+    """Return True for each layer with a measurement, by name."""
     return {name: [value is not None for value in values] for name, values in observables.items()}
 
 
@@ -178,14 +180,14 @@ def test_a_network_of_splines_is_taken_where_it_keeps_its_width() -> None:
 @pytest.mark.parametrize("family", ["kan", "moe-1"])
 @pytest.mark.parametrize("scheme", ["pre", "none"])
 def test_splines_and_experts_are_braked_where_their_blocks_normalise(family: Family, scheme: Scheme) -> None:
-    """Near zero splines add a constant: by the states alone they would all look braked."""
+    """Near zero, splines add a constant: the states alone would suggest a normalisation."""
     model = language_model(family, width=16, num_layers=2, vocabulary=64, num_tokens=16, seed=0, scheme=scheme)
     captured = capture_states(model, torch.randint(64, (8, 16)))
     read = profile_states(captured.states).update_exponent
     assert family != "kan" or (read is not None and read < UNNORMALIZED / 2)
     assert captured.known_exponent == (0.0 if scheme == "pre" else 1.0)
     verifier = ChainVerifier(captured.discovery.adapter, [captured.discovery.stack])
-    assert verifier.update_exponent(captured.discovery.stack) == captured.known_exponent, "what the agent tells"
+    assert verifier.update_exponent(captured.discovery.stack) == captured.known_exponent, "the value in the hello"
 
 
 @pytest.mark.parametrize(("said", "known"), [(float("nan"), 0.0), (float("inf"), 0.0), (-7e9, -100.0), (0.3, 0.3)])
@@ -205,7 +207,7 @@ def test_every_block_of_a_model_in_use_normalises(name: str, case: Case) -> None
 
 
 def test_heads_beside_blocks_are_no_routers_beside_experts() -> None:
-    """As many classes as blocks, and as many positions as heads: rows alone make no router."""
+    """As many classes as blocks and as many positions as heads: rows alone do not make a router."""
 
     class Classifier(nn.Module):
         def __init__(self) -> None:

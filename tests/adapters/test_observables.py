@@ -1,4 +1,4 @@
-"""What each family measures, against the same quantity computed another way; and how readings travel."""
+"""Measurements of each family against another computation of the same quantity, and their way to the monitor."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def measured(case: Case) -> Mapping[str, Sequence[float | None]]:
 
 @contextmanager
 def recorded(model: nn.Module, suffix: str) -> Iterator[list[tuple[tuple[Any, ...], Any]]]:
-    """(arguments, output) of every module whose name ends so, in the order of the calls."""
+    """Record (arguments, output) of every module with this suffix, in the order of the calls."""
     calls: list[tuple[tuple[Any, ...], Any]] = []
     chosen = [module for name, module in model.named_modules() if name.endswith(suffix)]
     handles = [each.register_forward_hook(lambda _, args, out: calls.append((args, out))) for each in chosen]
@@ -64,7 +64,7 @@ def test_routing_against_counts_and_logarithms(name: str) -> None:
         chosen = output[2] if isinstance(output, tuple) else logits.topk(2).indices
         counts = [int((chosen == expert).sum()) for expert in range(E)]
         loads.append(max(counts) / (sum(counts) / E))
-    if name == "own_experts":  # its forward asks the router twice
+    if name == "own_experts":  # its forward calls the router twice
         entropies, loads = entropies[::2], loads[::2]
     assert [value for value in found["router_entropy"] if value is not None] == pytest.approx(entropies, abs=1e-5)
     assert [value for value in found["load_imbalance"] if value is not None] == pytest.approx(loads)
@@ -77,7 +77,7 @@ def test_a_router_that_gives_probabilities_is_read_as_such() -> None:
     for block in model.transformer:
         block.mlp.gate.register_forward_hook(lambda module, args, logits: logits.softmax(-1))
     assert measured((model, args, kwargs))["router_entropy"] != pytest.approx(before)
-    for block in model.transformer:  # all on one expert: no entropy, and the worst imbalance
+    for block in model.transformer:  # all tokens on one expert: zero entropy and the largest imbalance
         block.mlp.gate.register_forward_hook(
             lambda module, args, shares: functional.one_hot(shares.argmax(-1) * 0, E) * 1.0
         )
@@ -105,7 +105,7 @@ def test_dropped_tokens_against_the_experts_own_capacity() -> None:
 
 @pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "jamba", "mambapy"])
 def test_state_spectra_against_the_model_s_own_projections(name: str) -> None:
-    """From what `x_proj` gave in the model's own forward, and every eigenvalue written out."""
+    """Compute every eigenvalue explicitly from the output of `x_proj` in the model's own forward."""
     model, args, kwargs = build(name)
     model.eval()
     with recorded(model, ".x_proj") as calls, torch.no_grad():
@@ -199,7 +199,7 @@ def monitor(tmp_path: Path) -> Iterator[ScriptedMonitor]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_shard_carries_the_readings_of_its_own_forward(checkpointing: bool, monitor: ScriptedMonitor) -> None:
-    """With a learning rate of 0 and no dropout, each snapshot measures what a profile on its batch does."""
+    """With a learning rate of 0 and no dropout, each snapshot measures the same values as a profile on its batch."""
     model, (tokens,), _ = build("mixtral")
     batches = [tokens, tokens.flip(1), (tokens + 7) % 50]
     expected = [measured((model, (batch,), {})) for batch in batches]
@@ -212,7 +212,7 @@ def test_a_shard_carries_the_readings_of_its_own_forward(checkpointing: bool, mo
         for step, batch in enumerate(batches):
             model(batch, labels=batch).loss.backward()
             model.eval()
-            model(tokens)  # of no interest, as is what follows in the same step
+            model(tokens)  # irrelevant, as are later calls of the same step
             model.train()
             model(batches[0])
             optimizer.step()
@@ -224,7 +224,7 @@ def test_a_shard_carries_the_readings_of_its_own_forward(checkpointing: bool, mo
 
 
 class Faulty(type(adapters()["transformer"])):  # type: ignore[misc]
-    """Measures as the test says."""
+    """Adapter with the measurements of the test."""
 
     name = "faulty"
     measures = {"ours": "A reading."}  # noqa: RUF012

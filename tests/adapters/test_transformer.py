@@ -1,4 +1,4 @@
-"""The transformer adapter against models that other people wrote, and against hand-written ones."""
+"""Transformer adapter on third-party and hand-written models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def case(request: pytest.FixtureRequest) -> Given:
 
 
 def result(output: Any) -> Tensor:
-    """The loss where the model gives one, else its main output."""
+    """Return the loss of the model if it has one, else its main output."""
     if isinstance(output, Tensor):
         return output
     loss = getattr(output, "loss", None)
@@ -38,7 +38,7 @@ def test_discovers_every_block(case: Given) -> None:
     assert "no-attention" not in found.flags
     assert [point.layer for point in found.points] == list(range(L))
     assert all(model.get_submodule(point.name) is point.module for point in found.points)
-    if stack is not None:  # else its name is the library's affair
+    if stack is not None:  # otherwise the library chooses its name
         assert found.stack.name == stack
 
 
@@ -50,7 +50,7 @@ def test_the_best_candidate_is_the_one_verified(case: Given) -> None:
 
 
 def test_taps_read_one_chain(case: Given) -> None:
-    """Whole tensors, recorded by hooks of the test's own: inputs are the outputs before them, all of one shape."""
+    """Record whole tensors with hooks of the test. Inputs equal the outputs before them, all of one shape."""
     (model, args, kwargs), _, shape = case
     found = koopmon.discover(model, *args, **kwargs)
     entered: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What the transformer adapter claims, what it leaves to others, and what it says where nothing fits."""
+"""Claims of the transformer adapter, models that it leaves to others, and its messages without a match."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_stages_of_a_hierarchy_are_no_blocks() -> None:
 
 
 def test_a_module_around_the_encoder_is_no_block() -> None:
-    """A Sequential of composite modules that keep the shape chains too, but its items are not the blocks."""
+    """A Sequential of composite modules with equal shapes is a chain too, but its items are not the blocks."""
     layer = nn.TransformerEncoderLayer(D, 2, 48, batch_first=True)
     position = nn.Sequential(nn.Linear(D, D), nn.Dropout(0.0))
     model = nn.Sequential(position, nn.TransformerEncoder(layer, L, enable_nested_tensor=False))
@@ -92,7 +92,7 @@ def test_names_in_configuration_fit_the_wrapped_model(wrapped: str) -> None:
 
 
 class PlainBlock(nn.Module):
-    """Residual or not, without attention."""
+    """Chain without attention, residual or not."""
 
     def __init__(self, residual: bool) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class OnePlugin:
 
 @pytest.mark.parametrize(("claim", "winner"), [(19, "moe"), (20, "moe"), (21, "experts")])
 def test_other_families_can_win(claim: int, winner: str) -> None:
-    """Blocks with experts are claimed as a transformer's, 10, and by a family of their own; one of ours, or another."""
+    """Blocks with experts get the claim 10 as a transformer, and a higher one from an adapter of their own family."""
     config = transformers.MixtralConfig(**HF_SIZES, num_key_value_heads=2, num_local_experts=2)
     model = transformers.MixtralForCausalLM(config)
     assert adapters()["transformer"].specificity(model) == 10
@@ -213,7 +213,7 @@ def test_token_mask_of_a_decoder_alone_is_its_attention_mask() -> None:
 
 
 def test_the_token_mask_is_read_without_a_walk_through_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is read on every snapshot of a training run."""
+    """Every snapshot of a training run calls it."""
     model, args, kwargs = t5()
     adapter = adapters()["transformer"]
     stacks = adapter.stacks(model)

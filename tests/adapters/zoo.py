@@ -1,4 +1,4 @@
-"""Small models that other people wrote, and hand-written ones, for the battery that every adapter must pass."""
+"""Small third-party and hand-written models for the tests that every adapter must pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # raised while these libraries are imported, not by our calls
+    warnings.simplefilter("ignore", DeprecationWarning)  # the import of these libraries raises them, not our calls
     warnings.simplefilter("ignore", FutureWarning)
     transformers = pytest.importorskip("transformers")
     x_transformers = pytest.importorskip("x_transformers")
@@ -26,7 +26,7 @@ def tokens() -> Tensor:
 
 
 def padding() -> Tensor:
-    """True at padding: the last four tokens of the second sequence."""
+    """Mask that is True at padding: the last four tokens of the second sequence."""
     return torch.arange(T) >= torch.tensor([[T], [T - 4]])
 
 
@@ -125,7 +125,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """nanoGPT's block in three normalisations and four manners of passing the state."""
+    """nanoGPT's block with three normalisations and four ways of passing the state."""
 
     def __init__(self, norm: str = "pre", manner: str = "tensor") -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Block(nn.Module):
 
 
 class WrittenOut(nn.Module):
-    """A block of another class, attention written out in it."""
+    """Block of another class with its own attention code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ def two_runs() -> Case:
 
 
 CASES: dict[str, tuple[Callable[[], Case], str | None, tuple[int, ...]]] = {
-    # name: (factory, the stack's name, the shape of its state)
+    # name: (factory, name of the stack, shape of its state)
     "gpt2": (gpt2, "transformer.h", (B, T, D)),
     "llama": (llama, "model.layers", (B, T, D)),
     "qwen3": (qwen3, "model.layers", (B, T, D)),

@@ -1,4 +1,4 @@
-"""What the tests of the agent share."""
+"""Common parts of the tests of the agent."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def monitor(tmp_path: Path) -> Iterator[ScriptedMonitor]:
 
 @pytest.fixture
 def agents() -> Iterator[Callable[..., Any]]:
-    """`koopmon.attach`, closing at the end of the test what it made."""
+    """`koopmon.attach` that closes its agents at the end of the test."""
     import koopmon
 
     made = []
@@ -50,7 +50,7 @@ def agents() -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture
 def python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a program text in an interpreter of its own, warnings being errors; demands exit status 0."""
+    """Run a program text in another interpreter with warnings as errors; require exit status 0."""
 
     def run(text: str, *args: object, **environment: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -69,7 +69,7 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 class Ranks:
-    """Several ranks of one program, started without a launcher; `wait` demands that each ends well."""
+    """Several ranks of one program without a launcher; `wait` requires that each ends normally."""
 
     def __init__(self, program: Path, args: tuple[object, ...], size: int, environment: dict[str, str]) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -97,7 +97,7 @@ class Ranks:
         ]
 
     def wait(self, timeout: float = 120.0) -> list[tuple[str, str]]:
-        """(stdout, stderr) of each rank."""
+        """Return (stdout, stderr) of each rank."""
         try:
             outputs = [process.communicate(timeout=timeout) for process in self.processes]
         finally:
@@ -107,7 +107,7 @@ class Ranks:
         return outputs
 
     def kill(self) -> None:
-        """End what still runs, and close every pipe."""
+        """End running ranks and close every pipe."""
         for process in self.processes:
             process.kill()
             for pipe in (process.stdout, process.stderr):
@@ -118,7 +118,7 @@ class Ranks:
 
 @pytest.fixture
 def ranks() -> Iterator[Callable[..., Ranks]]:
-    """Starts `size` ranks of a program in tests/agent/programs."""
+    """Start `size` ranks of a program in tests/agent/programs."""
     started: list[Ranks] = []
 
     def start(program: str, *args: object, size: int = 2, **environment: str) -> Ranks:

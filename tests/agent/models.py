@@ -1,4 +1,4 @@
-"""Small residual models in the manners that taps have to cope with. B batch, T tokens, D width, L blocks."""
+"""Small residual models for the taps, in several forms. B batch, T tokens, D width, L blocks."""
 
 from __future__ import annotations
 
@@ -62,25 +62,25 @@ def checkpointed_reentrant(block: nn.Module, h: Tensor) -> Tensor:
 
 
 def build(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Model:
-    """A model with the same parameters for the same seed."""
+    """Build a model with equal parameters for equal seeds."""
     torch.manual_seed(seed)
     return Model(**options).to(dtype)
 
 
 def batch(step: int, rank: int = 0) -> Tensor:
-    """Tokens (B, T) of one step and rank."""
+    """Draw the tokens (B, T) of one step and rank."""
     generator = torch.Generator().manual_seed(1000 * rank + step)
     return torch.randint(VOCABULARY, (B, T), generator=generator)
 
 
 def loss_of(model: nn.Module, tokens: Tensor, **kwargs: Any) -> Tensor:
-    """Next-token cross-entropy, as a scalar."""
+    """Compute the next-token cross-entropy as a scalar."""
     logits = model(tokens, **kwargs)
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, rank: int = 0) -> float:
-    """One step of training; the loss before it."""
+    """Take one step of training; return the loss before it."""
     loss = loss_of(model, batch(step, rank))
     optimizer.zero_grad()
     loss.backward()

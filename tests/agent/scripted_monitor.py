@@ -1,4 +1,4 @@
-"""A monitor that does what the test says: real sockets in a thread of its own, or in a process with `python -m`."""
+"""Monitor under control of the test: real sockets in another thread, or in a process with `python -m`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LIMITS = WireLimits()
 
 
 class ScriptedMonitor:
-    """Welcomes every rank, answers heartbeats, keeps what it hears; `command` speaks to rank 0."""
+    """Welcomes every rank, replies to heartbeats, and records messages; `command` sends to rank 0."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class ScriptedMonitor:
         self.heartbeat_seconds = heartbeat_seconds
         self.restore = restore
         self.judgement: Judgement | None = None
-        """What every heartbeat is answered with."""
+        """Reply to every heartbeat."""
         self.refuse = refuse
         self.clock_offset_seconds = clock_offset_seconds
         self.koopmon_version = koopmon_version
@@ -98,7 +98,7 @@ class ScriptedMonitor:
                     self.shards.append((shard.header, shard.states()))
                 while self._outbox and 0 in self._peers:
                     if not control.send(self._peers[0], self._outbox[0]):
-                        break  # it does not read as fast
+                        break  # it reads more slowly
                     del self._outbox[0]
 
     def _take(self, control: ControlServer, peer: bytes, frames: list[memoryview]) -> None:
@@ -131,16 +131,16 @@ class ScriptedMonitor:
             control.send(peer, encode(answer))
 
     def of(self, kind: type[M]) -> list[M]:
-        """Everything heard of one kind, in order."""
+        """Return all received messages of one kind, in order."""
         return [message for message in self.heard if isinstance(message, kind)]
 
     def send(self, *messages: list[Frame]) -> None:
-        """Send frames to rank 0, whatever they are."""
+        """Send any frames to rank 0."""
         self._outbox += messages
         self._wakeup.wake()
 
     def command(self, kind: str, run: str | None = None, **fields: Any) -> str:
-        """Send a command to rank 0, for the run that said hello last or the named one, and return its id."""
+        """Send a command to rank 0 of the run with the last hello, or of the named one, and return its id."""
         hello = next(each for each in reversed(self.of(Hello)) if run in (None, each.run))
         values = {
             "run": hello.run,
@@ -155,7 +155,7 @@ class ScriptedMonitor:
         return command.id
 
     def ack(self, command_id: str, timeout: float = 20.0) -> Ack:
-        """The ack of a command, waited for."""
+        """Wait for the ack of a command and return it."""
         return self.wait(lambda: next((ack for ack in self.of(Ack) if ack.command_id == command_id), None), timeout)
 
     def acked(self, command_id: str) -> bool:
@@ -163,10 +163,10 @@ class ScriptedMonitor:
 
     @staticmethod
     def wait(condition: Callable[[], M | None], timeout: float = 20.0) -> M:
-        """What `condition` gives, once that is true."""
+        """Return the result of `condition` once it is true."""
         deadline = time.monotonic() + timeout
         while not (found := condition()):
-            assert time.monotonic() < deadline, "waited in vain"
+            assert time.monotonic() < deadline, "the condition stayed false"
             time.sleep(0.005)
         return found
 

@@ -1,4 +1,4 @@
-"""attach(): what it raises, what it only says, and that nothing of it is left in copies, children or files."""
+"""attach(): raised errors, logged errors, and copies, children and files without its objects."""
 
 from __future__ import annotations
 
@@ -419,7 +419,7 @@ def test_processes_that_a_launcher_started_to_train_apart_are_runs_of_their_own(
 
 
 class Nested(torch.optim.SGD):
-    """A subclass whose step calls its parent's: both may carry the hooks."""
+    """A subclass whose step calls its parent's: both may have the hooks."""
 
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)

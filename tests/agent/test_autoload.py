@@ -1,4 +1,4 @@
-"""Zero-code attach: which processes it touches, which model it finds, and that it harms nothing."""
+"""Attach without code: the affected processes, the found model, and its harmlessness."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from koopmon.agent.autoload import DIRECTORY, RootNotFoundError, root_module, sh
 
 ENDPOINT = {"KOOPMON_ENDPOINT": "ipc:///nowhere/control", "KOOPMON_RUN": "autoload-test"}
 
-# Stands where a user's own sitecustomize would, and puts a recorder in the place of koopmon.attach.
+# It replaces a user's sitecustomize, and koopmon.attach by a recorder.
 THEIRS = """
 import json, os, sys
 assert "torch" not in sys.modules
@@ -56,7 +56,7 @@ print("trained")
 
 
 class Bench:
-    """Runs scripts as `koopmon run` would, and reads what the recorder noted."""
+    """Run scripts like `koopmon run`, and read the records."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

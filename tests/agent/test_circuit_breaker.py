@@ -15,7 +15,7 @@ from koopmon.agent.circuit_breaker import CircuitBreaker, NoopHook
 
 
 class Owner:
-    """Owns a breaker, and notes why it has tripped."""
+    """Owner of a breaker that records the reason for its trip."""
 
     def __init__(self, *, fails: bool = False) -> None:
         self.reasons: list[str] = []

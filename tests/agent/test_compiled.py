@@ -1,6 +1,7 @@
-"""torch.compile: blocks compiled one by one are tapped; inside one graph nothing fires, and that is said and counted.
+"""torch.compile: blocks that are compiled one by one are tapped. Hooks do not fire inside one graph, which is logged
+and counted.
 
-Dynamo alone, without code generation: whether a hook is traced away does not depend on the backend.
+The tests use Dynamo without code generation, because the backend does not change which hooks are traced away.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import nn
 from tests.agent.models import L, Model, build, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the tracer looks at it
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the tracer inspects it
 Attach = Callable[..., Any]
 ADVICE = "compile them one by one"
 EVERY_STEP = {"cadence": {"dense_every": 1}}

@@ -1,4 +1,4 @@
-"""A monitor that floods and dies while the interpreter is held, and connections that are dead without a word."""
+"""A monitor that floods and dies while the interpreter is blocked, and connections that die silently."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NUM_REPLIES = 500
 
 
 class DyingMonitor:
-    """Welcomes one agent, and in `die` says NUM_REPLIES things to it and is gone, as a process that is killed."""
+    """Monitor that welcomes one agent, sends NUM_REPLIES messages in `die`, and ends like a killed process."""
 
     def __init__(self, transport: str, directory: Path) -> None:
         if transport == "ipc":
@@ -58,7 +58,7 @@ class DyingMonitor:
         while PREFIX not in heard or len(heard) < heard.index(PREFIX) + heard[heard.index(PREFIX) - 1]:
             heard += self._connection.recv(4096)
         start = heard.index(PREFIX)
-        long = heard[start - 9] == 2  # then eight bytes say how long it is
+        long = heard[start - 9] == 2  # eight bytes with the length follow
         length = int.from_bytes(heard[start - 8 : start], "big") if long else heard[start - 1]
         hello = decode_header(heard[start : start + length])
         assert isinstance(hello, Hello)
@@ -121,7 +121,7 @@ def test_training_goes_on_when_its_monitor_floods_and_dies_while_the_interpreter
 
 
 class Cable:
-    """A TCP proxy. Once `cut` no connection that there is carries anything any more, and neither end is told."""
+    """TCP proxy. After `cut`, existing connections carry nothing, without a signal to either end."""
 
     def __init__(self, endpoint: str) -> None:
         self._path = endpoint.removeprefix("ipc://")
@@ -179,7 +179,7 @@ def cable() -> Iterator[Callable[[str], Cable]]:
 def test_connections_that_are_dead_are_made_anew_in_the_time_that_is_stated(
     agents: Callable[..., Any], monitor: ScriptedMonitor, cable: Callable[[str], Cable]
 ) -> None:
-    """Both channels: after the control channel's new welcome the data channel, on which nothing comes back, is new."""
+    """Both channels: after a new welcome on the control channel, the data channel, which receives nothing, is new."""
     control, data = cable(monitor.endpoint), cable(monitor._data_endpoint)
     monitor._data_endpoint = data.endpoint
     lost_seconds = 1.0
@@ -192,7 +192,7 @@ def test_connections_that_are_dead_are_made_anew_in_the_time_that_is_stated(
     def train(condition: Callable[[], object], seconds: float) -> float:
         began = time.monotonic()
         while not condition():
-            assert time.monotonic() - began < seconds, f"trained in vain: {agent.status()}"
+            assert time.monotonic() - began < seconds, f"the condition stayed false: {agent.status()}"
             losses.append(train_step(model, optimizer, len(losses)))
             time.sleep(0.005)
         return time.monotonic() - began
@@ -224,7 +224,7 @@ def test_a_flood_costs_the_monitor_its_connection_for_a_while(
     agent = agents(model, optimizer, endpoint=monitor.endpoint)
     train_step(model, optimizer, 0)
     monitor.welcome()
-    with pytest.raises((BrokenPipeError, ConnectionResetError)):  # it is cut off in the midst of it
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):  # it is cut in the middle
         monitor.flood()
     cut_at = time.monotonic()
     monitor.welcome()

@@ -1,4 +1,4 @@
-"""Third-party adapters that fail inside a training: the training does not notice, and stays watched where it can be."""
+"""Third-party adapters that fail inside a training: the training is unaffected and stays watched if possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The states of the agent on one rank: what each accepts, what it says of itself, and which one follows."""
+"""States of the agent on one rank: accepted events, status, and transitions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CADENCE = {"cadence": {"warmup_steps": 1, "dense_every": 1, "calm_every": 4}}
 
 
 class Mailbox:
-    """The I/O thread of a rank, as far as the states see it."""
+    """Stub of the I/O thread of a rank."""
 
     connected = True
     identity: Identity | None = Identity("job", "0123456789abcdef")
@@ -48,7 +48,7 @@ class Mailbox:
 
 
 class Desk:
-    """The parts of one rank of `size`, and a life cycle that waits for them."""
+    """Build the parts of one rank of `size`, and a life cycle that waits for them."""
 
     def __init__(self, config: Config | None = None, size: int = 1) -> None:
         self.config = config or from_mapping(CADENCE)
@@ -122,7 +122,7 @@ def test_an_acting_agent_applies_a_command_in_the_next_step() -> None:
 
 
 def test_a_restore_that_comes_before_the_role_is_known_is_in_force_before_the_first_step() -> None:
-    """A restarted run gets back what it had before its first step; its first forward must show its layout first."""
+    """A restarted run gets back its settings before its first step. Its first forward must show its layout first."""
     desk = Desk()
     in_state(desk, lambda desk: Verifying(desk.rank))
     desk.lifecycle.restore(Applied(lr_scale=0.25))

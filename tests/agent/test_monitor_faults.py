@@ -1,4 +1,6 @@
-"""A monitor that is away, killed, stalled or refuses: counted, said now and then, and never felt by the training."""
+"""A monitor that is missing, killed, stalled or refuses: counted, logged at intervals, without an effect on the
+training.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def reference(steps: int) -> list[float]:
 
 
 class Job:
-    """A training that remembers its losses and its slowest step."""
+    """Training that records its losses and its slowest step."""
 
     def __init__(self, agents: Attach, endpoint: str, config: Any = CONFIG) -> None:
         self.model = build()
@@ -44,7 +46,7 @@ class Job:
         self.slowest = 0.0
 
     def train(self, condition: Callable[[], object], most: int = 5000) -> None:
-        """Step until `condition`."""
+        """Train until `condition`."""
         for _ in range(most):
             if condition():
                 return
@@ -52,7 +54,7 @@ class Job:
             self.losses.append(train_step(self.model, self.optimizer, len(self.losses)))
             self.slowest = max(self.slowest, time.monotonic() - started)
             time.sleep(0.005)
-        pytest.fail("trained in vain")
+        pytest.fail("the condition stayed false")
 
     def dropped(self, reason: str) -> int:
         return int(self.agent.status()["dropped"][reason])
@@ -60,7 +62,7 @@ class Job:
 
 @pytest.fixture
 def monitor_process(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
-    """Starts a scripted monitor as a process of its own, always at the same endpoint."""
+    """Start a scripted monitor in another process, always at the same endpoint."""
     started: list[subprocess.Popen[str]] = []
 
     def start() -> subprocess.Popen[str]:
@@ -142,7 +144,7 @@ def test_a_monitor_that_refuses_is_said_once(agents: Attach, tmp_path: Path, cap
         started = time.monotonic()
         job = Job(agents, monitor.endpoint)
         job.train(lambda: monitor.heard and len(job.losses) > 40)
-        # One at first, one with what the first forward pass showed, and one more for each answer that was slow to come.
+        # One at the start, one with the result of the first forward pass, and one more for each slow reply.
         assert len(monitor.of(Hello)) <= 2 + (time.monotonic() - started) / HELLO_SECONDS
     assert caplog.text.count("this monitor is full: raise max_runs") == 1
     assert job.losses == reference(len(job.losses))

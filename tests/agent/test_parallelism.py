@@ -1,4 +1,4 @@
-"""Which layouts are proven, untested and refused, as far as one process sees; the ranks are in the support matrix."""
+"""Proven, untested and refused layouts within one process; the support matrix has the ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.agent.scripted_monitor import ScriptedMonitor
 
 
 class On(nn.Module):
-    """Claims parameters of its own making, as `inspect_layout` sees them."""
+    """Parameters with given properties for `inspect_layout`."""
 
     def __init__(self, *parameters: Any) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def test_ranks_that_share_a_model_train_on_the_same_data_and_one_of_them_leads(r
 
 
 class FSDPModule(On):
-    """What fully_shard makes of a model, in a torch that does not tell over which ranks."""
+    """Build a model after fully_shard, for a torch without the ranks of its mesh."""
 
 
 def test_sharding_whose_ranks_cannot_be_told_is_not_taken_for_tensor_parallelism() -> None:

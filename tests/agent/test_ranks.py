@@ -1,4 +1,4 @@
-"""Two ranks of real processes: what koopmon changes, it changes on both at one step; and else it changes nothing."""
+"""Two real ranks: koopmon changes both at one step, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Result = tuple[dict[str, Any], dict[str, Any]]
 
 
 def results(out: Path) -> list[Result]:
-    """Of each phase, what the two ranks saw."""
+    """Return the results of both ranks by phase."""
     first, second = (json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2))
     return list(zip(first, second, strict=True))
 
 
 def started(monitor: ScriptedMonitor, job: Any, run: str) -> None:
-    """The first forward of the run is done, and rank 0 has said so."""
+    """Wait until the first forward of the run is done and rank 0 has reported it."""
 
     def told() -> bool:
         if any(process.poll() for process in job.processes):
@@ -178,7 +178,7 @@ def test_ranks_that_hang_leave_early_or_never_come(
     def outcomes(run: str) -> set[str]:
         return {ack.outcome for ack in acks if ack.run == run and "another run" not in ack.detail}
 
-    # Attached to the inner model before the ranks have met: the wrapper shows itself in the first forward.
+    # Attached to the inner model before the ranks have met: the wrapper is detected in the first forward.
     assert early[0]["status"]["layout"] == early[1]["status"]["layout"] == "ddp"
     assert "applied" in outcomes("early")
     assert early[0]["scales"] == early[1]["scales"]
@@ -188,7 +188,7 @@ def test_ranks_that_hang_leave_early_or_never_come(
     assert hung_ddp[0]["scales"] == hung_ddp[1]["scales"]
     assert hung_ddp[0]["digest"] == hung_ddp[1]["digest"]
 
-    # Apart, the time-out turns control off on both; they go on, and meet again.
+    # Separately, the timeout turns control off on both; they continue and meet again.
     assert outcomes("hung") == {"applied", "failed"}
     for each in hung:
         assert len(each["losses"]) == 300

@@ -1,4 +1,4 @@
-"""What koopmon promises to cost nothing: no wait for the device, no memory, no thread, no worker, no torch."""
+"""Operations without cost: no wait for the device, no memory, no thread, no worker, no torch."""
 
 from __future__ import annotations
 
@@ -28,28 +28,27 @@ from tests.stacks import NoSynchronisation
 
 Attach = Callable[..., Any]
 WAITS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__")
-"""Methods for which the host would wait, were the tensor on a GPU."""
+"""Methods that make the host wait for tensors on a GPU."""
 
 
 class WaitedError(AssertionError):
-    """A tensor's value was asked for."""
+    """Raised when a tensor's value is read."""
 
 
 @contextmanager
 def nobody_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In this thread every operation that reads a tensor's value raises: inside a hook, the circuit breaker then
-    trips."""
+    """Make every read of a tensor's value in this thread raise. Inside a hook, the circuit breaker then trips."""
     here = threading.get_ident()
     solve = injection.kss_gradient_op
 
     def solver(*args: Any) -> Any:
-        # Decompositions check their own success, and so wait: the library's business, and no hook's.
+        # Decompositions check their own success and therefore wait inside the library.
         with _disable_current_modes():
             return solve(*args)
 
     with monkeypatch.context() as patches, NoSynchronisation():
         patches.setattr(injection, "kss_gradient_op", solver)
-        # A scalar on the host is read at once; one on a device is copied and read when it has come.
+        # A scalar on the host is read at once; one on a device is copied and read after it has arrived.
         patches.setattr(AsyncScalar, "put", lambda box, value: None)
         for name in WAITS:
             original = getattr(torch.Tensor, name)
@@ -121,7 +120,7 @@ def test_a_hook_that_would_wait_is_caught(
 
 @pytest.mark.slow
 def test_memory_and_buffers_do_not_grow(monitor: ScriptedMonitor) -> None:
-    """A slice; the whole length is `python -m benchmarks.endurance`."""
+    """A slice; `python -m benchmarks.endurance` has the whole length."""
     found = endure(600, monitor)
     assert found["in_force"] == [0.1, 0.5]
     assert found["sent"] > 100
@@ -162,7 +161,7 @@ def test_no_thread_is_left_after_close_not_even_the_sockets_own(
 
 
 class Workers(Dataset[tuple[int, int, bool]]):
-    """Each item tells what its worker carries: koopmon's threads, and whether it imported the agent by itself."""
+    """Each item has the state of its worker: koopmon's threads, and whether it imported the agent."""
 
     def __len__(self) -> int:
         return 12

@@ -1,4 +1,4 @@
-"""A real monitor in a process of its own, behind keys, and a real training that it watches; the tests attack both."""
+"""A real monitor in another process, behind keys, and a real training under it. The tests attack both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CADENCE = {"dense_every": 1, "warmup_steps": 100_000, "initial_credit_seconds": 
 
 
 class Training:
-    """A real agent on a small model, and at the end the proof that nothing has touched its losses."""
+    """Real agent on a small model, with a final check that its losses are unchanged."""
 
     def __init__(self, endpoint: str, ring: Keyring, run: str, agent: str, **tables: Any) -> None:
         torch.set_num_threads(1)
@@ -37,21 +37,21 @@ class Training:
         )
 
     def until(self, condition: Callable[[], Any], seconds: float = 90.0) -> Any:
-        """Train until `condition` is true, and give its value."""
+        """Train until `condition` is true, and return its value."""
         deadline = time.monotonic() + seconds
         while not (found := condition()):
-            assert time.monotonic() < deadline, f"trained in vain: {self.agent.status()}"
+            assert time.monotonic() < deadline, f"the condition stayed false: {self.agent.status()}"
             self.losses.append(train_step(self.model, self.optimizer, len(self.losses)))
             time.sleep(0.005)
         return found
 
     def go_on(self, steps: int = 20) -> None:
-        """Some more steps, which the monitor still sees."""
+        """Train some more steps, which the monitor must receive."""
         sent, done = self.agent.status()["sent"], len(self.losses)
         self.until(lambda: len(self.losses) >= done + steps and self.agent.status()["sent"] > sent)
 
     def untouched(self) -> bool:
-        """Whether the losses are, bit for bit, those of a training without koopmon; and the agent lives."""
+        """Check that the losses are bit-identical to a training without koopmon, and that the agent works."""
         model = build()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         alone = [train_step(model, optimizer, step) for step in range(len(self.losses))]
@@ -60,7 +60,7 @@ class Training:
 
 
 class Attacked(MonitorProcess):
-    """The monitor under attack. `refused` counts what it has refused since `begin`, by reason."""
+    """The attacked monitor. `refused` counts its rejections since `begin`, by reason."""
 
     def begin(self) -> None:
         self._before = self._rejected()
@@ -79,7 +79,7 @@ class Attacked(MonitorProcess):
 
 @pytest.fixture(scope="module")
 def ring(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
-    """Keys of the monitor and of four agents: one bound to its own runs, a thief to others, a rival to all."""
+    """Keys of the monitor and of four agents: one bound to its own runs, one to other runs, one to all."""
     ring = Keyring(tmp_path_factory.mktemp("attacks") / "keys")
     ring.agent("victim", runs=("victim/*",))
     ring.agent("thief", runs=("thief/*",))
@@ -106,7 +106,7 @@ def monitor(process: Attacked) -> Attacked:
 
 @pytest.fixture
 def train(ring: Keyring) -> Iterator[Callable[..., Training]]:
-    """Start a training, each a run of its own."""
+    """Start a training with its own run."""
     made: list[Training] = []
 
     def start(endpoint: str, agent: str = "victim", **tables: Any) -> Training:
@@ -120,7 +120,7 @@ def train(ring: Keyring) -> Iterator[Callable[..., Training]]:
 
 @pytest.fixture
 def attacker(ring: Keyring) -> Iterator[Callable[..., ScriptedAgent]]:
-    """Connect somebody who has the keys of `agent`, or none."""
+    """Connect a peer with the keys of `agent`, or without keys."""
     made: list[ScriptedAgent] = []
 
     def connect(endpoint: str, agent: str | None, **options: Any) -> ScriptedAgent:
@@ -134,6 +134,6 @@ def attacker(ring: Keyring) -> Iterator[Callable[..., ScriptedAgent]]:
 
 @pytest.fixture
 def demanding(tmp_path: Path) -> Iterator[Callable[..., ScriptedMonitor]]:
-    """A monitor that says what a test makes it say, with whatever keys."""
+    """Monitor with any keys that sends the messages of the test."""
     with ExitStack() as stack:
         yield lambda trust: stack.enter_context(ScriptedMonitor(tmp_path / "m", trust=trust, heartbeat_seconds=0.2))

@@ -1,4 +1,4 @@
-"""Impostors, and a monitor that asks for too much, against a real training: its own caps hold, whatever is said."""
+"""False monitors, and a monitor with excessive commands, against a real training: the limits of the agent hold."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCALES = (0.0, -0.0, -1.0, 100.0, 1.0000001, math.nan, math.inf, -math.inf, "1",
 
 
 def welcomed(training: Any, monitor: Any) -> dict[str, Any]:
-    """The fields that every command for this training has."""
+    """Common fields of every command for this training."""
     training.until(lambda: training.agent.status()["connected"])
     hello = monitor.of(Hello)[-1]
     return {"run": hello.run, "incarnation": hello.incarnation, "reason": "a demand", "expires_step": 1 << 40}
@@ -64,7 +64,7 @@ def test_a_monitor_without_keys_commands_nobody(
 
 
 def absurd(common: dict[str, Any]) -> list[bytes]:
-    """Headers of commands that no `encode` would make."""
+    """Headers of commands that `encode` would refuse."""
     rate = {**common, "type": "command", "id": "0" * 16, "kind": "set_lr_scale"}
     kss = {**common, "type": "command", "id": "0" * 16, "kind": "set_kss"}
     settings = msgspec.to_builtins(KssSettings(alpha=1.0))
@@ -174,7 +174,7 @@ def test_ten_thousand_commands_with_no_budget_change_nothing(ring: Keyring, trai
     last = Command(**common, id="f" * 16, kind="set_cadence", cadence_steps=1)
 
     def heard_out() -> bool:
-        monitor.send(encode(last))  # an answer may be lost where the monitor does not read as fast
+        monitor.send(encode(last))  # an ack may be lost if the monitor reads slowly
         return monitor.acked(last.id)
 
     training.until(heard_out, seconds=200.0)

@@ -1,6 +1,7 @@
-"""Strangers, and agents that reach for what is not theirs, against a monitor and a training that it watches.
+"""Unknown peers, and agents that use other runs, against a monitor and a training.
 
-After each: refused, counted by its reason, the training's losses bit for bit those of a training alone.
+After each attack, the monitor has counted the rejection by its reason, and the losses are bit-identical to those of the
+training alone.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ Connect = Callable[..., Any]
 
 
 def name_of(training: Any) -> dict[str, str]:
-    """Run and incarnation of a training that the monitor serves."""
+    """Return run and incarnation of a training of the monitor."""
     training.until(lambda: training.agent.status()["connected"])
     status = training.agent.status()
     return {"run": status["run"], "incarnation": status["incarnation"]}
 
 
 def say_all(attacker: Any, name: dict[str, str]) -> int:
-    """Say everything but hello as the run `name`, on both channels; returns how many messages that were."""
+    """Send every message except hello as the run `name` on both channels; return the number of messages."""
     messages = [
         Heartbeat(**name, process_rank=0, training=TrainingStep(step=1 << 40), applied=Applied(lr_scale=0.5)),
         Ack(**name, command_id="0" * 8, outcome="applied", step=1, applied=Applied()),
@@ -71,7 +72,7 @@ def hello(name: dict[str, str]) -> Hello:
 
 
 def still_runs(monitor: Any, training: Any, name: dict[str, str]) -> bool:
-    """Whether the monitor takes the run for the one that it was."""
+    """Return True if the monitor still has the run unchanged."""
     training.go_on()
     samples = monitor.samples()
     return samples[f'run_state{{run="{name["run"]}"}}'] == 1 and samples[f'lr_scale{{run="{name["run"]}"}}'] == 1
@@ -139,7 +140,7 @@ def test_a_key_that_is_withdrawn_ends_its_living_connection(
     training.until(lambda: leaver.control.retry() or leaver.control.connected)
     assert isinstance(leaver.hello(), Welcome)
     leaver.heartbeat(1)
-    monitor.begin()  # until it had looked, the key was not known
+    monitor.begin()  # the monitor had not yet read the key
     ring.shut_out("leaver")
 
     def refused() -> bool:
@@ -202,7 +203,7 @@ def test_bombs_and_oversized_headers_cost_nothing(monitor: Any, train: Train, at
     training.until(lambda: {k: v for k, v in monitor.refused().items() if k in expected} == expected)
     training.until(lambda: sum(monitor.refused().values()) == 2 * len(BOMBS) + 4)
     assert set(monitor.refused()) <= {"garbage", "schema", "size", "shape"}
-    rival.send_frames([PREFIX + bytes(1 << 21)])  # cut off by the transport
+    rival.send_frames([PREFIX + bytes(1 << 21)])  # closed by the transport
     training.until(lambda: rival.control.connections == 2)
     assert resident_bytes(monitor.process.pid) - before < 64 << 20
     assert still_runs(monitor, training, name)
@@ -216,7 +217,7 @@ def resident_bytes(pid: int) -> int:
 
 
 class Wiretap:
-    """A proxy before a port that keeps what each client has sent."""
+    """Proxy before a port that records the bytes of each client."""
 
     def __init__(self, port: int) -> None:
         self._target = port
@@ -271,7 +272,7 @@ def test_a_recorded_connection_is_worth_nothing(monitor: Any, train: Train, wire
     for attempt in range(3):
         with socket.create_connection(("127.0.0.1", port), timeout=20.0) as replayed, contextlib.suppress(OSError):
             replayed.sendall(record)
-            while replayed.recv(4096):  # until the monitor hangs up
+            while replayed.recv(4096):  # until the monitor closes the connection
                 pass
         training.until(lambda attempt=attempt: monitor.refused().get("handshake", 0) > attempt)
     assert set(monitor.refused()) == {"handshake"}

@@ -1,4 +1,4 @@
-"""Nowhere but in their files: logs, arguments, the history, the pages and the job's environment are searched."""
+"""Secrets are in their files only: the tests search logs, arguments, the history, pages and the environment of jobs."""
 
 from __future__ import annotations
 

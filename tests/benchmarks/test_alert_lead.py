@@ -1,4 +1,4 @@
-"""How the lead of an alert is counted; the stack that measures it is in tests/grafana/test_stack.py."""
+"""Computation of the lead of an alert. tests/grafana/test_stack.py has the measuring stack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.alert_stack import Step
 
 
 def steps(losses: list[float]) -> list[Step]:
-    """Told a second apart, the first at 100 s."""
+    """Losses one second apart, the first at 100 s."""
     return [Step(step, loss, 100.0 + step) for step, loss in enumerate(losses)]
 
 

@@ -1,4 +1,4 @@
-"""Campaigns go on where they were, and tell damaged results from sound ones."""
+"""Campaigns continue after an interruption and recognise damaged results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Square:
 
 
 def square(case: Square) -> tuple[Mapping[str, Any], dict[str, np.ndarray[Any, Any]]]:
-    """Writes that it ran; refuses 13."""
+    """Record the call; raise for 13."""
     with Path(case.log).open("a") as log:
         log.write(f"{case.number}\n")
     if case.number == 13:
@@ -113,7 +113,7 @@ def test_a_campaign_that_is_terminated_leaves_nothing_running_and_goes_on_later(
     assert said
     assert 0 < int(said[1]) <= len(list(work.glob("*.npz"))) < 60, "what was underway is finished"
     deadline = time.monotonic() + 10.0
-    while _alive(process.pid):  # its resource tracker ends a moment after it
+    while _alive(process.pid):  # its resource tracker ends a moment later
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -1,4 +1,4 @@
-"""The other families' small models are what they are called, and train like the rest."""
+"""Small models of the other families: structure and training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A slice of the fault campaign, and proof that its checks would notice what they look for."""
+"""A slice of the fault campaign, and tests that its checks find problems."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from koopmon.config import load
 
 
 def write_logs(job: Job, stretch: Stretch, *, name: str = "0-0", pid: int = 7) -> None:
-    """What the ranks of `job` would have written down."""
+    """Write the log that the ranks of `job` would have written."""
     (steps,) = follow([stretch])
     scale, version = 1.0, 0
     texts = [""] * stretch.world
@@ -213,7 +213,7 @@ UNDER_SCRIPT = (
 
 
 def in_turn(faults: Any) -> Any:
-    """One fault that is another one each time."""
+    """One kind of fault that differs at each injection."""
     order: Iterator[Any] = itertools.cycle(faults)
     return lambda stage: next(order)(stage)
 
@@ -229,7 +229,7 @@ def in_turn(faults: Any) -> Any:
     ids=["monitor", "script", "plugin"],
 )
 def test_a_slice_of_the_campaign(play: Any, count: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    directory = tmp_path_factory.mktemp("f")  # a short path: sockets lie in it
+    directory = tmp_path_factory.mktemp("f")  # a short path, because it has sockets
     told = summary(play(directory, random.Random(0), count), own=True)
     assert told["problems"] == []
     assert told["num_applied"] > 0

@@ -1,4 +1,4 @@
-"""A few cycles of the campaign that floods and kills, and its sense of what is bad."""
+"""A few cycles of the flooding campaign, and its judgement of bad results."""
 
 from __future__ import annotations
 

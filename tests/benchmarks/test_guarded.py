@@ -1,4 +1,4 @@
-"""A slice of the campaign of benchmarks.guarded, in real processes, and its tables on runs of both kinds."""
+"""A slice of the campaign of benchmarks.guarded in real processes, and its tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A slice of the support matrix, under one torchrun, and the command around it."""
+"""A slice of the support matrix under one torchrun, and its command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.matrix import page
 from benchmarks.matrix.cells import SLICE, cells
 
 EXPECTED = {"pp-gpipe": "refused"}
-"""All others are proven."""
+"""All other cells are proven."""
 
 
 @pytest.mark.distributed

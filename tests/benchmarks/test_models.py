@@ -1,4 +1,4 @@
-"""The project's own models and tasks do what their descriptions say."""
+"""Models and tasks of the project match their descriptions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_initialisation_is_that_of_gpt_2(norm: Norm) -> None:
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_scheme_learns(norm: Norm) -> None:
-    """Every parameter but the positions beyond the batch takes part; a few steps lower the loss on one batch."""
+    """Every parameter except positions beyond the batch takes part, and a few steps lower the loss on one batch."""
     model = Decoder(norm, **SMALL)
     tokens, labels = associative_recall(16, seed=0, num_tokens=16, num_pairs=2, vocabulary=32)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)

@@ -1,4 +1,4 @@
-"""The table of the paper's residual schemes, reproduced within its bands."""
+"""Reproduction of the paper's residual schemes within the bands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 @pytest.mark.parametrize("norm", REFERENCES)
 def test_rows_are_within_their_bands(norm: Norm) -> None:
-    """Two seeds of weights, batch and tokens; the bands are those that a reproduction must meet."""
+    """Two seeds of weights, batch and tokens must meet the bands of the reproduction."""
     row = measure(norm, seeds=(0, 1))
     assert row.holds, render(row)
     if norm == "rezero":

@@ -1,4 +1,4 @@
-"""The pictures of the pages are those that the command draws, and each is shown."""
+"""Pages show every picture of the command, and no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make prove` runs the benchmarks that are commands, and nothing else that lies beside them."""
+"""`make prove` runs every benchmark that is a command, and no other file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proving ground: its models, its schedule, its clipping rules, and what it concludes from recorded runs."""
+"""Proving ground: models, schedule, clipping rules, and results from recorded runs."""
 
 import math
 from dataclasses import replace

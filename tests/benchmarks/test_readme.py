@@ -1,4 +1,4 @@
-"""The pages say what the results say."""
+"""Figures in the pages equal the results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_result_has_its_place_and_a_changed_figure_is_noticed(name: str, t
 
 
 def _doubled(value: object) -> object:
-    """Every fraction twice as large."""
+    """Double every fraction."""
     if isinstance(value, dict):
         return {key: _doubled(each) for key, each in value.items()}
     if isinstance(value, list):

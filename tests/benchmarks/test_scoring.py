@@ -1,4 +1,4 @@
-"""ROC areas and calibration errors on cases that can be counted by hand."""
+"""ROC areas and calibration errors of small cases with known values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forms of shaping do what their descriptions say, and the guard inside a training decides as the product does."""
+"""Forms of shaping match their descriptions, and the guard inside a training decides like the product."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = Recipe(task="recall-2", width=32, num_layers=2, lr=0.003, seed=0, steps=
 
 
 def shaped(form: Form, *, alpha: float = 0.5, tau_u: float = 1.01, gain: float = 6.0) -> tuple[Decoder, Shaping]:
-    """A small model whose layers are loud enough to be shaped, after one watched forward pass."""
+    """Build a small model with large updates, after one watched forward pass."""
     torch.manual_seed(0)
     model = Decoder("none", width=32, num_layers=2, max_tokens=16, vocabulary=32)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_a_step_outside_the_optimizer_lowers_the_radius(form: Form) -> None:
     model, shaping = shaped(form, alpha=0.2)
     before = radius(model)
     shaping.before_step(shaping.penalty())
-    if form == "decoupled":  # the length of the optimizer's step, which there is none of here
+    if form == "decoupled":  # the length of the optimizer's step, absent here
         shaping._before = [p.detach() + 0.05 * torch.randn_like(p) for p in shaping._parameters]
     shaping.after_step()
     assert radius(model) < before

@@ -1,4 +1,4 @@
-"""A recorded training is the plain training, and its profiles are those of its own states."""
+"""A recorded training equals the plain training, and its profiles belong to its own states."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = Recipe(task="recall-2", width=32, num_layers=2, lr=0.003, seed=0, steps=
 
 
 def plainly(recipe: Recipe) -> list[float]:
-    """The same training, written down once more without any recording."""
+    """Repeat the same training without any recording."""
     model = recipe.model()
     optimizer = torch.optim.AdamW(model.parameters())
     losses = []
@@ -71,7 +71,7 @@ def test_the_forecast_by_a_logged_loss_is_the_z_score_with_the_prior_a_step_late
     run = campaign_run(scalars, series)
     known = np.array([risk.components["prior"] for risk in online(run)])
     at_once, later = DETECTORS["loss z-score, with prior"](run) - known, forecast_by_loss(run) - known
-    told = np.arange(7, len(later))  # the monitor knows six losses then
+    told = np.arange(7, len(later))  # the monitor has six losses then
     assert later[told] == pytest.approx(at_once[told - 1], abs=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""A slice of the campaign of benchmarks.unchanged_script, in real processes, and its verdict on hand-made results."""
+"""A slice of the campaign of benchmarks.unchanged_script in real processes, and its judgement of given results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command line in real processes."""
+"""The command line in real processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KOOPMON = (sys.executable, "-m", "koopmon")
 
 
 class CommandLine:
-    """Starts koopmon's verbs with a state directory of their own and nothing of the caller's KOOPMON_ variables."""
+    """Start koopmon verbs with a private state directory and without the caller's KOOPMON_ variables."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -47,7 +47,7 @@ class CommandLine:
         return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
     def run(self, *job: str, given: bytes = b"", **env: str) -> subprocess.CompletedProcess[bytes]:
-        """`koopmon run` of a job beside what passes for a monitor: the launcher alone, which has nothing to say."""
+        """Run `koopmon run` of a job beside a stub of a monitor: the launcher alone."""
         return self("run", "--monitor", self.endpoint, "--", *job, given=given, **env)
 
     def python(self, *words: str, **env: str) -> subprocess.CompletedProcess[bytes]:
@@ -57,7 +57,7 @@ class CommandLine:
 
     @property
     def endpoint(self) -> str:
-        """Of a monitor that answers whoever asks, and has nothing to say."""
+        """Endpoint of a stub of a monitor, which replies to probes only."""
         if self._monitor is None:
             place = self.directory / "m"
             place.mkdir(mode=0o700)
@@ -86,7 +86,7 @@ def koopmon(tmp_path: Path) -> Iterator[CommandLine]:
 
 @pytest.fixture
 def one_line() -> object:
-    """Checks that a verb refused in one line of its own: (process, words that the line holds, exit status)."""
+    """Require that a verb refused with one line: (process, words of the line, exit status)."""
 
     def check(done: subprocess.CompletedProcess[bytes], *words: str, status: int = 2) -> None:
         text = done.stderr.decode()

@@ -1,4 +1,4 @@
-"""`koopmon adapters check` on a package that is really installed, on a broken one, and on what is none."""
+"""`koopmon adapters check` on an installed package, on a faulty one, and without an adapter."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ number = 3
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the example package in it, put there by pip from a copy of its source."""
+    """A directory with the example package, installed by pip from a copy of its source."""
     source, target = tmp_path_factory.mktemp("source") / "echo", tmp_path_factory.mktemp("site")
     shutil.copytree(ECHO, source, ignore=shutil.ignore_patterns("__pycache__"))
     options = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--target", target]
@@ -94,7 +94,7 @@ def test_its_own_tests_run_under_pytest(site: Path, tmp_path: Path, koopmon: Any
 def here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> Callable[..., subprocess.CompletedProcess[bytes]]:
-    """The verb in this process, beside a file of one's own."""
+    """Run the verb in this process, beside a file of the test."""
     (tmp_path / "own.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -125,7 +125,7 @@ def test_a_broken_adapter_is_found_out_and_the_rest_reported(here: Any) -> None:
 
 
 def test_an_adapter_without_a_model_leaves_the_others_to_be_checked(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine that lacks the libraries of some families."""
+    """Simulate a machine without the libraries of some families."""
     from koopmon_adapters import mamba, moe, transformer
 
     for family in (mamba, moe):

@@ -1,4 +1,4 @@
-"""From recorded runs to a calibrator, and from a calibrator to `koopmon profile`, as a user does it."""
+"""From recorded runs to a calibrator, and from a calibrator to `koopmon profile`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make():
 
 
 class Recorder:
-    """Writes one short run after another into a history."""
+    """Write one short run after another into a history."""
 
     def __init__(self, path: Path) -> None:
         self.store = HistoryWriter.open(path)
@@ -97,7 +97,7 @@ class Recorder:
 
 @pytest.fixture
 def histories(tmp_path: Path) -> list[str]:
-    """Two stores; runs die where the rate is high, somewhat at random; some runs cannot serve."""
+    """Two stores: runs diverge at high rates, with some noise; some runs are unusable."""
     draw = random.Random(0)
     paths = [tmp_path / name for name in ("a.sqlite3", "b.sqlite3")]
     recorders = [Recorder(path) for path in paths]
@@ -166,7 +166,7 @@ def test_too_few_runs_are_refused_with_their_number(tmp_path: Path, capsys: pyte
 
 @pytest.fixture
 def calibrated(tmp_path: Path) -> list[str]:
-    """Arguments of `koopmon profile` with a calibrator for transformers; beside it lies one for experts."""
+    """Arguments of `koopmon profile` with a calibrator for transformers, beside one for experts."""
     (tmp_path / "model.py").write_text(MODEL)
     examples = [
         Example(update_exponent=0.5, learning_rate=10 ** (-5 + i / 15), width=16, num_layers=3, diverged=i % 60 > 30)

@@ -1,4 +1,4 @@
-"""`koopmon doctor`: each thing broken on purpose, with real monitors, sockets and processes; and all of it well."""
+"""`koopmon doctor`: each fault with real monitors, sockets and processes, and a setup without faults."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ Examine = Callable[..., tuple[int, dict[str, dict[str, str]]]]
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place of its own, nothing of the caller's environment, and a torchrun of this Python on PATH."""
+    """A private directory, without the variables of the caller, and a torchrun of this Python on PATH."""
     for name in list(os.environ):
         if name.startswith("KOOPMON_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             monkeypatch.delenv(name)
@@ -76,7 +76,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def examine(here: Path, capsys: pytest.CaptureFixture[str]) -> Examine:
-    """Run the doctor; its exit status, and its findings by what they are about."""
+    """Run the doctor; return its exit status and its findings by check."""
 
     def run(*words: str) -> tuple[int, dict[str, dict[str, str]]]:
         status = main(["doctor", *words, "--json"])
@@ -215,10 +215,10 @@ def test_another_package_and_another_clock_are_worth_a_word(examine: Examine, tm
 
 @pytest.fixture(scope="module")
 def ring(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
-    """Keys of the monitor, of an agent that may speak for some runs, and of one that the monitor does not know."""
+    """Keys of the monitor, of an agent with some runs, and of an unknown agent."""
     ring = Keyring(tmp_path_factory.mktemp("keys") / "ring")
     ring.agent(runs=("mine*",))
-    ring.agent("stranger", served=False)
+    ring.agent("unknown", served=False)
     return ring
 
 
@@ -236,7 +236,7 @@ def locked(ring: Keyring, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     [
         ("missing", "keys", "no such file", "koopmon keys make"),
         ("loose", "keys", "lets others read it; chmod 600", "koopmon keys make"),
-        ("stranger", "monitor", "does not know this agent's key", "copy {keys}/stranger.key to agents/stranger.key"),
+        ("unknown", "monitor", "does not know this agent's key", "copy {keys}/unknown.key to agents/unknown.key"),
         ("other monitor", "monitor", "its key is not the one in monitor.key", "copy monitor.key"),
         ("not for this run", "run", "may not use run yours", "add the run to `runs` in the agent's file"),
         ("no keys here", "monitor", "it demands keys", 'loopback = "curve"'),
@@ -258,7 +258,7 @@ def test_keys(
         ring.agent()
     if trouble == "loose":
         (ring.place / "agent.secret").chmod(0o644)
-    agent = "stranger" if trouble == "stranger" else "agent"
+    agent = "unknown" if trouble == "unknown" else "agent"
     tables = "" if trouble == "no keys here" else f'keys = "{ring.place}"\nagent = "{agent}"\nloopback = "curve"\n'
     (tmp_path / "k.toml").write_text(f"[security]\n{tables}")
     status, found = examine("--monitor", locked.addresses.endpoint, "--config", "k.toml", "--run", "yours")

@@ -1,4 +1,4 @@
-"""`koopmon run` with a monitor of its own: there before the job, gone after it, and never in its way."""
+"""`koopmon run` with its own monitor: it starts before the job, ends after it, and never blocks it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.process
 
 PYTHON = sys.executable
 
-# Tells what a job sees of its monitor: the metrics page's first bytes, the endpoint's directory, the monitor's pid.
+# Prints the job's view of its monitor: first bytes of the metrics, directory of the endpoint, pid.
 LOOK = """
 import json, os, pathlib, stat, urllib.request
 directory = pathlib.Path(os.environ["KOOPMON_ENDPOINT"].removeprefix("ipc://")).parent
@@ -211,7 +211,7 @@ def test_run_and_help_start_without_torch() -> None:
         "assert main(['--help']) == 0\n"
         "for verb in ('run', 'monitor', 'profile', 'demo', 'adapters'):\n"
         "    assert main([verb, '--help']) == 0, verb\n"
-        "refused.remove('zmq')\n"  # a monitor is asked by a real handshake
+        "refused.remove('zmq')\n"  # the probe of a monitor is a real handshake
         "status = main(['run', '--monitor', 'tcp://127.0.0.1:1', '--', 'sh', '-c', 'exit 9'])\n"
         "assert status == 9, status\n"
         "assert len(os.listdir('/proc/self/task')) == 1, 'the launcher forks: it must have one thread'\n"

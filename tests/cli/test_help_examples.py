@@ -1,7 +1,6 @@
-"""Every verb's --help ends with an example, and the example works: typed as it stands, where the files that it names
-lie.
+"""Each --help ends with an example, and a test runs it as it is written, beside its files.
 
-What a few cannot be is told in NOT_RUN, with what is done instead; their words are parsed all the same.
+NOT_RUN has the examples that cannot run, with their replacements. Their words are parsed.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from tests.docs.spelling import koopmon_words, parse
 VERBS = dict(verbs())
 EXAMPLES = {name: example(command) for name, command in VERBS.items()}
 RUN = "train-1a2b3c4d"
-"""The recorded run that examples speak of: the one of `koopmon run`'s own example."""
+"""Name of the recorded run in the examples: that of the example of `koopmon run`."""
 NOT_RUN = {
     "koopmon": "is that of `koopmon run` with other words; a page's test runs it",
     "koopmon demo": "takes minutes; tests/test_demo.py runs a slice of it",
@@ -41,14 +40,14 @@ BEFORE = {
     "koopmon keys show": ["koopmon keys make"],
     "koopmon keys rotate": ["koopmon keys make"],
 }
-"""What a reader has typed before an example."""
+"""Commands before an example."""
 DUE = [name for name in VERBS if name not in NOT_RUN and name != "koopmon run"]
-"""The others: that of `koopmon run` comes before them all."""
+"""Commands before the others: the example of `koopmon run` comes first."""
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
-    """Somebody with a script, a policy, a plugin package, many short runs and one longer one behind them."""
+    """Directory of a user with a script, a policy, a plugin package, many short runs and a longer one."""
     directory = tmp_path_factory.mktemp("reader")
     reader = Reader(directory)
     reader.files_of(QUICKSTART, ROOT / "docs" / "tuning.md")
@@ -60,7 +59,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
 
 
 def _install_plugin(directory: Path) -> None:
-    """The example package of docs/write-an-adapter.md, under the name that the example has."""
+    """The example package of docs/write-an-adapter.md, with the name in the example."""
     shutil.copytree(ROOT / "tests" / "packages" / "echo" / "koopmon_echo", directory / "mypackage")
     adapter = directory / "mypackage" / "adapter.py"
     adapter.write_text(adapter.read_text(encoding="utf-8").replace("koopmon_echo", "mypackage"), encoding="utf-8")
@@ -71,7 +70,7 @@ def _install_plugin(directory: Path) -> None:
 
 
 def _record_runs(path: Path) -> None:
-    """Sixty short runs of two widths, of which those at high rates die."""
+    """Write sixty short runs of two widths, of which those at high rates diverge."""
     draw, recorder = random.Random(0), Recorder(path)
     for index in range(60):
         log_rate = draw.uniform(-4, -1)

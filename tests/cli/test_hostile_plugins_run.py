@@ -1,4 +1,4 @@
-"""The real commands where hostile plugins are installed: `koopmon run`, `koopmon adapters` and its `check`."""
+"""Real commands beside hostile plugins: `koopmon run`, `koopmon adapters` and its `check`."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_training_beside_every_hostile_plugin_is_guarded_and_its_own(koopmon: 
     words = [sys.executable, "train.py", "--lr", "0.001"]
     bare = subprocess.run(words, cwd=koopmon.directory, env=koopmon.environ, capture_output=True, check=False)
     assert bare.returncode == 3, bare.stderr
-    (site / "ties-1.2.dist-info" / "entry_points.txt").unlink()  # where another claims more, a tie decides nothing
+    (site / "ties-1.2.dist-info" / "entry_points.txt").unlink()  # a tie has no effect if another adapter claims more
     done = koopmon("run", "--json", "end.json", "--", *words, PYTHONPATH=str(site))
     said = done.stderr.decode()
     assert done.returncode == 3, said

@@ -1,4 +1,4 @@
-"""`koopmon keys`: pairs made, shown and rotated, and secrets never shown."""
+"""`koopmon keys`: creation, printing and rotation of pairs, without printing secrets."""
 
 from __future__ import annotations
 

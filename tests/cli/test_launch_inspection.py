@@ -1,4 +1,4 @@
-"""What a job's command line and environment tell before it starts."""
+"""Inspection of a job's command line and environment before its start."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`koopmon run` before what people start trainings with: plain Python, and Slurm's srun inside a batch script.
+"""`koopmon run` before plain Python, and before Slurm's srun inside a batch script.
 
-accelerate is in tests/recipes; torchrun in tests/test_demo.py. Slurm's own programs are played by a script on the path.
+tests/recipes has accelerate; tests/test_demo.py has torchrun. A script on the path replaces Slurm's programs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from koopmon.history.reader import HistoryReader
 
 PLAIN = Path(__file__).parent / "programs" / "plain.py"
 SHORT = {"TMPDIR": "/tmp"}
-"""Tensors pass from a loader's worker through a socket there, whose path must not be long."""
+"""Directory with a short path. A loader's worker passes tensors through a socket there."""
 SRUN = """#!{python} -S
 import os, subprocess, sys
 size = int(sys.argv[sys.argv.index("--ntasks") + 1])
@@ -31,7 +31,7 @@ sys.exit(max(task.wait() for task in tasks))
 
 
 def watched(directory: Path, store: Path) -> tuple[int, set[int], int]:
-    """Of the one run in a store: incarnations, ranks that were heard, profiles."""
+    """Return incarnations, connected ranks and profiles of the one run in a store."""
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["exit_status"] == 0
     with HistoryReader.open(store) as history:

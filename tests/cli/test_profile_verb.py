@@ -1,4 +1,4 @@
-"""`koopmon profile` and `koopmon adapters`; a process of their own costs an import of torch, so most share this one."""
+"""`koopmon profile` and `koopmon adapters`. Another process costs an import of torch, so most tests share this one."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def mixture():
 
 @pytest.fixture
 def bench(koopmon: Any) -> Any:
-    """Verbs in processes of their own, where the factories are."""
+    """Run verbs in other processes, in the directory of the factories."""
     (koopmon.directory / "factory.py").write_text(FACTORY)
     (koopmon.directory / "neighbour.py").write_text("WIDTH = 16\n")
     return koopmon
@@ -108,7 +108,7 @@ Verb = Callable[..., subprocess.CompletedProcess[bytes]]
 
 @pytest.fixture
 def here(bench: Any, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]) -> Verb:
-    """Verbs in this process."""
+    """Run verbs in this process."""
     monkeypatch.chdir(bench.directory)
     monkeypatch.setattr(sys, "path", list(sys.path))
 

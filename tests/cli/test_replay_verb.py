@@ -1,4 +1,4 @@
-"""`koopmon replay` as a user meets it; what it decides is tested in tests/offline/test_replay.py."""
+"""`koopmon replay` as a command; tests/offline/test_replay.py tests its decisions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.factories import observation, record_observation
 
 @pytest.fixture
 def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A state directory with the history of one run that lurches at step 10, and nothing done about it."""
+    """A state directory with the history of one run with a jump at step 10 and no action."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.delenv("KOOPMON_CONFIG", raising=False)
     path = tmp_path / "koopmon" / "runs" / "team_run.sqlite3"

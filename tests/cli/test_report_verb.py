@@ -44,7 +44,7 @@ with koopmon.attach(model, optimizer) as agent:
 
 
 class Recorded:
-    """A real run that was guarded, and what `koopmon report` made of it."""
+    """A real guarded run, and the result of `koopmon report`."""
 
     def __init__(self, directory: Path) -> None:
         self.koopmon = CommandLine(directory)
@@ -130,7 +130,7 @@ def test_the_page_in_a_browser(recorded: Recorded, width: int, scheme: Any) -> N
 
 @pytest.fixture
 def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A state directory with the histories of two guarded runs and of a monitor that they share."""
+    """A state directory with the histories of two guarded runs and of a shared monitor."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.delenv("KOOPMON_CONFIG", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -159,9 +159,9 @@ def test_the_configuration_says_what_is_high(state_home: Path, capsys: pytest.Ca
 
 @pytest.mark.process
 def test_a_plain_install_without_matplotlib_is_enough(state_home: Path) -> None:
-    """In a process of its own, in which matplotlib cannot be imported at all."""
+    """The verb in a process in which matplotlib cannot be imported."""
     body = "import sys; sys.modules['matplotlib'] = None; from koopmon.cli import main; sys.exit(main(sys.argv[1:]))"
-    # -P: the working directory has a folder named koopmon, that of the histories.
+    # -P: the working directory has a folder named koopmon, the one of the histories.
     words = [sys.executable, "-P", "-c", body, "report", "two", "--out", "bare"]
     done = subprocess.run(words, cwd=state_home, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""`koopmon run` as a launcher: the job must not notice it. No monitor runs in these tests."""
+"""`koopmon run` as a launcher without an effect on the job. No monitor runs in these tests."""
 
 from __future__ import annotations
 

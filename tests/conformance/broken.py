@@ -1,4 +1,4 @@
-"""Adapters that each break one promise, over the Echo example package, with the check that must find them out."""
+"""Adapters of the Echo example package that each break one requirement, with the check that must fail."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ClaimsEverything(EchoAdapter):
 
 
 class ClaimsOthers(EchoAdapter):
-    """Takes any list of blocks for its own."""
+    """Claims any list of blocks."""
 
     def stacks(self, model: nn.Module) -> list[Stack]:
         from koopmon import block_lists
@@ -65,7 +65,7 @@ class ClaimsTooHigh(EchoAdapter):
 
 
 class Hesitates(EchoAdapter):
-    """As sure of its own family as another adapter that happens to fit."""
+    """Makes a claim equal to that of another matching adapter."""
 
     def specificity(self, model: nn.Module) -> int:
         return 1 if self.stacks(model) else 0
@@ -81,7 +81,7 @@ class Remembers(EchoAdapter):
 
 
 class Marks(EchoAdapter):
-    """Leaves a note in the model."""
+    """Stores an attribute in the model."""
 
     def specificity(self, model: nn.Module) -> int:
         for module in model.modules():
@@ -90,7 +90,7 @@ class Marks(EchoAdapter):
 
 
 class Shakes(EchoAdapter):
-    """Changes a weight on which nothing but the values tell."""
+    """Changes a weight, visible only in its values."""
 
     def stacks(self, model: nn.Module) -> list[Stack]:
         for parameter in model.parameters():
@@ -105,7 +105,7 @@ class Draws(EchoAdapter):
 
 
 class WritesInPlace(EchoAdapter):
-    """Cleans up the user's own state."""
+    """Changes the user's own state."""
 
     def block_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         with torch.no_grad():
@@ -139,7 +139,7 @@ class Inherits(EchoAdapter):
 
 
 class Ignores(EchoAdapter):
-    """Nothing that is put back arrives."""
+    """Discards the new state."""
 
     def with_block_output(self, module: nn.Module, output: Any, state: Tensor) -> Any:
         return output
@@ -223,7 +223,7 @@ class CannotShield(EchoAdapter):
 
 
 class Measures(EchoAdapter):
-    """How far a block moves the state; the parent of those that do it badly."""
+    """Parent of adapters with a wrong measurement of how far a block moves the state."""
 
     measures: ClassVar[Mapping[str, str]] = {"reach": "Norm of the echo over that of the state."}
 
@@ -258,14 +258,14 @@ class ReadsNaN(Measures):
 
 
 class DrawsToRead(Measures):
-    """Looks at some tokens only, and lets chance choose them."""
+    """Reads some tokens only, at random."""
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor | None:
         return output[0][:, torch.randperm(3)].norm()
 
 
 class Case(NamedTuple):
-    """`found`: every check that fails, the most telling one first, whose reason matches `reason`."""
+    """`found`: all failing checks, the most specific first, whose reason matches `reason`."""
 
     adapter: type[EchoAdapter]
     reason: str

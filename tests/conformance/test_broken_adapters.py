@@ -1,4 +1,4 @@
-"""Each broken promise is found by the check that is for it, in one line, while every other check still reports."""
+"""Each broken requirement fails its check with one line, while all other checks still report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def one_thread() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.adapter.__name__)
 def test_a_broken_promise_is_found(case: Case) -> None:
-    # The dearest checks only where they have something to find.
+    # The most expensive checks run only where they find something.
     made = [check for check in checks(case.adapter, EXAMPLE) if check.name in case.found or check.name not in KSS]
     outcomes = {check.name: check.run() for check in made}
     failed = {name for name, outcome in outcomes.items() if outcome.verdict == "failed"}

@@ -1,4 +1,4 @@
-"""The kit itself: unsound example models are named as such, and a fault of the agent's is no less found."""
+"""The kit itself: it reports invalid example models as such, and also finds faults of the agent."""
 
 from __future__ import annotations
 

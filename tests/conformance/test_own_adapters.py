@@ -1,4 +1,4 @@
-"""Every adapter that is registered keeps every promise, with every example model that is offered for it."""
+"""Every registered adapter meets every requirement, with every example model for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from koopmon.conformance import Check, checks
 from koopmon.plugins import adapters, example_models
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # raised while the library is imported, not by our calls
+    warnings.simplefilter("ignore", DeprecationWarning)  # the import of the library raises it, not our calls
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", SyntaxWarning)
     for library in ("transformers", "mambapy.mamba", "kan"):

@@ -1,4 +1,4 @@
-"""Slurm on this machine alone: two nodes, which are daemons, in a directory of their own."""
+"""Slurm on this machine alone: two nodes, as daemons in a private directory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody has at the moment."""
+    """Find free ports."""
     probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [probe.getsockname()[1] for probe in probes]
     for probe in probes:
@@ -46,7 +46,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class Cluster:
-    """munged, slurmctld and two slurmds, started by `start`; jobs are submitted from `home`."""
+    """munged, slurmctld and two slurmds, started by `start`. Jobs are submitted from `home`."""
 
     def __init__(self, place: Path, start: Starter, **environ: str) -> None:
         self.home = place / "home"
@@ -72,14 +72,14 @@ class Cluster:
         wait_until(lambda: self.ask("sinfo", "--noheader", "--format=%t %D").split() == ["idle", "2"])
 
     def ask(self, *words: str, **environ: str) -> str:
-        """Standard output of one of Slurm's commands."""
+        """Return the standard output of a Slurm command."""
         done = subprocess.run(
             words, env=self.environ | environ, cwd=self.home, capture_output=True, text=True, timeout=60, check=False
         )
         return done.stdout
 
     def submit(self, *words: str, **environ: str) -> str:
-        """Submit a script with its options before it; gives the job's number."""
+        """Submit a script with options before it; return the job's number."""
         number = self.ask("sbatch", "--parsable", *words, **environ).strip()
         assert number.isdigit(), words
         return number
@@ -89,7 +89,7 @@ class Cluster:
         return match[1] if match else "unknown"
 
     def finished(self, job: str) -> str:
-        """How a job ended, once it has."""
+        """Return the final state of a job."""
         wait_until(lambda: self.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"))
         return self.state(job)
 

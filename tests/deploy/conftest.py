@@ -1,4 +1,4 @@
-"""What the tests of deploy/ share: the real option parser, and koopmon's verbs as processes."""
+"""Common parts of the tests of deploy/: the real option parser, and koopmon verbs as processes."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ Starter = Callable[..., subprocess.Popen[bytes]]
 
 
 def wait_until(condition: Callable[[], Any]) -> Any:
-    """The first true value of `condition`; fails when it does not come."""
+    """Return the first true value of `condition`; fail after the time limit."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition stayed false"
         time.sleep(0.05)
     return value
 
 
 def parsed(words: Sequence[str]) -> dict[str, Any]:
-    """What the real parser makes of `koopmon VERB OPTIONS...`; it raises for an option that the verb does not have."""
+    """Parse `koopmon VERB OPTIONS...` with the real parser, which raises for an unknown option."""
     program, verb, *options = words
     assert Path(program).name == "koopmon", words
     group: Any = typer.main.get_command(app)
@@ -45,7 +45,7 @@ def parsed(words: Sequence[str]) -> dict[str, Any]:
 
 
 def beside_python(tool: str) -> str:
-    """A checker that pip installs: beside this Python, else on the path."""
+    """Find a checker that pip installs: beside this Python, else on the path."""
     found = shutil.which(tool, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if found is None:
         wanting = f"needs {tool}, which comes with koopmon[dev]"
@@ -54,14 +54,14 @@ def beside_python(tool: str) -> str:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This environment with nothing of koopmon's or Slurm's in it, one thread, and this tree's koopmon."""
+    """Return this environment without variables of koopmon or Slurm, with one thread and this checkout's koopmon."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("KOOPMON_", "SLURM_"))}
     kept.pop("WORLD_SIZE", None)
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HOUSE}:{HOUSE / 'plugins'}", **changes}
 
 
 def koopmon(*words: str, **changes: str) -> str:
-    """Run a verb to its end; gives its standard output."""
+    """Run a verb to its end; return its standard output."""
     done = subprocess.run(
         [*KOOPMON, *words],
         env=environment(**changes),
@@ -75,7 +75,7 @@ def koopmon(*words: str, **changes: str) -> str:
 
 
 def ready(process: subprocess.Popen[bytes], file: Path) -> dict[str, Any]:
-    """What a monitor's ready file says, once it is there."""
+    """Return the content of a monitor's ready file once it exists."""
     wait_until(lambda: file.exists() or process.poll() is not None)
     assert process.poll() is None, process.args
     told: dict[str, Any] = json.loads(file.read_text())
@@ -84,7 +84,7 @@ def ready(process: subprocess.Popen[bytes], file: Path) -> dict[str, Any]:
 
 @contextmanager
 def begun() -> Iterator[Starter]:
-    """A function that starts processes, which are ended, the last one first, when this is left."""
+    """Yield a function that starts processes. They are stopped at the end, the last one first."""
     started: list[subprocess.Popen[bytes]] = []
 
     def begin(words: Sequence[str], env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[bytes]:
@@ -106,6 +106,6 @@ def begun() -> Iterator[Starter]:
 
 @pytest.fixture
 def start() -> Iterator[Starter]:
-    """Starts processes that end with the test."""
+    """Start processes that end with the test."""
     with begun() as begin:
         yield begin

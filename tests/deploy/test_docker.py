@@ -1,6 +1,6 @@
-"""The image and what stands around it, by their own checkers, and by the same processes without containers.
+"""The image and the compose files under their own checkers, and the same processes without containers.
 
-Nothing here needs Docker's engine, so no image is built and no container starts.
+The tests do not use Docker's engine, so they build no image and start no container.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MONITOR_DIRECTORY = "/etc/koopmon"
 
 
 def compose(*files: str) -> dict[str, Any]:
-    """The compose files as docker-compose understands them."""
+    """Return the compose files as docker-compose parses them."""
     options = [word for file in files for word in ("-f", str(DEPLOY / file))]
     done = subprocess.run(
         ["docker-compose", *options, "config"],
@@ -56,7 +56,7 @@ def test_the_dockerfile_is_clean() -> None:
 
 @pytest.mark.process
 def test_torch_comes_first_and_alone() -> None:
-    """By the very expression that picks the pin out of constraints.txt."""
+    """Use the expression of the Dockerfile that reads the pin from constraints.txt."""
     (expression,) = re.findall(
         r'"\$\((sed [^)]*constraints\.txt)\)"', DOCKERFILE.replace("\\(", "\x01").replace("\\)", "\x02")
     )
@@ -68,7 +68,7 @@ def test_torch_comes_first_and_alone() -> None:
 
 @pytest.mark.process
 def test_the_package_builds_from_what_the_image_is_made_of(tmp_path: Path) -> None:
-    """Every source of a COPY is let through by .dockerignore, and together they are enough for a wheel."""
+    """.dockerignore admits every source of a COPY, and the sources are enough for a wheel."""
     let_through = {line[1:] for line in (HOUSE / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     context = tmp_path / "src"
     context.mkdir()
@@ -142,7 +142,7 @@ def test_the_monitors_command_line_is_one() -> None:
 @pytest.mark.needs("prometheus")
 @pytest.mark.needs("promtool")
 def test_the_same_processes_without_containers(tmp_path: Path, start: Starter) -> None:
-    """The keys' one-off service, twice; the monitor as it is started there; a job on its host; Prometheus."""
+    """Run the keys' one-off service twice, the monitor with its command, a job on its host, and Prometheus."""
     keys, state = tmp_path / "keys", tmp_path / "state"
     for directory in (keys, state):
         directory.mkdir(mode=0o700)

@@ -1,7 +1,7 @@
-"""The manifests: core kinds by Kubernetes' own schemas, what the files say of each other, and the copies of the keys.
+"""The manifests: schemas of the core kinds, references between files, and the copies of the keys.
 
-There is no cluster here. Kinds of the Prometheus operator and of Kubeflow have no schema in this check either: their
-pods are checked as pods, and of the rest the fields that their references require.
+There is no cluster. Kinds of the Prometheus operator and of Kubeflow have no schema here. The tests check their pods as
+pods, and the fields that their references need.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CUSTOM = {
     "TrainingRuntime": ("spec.mlPolicy.numNodes", "spec.template.spec.replicatedJobs"),
     "TrainJob": ("spec.runtimeRef.name", "spec.trainer.command"),
 }
-"""Fields that a kind which Kubernetes itself does not know has to have."""
+"""Required fields of a kind without a schema."""
 
 Document = Mapping[str, Any]
 
@@ -64,7 +64,7 @@ def at(document: Any, path: str) -> Any:
 
 
 def pods(document: Document) -> Iterator[Document]:
-    """The pod templates within a job of Kubeflow's."""
+    """Return the pod templates of a Kubeflow job."""
     match document["kind"]:
         case "PyTorchJob":
             yield from (replica["template"] for replica in document["spec"]["pytorchReplicaSpecs"].values())
@@ -75,7 +75,7 @@ def pods(document: Document) -> Iterator[Document]:
 
 
 def secrets(place: Path, keys: Path, *names: str) -> Path:
-    """Files as a Secret's volume has them for a group: symbolic links to files of mode 0440."""
+    """Create files like a Secret's volume with a group: symbolic links to files of mode 0440."""
     data = place / "..data"
     data.mkdir(parents=True)
     for name in names:
@@ -86,7 +86,7 @@ def secrets(place: Path, keys: Path, *names: str) -> Path:
 
 
 def copy_keys(pod: Document, **places: Path) -> None:
-    """Run the init container's own script, with its mount points where `places` says; twice, as after a restart."""
+    """Run the init container's script with its mount points in `places`, twice, as after a restart."""
     (container,) = pod["spec"]["initContainers"]
     words = list(container["command"])
     for name, place in sorted(places.items(), reverse=True):
@@ -140,7 +140,7 @@ def test_every_file_is_used_and_every_name_is_of_something() -> None:
     assert {container["image"] for container in [*POD["spec"]["initContainers"], MONITOR]} == {
         image["name"] for image in kustomization(OVERLAY)["images"]
     }
-    # Two monitors on one history: the second would not start.
+    # Two monitors on one history: the second one would not start.
     assert (RESOURCES["Deployment"]["spec"]["replicas"], at(RESOURCES["Deployment"], "spec.strategy.type")) == (
         1,
         "Recreate",
@@ -180,7 +180,7 @@ def test_the_configuration_is_one() -> None:
 
 def test_the_alerts_are_those_of_the_rules_file() -> None:
     (rules,) = documents(HOUSE / "grafana/prometheus/koopmon.rules.yml")
-    assert RESOURCES["PrometheusRule"]["spec"] == rules, "prometheusrule.yaml says how it is written anew"
+    assert RESOURCES["PrometheusRule"]["spec"] == rules, "prometheusrule.yaml has the command that writes it"
 
 
 def test_nothing_runs_as_root_or_writes_to_its_image() -> None:

@@ -1,4 +1,4 @@
-"""The sbatch scripts, by shellcheck, and on a Slurm that is started for them: two nodes of this machine, no GPU."""
+"""The sbatch scripts under shellcheck, and on a Slurm with two nodes on this machine, without GPUs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def ended(log: Path) -> str:
-    """How the training script says that it ended."""
+    """The training script's message at its end."""
     told: dict[str, str] = json.loads(log.read_text().splitlines()[-1])
     return told["end"]
 
@@ -82,7 +82,7 @@ def test_a_job_with_a_monitor_of_its_own_on_two_nodes(cluster: Cluster) -> None:
 @pytest.mark.distributed
 @pytest.mark.needs("slurmctld")
 def test_before_its_time_limit_a_job_ends_in_order(cluster: Cluster) -> None:
-    """Slurm tells the script, by the signal that it asks for: the ranks end, then the monitor, with all written."""
+    """Slurm sends the script its signal: the ranks end, then the monitor, after everything is written."""
     log = cluster.home / "long.jsonl"
     job = cluster.submit(str(SCRIPTS / "koopmon.sbatch"), *TRAIN, "--steps", "100000", "--out", str(log))
     wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 3)

@@ -1,6 +1,6 @@
-"""The systemd unit, by systemd's own checks; its command line and its system call filter, by a monitor under them.
+"""The systemd unit under systemd's checks, and a monitor with its command line and system call filter.
 
-No unit is started: that takes systemd as the first process.
+No unit is started, because that needs systemd as the first process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ sys.exit("the filter is not in force")
 
 
 def settings(text: str) -> Iterator[tuple[str, str]]:
-    """Names and values of a unit file, long lines joined."""
+    """Return names and values of a unit file, with long lines joined."""
     for line in text.replace("\\\n", "").splitlines():
         if "=" in line and not line.startswith("#"):
             name, _, value = line.partition("=")
@@ -56,7 +56,7 @@ def values(name: str) -> list[str]:
 
 
 def command_line(**places: str) -> list[str]:
-    """ExecStart as systemd makes it of the unit's environment and, for addresses, of monitor.env with its examples."""
+    """Return ExecStart with the unit's environment, and for addresses with the examples of monitor.env."""
     given = dict(word.split("=", 1) for line in values("Environment") for word in line.split())
     examples = dict(re.findall(r"^#(KOOPMON_\w+)=(.*)$", (DEPLOY / "systemd" / "monitor.env").read_text(), re.M))
     assert set(examples) - {"KOOPMON_CONFIG"} <= set(given), "an example that the unit does not read"
@@ -68,7 +68,7 @@ def command_line(**places: str) -> list[str]:
 
 
 def allowed_calls() -> set[str]:
-    """The system calls that the unit's filter lets through, by systemd's own tables."""
+    """Return the system calls of the unit's filter, from systemd's tables."""
 
     def expand(name: str) -> set[str]:
         if not name.startswith("@"):
@@ -88,7 +88,7 @@ def allowed_calls() -> set[str]:
 
 @pytest.fixture
 def unit(tmp_path: Path) -> Path:
-    """The unit with a program that is there, since verifying looks for it."""
+    """Return the unit with an existing program, because the check looks for it."""
     path = tmp_path / UNIT.name
     path.write_text(UNIT.read_text().replace("/opt/koopmon/bin/koopmon", sys.executable))
     return path
@@ -124,7 +124,7 @@ def test_the_unit_exposes_little(unit: Path) -> None:
 @pytest.mark.process
 @pytest.mark.needs("systemd-sysusers")
 def test_the_user_can_be_made(tmp_path: Path) -> None:
-    """Under a root of its own, never in this system."""
+    """Use a private root, not this system."""
     conf = DEPLOY / "systemd" / "koopmon.sysusers.conf"
     (tmp_path / "etc").mkdir()
     done = subprocess.run(
@@ -146,7 +146,7 @@ def test_the_command_line_is_one() -> None:
 @pytest.mark.process
 @pytest.mark.needs("systemd-analyze")
 def test_a_monitor_serves_under_the_units_settings(tmp_path: Path, start: Starter) -> None:
-    """Its command line, its umask and its system calls, with keys in the directory that it has for them."""
+    """Use its command line, its umask and its system calls, with keys in its directory."""
     state, runtime = tmp_path / "state", tmp_path / "run"
     state.mkdir(mode=int(values("StateDirectoryMode")[0], 8))
     runtime.mkdir()
@@ -177,5 +177,5 @@ def test_a_monitor_serves_under_the_units_settings(tmp_path: Path, start: Starte
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     assert oct((state / "monitor.sqlite3").stat().st_mode)[-3:] == "600"
-    # And what waits for a monitor that is gone does not wait for ever.
+    # A process that waits for a stopped monitor ends too.
     assert subprocess.run(waiting, timeout=60, check=False, stderr=subprocess.DEVNULL).returncode == 1

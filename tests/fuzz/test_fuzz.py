@@ -1,4 +1,4 @@
-"""A slice of `python -m benchmarks.fuzz`: the kept corpus once more, and a moment of search in each target."""
+"""A slice of `python -m benchmarks.fuzz`: the kept corpus, and a short search in each target."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_moment_of_fuzzing(target: str, tmp_path: Path, monkeypatch: pytest.Mo
         if os.environ.get("REQUIRE_ALL") == "1":
             pytest.fail("needs atheris, which is not installed, and REQUIRE_ALL=1", pytrace=False)
         pytest.skip("needs atheris, which is not installed")
-    monkeypatch.chdir(tmp_path)  # where an input that breaks something is put down
+    monkeypatch.chdir(tmp_path)  # directory for an input that breaks something
     out = tmp_path / "fuzz.json"
     assert main(["--target", target, "--seconds", str(SECONDS), "--out", str(out)]) == 0
     (row,) = json.loads(out.read_text())["targets"].values()

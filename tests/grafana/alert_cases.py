@@ -254,7 +254,9 @@ CALM: Mapping[str, tuple[Calm, ...]] = {
     ),
     "KoopmonSnapshotsStale": (
         Calm(RUNNING | {run("koopmon_step"): "0+1x200", run(SNAPSHOT_TIME): "0+15x200"}, 20),
-        Calm(RUNNING | {run("koopmon_step"): "7x200", run(SNAPSHOT_TIME): "60x200"}, 20),  # KoopmonTrainingStalled's
+        Calm(
+            RUNNING | {run("koopmon_step"): "7x200", run(SNAPSHOT_TIME): "60x200"}, 20
+        ),  # series of KoopmonTrainingStalled
     ),
     "KoopmonTapsMissing": (Calm(RUNNING | {run("koopmon_taps_missing"): "5x200"}, 40),),
     "KoopmonSnapshotsDropped": (
@@ -267,20 +269,22 @@ CALM: Mapping[str, tuple[Calm, ...]] = {
             },
             20,
         ),
-        Calm({run(DROPPED, reason="queue_full"): "0x200", run(RECEIVED): "5x200"}, 20),  # nothing at all: 0 of 0
+        Calm({run(DROPPED, reason="queue_full"): "0x200", run(RECEIVED): "5x200"}, 20),  # no data: 0 of 0
     ),
     "KoopmonNotInformative": (Calm(RUNNING | {run("koopmon_informative"): "0x60 1 0x100"}, 35),),
     "KoopmonAgentOverhead": (Calm(RUNNING | {run("koopmon_agent_overhead_ratio"): "0.004x100"}, 15),),
     "KoopmonMonitorDown": (
         Calm({monitor("up"): "1x20", 'up{job="node",instance="elsewhere:9100"}': "0x20"}, 5),
-        Calm({monitor("up"): "1x10 0 0 1x10"}, 4),  # two scrapes that failed
+        Calm({monitor("up"): "1x10 0 0 1x10"}, 4),  # two failed scrapes
     ),
     "KoopmonStorePaused": (Calm({monitor("koopmon_store_recording"): "1x8 0 0 1x20"}, 4),),
     "KoopmonDmdBacklog": (Calm({monitor("koopmon_engine_queue_length"): "3 3 0 " * 20}, 10),),
     "KoopmonEngineFailing": (Calm({monitor("koopmon_engine_failures_total"): "4x60"}, 15),),
     "KoopmonInternalErrors": (
         Calm({monitor("koopmon_internal_errors_total", part="store"): "4x60"}, 15),
-        Calm({monitor("koopmon_internal_errors_total", part="judgement"): "0x20 1x60"}, 15),  # KoopmonEngineFailing's
+        Calm(
+            {monitor("koopmon_internal_errors_total", part="judgement"): "0x20 1x60"}, 15
+        ),  # series of KoopmonEngineFailing
     ),
     "KoopmonMessagesRejected": (Calm({monitor("koopmon_messages_rejected_total", reason="key"): "0+1x80"}, 12),),
 }
@@ -297,7 +301,7 @@ class Flapping:
 
 
 UNREST = "0.9 0.9 0.9 0.9 0.1 0.1 0.1 0.1 "
-"""Above the threshold for a minute, below it for another."""
+"""Above the threshold for one minute, below it for the next."""
 
 FLAPPING: Mapping[str, Flapping] = {
     "KoopmonRiskSpike": Flapping(

@@ -22,7 +22,7 @@ def grafana() -> Iterator[FakeGrafana]:
 
 @pytest.fixture
 def push(grafana: FakeGrafana, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Push:
-    """Push to `grafana`; returns exit status, output and errors, in which no secret ever stands."""
+    """Push to `grafana`; return exit status, output and errors, which never contain a secret."""
     pytest.importorskip("grafana_client")
     for name in ("KOOPMON_CONFIG", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""The rules as Prometheus' own tool reads them: every alert fires when it should and is calm when it should be."""
+"""The rules under Prometheus' own tool: every alert fires in its firing cases and is calm in its calm cases."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def series(values: Any) -> list[dict[str, str]]:
 
 
 def rendered(template: str, labels: dict[str, str]) -> str:
-    """A template of which only labels are left."""
+    """Render a template with labels only."""
     return re.sub(r"\{\{ \$labels\.(\w+) \}\}", lambda match: labels[match[1]], template)
 
 
@@ -131,7 +131,7 @@ def _labels(name: str) -> dict[str, str]:
 
 
 def test_gauges_that_alarm_at_a_level_are_kept_from_flapping() -> None:
-    """A level that is crossed again and again fires once: by a case of its own, if it is about risk."""
+    """A level that is crossed repeatedly fires once. Alerts about risk have a case of their own."""
     levels = {alert.name for alert in ALERTS if alert.group == "risk" and alert.keep_firing_seconds}
     assert levels | {"KoopmonRiskSpike"} == set(FLAPPING)
 
@@ -176,7 +176,7 @@ def test_grafana_gets_the_same_rules() -> None:
             assert query["datasourceUid"] == "prom"
             assert condition["refId"] == rule["condition"]
             assert f"${query['refId']}" in condition["model"]["expression"]
-            # A rule must be looked at more than once before it fires.
+            # A rule must be evaluated more than once before it fires.
             assert _in_seconds(rule["for"]) % group["interval"] == 0
             assert "$value " not in "".join(rule["annotations"].values())
             panel = rule["annotations"]["__dashboardUid__"], int(rule["annotations"]["__panelId__"])
@@ -196,7 +196,7 @@ def test_the_sdk_reads_the_rule_groups_back() -> None:
         read = json.loads(json.dumps(model.from_json(json.loads(json.dumps(group))), cls=encoder))
         assert (read["title"], read["folderUid"], read["interval"]) == (group["title"], "folder", group["interval"])
         for rule, again in zip(group["rules"], read["rules"], strict=True):
-            # Grafana 12's; the SDK is of the line before.
+            # The SDK is for an earlier version of Grafana than 12.
             known = {key: value for key, value in rule.items() if key not in ("data", "keep_firing_for")}
             assert {key: again[key] for key in known} == known
             for query, same in zip(rule["data"], again["data"], strict=True):

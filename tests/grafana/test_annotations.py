@@ -1,4 +1,4 @@
-"""Decisions as annotations in a Grafana that answers, refuses, hangs or is gone, and a monitor that does not mind."""
+"""Decisions as annotations in a Grafana that responds, refuses, hangs or is missing. The monitor is unaffected."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def test_what_is_told_arrives_in_order_and_as_text(grafana: FakeGrafana) -> None
 def test_a_grafana_that_comes_back_gets_the_newest(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:
-    """While it is gone the oldest give way; one line says that it is gone, one that it is back and what was lost."""
+    """While it is missing, the oldest ones are dropped. One line reports the failure, another the recovery and the
+    losses.
+    """
     monkeypatch.setattr(annotations, "FIRST_PAUSE_SECONDS", 0.05)
     caplog.set_level(logging.INFO)
     port = unused_port()
@@ -110,7 +112,7 @@ def test_an_outage_is_waited_for_and_a_refusal_is_not(
 def test_no_grafana_holds_anybody_up(
     grafana: FakeGrafana, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """Nothing is waited for at the end but for a moment, even when an answer never comes."""
+    """The end waits only for a moment, also without a response."""
     monkeypatch.setattr(annotations, "CLOSE_SECONDS", 0.3)
     with grafana.failing(fault):
         told = Annotations(access(grafana.url, timeout_seconds=20.0), 2)
@@ -124,7 +126,7 @@ def test_no_grafana_holds_anybody_up(
 
 
 def backed_off(agent: Any, step: int) -> Any:
-    """Let the run of `agent` have a step that is not finite; returns the command that follows."""
+    """Send a step that is not finite from the run of `agent`; return the command that follows."""
     agent.snapshot(step, torch.full((4, 96, 12), math.nan).bfloat16())
     return agent.expect_command("set_lr_scale")
 

@@ -1,4 +1,4 @@
-"""The dashboards: read back through Grafana's own SDK without loss, and laid out and filtered as they should be."""
+"""Dashboards: parsed by Grafana's SDK without loss, with the intended layout and filters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HISTOGRAMS = ("_bucket", "_count", "_sum")
 
 
 def asked(expr: str) -> list[tuple[str, str]]:
-    """The metrics of a query, each with what stands in its braces."""
+    """Return the metrics of a query, each with the content of its braces."""
     names = "|".join(sorted(PROMETHEUS_OWN))
     return re.findall(rf"\b(koopmon_\w+|{names})\b(?:\{{([^}}]*)\}})?", expr)
 
@@ -50,11 +50,11 @@ def test_the_sdk_reads_it_back_without_loss(uid: str) -> None:
 
 
 def assert_kept(made: Any, read: Any, where: str) -> None:
-    """Everything that is in `made` is in `read`, which may say more: the SDK spells out defaults."""
+    """Check that `read` has everything in `made`. It may have more, because the SDK writes defaults."""
     if isinstance(made, dict):
         assert isinstance(read, dict), where
         for key, value in made.items():
-            # What an annotation of Prometheus has beside what all annotations have, the SDK's model does not know.
+            # The SDK's model lacks the fields that only annotations of Prometheus have.
             if ".annotations.list." in where and key in ("titleFormat", "step"):
                 continue
             if key == "value" and value is None:  # the lowest threshold
@@ -126,7 +126,7 @@ def test_panels_have_their_place_and_their_number(uid: str) -> None:
 
 
 def test_every_metric_is_shown_somewhere() -> None:
-    """But for what only some families of models measure."""
+    """Measurements of single families are exempt."""
     exprs = [
         target["expr"]
         for each in DASHBOARDS.values()
@@ -157,7 +157,7 @@ def test_thresholds_are_those_of_the_alerts() -> None:
 
 
 def test_layers_are_in_the_order_of_their_depth() -> None:
-    """What label_replace makes of the layers' names sorts as text by depth."""
+    """The labels from label_replace sort as text by depth."""
     rules = re.findall(r'"depth", "(0*)\$1", "layer", "([^"]+)"', by_depth("x"))
 
     def depth(layer: str) -> str:

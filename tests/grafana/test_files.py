@@ -1,4 +1,4 @@
-"""The files that `koopmon grafana export` writes are those that lie in grafana/ and docs/."""
+"""The files of `koopmon grafana export` equal those in grafana/ and docs/."""
 
 from __future__ import annotations
 

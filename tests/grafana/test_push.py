@@ -1,4 +1,4 @@
-"""`koopmon grafana push` against a small Grafana on a real socket, through grafana_client."""
+"""`koopmon grafana push` to a small Grafana on a real socket, through grafana_client."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ RISK = ("koopmon", "koopmon risk")
 
 
 def done(pushed: tuple[int, str, str]) -> dict[str, Json]:
-    """The rows of a push that went well, by kind and name."""
+    """Return the rows of a successful push, by kind and name."""
     status, out, err = pushed
     assert (status, err) == (0, "")
     return {f"{row['kind']} {row['name']}": row for row in json.loads(out)["changes"]}
 
 
 def actions(pushed: tuple[int, str, str]) -> dict[str, str]:
-    """What was written, by kind and name."""
+    """Return the written resources, by kind and name."""
     return {name: row["action"] for name, row in done(pushed).items() if row["done"]}
 
 
 def edit(dashboard: Json) -> None:
-    """What saving by hand in Grafana's own page does: a new version, and whatever was changed."""
+    """Save by hand like Grafana's own page: a new version with the given changes."""
     dashboard["dashboard"]["version"] += 1
     dashboard["dashboard"]["panels"][0]["title"] = "mine"
 
@@ -46,7 +46,7 @@ def test_the_first_push_makes_all_and_the_second_nothing(push: Push, grafana: Fa
     assert {title for _, title in state.groups} == {"koopmon risk", "koopmon runs", "koopmon monitor"}
     rules = [rule for group in state.groups.values() for rule in group["rules"]]
     assert {query["datasourceUid"] for rule in rules for query in rule["data"]} == {"koopmon-prometheus", "__expr__"}
-    # People may edit everything in Grafana's pages: nothing is locked as provisioned.
+    # Resources are editable in Grafana: none is locked as provisioned.
     assert {rule["provenance"] for rule in rules} == {""}
     before = copy.deepcopy(state)
     assert {row["action"] for row in done(push("--json")).values()} == {"unchanged"}
@@ -99,7 +99,7 @@ def test_a_dashboard_edited_by_hand_is_kept_until_forced(push: Push, grafana: Fa
 
 @pytest.fixture
 def next_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on, a koopmon whose dashboards and rules have changed."""
+    """Simulate a koopmon with changed dashboards and rules."""
     from koopmon.grafana import push, resources
 
     dashboards, groups = resources.dashboards, push.grafana_rule_groups
@@ -134,7 +134,7 @@ def test_a_new_koopmon_updates_what_nobody_touched(
 
 
 def test_what_grafana_adds_is_no_edit(push: Push, grafana: FakeGrafana, request: pytest.FixtureRequest) -> None:
-    """Identifiers, versions, defaults, other spellings; a folder that was renamed, a dashboard that was moved."""
+    """Identifiers, versions, defaults and other spellings; a renamed folder, a moved dashboard."""
     push()
     grafana.state.folders["koopmon"]["title"] = "Trainings"
     grafana.state.folders["other"] = {"uid": "other", "title": "Other"}
@@ -156,7 +156,7 @@ def test_what_grafana_adds_is_no_edit(push: Push, grafana: FakeGrafana, request:
 
 
 def test_dashboards_of_others_are_refused(push: Push, grafana: FakeGrafana) -> None:
-    """One with our uid, one from a file: each is kept, forced or not; the rest is pushed."""
+    """One with koopmon's uid, one from a file: each is kept, forced or not; the rest is pushed."""
     state = grafana.state
     state.folders["koopmon"] = {"uid": "koopmon", "title": "koopmon"}
     theirs = {"title": "Theirs", "panels": [], "version": 4, "id": 4}

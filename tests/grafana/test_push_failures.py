@@ -1,4 +1,4 @@
-"""What goes wrong on the way to Grafana: each in clear words, with an exit status that scripts can use."""
+"""Failures on the way to Grafana: each has a clear message and an exit status for scripts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Push = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def hurried(tmp_path: Path) -> tuple[str, str]:
-    """Options that wait one second for an answer."""
+    """Options that wait one second for a response."""
     (tmp_path / "koopmon.toml").write_text("[grafana]\ntimeout_seconds = 1.0\n")
     return "--config", str(tmp_path / "koopmon.toml")
 
 
 def refused(pushed: tuple[int, str, str], status: int, *words: str) -> None:
-    """Whether a push ended in one line with these words."""
+    """Check that a push ended with one line that contains these words."""
     assert pushed[0] == status, pushed[2]
     assert pushed[2].startswith("koopmon: ")
     assert pushed[2].count("\n") == 1
@@ -119,7 +119,7 @@ def test_a_failure_on_the_way_says_what_was_done_and_the_next_push_finishes(
 
 
 def test_a_dashboard_that_is_saved_in_between_is_not_overwritten(push: Push, grafana: FakeGrafana) -> None:
-    """Grafana itself compares versions; it is asked to."""
+    """Grafana compares the versions of concurrent edits."""
     push()
     fleet = grafana.state.dashboards["koopmon-fleet"]["dashboard"]
     fleet["version"] += 1
@@ -187,7 +187,7 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str], push: Push) -> 
 
 @pytest.fixture
 def command(grafana: FakeGrafana, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """The real command line in a process of its own; `before` is Python that runs in it first."""
+    """Run the real command line in another process; `before` is Python that runs in it first."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("KOOPMON_")}
     environ |= {"KOOPMON_GRAFANA_TOKEN": TOKEN, "KOOPMON_GRAFANA_URL": grafana.url, "COLUMNS": "200"}
 

@@ -1,4 +1,4 @@
-"""Fingerprints: the same for the same content, whatever Grafana adds to it, and another for any other."""
+"""Fingerprints: equal for equal content, also with Grafana's additions, and different for other content."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ JSON = st.recursive(
 
 
 def pushed_board() -> tuple[Any, Any]:
-    """A wanted dashboard, and Grafana's answer after its first push."""
+    """Return a wanted dashboard, and Grafana's response after its first push."""
     (wanted, *_) = wanted_dashboards("prom", "Prometheus")
     body = dashboard(wanted, None, "folder", force=False).request[2]
     returned = {**json.loads(json.dumps(body["dashboard"])), "id": 9, "version": 4, "iteration": 1}
@@ -29,7 +29,7 @@ def pushed_board() -> tuple[Any, Any]:
 
 
 def pushed_group() -> tuple[Any, Any]:
-    """A wanted rule group, and Grafana's answer after its first push."""
+    """Return a wanted rule group, and Grafana's response after its first push."""
     (wanted, *_) = grafana_rule_groups("prom", "folder")
     return wanted, json.loads(json.dumps(rule_group(wanted, None, force=False).request[2]))
 

@@ -1,4 +1,4 @@
-"""A real Prometheus and Alertmanager on real monitors of real trainings: one that dies, and the same one guarded."""
+"""A real Prometheus and Alertmanager on real monitors and trainings: one that diverges, and the same one guarded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """Both trainings of one seed, to the point where everything is told; the stack still stands."""
+    """Both trainings of one seed with all notifications; the stack still runs."""
     if not (shutil.which("prometheus") and shutil.which("prometheus-alertmanager")):
         pytest.skip("needs prometheus and prometheus-alertmanager")
     with Stack(tmp_path_factory.mktemp("stack"), ("observe", "lr")) as stack:
@@ -66,7 +66,7 @@ def test_the_alert_comes_before_the_loss_leaves_its_band(scene: Scene) -> None:
     assert found >= NEEDED_STEPS, scene.pair.told()
     assert warned.annotations["summary"] == f"{scene.pair.alone.name}: the risk of divergence spiked"
     over = scene.stack.heard(scene.pair.alone.name, WARNING, "resolved")
-    assert over is None or over.at > out.at  # nobody acted, so it was not over before
+    assert over is None or over.at > out.at  # without an action, it did not resolve earlier
 
 
 def test_it_resolves_after_the_guard_acted(scene: Scene) -> None:
@@ -78,7 +78,7 @@ def test_it_resolves_after_the_guard_acted(scene: Scene) -> None:
     assert told["resolved_at"] is not None
     assert told["resolved_at"] > min(told["acted_at"])
     assert scene.stack.heard(name, "KoopmonActionTaken", "firing") is not None
-    # It lives on, and learns, beyond the step at which the other one's loss was out of its band.
+    # It survives and learns beyond the step at which the other training's loss left its band.
     steps = scene.pair.guarded.steps()
     moved = left_band(scene.pair.alone.steps())
     assert moved is not None

@@ -1,4 +1,4 @@
-"""Fixtures of the monitor's tests: a history is written by a running monitor."""
+"""Fixtures of the monitor's tests: a running monitor writes a history."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the history outlives: kill -9, an older schema, a full disk, damage, its own size."""
+"""Durability of the history: SIGKILL, an older schema, a full disk, damage, its own size."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def decide(store: HistoryWriter, number: int, *, at: float = NOW, run: str = RUN
 
 
 def fill(store: HistoryWriter, rows: int, *, at: float = NOW, run: str = RUN, incarnation: str = FIRST) -> None:
-    """Profiles that compress to 10 kB each, an observation and a heartbeat beside each."""
+    """Write profiles that compress to 10 kB each, each with an observation and a heartbeat."""
     where = (at, run, incarnation)
     for step in range(rows):
         noise = {"text": os.urandom(10_000).hex()}
@@ -123,7 +123,7 @@ def test_no_kill_9_at_any_moment_loses_what_was_acknowledged(path: Path) -> None
 def test_every_command_that_left_a_killed_monitor_is_in_its_history(
     start_process: Callable[..., Any], connect: Callable[..., Any], store_path: Path
 ) -> None:
-    # Whatever is seen is an alarm, confirmed at once: a command follows every few snapshots.
+    # Every risk is an alarm, confirmed at once: a command follows every few snapshots.
     eager = {"act_risk": 1e-6, "severe_risk": 1e-5, "release_risk": 0.0, "cooldown_steps": 1, "dense_steps": 1}
     received: list[str] = []
     for launch in range(2):
@@ -143,7 +143,7 @@ def test_every_command_that_left_a_killed_monitor_is_in_its_history(
 
 
 def make_states(step: int) -> Tensor:
-    """A residual stream (4, 96, 12) in bfloat16."""
+    """Draw a residual stream (4, 96, 12) in bfloat16."""
     generator = torch.Generator().manual_seed(step)
     return torch.cumsum(torch.randn((4, 96, 12), generator=generator), dim=0).bfloat16()
 
@@ -154,7 +154,7 @@ def old_store(path: Path, version: int) -> None:
 
 @pytest.mark.parametrize("version", range(1, SCHEMA_VERSION))
 def test_a_store_of_an_earlier_version_is_read_and_then_brought_up_to_date(path: Path, version: int) -> None:
-    """The files were written by the code of their time."""
+    """The code of its time wrote each file."""
 
     def content() -> list[Any]:
         with HistoryWriter.open_readonly(path) as history:
@@ -435,7 +435,7 @@ def test_rows_that_no_store_of_ours_holds_are_one_line(path: Path, statement: st
 
 
 def test_damage_whose_description_is_no_text_is_damage_all_the_same(path: Path) -> None:
-    """SQLite quotes the broken text of a table in its message, and Python cannot read that; found by fuzzing."""
+    """SQLite quotes the invalid text of a table in its message, and Python cannot decode it; found by fuzzing."""
     HistoryWriter.open(path).close()
     data = path.read_bytes()
     assert b"CREATE TABLE acks" in data

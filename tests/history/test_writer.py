@@ -1,4 +1,4 @@
-"""The history store: nothing committed is lost, nothing unknown is opened, a failing disk does not stop the monitor."""
+"""History store: committed records stay, unknown files are refused, and a failing disk does not stop the monitor."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_unknown_schema_is_refused(path: Path, store: HistoryWriter) -> None:
     database.close()
     for open_it in (HistoryWriter.open, HistoryWriter.open_readonly):
         with pytest.raises(
-            StoreError, match=f"schema {SCHEMA_VERSION + 1}, this version of koopmon knows 1 to {SCHEMA_VERSION}"
+            StoreError, match=f"schema {SCHEMA_VERSION + 1}, this version of koopmon supports 1 to {SCHEMA_VERSION}"
         ) as caught:
             open_it(path)
         assert "\n" not in str(caught.value)
@@ -252,7 +252,7 @@ def test_a_full_disk_pauses_recording_and_says_so_once(
     store: HistoryWriter, history: HistoryReader, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     decide(store, 0)
-    # As a full disk does, this makes SQLite fail with SQLITE_FULL.
+    # Like a full disk, this makes SQLite fail with SQLITE_FULL.
     (pages,) = store._database.execute("PRAGMA page_count").fetchone()
     store._database.execute(f"PRAGMA max_page_count = {pages}")
     big = {"text": os.urandom(200_000).hex()}

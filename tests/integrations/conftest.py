@@ -1,4 +1,4 @@
-"""What the tests of the callbacks share: a monitor in a process of its own, and ranks under torchrun."""
+"""Common parts of the tests of callbacks: a monitor in another process, and ranks under torchrun."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The caller's, without what would name a monitor or ranks."""
+    """Return the caller's environment without variables of monitors and ranks."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith(MINE) and key not in LAUNCHED}
     paths = [str(ROOT), str(ROOT / "plugins")]
     return {**environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **more}
 
 
 def ended_well(words: tuple[str, ...], *, timeout: float = 240.0, **more: str) -> subprocess.CompletedProcess[str]:
-    """Runs this Python with `words` to its end, and demands exit status 0."""
+    """Run this Python with `words` to its end, and require exit status 0."""
     command = [sys.executable, *words]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=timeout, check=False
@@ -41,7 +41,7 @@ def ended_well(words: tuple[str, ...], *, timeout: float = 240.0, **more: str) -
 
 
 def trained(program: str, out: Path, phases: list[dict[str, Any]], **more: str) -> list[list[dict[str, Any]]]:
-    """Of each phase, what came of it on each of two ranks."""
+    """Results of each phase on each of two ranks."""
     ended_well((*TORCHRUN, str(PROGRAMS / program), str(out), json.dumps(phases)), **more)
     ranks = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2)]
     return [list(phase) for phase in zip(*ranks, strict=True)]
@@ -49,7 +49,7 @@ def trained(program: str, out: Path, phases: list[dict[str, Any]], **more: str) 
 
 @pytest.fixture
 def monitors(tmp_path: Path) -> Iterator[Callable[..., EmbeddedMonitor]]:
-    """Starts monitors with a policy; they end with the test."""
+    """Start monitors with a policy; they end with the test."""
     started: list[EmbeddedMonitor] = []
 
     def start(policy: str) -> EmbeddedMonitor:
@@ -68,7 +68,7 @@ def monitors(tmp_path: Path) -> Iterator[Callable[..., EmbeddedMonitor]]:
 
 
 def history(monitor: EmbeddedMonitor, run: str) -> tuple[int, list[str]]:
-    """How many profiles the monitor has written down of a run, and what became of each command, in words."""
+    """Return the number of recorded profiles of a run, and the outcome of each command in words."""
     with HistoryReader.open(monitor.store) as known:
         profiles = len(list(known.profiles(run)))
         rows = [row for decision in known.decisions(run) for row in decision.commands]

@@ -1,4 +1,4 @@
-"""A callback in a job that `koopmon run` has attached already: one agent, one run, and both are content."""
+"""A callback in a job under `koopmon run`: one agent and one run."""
 
 from __future__ import annotations
 

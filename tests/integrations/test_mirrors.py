@@ -1,4 +1,4 @@
-"""What the user's own trackers show of koopmon: a real event file is read back, and W&B's own file, offline."""
+"""koopmon's scalars in trackers: a real event file, and W&B's own file, offline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.agent.scripted_monitor import ScriptedMonitor
 from tests.integrations.conftest import ended_well
 from tests.integrations.programs.trainings import ByteModel, Prose
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the trackers have their own
+pytestmark = pytest.mark.filterwarnings("ignore")  # the trackers raise their own warnings
 SAID = Judgement(step=3, risk=0.5, forecast=0.25, near_unit_mass=0.75)
 JUDGED = {"koopmon/risk": 0.5, "koopmon/forecast": 0.25, "koopmon/near_unit_mass": 0.75}
 
@@ -46,7 +46,7 @@ def agent(monitor: ScriptedMonitor) -> Iterator[koopmon.Agent]:
 
 
 def read_back(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """Tags of the event files below a directory, with (step, value)."""
+    """Return the tags of the event files below a directory, with (step, value)."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -80,7 +80,7 @@ def test_tensorboard_reads_it_back_from_a_run_of_its_own_and_from_the_users(agen
             own.write(agent, step)
             theirs.write(agent, step)
         theirs.close()
-        writer.add_scalar("loss", 1.0, 8)  # it is the user's, and open
+        writer.add_scalar("loss", 1.0, 8)  # the writer of the user stays open
     own.close()
     for directory in (tmp_path / "own" / "koopmon", tmp_path / "theirs"):
         found = read_back(directory)

@@ -1,4 +1,4 @@
-"""A real Optuna study whose deadly configurations are pruned before they are trained."""
+"""A real Optuna study that prunes diverging configurations before their training."""
 
 from __future__ import annotations
 

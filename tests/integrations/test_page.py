@@ -1,4 +1,4 @@
-"""The page docs/integrations.md: its loop and its study are run as they stand there."""
+"""docs/integrations.md: its loop and its study run as they are on the page."""
 
 from __future__ import annotations
 

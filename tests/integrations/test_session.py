@@ -1,4 +1,4 @@
-"""Both callbacks in one process: who closes, what is refused, how it ends. A scripted monitor commands."""
+"""Both callbacks in one process: closing, refusals, and the end. A scripted monitor sends commands."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.agent.scripted_monitor import ScriptedMonitor
 from tests.integrations.conftest import ended_well, environment
 from tests.integrations.programs.trainings import ByteModel, Prose
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the trainers have their own
+pytestmark = pytest.mark.filterwarnings("ignore")  # the trainers raise their own warnings
 STEPS = 6
 Step = Callable[[int], None]
 
 
 class FailureError(Exception):
-    """Of the user's own making."""
+    """A user's own exception."""
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def monitor() -> Iterator[ScriptedMonitor]:
 
 
 class HuggingFace:
-    """`fit` trains, calls `after_step(k)` behind each step, and tells how many steps were made."""
+    """Trainer with `fit`, which calls `after_step(k)` after each step and returns the number of steps."""
 
     def __init__(self, **options: Any) -> None:
         pytest.importorskip("transformers")
@@ -81,7 +81,7 @@ class HuggingFace:
 
 
 class Lightning:
-    """Likewise."""
+    """Trainer of Lightning with the same interface."""
 
     def __init__(self, **options: Any) -> None:
         pytest.importorskip("lightning")
@@ -142,7 +142,7 @@ def test_the_loss_arrives_and_the_end_is_said(library: Any, monitor: ScriptedMon
     assert trainer.callback.agent.status()["reason"] == "closed"
     assert trainer.fit(lambda _: monitor.wait(lambda: trainer.callback.agent.status()["connected"])) == STEPS
     monitor.wait(lambda: len(monitor.of(Goodbye)) == 2)
-    assert len({each.incarnation for each in monitor.of(Goodbye)}) == 2, "the next training begins anew"
+    assert len({each.incarnation for each in monitor.of(Goodbye)}) == 2, "the next training is a new session"
 
 
 @both
@@ -170,7 +170,7 @@ def test_a_training_that_raises_says_so(library: Any, monitor: ScriptedMonitor) 
 
     with pytest.raises(FailureError):
         trainer.fit(after_step)
-    if library is HuggingFace:  # tells nobody; at the interpreter's end see the test below
+    if library is HuggingFace:  # reports no exception; the test below covers the end of the interpreter
         assert trainer.callback.agent.enabled
         trainer.callback._session.end("the test is over")
     else:

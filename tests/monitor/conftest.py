@@ -1,4 +1,4 @@
-"""A monitor in a thread or in a process of its own, and a scripted agent that speaks to it over real sockets."""
+"""A monitor in a thread or in another process, and a scripted agent with real sockets."""
 
 from __future__ import annotations
 
@@ -46,23 +46,23 @@ Waiter = Callable[[Callable[[], Any]], Any]
 
 
 def wait_until(condition: Callable[[], Any]) -> Any:
-    """The first true value of `condition`; fails when it does not come."""
+    """Return the first true value of `condition`; fail after the time limit."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition stayed false"
         time.sleep(0.01)
     return value
 
 
 def make_states(step: int, *, num_points: int = 4, rows: int = 96, width: int = 12) -> Tensor:
-    """A residual stream in bfloat16 that changes smoothly with the step."""
+    """Draw a residual stream in bfloat16 that changes smoothly with the step."""
     generator = torch.Generator().manual_seed(7)
     updates = torch.randn((num_points, rows, width), generator=generator)
     return torch.cumsum(updates * (1 + 0.001 * step), dim=0).bfloat16()
 
 
 class ScriptedAgent:
-    """One rank that says exactly what a test tells it to."""
+    """One rank that sends the messages of a test."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class ScriptedAgent:
         wait_until(lambda: self.control.send(frames))
 
     def hello(self, **fields: Any) -> Welcome | Refused:
-        """Say hello and wait for the answer; a welcome opens the data channel."""
+        """Send hello and wait for the reply; a welcome opens the data channel."""
         ranks = {"world_size": max(self.num_senders, self.rank + 1), "num_senders": self.num_senders}
         values = {"process_rank": self.rank, "num_layers": 3, "width": 12, **ranks}
         self.send(factories.hello(**self.name, **{**values, **fields}))
@@ -140,7 +140,7 @@ class ScriptedAgent:
         wait_until(lambda: data.send(frames) is None)
 
     def expect(self, kind: Any) -> Any:
-        """The next message of `kind`; what else comes is kept in `seen`."""
+        """Return the next message of `kind`; other messages are kept in `seen`."""
         deadline = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < deadline:
             frames = self.control.recv()
@@ -164,13 +164,13 @@ class ScriptedAgent:
 
 
 class Served:
-    """What monitors in a thread and in a process have in common: addresses, pages, history."""
+    """Common part of monitors in a thread and in a process: addresses, pages, history."""
 
     addresses: Addresses
     store: Path
 
     def samples(self) -> dict[str, float]:
-        """Every sample of /metrics, as `name{label="value",...}` without the prefix."""
+        """Return every sample of /metrics as `name{label="value",...}` without the prefix."""
         with urlopen(f"http://{self.addresses.http}/metrics", timeout=30.0) as answer:
             text = answer.read().decode("utf-8")
         found = {}
@@ -234,7 +234,7 @@ sys.exit(status)
 
 
 class MonitorProcess(Served):
-    """A monitor in a process of its own, which can be signalled and killed."""
+    """A monitor in another process, which can be signalled and killed."""
 
     def __init__(self, tables: dict[str, Any], store: Path, bind: str, directory: Path) -> None:
         self.store = store
@@ -255,7 +255,7 @@ class MonitorProcess(Served):
         self.addresses = Addresses(**told)
 
     def end(self, number: signal.Signals) -> int:
-        """Send a signal; returns the exit status."""
+        """Send a signal; return the exit status."""
         self.process.send_signal(number)
         return self.process.wait(WAIT_SECONDS)
 
@@ -286,7 +286,7 @@ def start_monitor(store_path: Path) -> Iterator[Callable[..., ThreadedMonitor]]:
 
 @pytest.fixture
 def start_process(tmp_path: Path, store_path: Path) -> Iterator[Callable[..., MonitorProcess]]:
-    """Start a monitor in a process of its own; `tables` is its configuration."""
+    """Start a monitor in another process; `tables` is its configuration."""
     started: list[MonitorProcess] = []
 
     def start(*, bind: str = "tcp://127.0.0.1:0", **tables: Any) -> MonitorProcess:

@@ -1,4 +1,4 @@
-"""Shards to snapshots, in whatever order they come, within bounds on memory and time."""
+"""Assembly of shards in any order, within bounds on memory and time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_shard(
     states: Tensor | None = None,
     **fields: Any,
 ) -> tuple[Shard, list[Tensor]]:
-    """A shard whose values tell rank, point, row and column."""
+    """Build a shard whose values encode rank, point, row and column."""
     if states is None:
         states = torch.arange(points * rows * WIDTH).reshape(points, rows, WIDTH).to(dtype) + 100 * rank
     shard = Shard(
@@ -53,7 +53,7 @@ def make_shard(
 
 
 class Bench:
-    """An assembler with a list of what it dropped."""
+    """An assembler with a list of its drops."""
 
     def __init__(self, *, max_bytes: int = 1 << 20, min_samples: int = 1, timeout: float = 5.0) -> None:
         self.drops: list[tuple[str, str]] = []
@@ -83,7 +83,7 @@ def test_one_sender_makes_a_snapshot_at_once(dtype: torch.dtype) -> None:
 
 @given(data=st.data(), num_senders=st.integers(1, 6))
 def test_any_order_any_duplicates_any_loss(data: st.DataObject, num_senders: int) -> None:
-    """The same snapshot however the shards come, or a counted drop when too few came; nothing stays behind."""
+    """Any order of shards gives the same snapshot, or a counted drop with too few of them; nothing remains."""
     shards = [make_shard(rank, num_senders=num_senders, rows=1 + rank, loss=float(rank)) for rank in range(num_senders)]
     arrivals = data.draw(st.lists(st.integers(0, num_senders - 1), max_size=3 * num_senders))
     bench = Bench()
@@ -141,7 +141,7 @@ def test_memory_stays_within_its_bound(arrivals: list[tuple[str, int, int, int]]
 def test_observables_are_means_weighed_by_samples(
     rows: list[int], values: list[tuple[float | None, float | None]]
 ) -> None:
-    """Against numpy's weighted average; what no rank has stays unknown."""
+    """Compare with numpy's weighted average; a value that no rank has stays unknown."""
     bench = Bench()
     for rank, count in enumerate(rows):
         seen = {"load_imbalance": list(values[rank])}
@@ -319,7 +319,7 @@ def test_without_states_is_light() -> None:
 
 
 def test_the_scalars_of_several_ranks() -> None:
-    """The largest rate, means of loss and gradient norm, the settings of the lowest rank, padding left out by all."""
+    """The largest rate, means of loss and gradient norm, the settings of the lowest rank, and no padding."""
     bench = Bench()
     bench.add(make_shard(2, num_senders=3, learning_rate=0.1, loss=1.0, grad_norm=8.0, lr_scale=0.25, kss_alpha=0.3))
     bench.add(make_shard(0, num_senders=3, learning_rate=0.3, loss=3.0, lr_scale=0.5, kss_alpha=0.1, masked=True))
@@ -365,7 +365,7 @@ def test_what_fits_exactly_is_kept() -> None:
 
 
 def test_the_step_that_needs_the_room_gives_way_last() -> None:
-    """Dropped steps count as closed in their own run alone, also when an earlier step goes after a later one."""
+    """Dropped steps count as closed in their own run only, also when an earlier step is dropped after a later one."""
     size = 3 * 2 * WIDTH * 4 + SHARD_OVERHEAD_BYTES
     bench = Bench(max_bytes=2 * size)
     bench.add(make_shard(0, num_senders=3, step=7))
@@ -459,7 +459,7 @@ def test_a_snapshot_whose_assembly_fails_harms_no_other() -> None:
     bench = Bench()
     broken = make_shard(0, num_senders=2, step=1)
     bench.add(broken)
-    broken[1].clear()  # the header says three points
+    broken[1].clear()  # the header has three points
     bench.add(make_shard(0, num_senders=2, step=2, run="other"))
     bench.add(make_shard(1, num_senders=2, step=1))
     assert [run for run, _ in bench.failures] == ["job"]
@@ -501,7 +501,7 @@ def test_a_stack_without_its_last_stage_is_no_snapshot() -> None:
 
 
 def test_stages_without_a_shared_point_need_all_ranks() -> None:
-    """Two replicas of two stages; without one shard the rows of the stages may be those of different replicas."""
+    """Two replicas of two stages. Without one shard, the rows of the stages may belong to different replicas."""
     first, second = stages((0, 2), (2, 2)), stages((0, 2), (2, 2))
     ranks = [first[0], second[0], first[1], second[1]]
     shards = [(torch_shard(shard, rank, 4), states) for rank, (shard, states) in enumerate(ranks)]
@@ -539,11 +539,11 @@ def test_points_of_the_same_stage_must_agree_on_the_last_one() -> None:
     with pytest.raises(ProtocolError) as caught:
         bench.add(make_shard(1, num_senders=3, points=4, last_stage=True))
     assert caught.value.reason == "inconsistent"
-    bench.add(make_shard(2, num_senders=3, points=4, first_point=2))  # another stage has a length of its own
+    bench.add(make_shard(2, num_senders=3, points=4, first_point=2))  # another stage has another length
 
 
 def test_a_shard_from_a_view_of_memory_is_compared_by_its_values() -> None:
-    """Blocks that are not contiguous, as slices of a larger tensor are."""
+    """Blocks that are not contiguous, like slices of a larger tensor."""
     first, second = stages((0, 3), (2, 3))
     wide = torch.zeros(2, 2 * WIDTH)
     wide[:, ::2] = second[1][0]
@@ -559,7 +559,7 @@ def test_losses_beyond_all_sums_have_a_mean() -> None:
 
 
 def test_a_run_counts_from_zero() -> None:
-    """However a step closes: whole, in part, or for want of room."""
+    """Each way to close a step: complete, partial, or dropped to free memory."""
     bench = Bench()
     assert [found.step for step in range(4) for found in bench.add(make_shard(step=step))] == [0, 1, 2, 3]
     bench = Bench()

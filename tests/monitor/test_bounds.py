@@ -1,4 +1,4 @@
-"""What the monitor makes of its peers' numbers, and of what its history hands back, can be said and recorded."""
+"""Commands and records from peers' numbers and the history stay within the bounds of protocol and SQLite."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def explode(guard: RunController, step: int = 10, *, now: float = 0.0) -> Assess
 
 @functools.cache
 def amplifying(factor: float, seed: int = 0) -> SpectralProfile:
-    """Each layer multiplies the stream: its spectral radius is about `factor`."""
+    """Build a stream that each layer multiplies: its spectral radius is about `factor`."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn((64, 8), generator=generator)
     rotation = torch.linalg.qr(torch.randn((8, 8), generator=generator))[0]
@@ -152,7 +152,7 @@ def test_reasons_are_cut_to_what_can_be_said(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("factor", "tau_u"), [(2.0, 3.0), (600.0, 900.0), (700.0, MAX_MODULUS), (950.0, MAX_MODULUS)])
 def test_kss_begins_where_the_protocol_allows_it(factor: float, tau_u: float) -> None:
-    """1.5 times the calm radius, and never below it."""
+    """1.5 times the calm radius, and at least the lower bound."""
     guard = make_guard("kss")
     for step in range(1, 30):
         verdict = guard.assess(float(step), sample(step), amplifying(factor), step=step)
@@ -182,7 +182,7 @@ def test_where_it_could_only_begin_below_the_calm_radius_kss_stays_off_and_says_
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -math.inf, -1.0, 0.0, 5e-324, 1e300, LARGEST])
 @pytest.mark.parametrize("slope", [0.0, 10.0, 1000.0])
 def test_no_learning_rate_blinds_the_detector(rate: float, slope: float) -> None:
-    """The risk of a run that jumps and stays there is that of a number."""
+    """The risk of a run that jumps and stays is a number."""
     config = Config(risk=RiskConfig(prior_slope=slope, critical_rate=1e-9))
     guard = RunController(config, hello(rate_sized_steps=True, update_exponent=0.0), Applied())
     for step, factor in enumerate((2.0, 2.0, 300.0, 300.0), start=1):
@@ -264,7 +264,7 @@ def test_every_other_message_at_such_a_step_is_refused_and_leaves_the_run_as_it_
 
 
 def altered(**changes: Any) -> bytes:
-    """A guard's memory with some values of its parts replaced."""
+    """Return the memory of a guard with some values replaced."""
     guard = make_guard("kss+lr")
     for step in (1, 2, 3):
         guard.assess(float(step), sample(step), amplifying(2.0, step), step=step)
@@ -299,7 +299,7 @@ FORGED = [
 
 @pytest.mark.parametrize("changes", FORGED, ids=str)
 def test_what_a_history_hands_back_is_checked_like_what_a_peer_says(changes: dict[str, Any]) -> None:
-    """Whatever it is: the run is guarded, at once or after the time that a real memory may ask for."""
+    """With any value, the run is guarded, at once or after the time that real memory may need."""
     guard = make_guard("kss+lr", memory=altered(**changes), step=5)
     assert guard.initial is None or guard.initial.score is None or 0.0 <= guard.initial.score <= 1.0
     cuts: list[Command] = []
@@ -345,7 +345,7 @@ def test_what_was_applied_is_checked_too(value: Any, tmp_path: Path) -> None:
 def test_a_record_that_cannot_be_written_keeps_no_other_waiting(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of one run: SQLite has no integer beyond 2**63, and JSON no lone surrogate."""
+    """Records of one run: SQLite has no integer beyond 2**63, and JSON no lone surrogate."""
     clock = [0.0]
     store = HistoryWriter.open(tmp_path / "history.sqlite3", StoreConfig(), clock=lambda: clock[0])
     for _ in range(5):
@@ -367,7 +367,7 @@ def test_a_record_that_cannot_be_written_keeps_no_other_waiting(
 
 
 def test_losses_and_observables_beyond_what_can_be_summed_make_a_snapshot() -> None:
-    """Also when time closes it, where no message is there to be rejected."""
+    """This also holds if time closes the step, without a message to reject."""
     failures: list[Any] = []
     for num_senders, expected in ((2, 1), (3, 0)):
         assembler = Assembler(
@@ -449,7 +449,7 @@ def test_what_was_counted_as_unanswered_does_not_count_again() -> None:
 def test_replaced_commands_do_not_pile_up() -> None:
     guard = make_guard()
     counted = 0
-    for number in range(500):  # a run whose step does not move on
+    for number in range(500):  # a run whose step does not advance
         guard.policy_state = policy.PolicyState()
         guard.assess(float(number), sample(10), None, step=LAST_STEP)
         counted += len(guard.expire(float(number), 10, Applied()))

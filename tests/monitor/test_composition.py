@@ -1,6 +1,6 @@
-"""Any sequence of legal messages with extreme legal numbers: what the monitor makes of them is sound.
+"""Any sequence of legal messages with extreme legal numbers: the output of the monitor is valid.
 
-`benchmarks.fuzz.composition` plays it against the service without sockets, with a clock of its own.
+`benchmarks.fuzz.composition` runs it against the service without sockets, with its own clock.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def test_the_extremes_are_legal(data: bytes) -> None:
 
 
 def test_the_extremes_are_extreme() -> None:
-    """Each number comes at both of its bounds, or as far as doubles go."""
+    """Each number has both of its bounds, or the limits of doubles."""
     found: dict[str, set[float]] = {}
     for seed in range(3000):
         choose = Choices(bytes((seed * 7919 + place * 104729) % 251 for place in range(120)))

@@ -1,4 +1,4 @@
-"""The monitor as agents meet it: over real sockets, with a scripted agent on the other end."""
+"""The monitor over real sockets, with a scripted agent."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Until = Callable[[Callable[[], Any]], Any]
 
 
 def explode(agent: Any, step: int) -> None:
-    """A snapshot that is not finite: the policy cuts the learning rate at once."""
+    """A snapshot that is not finite: the policy backs off at once."""
     agent.snapshot(step, torch.full((4, 96, 12), math.nan).bfloat16())
 
 
@@ -124,7 +124,7 @@ def test_states_that_an_agent_kept_for_not_being_finite_count_as_seen(
 
 
 def test_what_alerts_ask_of_is_counted(start_monitor: Start, connect: Start, until: Until) -> None:
-    """High risks and the effect of actions, once for each snapshot that tells of them: none hides between scrapes."""
+    """High risks and effects of actions count once for each snapshot, so that none is lost between scrapes."""
     monitor = start_monitor(policy={"cooldown_steps": 2})
     agent = connect(monitor.addresses.endpoint)
     agent.hello()

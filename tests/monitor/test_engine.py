@@ -1,4 +1,4 @@
-"""The engine: profiles in order, NaN seen before any decomposition, failures survived, drops by the rule."""
+"""Engine: profiles in order, detection of NaN before any decomposition, survival of failures, and drops."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_snapshot(step: int = 1, run: str = "job", states: torch.Tensor | None =
 
 
 class Bench:
-    """An engine whose results are kept; `gate` holds the worker before it hands a result over."""
+    """An engine with recorded results; `gate` blocks the worker before it delivers a result."""
 
     def __init__(self, **options: Any) -> None:
         self.results: list[Result] = []
@@ -96,7 +96,7 @@ def test_profiles_equal_those_of_the_spectral_core(bench: Bench) -> None:
 
 
 def test_a_result_that_cannot_be_handed_over_costs_that_snapshot_alone(bench: Bench) -> None:
-    """The worker is every run's."""
+    """All runs share the worker."""
     real, bench.engine._on_result = bench.engine._on_result, lambda _: 1 / 0  # type: ignore[assignment,return-value]
     bench.submit(make_snapshot(run="bad"))
     assert bench.engine.drain(WAIT_SECONDS)
@@ -204,7 +204,7 @@ def test_drain_tells_when_it_is_not_done(bench: Bench) -> None:
 def test_a_device_that_fails_is_given_up_for_the_cpu(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # On the meta device everything can be allocated and nothing computed: it stands for an accelerator that breaks.
+    # The meta device can allocate but not compute: it simulates a failing accelerator.
     monkeypatch.setattr(engine_module, "choose_device", lambda _: torch.device("meta"))
     with caplog.at_level(logging.WARNING):
         for step in (1, 2):

@@ -1,4 +1,4 @@
-"""The choice of a device; the machine's GPUs, if any, are played by a script."""
+"""Choice of a device, with simulated GPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Gpus = Callable[..., None]
 
 @pytest.fixture
 def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpus:
-    """Pretend that GPUs are there: MiB in use by letter, and those that CUDA shows, in its order."""
+    """Simulate GPUs: MiB in use by letter, and the visible ones of CUDA, in its order."""
 
     def pretend(used: dict[str, str], visible: str, status: int = 0) -> None:
         script = tmp_path / "nvidia-smi"

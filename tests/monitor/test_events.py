@@ -1,4 +1,6 @@
-"""Events reach every sink, the history first; a sink that raises stops no other, and no command that is not on disk."""
+"""Events reach every sink, the history first. A failing sink stops no other one, and no command is sent before it is on
+disk.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ PARTS: tuple[Any, ...] = ("store", "metrics", "page", "annotation")
 
 
 class Sinks:
-    """Four sinks that note what they get; the one named `broken` raises."""
+    """Four sinks that record their events; the one named `broken` raises."""
 
     def __init__(self, broken: str = "") -> None:
         self.seen: list[tuple[str, float, events.Event]] = []

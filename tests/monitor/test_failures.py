@@ -1,7 +1,7 @@
-"""One run's failure is one run's failure: whatever raises for one run, the other's guard does not notice.
+"""A failure of one run affects no other run.
 
-Two runs go through the same script in a service without sockets. Then once more for each method that the monitor calls
-on a run's behalf, which raises for the run `bad`: what `good` was sent, and all of its series, must be the same.
+Two runs go through the same script in a service without sockets. The test repeats it for each method that the monitor
+calls for a run, with an exception for the run `bad`. The commands and all series of `good` must stay the same.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ httpx = pytest.importorskip("httpx")
 
 
 def concerns_bad(value: Any) -> bool:
-    """Whether an argument of a call speaks of the run `bad`."""
+    """Return True if an argument of a call belongs to the run `bad`."""
     names = [value, *(getattr(value, name, None) for name in ("run", "name", "identity"))]
     inner = [getattr(value, name, None) for name in ("snapshot", "_hello", "command")]
     inner += getattr(value, "_pending", {}).values()
@@ -74,7 +74,7 @@ NEVER_FOR_ONE_RUN = {
     (PendingCommands, "abandon"),
     (Metrics, "value"),
 }
-"""Not called in this script, or not with anything that tells the run."""
+"""Methods that this script does not call, or only without a run."""
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_run_whose_commands_cannot_be_handled_is_only_watched(
     world.results(finite=False)
     world.service.tick()
     left = len(world.commands(BAD))
-    monkeypatch.undo()  # what has failed once is not relied upon again
+    monkeypatch.undo()  # a failed part is not used again
     for step in (50, 100):
         for run in (BAD, GOOD):
             world.hello(run)

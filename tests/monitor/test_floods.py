@@ -1,4 +1,4 @@
-"""Peers that flood a monitor and die: it answers the others, and what waits to be read stays bounded."""
+"""Peers that flood a monitor and die: it replies to the others, and its receive queue stays bounded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_agents_flood_both_channels_and_are_killed(
 
 @pytest.mark.slow
 def test_agents_flood_for_long_and_are_killed(start_process: Start, connect: Start) -> None:
-    """As it was found: it ended with SIGABRT at the next tick of its ZMTP heartbeats, every 5 s."""
+    """The original case: it ended with SIGABRT at the next tick of its ZMTP heartbeats, every 5 s."""
     monitor = start_process()
     honest = connect(monitor.addresses.endpoint)
     honest.hello()

@@ -1,8 +1,8 @@
-"""A recorded play of several runs: decisions, commands, history and metrics are those that were recorded.
+"""A recorded input of several runs: decisions, commands, history and metrics equal the recorded ones.
 
-`golden/inputs.json` holds the inputs as plain fields: what agents say, the spectral profiles that the engine finds, and
-the time that passes. Each policy plays the same inputs. `golden/NAME.json` holds the result. After a wanted change of
-behaviour, `python -m tests.monitor.test_golden_run` records the results anew; the difference belongs into the review.
+`golden/inputs.json` has the inputs as plain fields: messages of agents, spectral profiles of the engine, and elapsed
+time. Each policy gets the same inputs. `golden/NAME.json` has the result. After an intended change of behaviour,
+`python -m tests.monitor.test_golden_run` records the results again; review the difference.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def heartbeat(run: str, launch: str, step: int, rank: int, applied: Applied, fie
 
 
 def profile(given: Fields) -> SpectralProfile:
-    """A profile with the update ratios `ratios`, one for each layer; the other numbers are the same for all layers."""
+    """Build a profile with the update ratios `ratios`, one for each layer; all layers share the other numbers."""
     radius = given.get("radius", 1.0)
     numbers = {
         "near_unit_mass": given.get("near_unit", 0.5),
@@ -100,7 +100,7 @@ def profile(given: Fields) -> SpectralProfile:
 
 
 class GivenResults:
-    """In place of the engine: keeps the snapshots until the stage hands in their results."""
+    """Stub of the engine: it keeps the snapshots until the test delivers their results."""
 
     def __init__(self) -> None:
         self.queue: list[Snapshot] = []
@@ -112,7 +112,7 @@ class GivenResults:
 
 
 class Stage:
-    """Plays the inputs; `log` holds in order all that was sent, refused and annotated."""
+    """Run the inputs; `log` has all sent, refused and annotated messages in order."""
 
     def __init__(self, folder: Path, policy: Fields) -> None:
         self.now = 1000.0
@@ -153,7 +153,7 @@ class Stage:
         return START + self.now
 
     def name(self, command_id: str) -> str:
-        """A name for a command's random id: its place in the order of appearance."""
+        """Return a name for a command's random id: its place in the order of appearance."""
         return self.names.setdefault(command_id, f"command {len(self.names) + 1}")
 
     def send(self, peer: bytes, message: MonitorMessage) -> bool:
@@ -198,7 +198,7 @@ class Stage:
         self.service.on_control(self.peer(run, launch, rank), told)
 
     def on_snapshot(self, run: str, launch: str, step: int, fields: Fields, found: Fields | str | None) -> None:
-        """Shards of the ranks `ranks` of `senders`; then the result `found`: a profile, None, or "failed"."""
+        """Send shards of the ranks `ranks` of `senders`, then the result `found`: a profile, None, or "failed"."""
         ranks, senders = fields.pop("ranks", [0]), fields.pop("senders", 1)
         held = {"lr_scale": self.applied[run].lr_scale, "kss_alpha": self.applied[run].kss.alpha}
         frames = tuple(memoryview(bytes(64 * 2)) for _ in range(3))
@@ -218,7 +218,7 @@ class Stage:
             self.service.on_result(result)
 
     def on_answer(self, run: str, launch: str, step: int, outcome: str, fields: Fields) -> None:
-        """Rank 0 answers each command that it was sent and has not answered."""
+        """Let rank 0 acknowledge each command without an ack."""
         for command in self.open.pop(run, []):
             if outcome == "applied":
                 held = self.applied[run]
@@ -257,7 +257,7 @@ class Stage:
         self.reachable = reachable
 
     def on_restart(self) -> None:
-        """The monitor stops, and another one opens its history."""
+        """Stop the monitor and open its history with another one."""
         self.service.stop()
         self.store.close()
         self.log.append(["metrics", samples(self.metrics)])
@@ -269,7 +269,7 @@ class Stage:
 
 
 def plain(value: Any) -> Any:
-    """A message without the fields that have their default."""
+    """Return a message without the fields that have their default."""
     if not isinstance(value, msgspec.Struct):
         return value
     fields = msgspec.structs.fields(value)
@@ -281,7 +281,7 @@ def plain(value: Any) -> Any:
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
-    """Every sample, without the counters that are 0."""
+    """Return every sample, without the counters that are 0."""
     return {
         f"{sample.name.removeprefix('koopmon_')} {' '.join(sample.labels.values())}": sample.value
         for family in metrics.collect()
@@ -300,7 +300,7 @@ def outcome(stage: Stage) -> dict[str, Any]:
 
 
 def _shown(stage: Stage, run: str) -> Fields:
-    """What the live page holds of a run at the end."""
+    """Return the content of the live page of a run at the end."""
     view = stage.board.view(run)
     assert view is not None
     decisions = [
@@ -353,7 +353,7 @@ def _of_run(stage: Stage, history: Any, run: str) -> Iterator[tuple[str, Any]]:
 
 
 def memory(path: Path, run: str, launch: str) -> Any:
-    """The state that a restarted monitor starts from."""
+    """Return the state from which a restarted monitor starts."""
     store = HistoryWriter.open(path)
     try:
         found = store.memory(run, launch)
@@ -363,7 +363,7 @@ def memory(path: Path, run: str, launch: str) -> Any:
 
 
 def rounded(value: Any) -> Any:
-    """Plain values with floats of nine digits: the last digits depend on the mathematics library."""
+    """Return plain values with floats of nine digits: the last digits depend on the mathematics library."""
     if isinstance(value, float):
         return float(f"{value:.9g}") if math.isfinite(value) else str(value)
     if isinstance(value, dict):
@@ -388,7 +388,7 @@ def test_the_recorded_runs_get_the_recorded_decisions(policy: str, tmp_path: Pat
 
 
 def test_the_recorded_runs_cover_what_can_happen() -> None:
-    """The recording is worth its name only as long as it meets each kind of event."""
+    """The recording must contain each kind of event."""
     assert KssSettings().alpha == 0.0
     seen: set[str] = set()
     for policy in POLICIES:

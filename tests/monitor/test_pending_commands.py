@@ -1,4 +1,4 @@
-"""Commands are counted once as sent and once by what became of them, whatever the agent repeats."""
+"""Commands count once as sent and once by their outcome, whatever the agent repeats."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def alarm(world: World, step: int = 1) -> None:
 
 
 def counted(world: World, kind: str = "set_lr_scale") -> dict[str, float]:
-    """How often each outcome was counted, where it was."""
+    """Return the nonzero counts of outcomes."""
     found = {}
     for labels, value in world.series(GOOD).items():
         if labels[0] == "koopmon_commands_total" and ("kind", kind) in labels and value:
@@ -149,7 +149,7 @@ def test_in_the_end_each_command_has_counted_once(world: World, answered: int) -
 
 
 def asked(*numbers: int, kind: str = "set_lr_scale", **fields: Any) -> list[Command]:
-    """Commands of one decision, by number."""
+    """Build commands of one decision, by number."""
     return [factories.command(number, kind=kind, **fields) for number in numbers]
 
 
@@ -205,7 +205,7 @@ def test_an_ack_is_matched_with_its_command() -> None:
     pending.add(0.0, [first])
     pending.add(0.0, [second])
     matched = Answered("set_lr_scale", first=True, counts=True)
-    assert pending.acknowledge(first.id) == (matched, None), "it tells nothing of the newest command"
+    assert pending.acknowledge(first.id) == (matched, None), "it does not belong to the newest command"
     assert pending.acknowledge(second.id) == (matched, second)
     again = Answered("set_lr_scale", first=False, counts=False)
     assert pending.acknowledge(first.id) == (again, None)

@@ -1,4 +1,4 @@
-"""A probe of a real monitor: what it is told, and that it leaves no trace."""
+"""A probe of a real monitor: its reply, and no side effect."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_monitor_that_is_asked_without_end_goes_on(
         client = ControlClient(context, endpoint)
         frames = encode(Probe(run="job", incarnation="0" * 8))
         sent = 0
-        while sent < count:  # and none of the answers is read
+        while sent < count:  # and no reply is read
             sent += client.send(frames)
         connect(endpoint).hello()
     assert monitor.sample('run_state{run="job"}') == 1.0

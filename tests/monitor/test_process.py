@@ -1,4 +1,4 @@
-"""The monitor as a process: signals, sudden death, and what it finds when it comes back."""
+"""The monitor as a process: signals, kills, and its state after a restart."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Until = Callable[[Callable[[], Any]], Any]
 def test_a_signal_ends_it_with_nothing_lost(
     start_process: Start, connect: Start, until: Until, number: signal.Signals
 ) -> None:
-    """What waits for the engine is profiled, and also what waits for a shard that never came."""
+    """Snapshots that wait for the engine are profiled, and also those that wait for a missing shard."""
     monitor = start_process(monitor={"assemble_timeout_seconds": 600.0, "queue_length": 10_000})
     agent = connect(monitor.addresses.endpoint)
     lonely = connect(monitor.addresses.endpoint, run="lonely", num_senders=2)
@@ -48,7 +48,7 @@ def test_a_signal_ends_it_with_nothing_lost(
 def test_after_a_sudden_death_the_run_is_seen_again(
     start_process: Start, start_monitor: Start, connect: Start, until: Until
 ) -> None:
-    """What was applied, what was judged and what was decided come from the store, for this incarnation and the next."""
+    """Applied settings, assessments and decisions come from the store, for this incarnation and the next."""
     first = start_process()
     agent = connect(first.addresses.endpoint)
     agent.hello()

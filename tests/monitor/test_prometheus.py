@@ -25,7 +25,7 @@ scrape_configs:
 
 @pytest.fixture
 def prometheus(tmp_path: Path) -> Iterator[Callable[[str], str]]:
-    """Start Prometheus on a target; gives its URL."""
+    """Start Prometheus on a target; return its URL."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(target: str) -> str:
@@ -90,6 +90,6 @@ def test_prometheus_scrapes_every_series(
     ):
         assert ask("query", query=query)["result"], query
     kinds = ask("metadata")
-    # The name of a counter's family has no suffix in OpenMetrics, which is what Prometheus asks for.
+    # In OpenMetrics, which Prometheus requests, the name of a counter's family has no suffix.
     assert kinds["koopmon_snapshots_received"][0]["type"] == "counter"
     assert kinds["koopmon_dmd_duration_seconds"][0]["type"] == "histogram"

@@ -1,4 +1,4 @@
-"""The registry of runs under a clock of our own."""
+"""Registry of runs with a simulated clock."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_ranks_beyond_the_bound_are_refused_and_those_within_may_say_hello_again
         admit(registry, 0.0, hello(rank=1), b"p1")
     run = admit(registry, 0.0, hello(rank=5), b"p5-again").run
     assert sorted(run.peers) == [0, 5]
-    admit(registry, 0.0, hello(rank=1, incarnation=SECOND), b"p1")  # a new launch has ranks of its own
+    admit(registry, 0.0, hello(rank=1, incarnation=SECOND), b"p1")  # a new launch has new ranks
 
 
 def test_a_refused_hello_changes_nothing() -> None:
@@ -319,7 +319,7 @@ def test_a_rank_that_said_goodbye_and_then_hello_is_back(registry: RunRegistry) 
 
 
 class Keys:
-    """Two agents by their keys: `one` may use every run, `two` the run `job` alone."""
+    """Two agents by their keys: `one` may use every run, `two` the run `job` only."""
 
     def name_of(self, key: str) -> str | None:
         return {"k1": "one", "k2": "two"}.get(key)

@@ -1,4 +1,4 @@
-"""One run's guard: verdicts to commands, and what becomes of them. The policy is the real one."""
+"""Controller of one run: from assessments to commands and their outcomes, with the real policy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def calm_profile(seed: int = 0) -> SpectralProfile:
 
 
 def explode(controller: RunController, step: int = 10, *, now: float = 0.0, latest: int | None = None) -> Assessment:
-    """A snapshot whose states are not finite: the policy backs off at once."""
+    """A snapshot with states that are not finite: the policy backs off at once."""
     return controller.assess(now, sample(step), None, step=step if latest is None else latest)
 
 
@@ -98,7 +98,7 @@ def test_an_unanswered_command_is_offered_again_with_the_same_id_until_it_expire
 
 
 def test_what_was_given_up_did_not_happen() -> None:
-    """After a cut that was never applied, the next one starts from what is in force."""
+    """After a back-off that was not applied, the next one starts from the settings in force."""
     controller = make_guard()
     (first,) = cuts(explode(controller, step=10))
     controller.expire(9.0, 1000, Applied())
@@ -129,7 +129,7 @@ def test_a_refused_cut_is_not(outcome: str) -> None:
 
 @pytest.mark.parametrize("shielded", [True, False])
 def test_only_a_shield_keeps_kss_away_for_good(shielded: bool) -> None:
-    """A refusal for any other reason, such as the agent's own allowance of actions, may be none the next time."""
+    """A refusal for another reason, such as the agent's own hourly limit, may not repeat."""
     alarming = PolicyConfig(name="kss", act_risk=1e-9, severe_risk=1.0, release_risk=0.0, cooldown_steps=1)
     controller, asked = make_guard(Config(policy=alarming)), []
     for step in range(1, 200):
@@ -234,7 +234,7 @@ def test_what_is_in_force_outweighs_memory(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_a_restored_run_is_brought_back_when_it_is_calm() -> None:
-    """A new incarnation that took over a back-off and KSS returns to the user's own settings."""
+    """A new incarnation with a back-off and KSS from its predecessor returns to the user's own settings."""
     applied = Applied(lr_scale=0.25, kss=KssSettings(alpha=0.1))
     controller = make_guard(applied=applied)
     last: dict[str, Command] = {}
@@ -417,7 +417,7 @@ def test_a_decision_is_remarkable_once() -> None:
 
 
 def test_a_bar_on_kss_is_remarkable() -> None:
-    """The radius of a calm run is beyond what a message may hold: no command, no other phase."""
+    """The radius of a calm run exceeds the bound of a message: no command, and no other phase."""
     controller = make_guard(Config(policy=PolicyConfig(name="kss")))
     controller.policy_state = replace(controller.policy_state, calm_radius=2000.0, phase="alert", dense_until=60)
     controller._phase = "alert"

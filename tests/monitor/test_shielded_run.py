@@ -1,4 +1,4 @@
-"""The whole way with a mixture of experts: a real monitor decides, a real agent refuses KSS, back-off goes on alone."""
+"""A mixture of experts from end to end: a real monitor decides, a real agent refuses KSS, and back-offs continue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_kss_and_back_off_guard_a_mixture_as_back_off_alone(
 ) -> None:
     for name in ("KOOPMON_ENDPOINT", "KOOPMON_RUN", "KOOPMON_CONFIG", "WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
-    # Every snapshot is an alarm, so that KSS would be asked for beside each back-off.
+    # Every snapshot is an alarm, so the policy would request KSS beside each back-off.
     policy = {"name": "kss+lr", "act_risk": 1e-9, "severe_risk": 2e-9, "release_risk": 0.0, "cooldown_steps": 1}
     monitor = start_monitor(
         bind=f"ipc://{tmp_path}/m/control", policy=policy, monitor={"svd_rank": 4, "heartbeat_seconds": 0.1}
@@ -42,7 +42,7 @@ def test_kss_and_back_off_guard_a_mixture_as_back_off_alone(
             return agent.status()["applied"]["lr_scale"] == 0.125 and monitor.samples()[refused % "refused"] == 1
 
         until(trains_until_the_least_rate)
-        for _ in range(5):  # alarms go on, and there is nothing left to do
+        for _ in range(5):  # alarms continue without a further command
             trains_until_the_least_rate()
         status = agent.status()
         assert status["enabled"]

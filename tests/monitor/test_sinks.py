@@ -1,4 +1,4 @@
-"""Each sink turns events into its kind of output. The recorded play has the combinations; here are the rules."""
+"""Each sink turns events into its output. The golden run has the combinations; these tests have the rules."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def watched(**hello: Any) -> Run:
 
 
 def alarm(run: Run) -> Assessment:
-    """A snapshot whose states are not finite: the policy backs off."""
+    """A snapshot with states that are not finite: the policy backs off."""
     return run.controller.assess(0.0, TrainingStep(step=3, loss=2.0), None, step=3)
 
 
 def series(metrics: Metrics) -> dict[str, float]:
-    """Samples of runs, without the counters that are 0."""
+    """Return samples of runs, without the counters that are 0."""
     return {
         f"{sample.name.removeprefix('koopmon_')} {' '.join(list(sample.labels.values())[1:])}".strip(): sample.value
         for family in metrics.collect()

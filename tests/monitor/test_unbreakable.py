@@ -1,4 +1,4 @@
-"""A real monitor, one honest run, and agents whose numbers are legal and absurd: the honest run stays guarded."""
+"""A real monitor, one normal run, and agents with legal but absurd numbers: the normal run stays guarded."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ TABLES = {
     "monitor": {"assemble_timeout_seconds": 0.3, "svd_rank": 12, "max_runs": 1000},
 }
 TURNS_SECONDS = 2.5
-"""Long enough for the loop to offer a command twice and to close what waits for missing shards."""
+"""Time in which the loop repeats a command and closes snapshots with missing shards."""
 
 
 def amplified(factor: float) -> torch.Tensor:
-    """A stream that each layer turns and multiplies, (3, 64, 12)."""
+    """Build a stream that each layer rotates and multiplies, (3, 64, 12)."""
     generator = torch.Generator().manual_seed(0)
     rotation = torch.linalg.qr(torch.randn((12, 12), generator=generator))[0]
     states = [torch.randn((64, 12), generator=generator)]
@@ -47,7 +47,7 @@ def not_finite() -> torch.Tensor:
 
 
 def say(agent: ScriptedAgent, step: int, states: torch.Tensor | None = None, **fields: Any) -> None:
-    """A snapshot, if the agent was let in."""
+    """Send a snapshot if the agent was accepted."""
     if agent.data is not None:
         agent.snapshot(step, states, **fields)
 
@@ -87,7 +87,7 @@ def a_stack_that_amplifies_beyond_measure(agent: ScriptedAgent) -> None:
 
 
 def losses_that_cannot_be_summed(agent: ScriptedAgent) -> None:
-    """Two ranks of three, so that it is time that closes the snapshot."""
+    """Two ranks of three, so that time closes the snapshot."""
     agent.hello(num_senders=3, world_size=3)
     for rank in (0, 1):
         say(agent, 1, process_rank=rank, num_senders=3, loss=HUGE, grad_norm=HUGE)
@@ -127,7 +127,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitorProcess]
 
 
 def guarded(monitor: MonitorProcess, agent: ScriptedAgent, step: int) -> None:
-    """The monitor runs, and the run gets the command that its states ask for."""
+    """The monitor runs, and the run gets the command for its states."""
     assert monitor.process.poll() is None, monitor.log.read_text()[-2000:]
     agent.heartbeat(step)
     agent.snapshot(step, not_finite())
@@ -163,7 +163,7 @@ def test_an_agent_with_absurd_numbers_ends_nothing(
 def test_a_restart_on_the_same_history_ends_nothing(
     start_process: Callable[..., MonitorProcess], connect: Callable[..., ScriptedAgent]
 ) -> None:
-    """What an absurd run left in the history, and its agents, which come again, are no crash loop."""
+    """The records of an absurd run and its reconnecting agents cause no crash loop."""
     for launch in range(3):
         monitor = start_process(**TABLES)
         agents = [connect(monitor.addresses.endpoint, run=absurd.__name__) for absurd in ABSURD]

@@ -1,4 +1,4 @@
-"""A monitor's service without sockets, two runs and a clock: what each is sent, and what the sinks make of it."""
+"""A monitor's service without sockets, two runs and a clock, with the sent messages and the output of the sinks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROFILE = profile_states(
 
 
 class QueueEngine:
-    """Keeps what is submitted until the script goes on with it."""
+    """Keeps submitted snapshots until the script delivers their results."""
 
     def __init__(self) -> None:
         self.queue: deque[Snapshot] = deque()
@@ -47,12 +47,12 @@ class QueueEngine:
 
 
 class World:
-    """A service, two runs and a clock. Errors that the daemon would note as a message's are kept in `errors`."""
+    """A service, two runs and a clock. `errors` has the errors that the daemon would assign to a message."""
 
     def __init__(self, path: Path) -> None:
         self.now = 1000.0
         self.reachable = True
-        """False: what is sent is not taken."""
+        """False: sent messages are not accepted."""
         self.sent: dict[str, list[MonitorMessage]] = {BAD: [], GOOD: []}
         self.told: list[str] = []
         self.errors: list[Exception] = []
@@ -81,7 +81,7 @@ class World:
         self.told.append(text)
 
     def says(self, run: str, kind: type[Any], **fields: Any) -> None:
-        """A message of a run arrives."""
+        """Receive a message of a run."""
         fields = gathered(fields) if "training" in kind.__struct_fields__ else fields
         message = kind(run=run, incarnation=INCARNATION, **fields)
         encode(message)
@@ -132,7 +132,7 @@ class World:
         )
 
     def play(self) -> list[Any]:
-        """The script; returns what `good` was sent and what its series were at each act's end."""
+        """Run the script; return the messages to `good` and its series at the end of each act."""
         seen: list[Any] = []
         for act in self._acts():
             act()
@@ -170,15 +170,15 @@ class World:
             yield beat(step)
             yield from judged(step, finite=True)
         yield from judged(4, finite=False)
-        yield pass_time(1.1)  # offered again
+        yield pass_time(1.1)  # repeated
         yield both(answer)
         yield both(self.hello)
         yield beat(6, dropped={"not_finite": 1})
         yield pass_time(1.1)
         yield beat(200)
-        yield pass_time(1.1)  # given up
+        yield pass_time(1.1)  # expired
         yield both(lambda run: self.shard(run, 300, num_senders=2))
-        yield pass_time(6.0)  # half of a snapshot is none
+        yield pass_time(6.0)  # half of a snapshot is not enough
         yield lambda: self.results(finite=True)
         yield both(lambda run: self.says(run, Goodbye, process_rank=0, step=301))
         yield pass_time(400.0)  # removed

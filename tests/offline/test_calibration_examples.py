@@ -1,4 +1,4 @@
-"""Which launches make an example, and the reason against each other one."""
+"""Selection of launches as examples, and the reasons against the others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def profile(scale: float = 1.0) -> dict[str, Any]:
 def record(
     store: HistoryWriter, launch: str = FIRST, *, said: Any = None, found: Any = None, step: int = 0, **scalars: Any
 ) -> None:
-    """One launch of three snapshots; `scalars` are those of the second."""
+    """One launch with three snapshots; `scalars` are those of the second one."""
     store.record_hello(0.0, hello("job", launch, **{"rate_sized_steps": True, "update_exponent": 0.4, **(said or {})}))
     columns = {"num_shards": 1, "masked": False, "seconds": 0.0}
     store.record_profile(0.0, "job", launch, step, profile=profile() if found is None else found, **columns)

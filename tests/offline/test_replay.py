@@ -1,4 +1,4 @@
-"""A recording decided again: under its own policy as it was, under another one as that would have it."""
+"""Replay of a recording: under its own policy, and under another one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Recorder = Callable[..., Path]
 
 
 def seen_at(step: int, scale: float) -> Observation:
-    """A run that lurches from step 30 on, less so under a lower rate."""
+    """Run with jumps from step 30 on, which are smaller at a lower rate."""
     ratio = 0.5 + (math.exp(2.5 * scale) if step >= 30 and step % 3 == 0 else 0.0)
     return observation(
         step,
@@ -38,7 +38,7 @@ def seen_at(step: int, scale: float) -> Observation:
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> Recorder:
-    """Makes a store in which `config` guarded a run, each command in force at the next step."""
+    """Create a store of a run that `config` guarded, with each command in force at the next step."""
 
     def record(config: Config, *, incarnations: tuple[str, ...] = (INCARNATION,), **thresholds: float) -> Path:
         path = tmp_path / "run.sqlite3"

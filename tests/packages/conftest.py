@@ -1,3 +1,3 @@
-"""Packages that tests install; their own tests run there, with them installed."""
+"""Packages that tests install. Their own tests run there after the installation."""
 
 collect_ignore_glob = ["*/tests"]

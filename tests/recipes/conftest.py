@@ -1,4 +1,4 @@
-"""Recipes are run as they stand on their pages: what a test runs is cut out of the Markdown."""
+"""Recipes run as they are on their pages: the tests extract code from the Markdown."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _BLOCK = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DO
 
 
 def blocks(page: str) -> dict[str, str]:
-    """By title, the code of a page under docs/recipes."""
+    """Return the code of a page under docs/recipes by title."""
     return dict(_BLOCK.findall((ROOT / "docs" / "recipes" / page).read_text(encoding="utf-8")))
 
 
 def launching(directory: Path, **more: str) -> dict[str, str]:
-    """The environment of a user whose programs are those of this Python, and whose files are in `directory`."""
+    """Return the environment of a user with the programs of this Python and files in `directory`."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return environment(
         PATH=path, XDG_STATE_HOME=str(directory / "state"), HF_HOME=str(directory / "hf"), TMPDIR="/tmp", **more
@@ -35,7 +35,7 @@ def launching(directory: Path, **more: str) -> dict[str, str]:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Callable[..., Any]:
-    """Writes a page's files, runs its command `run`; gives what was said, and koopmon's summary."""
+    """Write a page's files and run its command `run`; return its output and koopmon's summary."""
 
     def run(page: str) -> tuple[str, dict[str, Any]]:
         found = blocks(page)

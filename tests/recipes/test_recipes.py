@@ -1,4 +1,4 @@
-"""The recipes under docs/recipes, run as they stand on their pages: in real ranks, under `koopmon run`."""
+"""Recipes under docs/recipes, run as they are on their pages, in real ranks under `koopmon run`."""
 
 from __future__ import annotations
 
@@ -108,5 +108,6 @@ def test_more_than_one_node(tmp_path: Path) -> None:
         assert list(history.runs()) == ["pretrain-7"]
         assert len(history.incarnations("pretrain-7")) == 1
         assert {row.process_rank for row in history.heartbeats("pretrain-7")} == {0, 1}
-        # Snapshots may lose a shard on a loaded machine; that both nodes take part in some is what the recipe promises.
+        # On a loaded machine a snapshot may lose a shard. The recipe promises that both nodes contribute to some
+        # snapshots.
         assert max(row.num_shards for row in history.profiles("pretrain-7")) == 2

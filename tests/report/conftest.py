@@ -1,4 +1,4 @@
-"""A history to write into."""
+"""A history for writing."""
 
 from __future__ import annotations
 

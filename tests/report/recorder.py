@@ -1,4 +1,4 @@
-"""Writes histories with the real store, as a monitor would: a run told snapshot by snapshot."""
+"""Writer of histories with the real store, like a monitor, one snapshot after another."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ RUN, FIRST = "team/run-1", "0123abcd"
 
 
 def states(scale: float = 1.0) -> torch.Tensor:
-    """A residual stream of three transitions, (4, 64, 6)."""
+    """Draw a residual stream of three transitions, (4, 64, 6)."""
     generator = torch.Generator().manual_seed(3)
     return torch.cumsum(scale * torch.randn((4, 64, 6), generator=generator), dim=0)
 
 
 class Recorder:
-    """A history with one run in it; times count from half a minute ago, so that the run may still go on."""
+    """A history with one run. Times start half a minute ago, so the run may still be active."""
 
     def __init__(self, path: Path, run: str = RUN, incarnation: str = FIRST) -> None:
         self.path, self.run, self.incarnation = path, run, incarnation
@@ -95,7 +95,9 @@ class Recorder:
         alpha: float | None = None,
         dense: bool = False,
     ) -> None:
-        """A decision with one command; `outcome` None: not sent. `after` how many steps the answer took."""
+        """Record a decision with one command; `outcome` None means not sent. `after` is the number of steps until the
+        ack.
+        """
         self.count += 1
         name = f"{self.count:08x}"
         kind = "set_cadence" if dense else "set_lr_scale" if lr_scale is not None else "set_kss"
@@ -154,7 +156,7 @@ class Recorder:
         self.store.record_state(self.began + 20.0, self.run, self.incarnation, 0, end_reason=reason)
 
     def facts(self) -> RunReport:
-        """What a report of it tells, read beside the writer."""
+        """Return its report, read beside the writer."""
         self.store.commit()
         with HistoryReader.open(self.path) as history:
             return build_report(history, self.path, self.run)
@@ -164,8 +166,10 @@ class Recorder:
 
 
 def guarded(recorder: Recorder, *, profiled: bool = False) -> Recorder:
-    """A run of 200 steps: the risk rises above 0.8 at step 40, the rate is halved two steps later, the loss comes
-    back."""
+    """Record a run of 200 steps.
+
+    The risk rises above 0.8 at step 40, the rate is halved two steps later, and the loss recovers.
+    """
     recorder.hello()
     for step in range(0, 40, 2):
         recorder.saw(step, 0.05, 3.0, profiled=profiled and step % 8 == 0)

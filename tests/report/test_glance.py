@@ -1,4 +1,4 @@
-"""The facts at the top of a report: what happened, when, and what was done; nothing is claimed that was not seen."""
+"""Facts at the top of a report: events, times and actions, without unsupported claims."""
 
 from __future__ import annotations
 

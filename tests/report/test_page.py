@@ -1,4 +1,4 @@
-"""The page stands alone, says in its tables what its charts show, and lets nobody write into it."""
+"""The page is self-contained, its tables have the data of its charts, and it escapes untrusted text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOADING = ("src", "srcset", "href", "action", "data", "poster", "background", "x
 
 
 def check_alone(document: str) -> Reading:
-    """The page, after it was seen to be whole and to need nothing from anywhere."""
+    """Return the page after a check that it is complete and self-contained."""
     read = Reading(document)
     assert "script" not in {name for name, _ in read.tags}
     loaded = [value for _, attributes in read.tags for key, value in attributes.items() if key in LOADING]

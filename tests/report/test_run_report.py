@@ -1,4 +1,4 @@
-"""What a history tells of a run; every history here was written by the real store."""
+"""Content of a report from a history; the real store wrote every history."""
 
 from __future__ import annotations
 

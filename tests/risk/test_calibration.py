@@ -207,7 +207,7 @@ BY_HAND = Calibrator(
 
 
 def effective(rate: float, *, exponent: float = 1.0, width: int = 1, num_layers: int = 1) -> Example:
-    """A run of that learning rate; as wide and deep as told, and else its effective rate is the learning rate."""
+    """Run with that learning rate. Without a width and a depth its effective rate is the learning rate."""
     return Example(update_exponent=exponent, learning_rate=rate, width=width, num_layers=num_layers)
 
 
@@ -222,7 +222,7 @@ def test_log_odds_are_linear_in_the_standardised_features(rate: float, exponent:
 
 @pytest.mark.parametrize("logit", [-1e4, -36.0, -30.0, 0.0, 30.0, 36.0, 1e4])
 def test_a_probability_is_never_certain(logit: float) -> None:
-    """It is the logistic function wherever float64 holds the result apart from 1, and its last such value beyond."""
+    """The result is the logistic function as long as float64 separates it from 1, and its last such value beyond."""
     flat = msgspec.structs.replace(BY_HAND, weights=(0.0, 0.0), intercept=logit)
     found = flat.probability(effective(1.0))
     assert 0.0 < found < 1.0
@@ -245,7 +245,7 @@ def test_a_probability_out_of_bounds_is_refused(probability: float) -> None:
 
 
 def test_the_highest_rate_stays_in_its_bounds() -> None:
-    """At most 1 and the highest effective rate of the fit; none where it would lie below the lowest rate."""
+    """The rate is at most 1 and within the highest effective rate of the fit; None below the lowest rate."""
     assert BY_HAND.max_learning_rate(effective(1.0), 1 - 1e-12) == pytest.approx(1.0)
     assert BY_HAND.max_learning_rate(effective(1.0, width=20, num_layers=30), 1 - 1e-12) == pytest.approx(30 / 600)
     safe = msgspec.structs.replace(BY_HAND, intercept=-1e3)
@@ -270,7 +270,7 @@ def test_without_an_influence_of_the_rate_all_rates_or_none_will_do(intercept: f
 
 
 def gradient(calibrator: Calibrator, examples: list[Example]) -> list[float]:
-    """Of the penalised negative log-likelihood, in the weights and the intercept."""
+    """Compute the penalised negative log-likelihood from the weights and the intercept."""
     rows = [
         [
             *((v - m) / s for v, m, s in zip(e.features(), calibrator.means, calibrator.scales, strict=True)),
@@ -285,7 +285,7 @@ def gradient(calibrator: Calibrator, examples: list[Example]) -> list[float]:
 
 @pytest.mark.parametrize("slope", [2.0, 50.0, 1e4])
 def test_no_weight_can_be_improved(slope: float) -> None:
-    """Also where the runs are separable, so that full Newton steps overshoot."""
+    """This includes separable runs, for which full Newton steps overshoot."""
     examples = sweep(100, slope=slope)
     calibrator = fit(examples)
     assert max(map(abs, gradient(calibrator, examples))) < 1e-6
@@ -312,7 +312,7 @@ def test_a_feature_that_is_constant_has_no_weight_and_scale_one() -> None:
 
 
 def test_a_weak_influence_of_the_rate_is_kept_and_a_weak_contrary_one_dropped() -> None:
-    """40 runs, of which those of the upper half diverge a little more often, or a little less."""
+    """Draw 40 runs, of which the upper half diverges slightly more often, or slightly less."""
     weak = [
         replace(
             effective(10 ** (index / 40 - 3), exponent=(index % 7) / 7),
@@ -351,7 +351,7 @@ def test_the_diagram_has_ten_bins() -> None:
 
 
 def test_a_fit_on_which_full_steps_run_away_converges() -> None:
-    """Rates of heavy tails and a few normalised models, which never diverge."""
+    """Draw rates with heavy tails and a few normalised models, which never diverge."""
     draw, examples = random.Random(8162), []
     for _ in range(400):
         log_rate = min(max(math.tan(math.pi * (draw.random() - 0.5)), -30.0), 29.0)

@@ -47,7 +47,7 @@ def test_an_identity_has_the_level_unknown() -> None:
 
 
 def with_layers(**fields: float) -> SpectralProfile:
-    """A profile whose layers all have these figures."""
+    """Build a profile with these figures in all layers."""
     found = chain(diagonal([0.2, 0.3, 0.4, 0.5]))
     return replace(found, layers=tuple(replace(layer, **fields) for layer in found.layers))
 

@@ -62,7 +62,7 @@ def test_a_loss_whose_square_is_not_finite_counts_as_not_finite(loss: float) -> 
 
 
 def test_a_loss_near_zero_has_a_least_deviation() -> None:
-    """1e-12, so the noise of a loss that has vanished is no news."""
+    """The term 1e-12 in the deviation ignores the noise of a loss of zero."""
     vanished = follow([0.0, 1e-300] * 4)
     assert vanished.after(5e-13).value == pytest.approx(0.5)
     assert vanished.after(1.0).value == LARGEST

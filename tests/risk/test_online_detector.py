@@ -81,7 +81,7 @@ def log_odds(probability: float) -> float:
 
 
 def at_rate(rate: float | None, exponent: float | None = 1.0, **fields: Any) -> Observation:
-    """A rate of a model of width 10 and 4 layers."""
+    """Observe a learning rate in a model of width 10 with 4 layers."""
     return observation(0, learning_rate=rate, width=10, num_layers=4, update_exponent=exponent, **fields)
 
 
@@ -188,7 +188,7 @@ def test_the_forecast_uses_a_logged_loss() -> None:
         told, with_loss = assess(
             told, seen(step, (1.0,), learning_rate=0.9, width=1, expansive_mass=0.1, loss=loss), CONFIG
         )
-        assert ("loss" in with_loss.components) == (step >= MIN_LOSSES), "before, the expansive mass speaks"
+        assert ("loss" in with_loss.components) == (step >= MIN_LOSSES), "before, the forecast uses the expansive mass"
         if step < MIN_LOSSES:
             assert with_loss.forecast == without.forecast
     known, z = with_loss.components["prior"], with_loss.components["loss"]
@@ -321,7 +321,7 @@ def test_states_that_are_not_finite_have_the_highest_forecast() -> None:
 
 @pytest.mark.parametrize("exponent", [0.0, 0.25, 0.33, 1.0])
 def test_normalised_layers_are_compared_by_the_median_of_three_snapshots(exponent: float) -> None:
-    """Of each layer by itself; with fewer snapshots, and for the other layers, by the snapshot."""
+    """Each layer has its own median. With fewer snapshots, and for other layers, the snapshot itself counts."""
     draw = random.Random(0)
     series = [(draw.uniform(0, 3), draw.uniform(0, 3), draw.uniform(0, 3)) for _ in range(8)]
     state = RiskState()
@@ -337,7 +337,7 @@ def test_normalised_layers_are_compared_by_the_median_of_three_snapshots(exponen
 @pytest.mark.parametrize("again", [seen(7, (0.4, 0.5)), seen(9, (0.4, 0.5)), seen(20, (0.4, 0.5, 0.6))])
 @pytest.mark.parametrize("exponent", [0.0, 1.0])
 def test_a_fresh_start_forgets_what_was_measured_of_the_layers(again: Observation, exponent: float) -> None:
-    """All but the losses and the expansive mass at the start of the run."""
+    """Return the state without the losses and the initial expansive mass."""
     state = RiskState()
     for step in range(10):
         ratios = (0.5 if step % 2 else 4.0, 0.6)
@@ -352,7 +352,7 @@ def test_a_fresh_start_forgets_what_was_measured_of_the_layers(again: Observatio
 
 
 def test_a_cut_starts_the_slow_mean_again_once() -> None:
-    """At the snapshot at which the scale is lower, and not at the ones after it or at a rise."""
+    """The reset applies to the snapshot with the lower scale, and not to later ones or to a rise."""
     slow = CONFIG.restlessness_smoothing
     state, expected = RiskState(), 0.0
     for step, scale in enumerate((1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.75, 0.75, 0.6, 0.6)):
@@ -386,7 +386,7 @@ def test_unknown_modes_count_as_reliable() -> None:
 
 
 def test_an_update_ratio_below_zero_counts_as_zero() -> None:
-    """Which only a forged snapshot has."""
+    """Only a forged snapshot has such a value."""
     forged, zero = (assess(RiskState(), seen(0, (ratio, 1.0)), CONFIG) for ratio in (-1e9, 0.0))
     assert forged == zero
 
@@ -476,7 +476,7 @@ def test_a_new_run_has_no_history() -> None:
 
 @pytest.mark.parametrize(("rate", "counts_as"), [(0.0, 1e-12), (1e-13, 1e-12), (1e13, 1e12), (math.inf, 1e12)])
 def test_rates_beyond_all_bounds_count_as_the_bounds(rate: float, counts_as: float) -> None:
-    """So their logarithm is finite, at rate 0 in the first step of a warm-up too."""
+    """The bounds keep the logarithm finite, also at rate 0 in the first step of a warm-up."""
     found = rate_excess(at_rate(rate), RiskConfig(critical_rate=2.0))
     assert found == pytest.approx(counts_as * 40 / 2.0)
 

@@ -1,9 +1,8 @@
-"""A user's script that has never heard of koopmon: DDP, a model of its own without normalisation, its own loop,
-LambdaLR.
+"""Training script of a user, without koopmon: DDP, its own model without normalisation, its own loop, LambdaLR.
 
-Trains a byte-level language model on the English prose of Python's help topics. Options choose the learning rate, the
-seed and, for the healthy comparison, a normalised model. Writes one JSON line per step, and the last line tells how
-it ended and a digest of the parameters. Exit status 3 when it diverged: loss above 50, gradient norm above 500, or
+It trains a byte-level language model on the English prose of Python's help topics. Options select the learning rate,
+the seed and, for the healthy comparison, a normalised model. Each step is one JSON line; the last line has the outcome
+and a digest of the parameters. The exit status is 3 after a divergence: loss above 50, gradient norm above 500, or
 either not finite.
 """
 
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 (the name users give it)
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817 (likewise)
+from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817 (the usual name)
 
 
 def read_bytes():
@@ -113,7 +112,7 @@ def main():
         dist.all_gather(every, mine)
         last = {"end": end, "digests": [bytes(one.tolist()).hex() for one in every]}
         print(json.dumps(last), file=log, flush=True)
-    time.sleep(0.1)  # gloo lets go of its last collective in a thread that needs the interpreter
+    time.sleep(0.1)  # gloo releases its last collective in a thread that needs the interpreter
     dist.destroy_process_group()
     raise SystemExit(3 if end == "diverged" else 0)
 

@@ -1,10 +1,10 @@
-"""The job of the fault campaign: an ordinary training with checkpoints, which writes each step down and takes orders.
+"""Job of the fault campaign: an ordinary training with checkpoints that logs each step and reads orders.
 
-One process, or several under torchrun. Under `koopmon run` it knows nothing of koopmon; with --attach it attaches
-itself. Orders are JSON lines in a file that is looked at before every step: {"do": "end", "step": S} ends the training
-before step S on every rank, {"do": "poison", "step": S, "value": "nan"} spoils the activations of step S, and
-{"do": "kill_sender", "rank": R} ends the agent's sending thread. With --phases the job is a row of short trainings
-instead, each attached anew when {"do": "phase", "number": K} comes.
+It has one process, or several under torchrun. Under `koopmon run` it does not use koopmon itself; with --attach it
+attaches. Orders are JSON lines in a file that is read before every step: {"do": "end", "step": S} ends the training
+before step S on every rank, {"do": "poison", "step": S, "value": "nan"} poisons the activations of step S, and {"do":
+"kill_sender", "rank": R} ends the agent's I/O thread. With --phases the job is a series of short trainings, each
+attached again at {"do": "phase", "number": K}.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 class Orders:
-    """What the campaign wants of this rank."""
+    """Orders of the campaign for this rank."""
 
     def __init__(self, path: Path | None) -> None:
         self._path, self._read = path, 0
@@ -62,12 +62,12 @@ class Orders:
                 self.poisons[order["step"]] = order["value"]
             elif order["do"] == "phase":
                 self.phase = order["number"]
-            elif not first and order["rank"] == RANK:  # a thread is killed once, not again after a restart
+            elif not first and order["rank"] == RANK:  # a thread is ended once, not again after a restart
                 kill_sender()
 
 
 def kill_sender() -> None:
-    """End the sending thread as nothing that it catches would."""
+    """End the I/O thread by an exception that it does not catch."""
     for thread in threading.enumerate():
         if thread.name == "koopmon-sender" and thread.ident is not None:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
@@ -155,7 +155,7 @@ def main() -> None:
         train(args, orders, f"{args.launch}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
     if WORLD > 1:
         dist.barrier()
-        time.sleep(0.1)  # gloo lets go of its last collective in a thread that needs the interpreter
+        time.sleep(0.1)  # gloo releases its last collective in a thread that needs the interpreter
         dist.destroy_process_group()
 
 

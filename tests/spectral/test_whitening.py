@@ -1,4 +1,4 @@
-"""Principal coordinates against numpy, on both paths, and the states that have none."""
+"""Principal coordinates against numpy, on both paths, and states without directions."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def decaying(num_samples: int, width: int, rate: float, seed: int = 0) -> Tensor:
-    """Centred samples whose directions shrink by `rate` each."""
+    """Draw centred samples whose directions shrink by `rate` each."""
     x = normal(num_samples, width, seed=seed) * rate ** torch.arange(width, dtype=torch.float64)
     return (x - x.mean(0)) @ torch.linalg.qr(normal(width, width, seed=seed + 1)).Q
 
 
 @pytest.fixture
 def paths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which path each call took."""
+    """Record the path of each call."""
     taken: list[str] = []
     krylov, eigh = whitening._krylov_coordinates, torch.linalg.eigh
 
@@ -91,7 +91,7 @@ def test_coordinates_are_those_of_a_singular_value_decomposition(num_samples: in
 
 @pytest.mark.parametrize(("rate", "missing"), [(0.9, 1e-12), (0.97, 1e-4), (0.995, 0.03)])
 def test_the_randomised_basis_keeps_nearly_all_that_an_exact_one_keeps(rate: float, missing: float) -> None:
-    """Of the variance in 16 directions, also where the spectrum decays slowly."""
+    """The basis holds the variance of 16 directions, also for a slowly decaying spectrum."""
     x = decaying(500, 400, rate)
     _, coordinates = principal_coordinates(x, 16, seed=0)
     best = torch.linalg.svdvals(x)[:16].square().sum()
@@ -190,7 +190,7 @@ def test_as_many_directions_as_asked_for_and_no_more_than_the_width(svd_rank: in
 
 
 def test_units_of_input_and_output_are_the_inputs() -> None:
-    """Both in units of their own where their squares would not be finite."""
+    """Both states have their own units if their squares would not be finite."""
     x, y = normal(30, 3, seed=7), normal(30, 3, seed=8)
     plain = coordinates_of(x, y)
     for one, other in ((1e200, 1.0), (1.0, 1e200), (1e-200, 1e-200), (1e200, 1e150)):

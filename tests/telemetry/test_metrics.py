@@ -1,4 +1,4 @@
-"""The table of metrics, as Prometheus reads it."""
+"""Table of metrics, parsed by the client library of Prometheus."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def exposed(registry: CollectorRegistry) -> dict[tuple[str, tuple[tuple[str, str
 
 
 def test_names_types_and_labels_are_the_public_contract(metrics: Metrics, registry: CollectorRegistry) -> None:
-    """Compare with the golden file; a change there is a change of what dashboards and alerts stand on."""
+    """Compare with the golden file. A change there affects dashboards and alerts."""
     metrics.begin_run("job")
     for series in TABLE:
         if series.kind == "gauge":

@@ -1,4 +1,4 @@
-"""What is said of the effect of a command, from the snapshots before and after it."""
+"""Verdicts on the effect of a command, from the snapshots before and after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts of strangers on a page: escaped, printable, of bounded length; and numbers and times as people read them."""
+"""Untrusted texts on a page: escaped, printable, of bounded length; formats of numbers and times."""
 
 from __future__ import annotations
 

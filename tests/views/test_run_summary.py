@@ -1,4 +1,4 @@
-"""What `koopmon run` says at the end, from a history that a real store wrote."""
+"""The closing summary of `koopmon run`, from a history of a real store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WHO = {"run": RUN, "incarnation": INCARNATION}
 
 
 class Writer:
-    """A history with one run in it."""
+    """A history with one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

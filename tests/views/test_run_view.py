@@ -1,4 +1,4 @@
-"""The records of the pages: the same from a live event as from the row that a history keeps of it."""
+"""Records of the pages: equal from a live event and from its row in the history."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Columns and spectra of profiles, and what is kept of a long run."""
+"""Columns and spectra of profiles, and the kept part of a long run."""
 
 from __future__ import annotations
 

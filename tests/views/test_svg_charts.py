@@ -1,4 +1,4 @@
-"""The charts as a browser would read them: where their lines, marks and labels are."""
+"""Positions of lines, marks and labels in the charts."""
 
 from __future__ import annotations
 

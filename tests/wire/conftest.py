@@ -13,32 +13,32 @@ from koopmon.wire.sockets import WireContext
 
 @pytest.fixture
 def near() -> Iterator[WireContext]:
-    """The agent's side."""
+    """Context of the agent's side."""
     with WireContext() as context:
         yield context
 
 
 @pytest.fixture
 def far() -> Iterator[WireContext]:
-    """The monitor's side."""
+    """Context of the monitor's side."""
     with WireContext() as context:
         yield context
 
 
 @pytest.fixture(params=["ipc", "tcp"])
 def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where a server may bind; tcp leaves the port open."""
+    """Endpoint for a server; tcp leaves the port open."""
     return "tcp://127.0.0.1:0" if request.param == "tcp" else f"ipc://{tmp_path}/run/wire"
 
 
 @pytest.fixture
 def until() -> Callable[..., None]:
-    """Waits for what another thread or process will do; fails after `timeout` seconds."""
+    """Wait for the effect of another thread or process; fail after `timeout` seconds."""
 
     def wait(condition: Callable[[], object], timeout: float = 20.0) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
-            assert time.monotonic() < deadline, "waited in vain"
+            assert time.monotonic() < deadline, "the condition stayed false"
             time.sleep(0.002)
 
     return wait

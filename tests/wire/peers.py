@@ -1,6 +1,6 @@
-"""Peers that flood one of our sockets and die, and our own socket before them: `python -m tests.wire.peers ROLE ...`.
+"""Peers that flood a socket of koopmon and die, and the socket under attack: `python -m tests.wire.peers ROLE ...`.
 
-Each runs in a process of its own, since what is looked for is an end of the process.
+Each runs in another process, because the tests look for an abort of the process.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ READ_SECONDS = 0.6
 
 
 def stand(kind: str, endpoint: str, trust: AuthPolicy) -> None:
-    """Our socket: does not read until a line comes on stdin, then reads for a while, and says how much there was.
+    """Socket of koopmon: it waits for a line on stdin, then reads for a while and prints the number of messages.
 
-    The time that a handshake may take is long past by then: its timer must not have been left running.
+    The time limit of a handshake has passed by then. Its timer must have stopped.
     """
     for options in (client.CLIENT, server.SERVER):
         options[zmq.HANDSHAKE_IVL] = 300
@@ -53,7 +53,7 @@ def stand(kind: str, endpoint: str, trust: AuthPolicy) -> None:
         if isinstance(ours, ControlClient):
             while not ours.connected or not ours.send([b"here I am"]):
                 poller.wait(0.05)
-        elif trust.directory is not None:  # somebody must let the peer in
+        elif trust.directory is not None:  # authorise the peer
             deadline = time.monotonic() + 1.0
             while time.monotonic() < deadline:
                 ours._zap_handler.serve()
@@ -71,9 +71,9 @@ def stand(kind: str, endpoint: str, trust: AuthPolicy) -> None:
 
 
 def flood(kind: str, endpoint: str, trust: AuthPolicy) -> None:
-    """The peer of such a socket, with ZMTP heartbeats as older versions had them: talks for a while, then is gone.
+    """Peer of such a socket with ZMTP heartbeats, as in older versions: it sends for a while, then exits.
 
-    Between any two messages there is a PING. Whatever is read late has one behind it.
+    A PING lies between any two messages, so each message that is read late has one after it.
     """
     for options in (client.CLIENT, server.SERVER, sockets._CONTROL):
         options |= {zmq.HEARTBEAT_IVL: 1, zmq.HEARTBEAT_TIMEOUT: 15_000}

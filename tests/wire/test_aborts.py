@@ -1,6 +1,6 @@
-"""Nothing that a peer does ends the process: libzmq 4.3.5 answers several things with abort().
+"""No peer ends the process: libzmq 4.3.5 calls abort() in several cases.
 
-The docstrings name the assertion. Why each is out of reach is said in koopmon/wire, beside the option that does it.
+The docstrings have the assertion. koopmon/wire describes the protection beside the option that provides it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Program = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def program() -> Iterator[Program]:
-    """Starts a Python program with pipes; ends what is left of it."""
+    """Start a Python program with pipes; end it if it still runs."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: object) -> subprocess.Popen[str]:
@@ -59,7 +59,7 @@ def line(process: subprocess.Popen[str]) -> str:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """Let it go on to its end, which must be a good one; returns what it said."""
+    """Let the program end, which must be normal; return its output."""
     said, errors = process.communicate("\n", timeout=SECONDS)
     assert (process.returncode, errors) == (0, ""), f"it ended with status {process.returncode}: {errors}"
     return said
@@ -73,7 +73,7 @@ KINDS = ("ControlServer", "DataReceiver", "ControlClient", "ProbeClient")
 def test_a_peer_with_zmtp_heartbeats_floods_and_is_killed(
     kind: str, transport: str, program: Program, tmp_path: Path
 ) -> None:
-    """`!_io_error`: its PINGs are still in the buffer of a connection that is broken."""
+    """`!_io_error`: its PINGs are still in the buffer of a broken connection."""
     endpoint = f"ipc://{tmp_path}/run/wire" if transport == "ipc" else "tcp://127.0.0.1:0"
     keys: list[object] = []
     if transport == "curve":
@@ -87,12 +87,12 @@ def test_a_peer_with_zmtp_heartbeats_floods_and_is_killed(
     ours, peer = (bound, connected) if ours_binds else (connected, bound)
     line(connected)
     assert line(peer) == "found"
-    ours.send_signal(signal.SIGSTOP)  # so that much of it is read at once, later
+    ours.send_signal(signal.SIGSTOP)  # so that one later read gets many messages
     peer.communicate("\n", timeout=SECONDS)
     assert peer.returncode == -signal.SIGKILL
     ours.send_signal(signal.SIGCONT)
     time.sleep(0.1)
-    assert int(finish(ours)) > 0 or not ours_binds  # a client drops what it has not read with its connection
+    assert int(finish(ours)) > 0 or not ours_binds  # a client drops unread messages with its connection
 
 
 def dial(endpoint: str) -> socket.socket:
@@ -105,7 +105,7 @@ def dial(endpoint: str) -> socket.socket:
 
 
 def shake_hands(connection: socket.socket, kind: bytes) -> None:
-    """The handshake of ZMTP 3.1 without keys, as the socket type `kind`."""
+    """Send the handshake of ZMTP 3.1 without keys, as the socket type `kind`."""
     connection.settimeout(10.0)
     connection.sendall(GREETING)
     _read(connection, 64)
@@ -124,7 +124,7 @@ def _read(connection: socket.socket, count: int) -> bytes:
 
 
 def die(connection: socket.socket) -> None:
-    """Reset a connection, as the kernel does for a process that is killed with something unread."""
+    """Reset a connection, like the kernel for a killed process with unread data."""
     if connection.family != socket.AF_UNIX:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
@@ -132,7 +132,7 @@ def die(connection: socket.socket) -> None:
 
 @pytest.mark.parametrize(("kind", "peer"), [("ControlServer", b"DEALER"), ("DataReceiver", b"PUSH")])
 def test_a_stranger_pings_and_leaves(kind: str, peer: bytes, endpoint: str, program: Program) -> None:
-    """`!_io_error`, at the price of two kilobytes, by whoever reaches the port."""
+    """`!_io_error` for two kilobytes from any peer that can reach the port."""
     ours = program("-m", "tests.wire.peers", "stand", kind, endpoint)
     connection = dial(line(ours))
     shake_hands(connection, peer)
@@ -144,7 +144,7 @@ def test_a_stranger_pings_and_leaves(kind: str, peer: bytes, endpoint: str, prog
 
 
 class Impostor:
-    """A monitor in a thread that shakes hands, says `said` on each connection, and breaks it off."""
+    """Monitor in a thread that completes handshakes, sends `said` on each connection, and closes it."""
 
     def __init__(self, kind: bytes, said: Callable[[int], bytes]) -> None:
         self._kind, self._said = kind, said
@@ -211,7 +211,7 @@ with WireContext() as context:
 def test_a_monitor_dies_while_its_messages_are_read(
     num_frames: int, program: Program, impostor: Callable[..., Impostor]
 ) -> None:
-    """`!_more`: between two frames of one message. With one frame each, a PING behind many, and `!_io_error`."""
+    """`!_more`: between two frames of one message. With one frame each, a PING after many, and `!_io_error`."""
     whole = frame(b"x", more=True) * (num_frames - 1) + frame(b"x")
     monitor = impostor(b"ROUTER", lambda number: whole * (100 + 90 * (number % 11)) + PING + whole * 3)
     finish(program("-c", AGENT, monitor.endpoint))
@@ -231,7 +231,7 @@ with WireContext() as context:
     sys.stdin.readline()
     ours.reconnect()
     until = time.monotonic() + 20.0
-    while time.monotonic() < until and ours.send([b"at last"]) is not None:
+    while time.monotonic() < until and ours.send([b"finally"]) is not None:
         poller.wait(0.02)
 """
 
@@ -248,7 +248,7 @@ def test_a_receiver_of_snapshots_talks_and_dies(program: Program, impostor: Call
         assert Poller(receiver).wait(20.0) == [receiver]
         received = receiver.recv()
         assert received is not None
-        assert bytes(received[0]) == b"at last"
+        assert bytes(received[0]) == b"finally"
         finish(ours)
 
 
@@ -265,11 +265,11 @@ for _ in range(60):
                 pass
 """
 OLD = ((b"\xff" + bytes(8) + b"\x7f\x01\x05", b"\x00\x00\x00\x01x"), (b"\x01\x00", b"\x02\x00x"))
-"""How ZMTP 2 and ZMTP 1 begin, and what follows once the other side has greeted."""
+"""Greetings of ZMTP 2 and ZMTP 1, and the bytes after the greeting of the other side."""
 
 
 def test_peers_of_zmtp_1_and_2_at_a_server_that_closes(program: Program) -> None:
-    """`errno_assert` in zmtp_engine.cpp, for the name of a peer that has no queue any more."""
+    """`errno_assert` in zmtp_engine.cpp, for the name of a peer without a queue."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ours = program("-c", CLOSING, f"tcp://127.0.0.1:{port}")
@@ -335,21 +335,21 @@ print(said)
 
 @pytest.mark.parametrize("left", [*range(16), 20, 24, 28])
 def test_a_process_at_its_limit_of_descriptors_is_told_so(left: int, program: Program) -> None:
-    """epoll.cpp: what a context makes for its first socket is not checked by libzmq."""
+    """epoll.cpp: libzmq does not check the resources of the first socket of a context."""
     said = finish(program("-c", STARVED, "descriptors", left))
     assert said.startswith("made" if left > 24 else "no room for a socket: too many open files") or left > 15
 
 
 def test_a_process_at_its_limit_of_threads_is_told_so(program: Program) -> None:
-    """thread.cpp: nor are its threads."""
+    """thread.cpp: it does not check its threads either."""
     assert finish(program("-c", STARVED, "threads", 0)).startswith("no room for a socket: can't start new thread")
 
 
-# --- what is left open where a step fails ---
+# --- open resources after a failed step ---
 
 
 def closes(context: WireContext) -> bool:
-    """Whether a context can be closed in time: `term` waits for ever for a socket that was left open."""
+    """Return True if a context closes in time: `term` waits for ever for an open socket."""
     thread = threading.Thread(target=context.close, daemon=True)
     thread.start()
     thread.join(10.0)
@@ -357,7 +357,7 @@ def closes(context: WireContext) -> bool:
 
 
 class StepError(Exception):
-    """A step that fails."""
+    """Step that fails."""
 
 
 def fail(*_: object) -> Any:

@@ -1,4 +1,4 @@
-"""The buffer pool: bounded, never waiting, never handing out memory that is still being read."""
+"""Buffer pool: bounded, never waiting, and never lending memory that is still read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from koopmon.wire.buffer_pool import BufferPool, Slot, host_buffer
 
 
 class Tracker:
-    """A transport that lets go when told."""
+    """Transport that releases a buffer on request."""
 
     def __init__(self) -> None:
         self.done = False
@@ -73,7 +73,7 @@ class Pool(RuleBasedStateMachine):
 
     @rule(slot=gone)
     def release_again(self, slot: Slot | None) -> None:
-        """Its buffer may be another's by now."""
+        """Another holder may have the buffer by now."""
         if slot is not None:
             slot.release()
             slot.release_when_done(Tracker())

@@ -1,4 +1,4 @@
-"""The codec: what goes in comes out; what is not a message is a ProtocolError, cheaply."""
+"""Codec: messages survive a round trip, and anything else is a ProtocolError at low cost."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ PAYLOAD = {"set_lr_scale": {"lr_scale"}, "set_kss": {"kss"}, "set_cadence": {"ca
 
 
 def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
-    """Whatever a field's type admits, its bounds included."""
+    """Draw any value of a field's type, bounds included."""
     match kind:
         case inspect.UnionType(types=types):
             return st.one_of(*map(values, types))
@@ -122,7 +122,7 @@ def shards(draw: st.DrawFn) -> tuple[Shard, list[bytes]]:
 
 
 def same(left: msgspec.Struct, right: msgspec.Struct) -> bool:
-    """Equality under which NaN equals itself."""
+    """Compare with NaN equal to itself."""
     return type(left) is type(right) and msgspec.msgpack.encode(left) == msgspec.msgpack.encode(right)
 
 
@@ -213,7 +213,7 @@ def test_nothing_is_copied_on_the_way() -> None:
 
 def test_received_memory_lives_as_long_as_a_view_of_it() -> None:
     class Buffer(bytearray):
-        """A bytearray that can be watched."""
+        """A bytearray with weak references."""
 
     buffer = Buffer(48)
     watch = weakref.ref(buffer)
@@ -472,7 +472,7 @@ UNENCODABLE: list[AnyMessage] = [
 
 @pytest.mark.parametrize("message", UNENCODABLE, ids=lambda message: type(message).__name__)
 def test_what_no_receiver_takes_is_not_encoded(message: AnyMessage) -> None:
-    """Whatever Python lets a field hold: the error is one that senders expect."""
+    """For any value that Python allows in a field, the error is one that senders expect."""
     with pytest.raises(ProtocolError) as caught:
         encode(message)
     assert caught.value.reason == "schema"

@@ -1,4 +1,4 @@
-"""Keys on real sockets: who gets in, what is known of who did, and how it goes on after a refusal."""
+"""Keys on real sockets: admission, identity, and reconnection after a refusal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ring(tmp_path: Path) -> Keyring:
 
 
 class Far:
-    """A monitor's two sockets; `turn` does what its loop does."""
+    """A monitor's two sockets; `turn` runs one turn of its loop."""
 
     def __init__(self, trust: AuthPolicy, bind: str = LOOPBACK) -> None:
         self.context = WireContext(trust)
@@ -169,7 +169,7 @@ def test_with_keys_there_is_no_way_to_who_has_none(
 def test_a_client_that_calls_itself_someone_is_no_one_where_no_keys_are_demanded(
     serve: Callable[..., Far], until: Until
 ) -> None:
-    """ZMTP lets a client send properties of its own, User-Id among them: a key that nobody has checked."""
+    """ZMTP lets a client send its own properties, such as User-Id: an unverified key."""
     far = serve(AuthPolicy())
     stolen = new_pair().public
     properties = {b"Socket-Type": b"DEALER", b"Identity": b"", b"User-Id": stolen.encode()}
@@ -180,7 +180,7 @@ def test_a_client_that_calls_itself_someone_is_no_one_where_no_keys_are_demanded
     with socket.create_connection(("127.0.0.1", port)) as raw:
         raw.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" + bytes(31))
         greeting = b""
-        while len(greeting) < 64:  # who goes on before it has come breaks the protocol
+        while len(greeting) < 64:  # continuing before it has arrived breaks the protocol
             greeting += raw.recv(64 - len(greeting))
         raw.sendall(b"\x04" + bytes([len(ready)]) + ready)
         raw.sendall(b"\x00" + bytes([len(REPLY[0])]) + bytes(REPLY[0]))

@@ -1,4 +1,4 @@
-"""Where koopmon binds and connects, and where it refuses to."""
+"""Endpoints: bound, connected and refused ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Key files: what is written, what is refused and in which words, and who may speak for which run."""
+"""Key files: content, refusals with their messages, and the runs of a key."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def put(place: Path, name: str, **fields: object) -> KeyPair:
-    """A pair of which both halves lie in `place`, and the public one among the agents."""
+    """A pair with both halves in `place`, and its public half among the agents."""
     pair = new_pair()
     write_secret(place, name, pair.secret)
     for directory in (place, place / AGENTS):

@@ -1,4 +1,4 @@
-"""Every option that each of our sockets has, so that none is added without a thought for what libzmq does with it."""
+"""Every option of every socket, so that a new one needs a check of its effect in libzmq."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ ROUTER_HANDOVER and all others that are not listed here: not used, and not looke
 
 
 def options_of(kind: Any, context: WireContext, endpoint: str, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the socket of this kind itself is set to; its events have a socket of their own."""
+    """Options of the socket itself; its events have a socket of their own."""
     found: dict[Any, dict[str, Any]] = {}
     true_set = zmq.Socket.set
 
@@ -104,5 +104,5 @@ def test_nothing_in_the_wire_sets_a_zmtp_heartbeat() -> None:
 
 
 def test_what_is_new_in_libzmq_is_looked_at() -> None:
-    """The assertions were read in 4.3.5, and the sources of what follows it say the same."""
+    """The assertions were read in 4.3.5; the sources of later versions have the same."""
     assert zmq.zmq_version_info()[:2] == (4, 3)

@@ -1,4 +1,4 @@
-"""Asking an endpoint whether a monitor is there: real sockets on both sides, and what is no monitor at all."""
+"""Probes of an endpoint: real sockets on both sides, and peers that are not monitors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OLDER = bytes([*PREFIX[:-1], PROTOCOL_VERSION - 1])
 
 @contextmanager
 def answering(answer: bytes) -> Iterator[str]:
-    """The endpoint of a peer that shakes hands, and says `answer` to whatever it hears."""
+    """Endpoint of a peer that completes handshakes and sends `answer` for every message."""
     stop = threading.Event()
     bound: list[str] = []
     ready = threading.Event()

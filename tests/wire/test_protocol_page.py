@@ -1,4 +1,4 @@
-"""PROTOCOL.md says what messages.py says, field by field."""
+"""PROTOCOL.md agrees with messages.py, field by field."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STRUCTS = [Message, *MESSAGES, TrainingStep, KssSettings, Applied, Judgement]
 
 
 def describe(kind: inspect.Type) -> str:
-    """A type as the page writes it."""
+    """Format a type as on the page."""
     match kind:
         case inspect.UnionType(types=types):
             return " or ".join(describe(each) for each in types)
@@ -82,14 +82,14 @@ def describe_default(field: inspect.Field) -> str:
 
 
 def rows_of(struct: type[msgspec.Struct]) -> list[tuple[str, str, str]]:
-    """(field, type, default) as the page lists them; what `Message` holds is listed once, under its own name."""
+    """Return (field, type, default) as on the page; the page lists the fields of `Message` once."""
     inherited = () if struct is Message else Message.__struct_fields__
     fields = inspect.type_info(struct).fields
     return [(f.name, describe(f.type), describe_default(f)) for f in fields if f.name not in inherited]
 
 
 def tables() -> dict[str, list[list[str]]]:
-    """The page's tables, cell by cell, under the heading each stands below."""
+    """Return the page's tables by heading, cell by cell."""
     found: dict[str, list[list[str]]] = {}
     heading = ""
     for line in PAGE.splitlines():

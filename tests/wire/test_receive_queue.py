@@ -1,4 +1,4 @@
-"""What waits to be read: in order, in turn, and bounded, whoever sends how much."""
+"""Receive queue: in order, fair between peers, and bounded for any sender."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_what_is_too_long_takes_its_turn_as_an_error(near: WireContext, far: Wir
 def test_a_connection_that_has_no_name_is_read_as_any_other(
     near: WireContext, far: WireContext, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """libzmq knows none where the peer was gone before it was accepted."""
+    """libzmq has none if the peer was gone before its connection was accepted."""
     monkeypatch.setattr("zmq.SRCFD", 99)
     receiver = DataReceiver(far, "tcp://127.0.0.1:0")
     sender = DataSender(near, receiver.endpoint)

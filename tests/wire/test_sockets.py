@@ -142,7 +142,7 @@ def test_sending_resumes_when_the_monitor_comes_back(near: WireContext, endpoint
         with WireContext() as far:
             receiver = DataReceiver(far, address)
             until(lambda frames=frames: sender.send(frames) is None)
-            until(lambda life=life: sender.connections == life)  # a send may come before the news of its connection
+            until(lambda life=life: sender.connections == life)  # a send may come before the event of its connection
             assert receive(receiver).header.step == life
         until(lambda: not sender.connected)
         assert sender.send(frames) == "monitor_away"
@@ -233,7 +233,7 @@ def test_a_frame_beyond_the_limit_is_never_received(near: WireContext, far: Wire
     until(lambda: sender.connected)
     large, small = torch.ones(1, 200, 200), torch.ones(1, 2, 2)
     assert sender.send(encode(shard(1, large), large)) is None
-    until(lambda: sender.connections == 2)  # cut off, and back
+    until(lambda: sender.connections == 2)  # closed, and connected again
     until(lambda: sender.send(encode(shard(2, small), small)) is None)
     assert receive(receiver).header.step == 2
 
@@ -241,7 +241,7 @@ def test_a_frame_beyond_the_limit_is_never_received(near: WireContext, far: Wire
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", [DataReceiver, ControlServer])
 def test_a_socket_that_cannot_be_made_keeps_its_context_from_nothing(kind: Any) -> None:
-    """libzmq takes no limit of 2**63, and would wait at the end for a socket that nobody has closed."""
+    """libzmq refuses a limit of 2**63, and would wait at the end for an open socket."""
     context = WireContext()
     with pytest.raises((OverflowError, EndpointError)):
         kind(context, "tcp://127.0.0.1:0", limits=WireLimits(max_header_bytes=1 << 63, max_message_bytes=1 << 63))
@@ -537,7 +537,7 @@ ready.wait()
 @pytest.mark.process
 @pytest.mark.parametrize("user", ["main", "ended", "daemon"])
 def test_a_process_that_forgets_to_close_ends_well(user: str, far: WireContext) -> None:
-    """With messages half sent: freeing their memory under the transport would abort the process."""
+    """With half-sent messages, freeing their memory under the transport would abort the process."""
     server, receiver = ControlServer(far, "ipc://*"), DataReceiver(far, "tcp://127.0.0.1:0")
     script = [sys.executable, "-c", UNCLOSED, server.endpoint, receiver.endpoint, user]
     process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True)

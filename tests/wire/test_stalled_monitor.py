@@ -1,4 +1,4 @@
-"""A monitor that is stopped (SIGSTOP) never makes the training side wait."""
+"""A stopped monitor (SIGSTOP) never makes the training side wait."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def monitor(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[s
 
 
 def bounded(work: Callable[[], None]) -> None:
-    """Run `work`, which must not wait for anyone, in a thread that may be given up."""
+    """Run `work`, which must not wait, in a thread that may be abandoned."""
     failures: list[BaseException] = []
 
     def run() -> None:

@@ -89,7 +89,10 @@ class ControlAction(ABC):
         """Return the target that `value` asks for, within the agent's own limits, and the caps that changed it."""
 
     def value(self, state: ControlState, step: int) -> Any:
-        """Return the value in force at `step`, as `Applied` holds it: the strength by default."""
+        """Return the value in force at `step`, as `Applied` holds it: the strength by default.
+
+        Raises msgspec.ValidationError if the state has numbers out of the protocol's bounds.
+        """
         return self.strength(state, step)
 
     def strength(self, state: ControlState, step: int) -> float:

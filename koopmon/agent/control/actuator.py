@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import msgspec
+
 from koopmon.agent.capture.schedule import SnapshotSchedule
 from koopmon.agent.control.action import Capability, ControlAction, Target
 from koopmon.agent.control.rank_group import RankGroup
@@ -122,8 +124,8 @@ class Actuator:
                 self._settle(step, in_force=True)
         elif group.in_flight:
             update = group.receive()
-            if update is not None and update.step != step:
-                group.fail(f"rank 0 is at step {update.step}, this rank at step {step}")
+            if update is not None and (flaw := self._flaw(update, step)):
+                group.fail(flaw)
                 update = None
             if update is None:
                 self._agreed_until = -1
@@ -131,6 +133,17 @@ class Actuator:
                 self.state = update.state
                 self._snapshots, self._agreed_until = update.snapshot_steps(), update.next_step
             self._settle(step, in_force=update is not None)
+
+    def _flaw(self, update: ControlUpdate, step: int) -> str:
+        """Return the reason why this rank must not apply `update` at `step`; empty if there is none."""
+        if update.step != step:
+            return f"rank 0 is at step {update.step}, this rank at step {step}"
+        try:
+            for action in self._actions.values():
+                action.value(update.state, step)
+        except msgspec.ValidationError as error:
+            return f"rank 0 sends a state out of bounds: {error}"
+        return ""
 
     def after_step(self, step: int) -> bool:
         """Plan the work after `step` optimizer steps. Returns True if the next training forward is a snapshot."""

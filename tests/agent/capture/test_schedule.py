@@ -1,4 +1,4 @@
-"""When snapshots are taken: the schedule, what the monitor asks for, and the budget that bounds both."""
+"""Times of snapshots: the schedule, requests of the monitor, and the budget that bounds both."""
 
 from __future__ import annotations
 

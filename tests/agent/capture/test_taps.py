@@ -1,4 +1,4 @@
-"""What a snapshot holds: the same tokens at every depth, of the first training forward after a step; nothing else."""
+"""Content of a snapshot: the same tokens at every depth, of the first training forward after a step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EVERY_STEP = {"cadence": {"dense_every": 1, "warmup_steps": 1000}, "sampling": {
 
 
 def attached(agents: Attach, monitor: ScriptedMonitor, model: nn.Module, config: Any = EVERY_STEP) -> tuple[Any, Any]:
-    """An optimizer that changes nothing, and an agent that the monitor has welcomed."""
+    """An optimizer without an effect, and an agent that the monitor has welcomed."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     agent = agents(model, optimizer, endpoint=monitor.endpoint, config=config)
     monitor.wait(lambda: agent.status()["connected"])
@@ -41,7 +41,9 @@ def attached(agents: Attach, monitor: ScriptedMonitor, model: nn.Module, config:
 
 
 def received(monitor: ScriptedMonitor, agent: Any) -> list[tuple[Any, Tensor]]:
-    """The shards, once all that were sent have arrived. Asked after each step, the steps do not outrun the sender."""
+    """Return the shards after all sent ones have arrived. Called after each step, it keeps the steps at the speed of
+    the sender.
+    """
     outstanding = agent.status
     monitor.wait(lambda: len(monitor.shards) >= outstanding()["sent"] and settled(outstanding()))
     return monitor.shards
@@ -52,7 +54,7 @@ def settled(status: dict[str, Any]) -> bool:
 
 
 def states_of(model: Model, tokens: Tensor) -> list[Tensor]:
-    """The state before the first block and behind each, as a forward without koopmon has them."""
+    """Return the state before the first block and after each, from a forward without koopmon."""
     plain = copy.deepcopy(model)
     plain.run = None
     h = plain.embedding(tokens) * 1.0
@@ -236,7 +238,7 @@ def test_blocks_that_stop_being_called_are_counted_and_said_once(
     optimizer, agent = attached(agents, monitor, model)
     for step in range(10):
         if step == 3:
-            model.blocks = copy.deepcopy(model.blocks)  # what replaces a block is a copy, and carries no taps
+            model.blocks = copy.deepcopy(model.blocks)  # the replacement of a block is a copy without taps
         train_step(model, optimizer, step)
     monitor.wait(lambda: len(monitor.shards) == 2)
     assert [header.step for header, _ in monitor.shards] == [1, 2]

@@ -1,4 +1,4 @@
-"""One rank's side of the control channel, message by message, over a channel that the test holds in its hands."""
+"""One rank's side of the control channel, message by message, over a channel of the test."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VERIFIED = replace(DESCRIPTION, num_layers=4, width=64, acts=True)
 
 
 class Channel:
-    """A control client that is there, and takes what is sent while `takes` is true."""
+    """Control client that accepts messages while `takes` is true."""
 
     endpoint = "ipc:///nowhere"
     connected = True
@@ -59,7 +59,7 @@ class Channel:
 
 
 class Nothing:
-    """Nobody who applies commands."""
+    """Actuator that applies nothing."""
 
     ready = False
 
@@ -73,7 +73,7 @@ class Nothing:
         pytest.fail("nothing was to be restored")
 
     def monitor_lost(self) -> None:
-        """That has its own tests."""
+        """Stub of a part with its own tests."""
 
 
 @pytest.fixture
@@ -152,10 +152,10 @@ def test_what_became_of_a_command_is_said_again_to_a_monitor_that_may_not_know(
     link.tick(0.0)
     welcome(link, 0.1)
     link.acknowledge(CommandResult("00000001", "applied", 5))
-    link.tick(0.2)  # a heartbeat, and its answer: the monitor has read what came before
+    link.tick(0.2)  # a heartbeat and its reply: the monitor has read the earlier messages
     reply(link, 0.3)
     link.acknowledge(CommandResult("00000002", "applied", 6))
-    channel.connections += 1  # whatever was under way is lost
+    channel.connections += 1  # messages in transit are lost
     link.tick(0.4)
     link.acknowledge(CommandResult("00000003", "expired", 7))
     assert acks(channel) == ["00000001", "00000002", "00000003"]

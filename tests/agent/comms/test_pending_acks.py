@@ -1,4 +1,4 @@
-"""Acks are kept until the monitor has certainly read them, and no longer."""
+"""Acks are kept until the monitor has read them for certain, and no longer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def unsent(acks: PendingAcks) -> list[str]:
 
 
 def unread(acks: PendingAcks) -> list[str]:
-    """What a new connection would repeat."""
+    """Return the acks that a new connection repeats."""
     acks.on_reconnect()
     return unsent(acks)
 
@@ -32,7 +32,7 @@ def test_an_ack_that_the_transport_took_is_not_sent_again_on_this_connection() -
 
 
 def test_a_reply_to_a_heartbeat_before_the_ack_proves_nothing() -> None:
-    """The monitor answers in order: it may have read that heartbeat and not what came after it."""
+    """The monitor replies in order: it may have read that heartbeat and not the later messages."""
     acks = PendingAcks()
     acks.on_heartbeat_sent()
     acks.add(ack(1), sent=True)
@@ -67,7 +67,7 @@ def test_an_ack_that_was_never_sent_stays_whatever_is_replied() -> None:
 
 
 def test_a_new_connection_counts_its_own_heartbeats() -> None:
-    """Otherwise the replies of the old one, which never came, would be missing for good, or count for the new one."""
+    """Otherwise missing replies of the old connection would count for the new one."""
     acks = PendingAcks()
     for _ in range(3):
         acks.on_heartbeat_sent()

@@ -1,4 +1,4 @@
-"""The interface of actions: when the runtime calls each method, and that a new kind needs nothing but its class."""
+"""The interface of actions: calls of the runtime, and a new kind from a class alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.agent.scripted_monitor import ScriptedMonitor
 
 
 class Recorder(ControlAction):
-    """Adds its strength to the output of block 1, and notes each call."""
+    """Action that adds its strength to the output of block 1 and records each call."""
 
     kind = "set_lr_scale"
     field = "lr_scale"
@@ -61,7 +61,7 @@ class Lasting(Recorder):
 
 @pytest.fixture
 def recorders(monkeypatch: pytest.MonkeyPatch) -> tuple[Recorder, Lasting]:
-    """The only kinds of action that an agent made from here on knows."""
+    """Replace the kinds of action of new agents."""
     made = Recorder(), Lasting()
     monkeypatch.setattr("koopmon.agent.runtime.make_actions", lambda config, stats, breaker: made)
     return made

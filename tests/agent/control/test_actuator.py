@@ -1,4 +1,4 @@
-"""Commands to one process: which are applied, and when, and what is answered. Ramps are pure functions of the step."""
+"""Commands to one process: applied ones, their steps, and their acks. Ramps are pure functions of the step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def command(kind: str, **fields: Any) -> Command:
 
 
 class Bench:
-    """An agent that acts and trains alone, driven step by step."""
+    """An acting agent that trains alone, driven step by step."""
 
     def __init__(self, config: Config | None = None, *, group: Any = None) -> None:
         self.outcomes: list[CommandResult] = []
@@ -60,14 +60,14 @@ class Bench:
 
     @property
     def lr_scale(self) -> float:
-        """The learning-rate scale of the next step."""
+        """Return the learning-rate scale of the next step."""
         return self.applied().lr_scale
 
     def applied(self) -> Applied:
         return self.lifecycle.applied()
 
     def step(self, *commands: Command) -> float:
-        """Submit, run one step; the learning-rate scale in it."""
+        """Submit a command and run one step; return its learning-rate scale."""
         for each in commands:
             self.lifecycle.submit(each)
         self.lifecycle.state.before_step(self.stats.step)
@@ -77,7 +77,7 @@ class Bench:
         return scale
 
     def outcome_of(self, *commands: Command) -> list[str]:
-        """What became of each command within one step."""
+        """Return the outcome of each command within one step."""
         before = len(self.outcomes)
         self.step(*commands)
         new = {each.command_id: each.outcome for each in self.outcomes[before:]}
@@ -146,7 +146,7 @@ def test_a_repeated_command_is_a_duplicate_and_changes_nothing() -> None:
 
 
 def test_a_repetition_is_not_answered_before_what_it_repeats() -> None:
-    """A monitor repeats itself to ranks that hang, and its audit log said "duplicate" of what had been applied."""
+    """A monitor repeats commands to hung ranks, and its audit log had "duplicate" for applied ones."""
     bench = Bench()
     first, later = command("set_lr_scale", lr_scale=0.5), command("set_lr_scale", lr_scale=0.9)
     bench.step(first, first, later, first)
@@ -624,3 +624,30 @@ def test_an_action_leaves_the_allowance_an_hour_after_it_was_taken(monkeypatch: 
         outcomes += bench.outcome_of(command("set_lr_scale", lr_scale=0.5))
     assert outcomes == ["applied", "applied", "refused", "applied", "refused", "refused", "applied"]
     assert not any(each.permanent for each in bench.outcomes)
+
+
+@pytest.mark.parametrize(
+    ("step", "parameters", "flaw"),
+    [(1, {}, ""), (2, {}, "rank 0 is at step 2, this rank at step 1"), (1, {"svd_rank": 0}, "out of bounds")],
+)
+def test_an_update_that_does_not_fit_is_not_applied(step: int, parameters: dict[str, Any], flaw: str) -> None:
+    kss = ActionState(ramp=Ramp(target=0.5), parameters=parameters)
+    update = ControlUpdate(
+        step=step, state=ControlState(version=1, actions={"set_kss": kss}), snapshots=(0, -1, 1), next_step=9
+    )
+    failures: list[str] = []
+
+    class Group:
+        in_flight = ready = True
+        leads = splits_tokens = False
+
+        def receive(self) -> ControlUpdate:
+            return update
+
+        def fail(self, reason: str) -> None:
+            failures.append(reason)
+
+    bench = Bench(group=Group())
+    bench.actuator.before_step(1)
+    assert bench.actuator.state.version == (0 if flaw else 1)
+    assert [flaw in failure for failure in failures] == ([True] if flaw else [])

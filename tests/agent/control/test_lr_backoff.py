@@ -1,4 +1,4 @@
-"""Effective rate = schedule x scale, bit for bit, for any optimizer and scheduler; the user never sees the scale."""
+"""Effective rate = schedule x scale in all bits, for any optimizer and scheduler. The user never sees the scale."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def rates(optimizer: Optimizer) -> list[Any]:
 
 
 def step_recording(optimizer: Optimizer, seen: list[list[float]]) -> None:
-    """One step that notes, from inside, the rates that it works with."""
+    """One step that records the rates in use."""
 
     def closure() -> float:
         seen.append(rates(optimizer))
@@ -57,7 +57,7 @@ def guarded(optimizer: Optimizer, scale: Callable[[], float]) -> LrBackoff:
 
 
 def train(optimizer_name: str, schedule_name: str, *, by_hand: bool) -> tuple[list[list[float]], list[Tensor]]:
-    """The rates inside each step and the parameters at the end, scaled by the hooks or written out by hand."""
+    """Return the rates inside each step and the final parameters, scaled by the hooks or by hand."""
     model = build()
     inner = list(model.blocks.parameters())
     outer = [p for name, p in model.named_parameters() if not name.startswith("blocks")]
@@ -231,11 +231,11 @@ def test_the_largest_rate_is_reported_and_groups_without_one_are_left_alone() ->
 
 
 class FusedLion8bit(SGD):
-    """As other people's optimizers are named."""
+    """An optimizer with a name of another library."""
 
 
 class Wrapper(SGD):
-    """As ZeroRedundancyOptimizer: the optimizer that steps is in `optim`."""
+    """Like ZeroRedundancyOptimizer: the optimizer that steps is in `optim`."""
 
     def __init__(self, params: Any, inner: Optimizer) -> None:
         super().__init__(params, lr=0.1)
@@ -254,14 +254,14 @@ def test_adams_kin_is_told_by_its_name() -> None:
 def test_a_step_whose_closure_runs_the_forward_is_scaled_all_the_same(
     monitor: ScriptedMonitor, agents: Callable[..., Any]
 ) -> None:
-    """As Lightning steps: the training step lies inside `step()`, and a forward there must not undo the scale."""
+    """Like Lightning: the training step is inside `step()`, and a forward there must not undo the scale."""
     model = build()
     optimizer = SGD(model.parameters(), lr=0.02)
     agent = agents(model, optimizer, endpoint=monitor.endpoint)
     by_keyword = [False]
 
     def change() -> float:
-        """By which one step moved the head's bias, in units of its gradient."""
+        """Return the change of the head's bias in one step, in units of its gradient."""
 
         def closure() -> Tensor:
             optimizer.zero_grad()

@@ -1,4 +1,5 @@
-"""One rank of several small trainings over gloo, one after the other; writes what it saw as JSON. Started by the tests.
+"""One rank of several small trainings over gloo, one after the other. It writes its results as JSON. The tests start
+it.
 
 Usage: ddp.py OUT PHASES, where PHASES is a JSON list of `Phase` fields; writes OUT.RANK.
 """
@@ -33,11 +34,11 @@ from tests.agent.models import B, T, batch, build, loss_of
 class Phase:
     """One training. `endpoint` "" trains without koopmon; `only_rank` attaches on that rank alone.
 
-    `ddp` False: the ranks train apart, and nothing but koopmon ties them. `uneven`: rank 1 trains so many steps less.
-    `hang_step`, `hang_seconds`: rank 1 stops itself before that step.
-    `early`: attach before the ranks have met and before DDP wraps the model; for the first phase only.
-    `alpha`: check the KSS gradient of one step against the written loss, averaged over ranks.
-    `shard`: FSDP2 in the place of DDP.
+    - `ddp` False: the ranks train separately, connected by koopmon only. `uneven`: number of steps that rank 1 lacks.
+    - `hang_step`, `hang_seconds`: rank 1 stops itself before that step.
+    - `early`: attach before the ranks have met and before DDP wraps the model; for the first phase only.
+    - `alpha`: check the KSS gradient of one step against the explicit loss, averaged over ranks.
+    - `shard`: FSDP2 instead of DDP.
     """
 
     steps: int = 60
@@ -65,7 +66,7 @@ def digest(model: nn.Module) -> str:
 
 
 def whole(tensor: Any) -> Tensor:
-    """All of a tensor, also where this rank holds a shard of it."""
+    """Return a whole tensor, also if this rank holds a shard of it."""
     found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return found
 
@@ -132,7 +133,7 @@ def train(phase: Phase, rank: int) -> dict[str, Any]:
 
 
 def explicit_gradients(phase: Phase, settings: Any, step: int, rank: int) -> list[Tensor]:
-    """Gradients of (loss + alpha * kss) of this rank, averaged over ranks by hand."""
+    """Compute gradients of (loss + alpha * kss) of this rank, averaged over ranks by hand."""
     model = build(dtype=torch.float64)
     tokens = batch(step, rank)
     rows, _ = order_rows(B * T, settings.num_samples, seed=0, step=step, data_rank=rank)
@@ -143,7 +144,7 @@ def explicit_gradients(phase: Phase, settings: Any, step: int, rank: int) -> lis
     for x, y in itertools.pairwise(states):
         x, y = take_rows(x, rows), take_rows(y, rows)
         basis = kss_basis(x.detach(), settings.svd_rank, 0)
-        if kss_gradient(x.detach(), y.detach(), basis).ok:  # a layer whose eigenvectors are ill-conditioned is left out
+        if kss_gradient(x.detach(), y.detach(), basis).ok:  # a layer with ill-conditioned eigenvectors is excluded
             penalty = penalty + kss_loss(x, y, basis=basis, tau_u=settings.tau_u, beta=settings.beta)
     (loss_of(model, tokens) + phase.alpha * penalty / len(model.blocks)).backward()
     gradients = [parameter.grad for parameter in model.parameters()]
@@ -154,7 +155,7 @@ def explicit_gradients(phase: Phase, settings: Any, step: int, rank: int) -> lis
 
 
 def check_kss(phase: Phase, rank: int) -> dict[str, Any]:
-    """A frozen model under DDP or FSDP2: the gradient of each step, plain until KSS is on, and then as written out."""
+    """Compare the gradients of a frozen model under DDP or FSDP2: plain until KSS is on, then with the explicit KSS."""
     settings = koopmon_settings(phase.alpha)
     plain = build(dtype=torch.float64)
     model = sharded(plain) if phase.shard else DistributedDataParallel(plain)
@@ -197,7 +198,7 @@ def main() -> None:
             dist.barrier()
         results.append(check_kss(phase, rank) if phase.alpha else train(phase, rank))
         Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(results))
-    time.sleep(0.1)  # gloo lets go of its last collective in a thread that needs the interpreter
+    time.sleep(0.1)  # gloo releases its last collective in a thread that needs the interpreter
     dist.destroy_process_group()
 
 

@@ -1,6 +1,6 @@
-"""A training whose interpreter a C call keeps: it says when it is attached, holds still, and trains on to its end.
+"""A training whose interpreter is blocked by a C call: it prints a line when attached, blocks, and trains to its end.
 
-Arguments: endpoint, how (`sleep` or `power`), seconds.
+Arguments: endpoint, method (`sleep` or `power`), seconds.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from tests.agent.models import build, train_step
 
 
 def hold(how: str, seconds: float) -> None:
-    """Stay in C for so long without giving the interpreter up."""
+    """Stay in C for the given time without releasing the interpreter."""
     if how == "sleep":
         ctypes.PyDLL(None).usleep(int(seconds * 1e6))
-    else:  # one multiplication of whole numbers is one C call
+    else:  # one multiplication of integers is one C call
         until, digits = time.monotonic() + seconds, 1 << 18
         while time.monotonic() < until:
             number, began = 3**digits, time.monotonic()

@@ -1,4 +1,4 @@
-"""A user's script, started without torchrun: alone, or as one of several tasks of Slurm. Its children are not ranks."""
+"""A user's script without torchrun: alone, or as one of several Slurm tasks. Its children are not ranks."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ def main():
     block = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=True)
     trunk = nn.TransformerEncoder(block, 3, enable_nested_tensor=False)
     model = nn.Sequential(nn.Embedding(256, 32), trunk, nn.Linear(32, 256))
-    if os.environ.get("LATE") or tasks == 1:  # the ranks meet after the optimizer is made
+    if os.environ.get("LATE") or tasks == 1:  # the ranks meet after the optimizer was created
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     if tasks > 1:
         dist.init_process_group("gloo", init_method=sys.argv[1], rank=int(os.environ["SLURM_PROCID"]), world_size=tasks)
@@ -41,7 +41,7 @@ def main():
     digest = hashlib.sha256(b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters()))
     print(digest.hexdigest(), flush=True)
     if tasks > 1:
-        time.sleep(0.1)  # gloo lets go of its last collective in a thread that needs the interpreter
+        time.sleep(0.1)  # gloo releases its last collective in a thread that needs the interpreter
         dist.destroy_process_group()
 
 

@@ -1,6 +1,7 @@
-"""Writers of one history file, each killed -9 at a random moment, and what each was told to be on disk.
+"""Writers of one history file, each killed by SIGKILL at a random moment, and the records that each reported as
+written.
 
-`python killed_writers.py STORE KILLS SEED` prints one line of JSON: the ids that were acknowledged, in order.
+`python killed_writers.py STORE KILLS SEED` prints one line of JSON with the reported ids, in order.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ RUN, INCARNATION = "job", "aaaaaaaa"
 
 
 def write(path: Path, told: int, number: int) -> None:
-    """Decide and be answered for ever; tell each id that is on disk."""
-    # A small limit, so that pruning is among the moments.
+    """Write decisions and acks without end; report each id on disk."""
+    # A small limit, so that some kills hit the pruning.
     store = HistoryWriter.open(path, StoreConfig(max_bytes=1 << 20))
     noise = {"text": os.urandom(20_000).hex()}
     while True:
@@ -51,7 +52,7 @@ def write(path: Path, told: int, number: int) -> None:
 
 
 def kill_one(path: Path, number: int, seconds: float) -> list[str]:
-    """Start a writer at `number`, kill it `seconds` after it first spoke; returns what it said."""
+    """Start a writer at `number` and kill it `seconds` after its first report; return its reports."""
     reading, telling = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -67,7 +68,7 @@ def kill_one(path: Path, number: int, seconds: float) -> list[str]:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         said = first + pipe.read()
-    # A line that was cut off was never told.
+    # A truncated line does not count as a report.
     return said.decode().split("\n")[:-1]
 
 

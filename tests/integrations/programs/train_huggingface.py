@@ -1,4 +1,4 @@
-"""Trains by transformers' Trainer, once for each phase: `train_huggingface.py OUT PHASES`, on every rank alike."""
+"""Train with transformers' Trainer once for each phase: `train_huggingface.py OUT PHASES`, on every rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from koopmon.integrations.huggingface import KoopmonCallback
 
 
 class Paced(TrainerCallback):
-    """Notes every loss, waits for the monitor before the first step and a little after each."""
+    """Record every loss; wait for the monitor before the first step, and shortly after each step."""
 
     def __init__(self, koopmon: KoopmonCallback | None, phase: dict[str, Any]) -> None:
         self.losses: list[float] = []
@@ -93,6 +93,6 @@ def train(phase: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     write([train(phase) for phase in json.loads(sys.argv[2])])
-    time.sleep(0.1)  # gloo lets go of its last collective in a thread that needs the interpreter
+    time.sleep(0.1)  # gloo releases its last collective in a thread that needs the interpreter
     if dist.is_initialized():
         dist.destroy_process_group()

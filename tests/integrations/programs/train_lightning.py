@@ -1,4 +1,4 @@
-"""Trains by Lightning's Trainer, once for each phase: `train_lightning.py OUT PHASES`, on every rank alike."""
+"""Train with Lightning's Trainer once for each phase: `train_lightning.py OUT PHASES`, on every rank."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Training(LightningModule):
 
 
 class Paced(Callback):
-    """Notes every loss, waits for the monitor before the first step and a little after each."""
+    """Record every loss; wait for the monitor before the first step, and shortly after each step."""
 
     def __init__(self, koopmon: KoopmonCallback | None, phase: dict[str, Any]) -> None:
         self.losses: list[float] = []
@@ -105,5 +105,5 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     write([train(phase) for phase in json.loads(sys.argv[2])])
-    time.sleep(0.1)  # gloo lets go of its last collective in a thread that needs the interpreter
+    time.sleep(0.1)  # gloo releases its last collective in a thread that needs the interpreter
     dist.destroy_process_group()

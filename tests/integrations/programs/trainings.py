@@ -1,4 +1,4 @@
-"""What the programs beside this one train: a small byte model without normalisation, and what came of each training."""
+"""Training of the programs beside this file: a small byte model without normalisation, and its results."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ BATCH = 4
 WARMUP = 20
 LAST = 15
 DEADLY_RATE = 0.016
-"""Kills the model below within 25 to 60 steps."""
+"""Learning rate at which the model below diverges within 25 to 60 steps."""
 PACE_SECONDS = 0.03
-"""Added to each step, so that a monitor on a busy machine is not many steps behind."""
+"""Delay of each step, so that a monitor on a busy machine is few steps behind."""
 
 
 class Prose(Dataset[dict[str, Tensor]]):
-    """Pieces of text from random places, the same for one seed."""
+    """Draw pieces of text from random places, equal for one seed."""
 
     def __init__(self, size: int, seed: int = 0) -> None:
         self._text = read_bytes()
@@ -46,7 +46,7 @@ class Prose(Dataset[dict[str, Tensor]]):
 
 
 class ByteModel(ProseModel):
-    """Bytes (B, T+1) to {"loss": nats per byte}."""
+    """Map bytes (B, T+1) to {"loss": nats per byte}."""
 
     def __init__(self, seed: int = 0) -> None:
         torch.manual_seed(seed)
@@ -58,7 +58,7 @@ class ByteModel(ProseModel):
 
 
 def digest(model: torch.nn.Module) -> str:
-    """Of all parameters, bit by bit."""
+    """Compute a checksum of all parameters in all bits."""
     found = hashlib.sha256()
     for parameter in model.parameters():
         found.update(parameter.detach().numpy().tobytes())
@@ -66,12 +66,12 @@ def digest(model: torch.nn.Module) -> str:
 
 
 def told(agent: Any) -> dict[str, Any]:
-    """What an agent says of itself."""
+    """Return the status of an agent."""
     return {key: agent.status()[key] for key in ("enabled", "connected", "sent", "layout", "acts", "errors", "reason")}
 
 
 def connected(agent: Any) -> None:
-    """Wait until the monitor answers: a training that is to be watched whole begins when it does."""
+    """Wait until the monitor replies, so that it watches the whole training."""
     deadline = time.monotonic() + 60.0
     while not agent.status()["connected"]:
         assert time.monotonic() < deadline, agent.status()
@@ -79,5 +79,5 @@ def connected(agent: Any) -> None:
 
 
 def write(results: list[dict[str, Any]]) -> None:
-    """Leave them where the test looks: OUT.RANK."""
+    """Write the results to OUT.RANK for the test."""
     Path(f"{sys.argv[1]}.{os.environ.get('RANK', '0')}").write_text(json.dumps(results))

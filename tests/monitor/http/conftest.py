@@ -1,4 +1,4 @@
-"""Runs on a live board without a daemon: a registry, a guard and real profiles feed it as the service does."""
+"""Runs of the live page without a daemon. A registry, a guard and real profiles feed it like the service."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_LAYERS = 3
 
 
 def profile(seed: int = 0, num_layers: int = NUM_LAYERS, scale: float = 0.5) -> SpectralProfile:
-    """Of a random residual stream, (L + 1, N, D) = (num_layers + 1, 64, 8)."""
+    """Profile a random residual stream, (L + 1, N, D) = (num_layers + 1, 64, 8)."""
     generator = torch.Generator().manual_seed(seed)
     updates = torch.randn((num_layers + 1, 64, 8), generator=generator)
     updates[1:] *= scale
@@ -29,7 +29,7 @@ def profile(seed: int = 0, num_layers: int = NUM_LAYERS, scale: float = 0.5) -> 
 
 
 class Fed:
-    """One run on a board. `applied` is what its rank 0 says is in force."""
+    """One run of the page. `applied` has the settings in force of its rank 0."""
 
     def __init__(
         self, live_state: LiveState, config: Config, name: str, incarnation: str = "aaaaaaaa", **hello: Any
@@ -53,7 +53,7 @@ class Fed:
         self.heard()
 
     def judge(self, step: int, found: SpectralProfile | None, **scalars: Any) -> Assessment:
-        """One snapshot; None: its states were not finite."""
+        """Add one snapshot; None for states that are not finite."""
         values = {"learning_rate": 1e-3, "loss": 2.0, "grad_norm": None, "lr_scale": self.applied.lr_scale}
         training = TrainingStep(step=step, **{**values, **scalars})
         assessment = self.controller.assess(float(step), training, found, step=step)

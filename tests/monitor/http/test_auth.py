@@ -1,4 +1,4 @@
-"""Who may read the pages: tokens, passwords, TLS, and what a bad file is told."""
+"""Access to the pages: tokens, passwords, TLS, and errors for bad files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ BAD = [
 def test_pages_behind_a_login(serve: Callable[..., WebServer]) -> None:
     server = serve(login=HttpAuth(TOKEN.encode(), b"eve", PASSWORD.encode()))
     with httpx.Client(base_url=f"http://{server.address}", timeout=30.0) as client:
-        assert client.get("/healthz").status_code == 200, "it tells nothing"
+        assert client.get("/healthz").status_code == 200, "it contains no data"
         for page in ("/", "/metrics", "/nothing", "/healthz/", "//metrics", "/healthz%2f..%2fmetrics"):
             refused = client.get(page)
             assert refused.status_code == 401, page
@@ -123,7 +123,7 @@ def test_half_a_login_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    """Create a self-signed certificate for 127.0.0.1, and its key."""
     directory = tmp_path_factory.mktemp("tls")
     files = str(directory / "cert.pem"), str(directory / "key.pem")
     subprocess.run(

@@ -1,5 +1,4 @@
-"""The live page in a real browser, fed by a real monitor over real sockets: accessible, alive, and whole without
-scripts."""
+"""The live page in a real browser with a real monitor: accessible, live, and complete without scripts."""
 
 from __future__ import annotations
 
@@ -51,7 +50,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def monitor(start_monitor: Start, connect: Start, until: Until) -> Any:
-    """A monitor with two runs, one of them after an action and its answer; `agent` goes on with that one."""
+    """A monitor with two runs, one of them after an action and its ack; `agent` continues that one."""
     monitor = start_monitor()
     other = connect(monitor.addresses.endpoint, run="calm")
     other.hello()
@@ -71,7 +70,7 @@ def monitor(start_monitor: Start, connect: Start, until: Until) -> Any:
 
 @pytest.fixture
 def open_page(browser: Browser, monitor: Any) -> Iterator[Open]:
-    """Open a path of the monitor. Whatever the console says is a failure in the end."""
+    """Open a path of the monitor. Any message in the console fails the test at the end."""
     contexts, said = [], []
 
     def start(path: str, *, size: str = "wide", **options: Any) -> Page:
@@ -116,7 +115,7 @@ def test_an_update_arrives_and_leaves_the_reader_where_they_are(open_page: Open,
     expect(page.locator("#eigenvalues")).to_contain_text("Step 6.")
     assert page.locator("#layer-values").get_attribute("open") is not None, "what was opened stays open"
     assert page.evaluate("document.activeElement.id") == "layer-values-summary", "the focus stays"
-    expect(page.locator("#news")).to_have_text("")  # a snapshot is nothing to be said aloud
+    expect(page.locator("#news")).to_have_text("")  # a snapshot must not be announced aloud
     monitor.agent.snapshot(40, torch.full((4, 96, 12), math.nan).bfloat16())
     expect(page.locator("#decisions li.decision").first).to_contain_text("step 40")
     expect(page.locator("#news")).to_contain_text(f"{NAME}, step 40: ")
@@ -183,7 +182,7 @@ def serve(live_state: LiveState) -> Iterator[Callable[..., WebServer]]:
 
 @pytest.fixture
 def visit(browser: Browser) -> Iterator[Open]:
-    """Open the page of a server; its console may speak of refused requests."""
+    """Open the page of a server; its console may contain refused requests."""
     contexts = []
 
     def start(server: WebServer, **options: Any) -> Page:

@@ -1,4 +1,4 @@
-"""Events over real sockets: what changed, resumed, bounded; and the connection limits still cuts those who dawdle."""
+"""Events over real sockets: changes, resumption and bounds; the server closes slow connections."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Reader:
         self.last_id = ""
 
     def event(self) -> dict[str, Any]:
-        """The next event's data; heartbeats are passed over."""
+        """Return the next event's data without heartbeats."""
         for line in self.lines:
             if line.startswith("id: "):
                 self.last_id = line.removeprefix("id: ")
@@ -89,7 +89,7 @@ def read(server: WebServer) -> Iterator[Callable[..., Reader]]:
 def eventually(condition: Callable[[], Any]) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition stayed false"
         time.sleep(0.01)
 
 
@@ -184,7 +184,7 @@ def connect(server: WebServer, said: bytes) -> socket.socket:
 
 
 def cut(connection: socket.socket) -> bool:
-    """Whether the server ends it; what it says until then is passed over."""
+    """Return True if the server ends it; earlier data is skipped."""
     try:
         while connection.recv(1 << 16):
             pass

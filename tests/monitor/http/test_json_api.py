@@ -1,4 +1,4 @@
-"""The data of the pages: the names that docs/live-page.md promises, and nothing that JSON cannot hold."""
+"""Data of the pages: the names in docs/live-page.md, with values that JSON can represent."""
 
 from __future__ import annotations
 

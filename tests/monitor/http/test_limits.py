@@ -1,4 +1,4 @@
-"""Connections of strangers to the pages: bounded in number and in length, each refusal counted."""
+"""Connections of untrusted peers to the pages: bounded in number and in length, with counted refusals."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fine(server: WebServer) -> bool:
 
 
 def cut(connection: socket.socket) -> bool:
-    """Whether the server ended it: a reset where it left something unread."""
+    """Return True if the server ended it: a reset with unread data."""
     try:
         return connection.recv(100) == b""
     except ConnectionResetError:
@@ -80,7 +80,7 @@ def test_those_who_dawdle_do_not_keep_others_out(server: WebServer, noted: list[
 
 
 def test_a_flood_of_connections_is_bounded(server: WebServer, noted: list[tuple[str, str]]) -> None:
-    """Silent peers keep no more connections open than the limit, however many they open."""
+    """Silent peers keep at most the allowed number of connections open."""
     silent = [connect(server) for _ in range(100)]
     until(noted, "http_connections", 84)
     assert fine(server)

@@ -1,4 +1,4 @@
-"""A monitor that was restarted shows what its history knows, and goes on from there."""
+"""A restarted monitor shows the runs of its history and continues them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_after_a_restart_the_page_is_not_empty(start_monitor: Start, connect: St
     assert (after["adapter"], after["lr_scale"]) == ("transformer", command.lr_scale)
     assert after["layers"] == before["layers"]
     for row in (*before["decisions"], *after["decisions"], *before["points"], *after["points"]):
-        del row["time"]  # the board and the history look at the clock one after the other
+        del row["time"]  # the page and the history read the clock one after the other
     assert after["decisions"] == before["decisions"]
     assert after["points"] == [pytest.approx(point) for point in before["points"]]
     assert after["spectrum"]["step"] == 5

@@ -1,4 +1,4 @@
-"""What the daemon hands to the pages: bounded, consistent, and as it is now."""
+"""Data from the daemon to the pages: bounded, consistent, and up to date."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_everything_is_bounded(
     live_state.mark_ended("ended", RunState.ENDED)
     feed("third")
     feed("fourth")
-    assert live_state.names() == ["job", "third", "fourth"], "a run that is over gives way"
+    assert live_state.names() == ["job", "third", "fourth"], "an ended run is removed first"
     assert live_state.num_hidden == 1
 
 

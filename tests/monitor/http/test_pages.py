@@ -1,4 +1,4 @@
-"""The pages as documents, of runs in every state; tests/monitor/http/test_routes.py asks for them over sockets."""
+"""The pages as documents, of runs in every state. tests/monitor/http/test_routes.py requests them over sockets."""
 
 from __future__ import annotations
 

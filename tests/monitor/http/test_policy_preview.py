@@ -1,4 +1,4 @@
-"""What the policy would do next is what it then does."""
+"""The previewed decision equals the later decision of the policy."""
 
 from __future__ import annotations
 

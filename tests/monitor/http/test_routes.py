@@ -1,4 +1,4 @@
-"""The pages and the JSON over real sockets: escaped, linked, locked down, and the same without scripts."""
+"""The pages and the JSON over real sockets: escaped, linked, restricted, and complete without scripts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def client(live_state: LiveState) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def told(feed: Feed, make_profile: Profile) -> Any:
-    """A run of which everything that a stranger can name is hostile, after an action and its answer."""
+    """A run with hostile values in every name of a peer, after an action and its ack."""
     fed = feed(NAME, adapter=HOSTILE, hostname=HOSTILE)
     fed.judge(1, make_profile())
     fed.judge(2, make_profile(seed=1))

@@ -49,10 +49,9 @@ class KssAction(ControlAction):
         return Target(parameters.pop("alpha"), parameters), ", ".join(details)
 
     def value(self, state: ControlState, step: int) -> KssSettings:
-        return KssSettings(alpha=self.strength(state, step), **self._parameters(state))
-
-    def _parameters(self, state: ControlState) -> dict[str, Any]:
-        return state.actions[self.kind].parameters if self.kind in state.actions else {}
+        parameters = state.actions[self.kind].parameters if self.kind in state.actions else {}
+        # The state comes from rank 0: convert() holds its numbers to the bounds of the protocol.
+        return msgspec.convert({**parameters, "alpha": self.strength(state, step)}, KssSettings)
 
     def capability(self, layout: ParallelLayout) -> Capability:
         if layout.splits_tokens:

@@ -1,4 +1,4 @@
-"""The KSS action: caps, refusals, and what it says of itself. The gradient is test_injection.py's."""
+"""The KSS action: limits, refusals, and its status. test_injection.py tests the gradient."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import ValidationError
 from msgspec.structs import asdict, replace
 
 from koopmon.agent.circuit_breaker import CircuitBreaker
@@ -53,6 +54,14 @@ def test_the_value_in_force_has_the_ramped_alpha_and_the_other_settings_at_once(
     assert action().value(ControlState(), 5) == KssSettings()
     assert [action().value(state, step).alpha for step in (0, 1, 3, 9)] == pytest.approx([0.2, 0.4, 0.8, 0.8])
     assert replace(action().value(state, 0), alpha=0.8) == settings
+
+
+@pytest.mark.parametrize("wrong", [{"svd_rank": 0}, {"svd_rank": 1.5}, {"tau_u": -1.0}, {"unknown": 1.0}])
+def test_numbers_of_rank_0_are_held_to_the_bounds_of_the_protocol(wrong: dict[str, float]) -> None:
+    ramp = Ramp(first_step=0, start=0.0, target=0.5)
+    state = ControlState(actions={"set_kss": ActionState(ramp=ramp, parameters=wrong)})
+    with pytest.raises(ValidationError):
+        action().value(state, 5)
 
 
 def test_it_is_refused_where_ranks_split_tokens_and_where_modules_are_shielded() -> None:

@@ -1,4 +1,4 @@
-"""The injected gradient equals that of (loss + alpha * kss).backward(), written out, in every manner of training."""
+"""The injected gradient equals that of an explicit (loss + alpha * kss).backward(), in every way of training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def latch(
 
 
 def tie(injection: KssInjection, model: Model) -> None:
-    """The hooks that the taps would make."""
+    """Hooks like those of the taps."""
     for layer, block in enumerate(model.blocks):
 
         def enter(module: nn.Module, args: Any, layer: int = layer) -> None:
@@ -65,7 +65,7 @@ def injected(
 def penalty(
     model: Model, tokens: Tensor, layers: list[int], settings: KssSettings = SETTINGS, step: int = STEP
 ) -> Tensor:
-    """Mean over `layers` of L_KSS, as autograd sees it, the basis held constant."""
+    """Compute the mean over `layers` of L_KSS for autograd, with a constant basis."""
     rows, _ = order_rows(B * T, settings.num_samples, seed=SEED, step=step, data_rank=0)
     states = [model.embedding(tokens) * 1.0]
     for block in model.blocks:
@@ -98,7 +98,7 @@ def close(found: nn.Module, expected: nn.Module, bound: float = 1e-12) -> None:
 def explicit(
     tokens: list[Tensor], *, in_place: bool = False, layers: list[int] | None = None, scale: float = 1.0
 ) -> Model:
-    """The model after the backward passes of (loss + alpha * kss) / microbatches."""
+    """Return the model after the backward passes of (loss + alpha * kss) / microbatches."""
     model = build(dtype=torch.float64, in_place=in_place)
     for each in tokens:
         loss = loss_of(model, each) + ALPHA * penalty(model, each, layers or list(range(L)))

@@ -1,4 +1,4 @@
-"""KSS where a family shields modules from it: refused in one line, and no gradient of it reaches a router."""
+"""KSS with shielded modules: refused with one line, without a gradient at a router."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ KSS = KssSettings(alpha=5.0, tau_u=1.0, svd_rank=4, num_samples=16)
 def train(
     agents: Attach, monitor: ScriptedMonitor, *, through: bool, kss: KssSettings | None
 ) -> tuple[list[Tensor], Any]:
-    """A few steps of a tiny Mixtral, KSS asked for after the first; its routers' last gradients, and the ack."""
+    """Train a few steps of a tiny Mixtral with a KSS command after the first; return the last router gradients and the
+    ack.
+    """
     torch.manual_seed(0)
     model, args, kwargs = mixtral()
     model.train()
@@ -71,7 +73,7 @@ def test_kss_is_refused_where_routers_are_shielded(agents: Attach, monitor: Scri
 
 
 def test_kss_reaches_routers_where_that_is_allowed(agents: Attach, monitor: ScriptedMonitor) -> None:
-    """So the shield keeps something away."""
+    """The shield has an effect."""
     plain, _ = train(agents, monitor, through=True, kss=None)
     reached, ack = train(agents, monitor, through=True, kss=KSS)
     assert ack.outcome == "applied"

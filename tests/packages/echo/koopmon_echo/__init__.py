@@ -1,1 +1,1 @@
-"""Echo networks, and the adapter that lets koopmon watch and steer them."""
+"""Echo networks, and their adapter for koopmon."""

@@ -1,4 +1,4 @@
-"""What koopmon needs to know of Echo networks."""
+"""koopmon adapter for Echo networks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -42,13 +42,13 @@ def koopmon_architecture_adapters() -> list[ArchitectureAdapter]:
 
 
 def build(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A small network and one batch of it; torch has been seeded with `seed`."""
+    """Build a small network and one batch; koopmon has seeded torch with `seed`."""
     padding = torch.arange(12) >= torch.tensor([[12], [12], [9], [7]])
     return Echo(), {"tokens": torch.randint(30, (4, 12)), "padding": padding}
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of the next token."""
+    """Compute the cross-entropy of the next token."""
     logits = model(**batch)[:, :-1]
     targets = batch["tokens"].masked_fill(batch["padding"], -100)[:, 1:]
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -1,4 +1,4 @@
-"""A language model whose tokens hear a fading echo of those before them: a stand-in for your own architecture."""
+"""Language model with a fading echo of earlier tokens: an example of a custom architecture."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""Every promise that koopmon asks of an adapter, one test for each."""
+"""Conformance checks of the adapter, one test for each."""
 
 import pytest
 from koopmon_echo.adapter import EchoAdapter, koopmon_example_models
