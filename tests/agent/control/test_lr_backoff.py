@@ -399,3 +399,16 @@ def test_the_largest_rate_of_no_group_is_unknown() -> None:
     assert largest_rate(optimizer) is None
     optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
     assert largest_rate(optimizer) == 0.25
+
+
+def test_a_tensor_on_another_device_is_kept_there() -> None:
+    """Tensors without storage stand for another device."""
+    optimizer = with_tensor(torch.tensor(0.1))
+    backoff = LrBackoff(LimitsConfig())
+    backoff.scale_rates(optimizer, 0.5)
+    backoff.restore_rates()
+    optimizer.param_groups[0]["lr"] = other = torch.tensor(0.2, device="meta")
+    backoff.scale_rates(optimizer, 0.5)
+    backoff.restore_rates()
+    assert optimizer.param_groups[0]["lr"] is other
+    assert {copy.device for copy in backoff._copies.values()} == {other.device}
