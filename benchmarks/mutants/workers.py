@@ -110,7 +110,7 @@ class _Task:
     tests: list[str]
     """Names of the tests that reach the mutant, fastest first."""
     limit: float
-    """Seconds of CPU time; five times as many on the clock, and half a minute."""
+    """Seconds of CPU time; twice as many on the clock, and half a minute."""
     work: Callable[[list[str], Path], None]
     """Runs in the fork with the tests in order. It writes the name of the failed test to the file and exits."""
 
@@ -134,7 +134,7 @@ def _try_all(tasks: Sequence[_Task], jobs: int, out: Path) -> Iterator[Verdict]:
             number += 1
             said = out / f"killer-{number}"
             pid = _fork(lambda task=task, order=order, said=said: _limited(task, order, said))  # type: ignore[misc]
-            running[os.pidfd_open(pid)] = (task, pid, time.monotonic() + 30.0 + 5.0 * task.limit, said)
+            running[os.pidfd_open(pid)] = (task, pid, time.monotonic() + 30.0 + 2.0 * task.limit, said)
         ready, _, _ = select.select(list(running), [], [], 1.0)
         for fd in [*ready, *(fd for fd, (_, _, end, _) in running.items() if time.monotonic() > end)]:
             if fd not in running:

@@ -235,7 +235,7 @@ def test_ramps_stay_between_their_ends(first: int, start: float, target: float, 
     assert math.isclose(ramp.linear(step), ramp.linear(step))
 
 
-@pytest.mark.parametrize(("step_seconds", "apart"), [(0.01, 10), (0.05, 2), (0.2, 2), (0.5, 1), (1e-5, 100)])
+@pytest.mark.parametrize(("step_seconds", "apart"), [(0.01, 10), (0.05, 2), (0.2, 2), (0.25, 1), (0.5, 1), (1e-5, 100)])
 def test_exchanges_are_a_tenth_of_a_second_apart_and_at_short_steps_two_steps(step_seconds: float, apart: int) -> None:
     launched: list[ControlUpdate] = []
 
@@ -564,6 +564,72 @@ def test_a_return_starts_from_the_values_in_force_and_keeps_the_settings() -> No
     assert scales == pytest.approx([0.25**0.75, 0.25**0.5, 0.25**0.25, 1.0, 1.0])
     assert alphas == pytest.approx([0.4, 0.2, 0.0, 0.0, 0.0])
     assert bench.applied().kss.svd_rank == 9
+
+
+def test_a_process_that_trains_alone_has_the_snapshots_of_its_schedule() -> None:
+    bench = Bench(from_mapping({"cadence": {"dense_every": 3}}))
+    assert [step for step in range(1, 12) if bench.actuator.after_step(step)] == [1, 4, 7, 10]
+
+
+def test_before_and_after_an_agreement_snapshots_go_by_the_step_alone() -> None:
+    """A failed exchange ends the agreement, also for steps that it was made for."""
+    group = Exchange(leads=False)
+    bench = Bench(from_mapping({"cadence": {"dense_every": 2}}), group=group)
+    assert [step for step in range(6) if bench.actuator.after_step(step)] == [0, 2, 4]
+    group.launch(None)
+    group.arriving = ControlUpdate(step=6, state=ControlState(version=1), snapshots=(7, 9, 2), next_step=20)
+    bench.actuator.before_step(6)
+    assert [step for step in range(7, 11) if bench.actuator.after_step(step)] == [7, 9]
+    group.launch(None)
+    bench.actuator.before_step(11)
+    assert [step for step in range(11, 17) if bench.actuator.after_step(step)] == [12, 14, 16]
+
+
+def test_the_snapshots_of_an_exchange_end_with_the_next_one() -> None:
+    group = Exchange()
+    bench = Bench(group=group)
+    bench.stats.tick(0.05)
+    group.due = {1}
+    bench.actuator.after_step(1)
+    (update,) = group.launched
+    assert update is not None
+    assert (update.next_step, update.snapshots) == (3, (2, 3, 1))
+
+
+def test_what_is_refused_is_answered_at_once_and_what_is_applied_when_it_is() -> None:
+    group = Exchange()
+    bench = Bench(group=group)
+    group.due = {1}
+    good, late = command("set_lr_scale", lr_scale=0.5), command("set_lr_scale", lr_scale=0.5, expires_step=0)
+    bench.step(good, late)
+    assert [(each.command_id, each.outcome, each.permanent) for each in bench.outcomes] == [(late.id, "expired", False)]
+    bench.step()
+    assert [(each.command_id, each.outcome) for each in bench.outcomes[1:]] == [(good.id, "applied")]
+
+
+def test_a_return_whose_exchange_failed_is_tried_again() -> None:
+    group = Exchange()
+    bench = Bench(from_mapping({"control": {"on_monitor_lost": "ramp", "ramp_back_steps": 1}}), group=group)
+    group.due = set(range(1, 9))
+    bench.step(command("set_lr_scale", lr_scale=0.5))
+    assert bench.step() == 0.5
+    bench.lifecycle.monitor_lost()
+    bench.step()
+    group.arriving = None
+    assert bench.step() == 0.5
+    assert bench.step() == 1.0
+
+
+def test_an_action_leaves_the_allowance_an_hour_after_it_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("koopmon.agent.control.actuator.time.monotonic", lambda: now[0])
+    bench = Bench(from_mapping({"limits": {"max_actions_per_hour": 2}}))
+    outcomes = []
+    for at in (0.0, 3000.0, 3599.0, 3600.0, 3601.0, 6599.0, 6600.0):
+        now[0] = at
+        outcomes += bench.outcome_of(command("set_lr_scale", lr_scale=0.5))
+    assert outcomes == ["applied", "applied", "refused", "applied", "refused", "refused", "applied"]
+    assert not any(each.permanent for each in bench.outcomes)
 
 
 @pytest.mark.parametrize(

@@ -557,3 +557,14 @@ def test_a_lost_monitor_ramps_the_cap_away_where_it_ramps_back(
     agent._runtime.lifecycle.monitor_lost()
     assert [stepped() for _ in range(5)] == pytest.approx([0.1 * 0.1 ** (n / 4) for n in (3, 2, 1, 0, 0)])
     assert agent.status()["applied"]["max_rate"] is None
+def test_a_tensor_on_another_device_is_kept_there() -> None:
+    """Tensors without storage stand for another device."""
+    optimizer = with_tensor(torch.tensor(0.1))
+    backoff = LrBackoff(LimitsConfig())
+    backoff.scale_rates(optimizer, 0.5)
+    backoff.restore_rates()
+    optimizer.param_groups[0]["lr"] = other = torch.tensor(0.2, device="meta")
+    backoff.scale_rates(optimizer, 0.5)
+    backoff.restore_rates()
+    assert optimizer.param_groups[0]["lr"] is other
+    assert {copy.device for copy in backoff._copies.values()} == {other.device}
