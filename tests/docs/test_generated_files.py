@@ -38,10 +38,10 @@ def test_the_command_writes_every_file(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_row_and_its_panels_have_their_place() -> None:
     """A panel that does not fit beside the others is below the tallest of them."""
     panel = {"title": "x"}
-    sizes = [(panel, 16, 4), (panel, 8, 9), (panel, 12, 3)]
+    sizes = [(panel, 8, 9), (panel, 16, 4), (panel, 12, 3)]
     board = layout.dashboard("uid", "title", "text", {"One": sizes, "Two": sizes[:1]}, variables=(), links={})
     places = [tuple(each["gridPos"].values()) for each in board["panels"]]
-    assert places == [(0, 0, 24, 1), (0, 1, 16, 4), (16, 1, 8, 9), (0, 10, 12, 3), (0, 13, 24, 1), (0, 14, 16, 4)]
+    assert places == [(0, 0, 24, 1), (0, 1, 8, 9), (8, 1, 16, 4), (0, 10, 12, 3), (0, 13, 24, 1), (0, 14, 8, 9)]
     assert [each["id"] for each in board["panels"]] == [1, 2, 3, 4, 5, 6]
 
 
