@@ -358,7 +358,7 @@ def test_over_the_wire(monitor: ScriptedMonitor, agents: Callable[..., Any], cap
 def test_both_ranks_return_to_the_same_copy_or_neither_does(
     ranks: Callable[..., Any], monitor: ScriptedMonitor, tmp_path: Path
 ) -> None:
-    layouts = ["ddp", "fsdp2", "fsdp1", "fsdp1-flat", "alone"]
+    layouts = ["ddp", "zero", "fsdp2", "fsdp1", "fsdp1-flat", "alone"]
     job = ranks("rewinds.py", tmp_path / "out", monitor.endpoint, *layouts)
     acks: dict[str, list[tuple[str, str]]] = {layout: [] for layout in layouts}
     for layout in layouts:
