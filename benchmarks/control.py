@@ -7,23 +7,80 @@ rate when the loss jumps, and restore it later.
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+from torch.optim import Optimizer
+
+from koopmon.agent.control.lr_backoff import MIN_EFFECTIVE_SCALE
+from koopmon.agent.control.rewind import INTERVAL_STEPS, SECOND_SLOT, START_COPY_STEPS
+from koopmon.agent.control.state_copies import StateCopy, TrainingState
 from koopmon.config import KssConfig, PolicyConfig, RiskConfig
-from koopmon.policy import Action, PolicyState, decide
+from koopmon.policy import Action, PolicyState, decide, rewound
 from koopmon.risk.online_detector import OnlineRisk, RiskState, assess, observe
 from koopmon.spectral import SpectralProfile
-from koopmon.wire.messages import KssSettings, TrainingStep
+from koopmon.wire.messages import Ack, AckOutcome, Applied, KssSettings, Rewind, TrainingStep
 
-Control = Literal["", "lr", "kss", "kss+lr", "spike"]
+Control = Literal["", "auto", "lr", "kss", "kss+lr", "spike"]
 DELAY = 2
 SPIKE_RATIO, SPIKE_WINDOW, SPIKE_HOLD = 1.5, 20, 50
+
+
+@dataclass(slots=True)
+class Cap:
+    """A cap on the peak of the rate, as the agent holds it (`koopmon.agent.control.lr_backoff`)."""
+
+    max_rate: float
+    first_step: int
+    warmup_steps: int
+    peak: float
+    """Largest scheduled rate under a cap so far."""
+
+    def scale(self, step: int, scheduled: float) -> float:
+        """Compute the scale at `step`, whose scheduled rate is `scheduled`."""
+        self.peak = max(self.peak, scheduled)
+        warm = min(1.0, (step - self.first_step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return max(warm * min(1.0, self.max_rate / self.peak), MIN_EFFECTIVE_SCALE)
+
+
+class Copies:
+    """Copies of a training in its own process, taken and chosen as the agent does (`koopmon.agent.control.rewind`)."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._start, self._recent, self._older = StateCopy(), StateCopy(), StateCopy()
+
+    def take(self, step: int, rate: float) -> None:
+        """Take the copies that are due after `step` updates, the last one at `rate`."""
+        if step == 0:
+            self._start.take(TrainingState(self._model, self._optimizer), 0, 0.0)
+        elif step % INTERVAL_STEPS == 0:
+            if step % (SECOND_SLOT * INTERVAL_STEPS) == 0:
+                self._recent, self._older = self._older, self._recent
+            self._recent.take(TrainingState(self._model, self._optimizer), step, rate)
+        if step >= START_COPY_STEPS:
+            self._start.clear()
+
+    def restore(self, step: int, wanted: Rewind) -> int | None:
+        """Go back to the newest copy that meets `wanted`, and return its step; None without one."""
+        held = {each.step: each for each in (self._start, self._older, self._recent) if each.step is not None}
+        latest = step - wanted.min_age_steps
+        fitting = [at for at, copy in held.items() if at == 0 or (at <= latest and copy.rate <= wanted.max_rate)]
+        if not fitting:
+            return None
+        held[max(fitting)].restore(TrainingState(self._model, self._optimizer))
+        for at, copy in held.items():
+            if at > max(fitting):
+                copy.clear()
+        return max(fitting)
 
 
 class Controller:
     """Control of one training. `lr_scale` and `kss` are the settings in force.
 
-    `width` is 0 if the rate does not give the step length; `exponent` is the update exponent at the start.
+    `width` is 0 if the rate does not give the step length; `exponent` is the update exponent at the start. `copies` are
+    those of a training that can rewind.
     """
 
     def __init__(
@@ -35,6 +92,7 @@ class Controller:
         exponent: float | None = None,
         risk: RiskConfig | None = None,
         policy: PolicyConfig | None = None,
+        copies: Copies | None = None,
     ) -> None:
         self._width, self._num_layers, self._exponent = width, num_layers, exponent
         self._config = risk or RiskConfig()
@@ -44,31 +102,55 @@ class Controller:
         self.min_lr_scale = 1.0
         self.risk = OnlineRisk(value=0.0, reason="")
         self._control = control
-        named = policy or (PolicyConfig(name=control) if control in ("lr", "kss", "kss+lr") else None)
+        named = policy or (PolicyConfig(name=control) if control in ("auto", "lr", "kss", "kss+lr") else None)
         self._policy = named
         self.first_action: int | None = None
         self.highest_risk = 0.0
         self._state, self._history = PolicyState(), RiskState()
         self._waiting: list[tuple[int, Action]] = []
+        self._copies = copies
+        self._cap: Cap | None = None
+        self._scheduled = 0.0
+        self._rate = 0.0
+        self.num_rewinds = self.lost_steps = 0
         self._ramp = (0, 0, 1.0, 1.0)
         self._kss_ramp = (0, 0, 0.0, 0.0)
         self._losses: list[float] = []
         self._restore_at = 0
 
-    def begin(self, step: int) -> None:
-        """Apply the decisions that are due at `step`."""
+    def begin(self, step: int, scheduled: float = 0.0) -> None:
+        """Apply the decisions that are due at `step`, where the schedule asks for the rate `scheduled`."""
+        self._scheduled = scheduled
         due = [action for at, action in self._waiting if at <= step]
         self._waiting = [(at, action) for at, action in self._waiting if at > step]
         for action in due:
             if action.lr_scale is not None:
-                self._ramp = (step, action.ramp_steps, self.lr_scale, action.lr_scale)
+                self._ramp = (step, action.ramp_steps, _ramped(self._ramp, step), action.lr_scale)
+            if action.max_rate is not None:
+                self._cap = Cap(action.max_rate, step, action.warmup_steps, self._cap.peak if self._cap else 0.0)
+            if action.rewind is not None:
+                self._rewind(step, action.rewind)
             if action.kss is not None:
                 self._kss_ramp = (step, action.ramp_steps, self.kss.alpha, action.kss.alpha)
                 self.kss = action.kss if action.kss.alpha > 0 else replace_alpha(self.kss, self.kss.alpha)
         if self._policy is not None:
             self.lr_scale = _ramped(self._ramp, step)
+            if self._cap is not None:
+                self.lr_scale = min(self.lr_scale, self._cap.scale(step, scheduled))
             self.kss = replace_alpha(self.kss, _ramped(self._kss_ramp, step))
         self.min_lr_scale = min(self.min_lr_scale, self.lr_scale)
+        if self._copies is not None:
+            self._copies.take(step, self._rate)
+        self._rate = scheduled * self.lr_scale
+
+    def _rewind(self, step: int, wanted: Rewind) -> None:
+        copy_step = None if self._copies is None else self._copies.restore(step, wanted)
+        outcome: AckOutcome = "refused" if copy_step is None else "applied"
+        if copy_step is not None:
+            self.num_rewinds, self.lost_steps = self.num_rewinds + 1, self.lost_steps + step - copy_step
+            self._history = RiskState()
+        ack = Ack(run="run", incarnation="0" * 8, command_id="0" * 8, outcome=outcome, step=step, applied=Applied())
+        self._state = rewound(self._state, ack)
 
     def see(self, step: int, profile: SpectralProfile | None, loss: float, lr: float) -> None:
         """Assess one profile (None for states that are not finite), with the loss and the scheduled rate."""
@@ -82,6 +164,7 @@ class Controller:
             width=self._width or None,
             num_layers=self._num_layers,
             update_exponent=self._exponent,
+            rewinds=self._copies is not None,
             non_finite=profile is None,
         )
         self._history, self.risk = assess(self._history, seen, self._config)

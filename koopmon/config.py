@@ -55,7 +55,7 @@ Seconds = Annotated[float, Meta(ge=0.0, le=MAX_SECONDS)]
 Ratio = Annotated[float, Meta(ge=0.0, le=1.0)]
 Scale = Annotated[float, Meta(ge=1e-6, le=1e6)]
 """Divisor of a measured value."""
-PolicyName = Literal["lr", "kss", "kss+lr", "observe"]
+PolicyName = Literal["auto", "lr", "kss", "kss+lr", "observe"]
 
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -114,6 +114,11 @@ class LimitsConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Upper bound on the tokens of the DMD of KSS. The tokens add time to every step under KSS."""
     max_actions_per_hour: Annotated[int, Meta(ge=0, le=100_000)] = 240
     """Largest number of commands per hour that change the training."""
+    max_rewinds: Annotated[int, Meta(ge=0, le=100_000)] = 8
+    """Largest number of rewinds in one launch. 0 refuses all and keeps no copies."""
+    rewind_max_bytes: Annotated[int, Meta(ge=0, le=1 << 47)] = 4 << 30
+    """Memory of this process for the copies to which a rewind returns. Three copies of weights and optimizer state must
+    fit. 0 keeps no copies."""
 
 
 class ControlConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -278,9 +283,10 @@ class RiskConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Policy: thresholds and sizes of its actions (docs/method.md, "Policy")."""
 
-    name: PolicyName = "lr"
-    """Actions of the policy. `lr` backs off the learning rate; `kss+lr` adds KSS; `kss` uses KSS alone; `observe` only
-    watches. With KSS added, no more runs were saved and they learned less (docs/evidence.md)."""
+    name: PolicyName = "auto"
+    """Actions of the policy. `auto` backs off the learning rate, and for normalised layers it caps the rate and goes
+    back to an earlier copy of the weights; `lr` only backs off; `kss+lr` adds KSS to that; `kss` uses KSS alone;
+    `observe` only watches. With KSS added, no more runs were saved and they learned less (docs/evidence.md)."""
     dry_run: bool = False
     """Decide and record, but send no command."""
     act_risk: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.4
@@ -306,6 +312,14 @@ class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Factor that replaces `gentle_factor` when the risk is severe."""
     min_lr_scale: Annotated[float, Meta(ge=0.05, le=1.0)] = 0.125
     """Lower bound on the learning-rate scale of the policy."""
+    max_rewinds: Annotated[int, Meta(ge=0, le=1000)] = 5
+    """Largest number of rewinds of one run."""
+    rewind_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.6
+    """Largest ratio of the cap at a rewind to the rate in force, and to the last cap."""
+    rewind_age_steps: Annotated[int, Meta(ge=0, le=100_000)] = 8
+    """Smallest age of the copy that a rewind goes back to. A younger one may already be damaged."""
+    rewind_warmup_steps: RampSteps = 50
+    """Steps over which the learning rate rises to the cap after a rewind."""
     cooldown_steps: Steps = 6
     """Steps between two actions of one kind. An action must show its effect within this time."""
     hold_steps: Steps = 200

@@ -7,6 +7,8 @@ them diverge. The policy therefore does the following:
 - It lowers the LR scale first, by more at a severe risk, and again while the risk stays high. Where the rate is known
   to be above the critical one, the scale lands near a rate that runs survive, and later factors are gentle.
 - It raises the scale in small steps while the run is calm. Each back-off makes the next rise slower.
+- For normalised layers it caps the rate and goes back to a copy of the weights from before the rate was too high
+  (policy "auto"). Such a rate ruins them within some tens of steps, and a lower rate does not repair them.
 - It adds KSS as the unstable penalty alone, above the run's own calm radius, with a ramp in and out. A severe risk or a
   higher loss under KSS bars it for the rest of the run.
 
@@ -15,6 +17,7 @@ The LR scale never exceeds 1, the user's own rate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
@@ -23,7 +26,18 @@ from msgspec import Meta
 
 from koopmon.config import KssConfig, PolicyConfig
 from koopmon.risk.online_detector import Observation, OnlineRisk, normalization
-from koopmon.wire.messages import MAX_MODULUS, Ack, CommandKind, Count, Fraction, KssSettings, LrScale, Step
+from koopmon.wire.messages import (
+    MAX_MODULUS,
+    Ack,
+    CommandKind,
+    Count,
+    Fraction,
+    KssSettings,
+    LrScale,
+    Rate,
+    Rewind,
+    Step,
+)
 
 Phase = Literal["calm", "alert", "acting", "backed_off", "recovering"]
 """Phase of the policy for one run.
@@ -33,6 +47,8 @@ effect yet. backed_off: the command took effect and stays in force. recovering: 
 """
 
 HOUR_SECONDS = 3600.0
+MIN_RATE, MAX_RATE = 1e-12, 1e6
+"""Bounds on a cap of the learning rate, within those of the protocol."""
 LATE_STEPS = 10_000
 """Steps by which a remembered step may exceed the step of a snapshot. A larger excess means that the count restarted.
 
@@ -51,6 +67,9 @@ class Action:
     kind: CommandKind
     reason: str
     lr_scale: float | None = None
+    max_rate: float | None = None
+    warmup_steps: int = 0
+    rewind: Rewind | None = None
     kss: KssSettings | None = None
     ramp_steps: int = 0
     cadence_steps: int | None = None
@@ -74,6 +93,12 @@ class PolicyState:
     lr_scale: LrScale = 1.0
     num_cuts: Count = 0
     """Number of back-offs since the LR scale was last 1."""
+    max_rate: Rate | None = None
+    """Cap on the learning rate in force; None without one."""
+    num_rewinds: Count = 0
+    """Number of rewinds commanded."""
+    rewinding: bool = False
+    """True from the command of a rewind until its acknowledgement or expiry."""
     kss: KssSettings = field(default_factory=KssSettings)
     high_streak: Count = 0
     """Number of consecutive snapshots with a risk of at least `act_risk`."""
@@ -123,7 +148,12 @@ class _Case:
 
     @property
     def acts_on_lr(self) -> bool:
-        return self.config.name in ("lr", "kss+lr")
+        return self.config.name in ("auto", "lr", "kss+lr")
+
+    @property
+    def may_cut(self) -> bool:
+        """True when a lower rate is due: the policy acts on it, the run is alarmed, and no action is open."""
+        return self.acts_on_lr and self.alarmed and self.settled and not self.state.rewinding
 
     @property
     def acts_on_kss(self) -> bool:
@@ -188,6 +218,7 @@ def decide(
     # The order is the priority. Harm by KSS ends first, because KSS itself may cause the alarm; back-offs come second.
     rules: tuple[Callable[[_Case], Proposal | None], ...] = (
         _bar_kss,
+        _cap,
         _back_off,
         _shape,
         _stop_shaping,
@@ -237,15 +268,25 @@ def acknowledge(now: float, state: PolicyState, ack: Ack) -> PolicyState:
     if ack.outcome in ("applied", "duplicate"):
         return state
     held = ack.applied
-    resting = held.lr_scale >= 1.0 and held.kss.alpha == 0.0
+    resting = held.lr_scale >= 1.0 and held.max_rate is None and held.kss.alpha == 0.0
     return replace(
         state,
         lr_scale=held.lr_scale,
+        max_rate=held.max_rate,
         kss=held.kss,
         kss_on_at=state.kss_on_at if held.kss.alpha > 0 else None,
         acted_at=None,
         phase="calm" if resting else state.phase,
     )
+
+
+def rewound(state: PolicyState, ack: Ack) -> PolicyState:
+    """Update the state after the acknowledgement of a rewind: rules wait for the cooldown from its step on."""
+    if ack.outcome == "duplicate":
+        return state
+    if ack.outcome != "applied":
+        return replace(state, rewinding=False)
+    return replace(state, rewinding=False, acted_at=ack.step, high_streak=0, calm_since=None)
 
 
 def kss_shielded(state: PolicyState, ack: Ack) -> PolicyState:
@@ -313,10 +354,74 @@ def _look_closer(case: _Case) -> Proposal | None:
     return (action,), replace(case.state, dense_until=until, phase=phase), ""
 
 
+def _cap(case: _Case) -> Proposal | None:
+    """Cap the rate of normalised layers at an alarm, and go back to a copy from before it exceeded the cap.
+
+    The cap lands where runs of such layers survive. Further alarms lower it, without a rewind when none is left.
+    """
+    state, config, seen = case.state, case.config, case.seen
+    rewinds = seen.rewinds and state.num_rewinds < config.max_rewinds
+    if config.name != "auto" or not case.may_cut or normalization(seen) < 0.5 or not (rewinds or state.max_rate):
+        return None
+    cap = _lower_cap(case)
+    if cap is None:
+        return None
+    warmup = config.rewind_warmup_steps if rewinds else 0
+    actions = [
+        Action(
+            kind="set_lr_scale",
+            reason=f"risk {case.risk.value:.2f}: learning rate at most {cap:.3g}; {case.risk.reason}",
+            lr_scale=state.lr_scale,
+            max_rate=cap,
+            warmup_steps=warmup,
+            expires_in_steps=config.expires_in_steps,
+        )
+    ]
+    # The cap comes first: between two steps in which the ranks exchange, it alone may be in force.
+    if rewinds:
+        actions.append(
+            Action(
+                kind="rewind",
+                reason=f"back to the last copy from before the learning rate exceeded {cap:.3g}",
+                rewind=Rewind(max_rate=cap, min_age_steps=config.rewind_age_steps),
+                expires_in_steps=config.expires_in_steps,
+            )
+        )
+    following = replace(
+        state,
+        phase="acting",
+        max_rate=cap,
+        num_rewinds=state.num_rewinds + rewinds,
+        rewinding=rewinds,
+        acted_at=seen.step,
+        risk_at_action=case.risk.value,
+        calm_since=None,
+        high_streak=0,
+    )
+    return tuple(actions), following, ""
+
+
+def _lower_cap(case: _Case) -> float | None:
+    """Compute the cap on the rate: the landing rate, and below the rate in force; later a share of the last cap.
+
+    None where no rate is known.
+    """
+    scheduled, excess, config = case.seen.training.learning_rate, case.risk.excess_rate, case.config
+    if case.state.max_rate is not None:
+        # The rate in force is no bound here: during the warm-up under a cap it may be far below the cap.
+        return max(case.state.max_rate * config.rewind_factor, MIN_RATE)
+    if scheduled is None or not 0.0 < scheduled < math.inf:
+        return None
+    cap = scheduled * case.seen.training.lr_scale * config.rewind_factor
+    if excess is not None:
+        cap = min(cap, scheduled / excess * config.normalized_landing_rate)
+    return min(max(cap, MIN_RATE), MAX_RATE)
+
+
 def _back_off(case: _Case) -> Proposal | None:
     """Lower the LR scale at an alarm, when the last action is old enough and the scale is above `min_lr_scale`."""
     state, config = case.state, case.config
-    if not (case.acts_on_lr and case.alarmed and case.settled) or state.lr_scale <= config.min_lr_scale:
+    if not case.may_cut or state.lr_scale <= config.min_lr_scale:
         return None
     scale = max(config.min_lr_scale, _lower_scale(case))
     again = " (the last cut was not enough)" if state.phase == "acting" else ""

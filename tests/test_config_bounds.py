@@ -42,6 +42,7 @@ from koopmon.wire.messages import (
     Hello,
     Judgement,
     KssSettings,
+    Rewind,
     Shard,
     Welcome,
 )
@@ -137,6 +138,8 @@ SENT: dict[str, tuple[type[msgspec.Struct], str]] = {
     "policy.min_lr_scale": (Command, "lr_scale"),
     "policy.ramp_steps": (Command, "ramp_steps"),
     "policy.kss_ramp_steps": (Command, "ramp_steps"),
+    "policy.rewind_warmup_steps": (Command, "warmup_steps"),
+    "policy.rewind_age_steps": (Rewind, "min_age_steps"),
     "policy.dense_every": (Command, "cadence_steps"),
     "policy.expires_in_steps": (Command, "expires_step"),
     "policy.dense_steps": (Command, "cadence_until_step"),
@@ -148,6 +151,7 @@ SENT: dict[str, tuple[type[msgspec.Struct], str]] = {
 }
 COMPUTED = {
     "tau_l": "never set",
+    "max_rate": "clamped: koopmon.policy",
     "step": "a peer's own",
     "decision_step": "a peer's own",
     "risk": "clamped: koopmon.monitor.run_controller",
@@ -168,7 +172,7 @@ def test_no_key_exceeds_the_number_of_the_message_that_it_becomes(key: str) -> N
 
 def test_every_number_that_the_monitor_sends_is_compared() -> None:
     compared = {(struct, name) for struct, name in SENT.values()}
-    for struct in (Command, KssSettings, Welcome, HeartbeatReply, Judgement):
+    for struct in (Command, Rewind, KssSettings, Welcome, HeartbeatReply, Judgement):
         for name in fields(struct):
             assert (struct, name) in compared or name in COMPUTED, f"{struct.__name__}.{name}"
 

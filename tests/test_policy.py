@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from koopmon.config import KssConfig, PolicyConfig
-from koopmon.policy import Action, Decision, PolicyState, acknowledge, decide, kss_shielded
+from koopmon.policy import MAX_RATE, MIN_RATE, Action, Decision, PolicyState, acknowledge, decide, kss_shielded, rewound
 from koopmon.risk.online_detector import OnlineRisk
 from koopmon.wire.messages import Ack, Applied, KssSettings
 from tests.factories import observation
@@ -758,3 +758,140 @@ def test_a_spent_budget_does_not_hide_that_an_action_took_effect() -> None:
     before = PolicyState(phase="acting", lr_scale=0.5, acted_at=0, action_times=(0.0, 0.0))
     run = Run(PolicyConfig(name="lr", max_actions_per_hour=1), state=before, step=50)
     assert run.see(CALM).phase == "backed_off"
+
+
+# Normalised layers: a cap on the rate, and a rewind.
+
+
+def normalised(**fields: Any) -> dict[str, Any]:
+    """Fields of a normalised model of width 100 at a rate of 0.03, whose agents can rewind."""
+    return {"update_exponent": 0.0, "width": 100, "learning_rate": 0.03, "rewinds": True, **fields}
+
+
+def auto(**fields: Any) -> Run:
+    """A run under the default policy, at 6 times the critical rate of 0.005."""
+    run = Run(PolicyConfig(**fields))
+    run.excess = 6.0
+    return run
+
+
+def answer(command: Action, outcome: Any = "applied", step: int = 5, **applied: Any) -> Ack:
+    return Ack(
+        run="r", incarnation="aaaaaaaa", command_id="aaaaaaaa", outcome=outcome, step=step, applied=Applied(**applied)
+    )
+
+
+def test_an_alarm_of_normalised_layers_caps_the_rate_and_rewinds() -> None:
+    run = auto()
+    run.see(CALM, steps=3, **normalised())
+    decision = run.see(HIGH, **normalised())
+    cap, back = (action for action in decision.commands if action.changes_training)
+    assert (cap.kind, back.kind) == ("set_lr_scale", "rewind"), "the cap is in force first"
+    assert cap.max_rate == pytest.approx(0.5 * 0.005), "half of the critical rate"
+    assert (cap.lr_scale, cap.warmup_steps) == (1.0, run.config.rewind_warmup_steps)
+    assert back.rewind is not None
+    assert (back.rewind.max_rate, back.rewind.min_age_steps) == (cap.max_rate, run.config.rewind_age_steps)
+    assert (decision.state.max_rate, decision.state.num_rewinds, decision.phase) == (cap.max_rate, 1, "acting")
+
+
+@pytest.mark.parametrize(
+    ("fields", "config"),
+    [
+        ({"rewinds": False}, {}),
+        ({"update_exponent": 1.0}, {}),
+        ({"update_exponent": None}, {}),
+        ({}, {"max_rewinds": 0}),
+        ({}, {"name": "lr"}),
+        ({"learning_rate": None}, {"excess": None}),
+    ],
+    ids=["no copies", "not normalised", "unknown", "none allowed", "another policy", "no rate"],
+)
+def test_otherwise_it_is_a_back_off(fields: dict[str, Any], config: dict[str, Any]) -> None:
+    run = auto(**{key: value for key, value in config.items() if key != "excess"})
+    run.excess = config.get("excess", run.excess)
+    decision = run.see(HIGH, **normalised(**fields))
+    (action,) = (action for action in decision.commands if action.changes_training)
+    assert (action.kind, action.max_rate, action.rewind) == ("set_lr_scale", None, None)
+    assert action.lr_scale is not None
+    assert action.lr_scale < 1.0
+
+
+def test_nothing_else_is_done_until_the_rewind_is_answered() -> None:
+    run = auto()
+    run.see(HIGH, **normalised())
+    run.see(SEVERE, steps=40, **normalised())
+    assert len(run.actions) == 2
+    run.state = rewound(run.state, answer(run.actions[1][1], step=run.step))
+    run.see(SEVERE, steps=run.config.cooldown_steps, **normalised())
+    assert len(run.actions) == 2, "within the cooldown after the return"
+    run.see(SEVERE, **normalised())
+    assert [action.kind for _, action in run.actions[2:]] == ["set_lr_scale", "rewind"]
+    assert run.actions[2][1].max_rate == pytest.approx(run.config.rewind_factor * 0.5 * 0.005)
+
+
+@pytest.mark.parametrize("outcome", ["refused", "failed", "expired"])
+def test_a_rewind_that_failed_leaves_the_cap_and_later_rules_free(outcome: Any) -> None:
+    run = auto()
+    run.see(HIGH, **normalised())
+    run.state = rewound(run.state, answer(run.actions[1][1], outcome))
+    assert (run.state.max_rate, run.state.rewinding) == (pytest.approx(0.0025), False)
+    run.see(SEVERE, steps=run.config.cooldown_steps + 1, **normalised())
+    assert len(run.actions) == 4
+
+
+def test_a_repeated_acknowledgement_changes_nothing() -> None:
+    run = auto()
+    run.see(HIGH, **normalised())
+    assert rewound(run.state, answer(run.actions[1][1], "duplicate")) == run.state
+
+
+def test_after_the_last_rewind_the_cap_alone_is_lowered() -> None:
+    run = auto(max_rewinds=1)
+    run.see(HIGH, **normalised())
+    run.state = rewound(run.state, answer(run.actions[1][1], step=run.step))
+    run.see(SEVERE, steps=run.config.cooldown_steps + 1, **normalised())
+    ((_, lower),) = run.actions[2:]
+    assert (lower.kind, lower.warmup_steps) == ("set_lr_scale", 0)
+    assert lower.max_rate == pytest.approx(run.config.rewind_factor * 0.0025)
+
+
+def test_a_cap_that_was_not_applied_is_forgotten() -> None:
+    run = auto()
+    run.see(HIGH, **normalised())
+    state = acknowledge(0.0, run.state, answer(run.actions[0][1], "refused"))
+    assert (state.max_rate, state.phase) == (None, "calm")
+    state = acknowledge(0.0, run.state, answer(run.actions[0][1], "refused", max_rate=0.004))
+    assert (state.max_rate, state.phase) == (0.004, "acting"), "an earlier cap is still in force"
+
+
+def test_an_alarm_during_the_warm_up_takes_a_share_of_the_cap() -> None:
+    run = auto()
+    run.see(HIGH, **normalised())
+    run.state = rewound(run.state, answer(run.actions[1][1], step=run.step))
+    run.see(SEVERE, steps=run.config.cooldown_steps + 1, **normalised(lr_scale=0.001))
+    assert run.state.max_rate == pytest.approx(run.config.rewind_factor * 0.0025)
+
+
+def test_the_cap_is_below_the_rate_in_force() -> None:
+    run = auto()
+    run.excess = 0.5
+    run.see(HIGH, **normalised(learning_rate=0.0025, lr_scale=0.8))
+    assert run.state.max_rate == pytest.approx(run.config.rewind_factor * 0.0025 * 0.8)
+
+
+@given(
+    rate=st.floats(allow_nan=True) | st.none(),
+    excess=st.none() | st.floats(1e-12, 1e12),
+    scale=st.floats(1e-6, 1.0),
+    last=st.none() | st.floats(1e-12, 1e6),
+)
+def test_a_cap_is_within_the_protocol_and_never_rises(
+    rate: float | None, excess: float | None, scale: float, last: float | None
+) -> None:
+    run = auto()
+    run.excess, run.state = excess, PolicyState(max_rate=last)
+    decision = run.see(HIGH, **normalised(learning_rate=rate, lr_scale=scale))
+    for action in decision.commands:
+        if action.max_rate is not None:
+            assert MIN_RATE <= action.max_rate <= MAX_RATE
+            assert last is None or action.max_rate <= max(last, MIN_RATE)

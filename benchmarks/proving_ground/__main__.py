@@ -32,7 +32,7 @@ SMALL, LARGE = (64, 4), (128, 6)
 """Width and number of layers."""
 SEEDS = (10, 11, 12)
 ARMS: tuple[Arm, ...] = ("clip", "qk_norm", "guarded")
-BASELINES: tuple[Arm, ...] = ("zclip", "adagc", "spike")
+BASELINES: tuple[Arm, ...] = ("zclip", "adagc", "spike", "backoff")
 BASELINE_RATES = (1e-2, 1e-1)
 RESTART_RATE = 3e-3
 

@@ -17,6 +17,7 @@ ARMS = {
     "zclip": "clipping and ZClip",
     "adagc": "clipping and AdaGC",
     "spike": "clipping, rate halved at a loss spike",
+    "backoff": "clipping and koopmon, policy `lr`",
     "guarded": "clipping and koopmon",
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,23 +16,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.control import Controller
+from benchmarks.control import Control, Controller, Copies
 from benchmarks.proving_ground import text
 from benchmarks.proving_ground.clipping import gradient_rule
 from benchmarks.proving_ground.models import LanguageModel, Norm
 from koopmon.config import CadenceConfig
 from koopmon.spectral import SpectralProfile, profile_states
 
-Arm = Literal["clip", "qk_norm", "zclip", "adagc", "spike", "guarded"]
+Arm = Literal["clip", "qk_norm", "zclip", "adagc", "spike", "backoff", "guarded"]
 """Arms of the comparison.
 
 clip: gradient clipping at 1.0 only. qk_norm: the same with normalised queries and keys, which is another model. zclip,
 adagc: other gradient clippings beside it. spike: the rate is halved when the loss jumps. guarded: koopmon's detector
-and policy with their defaults.
+and policy with their defaults. backoff: the same with the policy `lr`, which only lowers the rate.
 """
 Failure = Literal["", "no_warmup", "restart"]
 """restart: in the middle, the schedule restarts at 30 times the peak rate."""
 
+CONTROLS: Mapping[Arm, Control] = {"guarded": "auto", "backoff": "lr", "spike": "spike"}
 CLIP = 1.0
 LOWEST_RATE = 0.1
 """Share of the peak rate at the end of the cosine."""
@@ -86,8 +88,9 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
     )
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
-    control = {"guarded": "lr", "spike": "spike"}.get(recipe.arm, "")
-    controller = Controller(control, width=recipe.width, num_layers=recipe.num_layers, exponent=0.0)  # type: ignore[arg-type]
+    control = CONTROLS.get(recipe.arm, "")
+    copies = Copies(model, optimizer) if control == "auto" else None
+    controller = Controller(control, width=recipe.width, num_layers=recipe.num_layers, exponent=0.0, copies=copies)
     rule = gradient_rule(recipe.arm, CLIP)
     recorder = Recorder(model)
     generator = torch.Generator().manual_seed(100 + recipe.seed)
@@ -99,7 +102,8 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
     began = time.perf_counter()
     for step in range(recipe.steps):
         tokens = text.batch(generator, recipe.batch, recipe.num_tokens)
-        controller.begin(step)
+        scheduled = recipe.scheduled_rate(step)
+        controller.begin(step, scheduled)
         due = is_due(step, controller.dense_until)
         if due:
             recorder.start()
@@ -112,7 +116,6 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
         if not (losses[-1] <= MAX_LOSS and math.isfinite(norms[-1])):  # also true for NaN
             diverged_at = step
             break
-        scheduled = recipe.scheduled_rate(step)
         profile = recorder.stop(step) if due else None
         if due or recipe.arm == "spike":
             controller.see(step, profile, losses[-1], scheduled)
@@ -126,6 +129,8 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
         "first_loss": first_loss,
         "final_loss": None if diverged_at is not None else validation_loss(model, recipe),
         "num_actions": controller.num_actions,
+        "num_rewinds": controller.num_rewinds,
+        "lost_steps": controller.lost_steps,
         "first_action": controller.first_action,
         "min_lr_scale": controller.min_lr_scale,
         "highest_risk": controller.highest_risk,

@@ -28,7 +28,7 @@ from koopmon.agent.parallelism import DataRanks, ParallelLayout
 from koopmon.agent.rank_identity import RankContext
 from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
-from koopmon.wire.messages import Applied, Command
+from koopmon.wire.messages import Applied, Command, TrainingStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,15 @@ class LifeCycle:
     def applied(self, step: int | None = None) -> Applied:
         """Return the values in force at `step`; None takes the current step."""
         control, step = self.state.control, self._stats.step if step is None else step
-        return Applied(**{action.field: action.value(control, step) for action in self._actions})
+        return Applied(
+            **{name: value for action in self._actions for name, value in action.applied(control, step).items()}
+        )
+
+    def at_step(self, step: int | None = None) -> TrainingStep:
+        """Return the scalars at `step` that are known without a measurement; None takes the current step."""
+        control, step = self.state.control, self._stats.step if step is None else step
+        known = {name: value for action in self._actions for name, value in action.training(control, step).items()}
+        return TrainingStep(step=step, **known)
 
     def submit(self, command: Command) -> None:
         """Apply `command` at the next opportunity, and report the outcome."""

@@ -73,6 +73,7 @@ class AgentRuntime:
         self._others = tuple(action for action in self.actions if not action.lasting)
         self.lifecycle = LifeCycle(self.actions, self.stats, config.control)
         self._model = weakref.ref(model)
+        self._optimizer = weakref.ref(optimizer)
         self._config = config
         self._run = run
         self._trust = trust
@@ -86,7 +87,7 @@ class AgentRuntime:
         self._closables: list[IOThread | RankGroup] = []
         self._finalizer = weakref.finalize(self, _shut_down, self._pid, self._closables)
         for action in self.actions:
-            action.inspect(model, selection)
+            action.inspect(model, optimizer, selection)
         self.taps = ResidualTaps(model, selection, self.breaker, self.stats, self)
         # Lasting actions have a breaker of their own, because they stay in force after the agent has failed.
         agent, lasting = self.breaker.hook, CircuitBreaker("learning-rate back-off").hook
@@ -179,6 +180,8 @@ class AgentRuntime:
                 log_for_job(logger, f"watch-only: {decision.reason}", rank=rank.world.rank)
             acts = decision.role is Role.ACT
             self.lifecycle.enter(self._acting(rank, layout, fingerprint) if acts else Watching(rank, layout))
+            if not acts:
+                self._end_actions()
             self._describe(acts=acts)
 
     def _acting(self, rank: RankParts, layout: ParallelLayout, fingerprint: int | None) -> Acting:
@@ -208,6 +211,7 @@ class AgentRuntime:
     def stand_down(self, reason: str, layout: ParallelLayout | None = None) -> None:
         """End snapshots and commands. The control state stays, equal on all ranks, and lasting actions apply it."""
         self.lifecycle.enter(StoodDown(self.lifecycle.state, layout))
+        self._end_actions()
         for closable in self._closables:
             closable.close(wait=False)
 
@@ -220,6 +224,7 @@ class AgentRuntime:
         for action in self.actions:
             action.revert()
         self.lifecycle.enter(StoodDown(self.lifecycle.state))
+        self._end_actions()
         if os.getpid() != self._pid:
             return  # in a forked child the threads belong to the parent
         for closable in self._closables:
@@ -227,6 +232,10 @@ class AgentRuntime:
                 closable.close(reason)
             else:
                 closable.close()
+
+    def _end_actions(self) -> None:
+        for action in self.actions:
+            action.end()
 
     def _describe(self, **changes: Any) -> None:
         if (io_thread := self.io_thread) is not None:
@@ -255,9 +264,9 @@ class AgentRuntime:
 
     def adapter_replaced(self, selection: Selection) -> None:
         self.adapter = selection.adapter
-        if (model := self._model()) is not None:
+        if (model := self._model()) is not None and (optimizer := self._optimizer()) is not None:
             for action in self.actions:
-                action.inspect(model, selection)
+                action.inspect(model, optimizer, selection)
         self._describe(**_family(self.adapter, self.actions))
 
     def on_snapshot_ready(self, snapshot: RankSnapshot) -> None:
@@ -307,9 +316,13 @@ class AgentRuntime:
         due = None
         if state.after_step(step) and stack is not None and sender is not None:
             if sender.io_thread.connected:
-                due = sender.sampler, self.lifecycle.applied(step).at_step(step)
+                due = sender.sampler, self.lifecycle.at_step(step)
             else:
                 self.stats.drop("monitor_away")
+        for action in self.actions:
+            if action.hello_changed:
+                action.hello_changed = False
+                self._describe(**action.hello(self.adapter))
         self._num_microbatches = self.taps.num_forwards or self._num_microbatches
         num_layers = 0 if stack is None else len(stack.points)
         forwards = NextForwards(num_layers, self._num_microbatches, state.rank.data_ranks.rank)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TRAINING_KINDS = frozenset({"set_lr_scale", "set_kss"})
+TRAINING_KINDS = frozenset({"set_lr_scale", "set_kss", "rewind"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +91,7 @@ class RunController:
         """Judgement of the last assessed snapshot, which agents display."""
         self._calibrator = calibrator
         self._num_layers = 0
+        self._rewound_at = -1
         self._peak_rate = 0.0
 
     def on_hello(self, hello: Hello) -> None:
@@ -136,6 +137,9 @@ class RunController:
         `step` is the run's latest step. With `decide` False, as at shutdown, only the risk is assessed.
         """
         observation = self._observe(training, profile)
+        if training.step <= self._rewound_at:
+            stale = online_detector.OnlineRisk(value=0.0, reason="the snapshot was taken before the rewind")
+            return Assessment(observation=observation, profile=profile, risk=stale)
         risk_state, risk = online_detector.assess(self._risk_state, observation, self._risk_config)
         if not math.isfinite(risk.value):
             raise ArithmeticError(f"the risk at step {training.step} is {risk.value}: {risk.reason}")
@@ -161,6 +165,7 @@ class RunController:
             width=hello.width if hello.rate_sized_steps and hello.width else None,
             num_layers=self._num_layers,
             update_exponent=hello.update_exponent,
+            rewinds=hello.rewinds,
             non_finite=profile is None,
         )
 
@@ -233,6 +238,9 @@ class RunController:
             reason=action.reason[:MAX_TEXT],
             expires_step=min(step + action.expires_in_steps, MAX_STEP),
             lr_scale=action.lr_scale,
+            max_rate=action.max_rate,
+            warmup_steps=action.warmup_steps,
+            rewind=action.rewind,
             kss=action.kss,
             ramp_steps=action.ramp_steps,
             cadence_steps=action.cadence_steps,
@@ -245,6 +253,11 @@ class RunController:
         # The values in force do not describe a command that changes no training value.
         if command.kind == "set_kss" and ack.outcome == "refused" and ack.shielded:
             self.policy_state = policy.kss_shielded(self.policy_state, ack)
+        elif command.kind == "rewind":
+            self.policy_state = policy.rewound(self.policy_state, ack)
+            if ack.outcome == "applied":
+                # The layers jump: the detector restarts with the first snapshot after the return.
+                self._risk_state, self._rewound_at = online_detector.RiskState(), ack.step
         elif command.kind in TRAINING_KINDS:
             self.policy_state = policy.acknowledge(now, self.policy_state, ack)
 
@@ -283,13 +296,14 @@ def _restored(checkpoint: bytes | None) -> ControllerCheckpoint:
 
 def _in_force(state: policy.PolicyState, applied: Applied, step: int) -> policy.PolicyState:
     """Update `state` with the values in force on the agents, where they differ from the commanded ones."""
-    if (state.lr_scale, state.kss) == (applied.lr_scale, applied.kss):
+    if (state.lr_scale, state.max_rate, state.kss) == (applied.lr_scale, applied.max_rate, applied.kss):
         return state
     shaping = applied.kss.alpha > 0
     return replace(
         state,
-        phase="backed_off" if shaping or applied.lr_scale < 1 else "calm",
+        phase="backed_off" if shaping or applied.lr_scale < 1 or applied.max_rate is not None else "calm",
         lr_scale=applied.lr_scale,
+        max_rate=applied.max_rate,
         kss=applied.kss,
         kss_on_at=(step if state.kss_on_at is None else state.kss_on_at) if shaping else None,
     )

@@ -7,7 +7,7 @@ show the decisions of the policy on the recorded states only.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -17,7 +17,7 @@ from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import HistoryReader, IncarnationRow, ObservationRow
 from koopmon.risk import online_detector
 
-KINDS = ("set_lr_scale", "set_kss")
+KINDS = ("set_lr_scale", "set_kss", "rewind")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,8 @@ class _Judge:
             raise StoreError(f"the snapshot at step {row.step} cannot be assessed again: {one_line(error)}") from None
         self._history, risk = online_detector.assess(self._history, seen, self._risk)
         decision = policy.decide(row.time, self._state, seen, risk, self._policy, self._kss)
-        self._state = decision.state
+        # No agent answers a rewind here.
+        self._state = replace(decision.state, rewinding=False)
         return Replayed(
             incarnation=row.incarnation,
             step=row.step,

@@ -75,10 +75,19 @@ def _actions(actions: Sequence[CommandView]) -> Iterator[tuple[str, str]]:
     restraints = [each for each in actions if each.applied_step is not None and each.direction == "restrain"]
     if not restraints:
         yield "Actions", "none was applied"
-    scales = [(each.command.lr_scale, each.applied_step) for each in restraints if each.command.lr_scale is not None]
+    scales = [
+        (each.command.lr_scale, each.applied_step)
+        for each in restraints
+        if each.command.lr_scale is not None and each.command.max_rate is None
+    ]
     if scales:
         words = f"lowered {times(len(scales))}, to {min(scales)[0]:.3g} of its schedule"
         yield "Learning rate", f"{words}, first at step {scales[0][1]}"
+    caps = [(each.command.max_rate, each.applied_step) for each in restraints if each.command.max_rate is not None]
+    if caps:
+        yield "Learning rate", f"capped at {min(caps)[0]:.3g}, first at step {caps[0][1]}"
+    if returns := [each for each in restraints if each.command.rewind is not None]:
+        yield "Weights", f"set back {times(len(returns))}; at step {returns[0].applied_step}: {returns[0].detail}"
     alphas = [(each.command.kss.alpha, each.applied_step) for each in restraints if each.command.kss is not None]
     if alphas:
         yield "KSS", f"raised {times(len(alphas))}, to alpha {max(alphas)[0]:.3g}, first at step {alphas[0][1]}"

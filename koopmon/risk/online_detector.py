@@ -89,6 +89,8 @@ class Observation(AtStep):
     num_layers: int = 0
     update_exponent: float | None = None
     """Update exponent of the model at the start of the run; None where it is unknown."""
+    rewinds: bool = False
+    """True when the agents can go back to a copy of the weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +146,7 @@ def observe(
     width: int | None = None,
     num_layers: int = 0,
     update_exponent: float | None = None,
+    rewinds: bool = False,
     non_finite: bool = False,
 ) -> Observation:
     """Reduce a profile to an observation for the detector and the policy.
@@ -154,10 +157,16 @@ def observe(
         width: width of the residual stream; None where the learning rate does not give the step length.
         num_layers: number of transitions.
         update_exponent: update exponent at the start of the run; None where it is unknown.
+        rewinds: True when the agents can go back to a copy of the weights.
         non_finite: True when the states hold NaN or infinity.
     """
     known = Observation(
-        training=training, informative=False, width=width, num_layers=num_layers, update_exponent=update_exponent
+        training=training,
+        informative=False,
+        width=width,
+        num_layers=num_layers,
+        update_exponent=update_exponent,
+        rewinds=rewinds,
     )
     if profile is None or non_finite:
         reason = "the states are not finite" if non_finite else "no profile"

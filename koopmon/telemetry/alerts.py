@@ -147,7 +147,7 @@ ALERTS: tuple[Alert, ...] = (
         severity="info",
         expr=(
             "sum by (job, instance, run, kind) (increase("
-            'koopmon_commands_total{kind=~"set_lr_scale|set_kss|stop",outcome="applied"}[5m])) > 0'
+            'koopmon_commands_total{kind=~"set_lr_scale|set_kss|rewind|stop",outcome="applied"}[5m])) > 0'
         ),
         summary="{{ $labels.run }}: {{ $labels.kind }} was applied",
         description="koopmon changed the training of this run. The monitor's log has the decision and its reason.",
@@ -179,7 +179,7 @@ ALERTS: tuple[Alert, ...] = (
         severity="critical",
         expr=(
             f"{BY_RUN} (increase(koopmon_commands_total"
-            '{kind=~"set_lr_scale|set_kss|stop",outcome=~"refused|failed|expired|unanswered"}[10m])) > 0'
+            '{kind=~"set_lr_scale|set_kss|rewind|stop",outcome=~"refused|failed|expired|unanswered"}[10m])) > 0'
         ),
         summary="{{ $labels.run }}: a command was not applied",
         description='{{ $value | printf "%.0f" }} commands of the last ten minutes changed nothing in the run.',

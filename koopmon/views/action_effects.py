@@ -90,9 +90,9 @@ def _directed(
         commands = []
         for each in decision.commands:
             command, applied = each.command, each.outcome == "applied"
-            restrains = command.kind == "stop"
+            restrains = command.kind in ("stop", "rewind")
             if command.lr_scale is not None:
-                restrains = command.lr_scale < scale
+                restrains = command.lr_scale < scale or command.max_rate is not None
                 scale = command.lr_scale if applied else scale
             elif command.kss is not None:
                 restrains = command.kss.alpha > alpha

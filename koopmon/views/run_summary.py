@@ -51,6 +51,10 @@ class RunSummary:
     num_backoffs: int
     """Number of commands that lowered the learning rate."""
     min_lr_scale: float
+    num_rewinds: int
+    """Number of returns to earlier weights."""
+    max_rate: float | None
+    """Lowest cap on the learning rate; None without one."""
     num_kss: int
     """Number of commands that switched KSS on or raised its weight."""
     max_kss_alpha: float
@@ -80,6 +84,10 @@ class RunSummary:
             acted.append(
                 f"learning rate lowered {times(self.num_backoffs)}, to {self.min_lr_scale:.3g} of its schedule"
             )
+        if self.max_rate is not None:
+            acted.append(f"learning rate capped at {self.max_rate:.3g}")
+        if self.num_rewinds:
+            acted.append(f"went back to earlier weights {times(self.num_rewinds)}")
         if self.num_kss:
             acted.append(f"KSS raised {times(self.num_kss)}, to alpha {self.max_kss_alpha:.3g}")
         if self.num_held_back:
@@ -123,6 +131,8 @@ def summary_of(run: RecordedRun, store: Path) -> RunSummary:
         max_risk_step=None if worst is None else worst.step,
         num_backoffs=len(backoffs),
         min_lr_scale=min(backoffs, default=1.0),
+        num_rewinds=sum(command.rewind is not None for command in sent),
+        max_rate=min((command.max_rate for command in sent if command.max_rate is not None), default=None),
         num_kss=len(raised),
         max_kss_alpha=max(raised, default=0.0),
         num_held_back=outcomes.count("dry_run"),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from koopmon.views.spectra import Column, Spectrum
     from koopmon.wire.messages import Command, TrainingStep
 
-TRAINING_KINDS = ("set_lr_scale", "set_kss", "stop")
+TRAINING_KINDS = ("set_lr_scale", "set_kss", "rewind", "stop")
 """Kinds of commands that change training; the others change only the observation."""
 
 
@@ -208,6 +208,10 @@ def training_commands(decisions: Sequence[DecisionView]) -> Iterator[tuple[Comma
 
 def command_words(command: Command | Action) -> str:
     """Describe the effect of a command."""
+    if command.max_rate is not None:
+        return f"learning rate at most {command.max_rate:.3g}"
+    if command.rewind is not None:
+        return "back to earlier weights"
     if command.lr_scale is not None:
         return f"learning rate × {command.lr_scale:.3g}"
     if command.kss is not None:

@@ -26,7 +26,12 @@ MAGIC: Final = b"koopmon"
 PREFIX: Final = MAGIC + bytes([PROTOCOL_VERSION])
 UNBOUNDED_SCALARS: Final = frozenset(MEASURED)
 """Fields that may hold NaN and infinities, because a diverging run produces them. All other fields reject them."""
-_PAYLOADS: Final = {"set_lr_scale": "lr_scale", "set_kss": "kss", "set_cadence": "cadence_steps"}
+_PAYLOADS: Final = {
+    "set_lr_scale": "lr_scale",
+    "set_kss": "kss",
+    "set_cadence": "cadence_steps",
+    "rewind": "rewind",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,10 @@ def _check_header(message: AnyMessage) -> None:
         for kind, payload in _PAYLOADS.items():
             if (getattr(message, payload) is not None) != (message.kind == kind):
                 raise ProtocolError("schema", f"a {kind} command carries {payload}, and no other kind does")
+        if message.max_rate is not None and message.kind != "set_lr_scale":
+            raise ProtocolError("schema", "max_rate may come with a set_lr_scale command only")
+        if message.warmup_steps > 0 and message.max_rate is None:
+            raise ProtocolError("schema", "warmup_steps may come with max_rate only")
         if message.cadence_until_step is not None and message.kind != "set_cadence":
             raise ProtocolError("schema", "cadence_until_step may come with a set_cadence command only")
 

@@ -16,6 +16,8 @@ MAX_STEP: Final = (1 << 53) - 1
 MAX_MODULUS: Final = 1000.0
 """Upper bound on the modulus at which KSS begins to act."""
 MAX_RAMP_STEPS: Final = 100_000
+MAX_AGE_STEPS: Final = 100_000
+"""Largest age that a rewind may ask of a copy."""
 MAX_CADENCE_STEPS: Final = 100_000
 MAX_HEARTBEAT_SECONDS: Final = 3600.0
 MAX_LAYERS: Final = 4096
@@ -34,6 +36,7 @@ Step = Annotated[int, Meta(ge=0, lt=MAX_STEP + 1)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
 NumSenders = Annotated[int, Meta(ge=1, le=1024)]
 LrScale = Annotated[float, Meta(gt=0.0, le=1.0)]
+Rate = Annotated[float, Meta(gt=0.0, le=1e6)]
 RampSteps = Annotated[int, Meta(ge=0, le=MAX_RAMP_STEPS)]
 CadenceSteps = Annotated[int, Meta(ge=1, le=MAX_CADENCE_STEPS)]
 KssAlpha = Annotated[float, Meta(ge=0.0, le=1000.0)]
@@ -50,7 +53,7 @@ Word = Annotated[str, Meta(max_length=64)]
 ObservableName = Annotated[str, Meta(pattern=r"^[a-z0-9_]{1,40}\Z")]
 Observations = Annotated[list[float | None], Meta(max_length=MAX_OBSERVATIONS)]
 DType = Literal["bfloat16", "float16", "float32"]
-CommandKind = Literal["set_lr_scale", "set_kss", "set_cadence", "stop"]
+CommandKind = Literal["set_lr_scale", "set_kss", "set_cadence", "rewind", "stop"]
 AckOutcome = Literal["applied", "expired", "refused", "failed", "duplicate"]
 ProbedState = Literal["running", "ended", "vanished"]
 DropReason = Literal["monitor_away", "queue_full", "no_buffer", "budget", "not_finite", "incomplete"]
@@ -102,7 +105,8 @@ class TrainingStep(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     grad_norm: float | None = None
     """The last gradient norm that the user logged."""
     lr_scale: LrScale = 1.0
-    """koopmon's factor on the learning rate."""
+    """koopmon's factor on the learning rate at this step: the rate in force is `learning_rate` x `lr_scale`. A cap on
+    the peak rate is part of it."""
     kss_alpha: Annotated[float, Meta(ge=0.0)] = 0.0
     """Weight of KSS."""
 
@@ -127,6 +131,9 @@ class Applied(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings in force in the training processes."""
 
     lr_scale: LrScale = 1.0
+    """The commanded factor on the learning rate, without the effect of `max_rate`."""
+    max_rate: Rate | None = None
+    """The cap on the peak of the learning rate; None for no cap."""
     kss: KssSettings = KssSettings()
 
     def at_step(self, step: int) -> TrainingStep:
@@ -178,6 +185,8 @@ class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     pass and for blocks that do not change the state."""
     kss: KssSettings | None = None
     """The adapter's default KSS settings; the monitor's own configuration takes precedence."""
+    rewinds: bool = False
+    """True if this agent holds copies of the training's state and can return to them."""
 
 
 class Welcome(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="welcome"):
@@ -218,6 +227,15 @@ class HeartbeatReply(Message, frozen=True, kw_only=True, forbid_unknown_fields=T
     """The latest assessment, for display in the training process only."""
 
 
+class Rewind(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The copy of weights and optimizer state to return to: the newest one that meets both conditions."""
+
+    max_rate: Rate
+    """The learning rate in force was at most this when the copy was taken."""
+    min_age_steps: Annotated[int, Meta(ge=0, le=MAX_AGE_STEPS)]
+    """The copy is at least this many optimizer steps old, or from before the first step."""
+
+
 class Command(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="command"):
     """One change of the training run, which all ranks apply at the same optimizer step."""
 
@@ -228,6 +246,11 @@ class Command(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
     """Last optimizer step at which the ranks may apply the command."""
     lr_scale: LrScale | None = None
     """`set_lr_scale`: the factor on the learning rate of every parameter group."""
+    max_rate: Rate | None = None
+    """`set_lr_scale`: cap on the peak of the learning rate. While it is in force, the scale is at most `max_rate` / the
+    largest scheduled rate since the cap was set. It keeps the shape of the schedule. None leaves a cap as it is."""
+    warmup_steps: RampSteps = 0
+    """`set_lr_scale` with `max_rate`: steps over which the capped rate rises linearly to its value."""
     kss: KssSettings | None = None
     """`set_kss`: the new settings."""
     ramp_steps: RampSteps = 0
@@ -237,6 +260,8 @@ class Command(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
     """`set_cadence`: number of optimizer steps between snapshots."""
     cadence_until_step: Step | None = None
     """`set_cadence`: last step of this cadence; afterwards the agent returns to its own."""
+    rewind: Rewind | None = None
+    """`rewind`: the copy to return to."""
 
 
 class Ack(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ack"):

@@ -163,7 +163,7 @@ def stubborn(self: Actuator, command: Command, state: Any, step: int) -> Any:
 def two_faced(self: Actuator, command: Command, state: Any, step: int) -> Any:
     """Says that it refuses, and obeys."""
     action = self._actions[command.kind]
-    target, _ = action.within_limits(command.kss)
+    target = action.target(command, state, step)
     refused = CommandResult(command.id, "refused", step, self._capability(action).reason, permanent=True)
     return _towards(state, action, target, step, 0), refused
 

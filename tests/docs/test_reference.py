@@ -58,7 +58,7 @@ def test_every_key_is_in_the_reference_with_its_bounds() -> None:
         "| `min_lr_scale` | `0.125` | number ≥ 0.05 ≤ 1 | Lower bound on the learning-rate scale of the policy. |"
         in CONFIGURATION
     )
-    assert '| `name` | `"lr"` | `"lr"`, `"kss"`, `"kss+lr"`, `"observe"` |' in CONFIGURATION
+    assert '| `name` | `"auto"` | `"auto"`, `"lr"`, `"kss"`, `"kss+lr"`, `"observe"` |' in CONFIGURATION
     assert "| `retry_seconds` | `2` | number > 0 ≤ 3600 |" in CONFIGURATION
 
 

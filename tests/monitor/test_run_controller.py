@@ -591,6 +591,72 @@ def test_a_damaged_checkpoint_is_no_checkpoint(damaged: bytes) -> None:
     assert RunController(Config(), hello(), Applied(), checkpoint=damaged).checkpoint() == fresh
 
 
+def normalised_guard(**fields: Any) -> RunController:
+    return make_guard(update_exponent=0.0, width=64, rate_sized_steps=True, **{"rewinds": True, **fields})
+
+
+def rewound(controller: RunController, step: int = 12, outcome: str = "applied") -> tuple[Command, Command]:
+    """A rewind of the controller's run, acknowledged at `step`: the cap and the rewind."""
+    alarm = explode(controller, step=10)
+    cap, back = (command for command in alarm.commands if command.kind != "set_cadence")
+    controller.acknowledge(1.0, ack(cap, applied=Applied(max_rate=cap.max_rate)))
+    controller.acknowledge(1.0, msgspec.structs.replace(ack(back, outcome), step=step))
+    return cap, back
+
+
+def test_a_rewind_is_a_cap_and_a_return() -> None:
+    controller = normalised_guard()
+    cap, back = rewound(controller)
+    assert (cap.kind, back.kind) == ("set_lr_scale", "rewind")
+    assert cap.max_rate is not None
+    assert cap.max_rate < 0.1
+    assert back.rewind is not None
+    assert back.rewind.max_rate == cap.max_rate
+    assert controller.policy_state.max_rate == cap.max_rate
+
+
+def test_an_agent_without_copies_is_asked_for_no_return() -> None:
+    alarm = explode(normalised_guard(rewinds=False))
+    assert "rewind" not in [command.kind for command in alarm.commands]
+    assert cuts(alarm)
+
+
+def test_snapshots_from_before_the_return_do_not_count() -> None:
+    controller = normalised_guard()
+    rewound(controller, step=30)
+    for step in range(11, 31):
+        late = controller.assess(2.0, sample(step), None, step=40)
+        assert (late.risk.value, late.commands, late.decision) == (0.0, (), None)
+    again = controller.assess(2.0, sample(37), None, step=40)
+    assert again.risk.value == 1.0
+    assert "rewind" in [command.kind for command in again.commands]
+
+
+def test_after_a_return_the_detector_starts_anew() -> None:
+    """The layers jump by the return itself, which is no sign of danger."""
+    controller, fresh = normalised_guard(), normalised_guard()
+    for step in range(5):
+        controller.assess(0.0, sample(step, learning_rate=1e-4), calm_profile(step), step=step)
+    rewound(controller)
+    for step in (20, 21, 22):
+        found = controller.assess(2.0, sample(step, learning_rate=1e-4), calm_profile(step), step=step)
+        expected = fresh.assess(2.0, sample(step, learning_rate=1e-4), calm_profile(step), step=step)
+        assert found.risk == expected.risk
+
+
+def test_a_return_that_was_refused_changes_nothing_but_the_wait() -> None:
+    controller = normalised_guard()
+    rewound(controller, outcome="refused")
+    assert not controller.policy_state.rewinding
+    found = controller.assess(2.0, sample(11), None, step=11)
+    assert found.risk.value == 1.0, "snapshots count from the next one on"
+
+
+def test_the_cap_in_force_at_the_start_is_the_policy_s() -> None:
+    controller = make_guard(applied=Applied(max_rate=0.02))
+    assert (controller.policy_state.max_rate, controller.policy_state.phase) == (0.02, "backed_off")
+
+
 @pytest.mark.parametrize(("mass", "shown"), [(-0.5, 0.0), (0.25, 0.25), (1.5, 1.0)])
 def test_what_agents_display_is_within_the_bounds_of_a_message(mass: float, shown: float) -> None:
     profile = calm_profile()

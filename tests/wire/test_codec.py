@@ -41,6 +41,7 @@ from koopmon.wire.messages import (
     Hello,
     KssSettings,
     MonitorMessage,
+    Rewind,
     Shard,
     TrainingStep,
     Welcome,
@@ -50,7 +51,12 @@ from tests.factories import gathered
 LIMITS = WireLimits()
 WHO: dict[str, Any] = {"run": "job/1", "incarnation": "00c0ffee"}
 DECODERS = (decode, decode_for_agent, decode_for_monitor, decode_shard)
-PAYLOAD = {"set_lr_scale": {"lr_scale"}, "set_kss": {"kss"}, "set_cadence": {"cadence_steps", "cadence_until_step"}}
+PAYLOAD = {
+    "set_lr_scale": {"lr_scale", "max_rate"},
+    "set_kss": {"kss"},
+    "set_cadence": {"cadence_steps", "cadence_until_step"},
+    "rewind": {"rewind"},
+}
 
 
 def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
@@ -105,10 +111,14 @@ def messages(draw: st.DrawFn, struct: type[msgspec.Struct]) -> Any:
             fields.update(dict.fromkeys(names) if kind != fields["kind"] else {})
         if fields["kind"] == "set_lr_scale":
             fields["lr_scale"] = draw(st.floats(0.0, 1.0, exclude_min=True))
+        if fields["max_rate"] is None:
+            fields["warmup_steps"] = 0
         if fields["kind"] == "set_kss":
             fields["kss"] = draw(messages(KssSettings))
         if fields["kind"] == "set_cadence":
             fields["cadence_steps"] = draw(st.integers(1, 100_000))
+        if fields["kind"] == "rewind":
+            fields["rewind"] = draw(messages(Rewind))
     return struct(**fields)
 
 
@@ -265,6 +275,15 @@ def test_any_other_number_must_be_finite(field: str, value: float) -> None:
         (command(kind="stop", cadence_until_step=9), "cadence_until_step"),
         (command(kind="set_lr_scale", lr_scale=1.5), "lr_scale"),
         (command(kind="set_lr_scale", lr_scale=0.0), "lr_scale"),
+        (command(kind="set_lr_scale", max_rate=0.1), "lr_scale"),
+        (command(kind="set_lr_scale", lr_scale=1.0, max_rate=0.0), "max_rate"),
+        (command(kind="set_lr_scale", lr_scale=1.0, max_rate=math.inf), "max_rate"),
+        (command(kind="set_lr_scale", lr_scale=1.0, warmup_steps=5), "warmup_steps"),
+        (command(kind="stop", max_rate=0.1), "max_rate"),
+        (command(kind="rewind"), "rewind"),
+        (command(kind="stop", rewind=Rewind(max_rate=0.1, min_age_steps=0)), "rewind"),
+        (command(kind="rewind", rewind=Rewind(max_rate=0.0, min_age_steps=0)), "max_rate"),
+        (command(kind="rewind", rewind=Rewind(max_rate=0.1, min_age_steps=-1)), "min_age_steps"),
         (command(kind="jump"), "jump"),
         (Goodbye(run="a\n", incarnation="00c0ffee", process_rank=0, step=0), "run"),
         (Goodbye(run="", incarnation="00c0ffee", process_rank=0, step=0), "run"),

@@ -20,13 +20,14 @@ from koopmon.wire.messages import (
     Judgement,
     KssSettings,
     Message,
+    Rewind,
     Shard,
     TrainingStep,
 )
 
 PAGE = (Path(koopmon.wire.__file__).parent / "PROTOCOL.md").read_text(encoding="utf-8")
 MESSAGES = AnyMessage.__args__
-STRUCTS = [Message, *MESSAGES, TrainingStep, KssSettings, Applied, Judgement]
+STRUCTS = [Message, *MESSAGES, TrainingStep, KssSettings, Rewind, Applied, Judgement]
 
 
 def describe(kind: inspect.Type) -> str:

@@ -35,6 +35,7 @@ from koopmon.wire.messages import (
     Hello,
     KssSettings,
     Refused,
+    TrainingStep,
     Welcome,
 )
 from koopmon.wire.sockets import ControlClient
@@ -63,6 +64,7 @@ class RankInfo(Struct, frozen=True, kw_only=True):
     rate_sized_steps: bool = False
     update_exponent: float | None = None
     kss: KssSettings | None = None
+    rewinds: bool = False
 
 
 class CommandHandler(Protocol):
@@ -74,6 +76,9 @@ class CommandHandler(Protocol):
 
     def applied(self) -> Applied:
         """Return the values in force."""
+
+    def at_step(self) -> TrainingStep:
+        """Return the scalars of the current step that are known without a measurement."""
 
     def submit(self, command: Command) -> None:
         """Apply `command` at the next opportunity, and report the outcome."""
@@ -282,7 +287,7 @@ class ControlChannel:
         return Heartbeat(
             **self._name,
             process_rank=self.description.process_rank,
-            training=stats.with_measured(applied.at_step(stats.step)),
+            training=stats.with_measured(self._handler.at_step()),
             applied=applied,
             sent=stats.sent,
             dropped=dict(stats.dropped),

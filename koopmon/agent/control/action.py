@@ -7,7 +7,7 @@ part of the control state that all ranks hold, and each rank applies that state 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -18,7 +18,7 @@ from koopmon.agent.control.state import ControlState
 from koopmon.agent.parallelism import ParallelLayout
 from koopmon.api import ArchitectureAdapter
 from koopmon.plugins import Selection
-from koopmon.wire.messages import CommandKind
+from koopmon.wire.messages import AckOutcome, Applied, Command, CommandKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,22 @@ class Target:
 
     strength: float
     parameters: dict[str, int | float] = field(default_factory=dict)
+    detail: str = ""
+    """The caps that changed the request."""
+    acts: bool = True
+    """False for the way back to the user's own values, which is always open."""
+
+
+class RequestRefusedError(Exception):
+    """An action refuses a request; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The outcome of a command that is complete only at a step edge."""
+
+    outcome: AckOutcome
+    detail: str
 
 
 @dataclass(slots=True)
@@ -72,39 +88,63 @@ class ControlAction(ABC):
     """One kind of change to the training.
 
     In each optimizer step the runtime calls `before_forwards`, `on_forward` for each training forward, `apply` just
-    before the update, and `revert` after it.
+    before the update, and `revert` after it. While commands can be applied, `at_edge` follows.
     """
 
     kind: ClassVar[CommandKind]
     """The command that sets it, and the key of its part of the control state."""
-    field: ClassVar[str]
-    """The field of `Command` and of `Applied` that holds its value."""
     neutral: ClassVar[float]
     """The strength that leaves the user's own values."""
     lasting: ClassVar[bool] = False
     """True if the action stays in force after the agent has failed, so that all ranks keep the same values."""
 
+    completes_at_edge: ClassVar[bool] = False
+    """True if a command of this kind is acknowledged with the result of the next `at_edge`."""
+    hello_changed = False
+    """Set by an action whose `hello` has changed. The runtime clears it."""
+
     @abstractmethod
-    def within_limits(self, value: Any) -> tuple[Target, str]:
-        """Return the target that `value` asks for, within the agent's own limits, and the caps that changed it."""
+    def target(self, request: Command | Applied, state: ControlState, step: int) -> Target:
+        """Return the target that `request` asks for from `step` on, within the agent's own limits.
 
-    def value(self, state: ControlState, step: int) -> Any:
-        """Return the value in force at `step`, as `Applied` holds it: the strength by default.
-
-        Raises msgspec.ValidationError if the state has numbers out of the protocol's bounds.
+        Raises RequestRefusedError.
         """
-        return self.strength(state, step)
+
+    def released(self, state: ControlState) -> Target:
+        """Return the target of the way back to the user's own values."""
+        return Target(self.neutral, dict(self.parameters(state)), acts=False)
+
+    def applied(self, state: ControlState, step: int) -> Mapping[str, Any]:
+        """Return the fields of `Applied` that hold the values in force at `step`."""
+        return {}
+
+    def training(self, state: ControlState, step: int) -> Mapping[str, float]:
+        """Return the fields of `TrainingStep` that hold the values in force at `step`."""
+        return {}
+
+    def parameters(self, state: ControlState) -> Mapping[str, int | float]:
+        """Return the parameters in force."""
+        part = state.actions.get(self.kind)
+        return {} if part is None else part.parameters
 
     def strength(self, state: ControlState, step: int) -> float:
         """Return the strength in force at `step`. Its ramp is linear by default."""
         part = state.actions.get(self.kind)
         return self.neutral if part is None else part.ramp.linear(step)
 
+    def effective(self, state: ControlState, step: int) -> float:
+        """Return the strength with the effect of the parameters on it."""
+        return self.strength(state, step)
+
+    def tuned(self, state: ControlState) -> ControlState:
+        """Return `state` with parameters that no command sets. Called on rank 0, which decides for all ranks."""
+        return state
+
     def capability(self, layout: ParallelLayout) -> Capability:
         """Return if the action works in this training."""
         return ACTS
 
-    def inspect(self, model: nn.Module, selection: Selection) -> None:  # noqa: B027 - optional
+    def inspect(self, model: nn.Module, optimizer: Optimizer, selection: Selection) -> None:  # noqa: B027 - optional
         """Look at the modules of `model`: at the start, and again if another adapter takes over."""
 
     def hello(self, adapter: ArchitectureAdapter) -> Mapping[str, Any]:
@@ -122,6 +162,17 @@ class ControlAction(ABC):
     @abstractmethod
     def revert(self) -> None:
         """Restore the user's own values. Idempotent. Also called when the agent is closed."""
+
+    def at_edge(self, state: ControlState, step: int, agree: Callable[[bool], bool]) -> Completion | None:
+        """Work between two steps: `step` updates are done, and the next forward has not begun.
+
+        `agree` returns True if all ranks pass True. It waits for them: call it on all ranks or on none. Returns the
+        outcome of a command that came in force in this step, if `completes_at_edge`.
+        """
+        return None
+
+    def end(self) -> None:  # noqa: B027 - optional
+        """Free memory. No command is applied any more. Idempotent."""
 
     def before_forwards(self, state: ControlState, step: int, forwards: NextForwards) -> Injection | None:
         """Prepare the next step; `step` updates are done. Returns its change to the stream, None for no change."""

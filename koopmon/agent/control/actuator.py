@@ -8,6 +8,7 @@ therefore hold the same pure function of the step.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections import deque
@@ -18,13 +19,15 @@ from enum import Enum
 import msgspec
 
 from koopmon.agent.capture.schedule import SnapshotSchedule
-from koopmon.agent.control.action import Capability, ControlAction, Target
+from koopmon.agent.control.action import Capability, ControlAction, RequestRefusedError, Target
 from koopmon.agent.control.rank_group import RankGroup
 from koopmon.agent.control.state import ActionState, ControlState, ControlUpdate, Ramp
 from koopmon.agent.parallelism import ParallelLayout
 from koopmon.agent.stats import AgentStats
 from koopmon.config import Config
-from koopmon.wire.messages import AckOutcome, Applied, Command
+from koopmon.wire.messages import AckOutcome, Applied, Command, CommandKind
+
+logger = logging.getLogger("koopmon.agent")
 
 EXCHANGE_SECONDS = 0.1
 """Target interval between two exchanges. A command waits at most this interval and one step."""
@@ -62,6 +65,8 @@ class CommandResult:
     detail: str = ""
     permanent: bool = False
     """True if the action can never work in this launch, so that the command would be refused again."""
+    completes: CommandKind | None = None
+    """The kind of an action that completes the command at the next step edge."""
 
 
 class Actuator:
@@ -95,6 +100,8 @@ class Actuator:
         self._group = group
         self._underway: list[Applied | RampBack | CommandResult] = []
         """Parts of the state in the exchange in flight."""
+        self._incomplete: dict[CommandKind, CommandResult] = {}
+        """Commands in force that their action completes at the next step edge."""
         self._remembered: dict[str, None] = {}
         self._action_times: deque[float] = deque()
         self._snapshots = range(0)
@@ -119,9 +126,8 @@ class Actuator:
         """Put the pending decision in force, just before optimizer step `step`, counted from 0."""
         group = self._group
         if group is None:
-            if self._requests:
-                self.state = self._next_state(step)
-                self._settle(step, in_force=True)
+            self.state = self._next_state(step)
+            self._settle(step, in_force=True)
         elif group.in_flight:
             update = group.receive()
             if update is not None and (flaw := self._flaw(update, step)):
@@ -140,13 +146,14 @@ class Actuator:
             return f"rank 0 is at step {update.step}, this rank at step {step}"
         try:
             for action in self._actions.values():
-                action.value(update.state, step)
+                msgspec.convert(action.applied(update.state, step), Applied)
         except msgspec.ValidationError as error:
             return f"rank 0 sends a state out of bounds: {error}"
         return ""
 
     def after_step(self, step: int) -> bool:
         """Plan the work after `step` optimizer steps. Returns True if the next training forward is a snapshot."""
+        self._complete(step)
         group = self._group
         if group is None:
             return step in self._schedule.plan(step, step, self.state)
@@ -155,6 +162,16 @@ class Actuator:
         if step <= self._agreed_until:
             return step in self._snapshots
         return self._schedule.unagreed(step, self.state)
+
+    def _complete(self, step: int) -> None:
+        for kind, action in self._actions.items():
+            done = action.at_edge(self.state, step, self._agree)
+            result = self._incomplete.pop(kind, None)
+            if done is not None and result is not None:
+                self._report(dataclasses.replace(result, outcome=done.outcome, detail=done.detail))
+
+    def _agree(self, value: bool) -> bool:
+        return value if self._group is None else self._group.agree(value)
 
     def _exchange(self, step: int) -> ControlUpdate:
         state = self._next_state(step)
@@ -169,6 +186,8 @@ class Actuator:
     def _next_state(self, step: int) -> ControlState:
         """Return the state that the pending requests lead to, if it comes in force at `step`."""
         state = self.state
+        for action in self._actions.values():
+            state = action.tuned(state)
         while self._requests:
             request = self._requests.popleft()
             match request:
@@ -195,7 +214,11 @@ class Actuator:
         if state.version > 0:  # a command since the start is newer than what is restored
             return state
         for action in self._actions.values():
-            target, _ = action.within_limits(getattr(applied, action.field))
+            try:
+                target = action.target(applied, state, step)
+            except RequestRefusedError as error:
+                logger.warning("koopmon: a value of the earlier launch is not restored: %s", error)
+                continue
             if not self._capability(action).acts:
                 target = dataclasses.replace(target, strength=action.neutral)
             state = _towards(state, action, target, step, num_steps=0)
@@ -203,9 +226,9 @@ class Actuator:
 
     def _apply_ramp_back(self, request: RampBack, state: ControlState, step: int) -> ControlState:
         self._underway.append(request)
-        for kind, action in self._actions.items():
-            parameters = state.actions[kind].parameters if kind in state.actions else {}
-            state = _towards(state, action, Target(action.neutral, parameters), step, self._ramp_back_steps)
+        for action in self._actions.values():
+            start = action.effective(state, step - 1)
+            state = _towards(state, action, action.released(state), step, self._ramp_back_steps, start=start)
         return state
 
     def _settle(self, step: int, *, in_force: bool) -> None:
@@ -216,7 +239,11 @@ class Actuator:
                 if not in_force:
                     self._remembered.pop(each.command_id, None)  # the monitor may try it again
                     each = dataclasses.replace(each, outcome="failed", detail="the exchange between the ranks failed")
-                self._report(dataclasses.replace(each, step=step))
+                each = dataclasses.replace(each, step=step)
+                if in_force and each.completes is not None:
+                    self._incomplete[each.completes] = each
+                else:
+                    self._report(each)
             elif not in_force:
                 self._requests.append(each)
 
@@ -232,7 +259,7 @@ class Actuator:
             return rejected("duplicate")
         if step > command.expires_step:
             return rejected("expired", f"not to be applied after step {command.expires_step}")
-        detail = ""
+        detail, completes = "", None
         if command.kind == "stop":
             state = state.changed(stop=True)
         elif command.kind == "set_cadence":
@@ -240,8 +267,12 @@ class Actuator:
             state = state.changed(cadence_steps=command.cadence_steps, cadence_until_step=until)
         else:
             action = self._actions[command.kind]
-            target, detail = action.within_limits(getattr(command, action.field))
-            if target.strength != action.neutral:  # the way back to the user's own settings is always open
+            try:
+                target = action.target(command, state, step)
+            except RequestRefusedError as error:
+                return rejected("refused", str(error))
+            detail, completes = target.detail, action.kind if action.completes_at_edge else None
+            if target.acts:
                 capability = self._capability(action)
                 if not capability.acts:
                     return rejected("refused", capability.reason, permanent=True)
@@ -252,7 +283,7 @@ class Actuator:
         self._remembered[command.id] = None
         if len(self._remembered) > MAX_REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
-        return state, CommandResult(command.id, "applied", step, detail)
+        return state, CommandResult(command.id, "applied", step, detail, completes=completes)
 
     def _capability(self, action: ControlAction) -> Capability:
         splits_tokens = self._group is not None and self._group.splits_tokens
@@ -269,9 +300,20 @@ class Actuator:
         return True
 
 
-def _towards(state: ControlState, action: ControlAction, target: Target, step: int, num_steps: int) -> ControlState:
-    """Return the state that moves `action` to `target` in `num_steps` steps, from `step` on."""
-    start = action.strength(state, step - 1)
+def _towards(
+    state: ControlState,
+    action: ControlAction,
+    target: Target,
+    step: int,
+    num_steps: int,
+    *,
+    start: float | None = None,
+) -> ControlState:
+    """Return the state that moves `action` to `target` in `num_steps` steps, from `step` on.
+
+    `start` is by default the strength in the step before.
+    """
+    start = action.strength(state, step - 1) if start is None else start
     ramp = Ramp(first_step=step, start=start, target=target.strength, num_steps=num_steps)
     part = ActionState(ramp=ramp, parameters=target.parameters)
     return state.changed(actions={**state.actions, action.kind: part})

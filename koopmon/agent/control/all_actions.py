@@ -6,13 +6,16 @@ from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.action import ControlAction
 from koopmon.agent.control.kss.action import KssAction
 from koopmon.agent.control.lr_backoff import LrBackoff
+from koopmon.agent.control.rewind import RewindAction
 from koopmon.agent.stats import AgentStats
 from koopmon.config import Config
 
 
 def make_actions(config: Config, stats: AgentStats, breaker: CircuitBreaker) -> tuple[ControlAction, ...]:
     """Return one of each kind. `breaker` is the agent's: a failure behind it ends every action but the lasting ones."""
+    backoff = LrBackoff(config.limits)
     return (
-        LrBackoff(config.limits),
+        backoff,
         KssAction(config, stats, breaker),
+        RewindAction(config.limits, stats, backoff),
     )

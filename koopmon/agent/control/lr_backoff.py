@@ -5,20 +5,25 @@ Schedulers see only the values that they set, so that any of them composes: effe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from koopmon.agent.control.action import ControlAction, Target, Update
+from koopmon.agent.control.action import ControlAction, RequestRefusedError, Target, Update
 from koopmon.agent.control.state import ControlState
 from koopmon.config import LimitsConfig
+from koopmon.plugins import Selection
+from koopmon.wire.messages import Applied, Command
 
 RATE_SIZED = ("adam", "lion", "rmsprop")
 """Parts of the names of optimizers that divide the gradient by its own size, or take its sign."""
+MIN_EFFECTIVE_SCALE = 0.001
+"""Lower bound on the scale under a cap on the peak rate. `[limits] min_lr_scale` bounds the commanded scale only."""
 
 
 @dataclass(slots=True)
@@ -49,10 +54,13 @@ class _ScaledTensor:
 
 
 class LrBackoff(ControlAction):
-    """Scales the rates of an optimizer during each update. Its strength is the scale; a scale of 1 changes nothing."""
+    """Scales the rates of an optimizer during each update. Its strength is the scale; a scale of 1 changes nothing.
+
+    A cap on the peak rate is in the parameters: `max_rate`, the step `capped_from` at which the first cap was set, and
+    the warm-up of `warmup_steps` from step `warmup_from` on.
+    """
 
     kind = "set_lr_scale"
-    field = "lr_scale"
     neutral = 1.0
     lasting = True
 
@@ -61,19 +69,79 @@ class LrBackoff(ControlAction):
         self._scaled: list[_ScaledRate | _ScaledTensor] = []
         self._copies: dict[int, Tensor] = {}
         self._in_closure = False
+        self._optimizer: Callable[[], Optimizer | None] = lambda: None
+        self._peak = (-1, 0.0)
+        """First step under the cap and the largest scheduled rate since. One tuple: the I/O thread reads it."""
 
-    def within_limits(self, value: float) -> tuple[Target, str]:
-        scale = max(value, self._min_scale)
-        return Target(scale), f"lr_scale capped at {scale}" if scale > value else ""
+    def inspect(self, model: nn.Module, optimizer: Optimizer, selection: Selection) -> None:
+        self._optimizer = weakref.ref(optimizer)
+
+    def target(self, request: Command | Applied, state: ControlState, step: int) -> Target:
+        assert request.lr_scale is not None
+        scale, parameters, details = max(request.lr_scale, self._min_scale), dict(self.parameters(state)), []
+        if scale > request.lr_scale:
+            details.append(f"lr_scale capped at {scale}")
+        if request.max_rate is not None:
+            self._check_rates()
+            cap = min(request.max_rate, parameters.get("max_rate", request.max_rate))
+            if cap < request.max_rate:
+                details.append(f"max_rate stays at {cap:g}, since a cap is only lowered")
+            parameters = {
+                "max_rate": cap,
+                "capped_from": parameters.get("capped_from", step),
+                "warmup_from": step,
+                "warmup_steps": request.warmup_steps if isinstance(request, Command) else 0,
+            }
+        acts = scale != self.neutral or request.max_rate is not None
+        return Target(scale, parameters, ", ".join(details), acts)
+
+    def _check_rates(self) -> None:
+        """Raise RequestRefusedError if the peak of the rates cannot be followed."""
+        optimizer = self._optimizer()
+        rate = None if optimizer is None else largest_rate(optimizer)
+        if not isinstance(rate, float):
+            where = "has no learning rate" if rate is None else "has its learning rate on a device"
+            raise RequestRefusedError(f"max_rate is refused: the optimizer {where}")
+
+    def released(self, state: ControlState) -> Target:
+        return Target(self.neutral, acts=False)
+
+    def applied(self, state: ControlState, step: int) -> Mapping[str, Any]:
+        return {"lr_scale": self.strength(state, step), "max_rate": self.parameters(state).get("max_rate")}
+
+    def training(self, state: ControlState, step: int) -> Mapping[str, float]:
+        return {"lr_scale": self.effective(state, step)}
 
     def strength(self, state: ControlState, step: int) -> float:
         part = state.actions.get(self.kind)
         return self.neutral if part is None else part.ramp.geometric(step)
 
+    def effective(self, state: ControlState, step: int) -> float:
+        scale, cap = self.strength(state, step), self.parameters(state)
+        if not cap:
+            return scale
+        first, peak = self._peak
+        warm = 1.0
+        if cap["warmup_steps"] > 0:
+            warm = min(1.0, (step - cap["warmup_from"] + 1) / cap["warmup_steps"])
+        if first == cap["capped_from"] and peak > cap["max_rate"]:
+            warm *= cap["max_rate"] / peak
+        return max(min(scale, warm), MIN_EFFECTIVE_SCALE)
+
     def apply(self, state: ControlState, step: int, update: Update) -> None:
-        self.scale_rates(update.optimizer, self.strength(state, step))
+        self.restore_rates()  # if a step() raised, its post-hook never ran
+        if cap := self.parameters(state):
+            self._follow_peak(int(cap["capped_from"]), largest_rate(update.optimizer))
+        self.scale_rates(update.optimizer, self.effective(state, step))
         if self._scaled:
             self._watch_closure(update)
+
+    def _follow_peak(self, capped_from: int, rate: float | Tensor | None) -> None:
+        first, peak = self._peak
+        known = peak if first == capped_from else 0.0
+        if rate is not None and float(rate) > known:
+            known = float(rate)
+        self._peak = capped_from, known
 
     def revert(self) -> None:
         self.restore_rates()

@@ -158,6 +158,21 @@ class RankGroup:
         self._next = exchange.next_step
         return exchange
 
+    def agree(self, value: bool) -> bool:
+        """Return True if every rank passes True. Waits for them, at most the time-out. A failure returns False."""
+        group = self._group
+        if not self.ready or group is None:
+            return False
+        tensor = torch.tensor([value], dtype=torch.int64)
+        options: Any = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MIN
+        try:
+            group.allreduce([tensor], options).wait(timedelta(seconds=self._timeout_seconds))
+        except RuntimeError as error:
+            self.fail(_reason(error))
+            return False
+        return bool(tensor)
+
     def fail(self, reason: str) -> None:
         """Turn control off and drop the group. A new one forms once all ranks have registered."""
         with self._lock:

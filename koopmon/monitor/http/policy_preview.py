@@ -99,7 +99,7 @@ def _next_action(standing: PolicyStatus, risk: float) -> str:
 def _return(standing: PolicyStatus) -> Iterator[tuple[str, str]]:
     """Yield the steps at which the values in force change back."""
     state, config = standing.state, standing.policy
-    if state.lr_scale < 1.0 and config.name in ("lr", "kss+lr"):
+    if state.lr_scale < 1.0 and config.name in ("auto", "lr", "kss+lr"):
         wait = config.hold_steps * max(1, state.num_cuts)
         target = f"learning rate × {min(1.0, state.lr_scale * config.rise_factor):.3g}."
         when = f"After {wait} calm steps" if state.calm_since is None else f"At step {state.calm_since + wait}"

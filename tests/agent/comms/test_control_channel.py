@@ -24,6 +24,7 @@ from koopmon.wire.messages import (
     Hello,
     Judgement,
     Refused,
+    TrainingStep,
     Welcome,
 )
 from koopmon.wire.sockets import ControlClient
@@ -65,6 +66,9 @@ class Nothing:
 
     def applied(self) -> Applied:
         return Applied()
+
+    def at_step(self) -> TrainingStep:
+        return TrainingStep(step=0)
 
     def submit(self, command: Command) -> None:
         pytest.fail("no command was sent")

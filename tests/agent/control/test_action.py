@@ -11,6 +11,7 @@ from torch import Tensor
 
 from koopmon.agent.control.action import ControlAction, Injection, NextForwards, Target, Update
 from koopmon.agent.control.state import ControlState
+from koopmon.wire.messages import Applied, Command
 from tests.agent.models import L, build, checkpointed, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
@@ -19,7 +20,6 @@ class Recorder(ControlAction):
     """Action that adds its strength to the output of block 1 and records each call."""
 
     kind = "set_lr_scale"
-    field = "lr_scale"
     neutral = 1.0
 
     def __init__(self) -> None:
@@ -27,8 +27,9 @@ class Recorder(ControlAction):
         self.offset = 0.0
         self.fails = False
 
-    def within_limits(self, value: float) -> tuple[Target, str]:
-        return Target(value), ""
+    def target(self, request: Command | Applied, state: ControlState, step: int) -> Target:
+        assert request.lr_scale is not None
+        return Target(request.lr_scale)
 
     def apply(self, state: ControlState, step: int, update: Update) -> None:
         if self.fails:
@@ -55,7 +56,6 @@ class Recorder(ControlAction):
 
 class Lasting(Recorder):
     kind = "set_kss"
-    field = "lr_scale"
     lasting = True
 
 

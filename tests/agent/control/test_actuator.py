@@ -258,17 +258,23 @@ def test_exchanges_are_a_tenth_of_a_second_apart_and_at_short_steps_two_steps(st
 def test_the_largest_exchange_fits() -> None:
     ramp = Ramp(first_step=1 << 52, start=1 / 3, target=1 / 7, num_steps=1 << 60)
     parameters: dict[str, int | float] = dict.fromkeys(KssSettings.__struct_fields__, 1 / 3)
+    cap: dict[str, int | float] = {
+        "max_rate": 1 / 3,
+        **dict.fromkeys(("capped_from", "warmup_from", "warmup_steps"), 1 << 52),
+    }
+    rewind: dict[str, int | float] = dict.fromkeys(("interval", "at_step", "copy_step"), 1 << 52)
     state = ControlState(
         version=1 << 60,
         actions={
-            "set_lr_scale": ActionState(ramp=ramp),
+            "set_lr_scale": ActionState(ramp=ramp, parameters=cap),
             "set_kss": ActionState(ramp=ramp, parameters=parameters),
+            "rewind": ActionState(ramp=ramp, parameters=rewind),
         },
         cadence_steps=1 << 60,
         cadence_until_step=1 << 60,
     )
     exchange = ControlUpdate(step=1 << 52, state=state, snapshots=(1 << 52, 1 << 52, 1 << 52), next_step=1 << 52)
-    assert len(_encoder.encode(exchange)) < MESSAGE_BYTES // 2
+    assert len(_encoder.encode(exchange)) < 3 * MESSAGE_BYTES // 4
 
 
 def test_over_the_wire(monitor: ScriptedMonitor, agents: Callable[..., Any]) -> None:

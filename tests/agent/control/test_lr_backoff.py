@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +16,13 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from koopmon.agent.control.action import Target, Update
+from koopmon.agent.control.action import RequestRefusedError, Target, Update
+from koopmon.agent.control.actuator import _towards
 from koopmon.agent.control.lr_backoff import LrBackoff, largest_rate, rate_sized_steps
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.config import LimitsConfig
+from koopmon.plugins import select
+from koopmon.wire.messages import Applied, Command, Heartbeat
 from tests.agent.models import batch, build, loss_of
 from tests.agent.scripted_monitor import ScriptedMonitor
 
@@ -342,9 +347,9 @@ def test_a_tensor_in_the_place_of_another_is_restored_as_it_was(second: Tensor) 
 
 def test_a_scale_below_the_limit_is_raised_to_it_and_said() -> None:
     backoff = LrBackoff(LimitsConfig(min_lr_scale=0.25))
-    assert backoff.within_limits(0.1) == (Target(0.25), "lr_scale capped at 0.25")
-    assert backoff.within_limits(0.25) == (Target(0.25), "")
-    assert backoff.within_limits(0.5) == (Target(0.5), "")
+    for asked, scale, detail in ((0.1, 0.25, "lr_scale capped at 0.25"), (0.25, 0.25, ""), (0.5, 0.5, "")):
+        target = backoff.target(Applied(lr_scale=asked), ControlState(), 0)
+        assert target == Target(scale, detail=detail)
 
 
 def test_the_scale_in_force_is_that_of_the_ramp_at_the_step() -> None:
@@ -401,6 +406,157 @@ def test_the_largest_rate_of_no_group_is_unknown() -> None:
     assert largest_rate(optimizer) == 0.25
 
 
+class Capped:
+    """A schedule, one group, and a back-off in the control state; `rates` are those inside each update."""
+
+    def __init__(self, optimizer: Optimizer | None = None) -> None:
+        self.optimizer = optimizer or SGD(build().parameters(), lr=0.1)
+        self.backoff = LrBackoff(LimitsConfig())
+        model = build()
+        self.backoff.inspect(model, self.optimizer, select(model))
+        self.state = ControlState()
+        self.step = 0
+        self.detail = ""
+
+    def command(self, lr_scale: float = 1.0, ramp_steps: int = 0, **fields: Any) -> Target:
+        name = {"run": "r", "incarnation": "c0f0c0f0", "id": "c0f0c0f0", "reason": "", "expires_step": 9}
+        asked = Command(**name, kind="set_lr_scale", lr_scale=lr_scale, **fields)
+        target = self.backoff.target(asked, self.state, self.step)
+        self.state = _towards(self.state, self.backoff, target, self.step, ramp_steps)
+        return target
+
+    def rates(self, schedule: list[float]) -> list[float]:
+        seen = []
+        for rate in schedule:
+            self.optimizer.param_groups[0]["lr"] = rate
+            self.backoff.apply(self.state, self.step, Update(self.optimizer, (), {}))
+            seen.append(self.optimizer.param_groups[0]["lr"])
+            self.backoff.revert()
+            assert self.optimizer.param_groups[0]["lr"] is rate
+            self.step += 1
+        return seen
+
+    @property
+    def applied(self) -> Applied:
+        return Applied(**self.backoff.applied(self.state, self.step))
+
+
+def test_a_cap_keeps_the_shape_of_the_schedule_below_a_lower_peak() -> None:
+    capped = Capped()
+    assert capped.rates([0.1, 0.2]) == [0.1, 0.2]
+    assert capped.command(max_rate=0.02).acts
+    assert capped.applied == Applied(max_rate=0.02)
+    rising = capped.rates([0.01, 0.03, 0.2, 0.4])
+    assert rising == pytest.approx([0.01, 0.02, 0.02, 0.02]), "the peak counts from the cap on"
+    assert capped.rates([0.2, 0.04]) == pytest.approx([0.01, 0.002]), "a twentieth of what is scheduled"
+
+
+def test_a_cap_above_the_schedule_changes_nothing() -> None:
+    capped = Capped()
+    capped.command(max_rate=0.5)
+    assert capped.rates([0.1, 0.3, 0.5, 0.2]) == [0.1, 0.3, 0.5, 0.2]
+
+
+def test_a_warm_up_under_the_cap_is_linear_and_ends_exactly() -> None:
+    capped = Capped()
+    capped.command(max_rate=0.1, warmup_steps=4)
+    assert capped.rates([0.2] * 6) == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+    assert capped.backoff.effective(capped.state, capped.step) == 0.5
+
+
+def test_the_scale_in_force_is_the_smaller_of_ramp_and_cap() -> None:
+    capped = Capped()
+    capped.command(max_rate=0.1)
+    capped.rates([0.2])
+    capped.command(lr_scale=0.1, ramp_steps=2)
+    assert capped.applied == Applied(lr_scale=pytest.approx(0.1**0.5), max_rate=0.1), "a scale alone keeps the cap"
+    assert capped.rates([0.2] * 3) == pytest.approx([0.2 * 0.1**0.5, 0.02, 0.02])
+    assert capped.backoff.training(capped.state, capped.step) == {"lr_scale": 0.1}
+    back = capped.command(lr_scale=1.0)
+    assert not back.acts, "the way back from the scale is always open"
+    assert capped.rates([0.2]) == pytest.approx([0.1]), "and the cap stays"
+    assert capped.backoff.training(capped.state, capped.step) == {"lr_scale": 0.5}
+    assert capped.applied.lr_scale == 1.0
+
+
+def test_a_cap_is_only_lowered_and_keeps_its_peak() -> None:
+    capped = Capped()
+    capped.command(max_rate=0.1)
+    assert capped.rates([0.4, 0.2]) == pytest.approx([0.1, 0.05])
+    assert capped.command(max_rate=0.3).detail == "max_rate stays at 0.1, since a cap is only lowered"
+    assert capped.rates([0.2]) == pytest.approx([0.05])
+    assert capped.command(max_rate=0.08).detail == ""
+    assert capped.rates([0.2]) == pytest.approx([0.04])
+    capped.command(max_rate=0.08, warmup_steps=2)
+    assert capped.rates([0.2] * 3) == pytest.approx([0.02, 0.04, 0.04]), "the warm-up starts again"
+
+
+def test_the_scale_under_a_cap_has_a_floor_of_its_own() -> None:
+    capped = Capped()
+    capped.command(max_rate=1e-9)
+    assert capped.rates([0.1, math.nan, 0.1]) == [0.1 * 0.001, pytest.approx(math.nan, nan_ok=True), 0.1 * 0.001]
+
+
+def test_a_cap_needs_a_rate_that_can_be_read() -> None:
+    capped = Capped()
+    capped.optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(RequestRefusedError, match="has no learning rate"):
+        capped.command(max_rate=0.1)
+    capped.optimizer.param_groups[0]["lr"] = torch.ones((), device="meta")
+    with pytest.raises(RequestRefusedError, match="on a device"):
+        capped.command(max_rate=0.1)
+    capped = Capped(Adam(build().parameters(), lr=torch.tensor(0.1), foreach=False))
+    capped.command(max_rate=0.05)
+    rate = capped.optimizer.param_groups[0]["lr"]
+    capped.backoff.apply(capped.state, 0, Update(capped.optimizer, (), {}))
+    assert float(rate) == pytest.approx(0.05)
+    capped.backoff.revert()
+    assert torch.equal(rate, torch.tensor(0.1))
+
+
+def test_a_restored_run_has_its_cap_from_the_first_step_on_and_a_closed_one_has_none(
+    agents: Callable[..., Any], tmp_path: Path
+) -> None:
+    before = Applied(lr_scale=0.5, max_rate=0.01)
+    with ScriptedMonitor(tmp_path / "m", restore=before) as monitor:
+        model = build()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        agent = agents(model, optimizer, endpoint=monitor.endpoint)
+        monitor.wait(lambda: agent.status()["connected"])
+        seen: list[list[float]] = []
+        for step in range(4):
+            loss_of(model, batch(step)).backward()
+            step_recording(optimizer, seen)
+        assert [each[0] for each in seen] == pytest.approx([0.01] * 4)
+        assert agent.status()["applied"]["max_rate"] == 0.01
+        monitor.wait(lambda: any(beat.training.lr_scale < 0.2 for beat in monitor.of(Heartbeat)))
+        assert monitor.of(Heartbeat)[-1].training.lr_scale == pytest.approx(0.1), "the scale in force"
+        assert monitor.of(Heartbeat)[-1].applied == before
+        agent.close()
+        step_recording(optimizer, seen)
+        assert seen[-1] == [0.1]
+
+
+def test_a_lost_monitor_ramps_the_cap_away_where_it_ramps_back(
+    monitor: ScriptedMonitor, agents: Callable[..., Any]
+) -> None:
+    model = build()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    config = {"control": {"on_monitor_lost": "ramp", "ramp_back_steps": 4}}
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config=config)
+    monitor.wait(lambda: agent.status()["connected"])
+    seen: list[list[float]] = []
+
+    def stepped() -> float:
+        loss_of(model, batch(0)).backward()
+        step_recording(optimizer, seen)
+        return seen[-1][0]
+
+    monitor.command("set_lr_scale", lr_scale=1.0, max_rate=0.01)
+    monitor.wait(lambda: stepped() < 0.1)
+    agent._runtime.lifecycle.monitor_lost()
+    assert [stepped() for _ in range(5)] == pytest.approx([0.1 * 0.1 ** (n / 4) for n in (3, 2, 1, 0, 0)])
+    assert agent.status()["applied"]["max_rate"] is None
 def test_a_tensor_on_another_device_is_kept_there() -> None:
     """Tensors without storage stand for another device."""
     optimizer = with_tensor(torch.tensor(0.1))

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 from torch import nn
+from torch.optim import Optimizer
 
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.action import ACTS, Capability, ControlAction, Injection, NextForwards, Target, Update
@@ -19,7 +20,7 @@ from koopmon.api import ArchitectureAdapter
 from koopmon.config import Config, KssConfig
 from koopmon.observables import shielded
 from koopmon.plugins import Selection, source
-from koopmon.wire.messages import KssSettings
+from koopmon.wire.messages import Applied, Command, KssSettings
 
 logger = logging.getLogger("koopmon.agent")
 
@@ -28,7 +29,6 @@ class KssAction(ControlAction):
     """Adds the gradient of alpha x KSS to the training. Its strength is alpha; the other settings switch at once."""
 
     kind = "set_kss"
-    field = "kss"
     neutral = 0.0
 
     def __init__(self, config: Config, stats: AgentStats, breaker: CircuitBreaker) -> None:
@@ -37,8 +37,9 @@ class KssAction(ControlAction):
         self._injection = KssInjection(config.sampling.seed, stats, breaker)
         self._refusal = ""
 
-    def within_limits(self, value: KssSettings) -> tuple[Target, str]:
-        limits = self._limits
+    def target(self, request: Command | Applied, state: ControlState, step: int) -> Target:
+        limits, value = self._limits, request.kss
+        assert value is not None
         capped = {
             "alpha": min(value.alpha, limits.max_kss_alpha),
             "svd_rank": min(value.svd_rank, limits.max_kss_svd_rank),
@@ -46,19 +47,25 @@ class KssAction(ControlAction):
         }
         details = [f"{name} capped at {cap}" for name, cap in capped.items() if cap != getattr(value, name)]
         parameters = {**msgspec.structs.asdict(value), **capped}
-        return Target(parameters.pop("alpha"), parameters), ", ".join(details)
+        alpha = parameters.pop("alpha")
+        return Target(alpha, parameters, ", ".join(details), acts=alpha != self.neutral)
 
-    def value(self, state: ControlState, step: int) -> KssSettings:
-        parameters = state.actions[self.kind].parameters if self.kind in state.actions else {}
+    def _settings(self, state: ControlState, step: int) -> KssSettings:
         # The state comes from rank 0: convert() holds its numbers to the bounds of the protocol.
-        return msgspec.convert({**parameters, "alpha": self.strength(state, step)}, KssSettings)
+        return msgspec.convert({**self.parameters(state), "alpha": self.strength(state, step)}, KssSettings)
+
+    def applied(self, state: ControlState, step: int) -> Mapping[str, Any]:
+        return {"kss": self._settings(state, step)}
+
+    def training(self, state: ControlState, step: int) -> Mapping[str, float]:
+        return {"kss_alpha": self.strength(state, step)}
 
     def capability(self, layout: ParallelLayout) -> Capability:
         if layout.splits_tokens:
             return Capability(False, "KSS is refused: ranks that share one model hold different tokens of its data")
         return Capability(False, self._refusal) if self._refusal else ACTS
 
-    def inspect(self, model: nn.Module, selection: Selection) -> None:
+    def inspect(self, model: nn.Module, optimizer: Optimizer, selection: Selection) -> None:
         self._refusal = "" if self._through_shielded else kss_refusal(model, selection)
 
     def hello(self, adapter: ArchitectureAdapter) -> Mapping[str, Any]:
@@ -79,7 +86,7 @@ class KssAction(ControlAction):
     def before_forwards(self, state: ControlState, step: int, forwards: NextForwards) -> Injection | None:
         if self.strength(state, step) <= 0.0:
             return None
-        self._injection.latch(step, self.value(state, step), forwards)
+        self._injection.latch(step, self._settings(state, step), forwards)
         return self._injection if self._injection.active else None
 
     def apply(self, state: ControlState, step: int, update: Update) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from msgspec import ValidationError
 from msgspec.structs import asdict, replace
+from torch.optim import SGD
 
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.action import NextForwards, Target, Update
@@ -18,7 +19,7 @@ from koopmon.agent.parallelism import ParallelLayout
 from koopmon.agent.stats import AgentStats
 from koopmon.config import Config, from_mapping
 from koopmon.plugins import select
-from koopmon.wire.messages import KssSettings
+from koopmon.wire.messages import Applied, KssSettings
 from tests.adapters.family_zoo import mixtral
 from tests.agent.models import build
 
@@ -39,21 +40,24 @@ def test_each_cap_is_applied_and_named() -> None:
     limits = {"max_kss_alpha": 2.0, "max_kss_svd_rank": 8, "max_kss_samples": 64}
     capped = action(from_mapping({"limits": limits}))
     asked = KssSettings(alpha=5.0, svd_rank=16, num_samples=256, tau_u=1.7)
-    target, detail = capped.within_limits(asked)
+    target = capped.target(Applied(kss=asked), ControlState(), 0)
     expected = asdict(replace(asked, svd_rank=8, num_samples=64))
     expected.pop("alpha")
-    assert target == Target(2.0, expected)
-    assert detail == "alpha capped at 2.0, svd_rank capped at 8, num_samples capped at 64"
+    detail = "alpha capped at 2.0, svd_rank capped at 8, num_samples capped at 64"
+    assert target == Target(2.0, expected, detail)
     within = KssSettings(alpha=2.0, svd_rank=8, num_samples=64)
-    assert capped.within_limits(within)[1] == ""
+    assert capped.target(Applied(kss=within), ControlState(), 0).detail == ""
+    assert not capped.target(Applied(kss=KssSettings(alpha=0.0)), ControlState(), 0).acts
 
 
 def test_the_value_in_force_has_the_ramped_alpha_and_the_other_settings_at_once() -> None:
     settings = KssSettings(alpha=0.8, tau_u=1.7, svd_rank=9)
     state = in_force(settings, num_steps=4)
-    assert action().value(ControlState(), 5) == KssSettings()
-    assert [action().value(state, step).alpha for step in (0, 1, 3, 9)] == pytest.approx([0.2, 0.4, 0.8, 0.8])
-    assert replace(action().value(state, 0), alpha=0.8) == settings
+    assert action().applied(ControlState(), 5) == {"kss": KssSettings()}
+    for step, alpha in zip((0, 1, 3, 9), (0.2, 0.4, 0.8, 0.8), strict=True):
+        assert action().applied(state, step)["kss"].alpha == pytest.approx(alpha)
+        assert action().training(state, step) == {"kss_alpha": pytest.approx(alpha)}
+    assert replace(action().applied(state, 0)["kss"], alpha=0.8) == settings
 
 
 @pytest.mark.parametrize("wrong", [{"svd_rank": 0}, {"svd_rank": 1.5}, {"tau_u": -1.0}, {"unknown": 1.0}])
@@ -61,7 +65,7 @@ def test_numbers_of_rank_0_are_held_to_the_bounds_of_the_protocol(wrong: dict[st
     ramp = Ramp(first_step=0, start=0.0, target=0.5)
     state = ControlState(actions={"set_kss": ActionState(ramp=ramp, parameters=wrong)})
     with pytest.raises(ValidationError):
-        action().value(state, 5)
+        action().applied(state, 5)
 
 
 def test_it_is_refused_where_ranks_split_tokens_and_where_modules_are_shielded() -> None:
@@ -70,7 +74,7 @@ def test_it_is_refused_where_ranks_split_tokens_and_where_modules_are_shielded()
     refused, allowed = action(), action(from_mapping({"kss": {"through_shielded": True}}))
     for each in (refused, allowed):
         assert each.capability(LAYOUT).acts, "nothing is known against it yet"
-        each.inspect(model, select(model))
+        each.inspect(model, SGD(model.parameters()), select(model))
     assert not refused.capability(LAYOUT).acts
     assert "model.layers.0.mlp.gate and 3 more" in refused.capability(LAYOUT).reason
     assert allowed.capability(LAYOUT).acts
@@ -78,7 +82,7 @@ def test_it_is_refused_where_ranks_split_tokens_and_where_modules_are_shielded()
     assert not allowed.capability(split).acts
     assert "different tokens" in allowed.capability(split).reason
     plain = build()
-    refused.inspect(plain, select(plain))
+    refused.inspect(plain, SGD(plain.parameters()), select(plain))
     assert refused.capability(LAYOUT).acts, "another adapter took over, and shields nothing"
 
 

@@ -1,0 +1,269 @@
+"""Rewind: returns the training to a copy of its weights and optimizer state from before a fault.
+
+Copies are taken at step edges, after an update and before the next forward: at the start, then in a slot that each copy
+overwrites. Every fourth copy moves the content of that slot to a second slot first, which is therefore 1 to 5 intervals
+old. All ranks take their copies at the same steps. Rank 0 decides for all which copy to return to.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import msgspec
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from koopmon.agent.control.action import Completion, ControlAction, RequestRefusedError, Target, Update
+from koopmon.agent.control.lr_backoff import LrBackoff
+from koopmon.agent.control.state import ActionState, ControlState, Ramp
+from koopmon.agent.control.state_copies import CannotCopyError, Key, StateCopy, TrainingState, copied_buffers
+from koopmon.agent.stats import AgentStats
+from koopmon.api import ArchitectureAdapter
+from koopmon.config import LimitsConfig
+from koopmon.plugins import Selection
+from koopmon.wire.messages import Applied, Command
+
+logger = logging.getLogger("koopmon.agent")
+
+INTERVAL_STEPS = 16
+"""First interval between two copies. It doubles while the copies cost more than MAX_COST."""
+MAX_INTERVAL_STEPS = 1 << 16
+SECOND_SLOT = 4
+"""Number of copies between two moves to the second slot."""
+START_COPY_STEPS = 2000
+"""Step at which the copy of the start is freed."""
+NUM_COPIES = 3
+MAX_COST = 0.0025
+"""Largest share of the step time that copies may take over the long run."""
+TIMED_COPIES = 5
+"""Number of copies whose median duration decides on the interval. The first ones allocate memory and are left out."""
+
+_FAILURES = (CannotCopyError, RuntimeError, MemoryError)
+"""Errors of a copy. They end rewinds and not the agent: nothing of the training has changed."""
+
+
+class RewindAction(ControlAction):
+    """Keeps copies of the training's state, and returns to one of them on command.
+
+    Its parameters are the interval between copies, and of the last command the step at which it came in force
+    (`at_step`) and the step of the copy (`copy_step`).
+    """
+
+    kind = "rewind"
+    neutral = 0.0
+    completes_at_edge = True
+
+    def __init__(self, limits: LimitsConfig, stats: AgentStats, backoff: LrBackoff) -> None:
+        self._limits = limits
+        self._stats = stats
+        self._backoff = backoff
+        self._model: Callable[[], nn.Module | None] = lambda: None
+        self._optimizer: Callable[[], Optimizer | None] = lambda: None
+        self._start, self._recent, self._older = StateCopy(), StateCopy(), StateCopy()
+        self._first_buffers: dict[Key, Tensor] | None = None
+        """Copies of the buffers from before the first forward, until the copy of the start is taken."""
+        self._refusal = "no step has run yet"
+        self._final = ""
+        """The reason why this training can never rewind; empty if there is none."""
+        if limits.act == "never" or limits.max_rewinds == 0 or limits.rewind_max_bytes == 0:
+            self._final = self._refusal = "the agent's limits allow no rewind"
+        self._seconds: deque[float] = deque(maxlen=TIMED_COPIES)
+        self._num_copies = 0
+        self._num_rewinds = 0
+        self._run = ""
+        """The run of the command in force; empty on the ranks that do not decide."""
+
+    # The decision, on rank 0.
+
+    def target(self, request: Command | Applied, state: ControlState, step: int) -> Target:
+        if isinstance(request, Applied):
+            return self.released(state)
+        asked, most = request.rewind, self._limits.max_rewinds
+        assert asked is not None
+        if self._refusal:
+            raise RequestRefusedError(f"no rewind: {self._refusal}")
+        if self._num_rewinds >= most:
+            raise RequestRefusedError(f"no rewind: {most} rewinds in this launch, the most allowed")
+        if self.parameters(state).get("at_step") == step:
+            raise RequestRefusedError("no rewind: another one comes in force at this step")
+        # The rate in force under a cap is a product that may exceed the cap by a rounding error.
+        fitting = [
+            copy.step
+            for copy in (self._start, self._older, self._recent)
+            if copy.step is not None
+            and (copy.step == 0 or copy.step <= step - asked.min_age_steps)  # no update precedes step 0
+            and copy.rate <= asked.max_rate * (1.0 + 1e-9)
+        ]
+        if not fitting:
+            ages = ", ".join(f"step {copy.step} at rate {copy.rate:.3g}" for copy in self._held()) or "none"
+            wanted = f"at least {asked.min_age_steps} steps old at a rate of at most {asked.max_rate:.3g}"
+            raise RequestRefusedError(f"no rewind: no copy is {wanted}; copies: {ages}")
+        self._run = request.run
+        return Target(1.0, {**self.parameters(state), "at_step": step, "copy_step": max(fitting)})
+
+    def tuned(self, state: ControlState) -> ControlState:
+        interval, seconds = self._interval(state), self._stats.step_seconds
+        if self._refusal or not seconds or len(self._seconds) < TIMED_COPIES:
+            return state
+        tuned = interval
+        while median(self._seconds) > MAX_COST * tuned * seconds and tuned < MAX_INTERVAL_STEPS:
+            tuned *= 2
+        if tuned == interval:
+            return state
+        self._seconds.clear()
+        part = state.actions.get(self.kind) or ActionState(ramp=Ramp())
+        part = msgspec.structs.replace(part, parameters={**part.parameters, "interval": tuned})
+        # Not a change by a command: the version stays.
+        return msgspec.structs.replace(state, actions={**state.actions, self.kind: part})
+
+    def _interval(self, state: ControlState) -> int:
+        return int(self.parameters(state).get("interval", INTERVAL_STEPS))
+
+    # Facts.
+
+    def hello(self, adapter: ArchitectureAdapter) -> Mapping[str, Any]:
+        return {"rewinds": not self._refusal}
+
+    def facts(self) -> Mapping[str, Any]:
+        return {
+            "rewinds": self._num_rewinds,
+            "rewind_steps": sorted(copy.step for copy in self._held() if copy.step is not None),
+            "rewind_refusal": self._refusal,
+        }
+
+    def _held(self) -> list[StateCopy]:
+        return [copy for copy in (self._start, self._older, self._recent) if copy.step is not None]
+
+    # The copies, on every rank.
+
+    def inspect(self, model: nn.Module, optimizer: Optimizer, selection: Selection) -> None:
+        self._model, self._optimizer = weakref.ref(model), weakref.ref(optimizer)
+
+    def on_forward(self) -> None:
+        # The first forward changes buffers. The weights can wait: under FSDP2 they are not sharded at this moment.
+        model = self._model()
+        if self._first_buffers is None and not self._final and self._stats.step == 0 and model is not None:
+            try:
+                self._first_buffers = {key: each.clone() for key, each in copied_buffers(model).items()}
+            except _FAILURES as error:
+                self._give_up(str(error)[:200])
+
+    def apply(self, state: ControlState, step: int, update: Update) -> None:
+        if not self._final and (step == 0 or (step + 1) % self._interval(state) == 0):
+            self._check_coverage(update.optimizer)
+        if not self._final and step == 0:
+            try:
+                self._copy_start()
+            except _FAILURES as error:
+                self._give_up(str(error)[:200])
+
+    def _copy_start(self) -> None:
+        """Copy the state from before the first update. The optimizer may have state already, if it was resumed."""
+        training = self._training()
+        if self._within_limit(training.nbytes):
+            training.tensors |= self._first_buffers or {}
+            self._start.take(training, 0, 0.0)
+        self._first_buffers = {}
+
+    def _within_limit(self, nbytes: int) -> bool:
+        most = self._limits.rewind_max_bytes
+        if nbytes > most:
+            self._give_up(f"the copies take {nbytes} bytes, [limits] rewind_max_bytes is {most}")
+        return nbytes <= most
+
+    def _check_coverage(self, optimizer: Optimizer) -> None:
+        """Give up if parameters of the model receive gradients that another optimizer uses: its state has no copy."""
+        updated = {id(each) for group in optimizer.param_groups for each in group["params"]}
+        model = self._model()
+        parameters = () if model is None else model.parameters()
+        if any(each.requires_grad and each.grad is not None and id(each) not in updated for each in parameters):
+            self._give_up("the optimizer does not update all parameters that receive gradients")
+
+    def revert(self) -> None:
+        """Nothing to restore: a rewind is no setting."""
+
+    def end(self) -> None:
+        self._give_up(self._final or "the agent applies no commands")
+
+    def at_edge(self, state: ControlState, step: int, agree: Callable[[bool], bool]) -> Completion | None:
+        parameters = self.parameters(state)
+        if parameters.get("at_step") == step - 1:
+            return self._rewind(int(parameters["copy_step"]), step, state, agree)
+        if self._final:
+            return None
+        interval = self._interval(state)
+        if step == 1 or step % interval == 0:
+            try:
+                self._copy(state, step, interval)
+            except _FAILURES as error:
+                self._give_up(str(error)[:200])
+        if step >= START_COPY_STEPS and self._start.step is not None:
+            self._start = StateCopy()
+        return None
+
+    def _copy(self, state: ControlState, step: int, interval: int) -> None:
+        started = time.perf_counter()
+        training = self._training()
+        if not self._within_limit(self._start.nbytes + (NUM_COPIES - 1) * training.nbytes):
+            return
+        self._set_refusal("")
+        if step % interval:
+            return
+        if step % (SECOND_SLOT * interval) == 0 and self._recent.step is not None:
+            self._recent, self._older = self._older, self._recent
+        rate = self._stats.measured["learning_rate"].get()
+        scale = self._backoff.effective(state, step - 1)
+        self._recent.take(training, step, math.inf if rate is None else rate * scale)
+        self._num_copies += 1
+        if self._num_copies > SECOND_SLOT:  # both slots have their memory
+            self._seconds.append(time.perf_counter() - started)
+
+    def _rewind(self, copy_step: int, step: int, state: ControlState, agree: Callable[[bool], bool]) -> Completion:
+        copy = next((copy for copy in self._held() if copy.step == copy_step), None)
+        training: TrainingState | None = None
+        try:
+            training = self._training()
+        except _FAILURES as error:
+            self._give_up(str(error)[:200])
+        ready = copy is not None and training is not None and copy.fits(training)
+        if not agree(ready) or copy is None or training is None:
+            return Completion("failed", f"the copy of step {copy_step} no longer fits the training on every rank")
+        copy.restore(training)
+        for each in self._held():
+            if each.step is not None and each.step > copy_step:
+                each.clear()
+        self._num_rewinds += 1
+        cap = self._backoff.parameters(state).get("max_rate")
+        logger.log(
+            logging.WARNING if self._run else logging.DEBUG,
+            "koopmon: %s: weights and optimizer state returned from step %d to step %d, %d steps are lost, %s",
+            self._run or "this rank",
+            step,
+            copy_step,
+            step - copy_step,
+            "the learning rate is not capped" if cap is None else f"the learning rate is capped at {cap:.3g}",
+        )
+        return Completion("applied", f"returned to step {copy_step}")
+
+    def _training(self) -> TrainingState:
+        model, optimizer = self._model(), self._optimizer()
+        if model is None or optimizer is None:
+            raise CannotCopyError("the model or the optimizer is gone")
+        return TrainingState(model, optimizer)
+
+    def _give_up(self, reason: str) -> None:
+        self._final = reason
+        self._first_buffers = {}
+        self._start, self._recent, self._older = StateCopy(), StateCopy(), StateCopy()
+        self._set_refusal(reason)
+
+    def _set_refusal(self, reason: str) -> None:
+        self.hello_changed |= bool(reason) != bool(self._refusal)
+        self._refusal = reason

@@ -1,0 +1,393 @@
+"""Rewind: when copies are taken, which one a command returns to, and that the training then repeats bit for bit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from koopmon.agent.control import rewind as rewind_module
+from koopmon.agent.control.actuator import CommandResult
+from koopmon.agent.control.rewind import RewindAction
+from koopmon.agent.runtime import AgentRuntime
+from koopmon.config import from_mapping
+from koopmon.conformance.training import Notebook
+from koopmon.plugins import select
+from koopmon.wire.messages import Command, Hello, Rewind
+from tests.agent.models import Model, build, train_step
+from tests.agent.scripted_monitor import ScriptedMonitor
+
+
+class Normed(Model):
+    """Batch normalisation before the head: its buffers change in each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(self.head.in_features)
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        h = self.embedding(tokens) * 1.0
+        for block in self.blocks:
+            h = block(h)
+        logits: Tensor = self.head(self.norm(h.flatten(0, 1)).view_as(h))
+        return logits
+
+
+def normed() -> Normed:
+    torch.manual_seed(0)
+    return Normed()
+
+
+class Bench:
+    """A training in this process with an agent on it, whose outcomes are kept here."""
+
+    def __init__(
+        self,
+        make: Callable[[], nn.Module] = build,
+        optimizer: Callable[[Any], Optimizer] = lambda parameters: AdamW(parameters, lr=0.01),
+        **limits: Any,
+    ) -> None:
+        self.model = make()
+        self.optimizer = optimizer(self.model.parameters())
+        config = from_mapping({"limits": limits})
+        self.runtime = AgentRuntime(
+            self.model, self.optimizer, select(self.model), config, "ipc://bench", "job", io_thread=Notebook
+        )
+        self.step = 0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return dict(self.action.facts())
+
+    @property
+    def action(self) -> RewindAction:
+        return next(each for each in self.runtime.actions if isinstance(each, RewindAction))
+
+    def train(self, steps: int) -> list[float]:
+        losses = [train_step(self.model, self.optimizer, step) for step in range(self.step, self.step + steps)]
+        self.step += steps
+        return losses
+
+    def command(self, kind: Any, **fields: Any) -> CommandResult:
+        """Submit a command and train one step; its outcome."""
+        notebook: Any = self.runtime.io_thread
+        name = {"run": "job", "incarnation": "c0f0c0f0", "id": secrets.token_hex(8), "reason": "a test"}
+        self.runtime.lifecycle.submit(Command(**name, kind=kind, expires_step=1 << 40, **fields))
+        self.train(1)
+        outcome: CommandResult = notebook.outcomes[-1]
+        assert outcome.command_id == name["id"]
+        return outcome
+
+    def rewind(self, max_rate: float = 1.0, min_age_steps: int = 0) -> tuple[str, str]:
+        result = self.command("rewind", rewind=Rewind(max_rate=max_rate, min_age_steps=min_age_steps))
+        assert self.runtime.breaker.num_errors == 0
+        return result.outcome, result.detail
+
+
+@pytest.fixture
+def bench() -> Iterator[Callable[..., Bench]]:
+    made = []
+
+    def make(*args: Any, **limits: Any) -> Bench:
+        made.append(Bench(*args, **limits))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.runtime.close("")
+
+
+def test_copies_are_taken_at_fixed_steps_and_the_start_is_freed(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rewind_module, "START_COPY_STEPS", 100)
+    training = bench()
+    found = {}
+    for step in range(1, 145):
+        training.train(1)
+        found[step] = training.facts["rewind_steps"]
+    assert [found[step] for step in (1, 15, 16, 32, 63, 64)] == [[0], [0], [0, 16], [0, 32], [0, 48], [0, 48, 64]]
+    assert [found[step] for step in (80, 99, 100, 112, 128, 144)] == [
+        [0, 48, 80],
+        [0, 48, 96],
+        [48, 96],
+        [48, 112],
+        [112, 128],
+        [112, 144],
+    ]
+
+
+@pytest.mark.parametrize("make", [build, normed])
+def test_after_a_rewind_the_training_goes_on_as_from_the_copy(
+    make: Callable[[], nn.Module], bench: Callable[..., Bench]
+) -> None:
+    training, twin = bench(make), make()
+    optimizer = AdamW(twin.parameters(), lr=0.01)
+    plain = [train_step(twin, optimizer, step) for step in range(48)]
+    assert training.train(99)[:48] == plain, "copies change nothing"
+    assert training.rewind(min_age_steps=20) == ("applied", "returned to step 48")
+    assert training.runtime.stats.step == 100, "the steps go on"
+    assert training.facts["rewind_steps"] == [0, 48], "copies of the time after step 48 are gone"
+    assert training.train(30) == [train_step(twin, optimizer, step) for step in range(100, 130)]
+    fresh = make()
+    assert training.rewind(min_age_steps=100) == ("applied", "returned to step 0")
+    assert training.facts["rewinds"] == 2
+    assert training.facts["rewind_steps"] == [0]
+    optimizer = AdamW(fresh.parameters(), lr=0.01)
+    assert training.train(20) == [train_step(fresh, optimizer, step) for step in range(131, 151)]
+    for one, other in zip(training.model.buffers(), fresh.buffers(), strict=True):
+        assert torch.equal(one, other), "the start is the state before the first forward"
+
+
+def test_a_copy_must_be_old_enough_and_from_a_low_rate(bench: Callable[..., Bench]) -> None:
+    training = bench(optimizer=lambda parameters: SGD(parameters, lr=0.001))
+    for step in range(120):
+        training.optimizer.param_groups[0]["lr"] = 0.001 * (step + 1)
+        training.train(1)
+    # Copies: the start, step 48 at rate 0.048, step 112 at rate 0.112.
+    assert training.facts["rewind_steps"] == [0, 48, 112]
+    assert training.rewind(max_rate=0.1) == ("applied", "returned to step 48")
+    assert training.rewind(max_rate=0.04) == ("applied", "returned to step 0")
+
+
+def test_the_copy_of_the_start_is_always_old_enough(bench: Callable[..., Bench]) -> None:
+    training = bench()
+    training.train(3)
+    assert training.rewind(min_age_steps=200) == ("applied", "returned to step 0")
+
+
+def test_without_a_fitting_copy_a_rewind_is_refused(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("koopmon.agent.control.rewind.START_COPY_STEPS", 100)
+    training = bench(optimizer=lambda parameters: SGD(parameters, lr=0.001))
+    training.train(120)
+    for asked in ({"min_age_steps": 200}, {"max_rate": 0.0001}):
+        outcome, detail = training.rewind(**asked)
+        assert outcome == "refused"
+        assert "no copy is at least" in detail
+        assert "step 48 at rate 0.001" in detail
+
+
+def test_the_rate_of_a_copy_includes_the_scale(bench: Callable[..., Bench]) -> None:
+    training = bench()
+    training.train(5)
+    training.command("set_lr_scale", lr_scale=1.0, max_rate=0.002)
+    training.train(20)
+    assert training.facts["rewind_steps"] == [0, 16]
+    assert training.rewind(max_rate=0.002) == ("applied", "returned to step 16")
+    assert training.rewind(max_rate=0.0019) == ("applied", "returned to step 0")
+
+
+def test_rewinds_are_limited_in_number_and_per_hour(bench: Callable[..., Bench]) -> None:
+    training = bench(max_rewinds=2)
+    training.train(17)
+    assert [training.rewind()[0] for _ in range(3)] == ["applied", "applied", "refused"]
+    assert "2 rewinds" in training.rewind()[1]
+    training = bench(max_actions_per_hour=1)
+    training.train(17)
+    assert [training.rewind()[0] for _ in range(2)] == ["applied", "refused"]
+
+
+def test_a_second_rewind_of_one_step_is_refused(bench: Callable[..., Bench]) -> None:
+    training = bench()
+    training.train(17)
+    name = {"run": "job", "incarnation": "c0f0c0f0", "reason": "a test", "expires_step": 1 << 40}
+    for _ in range(2):
+        ask = Rewind(max_rate=1.0, min_age_steps=0)
+        training.runtime.lifecycle.submit(Command(**name, id=secrets.token_hex(8), kind="rewind", rewind=ask))
+    training.train(1)
+    notebook: Any = training.runtime.io_thread
+    assert [each.outcome for each in notebook.outcomes] == ["refused", "applied"]
+    assert training.facts["rewinds"] == 1
+
+
+def split(parameters: Any) -> Optimizer:
+    return SGD(list(parameters)[:-1], lr=0.01)
+
+
+class Listing(SGD):
+    """Keeps a list in its state, as LBFGS does."""
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["history"] = [1.0]
+        return super().step(closure)
+
+
+NBYTES = sum(each.nbytes for each in build().parameters())
+"""Size of the weights. The state of AdamW is twice as large, plus one number of 4 bytes for each parameter."""
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "limits", "reason"),
+    [
+        (AdamW, {"max_rewinds": 0}, "limits allow no rewind"),
+        (AdamW, {"rewind_max_bytes": 0}, "limits allow no rewind"),
+        (AdamW, {"rewind_max_bytes": NBYTES - 1}, "rewind_max_bytes"),
+        (AdamW, {"rewind_max_bytes": 7 * NBYTES}, "rewind_max_bytes"),
+        (split, {}, "does not update all parameters"),
+        (Listing, {}, "history is a list"),
+    ],
+)
+def test_a_training_that_cannot_rewind_says_why(
+    optimizer: Any, limits: dict[str, Any], reason: str, bench: Callable[..., Bench]
+) -> None:
+    training = bench(build, optimizer, **limits)
+    training.train(33)
+    outcome, detail = training.rewind()
+    assert outcome == "refused"
+    assert reason in detail
+    assert training.facts["rewind_steps"] == []
+    assert reason in training.facts["rewind_refusal"]
+
+
+def test_copies_that_just_fit_are_kept(bench: Callable[..., Bench]) -> None:
+    training = bench(rewind_max_bytes=7 * NBYTES + 8 * len(list(build().parameters())))
+    training.train(17)
+    assert training.rewind() == ("applied", "returned to step 16")
+
+
+def test_ranks_that_do_not_agree_change_nothing(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    training, twin = bench(), build()
+    optimizer = AdamW(twin.parameters(), lr=0.01)
+    training.train(20)
+    monkeypatch.setattr(training.runtime.lifecycle.state._actuator, "_agree", lambda value: False)
+    outcome, detail = training.rewind()
+    assert outcome == "failed"
+    assert "no longer fits" in detail
+    plain = [train_step(twin, optimizer, step) for step in range(41)]
+    assert training.train(20) == plain[21:]
+
+
+def test_a_copy_that_no_longer_fits_is_not_restored(bench: Callable[..., Bench]) -> None:
+    training = bench()
+    training.train(20)
+    training.model.head.bias = nn.Parameter(torch.zeros_like(training.model.head.bias))
+    training.optimizer.param_groups[0]["params"][-1] = training.model.head.bias
+    training.optimizer.state.popitem()
+    assert training.rewind()[0] == "failed"
+    assert training.facts["rewinds"] == 0
+
+
+def test_the_interval_doubles_while_copies_cost_too_much(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rewind_module, "INTERVAL_STEPS", 1)
+    monkeypatch.setattr(rewind_module, "MAX_COST", 1e9)
+    training = bench()
+    training.train(40)
+    assert training.facts["rewind_steps"][-1] == 40
+    monkeypatch.setattr(rewind_module, "MAX_COST", 0.3)
+    seconds = training.runtime.stats.step_seconds or 0.0
+    training.action._seconds.extend([1e6, seconds, seconds, seconds, 0.0])
+    training.train(1)
+    state = training.runtime.lifecycle.state.control
+    assert training.action.parameters(state) == {"interval": 4}, "the median copy takes as long as a step"
+    assert state.version == 0, "an earlier launch's values may still be restored"
+    training.train(8)
+    assert training.facts["rewind_steps"] == [0, 44, 48]
+
+
+def test_a_copy_that_fails_ends_rewinds_and_not_the_agent(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = bench()
+    training.train(17)
+
+    def no_memory(*_: Any) -> None:
+        raise RuntimeError("not enough memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(torch, "_foreach_copy_", no_memory)
+    training.train(16)
+    assert training.facts["rewind_steps"] == []
+    assert "not enough memory" in training.facts["rewind_refusal"]
+    assert training.runtime.breaker.num_errors == 0
+
+
+def test_the_end_of_the_agent_frees_the_copies(bench: Callable[..., Bench]) -> None:
+    training = bench()
+    training.train(17)
+    assert training.facts["rewind_steps"] == [0, 16]
+    training.runtime.stand_down("a test")
+    assert training.facts["rewind_steps"] == []
+    watching = bench(act="never")
+    watching.train(17)
+    assert watching.facts["rewind_steps"] == []
+
+
+def test_over_the_wire(monitor: ScriptedMonitor, agents: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    model = build()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, run="job")
+    monitor.wait(lambda: agent.status()["connected"])
+    assert [hello.rewinds for hello in monitor.of(Hello)] == [False], "nothing is known before the first step"
+
+    def trained() -> bool:
+        time.sleep(0.002)
+        return bool(train_step(model, optimizer, 0))
+
+    monitor.wait(lambda: trained() and any(hello.rewinds for hello in monitor.of(Hello)))
+    cap = monitor.command("set_lr_scale", lr_scale=1.0, max_rate=0.001, warmup_steps=5)
+    asked = monitor.command("rewind", rewind=Rewind(max_rate=1e-9, min_age_steps=0))
+    with caplog.at_level(logging.WARNING, "koopmon.agent"):
+        monitor.wait(lambda: trained() and monitor.acked(asked))
+    ack = monitor.ack(asked)
+    assert (ack.outcome, ack.detail) == ("applied", "returned to step 0")
+    assert (ack.applied.lr_scale, ack.applied.max_rate) == (1.0, 0.001)
+    assert monitor.ack(cap).outcome == "applied"
+    text = f"koopmon: job: weights and optimizer state returned from step {ack.step + 1} to step 0"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{text}, {ack.step + 1} steps are lost, the learning rate is capped at 0.001"
+    ]
+    assert agent.status()["rewinds"] == 1
+    assert agent.status()["rewind_refusal"] == ""
+    assert agent.status()["errors"] == 0
+
+
+@pytest.mark.distributed
+def test_both_ranks_return_to_the_same_copy_or_neither_does(
+    ranks: Callable[..., Any], monitor: ScriptedMonitor, tmp_path: Path
+) -> None:
+    layouts = ["ddp", "fsdp2", "fsdp1", "fsdp1-flat", "alone"]
+    job = ranks("rewinds.py", tmp_path / "out", monitor.endpoint, *layouts)
+    acks: dict[str, list[tuple[str, str]]] = {layout: [] for layout in layouts}
+    for layout in layouts:
+
+        def ready(run: str = layout) -> bool:
+            if any(process.poll() for process in job.processes):
+                job.wait()
+            return any(hello.run == run and hello.rewinds for hello in monitor.of(Hello))
+
+        monitor.wait(ready, 90.0)
+        # Before the ranks have met it fails, and before step 20 no copy is old enough.
+        while not acks[layout] or acks[layout][-1][0] != "applied":
+            asked = monitor.command("rewind", layout, rewind=Rewind(max_rate=1.0, min_age_steps=20))
+            ack = monitor.ack(asked)
+            acks[layout].append((ack.outcome, ack.detail))
+            if "no longer fits" in ack.detail and layout == "alone":
+                monitor.command("stop", layout)
+                break
+            time.sleep(0.1)
+    job.wait()
+    first, second = (json.loads(Path(f"{tmp_path / 'out'}.{rank}").read_text()) for rank in range(2))
+    for layout in layouts[:-1]:
+        assert acks[layout][-1] == ("applied", f"returned to step {first[layout]['copied']}")
+        assert [first[layout][name] for name in ("rewound", "copied")] == [
+            second[layout][name] for name in ("rewound", "copied")
+        ]
+    assert acks["alone"][-1][0] == "failed"
+    assert [each["alone"]["rewound"] for each in (first, second)] == [-1, -1]
+    for each in (*first.values(), *second.values()):
+        assert each["losses"] == each["expected"]
+        assert each["same"] in (True, None)
+        assert each["status"]["errors"] == 0
