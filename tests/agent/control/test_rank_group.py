@@ -58,7 +58,7 @@ def groups() -> Iterator[Make]:
         each.close(wait=True)
 
 
-def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(true: Callable[[], bool], seconds: float = 15.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not come to it"
