@@ -160,14 +160,14 @@ class RankGroup:
 
     def agree(self, value: bool) -> bool:
         """Return True if every rank passes True. Waits for them, at most the time-out. A failure returns False."""
-        group = self._group
-        if not self.ready or group is None:
+        if not self.ready:
             return False
         tensor = torch.tensor([value], dtype=torch.int64)
         options: Any = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN
         try:
-            group.allreduce([tensor], options).wait(timedelta(seconds=self._timeout_seconds))
+            # No local variable may hold the group: see _drop.
+            self._group.allreduce([tensor], options).wait(timedelta(seconds=self._timeout_seconds))
         except RuntimeError as error:
             self.fail(_reason(error))
             return False

@@ -103,35 +103,24 @@ class StateCopy:
         self.step, self.rate = step, rate
 
     def fits(self, state: TrainingState) -> bool:
-        """Return True if `restore` can put this copy into `state`: same parameters, same shapes."""
-        if self.step is None or self._identity != state.identity:
-            return False
-        # Optimizer state may come and go. `restore` replaces it where it has another shape.
-        return all(
-            key in state.tensors and _alike(each, state.tensors[key])
-            for key, each in self._tensors.items()
-            if key[0] != "state"
+        """Return True if `restore` can put this copy into `state`: same parameters, and a place for each tensor."""
+        return (
+            self.step is not None
+            and self._identity == state.identity
+            and all(key in state.tensors and _alike(each, state.tensors[key]) for key, each in self._tensors.items())
         )
 
     @torch.no_grad()
     def restore(self, state: TrainingState) -> None:
         """Write this copy into the training, in place. Where the copy has no state, the optimizer starts from none."""
-        kept = {
-            key: each
-            for key, each in self._tensors.items()
-            if key in state.tensors and _alike(each, state.tensors[key])
-        }
-        torch._foreach_copy_([state.tensors[key] for key in kept], list(kept.values()))
+        torch._foreach_copy_([state.tensors[key] for key in self._tensors], list(self._tensors.values()))
         optimizer = state.optimizer
         for key in [key for key in (*state.tensors, *state.plain) if key[0] == "state"]:
             if key not in self._tensors and key not in self._plain:
                 del optimizer.state[state.parameters[key[1]]][key[2]]
-        for key, value in (self._tensors | self._plain).items():
-            if key[0] == "group":
-                optimizer.param_groups[key[1]][key[2]] = value
-            elif key[0] == "state" and key not in kept:
-                entries = optimizer.state[state.parameters[key[1]]]
-                entries[key[2]] = value.clone() if isinstance(value, Tensor) else value
+        for (kind, index, name), value in self._plain.items():
+            owner = optimizer.param_groups[index] if kind == "group" else optimizer.state[state.parameters[index]]
+            owner[name] = value
         for parameter in [each for each, entries in optimizer.state.items() if not entries]:
             del optimizer.state[parameter]
 

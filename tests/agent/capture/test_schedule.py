@@ -141,7 +141,9 @@ def test_without_initial_credit_a_tenth_of_a_second_may_be_saved_up() -> None:
     budget = OverheadBudget(CadenceConfig(initial_credit_seconds=0.0, budget_ratio=0.5))
     budget.earn(1e6)
     assert budget.credit_seconds == pytest.approx(0.1)
+    before = budget.credit_bytes
     budget.spend(0.1)
+    assert budget.credit_bytes == before, "time costs no bytes"
     assert not budget.affords, "nothing is left"
 
 

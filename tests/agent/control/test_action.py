@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from koopmon.agent.control.action import ControlAction, Injection, NextForwards, Target, Update
+from koopmon.agent.control.action import Completion, ControlAction, Injection, NextForwards, Target, Update
 from koopmon.agent.control.state import ControlState
 from koopmon.wire.messages import Applied, Command
 from tests.agent.models import L, build, checkpointed, train_step
@@ -26,6 +26,7 @@ class Recorder(ControlAction):
         self.calls: list[tuple[Any, ...]] = []
         self.offset = 0.0
         self.fails = False
+        self.completion: Completion | None = None
 
     def target(self, request: Command | Applied, state: ControlState, step: int) -> Target:
         assert request.lr_scale is not None
@@ -38,6 +39,13 @@ class Recorder(ControlAction):
 
     def revert(self) -> None:
         self.calls.append(("revert",))
+
+    def at_edge(self, state: ControlState, step: int, agree: Callable[[bool], bool]) -> Completion | None:
+        self.calls.append(("at_edge", step, agree(True), agree(False)))
+        return self.completion
+
+    def end(self) -> None:
+        self.calls.append(("end",))
 
     def before_forwards(self, state: ControlState, step: int, forwards: NextForwards) -> Injection | None:
         self.calls.append(("before_forwards", step, forwards))
@@ -88,11 +96,12 @@ def test_the_order_of_calls_in_a_step(
             ("on_forward",),
             ("apply", 1, 1.0),
             ("revert",),
+            ("at_edge", 2, True, False),
             ("before_forwards", 2, NextForwards(num_layers=L, num_microbatches=1, data_rank=0)),
         ]
         each.calls.clear()
     agent.close()
-    assert [each.calls for each in recorders] == [[("revert",)], [("revert",)]]
+    assert [each.calls for each in recorders] == [[("revert",), ("end",)], [("revert",), ("end",)]]
 
 
 @pytest.mark.parametrize("run", [None, checkpointed])
@@ -130,8 +139,27 @@ def test_an_action_that_fails_ends_the_agent_and_not_the_lasting_actions(
         train_step(model, optimizer, step)
     assert "the action is broken" in agent.status()["reason"]
     assert [call for call in lasting.calls if call[0] != "on_forward"] == [
+        ("end",),
         ("apply", 1, 1.0),
         ("revert",),
         ("apply", 2, 1.0),
         ("revert",),
     ]
+
+
+def test_a_command_that_completes_at_the_edge_is_answered_with_what_came_of_it(
+    recorders: tuple[Recorder, Lasting],
+    monitor: ScriptedMonitor,
+    agents: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Recorder, "completes_at_edge", True)
+    _, model, optimizer = prepared(monitor, agents)
+    recorders[0].completion = Completion("failed", "it came to nothing")
+    command = monitor.command("set_lr_scale", lr_scale=0.75)
+    monitor.wait(lambda: train_step(model, optimizer, 0) and monitor.acked(command))
+    assert (monitor.ack(command).outcome, monitor.ack(command).detail) == ("failed", "it came to nothing")
+    recorders[0].completion = Completion("applied", "done")
+    again = monitor.command("set_lr_scale", lr_scale=0.75)
+    monitor.wait(lambda: train_step(model, optimizer, 0) and monitor.acked(again))
+    assert (monitor.ack(again).outcome, monitor.ack(again).detail) == ("applied", "done")

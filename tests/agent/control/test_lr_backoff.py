@@ -557,6 +557,8 @@ def test_a_lost_monitor_ramps_the_cap_away_where_it_ramps_back(
     agent._runtime.lifecycle.monitor_lost()
     assert [stepped() for _ in range(5)] == pytest.approx([0.1 * 0.1 ** (n / 4) for n in (3, 2, 1, 0, 0)])
     assert agent.status()["applied"]["max_rate"] is None
+
+
 def test_a_tensor_on_another_device_is_kept_there() -> None:
     """Tensors without storage stand for another device."""
     optimizer = with_tensor(torch.tensor(0.1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ def groups() -> Iterator[Make]:
         each.close(wait=True)
 
 
-def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(true: Callable[[], bool], seconds: float = 15.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not come to it"
@@ -235,3 +236,32 @@ def test_a_group_closes_while_it_waits_for_the_others() -> None:
 
 def test_operations_outlast_the_training_threads_wait() -> None:
     assert ControlConfig().timeout_seconds < OPERATION_SECONDS
+
+
+def voted(ranks: list[RankGroup], votes: list[bool]) -> list[bool]:
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(RankGroup.agree, ranks, votes))
+
+
+def test_a_vote_passes_if_every_rank_is_in_favour(groups: Make) -> None:
+    ranks = groups(3)
+    assert voted(ranks, [True, True, True]) == [True] * 3
+    assert voted(ranks, [True, False, True]) == [False] * 3
+    assert voted(ranks, [True, True, True]) == [True] * 3
+    first = ranks[0]._next
+    assert first is not None
+    sent = update(first, first + 5)
+    assert exchanged(ranks, sent) == [sent] * 3, "the exchanges go on"
+
+
+def test_a_vote_that_a_rank_does_not_join_fails_and_turns_control_off(
+    groups: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks = groups()
+    ranks[0]._timeout_seconds = 0.2
+    started = time.monotonic()
+    with caplog.at_level(logging.INFO, "koopmon.agent"):
+        assert not ranks[0].agree(True)
+    assert time.monotonic() - started < 3.0
+    assert "control is off" in caplog.text
+    assert not ranks[0].agree(True), "there is no group now"

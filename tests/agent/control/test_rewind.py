@@ -94,7 +94,9 @@ class Bench:
 
 
 @pytest.fixture
-def bench() -> Iterator[Callable[..., Bench]]:
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
+    """Makes trainings whose copies are never too expensive: these steps take a millisecond."""
+    monkeypatch.setattr(rewind_module, "MAX_COST", 1e9)
     made = []
 
     def make(*args: Any, **limits: Any) -> Bench:
@@ -283,7 +285,6 @@ def test_the_interval_doubles_while_copies_cost_too_much(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rewind_module, "INTERVAL_STEPS", 1)
-    monkeypatch.setattr(rewind_module, "MAX_COST", 1e9)
     training = bench()
     training.train(40)
     assert training.facts["rewind_steps"][-1] == 40
@@ -346,7 +347,7 @@ def test_over_the_wire(monitor: ScriptedMonitor, agents: Callable[..., Any], cap
     assert (ack.applied.lr_scale, ack.applied.max_rate) == (1.0, 0.001)
     assert monitor.ack(cap).outcome == "applied"
     text = f"koopmon: job: weights and optimizer state returned from step {ack.step + 1} to step 0"
-    assert [record.getMessage() for record in caplog.records] == [
+    assert [line for line in caplog.messages if "returned" in line] == [
         f"{text}, {ack.step + 1} steps are lost, the learning rate is capped at 0.001"
     ]
     assert agent.status()["rewinds"] == 1
@@ -358,7 +359,7 @@ def test_over_the_wire(monitor: ScriptedMonitor, agents: Callable[..., Any], cap
 def test_both_ranks_return_to_the_same_copy_or_neither_does(
     ranks: Callable[..., Any], monitor: ScriptedMonitor, tmp_path: Path
 ) -> None:
-    layouts = ["ddp", "fsdp2", "fsdp1", "fsdp1-flat", "alone"]
+    layouts = ["ddp", "zero", "fsdp2", "fsdp1", "fsdp1-flat", "alone"]
     job = ranks("rewinds.py", tmp_path / "out", monitor.endpoint, *layouts)
     acks: dict[str, list[tuple[str, str]]] = {layout: [] for layout in layouts}
     for layout in layouts:

@@ -126,18 +126,29 @@ def test_rates_of_the_schedule_and_gradients_are_left_alone() -> None:
     assert identical([each.grad for each in model.parameters() if each.grad is not None], gradients)
 
 
-def test_optimizer_state_that_was_dropped_comes_back() -> None:
+def test_a_copy_does_not_fit_an_optimizer_without_its_state() -> None:
     model = build()
     optimizer = AdamW(model.parameters(), lr=0.01)
     train(model, optimizer, range(3))
     copy = StateCopy()
     copy.take(TrainingState(model, optimizer), 3, 0.0)
-    expected = train(model, optimizer, range(3, 6))
-    optimizer.state.clear()
+    assert copy.fits(TrainingState(model, optimizer))
+    # A tensor in the place of a missing one might have to be a DTensor.
+    del optimizer.state[model.head.bias]["exp_avg"]
+    assert not copy.fits(TrainingState(model, optimizer))
+
+
+def test_plain_numbers_in_the_optimizers_state_are_restored() -> None:
+    model = build()
+    optimizer = SGD(model.parameters(), lr=0.01, momentum=0.9)
+    train(model, optimizer, range(1))
+    entries = optimizer.state[model.head.bias]
+    entries["step"] = 1
+    copy = StateCopy()
+    copy.take(TrainingState(model, optimizer), 1, 0.0)
+    entries.update(step=2, late=True)
     copy.restore(TrainingState(model, optimizer))
-    assert train(model, optimizer, range(3, 6)) == expected
-    copy.restore(TrainingState(model, optimizer))
-    assert train(model, optimizer, range(3, 6)) == expected, "the optimizer did not write into the copy"
+    assert {name: value for name, value in entries.items() if name != "momentum_buffer"} == {"step": 1}
 
 
 def test_frozen_parameters_and_caches_are_not_copied() -> None:

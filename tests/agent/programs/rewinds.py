@@ -1,7 +1,7 @@
 """One rank of trainings that are sent back to a copy, one for each layout; writes what it saw as JSON.
 
-Usage: rewinds.py OUT ENDPOINT LAYOUT..., where LAYOUT is ddp, fsdp1, fsdp1-flat, fsdp2, or `alone`: DDP, where only
-rank 0 keeps copies. Writes OUT.RANK: by layout the losses after the rewind and those of a plain twin.
+Usage: rewinds.py OUT ENDPOINT LAYOUT..., where LAYOUT is ddp, zero, fsdp1, fsdp1-flat, fsdp2, or `alone`: DDP, where
+only rank 0 keeps copies. Writes OUT.RANK: by layout the losses after the rewind and those of a plain twin.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import koopmon
@@ -44,9 +45,15 @@ def wrapped(layout: str) -> nn.Module:
     return DistributedDataParallel(model)
 
 
+def make_optimizer(layout: str, model: nn.Module) -> torch.optim.Optimizer:
+    if layout == "zero":
+        return ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01)
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
 def train(layout: str, endpoint: str, rank: int) -> dict[str, Any]:
     model = wrapped(layout)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = make_optimizer(layout, model)
     limits = {"max_rewinds": 0 if layout == "alone" and rank == 1 else 8}
     agent = koopmon.attach(model, optimizer, endpoint=endpoint, run=layout, config={"limits": limits})
     losses: list[float] = []
@@ -62,11 +69,11 @@ def train(layout: str, endpoint: str, rank: int) -> dict[str, Any]:
     status = agent.status()
     agent.close()
     twin = wrapped(layout)
-    optimizer = torch.optim.AdamW(twin.parameters(), lr=0.01)
+    optimizer = make_optimizer(layout, twin)
     # Without a rewind the twin repeats the whole training.
     steps = range(len(losses)) if rewound < 0 else [*range(copied), *range(rewound, len(losses))]
     expected = [train_step(twin, optimizer, step, rank) for step in steps]
-    whole = digest(model) == digest(twin) if layout in ("ddp", "alone", "fsdp2") else None
+    whole = digest(model) == digest(twin) if layout in ("ddp", "zero", "alone", "fsdp2") else None
     return {
         "rewound": rewound,
         "copied": copied,
