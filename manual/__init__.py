@@ -1,1 +1,1 @@
-"""Extensions of the site beside the pages in docs/. Each build generates the reference from the code."""
+"""Generators: reference pages at each build of the site, and the files of `python -m manual.write`."""

@@ -50,6 +50,8 @@ def test_the_wheel_holds_both_packages_and_their_data(wheel: zipfile.ZipFile) ->
         "koopmon/cli/run.py",
         "koopmon/demo/train.py",
         "koopmon/wire/PROTOCOL.md",
+        "koopmon/grafana/dashboards/koopmon-run.json",
+        "koopmon/grafana/pages/alerts.md",
         "koopmon/monitor/http/static/icon.svg",
         "koopmon/monitor/http/static/live.css",
         "koopmon/monitor/http/static/live.js",

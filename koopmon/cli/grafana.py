@@ -56,8 +56,7 @@ def export(
 ) -> int:
     """Write dashboards, Prometheus' rules and Grafana's provisioning as files."""
     # Imported late because it imports prometheus_client.
-    from koopmon.grafana.files import files, write
-    from koopmon.grafana.pages import pages
+    from koopmon.grafana.files import files, pages, write
 
     wanted = {directory: files(docs_url=docs_url, prometheus_url=prometheus_url)}
     if docs is not None:

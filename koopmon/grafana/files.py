@@ -18,6 +18,8 @@ FOLDER = "koopmon"
 DASHBOARDS_DIRECTORY = "/var/lib/grafana/dashboards/koopmon"
 """Directory of the provisioned dashboards inside Grafana's container."""
 PROMETHEUS_URL = "http://prometheus:9090"
+PAGES = Path(__file__).parent / "pages"
+"""Directory of the generated reference of metrics and alerts."""
 
 
 def files(*, docs_url: str | None = None, prometheus_url: str = PROMETHEUS_URL) -> dict[str, str]:
@@ -32,6 +34,11 @@ def files(*, docs_url: str | None = None, prometheus_url: str = PROMETHEUS_URL) 
         "provisioning/dashboards/koopmon.yml": _yaml(dashboard_provider()),
         "provisioning/datasources/koopmon.yml": _yaml(datasource_file(prometheus_url)),
     }
+
+
+def pages() -> dict[str, str]:
+    """Return the text of the pages of metrics and alerts by file name."""
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(PAGES.glob("*.md"))}
 
 
 def write(directory: Path, contents: Mapping[str, str]) -> None:

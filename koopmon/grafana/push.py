@@ -21,8 +21,9 @@ from koopmon.errors import (
 )
 from koopmon.grafana import resources
 from koopmon.grafana.access import GrafanaAccess, check_url
+from koopmon.grafana.dashboards import Json
 from koopmon.grafana.files import DATASOURCE_UID, FOLDER
-from koopmon.grafana.resources import Change, Json
+from koopmon.grafana.resources import Change
 from koopmon.grafana.rules import grafana_rule_groups
 
 HINTS = {

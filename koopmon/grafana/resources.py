@@ -15,10 +15,8 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from koopmon.grafana.annotations import TAG
-from koopmon.grafana.dashboards import dashboards
+from koopmon.grafana.dashboards import Json, dashboards
 from koopmon.grafana.files import FOLDER, datasource_file
-
-Json = dict[str, Any]
 
 DEFAULT_PROMETHEUS = "http://localhost:9090"
 DECISIONS: Json = {

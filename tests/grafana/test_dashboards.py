@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from koopmon.grafana.dashboards import dashboards, panel_id
-from koopmon.grafana.panels import by_depth
 from koopmon.telemetry.alerts import ALERTS
-from koopmon.telemetry.metrics import BY_NAME, PREFIX, TABLE
+from koopmon.telemetry.metrics import PREFIX, TABLE
 
 DASHBOARDS = dashboards()
 PANELS = [
@@ -154,16 +153,3 @@ def test_thresholds_are_those_of_the_alerts() -> None:
     levels = [step["value"] for step in risk["fieldConfig"]["defaults"]["thresholds"]["steps"]]
     assert levels == [None, 0.4, 0.8]
     assert "avg_over_time(koopmon_risk[1m]) >= 0.4" in json.dumps([alert.expr for alert in ALERTS])
-
-
-def test_layers_are_in_the_order_of_their_depth() -> None:
-    """The labels from label_replace sort as text by depth."""
-    rules = re.findall(r'"depth", "(0*)\$1", "layer", "([^"]+)"', by_depth("x"))
-
-    def depth(layer: str) -> str:
-        (made,) = {pad + match[1] for pad, pattern in rules if (match := re.fullmatch(pattern, layer))}
-        return made
-
-    layers = ["0", "2", "10", "63", "64-65", "100-101", "999", "4032-4095"]
-    assert sorted(layers, key=depth) == layers
-    assert BY_NAME["near_unit_mass"].labels == ("run", "layer")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from koopmon.grafana import panels
-from koopmon.grafana.layout import dashboard, label_variable, sized
-from koopmon.grafana.panels import GREEN, RED, Json, warn
 from koopmon.telemetry.alerts import MAX_REJECTED_PER_SECOND
 from koopmon.telemetry.metrics import BY_NAME, MAX_LAYERS
+from manual.dashboards import panels
+from manual.dashboards.layout import dashboard, label_variable, sized
+from manual.dashboards.panels import GREEN, RED, Json, warn
 
 UID = "koopmon-monitor"
 OF = '{instance=~"$instance"}'

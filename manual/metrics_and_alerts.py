@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from koopmon.grafana.dashboards import dashboards
 from koopmon.grafana.rules import GROUPS
 from koopmon.telemetry.alerts import ALERTS, Alert
 from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, MAX_LAYERS, PREFIX, TABLE, Series
+from manual import dashboards
 
-WRITTEN = (
-    "<!-- Written by `koopmon grafana export grafana --docs docs`: edit the tables in koopmon/telemetry, not this. -->"
-)
+WRITTEN = "<!-- Written by `python -m manual.write`: edit the tables in koopmon/telemetry, not this. -->"
 SECTIONS = {("run", "layer"): "For each layer of each run", ("run",): "For each run", (): "For each monitor"}
 
 
@@ -23,6 +21,7 @@ def pages() -> dict[str, str]:
 
 def alerts_page() -> str:
     """Return the page with the meaning, checks and remedy of each alert, each under an anchor with its name."""
+    titles = {each["uid"]: each["title"] for each in dashboards.make()}
     rows = [
         (f"[{alert.name}](#{alert.anchor})", alert.severity, _time(alert.for_seconds), _plain(alert.summary))
         for alert in ALERTS
@@ -37,7 +36,7 @@ def alerts_page() -> str:
     ]
     for group, (title, _) in GROUPS.items():
         parts.append(f"## {title.removeprefix('koopmon ').capitalize()}")
-        parts += [line for alert in ALERTS if alert.group == group for line in _alert(alert)]
+        parts += [line for alert in ALERTS if alert.group == group for line in _alert(alert, titles[alert.panel[0]])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -74,8 +73,7 @@ def _metric(series: Series) -> tuple[str, ...]:
     return f"`{PREFIX}{series.name}{suffix}`", series.kind, "; ".join(labels) or "-", series.help
 
 
-def _alert(alert: Alert) -> Iterable[str]:
-    board = dashboards()[alert.panel[0]]["title"]
+def _alert(alert: Alert, board: str) -> Iterable[str]:
     kept = f", and is kept for {_time(alert.keep_firing_seconds)}" if alert.keep_firing_seconds else ""
     yield f'<a id="{alert.anchor}"></a>\n\n### {alert.name}'
     yield (

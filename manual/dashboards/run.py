@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from koopmon.grafana import panels
-from koopmon.grafana.layout import annotation, dashboard, label_variable, sized
-from koopmon.grafana.panels import GREEN, ORANGE, Json, warn
 from koopmon.telemetry.alerts import HIGH_FORECAST, LIKELY, MAX_OVERHEAD_RATIO, STALE_SECONDS
 from koopmon.telemetry.metrics import BY_NAME
+from manual.dashboards import panels
+from manual.dashboards.layout import annotation, dashboard, label_variable, sized
+from manual.dashboards.panels import GREEN, ORANGE, Json, warn
 
 UID = "koopmon-run"
 RUN = '{run=~"$run"}'

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from koopmon.grafana import panels
-from koopmon.grafana.layout import dashboard, label_variable, sized
-from koopmon.grafana.panels import GREEN, RED, Json, warn
 from koopmon.telemetry.alerts import ACT_RISK, HIGH_FORECAST, LIKELY, STALE_SECONDS
 from koopmon.telemetry.metrics import BY_NAME
+from manual.dashboards import panels
+from manual.dashboards.layout import dashboard, label_variable, sized
+from manual.dashboards.panels import GREEN, RED, Json, warn
 
 UID = "koopmon-fleet"
 RUN = '{run=~"$run"}'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from koopmon.grafana.panels import DATASOURCE, Json
+from manual.dashboards.panels import DATASOURCE, Json
 
 SCHEMA_VERSION = 39
 WIDTH = 24

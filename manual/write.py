@@ -1,0 +1,44 @@
+"""Write the generated files of the repository: `python -m manual.write`.
+
+The dashboards and the pages of metrics and alerts are data of the package. `grafana/` and two pages in `docs/` are the
+output of `koopmon grafana export`. The manifest of the Prometheus operator has the same rules.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+
+from koopmon.cli import main as koopmon
+from koopmon.grafana.files import write
+from manual import dashboards, metrics_and_alerts
+
+ROOT = Path(__file__).resolve().parent.parent
+RULES, MANIFEST = "grafana/prometheus/koopmon.rules.yml", "deploy/kubernetes/base/prometheusrule.yaml"
+MANIFEST_HEAD = """\
+# The alerts of grafana/prometheus/koopmon.rules.yml, for the Prometheus operator. Written by `python -m manual.write`.
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+metadata:
+  name: koopmon
+spec:
+"""
+
+
+def package_data() -> dict[str, str]:
+    """Return the text of each generated file of the package by its path in the repository."""
+    boards = {f"dashboards/{each['uid']}.json": json.dumps(each, indent=2) + "\n" for each in dashboards.make()}
+    pages = {f"pages/{name}": text for name, text in metrics_and_alerts.pages().items()}
+    return {f"koopmon/grafana/{name}": text for name, text in (boards | pages).items()}
+
+
+def main() -> int:
+    write(ROOT, package_data())
+    status = koopmon(["grafana", "export", str(ROOT / "grafana"), "--docs", str(ROOT / "docs")])
+    write(ROOT, {MANIFEST: MANIFEST_HEAD + textwrap.indent((ROOT / RULES).read_text(encoding="utf-8"), "  ")})
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
