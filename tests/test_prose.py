@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 PATTERNS = {
@@ -66,6 +67,7 @@ def tracked(*patterns: str) -> list[str]:
 
 PYTHON = tracked("koopmon/*.py", "plugins/*.py", "manual/*.py", "benchmarks/*.py")
 TESTS = [name for name in tracked("tests/*.py") if name != "tests/test_prose.py"]
+TABLES = tracked("koopmon/*.yml")
 PAGES = tracked(
     "docs/*.md", "koopmon/*.md", "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "mkdocs.yml"
 )
@@ -79,6 +81,15 @@ def texts(source: str) -> Iterator[tuple[int, str]]:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
+
+
+def table_texts(source: str) -> Iterator[tuple[int, str]]:
+    """Return the unfolded scalars and the blocks of comments of a YAML file, with their lines."""
+    for event in yaml.parse(source):
+        if isinstance(event, yaml.ScalarEvent):
+            yield event.start_mark.line + 1, event.value
+    for match in re.finditer(r"(?:^ *#.*\n)+", source, re.MULTILINE):
+        yield source.count("\n", 0, match.start()) + 1, re.sub(r"\s*^ *# ?", " ", match[0], flags=re.MULTILINE).strip()
 
 
 def lines(page: str) -> Iterator[tuple[int, str]]:
@@ -109,6 +120,26 @@ def test_the_code_is_in_plain_english(name: str) -> None:
     source = (ROOT / name).read_text(encoding="utf-8")
     found = [f"{line}: {each}" for line, text in texts(source) for each in complaints(text)]
     assert found + list(first_words(source)) == []
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_are_in_plain_english(name: str) -> None:
+    source = (ROOT / name).read_text(encoding="utf-8")
+    assert [f"{line}: {each}" for line, text in table_texts(source) for each in complaints(text)] == []
+
+
+def test_the_table_of_alerts_is_read() -> None:
+    assert "koopmon/telemetry/alerts.yml" in TABLES
+
+
+def test_a_folded_sentence_of_a_table_is_refused() -> None:
+    source = "# The layer gives\n# way.\nmeans: >-\n  Likewise the block speaks\n  in vain.\n"
+    found = [(line, list(complaints(text))) for line, text in table_texts(source)]
+    assert found == [
+        (3, []),
+        (3, ["archaic word: 'in vain'", "personification: 'speaks'"]),
+        (1, ["archaic word: 'gives way'"]),
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if name not in NOT_YET])
