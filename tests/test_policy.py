@@ -895,3 +895,11 @@ def test_a_cap_is_within_the_protocol_and_never_rises(
         if action.max_rate is not None:
             assert MIN_RATE <= action.max_rate <= MAX_RATE
             assert last is None or action.max_rate <= max(last, MIN_RATE)
+
+
+def test_a_cap_ends_the_calm_and_starts_the_count_of_high_snapshots_again() -> None:
+    run = auto()
+    run.state = replace(run.state, calm_since=0)
+    run.see(CALM, **normalised(non_finite=True))
+    assert run.state.num_rewinds == 1
+    assert (run.state.calm_since, run.state.high_streak) == (None, 0)
