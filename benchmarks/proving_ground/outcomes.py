@@ -141,4 +141,11 @@ def summary(runs: Sequence[Run]) -> Mapping[str, Any]:
         "median_lead_steps": statistics.median(known) if known else None,
         "within_0.05": sum(final_loss(run) <= best + 0.05 for run in above),
         "num_above": len(above),
+        "rewound": sum(run.scalars.get("num_rewinds", 0) > 0 for run in above),
+        "median_lost_steps": statistics.median(lost) if (lost := [_lost(run) for run in above if _lost(run)]) else None,
     }
+
+
+def _lost(run: Run) -> int:
+    """Return the number of steps that the rewinds of a run cost."""
+    return int(run.scalars.get("lost_steps", 0))

@@ -50,6 +50,10 @@ def _model(model: Document) -> list[str]:
         f"before the loss rose in {model['acted_before_shown']} of them{_lead(model)}. Of the guarded runs",
         f"above the best rate, {model['within_0.05']} of {model['num_above']} end within 0.05 nats of the best loss.",
     ]
+    if model.get("rewound"):
+        prose.append(
+            f"It rewound {model['rewound']} of them, at a cost of {model['median_lost_steps']:g} steps in the median."
+        )
     if restart["guarded"]:
         prose.append(
             f"A schedule that restarts at 30 times its rate ends at {_mean(restart['clip'])} with clipping alone,"

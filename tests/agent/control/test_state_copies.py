@@ -133,7 +133,7 @@ def test_a_copy_does_not_fit_an_optimizer_without_its_state() -> None:
     copy = StateCopy()
     copy.take(TrainingState(model, optimizer), 3, 0.0)
     assert copy.fits(TrainingState(model, optimizer))
-    # A tensor in the place of a missing one might have to be a DTensor.
+    # A tensor in place of a missing one might have to be a DTensor.
     del optimizer.state[model.head.bias]["exp_avg"]
     assert not copy.fits(TrainingState(model, optimizer))
 
