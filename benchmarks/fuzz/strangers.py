@@ -180,7 +180,12 @@ def liar(ports: Ports) -> None:
     ports.hold(data)
     for step, senders, rank in ((5, 2, 0), (5, 2, 0), (5, 3, 1), (5, 2, 1), (5, 2, 0)):
         shard = msgspec.structs.replace(
-            codec.SHARD, run=name["run"], incarnation="f" * 8, step=step, num_senders=senders, process_rank=rank
+            codec.SHARD,
+            run=name["run"],
+            incarnation="f" * 8,
+            training=msgspec.structs.replace(codec.SHARD.training, step=step),
+            num_senders=senders,
+            process_rank=rank,
         )
         data.sendall(_framed(shard, [bytes(16)] * 3))
 

@@ -277,7 +277,7 @@ KSS = ("kss-gradient", "kss-checkpointing", "kss-on-and-off")
 
 CASES = [
     Case(FiresTwice, r"tap at blocks\.0\.norm fires 2 times in one training forward", (*TAPS, "discovery")),
-    Case(WrongPart, r"what leaves blocks\.0 is not what enters blocks\.1", ("discovery",)),
+    Case(WrongPart, r"the output of blocks\.0 is not the input of blocks\.1", ("discovery",)),
     Case(WrongWidth, r"blocks\.0 gives a float32 tensor of shape \(4, 12, 15\)", ("shapes", "discovery", "round-trip")),
     Case(ClaimsEverything, "90 for a linear layer", ("restraint",)),
     Case(ClaimsOthers, "20 for '.+', a model of adapter '(kan|transformer)', which claims [12]0", ("restraint",)),
