@@ -2,7 +2,8 @@
 
 schemes: eigenvalues of three residual schemes before training, beside the unit circle. alarm: one training that
 diverges, with its spectra before its loss rises. backoff: the demonstration under the default policy. faults: results
-of `benchmarks.fault_campaign`. The pictures have seeds and rates.
+of `benchmarks.fault_campaign`. learning_rates: results of `benchmarks.proving_ground`. The pictures have seeds and
+rates.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ from koopmon.demo.training import Setting, applied_commands, run_training
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTORY = ROOT / "docs" / "pictures"
 FAULTS = ROOT / "benchmarks" / "results" / "fault_campaign.json"
+PROVING_GROUND = ROOT / "benchmarks" / "results" / "proving_ground.json"
+ARMS = {
+    "clip": ("clipping at 1.0 only", plots.DEAD, "o-"),
+    "qk_norm": ("clipping and QK-norm (another model)", plots.REFERENCE, "s--"),
+    "guarded": ("clipping and koopmon", plots.ALIVE, "o-"),
+}
+"""Arms in the picture: words, colour and line."""
 SCHEMES: dict[Norm, str] = {"pre": "Pre-LN", "post": "Post-LN", "none": "No-Norm"}
 SEED = 42
 DYING, LIVING = 0.006, 0.001
@@ -149,11 +157,35 @@ def faults(path: Path) -> None:
     _save(figure, path)
 
 
+def learning_rates(path: Path) -> None:
+    """Draw the final loss by peak learning rate: mean and range over seeds, one panel for each kind of model."""
+    told = json.loads(PROVING_GROUND.read_text(encoding="utf-8"))
+    figure, panels = _figure(1, len(told["models"]), (5.6 * len(told["models"]), 4.4))
+    for panel, model in zip(panels, told["models"], strict=True):
+        for arm, (words, colour, line) in ARMS.items():
+            losses = model["arms"].get(arm, {}).get("losses", {})
+            if not losses:
+                continue
+            rates = [float(rate) for rate in losses]
+            means = [float(np.mean(found)) for found in losses.values()]
+            panel.plot(rates, means, line, color=colour, markersize=4, label=words)
+            lowest, highest = [min(found) for found in losses.values()], [max(found) for found in losses.values()]
+            panel.fill_between(rates, lowest, highest, color=colour, alpha=0.15, linewidth=0)
+        seeds = len(model["arms"]["clip"]["losses"][f"{model['best_rate']:g}"])
+        name = {"pre": "Pre-LN", "rms": "RMSNorm"}[model["norm"]]
+        size = f"D {model['width']}, L {model['num_layers']}"
+        panel.set_title(f"{name}, {size}: mean and range of {seeds} held-out seeds", fontsize=11)
+        panel.set(xscale="log", xlabel="peak learning rate", ylabel="final validation loss (nats)")
+        panel.legend(fontsize=9, loc="upper left")
+    _save(figure, path)
+
+
 PICTURES: dict[str, Callable[[Path], None]] = {
     "schemes": schemes,
     "alarm": alarm,
     "backoff": backoff,
     "faults": faults,
+    "learning_rates": learning_rates,
 }
 
 

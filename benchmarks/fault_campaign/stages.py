@@ -31,6 +31,7 @@ RESTLESS: Mapping[str, Mapping[str, Any]] = {
         "prior_slope": 0.0,
     },
     "policy": {
+        "name": "lr",
         "act_risk": 0.6,
         "severe_risk": 1.0,
         "release_risk": 0.5,
