@@ -54,7 +54,7 @@ def test_megatron(recipe: Recipe) -> None:
 def test_ray_train_is_python_and_says_that_it_is_not_run() -> None:
     compile(blocks("ray-train.md")["train_ray.py"], "train_ray.py", "exec")
     text = (ROOT / "docs" / "recipes" / "ray-train.md").read_text()
-    assert text.split("\n\n")[1].startswith("Not run by the tests")
+    assert text.split("\n\n")[1].startswith("The tests do not run this recipe")
 
 
 def test_more_than_one_node(tmp_path: Path) -> None:
