@@ -404,18 +404,19 @@ def _cap(case: _Case) -> Proposal | None:
 def _lower_cap(case: _Case) -> float | None:
     """Compute the cap on the rate: the landing rate, and below the rate in force; later a share of the last cap.
 
-    None where no rate is known.
+    None where the rate does not explain the alarm: it is unknown, or no higher than the landing rate. A rewind would
+    then cost steps without a remedy, for example after a single snapshot that is not finite.
     """
     scheduled, excess, config = case.seen.training.learning_rate, case.risk.excess_rate, case.config
     if case.state.max_rate is not None:
         # The rate in force is no bound here: during the warm-up under a cap it may be far below the cap.
         return max(case.state.max_rate * config.rewind_factor, MIN_RATE)
-    if scheduled is None or not 0.0 < scheduled < math.inf:
+    if scheduled is None or excess is None or not 0.0 < scheduled < math.inf:
         return None
-    cap = scheduled * case.seen.training.lr_scale * config.rewind_factor
-    if excess is not None:
-        cap = min(cap, scheduled / excess * config.normalized_landing_rate)
-    return min(max(cap, MIN_RATE), MAX_RATE)
+    in_force, landing = scheduled * case.seen.training.lr_scale, scheduled / excess * config.normalized_landing_rate
+    if in_force <= landing:
+        return None
+    return min(max(min(landing, config.rewind_factor * in_force), MIN_RATE), MAX_RATE)
 
 
 def _back_off(case: _Case) -> Proposal | None:

@@ -803,8 +803,23 @@ def test_an_alarm_of_normalised_layers_caps_the_rate_and_rewinds() -> None:
         ({}, {"max_rewinds": 0}),
         ({}, {"name": "lr"}),
         ({"learning_rate": None}, {"excess": None}),
+        ({}, {"excess": None}),
+        ({}, {"excess": 0.5}),
+        ({"lr_scale": 0.08}, {}),
+        ({"non_finite": True, "informative": False}, {"excess": 0.4}),
     ],
-    ids=["no copies", "not normalised", "unknown", "none allowed", "another policy", "no rate"],
+    ids=[
+        "no copies",
+        "not normalised",
+        "unknown",
+        "none allowed",
+        "another policy",
+        "no rate",
+        "no critical rate",
+        "at the landing rate",
+        "scaled below it",
+        "not finite at a low rate",
+    ],
 )
 def test_otherwise_it_is_a_back_off(fields: dict[str, Any], config: dict[str, Any]) -> None:
     run = auto(**{key: value for key, value in config.items() if key != "excess"})
@@ -874,7 +889,7 @@ def test_an_alarm_during_the_warm_up_takes_a_share_of_the_cap() -> None:
 
 def test_the_cap_is_below_the_rate_in_force() -> None:
     run = auto()
-    run.excess = 0.5
+    run.excess = 0.9
     run.see(HIGH, **normalised(learning_rate=0.0025, lr_scale=0.8))
     assert run.state.max_rate == pytest.approx(run.config.rewind_factor * 0.0025 * 0.8)
 
