@@ -40,9 +40,12 @@ docs: $(VENV)/.dev.stamp ## build the site from docs/ and the code into site/; a
 unit: $(VENV)/.dev.stamp ## run the fast tests, without processes: under 3 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m "not process and not distributed and not slow and not science"
 
+# A failed test runs once more, alone: a test with real processes may fail because of the tests beside it. Its first failure stays in the output.
+AGAIN := --last-failed --last-failed-no-failures none
+
 test: lint ## run every check: lint, types and tests; with REQUIRE_ALL=1 a missing tool is a failure
-	$(BIN)/pytest -n $(WORKERS) -m "not distributed"
-	$(BIN)/pytest -m distributed
+	$(BIN)/pytest -n $(WORKERS) -m "not distributed" || $(BIN)/pytest $(AGAIN) -m "not distributed"
+	$(BIN)/pytest -m distributed || $(BIN)/pytest $(AGAIN) -m distributed
 
 lint: $(VENV)/.dev.stamp ## run ruff and mypy
 	$(BIN)/ruff check .

@@ -252,6 +252,8 @@ class HistoryReader:
     def _reading(self, what: str) -> Iterator[None]:
         try:
             yield
+        except IndexError:  # the schema inside a damaged file may name other columns
+            raise StoreError(f"store {self._path}: {what}: a column is missing") from None
         except (sqlite3.Error, zlib.error, msgspec.MsgspecError, ValueError, TypeError, OverflowError) as error:
             raise StoreError(f"store {self._path}: {what}: a row cannot be read: {one_line(error)}") from None
         except RecursionError:

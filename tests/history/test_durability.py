@@ -445,3 +445,39 @@ def test_damage_whose_description_is_no_text_is_damage_all_the_same(path: Path) 
     assert str(caught.value).isprintable()
     HistoryWriter.open(path).close()
     assert len(list(path.parent.glob("*.damaged-*"))) == 1
+
+
+TABLES = ("runs", "incarnations", "profiles", "observations", "decisions", "commands", "acks", "heartbeats")
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_missing_column_is_one_line_for_the_reader_and_no_end_of_the_monitor(tmp_path: Path, table: str) -> None:
+    """A damaged schema inside the file can name other columns than ours; found by fuzzing."""
+    template = tmp_path / "template.sqlite3"
+    store = HistoryWriter.open(template)
+    store.record_hello(NOW, hello(RUN))
+    decide(store, 0)
+    fill(store, 1)
+    store.close()
+    with contextlib.closing(sqlite3.connect(template)) as database:
+        columns = [column[1] for column in database.execute(f"PRAGMA table_info({table})")]
+    refused = 0
+    for column in columns:
+        path = tmp_path / f"{column}.sqlite3"
+        path.write_bytes(template.read_bytes())
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute(f"ALTER TABLE {table} RENAME COLUMN {column} TO other")
+            database.commit()
+        with HistoryWriter.open_readonly(path) as history:
+            for rows in ("incarnations", "profiles", "observations", "decisions", "heartbeats"):
+                try:
+                    list(getattr(history, rows)(RUN))
+                except StoreError as error:
+                    refused += 1
+                    assert str(error).isprintable()
+        store = HistoryWriter.open(path)
+        store.record_hello(NOW, hello(RUN, SECOND))
+        decide(store, 1)
+        fill(store, 1)
+        store.close()
+    assert refused
