@@ -97,7 +97,7 @@ def test_who_listens_and_says_nothing_is_given_up(tmp_path: Path) -> None:
         (
             bytes([*PREFIX[:-1], PROTOCOL_VERSION - 1]) + b"\x80",
             "version",
-            f"speaks protocol version {PROTOCOL_VERSION - 1}",
+            f"has protocol version {PROTOCOL_VERSION - 1}",
         ),
         (b"hello", "garbage", "another program is talking"),
         (PREFIX + b"\x80", "schema", "type"),
