@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable
+from dataclasses import astuple
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from koopmon.cli import factory as factories
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("check", epilog="Example: koopmon adapters check mypackage", no_args_is_help=True)(check)
-
-
 def check(
     target: Annotated[
         str,
@@ -40,8 +36,8 @@ def check(
         list[str] | None,
         typer.Option(
             metavar="FACTORY",
-            help="module:function or file.py:function returning (model, batch), in place of the example models that the"
-            " package offers. May be repeated.",
+            help="module:function or file.py:function that returns (model, batch), in place of the package's example"
+            " models. May be repeated.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -70,11 +66,15 @@ def check(
         for each in battery:
             status.update(f"{each.bench.adapter.name}, {each.bench.example.name}: {each.name}")
             outcomes.append(each.run())
+    counts = {verdict: sum(outcome.verdict == verdict for outcome in outcomes) for verdict in _STYLES}
     if as_json:
-        print_json(_as_dict(outcomes))
+        names = ("adapter", "model", "check", "verdict", "detail")
+        rows = [dict(zip(names, astuple(outcome), strict=True)) for outcome in outcomes]
+        print_json({"checks": rows, **counts})
     else:
         _print(outcomes)
-    return 1 if any(outcome.verdict == "failed" for outcome in outcomes) else 0
+        results().print(", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count))
+    return 1 if counts["failed"] else 0
 
 
 def _adapters(target: str) -> tuple[list[ArchitectureAdapter], PluginManager]:
@@ -112,11 +112,10 @@ def _instances(target: str, named: Any) -> list[ArchitectureAdapter]:
     """Return the adapters of an object, a class or a function."""
     from koopmon.api import ArchitectureAdapter
 
-    made = named
     if callable(named) and not isinstance(named, ArchitectureAdapter):
         with foreign_code(lambda why: AdapterError(f"adapter {target!r} {why}")):
-            made = named()
-    found = list(made) if isinstance(made, (list, tuple)) else [made]
+            named = named()
+    found = list(named) if isinstance(named, (list, tuple)) else [named]
     for each in found:
         if not isinstance(each, ArchitectureAdapter) or not isinstance(getattr(each, "name", None), str):
             what = type(each).__name__
@@ -143,11 +142,7 @@ def _named_model(name: str) -> ExampleModel:
 
     factory = factories.named(name)
     factories.call(name, factory)
-
-    def build(seed: int, factory: Callable[[], Any] = factory) -> Any:
-        return factory()
-
-    return ExampleModel(name, "", build)
+    return ExampleModel(name, "", lambda seed: factory())
 
 
 def _offered(adapter: ArchitectureAdapter, manager: PluginManager) -> list[ExampleModel]:
@@ -165,26 +160,12 @@ def _no_model(manager: PluginManager) -> str:
     )
 
 
-def _as_dict(outcomes: list[CheckResult]) -> dict[str, Any]:
-    names = {"adapter": "adapter", "model": "example", "check": "check", "verdict": "verdict", "detail": "detail"}
-    rows = [{key: getattr(each, name) for key, name in names.items()} for each in outcomes]
-    return {"checks": rows, **_counts(outcomes)}
-
-
-def _counts(outcomes: list[CheckResult]) -> dict[str, int]:
-    return {verdict: sum(outcome.verdict == verdict for outcome in outcomes) for verdict in _STYLES}
-
-
 def _print(outcomes: list[CheckResult]) -> None:
     console = results(width=160)
     for adapter, example in dict.fromkeys((each.adapter, each.example) for each in outcomes):
-        table = Table(title=f"adapter {adapter}, model {example}", title_justify="left", title_style="")
-        table.add_column("check", no_wrap=True)
-        table.add_column("outcome", no_wrap=True)
-        table.add_column("", overflow="fold")
+        columns = (Column("check", no_wrap=True), Column("outcome", no_wrap=True), Column("", overflow="fold"))
+        table = Table(*columns, title=f"adapter {adapter}, model {example}", title_justify="left", title_style="")
         for each in outcomes:
             if (each.adapter, each.example) == (adapter, example):
                 table.add_row(each.check, Text(each.verdict, _STYLES[each.verdict]), each.detail)
         console.print(table)
-    counts = _counts(outcomes)
-    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count))

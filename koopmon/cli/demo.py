@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -68,14 +67,21 @@ def demo(
     console.print()
     console.print(summary_table(outcomes))
     lines = verdict(unguarded, guarded, yardstick)
-    for line in lines:
-        console.print(line, soft_wrap=True)
+    console.print(*lines, sep="\n", soft_wrap=True)
     picture = _draw(setting, outcomes, directory / "demo.png")
     if picture is not None:
         console.print(f"picture: {picture}", soft_wrap=True)
     shown = unguarded.diverged and guarded.survived
     if as_json:
-        print_json(_as_dict(setting, outcomes, lines, picture, shown))
+        fields = ("policy", "diverged", "last_step", "start_loss", "final_loss", "first_command_step")
+        trainings = [
+            {name: getattr(outcome, name) for name in fields}
+            | {"seconds": round(outcome.seconds, 1), "guard": outcome.summary}
+            for outcome in outcomes
+        ]
+        drawn = None if picture is None else str(picture)
+        result = {"setting": setting, "trainings": trainings, "verdict": lines, "picture": drawn, "shown": shown}
+        print_json(result)
     return 0 if shown else 1
 
 
@@ -109,21 +115,3 @@ def _draw(setting: Setting, outcomes: list[DemoResult], path: Path) -> Path | No
         say(str(error))
         return None
     return path
-
-
-def _as_dict(
-    setting: Setting, outcomes: list[DemoResult], lines: list[str], picture: Path | None, shown: bool
-) -> dict[str, Any]:
-    fields = ("policy", "diverged", "last_step", "start_loss", "final_loss", "first_command_step")
-    trainings = [
-        {name: getattr(outcome, name) for name in fields}
-        | {"seconds": round(outcome.seconds, 1), "guard": outcome.summary}
-        for outcome in outcomes
-    ]
-    return {
-        "setting": dataclasses.asdict(setting),
-        "trainings": trainings,
-        "verdict": lines,
-        "picture": None if picture is None else str(picture),
-        "shown": shown,
-    }

@@ -19,9 +19,7 @@ from koopmon.cli.options import (
     KeysDirectory,
     PlaintextTcp,
     Policy,
-    grafana_overrides,
-    policy_overrides,
-    security_overrides,
+    overrides,
 )
 from koopmon.config import load
 
@@ -66,8 +64,10 @@ def monitor(
 
     SIGTERM and SIGINT end it with status 0, after the history is written.
     """
-    overrides = policy_overrides(policy, dry_run) | security_overrides(keys, insecure_plaintext_tcp)
-    settings = load(config, overrides=overrides | grafana_overrides(grafana_url, grafana_token_file))
+    given = overrides("policy", name=policy, dry_run=dry_run)
+    given |= overrides("security", keys=keys, insecure_plaintext_tcp=insecure_plaintext_tcp)
+    given |= overrides("grafana", url=grafana_url, token_file=grafana_token_file)
+    settings = load(config, overrides=given)
     configure_logging()
     if with_parent:
         _end_with_parent()

@@ -45,23 +45,8 @@ PlaintextTcp = Annotated[
 ]
 
 
-def security_overrides(keys: Path | None, plaintext_tcp: bool) -> dict[str, Any]:
-    """Return the command-line values of `[security]` as configuration overrides."""
-    directory = None if keys is None else str(keys.absolute())
-    return _given("security", keys=directory, insecure_plaintext_tcp=plaintext_tcp or None)
-
-
-def policy_overrides(policy: str | None, dry_run: bool) -> dict[str, Any]:
-    """Return the command-line values of `[policy]` as configuration overrides."""
-    return _given("policy", name=policy, dry_run=dry_run or None)
-
-
-def grafana_overrides(url: str | None, token_file: Path | None) -> dict[str, Any]:
-    """Return the command-line values of `[grafana]` as configuration overrides."""
-    file = None if token_file is None else str(token_file)
-    return _given("grafana", url=url, token_file=file)
-
-
-def _given(section: str, **values: object) -> dict[str, Any]:
-    table = {name: value for name, value in values.items() if value is not None}
+def overrides(section: str, **values: str | Path | bool | None) -> dict[str, Any]:
+    """Return the options that were given (neither None nor False) as overrides of one section of the configuration."""
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    table = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in given.items()}
     return {section: table} if table else {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -75,92 +73,45 @@ def profile(
         plots.require(f"--png {png}")
     if (learning_rate is not None or max_lr) != (calibrator is not None):
         raise ConfigError("--calibrator FILE needs --lr RATE or --max-lr, and these need it")
-    request = ProfileRequest(factory, adapter, stack, num_samples, svd_rank, seed, calibrator, learning_rate)
     with Console(stderr=True).status("loading torch") as status:
-        result = run_profile(request, status.update)
+        from koopmon.profiling import capture_states
+        from koopmon.risk.initial_score import initial_risk
+        from koopmon.spectral import profile_states
+
+        status.update("making the model")
+        model, args, kwargs = factories.load(factory)
+        status.update("profiling")
+        chosen: dict[str, Any] = {"adapter": adapter, "stack": stack, "num_samples": num_samples, "seed": seed}
+        with foreign_code(lambda why: KoopmonError(f"{factory}: the forward pass {why}")):
+            captured = capture_states(model, *args, **chosen, **kwargs)
+            spectrum = profile_states(captured.states, svd_rank=svd_rank, seed=seed)
+        risk = initial_risk(spectrum, known_exponent=captured.known_exponent)
+        forecast = None if calibrator is None else _forecast(calibrator, captured, spectrum, risk, learning_rate)
+        name = type(model).__name__
+        verdict = f"not informative: {risk.reason}" if risk.score is None else f"{risk.level} ({risk.reason})"
         if png is not None:
             status.update("drawing")
-            plots.spectrum(result.spectrum, png, title=f"{result.model}: {result.verdict}")
+            plots.spectrum(spectrum, png, title=f"{name}: {verdict}")
     if as_json:
-        print_json(result.to_dict())
-    else:
-        print_result(result)
-    return 0
-
-
-@dataclass(frozen=True, slots=True)
-class ProfileRequest:
-    """Arguments of `run_profile`. With a `calibrator`, the result holds a forecast."""
-
-    factory: str
-    adapter: str | None
-    stack: str | None
-    num_samples: int
-    svd_rank: int | None
-    seed: int
-    calibrator: Path | None
-    learning_rate: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class ProfileResult:
-    """Spectrum and risk of the model of class `model`."""
-
-    model: str
-    captured: CapturedStates
-    spectrum: SpectralProfile
-    risk: InitialRisk
-    forecast: Forecast | None
-
-    @property
-    def verdict(self) -> str:
-        if self.risk.score is None:
-            return f"not informative: {self.risk.reason}"
-        return f"{self.risk.level} ({self.risk.reason})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to JSON types, with all eigenvalues."""
-        discovery = self.captured.discovery
-        found = {
-            "model": self.model,
+        discovery = captured.discovery
+        result = {
+            "model": name,
             "adapter": discovery.adapter.name,
             "stack": discovery.stack.name,
             "points": [point.name for point in discovery.points],
-            "masked": self.captured.masked,
-            "initial_risk": dataclasses.asdict(self.risk),
-            "profile": self.spectrum.to_dict(),
-            "observables": self.captured.observables,
+            "masked": captured.masked,
+            "initial_risk": risk,
+            "profile": spectrum.to_dict(),
+            "observables": captured.observables,
         }
-        return found if self.forecast is None else {**found, "forecast": dataclasses.asdict(self.forecast)}
-
-
-def run_profile(request: ProfileRequest, on_stage: Callable[[str], None] = lambda _: None) -> ProfileResult:
-    """Build the model and profile it; `on_stage` is called with each stage. Raises KoopmonError."""
-    from koopmon.profiling import capture_states
-    from koopmon.risk.initial_score import initial_risk
-    from koopmon.spectral import profile_states
-
-    on_stage("making the model")
-    model, args, kwargs = factories.load(request.factory)
-    on_stage("profiling")
-    options = {name: getattr(request, name) for name in ("adapter", "stack", "num_samples", "seed")}
-    with foreign_code(lambda why: KoopmonError(f"{request.factory}: the forward pass {why}")):
-        captured = capture_states(model, *args, **options, **kwargs)
-        spectrum = profile_states(captured.states, svd_rank=request.svd_rank, seed=request.seed)
-    risk = initial_risk(spectrum, known_exponent=captured.known_exponent)
-    forecast = None
-    if request.calibrator is not None:
-        forecast = _forecast(request.calibrator, captured, spectrum, risk, request.learning_rate)
-    return ProfileResult(type(model).__name__, captured, spectrum, risk, forecast)
-
-
-def print_result(result: ProfileResult) -> None:
+        print_json(result if forecast is None else {**result, "forecast": forecast})
+        return 0
     out = results()
-    out.print(_table(result.model, result.captured, result.spectrum))
-    lines = [f"{name}: {text}" for name, text in result.captured.measures.items()]
-    lines += [f"initial risk: {result.verdict}", *(() if result.forecast is None else result.forecast.lines())]
-    for line in lines:
-        out.print(line, soft_wrap=True)
+    out.print(_table(name, captured, spectrum))
+    lines = [f"{name}: {text}" for name, text in captured.measures.items()]
+    lines += [f"initial risk: {verdict}", *([] if forecast is None else forecast.lines())]
+    out.print(*lines, sep="\n", soft_wrap=True)
+    return 0
 
 
 @dataclass(frozen=True, slots=True)

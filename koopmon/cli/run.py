@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,15 +20,7 @@ from koopmon.agent.autoload import python_path
 from koopmon.cli.console import say
 from koopmon.cli.embedded import READY_SECONDS, EmbeddedMonitor, MonitorNotReadyError
 from koopmon.cli.launch_inspection import run_store, script_name, spread
-from koopmon.cli.options import (
-    ConfigFile,
-    DryRun,
-    KeysDirectory,
-    PlaintextTcp,
-    Policy,
-    policy_overrides,
-    security_overrides,
-)
+from koopmon.cli.options import ConfigFile, DryRun, KeysDirectory, PlaintextTcp, Policy, overrides
 from koopmon.cli.supervise import run_job, signals_held, take_signal
 from koopmon.config import load
 from koopmon.errors import ConfigError, KoopmonError
@@ -79,17 +71,22 @@ def run(
     """
     if not hasattr(signal, "sigwaitinfo"):
         raise KoopmonError("koopmon needs Linux")
-    overrides = policy_overrides(policy, dry_run) | security_overrides(keys, insecure_plaintext_tcp)
-    settings = load(config, overrides=overrides)
+    given = overrides("policy", name=policy, dry_run=dry_run)
+    given |= overrides("security", keys=keys, insecure_plaintext_tcp=insecure_plaintext_tcp)
+    settings = load(config, overrides=given)
     if name is not None:
         check_run_name(name, "--run")
-    job = JobRequest(command, name, config, dict(os.environ))
+    job = JobRequest(command, name, config)
     of_monitor = {"--policy": policy, "--dry-run": dry_run or None, "--http": http, "--store": store}
     if monitor is not None:
         _refuse(of_monitor, "belongs to the monitor: give it to `koopmon monitor`, not beside --monitor")
         _refuse({"--json": json_file}, "with --monitor the monitor has the history: use `koopmon report`")
-        trust = make_auth_policy(**msgspec.structs.asdict(settings.security), environ=job.environ)
-        return _run_with_shared_monitor(job, monitor, trust, _security_environment(keys, insecure_plaintext_tcp))
+        trust = make_auth_policy(**msgspec.structs.asdict(settings.security), environ=os.environ)
+        security = {
+            "KOOPMON_KEYS": None if keys is None else str(keys.absolute()),
+            PLAINTEXT_VARIABLE: "1" if insecure_plaintext_tcp else None,
+        }
+        return _run_with_shared_monitor(job, monitor, trust, security)
     only_shared = {"--keys": keys, "--insecure-plaintext-tcp": insecure_plaintext_tcp or None}
     _refuse(only_shared, "needs --monitor: only this user reaches the job's own monitor")
     options = [] if policy is None else ["--policy", policy]
@@ -98,46 +95,48 @@ def run(
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """The job to guard: its command, the name and the configuration that the user gave, and its environment."""
+    """The job to guard: its command, and the name and the configuration that the user gave."""
 
     command: list[str]
     name: str | None
     config: Path | None
-    environ: dict[str, str]
 
     def run_name(self) -> str:
         return self.name or new_run_name(script_name(self.command))
 
-    def guarded_by(self, endpoint: str, name: str | None, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    def guarded_by(self, endpoint: str, run: str | None, **more: str | None) -> dict[str, str]:
         """Return the job's environment: the monitor's endpoint, and the directory that attaches every rank."""
         # KOOPMON_HTTP_* are the monitor's secrets.
-        job = {key: value for key, value in self.environ.items() if not key.startswith("KOOPMON_HTTP_")}
-        job |= {"KOOPMON_ENDPOINT": endpoint, **(more or {})}
-        if name is not None:
-            job["KOOPMON_RUN"] = name
-        if self.config is not None:
-            job["KOOPMON_CONFIG"] = str(self.config.resolve())
-        job["PYTHONPATH"] = python_path(self.environ)
-        return job
+        job = {key: value for key, value in os.environ.items() if not key.startswith("KOOPMON_HTTP_")}
+        config = None if self.config is None else str(self.config.resolve())
+        given = {"KOOPMON_ENDPOINT": endpoint, "KOOPMON_RUN": run, "KOOPMON_CONFIG": config, **more}
+        given["PYTHONPATH"] = python_path(os.environ)
+        return job | {key: value for key, value in given.items() if value is not None}
 
 
-def _run_with_shared_monitor(job: JobRequest, monitor: str, trust: AuthPolicy, security: Mapping[str, str]) -> int:
+def _run_with_shared_monitor(
+    job: JobRequest, monitor: str, trust: AuthPolicy, security: Mapping[str, str | None]
+) -> int:
+    # Imported late because it imports zmq.
+    from koopmon.wire.probe import probe
+
     endpoint = trust.check(monitor)
     trust.check_agent_keys(endpoint)
     # Ranks on other nodes have their own launchers, so the agents of a multi-node job agree on a name themselves.
-    name = job.name if spread(job.command, job.environ) else job.run_name()
-    if (why := _why_silent(endpoint, trust)) is not None:
-        because = f" ({why})" if why else ""
+    name = job.name if spread(job.command, os.environ) else job.run_name()
+    found = probe(endpoint, trust, timeout_seconds=ANSWER_SECONDS)
+    if found.reply is None and not found.refused:
+        because = f" ({found.failure})" if found.failure else ""
         advice = f"the job is guarded once `koopmon monitor --bind {endpoint}` runs; `koopmon doctor` finds the reason"
         say(f"no monitor answers at {endpoint}{because}: {advice}")
     with signals_held() as mask:
-        return run_job(job.command, job.guarded_by(endpoint, name, security), mask)
+        return run_job(job.command, job.guarded_by(endpoint, name, **security), mask)
 
 
 def _run_with_own_monitor(
     job: JobRequest, options: list[str], http: str | None, store: Path | None, json_file: Path | None
 ) -> int:
-    if (where := spread(job.command, job.environ)) is not None:
+    if (where := spread(job.command, os.environ)) is not None:
         raise ConfigError(
             f"the job is on other nodes too, or this is one of its ranks ({where}): start `koopmon monitor` where all "
             "ranks reach it, and give its endpoint with --monitor"
@@ -146,31 +145,29 @@ def _run_with_own_monitor(
     store = store or _default_store(name)
     if job.config is not None:
         options = ["--config", str(job.config), *options]
-    embedded = EmbeddedMonitor(store, http=http or "127.0.0.1:0", options=options)
+    environ = {key: value for key, value in os.environ.items() if key != "KOOPMON_RUN"}
     with signals_held() as mask, contextlib.ExitStack() as stack:
-        stack.callback(embedded.close)
+        say("starting the monitor")
         try:
-            stopped = _await_monitor(embedded, job.environ, mask)
+            embedded = EmbeddedMonitor(store, environ, mask, http=http or "127.0.0.1:0", options=options)
+            stack.callback(embedded.close)
+            stopped = _await_monitor(embedded)
         except MonitorNotReadyError as error:
             say(f"the job runs unguarded, because its monitor did not start: {error}")
-            embedded.close()
-            return run_job(job.command, job.environ, mask)
+            stack.close()
+            return run_job(job.command, os.environ, mask)
         if stopped is not None:
             say("stopped before the job was started")
             return 128 + stopped
-        say(f"run {name}: guarded; live page at {embedded.page}, metrics at {embedded.url}")
-        status = run_job(job.command, job.guarded_by(embedded.endpoint, name), mask, _Watcher(embedded))
+        say(f"run {name}: guarded; live page at {embedded.page}, metrics at {embedded.page}metrics")
+        status = run_job(job.command, job.guarded_by(embedded.endpoint, name), mask, _death_notice(embedded))
         embedded.close(lambda: say("the monitor writes the received snapshots to its history"))
     _close_with_summary(store, name, status, json_file)
     return status
 
 
-def _await_monitor(
-    embedded: EmbeddedMonitor, environ: Mapping[str, str], mask: set[signal.Signals]
-) -> signal.Signals | None:
+def _await_monitor(embedded: EmbeddedMonitor) -> signal.Signals | None:
     """Wait for the monitor; return None, or the signal that ended the wait. Raises MonitorNotReadyError."""
-    say("starting the monitor")
-    embedded.start({key: value for key, value in environ.items() if key != "KOOPMON_RUN"}, mask)
     deadline = time.monotonic() + READY_SECONDS
     while not embedded.ready():
         if time.monotonic() > deadline:
@@ -180,23 +177,17 @@ def _await_monitor(
     return None
 
 
-class _Watcher:
-    """Prints one message when the monitor dies while the job runs."""
+def _death_notice(embedded: EmbeddedMonitor) -> Callable[[], None]:
+    """Return a function that prints one message after the monitor has died."""
+    said = False
 
-    def __init__(self, embedded: EmbeddedMonitor) -> None:
-        self._embedded = embedded
-        self._said = False
+    def check() -> None:
+        nonlocal said
+        if not said and not embedded.alive:
+            said = True
+            say(f"the monitor died, the job goes on as it is, unguarded; its log is {embedded.log}")
 
-    def __call__(self) -> None:
-        if not self._said and not self._embedded.alive:
-            self._said = True
-            say(f"the monitor died, the job goes on as it is, unguarded; its log is {self._embedded.log}")
-
-
-def _security_environment(keys: Path | None, plaintext_tcp: bool) -> dict[str, str]:
-    """Return the command-line key settings for the agents in the job: a directory, never a key."""
-    named = {} if keys is None else {"KOOPMON_KEYS": str(keys.absolute())}
-    return named | ({PLAINTEXT_VARIABLE: "1"} if plaintext_tcp else {})
+    return check
 
 
 def _default_store(name: str) -> Path:
@@ -208,14 +199,6 @@ def _default_store(name: str) -> Path:
             return store
     except OSError:
         return Path(tempfile.mkdtemp(prefix="koopmon-history-")) / store.name
-
-
-def _why_silent(endpoint: str, trust: AuthPolicy) -> str | None:
-    """Return the reason, possibly empty, why no monitor answers at a checked endpoint; None when one answers."""
-    from koopmon.wire.probe import probe
-
-    found = probe(endpoint, trust, timeout_seconds=ANSWER_SECONDS)
-    return None if found.reply is not None or found.refused else found.failure
 
 
 def _refuse(given: Mapping[str, object], why: str) -> None:

@@ -53,9 +53,9 @@ def monitors(tmp_path: Path) -> Iterator[Callable[..., EmbeddedMonitor]]:
     started: list[EmbeddedMonitor] = []
 
     def start(policy: str) -> EmbeddedMonitor:
-        monitor = EmbeddedMonitor(tmp_path / f"{policy}.sqlite3", options=["--policy", policy])
+        store = tmp_path / f"{policy}.sqlite3"
+        monitor = EmbeddedMonitor(store, environment(), set(), options=["--policy", policy])
         started.append(monitor)
-        monitor.start(environment(), set())
         deadline = time.monotonic() + 60.0
         while not monitor.ready():
             assert time.monotonic() < deadline, monitor.log.read_text()
