@@ -13,7 +13,7 @@ from rich.progress import track
 
 from koopmon import plots
 from koopmon.cli.console import print_json, results, say
-from koopmon.cli.options import AsJson
+from koopmon.cli.options import AsJson, option
 from koopmon.errors import StoreError
 
 if TYPE_CHECKING:
@@ -22,14 +22,9 @@ if TYPE_CHECKING:
 
 def calibrate(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Histories of runs, SQLite.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="File of the calibrator, JSON.")],
-    adapter: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Architecture. Default: that of most of the runs.")
-    ] = None,
-    png: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Draw predicted against observed frequencies of held-out runs."),
-    ] = None,
+    out: Annotated[Path, option("FILE", "File of the calibrator, JSON.")],
+    adapter: Annotated[str | None, option("NAME", "Architecture. Default: that of most of the runs.")] = None,
+    png: Annotated[Path | None, option("FILE", "Draw predicted against observed frequencies of held-out runs.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Fit the probability that a run diverges, from its spectrum at the start and its learning rate.

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from koopmon.cli import factory as factories
 from koopmon.cli.console import print_json, results
-from koopmon.cli.options import AsJson
+from koopmon.cli.options import AsJson, option
 from koopmon.errors import AdapterError, foreign_code
 
 if TYPE_CHECKING:
@@ -29,15 +29,14 @@ _STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 def check(
     target: Annotated[
-        str,
-        typer.Argument(metavar="TARGET", help="A package, an adapter's name, or module:object, or file.py:object."),
+        str, typer.Argument(metavar="TARGET", help="A package, an adapter's name, or module:object, or file.py:object.")
     ],
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="FACTORY",
-            help="module:function or file.py:function that returns (model, batch), in place of the package's example"
-            " models. May be repeated.",
+        option(
+            "FACTORY",
+            "module:function or file.py:function that returns (model, batch), in place of the example models of the"
+            " package. May be repeated.",
         ),
     ] = None,
     as_json: AsJson = False,

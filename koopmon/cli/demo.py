@@ -5,32 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.console import Console
 
 from koopmon import plots
 from koopmon.cli.console import print_json, say
-from koopmon.cli.options import AsJson, Policy
+from koopmon.cli.options import AsJson, Policy, option
 from koopmon.errors import KoopmonError
 
 if TYPE_CHECKING:
     from koopmon.demo.training import DemoResult, Setting
 
 
+OUT = Path("koopmon-demo")
 SHOWN = "kss+lr"
 """Differs from the default policy of a guarded job: the demonstration shows every action and the effect of KSS."""
 
 
 def demo(
     policy: Policy = None,
-    lr: Annotated[
-        float, typer.Option(metavar="RATE", help="Learning rate. The default one makes the training diverge.")
-    ] = 0.01,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Optimizer steps of each training.")] = 150,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of both trainings.")] = 0,
-    directory: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Directory of the picture, the logs and the histories.")
-    ] = Path("koopmon-demo"),
+    lr: Annotated[float, option("RATE", "Learning rate. The default one makes the training diverge.")] = 0.01,
+    steps: Annotated[int, option("N", "Optimizer steps of each training.", min=1)] = 150,
+    seed: Annotated[int, option("N", "Seed of both trainings.", min=0)] = 0,
+    directory: Annotated[Path, option("DIR", "Directory of the picture, the logs and the histories.", "--out")] = OUT,
     as_json: AsJson = False,
 ) -> int:
     """Train a model twice on two ranks, alone and under koopmon, and compare: under 5 minutes.

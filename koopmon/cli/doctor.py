@@ -13,7 +13,7 @@ from rich.text import Text
 
 from koopmon.cli.console import print_json, results
 from koopmon.cli.launch_inspection import state_directory
-from koopmon.cli.options import AsJson, ConfigFile, KeysDirectory, PlaintextTcp, overrides
+from koopmon.cli.options import AsJson, ConfigFile, KeysDirectory, PlaintextTcp, option, overrides
 from koopmon.config import Config, load
 from koopmon.run_names import check_run_name
 
@@ -26,24 +26,17 @@ _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 def doctor(
     factory: Annotated[
-        str | None,
-        typer.Argument(metavar="[FACTORY]", help="Model to check: module:function or file.py:function."),
+        str | None, typer.Argument(metavar="[FACTORY]", help="Model to check: module:function or file.py:function.")
     ] = None,
     monitor: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ENDPOINT", help="Endpoint of the monitor. Default: KOOPMON_ENDPOINT, else tcp://127.0.0.1:9465."
-        ),
+        str | None, option("ENDPOINT", "Endpoint of the monitor. Default: KOOPMON_ENDPOINT, else tcp://127.0.0.1:9465.")
     ] = None,
-    http: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="Pages of the monitor. Default: those of the default monitor."),
-    ] = None,
-    run: Annotated[str | None, typer.Option(metavar="NAME", help="Run to check at the monitor.")] = None,
+    http: Annotated[str | None, option("URL", "Pages of the monitor. Default: those of the default monitor.")] = None,
+    run: Annotated[str | None, option("NAME", "Run to check at the monitor.")] = None,
     config: ConfigFile = None,
     keys: KeysDirectory = None,
     insecure_plaintext_tcp: PlaintextTcp = False,
-    python: Annotated[str | None, typer.Option(metavar="FILE", help="Python of the job. Default: this one.")] = None,
+    python: Annotated[str | None, option("FILE", "Python of the job. Default: this one.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Find out why the monitor does not see a job, and print each finding with its fix.

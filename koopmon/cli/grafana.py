@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from koopmon.cli.console import print_json, say
-from koopmon.cli.options import AsJson, ConfigFile, overrides
+from koopmon.cli.options import AsJson, ConfigFile, option, overrides
 from koopmon.config import load
 from koopmon.errors import GrafanaKeptError, KoopmonError
 
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from koopmon.grafana.resources import Change
 
 DocsUrl = Annotated[
-    str | None,
-    typer.Option(metavar="URL", help="Page that runbook links point to. Default: /alerts of the alert's monitor."),
+    str | None, option("URL", "Page that runbook links point to. Default: /alerts of the alert's monitor.")
 ]
 
 
@@ -39,10 +38,10 @@ def export(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Created if missing; its files are replaced.")],
     docs_url: DocsUrl = None,
     prometheus_url: Annotated[
-        str, typer.Option(metavar="URL", help="Where the provisioned Grafana finds Prometheus.")
+        str, option("URL", "Where the provisioned Grafana finds Prometheus.")
     ] = "http://prometheus:9090",
     docs: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write the pages alerts.md and metrics.md there, for --docs-url.")
+        Path | None, option("DIR", "Write the pages alerts.md and metrics.md there, for --docs-url.")
     ] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -67,19 +66,16 @@ def export(
 
 def push(
     url: Annotated[
-        str | None, typer.Option(envvar="KOOPMON_GRAFANA_URL", metavar="URL", help="Grafana's address and sub-path.")
+        str | None, option("URL", "Grafana's address, with its sub-path.", envvar="KOOPMON_GRAFANA_URL")
     ] = None,
     token_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Service account's token, 0600. Default: KOOPMON_GRAFANA_TOKEN.")
+        Path | None, option("FILE", "Service account's token, mode 0600. Default: KOOPMON_GRAFANA_TOKEN.")
     ] = None,
     prometheus_url: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="Where Grafana finds Prometheus. Default: as is, else http://localhost:9090."),
+        str | None, option("URL", "Where Grafana finds Prometheus. Default: as is, else http://localhost:9090.")
     ] = None,
-    datasource: Annotated[
-        str | None, typer.Option(metavar="UID", help="Existing data source to use in place of ours.")
-    ] = None,
-    folder: Annotated[str, typer.Option(metavar="UID", help="Folder for everything; created if missing.")] = "koopmon",
+    datasource: Annotated[str | None, option("UID", "Existing data source to use in place of ours.")] = None,
+    folder: Annotated[str, option("UID", "Folder for everything; created if missing.")] = "koopmon",
     no_alerts: Annotated[bool, typer.Option("--no-alerts", help="Push the dashboards without alert rules.")] = False,
     docs_url: DocsUrl = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite manual edits too.")] = False,

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from rich.table import Column, Table
 
 from koopmon.cli.console import print_json, results, say
-from koopmon.cli.options import AsJson, KeysDirectory
+from koopmon.cli.options import AsJson, KeysDirectory, option
 from koopmon.errors import KeysError
 from koopmon.wire import keys
 
@@ -34,8 +34,7 @@ def make(
         typer.Argument(metavar="[NAME]...", help="monitor, or an agent's name. Default: monitor agent."),
     ] = None,
     runs: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Runs that the agents may send, as 'team-a/*'; repeatable. Default: *."),
+        list[str] | None, option("PATTERN", "Runs that the agents may send, as 'team-a/*'; repeatable. Default: *.")
     ] = None,
     directory: KeysDirectory = None,
     as_json: AsJson = False,
@@ -76,9 +75,7 @@ def show(directory: KeysDirectory = None, as_json: AsJson = False) -> int:
 
 def rotate(
     name: Annotated[str, typer.Argument(metavar="NAME", help="monitor, or an agent's name.")],
-    keep_days: Annotated[
-        float, typer.Option(min=0.0, max=365.0, metavar="DAYS", help="Days for which the old key stays valid.")
-    ] = 7.0,
+    keep_days: Annotated[float, option("DAYS", "Days for which the old key stays valid.", min=0.0, max=365.0)] = 7.0,
     directory: KeysDirectory = None,
     as_json: AsJson = False,
 ) -> int:

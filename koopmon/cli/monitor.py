@@ -19,28 +19,22 @@ from koopmon.cli.options import (
     KeysDirectory,
     PlaintextTcp,
     Policy,
+    option,
     overrides,
 )
 from koopmon.config import load
 
 
 def monitor(
-    bind: Annotated[
-        str, typer.Option(metavar="ENDPOINT", help="Control endpoint that agents connect to.")
-    ] = "tcp://127.0.0.1:9465",
+    bind: Annotated[str, option("ENDPOINT", "Control endpoint that agents connect to.")] = "tcp://127.0.0.1:9465",
     bind_data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ENDPOINT", help="Endpoint for snapshots, which the agents learn from it. Default: chosen."
-        ),
+        str | None, option("ENDPOINT", "Endpoint for snapshots, which the agents learn from it. Default: chosen.")
     ] = None,
     http: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Address of the live page, /metrics, /healthz and /readyz.")
+        str, option("HOST:PORT", "Address of the live page, /metrics, /healthz and /readyz.")
     ] = "127.0.0.1:9464",
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:N", help="Device that computes spectra.")] = "auto",
-    store: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="History, SQLite. Default: under XDG_STATE_HOME.")
-    ] = None,
+    device: Annotated[str, option("auto|cpu|cuda:N", "Device that computes spectra.")] = "auto",
+    store: Annotated[Path | None, option("FILE", "History, SQLite. Default: under XDG_STATE_HOME.")] = None,
     config: ConfigFile = None,
     policy: Policy = None,
     dry_run: DryRun = False,
@@ -48,16 +42,12 @@ def monitor(
     insecure_plaintext_tcp: PlaintextTcp = False,
     grafana_url: Annotated[
         str | None,
-        typer.Option(
-            metavar="URL", help="Annotate each decision in this Grafana; its token: KOOPMON_GRAFANA_TOKEN, or a file."
-        ),
+        option("URL", "Annotate each decision in this Grafana; its token: KOOPMON_GRAFANA_TOKEN, or a file."),
     ] = None,
     grafana_token_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Token of a service account of that Grafana, mode 0600.")
+        Path | None, option("FILE", "Token of a service account of that Grafana, mode 0600.")
     ] = None,
-    ready_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File to write, as JSON, once the monitor serves.")
-    ] = None,
+    ready_file: Annotated[Path | None, option("FILE", "File to write, as JSON, once the monitor serves.")] = None,
     with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True)] = False,
 ) -> int:
     """Run the monitor: compute spectra of snapshots, export metrics, and send commands to the agents.

@@ -12,29 +12,29 @@ from koopmon.config import PolicyName
 POLICIES: tuple[str, ...] = get_args(PolicyName)
 
 
+def option(metavar: str, help_text: str, *names: str, **settings: Any) -> Any:
+    """Return an option with a value; `names` replace the parameter's own name, `settings` are those of typer."""
+    return typer.Option(*names, metavar=metavar, help=help_text, **settings)
+
+
 def _known_policy(name: str | None) -> str | None:
     if name is not None and name not in POLICIES:
         raise typer.BadParameter(f"{name!r}: allowed are {', '.join(POLICIES)}")
     return name
 
 
-ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Configuration, TOML. Default: KOOPMON_CONFIG.")]
+ConfigFile = Annotated[Path | None, option("FILE", "Configuration, TOML. Default: KOOPMON_CONFIG.")]
 Policy = Annotated[
-    str | None,
-    typer.Option(
-        metavar="|".join(POLICIES), callback=_known_policy, help="Allowed actions. Default: the configuration's."
-    ),
+    str | None, option("|".join(POLICIES), "Allowed actions. Default: the configuration's.", callback=_known_policy)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run, as `koopmon run` printed it.")]
 HistoryFile = Annotated[
-    Path | None,
-    typer.Option("--store", metavar="FILE", help="History, SQLite. Default: the run's own, else the monitor's."),
+    Path | None, option("FILE", "History, SQLite. Default: the run's own, else the monitor's.", "--store")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Decide and record, but send no command.")]
 KeysDirectory = Annotated[
-    Path | None,
-    typer.Option("--keys", metavar="DIR", help="Key files. Default: KOOPMON_KEYS, else under XDG_CONFIG_HOME."),
+    Path | None, option("DIR", "Key files. Default: KOOPMON_KEYS, else under XDG_CONFIG_HOME.", "--keys")
 ]
 PlaintextTcp = Annotated[
     bool,

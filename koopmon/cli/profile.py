@@ -13,7 +13,7 @@ from rich.table import Table
 from koopmon import plots
 from koopmon.cli import factory as factories
 from koopmon.cli.console import print_json, results
-from koopmon.cli.options import AsJson
+from koopmon.cli.options import AsJson, option
 from koopmon.errors import CalibrationError, ConfigError, KoopmonError, foreign_code
 from koopmon.numbers import mean
 
@@ -41,26 +41,18 @@ def profile(
     factory: Annotated[
         str, typer.Argument(metavar="FACTORY", help="module:function or file.py:function that returns (model, batch).")
     ],
-    adapter: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Architecture adapter. Default: the one that fits best.")
-    ] = None,
-    stack: Annotated[
-        str | None, typer.Option(metavar="PATH", help="List of residual blocks in the model. Default: found.")
-    ] = None,
-    num_samples: Annotated[int, typer.Option(metavar="N", min=16, help="Tokens, the same ones at every depth.")] = 2048,
+    adapter: Annotated[str | None, option("NAME", "Architecture adapter. Default: the one that fits best.")] = None,
+    stack: Annotated[str | None, option("PATH", "List of residual blocks in the model. Default: found.")] = None,
+    num_samples: Annotated[int, option("N", "Tokens, the same ones at every depth.", min=16)] = 2048,
     svd_rank: Annotated[
-        int | None, typer.Option(metavar="R", min=1, help="Leading directions. Default: all, which needs N >= width.")
+        int | None, option("R", "Leading directions. Default: all, which needs N >= width.", min=1)
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the choice of tokens.")] = 0,
+    seed: Annotated[int, option("N", "Seed of the choice of tokens.", min=0)] = 0,
     as_json: AsJson = False,
-    png: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the eigenvalues on the unit circle, coloured by depth.")
-    ] = None,
-    calibrator: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Calibrator, as `koopmon calibrate` writes it.")
-    ] = None,
+    png: Annotated[Path | None, option("FILE", "Draw the eigenvalues on the unit circle, coloured by depth.")] = None,
+    calibrator: Annotated[Path | None, option("FILE", "Calibrator, as `koopmon calibrate` writes it.")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--lr", metavar="RATE", min=1e-12, help="Predict the probability of divergence.")
+        float | None, option("RATE", "Predict the probability of divergence.", "--lr", min=1e-12)
     ] = None,
     max_lr: Annotated[bool, typer.Option("--max-lr", help="Predict the highest learning rate that is safe.")] = False,
 ) -> int:

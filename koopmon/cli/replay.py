@@ -6,12 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
-import typer
 from rich.table import Table
 
 from koopmon.cli.console import print_json, results
 from koopmon.cli.find_history import opened
-from koopmon.cli.options import POLICIES, AsJson, HistoryFile, RunArgument
+from koopmon.cli.options import POLICIES, AsJson, HistoryFile, RunArgument, option
 from koopmon.config import Config, load
 from koopmon.errors import ConfigError
 from koopmon.views.run_view import DecisionView
@@ -26,10 +25,7 @@ Recorded: TypeAlias = dict[tuple[str, int], list[str]]
 def replay(
     run: RunArgument,
     policy: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE", help=f"Configuration, TOML: [policy], [risk], [kss]. Or a name: {', '.join(POLICIES)}."
-        ),
+        str, option("FILE", f"Configuration, TOML: [policy], [risk], [kss]. Or a name: {', '.join(POLICIES)}.")
     ],
     store: HistoryFile = None,
     as_json: AsJson = False,

@@ -20,7 +20,7 @@ from koopmon.agent.autoload import python_path
 from koopmon.cli.console import say
 from koopmon.cli.embedded import READY_SECONDS, EmbeddedMonitor, MonitorNotReadyError
 from koopmon.cli.launch_inspection import run_store, script_name, spread
-from koopmon.cli.options import ConfigFile, DryRun, KeysDirectory, PlaintextTcp, Policy, overrides
+from koopmon.cli.options import ConfigFile, DryRun, KeysDirectory, PlaintextTcp, Policy, option, overrides
 from koopmon.cli.supervise import run_job, signals_held, take_signal
 from koopmon.config import load
 from koopmon.errors import ConfigError, KoopmonError
@@ -34,8 +34,7 @@ ANSWER_SECONDS = 2.0
 def run(
     command: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The job's command.")],
     monitor: Annotated[
-        str | None,
-        typer.Option(metavar="ENDPOINT", help="Endpoint of a running monitor. Default: the job starts its own."),
+        str | None, option("ENDPOINT", "Endpoint of a running monitor. Default: the job starts its own.")
     ] = None,
     policy: Policy = None,
     dry_run: DryRun = False,
@@ -44,21 +43,19 @@ def run(
     insecure_plaintext_tcp: PlaintextTcp = False,
     name: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "NAME",
+            "Name of the run. Default: the script's and 8 hex digits. A restarted job keeps its name.",
             "--run",
-            metavar="NAME",
             envvar="KOOPMON_RUN",
-            help="Name of the run. Default: the script's and 8 hex digits. A restarted job keeps its name.",
         ),
     ] = None,
     http: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Address of the own monitor's pages. Default: a free port.")
+        str | None, option("HOST:PORT", "Address of the own monitor's pages. Default: a free port.")
     ] = None,
-    store: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The job's history. Default: under XDG_STATE_HOME.")
-    ] = None,
+    store: Annotated[Path | None, option("FILE", "The job's history. Default: under XDG_STATE_HOME.")] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the closing summary to this file, as JSON.")
+        Path | None, option("FILE", "Write the closing summary to this file, as JSON.", "--json")
     ] = None,
 ) -> int:
     """Guard an unchanged training job, on one node with a monitor of its own.
@@ -203,9 +200,9 @@ def _default_store(name: str) -> Path:
 
 def _refuse(given: Mapping[str, object], why: str) -> None:
     """Raise ConfigError if any of these options was given."""
-    for option, value in given.items():
+    for name, value in given.items():
         if value is not None:
-            raise ConfigError(f"{option} {why}")
+            raise ConfigError(f"{name} {why}")
 
 
 def _close_with_summary(store: Path, name: str, status: int, json_file: Path | None) -> None:
