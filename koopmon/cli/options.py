@@ -48,5 +48,5 @@ PlaintextTcp = Annotated[
 def overrides(section: str, **values: str | Path | bool | None) -> dict[str, Any]:
     """Return the options that were given (neither None nor False) as overrides of one section of the configuration."""
     given = {name: value for name, value in values.items() if value is not None and value is not False}
-    table = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in given.items()}
+    table = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     return {section: table} if table else {}

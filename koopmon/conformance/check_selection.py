@@ -7,7 +7,6 @@ import copy
 from collections.abc import Mapping, Sized
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +18,6 @@ from koopmon.conformance.result import demand
 from koopmon.errors import AdapterError, ConfigError, raise_from_signal
 from koopmon.plugins import claims_on, example_models
 from koopmon.spectral import LARGEST_EXPONENT
-from koopmon.wire.messages import KssSettings
 
 
 def example(bench: Bench) -> str:
@@ -46,8 +44,7 @@ def claim(bench: Bench) -> str:
         demand(now == found, f"specificity() gives {found}, and {now} {when} of the same model")
     adapter.stacks(model)
     adapter.flags(model)
-    after = _attributes(adapter)
-    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    changed = _changed(before, _attributes(adapter))
     demand(not changed, f"the adapter keeps {', '.join(changed)} of one model for the next: it must be stateless")
     others = {name: other for name, other in bench.known.items() if other is not adapter}
     for name, claim in claims_on(model, others).items():
@@ -98,8 +95,7 @@ def untouched(bench: Bench) -> str:
         before, values = _state(model), {key: value.clone() for key, value in _tensors(model).items()}
         random_state = torch.get_rng_state()
         ask()
-        after = _state(model)
-        changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+        changed = _changed(before, _state(model))
         demand(not changed, f"{name} changes the model: {', '.join(changed[:4])}")
         now = _tensors(model)
         changed = [key for key in values if not same_bits(values[key], now[key])]
@@ -140,7 +136,8 @@ def discovery(bench: Bench) -> str:
     model = bench.build()
     first, second = candidates(bench.adapter, model), candidates(bench.adapter, model)
     demand(first == second, "stacks() gives two different answers for one model")
-    demand(not bench.no_chain, bench.no_chain)
+    name, why = bench.chain
+    demand(name is not None, why)
     stack = bench.stack(model)
     return f"{len(stack.points)} blocks in {stack.name or 'the model itself'}, verified by a forward pass"
 
@@ -171,12 +168,10 @@ def check_settings(adapter: ArchitectureAdapter) -> None:
             configuration.from_mapping({table: dict(values)}, source=source)
         except ConfigError as error:
             raise AdapterError(str(error)) from None
-        if table == "kss":  # the fields of the wire message have their own bounds
-            travels = {name: value for name, value in values.items() if name in KssSettings.__struct_fields__}
-            try:
-                msgspec.convert(travels, KssSettings)
-            except msgspec.ValidationError as error:
-                raise AdapterError(f"{source}: {error}") from None
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return [name for name in before | after if before.get(name) != after.get(name)]
 
 
 def _attributes(adapter: ArchitectureAdapter) -> dict[str, Any]:
@@ -200,7 +195,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def _strangers() -> dict[str, nn.Module]:

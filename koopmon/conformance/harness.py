@@ -103,11 +103,6 @@ class Bench:
         demand(same_bits(*losses), f"the same training step gives {losses[0].item()!r} and {losses[1].item()!r}")
         losses[0].backward()  # type: ignore[no-untyped-call]
 
-    def require_example(self) -> None:
-        """Raise SkipTest when the example model itself is invalid."""
-        if self.flaw:
-            raise SkipTest(f"needs a sound example model: {self.flaw}")
-
     @cached_property
     def selection(self) -> Selection:
         """The adapter's candidates in one instance of the model, for names and counts."""
@@ -138,8 +133,8 @@ class Bench:
             raise SkipTest("needs the modules shielded from KSS, which `kss-shields` does not find") from None
 
     @cached_property
-    def _verified(self) -> tuple[str | None, str]:
-        """Name of the verified chain and "", or None and the reason."""
+    def chain(self) -> tuple[str | None, str]:
+        """Name of the stack that a forward pass verifies and "", or None and the reason against each candidate."""
         try:
             with foreign_code(ConformanceError):  # the adapter's own code
                 model = self.build()
@@ -155,14 +150,9 @@ class Bench:
             return None, f"no stack is a chain of residual blocks: {reason}"
         return kept.name, ""
 
-    @property
-    def no_chain(self) -> str:
-        """Reason why no forward pass verifies a chain; empty when one does."""
-        return self._verified[1]
-
     def stack(self, model: nn.Module) -> Stack:
         """Return the verified chain in `model`. Raises SkipTest without one; `discovery` reports the reason."""
-        name = self._verified[0]
+        name = self.chain[0]
         if name is None:
             raise SkipTest("needs the chain that `discovery` does not find")
         return next(stack for stack in self.adapter.stacks(model) if stack.name == name)
@@ -172,7 +162,7 @@ class Bench:
         stacks = self.adapter.stacks(model)
         if not stacks:
             raise SkipTest("needs a stack, and stacks() gives none")
-        name = self._verified[0]
+        name = self.chain[0]
         return next((stack for stack in stacks if stack.name == name), stacks[0])
 
     @cached_property

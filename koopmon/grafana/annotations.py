@@ -11,7 +11,6 @@ import html
 import http.client
 import json
 import logging
-import ssl
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -55,9 +54,8 @@ class Annotations:
         if access.in_clear:
             logger.warning("grafana %s has no TLS: others on the network can read the token", access.url)
         self._access = access
-        self._host, self._port = str(parts.hostname), parts.port
-        self._path = f"{parts.path}api/annotations"
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._host, self._port, self._path = str(parts.hostname), parts.port, f"{parts.path}api/annotations"
+        self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._queue: deque[bytes] = deque(maxlen=queue_length)
         self._changed = threading.Condition()
         self._closing = False
@@ -96,7 +94,8 @@ class Annotations:
                 self._failed(getattr(error, "strerror", None) or str(error) or type(error).__name__)
                 if self._closing:
                     return
-                self._wait(pause)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing, timeout=pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             except Exception as error:  # a rejection or an unexpected error would recur on a retry
                 self._taken(body, lost=True)
@@ -121,14 +120,11 @@ class Annotations:
             elif not lost:
                 self._lost -= 1
 
-    def _wait(self, seconds: float) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closing, timeout=seconds)
-
     def _post(self, body: bytes) -> None:
         # Decisions are rare, so Grafana would have closed an idle connection before the next one.
         headers = {"Authorization": f"Bearer {self._access.token}", "Content-Type": "application/json"}
-        with contextlib.closing(self._connect()) as connection:
+        seconds = self._access.timeout_seconds
+        with contextlib.closing(self._kind(self._host, self._port, timeout=seconds)) as connection:
             connection.request("POST", self._path, body, {**headers, "Connection": "close"})
             answer = connection.getresponse()
             status, text = answer.status, answer.read(MAX_ANSWER_BYTES)
@@ -136,12 +132,6 @@ class Annotations:
             raise http.client.HTTPException(f"it answers {status}")
         if status != 200:
             raise RefusedError(f"it answers {status}: {_said(text)}")
-
-    def _connect(self) -> http.client.HTTPConnection:
-        seconds = self._access.timeout_seconds
-        if self._tls is None:
-            return http.client.HTTPConnection(self._host, self._port, timeout=seconds)
-        return http.client.HTTPSConnection(self._host, self._port, timeout=seconds, context=self._tls)
 
     def _failed(self, why: str) -> None:
         if not self._failing:

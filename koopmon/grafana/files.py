@@ -51,36 +51,15 @@ def write(directory: Path, contents: Mapping[str, str]) -> None:
 
 def dashboard_provider() -> dict[str, Any]:
     """Return Grafana's `provisioning/dashboards`: the directory with the dashboard files."""
-    return {
-        "apiVersion": 1,
-        "providers": [
-            {
-                "name": "koopmon",
-                "folder": FOLDER,
-                "folderUid": FOLDER,
-                "type": "file",
-                "allowUiUpdates": False,
-                "options": {"path": DASHBOARDS_DIRECTORY},
-            }
-        ],
-    }
+    provider = {"name": "koopmon", "folder": FOLDER, "folderUid": FOLDER, "type": "file", "allowUiUpdates": False}
+    return {"apiVersion": 1, "providers": [{**provider, "options": {"path": DASHBOARDS_DIRECTORY}}]}
 
 
 def datasource_file(prometheus_url: str) -> dict[str, Any]:
     """Return Grafana's `provisioning/datasources`: the Prometheus that scrapes the monitor."""
-    return {
-        "apiVersion": 1,
-        "datasources": [
-            {
-                "name": "koopmon Prometheus",
-                "uid": DATASOURCE_UID,
-                "type": "prometheus",
-                "access": "proxy",
-                "url": prometheus_url,
-                "jsonData": {"httpMethod": "POST", "timeInterval": "5s"},
-            }
-        ],
-    }
+    source = {"name": "koopmon Prometheus", "uid": DATASOURCE_UID, "type": "prometheus", "access": "proxy"}
+    settings = {"httpMethod": "POST", "timeInterval": "5s"}
+    return {"apiVersion": 1, "datasources": [{**source, "url": prometheus_url, "jsonData": settings}]}
 
 
 def _yaml(data: Mapping[str, Any]) -> str:

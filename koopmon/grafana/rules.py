@@ -105,19 +105,17 @@ def _queries(alert: Alert, datasource_uid: str) -> list[dict[str, Any]]:
     prometheus = {"type": "prometheus", "uid": datasource_uid}
     model = {"editorMode": "code", "expr": alert.expr, "instant": True, "range": False}
     expressions = {"type": EXPRESSIONS, "uid": EXPRESSIONS}
+    condition = {"type": "math", "expression": "is_number($A)"}
+    parts = (("A", LOOKBACK_SECONDS, prometheus, model), ("B", 0, expressions, condition))
     return [
-        _query("A", LOOKBACK_SECONDS, prometheus, model),
-        _query("B", 0, expressions, {"type": "math", "expression": "is_number($A)"}),
+        {
+            "refId": name,
+            "relativeTimeRange": {"from": lookback, "to": 0},
+            "datasourceUid": source["uid"],
+            "model": {"refId": name, "datasource": source, **settings},
+        }
+        for name, lookback, source, settings in parts
     ]
-
-
-def _query(ref_id: str, lookback: int, datasource: dict[str, str], model: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "refId": ref_id,
-        "relativeTimeRange": {"from": lookback, "to": 0},
-        "datasourceUid": datasource["uid"],
-        "model": {"refId": ref_id, "datasource": datasource, **model},
-    }
 
 
 def _annotations(alert: Alert, docs_url: str | None) -> dict[str, str]:
