@@ -6,7 +6,6 @@ import logging
 import re
 import sys
 from dataclasses import astuple
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -49,13 +48,16 @@ def check(
     logging.getLogger("koopmon").addHandler(logging.NullHandler())
     console = Console(stderr=True)
     with console.status("loading torch") as status:
+        from koopmon import plugins
         from koopmon.conformance import CheckResult, checks
 
         known, manager = _adapters(target)
         factory_models = [_named_model(name) for name in model or ()]
+        # A module may be registered twice.
+        offered = () if factory_models else dict.fromkeys(plugins.example_models(manager))
         battery, outcomes = [], []
         for adapter in known:
-            examples = factory_models or _offered(adapter, manager)
+            examples = factory_models or [each for each in offered if each.adapter == adapter.name]
             if not examples:
                 outcomes.append(CheckResult(adapter.name, "none", "example", "skipped", _no_model(manager)))
             for example in examples:
@@ -97,13 +99,10 @@ def _adapters(target: str) -> tuple[list[ArchitectureAdapter], PluginManager]:
     found = [plugins.original(adapter) for plugin in brought for adapter in manager.offers.get(plugin, ())]
     if found:
         return found, manager
-    if not brought and not _is_module(target):
-        raise AdapterError(
-            f"{target!r}: no adapter, distribution or module of this name; adapters are {', '.join(known) or 'none'}"
-        )
     raise AdapterError(
-        f"{target!r} offers no adapter: a module of it, named in the entry-point group koopmon, must hold a function "
-        "koopmon_architecture_adapters with @koopmon.hookimpl; or name one as module:object"
+        f"{target!r} offers no adapter or is not installed; adapters are {', '.join(known) or 'none'}; a module in the "
+        "entry-point group koopmon offers some by a function koopmon_architecture_adapters with @koopmon.hookimpl; or "
+        "name one as module:object"
     )
 
 
@@ -128,13 +127,6 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _is_module(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
-
-
 def _named_model(name: str) -> ExampleModel:
     """Return an example model for any adapter, from the factory `name`. A test call has verified the factory."""
     from koopmon.api import ExampleModel
@@ -142,13 +134,6 @@ def _named_model(name: str) -> ExampleModel:
     factory = factories.named(name)
     factories.call(name, factory)
     return ExampleModel(name, "", lambda seed: factory())
-
-
-def _offered(adapter: ArchitectureAdapter, manager: PluginManager) -> list[ExampleModel]:
-    from koopmon import plugins
-
-    offers = dict.fromkeys(plugins.example_models(manager))  # a module may be registered twice
-    return [example for example in offers if example.adapter == adapter.name]
 
 
 def _no_model(manager: PluginManager) -> str:

@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 
 
 OUT = Path("koopmon-demo")
-SHOWN = "kss+lr"
-"""Differs from the default policy of a guarded job: the demonstration shows every action and the effect of KSS."""
 
 
 def demo(
-    policy: Policy = None,
+    # Not the default policy of a guarded job: the demonstration shows every action and the effect of KSS.
+    policy: Policy = "kss+lr",
     lr: Annotated[float, option("RATE", "Learning rate. The default one makes the training diverge.")] = 0.01,
     steps: Annotated[int, option("N", "Optimizer steps of each training.", min=1)] = 150,
     seed: Annotated[int, option("N", "Seed of both trainings.", min=0)] = 0,
@@ -39,7 +38,6 @@ def demo(
     from koopmon.demo.training import Setting, run_training
     from koopmon.demo.view import LiveView, summary_table, verdict
 
-    policy = policy or SHOWN
     setting = Setting(lr=lr, steps=steps, seed=seed)
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     try:

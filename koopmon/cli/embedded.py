@@ -55,21 +55,17 @@ class EmbeddedMonitor:
         except OSError as error:
             raise _not_started(error) from None
         self.endpoint = f"ipc://{self._directory / 'control'}"
-        places = {
-            "--bind": self.endpoint,
-            "--bind-data": f"ipc://{self._directory / 'data'}",
-            "--http": http,
-            "--store": str(store),
-            "--ready-file": str(self._directory / "ready"),
-        }
-        words = [word for pair in places.items() for word in pair]
+        sockets = ["--bind", self.endpoint, "--bind-data", f"ipc://{self._directory / 'data'}", "--http", http]
+        files = ["--store", str(store), "--ready-file", str(self._directory / "ready")]
+        # The accelerators belong to the job.
+        words = ["monitor", *sockets, *files, "--device", "cpu", "--with-parent", *options]
         try:
             with self.log.open("wb") as log:
                 # A separate session: the terminal's Ctrl-C reaches only the job, and the monitor outlives it. The
                 # monitor's standard input is our pipe: when this process dies for any reason, the monitor reads end of
-                # file. The accelerators belong to the job.
+                # file.
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "koopmon", "monitor", *words, "--device", "cpu", "--with-parent", *options],
+                    [sys.executable, "-m", "koopmon", *words],
                     env=dict(environ),
                     stdin=subprocess.PIPE,
                     stdout=log,

@@ -13,15 +13,7 @@ import typer
 
 from koopmon.cli.console import configure_logging
 from koopmon.cli.launch_inspection import monitor_store
-from koopmon.cli.options import (
-    ConfigFile,
-    DryRun,
-    KeysDirectory,
-    PlaintextTcp,
-    Policy,
-    option,
-    overrides,
-)
+from koopmon.cli.options import ConfigFile, DryRun, KeysDirectory, PlaintextTcp, Policy, option, overrides
 from koopmon.config import load
 
 

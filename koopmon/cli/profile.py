@@ -125,9 +125,8 @@ class Forecast:
             at = f"at learning rate {self.learning_rate:g}"
             lines.append(f"divergence probability {at}: {self.divergence_probability:.2f}{error}")
         elif self.learning_rate is not None:
-            lines.append(
-                f"learning rate {self.learning_rate:g} is higher, for this size, than any that the calibrator has seen"
-            )
+            rate = f"learning rate {self.learning_rate:g}"
+            lines.append(f"{rate} is higher, for this size, than any that the calibrator has seen")
         if self.max_learning_rate is not None and self.even_learning_rate is not None:
             lines.append(
                 f"highest learning rate survived with probability {SURVIVES:.0%}: {self.max_learning_rate:.2g}; "
@@ -153,11 +152,10 @@ def _forecast(
         width=int(captured.states[0].shape[-1]),
         num_layers=spectrum.num_layers,
     )
+    covered = learning_rate is not None and calibrator.covers(example)
     return Forecast(
         learning_rate=learning_rate,
-        divergence_probability=calibrator.probability(example)
-        if learning_rate and calibrator.covers(example)
-        else None,
+        divergence_probability=calibrator.probability(example) if covered else None,
         max_learning_rate=calibrator.max_learning_rate(example, 1 - SURVIVES),
         even_learning_rate=calibrator.max_learning_rate(example, 0.5),
         held_out_error=calibrator.held_out_error,

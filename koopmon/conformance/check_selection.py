@@ -32,10 +32,8 @@ def claim(bench: Bench) -> str:
     before = _attributes(adapter)
     found = adapter.specificity(model)
     demand(type(found) is int, f"specificity() gives {found!r}, expected an int")
-    demand(
-        1 <= found <= MAX_SPECIFICITY,
-        f"specificity() gives {found} for a model of its own family, allowed are 1 to {MAX_SPECIFICITY}",
-    )
+    within = 1 <= found <= MAX_SPECIFICITY
+    demand(within, f"specificity() gives {found} for a model of its own family, allowed are 1 to {MAX_SPECIFICITY}")
     same = {"again": model, "for another build": bench.build()}
     with contextlib.suppress(Exception):  # some models cannot be copied
         same["for a deepcopy"] = copy.deepcopy(model)
@@ -70,10 +68,8 @@ def restraint(bench: Bench) -> str:
             raise_from_signal(error)
             continue
         found = adapter.specificity(model)
-        demand(
-            found < theirs,
-            f"specificity() gives {found} for {offer.name!r}, a model of adapter {owner.name!r}, which claims {theirs}",
-        )
+        rival = f"{offer.name!r}, a model of adapter {owner.name!r}, which claims {theirs}"
+        demand(found < theirs, f"specificity() gives {found} for {rival}")
         seen.append(offer.name)
     return f"claims none of {', '.join([*_strangers(), *seen])}"
 
@@ -117,11 +113,9 @@ def candidates(adapter: ArchitectureAdapter, model: nn.Module) -> list[Stack]:
         demand(in_order, f"stack {stack.name!r} numbers its layers {layers}, expected 0 and up in order")
         for point in stack.points:
             resolved = modules.get(point.name)
-            demand(
-                resolved is point.module,
-                f"point {point.name!r} of stack {stack.name!r} names "
-                f"{'no module' if resolved is None else 'another module than its own'} in the model",
-            )
+            named = "no module" if resolved is None else "another module than its own"
+            where = f"point {point.name!r} of stack {stack.name!r}"
+            demand(resolved is point.module, f"{where} names {named} in the model")
             demand(point.entry in inside, f"the entry of point {point.name!r} is no module of the model")
         distinct = len({point.module for point in stack.points})
         demand(distinct == len(layers), f"stack {stack.name!r} has {len(layers)} points on {distinct} modules")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from koopmon.api import Stack
 from koopmon.conformance.harness import MIN_TOKENS, Bench, at_points, described, parts, same_bits, seeded
 from koopmon.conformance.result import demand
+from koopmon.conformance.training import Training
 from koopmon.token_sampling import align_mask
 
 
@@ -81,8 +82,8 @@ def reading(bench: Bench) -> str:
 
 def round_trip(bench: Bench) -> str:
     """with_block_output replaces only the state; a replacement by the same state changes nothing."""
-    adapter, model = bench.adapter, bench.build()
-    stack = bench.likely_stack(model)
+    adapter, plain, replaced = bench.adapter, Training(bench), Training(bench)
+    stack = bench.likely_stack(replaced.model)
     kinds: dict[str, None] = {}
 
     def leave(layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -97,10 +98,8 @@ def round_trip(bench: Bench) -> str:
         kept = adapter.block_output(module, output)
         demand(kept is not None and same_bits(kept, state), f"{where} changes the output that it was given")
         back = adapter.block_output(module, changed)
-        demand(
-            back is not None and same_bits(back, marker),
-            f"{where} does not put the state where block_output at {name} reads it",
-        )
+        arrived = back is not None and same_bits(back, marker)
+        demand(arrived, f"{where} does not put the state where block_output at {name} reads it")
         before, after = parts(output), parts(changed)
         demand(before.keys() == after.keys(), f"{where} gives parts {list(after)} for {list(before)}")
         for path, part in before.items():
@@ -109,27 +108,23 @@ def round_trip(bench: Bench) -> str:
         kinds[type(output).__name__] = None
         return adapter.with_block_output(module, output, state.clone())
 
-    plain = bench.build()
-    with seeded(1):
-        expected = bench.loss(plain, bench.batch(0))
-        expected.backward()  # type: ignore[no-untyped-call]
-    found = _one_forward(bench, model, stack, None, leave)
-    demand(
-        same_bits(found.detach(), expected.detach()),
-        f"with every state replaced by its copy, the loss is {found.item()!r}, and {expected.item()!r} without",
-    )
-    found.backward()  # type: ignore[no-untyped-call]
-    for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+    plain.backward()
+    with at_points(stack, leave=leave):
+        replaced.backward()
+    copied, (expected,), (found,) = "with every state replaced by its copy", plain.losses, replaced.losses
+    same = same_bits(found, expected)
+    demand(same, f"{copied}, the loss is {found.item()!r}, and {expected.item()!r} without")
+    for (name, mine), theirs in zip(replaced.model.named_parameters(), plain.model.parameters(), strict=True):
         left, right = (torch.zeros_like(each) if each.grad is None else each.grad for each in (mine, theirs))
         same = torch.allclose(left, right, rtol=1e-4, atol=1e-6, equal_nan=True)
-        demand(same, f"with every state replaced by its copy, the gradient of {name} is another")
+        demand(same, f"{copied}, the gradient of {name} is another")
     return f"{', '.join(kinds)}: only the state is replaced"
 
 
-def _one_forward(bench: Bench, model: nn.Module, stack: Stack, enter: Any, leave: Callable[..., Any]) -> Tensor:
-    """Return the loss of one training forward with hooks before and after every block."""
+def _one_forward(bench: Bench, model: nn.Module, stack: Stack, enter: Any, leave: Callable[..., Any]) -> None:
+    """Run one training forward with hooks before and after every block."""
     with at_points(stack, enter, leave), seeded(1):
-        return bench.loss(model, bench.batch(0))
+        bench.loss(model, bench.batch(0))
 
 
 def _asked_twice(where: str, call: Any, ask: Callable[[], Tensor | None]) -> tuple[Tensor | None, Tensor | None]:

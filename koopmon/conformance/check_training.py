@@ -13,16 +13,8 @@ from torch import Tensor
 
 from koopmon.conformance.harness import Bench, same_bits
 from koopmon.conformance.result import ConformanceError, demand
-from koopmon.conformance.training import (
-    LEARNING_RATE,
-    NUM_SAMPLES,
-    SEED,
-    Attached,
-    Seen,
-    Training,
-    Witness,
-    require_checkpointing,
-)
+from koopmon.conformance.training import LEARNING_RATE, NUM_SAMPLES, SEED, Attached, Seen, Training, Witness
+from koopmon.errors import foreign_code
 from koopmon.spectral import kss_basis, kss_gradient, kss_loss
 from koopmon.token_sampling import align_mask, order_rows, take_rows
 from koopmon.wire.messages import KssSettings
@@ -38,7 +30,7 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-2}
 def taps(bench: Bench, *, microbatches: int = 1, evaluate: bool = False, checkpointing: bool = False) -> str:
     """Each block is called once in a training forward, and each optimizer step gives one snapshot of its states."""
     if checkpointing:
-        require_checkpointing(bench)
+        _require_checkpointing(bench)
     training = Training(bench, microbatches=microbatches, checkpointing=checkpointing)
     likely = bench.likely_stack(training.model)
     witness = Witness(bench, training.model, likely)
@@ -110,7 +102,7 @@ def _require_repeatable(bench: Bench, first: Training) -> None:
 def kss(bench: Bench, *, checkpointing: bool = False) -> str:
     """The gradient with KSS in force equals that of an explicit (loss + alpha * kss).backward()."""
     if checkpointing:
-        require_checkpointing(bench)
+        _require_checkpointing(bench)
     dtype = bench.precise
     alpha = _balanced_alpha(bench)
     written = _Explicit(bench, alpha, microbatches=2, learning_rate=0.0)
@@ -191,6 +183,14 @@ def kss_on_and_off(bench: Bench) -> str:
         f"{allowed:.0e}",
     )
     return f"on for two steps and off again, relative difference {difference:.0e} from the same by hand"
+
+
+def _require_checkpointing(bench: Bench) -> None:
+    """Raise SkipTest if the example does not train under activation checkpointing even without an agent."""
+    trial = Training(bench, checkpointing=True)
+    what = "the model itself does not train under activation checkpointing"
+    with foreign_code(lambda why: SkipTest(f"{what}: it {why}")):
+        trial.backward()
 
 
 class _Explicit(Training):

@@ -25,7 +25,6 @@ from koopmon.agent.runtime import AgentRuntime
 from koopmon.api import Stack
 from koopmon.conformance.harness import Bench, at_points, seeded
 from koopmon.conformance.result import demand
-from koopmon.errors import foreign_code
 from koopmon.plugins import select
 from koopmon.wire.messages import Command
 
@@ -255,14 +254,6 @@ class Attached:
 
     def __exit__(self, *_: object) -> None:
         self.runtime.close("")
-
-
-def require_checkpointing(bench: Bench) -> None:
-    """Raise SkipTest if the example does not train under activation checkpointing even without an agent."""
-    trial = Training(bench, checkpointing=True)
-    what = "the model itself does not train under activation checkpointing"
-    with foreign_code(lambda why: SkipTest(f"{what}: it {why}")):
-        trial.backward()
 
 
 def _checkpoint_blocks(model: nn.Module, stack: Stack) -> None:

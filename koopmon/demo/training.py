@@ -186,7 +186,7 @@ def _read_steps(log: Path) -> Iterator[LoggedStep]:
         return
     # The last line may be incomplete.
     for line in text.split("\n")[:-1]:
-        row = {"diverged": False} | json.loads(line)
+        row = json.loads(line)
         yield LoggedStep(**{each.name: row[each.name] for each in fields(LoggedStep)})
 
 

@@ -66,7 +66,18 @@ class Connection:
         except KoopmonError as error:
             yield fail("monitor", str(error), "restrict the directory to its owner: chmod 700 DIRECTORY")
             return
-        yield from self._monitor(endpoint, found)
+        if found.reason == "version":
+            yield fail("versions", found.failure, "pip install the same version of koopmon on both sides")
+        elif found.refused:
+            yield fail("monitor", f"it refuses this agent: {found.failure}", _fix_of(found.failure, self.trust))
+        elif found.reply is None:
+            yield self._absent(endpoint, found)
+        else:
+            self.reply = found.reply
+            yield ok("monitor", f"answers at {endpoint} in {1000 * found.round_trip_seconds:.3g} ms")
+            yield _versions(self.reply)
+            yield self._data(endpoint, self.reply)
+            yield _clock(found)
 
     def _keys(self, endpoint: str) -> Finding:
         trust = self.trust
@@ -82,22 +93,6 @@ class Connection:
         rotating = len(trust.monitor_key()) > 1
         also = "; a key rotation is in progress, and both keys of the monitor are valid" if rotating else ""
         return ok("keys", f"agent {trust.agent!r} has its secret key and the monitor's public key{also}")
-
-    def _monitor(self, endpoint: str, found: ProbeResult) -> Iterator[Finding]:
-        if found.reason == "version":
-            yield fail("versions", found.failure, "pip install the same version of koopmon on both sides")
-            return
-        if found.refused:
-            yield fail("monitor", f"it refuses this agent: {found.failure}", _fix_of(found.failure, self.trust))
-            return
-        if found.reply is None:
-            yield self._absent(endpoint, found)
-            return
-        self.reply = found.reply
-        yield ok("monitor", f"answers at {endpoint} in {1000 * found.round_trip_seconds:.3g} ms")
-        yield _versions(self.reply)
-        yield self._data(endpoint, self.reply)
-        yield _clock(found)
 
     def _absent(self, endpoint: str, found: ProbeResult) -> Finding:
         if found.failure:

@@ -27,12 +27,10 @@ def prometheus_rules(docs_url: str | None = None) -> dict[str, Any]:
 
     `docs_url` is the page of `runbook_url`; None selects the page /alerts of the monitor that exports the series.
     """
-    return {
-        "groups": [
-            {"name": title, "rules": [_prometheus_rule(alert, docs_url) for alert in alerts]}
-            for title, _, alerts in _groups()
-        ]
-    }
+    groups = []
+    for title, _, alerts in _groups():
+        groups.append({"name": title, "rules": [_prometheus_rule(alert, docs_url) for alert in alerts]})
+    return {"groups": groups}
 
 
 def grafana_rule_groups(datasource_uid: str, folder_uid: str, *, docs_url: str | None = None) -> list[dict[str, Any]]:

@@ -118,15 +118,15 @@ def prune_by_initial_risk(
     for name in ("divergence_probability", "near_unit_mass"):
         if getattr(found, name) is not None:
             trial.set_user_attr(f"koopmon:{name}", getattr(found, name))
-    probability, mass = found.divergence_probability, found.near_unit_mass
-    reason = found.reason
+    probability, mass, reason, prune = found.divergence_probability, found.near_unit_mass, found.reason, True
     if probability is not None and probability > max_probability:
         reason = f"diverges with probability {probability:.2f}, more than {max_probability:g}"
     elif max_near_unit_mass is not None and mass is not None and mass > max_near_unit_mass:
         reason = f"near-unit mass {mass:.2f} is above {max_near_unit_mass:g}"
     else:
-        if reason:
-            trial.set_user_attr("koopmon:reason", reason)
-        return found
-    trial.set_user_attr("koopmon:reason", reason)
-    raise optuna.TrialPruned(reason)
+        prune = False
+    if reason:
+        trial.set_user_attr("koopmon:reason", reason)
+    if prune:
+        raise optuna.TrialPruned(reason)
+    return found
