@@ -114,10 +114,10 @@ def environment(environ: Mapping[str, str], reply: ProbeReply | None) -> Iterato
         lacking = "WORLD_SIZE" if "RANK" in ranks else "RANK"
         said = f"{lacking} is missing beside {', '.join(ranks)}"
         yield warn("environment", said, "set both, or leave both to torchrun")
-    elif ranks and int(ranks["RANK"]) >= int(ranks["WORLD_SIZE"]):
+    elif "RANK" in ranks and int(ranks["RANK"]) >= int(ranks["WORLD_SIZE"]):
         said = f"RANK {ranks['RANK']} in a WORLD_SIZE of {ranks['WORLD_SIZE']}"
         yield fail("environment", said, "unset both: the launcher sets them for each rank")
-    elif ranks:
+    elif "RANK" in ranks:
         yield ok("environment", f"this is rank {ranks['RANK']} of {ranks['WORLD_SIZE']}")
     else:
         yield ok("environment", "no rank is set: the launcher sets them")
