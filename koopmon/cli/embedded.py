@@ -33,13 +33,7 @@ class EmbeddedMonitor:
     """One `koopmon monitor` on an ipc endpoint in its own directory, from its creation until `close`."""
 
     def __init__(
-        self,
-        store: Path,
-        environ: Mapping[str, str],
-        mask: set[signal.Signals],
-        *,
-        http: str = "127.0.0.1:0",
-        options: Sequence[str] = (),
+        self, store: Path, environ: Mapping[str, str], mask: set[signal.Signals], options: Sequence[str]
     ) -> None:
         """Start the monitor with the signal mask `mask`, without waiting. Its log file lies beside `store`.
 
@@ -55,7 +49,7 @@ class EmbeddedMonitor:
         except OSError as error:
             raise _not_started(error) from None
         self.endpoint = f"ipc://{self._directory / 'control'}"
-        sockets = ["--bind", self.endpoint, "--bind-data", f"ipc://{self._directory / 'data'}", "--http", http]
+        sockets = ["--bind", self.endpoint, "--bind-data", f"ipc://{self._directory / 'data'}"]
         files = ["--store", str(store), "--ready-file", str(self._directory / "ready")]
         # The accelerators belong to the job.
         words = ["monitor", *sockets, *files, "--device", "cpu", "--with-parent", *options]

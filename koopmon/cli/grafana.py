@@ -25,8 +25,8 @@ DocsUrl = Annotated[
 
 
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, help="Dashboards and alert rules for Prometheus and Grafana.")
-    group.callback(epilog="Example: koopmon grafana export grafana")(lambda: None)
+    title, example = "Dashboards and alert rules for Prometheus and Grafana.", "koopmon grafana export grafana"
+    group = typer.Typer(no_args_is_help=True, help=title, epilog=f"Example: {example}")
     example = "koopmon grafana export grafana --docs-url https://docs.example.org/alerts"
     group.command("export", epilog=f"Example: {example}")(export)
     example = "koopmon grafana push --url https://grafana.example.org/ --token-file ~/grafana.token --dry-run"

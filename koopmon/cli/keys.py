@@ -20,8 +20,9 @@ DEFAULT_NAMES = [keys.MONITOR, "agent"]
 
 
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, help="Create, list and rotate the keys of monitor and agents.")
-    group.callback(epilog="Example: koopmon keys make agent --runs 'team-a/*'")(lambda: None)
+    title = "Create, list and rotate the keys of monitor and agents."
+    example = "Example: koopmon keys make agent --runs 'team-a/*'"
+    group = typer.Typer(no_args_is_help=True, help=title, epilog=example)
     group.command("make", epilog="Example: koopmon keys make monitor agent")(make)
     group.command("show", epilog="Example: koopmon keys show --json")(show)
     group.command("rotate", epilog="Example: koopmon keys rotate agent --keep-days 7")(rotate)

@@ -9,7 +9,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -73,93 +72,81 @@ def run(
     settings = load(config, overrides=given)
     if name is not None:
         check_run_name(name, "--run")
-    job = JobRequest(command, name, config)
+    where = spread(command, os.environ)
+    named = name or new_run_name(script_name(command))
+    for_agents = {"KOOPMON_RUN": named, "KOOPMON_CONFIG": None if config is None else str(config.resolve())}
     of_monitor = {"--policy": policy, "--dry-run": dry_run or None, "--http": http, "--store": store}
     if monitor is not None:
         _refuse(of_monitor, "belongs to the monitor: give it to `koopmon monitor`, not beside --monitor")
         _refuse({"--json": json_file}, "with --monitor the monitor has the history: use `koopmon report`")
         trust = make_auth_policy(**msgspec.structs.asdict(settings.security), environ=os.environ)
-        security = {
-            "KOOPMON_KEYS": None if keys is None else str(keys.absolute()),
-            PLAINTEXT_VARIABLE: "1" if insecure_plaintext_tcp else None,
-        }
-        return _run_with_shared_monitor(job, monitor, trust, security)
+        for_agents["KOOPMON_KEYS"] = None if keys is None else str(keys.absolute())
+        for_agents[PLAINTEXT_VARIABLE] = "1" if insecure_plaintext_tcp else None
+        if where is not None:
+            # Ranks on other nodes have their own launchers, so the agents of the job agree on a name themselves.
+            for_agents["KOOPMON_RUN"] = name
+        return _run_with_shared_monitor(command, monitor, trust, for_agents)
     only_shared = {"--keys": keys, "--insecure-plaintext-tcp": insecure_plaintext_tcp or None}
     _refuse(only_shared, "needs --monitor: only this user reaches the job's own monitor")
-    options = [] if policy is None else ["--policy", policy]
-    return _run_with_own_monitor(job, [*options, *(["--dry-run"] if dry_run else [])], http, store, json_file)
+    if where is not None:
+        raise ConfigError(
+            f"the job is on other nodes too, or this is one of its ranks ({where}): start `koopmon monitor` where all "
+            "ranks reach it, and give its endpoint with --monitor"
+        )
+    options = {"--http": http or "127.0.0.1:0", "--policy": policy, "--config": config and str(config)}
+    words = [word for name, value in options.items() if value is not None for word in (name, value)]
+    words += ["--dry-run"] if dry_run else []
+    store = store or _default_store(named)
+    status = _run_with_own_monitor(command, named, store, words, for_agents)
+    _close_with_summary(store, named, status, json_file)
+    return status
 
 
-@dataclass(frozen=True, slots=True)
-class JobRequest:
-    """The job to guard: its command, and the name and the configuration that the user gave."""
-
-    command: list[str]
-    name: str | None
-    config: Path | None
-
-    def run_name(self) -> str:
-        return self.name or new_run_name(script_name(self.command))
-
-    def guarded_by(self, endpoint: str, run: str | None, **more: str | None) -> dict[str, str]:
-        """Return the job's environment: the monitor's endpoint, and the directory that attaches every rank."""
-        # KOOPMON_HTTP_* are the monitor's secrets.
-        job = {key: value for key, value in os.environ.items() if not key.startswith("KOOPMON_HTTP_")}
-        config = None if self.config is None else str(self.config.resolve())
-        given = {"KOOPMON_ENDPOINT": endpoint, "KOOPMON_RUN": run, "KOOPMON_CONFIG": config, **more}
-        given["PYTHONPATH"] = python_path(os.environ)
-        return job | {key: value for key, value in given.items() if value is not None}
+def _guarded(endpoint: str, for_agents: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the job's environment: the monitor's endpoint, and the directory that attaches every rank."""
+    # KOOPMON_HTTP_* are the monitor's secrets.
+    job = {key: value for key, value in os.environ.items() if not key.startswith("KOOPMON_HTTP_")}
+    job |= {key: value for key, value in for_agents.items() if value is not None}
+    return job | {"KOOPMON_ENDPOINT": endpoint, "PYTHONPATH": python_path(os.environ)}
 
 
 def _run_with_shared_monitor(
-    job: JobRequest, monitor: str, trust: AuthPolicy, security: Mapping[str, str | None]
+    command: list[str], monitor: str, trust: AuthPolicy, for_agents: Mapping[str, str | None]
 ) -> int:
     # Imported late because it imports zmq.
     from koopmon.wire.probe import probe
 
     endpoint = trust.check(monitor)
     trust.check_agent_keys(endpoint)
-    # Ranks on other nodes have their own launchers, so the agents of a multi-node job agree on a name themselves.
-    name = job.name if spread(job.command, os.environ) else job.run_name()
     found = probe(endpoint, trust, timeout_seconds=ANSWER_SECONDS)
     if found.reply is None and not found.refused:
         because = f" ({found.failure})" if found.failure else ""
         advice = f"the job is guarded once `koopmon monitor --bind {endpoint}` runs; `koopmon doctor` finds the reason"
         say(f"no monitor answers at {endpoint}{because}: {advice}")
     with signals_held() as mask:
-        return run_job(job.command, job.guarded_by(endpoint, name, **security), mask)
+        return run_job(command, _guarded(endpoint, for_agents), mask)
 
 
 def _run_with_own_monitor(
-    job: JobRequest, options: list[str], http: str | None, store: Path | None, json_file: Path | None
+    command: list[str], name: str, store: Path, options: list[str], for_agents: Mapping[str, str | None]
 ) -> int:
-    if (where := spread(job.command, os.environ)) is not None:
-        raise ConfigError(
-            f"the job is on other nodes too, or this is one of its ranks ({where}): start `koopmon monitor` where all "
-            "ranks reach it, and give its endpoint with --monitor"
-        )
-    name = job.run_name()
-    store = store or _default_store(name)
-    if job.config is not None:
-        options = ["--config", str(job.config), *options]
     environ = {key: value for key, value in os.environ.items() if key != "KOOPMON_RUN"}
     with signals_held() as mask, contextlib.ExitStack() as stack:
         say("starting the monitor")
         try:
-            embedded = EmbeddedMonitor(store, environ, mask, http=http or "127.0.0.1:0", options=options)
+            embedded = EmbeddedMonitor(store, environ, mask, options)
             stack.callback(embedded.close)
             stopped = _await_monitor(embedded)
         except MonitorNotReadyError as error:
             say(f"the job runs unguarded, because its monitor did not start: {error}")
             stack.close()
-            return run_job(job.command, os.environ, mask)
+            return run_job(command, os.environ, mask)
         if stopped is not None:
             say("stopped before the job was started")
             return 128 + stopped
         say(f"run {name}: guarded; live page at {embedded.page}, metrics at {embedded.page}metrics")
-        status = run_job(job.command, job.guarded_by(embedded.endpoint, name), mask, _death_notice(embedded))
+        status = run_job(command, _guarded(embedded.endpoint, for_agents), mask, _death_notice(embedded))
         embedded.close(lambda: say("the monitor writes the received snapshots to its history"))
-    _close_with_summary(store, name, status, json_file)
     return status
 
 

@@ -91,7 +91,7 @@ class Annotations:
             try:
                 self._post(body)
             except (OSError, http.client.HTTPException) as error:
-                self._failed(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+                self._report(getattr(error, "strerror", None) or str(error) or type(error).__name__)
                 if self._closing:
                     return
                 with self._changed:
@@ -99,11 +99,11 @@ class Annotations:
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             except Exception as error:  # a rejection or an unexpected error would recur on a retry
                 self._taken(body, lost=True)
-                self._failed(str(error))
+                self._report(str(error) or type(error).__name__)
             else:
                 pause = FIRST_PAUSE_SECONDS
                 self._taken(body, lost=False)
-                self._succeeded()
+                self._report()
 
     def _next(self) -> bytes | None:
         """Wait for the oldest queued annotation and return it; None when the queue is empty and `close` was called."""
@@ -133,17 +133,15 @@ class Annotations:
         if status != 200:
             raise RefusedError(f"it answers {status}: {_said(text)}")
 
-    def _failed(self, why: str) -> None:
-        if not self._failing:
-            self._failing = True
+    def _report(self, why: str = "") -> None:
+        """Log the first of several failures, and the first success after them, with an empty `why`."""
+        if why and not self._failing:
             logger.warning("grafana %s: annotations are not posted: %s", self._access.url, one_line(why, 200))
-
-    def _succeeded(self) -> None:
-        if self._failing:
-            self._failing = False
+        elif self._failing and not why:
             with self._changed:
                 lost, self._lost = self._lost, 0
             logger.warning("grafana: annotations are posted again; %d were lost", lost)
+        self._failing = bool(why)
 
 
 def _said(answer: bytes) -> str:
