@@ -93,7 +93,7 @@ def run(
             f"the job is on other nodes too, or this is one of its ranks ({where}): start `koopmon monitor` where all "
             "ranks reach it, and give its endpoint with --monitor"
         )
-    options = {"--http": http or "127.0.0.1:0", "--policy": policy, "--config": config and str(config)}
+    options = {"--http": http or "127.0.0.1:0", "--policy": policy, "--config": None if config is None else str(config)}
     words = [word for name, value in options.items() if value is not None for word in (name, value)]
     words += ["--dry-run"] if dry_run else []
     store = store or _default_store(named)

@@ -169,13 +169,11 @@ def _terminate(process: subprocess.Popen[bytes]) -> None:
 
 def _read_record(log: Path, store: Path, run: str) -> DemoRecord:
     steps = list(_read_steps(log))
-    if not store.exists():
-        return DemoRecord(steps)
     try:
         with HistoryReader.open(store) as history:
             decisions = [DecisionView.of_row(row) for row in history.decisions(run)]
             return DemoRecord(steps, list(history.observations(run)), decisions)
-    except StoreError:  # the history is being created
+    except StoreError:  # there is no history yet
         return DemoRecord(steps)
 
 
