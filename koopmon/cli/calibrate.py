@@ -64,11 +64,9 @@ def calibrate(
     if as_json:
         print_json({"calibrator": calibrator, "reliability": bins})
         return 0
-    results().print(
-        f"{chosen}: fitted on {len(examples)} runs, {sum(diverged)} of them diverged; expected calibration error "
-        f"{error:.3f} on held-out sizes; written to {out}",
-        soft_wrap=True,
-    )
+    fitted = f"{chosen}: fitted on {len(examples)} runs, {sum(diverged)} of them diverged"
+    measured = f"expected calibration error {error:.3f} on held-out sizes"
+    results().print(f"{fitted}; {measured}; written to {out}", soft_wrap=True)
     return 0
 
 

@@ -56,14 +56,9 @@ def monitor(
     # Imported late because it imports torch.
     from koopmon.monitor import daemon
 
+    store = store or monitor_store()
     return daemon.serve(
-        settings,
-        bind=bind,
-        data_bind=bind_data,
-        http=http,
-        device=device,
-        store=store or monitor_store(),
-        ready_file=ready_file,
+        settings, bind=bind, data_bind=bind_data, http=http, device=device, store=store, ready_file=ready_file
     )
 
 
