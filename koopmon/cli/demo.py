@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.console import Console
 
 from koopmon import plots
 from koopmon.cli.console import print_json, say
-from koopmon.cli.options import AsJson, Policy
+from koopmon.cli.options import AsJson, Policy, option
 from koopmon.errors import KoopmonError
 
 if TYPE_CHECKING:
     from koopmon.demo.training import DemoResult, Setting
 
 
-SHOWN = "kss+lr"
-"""Differs from the default policy of a guarded job: the demonstration shows every action and the effect of KSS."""
+OUT = Path("koopmon-demo")
 
 
 def demo(
-    policy: Policy = None,
-    lr: Annotated[
-        float, typer.Option(metavar="RATE", help="Learning rate. The default one makes the training diverge.")
-    ] = 0.01,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Optimizer steps of each training.")] = 150,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of both trainings.")] = 0,
-    directory: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Directory of the picture, the logs and the histories.")
-    ] = Path("koopmon-demo"),
+    # Not the default policy of a guarded job: the demonstration shows every action and the effect of KSS.
+    policy: Policy = "kss+lr",
+    lr: Annotated[float, option("RATE", "Learning rate. The default one makes the training diverge.")] = 0.01,
+    steps: Annotated[int, option("N", "Optimizer steps of each training.", min=1)] = 150,
+    seed: Annotated[int, option("N", "Seed of both trainings.", min=0)] = 0,
+    directory: Annotated[Path, option("DIR", "Directory of the picture, the logs and the histories.", "--out")] = OUT,
     as_json: AsJson = False,
 ) -> int:
     """Train a model twice on two ranks, alone and under koopmon, and compare: under 5 minutes.
@@ -44,7 +38,6 @@ def demo(
     from koopmon.demo.training import Setting, run_training
     from koopmon.demo.view import LiveView, summary_table, verdict
 
-    policy = policy or SHOWN
     setting = Setting(lr=lr, steps=steps, seed=seed)
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     try:
@@ -68,14 +61,21 @@ def demo(
     console.print()
     console.print(summary_table(outcomes))
     lines = verdict(unguarded, guarded, yardstick)
-    for line in lines:
-        console.print(line, soft_wrap=True)
+    console.print(*lines, sep="\n", soft_wrap=True)
     picture = _draw(setting, outcomes, directory / "demo.png")
     if picture is not None:
         console.print(f"picture: {picture}", soft_wrap=True)
     shown = unguarded.diverged and guarded.survived
     if as_json:
-        print_json(_as_dict(setting, outcomes, lines, picture, shown))
+        fields = ("policy", "diverged", "last_step", "start_loss", "final_loss", "first_command_step")
+        trainings = [
+            {name: getattr(outcome, name) for name in fields}
+            | {"seconds": round(outcome.seconds, 1), "guard": outcome.summary}
+            for outcome in outcomes
+        ]
+        drawn = None if picture is None else str(picture)
+        result = {"setting": setting, "trainings": trainings, "verdict": lines, "picture": drawn, "shown": shown}
+        print_json(result)
     return 0 if shown else 1
 
 
@@ -109,21 +109,3 @@ def _draw(setting: Setting, outcomes: list[DemoResult], path: Path) -> Path | No
         say(str(error))
         return None
     return path
-
-
-def _as_dict(
-    setting: Setting, outcomes: list[DemoResult], lines: list[str], picture: Path | None, shown: bool
-) -> dict[str, Any]:
-    fields = ("policy", "diverged", "last_step", "start_loss", "final_loss", "first_command_step")
-    trainings = [
-        {name: getattr(outcome, name) for name in fields}
-        | {"seconds": round(outcome.seconds, 1), "guard": outcome.summary}
-        for outcome in outcomes
-    ]
-    return {
-        "setting": dataclasses.asdict(setting),
-        "trainings": trainings,
-        "verdict": lines,
-        "picture": None if picture is None else str(picture),
-        "shown": shown,
-    }

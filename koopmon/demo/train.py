@@ -6,8 +6,8 @@ The transformer has no normalisation, so that it diverges easily. It uses GPT-2'
     torchrun --nproc-per-node 2 koopmon/demo/train.py --lr 0.01 --steps 150 --seed 0 --out run.jsonl
 
 Each step is one JSON line: step, loss (mean over ranks, nats per byte), grad_norm (2-norm before the update), lr (as
-scheduled), seconds since the first step. The script stops after a divergence: loss above 50, gradient norm above 500,
-or either not finite. The last line then records the divergence and the exit status is 3.
+scheduled), seconds since the first step, diverged. The script stops after a divergence, with exit status 3: loss above
+50, gradient norm above 500, or either not finite.
 
 Shapes: B sequences per rank, T bytes, D width, H heads.
 """
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         if log is not None:
             seconds = round(time.monotonic() - started, 4)
             row = {"step": step, "loss": value, "grad_norm": grad_norm, "lr": lr, "seconds": seconds}
-            print(json.dumps(row | {"diverged": True} if diverged else row), file=log, flush=True)
+            print(json.dumps(row | {"diverged": diverged}), file=log, flush=True)
         if diverged:
             status = DIVERGED
             break

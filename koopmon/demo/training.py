@@ -9,14 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from koopmon.errors import KoopmonError, StoreError
 from koopmon.history.reader import HistoryReader, ObservationRow
-from koopmon.views.run_view import DecisionView
+from koopmon.views.run_view import DecisionView, training_commands
 
 SCRIPT = Path(__file__).with_name("train.py")
 POLL_SECONDS = 0.5
@@ -46,11 +46,10 @@ class Setting:
 
     def command(self, out: Path) -> list[str]:
         """Return the torchrun command line of the training that logs to `out`."""
-        names = ("lr", "steps", "warmup", "seed", "batch", "context", "width", "layers")
-        options = [word for name in names for word in (f"--{name}", str(getattr(self, name)))]
-        ranks = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(self.num_ranks)]
-        launcher = [sys.executable, "-m", "torch.distributed.run", *ranks]
-        return [*launcher, str(SCRIPT), *options, "--out", str(out)]
+        values = asdict(self)
+        ranks = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(values.pop("num_ranks"))]
+        options = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+        return [sys.executable, "-m", "torch.distributed.run", *ranks, str(SCRIPT), *options, "--out", str(out)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,15 +108,14 @@ class DemoResult:
     @property
     def first_command_step(self) -> int | None:
         """Step at which the first command that changes training was applied; None without such a command."""
-        steps = [step for step, _ in applied_commands(self.record.decisions)]
-        return min(steps, default=None)
+        return min((step for step, _ in applied_commands(self.record.decisions)), default=None)
 
 
 def applied_commands(decisions: Sequence[DecisionView]) -> Iterator[tuple[int, str]]:
     """Yield (step, kind) of every command that changed the training; `step` is that at which all ranks applied it."""
-    for each in (each for decision in decisions for each in decision.commands):
-        if each.changes_training and each.applied_step is not None:
-            yield each.applied_step, each.command.kind
+    for each, step in training_commands(decisions):
+        if each.outcome == "applied":
+            yield step, each.command.kind
 
 
 def run_training(
@@ -136,9 +134,12 @@ def run_training(
     if policy is not None:
         places = ["--run", run, "--store", str(store), "--json", str(result)]
         command = [sys.executable, "-m", "koopmon", "run", "--policy", policy, *places, "--", *command]
+    # koopmon's variables would affect the runs.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("KOOPMON_")}
+    environ["OMP_NUM_THREADS"] = "1"
     started = time.monotonic()
     with out.open("wb") as output:
-        process = subprocess.Popen(command, env=_environment(), stdout=output, stderr=output)
+        process = subprocess.Popen(command, env=environ, stdout=output, stderr=output)
         try:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
@@ -155,12 +156,6 @@ def run_training(
     return DemoResult(policy=policy, record=record, seconds=time.monotonic() - started, summary=summary)
 
 
-def _environment() -> dict[str, str]:
-    """Return the environment without koopmon's variables, which would affect the runs, and with one thread per rank."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("KOOPMON_")}
-    return environ | {"OMP_NUM_THREADS": "1"}
-
-
 def _terminate(process: subprocess.Popen[bytes]) -> None:
     """Stop a training that still runs when this process leaves early."""
     if process.poll() is None:
@@ -174,13 +169,11 @@ def _terminate(process: subprocess.Popen[bytes]) -> None:
 
 def _read_record(log: Path, store: Path, run: str) -> DemoRecord:
     steps = list(_read_steps(log))
-    if not store.exists():
-        return DemoRecord(steps)
     try:
         with HistoryReader.open(store) as history:
             decisions = [DecisionView.of_row(row) for row in history.decisions(run)]
             return DemoRecord(steps, list(history.observations(run)), decisions)
-    except StoreError:  # the history is being created
+    except StoreError:  # there is no history yet
         return DemoRecord(steps)
 
 
@@ -192,8 +185,7 @@ def _read_steps(log: Path) -> Iterator[LoggedStep]:
     # The last line may be incomplete.
     for line in text.split("\n")[:-1]:
         row = json.loads(line)
-        diverged = bool(row.get("diverged", False))
-        yield LoggedStep(step=row["step"], loss=row["loss"], grad_norm=row["grad_norm"], diverged=diverged)
+        yield LoggedStep(**{each.name: row[each.name] for each in fields(LoggedStep)})
 
 
 def _last_line(path: Path) -> str:

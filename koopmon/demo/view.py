@@ -6,25 +6,17 @@ import math
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from koopmon.demo.training import DemoRecord, DemoResult, LoggedStep
 from koopmon.history.reader import ObservationRow
+from koopmon.views.run_view import training_commands
 
 EVERY_STEPS = 5
 HOT_RISK = 0.5
-_COLUMNS = {
-    "step": 6,
-    "loss": 9,
-    "grad": 9,
-    "rho": 8,
-    "update": 8,
-    "M~1": 7,
-    "risk": 7,
-    "KSS alpha": 11,
-    "lr scale": 10,
-}
+_WIDTHS = {"step": 6, "loss": 9, "grad": 9, "rho": 8, "update": 8, "M~1": 7, "risk": 7, "KSS alpha": 11, "lr scale": 10}
+"""Width of each column in characters."""
 _ALONE = 3
 """Number of columns for an unguarded training."""
 
@@ -38,7 +30,7 @@ class LiveView:
         self._printed_commands: set[str] = set()
         console.print()
         console.print(Text(title, style="bold"))
-        shown = list(_COLUMNS.items())[: None if guarded else _ALONE]
+        shown = list(_WIDTHS.items())[: None if guarded else _ALONE]
         console.print(Text("".join(name.rjust(width) for name, width in shown), style="dim"))
 
     def update(self, record: DemoRecord) -> None:
@@ -50,7 +42,7 @@ class LiveView:
         self._print_commands(record, record.steps[-1].step if record.steps else -1)
 
     def _print_step(self, record: DemoRecord, step: LoggedStep) -> None:
-        widths = iter(_COLUMNS.values())
+        widths = iter(_WIDTHS.values())
         line = Text(str(step.step).rjust(next(widths)))
         for value in (step.loss, step.grad_norm):
             line.append(_number(value, next(widths)))
@@ -66,21 +58,20 @@ class LiveView:
         self._console.print(line, soft_wrap=True)
 
     def _print_commands(self, record: DemoRecord, up_to: int) -> None:
-        for each in (each for decision in record.decisions for each in decision.commands):
-            if each.step is None or each.step > up_to or each.command.id in self._printed_commands:
-                continue
-            self._printed_commands.add(each.command.id)
-            if each.changes_training:
+        for each, step in training_commands(record.decisions):
+            if each.step is not None and step <= up_to and each.command.id not in self._printed_commands:
+                self._printed_commands.add(each.command.id)
                 over = f" over {each.command.ramp_steps} steps" if each.command.ramp_steps else ""
-                line = f"{each.step:6d} >> {each.words}{over} ({each.outcome}): {each.command.reason}"
+                line = f"{step:6d} >> {each.words}{over} ({each.outcome}): {each.command.reason}"
                 self._console.print(Text(line, style="yellow"), soft_wrap=True)
 
 
 def summary_table(outcomes: Sequence[DemoResult]) -> Table:
     """Return a table with one row per training."""
-    table = Table(title="The same script, the same seeds", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heading in ("guarded by", "outcome", "loss", "back-offs", "KSS", "highest risk"):
-        table.add_column(heading, no_wrap=True)
+    headings = ("guarded by", "outcome", "loss", "back-offs", "KSS", "highest risk")
+    columns = (Column(heading, no_wrap=True) for heading in headings)
+    title = "The same script, the same seeds"
+    table = Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for outcome in outcomes:
         end = f"diverged at step {outcome.last_step}" if outcome.diverged else "finished"
         told = Text(end, style="bold red" if outcome.diverged else "bold green")

@@ -172,7 +172,7 @@ def test_a_training_that_raises_says_so(library: Any, monitor: ScriptedMonitor) 
         trainer.fit(after_step)
     if library is HuggingFace:  # reports no exception; the test below covers the end of the interpreter
         assert trainer.callback.agent.enabled
-        trainer.callback._session.end("the test is over")
+        trainer.callback._end("the test is over")
     else:
         monitor.wait(lambda: monitor.of(Goodbye))
         assert monitor.of(Goodbye)[0].reason == "the training raised FailureError"
