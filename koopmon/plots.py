@@ -107,7 +107,9 @@ def demo(curves: Sequence[Curve], watched: Watched, path: Path, *, title: str) -
     losses, risk, applied = panels
     for curve in curves:
         _draw_loss(losses, curve)
-    losses.set(ylabel="loss (nats per byte)", yscale="log", ylim=(None, LOSS_TOP))
+    losses.set(ylabel="loss (nats per byte)")
+    if any(curve.diverged for curve in curves):
+        losses.set(yscale="log", ylim=(None, LOSS_TOP))
     losses.set_title(title, fontsize=11)
     if curves:
         losses.legend(loc="upper right", fontsize=9)
@@ -121,7 +123,7 @@ def demo(curves: Sequence[Curve], watched: Watched, path: Path, *, title: str) -
         beside.step(watched.steps, watched.kss_alphas, where="post", color=KSS, linewidth=1.6)
         beside.set(ylim=(0, None))
         beside.set_ylabel("KSS alpha", color=KSS)
-    colours = {"set_lr_scale": BACKOFF, "set_kss": KSS}
+    colours = {"set_lr_scale": BACKOFF, "set_kss": KSS, "rewind": DEAD}
     for step, kind in watched.commands:
         for panel in panels:
             panel.axvline(step, color=colours.get(kind, REFERENCE), linewidth=1.0, alpha=0.7, linestyle=":")
