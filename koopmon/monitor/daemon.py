@@ -40,8 +40,9 @@ from koopmon.risk import calibration
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.auth_policy import make_auth_policy
 from koopmon.wire.authorized_keys import AuthorizedKeys
-from koopmon.wire.codec import WireLimits, decode_for_monitor, decode_shard, encode
+from koopmon.wire.codec import decode_for_monitor, decode_shard, encode
 from koopmon.wire.endpoints import is_loopback
+from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import PROTOCOL_VERSION, MonitorMessage, Refused
 from koopmon.wire.sockets import ControlServer, DataReceiver, Poller, Wakeup, WireContext
 

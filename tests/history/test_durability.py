@@ -24,7 +24,8 @@ from koopmon.errors import StoreError
 from koopmon.history.retention import DAY_SECONDS
 from koopmon.history.schema import SCHEMA_VERSION
 from koopmon.history.writer import HistoryWriter
-from koopmon.wire.codec import WireLimits, decode_for_agent
+from koopmon.wire.codec import decode_for_agent
+from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import Ack, Applied, Command
 from tests.factories import ack, command, heartbeat, hello, record_observation
 

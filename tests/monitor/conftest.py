@@ -25,7 +25,8 @@ from koopmon.history.reader import HistoryReader
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.daemon import Addresses, Monitor
 from koopmon.wire.auth_policy import AuthPolicy
-from koopmon.wire.codec import WireLimits, decode_for_agent, encode
+from koopmon.wire.codec import decode_for_agent, encode
+from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import (
     Ack,
     AgentMessage,

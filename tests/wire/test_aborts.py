@@ -396,7 +396,7 @@ def test_a_socket_that_could_not_be_made_leaves_nothing_open(
 
 
 def test_a_limit_that_the_transport_does_not_take_leaves_nothing_open() -> None:
-    from koopmon.wire.codec import WireLimits
+    from koopmon.wire.headers import WireLimits
 
     context = WireContext()
     with pytest.raises(OverflowError):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import zmq
 
-from koopmon.wire.codec import WireLimits
+from koopmon.wire.headers import WireLimits
 from koopmon.wire.sockets import (
     ControlClient,
     ControlServer,

@@ -20,7 +20,8 @@ import torch
 
 from koopmon.errors import EndpointError, ProtocolError
 from koopmon.wire.buffer_pool import BufferPool
-from koopmon.wire.codec import WireLimits, decode_for_agent, decode_for_monitor, decode_shard, encode
+from koopmon.wire.codec import decode_for_agent, decode_for_monitor, decode_shard, encode
+from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import Goodbye, HeartbeatReply, Shard, TrainingStep
 from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, Wakeup, WireContext
 
@@ -76,7 +77,7 @@ def test_a_shard_arrives_bit_for_bit(data: tuple[DataSender, DataReceiver], dtyp
     assert sender.send(frames) is None
     received = receive(receiver)
     assert received.header.step == 5
-    assert torch.equal(received.states(), states)
+    assert torch.equal(torch.stack(received.points()), states)
     assert torch.equal(torch.stack(received.points()), states)
     assert receiver.recv() is None
 
@@ -103,12 +104,14 @@ def test_a_buffer_is_not_reused_before_the_transport_let_go_of_it(
                 sent.append(step)
         if step % 3 == 0 and (frames := receiver.recv()) is not None:
             received = decode_shard(frames, limits=receiver.limits)
-            assert bool((received.states() == received.header.step).all()), "the buffer was overwritten on its way"
+            assert bool((torch.stack(received.points()) == received.header.step).all()), (
+                "the buffer was overwritten on its way"
+            )
             arrived.append(received.header.step)
     assert starved, "the receiver was meant to be too slow for this pool"
     while len(arrived) < len(sent):
         received = receive(receiver)
-        assert bool((received.states() == received.header.step).all())
+        assert bool((torch.stack(received.points()) == received.header.step).all())
         arrived.append(received.header.step)
     assert arrived == sent
     until(lambda: pool.num_free == 3)
@@ -171,7 +174,7 @@ def test_what_arrives_is_whole_although_receivers_die_in_mid_message(
             with WireContext() as far:
                 receiver = DataReceiver(far, address)
                 for _ in range(5):
-                    assert bool((receive(receiver).states() == 1).all())
+                    assert bool((torch.stack(receive(receiver).points()) == 1).all())
     finally:
         stop.set()
         thread.join()

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.process
 
 WHO: dict[str, Any] = {"run": "job", "incarnation": "00c0ffee"}
 MONITOR = """
-import sys
+import sys, torch
 from koopmon.wire.codec import decode_shard
 from koopmon.wire.sockets import *
 with WireContext() as context:
@@ -36,7 +36,7 @@ with WireContext() as context:
             pass
         while frames := receiver.recv():
             shard = decode_shard(frames, limits=receiver.limits)
-            assert (shard.states() == shard.header.step).all()
+            assert (torch.stack(shard.points()) == shard.header.step).all()
             print(shard.header.step, flush=True)
 """
 
