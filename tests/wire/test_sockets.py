@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -24,6 +25,7 @@ from koopmon.wire.codec import decode_for_agent, decode_for_monitor, decode_shar
 from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import Goodbye, HeartbeatReply, Shard, TrainingStep
 from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, Wakeup, WireContext
+from tests.factories import num_free
 
 WHO: dict[str, Any] = {"run": "job", "incarnation": "00c0ffee"}
 REPLY = HeartbeatReply(**WHO)
@@ -114,7 +116,7 @@ def test_a_buffer_is_not_reused_before_the_transport_let_go_of_it(
         assert bool((torch.stack(received.points()) == received.header.step).all())
         arrived.append(received.header.step)
     assert arrived == sent
-    until(lambda: pool.num_free == 3)
+    until(lambda: num_free(pool) == 3)
 
 
 def test_without_a_monitor_a_send_is_a_drop_and_nothing_queues(
@@ -382,7 +384,7 @@ def test_the_control_channel_refuses_large_and_many_framed_messages(
 
 
 def test_a_waker_wakes_from_another_thread_once_for_many_calls(data: tuple[DataSender, DataReceiver]) -> None:
-    with Wakeup() as wakeup:
+    with contextlib.closing(Wakeup()) as wakeup:
         poller = Poller(data[1], wakeup)
         thread = threading.Timer(0.05, lambda: [wakeup.wake() for _ in range(100_000)])
         thread.start()
@@ -393,7 +395,7 @@ def test_a_waker_wakes_from_another_thread_once_for_many_calls(data: tuple[DataS
 
 
 def test_a_waker_wakes_from_a_signal_handler() -> None:
-    with Wakeup() as wakeup:
+    with contextlib.closing(Wakeup()) as wakeup:
         before = signal.signal(signal.SIGUSR1, lambda *_: wakeup.wake())
         try:
             threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
@@ -443,7 +445,7 @@ def test_closing_is_idempotent_and_final(near: WireContext, endpoint: str, far: 
             call()
     with pytest.raises(EndpointError, match="closed"):
         sender.send([b""], pool.acquire(8))
-    assert pool.num_free == 1
+    assert num_free(pool) == 1
     with pytest.raises(EndpointError, match="closed"):
         ControlClient(near, server.endpoint)
 

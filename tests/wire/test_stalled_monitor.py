@@ -18,6 +18,7 @@ from koopmon.wire.buffer_pool import BufferPool
 from koopmon.wire.codec import encode
 from koopmon.wire.messages import Goodbye, Shard, TrainingStep
 from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
+from tests.factories import num_free
 
 pytestmark = pytest.mark.process
 
@@ -122,7 +123,7 @@ def test_a_stopped_monitor_is_never_waited_for(
         os.kill(process.pid, signal.SIGCONT)
         arrived = [int(process.stdout.readline()) for _ in handed_over]
         assert arrived == handed_over, "what had been handed over arrives, unchanged"
-        until(lambda: pool.num_free == 4)
+        until(lambda: num_free(pool) == 4)
         until(lambda: sender.send(encode(shard(200), torch.full(shape, 200.0))) is None)
         assert int(process.stdout.readline()) == 200
 
