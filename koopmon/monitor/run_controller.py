@@ -187,14 +187,14 @@ class RunController:
         replaced = tuple(self.pending.add(now, commands)) if self.sends else ()
         return replace(assessment, decision=decision, commands=commands, replaced=replaced, remarkable=remarkable)
 
-    def acknowledge(self, now: float, ack: Ack) -> Answered | None:
+    def acknowledge(self, ack: Ack) -> Answered | None:
         """Process an ack of rank 0; returns the matching command, None for an unknown id."""
         found = self.pending.acknowledge(ack.command_id)
         if found is None:
             return None
         answered, newest = found
         if newest is not None:
-            self._update_policy(now, newest, ack)
+            self._update_policy(newest, ack)
         return answered
 
     def expire(self, now: float, step: int, applied: Applied) -> list[Command]:
@@ -215,7 +215,7 @@ class RunController:
                     detail="no answer",
                     applied=applied,
                 )
-                self._update_policy(now, command, ack)
+                self._update_policy(command, ack)
         return [pending.command for pending in expired]
 
     def checkpoint(self) -> bytes:
@@ -249,7 +249,7 @@ class RunController:
         encode_header(command)
         return command
 
-    def _update_policy(self, now: float, command: Command, ack: Ack) -> None:
+    def _update_policy(self, command: Command, ack: Ack) -> None:
         # The values in force do not describe a command that changes no training value.
         if command.kind == "set_kss" and ack.outcome == "refused" and ack.shielded:
             self.policy_state = policy.kss_shielded(self.policy_state, ack)
@@ -259,7 +259,7 @@ class RunController:
                 # The layers jump: the detector restarts with the first snapshot after the return.
                 self._risk_state, self._rewound_at = online_detector.RiskState(), ack.step
         elif command.kind in TRAINING_KINDS:
-            self.policy_state = policy.acknowledge(now, self.policy_state, ack)
+            self.policy_state = policy.acknowledge(self.policy_state, ack)
 
     def _judge(self, assessment: Assessment) -> Judgement:
         """Build the judgement for display; it keeps the last remarkable decision."""

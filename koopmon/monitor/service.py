@@ -133,7 +133,7 @@ class Service:
             case Heartbeat():
                 self._on_heartbeat(now, peer, run, message)
             case Ack():
-                self._on_ack(now, run, message)
+                self._on_ack(run, message)
             case Goodbye(reason=reason):
                 if run.state is RunState.ENDED:
                     self._close(run, reason or "goodbye")
@@ -282,10 +282,10 @@ class Service:
         judgement = run.controller.judgement
         self._reply(peer, HeartbeatReply(run=run.name, incarnation=run.incarnation, judgement=judgement))
 
-    def _on_ack(self, now: float, run: Run, ack: Ack) -> None:
+    def _on_ack(self, run: Run, ack: Ack) -> None:
         run.applied_changed()  # the history takes the values in force from the ack
         self._publish(events.RunChanged(run))
-        answered = run.controller.acknowledge(now, ack)
+        answered = run.controller.acknowledge(ack)
         if answered is None:
             self._publish(events.CommandAcked(run, ack, None))
             raise ProtocolError("unknown_command", f"run {run.name} answers {ack.command_id}, which is not known")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,7 @@ def test_what_cannot_be_encoded_is_no_peers_mistake(
 
     def decide(*args: Any) -> policy.Decision:
         decision = real(*args)
-        return policy.Decision(state=decision.state, commands=(absurd,), reason="on purpose", phase="acting")
+        return policy.Decision(state=replace(decision.state, phase="acting"), commands=(absurd,), reason="on purpose")
 
     command = 'internal_errors_total{part="command"}'
     with monkeypatch.context() as patch:

@@ -64,7 +64,7 @@ class Fed:
 
     def answer(self, command_id: str, outcome: Any, step: int, detail: str = "") -> None:
         ack = Ack(**self.words, command_id=command_id, outcome=outcome, step=step, detail=detail, applied=self.applied)
-        self.controller.acknowledge(float(step), ack)
+        self.controller.acknowledge(ack)
         self.live_state.record_ack(ack)
         self.live_state.set_policy_state(self.run.name, self.controller.policy_state)
 
