@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,7 +10,6 @@ import msgspec
 
 from koopmon.errors import one_line
 from koopmon.history.journal import Journal, records
-from koopmon.history.reader import HistoryReader
 from koopmon.history.schema import Observables, packed_profile, scalar, to_json
 from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello, TrainingStep
 
@@ -20,11 +18,6 @@ logger = logging.getLogger(__name__)
 
 class HistoryWriter(Journal):
     """The only writer of a history file. Decisions and acks are committed at once; times are Unix seconds."""
-
-    @staticmethod
-    def open_readonly(path: str | os.PathLike[str]) -> HistoryReader:
-        """Open for reading, also while a monitor writes. Raises StoreError."""
-        return HistoryReader.open(path)
 
     def incarnations(self, run: str) -> list[str]:
         """Incarnations of `run` in the order of their starts; empty for an unknown run."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.registry import Run
@@ -67,17 +67,25 @@ class SnapshotDropped(Event):
 
 @dataclass(frozen=True, slots=True)
 class Profiled(Event):
-    """The engine is done with a snapshot. `run` is None if its incarnation is no longer watched."""
+    """The engine is done with a snapshot. `run` is None if its incarnation is no longer watched.
+
+    `plain` is the profile as JSON types. The history and the page take the same ones, so that they cannot disagree.
+    """
 
     run: Run | None  # type: ignore[assignment]
     result: Result
+    plain: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Assessed(Event):
-    """Detector and policy have assessed a snapshot; `assessment` is None if an error kept them from it."""
+    """Detector and policy have assessed a snapshot; `assessment` is None if an error kept them from it.
+
+    `plain` is its profile as JSON types; None when the states were not finite.
+    """
 
     assessment: Assessment | None
+    plain: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

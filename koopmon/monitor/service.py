@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from koopmon.config import Config
 from koopmon.errors import ProtocolError
@@ -24,7 +24,6 @@ from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.history_sink import HistorySink
 from koopmon.monitor.http.live_state import LiveState
-from koopmon.monitor.live_sink import LiveSink
 from koopmon.monitor.metrics_sink import MetricsSink
 from koopmon.monitor.notify_sink import NotifySink
 from koopmon.monitor.probe_handler import ProbeHandler
@@ -98,7 +97,7 @@ class Service:
         sinks: tuple[tuple[ErrorPart, events.Sink], ...] = (
             ("store", self._history),
             ("metrics", MetricsSink(outputs.metrics)),
-            ("page", LiveSink(outputs.live_state)),
+            ("page", outputs.live_state),
             ("annotation", NotifySink(outputs.annotate)),
         )
         self._publish = events.Publisher(sinks, self.failures, self.wall).publish
@@ -153,11 +152,12 @@ class Service:
         run = self._registry.get(snapshot.run)
         if run is not None and (run.incarnation != snapshot.incarnation or run.state is RunState.VANISHED):
             run = None
-        self._publish(events.Profiled(run, result))
+        plain = None if result.profile is None else result.profile.to_dict()
+        self._publish(events.Profiled(run, result, plain))
         if result.failed:
             self.on_dropped(snapshot.run, "engine_failed")
         elif run is not None:
-            self._assess(run, snapshot.training, result.profile)
+            self._assess(run, snapshot.training, result.profile, plain)
 
     def tick(self) -> None:
         """Process all timeouts that are due."""
@@ -278,7 +278,7 @@ class Service:
         self._publish(events.HeartbeatReceived(run, heartbeat, drops, row_due, applied_changed))
         # The agent dropped the snapshot because its states were not finite: the run has diverged.
         if "not_finite" in drops and run.newly_not_finite(heartbeat.step):
-            self._assess(run, heartbeat.training, None)
+            self._assess(run, heartbeat.training)
         judgement = run.controller.judgement
         self._reply(peer, HeartbeatReply(run=run.name, incarnation=run.incarnation, judgement=judgement))
 
@@ -291,7 +291,13 @@ class Service:
             raise ProtocolError("unknown_command", f"run {run.name} answers {ack.command_id}, which is not known")
         self._publish(events.CommandAcked(run, ack, answered.kind, answered.first, answered.counts))
 
-    def _assess(self, run: Run, training: TrainingStep, profile: SpectralProfile | None) -> None:
+    def _assess(
+        self,
+        run: Run,
+        training: TrainingStep,
+        profile: SpectralProfile | None = None,
+        plain: Mapping[str, Any] | None = None,
+    ) -> None:
         decide = run.state is RunState.RUNNING and not self._stopping
         try:
             assessment = run.controller.assess(self.clock(), training, profile, step=run.step, decide=decide)
@@ -299,7 +305,7 @@ class Service:
             self.failures.note("judgement", error, run=run.name, what=f"step {training.step} cannot be judged")
             self._publish(events.Assessed(run, None))
             return
-        self._publish(events.Assessed(run, assessment))
+        self._publish(events.Assessed(run, assessment, plain))
         if assessment.unencodable is not None:
             what = f"the decision at step {training.step} is dropped"
             self.failures.note("command", assessment.unencodable, run=run.name, what=what)

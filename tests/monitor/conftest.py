@@ -22,7 +22,6 @@ from torch import Tensor
 
 from koopmon.config import Config, from_mapping
 from koopmon.history.reader import HistoryReader
-from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.daemon import Addresses, Monitor
 from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.codec import decode_for_agent, encode
@@ -185,7 +184,7 @@ class Served:
         return self.samples().get(name)
 
     def history(self) -> HistoryReader:
-        return HistoryWriter.open_readonly(self.store)
+        return HistoryReader.open(self.store)
 
 
 class ThreadedMonitor(Served):

@@ -8,7 +8,6 @@ with the id of its last event continues from there. Streams poll the live state,
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -24,32 +23,28 @@ RETRY_MILLISECONDS = 2000
 
 
 class EventStreams:
-    """Limits the number of open streams to `most`; `close` ends all of them."""
+    """Limits the number of open streams to `most`; `close` ends all of them.
+
+    All other calls come from the server's event loop, so that the count needs no lock.
+    """
 
     def __init__(self, live_state: LiveState, most: int) -> None:
         self._live_state = live_state
         self.most = most
         self._num_open = 0
-        self._lock = threading.Lock()
         self._closing = False
-
-    @property
-    def num_open(self) -> int:
-        return self._num_open
 
     def close(self) -> None:
         self._closing = True
 
     def acquire(self) -> bool:
         """Reserve a stream; False when none is free. Call `release` afterwards."""
-        with self._lock:
-            free = self._num_open < self.most and not self._closing
-            self._num_open += free
-            return free
+        free = self._num_open < self.most and not self._closing
+        self._num_open += free
+        return free
 
     def release(self) -> None:
-        with self._lock:
-            self._num_open -= 1
+        self._num_open -= 1
 
     async def follow(self, run: str | None, last_id: str) -> AsyncIterator[bytes]:
         """Yield events of `run`, or of all runs, after the reader's last event. Ends when the server closes."""
