@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from koopmon.monitor.engine import Result
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.registry import Run
+from koopmon.monitor.run_controller import Assessment
+from koopmon.telemetry.metrics import ErrorPart
 from koopmon.wire.messages import Ack, Command, CommandKind, DropReason, Heartbeat, Hello
-
-if TYPE_CHECKING:
-    from koopmon.monitor.engine import Result
-    from koopmon.monitor.run_controller import Assessment
-    from koopmon.telemetry.metrics import ErrorPart
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ import logging
 import math
 import secrets
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,13 +18,10 @@ from koopmon.config import Config, with_hints
 from koopmon.errors import ProtocolError, one_line
 from koopmon.monitor.pending_commands import Answered, PendingCommands
 from koopmon.risk import initial_score, online_detector
-from koopmon.risk.calibration import Example
+from koopmon.risk.calibration import Calibrator, Example
+from koopmon.spectral import SpectralProfile
 from koopmon.wire.headers import encode_header
 from koopmon.wire.messages import MAX_STEP, MAX_TEXT, Ack, Applied, Command, Hello, Judgement, TrainingStep
-
-if TYPE_CHECKING:
-    from koopmon.risk.calibration import Calibrator
-    from koopmon.spectral import SpectralProfile
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from koopmon.config import Config
 from koopmon.errors import ProtocolError
@@ -30,7 +30,10 @@ from koopmon.monitor.probe_handler import ProbeHandler
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.run_controller import Assessment, RunController
+from koopmon.risk.calibration import Calibrator
+from koopmon.spectral import SpectralProfile
 from koopmon.telemetry.metrics import ErrorPart, Metrics
+from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.codec import ReceivedShard
 from koopmon.wire.messages import (
     MAX_TEXT,
@@ -48,11 +51,6 @@ from koopmon.wire.messages import (
     TrainingStep,
     Welcome,
 )
-
-if TYPE_CHECKING:
-    from koopmon.risk.calibration import Calibrator
-    from koopmon.spectral import SpectralProfile
-    from koopmon.wire.authorized_keys import AuthorizedKeys
 
 RESEND_CHECK_SECONDS = 0.25
 """Interval between checks for commands to resend."""

@@ -5,21 +5,17 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
 from koopmon import __version__
 from koopmon.report.glance import glance
-from koopmon.report.run_report import delay_steps
+from koopmon.report.run_report import RunReport, delay_steps
 from koopmon.views.heatmap import heatmap
 from koopmon.views.html import number, render
 from koopmon.views.run_view import SCALARS
 from koopmon.views.spectra import QUANTITIES, Column, mean_over_layers
 from koopmon.views.svg_charts import depth_legend, eigenvalue_plot, plotted_modulus, risk_chart, scalar_chart
-
-if TYPE_CHECKING:
-    from koopmon.report.run_report import RunReport
 
 STYLES = (("koopmon.views", "static/views.css"), ("koopmon.report", "static/report.css"))
 MAX_ROWS = 300

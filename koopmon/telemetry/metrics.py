@@ -194,9 +194,7 @@ class Metrics(Collector):
         self._bucket_counts = [0] * (len(DURATION_BUCKETS) + 1)
         self._duration_sum = 0.0
         self._build = dict(build)
-        for series in TABLE:
-            if series.kind == "counter" and "run" not in series.labels:
-                self._start_counter(series, ())
+        self._start_counters()
         self.set("engine_queue_length", 0)
         self.set("store_recording", 1)
         registry.register(self)
@@ -238,9 +236,7 @@ class Metrics(Collector):
 
     def begin_run(self, run: str) -> None:
         """Initialise the counters of `run` to 0 if they do not exist."""
-        for series in TABLE:
-            if series.kind == "counter" and "run" in series.labels:
-                self._start_counter(series, (run,))
+        self._start_counters(run)
 
     def end_run(self, run: str, *, keep: Iterable[str] = ()) -> None:
         """Remove the series of `run` except the names in `keep`."""
@@ -305,8 +301,11 @@ class Metrics(Collector):
             family.add_metric(labels, values[labels])
         return family
 
-    def _start_counter(self, series: Series, first: tuple[str, ...]) -> None:
-        rest = [series.known[label] for label in series.labels[len(first) :]]
-        with self._lock:
-            for labels in itertools.product(*rest):
-                self._values[series.name].setdefault((*first, *labels), 0.0)
+    def _start_counters(self, *run: str) -> None:
+        """Start the counters of `run`, or those without a run."""
+        for series in TABLE:
+            if series.kind == "counter" and ("run" in series.labels) == bool(run):
+                known = [series.known[label] for label in series.labels[len(run) :]]
+                with self._lock:
+                    for labels in itertools.product(*known):
+                        self._values[series.name].setdefault((*run, *labels), 0.0)

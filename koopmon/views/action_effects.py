@@ -116,15 +116,15 @@ def effect_of(
     last = len(points) if following is None else bisect_right(points, following.step, key=_step)
     after = points[first : min(last, first + WINDOW)]
     old, new = _losses(before), _losses(after)
-    risk_after = _median([point.risk for point in after])
+    risk_after = median([point.risk for point in after])
     verdict, why = _verdict(decision.risk, risk_after, old, new, after, following if len(after) < WINDOW else None)
     return Effect(
         num_before=len(before),
         num_after=len(after),
         risk_before=decision.risk,
         risk_after=risk_after,
-        loss_before=_median(old),
-        loss_after=_median(new),
+        loss_before=median(old),
+        loss_after=median(new),
         verdict=verdict,
         why=why,
     )
@@ -173,6 +173,7 @@ def _losses(points: Sequence[TimelinePoint]) -> list[float]:
     return [point.training.loss for point in points if point.training.loss is not None]
 
 
-def _median(values: Sequence[float]) -> float | None:
-    known = [value for value in values if math.isfinite(value)]
+def median(values: Iterable[float | None]) -> float | None:
+    """Return the median of the finite values; None without any."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
     return statistics.median(known) if known else None
