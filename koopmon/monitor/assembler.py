@@ -220,7 +220,16 @@ class Assembler:
         if blocks is None or (not pending.complete and sum(map(len, blocks[0])) < self.min_samples):
             self.on_drop(run_key[0], "incomplete")
             return None
-        return _snapshot([header for header, _ in shards], blocks)
+        headers = [header for header, _ in shards]
+        return Snapshot(
+            run=headers[0].run,
+            incarnation=headers[0].incarnation,
+            training=_training([header.training for header in headers]),
+            blocks=blocks,
+            masked=all(header.masked for header in headers),
+            num_shards=len(headers),
+            observables=_observables(headers, len(blocks) - 1),
+        )
 
 
 def _name(shard: Shard) -> str:
@@ -300,20 +309,6 @@ def _training(steps: Sequence[TrainingStep]) -> TrainingStep:
     means = {name: mean(getattr(step, name) for step in steps) for name in MEASURED}
     rates = [step.learning_rate for step in steps if step.learning_rate is not None]
     return msgspec.structs.replace(steps[0], **means | {"learning_rate": max(rates, default=None)})
-
-
-def _snapshot(headers: Sequence[Shard], blocks: tuple[tuple[Tensor, ...], ...]) -> Snapshot:
-    """Build the snapshot from the headers, by rank, and the joined blocks."""
-    first = headers[0]
-    return Snapshot(
-        run=first.run,
-        incarnation=first.incarnation,
-        training=_training([header.training for header in headers]),
-        blocks=blocks,
-        masked=all(header.masked for header in headers),
-        num_shards=len(headers),
-        observables=_observables(headers, len(blocks) - 1),
-    )
 
 
 def _observables(headers: Sequence[Shard], num_layers: int) -> dict[str, tuple[float | None, ...]]:

@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 
 from koopmon.monitor.engine import Result
 from koopmon.monitor.failures import Failures
+from koopmon.monitor.pending_commands import Answered
 from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Assessment
 from koopmon.telemetry.metrics import ErrorPart
-from koopmon.wire.messages import Ack, Command, CommandKind, DropReason, Heartbeat, Hello
+from koopmon.wire.messages import Ack, Command, DropReason, Heartbeat, Hello
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +112,10 @@ class CommandUnanswered(Event):
 
 @dataclass(frozen=True, slots=True)
 class CommandAcked(Event):
-    """Rank 0 sent an ack.
-
-    `kind` is None for an unknown command. `first` is True for the first ack of the command, `counts` if no outcome of
-    it was counted before.
-    """
+    """Rank 0 sent an ack. `answered` is None for an unknown command."""
 
     ack: Ack
-    kind: CommandKind | None
-    first: bool = False
-    counts: bool = False
+    answered: Answered | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,11 +97,18 @@ class Run:
 
     @property
     def training(self) -> TrainingStep:
-        """Latest known scalars: step and values in force of the run, measured values of rank 0's last heartbeat."""
+        """Latest known scalars, at the run's latest step: those of rank 0's last heartbeat.
+
+        Without a heartbeat since the last change of the values in force, the LR scale is the commanded one.
+        """
         known, beat = self.applied.at_step(self.step), self.peers[0].heartbeat if 0 in self.peers else None
         if beat is None:
             return known
-        return msgspec.structs.replace(known, **{name: getattr(beat.training, name) for name in MEASURED})
+        # Under a cap, and during a ramp, the scale in force is lower than the commanded one; agents measure it.
+        names = TrainingStep.__struct_fields__ if beat.applied == self.applied else MEASURED
+        return msgspec.structs.replace(
+            known, **{name: getattr(beat.training, name) for name in names if name != "step"}
+        )
 
     @property
     def leader(self) -> Peer | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import msgspec
 
@@ -225,22 +225,16 @@ class RunController:
 
         Steps are clamped to the protocol's last one. Raises ProtocolError for any other value outside its bounds.
         """
+        values = {each.name: getattr(action, each.name) for each in fields(action) if each.name != "expires_in_steps"}
         until = action.cadence_until_step
+        values["cadence_until_step"] = None if until is None else min(until, MAX_STEP)
+        values["reason"] = action.reason[:MAX_TEXT]
         command = Command(
             run=self._hello.run,
             incarnation=self._hello.incarnation,
             id=secrets.token_hex(8),
-            kind=action.kind,
-            reason=action.reason[:MAX_TEXT],
             expires_step=min(step + action.expires_in_steps, MAX_STEP),
-            lr_scale=action.lr_scale,
-            max_rate=action.max_rate,
-            warmup_steps=action.warmup_steps,
-            rewind=action.rewind,
-            kss=action.kss,
-            ramp_steps=action.ramp_steps,
-            cadence_steps=action.cadence_steps,
-            cadence_until_step=None if until is None else min(until, MAX_STEP),
+            **values,
         )
         encode_header(command)
         return command

@@ -284,10 +284,9 @@ class Service:
         run.applied_changed()  # the history takes the values in force from the ack
         self._publish(events.RunChanged(run))
         answered = run.controller.acknowledge(ack)
+        self._publish(events.CommandAcked(run, ack, answered))
         if answered is None:
-            self._publish(events.CommandAcked(run, ack, None))
             raise ProtocolError("unknown_command", f"run {run.name} answers {ack.command_id}, which is not known")
-        self._publish(events.CommandAcked(run, ack, answered.kind, answered.first, answered.counts))
 
     def _assess(
         self,

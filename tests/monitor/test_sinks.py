@@ -18,6 +18,7 @@ from koopmon.monitor.history_sink import COMMIT_SECONDS, HistorySink
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.metrics_sink import MetricsSink
 from koopmon.monitor.notify_sink import NotifySink
+from koopmon.monitor.pending_commands import Answered
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.run_controller import Assessment
 from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, Metrics
@@ -70,7 +71,7 @@ def test_a_replaced_command_counts_with_its_late_ack_alone(metrics: Metrics) -> 
     sink(0.0, events.CommandUnanswered(run, factories.command(2)))
     assert metrics.value("commands", "job", "set_lr_scale", "unanswered") == 1.0
     for counts, expected in ((False, 0.0), (True, 1.0)):
-        sink(0.0, events.CommandAcked(run, factories.ack(1), "set_lr_scale", counts=counts))
+        sink(0.0, events.CommandAcked(run, factories.ack(1), Answered("set_lr_scale", first=True, counts=counts)))
         assert metrics.value("commands", "job", "set_lr_scale", "applied") == expected
 
 
@@ -155,8 +156,9 @@ def test_decisions_and_first_acks_are_logged_and_annotated(caplog: pytest.LogCap
     with caplog.at_level(logging.INFO):
         sink(1.0, events.Assessed(run, assessment))
         sink(2.0, events.Decided(run, assessment))
-        sink(3.0, events.CommandAcked(run, factories.ack(1, detail="by <rank 0>"), command.kind, first=True))
-        sink(4.0, events.CommandAcked(run, factories.ack(1), command.kind, first=False))
+        for at, first in ((3.0, True), (4.0, False)):
+            answered = Answered(command.kind, first=first, counts=first)
+            sink(at, events.CommandAcked(run, factories.ack(1, detail="by <rank 0>"), answered))
         sink(5.0, events.CommandUnanswered(run, command, replaced=True))
         sink(6.0, events.CommandUnanswered(run, command))
     reason = "risk 1.00: learning rate x 0.25; the residual stream is not finite"

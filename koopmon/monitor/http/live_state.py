@@ -113,7 +113,7 @@ class LiveState:
                 self._add_decision(kept, assessment, assessment.decision)
             case events.CommandUnanswered(_, command):
                 self._settle(kept, command.id, "unanswered")
-            case events.CommandAcked(run, ack) if event.first:
+            case events.CommandAcked(run, ack, answered) if answered is not None and answered.first:
                 self._settle(kept, ack.command_id, ack.outcome, ack.step, ack.detail)
                 if (standing := kept.view.standing) is not None:
                     self._change(kept, standing=replace(standing, state=run.controller.policy_state))
@@ -122,7 +122,7 @@ class LiveState:
 
     def _update_run(self, run: Run) -> None:
         """Update a run from the registry, and the health of its agents."""
-        now, hello = self._clock(), run.hello
+        now, hello, training = self._clock(), run.hello, run.training
         kept = self._kept.get(run.name)
         if kept is None:
             kept = self._keep(RunView(name=run.name, incarnation=run.incarnation))
@@ -141,9 +141,9 @@ class LiveState:
             acts=hello.acts,
             sends=run.controller.sends,
             hostname=hello.hostname,
-            step=run.step,
-            lr_scale=run.applied.lr_scale,
-            kss_alpha=run.applied.kss.alpha,
+            step=training.step,
+            lr_scale=training.lr_scale,
+            kss_alpha=training.kss_alpha,
             health=health,
         )
         changed = view != kept.view

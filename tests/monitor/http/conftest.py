@@ -11,6 +11,7 @@ import torch
 from koopmon.config import Config, from_mapping
 from koopmon.monitor import events
 from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.pending_commands import Answered
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.spectral import SpectralProfile, profile_states
@@ -69,7 +70,7 @@ class Fed:
     def answer(self, command_id: str, outcome: Any, step: int, detail: str = "") -> None:
         ack = Ack(**self.words, command_id=command_id, outcome=outcome, step=step, detail=detail, applied=self.applied)
         self.controller.acknowledge(ack)
-        self.tell(events.CommandAcked(self.run, ack, None, first=True))
+        self.tell(events.CommandAcked(self.run, ack, Answered("set_lr_scale", first=True, counts=True)))
 
     def give_up(self, command: Command) -> None:
         self.tell(events.CommandUnanswered(self.run, command))
