@@ -184,6 +184,18 @@ class _Case:
             return None
         return False if self.alarmed else True if self.risk.value < self.config.act_risk else None
 
+    def acted(self, **changes: object) -> PolicyState:
+        """Return the state after an action on the learning rate; `changes` are further fields."""
+        return replace(
+            self.state,
+            phase="acting",
+            acted_at=self.seen.step,
+            risk_at_action=self.risk.value,
+            calm_since=None,
+            high_streak=0,
+            **changes,  # type: ignore[arg-type]
+        )
+
     def calm_for(self, steps: int) -> bool:
         """Return True when the run has been calm for at least `steps` steps."""
         since = self.state.calm_since
@@ -372,17 +384,7 @@ def _cap(case: _Case) -> Proposal | None:
                 expires_in_steps=config.expires_in_steps,
             )
         )
-    following = replace(
-        state,
-        phase="acting",
-        max_rate=cap,
-        num_rewinds=state.num_rewinds + rewinds,
-        rewinding=rewinds,
-        acted_at=seen.step,
-        risk_at_action=case.risk.value,
-        calm_since=None,
-        high_streak=0,
-    )
+    following = case.acted(max_rate=cap, num_rewinds=state.num_rewinds + rewinds, rewinding=rewinds)
     return tuple(actions), following, ""
 
 
@@ -417,17 +419,7 @@ def _back_off(case: _Case) -> Proposal | None:
         lr_scale=scale,
         expires_in_steps=config.expires_in_steps,
     )
-    following = replace(
-        state,
-        phase="acting",
-        lr_scale=scale,
-        num_cuts=state.num_cuts + 1,
-        acted_at=case.seen.step,
-        risk_at_action=case.risk.value,
-        calm_since=None,
-        high_streak=0,
-    )
-    return (action,), following, ""
+    return (action,), case.acted(lr_scale=scale, num_cuts=state.num_cuts + 1), ""
 
 
 def _lower_scale(case: _Case) -> float:

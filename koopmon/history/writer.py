@@ -72,10 +72,7 @@ class HistoryWriter(Journal):
     @records(commit=True)
     def record_applied(self, at: float, run: str, incarnation: str, step: int, applied: Applied) -> None:
         """Record the values in force that rank 0 reported."""
-        row = self._incarnation(at, run, incarnation)
-        self._database.execute(
-            "UPDATE incarnations SET applied = ?, applied_step = ? WHERE id = ?", (to_json(applied), step, row)
-        )
+        self._set_applied(at, run, incarnation, step, applied)
 
     @records()
     def record_profile(
@@ -183,10 +180,7 @@ class HistoryWriter(Journal):
             " AND outcome IN ('pending', 'unanswered', 'duplicate')",
             (ack.outcome, ack.command_id, ack.run),
         )
-        row = self._incarnation(at, ack.run, ack.incarnation)
-        self._database.execute(
-            "UPDATE incarnations SET applied = ?, applied_step = ? WHERE id = ?", (to_json(ack.applied), ack.step, row)
-        )
+        self._set_applied(at, ack.run, ack.incarnation, ack.step, ack.applied)
 
     @records()
     def record_heartbeat(self, at: float, heartbeat: Heartbeat) -> None:
@@ -195,6 +189,10 @@ class HistoryWriter(Journal):
         scalars |= {name: getattr(heartbeat, name) for name in ("process_rank", "step_seconds", "overhead_ratio")}
         self._insert("heartbeats", at, run, heartbeat.incarnation, **scalars)
         self._database.execute("UPDATE runs SET state = 1, last_seen = ? WHERE name = ?", (at, run))
+
+    def _set_applied(self, at: float, run: str, incarnation: str, step: int, applied: Applied) -> None:
+        values = (to_json(applied), step, self._incarnation(at, run, incarnation))
+        self._database.execute("UPDATE incarnations SET applied = ?, applied_step = ? WHERE id = ?", values)
 
     def _insert(self, table: str, at: float, run: str, incarnation: str, **columns: Any) -> int | None:
         """Insert a row of an incarnation; return its id."""

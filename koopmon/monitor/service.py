@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from koopmon.config import Config
@@ -212,12 +213,9 @@ class Service:
 
     def _on_hello(self, now: float, peer: bytes, hello: Hello, key: str) -> None:
         launches = self._store.incarnations(hello.run)
-        known = hello.incarnation in launches
         retired = launches[:-1] if hello.incarnation in launches[-1:] else launches
 
-        def begin(before: Run | None) -> tuple[RunController, Applied | None]:
-            return self._begin(hello, before, known=known)
-
+        begin = partial(self._begin, hello, hello.incarnation in launches)
         try:
             admission = self._registry.admit(now, hello, peer, begin, key=key, retired=retired)
             run, before = admission.run, admission.before
@@ -250,7 +248,7 @@ class Service:
             ),
         )
 
-    def _begin(self, hello: Hello, before: Run | None, *, known: bool) -> tuple[RunController, Applied | None]:
+    def _begin(self, hello: Hello, known: bool, before: Run | None) -> tuple[RunController, Applied | None]:
         """Make the controller of a new incarnation, and the values to restore.
 
         `before` is the run that it replaces; `known` is True if an earlier monitor watched this incarnation.
