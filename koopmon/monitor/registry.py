@@ -42,7 +42,6 @@ HEARTBEAT_ROW_SECONDS = 10.0
 class Peer:
     """One sending rank of a run on the control channel; `identity` is its address."""
 
-    process_rank: int
     identity: bytes
     gone: bool = False
     heartbeat: Heartbeat | None = None
@@ -212,7 +211,7 @@ class RunRegistry:
         peer = run.peers.get(hello.process_rank)
         settled = peer is not None and peer.heartbeat is not None
         if peer is None:
-            peer = run.peers[hello.process_rank] = Peer(hello.process_rank, identity)
+            peer = run.peers[hello.process_rank] = Peer(identity)
         peer.identity, peer.gone = identity, False
         if hello.process_rank == 0:
             run.hello, run.applied = hello, hello.applied

@@ -25,10 +25,9 @@ MAX_LAYERS = 64
 
 def page(report: RunReport) -> str:
     """Return the whole document."""
-    profiles, points, policy = report.profiles, report.points, report.policy
+    profiles, points = report.profiles, report.points
     spectra, columns = profiles.spectra, profiles.columns
     limit = plotted_modulus([modulus for each in spectra for modulus in each.spectrum.moduli()])
-    levels = (("severe", policy.severe_risk), ("act", policy.act_risk), ("calm below", policy.release_risk))
     return render(
         "koopmon.report",
         "report.html",
@@ -46,7 +45,7 @@ def page(report: RunReport) -> str:
                 ("replay", report.run, "--store", report.store, "--policy", "careful.toml"),
             )
         ],
-        risk_chart=risk_chart(points, report.decisions, levels),
+        risk_chart=risk_chart(points, report.decisions, report.policy),
         scalar_charts=Markup("").join(scalar_chart(points, scalar) for scalar in SCALARS if scalar.chart),
         scalars=SCALARS,
         highlights=[

@@ -392,7 +392,7 @@ def test_a_run_that_is_over_may_be_taken_by_another_agent_as_another_incarnation
 
 
 def test_dropped_shards_are_counted_from_totals() -> None:
-    peer = Peer(0, b"p")
+    peer = Peer(b"p")
     assert peer.new_drops(heartbeat(dropped={"queue_full": 3, "budget": 0})) == {"queue_full": 3}
     assert peer.new_drops(heartbeat(dropped={"queue_full": 3})) == {}
     assert peer.new_drops(heartbeat(dropped={"queue_full": 5, "budget": 1})) == {"queue_full": 2, "budget": 1}
@@ -401,7 +401,7 @@ def test_dropped_shards_are_counted_from_totals() -> None:
 
 
 def test_a_heartbeat_is_recorded_every_ten_seconds() -> None:
-    peer = Peer(0, b"p")
+    peer = Peer(b"p")
     assert [now for now in (0.0, 5.0, 9.9, 10.0, 19.9, 25.0, 34.9, 35.0) if peer.row_due(now)] == [
         0.0,
         10.0,

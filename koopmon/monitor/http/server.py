@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import ipaddress
 import logging
 import os
-import re
 import socket
 import ssl
 import threading
@@ -29,6 +27,7 @@ from koopmon.monitor.http.event_stream import EventStreams
 from koopmon.monitor.http.limits import Connections
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.routes import not_found, routes
+from koopmon.wire.endpoints import check_endpoint, is_loopback
 
 STOP_SECONDS = 5.0
 MAX_HEAD_BYTES = 16 << 10
@@ -40,21 +39,20 @@ def parse_address(address: str, *, exposed: bool = False) -> tuple[str, int]:
 
     Without `exposed` it must be a loopback address. Raises EndpointError.
     """
-    match = re.fullmatch(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):(?P<port>[0-9]{1,5})", address)
-    if match is None or int(match["port"]) > 65535:
-        raise EndpointError(f"http {address!r}: expected HOST:PORT with a port from 0 to 65535, as 127.0.0.1:9464")
-    host = match["host"].strip("[]")
-    host = "127.0.0.1" if host == "localhost" else host
     try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        raise EndpointError(f"http {address!r}: {host!r} is no address of this host, as 127.0.0.1 or 0.0.0.0") from None
-    if not loopback and not exposed:
+        checked = check_endpoint(f"tcp://{address}", binding=True)
+    except EndpointError:
+        raise EndpointError(
+            f"http {address!r}: expected HOST:PORT, an address of this host and a port from 0 to 65535, as"
+            " 127.0.0.1:9464 or 0.0.0.0:9464"
+        ) from None
+    if not exposed and not is_loopback(checked):
         raise EndpointError(
             f"http {address!r}: other hosts reach it: give [http] a certificate and a token or password, or name the"
             " risk with insecure_plaintext; only loopback (127.0.0.1, [::1], localhost) goes without"
         )
-    return host, int(match["port"])
+    host, _, port = checked.removeprefix("tcp://").rpartition(":")
+    return host.strip("[]"), 0 if port == "*" else int(port)
 
 
 def listen(address: str, *, exposed: bool = False) -> socket.socket:
