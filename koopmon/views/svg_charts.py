@@ -46,8 +46,8 @@ def sparkline(points: Sequence[TimelinePoint], act_risk: float) -> Markup:
 def risk_chart(points: Sequence[TimelinePoint], decisions: Sequence[DecisionView], policy: PolicyConfig) -> Markup:
     """Chart of risk and forecast over steps.
 
-    The thresholds of `policy` are drawn with their names; commands that change training are marked, and so are snapshots that were
-    not finite.
+    The thresholds of `policy` are drawn with their names; commands that change training are marked, and so are
+    snapshots that were not finite.
     """
     place = _placed(points)
     levels = (("severe", policy.severe_risk), ("act", policy.act_risk), ("calm below", policy.release_risk))
