@@ -23,7 +23,8 @@ from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.codec import decode_for_agent, encode
 from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import Applied, Hello, Shard, TrainingStep, Welcome
-from koopmon.wire.sockets import ControlClient, DataSender, WireContext
+from koopmon.wire.sockets import ControlClient, DataSender
+from koopmon.wire.transport import WireContext
 from tests import factories
 
 INCARNATION = "aaaaaaaa"

@@ -22,7 +22,8 @@ from benchmarks.fuzz.composition import STRANGE, WHOLE, legal_hello, made
 from koopmon.wire.codec import decode_for_agent, encode
 from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import Ack, Command, Goodbye, Heartbeat, Shard, Welcome
-from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
+from koopmon.wire.sockets import ControlClient, DataSender, Poller
+from koopmon.wire.transport import WireContext
 
 
 def monitor_killed(stage: Watched) -> str:

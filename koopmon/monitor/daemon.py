@@ -44,7 +44,9 @@ from koopmon.wire.codec import decode_for_monitor, decode_shard, encode
 from koopmon.wire.endpoints import is_loopback
 from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import PROTOCOL_VERSION, MonitorMessage, Refused
-from koopmon.wire.sockets import ControlServer, DataReceiver, Poller, Wakeup, WireContext
+from koopmon.wire.sockets import ControlServer, DataReceiver, Poller
+from koopmon.wire.transport import WireContext
+from koopmon.wire.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,8 @@ class Addresses:
 class Monitor:
     """One monitor daemon. `run` serves until `stop`; `ready` is called when it accepts messages.
 
-    `bind` is the control endpoint, which users configure. `data_bind` defaults to an endpoint beside it.
+    `bind` is the control endpoint, which users configure. `data_bind` defaults to an endpoint beside it. Raises
+    ConfigError or CalibrationError, each one line.
     """
 
     config: Config
@@ -330,21 +333,12 @@ class Monitor:
         return time.monotonic() - self._turned_at < ALIVE_SECONDS
 
 
-def serve(
-    config: Config,
-    *,
-    bind: str,
-    http: str,
-    data_bind: str | None = None,
-    device: str = "auto",
-    store: Path,
-    ready_file: Path | None = None,
-) -> int:
+def serve(monitor: Monitor, ready_file: Path | None = None) -> int:
     """Run a monitor until SIGTERM or SIGINT; returns exit status 0. Call it in the main thread.
 
     When the monitor accepts messages, it writes a JSON object to `ready_file` (endpoint, data_endpoint, http, scheme,
-    pid). The file is removed at the end. Raises ConfigError, CalibrationError, EndpointError, KeysError or StoreError,
-    each one line, when it cannot start.
+    pid). The file is removed at the end. Raises EndpointError, KeysError or StoreError, each one line, when it cannot
+    start.
     """
 
     def ready(addresses: Addresses) -> None:
@@ -352,7 +346,7 @@ def serve(
         if ready_file is not None:
             _write_ready(ready_file, addresses)
 
-    monitor = Monitor(config, bind=bind, http=http, data_bind=data_bind, device=device, store_path=store, ready=ready)
+    monitor.ready = ready
     _raise_descriptor_limit()
     with ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGINT):

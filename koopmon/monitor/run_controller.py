@@ -25,8 +25,6 @@ from koopmon.wire.messages import MAX_STEP, MAX_TEXT, Ack, Applied, Command, Hel
 
 logger = logging.getLogger(__name__)
 
-TRAINING_KINDS = frozenset({"set_lr_scale", "set_kss", "rewind"})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assessment:
@@ -248,7 +246,7 @@ class RunController:
             if ack.outcome == "applied":
                 # The layers jump: the detector restarts with the first snapshot after the return.
                 self._risk_state, self._rewound_at = online_detector.RiskState(), ack.step
-        elif command.kind in TRAINING_KINDS:
+        elif command.kind != "set_cadence":
             self.policy_state = policy.acknowledge(self.policy_state, ack)
 
     def _judge(self, assessment: Assessment) -> Judgement:

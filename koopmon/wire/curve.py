@@ -57,20 +57,21 @@ def pair_of(secret: str) -> KeyPair:
 
 def make_curve_server(socket: zmq.Socket[bytes], secret: str) -> None:
     """Make an unbound socket a CURVE server; it accepts only clients that a ZapHandler admits."""
-    pair = pair_of(secret)
     socket.set(zmq.CURVE_SERVER, 1)
-    socket.set(zmq.CURVE_SECRETKEY, pair.secret.encode())
-    socket.set(zmq.CURVE_PUBLICKEY, pair.public.encode())
+    _set_pair(socket, secret)
     socket.set(zmq.ZAP_DOMAIN, DOMAIN)
     socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a handler no client is admitted
 
 
 def make_curve_client(socket: zmq.Socket[bytes], secret: str, server: str) -> None:
     """Make an unconnected socket a CURVE client that accepts only the server with the key `server`."""
-    pair = pair_of(secret)
     socket.set(zmq.CURVE_SERVERKEY, server.encode())
-    socket.set(zmq.CURVE_SECRETKEY, pair.secret.encode())
-    socket.set(zmq.CURVE_PUBLICKEY, pair.public.encode())
+    _set_pair(socket, secret)
+
+
+def _set_pair(socket: zmq.Socket[bytes], secret: str) -> None:
+    socket.set(zmq.CURVE_SECRETKEY, secret.encode())
+    socket.set(zmq.CURVE_PUBLICKEY, pair_of(secret).public.encode())
 
 
 def key_of(frame: zmq.Frame) -> str:

@@ -13,28 +13,14 @@ import zmq
 
 from koopmon.errors import ProtocolError
 from koopmon.wire.client import CONNECTION_EVENTS, RETRY_SECONDS, Client
-from koopmon.wire.endpoints import check_endpoint
 from koopmon.wire.headers import Frame, WireLimits
 from koopmon.wire.messages import DropReason
 from koopmon.wire.server import READ_BYTES, Server
-from koopmon.wire.transport import ForkedChildError, Options, Socket, WireContext
+from koopmon.wire.transport import Options, Socket, WireContext
 from koopmon.wire.wakeup import Wakeup
 
 if TYPE_CHECKING:
     from koopmon.wire.buffer_pool import Slot
-
-__all__ = [
-    "ControlClient",
-    "ControlServer",
-    "DataReceiver",
-    "DataSender",
-    "ForkedChildError",
-    "Poller",
-    "ProbeClient",
-    "Wakeup",
-    "WireContext",
-    "check_endpoint",
-]
 
 # Snapshots may be lost: a closing data socket drops its queue.
 _DATA: Final[Options] = {zmq.LINGER: 0}

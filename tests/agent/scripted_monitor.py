@@ -32,7 +32,9 @@ from koopmon.wire.messages import (
     Shard,
     Welcome,
 )
-from koopmon.wire.sockets import ControlServer, DataReceiver, Poller, Wakeup, WireContext
+from koopmon.wire.sockets import ControlServer, DataReceiver, Poller
+from koopmon.wire.transport import WireContext
+from koopmon.wire.wakeup import Wakeup
 
 M = TypeVar("M")
 LIMITS = WireLimits()

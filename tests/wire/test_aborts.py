@@ -23,7 +23,8 @@ from benchmarks.fuzz.strangers import GREETING, PING, frame, ready
 from koopmon.errors import EndpointError
 from koopmon.wire.codec import encode
 from koopmon.wire.messages import Goodbye
-from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, WireContext
+from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller
+from koopmon.wire.transport import WireContext
 from tests.keyring import Keyring
 
 pytestmark = pytest.mark.process

@@ -12,7 +12,8 @@ from koopmon.errors import ProtocolError
 from koopmon.wire.codec import encode
 from koopmon.wire.messages import Goodbye
 from koopmon.wire.receive_queue import ReceiveQueue
-from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, WireContext
+from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller
+from koopmon.wire.transport import WireContext
 
 
 def drain(queue: ReceiveQueue[str, Any]) -> list[tuple[str, Any]]:

@@ -24,7 +24,9 @@ from koopmon.wire.buffer_pool import BufferPool
 from koopmon.wire.codec import decode_for_agent, decode_for_monitor, decode_shard, encode
 from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import Goodbye, HeartbeatReply, Shard, TrainingStep
-from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, Wakeup, WireContext
+from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller
+from koopmon.wire.transport import WireContext
+from koopmon.wire.wakeup import Wakeup
 from tests.factories import num_free
 
 WHO: dict[str, Any] = {"run": "job", "incarnation": "00c0ffee"}

@@ -17,7 +17,8 @@ import torch
 from koopmon.wire.buffer_pool import BufferPool
 from koopmon.wire.codec import encode
 from koopmon.wire.messages import Goodbye, Shard, TrainingStep
-from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
+from koopmon.wire.sockets import ControlClient, DataSender, Poller
+from koopmon.wire.transport import WireContext
 from tests.factories import num_free
 
 pytestmark = pytest.mark.process

@@ -56,8 +56,8 @@ class EventStreams:
             told = max((view.revision for view in changed), default=told)
             wanted = [view for view in changed if run in (None, view.name)]
             # Only the last event has the id: after a disconnection in between, the reader gets all of them again.
-            frames = [frame("run", summary(view), "") for view in wanted[:-1]]
-            frames += [frame("run", summary(view), f"{live_state.boot}-{told}") for view in wanted[-1:]]
+            identity = f"{live_state.boot}-{told}"
+            frames = [frame(summary(view), identity if view is wanted[-1] else "") for view in wanted]
             if not frames and silent >= HEARTBEAT_SECONDS:
                 frames = [b": still here\n\n"]
             silent = 0.0 if frames else silent + PACE_SECONDS
@@ -73,7 +73,7 @@ def resumed(live_state: LiveState, last_id: str) -> int:
     return min(int(revision), live_state.revision) if known else 0
 
 
-def frame(kind: str, data: object, identity: str) -> bytes:
+def frame(run: object, identity: str) -> bytes:
     """Encode one event. JSON contains no raw line break, so its data is one line."""
     told = b"id: %b\n" % identity.encode() if identity else b""
-    return told + b"event: %b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode(data))
+    return told + b"event: run\ndata: %b\n\n" % msgspec.json.encode(run)

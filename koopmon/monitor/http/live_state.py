@@ -66,18 +66,10 @@ class LiveState:
         self._wall = wall
         self._lock = threading.Lock()
         self._kept: dict[str, _Kept] = {}
-        self._revision = 0
-        self._num_hidden = 0
-
-    @property
-    def revision(self) -> int:
-        """Revision number, incremented by every change; reading it takes no lock."""
-        return self._revision
-
-    @property
-    def num_hidden(self) -> int:
+        self.revision = 0
+        """Incremented by every change; reading it takes no lock."""
+        self.num_hidden = 0
         """Number of runs removed from the page to make room for other runs."""
-        return self._num_hidden
 
     def names(self) -> list[str]:
         with self._lock:
@@ -210,7 +202,7 @@ class LiveState:
         if len(self._kept) >= MAX_RUNS:
             over = (kept.view.name for kept in self._kept.values() if kept.view.state != "running")
             del self._kept[next(over, next(iter(self._kept)))]
-            self._num_hidden += 1
+            self.num_hidden += 1
         kept = self._kept[view.name] = _Kept(view)
         return kept
 
@@ -233,8 +225,8 @@ class LiveState:
                 return
 
     def _change(self, kept: _Kept, **values: object) -> None:
-        self._revision += 1
-        kept.view = replace(kept.view, revision=self._revision, **values)  # type: ignore[arg-type]
+        self.revision += 1
+        kept.view = replace(kept.view, revision=self.revision, **values)  # type: ignore[arg-type]
 
 
 def _before(kept: deque[T], earlier: list[T]) -> None:

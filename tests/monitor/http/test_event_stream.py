@@ -144,7 +144,7 @@ def test_an_id_from_the_future_waits_for_nothing(live_state: LiveState, feed: Fe
 
 
 def test_words_with_line_breaks_stay_one_event() -> None:
-    told = frame("run", {"reason": "a\n\ndata: forged\r\nid: 7\u2028"}, "b-1")
+    told = frame({"reason": "a\n\ndata: forged\r\nid: 7\u2028"}, "b-1")
     assert told.startswith(b"id: b-1\nevent: run\ndata: ")
     assert told.count(b"\n") == 4
     assert b"\r" not in told
