@@ -54,6 +54,7 @@ class Server(Socket, Generic[P]):
     """The endpoint actually bound, for peers to connect to."""
     sender_key: str
     """Key of the sender of the last received message; "" without CURVE."""
+    _max_frames: int
     _overhead_bytes: int = _FRAME_BYTES
     """Memory of a message beside its content and its further frames, in bytes."""
 
@@ -64,12 +65,9 @@ class Server(Socket, Generic[P]):
         options: Options,
         endpoint: str,
         limits: WireLimits,
-        *,
-        max_frames: int,
         max_waiting_bytes: int,
     ) -> None:
         self.limits = limits
-        self._max_frames = max_frames
         self._waiting: ReceiveQueue[P, _Message | ProtocolError] = ReceiveQueue(max_waiting_bytes)
         self._num_dropped = 0
         self.sender_key = ""
