@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
+from typing import IO, Any, Self, TypeVar, cast
 
 import msgspec
 
@@ -41,23 +41,21 @@ RECORD_ERRORS = (
 """Errors caused by one record: a conflict with other records, or a value that SQLite or JSON cannot store."""
 UPKEEP_SECONDS = 60.0
 BUSY_UPKEEP_SECONDS = 1.0
-P = ParamSpec("P")
-J = TypeVar("J", bound="Journal")
-Write: TypeAlias = Callable[Concatenate[J, P], None]
+F = TypeVar("F", bound=Callable[..., None])
 
 
-def records(*, commit: bool = False) -> Callable[[Write[J, P]], Write[J, P]]:
+def records(*, commit: bool = False) -> Callable[[F], F]:
     """Decorator for methods that write.
 
     With `commit`, the record is on disk when the method returns, or waits in memory while recording is paused.
     """
 
-    def decorate(method: Write[J, P]) -> Write[J, P]:
+    def decorate(method: F) -> F:
         @functools.wraps(method)
-        def write(self: J, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        def write(self: Journal, /, *args: Any, **kwargs: Any) -> None:
             self._write(functools.partial(method, self, *args, **kwargs), must=commit)
 
-        return write
+        return cast(F, write)
 
     return decorate
 

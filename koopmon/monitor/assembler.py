@@ -44,21 +44,6 @@ class Snapshot(AtStep):
     """Measurements of the adapter, by name: one value for each transition, None where no rank has one."""
 
     @property
-    def num_points(self) -> int:
-        """P, the number of points in the depth."""
-        return len(self.blocks)
-
-    @property
-    def num_samples(self) -> int:
-        """N, the number of tokens of all ranks."""
-        return sum(block.shape[0] for block in self.blocks[0])
-
-    @property
-    def width(self) -> int:
-        """D, the width of the residual stream."""
-        return int(self.blocks[0][0].shape[1])
-
-    @property
     def num_bytes(self) -> int:
         """Memory of the states, in bytes."""
         return sum(block.nbytes for blocks in self.blocks for block in blocks)
@@ -70,7 +55,8 @@ class Snapshot(AtStep):
     def states(self, device: torch.device | str = "cpu") -> Tensor:
         """Copy the states into one float32 tensor (P, N, D) on `device`."""
         # The blocks move to the device in their own dtype and are converted there: half precision moves half the bytes.
-        states = torch.empty((self.num_points, self.num_samples, self.width), device=device)
+        num_samples = sum(block.shape[0] for block in self.blocks[0])
+        states = torch.empty((len(self.blocks), num_samples, self.blocks[0][0].shape[1]), device=device)
         for point, blocks in zip(states, self.blocks, strict=True):
             row = 0
             for block in blocks:
