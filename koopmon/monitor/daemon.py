@@ -170,13 +170,10 @@ class Monitor:
             self.http,
             registry,
             {"healthz": self._alive, "readyz": lambda: self._serving and self._alive()},
+            config=self.config,
             live_state=live_state,
-            policy=self.config.policy,
-            max_streams=self.config.http.max_streams,
             login=self._auth,
             tls=self._tls,
-            exposed=self.config.http.insecure_plaintext,
-            max_connections=self.config.monitor.max_http_connections,
             note=self._rejection_log.note,
         )
         stack.callback(web.close)

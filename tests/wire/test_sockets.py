@@ -456,6 +456,7 @@ FORK = """
 import gc, os, sys, warnings
 from koopmon.errors import KoopmonError
 from koopmon.wire.sockets import *
+from koopmon.wire.transport import ForkedChildError
 far, near = WireContext(), WireContext()
 server, receiver = ControlServer(far, sys.argv[1] + "c"), DataReceiver(far, sys.argv[1] + "d")
 client, sender, waker = ControlClient(near, server.endpoint), DataSender(near, receiver.endpoint), Wakeup()

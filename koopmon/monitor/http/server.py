@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from koopmon.config import PolicyConfig
+from koopmon.config import Config
 from koopmon.errors import EndpointError
 from koopmon.monitor.http.auth import HttpAuth
 from koopmon.monitor.http.event_stream import EventStreams
@@ -71,11 +71,11 @@ def listen(address: str, *, exposed: bool = False) -> socket.socket:
 class WebServer:
     """Serves the pages from its own thread; `address` is the actual HOST:PORT.
 
-    The live page shows `live_state`, with the thresholds of `policy` for new runs. At most `max_streams` readers
-    receive events, on at most half of the connections. Each name in `checks` is a page that returns 200 "ok" while its
-    function returns True, else 503. These pages need no `login`. With `tls` the pages use https. An address reachable
-    from other hosts requires both `login` and `tls`, or `exposed`. `note(reason, detail)` is called in the server's
-    thread for each rejected request or connection.
+    The live page shows `live_state`, with the thresholds of `config` for new runs. Event streams take at most half of
+    the connections. Each name in `checks` is a page that returns 200 "ok" while its function returns True, else 503.
+    These pages need no `login`. With `tls` the pages use https. An address reachable from other hosts requires both
+    `login` and `tls`, or `[http] insecure_plaintext`. `note(reason, detail)` is called in the server's thread for each
+    rejected request or connection.
     """
 
     def __init__(
@@ -86,22 +86,21 @@ class WebServer:
         *,
         login: HttpAuth | None = None,
         tls: ssl.SSLContext | None = None,
-        exposed: bool = False,
+        config: Config | None = None,
         live_state: LiveState | None = None,
-        policy: PolicyConfig | None = None,
-        max_connections: int = 128,
-        max_streams: int = 32,
         note: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
-        login = login or HttpAuth()
-        self._socket = listen(address, exposed=exposed or (login.required and tls is not None))
+        config, login = config or Config(), login or HttpAuth()
+        exposed = config.http.insecure_plaintext or (login.required and tls is not None)
+        self._socket = listen(address, exposed=exposed)
         host, port = self._socket.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         live_state = live_state or LiveState()
-        self._streams = EventStreams(live_state, min(max_streams, max_connections // 2))
-        pages = _application(registry, checks, routes(live_state, self._streams, policy or PolicyConfig()))
+        max_connections = config.monitor.max_http_connections
+        self._streams = EventStreams(live_state, min(config.http.max_streams, max_connections // 2))
+        pages = _application(registry, checks, routes(live_state, self._streams, config.policy))
         connections = Connections(login.wrap(pages), max_connections, note)
-        config = uvicorn.Config(
+        settings = uvicorn.Config(
             connections,
             http=cast(Any, connections.accept),
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
@@ -114,9 +113,9 @@ class WebServer:
             timeout_graceful_shutdown=2,
             server_header=False,
         )
-        config.load()
-        config.ssl = tls
-        self._server = uvicorn.Server(config)
+        settings.load()
+        settings.ssl = tls
+        self._server = uvicorn.Server(settings)
         self._filter_log = connections.filter_log
         UVICORN_LOG.addFilter(self._filter_log)
         # Outside the main thread uvicorn installs no signal handlers.

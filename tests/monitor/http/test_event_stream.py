@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from koopmon.config import from_mapping
 from koopmon.monitor.http import event_stream, limits
 from koopmon.monitor.http.event_stream import frame, resumed
 from koopmon.monitor.http.live_state import LiveState
@@ -37,8 +38,7 @@ def server(live_state: LiveState, noted: list[tuple[str, str]], monkeypatch: pyt
         CollectorRegistry(),
         {"healthz": lambda: True},
         live_state=live_state,
-        max_connections=8,
-        max_streams=2,
+        config=from_mapping({"monitor": {"max_http_connections": 8}, "http": {"max_streams": 2}}),
         note=lambda reason, detail, **_: noted.append((reason, detail)),
     )
     yield server
