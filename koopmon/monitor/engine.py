@@ -145,8 +145,10 @@ class Engine:
             profile = self._compute(snapshot)
             non_finite = profile is None
         except Exception as error:
-            failed = True
-            self._log_failure(snapshot, error)
+            failed, kind = True, type(error).__name__
+            if (more := self._limit.admit(time.monotonic(), kind)) is not None:
+                words = f"run {snapshot.run} step {snapshot.step}: {kind}: {error}"
+                logger.error("engine: %s%s", words, more, exc_info=error)
         return Result(snapshot.without_states(), profile, time.perf_counter() - start, non_finite, failed)
 
     def _compute(self, snapshot: Snapshot) -> SpectralProfile | None:
@@ -168,12 +170,6 @@ class Engine:
         if not bool(torch.isfinite(states).all()):
             return None
         return profile_states(states, svd_rank=self.svd_rank, kreiss="never")  # it costs far more than the rest
-
-    def _log_failure(self, snapshot: Snapshot, error: Exception) -> None:
-        kind = type(error).__name__
-        if (more := self._limit.admit(time.monotonic(), kind)) is not None:
-            words = f"run {snapshot.run} step {snapshot.step}: {kind}: {error}"
-            logger.error("engine: %s%s", words, more, exc_info=error)
 
 
 def check_device(name: str) -> str:

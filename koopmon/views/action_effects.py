@@ -117,7 +117,7 @@ def effect_of(
     after = points[first : min(last, first + WINDOW)]
     old, new = _losses(before), _losses(after)
     risk_after = median([point.risk for point in after])
-    verdict, why = _verdict(decision.risk, risk_after, old, new, after, following if len(after) < WINDOW else None)
+    verdict, why = _verdict(decision.risk, risk_after, old, after, following if len(after) < WINDOW else None)
     return Effect(
         num_before=len(before),
         num_after=len(after),
@@ -134,7 +134,6 @@ def _verdict(
     risk_before: float,
     risk_after: float | None,
     old: Sequence[float],
-    new: Sequence[float],
     after: Sequence[TimelinePoint],
     cut: AppliedAction | None,
 ) -> tuple[EffectVerdict, str]:
@@ -146,7 +145,7 @@ def _verdict(
         if cut is not None:
             return "cannot be told", f"{seen} before the next action at step {cut.step}: the two cannot be told apart"
         return "cannot be told", f"{seen}, {MIN_SNAPSHOTS} are needed"
-    risk = _moved(risk_after - risk_before, RISK_CHANGE)
+    risk, new = _moved(risk_after - risk_before, RISK_CHANGE), _losses(after)
     loss, words = 0, f"the risk {_WORDS[risk]}, the loss was not logged"
     if min(len(old), len(new)) >= MIN_SNAPSHOTS:
         loss = _moved(statistics.median(new) - statistics.median(old), LOSS_CHANGE * abs(statistics.median(old)))

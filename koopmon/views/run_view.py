@@ -80,15 +80,11 @@ class TimelinePoint(AtStep):
 
     @classmethod
     def of_row(cls, row: ObservationRow) -> Self:
+        shared = ("incarnation", "training", "time", "risk", "reason", "non_finite")
         return cls(
-            incarnation=row.incarnation,
-            training=row.training,
-            time=row.time,
-            risk=row.risk,
             forecast=_forecast(row.components, non_finite=row.non_finite),
-            reason=row.reason,
             informative=row.observation.get("informative") is True,
-            non_finite=row.non_finite,
+            **{name: getattr(row, name) for name in shared},
         )
 
     @classmethod

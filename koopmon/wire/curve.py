@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import zmq
 from zmq.utils import z85
@@ -102,22 +102,18 @@ class ZapHandler:
         """Take ownership of `socket`, which must be of type REP."""
         self.refusals: deque[Refusal] = deque(maxlen=MAX_REFUSALS)
         self._admits = admits
-        self._socket = socket
-        self._socket.set(zmq.LINGER, 0)
-        self._socket.bind(_ZAP_ENDPOINT)
-
-    @property
-    def pollable(self) -> Any:
-        return self._socket
+        self.socket = socket
+        self.socket.set(zmq.LINGER, 0)
+        self.socket.bind(_ZAP_ENDPOINT)
 
     def serve(self) -> None:
         """Answer all pending requests."""
         while True:
             try:
-                request = self._socket.recv_multipart(zmq.NOBLOCK)
+                request = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._socket.send_multipart(self._answer(request), zmq.NOBLOCK)
+            self.socket.send_multipart(self._answer(request), zmq.NOBLOCK)
 
     def _answer(self, request: list[bytes]) -> list[bytes]:
         # version, request id, domain, address, routing id, mechanism, credentials
@@ -131,4 +127,4 @@ class ZapHandler:
         return [_ZAP_VERSION, number, b"400", b"the key is not known here", b"", b""]
 
     def close(self) -> None:
-        self._socket.close()
+        self.socket.close()

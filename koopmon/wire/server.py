@@ -173,7 +173,7 @@ class Server(Socket, Generic[P]):
         return len(self._waiting) > 0
 
     def _pollables(self) -> list[Any]:
-        handlers = [] if self._zap_handler is None else [self._zap_handler.pollable]
+        handlers = [] if self._zap_handler is None else [self._zap_handler.socket]
         return [*super()._pollables(), *handlers]
 
     def _note_events(self) -> None:

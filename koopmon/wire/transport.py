@@ -104,12 +104,6 @@ class WireContext:
                 self._zap_handler = curve.ZapHandler(socket, lambda key: agents.name_of(key) is not None)
         return self._zap_handler
 
-    @property
-    def _in_use_elsewhere(self) -> bool:
-        """True while another live thread owns a socket of this context."""
-        threads = {each._thread for each in self._sockets} - {threading.current_thread()}
-        return any(thread.is_alive() for thread in threads)
-
     def __enter__(self) -> Self:
         return self
 
@@ -130,7 +124,8 @@ def _at_exit() -> None:
     for context in list(_open_contexts):
         if context._pid != os.getpid():
             continue
-        if context._in_use_elsewhere:
+        threads = {each._thread for each in context._sockets} - {threading.current_thread()}
+        if any(thread.is_alive() for thread in threads):
             context._ending = True
             atexit.unregister(garbage.gc._atexit)  # its own daemon thread keeps the rest alive
             _leak(*garbage.gc.refs.values())

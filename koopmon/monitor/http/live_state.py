@@ -119,7 +119,10 @@ class LiveState:
         if kept is None:
             kept = self._keep(RunView(name=run.name, incarnation=run.incarnation))
         elif kept.view.incarnation != run.incarnation:
-            self._follow(kept, run.incarnation)
+            # A new launch of the run: points and decisions stay, the policy starts anew.
+            kept.lost.clear()
+            kept.health_at = float("-inf")
+            kept.view = replace(kept.view, incarnation=run.incarnation, standing=None, num_received=0)
         health = kept.view.health
         if now - kept.health_at >= HEALTH_SECONDS or run.state is not RunState.RUNNING:
             kept.health_at = now
@@ -205,12 +208,6 @@ class LiveState:
             self.num_hidden += 1
         kept = self._kept[view.name] = _Kept(view)
         return kept
-
-    def _follow(self, kept: _Kept, incarnation: str) -> None:
-        """Switch to a new launch of the run: keep points and decisions, reset the policy status."""
-        kept.lost.clear()
-        kept.health_at = float("-inf")
-        kept.view = replace(kept.view, incarnation=incarnation, standing=None, num_received=0)
 
     def _settle(self, kept: _Kept, command_id: str, outcome: str, step: int | None = None, detail: str = "") -> None:
         for index in range(len(kept.decisions) - 1, -1, -1):
