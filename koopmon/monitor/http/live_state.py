@@ -119,7 +119,7 @@ class LiveState:
         if kept is None:
             kept = self._keep(RunView(name=run.name, incarnation=run.incarnation))
         elif kept.view.incarnation != run.incarnation:
-            # A new launch of the run: points and decisions stay, the policy starts anew.
+            # A new launch of the run: points and decisions stay, the policy starts afresh.
             kept.lost.clear()
             kept.health_at = float("-inf")
             kept.view = replace(kept.view, incarnation=run.incarnation, standing=None, num_received=0)
