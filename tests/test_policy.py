@@ -760,6 +760,13 @@ def test_a_spent_budget_does_not_hide_that_an_action_took_effect() -> None:
     assert run.see(CALM).phase == "backed_off"
 
 
+def test_an_action_keeps_the_request_for_dense_snapshots() -> None:
+    run = Run()
+    assert [action.kind for action in run.see(HIGH).commands] == ["set_cadence", "set_lr_scale"]
+    assert run.state.dense_until == run.config.dense_steps
+    assert run.see(HIGH).commands == ()
+
+
 # Normalised layers: a cap on the rate, and a rewind.
 
 
@@ -829,6 +836,12 @@ def test_otherwise_it_is_a_back_off(fields: dict[str, Any], config: dict[str, An
     assert (action.kind, action.max_rate, action.rewind) == ("set_lr_scale", None, None)
     assert action.lr_scale is not None
     assert action.lr_scale < 1.0
+
+
+def test_a_budget_for_one_action_allows_no_other_in_place_of_a_cap_and_a_rewind() -> None:
+    run = auto(max_actions_per_hour=1)
+    assert "budget of 1 actions" in run.see(HIGH, **normalised()).reason
+    assert run.actions == []
 
 
 def test_nothing_else_is_done_until_the_rewind_is_answered() -> None:

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 
+from koopmon import policy
 from koopmon.config import Config, PolicyConfig, RiskConfig, from_mapping, merged
 from koopmon.errors import ProtocolError
 from koopmon.monitor.pending_commands import RESEND_SECONDS, Answered
@@ -18,7 +19,7 @@ from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.risk.calibration import Calibrator, Example, fit
 from koopmon.risk.online_detector import OnlineRisk, RiskState
 from koopmon.spectral import SpectralProfile, profile_states
-from koopmon.wire.messages import MAX_STEP, Ack, Applied, Command, Hello, KssSettings, TrainingStep
+from koopmon.wire.messages import MAX_STEP, MAX_TEXT, Ack, Applied, Command, Hello, KssSettings, TrainingStep
 from tests import factories
 
 RUN, INCARNATION = "job", "aaaaaaaa"
@@ -82,6 +83,11 @@ def test_a_danger_becomes_commands_with_id_and_expiry() -> None:
     assert cut.expires_step == 14 + Config().policy.expires_in_steps, "counted from the run's latest step"
     assert len({command.id for command in assessment.commands}) == len(assessment.commands)
     assert bool(controller.pending)
+
+
+def test_a_long_reason_is_cut_to_the_bound_of_the_protocol() -> None:
+    action = policy.Action(kind="set_lr_scale", reason="x" * (MAX_TEXT + 1), lr_scale=0.5)
+    assert make_guard()._command(action, 3).reason == "x" * MAX_TEXT
 
 
 def test_an_unanswered_command_is_offered_again_with_the_same_id_until_it_expires() -> None:
