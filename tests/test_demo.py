@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -90,7 +90,7 @@ def test_the_verdict_names_what_failed() -> None:
 
 def test_the_table_has_the_actions_in_words() -> None:
     history = RecordedRun(name="demo", launches=[], points=[], beats=[], decisions=[])
-    told = summary_of(history, Path("h.sqlite3")).to_dict() | {"num_rewinds": 1, "max_rate": 0.004, "exit_status": 0}
+    told = asdict(summary_of(history, Path("h.sqlite3"))) | {"num_rewinds": 1, "max_rate": 0.004, "exit_status": 0}
     table = summary_table([GOOD, DEAD, replace(SAVED, summary=told)])
     cells = [list(column.cells) for column in table.columns]
     assert cells[1] == ["2.000", "diverged at step 3", "2.050"]

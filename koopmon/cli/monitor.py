@@ -56,10 +56,10 @@ def monitor(
     # Imported late because it imports torch.
     from koopmon.monitor import daemon
 
-    store = store or monitor_store()
-    return daemon.serve(
-        settings, bind=bind, data_bind=bind_data, http=http, device=device, store=store, ready_file=ready_file
+    monitor = daemon.Monitor(
+        settings, bind=bind, data_bind=bind_data, http=http, device=device, store_path=store or monitor_store()
     )
+    return daemon.serve(monitor, ready_file)
 
 
 def _end_with_parent() -> None:

@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -200,7 +201,7 @@ def _close_with_summary(store: Path, name: str, status: int, json_file: Path | N
         for line in summary.lines():
             say(line)
     if json_file is not None:
-        result = {"run": name, "exit_status": status} | ({} if summary is None else summary.to_dict())
+        result = {"run": name, "exit_status": status} | ({} if summary is None else asdict(summary))
         try:
             json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         except OSError as error:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from koopmon.errors import StoreError
 from koopmon.history.reader import HeartbeatRow, HistoryReader, IncarnationRow
@@ -64,10 +63,6 @@ class RunSummary:
     """Number of commands that the agents did not apply."""
     max_overhead_ratio: float | None
     store: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
     def lines(self) -> list[str]:
         """Return the summary as lines of text."""

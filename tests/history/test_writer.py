@@ -54,7 +54,7 @@ def store(path: Path, clock: Clock) -> Iterator[HistoryWriter]:
 
 @pytest.fixture
 def history(store: HistoryWriter, path: Path) -> Iterator[HistoryReader]:
-    with HistoryWriter.open_readonly(path) as history:
+    with HistoryReader.open(path) as history:
         yield history
 
 
@@ -192,7 +192,7 @@ def test_kill_9_of_the_writer_loses_no_committed_decision(path: Path) -> None:
         told = [int(writer.stdout.readline()) for _ in range(50)]
         writer.send_signal(signal.SIGKILL)
         told += [int(line) for line in writer.stdout.read().splitlines()]
-    with HistoryWriter.open_readonly(path) as history:
+    with HistoryReader.open(path) as history:
         decisions: list[DecisionRow] = list(history.decisions(RUN))
         steps = [row.step for row in history.observations(RUN)]
     ids = [decision.commands[0].command.id for decision in decisions]
@@ -221,7 +221,7 @@ def test_unknown_schema_is_refused(path: Path, store: HistoryWriter) -> None:
     with sqlite3.connect(path) as database:
         database.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     database.close()
-    for open_it in (HistoryWriter.open, HistoryWriter.open_readonly):
+    for open_it in (HistoryWriter.open, HistoryReader.open):
         with pytest.raises(
             StoreError, match=f"schema {SCHEMA_VERSION + 1}, this version of koopmon supports 1 to {SCHEMA_VERSION}"
         ) as caught:
@@ -238,12 +238,12 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     text.write_text("not a database, and long enough to be seen as none " * 50)
     for path in (foreign, text):
         before = path.read_bytes()
-        for open_it in (HistoryWriter.open, HistoryWriter.open_readonly):
+        for open_it in (HistoryWriter.open, HistoryReader.open):
             with pytest.raises(StoreError, match=path.name):
                 open_it(path)
         assert path.read_bytes() == before
     with pytest.raises(StoreError, match="no such file"):
-        HistoryWriter.open_readonly(tmp_path / "missing.sqlite3")
+        HistoryReader.open(tmp_path / "missing.sqlite3")
     with pytest.raises(StoreError, match="choose another"):
         HistoryWriter.open(foreign / "below" / "a" / "file.sqlite3")
 

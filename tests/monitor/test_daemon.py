@@ -15,7 +15,8 @@ from koopmon.config import Config
 from koopmon.errors import EndpointError, StoreError
 from koopmon.monitor.daemon import Monitor
 from koopmon.monitor.service import Service
-from koopmon.wire.codec import MAGIC, PREFIX, encode
+from koopmon.wire.codec import encode
+from koopmon.wire.headers import MAGIC, PREFIX
 from koopmon.wire.messages import (
     Applied,
     Command,

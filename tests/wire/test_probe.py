@@ -17,7 +17,8 @@ from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.headers import PREFIX
 from koopmon.wire.messages import PROTOCOL_VERSION, HeartbeatReply
 from koopmon.wire.probe import probe, reaches_data
-from koopmon.wire.sockets import ControlServer, Poller, WireContext
+from koopmon.wire.sockets import ControlServer, Poller
+from koopmon.wire.transport import WireContext
 from tests.agent.scripted_monitor import ScriptedMonitor, encode
 from tests.keyring import Keyring
 
