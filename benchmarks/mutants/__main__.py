@@ -56,6 +56,10 @@ GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     ),
     (("koopmon/spectral/update_exponent.py",), ("tests/spectral/test_update_exponent.py",)),
     (("koopmon/spectral/whitening.py",), ("tests/spectral/test_whitening.py", "tests/spectral/test_profile.py")),
+    (
+        ("koopmon/monitor/events.py", "koopmon/monitor/history_sink.py"),
+        ("tests/monitor/test_events.py", "tests/monitor/test_sinks.py", "tests/monitor/test_golden_run.py"),
+    ),
     (("koopmon/monitor/run_controller.py",), ("tests/monitor/test_run_controller.py",)),
     (("koopmon/monitor/pending_commands.py",), ("tests/monitor/test_pending_commands.py",)),
     (("koopmon/monitor/assembler.py",), ("tests/monitor/test_assembler.py",)),
@@ -72,7 +76,11 @@ GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("tests/agent/control/test_state.py", "tests/agent/control/test_actuator.py"),
     ),
 )
-"""Modules of the decision core and the test files that must notice their mutants."""
+"""Modules of the decision core and the test files that must notice their mutants.
+
+The publisher and the history are in it, because a decision is on disk before its command is sent. The other sinks show
+decisions and make none.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:

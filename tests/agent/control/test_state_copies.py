@@ -180,6 +180,40 @@ def test_a_copy_fits_only_the_parameters_it_was_taken_from() -> None:
     assert copy.step is None
 
 
+class Wrapper(SGD):
+    """Like ZeroRedundancyOptimizer: the optimizer that steps is in `optim`."""
+
+    def __init__(self, params: Any, inner: Optimizer) -> None:
+        super().__init__(params, lr=0.1)
+        self.optim = inner
+
+
+def test_the_state_of_an_optimizer_that_wraps_another_is_that_of_the_inner_one() -> None:
+    model = build()
+    inner = AdamW(model.parameters(), lr=0.01)
+    train(model, inner, range(2))
+    state = TrainingState(model, Wrapper(model.parameters(), inner))
+    assert state.optimizer is inner
+    assert state.nbytes == TrainingState(model, inner).nbytes
+
+
+def test_a_copy_that_was_not_finished_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    state = TrainingState(model, SGD(model.parameters(), lr=0.1))
+    copy = StateCopy()
+    assert (copy.step, copy.nbytes) == (None, 0)
+    copy.take(state, 3, 0.1)
+
+    def no_memory(*_: Any) -> None:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(torch, "_foreach_copy_", no_memory)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        copy.take(state, 5, 0.1)
+    assert copy.step is None
+    assert not copy.fits(state)
+
+
 def lists_of_tensors(model: nn.Module) -> Optimizer:
     optimizer = torch.optim.LBFGS(model.parameters())
 
