@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch.distributed as dist
 
 from koopmon.agent.control import rank_group
 from koopmon.agent.control.rank_group import (
+    FIRST_PAUSE_SECONDS,
     HEALTHY_SECONDS,
     MESSAGE_BYTES,
     OPERATION_SECONDS,
@@ -89,6 +92,32 @@ def test_all_ranks_agree_on_a_first_step_ahead_of_every_rank(groups: Make) -> No
     assert [each.leads for each in ranks] == [True, False, False]
 
 
+class Running:
+    """Counters of a rank whose step goes on between two reads."""
+
+    step_seconds = None
+
+    def __init__(self, *steps: int) -> None:
+        self._steps = iter(steps)
+
+    @property
+    def step(self) -> int:
+        return next(self._steps)
+
+
+@pytest.mark.parametrize(
+    ("steps", "first"),
+    [((0, 2), START_STEPS), ((0, 3, 3, 14), 3 + 4 * START_STEPS), ((0, 9, 9, 50, 50, 51), 50 + 16 * START_STEPS)],
+)
+def test_a_rank_that_reached_the_step_meanwhile_asks_for_a_later_one(steps: tuple[int, ...], first: int) -> None:
+    """Its exchange after that step may have been skipped. The lead grows four times with each attempt."""
+    stats: Any = Running(*steps)
+    group = RankGroup(RankContext(0, 1, dist.HashStore()), ControlConfig(timeout_seconds=5.0), stats, "place")
+    until(lambda: group.ready)
+    assert group._next == first
+    group.close(wait=True)
+
+
 def test_short_steps_have_a_longer_lead(groups: Make) -> None:
     """The first exchange is at least a third of a second ahead."""
     store, ranks = dist.HashStore(), []
@@ -157,8 +186,10 @@ def test_ranks_form_a_new_group_once_all_have_lost_the_old_one(groups: Make) -> 
     ranks[0].fail("a test")
     time.sleep(0.2)
     assert not ranks[0].ready
+    failed = time.monotonic()
     ranks[1].fail("a test")
     until(lambda: all(each.ready for each in ranks))
+    assert time.monotonic() - failed >= FIRST_PAUSE_SECONDS
     first = ranks[0]._next
     assert first is not None
     sent = update(first, first + 2)
@@ -226,12 +257,84 @@ def test_a_closed_group_is_not_ready_and_does_not_form_again(groups: Make) -> No
     assert not any(thread.is_alive() for thread in ranks[0]._threads)
 
 
-def test_a_group_closes_while_it_waits_for_the_others() -> None:
-    group = RankGroup(RankContext(0, 2, dist.HashStore()), ControlConfig(), AgentStats(), "place")
+def test_a_group_closes_while_it_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_group, "POLL_SECONDS", 0.001)
+    before, store = set(threading.enumerate()), dist.HashStore()
+    group = RankGroup(RankContext(0, 2, store), ControlConfig(), AgentStats(), "place")
+    (thread,) = set(threading.enumerate()) - before
+    assert (thread.name, thread.daemon) == ("koopmon-control", True)
+    until(lambda: store.add("place/control/0/ready", 0) > 0)
+    time.sleep(0.1)
+    assert store.add("place/control/0/ready", 0) == 1, "a rank registers once, however often it looks"
     assert not group.ready
     assert not group.is_due(1_000_000)
     group.close(wait=True)
-    assert not any(thread.is_alive() for thread in group._threads)
+    assert not thread.is_alive()
+
+
+def test_a_group_forms_at_once_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(RankGroup, "_start", lambda self, target, *args: started.append((target.__name__, *args)))
+    RankGroup(RankContext(0, 2, dist.HashStore()), ControlConfig(), AgentStats(), "place")
+    assert started == [("_form", 0, 0.0)]
+
+
+@pytest.mark.parametrize(("wait", "limit"), [(5.0, OPERATION_SECONDS), (2 * OPERATION_SECONDS, 2 * OPERATION_SECONDS)])
+def test_an_operation_may_take_longer_than_the_training_thread_waits(
+    wait: float, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[timedelta] = []
+
+    def unable(store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        limits.append(timeout)
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(rank_group.dist, "ProcessGroupGloo", unable)
+    group = RankGroup(RankContext(0, 1, dist.HashStore()), ControlConfig(timeout_seconds=wait), AgentStats(), "place")
+    until(lambda: bool(limits))
+    group.close(wait=True)
+    assert limits == [timedelta(seconds=limit)]
+
+
+def test_a_closed_group_has_no_exchange_in_flight_and_none_is_due(groups: Make) -> None:
+    ranks = groups()
+    first = ranks[0]._next
+    assert first is not None
+    ranks[0].launch(update(first, first + 1))
+    buffer = ranks[0]._buffer
+    ranks[0].close()
+    assert not ranks[0].in_flight
+    assert not ranks[0].is_due(first)
+    assert ranks[0]._buffer is not buffer, "an operation may still write to the old one"
+    ranks[1].close()
+
+
+def test_threads_that_have_ended_are_forgotten(groups: Make) -> None:
+    ranks = groups()
+    for _ in range(20):
+        ranks[0]._start(lambda: None)
+        ranks[0]._threads[-1].join()
+    assert len(ranks[0]._threads) <= 2
+
+
+def test_a_step_waits_for_the_agreement_that_is_still_in_transit(
+    groups: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 0 may know the first step before the other ranks have agreed."""
+    ranks = groups()
+    first = ranks[0]._next
+    assert first is not None
+    ranks[0]._agreed.clear()
+    timer = threading.Timer(0.1, ranks[0]._agreed.set)
+    timer.start()
+    assert ranks[0].is_due(first)
+    timer.join()
+    ranks[0]._agreed.clear()
+    ranks[0]._timeout_seconds = 0.05
+    with caplog.at_level(logging.INFO, "koopmon.agent"):
+        assert not ranks[0].is_due(first)
+    assert "did not agree on a first step" in caplog.text
+    assert ranks[0]._next is None
 
 
 def test_operations_outlast_the_training_threads_wait() -> None:

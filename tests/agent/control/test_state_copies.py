@@ -197,6 +197,16 @@ def test_the_state_of_an_optimizer_that_wraps_another_is_that_of_the_inner_one()
     assert state.nbytes == TrainingState(model, inner).nbytes
 
 
+def test_of_a_sharded_tensor_this_ranks_part_is_copied() -> None:
+    """A tensor with `to_local()`, as a DTensor has."""
+    model, part = build(), torch.ones(2)
+    whole: Any = torch.zeros(4)
+    whole.to_local = lambda: part
+    model.register_buffer("sharded", whole)
+    state = TrainingState(model, SGD(model.parameters(), lr=0.1))
+    assert state.tensors["buffer", ".sharded"] is part
+
+
 def test_a_copy_that_was_not_finished_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     state = TrainingState(model, SGD(model.parameters(), lr=0.1))
