@@ -368,3 +368,32 @@ def test_a_vote_that_a_rank_does_not_join_fails_and_turns_control_off(
     assert time.monotonic() - started < 3.0
     assert "control is off" in caplog.text
     assert not ranks[0].agree(True), "there is no group now"
+
+
+def test_a_group_that_failed_while_it_formed_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks form another one already."""
+    made: list[RankGroup] = []
+    known, reduced = threading.Event(), threading.Event()
+
+    def reduce(*_: Any) -> int:
+        known.wait(10.0)
+        made[0]._generation += 1
+        reduced.set()
+        return 5
+
+    monkeypatch.setattr(rank_group, "_all_reduce", reduce)
+    made.append(RankGroup(RankContext(0, 1, dist.HashStore()), ControlConfig(), AgentStats(), "place"))
+    (thread,) = made[0]._threads
+    known.set()
+    thread.join(10.0)
+    assert reduced.is_set()
+    assert not made[0].ready
+    assert made[0]._next is None
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("", "ValueError"), ("  \n ", "ValueError"), ("first\nsecond", "first"), ("x" * 201, "x" * 200)],
+)
+def test_the_reason_of_an_error_is_one_line_of_bounded_length(text: str, reason: str) -> None:
+    assert rank_group._reason(ValueError(text)) == reason

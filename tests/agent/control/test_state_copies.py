@@ -207,6 +207,12 @@ def test_of_a_sharded_tensor_this_ranks_part_is_copied() -> None:
     assert state.tensors["buffer", ".sharded"] is part
 
 
+def test_a_stride_of_0_in_a_dimension_of_one_element_shares_no_memory() -> None:
+    model = build()
+    model.register_buffer("row", torch.zeros(4).as_strided((1, 4), (0, 1)))
+    assert ("buffer", ".row") in TrainingState(model, SGD(model.parameters(), lr=0.1)).tensors
+
+
 def test_a_copy_that_was_not_finished_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     state = TrainingState(model, SGD(model.parameters(), lr=0.1))
@@ -255,6 +261,11 @@ def expanded(model: nn.Module) -> Optimizer:
     return SGD(model.parameters(), lr=0.1)
 
 
+def expanded_in_part(model: nn.Module) -> Optimizer:
+    model.register_buffer("rows", torch.zeros(3, 1).expand(3, 2))
+    return SGD(model.parameters(), lr=0.1)
+
+
 def sparse(model: nn.Module) -> Optimizer:
     model.register_buffer("mask", torch.eye(3).to_sparse())
     return SGD(model.parameters(), lr=0.1)
@@ -272,6 +283,7 @@ def elsewhere(model: nn.Module) -> Optimizer:
         (state_of_its_own, "belongs to no parameter"),
         (capturable, "capturable"),
         (expanded, "share memory"),
+        (expanded_in_part, "share memory"),
         (sparse, "sparse"),
         (elsewhere, "on meta"),
     ],
