@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -280,8 +281,8 @@ def test_a_group_forms_at_once_at_the_start(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(("wait", "limit"), [(5.0, OPERATION_SECONDS), (2 * OPERATION_SECONDS, 2 * OPERATION_SECONDS)])
-def test_an_operation_may_take_longer_than_the_training_thread_waits(
-    wait: float, limit: float, monkeypatch: pytest.MonkeyPatch
+def test_a_group_that_cannot_form_is_tried_again_with_operations_longer_than_the_training_threads_wait(
+    wait: float, limit: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     limits: list[timedelta] = []
 
@@ -290,10 +291,26 @@ def test_an_operation_may_take_longer_than_the_training_thread_waits(
         raise RuntimeError("no network")
 
     monkeypatch.setattr(rank_group.dist, "ProcessGroupGloo", unable)
-    group = RankGroup(RankContext(0, 1, dist.HashStore()), ControlConfig(timeout_seconds=wait), AgentStats(), "place")
-    until(lambda: bool(limits))
-    group.close(wait=True)
-    assert limits == [timedelta(seconds=limit)]
+    monkeypatch.setattr(rank_group, "FIRST_PAUSE_SECONDS", 0.01)
+    with caplog.at_level(logging.WARNING, "koopmon.agent"):
+        context, config = RankContext(0, 1, dist.HashStore()), ControlConfig(timeout_seconds=wait)
+        group = RankGroup(context, config, AgentStats(), "place")
+        until(lambda: len(limits) > 1)
+        group.close(wait=True)
+    assert set(limits) == {timedelta(seconds=limit)}
+    assert caplog.messages[0].endswith("no group of 1 ranks: no network")
+
+
+def test_an_exchange_that_cannot_be_sent_turns_control_off(groups: Make) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("connection reset by peer")
+
+    ranks = groups()
+    first = ranks[0]._next
+    assert first is not None
+    ranks[0]._group = SimpleNamespace(broadcast=broken)
+    ranks[0].launch(update(first, first + 1))
+    assert not ranks[0].ready
 
 
 def test_a_closed_group_has_no_exchange_in_flight_and_none_is_due(groups: Make) -> None:
