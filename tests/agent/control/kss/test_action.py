@@ -119,3 +119,10 @@ def test_the_scaler_is_looked_for_before_the_first_step_with_kss(monkeypatch: py
         kss.apply(state, step, Update(optimizer, (), {}))
         assert len(found) == max(0, step - 3)
     assert set(found) == {optimizer}
+
+
+def test_layers_without_a_usable_gradient_are_counted() -> None:
+    kss = action()
+    assert kss.facts() == {"kss_skipped": 0.0}
+    kss._injection.skipped.put(3.0)
+    assert kss.facts() == {"kss_skipped": 3.0}
