@@ -273,6 +273,19 @@ def test_a_group_closes_while_it_waits_for_the_others(monkeypatch: pytest.Monkey
     assert not thread.is_alive()
 
 
+def test_after_a_failure_a_rank_registers_for_the_next_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_group, "FIRST_PAUSE_SECONDS", 0.01)
+    store = dist.HashStore()
+    group = RankGroup(RankContext(0, 2, store), ControlConfig(), AgentStats(), "place")
+    until(lambda: store.add("place/control/0/ready", 0) == 1)
+    group.fail("a test")
+    until(lambda: store.add("place/control/1/ready", 0) == 1)
+    group.fail("a test")
+    until(lambda: store.add("place/control/2/ready", 0) == 1)
+    group.close(wait=True)
+    assert store.add("place/control/0/ready", 0) == 1
+
+
 def test_a_group_forms_at_once_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[Any, ...]] = []
     monkeypatch.setattr(RankGroup, "_start", lambda self, target, *args: started.append((target.__name__, *args)))

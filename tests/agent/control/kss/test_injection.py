@@ -216,6 +216,33 @@ def test_without_alpha_nothing_is_added_to_the_graph() -> None:
     assert torch.equal(loss, expected), "the value is never changed"
 
 
+def test_before_the_first_step_nothing_is_injected() -> None:
+    injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
+    assert not injection.active
+    state = torch.ones(B, T, 4, requires_grad=True)
+    injection.enter(0, state, None)
+    assert injection.leave(0, state * 2.0) is None
+
+
+@pytest.mark.parametrize(("fraction", "number"), [(0.01, 1), (0.1, 1), (0.5, 2), (0.9, 3), (1.0, 3)])
+def test_at_least_one_layer_is_sampled(fraction: float, number: int) -> None:
+    injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
+    latch(injection, settings=replace(SETTINGS, layer_fraction=fraction))
+    for layer in range(L):
+        injection.enter(layer, torch.ones(B, T, 4, requires_grad=True), None)
+    assert len(injection._entered) == number
+
+
+def test_a_chain_of_one_layer_is_sampled_and_an_unknown_number_of_microbatches_is_one() -> None:
+    injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
+    weights = []
+    for num_microbatches in (0, 1, 2):
+        injection.latch(STEP, SETTINGS, NextForwards(1, num_microbatches, 0))
+        assert injection.active
+        weights.append(injection._weight)
+    assert weights == [ALPHA, ALPHA, ALPHA / 2]
+
+
 def test_every_so_many_steps() -> None:
     settings = KssSettings(alpha=1.0, every=5)
     injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
