@@ -389,6 +389,13 @@ def test_a_forward_of_another_shape_or_mask_has_rows_of_its_own() -> None:
     assert max(rows(1)) < T
 
 
+def test_a_batch_of_padding_alone_raises_nothing() -> None:
+    injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
+    latch(injection)
+    injection.enter(0, torch.ones(B, T, 2, requires_grad=True), torch.zeros(B, T, dtype=torch.bool))
+    assert injection._entered[0].shape == (SETTINGS.num_samples, 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_states_get_a_gradient_computed_in_float32(dtype: torch.dtype) -> None:
     injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
