@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import convert
 
 from koopmon.config import KssConfig, PolicyConfig
 from koopmon.policy import MAX_RATE, MIN_RATE, Action, Decision, PolicyState, acknowledge, decide, kss_shielded, rewound
 from koopmon.risk.online_detector import OnlineRisk
-from koopmon.wire.messages import Ack, Applied, KssSettings
+from koopmon.wire.messages import Ack, Applied, KssSettings, Rate
 from tests.factories import observation
 
 CALM, WATCH, HIGH, SEVERE = 0.01, 0.3, 0.7, 0.95
@@ -931,3 +932,50 @@ def test_a_cap_ends_the_calm_and_starts_the_count_of_high_snapshots_again() -> N
     run.see(CALM, **normalised(non_finite=True))
     assert run.state.num_rewinds == 1
     assert (run.state.calm_since, run.state.high_streak) == (None, 0)
+
+
+def test_a_cap_is_an_action_to_be_confirmed() -> None:
+    run = auto()
+    run.see(CALM, steps=3, **normalised())
+    run.see(HIGH, **normalised())
+    assert (run.state.acted_at, run.state.risk_at_action) == (3, HIGH)
+
+
+@pytest.mark.parametrize(("exponent", "caps"), [(0.28, True), (0.32, False)])
+def test_layers_that_are_more_normalised_than_not_get_a_cap(exponent: float, caps: bool) -> None:
+    """The strength is 1/2 at an exponent of 0.3."""
+    run = auto()
+    run.see(HIGH, **normalised(update_exponent=exponent))
+    assert (run.state.max_rate is not None) is caps
+
+
+@pytest.mark.parametrize("rate", [-0.5, 0.0, math.inf])
+def test_a_rate_that_is_no_positive_number_gets_no_cap(rate: float) -> None:
+    run = auto()
+    run.excess = 0.1
+    run.see(HIGH, **normalised(learning_rate=rate))
+    assert run.state.max_rate is None
+    assert run.state.lr_scale < 1.0
+
+
+@pytest.mark.parametrize(("rate", "cap"), [(1e-30, 1e-12), (1e30, 1e6)])
+def test_a_cap_of_an_extreme_rate_is_at_a_bound(rate: float, cap: float) -> None:
+    run = auto()
+    run.see(HIGH, **normalised(learning_rate=rate))
+    assert run.state.max_rate == cap
+    assert convert(cap, Rate) == cap, "the protocol allows it"
+
+
+def test_a_back_off_and_a_return_have_no_warm_up() -> None:
+    """A warm-up without a cap is against the protocol."""
+    run = Run(PolicyConfig(name="lr", hold_steps=3))
+    run.see(HIGH)
+    run.see(CALM, steps=4)
+    assert [action.warmup_steps for _, action in run.actions] == [0, 0]
+
+
+def test_after_a_rewind_calm_and_alarms_count_from_new_snapshots() -> None:
+    """Snapshots between the command and the return show weights that are gone."""
+    before = PolicyState(phase="acting", rewinding=True, max_rate=0.1, acted_at=4, high_streak=3, calm_since=6)
+    after = rewound(before, answer(Action(kind="rewind", reason="r"), step=9))
+    assert after == replace(before, rewinding=False, acted_at=9, high_streak=0, calm_since=None)

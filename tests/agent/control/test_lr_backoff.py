@@ -570,3 +570,47 @@ def test_a_tensor_on_another_device_is_kept_there() -> None:
     backoff.restore_rates()
     assert optimizer.param_groups[0]["lr"] is other
     assert {copy.device for copy in backoff._copies.values()} == {other.device}
+
+
+def test_a_cap_before_the_optimizer_is_known_is_refused() -> None:
+    asked = Command(
+        run="r",
+        incarnation="c0f0c0f0",
+        id="c0f0c0f0",
+        kind="set_lr_scale",
+        reason="",
+        expires_step=9,
+        lr_scale=1.0,
+        max_rate=0.1,
+    )
+    with pytest.raises(RequestRefusedError, match="has no learning rate"):
+        LrBackoff(LimitsConfig()).target(asked, ControlState(), 0)
+
+
+def test_the_way_back_to_the_users_rates_is_always_open() -> None:
+    capped = Capped()
+    capped.command(lr_scale=0.5, max_rate=0.1)
+    assert capped.backoff.released(capped.state) == Target(1.0, {}, acts=False)
+
+
+def test_a_new_cap_does_not_count_the_peak_of_an_earlier_one() -> None:
+    """Before the next update its scale is reported, too."""
+    capped = Capped()
+    capped.command(max_rate=0.1)
+    assert capped.rates([0.4]) == pytest.approx([0.1])
+    capped.state = _towards(capped.state, capped.backoff, capped.backoff.released(capped.state), capped.step, 0)
+    assert capped.rates([0.4]) == [0.4]
+    capped.command(max_rate=0.1)
+    assert capped.backoff.training(capped.state, capped.step) == {"lr_scale": 1.0}
+    assert capped.rates([0.05, 0.2]) == pytest.approx([0.05, 0.1])
+
+
+def test_the_peak_under_a_cap_is_of_the_users_rates_also_after_a_step_that_raised() -> None:
+    capped = Capped()
+    capped.command(lr_scale=0.5)
+    capped.backoff.apply(capped.state, capped.step, Update(capped.optimizer, (), {}))
+    assert rates(capped.optimizer) == [0.05], "no revert follows a step() that raises"
+    capped.step += 1
+    capped.command(lr_scale=1.0, max_rate=0.02)
+    capped.backoff.apply(capped.state, capped.step, Update(capped.optimizer, (), {}))
+    assert rates(capped.optimizer) == [pytest.approx(0.02)]
