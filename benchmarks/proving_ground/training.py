@@ -166,7 +166,7 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
 
 
 class Launch:
-    """One launch of the job: the weights continue, the optimizer's state and koopmon start anew."""
+    """One launch of the job: the weights continue, the optimizer's state and koopmon start from nothing."""
 
     def __init__(self, recipe: Recipe, model: LanguageModel, first_step: int) -> None:
         self.first_step = first_step
