@@ -11,7 +11,7 @@ from rich.table import Table
 from koopmon.cli.console import print_json, results
 from koopmon.cli.find_history import opened
 from koopmon.cli.options import POLICIES, AsJson, HistoryFile, RunArgument, option
-from koopmon.config import Config, load
+from koopmon.config import Config, PolicyConfig, load
 from koopmon.errors import ConfigError
 from koopmon.views.run_view import DecisionView
 
@@ -26,7 +26,7 @@ def replay(
     run: RunArgument,
     policy: Annotated[
         str, option("FILE", f"Configuration, TOML: [policy], [risk], [kss]. Or a name: {', '.join(POLICIES)}.")
-    ],
+    ] = PolicyConfig().name,
     store: HistoryFile = None,
     as_json: AsJson = False,
 ) -> int:
@@ -49,7 +49,9 @@ def replay(
         print_json({"run": run, "policy": config.policy.name, "snapshots": snapshots})
         return 0
     out = results()
-    out.print(_table(f"{run} under policy {config.policy.name}", rows, then))
+    table = _table(f"{run} under policy {config.policy.name}", rows, then)
+    if table.row_count:
+        out.print(table)
     out.print(*_words(config, rows, then), sep="\n", soft_wrap=True)
     return 0
 
@@ -87,11 +89,12 @@ def _table(title: str, rows: Sequence[Replayed], then: Recorded) -> Table:
 def _words(config: Config, rows: Sequence[Replayed], then: Recorded) -> list[str]:
     now = [row.step for row in rows if row.actions]
     lowest = min(row.lr_scale for row in rows)
+    scaled = f", learning rate down to {lowest:.3g} of its schedule" if lowest < 1.0 else ""
     worst = max(rows, key=lambda row: row.risk)
     span = f"{len(rows)} snapshots, steps {rows[0].step} to {rows[-1].step}"
     lines = [
         f"{span}; highest risk {worst.risk:.2f} at {worst.step}",
-        f"then: {_first(sorted(step for _, step in then))}; now: {_first(now)}, learning rate down to {lowest:.3g}",
+        f"then: {_first(sorted(step for _, step in then))}; now: {_first(now)}{scaled}",
     ]
     if now:
         lines.append("the effect of these actions on the training is not known: the states are the recorded ones")
