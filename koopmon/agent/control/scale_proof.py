@@ -167,7 +167,7 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _twin(optimizer: Optimizer, sample: list[Tensor], clones: list[Tensor], *, fresh: bool) -> Optimizer:
-    """Return a copy of `optimizer` that holds `clones` in the place of `sample`, and no other parameter."""
+    """Return a copy of `optimizer` that holds `clones` instead of `sample`, and no other parameter."""
     by_id: dict[int, Any] = dict(zip(map(id, sample), clones, strict=True))
     twin = object.__new__(type(optimizer))
     # Every other parameter becomes one without memory: an operation on it raises or has no effect.
