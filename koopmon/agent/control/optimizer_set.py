@@ -23,7 +23,8 @@ class OptimizerSet:
     """
 
     def __init__(self, optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
-        self._references: list[tuple[weakref.ref[Optimizer], frozenset[int]]] = []
+        self._references: list[tuple[weakref.ref[Optimizer], weakref.ref[Optimizer]]] = []
+        """Each member, with the outermost wrapper around it or itself."""
         for each in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
             self.add(each)
 
@@ -37,13 +38,14 @@ class OptimizerSet:
         known = set(self)
         new = [each for each in found if each not in known]
         self._references = [each for each in self._references if each[0]() is not None]
-        self._references += [(weakref.ref(each), frozenset(parameter_ids(optimizer))) for each in new]
+        self._references += [(weakref.ref(each), weakref.ref(optimizer)) for each in new]
         return new
 
     @property
     def parameters(self) -> set[int]:
-        """The ids of all parameters that the members or their wrappers hold."""
-        return {each for reference, ids in self._references if reference() is not None for each in ids}
+        """The ids of all parameters that the members or their wrappers hold now."""
+        live = [each for pair in self._references if pair[0]() is not None for each in pair]
+        return {each for one in live if (optimizer := one()) is not None for each in parameter_ids(optimizer)}
 
     def largest_rate(self) -> float | Tensor | None:
         """Return the largest rate of all groups as the schedule set it.
@@ -75,10 +77,6 @@ class OptimizerSet:
 def parameter_ids(optimizer: Optimizer) -> set[int]:
     """Return the ids of all parameters of `optimizer`."""
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _is_rate_sized(kind: type[Optimizer]) -> bool:
-    return any(kin in each.__name__.lower() for each in kind.__mro__ for kin in RATE_SIZED)
 
 
 def _find_inner(optimizer: Optimizer, found: dict[Optimizer, None], path: tuple[Optimizer, ...]) -> None:

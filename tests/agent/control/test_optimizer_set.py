@@ -97,3 +97,13 @@ def test_adams_kin_is_told_by_its_name(make: Any, sized: bool) -> None:
     optimizer: Optimizer = make(weights())
     assert OptimizerSet(optimizer).rate_sized_steps() is sized
     assert OptimizerSet([optimizer, SGD(weights(), lr=0.1)]).rate_sized_steps() is False
+
+
+def test_parameters_that_come_and_go_count_at_once() -> None:
+    first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    optimizer = SGD([first], lr=0.1)
+    members = OptimizerSet(optimizer)
+    optimizer.add_param_group({"params": [second]})
+    assert members.parameters == {id(first), id(second)}
+    del optimizer.param_groups[0]
+    assert members.parameters == {id(second)}

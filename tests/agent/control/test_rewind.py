@@ -20,6 +20,7 @@ from koopmon.agent.control import rewind as rewind_module
 from koopmon.agent.control.action import Completion, RequestRefusedError, Target, Update
 from koopmon.agent.control.actuator import CommandResult, _towards
 from koopmon.agent.control.lr_backoff import LrBackoff
+from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rewind import RewindAction
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.agent.runtime import AgentRuntime
@@ -348,7 +349,7 @@ class Alone:
         self.stats = AgentStats()
         self.backoff = LrBackoff(self.limits)
         self.action = RewindAction(self.limits, self.stats, self.backoff)
-        self.action.inspect(self.model, self.optimizer, select(self.model))
+        self.action.inspect(self.model, OptimizerSet(self.optimizer), select(self.model))
         self.state = ControlState()
         self.votes: list[bool] = []
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from msgspec import ValidationError
 from msgspec.structs import asdict, replace
-from torch.optim import SGD
 
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.action import NextForwards, Target, Update
 from koopmon.agent.control.kss.action import KssAction, kss_refusal
+from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.agent.parallelism import ParallelLayout
 from koopmon.agent.stats import AgentStats
@@ -74,7 +74,7 @@ def test_it_is_refused_where_ranks_split_tokens_and_where_modules_are_shielded()
     refused, allowed = action(), action(from_mapping({"kss": {"through_shielded": True}}))
     for each in (refused, allowed):
         assert each.capability(LAYOUT).acts, "nothing is known against it yet"
-        each.inspect(model, SGD(model.parameters()), select(model))
+        each.inspect(model, OptimizerSet(), select(model))
     assert not refused.capability(LAYOUT).acts
     assert "model.layers.0.mlp.gate and 3 more" in refused.capability(LAYOUT).reason
     assert allowed.capability(LAYOUT).acts
@@ -82,7 +82,7 @@ def test_it_is_refused_where_ranks_split_tokens_and_where_modules_are_shielded()
     assert not allowed.capability(split).acts
     assert "different tokens" in allowed.capability(split).reason
     plain = build()
-    refused.inspect(plain, SGD(plain.parameters()), select(plain))
+    refused.inspect(plain, OptimizerSet(), select(plain))
     assert refused.capability(LAYOUT).acts, "another adapter took over, and shields nothing"
 
 
