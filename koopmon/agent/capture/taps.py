@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from koopmon.agent.capture.hidden_hooks import add_hook, add_pre_hook
 from koopmon.agent.capture.sampler import RankSnapshot, Sampler
-from koopmon.agent.circuit_breaker import CircuitBreaker, logger
+from koopmon.agent.circuit_breaker import CircuitBreaker, is_foreign, logger
 from koopmon.agent.control.action import Injection
 from koopmon.agent.parallelism import compiled_whole
 from koopmon.agent.stats import AgentStats
@@ -77,6 +78,11 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _has_values(state: Tensor) -> bool:
+    """Return False for a meta or fake tensor, which has a shape alone."""
+    return not (state.is_meta or isinstance(state, torch._subclasses.fake_tensor.FakeTensor))
+
+
 class ResidualTaps:
     """All module hooks of one agent. `step_edge` sets their work in the next step."""
 
@@ -106,8 +112,8 @@ class ResidualTaps:
         self._root_called = False
         self._mask: Tensor | None = None
         self._root_handles = [
-            model.register_forward_pre_hook(breaker.hook(self._enter_root), with_kwargs=True),
-            model.register_forward_hook(breaker.hook(self._leave_root)),
+            add_pre_hook(model, breaker.hook(self._enter_root)),
+            add_hook(model, breaker.hook(self._leave_root)),
         ]
         self._watch(selection)
 
@@ -128,7 +134,7 @@ class ResidualTaps:
 
         def enter_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             begins = first and (self._phase is ForwardPhase.SNAPSHOT or not self._root_called)
-            if begins or self._phase is ForwardPhase.VERIFYING or self._injections:
+            if (begins or self._phase is ForwardPhase.VERIFYING or self._injections) and not is_foreign():
                 try:
                     state = selection.adapter.block_input(module, args, kwargs)
                 except PluginError as error:
@@ -138,7 +144,8 @@ class ResidualTaps:
                     self._enter(stack, point, state)
 
         def leave_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if self._sampling is not None or self._phase is ForwardPhase.VERIFYING or self._injections:
+            works = self._sampling is not None or self._phase is ForwardPhase.VERIFYING or self._injections
+            if works and not is_foreign():
                 try:
                     state = selection.adapter.block_output(module, output)
                 except PluginError as error:
@@ -149,18 +156,18 @@ class ResidualTaps:
             return None
 
         return [
-            point.entry.register_forward_pre_hook(self._breaker.hook(enter_block), with_kwargs=True),
-            point.module.register_forward_hook(self._breaker.hook(leave_block)),
+            add_pre_hook(point.entry, self._breaker.hook(enter_block)),
+            add_hook(point.module, self._breaker.hook(leave_block)),
         ]
 
     def _read(self, stack: Stack, observable: Observable) -> Any:
         def leave_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if stack is self.stack and self._sampling is not None and not recomputing():
+            if stack is self.stack and self._sampling is not None and not recomputing() and not is_foreign():
                 started = time.perf_counter()
                 self._sampling.readings.take(observable, args, kwargs, output)
                 self._stats.capture_seconds += time.perf_counter() - started
 
-        return observable.module.register_forward_hook(self.readers.hook(leave_module), with_kwargs=True)
+        return add_hook(observable.module, self.readers.hook(leave_module), with_kwargs=True)
 
     def _replace_adapter(self, reason: object) -> bool:
         """Change to koopmon's own adapter, if it claims the model and no chain is verified yet.
@@ -233,7 +240,7 @@ class ResidualTaps:
     # Hooks of the root model.
 
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if recomputing():
+        if recomputing() or is_foreign():
             return
         self._root_called = True
         self._begin_forward(module.training)
@@ -257,7 +264,7 @@ class ResidualTaps:
             self._phase = ForwardPhase.INJECTING
 
     def _leave_root(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not recomputing():
+        if not recomputing() and not is_foreign():
             self._end_forward()
 
     def _end_forward(self) -> None:
@@ -293,6 +300,9 @@ class ResidualTaps:
     # Hooks of the blocks.
 
     def _enter(self, stack: Stack, point: Point, state: Tensor | None) -> None:
+        if state is not None and not _has_values(state):
+            self._phase = ForwardPhase.IDLE
+            return
         again = recomputing()
         if point.layer == 0 and not again and not self._root_called:
             self._begin_forward(point.entry.training)
