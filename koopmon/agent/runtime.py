@@ -88,7 +88,7 @@ class AgentRuntime:
         self._finalizer = weakref.finalize(self, _shut_down, self._pid, self._closables)
         for action in self.actions:
             action.inspect(model, optimizer, selection)
-        self.taps = ResidualTaps(model, selection, self.breaker, self.stats, self)
+        self.taps = ResidualTaps(model, selection, self.breaker, self.stats, self, self._trained)
         # Lasting actions have a breaker of their own, because they stay in force after the agent has failed.
         agent, lasting = self.breaker.hook, CircuitBreaker("learning-rate back-off").hook
         self._handles: list[Any] = []
@@ -241,6 +241,12 @@ class AgentRuntime:
         if (io_thread := self.io_thread) is not None:
             io_thread.describe(**changes)
 
+    def _trained(self) -> frozenset[int]:
+        """Return the ids of the parameters that the optimizer updates."""
+        optimizer = self._optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        return frozenset(id(parameter) for group in groups for parameter in group["params"])
+
     # Events of the taps.
 
     def on_forward(self) -> None:
@@ -324,8 +330,7 @@ class AgentRuntime:
                 action.hello_changed = False
                 self._describe(**action.hello(self.adapter))
         self._num_microbatches = self.taps.num_forwards or self._num_microbatches
-        num_layers = 0 if stack is None else len(stack.points)
-        forwards = NextForwards(num_layers, self._num_microbatches, state.rank.data_ranks.rank)
+        forwards = NextForwards(self.taps.num_changeable, self._num_microbatches, state.rank.data_ranks.rank)
         changes = [action.before_forwards(state.control, step, forwards) for action in self.actions]
         self.taps.step_edge(due, [change for change in changes if change is not None])
 
