@@ -52,7 +52,7 @@ MIN_CARRIED = 0.25
 """Least mean correlation between a block's input and output, for a stack that is not known to be residual."""
 MAX_CALLS = 1024
 """Calls of the blocks of one candidate that are observed in one forward."""
-MAX_PAIRS = 8
+MAX_PAIRS = 16
 """Pairs of an argument and a result of one shape that are measured in one call."""
 MIN_SHARE_CALLED = 0.5
 """Least share of its blocks that must have been called, of a stack that skips blocks in every forward."""
@@ -119,8 +119,9 @@ class _Traversal(NamedTuple):
     calls: list[_Call]
 
     @property
-    def chains(self) -> bool:
-        return len(self.calls) > 1
+    def may_be_stream(self) -> bool:
+        """True for a chain, unless the adapter does not read it and no block changes it, as an argument passed on."""
+        return len(self.calls) > 1 and (self.pair[0] is _ADAPTERS or self.changes)
 
     @property
     def num_blocks(self) -> int:
@@ -129,7 +130,7 @@ class _Traversal(NamedTuple):
 
     @property
     def changes(self) -> bool:
-        """True if a block changes the state. An argument that is only passed on is no residual stream."""
+        """True if a block changes the state."""
         return any(call.on_host[self.pair][1] > 0.0 for call in self.calls)
 
     @property
@@ -221,7 +222,7 @@ class ChainVerifier:
         for into, x in call.entered.items():
             for out, y in call.left.items():
                 alike = x.shape == y.shape and x.local_shape == y.local_shape
-                if alike and len(call.updates) < MAX_PAIRS:
+                if alike and (into is _ADAPTERS) == (out is _ADAPTERS) and len(call.updates) < MAX_PAIRS:
                     call.updates[into, out] = _update(x.rows, y.rows)
         for state in (*call.entered.values(), *call.left.values()):
             state.rows = None
@@ -359,7 +360,7 @@ class ChainVerifier:
             return "none of its blocks was called"
         _to_host(calls)
         num_blocks = len(trace.stack.points)
-        found = [best for pair in _pairs(calls) if (best := _traverse(calls, pair)) is not None and best.chains]
+        found = [best for pair in _pairs(calls) if (best := _traverse(calls, pair)) is not None and best.may_be_stream]
         if not found:
             return self._reason(trace, calls)
         # max() returns the first of equals, and the adapter's own pair is the first.
