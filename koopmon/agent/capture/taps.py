@@ -371,7 +371,7 @@ class ResidualTaps:
         if self._num_unseen == MAX_UNSEEN:
             log_for_job(
                 logger,
-                f"{type(self._model()).__name__} trains, but no optimizer step was seen: a compiled step runs no hooks, so"
+                f"{type(self._model()).__name__} trains, but no optimizer step was seen: a compiled step runs no hooks;"
                 " call optimizer.step() outside of torch.compile",
             )
 
