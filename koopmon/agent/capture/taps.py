@@ -197,11 +197,11 @@ class ResidualTaps:
             self._handles[stack.name] = handles + [tap for point in stack.points for tap in self._tap(stack, point)]
 
     def _tap(self, stack: Stack, point: Point) -> list[Any]:
-        selection = self._selection
+        selection, idle = self._selection, ForwardPhase.IDLE
 
         def enter_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            idle = self._phase is ForwardPhase.IDLE and not self._injections
-            if idle and (self._in_root or recomputing() or not self._is_new_forward(point)):
+            off = self._phase is idle and not self._injections
+            if off and (self._in_root or recomputing() or not self._is_new_forward(point)):
                 return
             # A removed hook may still be called in this forward.
             if self._selection is selection and not is_foreign():
@@ -212,8 +212,9 @@ class ResidualTaps:
                         raise
 
         def leave_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            idle = self._phase is ForwardPhase.IDLE and not self._injections
-            if not idle and self._selection is selection and not is_foreign():
+            if self._phase is idle and not self._injections:
+                return None
+            if self._selection is selection and not is_foreign():
                 try:
                     return self._leave(stack, point, output)
                 except PluginError as error:
