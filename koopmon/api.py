@@ -147,15 +147,21 @@ class ArchitectureAdapter(ABC):
     name: ClassVar[str]
     """Unique, lower case; the value of `adapter=` and of the metrics' label."""
     fixed_state: ClassVar[bool] = False
-    """True if the state is only where `block_input` and `block_output` read it.
+    """True if the state is only where `block_input` and `block_output` read it; set by overriding one of these.
 
-    Otherwise, if these do not chain, the verifying forward may find the state elsewhere in the blocks' calls.
+    If it is False and these do not chain, the verifying forward may find the state elsewhere in the blocks' calls.
     """
     measures: ClassVar[Mapping[str, str]] = {}
     """Names that `observables` may yield, each with a line of help.
 
     At most 8 names, each of 1 to 40 characters of a-z, 0-9 and _.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "fixed_state" not in own and ("block_input" in own or "block_output" in own):
+            cls.fixed_state = True
 
     @abstractmethod
     def specificity(self, model: nn.Module) -> int:

@@ -54,8 +54,6 @@ def _in_forward(method: str, check: Callable[[Any], Any] = lambda result: result
 class GuardedAdapter(ArchitectureAdapter):
     """Calls another adapter, `original`, and checks its results. A failure of a required method raises PluginError."""
 
-    fixed_state = True
-
     def __init__(self, adapter: ArchitectureAdapter, calls: PluginCalls) -> None:
         self.name = adapter.name  # type: ignore[misc]
         self.measures = dict(adapter.measures)  # type: ignore[misc]

@@ -193,8 +193,14 @@ def test_what_is_only_passed_on_is_no_state() -> None:
 
 def test_an_adapter_may_insist_on_its_own_reading() -> None:
     class Exact(Listed):
-        fixed_state = True
+        def block_output(self, module: nn.Module, output: Any) -> Tensor | None:
+            return super().block_output(module, output)
 
+    class Open(Exact):
+        fixed_state = False
+
+    assert (Listed.fixed_state, Exact.fixed_state) == (False, True)
+    assert koopmon.discover(made("block(rope, x)"), torch.randn(B, T, D), adapter=Open("blocks")).verified
     with pytest.raises(koopmon.DiscoveryError, match="is not the input of blocks"):
         koopmon.discover(made("block(rope, x)"), torch.randn(B, T, D), adapter=Exact("blocks"))
 
