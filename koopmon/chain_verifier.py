@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from koopmon.api import ArchitectureAdapter, Path, Point, Stack, StatePosition
 from koopmon.block_finder import normalised
 from koopmon.spectral import LARGEST_EXPONENT, stack_exponent, update_exponent
-from koopmon.state_position import argument_tensors, output_tensors
+from koopmon.state_position import argument_tensors, is_state, output_tensors
 
 SAMPLED_ROWS = 1024
 """Rows of each state in which the update of a block is measured."""
@@ -255,7 +255,7 @@ class ChainVerifier:
         flaw = None
         if own is None:
             flaw = "no floating-point tensor that could be a state"
-        elif own.dim() < 2 or not own.is_floating_point() or own.numel() == 0:
+        elif not is_state(own):
             flaw = f"{_describe(own)}, no state of shape (..., T, D)"
         if flaw is not None:
             trace.flaw = trace.flaw or f"{point.name} {verb} {flaw}"
@@ -592,6 +592,8 @@ def _update(x: Tensor | None, y: Tensor | None) -> Tensor:
 
 
 def _describe(state: Tensor) -> str:
+    if state.is_nested or state.layout is not torch.strided:
+        return "a nested or sparse tensor"
     return f"a {str(state.dtype).removeprefix('torch.')} tensor of shape {tuple(state.shape)}"
 
 

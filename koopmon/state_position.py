@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Path, Stack
@@ -53,13 +54,19 @@ def output_tensors(output: Any) -> list[tuple[Path, Tensor]]:
     return _first(_tensors(output, ()))
 
 
+def is_state(tensor: Tensor) -> bool:
+    """Return True for a dense floating-point tensor of shape (..., T, D) that holds a token."""
+    dense = not tensor.is_nested and tensor.layout is torch.strided
+    return dense and tensor.is_floating_point() and tensor.dim() >= 2 and tensor.numel() > 0
+
+
 def _first(found: Iterator[tuple[Path, Tensor]]) -> list[tuple[Path, Tensor]]:
     return [pair for pair, _ in zip(found, range(MAX_TENSORS), strict=False)]
 
 
 def _tensors(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
     if isinstance(value, Tensor):
-        if value.is_floating_point() and value.dim() >= 2 and value.numel():
+        if is_state(value):
             yield path, value
     elif len(path) <= MAX_DEPTH:
         for key, part in _parts(value):

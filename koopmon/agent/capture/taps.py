@@ -37,7 +37,7 @@ from koopmon.errors import PluginError
 from koopmon.logs import log_for_job
 from koopmon.observables import declared
 from koopmon.plugins import Selection, fall_back
-from koopmon.state_position import argument_tensors, block_input, block_output, with_block_output
+from koopmon.state_position import argument_tensors, block_input, block_output, is_state, with_block_output
 from koopmon.wire.messages import TrainingStep
 
 MAX_ATTEMPTS = 3
@@ -480,7 +480,7 @@ class ResidualTaps:
             return
         if self._phase is ForwardPhase.VERIFYING and not again:
             self._verifier.observe_input(stack, point.layer, args, kwargs)
-        elif kept is not None and self._keeps(stack) and state is not None:
+        elif kept is not None and self._keeps(stack) and state is not None and is_state(state):
             if self._phase is ForwardPhase.SNAPSHOT and not again:
                 self._sample_entry(kept, point, state)
             for injection in self._injections:
@@ -532,7 +532,7 @@ class ResidualTaps:
             self._verifier.observe_output(stack, point.layer, output)
         elif phase is not ForwardPhase.IDLE and kept is not None and self._keeps(stack):
             state = block_output(self._adapter, kept, point.module, output)
-            if state is None:
+            if state is None or not is_state(state):
                 return None
             if self._sampling is not None and self._walk is not None and not again:
                 self._capture(self._sampling, self._walk, point, state)

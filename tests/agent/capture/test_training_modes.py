@@ -299,3 +299,36 @@ def test_a_loop_that_recovers_is_watched_again(monitor: ScriptedMonitor, agents:
         optimizer.step()
         arrived()
     assert len(monitor.shards) == 5
+
+
+def test_nested_tensors_are_no_states_and_disable_nothing(monitor: ScriptedMonitor, agents: Attach) -> None:
+    class Ragged(Model):
+        ragged = False
+
+        def loss(self, tokens: Tensor) -> Tensor:
+            if not self.ragged:
+                return super().loss(tokens)
+            rows = list(self.embedding(tokens))
+            h = torch.nested.as_nested_tensor([rows[0], rows[1][:3]], layout=torch.jagged)
+            for block in self.blocks:
+                h = block(h)
+            return h.values().square().mean()
+
+    def change(model: Ragged, step: int) -> None:
+        model.ragged = step % 2 == 0
+
+    model = Ragged()
+    model.blocks = nn.ModuleList(Wide() for _ in range(L))
+    agent = trained(monitor, agents, model, through_the_root, before=change)
+    assert steps_of(monitor) == [3, 5]
+    assert agent.status()["reason"] == ""
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = self.key = nn.Linear(D, D)
+        self.up, self.down = nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(x)))
