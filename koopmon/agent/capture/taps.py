@@ -48,8 +48,6 @@ MAX_PARTIAL_ATTEMPTS = 24
 """Training forwards with skipped blocks before koopmon gives up."""
 MAX_MISSED = 3
 """Consecutive snapshots missed by the taps before one warning."""
-MAX_UNSEEN = 10
-"""Forwards with changed weights, all without a step edge before them, before one warning."""
 MAX_UNCALLED = 20
 """Consecutive snapshots without a call of some block before one warning."""
 HOW_TO_NAME = "set [model] stack (or KOOPMON_MODEL__STACK) to the path of the list of blocks that is one"
@@ -167,11 +165,6 @@ class ResidualTaps:
         self._trains_in_eval = False
         self._seen: Counter[str] = Counter()
         """Forwards that were no training forwards, by their kind, since the last step edge."""
-        self._steps = False
-        """True after the first step edge."""
-        self._version: int | None = None
-        self._num_unseen = 0
-        """Forwards with changed weights before the first step edge."""
         self._mask: Tensor | None = None
         self._root_handles = [
             add_pre_hook(model, breaker.hook(self._enter_root)),
@@ -294,7 +287,6 @@ class ResidualTaps:
 
         With `due` the sampler takes a snapshot of that step in the first training forward from here on.
         """
-        self._steps = True
         if self.failure:
             return
         learned = self._trains_in_eval and not self.num_forwards  # the next forward counts as training
@@ -334,8 +326,8 @@ class ResidualTaps:
         if is_foreign():
             self._seen["transformed"] += 1
             return
-        self._in_root = True
         self._begin_forward(module.training, torch.is_grad_enabled())
+        self._in_root = True
         if self.stack is not None and self._phase in (ForwardPhase.SNAPSHOT, ForwardPhase.INJECTING):
             self._mask = self._adapter.token_mask(module, args, kwargs, self.stack)
 
@@ -350,10 +342,8 @@ class ResidualTaps:
             self._seen["in eval mode"] += 1
             return
         self._trains_in_eval = not training
+        self._listener.on_forward()  # may end the step before, which counts its forwards
         self.num_forwards += 1
-        if not self._steps:
-            self._look_for_unseen_steps()
-        self._listener.on_forward()
         if self.stack is None:
             self._verifier.reset()
             self._phase = ForwardPhase.VERIFYING
@@ -361,20 +351,6 @@ class ResidualTaps:
             self._phase = ForwardPhase.SNAPSHOT
         elif self._injections:
             self._phase = ForwardPhase.INJECTING
-
-    def _look_for_unseen_steps(self) -> None:
-        """Log once that the weights change although no step edge was seen."""
-        points = (point for stack in self._selection.candidates for point in stack.points)
-        weight = next((each for point in points for each in point.module.parameters() if each.requires_grad), None)
-        version = None if weight is None else weight._version
-        self._num_unseen += self._version is not None and version != self._version
-        self._version = version
-        if self._num_unseen == MAX_UNSEEN:
-            log_for_job(
-                logger,
-                f"{type(self._model()).__name__} trains, but no optimizer step was seen: a compiled step runs no hooks;"
-                " call optimizer.step() outside of torch.compile",
-            )
 
     def _leave_root(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not recomputing() and not is_foreign():
