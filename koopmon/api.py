@@ -38,17 +38,32 @@ class Point:
         return self.module if self.entry_module is None else self.entry_module
 
 
+Path = tuple[Any, ...]
+"""Keys that lead to a tensor in nested tuples, lists, mappings and dataclasses."""
+
+
+@dataclass(frozen=True, slots=True)
+class StatePosition:
+    """Paths of the state among the call arguments of a block, and in its return value."""
+
+    entered: Path
+    left: Path
+
+
 @dataclass(frozen=True, slots=True)
 class Stack:
     """A candidate chain of blocks, found without running the model; `name` is the path of its container.
 
     `residual` is True if the structure of the blocks proves that they add to their input, h + f(h). If it is False, the
-    verifying forward must prove it, because a plain chain of layers h -> f(h) has no residual stream.
+    verifying forward must prove it, because a plain chain of layers h -> f(h) has no residual stream. `position` is set
+    if that forward has found the state where `block_input` and `block_output` of the adapter do not read it. A block
+    that is called several times in a row has a point for each call.
     """
 
     name: str
     points: tuple[Point, ...]
     residual: bool = True
+    position: StatePosition | None = None
 
 
 Reader = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], Tensor | None]
@@ -131,11 +146,22 @@ class ArchitectureAdapter(ABC):
 
     name: ClassVar[str]
     """Unique, lower case; the value of `adapter=` and of the metrics' label."""
+    fixed_state: ClassVar[bool] = False
+    """True if the state is only where `block_input` and `block_output` read it; set by overriding one of these.
+
+    If it is False and these do not chain, the verifying forward may find the state elsewhere in the blocks' calls.
+    """
     measures: ClassVar[Mapping[str, str]] = {}
     """Names that `observables` may yield, each with a line of help.
 
     At most 8 names, each of 1 to 40 characters of a-z, 0-9 and _.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "fixed_state" not in own and ("block_input" in own or "block_output" in own):
+            cls.fixed_state = True
 
     @abstractmethod
     def specificity(self, model: nn.Module) -> int:

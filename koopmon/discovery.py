@@ -71,13 +71,15 @@ def verified(model: nn.Module, selection: Selection, kept: Stack | None, reasons
     return Discovery(original(selection.adapter), kept, verified=True, rejected=reasons, flags=selection.flags)
 
 
-def not_verified(model: nn.Module, selection: Selection, reasons: Mapping[str, str]) -> str:
-    """Return one line with the reason against each candidate of `selection` as a chain in `model`."""
+def not_verified(
+    model: nn.Module,
+    selection: Selection,
+    reasons: Mapping[str, str],
+    remedy: str = "pass stack= to name the list of blocks that is one",
+) -> str:
+    """Return one line with the reason against each candidate of `selection` as a chain in `model`, and the remedy."""
     rejected = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in reasons.items())
-    return (
-        f"adapter {selection.adapter.name!r} finds no residual chain in {type(model).__name__}: {rejected}; "
-        "pass stack= to name the list of blocks that is one"
-    )
+    return f"adapter {selection.adapter.name!r} finds no residual chain in {type(model).__name__}: {rejected}; {remedy}"
 
 
 @contextmanager

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koopmon.api import ArchitectureAdapter, Discovery, Observable, Stack
-from koopmon.chain_verifier import ChainVerifier, known_exponent
+from koopmon.api import ArchitectureAdapter, Discovery, Observable, Point, Stack
+from koopmon.chain_verifier import ChainVerifier, Walk, known_exponent
 from koopmon.discovery import probe, verified, with_fallback
 from koopmon.observables import Readings, declared, tabulate
 from koopmon.plugins import Selection, select
 from koopmon.spectral import SpectralProfile, profile_states
+from koopmon.state_position import block_input, block_output
 from koopmon.token_sampling import align_mask, choose_rows, take_rows
 
 
@@ -31,10 +31,11 @@ def profile(
     seed: int = 0,
     **batch_kwargs: Any,
 ) -> SpectralProfile:
-    """Profile the L transitions of `model`'s residual stream on one forward pass `model(*batch, **batch_kwargs)`.
+    """Profile the L transitions of `model`'s residual stream on one batch, `model(*batch, **batch_kwargs)`.
 
-    The pass runs in eval and no_grad; each module's mode and the random state are restored. The same N tokens, at most
-    `num_samples`, are taken at every depth. `seed` chooses them among the tokens that the model's own mask counts.
+    Two equal forward passes run in eval and no_grad: one finds the stream, and one reads it. Each module's mode and the
+    random state are restored. The same N tokens, at most `num_samples`, are taken at every depth. `seed` chooses them
+    among the tokens that the model's own mask counts.
     `svd_rank` None fits the full D x D operator of each layer (it needs N >= D), R its leading R directions. Too few
     tokens, or layers that do not yet change the state, give a profile that is not `informative` and holds the reason.
 
@@ -94,29 +95,27 @@ def _capture(
     seed: int,
     selection: Selection,
 ) -> CapturedStates:
-    states: defaultdict[str, list[Tensor]] = defaultdict(list)
-    choices: dict[str, tuple[Tensor, int, bool]] = {}
-    """Per candidate: the rows, the number of tokens, and True if a mask was used."""
+    kept: list[Tensor] = []
+    rows, num_tokens, masked = torch.empty(0), 0, False
 
-    def take(stack: Stack, layer: int, state: Tensor) -> None:
-        leading = state.shape[:-1]
-        if layer == 0:
-            mask = align_mask(selection.adapter.token_mask(model, batch, kwargs, stack), leading)
-            rows = choose_rows(leading.numel(), num_samples, seed=seed, mask=mask)
-            choices[stack.name] = rows, leading.numel(), mask is not None
-        if stack.name in choices and leading.numel() == choices[stack.name][1]:
-            states[stack.name].append(take_rows(state.detach(), choices[stack.name][0].to(state.device)))
+    def take(state: Tensor) -> None:
+        nonlocal rows, num_tokens, masked
+        if not kept:
+            mask = align_mask(selection.adapter.token_mask(model, batch, kwargs, discovery.stack), state.shape[:-1])
+            num_tokens, masked = state.shape[:-1].numel(), mask is not None
+            rows = choose_rows(num_tokens, num_samples, seed=seed, mask=mask)
+        kept.append(take_rows(state.detach(), rows.to(state.device)))
 
     verifier = ChainVerifier(selection.adapter, selection.candidates)
-    with probe(model) as call, verifier.watch(also=take), _reading(selection) as readings:
+    with probe(model) as call, verifier.watch():
         call(*batch, **kwargs)
     discovery = verified(model, selection, *verifier.verdict())
-    kept = states[discovery.stack.name]
+    with probe(model) as call, _walking(selection.adapter, discovery.stack, take), _reading(selection) as readings:
+        call(*batch, **kwargs)
     for layer, state in enumerate(kept):
         if not torch.isfinite(state).all():
             where = f"enters {discovery.points[0].name}" if layer == 0 else f"leaves {discovery.points[layer - 1].name}"
             raise ValueError(f"the state that {where} holds NaN or infinite values")
-    num_tokens, masked = choices[discovery.stack.name][1:]
     gathered = readings[discovery.stack.name].gather()
     observables: Mapping[str, Sequence[float | None]] = {}
     if gathered is not None:
@@ -125,6 +124,29 @@ def _capture(
     explained = {name: measures[name] for name in observables}
     exponent = known_exponent(selection.adapter, discovery.stack)
     return CapturedStates(discovery, _alike(kept), num_tokens, masked, observables, explained, exponent)
+
+
+@contextmanager
+def _walking(adapter: ArchitectureAdapter, stack: Stack, take: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call take(h_l) with each state of the first traversal of `stack`, h_0 first, inside the context."""
+    walk = Walk(stack)
+
+    def enter(point: Point, module: nn.Module, args: Any, kwargs: Any) -> None:
+        layer = walk.following(point)
+        if layer is not None:
+            walk.enter(layer)
+            if layer == 0 and (state := block_input(adapter, stack, module, args, kwargs)) is not None:
+                take(state)
+
+    def leave(point: Point, module: nn.Module, args: Any, output: Any) -> None:
+        if walk.leave(point) is not None and (state := block_output(adapter, stack, module, output)) is not None:
+            take(state)
+
+    with ExitStack() as hooks:
+        for point in {id(point.module): point for point in stack.points}.values():
+            hooks.enter_context(point.entry.register_forward_pre_hook(partial(enter, point), with_kwargs=True))
+            hooks.enter_context(point.module.register_forward_hook(partial(leave, point)))
+        yield
 
 
 @contextmanager

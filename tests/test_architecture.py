@@ -37,7 +37,8 @@ ROOMS = {
     "api": "errors",
     "hookspecs": "errors api",
     "block_finder": "errors api",
-    "chain_verifier": "errors api block_finder spectral",
+    "state_position": "api",
+    "chain_verifier": "errors api block_finder state_position spectral",
     "token_sampling": "errors",
     "observables": "errors api",
     "process_state": "errors",
@@ -46,10 +47,12 @@ ROOMS = {
     "plugin_loading": "errors api hookspecs plugin_calls",
     "plugins": "errors api hookspecs block_finder guarded_adapter plugin_calls plugin_loading",
     "discovery": "errors api block_finder chain_verifier plugins",
-    "profiling": "errors api block_finder chain_verifier plugins discovery token_sampling observables spectral",
+    "profiling": (
+        "errors api block_finder state_position chain_verifier plugins discovery token_sampling observables spectral"
+    ),
     "agent": (
-        "errors logs run_names config spectral wire api hookspecs block_finder chain_verifier token_sampling "
-        "observables plugins discovery process_state"
+        "errors logs run_names config spectral wire api hookspecs block_finder state_position chain_verifier "
+        "token_sampling observables plugins discovery process_state"
     ),
     "conformance": "errors config spectral wire api chain_verifier token_sampling observables plugins discovery agent",
     "grafana": "errors config telemetry files",

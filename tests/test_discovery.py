@@ -131,12 +131,12 @@ def test_call_arguments_by_name() -> None:
     assert call_arguments(Model(), (a, b, c), {"labels": c}) == {"labels": c}, "a wrong call is the model's to refuse"
 
 
-def test_a_repeated_block_stands_once_in_a_list() -> None:
+def test_a_repeated_block_stands_once_in_a_list_and_at_each_depth_in_the_stack() -> None:
     block = Block()
     lists = block_lists(Stacked(in_turn, [block, block, block]))
     assert [(blocks.name, len(blocks.blocks)) for blocks in lists] == [("blocks", 1)]
-    with pytest.raises(koopmon.DiscoveryError, match=r"only blocks\.0 was called \(3 times: one layer shared"):
-        koopmon.discover(Stacked(in_turn, [block, block, block]), torch.randn(B, T, D), adapter=Listed("blocks"))
+    found = koopmon.discover(Stacked(in_turn, [block, block, block]), torch.randn(B, T, D), adapter=Listed("blocks"))
+    assert [(point.layer, point.module) for point in found.points] == [(layer, block) for layer in range(3)]
 
 
 def test_points_are_entered_through_themselves_unless_told() -> None:

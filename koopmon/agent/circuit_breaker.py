@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +57,7 @@ class CircuitBreaker:
 class GuardedHook:
     """A hook whose exceptions trip the circuit breaker.
 
-    Copies of its module, by deepcopy or pickle, carry a NoopHook.
+    Copies and pickles of it do nothing. An exception in a foreign forward does not count.
     """
 
     __slots__ = ("_body", "_breaker")
@@ -72,23 +74,26 @@ class GuardedHook:
             return self._body(*args)
         except Exception as error:
             raise_from_signal(error)  # raised by a signal handler of the user's that ran during the hook
-            self._breaker.trip(getattr(self._body, "__name__", "hook"), error)
+            if not is_foreign():
+                self._breaker.trip(getattr(self._body, "__name__", "hook"), error)
             return None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoopHook:
-        return NoopHook()
-
-    def __reduce__(self) -> tuple[type[NoopHook], tuple[()]]:
-        return NoopHook, ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A callable of the standard library that takes anything and returns None: no file needs koopmon to be read.
+        return functools.partial, (sys.audit, "module hook")
 
 
-class NoopHook:
-    """The hook in a copy of a tapped module. It does nothing."""
+def is_foreign() -> bool:
+    """Return True while a forward runs for another purpose than its values.
 
-    __slots__ = ()
-
-    def __call__(self, *args: Any) -> None:
-        return None
+    It is traced by torch.jit, run on fake tensors, or transformed by torch.func.
+    """
+    modes = torch._C._TorchDispatchModeKey
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY))
+    )
 
 
 def _trip_in_child() -> None:

@@ -98,7 +98,9 @@ class AgentRuntime:
         self._finalizer = weakref.finalize(self, _shut_down, self._pid, self._closables)
         for action in self.actions:
             action.inspect(model, self.optimizers, selection)
-        self.taps = ResidualTaps(model, selection, self.breaker, self.stats, self)
+        self.taps = ResidualTaps(
+            model, selection, self.breaker, self.stats, self, trained=lambda: self.optimizers.parameters
+        )
         # Lasting actions have a breaker of their own, because they stay in force after the agent has failed.
         self._lasting_breaker = CircuitBreaker("learning-rate back-off")
         self._handles: list[Any] = []
@@ -376,8 +378,7 @@ class AgentRuntime:
                 action.hello_changed = False
                 self._describe(**action.hello(self.adapter))
         self._num_microbatches = self.taps.num_forwards or self._num_microbatches
-        num_layers = 0 if stack is None else len(stack.points)
-        forwards = NextForwards(num_layers, self._num_microbatches, state.rank.data_ranks.rank)
+        forwards = NextForwards(self.taps.num_changeable, self._num_microbatches, state.rank.data_ranks.rank)
         changes = [action.before_forwards(state.control, step, forwards) for action in self.actions]
         self.taps.step_edge(due, [change for change in changes if change is not None])
 

@@ -29,6 +29,7 @@ class TransformerAdapter(ArchitectureAdapter):
     """
 
     name = "transformer"
+    fixed_state = False
 
     def specificity(self, model: nn.Module) -> int:
         stacks = self.stacks(model)

@@ -28,10 +28,10 @@ from tests.adapters.zoo import (
 torch.set_num_threads(1)
 
 
-def test_shared_layers_are_told() -> None:
+def test_a_shared_layer_is_a_block_at_each_depth() -> None:
     config = transformers.AlbertConfig(**HF_SIZES, embedding_size=16)
-    with pytest.raises(koopmon.DiscoveryError, match=r"albert_layers\.0 was called \(3 times: one layer shared by all"):
-        koopmon.discover(transformers.AlbertModel(config), tokens())
+    found = koopmon.discover(transformers.AlbertModel(config), tokens())
+    assert [point.name for point in found.points] == ["encoder.albert_layer_groups.0.albert_layers.0"] * 3
 
 
 def test_stack_overrides_the_decoder_of_an_encoder_decoder() -> None:

@@ -86,3 +86,16 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, ra
     loss.backward()
     optimizer.step()
     return float(loss.detach())
+
+
+def paced(agent: Any, monitor: Any) -> Callable[[], None]:
+    """Return a function that waits until every snapshot taken since now has arrived at `monitor`."""
+    runtime, taken = agent._runtime, []
+    handle = runtime.on_snapshot_ready
+
+    def count(snapshot: Any) -> None:
+        taken.append(snapshot.training.step)
+        handle(snapshot)
+
+    runtime.on_snapshot_ready = count
+    return lambda: monitor.wait(lambda: len(monitor.shards) >= len(taken))

@@ -9,9 +9,11 @@ import pickle
 import weakref
 
 import pytest
+import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from koopmon.agent.circuit_breaker import CircuitBreaker, NoopHook
+from koopmon.agent.circuit_breaker import CircuitBreaker
 
 
 class Owner:
@@ -67,10 +69,29 @@ def test_a_copy_of_a_hooked_module_has_a_hook_that_does_nothing() -> None:
     module, calls = nn.Linear(2, 2), []
     hook = CircuitBreaker("the part").hook(lambda *args: calls.append(1))
     module.register_forward_hook(hook)
-    assert isinstance(copy.deepcopy(hook), NoopHook)
-    assert isinstance(pickle.loads(pickle.dumps(hook)), NoopHook)
+    for twin in (copy.deepcopy(hook), pickle.loads(pickle.dumps(hook))):
+        assert twin(module, (), None) is None
+    assert b"koopmon" not in pickle.dumps(hook)
     twin = copy.deepcopy(module)
     twin(module.weight)
     assert calls == []
     module(module.weight)
     assert calls == [1]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+@pytest.mark.parametrize("run", ["traced", "vmap", "fake"])
+def test_an_exception_in_a_foreign_forward_does_not_trip(run: str) -> None:
+    module = nn.Linear(2, 2).requires_grad_(False)
+    breaker = CircuitBreaker("the part")
+    module.register_forward_hook(breaker.hook(broken))
+    if run == "traced":
+        torch.jit.trace(lambda x: module(x), torch.ones(1, 2), check_trace=False)
+    elif run == "vmap":
+        torch.func.vmap(module)(torch.ones(3, 2))
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            module(torch.ones(1, 2))
+    assert not breaker.tripped
+    module(torch.ones(1, 2))
+    assert breaker.tripped

@@ -235,6 +235,7 @@ def test_the_page_tells_of_every_check_and_every_method() -> None:
     page = (Path(__file__).parents[2] / "docs" / "write-an-adapter.md").read_text(encoding="utf-8")
     for name in BATTERY:
         assert f"`{name}`" in page
+    assert "`fixed_state = False`" in page
     for name in vars(ArchitectureAdapter):
-        if not name.startswith("_") and name not in ("name", "measures"):
+        if not name.startswith("_") and name not in ("name", "measures", "fixed_state"):
             assert f"`{name}(" in page, name

@@ -135,6 +135,13 @@ class Sampler:
         return True
 
     @torch.no_grad()
+    def repeat_to_end(self) -> None:
+        """Put the last state at all remaining points: nothing has changed it."""
+        for point in range(self._num_put, self._num_points):
+            self._buffer[point].copy_(self._buffer[self._num_put - 1])
+        self._num_put = self._num_points
+
+    @torch.no_grad()
     def finish(self) -> RankSnapshot | None:
         """Return the snapshot once every point was put. Otherwise count it as incomplete and return None."""
         slot = self._slot

@@ -1,0 +1,105 @@
+"""Position of a residual state among a block's call arguments and in its return value.
+
+A path is a tuple of keys: an index of a tuple or list, a key of a mapping, a name of a dataclass field. The path of an
+argument begins with its index or its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from koopmon.api import ArchitectureAdapter, Path, Stack
+
+MAX_DEPTH = 3
+"""Levels of containers in which a state is looked for."""
+MAX_TENSORS = 8
+"""Tensors that are considered in one call, and again in its result."""
+
+
+def block_input(
+    adapter: ArchitectureAdapter, stack: Stack, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """Return the state among the call arguments of a block of `stack`; None if it is absent."""
+    if stack.position is None:
+        return adapter.block_input(module, args, kwargs)
+    return _at((dict(enumerate(args)) | dict(kwargs)), stack.position.entered)
+
+
+def block_output(adapter: ArchitectureAdapter, stack: Stack, module: nn.Module, output: Any) -> Tensor | None:
+    """Return the state in the return value of a block of `stack`; None if it is absent."""
+    if stack.position is None:
+        return adapter.block_output(module, output)
+    return _at(output, stack.position.left)
+
+
+def with_block_output(adapter: ArchitectureAdapter, stack: Stack, module: nn.Module, output: Any, state: Tensor) -> Any:
+    """Return `output` with its state replaced. Raises TypeError for a container that cannot be rebuilt."""
+    if stack.position is None:
+        return adapter.with_block_output(module, output, state)
+    return _with(output, stack.position.left, state)
+
+
+def argument_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Path, Tensor]]:
+    """Return the tensors among call arguments that may be a state, with their paths."""
+    return _first(_tensors(dict(enumerate(args)) | dict(kwargs), ()))
+
+
+def output_tensors(output: Any) -> list[tuple[Path, Tensor]]:
+    """Return the tensors in a return value that may be a state, with their paths."""
+    return _first(_tensors(output, ()))
+
+
+def is_state(tensor: Tensor) -> bool:
+    """Return True for a dense floating-point tensor of shape (..., T, D) that holds a token."""
+    dense = not tensor.is_nested and tensor.layout is torch.strided
+    return dense and tensor.is_floating_point() and tensor.dim() >= 2 and tensor.numel() > 0
+
+
+def _first(found: Iterator[tuple[Path, Tensor]]) -> list[tuple[Path, Tensor]]:
+    return [pair for pair, _ in zip(found, range(MAX_TENSORS), strict=False)]
+
+
+def _tensors(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
+    if isinstance(value, Tensor):
+        if is_state(value):
+            yield path, value
+    elif len(path) <= MAX_DEPTH:
+        for key, part in _parts(value):
+            yield from _tensors(part, (*path, key))
+
+
+def _parts(value: Any) -> list[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, (tuple, list)):
+        return list(enumerate(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(each.name, getattr(value, each.name, None)) for each in dataclasses.fields(value)]
+    return []
+
+
+def _at(value: Any, path: Path) -> Tensor | None:
+    for key in path:
+        value = next((part for name, part in _parts(value) if name == key), None)
+    return value if isinstance(value, Tensor) else None
+
+
+def _with(value: Any, path: Path, state: Tensor) -> Any:
+    if not path:
+        return state
+    key, rest = path[0], path[1:]
+    parts = {name: part if name != key else _with(part, rest, state) for name, part in _parts(value)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # also transformers' ModelOutput
+        return dataclasses.replace(value, **{key: parts[key]})
+    if type(value) is dict:
+        return parts
+    if type(value) in (tuple, list):
+        return type(value)(parts.values())
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*parts.values())
+    raise TypeError(f"cannot put a state back into {type(value).__name__}")
