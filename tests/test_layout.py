@@ -73,7 +73,6 @@ TESTED_IN = {
     "koopmon/history/retention.py": "tests/history/test_durability.py",
     "koopmon/history/schema.py": "tests/history/test_durability.py",
     "koopmon/monitor/history_sink.py": "tests/monitor/test_sinks.py",
-    "koopmon/monitor/live_sink.py": "tests/monitor/test_sinks.py",
     "koopmon/monitor/metrics_sink.py": "tests/monitor/test_sinks.py",
     "koopmon/monitor/notify_sink.py": "tests/monitor/test_sinks.py",
     "koopmon/monitor/service.py": "tests/monitor/test_daemon.py",
