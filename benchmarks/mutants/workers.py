@@ -123,7 +123,7 @@ class _Task:
         return (self.module, self.mutant.lines), (self.module, self.mutant.scope)
 
     def overdue(self, said: Path) -> bool:
-        """True if the test that runs takes far longer than without a mutant: it waits for something that does not come."""
+        """True if the test takes far longer than without a mutant: it waits for something that does not come."""
         try:
             name, started = said.read_text(), said.stat().st_mtime  # in this order: the file may change in between
         except FileNotFoundError:
