@@ -256,8 +256,10 @@ class _Failures:
     def __init__(self, said: Path) -> None:
         self._said = said
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+        # The report of a failure formats sources, and takes longer than most tests.
+        if call.excinfo is not None and not isinstance(call.excinfo.value, pytest.skip.Exception):
             os._exit(KILLED)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
