@@ -123,7 +123,7 @@ class _Task:
         return (self.module, self.mutant.lines), (self.module, self.mutant.scope)
 
     def overdue(self, said: Path) -> bool:
-        """True if the test that runs takes far longer than without a mutant: it waits for something in vain."""
+        """True if the test that runs takes far longer than without a mutant, as a wait without an end does."""
         try:
             name, started = said.read_text(), said.stat().st_mtime  # in this order: the file may change in between
         except FileNotFoundError:

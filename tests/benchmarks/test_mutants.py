@@ -122,7 +122,7 @@ def test_names_and_places_of_mutants() -> None:
 
 
 def test_a_test_that_takes_far_longer_than_without_the_mutant_is_overdue(tmp_path: Path) -> None:
-    """Such a test waits for something in vain. Its limit is 5 seconds and ten times its own duration."""
+    """Such a test waits for something that does not come. Its limit is 5 seconds and ten times its own duration."""
     (mutant,) = mutants(ast.parse("x = a < b"))[:1]
     task = _Task("m.py", mutant, ["a::test"], {"a::test": 1.0}, 9.0, lambda order, said: None)
     said = tmp_path / "killer-1"
