@@ -31,6 +31,7 @@ import numpy  # noqa: F401
 import scipy.linalg  # noqa: F401
 import starlette  # noqa: F401
 import torch
+import torch._dynamo  # which the first optimizer of a process imports, in a second
 import zmq  # noqa: F401
 
 from benchmarks.mutants import page

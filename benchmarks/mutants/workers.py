@@ -128,7 +128,7 @@ class _Task:
             name, started = said.read_text(), said.stat().st_mtime  # in this order: the file may change in between
         except FileNotFoundError:
             return False
-        return time.time() - started > 5.0 + 10.0 * self.seconds.get(name, math.inf)
+        return time.time() - started > 20.0 + 10.0 * self.seconds.get(name, math.inf)
 
 
 def _try_all(tasks: Sequence[_Task], jobs: int, out: Path) -> Iterator[Verdict]:
