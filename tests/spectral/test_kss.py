@@ -137,6 +137,18 @@ def test_the_closed_form_equals_autograd(
         assert (closed - wanted).abs().max() < 1e-10 * scale
 
 
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
+def test_the_closed_form_holds_in_any_orthonormal_basis(terms: dict[str, float]) -> None:
+    """In the basis of x the covariance of x is diagonal, so that its factor is its own transpose."""
+    x, y = random_transition()
+    basis = torch.linalg.qr(normal(SIZE, 4, seed=23)).Q
+    found = kss_gradient(x, y, basis, **terms)
+    assert found.ok
+    assert found.loss.item() == pytest.approx(written_out(x, y, basis, **terms), rel=1e-9)
+    for closed, wanted in zip((found.grad_x, found.grad_y), autograd(x, y, basis, **terms), strict=True):
+        assert (closed - wanted).abs().max() < 1e-10 * wanted.abs().max()
+
+
 def test_the_rotating_transition_has_conjugate_pairs() -> None:
     """The comparison above needs conjugate pairs."""
     x, y = (state - state.mean(0) for state in rotating_transition())
