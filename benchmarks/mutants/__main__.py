@@ -31,6 +31,7 @@ import numpy  # noqa: F401
 import scipy.linalg  # noqa: F401
 import starlette  # noqa: F401
 import torch
+import torch._dynamo  # which the first optimizer of a process imports, in a second
 import zmq  # noqa: F401
 
 from benchmarks.mutants import page
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mutants", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="PART", help="modules, by parts of their paths; default all")
     parser.add_argument("--match", metavar="TEXT", help="mutants whose name contains this; nothing is kept")
-    parser.add_argument("--survivors", action="store_true", help="the survivors of the last run; nothing is kept")
+    parser.add_argument("--survivors", action="store_true", help="the survivors of the last run, after a new test")
     parser.add_argument("--sample", type=int, metavar="N", help="N mutants of each module; nothing is kept")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes at a time")
@@ -111,8 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not any(source.mutants for source in sources):
             continue
         verdicts += try_group(sources, files, chosen.jobs)
-        if not (chosen.match or chosen.survivors or chosen.sample):
-            _keep(_figures(verdicts, reasons))
+        if not (chosen.match or chosen.sample):
+            figures = _figures(verdicts, reasons)
+            _keep(_after_retry(figures, kept) if chosen.survivors else figures)
     minutes = (time.monotonic() - started) / 60
     for line in page.lines({"modules": _figures(verdicts, reasons)}):
         print(line)
@@ -155,6 +157,20 @@ def _figures(verdicts: list[Verdict], reasons: dict[str, dict[str, str]]) -> dic
             "survived": {one.name: _reason(one, reasons) for one in mine if one.status == SURVIVED},
         }
     return figures
+
+
+def _after_retry(figures: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """Return the kept figures of modules whose survivors were tried again: the others are dead already."""
+    return {
+        module: {
+            **kept[module],
+            "share_killed": 1 - len(of["survived"]) / kept[module]["mutants"],
+            "killed_by_time_limit": kept[module]["killed_by_time_limit"] + of["killed_by_time_limit"],
+            "survived": of["survived"],
+        }
+        for module, of in figures.items()
+        if kept[module]["mutants"] == len(read_source(module).mutants)
+    }
 
 
 def _kept() -> dict[str, Any]:

@@ -137,6 +137,18 @@ def test_the_closed_form_equals_autograd(
         assert (closed - wanted).abs().max() < 1e-10 * scale
 
 
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
+def test_the_closed_form_holds_in_any_orthonormal_basis(terms: dict[str, float]) -> None:
+    """In the basis of x the covariance of x is diagonal, so that its factor is its own transpose."""
+    x, y = random_transition()
+    basis = torch.linalg.qr(normal(SIZE, 4, seed=23)).Q
+    found = kss_gradient(x, y, basis, **terms)
+    assert found.ok
+    assert found.loss.item() == pytest.approx(written_out(x, y, basis, **terms), rel=1e-9)
+    for closed, wanted in zip((found.grad_x, found.grad_y), autograd(x, y, basis, **terms), strict=True):
+        assert (closed - wanted).abs().max() < 1e-10 * wanted.abs().max()
+
+
 def test_the_rotating_transition_has_conjugate_pairs() -> None:
     """The comparison above needs conjugate pairs."""
     x, y = (state - state.mean(0) for state in rotating_transition())
@@ -318,11 +330,12 @@ def test_an_eigendecomposition_that_does_not_converge_gives_zeros(monkeypatch: p
     assert not found.grad_y.any()
 
 
-@pytest.mark.parametrize("shift", [-5.0, 0.0, 5.0])
+@pytest.mark.parametrize("sign", ["mixed", "from 0 up", "up to 0"])
 @pytest.mark.parametrize("scale", [1e-200, 1e-30, 1.0, 1e30, 1e200])
-def test_the_basis_is_that_of_the_leading_directions_whatever_the_unit(scale: float, shift: float) -> None:
+def test_the_basis_is_that_of_the_leading_directions_whatever_the_unit(scale: float, sign: str) -> None:
     """The largest magnitude may be that of a negative value, and the state may have one sign only."""
-    x = samples() + shift
+    x = samples()
+    x = x - {"mixed": 0.0, "from 0 up": x.min(), "up to 0": x.max()}[sign]
     basis = kss_basis(scale * x, 3)
     right = np.linalg.svd((x - x.mean(0)).numpy())[2][:3].T
     assert np.abs((basis.numpy() * right).sum(0)) == pytest.approx(1.0, abs=1e-9)
@@ -363,6 +376,15 @@ def test_the_defaults_are_those_of_the_paper() -> None:
     one, other = kss_gradient(x, y, basis), kss_gradient(x, y, basis, **paper)
     assert torch.equal(one.grad_x, other.grad_x)
     assert one.loss == other.loss
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_loss_of_single_precision_has_its_precision(autocast: bool) -> None:
+    x, y = residual_transition()
+    wanted = kss_loss(x, y, svd_rank=4).item()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found = kss_loss(x.float(), y.float(), svd_rank=4).item()
+    assert found == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

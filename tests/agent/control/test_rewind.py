@@ -520,6 +520,31 @@ def test_a_rewind_is_carried_out_at_the_edge_after_its_step() -> None:
     assert alone.action.facts()["rewinds"] == 1
 
 
+def test_a_rank_that_does_not_decide_returns_too_and_logs_it_for_debugging(caplog: pytest.LogCaptureFixture) -> None:
+    alone = Alone()
+    alone.step(0)
+    parameters: dict[str, int | float] = {"at_step": 6, "copy_step": 0}
+    alone.state = ControlState(actions={"rewind": ActionState(ramp=Ramp(), parameters=parameters)})
+    with caplog.at_level(logging.DEBUG, "koopmon.agent"):
+        assert alone.action.at_edge(alone.state, 7, alone.agree) == Completion("applied", "returned to step 0")
+    (record,) = [each for each in caplog.records if "returned" in each.message]
+    assert record.levelno == logging.DEBUG
+    assert record.message == (
+        "koopmon: this rank: weights and optimizer state returned from step 7 to step 0, 7 steps are lost, "
+        "the learning rate is not capped"
+    )
+
+
+def test_without_any_copy_a_refusal_says_so() -> None:
+    alone = Alone()
+    alone.step(0)
+    alone.action.at_edge(alone.state, 2001, alone.agree)
+    assert alone.held == []
+    wanted = r"no copy is at least 7 steps old at a rate of at most 0\.5; copies: none$"
+    with pytest.raises(RequestRefusedError, match=wanted):
+        alone.ask(2001, max_rate=0.5, min_age_steps=7)
+
+
 def test_a_rank_without_the_copy_votes_against_it() -> None:
     alone = Alone()
     alone.step(0)

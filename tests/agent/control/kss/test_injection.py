@@ -10,10 +10,11 @@ import pytest
 import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.action import NextForwards
-from koopmon.agent.control.kss.injection import KssInjection
+from koopmon.agent.control.kss.injection import KssInjection, kss_gradient_op
 from koopmon.agent.stats import AgentStats
 from koopmon.spectral import kss_basis, kss_loss
 from koopmon.token_sampling import order_rows, take_rows
@@ -360,6 +361,31 @@ def test_a_failure_in_the_backward_pass_leaves_the_users_gradient(monkeypatch: p
     assert "out of memory" in breaker.reason
 
 
+def test_a_failure_at_the_input_of_a_block_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(dtype=torch.float64)
+    injected(model)
+    loss = loss_of(model, batch(0))
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "index_add_", broken)
+    loss.backward()
+    assert torch.isfinite(gradients(model)).all()
+    breaker = model.injection._breaker  # type: ignore[union-attr]
+    assert breaker.tripped
+    assert "out of memory" in breaker.reason
+
+
+def test_a_compiler_knows_the_shapes_of_the_gradient() -> None:
+    with FakeTensorMode():
+        x, y = torch.empty(5, 4), torch.empty(5, 4, dtype=torch.float64)
+        grad_x, grad_y, trusted = kss_gradient_op(x, y, 3, 0, [20.0, 1.05, 0.9, 0.4, 1.0])
+    assert (grad_x.shape, grad_x.dtype) == ((5, 4), torch.float32)
+    assert (grad_y.shape, grad_y.dtype) == ((5, 4), torch.float64)
+    assert (trusted.shape, trusted.dtype) == ((), torch.bool)
+
+
 def test_padding_is_left_out() -> None:
     injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
     latch(injection)
@@ -386,6 +412,7 @@ def test_a_forward_of_another_shape_or_mask_has_rows_of_its_own() -> None:
 
     assert rows(B, (1, 2), (1, 4)) == {T + 2, T + 4}
     assert rows(B, (0, 3)) == {3}
+    assert max(rows(B)) >= T
     assert max(rows(1)) < T
 
 
