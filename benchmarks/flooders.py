@@ -22,7 +22,8 @@ import zmq
 from koopmon.wire import client, server, sockets
 from koopmon.wire.headers import decode_header, encode_header
 from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply, Hello, Shard, TrainingStep, Welcome
-from koopmon.wire.sockets import ControlClient, ControlServer, DataSender, Poller, WireContext
+from koopmon.wire.sockets import ControlClient, ControlServer, DataSender, Poller
+from koopmon.wire.transport import WireContext
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_AGENTS = 8

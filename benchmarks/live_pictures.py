@@ -56,7 +56,9 @@ def take(folder: Path, docs: Path) -> Mapping[str, Any]:
 
 
 def _train(folder: Path, endpoint: str, name: str, rate: float) -> subprocess.Popen[bytes]:
-    setting = Setting(lr=rate, steps=STEPS, layers=8, batch=4, num_ranks=1)
+    setting = Setting(
+        lr=rate, norm="none", clip=0.0, steps=STEPS, layers=8, batch=4, context=128, width=128, num_ranks=1
+    )
     words = ["run", "--monitor", endpoint, "--run", name, "--", *setting.command(folder / f"{name}.jsonl")]
     environ = {key: value for key, value in os.environ.items() if not key.startswith("KOOPMON_")}
     with (folder / f"{name}.output").open("wb") as output:

@@ -20,9 +20,11 @@ from koopmon.config import Config
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.run_controller import RunController
 from koopmon.spectral import SpectralProfile, profile_states
-from koopmon.wire.codec import WireLimits, decode_for_agent, encode
+from koopmon.wire.codec import decode_for_agent, encode
+from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import Applied, Hello, Shard, TrainingStep, Welcome
-from koopmon.wire.sockets import ControlClient, DataSender, WireContext
+from koopmon.wire.sockets import ControlClient, DataSender
+from koopmon.wire.transport import WireContext
 from tests import factories
 
 INCARNATION = "aaaaaaaa"

@@ -110,11 +110,11 @@ def alarm(path: Path) -> None:
 
 
 def backoff(path: Path) -> None:
-    """Draw the training of `koopmon demo`, alone and under the default policy. It takes some minutes of two cores."""
-    setting = Setting()
+    """Draw a training without normalisation, alone and under the default policy. It takes minutes of two cores."""
+    setting = Setting(lr=0.01, norm="none", clip=0.0, steps=150, context=128, width=128)
     with tempfile.TemporaryDirectory() as directory:
-        alone = run_training(setting, None, Path(directory))
-        guarded = run_training(setting, PolicyConfig().name, Path(directory))
+        alone = run_training("alone", setting, None, Path(directory))
+        guarded = run_training("guarded", setting, PolicyConfig().name, Path(directory))
     trained = {"unguarded": (alone, plots.DEAD), "koopmon run": (guarded, plots.ALIVE)}
     curves = [
         plots.Curve(

@@ -292,9 +292,11 @@ class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     act_risk: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.4
     """Risk at or above which a snapshot counts as high."""
     severe_risk: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.8
-    """Risk at or above which the policy acts without confirmation and uses `severe_factor`."""
+    """Risk at or above which the policy acts without confirmation and uses `severe_factor`. If only `act_risk` is
+    given and it is higher, it replaces this default."""
     release_risk: Ratio = 0.2
-    """Risk below which a snapshot counts as calm."""
+    """Risk below which a snapshot counts as calm. If only `act_risk` is given and it is not higher, half of it replaces
+    this default."""
     confirm_snapshots: Annotated[int, Meta(ge=1, le=100)] = 1
     """Number of consecutive snapshots with a high risk before an action."""
     backoff_factor: Annotated[float, Meta(ge=0.05, lt=1.0)] = 0.5
@@ -474,7 +476,7 @@ def _value_at(data: Any, path: str) -> Any:
 def from_mapping(data: Mapping[str, Any], *, source: str = "configuration") -> Config:
     """Validate nested tables. Raises ConfigError with the field, the value and the allowed values."""
     try:
-        return msgspec.convert(dict(data), Config, strict=True)
+        return msgspec.convert(_with_following_defaults(data), Config, strict=True)
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, ConfigError):
             raise ConfigError(f"{source}: {error.__cause__}") from None
@@ -487,6 +489,17 @@ def from_mapping(data: Mapping[str, Any], *, source: str = "configuration") -> C
             raise ConfigError(f"{source}: {message}; allowed tables: {', '.join(Config.__struct_fields__)}") from None
         value, what = _shown(_value_at(data, field)), one_line(_expected(field, message))
         raise ConfigError(f"{source}: {one_line(field, 80)} = {value}: {what}") from None
+
+
+def _with_following_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the defaults of the other two thresholds if `act_risk` alone is given and contradicts them."""
+    policy = data.get("policy")
+    act = policy.get("act_risk") if isinstance(policy, Mapping) else None
+    if not isinstance(act, (int, float)) or not 0.0 < act < 1.0:
+        return dict(data)
+    default = PolicyConfig()
+    severe, release = max(default.severe_risk, act), min(default.release_risk, act / 2)
+    return {**data, "policy": {"severe_risk": severe, "release_risk": release, **policy}}
 
 
 def checked(config: Config) -> Config:

@@ -65,6 +65,7 @@ def spectrum(profile: SpectralProfile, path: Path, *, title: str) -> None:
     real, imaginary, depth = (list(column) for column in zip(*points, strict=True)) if points else ([], [], [])
     figure, panels = _figure(1, 2, (11.6, 5.4))
     from matplotlib.patches import Annulus, Circle
+    from matplotlib.ticker import MaxNLocator
 
     for plane in panels:
         plane.add_patch(Annulus((0, 0), 1.05, 0.15, facecolor="#f1c40f", alpha=0.25, edgecolor="none"))
@@ -79,7 +80,7 @@ def spectrum(profile: SpectralProfile, path: Path, *, title: str) -> None:
     (left, right), (bottom, top) = (((low + high) / 2 - half, (low + high) / 2 + half) for low, high in middle)
     panels[1].set(xlim=(left, right), ylim=(bottom, top), title="where 98% of them lie")
     colours = figure.colorbar(dots, ax=panels, label="layer", shrink=0.9)
-    colours.locator = _whole_numbers()
+    colours.locator = MaxNLocator(integer=True)
     colours.update_ticks()
     figure.suptitle(title, fontsize=11)
     _save(figure, path)
@@ -107,7 +108,9 @@ def demo(curves: Sequence[Curve], watched: Watched, path: Path, *, title: str) -
     losses, risk, applied = panels
     for curve in curves:
         _draw_loss(losses, curve)
-    losses.set(ylabel="loss (nats per byte)", yscale="log", ylim=(None, LOSS_TOP))
+    losses.set(ylabel="loss (nats per byte)")
+    if any(curve.diverged for curve in curves):
+        losses.set(yscale="log", ylim=(None, LOSS_TOP))
     losses.set_title(title, fontsize=11)
     if curves:
         losses.legend(loc="upper right", fontsize=9)
@@ -121,17 +124,11 @@ def demo(curves: Sequence[Curve], watched: Watched, path: Path, *, title: str) -
         beside.step(watched.steps, watched.kss_alphas, where="post", color=KSS, linewidth=1.6)
         beside.set(ylim=(0, None))
         beside.set_ylabel("KSS alpha", color=KSS)
-    colours = {"set_lr_scale": BACKOFF, "set_kss": KSS}
+    colours = {"set_lr_scale": BACKOFF, "set_kss": KSS, "rewind": DEAD}
     for step, kind in watched.commands:
         for panel in panels:
             panel.axvline(step, color=colours.get(kind, REFERENCE), linewidth=1.0, alpha=0.7, linestyle=":")
     _save(figure, path)
-
-
-def _whole_numbers() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(integer=True)
 
 
 def _draw_loss(panel: Any, curve: Curve) -> None:

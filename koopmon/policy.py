@@ -131,9 +131,12 @@ class Decision:
     state: PolicyState
     commands: tuple[Action, ...]
     reason: str
-    phase: Phase
     took_effect: bool | None = None
     """Effect of the last action as of this snapshot; None while it is open, or was decided before."""
+
+    @property
+    def phase(self) -> Phase:
+        return self.state.phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +184,18 @@ class _Case:
             return None
         return False if self.alarmed else True if self.risk.value < self.config.act_risk else None
 
+    def acted(self, **changes: object) -> PolicyState:
+        """Return the state after an action on the learning rate; `changes` are further fields."""
+        return replace(
+            self.state,
+            phase="acting",
+            acted_at=self.seen.step,
+            risk_at_action=self.risk.value,
+            calm_since=None,
+            high_streak=0,
+            **changes,  # type: ignore[arg-type]
+        )
+
     def calm_for(self, steps: int) -> bool:
         """Return True when the run has been calm for at least `steps` steps."""
         since = self.state.calm_since
@@ -213,8 +228,9 @@ def decide(
         The new state, the commands and the reason. Commands beyond `max_actions_per_hour` are left out.
     """
     case = _Case(_remember(now, state, observation, risk, config), observation, risk, config, kss)
-    closer = _look_closer(case)
-    extra, case = ((), case) if closer is None else (closer[0], replace(case, state=closer[1]))
+    commands, following, _ = _look_closer(case) or ((), case.state, "")
+    case = replace(case, state=following)
+    reason = "; ".join(action.reason for action in commands) or f"risk {risk.value:.2f}: nothing to do ({risk.reason})"
     # The order is the priority. Harm by KSS ends first, because KSS itself may cause the alarm; back-offs come second.
     rules: tuple[Callable[[_Case], Proposal | None], ...] = (
         _bar_kss,
@@ -226,40 +242,21 @@ def decide(
         _confirm,
     )
     for rule in rules if config.name != "observe" else ():
-        proposal = rule(case)
-        if proposal is None:
+        if (proposal := rule(case)) is None:
             continue
-        actions, following, why = proposal
-        wanted = why or "; ".join(action.reason for action in actions)
-        if any(a.changes_training for a in actions):
-            if len(case.state.action_times) + len(actions) > config.max_actions_per_hour:
-                reason = f"the budget of {config.max_actions_per_hour} actions per hour is spent; wanted: {wanted}"
-                return Decision(
-                    state=case.state,
-                    commands=extra,
-                    reason=reason,
-                    phase=case.state.phase,
-                    took_effect=case.took_effect,
-                )
-            following = replace(following, action_times=following.action_times + (now,) * len(actions))
-        return Decision(
-            state=following,
-            commands=extra + actions,
-            reason=wanted,
-            phase=following.phase,
-            took_effect=case.took_effect,
-        )
-    reason = "; ".join(action.reason for action in extra) or f"risk {risk.value:.2f}: nothing to do ({risk.reason})"
-    return Decision(
-        state=case.state,
-        commands=extra,
-        reason=reason,
-        phase=case.state.phase,
-        took_effect=case.took_effect,
-    )
+        actions, state, why = proposal
+        reason = why or "; ".join(action.reason for action in actions)
+        if any(action.changes_training for action in actions):
+            if len(state.action_times) + len(actions) > config.max_actions_per_hour:
+                reason = f"the budget of {config.max_actions_per_hour} actions per hour is spent; wanted: {reason}"
+                break
+            state = replace(state, action_times=state.action_times + (now,) * len(actions))
+        commands, following = commands + actions, state
+        break
+    return Decision(state=following, commands=commands, reason=reason, took_effect=case.took_effect)
 
 
-def acknowledge(now: float, state: PolicyState, ack: Ack) -> PolicyState:
+def acknowledge(state: PolicyState, ack: Ack) -> PolicyState:
     """Update the state after an acknowledgement of a command.
 
     An applied or duplicate command leaves the state unchanged. Otherwise the state takes the settings in force that the
@@ -387,17 +384,7 @@ def _cap(case: _Case) -> Proposal | None:
                 expires_in_steps=config.expires_in_steps,
             )
         )
-    following = replace(
-        state,
-        phase="acting",
-        max_rate=cap,
-        num_rewinds=state.num_rewinds + rewinds,
-        rewinding=rewinds,
-        acted_at=seen.step,
-        risk_at_action=case.risk.value,
-        calm_since=None,
-        high_streak=0,
-    )
+    following = case.acted(max_rate=cap, num_rewinds=state.num_rewinds + rewinds, rewinding=rewinds)
     return tuple(actions), following, ""
 
 
@@ -432,17 +419,7 @@ def _back_off(case: _Case) -> Proposal | None:
         lr_scale=scale,
         expires_in_steps=config.expires_in_steps,
     )
-    following = replace(
-        state,
-        phase="acting",
-        lr_scale=scale,
-        num_cuts=state.num_cuts + 1,
-        acted_at=case.seen.step,
-        risk_at_action=case.risk.value,
-        calm_since=None,
-        high_streak=0,
-    )
-    return (action,), following, ""
+    return (action,), case.acted(lr_scale=scale, num_cuts=state.num_cuts + 1), ""
 
 
 def _lower_scale(case: _Case) -> float:
@@ -480,17 +457,8 @@ def _shape(case: _Case) -> Proposal | None:
     # The threshold lies above the radius of this run while calm. The paper's 1.05 forbids growth that learning needs
     # (docs/method.md).
     tau_u = min(max(case.kss.min_tau_u, case.kss.radius_margin * radius), MAX_MODULUS)
-    settings = KssSettings(
-        alpha=case.kss.alpha,
-        temperature=case.kss.temperature,
-        tau_u=tau_u,
-        gamma=case.kss.gamma,
-        beta=case.kss.beta,
-        svd_rank=case.kss.svd_rank,
-        num_samples=case.kss.num_samples,
-        every=case.kss.every,
-        layer_fraction=case.kss.layer_fraction,
-    )
+    shared = set(KssSettings.__struct_fields__).intersection(KssConfig.__struct_fields__)
+    settings = KssSettings(tau_u=tau_u, **{name: getattr(case.kss, name) for name in shared})
     action = Action(
         kind="set_kss",
         reason=f"risk {case.risk.value:.2f}: KSS on, alpha {settings.alpha:g} above modulus {tau_u:.2f}",

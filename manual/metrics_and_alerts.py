@@ -23,7 +23,7 @@ def alerts_page() -> str:
     """Return the page with the meaning, checks and remedy of each alert, each under an anchor with its name."""
     titles = {each["uid"]: each["title"] for each in dashboards.make()}
     rows = [
-        (f"[{alert.name}](#{alert.anchor})", alert.severity, _time(alert.for_seconds), _plain(alert.summary))
+        (f"[{alert.name}](#{alert.name})", alert.severity, _time(alert.for_seconds), _plain(alert.summary))
         for alert in ALERTS
     ]
     parts = [
@@ -75,7 +75,7 @@ def _metric(series: Series) -> tuple[str, ...]:
 
 def _alert(alert: Alert, board: str) -> Iterable[str]:
     kept = f", and is kept for {_time(alert.keep_firing_seconds)}" if alert.keep_firing_seconds else ""
-    yield f'<a id="{alert.anchor}"></a>\n\n### {alert.name}'
+    yield f'<a id="{alert.name}"></a>\n\n### {alert.name}'
     yield (
         f"Severity {alert.severity}; fires {_time(alert.for_seconds, 'after ')}{kept}. Shown on the panel"
         f" *{alert.panel[1]}* of the dashboard *{board}*."

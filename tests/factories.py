@@ -10,6 +10,7 @@ from koopmon.monitor.registry import Admission, RunRegistry
 from koopmon.monitor.run_controller import RunController
 from koopmon.risk.online_detector import Observation
 from koopmon.views.run_view import TimelinePoint
+from koopmon.wire.buffer_pool import BufferPool
 from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello, TrainingStep
 
 RUN, INCARNATION = "job", "aaaaaaaa"
@@ -91,3 +92,11 @@ def point(step: int, incarnation: str = INCARNATION, **fields: Any) -> TimelineP
     """Calm snapshot of a view; scalars of the training are given beside the other fields."""
     values = {"time": 0.0, "risk": 0.1, "forecast": None, "reason": "", "informative": True, "non_finite": False}
     return TimelinePoint(incarnation=incarnation, **gathered({"step": step, **values, **fields}))
+
+
+def num_free(pool: BufferPool) -> int:
+    """Count the slots that a pool could give now."""
+    slots = list(iter(lambda: pool.acquire(1), None))
+    for slot in slots:
+        slot.release()
+    return len(slots)

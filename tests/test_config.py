@@ -50,3 +50,27 @@ def test_a_file_that_cannot_be_read_or_parsed_is_named(tmp_path: Path) -> None:
     broken.write_text("[policy\n")
     with pytest.raises(ConfigError, match=r"broken\.toml: not valid TOML"):
         load(broken)
+
+
+@pytest.mark.parametrize(
+    ("given", "thresholds"),
+    [
+        ({"act_risk": 0.01}, (0.005, 0.01, 0.8)),
+        ({"act_risk": 0.2}, (0.1, 0.2, 0.8)),
+        ({"act_risk": 0.4}, (0.2, 0.4, 0.8)),
+        ({"act_risk": 0.9}, (0.2, 0.9, 0.9)),
+        ({"act_risk": 0.01, "release_risk": 0.002, "severe_risk": 0.02}, (0.002, 0.01, 0.02)),
+    ],
+)
+def test_defaults_of_the_other_thresholds_follow_a_given_one(
+    given: dict[str, float], thresholds: tuple[float, ...]
+) -> None:
+    policy = from_mapping({"policy": given}).policy
+    assert (policy.release_risk, policy.act_risk, policy.severe_risk) == pytest.approx(thresholds)
+
+
+def test_thresholds_that_contradict_each_other_are_refused_where_both_are_given() -> None:
+    with pytest.raises(ConfigError, match=r"policy\.release_risk < policy\.act_risk"):
+        from_mapping({"policy": {"act_risk": 0.1, "release_risk": 0.2}})
+    with pytest.raises(ConfigError, match=r"policy\.act_risk = 2"):
+        from_mapping({"policy": {"act_risk": 2}})

@@ -205,7 +205,7 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     "monitor.max_message_bytes <= monitor.max_pending_bytes": {"monitor": {"max_pending_bytes": 1 << 20}},
     "risk.min_gap_steps <= risk.max_gap_steps": {"risk": {"max_gap_steps": 1}},
     "policy.release_risk < policy.act_risk": {"policy": {"release_risk": 0.4}},
-    "policy.act_risk <= policy.severe_risk": {"policy": {"act_risk": 0.9}},
+    "policy.act_risk <= policy.severe_risk": {"policy": {"act_risk": 0.9, "severe_risk": 0.8}},
     "policy.severe_factor <= policy.backoff_factor": {"policy": {"severe_factor": 0.6}},
     "policy.gentle_severe_factor <= policy.gentle_factor": {"policy": {"gentle_factor": 0.55}},
     "policy.min_lr_scale <= policy.backoff_factor": {"policy": {"min_lr_scale": 1.0}},

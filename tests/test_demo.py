@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,9 @@ import torch
 
 from koopmon.demo import train
 from koopmon.demo.training import DemoError, DemoRecord, DemoResult, LoggedStep, Setting, run_training
-from koopmon.demo.view import verdict
+from koopmon.demo.view import summary_table, verdict
 from koopmon.plots import Curve, PlotError, Watched, demo, require
+from koopmon.views.run_summary import RecordedRun, summary_of
 
 SMALL = Setting(lr=0.003, steps=6, warmup=2, batch=4, context=32, width=48, layers=3)
 
@@ -30,13 +31,12 @@ def steps(losses: list[float], *, diverged: bool = False) -> list[LoggedStep]:
     ]
 
 
-DEAD = DemoResult(policy=None, record=DemoRecord(steps([5.5, 5.0, 4.0, 99.0], diverged=True)), seconds=1.0)
-SAVED = DemoResult(
-    policy="kss+lr",
-    record=DemoRecord(steps([5.5, 5.5, 5.5, *[3.0] * 30])),
-    seconds=1.0,
-    summary={"adapter": "transformer", "num_kss": 1},
-)
+def ended(loss: float, policy: str | None = None, *, diverged: bool = False) -> DemoResult:
+    losses = [5.5, 5.0, 4.0, *[loss] * (1 if diverged else 30)]
+    return DemoResult(setting=SMALL, policy=policy, record=DemoRecord(steps(losses, diverged=diverged)), seconds=1.0)
+
+
+GOOD, RUINED, DEAD, SAVED = ended(2.0), ended(2.5), ended(99.0, diverged=True), ended(2.05, "auto")
 
 
 def test_the_corpus_is_the_standard_librarys_source_and_the_same_each_time() -> None:
@@ -53,7 +53,9 @@ def test_the_script_is_ordinary() -> None:
     source = Path(train.__file__).read_text()
     assert not re.search(r"^\s*(import|from)\s+koopmon", source, re.MULTILINE)
     model = train.ByteTransformer(width=64, layers=2, heads=4, context=8)
-    assert not any("Norm" in type(module).__name__ for module in model.modules())
+    assert sum(isinstance(module, torch.nn.LayerNorm) for module in model.modules()) == 5
+    plain = train.ByteTransformer(width=64, layers=2, heads=4, context=8, norm="none")
+    assert not any(isinstance(module, torch.nn.LayerNorm) for module in plain.modules())
     assert float(model.blocks[0].up.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
     assert float(model.blocks[0].up.bias.detach().abs().max()) == 0.0
     tokens = torch.randint(256, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -71,29 +73,28 @@ def test_inputs_and_targets_are_one_byte_apart() -> None:
 
 def test_an_outcome() -> None:
     assert DEAD.diverged
-    assert not DEAD.survived
-    assert (DEAD.last_step, DEAD.final_loss) == (3, 99.0)
-    assert SAVED.survived
-    assert (SAVED.start_loss, SAVED.final_loss) == (5.5, 3.0)
-    learnt_nothing = replace(SAVED, record=DemoRecord(steps([5.5] * 3 + [5.6] * 30)))
-    assert not learnt_nothing.survived, "finishing is not enough"
-    lost = replace(SAVED, record=DemoRecord(steps([5.5] * 3 + [math.nan] * 30)))
-    assert not lost.survived
+    assert (DEAD.last_step, DEAD.final_loss) == (3, math.inf)
+    assert (SAVED.last_step, SAVED.final_loss) == (32, pytest.approx(2.05))
+    assert SAVED.is_as_good_as(GOOD)
+    assert not RUINED.is_as_good_as(GOOD)
+    assert not DEAD.is_as_good_as(GOOD)
+    assert not ended(math.nan).is_as_good_as(GOOD)
 
 
 def test_the_verdict_names_what_failed() -> None:
-    assert "koopmon saved it" in verdict(DEAD, SAVED, None)[0]
-    assert "nothing to save" in verdict(replace(SAVED, policy=None), SAVED, None)[0]
-    assert "did not save" in verdict(DEAD, replace(DEAD, policy="lr"), None)[0]
+    assert "With koopmon it ends at 2.05" in verdict(GOOD, RUINED, SAVED)
+    assert "With koopmon it ends at 2.05" in verdict(GOOD, DEAD, SAVED)
+    assert "nothing to save" in verdict(GOOD, SAVED, SAVED)
+    assert "Policy lr did not save it" in verdict(GOOD, RUINED, replace(RUINED, policy="lr"))
 
 
-def test_the_verdict_compares_kss_with_back_off_alone() -> None:
-    back_off = replace(SAVED, policy="lr", summary={"adapter": "transformer", "num_kss": 0})
-    better = replace(SAVED, record=DemoRecord(steps([5.5] * 3 + [2.9] * 30)))
-    assert verdict(DEAD, better, back_off)[1].startswith("Loss at the end: 2.900 with KSS, 3.000 with back-off alone")
-    unused = replace(SAVED, summary={"adapter": "transformer", "num_kss": 0})
-    assert "KSS was never turned on" in verdict(DEAD, unused, back_off)[1]
-    assert len(verdict(DEAD, SAVED, None)) == 1
+def test_the_table_has_the_actions_in_words() -> None:
+    history = RecordedRun(name="demo", launches=[], points=[], beats=[], decisions=[])
+    told = asdict(summary_of(history, Path("h.sqlite3"))) | {"num_rewinds": 1, "max_rate": 0.004, "exit_status": 0}
+    table = summary_table([GOOD, DEAD, replace(SAVED, summary=told)])
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[1] == ["2.000", "diverged at step 3", "2.050"]
+    assert cells[2] == ["-", "-", "learning rate capped at 0.004; went back to earlier weights once"]
 
 
 def test_the_picture(tmp_path: Path) -> None:
@@ -115,11 +116,11 @@ def test_the_picture(tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_a_training_alone_and_guarded_is_the_same_training(tmp_path: Path) -> None:
     heard: list[DemoRecord] = []
-    alone = run_training(SMALL, None, tmp_path, heard.append)
+    alone = run_training("alone", SMALL, None, tmp_path, heard.append)
     assert [step.step for step in alone.record.steps] == list(range(6))
     assert not alone.diverged
     assert heard[-1].steps == alone.record.steps
-    guarded = run_training(SMALL, "observe", tmp_path)
+    guarded = run_training("watched", SMALL, "observe", tmp_path)
     assert [(step.loss, step.grad_norm) for step in guarded.record.steps] == [
         (step.loss, step.grad_norm) for step in alone.record.steps
     ], "watching must not change the training"
@@ -130,11 +131,11 @@ def test_a_training_alone_and_guarded_is_the_same_training(tmp_path: Path) -> No
 
 @pytest.mark.distributed
 def test_divergence_ends_a_training_and_another_failure_is_an_error(tmp_path: Path) -> None:
-    dead = run_training(replace(SMALL, lr=1e4, warmup=1), None, tmp_path)
+    dead = run_training("dead", replace(SMALL, lr=1e4, warmup=1, norm="none", clip=0.0), None, tmp_path)
     assert dead.diverged
     assert dead.last_step < 5
-    with pytest.raises(DemoError, match="unguarded training ended with status 1"):
-        run_training(replace(SMALL, width=49), None, tmp_path)
+    with pytest.raises(DemoError, match="the broken training ended with status 1"):
+        run_training("broken", replace(SMALL, width=49), None, tmp_path)
 
 
 @pytest.mark.distributed
@@ -152,7 +153,7 @@ def test_the_verb_says_when_there_was_nothing_to_save(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     told = json.loads(done.stdout)
     assert told["shown"] is False
-    assert [training["policy"] for training in told["trainings"]] == [None, "observe"]
-    assert "nothing to save" in told["verdict"][0]
+    assert [training["policy"] for training in told["trainings"]] == [None, None, None, "observe"]
+    assert "nothing to save" in told["verdict"]
     assert Path(told["picture"]).read_bytes().startswith(b"\x89PNG")
-    assert "1. unguarded" in done.stderr
+    assert "guarded: lr 0.001, clipping, koopmon" in done.stderr

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import convert
 
 from koopmon.config import KssConfig, PolicyConfig
 from koopmon.policy import MAX_RATE, MIN_RATE, Action, Decision, PolicyState, acknowledge, decide, kss_shielded, rewound
 from koopmon.risk.online_detector import OnlineRisk
-from koopmon.wire.messages import Ack, Applied, KssSettings
+from koopmon.wire.messages import Ack, Applied, KssSettings, Rate
 from tests.factories import observation
 
 CALM, WATCH, HIGH, SEVERE = 0.01, 0.3, 0.7, 0.95
@@ -248,11 +249,11 @@ def test_a_command_that_was_refused_is_not_believed() -> None:
     run = Run()
     run.see(HIGH)
     ack = Ack(run="r", incarnation="0" * 8, command_id="0" * 16, outcome="refused", step=1, applied=Applied())
-    state = acknowledge(run.now, run.state, ack)
+    state = acknowledge(run.state, ack)
     assert state.lr_scale == 1.0
     assert state.phase == "calm"
     applied = replace_outcome(ack, "applied")
-    assert acknowledge(run.now, run.state, applied) == run.state
+    assert acknowledge(run.state, applied) == run.state
 
 
 def replace_outcome(ack: Ack, outcome: Any) -> Ack:
@@ -299,7 +300,7 @@ def test_where_the_model_is_shielded_from_kss_the_policy_of_kss_alone_rests() ->
 def test_kss_in_force_survives_a_refused_cut() -> None:
     held = Applied(lr_scale=0.5, kss=KssSettings(alpha=0.1))
     ack = Ack(run="r", incarnation="0" * 8, command_id="0" * 16, outcome="failed", step=9, applied=held)
-    state = acknowledge(0.0, replace(PolicyState(), phase="acting", kss_on_at=3), ack)
+    state = acknowledge(replace(PolicyState(), phase="acting", kss_on_at=3), ack)
     assert (state.lr_scale, state.kss.alpha, state.kss_on_at) == (0.5, 0.1, 3)
 
 
@@ -710,14 +711,14 @@ def test_of_a_refused_command_the_settings_in_force_are_believed() -> None:
     def after(lr_scale: float, alpha: float) -> PolicyState:
         held = Applied(lr_scale=lr_scale, kss=KssSettings(alpha=alpha))
         ack = Ack(run="r", incarnation="0" * 8, command_id="0" * 16, outcome="refused", step=1, applied=held)
-        return acknowledge(0.0, before, ack)
+        return acknowledge(before, ack)
 
     off = KssSettings(alpha=0.0)
     assert after(1.0, 0.0) == replace(before, phase="calm", lr_scale=1.0, kss=off, kss_on_at=None, acted_at=None)
     assert after(0.5, 0.0) == replace(before, lr_scale=0.5, kss=off, kss_on_at=None, acted_at=None)
     assert after(1.0, 0.1) == replace(before, lr_scale=1.0, kss=KssSettings(alpha=0.1), acted_at=None)
     ack = Ack(run="r", incarnation="0" * 8, command_id="0" * 16, outcome="duplicate", step=1, applied=Applied())
-    assert acknowledge(0.0, before, ack) == before
+    assert acknowledge(before, ack) == before
 
 
 def test_a_shielded_model_keeps_the_back_off_and_drops_kss() -> None:
@@ -758,6 +759,13 @@ def test_a_spent_budget_does_not_hide_that_an_action_took_effect() -> None:
     before = PolicyState(phase="acting", lr_scale=0.5, acted_at=0, action_times=(0.0, 0.0))
     run = Run(PolicyConfig(name="lr", max_actions_per_hour=1), state=before, step=50)
     assert run.see(CALM).phase == "backed_off"
+
+
+def test_an_action_keeps_the_request_for_dense_snapshots() -> None:
+    run = Run()
+    assert [action.kind for action in run.see(HIGH).commands] == ["set_cadence", "set_lr_scale"]
+    assert run.state.dense_until == run.config.dense_steps
+    assert run.see(HIGH).commands == ()
 
 
 # Normalised layers: a cap on the rate, and a rewind.
@@ -831,6 +839,12 @@ def test_otherwise_it_is_a_back_off(fields: dict[str, Any], config: dict[str, An
     assert action.lr_scale < 1.0
 
 
+def test_a_budget_for_one_action_allows_no_other_in_place_of_a_cap_and_a_rewind() -> None:
+    run = auto(max_actions_per_hour=1)
+    assert "budget of 1 actions" in run.see(HIGH, **normalised()).reason
+    assert run.actions == []
+
+
 def test_nothing_else_is_done_until_the_rewind_is_answered() -> None:
     run = auto()
     run.see(HIGH, **normalised())
@@ -873,9 +887,9 @@ def test_after_the_last_rewind_the_cap_alone_is_lowered() -> None:
 def test_a_cap_that_was_not_applied_is_forgotten() -> None:
     run = auto()
     run.see(HIGH, **normalised())
-    state = acknowledge(0.0, run.state, answer(run.actions[0][1], "refused"))
+    state = acknowledge(run.state, answer(run.actions[0][1], "refused"))
     assert (state.max_rate, state.phase) == (None, "calm")
-    state = acknowledge(0.0, run.state, answer(run.actions[0][1], "refused", max_rate=0.004))
+    state = acknowledge(run.state, answer(run.actions[0][1], "refused", max_rate=0.004))
     assert (state.max_rate, state.phase) == (0.004, "acting"), "an earlier cap is still in force"
 
 
@@ -918,3 +932,50 @@ def test_a_cap_ends_the_calm_and_starts_the_count_of_high_snapshots_again() -> N
     run.see(CALM, **normalised(non_finite=True))
     assert run.state.num_rewinds == 1
     assert (run.state.calm_since, run.state.high_streak) == (None, 0)
+
+
+def test_a_cap_is_an_action_to_be_confirmed() -> None:
+    run = auto()
+    run.see(CALM, steps=3, **normalised())
+    run.see(HIGH, **normalised())
+    assert (run.state.acted_at, run.state.risk_at_action) == (3, HIGH)
+
+
+@pytest.mark.parametrize(("exponent", "caps"), [(0.28, True), (0.32, False)])
+def test_layers_that_are_more_normalised_than_not_get_a_cap(exponent: float, caps: bool) -> None:
+    """The strength is 1/2 at an exponent of 0.3."""
+    run = auto()
+    run.see(HIGH, **normalised(update_exponent=exponent))
+    assert (run.state.max_rate is not None) is caps
+
+
+@pytest.mark.parametrize("rate", [-0.5, 0.0, math.inf])
+def test_a_rate_that_is_no_positive_number_gets_no_cap(rate: float) -> None:
+    run = auto()
+    run.excess = 0.1
+    run.see(HIGH, **normalised(learning_rate=rate))
+    assert run.state.max_rate is None
+    assert run.state.lr_scale < 1.0
+
+
+@pytest.mark.parametrize(("rate", "cap"), [(1e-30, 1e-12), (1e30, 1e6)])
+def test_a_cap_of_an_extreme_rate_is_at_a_bound(rate: float, cap: float) -> None:
+    run = auto()
+    run.see(HIGH, **normalised(learning_rate=rate))
+    assert run.state.max_rate == cap
+    assert convert(cap, Rate) == cap, "the protocol allows it"
+
+
+def test_a_back_off_and_a_return_have_no_warm_up() -> None:
+    """A warm-up without a cap is against the protocol."""
+    run = Run(PolicyConfig(name="lr", hold_steps=3))
+    run.see(HIGH)
+    run.see(CALM, steps=4)
+    assert [action.warmup_steps for _, action in run.actions] == [0, 0]
+
+
+def test_after_a_rewind_calm_and_alarms_count_from_new_snapshots() -> None:
+    """Snapshots between the command and the return show weights that are gone."""
+    before = PolicyState(phase="acting", rewinding=True, max_rate=0.1, acted_at=4, high_streak=3, calm_since=6)
+    after = rewound(before, answer(Action(kind="rewind", reason="r"), step=9))
+    assert after == replace(before, rewinding=False, acted_at=9, high_streak=0, calm_since=None)

@@ -19,9 +19,11 @@ from benchmarks.fault_campaign.machine import wait
 from benchmarks.fault_campaign.stages import Watched
 from benchmarks.flooders import Flooders
 from benchmarks.fuzz.composition import STRANGE, WHOLE, legal_hello, made
-from koopmon.wire.codec import WireLimits, decode_for_agent, encode
+from koopmon.wire.codec import decode_for_agent, encode
+from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import Ack, Command, Goodbye, Heartbeat, Shard, Welcome
-from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
+from koopmon.wire.sockets import ControlClient, DataSender, Poller
+from koopmon.wire.transport import WireContext
 
 
 def monitor_killed(stage: Watched) -> str:

@@ -13,17 +13,8 @@ import msgspec
 
 from benchmarks.fuzz import check_line
 from koopmon.errors import ProtocolError
-from koopmon.wire.codec import (
-    PREFIX,
-    REJECTION_REASONS,
-    ReceivedShard,
-    WireLimits,
-    decode,
-    decode_for_agent,
-    decode_for_monitor,
-    decode_shard,
-    encode,
-)
+from koopmon.wire.codec import ReceivedShard, decode, decode_for_agent, decode_for_monitor, decode_shard, encode
+from koopmon.wire.headers import PREFIX, REJECTION_REASONS, WireLimits
 from koopmon.wire.messages import (
     Ack,
     AnyMessage,
@@ -129,9 +120,9 @@ def run(data: bytes) -> str:
         return REJECTION_REASONS[REJECTION_REASONS.index(error.reason)]  # the metrics have no other reason
     if isinstance(message, ReceivedShard):
         header = message.header
-        points, states = message.points(), message.states()
+        points = message.points()
         assert len(points) == header.num_points == len(frames) - 1
-        assert states.nbytes == message.nbytes == sum(map(len, frames[1:])) <= LIMITS.max_message_bytes
+        assert sum(point.nbytes for point in points) == sum(map(len, frames[1:])) <= LIMITS.max_message_bytes
         assert all(tuple(point.shape) == (header.num_samples, header.width) for point in points)
         again = encode(header, message.frames)
     else:

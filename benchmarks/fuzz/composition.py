@@ -35,7 +35,8 @@ from koopmon.risk.calibration import Calibrator
 from koopmon.spectral import LayerProfile, SpectralProfile
 from koopmon.spectral.profiles import FIELDS
 from koopmon.telemetry.metrics import Metrics
-from koopmon.wire.codec import UNBOUNDED_SCALARS, ReceivedShard, WireLimits, decode, decode_for_agent, encode
+from koopmon.wire.codec import ReceivedShard, decode, decode_for_agent, encode
+from koopmon.wire.headers import UNBOUNDED_SCALARS, WireLimits
 from koopmon.wire.messages import (
     DROP_REASONS,
     Ack,

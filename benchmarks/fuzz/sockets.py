@@ -18,9 +18,11 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.fuzz.strangers import MISCONDUCT, Ports
-from koopmon.wire.codec import WireLimits, decode_for_agent, encode
+from koopmon.wire.codec import decode_for_agent, encode
+from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply, Hello, Shard, TrainingStep, Welcome
-from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
+from koopmon.wire.sockets import ControlClient, DataSender, Poller
+from koopmon.wire.transport import WireContext
 from tests.factories import hello
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

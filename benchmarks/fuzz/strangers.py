@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from benchmarks.fuzz import codec
-from koopmon.wire.codec import PREFIX, encode
+from koopmon.wire.codec import encode
+from koopmon.wire.headers import PREFIX
 from koopmon.wire.messages import AnyMessage
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + b"\0" + bytes(31)

@@ -56,6 +56,10 @@ GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     ),
     (("koopmon/spectral/update_exponent.py",), ("tests/spectral/test_update_exponent.py",)),
     (("koopmon/spectral/whitening.py",), ("tests/spectral/test_whitening.py", "tests/spectral/test_profile.py")),
+    (
+        ("koopmon/monitor/events.py", "koopmon/monitor/history_sink.py"),
+        ("tests/monitor/test_events.py", "tests/monitor/test_sinks.py", "tests/monitor/test_golden_run.py"),
+    ),
     (("koopmon/monitor/run_controller.py",), ("tests/monitor/test_run_controller.py",)),
     (("koopmon/monitor/pending_commands.py",), ("tests/monitor/test_pending_commands.py",)),
     (("koopmon/monitor/assembler.py",), ("tests/monitor/test_assembler.py",)),
@@ -65,12 +69,18 @@ GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("koopmon/agent/control/kss/*.py",), ("tests/agent/control/kss/test_*.py",)),
     (("koopmon/agent/control/lr_backoff.py",), ("tests/agent/control/test_lr_backoff.py",)),
     (("koopmon/agent/control/rank_group.py",), ("tests/agent/control/test_rank_group.py",)),
+    (("koopmon/agent/control/rewind.py",), ("tests/agent/control/test_rewind.py",)),
+    (("koopmon/agent/control/state_copies.py",), ("tests/agent/control/test_state_copies.py",)),
     (
         ("koopmon/agent/control/state.py",),
         ("tests/agent/control/test_state.py", "tests/agent/control/test_actuator.py"),
     ),
 )
-"""Modules of the decision core and the test files that must notice their mutants."""
+"""Modules of the decision core and the test files that must notice their mutants.
+
+The publisher and the history are in it, because a decision is on disk before its command is sent. The other sinks show
+decisions and make none.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.chdir(ROOT)
     torch.set_num_threads(1)
     reasons: dict[str, dict[str, str]] = tomllib.loads(REASONS.read_text(encoding="utf-8"))
-    kept: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))["modules"] if RESULT.exists() else {}
+    kept = _kept()
     started = time.monotonic()
     verdicts: list[Verdict] = []
     for patterns, tests in GROUPS:
@@ -102,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         verdicts += try_group(sources, files, chosen.jobs)
         if not (chosen.match or chosen.survivors or chosen.sample):
-            _keep(_figures(verdicts, reasons), kept)
+            _keep(_figures(verdicts, reasons))
     minutes = (time.monotonic() - started) / 60
     for line in page.lines({"modules": _figures(verdicts, reasons)}):
         print(line)
@@ -147,9 +157,15 @@ def _figures(verdicts: list[Verdict], reasons: dict[str, dict[str, str]]) -> dic
     return figures
 
 
-def _keep(figures: dict[str, Any], kept: dict[str, Any]) -> None:
+def _kept() -> dict[str, Any]:
+    """Read the figures of earlier runs."""
+    modules: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))["modules"] if RESULT.exists() else {}
+    return modules
+
+
+def _keep(figures: dict[str, Any]) -> None:
     """Write the figures of the modules that were tried. Those of the others stay while the modules exist."""
-    modules = {module: of for module, of in sorted({**kept, **figures}.items()) if (ROOT / module).exists()}
+    modules = {module: of for module, of in sorted({**_kept(), **figures}.items()) if (ROOT / module).exists()}
     result = {"provenance": provenance(seed=0), "modules": modules}
     RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -13,6 +13,7 @@ import gc
 import importlib.machinery
 import importlib.util
 import json
+import math
 import os
 import resource
 import select
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -91,9 +92,9 @@ def try_group(sources: Sequence[Source], tests: Sequence[str], jobs: int) -> lis
         import_plan = json.loads((out / "import.json").read_text())
         tasks: list[_Task] = []
         for source in sources:
-            limit, order = import_plan[source.module]
+            limit, order, seconds = import_plan[source.module]
             tasks += [
-                _Task(source.module, mutant.name, order, limit, _importing(source, mutant, out))
+                _Task(source.module, mutant, order, seconds, limit, _importing(source, mutant, out))
                 for mutant in source.mutants
                 if mutant.scope is None
             ]
@@ -106,18 +107,34 @@ def try_group(sources: Sequence[Source], tests: Sequence[str], jobs: int) -> lis
 @dataclass(frozen=True)
 class _Task:
     module: str
-    name: str
+    mutant: Mutant
     tests: list[str]
     """Names of the tests that reach the mutant, fastest first."""
+    seconds: dict[str, float]
+    """Seconds on the clock that each test takes without a mutant."""
     limit: float
-    """Seconds of CPU time; twice as many on the clock, and half a minute."""
+    """Seconds of CPU time for all of them; twice as many on the clock, and half a minute."""
     work: Callable[[list[str], Path], None]
-    """Runs in the fork with the tests in order. It writes the name of the failed test to the file and exits."""
+    """Runs in the fork with the tests in order. It writes the name of each test to the file before it runs."""
+
+    @property
+    def places(self) -> tuple[object, object]:
+        """The statement and the function of the mutant."""
+        return (self.module, self.mutant.lines), (self.module, self.mutant.scope)
+
+    def overdue(self, said: Path) -> bool:
+        """True if the test takes far longer than without a mutant: it waits for something that does not come."""
+        try:
+            name, started = said.read_text(), said.stat().st_mtime  # in this order: the file may change in between
+        except FileNotFoundError:
+            return False
+        return time.time() - started > 5.0 + 10.0 * self.seconds.get(name, math.inf)
 
 
 def _try_all(tasks: Sequence[_Task], jobs: int, out: Path) -> Iterator[Verdict]:
-    """Run each task in a fork, `jobs` at a time. Tests that killed before come first."""
-    kills: dict[str, int] = defaultdict(int)
+    """Run each task in a fork, `jobs` at a time. Tests that killed other mutants of the function come first."""
+    merits: dict[tuple[object, str], float] = defaultdict(float)
+    """For a statement or a function and a test, the kills, weighted by how fast they were."""
     waiting = list(reversed(tasks))
     running: dict[int, tuple[_Task, int, float, Path]] = {}
     number = 0
@@ -127,16 +144,16 @@ def _try_all(tasks: Sequence[_Task], jobs: int, out: Path) -> Iterator[Verdict]:
             task = waiting.pop()
             if not task.tests:
                 done += 1
-                yield Verdict(task.module, task.name, SURVIVED, "")
+                yield Verdict(task.module, task.mutant.name, SURVIVED, "")
                 continue
-            # Those that kill often in this module first; of equals the fastest, which is the order in `tests`.
-            order = sorted(task.tests, key=lambda name: -kills[f"{task.module} {name}"])
+            order = sorted(task.tests, key=lambda name: -sum(merits[place, name] for place in task.places))
             number += 1
             said = out / f"killer-{number}"
             pid = _fork(lambda task=task, order=order, said=said: _limited(task, order, said))  # type: ignore[misc]
             running[os.pidfd_open(pid)] = (task, pid, time.monotonic() + 30.0 + 2.0 * task.limit, said)
         ready, _, _ = select.select(list(running), [], [], 1.0)
-        for fd in [*ready, *(fd for fd, (_, _, end, _) in running.items() if time.monotonic() > end)]:
+        late = [fd for fd, (task, _, end, said) in running.items() if time.monotonic() > end or task.overdue(said)]
+        for fd in [*ready, *late]:
             if fd not in running:
                 continue
             task, pid, _, said = running.pop(fd)
@@ -144,19 +161,22 @@ def _try_all(tasks: Sequence[_Task], jobs: int, out: Path) -> Iterator[Verdict]:
                 os.kill(pid, signal.SIGKILL)
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             os.close(fd)
-            killer = said.read_text() if said.exists() else ""
+            killer = said.read_text() if said.exists() and status != SURVIVED else ""
             if status == BROKEN:
-                raise RuntimeError(f"{task.module}: {task.name}: {killer}")
+                raise RuntimeError(f"{task.module}: {task.mutant.name}: {killer}")
             if fd not in ready or status == -signal.SIGXCPU:
                 status = TIMEOUT
             elif status != SURVIVED:
                 status = KILLED  # by a failed test, or the interpreter died
-                kills[f"{task.module} {killer}"] += 1
+                if killer:
+                    speed = 1.0 / (0.05 + time.time() - said.stat().st_mtime)
+                    for weight, place in zip((4.0, 1.0), task.places, strict=True):
+                        merits[place, killer] += weight * speed
             done += 1
             if done % 20 == 0 or status == SURVIVED:
-                note = f": survived: {task.name}" if status == SURVIVED else ""
+                note = f": survived: {task.mutant.name}" if status == SURVIVED else ""
                 print(f"{time.strftime('%H:%M:%S')} {done}/{len(tasks)} {task.module}{note}", flush=True)
-            yield Verdict(task.module, task.name, status, killer)
+            yield Verdict(task.module, task.mutant.name, status, killer)
 
 
 def _limited(task: _Task, order: list[str], said: Path) -> None:
@@ -233,19 +253,16 @@ class _Settings:
 class _Failures:
     """Ends the process at the first failed test."""
 
-    def __init__(self, said: Path | None) -> None:
+    def __init__(self, said: Path) -> None:
         self._said = said
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            if self._said is not None:
-                self._said.write_text(report.nodeid)
             os._exit(KILLED)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            if self._said is not None:
-                self._said.write_text(f"collection of {report.nodeid}")
+            self._said.write_text(f"collection of {report.nodeid}")
             os._exit(KILLED)
 
 
@@ -267,23 +284,24 @@ class _Session:
         gc.freeze()  # fewer pages are copied in each fork
         items = {item.nodeid: item for item in session.items}
         reached = self._reach(items)
-        seconds = {name: took for name, (_, took, _) in reached.items()}
+        seconds = {name: took for name, (took, _, _) in reached.items()}
+        used = {name: took for name, (_, took, _) in reached.items()}
         everything = sorted(items, key=lambda name: reached[name][0])
         tasks: list[_Task] = []
-        import_plan: dict[str, tuple[float, list[str]]] = {}
+        import_plan: dict[str, tuple[float, list[str], dict[str, float]]] = {}
         for source in self._sources:
             lines_of = {name: set(lines.get(source.module, ())) for name, (_, _, lines) in reached.items()}
             # A change of what runs at import can matter to every test that enters a function of the module.
             entering = [name for name in everything if lines_of[name]] or everything
-            import_plan[source.module] = (_limit(seconds[name] for name in entering) + 20.0, entering)
+            import_plan[source.module] = _limit(used[name] for name in entering) + 20.0, entering, seconds
             for mutant in source.mutants:
                 if mutant.scope is None:
                     continue
                 tests = [name for name in everything if not lines_of[name].isdisjoint(mutant.lines)]
                 live = functions[str(ROOT / source.module), mutant.scope]
                 work = _patching(items, live, source, mutant)
-                limit = _limit(seconds[name] for name in tests)
-                tasks.append(_Task(source.module, mutant.name, tests, limit, work))
+                limit = _limit(used[name] for name in tests)
+                tasks.append(_Task(source.module, mutant, tests, seconds, limit, work))
         (self._out / "import.json").write_text(json.dumps(import_plan))
         verdicts = [vars(one) for one in _try_all(tasks, self._jobs, self._out)]
         (self._out / "verdicts.json").write_text(json.dumps(verdicts))
@@ -323,6 +341,7 @@ class _Session:
             for lines in by_path.values():
                 lines.clear()
             calls.clear()
+            out.write_text(item.nodeid)
             started, used = time.monotonic(), time.process_time()
             sys.settrace(trace)
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
@@ -331,6 +350,14 @@ class _Session:
             found[item.nodeid] = *seconds, {s.module: sorted(by_path[str(ROOT / s.module)]) for s in self._sources}
         out.write_text(json.dumps(found))
         os._exit(SURVIVED)
+
+
+def _run(items: Sequence[pytest.Item], said: Path) -> NoReturn:
+    """Run tests; end the process by SURVIVED when none fails."""
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        said.write_text(item.nodeid)
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+    os._exit(SURVIVED)
 
 
 def _limit(seconds: Iterable[float]) -> float:
@@ -371,13 +398,8 @@ def _patching(
         except Exception as error:
             said.write_text(repr(error))
             raise
-        config = items[order[0]].config
-        config.pluginmanager.register(_Failures(said))
-        for name, following in zip(order, [*order[1:], None], strict=True):
-            config.hook.pytest_runtest_protocol(
-                item=items[name], nextitem=None if following is None else items[following]
-            )
-        os._exit(SURVIVED)
+        items[order[0]].config.pluginmanager.register(_Failures(said))
+        _run([items[name] for name in order], said)
 
     return work
 
@@ -438,7 +460,4 @@ class _InOrder(_Failures):
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         rank = {name: number for number, name in enumerate(self._order)}
-        items = sorted(session.items, key=lambda item: rank.get(item.nodeid, len(rank)))
-        for item, following in zip(items, [*items[1:], None], strict=True):
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-        os._exit(SURVIVED)
+        _run(sorted(session.items, key=lambda item: rank.get(item.nodeid, len(rank))), self._said)

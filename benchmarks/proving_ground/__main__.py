@@ -1,7 +1,7 @@
 """Sensitivity of trainings to the learning rate: `python -m benchmarks.proving_ground`.
 
 Pre-LN and Llama-like decoders train on real text with AdamW, warm-up, cosine, and gradient clipping at 1.0 in every
-arm. There are seven peak rates over a factor of 1,000, and a schedule that restarts at 30 times its peak. The arms are
+arm. There are seven peak rates over a factor of 1,000, and six faults at one rate. The arms are
 clipping alone; QK-norm, which is another model; ZClip; AdaGC; the rate halved at a loss spike; and koopmon's detector
 and policy with their defaults. The detector's thresholds were chosen on other seeds (0, 1, 2). Detector and policy run
 inside the training's process. Their decisions take effect two steps after the snapshot, as over the wire.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,8 +22,19 @@ from rich.table import Table
 from benchmarks import campaign
 from benchmarks.provenance import provenance
 from benchmarks.proving_ground.models import NORMS
-from benchmarks.proving_ground.outcomes import Run, best_rate, final_loss, interval, of, outcome, sensitivity, summary
-from benchmarks.proving_ground.training import Arm, Recipe, train
+from benchmarks.proving_ground.outcomes import (
+    FAULT_TOLERANCE,
+    Run,
+    best_rate,
+    fault,
+    final_loss,
+    interval,
+    of,
+    outcome,
+    sensitivity,
+    summary,
+)
+from benchmarks.proving_ground.training import FAILURES, Arm, Recipe, train
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "proving_ground.json"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -34,11 +44,11 @@ SEEDS = (10, 11, 12)
 ARMS: tuple[Arm, ...] = ("clip", "qk_norm", "guarded")
 BASELINES: tuple[Arm, ...] = ("zclip", "adagc", "spike", "backoff")
 BASELINE_RATES = (1e-2, 1e-1)
-RESTART_RATE = 3e-3
+FAULT_RATE = 3e-3
 
 
 def plan(seeds: Sequence[int], sizes: Sequence[tuple[int, int]]) -> Iterator[Recipe]:
-    """Return every case; the baselines have two rates, and the restart has the small size only."""
+    """Return every case; the baselines have two rates, and the faults have the small size only."""
     for (width, num_layers), norm, seed in ((size, norm, seed) for size in sizes for norm in NORMS for seed in seeds):
 
         def case(lr: float, arm: Arm, **more: Any) -> Recipe:
@@ -47,7 +57,7 @@ def plan(seeds: Sequence[int], sizes: Sequence[tuple[int, int]]) -> Iterator[Rec
         yield from (case(lr, arm) for arm in ARMS for lr in RATES)
         if (width, num_layers) == SMALL:
             yield from (case(lr, arm) for arm in BASELINES for lr in BASELINE_RATES)
-            yield from (case(RESTART_RATE, arm, failure="restart") for arm in ("clip", "guarded"))
+            yield from (case(FAULT_RATE, arm, failure=each) for each in FAILURES for arm in ("clip", "guarded"))
 
 
 def analyse(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -66,18 +76,15 @@ def analyse(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "outcomes": {f"{lr:g}": [outcome(run, best) for run in of(at, lr=lr)] for lr in rates},
                 "sensitivity": asdict(sensitivity(at, best)) if len(rates) == len(RATES) else None,
             }
-        restarts = {
-            arm: [round(final_loss(run), 4) for run in of(mine, failure="restart", arm=arm)]
-            for arm in ("clip", "guarded")
-        }
-        unfaulted = [round(final_loss(run), 4) for run in of(plain, arm="clip", lr=RESTART_RATE)]
+        unfaulted = of(plain, arm="clip", lr=FAULT_RATE)
         found.append(
             {
                 "width": width,
                 "num_layers": num_layers,
                 "norm": norm,
                 "arms": arms,
-                "restart": {**restarts, "unfaulted": unfaulted},
+                "unfaulted": [round(final_loss(run), 4) for run in unfaulted],
+                "faults": {each: fault(of(mine, failure=each), unfaulted) for each in FAILURES},
                 **summary(plain),
             }
         )
@@ -105,13 +112,13 @@ def show(models: Sequence[Mapping[str, Any]], console: Console) -> None:
             f"{model['within_0.05']} of {model['num_above']}; acted before the loss showed it in "
             f"{model['acted_before_shown']} of {model['ruined_alone']}"
         )
-        restart = model["restart"]
-        if restart["guarded"]:
-            means = {name: statistics.fmean(losses) for name, losses in restart.items()}
-            console.print(
-                f"restarted at 30 times the rate: alone {means['clip']:.3f}, guarded {means['guarded']:.3f}, "
-                f"without the fault {means['unfaulted']:.3f}"
-            )
+        for name, told in model["faults"].items():
+            if told["guarded"]:
+                console.print(
+                    f"{name}: alone {interval(told['clip'])}, guarded {interval(told['guarded'])}, without the fault "
+                    f"{interval(model['unfaulted'])}; acted in {told['acted']}, within {FAULT_TOLERANCE} of the run "
+                    f"without the fault: alone {told['alone_within']}, guarded {told['guarded_within']}"
+                )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,6 +18,8 @@ RUINED = 0.1
 """Nats above the loss at the best rate from which a finished run counts as ruined."""
 SPIKE, BAND = 1.1, 20
 """Factor on the highest loss of the steps before, after the warm-up, above which a loss is a spike."""
+FAULT_TOLERANCE = 0.03
+"""Nats above the same run without the fault up to which a fault did no harm."""
 RESAMPLES = 2000
 
 Run = Kept[Recipe]
@@ -149,3 +151,21 @@ def summary(runs: Sequence[Run]) -> Mapping[str, Any]:
 def _lost(run: Run) -> int:
     """Return the number of steps that the rewinds of a run cost."""
     return int(run.scalars.get("lost_steps", 0))
+
+
+def fault(runs: Sequence[Run], unfaulted: Sequence[Run]) -> Mapping[str, Any]:
+    """Compare the runs with one fault, alone and guarded, with those of the same seeds without it."""
+    alone, guarded = of(runs, arm="clip"), of(runs, arm="guarded")
+    reference = {run.case.seed: final_loss(run) for run in unfaulted}
+
+    def within(mine: Sequence[Run]) -> int:
+        return sum(final_loss(run) <= reference[run.case.seed] + FAULT_TOLERANCE for run in mine)
+
+    return {
+        "clip": [round(final_loss(run), 4) for run in alone],
+        "guarded": [round(final_loss(run), 4) for run in guarded],
+        "alone_within": within(alone),
+        "guarded_within": within(guarded),
+        "acted": sum(run.scalars["num_actions"] > 0 for run in guarded),
+        "rewound": sum(run.scalars.get("num_rewinds", 0) > 0 for run in guarded),
+    }

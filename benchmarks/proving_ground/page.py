@@ -20,6 +20,14 @@ ARMS = {
     "backoff": "clipping and koopmon, policy `lr`",
     "guarded": "clipping and koopmon",
 }
+FAULTS = {
+    "no_warmup": "no warm-up",
+    "restart": "schedule restarts at 30 times its rate",
+    "bad_batches": "five batches of random bytes",
+    "stale_moments": "second moments x 0.001",
+    "lost_state": "restart without the optimizer's state",
+    "finetune": "restart without it, at 30 times the rate",
+}
 
 
 def proving_ground(told: Document) -> list[str]:
@@ -41,7 +49,7 @@ def _model(model: Document) -> list[str]:
             spread = found["sensitivity"]
             shown = f"{spread['mean']:.3f} [{spread['low']:.3f}, {spread['high']:.3f}]" if spread else "-"
             rows.append([words, *cells, shown])
-    healthy, restart = model["healthy"], model["restart"]
+    healthy = model["healthy"]
     seeds = len(next(iter(arms["clip"]["losses"].values())))
     prose = [
         f"{NAMES[model['norm']]}, D {model['width']}, L {model['num_layers']}, {seeds} seeds: the best rate is",
@@ -54,12 +62,22 @@ def _model(model: Document) -> list[str]:
         prose.append(
             f"It rewound {model['rewound']} of them, at a cost of {model['median_lost_steps']:g} steps in the median."
         )
-    if restart["guarded"]:
-        prose.append(
-            f"A schedule that restarts at 30 times its rate ends at {_mean(restart['clip'])} with clipping alone,"
-            f" {_mean(restart['guarded'])} guarded, {_mean(restart['unfaulted'])} without the fault."
-        )
-    return [*table(["validation loss (nats)", *rates, "sensitivity [95%]"], rows), "", *paragraph(prose)]
+    losses = table(["validation loss (nats)", *rates, "sensitivity [95%]"], rows)
+    return [*losses, "", *paragraph(prose), *_faults(model)]
+
+
+def _faults(model: Document) -> list[str]:
+    rows = [
+        [
+            FAULTS[name],
+            *(_mean(losses) for losses in (model["unfaulted"], told["clip"], told["guarded"])),
+            *(f"{told[key]} of {len(told['guarded'])}" for key in ("alone_within", "guarded_within", "acted")),
+        ]
+        for name, told in model["faults"].items()
+        if told["guarded"]
+    ]
+    columns = ("fault", "without it", "clipping alone", "koopmon", "alone within 0.03", "koopmon within 0.03", "acted")
+    return ["", *table(list(columns), rows)] if rows else []
 
 
 def _lead(model: Document) -> str:

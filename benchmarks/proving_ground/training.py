@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.nn import functional
 from benchmarks.control import Control, Controller, Copies
 from benchmarks.proving_ground import text
 from benchmarks.proving_ground.clipping import gradient_rule
-from benchmarks.proving_ground.models import LanguageModel, Norm
+from benchmarks.proving_ground.models import VOCABULARY, LanguageModel, Norm
 from koopmon.config import CadenceConfig
 from koopmon.spectral import SpectralProfile, profile_states
 
@@ -30,8 +30,18 @@ clip: gradient clipping at 1.0 only. qk_norm: the same with normalised queries a
 adagc: other gradient clippings beside it. spike: the rate is halved when the loss jumps. guarded: koopmon's detector
 and policy with their defaults. backoff: the same with the policy `lr`, which only lowers the rate.
 """
-Failure = Literal["", "no_warmup", "restart"]
-"""restart: in the middle, the schedule restarts at 30 times the peak rate."""
+Failure = Literal["", "no_warmup", "restart", "bad_batches", "stale_moments", "lost_state", "finetune"]
+"""Faults. All but the first happen in the middle of the run.
+
+no_warmup: the schedule starts at its peak. restart: the schedule restarts at 30 times the peak rate. bad_batches: five
+batches of random bytes. stale_moments: Adam's second moments shrink by a factor of 1,000. lost_state: the job restarts
+without the optimizer's state. finetune: it restarts without it, at 30 times the rate, with a warm-up of ten steps.
+"""
+FAILURES: tuple[Failure, ...] = tuple(name for name in get_args(Failure) if name)
+NEW_LAUNCH: tuple[Failure, ...] = ("lost_state", "finetune")
+NUM_BAD_BATCHES = 5
+STALE_FACTOR = 1e-3
+FINETUNE_WARMUP = 10
 
 CONTROLS: Mapping[Arm, Control] = {"guarded": "auto", "backoff": "lr", "spike": "spike"}
 CLIP = 1.0
@@ -72,8 +82,16 @@ class Recipe:
         """Return the rate of the schedule at `step`, before koopmon's scale."""
         warmed = 1.0 if self.failure == "no_warmup" else min(1.0, (step + 1) / self.warmup)
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / self.steps)))
-        restarted = self.failure == "restart" and step >= self.steps // 2
-        return self.lr * warmed * (LOWEST_RATE + (1.0 - LOWEST_RATE) * cosine) * (RESTART_FACTOR if restarted else 1.0)
+        rate = self.lr * warmed * (LOWEST_RATE + (1.0 - LOWEST_RATE) * cosine)
+        after = step - self.fault_step
+        if after < 0 or self.failure not in ("restart", "finetune"):
+            return rate
+        rewarmed = min(1.0, (after + 1) / FINETUNE_WARMUP) if self.failure == "finetune" else 1.0
+        return rate * rewarmed * RESTART_FACTOR
+
+    @property
+    def fault_step(self) -> int:
+        return self.steps // 2
 
 
 def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
@@ -87,10 +105,7 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
         qk_norm=recipe.arm == "qk_norm",
     )
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
-    control = CONTROLS.get(recipe.arm, "")
-    copies = Copies(model, optimizer) if control == "auto" else None
-    controller = Controller(control, width=recipe.width, num_layers=recipe.num_layers, exponent=0.0, copies=copies)
+    launches = [Launch(recipe, model, 0)]
     rule = gradient_rule(recipe.arm, CLIP)
     recorder = Recorder(model)
     generator = torch.Generator().manual_seed(100 + recipe.seed)
@@ -102,9 +117,19 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
     began = time.perf_counter()
     for step in range(recipe.steps):
         tokens = text.batch(generator, recipe.batch, recipe.num_tokens)
+        after = step - recipe.fault_step
+        if recipe.failure == "bad_batches" and 0 <= after < NUM_BAD_BATCHES:
+            tokens = torch.randint(VOCABULARY, tokens.shape, generator=torch.Generator().manual_seed(step))
+        if recipe.failure in NEW_LAUNCH and after == 0:
+            launches.append(Launch(recipe, model, step))
+        launch = launches[-1]
+        optimizer, controller, own_step = launch.optimizer, launch.controller, step - launch.first_step
+        if recipe.failure == "stale_moments" and after == 0:
+            for state in optimizer.state.values():
+                state["exp_avg_sq"].mul_(STALE_FACTOR)
         scheduled = recipe.scheduled_rate(step)
-        controller.begin(step, scheduled)
-        due = is_due(step, controller.dense_until)
+        controller.begin(own_step, scheduled)
+        due = is_due(own_step, controller.dense_until)
         if due:
             recorder.start()
         loss = loss_of(model, tokens)
@@ -118,7 +143,7 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
             break
         profile = recorder.stop(step) if due else None
         if due or recipe.arm == "spike":
-            controller.see(step, profile, losses[-1], scheduled)
+            controller.see(own_step, profile, losses[-1], scheduled)
         rule(parameters, norm)
         rates.append(scheduled * controller.lr_scale)
         for group in optimizer.param_groups:
@@ -128,16 +153,37 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
         "diverged_at": diverged_at,
         "first_loss": first_loss,
         "final_loss": None if diverged_at is not None else validation_loss(model, recipe),
-        "num_actions": controller.num_actions,
-        "num_rewinds": controller.num_rewinds,
-        "lost_steps": controller.lost_steps,
-        "first_action": controller.first_action,
-        "min_lr_scale": controller.min_lr_scale,
-        "highest_risk": controller.highest_risk,
+        "num_actions": sum(launch.controller.num_actions for launch in launches),
+        "num_rewinds": sum(launch.controller.num_rewinds for launch in launches),
+        "lost_steps": sum(launch.controller.lost_steps for launch in launches),
+        "first_action": next((at for launch in launches if (at := launch.first_action) is not None), None),
+        "min_lr_scale": min(launch.controller.min_lr_scale for launch in launches),
+        "highest_risk": max(launch.controller.highest_risk for launch in launches),
         "seconds_per_step": (time.perf_counter() - began) / len(losses),
     }
     series = {"loss": np.array(losses), "grad_norm": np.array(norms), "rate": np.array(rates), **recorder.series()}
     return scalars, series
+
+
+class Launch:
+    """One launch of the job: the weights continue, the optimizer's state and koopmon start from nothing."""
+
+    def __init__(self, recipe: Recipe, model: LanguageModel, first_step: int) -> None:
+        self.first_step = first_step
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
+        )
+        control = CONTROLS.get(recipe.arm, "")
+        copies = Copies(model, self.optimizer) if control == "auto" else None
+        self.controller = Controller(
+            control, width=recipe.width, num_layers=recipe.num_layers, exponent=0.0, copies=copies
+        )
+
+    @property
+    def first_action(self) -> int | None:
+        """Step of the run at which koopmon decided to act for the first time."""
+        at = self.controller.first_action
+        return None if at is None else self.first_step + at
 
 
 def is_due(step: int, dense_until: int) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from koopmon.cli import check
+from koopmon.cli.check import check
 from koopmon.cli.console import print_json, results
 from koopmon.cli.options import AsJson
 from koopmon.errors import one_line
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def add_to(app: typer.Typer) -> None:
     group = typer.Typer(invoke_without_command=True)
     group.callback(epilog="Example: koopmon adapters --json")(adapters)
-    check.add_to(group)
+    group.command("check", epilog="Example: koopmon adapters check mypackage", no_args_is_help=True)(check)
     app.add_typer(group, name="adapters")
 
 
@@ -36,18 +36,12 @@ def adapters(context: typer.Context, as_json: AsJson = False) -> int:
     if as_json:
         print_json(found)
         return 0
-    table = Table()
-    for heading in ("adapter", "plugin", "distribution", ""):
-        table.add_column(heading, overflow="fold")
-    for kind, style, said in (
-        ("adapters", "", ""),
-        ("left_out", "red", "not used: "),
-        ("failures", "red", "not usable: "),
-    ):
+    table = Table(*(Column(heading, overflow="fold") for heading in ("adapter", "plugin", "distribution", "")))
+    for kind, said in (("adapters", ""), ("left_out", "not used: "), ("failures", "not usable: ")):
         for row in found[kind]:
-            told = row["summary"] if kind == "adapters" else row["reason"]
-            cells = (row.get("name", "-"), row["plugin"], row["distribution"], f"{said}{told}")
-            table.add_row(*map(Text, cells), style=style)  # no markup: the text comes from plugins
+            told = f"{said}{row.get('summary') or row.get('reason', '')}"
+            cells = (row.get("name", "-"), row["plugin"], row["distribution"], told)
+            table.add_row(*map(Text, cells), style="red" if said else "")  # no markup: the text comes from plugins
     results().print(table, soft_wrap=True)
     return 0
 

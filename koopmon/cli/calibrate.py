@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from msgspec.structs import replace
 from rich.console import Console
 from rich.progress import track
 
 from koopmon import plots
 from koopmon.cli.console import print_json, results, say
-from koopmon.cli.options import AsJson
+from koopmon.cli.options import AsJson, option
 from koopmon.errors import StoreError
 
 if TYPE_CHECKING:
@@ -22,14 +22,9 @@ if TYPE_CHECKING:
 
 def calibrate(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Histories of runs, SQLite.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="File of the calibrator, JSON.")],
-    adapter: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Architecture. Default: that of most of the runs.")
-    ] = None,
-    png: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Draw predicted against observed frequencies of held-out runs."),
-    ] = None,
+    out: Annotated[Path, option("FILE", "File of the calibrator, JSON.")],
+    adapter: Annotated[str | None, option("NAME", "Architecture. Default: that of most of the runs.")] = None,
+    png: Annotated[Path | None, option("FILE", "Draw predicted against observed frequencies of held-out runs.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Fit the probability that a run diverges, from its spectrum at the start and its learning rate.
@@ -39,55 +34,40 @@ def calibrate(
     """
     if png is not None:
         plots.require(f"--png {png}")
-    console = Console(stderr=True)
+    from koopmon.history.reader import HistoryReader
+    from koopmon.offline.calibration_examples import calibration_examples
     from koopmon.risk import calibration
 
-    found = list(_outcomes(stores, console))
+    console = Console(stderr=True)
+    found: list[RunExample] = []
+    for path in track(stores, "reading", console=console, transient=True, disable=not console.is_terminal):
+        with HistoryReader.open(path) as history:
+            found += calibration_examples(history)
     usable = [each for each in found if each.example is not None and each.adapter is not None]
     for why, count in Counter(each.why for each in found if each.why).most_common():
         say(f"{count} of {len(found)} runs left out: {why}")
     chosen = _chosen(usable, adapter)
     examples = [each.example for each in usable if each.adapter == chosen and each.example is not None]
-    others = len(usable) - len(examples)
-    if others:
+    if others := len(usable) - len(examples):
         say(f"{others} runs left out: not {chosen}")
+    # The fit comes first because it rejects too few runs and reports their number.
+    names = ", ".join(sorted(path.name for path in stores))[:512]
+    calibrator = calibration.fit(examples, adapter=chosen, provenance={"stores": names})
     diverged = [example.diverged for example in examples]
-    # This fit comes first because it rejects too few runs and reports their number.
-    calibration.fit(examples)
     probabilities = calibration.held_out(examples)
     error = calibration.calibration_error(diverged, probabilities)
-    calibrator = calibration.fit(
-        examples,
-        adapter=chosen,
-        held_out_error=error,
-        provenance={"stores": ", ".join(sorted(path.name for path in stores))[:512]},
-    )
+    calibrator = replace(calibrator, held_out_error=error)
     calibration.save(calibrator, out)
     bins = calibration.reliability(diverged, probabilities)
     if png is not None:
         plots.reliability(bins, png, title=f"{chosen}: {len(examples)} runs, error {error:.3f}")
     if as_json:
-        from msgspec import to_builtins
-
-        print_json({"calibrator": to_builtins(calibrator), "reliability": bins})
+        print_json({"calibrator": calibrator, "reliability": bins})
         return 0
-    results().print(
-        f"{chosen}: fitted on {len(examples)} runs, {sum(diverged)} of them diverged; expected calibration error "
-        f"{error:.3f} on held-out sizes; written to {out}",
-        soft_wrap=True,
-    )
+    fitted = f"{chosen}: fitted on {len(examples)} runs, {sum(diverged)} of them diverged"
+    measured = f"expected calibration error {error:.3f} on held-out sizes"
+    results().print(f"{fitted}; {measured}; written to {out}", soft_wrap=True)
     return 0
-
-
-def _outcomes(stores: Iterable[Path], console: Console) -> Iterable[RunExample]:
-    from koopmon.history.reader import HistoryReader
-    from koopmon.offline.calibration_examples import calibration_examples
-
-    for path in track(
-        list(stores), description="reading", console=console, transient=True, disable=not console.is_terminal
-    ):
-        with HistoryReader.open(path) as history:
-            yield from calibration_examples(history)
 
 
 def _chosen(usable: list[RunExample], adapter: str | None) -> str:

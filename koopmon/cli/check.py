@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable
-from importlib.util import find_spec
+from dataclasses import astuple
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from koopmon.cli import factory as factories
 from koopmon.cli.console import print_json, results
-from koopmon.cli.options import AsJson
+from koopmon.cli.options import AsJson, option
 from koopmon.errors import AdapterError, foreign_code
 
 if TYPE_CHECKING:
@@ -27,21 +26,16 @@ if TYPE_CHECKING:
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("check", epilog="Example: koopmon adapters check mypackage", no_args_is_help=True)(check)
-
-
 def check(
     target: Annotated[
-        str,
-        typer.Argument(metavar="TARGET", help="A package, an adapter's name, or module:object, or file.py:object."),
+        str, typer.Argument(metavar="TARGET", help="A package, an adapter's name, or module:object, or file.py:object.")
     ],
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="FACTORY",
-            help="module:function or file.py:function returning (model, batch), in place of the example models that the"
-            " package offers. May be repeated.",
+        option(
+            "FACTORY",
+            "module:function or file.py:function that returns (model, batch), in place of the example models of the"
+            " package. May be repeated.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -54,13 +48,16 @@ def check(
     logging.getLogger("koopmon").addHandler(logging.NullHandler())
     console = Console(stderr=True)
     with console.status("loading torch") as status:
+        from koopmon import plugins
         from koopmon.conformance import CheckResult, checks
 
         known, manager = _adapters(target)
         factory_models = [_named_model(name) for name in model or ()]
+        # A module may be registered twice.
+        offered = () if factory_models else dict.fromkeys(plugins.example_models(manager))
         battery, outcomes = [], []
         for adapter in known:
-            examples = factory_models or _offered(adapter, manager)
+            examples = factory_models or [each for each in offered if each.adapter == adapter.name]
             if not examples:
                 outcomes.append(CheckResult(adapter.name, "none", "example", "skipped", _no_model(manager)))
             for example in examples:
@@ -70,11 +67,15 @@ def check(
         for each in battery:
             status.update(f"{each.bench.adapter.name}, {each.bench.example.name}: {each.name}")
             outcomes.append(each.run())
+    counts = {verdict: sum(outcome.verdict == verdict for outcome in outcomes) for verdict in _STYLES}
     if as_json:
-        print_json(_as_dict(outcomes))
+        names = ("adapter", "model", "check", "verdict", "detail")
+        rows = [dict(zip(names, astuple(outcome), strict=True)) for outcome in outcomes]
+        print_json({"checks": rows, **counts})
     else:
         _print(outcomes)
-    return 1 if any(outcome.verdict == "failed" for outcome in outcomes) else 0
+        results().print(", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count))
+    return 1 if counts["failed"] else 0
 
 
 def _adapters(target: str) -> tuple[list[ArchitectureAdapter], PluginManager]:
@@ -98,13 +99,10 @@ def _adapters(target: str) -> tuple[list[ArchitectureAdapter], PluginManager]:
     found = [plugins.original(adapter) for plugin in brought for adapter in manager.offers.get(plugin, ())]
     if found:
         return found, manager
-    if not brought and not _is_module(target):
-        raise AdapterError(
-            f"{target!r}: no adapter, distribution or module of this name; adapters are {', '.join(known) or 'none'}"
-        )
     raise AdapterError(
-        f"{target!r} offers no adapter: a module of it, named in the entry-point group koopmon, must hold a function "
-        "koopmon_architecture_adapters with @koopmon.hookimpl; or name one as module:object"
+        f"{target!r} offers no adapter or is not installed; adapters are {', '.join(known) or 'none'}; a module in the "
+        "entry-point group koopmon offers some by a function koopmon_architecture_adapters with @koopmon.hookimpl; or "
+        "name one as module:object"
     )
 
 
@@ -112,11 +110,10 @@ def _instances(target: str, named: Any) -> list[ArchitectureAdapter]:
     """Return the adapters of an object, a class or a function."""
     from koopmon.api import ArchitectureAdapter
 
-    made = named
     if callable(named) and not isinstance(named, ArchitectureAdapter):
         with foreign_code(lambda why: AdapterError(f"adapter {target!r} {why}")):
-            made = named()
-    found = list(made) if isinstance(made, (list, tuple)) else [made]
+            named = named()
+    found = list(named) if isinstance(named, (list, tuple)) else [named]
     for each in found:
         if not isinstance(each, ArchitectureAdapter) or not isinstance(getattr(each, "name", None), str):
             what = type(each).__name__
@@ -130,31 +127,13 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _is_module(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
-
-
 def _named_model(name: str) -> ExampleModel:
     """Return an example model for any adapter, from the factory `name`. A test call has verified the factory."""
     from koopmon.api import ExampleModel
 
     factory = factories.named(name)
     factories.call(name, factory)
-
-    def build(seed: int, factory: Callable[[], Any] = factory) -> Any:
-        return factory()
-
-    return ExampleModel(name, "", build)
-
-
-def _offered(adapter: ArchitectureAdapter, manager: PluginManager) -> list[ExampleModel]:
-    from koopmon import plugins
-
-    offers = dict.fromkeys(plugins.example_models(manager))  # a module may be registered twice
-    return [example for example in offers if example.adapter == adapter.name]
+    return ExampleModel(name, "", lambda seed: factory())
 
 
 def _no_model(manager: PluginManager) -> str:
@@ -165,26 +144,12 @@ def _no_model(manager: PluginManager) -> str:
     )
 
 
-def _as_dict(outcomes: list[CheckResult]) -> dict[str, Any]:
-    names = {"adapter": "adapter", "model": "example", "check": "check", "verdict": "verdict", "detail": "detail"}
-    rows = [{key: getattr(each, name) for key, name in names.items()} for each in outcomes]
-    return {"checks": rows, **_counts(outcomes)}
-
-
-def _counts(outcomes: list[CheckResult]) -> dict[str, int]:
-    return {verdict: sum(outcome.verdict == verdict for outcome in outcomes) for verdict in _STYLES}
-
-
 def _print(outcomes: list[CheckResult]) -> None:
     console = results(width=160)
     for adapter, example in dict.fromkeys((each.adapter, each.example) for each in outcomes):
-        table = Table(title=f"adapter {adapter}, model {example}", title_justify="left", title_style="")
-        table.add_column("check", no_wrap=True)
-        table.add_column("outcome", no_wrap=True)
-        table.add_column("", overflow="fold")
+        columns = (Column("check", no_wrap=True), Column("outcome", no_wrap=True), Column("", overflow="fold"))
+        table = Table(*columns, title=f"adapter {adapter}, model {example}", title_justify="left", title_style="")
         for each in outcomes:
             if (each.adapter, each.example) == (adapter, example):
                 table.add_row(each.check, Text(each.verdict, _STYLES[each.verdict]), each.detail)
         console.print(table)
-    counts = _counts(outcomes)
-    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count))

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 
+import msgspec
 from rich.console import Console
 
 
@@ -18,8 +19,8 @@ def say(text: str) -> None:
 
 
 def print_json(result: object) -> None:
-    """Print a result on standard output as one line of JSON."""
-    print(json.dumps(result))  # noqa: T201 - standard output of the command line
+    """Print a result on standard output as one line of JSON. It may contain dataclasses and structs."""
+    print(json.dumps(result, default=msgspec.to_builtins))  # noqa: T201 - standard output of the command line
 
 
 def results(width: int = 120) -> Console:

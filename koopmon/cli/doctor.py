@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -16,7 +13,7 @@ from rich.text import Text
 
 from koopmon.cli.console import print_json, results
 from koopmon.cli.launch_inspection import state_directory
-from koopmon.cli.options import AsJson, ConfigFile, KeysDirectory, PlaintextTcp, security_overrides
+from koopmon.cli.options import AsJson, ConfigFile, KeysDirectory, PlaintextTcp, option, overrides
 from koopmon.config import Config, load
 from koopmon.run_names import check_run_name
 
@@ -29,24 +26,17 @@ _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 def doctor(
     factory: Annotated[
-        str | None,
-        typer.Argument(metavar="[FACTORY]", help="Model to check: module:function or file.py:function."),
+        str | None, typer.Argument(metavar="[FACTORY]", help="Model to check: module:function or file.py:function.")
     ] = None,
     monitor: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ENDPOINT", help="Endpoint of the monitor. Default: KOOPMON_ENDPOINT, else tcp://127.0.0.1:9465."
-        ),
+        str | None, option("ENDPOINT", "Endpoint of the monitor. Default: KOOPMON_ENDPOINT, else tcp://127.0.0.1:9465.")
     ] = None,
-    http: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="Pages of the monitor. Default: those of the default monitor."),
-    ] = None,
-    run: Annotated[str | None, typer.Option(metavar="NAME", help="Run to check at the monitor.")] = None,
+    http: Annotated[str | None, option("URL", "Pages of the monitor. Default: those of the default monitor.")] = None,
+    run: Annotated[str | None, option("NAME", "Run to check at the monitor.")] = None,
     config: ConfigFile = None,
     keys: KeysDirectory = None,
     insecure_plaintext_tcp: PlaintextTcp = False,
-    python: Annotated[str | None, typer.Option(metavar="FILE", help="Python of the job. Default: this one.")] = None,
+    python: Annotated[str | None, option("FILE", "Python of the job. Default: this one.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Find out why the monitor does not see a job, and print each finding with its fix.
@@ -56,53 +46,38 @@ def doctor(
     """
     if run is not None:
         check_run_name(run, "--run")
-    findings = list(
-        _examine(factory, monitor, http, run, config, security_overrides(keys, insecure_plaintext_tcp), python)
-    )
-    failing = any(finding.level == "fail" for finding in findings)
-    if as_json:
-        print_json({"ok": not failing, "findings": [dataclasses.asdict(each) for each in findings]})
-    else:
-        _show(findings)
-    return SOMETHING_FAILS if failing else 0
-
-
-def _examine(
-    factory: str | None,
-    monitor: str | None,
-    http: str | None,
-    run: str | None,
-    config: Path | None,
-    security: Mapping[str, object],
-    python: str | None,
-) -> Iterator[Finding]:
     from koopmon.doctor import environment, http_checks
-    from koopmon.doctor.connection import DEFAULT, Connection, Named
+    from koopmon.doctor.connection import DEFAULT, Connection, wanted_endpoint
     from koopmon.wire.auth_policy import make_auth_policy
 
     environ = os.environ
-    settings, finding = environment.configuration(config, environ)
-    yield finding
-    settings = settings or Config()
-    if security:
+    found, finding = environment.configuration(config, environ)
+    findings = [finding]
+    settings = found or Config()
+    if security := overrides("security", keys=keys, insecure_plaintext_tcp=insecure_plaintext_tcp):
         settings = msgspec.structs.replace(settings, security=load(overrides=security).security)
-    named = Named.of(monitor, environ)
-    asked = run or environ.get("KOOPMON_RUN") or None
     trust = make_auth_policy(**msgspec.structs.asdict(settings.security), environ=environ)
-    connection = Connection(named, trust, asked)
-    yield from connection.findings()
-    shown = None
-    if http is not None or named.endpoint.replace("localhost", "127.0.0.1") == DEFAULT:
+    endpoint, source = wanted_endpoint(monitor, environ)
+    connection = Connection(endpoint, source, trust, run or environ.get("KOOPMON_RUN") or None)
+    findings += connection.findings()
+    pages = None
+    if http is not None or endpoint.replace("localhost", "127.0.0.1") == DEFAULT:
         token = environ.get("KOOPMON_HTTP_TOKEN", "")
-        shown = http_checks.Pages(http or http_checks.DEFAULT, token, optional=http is None)
-        yield from shown.findings()
+        pages = http_checks.Pages(http or http_checks.DEFAULT, token, optional=http is None)
+        findings += pages.findings()
     if run is not None:
-        yield from http_checks.of_run(run, connection.reply, shown)
-    yield from environment.python(python or sys.executable, environ)
-    yield from environment.environment(environ, connection.reply)
-    yield environment.store(state_directory())
+        findings += http_checks.of_run(run, connection.reply, pages)
+    findings += environment.python(python or sys.executable, environ)
+    findings += environment.environment(environ, connection.reply)
+    findings.append(environment.store(state_directory()))
     if factory is not None:
-        yield _taps(factory, settings)
+        findings.append(_taps(factory, settings))
+    failing = any(finding.level == "fail" for finding in findings)
+    if as_json:
+        print_json({"ok": not failing, "findings": findings})
+    else:
+        _show(findings)
+    return SOMETHING_FAILS if failing else 0
 
 
 def _taps(factory: str, settings: Config) -> Finding:
@@ -127,6 +102,5 @@ def _show(findings: list[Finding]) -> None:
             said.append(f"\n→ {finding.fix}", style="bold")
         table.add_row(level, Text(finding.check), said)
     out.print(table)
-    count = sum(finding.level == "fail" for finding in findings)
-    warned = sum(finding.level == "warn" for finding in findings)
-    out.print(f"{count} failed, {warned} warnings" if count or warned else "all checks passed", soft_wrap=True)
+    failed, warned = (sum(finding.level == level for finding in findings) for level in ("fail", "warn"))
+    out.print(f"{failed} failed, {warned} warnings" if failed or warned else "all checks passed", soft_wrap=True)

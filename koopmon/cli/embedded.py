@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from koopmon.errors import KoopmonError
 from koopmon.wire.endpoints import socket_directory
@@ -31,32 +30,36 @@ class MonitorNotReadyError(KoopmonError):
 
 
 class EmbeddedMonitor:
-    """One `koopmon monitor` on an ipc endpoint in its own directory. `start` starts it and `close` stops it."""
+    """One `koopmon monitor` on an ipc endpoint in its own directory, from its creation until `close`."""
 
-    def __init__(self, store: Path, *, http: str = "127.0.0.1:0", options: Sequence[str] = ()) -> None:
-        """`options` are further arguments for `koopmon monitor`. Its log file lies beside `store`."""
+    def __init__(
+        self, store: Path, environ: Mapping[str, str], mask: set[signal.Signals], options: Sequence[str]
+    ) -> None:
+        """Start the monitor with the signal mask `mask`, without waiting. Its log file lies beside `store`.
+
+        `options` are further arguments for `koopmon monitor`. Raises MonitorNotReadyError if it cannot be started.
+        """
         self.store = store
         self.log = store.with_name(f"{store.name}.log")
-        self.endpoint = ""
         self.page = ""
-        self.url = ""
-        self._http = http
-        self._options = tuple(options)
-        self._directory: Path | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self, environ: Mapping[str, str], mask: set[signal.Signals]) -> None:
-        """Start the monitor with the signal mask `mask`, without waiting. Raises MonitorNotReadyError if that fails."""
+        """Address of its live page, once it serves."""
         try:
+            store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._directory = socket_directory()
-            self.endpoint = f"ipc://{self._directory / 'control'}"
-            self.store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise _not_started(error) from None
+        self.endpoint = f"ipc://{self._directory / 'control'}"
+        sockets = ["--bind", self.endpoint, "--bind-data", f"ipc://{self._directory / 'data'}"]
+        files = ["--store", str(store), "--ready-file", str(self._directory / "ready")]
+        # The accelerators belong to the job.
+        words = ["monitor", *sockets, *files, "--device", "cpu", "--with-parent", *options]
+        try:
             with self.log.open("wb") as log:
                 # A separate session: the terminal's Ctrl-C reaches only the job, and the monitor outlives it. The
                 # monitor's standard input is our pipe: when this process dies for any reason, the monitor reads end of
                 # file.
                 self._process = subprocess.Popen(
-                    self._command(),
+                    [sys.executable, "-m", "koopmon", *words],
                     env=dict(environ),
                     stdin=subprocess.PIPE,
                     stdout=log,
@@ -64,18 +67,17 @@ class EmbeddedMonitor:
                     start_new_session=True,
                     preexec_fn=partial(signal.pthread_sigmask, signal.SIG_SETMASK, mask),
                 )
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, self._process.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
         except OSError as error:
-            raise MonitorNotReadyError(f"{error.filename or 'monitor'}: {error.strerror}") from None
+            shutil.rmtree(self._directory, ignore_errors=True)
+            raise _not_started(error) from None
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
 
     def ready(self) -> bool:
         """Return True once the monitor serves. Raises MonitorNotReadyError when it died instead."""
-        assert self._process is not None, "start() comes first"
-        addresses = self._read_ready_file()
-        if addresses is not None:
+        with contextlib.suppress(OSError, ValueError):
+            addresses = json.loads((self._directory / "ready").read_text(encoding="utf-8"))
             self.page = f"{addresses['scheme']}://{addresses['http']}/"
-            self.url = f"{self.page}metrics"
             return True
         if (status := self._process.poll()) is not None:
             raise MonitorNotReadyError(self._last_words() or f"it ended with status {status}")
@@ -83,50 +85,27 @@ class EmbeddedMonitor:
 
     @property
     def alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._process.poll() is None
 
     def close(self, on_wait: Callable[[], None] = lambda: None) -> None:
-        """Stop the monitor, wait until it has written its history, and remove its directory.
+        """Stop the monitor, wait until it has written its history, and remove its directory. Idempotent.
 
         It calls `on_wait` when the monitor takes more than PATIENCE_SECONDS, and kills it after STOP_SECONDS more.
         """
-        if self._process is not None:
-            assert self._process.stdin is not None
-            if self._process.poll() is None:
-                self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(PATIENCE_SECONDS)
-            except subprocess.TimeoutExpired:
-                on_wait()
-                try:
-                    self._process.wait(STOP_SECONDS)
-                except subprocess.TimeoutExpired:
-                    self._process.kill()
-                    self._process.wait()
-            self._process.stdin.close()
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
-
-    def _command(self) -> list[str]:
-        assert self._directory is not None
-        places = {
-            "--bind": self.endpoint,
-            "--bind-data": f"ipc://{self._directory / 'data'}",
-            "--http": self._http,
-            "--store": str(self.store),
-            "--ready-file": str(self._directory / "ready"),
-        }
-        words = [word for pair in places.items() for word in pair]
-        # The accelerators belong to the job.
-        return [sys.executable, "-m", "koopmon", "monitor", *words, "--device", "cpu", "--with-parent", *self._options]
-
-    def _read_ready_file(self) -> Any:
-        assert self._directory is not None
+        assert self._process.stdin is not None
+        if self.alive:
+            self._process.send_signal(signal.SIGTERM)
         try:
-            return json.loads((self._directory / "ready").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+            self._process.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            on_wait()
+            try:
+                self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._process.stdin.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def _last_words(self) -> str:
         """Return the last line of the monitor's log without koopmon's prefix."""
@@ -136,3 +115,7 @@ class EmbeddedMonitor:
             return ""
         said = [line.strip() for line in lines if line.strip()]
         return said[-1].removeprefix("koopmon: ") if said else ""
+
+
+def _not_started(error: OSError) -> MonitorNotReadyError:
+    return MonitorNotReadyError(f"{error.filename or 'monitor'}: {error.strerror}")

@@ -20,32 +20,22 @@ MAX_STORES = 50
 MAX_NAMES = 5
 
 
-class UnknownRunError(StoreError):
-    """No history contains a run of this name; the message lists known runs."""
-
-
 @contextmanager
 def opened(run: str, store: Path | None) -> Iterator[tuple[HistoryReader, Path]]:
     """Open the history that contains `run`; yield it and its path.
 
-    Without `store` it tries the run's own history, then the monitor's. Raises UnknownRunError, and StoreError for an
-    unreadable file.
+    Without `store` it tries the run's own history, then the monitor's. Raises StoreError, which lists the known runs
+    if none has this name.
     """
     from koopmon.history.reader import HistoryReader
 
-    with contextlib.ExitStack() as stack:
-        for path in [store] if store is not None else _places(run):
-            history = stack.enter_context(HistoryReader.open(path))
+    usual = [path for path in (run_store(run), monitor_store()) if path.is_file()]
+    for path in usual if store is None else [store]:
+        with HistoryReader.open(path) as history:
             if history.run(run) is not None:
                 yield history, path
                 return
-            history.close()
-    places = [store] if store is not None else _all_stores()
-    raise UnknownRunError(_advice(run, places))
-
-
-def _places(run: str) -> list[Path]:
-    return [path for path in (run_store(run), monitor_store()) if path.is_file()]
+    raise StoreError(_advice(run, _all_stores() if store is None else [store]))
 
 
 def _all_stores() -> list[Path]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from koopmon.cli.console import say
-from koopmon.cli.options import ConfigFile, grafana_overrides
+from koopmon.cli.console import print_json, say
+from koopmon.cli.options import AsJson, ConfigFile, option, overrides
 from koopmon.config import load
 from koopmon.errors import GrafanaKeptError, KoopmonError
 
@@ -19,26 +19,18 @@ if TYPE_CHECKING:
     from koopmon.grafana.push import PushResult
     from koopmon.grafana.resources import Change
 
-EPILOG = "Example: koopmon grafana export grafana"
-EXPORT_EPILOG = "Example: koopmon grafana export grafana --docs-url https://docs.example.org/alerts"
-PUSH_EPILOG = "Example: koopmon grafana push --url https://grafana.example.org/ --token-file ~/grafana.token --dry-run"
-
 DocsUrl = Annotated[
-    str | None,
-    typer.Option(
-        "--docs-url",
-        metavar="URL",
-        help="Page that runbook links point to. Default: /alerts of the monitor that the alert is about.",
-    ),
+    str | None, option("URL", "Page that runbook links point to. Default: /alerts of the alert's monitor.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, help="Dashboards and alert rules for Prometheus and Grafana.")
-    group.callback(epilog=EPILOG)(lambda: None)
-    group.command("export", epilog=EXPORT_EPILOG)(export)
-    group.command("push", epilog=PUSH_EPILOG)(push)
+    title, example = "Dashboards and alert rules for Prometheus and Grafana.", "koopmon grafana export grafana"
+    group = typer.Typer(no_args_is_help=True, help=title, epilog=f"Example: {example}")
+    example = "koopmon grafana export grafana --docs-url https://docs.example.org/alerts"
+    group.command("export", epilog=f"Example: {example}")(export)
+    example = "koopmon grafana push --url https://grafana.example.org/ --token-file ~/grafana.token --dry-run"
+    group.command("push", epilog=f"Example: {example}")(push)
     app.add_typer(group, name="grafana")
 
 
@@ -46,11 +38,10 @@ def export(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Created if missing; its files are replaced.")],
     docs_url: DocsUrl = None,
     prometheus_url: Annotated[
-        str, typer.Option("--prometheus-url", metavar="URL", help="Where the provisioned Grafana finds Prometheus.")
+        str, option("URL", "Where the provisioned Grafana finds Prometheus.")
     ] = "http://prometheus:9090",
     docs: Annotated[
-        Path | None,
-        typer.Option("--docs", metavar="DIR", help="Write the pages alerts.md and metrics.md there, for --docs-url."),
+        Path | None, option("DIR", "Write the pages alerts.md and metrics.md there, for --docs-url.")
     ] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -69,27 +60,22 @@ def export(
         if not as_json:
             say(f"{len(contents)} files in {place}")
     if as_json:
-        typer.echo(json.dumps({"files": sorted(str(place / name) for place in wanted for name in wanted[place])}))
+        print_json({"files": sorted(str(place / name) for place in wanted for name in wanted[place])})
     return 0
 
 
 def push(
     url: Annotated[
-        str | None,
-        typer.Option(envvar="KOOPMON_GRAFANA_URL", metavar="URL", help="Grafana's address, with its sub-path."),
+        str | None, option("URL", "Grafana's address, with its sub-path.", envvar="KOOPMON_GRAFANA_URL")
     ] = None,
     token_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Service account's token, mode 0600. Default: KOOPMON_GRAFANA_TOKEN."),
+        Path | None, option("FILE", "Service account's token, mode 0600. Default: KOOPMON_GRAFANA_TOKEN.")
     ] = None,
     prometheus_url: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="Where Grafana finds Prometheus. Default: as is, else http://localhost:9090."),
+        str | None, option("URL", "Where Grafana finds Prometheus. Default: as is, else http://localhost:9090.")
     ] = None,
-    datasource: Annotated[
-        str | None, typer.Option(metavar="UID", help="Existing data source to use in place of ours.")
-    ] = None,
-    folder: Annotated[str, typer.Option(metavar="UID", help="Folder for everything; created if missing.")] = "koopmon",
+    datasource: Annotated[str | None, option("UID", "Existing data source to use in place of ours.")] = None,
+    folder: Annotated[str, option("UID", "Folder for everything; created if missing.")] = "koopmon",
     no_alerts: Annotated[bool, typer.Option("--no-alerts", help="Push the dashboards without alert rules.")] = False,
     docs_url: DocsUrl = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite manual edits too.")] = False,
@@ -111,31 +97,24 @@ def push(
     options = PushOptions(
         datasource, prometheus_url, folder, docs_url, alerts=not no_alerts, force=force, dry_run=dry_run
     )
-    access = read_access(load(config, overrides=grafana_overrides(url, token_file)).grafana, os.environ)
+    settings = load(config, overrides=overrides("grafana", url=url, token_file=token_file))
+    access = read_access(settings.grafana, os.environ)
     if access.in_clear:
         say(f"{access.url} has no TLS: others on the network can read the token")
     result = push_to(access, options)
-    (_print_json if as_json else _print)(result, access.url, dry_run=dry_run)
-    return _status(result)
-
-
-def _status(result: PushResult) -> int:
-    """Return 0, or raise what stopped or limited the push."""
+    if as_json:
+        shown = ("kind", "name", "action", "why", "done")
+        rows = [{name: getattr(each, name) for name in shown} for each in result.changes]
+        changes = [row | {"difference": _difference(each)} for row, each in zip(rows, result.changes, strict=True)]
+        print_json({"url": access.url, "version": result.version, "dry_run": dry_run, "changes": changes})
+    else:
+        _print(result, access.url, dry_run=dry_run)
     if result.error is not None:
         made, planned = sum(each.done for each in result.changes), sum(each.writes for each in result.changes)
         raise type(result.error)(f"{result.error}; {made} of {planned} changes are made; the same command continues")
     if kept := [change for change in result.changes if change.action == "kept"]:
         raise GrafanaKeptError("; ".join(f"{change.kind} {change.name!r}: kept: {change.why}" for change in kept))
     return 0
-
-
-def _print_json(result: PushResult, url: str, *, dry_run: bool) -> None:
-    shown = ("kind", "name", "action", "why", "done")
-    rows = [
-        {**{name: getattr(change, name) for name in shown}, "difference": _difference(change)}
-        for change in result.changes
-    ]
-    typer.echo(json.dumps({"url": url, "version": result.version, "dry_run": dry_run, "changes": rows}))
 
 
 def _print(result: PushResult, url: str, *, dry_run: bool) -> None:

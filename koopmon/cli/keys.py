@@ -7,12 +7,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import typer
+from msgspec.structs import replace
 from rich.table import Column, Table
 
 from koopmon.cli.console import print_json, results, say
-from koopmon.cli.options import AsJson, KeysDirectory
+from koopmon.cli.options import AsJson, KeysDirectory, option
 from koopmon.errors import KeysError
 from koopmon.wire import keys
 
@@ -20,8 +20,9 @@ DEFAULT_NAMES = [keys.MONITOR, "agent"]
 
 
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, help="Create, list and rotate the keys of monitor and agents.")
-    group.callback(epilog="Example: koopmon keys make agent --runs 'team-a/*'")(lambda: None)
+    title = "Create, list and rotate the keys of monitor and agents."
+    example = "Example: koopmon keys make agent --runs 'team-a/*'"
+    group = typer.Typer(no_args_is_help=True, help=title, epilog=example)
     group.command("make", epilog="Example: koopmon keys make monitor agent")(make)
     group.command("show", epilog="Example: koopmon keys show --json")(show)
     group.command("rotate", epilog="Example: koopmon keys rotate agent --keep-days 7")(rotate)
@@ -34,8 +35,7 @@ def make(
         typer.Argument(metavar="[NAME]...", help="monitor, or an agent's name. Default: monitor agent."),
     ] = None,
     runs: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Runs that the agents may send, as 'team-a/*'; repeatable. Default: *."),
+        list[str] | None, option("PATTERN", "Runs that the agents may send, as 'team-a/*'; repeatable. Default: *.")
     ] = None,
     directory: KeysDirectory = None,
     as_json: AsJson = False,
@@ -45,6 +45,9 @@ def make(
     A monitor in the same directory serves the agent at once. On another host, copy the agent's public file into the
     monitor's agents/ directory, and the monitor's public file, monitor.key, to the agent.
     """
+    # Imported late because it imports zmq.
+    from koopmon.wire import curve
+
     place = _place(directory)
     wanted = [keys.check_name(name) for name in names or DEFAULT_NAMES]
     patterns = tuple(runs or ["*"])
@@ -55,7 +58,7 @@ def make(
             if path.exists():
                 raise KeysError(f"{path}: exists; `koopmon keys rotate {name}` replaces it")
     for name in wanted:
-        pair = _new_pair()
+        pair = curve.new_pair()
         keys.write_secret(place, name, pair.secret)
         _publish(place, name, keys.PublicKey(public=pair.public, runs=patterns))
     return _report(place, wanted, as_json)
@@ -73,9 +76,7 @@ def show(directory: KeysDirectory = None, as_json: AsJson = False) -> int:
 
 def rotate(
     name: Annotated[str, typer.Argument(metavar="NAME", help="monitor, or an agent's name.")],
-    keep_days: Annotated[
-        float, typer.Option(min=0.0, max=365.0, metavar="DAYS", help="Days for which the old key stays valid.")
-    ] = 7.0,
+    keep_days: Annotated[float, option("DAYS", "Days for which the old key stays valid.", min=0.0, max=365.0)] = 7.0,
     directory: KeysDirectory = None,
     as_json: AsJson = False,
 ) -> int:
@@ -84,21 +85,19 @@ def rotate(
     After a rotation of an agent's key, copy its public file to the monitor on another host; running jobs use the old
     key until they reconnect. After one of the monitor's key, copy monitor.key to the agents, then restart the monitor.
     """
+    from koopmon.wire import curve
+
     place = _place(directory)
     keys.check_name(name)
-    old = _pair_of(place, name)
+    old = curve.pair_of(keys.read_secret(place, name))
     known = keys.read_public(keys.public_file(place, name))
     authorised = keys.public_file(place / keys.AGENTS, name)
     bound = keys.read_public(authorised) if name != keys.MONITOR and authorised.exists() else known
-    pair = _new_pair()
-    until = datetime.now(UTC) + timedelta(days=keep_days)
-    changed = msgspec.structs.replace(
-        known,
-        public=pair.public,
-        previous=old.public if keep_days else None,
-        previous_until=until if keep_days else None,
-        runs=bound.runs,
-    )
+    pair = curve.new_pair()
+    changed = replace(known, public=pair.public, previous=None, previous_until=None, runs=bound.runs)
+    if keep_days:
+        until = datetime.now(UTC) + timedelta(days=keep_days)
+        changed = replace(changed, previous=old.public, previous_until=until)
     # The public file changes first: until the secret file changes, the old secret still counts as the previous key.
     _publish(place, name, changed, everywhere=authorised.exists())
     keys.write_secret(place, name, pair.secret)
@@ -117,19 +116,6 @@ def _publish(place: Path, name: str, key: keys.PublicKey, *, everywhere: bool = 
         keys.write_public(keys.public_file(place / keys.AGENTS, name), key)
 
 
-def _new_pair() -> Any:
-    # Imported late because it imports zmq.
-    from koopmon.wire.curve import new_pair
-
-    return new_pair()
-
-
-def _pair_of(place: Path, name: str) -> Any:
-    from koopmon.wire.curve import pair_of
-
-    return pair_of(keys.read_secret(place, name))
-
-
 def _report(place: Path, names: list[str] | None, as_json: bool) -> int:
     rows = [row for row in _rows(place) if names is None or row["name"] in names]
     if as_json:
@@ -144,12 +130,13 @@ def _report(place: Path, names: list[str] | None, as_json: bool) -> int:
 
 
 def _rows(place: Path) -> list[dict[str, Any]]:
+    from koopmon.wire import curve
+
     rows = []
     for name in sorted({path.stem for kind in ("*.secret", "*.key") for path in place.glob(kind)}):
         has_secret, public = keys.secret_file(place, name).exists(), keys.public_file(place, name)
-        pair = _pair_of(place, name) if has_secret else None
         known = keys.read_public(public)
-        if pair is not None and pair.public != known.public:
+        if has_secret and curve.pair_of(keys.read_secret(place, name)).public != known.public:
             raise KeysError(f"{public}: not the public key of {name}.secret; `koopmon keys rotate {name}`")
         rows.append(_row(name, "secret and public" if has_secret else "public", known))
     agents = place / keys.AGENTS

@@ -13,36 +13,20 @@ import typer
 
 from koopmon.cli.console import configure_logging
 from koopmon.cli.launch_inspection import monitor_store
-from koopmon.cli.options import (
-    ConfigFile,
-    DryRun,
-    KeysDirectory,
-    PlaintextTcp,
-    Policy,
-    grafana_overrides,
-    policy_overrides,
-    security_overrides,
-)
+from koopmon.cli.options import ConfigFile, DryRun, KeysDirectory, PlaintextTcp, Policy, option, overrides
 from koopmon.config import load
 
 
 def monitor(
-    bind: Annotated[
-        str, typer.Option(metavar="ENDPOINT", help="Control endpoint that agents connect to.")
-    ] = "tcp://127.0.0.1:9465",
+    bind: Annotated[str, option("ENDPOINT", "Control endpoint that agents connect to.")] = "tcp://127.0.0.1:9465",
     bind_data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ENDPOINT", help="Endpoint for snapshots, which the agents learn from it. Default: chosen."
-        ),
+        str | None, option("ENDPOINT", "Endpoint for snapshots, which the agents learn from it. Default: chosen.")
     ] = None,
     http: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Address of the live page, /metrics, /healthz and /readyz.")
+        str, option("HOST:PORT", "Address of the live page, /metrics, /healthz and /readyz.")
     ] = "127.0.0.1:9464",
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:N", help="Device that computes spectra.")] = "auto",
-    store: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="History, SQLite. Default: under XDG_STATE_HOME.")
-    ] = None,
+    device: Annotated[str, option("auto|cpu|cuda:N", "Device that computes spectra.")] = "auto",
+    store: Annotated[Path | None, option("FILE", "History, SQLite. Default: under XDG_STATE_HOME.")] = None,
     config: ConfigFile = None,
     policy: Policy = None,
     dry_run: DryRun = False,
@@ -50,39 +34,32 @@ def monitor(
     insecure_plaintext_tcp: PlaintextTcp = False,
     grafana_url: Annotated[
         str | None,
-        typer.Option(
-            metavar="URL", help="Annotate each decision in this Grafana; its token: KOOPMON_GRAFANA_TOKEN, or a file."
-        ),
+        option("URL", "Annotate each decision in this Grafana; its token: KOOPMON_GRAFANA_TOKEN, or a file."),
     ] = None,
     grafana_token_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Token of a service account of that Grafana, mode 0600.")
+        Path | None, option("FILE", "Token of a service account of that Grafana, mode 0600.")
     ] = None,
-    ready_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File to write, as JSON, once the monitor serves.")
-    ] = None,
+    ready_file: Annotated[Path | None, option("FILE", "File to write, as JSON, once the monitor serves.")] = None,
     with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True)] = False,
 ) -> int:
     """Run the monitor: compute spectra of snapshots, export metrics, and send commands to the agents.
 
     SIGTERM and SIGINT end it with status 0, after the history is written.
     """
-    overrides = policy_overrides(policy, dry_run) | security_overrides(keys, insecure_plaintext_tcp)
-    settings = load(config, overrides=overrides | grafana_overrides(grafana_url, grafana_token_file))
+    given = overrides("policy", name=policy, dry_run=dry_run)
+    given |= overrides("security", keys=keys, insecure_plaintext_tcp=insecure_plaintext_tcp)
+    given |= overrides("grafana", url=grafana_url, token_file=grafana_token_file)
+    settings = load(config, overrides=given)
     configure_logging()
     if with_parent:
         _end_with_parent()
     # Imported late because it imports torch.
     from koopmon.monitor import daemon
 
-    return daemon.serve(
-        settings,
-        bind=bind,
-        data_bind=bind_data,
-        http=http,
-        device=device,
-        store=store or monitor_store(),
-        ready_file=ready_file,
+    monitor = daemon.Monitor(
+        settings, bind=bind, data_bind=bind_data, http=http, device=device, store_path=store or monitor_store()
     )
+    return daemon.serve(monitor, ready_file)
 
 
 def _end_with_parent() -> None:

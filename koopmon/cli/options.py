@@ -12,29 +12,27 @@ from koopmon.config import PolicyName
 POLICIES: tuple[str, ...] = get_args(PolicyName)
 
 
+def option(metavar: str, help_text: str, *names: str, **settings: Any) -> Any:
+    """Return an option with a value; `names` replace the parameter's own name, `settings` are those of typer."""
+    return typer.Option(*names, metavar=metavar, help=help_text, **settings)
+
+
 def _known_policy(name: str | None) -> str | None:
     if name is not None and name not in POLICIES:
         raise typer.BadParameter(f"{name!r}: allowed are {', '.join(POLICIES)}")
     return name
 
 
-ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Configuration, TOML. Default: KOOPMON_CONFIG.")]
+ConfigFile = Annotated[Path | None, option("FILE", "Configuration, TOML. Default: KOOPMON_CONFIG.")]
 Policy = Annotated[
-    str | None,
-    typer.Option(
-        metavar="|".join(POLICIES), callback=_known_policy, help="Allowed actions. Default: the configuration's."
-    ),
+    str | None, option("|".join(POLICIES), "Allowed actions. Default: the configuration's.", callback=_known_policy)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run, as `koopmon run` printed it.")]
-HistoryFile = Annotated[
-    Path | None,
-    typer.Option("--store", metavar="FILE", help="History, SQLite. Default: the run's own, else the monitor's."),
-]
+HistoryFile = Annotated[Path | None, option("FILE", "History, SQLite. Default: the run's own, else the monitor's.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Decide and record, but send no command.")]
 KeysDirectory = Annotated[
-    Path | None,
-    typer.Option("--keys", metavar="DIR", help="Key files. Default: KOOPMON_KEYS, else under XDG_CONFIG_HOME."),
+    Path | None, option("DIR", "Key files. Default: KOOPMON_KEYS, else under XDG_CONFIG_HOME.", "--keys")
 ]
 PlaintextTcp = Annotated[
     bool,
@@ -45,23 +43,8 @@ PlaintextTcp = Annotated[
 ]
 
 
-def security_overrides(keys: Path | None, plaintext_tcp: bool) -> dict[str, Any]:
-    """Return the command-line values of `[security]` as configuration overrides."""
-    directory = None if keys is None else str(keys.absolute())
-    return _given("security", keys=directory, insecure_plaintext_tcp=plaintext_tcp or None)
-
-
-def policy_overrides(policy: str | None, dry_run: bool) -> dict[str, Any]:
-    """Return the command-line values of `[policy]` as configuration overrides."""
-    return _given("policy", name=policy, dry_run=dry_run or None)
-
-
-def grafana_overrides(url: str | None, token_file: Path | None) -> dict[str, Any]:
-    """Return the command-line values of `[grafana]` as configuration overrides."""
-    file = None if token_file is None else str(token_file)
-    return _given("grafana", url=url, token_file=file)
-
-
-def _given(section: str, **values: object) -> dict[str, Any]:
-    table = {name: value for name, value in values.items() if value is not None}
+def overrides(section: str, **values: str | Path | bool | None) -> dict[str, Any]:
+    """Return the options that were given (neither None nor False) as overrides of one section of the configuration."""
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    table = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     return {section: table} if table else {}

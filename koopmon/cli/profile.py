@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +13,7 @@ from rich.table import Table
 from koopmon import plots
 from koopmon.cli import factory as factories
 from koopmon.cli.console import print_json, results
-from koopmon.cli.options import AsJson
+from koopmon.cli.options import AsJson, option
 from koopmon.errors import CalibrationError, ConfigError, KoopmonError, foreign_code
 from koopmon.numbers import mean
 
@@ -43,26 +41,18 @@ def profile(
     factory: Annotated[
         str, typer.Argument(metavar="FACTORY", help="module:function or file.py:function that returns (model, batch).")
     ],
-    adapter: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Architecture adapter. Default: the one that fits best.")
-    ] = None,
-    stack: Annotated[
-        str | None, typer.Option(metavar="PATH", help="List of residual blocks in the model. Default: found.")
-    ] = None,
-    num_samples: Annotated[int, typer.Option(metavar="N", min=16, help="Tokens, the same ones at every depth.")] = 2048,
+    adapter: Annotated[str | None, option("NAME", "Architecture adapter. Default: the one that fits best.")] = None,
+    stack: Annotated[str | None, option("PATH", "List of residual blocks in the model. Default: found.")] = None,
+    num_samples: Annotated[int, option("N", "Tokens, the same ones at every depth.", min=16)] = 2048,
     svd_rank: Annotated[
-        int | None, typer.Option(metavar="R", min=1, help="Leading directions. Default: all, which needs N >= width.")
+        int | None, option("R", "Leading directions. Default: all, which needs N >= width.", min=1)
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the choice of tokens.")] = 0,
+    seed: Annotated[int, option("N", "Seed of the choice of tokens.", min=0)] = 0,
     as_json: AsJson = False,
-    png: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the eigenvalues on the unit circle, coloured by depth.")
-    ] = None,
-    calibrator: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Calibrator, as `koopmon calibrate` writes it.")
-    ] = None,
+    png: Annotated[Path | None, option("FILE", "Draw the eigenvalues on the unit circle, coloured by depth.")] = None,
+    calibrator: Annotated[Path | None, option("FILE", "Calibrator, as `koopmon calibrate` writes it.")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--lr", metavar="RATE", min=1e-12, help="Predict the probability of divergence.")
+        float | None, option("RATE", "Predict the probability of divergence.", "--lr", min=1e-12)
     ] = None,
     max_lr: Annotated[bool, typer.Option("--max-lr", help="Predict the highest learning rate that is safe.")] = False,
 ) -> int:
@@ -75,92 +65,45 @@ def profile(
         plots.require(f"--png {png}")
     if (learning_rate is not None or max_lr) != (calibrator is not None):
         raise ConfigError("--calibrator FILE needs --lr RATE or --max-lr, and these need it")
-    request = ProfileRequest(factory, adapter, stack, num_samples, svd_rank, seed, calibrator, learning_rate)
     with Console(stderr=True).status("loading torch") as status:
-        result = run_profile(request, status.update)
+        from koopmon.profiling import capture_states
+        from koopmon.risk.initial_score import initial_risk
+        from koopmon.spectral import profile_states
+
+        status.update("making the model")
+        model, args, kwargs = factories.load(factory)
+        status.update("profiling")
+        chosen: dict[str, Any] = {"adapter": adapter, "stack": stack, "num_samples": num_samples, "seed": seed}
+        with foreign_code(lambda why: KoopmonError(f"{factory}: the forward pass {why}")):
+            captured = capture_states(model, *args, **chosen, **kwargs)
+            spectrum = profile_states(captured.states, svd_rank=svd_rank, seed=seed)
+        risk = initial_risk(spectrum, known_exponent=captured.known_exponent)
+        forecast = None if calibrator is None else _forecast(calibrator, captured, spectrum, risk, learning_rate)
+        name = type(model).__name__
+        verdict = f"not informative: {risk.reason}" if risk.score is None else f"{risk.level} ({risk.reason})"
         if png is not None:
             status.update("drawing")
-            plots.spectrum(result.spectrum, png, title=f"{result.model}: {result.verdict}")
+            plots.spectrum(spectrum, png, title=f"{name}: {verdict}")
     if as_json:
-        print_json(result.to_dict())
-    else:
-        print_result(result)
-    return 0
-
-
-@dataclass(frozen=True, slots=True)
-class ProfileRequest:
-    """Arguments of `run_profile`. With a `calibrator`, the result holds a forecast."""
-
-    factory: str
-    adapter: str | None
-    stack: str | None
-    num_samples: int
-    svd_rank: int | None
-    seed: int
-    calibrator: Path | None
-    learning_rate: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class ProfileResult:
-    """Spectrum and risk of the model of class `model`."""
-
-    model: str
-    captured: CapturedStates
-    spectrum: SpectralProfile
-    risk: InitialRisk
-    forecast: Forecast | None
-
-    @property
-    def verdict(self) -> str:
-        if self.risk.score is None:
-            return f"not informative: {self.risk.reason}"
-        return f"{self.risk.level} ({self.risk.reason})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to JSON types, with all eigenvalues."""
-        discovery = self.captured.discovery
-        found = {
-            "model": self.model,
+        discovery = captured.discovery
+        result = {
+            "model": name,
             "adapter": discovery.adapter.name,
             "stack": discovery.stack.name,
             "points": [point.name for point in discovery.points],
-            "masked": self.captured.masked,
-            "initial_risk": dataclasses.asdict(self.risk),
-            "profile": self.spectrum.to_dict(),
-            "observables": self.captured.observables,
+            "masked": captured.masked,
+            "initial_risk": risk,
+            "profile": spectrum.to_dict(),
+            "observables": captured.observables,
         }
-        return found if self.forecast is None else {**found, "forecast": dataclasses.asdict(self.forecast)}
-
-
-def run_profile(request: ProfileRequest, on_stage: Callable[[str], None] = lambda _: None) -> ProfileResult:
-    """Build the model and profile it; `on_stage` is called with each stage. Raises KoopmonError."""
-    from koopmon.profiling import capture_states
-    from koopmon.risk.initial_score import initial_risk
-    from koopmon.spectral import profile_states
-
-    on_stage("making the model")
-    model, args, kwargs = factories.load(request.factory)
-    on_stage("profiling")
-    options = {name: getattr(request, name) for name in ("adapter", "stack", "num_samples", "seed")}
-    with foreign_code(lambda why: KoopmonError(f"{request.factory}: the forward pass {why}")):
-        captured = capture_states(model, *args, **options, **kwargs)
-        spectrum = profile_states(captured.states, svd_rank=request.svd_rank, seed=request.seed)
-    risk = initial_risk(spectrum, known_exponent=captured.known_exponent)
-    forecast = None
-    if request.calibrator is not None:
-        forecast = _forecast(request.calibrator, captured, spectrum, risk, request.learning_rate)
-    return ProfileResult(type(model).__name__, captured, spectrum, risk, forecast)
-
-
-def print_result(result: ProfileResult) -> None:
+        print_json(result if forecast is None else {**result, "forecast": forecast})
+        return 0
     out = results()
-    out.print(_table(result.model, result.captured, result.spectrum))
-    lines = [f"{name}: {text}" for name, text in result.captured.measures.items()]
-    lines += [f"initial risk: {result.verdict}", *(() if result.forecast is None else result.forecast.lines())]
-    for line in lines:
-        out.print(line, soft_wrap=True)
+    out.print(_table(name, captured, spectrum))
+    lines = [f"{name}: {text}" for name, text in captured.measures.items()]
+    lines += [f"initial risk: {verdict}", *([] if forecast is None else forecast.lines())]
+    out.print(*lines, sep="\n", soft_wrap=True)
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +125,8 @@ class Forecast:
             at = f"at learning rate {self.learning_rate:g}"
             lines.append(f"divergence probability {at}: {self.divergence_probability:.2f}{error}")
         elif self.learning_rate is not None:
-            lines.append(
-                f"learning rate {self.learning_rate:g} is higher, for this size, than any that the calibrator has seen"
-            )
+            rate = f"learning rate {self.learning_rate:g}"
+            lines.append(f"{rate} is higher, for this size, than any that the calibrator has seen")
         if self.max_learning_rate is not None and self.even_learning_rate is not None:
             lines.append(
                 f"highest learning rate survived with probability {SURVIVES:.0%}: {self.max_learning_rate:.2g}; "
@@ -210,11 +152,10 @@ def _forecast(
         width=int(captured.states[0].shape[-1]),
         num_layers=spectrum.num_layers,
     )
+    covered = learning_rate is not None and calibrator.covers(example)
     return Forecast(
         learning_rate=learning_rate,
-        divergence_probability=calibrator.probability(example)
-        if learning_rate and calibrator.covers(example)
-        else None,
+        divergence_probability=calibrator.probability(example) if covered else None,
         max_learning_rate=calibrator.max_learning_rate(example, 1 - SURVIVES),
         even_learning_rate=calibrator.max_learning_rate(example, 0.5),
         held_out_error=calibrator.held_out_error,

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
-import typer
 from rich.table import Table
 
 from koopmon.cli.console import print_json, results
 from koopmon.cli.find_history import opened
-from koopmon.cli.options import POLICIES, AsJson, HistoryFile, RunArgument
-from koopmon.config import Config, load
+from koopmon.cli.options import POLICIES, AsJson, HistoryFile, RunArgument, option
+from koopmon.config import Config, PolicyConfig, load
 from koopmon.errors import ConfigError
+from koopmon.views.run_view import DecisionView
 
 if TYPE_CHECKING:
-    from koopmon.history.reader import DecisionRow
     from koopmon.offline.replay import Replayed
+
+Recorded: TypeAlias = dict[tuple[str, int], list[str]]
+"""Recorded actions by incarnation and step."""
 
 
 def replay(
     run: RunArgument,
     policy: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE", help=f"Configuration, TOML: [policy], [risk], [kss]. Or a name: {', '.join(POLICIES)}."
-        ),
-    ],
+        str, option("FILE", f"Configuration, TOML: [policy], [risk], [kss]. Or a name: {', '.join(POLICIES)}.")
+    ] = PolicyConfig().name,
     store: HistoryFile = None,
     as_json: AsJson = False,
 ) -> int:
@@ -40,14 +39,20 @@ def replay(
     config = _config(policy)
     with opened(run, store) as (history, _):
         rows = list(replaying.replay(history, run, config))
-        decisions = list(history.decisions(run))
+        then = _recorded(DecisionView.of_row(row) for row in history.decisions(run))
     if as_json:
-        print_json({"run": run, "policy": config.policy.name, "snapshots": [_plain(row) for row in rows]})
+        fields = ("incarnation", "step", "recorded_risk", "risk", "phase", "reason", "lr_scale", "kss_alpha")
+        snapshots = [
+            {name: getattr(row, name) for name in fields} | {"actions": [action.kind for action in row.actions]}
+            for row in rows
+        ]
+        print_json({"run": run, "policy": config.policy.name, "snapshots": snapshots})
         return 0
     out = results()
-    out.print(_table(run, config, rows, decisions))
-    for line in _words(config, rows, decisions):
-        out.print(line, soft_wrap=True)
+    table = _table(f"{run} under policy {config.policy.name}", rows, then)
+    if table.row_count:
+        out.print(table)
+    out.print(*_words(config, rows, then), sep="\n", soft_wrap=True)
     return 0
 
 
@@ -59,33 +64,19 @@ def _config(policy: str) -> Config:
     raise ConfigError(f"--policy {policy!r}: neither a file nor one of {', '.join(POLICIES)}")
 
 
-def _plain(row: Replayed) -> dict[str, Any]:
-    fields = ("incarnation", "step", "recorded_risk", "risk", "phase", "reason", "lr_scale", "kss_alpha")
-    return {name: getattr(row, name) for name in fields} | {"actions": [action.kind for action in row.actions]}
-
-
-def _recorded(decisions: Iterable[DecisionRow]) -> dict[tuple[str, int], list[str]]:
-    """Return the recorded actions by incarnation and step."""
-    found: dict[tuple[str, int], list[str]] = {}
+def _recorded(decisions: Iterable[DecisionView]) -> Recorded:
+    found: Recorded = {}
     for decision in decisions:
-        for row in decision.commands:
-            if row.command.lr_scale is not None:
-                text = f"learning rate x {row.command.lr_scale:.3g}"
-            elif row.command.kss is not None:
-                text = f"KSS alpha {row.command.kss.alpha:.3g}"
-            else:
-                continue
-            outcome = "" if row.outcome == "applied" else f" ({row.outcome})"
-            found.setdefault((decision.incarnation, decision.step), []).append(text + outcome)
+        for each in decision.commands:
+            if each.changes_training:
+                outcome = "" if each.outcome == "applied" else f" ({each.outcome})"
+                found.setdefault((decision.incarnation, decision.step), []).append(each.words + outcome)
     return found
 
 
-def _table(run: str, config: Config, rows: Sequence[Replayed], decisions: Sequence[DecisionRow]) -> Table:
-    then = _recorded(decisions)
-    table = Table(
-        "step", "risk then", "risk now", "done then", "done now", title=f"{run} under policy {config.policy.name}"
-    )
-    table.title_justify, table.title_style = "left", ""
+def _table(title: str, rows: Sequence[Replayed], then: Recorded) -> Table:
+    headings = ("step", "risk then", "risk now", "done then", "done now")
+    table = Table(*headings, title=title, title_justify="left", title_style="")
     for row in rows:
         before = then.get((row.incarnation, row.step), [])
         now = [action.reason for action in row.actions]
@@ -95,13 +86,15 @@ def _table(run: str, config: Config, rows: Sequence[Replayed], decisions: Sequen
     return table
 
 
-def _words(config: Config, rows: Sequence[Replayed], decisions: Sequence[DecisionRow]) -> list[str]:
-    then, now = sorted(step for _, step in _recorded(decisions)), [row.step for row in rows if row.actions]
+def _words(config: Config, rows: Sequence[Replayed], then: Recorded) -> list[str]:
+    now = [row.step for row in rows if row.actions]
+    lowest = min(row.lr_scale for row in rows)
+    scaled = f", learning rate down to {lowest:.3g} of its schedule" if lowest < 1.0 else ""
     worst = max(rows, key=lambda row: row.risk)
     span = f"{len(rows)} snapshots, steps {rows[0].step} to {rows[-1].step}"
     lines = [
         f"{span}; highest risk {worst.risk:.2f} at {worst.step}",
-        f"then: {_first(then)}; now: {_first(now)}, learning rate down to {min(row.lr_scale for row in rows):.3g}",
+        f"then: {_first(sorted(step for _, step in then))}; now: {_first(now)}{scaled}",
     ]
     if now:
         lines.append("the effect of these actions on the training is not known: the states are the recorded ones")

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from koopmon.cli.console import print_json, results
 from koopmon.cli.find_history import opened
-from koopmon.cli.options import AsJson, ConfigFile, HistoryFile, RunArgument
+from koopmon.cli.options import AsJson, ConfigFile, HistoryFile, RunArgument, option
 from koopmon.config import load
 from koopmon.errors import KoopmonError, one_line
 
@@ -17,9 +15,7 @@ from koopmon.errors import KoopmonError, one_line
 def report(
     run: RunArgument,
     store: HistoryFile = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Directory of the report. Default: koopmon-report-RUN, here.")
-    ] = None,
+    out: Annotated[Path | None, option("DIR", "Directory of the report. Default: koopmon-report-RUN, here.")] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> int:

@@ -8,8 +8,8 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -20,15 +20,7 @@ from koopmon.agent.autoload import python_path
 from koopmon.cli.console import say
 from koopmon.cli.embedded import READY_SECONDS, EmbeddedMonitor, MonitorNotReadyError
 from koopmon.cli.launch_inspection import run_store, script_name, spread
-from koopmon.cli.options import (
-    ConfigFile,
-    DryRun,
-    KeysDirectory,
-    PlaintextTcp,
-    Policy,
-    policy_overrides,
-    security_overrides,
-)
+from koopmon.cli.options import ConfigFile, DryRun, KeysDirectory, PlaintextTcp, Policy, option, overrides
 from koopmon.cli.supervise import run_job, signals_held, take_signal
 from koopmon.config import load
 from koopmon.errors import ConfigError, KoopmonError
@@ -42,8 +34,7 @@ ANSWER_SECONDS = 2.0
 def run(
     command: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The job's command.")],
     monitor: Annotated[
-        str | None,
-        typer.Option(metavar="ENDPOINT", help="Endpoint of a running monitor. Default: the job starts its own."),
+        str | None, option("ENDPOINT", "Endpoint of a running monitor. Default: the job starts its own.")
     ] = None,
     policy: Policy = None,
     dry_run: DryRun = False,
@@ -52,21 +43,19 @@ def run(
     insecure_plaintext_tcp: PlaintextTcp = False,
     name: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "NAME",
+            "Name of the run. Default: the script's and 8 hex digits. A restarted job keeps its name.",
             "--run",
-            metavar="NAME",
             envvar="KOOPMON_RUN",
-            help="Name of the run. Default: the script's and 8 hex digits. A restarted job keeps its name.",
         ),
     ] = None,
     http: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Address of the own monitor's pages. Default: a free port.")
+        str | None, option("HOST:PORT", "Address of the own monitor's pages. Default: a free port.")
     ] = None,
-    store: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The job's history. Default: under XDG_STATE_HOME.")
-    ] = None,
+    store: Annotated[Path | None, option("FILE", "The job's history. Default: under XDG_STATE_HOME.")] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the closing summary to this file, as JSON.")
+        Path | None, option("FILE", "Write the closing summary to this file, as JSON.", "--json")
     ] = None,
 ) -> int:
     """Guard an unchanged training job, on one node with a monitor of its own.
@@ -79,98 +68,91 @@ def run(
     """
     if not hasattr(signal, "sigwaitinfo"):
         raise KoopmonError("koopmon needs Linux")
-    overrides = policy_overrides(policy, dry_run) | security_overrides(keys, insecure_plaintext_tcp)
-    settings = load(config, overrides=overrides)
+    given = overrides("policy", name=policy, dry_run=dry_run)
+    given |= overrides("security", keys=keys, insecure_plaintext_tcp=insecure_plaintext_tcp)
+    settings = load(config, overrides=given)
     if name is not None:
         check_run_name(name, "--run")
-    job = JobRequest(command, name, config, dict(os.environ))
+    where = spread(command, os.environ)
+    named = name or new_run_name(script_name(command))
+    for_agents = {"KOOPMON_RUN": named, "KOOPMON_CONFIG": None if config is None else str(config.resolve())}
     of_monitor = {"--policy": policy, "--dry-run": dry_run or None, "--http": http, "--store": store}
     if monitor is not None:
         _refuse(of_monitor, "belongs to the monitor: give it to `koopmon monitor`, not beside --monitor")
         _refuse({"--json": json_file}, "with --monitor the monitor has the history: use `koopmon report`")
-        trust = make_auth_policy(**msgspec.structs.asdict(settings.security), environ=job.environ)
-        return _run_with_shared_monitor(job, monitor, trust, _security_environment(keys, insecure_plaintext_tcp))
+        trust = make_auth_policy(**msgspec.structs.asdict(settings.security), environ=os.environ)
+        for_agents["KOOPMON_KEYS"] = None if keys is None else str(keys.absolute())
+        for_agents[PLAINTEXT_VARIABLE] = "1" if insecure_plaintext_tcp else None
+        if where is not None:
+            # Ranks on other nodes have their own launchers, so the agents of the job agree on a name themselves.
+            for_agents["KOOPMON_RUN"] = name
+        return _run_with_shared_monitor(command, monitor, trust, for_agents)
     only_shared = {"--keys": keys, "--insecure-plaintext-tcp": insecure_plaintext_tcp or None}
     _refuse(only_shared, "needs --monitor: only this user reaches the job's own monitor")
-    options = [] if policy is None else ["--policy", policy]
-    return _run_with_own_monitor(job, [*options, *(["--dry-run"] if dry_run else [])], http, store, json_file)
-
-
-@dataclass(frozen=True, slots=True)
-class JobRequest:
-    """The job to guard: its command, the name and the configuration that the user gave, and its environment."""
-
-    command: list[str]
-    name: str | None
-    config: Path | None
-    environ: dict[str, str]
-
-    def run_name(self) -> str:
-        return self.name or new_run_name(script_name(self.command))
-
-    def guarded_by(self, endpoint: str, name: str | None, more: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Return the job's environment: the monitor's endpoint, and the directory that attaches every rank."""
-        # KOOPMON_HTTP_* are the monitor's secrets.
-        job = {key: value for key, value in self.environ.items() if not key.startswith("KOOPMON_HTTP_")}
-        job |= {"KOOPMON_ENDPOINT": endpoint, **(more or {})}
-        if name is not None:
-            job["KOOPMON_RUN"] = name
-        if self.config is not None:
-            job["KOOPMON_CONFIG"] = str(self.config.resolve())
-        job["PYTHONPATH"] = python_path(self.environ)
-        return job
-
-
-def _run_with_shared_monitor(job: JobRequest, monitor: str, trust: AuthPolicy, security: Mapping[str, str]) -> int:
-    endpoint = trust.check(monitor)
-    trust.check_agent_keys(endpoint)
-    # Ranks on other nodes have their own launchers, so the agents of a multi-node job agree on a name themselves.
-    name = job.name if spread(job.command, job.environ) else job.run_name()
-    if (why := _why_silent(endpoint, trust)) is not None:
-        because = f" ({why})" if why else ""
-        advice = f"the job is guarded once `koopmon monitor --bind {endpoint}` runs; `koopmon doctor` finds the reason"
-        say(f"no monitor answers at {endpoint}{because}: {advice}")
-    with signals_held() as mask:
-        return run_job(job.command, job.guarded_by(endpoint, name, security), mask)
-
-
-def _run_with_own_monitor(
-    job: JobRequest, options: list[str], http: str | None, store: Path | None, json_file: Path | None
-) -> int:
-    if (where := spread(job.command, job.environ)) is not None:
+    if where is not None:
         raise ConfigError(
             f"the job is on other nodes too, or this is one of its ranks ({where}): start `koopmon monitor` where all "
             "ranks reach it, and give its endpoint with --monitor"
         )
-    name = job.run_name()
-    store = store or _default_store(name)
-    if job.config is not None:
-        options = ["--config", str(job.config), *options]
-    embedded = EmbeddedMonitor(store, http=http or "127.0.0.1:0", options=options)
-    with signals_held() as mask, contextlib.ExitStack() as stack:
-        stack.callback(embedded.close)
-        try:
-            stopped = _await_monitor(embedded, job.environ, mask)
-        except MonitorNotReadyError as error:
-            say(f"the job runs unguarded, because its monitor did not start: {error}")
-            embedded.close()
-            return run_job(job.command, job.environ, mask)
-        if stopped is not None:
-            say("stopped before the job was started")
-            return 128 + stopped
-        say(f"run {name}: guarded; live page at {embedded.page}, metrics at {embedded.url}")
-        status = run_job(job.command, job.guarded_by(embedded.endpoint, name), mask, _Watcher(embedded))
-        embedded.close(lambda: say("the monitor writes the received snapshots to its history"))
-    _close_with_summary(store, name, status, json_file)
+    options = {"--http": http or "127.0.0.1:0", "--policy": policy, "--config": None if config is None else str(config)}
+    words = [word for name, value in options.items() if value is not None for word in (name, value)]
+    words += ["--dry-run"] if dry_run else []
+    store = store or _default_store(named)
+    status = _run_with_own_monitor(command, named, store, words, for_agents)
+    _close_with_summary(store, named, status, json_file)
     return status
 
 
-def _await_monitor(
-    embedded: EmbeddedMonitor, environ: Mapping[str, str], mask: set[signal.Signals]
-) -> signal.Signals | None:
+def _guarded(endpoint: str, for_agents: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the job's environment: the monitor's endpoint, and the directory that attaches every rank."""
+    # KOOPMON_HTTP_* are the monitor's secrets.
+    job = {key: value for key, value in os.environ.items() if not key.startswith("KOOPMON_HTTP_")}
+    job |= {key: value for key, value in for_agents.items() if value is not None}
+    return job | {"KOOPMON_ENDPOINT": endpoint, "PYTHONPATH": python_path(os.environ)}
+
+
+def _run_with_shared_monitor(
+    command: list[str], monitor: str, trust: AuthPolicy, for_agents: Mapping[str, str | None]
+) -> int:
+    # Imported late because it imports zmq.
+    from koopmon.wire.probe import probe
+
+    endpoint = trust.check(monitor)
+    trust.check_agent_keys(endpoint)
+    found = probe(endpoint, trust, timeout_seconds=ANSWER_SECONDS)
+    if found.reply is None and not found.refused:
+        because = f" ({found.failure})" if found.failure else ""
+        advice = f"the job is guarded once `koopmon monitor --bind {endpoint}` runs; `koopmon doctor` finds the reason"
+        say(f"no monitor answers at {endpoint}{because}: {advice}")
+    with signals_held() as mask:
+        return run_job(command, _guarded(endpoint, for_agents), mask)
+
+
+def _run_with_own_monitor(
+    command: list[str], name: str, store: Path, options: list[str], for_agents: Mapping[str, str | None]
+) -> int:
+    environ = {key: value for key, value in os.environ.items() if key != "KOOPMON_RUN"}
+    with signals_held() as mask, contextlib.ExitStack() as stack:
+        say("starting the monitor")
+        try:
+            embedded = EmbeddedMonitor(store, environ, mask, options)
+            stack.callback(embedded.close)
+            stopped = _await_monitor(embedded)
+        except MonitorNotReadyError as error:
+            say(f"the job runs unguarded, because its monitor did not start: {error}")
+            stack.close()
+            return run_job(command, os.environ, mask)
+        if stopped is not None:
+            say("stopped before the job was started")
+            return 128 + stopped
+        say(f"run {name}: guarded; live page at {embedded.page}, metrics at {embedded.page}metrics")
+        status = run_job(command, _guarded(embedded.endpoint, for_agents), mask, _death_notice(embedded))
+        embedded.close(lambda: say("the monitor writes the received snapshots to its history"))
+    return status
+
+
+def _await_monitor(embedded: EmbeddedMonitor) -> signal.Signals | None:
     """Wait for the monitor; return None, or the signal that ended the wait. Raises MonitorNotReadyError."""
-    say("starting the monitor")
-    embedded.start({key: value for key, value in environ.items() if key != "KOOPMON_RUN"}, mask)
     deadline = time.monotonic() + READY_SECONDS
     while not embedded.ready():
         if time.monotonic() > deadline:
@@ -180,23 +162,17 @@ def _await_monitor(
     return None
 
 
-class _Watcher:
-    """Prints one message when the monitor dies while the job runs."""
+def _death_notice(embedded: EmbeddedMonitor) -> Callable[[], None]:
+    """Return a function that prints one message after the monitor has died."""
+    said = False
 
-    def __init__(self, embedded: EmbeddedMonitor) -> None:
-        self._embedded = embedded
-        self._said = False
+    def check() -> None:
+        nonlocal said
+        if not said and not embedded.alive:
+            said = True
+            say(f"the monitor died, the job goes on as it is, unguarded; its log is {embedded.log}")
 
-    def __call__(self) -> None:
-        if not self._said and not self._embedded.alive:
-            self._said = True
-            say(f"the monitor died, the job goes on as it is, unguarded; its log is {self._embedded.log}")
-
-
-def _security_environment(keys: Path | None, plaintext_tcp: bool) -> dict[str, str]:
-    """Return the command-line key settings for the agents in the job: a directory, never a key."""
-    named = {} if keys is None else {"KOOPMON_KEYS": str(keys.absolute())}
-    return named | ({PLAINTEXT_VARIABLE: "1"} if plaintext_tcp else {})
+    return check
 
 
 def _default_store(name: str) -> Path:
@@ -210,19 +186,11 @@ def _default_store(name: str) -> Path:
         return Path(tempfile.mkdtemp(prefix="koopmon-history-")) / store.name
 
 
-def _why_silent(endpoint: str, trust: AuthPolicy) -> str | None:
-    """Return the reason, possibly empty, why no monitor answers at a checked endpoint; None when one answers."""
-    from koopmon.wire.probe import probe
-
-    found = probe(endpoint, trust, timeout_seconds=ANSWER_SECONDS)
-    return None if found.reply is not None or found.refused else found.failure
-
-
 def _refuse(given: Mapping[str, object], why: str) -> None:
     """Raise ConfigError if any of these options was given."""
-    for option, value in given.items():
+    for name, value in given.items():
         if value is not None:
-            raise ConfigError(f"{option} {why}")
+            raise ConfigError(f"{name} {why}")
 
 
 def _close_with_summary(store: Path, name: str, status: int, json_file: Path | None) -> None:
@@ -233,7 +201,7 @@ def _close_with_summary(store: Path, name: str, status: int, json_file: Path | N
         for line in summary.lines():
             say(line)
     if json_file is not None:
-        result = {"run": name, "exit_status": status} | ({} if summary is None else summary.to_dict())
+        result = {"run": name, "exit_status": status} | ({} if summary is None else asdict(summary))
         try:
             json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         except OSError as error:

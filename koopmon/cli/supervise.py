@@ -11,22 +11,12 @@ from functools import partial
 
 from koopmon.errors import KoopmonError
 
-FORWARDED = frozenset(
-    {
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-        signal.SIGQUIT,
-        signal.SIGUSR1,
-        signal.SIGUSR2,
-        signal.SIGALRM,
-        signal.SIGCONT,
-        signal.SIGWINCH,
-    }
-)
+_ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+"""Forwarded signals that end the launcher while no job runs."""
+_FORWARDED = _ENDING | {signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}
 _FROM_TERMINAL = frozenset({signal.SIGINT, signal.SIGQUIT, signal.SIGWINCH})
 _SENT_BY_KERNEL = 0x80  # si_code SI_KERNEL
-_WATCHED = FORWARDED | {signal.SIGCHLD}
+_WATCHED = _FORWARDED | {signal.SIGCHLD}
 
 
 class CommandNotFoundError(KoopmonError):
@@ -53,8 +43,7 @@ def signals_held() -> Iterator[set[signal.Signals]]:
 
 def take_signal(timeout_seconds: float) -> signal.Signals | None:
     """Wait up to `timeout_seconds` for a signal that would end the launcher; return it, or None."""
-    ending = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
-    info = signal.sigtimedwait(ending, timeout_seconds)
+    info = signal.sigtimedwait(_ENDING, timeout_seconds)
     return None if info is None else signal.Signals(info.si_signo)
 
 

@@ -7,7 +7,6 @@ import copy
 from collections.abc import Mapping, Sized
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +18,6 @@ from koopmon.conformance.result import demand
 from koopmon.errors import AdapterError, ConfigError, raise_from_signal
 from koopmon.plugins import claims_on, example_models
 from koopmon.spectral import LARGEST_EXPONENT
-from koopmon.wire.messages import KssSettings
 
 
 def example(bench: Bench) -> str:
@@ -34,10 +32,8 @@ def claim(bench: Bench) -> str:
     before = _attributes(adapter)
     found = adapter.specificity(model)
     demand(type(found) is int, f"specificity() gives {found!r}, expected an int")
-    demand(
-        1 <= found <= MAX_SPECIFICITY,
-        f"specificity() gives {found} for a model of its own family, allowed are 1 to {MAX_SPECIFICITY}",
-    )
+    within = 1 <= found <= MAX_SPECIFICITY
+    demand(within, f"specificity() gives {found} for a model of its own family, allowed are 1 to {MAX_SPECIFICITY}")
     same = {"again": model, "for another build": bench.build()}
     with contextlib.suppress(Exception):  # some models cannot be copied
         same["for a deepcopy"] = copy.deepcopy(model)
@@ -46,8 +42,7 @@ def claim(bench: Bench) -> str:
         demand(now == found, f"specificity() gives {found}, and {now} {when} of the same model")
     adapter.stacks(model)
     adapter.flags(model)
-    after = _attributes(adapter)
-    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    changed = _changed(before, _attributes(adapter))
     demand(not changed, f"the adapter keeps {', '.join(changed)} of one model for the next: it must be stateless")
     others = {name: other for name, other in bench.known.items() if other is not adapter}
     for name, claim in claims_on(model, others).items():
@@ -73,10 +68,8 @@ def restraint(bench: Bench) -> str:
             raise_from_signal(error)
             continue
         found = adapter.specificity(model)
-        demand(
-            found < theirs,
-            f"specificity() gives {found} for {offer.name!r}, a model of adapter {owner.name!r}, which claims {theirs}",
-        )
+        rival = f"{offer.name!r}, a model of adapter {owner.name!r}, which claims {theirs}"
+        demand(found < theirs, f"specificity() gives {found} for {rival}")
         seen.append(offer.name)
     return f"claims none of {', '.join([*_strangers(), *seen])}"
 
@@ -98,8 +91,7 @@ def untouched(bench: Bench) -> str:
         before, values = _state(model), {key: value.clone() for key, value in _tensors(model).items()}
         random_state = torch.get_rng_state()
         ask()
-        after = _state(model)
-        changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+        changed = _changed(before, _state(model))
         demand(not changed, f"{name} changes the model: {', '.join(changed[:4])}")
         now = _tensors(model)
         changed = [key for key in values if not same_bits(values[key], now[key])]
@@ -121,11 +113,9 @@ def candidates(adapter: ArchitectureAdapter, model: nn.Module) -> list[Stack]:
         demand(in_order, f"stack {stack.name!r} numbers its layers {layers}, expected 0 and up in order")
         for point in stack.points:
             resolved = modules.get(point.name)
-            demand(
-                resolved is point.module,
-                f"point {point.name!r} of stack {stack.name!r} names "
-                f"{'no module' if resolved is None else 'another module than its own'} in the model",
-            )
+            named = "no module" if resolved is None else "another module than its own"
+            where = f"point {point.name!r} of stack {stack.name!r}"
+            demand(resolved is point.module, f"{where} names {named} in the model")
             demand(point.entry in inside, f"the entry of point {point.name!r} is no module of the model")
         distinct = len({point.module for point in stack.points})
         demand(distinct == len(layers), f"stack {stack.name!r} has {len(layers)} points on {distinct} modules")
@@ -140,7 +130,8 @@ def discovery(bench: Bench) -> str:
     model = bench.build()
     first, second = candidates(bench.adapter, model), candidates(bench.adapter, model)
     demand(first == second, "stacks() gives two different answers for one model")
-    demand(not bench.no_chain, bench.no_chain)
+    name, why = bench.chain
+    demand(name is not None, why)
     stack = bench.stack(model)
     return f"{len(stack.points)} blocks in {stack.name or 'the model itself'}, verified by a forward pass"
 
@@ -171,12 +162,10 @@ def check_settings(adapter: ArchitectureAdapter) -> None:
             configuration.from_mapping({table: dict(values)}, source=source)
         except ConfigError as error:
             raise AdapterError(str(error)) from None
-        if table == "kss":  # the fields of the wire message have their own bounds
-            travels = {name: value for name, value in values.items() if name in KssSettings.__struct_fields__}
-            try:
-                msgspec.convert(travels, KssSettings)
-            except msgspec.ValidationError as error:
-                raise AdapterError(f"{source}: {error}") from None
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return [name for name in before | after if before.get(name) != after.get(name)]
 
 
 def _attributes(adapter: ArchitectureAdapter) -> dict[str, Any]:
@@ -200,7 +189,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def _strangers() -> dict[str, nn.Module]:

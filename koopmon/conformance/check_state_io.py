@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from koopmon.api import Point, Stack
+from koopmon.api import Stack
 from koopmon.conformance.harness import MIN_TOKENS, Bench, at_points, described, parts, same_bits, seeded
 from koopmon.conformance.result import demand
+from koopmon.conformance.training import Training
 from koopmon.token_sampling import align_mask
 
 
@@ -19,22 +19,19 @@ def shapes(bench: Bench) -> str:
     """Input and output of every block are states of one shape (..., T, D), and the token mask fits them."""
     model = bench.build()
     stack = bench.likely_stack(model)
-    first: list[tuple[str, Tensor]] = []
-    masks: list[tuple[Any, torch.Size]] = []
-    asked: list[Any] = []
+    seen: list[tuple[str, Tensor]] = []
+    masks: list[Any] = []
 
     def root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        asked[:] = [bench.adapter.token_mask(module, args, kwargs, stack)]
+        masks.append(bench.adapter.token_mask(module, args, kwargs, stack))
 
-    def check(what: str, state: Any) -> None:
-        demand(isinstance(state, Tensor), f"{what} gives {described(state)}, expected the state, a tensor")
+    def check(where: str, state: Any) -> None:
+        demand(isinstance(state, Tensor), f"{where} gives {described(state)}, expected the state, a tensor")
         sound = state.is_floating_point() and state.dim() >= 2
-        demand(sound, f"{what} gives {described(state)}, expected a state of shape (..., T, D)")
-        if not first:
-            first.append((what, state))
-            masks.append((asked[0], state.shape[:-1]))
-        where, other = first[0]
-        demand(state.shape == other.shape, f"{what} gives {described(state)}, and {where} {described(other)}")
+        demand(sound, f"{where} gives {described(state)}, expected a state of shape (..., T, D)")
+        seen.append((where, state))
+        first, other = seen[0]
+        demand(state.shape == other.shape, f"{where} gives {described(state)}, and {first} {described(other)}")
 
     def enter(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         check(f"block_input at {stack.points[layer].name}", bench.adapter.block_input(module, args, kwargs))
@@ -44,19 +41,20 @@ def shapes(bench: Bench) -> str:
 
     model.register_forward_pre_hook(root, with_kwargs=True)
     _one_forward(bench, model, stack, enter, leave)
-    demand(first, f"no block of stack {stack.name!r} is called in a forward pass")
-    (mask, leading), (_, state) = masks[0], first[0]
+    demand(seen, f"no block of stack {stack.name!r} is called in a forward pass")
+    mask, (_, state) = masks[0], seen[0]
+    leading = state.shape[:-1]
     tokens = leading.numel()
     demand(tokens >= MIN_TOKENS, f"the example's batch has {tokens} tokens, expected at least {MIN_TOKENS}")
-    seen = "all tokens count"
+    counted = "all tokens count"
     if mask is not None:
         boolean = isinstance(mask, Tensor) and mask.dtype == torch.bool
         demand(boolean, f"token_mask gives {described(mask)}, expected a boolean tensor")
         fits = align_mask(mask, leading) is not None
         demand(fits, f"token_mask gives {described(mask)}, which fits no state of shape {tuple(state.shape)}")
         demand(mask.any(), "token_mask counts no token at all")
-        seen = f"{int(mask.sum())} of {tokens} tokens count"
-    return f"{len(stack.points)} blocks carry {described(state)}, {seen}"
+        counted = f"{int(mask.sum())} of {tokens} tokens count"
+    return f"{len(stack.points)} blocks carry {described(state)}, {counted}"
 
 
 def reading(bench: Bench) -> str:
@@ -65,20 +63,17 @@ def reading(bench: Bench) -> str:
     stack = bench.likely_stack(model)
 
     def enter(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with _unchanged("block_input", stack.points[layer], (args, kwargs)):
-            state = adapter.block_input(module, args, kwargs)
-        _own("block_input", stack.points[layer], state, (args, kwargs), adapter.block_input(module, args, kwargs))
+        where, call = f"block_input at {stack.points[layer].name}", (args, kwargs)
+        _own(where, *_asked_twice(where, call, lambda: adapter.block_input(module, args, kwargs)), call)
 
     def leave(layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        with _unchanged("block_output", stack.points[layer], output):
-            state = adapter.block_output(module, output)
-        _own("block_output", stack.points[layer], state, output, adapter.block_output(module, output))
+        where = f"block_output at {stack.points[layer].name}"
+        _own(where, *_asked_twice(where, output, lambda: adapter.block_output(module, output)), output)
 
     def root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with _unchanged("token_mask", None, (args, kwargs)):
-            mask = adapter.token_mask(module, args, kwargs, stack)
-        again = adapter.token_mask(module, args, kwargs, stack)
-        demand(same_bits(mask, again), "token_mask gives two different answers for one call")
+        call = (args, kwargs)
+        masks = _asked_twice("token_mask", call, lambda: adapter.token_mask(module, args, kwargs, stack))
+        demand(same_bits(*masks), "token_mask gives two different answers for one call")
 
     model.register_forward_pre_hook(root, with_kwargs=True)
     _one_forward(bench, model, stack, enter, leave)
@@ -87,8 +82,8 @@ def reading(bench: Bench) -> str:
 
 def round_trip(bench: Bench) -> str:
     """with_block_output replaces only the state; a replacement by the same state changes nothing."""
-    adapter, model = bench.adapter, bench.build()
-    stack = bench.likely_stack(model)
+    adapter, plain, replaced = bench.adapter, Training(bench), Training(bench)
+    stack = bench.likely_stack(replaced.model)
     kinds: dict[str, None] = {}
 
     def leave(layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -103,10 +98,8 @@ def round_trip(bench: Bench) -> str:
         kept = adapter.block_output(module, output)
         demand(kept is not None and same_bits(kept, state), f"{where} changes the output that it was given")
         back = adapter.block_output(module, changed)
-        demand(
-            back is not None and same_bits(back, marker),
-            f"{where} does not put the state where block_output at {name} reads it",
-        )
+        arrived = back is not None and same_bits(back, marker)
+        demand(arrived, f"{where} does not put the state where block_output at {name} reads it")
         before, after = parts(output), parts(changed)
         demand(before.keys() == after.keys(), f"{where} gives parts {list(after)} for {list(before)}")
         for path, part in before.items():
@@ -115,44 +108,38 @@ def round_trip(bench: Bench) -> str:
         kinds[type(output).__name__] = None
         return adapter.with_block_output(module, output, state.clone())
 
-    plain = bench.build()
-    with seeded(1):
-        expected = bench.loss(plain, bench.batch(0))
-        expected.backward()  # type: ignore[no-untyped-call]
-    found = _one_forward(bench, model, stack, None, leave)
-    demand(
-        same_bits(found.detach(), expected.detach()),
-        f"with every state replaced by its copy, the loss is {found.item()!r}, and {expected.item()!r} without",
-    )
-    found.backward()  # type: ignore[no-untyped-call]
-    for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+    plain.backward()
+    with at_points(stack, leave=leave):
+        replaced.backward()
+    copied, (expected,), (found,) = "with every state replaced by its copy", plain.losses, replaced.losses
+    same = same_bits(found, expected)
+    demand(same, f"{copied}, the loss is {found.item()!r}, and {expected.item()!r} without")
+    for (name, mine), theirs in zip(replaced.model.named_parameters(), plain.model.parameters(), strict=True):
         left, right = (torch.zeros_like(each) if each.grad is None else each.grad for each in (mine, theirs))
         same = torch.allclose(left, right, rtol=1e-4, atol=1e-6, equal_nan=True)
-        demand(same, f"with every state replaced by its copy, the gradient of {name} is another")
+        demand(same, f"{copied}, the gradient of {name} is another")
     return f"{', '.join(kinds)}: only the state is replaced"
 
 
-def _one_forward(bench: Bench, model: nn.Module, stack: Stack, enter: Any, leave: Callable[..., Any]) -> Tensor:
-    """Return the loss of one training forward with hooks before and after every block."""
+def _one_forward(bench: Bench, model: nn.Module, stack: Stack, enter: Any, leave: Callable[..., Any]) -> None:
+    """Run one training forward with hooks before and after every block."""
     with at_points(stack, enter, leave), seeded(1):
-        return bench.loss(model, bench.batch(0))
+        bench.loss(model, bench.batch(0))
 
 
-@contextmanager
-def _unchanged(method: str, point: Point | None, call: Any) -> Iterator[None]:
-    """Check that the body writes to no tensor of `call`. Raises ConformanceError."""
-    where = f"{method} at {point.name}" if point is not None else method
+def _asked_twice(where: str, call: Any, ask: Callable[[], Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """Return two answers, after a check that the first one left the tensors of `call` unchanged."""
     tensors = _tensors(call)
     before = [(tensor._version, tensor.detach().clone()) for tensor in tensors]
-    yield
+    answer = ask()
     for tensor, (version, values) in zip(tensors, before, strict=True):
         kept = tensor._version == version and same_bits(tensor.detach(), values)
         demand(kept, f"{where} writes into {described(tensor)} that it was given")
+    return answer, ask()
 
 
-def _own(method: str, point: Point, state: Tensor | None, call: Any, again: Tensor | None) -> None:
+def _own(where: str, state: Tensor | None, again: Tensor | None, call: Any) -> None:
     """Check that `state` is a tensor of `call` or a view of one, and attached to its graph."""
-    where = f"{method} at {point.name}"
     demand(isinstance(state, Tensor), f"{where} gives {described(state)}, expected a tensor")
     assert state is not None
     origins = [tensor for tensor in _tensors(call) if _shares(tensor, state)]

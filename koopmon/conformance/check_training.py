@@ -13,16 +13,8 @@ from torch import Tensor
 
 from koopmon.conformance.harness import Bench, same_bits
 from koopmon.conformance.result import ConformanceError, demand
-from koopmon.conformance.training import (
-    LEARNING_RATE,
-    NUM_SAMPLES,
-    SEED,
-    Attached,
-    Seen,
-    Training,
-    Witness,
-    require_checkpointing,
-)
+from koopmon.conformance.training import LEARNING_RATE, NUM_SAMPLES, SEED, Attached, Seen, Training, Witness
+from koopmon.errors import foreign_code
 from koopmon.spectral import kss_basis, kss_gradient, kss_loss
 from koopmon.token_sampling import align_mask, order_rows, take_rows
 from koopmon.wire.messages import KssSettings
@@ -38,7 +30,7 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-2}
 def taps(bench: Bench, *, microbatches: int = 1, evaluate: bool = False, checkpointing: bool = False) -> str:
     """Each block is called once in a training forward, and each optimizer step gives one snapshot of its states."""
     if checkpointing:
-        require_checkpointing(bench)
+        _require_checkpointing(bench)
     training = Training(bench, microbatches=microbatches, checkpointing=checkpointing)
     likely = bench.likely_stack(training.model)
     witness = Witness(bench, training.model, likely)
@@ -67,13 +59,11 @@ def taps(bench: Bench, *, microbatches: int = 1, evaluate: bool = False, checkpo
         rows = _rows(seen, NUM_SAMPLES, snapshot.step)
         whole = len(seen.states) == len(snapshot.states)
         demand(whole, f"the snapshot of step {snapshot.step} has {len(snapshot.states)} states of {len(seen.states)}")
-        for layer, state in enumerate(seen.states):
-            found = snapshot.states[layer]
-            demand(
-                same_bits(found, take_rows(state, rows).to(found)),
-                f"the snapshot of step {snapshot.step} does not hold the states of the step's first microbatch behind "
-                f"{likely.points[layer - 1].name if layer else 'the input of the first block'}",
-            )
+        places = ["the input of the first block", *(point.name for point in likely.points)]
+        for place, state, found in zip(places, seen.states, snapshot.states, strict=True):
+            held = same_bits(found, take_rows(state, rows).to(found))
+            expected_states = f"the states of the step's first microbatch behind {place}"
+            demand(held, f"the snapshot of step {snapshot.step} does not hold {expected_states}")
     return f"{len(taken)} snapshots in {NUM_STEPS} steps of {microbatches}, each of {len(likely.points) + 1} points"
 
 
@@ -87,10 +77,8 @@ def losses(bench: Bench) -> str:
     for index, (theirs, ours) in enumerate(zip(plain.losses, watched.losses, strict=True)):
         if not same_bits(theirs, ours):
             _require_repeatable(bench, plain)
-        demand(
-            same_bits(theirs, ours),
-            f"the loss of microbatch {index} is {ours.item()!r} with the agent attached, {theirs.item()!r} without",
-        )
+        compared = f"{ours.item()!r} with the agent attached, {theirs.item()!r} without"
+        demand(same_bits(theirs, ours), f"the loss of microbatch {index} is {compared}")
     for index, (theirs, ours) in enumerate(zip(plain.random_states, watched.random_states, strict=True)):
         demand(torch.equal(theirs, ours), f"the random state after microbatch {index} is another with the agent")
     demand(same_bits(plain.values(), watched.values()), "the parameters at the end are others with the agent attached")
@@ -110,7 +98,7 @@ def _require_repeatable(bench: Bench, first: Training) -> None:
 def kss(bench: Bench, *, checkpointing: bool = False) -> str:
     """The gradient with KSS in force equals that of an explicit (loss + alpha * kss).backward()."""
     if checkpointing:
-        require_checkpointing(bench)
+        _require_checkpointing(bench)
     dtype = bench.precise
     alpha = _balanced_alpha(bench)
     written = _Explicit(bench, alpha, microbatches=2, learning_rate=0.0)
@@ -149,15 +137,13 @@ def learning_rate(bench: Bench) -> str:
         for step in range(6):
             if step in (2, 4):
                 attached.command("set_lr_scale", lr_scale=0.5 if step == 2 else 1.0)
-            guarded.backward()
-            guarded.update()
+            guarded.run(1)
             scales.append(attached.lr_scale)
             after = [group["lr"] for group in guarded.optimizer.param_groups]
             demand(after == before, f"between steps the learning rates are {after}, expected the user's own {before}")
-            hand.backward()
             for group, rate in zip(hand.optimizer.param_groups, before, strict=True):
                 group["lr"] = rate * scales[-1]
-            hand.update()
+            hand.run(1)
         attached.check()
     demand(scales == [1.0, 1.0, 0.5, 0.5, 1.0, 1.0], f"the scales in force were {scales}")
     demand(same_bits(guarded.values(), hand.values()), "the parameters are not those of a rate that was scaled by hand")
@@ -191,6 +177,14 @@ def kss_on_and_off(bench: Bench) -> str:
         f"{allowed:.0e}",
     )
     return f"on for two steps and off again, relative difference {difference:.0e} from the same by hand"
+
+
+def _require_checkpointing(bench: Bench) -> None:
+    """Raise SkipTest if the example does not train under activation checkpointing even without an agent."""
+    trial = Training(bench, checkpointing=True)
+    what = "the model itself does not train under activation checkpointing"
+    with foreign_code(lambda why: SkipTest(f"{what}: it {why}")):
+        trial.backward()
 
 
 class _Explicit(Training):

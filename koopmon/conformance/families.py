@@ -6,9 +6,8 @@ import math
 from typing import Any
 
 from msgspec.structs import replace
-from torch import nn
 
-from koopmon.api import Observable, Stack
+from koopmon.api import Observable
 from koopmon.conformance.check_training import KSS
 from koopmon.conformance.harness import Bench, described, same_bits
 from koopmon.conformance.result import demand
@@ -22,9 +21,15 @@ def observables(bench: Bench) -> str:
     stack = bench.stack(training.model)
     why = flaw(bench.adapter.measures)
     demand(not why, why)
-    offered = list(bench.adapter.observables(stack))
+    offered: list[Any] = list(bench.adapter.observables(stack))
+    listed, last = ", ".join(bench.adapter.measures) or "nothing", len(stack.points) - 1
+    inside = set(training.model.modules())
     for each in offered:
-        _check_observable(bench, training.model, stack, each)
+        demand(isinstance(each, Observable), f"observables() gives {described(each)}, expected an Observable")
+        demand(each.name in bench.adapter.measures, f"observables() gives {each.name!r}, and `measures` lists {listed}")
+        name = f"observable {each.name!r}"
+        demand(0 <= each.layer <= last, f"{name} is of transition {each.layer}, allowed are 0 to {last}")
+        demand(each.module in inside, f"{name} of transition {each.layer} is read from no module of the model")
     if not offered:
         return "measures nothing beside the spectra"
     with Attached(training) as attached:
@@ -37,16 +42,6 @@ def observables(bench: Bench) -> str:
     silent = {each.name for each in offered} - {name for name, _ in snapshot.observed}
     absent = f", nothing to read of {', '.join(sorted(silent))}" if silent else ""
     return f"{len(snapshot.observed)} readings in a snapshot{absent}"
-
-
-def _check_observable(bench: Bench, model: nn.Module, stack: Stack, each: Any) -> None:
-    demand(isinstance(each, Observable), f"observables() gives {described(each)}, expected an Observable")
-    listed = ", ".join(bench.adapter.measures) or "nothing"
-    demand(each.name in bench.adapter.measures, f"observables() gives {each.name!r}, and `measures` lists {listed}")
-    last = len(stack.points) - 1
-    demand(0 <= each.layer <= last, f"observable {each.name!r} is of transition {each.layer}, allowed are 0 to {last}")
-    within = any(module is each.module for module in model.modules())
-    demand(within, f"observable {each.name!r} of transition {each.layer} is read from no module of the model")
 
 
 def shields(bench: Bench) -> str:

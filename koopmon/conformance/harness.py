@@ -22,7 +22,7 @@ from koopmon.chain_verifier import ChainVerifier
 from koopmon.conformance.result import ConformanceError, demand
 from koopmon.discovery import probe, random_state_kept
 from koopmon.errors import KoopmonError, foreign_code, raise_from_signal
-from koopmon.plugins import Selection, adapters, select
+from koopmon.plugins import adapters, select
 
 MIN_TOKENS = 32
 """Minimum number of tokens of one microbatch for a meaningful spectrum."""
@@ -65,7 +65,19 @@ class Bench:
         """Return the 0-d training loss of one forward pass of `model`."""
         if self.example.loss is not None:
             return self.example.loss(model, batch)
-        return _loss_of(call(model, batch))
+        if isinstance(batch, Mapping):
+            output = model(**batch)
+        else:
+            output = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if isinstance(loss, Tensor):
+            return loss
+        for part in parts(output).values():
+            if isinstance(part, Tensor) and part.is_floating_point():
+                return part.square().mean()
+        raise ConformanceError(
+            f"the model gives {described(output)}, without a loss: name one with ExampleModel(loss=)"
+        )
 
     @cached_property
     def flaw(self) -> str:
@@ -84,11 +96,8 @@ class Bench:
         for name in left:
             same = name in right and same_bits(left[name], right[name])
             demand(same, f"build(0) gives two models that differ in {name}, expected the same for the same seed")
-        self._batches.pop(0, None)
-        again = self.batch(0)
-        self._batches.pop(0, None)
-        pairs = zip(parts(again).items(), parts(self.batch(0)).values(), strict=True)
-        for (path, one), other in pairs:
+        batches = (parts(self._made(0)[1]) for _ in range(2))
+        for (path, one), other in zip(next(batches).items(), next(batches).values(), strict=True):
             same = not isinstance(one, Tensor) or same_bits(one, other)
             demand(same, f"build(0) gives two batches that differ in {path or 'their tensor'}, expected the same")
         losses = []
@@ -102,16 +111,6 @@ class Bench:
             losses.append(loss)
         demand(same_bits(*losses), f"the same training step gives {losses[0].item()!r} and {losses[1].item()!r}")
         losses[0].backward()  # type: ignore[no-untyped-call]
-
-    def require_example(self) -> None:
-        """Raise SkipTest when the example model itself is invalid."""
-        if self.flaw:
-            raise SkipTest(f"needs a sound example model: {self.flaw}")
-
-    @cached_property
-    def selection(self) -> Selection:
-        """The adapter's candidates in one instance of the model, for names and counts."""
-        return select(self.build(), self.adapter)
 
     @cached_property
     def shields(self) -> tuple[str, ...]:
@@ -138,8 +137,8 @@ class Bench:
             raise SkipTest("needs the modules shielded from KSS, which `kss-shields` does not find") from None
 
     @cached_property
-    def _verified(self) -> tuple[str | None, str]:
-        """Name of the verified chain and "", or None and the reason."""
+    def chain(self) -> tuple[str | None, str]:
+        """Name of the stack that a forward pass verifies and "", or None and the reason against each candidate."""
         try:
             with foreign_code(ConformanceError):  # the adapter's own code
                 model = self.build()
@@ -155,14 +154,9 @@ class Bench:
             return None, f"no stack is a chain of residual blocks: {reason}"
         return kept.name, ""
 
-    @property
-    def no_chain(self) -> str:
-        """Reason why no forward pass verifies a chain; empty when one does."""
-        return self._verified[1]
-
     def stack(self, model: nn.Module) -> Stack:
         """Return the verified chain in `model`. Raises SkipTest without one; `discovery` reports the reason."""
-        name = self._verified[0]
+        name = self.chain[0]
         if name is None:
             raise SkipTest("needs the chain that `discovery` does not find")
         return next(stack for stack in self.adapter.stacks(model) if stack.name == name)
@@ -172,7 +166,7 @@ class Bench:
         stacks = self.adapter.stacks(model)
         if not stacks:
             raise SkipTest("needs a stack, and stacks() gives none")
-        name = self._verified[0]
+        name = self.chain[0]
         return next((stack for stack in stacks if stack.name == name), stacks[0])
 
     @cached_property
@@ -195,23 +189,6 @@ def seeded(seed: int) -> Iterator[None]:
         random.seed(seed)
         np.random.seed(seed)
         yield
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """Run one forward pass."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-def _loss_of(output: Any) -> Tensor:
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if isinstance(loss, Tensor):
-        return loss
-    for part in parts(output).values():
-        if isinstance(part, Tensor) and part.is_floating_point():
-            return part.square().mean()
-    raise ConformanceError(f"the model gives {described(output)}, without a loss: name one with ExampleModel(loss=)")
 
 
 def parts(value: Any, path: str = "") -> dict[str, Any]:

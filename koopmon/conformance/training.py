@@ -25,10 +25,10 @@ from koopmon.agent.runtime import AgentRuntime
 from koopmon.api import Stack
 from koopmon.conformance.harness import Bench, at_points, seeded
 from koopmon.conformance.result import demand
-from koopmon.errors import foreign_code
 from koopmon.plugins import select
 from koopmon.wire.messages import Command
 
+RUN = "conformance"
 SEED = 5
 NUM_SAMPLES = 64
 LEARNING_RATE = 1e-3
@@ -206,13 +206,7 @@ class Attached:
         selection = select(training.model, training.bench.adapter)
         config = replace(CONFIG, kss=replace(CONFIG.kss, through_shielded=through_shielded))
         self.runtime = AgentRuntime(
-            training.model,
-            training.optimizer,
-            selection,
-            config,
-            "ipc://conformance",
-            "conformance",
-            io_thread=Notebook,
+            training.model, training.optimizer, selection, config, f"ipc://{RUN}", RUN, io_thread=Notebook
         )
         io_thread = self.runtime.io_thread
         assert isinstance(io_thread, Notebook)
@@ -220,17 +214,8 @@ class Attached:
 
     def command(self, kind: Any, **fields: Any) -> None:
         """Submit a command; it takes effect at the next optimizer step."""
-        self.runtime.lifecycle.submit(
-            Command(
-                run="conformance",
-                incarnation="c0f0c0f0",
-                id=secrets.token_hex(8),
-                reason="conformance",
-                expires_step=1 << 40,
-                kind=kind,
-                **fields,
-            )
-        )
+        fields |= {"run": RUN, "incarnation": "c0f0c0f0", "id": secrets.token_hex(8), "reason": "a check"}
+        self.runtime.lifecycle.submit(Command(kind=kind, expires_step=1 << 40, **fields))
 
     @property
     def lr_scale(self) -> float:
@@ -255,14 +240,6 @@ class Attached:
 
     def __exit__(self, *_: object) -> None:
         self.runtime.close("")
-
-
-def require_checkpointing(bench: Bench) -> None:
-    """Raise SkipTest if the example does not train under activation checkpointing even without an agent."""
-    trial = Training(bench, checkpointing=True)
-    what = "the model itself does not train under activation checkpointing"
-    with foreign_code(lambda why: SkipTest(f"{what}: it {why}")):
-        trial.backward()
 
 
 def _checkpoint_blocks(model: nn.Module, stack: Stack) -> None:

@@ -1,29 +1,31 @@
-"""Runs one training of the demonstration, alone or under `koopmon run`, and reads its progress."""
+"""Runs the trainings of the demonstration, alone or under `koopmon run`, and reads their progress."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from koopmon.errors import KoopmonError, StoreError
 from koopmon.history.reader import HistoryReader, ObservationRow
-from koopmon.views.run_view import DecisionView
+from koopmon.views.run_view import DecisionView, training_commands
 
 SCRIPT = Path(__file__).with_name("train.py")
 POLL_SECONDS = 0.5
 STOP_SECONDS = 90.0
 FINAL_STEPS = 20
 """Number of last steps over which the final loss is averaged."""
-START_STEPS = 3
+RUINED = 0.1
+"""Nats above the final loss at a good rate from which a training counts as ruined."""
 
 
 class DemoError(KoopmonError):
@@ -32,25 +34,30 @@ class DemoError(KoopmonError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """Settings common to both trainings. `batch` is sequences per rank, `context` bytes per sequence."""
+    """Settings of a training. `batch` is sequences per rank, `context` bytes per sequence; `clip` 0 clips nothing."""
 
-    lr: float = 0.01
-    steps: int = 150
+    lr: float = 0.05
+    norm: str = "layer"
+    clip: float = 1.0
+    steps: int = 200
     warmup: int = 40
     seed: int = 0
     batch: int = 8
-    context: int = 128
-    width: int = 128
+    context: int = 64
+    width: int = 64
     layers: int = 4
     num_ranks: int = 2
 
+    def title(self, policy: str | None) -> str:
+        parts = (f"lr {self.lr:g}", "clipping" if self.clip else "", "koopmon" if policy else "")
+        return ", ".join(part for part in parts if part)
+
     def command(self, out: Path) -> list[str]:
         """Return the torchrun command line of the training that logs to `out`."""
-        names = ("lr", "steps", "warmup", "seed", "batch", "context", "width", "layers")
-        options = [word for name in names for word in (f"--{name}", str(getattr(self, name)))]
-        ranks = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(self.num_ranks)]
-        launcher = [sys.executable, "-m", "torch.distributed.run", *ranks]
-        return [*launcher, str(SCRIPT), *options, "--out", str(out)]
+        values = asdict(self)
+        ranks = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(values.pop("num_ranks"))]
+        options = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+        return [sys.executable, "-m", "torch.distributed.run", *ranks, str(SCRIPT), *options, "--out", str(out)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +83,16 @@ class DemoRecord:
 class DemoResult:
     """Result of a finished training. `policy` is None for an unguarded training; losses are in nats per byte."""
 
+    setting: Setting
     policy: str | None
     record: DemoRecord
     seconds: float
     summary: dict[str, Any] = field(default_factory=dict)
     """The closing summary of `koopmon run`; empty when unguarded."""
+
+    @property
+    def title(self) -> str:
+        return self.setting.title(self.policy)
 
     @property
     def diverged(self) -> bool:
@@ -91,54 +103,53 @@ class DemoResult:
         return self.record.steps[-1].step
 
     @property
-    def start_loss(self) -> float:
-        return fmean(step.loss for step in self.record.steps[:START_STEPS])
-
-    @property
     def final_loss(self) -> float:
-        """Mean loss over the last steps; for a diverged run, its last loss."""
-        if self.diverged:
-            return self.record.steps[-1].loss
-        return fmean(step.loss for step in self.record.steps[-FINAL_STEPS:])
+        """Mean loss over the last steps; infinite for a diverged run."""
+        return math.inf if self.diverged else fmean(step.loss for step in self.record.steps[-FINAL_STEPS:])
 
-    @property
-    def survived(self) -> bool:
-        """True if the training did not diverge and its loss fell."""
-        return not self.diverged and self.final_loss < self.start_loss
+    def is_as_good_as(self, good: DemoResult) -> bool:
+        """Return True if this training is not ruined in comparison with `good`, a training at a good rate."""
+        return self.final_loss <= good.final_loss + RUINED
 
     @property
     def first_command_step(self) -> int | None:
         """Step at which the first command that changes training was applied; None without such a command."""
-        steps = [step for step, _ in applied_commands(self.record.decisions)]
-        return min(steps, default=None)
+        return min((step for step, _ in applied_commands(self.record.decisions)), default=None)
 
 
 def applied_commands(decisions: Sequence[DecisionView]) -> Iterator[tuple[int, str]]:
     """Yield (step, kind) of every command that changed the training; `step` is that at which all ranks applied it."""
-    for each in (each for decision in decisions for each in decision.commands):
-        if each.changes_training and each.applied_step is not None:
-            yield each.applied_step, each.command.kind
+    for each, step in training_commands(decisions):
+        if each.outcome == "applied":
+            yield step, each.command.kind
 
 
 def run_training(
-    setting: Setting, policy: str | None, directory: Path, on_progress: Callable[[DemoRecord], None] = lambda _: None
+    name: str,
+    setting: Setting,
+    policy: str | None,
+    directory: Path,
+    on_progress: Callable[[DemoRecord], None] = lambda _: None,
 ) -> DemoResult:
-    """Train once, to the end or to divergence; `policy` None leaves it unguarded. Files go to `directory`.
+    """Train once, to the end or to divergence; `policy` None leaves it unguarded.
 
-    Raises DemoError when the training fails for another reason than divergence.
+    The files in `directory` begin with `name`, and the run is demo-`name`. Raises DemoError when the training fails for
+    another reason than divergence.
     """
-    label = (policy or "unguarded").replace("+", "-")
-    log, out = directory / f"{label}.jsonl", directory / f"{label}.output"
-    store, result = directory / f"{label}.sqlite3", directory / f"{label}.json"
+    log, out = directory / f"{name}.jsonl", directory / f"{name}.output"
+    store, result = directory / f"{name}.sqlite3", directory / f"{name}.json"
     for stale in (log, out, result, *directory.glob(f"{store.name}*")):
         stale.unlink(missing_ok=True)
-    run, command = f"demo-{label}", setting.command(log)
+    run, command = f"demo-{name}", setting.command(log)
     if policy is not None:
         places = ["--run", run, "--store", str(store), "--json", str(result)]
         command = [sys.executable, "-m", "koopmon", "run", "--policy", policy, *places, "--", *command]
+    # koopmon's variables would affect the runs.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("KOOPMON_")}
+    environ["OMP_NUM_THREADS"] = "1"
     started = time.monotonic()
     with out.open("wb") as output:
-        process = subprocess.Popen(command, env=_environment(), stdout=output, stderr=output)
+        process = subprocess.Popen(command, env=environ, stdout=output, stderr=output)
         try:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
@@ -148,17 +159,13 @@ def run_training(
     record = _read_record(log, store, run)
     on_progress(record)
     if not record.steps or (process.returncode != 0 and not record.steps[-1].diverged):
-        raise DemoError(f"the {label} training ended with status {process.returncode}: {_last_line(out)} (see {out})")
+        raise DemoError(f"the {name} training ended with status {process.returncode}: {_last_line(out)} (see {out})")
     summary = json.loads(result.read_text(encoding="utf-8")) if policy is not None else {}
     if policy is not None and not summary.get("adapter"):
-        raise DemoError(f"koopmon did not attach to the {label} training: {_last_line(out)} (see {out})")
-    return DemoResult(policy=policy, record=record, seconds=time.monotonic() - started, summary=summary)
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment without koopmon's variables, which would affect the runs, and with one thread per rank."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("KOOPMON_")}
-    return environ | {"OMP_NUM_THREADS": "1"}
+        raise DemoError(f"koopmon did not attach to the {name} training: {_last_line(out)} (see {out})")
+    return DemoResult(
+        setting=setting, policy=policy, record=record, seconds=time.monotonic() - started, summary=summary
+    )
 
 
 def _terminate(process: subprocess.Popen[bytes]) -> None:
@@ -174,13 +181,11 @@ def _terminate(process: subprocess.Popen[bytes]) -> None:
 
 def _read_record(log: Path, store: Path, run: str) -> DemoRecord:
     steps = list(_read_steps(log))
-    if not store.exists():
-        return DemoRecord(steps)
     try:
         with HistoryReader.open(store) as history:
             decisions = [DecisionView.of_row(row) for row in history.decisions(run)]
             return DemoRecord(steps, list(history.observations(run)), decisions)
-    except StoreError:  # the history is being created
+    except StoreError:  # there is no history yet
         return DemoRecord(steps)
 
 
@@ -192,8 +197,7 @@ def _read_steps(log: Path) -> Iterator[LoggedStep]:
     # The last line may be incomplete.
     for line in text.split("\n")[:-1]:
         row = json.loads(line)
-        diverged = bool(row.get("diverged", False))
-        yield LoggedStep(step=row["step"], loss=row["loss"], grad_norm=row["grad_norm"], diverged=diverged)
+        yield LoggedStep(**{each.name: row[each.name] for each in fields(LoggedStep)})
 
 
 def _last_line(path: Path) -> str:

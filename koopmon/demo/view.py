@@ -5,26 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import msgspec
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from koopmon.demo.training import DemoRecord, DemoResult, LoggedStep
 from koopmon.history.reader import ObservationRow
+from koopmon.views.run_summary import RunSummary
+from koopmon.views.run_view import training_commands
 
 EVERY_STEPS = 5
 HOT_RISK = 0.5
-_COLUMNS = {
-    "step": 6,
-    "loss": 9,
-    "grad": 9,
-    "rho": 8,
-    "update": 8,
-    "M~1": 7,
-    "risk": 7,
-    "KSS alpha": 11,
-    "lr scale": 10,
-}
+_WIDTHS = {"step": 6, "loss": 9, "grad": 9, "rho": 8, "update": 8, "M~1": 7, "risk": 7, "KSS alpha": 11, "lr scale": 10}
+"""Width of each column in characters."""
 _ALONE = 3
 """Number of columns for an unguarded training."""
 
@@ -38,7 +32,7 @@ class LiveView:
         self._printed_commands: set[str] = set()
         console.print()
         console.print(Text(title, style="bold"))
-        shown = list(_COLUMNS.items())[: None if guarded else _ALONE]
+        shown = list(_WIDTHS.items())[: None if guarded else _ALONE]
         console.print(Text("".join(name.rjust(width) for name, width in shown), style="dim"))
 
     def update(self, record: DemoRecord) -> None:
@@ -50,7 +44,7 @@ class LiveView:
         self._print_commands(record, record.steps[-1].step if record.steps else -1)
 
     def _print_step(self, record: DemoRecord, step: LoggedStep) -> None:
-        widths = iter(_COLUMNS.values())
+        widths = iter(_WIDTHS.values())
         line = Text(str(step.step).rjust(next(widths)))
         for value in (step.loss, step.grad_norm):
             line.append(_number(value, next(widths)))
@@ -66,56 +60,44 @@ class LiveView:
         self._console.print(line, soft_wrap=True)
 
     def _print_commands(self, record: DemoRecord, up_to: int) -> None:
-        for each in (each for decision in record.decisions for each in decision.commands):
-            if each.step is None or each.step > up_to or each.command.id in self._printed_commands:
-                continue
-            self._printed_commands.add(each.command.id)
-            if each.changes_training:
+        for each, step in training_commands(record.decisions):
+            if each.step is not None and step <= up_to and each.command.id not in self._printed_commands:
+                self._printed_commands.add(each.command.id)
                 over = f" over {each.command.ramp_steps} steps" if each.command.ramp_steps else ""
-                line = f"{each.step:6d} >> {each.words}{over} ({each.outcome}): {each.command.reason}"
+                line = f"{step:6d} >> {each.words}{over} ({each.outcome}): {each.command.reason}"
                 self._console.print(Text(line, style="yellow"), soft_wrap=True)
 
 
 def summary_table(outcomes: Sequence[DemoResult]) -> Table:
     """Return a table with one row per training."""
-    table = Table(title="The same script, the same seeds", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heading in ("guarded by", "outcome", "loss", "back-offs", "KSS", "highest risk"):
-        table.add_column(heading, no_wrap=True)
+    headings = ("training", "final loss", "actions of koopmon", "highest risk")
+    table = Table(
+        *(Column(heading) for heading in headings), title="The same script, the same seed", title_justify="left"
+    )
     for outcome in outcomes:
-        end = f"diverged at step {outcome.last_step}" if outcome.diverged else "finished"
-        told = Text(end, style="bold red" if outcome.diverged else "bold green")
-        losses = f"{outcome.start_loss:.3g} to {outcome.final_loss:.3g}"
-        table.add_row(outcome.policy or "nobody", told, losses, *_guard_cells(outcome))
+        loss = f"diverged at step {outcome.last_step}" if outcome.diverged else f"{outcome.final_loss:.3f}"
+        table.add_row(outcome.title, loss, *_guard_cells(outcome))
     return table
 
 
-def verdict(unguarded: DemoResult, guarded: DemoResult, yardstick: DemoResult | None) -> list[str]:
-    """Return the conclusions of the trainings, one sentence each; `yardstick` is the same guard without KSS."""
-    lines = []
-    if not unguarded.diverged:
-        lines.append("The unguarded training did not diverge: there was nothing to save.")
-    elif guarded.survived:
-        first = guarded.first_command_step
-        lead = "" if first is None else f", first acting {unguarded.last_step - first} steps before that"
-        lines.append(
-            f"Unguarded, it diverged at step {unguarded.last_step}. koopmon saved it{lead}: "
-            f"loss {guarded.start_loss:.2f} to {guarded.final_loss:.2f}."
-        )
-    else:
-        lines.append(f"Policy {guarded.policy} did not save the training.")
-    if yardstick is not None:
-        with_kss = f"{guarded.final_loss:.3f} with KSS" if guarded.summary.get("num_kss") else "KSS was never turned on"
-        lines.append(f"Loss at the end: {with_kss}, {yardstick.final_loss:.3f} with back-off alone (one seed).")
-    return lines
+def verdict(good: DemoResult, clipped: DemoResult, guarded: DemoResult) -> str:
+    """Return the conclusion: `good` has a good rate, `clipped` the rate of the demonstration, alone."""
+    if clipped.is_as_good_as(good):
+        return "Alone, the training was not ruined: there was nothing to save."
+    alone = f"Alone and clipped, it ends at {clipped.final_loss:.2f}; at a good rate at {good.final_loss:.2f}."
+    if not guarded.is_as_good_as(good):
+        return f"{alone} Policy {guarded.policy} did not save it: it ends at {guarded.final_loss:.2f}."
+    first = guarded.first_command_step
+    acted = "" if first is None else f", which acted first at step {first},"
+    return f"{alone} With koopmon{acted} it ends at {guarded.final_loss:.2f}."
 
 
-def _guard_cells(outcome: DemoResult) -> tuple[str, str, str]:
+def _guard_cells(outcome: DemoResult) -> tuple[str, str]:
     summary = outcome.summary
     if not summary:
-        return "-", "-", "-"
-    risk = "-" if summary["max_risk"] is None else f"{summary['max_risk']:.2f} at {summary['max_risk_step']}"
-    backoffs = f"{summary['num_backoffs']}, to {summary['min_lr_scale']:.3g}" if summary["num_backoffs"] else "none"
-    return backoffs, f"to {summary['max_kss_alpha']:.3g}" if summary["num_kss"] else "off", risk
+        return "-", "-"
+    risk = "-" if summary["max_risk"] is None else f"{summary['max_risk']:.2f} at step {summary['max_risk_step']}"
+    return "; ".join(msgspec.convert(summary, RunSummary).actions()) or "none", risk
 
 
 def _latest(observations: Sequence[ObservationRow], step: int) -> ObservationRow | None:

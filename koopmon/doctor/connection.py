@@ -21,45 +21,36 @@ CLOCK_SECONDS = 5.0
 """Clock differences above this many seconds give a warning."""
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
-    """An endpoint and the name of its source; `by` is "" for the default."""
-
-    endpoint: str
-    by: str
-
-    @classmethod
-    def of(cls, option: str | None, environ: Mapping[str, str]) -> Named:
-        """Return the endpoint that an agent would use."""
-        if option is not None:
-            return cls(option, "--monitor")
-        if environ.get("KOOPMON_ENDPOINT"):
-            return cls(environ["KOOPMON_ENDPOINT"], "KOOPMON_ENDPOINT")
-        return cls(DEFAULT, "")
+def wanted_endpoint(option: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
+    """Return the endpoint that an agent would use, and the name of its source; the name is "" for the default."""
+    if option is not None:
+        return option, "--monitor"
+    variable = "KOOPMON_ENDPOINT"
+    return (environ[variable], variable) if environ.get(variable) else (DEFAULT, "")
 
 
+@dataclass(slots=True)
 class Connection:
-    """Checks of one endpoint, in stages.
+    """Checks of one endpoint, in stages; `source` is its source as in `wanted_endpoint`.
 
     Each stage requires the one before it. `reply` is the monitor's reply, None before it arrives.
     """
 
-    def __init__(self, named: Named, trust: AuthPolicy, run: str | None) -> None:
-        self._named = named
-        self._trust = trust
-        self._run = run or NOBODY
-        self.reply: ProbeReply | None = None
+    wanted: str
+    source: str
+    trust: AuthPolicy
+    run: str | None
+    reply: ProbeReply | None = None
 
     def findings(self) -> Iterator[Finding]:
         """Check endpoint, keys and monitor; if the monitor replies, check versions, data endpoint and clock."""
-        named = self._named
         try:
-            endpoint = self._trust.check(named.endpoint)
+            endpoint = self.trust.check(self.wanted)
         except EndpointError as error:
             yield fail("endpoint", str(error), "set KOOPMON_ENDPOINT or --monitor to tcp://HOST:PORT or ipc:///PATH")
             return
-        if named.by:
-            yield ok("endpoint", f"{endpoint}, from {named.by}")
+        if self.source:
+            yield ok("endpoint", f"{endpoint}, from {self.source}")
         else:
             yield warn(
                 "endpoint",
@@ -71,14 +62,25 @@ class Connection:
         if keys.level == "fail":
             return
         try:
-            found = probe(endpoint, self._trust, run=self._run, timeout_seconds=PROBE_SECONDS)
+            found = probe(endpoint, self.trust, run=self.run or NOBODY, timeout_seconds=PROBE_SECONDS)
         except KoopmonError as error:
             yield fail("monitor", str(error), "restrict the directory to its owner: chmod 700 DIRECTORY")
             return
-        yield from self._monitor(endpoint, found)
+        if found.reason == "version":
+            yield fail("versions", found.failure, "pip install the same version of koopmon on both sides")
+        elif found.refused:
+            yield fail("monitor", f"it refuses this agent: {found.failure}", _fix_of(found.failure, self.trust))
+        elif found.reply is None:
+            yield self._absent(endpoint, found)
+        else:
+            self.reply = found.reply
+            yield ok("monitor", f"answers at {endpoint} in {1000 * found.round_trip_seconds:.3g} ms")
+            yield _versions(self.reply)
+            yield self._data(endpoint, self.reply)
+            yield _clock(found)
 
     def _keys(self, endpoint: str) -> Finding:
-        trust = self._trust
+        trust = self.trust
         if not trust.uses_curve(endpoint):
             if is_loopback(endpoint):
                 return ok("keys", "not needed: only this host reaches the endpoint")
@@ -92,41 +94,23 @@ class Connection:
         also = "; a key rotation is in progress, and both keys of the monitor are valid" if rotating else ""
         return ok("keys", f"agent {trust.agent!r} has its secret key and the monitor's public key{also}")
 
-    def _monitor(self, endpoint: str, found: ProbeResult) -> Iterator[Finding]:
-        if found.reason == "version":
-            yield fail("versions", found.failure, "pip install the same version of koopmon on both sides")
-            return
-        if found.refused:
-            yield fail("monitor", f"it refuses this agent: {found.failure}", _fix_of(found.failure, self._trust))
-            return
-        if found.reply is None:
-            yield self._absent(endpoint, found)
-            return
-        self.reply = reply = found.reply
-        yield ok("monitor", f"answers at {endpoint} in {1000 * found.round_trip_seconds:.3g} ms")
-        yield _versions(reply)
-        yield self._data(endpoint, reply)
-        yield _clock(found)
-
     def _absent(self, endpoint: str, found: ProbeResult) -> Finding:
         if found.failure:
-            return fail("monitor", f"the handshake failed: {found.failure}", _fix_of(found.failure, self._trust))
+            return fail("monitor", f"the handshake failed: {found.failure}", _fix_of(found.failure, self.trust))
         if found.reason or found.shook_hands:
             said = f"the server at {endpoint} is not a koopmon monitor: no answer after the handshake"
             return fail("monitor", said, _START.format(endpoint))
         if found.reached:
             said = f"the server at {endpoint} does not use koopmon's protocol"
             return fail("monitor", said, f"check that the port is not that of the pages; {_START.format(endpoint)}")
-        said = f"no server at {endpoint}"
-        if not self._named.by:
-            return warn("monitor", said, _START.format(endpoint))
-        return fail("monitor", said, (_START if is_loopback(endpoint) else _FAR).format(endpoint))
+        fix = (_START if is_loopback(endpoint) else _FAR).format(endpoint)
+        return (fail if self.source else warn)("monitor", f"no server at {endpoint}", fix)
 
     def _data(self, endpoint: str, reply: ProbeReply) -> Finding:
         where = reached_beside(reply.data_endpoint, endpoint)
         fix = "open that port between the hosts; `koopmon monitor --bind-data ENDPOINT` chooses another"
         try:
-            why = reaches_data(reply.data_endpoint, endpoint, self._trust, timeout_seconds=PROBE_SECONDS)
+            why = reaches_data(reply.data_endpoint, endpoint, self.trust, timeout_seconds=PROBE_SECONDS)
         except KoopmonError as error:
             why = str(error)
         if why:

@@ -40,9 +40,8 @@ def configuration(path: Path | None, environ: Mapping[str, str]) -> tuple[Config
     try:
         settings = load(path)
     except ConfigError as error:
-        return None, fail(
-            "config", str(error), "correct that value; koopmon/config.py lists all keys with their bounds"
-        )
+        fix = "correct that value; koopmon/config.py lists all keys with their bounds"
+        return None, fail("config", str(error), fix)
     return settings, ok("config", f"{source} is valid" if source else "no file: the defaults are in force")
 
 
@@ -96,15 +95,12 @@ def _launcher(prefix: str, environ: Mapping[str, str]) -> Finding:
             first = file.readline(4096).decode(errors="replace")
     except OSError as error:
         return warn("launcher", f"{found}: {error.strerror}", "`python -m torch.distributed.run` is equivalent")
-    words = first.removeprefix("#!").split()
-    interpreter = words[0] if first.startswith("#!") and words else ""
+    interpreter = next(iter(first.removeprefix("#!").split()), "") if first.startswith("#!") else ""
     if os.path.isabs(interpreter) and not interpreter.endswith("/env"):
         home = os.path.dirname(os.path.dirname(interpreter))
         if os.path.realpath(home) != os.path.realpath(prefix):
-            said = f"{found} belongs to {interpreter}, not to the checked Python"
-            return warn(
-                "launcher", said, f"--python {interpreter} checks that one; activate one of the two for the job"
-            )
+            fix = f"--python {interpreter} checks that one; activate one of the two for the job"
+            return warn("launcher", f"{found} belongs to {interpreter}, not to the checked Python", fix)
     return ok("launcher", f"{found} belongs to the same Python")
 
 
@@ -116,13 +112,12 @@ def environment(environ: Mapping[str, str], reply: ProbeReply | None) -> Iterato
         yield fail("environment", f"{', '.join(bad)}: not a number", "unset them: the launcher sets them for each rank")
     elif ("RANK" in ranks) != ("WORLD_SIZE" in ranks):
         lacking = "WORLD_SIZE" if "RANK" in ranks else "RANK"
-        yield warn(
-            "environment", f"{lacking} is missing beside {', '.join(ranks)}", "set both, or leave both to torchrun"
-        )
-    elif ranks and int(ranks["RANK"]) >= int(ranks["WORLD_SIZE"]):
+        said = f"{lacking} is missing beside {', '.join(ranks)}"
+        yield warn("environment", said, "set both, or leave both to torchrun")
+    elif "RANK" in ranks and int(ranks["RANK"]) >= int(ranks["WORLD_SIZE"]):
         said = f"RANK {ranks['RANK']} in a WORLD_SIZE of {ranks['WORLD_SIZE']}"
         yield fail("environment", said, "unset both: the launcher sets them for each rank")
-    elif ranks:
+    elif "RANK" in ranks:
         yield ok("environment", f"this is rank {ranks['RANK']} of {ranks['WORLD_SIZE']}")
     else:
         yield ok("environment", "no rank is set: the launcher sets them")

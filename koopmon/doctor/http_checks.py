@@ -64,9 +64,8 @@ class Pages:
             yield fail("pages", f"{self.url} is not a koopmon monitor's", "give the address of its pages with --http")
             return
         if alive != 200:
-            yield fail(
-                "pages", f"/healthz returns {alive}: the monitor hangs", "restart it; the recorded history is kept"
-            )
+            said = f"/healthz returns {alive}: the monitor hangs"
+            yield fail("pages", said, "restart it; the recorded history is kept")
         elif ready != 200:
             yield warn("pages", f"/readyz returns {ready}: the monitor is not ready yet", "wait, or read its log")
         if status == 401:
@@ -147,17 +146,13 @@ def of_run(run: str, reply: ProbeReply | None, pages: Pages | None) -> Iterator[
 
 def _snapshots(samples: Mapping[str, float]) -> Iterator[Finding]:
     received = samples.get("snapshots_received_total", 0.0)
-    dropped = {
-        name.partition(":")[2]: count
-        for name, count in samples.items()
-        if name.startswith("snapshots_dropped") and count
-    }
+    drops = ((name, count) for name, count in samples.items() if name.startswith("snapshots_dropped") and count)
+    dropped = {name.partition(":")[2]: count for name, count in drops}
     lost = ", ".join(f"{count:.0f} {reason}" for reason, count in sorted(dropped.items(), key=lambda item: -item[1]))
     if not received:
         worst = max(dropped, key=lambda reason: dropped[reason], default="")
-        fix = _FIX_OF_DROP.get(
-            worst, "check that the model is in training mode, and that attach() ran before the first forward"
-        )
+        fix = "check that the model is in training mode, and that attach() ran before the first forward"
+        fix = _FIX_OF_DROP.get(worst, fix)
         yield fail("snapshots", f"none received{f'; dropped: {lost}' if lost else ''}", fix)
     else:
         age = time.time() - samples.get("last_snapshot_timestamp_seconds", time.time())

@@ -24,11 +24,8 @@ def taps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
     try:
         found = discover(model, *args, adapter=config.adapter, stack=config.stack, **kwargs)
     except KoopmonError as error:
-        return fail(
-            "taps",
-            str(error),
-            "set the list of blocks with [model] stack, or write an adapter (docs/write-an-adapter.md)",
-        )
+        fix = "set the list of blocks with [model] stack, or write an adapter (docs/write-an-adapter.md)"
+        return fail("taps", str(error), fix)
     except BaseException as error:  # raised by the model's own forward pass
         raise_from_signal(error)
         said = f"{kind}: the forward pass raised {describe_error(error, 200)}"

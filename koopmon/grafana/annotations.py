@@ -11,7 +11,6 @@ import html
 import http.client
 import json
 import logging
-import ssl
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -55,9 +54,8 @@ class Annotations:
         if access.in_clear:
             logger.warning("grafana %s has no TLS: others on the network can read the token", access.url)
         self._access = access
-        self._host, self._port = str(parts.hostname), parts.port
-        self._path = f"{parts.path}api/annotations"
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._host, self._port, self._path = str(parts.hostname), parts.port, f"{parts.path}api/annotations"
+        self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._queue: deque[bytes] = deque(maxlen=queue_length)
         self._changed = threading.Condition()
         self._closing = False
@@ -93,18 +91,19 @@ class Annotations:
             try:
                 self._post(body)
             except (OSError, http.client.HTTPException) as error:
-                self._failed(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+                self._report(getattr(error, "strerror", None) or str(error) or type(error).__name__)
                 if self._closing:
                     return
-                self._wait(pause)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing, timeout=pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             except Exception as error:  # a rejection or an unexpected error would recur on a retry
                 self._taken(body, lost=True)
-                self._failed(str(error))
+                self._report(str(error) or type(error).__name__)
             else:
                 pause = FIRST_PAUSE_SECONDS
                 self._taken(body, lost=False)
-                self._succeeded()
+                self._report()
 
     def _next(self) -> bytes | None:
         """Wait for the oldest queued annotation and return it; None when the queue is empty and `close` was called."""
@@ -121,14 +120,11 @@ class Annotations:
             elif not lost:
                 self._lost -= 1
 
-    def _wait(self, seconds: float) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closing, timeout=seconds)
-
     def _post(self, body: bytes) -> None:
         # Decisions are rare, so Grafana would have closed an idle connection before the next one.
         headers = {"Authorization": f"Bearer {self._access.token}", "Content-Type": "application/json"}
-        with contextlib.closing(self._connect()) as connection:
+        seconds = self._access.timeout_seconds
+        with contextlib.closing(self._kind(self._host, self._port, timeout=seconds)) as connection:
             connection.request("POST", self._path, body, {**headers, "Connection": "close"})
             answer = connection.getresponse()
             status, text = answer.status, answer.read(MAX_ANSWER_BYTES)
@@ -137,23 +133,15 @@ class Annotations:
         if status != 200:
             raise RefusedError(f"it answers {status}: {_said(text)}")
 
-    def _connect(self) -> http.client.HTTPConnection:
-        seconds = self._access.timeout_seconds
-        if self._tls is None:
-            return http.client.HTTPConnection(self._host, self._port, timeout=seconds)
-        return http.client.HTTPSConnection(self._host, self._port, timeout=seconds, context=self._tls)
-
-    def _failed(self, why: str) -> None:
-        if not self._failing:
-            self._failing = True
+    def _report(self, why: str = "") -> None:
+        """Log the first of several failures, and the first success after them, with an empty `why`."""
+        if why and not self._failing:
             logger.warning("grafana %s: annotations are not posted: %s", self._access.url, one_line(why, 200))
-
-    def _succeeded(self) -> None:
-        if self._failing:
-            self._failing = False
+        elif self._failing and not why:
             with self._changed:
                 lost, self._lost = self._lost, 0
             logger.warning("grafana: annotations are posted again; %d were lost", lost)
+        self._failing = bool(why)
 
 
 def _said(answer: bytes) -> str:

@@ -27,11 +27,13 @@ def files(*, docs_url: str | None = None, prometheus_url: str = PROMETHEUS_URL) 
 
     `docs_url`: see `prometheus_rules`. `prometheus_url` is the address of Prometheus for the provisioned Grafana.
     """
+    provider = {"name": "koopmon", "folder": FOLDER, "folderUid": FOLDER, "type": "file", "allowUiUpdates": False}
+    provider["options"] = {"path": DASHBOARDS_DIRECTORY}
     return {
         **{f"dashboards/{uid}.json": json.dumps(each, indent=2) + "\n" for uid, each in dashboards().items()},
         "prometheus/koopmon.rules.yml": _yaml(prometheus_rules(docs_url)),
         "provisioning/alerting/koopmon.yml": _yaml(grafana_alerting_file(DATASOURCE_UID, FOLDER, docs_url=docs_url)),
-        "provisioning/dashboards/koopmon.yml": _yaml(dashboard_provider()),
+        "provisioning/dashboards/koopmon.yml": _yaml({"apiVersion": 1, "providers": [provider]}),
         "provisioning/datasources/koopmon.yml": _yaml(datasource_file(prometheus_url)),
     }
 
@@ -49,38 +51,11 @@ def write(directory: Path, contents: Mapping[str, str]) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def dashboard_provider() -> dict[str, Any]:
-    """Return Grafana's `provisioning/dashboards`: the directory with the dashboard files."""
-    return {
-        "apiVersion": 1,
-        "providers": [
-            {
-                "name": "koopmon",
-                "folder": FOLDER,
-                "folderUid": FOLDER,
-                "type": "file",
-                "allowUiUpdates": False,
-                "options": {"path": DASHBOARDS_DIRECTORY},
-            }
-        ],
-    }
-
-
 def datasource_file(prometheus_url: str) -> dict[str, Any]:
     """Return Grafana's `provisioning/datasources`: the Prometheus that scrapes the monitor."""
-    return {
-        "apiVersion": 1,
-        "datasources": [
-            {
-                "name": "koopmon Prometheus",
-                "uid": DATASOURCE_UID,
-                "type": "prometheus",
-                "access": "proxy",
-                "url": prometheus_url,
-                "jsonData": {"httpMethod": "POST", "timeInterval": "5s"},
-            }
-        ],
-    }
+    source = {"name": "koopmon Prometheus", "uid": DATASOURCE_UID, "type": "prometheus", "access": "proxy"}
+    settings = {"httpMethod": "POST", "timeInterval": "5s"}
+    return {"apiVersion": 1, "datasources": [{**source, "url": prometheus_url, "jsonData": settings}]}
 
 
 def _yaml(data: Mapping[str, Any]) -> str:

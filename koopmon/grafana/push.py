@@ -11,14 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
-from koopmon.errors import (
-    ConfigError,
-    GrafanaDeniedError,
-    GrafanaError,
-    GrafanaUnreachableError,
-    KoopmonError,
-    one_line,
-)
+from koopmon.errors import ConfigError, GrafanaDeniedError, GrafanaError, GrafanaUnreachableError, one_line
 from koopmon.grafana import resources
 from koopmon.grafana.access import GrafanaAccess, check_url
 from koopmon.grafana.dashboards import Json
@@ -66,7 +59,7 @@ class PushResult:
 
     version: str
     changes: list[Change]
-    error: KoopmonError | None = None
+    error: ConfigError | GrafanaError | None = None
 
 
 def push_to(access: GrafanaAccess, options: PushOptions) -> PushResult:
@@ -82,7 +75,7 @@ def push_to(access: GrafanaAccess, options: PushOptions) -> PushResult:
             if change.writes and not options.dry_run:
                 try:
                     grafana.call(*change.request, what=f"{change.action} {change.kind} {change.name!r}")
-                except KoopmonError as error:
+                except (ConfigError, GrafanaError) as error:
                     return PushResult(version, changes, error)
                 changes[index] = replace(change, done=True)
     return PushResult(version, changes)

@@ -27,12 +27,10 @@ def prometheus_rules(docs_url: str | None = None) -> dict[str, Any]:
 
     `docs_url` is the page of `runbook_url`; None selects the page /alerts of the monitor that exports the series.
     """
-    return {
-        "groups": [
-            {"name": title, "rules": [_prometheus_rule(alert, docs_url) for alert in alerts]}
-            for title, _, alerts in _groups()
-        ]
-    }
+    groups = []
+    for title, _, alerts in _groups():
+        groups.append({"name": title, "rules": [_prometheus_rule(alert, docs_url) for alert in alerts]})
+    return {"groups": groups}
 
 
 def grafana_rule_groups(datasource_uid: str, folder_uid: str, *, docs_url: str | None = None) -> list[dict[str, Any]]:
@@ -105,19 +103,17 @@ def _queries(alert: Alert, datasource_uid: str) -> list[dict[str, Any]]:
     prometheus = {"type": "prometheus", "uid": datasource_uid}
     model = {"editorMode": "code", "expr": alert.expr, "instant": True, "range": False}
     expressions = {"type": EXPRESSIONS, "uid": EXPRESSIONS}
+    condition = {"type": "math", "expression": "is_number($A)"}
+    parts = (("A", LOOKBACK_SECONDS, prometheus, model), ("B", 0, expressions, condition))
     return [
-        _query("A", LOOKBACK_SECONDS, prometheus, model),
-        _query("B", 0, expressions, {"type": "math", "expression": "is_number($A)"}),
+        {
+            "refId": name,
+            "relativeTimeRange": {"from": lookback, "to": 0},
+            "datasourceUid": source["uid"],
+            "model": {"refId": name, "datasource": source, **settings},
+        }
+        for name, lookback, source, settings in parts
     ]
-
-
-def _query(ref_id: str, lookback: int, datasource: dict[str, str], model: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "refId": ref_id,
-        "relativeTimeRange": {"from": lookback, "to": 0},
-        "datasourceUid": datasource["uid"],
-        "model": {"refId": ref_id, "datasource": datasource, **model},
-    }
 
 
 def _annotations(alert: Alert, docs_url: str | None) -> dict[str, str]:

@@ -15,8 +15,9 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
+from typing import IO, Any, Self, TypeVar, cast
 
 import msgspec
 
@@ -40,43 +41,37 @@ RECORD_ERRORS = (
 """Errors caused by one record: a conflict with other records, or a value that SQLite or JSON cannot store."""
 UPKEEP_SECONDS = 60.0
 BUSY_UPKEEP_SECONDS = 1.0
-P = ParamSpec("P")
-J = TypeVar("J", bound="Journal")
-Write: TypeAlias = Callable[Concatenate[J, P], None]
+F = TypeVar("F", bound=Callable[..., None])
 
 
-def records(*, commit: bool = False) -> Callable[[Write[J, P]], Write[J, P]]:
+def records(*, commit: bool = False) -> Callable[[F], F]:
     """Decorator for methods that write.
 
     With `commit`, the record is on disk when the method returns, or waits in memory while recording is paused.
     """
 
-    def decorate(method: Write[J, P]) -> Write[J, P]:
+    def decorate(method: F) -> F:
         @functools.wraps(method)
-        def write(self: J, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        def write(self: Journal, /, *args: Any, **kwargs: Any) -> None:
             self._write(functools.partial(method, self, *args, **kwargs), must=commit)
 
-        return write
+        return cast(F, write)
 
     return decorate
 
 
+@dataclass(eq=False)
 class Journal:
     """The only writer of a history file; `recording` is False while disk errors pause it."""
 
-    def __init__(
-        self,
-        path: Path,
-        database: sqlite3.Connection,
-        lock: IO[str],
-        config: StoreConfig,
-        clock: Callable[[], float],
-        wall: Callable[[], float],
-    ) -> None:
-        self._path = path
-        self._lock = lock
-        self._config = config
-        self._clock = clock
+    _path: Path
+    _database: sqlite3.Connection
+    _lock: IO[str]
+    _config: StoreConfig
+    _clock: Callable[[], float]
+    _wall: Callable[[], float]
+
+    def __post_init__(self) -> None:
         self._ids: dict[tuple[str, str], int] = {}
         self._backlog: deque[Callable[[], None]] = deque()
         self._lost = 0
@@ -84,9 +79,9 @@ class Journal:
         self._left_out_at = -math.inf
         self._damaged = False
         # Retention uses this clock and does not read the calendar again, because the calendar time may jump.
-        self._epoch = wall() - clock()
-        self._upkeep_at = clock() + BUSY_UPKEEP_SECONDS
-        self._use(database)
+        self._epoch = self._wall() - self._clock()
+        self._upkeep_at = self._clock() + BUSY_UPKEEP_SECONDS
+        self._use(self._database)
 
     @classmethod
     def open(

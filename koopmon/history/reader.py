@@ -218,26 +218,10 @@ class HistoryReader:
                 yield _row(row, HeartbeatRow, training=_training(row), step_seconds=from_scalar(row["step_seconds"]))
 
     def _of_run(self, table: str, run: str, last: int | None = None) -> Iterator[sqlite3.Row]:
-        if last is not None:
-            yield from self._last_of_run(table, run, last)
-            return
-        query = f"SELECT t.*, incarnation FROM {table} AS t{_OF_RUN} ORDER BY t.id"
-        yield from self._database.execute(query, (run,))
-
-    def _last_of_run(self, table: str, run: str, most: int) -> Iterator[sqlite3.Row]:
-        """Yield the newest rows, one launch after another from the latest.
-
-        The query uses the index, because a full scan would read all rows of a long run.
-        """
-        launches = "SELECT t.id, incarnation FROM incarnations AS t JOIN runs ON runs.id = run_id WHERE name = ?"
-        query = f"SELECT t.*, ? AS incarnation FROM {table} AS t WHERE incarnation_id = ? ORDER BY step DESC LIMIT ?"
-        found: list[sqlite3.Row] = []
-        for launch in self._database.execute(f"{launches} ORDER BY t.id DESC", (run,)).fetchall():
-            values = (launch["incarnation"], launch["id"], most - len(found))
-            found += self._database.execute(query, values).fetchall()
-            if len(found) >= most:
-                break
-        yield from reversed(found)
+        # The subquery reads the index alone: the rows of a long run may have gigabytes.
+        newest = f"SELECT t.id FROM {table} AS t{_OF_RUN} ORDER BY incarnation_id DESC, step DESC LIMIT ?"
+        query = f"SELECT t.*, incarnation FROM {table} AS t{_OF_RUN} AND t.id IN ({newest}) ORDER BY t.id"
+        yield from self._database.execute(query, (run, run, -1 if last is None else last))
 
     def _commands(self, decision_id: int) -> Iterator[dict[str, Any]]:
         query = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,7 +10,6 @@ import msgspec
 
 from koopmon.errors import one_line
 from koopmon.history.journal import Journal, records
-from koopmon.history.reader import HistoryReader
 from koopmon.history.schema import Observables, packed_profile, scalar, to_json
 from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello, TrainingStep
 
@@ -21,11 +19,6 @@ logger = logging.getLogger(__name__)
 class HistoryWriter(Journal):
     """The only writer of a history file. Decisions and acks are committed at once; times are Unix seconds."""
 
-    @staticmethod
-    def open_readonly(path: str | os.PathLike[str]) -> HistoryReader:
-        """Open for reading, also while a monitor writes. Raises StoreError."""
-        return HistoryReader.open(path)
-
     def incarnations(self, run: str) -> list[str]:
         """Incarnations of `run` in the order of their starts; empty for an unknown run."""
         query = "SELECT incarnation FROM incarnations AS t JOIN runs ON runs.id = run_id WHERE name = ? ORDER BY t.id"
@@ -33,18 +26,27 @@ class HistoryWriter(Journal):
         return [row[0] for row in rows]
 
     def last_applied(self, run: str, *, other_than: str) -> Applied | None:
-        """Return the values in force in the latest incarnation of `run` except `other_than`; None when unknown."""
+        """Return the values in force in the latest incarnation of `run` except `other_than`; None when unknown.
+
+        An incarnation that has ended leaves nothing. One that did no step had what the one before it left.
+        """
         rows = self._read(
-            "SELECT applied FROM incarnations JOIN runs ON runs.id = run_id"
-            " WHERE name = ? AND incarnation != ? AND applied IS NOT NULL ORDER BY incarnations.id DESC LIMIT 1",
+            "SELECT applied, applied_step, ended FROM incarnations JOIN runs ON runs.id = run_id"
+            " WHERE name = ? AND incarnation != ? ORDER BY incarnations.id DESC",
             run,
             other_than,
         )
-        try:
-            return msgspec.json.decode(rows[0][0], type=Applied) if rows else None
-        except (msgspec.DecodeError, TypeError, ValueError, RecursionError) as error:
-            logger.warning("store: what run %s had applied cannot be used: %s", run, one_line(error))
-            return None
+        for text, step, ended in rows:
+            if ended is not None:
+                return None
+            try:
+                applied = None if text is None else msgspec.json.decode(text, type=Applied)
+            except (msgspec.DecodeError, TypeError, ValueError, RecursionError) as error:
+                logger.warning("store: what run %s had applied cannot be used: %s", run, one_line(error))
+                return None
+            if applied is not None and (step or applied != Applied()):
+                return applied
+        return None
 
     def memory(self, run: str, incarnation: str) -> bytes | None:
         """Return the last recorded controller checkpoint of this incarnation; None if there is none."""
@@ -79,10 +81,7 @@ class HistoryWriter(Journal):
     @records(commit=True)
     def record_applied(self, at: float, run: str, incarnation: str, step: int, applied: Applied) -> None:
         """Record the values in force that rank 0 reported."""
-        row = self._incarnation(at, run, incarnation)
-        self._database.execute(
-            "UPDATE incarnations SET applied = ?, applied_step = ? WHERE id = ?", (to_json(applied), step, row)
-        )
+        self._set_applied(at, run, incarnation, step, applied)
 
     @records()
     def record_profile(
@@ -190,10 +189,7 @@ class HistoryWriter(Journal):
             " AND outcome IN ('pending', 'unanswered', 'duplicate')",
             (ack.outcome, ack.command_id, ack.run),
         )
-        row = self._incarnation(at, ack.run, ack.incarnation)
-        self._database.execute(
-            "UPDATE incarnations SET applied = ?, applied_step = ? WHERE id = ?", (to_json(ack.applied), ack.step, row)
-        )
+        self._set_applied(at, ack.run, ack.incarnation, ack.step, ack.applied)
 
     @records()
     def record_heartbeat(self, at: float, heartbeat: Heartbeat) -> None:
@@ -202,6 +198,10 @@ class HistoryWriter(Journal):
         scalars |= {name: getattr(heartbeat, name) for name in ("process_rank", "step_seconds", "overhead_ratio")}
         self._insert("heartbeats", at, run, heartbeat.incarnation, **scalars)
         self._database.execute("UPDATE runs SET state = 1, last_seen = ? WHERE name = ?", (at, run))
+
+    def _set_applied(self, at: float, run: str, incarnation: str, step: int, applied: Applied) -> None:
+        values = (to_json(applied), step, self._incarnation(at, run, incarnation))
+        self._database.execute("UPDATE incarnations SET applied = ?, applied_step = ? WHERE id = ?", values)
 
     def _insert(self, table: str, at: float, run: str, incarnation: str, **columns: Any) -> int | None:
         """Insert a row of an incarnation; return its id."""

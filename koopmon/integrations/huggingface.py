@@ -44,7 +44,7 @@ class KoopmonCallback(SessionCallback, TrainerCallback):  # type: ignore[misc] #
         # The trainer's DataParallel wrapper is private and not visible from the model.
         threads = args.n_gpu > 1
         refused = "torch.nn.DataParallel runs copies of the model in threads; start it by torchrun" if threads else ""
-        self._session.begin(kwargs["model"], [kwargs.get("optimizer")], refused=refused)
+        self._begin(kwargs["model"], [kwargs.get("optimizer")], refused=refused)
         self._mirrors = _mirrors(args) if state is not None and state.is_world_process_zero else []
 
     def on_log(
@@ -69,7 +69,7 @@ class KoopmonCallback(SessionCallback, TrainerCallback):  # type: ignore[misc] #
     ) -> None:
         for mirror in self._mirrors:
             mirror.close()
-        self._session.end()
+        self._end()
 
 
 def _mirrors(args: TrainingArguments) -> list[Mirror]:

@@ -40,7 +40,7 @@ class KoopmonCallback(SessionCallback, Callback):  # type: ignore[misc] # mypy s
     _loggers: Mirror | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._session.begin(pl_module, trainer.optimizers)
+        self._begin(pl_module, trainer.optimizers)
         self._loggers = _Loggers(trainer)
 
     def on_train_batch_end(
@@ -55,10 +55,10 @@ class KoopmonCallback(SessionCallback, Callback):  # type: ignore[misc] # mypy s
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._session.end()
+        self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._session.end(f"the training raised {type(exception).__name__}")
+        self._end(f"the training raised {type(exception).__name__}")
 
 
 class _Loggers(Mirror):

@@ -71,21 +71,21 @@ def forecast(
     captured = capture_states(model, *batch, num_samples=num_samples, **batch_kwargs)
     spectrum = profile_states(captured.states, svd_rank=svd_rank)
     risk = initial_risk(spectrum, known_exponent=captured.known_exponent)
-    if known is None or learning_rate is None:
-        return InitialForecast(divergence_probability=None, near_unit_mass=risk.score, reason="no calibrator")
     adapter = captured.discovery.adapter.name
-    if known.adapter != adapter:
+    probability, reason = None, ""
+    if known is None or learning_rate is None:
+        reason = "no calibrator"
+    elif known.adapter != adapter:
         raise CalibrationError(f"calibrator is for {known.adapter}; this model's adapter is {adapter}")
-    if risk.update_exponent is None:
-        return InitialForecast(divergence_probability=None, near_unit_mass=risk.score, reason=risk.reason)
-    width, num_layers = int(captured.states[0].shape[-1]), spectrum.num_layers
-    example = Example(
-        update_exponent=risk.update_exponent,
-        learning_rate=min(learning_rate, known.highest_effective_rate / (width * num_layers)),
-        width=width,
-        num_layers=num_layers,
-    )
-    return InitialForecast(divergence_probability=known.probability(example), near_unit_mass=risk.score)
+    elif risk.update_exponent is None:
+        reason = risk.reason
+    else:
+        width, num_layers = int(captured.states[0].shape[-1]), spectrum.num_layers
+        rate = min(learning_rate, known.highest_effective_rate / (width * num_layers))
+        exponent = risk.update_exponent
+        example = Example(update_exponent=exponent, learning_rate=rate, width=width, num_layers=num_layers)
+        probability = known.probability(example)
+    return InitialForecast(divergence_probability=probability, near_unit_mass=risk.score, reason=reason)
 
 
 def prune_by_initial_risk(
@@ -118,15 +118,15 @@ def prune_by_initial_risk(
     for name in ("divergence_probability", "near_unit_mass"):
         if getattr(found, name) is not None:
             trial.set_user_attr(f"koopmon:{name}", getattr(found, name))
-    probability, mass = found.divergence_probability, found.near_unit_mass
-    reason = found.reason
+    probability, mass, reason, prune = found.divergence_probability, found.near_unit_mass, found.reason, True
     if probability is not None and probability > max_probability:
         reason = f"diverges with probability {probability:.2f}, more than {max_probability:g}"
     elif max_near_unit_mass is not None and mass is not None and mass > max_near_unit_mass:
         reason = f"near-unit mass {mass:.2f} is above {max_near_unit_mass:g}"
     else:
-        if reason:
-            trial.set_user_attr("koopmon:reason", reason)
-        return found
-    trial.set_user_attr("koopmon:reason", reason)
-    raise optuna.TrialPruned(reason)
+        prune = False
+    if reason:
+        trial.set_user_attr("koopmon:reason", reason)
+    if prune:
+        raise optuna.TrialPruned(reason)
+    return found

@@ -20,7 +20,11 @@ logger = logging.getLogger("koopmon.integrations")
 
 
 class SessionCallback:
-    """Base of the callbacks: holds the arguments of `koopmon.attach` for each training."""
+    """Attaches at the beginning of a training and detaches at its end; each training is a new session.
+
+    An agent that is already attached, for example by `koopmon run`, is reused and stays attached at the end. The
+    arguments are those of `koopmon.attach`.
+    """
 
     def __init__(
         self,
@@ -30,43 +34,27 @@ class SessionCallback:
         config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
-        self._session = Session(endpoint=endpoint, run=run, config=config)
-
-    @property
-    def agent(self) -> Agent:
-        """The agent of the most recent training."""
-        return self._session.agent
-
-
-class Session:
-    """Attaches at the beginning of a training and detaches at its end; each training is a new session.
-
-    An agent that is already attached, for example by `koopmon run`, is reused and stays attached at the end.
-    """
-
-    def __init__(self, **arguments: Any) -> None:
-        """Store the arguments of `koopmon.attach`."""
         self.agent = Agent(None, "the training has not started")
-        self._arguments = arguments
+        """The agent of the most recent training."""
+        self._arguments: dict[str, Any] = {"endpoint": endpoint, "run": run, "config": config}
 
-    def begin(self, model: nn.Module, optimizers: Sequence[object], *, refused: str = "") -> None:
-        """Attach `model` and its one optimizer. With several, none, or a reason in `refused`, log one line instead.
+    def _begin(self, model: nn.Module, optimizers: Sequence[object], *, refused: str = "") -> None:
+        """Attach `model` and its optimizers. With none, or a reason in `refused`, log one line instead.
 
         Raises the exceptions of `koopmon.attach` for `endpoint`, `run` and `config`, before the first step.
         """
-        self.end()
+        self._end()
         stepping = [each for each in optimizers if isinstance(each, Optimizer) and _moves_something(each)]
-        if not refused and len(stepping) != 1:
-            counted = f"{len(stepping)} optimizers" if stepping else "no torch.optim.Optimizer"
-            refused = f"the trainer has {counted}, koopmon needs exactly one"
+        if not stepping:
+            refused = refused or "the trainer has no torch.optim.Optimizer"
         if refused:
             log_for_job(logger, f"not attached, training goes on: {refused}")
             self.agent = Agent(None, refused)
             return
-        self.agent = attach(model, stepping[0], **self._arguments)
+        self.agent = attach(model, stepping, **self._arguments)
         atexit.register(self._interpreter_ends)
 
-    def end(self, reason: str = "") -> None:
+    def _end(self, reason: str = "") -> None:
         """Detach from the training, unless other code attached it. Idempotent."""
         atexit.unregister(self._interpreter_ends)
         if not self.agent.joined:
@@ -76,7 +64,7 @@ class Session:
         # Some trainers do not report an exception to their callbacks; the interpreter stores an uncaught one in
         # sys.last_type.
         error = getattr(sys, "last_type", None)
-        self.end("" if error is None else f"the training raised {error.__name__}")
+        self._end("" if error is None else f"the training raised {error.__name__}")
 
 
 def _moves_something(optimizer: Optimizer) -> bool:

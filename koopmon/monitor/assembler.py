@@ -44,21 +44,6 @@ class Snapshot(AtStep):
     """Measurements of the adapter, by name: one value for each transition, None where no rank has one."""
 
     @property
-    def num_points(self) -> int:
-        """P, the number of points in the depth."""
-        return len(self.blocks)
-
-    @property
-    def num_samples(self) -> int:
-        """N, the number of tokens of all ranks."""
-        return sum(block.shape[0] for block in self.blocks[0])
-
-    @property
-    def width(self) -> int:
-        """D, the width of the residual stream."""
-        return int(self.blocks[0][0].shape[1])
-
-    @property
     def num_bytes(self) -> int:
         """Memory of the states, in bytes."""
         return sum(block.nbytes for blocks in self.blocks for block in blocks)
@@ -70,7 +55,8 @@ class Snapshot(AtStep):
     def states(self, device: torch.device | str = "cpu") -> Tensor:
         """Copy the states into one float32 tensor (P, N, D) on `device`."""
         # The blocks move to the device in their own dtype and are converted there: half precision moves half the bytes.
-        states = torch.empty((self.num_points, self.num_samples, self.width), device=device)
+        num_samples = sum(block.shape[0] for block in self.blocks[0])
+        states = torch.empty((len(self.blocks), num_samples, self.blocks[0][0].shape[1]), device=device)
         for point, blocks in zip(states, self.blocks, strict=True):
             row = 0
             for block in blocks:
@@ -220,7 +206,16 @@ class Assembler:
         if blocks is None or (not pending.complete and sum(map(len, blocks[0])) < self.min_samples):
             self.on_drop(run_key[0], "incomplete")
             return None
-        return _snapshot([header for header, _ in shards], blocks)
+        headers = [header for header, _ in shards]
+        return Snapshot(
+            run=headers[0].run,
+            incarnation=headers[0].incarnation,
+            training=_training([header.training for header in headers]),
+            blocks=blocks,
+            masked=all(header.masked for header in headers),
+            num_shards=len(headers),
+            observables=_observables(headers, len(blocks) - 1),
+        )
 
 
 def _name(shard: Shard) -> str:
@@ -300,20 +295,6 @@ def _training(steps: Sequence[TrainingStep]) -> TrainingStep:
     means = {name: mean(getattr(step, name) for step in steps) for name in MEASURED}
     rates = [step.learning_rate for step in steps if step.learning_rate is not None]
     return msgspec.structs.replace(steps[0], **means | {"learning_rate": max(rates, default=None)})
-
-
-def _snapshot(headers: Sequence[Shard], blocks: tuple[tuple[Tensor, ...], ...]) -> Snapshot:
-    """Build the snapshot from the headers, by rank, and the joined blocks."""
-    first = headers[0]
-    return Snapshot(
-        run=first.run,
-        incarnation=first.incarnation,
-        training=_training([header.training for header in headers]),
-        blocks=blocks,
-        masked=all(header.masked for header in headers),
-        num_shards=len(headers),
-        observables=_observables(headers, len(blocks) - 1),
-    )
 
 
 def _observables(headers: Sequence[Shard], num_layers: int) -> dict[str, tuple[float | None, ...]]:

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 
 import msgspec
@@ -40,10 +40,13 @@ from koopmon.risk import calibration
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.auth_policy import make_auth_policy
 from koopmon.wire.authorized_keys import AuthorizedKeys
-from koopmon.wire.codec import WireLimits, decode_for_monitor, decode_shard, encode
+from koopmon.wire.codec import decode_for_monitor, decode_shard, encode
 from koopmon.wire.endpoints import is_loopback
+from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import PROTOCOL_VERSION, MonitorMessage, Refused
-from koopmon.wire.sockets import ControlServer, DataReceiver, Poller, Wakeup, WireContext
+from koopmon.wire.sockets import ControlServer, DataReceiver, Poller
+from koopmon.wire.transport import WireContext
+from koopmon.wire.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
@@ -68,34 +71,30 @@ class Addresses:
     scheme: str = "http"
 
 
+@dataclass
 class Monitor:
     """One monitor daemon. `run` serves until `stop`; `ready` is called when it accepts messages.
 
-    `bind` is the control endpoint, which users configure. `data_bind` defaults to an endpoint beside it.
+    `bind` is the control endpoint, which users configure. `data_bind` defaults to an endpoint beside it. Raises
+    ConfigError or CalibrationError, each one line.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        bind: str,
-        http: str,
-        data_bind: str | None = None,
-        device: str = "auto",
-        store_path: str | os.PathLike[str],
-        ready: Callable[[Addresses], None] | None = None,
-    ) -> None:
-        self._config = config = checked(config)
-        self._bind = bind
-        self._http = http
-        self._data_bind = data_bind
+    config: Config
+    _: KW_ONLY
+    bind: str
+    http: str
+    data_bind: str | None = None
+    device: str = "auto"
+    store_path: str | os.PathLike[str]
+    ready: Callable[[Addresses], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        self.config = config = checked(self.config)
         self._trust = make_auth_policy(**msgspec.structs.asdict(config.security), environ=os.environ)
         self._auth, self._tls = read_http_auth(config.http, os.environ), read_tls(config.http)
         self._grafana = read_access(config.grafana, os.environ) if config.grafana.url else None
-        self._device = check_device(device)
+        check_device(self.device)
         self._calibrator = calibration.load(Path(chosen)) if (chosen := config.monitor.calibrator) else None
-        self._store_path = store_path
-        self._ready = ready
         self._results: deque[Result] = deque()
         self._wakeup = Wakeup()
         self._stop = False
@@ -120,8 +119,7 @@ class Monitor:
             logger.info("monitor: control %s, data %s, live page %s://%s/", *words)
             self._turned_at = time.monotonic()
             self._serving = True
-            if self._ready is not None:
-                self._ready(self._addresses)
+            self.ready(self._addresses)
             self._loop()
             self._serving = False
             self._finish()
@@ -136,17 +134,17 @@ class Monitor:
         agents = self._open_wire(stack)
         http = self._open_http(stack, registry, outputs.live_state)
         self._open_pipeline(stack, outputs, agents)
-        stack.callback(LiveBackfill(outputs.live_state, self._store_path).close)
+        stack.callback(LiveBackfill(outputs.live_state, self.store_path).close)
         scheme = "http" if self._tls is None else "https"
         self._addresses = Addresses(self._control.endpoint, self._data.endpoint, http, scheme)
 
     def _open_outputs(self, stack: ExitStack, registry: CollectorRegistry) -> Outputs:
         """Open the history, the metrics, the live page's state, and the connection to Grafana."""
-        history = HistoryWriter.open(self._store_path, self._config.store)
+        history = HistoryWriter.open(self.store_path, self.config.store)
         stack.callback(history.close)
         annotate: Annotate = no_annotations
         if self._grafana is not None:
-            annotations = Annotations(self._grafana, self._config.grafana.queue_length)
+            annotations = Annotations(self._grafana, self.config.grafana.queue_length)
             stack.callback(annotations.close)
             annotate = annotations.add
         metrics = Metrics(registry, _build())
@@ -154,31 +152,28 @@ class Monitor:
 
     def _open_wire(self, stack: ExitStack) -> AuthorizedKeys | None:
         """Open both channels. Returns the agents' keys; None without key authentication."""
-        monitor = self._config.monitor
+        monitor = self.config.monitor
         limits = WireLimits(
             max_header_bytes=monitor.max_header_bytes,
             max_message_bytes=monitor.max_message_bytes,
             max_frames=monitor.max_layers + 2,
         )
         wire = stack.enter_context(WireContext(self._trust))
-        self._control = ControlServer(wire, self._bind, limits=limits)
-        self._data = DataReceiver(wire, self._data_bind or _data_beside(self._control.endpoint), limits=limits)
+        self._control = ControlServer(wire, self.bind, limits=limits)
+        self._data = DataReceiver(wire, self.data_bind or _data_beside(self._control.endpoint), limits=limits)
         self._check_alike()
         return wire.agents
 
     def _open_http(self, stack: ExitStack, registry: CollectorRegistry, live_state: LiveState) -> str:
         """Open the web server. Returns its address."""
         web = WebServer(
-            self._http,
+            self.http,
             registry,
             {"healthz": self._alive, "readyz": lambda: self._serving and self._alive()},
+            config=self.config,
             live_state=live_state,
-            policy=self._config.policy,
-            max_streams=self._config.http.max_streams,
             login=self._auth,
             tls=self._tls,
-            exposed=self._config.http.insecure_plaintext,
-            max_connections=self._config.monitor.max_http_connections,
             note=self._rejection_log.note,
         )
         stack.callback(web.close)
@@ -186,18 +181,18 @@ class Monitor:
 
     def _open_pipeline(self, stack: ExitStack, outputs: Outputs, agents: AuthorizedKeys | None) -> None:
         """Open the engine and the service."""
-        monitor = self._config.monitor
+        monitor = self.config.monitor
         self._engine = Engine(
-            device=self._device,
+            device=self.device,
             svd_rank=monitor.svd_rank,
-            queue_length=monitor.queue_length,
+            max_waiting=monitor.queue_length,
             max_bytes=monitor.max_pending_bytes,
             on_result=self._take_result,
             on_failure=lambda run, error: self._failures.note("snapshot", error, run=run),
         )
         stack.callback(self._engine.close)
         self._service = Service(
-            config=self._config,
+            config=self.config,
             outputs=outputs,
             engine=self._engine,
             rejection_log=self._rejection_log,
@@ -335,21 +330,12 @@ class Monitor:
         return time.monotonic() - self._turned_at < ALIVE_SECONDS
 
 
-def serve(
-    config: Config,
-    *,
-    bind: str,
-    http: str,
-    data_bind: str | None = None,
-    device: str = "auto",
-    store: Path,
-    ready_file: Path | None = None,
-) -> int:
+def serve(monitor: Monitor, ready_file: Path | None = None) -> int:
     """Run a monitor until SIGTERM or SIGINT; returns exit status 0. Call it in the main thread.
 
     When the monitor accepts messages, it writes a JSON object to `ready_file` (endpoint, data_endpoint, http, scheme,
-    pid). The file is removed at the end. Raises ConfigError, CalibrationError, EndpointError, KeysError or StoreError,
-    each one line, when it cannot start.
+    pid). The file is removed at the end. Raises EndpointError, KeysError or StoreError, each one line, when it cannot
+    start.
     """
 
     def ready(addresses: Addresses) -> None:
@@ -357,7 +343,7 @@ def serve(
         if ready_file is not None:
             _write_ready(ready_file, addresses)
 
-    monitor = Monitor(config, bind=bind, http=http, data_bind=data_bind, device=device, store_path=store, ready=ready)
+    monitor.ready = ready
     _raise_descriptor_limit()
     with ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGINT):

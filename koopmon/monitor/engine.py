@@ -40,31 +40,24 @@ class Result:
     failed: bool = False
 
 
+@dataclass(kw_only=True)
 class Engine:
     """Profiles snapshots in the order of arrival. `on_result` is called in the worker thread.
 
-    At most `queue_length` snapshots and `max_bytes` of states wait. Above that, the engine drops the oldest snapshot of
+    At most `max_waiting` snapshots and `max_bytes` of states wait. Above that, the engine drops the oldest snapshot of
     the run with the most waiting. `on_failure(run, error)` is called for an error outside profiling; that snapshot is
     lost, and the thread continues.
     """
 
-    def __init__(
-        self,
-        *,
-        device: str,
-        svd_rank: int,
-        queue_length: int,
-        max_bytes: int,
-        on_result: Callable[[Result], None],
-        on_failure: Callable[[str, Exception], None],
-    ) -> None:
-        self._device_name = device
+    device: str
+    svd_rank: int
+    max_waiting: int
+    max_bytes: int
+    on_result: Callable[[Result], None]
+    on_failure: Callable[[str, Exception], None]
+
+    def __post_init__(self) -> None:
         self._device: torch.device | None = None
-        self._svd_rank = svd_rank
-        self._queue_length = queue_length
-        self._max_bytes = max_bytes
-        self._on_result = on_result
-        self._on_failure = on_failure
         self._queue: deque[Snapshot] = deque()
         self._busy = True  # warming up
         self._closing = False
@@ -108,7 +101,7 @@ class Engine:
 
     def _over_full(self) -> bool:
         waiting = sum(snapshot.num_bytes for snapshot in self._queue)
-        return len(self._queue) > self._queue_length or waiting > self._max_bytes
+        return len(self._queue) > self.max_waiting or waiting > self.max_bytes
 
     def _pop_oldest_of_most(self) -> str:
         counts = Counter(snapshot.run for snapshot in self._queue)
@@ -131,14 +124,14 @@ class Engine:
                 snapshot = self._queue.popleft()
                 self._busy = True
             try:
-                self._on_result(self._profile(snapshot))
+                self.on_result(self._profile(snapshot))
             except Exception as error:
-                self._on_failure(snapshot.run, error)
+                self.on_failure(snapshot.run, error)
             del snapshot
 
     def _warm_up(self) -> None:
         """Run one decomposition at startup, because the first one in a process loads libraries."""
-        device = torch.device("cpu") if self._device_name == "auto" else torch.device(self._device_name)
+        device = torch.device("cpu") if self.device == "auto" else torch.device(self.device)
         states = torch.randn((3, 64, 16), generator=torch.Generator().manual_seed(0))
         try:
             profile_states(states.to(device), svd_rank=4, kreiss="never")
@@ -152,14 +145,16 @@ class Engine:
             profile = self._compute(snapshot)
             non_finite = profile is None
         except Exception as error:
-            failed = True
-            self._log_failure(snapshot, error)
+            failed, kind = True, type(error).__name__
+            if (more := self._limit.admit(time.monotonic(), kind)) is not None:
+                words = f"run {snapshot.run} step {snapshot.step}: {kind}: {error}"
+                logger.error("engine: %s%s", words, more, exc_info=error)
         return Result(snapshot.without_states(), profile, time.perf_counter() - start, non_finite, failed)
 
     def _compute(self, snapshot: Snapshot) -> SpectralProfile | None:
         """Return the profile, or None when the states are not finite: their decomposition would crash the process."""
         if self._device is None:
-            self._device = choose_device(self._device_name)
+            self._device = choose_device(self.device)
             logger.info("engine: computing on %s", self._device)
         try:
             return self._compute_on(self._device, snapshot)
@@ -174,13 +169,7 @@ class Engine:
         states = snapshot.states(device)
         if not bool(torch.isfinite(states).all()):
             return None
-        return profile_states(states, svd_rank=self._svd_rank, kreiss="never")  # it costs far more than the rest
-
-    def _log_failure(self, snapshot: Snapshot, error: Exception) -> None:
-        kind = type(error).__name__
-        if (more := self._limit.admit(time.monotonic(), kind)) is not None:
-            words = f"run {snapshot.run} step {snapshot.step}: {kind}: {error}"
-            logger.error("engine: %s%s", words, more, exc_info=error)
+        return profile_states(states, svd_rank=self.svd_rank, kreiss="never")  # it costs far more than the rest
 
 
 def check_device(name: str) -> str:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
+from koopmon.monitor.engine import Result
 from koopmon.monitor.failures import Failures
+from koopmon.monitor.pending_commands import Answered
 from koopmon.monitor.registry import Run
-from koopmon.wire.messages import Ack, Command, CommandKind, DropReason, Heartbeat, Hello
-
-if TYPE_CHECKING:
-    from koopmon.monitor.engine import Result
-    from koopmon.monitor.run_controller import Assessment
-    from koopmon.telemetry.metrics import ErrorPart
+from koopmon.monitor.run_controller import Assessment
+from koopmon.telemetry.metrics import ErrorPart
+from koopmon.wire.messages import Ack, Command, DropReason, Heartbeat, Hello
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +66,25 @@ class SnapshotDropped(Event):
 
 @dataclass(frozen=True, slots=True)
 class Profiled(Event):
-    """The engine is done with a snapshot. `run` is None if its incarnation is no longer watched."""
+    """The engine is done with a snapshot. `run` is None if its incarnation is no longer watched.
+
+    `plain` is the profile as JSON types. The history and the page take the same ones, so that they cannot disagree.
+    """
 
     run: Run | None  # type: ignore[assignment]
     result: Result
+    plain: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Assessed(Event):
-    """Detector and policy have assessed a snapshot; `assessment` is None if an error kept them from it."""
+    """Detector and policy have assessed a snapshot; `assessment` is None if an error kept them from it.
+
+    `plain` is its profile as JSON types; None when the states were not finite.
+    """
 
     assessment: Assessment | None
+    plain: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +112,10 @@ class CommandUnanswered(Event):
 
 @dataclass(frozen=True, slots=True)
 class CommandAcked(Event):
-    """Rank 0 sent an ack.
-
-    `kind` is None for an unknown command. `first` is True for the first ack of the command, `counts` if no outcome of
-    it was counted before.
-    """
+    """Rank 0 sent an ack. `answered` is None for an unknown command."""
 
     ack: Ack
-    kind: CommandKind | None
-    first: bool = False
-    counts: bool = False
+    answered: Answered | None
 
 
 @dataclass(frozen=True, slots=True)

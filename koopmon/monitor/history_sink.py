@@ -44,7 +44,7 @@ class HistorySink:
                     num_shards=snapshot.num_shards,
                     masked=snapshot.masked,
                     seconds=result.seconds,
-                    profile=None if result.profile is None else result.profile.to_dict(),
+                    profile=event.plain,
                     observables=snapshot.observables,
                 )
             case events.Assessed(run, assessment) if assessment is not None:

@@ -48,8 +48,8 @@ class MetricsSink:
                 metrics.add("commands", run.name, command.kind, "sent")
             case events.CommandUnanswered(run, command, replaced=False):
                 metrics.add("commands", run.name, command.kind, "unanswered")
-            case events.CommandAcked(run, ack, kind) if kind is not None and event.counts:
-                metrics.add("commands", run.name, kind, ack.outcome)
+            case events.CommandAcked(run, ack, answered) if answered is not None and answered.counts:
+                metrics.add("commands", run.name, answered.kind, ack.outcome)
             case events.RunClosed(run) if run.state is RunState.VANISHED:
                 metrics.end_run(run.name, keep=KEPT_WHEN_VANISHED)
                 metrics.set("run_state", run.state, run.name)

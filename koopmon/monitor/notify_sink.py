@@ -31,7 +31,8 @@ class NotifySink:
                 logger.info("run %s: %s: %s%s", where, decision.phase, why, ", not sent" if unsent else "")
                 text = f"{where}: {', '.join(kinds) or 'no command'}{' (not sent)' if unsent else ''}: {why}"
                 self.annotate(at, (run.name, decision.phase, *kinds), text)
-            case events.CommandAcked(run, ack, kind) if kind is not None and event.first:
+            case events.CommandAcked(run, ack, answered) if answered is not None and answered.first:
+                kind = answered.kind
                 detail = f" ({ack.detail!r})" if ack.detail else ""
                 text = f"{run.name} step {ack.step}: {kind} {ack.outcome}{detail}"
                 logger.info("run %s", text)

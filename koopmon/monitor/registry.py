@@ -42,7 +42,6 @@ HEARTBEAT_ROW_SECONDS = 10.0
 class Peer:
     """One sending rank of a run on the control channel; `identity` is its address."""
 
-    process_rank: int
     identity: bytes
     gone: bool = False
     heartbeat: Heartbeat | None = None
@@ -97,17 +96,34 @@ class Run:
 
     @property
     def training(self) -> TrainingStep:
-        """Latest known scalars: step and values in force of the run, measured values of rank 0's last heartbeat."""
+        """Latest known scalars, at the run's latest step: those of rank 0's last heartbeat.
+
+        Without a heartbeat since the last change of the values in force, the LR scale is the commanded one.
+        """
         known, beat = self.applied.at_step(self.step), self.peers[0].heartbeat if 0 in self.peers else None
         if beat is None:
             return known
-        return msgspec.structs.replace(known, **{name: getattr(beat.training, name) for name in MEASURED})
+        # Under a cap, and during a ramp, the scale in force is lower than the commanded one; agents measure it.
+        names = TrainingStep.__struct_fields__ if beat.applied == self.applied else MEASURED
+        return msgspec.structs.replace(
+            known, **{name: getattr(beat.training, name) for name in names if name != "step"}
+        )
 
     @property
     def leader(self) -> Peer | None:
         """Rank 0's peer, which receives commands; None after its goodbye or before its hello."""
         peer = self.peers.get(0)
         return peer if peer is not None and not peer.gone else None
+
+    @property
+    def left_in_force(self) -> Applied | None:
+        """The values that a later incarnation gets back if it replaces this one; None after the goodbye of all ranks.
+
+        An incarnation that did no step has not yet put in force what it got back itself.
+        """
+        if self.state is RunState.ENDED:
+            return None
+        return self.restore if self.restore is not None and self.step == 0 else self.applied
 
     @property
     def heartbeats(self) -> list[Heartbeat]:
@@ -205,7 +221,7 @@ class RunRegistry:
         peer = run.peers.get(hello.process_rank)
         settled = peer is not None and peer.heartbeat is not None
         if peer is None:
-            peer = run.peers[hello.process_rank] = Peer(hello.process_rank, identity)
+            peer = run.peers[hello.process_rank] = Peer(identity)
         peer.identity, peer.gone = identity, False
         if hello.process_rank == 0:
             run.hello, run.applied = hello, hello.applied

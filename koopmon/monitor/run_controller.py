@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
 
 import msgspec
 
@@ -19,17 +18,12 @@ from koopmon.config import Config, with_hints
 from koopmon.errors import ProtocolError, one_line
 from koopmon.monitor.pending_commands import Answered, PendingCommands
 from koopmon.risk import initial_score, online_detector
-from koopmon.risk.calibration import Example
+from koopmon.risk.calibration import Calibrator, Example
+from koopmon.spectral import SpectralProfile
 from koopmon.wire.headers import encode_header
 from koopmon.wire.messages import MAX_STEP, MAX_TEXT, Ack, Applied, Command, Hello, Judgement, TrainingStep
 
-if TYPE_CHECKING:
-    from koopmon.risk.calibration import Calibrator
-    from koopmon.spectral import SpectralProfile
-
 logger = logging.getLogger(__name__)
-
-TRAINING_KINDS = frozenset({"set_lr_scale", "set_kss", "rewind"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,14 +181,14 @@ class RunController:
         replaced = tuple(self.pending.add(now, commands)) if self.sends else ()
         return replace(assessment, decision=decision, commands=commands, replaced=replaced, remarkable=remarkable)
 
-    def acknowledge(self, now: float, ack: Ack) -> Answered | None:
+    def acknowledge(self, ack: Ack) -> Answered | None:
         """Process an ack of rank 0; returns the matching command, None for an unknown id."""
         found = self.pending.acknowledge(ack.command_id)
         if found is None:
             return None
         answered, newest = found
         if newest is not None:
-            self._update_policy(now, newest, ack)
+            self._update_policy(newest, ack)
         return answered
 
     def expire(self, now: float, step: int, applied: Applied) -> list[Command]:
@@ -215,7 +209,7 @@ class RunController:
                     detail="no answer",
                     applied=applied,
                 )
-                self._update_policy(now, command, ack)
+                self._update_policy(command, ack)
         return [pending.command for pending in expired]
 
     def checkpoint(self) -> bytes:
@@ -229,27 +223,21 @@ class RunController:
 
         Steps are clamped to the protocol's last one. Raises ProtocolError for any other value outside its bounds.
         """
+        values = {each.name: getattr(action, each.name) for each in fields(action) if each.name != "expires_in_steps"}
         until = action.cadence_until_step
+        values["cadence_until_step"] = None if until is None else min(until, MAX_STEP)
+        values["reason"] = action.reason[:MAX_TEXT]
         command = Command(
             run=self._hello.run,
             incarnation=self._hello.incarnation,
             id=secrets.token_hex(8),
-            kind=action.kind,
-            reason=action.reason[:MAX_TEXT],
             expires_step=min(step + action.expires_in_steps, MAX_STEP),
-            lr_scale=action.lr_scale,
-            max_rate=action.max_rate,
-            warmup_steps=action.warmup_steps,
-            rewind=action.rewind,
-            kss=action.kss,
-            ramp_steps=action.ramp_steps,
-            cadence_steps=action.cadence_steps,
-            cadence_until_step=None if until is None else min(until, MAX_STEP),
+            **values,
         )
         encode_header(command)
         return command
 
-    def _update_policy(self, now: float, command: Command, ack: Ack) -> None:
+    def _update_policy(self, command: Command, ack: Ack) -> None:
         # The values in force do not describe a command that changes no training value.
         if command.kind == "set_kss" and ack.outcome == "refused" and ack.shielded:
             self.policy_state = policy.kss_shielded(self.policy_state, ack)
@@ -258,8 +246,8 @@ class RunController:
             if ack.outcome == "applied":
                 # The layers jump: the detector restarts with the first snapshot after the return.
                 self._risk_state, self._rewound_at = online_detector.RiskState(), ack.step
-        elif command.kind in TRAINING_KINDS:
-            self.policy_state = policy.acknowledge(now, self.policy_state, ack)
+        elif command.kind != "set_cadence":
+            self.policy_state = policy.acknowledge(self.policy_state, ack)
 
     def _judge(self, assessment: Assessment) -> Judgement:
         """Build the judgement for display; it keeps the last remarkable decision."""

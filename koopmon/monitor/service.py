@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any
 
 from koopmon.config import Config
 from koopmon.errors import ProtocolError
@@ -24,14 +25,16 @@ from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.history_sink import HistorySink
 from koopmon.monitor.http.live_state import LiveState
-from koopmon.monitor.live_sink import LiveSink
 from koopmon.monitor.metrics_sink import MetricsSink
 from koopmon.monitor.notify_sink import NotifySink
 from koopmon.monitor.probe_handler import ProbeHandler
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.run_controller import Assessment, RunController
+from koopmon.risk.calibration import Calibrator
+from koopmon.spectral import SpectralProfile
 from koopmon.telemetry.metrics import ErrorPart, Metrics
+from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.codec import ReceivedShard
 from koopmon.wire.messages import (
     MAX_TEXT,
@@ -49,11 +52,6 @@ from koopmon.wire.messages import (
     TrainingStep,
     Welcome,
 )
-
-if TYPE_CHECKING:
-    from koopmon.risk.calibration import Calibrator
-    from koopmon.spectral import SpectralProfile
-    from koopmon.wire.authorized_keys import AuthorizedKeys
 
 RESEND_CHECK_SECONDS = 0.25
 """Interval between checks for commands to resend."""
@@ -98,7 +96,7 @@ class Service:
         sinks: tuple[tuple[ErrorPart, events.Sink], ...] = (
             ("store", self._history),
             ("metrics", MetricsSink(outputs.metrics)),
-            ("page", LiveSink(outputs.live_state)),
+            ("page", outputs.live_state),
             ("annotation", NotifySink(outputs.annotate)),
         )
         self._publish = events.Publisher(sinks, self.failures, self.wall).publish
@@ -133,7 +131,7 @@ class Service:
             case Heartbeat():
                 self._on_heartbeat(now, peer, run, message)
             case Ack():
-                self._on_ack(now, run, message)
+                self._on_ack(run, message)
             case Goodbye(reason=reason):
                 if run.state is RunState.ENDED:
                     self._close(run, reason or "goodbye")
@@ -153,11 +151,12 @@ class Service:
         run = self._registry.get(snapshot.run)
         if run is not None and (run.incarnation != snapshot.incarnation or run.state is RunState.VANISHED):
             run = None
-        self._publish(events.Profiled(run, result))
+        plain = None if result.profile is None else result.profile.to_dict()
+        self._publish(events.Profiled(run, result, plain))
         if result.failed:
             self.on_dropped(snapshot.run, "engine_failed")
         elif run is not None:
-            self._assess(run, snapshot.training, result.profile)
+            self._assess(run, snapshot.training, result.profile, plain)
 
     def tick(self) -> None:
         """Process all timeouts that are due."""
@@ -214,12 +213,9 @@ class Service:
 
     def _on_hello(self, now: float, peer: bytes, hello: Hello, key: str) -> None:
         launches = self._store.incarnations(hello.run)
-        known = hello.incarnation in launches
         retired = launches[:-1] if hello.incarnation in launches[-1:] else launches
 
-        def begin(before: Run | None) -> tuple[RunController, Applied | None]:
-            return self._begin(hello, before, known=known)
-
+        begin = partial(self._begin, hello, hello.incarnation in launches)
         try:
             admission = self._registry.admit(now, hello, peer, begin, key=key, retired=retired)
             run, before = admission.run, admission.before
@@ -252,12 +248,13 @@ class Service:
             ),
         )
 
-    def _begin(self, hello: Hello, before: Run | None, *, known: bool) -> tuple[RunController, Applied | None]:
+    def _begin(self, hello: Hello, known: bool, before: Run | None) -> tuple[RunController, Applied | None]:
         """Make the controller of a new incarnation, and the values to restore.
 
-        `before` is the run that it replaces; `known` is True if an earlier monitor watched this incarnation.
+        `before` is the run that it replaces; `known` is True if an earlier monitor watched this incarnation. Only an
+        incarnation that was killed or vanished leaves values: after a goodbye, the next one is another training.
         """
-        restore = None if before is None else before.applied
+        restore = None if before is None else before.left_in_force
         if before is None and not known:
             restore = self._store.last_applied(hello.run, other_than=hello.incarnation)
         if restore in (Applied(), hello.applied):
@@ -278,20 +275,25 @@ class Service:
         self._publish(events.HeartbeatReceived(run, heartbeat, drops, row_due, applied_changed))
         # The agent dropped the snapshot because its states were not finite: the run has diverged.
         if "not_finite" in drops and run.newly_not_finite(heartbeat.step):
-            self._assess(run, heartbeat.training, None)
+            self._assess(run, heartbeat.training)
         judgement = run.controller.judgement
         self._reply(peer, HeartbeatReply(run=run.name, incarnation=run.incarnation, judgement=judgement))
 
-    def _on_ack(self, now: float, run: Run, ack: Ack) -> None:
+    def _on_ack(self, run: Run, ack: Ack) -> None:
         run.applied_changed()  # the history takes the values in force from the ack
         self._publish(events.RunChanged(run))
-        answered = run.controller.acknowledge(now, ack)
+        answered = run.controller.acknowledge(ack)
+        self._publish(events.CommandAcked(run, ack, answered))
         if answered is None:
-            self._publish(events.CommandAcked(run, ack, None))
             raise ProtocolError("unknown_command", f"run {run.name} answers {ack.command_id}, which is not known")
-        self._publish(events.CommandAcked(run, ack, answered.kind, answered.first, answered.counts))
 
-    def _assess(self, run: Run, training: TrainingStep, profile: SpectralProfile | None) -> None:
+    def _assess(
+        self,
+        run: Run,
+        training: TrainingStep,
+        profile: SpectralProfile | None = None,
+        plain: Mapping[str, Any] | None = None,
+    ) -> None:
         decide = run.state is RunState.RUNNING and not self._stopping
         try:
             assessment = run.controller.assess(self.clock(), training, profile, step=run.step, decide=decide)
@@ -299,7 +301,7 @@ class Service:
             self.failures.note("judgement", error, run=run.name, what=f"step {training.step} cannot be judged")
             self._publish(events.Assessed(run, None))
             return
-        self._publish(events.Assessed(run, assessment))
+        self._publish(events.Assessed(run, assessment, plain))
         if assessment.unencodable is not None:
             what = f"the decision at step {training.step} is dropped"
             self.failures.note("command", assessment.unencodable, run=run.name, what=what)

@@ -17,8 +17,6 @@ from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import HistoryReader, IncarnationRow, ObservationRow
 from koopmon.risk import online_detector
 
-KINDS = ("set_lr_scale", "set_kss", "rewind")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
@@ -104,7 +102,7 @@ class _Judge:
             risk=risk.value,
             phase=decision.phase,
             reason=decision.reason,
-            actions=tuple(action for action in decision.commands if action.kind in KINDS),
+            actions=tuple(action for action in decision.commands if action.changes_training),
             lr_scale=self._state.lr_scale,
             kss_alpha=self._state.kss.alpha,
         )

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from koopmon.report.run_report import RunReport
 from koopmon.views.html import number, percent, span
 from koopmon.views.run_summary import times
-
-if TYPE_CHECKING:
-    from koopmon.report.run_report import RunReport
-    from koopmon.views.run_view import CommandView
+from koopmon.views.run_view import CommandView
 
 NOT_APPLIED = frozenset({"refused", "failed", "expired", "unanswered"})
 

@@ -5,21 +5,17 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
 from koopmon import __version__
 from koopmon.report.glance import glance
-from koopmon.report.run_report import delay_steps
+from koopmon.report.run_report import RunReport, delay_steps
 from koopmon.views.heatmap import heatmap
 from koopmon.views.html import number, render
 from koopmon.views.run_view import SCALARS
 from koopmon.views.spectra import QUANTITIES, Column, mean_over_layers
 from koopmon.views.svg_charts import depth_legend, eigenvalue_plot, plotted_modulus, risk_chart, scalar_chart
-
-if TYPE_CHECKING:
-    from koopmon.report.run_report import RunReport
 
 STYLES = (("koopmon.views", "static/views.css"), ("koopmon.report", "static/report.css"))
 MAX_ROWS = 300
@@ -29,10 +25,9 @@ MAX_LAYERS = 64
 
 def page(report: RunReport) -> str:
     """Return the whole document."""
-    profiles, points, policy = report.profiles, report.points, report.policy
+    profiles, points = report.profiles, report.points
     spectra, columns = profiles.spectra, profiles.columns
     limit = plotted_modulus([modulus for each in spectra for modulus in each.spectrum.moduli()])
-    levels = (("severe", policy.severe_risk), ("act", policy.act_risk), ("calm below", policy.release_risk))
     return render(
         "koopmon.report",
         "report.html",
@@ -50,7 +45,7 @@ def page(report: RunReport) -> str:
                 ("replay", report.run, "--store", report.store, "--policy", "careful.toml"),
             )
         ],
-        risk_chart=risk_chart(points, report.decisions, levels),
+        risk_chart=risk_chart(points, report.decisions, report.policy),
         scalar_charts=Markup("").join(scalar_chart(points, scalar) for scalar in SCALARS if scalar.chart),
         scalars=SCALARS,
         highlights=[

@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -23,7 +23,7 @@ from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import HistoryReader
 from koopmon.history.schema import RunState
 from koopmon.numbers import mean
-from koopmon.views.action_effects import MIN_SNAPSHOTS, with_effects
+from koopmon.views.action_effects import MIN_SNAPSHOTS, median, with_effects
 from koopmon.views.run_summary import RecordedRun, RunSummary, summary_of
 from koopmon.views.run_view import CommandView, DecisionView, TimelinePoint
 from koopmon.views.spectra import Profiles, layers_to_dict, read_profiles
@@ -189,7 +189,7 @@ def build_report(history: HistoryReader, store: Path, name: str, policy: PolicyC
             num_heartbeats=len(beats),
             mean_overhead_ratio=mean([beat.overhead_ratio for beat in beats]),
             max_overhead_ratio=max((beat.overhead_ratio for beat in beats), default=None),
-            median_step_seconds=_median([beat.step_seconds for beat in beats]),
+            median_step_seconds=median(beat.step_seconds for beat in beats),
             num_incomplete=profiles.num_incomplete,
             num_not_finite=sum(point.non_finite for point in points),
             num_not_informative=sum(not point.informative and not point.non_finite for point in points),
@@ -277,8 +277,3 @@ def _launches(run: RecordedRun) -> Iterator[Launch]:
             kss_alpha=0.0 if row.applied is None else row.applied.kss.alpha,
             hello=None if row.hello is None else msgspec.to_builtins(row.hello),
         )
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    return statistics.median(known) if known else None

@@ -131,24 +131,24 @@ def _residuals(eigenvalues: Tensor, left: Tensor, error_gram: Tensor, signal_gra
     # Y = A X + E and u_j* A = lambda_j u_j* give u_j*(Y - lambda_j X) = u_j* E. This form has no cancellation.
 
     def quadratic(gram: Tensor) -> Tensor:
-        # u* G u = Re(u)^T G Re(u) + Im(u)^T G Im(u) for a real symmetric G. The row products are the two terms.
-        return _pair_mean(eigenvalues, ((left @ gram) * left).sum(-1))
+        # 2 u* G u: u* G u = Re(u)^T G Re(u) + Im(u)^T G Im(u) for a real symmetric G. The row products are the terms.
+        return _pair_sum(eigenvalues, ((left @ gram) * left).sum(-1))
 
-    # ||u_j||^2: the rows of an inverse are not unit vectors, so both quadratic forms are divided by it.
-    squared = _pair_mean(eigenvalues, left.square().sum(-1))
+    # 2 ||u_j||^2: the rows of an inverse are not unit vectors, so both quadratic forms are divided by it.
+    squared = _pair_sum(eigenvalues, left.square().sum(-1))
     # Rounding can leave a quadratic form slightly below 0.
     numerator = (quadratic(error_gram) / squared).clamp_min(0.0).sqrt()
     residual = numerator / ((quadratic(signal_gram) / squared).clamp_min(0.0).sqrt() + EPSILON)
     return residual.nan_to_num(nan=torch.inf)
 
 
-def _pair_mean(eigenvalues: Tensor, values: Tensor) -> Tensor:
-    """Average `values` (..., R) over each conjugate pair and keep those of real eigenvalues.
+def _pair_sum(eigenvalues: Tensor, values: Tensor) -> Tensor:
+    """Add `values` (..., R) over each conjugate pair and double those of real eigenvalues.
 
-    The rows of the real form are sqrt(2) Re u and sqrt(2) Im u up to sign. The mean of their forms is that of u.
+    The rows of the real form are sqrt(2) Re u and sqrt(2) Im u up to sign. The sum of their forms is twice that of u.
     """
     # Pairs are adjacent. The partner follows a positive imaginary part and precedes a negative one.
     after, before = values.roll(-1, -1), values.roll(1, -1)
     imaginary = eigenvalues.imag
     partner = torch.where(imaginary > 0, after, torch.where(imaginary < 0, before, values))
-    return (values + partner) / 2
+    return values + partner

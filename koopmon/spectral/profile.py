@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from koopmon.spectral.dmd import Operators, fit
 from koopmon.spectral.nonnormality import kreiss_constant
-from koopmon.spectral.profiles import LayerProfile, SpectralProfile
+from koopmon.spectral.profiles import FIELDS, LayerProfile, SpectralProfile
 from koopmon.spectral.update_exponent import update_exponent
 from koopmon.spectral.whitening import Coordinates, transitions
 
@@ -223,21 +223,13 @@ def _verdict(item: Coordinates, svd_rank: int | None, update_ratio: float, finit
 def _empty(item: Coordinates, exponent: float, svd_rank: int | None) -> LayerProfile:
     """Build the profile of a layer whose samples have no spread and therefore no modes."""
     flaw, _ = _verdict(item, svd_rank, 0.0, True)
+    numbers: dict[str, Any] = dict.fromkeys(FIELDS, 0.0)
+    numbers |= {"eigenvector_condition_number": 1.0, "kreiss_constant": None, "update_exponent": exponent}
     return LayerProfile(
         eigenvalues=torch.zeros(0, dtype=torch.complex128),
-        near_unit_mass=0.0,
-        expansive_mass=0.0,
-        contractive_mass=0.0,
-        spectral_radius=0.0,
-        eigenvector_condition_number=1.0,
-        kreiss_constant=None,
-        nonlinearity_ratio=0.0,
-        update_ratio=0.0,
-        update_exponent=exponent,
-        reliable_mode_ratio=0.0,
-        reliable_near_unit_mass=0.0,
         num_samples=item.x.shape[0],
         svd_rank=svd_rank,
         informative=False,
         reason=flaw,
+        **numbers,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, NamedTuple, overload
 
 import torch
@@ -26,20 +26,6 @@ FloatField = Literal[
     "reliable_mode_ratio",
     "reliable_near_unit_mass",
 ]
-FIELDS: Final[tuple[str, ...]] = (
-    "near_unit_mass",
-    "expansive_mass",
-    "contractive_mass",
-    "spectral_radius",
-    "eigenvector_condition_number",
-    "kreiss_constant",
-    "nonlinearity_ratio",
-    "update_ratio",
-    "update_exponent",
-    "reliable_mode_ratio",
-    "reliable_near_unit_mass",
-)
-"""Names of the numbers of a `LayerProfile`. Each is finite; only `kreiss_constant` may be None."""
 
 
 class Thirds(NamedTuple):
@@ -112,6 +98,10 @@ class LayerProfile:
         pairs = [complex(real, imaginary) for real, imaginary in data["eigenvalues"]]
         rest = {name: value for name, value in data.items() if name != "eigenvalues"}
         return cls(eigenvalues=torch.tensor(pairs, dtype=torch.complex128), **rest)
+
+
+FIELDS: Final = tuple(field.name for field in fields(LayerProfile) if str(field.type).startswith("float"))
+"""Names of the numbers of a `LayerProfile`. Each is finite; only `kreiss_constant` may be None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -47,7 +47,7 @@ def update_exponent(x: Tensor, y: Tensor) -> Tensor:
     # Slope = cov / var of the centred logarithms. The added term keeps the slope near 0 where the lengths hardly vary;
     # without it rounding errors would decide the quotient.
     slope = (lengths * updates).mean() / (lengths.square().mean() + LENGTH_SHARE / (2 * x.shape[-1]))
-    bounded: Tensor = slope.nan_to_num(0.0, 0.0, 0.0).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
+    bounded: Tensor = slope.nan_to_num(0.0).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
     return bounded
 
 

@@ -97,8 +97,9 @@ def centre(state: Tensor, magnitude: float, dtype: torch.dtype) -> Centred:
 
     A state whose `magnitude` lies outside the safe range is divided by it first, so that squares do not overflow.
     """
-    unit = 1.0 if _SAFE[0] < magnitude < _SAFE[1] or magnitude == 0.0 else magnitude
-    values = state.to(dtype) if unit == 1.0 else state.to(dtype) / unit
+    safe = _SAFE[0] < magnitude < _SAFE[1] or magnitude == 0.0
+    unit = 1.0 if safe else magnitude
+    values = state.to(dtype) if safe else state.to(dtype) / unit  # a division by 1 would cost a copy
     return Centred(values - values.mean(dim=0), unit, _NOISE * torch.finfo(dtype).eps * magnitude / unit)
 
 

@@ -58,6 +58,7 @@ class Alert(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
 
     name: Text
+    """It is the anchor of this alert on the page /alerts and in docs/alerts.md."""
     group: Group
     severity: Severity
     expr: Text
@@ -72,11 +73,6 @@ class Alert(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     panel: tuple[Text, Text] = ("koopmon-run", "Risk")
     """Dashboard uid and title of the panel with the metric of this alert."""
 
-    @property
-    def anchor(self) -> str:
-        """Anchor of this alert on the page /alerts and in docs/alerts.md."""
-        return self.name
-
 
 class _Table(Struct, frozen=True, forbid_unknown_fields=True):
     fragments: dict[str, str]
@@ -89,7 +85,7 @@ def runbook_url(alert: Alert, docs_url: str | None = None) -> str:
     Both pages have the same anchors.
     """
     base = "http://{{ $labels.instance }}/alerts" if docs_url is None else docs_url.rstrip("#")
-    return f"{base}#{alert.anchor}"
+    return f"{base}#{alert.name}"
 
 
 def read_alerts(text: str) -> tuple[Alert, ...]:

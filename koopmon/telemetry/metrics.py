@@ -87,6 +87,10 @@ def _run(name: str, text: str) -> Series:
     return Series(name, "gauge", text, RUN)
 
 
+def _counter(name: str, text: str, labels: tuple[str, ...] = (), **known: tuple[str, ...]) -> Series:
+    return Series(name, "counter", text, (*labels, *known), known)
+
+
 TABLE: tuple[Series, ...] = (
     _layer("near_unit_mass", "Fraction of eigenvalues with modulus in [0.90, 1.05]."),
     _layer("expansive_mass", "Fraction of eigenvalues with modulus above 1.05."),
@@ -114,46 +118,35 @@ TABLE: tuple[Series, ...] = (
     _run("last_snapshot_timestamp_seconds", "Unix time of the last snapshot received."),
     _run("agent_overhead_ratio", "Largest share of the step time that a rank spends in koopmon's hooks."),
     _run("taps_missing", "Snapshots in which a tap did not fire, summed over ranks."),
-    Series("snapshots_received", "counter", "Snapshots that were assembled and passed to the engine.", RUN),
-    Series(
+    _counter("snapshots_received", "Snapshots that were assembled and passed to the engine.", RUN),
+    _counter(
         "snapshots_dropped",
-        "counter",
         "Lost snapshots by reason. An agent counts its own shards, the monitor whole snapshots.",
-        ("run", "reason"),
-        {"reason": DROPS},
+        RUN,
+        reason=DROPS,
     ),
-    Series(
+    _counter(
         "commands",
-        "counter",
         "Commands by outcome. Each counts once as sent or dry_run and once by its acknowledgement or as unanswered.",
-        ("run", "kind", "outcome"),
-        {"kind": COMMAND_KINDS, "outcome": COMMAND_OUTCOMES},
+        RUN,
+        kind=COMMAND_KINDS,
+        outcome=COMMAND_OUTCOMES,
     ),
-    Series("risk_alarms", "counter", "Snapshots with a risk of at least act_risk.", RUN),
-    Series(
-        "effect_checks",
-        "counter",
-        "Snapshots after the cooldown of an action, by its effect on the risk.",
-        ("run", "outcome"),
-        {"outcome": EFFECTS},
+    _counter("risk_alarms", "Snapshots with a risk of at least act_risk.", RUN),
+    _counter(
+        "effect_checks", "Snapshots after the cooldown of an action, by its effect on the risk.", RUN, outcome=EFFECTS
     ),
-    Series("messages_rejected", "counter", "Rejected messages by reason.", ("reason",), {"reason": REJECTIONS}),
+    _counter("messages_rejected", "Rejected messages by reason.", reason=REJECTIONS),
     Series("dmd_duration_seconds", "histogram", "Time to profile all layers of one snapshot."),
     Series("engine_queue_length", "gauge", "Snapshots that wait for the engine."),
-    Series("engine_failures", "counter", "Snapshots that were not profiled or assessed because of an error."),
-    Series(
+    _counter("engine_failures", "Snapshots that were not profiled or assessed because of an error."),
+    _counter(
         "internal_errors",
-        "counter",
         "Internal errors of the monitor by part. Each affects at most one run or one message.",
-        ("part",),
-        {"part": get_args(ErrorPart)},
+        part=get_args(ErrorPart),
     ),
     Series("store_recording", "gauge", "1 while the store records, 0 while it is paused."),
-    Series(
-        "store_lost",
-        "counter",
-        "Records that were not written. Decisions wait and are not lost while the store is paused.",
-    ),
+    _counter("store_lost", "Records that were not written. Decisions wait and are not lost while the store is paused."),
     Series("build", "info", "Version of the monitor."),
 )
 BY_NAME: Mapping[str, Series] = {series.name: series for series in TABLE}
@@ -194,9 +187,7 @@ class Metrics(Collector):
         self._bucket_counts = [0] * (len(DURATION_BUCKETS) + 1)
         self._duration_sum = 0.0
         self._build = dict(build)
-        for series in TABLE:
-            if series.kind == "counter" and "run" not in series.labels:
-                self._start_counter(series, ())
+        self._start_counters()
         self.set("engine_queue_length", 0)
         self.set("store_recording", 1)
         registry.register(self)
@@ -238,9 +229,7 @@ class Metrics(Collector):
 
     def begin_run(self, run: str) -> None:
         """Initialise the counters of `run` to 0 if they do not exist."""
-        for series in TABLE:
-            if series.kind == "counter" and "run" in series.labels:
-                self._start_counter(series, (run,))
+        self._start_counters(run)
 
     def end_run(self, run: str, *, keep: Iterable[str] = ()) -> None:
         """Remove the series of `run` except the names in `keep`."""
@@ -305,8 +294,11 @@ class Metrics(Collector):
             family.add_metric(labels, values[labels])
         return family
 
-    def _start_counter(self, series: Series, first: tuple[str, ...]) -> None:
-        rest = [series.known[label] for label in series.labels[len(first) :]]
-        with self._lock:
-            for labels in itertools.product(*rest):
-                self._values[series.name].setdefault((*first, *labels), 0.0)
+    def _start_counters(self, *run: str) -> None:
+        """Start the counters of `run`, or those without a run."""
+        for series in TABLE:
+            if series.kind == "counter" and ("run" in series.labels) == bool(run):
+                known = [series.known[label] for label in series.labels[len(run) :]]
+                with self._lock:
+                    for labels in itertools.product(*known):
+                        self._values[series.name].setdefault((*run, *labels), 0.0)

@@ -116,15 +116,15 @@ def effect_of(
     last = len(points) if following is None else bisect_right(points, following.step, key=_step)
     after = points[first : min(last, first + WINDOW)]
     old, new = _losses(before), _losses(after)
-    risk_after = _median([point.risk for point in after])
-    verdict, why = _verdict(decision.risk, risk_after, old, new, after, following if len(after) < WINDOW else None)
+    risk_after = median([point.risk for point in after])
+    verdict, why = _verdict(decision.risk, risk_after, old, after, following if len(after) < WINDOW else None)
     return Effect(
         num_before=len(before),
         num_after=len(after),
         risk_before=decision.risk,
         risk_after=risk_after,
-        loss_before=_median(old),
-        loss_after=_median(new),
+        loss_before=median(old),
+        loss_after=median(new),
         verdict=verdict,
         why=why,
     )
@@ -134,7 +134,6 @@ def _verdict(
     risk_before: float,
     risk_after: float | None,
     old: Sequence[float],
-    new: Sequence[float],
     after: Sequence[TimelinePoint],
     cut: AppliedAction | None,
 ) -> tuple[EffectVerdict, str]:
@@ -146,7 +145,7 @@ def _verdict(
         if cut is not None:
             return "cannot be told", f"{seen} before the next action at step {cut.step}: the two cannot be told apart"
         return "cannot be told", f"{seen}, {MIN_SNAPSHOTS} are needed"
-    risk = _moved(risk_after - risk_before, RISK_CHANGE)
+    risk, new = _moved(risk_after - risk_before, RISK_CHANGE), _losses(after)
     loss, words = 0, f"the risk {_WORDS[risk]}, the loss was not logged"
     if min(len(old), len(new)) >= MIN_SNAPSHOTS:
         loss = _moved(statistics.median(new) - statistics.median(old), LOSS_CHANGE * abs(statistics.median(old)))
@@ -173,6 +172,7 @@ def _losses(points: Sequence[TimelinePoint]) -> list[float]:
     return [point.training.loss for point in points if point.training.loss is not None]
 
 
-def _median(values: Sequence[float]) -> float | None:
-    known = [value for value in values if math.isfinite(value)]
+def median(values: Iterable[float | None]) -> float | None:
+    """Return the median of the finite values; None without any."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
     return statistics.median(known) if known else None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from koopmon.errors import StoreError
 from koopmon.history.reader import HeartbeatRow, HistoryReader, IncarnationRow
@@ -65,10 +64,6 @@ class RunSummary:
     max_overhead_ratio: float | None
     store: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
     def lines(self) -> list[str]:
         """Return the summary as lines of text."""
         if self.adapter is None:
@@ -91,15 +86,19 @@ class RunSummary:
         if self.num_kss:
             acted.append(f"KSS raised {times(self.num_kss)}, to alpha {self.max_kss_alpha:.3g}")
         if self.num_held_back:
-            acted.append(f"{self.num_held_back} commands held back: this job was only watched")
+            acted.append(f"{_commands(self.num_held_back)} held back: this job was only watched")
         if self.num_refused:
-            acted.append(f"{self.num_refused} commands not applied")
+            acted.append(f"{_commands(self.num_refused)} not applied")
         return acted
 
 
 def times(count: int) -> str:
     """Format a number of times."""
     return "once" if count == 1 else f"{count} times"
+
+
+def _commands(count: int) -> str:
+    return "1 command" if count == 1 else f"{count} commands"
 
 
 def summarise(store: Path, run: str) -> RunSummary | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import msgspec
@@ -80,15 +80,11 @@ class TimelinePoint(AtStep):
 
     @classmethod
     def of_row(cls, row: ObservationRow) -> Self:
+        shared = ("incarnation", "training", "time", "risk", "reason", "non_finite")
         return cls(
-            incarnation=row.incarnation,
-            training=row.training,
-            time=row.time,
-            risk=row.risk,
             forecast=_forecast(row.components, non_finite=row.non_finite),
-            reason=row.reason,
             informative=row.observation.get("informative") is True,
-            non_finite=row.non_finite,
+            **{name: getattr(row, name) for name in shared},
         )
 
     @classmethod
@@ -179,18 +175,11 @@ class DecisionView:
 
     @classmethod
     def of_row(cls, row: DecisionRow) -> Self:
-        return cls(
-            incarnation=row.incarnation,
-            step=row.step,
-            time=row.time,
-            phase=row.phase,
-            reason=row.reason,
-            risk=row.risk,
-            commands=tuple(
-                CommandView(command=each.command, outcome=each.outcome, step=each.acked_step, detail=each.detail or "")
-                for each in row.commands
-            ),
+        commands = tuple(
+            CommandView(command=each.command, outcome=each.outcome, step=each.acked_step, detail=each.detail or "")
+            for each in row.commands
         )
+        return cls(**{each.name: getattr(row, each.name) for each in fields(row)} | {"commands": commands})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

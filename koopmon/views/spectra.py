@@ -11,12 +11,10 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from koopmon.history.reader import ProfileRow
 from koopmon.telemetry.metrics import layer_buckets
-
-if TYPE_CHECKING:
-    from koopmon.history.reader import ProfileRow
 
 QUANTITIES: Mapping[str, str] = {
     "near_unit_mass": "near-unit mass",

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
+from koopmon.config import PolicyConfig
 from koopmon.views.html import decimal, macro, number
 from koopmon.views.run_view import DecisionView, Scalar, TimelinePoint, training_commands
 from koopmon.views.spectra import Spectrum
@@ -42,15 +43,14 @@ def sparkline(points: Sequence[TimelinePoint], act_risk: float) -> Markup:
     return macro("charts.html", "sparkline", line=line, level=_up(act_risk, SPARK_HEIGHT), height=SPARK_HEIGHT)
 
 
-def risk_chart(
-    points: Sequence[TimelinePoint], decisions: Sequence[DecisionView], thresholds: Sequence[tuple[str, float]]
-) -> Markup:
+def risk_chart(points: Sequence[TimelinePoint], decisions: Sequence[DecisionView], policy: PolicyConfig) -> Markup:
     """Chart of risk and forecast over steps.
 
-    `thresholds` are drawn with their names; commands that change training are marked, and so are snapshots that were
-    not finite.
+    The thresholds of `policy` are drawn with their names; commands that change training are marked, and so are
+    snapshots that were not finite.
     """
     place = _placed(points)
+    levels = (("severe", policy.severe_risk), ("act", policy.act_risk), ("calm below", policy.release_risk))
     marks = [(each, step, place(step)) for each, step in training_commands(decisions) if 0.0 <= place(step) <= 100.0]
     description = "No snapshot was judged yet."
     if points:
@@ -68,7 +68,7 @@ def risk_chart(
             *_lines(points, lambda point: point.forecast, "forecast", RISK_HEIGHT),
             *_lines(points, lambda point: point.risk, "risk", RISK_HEIGHT),
         ],
-        levels=[(name, value, _up(value, RISK_HEIGHT)) for name, value in thresholds],
+        levels=[(name, value, _up(value, RISK_HEIGHT)) for name, value in levels],
         marks=marks[:MAX_MARKS],
         broken=[(point.step, place(point.step)) for point in points if point.broken][:MAX_MARKS],
         ticks=_ticks(points),

@@ -69,9 +69,6 @@ class AuthorizedKeys:
         agent = self._agents.get(name)
         return agent is not None and any(fnmatchcase(run, pattern) for pattern in agent.runs)
 
-    def __len__(self) -> int:
-        return len(self._agents)
-
     def _refresh(self) -> None:
         if self._clock() < self._checked_at + CHECK_SECONDS:
             return

@@ -86,13 +86,6 @@ class BufferPool:
             self._held.add(slot)
             return slot
 
-    @property
-    def num_free(self) -> int:
-        """Number of slots that `acquire` could return now."""
-        with self._lock:
-            self._collect()
-            return len(self._free)
-
     def _collect(self) -> None:
         sending, self._sending = self._sending, []
         for buffer, tracker in sending:

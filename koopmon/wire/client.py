@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import time
-from typing import Any, Final
+from typing import Final
 
 import zmq
 
 from koopmon.errors import EndpointError, KeysError
 from koopmon.wire import curve
 from koopmon.wire.endpoints import check_ipc_owner
-from koopmon.wire.transport import Options, Socket, WireContext, closed_on_error
+from koopmon.wire.transport import Options, Socket, WireContext, shut
 
 # IMMEDIATE: the socket queues nothing while the peer is away. CONNECT_TIMEOUT: the kernel's retry interval grows up to
 # a minute, so without a timeout the socket could reconnect long after the network has recovered.
@@ -33,7 +33,7 @@ RETRY_SECONDS: Final = 2.0
 class Client(Socket):
     """A connecting socket that tracks the state of its connection. Raises EndpointError and KeysError."""
 
-    _watched_events: int = CONNECTION_EVENTS
+    _watched_events = CONNECTION_EVENTS
 
     def __init__(self, context: WireContext, kind: int, options: Options, endpoint: str) -> None:
         self.endpoint = context.trust.check(endpoint)
@@ -57,18 +57,12 @@ class Client(Socket):
         secret, known = context.trust.agent_secret(), context.trust.monitor_key()
         self._keys = secret, known[self._attempts % len(known)]
 
-    def _open(self) -> zmq.Socket[bytes]:
-        raw = super()._open()
-        with closed_on_error(raw):
-            events = self._watch(raw, self._watched_events)
-            with closed_on_error(events):
-                raw.set(zmq.IPV6, self.endpoint.startswith("tcp://["))
-                if self._curve:
-                    curve.make_curve_client(raw, *self._keys)
-                if self._connect_at is None:
-                    self._connect(raw)
-        self._events = events
-        return raw
+    def _set_up(self, raw: zmq.Socket[bytes]) -> None:
+        raw.set(zmq.IPV6, self.endpoint.startswith("tcp://["))
+        if self._curve:
+            curve.make_curve_client(raw, *self._keys)
+        if self._connect_at is None:
+            self._connect(raw)
 
     def _connect(self, raw: zmq.Socket[bytes]) -> None:
         try:
@@ -78,7 +72,7 @@ class Client(Socket):
 
     def _note_events(self) -> None:
         self._guard()
-        for event, value in self._events_of(self._events):
+        for event, value in self._new_events():
             self._reached = self._reached or event in (zmq.EVENT_CONNECTED, zmq.EVENT_HANDSHAKE_SUCCEEDED)
             self._retries += event == zmq.EVENT_CONNECT_RETRIED
             self._connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -159,17 +153,4 @@ class Client(Socket):
             raise
         self._connected = False
         old.set(zmq.LINGER, 0)
-        _shut(old, old_events)
-
-    def _pollables(self) -> list[Any]:
-        self._guard()
-        return [self._socket, self._events]
-
-    def _shut(self) -> None:
-        _shut(self._socket, self._events)
-
-
-def _shut(raw: zmq.Socket[bytes], events: zmq.Socket[bytes]) -> None:
-    raw.disable_monitor()  # first: unread events would block the transport's thread
-    events.close()
-    raw.close()
+        shut(old, old_events)

@@ -10,40 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from koopmon.errors import ProtocolError
-from koopmon.wire.headers import (
-    MAGIC,
-    PREFIX,
-    REJECTION_REASONS,
-    UNBOUNDED_SCALARS,
-    Frame,
-    RejectionReason,
-    WireLimits,
-    decode_header,
-    encode_header,
-)
+from koopmon.wire.headers import Frame, WireLimits, decode_header, encode_header
 from koopmon.wire.messages import AgentMessage, AnyMessage, MonitorMessage, Shard
-
-__all__ = [
-    "DTYPES",
-    "MAGIC",
-    "PREFIX",
-    "REJECTION_REASONS",
-    "UNBOUNDED_SCALARS",
-    "Frame",
-    "ReceivedShard",
-    "RejectionReason",
-    "WireLimits",
-    "decode",
-    "decode_for_agent",
-    "decode_for_monitor",
-    "decode_shard",
-    "encode",
-]
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "bfloat16": torch.bfloat16,
@@ -62,11 +34,6 @@ class ReceivedShard:
     header: Shard
     frames: tuple[memoryview, ...]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor frames."""
-        return sum(frame.nbytes for frame in self.frames)
-
     def points(self) -> tuple[Tensor, ...]:
         """Return P tensors of shape (N, D) in the wire dtype, one per point, which share memory with `frames`.
 
@@ -74,16 +41,6 @@ class ReceivedShard:
         """
         dtype, shape = DTYPES[self.header.dtype], (self.header.num_samples, self.header.width)
         return tuple(_as_tensor(frame, dtype).view(shape) for frame in self.frames)
-
-    def states(self) -> Tensor:
-        """Return one tensor of shape (P, N, D) in the wire dtype: a copy that does not keep the frames alive."""
-        states = torch.empty(
-            (self.header.num_points, self.header.num_samples, self.header.width), dtype=DTYPES[self.header.dtype]
-        )
-        rows = states.view(torch.uint8).view(self.header.num_points, -1).numpy()
-        for row, frame in zip(rows, self.frames, strict=True):
-            row[:] = np.frombuffer(frame, dtype=np.uint8)
-        return states
 
 
 def encode(message: AnyMessage, tensors: Sequence[Tensor | Frame] | Tensor = ()) -> list[Frame]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import zmq
 from zmq.utils import z85
@@ -57,20 +57,21 @@ def pair_of(secret: str) -> KeyPair:
 
 def make_curve_server(socket: zmq.Socket[bytes], secret: str) -> None:
     """Make an unbound socket a CURVE server; it accepts only clients that a ZapHandler admits."""
-    pair = pair_of(secret)
     socket.set(zmq.CURVE_SERVER, 1)
-    socket.set(zmq.CURVE_SECRETKEY, pair.secret.encode())
-    socket.set(zmq.CURVE_PUBLICKEY, pair.public.encode())
+    _set_pair(socket, secret)
     socket.set(zmq.ZAP_DOMAIN, DOMAIN)
     socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a handler no client is admitted
 
 
 def make_curve_client(socket: zmq.Socket[bytes], secret: str, server: str) -> None:
     """Make an unconnected socket a CURVE client that accepts only the server with the key `server`."""
-    pair = pair_of(secret)
     socket.set(zmq.CURVE_SERVERKEY, server.encode())
-    socket.set(zmq.CURVE_SECRETKEY, pair.secret.encode())
-    socket.set(zmq.CURVE_PUBLICKEY, pair.public.encode())
+    _set_pair(socket, secret)
+
+
+def _set_pair(socket: zmq.Socket[bytes], secret: str) -> None:
+    socket.set(zmq.CURVE_SECRETKEY, secret.encode())
+    socket.set(zmq.CURVE_PUBLICKEY, pair_of(secret).public.encode())
 
 
 def key_of(frame: zmq.Frame) -> str:
@@ -101,22 +102,18 @@ class ZapHandler:
         """Take ownership of `socket`, which must be of type REP."""
         self.refusals: deque[Refusal] = deque(maxlen=MAX_REFUSALS)
         self._admits = admits
-        self._socket = socket
-        self._socket.set(zmq.LINGER, 0)
-        self._socket.bind(_ZAP_ENDPOINT)
-
-    @property
-    def pollable(self) -> Any:
-        return self._socket
+        self.socket = socket
+        self.socket.set(zmq.LINGER, 0)
+        self.socket.bind(_ZAP_ENDPOINT)
 
     def serve(self) -> None:
         """Answer all pending requests."""
         while True:
             try:
-                request = self._socket.recv_multipart(zmq.NOBLOCK)
+                request = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._socket.send_multipart(self._answer(request), zmq.NOBLOCK)
+            self.socket.send_multipart(self._answer(request), zmq.NOBLOCK)
 
     def _answer(self, request: list[bytes]) -> list[bytes]:
         # version, request id, domain, address, routing id, mechanism, credentials
@@ -130,4 +127,4 @@ class ZapHandler:
         return [_ZAP_VERSION, number, b"400", b"the key is not known here", b"", b""]
 
     def close(self) -> None:
-        self._socket.close()
+        self.socket.close()

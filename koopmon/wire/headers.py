@@ -72,7 +72,7 @@ def decode_header(header: Frame) -> AnyMessage:
         older = "the peer's side" if theirs < PROTOCOL_VERSION else "this side"
         raise ProtocolError(
             "version",
-            f"the peer speaks protocol version {theirs}, this side {PROTOCOL_VERSION}: upgrade koopmon on {older}",
+            f"the peer has protocol version {theirs}, this side {PROTOCOL_VERSION}: upgrade koopmon on {older}",
         )
     try:
         message: AnyMessage = _decoder.decode(header[len(PREFIX) :])

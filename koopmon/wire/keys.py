@@ -101,25 +101,25 @@ def read_secret(directory: Path, name: str) -> str:
     """Read the secret key of `name`. Raises KeysError for a file that is missing, malformed or accessible to others."""
     check_directory(directory)
     path = secret_file(directory, name)
-    try:
-        with path.open("rb") as file:
-            if why := why_not_private(path, os.fstat(file.fileno())):
-                raise KeysError(f"secret key {path}: {why}")
-            raw = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise KeysError(f"secret key {path}: {_why(error)}; `koopmon keys make {name}` makes it") from None
+    raw = _read(path, "secret key", f"`koopmon keys make {name}` makes it", private=True)
     # The error message never quotes the content, because it is a secret.
     return _parse(raw, _Secret, path, 'secret = "40 characters"', quote=False).secret
 
 
 def read_public(path: Path) -> PublicKey:
     """Read a public file. Raises KeysError."""
+    raw = _read(path, "public key", "copy it from where `koopmon keys make` made it", private=False)
+    return _parse(raw, PublicKey, path, 'public = "40 characters"')
+
+
+def _read(path: Path, what: str, remedy: str, *, private: bool) -> bytes:
     try:
         with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
+            if private and (why := why_not_private(path, os.fstat(file.fileno()))):
+                raise KeysError(f"{what} {path}: {why}")
+            return file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise KeysError(f"public key {path}: {_why(error)}; copy it from where `koopmon keys make` made it") from None
-    return _parse(raw, PublicKey, path, 'public = "40 characters"')
+        raise KeysError(f"{what} {path}: {_why(error)}; {remedy}") from None
 
 
 def write_secret(directory: Path, name: str, secret: str) -> None:

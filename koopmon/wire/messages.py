@@ -5,7 +5,7 @@ The types include the bounds: msgspec rejects values outside them while it decod
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -57,14 +57,7 @@ CommandKind = Literal["set_lr_scale", "set_kss", "set_cadence", "rewind", "stop"
 AckOutcome = Literal["applied", "expired", "refused", "failed", "duplicate"]
 ProbedState = Literal["running", "ended", "vanished"]
 DropReason = Literal["monitor_away", "queue_full", "no_buffer", "budget", "not_finite", "incomplete"]
-DROP_REASONS: tuple[DropReason, ...] = (
-    "monitor_away",
-    "queue_full",
-    "no_buffer",
-    "budget",
-    "not_finite",
-    "incomplete",
-)
+DROP_REASONS: Final[tuple[DropReason, ...]] = get_args(DropReason)
 
 
 class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):

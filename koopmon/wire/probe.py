@@ -16,7 +16,8 @@ from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.endpoints import reached_beside
 from koopmon.wire.headers import decode_header, encode_header
 from koopmon.wire.messages import Probe, ProbeReply, Refused
-from koopmon.wire.sockets import DataSender, Poller, ProbeClient, WireContext
+from koopmon.wire.sockets import DataSender, Poller, ProbeClient
+from koopmon.wire.transport import WireContext
 
 NOBODY = "unknown"
 """Run name of a probe that concerns no run."""

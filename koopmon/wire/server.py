@@ -18,7 +18,7 @@ from koopmon.wire import curve
 from koopmon.wire.endpoints import claimed, socket_directory
 from koopmon.wire.headers import WireLimits
 from koopmon.wire.receive_queue import ReceiveQueue
-from koopmon.wire.transport import Options, Socket, WireContext, closed_on_error
+from koopmon.wire.transport import Options, Socket, WireContext
 
 # RCVHWM 0: libzmq 4.3.5 stops reading a connection whose queue is full and marks it as broken when its peer dies. It
 # aborts the process when a later read finds a PING of that peer (`!_io_error`, stream_engine_base.cpp). Without a limit
@@ -44,7 +44,7 @@ class _Message(NamedTuple):
     key: str
 
 
-class Server(Socket, abc.ABC, Generic[P]):
+class Server(Socket, Generic[P]):
     """A bound socket; `P` is the type of its peer identifiers.
 
     `max_waiting_bytes` bounds the memory of unread messages, see `ReceiveQueue`.
@@ -54,6 +54,7 @@ class Server(Socket, abc.ABC, Generic[P]):
     """The endpoint actually bound, for peers to connect to."""
     sender_key: str
     """Key of the sender of the last received message; "" without CURVE."""
+    _max_frames: int
     _overhead_bytes: int = _FRAME_BYTES
     """Memory of a message beside its content and its further frames, in bytes."""
 
@@ -64,17 +65,17 @@ class Server(Socket, abc.ABC, Generic[P]):
         options: Options,
         endpoint: str,
         limits: WireLimits,
-        *,
-        max_frames: int,
         max_waiting_bytes: int,
     ) -> None:
         self.limits = limits
-        self._max_frames = max_frames
         self._waiting: ReceiveQueue[P, _Message | ProtocolError] = ReceiveQueue(max_waiting_bytes)
         self._num_dropped = 0
         self.sender_key = ""
         checked = context.trust.check(endpoint, binding=True)
         self._curve = context.trust.uses_curve(checked)
+        # With CURVE, a client without keys may detect the mismatch first and disconnect.
+        left = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if self._curve else 0
+        self._watched_events = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | left
         self._zap_handler: curve.ZapHandler | None = None
         self._refusals: deque[curve.Refusal] = deque(maxlen=curve.MAX_REFUSALS)
         super().__init__(context, kind, SERVER | options)
@@ -95,14 +96,8 @@ class Server(Socket, abc.ABC, Generic[P]):
             raise
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
-    def _open(self) -> zmq.Socket[bytes]:
-        raw = super()._open()
-        # With CURVE, a client without keys may detect the mismatch first and disconnect.
-        left = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if self._curve else 0
-        with closed_on_error(raw):
-            raw.set(zmq.ZAP_DOMAIN, curve.DOMAIN)
-            self._events = self._watch(raw, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | left)
-        return raw
+    def _set_up(self, raw: zmq.Socket[bytes]) -> None:
+        raw.set(zmq.ZAP_DOMAIN, curve.DOMAIN)
 
     def _bind(self, address: str) -> None:
         try:
@@ -178,14 +173,14 @@ class Server(Socket, abc.ABC, Generic[P]):
         return len(self._waiting) > 0
 
     def _pollables(self) -> list[Any]:
-        handlers = [] if self._zap_handler is None else [self._zap_handler.pollable]
-        return [*super()._pollables(), self._events, *handlers]
+        handlers = [] if self._zap_handler is None else [self._zap_handler.socket]
+        return [*super()._pollables(), *handlers]
 
     def _note_events(self) -> None:
         self._guard()
         if self._zap_handler is not None:
             self._zap_handler.serve()
-        for event, value in self._events_of(self._events):
+        for event, value in self._new_events():
             if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 self._refuse(curve.handshake_error(value))
             elif value == errno.EPIPE:
@@ -208,8 +203,6 @@ class Server(Socket, abc.ABC, Generic[P]):
         return taken
 
     def _shut(self) -> None:
-        self._socket.disable_monitor()
-        self._events.close()
         super()._shut()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)

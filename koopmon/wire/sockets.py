@@ -13,28 +13,14 @@ import zmq
 
 from koopmon.errors import ProtocolError
 from koopmon.wire.client import CONNECTION_EVENTS, RETRY_SECONDS, Client
-from koopmon.wire.endpoints import check_endpoint
 from koopmon.wire.headers import Frame, WireLimits
 from koopmon.wire.messages import DropReason
 from koopmon.wire.server import READ_BYTES, Server
-from koopmon.wire.transport import ForkedChildError, Options, Socket, WireContext
+from koopmon.wire.transport import Options, Socket, WireContext
 from koopmon.wire.wakeup import Wakeup
 
 if TYPE_CHECKING:
     from koopmon.wire.buffer_pool import Slot
-
-__all__ = [
-    "ControlClient",
-    "ControlServer",
-    "DataReceiver",
-    "DataSender",
-    "ForkedChildError",
-    "Poller",
-    "ProbeClient",
-    "Wakeup",
-    "WireContext",
-    "check_endpoint",
-]
 
 # Snapshots may be lost: a closing data socket drops its queue.
 _DATA: Final[Options] = {zmq.LINGER: 0}
@@ -79,25 +65,12 @@ class DataReceiver(Server[int]):
 
     _overhead_bytes = READ_BYTES
 
-    def __init__(
-        self,
-        context: WireContext,
-        endpoint: str,
-        *,
-        limits: WireLimits | None = None,
-        max_waiting_bytes: int | None = None,
-    ) -> None:
-        """`max_waiting_bytes` bounds unread snapshots; the default is the larger of one maximum message and 64 MiB."""
+    def __init__(self, context: WireContext, endpoint: str, *, limits: WireLimits | None = None) -> None:
         limits = limits or WireLimits()
-        super().__init__(
-            context,
-            zmq.PULL,
-            _DATA | {zmq.MAXMSGSIZE: limits.max_message_bytes},
-            endpoint,
-            limits,
-            max_frames=limits.max_frames,
-            max_waiting_bytes=max_waiting_bytes or max(limits.max_message_bytes, _MIN_WAITING_BYTES),
-        )
+        self._max_frames = limits.max_frames
+        options = _DATA | {zmq.MAXMSGSIZE: limits.max_message_bytes}
+        max_waiting_bytes = max(limits.max_message_bytes, _MIN_WAITING_BYTES)
+        super().__init__(context, zmq.PULL, options, endpoint, limits, max_waiting_bytes)
 
     def _begin(self) -> tuple[int, zmq.Frame]:
         first = self._socket.recv(zmq.NOBLOCK, copy=False)
@@ -158,17 +131,12 @@ class ProbeClient(ControlClient):
 class ControlServer(Server[bytes]):
     """ROUTER socket of the monitor for all control channels."""
 
+    _max_frames = 1
+
     def __init__(self, context: WireContext, endpoint: str, *, limits: WireLimits | None = None) -> None:
         limits = limits or WireLimits()
-        super().__init__(
-            context,
-            zmq.ROUTER,
-            _CONTROL | {zmq.ROUTER_MANDATORY: 1, zmq.MAXMSGSIZE: 2 * limits.max_header_bytes},
-            endpoint,
-            limits,
-            max_frames=1,
-            max_waiting_bytes=_MAX_WAITING_CONTROL_BYTES,
-        )
+        options = _CONTROL | {zmq.ROUTER_MANDATORY: 1, zmq.MAXMSGSIZE: 2 * limits.max_header_bytes}
+        super().__init__(context, zmq.ROUTER, options, endpoint, limits, _MAX_WAITING_CONTROL_BYTES)
 
     def _begin(self) -> tuple[bytes, zmq.Frame]:
         return self._socket.recv(zmq.NOBLOCK), self._socket.recv(zmq.NOBLOCK, copy=False)

@@ -6,6 +6,7 @@ because the connection belongs to the parent.
 
 from __future__ import annotations
 
+import abc
 import atexit
 import ctypes
 import errno
@@ -103,12 +104,6 @@ class WireContext:
                 self._zap_handler = curve.ZapHandler(socket, lambda key: agents.name_of(key) is not None)
         return self._zap_handler
 
-    @property
-    def _in_use_elsewhere(self) -> bool:
-        """True while another live thread owns a socket of this context."""
-        threads = {each._thread for each in self._sockets} - {threading.current_thread()}
-        return any(thread.is_alive() for thread in threads)
-
     def __enter__(self) -> Self:
         return self
 
@@ -129,7 +124,8 @@ def _at_exit() -> None:
     for context in list(_open_contexts):
         if context._pid != os.getpid():
             continue
-        if context._in_use_elsewhere:
+        threads = {each._thread for each in context._sockets} - {threading.current_thread()}
+        if any(thread.is_alive() for thread in threads):
             context._ending = True
             atexit.unregister(garbage.gc._atexit)  # its own daemon thread keeps the rest alive
             _leak(*garbage.gc.refs.values())
@@ -190,8 +186,17 @@ def closed_on_error(raw: zmq.Socket[bytes]) -> Iterator[None]:
         raise
 
 
-class Socket:
-    """Base class of the four sockets: options, ownership and closing."""
+def shut(raw: zmq.Socket[bytes], events: zmq.Socket[bytes]) -> None:
+    """Close a socket and the one that receives its connection events."""
+    raw.disable_monitor()  # first: unread events would block the transport's thread
+    events.close()
+    raw.close()
+
+
+class Socket(abc.ABC):
+    """Base class of the four sockets: options, ownership, connection events and closing."""
+
+    _watched_events: int
 
     def __init__(self, context: WireContext, kind: int, options: Options) -> None:
         self._owner = context
@@ -209,7 +214,15 @@ class Socket:
         with closed_on_error(raw):
             for option, value in (COMMON | self._options).items():
                 raw.set(option, value)
+            events = self._watch(raw)
+            with closed_on_error(events):
+                self._set_up(raw)
+        self._events = events
         return raw
+
+    @abc.abstractmethod
+    def _set_up(self, raw: zmq.Socket[bytes]) -> None:
+        """Set the options of the kind of socket, and connect."""
 
     def _guard(self) -> None:
         if os.getpid() != self._pid:
@@ -219,8 +232,9 @@ class Socket:
 
     def _pollables(self) -> list[Any]:
         self._guard()
-        return [self._socket]
+        return [self._socket, self._events]
 
+    @abc.abstractmethod
     def _note_events(self) -> None:
         """Process the transport's connection events."""
 
@@ -229,24 +243,23 @@ class Socket:
         """True while the socket holds unread messages outside the transport."""
         return False
 
-    @staticmethod
-    def _events_of(watch: zmq.Socket[bytes]) -> Iterator[tuple[int, int]]:
-        """Yield the new events of a socket from `_watch`, each with its value."""
+    def _new_events(self) -> Iterator[tuple[int, int]]:
+        """Yield the new connection events, each with its value."""
         while True:
             try:
-                event = parse_monitor_message(watch.recv_multipart(zmq.NOBLOCK))
+                event = parse_monitor_message(self._events.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
                 return
             yield event["event"], event["value"]
 
-    def _watch(self, raw: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
-        """Return a socket that receives these connection events of `raw`."""
+    def _watch(self, raw: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+        """Return a socket that receives the connection events of `raw`."""
         address = f"inproc://koopmon-events-{next(_serial)}"
         watch = self._owner._new_socket(zmq.PAIR)
         with closed_on_error(watch):
             watch.set(zmq.LINGER, 0)
             watch.set(zmq.RCVHWM, 0)  # a full queue of events would block the transport's thread
-            raw.monitor(address, events)
+            raw.monitor(address, self._watched_events)
             watch.connect(address)
         return watch
 
@@ -268,7 +281,7 @@ class Socket:
         return complete
 
     def _shut(self) -> None:
-        self._socket.close()
+        shut(self._socket, self._events)
 
     def close(self) -> None:
         """Close the socket. Idempotent; in a forked child it only marks the socket as closed."""

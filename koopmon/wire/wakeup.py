@@ -6,7 +6,6 @@ import contextlib
 import os
 import threading
 import weakref
-from typing import Self
 
 
 class Wakeup:
@@ -41,9 +40,3 @@ class Wakeup:
     def close(self) -> None:
         with self._lock:
             self._close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

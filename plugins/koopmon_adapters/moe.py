@@ -21,6 +21,8 @@ CHOICES = ("top_k", "num_experts_per_tok", "topk", "k")
 """Attributes in which routers and mixtures hold the number of experts per token."""
 CAPACITIES = ("expert_capacity", "capacity_factor")
 """Attributes for a capacity beyond which choices are dropped."""
+_OTHER_FAMILIES = {"A_log", "grid"}
+"""Tensors of state spaces and of splines."""
 
 
 class MoEAdapter(ArchitectureAdapter):
@@ -47,7 +49,7 @@ class MoEAdapter(ArchitectureAdapter):
         stacks = self.stacks(model)
         if not stacks:
             return 0
-        return 15 if any(_is_of_another_family(module) for module in model.modules()) else 20
+        return 15 if any(_OTHER_FAMILIES & {*each._parameters, *each._buffers} for each in model.modules()) else 20
 
     def stacks(self, model: nn.Module) -> list[Stack]:
         return [blocks.stack(residual=True) for blocks in lists_holding(model, _is_mixture)]
@@ -231,16 +233,9 @@ def _could_be_expert(module: nn.Module) -> bool:
     Blocks of a transformer also form lists of equal modules.
     """
     names = (name for name, _ in module.named_modules())
-    return _has_matrix(list(module.parameters())) and not any("att" in name.lower() for name in names)
-
-
-def _has_matrix(weights: Sequence[Tensor]) -> bool:
-    return any(weight.dim() > 1 for weight in weights)
+    has_matrix = any(weight.dim() > 1 for weight in module.parameters())
+    return has_matrix and not any("att" in name.lower() for name in names)
 
 
 def _routes(module: nn.Module, num_experts: int) -> bool:
     return any(weight.dim() == 2 and weight.shape[0] == num_experts for weight in module.parameters())
-
-
-def _is_of_another_family(module: nn.Module) -> bool:
-    return "A_log" in module._parameters or "grid" in module._parameters or "grid" in module._buffers

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from koopmon.wire.auth_policy import AuthPolicy
-from koopmon.wire.codec import Frame, WireLimits, decode_for_monitor, decode_shard, encode
+from koopmon.wire.codec import decode_for_monitor, decode_shard, encode
+from koopmon.wire.headers import Frame, WireLimits
 from koopmon.wire.messages import (
     Ack,
     Applied,
@@ -30,7 +32,9 @@ from koopmon.wire.messages import (
     Shard,
     Welcome,
 )
-from koopmon.wire.sockets import ControlServer, DataReceiver, Poller, Wakeup, WireContext
+from koopmon.wire.sockets import ControlServer, DataReceiver, Poller
+from koopmon.wire.transport import WireContext
+from koopmon.wire.wakeup import Wakeup
 
 M = TypeVar("M")
 LIMITS = WireLimits()
@@ -95,7 +99,7 @@ class ScriptedMonitor:
                     self._take(control, *received)
                 while (frames := data.recv()) is not None:
                     shard = decode_shard(frames, limits=LIMITS)
-                    self.shards.append((shard.header, shard.states()))
+                    self.shards.append((shard.header, torch.stack(shard.points())))
                 while self._outbox and 0 in self._peers:
                     if not control.send(self._peers[0], self._outbox[0]):
                         break  # it reads more slowly

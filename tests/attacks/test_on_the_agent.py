@@ -14,7 +14,8 @@ import pytest
 
 from koopmon.agent.comms.control_channel import MIN_HEARTBEAT_SECONDS
 from koopmon.wire.auth_policy import AuthPolicy
-from koopmon.wire.codec import PREFIX, encode
+from koopmon.wire.codec import encode
+from koopmon.wire.headers import PREFIX
 from koopmon.wire.messages import Ack, Command, Heartbeat, Hello, KssSettings
 from tests.agent.scripted_monitor import ScriptedMonitor
 from tests.keyring import Keyring

@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from koopmon.wire.codec import PREFIX, WireLimits, encode
+from koopmon.wire.codec import encode
+from koopmon.wire.headers import PREFIX, WireLimits
 from koopmon.wire.messages import (
     Ack,
     Applied,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 import textwrap
+import time
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from benchmarks.mutants.operators import mutants
+from benchmarks.mutants.workers import _Task
 
 ROOT = Path(__file__).parents[2]
 SEED = 14
@@ -116,6 +119,18 @@ def test_names_and_places_of_mutants() -> None:
     assert {mutant.lines for mutant in found if mutant.scope} == {range(7, 8)}
     shifted = mutants(ast.parse("\n\n" + source))
     assert [mutant.name for mutant in shifted] == [mutant.name for mutant in found], "names survive other edits"
+
+
+def test_a_test_that_takes_far_longer_than_without_the_mutant_is_overdue(tmp_path: Path) -> None:
+    """Such a test waits for something that does not come. Its limit is 5 seconds and ten times its own duration."""
+    (mutant,) = mutants(ast.parse("x = a < b"))[:1]
+    task = _Task("m.py", mutant, ["a::test"], {"a::test": 1.0}, 9.0, lambda order, said: None)
+    said = tmp_path / "killer-1"
+    assert not task.overdue(said), "no test has begun"
+    for name, ago, overdue in (("a::test", 10.0, False), ("a::test", 20.0, True), ("collection of a", 1e6, False)):
+        said.write_text(name)
+        os.utime(said, (time.time() - ago,) * 2)
+        assert task.overdue(said) is overdue
 
 
 def test_nine_in_ten_mutants_die_and_every_survivor_has_a_reason() -> None:

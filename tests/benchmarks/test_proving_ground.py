@@ -17,6 +17,7 @@ from benchmarks.proving_ground.models import NORMS, LanguageModel, largest_logit
 from benchmarks.proving_ground.outcomes import (
     best_rate,
     false_alarms,
+    fault,
     final_loss,
     interval,
     outcome,
@@ -24,7 +25,7 @@ from benchmarks.proving_ground.outcomes import (
     shown_at,
     spiked,
 )
-from benchmarks.proving_ground.training import Recipe, is_due, train
+from benchmarks.proving_ground.training import FAILURES, Launch, Recipe, is_due, train
 
 
 def kept(loss: float | None = 2.0, **fields: Any) -> Kept[Recipe]:
@@ -85,6 +86,10 @@ def test_the_schedule_warms_up_decays_and_restarts() -> None:
     assert restarted.scheduled_rate(99) == rates[99]
     assert restarted.scheduled_rate(100) == pytest.approx(30 * rates[100])
     assert replace(recipe, failure="no_warmup").scheduled_rate(0) == 0.01
+    tuned = replace(recipe, failure="finetune")
+    assert tuned.scheduled_rate(99) == rates[99]
+    assert tuned.scheduled_rate(100) == pytest.approx(3 * rates[100])
+    assert tuned.scheduled_rate(109) == pytest.approx(30 * rates[109])
 
 
 def test_snapshots_are_dense_at_the_start_and_where_they_are_asked_for() -> None:
@@ -196,6 +201,37 @@ def test_a_guarded_run_that_needs_no_guard_is_the_same_run() -> None:
     assert (watched["loss"] == series["loss"]).all()
     assert series["update_ratio"].shape == series["max_logit"].shape == (12, 2)
     assert np.isfinite(series["stream_rms"]).all()
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_fault_changes_the_run_from_its_step_on(failure: Any) -> None:
+    recipe = Recipe(norm="pre", width=16, num_layers=2, lr=1e-2, seed=3, steps=12, warmup=3, batch=4, num_tokens=16)
+    _, plain = train(recipe)
+    _, faulted = train(replace(recipe, failure=failure))
+    same = np.flatnonzero(plain["loss"] != faulted["loss"])
+    first = 1 if failure == "no_warmup" else 6 if failure == "bad_batches" else 7
+    assert same[0] == first, "the fault reaches the update of step 6, or its batch, and the loss after it"
+
+
+def test_a_new_launch_has_its_own_agent() -> None:
+    recipe = Recipe(norm="pre", width=16, num_layers=2, lr=1e-3, seed=3, steps=8, warmup=3, batch=4, num_tokens=16)
+    _, series = train(replace(recipe, arm="guarded", failure="lost_state"))
+    assert np.isfinite(series["loss"]).all()
+    launch = Launch(replace(recipe, arm="guarded"), LanguageModel("pre", width=16, num_layers=2, max_tokens=16), 100)
+    launch.controller.first_action = 7
+    assert launch.first_action == 107
+    assert not launch.optimizer.state
+
+
+def test_a_fault_is_compared_with_the_same_seed_without_it() -> None:
+    unfaulted = [kept(2.0, seed=1), kept(2.2, seed=2)]
+    runs = [kept(loss, seed=seed, failure="restart") for seed, loss in ((1, 2.5), (2, 2.22))]
+    runs += [
+        kept(loss, seed=seed, failure="restart", arm="guarded", num_actions=1) for seed, loss in ((1, 2.02), (2, 2.24))
+    ]
+    found = fault(runs, unfaulted)
+    assert (found["clip"], found["guarded"]) == ([2.5, 2.22], [2.02, 2.24])
+    assert (found["alone_within"], found["guarded_within"], found["acted"]) == (1, 1, 2)
 
 
 def test_the_analysis_names_the_best_rate_and_what_the_guard_did() -> None:

@@ -322,6 +322,7 @@ def test_a_torchrun_of_another_python(examine: Examine, here: Path) -> None:
         ({"RANK": "2", "WORLD_SIZE": "2"}, "fail", "RANK 2 in a WORLD_SIZE of 2"),
         ({"RANK": "0"}, "warn", "WORLD_SIZE is missing"),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "ok", "rank 1 of 2"),
+        ({"LOCAL_RANK": "0"}, "ok", "no rank is set"),
         ({"KOOPMON_ATTACHED_PID": "1"}, "fail", "KOOPMON_ATTACHED_PID is set"),
     ],
 )

@@ -49,6 +49,14 @@ def test_a_file_is_a_policy(state_home: Path, capsys: pytest.CaptureFixture[str]
     assert len(told["snapshots"]) == 20
     assert not any(row["actions"] for row in told["snapshots"])
     assert all(row["recorded_risk"] == 0.25 for row in told["snapshots"])
+    assert main(["replay", "team/run", "--policy", str(deaf)]) == 0
+    text = capsys.readouterr().out
+    assert "now: nothing was done\n" in text, "and no scale of 1"
+
+
+def test_the_default_policy_needs_no_option(state_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", "team/run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["policy"] == "auto"
 
 
 @pytest.mark.parametrize(

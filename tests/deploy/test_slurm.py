@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from koopmon.history.writer import HistoryWriter
+from koopmon.history.reader import HistoryReader
 from tests.deploy.cluster import Cluster, free_ports
 from tests.deploy.conftest import DEPLOY, HOUSE, begun, beside_python, environment, koopmon, wait_until
 
@@ -75,7 +75,7 @@ def test_a_job_with_a_monitor_of_its_own_on_two_nodes(cluster: Cluster) -> None:
     assert ended(log) == "finished"
     kept = cluster.home / f"koopmon-{job}"
     assert "2 ranks" in (kept / "monitor.log").read_text()
-    with HistoryWriter.open_readonly(kept / "history.sqlite3") as history:
+    with HistoryReader.open(kept / "history.sqlite3") as history:
         assert history.runs() == [f"koopmon-{job}"]
 
 
@@ -129,5 +129,5 @@ def test_two_jobs_share_a_monitor_that_outlives_them(cluster: Cluster) -> None:
     cluster.ask("scancel", "--batch", "--signal=TERM", monitor)
     assert cluster.finished(monitor) == "COMPLETED", cluster.output(monitor)
     assert not (shared / "endpoint").exists()
-    with HistoryWriter.open_readonly(shared / "store/monitor.sqlite3") as history:
+    with HistoryReader.open(shared / "store/monitor.sqlite3") as history:
         assert sorted(history.runs()) == [f"{name}-{job}" for name, job in zip(names, jobs, strict=True)]

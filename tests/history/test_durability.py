@@ -21,10 +21,12 @@ from torch import Tensor
 
 from koopmon.config import StoreConfig
 from koopmon.errors import StoreError
+from koopmon.history.reader import HistoryReader
 from koopmon.history.retention import DAY_SECONDS
 from koopmon.history.schema import SCHEMA_VERSION
 from koopmon.history.writer import HistoryWriter
-from koopmon.wire.codec import WireLimits, decode_for_agent
+from koopmon.wire.codec import decode_for_agent
+from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import Ack, Applied, Command
 from tests.factories import ack, command, heartbeat, hello, record_observation
 
@@ -91,7 +93,7 @@ def keep_up(store: HistoryWriter, clock: Clock, *live: str) -> None:
 
 
 def ids(path: Path, run: str = RUN) -> list[str]:
-    with HistoryWriter.open_readonly(path) as history:
+    with HistoryReader.open(path) as history:
         return [row.command.id for decision in history.decisions(run) for row in decision.commands]
 
 
@@ -108,7 +110,7 @@ def test_no_kill_9_at_any_moment_loses_what_was_acknowledged(path: Path) -> None
     done = subprocess.run(program, capture_output=True, text=True, timeout=200, check=True)
     told = json.loads(done.stdout)
     assert len([word for word in told if word.endswith("!")]) > 40, "the writers came to write"
-    with HistoryWriter.open_readonly(path) as history:
+    with HistoryReader.open(path) as history:
         rows = [row for decision in history.decisions(RUN) for row in decision.commands]
     outcomes = {row.command.id: row.outcome for row in rows}
     assert len(outcomes) == len(rows), "none doubled"
@@ -157,7 +159,7 @@ def test_a_store_of_an_earlier_version_is_read_and_then_brought_up_to_date(path:
     """The code of its time wrote each file."""
 
     def content() -> list[Any]:
-        with HistoryWriter.open_readonly(path) as history:
+        with HistoryReader.open(path) as history:
             tables = (history.profiles, history.observations, history.decisions, history.heartbeats)
             return [history.incarnations(RUN), *(list(table(RUN)) for table in tables)]
 
@@ -192,7 +194,7 @@ def test_what_is_over_goes_by_age_and_a_live_run_keeps_its_decisions(
     assert ids(path, OTHER) == []
     assert ids(path) == ["00000001", "00000002"], "those of earlier launches too"
     assert [count(path, table) for table in ("acks", "profiles", "observations", "heartbeats")] == [2, 2, 2, 2]
-    with HistoryWriter.open_readonly(path) as history:
+    with HistoryReader.open(path) as history:
         assert history.runs() == [RUN]
     decide(store, 7, run=OTHER)
     assert ids(path, OTHER) == ["00000007"], "a run whose rows went may come back"
@@ -227,7 +229,7 @@ def test_size_takes_the_oldest_of_what_is_over_first_and_no_decision(
         fill(store, 150, run=run)
     store.record_state(NOW, OTHER, FIRST, 0, end_reason="finished")
     keep_up(store, clock, RUN)
-    with HistoryWriter.open_readonly(path) as history:
+    with HistoryReader.open(path) as history:
         kept = {run: len(list(history.profiles(run))) for run in (OTHER, RUN)}
     assert kept[OTHER] < kept[RUN]
     assert 50 < kept[RUN] <= 150
@@ -400,7 +402,7 @@ def test_an_answer_counts_for_its_own_run_and_once(open_store: Callable[..., His
             NOW, Ack(run=RUN, incarnation=FIRST, command_id="f" * 8, outcome="applied", step=1, applied=Applied())
         )
     assert count(path, "acks") == 1
-    with HistoryWriter.open_readonly(path) as history:
+    with HistoryReader.open(path) as history:
         ((row,),) = [decision.commands for decision in history.decisions(RUN)]
     assert row.outcome == "applied"
 
@@ -427,7 +429,7 @@ def test_rows_that_no_store_of_ours_holds_are_one_line(path: Path, statement: st
     database.commit()
     database.close()
     with (
-        HistoryWriter.open_readonly(path) as history,
+        HistoryReader.open(path) as history,
         pytest.raises(StoreError, match=f"{table}: a row cannot be") as caught,
     ):
         list(getattr(history, table)(RUN))
@@ -441,7 +443,7 @@ def test_damage_whose_description_is_no_text_is_damage_all_the_same(path: Path) 
     assert b"CREATE TABLE acks" in data
     path.write_bytes(data.replace(b"CREATE TABLE acks", b"CREATE \xdf\xff\xdfLE acks"))
     with pytest.raises(StoreError) as caught:
-        HistoryWriter.open_readonly(path)
+        HistoryReader.open(path)
     assert str(caught.value).isprintable()
     HistoryWriter.open(path).close()
     assert len(list(path.parent.glob("*.damaged-*"))) == 1
@@ -468,7 +470,7 @@ def test_a_missing_column_is_one_line_for_the_reader_and_no_end_of_the_monitor(t
         with contextlib.closing(sqlite3.connect(path)) as database:
             database.execute(f"ALTER TABLE {table} RENAME COLUMN {column} TO other")
             database.commit()
-        with HistoryWriter.open_readonly(path) as history:
+        with HistoryReader.open(path) as history:
             for rows in ("incarnations", "profiles", "observations", "decisions", "heartbeats"):
                 try:
                     list(getattr(history, rows)(RUN))

@@ -18,7 +18,7 @@ import torch
 
 from koopmon.errors import StoreError
 from koopmon.history.reader import DecisionRow, HistoryReader
-from koopmon.history.schema import SCHEMA_VERSION, pack, unpack
+from koopmon.history.schema import SCHEMA_VERSION, RunState, pack, unpack
 from koopmon.history.writer import HistoryWriter
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.messages import Applied, Heartbeat, KssSettings, TrainingStep
@@ -54,7 +54,7 @@ def store(path: Path, clock: Clock) -> Iterator[HistoryWriter]:
 
 @pytest.fixture
 def history(store: HistoryWriter, path: Path) -> Iterator[HistoryReader]:
-    with HistoryWriter.open_readonly(path) as history:
+    with HistoryReader.open(path) as history:
         yield history
 
 
@@ -192,7 +192,7 @@ def test_kill_9_of_the_writer_loses_no_committed_decision(path: Path) -> None:
         told = [int(writer.stdout.readline()) for _ in range(50)]
         writer.send_signal(signal.SIGKILL)
         told += [int(line) for line in writer.stdout.read().splitlines()]
-    with HistoryWriter.open_readonly(path) as history:
+    with HistoryReader.open(path) as history:
         decisions: list[DecisionRow] = list(history.decisions(RUN))
         steps = [row.step for row in history.observations(RUN)]
     ids = [decision.commands[0].command.id for decision in decisions]
@@ -221,7 +221,7 @@ def test_unknown_schema_is_refused(path: Path, store: HistoryWriter) -> None:
     with sqlite3.connect(path) as database:
         database.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     database.close()
-    for open_it in (HistoryWriter.open, HistoryWriter.open_readonly):
+    for open_it in (HistoryWriter.open, HistoryReader.open):
         with pytest.raises(
             StoreError, match=f"schema {SCHEMA_VERSION + 1}, this version of koopmon supports 1 to {SCHEMA_VERSION}"
         ) as caught:
@@ -238,12 +238,12 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     text.write_text("not a database, and long enough to be seen as none " * 50)
     for path in (foreign, text):
         before = path.read_bytes()
-        for open_it in (HistoryWriter.open, HistoryWriter.open_readonly):
+        for open_it in (HistoryWriter.open, HistoryReader.open):
             with pytest.raises(StoreError, match=path.name):
                 open_it(path)
         assert path.read_bytes() == before
     with pytest.raises(StoreError, match="no such file"):
-        HistoryWriter.open_readonly(tmp_path / "missing.sqlite3")
+        HistoryReader.open(tmp_path / "missing.sqlite3")
     with pytest.raises(StoreError, match="choose another"):
         HistoryWriter.open(foreign / "below" / "a" / "file.sqlite3")
 
@@ -296,6 +296,22 @@ def test_what_to_restore_is_the_latest_other_incarnation(store: HistoryWriter) -
     assert store.last_applied(RUN, other_than=SECOND) == kss
     assert store.last_applied(RUN, other_than=FIRST) is None
     assert store.incarnations(RUN) == [FIRST, SECOND]
+
+
+def test_what_to_restore_skips_launches_without_a_step_and_ends_with_a_goodbye(store: HistoryWriter) -> None:
+    third, held = "cccccccc", Applied(lr_scale=0.25)
+    store.record_hello(1.0, hello())
+    store.record_applied(2.0, RUN, FIRST, 20, held)
+    store.record_state(3.0, RUN, FIRST, RunState.VANISHED)
+    store.record_hello(4.0, hello(incarnation=SECOND))
+    store.record_applied(5.0, RUN, SECOND, 0, Applied())
+    assert store.last_applied(RUN, other_than=third) == held, "the second was killed before its first step"
+    store.record_applied(6.0, RUN, SECOND, 9, Applied())
+    assert store.last_applied(RUN, other_than=third) == Applied(), "it had come back to the user's own"
+    store.record_applied(7.0, RUN, SECOND, 30, held)
+    assert store.last_applied(RUN, other_than=third) == held
+    store.record_state(8.0, RUN, SECOND, RunState.ENDED, end_reason="goodbye")
+    assert store.last_applied(RUN, other_than=third) is None, "not even that of the first launch"
 
 
 def test_memory_is_kept_for_each_incarnation(store: HistoryWriter) -> None:

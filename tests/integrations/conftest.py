@@ -53,9 +53,10 @@ def monitors(tmp_path: Path) -> Iterator[Callable[..., EmbeddedMonitor]]:
     started: list[EmbeddedMonitor] = []
 
     def start(policy: str) -> EmbeddedMonitor:
-        monitor = EmbeddedMonitor(tmp_path / f"{policy}.sqlite3", options=["--policy", policy])
+        store = tmp_path / f"{policy}.sqlite3"
+        options = ["--http", "127.0.0.1:0", "--policy", policy]
+        monitor = EmbeddedMonitor(store, environment(), set(), options)
         started.append(monitor)
-        monitor.start(environment(), set())
         deadline = time.monotonic() + 60.0
         while not monitor.ready():
             assert time.monotonic() < deadline, monitor.log.read_text()

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from koopmon.config import Config, from_mapping
 from koopmon.history.reader import HistoryReader
-from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.daemon import Addresses, Monitor
 from koopmon.wire.auth_policy import AuthPolicy
-from koopmon.wire.codec import WireLimits, decode_for_agent, encode
+from koopmon.wire.codec import decode_for_agent, encode
+from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import (
     Ack,
     AgentMessage,
@@ -38,7 +38,8 @@ from koopmon.wire.messages import (
     Shard,
     Welcome,
 )
-from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
+from koopmon.wire.sockets import ControlClient, DataSender, Poller
+from koopmon.wire.transport import WireContext
 from tests import factories
 
 WAIT_SECONDS = 60.0
@@ -184,7 +185,7 @@ class Served:
         return self.samples().get(name)
 
     def history(self) -> HistoryReader:
-        return HistoryWriter.open_readonly(self.store)
+        return HistoryReader.open(self.store)
 
 
 class ThreadedMonitor(Served):
@@ -220,12 +221,13 @@ import json, logging, sys
 from pathlib import Path
 from koopmon.config import from_mapping
 from koopmon.errors import KoopmonError
-from koopmon.monitor.daemon import serve
+from koopmon.monitor.daemon import Monitor, serve
 logging.basicConfig(level=logging.INFO)
 given = json.loads(sys.argv[1])
 try:
-    status = serve(from_mapping(given["config"]), bind=given["bind"], http="127.0.0.1:0", device="cpu",
-                   store=Path(given["store"]), ready_file=Path(given["ready"]))
+    monitor = Monitor(from_mapping(given["config"]), bind=given["bind"], http="127.0.0.1:0", device="cpu",
+                      store_path=given["store"])
+    status = serve(monitor, Path(given["ready"]))
 except KoopmonError as error:
     print(error, file=sys.stderr)
     status = error.exit_status

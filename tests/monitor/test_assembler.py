@@ -76,7 +76,7 @@ def test_one_sender_makes_a_snapshot_at_once(dtype: torch.dtype) -> None:
     (snapshot,) = Bench().add((shard, states))
     assert snapshot.states().dtype == torch.float32
     assert torch.equal(snapshot.states(), torch.stack(states).float())
-    assert (snapshot.num_points, snapshot.num_samples, snapshot.width) == (3, 2, WIDTH)
+    assert snapshot.states().shape == (3, 2, WIDTH)
     assert snapshot.training == TrainingStep(step=1, learning_rate=0.1, loss=2.0, lr_scale=0.5, kss_alpha=0.2)
     assert (snapshot.masked, snapshot.num_shards) == (True, 1)
 
@@ -264,7 +264,7 @@ def test_stages_of_several_replicas_keep_their_rows_together() -> None:
     ranks = [(0, first[0]), (1, second[0]), (2, first[1]), (3, second[1])]
     shards = [(torch_shard(shard, rank, 4), states) for rank, (shard, states) in ranks]
     snapshots = [snapshot for shard in (shards[3], shards[0], shards[2], shards[1]) for snapshot in bench.add(shard)]
-    assert snapshots[0].num_samples == 7
+    assert snapshots[0].states().shape[1] == 7
     assert torch.equal(snapshots[0].states()[4], torch.cat([first[1][1][2], second[1][1][2]]))
 
 
@@ -515,13 +515,13 @@ def test_a_shared_point_joins_an_incomplete_step() -> None:
     ranks = [first[0], second[0], first[1], second[1]]
     shards = [(torch_shard(shard, rank, 4), states) for rank, (shard, states) in enumerate(ranks)]
     (found,) = joined(shards[0], shards[2])
-    assert (found.num_points, found.num_shards) == (5, 2)
+    assert (len(found.blocks), found.num_shards) == (5, 2)
     assert joined(shards[0], shards[3]) == [], "the shared points of two replicas differ"
 
 
 def test_a_stage_of_its_boundary_alone_adds_no_point() -> None:
     (found,) = joined(*stages((0, 3), (2, 1)))
-    assert found.num_points == 3
+    assert len(found.blocks) == 3
 
 
 def test_observables_of_a_later_stage_are_those_of_its_own_transitions() -> None:
@@ -574,7 +574,7 @@ def test_a_run_counts_from_zero() -> None:
 
 def test_two_points_are_a_stack() -> None:
     (found,) = joined(make_shard(points=2))
-    assert found.num_points == 2
+    assert len(found.blocks) == 2
 
 
 def test_a_shared_point_that_differs_in_one_replica_joins_nothing() -> None:

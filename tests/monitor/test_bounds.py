@@ -128,7 +128,7 @@ def test_a_command_that_cannot_be_said_is_neither_recorded_nor_expected(
 
     def decide(*_: Any) -> policy.Decision:
         state = policy.PolicyState(phase="acting", lr_scale=0.5, acted_at=10, action_times=(0.0, 0.0))
-        return policy.Decision(state=state, commands=actions, reason="on purpose", phase="acting")
+        return policy.Decision(state=state, commands=actions, reason="on purpose")
 
     with monkeypatch.context() as patch:
         patch.setattr(policy, "decide", decide)
@@ -430,7 +430,7 @@ def test_a_replaced_command_counts_with_its_late_answer_or_not_at_all() -> None:
     second = explode(guard, 100, now=1.0).commands
     for command in (*first, *second):
         ack = Ack(**NAME, command_id=command.id, outcome="applied", step=101, applied=Applied())
-        answered = guard.acknowledge(2.0, ack)
+        answered = guard.acknowledge(ack)
         assert answered == Answered(command.kind, first=True, counts=True)
     assert guard.expire(1e9, MAX_STEP, Applied()) == []
     assert guard.pending.abandon() == []
@@ -443,7 +443,7 @@ def test_what_was_counted_as_unanswered_does_not_count_again() -> None:
     for first in (True, False):
         for command in commands:
             ack = Ack(**NAME, command_id=command.id, outcome="applied", step=1001, applied=Applied())
-            assert guard.acknowledge(101.0, ack) == Answered(command.kind, first=first, counts=False)
+            assert guard.acknowledge(ack) == Answered(command.kind, first=first, counts=False)
 
 
 def test_replaced_commands_do_not_pile_up() -> None:

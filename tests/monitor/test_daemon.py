@@ -15,7 +15,8 @@ from koopmon.config import Config
 from koopmon.errors import EndpointError, StoreError
 from koopmon.monitor.daemon import Monitor
 from koopmon.monitor.service import Service
-from koopmon.wire.codec import MAGIC, PREFIX, encode
+from koopmon.wire.codec import encode
+from koopmon.wire.headers import MAGIC, PREFIX
 from koopmon.wire.messages import (
     Applied,
     Command,
@@ -315,6 +316,25 @@ def test_a_restarted_job_gets_back_what_was_applied(start_monitor: Start, connec
     assert "KOOPMON_RUN" in refused.reason
     first.send(Heartbeat(**first.name, process_rank=0, training=TrainingStep(step=51), applied=held))
     until(lambda: monitor.sample('messages_rejected_total{reason="stale_incarnation"}') == 1)
+
+
+def test_a_training_that_said_goodbye_hands_nothing_to_the_next(
+    start_monitor: Start, connect: Start, until: Until
+) -> None:
+    monitor = start_monitor()
+    held = Applied(lr_scale=0.25, max_rate=0.01, kss=KssSettings(alpha=0.1, tau_u=2.0))
+    first = connect(monitor.addresses.endpoint, incarnation="aaaaaaaa")
+    first.hello()
+    first.heartbeat(50, applied=held)
+    first.send(Goodbye(**first.name, process_rank=0, step=50, reason="finished"))
+    until(lambda: monitor.sample('run_state{run="job"}') != 1)
+    second = connect(monitor.addresses.endpoint, incarnation="bbbbbbbb")
+    assert second.hello().restore is None
+    second.heartbeat(30, applied=held)
+    third = connect(monitor.addresses.endpoint, incarnation="cccccccc")
+    assert third.hello().restore == held, "the second was killed"
+    fourth = connect(monitor.addresses.endpoint, incarnation="dddddddd")
+    assert fourth.hello().restore == held, "the third was killed before its first step"
 
 
 def test_health_and_readiness(start_monitor: Start) -> None:

@@ -47,7 +47,7 @@ class Bench:
             **{
                 "device": "cpu",
                 "svd_rank": 4,
-                "queue_length": 3,
+                "max_waiting": 3,
                 "max_bytes": 1 << 30,
                 "on_result": self._take,
                 "on_failure": lambda run, error: self.failures.append((run, error)),
@@ -97,10 +97,10 @@ def test_profiles_equal_those_of_the_spectral_core(bench: Bench) -> None:
 
 def test_a_result_that_cannot_be_handed_over_costs_that_snapshot_alone(bench: Bench) -> None:
     """All runs share the worker."""
-    real, bench.engine._on_result = bench.engine._on_result, lambda _: 1 / 0  # type: ignore[assignment,return-value]
+    real, bench.engine.on_result = bench.engine.on_result, lambda _: 1 / 0  # type: ignore[assignment,return-value]
     bench.submit(make_snapshot(run="bad"))
     assert bench.engine.drain(WAIT_SECONDS)
-    bench.engine._on_result = real
+    bench.engine.on_result = real
     bench.submit(make_snapshot(run="good"))
     assert bench.engine.drain(WAIT_SECONDS)
     assert [result.snapshot.run for result in bench.results] == ["good"]
@@ -166,7 +166,7 @@ def test_the_oldest_of_the_run_with_most_gives_way(bench: Bench) -> None:
 
 def test_bytes_are_bounded_too_but_one_snapshot_always_fits() -> None:
     size = make_snapshot().num_bytes
-    bench = Bench(queue_length=100, max_bytes=2 * size)
+    bench = Bench(max_waiting=100, max_bytes=2 * size)
     bench.hold()
     for step in range(1, 5):
         bench.submit(make_snapshot(step=step))

@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from koopmon.config import from_mapping
 from koopmon.errors import ProtocolError
+from koopmon.history.reader import HistoryReader
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.assembler import Snapshot
 from koopmon.monitor.engine import Engine, Result
@@ -314,7 +315,7 @@ def _shown(stage: Stage, run: str) -> Fields:
 
 def _history(stage: Stage) -> Fields:
     stage.store.close()
-    with HistoryWriter.open_readonly(stage.path) as history:
+    with HistoryReader.open(stage.path) as history:
         return {run: dict(_of_run(stage, history, run)) for run in history.runs()}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from koopmon.history.reader import HistoryReader
 from koopmon.monitor.pending_commands import MAX_REPLACED, MAX_SETTLED, RESEND_SECONDS, Answered, PendingCommands
 from koopmon.wire.messages import Ack, Applied, Command, Goodbye
 from tests import factories
@@ -40,7 +41,7 @@ def counted(world: World, kind: str = "set_lr_scale") -> dict[str, float]:
 
 def recorded(world: World, path: Path, command: Command) -> str:
     world.store.commit()
-    with world.store.open_readonly(path) as history:
+    with HistoryReader.open(path) as history:
         rows = [row for decision in history.decisions(GOOD) for row in decision.commands]
     return next(row.outcome for row in rows if row.command.id == command.id)
 

@@ -12,7 +12,8 @@ from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.codec import encode
 from koopmon.wire.messages import Probe
 from koopmon.wire.probe import probe
-from koopmon.wire.sockets import ControlClient, WireContext
+from koopmon.wire.sockets import ControlClient
+from koopmon.wire.transport import WireContext
 from tests.keyring import Keyring
 
 PLAIN = AuthPolicy()

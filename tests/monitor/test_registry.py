@@ -171,6 +171,18 @@ def test_only_rank_0_tells_what_is_applied_and_steps_never_fall(registry: RunReg
     assert run.training == TrainingStep(step=20, loss=2.0, lr_scale=0.5)
 
 
+def test_the_scale_of_a_run_is_the_measured_one_until_others_are_commanded(registry: RunRegistry) -> None:
+    capped = Applied(max_rate=1e-3)
+    run = admit(registry, 0.0, hello(applied=capped), b"p0").run
+    registry.on_message(1.0, heartbeat(0, step=8, applied=capped, lr_scale=0.25), b"p0")
+    assert run.training == TrainingStep(step=8, lr_scale=0.25), "the cap holds the rate below its schedule"
+    ack = Ack(
+        run="job", incarnation=FIRST, command_id="0" * 8, outcome="applied", step=9, applied=Applied(lr_scale=0.5)
+    )
+    registry.on_message(2.0, ack, b"p0")
+    assert run.training == TrainingStep(step=9, lr_scale=0.5)
+
+
 # Bounds, each on the side that the text names
 
 
@@ -380,7 +392,7 @@ def test_a_run_that_is_over_may_be_taken_by_another_agent_as_another_incarnation
 
 
 def test_dropped_shards_are_counted_from_totals() -> None:
-    peer = Peer(0, b"p")
+    peer = Peer(b"p")
     assert peer.new_drops(heartbeat(dropped={"queue_full": 3, "budget": 0})) == {"queue_full": 3}
     assert peer.new_drops(heartbeat(dropped={"queue_full": 3})) == {}
     assert peer.new_drops(heartbeat(dropped={"queue_full": 5, "budget": 1})) == {"queue_full": 2, "budget": 1}
@@ -389,7 +401,7 @@ def test_dropped_shards_are_counted_from_totals() -> None:
 
 
 def test_a_heartbeat_is_recorded_every_ten_seconds() -> None:
-    peer = Peer(0, b"p")
+    peer = Peer(b"p")
     assert [now for now in (0.0, 5.0, 9.9, 10.0, 19.9, 25.0, 34.9, 35.0) if peer.row_due(now)] == [
         0.0,
         10.0,

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from koopmon.telemetry.metrics import REJECTIONS
-from koopmon.wire.codec import MAGIC, PREFIX, encode
+from koopmon.wire.codec import encode
+from koopmon.wire.headers import MAGIC, PREFIX
 from koopmon.wire.messages import Ack, Applied, Heartbeat, Refused, TrainingStep
 
 httpx = pytest.importorskip("httpx")

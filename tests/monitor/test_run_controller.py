@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 
+from koopmon import policy
 from koopmon.config import Config, PolicyConfig, RiskConfig, from_mapping, merged
 from koopmon.errors import ProtocolError
 from koopmon.monitor.pending_commands import RESEND_SECONDS, Answered
@@ -18,7 +19,7 @@ from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.risk.calibration import Calibrator, Example, fit
 from koopmon.risk.online_detector import OnlineRisk, RiskState
 from koopmon.spectral import SpectralProfile, profile_states
-from koopmon.wire.messages import MAX_STEP, Ack, Applied, Command, Hello, KssSettings, TrainingStep
+from koopmon.wire.messages import MAX_STEP, MAX_TEXT, Ack, Applied, Command, Hello, KssSettings, TrainingStep
 from tests import factories
 
 RUN, INCARNATION = "job", "aaaaaaaa"
@@ -84,6 +85,11 @@ def test_a_danger_becomes_commands_with_id_and_expiry() -> None:
     assert bool(controller.pending)
 
 
+def test_a_long_reason_is_cut_to_the_bound_of_the_protocol() -> None:
+    action = policy.Action(kind="set_lr_scale", reason="x" * (MAX_TEXT + 1), lr_scale=0.5)
+    assert make_guard()._command(action, 3).reason == "x" * MAX_TEXT
+
+
 def test_an_unanswered_command_is_offered_again_with_the_same_id_until_it_expires() -> None:
     controller = make_guard()
     (cut,) = cuts(explode(controller, step=10))
@@ -111,7 +117,7 @@ def test_an_applied_cut_is_built_upon(outcome: str) -> None:
     controller = make_guard()
     (first,) = cuts(explode(controller, step=10))
     assert first.lr_scale is not None
-    answered = controller.acknowledge(1.0, ack(first, outcome, Applied(lr_scale=first.lr_scale)))
+    answered = controller.acknowledge(ack(first, outcome, Applied(lr_scale=first.lr_scale)))
     assert answered == Answered("set_lr_scale", first=True, counts=True)
     (second,) = cuts(explode(controller, step=100, now=10.0))
     assert second.lr_scale is not None
@@ -122,7 +128,7 @@ def test_an_applied_cut_is_built_upon(outcome: str) -> None:
 def test_a_refused_cut_is_not(outcome: str) -> None:
     controller = make_guard()
     (first,) = cuts(explode(controller, step=10))
-    controller.acknowledge(1.0, ack(first, outcome, Applied()))
+    controller.acknowledge(ack(first, outcome, Applied()))
     (second,) = cuts(explode(controller, step=100, now=10.0))
     assert second.lr_scale == first.lr_scale
 
@@ -138,7 +144,7 @@ def test_only_a_shield_keeps_kss_away_for_good(shielded: bool) -> None:
             outcome = "refused" if command.kind == "set_kss" else "applied"
             asked += [command] * (command.kind == "set_kss")
             answer = msgspec.structs.replace(ack(command, outcome), shielded=shielded and outcome == "refused")
-            controller.acknowledge(float(step), answer)
+            controller.acknowledge(answer)
         if len(asked) == 3:
             break
     assert len(asked) == (1 if shielded else 3)
@@ -147,11 +153,11 @@ def test_only_a_shield_keeps_kss_away_for_good(shielded: bool) -> None:
 def test_answers_to_settled_and_unknown_commands() -> None:
     controller = make_guard()
     (cut,) = cuts(explode(controller))
-    assert controller.acknowledge(1.0, ack(cut)) == Answered("set_lr_scale", first=True, counts=True)
+    assert controller.acknowledge(ack(cut)) == Answered("set_lr_scale", first=True, counts=True)
     for again in ("duplicate", "failed", "applied"):
-        assert controller.acknowledge(2.0, ack(cut, again)) == Answered("set_lr_scale", first=False, counts=False)
+        assert controller.acknowledge(ack(cut, again)) == Answered("set_lr_scale", first=False, counts=False)
     stranger = Ack(run=RUN, incarnation=INCARNATION, command_id="f" * 8, outcome="applied", step=1, applied=Applied())
-    assert controller.acknowledge(3.0, stranger) is None
+    assert controller.acknowledge(stranger) is None
 
 
 def test_a_newer_command_of_a_kind_replaces_the_unanswered_one() -> None:
@@ -170,8 +176,8 @@ def test_an_answer_to_a_cadence_command_does_not_touch_the_policy() -> None:
     assessment = explode(controller, step=10)
     (first,) = cuts(assessment)
     (cadence,) = [command for command in assessment.commands if command.kind == "set_cadence"]
-    controller.acknowledge(1.0, ack(cadence, "refused", Applied()))
-    controller.acknowledge(1.0, ack(first, "applied", Applied(lr_scale=first.lr_scale or 1.0)))
+    controller.acknowledge(ack(cadence, "refused", Applied()))
+    controller.acknowledge(ack(first, "applied", Applied(lr_scale=first.lr_scale or 1.0)))
     (second,) = cuts(explode(controller, step=100, now=10.0))
     assert second.lr_scale is not None
     assert second.lr_scale < (first.lr_scale or 1.0)
@@ -243,7 +249,7 @@ def test_a_restored_run_is_brought_back_when_it_is_calm() -> None:
         assessment = controller.assess(float(step), sample(step, lr_scale=0.25), profile, step=step)
         for command in assessment.commands:
             last[command.kind] = command
-            controller.acknowledge(float(step), ack(command))
+            controller.acknowledge(ack(command))
     assert last["set_lr_scale"].lr_scale == 1.0
     assert last["set_kss"].kss == KssSettings()
 
@@ -599,8 +605,8 @@ def rewound(controller: RunController, step: int = 12, outcome: str = "applied")
     """A rewind of the controller's run, acknowledged at `step`: the cap and the rewind."""
     alarm = explode(controller, step=10)
     cap, back = (command for command in alarm.commands if command.kind != "set_cadence")
-    controller.acknowledge(1.0, ack(cap, applied=Applied(max_rate=cap.max_rate)))
-    controller.acknowledge(1.0, msgspec.structs.replace(ack(back, outcome), step=step))
+    controller.acknowledge(ack(cap, applied=Applied(max_rate=cap.max_rate)))
+    controller.acknowledge(msgspec.structs.replace(ack(back, outcome), step=step))
     return cap, back
 
 
@@ -685,7 +691,7 @@ def test_a_refused_kss_is_not_in_force() -> None:
         if asked:
             break
     assert controller.policy_state.kss.alpha > 0
-    controller.acknowledge(99.0, ack(asked[0], "refused"))
+    controller.acknowledge(ack(asked[0], "refused"))
     assert controller.policy_state.kss.alpha == 0
 
 

@@ -10,14 +10,15 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from koopmon.config import MonitorConfig
+from koopmon.history.reader import HistoryReader
 from koopmon.history.schema import RunState
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor import events
 from koopmon.monitor.history_sink import COMMIT_SECONDS, HistorySink
 from koopmon.monitor.http.live_state import LiveState
-from koopmon.monitor.live_sink import LiveSink
 from koopmon.monitor.metrics_sink import MetricsSink
 from koopmon.monitor.notify_sink import NotifySink
+from koopmon.monitor.pending_commands import Answered
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.run_controller import Assessment
 from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, Metrics
@@ -70,7 +71,7 @@ def test_a_replaced_command_counts_with_its_late_ack_alone(metrics: Metrics) -> 
     sink(0.0, events.CommandUnanswered(run, factories.command(2)))
     assert metrics.value("commands", "job", "set_lr_scale", "unanswered") == 1.0
     for counts, expected in ((False, 0.0), (True, 1.0)):
-        sink(0.0, events.CommandAcked(run, factories.ack(1), "set_lr_scale", counts=counts))
+        sink(0.0, events.CommandAcked(run, factories.ack(1), Answered("set_lr_scale", first=True, counts=counts)))
         assert metrics.value("commands", "job", "set_lr_scale", "applied") == expected
 
 
@@ -103,7 +104,7 @@ def test_the_history_commits_soon_after_the_first_event(tmp_path: Path) -> None:
     assert sink.commit_at == 10.0 + COMMIT_SECONDS
 
     def recorded() -> int:
-        with HistoryWriter.open_readonly(tmp_path / "history.sqlite3") as reader:
+        with HistoryReader.open(tmp_path / "history.sqlite3") as reader:
             return len(list(reader.heartbeats("job")))
 
     sink.upkeep(now[0], [])
@@ -121,7 +122,7 @@ def test_only_an_end_has_a_reason_in_the_history(state: RunState, reason: str | 
     run.state = state
     sink(2.0, events.RunClosed(run, "finished"))
     history.close()
-    with HistoryWriter.open_readonly(tmp_path / "history.sqlite3") as reader:
+    with HistoryReader.open(tmp_path / "history.sqlite3") as reader:
         (launch,) = reader.incarnations("job")
         found = reader.run("job")
     assert found is not None
@@ -130,18 +131,18 @@ def test_only_an_end_has_a_reason_in_the_history(state: RunState, reason: str | 
 
 def test_the_page_shows_a_decision_once_and_its_outcome() -> None:
     live_state, run = LiveState(), watched()
-    sink, assessment = LiveSink(live_state), alarm(run)
+    assessment = alarm(run)
     for event in (events.RunChanged(run), events.Assessed(run, assessment), events.Decided(run, assessment)):
-        sink(0.0, event)
+        live_state(0.0, event)
     command = next(each for each in assessment.commands if each.kind == "set_lr_scale")
-    sink(0.0, events.CommandUnanswered(run, command))
+    live_state(0.0, events.CommandUnanswered(run, command))
     view = live_state.view("job")
     assert view is not None
     ((decision,), (point,)) = view.decisions, view.points
     assert (decision.step, point.risk) == (3, 1.0)
     assert [each.outcome for each in decision.commands if each.command == command] == ["unanswered"]
     run.state = RunState.VANISHED
-    sink(0.0, events.RunClosed(run, ""))
+    live_state(0.0, events.RunClosed(run, ""))
     view = live_state.view("job")
     assert view is not None
     assert view.state == "vanished"
@@ -155,8 +156,9 @@ def test_decisions_and_first_acks_are_logged_and_annotated(caplog: pytest.LogCap
     with caplog.at_level(logging.INFO):
         sink(1.0, events.Assessed(run, assessment))
         sink(2.0, events.Decided(run, assessment))
-        sink(3.0, events.CommandAcked(run, factories.ack(1, detail="by <rank 0>"), command.kind, first=True))
-        sink(4.0, events.CommandAcked(run, factories.ack(1), command.kind, first=False))
+        for at, first in ((3.0, True), (4.0, False)):
+            answered = Answered(command.kind, first=first, counts=first)
+            sink(at, events.CommandAcked(run, factories.ack(1, detail="by <rank 0>"), answered))
         sink(5.0, events.CommandUnanswered(run, command, replaced=True))
         sink(6.0, events.CommandUnanswered(run, command))
     reason = "risk 1.00: learning rate x 0.25; the residual stream is not finite"

@@ -318,13 +318,27 @@ def test_an_eigendecomposition_that_does_not_converge_gives_zeros(monkeypatch: p
     assert not found.grad_y.any()
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_the_basis_is_that_of_the_leading_directions_whatever_the_unit(scale: float) -> None:
-    x = samples()
+@pytest.mark.parametrize("shift", [-5.0, 0.0, 5.0])
+@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1.0, 1e30, 1e200])
+def test_the_basis_is_that_of_the_leading_directions_whatever_the_unit(scale: float, shift: float) -> None:
+    """The largest magnitude may be that of a negative value, and the state may have one sign only."""
+    x = samples() + shift
     basis = kss_basis(scale * x, 3)
     right = np.linalg.svd((x - x.mean(0)).numpy())[2][:3].T
     assert np.abs((basis.numpy() * right).sum(0)) == pytest.approx(1.0, abs=1e-9)
     assert basis.dtype == torch.float64
+
+
+@pytest.mark.parametrize("width", [12, 300])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_basis_of_single_precision_has_its_precision(width: int, autocast: bool) -> None:
+    """A bfloat16 product would leave three digits."""
+    x = normal(320, width, seed=22) * 0.8 ** torch.arange(width, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        basis = kss_basis(x.float(), 3)
+    assert basis.dtype == torch.float32
+    right = np.linalg.svd((x - x.mean(0)).numpy())[2][:3].T
+    assert np.abs((basis.double().numpy() * right).sum(0)) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_the_basis_counts_values_that_are_not_finite_as_zero() -> None:

@@ -28,5 +28,19 @@ def test_leading_dimensions_are_kept() -> None:
     assert torch.equal(inverses(matrices), matrices / 4)
 
 
+def test_one_matrix_alone_and_no_matrix() -> None:
+    assert torch.equal(inverses(torch.eye(3) * 2), torch.eye(3) / 2)
+    assert inverses(torch.zeros(0, 2, 3, 3)).shape == (0, 2, 3, 3)
+
+
+def test_matrices_of_another_device_are_inverted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without storage stand for another device."""
+    calls: list[tuple[int, ...]] = []
+    invert = torch.linalg.inv_ex
+    monkeypatch.setattr(torch.linalg, "inv_ex", lambda each: calls.append(tuple(each.shape)) or invert(each))
+    assert inverses(torch.empty(4, 3, 3, device="meta")).shape == (4, 3, 3)
+    assert calls == [(4, 3, 3)]
+
+
 def test_a_singular_matrix_is_no_error() -> None:
     assert inverses(torch.zeros(2, 3, 3)).shape == (2, 3, 3)

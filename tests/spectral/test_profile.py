@@ -20,6 +20,8 @@ from torch import Tensor
 
 from koopmon.spectral import FIELDS, LayerProfile, SpectralProfile, profile_states, profile_transition
 from koopmon.spectral.dmd import Operators, fit
+from koopmon.spectral.profile import _batches
+from koopmon.spectral.whitening import Coordinates
 
 torch.set_num_threads(1)
 
@@ -365,6 +367,15 @@ def test_deviations_of_values_whose_squares_overflow() -> None:
     assert np.isfinite(profile.std("update_ratio"))
 
 
+@pytest.mark.parametrize("values", [(-2.0, 2.0), (-0.5, 0.5, 0.0), (1e300, 3e300), (-3e300, 1e300, 1e300)])
+def test_deviations_are_from_the_mean(values: tuple[float, ...]) -> None:
+    """A mean of 0 is a mean, and squares that overflow keep theirs."""
+    layers = stack(len(values)).layers
+    profile = SpectralProfile(layers=tuple(replace(a, update_ratio=v) for a, v in zip(layers, values, strict=True)))
+    unit = max(map(abs, values))
+    assert profile.std("update_ratio") / unit == pytest.approx(np.std(np.array(values) / unit))
+
+
 def test_some_layers_without_a_kreiss_constant_leave_the_others() -> None:
     layers = stack(3).layers
     profile = SpectralProfile(layers=(replace(layers[0], kreiss_constant=None), *layers[1:]))
@@ -428,6 +439,26 @@ def test_memory_bounds_the_layers_that_are_fitted_at_once(monkeypatch: pytest.Mo
     monkeypatch.setattr("koopmon.spectral.profile._BATCH_ELEMENTS", 3 * 2 * 60 * 8)
     profile_states(states, kreiss="never")
     assert sizes == [3, 3, 1]
+
+
+def test_64_mib_of_coordinates_are_fitted_at_once() -> None:
+    """A transition of 2^20 samples and 2 directions holds 2^22 numbers of 8 bytes."""
+    number = torch.zeros((), dtype=torch.float64)
+    large = Coordinates(number.expand(1 << 20, 2), number.expand(1 << 20, 2), number.expand(2), number, size=2)
+    assert [[index for index, _ in batch] for batch in _batches([large] * 5)] == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize(("name", "default", "other"), [("seed", 0, 1), ("ridge", 1e-5, 2e-5)])
+def test_the_seed_is_0_and_the_ridge_that_of_the_paper_by_default(name: str, default: float, other: float) -> None:
+    x = normal(300, 280, seed=1)
+    y = x.sin()
+    for profile in (profile_transition, lambda *states, **options: profile_states(states, **options).layers[0]):
+        found, given, changed = (
+            profile(x, y, svd_rank=4, kreiss="never", **options).eigenvalues
+            for options in ({}, {name: default}, {name: other})
+        )
+        assert torch.equal(found, given)
+        assert not torch.equal(found, changed)
 
 
 @pytest.mark.parametrize("num_directions", [256, 257])

@@ -113,3 +113,29 @@ def test_probes_are_the_same_each_time() -> None:
     before = torch.get_rng_state()
     assert torch.equal(resolvent.probe(points()), resolvent.probe(points()))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_probes_are_images_of_one_vector_under_the_adjoint_resolvents(size: int) -> None:
+    """(zI - A)* takes each probe back to that vector, up to its length."""
+    operators, resolvent = made(size)
+    at = points()
+    probes = resolvent.probe(at)
+    identity = torch.eye(size, dtype=torch.complex128)
+    back = torch.stack(
+        [
+            (z * identity - operators[layer]).mH @ probes[layer, :, index]
+            for layer in range(2)
+            for index, z in enumerate(at[layer])
+        ]
+    )
+    back = back / torch.linalg.vector_norm(back, dim=1, keepdim=True)
+    assert (back.conj() @ back.mT).abs().numpy() == pytest.approx(1.0, abs=1e-9)
+
+
+def test_where_squares_of_the_resolvent_vanish_the_vectors_stay() -> None:
+    _, resolvent = made(4)
+    start = resolvent.probe(points())
+    norms, reached = resolvent.norm(points(radius=1e200), start)
+    assert not norms.any()
+    torch.testing.assert_close(reached, start)

@@ -123,7 +123,7 @@ def test_a_basis_has_the_precision_of_the_states_and_coordinates_are_double(dtyp
 # Units
 
 
-@pytest.mark.parametrize("magnitude", [1e-300, 1e-9, 1e-8, 1.0, 1e8, 1e9, 1e300])
+@pytest.mark.parametrize("magnitude", [1e-300, 1e-9, 1.5e-9, 1.0, 9e8, 1e9, 1e300])
 def test_a_state_is_centred_in_a_unit_whose_squares_are_finite(magnitude: float) -> None:
     state = magnitude * torch.tensor([[0.5, -0.25], [1.0, 0.75], [-1.0, 0.5]], dtype=torch.float64)
     found = centre(state, magnitude, torch.float64)
@@ -216,6 +216,12 @@ def test_without_two_samples_there_are_no_directions(num_samples: int) -> None:
 def test_two_samples_have_one_direction() -> None:
     found = coordinates_of(normal(2, 4, seed=11), normal(2, 4, seed=12))
     assert found.x.shape == (2, 1)
+
+
+def test_rounding_errors_of_the_mean_are_no_direction() -> None:
+    """Five centred samples span four directions. The error of a float32 mean of 10,000 is far above 1e-6."""
+    x, y = 1e4 + normal(5, 8, seed=21), normal(5, 8, seed=22)
+    assert coordinates_of(x.float(), y.float(), 6).x.shape == (5, 4)
 
 
 @pytest.mark.parametrize(("noise", "num_directions"), [(1.0, 0), (15.0, 0), (60.0, 4), (1000.0, 4)])

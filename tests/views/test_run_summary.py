@@ -84,7 +84,7 @@ def test_what_was_not_applied_is_not_claimed(tmp_path: Path) -> None:
     text = writer.summary()
     assert "lowered" not in text
     assert "KSS" not in text
-    assert "1 commands held back" in text
+    assert "1 command held back" in text
     assert "2 commands not applied" in text
 
 

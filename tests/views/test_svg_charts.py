@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from koopmon.config import PolicyConfig
 from koopmon.views.run_view import SCALARS, CommandView, DecisionView, Scalar
 from koopmon.views.spectra import Spectrum
 from koopmon.views.svg_charts import (
@@ -24,7 +25,7 @@ from koopmon.views.svg_charts import (
 from tests.factories import INCARNATION, command, point
 
 SCALAR = {scalar.name: scalar for scalar in SCALARS}
-LEVELS = (("severe", 0.8), ("act", 0.4))
+POLICY = PolicyConfig(severe_risk=0.8, act_risk=0.4, release_risk=0.2)
 
 
 def read(chart: str) -> ElementTree.Element:
@@ -43,34 +44,41 @@ def decided(step: int, outcome: str, ack: int | None) -> DecisionView:
 
 
 def test_the_risk_goes_from_the_bottom_to_the_top_and_from_left_to_right() -> None:
-    drawn = read(risk_chart([point(10, risk=0.0), point(20, risk=1.0)], [], LEVELS))
+    drawn = read(risk_chart([point(10, risk=0.0), point(20, risk=1.0)], [], POLICY))
     (risk,) = [each for each in drawn.iter("polyline") if each.attrib["class"] == "line risk"]
     assert line(risk) == [(0.0, RISK_HEIGHT - 2), (1000.0, 2.0)]
-    assert [each.text for each in drawn.iter("text")] == ["severe 0.8", "act 0.4", "step 10", "step 15", "step 20"]
+    assert [each.text for each in drawn.iter("text")] == [
+        "severe 0.8",
+        "act 0.4",
+        "calm below 0.2",
+        "step 10",
+        "step 15",
+        "step 20",
+    ]
 
 
 def test_commands_are_marked_where_they_came_into_force_and_hollow_where_not() -> None:
     points = [point(0), point(100)]
     decisions = [decided(10, "applied", 20), decided(50, "refused", None), decided(500, "applied", 501)]
-    drawn = read(risk_chart(points, decisions, LEVELS))
+    drawn = read(risk_chart(points, decisions, POLICY))
     marks = [each for each in drawn.iter("g") if each.attrib.get("class", "").startswith("command")]
     assert [each.attrib["class"] for each in marks] == ["command applied", "command not-applied"]
     assert [each.find("line").attrib["x1"] for each in marks] == ["20.00%", "50.00%"]  # type: ignore[union-attr]
     assert marks[0].find("title").text == "step 20: learning rate × 0.5, applied"  # type: ignore[union-attr]
     many = [decided(step % 100, "applied", step % 100) for step in range(MAX_MARKS + 50)]
-    assert len(list(read(risk_chart(points, many, LEVELS)).iter("title"))) == MAX_MARKS
+    assert len(list(read(risk_chart(points, many, POLICY)).iter("title"))) == MAX_MARKS
 
 
 def test_each_launch_has_a_line_and_a_cross_marks_what_was_not_finite() -> None:
     points = [point(1, "aaaaaaaa"), point(9, "aaaaaaaa"), point(5, "bbbbbbbb"), point(6, "bbbbbbbb", loss=math.inf)]
-    drawn = read(risk_chart(points, [], LEVELS))
+    drawn = read(risk_chart(points, [], POLICY))
     assert [each.attrib["class"] for each in drawn.iter("polyline")] == ["line risk earlier", "line risk"]
     (broken,) = [each for each in drawn.iter("g") if each.attrib.get("class") == "broken"]
     assert broken.find("title").text == "step 6: not finite"  # type: ignore[union-attr]
 
 
 def test_nothing_judged_yet_is_said() -> None:
-    (chart,) = read(risk_chart([], [], LEVELS)).findall("svg")
+    (chart,) = read(risk_chart([], [], POLICY)).findall("svg")
     assert chart.attrib["aria-label"] == "No snapshot was judged yet."
     assert sparkline([point(1)], 0.4) == ""
 
@@ -102,7 +110,7 @@ def test_a_scalar_fits_its_chart_and_a_wide_range_is_logarithmic() -> None:
 def test_a_long_line_keeps_its_extremes_and_few_points() -> None:
     risks = [0.5] * 50_000
     risks[12_345], risks[30_000] = 1.0, 0.0
-    drawn = read(risk_chart([point(step, risk=risk) for step, risk in enumerate(risks)], [], LEVELS))
+    drawn = read(risk_chart([point(step, risk=risk) for step, risk in enumerate(risks)], [], POLICY))
     (risk,) = drawn.iter("polyline")
     assert len(line(risk)) <= MAX_POINTS
     assert {y for _, y in line(risk)} == {2.0, RISK_HEIGHT / 2, RISK_HEIGHT - 2.0}

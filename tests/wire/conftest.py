@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from koopmon.wire.sockets import WireContext
+from koopmon.wire.transport import WireContext
 
 
 @pytest.fixture

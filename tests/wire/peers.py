@@ -18,15 +18,8 @@ import zmq
 from koopmon.errors import ProtocolError
 from koopmon.wire import client, server, sockets
 from koopmon.wire.auth_policy import AuthPolicy
-from koopmon.wire.sockets import (
-    ControlClient,
-    ControlServer,
-    DataReceiver,
-    DataSender,
-    Poller,
-    ProbeClient,
-    WireContext,
-)
+from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, ProbeClient
+from koopmon.wire.transport import WireContext
 
 SOCKETS: dict[str, Any] = {each.__name__: each for each in (ControlServer, DataReceiver, ControlClient, ProbeClient)}
 PEERS = {

@@ -23,7 +23,8 @@ from benchmarks.fuzz.strangers import GREETING, PING, frame, ready
 from koopmon.errors import EndpointError
 from koopmon.wire.codec import encode
 from koopmon.wire.messages import Goodbye
-from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, WireContext
+from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller
+from koopmon.wire.transport import WireContext
 from tests.keyring import Keyring
 
 pytestmark = pytest.mark.process
@@ -396,7 +397,7 @@ def test_a_socket_that_could_not_be_made_leaves_nothing_open(
 
 
 def test_a_limit_that_the_transport_does_not_take_leaves_nothing_open() -> None:
-    from koopmon.wire.codec import WireLimits
+    from koopmon.wire.headers import WireLimits
 
     context = WireContext()
     with pytest.raises(OverflowError):

@@ -19,7 +19,8 @@ from koopmon.wire.codec import encode
 from koopmon.wire.curve import Refusal, new_pair
 from koopmon.wire.keys import MONITOR, public_file, read_public, secret_file, write_public
 from koopmon.wire.messages import HeartbeatReply, Shard, TrainingStep
-from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, WireContext
+from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller
+from koopmon.wire.transport import WireContext
 from tests.keyring import Keyring
 
 Until = Callable[..., None]

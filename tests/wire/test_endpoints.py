@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from koopmon.errors import EndpointError
-from koopmon.wire.endpoints import MAX_IPC_PATH_BYTES, is_loopback, reached_beside
-from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, WireContext, check_endpoint
+from koopmon.wire.endpoints import MAX_IPC_PATH_BYTES, check_endpoint, is_loopback, reached_beside
+from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender
+from koopmon.wire.transport import WireContext
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ class Clock:
 def test_agents_speak_for_their_runs_and_no_others(place: Path) -> None:
     bound, free = put(place, "bound", runs=("team-a/*", "solo")), put(place, "free")
     agents = AuthorizedKeys(place)
-    assert len(agents) == 2
+    assert len(agents._agents) == 2
     assert agents.name_of(bound.public) == "bound"
     assert agents.name_of(free.public) == "free"
     assert agents.name_of(new_pair().public) is None

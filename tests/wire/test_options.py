@@ -9,15 +9,9 @@ from typing import Any
 import pytest
 import zmq
 
-from koopmon.wire.codec import WireLimits
-from koopmon.wire.sockets import (
-    ControlClient,
-    ControlServer,
-    DataReceiver,
-    DataSender,
-    ProbeClient,
-    WireContext,
-)
+from koopmon.wire.headers import WireLimits
+from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, ProbeClient
+from koopmon.wire.transport import WireContext
 from tests.keyring import Keyring
 
 LIMITS = WireLimits()

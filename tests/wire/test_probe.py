@@ -17,7 +17,8 @@ from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.headers import PREFIX
 from koopmon.wire.messages import PROTOCOL_VERSION, HeartbeatReply
 from koopmon.wire.probe import probe, reaches_data
-from koopmon.wire.sockets import ControlServer, Poller, WireContext
+from koopmon.wire.sockets import ControlServer, Poller
+from koopmon.wire.transport import WireContext
 from tests.agent.scripted_monitor import ScriptedMonitor, encode
 from tests.keyring import Keyring
 
@@ -97,7 +98,7 @@ def test_who_listens_and_says_nothing_is_given_up(tmp_path: Path) -> None:
         (
             bytes([*PREFIX[:-1], PROTOCOL_VERSION - 1]) + b"\x80",
             "version",
-            f"speaks protocol version {PROTOCOL_VERSION - 1}",
+            f"has protocol version {PROTOCOL_VERSION - 1}",
         ),
         (b"hello", "garbage", "another program is talking"),
         (PREFIX + b"\x80", "schema", "type"),

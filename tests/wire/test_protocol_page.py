@@ -10,7 +10,8 @@ import msgspec.inspect as inspect
 import pytest
 
 import koopmon.wire
-from koopmon.wire.codec import DTYPES, MAGIC, PREFIX, REJECTION_REASONS, UNBOUNDED_SCALARS, WireLimits
+from koopmon.wire.codec import DTYPES
+from koopmon.wire.headers import MAGIC, PREFIX, REJECTION_REASONS, UNBOUNDED_SCALARS, WireLimits
 from koopmon.wire.messages import (
     DROP_REASONS,
     PROTOCOL_VERSION,

@@ -10,9 +10,11 @@ import pytest
 
 from koopmon.errors import ProtocolError
 from koopmon.wire.codec import encode
+from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import Goodbye
 from koopmon.wire.receive_queue import ReceiveQueue
-from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, WireContext
+from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller
+from koopmon.wire.transport import WireContext
 
 
 def drain(queue: ReceiveQueue[str, Any]) -> list[tuple[str, Any]]:
@@ -105,8 +107,11 @@ def test_a_poller_does_not_wait_while_something_was_taken_that_nobody_read(
     assert Poller(server).wait(0.0) == []
 
 
-def test_what_is_too_long_takes_its_turn_as_an_error(near: WireContext, far: WireContext, until: Any) -> None:
-    receiver = DataReceiver(far, "tcp://127.0.0.1:0", max_waiting_bytes=1 << 20)
+def test_what_is_too_long_takes_its_turn_as_an_error(
+    near: WireContext, far: WireContext, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("koopmon.wire.sockets._MIN_WAITING_BYTES", 1 << 20)
+    receiver = DataReceiver(far, "tcp://127.0.0.1:0", limits=WireLimits(max_message_bytes=1 << 20))
     sender = DataSender(near, receiver.endpoint)
     until(lambda: sender.send([b"first"]) is None)
     until(lambda: sender.send([b"x"] * (receiver.limits.max_frames + 1)) is None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -20,9 +21,13 @@ import torch
 
 from koopmon.errors import EndpointError, ProtocolError
 from koopmon.wire.buffer_pool import BufferPool
-from koopmon.wire.codec import WireLimits, decode_for_agent, decode_for_monitor, decode_shard, encode
+from koopmon.wire.codec import decode_for_agent, decode_for_monitor, decode_shard, encode
+from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import Goodbye, HeartbeatReply, Shard, TrainingStep
-from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller, Wakeup, WireContext
+from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller
+from koopmon.wire.transport import WireContext
+from koopmon.wire.wakeup import Wakeup
+from tests.factories import num_free
 
 WHO: dict[str, Any] = {"run": "job", "incarnation": "00c0ffee"}
 REPLY = HeartbeatReply(**WHO)
@@ -76,7 +81,7 @@ def test_a_shard_arrives_bit_for_bit(data: tuple[DataSender, DataReceiver], dtyp
     assert sender.send(frames) is None
     received = receive(receiver)
     assert received.header.step == 5
-    assert torch.equal(received.states(), states)
+    assert torch.equal(torch.stack(received.points()), states)
     assert torch.equal(torch.stack(received.points()), states)
     assert receiver.recv() is None
 
@@ -103,15 +108,17 @@ def test_a_buffer_is_not_reused_before_the_transport_let_go_of_it(
                 sent.append(step)
         if step % 3 == 0 and (frames := receiver.recv()) is not None:
             received = decode_shard(frames, limits=receiver.limits)
-            assert bool((received.states() == received.header.step).all()), "the buffer was overwritten on its way"
+            assert bool((torch.stack(received.points()) == received.header.step).all()), (
+                "the buffer was overwritten on its way"
+            )
             arrived.append(received.header.step)
     assert starved, "the receiver was meant to be too slow for this pool"
     while len(arrived) < len(sent):
         received = receive(receiver)
-        assert bool((received.states() == received.header.step).all())
+        assert bool((torch.stack(received.points()) == received.header.step).all())
         arrived.append(received.header.step)
     assert arrived == sent
-    until(lambda: pool.num_free == 3)
+    until(lambda: num_free(pool) == 3)
 
 
 def test_without_a_monitor_a_send_is_a_drop_and_nothing_queues(
@@ -171,7 +178,7 @@ def test_what_arrives_is_whole_although_receivers_die_in_mid_message(
             with WireContext() as far:
                 receiver = DataReceiver(far, address)
                 for _ in range(5):
-                    assert bool((receive(receiver).states() == 1).all())
+                    assert bool((torch.stack(receive(receiver).points()) == 1).all())
     finally:
         stop.set()
         thread.join()
@@ -379,7 +386,7 @@ def test_the_control_channel_refuses_large_and_many_framed_messages(
 
 
 def test_a_waker_wakes_from_another_thread_once_for_many_calls(data: tuple[DataSender, DataReceiver]) -> None:
-    with Wakeup() as wakeup:
+    with contextlib.closing(Wakeup()) as wakeup:
         poller = Poller(data[1], wakeup)
         thread = threading.Timer(0.05, lambda: [wakeup.wake() for _ in range(100_000)])
         thread.start()
@@ -390,7 +397,7 @@ def test_a_waker_wakes_from_another_thread_once_for_many_calls(data: tuple[DataS
 
 
 def test_a_waker_wakes_from_a_signal_handler() -> None:
-    with Wakeup() as wakeup:
+    with contextlib.closing(Wakeup()) as wakeup:
         before = signal.signal(signal.SIGUSR1, lambda *_: wakeup.wake())
         try:
             threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
@@ -440,7 +447,7 @@ def test_closing_is_idempotent_and_final(near: WireContext, endpoint: str, far: 
             call()
     with pytest.raises(EndpointError, match="closed"):
         sender.send([b""], pool.acquire(8))
-    assert pool.num_free == 1
+    assert num_free(pool) == 1
     with pytest.raises(EndpointError, match="closed"):
         ControlClient(near, server.endpoint)
 
@@ -449,6 +456,7 @@ FORK = """
 import gc, os, sys, warnings
 from koopmon.errors import KoopmonError
 from koopmon.wire.sockets import *
+from koopmon.wire.transport import ForkedChildError
 far, near = WireContext(), WireContext()
 server, receiver = ControlServer(far, sys.argv[1] + "c"), DataReceiver(far, sys.argv[1] + "d")
 client, sender, waker = ControlClient(near, server.endpoint), DataSender(near, receiver.endpoint), Wakeup()

@@ -17,13 +17,15 @@ import torch
 from koopmon.wire.buffer_pool import BufferPool
 from koopmon.wire.codec import encode
 from koopmon.wire.messages import Goodbye, Shard, TrainingStep
-from koopmon.wire.sockets import ControlClient, DataSender, Poller, WireContext
+from koopmon.wire.sockets import ControlClient, DataSender, Poller
+from koopmon.wire.transport import WireContext
+from tests.factories import num_free
 
 pytestmark = pytest.mark.process
 
 WHO: dict[str, Any] = {"run": "job", "incarnation": "00c0ffee"}
 MONITOR = """
-import sys
+import sys, torch
 from koopmon.wire.codec import decode_shard
 from koopmon.wire.sockets import *
 with WireContext() as context:
@@ -36,7 +38,7 @@ with WireContext() as context:
             pass
         while frames := receiver.recv():
             shard = decode_shard(frames, limits=receiver.limits)
-            assert (shard.states() == shard.header.step).all()
+            assert (torch.stack(shard.points()) == shard.header.step).all()
             print(shard.header.step, flush=True)
 """
 
@@ -122,7 +124,7 @@ def test_a_stopped_monitor_is_never_waited_for(
         os.kill(process.pid, signal.SIGCONT)
         arrived = [int(process.stdout.readline()) for _ in handed_over]
         assert arrived == handed_over, "what had been handed over arrives, unchanged"
-        until(lambda: pool.num_free == 4)
+        until(lambda: num_free(pool) == 4)
         until(lambda: sender.send(encode(shard(200), torch.full(shape, 200.0))) is None)
         assert int(process.stdout.readline()) == 200
 

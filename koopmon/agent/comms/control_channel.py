@@ -23,7 +23,8 @@ from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
 from koopmon.errors import EndpointError, ProtocolError
 from koopmon.logs import LogLimit
-from koopmon.wire.codec import WireLimits, decode_for_agent, encode
+from koopmon.wire.codec import decode_for_agent, encode
+from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import (
     Ack,
     AgentMessage,

@@ -29,7 +29,9 @@ from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.codec import encode
 from koopmon.wire.endpoints import reached_beside
 from koopmon.wire.messages import MAX_OBSERVATIONS, DropReason, Shard, Welcome
-from koopmon.wire.sockets import ControlClient, DataSender, Poller, Wakeup, WireContext
+from koopmon.wire.sockets import ControlClient, DataSender, Poller
+from koopmon.wire.transport import WireContext
+from koopmon.wire.wakeup import Wakeup
 
 logger = logging.getLogger("koopmon.agent")
 

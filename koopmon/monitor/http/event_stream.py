@@ -8,7 +8,6 @@ with the id of its last event continues from there. Streams poll the live state,
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -24,32 +23,28 @@ RETRY_MILLISECONDS = 2000
 
 
 class EventStreams:
-    """Limits the number of open streams to `most`; `close` ends all of them."""
+    """Limits the number of open streams to `most`; `close` ends all of them.
+
+    All other calls come from the server's event loop, so that the count needs no lock.
+    """
 
     def __init__(self, live_state: LiveState, most: int) -> None:
         self._live_state = live_state
         self.most = most
         self._num_open = 0
-        self._lock = threading.Lock()
         self._closing = False
-
-    @property
-    def num_open(self) -> int:
-        return self._num_open
 
     def close(self) -> None:
         self._closing = True
 
     def acquire(self) -> bool:
         """Reserve a stream; False when none is free. Call `release` afterwards."""
-        with self._lock:
-            free = self._num_open < self.most and not self._closing
-            self._num_open += free
-            return free
+        free = self._num_open < self.most and not self._closing
+        self._num_open += free
+        return free
 
     def release(self) -> None:
-        with self._lock:
-            self._num_open -= 1
+        self._num_open -= 1
 
     async def follow(self, run: str | None, last_id: str) -> AsyncIterator[bytes]:
         """Yield events of `run`, or of all runs, after the reader's last event. Ends when the server closes."""
@@ -61,8 +56,8 @@ class EventStreams:
             told = max((view.revision for view in changed), default=told)
             wanted = [view for view in changed if run in (None, view.name)]
             # Only the last event has the id: after a disconnection in between, the reader gets all of them again.
-            frames = [frame("run", summary(view), "") for view in wanted[:-1]]
-            frames += [frame("run", summary(view), f"{live_state.boot}-{told}") for view in wanted[-1:]]
+            identity = f"{live_state.boot}-{told}"
+            frames = [frame(summary(view), identity if view is wanted[-1] else "") for view in wanted]
             if not frames and silent >= HEARTBEAT_SECONDS:
                 frames = [b": still here\n\n"]
             silent = 0.0 if frames else silent + PACE_SECONDS
@@ -78,7 +73,7 @@ def resumed(live_state: LiveState, last_id: str) -> int:
     return min(int(revision), live_state.revision) if known else 0
 
 
-def frame(kind: str, data: object, identity: str) -> bytes:
+def frame(run: object, identity: str) -> bytes:
     """Encode one event. JSON contains no raw line break, so its data is one line."""
     told = b"id: %b\n" % identity.encode() if identity else b""
-    return told + b"event: %b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode(data))
+    return told + b"event: run\ndata: %b\n\n" % msgspec.json.encode(run)

@@ -40,17 +40,20 @@ class Connections:
 
         uvicorn copies `app_state` into the scope of each request.
         """
-        opened = server_state.connections
-        closable = [each for each, streaming in self._streaming.items() if each in opened and not streaming]
-        for oldest in closable[: max(0, len(opened) - self._most + 1)]:
-            self._note("http_connections", f"more than {self._most} connections: the oldest is cut")
-            oldest.transport.abort()
-            opened.discard(oldest)
+        # After the connections before this one are open: asyncio makes those that arrive at once before it opens them.
+        asyncio.get_running_loop().call_soon(self._cut_oldest, server_state.connections)
         state = dict(app_state)
         protocol = H11Protocol(server_state=server_state, app_state=state, **parts)
         state["connection"] = ref(protocol)
         self._streaming[protocol] = False
         return protocol
+
+    def _cut_oldest(self, opened: set[Any]) -> None:
+        closable = [each for each, streaming in self._streaming.items() if each in opened and not streaming]
+        for oldest in closable[: max(0, len(opened) - self._most + 1)]:
+            self._note("http_connections", f"more than {self._most} connections: the oldest is cut")
+            oldest.transport.abort()
+            opened.discard(oldest)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. An error in a page or in a request ends only that request."""

@@ -1,7 +1,7 @@
 """Fill the live page from the history after a restart, in small steps in a separate thread.
 
-The daemon's loop never waits for this thread. It first reads every run's points, decisions and last spectrum. It then
-reads the heatmaps, which have the largest rows.
+The daemon's loop never waits for this thread. It first reads every run's points and decisions. It then reads the
+profiles for heatmap and spectrum, which have the largest rows.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from koopmon.errors import StoreError, one_line
-from koopmon.history.reader import HistoryReader, ProfileRow, RunRow
+from koopmon.history.reader import HistoryReader, RunRow
 from koopmon.history.schema import RunState
 from koopmon.monitor.http.live_state import MAX_DECISIONS, MAX_POINTS, LiveState
 from koopmon.views.run_view import DecisionView, RunView, TimelinePoint
@@ -40,11 +40,6 @@ class LiveBackfill:
         self._thread = threading.Thread(target=self._run, name="koopmon-recall", daemon=True)
         self._thread.start()
 
-    def wait(self, timeout_seconds: float) -> bool:
-        """Wait for the thread; True if it has finished."""
-        self._thread.join(timeout_seconds)
-        return not self._thread.is_alive()
-
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
@@ -64,28 +59,26 @@ class LiveBackfill:
             with _isolated(row.name):
                 points = [TimelinePoint.of_row(each) for each in history.observations(row.name, last=MAX_POINTS)]
                 decisions = [DecisionView.of_row(each) for each in history.decisions(row.name, last=MAX_DECISIONS)]
-                view = _with_last(_recorded_view(history, row), points, next(history.profiles(row.name, last=1), None))
+                view = _recorded_view(history, row)
+                view = replace(view, step=max([view.step, *(point.step for point in points[-1:])]))
                 self._live_state.backfill(view, points=points, decisions=decisions)
                 known.append(view)
         for view in reversed(known):
             with _isolated(view.name):
-                self._fill_heatmap(history, view)
+                self._fill_profiles(history, view)
 
-    def _fill_heatmap(self, history: HistoryReader, view: RunView) -> None:
-        columns, finite = [], None
-        for profile in self._slowly(history, view.name):
-            if (column := _column(profile)) is not None:
-                columns.append(column)
-                finite = profile
-        if view.spectrum is None:  # the last states were not finite
-            view = _with_last(view, [], finite)
-        self._live_state.backfill(view, columns=columns)
-
-    def _slowly(self, history: HistoryReader, run: str) -> Iterator[ProfileRow]:
-        for row in history.profiles(run, last=MAX_COLUMNS):
+    def _fill_profiles(self, history: HistoryReader, view: RunView) -> None:
+        """Fill the heatmap of a run, and the spectrum of its last finite states."""
+        columns, spectrum = [], None
+        for row in history.profiles(view.name, last=MAX_COLUMNS):
             if self._stop.wait(PAUSE_SECONDS):
                 return
-            yield row
+            if row.profile is not None:
+                with suppress(KeyError, TypeError, ValueError):  # a forged profile
+                    column = Column.of(row.step, row.profile["layers"])
+                    spectrum = Spectrum.of(row.step, row.profile)
+                    columns.append(column)
+        self._live_state.backfill(replace(view, spectrum=spectrum), columns=columns)
 
 
 @contextmanager
@@ -109,20 +102,3 @@ def _recorded_view(history: HistoryReader, row: RunRow) -> RunView:
         view = replace(view, adapter=hello.adapter, acts=hello.acts, hostname=hello.hostname)
         view = replace(view, width=hello.width, num_layers=hello.num_layers, step=hello.step)
     return view
-
-
-def _with_last(view: RunView, points: list[TimelinePoint], last: ProfileRow | None) -> RunView:
-    if points:
-        view = replace(view, step=max(view.step, points[-1].step))
-    try:
-        found = None if last is None or last.profile is None else Spectrum.of(last.step, last.profile)
-    except (KeyError, TypeError, ValueError):
-        return view
-    return view if found is None else replace(view, spectrum=found)
-
-
-def _column(row: ProfileRow) -> Column | None:
-    try:
-        return None if row.profile is None else Column.of(row.step, row.profile["layers"])
-    except (KeyError, TypeError, ValueError):
-        return None

@@ -1,6 +1,6 @@
 """State of the live page, shared between the daemon's thread and the web server's.
 
-The daemon writes: each call copies a few numbers under a lock and never blocks on readers. Readers take frozen views.
+The daemon writes: each event copies a few numbers under a lock, for about a millisecond. Readers take frozen views.
 The number of runs is bounded, and so are the points, columns and decisions of each; the history has the rest.
 """
 
@@ -10,14 +10,15 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from koopmon.history.schema import RunState
+from koopmon.monitor import events
 from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Assessment, RunController
-from koopmon.policy import PolicyState
+from koopmon.policy import Decision
 from koopmon.views.run_view import (
     AgentHealth,
     CommandView,
@@ -27,7 +28,6 @@ from koopmon.views.run_view import (
     TimelinePoint,
 )
 from koopmon.views.spectra import Column, Spectrum
-from koopmon.wire.messages import Ack
 
 MAX_RUNS = 256
 """Maximum number of runs on the page; above it the oldest finished run is removed."""
@@ -66,18 +66,10 @@ class LiveState:
         self._wall = wall
         self._lock = threading.Lock()
         self._kept: dict[str, _Kept] = {}
-        self._revision = 0
-        self._num_hidden = 0
-
-    @property
-    def revision(self) -> int:
-        """Revision number, incremented by every change; reading it takes no lock."""
-        return self._revision
-
-    @property
-    def num_hidden(self) -> int:
+        self.revision = 0
+        """Incremented by every change; reading it takes no lock."""
+        self.num_hidden = 0
         """Number of runs removed from the page to make room for other runs."""
-        return self._num_hidden
 
     def names(self) -> list[str]:
         with self._lock:
@@ -93,65 +85,77 @@ class LiveState:
         with self._lock:
             return [kept.shown() for kept in self._kept.values() if kept.view.revision > since]
 
-    def update_run(self, run: Run, *, sends: bool) -> None:
-        """Update a run from the registry, and the health of its agents."""
-        now, hello = self._clock(), run.hello
+    def __call__(self, at: float, event: events.Event) -> None:
+        """Show an event: this is a sink of the monitor."""
         with self._lock:
-            kept = self._kept.get(run.name)
-            if kept is None:
-                kept = self._keep(RunView(name=run.name, incarnation=run.incarnation))
-            elif kept.view.incarnation != run.incarnation:
-                self._follow(kept, run.incarnation)
-            health = kept.view.health
-            if now - kept.health_at >= HEALTH_SECONDS or run.state is not RunState.RUNNING:
-                kept.health_at = now
-                health = _health(run, kept.lost)
-            view = replace(
-                kept.view,
-                state=run.state.name.lower(),
-                adapter=hello.adapter,
-                width=hello.width,
-                num_layers=hello.num_layers,
-                acts=hello.acts,
-                sends=sends,
-                hostname=hello.hostname,
-                step=run.step,
-                lr_scale=run.applied.lr_scale,
-                kss_alpha=run.applied.kss.alpha,
-                health=health,
-            )
-            changed = view != kept.view
-            kept.view = replace(view, last_heard=self._wall())
-            if changed:
-                self._change(kept)
+            if isinstance(event, events.RunChanged):
+                self._update_run(event.run)
+            elif event.run is not None and (kept := self._kept.get(event.run.name)) is not None:
+                self._show(kept, event)
 
-    def mark_ended(self, name: str, state: RunState) -> None:
-        """Mark a run as ended or vanished; the time of its last message stays."""
-        with self._lock:
-            if (kept := self._kept.get(name)) is not None:
-                self._change(kept, state=state.name.lower())
-
-    def count_snapshot(self, name: str) -> None:
-        """Count a received snapshot."""
-        with self._lock:
-            if (kept := self._kept.get(name)) is not None:
+    def _show(self, kept: _Kept, event: events.Event) -> None:
+        match event:
+            case events.SnapshotReceived():
                 kept.view = replace(kept.view, num_received=kept.view.num_received + 1)
-
-    def count_drop(self, name: str, reason: str) -> None:
-        """Count a snapshot that was lost in the monitor."""
-        with self._lock:
-            if (kept := self._kept.get(name)) is not None:
+            case events.SnapshotDropped(_, reason):
                 kept.lost[reason] = kept.lost.get(reason, 0) + 1
+            case events.Assessed(run, assessment) if assessment is not None:
+                self._add_assessment(kept, assessment, event.plain, run.controller)
+            case events.Decided(_, assessment) if assessment.decision is not None:
+                self._add_decision(kept, assessment, assessment.decision)
+            case events.CommandUnanswered(_, command):
+                self._settle(kept, command.id, "unanswered")
+            case events.CommandAcked(run, ack, answered) if answered is not None and answered.first:
+                self._settle(kept, ack.command_id, ack.outcome, ack.step, ack.detail)
+                if (standing := kept.view.standing) is not None:
+                    self._change(kept, standing=replace(standing, state=run.controller.policy_state))
+            case events.RunClosed(run) if run.state is RunState.VANISHED:  # the time of its last message stays
+                self._change(kept, state=run.state.name.lower())
 
-    def record_assessment(self, name: str, assessment: Assessment, controller: RunController) -> None:
-        """Add one snapshot with its assessment."""
-        seen, risk, profile = assessment.observation, assessment.risk, assessment.profile
-        # The history stores the same form of a profile: the page and the report cannot disagree.
-        plain = None if profile is None else profile.to_dict()
-        column = None if plain is None else Column.of(seen.step, plain["layers"])
-        spectrum = None if plain is None else Spectrum.of(seen.step, plain)
-        at = self._wall()
-        status = PolicyStatus(
+    def _update_run(self, run: Run) -> None:
+        """Update a run from the registry, and the health of its agents."""
+        now, hello, training = self._clock(), run.hello, run.training
+        kept = self._kept.get(run.name)
+        if kept is None:
+            kept = self._keep(RunView(name=run.name, incarnation=run.incarnation))
+        elif kept.view.incarnation != run.incarnation:
+            # A new launch of the run: points and decisions stay, the policy starts afresh.
+            kept.lost.clear()
+            kept.health_at = float("-inf")
+            kept.view = replace(kept.view, incarnation=run.incarnation, standing=None, num_received=0)
+        health = kept.view.health
+        if now - kept.health_at >= HEALTH_SECONDS or run.state is not RunState.RUNNING:
+            kept.health_at = now
+            health = _health(run, kept.lost)
+        view = replace(
+            kept.view,
+            state=run.state.name.lower(),
+            adapter=hello.adapter,
+            width=hello.width,
+            num_layers=hello.num_layers,
+            acts=hello.acts,
+            sends=run.controller.sends,
+            hostname=hello.hostname,
+            step=training.step,
+            lr_scale=training.lr_scale,
+            kss_alpha=training.kss_alpha,
+            health=health,
+        )
+        changed = view != kept.view
+        kept.view = replace(view, last_heard=self._wall())
+        if changed:
+            self._change(kept)
+
+    def _add_assessment(
+        self, kept: _Kept, assessment: Assessment, plain: Mapping[str, Any] | None, controller: RunController
+    ) -> None:
+        seen, risk, incarnation = assessment.observation, assessment.risk, kept.view.incarnation
+        spectrum = kept.view.spectrum
+        if plain is not None:
+            spectrum = Spectrum.of(seen.step, plain)
+            kept.columns.append(Column.of(seen.step, plain["layers"]))
+        kept.points.append(TimelinePoint.of_assessment(incarnation, self._wall(), seen, risk))
+        standing = PolicyStatus(
             now=self._clock(),
             state=controller.policy_state,
             observation=seen,
@@ -159,49 +163,21 @@ class LiveState:
             policy=controller.config.policy,
             kss=controller.kss_config,
         )
-        with self._lock:
-            kept = self._kept.get(name)
-            if kept is None:
-                return
-            incarnation = kept.view.incarnation
-            kept.points.append(TimelinePoint.of_assessment(incarnation, at, assessment.observation, assessment.risk))
-            if column is not None:
-                kept.columns.append(column)
-            self._change(kept, standing=status, spectrum=spectrum or kept.view.spectrum)
+        self._change(kept, standing=standing, spectrum=spectrum)
 
-    def record_decision(self, name: str, assessment: Assessment) -> None:
-        """Add the decision of an assessment."""
-        with self._lock:
-            kept, decision = self._kept.get(name), assessment.decision
-            if kept is None or decision is None:
-                return
-            outcome = "pending" if kept.view.sends else "dry_run"
-            view = DecisionView(
-                incarnation=kept.view.incarnation,
-                step=assessment.observation.step,
-                time=self._wall(),
-                phase=decision.phase,
-                reason=decision.reason,
-                risk=assessment.risk.value,
-                commands=tuple(CommandView(command=command, outcome=outcome) for command in assessment.commands),
-            )
-            kept.decisions.append(view)
-            self._change(kept)
-
-    def set_policy_state(self, name: str, state: PolicyState) -> None:
-        """Update the policy state after an ack."""
-        with self._lock:
-            kept = self._kept.get(name)
-            if kept is not None and kept.view.standing is not None:
-                self._change(kept, standing=replace(kept.view.standing, state=state))
-
-    def record_ack(self, ack: Ack) -> None:
-        """Record the outcome of a command from rank 0's ack."""
-        self._settle(ack.run, ack.command_id, ack.outcome, ack.step, ack.detail)
-
-    def record_outcome(self, name: str, command_id: str, outcome: str) -> None:
-        """Record the outcome of a command without an ack."""
-        self._settle(name, command_id, outcome)
+    def _add_decision(self, kept: _Kept, assessment: Assessment, decision: Decision) -> None:
+        outcome = "pending" if kept.view.sends else "dry_run"
+        view = DecisionView(
+            incarnation=kept.view.incarnation,
+            step=assessment.observation.step,
+            time=self._wall(),
+            phase=decision.phase,
+            reason=decision.reason,
+            risk=assessment.risk.value,
+            commands=tuple(CommandView(command=command, outcome=outcome) for command in assessment.commands),
+        )
+        kept.decisions.append(view)
+        self._change(kept)
 
     def backfill(
         self,
@@ -229,35 +205,25 @@ class LiveState:
         if len(self._kept) >= MAX_RUNS:
             over = (kept.view.name for kept in self._kept.values() if kept.view.state != "running")
             del self._kept[next(over, next(iter(self._kept)))]
-            self._num_hidden += 1
+            self.num_hidden += 1
         kept = self._kept[view.name] = _Kept(view)
         return kept
 
-    def _follow(self, kept: _Kept, incarnation: str) -> None:
-        """Switch to a new launch of the run: keep points and decisions, reset the policy status."""
-        kept.lost.clear()
-        kept.health_at = float("-inf")
-        kept.view = replace(kept.view, incarnation=incarnation, standing=None, num_received=0)
-
-    def _settle(self, name: str, command_id: str, outcome: str, step: int | None = None, detail: str = "") -> None:
-        with self._lock:
-            kept = self._kept.get(name)
-            if kept is None:
+    def _settle(self, kept: _Kept, command_id: str, outcome: str, step: int | None = None, detail: str = "") -> None:
+        for index in range(len(kept.decisions) - 1, -1, -1):
+            decision = kept.decisions[index]
+            if any(each.command.id == command_id for each in decision.commands):
+                commands = tuple(
+                    _with_outcome(each, outcome, step, detail) if each.command.id == command_id else each
+                    for each in decision.commands
+                )
+                kept.decisions[index] = replace(decision, commands=commands)
+                self._change(kept)
                 return
-            for index in range(len(kept.decisions) - 1, -1, -1):
-                decision = kept.decisions[index]
-                if any(each.command.id == command_id for each in decision.commands):
-                    commands = tuple(
-                        _with_outcome(each, outcome, step, detail) if each.command.id == command_id else each
-                        for each in decision.commands
-                    )
-                    kept.decisions[index] = replace(decision, commands=commands)
-                    self._change(kept)
-                    return
 
     def _change(self, kept: _Kept, **values: object) -> None:
-        self._revision += 1
-        kept.view = replace(kept.view, revision=self._revision, **values)  # type: ignore[arg-type]
+        self.revision += 1
+        kept.view = replace(kept.view, revision=self.revision, **values)  # type: ignore[arg-type]
 
 
 def _before(kept: deque[T], earlier: list[T]) -> None:

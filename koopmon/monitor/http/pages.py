@@ -65,7 +65,6 @@ def runs_page(root: str, views: Sequence[RunView], now: float, policy: PolicyCon
 def run_page(root: str, view: RunView, now: float, policy: PolicyConfig, *, quantity: str) -> str:
     """Render the page of one run. `quantity`, one of QUANTITIES, selects the heatmap; `now` is Unix seconds."""
     acting = policy if view.standing is None else view.standing.policy
-    levels = (("severe", acting.severe_risk), ("act", acting.act_risk), ("calm below", acting.release_risk))
     spectrum, charted = view.spectrum, (scalar for scalar in SCALARS if scalar.chart)
     return _page(
         "run.html",
@@ -77,7 +76,7 @@ def run_page(root: str, view: RunView, now: float, policy: PolicyConfig, *, quan
         quantity=quantity,
         quantities=QUANTITIES,
         preview=preview(view),
-        risk_chart=risk_chart(view.points, view.decisions, levels),
+        risk_chart=risk_chart(view.points, view.decisions, acting),
         heads=["Step", "Risk", "Forecast", *(scalar.title for scalar in SCALARS)],
         rows=[
             (

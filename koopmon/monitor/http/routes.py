@@ -32,7 +32,6 @@ RETRY_AFTER_SECONDS = 15
 MAX_PAGES = 16
 FRESH_SECONDS = 1.0
 """Maximum age of a cached page without changes: the times on it must be updated after this."""
-Answer = Callable[[Request], Response]
 
 
 def routes(
@@ -143,7 +142,7 @@ def not_found(request: Request, _: Exception) -> Response:
     return _html(pages.not_found_page(pages.root_of(request.scope["raw_path"])), status=404)
 
 
-def _file(name: str, package: str, kind: str) -> Answer:
+def _file(name: str, package: str, kind: str) -> Callable[[Request], Response]:
     body = files(package).joinpath("static", name).read_bytes()
 
     def answer(_: Request) -> Response:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import ipaddress
 import logging
 import os
-import re
 import socket
 import ssl
 import threading
@@ -22,13 +20,14 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from koopmon.config import PolicyConfig
+from koopmon.config import Config
 from koopmon.errors import EndpointError
 from koopmon.monitor.http.auth import HttpAuth
 from koopmon.monitor.http.event_stream import EventStreams
 from koopmon.monitor.http.limits import Connections
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.routes import not_found, routes
+from koopmon.wire.endpoints import check_endpoint, is_loopback
 
 STOP_SECONDS = 5.0
 MAX_HEAD_BYTES = 16 << 10
@@ -40,21 +39,20 @@ def parse_address(address: str, *, exposed: bool = False) -> tuple[str, int]:
 
     Without `exposed` it must be a loopback address. Raises EndpointError.
     """
-    match = re.fullmatch(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):(?P<port>[0-9]{1,5})", address)
-    if match is None or int(match["port"]) > 65535:
-        raise EndpointError(f"http {address!r}: expected HOST:PORT with a port from 0 to 65535, as 127.0.0.1:9464")
-    host = match["host"].strip("[]")
-    host = "127.0.0.1" if host == "localhost" else host
     try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        raise EndpointError(f"http {address!r}: {host!r} is no address of this host, as 127.0.0.1 or 0.0.0.0") from None
-    if not loopback and not exposed:
+        checked = check_endpoint(f"tcp://{address}", binding=True)
+    except EndpointError:
+        raise EndpointError(
+            f"http {address!r}: expected HOST:PORT, an address of this host and a port from 0 to 65535, as"
+            " 127.0.0.1:9464 or 0.0.0.0:9464"
+        ) from None
+    if not exposed and not is_loopback(checked):
         raise EndpointError(
             f"http {address!r}: other hosts reach it: give [http] a certificate and a token or password, or name the"
             " risk with insecure_plaintext; only loopback (127.0.0.1, [::1], localhost) goes without"
         )
-    return host, int(match["port"])
+    host, _, port = checked.removeprefix("tcp://").rpartition(":")
+    return host.strip("[]"), 0 if port == "*" else int(port)
 
 
 def listen(address: str, *, exposed: bool = False) -> socket.socket:
@@ -73,11 +71,11 @@ def listen(address: str, *, exposed: bool = False) -> socket.socket:
 class WebServer:
     """Serves the pages from its own thread; `address` is the actual HOST:PORT.
 
-    The live page shows `live_state`, with the thresholds of `policy` for new runs. At most `max_streams` readers
-    receive events, on at most half of the connections. Each name in `checks` is a page that returns 200 "ok" while its
-    function returns True, else 503. These pages need no `login`. With `tls` the pages use https. An address reachable
-    from other hosts requires both `login` and `tls`, or `exposed`. `note(reason, detail)` is called in the server's
-    thread for each rejected request or connection.
+    The live page shows `live_state`, with the thresholds of `config` for new runs. Event streams take at most half of
+    the connections. Each name in `checks` is a page that returns 200 "ok" while its function returns True, else 503.
+    These pages need no `login`. With `tls` the pages use https. An address reachable from other hosts requires both
+    `login` and `tls`, or `[http] insecure_plaintext`. `note(reason, detail)` is called in the server's thread for each
+    rejected request or connection.
     """
 
     def __init__(
@@ -88,22 +86,21 @@ class WebServer:
         *,
         login: HttpAuth | None = None,
         tls: ssl.SSLContext | None = None,
-        exposed: bool = False,
+        config: Config | None = None,
         live_state: LiveState | None = None,
-        policy: PolicyConfig | None = None,
-        max_connections: int = 128,
-        max_streams: int = 32,
         note: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
-        login = login or HttpAuth()
-        self._socket = listen(address, exposed=exposed or (login.required and tls is not None))
+        config, login = config or Config(), login or HttpAuth()
+        exposed = config.http.insecure_plaintext or (login.required and tls is not None)
+        self._socket = listen(address, exposed=exposed)
         host, port = self._socket.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         live_state = live_state or LiveState()
-        self._streams = EventStreams(live_state, min(max_streams, max_connections // 2))
-        pages = _application(registry, checks, routes(live_state, self._streams, policy or PolicyConfig()))
+        max_connections = config.monitor.max_http_connections
+        self._streams = EventStreams(live_state, min(config.http.max_streams, max_connections // 2))
+        pages = _application(registry, checks, routes(live_state, self._streams, config.policy))
         connections = Connections(login.wrap(pages), max_connections, note)
-        config = uvicorn.Config(
+        settings = uvicorn.Config(
             connections,
             http=cast(Any, connections.accept),
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
@@ -116,9 +113,9 @@ class WebServer:
             timeout_graceful_shutdown=2,
             server_header=False,
         )
-        config.load()
-        config.ssl = tls
-        self._server = uvicorn.Server(config)
+        settings.load()
+        settings.ssl = tls
+        self._server = uvicorn.Server(settings)
         self._filter_log = connections.filter_log
         UVICORN_LOG.addFilter(self._filter_log)
         # Outside the main thread uvicorn installs no signal handlers.

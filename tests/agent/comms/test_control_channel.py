@@ -14,7 +14,8 @@ from koopmon.agent.rank_identity import Identity
 from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
 from koopmon.errors import EndpointError
-from koopmon.wire.codec import Frame, WireLimits, decode_for_monitor, encode
+from koopmon.wire.codec import decode_for_monitor, encode
+from koopmon.wire.headers import Frame, WireLimits
 from koopmon.wire.messages import (
     Ack,
     AgentMessage,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from koopmon.agent.control.action import Completion, ControlAction, Injection, NextForwards, Target, Update
-from koopmon.agent.control.state import ControlState
+from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.wire.messages import Applied, Command
 from tests.agent.models import L, build, checkpointed, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
@@ -163,3 +163,11 @@ def test_a_command_that_completes_at_the_edge_is_answered_with_what_came_of_it(
     again = monitor.command("set_lr_scale", lr_scale=0.75)
     monitor.wait(lambda: train_step(model, optimizer, 0) and monitor.acked(again))
     assert (monitor.ack(again).outcome, monitor.ack(again).detail) == ("applied", "done")
+
+
+def test_by_default_the_way_back_keeps_the_parameters_and_is_always_open() -> None:
+    recorder = Recorder()
+    ramp = Ramp(first_step=2, start=1.0, target=0.5, num_steps=2)
+    state = ControlState(actions={"set_lr_scale": ActionState(ramp=ramp, parameters={"size": 3})})
+    assert recorder.released(state) == Target(1.0, {"size": 3}, acts=False)
+    assert [recorder.effective(state, step) for step in (1, 2, 3)] == [1.0, 0.75, 0.5]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
 from koopmon.agent.circuit_breaker import CircuitBreaker
+from koopmon.agent.control.action import Completion
 from koopmon.agent.control.actuator import MAX_PENDING, MAX_REMEMBERED, Actuator, CommandResult
 from koopmon.agent.control.all_actions import make_actions
 from koopmon.agent.control.rank_group import MESSAGE_BYTES, _encoder
@@ -657,3 +658,39 @@ def test_an_update_that_does_not_fit_is_not_applied(step: int, parameters: dict[
     bench.actuator.before_step(1)
     assert bench.actuator.state.version == (0 if flaw else 1)
     assert [flaw in failure for failure in failures] == ([True] if flaw else [])
+
+
+def test_a_completion_belongs_to_a_command_that_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that do not decide complete commands that rank 0 reports. An edge without a completion reports nothing."""
+    bench = Bench()
+    action = bench.actuator._actions["set_lr_scale"]
+    done: list[Completion | None] = [Completion("failed", "of another rank"), None]
+    monkeypatch.setattr(action, "at_edge", lambda *_: done.pop(0))
+    bench.step()
+    assert bench.outcomes == []
+    monkeypatch.setattr(type(action), "completes_at_edge", True)
+    bench.step(command("set_lr_scale", lr_scale=0.5))
+    assert bench.outcomes == []
+
+
+def test_a_return_within_a_ramp_starts_from_the_value_of_the_step_before() -> None:
+    bench = Bench(from_mapping({"control": {"on_monitor_lost": "ramp", "ramp_back_steps": 4}}))
+    scales = [bench.step(command("set_lr_scale", lr_scale=0.25, ramp_steps=4)), bench.step()]
+    bench.lifecycle.monitor_lost()
+    scales += [bench.step() for _ in range(5)]
+    assert scales == pytest.approx([0.25**0.25, 0.5, 0.5**0.75, 0.5**0.5, 0.5**0.25, 1.0, 1.0])
+
+
+def test_what_an_action_refuses_is_answered_with_its_reason() -> None:
+    bench = Bench()
+    assert bench.outcome_of(command("set_lr_scale", lr_scale=0.5, max_rate=0.1)) == ["refused"]
+    (result,) = bench.outcomes
+    assert (result.detail, result.permanent) == ("max_rate is refused: the optimizer has no learning rate", False)
+    assert bench.applied() == Applied()
+
+
+def test_a_value_that_cannot_be_restored_leaves_the_others() -> None:
+    bench = Bench()
+    bench.lifecycle.restore(Applied(lr_scale=0.5, max_rate=0.1, kss=KssSettings(alpha=0.5, svd_rank=5)))
+    bench.step()
+    assert bench.applied() == Applied(kss=KssSettings(alpha=0.5, svd_rank=5))

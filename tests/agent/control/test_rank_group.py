@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ import torch.distributed as dist
 
 from koopmon.agent.control import rank_group
 from koopmon.agent.control.rank_group import (
+    FIRST_PAUSE_SECONDS,
     HEALTHY_SECONDS,
     MESSAGE_BYTES,
     OPERATION_SECONDS,
@@ -89,6 +93,32 @@ def test_all_ranks_agree_on_a_first_step_ahead_of_every_rank(groups: Make) -> No
     assert [each.leads for each in ranks] == [True, False, False]
 
 
+class Running:
+    """Counters of a rank whose step goes on between two reads."""
+
+    step_seconds = None
+
+    def __init__(self, *steps: int) -> None:
+        self._steps = iter(steps)
+
+    @property
+    def step(self) -> int:
+        return next(self._steps)
+
+
+@pytest.mark.parametrize(
+    ("steps", "first"),
+    [((0, 2), START_STEPS), ((0, 3, 3, 14), 3 + 4 * START_STEPS), ((0, 9, 9, 50, 50, 51), 50 + 16 * START_STEPS)],
+)
+def test_a_rank_that_reached_the_step_meanwhile_asks_for_a_later_one(steps: tuple[int, ...], first: int) -> None:
+    """Its exchange after that step may have been skipped. The lead grows four times with each attempt."""
+    stats: Any = Running(*steps)
+    group = RankGroup(RankContext(0, 1, dist.HashStore()), ControlConfig(timeout_seconds=5.0), stats, "place")
+    until(lambda: group.ready)
+    assert group._next == first
+    group.close(wait=True)
+
+
 def test_short_steps_have_a_longer_lead(groups: Make) -> None:
     """The first exchange is at least a third of a second ahead."""
     store, ranks = dist.HashStore(), []
@@ -157,8 +187,10 @@ def test_ranks_form_a_new_group_once_all_have_lost_the_old_one(groups: Make) -> 
     ranks[0].fail("a test")
     time.sleep(0.2)
     assert not ranks[0].ready
+    failed = time.monotonic()
     ranks[1].fail("a test")
     until(lambda: all(each.ready for each in ranks))
+    assert time.monotonic() - failed >= FIRST_PAUSE_SECONDS
     first = ranks[0]._next
     assert first is not None
     sent = update(first, first + 2)
@@ -226,12 +258,113 @@ def test_a_closed_group_is_not_ready_and_does_not_form_again(groups: Make) -> No
     assert not any(thread.is_alive() for thread in ranks[0]._threads)
 
 
-def test_a_group_closes_while_it_waits_for_the_others() -> None:
-    group = RankGroup(RankContext(0, 2, dist.HashStore()), ControlConfig(), AgentStats(), "place")
+def test_a_group_closes_while_it_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_group, "POLL_SECONDS", 0.001)
+    before, store = set(threading.enumerate()), dist.HashStore()
+    group = RankGroup(RankContext(0, 2, store), ControlConfig(), AgentStats(), "place")
+    (thread,) = set(threading.enumerate()) - before
+    assert (thread.name, thread.daemon) == ("koopmon-control", True)
+    until(lambda: store.add("place/control/0/ready", 0) > 0)
+    time.sleep(0.1)
+    assert store.add("place/control/0/ready", 0) == 1, "a rank registers once, however often it looks"
     assert not group.ready
     assert not group.is_due(1_000_000)
     group.close(wait=True)
-    assert not any(thread.is_alive() for thread in group._threads)
+    assert not thread.is_alive()
+
+
+def test_after_a_failure_a_rank_registers_for_the_next_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_group, "FIRST_PAUSE_SECONDS", 0.01)
+    store = dist.HashStore()
+    group = RankGroup(RankContext(0, 2, store), ControlConfig(), AgentStats(), "place")
+    until(lambda: store.add("place/control/0/ready", 0) == 1)
+    group.fail("a test")
+    until(lambda: store.add("place/control/1/ready", 0) == 1)
+    group.fail("a test")
+    until(lambda: store.add("place/control/2/ready", 0) == 1)
+    group.close(wait=True)
+    assert store.add("place/control/0/ready", 0) == 1
+
+
+def test_a_group_forms_at_once_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(RankGroup, "_start", lambda self, target, *args: started.append((target.__name__, *args)))
+    RankGroup(RankContext(0, 2, dist.HashStore()), ControlConfig(), AgentStats(), "place")
+    assert started == [("_form", 0, 0.0)]
+
+
+@pytest.mark.parametrize(("wait", "limit"), [(5.0, OPERATION_SECONDS), (2 * OPERATION_SECONDS, 2 * OPERATION_SECONDS)])
+def test_a_group_that_cannot_form_is_tried_again_with_operations_longer_than_the_training_threads_wait(
+    wait: float, limit: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits: list[timedelta] = []
+
+    def unable(store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        limits.append(timeout)
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(rank_group.dist, "ProcessGroupGloo", unable)
+    monkeypatch.setattr(rank_group, "FIRST_PAUSE_SECONDS", 0.01)
+    with caplog.at_level(logging.WARNING, "koopmon.agent"):
+        context, config = RankContext(0, 1, dist.HashStore()), ControlConfig(timeout_seconds=wait)
+        group = RankGroup(context, config, AgentStats(), "place")
+        until(lambda: len(limits) > 1)
+        group.close(wait=True)
+    assert set(limits) == {timedelta(seconds=limit)}
+    assert caplog.messages[0].endswith("no group of 1 ranks: no network")
+
+
+def test_an_exchange_that_cannot_be_sent_turns_control_off(groups: Make) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("connection reset by peer")
+
+    ranks = groups()
+    first = ranks[0]._next
+    assert first is not None
+    ranks[0]._group = SimpleNamespace(broadcast=broken)
+    ranks[0].launch(update(first, first + 1))
+    assert not ranks[0].ready
+
+
+def test_a_closed_group_has_no_exchange_in_flight_and_none_is_due(groups: Make) -> None:
+    ranks = groups()
+    first = ranks[0]._next
+    assert first is not None
+    ranks[0].launch(update(first, first + 1))
+    buffer = ranks[0]._buffer
+    ranks[0].close()
+    assert not ranks[0].in_flight
+    assert not ranks[0].is_due(first)
+    assert ranks[0]._buffer is not buffer, "an operation may still write to the old one"
+    ranks[1].close()
+
+
+def test_threads_that_have_ended_are_forgotten(groups: Make) -> None:
+    ranks = groups()
+    for _ in range(20):
+        ranks[0]._start(lambda: None)
+        ranks[0]._threads[-1].join()
+    assert len(ranks[0]._threads) <= 2
+
+
+def test_a_step_waits_for_the_agreement_that_is_still_in_transit(
+    groups: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 0 may know the first step before the other ranks have agreed."""
+    ranks = groups()
+    first = ranks[0]._next
+    assert first is not None
+    ranks[0]._agreed.clear()
+    timer = threading.Timer(0.1, ranks[0]._agreed.set)
+    timer.start()
+    assert ranks[0].is_due(first)
+    timer.join()
+    ranks[0]._agreed.clear()
+    ranks[0]._timeout_seconds = 0.05
+    with caplog.at_level(logging.INFO, "koopmon.agent"):
+        assert not ranks[0].is_due(first)
+    assert "did not agree on a first step" in caplog.text
+    assert ranks[0]._next is None
 
 
 def test_operations_outlast_the_training_threads_wait() -> None:
@@ -265,3 +398,32 @@ def test_a_vote_that_a_rank_does_not_join_fails_and_turns_control_off(
     assert time.monotonic() - started < 3.0
     assert "control is off" in caplog.text
     assert not ranks[0].agree(True), "there is no group now"
+
+
+def test_a_group_that_failed_while_it_formed_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks form another one already."""
+    made: list[RankGroup] = []
+    known, reduced = threading.Event(), threading.Event()
+
+    def reduce(*_: Any) -> int:
+        known.wait(10.0)
+        made[0]._generation += 1
+        reduced.set()
+        return 5
+
+    monkeypatch.setattr(rank_group, "_all_reduce", reduce)
+    made.append(RankGroup(RankContext(0, 1, dist.HashStore()), ControlConfig(), AgentStats(), "place"))
+    (thread,) = made[0]._threads
+    known.set()
+    thread.join(10.0)
+    assert reduced.is_set()
+    assert not made[0].ready
+    assert made[0]._next is None
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("", "ValueError"), ("  \n ", "ValueError"), ("first\nsecond", "first"), ("x" * 201, "x" * 200)],
+)
+def test_the_reason_of_an_error_is_one_line_of_bounded_length(text: str, reason: str) -> None:
+    assert rank_group._reason(ValueError(text)) == reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import secrets
@@ -16,13 +17,18 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from koopmon.agent.control import rewind as rewind_module
-from koopmon.agent.control.actuator import CommandResult
+from koopmon.agent.control.action import Completion, RequestRefusedError, Target, Update
+from koopmon.agent.control.actuator import CommandResult, _towards
+from koopmon.agent.control.lr_backoff import LrBackoff
+from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rewind import RewindAction
+from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.agent.runtime import AgentRuntime
+from koopmon.agent.stats import AgentStats
 from koopmon.config import from_mapping
 from koopmon.conformance.training import Notebook
 from koopmon.plugins import select
-from koopmon.wire.messages import Command, Hello, Rewind
+from koopmon.wire.messages import Applied, Command, Hello, Rewind
 from tests.agent.models import Model, build, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
@@ -321,9 +327,315 @@ def test_the_end_of_the_agent_frees_the_copies(bench: Callable[..., Bench]) -> N
     assert training.facts["rewind_steps"] == [0, 16]
     training.runtime.stand_down("a test")
     assert training.facts["rewind_steps"] == []
-    watching = bench(act="never")
-    watching.train(17)
-    assert watching.facts["rewind_steps"] == []
+
+
+@pytest.mark.parametrize("limits", [{"act": "never"}, {"max_rewinds": 0}, {"rewind_max_bytes": 0}])
+def test_an_agent_that_may_not_rewind_keeps_no_copy(limits: dict[str, Any]) -> None:
+    alone = Alone(**limits)
+    assert alone.action.facts()["rewind_refusal"] == "the agent's limits allow no rewind"
+    for number in range(17):
+        alone.step(number)
+    assert alone.held == []
+    assert alone.action.facts()["rewind_refusal"] == "the agent's limits allow no rewind"
+
+
+class Alone:
+    """The action of one rank without an agent: the test calls it, as the runtime does in each step."""
+
+    def __init__(self, make: Callable[[], nn.Module] = build, **limits: Any) -> None:
+        self.model = make()
+        self.optimizer = SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.limits = from_mapping({"limits": limits}).limits
+        self.stats = AgentStats()
+        self.backoff = LrBackoff(self.limits)
+        self.action = RewindAction(self.limits, self.stats, self.backoff)
+        self.action.inspect(self.model, OptimizerSet(self.optimizer), select(self.model))
+        self.state = ControlState()
+        self.votes: list[bool] = []
+
+    def step(self, number: int, rate: float | None = 0.1) -> Completion | None:
+        """Optimizer step `number`, counted from 0, with the edge after it."""
+        self.stats.step = number
+        self.stats.measured["learning_rate"].put(rate)
+        self.action.on_forward()
+        self.action.apply(self.state, number, Update(self.optimizer, (), {}))
+        self.stats.step = number + 1
+        return self.action.at_edge(self.state, number + 1, self.agree)
+
+    def agree(self, value: bool) -> bool:
+        self.votes.append(value)
+        return value
+
+    def ask(self, step: int, max_rate: float = 1.0, min_age_steps: int = 0) -> Target:
+        name = {"run": "job", "incarnation": "c0f0c0f0", "id": "c0f0c0f0", "reason": "", "expires_step": 1 << 40}
+        asked = Command(**name, kind="rewind", rewind=Rewind(max_rate=max_rate, min_age_steps=min_age_steps))
+        target = self.action.target(asked, self.state, step)
+        self.state = _towards(self.state, self.action, target, step, 0)
+        return target
+
+    @property
+    def held(self) -> list[int]:
+        return list(self.action.facts()["rewind_steps"])
+
+
+ADAPTER: Any = None
+"""The fields of hello do not depend on the adapter."""
+
+
+def test_before_the_first_step_nothing_can_be_returned_to() -> None:
+    alone = Alone()
+    facts = {"rewinds": 0, "rewind_steps": [], "rewind_refusal": "no step has run yet"}
+    assert alone.action.facts() == facts
+    assert alone.action.hello(ADAPTER) == {"rewinds": False}
+    with pytest.raises(RequestRefusedError, match=r"^no rewind: no step has run yet$"):
+        alone.ask(0)
+    assert alone.action.at_edge(alone.state, 3, alone.agree) is None
+    alone.step(0)
+    assert alone.action.facts() == {"rewinds": 0, "rewind_steps": [0], "rewind_refusal": ""}
+    assert alone.action.hello(ADAPTER) == {"rewinds": True}
+
+
+def test_a_command_names_its_step_and_that_of_the_copy() -> None:
+    alone = Alone()
+    for number in range(33):
+        alone.step(number)
+    alone.state = ControlState(actions={"rewind": ActionState(ramp=Ramp(), parameters={"interval": 16})})
+    assert alone.ask(33) == Target(1.0, {"interval": 16, "at_step": 33, "copy_step": 32})
+    assert alone.action.target(Applied(), alone.state, 40) == Target(
+        0.0, {"interval": 16, "at_step": 33, "copy_step": 32}, acts=False
+    ), "an earlier launch's rewinds are not repeated"
+
+
+def test_the_newest_copy_of_the_age_and_the_rate_is_taken() -> None:
+    alone = Alone()
+    for number in range(64):
+        alone.step(number, rate=0.1 if number < 63 else 0.2)
+    assert alone.held == [0, 48, 64]
+    for age, copy in ((0, 64), (2, 64), (3, 48), (18, 48), (19, 0), (500, 0)):
+        assert alone.ask(66, min_age_steps=age).parameters["copy_step"] == copy
+        alone.state = ControlState()
+    for rate, copy in ((0.2, 64), (0.2 * (1 - 1e-10), 64), (0.19, 48), (0.1, 48), (0.09, 0)):
+        assert alone.ask(66, max_rate=rate).parameters["copy_step"] == copy
+        alone.state = ControlState()
+
+
+def test_a_copy_of_an_unknown_rate_is_of_any_rate() -> None:
+    alone = Alone()
+    for number in range(16):
+        alone.step(number, rate=None)
+    assert alone.held == [0, 16]
+    assert alone.ask(16, max_rate=1e6).parameters["copy_step"] == 0
+
+
+def test_of_two_commands_for_one_step_the_second_is_refused_and_at_another_step_it_is_not() -> None:
+    alone = Alone()
+    alone.step(0)
+    alone.ask(1)
+    with pytest.raises(RequestRefusedError, match="another one comes in force at this step"):
+        alone.ask(1)
+    alone.ask(2)
+
+
+def test_the_start_is_kept_for_2000_steps() -> None:
+    alone = Alone()
+    alone.step(0)
+    alone.action.at_edge(alone.state, 1999, alone.agree)
+    assert alone.held == [0]
+    alone.action.at_edge(alone.state, 2000, alone.agree)
+    assert alone.held == [2000]
+
+
+def test_copies_cost_a_quarter_of_a_percent_of_the_step_time_at_most() -> None:
+    """The median duration of five copies decides. Copies of 16 seconds may come every 64 steps of 100 seconds."""
+    alone = Alone()
+    alone.step(0)
+    alone.stats.step_seconds = 100.0
+
+    def interval(*seconds: float, before: int | None = None) -> int:
+        alone.action._seconds.clear()
+        alone.action._seconds.extend(seconds)
+        if before is not None:
+            part = ActionState(ramp=Ramp(), parameters={"interval": before, "at_step": 3})
+            alone.state = ControlState(version=7, actions={"rewind": part})
+        alone.state = alone.action.tuned(alone.state)
+        return int(alone.action.parameters(alone.state).get("interval", 16))
+
+    assert interval(4.0, 4.0, 4.0, 99.0, 99.0) == 16
+    assert interval(4.1, 4.1, 4.1, 4.1) == 16, "four copies are not enough"
+    assert interval(4.1, 4.1, 4.1, 0.0, 0.0) == 32
+    assert alone.state.version == 0, "no command changed it"
+    assert len(alone.action._seconds) == 0, "the next five decide again"
+    assert interval(16.0, 16.0, 16.0, 16.0, 16.0, before=16) == 64
+    assert alone.action.parameters(alone.state) == {"interval": 64, "at_step": 3}
+    assert alone.state.version == 7
+    assert interval(*[1e9] * 5, before=16) == 65536
+    assert interval(*[1e9] * 5, before=65536) == 65536
+    alone.stats.step_seconds = None
+    assert interval(*[1e9] * 5, before=16) == 16, "no step is timed yet"
+
+
+def test_the_first_four_copies_are_not_timed() -> None:
+    """They allocate memory. The copy of the start is none of them."""
+    alone = Alone()
+    timed = []
+    for number in range(7 * 16):
+        alone.step(number)
+        if (number + 1) % 16 == 0:
+            timed.append(len(alone.action._seconds))
+    assert timed == [0, 0, 0, 0, 1, 2, 3]
+    assert all(0.0 < seconds < 60.0 for seconds in alone.action._seconds)
+
+
+def test_an_interval_of_rank_0_holds_on_every_rank() -> None:
+    alone = Alone()
+    alone.state = ControlState(actions={"rewind": ActionState(ramp=Ramp(), parameters={"interval": 5})})
+    found = {}
+    for number in range(30):
+        alone.step(number)
+        found[number + 1] = alone.held
+    assert [found[step] for step in (1, 4, 5, 10, 15, 20, 25)] == [
+        [0],
+        [0],
+        [0, 5],
+        [0, 10],
+        [0, 15],
+        [0, 15, 20],
+        [0, 15, 25],
+    ]
+
+
+def test_a_rewind_is_carried_out_at_the_edge_after_its_step() -> None:
+    alone = Alone()
+    alone.step(0)
+    alone.ask(1)
+    before = [each.detach().clone() for each in alone.model.parameters()]
+    for each in alone.model.parameters():
+        each.data.add_(1.0)
+    alone.stats.step = 1
+    alone.action.apply(alone.state, 1, Update(alone.optimizer, (), {}))
+    assert alone.action.at_edge(alone.state, 2, alone.agree) == Completion("applied", "returned to step 0")
+    assert alone.votes == [True]
+    assert all(torch.equal(a, b) for a, b in zip(alone.model.parameters(), before, strict=True))
+    assert alone.action.at_edge(alone.state, 3, alone.agree) is None, "once"
+    assert alone.action.facts()["rewinds"] == 1
+
+
+def test_a_rank_without_the_copy_votes_against_it() -> None:
+    alone = Alone()
+    alone.step(0)
+    parameters: dict[str, int | float] = {"at_step": 1, "copy_step": 5}
+    alone.state = ControlState(actions={"rewind": ActionState(ramp=Ramp(), parameters=parameters)})
+    done = alone.action.at_edge(alone.state, 2, alone.agree)
+    assert done == Completion("failed", "the copy of step 5 no longer fits the training on every rank")
+    assert alone.votes == [False]
+
+
+def test_a_rank_that_no_longer_holds_copies_votes_all_the_same() -> None:
+    """All ranks join the vote or none does: the others would wait for it."""
+    alone = Alone()
+    alone.step(0)
+    alone.ask(1)
+    alone.action.end()
+    done = alone.action.at_edge(alone.state, 2, alone.agree)
+    assert done is not None
+    assert done.outcome == "failed"
+    assert alone.votes == [False]
+
+
+def test_a_model_that_is_gone_ends_rewinds() -> None:
+    alone = Alone()
+    alone.step(0)
+    alone.ask(1)
+    alone.model = nn.Linear(1, 1)
+    gc.collect()
+    done = alone.action.at_edge(alone.state, 2, alone.agree)
+    assert done is not None
+    assert done.outcome == "failed"
+    assert alone.action.facts()["rewind_refusal"] == "the model or the optimizer is gone"
+    with pytest.raises(RequestRefusedError, match="is gone"):
+        alone.ask(3)
+
+
+def test_an_action_without_a_model_copies_nothing() -> None:
+    alone = Alone()
+    alone.action = RewindAction(alone.limits, alone.stats, alone.backoff)
+    alone.action.on_forward()
+    assert alone.action.at_edge(alone.state, 1, alone.agree) is None
+    assert alone.action.facts()["rewind_refusal"] == "the model or the optimizer is gone"
+
+
+def test_parameters_that_begin_to_train_outside_of_the_optimizer_end_rewinds() -> None:
+    alone = Alone()
+    frozen = alone.model.head
+    frozen.requires_grad_(False)
+    alone.optimizer.param_groups[0]["params"] = [each for each in alone.model.parameters() if each.requires_grad]
+    for number in range(16):
+        alone.step(number)
+    assert alone.held == [0, 16]
+    frozen.requires_grad_(True)
+    for number in range(16, 31):
+        alone.step(number)
+    assert alone.held == [0, 16], "without gradients they do not train"
+    for each in frozen.parameters():
+        each.grad = torch.zeros_like(each)
+    alone.step(31)
+    assert alone.held == []
+    assert "does not update all parameters" in alone.action.facts()["rewind_refusal"]
+
+
+def test_a_change_of_the_refusal_is_told_to_the_monitor() -> None:
+    alone = Alone()
+    assert not alone.action.hello_changed
+    alone.step(0)
+    assert alone.action.hello_changed, "rewinds are possible"
+    alone.action.hello_changed = False
+    for number in range(1, 17):
+        alone.step(number)
+    assert not alone.action.hello_changed, "nothing new"
+    alone.action.end()
+    assert alone.action.hello_changed
+    assert alone.action.facts()["rewind_refusal"] == "the agent applies no commands"
+    alone.action.hello_changed = False
+    alone.action.end()
+    assert not alone.action.hello_changed
+
+
+def test_a_long_error_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("x" * 300)
+
+    for name in ("copied_buffers", "TrainingState"):
+        alone = Alone(normed)
+        with monkeypatch.context() as patched:
+            patched.setattr(rewind_module, name, fail)
+            alone.step(0)
+        assert alone.action.facts()["rewind_refusal"] == "x" * 200
+        alone.step(1)
+        assert alone.held == [], "it is final"
+    alone = Alone()
+    for number in range(15):
+        alone.step(number)
+    monkeypatch.setattr(rewind_module, "TrainingState", fail)
+    alone.step(15)
+    assert alone.action.facts()["rewind_refusal"] == "x" * 200
+
+
+@pytest.mark.parametrize(
+    ("limit", "needed"), [(NBYTES - 1, NBYTES), (NBYTES, 3 * NBYTES), (3 * NBYTES - 1, 3 * NBYTES)]
+)
+def test_the_limit_on_memory_is_for_the_start_and_two_more_copies(limit: int, needed: int) -> None:
+    """The need of all three is known after the first step. Without gradients SGD has no state."""
+    alone = Alone(rewind_max_bytes=limit)
+    alone.step(0)
+    assert alone.held == []
+    assert f"take {needed} bytes, [limits] rewind_max_bytes is {limit}" in alone.action.facts()["rewind_refusal"]
+
+
+def test_three_copies_fit_exactly() -> None:
+    alone = Alone(rewind_max_bytes=3 * NBYTES)
+    for number in range(16):
+        alone.step(number)
+    assert alone.held == [0, 16]
 
 
 def test_over_the_wire(monitor: ScriptedMonitor, agents: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:

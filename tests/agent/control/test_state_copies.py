@@ -180,6 +180,56 @@ def test_a_copy_fits_only_the_parameters_it_was_taken_from() -> None:
     assert copy.step is None
 
 
+class Wrapper(SGD):
+    """Like ZeroRedundancyOptimizer: the optimizer that steps is in `optim`."""
+
+    def __init__(self, params: Any, inner: Optimizer) -> None:
+        super().__init__(params, lr=0.1)
+        self.optim = inner
+
+
+def test_the_state_of_an_optimizer_that_wraps_another_is_that_of_the_inner_one() -> None:
+    model = build()
+    inner = AdamW(model.parameters(), lr=0.01)
+    train(model, inner, range(2))
+    state = TrainingState(model, Wrapper(model.parameters(), inner))
+    assert state.optimizers == [inner]
+    assert state.nbytes == TrainingState(model, inner).nbytes
+
+
+def test_of_a_sharded_tensor_this_ranks_part_is_copied() -> None:
+    """A tensor with `to_local()`, as a DTensor has."""
+    model, part = build(), torch.ones(2)
+    whole: Any = torch.zeros(4)
+    whole.to_local = lambda: part
+    model.register_buffer("sharded", whole)
+    state = TrainingState(model, SGD(model.parameters(), lr=0.1))
+    assert state.tensors["buffer", ".sharded"] is part
+
+
+def test_a_stride_of_0_in_a_dimension_of_one_element_shares_no_memory() -> None:
+    model = build()
+    model.register_buffer("row", torch.zeros(4).as_strided((1, 4), (0, 1)))
+    assert ("buffer", ".row") in TrainingState(model, SGD(model.parameters(), lr=0.1)).tensors
+
+
+def test_a_copy_that_was_not_finished_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    state = TrainingState(model, SGD(model.parameters(), lr=0.1))
+    copy = StateCopy()
+    assert (copy.step, copy.nbytes) == (None, 0)
+    copy.take(state, 3, 0.1)
+
+    def no_memory(*_: Any) -> None:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(torch, "_foreach_copy_", no_memory)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        copy.take(state, 5, 0.1)
+    assert copy.step is None
+    assert not copy.fits(state)
+
+
 def lists_of_tensors(model: nn.Module) -> Optimizer:
     optimizer = torch.optim.LBFGS(model.parameters())
 
@@ -211,6 +261,11 @@ def expanded(model: nn.Module) -> Optimizer:
     return SGD(model.parameters(), lr=0.1)
 
 
+def expanded_in_part(model: nn.Module) -> Optimizer:
+    model.register_buffer("rows", torch.zeros(3, 1).expand(3, 2))
+    return SGD(model.parameters(), lr=0.1)
+
+
 def sparse(model: nn.Module) -> Optimizer:
     model.register_buffer("mask", torch.eye(3).to_sparse())
     return SGD(model.parameters(), lr=0.1)
@@ -228,6 +283,7 @@ def elsewhere(model: nn.Module) -> Optimizer:
         (state_of_its_own, "belongs to no parameter"),
         (capturable, "capturable"),
         (expanded, "share memory"),
+        (expanded_in_part, "share memory"),
         (sparse, "sparse"),
         (elsewhere, "on meta"),
     ],

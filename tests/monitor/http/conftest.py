@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from koopmon.config import Config, from_mapping
+from koopmon.monitor import events
 from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.pending_commands import Answered
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.views.run_view import RunView
-from koopmon.wire.messages import Ack, Applied, TrainingStep
+from koopmon.wire.messages import Ack, Applied, Command, TrainingStep
 from tests import factories
 
 NUM_LAYERS = 3
@@ -45,7 +47,10 @@ class Fed:
         self.heard()
 
     def heard(self) -> None:
-        self.live_state.update_run(self.run, sends=self.controller.sends)
+        self.tell(events.RunChanged(self.run))
+
+    def tell(self, event: events.Event) -> None:
+        self.live_state(0.0, event)
 
     def heartbeat(self, step: int, **fields: Any) -> None:
         beat = factories.heartbeat(step, **self.words, applied=self.applied, **fields)
@@ -57,16 +62,18 @@ class Fed:
         values = {"learning_rate": 1e-3, "loss": 2.0, "grad_norm": None, "lr_scale": self.applied.lr_scale}
         training = TrainingStep(step=step, **{**values, **scalars})
         assessment = self.controller.assess(float(step), training, found, step=step)
-        self.live_state.record_assessment(self.run.name, assessment, self.controller)
+        self.tell(events.Assessed(self.run, assessment, None if found is None else found.to_dict()))
         if assessment.remarkable:
-            self.live_state.record_decision(self.run.name, assessment)
+            self.tell(events.Decided(self.run, assessment))
         return assessment
 
     def answer(self, command_id: str, outcome: Any, step: int, detail: str = "") -> None:
         ack = Ack(**self.words, command_id=command_id, outcome=outcome, step=step, detail=detail, applied=self.applied)
-        self.controller.acknowledge(float(step), ack)
-        self.live_state.record_ack(ack)
-        self.live_state.set_policy_state(self.run.name, self.controller.policy_state)
+        self.controller.acknowledge(ack)
+        self.tell(events.CommandAcked(self.run, ack, Answered("set_lr_scale", first=True, counts=True)))
+
+    def give_up(self, command: Command) -> None:
+        self.tell(events.CommandUnanswered(self.run, command))
 
     @property
     def view(self) -> RunView:

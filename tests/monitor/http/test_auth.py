@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from koopmon.config import HttpConfig
+from koopmon.config import HttpConfig, from_mapping
 from koopmon.errors import ConfigError, EndpointError
 from koopmon.monitor.http.auth import HttpAuth, read_http_auth, read_tls
 from koopmon.monitor.http.server import WebServer, parse_address
@@ -176,4 +176,4 @@ def test_other_hosts_take_tls_and_a_login_or_the_risks_name(serve: Callable[...,
             serve("0.0.0.0:0", **options)
     assert parse_address("0.0.0.0:0", exposed=True) == ("0.0.0.0", 0)
     serve("0.0.0.0:0", tls=tls, login=login)
-    serve("0.0.0.0:0", exposed=True)
+    serve("0.0.0.0:0", config=from_mapping({"http": {"insecure_plaintext": True}}))

@@ -17,6 +17,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from prometheus_client import CollectorRegistry
 
+from koopmon.config import from_mapping
 from koopmon.monitor.http.auth import HttpAuth
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.server import WebServer
@@ -210,7 +211,7 @@ def test_a_monitor_that_comes_back_is_found_again(visit: Open, serve: Start, fee
 
 def test_where_streams_are_refused_the_page_says_so(visit: Open, serve: Start, feed: Start) -> None:
     feed("job")
-    page = visit(serve(max_streams=0))
+    page = visit(serve(config=from_mapping({"http": {"max_streams": 0}})))
     expect(page.locator("#connection")).to_have_text("no stream, polling every 15 s")
 
 

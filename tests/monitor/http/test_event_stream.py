@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from koopmon.config import from_mapping
 from koopmon.monitor.http import event_stream, limits
 from koopmon.monitor.http.event_stream import frame, resumed
 from koopmon.monitor.http.live_state import LiveState
@@ -37,8 +38,7 @@ def server(live_state: LiveState, noted: list[tuple[str, str]], monkeypatch: pyt
         CollectorRegistry(),
         {"healthz": lambda: True},
         live_state=live_state,
-        max_connections=8,
-        max_streams=2,
+        config=from_mapping({"monitor": {"max_http_connections": 8}, "http": {"max_streams": 2}}),
         note=lambda reason, detail, **_: noted.append((reason, detail)),
     )
     yield server
@@ -144,7 +144,7 @@ def test_an_id_from_the_future_waits_for_nothing(live_state: LiveState, feed: Fe
 
 
 def test_words_with_line_breaks_stay_one_event() -> None:
-    told = frame("run", {"reason": "a\n\ndata: forged\r\nid: 7\u2028"}, "b-1")
+    told = frame({"reason": "a\n\ndata: forged\r\nid: 7\u2028"}, "b-1")
     assert told.startswith(b"id: b-1\nevent: run\ndata: ")
     assert told.count(b"\n") == 4
     assert b"\r" not in told

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client import CollectorRegistry
 
+from koopmon.config import from_mapping
 from koopmon.monitor.http.server import WebServer
 
 httpx = pytest.importorskip("httpx")
@@ -33,7 +34,7 @@ def server(noted: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> Ite
         "127.0.0.1:0",
         CollectorRegistry(),
         checks,
-        max_connections=8,
+        config=from_mapping({"monitor": {"max_http_connections": 8}}),
         note=lambda reason, detail, **_: noted.append((reason, detail)),
     )
     yield server
@@ -108,6 +109,16 @@ def test_what_is_no_request_is_counted_and_fills_no_log(
         until(noted, "http_garbage", 3)
         assert fine(server)
     assert not [record for record in caplog.records if record.name.startswith("uvicorn")]
+
+
+def test_connections_that_arrive_at_once_are_bounded_too(server: WebServer, noted: list[tuple[str, str]]) -> None:
+    assert fine(server)
+    server._server.servers[0].get_loop().call_soon_threadsafe(time.sleep, 0.5)  # accepts all of them in one turn
+    waiting = [connect(server, b"GET / HT") for _ in range(9)]
+    until(noted, "http_connections")
+    assert cut(waiting[0])
+    for each in waiting:
+        each.close()
 
 
 def test_a_page_that_fails_ends_its_request_alone(server: WebServer, noted: list[tuple[str, str]]) -> None:

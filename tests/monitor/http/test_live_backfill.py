@@ -92,7 +92,7 @@ def test_only_the_last_rows_are_read(
     monkeypatch.setattr(recalls, "MAX_COLUMNS", 4)
     live_state = LiveState()
     recall = LiveBackfill(live_state, store_path)
-    assert recall.wait(60.0)
+    recall._thread.join(60.0)
     found = live_state.view("job")
     assert found is not None
     assert [column.step for column in found.columns] == [8, 9, 10, 11]
@@ -108,7 +108,7 @@ def test_a_history_that_cannot_be_read_leaves_the_page_to_what_comes(
     database.close()
     live_state = LiveState()
     recall = LiveBackfill(live_state, path)
-    assert recall.wait(60.0)
+    recall._thread.join(60.0)
     recall.close()
     assert live_state.names() == []
     assert "not a koopmon store" in caplog.text
@@ -125,7 +125,7 @@ def test_a_run_that_cannot_be_read_hides_no_other(tmp_path: Path, caplog: pytest
     database.close()
     live_state = LiveState()
     recall = LiveBackfill(live_state, path)
-    assert recall.wait(60.0)
+    recall._thread.join(60.0)
     recall.close()
     assert live_state.names() == ["good"]
     assert "of run bad is not shown" in caplog.text

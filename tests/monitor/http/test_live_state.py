@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from koopmon.history.schema import RunState
+from koopmon.monitor import events
 from koopmon.monitor.http import live_state as boards
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.telemetry.metrics import MAX_LAYERS
@@ -22,8 +23,8 @@ Profile = Callable[..., Any]
 def test_a_run_as_it_is_told(live_state: LiveState, feed: Feed, make_profile: Profile) -> None:
     fed = feed("job")
     fed.heartbeat(4, overhead_ratio=0.002, taps_missing=1, dropped={"queue_full": 3}, step_seconds=0.5)
-    live_state.count_snapshot("job")
-    live_state.count_drop("job", "engine_queue_full")
+    fed.tell(events.SnapshotReceived(fed.run))
+    fed.tell(events.SnapshotDropped(fed.run, "engine_queue_full"))
     found = make_profile()
     assessment = fed.judge(4, found, loss=2.5)
     fed.heartbeat(5, overhead_ratio=0.002, dropped={"queue_full": 3})
@@ -66,8 +67,9 @@ def test_everything_is_bounded(
         fed.judge(step, None if step % 2 else found)
     assert len(fed.view.decisions) <= boards.MAX_DECISIONS
     monkeypatch.setattr(boards, "MAX_RUNS", 3)
-    feed("ended")
-    live_state.mark_ended("ended", RunState.ENDED)
+    ended = feed("ended")
+    ended.run.state = RunState.ENDED
+    ended.heard()
     feed("third")
     feed("fourth")
     assert live_state.names() == ["job", "third", "fourth"], "an ended run is removed first"
@@ -89,11 +91,11 @@ def test_a_decision_and_what_becomes_of_its_commands(feed: Feed, make_profile: P
     scale = next(command for command in assessment.commands if command.kind == "set_lr_scale")
     fed.answer(scale.id, "applied", 4, "on both ranks")
     fed.answer(scale.id, "duplicate", 5)
-    fed.live_state.record_outcome("job", scale.id, "unanswered")
+    fed.give_up(scale)
     (each,) = [each for each in fed.view.decisions[-1].commands if each.command.id == scale.id]
     assert (each.outcome, each.step, each.detail) == ("applied", 4, "on both ranks")
-    others = [each.command.id for each in fed.view.decisions[-1].commands if each.command.id != scale.id]
-    fed.live_state.record_outcome("job", others[0], "unanswered")
+    others = [each.command for each in fed.view.decisions[-1].commands if each.command.id != scale.id]
+    fed.give_up(others[0])
     assert {each.outcome for each in fed.view.decisions[-1].commands} == {"applied", "unanswered"}
 
 

@@ -170,7 +170,7 @@ def test_a_table_of_layers_of_another_snapshot_is_left_out() -> None:
 def test_every_alert_has_its_runbook() -> None:
     page = alerts_page()
     found = Reading(page)
-    assert [f"#{alert.anchor}" for alert in ALERTS] == [link for link in found.links() if link and link[0] == "#"][1:]
+    assert [f"#{alert.name}" for alert in ALERTS] == [link for link in found.links() if link and link[0] == "#"][1:]
     text = "".join(found.text.split())
     for alert in ALERTS:
         for told in (alert.means, alert.look, alert.do, alert.expr):

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from koopmon.config import PolicyConfig
 from koopmon.monitor.http import pages as layout
 from koopmon.monitor.http.auth import HttpAuth
 from koopmon.monitor.http.live_state import LiveState
@@ -29,9 +28,7 @@ Profile = Callable[..., Any]
 
 @pytest.fixture
 def client(live_state: LiveState) -> Iterator[httpx.Client]:
-    server = WebServer(
-        "127.0.0.1:0", CollectorRegistry(), {"healthz": lambda: True}, live_state=live_state, policy=PolicyConfig()
-    )
+    server = WebServer("127.0.0.1:0", CollectorRegistry(), {"healthz": lambda: True}, live_state=live_state)
     with httpx.Client(base_url=f"http://{server.address}", timeout=30.0) as client:
         yield client
     server.close()

@@ -103,13 +103,15 @@ def test_loopback_is_served(address: str) -> None:
     parse_address(address)
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:9464", "[::]:9464", "10.0.0.1:80", "example.org:80", "192.168.1.1:0"])
+@pytest.mark.parametrize("address", ["0.0.0.0:9464", "[::]:9464", "10.0.0.1:80", "192.168.1.1:0"])
 def test_nothing_but_loopback_is_served(address: str) -> None:
-    with pytest.raises(EndpointError, match=r"only loopback|no address of this host"):
+    with pytest.raises(EndpointError, match="only loopback"):
         parse_address(address)
 
 
-@pytest.mark.parametrize("address", ["9464", "127.0.0.1", "127.0.0.1:", "127.0.0.1:65536", "::1:80", "a b:80", ""])
+@pytest.mark.parametrize(
+    "address", ["9464", "127.0.0.1", "127.0.0.1:", "127.0.0.1:65536", "::1:80", "a b:80", "example.org:80", ""]
+)
 def test_malformed_addresses(address: str) -> None:
     with pytest.raises(EndpointError, match="expected HOST:PORT"):
         parse_address(address)

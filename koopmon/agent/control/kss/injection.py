@@ -117,6 +117,13 @@ class KssInjection:
     checkpointing repeats then builds the same graph.
     """
 
+    # `latch` and the first forward after it set these before they are read.
+    _settings: KssSettings
+    _step: int
+    _data_rank: int
+    _weight: float
+    _leading: torch.Size
+
     def __init__(self, seed: int, stats: AgentStats, breaker: CircuitBreaker) -> None:
         self.active = False
         """True while this step's training forwards are injected into."""
@@ -125,15 +132,10 @@ class KssInjection:
         self._seed = seed
         self._stats = stats
         self._breaker = breaker
-        self._settings = KssSettings()
-        self._step = 0
-        self._data_rank = 0
         self._layers: frozenset[int] = frozenset()
-        self._weight = 0.0
         self._scaler: Callable[[], torch.amp.GradScaler | None] = lambda: None
         self._scanned = False
         self._entered: dict[int, Tensor] = {}
-        self._leading = torch.Size()
         self._mask: Tensor | None = None
         self._rows: Tensor | None = None
         self._num_skipped: Tensor | None = None

@@ -9,11 +9,11 @@ import pytest
 import torch
 from msgspec import ValidationError
 from msgspec.structs import asdict, replace
-from torch.optim import SGD
 
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.action import NextForwards, Target, Update
-from koopmon.agent.control.kss.action import KssAction
+from koopmon.agent.control.kss.action import KssAction, kss_refusal
+from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.agent.parallelism import ParallelLayout
 from koopmon.agent.stats import AgentStats
@@ -74,7 +74,7 @@ def test_it_is_refused_where_ranks_split_tokens_and_where_modules_are_shielded()
     refused, allowed = action(), action(from_mapping({"kss": {"through_shielded": True}}))
     for each in (refused, allowed):
         assert each.capability(LAYOUT).acts, "nothing is known against it yet"
-        each.inspect(model, SGD(model.parameters()), select(model))
+        each.inspect(model, OptimizerSet(), select(model))
     assert not refused.capability(LAYOUT).acts
     assert "model.layers.0.mlp.gate and 3 more" in refused.capability(LAYOUT).reason
     assert allowed.capability(LAYOUT).acts
@@ -82,7 +82,7 @@ def test_it_is_refused_where_ranks_split_tokens_and_where_modules_are_shielded()
     assert not allowed.capability(split).acts
     assert "different tokens" in allowed.capability(split).reason
     plain = build()
-    refused.inspect(plain, SGD(plain.parameters()), select(plain))
+    refused.inspect(plain, OptimizerSet(), select(plain))
     assert refused.capability(LAYOUT).acts, "another adapter took over, and shields nothing"
 
 
@@ -119,3 +119,30 @@ def test_the_scaler_is_looked_for_before_the_first_step_with_kss(monkeypatch: py
         kss.apply(state, step, Update(optimizer, (), {}))
         assert len(found) == max(0, step - 3)
     assert set(found) == {optimizer}
+
+
+def test_layers_without_a_usable_gradient_are_counted() -> None:
+    kss = action()
+    assert kss.facts() == {"kss_skipped": 0.0}
+    kss._injection.skipped.put(3.0)
+    assert kss.facts() == {"kss_skipped": 3.0}
+
+
+@pytest.mark.parametrize(("number", "named"), [(0, ""), (1, "head"), (2, "head and 1 more"), (3, "head and 2 more")])
+def test_a_refusal_names_a_shielded_module_and_counts_the_others(
+    number: int, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
+    modules = [model.head, model.embedding, model.blocks][:number]
+    monkeypatch.setattr("koopmon.agent.control.kss.action.shielded", lambda *_: modules)
+    advice = ": set [kss] through_shielded = true to allow it"
+    text = f"KSS would reach what the model's family shields from it, {named}{advice}"
+    assert kss_refusal(model, select(model)) == (text if number else "")
+
+
+def test_a_shielded_module_has_a_name_of_bounded_length_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = torch.nn.Sequential(), torch.nn.Linear(1, 1)
+    model.add_module("x" * 201, other)
+    for module, name in ((other, "x" * 200), (torch.nn.Linear(1, 1), "a module of the model")):
+        monkeypatch.setattr("koopmon.agent.control.kss.action.shielded", lambda *_, module=module: [module])
+        assert f"shields from it, {name}: set" in kss_refusal(model, select(build()))

@@ -58,8 +58,8 @@ def test_a_scaler_is_found_within_32_frames() -> None:
             return nested(optimizer, calling_scaler)
 
     scaler = Deep("cpu")
-    assert scaler.step(20) is scaler
-    assert scaler.step(40) is None
+    assert scaler.step(30) is scaler, "the 32nd frame"
+    assert scaler.step(31) is None
 
 
 def test_a_live_scaler_that_unscaled_the_gradients_is_found() -> None:

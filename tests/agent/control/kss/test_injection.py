@@ -216,6 +216,79 @@ def test_without_alpha_nothing_is_added_to_the_graph() -> None:
     assert torch.equal(loss, expected), "the value is never changed"
 
 
+def test_before_the_first_step_nothing_is_injected() -> None:
+    injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
+    assert not injection.active
+    state = torch.ones(B, T, 4, requires_grad=True)
+    injection.enter(0, state, None)
+    assert injection.leave(0, state * 2.0) is None
+
+
+@pytest.mark.parametrize(("fraction", "number"), [(0.01, 1), (0.1, 1), (0.5, 2), (0.9, 3), (1.0, 3)])
+def test_at_least_one_layer_is_sampled(fraction: float, number: int) -> None:
+    injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
+    latch(injection, settings=replace(SETTINGS, layer_fraction=fraction))
+    for layer in range(L):
+        injection.enter(layer, torch.ones(B, T, 4, requires_grad=True), None)
+    assert len(injection._entered) == number
+
+
+def test_a_chain_of_one_layer_is_sampled_and_an_unknown_number_of_microbatches_is_one() -> None:
+    injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
+    weights = []
+    for num_microbatches in (0, 1, 2):
+        injection.latch(STEP, SETTINGS, NextForwards(1, num_microbatches, 0))
+        assert injection.active
+        weights.append(injection._weight)
+    assert weights == [ALPHA, ALPHA, ALPHA / 2]
+
+
+def test_the_end_of_a_step_frees_the_states_of_its_forwards() -> None:
+    injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
+    latch(injection)
+    state = torch.ones(B, T, 4, requires_grad=True)
+    injection.enter(0, state, None)
+    assert len(injection._entered) == 1
+    injection.end()
+    assert not injection._entered
+    assert not injection.active
+    assert injection.leave(0, state * 2.0) is None
+
+
+def test_the_time_of_an_injection_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats, ticks = AgentStats(), iter(range(100, 200))
+    injection = KssInjection(SEED, stats, CircuitBreaker("KSS"))
+    latch(injection)
+    monkeypatch.setattr("koopmon.agent.control.kss.injection.time.perf_counter", lambda: float(next(ticks)))
+    stats.action_seconds = 7.0
+    state = torch.randn(B, T, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    injection.enter(0, state, None)
+    assert stats.action_seconds == 8.0
+    assert injection.leave(0, state * 2.0) is not None
+    assert stats.action_seconds == 9.0
+
+
+def test_all_live_objects_are_searched_for_a_scaler_once_and_only_without_a_calling_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searches: list[Any] = []
+    calling: list[Any] = []
+    module = "koopmon.agent.control.kss.injection"
+    monkeypatch.setattr(f"{module}.calling_scaler", lambda: calling[0] if calling else None)
+    monkeypatch.setattr(f"{module}.unscaling_scaler", lambda optimizer: searches.append(optimizer))
+    optimizer: Any = object()
+    calling.append(torch.amp.GradScaler("cpu"))
+    injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
+    injection.find_scaler(optimizer)
+    assert searches == []
+    assert injection._scaler() is calling[0]
+    found = calling.pop()
+    for _ in range(3):
+        injection.find_scaler(optimizer)
+    assert searches == [optimizer]
+    assert injection._scaler() is found, "a step without a scaler on its stack keeps it"
+
+
 def test_every_so_many_steps() -> None:
     settings = KssSettings(alpha=1.0, every=5)
     injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
@@ -297,6 +370,30 @@ def test_padding_is_left_out() -> None:
     rows = injection._entered[0].detach()[:, 0] / 2
     assert rows.shape == (SETTINGS.num_samples,), "the shape does not depend on the mask's values"
     assert set(rows.long().tolist()) == set(mask.flatten().nonzero().flatten().tolist())
+
+
+def test_a_forward_of_another_shape_or_mask_has_rows_of_its_own() -> None:
+    injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
+    latch(injection)
+
+    def rows(batch_size: int, *counted: tuple[int, int]) -> set[int]:
+        mask = torch.zeros(batch_size, T, dtype=torch.bool)
+        for place in counted:
+            mask[place] = True
+        state = torch.arange(batch_size * T * 2, dtype=torch.float64).view(batch_size, T, 2).requires_grad_()
+        injection.enter(0, state, mask if counted else None)
+        return set((injection._entered[0].detach()[:, 0] / 2).long().tolist())
+
+    assert rows(B, (1, 2), (1, 4)) == {T + 2, T + 4}
+    assert rows(B, (0, 3)) == {3}
+    assert max(rows(1)) < T
+
+
+def test_a_batch_of_padding_alone_raises_nothing() -> None:
+    injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
+    latch(injection)
+    injection.enter(0, torch.ones(B, T, 2, requires_grad=True), torch.zeros(B, T, dtype=torch.bool))
+    assert injection._entered[0].shape == (SETTINGS.num_samples, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,0 +1,184 @@
+"""Counts the steps of a training, whatever the number of optimizers and of their calls.
+
+A step is one update of the weights that follows a backward pass. It may take several calls: one for each optimizer, or
+several of one optimizer. It ends with the last optimizer that also took part in the step before, or at the latest with
+the next training forward.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+_WRAPPERS = {each for each in Optimizer.profile_hook_step.__code__.co_consts if isinstance(each, CodeType)}
+"""Code of torch's wrapper of `step()`, which calls the hooks."""
+
+
+def is_nested(optimizer: Optimizer) -> bool:
+    """Return True if the `step()` that calls this hook was called by a `step()` of the same optimizer.
+
+    A subclass calls that of its parent. Both call the hooks if an optimizer of the parent's class exists. A counter
+    would be wrong after a step that raised: the frames are not.
+    """
+    count = 0
+    for kind in type(optimizer).__mro__[:-2]:  # without Optimizer and object
+        if hasattr(kind.__dict__.get("step"), "hooked"):
+            count += 1
+    if count < 2:
+        return False
+    return sum(vars(each) is vars(optimizer) for each in _stepping()) > 1
+
+
+def _stepping() -> Iterator[Optimizer]:
+    """Yield the optimizers whose `step()` is running in this thread."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in _WRAPPERS:
+            yield frame.f_locals["self"]
+        frame = frame.f_back
+
+
+def _has_closure(args: Any, kwargs: Any) -> bool:
+    return callable(kwargs.get("closure")) or (len(args) > 1 and callable(args[1]))
+
+
+@dataclass(slots=True)
+class _Calls:
+    """The last calls of one optimizer: in step number `step`, and the gradient of one parameter after them."""
+
+    optimizer: weakref.ref[Optimizer]
+    expected: bool = False
+    """True if the step that is open waits for a call of this optimizer."""
+    step: int = 0
+    ended: bool = False
+    """False until a call has returned in that step."""
+    parameter: weakref.ref[Tensor] | None = None
+    gradient: weakref.ref[Tensor] | None = None
+    version: int = 0
+
+    def took_part(self, step: int) -> bool:
+        """Return True if a call has returned in step number `step`."""
+        return self.ended and self.step == step
+
+    def note(self, optimizer: Optimizer) -> None:
+        """Keep the gradient of this moment."""
+        gradient = self._find(optimizer)
+        self.gradient = None if gradient is None else weakref.ref(gradient)
+        self.version = 0 if gradient is None else _version(gradient)
+
+    def has_new_gradient(self, optimizer: Optimizer) -> bool:
+        """Return True if a backward pass has written gradients since `note`."""
+        gradient = self._find(optimizer)
+        if gradient is None:
+            return False
+        return self.gradient is None or self.gradient() is not gradient or self.version != _version(gradient)
+
+    def _find(self, optimizer: Optimizer) -> Tensor | None:
+        parameter = None if self.parameter is None else self.parameter()
+        if parameter is None or parameter.grad is None:
+            parameter = _parameter(optimizer)
+            self.parameter = None if parameter is None else weakref.ref(parameter)
+        return None if parameter is None else parameter.grad
+
+
+class StepClock:
+    """The steps of one training. Each call of an optimizer lies between `begin` and `end`."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        """Steps that have ended."""
+        self._begun = False
+        """True while a step has begun and not ended."""
+        self._forward = True
+        """True if a training forward has begun since the last step began."""
+        self._number = 0
+        """Steps that have begun, with those whose calls all raised."""
+        self._calls: dict[int, _Calls] = {}
+        """Keys are ids of optimizers."""
+
+    @property
+    def open(self) -> bool:
+        """True while a step has begun and not ended. A step whose calls all raised is none."""
+        return self._begun and any(calls.took_part(self._number) for calls in self._calls.values())
+
+    def begins_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> bool:
+        """Return True if the call `optimizer.step(*args[1:], **kwargs)` belongs to another step than the calls before.
+
+        A closure contains a backward pass of its own.
+        """
+        if self._forward or _has_closure(args, kwargs):
+            return True
+        calls = self._of(optimizer)
+        return calls.took_part(self._number) and calls.has_new_gradient(optimizer)
+
+    def begin_step(self, optimizers: Iterable[Optimizer]) -> None:
+        """Begin a step. It waits for the optimizers of the last one: for the first, for those that have gradients."""
+        known = False
+        for key, calls in list(self._calls.items()):
+            calls.expected = calls.took_part(self._number)
+            if calls.optimizer() is None:
+                del self._calls[key]
+            elif calls.expected:
+                known = True
+        if not known:
+            for each in optimizers:
+                self._of(each).expected = _parameter(each) is not None
+        self._number += 1
+        self._forward, self._begun = False, True
+
+    def begin(self, optimizer: Optimizer) -> None:
+        """Begin a call of `optimizer`."""
+        calls = self._of(optimizer)
+        if calls.step < self._number:
+            calls.step, calls.ended = self._number, False
+
+    def end(self, optimizer: Optimizer) -> bool:
+        """End a call of `optimizer`. Returns True if the step is complete."""
+        calls = self._of(optimizer)
+        calls.note(optimizer)
+        calls.ended = True
+        # The rest of a backward pass may still read the weights.
+        in_backward = torch._C._current_graph_task_id() != -1
+        return self._begun and not in_backward and not any(map(self._is_missing, self._calls.values()))
+
+    def end_step(self) -> None:
+        """End the step that is open."""
+        self._begun = False
+        self.num_steps += 1
+
+    def on_forward(self) -> bool:
+        """Note that a training forward begins. Returns True if an open step must end before it."""
+        if not self._begun:
+            self._forward = True
+            return False
+        running = any(calls.step == self._number and not calls.ended for calls in self._calls.values())
+        if running and next(_stepping(), None) is not None:
+            return False  # inside a closure
+        self._forward = True
+        return self.open
+
+    def _of(self, optimizer: Optimizer) -> _Calls:
+        calls = self._calls.get(id(optimizer))
+        if calls is None or calls.optimizer() is not optimizer:
+            calls = self._calls[id(optimizer)] = _Calls(weakref.ref(optimizer))
+        return calls
+
+    def _is_missing(self, calls: _Calls) -> bool:
+        return calls.expected and not calls.took_part(self._number) and calls.optimizer() is not None
+
+
+def _parameter(optimizer: Optimizer) -> Tensor | None:
+    """Return the first parameter that has a gradient."""
+    return next((each for group in optimizer.param_groups for each in group["params"] if each.grad is not None), None)
+
+
+def _version(gradient: Tensor) -> int:
+    return 0 if gradient.is_inference() else gradient._version
