@@ -396,7 +396,8 @@ class AgentRuntime:
                 action.hello_changed = False
                 self._describe(**action.hello(self.adapter))
         self._num_microbatches = self.taps.num_forwards or self._num_microbatches
-        forwards = NextForwards(self.taps.num_changeable, self._num_microbatches, state.rank.data_ranks.rank)
+        num_layers, repeats = (0 if stack is None else len(stack.points)), self.taps.repeats
+        forwards = NextForwards(num_layers, self._num_microbatches, state.rank.data_ranks.rank, repeats)
         changes = [action.before_forwards(state.control, step, forwards) for action in self.actions]
         self.taps.step_edge(due, [change for change in changes if change is not None])
 

@@ -261,7 +261,9 @@ def test_one_that_joins_later_and_does_not_follow_is_named(
     training.optimizers.append(late)
     training.runtime.add_optimizer(late)
     training.train(4)
-    (record,) = [each for each in caplog.records if each.levelno >= logging.WARNING]
+    warnings = [each for each in caplog.records if each.levelno >= logging.WARNING]
+    share, record = warnings
+    assert "the optimizer trains 0 of 3 blocks" in share.getMessage(), "at the first forward"
     assert "0.25 is not in force" in record.getMessage()
     assert "Rprop" in record.getMessage()
 

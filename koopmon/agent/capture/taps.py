@@ -152,7 +152,7 @@ class ResidualTaps:
         """True if the verified traversal ran with gradients: one without is not the one that trains."""
         self._interleaved = False
         """True if blocks are called for other inputs in between, as a block that takes two inputs in turn."""
-        self._repeats = False
+        self.repeats = False
         """True if a block has several layers. No action changes such a stream."""
         self._injections: Sequence[Injection] = ()
         """Changes to the stream in this step."""
@@ -171,11 +171,6 @@ class ResidualTaps:
             add_hook(model, breaker.hook(self._leave_root)),
         ]
         self._watch(selection)
-
-    @property
-    def num_changeable(self) -> int:
-        """Layers whose states an action may change."""
-        return 0 if self.stack is None or self._repeats else len(self.stack.points)
 
     def _watch(self, selection: Selection) -> None:
         """Tap the candidates of `selection`. The next training forward verifies which of them is a chain."""
@@ -295,7 +290,7 @@ class ResidualTaps:
         self.num_forwards, self._in_root, self._last_layer = 0, False, None
         self._seen.clear()
         self._due = None if self.stack is None else due
-        self._injections = () if self._repeats else injections
+        self._injections = () if self.repeats else injections
 
     def _missed(self) -> None:
         self._stats.taps_missing += 1
@@ -417,7 +412,7 @@ class ResidualTaps:
         verifier, self.stack = self._verifier, kept
         self.width = verifier.width(kept)
         self._in_gradients, self._interleaved = verifier.in_gradients(kept), verifier.is_interleaved(kept)
-        self._repeats = len({id(point.module) for point in kept.points}) < len(kept.points)
+        self.repeats = len({id(point.module) for point in kept.points}) < len(kept.points)
         for name in set(self._handles) - {kept.name}:
             self._untap(name)
             del self._handles[name]

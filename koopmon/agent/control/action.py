@@ -73,6 +73,8 @@ class NextForwards:
     num_layers: int
     num_microbatches: int
     data_rank: int
+    repeats: bool = False
+    """True if one block is several layers. No action can change the stream at one of them."""
 
 
 class Injection(Protocol):

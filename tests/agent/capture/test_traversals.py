@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from koopmon.token_sampling import choose_rows
+from koopmon.wire.messages import KssSettings
 from tests.agent.models import VOCABULARY, Block, D, batch, paced
 from tests.agent.scripted_monitor import ScriptedMonitor
 
@@ -243,6 +244,19 @@ def test_blocks_of_a_later_stage_are_waited_for(monitor: ScriptedMonitor, agents
         trained(model, optimizer, model, step)
     monitor.wait(lambda: monitor.shards)
     assert agent.enabled
+
+
+def test_kss_is_refused_where_one_block_is_several_layers(monitor: ScriptedMonitor, agents: Attach) -> None:
+    model = Stacked(shared, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
+    monitor.wait(lambda: agent.status()["connected"])
+    for step in range(3):
+        trained(model, optimizer, model, step)
+    command = monitor.command("set_kss", kss=KssSettings(alpha=0.5, svd_rank=4, num_samples=16))
+    monitor.wait(lambda: trained(model, optimizer, model, 3) and monitor.acked(command))
+    assert monitor.ack(command).outcome == "refused"
+    assert "one block is several layers" in monitor.ack(command).detail
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
