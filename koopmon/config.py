@@ -494,7 +494,9 @@ def from_mapping(data: Mapping[str, Any], *, source: str = "configuration") -> C
 def _with_following_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
     """Replace the defaults of the other two thresholds if `act_risk` alone is given and contradicts them."""
     policy = data.get("policy")
-    act = policy.get("act_risk") if isinstance(policy, Mapping) else None
+    if not isinstance(policy, Mapping):
+        return dict(data)
+    act = policy.get("act_risk")
     if not isinstance(act, (int, float)) or not 0.0 < act < 1.0:
         return dict(data)
     default = PolicyConfig()

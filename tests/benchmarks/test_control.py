@@ -12,6 +12,7 @@ from torch.optim import AdamW
 from benchmarks.control import Cap, Controller, Copies
 from koopmon.agent.control.lr_backoff import LrBackoff
 from koopmon.agent.control.rewind import START_COPY_STEPS
+from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.config import LimitsConfig
 from koopmon.spectral import profile_states
@@ -31,8 +32,11 @@ def test_the_cap_is_that_of_the_agent(rates: list[float], cap: float, warmup: in
     ours, agents = Cap(cap, first, warmup, 0.0), LrBackoff(LimitsConfig())
     parameters = {"max_rate": cap, "capped_from": first, "warmup_from": first, "warmup_steps": warmup}
     state = ControlState(actions={"set_lr_scale": ActionState(ramp=Ramp(start=1.0, target=1.0), parameters=parameters)})
+    optimizer = AdamW([nn.Parameter(torch.zeros(1))], lr=0.1)
+    agents._optimizers = OptimizerSet(optimizer)
     for step, rate in enumerate(rates, first):
-        agents._follow_peak(first, rate)
+        optimizer.param_groups[0]["lr"] = rate
+        agents._follow_peak(first)
         assert ours.scale(step, rate) == pytest.approx(agents.effective(state, step))
 
 

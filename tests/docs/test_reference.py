@@ -69,7 +69,7 @@ def test_every_public_name_is_in_the_reference(name: str) -> None:
 
 
 def test_the_signatures_are_python() -> None:
-    assert "koopmon.attach(\n    model: nn.Module,\n    optimizer: Optimizer,\n    *,\n" in PYTHON
+    assert "koopmon.attach(\n    model: nn.Module,\n    optimizer: Optimizer | Iterable[Optimizer],\n    *,\n" in PYTHON
     for block in re.findall(r"```python\n(.*?)```", PYTHON, re.DOTALL):
         compile(f"def {block.replace('koopmon.', '').replace('= ...', '= None').strip()}: ...", "reference", "exec")
 
