@@ -11,8 +11,8 @@ from torch.optim import AdamW
 
 from benchmarks.control import Cap, Controller, Copies
 from koopmon.agent.control.lr_backoff import LrBackoff
-from koopmon.agent.control.rewind import START_COPY_STEPS
 from koopmon.agent.control.optimizer_set import OptimizerSet
+from koopmon.agent.control.rewind import START_COPY_STEPS
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.config import LimitsConfig
 from koopmon.spectral import profile_states
