@@ -600,11 +600,37 @@ def test_parameters_that_begin_to_train_outside_of_the_optimizer_end_rewinds() -
     for number in range(16, 31):
         alone.step(number)
     assert alone.held == [0, 16], "without gradients they do not train"
-    for each in frozen.parameters():
-        each.grad = torch.zeros_like(each)
+    alone = Alone()
+    alone.optimizer.param_groups[0]["params"] = list(alone.model.parameters())[:-1]
+    for number in range(16):
+        alone.step(number)
+    (last,) = list(alone.model.parameters())[-1:]
+    last.grad = torch.zeros_like(last)
+    for number in range(16, 31):
+        alone.step(number)
+    assert alone.held == [0, 16], "one look in each interval is enough"
     alone.step(31)
     assert alone.held == []
     assert "does not update all parameters" in alone.action.facts()["rewind_refusal"]
+
+
+def test_the_first_update_is_looked_at_before_it_is_made() -> None:
+    alone = Alone()
+    alone.optimizer.param_groups[0]["params"] = list(alone.model.parameters())[:-1]
+    for each in alone.model.parameters():
+        each.grad = torch.zeros_like(each)
+    alone.action.apply(alone.state, 0, Update(alone.optimizer, (), {}))
+    assert "does not update all parameters" in alone.action.facts()["rewind_refusal"]
+
+
+def test_a_copy_of_the_start_that_fails_ends_rewinds_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("no memory")
+
+    alone = Alone()
+    monkeypatch.setattr(rewind_module, "TrainingState", fail)
+    alone.action.apply(alone.state, 0, Update(alone.optimizer, (), {}))
+    assert alone.action.facts()["rewind_refusal"] == "no memory"
 
 
 def test_a_change_of_the_refusal_is_told_to_the_monitor() -> None:
