@@ -426,6 +426,28 @@ def test_a_copy_of_an_unknown_rate_is_of_any_rate() -> None:
     assert alone.ask(16, max_rate=1e6).parameters["copy_step"] == 0
 
 
+def test_the_rate_of_a_copy_is_that_of_its_last_update() -> None:
+    """Within a ramp. Update 15 of 0, 1, ... is the last one before step 16."""
+    alone = Alone()
+    ramp = Ramp(first_step=14, start=1.0, target=0.25, num_steps=4)
+    alone.state = ControlState(actions={"set_lr_scale": ActionState(ramp=ramp)})
+    for number in range(16):
+        alone.step(number)
+    for rate, copy in ((0.0501, 16), (0.0499, 0)):
+        state = alone.state
+        assert alone.ask(16, max_rate=rate).parameters["copy_step"] == copy
+        alone.state = state
+
+
+def test_the_copies_of_the_first_buffers_are_freed() -> None:
+    alone = Alone(normed)
+    alone.stats.step = 0
+    alone.action.on_forward()
+    assert alone.action._first_buffers
+    alone.step(0)
+    assert not alone.action._first_buffers
+
+
 def test_of_two_commands_for_one_step_the_second_is_refused_and_at_another_step_it_is_not() -> None:
     alone = Alone()
     alone.step(0)
