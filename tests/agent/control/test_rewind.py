@@ -446,6 +446,10 @@ def test_the_copies_of_the_first_buffers_are_freed() -> None:
     assert alone.action._first_buffers
     alone.step(0)
     assert not alone.action._first_buffers
+    alone = Alone(normed)
+    alone.action.on_forward()
+    alone.action.end()
+    assert not alone.action._first_buffers
 
 
 def test_of_two_commands_for_one_step_the_second_is_refused_and_at_another_step_it_is_not() -> None:
@@ -684,12 +688,16 @@ def test_a_long_error_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
         assert alone.action.facts()["rewind_refusal"] == "x" * 200
         alone.step(1)
         assert alone.held == [], "it is final"
-    alone = Alone()
+    copying, returning = Alone(), Alone()
     for number in range(15):
-        alone.step(number)
+        copying.step(number)
+        returning.step(number)
+    returning.ask(15)
     monkeypatch.setattr(rewind_module, "TrainingState", fail)
-    alone.step(15)
-    assert alone.action.facts()["rewind_refusal"] == "x" * 200
+    copying.step(15)
+    assert copying.action.facts()["rewind_refusal"] == "x" * 200
+    assert returning.action.at_edge(returning.state, 16, returning.agree) is not None
+    assert returning.action.facts()["rewind_refusal"] == "x" * 200
 
 
 @pytest.mark.parametrize(
