@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,46 @@ def test_the_history_commits_soon_after_the_first_event(tmp_path: Path) -> None:
     sink.upkeep(sink.commit_at, [])
     assert recorded() == 1
     history.close()
+
+
+class Calls:
+    """A history that notes the names, arguments and options of its calls."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **options: self.made.append((name, args, options))
+
+
+@pytest.mark.parametrize(("new", "names"), [(True, ["abandon_pending", "record_hello"]), (False, ["record_hello"])])
+def test_the_hello_of_each_rank_is_recorded_and_a_new_launch_abandons_old_commands(new: bool, names: list[str]) -> None:
+    history: Any = Calls()
+    run = watched()
+    HistorySink(history, lambda: 0.0)(7.0, events.RankJoined(run, run.hello, new=new))
+    assert [name for name, _, _ in history.made] == names
+    assert history.made[-1][1] == (7.0, run.hello)
+
+
+@pytest.mark.parametrize("profile", [None, object()])
+def test_a_snapshot_without_a_profile_is_recorded_as_not_finite(profile: Any) -> None:
+    history: Any = Calls()
+    run = watched()
+    HistorySink(history, lambda: 0.0)(7.0, events.Assessed(run, replace(alarm(run), profile=profile)))
+    options = {name: options for name, _, options in history.made}
+    assert options["record_observation"]["non_finite"] is (profile is None)
+
+
+def test_upkeep_commits_once_and_tends_the_history_each_time() -> None:
+    history: Any = Calls()
+    run = watched()
+    sink = HistorySink(history, lambda: 10.0)
+    sink(7.0, events.RankJoined(run, run.hello, new=False))
+    history.made.clear()
+    for now in (10.4, 10.5, 10.6):
+        sink.upkeep(now, ["job"])
+    tend = ("upkeep", (["job"],), {})
+    assert history.made == [tend, ("commit", (), {}), tend, tend]
 
 
 @pytest.mark.parametrize(("state", "reason"), [(RunState.ENDED, "finished"), (RunState.VANISHED, None)])

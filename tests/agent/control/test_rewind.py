@@ -427,6 +427,32 @@ def test_a_copy_of_an_unknown_rate_is_of_any_rate() -> None:
     assert alone.ask(16, max_rate=1e6).parameters["copy_step"] == 0
 
 
+def test_the_rate_of_a_copy_is_that_of_its_last_update() -> None:
+    """Within a ramp. Update 15 of 0, 1, ... is the last one before step 16."""
+    alone = Alone()
+    ramp = Ramp(first_step=14, start=1.0, target=0.25, num_steps=4)
+    alone.state = ControlState(actions={"set_lr_scale": ActionState(ramp=ramp)})
+    for number in range(16):
+        alone.step(number)
+    for rate, copy in ((0.0501, 16), (0.0499, 0)):
+        state = alone.state
+        assert alone.ask(16, max_rate=rate).parameters["copy_step"] == copy
+        alone.state = state
+
+
+def test_the_copies_of_the_first_buffers_are_freed() -> None:
+    alone = Alone(normed)
+    alone.stats.step = 0
+    alone.action.on_forward()
+    assert alone.action._first_buffers
+    alone.step(0)
+    assert not alone.action._first_buffers
+    alone = Alone(normed)
+    alone.action.on_forward()
+    alone.action.end()
+    assert not alone.action._first_buffers
+
+
 def test_of_two_commands_for_one_step_the_second_is_refused_and_at_another_step_it_is_not() -> None:
     alone = Alone()
     alone.step(0)
@@ -601,11 +627,37 @@ def test_parameters_that_begin_to_train_outside_of_the_optimizer_end_rewinds() -
     for number in range(16, 31):
         alone.step(number)
     assert alone.held == [0, 16], "without gradients they do not train"
-    for each in frozen.parameters():
-        each.grad = torch.zeros_like(each)
+    alone = Alone()
+    alone.optimizer.param_groups[0]["params"] = list(alone.model.parameters())[:-1]
+    for number in range(16):
+        alone.step(number)
+    (last,) = list(alone.model.parameters())[-1:]
+    last.grad = torch.zeros_like(last)
+    for number in range(16, 31):
+        alone.step(number)
+    assert alone.held == [0, 16], "one look in each interval is enough"
     alone.step(31)
     assert alone.held == []
     assert "does not update all parameters" in alone.action.facts()["rewind_refusal"]
+
+
+def test_the_first_update_is_looked_at_before_it_is_made() -> None:
+    alone = Alone()
+    alone.optimizer.param_groups[0]["params"] = list(alone.model.parameters())[:-1]
+    for each in alone.model.parameters():
+        each.grad = torch.zeros_like(each)
+    alone.action.apply(alone.state, 0, Update(alone.optimizer, (), {}))
+    assert "does not update all parameters" in alone.action.facts()["rewind_refusal"]
+
+
+def test_a_copy_of_the_start_that_fails_ends_rewinds_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("no memory")
+
+    alone = Alone()
+    monkeypatch.setattr(rewind_module, "TrainingState", fail)
+    alone.action.apply(alone.state, 0, Update(alone.optimizer, (), {}))
+    assert alone.action.facts()["rewind_refusal"] == "no memory"
 
 
 def test_a_change_of_the_refusal_is_told_to_the_monitor() -> None:
@@ -637,12 +689,16 @@ def test_a_long_error_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
         assert alone.action.facts()["rewind_refusal"] == "x" * 200
         alone.step(1)
         assert alone.held == [], "it is final"
-    alone = Alone()
+    copying, returning = Alone(), Alone()
     for number in range(15):
-        alone.step(number)
+        copying.step(number)
+        returning.step(number)
+    returning.ask(15)
     monkeypatch.setattr(rewind_module, "TrainingState", fail)
-    alone.step(15)
-    assert alone.action.facts()["rewind_refusal"] == "x" * 200
+    copying.step(15)
+    assert copying.action.facts()["rewind_refusal"] == "x" * 200
+    assert returning.action.at_edge(returning.state, 16, returning.agree) is not None
+    assert returning.action.facts()["rewind_refusal"] == "x" * 200
 
 
 @pytest.mark.parametrize(
