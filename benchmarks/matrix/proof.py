@@ -162,7 +162,7 @@ def _steer(
     training = Training(cell, rank)
     agent = _attach(cell, training, endpoint, "steered", {"limits": {"act": "always"}} if always else {})
     seen: list[float] = []
-    training.optimizer.register_step_pre_hook(lambda each, *_: seen.append(each.param_groups[0]["lr"]))
+    training.optimizer.register_step_pre_hook(lambda _, args, __: seen.append(args[0].param_groups[0]["lr"]))
     script = _Script(agent, monitor)
     errors: list[float] = []
     scales: list[float] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from koopmon import config as configuration
+from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.handle import Agent
 from koopmon.agent.parallelism import refusal
 from koopmon.agent.runtime import AgentRuntime
@@ -37,7 +38,7 @@ class _NotAttachedError(Exception):
 
 def attach(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Iterable[Optimizer],
     *,
     endpoint: str | None = None,
     run: str | None = None,
@@ -49,14 +50,16 @@ def attach(
 
     Args:
         model: The module that the loop calls.
-        optimizer: The optimizer that steps. A wrapper that holds it as `optimizer` is accepted.
+        optimizer: The optimizer that steps, or all optimizers of the model. A wrapper that holds others in its
+            attributes is accepted.
         endpoint: The monitor's address. None takes KOOPMON_ENDPOINT; without that the agent is disabled.
         run: The name of the job. None takes KOOPMON_RUN, else the script's name and 8 hexadecimal digits, the same on
             all ranks.
         config: A Config, its tables as a mapping, or the path of a TOML file. None takes KOOPMON_CONFIG, else the
             defaults.
 
-    Returns a handle. A second call for an attached model or optimizer returns another handle to the same agent.
+    Returns a handle. A second call for an attached model or optimizer returns another handle to the same agent, which
+    then follows the optimizers of both calls.
 
     Raises TypeError, ConfigError, EndpointError or AdapterError for errors in the arguments themselves. Any other
     obstacle (the environment, a model without a residual chain, an absent monitor) is logged as one line, and training
@@ -64,25 +67,33 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
-    optimizer = _innermost(optimizer)
-    runtime = _attached_runtime(model) or _attached_runtime(optimizer)
+    optimizers: list[Any] = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+    for each in optimizers:
+        if not isinstance(each, Optimizer):
+            raise TypeError(f"optimizer is a {type(each).__name__}, expected a torch.optim.Optimizer")
+    if not optimizers:
+        raise TypeError("optimizer is an empty list, expected at least one torch.optim.Optimizer")
+    runtime = next(filter(None, map(_attached_runtime, [model, *OptimizerSet(optimizers)])), None)
     if runtime is not None:
         logger.info("koopmon: this training is attached already")
+        for each in optimizers:
+            runtime.add_optimizer(each)
+        for key in runtime.optimizers:
+            _runtimes[key] = weakref.ref(runtime)
         return Agent(runtime, joined=True)
     try:
-        runtime = _make_runtime(model, optimizer, endpoint, run, config)
+        runtime = _make_runtime(model, optimizers, endpoint, run, config)
     except _NotAttachedError as error:
         log_for_job(logger, f"not attached, training goes on: {error}")
         return Agent(None, str(error))
-    _runtimes[model] = _runtimes[optimizer] = weakref.ref(runtime)
+    for key in (model, *runtime.optimizers):
+        _runtimes[key] = weakref.ref(runtime)
     return Agent(runtime)
 
 
 def _make_runtime(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizers: list[Optimizer],
     endpoint: str | None,
     run: str | None,
     config: Config | Mapping[str, Any] | str | os.PathLike[str] | None,
@@ -103,7 +114,7 @@ def _make_runtime(
     by_name = config is not None and (adapter is not None or stack is not None)
     try:
         selection = _checked(by_name, lambda: select(model, adapter, stack))
-        return AgentRuntime(model, optimizer, selection, settings, address, name or None, trust)
+        return AgentRuntime(model, optimizers, selection, settings, address, name or None, trust)
     except (KoopmonError, _NotAttachedError):
         raise
     except Exception as error:
@@ -133,10 +144,3 @@ def _configured(config: Config | Mapping[str, Any] | str | os.PathLike[str] | No
 def _attached_runtime(key: nn.Module | Optimizer) -> AgentRuntime | None:
     runtime = _runtimes.get(key, lambda: None)()
     return runtime if runtime is not None and runtime.present else None
-
-
-def _innermost(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer that steps. Wrappers such as accelerate's hold it as `optimizer` and run no hooks."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -20,8 +21,9 @@ from koopmon.agent.comms.io_thread import IOThread
 from koopmon.agent.control.action import ControlAction, NextForwards, Update
 from koopmon.agent.control.actuator import Actuator
 from koopmon.agent.control.all_actions import make_actions
-from koopmon.agent.control.lr_backoff import largest_rate, rate_sized_steps
+from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rank_group import RankGroup, ReplicaFingerprint
+from koopmon.agent.control.step_clock import StepClock, is_nested
 from koopmon.agent.lifecycle import (
     Acting,
     LifeCycle,
@@ -48,13 +50,15 @@ logger = logging.getLogger("koopmon.agent")
 class AgentRuntime:
     """All hooks and threads of one attached training. `close` detaches them. The hooks keep it alive.
 
+    It has one model and any number of optimizers, which `add_optimizer` may extend.
+
     The parts that depend on the ranks belong to `lifecycle.state`: a model may be attached before its ranks are known.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizers: Optimizer | Iterable[Optimizer],
         selection: Selection,
         config: Config,
         endpoint: str,
@@ -73,38 +77,42 @@ class AgentRuntime:
         self._others = tuple(action for action in self.actions if not action.lasting)
         self.lifecycle = LifeCycle(self.actions, self.stats, config.control)
         self._model = weakref.ref(model)
-        self._optimizer = weakref.ref(optimizer)
+        self.optimizers = OptimizerSet()
+        self._clock = StepClock()
         self._config = config
         self._run = run
         self._trust = trust
         self._make_io_thread = io_thread
         self._place = store_prefix(model, run)
-        self._rate_sized_steps = rate_sized_steps(optimizer)
         self._budget = OverheadBudget(config.cadence)
-        self._num_updates = 0
         self._num_microbatches = 1
         self._pid = os.getpid()
         self._closables: list[IOThread | RankGroup] = []
         self._finalizer = weakref.finalize(self, _shut_down, self._pid, self._closables)
         for action in self.actions:
-            action.inspect(model, optimizer, selection)
+            action.inspect(model, self.optimizers, selection)
         self.taps = ResidualTaps(model, selection, self.breaker, self.stats, self)
         # Lasting actions have a breaker of their own, because they stay in force after the agent has failed.
-        agent, lasting = self.breaker.hook, CircuitBreaker("learning-rate back-off").hook
+        self._lasting_breaker = CircuitBreaker("learning-rate back-off")
         self._handles: list[Any] = []
         try:
-            self._handles += [
-                optimizer.register_step_pre_hook(agent(self._before_step)),
-                optimizer.register_step_pre_hook(lasting(self._apply_lasting)),
-                optimizer.register_step_post_hook(lasting(self._revert_lasting)),
-                optimizer.register_step_post_hook(agent(self._after_step)),
-            ]
+            for optimizer in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
+                self.add_optimizer(optimizer)
             world = current_context()
             if world is not None:
                 self._meet_ranks(world)
         except BaseException:
             self.close("")
             raise
+
+    def add_optimizer(self, optimizer: Optimizer) -> None:
+        """Follow one more optimizer of the model: same clock, same commands."""
+        hook = self._lasting_breaker.hook
+        for member in self.optimizers.add(optimizer):
+            self._handles += [
+                member.register_step_pre_hook(hook(self._before_call)),
+                member.register_step_post_hook(hook(self._after_call)),
+            ]
 
     @property
     def present(self) -> bool:
@@ -152,7 +160,7 @@ class AgentRuntime:
                 process_rank=world.rank,
                 world_size=world.size,
                 num_senders=num_senders,
-                rate_sized_steps=self._rate_sized_steps,
+                rate_sized_steps=self.optimizers.rate_sized_steps(),
                 **_family(self.adapter, self.actions),
             ),
             self._trust,
@@ -244,6 +252,8 @@ class AgentRuntime:
     # Events of the taps.
 
     def on_forward(self) -> None:
+        if self._clock.on_forward():
+            self._end_step()
         if isinstance(self.lifecycle.state, WaitingForRanks):
             world = current_context()
             if world is None:
@@ -264,9 +274,9 @@ class AgentRuntime:
 
     def adapter_replaced(self, selection: Selection) -> None:
         self.adapter = selection.adapter
-        if (model := self._model()) is not None and (optimizer := self._optimizer()) is not None:
+        if (model := self._model()) is not None:
             for action in self.actions:
-                action.inspect(model, optimizer, selection)
+                action.inspect(model, self.optimizers, selection)
         self._describe(**_family(self.adapter, self.actions))
 
     def on_snapshot_ready(self, snapshot: RankSnapshot) -> None:
@@ -274,11 +284,39 @@ class AgentRuntime:
             io_thread.post(snapshot)
             self._budget.spend(0.0, snapshot.states.nbytes)
 
-    # Hooks of the optimizer.
+    # Hooks of the optimizers.
+
+    def _before_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if is_nested(optimizer):
+            return None
+        clock = self._clock
+        if clock.begins_step(optimizer, args, kwargs):
+            if clock.open:
+                self._end_step()
+            clock.begin_step(self.optimizers)
+            self.breaker.hook(self._before_step)(optimizer, args, kwargs)
+        clock.begin(optimizer)
+        update, control = Update(optimizer, args, kwargs), self.lifecycle.state.control
+        for action in self._lasting:
+            action.apply(control, clock.num_steps, update)
+        unchanged = update.args is args and update.kwargs is kwargs
+        return None if unchanged else (update.args, update.kwargs)
+
+    def _after_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if is_nested(optimizer):
+            return
+        for action in self._lasting:
+            action.revert()
+        if self._clock.end(optimizer):
+            self._end_step()
+
+    def _end_step(self) -> None:
+        self._clock.end_step()
+        self.breaker.hook(self._after_step)()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         started = time.perf_counter()
-        self.stats.measured["learning_rate"].put(largest_rate(optimizer))
+        self.stats.measured["learning_rate"].put(self.optimizers.largest_rate())
         self.taps.forward_over()
         state, step = self.lifecycle.state, self.stats.step
         state.before_step(step)
@@ -287,19 +325,7 @@ class AgentRuntime:
             action.apply(state.control, step, update)
         self.stats.hook_seconds += time.perf_counter() - started
 
-    def _apply_lasting(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        update, control = Update(optimizer, args, kwargs), self.lifecycle.state.control
-        for action in self._lasting:
-            action.apply(control, self._num_updates, update)
-        unchanged = update.args is args and update.kwargs is kwargs
-        return None if unchanged else (update.args, update.kwargs)
-
-    def _revert_lasting(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for action in self._lasting:
-            action.revert()
-        self._num_updates += 1
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self) -> None:
         started = time.perf_counter()
         self._budget.earn(self.stats.on_step_edge(started))
         # Only snapshots are charged, because fewer of them make nothing else cheaper.

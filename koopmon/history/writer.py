@@ -33,18 +33,27 @@ class HistoryWriter(Journal):
         return [row[0] for row in rows]
 
     def last_applied(self, run: str, *, other_than: str) -> Applied | None:
-        """Return the values in force in the latest incarnation of `run` except `other_than`; None when unknown."""
+        """Return the values in force in the latest incarnation of `run` except `other_than`; None when unknown.
+
+        An incarnation that has ended leaves nothing. One that did no step had what the one before it left.
+        """
         rows = self._read(
-            "SELECT applied FROM incarnations JOIN runs ON runs.id = run_id"
-            " WHERE name = ? AND incarnation != ? AND applied IS NOT NULL ORDER BY incarnations.id DESC LIMIT 1",
+            "SELECT applied, applied_step, ended FROM incarnations JOIN runs ON runs.id = run_id"
+            " WHERE name = ? AND incarnation != ? ORDER BY incarnations.id DESC",
             run,
             other_than,
         )
-        try:
-            return msgspec.json.decode(rows[0][0], type=Applied) if rows else None
-        except (msgspec.DecodeError, TypeError, ValueError, RecursionError) as error:
-            logger.warning("store: what run %s had applied cannot be used: %s", run, one_line(error))
-            return None
+        for text, step, ended in rows:
+            if ended is not None:
+                return None
+            try:
+                applied = None if text is None else msgspec.json.decode(text, type=Applied)
+            except (msgspec.DecodeError, TypeError, ValueError, RecursionError) as error:
+                logger.warning("store: what run %s had applied cannot be used: %s", run, one_line(error))
+                return None
+            if applied is not None and (step or applied != Applied()):
+                return applied
+        return None
 
     def memory(self, run: str, incarnation: str) -> bytes | None:
         """Return the last recorded controller checkpoint of this incarnation; None if there is none."""

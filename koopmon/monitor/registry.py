@@ -110,6 +110,16 @@ class Run:
         return peer if peer is not None and not peer.gone else None
 
     @property
+    def left_in_force(self) -> Applied | None:
+        """The values that a later incarnation gets back if it replaces this one; None after the goodbye of all ranks.
+
+        An incarnation that did no step has not yet put in force what it got back itself.
+        """
+        if self.state is RunState.ENDED:
+            return None
+        return self.restore if self.restore is not None and self.step == 0 else self.applied
+
+    @property
     def heartbeats(self) -> list[Heartbeat]:
         """The last heartbeat of each rank that has sent one."""
         return [peer.heartbeat for peer in self.peers.values() if peer.heartbeat is not None]

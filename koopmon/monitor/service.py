@@ -255,9 +255,10 @@ class Service:
     def _begin(self, hello: Hello, before: Run | None, *, known: bool) -> tuple[RunController, Applied | None]:
         """Make the controller of a new incarnation, and the values to restore.
 
-        `before` is the run that it replaces; `known` is True if an earlier monitor watched this incarnation.
+        `before` is the run that it replaces; `known` is True if an earlier monitor watched this incarnation. Only an
+        incarnation that was killed or vanished leaves values: after a goodbye, the next one is another training.
         """
-        restore = None if before is None else before.applied
+        restore = None if before is None else before.left_in_force
         if before is None and not known:
             restore = self._store.last_applied(hello.run, other_than=hello.incarnation)
         if restore in (Applied(), hello.applied):

@@ -314,7 +314,7 @@ def test_a_failing_agent_keeps_the_learning_rate_scale_in_force(
     train_step(model, optimizer, 0)
     monitor.command("set_lr_scale", lr_scale=0.25)
     rates: list[float] = []
-    optimizer.register_step_pre_hook(lambda each, *_: rates.append(each.param_groups[0]["lr"]))
+    optimizer.register_step_pre_hook(lambda _, args, __: rates.append(args[0].param_groups[0]["lr"]))
     monitor.wait(lambda: train_step(model, optimizer, 1) and rates[-1] == 0.0025)
     agent._runtime.breaker.trip("a test", RuntimeError("broken"))
     train_step(model, optimizer, 2)
@@ -433,19 +433,17 @@ def test_an_optimizer_whose_step_calls_another_is_scaled_once(monitor: ScriptedM
     monitor.wait(lambda: agent.status()["connected"])
     monitor.command("set_lr_scale", lr_scale=0.5)
     rates: list[float] = []
-
-    def closure() -> float:
-        rates.append(optimizer.param_groups[0]["lr"])
-        return 0.0
+    optimizer.register_step_pre_hook(lambda _, args, __: rates.append(args[0].param_groups[0]["lr"]))
 
     def step() -> bool:
         loss_of(model, batch(0)).backward()
-        optimizer.step(closure)
+        optimizer.step()
         return rates[-1] != 0.01
 
     monitor.wait(step)
     step()
     assert set(rates) - {0.01} == {0.005}
+    assert agent.status()["step"] == len(rates) / 2, "both have called the hook"
     assert optimizer.param_groups[0]["lr"] == 0.01
 
 

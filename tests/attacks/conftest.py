@@ -33,7 +33,7 @@ class Training:
         self.losses: list[float] = []
         self.rates: list[float] = []
         self.optimizer.register_step_pre_hook(
-            lambda optimizer, *_: self.rates.append(float(optimizer.param_groups[0]["lr"]))
+            lambda _, args, __: self.rates.append(float(args[0].param_groups[0]["lr"]))
         )
 
     def until(self, condition: Callable[[], Any], seconds: float = 90.0) -> Any:

@@ -113,15 +113,16 @@ def drawing(self: Sampler, point: int, state: Tensor) -> bool:
     return PUT(self, point, state)
 
 
-def timid(self: LrBackoff, optimizer: Any, scale: float) -> None:
-    SCALE(self, optimizer, scale**0.5)
+def timid(self: LrBackoff, update: Any, scale: float) -> None:
+    SCALE(self, update, scale**0.5)
 
 
-def forgetful(self: LrBackoff) -> None:
-    self._scaled.clear()
+def leaking(self: LrBackoff, update: Any, scale: float) -> None:
+    for group in update.optimizer.param_groups:
+        group["lr"] *= scale
 
 
-GRADIENTS, PUT, SCALE = KssInjection._gradients, Sampler.put, LrBackoff.scale_rates
+GRADIENTS, PUT, SCALE = KssInjection._gradients, Sampler.put, LrBackoff._scale
 
 
 @pytest.mark.parametrize(
@@ -131,8 +132,8 @@ GRADIENTS, PUT, SCALE = KssInjection._gradients, Sampler.put, LrBackoff.scale_ra
         (KssInjection, "_gradients", doubled, "kss-on-and-off", "differ from those of KSS in the loss"),
         (Sampler, "put", shifted, "taps-accumulation", "does not hold the states of the step's first microbatch"),
         (Sampler, "put", drawing, "losses", "the (loss|random state)"),
-        (LrBackoff, "scale_rates", timid, "learning-rate", "not those of a rate that was scaled by hand"),
-        (LrBackoff, "restore_rates", forgetful, "learning-rate", "between steps the learning rates are"),
+        (LrBackoff, "_scale", timid, "learning-rate", "not those of a rate that was scaled by hand"),
+        (LrBackoff, "_scale", leaking, "learning-rate", "between steps the learning rates are"),
     ],
 )
 def test_a_fault_of_the_agent_is_found(

@@ -99,7 +99,7 @@ def train(args: argparse.Namespace, orders: Orders, log: str, run: str | None = 
     agent = attached(model, optimizer, args, run)
     rates: list[float] = []
     Path(f"{args.out}.{log}.{RANK}.pid").write_text(str(os.getpid()))
-    optimizer.register_step_pre_hook(lambda each, *_: rates.append(each.param_groups[0]["lr"]))
+    optimizer.register_step_pre_hook(lambda _, args, __: rates.append(args[0].param_groups[0]["lr"]))
     with open(f"{args.out}.{log}.{RANK}", "w", buffering=1) as file:
         step = first
         while step < steps:

@@ -246,8 +246,8 @@ class ResidualTaps:
         self._mask = None
         if not training or not torch.is_grad_enabled() or self.failure:
             return
+        self._listener.on_forward()  # may end the step before, which counts its forwards
         self.num_forwards += 1
-        self._listener.on_forward()
         if self.stack is None:
             self._verifier.reset()
             self._phase = ForwardPhase.VERIFYING

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.state import ControlState
 from koopmon.agent.parallelism import ParallelLayout
 from koopmon.api import ArchitectureAdapter
@@ -144,7 +145,7 @@ class ControlAction(ABC):
         """Return if the action works in this training."""
         return ACTS
 
-    def inspect(self, model: nn.Module, optimizer: Optimizer, selection: Selection) -> None:  # noqa: B027 - optional
+    def inspect(self, model: nn.Module, optimizers: OptimizerSet, selection: Selection) -> None:  # noqa: B027 - optional
         """Look at the modules of `model`: at the start, and again if another adapter takes over."""
 
     def hello(self, adapter: ArchitectureAdapter) -> Mapping[str, Any]:

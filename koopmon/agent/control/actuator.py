@@ -246,6 +246,19 @@ class Actuator:
                     self._report(each)
             elif not in_force:
                 self._requests.append(each)
+            elif isinstance(each, Applied):
+                self._log_restored(step)
+
+    def _log_restored(self, step: int) -> None:
+        values = {
+            name: value for action in self._actions.values() for name, value in action.applied(self.state, step).items()
+        }
+        applied = Applied(**values)
+        parts = [f"learning rate x {applied.lr_scale:.3g}"] if applied.lr_scale != 1.0 else []
+        parts += [f"peak rate at most {applied.max_rate:.3g}"] if applied.max_rate is not None else []
+        parts += [f"KSS weight {applied.kss.alpha:.3g}"] if applied.kss.alpha else []
+        if parts:
+            logger.warning("koopmon: in force again, as when the launch before was killed: %s", ", ".join(parts))
 
     def _judge(self, command: Command, state: ControlState, step: int) -> tuple[ControlState | None, CommandResult]:
         """Return the state after `command`, None if it must not be applied, and its outcome."""

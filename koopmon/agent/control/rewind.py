@@ -18,10 +18,10 @@ from typing import Any
 
 import msgspec
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from koopmon.agent.control.action import Completion, ControlAction, RequestRefusedError, Target, Update
 from koopmon.agent.control.lr_backoff import LrBackoff
+from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.agent.control.state_copies import CannotCopyError, Key, StateCopy, TrainingState, copied_buffers
 from koopmon.agent.stats import AgentStats
@@ -65,7 +65,7 @@ class RewindAction(ControlAction):
         self._stats = stats
         self._backoff = backoff
         self._model: Callable[[], nn.Module | None] = lambda: None
-        self._optimizer: Callable[[], Optimizer | None] = lambda: None
+        self._optimizers = OptimizerSet()
         self._start, self._recent, self._older = StateCopy(), StateCopy(), StateCopy()
         self._first_buffers: dict[Key, Tensor] | None = None
         """Copies of the buffers from before the first forward, until the copy of the start is taken."""
@@ -143,8 +143,8 @@ class RewindAction(ControlAction):
 
     # The copies, on every rank.
 
-    def inspect(self, model: nn.Module, optimizer: Optimizer, selection: Selection) -> None:
-        self._model, self._optimizer = weakref.ref(model), weakref.ref(optimizer)
+    def inspect(self, model: nn.Module, optimizers: OptimizerSet, selection: Selection) -> None:
+        self._model, self._optimizers = weakref.ref(model), optimizers
 
     def on_forward(self) -> None:
         # The first forward changes buffers. The weights can wait: under FSDP2 they are not sharded at this moment.
@@ -157,7 +157,7 @@ class RewindAction(ControlAction):
 
     def apply(self, state: ControlState, step: int, update: Update) -> None:
         if not self._final and (step == 0 or (step + 1) % self._interval(state) == 0):
-            self._check_coverage(update.optimizer)
+            self._check_coverage()
         if not self._final and step == 0:
             try:
                 self._copy_start()
@@ -178,10 +178,9 @@ class RewindAction(ControlAction):
             self._give_up(f"the copies take {nbytes} bytes, [limits] rewind_max_bytes is {most}")
         return nbytes <= most
 
-    def _check_coverage(self, optimizer: Optimizer) -> None:
+    def _check_coverage(self) -> None:
         """Give up if parameters of the model receive gradients that another optimizer uses: its state has no copy."""
-        updated = {id(each) for group in optimizer.param_groups for each in group["params"]}
-        model = self._model()
+        updated, model = self._optimizers.parameters, self._model()
         parameters = () if model is None else model.parameters()
         if any(each.requires_grad and each.grad is not None and id(each) not in updated for each in parameters):
             self._give_up("the optimizer does not update all parameters that receive gradients")
@@ -211,6 +210,9 @@ class RewindAction(ControlAction):
     def _copy(self, state: ControlState, step: int, interval: int) -> None:
         started = time.perf_counter()
         training = self._training()
+        for each in self._held():
+            if each.identity != training.identity:  # an optimizer or a parameter came or went
+                each.clear()
         if not self._within_limit(self._start.nbytes + (NUM_COPIES - 1) * training.nbytes):
             return
         self._set_refusal("")
@@ -253,10 +255,11 @@ class RewindAction(ControlAction):
         return Completion("applied", f"returned to step {copy_step}")
 
     def _training(self) -> TrainingState:
-        model, optimizer = self._model(), self._optimizer()
-        if model is None or optimizer is None:
+        model = self._model()
+        training = None if model is None else TrainingState(model, self._optimizers)
+        if training is None or not training.optimizers:
             raise CannotCopyError("the model or the optimizer is gone")
-        return TrainingState(model, optimizer)
+        return training
 
     def _give_up(self, reason: str) -> None:
         self._final = reason

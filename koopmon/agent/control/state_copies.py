@@ -8,12 +8,15 @@ the user's references stay valid.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from koopmon.agent.control.optimizer_set import OptimizerSet
 
 NOT_COPIED = frozenset({"params", "lr", "initial_lr"})
 """Keys of a parameter group that a rewind leaves as they are: the schedule continues."""
@@ -32,32 +35,30 @@ class TrainingState:
     """
 
     @torch.no_grad()  # to_local() would otherwise record an operation
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        # An optimizer that wraps another in `optim`, such as ZeroRedundancyOptimizer, keeps its state there.
-        inner = getattr(optimizer, "optim", None)
-        self.optimizer: Optimizer = inner if isinstance(inner, Optimizer) else optimizer
-        self.parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
+    def __init__(self, model: nn.Module, optimizers: Optimizer | Iterable[Optimizer]) -> None:
+        self.optimizers = list(OptimizerSet(optimizers))
+        self.parameters = [each for one in self.optimizers for group in one.param_groups for each in group["params"]]
         updated = {id(each) for each in self.parameters}
-        weights = self.parameters + [
-            each for each in model.parameters() if each.requires_grad and id(each) not in updated
-        ]
-        self.identity = tuple(map(id, weights))
+        weights = list({id(each): each for each in self.parameters}.values())
+        weights += [each for each in model.parameters() if each.requires_grad and id(each) not in updated]
+        self.identity = tuple(map(id, [*self.optimizers, *self.parameters, *weights]))
         """A copy fits only the parameters that it was taken from."""
         self.tensors: dict[Key, Tensor] = {("weight", index): _local(each) for index, each in enumerate(weights)}
         self.tensors |= copied_buffers(model)
         self.plain: dict[Key, Any] = {}
         positions = {id(each): index for index, each in enumerate(self.parameters)}
-        for parameter, entries in self.optimizer.state.items():
-            if id(parameter) not in positions or not isinstance(entries, dict):
-                raise CannotCopyError("the optimizer has state that belongs to no parameter")
-            for name, value in entries.items():
-                self._add(("state", positions[id(parameter)], name), value)
-        for index, group in enumerate(self.optimizer.param_groups):
-            if group.get("capturable"):
-                raise CannotCopyError("the optimizer is capturable")
-            for name, value in group.items():
-                if name not in NOT_COPIED and _is_plain(value):
-                    self.plain["group", index, name] = value
+        for number, optimizer in enumerate(self.optimizers):
+            for parameter, entries in optimizer.state.items():
+                if id(parameter) not in positions or not isinstance(entries, dict):
+                    raise CannotCopyError("the optimizer has state that belongs to no parameter")
+                for name, value in entries.items():
+                    self._add(("state", number, positions[id(parameter)], name), value)
+            for index, group in enumerate(optimizer.param_groups):
+                if group.get("capturable"):
+                    raise CannotCopyError("the optimizer is capturable")
+                for name, value in group.items():
+                    if name not in NOT_COPIED and _is_plain(value):
+                        self.plain["group", number, index, name] = value
 
     def _add(self, key: Key, value: Any) -> None:
         if isinstance(value, Tensor):
@@ -80,7 +81,7 @@ class StateCopy:
         self.step: int | None = None
         """Optimizer steps done when it was taken; None while it holds nothing."""
         self.rate = 0.0
-        self._identity: tuple[int, ...] = ()
+        self.identity: tuple[int, ...] = ()
         self._tensors: dict[Key, Tensor] = {}
         self._plain: dict[Key, Any] = {}
 
@@ -99,14 +100,14 @@ class StateCopy:
             for key, each in state.tensors.items()
         }
         torch._foreach_copy_(list(self._tensors.values()), list(state.tensors.values()))
-        self._plain, self._identity = dict(state.plain), state.identity
+        self._plain, self.identity = dict(state.plain), state.identity
         self.step, self.rate = step, rate
 
     def fits(self, state: TrainingState) -> bool:
         """Return True if `restore` can put this copy into `state`: same parameters, and a place for each tensor."""
         return (
             self.step is not None
-            and self._identity == state.identity
+            and self.identity == state.identity
             and all(key in state.tensors and _alike(each, state.tensors[key]) for key, each in self._tensors.items())
         )
 
@@ -114,15 +115,16 @@ class StateCopy:
     def restore(self, state: TrainingState) -> None:
         """Write this copy into the training, in place. Where the copy has no state, the optimizer starts from none."""
         torch._foreach_copy_([state.tensors[key] for key in self._tensors], list(self._tensors.values()))
-        optimizer = state.optimizer
         for key in [key for key in (*state.tensors, *state.plain) if key[0] == "state"]:
             if key not in self._tensors and key not in self._plain:
-                del optimizer.state[state.parameters[key[1]]][key[2]]
-        for (kind, index, name), value in self._plain.items():
+                del state.optimizers[key[1]].state[state.parameters[key[2]]][key[3]]
+        for (kind, number, index, name), value in self._plain.items():
+            optimizer = state.optimizers[number]
             owner = optimizer.param_groups[index] if kind == "group" else optimizer.state[state.parameters[index]]
             owner[name] = value
-        for parameter in [each for each, entries in optimizer.state.items() if not entries]:
-            del optimizer.state[parameter]
+        for optimizer in state.optimizers:
+            for parameter in [each for each, entries in optimizer.state.items() if not entries]:
+                del optimizer.state[parameter]
 
     def clear(self) -> None:
         """Forget the content, and keep the memory for the next copy."""

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from koopmon.agent.control.action import RequestRefusedError, Target, Update
 from koopmon.agent.control.actuator import _towards
-from koopmon.agent.control.lr_backoff import LrBackoff, largest_rate, rate_sized_steps
+from koopmon.agent.control.lr_backoff import LrBackoff
+from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.config import LimitsConfig
 from koopmon.plugins import select
@@ -46,18 +47,23 @@ def rates(optimizer: Optimizer) -> list[Any]:
 
 def step_recording(optimizer: Optimizer, seen: list[list[float]]) -> None:
     """One step that records the rates in use."""
-
-    def closure() -> float:
-        seen.append(rates(optimizer))
-        return 0.0
-
-    optimizer.step(closure)
+    handle = optimizer.register_step_pre_hook(lambda _, args, __: seen.append(rates(args[0])))
+    optimizer.step()
+    handle.remove()
 
 
 def guarded(optimizer: Optimizer, scale: Callable[[], float]) -> LrBackoff:
+    """Scale the updates of `optimizer` as the agent does."""
     backoff = LrBackoff(LimitsConfig())
-    optimizer.register_step_pre_hook(lambda each, *_: backoff.scale_rates(each, scale()))
-    optimizer.register_step_post_hook(lambda *_: backoff.restore_rates())
+
+    def before(each: Optimizer, args: Any, kwargs: Any) -> Any:
+        update = Update(each, args, kwargs)
+        ramp = Ramp(start=scale(), target=scale())
+        backoff.apply(ControlState(actions={"set_lr_scale": ActionState(ramp=ramp)}), 0, update)
+        return update.args, update.kwargs
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(lambda *_: backoff.revert())
     return backoff
 
 
@@ -129,90 +135,6 @@ def test_a_command_scales_a_schedule_exactly(
     assert [each[0] for each in seen] == [rate * scale for rate, scale in zip(scheduled, scales, strict=True)]
 
 
-def test_a_scale_of_one_touches_nothing() -> None:
-    optimizer = SGD(build().parameters(), lr=0.1)
-    rate = optimizer.param_groups[0]["lr"] = float("0.1")
-    backoff = guarded(optimizer, lambda: 1.0)
-    seen: list[list[float]] = []
-    optimizer.register_step_pre_hook(lambda each, *_: seen.append(each.param_groups[0]["lr"] is rate))
-    optimizer.step()
-    assert seen == [True]
-    assert backoff._scaled == []
-
-
-class BrokenStep(SGD):
-    def step(self, closure: Any = None) -> Any:
-        raise RuntimeError("no step")
-
-
-def test_after_a_step_that_raised_the_next_step_starts_from_the_users_rate() -> None:
-    optimizer = BrokenStep(build().parameters(), lr=0.1)
-    backoff = guarded(optimizer, lambda: 0.5)
-    for _ in range(3):
-        with pytest.raises(RuntimeError, match="no step"):
-            optimizer.step()
-        assert rates(optimizer) == [0.05]
-    backoff.restore_rates()
-    assert rates(optimizer) == [0.1]
-
-
-def test_a_rate_that_the_user_set_after_a_failed_step_is_kept() -> None:
-    optimizer = BrokenStep(build().parameters(), lr=0.1)
-    backoff = guarded(optimizer, lambda: 0.5)
-    with pytest.raises(RuntimeError, match="no step"):
-        optimizer.step()
-    optimizer.param_groups[0]["lr"] = 0.02
-    backoff.restore_rates()
-    assert rates(optimizer) == [0.02]
-
-
-def test_a_schedule_stepped_after_a_failed_step_starts_from_the_users_rate_at_the_next_forward(
-    monitor: ScriptedMonitor, agents: Callable[..., Any]
-) -> None:
-    model = build()
-    optimizer = BrokenStep(model.parameters(), lr=0.1)
-    agent = agents(model, optimizer, endpoint=monitor.endpoint)
-    monitor.wait(lambda: monitor.heard)
-    monitor.command("set_lr_scale", lr_scale=0.5)
-    schedule = ExponentialLR(optimizer, 0.5)
-    for _ in range(2000):
-        loss_of(model, batch(0)).backward()
-        rate = optimizer.param_groups[0]["lr"]
-        assert rate == 0.1
-        with pytest.raises(RuntimeError, match="no step"):
-            optimizer.step()
-        if optimizer.param_groups[0]["lr"] == 0.05:
-            break
-        time.sleep(0.005)
-    else:
-        pytest.fail("the command was not applied")
-    loss_of(model, batch(0)).backward()
-    schedule.step()
-    assert rates(optimizer) == [0.05], "0.1 x 0.5 of the schedule, not 0.05 x 0.5"
-    assert agent.status()["errors"] == 0
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_rate_kept_in_a_tensor_is_scaled_in_place(shared: bool) -> None:
-    first, second = build(), build(1)
-    one = torch.tensor(0.1)
-    two = one if shared else torch.tensor(0.2)
-    optimizer = Adam(
-        [{"params": first.parameters(), "lr": one}, {"params": second.parameters(), "lr": two}], capturable=False
-    )
-    guarded(optimizer, lambda: 0.25)
-    before = [one.clone(), two.clone()]
-    seen: list[tuple[bool, float, float]] = []
-    optimizer.register_step_pre_hook(
-        lambda each, *_: seen.append((each.param_groups[0]["lr"] is one, float(one), float(two)))
-    )
-    for _ in range(3):
-        optimizer.step()
-        assert torch.equal(one, before[0])
-        assert torch.equal(two, before[1])
-    assert seen == [(True, float(before[0] * 0.25), float(before[1] * 0.25))] * 3
-
-
 def test_what_is_saved_holds_the_users_rates() -> None:
     optimizer = AdamW(build().parameters(), lr=0.1)
     guarded(optimizer, lambda: 0.5)
@@ -223,37 +145,6 @@ def test_what_is_saved_holds_the_users_rates() -> None:
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     assert copy.deepcopy(optimizer).param_groups[0]["lr"] == 0.1
-
-
-def test_the_largest_rate_is_reported_and_groups_without_one_are_left_alone() -> None:
-    model = build()
-    optimizer = SGD([{"params": [p], "lr": rate} for p, rate in zip(model.parameters(), (0.1, 0.3, 0.2), strict=False)])
-    assert largest_rate(optimizer) == 0.3
-    optimizer.param_groups[1]["lr"] = None
-    assert largest_rate(optimizer) == 0.2
-    LrBackoff(LimitsConfig()).scale_rates(optimizer, 0.5)
-    assert rates(optimizer) == [0.05, None, 0.1]
-
-
-class FusedLion8bit(SGD):
-    """An optimizer with a name of another library."""
-
-
-class Wrapper(SGD):
-    """Like ZeroRedundancyOptimizer: the optimizer that steps is in `optim`."""
-
-    def __init__(self, params: Any, inner: Optimizer) -> None:
-        super().__init__(params, lr=0.1)
-        self.optim = inner
-
-
-def test_adams_kin_is_told_by_its_name() -> None:
-    weights = [nn.Parameter(torch.zeros(2))]
-    kin = [Adam(weights), AdamW(weights), torch.optim.NAdam(weights), torch.optim.RMSprop(weights)]
-    kin += [FusedLion8bit(weights, lr=0.1), Wrapper(weights, AdamW(weights))]
-    others = [SGD(weights, lr=0.1), torch.optim.LBFGS(weights), Wrapper(weights, SGD(weights, lr=0.1))]
-    assert [rate_sized_steps(optimizer) for optimizer in kin] == [True] * len(kin)
-    assert [rate_sized_steps(optimizer) for optimizer in others] == [False] * len(others)
 
 
 def test_a_step_whose_closure_runs_the_forward_is_scaled_all_the_same(
@@ -292,57 +183,13 @@ def test_a_step_whose_closure_runs_the_forward_is_scaled_all_the_same(
     def broken() -> Tensor:
         raise ArithmeticError
 
+    steps = agent.status()["step"]
     with pytest.raises(ArithmeticError):
         optimizer.step(broken)
-    loss_of(model, batch(0)).backward()
-    assert optimizer.param_groups[0]["lr"] == 0.02, "after a closure that raised, the next forward sees the user's rate"
+    assert optimizer.param_groups[0]["lr"] == 0.02
+    assert change() == pytest.approx(0.005, rel=1e-3)
+    assert agent.status()["step"] == steps + 1, "a step that raised is none"
     assert agent.status()["errors"] == 0
-
-
-def with_tensor(rate: Tensor) -> BrokenStep:
-    return BrokenStep([{"params": [nn.Parameter(torch.zeros(1))], "lr": rate}], lr=0.1)
-
-
-def test_a_tensor_that_the_user_wrote_after_a_failed_step_is_kept() -> None:
-    rate = torch.tensor(0.1)
-    optimizer = with_tensor(rate)
-    backoff = guarded(optimizer, lambda: 0.5)
-    with pytest.raises(RuntimeError, match="no step"):
-        optimizer.step()
-    assert float(rate) == pytest.approx(0.05)
-    rate.fill_(0.02)
-    backoff.restore_rates()
-    assert float(rate) == pytest.approx(0.02)
-
-
-def test_a_tensor_that_nobody_wrote_is_restored_bit_for_bit() -> None:
-    rate = torch.tensor(0.1)
-    before = rate.clone()
-    optimizer = with_tensor(rate)
-    backoff = guarded(optimizer, lambda: 0.3)
-    with pytest.raises(RuntimeError, match="no step"):
-        optimizer.step()
-    backoff.restore_rates()
-    assert torch.equal(rate, before)
-
-
-@pytest.mark.parametrize(
-    "second",
-    [torch.tensor([0.2]), torch.tensor(0.2, dtype=torch.float64)],
-    ids=["another shape", "another precision"],
-)
-def test_a_tensor_in_the_place_of_another_is_restored_as_it_was(second: Tensor) -> None:
-    optimizer = with_tensor(torch.tensor(0.1))
-    backoff = LrBackoff(LimitsConfig())
-    backoff.scale_rates(optimizer, 0.5)
-    backoff.restore_rates()
-    before = second.clone()
-    optimizer.param_groups[0]["lr"] = second
-    backoff.scale_rates(optimizer, 0.5)
-    assert torch.equal(second, before * 0.5)
-    backoff.restore_rates()
-    assert torch.equal(second, before)
-    assert second.dtype == before.dtype
 
 
 def test_a_scale_below_the_limit_is_raised_to_it_and_said() -> None:
@@ -359,34 +206,10 @@ def test_the_scale_in_force_is_that_of_the_ramp_at_the_step() -> None:
     state = ControlState(actions={"set_lr_scale": ActionState(ramp=ramp)})
     assert [backoff.strength(state, step) for step in (1, 2, 3)] == [1.0, pytest.approx(0.5), 0.25]
     optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    backoff.apply(state, 3, Update(optimizer, (optimizer,), {}))
-    assert rates(optimizer) == [pytest.approx(0.025)]
-    backoff.revert()
+    update = Update(optimizer, (optimizer,), {})
+    backoff.apply(state, 3, update)
+    assert rates(update.args[0]) == [pytest.approx(0.025)]
     assert rates(optimizer) == [0.1]
-
-
-@pytest.mark.parametrize("by_keyword", [False, True])
-def test_a_forward_inside_a_closure_keeps_the_scale_and_one_outside_ends_it(by_keyword: bool) -> None:
-    backoff = LrBackoff(LimitsConfig())
-    state = ControlState(actions={"set_lr_scale": ActionState(ramp=Ramp(start=0.5, target=0.5))})
-    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    seen: list[list[float]] = []
-
-    def closure() -> float:
-        backoff.on_forward()
-        seen.append(rates(optimizer))
-        return 3.0
-
-    update = Update(optimizer, (optimizer,), {"closure": closure, "other": 1})
-    if not by_keyword:
-        update = Update(optimizer, (optimizer, closure, "more"), {})
-    backoff.apply(state, 0, update)
-    wrapped = update.kwargs["closure"] if by_keyword else update.args[1]
-    assert (update.kwargs.get("other"), update.args[2:]) == ((1, ()) if by_keyword else (None, ("more",)))
-    assert wrapped() == 3.0
-    assert seen == [[0.05]]
-    backoff.on_forward()
-    assert rates(optimizer) == [0.1], "no update is under way"
 
 
 def test_without_a_scale_the_arguments_are_left_alone() -> None:
@@ -398,14 +221,6 @@ def test_without_a_scale_the_arguments_are_left_alone() -> None:
     assert update.args == (optimizer, closure)
 
 
-def test_the_largest_rate_of_no_group_is_unknown() -> None:
-    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    optimizer.param_groups[0]["lr"] = None
-    assert largest_rate(optimizer) is None
-    optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
-    assert largest_rate(optimizer) == 0.25
-
-
 class Capped:
     """A schedule, one group, and a back-off in the control state; `rates` are those inside each update."""
 
@@ -413,7 +228,7 @@ class Capped:
         self.optimizer = optimizer or SGD(build().parameters(), lr=0.1)
         self.backoff = LrBackoff(LimitsConfig())
         model = build()
-        self.backoff.inspect(model, self.optimizer, select(model))
+        self.backoff.inspect(model, OptimizerSet(self.optimizer), select(model))
         self.state = ControlState()
         self.step = 0
         self.detail = ""
@@ -429,8 +244,9 @@ class Capped:
         seen = []
         for rate in schedule:
             self.optimizer.param_groups[0]["lr"] = rate
-            self.backoff.apply(self.state, self.step, Update(self.optimizer, (), {}))
-            seen.append(self.optimizer.param_groups[0]["lr"])
+            update = Update(self.optimizer, (self.optimizer,), {})
+            self.backoff.apply(self.state, self.step, update)
+            seen.append(update.args[0].param_groups[0]["lr"])
             self.backoff.revert()
             assert self.optimizer.param_groups[0]["lr"] is rate
             self.step += 1
@@ -508,8 +324,9 @@ def test_a_cap_needs_a_rate_that_can_be_read() -> None:
     capped = Capped(Adam(build().parameters(), lr=torch.tensor(0.1), foreach=False))
     capped.command(max_rate=0.05)
     rate = capped.optimizer.param_groups[0]["lr"]
-    capped.backoff.apply(capped.state, 0, Update(capped.optimizer, (), {}))
-    assert float(rate) == pytest.approx(0.05)
+    update = Update(capped.optimizer, (capped.optimizer,), {})
+    capped.backoff.apply(capped.state, 0, update)
+    assert rates(update.args[0]) == [pytest.approx(0.05)]
     capped.backoff.revert()
     assert torch.equal(rate, torch.tensor(0.1))
 
@@ -557,16 +374,3 @@ def test_a_lost_monitor_ramps_the_cap_away_where_it_ramps_back(
     agent._runtime.lifecycle.monitor_lost()
     assert [stepped() for _ in range(5)] == pytest.approx([0.1 * 0.1 ** (n / 4) for n in (3, 2, 1, 0, 0)])
     assert agent.status()["applied"]["max_rate"] is None
-
-
-def test_a_tensor_on_another_device_is_kept_there() -> None:
-    """Tensors without storage stand for another device."""
-    optimizer = with_tensor(torch.tensor(0.1))
-    backoff = LrBackoff(LimitsConfig())
-    backoff.scale_rates(optimizer, 0.5)
-    backoff.restore_rates()
-    optimizer.param_groups[0]["lr"] = other = torch.tensor(0.2, device="meta")
-    backoff.scale_rates(optimizer, 0.5)
-    backoff.restore_rates()
-    assert optimizer.param_groups[0]["lr"] is other
-    assert {copy.device for copy in backoff._copies.values()} == {other.device}

@@ -102,7 +102,7 @@ def train(phase: Phase, rank: int) -> dict[str, Any]:
         dist.init_process_group("gloo")
         model = DistributedDataParallel(model)
     seen: list[float] = []
-    optimizer.register_step_pre_hook(lambda each, *_: seen.append(each.param_groups[0]["lr"]))
+    optimizer.register_step_pre_hook(lambda _, args, __: seen.append(args[0].param_groups[0]["lr"]))
     trace: dict[str, list[Any]] = {"losses": [], "scales": [], "alphas": [], "ready": [], "seconds": []}
     for step in range(phase.steps - (phase.uneven if rank == 1 else 0)):
         if rank == 1 and step == phase.hang_step:

@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 from torch import nn
-from torch.optim import Optimizer
 
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.action import ACTS, Capability, ControlAction, Injection, NextForwards, Target, Update
 from koopmon.agent.control.kss.injection import KssInjection
+from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.state import ControlState
 from koopmon.agent.parallelism import ParallelLayout
 from koopmon.agent.stats import AgentStats
@@ -65,7 +65,7 @@ class KssAction(ControlAction):
             return Capability(False, "KSS is refused: ranks that share one model hold different tokens of its data")
         return Capability(False, self._refusal) if self._refusal else ACTS
 
-    def inspect(self, model: nn.Module, optimizer: Optimizer, selection: Selection) -> None:
+    def inspect(self, model: nn.Module, optimizers: OptimizerSet, selection: Selection) -> None:
         self._refusal = "" if self._through_shielded else kss_refusal(model, selection)
 
     def hello(self, adapter: ArchitectureAdapter) -> Mapping[str, Any]:

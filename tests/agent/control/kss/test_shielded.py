@@ -32,10 +32,14 @@ def train(
     agent = agents(model, optimizer, endpoint=monitor.endpoint, config=config)
     monitor.wait(lambda: agent.status()["connected"])
     ack = None
-    for step in range(6):
+
+    def train_step() -> None:
         optimizer.zero_grad()
         model(*args, **kwargs).loss.backward()
         optimizer.step()
+
+    for step in range(6):
+        train_step()
         if step == 1 and kss is not None:
             sent = monitor.command("set_kss", kss=kss)
             monitor.wait(lambda: agent._runtime.lifecycle.requests)
@@ -47,16 +51,16 @@ def train(
     if kss is not None and not through:
         cut = monitor.command("set_lr_scale", lr_scale=0.5)
         monitor.wait(lambda: agent._runtime.lifecycle.requests)
-        optimizer.step()
+        train_step()
         assert monitor.ack(cut).outcome == "applied", "what was refused took nothing of the hour's one action"
         again = monitor.command("set_lr_scale", lr_scale=0.25)
         monitor.wait(lambda: agent._runtime.lifecycle.requests)
-        optimizer.step()
+        train_step()
         spent = monitor.ack(again)
         assert (spent.outcome, spent.shielded) == ("refused", False), "the hour's one action is spent"
         off = monitor.command("set_kss", kss=KssSettings())
         monitor.wait(lambda: agent._runtime.lifecycle.requests)
-        optimizer.step()
+        train_step()
         assert monitor.ack(off).outcome == "applied", "turning it off is always allowed"
     agent.close()
     return gradients, ack

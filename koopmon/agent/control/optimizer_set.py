@@ -1,0 +1,93 @@
+"""The optimizers of one training, held weakly: one that is dropped leaves by itself."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from koopmon.agent.control.scaled_view import RATE, number
+
+RATE_SIZED = ("adam", "lion", "rmsprop")
+"""Parts of the names of optimizers that divide the gradient by its own size, or take its sign."""
+
+
+class OptimizerSet:
+    """The live optimizers of one training, in the order in which they were added.
+
+    A wrapper, such as those of accelerate, of sharpness-aware minimisation or ZeroRedundancyOptimizer, is replaced by
+    the optimizers that it holds: their steps update the parameters, and the wrapper may copy its rate to them.
+    """
+
+    def __init__(self, optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
+        self._references: list[tuple[weakref.ref[Optimizer], frozenset[int]]] = []
+        for each in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
+            self.add(each)
+
+    def __iter__(self) -> Iterator[Optimizer]:
+        return (each for reference, _ in self._references if (each := reference()) is not None)
+
+    def add(self, optimizer: Optimizer) -> list[Optimizer]:
+        """Add an optimizer, and forget those that no longer exist. Returns the new members."""
+        found: dict[Optimizer, None] = {}
+        _find_inner(optimizer, found, (optimizer,))
+        known = set(self)
+        new = [each for each in found if each not in known]
+        self._references = [each for each in self._references if each[0]() is not None]
+        self._references += [(weakref.ref(each), frozenset(parameter_ids(optimizer))) for each in new]
+        return new
+
+    @property
+    def parameters(self) -> set[int]:
+        """The ids of all parameters that the members or their wrappers hold."""
+        return {each for reference, ids in self._references if reference() is not None for each in ids}
+
+    def largest_rate(self) -> float | Tensor | None:
+        """Return the largest rate of all groups as the schedule set it.
+
+        A rate on a device is returned as a tensor, unread.
+        """
+        rates = [group.get(RATE) for each in self for group in each.param_groups]
+        for rate in rates:
+            if isinstance(rate, Tensor) and rate.device.type != "cpu":
+                return rate
+        return max((value for rate in rates if (value := number(rate)) is not None), default=None)
+
+    def rate_sized_steps(self) -> bool:
+        """Return True if each step moves each weight by about the learning rate, regardless of the gradient's size.
+
+        Adam and its variants do. The class names decide, because most of these classes are third-party (AdamW8bit,
+        FusedAdam, Lion, ...).
+        """
+        return all(
+            any(kin in kind.__name__.lower() for kind in type(each).__mro__ for kin in RATE_SIZED) for each in self
+        )
+
+
+def parameter_ids(optimizer: Optimizer) -> set[int]:
+    """Return the ids of all parameters of `optimizer`."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _is_rate_sized(kind: type[Optimizer]) -> bool:
+    return any(kin in each.__name__.lower() for each in kind.__mro__ for kin in RATE_SIZED)
+
+
+def _find_inner(optimizer: Optimizer, found: dict[Optimizer, None], path: tuple[Optimizer, ...]) -> None:
+    """Add the optimizers that update the parameters of `optimizer` to `found`. The wrappers around it are in `path`."""
+    held: list[Any] = []
+    for value in vars(optimizer).values():
+        held += value if isinstance(value, (list, tuple)) else value.values() if type(value) is dict else [value]
+    inner = [each for each in held if isinstance(each, Optimizer) and each not in path]
+    own = parameter_ids(optimizer) if inner else set()
+    covered: set[int] = set()
+    for each in inner:
+        if shared := parameter_ids(each) & own:
+            covered |= shared
+            _find_inner(each, found, (*path, each))
+    # The inner optimizer of ZeroRedundancyOptimizer holds this rank's share of the parameters only.
+    if not covered or (covered < own and not hasattr(optimizer, "consolidate_state_dict")):
+        found[optimizer] = None

@@ -1,0 +1,252 @@
+"""Check at run time that an optimizer's updates follow a scale of its learning rate.
+
+Some optimizers ignore the rate in their groups, use it one step late, or replace it in each step. A few small
+parameters are copied, with their part of the optimizer's state, and a copy of the optimizer updates them several times:
+with the user's rate, and with an eighth of it. Nothing of the training takes part: the copy holds no other parameter,
+and an operation that writes to the training's tensors or communicates between ranks ends the check.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from koopmon.agent.control.scaled_view import RATE, close_view, number, scaled_view
+from koopmon.errors import describe_error, raise_from_signal
+from koopmon.process_state import ProcessState
+
+logger = logging.getLogger("koopmon.agent")
+
+SCALE = 0.125
+NUM_STEPS = 4
+"""Updates of each copy, after one with the user's rate."""
+TOLERANCE = 1.5
+"""Largest factor between the scale and the ratio of the movements."""
+MAX_GROUPS = 8
+MAX_ELEMENTS = 1 << 26
+CLEAR = 64.0
+"""Least ratio of a scaled movement to the rounding error of the weights."""
+NOMINAL_RATE = 1e-3
+"""Rate of the copies if the user's own is 0, as at the start of a warm-up."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleProof:
+    """The result of a check. `refusal` is the reason against a scale; empty if updates follow it.
+
+    `sets_rate` is True if the step sets its rate from something other than the rate in the group.
+    """
+
+    refusal: str = ""
+    sets_rate: bool = False
+
+
+class _NotProvenError(Exception):
+    """The check came to no result; the message is the reason."""
+
+
+def prove(optimizer: Optimizer) -> ScaleProof:
+    """Return the result of the check. Raises nothing. Takes milliseconds, once per optimizer."""
+    name = type(optimizer).__name__
+    if all(_readable(group.get(RATE)) is None for group in optimizer.param_groups):
+        return ScaleProof(f"{name} has no learning rate in its parameter groups")
+    kept = ProcessState()  # the step may draw random numbers
+    try:
+        with _Isolation(_tensors(optimizer)):
+            return _compare(optimizer)
+    except Exception as error:
+        raise_from_signal(error)
+        logger.debug("koopmon: check of %s", name, exc_info=error)
+        reason = str(error) if isinstance(error, _NotProvenError) else describe_error(error)
+        return ScaleProof(f"it is not proven that the updates of {name} follow its learning rate: {reason}")
+    finally:
+        kept.restore()
+
+
+def _compare(optimizer: Optimizer) -> ScaleProof:
+    sample = _sample(optimizer)
+    if not sample:
+        raise _NotProvenError("its groups have no small parameter to check it with")
+    for from_zero in (False, True):
+        moved, rates = _updates(optimizer, sample, from_zero)
+        if _clear(moved, sample, from_zero):
+            break
+    else:
+        raise _NotProvenError("it does not move the weights by a finite distance")
+    refusal = f"{type(optimizer).__name__} changes its learning rate in each step in a way that cannot be restored"
+    for sets_rate in (False, True):
+        scaled, scaled_rates = _updates(optimizer, sample, from_zero, SCALE, sets_rate=sets_rate)
+        if all(abs(a - b) <= 1e-5 * abs(b) for a, b in zip(scaled_rates, rates, strict=True)):
+            for own, other in zip(moved, scaled, strict=True):
+                # The first update may still use the rate from before. It must not move the weights further.
+                ratios = [b / a if a else SCALE for a, b in zip(own, other, strict=True)]
+                ratio = ratios[0] if ratios[0] > TOLERANCE else median(ratios[1:])
+                if not SCALE / TOLERANCE <= ratio <= SCALE * TOLERANCE:
+                    far = f"at {SCALE:g} of its learning rate it moves the weights {ratio:.3g}"
+                    return ScaleProof(f"{type(optimizer).__name__} does not follow: {far} times as far")
+            return ScaleProof(sets_rate=sets_rate)
+    return ScaleProof(refusal)
+
+
+def _sample(optimizer: Optimizer) -> list[Tensor]:
+    """Return a few parameters of different groups: the smallest, and the smallest matrix."""
+    groups = [group for group in optimizer.param_groups if any(each.requires_grad for each in group["params"])]
+    chosen: dict[int, Tensor] = {}
+    for group in groups[:: -(-len(groups) // MAX_GROUPS)] if groups else ():
+        trained = sorted((each for each in group["params"] if each.requires_grad), key=Tensor.numel)
+        trained = [each for each in trained if each.grad is not None] or trained
+        trained = [each for each in trained if 0 < each.numel() <= MAX_ELEMENTS]
+        for each in [*trained[:1], *[each for each in trained if each.dim() > 1][:1]]:
+            chosen[id(each)] = each
+    return list(chosen.values())
+
+
+def _updates(
+    optimizer: Optimizer, sample: list[Tensor], from_zero: bool, scale: float = 1.0, *, sets_rate: bool = False
+) -> tuple[list[list[float]], list[float]]:
+    """Return how far a copy of `optimizer` moves each sampled parameter in each update, and its rates at the end."""
+    torch.manual_seed(0)
+    clones = [_clone(each, from_zero) for each in sample]
+    twin = _twin(optimizer, sample, clones, fresh=from_zero)
+    gradients = [_gradient(each) for each in sample]
+    step = type(twin).step
+    step = getattr(step, "__wrapped__", step)  # without the user's hooks
+    moved: list[list[float]] = [[] for _ in clones]
+    for index in range(1 + NUM_STEPS):
+        before = [each.detach().clone() for each in clones]
+        for each, gradient in zip(clones, gradients, strict=True):
+            each.grad = gradient.clone()
+        if index == 0 or scale == 1.0:
+            step(twin)
+        else:
+            view = scaled_view(twin, scale, sets_rate=sets_rate)
+            step(view)
+            close_view(view, twin)
+        if index:
+            for distances, old, new in zip(moved, before, clones, strict=True):
+                distances.append(float(_plain(new.detach() - old).double().norm()))
+    return moved, [number(group.get(RATE)) or 0.0 for group in twin.param_groups]
+
+
+def _clear(moved: list[list[float]], sample: list[Tensor], from_zero: bool) -> bool:
+    """Return True if the movements are finite, at least one is not zero, and none is in the order of rounding."""
+    for distances, each in zip(moved, sample, strict=True):
+        size = 0.0 if from_zero else float(_plain(each.detach()).double().norm())
+        rounding = CLEAR * torch.finfo(each.dtype).eps * size / SCALE
+        if not all(distance < float("inf") and (distance > rounding or distance == 0.0) for distance in distances):
+            return False
+    return any(distance > 0.0 for distances in moved for distance in distances)
+
+
+def _clone(parameter: Tensor, from_zero: bool) -> Tensor:
+    data = parameter.detach()
+    clone = nn.Parameter(torch.zeros_like(data) if from_zero else data.clone(), parameter.requires_grad)
+    clone.__dict__.update(vars(parameter))  # marks by which some optimizers choose their rule
+    return clone
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """Return a copy of the gradient of `parameter`, or some other one if it has none that is finite and not zero."""
+    gradient = parameter.grad
+    if gradient is not None and 0.0 < float(_plain(gradient.detach()).double().abs().sum()) < float("inf"):
+        return gradient.detach().clone()
+    other = torch.full_like(parameter.detach(), 0.01)
+    if not hasattr(other, "to_local"):
+        other.view(-1).mul_(torch.arange(1.0, 1.0 + other.numel(), device=other.device).sin().to(other.dtype))
+    return other
+
+
+def _twin(optimizer: Optimizer, sample: list[Tensor], clones: list[Tensor], *, fresh: bool) -> Optimizer:
+    """Return a copy of `optimizer` that holds `clones` in the place of `sample`, and no other parameter."""
+    by_id: dict[int, Any] = dict(zip(map(id, sample), clones, strict=True))
+    twin = object.__new__(type(optimizer))
+    # Every other parameter becomes one without memory: an operation on it raises or has no effect.
+    others = {
+        id(each): torch.empty_like(each, device="meta")
+        for group in optimizer.param_groups
+        for each in group["params"]
+        if id(each) not in by_id
+    }
+    memo: dict[int, Any] = {**others, **by_id, id(optimizer): twin}
+    for name, value in vars(optimizer).items():
+        if name.startswith("_optimizer_"):
+            twin.__dict__[name] = OrderedDict()  # hooks
+        elif name not in ("param_groups", "state", "step"):  # schedulers replace `step` in the instance
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+    groups = []
+    for group in optimizer.param_groups:
+        kept = [by_id[id(each)] for each in group["params"] if id(each) in by_id]
+        if kept:
+            copied = {key: copy.deepcopy(value, memo) for key, value in group.items() if key != "params"}
+            if RATE in copied and _readable(copied[RATE]) == 0.0:
+                rate = copied[RATE]
+                copied[RATE] = torch.full_like(rate, NOMINAL_RATE) if isinstance(rate, Tensor) else NOMINAL_RATE
+            groups.append({"params": kept, **copied})
+    state: defaultdict[Any, Any] = defaultdict(dict)
+    for key, value in optimizer.state.items():
+        if not isinstance(key, Tensor) or (id(key) in by_id and not fresh):
+            state[by_id.get(id(key), key)] = copy.deepcopy(value, memo)
+    twin.param_groups, twin.state = groups, state
+    return twin
+
+
+def _readable(rate: Any) -> float | None:
+    return number(rate.detach() if isinstance(rate, Tensor) else rate)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, dense."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.to_dense() if local.layout is not torch.strided else local
+
+
+def _tensors(optimizer: Optimizer) -> Iterator[Tensor]:
+    """Yield the tensors of the training that the check must not change."""
+    for group in optimizer.param_groups:
+        for each in group["params"]:
+            yield each
+            if each.grad is not None:
+                yield each.grad
+    for entries in optimizer.state.values():
+        if isinstance(entries, dict):
+            yield from (each for each in entries.values() if isinstance(each, Tensor))
+
+
+class _Isolation(TorchDispatchMode):
+    """Raises for an operation that would reach beyond the check."""
+
+    def __init__(self, protected: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._protected = {storage for each in protected for storage in _storages(each)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional", "c10d_functional"):
+            raise _NotProvenError("its step communicates between the ranks")
+        if any(hasattr(kind, "to_local") for kind in types):
+            return NotImplemented  # a DTensor, which calls the operations of its part
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for each in value if isinstance(value, (list, tuple)) else (value,):
+                    if isinstance(each, Tensor) and not self._protected.isdisjoint(_storages(each)):
+                        raise _NotProvenError("its step writes to tensors that it holds outside of its groups")
+        return func(*args, **(kwargs or {}))
+
+
+def _storages(tensor: Tensor) -> Iterator[int]:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    try:
+        address = local.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return  # sparse, meta or fake
+    if address:
+        yield address

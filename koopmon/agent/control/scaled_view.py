@@ -1,0 +1,153 @@
+"""View of an optimizer whose learning rates are scaled, for the time of one update.
+
+The step pre-hook passes the view to `step()` in the place of the optimizer. The optimizer's own parameter groups always
+hold the user's rates. Checkpoints, schedulers, signal handlers and hooks therefore never read a scaled value, also
+after a step that raised.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+RATE = "lr"
+
+_view_classes: weakref.WeakKeyDictionary[type[Optimizer], type[Optimizer]] = weakref.WeakKeyDictionary()
+
+
+def scaled_view(optimizer: Optimizer, scale: float, *, sets_rate: bool = False) -> Optimizer:
+    """Return a view of `optimizer` with all its attributes, whose groups multiply the user's rate by `scale` in (0, 1].
+
+    The step may write to the view and to its groups: the optimizer has every change at once. A rate that it writes
+    loses the scale again, because the step derived it from the scaled one. With `sets_rate` the step computes the rate
+    from something else: the value that it writes is the user's own.
+    """
+    kind = type(optimizer)
+    view_class = _view_classes.get(kind)
+    if view_class is None:
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__slots__": ("_scaled_groups",)}
+        view_class = type(kind)(kind.__name__, (kind,), {**names, "param_groups": _GROUPS})
+        _view_classes[kind] = view_class
+    view = object.__new__(view_class)
+    view.__dict__ = optimizer.__dict__
+    object.__setattr__(view, "_scaled_groups", [ScaledGroup(each, scale, sets_rate) for each in optimizer.param_groups])
+    return view
+
+
+def close_view(view: Optimizer, optimizer: Optimizer) -> None:
+    """Give `optimizer` the last changes of its view: rates written in place, and added groups."""
+    for group in view.param_groups:
+        if isinstance(group, ScaledGroup):
+            group.settle()
+        elif all(group is not each for each in optimizer.param_groups):
+            optimizer.param_groups.append(group)
+
+
+def _set_groups(view: Any, groups: list[Any]) -> None:
+    view._scaled_groups = groups
+
+
+_GROUPS = property(lambda view: view._scaled_groups, _set_groups)
+
+
+class ScaledGroup(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[misc]
+    """One parameter group, whose rate is read as the user's rate times the scale. All writes reach the group itself.
+
+    The content of the dict itself is the same, for code that reads it without these methods.
+    """
+
+    __slots__ = ("_copy", "_group", "_scale", "_sets_rate", "_version")
+
+    def __init__(self, group: dict[str, Any], scale: float, sets_rate: bool) -> None:
+        self._group, self._scale, self._sets_rate = group, scale, sets_rate
+        self._copy: Tensor | None = None
+        self._version = 0
+        for key in group:
+            dict.__setitem__(self, key, self[key])
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._group[key]
+        return self._scaled(value) if key == RATE else value
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key != RATE:
+            self._group[key] = value
+        elif value is self._copy and value is not None:
+            self.settle()  # written in place, then stored
+        else:
+            self._group[key] = self._unscaled(value)
+        dict.__setitem__(self, key, value)
+
+    def __delitem__(self, key: str) -> None:
+        del self._group[key]
+        dict.pop(self, key, None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._group)
+
+    def __len__(self) -> int:
+        return len(self._group)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
+        return dict, (dict(self._group),)
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self)
+
+    def _scaled(self, rate: Any) -> Any:
+        if not isinstance(rate, Tensor) or rate.requires_grad:
+            return times(rate, self._scale)
+        self.settle()
+        return self._scaled_copy(rate)
+
+    @torch.no_grad()
+    def _scaled_copy(self, rate: Tensor) -> Tensor:
+        if self._copy is None:
+            self._copy = torch.empty_like(rate)
+        # In place, and without reading the value: the rate may be on a device.
+        self._copy.copy_(rate).mul_(self._scale)
+        self._version = self._copy._version
+        return self._copy
+
+    def _unscaled(self, written: Any) -> Any:
+        own = self._group.get(RATE)
+        if self._sets_rate:
+            return written
+        try:
+            if isinstance(written, Tensor) or isinstance(own, Tensor) or not own:
+                return written / self._scale
+            return own * (written / (own * self._scale))  # exactly `own` if the step wrote back what it read
+        except TypeError:
+            return written
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Give the group a change that the step made in place to the tensor of the scaled rate."""
+        rate = self._group.get(RATE)
+        if self._copy is not None and self._copy._version != self._version and isinstance(rate, Tensor):
+            rate.copy_(self._copy if self._sets_rate else self._copy / self._scale)
+            self._version = self._copy._version
+
+
+def times(rate: Any, scale: float) -> Any:
+    """Return the rate times `scale`, for any kind of number; other values, such as None, unchanged."""
+    try:
+        return rate * scale
+    except TypeError:
+        return rate
+
+
+def number(rate: Any) -> float | None:
+    """Return a rate in host memory as a number; None if it is no number."""
+    try:
+        return None if rate is None or isinstance(rate, str) else float(rate)
+    except (TypeError, ValueError):
+        return None
