@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -57,9 +58,14 @@ def monitor(
     from koopmon.monitor import daemon
 
     store = store or monitor_store()
-    return daemon.serve(
+    status = daemon.serve(
         settings, bind=bind, data_bind=bind_data, http=http, device=device, store=store, ready_file=ready_file
     )
+    if with_parent:
+        # The launcher waits for this process. Everything is closed, and an interpreter with torch takes 1 to 2 s to end.
+        logging.shutdown()
+        os._exit(status)
+    return status
 
 
 def _end_with_parent() -> None:
