@@ -1,9 +1,10 @@
-"""Zero-code attach: `koopmon run` attaches the first optimizer of a training process to its model.
+"""Zero-code attach: `koopmon run` attaches the optimizers of a training process to their model.
 
 `_autoload/sitecustomize.py` calls `arm` when Python starts. A finder waits for `torch.optim.optimizer`, so that only
 the script imports torch. It then wraps `Optimizer.__init__`. When the script makes an optimizer, the one root module
 that owns its parameters is looked up among the live objects. `koopmon.attach` follows, before the first forward and on
-every rank alike. Every failure becomes one log line, and training goes on.
+every rank alike. Further optimizers of that model join. A later model is followed once the first one no longer trains.
+Every failure becomes one log line, and training goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +36,8 @@ _TARGET = "torch.optim.optimizer"
 _MARK = "KOOPMON_ATTACHED_PID"
 LAUNCHERS = frozenset({"torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "deepspeed"})
 """Programs and modules that start ranks and do not train themselves."""
+IDLE_STEPS = 10
+"""Steps of another model's optimizer, without one of the attached model, after which the other model is followed."""
 _log = logging.getLogger("koopmon.agent")
 
 
@@ -47,16 +51,17 @@ class RootNotFoundError(LookupError):
     """No single module owns the parameters of an optimizer. The message lists the modules found."""
 
 
-class _Closable(Protocol):
+class _Agent(Protocol):
     def close(self) -> None: ...
+
+    def status(self) -> dict[str, Any]: ...
 
 
 def should_attach(environ: Mapping[str, str], argv: Sequence[str], pid: int) -> bool:
     """Return True if a process may train under koopmon. `argv` is `sys.orig_argv`, the interpreter's own command line.
 
-    Excluded processes: those without an endpoint, launchers of ranks, children of multiprocessing (including DataLoader
-    workers), and torch's compile workers. The children of an attached process are excluded too, because they inherit
-    its RANK.
+    Excluded processes: those without an endpoint, launchers of ranks, servers of multiprocessing, and torch's compile
+    workers. The children of an attached process, such as DataLoader workers, are excluded too.
     """
     if not environ.get("KOOPMON_ENDPOINT") or environ.get(_MARK, str(pid)) != str(pid):
         return False
@@ -64,7 +69,7 @@ def should_attach(environ: Mapping[str, str], argv: Sequence[str], pid: int) -> 
     return not (
         program in LAUNCHERS
         or os.path.basename(program) in LAUNCHERS
-        or program.startswith("from multiprocessing")
+        or program.startswith(("from multiprocessing.forkserver", "from multiprocessing.resource_tracker"))
         or "compile_worker" in program
     )
 
@@ -87,7 +92,7 @@ def arm() -> bool:
     if not should_attach(os.environ, sys.orig_argv, os.getpid()):
         return False
     watch = _Watch()
-    os.register_at_fork(after_in_child=watch.disable)
+    os.register_at_fork(after_in_child=watch.on_fork)
     if _TARGET in sys.modules:
         watch.wrap(sys.modules[_TARGET])
     else:
@@ -101,8 +106,10 @@ class _Watch:
     def __init__(self) -> None:
         self._enabled = True
         self._busy = False
-        self._agent: _Closable | None = None
-        self._parameters: frozenset[int] = frozenset()
+        self._agent: _Agent | None = None
+        self._model: Callable[[], nn.Module | None] = lambda: None
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        """The attached optimizers."""
         self._logged: set[str] = set()
 
     def find_spec(
@@ -126,8 +133,9 @@ class _Watch:
         loader.exec_module = exec_module
         return spec
 
-    def disable(self) -> None:
-        self._enabled = False
+    def on_fork(self) -> None:
+        """Leave the child of an attached process alone, such as a DataLoader worker. Another one may be a rank."""
+        self._enabled = self._enabled and self._agent is None
 
     def wrap(self, module: ModuleType) -> None:
         try:
@@ -144,12 +152,15 @@ class _Watch:
             self._log(f"not attached: {error}")
 
     def on_optimizer_created(self, optimizer: Optimizer) -> None:
-        """Attach to a new optimizer, unless an earlier one of other parameters is attached already."""
+        """Attach to a new optimizer, or let it join the attached model."""
+        self._guarded(self._attach, optimizer)
+
+    def _guarded(self, action: Callable[[Optimizer], None], optimizer: Optimizer) -> None:
         if not self._enabled or self._busy:
             return
         self._busy = True
         try:
-            self._attach(optimizer)
+            action(optimizer)
         except BaseException as error:
             raise_from_signal(error)
             self._log(f"not attached, training goes on without koopmon: {type(error).__name__}: {error}")
@@ -157,22 +168,81 @@ class _Watch:
             self._busy = False
 
     def _attach(self, optimizer: Optimizer) -> None:
-        parameters = _parameters(optimizer)
-        if self._agent is not None:
-            if parameters != self._parameters:
-                self._log("more than one optimizer: koopmon guards the learning rate of the first one only")
-                return
-            # The script replaced its optimizer. The old one will not step again.
-            agent, self._agent = self._agent, None
-            atexit.unregister(agent.close)
-            agent.close()
-        model = root_module(optimizer)
+        model = self._model()
+        if self._agent is not None and (model is None or not self._optimizers):
+            self._let_go()
+        if self._agent is None:
+            try:
+                self._attach_to(root_module(optimizer), optimizer)
+            except RootNotFoundError:
+                self._wait_for_steps(optimizer)  # its model may be built later, and many optimizers never step
+        elif model is None or not _parameters(optimizer).intersection(map(id, model.parameters())):
+            self._wait_for_steps(optimizer)
+        elif self._agent.status()["step"] or _owns(model, _parameters(optimizer)):
+            self._attach_to(model, optimizer)
+        else:
+            self._regroup(root_module(optimizer), optimizer)
+
+    def _attach_to(self, model: nn.Module, optimizer: Optimizer) -> None:
         from koopmon import attach
 
         agent = attach(model, optimizer)
-        self._agent, self._parameters = agent, parameters
-        os.environ[_MARK] = str(os.getpid())
-        atexit.register(agent.close)
+        self._optimizers.add(optimizer)
+        if self._agent is None:
+            self._agent, self._model = agent, weakref.ref(model)
+            os.environ[_MARK] = str(os.getpid())
+            atexit.register(agent.close)
+
+    def _let_go(self) -> None:
+        """Close the agent of a model that no longer trains."""
+        agent, self._agent = self._agent, None
+        self._optimizers.clear()
+        if agent is not None:
+            atexit.unregister(agent.close)
+            agent.close()
+
+    def _regroup(self, root: nn.Module, optimizer: Optimizer) -> None:
+        """Attach to `root`, which holds the attached model and that of `optimizer`."""
+        optimizers = [*self._optimizers, optimizer]
+        self._let_go()
+        for each in optimizers:
+            self._attach_to(root, each)
+
+    def _wait_for_steps(self, optimizer: Optimizer) -> None:
+        """Attach to `optimizer` as soon as it steps and no attached model trains beside it."""
+        import torch
+
+        attached_steps: int | None = None
+        num_steps = 0
+
+        def after_step(stepping: Optimizer) -> None:
+            nonlocal attached_steps, num_steps
+            num_steps += 1
+            before, model = attached_steps, self._model()
+            attached_steps = None if self._agent is None else self._agent.status()["step"]
+            if attached_steps is None or model is None or not self._optimizers or num_steps >= IDLE_STEPS:
+                handle.remove()
+                root = root_module(stepping)
+                self._let_go()
+                self._attach_to(root, stepping)
+            elif num_steps == 1:
+                try:
+                    root = root_module(stepping)
+                except RootNotFoundError:  # it updates single parameters beside the model
+                    handle.remove()
+                else:
+                    if any(each is model for each in root.modules()):
+                        handle.remove()
+                        self._regroup(root, stepping)
+            elif before is not None and attached_steps != before:
+                handle.remove()
+                self._log("two models train in this process: koopmon guards the first one only")
+
+        def hook(stepping: Optimizer, *_: Any) -> None:
+            if not torch.compiler.is_compiling():
+                self._guarded(after_step, stepping)
+
+        handle = optimizer.register_step_post_hook(hook)
 
     def _log(self, text: str) -> None:
         if text not in self._logged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
@@ -46,6 +47,9 @@ from koopmon.wire.auth_policy import AuthPolicy
 
 logger = logging.getLogger("koopmon.agent")
 
+STEPLESS_FORWARDS = 16
+"""Training forwards without a step after which changed weights mean that the optimizer calls no hooks."""
+
 
 class AgentRuntime:
     """All hooks and threads of one attached training. `close` detaches them. The hooks keep it alive.
@@ -79,6 +83,9 @@ class AgentRuntime:
         self._model = weakref.ref(model)
         self.optimizers = OptimizerSet()
         self._clock = StepClock()
+        self._num_stepless = 0
+        """Training forwards before the first step."""
+        self._first_versions: list[int] = []
         self._config = config
         self._run = run
         self._trust = trust
@@ -254,6 +261,8 @@ class AgentRuntime:
     def on_forward(self) -> None:
         if self._clock.on_forward():
             self._end_step()
+        if not self._clock.num_steps:
+            self._check_steps_are_seen()
         if isinstance(self.lifecycle.state, WaitingForRanks):
             world = current_context()
             if world is None:
@@ -262,6 +271,23 @@ class AgentRuntime:
             self._meet_ranks(world or RankContext())
         for action in self.actions:
             action.on_forward()
+
+    def _check_steps_are_seen(self) -> None:
+        """Log one line if the weights change, and no attached optimizer has called its hooks."""
+        self._num_stepless += 1
+        if self._num_stepless == 1:
+            self._first_versions = self._versions()
+        elif self._num_stepless == STEPLESS_FORWARDS and self._first_versions != self._versions():
+            log_for_job(
+                logger,
+                "no snapshots and no commands: the weights change, but the attached optimizer calls no hooks, as in "
+                "torch.compile; compile the model or the loss, and not the optimizer's step",
+            )
+
+    def _versions(self) -> list[int]:
+        """Return the versions of a few parameters. An update in place increments them."""
+        firsts = (next(iter(group["params"]), None) for each in self.optimizers for group in each.param_groups)
+        return [each._version for each in itertools.islice(firsts, 8) if each is not None and not each.is_inference()]
 
     def on_chain_verified(self, stack: Stack, width: int, update_exponent: float | None, fingerprint: int) -> None:
         if isinstance(state := self.lifecycle.state, RankedState):

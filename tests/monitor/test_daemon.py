@@ -317,6 +317,25 @@ def test_a_restarted_job_gets_back_what_was_applied(start_monitor: Start, connec
     until(lambda: monitor.sample('messages_rejected_total{reason="stale_incarnation"}') == 1)
 
 
+def test_a_training_that_said_goodbye_hands_nothing_to_the_next(
+    start_monitor: Start, connect: Start, until: Until
+) -> None:
+    monitor = start_monitor()
+    held = Applied(lr_scale=0.25, max_rate=0.01, kss=KssSettings(alpha=0.1, tau_u=2.0))
+    first = connect(monitor.addresses.endpoint, incarnation="aaaaaaaa")
+    first.hello()
+    first.heartbeat(50, applied=held)
+    first.send(Goodbye(**first.name, process_rank=0, step=50, reason="finished"))
+    until(lambda: monitor.sample('run_state{run="job"}') != 1)
+    second = connect(monitor.addresses.endpoint, incarnation="bbbbbbbb")
+    assert second.hello().restore is None
+    second.heartbeat(30, applied=held)
+    third = connect(monitor.addresses.endpoint, incarnation="cccccccc")
+    assert third.hello().restore == held, "the second was killed"
+    fourth = connect(monitor.addresses.endpoint, incarnation="dddddddd")
+    assert fourth.hello().restore == held, "the third was killed before its first step"
+
+
 def test_health_and_readiness(start_monitor: Start) -> None:
     monitor = start_monitor()
     for page in ("healthz", "readyz"):

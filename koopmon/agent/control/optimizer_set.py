@@ -50,11 +50,16 @@ class OptimizerSet:
 
         A rate on a device is returned as a tensor, unread.
         """
-        rates = [group.get(RATE) for each in self for group in each.param_groups]
-        for rate in rates:
-            if isinstance(rate, Tensor) and rate.device.type != "cpu":
-                return rate
-        return max((value for rate in rates if (value := number(rate)) is not None), default=None)
+        largest: float | None = None
+        for each in self:
+            for group in each.param_groups:
+                rate = group.get(RATE)
+                if isinstance(rate, Tensor) and rate.device.type != "cpu":
+                    return rate
+                value = rate if type(rate) is float else number(rate)
+                if value is not None and (largest is None or value > largest):
+                    largest = value
+        return largest
 
     def rate_sized_steps(self) -> bool:
         """Return True if each step moves each weight by about the learning rate, regardless of the gradient's size.

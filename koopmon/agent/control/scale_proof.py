@@ -222,11 +222,11 @@ def _tensors(optimizer: Optimizer) -> Iterator[Tensor]:
             yield from (each for each in entries.values() if isinstance(each, Tensor))
 
 
-class _Isolation(TorchDispatchMode):
+class _Isolation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises for an operation that would reach beyond the check."""
 
     def __init__(self, protected: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._protected = {storage for each in protected for storage in _storages(each)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -31,9 +31,9 @@ def scaled_view(optimizer: Optimizer, scale: float, *, sets_rate: bool = False) 
     view_class = _view_classes.get(kind)
     if view_class is None:
         names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__slots__": ("_scaled_groups",)}
-        view_class = type(kind)(kind.__name__, (kind,), {**names, "param_groups": _GROUPS})
-        _view_classes[kind] = view_class
-    view = object.__new__(view_class)
+        metaclass: Any = type(kind)
+        view_class = _view_classes[kind] = metaclass(kind.__name__, (kind,), {**names, "param_groups": _GROUPS})
+    view: Optimizer = object.__new__(view_class)
     view.__dict__ = optimizer.__dict__
     object.__setattr__(view, "_scaled_groups", [ScaledGroup(each, scale, sets_rate) for each in optimizer.param_groups])
     return view
@@ -55,7 +55,11 @@ def _set_groups(view: Any, groups: list[Any]) -> None:
 _GROUPS = property(lambda view: view._scaled_groups, _set_groups)
 
 
-class ScaledGroup(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[misc]
+# Both: the methods of a mapping, which all use the few below, and a dict for isinstance().
+_MappingDict: Any = type("_MappingDict", (MutableMapping, dict), {"__slots__": ()})
+
+
+class ScaledGroup(_MappingDict):  # type: ignore[misc]
     """One parameter group, whose rate is read as the user's rate times the scale. All writes reach the group itself.
 
     The content of the dict itself is the same, for code that reads it without these methods.

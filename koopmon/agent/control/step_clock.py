@@ -28,7 +28,11 @@ def is_nested(optimizer: Optimizer) -> bool:
     A subclass calls that of its parent. Both call the hooks if an optimizer of the parent's class exists. A counter
     would be wrong after a step that raised: the frames are not.
     """
-    if sum(hasattr(vars(kind).get("step"), "hooked") for kind in type(optimizer).__mro__) < 2:
+    count = 0
+    for kind in type(optimizer).__mro__[:-2]:  # without Optimizer and object
+        if hasattr(kind.__dict__.get("step"), "hooked"):
+            count += 1
+    if count < 2:
         return False
     return sum(vars(each) is vars(optimizer) for each in _stepping()) > 1
 
@@ -50,12 +54,19 @@ def _has_closure(args: Any, kwargs: Any) -> bool:
 class _Calls:
     """The last calls of one optimizer: in step number `step`, and the gradient of one parameter after them."""
 
+    optimizer: weakref.ref[Optimizer]
+    expected: bool = False
+    """True if the step that is open waits for a call of this optimizer."""
     step: int = 0
     ended: bool = False
     """False until a call has returned in that step."""
     parameter: weakref.ref[Tensor] | None = None
     gradient: weakref.ref[Tensor] | None = None
     version: int = 0
+
+    def took_part(self, step: int) -> bool:
+        """Return True if a call has returned in step number `step`."""
+        return self.ended and self.step == step
 
     def note(self, optimizer: Optimizer) -> None:
         """Keep the gradient of this moment."""
@@ -90,13 +101,13 @@ class StepClock:
         """True if a training forward has begun since the last step began."""
         self._number = 0
         """Steps that have begun, with those whose calls all raised."""
-        self._calls: weakref.WeakKeyDictionary[Optimizer, _Calls] = weakref.WeakKeyDictionary()
-        self._expected: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._calls: dict[int, _Calls] = {}
+        """By the id of the optimizer."""
 
     @property
     def open(self) -> bool:
         """True while a step has begun and not ended. A step whose calls all raised is none."""
-        return self._begun and bool(self._in_step())
+        return self._begun and any(calls.took_part(self._number) for calls in self._calls.values())
 
     def begins_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> bool:
         """Return True if the call `optimizer.step(*args[1:], **kwargs)` belongs to another step than the calls before.
@@ -105,31 +116,38 @@ class StepClock:
         """
         if self._forward or _has_closure(args, kwargs):
             return True
-        calls = self._calls.get(optimizer)
-        took_part = calls is not None and calls.step == self._number and calls.ended
-        return took_part and calls.has_new_gradient(optimizer)  # type: ignore[union-attr]
+        calls = self._of(optimizer)
+        return calls.took_part(self._number) and calls.has_new_gradient(optimizer)
 
     def begin_step(self, optimizers: Iterable[Optimizer]) -> None:
-        """Begin a step. Those of `optimizers` are expected that took part in the last one."""
-        live = set(optimizers)
-        expected = live & self._in_step() or {each for each in live if _parameter(each) is not None}
-        self._expected = weakref.WeakSet(expected)
+        """Begin a step. It waits for the optimizers of the last one: for the first, for those that have gradients."""
+        known = False
+        for key, calls in list(self._calls.items()):
+            calls.expected = calls.took_part(self._number)
+            if calls.optimizer() is None:
+                del self._calls[key]
+            elif calls.expected:
+                known = True
+        if not known:
+            for each in optimizers:
+                self._of(each).expected = _parameter(each) is not None
         self._number += 1
         self._forward, self._begun = False, True
 
     def begin(self, optimizer: Optimizer) -> None:
         """Begin a call of `optimizer`."""
-        calls = self._calls.setdefault(optimizer, _Calls())
+        calls = self._of(optimizer)
         if calls.step < self._number:
             calls.step, calls.ended = self._number, False
 
     def end(self, optimizer: Optimizer) -> bool:
         """End a call of `optimizer`. Returns True if the step is complete."""
-        calls = self._calls.setdefault(optimizer, _Calls())
+        calls = self._of(optimizer)
         calls.note(optimizer)
         calls.ended = True
         # The rest of a backward pass may still read the weights.
-        return self._begun and torch._C._current_graph_task_id() == -1 and self._in_step().issuperset(self._expected)
+        in_backward = torch._C._current_graph_task_id() != -1
+        return self._begun and not in_backward and not any(map(self._is_missing, self._calls.values()))
 
     def end_step(self) -> None:
         """End the step that is open."""
@@ -138,17 +156,23 @@ class StepClock:
 
     def on_forward(self) -> bool:
         """Note that a training forward begins. Returns True if an open step must end before it."""
-        if self._unended() and next(_stepping(), None) is not None:
+        if not self._begun:
+            self._forward = True
+            return False
+        running = any(calls.step == self._number and not calls.ended for calls in self._calls.values())
+        if running and next(_stepping(), None) is not None:
             return False  # inside a closure
         self._forward = True
         return self.open
 
-    def _in_step(self) -> set[Optimizer]:
-        """Return the optimizers of which a call has returned in the last step that began."""
-        return {each for each, calls in self._calls.items() if calls.step == self._number and calls.ended}
+    def _of(self, optimizer: Optimizer) -> _Calls:
+        calls = self._calls.get(id(optimizer))
+        if calls is None or calls.optimizer() is not optimizer:
+            calls = self._calls[id(optimizer)] = _Calls(weakref.ref(optimizer))
+        return calls
 
-    def _unended(self) -> bool:
-        return any(calls.step == self._number and not calls.ended for calls in self._calls.values())
+    def _is_missing(self, calls: _Calls) -> bool:
+        return calls.expected and not calls.took_part(self._number) and calls.optimizer() is not None
 
 
 def _parameter(optimizer: Optimizer) -> Tensor | None:
