@@ -62,7 +62,7 @@ def monitor(
         settings, bind=bind, data_bind=bind_data, http=http, device=device, store=store, ready_file=ready_file
     )
     if with_parent:
-        # The launcher waits for this process. Everything is closed, and an interpreter with torch takes 1 to 2 s to end.
+        # The launcher waits for this process. All is closed, and an interpreter with torch takes 1 to 2 s to end.
         logging.shutdown()
         os._exit(status)
     return status

@@ -25,6 +25,8 @@ from koopmon.run_names import check_run_name, new_run_name
 from koopmon.wire.auth_policy import PLAINTEXT_VARIABLE, AuthPolicy, make_auth_policy
 
 ANSWER_SECONDS = 2.0
+KEPT_SETTINGS = "KOOPMON_KEPT_SETTINGS"
+"""The variable of `koopmon.agent.control.kept_settings`, which imports torch."""
 
 
 def run(
@@ -82,6 +84,8 @@ def run(
         if where is not None:
             # Ranks on other nodes have their own launchers, so the agents of the job agree on a name themselves.
             for_agents["KOOPMON_RUN"] = name
+        else:
+            for_agents[KEPT_SETTINGS] = str(_default_store(named).parent)
         return _run_with_shared_monitor(command, monitor, trust, for_agents)
     only_shared = {"--keys": keys, "--insecure-plaintext-tcp": insecure_plaintext_tcp or None}
     _refuse(only_shared, "needs --monitor: only this user reaches the job's own monitor")
@@ -94,6 +98,7 @@ def run(
     words = [word for name, value in options.items() if value is not None for word in (name, value)]
     words += ["--dry-run"] if dry_run else []
     store = store or _default_store(named)
+    for_agents[KEPT_SETTINGS] = str(store.absolute().parent)
     status, served = _run_with_own_monitor(command, named, store, words, for_agents)
     _close_with_summary(store, named, status, json_file, served=served)
     return status

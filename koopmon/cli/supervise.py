@@ -49,7 +49,9 @@ def run_job(
     """Run `command` to its end inside `signals_held` and return its exit status. The job gets the previous signal mask.
 
     The job inherits the standard streams. The status is the job's own, or 128 + n when signal n ended it. `watch` is
-    called after each state change of a child process, and after the seconds that it returned. Raises CommandNotFoundError and CommandNotRunnableError.
+    called after each state change of a child process, and after the seconds that it returned.
+
+    Raises CommandNotFoundError and CommandNotRunnableError.
     """
 
     try:
