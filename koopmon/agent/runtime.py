@@ -244,7 +244,7 @@ class AgentRuntime:
         self.closed = True
         for handle in self._handles:
             handle.remove()
-        if self._kept is not None:
+        if self._kept is not None and not reason:
             self._kept.clear()
         self.taps.remove()
         for action in self.actions:

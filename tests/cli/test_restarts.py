@@ -149,7 +149,7 @@ def test_the_rate_at_the_kill_is_in_force_at_the_first_step_of_every_launch(
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_rate_at_the_kill_is_in_force_after_an_elastic_restart(koopmon: Any) -> None:
-    job = Job(koopmon, ranks=2, norm=True, restarts=3)
+    job = Job(koopmon, ranks=2, norm=True, restarts=6)
     job.wait_for_action(0)
     for count in range(2):
         job.wait_for_steps(10)

@@ -2,13 +2,15 @@
 
 `koopmon run` names the file's directory in the environment. Rank 0 writes the file before the first update with a
 changed setting, so that the file is right whenever the launch is killed. All ranks of the next launch read it before
-their first step, also if torchrun restarts them in the same job. A launch that ends with a goodbye removes it.
+their first step, also if torchrun restarts them in the same job. A training that ends removes it. One that raised has
+not ended: on the ranks beside a killed one, the next collective raises.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 import msgspec
@@ -80,8 +82,9 @@ class KeptSettings:
             self._warn(f"{self._path}: {error.strerror}: a restarted launch begins without the settings in force")
 
     def clear(self) -> None:
-        """Remove the file at the end of a training. A launch without an optimizer step leaves it."""
-        if self._used:
+        """Remove the file at the end of a training. A launch without an optimizer step, or that raised, leaves it."""
+        # Python sets this attribute before it reports an exception that ends the script.
+        if self._used and getattr(sys, "last_type", None) is None:
             self.keep(Applied())
 
     def _warn(self, text: str) -> None:

@@ -63,6 +63,14 @@ def test_a_training_that_ends_leaves_nothing_and_one_without_a_step_leaves_what_
     assert kept(tmp_path).read() is None
 
 
+def test_a_training_that_raised_leaves_what_was_in_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = kept(tmp_path)
+    settings.keep(BACKED_OFF)
+    monkeypatch.setattr(sys, "last_type", RuntimeError, raising=False)
+    settings.clear()
+    assert kept(tmp_path).read() == BACKED_OFF
+
+
 @pytest.mark.parametrize(
     "text",
     [
