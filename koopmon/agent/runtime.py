@@ -84,6 +84,10 @@ class AgentRuntime:
         self.lifecycle = LifeCycle(self.actions, self.stats, config.control)
         self._model = weakref.ref(model)
         self.optimizers = OptimizerSet()
+        self._new_optimizers = False
+        """True if optimizers were added since the last step."""
+        self._wrappers: set[int] = set()
+        """The ids of optimizers with hooks that wrap others."""
         self._clock = StepClock()
         self._num_stepless = 0
         """Training forwards before the first step."""
@@ -119,11 +123,21 @@ class AgentRuntime:
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """Follow one more optimizer of the model: same clock, same commands."""
         hook = self._lasting_breaker.hook
+        self._new_optimizers = True
         for member in self.optimizers.add(optimizer):
+            self._wrappers.discard(id(member))
             self._handles += [
                 member.register_step_pre_hook(hook(self._before_call)),
                 member.register_step_post_hook(hook(self._after_call)),
             ]
+
+    def _find_wrappers(self) -> None:
+        """Replace the optimizers that wrap others. In their constructors, which add them, they do not hold these."""
+        members = list(self.optimizers)
+        for each in members:
+            self.add_optimizer(each)
+        self._wrappers |= set(map(id, members)) - set(map(id, self.optimizers))
+        self._new_optimizers = False
 
     @property
     def present(self) -> bool:
@@ -331,9 +345,13 @@ class AgentRuntime:
         if begins:
             if clock.open:
                 self._end_step()
+            if self._new_optimizers:
+                self._find_wrappers()
             clock.begin_step(self.optimizers)
             self.breaker.hook(self._before_step)(optimizer, args, kwargs)
         clock.begin(optimizer)
+        if id(optimizer) in self._wrappers:
+            return None  # the optimizers that it holds are scaled
         update, control = Update(optimizer, args, kwargs), self.lifecycle.state.control
         for action in self._lasting:
             action.apply(control, clock.num_steps, update)

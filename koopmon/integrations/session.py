@@ -39,20 +39,19 @@ class SessionCallback:
         self._arguments: dict[str, Any] = {"endpoint": endpoint, "run": run, "config": config}
 
     def _begin(self, model: nn.Module, optimizers: Sequence[object], *, refused: str = "") -> None:
-        """Attach `model` and its one optimizer. With several, none, or a reason in `refused`, log one line instead.
+        """Attach `model` and its optimizers. With none, or a reason in `refused`, log one line instead.
 
         Raises the exceptions of `koopmon.attach` for `endpoint`, `run` and `config`, before the first step.
         """
         self._end()
         stepping = [each for each in optimizers if isinstance(each, Optimizer) and _moves_something(each)]
-        if not refused and len(stepping) != 1:
-            counted = f"{len(stepping)} optimizers" if stepping else "no torch.optim.Optimizer"
-            refused = f"the trainer has {counted}, koopmon needs exactly one"
+        if not stepping:
+            refused = refused or "the trainer has no torch.optim.Optimizer"
         if refused:
             log_for_job(logger, f"not attached, training goes on: {refused}")
             self.agent = Agent(None, refused)
             return
-        self.agent = attach(model, stepping[0], **self._arguments)
+        self.agent = attach(model, stepping, **self._arguments)
         atexit.register(self._interpreter_ends)
 
     def _end(self, reason: str = "") -> None:

@@ -328,3 +328,53 @@ def test_weights_that_change_without_a_step_are_one_line(
         agent.close()
     found = [each.getMessage() for each in caplog.records if "no snapshots and no commands" in each.getMessage()]
     assert len(found) == 1
+
+
+class Sharpness(SGD):
+    """Like sharpness-aware minimisation: its constructor makes the optimizer that steps."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.base_optimizer = SGD(self.param_groups, lr=lr)
+        self.param_groups = self.base_optimizer.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base_optimizer.step(closure)
+
+
+class Copying(SGD):
+    """Like ZeroRedundancyOptimizer: copies its rate to the optimizer that steps."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.optim = SGD(self.param_groups[0]["params"], lr=lr)
+
+    def step(self, closure: Any = None) -> Any:
+        for own, inner in zip(self.param_groups, self.optim.param_groups, strict=True):
+            inner["lr"] = own["lr"]
+        return self.optim.step(closure)
+
+
+@pytest.mark.parametrize("wrapper", [Sharpness, Copying])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_wrapper_is_scaled_once_also_if_it_is_attached_in_its_constructor(
+    wrapper: Any, early: bool, guarded: Callable[..., Guarded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = guarded(lambda model: [wrapper(model.parameters(), lr=0.01)] if not early else [SGD(model.parameters())])
+    if early:  # as `koopmon run` does, which is called at the end of Optimizer.__init__
+
+        def init(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            training.runtime.add_optimizer(self)
+
+        original = Optimizer.__init__
+        monkeypatch.setattr(Optimizer, "__init__", init)
+        training.optimizers = [wrapper(training.model.parameters(), lr=0.01)]
+        gc.collect()
+    training.train(3)
+    assert training.command("set_lr_scale", lr_scale=0.25).outcome == "applied"
+    training.train(2)
+    assert training.moved[-5:] == pytest.approx([0.01] * 2 + [0.0025] * 3, rel=1e-3)
+    assert training.runtime.stats.step == training.step
+    (outer,) = training.optimizers
+    assert outer.param_groups[0]["lr"] == 0.01

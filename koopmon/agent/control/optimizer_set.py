@@ -36,8 +36,11 @@ class OptimizerSet:
         _find_inner(optimizer, found, (optimizer,))
         known = set(self)
         new = [each for each in found if each not in known]
-        self._references = [each for each in self._references if each[0]() is not None]
-        self._references += [(weakref.ref(each), frozenset(parameter_ids(optimizer))) for each in new]
+        ids = frozenset(parameter_ids(optimizer))
+        # A wrapper may have been added in its own constructor, before it held the others.
+        gone = (None,) if optimizer in found else (None, optimizer)
+        kept = [each for each in self._references if each[0]() not in gone]
+        self._references = kept + [(weakref.ref(each), ids) for each in new]
         return new
 
     @property

@@ -105,7 +105,7 @@ def _sample(optimizer: Optimizer) -> list[Tensor]:
     for group in groups[:: -(-len(groups) // MAX_GROUPS)] if groups else ():
         trained = sorted((each for each in group["params"] if each.requires_grad), key=Tensor.numel)
         trained = [each for each in trained if each.grad is not None] or trained
-        trained = [each for each in trained if 0 < each.numel() <= MAX_ELEMENTS]
+        trained = [each for each in trained if 0 < _local(each).numel() <= MAX_ELEMENTS]
         for each in [*trained[:1], *[each for each in trained if each.dim() > 1][:1]]:
             chosen[id(each)] = each
     return list(chosen.values())
@@ -134,14 +134,14 @@ def _updates(
             close_view(view, twin)
         if index:
             for distances, old, new in zip(moved, before, clones, strict=True):
-                distances.append(float(_plain(new.detach() - old).double().norm()))
+                distances.append(float((new.detach() - old).double().norm()))
     return moved, [number(group.get(RATE)) or 0.0 for group in twin.param_groups]
 
 
 def _clear(moved: list[list[float]], sample: list[Tensor], from_zero: bool) -> bool:
     """Return True if the movements are finite, at least one is not zero, and none is in the order of rounding."""
     for distances, each in zip(moved, sample, strict=True):
-        size = 0.0 if from_zero else float(_plain(each.detach()).double().norm())
+        size = 0.0 if from_zero else float(_local(each.detach()).double().norm())
         rounding = CLEAR * torch.finfo(each.dtype).eps * size / SCALE
         if not all(distance < float("inf") and (distance > rounding or distance == 0.0) for distance in distances):
             return False
@@ -149,7 +149,7 @@ def _clear(moved: list[list[float]], sample: list[Tensor], from_zero: bool) -> b
 
 
 def _clone(parameter: Tensor, from_zero: bool) -> Tensor:
-    data = parameter.detach()
+    data = _local(parameter.detach())
     clone = nn.Parameter(torch.zeros_like(data) if from_zero else data.clone(), parameter.requires_grad)
     clone.__dict__.update(vars(parameter))  # marks by which some optimizers choose their rule
     return clone
@@ -157,17 +157,18 @@ def _clone(parameter: Tensor, from_zero: bool) -> Tensor:
 
 def _gradient(parameter: Tensor) -> Tensor:
     """Return a copy of the gradient of `parameter`, or some other one if it has none that is finite and not zero."""
-    gradient = parameter.grad
-    if gradient is not None and 0.0 < float(_plain(gradient.detach()).double().abs().sum()) < float("inf"):
-        return gradient.detach().clone()
-    other = torch.full_like(parameter.detach(), 0.01)
-    if not hasattr(other, "to_local"):
-        other.view(-1).mul_(torch.arange(1.0, 1.0 + other.numel(), device=other.device).sin().to(other.dtype))
+    gradient = None if parameter.grad is None else _local(parameter.grad.detach())
+    if gradient is not None:
+        dense = gradient if gradient.layout is torch.strided else gradient.to_dense()
+        if 0.0 < float(dense.double().abs().sum()) < float("inf"):
+            return gradient.clone()
+    other = torch.full_like(_local(parameter.detach()), 0.01)
+    other.view(-1).mul_(torch.arange(1.0, 1.0 + other.numel(), device=other.device).sin().to(other.dtype))
     return other
 
 
 def _twin(optimizer: Optimizer, sample: list[Tensor], clones: list[Tensor], *, fresh: bool) -> Optimizer:
-    """Return a copy of `optimizer` that holds `clones` in the place of `sample`, and no other parameter."""
+    """Return a copy of `optimizer` that holds `clones` instead of `sample`, and no other parameter."""
     by_id: dict[int, Any] = dict(zip(map(id, sample), clones, strict=True))
     twin = object.__new__(type(optimizer))
     # Every other parameter becomes one without memory: an operation on it raises or has no effect.
@@ -195,7 +196,9 @@ def _twin(optimizer: Optimizer, sample: list[Tensor], clones: list[Tensor], *, f
     state: defaultdict[Any, Any] = defaultdict(dict)
     for key, value in optimizer.state.items():
         if not isinstance(key, Tensor) or (id(key) in by_id and not fresh):
-            state[by_id.get(id(key), key)] = copy.deepcopy(value, memo)
+            entries = state[by_id.get(id(key), key)] = copy.deepcopy(value, memo)
+            for name, each in list(entries.items()) if isinstance(entries, dict) else ():
+                entries[name] = _local(each) if isinstance(each, Tensor) else each
     twin.param_groups, twin.state = groups, state
     return twin
 
@@ -204,10 +207,10 @@ def _readable(rate: Any) -> float | None:
     return number(rate.detach() if isinstance(rate, Tensor) else rate)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, dense."""
+def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor. Without sharded tensors, few optimizers communicate."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.to_dense() if local.layout is not torch.strided else local
+    return local
 
 
 def _tensors(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -243,9 +246,8 @@ class _Isolation(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storages(tensor: Tensor) -> Iterator[int]:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     try:
-        address = local.untyped_storage().data_ptr()
+        address = _local(tensor).untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
         return  # sparse, meta or fake
     if address:

@@ -1,6 +1,6 @@
 """View of an optimizer whose learning rates are scaled, for the time of one update.
 
-The step pre-hook passes the view to `step()` in the place of the optimizer. The optimizer's own parameter groups always
+The step pre-hook passes the view to `step()` instead of the optimizer. The optimizer's own parameter groups always
 hold the user's rates. Checkpoints, schedulers, signal handlers and hooks therefore never read a scaled value, also
 after a step that raised.
 """

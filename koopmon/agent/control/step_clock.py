@@ -102,7 +102,7 @@ class StepClock:
         self._number = 0
         """Steps that have begun, with those whose calls all raised."""
         self._calls: dict[int, _Calls] = {}
-        """By the id of the optimizer."""
+        """Keys are ids of optimizers."""
 
     @property
     def open(self) -> bool:

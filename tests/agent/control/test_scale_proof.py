@@ -312,6 +312,32 @@ def test_a_check_without_a_result_is_a_refusal(make: Callable[[], Optimizer], re
     assert reason in prove(make()).refusal
 
 
+SHARDED = """
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from koopmon.agent.control.scale_proof import ScaleProof, prove
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+makers = [torch.optim.AdamW, torch.optim.SGD]
+if hasattr(torch.optim, "Muon"):
+    makers.append(lambda weights, lr: torch.optim.Muon([each for each in weights if each.dim() == 2], lr=lr))
+for make in makers:
+    optimizer = make(model.parameters(), lr=0.01)
+    model.zero_grad()
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert prove(optimizer) == ScaleProof(), prove(optimizer)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.process
+def test_sharded_parameters_are_checked_without_communication(python: Callable[..., Any]) -> None:
+    python("import warnings; warnings.simplefilter('ignore')\n" + SHARDED)
+
+
 def test_the_check_writes_to_no_tensor_of_the_training() -> None:
     weights = parameters()
     outside = weights[0].data
