@@ -49,7 +49,7 @@ ROOMS = {
     "profiling": "errors api block_finder chain_verifier plugins discovery token_sampling observables spectral",
     "agent": (
         "errors logs run_names config spectral wire api hookspecs block_finder chain_verifier token_sampling "
-        "observables plugins discovery process_state"
+        "observables plugins discovery process_state files"
     ),
     "conformance": "errors config spectral wire api chain_verifier token_sampling observables plugins discovery agent",
     "grafana": "errors config telemetry files",

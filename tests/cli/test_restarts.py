@@ -27,6 +27,9 @@ max_actions_per_hour = 4
 """
 """A policy that acts on the first snapshots, so that the test does not depend on a model that diverges."""
 
+ELASTIC = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""Without it, restarts by torchrun in torch 2.13 hang over gloo, with and without koopmon (docs/failures.md)."""
+
 
 class Job:
     """One script under `koopmon run`, which is started and killed several times."""
@@ -45,7 +48,7 @@ class Job:
 
     def start(self) -> None:
         options = ("--run", "mine", "--config", "k.toml", "--store", "s.sqlite3")
-        self.process = self.koopmon.start("run", *options, "--", *self.words, TMPDIR="/tmp")
+        self.process = self.koopmon.start("run", *options, "--", *self.words, TMPDIR="/tmp", **ELASTIC)
 
     def rows(self, rank: int = 0) -> list[dict[str, Any]]:
         file = self.directory / f"rank{rank}.jsonl"
@@ -149,7 +152,7 @@ def test_the_rate_at_the_kill_is_in_force_at_the_first_step_of_every_launch(
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_rate_at_the_kill_is_in_force_after_an_elastic_restart(koopmon: Any) -> None:
-    job = Job(koopmon, ranks=2, norm=True, restarts=6)
+    job = Job(koopmon, ranks=2, norm=True, restarts=3)
     job.wait_for_action(0)
     for count in range(2):
         job.wait_for_steps(10)

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from koopmon.errors import one_line
+from koopmon.files import why_not_private
 from koopmon.logs import log_for_job
 from koopmon.wire.messages import Applied, RunName
 
@@ -53,11 +54,14 @@ class KeptSettings:
         """Return the settings that a killed launch left. A file that cannot be used is ignored with one line."""
         try:
             with open(os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-                kept = msgspec.json.decode(file.read(MAX_BYTES), type=_Kept)
+                flaw = why_not_private(self._path, os.fstat(file.fileno()))
+                kept = None if flaw else msgspec.json.decode(file.read(MAX_BYTES), type=_Kept)
         except FileNotFoundError:
             return None
         except (OSError, msgspec.DecodeError) as error:
-            self._warn(f"{self._path} is ignored: {one_line(error)}")
+            flaw, kept = str(error), None
+        if kept is None:
+            self._warn(f"{self._path} is ignored: {one_line(flaw)}")
             return None
         if kept.run != self._run:
             return None

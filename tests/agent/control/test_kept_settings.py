@@ -83,10 +83,19 @@ def test_a_training_that_raised_leaves_what_was_in_force(tmp_path: Path, monkeyp
     ],
 )
 def test_a_bad_file_is_ignored_with_one_line(tmp_path: Path, text: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "team_one.settings").write_bytes(text)
+    file = tmp_path / "team_one.settings"
+    file.write_bytes(text)
+    file.chmod(0o600)
     assert kept(tmp_path).read() is None
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "team_one.settings is ignored" in caplog.text
+
+
+def test_a_file_that_others_can_read_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept(tmp_path).keep(BACKED_OFF)
+    (tmp_path / "team_one.settings").chmod(0o644)
+    assert kept(tmp_path).read() is None
+    assert "chmod 600" in caplog.text
 
 
 def test_a_link_is_not_followed_and_a_directory_that_is_gone_is_one_line(

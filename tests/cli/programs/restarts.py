@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -37,8 +36,7 @@ def main():
     LOGGED = None
     torch.set_num_threads(1)
     if SIZE > 1:
-        # Gloo may miss its peer after an elastic restart. torchrun then restarts the ranks once more.
-        dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+        dist.init_process_group("gloo")
     torch.manual_seed(0)
     block = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=True)
     trunk = nn.TransformerEncoder(block, 3, enable_nested_tensor=False)
