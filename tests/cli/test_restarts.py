@@ -106,7 +106,9 @@ def check(job: Job, num_launches: int) -> None:
     inside = job.killed_inside()
     for before, after in pairwise(launches):
         if before[-1]["pid"] not in inside:
-            assert scale(after[0]) == pytest.approx(scale(before[-1]), rel=1e-9)
+            # A schedule that rises under a cap has a higher peak in its next step, and so a smaller scale.
+            risen = min(1.0, before[-1]["scheduled"] / after[0]["scheduled"])
+            assert risen - 1e-9 <= scale(after[0]) / scale(before[-1]) <= 1.0 + 1e-9
     for rank in range(1, job.ranks):
         for mine, theirs in zip(launches, job.launches(rank), strict=True):
             pairs = list(zip(mine, theirs, strict=False))
