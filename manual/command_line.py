@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import typer
 
 from koopmon import errors
-from koopmon.cli import app
+from koopmon.cli import make_app
 from koopmon.errors import KoopmonError
 from manual.cells import cell
 
@@ -38,7 +38,7 @@ STATUSES = {
 
 def verbs(command: Any = None, name: str = "koopmon") -> Iterator[tuple[str, Any]]:
     """Return every verb and group as (words, command), depth first in the order of `koopmon --help`."""
-    command = typer.main.get_command(app) if command is None else command
+    command = typer.main.get_command(make_app()) if command is None else command
     yield name, command
     for child, below in getattr(command, "commands", {}).items():
         yield from verbs(below, f"{name} {child}")

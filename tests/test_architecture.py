@@ -52,7 +52,7 @@ ROOMS = {
     ),
     "agent": (
         "errors logs run_names config spectral wire api hookspecs block_finder state_position chain_verifier "
-        "token_sampling observables plugins discovery process_state"
+        "token_sampling observables plugins discovery process_state files"
     ),
     "conformance": "errors config spectral wire api chain_verifier token_sampling observables plugins discovery agent",
     "grafana": "errors config telemetry files",

@@ -22,6 +22,7 @@ from koopmon.agent.comms.io_thread import IOThread
 from koopmon.agent.control.action import ControlAction, NextForwards, Update
 from koopmon.agent.control.actuator import Actuator
 from koopmon.agent.control.all_actions import make_actions
+from koopmon.agent.control.kept_settings import VARIABLE, KeptSettings
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rank_group import RankGroup, ReplicaFingerprint
 from koopmon.agent.control.step_clock import StepClock, is_nested
@@ -44,6 +45,7 @@ from koopmon.config import Config
 from koopmon.logs import announced, log_for_job
 from koopmon.plugins import Selection, source
 from koopmon.wire.auth_policy import AuthPolicy
+from koopmon.wire.messages import Applied
 
 logger = logging.getLogger("koopmon.agent")
 
@@ -98,6 +100,8 @@ class AgentRuntime:
         self._budget = OverheadBudget(config.cadence)
         self._num_microbatches = 1
         self._pid = os.getpid()
+        self._kept: KeptSettings | None = None
+        self._restored: Applied | None = None
         self._closables: list[IOThread | RankGroup] = []
         self._finalizer = weakref.finalize(self, _shut_down, self._pid, self._closables)
         for action in self.actions:
@@ -162,6 +166,10 @@ class AgentRuntime:
         schedule = SnapshotSchedule(config.cadence, self._budget, self.stats)
         ranks = data_ranks(model, world)
         rank = RankParts(world, ranks, self.stats, schedule, self._make_sender(world, ranks))
+        if self._run and (directory := os.environ.get(VARIABLE)):
+            self._kept = KeptSettings(directory, self._run, world.rank)
+            self._restored = self._kept.read()
+            weakref.finalize(self, self._kept.clear)
         self.lifecycle.enter(Verifying(rank))
         self._decide_role(rank, None)
         if rank.sender is not None:
@@ -230,6 +238,7 @@ class AgentRuntime:
             requests=self.lifecycle.requests,
             report=rank.report,
             group=group,
+            restored=self._restored,
         )
         return Acting(rank, layout, actuator)
 
@@ -251,6 +260,8 @@ class AgentRuntime:
         self.closed = True
         for handle in self._handles:
             handle.remove()
+        if self._kept is not None and not reason:
+            self._kept.clear()
         self.taps.remove()
         for action in self.actions:
             action.revert()
@@ -332,7 +343,8 @@ class AgentRuntime:
         if is_nested(optimizer):
             return None
         clock = self._clock
-        if clock.begins_step(optimizer, args, kwargs):
+        begins = clock.begins_step(optimizer, args, kwargs)
+        if begins:
             if clock.open:
                 self._end_step()
             if self._new_optimizers:
@@ -345,6 +357,9 @@ class AgentRuntime:
         update, control = Update(optimizer, args, kwargs), self.lifecycle.state.control
         for action in self._lasting:
             action.apply(control, clock.num_steps, update)
+        kept = self._kept
+        if begins and kept is not None and (control.version or kept.in_force):
+            kept.keep(self.lifecycle.applied(clock.num_steps))
         unchanged = update.args is args and update.kwargs is kwargs
         return None if unchanged else (update.args, update.kwargs)
 

@@ -1,55 +1,103 @@
-"""The command line, one file per command. Nothing here imports torch before a command needs it."""
+"""The command line, one file per command. A call imports the file of its own verb only."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
+from importlib import import_module
 
 import typer
 
-from koopmon.cli import adapters, calibrate, demo, doctor, grafana, keys, monitor, profile, replay, report, run
 from koopmon.cli.console import say
 from koopmon.errors import KoopmonError
 
-__all__ = ["app", "main"]
+__all__ = ["main", "make_app"]
 
-app = typer.Typer(
-    name="koopmon",
-    help="Detect training divergence early, in the spectrum of the residual stream, and prevent it.",
-    epilog="Example: koopmon run -- torchrun --nproc-per-node 2 train.py",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-_VERBS: tuple[tuple[Callable[..., int], str], ...] = (
-    (run.run, "run -- torchrun --nproc-per-node 2 train.py --lr 0.003"),
-    (monitor.monitor, "monitor --bind tcp://127.0.0.1:9465 --http 127.0.0.1:9464 --device auto"),
-    (profile.profile, "profile train.py:make_model_and_batch --png spectrum.png"),
-    (calibrate.calibrate, "calibrate ~/.local/state/koopmon/runs/*.sqlite3 --out calibrator.json"),
-    (report.report, "report train-1a2b3c4d --out report"),
-    (replay.replay, "replay train-1a2b3c4d --policy careful.toml"),
-    (doctor.doctor, "doctor --monitor tcp://127.0.0.1:9465 --run train-1a2b3c4d"),
-    (demo.demo, "demo --policy lr"),
-)
-"""Each verb with the example of its help."""
-_NEED_ARGUMENTS = (run.run, profile.profile, calibrate.calibrate, report.report, replay.replay)
-for verb, example in _VERBS:
-    # The words of a job belong to the job, also after its first one.
-    settings = {"allow_interspersed_args": verb is not run.run}
-    app.command(
-        epilog=f"Example: koopmon {example}", no_args_is_help=verb in _NEED_ARGUMENTS, context_settings=settings
-    )(verb)
-for group in (adapters, keys, grafana):
-    group.add_to(app)
+_VERBS = {
+    "run": (
+        "Guard an unchanged training job, on one node with a monitor of its own.",
+        "run -- torchrun --nproc-per-node 2 train.py --lr 0.003",
+    ),
+    "monitor": (
+        "Run the monitor: compute spectra of snapshots, export metrics, and send commands to the agents.",
+        "monitor --bind tcp://127.0.0.1:9465 --http 127.0.0.1:9464 --device auto",
+    ),
+    "profile": (
+        "Profile a model's residual stream from one forward pass: its spectrum, layer by layer, and its initial risk.",
+        "profile train.py:make_model_and_batch --png spectrum.png",
+    ),
+    "calibrate": (
+        "Fit the probability that a run diverges, from its spectrum at the start and its learning rate.",
+        "calibrate ~/.local/state/koopmon/runs/*.sqlite3 --out calibrator.json",
+    ),
+    "report": (
+        "Write a report of a run: one HTML file that needs no other file.",
+        "report train-1a2b3c4d --out report",
+    ),
+    "replay": (
+        "Decide a recorded run again under another policy, and list the actions with their steps.",
+        "replay train-1a2b3c4d --policy careful.toml",
+    ),
+    "doctor": (
+        "Find out why the monitor does not see a job, and print each finding with its fix.",
+        "doctor --monitor tcp://127.0.0.1:9465 --run train-1a2b3c4d",
+    ),
+    "demo": (
+        "Train a model four times on two ranks, alone and under koopmon, and compare: under 5 minutes.",
+        "demo --policy lr",
+    ),
+    "adapters": ("List the architecture adapters with the plugin and the distribution of each.", ""),
+    "keys": ("Create, list and rotate the keys of monitor and agents.", ""),
+    "grafana": ("Dashboards and alert rules for Prometheus and Grafana.", ""),
+}
+"""The first line of each verb's help, and the example of its help. A group has its examples in its own file."""
+_NEED_ARGUMENTS = ("run", "profile", "calibrate", "report", "replay")
+
+
+def make_app(loaded: Collection[str] = tuple(_VERBS)) -> typer.Typer:
+    """Return the application in which the verbs `loaded` work. The others are only listed by its help."""
+    app = typer.Typer(
+        name="koopmon",
+        help="Detect training divergence early, in the spectrum of the residual stream, and prevent it.",
+        epilog="Example: koopmon run -- torchrun --nproc-per-node 2 train.py",
+        no_args_is_help=True,
+        add_completion=False,
+        # The import of rich takes twice as long as all else that the list of verbs needs.
+        rich_markup_mode="markdown" if loaded else None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for name, (summary, example) in _VERBS.items():
+        module = import_module(f"koopmon.cli.{name}") if name in loaded else None
+        if module is None:
+            app.command(name, short_help=summary)(_listed)
+        elif not example:
+            module.add_to(app)
+        else:
+            # The words of a job belong to the job, also after its first one.
+            settings = {"allow_interspersed_args": name != "run"}
+            app.command(
+                name,
+                short_help=summary,
+                epilog=f"Example: koopmon {example}",
+                no_args_is_help=name in _NEED_ARGUMENTS,
+                context_settings=settings,
+            )(getattr(module, name))
+    return app
+
+
+def _listed() -> None:
+    """Stand in for a verb that is not loaded."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. A user error is one line on standard error, without a traceback."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    verb = next((word for word in words if not word.startswith("-")), "")
     try:
-        status = app(args=None if argv is None else list(argv), prog_name="koopmon", standalone_mode=False)
+        app = make_app([verb] if verb in _VERBS else [])
+        status = app(args=words, prog_name="koopmon", standalone_mode=False)
     except KoopmonError as error:
         say(str(error))
         return error.exit_status

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
+from typing import TYPE_CHECKING
 
-import msgspec
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def say(text: str) -> None:
@@ -20,11 +20,18 @@ def say(text: str) -> None:
 
 def print_json(result: object) -> None:
     """Print a result on standard output as one line of JSON. It may contain dataclasses and structs."""
+    # Imported late, as rich is below, because every verb imports this file.
+    import json
+
+    import msgspec
+
     print(json.dumps(result, default=msgspec.to_builtins))  # noqa: T201 - standard output of the command line
 
 
 def results(width: int = 120) -> Console:
     """Return a console on standard output. Without a terminal rich assumes 80 columns and would fold tables."""
+    from rich.console import Console
+
     return Console(width=None if sys.stdout.isatty() else width, highlight=False, markup=False)
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from koopmon.wire.endpoints import socket_directory
 
 READY_SECONDS = 120.0
 """Startup limit in seconds. A cold import of torch from a network file system is slow."""
+POLL_SECONDS = 0.1
 PATIENCE_SECONDS = 2.0
 STOP_SECONDS = 65.0
 """Shutdown limit in seconds, above the monitor's own limit for the analysis of received snapshots."""
@@ -70,17 +72,24 @@ class EmbeddedMonitor:
         except OSError as error:
             shutil.rmtree(self._directory, ignore_errors=True)
             raise _not_started(error) from None
+        self._deadline = time.monotonic() + READY_SECONDS
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, self._process.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
 
     def ready(self) -> bool:
-        """Return True once the monitor serves. Raises MonitorNotReadyError when it died instead."""
+        """Return True once the monitor serves.
+
+        Raises MonitorNotReadyError when it died instead, or took longer than READY_SECONDS, which ends it.
+        """
         with contextlib.suppress(OSError, ValueError):
             addresses = json.loads((self._directory / "ready").read_text(encoding="utf-8"))
             self.page = f"{addresses['scheme']}://{addresses['http']}/"
             return True
         if (status := self._process.poll()) is not None:
             raise MonitorNotReadyError(self._last_words() or f"it ended with status {status}")
+        if time.monotonic() > self._deadline:
+            self._process.kill()
+            raise MonitorNotReadyError(f"not ready after {READY_SECONDS:.0f} s; its log is {self.log}")
         return False
 
     @property

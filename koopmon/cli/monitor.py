@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -59,7 +60,12 @@ def monitor(
     monitor = daemon.Monitor(
         settings, bind=bind, data_bind=bind_data, http=http, device=device, store_path=store or monitor_store()
     )
-    return daemon.serve(monitor, ready_file)
+    status = daemon.serve(monitor, ready_file)
+    if with_parent:
+        # The launcher waits for this process. All is closed, and an interpreter with torch takes 1 to 2 s to end.
+        logging.shutdown()
+        os._exit(status)
+    return status
 
 
 def _end_with_parent() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -18,17 +16,18 @@ import typer
 
 from koopmon.agent.autoload import python_path
 from koopmon.cli.console import say
-from koopmon.cli.embedded import READY_SECONDS, EmbeddedMonitor, MonitorNotReadyError
+from koopmon.cli.embedded import POLL_SECONDS, EmbeddedMonitor, MonitorNotReadyError
 from koopmon.cli.launch_inspection import run_store, script_name, spread
 from koopmon.cli.options import ConfigFile, DryRun, KeysDirectory, PlaintextTcp, Policy, option, overrides
-from koopmon.cli.supervise import run_job, signals_held, take_signal
+from koopmon.cli.supervise import run_job, signals_held
 from koopmon.config import load
 from koopmon.errors import ConfigError, KoopmonError
 from koopmon.run_names import check_run_name, new_run_name
-from koopmon.views.run_summary import summarise
 from koopmon.wire.auth_policy import PLAINTEXT_VARIABLE, AuthPolicy, make_auth_policy
 
 ANSWER_SECONDS = 2.0
+KEPT_SETTINGS = "KOOPMON_KEPT_SETTINGS"
+"""The variable of `koopmon.agent.control.kept_settings`, which imports torch."""
 
 
 def run(
@@ -63,8 +62,8 @@ def run(
     koopmon does not touch the job's output. It forwards signals, and returns the job's exit status (128 + n after
     signal n).
 
-    A mistake on this command line is refused before the job starts. If the monitor does not start, one line says so,
-    and the job runs unguarded.
+    The job starts at once, and its monitor beside it. If the monitor does not start, one line says so, and the job runs
+    unguarded. A mistake on this command line is refused before the job starts.
     """
     if not hasattr(signal, "sigwaitinfo"):
         raise KoopmonError("koopmon needs Linux")
@@ -86,6 +85,8 @@ def run(
         if where is not None:
             # Ranks on other nodes have their own launchers, so the agents of the job agree on a name themselves.
             for_agents["KOOPMON_RUN"] = name
+        else:
+            for_agents[KEPT_SETTINGS] = str(_default_store(named).parent)
         return _run_with_shared_monitor(command, monitor, trust, for_agents)
     only_shared = {"--keys": keys, "--insecure-plaintext-tcp": insecure_plaintext_tcp or None}
     _refuse(only_shared, "needs --monitor: only this user reaches the job's own monitor")
@@ -98,8 +99,9 @@ def run(
     words = [word for name, value in options.items() if value is not None for word in (name, value)]
     words += ["--dry-run"] if dry_run else []
     store = store or _default_store(named)
-    status = _run_with_own_monitor(command, named, store, words, for_agents)
-    _close_with_summary(store, named, status, json_file)
+    for_agents[KEPT_SETTINGS] = str(store.absolute().parent)
+    status, served = _run_with_own_monitor(command, named, store, words, for_agents)
+    _close_with_summary(store, named, status, json_file, served=served)
     return status
 
 
@@ -130,49 +132,57 @@ def _run_with_shared_monitor(
 
 def _run_with_own_monitor(
     command: list[str], name: str, store: Path, options: list[str], for_agents: Mapping[str, str | None]
-) -> int:
+) -> tuple[int, bool]:
+    """Run the job beside its monitor. Return the job's exit status, and True if the monitor served the job."""
     environ = {key: value for key, value in os.environ.items() if key != "KOOPMON_RUN"}
-    with signals_held() as mask, contextlib.ExitStack() as stack:
-        say("starting the monitor")
+    with signals_held() as mask:
         try:
             embedded = EmbeddedMonitor(store, environ, mask, options)
-            stack.callback(embedded.close)
-            stopped = _await_monitor(embedded)
         except MonitorNotReadyError as error:
-            say(f"the job runs unguarded, because its monitor did not start: {error}")
-            stack.close()
-            return run_job(command, os.environ, mask)
-        if stopped is not None:
-            say("stopped before the job was started")
-            return 128 + stopped
-        say(f"run {name}: guarded; live page at {embedded.page}, metrics at {embedded.page}metrics")
-        status = run_job(command, _guarded(embedded.endpoint, for_agents), mask, _death_notice(embedded))
-        embedded.close(lambda: say("the monitor writes the received snapshots to its history"))
-    return status
+            _say_unguarded(error)
+            return run_job(command, os.environ, mask), False
+        say(f"run {name}: the job starts, and its monitor beside it")
+        watch = _Watch(embedded, name)
+        try:
+            status = run_job(command, _guarded(embedded.endpoint, for_agents), mask, watch)
+            watch()
+        finally:
+            embedded.close(lambda: say("the monitor writes the received snapshots to its history"))
+    if not embedded.page and not watch.failed:
+        say(f"run {name}: the job ended before its monitor was ready, and was not watched")
+    return status, bool(embedded.page)
 
 
-def _await_monitor(embedded: EmbeddedMonitor) -> signal.Signals | None:
-    """Wait for the monitor; return None, or the signal that ended the wait. Raises MonitorNotReadyError."""
-    deadline = time.monotonic() + READY_SECONDS
-    while not embedded.ready():
-        if time.monotonic() > deadline:
-            raise MonitorNotReadyError(f"not ready after {READY_SECONDS:.0f} s; its log is {embedded.log}")
-        if (number := take_signal(0.05)) is not None:
-            return number
-    return None
+class _Watch:
+    """Prints one line when the monitor serves, and one when it does not start or dies. See `run_job` for its call."""
+
+    def __init__(self, embedded: EmbeddedMonitor, name: str) -> None:
+        self.failed = False
+        self._embedded = embedded
+        self._name = name
+
+    def __call__(self) -> float | None:
+        if self.failed:
+            return None
+        embedded = self._embedded
+        if embedded.page:
+            if not embedded.alive:
+                self.failed = True
+                say(f"the monitor died, the job goes on as it is, unguarded; its log is {embedded.log}")
+            return None
+        try:
+            if not embedded.ready():
+                return POLL_SECONDS
+        except MonitorNotReadyError as error:
+            self.failed = True
+            _say_unguarded(error)
+        else:
+            say(f"run {self._name}: guarded; live page at {embedded.page}, metrics at {embedded.page}metrics")
+        return None
 
 
-def _death_notice(embedded: EmbeddedMonitor) -> Callable[[], None]:
-    """Return a function that prints one message after the monitor has died."""
-    said = False
-
-    def check() -> None:
-        nonlocal said
-        if not said and not embedded.alive:
-            said = True
-            say(f"the monitor died, the job goes on as it is, unguarded; its log is {embedded.log}")
-
-    return check
+def _say_unguarded(error: MonitorNotReadyError) -> None:
+    say(f"the job runs unguarded, because its monitor did not start: {error}")
 
 
 def _default_store(name: str) -> Path:
@@ -193,13 +203,16 @@ def _refuse(given: Mapping[str, object], why: str) -> None:
             raise ConfigError(f"{name} {why}")
 
 
-def _close_with_summary(store: Path, name: str, status: int, json_file: Path | None) -> None:
-    summary = summarise(store, name)
-    if summary is None:
-        say(f"run {name}: no history was written")
-    else:
+def _close_with_summary(store: Path, name: str, status: int, json_file: Path | None, *, served: bool) -> None:
+    # Imported late because the job waits for every import above. A history may be that of earlier launches only.
+    from koopmon.views.run_summary import summarise
+
+    summary = summarise(store, name) if served else None
+    if summary is not None:
         for line in summary.lines():
             say(line)
+    elif served:
+        say(f"run {name}: no history was written")
     if json_file is not None:
         result = {"run": name, "exit_status": status} | ({} if summary is None else asdict(summary))
         try:

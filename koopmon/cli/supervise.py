@@ -11,9 +11,8 @@ from functools import partial
 
 from koopmon.errors import KoopmonError
 
-_ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
-"""Forwarded signals that end the launcher while no job runs."""
-_FORWARDED = _ENDING | {signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}
+_FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+_FORWARDED |= {signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}
 _FROM_TERMINAL = frozenset({signal.SIGINT, signal.SIGQUIT, signal.SIGWINCH})
 _SENT_BY_KERNEL = 0x80  # si_code SI_KERNEL
 _WATCHED = _FORWARDED | {signal.SIGCHLD}
@@ -33,7 +32,7 @@ class CommandNotRunnableError(KoopmonError):
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[set[signal.Signals]]:
-    """Block all forwarded signals until `run_job` or `take_signal` receives them; yield the previous mask."""
+    """Block all forwarded signals until `run_job` receives them; yield the previous mask."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     try:
         yield {signal.Signals(number) for number in before}
@@ -41,22 +40,18 @@ def signals_held() -> Iterator[set[signal.Signals]]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def take_signal(timeout_seconds: float) -> signal.Signals | None:
-    """Wait up to `timeout_seconds` for a signal that would end the launcher; return it, or None."""
-    info = signal.sigtimedwait(_ENDING, timeout_seconds)
-    return None if info is None else signal.Signals(info.si_signo)
-
-
 def run_job(
     command: Sequence[str],
     environ: Mapping[str, str],
     mask: set[signal.Signals],
-    on_child: Callable[[], None] = lambda: None,
+    watch: Callable[[], float | None] = lambda: None,
 ) -> int:
     """Run `command` to its end inside `signals_held` and return its exit status. The job gets the previous signal mask.
 
-    The job inherits the standard streams. The status is the job's own, or 128 + n when signal n ended it. `on_child` is
-    called after each state change of a child process. Raises CommandNotFoundError and CommandNotRunnableError.
+    The job inherits the standard streams. The status is the job's own, or 128 + n when signal n ended it. `watch` is
+    called after each state change of a child process, and after the seconds that it returned.
+
+    Raises CommandNotFoundError and CommandNotRunnableError.
     """
 
     try:
@@ -69,11 +64,11 @@ def run_job(
     except OSError as error:
         raise CommandNotRunnableError(f"{command[0]}: {error.strerror}") from None
     while (status := job.poll()) is None:
-        info = signal.sigwaitinfo(_WATCHED)
-        number = signal.Signals(info.si_signo)
-        if number is signal.SIGCHLD:
-            on_child()
-        elif not _reached_the_job_already(number, info):
+        seconds = watch()
+        info = signal.sigwaitinfo(_WATCHED) if seconds is None else signal.sigtimedwait(_WATCHED, seconds)
+        if info is None or (number := signal.Signals(info.si_signo)) is signal.SIGCHLD:
+            continue
+        if not _reached_the_job_already(number, info):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(job.pid, number)
     return status if status >= 0 else 128 - status

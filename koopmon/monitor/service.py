@@ -257,7 +257,7 @@ class Service:
         restore = None if before is None else before.left_in_force
         if before is None and not known:
             restore = self._store.last_applied(hello.run, other_than=hello.incarnation)
-        if restore in (Applied(), hello.applied):
+        if restore == Applied() or hello.applied != Applied():  # the agent may have kept them itself
             restore = None
         memory = self._store.memory(hello.run, hello.incarnation)
         applied = restore or hello.applied

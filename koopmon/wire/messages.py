@@ -36,7 +36,8 @@ Step = Annotated[int, Meta(ge=0, lt=MAX_STEP + 1)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
 NumSenders = Annotated[int, Meta(ge=1, le=1024)]
 LrScale = Annotated[float, Meta(gt=0.0, le=1.0)]
-Rate = Annotated[float, Meta(gt=0.0, le=1e6)]
+MAX_RATE: Final = 1e6
+Rate = Annotated[float, Meta(gt=0.0, le=MAX_RATE)]
 RampSteps = Annotated[int, Meta(ge=0, le=MAX_RAMP_STEPS)]
 CadenceSteps = Annotated[int, Meta(ge=1, le=MAX_CADENCE_STEPS)]
 KssAlpha = Annotated[float, Meta(ge=0.0, le=1000.0)]
@@ -127,6 +128,12 @@ class Applied(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The commanded factor on the learning rate, without the effect of `max_rate`."""
     max_rate: Rate | None = None
     """The cap on the peak of the learning rate; None for no cap."""
+    peak_rate: Rate | None = None
+    """The largest scheduled rate under the cap so far: the scale is at most `max_rate` / `peak_rate`. None before the
+    first update."""
+    warmup_done: RampSteps = 0
+    """Steps that are done of the warm-up under the cap, which takes `warmup_steps`. Both are 0 after it."""
+    warmup_steps: RampSteps = 0
     kss: KssSettings = KssSettings()
 
     def at_step(self, step: int) -> TrainingStep:

@@ -242,5 +242,5 @@ def test_the_launcher_never_imports_torch(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "koopmon.cli.run" in imported
+    assert "koopmon.cli.supervise" in imported
     assert not {name for name in imported if name.split(".")[0] in ("torch", "numpy")}

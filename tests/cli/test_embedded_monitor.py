@@ -1,4 +1,4 @@
-"""`koopmon run` with its own monitor: it starts before the job, ends after it, and never blocks it."""
+"""`koopmon run` with its own monitor: it starts beside the job, ends after it, and never blocks it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ pytestmark = pytest.mark.process
 
 PYTHON = sys.executable
 
-# Prints the job's view of its monitor: first bytes of the metrics, directory of the endpoint, pid.
+# Waits for the monitor, and prints the job's view of it: first bytes of the metrics, directory of the endpoint, pid.
 LOOK = """
-import json, os, pathlib, stat, urllib.request
+import json, os, pathlib, stat, time, urllib.request
 directory = pathlib.Path(os.environ["KOOPMON_ENDPOINT"].removeprefix("ipc://")).parent
+early = not (directory / "ready").exists()
+end = time.monotonic() + 90
+while not (directory / "ready").exists() and time.monotonic() < end:
+    time.sleep(0.05)
 told = json.loads((directory / "ready").read_text())
 page = urllib.request.urlopen("http://" + told["http"] + "/metrics", timeout=10).read()
 ready = urllib.request.urlopen("http://" + told["http"] + "/readyz", timeout=10).status
@@ -30,7 +34,23 @@ print(json.dumps({
     "directory": str(directory), "mode": stat.S_IMODE(directory.stat().st_mode), "pid": told["pid"],
     "page": b"koopmon_build_info" in page, "ready": ready, "nice": os.getpriority(os.PRIO_PROCESS, told["pid"]),
     "session": os.getsid(told["pid"]) != os.getsid(0), "run": os.environ["KOOPMON_RUN"], "http": told["http"],
+    "early": early,
 }), flush=True)
+"""
+
+UNTIL_THE_MONITOR_IS_GONE = """
+import os, pathlib, time
+def monitors():
+    for place in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            words = (place / "cmdline").read_text().split("\\0")
+        except OSError:
+            continue
+        if os.environ["KOOPMON_ENDPOINT"] in words:
+            yield place.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z"
+end = time.monotonic() + 90
+while any(monitors()) and time.monotonic() < end:
+    time.sleep(0.05)
 """
 
 
@@ -50,10 +70,11 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_the_monitor_is_ready_before_the_job_and_gone_after_it(koopmon: Any, tmp_path: Path) -> None:
+def test_the_monitor_starts_beside_the_job_and_is_gone_after_it(koopmon: Any, tmp_path: Path) -> None:
     done = koopmon("run", "--json", "end.json", "--", PYTHON, "-S", "-c", LOOK + "raise SystemExit(5)")
     assert done.returncode == 5, done.stderr
     seen = json.loads(done.stdout)
+    assert seen["early"], "the job must not wait for its monitor"
     assert seen["page"]
     assert seen["ready"] == 200
     assert seen["mode"] == 0o700
@@ -78,8 +99,9 @@ def test_a_monitor_that_cannot_start_is_one_line_and_the_job_runs(koopmon: Any) 
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        done = koopmon("run", "--http", address, "--", "sh", "-c", "echo [$KOOPMON_ENDPOINT]; exit 4")
-    assert (done.returncode, done.stdout) == (4, b"[]\n")
+        job = (PYTHON, "-S", "-c", UNTIL_THE_MONITOR_IS_GONE + "print('on'); raise SystemExit(4)")
+        done = koopmon("run", "--http", address, "--", *job)
+    assert (done.returncode, done.stdout) == (4, b"on\n")
     unguarded = [line for line in done.stderr.decode().splitlines() if "unguarded" in line]
     assert len(unguarded) == 1
     assert address in unguarded[0]
@@ -116,13 +138,16 @@ def test_the_monitor_does_not_outlive_a_launcher_that_is_killed(koopmon: Any) ->
         os.kill(job, signal.SIGKILL)
 
 
-def test_a_signal_before_the_job_starts_none(koopmon: Any, tmp_path: Path) -> None:
-    process = koopmon.start("run", "--", "touch", str(tmp_path / "started"))
-    assert b"starting" in process.stderr.readline()
+def test_a_signal_before_the_monitor_is_ready_ends_the_job(koopmon: Any, tmp_path: Path) -> None:
+    process = koopmon.start("run", "--json", "end.json", "--", "sh", "-c", "echo $KOOPMON_ENDPOINT; exec sleep 60")
+    directory = Path(process.stdout.readline().decode().strip().removeprefix("ipc://")).parent
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 128 + signal.SIGINT
-    assert not (tmp_path / "started").exists()
-    assert not list(tmp_path.glob("koopmon-*"))
+    said = process.stderr.read().decode()
+    assert "ended before its monitor was ready" in said
+    assert "no training process attached" not in said
+    assert json.loads((tmp_path / "end.json").read_text())["exit_status"] == 128 + signal.SIGINT
+    assert not directory.exists()
 
 
 def test_two_jobs_side_by_side_have_monitors_of_their_own(koopmon: Any) -> None:
@@ -136,7 +161,7 @@ def test_two_jobs_side_by_side_have_monitors_of_their_own(koopmon: Any) -> None:
 
 def test_a_state_directory_that_cannot_be_written_is_no_reason_to_stop(koopmon: Any, tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file, not a directory")
-    done = koopmon("run", "--json", "end.json", "--", "true")
+    done = koopmon("run", "--json", "end.json", "--", PYTHON, "-S", "-c", LOOK)
     assert done.returncode == 0
     assert "guarded" in done.stderr.decode()
     assert Path(json.loads((tmp_path / "end.json").read_text())["store"]).is_file()
@@ -198,10 +223,21 @@ def test_a_mistake_of_the_monitors_is_refused_in_one_line(koopmon: Any, words: l
     assert all(word in lines[0] for word in said), lines[0]
 
 
+def test_a_history_of_earlier_launches_is_not_this_jobs(koopmon: Any, tmp_path: Path) -> None:
+    words = ("run", "--run", "mine", "--json", "end.json", "--")
+    assert koopmon(*words, PYTHON, "-S", "-c", LOOK).returncode == 0
+    assert "store" in json.loads((tmp_path / "end.json").read_text())
+    done = koopmon(*words, "sh", "-c", "exit 3")
+    assert done.returncode == 3
+    assert "was not watched" in done.stderr.decode()
+    assert json.loads((tmp_path / "end.json").read_text()) == {"run": "mine", "exit_status": 3}
+
+
 def test_run_and_help_start_without_torch() -> None:
     body = (
         "import os, sys\n"
-        "refused = {'torch', 'numpy', 'matplotlib', 'zmq', 'starlette', 'uvicorn'}\n"
+        "refused = {'torch', 'numpy', 'matplotlib', 'zmq', 'starlette', 'uvicorn', 'sqlite3'}\n"
+        "refused |= {'rich', 'pydantic', 'msgspec'}\n"
         "class Refuse:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in refused:\n"
@@ -209,6 +245,7 @@ def test_run_and_help_start_without_torch() -> None:
         "sys.meta_path.insert(0, Refuse())\n"
         "from koopmon.cli import main\n"
         "assert main(['--help']) == 0\n"
+        "refused -= {'rich', 'pydantic', 'msgspec'}\n"
         "for verb in ('run', 'monitor', 'profile', 'demo', 'adapters'):\n"
         "    assert main([verb, '--help']) == 0, verb\n"
         "refused.remove('zmq')\n"  # the probe of a monitor is a real handshake

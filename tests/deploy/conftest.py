@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from koopmon.cli import app
+from koopmon.cli import make_app
 
 HOUSE = Path(__file__).parents[2]
 DEPLOY = HOUSE / "deploy"
@@ -39,7 +39,7 @@ def parsed(words: Sequence[str]) -> dict[str, Any]:
     """Parse `koopmon VERB OPTIONS...` with the real parser, which raises for an unknown option."""
     program, verb, *options = words
     assert Path(program).name == "koopmon", words
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(make_app())
     parameters: dict[str, Any] = group.commands[verb].make_context(verb, list(options)).params
     return parameters
 

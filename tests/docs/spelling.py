@@ -7,7 +7,7 @@ import shlex
 
 import typer
 
-from koopmon.cli import app
+from koopmon.cli import make_app
 
 
 def koopmon_words(command: str) -> list[str] | None:
@@ -26,7 +26,7 @@ def words_of(command: str) -> list[str]:
 
 def parse(words: list[str]) -> None:
     """Parse the words. Raises the exception of the option parser for invalid words."""
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(make_app())
     context = command.make_context("koopmon", list(words))
     while (rest := [*context._protected_args, *context.args]) and hasattr(command, "commands"):
         name, command, rest = command.resolve_command(context, rest)

@@ -18,6 +18,7 @@ PLATFORMDIRS = {"user_state_path(": "XDG_STATE_HOME", "user_config_path(": "XDG_
 """Variables that functions of platformdirs read."""
 INTERNAL = {
     "KOOPMON_ATTACHED_PID",  # passed between processes of a rank
+    "KOOPMON_KEPT_SETTINGS",  # passes a directory of `koopmon run` to the agents
     "KOOPMON_INSECURE_PLAINTEXT_TCP",  # passes the option of `koopmon run` to the agents
 }
 

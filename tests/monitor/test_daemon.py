@@ -318,6 +318,15 @@ def test_a_restarted_job_gets_back_what_was_applied(start_monitor: Start, connec
     until(lambda: monitor.sample('messages_rejected_total{reason="stale_incarnation"}') == 1)
 
 
+def test_an_agent_that_kept_the_settings_itself_gets_no_older_ones(start_monitor: Start, connect: Start) -> None:
+    monitor = start_monitor()
+    first = connect(monitor.addresses.endpoint, incarnation="aaaaaaaa")
+    first.hello()
+    first.heartbeat(50, applied=Applied(lr_scale=0.5))
+    second = connect(monitor.addresses.endpoint, incarnation="bbbbbbbb")
+    assert second.hello(applied=Applied(lr_scale=0.25)).restore is None
+
+
 def test_a_training_that_said_goodbye_hands_nothing_to_the_next(
     start_monitor: Start, connect: Start, until: Until
 ) -> None:

@@ -122,6 +122,8 @@ class ControlChannel:
         self._unanswered_since: float | None = None
         """Time of the first hello or heartbeat on this connection that has no reply yet."""
         self._lost = False
+        self._found = False
+        """True once a monitor has served this rank."""
         self._restored = False
         self._limit = LogLimit()
         self._reported_busy = 0.0
@@ -185,7 +187,8 @@ class ControlChannel:
         self.warn(now, "lost", text)
         if not self._lost:
             self._lost = True
-            self._handler.monitor_lost()
+            if self._found:  # a monitor that starts beside the job is not lost
+                self._handler.monitor_lost()
 
     def receive(self, frames: list[memoryview], now: float) -> Welcome | CommandResult | None:
         """Handle one message. Returns a welcome, for its data endpoint, or an outcome to acknowledge, or None."""
@@ -228,6 +231,7 @@ class ControlChannel:
     def _on_welcome(self, welcome: Welcome) -> None:
         # The welcome may answer an older hello than the one that is due.
         self.welcomed, self._hello_due = True, 0.0 if self._hello_outdated else None
+        self._found = True
         self._heartbeat_seconds = max(welcome.heartbeat_seconds, MIN_HEARTBEAT_SECONDS)
         self._heartbeat_due = 0.0
         if welcome.restore is not None and not self._restored and self.description.process_rank == 0:

@@ -72,7 +72,8 @@ class CommandResult:
 class Actuator:
     """Judges commands, and holds the state in force on this rank.
 
-    `group` is the exchange with the other ranks; None if this process trains alone. `requests` may be filled in any
+    `group` is the exchange with the other ranks; None if this process trains alone. `restored` is in force from the
+    first step on, and equal on all ranks. `requests` may be filled in any
     thread. `report` receives the outcomes of commands. Only `submit` and `ready` are for the I/O thread.
     """
 
@@ -87,6 +88,7 @@ class Actuator:
         requests: deque[Request],
         report: Callable[[CommandResult], None],
         group: RankGroup | None = None,
+        restored: Applied | None = None,
     ) -> None:
         self.state = ControlState()
         self._actions = {action.kind: action for action in actions}
@@ -106,6 +108,10 @@ class Actuator:
         self._action_times: deque[float] = deque()
         self._snapshots = range(0)
         self._agreed_until = -1
+        if restored is not None:
+            self.state = self._restore(restored, self.state, stats.step)
+            if group is None or group.leads:
+                self._log_restored(stats.step)
 
     @property
     def ready(self) -> bool:
@@ -193,8 +199,9 @@ class Actuator:
             match request:
                 case Command():
                     state = self._apply_command(request, state, step)
-                case Applied():
-                    state = self._apply_restore(request, state, step)
+                case Applied() if state.version == 0:  # a command since the start is newer than what is restored
+                    self._underway.append(request)
+                    state = self._restore(request, state, step)
                 case RampBack():
                     state = self._apply_ramp_back(request, state, step)
         return state
@@ -209,10 +216,7 @@ class Actuator:
             self._underway.append(result)
         return state if following is None else following
 
-    def _apply_restore(self, applied: Applied, state: ControlState, step: int) -> ControlState:
-        self._underway.append(applied)
-        if state.version > 0:  # a command since the start is newer than what is restored
-            return state
+    def _restore(self, applied: Applied, state: ControlState, step: int) -> ControlState:
         for action in self._actions.values():
             try:
                 target = action.target(applied, state, step)

@@ -21,7 +21,7 @@ from koopmon.agent.control.scaled_view import close_view, scaled_view
 from koopmon.agent.control.state import ControlState
 from koopmon.config import LimitsConfig
 from koopmon.plugins import Selection
-from koopmon.wire.messages import Applied, Command
+from koopmon.wire.messages import MAX_RATE, Applied, Command
 
 logger = logging.getLogger("koopmon.agent")
 
@@ -32,8 +32,9 @@ MIN_EFFECTIVE_SCALE = 0.001
 class LrBackoff(ControlAction):
     """Scales the rates of all optimizers during each update. Its strength is the scale; 1 changes nothing.
 
-    A cap on the peak rate is in the parameters: `max_rate`, the step `capped_from` at which the first cap was set, and
-    the warm-up of `warmup_steps` from step `warmup_from` on.
+    A cap on the peak rate is in the parameters: `max_rate`, the step `capped_from` at which the first cap was set, the
+    peak `peak_rate` that an earlier launch followed (0 without one), and the warm-up of `warmup_steps` from step
+    `warmup_from` on.
     """
 
     kind = "set_lr_scale"
@@ -62,11 +63,13 @@ class LrBackoff(ControlAction):
             cap = min(request.max_rate, parameters.get("max_rate", request.max_rate))
             if cap < request.max_rate:
                 details.append(f"max_rate stays at {cap:g}, since a cap is only lowered")
+            restored = request if isinstance(request, Applied) else Applied()
             parameters = {
                 "max_rate": cap,
                 "capped_from": parameters.get("capped_from", step),
-                "warmup_from": step,
-                "warmup_steps": request.warmup_steps if isinstance(request, Command) else 0,
+                "peak_rate": max(parameters.get("peak_rate", 0.0), restored.peak_rate or 0.0),
+                "warmup_from": step - restored.warmup_done,
+                "warmup_steps": request.warmup_steps,
             }
         acts = scale != self.neutral or request.max_rate is not None
         for optimizer in self._optimizers if acts else ():
@@ -91,7 +94,13 @@ class LrBackoff(ControlAction):
         return Target(self.neutral, acts=False)
 
     def applied(self, state: ControlState, step: int) -> Mapping[str, Any]:
-        return {"lr_scale": self.strength(state, step), "max_rate": self.parameters(state).get("max_rate")}
+        cap, scale = self.parameters(state), {"lr_scale": self.strength(state, step)}
+        if not cap:
+            return scale
+        done, peak = int(step - cap["warmup_from"]), min(self._peak_rate(cap), MAX_RATE)
+        warms = done < cap["warmup_steps"]
+        warmup = {"warmup_done": done, "warmup_steps": int(cap["warmup_steps"])} if warms else {}
+        return {**scale, "max_rate": cap["max_rate"], "peak_rate": peak or None, **warmup}
 
     def training(self, state: ControlState, step: int) -> Mapping[str, float]:
         return {"lr_scale": self.effective(state, step)}
@@ -104,13 +113,16 @@ class LrBackoff(ControlAction):
         scale, cap = self.strength(state, step), self.parameters(state)
         if not cap:
             return scale
-        first, peak = self._peak
-        warm = 1.0
+        peak, warm = self._peak_rate(cap), 1.0
         if cap["warmup_steps"] > 0:
             warm = min(1.0, (step - cap["warmup_from"] + 1) / cap["warmup_steps"])
-        if first == cap["capped_from"] and peak > cap["max_rate"]:
+        if peak > cap["max_rate"]:
             warm *= cap["max_rate"] / peak
         return max(min(scale, warm), MIN_EFFECTIVE_SCALE)
+
+    def _peak_rate(self, cap: Mapping[str, int | float]) -> float:
+        first, peak = self._peak
+        return max(peak if first == cap["capped_from"] else 0.0, cap["peak_rate"])
 
     def apply(self, state: ControlState, step: int, update: Update) -> None:
         self.revert()  # if a step() raised, its post-hook never ran

@@ -75,8 +75,8 @@ class RankGroup:
         place: str,
         share: ReplicaFingerprint | None = None,
     ) -> None:
-        self.splits_tokens = False
-        """True if ranks that share one model hold different tokens of its data. Known once the group is ready."""
+        self.splits_tokens = share is not None
+        """True if ranks that share one model hold different tokens of its data. Assumed until the group is ready."""
         self._share = share
         self._world = world
         self._timeout_seconds = config.timeout_seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -64,6 +65,7 @@ class Nothing:
     """Actuator that applies nothing."""
 
     ready = False
+    num_lost = 0
 
     def applied(self) -> Applied:
         return Applied()
@@ -78,7 +80,7 @@ class Nothing:
         pytest.fail("nothing was to be restored")
 
     def monitor_lost(self) -> None:
-        """Stub of a part with its own tests."""
+        self.num_lost += 1
 
 
 @pytest.fixture
@@ -213,6 +215,15 @@ def test_heartbeats_that_get_no_reply_count_from_the_first_on(link: ControlChann
     assert channel.reconnects == []
     ticks(link, 31.1 + SILENCE, 31.2 + SILENCE)
     assert len(channel.reconnects) == 1
+
+
+def test_a_monitor_that_was_never_there_is_not_lost(link: ControlChannel, channel: Channel) -> None:
+    started, handler = time.monotonic(), cast(Nothing, link._handler)
+    link.tick(started + SILENCE + 1.0)
+    assert handler.num_lost == 0, "it may still start, and settings of a killed launch are in force"
+    welcome(link, started + SILENCE + 2.0)
+    link.tick(started + 2 * SILENCE + 3.0)
+    assert handler.num_lost == 1
 
 
 @pytest.mark.parametrize("seconds", [1.0, 60.0])

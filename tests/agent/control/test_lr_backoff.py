@@ -285,7 +285,8 @@ def test_the_scale_in_force_is_the_smaller_of_ramp_and_cap() -> None:
     capped.command(max_rate=0.1)
     capped.rates([0.2])
     capped.command(lr_scale=0.1, ramp_steps=2)
-    assert capped.applied == Applied(lr_scale=pytest.approx(0.1**0.5), max_rate=0.1), "a scale alone keeps the cap"
+    in_force = Applied(lr_scale=pytest.approx(0.1**0.5), max_rate=0.1, peak_rate=0.2)
+    assert capped.applied == in_force, "a scale alone keeps the cap"
     assert capped.rates([0.2] * 3) == pytest.approx([0.2 * 0.1**0.5, 0.02, 0.02])
     assert capped.backoff.training(capped.state, capped.step) == {"lr_scale": 0.1}
     back = capped.command(lr_scale=1.0)
@@ -348,7 +349,7 @@ def test_a_restored_run_has_its_cap_from_the_first_step_on_and_a_closed_one_has_
         assert agent.status()["applied"]["max_rate"] == 0.01
         monitor.wait(lambda: any(beat.training.lr_scale < 0.2 for beat in monitor.of(Heartbeat)))
         assert monitor.of(Heartbeat)[-1].training.lr_scale == pytest.approx(0.1), "the scale in force"
-        assert monitor.of(Heartbeat)[-1].applied == before
+        assert monitor.of(Heartbeat)[-1].applied == Applied(lr_scale=0.5, max_rate=0.01, peak_rate=0.1)
         agent.close()
         step_recording(optimizer, seen)
         assert seen[-1] == [0.1]
@@ -407,3 +408,17 @@ def test_a_new_cap_does_not_count_the_peak_of_an_earlier_one() -> None:
     capped.command(max_rate=0.1)
     assert capped.backoff.training(capped.state, capped.step) == {"lr_scale": 1.0}
     assert capped.rates([0.05, 0.2]) == pytest.approx([0.05, 0.1])
+
+
+def test_a_restored_cap_keeps_its_peak_and_goes_on_with_its_warm_up() -> None:
+    killed = Capped()
+    killed.command(max_rate=0.1, warmup_steps=8)
+    before = killed.rates([0.2, 0.4, 0.2])
+    killed.step -= 1  # the last update of the launch
+    restarted = Capped()
+    target = restarted.backoff.target(killed.applied, restarted.state, restarted.step)
+    restarted.state = _towards(restarted.state, restarted.backoff, target, restarted.step, 0)
+    assert restarted.applied == killed.applied
+    after = restarted.rates([0.2] * 7)
+    assert after[0] == before[-1]
+    assert after == pytest.approx([0.2 * 0.25 * warm / 8 for warm in (3, 4, 5, 6, 7, 8, 8)])

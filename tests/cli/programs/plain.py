@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,18 @@ from torch.utils.data import DataLoader, TensorDataset
 CHILD = "import torch; m = torch.nn.Sequential(torch.nn.Linear(2, 2)); torch.optim.SGD(m.parameters(), lr=0.1)"
 
 
+def wait_for_monitor():
+    """Wait for the monitor of `koopmon run`, which starts beside this short script."""
+    endpoint, end = os.environ.get("KOOPMON_ENDPOINT"), time.monotonic() + 60
+    while endpoint and time.monotonic() < end:
+        if (Path(endpoint.removeprefix("ipc://")).parent / "ready").exists():
+            return
+        time.sleep(0.05)
+
+
 def main():
     torch.set_num_threads(1)
+    wait_for_monitor()
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     torch.manual_seed(0)
     block = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=True)

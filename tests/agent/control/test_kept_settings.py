@@ -1,0 +1,183 @@
+"""The file with the settings in force: read by the next launch, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.optim import SGD
+
+from koopmon.agent.control.kept_settings import VARIABLE, KeptSettings
+from koopmon.wire.messages import Applied, Hello, KssSettings
+from tests.agent.models import batch, build, loss_of
+from tests.agent.scripted_monitor import ScriptedMonitor
+
+BACKED_OFF = Applied(lr_scale=0.25, max_rate=0.02, peak_rate=0.1, kss=KssSettings(alpha=0.5))
+
+
+def kept(directory: Path, run: str = "team/one", rank: int = 0) -> KeptSettings:
+    return KeptSettings(str(directory), run, rank)
+
+
+def test_what_was_in_force_is_read_by_every_rank_of_the_next_launch(tmp_path: Path) -> None:
+    kept(tmp_path).keep(BACKED_OFF)
+    assert [kept(tmp_path, rank=rank).read() for rank in range(2)] == [BACKED_OFF] * 2
+    (file,) = tmp_path.iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert kept(tmp_path, "team_one").read() is None, "names that differ share no settings"
+
+
+def test_a_calm_run_writes_no_file_and_a_return_to_the_users_values_removes_it(tmp_path: Path) -> None:
+    settings = kept(tmp_path)
+    settings.keep(Applied())
+    assert not list(tmp_path.iterdir())
+    settings.keep(BACKED_OFF)
+    settings.keep(Applied())
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_rank_0_writes(tmp_path: Path) -> None:
+    kept(tmp_path, rank=1).keep(BACKED_OFF)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_that_ends_leaves_nothing_and_one_without_a_step_leaves_what_it_got(tmp_path: Path) -> None:
+    kept(tmp_path).keep(BACKED_OFF)
+    second = kept(tmp_path)
+    assert second.read() == BACKED_OFF
+    second.clear()
+    third = kept(tmp_path)
+    assert third.read() == BACKED_OFF
+    third.keep(BACKED_OFF)
+    third.clear()
+    assert kept(tmp_path).read() is None
+
+
+def test_a_training_that_raised_leaves_what_was_in_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = kept(tmp_path)
+    settings.keep(BACKED_OFF)
+    monkeypatch.setattr(sys, "last_type", RuntimeError, raising=False)
+    settings.clear()
+    assert kept(tmp_path).read() == BACKED_OFF
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b'{"run":"team/one","applied":{"lr_scale":0.2',
+        b'{"run":"team/one","applied":{"lr_scale":2.0}}',
+        b'{"run":"team/one","applied":{"lr_scale":0.2,"more":1}}',
+        b'{"run":"team/one","applied":{"max_rate":NaN}}',
+        b" " * 5000,
+    ],
+)
+def test_a_bad_file_is_ignored_with_one_line(tmp_path: Path, text: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "team_one.settings"
+    file.write_bytes(text)
+    file.chmod(0o600)
+    assert kept(tmp_path).read() is None
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "team_one.settings is ignored" in caplog.text
+
+
+def test_a_file_that_others_can_read_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept(tmp_path).keep(BACKED_OFF)
+    (tmp_path / "team_one.settings").chmod(0o644)
+    assert kept(tmp_path).read() is None
+    assert "chmod 600" in caplog.text
+
+
+def test_a_link_is_not_followed_and_a_directory_that_is_gone_is_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "target"
+    target.write_text(json.dumps({"run": "team/one", "applied": {"lr_scale": 0.5}}))
+    (tmp_path / "team_one.settings").symlink_to(target)
+    assert kept(tmp_path).read() is None
+    settings = kept(tmp_path / "gone")
+    settings.keep(BACKED_OFF)
+    settings.keep(BACKED_OFF)
+    assert len(caplog.records) == 2
+
+
+WRITER = """
+import sys
+from koopmon.agent.control.kept_settings import KeptSettings
+from koopmon.wire.messages import Applied
+settings = KeptSettings(sys.argv[1], "one", 0)
+for count in range(10_000_000):
+    settings.keep(Applied(lr_scale=0.5, max_rate=1.0 + count % 1000))
+    if count == 0:
+        print("writes", flush=True)
+"""
+
+
+@pytest.mark.process
+def test_no_reader_sees_half_a_file_and_a_kill_leaves_a_whole_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    try:
+        assert writer.stdout.readline() == b"writes\n"
+        found = [kept(tmp_path, "one").read() for _ in range(2000)]
+    finally:
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+    found.append(kept(tmp_path, "one").read())
+    assert all(each is not None and each.lr_scale == 0.5 for each in found)
+    assert not caplog.records
+
+
+def test_the_first_step_of_a_restarted_launch_has_what_was_in_force(
+    tmp_path: Path, agents: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    in_force = Applied(lr_scale=0.5, max_rate=0.1, peak_rate=0.4, warmup_done=1, warmup_steps=4)
+    kept(tmp_path, "one").keep(in_force)
+    caplog.set_level(logging.INFO, "koopmon.agent")
+    rates: list[float] = []
+
+    class Probe(SGD):
+        def step(self, closure: Any = None) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    with ScriptedMonitor(tmp_path / "m", restore=Applied(lr_scale=1.0, max_rate=0.3)) as monitor:
+        model = build()
+        optimizer = Probe(model.parameters(), lr=0.2)
+        agent = agents(model, optimizer, endpoint=monitor.endpoint, run="one")
+        assert "learning rate x 0.5, peak rate at most 0.1" in caplog.text
+        monitor.wait(lambda: agent.status()["connected"])
+        assert monitor.of(Hello)[0].applied == in_force
+        rates.clear()  # those of the check of the optimizer
+        for step in range(4):
+            loss_of(model, batch(step)).backward()
+            optimizer.step()
+        # A quarter of the peak's 0.4 is a scale of 0.25; the second of four steps of the warm-up gives half of it.
+        assert rates == pytest.approx([0.2 * 0.25 * warm for warm in (0.5, 0.75, 1.0, 1.0)])
+        assert kept(tmp_path, "one").read() == Applied(lr_scale=0.5, max_rate=0.1, peak_rate=0.4)
+        agent.close()
+    assert kept(tmp_path, "one").read() is None, "it said goodbye"
+
+
+def test_keeping_takes_less_than_a_millisecond(tmp_path: Path) -> None:
+    settings = kept(tmp_path)
+    seconds = []
+    for count in range(200):
+        started = time.perf_counter()
+        settings.keep(Applied(lr_scale=0.5, max_rate=1.0 + count))
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1e-3
