@@ -22,6 +22,10 @@ from torch import nn
 parser = argparse.ArgumentParser()
 parser.add_argument("--lr", type=float)
 rate = parser.parse_args().lr
+ready = os.path.join(os.path.dirname(os.environ.get("KOOPMON_ENDPOINT", "").removeprefix("ipc://")), "ready")
+end = time.monotonic() + 60
+while "KOOPMON_ENDPOINT" in os.environ and not os.path.exists(ready) and time.monotonic() < end:
+    time.sleep(0.05)  # the monitor starts beside this short script
 torch.set_num_threads(1)
 torch.manual_seed(0), random.seed(0), numpy.random.seed(0)
 block = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True, norm_first=True)

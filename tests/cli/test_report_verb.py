@@ -17,7 +17,7 @@ from tests.report.recorder import Recorder, guarded
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_prose.py"
 TRAIN = f"""
-import importlib.util, sys
+import importlib.util, sys, time
 import torch
 import torch.nn.functional as F
 import koopmon
@@ -31,6 +31,9 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=0.008)
 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
 text, picks = prose.read_bytes(), torch.Generator().manual_seed(0)
 with koopmon.attach(model, optimizer) as agent:
+    end = time.monotonic() + 60
+    while not agent.status()["connected"] and time.monotonic() < end:  # the monitor starts beside this short script
+        time.sleep(0.05)
     for step in range(40):
         starts = torch.randint(0, len(text) - 65, (6,), generator=picks)
         chunk = torch.stack([text[start : start + 65] for start in starts.tolist()])
