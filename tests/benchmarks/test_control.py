@@ -30,7 +30,13 @@ PROFILE = profile_states(list(STATES), svd_rank=4, kreiss="never")
 )
 def test_the_cap_is_that_of_the_agent(rates: list[float], cap: float, warmup: int, first: int) -> None:
     ours, agents = Cap(cap, first, warmup, 0.0), LrBackoff(LimitsConfig())
-    parameters = {"max_rate": cap, "capped_from": first, "warmup_from": first, "warmup_steps": warmup}
+    parameters = {
+        "max_rate": cap,
+        "capped_from": first,
+        "peak_rate": 0.0,
+        "warmup_from": first,
+        "warmup_steps": warmup,
+    }
     state = ControlState(actions={"set_lr_scale": ActionState(ramp=Ramp(start=1.0, target=1.0), parameters=parameters)})
     optimizer = AdamW([nn.Parameter(torch.zeros(1))], lr=0.1)
     agents._optimizers = OptimizerSet(optimizer)

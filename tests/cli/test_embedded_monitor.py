@@ -141,12 +141,12 @@ def test_the_monitor_does_not_outlive_a_launcher_that_is_killed(koopmon: Any) ->
 def test_a_signal_before_the_monitor_is_ready_ends_the_job(koopmon: Any, tmp_path: Path) -> None:
     process = koopmon.start("run", "--json", "end.json", "--", "sh", "-c", "echo $KOOPMON_ENDPOINT; exec sleep 60")
     directory = Path(process.stdout.readline().decode().strip().removeprefix("ipc://")).parent
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 128 + signal.SIGINT
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
     said = process.stderr.read().decode()
     assert "ended before its monitor was ready" in said
     assert "no training process attached" not in said
-    assert json.loads((tmp_path / "end.json").read_text())["exit_status"] == 128 + signal.SIGINT
+    assert json.loads((tmp_path / "end.json").read_text())["exit_status"] == 128 + signal.SIGTERM
     assert not directory.exists()
 
 
