@@ -157,12 +157,14 @@ def _clone(parameter: Tensor, from_zero: bool) -> Tensor:
 
 def _gradient(parameter: Tensor) -> Tensor:
     """Return a copy of the gradient of `parameter`, or some other one if it has none that is finite and not zero."""
+    own = _local(parameter.detach())
     gradient = None if parameter.grad is None else _local(parameter.grad.detach())
-    if gradient is not None:
+    # Under sequence parallelism a sharded parameter may have a replicated gradient, of another size on this rank.
+    if gradient is not None and gradient.shape == own.shape:
         dense = gradient if gradient.layout is torch.strided else gradient.to_dense()
         if 0.0 < float(dense.double().abs().sum()) < float("inf"):
             return gradient.clone()
-    other = torch.full_like(_local(parameter.detach()), 0.01)
+    other = torch.full_like(own, 0.01)
     other.view(-1).mul_(torch.arange(1.0, 1.0 + other.numel(), device=other.device).sin().to(other.dtype))
     return other
 

@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Callable
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from koopmon.agent.control.scale_proof import SCALE, ScaleProof, prove
+from koopmon.agent.control.scale_proof import SCALE, ScaleProof, _gradient, prove
 from koopmon.agent.control.scaled_view import close_view, scaled_view
 
 Make = Callable[[Any], Optimizer]
@@ -476,3 +477,11 @@ def test_adafactor_of_transformers_is_scaled_unless_it_chooses_its_rate(options:
     found = accepted_ones_follow(lambda weights: adafactor(weights, **options))
     assert refusal in found
     assert bool(refusal) == bool(found)
+
+
+def test_a_replicated_gradient_of_a_sharded_parameter_is_not_used() -> None:
+    """As under sequence parallelism: the part of the parameter is smaller than that of its gradient."""
+    parameter: Any = SimpleNamespace(detach=lambda: torch.zeros(4, 2), grad=torch.ones(8, 2))
+    assert _gradient(parameter).shape == (4, 2)
+    parameter.grad = torch.ones(4, 2)
+    assert torch.equal(_gradient(parameter), torch.ones(4, 2))
