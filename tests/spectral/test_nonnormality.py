@@ -242,3 +242,11 @@ for bad in (float("nan"), float("inf")):
 def test_a_non_finite_operator_is_refused_and_does_not_end_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", REFUSAL], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_value_that_is_not_finite_is_refused(value: float) -> None:
+    operator = torch.eye(3)
+    operator[1, 2] = value
+    with pytest.raises(ValueError, match="operator holds NaN or infinite values"):
+        kreiss_constant(operator)
