@@ -110,6 +110,9 @@ class _Watch:
         self._model: Callable[[], nn.Module | None] = lambda: None
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         """The attached optimizers."""
+        self._waiting: weakref.WeakKeyDictionary[Optimizer, Callable[[Optimizer], None]] = weakref.WeakKeyDictionary()
+        """Optimizers of no attached model, each with the function to call after its step."""
+        self._follows_steps = False
         self._logged: set[str] = set()
 
     def find_spec(
@@ -210,8 +213,6 @@ class _Watch:
 
     def _wait_for_steps(self, optimizer: Optimizer) -> None:
         """Attach to `optimizer` as soon as it steps and no attached model trains beside it."""
-        import torch
-
         attached_steps: int | None = None
         num_steps = 0
 
@@ -221,7 +222,7 @@ class _Watch:
             before, model = attached_steps, self._model()
             attached_steps = None if self._agent is None else self._agent.status()["step"]
             if attached_steps is None or model is None or not self._optimizers or num_steps >= IDLE_STEPS:
-                handle.remove()
+                self._waiting.pop(stepping, None)
                 root = root_module(stepping)
                 self._let_go()
                 self._attach_to(root, stepping)
@@ -229,20 +230,35 @@ class _Watch:
                 try:
                     root = root_module(stepping)
                 except RootNotFoundError:  # it updates single parameters beside the model
-                    handle.remove()
+                    self._waiting.pop(stepping, None)
                 else:
                     if any(each is model for each in root.modules()):
-                        handle.remove()
+                        self._waiting.pop(stepping, None)
                         self._regroup(root, stepping)
             elif before is not None and attached_steps != before:
-                handle.remove()
+                self._waiting.pop(stepping, None)
                 self._log("two models train in this process: koopmon guards the first one only")
 
+        self._waiting[optimizer] = after_step
+        self._follow_steps()
+
+    def _follow_steps(self) -> None:
+        """Register one hook for all optimizers.
+
+        torch calls it after the hooks of the optimizer itself. An attachment changes those, which is an error while
+        torch iterates over them.
+        """
+        if self._follows_steps:
+            return
+        import torch
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
         def hook(stepping: Optimizer, *_: Any) -> None:
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and (after_step := self._waiting.get(stepping)) is not None:
                 self._guarded(after_step, stepping)
 
-        handle = optimizer.register_step_post_hook(hook)
+        register_optimizer_step_post_hook(hook)
+        self._follows_steps = True
 
     def _log(self, text: str) -> None:
         if text not in self._logged:
