@@ -8,14 +8,25 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import AdamW
 
-from koopmon.agent.autoload import DIRECTORY, RootNotFoundError, root_module, should_attach
+from koopmon.agent.autoload import (
+    _MARK,
+    DIRECTORY,
+    IDLE_STEPS,
+    RootNotFoundError,
+    _Watch,
+    root_module,
+    should_attach,
+)
+from tests.agent.models import build, train_step
 
 ENDPOINT = {"KOOPMON_ENDPOINT": "ipc:///nowhere/control", "KOOPMON_RUN": "autoload-test"}
 
@@ -388,3 +399,39 @@ def test_parameters_of_two_models_have_no_root() -> None:
     optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.1)
     with pytest.raises(RootNotFoundError, match="no one model owns all"):
         root_module(optimizer)
+
+
+@pytest.mark.parametrize("num_before", [0, 1])
+@pytest.mark.parametrize("num_after", [0, 1, 2])
+def test_an_attachment_after_a_step_leaves_the_hooks_of_that_step_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_before: int, num_after: int
+) -> None:
+    """torch iterates over the hooks of an optimizer while it calls them. A change of them would end the training."""
+    monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_global_optimizer_post_hooks", OrderedDict())
+    monkeypatch.setenv("KOOPMON_ENDPOINT", f"ipc://{tmp_path}/control")
+    monkeypatch.setenv("KOOPMON_RUN", "job")
+    monkeypatch.setenv(_MARK, str(os.getpid()))
+    watch, calls = _Watch(), 0
+
+    def hook(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    first = build()
+    idle = AdamW(first.parameters())
+    watch.on_optimizer_created(idle)
+    try:
+        second = build()
+        optimizer = AdamW(second.parameters())
+        for _ in range(num_before):
+            optimizer.register_step_post_hook(hook)
+        watch.on_optimizer_created(optimizer)
+        for _ in range(num_after):
+            optimizer.register_step_post_hook(hook)
+        assert list(watch._optimizers) == [idle]
+        for step in range(IDLE_STEPS + 1):
+            train_step(second, optimizer, step)
+        assert list(watch._optimizers) == [optimizer], "it is followed, because the first one does not step"
+        assert calls == (num_before + num_after) * (IDLE_STEPS + 1)
+    finally:
+        watch._let_go()
