@@ -465,3 +465,24 @@ def test_the_scalars_of_a_run_are_those_of_rank_0(registry: RunRegistry) -> None
     assert run.training == Applied(lr_scale=0.5).at_step(7)
     registry.on_message(3.0, heartbeat(0, step=6, loss=2.0, grad_norm=4.0), b"p0")
     assert run.training == TrainingStep(step=7, loss=2.0, grad_norm=4.0)
+
+
+@pytest.mark.parametrize(
+    ("restore", "step", "left"),
+    [
+        (None, 0, Applied(lr_scale=0.5)),
+        (None, 7, Applied(lr_scale=0.5)),
+        (Applied(lr_scale=0.25), 0, Applied(lr_scale=0.25)),
+        (Applied(lr_scale=0.25), 1, Applied(lr_scale=0.5)),
+    ],
+)
+def test_a_launch_leaves_its_settings_or_those_it_has_not_put_in_force_yet(
+    restore: Applied | None, step: int, left: Applied
+) -> None:
+    controller: Any = None
+    run = Run(hello(), controller, 0.0, step, Applied(lr_scale=0.5), restore=restore)
+    assert run.left_in_force == left
+    run.state = RunState.VANISHED
+    assert run.left_in_force == left, "it was killed"
+    run.state = RunState.ENDED
+    assert run.left_in_force is None
