@@ -25,7 +25,7 @@ from koopmon.agent.control.all_actions import make_actions
 from koopmon.agent.control.kept_settings import VARIABLE, KeptSettings
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rank_group import RankGroup, ReplicaFingerprint
-from koopmon.agent.control.step_clock import StepClock, is_nested
+from koopmon.agent.control.step_clock import StepClock, is_nested, stepping_optimizers
 from koopmon.agent.lifecycle import (
     Acting,
     LifeCycle,
@@ -258,8 +258,10 @@ class AgentRuntime:
     def close(self, reason: str) -> None:
         """Remove every hook, restore the user's own values and send a goodbye. Waits less than a second. Idempotent."""
         self.closed = True
-        for handle in self._handles:
-            handle.remove()
+        # torch iterates over the hooks of an optimizer that steps. Those stay, without an effect.
+        if next(stepping_optimizers(), None) is None:
+            for handle in self._handles:
+                handle.remove()
         if self._kept is not None and not reason:
             self._kept.clear()
         self.taps.remove()
@@ -340,7 +342,7 @@ class AgentRuntime:
     # Hooks of the optimizers.
 
     def _before_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if is_nested(optimizer):
+        if self.closed or is_nested(optimizer):
             return None
         clock = self._clock
         begins = clock.begins_step(optimizer, args, kwargs)
@@ -364,7 +366,7 @@ class AgentRuntime:
         return None if unchanged else (update.args, update.kwargs)
 
     def _after_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if is_nested(optimizer):
+        if self.closed or is_nested(optimizer):
             return
         for action in self._lasting:
             action.revert()

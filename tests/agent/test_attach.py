@@ -478,3 +478,17 @@ def test_a_compiled_model_stays_one_graph_and_the_missing_taps_are_said(
     assert agent.enabled
     assert agent.status()["taps_missing"] == 6
     assert sum("compile them one by one" in record.message for record in caplog.records) == 1
+
+
+def test_a_hook_of_the_user_may_close_the_agent_in_a_step(monitor: ScriptedMonitor) -> None:
+    """torch iterates over the hooks of an optimizer while it calls them. A change of them would end the training."""
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    calls: list[int] = []
+    optimizer.register_step_post_hook(lambda *_: agent.close() if len(calls) == 1 else None)
+    agent = koopmon.attach(model, optimizer, endpoint=monitor.endpoint, run="job")
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    for step in range(4):
+        train_step(model, optimizer, step)
+    assert len(calls) == 4
+    assert not agent.enabled

@@ -34,10 +34,10 @@ def is_nested(optimizer: Optimizer) -> bool:
             count += 1
     if count < 2:
         return False
-    return sum(vars(each) is vars(optimizer) for each in _stepping()) > 1
+    return sum(vars(each) is vars(optimizer) for each in stepping_optimizers()) > 1
 
 
-def _stepping() -> Iterator[Optimizer]:
+def stepping_optimizers() -> Iterator[Optimizer]:
     """Yield the optimizers whose `step()` is running in this thread."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -160,7 +160,7 @@ class StepClock:
             self._forward = True
             return False
         running = any(calls.step == self._number and not calls.ended for calls in self._calls.values())
-        if running and next(_stepping(), None) is not None:
+        if running and next(stepping_optimizers(), None) is not None:
             return False  # inside a closure
         self._forward = True
         return self.open
