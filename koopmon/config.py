@@ -203,9 +203,9 @@ class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     assemble_timeout_seconds: Annotated[float, Meta(ge=0.01, le=3600.0)] = 5.0
     """Longest time that a snapshot waits for missing shards. The monitor then profiles the shards that it has, or drops
     the snapshot if they are too few."""
-    queue_length: Annotated[int, Meta(ge=1, le=10_000)] = 16
-    """Largest number of snapshots that wait for the engine. Above it, the oldest snapshot of the run with the most
-    is dropped."""
+    queue_length: Annotated[int, Meta(ge=1, le=10_000)] = 64
+    """Largest number of snapshots that wait for the engine, at most two of each run. Above it, a snapshot of the run
+    that has used the most computing time is dropped."""
     heartbeat_seconds: Annotated[float, Meta(ge=0.02, le=MAX_HEARTBEAT_SECONDS)] = 1.0
     """Time between two heartbeats of a rank, in seconds."""
     vanished_after_seconds: Annotated[float, Meta(gt=0.0, le=MAX_SECONDS)] = 60.0

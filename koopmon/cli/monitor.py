@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -42,7 +42,7 @@ def monitor(
     ] = None,
     ready_file: Annotated[Path | None, option("FILE", "File to write, as JSON, once the monitor serves.")] = None,
     with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True)] = False,
-) -> int:
+) -> NoReturn:
     """Run the monitor: compute spectra of snapshots, export metrics, and send commands to the agents.
 
     SIGTERM and SIGINT end it with status 0, after the history is written.
@@ -61,11 +61,9 @@ def monitor(
         settings, bind=bind, data_bind=bind_data, http=http, device=device, store_path=store or monitor_store()
     )
     status = daemon.serve(monitor, ready_file)
-    if with_parent:
-        # The launcher waits for this process. All is closed, and an interpreter with torch takes 1 to 2 s to end.
-        logging.shutdown()
-        os._exit(status)
-    return status
+    # All is closed. An interpreter with torch takes 1 to 2 s to end, and aborts if a thread still computes a profile.
+    logging.shutdown()
+    os._exit(status)
 
 
 def _end_with_parent() -> None:

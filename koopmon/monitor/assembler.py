@@ -1,11 +1,13 @@
 """Assembly of shards into snapshots: all ranks' states of one step, within bounds on memory and time.
 
 The shards of each sender arrive in the order of its steps. When a step is complete, the missing shards of earlier steps
-are therefore lost. Snapshots leave in the order of their steps.
+are therefore lost. Snapshots leave in the order of their steps. A sender that missed a time-out is silent: later steps
+do not wait for it until it sends in time again.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +17,11 @@ import torch
 from torch import Tensor
 
 from koopmon.errors import ProtocolError
+from koopmon.logs import LogLimit
 from koopmon.numbers import mean
 from koopmon.wire.messages import MAX_OBSERVABLES, MEASURED, AtStep, Shard, TrainingStep
+
+logger = logging.getLogger(__name__)
 
 SHARD_OVERHEAD_BYTES = 1024
 """Memory of one shard beside its tensors, in bytes, so that `max_bytes` bounds many tiny shards too. Chosen by hand."""
@@ -42,6 +47,8 @@ class Snapshot(AtStep):
     """Number of shards in the snapshot."""
     observables: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
     """Measurements of the adapter, by name: one value for each transition, None where no rank has one."""
+    since: float = 0.0
+    """Arrival of the first shard, in seconds of the assembler's clock."""
 
     @property
     def num_bytes(self) -> int:
@@ -80,6 +87,18 @@ class _Pending:
         return len(self.shards) == self.num_senders
 
 
+@dataclass(frozen=True, slots=True)
+class _Silence:
+    """Senders of a run after a time-out: `heard` sent their shards, the others are silent.
+
+    `closed_early` is the last step that did not wait for the silent ones, and `since` the arrival of its first shard.
+    """
+
+    heard: frozenset[int]
+    closed_early: int = -1
+    since: float = -math.inf
+
+
 @dataclass(slots=True, kw_only=True)
 class Assembler:
     """Store of shards until their step is complete, a later step is complete, or `timeout_seconds` have passed.
@@ -102,6 +121,8 @@ class Assembler:
     num_bytes: int = field(default=0, init=False)
     _pending: dict[tuple[RunKey, int], _Pending] = field(default_factory=dict, init=False)
     _done: dict[RunKey, int] = field(default_factory=dict, init=False)
+    _silent: dict[RunKey, _Silence] = field(default_factory=dict, init=False)
+    _limit: LogLimit = field(default_factory=LogLimit, init=False)
 
     def add(self, now: float, shard: Shard, states: Sequence[Tensor]) -> list[Snapshot]:
         """Store one shard and return the snapshots that are ready, in the order of their steps.
@@ -116,6 +137,7 @@ class Assembler:
         """
         run_key = (shard.run, shard.incarnation)
         if shard.step <= self._done.get(run_key, -1):
+            self._note_late(now, run_key, shard)
             raise ProtocolError("late", f"{_name(shard)} is already closed")
         key = (run_key, shard.step)
         pending = self._pending.get(key)
@@ -125,21 +147,37 @@ class Assembler:
             _check(shard, pending)
         num_bytes = sum(state.nbytes for state in states) + SHARD_OVERHEAD_BYTES
         # The shard that completes a step frees its memory in this call, so it needs no room.
-        completes = len(pending.shards) + 1 == pending.num_senders
+        silence = self._silent.get(run_key)
+        if silence is not None and shard.process_rank not in silence.heard:
+            del self._silent[run_key]
+            silence = None
+        heard = {*pending.shards, shard.process_rank}
+        early = silence is not None and heard >= silence.heard
+        completes = early or len(heard) == pending.num_senders
         if not completes and not self._make_room(num_bytes, key):
             return []
         self._pending[key] = pending
         pending.shards[shard.process_rank] = (shard, states)
         pending.num_bytes += num_bytes
         self.num_bytes += num_bytes
-        if not pending.complete:
+        if not completes:
             return []
+        if silence is not None:
+            self._silent[run_key] = replace(silence, closed_early=shard.step, since=pending.since)
         # Earlier steps of this run get no more shards (see the module's docstring), so they close too.
         return self._close_all(other for other in self._pending if other[0] == run_key and other[1] <= shard.step)
 
     def expire(self, now: float) -> list[Snapshot]:
         """Close the steps that are `timeout_seconds` old at `now`; return their usable snapshots."""
         due = [key for key, pending in self._pending.items() if now - pending.since >= self.timeout_seconds]
+        for run_key, step in due:
+            pending = self._pending[run_key, step]
+            self._silent[run_key] = _Silence(frozenset(pending.shards))
+            if (more := self._limit.admit(now, run_key[0])) is not None:
+                num_silent = pending.num_senders - len(pending.shards)
+                words = f"{num_silent} of {pending.num_senders} ranks sent no snapshot of step {step} in"
+                rest = "later snapshots do not wait for them until they send again"
+                logger.warning("run %s: %s %g s: %s%s", run_key[0], words, self.timeout_seconds, rest, more)
         return self._close_all(due)
 
     def flush(self) -> list[Snapshot]:
@@ -149,12 +187,21 @@ class Assembler:
     def forget(self, run: str, incarnation: str) -> None:
         """Drop the shards and the last step of an incarnation that ended, without a call of `on_drop`."""
         self._done.pop((run, incarnation), None)
+        self._silent.pop((run, incarnation), None)
         for key in [key for key in self._pending if key[0] == (run, incarnation)]:
             self._remove(key)
 
     def next_deadline(self) -> float:
         """Compute the time of the next due `expire`, in seconds of the clock of `now`; infinity without shards."""
         return min((pending.since for pending in self._pending.values()), default=math.inf) + self.timeout_seconds
+
+    def _note_late(self, now: float, run_key: RunKey, shard: Shard) -> None:
+        """Wait for all senders again if a silent one sent a shard that a wait would have caught."""
+        silence = self._silent.get(run_key)
+        if silence is None or shard.process_rank in silence.heard or shard.step != silence.closed_early:
+            return
+        if now - silence.since < self.timeout_seconds:
+            del self._silent[run_key]
 
     def _make_room(self, num_bytes: int, key: tuple[RunKey, int]) -> bool:
         """Drop the oldest steps until `num_bytes` more fit; return False when `key` itself was dropped.
@@ -215,6 +262,7 @@ class Assembler:
             masked=all(header.masked for header in headers),
             num_shards=len(headers),
             observables=_observables(headers, len(blocks) - 1),
+            since=pending.since,
         )
 
 

@@ -57,6 +57,8 @@ ALIVE_SECONDS = 10.0
 """The loop waits for at most MAX_WAIT_SECONDS at a time. /healthz fails when no wait has succeeded for this long."""
 BURST = 64
 """Maximum number of messages read from one socket before the other sockets are read."""
+RECEIVE_SECONDS = 5.0
+"""Maximum time in seconds for reading the messages that have arrived at shutdown: peers may go on sending."""
 DRAIN_SECONDS = 60.0
 """Maximum time in seconds for profiling the received snapshots at shutdown."""
 
@@ -253,8 +255,12 @@ class Monitor:
         """Read the messages that have arrived, then profile and store their snapshots; send no replies."""
         with self._failures.contained("loop"):
             self._service.stop()
+        deadline = time.monotonic() + RECEIVE_SECONDS
         while self._receive_control(BURST) + self._receive_data(BURST):
             self._handle_results()
+            if time.monotonic() >= deadline:
+                logger.warning("monitor: peers still send after %.0f s: the rest is not read", RECEIVE_SECONDS)
+                break
         with self._failures.contained("loop"):
             self._service.stop()
         deadline = time.monotonic() + DRAIN_SECONDS

@@ -8,19 +8,20 @@ import re
 import subprocess
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from koopmon.errors import ConfigError
 from koopmon.logs import LogLimit
 from koopmon.monitor.assembler import Snapshot
-from koopmon.spectral import SpectralProfile, profile_states
+from koopmon.spectral import SpectralProfile, profile_in_batches, profile_states
 
 logger = logging.getLogger(__name__)
 
+DropReason = Literal["superseded", "engine_queue_full"]
 SPARE_MEMORY_MIB = 512
 """A device with more memory in use than this counts as occupied."""
 QUERY = ("nvidia-smi", "--query-gpu=uuid,memory.used", "--format=csv,noheader,nounits")
@@ -40,12 +41,31 @@ class Result:
     failed: bool = False
 
 
+Profiling = Generator[None, None, SpectralProfile | None]
+"""A computation in parts of bounded cost; it returns None for states that are not finite."""
+
+
+@dataclass(slots=True)
+class _Job:
+    """A snapshot in progress; `seconds` is its computing time so far."""
+
+    snapshot: Snapshot
+    profiling: Profiling
+    seconds: float = 0.0
+
+
 @dataclass(kw_only=True)
 class Engine:
-    """Profiles snapshots in the order of arrival. `on_result` is called in the worker thread.
+    """Profiles the newest snapshot of each run. `on_result` is called in the worker thread.
 
-    At most `max_waiting` snapshots and `max_bytes` of states wait. Above that, the engine drops the oldest snapshot of
-    the run with the most waiting. `on_failure(run, error)` is called for an error outside profiling; that snapshot is
+    A newer snapshot replaces the waiting one of its run, because only the newest matters for an action. A snapshot that
+    came when nothing of its run waited stays, so that the first one of a run has its profile.
+
+    The worker computes one batch of layers at a time, for the run that has used the least computing time (start-time
+    fair queueing, Goyal et al. 1997). Neither a fast run nor a large snapshot holds up the others.
+
+    At most `max_waiting` snapshots and `max_bytes` of states wait. Above that, the engine drops the snapshot of the run
+    that has used the most time. `on_failure(run, error)` is called for an error outside profiling; that snapshot is
     lost, and the thread continues.
     """
 
@@ -58,7 +78,11 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._device: torch.device | None = None
-        self._queue: deque[Snapshot] = deque()
+        self._first: dict[str, Snapshot] = {}
+        self._newest: dict[str, Snapshot] = {}
+        self._started: dict[str, _Job] = {}
+        self._used_seconds: dict[str, float] = {}
+        self._least_used = 0.0
         self._busy = True  # warming up
         self._closing = False
         self._changed = threading.Condition()
@@ -68,66 +92,115 @@ class Engine:
 
     @property
     def queue_length(self) -> int:
-        """Number of waiting snapshots, without the one in progress."""
-        return len(self._queue)
+        """Number of waiting snapshots, without those in progress."""
+        return len(self._first) + len(self._newest)
 
-    def submit(self, snapshot: Snapshot, *, wait: bool = False) -> list[str]:
-        """Queue a snapshot; return the run of each snapshot that was dropped for it.
+    def submit(self, snapshot: Snapshot, *, wait: bool = False) -> list[tuple[str, DropReason]]:
+        """Queue a snapshot; return run and reason of each snapshot that was dropped for it.
 
         With `wait`, used at shutdown, block until there is room and drop nothing.
         """
+        run, dropped = snapshot.run, list[tuple[str, DropReason]]()
         with self._changed:
             if wait:
-                self._changed.wait_for(lambda: not self._queue)
-            self._queue.append(snapshot)
-            dropped = []
-            while len(self._queue) > 1 and self._over_full():
-                dropped.append(self._pop_oldest_of_most())
+                self._changed.wait_for(lambda: self.queue_length == 0 or self._closing)
+            if not any(run in some for some in (self._first, self._newest, self._started)):
+                # Time without work earns no credit.
+                self._used_seconds[run] = max(self._used_seconds.get(run, 0.0), self._least_used)
+                self._first[run] = snapshot
+            else:
+                if self._newest.pop(run, None) is not None:
+                    dropped.append((run, "superseded"))
+                self._newest[run] = snapshot
+            while self.queue_length > 1 and self._over_full():
+                largest = max([*self._first, *self._newest], key=self._used_seconds.__getitem__)
+                self._take_waiting(largest)
+                dropped.append((largest, "engine_queue_full"))
             self._changed.notify_all()
             return dropped
 
     def drain(self, timeout_seconds: float) -> bool:
         """Wait until every submitted snapshot has its result; False after `timeout_seconds`."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._queue and not self._busy, timeout_seconds)
+            idle = lambda: not (self.queue_length or self._started or self._busy)  # noqa: E731
+            return self._changed.wait_for(idle, timeout_seconds)
 
-    def close(self) -> None:
-        """Stop after the current snapshot; waiting snapshots are discarded."""
+    def close(self, timeout_seconds: float = 5.0) -> bool:
+        """Stop after the current batch of layers; the other snapshots are discarded. False if it is still computing."""
         with self._changed:
             self._closing = True
-            self._queue.clear()
+            self._first.clear()
+            self._newest.clear()
             self._changed.notify_all()
-        self._thread.join(timeout=5.0)
+        self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
 
     def _over_full(self) -> bool:
-        waiting = sum(snapshot.num_bytes for snapshot in self._queue)
-        return len(self._queue) > self.max_waiting or waiting > self.max_bytes
+        waiting = [*self._first.values(), *self._newest.values()]
+        return len(waiting) > self.max_waiting or sum(each.num_bytes for each in waiting) > self.max_bytes
 
-    def _pop_oldest_of_most(self) -> str:
-        counts = Counter(snapshot.run for snapshot in self._queue)
-        most = max(counts.values())
-        oldest = next(index for index, snapshot in enumerate(self._queue) if counts[snapshot.run] == most)
-        run = self._queue[oldest].run
-        del self._queue[oldest]
-        return run
+    def _take_waiting(self, run: str) -> Snapshot:
+        return (self._first if run in self._first else self._newest).pop(run)
 
     def _work(self) -> None:
         torch.set_num_threads(num_cpu_threads())
         self._warm_up()
-        while True:
-            with self._changed:
-                self._busy = False
+        while (job := self._next()) is not None:
+            start = time.perf_counter()
+            result = self._advance(job)
+            self._add_time(job, time.perf_counter() - start, done=result is not None)
+            if result is not None:
+                try:
+                    self.on_result(result)
+                except Exception as error:
+                    self.on_failure(job.snapshot.run, error)
+            del job, result
+
+    def _next(self) -> _Job | None:
+        """Wait for work; return the job of the run that has used the least time, or None at the end."""
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self.queue_length or self._started or self._closing)
+            if self._closing:
+                return None
+            self._busy = True
+            run = min([*self._started, *self._first, *self._newest], key=self._used_seconds.__getitem__)
+            self._least_used = self._used_seconds[run]
+            if run not in self._started:
+                snapshot = self._take_waiting(run)
+                self._started[run] = _Job(snapshot, self._profile(snapshot))
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._queue or self._closing)
-                if self._closing:
-                    return
-                snapshot = self._queue.popleft()
-                self._busy = True
-            try:
-                self.on_result(self._profile(snapshot))
-            except Exception as error:
-                self.on_failure(snapshot.run, error)
-            del snapshot
+            return self._started[run]
+
+    def _add_time(self, job: _Job, seconds: float, *, done: bool) -> None:
+        run = job.snapshot.run
+        with self._changed:
+            job.seconds += seconds
+            self._used_seconds[run] += seconds
+            if done:
+                del self._started[run]
+                active = {*self._started, *self._first, *self._newest}
+                self._used_seconds = {
+                    name: used for name, used in self._used_seconds.items() if name in active or used > self._least_used
+                }
+
+    def _advance(self, job: _Job) -> Result | None:
+        """Compute one batch of layers; return the result after the last one."""
+        start = time.perf_counter()
+        snapshot, profile, failed = job.snapshot, None, False
+        try:
+            next(job.profiling)
+            return None
+        except StopIteration as end:
+            profile = end.value
+        except Exception as error:
+            failed, kind = True, type(error).__name__
+            if (more := self._limit.admit(time.monotonic(), kind)) is not None:
+                words = f"run {snapshot.run} step {snapshot.step}: {kind}: {error}"
+                logger.error("engine: %s%s", words, more, exc_info=error)
+        seconds = job.seconds + time.perf_counter() - start
+        return Result(snapshot.without_states(), profile, seconds, profile is None and not failed, failed)
 
     def _warm_up(self) -> None:
         """Run one decomposition at startup, because the first one in a process loads libraries."""
@@ -138,38 +211,26 @@ class Engine:
         except Exception:
             logger.exception("engine: warming up on %s failed", device)
 
-    def _profile(self, snapshot: Snapshot) -> Result:
-        start = time.perf_counter()
-        profile, non_finite, failed = None, False, False
-        try:
-            profile = self._compute(snapshot)
-            non_finite = profile is None
-        except Exception as error:
-            failed, kind = True, type(error).__name__
-            if (more := self._limit.admit(time.monotonic(), kind)) is not None:
-                words = f"run {snapshot.run} step {snapshot.step}: {kind}: {error}"
-                logger.error("engine: %s%s", words, more, exc_info=error)
-        return Result(snapshot.without_states(), profile, time.perf_counter() - start, non_finite, failed)
-
-    def _compute(self, snapshot: Snapshot) -> SpectralProfile | None:
-        """Return the profile, or None when the states are not finite: their decomposition would crash the process."""
+    def _profile(self, snapshot: Snapshot) -> Profiling:
         if self._device is None:
             self._device = choose_device(self.device)
             logger.info("engine: computing on %s", self._device)
+        device = self._device
         try:
-            return self._compute_on(self._device, snapshot)
+            return (yield from self._profile_on(device, snapshot))
         except RuntimeError as error:
-            if self._device.type == "cpu" or isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            if device.type == "cpu" or isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
                 raise
-            logger.warning("engine: %s failed (%s), going on on the CPU", self._device, str(error).splitlines()[0])
+            logger.warning("engine: %s failed (%s), going on on the CPU", device, str(error).splitlines()[0])
             self._device = torch.device("cpu")
-            return self._compute_on(self._device, snapshot)
+        return (yield from self._profile_on(self._device, snapshot))
 
-    def _compute_on(self, device: torch.device, snapshot: Snapshot) -> SpectralProfile | None:
+    def _profile_on(self, device: torch.device, snapshot: Snapshot) -> Profiling:
         states = snapshot.states(device)
-        if not bool(torch.isfinite(states).all()):
+        if not bool(torch.isfinite(states).all()):  # their decomposition would crash the process
             return None
-        return profile_states(states, svd_rank=self.svd_rank, kreiss="never")  # it costs far more than the rest
+        # The Kreiss constant costs far more than the rest.
+        return (yield from profile_in_batches(states, svd_rank=self.svd_rank, kreiss="never"))
 
 
 def check_device(name: str) -> str:

@@ -69,11 +69,13 @@ class Profiled(Event):
     """The engine is done with a snapshot. `run` is None if its incarnation is no longer watched.
 
     `plain` is the profile as JSON types. The history and the page take the same ones, so that they cannot disagree.
+    `age_seconds` is the time since the snapshot's first shard arrived.
     """
 
     run: Run | None  # type: ignore[assignment]
     result: Result
     plain: Mapping[str, Any] | None
+    age_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

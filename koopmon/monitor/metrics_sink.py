@@ -36,6 +36,7 @@ class MetricsSink:
                     metrics.add("engine_failures")
                 elif run is not None:
                     metrics.set_layers(run.name, result.profile)
+                    metrics.set("snapshot_age_seconds", event.age_seconds, run.name)
                     metrics.set_observables(run.name, result.snapshot.observables)
             case events.Assessed(run, None):
                 metrics.add("engine_failures")

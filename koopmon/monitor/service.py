@@ -152,7 +152,7 @@ class Service:
         if run is not None and (run.incarnation != snapshot.incarnation or run.state is RunState.VANISHED):
             run = None
         plain = None if result.profile is None else result.profile.to_dict()
-        self._publish(events.Profiled(run, result, plain))
+        self._publish(events.Profiled(run, result, plain, self.clock() - snapshot.since))
         if result.failed:
             self.on_dropped(snapshot.run, "engine_failed")
         elif run is not None:
@@ -208,8 +208,8 @@ class Service:
         if (run := self._registry.get(snapshot.run)) is not None:
             self._publish(events.SnapshotReceived(run))
         with self.failures.contained("snapshot", snapshot.run):
-            for name in self.engine.submit(snapshot, wait=self._stopping):
-                self.on_dropped(name, "engine_queue_full")
+            for name, reason in self.engine.submit(snapshot, wait=self._stopping):
+                self.on_dropped(name, reason)
 
     def _on_hello(self, now: float, peer: bytes, hello: Hello, key: str) -> None:
         launches = self._store.incarnations(hello.run)

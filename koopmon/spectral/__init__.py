@@ -6,7 +6,7 @@ Rows are samples: x and y have the shape (N, D). The source of the equations is 
 
 from koopmon.spectral.kss import CONDITION_GUARD, KssGradient, kss_basis, kss_gradient, kss_loss
 from koopmon.spectral.nonnormality import kreiss_constant
-from koopmon.spectral.profile import MIN_UPDATE_RATIO, profile_states, profile_transition
+from koopmon.spectral.profile import MIN_UPDATE_RATIO, profile_in_batches, profile_states, profile_transition
 from koopmon.spectral.profiles import FIELDS, LayerProfile, SpectralProfile, Thirds
 from koopmon.spectral.update_exponent import LARGEST_EXPONENT, stack_exponent, update_exponent
 
@@ -23,6 +23,7 @@ __all__ = [
     "kss_basis",
     "kss_gradient",
     "kss_loss",
+    "profile_in_batches",
     "profile_states",
     "profile_transition",
     "stack_exponent",

@@ -6,9 +6,9 @@ Rows are samples: a state has the shape (N samples, D width). All states hold th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def profile_transition(
     x: Tensor, y: Tensor, *, svd_rank: int | None = None, ridge: float = 1e-5, seed: int = 0, kreiss: Kreiss = "auto"
 ) -> LayerProfile:
     """Profile one transition from x to y, both (N, D). Arguments and errors are those of `profile_states`."""
-    return _profile([x, y], ["x", "y"], svd_rank, ridge, seed, kreiss).layers[0]
+    return _finish(_profile([x, y], ["x", "y"], svd_rank, ridge, seed, kreiss)).layers[0]
 
 
 def profile_states(
@@ -82,26 +82,55 @@ def profile_states(
     Raises:
         ValueError: a state holds NaN or infinite values, or an argument is not allowed; the message holds its name.
     """
+    return _finish(profile_in_batches(states, svd_rank=svd_rank, ridge=ridge, seed=seed, kreiss=kreiss))
+
+
+def profile_in_batches(
+    states: Tensor | Sequence[Tensor],
+    *,
+    svd_rank: int | None = None,
+    ridge: float = 1e-5,
+    seed: int = 0,
+    kreiss: Kreiss = "auto",
+) -> Generator[None, None, SpectralProfile]:
+    """Profile as `profile_states` does, and yield between batches of layers; a batch has a bounded size.
+
+    Returns:
+        The profile, as the value of the generator's StopIteration.
+    """
     states = list(states)
     return _profile(states, [f"states[{index}]" for index in range(len(states))], svd_rank, ridge, seed, kreiss)
 
 
+def _finish(profiling: Generator[None, None, SpectralProfile]) -> SpectralProfile:
+    while True:
+        try:
+            next(profiling)
+        except StopIteration as end:
+            return cast(SpectralProfile, end.value)
+
+
 def _profile(
     states: list[Tensor], names: list[str], svd_rank: int | None, ridge: float, seed: int, kreiss: Kreiss
-) -> SpectralProfile:
+) -> Generator[None, None, SpectralProfile]:
     """Check the arguments and profile the states in batches; `names` are for error messages."""
     _check(states, names, svd_rank, ridge, kreiss)
     detached = [state.detach() for state in states]
     layers: dict[int, LayerProfile] = {}
     exponents: list[float] = torch.stack([update_exponent(x, y) for x, y in pairwise(detached)]).tolist()
-    with torch.no_grad(), torch.autocast(detached[0].device.type, enabled=False):
-        for batch in _batches(transitions(detached, names, svd_rank, ridge, seed)):
+    batches = _batches(transitions(detached, names, svd_rank, ridge, seed))
+    while True:
+        # The modes belong to the thread, so they must not be in force while the generator waits.
+        with torch.no_grad(), torch.autocast(detached[0].device.type, enabled=False):
+            batch = next(batches)
             indices = [index for index, _ in batch]
             mine = [exponents[index] for index in indices]
             profiles = _fit_batch([coordinates for _, coordinates in batch], mine, svd_rank, kreiss)
-            # Batches group layers by their number of directions, so they come out of depth order.
-            layers.update(zip(indices, profiles, strict=True))
-    return SpectralProfile(layers=tuple(layers[index] for index in sorted(layers)))
+        # Batches group layers by their number of directions, so they come out of depth order.
+        layers.update(zip(indices, profiles, strict=True))
+        if len(layers) == len(states) - 1:
+            return SpectralProfile(layers=tuple(layers[index] for index in sorted(layers)))
+        yield
 
 
 def _check(states: list[Tensor], names: list[str], svd_rank: int | None, ridge: float, kreiss: Kreiss) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -582,3 +583,61 @@ def test_a_shared_point_that_differs_in_one_replica_joins_nothing() -> None:
     second[1][1][0] = second[1][1][0] + 1.0
     ranks = [first[0], second[0], first[1], second[1]]
     assert joined(*[(torch_shard(shard, rank, 4), states) for rank, (shard, states) in enumerate(ranks)]) == []
+
+
+def heard(bench: Bench, step: int, now: float, ranks: tuple[int, ...] = (0, 1, 2)) -> list[Snapshot]:
+    """Add the shards of `ranks`, of four senders; return the snapshots that they made."""
+    return [made for rank in ranks for made in bench.add(make_shard(rank, num_senders=4, step=step), now)]
+
+
+def test_a_silent_rank_delays_nothing_after_its_first_time_out(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    assert heard(bench, 1, 0.0) == []
+    (first,) = bench.assembler.expire(5.0)
+    assert first.num_shards == 3
+    assert "run job: 1 of 4 ranks sent no snapshot of step 1" in caplog.text
+    for step in range(2, 5):
+        (snapshot,) = heard(bench, step, 10.0 * step)
+        assert (snapshot.step, snapshot.num_shards) == (step, 3)
+
+
+def test_a_rank_that_sends_again_is_waited_for_again() -> None:
+    """Also when its shards come last, as they do on a slower host."""
+    for order in ((3, 0, 1, 2), (0, 1, 2, 3)):
+        bench = Bench()
+        heard(bench, 1, 0.0)
+        bench.assembler.expire(5.0)
+        made = []
+        for step in (2, 3):
+            for rank in order:
+                with contextlib.suppress(ProtocolError):
+                    made += bench.add(make_shard(rank, num_senders=4, step=step), 10.0 * step + 0.1 * order.index(rank))
+        assert [snapshot.num_shards for snapshot in made][-1] == 4
+
+
+def test_a_rank_that_is_always_too_late_is_not_waited_for() -> None:
+    bench = Bench()
+    heard(bench, 1, 0.0)
+    bench.assembler.expire(5.0)
+    for step in (2, 3, 4):
+        assert len(heard(bench, step, 10.0 * step)) == 1
+        with pytest.raises(ProtocolError, match="already closed"):
+            heard(bench, step, 10.0 * step + 5.0, (3,))
+
+
+def test_a_further_rank_that_falls_silent_costs_one_time_out() -> None:
+    bench = Bench()
+    heard(bench, 1, 0.0)
+    bench.assembler.expire(5.0)
+    assert heard(bench, 2, 10.0, (0, 1)) == []
+    (second,) = bench.assembler.expire(15.0)
+    (third,) = heard(bench, 3, 20.0, (0, 1))
+    assert (second.num_shards, third.num_shards) == (2, 2)
+
+
+def test_silence_belongs_to_one_incarnation() -> None:
+    bench = Bench()
+    heard(bench, 1, 0.0)
+    bench.assembler.expire(5.0)
+    bench.assembler.forget("job", INCARNATION)
+    assert heard(bench, 2, 10.0) == []

@@ -50,9 +50,9 @@ def test_snapshots_become_metrics_and_history(
     welcome = agent.hello()
     assert welcome.data_endpoint == monitor.addresses.data_endpoint
     assert welcome.restore is None
-    for step in (1, 3, 5):
+    for number, step in enumerate((1, 3, 5), 1):
         agent.snapshot(step)
-    until(lambda: monitor.sample("dmd_duration_seconds_count") == 3)
+        until(lambda: monitor.sample("dmd_duration_seconds_count") == number)  # noqa: B023
     agent.heartbeat(7, overhead_ratio=0.01, taps_missing=2, dropped={"budget": 4}, applied=Applied(lr_scale=0.5))
     samples = monitor.samples()
     assert samples['snapshots_received_total{run="job"}'] == 3

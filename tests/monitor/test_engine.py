@@ -1,4 +1,4 @@
-"""Engine: profiles in order, detection of NaN before any decomposition, survival of failures, and drops."""
+"""Engine: newest snapshots, fair shares of the time, NaN before any decomposition, failures, and drops."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Bench:
 
     def __init__(self, **options: Any) -> None:
         self.results: list[Result] = []
-        self.drops: list[str] = []
+        self.drops: list[tuple[str, str]] = []
         self.failures: list[tuple[str, Exception]] = []
         self.gate = threading.Event()
         self.gate.set()
@@ -57,6 +57,12 @@ class Bench:
 
     def submit(self, snapshot: Snapshot, *, wait: bool = False) -> None:
         self.drops += self.engine.submit(snapshot, wait=wait)
+
+    def finish(self, *snapshots: Snapshot) -> None:
+        """Profile one snapshot after the other."""
+        for snapshot in snapshots:
+            self.submit(snapshot)
+            assert self.engine.drain(WAIT_SECONDS)
 
     def _take(self, result: Result) -> None:
         assert self.gate.wait(WAIT_SECONDS)
@@ -112,9 +118,7 @@ def test_a_result_that_cannot_be_handed_over_costs_that_snapshot_alone(bench: Be
 def test_states_that_are_not_finite_are_a_result(bench: Bench, bad: float) -> None:
     states = torch.randn((3, 40, 8))
     states[1, 7, 3] = bad
-    bench.submit(make_snapshot(states=states))
-    bench.submit(make_snapshot(step=2))
-    assert bench.engine.drain(WAIT_SECONDS)
+    bench.finish(make_snapshot(states=states), make_snapshot(step=2))
     results = bench.results
     assert [(result.non_finite, result.profile is None, result.failed) for result in results] == [
         (True, True, False),
@@ -130,10 +134,8 @@ def test_an_exception_is_a_result_and_the_worker_lives_on(
 
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
         assert bench.engine.drain(WAIT_SECONDS)
-        patch.setattr(engine_module, "profile_states", fail)
-        for step in (1, 2, 3):
-            bench.submit(make_snapshot(step=step))
-        assert bench.engine.drain(WAIT_SECONDS)
+        patch.setattr(engine_module, "profile_in_batches", fail)
+        bench.finish(*map(make_snapshot, (1, 2, 3)))
     assert [result.failed for result in bench.results] == [True] * 3
     assert len(caplog.records) == 1, "a failure that repeats is logged once a minute"
     assert "on purpose" in caplog.text
@@ -149,28 +151,53 @@ def test_states_too_small_to_analyse_do_no_harm(bench: Bench) -> None:
     assert result.failed or (result.profile is not None and not result.profile.informative)
 
 
-def test_the_oldest_of_the_run_with_most_gives_way(bench: Bench) -> None:
+def test_a_newer_snapshot_replaces_a_waiting_one(bench: Bench) -> None:
+    """The first one of a run stays: it has the run's initial score."""
+    bench.engine.max_waiting = 10
     bench.hold()
-    for run, step in (("a", 1), ("b", 2), ("b", 3), ("b", 4), ("c", 5)):
+    for run, step in (("a", 1), ("b", 2), ("b", 3), ("b", 4), ("b", 5), ("c", 6)):
         bench.submit(make_snapshot(step=step, run=run))
-    assert bench.drops == ["b", "b"]
-    assert bench.engine.queue_length == 3
+    assert bench.drops == [("b", "superseded")] * 2
+    assert bench.engine.queue_length == 4
     bench.gate.set()
     assert bench.engine.drain(WAIT_SECONDS)
-    assert [(result.snapshot.run, result.snapshot.step) for result in bench.results][1:] == [
+    assert sorted((result.snapshot.run, result.snapshot.step) for result in bench.results[1:]) == [
         ("a", 1),
-        ("b", 4),
-        ("c", 5),
+        ("b", 2),
+        ("b", 5),
+        ("c", 6),
     ]
+
+
+def test_under_a_steady_overload_only_the_newest_is_profiled(bench: Bench) -> None:
+    """Two snapshots arrive during each profile."""
+    bench.hold()
+    bench.submit(make_snapshot(step=0))
+    for step in range(1, 11):
+        bench.gate.clear()
+        bench.submit(make_snapshot(step=2 * step - 1))
+        bench.submit(make_snapshot(step=2 * step))
+        profiled = len(bench.results)
+        bench.gate.set()
+        deadline = time.monotonic() + WAIT_SECONDS
+        while len(bench.results) == profiled:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    assert bench.engine.drain(WAIT_SECONDS)
+    steps = [result.snapshot.step for result in bench.results if result.snapshot.run == "job"]
+    assert steps == sorted(steps)
+    assert steps[-1] == 20
+    assert ("job", "superseded") in bench.drops
 
 
 def test_bytes_are_bounded_too_but_one_snapshot_always_fits() -> None:
     size = make_snapshot().num_bytes
     bench = Bench(max_waiting=100, max_bytes=2 * size)
     bench.hold()
-    for step in range(1, 5):
-        bench.submit(make_snapshot(step=step))
-    assert (bench.drops, bench.engine.queue_length) == (["job", "job"], 2)
+    for run in "abcd":
+        bench.submit(make_snapshot(run=run))
+    assert [reason for _, reason in bench.drops] == ["engine_queue_full"] * 2
+    assert bench.engine.queue_length == 2
     bench.gate.set()
     bench.engine.close()
     tight = Bench(max_bytes=1)
@@ -178,6 +205,105 @@ def test_bytes_are_bounded_too_but_one_snapshot_always_fits() -> None:
     assert tight.engine.drain(WAIT_SECONDS)
     assert len(tight.results) == 1
     tight.engine.close()
+
+
+class Parts:
+    """A stand-in for `profile_in_batches`: a snapshot of width D takes D batches, and each takes `seconds`.
+
+    `order` has the width of each batch, in the order of computing; `gate` holds the next batch.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, engine: Engine) -> None:
+        self.order: list[int] = []
+        self.gate = threading.Event()
+        self.entered = threading.Semaphore(0)
+        self.clock = 0.0
+        self.profile = profile_states(make_snapshot().states(), svd_rank=4, kreiss="never")
+        assert engine.drain(WAIT_SECONDS)
+        patch.setattr(engine_module, "profile_in_batches", self)
+        patch.setattr(engine_module.time, "perf_counter", lambda: self.clock)
+
+    def __call__(self, states: torch.Tensor, **_: Any) -> Iterator[None]:
+        width = states.shape[-1]
+        for index in range(width):
+            self.entered.release()
+            assert self.gate.wait(WAIT_SECONDS)
+            self.order.append(width)
+            self.clock += 1.0
+            if index < width - 1:
+                yield
+        return self.profile
+
+
+def wide(width: int, run: str, step: int = 1) -> Snapshot:
+    return make_snapshot(step=step, run=run, states=torch.zeros((3, 40, width)))
+
+
+def test_a_large_snapshot_does_not_hold_up_the_others(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = Parts(monkeypatch, bench.engine)
+    bench.submit(wide(50, "large"))
+    assert parts.entered.acquire(timeout=WAIT_SECONDS)
+    for run, width in (("a", 1), ("b", 2), ("c", 3)):
+        bench.submit(wide(width, run))
+    parts.gate.set()
+    assert bench.engine.drain(WAIT_SECONDS)
+    assert [result.snapshot.run for result in bench.results] == ["a", "b", "c", "large"]
+    assert max(parts.order.index(width) for width in (1, 2, 3)) <= 4
+    assert bench.results[-1].seconds == 50.0, "its own batches, without those of the others"
+
+
+def test_runs_share_the_time_and_not_the_snapshots(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of small snapshots has its turn after each of its snapshots, however many the flooding runs have sent."""
+    parts = Parts(monkeypatch, bench.engine)
+    parts.gate.set()
+    bench.engine.max_waiting = 100
+    bench.hold()
+    for run in "abcdef":
+        bench.submit(wide(20, run))
+    bench.submit(wide(1, "honest", step=1))
+    bench.gate.set()
+    assert bench.engine.drain(WAIT_SECONDS)
+    assert [result.snapshot.run for result in bench.results][1] == "honest"
+    assert [result.seconds for result in bench.results][2:] == [20.0] * 6
+
+
+def test_a_full_queue_drops_the_run_that_used_the_most_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = Parts(monkeypatch, bench.engine)
+    parts.gate.set()
+    bench.finish(wide(1, "small"))
+    bench.hold()  # eight seconds
+    bench.submit(wide(9, "held", step=2))
+    for run in ("small", "new", "newer"):
+        bench.submit(wide(1, run, step=2))
+    assert bench.drops == [("held", "engine_queue_full")]
+
+
+def test_time_without_work_earns_no_credit(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that begins late does not displace the others until it has caught up with hours of their work."""
+    parts = Parts(monkeypatch, bench.engine)
+    parts.gate.set()
+    for step in range(30):
+        bench.finish(wide(10, "old", step=step))
+    parts.gate.clear()
+    while parts.entered.acquire(blocking=False):
+        pass
+    bench.submit(wide(3, "late"))
+    assert parts.entered.acquire(timeout=WAIT_SECONDS)
+    bench.submit(wide(5, "old", step=31))
+    parts.order.clear()
+    parts.gate.set()
+    assert bench.engine.drain(WAIT_SECONDS)
+    assert parts.order.index(5) <= 3, "not after all of the late run's work"
+
+
+def test_a_stop_waits_for_the_current_batch_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = Parts(monkeypatch, bench.engine)
+    bench.submit(wide(1000, "large"))
+    assert parts.entered.acquire(timeout=WAIT_SECONDS)
+    assert not bench.engine.close(timeout_seconds=0.01), "it computes"
+    parts.gate.set()
+    assert bench.engine.close(timeout_seconds=WAIT_SECONDS)
+    assert (len(parts.order), bench.results) == (1, [])
 
 
 def test_with_wait_nothing_gives_way(bench: Bench) -> None:
@@ -207,8 +333,6 @@ def test_a_device_that_fails_is_given_up_for_the_cpu(
     # The meta device can allocate but not compute: it simulates a failing accelerator.
     monkeypatch.setattr(engine_module, "choose_device", lambda _: torch.device("meta"))
     with caplog.at_level(logging.WARNING):
-        for step in (1, 2):
-            bench.submit(make_snapshot(step=step))
-        assert bench.engine.drain(WAIT_SECONDS)
+        bench.finish(*map(make_snapshot, (1, 2)))
     assert [result.profile is not None for result in bench.results] == [True, True]
     assert caplog.text.count("going on on the CPU") == 1

@@ -25,7 +25,7 @@ from koopmon.errors import ProtocolError
 from koopmon.history.reader import HistoryReader
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.assembler import Snapshot
-from koopmon.monitor.engine import Engine, Result
+from koopmon.monitor.engine import DropReason, Engine, Result
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.rejection_log import RejectionLog
@@ -107,7 +107,7 @@ class GivenResults:
         self.queue: list[Snapshot] = []
         self.queue_length = 0
 
-    def submit(self, snapshot: Snapshot, *, wait: bool = False) -> list[str]:
+    def submit(self, snapshot: Snapshot, *, wait: bool = False) -> list[tuple[str, DropReason]]:
         self.queue.append(snapshot.without_states())
         return []
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.flooders import Flooders
 from koopmon.wire.messages import Applied, Heartbeat, TrainingStep
+from tests.monitor.conftest import ScriptedAgent
 
 pytestmark = pytest.mark.process
 
@@ -23,16 +27,18 @@ def test_a_signal_ends_it_with_nothing_lost(
     start_process: Start, connect: Start, until: Until, number: signal.Signals
 ) -> None:
     """Snapshots that wait for the engine are profiled, and also those that wait for a missing shard."""
-    monitor = start_process(monitor={"assemble_timeout_seconds": 600.0, "queue_length": 10_000})
-    agent = connect(monitor.addresses.endpoint)
+    monitor = start_process(monitor={"assemble_timeout_seconds": 600.0})
     lonely = connect(monitor.addresses.endpoint, run="lonely", num_senders=2)
-    agent.hello()
     lonely.hello()
     lonely.snapshot(1)
-    steps = list(range(1, 41))
-    for step in steps:
-        agent.snapshot(step)
-    until(lambda: monitor.sample('snapshots_received_total{run="job"}') == len(steps))
+    agents = [connect(monitor.addresses.endpoint, run=f"job{index}") for index in range(8)]
+    for agent in agents:
+        agent.hello()
+    for step in (1, 2):
+        for agent in agents:
+            agent.snapshot(step)
+    for index in range(len(agents)):
+        until(lambda: monitor.sample(f'snapshots_received_total{{run="job{index}"}}') == 2)  # noqa: B023
     assert monitor.end(number) == 0
     assert not monitor.ready_file.exists()
     assert not monitor.store.with_name(monitor.store.name + "-wal").exists()
@@ -40,8 +46,9 @@ def test_a_signal_ends_it_with_nothing_lost(
     assert "stopped" in log
     assert "Traceback" not in log
     with monitor.history() as history:
-        assert [row.step for row in history.profiles("job")] == steps
-        assert [row.step for row in history.observations("job")] == steps
+        for index in range(len(agents)):
+            assert [row.step for row in history.profiles(f"job{index}")] == [1, 2]
+            assert [row.step for row in history.observations(f"job{index}")] == [1, 2]
         assert [row.step for row in history.profiles("lonely")] == [1]
 
 
@@ -77,3 +84,37 @@ def test_after_a_sudden_death_the_run_is_seen_again(
         assert [row.incarnation for row in history.incarnations("job")] == ["aaaaaaaa", "bbbbbbbb"]
         outcomes = [row.outcome for decision in history.decisions("job") for row in decision.commands]
     assert "applied" in outcomes
+
+
+@pytest.mark.slow
+def test_a_signal_is_obeyed_while_peers_send(start_process: Start) -> None:
+    monitor = start_process()
+    with Flooders() as flooders, ThreadPoolExecutor(1) as pool:
+        flood = pool.submit(flooders.agents, monitor.addresses.endpoint, 25.0)
+        time.sleep(1.0)
+        assert monitor.end(signal.SIGTERM) == 0
+        assert not flood.done()
+        assert flood.result() > 100
+    assert "peers still send" in monitor.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_large_snapshot_holds_up_neither_another_run_nor_the_end(
+    start_process: Start, connect: Callable[..., ScriptedAgent], until: Until
+) -> None:
+    monitor = start_process()
+    large = connect(monitor.addresses.endpoint, run="large")
+    large.hello(num_layers=512, width=64)
+    small = connect(monitor.addresses.endpoint, run="small")
+    small.hello()
+    large.snapshot(1, torch.cumsum(torch.randn((513, 1024, 64)), dim=0).bfloat16())
+    until(lambda: monitor.sample('snapshots_received_total{run="large"}') == 1)
+    for step in (1, 2, 3):
+        small.snapshot(step)
+        until(lambda: monitor.sample("dmd_duration_seconds_count") == step)  # noqa: B023
+    with monitor.history() as history:
+        assert list(history.profiles("large")) == []
+    assert monitor.end(signal.SIGTERM) == 0
+    with monitor.history() as history:
+        assert [row.step for row in history.profiles("small")] == [1, 2, 3]
+        assert [row.step for row in history.profiles("large")] == [1]

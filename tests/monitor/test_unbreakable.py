@@ -47,9 +47,10 @@ def not_finite() -> torch.Tensor:
 
 
 def say(agent: ScriptedAgent, step: int, states: torch.Tensor | None = None, **fields: Any) -> None:
-    """Send a snapshot if the agent was accepted."""
+    """Send a snapshot if the agent was accepted, and leave time for its profile: a newer one would replace it."""
     if agent.data is not None:
         agent.snapshot(step, states, **fields)
+        time.sleep(0.1)
 
 
 def shards_near_the_last_step(agent: ScriptedAgent) -> None:

@@ -18,7 +18,15 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from koopmon.spectral import FIELDS, LayerProfile, SpectralProfile, profile_states, profile_transition
+from koopmon.spectral import (
+    FIELDS,
+    LayerProfile,
+    SpectralProfile,
+    profile_in_batches,
+    profile_states,
+    profile_transition,
+)
+from koopmon.spectral import profile as profile_module
 from koopmon.spectral.dmd import Operators, fit
 from koopmon.spectral.profile import _batches
 from koopmon.spectral.whitening import Coordinates
@@ -596,3 +604,22 @@ def test_products_of_large_states_are_exact_whatever_the_mode_of_the_caller() ->
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = profile_transition(x.float(), y.float(), svd_rank=6, kreiss="never").eigenvalues.numpy()
     assert np.sort_complex(found) == pytest.approx(np.sort_complex(wanted), rel=5e-4)
+
+
+def test_batches_give_the_same_profile_and_leave_the_modes_of_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = torch.cumsum(torch.randn((9, 40, 6), generator=torch.Generator().manual_seed(3)), dim=0)
+    whole = profile_states(states, svd_rank=4, kreiss="never")
+    monkeypatch.setattr(profile_module, "_BATCH_ELEMENTS", 1)
+    profiling, pauses = profile_in_batches(states, svd_rank=4, kreiss="never"), 0
+    while True:
+        try:
+            next(profiling)
+        except StopIteration as end:
+            split = end.value
+            break
+        pauses += 1
+        assert torch.is_grad_enabled()
+    assert pauses == 7, "one between two of the eight layers"
+    for one, other in zip(whole.layers, split.layers, strict=True):
+        assert torch.allclose(one.eigenvalues, other.eigenvalues)
+        assert one.update_exponent == other.update_exponent

@@ -34,6 +34,7 @@ def test_after_a_restart_the_page_is_not_empty(start_monitor: Start, connect: St
     agent.hello(hostname="node-3")
     for step in range(1, 6):
         agent.snapshot(step)
+        until(lambda: first.sample("dmd_duration_seconds_count") == step)  # noqa: B023
     agent.snapshot(6, torch.full((4, 96, 12), math.nan).bfloat16())
     command = agent.expect_command("set_lr_scale")
     held = Applied(lr_scale=command.lr_scale)
@@ -77,6 +78,7 @@ def test_only_the_last_rows_are_read(
     agent.hello()
     for step in range(1, 11):
         agent.snapshot(step)
+        until(lambda: monitor.sample("dmd_duration_seconds_count") == step)  # noqa: B023
     heir = connect(monitor.addresses.endpoint, incarnation="bbbbbbbb")
     until(lambda: len(ask(monitor, "/api/v1/runs/job")["points"]) == 10)
     heir.hello(step=10)
