@@ -26,8 +26,8 @@ def make() -> Json:
         "The monitors: load, rejected messages and history writes.",
         {
             "Now": [*sized(4, 4, up), *sized(10, 4, version), *sized(5, 4, runs, store)],
-            "Engine": sized(12, 8, *_engine()),
-            "Messages and store": sized(12, 8, *_messages()),
+            "Engine": sized(8, 8, *_engine()),
+            "Messages and store": sized(8, 8, *_messages()),
             "Scrapes": sized(12, 7, *_scrapes()),
         },
         variables=[label_variable("instance", "Monitor", "koopmon_build_info", "instance")],
@@ -67,18 +67,21 @@ def _engine() -> list[Json]:
     }
     profiles, busy = _rate("dmd_duration_seconds_count"), _rate("dmd_duration_seconds_sum")
     load = "Share of the time in which the engine computes. Near 100% it does not keep up."
+    age, oldest = BY_NAME["snapshot_age_seconds"].help, f"max by (instance) (koopmon_snapshot_age_seconds{OF})"
+    lost = f"sum by (reason) ({_rate('snapshots_dropped_total', LOST)})"
     queue = f"{BY_NAME['engine_queue_length'].help} A queue that is never empty delays alerts."
     return [
         panels.lines("Duration of a profile", BY_NAME["dmd_duration_seconds"].help, quantiles, unit="s"),
         _lines("Profiles", "Profiled snapshots per second.", INSTANCE, profiles, unit="ops"),
         _lines("Engine queue", queue, INSTANCE, f"koopmon_engine_queue_length{OF}", steps=warn(1)),
         _lines("Engine load", load, INSTANCE, busy, unit="percentunit"),
+        _lines("Age of a snapshot", f"The largest of all runs. {age}", INSTANCE, oldest, unit="s"),
+        _lines("Snapshots lost in the monitor", "Per second, by reason.", REASON, lost, unit="ops"),
     ]
 
 
 def _messages() -> list[Json]:
     rejected = f"sum by (reason) ({_rate('messages_rejected_total')})"
-    lost = f"sum by (reason) ({_rate('snapshots_dropped_total', LOST)})"
     failures = {
         f"{INSTANCE} not judged": f"koopmon_engine_failures_total{OF}",
         f"{INSTANCE} not written": f"koopmon_store_lost_total{OF}",
@@ -89,7 +92,6 @@ def _messages() -> list[Json]:
     return [
         _lines("Messages rejected", "Per second, by reason.", REASON, rejected, unit="ops", steps=limit),
         panels.lines("Failures", text, failures),
-        _lines("Snapshots lost in the monitor", "Per second, by reason.", REASON, lost, unit="ops"),
         _lines("Recording", recording, INSTANCE, f"koopmon_store_recording{OF}", maximum=1),
     ]
 
