@@ -165,6 +165,10 @@ class HttpConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     max_streams: Annotated[int, Meta(ge=0, le=1000)] = 32
     """Largest number of open pages that receive changes as a stream of events. Streams use at most half of `[monitor]
     max_http_connections`. Further pages poll."""
+    hosts: tuple[Annotated[str, Meta(min_length=1, max_length=253)], ...] = ()
+    """Further host names of the pages on loopback, such as that of a reverse proxy. Without a login, a request on
+    loopback must name localhost, a loopback address or one of these. Otherwise any web page could read the pages
+    through a name of its own that leads to this host (DNS rebinding)."""
     insecure_plaintext: bool = False
     """Serve other hosts without TLS and without a login. Anyone who can reach the port can then read the pages."""
 

@@ -1,10 +1,13 @@
-"""Files that only their owner may read, and secrets read from them. No secret appears in a message."""
+"""Files that only their owner can read, and secrets read from them. No secret appears in a message."""
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from koopmon.errors import ConfigError
 
@@ -29,6 +32,21 @@ def why_not_private(path: Path, status: os.stat_result, *, directory: bool = Fal
     return ""
 
 
+def open_private(path: Path, *, truncate: bool = False) -> IO[bytes]:
+    """Open a file for reading and writing at its beginning; create it with mode 0600 if it is missing.
+
+    The file must have this name alone. A link would lead the writer to a file that someone else chose. Raises OSError.
+    """
+    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    status = os.fstat(number)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(number)
+        raise OSError(errno.ELOOP, "a link or no regular file; remove it", str(path))
+    if truncate:
+        os.truncate(number, 0)
+    return open(number, "r+b")
+
+
 def check_private(path: Path, name: str) -> None:
     """Refuse a file that others can read or own; `name` is its configuration field. Raises ConfigError."""
     try:
@@ -39,13 +57,18 @@ def check_private(path: Path, name: str) -> None:
         raise ConfigError(f"{name} = {str(path)!r}: {why}")
 
 
-def read_secret(file: str, from_environment: str, name: str) -> bytes | None:
-    """Return the line in `file`, else `from_environment`; None when neither is given.
+def read_secret(file: str, environ: Mapping[str, str], variable: str, name: str) -> bytes | None:
+    """Return the line in `file`, else the value of `variable` in `environ`; None when neither is given.
 
     `name` is the configuration field of the file, for the message. Raises ConfigError, which never quotes a secret.
     """
+    if not file and variable not in environ:
+        return None
     if not file:
-        return from_environment.strip().encode() or None
+        # Blanks are a mistake in a deployment. They must not mean "no secret", which opens what the secret guards.
+        if not (given := environ[variable].strip()):
+            raise ConfigError(f"{variable} is set and empty: give it a value, or unset it")
+        return given.encode()
     path = Path(file)
     check_private(path, name)
     try:

@@ -30,7 +30,7 @@ ROOMS = {
     "run_names": "errors wire",
     "risk": "errors config spectral wire",
     "policy": "errors config risk wire",
-    "history": "errors config spectral wire",
+    "history": "errors config spectral wire files",
     "telemetry": "errors numbers config spectral wire",
     "offline": "errors config spectral risk policy history",
     "views": "errors config spectral risk policy wire history telemetry",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from koopmon.errors import ConfigError
-from koopmon.files import check_private, read_secret, why_not_private
+from koopmon.files import check_private, open_private, read_secret, why_not_private
 
 
 @pytest.fixture
@@ -56,13 +56,48 @@ def test_another_users_file_is_refused_and_roots_only_where_root_may_own_it(secr
 
 
 def test_a_secret_is_one_line_and_its_field_is_named(secret: Path) -> None:
-    assert read_secret(str(secret), "other", "http.token_file") == b"a word"
-    assert read_secret("", " other ", "http.token_file") == b"other"
-    assert read_secret("", "", "http.token_file") is None
+    assert read_secret(str(secret), {"WORD": "other"}, "WORD", "http.token_file") == b"a word"
+    assert read_secret("", {"WORD": " other "}, "WORD", "http.token_file") == b"other"
+    assert read_secret("", {}, "WORD", "http.token_file") is None
+    for blank in ("", " ", "\t\n"):
+        with pytest.raises(ConfigError, match=r"^WORD is set and empty"):
+            read_secret("", {"WORD": blank}, "WORD", "http.token_file")
     for text in ("", "two\nlines", "x" * 5000):
         secret.write_text(text)
         with pytest.raises(ConfigError, match=r"^http.token_file = .*expected one line"):
-            read_secret(str(secret), "", "http.token_file")
+            read_secret(str(secret), {}, "WORD", "http.token_file")
+
+
+def test_a_file_of_our_own_is_private_and_keeps_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with open_private(path) as file:
+        file.write(b"words")
+    assert path.stat().st_mode & 0o777 == 0o600
+    with open_private(path) as file:
+        assert file.read() == b"words"
+    open_private(path, truncate=True).close()
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("kind", ["symbolic link", "hard link", "link to nothing", "directory", "fifo"])
+def test_no_file_of_another_is_opened_through_ours(tmp_path: Path, kind: str) -> None:
+    precious, path = tmp_path / "precious", tmp_path / "file"
+    precious.write_text("precious")
+    match kind:
+        case "symbolic link":
+            path.symlink_to(precious)
+        case "hard link":
+            path.hardlink_to(precious)
+        case "link to nothing":
+            path.symlink_to(tmp_path / "nothing")
+        case "directory":
+            path.mkdir()
+        case "fifo":
+            os.mkfifo(path)
+    with pytest.raises(OSError, match=r"link|directory|regular file"):
+        open_private(path, truncate=True)
+    assert precious.read_text() == "precious"
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from koopmon.errors import KoopmonError
+from koopmon.files import open_private
 from koopmon.wire.endpoints import socket_directory
 
 READY_SECONDS = 120.0
@@ -56,7 +57,7 @@ class EmbeddedMonitor:
         # The accelerators belong to the job.
         words = ["monitor", *sockets, *files, "--device", "cpu", "--with-parent", *options]
         try:
-            with self.log.open("wb") as log:
+            with open_private(self.log, truncate=True) as log:
                 # A separate session: the terminal's Ctrl-C reaches only the job, and the monitor outlives it. The
                 # monitor's standard input is our pipe: when this process dies for any reason, the monitor reads end of
                 # file.

@@ -50,7 +50,7 @@ def make(
 
     place = _place(directory)
     wanted = [keys.check_name(name) for name in names or DEFAULT_NAMES]
-    patterns = tuple(runs or ["*"])
+    patterns = keys.check_runs(runs or ["*"])
     for each in (place, place / keys.AGENTS):
         keys.make_directory(each)
     for name in wanted:

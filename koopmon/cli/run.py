@@ -95,6 +95,8 @@ def run(
             f"the job is on other nodes too, or this is one of its ranks ({where}): start `koopmon monitor` where all "
             "ranks reach it, and give its endpoint with --monitor"
         )
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"--json {json_file}: there is no directory {json_file.parent}")
     options = {"--http": http or "127.0.0.1:0", "--policy": policy, "--config": None if config is None else str(config)}
     words = [word for name, value in options.items() if value is not None for word in (name, value)]
     words += ["--dry-run"] if dry_run else []

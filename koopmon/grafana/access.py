@@ -36,7 +36,7 @@ def read_access(config: GrafanaConfig, environ: Mapping[str, str]) -> GrafanaAcc
     if not config.url:
         raise ConfigError("grafana.url = '': expected Grafana's address: --url, KOOPMON_GRAFANA_URL or [grafana] url")
     url = check_url(config.url)
-    token = read_secret(config.token_file, environ.get(TOKEN_VARIABLE, ""), "grafana.token_file")
+    token = read_secret(config.token_file, environ, TOKEN_VARIABLE, "grafana.token_file")
     if token is None:
         raise ConfigError(
             "grafana.token_file = '': a service account's token is needed, in a file of mode 0600 or in"

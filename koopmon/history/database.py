@@ -5,6 +5,7 @@ A damaged store is renamed. It is never written to or overwritten.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import logging
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from koopmon.errors import StoreError, one_line
+from koopmon.files import open_private
 from koopmon.history.schema import APPLICATION_ID, SQLITE_ERRORS, prepare
 
 logger = logging.getLogger(__name__)
@@ -23,27 +25,34 @@ SIGNATURE = b"CREATE TABLE incarnations"
 """Bytes in the first pages of every store. They identify a store with a damaged header."""
 HEAD_BYTES = 1 << 16
 COMPANIONS = ("-wal", "-shm")
+OWNER_BYTES = 32
+BUSY_SECONDS = 0.5
+"""Longest wait for another process that holds the file's write lock, such as a backup. The monitor's loop stands."""
 
 
 class DamageError(sqlite3.DatabaseError):
     """SQLite's integrity check failed."""
 
 
-def take_lock(path: Path) -> IO[str]:
+def take_lock(path: Path) -> IO[bytes]:
     """Hold the lock file `path`.lock until it is closed. The system releases it when the process ends, also in a crash.
 
-    Raises StoreError if another process holds it, OSError as open() does.
+    `path` is free of symbolic links, so that one file has one lock. Raises StoreError if another process holds the
+    lock, or if the file has a second name (a hard link), which would have a lock and a log of its own. Raises OSError
+    as open() does.
     """
-    lock = open(path.with_name(path.name + ".lock"), "a+", encoding="ascii")  # noqa: SIM115 - the caller holds it open
+    with contextlib.suppress(FileNotFoundError):
+        if os.stat(path).st_nlink > 1:
+            raise StoreError(f"store {path}: has a second name (a hard link): remove one, or choose another file")
+    lock = open_private(path.with_name(path.name + ".lock"))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
-        owner = lock.read().strip() or "unknown"
+        owner = lock.read(OWNER_BYTES).decode("ascii", "replace").strip() or "unknown"
         lock.close()
         raise StoreError(f"store {path}: in use by another monitor (pid {owner}): choose another file") from None
     lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
+    lock.write(b"%d\n" % os.getpid())
     lock.flush()
     return lock
 
@@ -90,7 +99,9 @@ def set_aside(path: Path) -> Path:
 
 def _opened(path: Path) -> sqlite3.Connection:
     _check_beginning(path)
-    database = sqlite3.connect(path, timeout=2.0, isolation_level=None)
+    if not path.exists():
+        open_private(path).close()  # SQLite gives its log the mode of the file
+    database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
     try:
         # Check before the first write, so that a damaged file is kept unchanged.
         found = database.execute("PRAGMA quick_check(1)").fetchone()

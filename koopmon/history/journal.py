@@ -23,7 +23,7 @@ import msgspec
 
 from koopmon.config import StoreConfig
 from koopmon.errors import StoreError, one_line
-from koopmon.history.database import is_damage, open_database, set_aside, take_lock
+from koopmon.history.database import BUSY_SECONDS, is_damage, open_database, set_aside, take_lock
 from koopmon.history.retention import Retention
 from koopmon.history.schema import SCHEMA_VERSION, SQLITE_ERRORS
 
@@ -66,7 +66,7 @@ class Journal:
 
     _path: Path
     _database: sqlite3.Connection
-    _lock: IO[str]
+    _lock: IO[bytes]
     _config: StoreConfig
     _clock: Callable[[], float]
     _wall: Callable[[], float]
@@ -97,7 +97,7 @@ class Journal:
         Raises StoreError for an unusable path, a file that another process uses, a newer schema, and a file that is not
         a store.
         """
-        path = Path(path)
+        path = Path(path).resolve()
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = take_lock(path)
@@ -145,11 +145,12 @@ class Journal:
         """Retry while paused, and prune. Call it about once a second; `live` names the runs in progress."""
         self._try_again()
         now = self._clock()
-        if not self.recording or now < self._upkeep_at:
-            return
-        if self._moved():
+        if self.recording and self._moved():
             self._pause(sqlite3.OperationalError(f"{self._path} was moved or removed"), damaged=True)
             self._try_again(now=True)
+        elif self.recording and self._log_removed():
+            self._reopen()
+        if not self.recording or now < self._upkeep_at:
             return
         was_stuck, more = self._retention.stuck, False
         try:
@@ -169,7 +170,9 @@ class Journal:
     def _use(self, database: sqlite3.Connection) -> None:
         self._database = database
         self._retention = Retention(database, self._config)
+        # SQLite creates its log with the first write.
         self._inode = os.stat(self._path).st_ino
+        self._log_inode: int | None = None
         self._ids.clear()
 
     def _moved(self) -> bool:
@@ -177,6 +180,27 @@ class Journal:
             return os.stat(self._path).st_ino != self._inode
         except OSError:
             return True
+
+    def _log_removed(self) -> bool:
+        """Return True if SQLite's log was removed or replaced while it is open: its rows would be lost."""
+        try:
+            found = os.stat(f"{self._path}-wal").st_ino
+        except OSError:
+            return self._log_inode is not None
+        if self._log_inode is None:
+            self._log_inode = found
+        return found != self._log_inode
+
+    def _reopen(self) -> None:
+        """Merge the removed log, which is still open, into the file, and open the file again."""
+        logger.error("store %s: its log (-wal) was removed while open: merged into the file", self._path)
+        try:
+            self.commit()
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._database.close()
+            self._use(open_database(self._path))
+        except (*SQLITE_ERRORS, OSError, StoreError) as error:
+            self._pause(error, damaged=True)
 
     def _read(self, query: str, *values: str) -> list[Any]:
         try:
@@ -245,11 +269,15 @@ class Journal:
             return
         self._paused_at = self._clock()
         try:
+            if self._damaged:
+                self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             room = os.statvfs(self._path.parent)
             if room.f_bavail * room.f_frsize < MIN_FREE_BYTES and not now:
                 return
             if self._damaged:
                 self._start_over()
+            if not now:
+                self._database.execute("PRAGMA busy_timeout = 0")  # the monitor's loop must not wait again and again
             self._begin()
             # Write even when no record waits, to detect a disk that rejects writes.
             self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -261,6 +289,7 @@ class Journal:
         except (OSError, StoreError) as error:
             logger.debug("store: still paused: %s", error)
         else:
+            self._database.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
             self._backlog.clear()
             self._paused_at = None
             logger.warning("store: recording again")
@@ -268,7 +297,9 @@ class Journal:
     def _start_over(self) -> None:
         """Rename a file that was damaged or deleted while open, and create a new one. Raises OSError, StoreError."""
         self._database.close()
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.path.exists(f"{self._path}.lock"):  # removed with the directory
+            self._lock.close()
+            self._lock = take_lock(self._path)
         if not self._moved():
             kept = set_aside(self._path)
             logger.error("store %s: damaged: kept as %s, a new one is begun", self._path, kept.name)

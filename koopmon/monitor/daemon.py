@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry
 from koopmon import __version__
 from koopmon.config import Config, checked
 from koopmon.errors import EndpointError, ProtocolError
+from koopmon.files import open_private
 from koopmon.grafana.access import read_access
 from koopmon.grafana.annotations import Annotate, Annotations, no_annotations
 from koopmon.history.writer import HistoryWriter
@@ -355,7 +356,7 @@ def serve(monitor: Monitor, ready_file: Path | None = None) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             stack.callback(signal.signal, number, signal.signal(number, lambda *_: monitor.stop()))
         if ready_file is not None:
-            stack.callback(ready_file.unlink, missing_ok=True)
+            stack.callback(_remove, ready_file)
         monitor.run()
     return 0
 
@@ -374,10 +375,17 @@ def _raise_descriptor_limit() -> None:
 def _write_ready(path: Path, addresses: Addresses) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps({**asdict(addresses), "pid": os.getpid()}), encoding="utf-8")
+        with open_private(temporary, truncate=True) as file:
+            file.write(json.dumps({**asdict(addresses), "pid": os.getpid()}).encode())
         temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise EndpointError(f"ready file {path}: cannot be written: {error.strerror}") from None
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # a directory of this name was refused at the start
+        path.unlink()
 
 
 def _data_beside(endpoint: str) -> str:

@@ -16,7 +16,7 @@ import os
 import re
 import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -25,7 +25,7 @@ import msgspec
 from msgspec import Meta, Struct
 from platformdirs import user_config_path
 
-from koopmon.errors import KeysError
+from koopmon.errors import KeysError, one_line
 from koopmon.files import why_not_private
 
 MONITOR = "monitor"
@@ -36,6 +36,9 @@ MAX_FILE_BYTES = 16384
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Z85 = Annotated[str, Meta(pattern=r"^[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}\Z")]
+# Control characters and surrogates cannot stand in a TOML file.
+RunPattern = Annotated[str, Meta(min_length=1, max_length=128, pattern="^[^\\x00-\\x1f\\x7f\\ud800-\\udfff]*\\Z")]
+RunPatterns = Annotated[tuple[RunPattern, ...], Meta(min_length=1, max_length=256)]
 T = TypeVar("T")
 
 
@@ -45,7 +48,7 @@ class PublicKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     public: Z85
     previous: Z85 | None = None
     previous_until: datetime | None = None
-    runs: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=128)], ...], Meta(max_length=256)] = ("*",)
+    runs: RunPatterns = ("*",)
     """Patterns (`*`, `?`, `[...]`) of the names of this agent's permitted runs."""
 
     def keys(self, now: datetime | None = None) -> tuple[str, ...]:
@@ -77,6 +80,20 @@ def check_name(name: str) -> str:
             f" and not {AGENTS!r}"
         )
     return name
+
+
+def check_runs(patterns: Sequence[str]) -> tuple[str, ...]:
+    """Return the patterns of an agent's runs if a key file can hold them. Raises KeysError."""
+    try:
+        checked = msgspec.convert(patterns, RunPatterns)
+    except msgspec.ValidationError as error:
+        shown = one_line(" ".join(map(repr, patterns)))[:200]
+        raise KeysError(f"--runs {shown}: {error}: allowed are patterns such as 'alice-*'") from None
+    if sum(len(pattern.encode()) for pattern in checked) > MAX_FILE_BYTES // 2:
+        raise KeysError(
+            f"--runs: {len(checked)} patterns are too long together: allowed are {MAX_FILE_BYTES // 2} bytes"
+        )
+    return checked
 
 
 def secret_file(directory: Path, name: str) -> Path:

@@ -68,6 +68,21 @@ def test_show_lists_everything_but_secrets(place: Path, capsys: pytest.CaptureFi
         assert not any(secret in out for secret in secrets)
 
 
+@pytest.mark.parametrize(
+    "patterns",
+    [[""], ["a\nb"], ["\x7f"], ["x" * 129], ["ok", ""], ["a"] * 257, [f"{number:0128}" for number in range(100)]],
+)
+def test_patterns_that_no_key_file_holds_are_refused_before_a_key_is_written(
+    place: Path, capsys: pytest.CaptureFixture[str], patterns: list[str]
+) -> None:
+    words = [word for pattern in patterns for word in ("--runs", pattern)]
+    status, out, err = run(capsys, "make", "bob", *words)
+    assert (status, out) == (2, "")
+    assert err.startswith("koopmon: --runs")
+    assert err.count("\n") == 1
+    assert not list(place.rglob("*.secret"))
+
+
 @pytest.mark.parametrize("verb", [["show"], ["rotate", "agent"]])
 def test_files_that_cannot_be_used_are_one_line(
     place: Path, capsys: pytest.CaptureFixture[str], verb: list[str]

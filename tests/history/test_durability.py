@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -384,6 +385,101 @@ def test_a_store_that_goes_bad_or_goes_away_while_it_is_written(
     decide(store, 2)
     assert ids(path) == ["00000002"]
     assert "moved or removed" in caplog.text
+
+
+@pytest.mark.parametrize("removed", [("-wal",), ("-wal", "-shm")])
+def test_a_log_that_is_removed_costs_no_record(
+    open_store: Callable[..., HistoryWriter],
+    path: Path,
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+    removed: tuple[str, ...],
+) -> None:
+    """A cleaner or a restored backup removes SQLite's companion files while the monitor writes."""
+    store = open_store()
+    decide(store, 0)
+    keep_up(store, clock, RUN)
+    for suffix in removed:
+        path.with_name(path.name + suffix).unlink()
+    decide(store, 1)
+    keep_up(store, clock, RUN)
+    decide(store, 2)
+    assert caplog.text.count("its log (-wal) was removed") == 1
+    copy = path.with_name("copy.sqlite3")  # as after a kill: without the writer's memory
+    for suffix in ("", "-wal"):
+        copy.with_name(copy.name + suffix).write_bytes(path.with_name(path.name + suffix).read_bytes())
+    assert ids(copy) == ["00000000", "00000001", "00000002"]
+
+
+def test_a_directory_that_is_removed_is_made_again(tmp_path: Path, clock: Clock) -> None:
+    directory = tmp_path / "state"
+    path = directory / "history.sqlite3"
+    store = HistoryWriter.open(path, clock=clock)
+    decide(store, 0)
+    keep_up(store, clock, RUN)
+    shutil.rmtree(directory)
+    for number in range(1, 4):
+        keep_up(store, clock, RUN)
+        decide(store, number)
+    assert store.recording
+    assert ids(path) == ["00000001", "00000002", "00000003"]
+    with pytest.raises(StoreError, match="in use by another monitor"):
+        HistoryWriter.open(path)
+    store.close()
+
+
+@pytest.mark.parametrize("link", ["symbolic", "hard", "directory"])
+def test_one_file_has_one_writer_under_every_name(
+    open_store: Callable[..., HistoryWriter], path: Path, link: str
+) -> None:
+    open_store()
+    other = path.with_name("other.sqlite3")
+    if link == "symbolic":
+        other.symlink_to(path)
+    elif link == "hard":
+        other.hardlink_to(path)
+    else:
+        path.with_name("there").symlink_to(path.parent)
+        other = path.parent / "there" / path.name
+    with pytest.raises(StoreError, match=r"in use by another monitor|has a second name"):
+        HistoryWriter.open(other)
+
+
+def test_files_of_a_history_are_private(open_store: Callable[..., HistoryWriter], path: Path) -> None:
+    path.parent.chmod(0o755)
+    decide(open_store(), 0)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()}
+    assert modes == dict.fromkeys((path.name + suffix for suffix in ("", "-wal", "-shm", ".lock")), 0o600)
+
+
+def test_a_lock_file_that_is_a_link_harms_no_other_file(path: Path) -> None:
+    precious = path.with_name("precious")
+    precious.write_text("precious")
+    path.with_name(path.name + ".lock").symlink_to(precious)
+    with pytest.raises(StoreError, match="choose another place"):
+        HistoryWriter.open(path)
+    assert precious.read_text() == "precious"
+
+
+def test_a_writer_elsewhere_stops_the_loop_once(
+    open_store: Callable[..., HistoryWriter], path: Path, clock: Clock
+) -> None:
+    """While another process holds the write lock, retries do not wait for it."""
+    store = open_store()
+    decide(store, 0)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    decide(store, 1)
+    assert not store.recording
+    for _ in range(3):
+        keep_up(store, clock, RUN)
+        assert store._database.execute("PRAGMA busy_timeout").fetchone() == (0,)
+    other.execute("ROLLBACK")
+    other.close()
+    keep_up(store, clock, RUN)
+    assert store.recording
+    assert store._database.execute("PRAGMA busy_timeout").fetchone()[0] > 0
+    assert ids(path) == ["00000000", "00000001"]
 
 
 def test_an_answer_counts_for_its_own_run_and_once(open_store: Callable[..., HistoryWriter], path: Path) -> None:

@@ -6,7 +6,7 @@ import base64
 import binascii
 import hmac
 import ssl
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +15,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from koopmon.config import HttpConfig
 from koopmon.errors import ConfigError
 from koopmon.files import check_private, read_secret
+from koopmon.wire.endpoints import is_loopback
 
 TOKEN_VARIABLE = "KOOPMON_HTTP_TOKEN"  # noqa: S105 - the name of a variable
 PASSWORD_VARIABLE = "KOOPMON_HTTP_PASSWORD"  # noqa: S105
 OPEN = frozenset({"/healthz", "/readyz"})
 """Health checks that need no authentication and contain no run data."""
+LOCAL_HOSTS = ("localhost", "")
+"""Names of this host on loopback beside its addresses. HTTP/1.0 clients send none."""
 BROWSERS = (
     "A browser cannot show a bearer token: for the live page set [http] user and password_file as well, or ask with\n"
     "  curl -H 'Authorization: Bearer TOKEN' ADDRESS\n"
@@ -71,10 +74,36 @@ class HttpAuth:
         return guarded
 
 
+def only_for_hosts(pages: ASGIApp, hosts: Collection[str]) -> ASGIApp:
+    """Return `pages` for requests whose `Host` is localhost, a loopback address or one of `hosts`.
+
+    A browser sends the name in its address line, so a foreign name that resolves to this host is refused.
+    """
+    allowed = frozenset(host.lower() for host in (*LOCAL_HOSTS, *hosts))
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        given = [host_of(value) for name, value in scope.get("headers", ()) if name == b"host"]
+        if len(given) <= 1 and all(host in allowed or is_loopback(f"tcp://{host}:0") for host in given):
+            await pages(scope, receive, send)
+            return
+        headers = [(b"content-type", b"text/plain; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 421, "headers": headers})
+        await send({"type": "http.response.body", "body": b"the name of this host is not in [http] hosts\n"})
+
+    return checked
+
+
+def host_of(header: bytes) -> str:
+    """Return the host of a `Host` header in lower case, without port and final dot."""
+    text = header.decode("latin-1").strip().lower()
+    host, colon, port = text.rpartition(":")
+    return (host if colon and port.isdecimal() else text).removesuffix(".")
+
+
 def read_http_auth(config: HttpConfig, environ: Mapping[str, str]) -> HttpAuth:
     """Read the credentials from configuration and environment. Raises ConfigError, which never quotes a secret."""
-    token = read_secret(config.token_file, environ.get(TOKEN_VARIABLE, ""), "http.token_file")
-    password = read_secret(config.password_file, environ.get(PASSWORD_VARIABLE, ""), "http.password_file")
+    token = read_secret(config.token_file, environ, TOKEN_VARIABLE, "http.token_file")
+    password = read_secret(config.password_file, environ, PASSWORD_VARIABLE, "http.password_file")
     if (password is None) != (not config.user):
         raise ConfigError(
             f"http.user = {config.user!r}: a user and a password go together; the password is in http.password_file"

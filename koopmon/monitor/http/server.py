@@ -19,10 +19,11 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
 
 from koopmon.config import Config
 from koopmon.errors import EndpointError
-from koopmon.monitor.http.auth import HttpAuth
+from koopmon.monitor.http.auth import HttpAuth, only_for_hosts
 from koopmon.monitor.http.event_stream import EventStreams
 from koopmon.monitor.http.limits import Connections
 from koopmon.monitor.http.live_state import LiveState
@@ -98,7 +99,9 @@ class WebServer:
         live_state = live_state or LiveState()
         max_connections = config.monitor.max_http_connections
         self._streams = EventStreams(live_state, min(config.http.max_streams, max_connections // 2))
-        pages = _application(registry, checks, routes(live_state, self._streams, config.policy))
+        pages: ASGIApp = _application(registry, checks, routes(live_state, self._streams, config.policy))
+        if not login.required and is_loopback(f"tcp://{self.address}"):
+            pages = only_for_hosts(pages, config.http.hosts)
         connections = Connections(login.wrap(pages), max_connections, note)
         settings = uvicorn.Config(
             connections,
@@ -135,7 +138,7 @@ class WebServer:
 
 def _application(
     registry: CollectorRegistry, checks: Mapping[str, Callable[[], bool]], live: Sequence[BaseRoute]
-) -> Starlette:
+) -> ASGIApp:
     # Plain functions: starlette runs them in threads, so a scrape does not block a health check.
     def metrics(request: Request) -> Response:
         try:
@@ -151,7 +154,9 @@ def _application(
         return PlainTextResponse("ok\n") if check() else PlainTextResponse("not now\n", status_code=503)
 
     checked = [Route(f"/{name}", partial(health, check)) for name, check in checks.items()]
-    return Starlette(
+    pages = Starlette(
         routes=[*live, Route("/metrics", metrics), *checked],
         exception_handlers={404: not_found},
     )
+    pages.router.redirect_slashes = False  # a redirect would repeat the Host header of the request
+    return pages

@@ -30,6 +30,19 @@ def secret_file(path: Path, text: str, mode: int = 0o600) -> str:
     return str(path)
 
 
+HOSTS = (
+    "localhost",
+    "127.0.0.1:9464",
+    "LOCALHOST:1",
+    "[::1]:9464",
+    "[::1]",
+    "127.8.9.10",
+    "localhost.",
+    "proxy.example",
+)
+FOREIGN = ("evil.example", "evil.example:9464", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.1", "[::2]")
+
+
 @pytest.fixture
 def serve() -> Iterator[Callable[..., WebServer]]:
     servers: list[WebServer] = []
@@ -177,3 +190,29 @@ def test_other_hosts_take_tls_and_a_login_or_the_risks_name(serve: Callable[...,
     assert parse_address("0.0.0.0:0", exposed=True) == ("0.0.0.0", 0)
     serve("0.0.0.0:0", tls=tls, login=login)
     serve("0.0.0.0:0", config=from_mapping({"http": {"insecure_plaintext": True}}))
+
+
+def test_loopback_without_a_login_is_for_names_of_this_host(serve: Callable[..., WebServer]) -> None:
+    """A web page elsewhere can point its own name at this host (DNS rebinding)."""
+    server = serve(config=from_mapping({"http": {"hosts": ["proxy.example"]}}))
+
+    def status(host: str, path: str = "/metrics") -> int:
+        return int(httpx.get(f"http://{server.address}{path}", headers={"host": host}).status_code)
+
+    assert [status(host) for host in HOSTS] == [200] * len(HOSTS)
+    assert [status(host) for host in FOREIGN] == [421] * len(FOREIGN)
+    assert status("evil.example", "/api/v1/runs") == 421
+
+
+def test_a_login_needs_no_name(serve: Callable[..., WebServer]) -> None:
+    server = serve(login=HttpAuth(token=TOKEN.encode()))
+    headers = {"host": "monitor.example", "authorization": f"Bearer {TOKEN}"}
+    assert httpx.get(f"http://{server.address}/metrics", headers=headers).status_code == 200
+
+
+def test_no_answer_repeats_the_name_of_the_request(serve: Callable[..., WebServer]) -> None:
+    server = serve(config=from_mapping({"http": {"hosts": ["proxy.example"]}}))
+    for path in ("/metrics/", "/alerts/", "//evil.example", "/runs"):
+        answer = httpx.get(f"http://{server.address}{path}", headers={"host": "proxy.example"})
+        assert answer.status_code in (200, 404)
+        assert "location" not in answer.headers
