@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import stat
+import time
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from koopmon.errors import ConfigError, one_line
+from koopmon.logs import LogLimit
 from koopmon.wire.messages import (
     MAX_CADENCE_STEPS,
     MAX_HEARTBEAT_SECONDS,
@@ -595,21 +597,27 @@ def read_file(path: Path) -> bytes:
 S = TypeVar("S", bound=Section)
 
 
+_ignored = LogLimit()
+"""Hints come with every hello of every rank."""
+
+
 def merged(section: S, hints: Mapping[str, Any], source: str) -> S:
     """Return `section` with an adapter's `hints` in the fields that have their default.
 
     A hint without a field or with a value out of bounds is skipped and logged.
     """
-    defaults = type(section)()
+    defaults, now = type(section)(), time.monotonic()
     for name, value in hints.items():
         if name not in section.__struct_fields__:
-            logger.warning("hello: %s: ignored %r: this version has no such key", source, name)
+            if (more := _ignored.admit(now, source)) is not None:
+                logger.warning("hello: %s: ignored %r: this version has no such key%s", source, name, more)
         elif getattr(section, name) == getattr(defaults, name):
             try:
                 values = {**msgspec.structs.asdict(section), name: value}
                 section = msgspec.convert(values, type(section))
             except msgspec.ValidationError as error:
-                logger.warning("hello: %s: ignored %s = %r: %s", source, name, value, error)
+                if (more := _ignored.admit(now, (source, name))) is not None:
+                    logger.warning("hello: %s: ignored %s = %r: %s%s", source, name, value, error, more)
     return section
 
 

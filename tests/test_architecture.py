@@ -26,7 +26,7 @@ ROOMS = {
     "numbers": "",
     "spectral": "errors numbers",
     "wire": "errors files",
-    "config": "errors wire",  # a value that becomes part of a message has the bounds of the message
+    "config": "errors logs wire",  # a value that becomes part of a message has the bounds of the message
     "run_names": "errors wire",
     "risk": "errors config spectral wire",
     "policy": "errors config risk wire",

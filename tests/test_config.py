@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from koopmon.config import Config, from_mapping, load
+from koopmon.config import Config, RiskConfig, from_mapping, load, merged
 from koopmon.errors import ConfigError
 
 
@@ -74,3 +74,9 @@ def test_thresholds_that_contradict_each_other_are_refused_where_both_are_given(
         from_mapping({"policy": {"act_risk": 0.1, "release_risk": 0.2}})
     with pytest.raises(ConfigError, match=r"policy\.act_risk = 2"):
         from_mapping({"policy": {"act_risk": 2}})
+
+
+def test_a_hint_that_every_hello_repeats_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(20):
+        merged(RiskConfig(), {"no_such_key": 1.0, "prior_slope": -1e9}, "a source of this test")
+    assert len(caplog.records) == 2

@@ -15,15 +15,21 @@ from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello, Train
 
 logger = logging.getLogger(__name__)
 
+MAX_INCARNATIONS = 256
+"""Number of earlier incarnations of a run that a hello is compared with."""
+
 
 class HistoryWriter(Journal):
     """The only writer of a history file. Decisions and acks are committed at once; times are Unix seconds."""
 
     def incarnations(self, run: str) -> list[str]:
-        """Incarnations of `run` in the order of their starts; empty for an unknown run."""
-        query = "SELECT incarnation FROM incarnations AS t JOIN runs ON runs.id = run_id WHERE name = ? ORDER BY t.id"
+        """The last MAX_INCARNATIONS incarnations of `run` in the order of their starts; empty for an unknown run."""
+        query = (
+            "SELECT incarnation FROM incarnations AS t JOIN runs ON runs.id = run_id WHERE name = ? "
+            f"ORDER BY t.id DESC LIMIT {MAX_INCARNATIONS}"
+        )
         rows = self._read(query, run)
-        return [row[0] for row in rows]
+        return [row[0] for row in reversed(rows)]
 
     def last_applied(self, run: str, *, other_than: str) -> Applied | None:
         """Return the values in force in the latest incarnation of `run` except `other_than`; None when unknown.

@@ -31,6 +31,8 @@ from koopmon.wire.messages import (
 
 LAST_STEP = MAX_STEP - MAX_STEPS
 """Largest accepted step: at a later one the expiry of a command could exceed the protocol's last step."""
+MAX_LAUNCHES = 60
+"""Maximum number of launches of a run within a minute, so that a peer cannot fill the history with launches."""
 MAX_RETIRED = 64
 """Maximum number of earlier incarnations kept per run, to distinguish a late message from a new launch."""
 
@@ -81,6 +83,8 @@ class Run:
     closed_at: float = math.inf
     peers: dict[int, Peer] = field(default_factory=dict)
     retired: list[str] = field(default_factory=list)
+    launched: tuple[float, ...] = ()
+    """Times of the launches within the last minute, in seconds of the registry's clock."""
     recorded: Applied | None = None
     """Values in force in the history."""
     not_finite_step: int = -1
@@ -211,10 +215,15 @@ class RunRegistry:
         removed: list[Run] = []
         run = before
         if run is None or hello.incarnation != run.incarnation:
+            recent = [] if before is None else [at for at in before.launched if now - at < 60.0]
+            if len(recent) >= MAX_LAUNCHES:
+                what = f"run {hello.run!r} was launched {len(recent)} times within a minute"
+                raise ProtocolError("refused", f"{what}: each launch is a record of the history; wait a minute")
             victim = self._victim() if before is None else None
             controller, restore = begin(before)
             run = Run(hello, controller, now, hello.step, hello.applied, agent, restore)
             run.retired = [*earlier, *([] if before is None else [before.incarnation])][-MAX_RETIRED:]
+            run.launched = (*recent, now)
             if victim is not None:
                 removed.append(self._runs.pop(victim.name))
             self._runs[hello.run] = run

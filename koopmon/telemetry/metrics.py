@@ -26,7 +26,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from koopmon.numbers import mean
 from koopmon.wire.headers import REJECTION_REASONS
-from koopmon.wire.messages import DROP_REASONS, AckOutcome, CommandKind, TrainingStep
+from koopmon.wire.messages import DROP_REASONS, MAX_OBSERVABLES, AckOutcome, CommandKind, TrainingStep
 
 if TYPE_CHECKING:
     from koopmon.spectral import SpectralProfile
@@ -187,6 +187,7 @@ class Metrics(Collector):
         self._values: dict[str, dict[tuple[str, ...], float]] = {series.name: {} for series in TABLE}
         self._bucket_counts = [0] * (len(DURATION_BUCKETS) + 1)
         self._duration_sum = 0.0
+        self._observables: dict[str, list[str]] = {}
         self._build = dict(build)
         self._start_counters()
         self.set("engine_queue_length", 0)
@@ -234,6 +235,7 @@ class Metrics(Collector):
 
     def end_run(self, run: str, *, keep: Iterable[str] = ()) -> None:
         """Remove the series of `run` except the names in `keep`."""
+        self._observables.pop(run, None)
         kept = frozenset(keep)
         with self._lock:
             for series in TABLE:
@@ -252,10 +254,14 @@ class Metrics(Collector):
     def set_observables(self, run: str, observables: Mapping[str, Sequence[float | None]]) -> None:
         """Replace the observable series of `run`.
 
-        `observables` maps each name to one value per transition, None for a missing value.
+        `observables` maps each name to one value per transition, None for a missing value. A run has series of its
+        first MAX_OBSERVABLES names: Prometheus keeps each name that it has ever seen.
         """
         fresh: dict[tuple[str, ...], float] = {}
-        for name, row in observables.items():
+        names = self._observables.setdefault(run, [])
+        names += [name for name in observables if name not in names][: MAX_OBSERVABLES - len(names)]
+        for name in names:
+            row = observables.get(name, ())
             fresh |= {(run, label, name): value for label, value in _bucketed(row, "mean")}
         self._replace(run, {"observable": fresh})
 

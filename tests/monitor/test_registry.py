@@ -10,7 +10,7 @@ import pytest
 from koopmon.config import MAX_STEPS, Config, MonitorConfig
 from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
-from koopmon.monitor.registry import LAST_STEP, MAX_RETIRED, Peer, Run, RunRegistry
+from koopmon.monitor.registry import LAST_STEP, MAX_LAUNCHES, MAX_RETIRED, Peer, Run, RunRegistry
 from koopmon.monitor.run_controller import RunController
 from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.messages import MAX_STEP, Ack, Applied, Goodbye, Heartbeat, Hello, Shard, TrainingStep
@@ -486,3 +486,20 @@ def test_a_launch_leaves_its_settings_or_those_it_has_not_put_in_force_yet(
     assert run.left_in_force == left, "it was killed"
     run.state = RunState.ENDED
     assert run.left_in_force is None
+
+
+def test_a_run_is_launched_at_most_once_a_second_on_average(registry: RunRegistry) -> None:
+    names = [f"{number:08x}" for number in range(2 * MAX_LAUNCHES)]
+    for name in names[:MAX_LAUNCHES]:
+        admit(registry, 10.0, hello(incarnation=name), b"p0")
+    with pytest.raises(ProtocolError, match="was launched 60 times within a minute"):
+        admit(registry, 69.9, hello(incarnation=names[MAX_LAUNCHES]), b"p0")
+    assert registry.get("job").incarnation == names[MAX_LAUNCHES - 1]  # type: ignore[union-attr]
+    admit(registry, 69.9, hello(incarnation=names[MAX_LAUNCHES - 1], rank=1), b"p1")
+    admit(registry, 69.9, hello("other"), b"p2")
+    admit(registry, 70.0, hello(incarnation=names[MAX_LAUNCHES]), b"p0")
+    for name in names[MAX_LAUNCHES + 1 : -1]:
+        admit(registry, 70.0, hello(incarnation=name), b"p0")
+    admit(registry, 129.9, hello(incarnation=names[-1]), b"p0")
+    with pytest.raises(ProtocolError, match="was launched 60 times"):
+        admit(registry, 129.9, hello(incarnation="ffffffff"), b"p0")

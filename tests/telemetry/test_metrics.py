@@ -26,7 +26,7 @@ from koopmon.telemetry.metrics import (
     Metrics,
     layer_buckets,
 )
-from koopmon.wire.messages import TrainingStep
+from koopmon.wire.messages import MAX_OBSERVABLES, TrainingStep
 
 GOLDEN = Path(__file__).parent / "metrics.golden"
 
@@ -156,6 +156,22 @@ def test_observables_are_bucketed_as_layers_are_and_leave_nothing_stale(
     assert series("job") == {}
     metrics.end_run("other")
     assert series("other") == {}
+
+
+def test_a_run_has_series_of_its_first_observables_only(metrics: Metrics, registry: CollectorRegistry) -> None:
+    """A peer that names each snapshot's measurements differently cannot fill Prometheus."""
+    for first in range(0, 40, 8):
+        metrics.set_observables("job", {f"name{first + index}": [1.0] for index in range(MAX_OBSERVABLES)})
+
+    def names() -> set[str]:
+        return {dict(labels)["name"] for name, labels in exposed(registry) if name == PREFIX + "observable"}
+
+    assert names() == set()
+    metrics.set_observables("job", {"name0": [1.0], "name40": [1.0]})
+    assert names() == {"name0"}
+    metrics.end_run("job")
+    metrics.set_observables("job", {"name40": [1.0]})
+    assert names() == {"name40"}
 
 
 @pytest.mark.parametrize(
