@@ -35,6 +35,7 @@ from koopmon.monitor.http.auth import read_http_auth, read_tls
 from koopmon.monitor.http.live_backfill import LiveBackfill
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.server import WebServer
+from koopmon.monitor.memory import MemoryWatch
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import Outputs, Service
 from koopmon.risk import calibration
@@ -155,17 +156,23 @@ class Monitor:
 
     def _open_wire(self, stack: ExitStack) -> AuthorizedKeys | None:
         """Open both channels. Returns the agents' keys; None without key authentication."""
+        self._memory = MemoryWatch(self.config.monitor.max_memory_bytes)
+        stack.callback(lambda: self._wire.close())
+        self._open_sockets(self.bind, self.data_bind)
+        self._check_alike()
+        return self._wire.agents
+
+    def _open_sockets(self, bind: str, data_bind: str | None) -> None:
         monitor = self.config.monitor
         limits = WireLimits(
             max_header_bytes=monitor.max_header_bytes,
             max_message_bytes=monitor.max_message_bytes,
             max_frames=monitor.max_layers + 2,
         )
-        wire = stack.enter_context(WireContext(self._trust))
-        self._control = ControlServer(wire, self.bind, limits=limits)
-        self._data = DataReceiver(wire, self.data_bind or _data_beside(self._control.endpoint), limits=limits)
-        self._check_alike()
-        return wire.agents
+        self._wire = WireContext(self._trust)
+        self._control = ControlServer(self._wire, bind, limits=limits)
+        self._data = DataReceiver(self._wire, data_bind or _data_beside(self._control.endpoint), limits=limits)
+        self._poller = Poller(self._wakeup, self._control, self._data)
 
     def _open_http(self, stack: ExitStack, registry: CollectorRegistry, live_state: LiveState) -> str:
         """Open the web server. Returns its address."""
@@ -227,9 +234,9 @@ class Monitor:
                 )
 
     def _loop(self) -> None:
-        poller = Poller(self._wakeup, self._control, self._data)
         while not self._stop:
-            self._wait(poller)
+            self._wait()
+            self._close_connections_above_limit()
             self._receive_control(BURST)
             self._receive_data(BURST)
             with self._failures.contained("loop"):
@@ -238,10 +245,26 @@ class Monitor:
             with self._failures.contained("loop"):
                 self._service.tick()
 
-    def _wait(self, poller: Poller) -> None:
+    def _close_connections_above_limit(self) -> None:
+        """Close all connections, and free the messages that they have begun, when the memory is above its limit."""
+        if not (resident := self._memory.exceeded(time.monotonic())):
+            return
+        logger.error(
+            "monitor: %.1f GiB of memory in use, the limit is %.1f ([monitor] max_memory_bytes): all connections are"
+            " closed; agents connect again",
+            resident / (1 << 30),
+            self._memory.max_bytes / (1 << 30),
+        )
+        self._rejection_log.note("flood", "the messages that peers have begun fill the memory")
+        addresses = self._control.endpoint, self._data.endpoint
+        # An ipc path can be bound again only after its context is closed.
+        self._wire.close()
+        self._open_sockets(*addresses)
+
+    def _wait(self) -> None:
         now = time.monotonic()
         try:
-            poller.wait(max(0.0, min(self._service.next_deadline() - now, MAX_WAIT_SECONDS)))
+            self._poller.wait(max(0.0, min(self._service.next_deadline() - now, MAX_WAIT_SECONDS)))
         except Exception as error:
             self._failures.note("loop", error)
             time.sleep(FAILED_WAIT_SECONDS)
