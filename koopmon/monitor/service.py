@@ -25,8 +25,8 @@ from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.history_sink import HistorySink
 from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.log_sink import LogSink
 from koopmon.monitor.metrics_sink import MetricsSink
-from koopmon.monitor.notify_sink import NotifySink
 from koopmon.monitor.probe_handler import ProbeHandler
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.rejection_log import RejectionLog
@@ -97,7 +97,7 @@ class Service:
             ("store", self._history),
             ("metrics", MetricsSink(outputs.metrics)),
             ("page", outputs.live_state),
-            ("annotation", NotifySink(outputs.annotate)),
+            ("annotation", LogSink(outputs.annotate)),
         )
         self._publish = events.Publisher(sinks, self.failures, self.wall).publish
         self._registry = RunRegistry(monitor, self.agents)

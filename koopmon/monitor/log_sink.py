@@ -1,4 +1,4 @@
-"""Tells people of decisions and their outcomes: one log line and one annotation in Grafana for each."""
+"""Writes one log line, and one annotation in Grafana, for each decision and its outcome."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class NotifySink:
+class LogSink:
     """Writes the log and calls `annotate`."""
 
     annotate: Annotate
