@@ -12,10 +12,11 @@ from typing import Annotated
 
 import typer
 
-from koopmon.cli.console import configure_logging
+from koopmon.cli.console import configure_logging, say
 from koopmon.cli.launch_inspection import monitor_store
 from koopmon.cli.options import ConfigFile, DryRun, KeysDirectory, PlaintextTcp, Policy, option, overrides
-from koopmon.config import load
+from koopmon.config import NotifyConfig, load
+from koopmon.errors import ConfigError
 
 
 def monitor(
@@ -41,17 +42,24 @@ def monitor(
         Path | None, option("FILE", "Token of a service account of that Grafana, mode 0600.")
     ] = None,
     ready_file: Annotated[Path | None, option("FILE", "File to write, as JSON, once the monitor serves.")] = None,
+    test_notify: Annotated[
+        bool,
+        typer.Option("--test-notify", help="Send a test to each target of [notify], print the results, and end."),
+    ] = False,
     with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True)] = False,
 ) -> int:
     """Run the monitor: compute spectra of snapshots, export metrics, and send commands to the agents.
 
-    SIGTERM and SIGINT end it with status 0, after the history is written.
+    SIGTERM and SIGINT end it with status 0, after the history is written. The status of --test-notify is 1 if a target
+    did not take the test.
     """
     given = overrides("policy", name=policy, dry_run=dry_run)
     given |= overrides("security", keys=keys, insecure_plaintext_tcp=insecure_plaintext_tcp)
     given |= overrides("grafana", url=grafana_url, token_file=grafana_token_file)
     settings = load(config, overrides=given)
     configure_logging()
+    if test_notify:
+        return _test_notify(settings.notify)
     if with_parent:
         _end_with_parent()
     # Imported late because it imports torch.
@@ -66,6 +74,20 @@ def monitor(
         logging.shutdown()
         os._exit(status)
     return status
+
+
+def _test_notify(settings: NotifyConfig) -> int:
+    """Send a test to each target; return 0 if all targets took it, else 1."""
+    from koopmon.notify.notifier import send_test
+    from koopmon.notify.targets import read_targets
+
+    targets = read_targets(settings, os.environ)
+    if not targets:
+        raise ConfigError("notify.webhooks, notify.mail: expected at least one target for --test-notify")
+    failures = {target.label: send_test(target) for target in targets}
+    for label, why in failures.items():
+        say(f"{label}: {f'not sent: {why}' if why else 'sent'}")
+    return 1 if any(failures.values()) else 0
 
 
 def _end_with_parent() -> None:

@@ -107,8 +107,9 @@ def run(
 
 def _guarded(endpoint: str, for_agents: Mapping[str, str | None]) -> dict[str, str]:
     """Return the job's environment: the monitor's endpoint, and the directory that attaches every rank."""
-    # KOOPMON_HTTP_* are the monitor's secrets.
-    job = {key: value for key, value in os.environ.items() if not key.startswith("KOOPMON_HTTP_")}
+    # These are the monitor's secrets.
+    secrets = ("KOOPMON_HTTP_", "KOOPMON_NOTIFY_")
+    job = {key: value for key, value in os.environ.items() if not key.startswith(secrets)}
     job |= {key: value for key, value in for_agents.items() if value is not None}
     return job | {"KOOPMON_ENDPOINT": endpoint, "PYTHONPATH": python_path(os.environ)}
 

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry
 from koopmon import __version__
 from koopmon.config import Config, checked
 from koopmon.errors import EndpointError, ProtocolError
-from koopmon.grafana.access import read_access
+from koopmon.grafana.access import check_url, read_access
 from koopmon.grafana.annotations import Annotate, Annotations, no_annotations
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.engine import Engine, Result, check_device
@@ -33,9 +33,11 @@ from koopmon.monitor.history_sink import COMMIT_SECONDS
 from koopmon.monitor.http.auth import read_http_auth, read_tls
 from koopmon.monitor.http.live_backfill import LiveBackfill
 from koopmon.monitor.http.live_state import LiveState
-from koopmon.monitor.http.server import WebServer
+from koopmon.monitor.http.server import WebServer, reachable
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import Outputs, Service
+from koopmon.notify.notifier import Notifier
+from koopmon.notify.targets import read_targets
 from koopmon.risk import calibration
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.auth_policy import make_auth_policy
@@ -93,6 +95,8 @@ class Monitor:
         self._trust = make_auth_policy(**msgspec.structs.asdict(config.security), environ=os.environ)
         self._auth, self._tls = read_http_auth(config.http, os.environ), read_tls(config.http)
         self._grafana = read_access(config.grafana, os.environ) if config.grafana.url else None
+        self._targets = read_targets(config.notify, os.environ)
+        self._pages = check_url(config.notify.url, "notify.url") if config.notify.url else ""
         check_device(self.device)
         self._calibrator = calibration.load(Path(chosen)) if (chosen := config.monitor.calibrator) else None
         self._results: deque[Result] = deque()
@@ -133,9 +137,10 @@ class Monitor:
         self._failures = Failures(outputs.metrics, time.monotonic)
         agents = self._open_wire(stack)
         http = self._open_http(stack, registry, outputs.live_state)
+        scheme = "http" if self._tls is None else "https"
+        outputs = self._open_notifier(stack, outputs, f"{scheme}://{reachable(http)}/")
         self._open_pipeline(stack, outputs, agents)
         stack.callback(LiveBackfill(outputs.live_state, self.store_path).close)
-        scheme = "http" if self._tls is None else "https"
         self._addresses = Addresses(self._control.endpoint, self._data.endpoint, http, scheme)
 
     def _open_outputs(self, stack: ExitStack, registry: CollectorRegistry) -> Outputs:
@@ -178,6 +183,20 @@ class Monitor:
         )
         stack.callback(web.close)
         return web.address
+
+    def _open_notifier(self, stack: ExitStack, outputs: Outputs, own_pages: str) -> Outputs:
+        """Open the queues of notifications. Links lead to `own_pages` without `[notify] url`."""
+        if not self._targets:
+            return outputs
+        settings = self.config.notify
+        notifier = Notifier(
+            self._targets,
+            lambda channel, outcome: outputs.metrics.add("notifications", channel, outcome),
+            max_per_hour=settings.max_per_hour,
+            queue_length=settings.queue_length,
+        )
+        stack.callback(notifier.close)
+        return replace(outputs, notify=notifier.notify, pages=self._pages or own_pages)
 
     def _open_pipeline(self, stack: ExitStack, outputs: Outputs, agents: AuthorizedKeys | None) -> None:
         """Open the engine and the service."""

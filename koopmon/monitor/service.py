@@ -27,10 +27,12 @@ from koopmon.monitor.history_sink import HistorySink
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.log_sink import LogSink
 from koopmon.monitor.metrics_sink import MetricsSink
+from koopmon.monitor.notify_sink import NotifySink
 from koopmon.monitor.probe_handler import ProbeHandler
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.run_controller import Assessment, RunController
+from koopmon.notify.notifier import Notify, no_notifications
 from koopmon.risk.calibration import Calibrator
 from koopmon.spectral import SpectralProfile
 from koopmon.telemetry.metrics import ErrorPart, Metrics
@@ -65,6 +67,9 @@ class Outputs:
     metrics: Metrics
     live_state: LiveState
     annotate: Annotate = no_annotations
+    notify: Notify = no_notifications
+    pages: str = ""
+    """Address of the pages for links; ends with a slash."""
 
 
 @dataclass(kw_only=True)
@@ -98,6 +103,7 @@ class Service:
             ("metrics", MetricsSink(outputs.metrics)),
             ("page", outputs.live_state),
             ("annotation", LogSink(outputs.annotate)),
+            ("notification", NotifySink(outputs.notify, outputs.pages)),
         )
         self._publish = events.Publisher(sinks, self.failures, self.wall).publish
         self._registry = RunRegistry(monitor, self.agents)

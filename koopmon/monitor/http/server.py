@@ -55,6 +55,12 @@ def parse_address(address: str, *, exposed: bool = False) -> tuple[str, int]:
     return host.strip("[]"), 0 if port == "*" else int(port)
 
 
+def reachable(address: str) -> str:
+    """Return `HOST:PORT` with the name of this host in place of an address that means all of its addresses."""
+    host, _, port = address.rpartition(":")
+    return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "[::]") else address  # noqa: S104 - not bound here
+
+
 def listen(address: str, *, exposed: bool = False) -> socket.socket:
     """Open a listening socket at `HOST:PORT`. Raises EndpointError when the address is not allowed or in use."""
     host, port = parse_address(address, exposed=exposed)
