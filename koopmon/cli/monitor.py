@@ -13,8 +13,17 @@ from typing import Annotated
 import typer
 
 from koopmon.cli.console import configure_logging, say
-from koopmon.cli.launch_inspection import monitor_store
-from koopmon.cli.options import ConfigFile, DryRun, KeysDirectory, PlaintextTcp, Policy, option, overrides
+from koopmon.cli.launch_inspection import monitor_store, targets_directory
+from koopmon.cli.options import (
+    ConfigFile,
+    DryRun,
+    KeysDirectory,
+    PlaintextTcp,
+    Policy,
+    TargetsDirectory,
+    option,
+    overrides,
+)
 from koopmon.config import NotifyConfig, load
 from koopmon.errors import ConfigError
 
@@ -42,6 +51,8 @@ def monitor(
         Path | None, option("FILE", "Token of a service account of that Grafana, mode 0600.")
     ] = None,
     ready_file: Annotated[Path | None, option("FILE", "File to write, as JSON, once the monitor serves.")] = None,
+    sd_directory: TargetsDirectory = None,
+    sd_run: Annotated[str, option("NAME", "The one run of this monitor.", "--sd-run", hidden=True)] = "",
     test_notify: Annotated[
         bool,
         typer.Option("--test-notify", help="Send a test to each target of [notify], print the results, and end."),
@@ -64,11 +75,13 @@ def monitor(
         _end_with_parent()
     # Imported late because it imports torch.
     from koopmon.monitor import daemon
+    from koopmon.monitor.target_file import TargetDirectory
 
     monitor = daemon.Monitor(
         settings, bind=bind, data_bind=bind_data, http=http, device=device, store_path=store or monitor_store()
     )
-    status = daemon.serve(monitor, ready_file)
+    targets = TargetDirectory(sd_directory or targets_directory(), sd_run, wanted=sd_directory is not None)
+    status = daemon.serve(monitor, ready_file, targets)
     if with_parent:
         # The launcher waits for this process. All is closed, and an interpreter with torch takes 1 to 2 s to end.
         logging.shutdown()

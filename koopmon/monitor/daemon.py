@@ -36,6 +36,8 @@ from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.server import WebServer, reachable
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import Outputs, Service
+from koopmon.monitor.systemd import Watchdog, sd_notify
+from koopmon.monitor.target_file import TargetDirectory, announced
 from koopmon.notify.notifier import Notifier
 from koopmon.notify.targets import read_targets
 from koopmon.risk import calibration
@@ -89,6 +91,8 @@ class Monitor:
     device: str = "auto"
     store_path: str | os.PathLike[str]
     ready: Callable[[Addresses], None] = lambda _: None
+    turned: Callable[[], None] = lambda: None
+    """Called in each turn of the loop, at least every MAX_WAIT_SECONDS while the loop works."""
 
     def __post_init__(self) -> None:
         self.config = config = checked(self.config)
@@ -263,6 +267,7 @@ class Monitor:
             time.sleep(FAILED_WAIT_SECONDS)
         else:
             self._turned_at = time.monotonic()
+            self.turned()
 
     def _note_refusals(self) -> None:
         for refusal in [*self._control.take_refusals(), *self._data.take_refusals()]:
@@ -281,6 +286,7 @@ class Monitor:
             self._handle_results()
             with self._failures.contained("loop"):
                 self._service.tick()
+            self.turned()
         if not done:
             logger.error("monitor: the engine was not done after %.0f s: its snapshots are lost", DRAIN_SECONDS)
         self._handle_results()
@@ -349,24 +355,31 @@ class Monitor:
         return time.monotonic() - self._turned_at < ALIVE_SECONDS
 
 
-def serve(monitor: Monitor, ready_file: Path | None = None) -> int:
+def serve(monitor: Monitor, ready_file: Path | None = None, targets: TargetDirectory | None = None) -> int:
     """Run a monitor until SIGTERM or SIGINT; returns exit status 0. Call it in the main thread.
 
     When the monitor accepts messages, it writes a JSON object to `ready_file` (endpoint, data_endpoint, http, scheme,
-    pid). The file is removed at the end. Raises EndpointError, KeysError or StoreError, each one line, when it cannot
-    start.
+    pid), and a target file of Prometheus to `targets`. The files are removed at the end. Under systemd it sends READY,
+    WATCHDOG and STOPPING. Raises EndpointError, KeysError or StoreError, each one line, when it cannot start.
     """
 
     def ready(addresses: Addresses) -> None:
         gc.freeze()  # each full collection would walk over torch's objects, for 0.13 s of CPU time
         if ready_file is not None:
             _write_ready(ready_file, addresses)
+        if targets is not None:
+            stack.enter_context(announced(targets, reachable(addresses.http), addresses.scheme))
+        sd_notify("READY=1")
 
-    monitor.ready = ready
+    def stop(*_: object) -> None:
+        sd_notify("STOPPING=1")
+        monitor.stop()
+
+    monitor.ready, monitor.turned = ready, Watchdog().alive
     _raise_descriptor_limit()
     with ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGINT):
-            stack.callback(signal.signal, number, signal.signal(number, lambda *_: monitor.stop()))
+            stack.callback(signal.signal, number, signal.signal(number, stop))
         if ready_file is not None:
             stack.callback(ready_file.unlink, missing_ok=True)
         monitor.run()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -206,9 +205,8 @@ def test_the_end_does_not_wait_for_a_target_that_hangs(
     for number in range(3):
         told.notify(notification(step=number))
     until(lambda: all(each.attempts for each in hanging))
-    before = time.monotonic()
     told.close()
-    assert time.monotonic() - before < 5.0, "the limit holds for all targets together"
+    assert not any(each.sent for each in hanging), "the end waited until they sent"
     assert len(good.sent) == 3
     assert sorted(caplog.messages) == [f"hanging {n}: 3 notifications were not sent before the end" for n in range(5)]
     for each in hanging:
