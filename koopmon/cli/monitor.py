@@ -78,7 +78,13 @@ def monitor(
     from koopmon.monitor.target_file import TargetDirectory
 
     monitor = daemon.Monitor(
-        settings, bind=bind, data_bind=bind_data, http=http, device=device, store_path=store or monitor_store()
+        settings,
+        bind=bind,
+        data_bind=bind_data,
+        http=http,
+        device=device,
+        store_path=store or monitor_store(),
+        one_job=with_parent,
     )
     targets = TargetDirectory(sd_directory or targets_directory(), sd_run, wanted=sd_directory is not None)
     status = daemon.serve(monitor, ready_file, targets)

@@ -79,8 +79,8 @@ class Addresses:
 class Monitor:
     """One monitor daemon. `run` serves until `stop`; `ready` is called when it accepts messages.
 
-    `bind` is the control endpoint, which users configure. `data_bind` defaults to an endpoint beside it. Raises
-    ConfigError or CalibrationError, each one line.
+    `bind` is the control endpoint, which users configure. `data_bind` defaults to an endpoint beside it. A monitor for
+    `one_job` stops when its job has ended. Raises ConfigError or CalibrationError, each one line.
     """
 
     config: Config
@@ -91,6 +91,7 @@ class Monitor:
     device: str = "auto"
     store_path: str | os.PathLike[str]
     ready: Callable[[Addresses], None] = lambda _: None
+    one_job: bool = False
     turned: Callable[[], None] = lambda: None
     """Called in each turn of the loop, at least every MAX_WAIT_SECONDS while the loop works."""
 
@@ -290,6 +291,9 @@ class Monitor:
         if not done:
             logger.error("monitor: the engine was not done after %.0f s: its snapshots are lost", DRAIN_SECONDS)
         self._handle_results()
+        if self.one_job:
+            with self._failures.contained("loop"):
+                self._service.job_ended()
 
     def _receive_control(self, most: int) -> int:
         """Handle up to `most` control messages; returns their number.

@@ -24,6 +24,7 @@ MEANS_ACTION: dict[CommandKind, str] = {
 }
 MEANS_RETURN = "The run trains with your own settings again."
 MEANS_LOST = "The process was killed, or hangs, or has lost its network. No koopmon guards it now."
+MEANS_KILLED = "It was killed, or it crashed without an exception of Python."
 NOT_APPLIED = "The settings of the training did not change. The policy decides again at the next alarm."
 
 
@@ -49,6 +50,9 @@ class NotifySink:
                 self._not_applied(at, run, command.kind, "was not answered")
             case events.RunClosed(run, reason):
                 self._closed(at, run, reason)
+            case events.JobEnded(run):
+                happened = "The job, or its koopmon run, ended, and the training sent no goodbye."
+                self._send(at, run, ("lost",), happened=happened, means=MEANS_KILLED)
 
     def _assessed(self, at: float, run: Run, assessment: Assessment) -> None:
         """Notify of an alarm, an action, or both at once, as soon as the decision is known."""

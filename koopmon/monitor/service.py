@@ -201,6 +201,12 @@ class Service:
         for snapshot in self._assembler.flush():
             self._submit(snapshot)
 
+    def job_ended(self) -> None:
+        """Publish that the only job of this monitor has ended, for the runs without a goodbye."""
+        for run in self._registry:
+            if run.state is RunState.RUNNING:
+                self._publish(events.JobEnded(run))
+
     def on_dropped(self, name: str, reason: str) -> None:
         """Count a snapshot of the run `name` that was lost in the monitor."""
         if (run := self._registry.get(name)) is not None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -229,3 +232,31 @@ def test_the_pages_of_the_configuration_are_linked(
     assert webhook.texts == [
         f"*koopmon end: job*\nStep 9: The training ended: finished.\n{PAGES}runs/job",
     ]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("goodbye", [True, False])
+def test_a_job_that_is_killed_under_koopmon_run_is_lost(
+    connect: Callable[..., Any], webhook: WebhookServer, tmp_path: Path, goodbye: bool
+) -> None:
+    """The job prints its endpoint and ends with its standard input. Its monitor ends with it."""
+    (tmp_path / "k.toml").write_text(f'[[notify.webhooks]]\nurl = "{webhook.url}"\n')
+    body = "import os, sys; print(os.environ['KOOPMON_ENDPOINT'], *os.environ, flush=True); sys.stdin.read()"
+    words = [sys.executable, "-m", "koopmon", "run", "--run", "short", "--config", "k.toml"]
+    environ = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state"), "KOOPMON_NOTIFY_PASSWORD": "x"}
+    with subprocess.Popen(
+        [*words, "--", sys.executable, "-S", "-c", body],
+        env=environ, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as job:  # fmt: skip
+        endpoint, *names = job.stdout.readline().decode().split()
+        assert "KOOPMON_NOTIFY_PASSWORD" not in names, "a secret of the monitor"
+        agent = connect(endpoint, run="short")
+        agent.hello()
+        if goodbye:
+            agent.goodbye()
+        agent.close()
+        job.stdin.close()
+        assert job.wait(60) == 0
+    event = "end" if goodbye else "lost"
+    (text,) = webhook.texts
+    assert text.startswith(f"*koopmon {event}: short*\n")
