@@ -167,6 +167,8 @@ class HttpConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """User name for basic authentication."""
     password_file: str = ""
     """File with the password of `user`. Empty: the value of KOOPMON_HTTP_PASSWORD."""
+    web_config: str = ""
+    """File `web.config.yml` of exporter-toolkit with TLS, client certificates and users. It replaces the keys above."""
     max_streams: Annotated[int, Meta(ge=0, le=1000)] = 32
     """Largest number of open pages that receive changes as a stream of events. Streams use at most half of `[monitor]
     max_http_connections`. Further pages poll."""

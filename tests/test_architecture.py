@@ -72,7 +72,8 @@ ROOMS = {
 ALONE = {
     "zmq": tuple(f"koopmon/wire/{name}.py" for name in ("transport", "client", "server", "sockets", "curve")),
     "grafana_client": "koopmon/grafana/push.py",
-    "yaml": "koopmon/grafana/",
+    "yaml": ("koopmon/grafana/", "koopmon/monitor/http/web_config.py"),
+    "bcrypt": "koopmon/monitor/http/web_config.py",
     "niquests": "koopmon/grafana/push.py",
     "prometheus_client": ("koopmon/telemetry/", "koopmon/monitor/"),
     "sqlite3": "koopmon/history/",

@@ -36,6 +36,10 @@ def monitor(
     http: Annotated[
         str, option("HOST:PORT", "Address of the live page, /metrics, /healthz and /readyz.")
     ] = "127.0.0.1:9464",
+    web_config: Annotated[
+        Path | None,
+        option("FILE", "TLS and users of the pages: web.config.yml of exporter-toolkit.", "--web-config"),
+    ] = None,
     device: Annotated[str, option("auto|cpu|cuda:N", "Device that computes spectra.")] = "auto",
     store: Annotated[Path | None, option("FILE", "History, SQLite. Default: under XDG_STATE_HOME.")] = None,
     config: ConfigFile = None,
@@ -67,6 +71,7 @@ def monitor(
     given = overrides("policy", name=policy, dry_run=dry_run)
     given |= overrides("security", keys=keys, insecure_plaintext_tcp=insecure_plaintext_tcp)
     given |= overrides("grafana", url=grafana_url, token_file=grafana_token_file)
+    given |= overrides("http", web_config=web_config)
     settings = load(config, overrides=given)
     configure_logging()
     if test_notify:

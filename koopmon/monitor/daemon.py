@@ -30,10 +30,10 @@ from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.engine import Engine, Result, check_device
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.history_sink import COMMIT_SECONDS
-from koopmon.monitor.http.auth import read_http_auth, read_tls
 from koopmon.monitor.http.live_backfill import LiveBackfill
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.server import WebServer, reachable
+from koopmon.monitor.http.web_config import read_access_to_pages
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import Outputs, Service
 from koopmon.monitor.systemd import Watchdog, sd_notify
@@ -98,7 +98,7 @@ class Monitor:
     def __post_init__(self) -> None:
         self.config = config = checked(self.config)
         self._trust = make_auth_policy(**msgspec.structs.asdict(config.security), environ=os.environ)
-        self._auth, self._tls = read_http_auth(config.http, os.environ), read_tls(config.http)
+        self._auth, self._tls = read_access_to_pages(config.http, os.environ)
         self._grafana = read_access(config.grafana, os.environ) if config.grafana.url else None
         self._targets = read_targets(config.notify, os.environ)
         self._pages = check_url(config.notify.url, "notify.url") if config.notify.url else ""
