@@ -17,7 +17,7 @@ from koopmon.wire.messages import Ack, CommandKind
 
 MEANS_ALARM = "Most runs that diverged had such a jump before their loss rose."
 MEANS_ACTION: dict[CommandKind, str] = {
-    "set_lr_scale": "The learning rate stays below that of your schedule until the run has been calm for a while.",
+    "set_lr_scale": "The learning rate stays below that of your schedule.",
     "set_kss": "Koopman Spectral Shaping adds a term to the loss for some steps.",
     "rewind": "Weights and optimizer state return to a copy from before the fault, and training goes on from there.",
     "stop": "The training ends.",
@@ -93,13 +93,15 @@ class NotifySink:
         self._send(at, run, ("action",), happened=f"The command {kind} {outcome}.", means=NOT_APPLIED)
 
     def _closed(self, at: float, run: Run, reason: str) -> None:
-        scale = run.applied.lr_scale
+        scale, cap = run.applied.lr_scale, run.applied.max_rate
         force = f"A learning-rate scale of {scale:g} was in force." if scale < 1.0 else ""
+        force = force if cap is None else f"A cap of {cap:.3g} on the learning rate was in force."
         if run.state is RunState.VANISHED:
             happened = "No message of the run arrives any more."
             self._send(at, run, ("lost",), happened=happened, means=MEANS_LOST, did=force)
         else:
-            self._send(at, run, ("end",), happened=f"The training ended: {reason or 'no reason given'}.", did=force)
+            said = "" if reason in ("", "goodbye") else f": {reason}"
+            self._send(at, run, ("end",), happened=f"The training ended{said}.", did=force)
 
     def _send(
         self,
@@ -133,14 +135,16 @@ def _reaction(run: Run, assessment: Assessment, kinds: Sequence[CommandKind]) ->
     decision, controller = assessment.decision, run.controller
     if decision is None:
         return "koopmon does nothing, because the run or the monitor is about to end."
+    # The reason of the risk has its own line.
+    reason = decision.reason.replace(f"; {assessment.risk.reason}", "")
     if not kinds:
         if controller.config.policy.name == "observe":
             return "koopmon only watches, because the policy is observe."
-        return f"koopmon changes nothing at this snapshot: {decision.reason}."
+        return f"koopmon changes nothing at this snapshot: {reason}."
     if not controller.sends:
         why = "of --dry-run" if controller.config.policy.dry_run else "the run is watch-only"
-        return f"koopmon sends no command, because {why}. Otherwise it would act: {decision.reason}."
-    return f"koopmon acts: {decision.reason}."
+        return f"koopmon sends no command, because {why}. Otherwise it would act: {reason}."
+    return f"koopmon acts: {reason}."
 
 
 def _outcome(ack: Ack) -> str:

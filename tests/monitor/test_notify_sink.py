@@ -64,7 +64,7 @@ def test_an_alarm_and_its_action_are_one_notification() -> None:
         risk=1.0,
         happened="The risk of divergence is 1.00 (threshold 0.40): the residual stream is not finite.",
         means=MEANS_ALARM,
-        did=f"koopmon acts: {first.decision.reason}. {MEANS_ACTION['set_lr_scale']}",
+        did=f"koopmon acts: risk 1.00: learning rate x 0.25. {MEANS_ACTION['set_lr_scale']}",
         page="https://koopmon.example.org/runs/job",
     )
 
@@ -163,6 +163,9 @@ def test_an_end_and_a_loss() -> None:
     assert (end.events, end.happened, end.step) == (("end",), "The training ended: finished.", 7)
     assert (lost.events, lost.happened) == (("lost",), "No message of the run arrives any more.")
     assert end.did == lost.did == "A learning-rate scale of 0.5 was in force."
+    run.applied, run.state = Applied(max_rate=0.00781), RunState.ENDED
+    (end,) = told(events.RunClosed(run, "goodbye"))
+    assert (end.happened, end.did) == ("The training ended.", "A cap of 0.00781 on the learning rate was in force.")
 
 
 def test_the_link_fits_every_name() -> None:

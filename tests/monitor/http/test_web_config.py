@@ -118,7 +118,7 @@ def test_wrong_passwords_delay_no_request_with_a_known_one(
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create an authority, a certificate of 127.0.0.1 and one of a client, all signed by it, and one of another authority."""
+    """Create an authority, certificates of 127.0.0.1 and of a client from it, and another authority."""
     place = tmp_path_factory.mktemp("tls")
 
     def openssl(*words: str) -> None:
