@@ -1,9 +1,9 @@
 """Configuration: frozen, validated tables from TOML and the environment. Each field has a unit and bounds.
 
 Agent and monitor can share one file. The agent reads `[model]`, `[sampling]`, `[cadence]`, `[limits]`, `[control]` and
-the key `through_shielded` of `[kss]`. The monitor reads `[monitor]`, `[http]`, `[grafana]`, `[store]`, `[risk]`,
-`[policy]` and the other keys of `[kss]`. Both read `[security]`. An unknown table or key, a value outside its bounds,
-or values that contradict each other (`RULES`) make the whole file invalid.
+the key `through_shielded` of `[kss]`. The monitor reads `[monitor]`, `[http]`, `[grafana]`, `[notify]`, `[store]`,
+`[risk]`, `[policy]` and the other keys of `[kss]`. Both read `[security]`. An unknown table or key, a value outside its
+bounds, or values that contradict each other (`RULES`) make the whole file invalid.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import difflib
 import functools
 import logging
 import os
+import re
 import stat
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -58,6 +59,10 @@ Ratio = Annotated[float, Meta(ge=0.0, le=1.0)]
 Scale = Annotated[float, Meta(ge=1e-6, le=1e6)]
 """Divisor of a measured value."""
 PolicyName = Literal["auto", "lr", "kss", "kss+lr", "observe"]
+NotifyEvent = Literal["alarm", "action", "return", "end", "lost"]
+NOTIFY_EVENTS: Final[tuple[NotifyEvent, ...]] = get_args(NotifyEvent)
+MailAddress = Annotated[str, Meta(max_length=254, pattern=r"^[A-Za-z0-9.!#$%&'*+/=?^_{|}~-]+@[A-Za-z0-9.-]+\Z")]
+"""An address without blanks, commas and line breaks."""
 
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -164,6 +169,8 @@ class HttpConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """User name for basic authentication."""
     password_file: str = ""
     """File with the password of `user`. Empty: the value of KOOPMON_HTTP_PASSWORD."""
+    web_config: str = ""
+    """File `web.config.yml` of exporter-toolkit with TLS, client certificates and users. It replaces the keys above."""
     max_streams: Annotated[int, Meta(ge=0, le=1000)] = 32
     """Largest number of open pages that receive changes as a stream of events. Streams use at most half of `[monitor]
     max_http_connections`. Further pages poll."""
@@ -186,6 +193,59 @@ class GrafanaConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Time limit of one request."""
     queue_length: Annotated[int, Meta(ge=1, le=100_000)] = 256
     """Largest number of annotations that wait for a slow Grafana. Above it, the oldest is dropped."""
+
+
+class WebhookConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Webhook that receives notifications by POST. Its address is a secret: no log line contains more than the host."""
+
+    url: str = ""
+    """Address, http or https. Empty: the line in `url_file`."""
+    url_file: str = ""
+    """File of mode 0600 with the address. Empty: the value of KOOPMON_NOTIFY_WEBHOOK."""
+    format: Literal["slack", "json"] = "slack"
+    """`slack` for Slack, Mattermost and Discord's `/slack` address. `json` for any other receiver."""
+    token_file: str = ""
+    """File of mode 0600 with a bearer token for the receiver. Empty: no token."""
+    events: Annotated[tuple[NotifyEvent, ...], Meta(min_length=1)] = NOTIFY_EVENTS
+    """Events that it receives."""
+
+
+class MailConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Mail server and recipients of notifications."""
+
+    server: Annotated[str, Meta(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9.:-]+\Z")]
+    """Host name or address of the mail server."""
+    port: Annotated[int, Meta(ge=1, le=65535)] = 587
+    """Port of the mail server."""
+    security: Literal["starttls", "tls", "none"] = "starttls"
+    """`starttls` and `tls` check the certificate of the server. `none` sends in clear, and allows no user."""
+    user: Annotated[str, Meta(max_length=254, pattern=r"^[ -~]*\Z")] = ""
+    """User name at the mail server. Empty: no login."""
+    password_file: str = ""
+    """File of mode 0600 with the password of `user`. Empty: the value of KOOPMON_NOTIFY_PASSWORD."""
+    sender: MailAddress
+    """Address of the sender."""
+    to: Annotated[tuple[MailAddress, ...], Meta(min_length=1, max_length=50)]
+    """Addresses of the recipients."""
+    events: Annotated[tuple[NotifyEvent, ...], Meta(min_length=1)] = NOTIFY_EVENTS
+    """Events that they receive."""
+
+
+class NotifyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Notifications of the monitor by webhook and e-mail (docs/notifications.md)."""
+
+    url: Annotated[str, Meta(max_length=2048)] = ""
+    """Address of the monitor's pages for the links in notifications. Empty: the address of `--http`."""
+    max_per_hour: Annotated[int, Meta(ge=1, le=1000)] = 6
+    """Largest number of notifications of one kind about one run in an hour. One line summarises further ones."""
+    timeout_seconds: Annotated[float, Meta(gt=0.0, le=300.0)] = 10.0
+    """Time limit of one attempt. A failed attempt is repeated 3 times, within 31 seconds."""
+    queue_length: Annotated[int, Meta(ge=1, le=10_000)] = 64
+    """Largest number of notifications that wait for one target. Above it, the oldest is dropped."""
+    webhooks: Annotated[tuple[WebhookConfig, ...], Meta(max_length=16)] = ()
+    """Webhooks, each a table `[[notify.webhooks]]`."""
+    mail: Annotated[tuple[MailConfig, ...], Meta(max_length=16)] = ()
+    """Mail servers, each a table `[[notify.mail]]`."""
 
 
 class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -397,6 +457,7 @@ class Config(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     security: SecurityConfig = SecurityConfig()
     http: HttpConfig = HttpConfig()
     grafana: GrafanaConfig = GrafanaConfig()
+    notify: NotifyConfig = NotifyConfig()
     monitor: MonitorConfig = MonitorConfig()
     store: StoreConfig = StoreConfig()
     risk: RiskConfig = RiskConfig()
@@ -475,8 +536,10 @@ def _number_at(config: Config, path: str) -> float:
 
 
 def _value_at(data: Any, path: str) -> Any:
-    for part in path.split("."):
-        if not isinstance(data, Mapping) or part not in data:
+    for part in re.findall(r"[^.\[\]]+", path):
+        if isinstance(data, (list, tuple)) and part.isdecimal():
+            part = int(part)
+        elif not isinstance(data, Mapping) or part not in data:
             return None
         data = data[part]
     return data
@@ -496,7 +559,10 @@ def from_mapping(data: Mapping[str, Any], *, source: str = "configuration") -> C
             raise ConfigError(f"{source}: {_unknown(one_line(field, 80), one_line(unknown.strip('`'), 80))}") from None
         if not field:
             raise ConfigError(f"{source}: {message}; allowed tables: {', '.join(Config.__struct_fields__)}") from None
-        value, what = _shown(_value_at(data, field)), one_line(_expected(field, message))
+        value, what = _value_at(data, field), one_line(_expected(field, message))
+        # The address of a webhook is a secret, and may stand in the wrong place.
+        secret = field.startswith("notify") and not isinstance(value, (int, float))
+        value = "(not shown)" if secret else _shown(value)
         raise ConfigError(f"{source}: {one_line(field, 80)} = {value}: {what}") from None
 
 
@@ -526,7 +592,10 @@ def _shown(value: Any) -> str:
 
 
 def _expected(field: str, message: str) -> str:
-    """Add both bounds of a number to the message of msgspec, which has only the violated one."""
+    """Add both bounds of a number, or the allowed values, to the message of msgspec, which has one bound or none."""
+    found = _type_of(field)
+    if isinstance(found, msgspec.inspect.LiteralType) and message.startswith("Invalid enum value"):
+        return f"expected one of {', '.join(map(repr, found.values))}"
     kind, bounds = _bounds(field)
     if not bounds:
         return message[0].lower() + message[1:]
@@ -536,7 +605,7 @@ def _expected(field: str, message: str) -> str:
 
 def _bounds(field: str) -> tuple[str, list[str]]:
     """Return the type and the bounds of the number at TABLE.KEY; empty if the key is not a number."""
-    found = _types().get(field)
+    found = _type_of(field)
     if not isinstance(found, (msgspec.inspect.IntType, msgspec.inspect.FloatType)):
         return "", []
     signs = {">": found.gt, ">=": found.ge, "<": found.lt, "<=": found.le}
@@ -544,16 +613,26 @@ def _bounds(field: str) -> tuple[str, list[str]]:
     return kind, [f"{sign} {bound}" for sign, bound in signs.items() if bound is not None]
 
 
+def _type_of(field: str) -> msgspec.inspect.Type | None:
+    return _types().get(re.sub(r"\[\d+\]", "", field))
+
+
 @functools.cache
 def _types() -> dict[str, msgspec.inspect.Type]:
-    """Return the type of each TABLE.KEY."""
-    tables: Any = msgspec.inspect.type_info(Config)
-    return {f"{table.name}.{field.name}": field.type for table in tables.fields for field in table.type.fields}
+    """Return the type of each TABLE.KEY. A key of a list of tables has no index."""
+
+    def below(path: str, kind: Any) -> Iterator[tuple[str, msgspec.inspect.Type]]:
+        kind = getattr(kind, "item_type", kind)
+        yield path, kind
+        for field in getattr(kind, "fields", ()):
+            yield from below(f"{path}.{field.name}".lstrip("."), field.type)
+
+    return dict(below("", msgspec.inspect.type_info(Config)))
 
 
 def _unknown(table: str, name: str) -> str:
-    kind: Any = type(getattr(Config(), table)) if table else Config
-    allowed = sorted(kind.__struct_fields__)
+    kind: Any = _type_of(table)
+    allowed = sorted(field.name for field in kind.fields)
     near = difflib.get_close_matches(name, allowed, n=1)
     meant = f", did you mean {near[0]}?" if near else ""
     what, where = ("field", f"{table}.{name}") if table else ("table", name)

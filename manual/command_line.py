@@ -24,6 +24,8 @@ VARIABLES = {
     "KOOPMON_HTTP_PASSWORD": "Password for the monitor's pages, instead of `[http] password_file`",
     "KOOPMON_GRAFANA_URL": "Address of Grafana for `koopmon grafana push`, instead of `--url` and `[grafana] url`",
     "KOOPMON_GRAFANA_TOKEN": "Token of a service account of Grafana, instead of `[grafana] token_file`",
+    "KOOPMON_NOTIFY_WEBHOOK": "Address of a webhook without `url` and `url_file` in `[[notify.webhooks]]`",
+    "KOOPMON_NOTIFY_PASSWORD": "Password at the mail server, instead of `password_file` in `[[notify.mail]]`",
     "XDG_STATE_HOME": "Parent directory of `koopmon`, which has the histories. Absent: `~/.local/state`",
     "XDG_CONFIG_HOME": "Parent directory of `koopmon/keys`, which has the key files. Absent: `~/.config`",
 }

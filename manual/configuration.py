@@ -17,7 +17,7 @@ from manual.cells import cell
 
 READERS = {
     "agent": ("model", "sampling", "cadence", "limits", "control"),
-    "monitor": ("monitor", "http", "grafana", "store", "risk", "policy"),
+    "monitor": ("monitor", "http", "grafana", "notify", "store", "risk", "policy"),
 }
 """Process that reads a table, as in the docstring of koopmon/config.py. Both read the tables that are not listed."""
 UNITS = {
@@ -66,8 +66,12 @@ def page() -> str:
 
 
 def tables() -> Iterator[tuple[str, type[config.Section]]]:
-    """Return every table by its name."""
-    yield from get_type_hints(Config).items()
+    """Return every table by its name. The name of a list of tables is in brackets, as in TOML."""
+    for name, table in get_type_hints(Config).items():
+        yield name, table
+        for key, hint in get_type_hints(table).items():
+            if get_origin(hint) is tuple and issubclass(get_args(hint)[0], config.Section):
+                yield f"[{name}.{key}]", get_args(hint)[0]
 
 
 def _documents(table: type[config.Section]) -> dict[str, str]:
@@ -98,11 +102,19 @@ def _unit(name: str, told: str) -> str:
 
 
 def _value(value: Any) -> str:
+    if value is msgspec.NODEFAULT:
+        return "required"
     if value is None:
         return "absent"
+    if isinstance(value, tuple):
+        return f"`[{', '.join(map(_quoted, value))}]`"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
-    return f'`"{value}"`' if isinstance(value, str) else f"`{_number(value)}`"
+    return f"`{_quoted(value)}`" if isinstance(value, str) else f"`{_number(value)}`"
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'
 
 
 def _number(value: float) -> str:
@@ -114,26 +126,31 @@ def _kind(hint: Any) -> str:
     """Describe type and bounds in words, from the constraints that msgspec checks."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return " ".join([_kind(arguments[0]), *_bounds(arguments[1:])])
+        unit = "entries" if get_origin(arguments[0]) is tuple else "characters"
+        return " ".join([_kind(arguments[0]), *_bounds(arguments[1:], unit)])
     if origin in (Union, UnionType):
         return " ".join(_kind(each) for each in arguments if each is not NoneType)
+    if origin is tuple:
+        (item, _) = arguments
+        return "tables" if isinstance(item, type) and issubclass(item, config.Section) else f"list of {_kind(item)}"
     if origin is Literal:
         return ", ".join(f'`"{value}"`' for value in arguments)
     return {int: "integer", float: "number", str: "text", bool: "`true`, `false`"}[hint]
 
 
-def _bounds(metas: tuple[msgspec.Meta, ...]) -> Iterator[str]:
+def _bounds(metas: tuple[msgspec.Meta, ...], unit: str) -> Iterator[str]:
     for meta in metas:
         signs = {">": meta.gt, "≥": meta.ge, "<": meta.lt, "≤": meta.le}
         yield from (f"{sign} {_number(bound)}" for sign, bound in signs.items() if bound is not None)
         if meta.max_length is not None:
-            yield f"of at most {meta.max_length} characters"
+            yield f"of at most {meta.max_length} {unit}"
         if meta.pattern is not None:
             yield f"like `{meta.pattern}`"
 
 
 def _reader(name: str) -> str:
-    who = next((who for who, tables in READERS.items() if name in tables), None)
+    top = name.strip("[]").partition(".")[0]
+    who = next((who for who, tables in READERS.items() if top in tables), None)
     return "Read by both sides." if who is None else f"Read by the {who}."
 
 

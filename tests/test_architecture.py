@@ -56,7 +56,8 @@ ROOMS = {
     ),
     "conformance": "errors config spectral wire api chain_verifier token_sampling observables plugins discovery agent",
     "grafana": "errors config telemetry files",
-    "monitor": "errors logs numbers config spectral risk wire policy files history telemetry grafana views",
+    "notify": "errors config files",
+    "monitor": "errors logs numbers config spectral risk wire policy files history telemetry grafana notify views",
     "integrations": "errors logs config agent profiling spectral risk",  # the last three for Optuna
     "plots": "errors spectral risk",
     "report": "errors numbers config spectral risk history views",
@@ -71,7 +72,8 @@ ROOMS = {
 ALONE = {
     "zmq": tuple(f"koopmon/wire/{name}.py" for name in ("transport", "client", "server", "sockets", "curve")),
     "grafana_client": "koopmon/grafana/push.py",
-    "yaml": "koopmon/grafana/",
+    "yaml": ("koopmon/grafana/", "koopmon/monitor/http/web_config.py"),
+    "bcrypt": "koopmon/monitor/http/web_config.py",
     "niquests": "koopmon/grafana/push.py",
     "prometheus_client": ("koopmon/telemetry/", "koopmon/monitor/"),
     "sqlite3": "koopmon/history/",

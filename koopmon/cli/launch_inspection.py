@@ -68,6 +68,11 @@ def monitor_store() -> Path:
     return state_directory() / "monitor.sqlite3"
 
 
+def targets_directory() -> Path:
+    """Return the default directory of target files for Prometheus."""
+    return state_directory() / "targets"
+
+
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the options before the script, each with its value: after `=`, or the next word."""
     for word, following in zip(words, [*words[1:], ""], strict=False):

@@ -30,6 +30,14 @@ Policy = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run, as `koopmon run` printed it.")]
 HistoryFile = Annotated[Path | None, option("FILE", "History, SQLite. Default: the run's own, else the monitor's.")]
+TargetsDirectory = Annotated[
+    Path | None,
+    option(
+        "DIR",
+        "Directory for the target file that Prometheus (file_sd) reads. Default: under XDG_STATE_HOME.",
+        "--sd-directory",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Decide and record, but send no command.")]
 KeysDirectory = Annotated[
     Path | None, option("DIR", "Key files. Default: KOOPMON_KEYS, else under XDG_CONFIG_HOME.", "--keys")

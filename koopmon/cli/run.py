@@ -18,7 +18,16 @@ from koopmon.agent.autoload import python_path
 from koopmon.cli.console import say
 from koopmon.cli.embedded import POLL_SECONDS, EmbeddedMonitor, MonitorNotReadyError
 from koopmon.cli.launch_inspection import run_store, script_name, spread
-from koopmon.cli.options import ConfigFile, DryRun, KeysDirectory, PlaintextTcp, Policy, option, overrides
+from koopmon.cli.options import (
+    ConfigFile,
+    DryRun,
+    KeysDirectory,
+    PlaintextTcp,
+    Policy,
+    TargetsDirectory,
+    option,
+    overrides,
+)
 from koopmon.cli.supervise import run_job, signals_held
 from koopmon.config import load
 from koopmon.errors import ConfigError, KoopmonError
@@ -53,6 +62,7 @@ def run(
         str | None, option("HOST:PORT", "Address of the own monitor's pages. Default: a free port.")
     ] = None,
     store: Annotated[Path | None, option("FILE", "The job's history. Default: under XDG_STATE_HOME.")] = None,
+    sd_directory: TargetsDirectory = None,
     json_file: Annotated[
         Path | None, option("FILE", "Write the closing summary to this file, as JSON.", "--json")
     ] = None,
@@ -76,6 +86,7 @@ def run(
     named = name or new_run_name(script_name(command))
     for_agents = {"KOOPMON_RUN": named, "KOOPMON_CONFIG": None if config is None else str(config.resolve())}
     of_monitor = {"--policy": policy, "--dry-run": dry_run or None, "--http": http, "--store": store}
+    of_monitor["--sd-directory"] = sd_directory
     if monitor is not None:
         _refuse(of_monitor, "belongs to the monitor: give it to `koopmon monitor`, not beside --monitor")
         _refuse({"--json": json_file}, "with --monitor the monitor has the history: use `koopmon report`")
@@ -98,6 +109,7 @@ def run(
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"--json {json_file}: there is no directory {json_file.parent}")
     options = {"--http": http or "127.0.0.1:0", "--policy": policy, "--config": None if config is None else str(config)}
+    options |= {"--sd-directory": None if sd_directory is None else str(sd_directory), "--sd-run": named}
     words = [word for name, value in options.items() if value is not None for word in (name, value)]
     words += ["--dry-run"] if dry_run else []
     store = store or _default_store(named)
@@ -109,8 +121,9 @@ def run(
 
 def _guarded(endpoint: str, for_agents: Mapping[str, str | None]) -> dict[str, str]:
     """Return the job's environment: the monitor's endpoint, and the directory that attaches every rank."""
-    # KOOPMON_HTTP_* are the monitor's secrets.
-    job = {key: value for key, value in os.environ.items() if not key.startswith("KOOPMON_HTTP_")}
+    # These are the monitor's secrets.
+    secrets = ("KOOPMON_HTTP_", "KOOPMON_NOTIFY_")
+    job = {key: value for key, value in os.environ.items() if not key.startswith(secrets)}
     job |= {key: value for key, value in for_agents.items() if value is not None}
     return job | {"KOOPMON_ENDPOINT": endpoint, "PYTHONPATH": python_path(os.environ)}
 
@@ -136,7 +149,9 @@ def _run_with_own_monitor(
     command: list[str], name: str, store: Path, options: list[str], for_agents: Mapping[str, str | None]
 ) -> tuple[int, bool]:
     """Run the job beside its monitor. Return the job's exit status, and True if the monitor served the job."""
-    environ = {key: value for key, value in os.environ.items() if key != "KOOPMON_RUN"}
+    # A unit of systemd around this command is ready when the job says so, not its monitor.
+    left_out = ("KOOPMON_RUN", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+    environ = {key: value for key, value in os.environ.items() if key not in left_out}
     with signals_held() as mask:
         try:
             embedded = EmbeddedMonitor(store, environ, mask, options)

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -25,19 +25,23 @@ from koopmon import __version__
 from koopmon.config import Config, checked
 from koopmon.errors import EndpointError, ProtocolError
 from koopmon.files import open_private
-from koopmon.grafana.access import read_access
+from koopmon.grafana.access import check_url, read_access
 from koopmon.grafana.annotations import Annotate, Annotations, no_annotations
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.engine import Engine, Result, check_device
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.history_sink import COMMIT_SECONDS
-from koopmon.monitor.http.auth import read_http_auth, read_tls
 from koopmon.monitor.http.live_backfill import LiveBackfill
 from koopmon.monitor.http.live_state import LiveState
-from koopmon.monitor.http.server import WebServer
+from koopmon.monitor.http.server import WebServer, reachable
+from koopmon.monitor.http.web_config import read_access_to_pages
 from koopmon.monitor.memory import MemoryWatch
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import Outputs, Service
+from koopmon.monitor.systemd import Watchdog, sd_notify
+from koopmon.monitor.target_file import TargetDirectory, announced
+from koopmon.notify.notifier import Notifier
+from koopmon.notify.targets import read_targets
 from koopmon.risk import calibration
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.auth_policy import make_auth_policy
@@ -79,8 +83,8 @@ class Addresses:
 class Monitor:
     """One monitor daemon. `run` serves until `stop`; `ready` is called when it accepts messages.
 
-    `bind` is the control endpoint, which users configure. `data_bind` defaults to an endpoint beside it. Raises
-    ConfigError or CalibrationError, each one line.
+    `bind` is the control endpoint, which users configure. `data_bind` defaults to an endpoint beside it. A monitor for
+    `one_job` stops when its job has ended. Raises ConfigError or CalibrationError, each one line.
     """
 
     config: Config
@@ -91,12 +95,17 @@ class Monitor:
     device: str = "auto"
     store_path: str | os.PathLike[str]
     ready: Callable[[Addresses], None] = lambda _: None
+    one_job: bool = False
+    turned: Callable[[], None] = lambda: None
+    """Called in each turn of the loop, at least every MAX_WAIT_SECONDS while the loop works."""
 
     def __post_init__(self) -> None:
         self.config = config = checked(self.config)
         self._trust = make_auth_policy(**msgspec.structs.asdict(config.security), environ=os.environ)
-        self._auth, self._tls = read_http_auth(config.http, os.environ), read_tls(config.http)
+        self._auth, self._tls = read_access_to_pages(config.http, os.environ)
         self._grafana = read_access(config.grafana, os.environ) if config.grafana.url else None
+        self._targets = read_targets(config.notify, os.environ)
+        self._pages = check_url(config.notify.url, "notify.url") if config.notify.url else ""
         check_device(self.device)
         self._calibrator = calibration.load(Path(chosen)) if (chosen := config.monitor.calibrator) else None
         self._results: deque[Result] = deque()
@@ -137,9 +146,10 @@ class Monitor:
         self._failures = Failures(outputs.metrics, time.monotonic)
         agents = self._open_wire(stack)
         http = self._open_http(stack, registry, outputs.live_state)
+        scheme = "http" if self._tls is None else "https"
+        outputs = self._open_notifier(stack, outputs, f"{scheme}://{reachable(http)}/")
         self._open_pipeline(stack, outputs, agents)
         stack.callback(LiveBackfill(outputs.live_state, self.store_path).close)
-        scheme = "http" if self._tls is None else "https"
         self._addresses = Addresses(self._control.endpoint, self._data.endpoint, http, scheme)
 
     def _open_outputs(self, stack: ExitStack, registry: CollectorRegistry) -> Outputs:
@@ -188,6 +198,20 @@ class Monitor:
         )
         stack.callback(web.close)
         return web.address
+
+    def _open_notifier(self, stack: ExitStack, outputs: Outputs, own_pages: str) -> Outputs:
+        """Open the queues of notifications. Links lead to `own_pages` without `[notify] url`."""
+        if not self._targets:
+            return outputs
+        settings = self.config.notify
+        notifier = Notifier(
+            self._targets,
+            lambda channel, outcome: outputs.metrics.add("notifications", channel, outcome),
+            max_per_hour=settings.max_per_hour,
+            queue_length=settings.queue_length,
+        )
+        stack.callback(notifier.close)
+        return replace(outputs, notify=notifier.notify, pages=self._pages or own_pages)
 
     def _open_pipeline(self, stack: ExitStack, outputs: Outputs, agents: AuthorizedKeys | None) -> None:
         """Open the engine and the service."""
@@ -270,6 +294,7 @@ class Monitor:
             time.sleep(FAILED_WAIT_SECONDS)
         else:
             self._turned_at = time.monotonic()
+            self.turned()
 
     def _note_refusals(self) -> None:
         for refusal in [*self._control.take_refusals(), *self._data.take_refusals()]:
@@ -292,9 +317,13 @@ class Monitor:
             self._handle_results()
             with self._failures.contained("loop"):
                 self._service.tick()
+            self.turned()
         if not done:
             logger.error("monitor: the engine was not done after %.0f s: its snapshots are lost", DRAIN_SECONDS)
         self._handle_results()
+        if self.one_job:
+            with self._failures.contained("loop"):
+                self._service.job_ended()
 
     def _receive_control(self, most: int) -> int:
         """Handle up to `most` control messages; returns their number.
@@ -360,24 +389,31 @@ class Monitor:
         return time.monotonic() - self._turned_at < ALIVE_SECONDS
 
 
-def serve(monitor: Monitor, ready_file: Path | None = None) -> int:
+def serve(monitor: Monitor, ready_file: Path | None = None, targets: TargetDirectory | None = None) -> int:
     """Run a monitor until SIGTERM or SIGINT; returns exit status 0. Call it in the main thread.
 
     When the monitor accepts messages, it writes a JSON object to `ready_file` (endpoint, data_endpoint, http, scheme,
-    pid). The file is removed at the end. Raises EndpointError, KeysError or StoreError, each one line, when it cannot
-    start.
+    pid), and a target file of Prometheus to `targets`. The files are removed at the end. Under systemd it sends READY,
+    WATCHDOG and STOPPING. Raises EndpointError, KeysError or StoreError, each one line, when it cannot start.
     """
 
     def ready(addresses: Addresses) -> None:
         gc.freeze()  # each full collection would walk over torch's objects, for 0.13 s of CPU time
         if ready_file is not None:
             _write_ready(ready_file, addresses)
+        if targets is not None:
+            stack.enter_context(announced(targets, reachable(addresses.http), addresses.scheme))
+        sd_notify("READY=1")
 
-    monitor.ready = ready
+    def stop(*_: object) -> None:
+        sd_notify("STOPPING=1")
+        monitor.stop()
+
+    monitor.ready, monitor.turned = ready, Watchdog().alive
     _raise_descriptor_limit()
     with ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGINT):
-            stack.callback(signal.signal, number, signal.signal(number, lambda *_: monitor.stop()))
+            stack.callback(signal.signal, number, signal.signal(number, stop))
         if ready_file is not None:
             stack.callback(_remove, ready_file)
         monitor.run()

@@ -128,6 +128,11 @@ class RunClosed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class JobEnded(Event):
+    """The job of the monitor has ended, and the run has sent no goodbye. Its state stays as it is."""
+
+
+@dataclass(frozen=True, slots=True)
 class RunRemoved(Event):
     """The retention time of a closed run is over, or it made room for another."""
 

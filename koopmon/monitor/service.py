@@ -25,12 +25,14 @@ from koopmon.monitor.engine import Engine, Result
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.history_sink import HistorySink
 from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.log_sink import LogSink
 from koopmon.monitor.metrics_sink import MetricsSink
 from koopmon.monitor.notify_sink import NotifySink
 from koopmon.monitor.probe_handler import ProbeHandler
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.run_controller import Assessment, RunController
+from koopmon.notify.notifier import Notify, no_notifications
 from koopmon.risk.calibration import Calibrator
 from koopmon.spectral import SpectralProfile
 from koopmon.telemetry.metrics import ErrorPart, Metrics
@@ -65,6 +67,9 @@ class Outputs:
     metrics: Metrics
     live_state: LiveState
     annotate: Annotate = no_annotations
+    notify: Notify = no_notifications
+    pages: str = ""
+    """Address of the pages for links; ends with a slash."""
 
 
 @dataclass(kw_only=True)
@@ -97,7 +102,8 @@ class Service:
             ("store", self._history),
             ("metrics", MetricsSink(outputs.metrics)),
             ("page", outputs.live_state),
-            ("annotation", NotifySink(outputs.annotate)),
+            ("annotation", LogSink(outputs.annotate)),
+            ("notification", NotifySink(outputs.notify, outputs.pages)),
         )
         self._publish = events.Publisher(sinks, self.failures, self.wall).publish
         self._registry = RunRegistry(monitor, self.agents)
@@ -194,6 +200,12 @@ class Service:
         self._stopping = True
         for snapshot in self._assembler.flush():
             self._submit(snapshot)
+
+    def job_ended(self) -> None:
+        """Publish that the only job of this monitor has ended, for the runs without a goodbye."""
+        for run in self._registry:
+            if run.state is RunState.RUNNING:
+                self._publish(events.JobEnded(run))
 
     def on_dropped(self, name: str, reason: str) -> None:
         """Count a snapshot of the run `name` that was lost in the monitor."""

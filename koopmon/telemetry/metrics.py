@@ -57,7 +57,11 @@ DROPS: tuple[str, ...] = (*DROP_REASONS, *MONITOR_DROPS)
 COMMAND_KINDS: tuple[str, ...] = get_args(CommandKind)
 COMMAND_OUTCOMES: tuple[str, ...] = ("sent", "dry_run", *get_args(AckOutcome), "unanswered")
 EFFECTS = ("effect", "no_effect")
-ErrorPart = Literal["message", "snapshot", "judgement", "command", "store", "metrics", "page", "annotation", "loop"]
+NOTIFICATION_CHANNELS = ("webhook", "mail")
+NOTIFICATION_OUTCOMES = ("sent", "failed", "dropped", "held_back")
+ErrorPart = Literal[
+    "message", "snapshot", "judgement", "command", "store", "metrics", "page", "annotation", "notification", "loop"
+]
 """Source of an internal error of the monitor."""
 DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -145,6 +149,12 @@ TABLE: tuple[Series, ...] = (
         "internal_errors",
         "Internal errors of the monitor by part. Each affects at most one run or one message.",
         part=get_args(ErrorPart),
+    ),
+    _counter(
+        "notifications",
+        "Notifications by outcome. A full queue drops the oldest; the limit per hour holds further ones back.",
+        channel=NOTIFICATION_CHANNELS,
+        outcome=NOTIFICATION_OUTCOMES,
     ),
     Series("store_recording", "gauge", "1 while the store records, 0 while it is paused."),
     _counter("store_lost", "Records that were not written. Decisions wait and are not lost while the store is paused."),

@@ -13,6 +13,7 @@ from manual.dashboards.panels import GREEN, RED, Json, warn
 UID = "koopmon-monitor"
 OF = '{instance=~"$instance"}'
 LOST = '{instance=~"$instance",reason=~"assembler_full|engine_.*|superseded"}'
+UNSENT = '{instance=~"$instance",outcome=~"failed|dropped"}'
 VERSIONS = "{{version}} (protocol {{protocol}}, Python {{python}}, torch {{torch}})"
 INSTANCE, REASON = "{{instance}}", "{{reason}}"
 
@@ -86,8 +87,9 @@ def _messages() -> list[Json]:
         f"{INSTANCE} not judged": f"koopmon_engine_failures_total{OF}",
         f"{INSTANCE} not written": f"koopmon_store_lost_total{OF}",
         f"{INSTANCE} errors": f"sum by (instance) (koopmon_internal_errors_total{OF})",
+        f"{INSTANCE} not notified": f"sum by (instance) (koopmon_notifications_total{UNSENT})",
     }
-    text = "Snapshots without a profile or assessment, records that were not written, and other internal errors."
+    text = "Snapshots without a profile or assessment, records not written, internal errors, notifications not sent."
     limit, recording = warn(MAX_REJECTED_PER_SECOND), BY_NAME["store_recording"].help
     return [
         _lines("Messages rejected", "Per second, by reason.", REASON, rejected, unit="ops", steps=limit),

@@ -5,9 +5,11 @@ No unit is started, because that needs systemd as the first process.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -140,7 +142,7 @@ def test_the_command_line_is_one() -> None:
     given = parsed(command_line())
     assert given["bind"] == "tcp://127.0.0.1:9465"
     assert given["store"] == Path("/var/lib") / values("StateDirectory")[0] / "monitor.sqlite3"
-    assert given["ready_file"] == Path("/run") / values("RuntimeDirectory")[0] / "ready.json"
+    assert given["sd_directory"] == Path("/run") / values("RuntimeDirectory")[0] / "targets"
 
 
 @pytest.mark.process
@@ -155,16 +157,37 @@ def test_a_monitor_serves_under_the_units_settings(tmp_path: Path, start: Starte
     anywhere = "tcp://127.0.0.1:0"
     words = command_line(KOOPMON_BIND=anywhere, KOOPMON_BIND_DATA=anywhere, KOOPMON_HTTP="127.0.0.1:0")
     moved = [word.replace("/var/lib/koopmon", str(state)).replace("/run/koopmon", str(runtime)) for word in words]
-    process = start(
-        [sys.executable, "-c", FILTERED, ",".join(sorted(allowed_calls())), *KOOPMON, *moved[1:]],
-        environment(KOOPMON_KEYS=str(state / "keys"), KOOPMON_CONFIG=str(tmp_path / "koopmon.toml")),
-        umask=int(values("UMask")[0], 8),
-        cwd=state,
-    )
+    moved += ["--ready-file", str(runtime / "ready.json")]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(90.0)
+        (period,) = values("WatchdogSec")
+        process = start(
+            [sys.executable, "-c", FILTERED, ",".join(sorted(allowed_calls())), *KOOPMON, *moved[1:]],
+            environment(
+                KOOPMON_KEYS=str(state / "keys"),
+                KOOPMON_CONFIG=str(tmp_path / "koopmon.toml"),
+                NOTIFY_SOCKET=str(tmp_path / "notify"),
+                WATCHDOG_USEC=f"{period}000000",
+            ),
+            umask=int(values("UMask")[0], 8),
+            cwd=state,
+        )
+        assert [systemd.recv(100), systemd.recv(100)] == [b"READY=1", b"WATCHDOG=1"]
+        assert values("Type") == ["notify"]
+        _follow(process, runtime, state)
+        assert systemd.recv(100) == b"STOPPING=1"
+    assert process.returncode == 0
+    assert oct((state / "monitor.sqlite3").stat().st_mode)[-3:] == "600"
+    assert list((runtime / "targets").iterdir()) == []
+
+
+def _follow(process: subprocess.Popen[bytes], runtime: Path, state: Path) -> None:
+    """Send a snapshot to the monitor, which Prometheus can find, and stop it."""
+    (file,) = (runtime / "targets").iterdir()
+    assert [oct(path.stat().st_mode)[-3:] for path in (runtime / "targets", file)] == ["755", "644"]
     told = ready(process, runtime / "ready.json")
-    (post,) = values("ExecStartPost")
-    waiting = shlex.split(post.replace("$MAINPID", str(process.pid)).replace("/run/koopmon", str(runtime)))
-    assert subprocess.run(waiting, timeout=60, check=False).returncode == 0
+    assert [each["targets"] for each in json.loads(file.read_text())] == [[told["http"]]]
     pages = f"http://{told['http']}"
     assert httpx.get(f"{pages}/readyz", timeout=30).text == "ok\n"
     agent = ScriptedAgent(told["endpoint"], trust=AuthPolicy(state / "keys", curve_on_loopback=True))
@@ -175,7 +198,4 @@ def test_a_monitor_serves_under_the_units_settings(tmp_path: Path, start: Starte
     finally:
         agent.close()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    assert oct((state / "monitor.sqlite3").stat().st_mode)[-3:] == "600"
-    # A process that waits for a stopped monitor ends too.
-    assert subprocess.run(waiting, timeout=60, check=False, stderr=subprocess.DEVNULL).returncode == 1
+    process.wait(60)

@@ -23,8 +23,8 @@ from koopmon.monitor.assembler import Assembler
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.history_sink import HistorySink
 from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.log_sink import LogSink
 from koopmon.monitor.metrics_sink import MetricsSink
-from koopmon.monitor.notify_sink import NotifySink
 from koopmon.monitor.pending_commands import PendingCommands
 from koopmon.monitor.registry import Peer, Run, RunRegistry
 from koopmon.monitor.run_controller import RunController
@@ -66,7 +66,7 @@ CALLS: list[tuple[type[Any], str]] = [
     *public(World, "says", "hello", "shard", "results", "handle", "commands", "series", "internal_errors", "play"),
     *((Assembler, name) for name in ("add", "_close")),
     *((RunController, name) for name in ("__init__", "_command", "_update_policy", "_decide")),
-    *((sink, "__call__") for sink in (HistorySink, MetricsSink, LiveState, NotifySink)),
+    *((sink, "__call__") for sink in (HistorySink, MetricsSink, LiveState, LogSink)),
 ]
 NEVER_FOR_ONE_RUN = {
     (HistoryWriter, "record_outcome"),

@@ -17,8 +17,8 @@ from koopmon.history.writer import HistoryWriter
 from koopmon.monitor import events
 from koopmon.monitor.history_sink import COMMIT_SECONDS, HistorySink
 from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.log_sink import LogSink
 from koopmon.monitor.metrics_sink import MetricsSink
-from koopmon.monitor.notify_sink import NotifySink
 from koopmon.monitor.pending_commands import Answered
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.run_controller import Assessment
@@ -192,7 +192,7 @@ def test_the_page_shows_a_decision_once_and_its_outcome() -> None:
 def test_decisions_and_first_acks_are_logged_and_annotated(caplog: pytest.LogCaptureFixture) -> None:
     told: list[tuple[float, tuple[str, ...], str]] = []
     run = watched()
-    sink, assessment = NotifySink(lambda *each: told.append(each)), alarm(run)
+    sink, assessment = LogSink(lambda *each: told.append(each)), alarm(run)
     command: Command = factories.command(1)
     with caplog.at_level(logging.INFO):
         sink(1.0, events.Assessed(run, assessment))

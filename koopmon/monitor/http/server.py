@@ -56,6 +56,12 @@ def parse_address(address: str, *, exposed: bool = False) -> tuple[str, int]:
     return host.strip("[]"), 0 if port == "*" else int(port)
 
 
+def reachable(address: str) -> str:
+    """Return `HOST:PORT` with the name of this host in place of an address that means all of its addresses."""
+    host, _, port = address.rpartition(":")
+    return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "[::]") else address  # noqa: S104 - not bound here
+
+
 def listen(address: str, *, exposed: bool = False) -> socket.socket:
     """Open a listening socket at `HOST:PORT`. Raises EndpointError when the address is not allowed or in use."""
     host, port = parse_address(address, exposed=exposed)
@@ -74,9 +80,9 @@ class WebServer:
 
     The live page shows `live_state`, with the thresholds of `config` for new runs. Event streams take at most half of
     the connections. Each name in `checks` is a page that returns 200 "ok" while its function returns True, else 503.
-    These pages need no `login`. With `tls` the pages use https. An address reachable from other hosts requires both
-    `login` and `tls`, or `[http] insecure_plaintext`. `note(reason, detail)` is called in the server's thread for each
-    rejected request or connection.
+    These pages need no `login`. With `tls` the pages use https. An address reachable from other hosts requires `tls`
+    with a `login` or client certificates, or `[http] insecure_plaintext`. `note(reason, detail)` is called in the
+    server's thread for each rejected request or connection.
     """
 
     def __init__(
@@ -92,7 +98,8 @@ class WebServer:
         note: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
         config, login = config or Config(), login or HttpAuth()
-        exposed = config.http.insecure_plaintext or (login.required and tls is not None)
+        checked = tls is not None and (login.required or tls.verify_mode is ssl.CERT_REQUIRED)
+        exposed = config.http.insecure_plaintext or checked
         self._socket = listen(address, exposed=exposed)
         host, port = self._socket.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

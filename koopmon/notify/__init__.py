@@ -1,0 +1,1 @@
+"""Notifications by webhook and e-mail, from threads that never block the monitor."""

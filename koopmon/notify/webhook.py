@@ -1,0 +1,58 @@
+"""Delivery of a notification to a webhook.
+
+http.client follows no redirect, so the message stays with the configured host, and it uses no proxy. No message of an
+error contains the path of the address or the body of an answer, because both may contain the secret of the webhook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+from urllib.parse import urlsplit
+
+from koopmon.config import NotifyEvent
+from koopmon.notify.deadline import Deadline
+from koopmon.notify.message import Notification
+from koopmon.notify.target import NotAcceptedError
+
+RETRIED = (408, 425, 429)
+"""Statuses below 500 that a later attempt may not get."""
+
+
+@dataclass(frozen=True, slots=True)
+class Webhook:
+    """A target that takes POST requests. `label` contains no secret."""
+
+    channel: ClassVar[str] = "webhook"
+    label: str
+    events: tuple[NotifyEvent, ...]
+    url: str = field(repr=False)
+    body: Callable[[Notification], bytes]
+    token: str = field(default="", repr=False)
+    timeout_seconds: float = 10.0
+
+    def send(self, notification: Notification) -> None:
+        """Deliver. Raises NotAcceptedError if a retry would fail too, and any other error if it may succeed."""
+        parts = urlsplit(self.url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        path = f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
+        headers = {"Content-Type": "application/json", "User-Agent": "koopmon", "Connection": "close"}
+        if self.token:
+            headers["Authorization"] = f"Bearer {self.token}"
+        connection = kind(str(parts.hostname), parts.port, timeout=self.timeout_seconds)
+        with contextlib.closing(connection), Deadline(self.timeout_seconds) as deadline:
+            connection.connect()
+            opened = connection.sock  # http.client forgets it with the head of the answer
+            deadline.watch(lambda: opened)
+            connection.request("POST", path, self.body(notification), headers)
+            with contextlib.closing(connection.getresponse()) as answer:
+                status = answer.status
+        if 200 <= status < 300:
+            return
+        said = f"it answers {status} {http.client.responses.get(status, '')}".strip()
+        if status >= 500 or status in RETRIED:
+            raise http.client.HTTPException(said)
+        raise NotAcceptedError(f"{said}, and redirects are not followed" if 300 <= status < 400 else said)
