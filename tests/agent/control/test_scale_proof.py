@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import re
+import signal
 import threading
 from collections.abc import Callable
 from statistics import median
@@ -16,7 +18,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from koopmon.agent.control.scale_proof import SCALE, ScaleProof, _gradient, prove
+from koopmon.agent.control import scale_proof
+from koopmon.agent.control.scale_proof import MAX_GROUPS, SCALE, ScaleProof, _gradient, _sample, prove
 from koopmon.agent.control.scaled_view import close_view, scaled_view
 
 Make = Callable[[Any], Optimizer]
@@ -274,6 +277,130 @@ def test_a_step_that_decays_its_rate_follows() -> None:
     assert proof == ScaleProof()
     assert same
     assert ratios == pytest.approx([SCALE] * STEPS, rel=0.05)
+
+
+class SquaresLastRate(SGD):
+    """Squares the rate of its last group in each step, after its use."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        self.param_groups[-1]["lr"] **= 2
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_change_of_the_rate_that_cannot_be_undone_is_refused_in_any_group(count: int) -> None:
+    optimizer = SquaresLastRate([{"params": [each]} for each in parameters()[:count]], lr=0.9)
+    wanted = "SquaresLastRate changes its learning rate in each step in a way that cannot be restored"
+    assert prove(optimizer) == ScaleProof(wanted)
+
+
+def test_a_group_without_a_rate_leaves_the_others_scaled() -> None:
+    class Partial(SGD):
+        def step(self, closure: Any = None) -> Any:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for each in group["params"] if group["lr"] is not None else ():
+                        each -= group["lr"] * each.grad
+
+    first, second, *_ = parameters()
+    optimizer = Partial([{"params": [first]}, {"params": [second]}], lr=0.1)
+    optimizer.param_groups[1]["lr"] = None
+    assert prove(optimizer) == ScaleProof()
+
+
+def test_one_that_uses_the_rate_of_two_steps_ago_follows() -> None:
+    class Lagging(SGD):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                rates = self.state[group["params"][0]].setdefault("rates", [])
+                rates.append(group["lr"])
+                with torch.no_grad():
+                    for each in group["params"]:
+                        each -= rates[max(len(rates) - 3, 0)] * each.grad
+
+    proof, ratios, same = examined(lambda weights: Lagging(weights, lr=0.01))
+    assert proof == ScaleProof()
+    assert same
+    assert ratios == pytest.approx([1.0, 1.0] + [SCALE] * (STEPS - 2), rel=1e-3)
+
+
+@pytest.mark.parametrize("far", [0.0, math.inf, math.nan])
+def test_one_that_does_not_move_the_weights_by_a_finite_distance_is_refused(far: float) -> None:
+    class Moving(SGD):
+        def step(self, closure: Any = None) -> Any:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for each in group["params"]:
+                        each += far
+
+    assert "does not move the weights by a finite distance" in prove(Moving(parameters(), lr=0.1)).refusal
+
+
+def test_marks_of_a_parameter_are_those_of_its_copy() -> None:
+    class Marked(SGD):
+        def step(self, closure: Any = None) -> Any:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for each in group["params"]:
+                        each -= (1.0 if each.ignores else group["lr"]) * each.grad
+
+    weights: list[Any] = parameters()
+    for each in weights:
+        each.ignores = False
+    assert prove(Marked(weights, lr=0.1)) == ScaleProof()
+    weights[-1].ignores = True
+    assert "does not follow" in prove(Marked(weights, lr=0.1)).refusal
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 9, 20])
+def test_the_check_takes_evenly_spaced_groups(count: int) -> None:
+    weights = [nn.Parameter(torch.zeros(3)) for _ in range(count)]
+    taken = _sample(SGD([{"params": [each]} for each in weights], lr=0.1))
+    every = math.ceil(count / MAX_GROUPS)
+    assert list(map(id, taken)) == list(map(id, weights[::every]))
+
+
+def test_the_check_takes_the_smallest_parameter_and_the_smallest_matrix_of_a_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frozen, empty, bias, wide, square, cube = (
+        nn.Parameter(torch.zeros(shape)) for shape in ((1,), (0,), (3,), (2, 8), (3, 3), (2, 2, 2))
+    )
+    frozen.requires_grad_(False)
+
+    def taken(*weights: nn.Parameter) -> list[int]:
+        return list(map(id, _sample(SGD(weights, lr=0.1))))
+
+    assert taken(wide, square, bias, frozen, empty) == [id(bias), id(square)]
+    assert taken(wide, cube, square) == [id(cube)], "one is both"
+    assert taken(frozen) == []
+    assert taken(empty) == []
+    square.grad = torch.zeros(3, 3)
+    wide.grad = torch.zeros(2, 8)
+    assert taken(wide, square, bias, cube) == [id(square)], "one with a gradient takes part in the training"
+    monkeypatch.setattr(scale_proof, "MAX_ELEMENTS", 9)
+    assert taken(wide, square, bias) == [id(square)]
+    monkeypatch.setattr(scale_proof, "MAX_ELEMENTS", 8)
+    assert taken(wide, square, bias) == []
+
+
+def test_an_exception_of_a_signal_handler_ends_the_check() -> None:
+    class Alarmed(SGD):
+        def step(self, closure: Any = None) -> Any:
+            signal.raise_signal(signal.SIGUSR1)
+
+    class EndedError(Exception):
+        pass
+
+    def end(*_: object) -> None:
+        raise EndedError
+
+    before = signal.signal(signal.SIGUSR1, end)
+    try:
+        with pytest.raises(EndedError):
+            prove(Alarmed(parameters(), lr=0.1))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def needing_a_closure() -> Optimizer:
