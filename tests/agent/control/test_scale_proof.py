@@ -308,20 +308,53 @@ def test_a_group_without_a_rate_leaves_the_others_scaled() -> None:
     assert prove(optimizer) == ScaleProof()
 
 
-def test_one_that_uses_the_rate_of_two_steps_ago_follows() -> None:
-    class Lagging(SGD):
-        def step(self, closure: Any = None) -> Any:
-            for group in self.param_groups:
-                rates = self.state[group["params"][0]].setdefault("rates", [])
-                rates.append(group["lr"])
-                with torch.no_grad():
-                    for each in group["params"]:
-                        each -= rates[max(len(rates) - 3, 0)] * each.grad
+class Lagging(SGD):
+    """Uses the rate of `lag` steps ago."""
 
+    lag = 2
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            rates = self.state[group["params"][0]].setdefault("rates", [])
+            rates.append(group["lr"])
+            with torch.no_grad():
+                for each in group["params"]:
+                    each -= rates[max(len(rates) - 1 - self.lag, 0)] * each.grad
+
+
+def test_one_that_uses_the_rate_of_two_steps_ago_follows_and_of_three_does_not() -> None:
     proof, ratios, same = examined(lambda weights: Lagging(weights, lr=0.01))
     assert proof == ScaleProof()
     assert same
     assert ratios == pytest.approx([1.0, 1.0] + [SCALE] * (STEPS - 2), rel=1e-3)
+    late = Lagging(parameters(), lr=0.01)
+    late.lag = 3
+    assert "moves the weights 1 times as far" in prove(late).refusal
+
+
+def test_a_step_that_decays_its_rate_in_place_follows() -> None:
+    class DecayingInPlace(SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            for group in self.param_groups:
+                group["lr"].mul_(0.9)
+
+    assert prove(DecayingInPlace(parameters(), lr=torch.tensor(0.01))) == ScaleProof()
+
+
+def test_all_copies_draw_the_same_random_numbers() -> None:
+    """Of one element, so that other draws would differ by more than the tolerance."""
+
+    class Dice(SGD):
+        def step(self, closure: Any = None) -> Any:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for each in group["params"]:
+                        each -= group["lr"] * torch.randn(()) ** 3
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        assert prove(Dice([nn.Parameter(torch.zeros(1))], lr=0.1)) == ScaleProof()
 
 
 @pytest.mark.parametrize("far", [0.0, math.inf, math.nan])
@@ -375,6 +408,7 @@ def test_the_check_takes_the_smallest_parameter_and_the_smallest_matrix_of_a_gro
     assert taken(wide, cube, square) == [id(cube)], "one is both"
     assert taken(frozen) == []
     assert taken(empty) == []
+    assert len(taken(nn.Parameter(torch.zeros(())))) == 1
     square.grad = torch.zeros(3, 3)
     wide.grad = torch.zeros(2, 8)
     assert taken(wide, square, bias, cube) == [id(square)], "one with a gradient takes part in the training"
