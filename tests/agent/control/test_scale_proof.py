@@ -15,11 +15,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import ExponentialLR
 
 from koopmon.agent.control import scale_proof
-from koopmon.agent.control.scale_proof import MAX_GROUPS, SCALE, ScaleProof, _gradient, _sample, prove
+from koopmon.agent.control.scale_proof import (
+    CLEAR,
+    MAX_GROUPS,
+    SCALE,
+    ScaleProof,
+    _clear,
+    _gradient,
+    _Isolation,
+    _NotProvenError,
+    _sample,
+    prove,
+)
 from koopmon.agent.control.scaled_view import close_view, scaled_view
 
 Make = Callable[[Any], Optimizer]
@@ -500,18 +512,107 @@ def test_sharded_parameters_are_checked_without_communication(python: Callable[.
     python("import warnings; warnings.simplefilter('ignore')\n" + SHARDED)
 
 
-def test_the_check_writes_to_no_tensor_of_the_training() -> None:
-    weights = parameters()
-    outside = weights[0].data
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "in place": lambda each: each.add_(1.0),
+    "out": lambda each: torch.add(each, 1.0, out=each),
+    "foreach": lambda each: torch._foreach_add_([each], 1.0),
+    "copy": lambda each: each.copy_(torch.ones_like(each)),
+    "view": lambda each: each.view(-1)[1:].zero_(),
+}
+
+
+@pytest.mark.parametrize("held", ["weights", "gradient", "state"])
+@pytest.mark.parametrize("write", WRITES)
+def test_the_check_writes_to_no_tensor_of_the_training(write: str, held: str) -> None:
+    outside: list[Tensor] = []
 
     class Outside(SGD):
         def step(self, closure: Any = None) -> Any:
-            outside.add_(1.0)
+            for each in outside:
+                WRITES[write](each)
+            return super().step(closure)
 
-    optimizer = Outside(weights, lr=0.1)
-    kept = outside.clone()
-    assert "writes to tensors" in prove(optimizer).refusal
-    assert torch.equal(outside, kept)
+    weights = parameters()
+    optimizer = Outside(weights, lr=0.1, momentum=0.9)
+    movements(weights, optimizer, range(2))
+    found = {"weights": weights[-1].data, "gradient": weights[0].grad, "state": optimizer.state[weights[0]]}[held]
+    outside.append(found["momentum_buffer"] if isinstance(found, dict) else found)
+    kept = outside[0].clone()
+    assert "writes to tensors that it holds outside of its groups" in prove(optimizer).refusal
+    assert torch.equal(outside[0], kept)
+
+
+@pytest.mark.parametrize("namespace", ["c10d", "_c10d_functional", "c10d_functional"])
+def test_an_operation_between_the_ranks_ends_the_check(namespace: str) -> None:
+    isolation: Any = _Isolation([])
+    with pytest.raises(_NotProvenError, match="communicates between the ranks"):
+        isolation.__torch_dispatch__(SimpleNamespace(namespace=namespace), ())
+
+
+ROUNDING = CLEAR * torch.finfo(torch.float32).eps * 2.0 / SCALE
+"""Least movement of a parameter of norm 2 that is clear of its rounding."""
+
+
+@pytest.mark.parametrize(
+    ("moved", "from_zero", "clear"),
+    [
+        ([[1.0, 1.0]], False, True),
+        ([[0.0, 1.0]], False, True),
+        ([[0.0, 0.0], [0.0, 1.0]], False, True),
+        ([[0.0, 0.0]], False, False),
+        ([[1.0, math.inf]], False, False),
+        ([[math.nan, 1.0]], False, False),
+        ([[1.0], [math.inf]], False, False),
+        ([[1.01 * ROUNDING, 1.0]], False, True),
+        ([[0.99 * ROUNDING, 1.0]], False, False),
+        ([[1.0], [0.99 * ROUNDING]], False, False),
+        ([[1e-30, 1e-30]], True, True),
+        ([[0.0, 0.0]], True, False),
+        ([[1.0, math.inf]], True, False),
+    ],
+)
+def test_movements_are_compared_only_if_they_are_clear_of_rounding(
+    moved: list[list[float]], from_zero: bool, clear: bool
+) -> None:
+    assert _clear(moved, [torch.ones(4)] * len(moved), from_zero) is clear
+
+
+@pytest.mark.parametrize("value", [None, 0.0, math.nan, math.inf])
+def test_a_gradient_that_says_nothing_is_replaced(value: float | None) -> None:
+    weight = nn.Parameter(torch.zeros(3, 4))
+    weight.grad = None if value is None else torch.ones(3, 4)
+    if weight.grad is not None:
+        weight.grad[0, 0], weight.grad[1:] = value, 0.0
+        weight.grad[0, 1:] = 0.0
+    other = _gradient(weight)
+    assert other.shape == (3, 4)
+    assert float(other.abs().min()) > 0.0
+    assert float(other.abs().max()) <= 0.01
+    assert len(other.unique()) == 12
+    weight.grad = torch.tensor([[1.0, -1.0, 0.0, 0.0]] * 3)
+    own = _gradient(weight)
+    assert torch.equal(own, weight.grad)
+    assert own is not weight.grad
+
+
+def test_an_optimizer_with_a_scheduler_is_checked_and_the_scheduler_is_left_alone() -> None:
+    optimizer = AdamW(parameters(), lr=0.01)
+    schedule = ExponentialLR(optimizer, 0.5)
+    step: Any = optimizer.step
+    assert prove(optimizer) == ScaleProof()
+    assert schedule.last_epoch == 0
+    assert optimizer.step == step
+
+
+@pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)])
+def test_a_rate_of_zero_is_checked_with_another_and_stays(rate: Any) -> None:
+    optimizer = Adam(parameters(), lr=rate)
+    assert prove(optimizer) == ScaleProof()
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == 0.0
+    ignores = IgnoresItsGroup(parameters(), lr=0.1)
+    ignores.param_groups[0]["lr"] = rate
+    assert "does not follow" in prove(ignores).refusal
 
 
 @pytest.mark.parametrize("make", [FOLLOW["amsgrad"], lambda weights: Aliased(weights, lr=0.1)])
