@@ -595,6 +595,22 @@ def test_a_gradient_that_says_nothing_is_replaced(value: float | None) -> None:
     assert own is not weight.grad
 
 
+def test_the_copy_has_only_the_sampled_parameters() -> None:
+    places: list[str] = []
+
+    class Holding(SGD):
+        def step(self, closure: Any = None) -> Any:
+            places.extend(each.device.type for each in self.everything)
+            return super().step(closure)
+
+    weights = parameters()
+    optimizer: Any = Holding(weights, lr=0.1)
+    optimizer.everything = list(weights)
+    assert prove(optimizer) == ScaleProof()
+    assert {tuple(places[at : at + 4]) for at in range(0, len(places), 4)} == {("cpu", "meta", "meta", "cpu")}
+    assert all(each.device.type == "cpu" for each in optimizer.everything)
+
+
 def test_an_optimizer_with_a_scheduler_is_checked_and_the_scheduler_is_left_alone() -> None:
     optimizer = AdamW(parameters(), lr=0.01)
     schedule = ExponentialLR(optimizer, 0.5)
