@@ -396,7 +396,8 @@ def _patching(
             if not live:
                 raise RuntimeError(f"no function at {mutant.scope}")
             for function in live:
-                function.__code__ = new
+                # Without its `super()` a method has no cell for its class.
+                function.__code__ = new if new.co_freevars else new.replace(co_freevars=function.__code__.co_freevars)
         except Exception as error:
             said.write_text(repr(error))
             raise

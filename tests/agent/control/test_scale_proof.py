@@ -590,9 +590,15 @@ def test_a_gradient_that_says_nothing_is_replaced(value: float | None) -> None:
     assert float(other.abs().max()) <= 0.01
     assert len(other.unique()) == 12
     weight.grad = torch.tensor([[1.0, -1.0, 0.0, 0.0]] * 3)
-    own = _gradient(weight)
-    assert torch.equal(own, weight.grad)
-    assert own is not weight.grad
+    for size in (1.0, 1e-6):
+        weight.grad *= size
+        own = _gradient(weight)
+        assert torch.equal(own, weight.grad)
+        assert own is not weight.grad
+    twice = torch.tensor([[1, 1], [0, 0]])
+    for values, layout in (((1.0, -1.0), torch.strided), ((1.0, 1.0), torch.sparse_coo)):
+        weight.grad = torch.sparse_coo_tensor(twice, torch.tensor(values), (3, 4), check_invariants=True)
+        assert _gradient(weight).layout is layout, "entries of one place add up"
 
 
 def test_the_copy_has_only_the_sampled_parameters() -> None:
@@ -609,6 +615,68 @@ def test_the_copy_has_only_the_sampled_parameters() -> None:
     assert prove(optimizer) == ScaleProof()
     assert {tuple(places[at : at + 4]) for at in range(0, len(places), 4)} == {("cpu", "meta", "meta", "cpu")}
     assert all(each.device.type == "cpu" for each in optimizer.everything)
+
+
+class FromState(SGD):
+    """Uses a rate in the state of a parameter, or in a state of its own, before that of the group."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for each in group["params"]:
+                    own = self.state[each].get("rate") or self.state["all"].get("rate")
+                    each -= (own or group["lr"]) * each.grad
+
+
+@pytest.mark.parametrize("key", ["parameters", "all"])
+def test_the_copy_has_the_state_of_the_optimizer(key: str) -> None:
+    weights = parameters()
+    optimizer = FromState(weights, lr=0.1)
+    assert prove(optimizer) == ScaleProof()
+    for each in weights if key == "parameters" else ("all",):
+        optimizer.state[each]["rate"] = 0.1
+    assert "moves the weights 1 times as far" in prove(optimizer).refusal
+
+
+class Part(Tensor):
+    """Stands for a sharded tensor."""
+
+    def to_local(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+    def __deepcopy__(self, memo: Any) -> Part:
+        return self.to_local().clone().as_subclass(Part)
+
+
+def test_the_copy_has_this_ranks_part_of_sharded_states() -> None:
+    found: list[type] = []
+
+    class Watched(SGD):
+        def step(self, closure: Any = None) -> Any:
+            found.extend(type(each["buffer"]) for each in self.state.values() if isinstance(each, dict))
+            return super().step(closure)
+
+    weights = parameters()
+    optimizer: Any = Watched(weights, lr=0.1)
+    for each in weights:
+        optimizer.state[each]["buffer"] = torch.zeros(3).as_subclass(Part)
+        optimizer.state[each]["number"] = 3
+    optimizer.state["other"] = [1.0]
+    assert prove(optimizer) == ScaleProof()
+    assert set(found) == {Tensor}
+    assert type(optimizer.state[weights[0]]["buffer"]) is Part
+
+
+def test_the_copies_have_the_rate_of_the_group_and_its_scaled_one() -> None:
+    seen: set[float] = set()
+
+    class Watched(SGD):
+        def step(self, closure: Any = None) -> Any:
+            seen.update(group["lr"] for group in self.param_groups)
+            return super().step(closure)
+
+    assert prove(Watched(parameters(), lr=0.1)) == ScaleProof()
+    assert seen == {0.1, SCALE * 0.1}
 
 
 def test_an_optimizer_with_a_scheduler_is_checked_and_the_scheduler_is_left_alone() -> None:
