@@ -41,7 +41,7 @@ def command(kind: str, **fields: Any) -> Command:
 class Bench:
     """An acting agent that trains alone, driven step by step."""
 
-    def __init__(self, config: Config | None = None, *, group: Any = None) -> None:
+    def __init__(self, config: Config | None = None, *, group: Any = None, restored: Applied | None = None) -> None:
         self.outcomes: list[CommandResult] = []
         self.stats = AgentStats()
         config = config or Config()
@@ -58,6 +58,7 @@ class Bench:
             requests=self.lifecycle.requests,
             report=self.outcomes.append,
             group=group,
+            restored=restored,
         )
         rank = RankParts(RankContext(), DataRanks(0, 1), self.stats, schedule, None)
         self.lifecycle.enter(Acting(rank, layout, self.actuator))
@@ -726,3 +727,16 @@ def test_what_is_in_force_again_is_said_once(restored: Applied, said: str, caplo
     bench.lifecycle.monitor_lost()
     bench.step()
     assert not [record for record in caplog.records if "in force again" in record.getMessage()]
+
+
+@pytest.mark.parametrize(("leads", "lines"), [(None, 1), (True, 1), (False, 0)])
+def test_what_a_killed_launch_left_is_in_force_from_the_first_step_and_said_by_one_rank(
+    leads: bool | None, lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = None if leads is None else Exchange(leads=leads)
+    bench = Bench(group=group, restored=Applied(lr_scale=0.5))
+    assert bench.step() == 0.5
+    assert [record.getMessage() for record in caplog.records] == [
+        "koopmon: in force again, as when the launch before was killed: learning rate x 0.5"
+    ] * lines
+    assert Bench(group=group).step() == 1.0

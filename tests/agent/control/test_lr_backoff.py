@@ -448,6 +448,7 @@ def test_one_that_joins_under_a_scale_and_does_not_follow_is_left_alone_with_one
         update = Update(late, (late,), {})
         capped.backoff.apply(capped.state, capped.step, update)
         assert update.args == (late,)
+        assert len(caplog.records) == 1
     assert [record.getMessage() for record in caplog.records] == [
         "koopmon: the learning-rate scale 0.5 is not in force: Rprop does not follow: at 0.125 of its learning rate it"
         " moves the weights 1 times as far"
