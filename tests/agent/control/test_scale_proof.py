@@ -355,7 +355,7 @@ def test_a_step_that_decays_its_rate_in_place_follows() -> None:
 
 
 def test_all_copies_draw_the_same_random_numbers() -> None:
-    """Of one element, so that other draws would differ by more than the tolerance."""
+    """The parameter has one element: other draws would differ by more than the tolerance."""
 
     class Dice(SGD):
         def step(self, closure: Any = None) -> Any:
