@@ -168,7 +168,8 @@ def _steer(
     scales: list[float] = []
     agreed, refused, deadline = True, False, time.monotonic() + STEER_SECONDS
     for step in range(MAX_STEPS):
-        alpha = agent.status()["applied"]["kss"]["alpha"]
+        status = agent.status()
+        alpha, updates = status["applied"]["kss"]["alpha"], status["step"]
         script.go_on(checked=len(errors) >= CHECKED_STEPS)
         refused = _anywhere(bool(script.refused))
         checks = (alpha > 0.0 or refused) and len(errors) < CHECKED_STEPS
@@ -182,7 +183,7 @@ def _steer(
         if not agreed:
             break
         if checks and not skipped:
-            task, kss = gradients(cell, before, KSS, step, rank)
+            task, kss = gradients(cell, before, KSS, step, updates, rank)
             moved = (flat(before) - flat(training.parameters())) / (LEARNING_RATE * scale)
             errors.append(float((moved - task - kss * (alpha > 0.0)).norm() / kss.norm()))
         done = scales.count(LR_SCALE) >= CHECKED_STEPS or not agent.enabled or time.monotonic() > deadline

@@ -164,8 +164,14 @@ def states_at(cell: Cell, state: State, tokens: Tensor) -> list[Tensor]:
         return states_of(mixed(cell, reference(state)), tokens)
 
 
-def gradients(cell: Cell, state: State, settings: KssSettings, step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of the task and of alpha * mean KSS, flat, on the plain model, averaged over ranks."""
+def gradients(
+    cell: Cell, state: State, settings: KssSettings, step: int, updates: int, rank: int
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of the task and of alpha * mean KSS, flat, on the plain model, averaged over ranks.
+
+    The batch is that of `step`. KSS draws its tokens by the number of updates before it. A gradient scaler skips the
+    update of a step whose gradients overflow.
+    """
     found = []
     for part in ("task", "kss"):
         model = reference(state)
@@ -177,7 +183,7 @@ def gradients(cell: Cell, state: State, settings: KssSettings, step: int, rank: 
                 assert run.head is not None
                 assert run.norm is not None
                 loss = loss_of(run.head(run.norm(states[-1])), tokens)
-            value = loss if part == "task" else _penalty(states, settings, step, data_rank(cell, rank))
+            value = loss if part == "task" else _penalty(states, settings, updates, data_rank(cell, rank))
             (value / cell.accumulate).backward()  # type: ignore[no-untyped-call]
         for own, other in zip(model.parameters(), run.parameters(), strict=True):
             own.grad = torch.zeros_like(own) if other.grad is None else other.grad.float()
@@ -189,8 +195,8 @@ def gradients(cell: Cell, state: State, settings: KssSettings, step: int, rank: 
     return found[0], found[1]
 
 
-def _penalty(states: list[Tensor], settings: KssSettings, step: int, rank: int) -> Tensor:
-    rows, _ = order_rows(B * T, settings.num_samples, seed=0, step=step, data_rank=rank)
+def _penalty(states: list[Tensor], settings: KssSettings, updates: int, rank: int) -> Tensor:
+    rows, _ = order_rows(B * T, settings.num_samples, seed=0, step=updates, data_rank=rank)
     penalty = torch.zeros(())
     for x, y in itertools.pairwise(states):
         x, y = take_rows(x, rows).float(), take_rows(y, rows).float()

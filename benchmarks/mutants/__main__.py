@@ -68,14 +68,19 @@ GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("koopmon/agent/capture/schedule.py",), ("tests/agent/capture/test_schedule.py",)),
     (("koopmon/agent/control/a*.py",), ("tests/agent/control/test_a*.py",)),
     (("koopmon/agent/control/kss/*.py",), ("tests/agent/control/kss/test_*.py",)),
+    (("koopmon/agent/control/kept_settings.py",), ("tests/agent/control/test_kept_settings.py",)),
     (("koopmon/agent/control/lr_backoff.py",), ("tests/agent/control/test_lr_backoff.py",)),
+    (("koopmon/agent/control/optimizer_set.py",), ("tests/agent/control/test_optimizer_set.py",)),
     (("koopmon/agent/control/rank_group.py",), ("tests/agent/control/test_rank_group.py",)),
     (("koopmon/agent/control/rewind.py",), ("tests/agent/control/test_rewind.py",)),
+    (("koopmon/agent/control/scale_proof.py",), ("tests/agent/control/test_scale_proof.py",)),
+    (("koopmon/agent/control/scaled_view.py",), ("tests/agent/control/test_scaled_view.py",)),
     (("koopmon/agent/control/state_copies.py",), ("tests/agent/control/test_state_copies.py",)),
     (
         ("koopmon/agent/control/state.py",),
         ("tests/agent/control/test_state.py", "tests/agent/control/test_actuator.py"),
     ),
+    (("koopmon/agent/control/step_clock.py",), ("tests/agent/control/test_step_clock.py",)),
 )
 """Modules of the decision core and the test files that must notice their mutants.
 

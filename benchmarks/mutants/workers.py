@@ -122,13 +122,13 @@ class _Task:
         """The statement and the function of the mutant."""
         return (self.module, self.mutant.lines), (self.module, self.mutant.scope)
 
-    def overdue(self, said: Path) -> bool:
+    def overdue(self, said: Path, slowness: float = 1.0) -> bool:
         """True if the test that runs takes far longer than without a mutant, as a wait without an end does."""
         try:
             name, started = said.read_text(), said.stat().st_mtime  # in this order: the file may change in between
         except FileNotFoundError:
             return False
-        return time.time() - started > 20.0 + 10.0 * self.seconds.get(name, math.inf)
+        return time.time() - started > slowness * (20.0 + 10.0 * self.seconds.get(name, math.inf))
 
 
 def _try_all(tasks: Sequence[_Task], jobs: int, out: Path) -> Iterator[Verdict]:
@@ -150,9 +150,15 @@ def _try_all(tasks: Sequence[_Task], jobs: int, out: Path) -> Iterator[Verdict]:
             number += 1
             said = out / f"killer-{number}"
             pid = _fork(lambda task=task, order=order, said=said: _limited(task, order, said))  # type: ignore[misc]
-            running[os.pidfd_open(pid)] = (task, pid, time.monotonic() + 30.0 + 2.0 * task.limit, said)
+            running[os.pidfd_open(pid)] = (task, pid, time.monotonic(), said)
         ready, _, _ = select.select(list(running), [], [], 1.0)
-        late = [fd for fd, (task, _, end, said) in running.items() if time.monotonic() > end or task.overdue(said)]
+        # Other processes on the machine slow the tests down.
+        slowness = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+        late = [
+            fd
+            for fd, (task, _, started, said) in running.items()
+            if time.monotonic() - started > slowness * (30.0 + 2.0 * task.limit) or task.overdue(said, slowness)
+        ]
         for fd in [*ready, *late]:
             if fd not in running:
                 continue
@@ -396,7 +402,8 @@ def _patching(
             if not live:
                 raise RuntimeError(f"no function at {mutant.scope}")
             for function in live:
-                function.__code__ = new
+                # Without its `super()` a method has no cell for its class.
+                function.__code__ = new if new.co_freevars else new.replace(co_freevars=function.__code__.co_freevars)
         except Exception as error:
             said.write_text(repr(error))
             raise

@@ -7,7 +7,9 @@ import logging
 import os
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterable
+from statistics import median_low
 from typing import Any
 
 from torch import nn
@@ -98,7 +100,8 @@ class AgentRuntime:
         self._make_io_thread = io_thread
         self._place = store_prefix(model, run)
         self._budget = OverheadBudget(config.cadence)
-        self._num_microbatches = 1
+        self._num_forwards: deque[int] = deque(maxlen=3)
+        """Training forwards of the last steps, without steps that had none."""
         self._pid = os.getpid()
         self._kept: KeptSettings | None = None
         self._restored: Applied | None = None
@@ -412,9 +415,13 @@ class AgentRuntime:
             if action.hello_changed:
                 action.hello_changed = False
                 self._describe(**action.hello(self.adapter))
-        self._num_microbatches = self.taps.num_forwards or self._num_microbatches
+        if self.taps.num_forwards:
+            self._num_forwards.append(self.taps.num_forwards)
+        # The median leaves out the step after one that a GradScaler skipped, which has the forwards of both, and a step
+        # with fewer microbatches at the end of an epoch.
+        num_microbatches = median_low(self._num_forwards or [1])
         num_layers, repeats = (0 if stack is None else len(stack.points)), self.taps.repeats
-        forwards = NextForwards(num_layers, self._num_microbatches, state.rank.data_ranks.rank, repeats)
+        forwards = NextForwards(num_layers, num_microbatches, state.rank.data_ranks.rank, repeats)
         changes = [action.before_forwards(state.control, step, forwards) for action in self.actions]
         self.taps.step_edge(due, [change for change in changes if change is not None])
 

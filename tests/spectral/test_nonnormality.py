@@ -6,6 +6,8 @@ import functools
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -17,9 +19,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from torch import Tensor
 
 from koopmon.spectral import kreiss_constant, nonnormality, profile_states, profile_transition
-from koopmon.spectral.nonnormality import CONDITION_LIMIT, KREISS_ACCURACY, condition_number, real_eigenvectors
+from koopmon.spectral.nonnormality import (
+    CONDITION_LIMIT,
+    KREISS_ACCURACY,
+    _Search,
+    condition_number,
+    real_eigenvectors,
+)
 
 
 def dense_kreiss(a: np.ndarray) -> float:
@@ -189,6 +198,178 @@ def test_real_eigenvectors_keep_the_condition_number(seed: int, size: int) -> No
 def test_the_condition_number_of_a_defective_operator_is_capped() -> None:
     eigenvalues, vectors = torch.linalg.eig(torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64))
     assert condition_number(real_eigenvectors(eigenvalues, vectors)).item() == CONDITION_LIMIT
+
+
+class Landscape:
+    """Stands for a resolvent in a search: (|z| - 1) ||(zI - B)^{-1}|| is `merit(log_gap, angle)` at z.
+
+    The vector that reaches the norm at z is z itself. `asked` keeps the points and their start vectors.
+    """
+
+    def __init__(self, merit: Callable[[Tensor, Tensor], Tensor], eigenvalues: Tensor | None = None) -> None:
+        self.merit, self.eigenvalues = merit, eigenvalues
+        self.vectors = torch.zeros((), dtype=torch.complex128)
+        self.asked: list[tuple[Tensor, Tensor]] = []
+
+    def probe(self, points: Tensor) -> Tensor:
+        return torch.zeros(len(points), 1, points.shape[1], dtype=torch.complex128)
+
+    def norm(self, points: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        self.asked.append((points, start))
+        gap = points.abs() - 1
+        return self.merit(gap.log(), points.angle()) / gap, points[:, None, :]
+
+    @property
+    def angles(self) -> np.ndarray:
+        """The angles of the last points, for each operator."""
+        return np.stack([np.unique(row.angle().numpy().round(9)) for row in self.asked[-1][0]])
+
+    @property
+    def gaps(self) -> tuple[float, float]:
+        """Bounds of |z| - 1 of the last points."""
+        gap = self.asked[-1][0].abs() - 1
+        return float(gap.min()), float(gap.max())
+
+
+def points_of(search: Any) -> np.ndarray:
+    return torch.polar(1 + search.log_gap.exp(), search.angle).numpy()
+
+
+def turned(*angles: float, modulus: float = 0.9) -> Tensor:
+    """Eigenvalues with the angles; one that is neither 0 nor pi brings its conjugate."""
+    both = [sign * each for each in angles for sign in ((1,) if each in (0.0, math.pi) else (1, -1))]
+    return torch.polar(torch.full((len(both),), modulus, dtype=torch.float64), torch.tensor(both, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("by_gap", [-1, 0, 1])
+@pytest.mark.parametrize("by_angle", [-1, 0, 1])
+def test_a_refinement_moves_each_point_by_one_step_towards_its_maximum(by_gap: int, by_angle: int) -> None:
+    """Two operators with two points each. The first point finds the maximum, the second moves along the angle."""
+    peak_gap, peak_angle = -2.0 + 0.5 * by_gap, 1.0 + 0.25 * by_angle
+    land: Any = Landscape(lambda gap, angle: 1 / (1 + (gap - peak_gap) ** 2 + (angle - peak_angle) ** 2))
+    log_gap = torch.tensor([[-2.0, peak_gap]] * 2, dtype=torch.float64)
+    angle = torch.tensor([[1.0, peak_angle - 0.5]] * 2, dtype=torch.float64)
+    vector = torch.zeros(2, 1, 2, dtype=torch.complex64)
+    step = torch.full_like(angle, 0.25)
+    before = _Search(value=angle, log_gap=log_gap, angle=angle, vector=vector, gap_step=0.5, angle_step=step)
+    after = nonnormality._refine(land, before)
+    wanted = np.array([[(peak_gap, peak_angle), (peak_gap, peak_angle - 0.25)]] * 2)
+    assert np.stack((after.log_gap.numpy(), after.angle.numpy()), -1) == pytest.approx(wanted)
+    assert after.value.numpy() == pytest.approx(np.array([[1.0, 1 / (1 + 0.25**2)]] * 2))
+    assert after.vector[:, 0].numpy() == pytest.approx(points_of(after))
+    assert (after.gap_step, after.angle_step.unique().item()) == (
+        0.5 * nonnormality._SHRINK,
+        0.25 * nonnormality._SHRINK,
+    )
+
+
+def test_a_scan_keeps_the_best_level_at_each_angle_and_half_of_the_wider_gap_as_its_step() -> None:
+    land: Any = Landscape(lambda gap, angle: 1 / (1 + (gap + angle) ** 2))
+    angles = torch.tensor([[0.0, 0.5, 2.0, 3.0], [0.0, 1.0, 1.5, 3.0]], dtype=torch.float64)
+    levels = torch.tensor([-3.0, -2.0, -1.0, 0.0], dtype=torch.float64)
+    found = nonnormality._crests(land, levels, angles)
+    assert found.log_gap.tolist() == [[0.0, -1.0, -2.0, -3.0], [0.0, -1.0, -2.0, -3.0]]
+    assert found.value.numpy() == pytest.approx(1 / (1 + (found.log_gap + angles).numpy() ** 2))
+    assert found.vector[:, 0].numpy() == pytest.approx(points_of(found))
+    assert found.angle_step.tolist() == [[0.25, 0.75, 0.75, 0.5], [0.5, 0.5, 0.75, 0.75]]
+    assert found.gap_step == nonnormality._LEVEL_STEP / 2
+
+
+@pytest.mark.parametrize(("low", "high", "count"), [(1e-3, 1.0, 5), (1.0, 10.0, 3), (1.0, math.exp(2.0), 2)])
+def test_levels_are_as_few_as_the_largest_step_allows(low: float, high: float, count: int) -> None:
+    levels = nonnormality._levels(low, high, torch.device("cpu"))
+    assert levels.numpy() == pytest.approx(np.linspace(math.log(low), math.log(high), count))
+
+
+def test_the_near_search_takes_every_conjugate_pair_and_one_angle_between_neighbours() -> None:
+    angles = nonnormality._angles(torch.stack([turned(0.4, 1.0, math.pi), turned(0.0, 0.4, 2.0)]))
+    middle = (1.0 + math.pi) / 2
+    wanted = np.array([[0.0, 0.4, 0.7, 1.0, middle, math.pi], [0.0, 0.2, 0.4, 1.2, 2.0, math.pi]])
+    assert angles.numpy() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("size", "count"), [(65, 64), (66, 64), (200, 64)])
+def test_the_near_search_thins_the_angles_of_a_large_operator_evenly(size: int, count: int) -> None:
+    own = torch.linspace(0.1, 3.0, size, dtype=torch.float64)
+    (angles,) = nonnormality._angles(torch.polar(torch.ones_like(own), own)[None])
+    assert (len(angles), angles[0], angles[-1]) == (count + 2, 0.0, pytest.approx(math.pi))
+    between = (own[1:] + own[:-1]) / 2
+    assert (angles[1], angles[-2]) == (between[0], between[-1])
+    assert angles[1:-1].diff().max() <= 2 * 2.9 / min(count, size - 2)
+
+
+@pytest.mark.parametrize("height", [10.0, 0.6])
+def test_the_near_search_keeps_a_low_maximum_beside_a_high_one_and_those_at_the_ends(height: float) -> None:
+    def merit(gap: Tensor, angle: Tensor) -> Tensor:
+        broad = height * (1 - 0.2 * (angle - 1.1) ** 2).clamp_min(0.0)
+        ends = 0.5 * torch.exp(-100 * angle**2) + 0.5 * torch.exp(-100 * (angle - math.pi) ** 2)
+        return (0.9 * broad * (angle - 1.1).abs().lt(1.0) + ends + 0.3 * torch.exp(-400 * (angle - 2.5) ** 2)) * (
+            1 + gap / 9
+        )
+
+    land: Any = Landscape(merit, turned(*(0.1 * each for each in range(1, 31)))[None])
+    found = nonnormality._scan_near(land)
+    assert land.gaps == pytest.approx((nonnormality._CLOSE, nonnormality._FAR))
+    angles = found.angle[0].numpy()
+    for peak in (0.0, 1.1, 2.5, math.pi):
+        assert np.abs(angles - peak).min() < 1e-9
+    assert found.log_gap.numpy() == pytest.approx(0.0)
+
+
+def test_the_close_search_takes_the_angles_of_the_largest_eigenvalues() -> None:
+    few = turned(0.5, 1.5)
+    land: Any = Landscape(lambda gap, angle: 1 / (1 + (angle - 1.5) ** 2) - 0 * gap, few[None])
+    found = nonnormality._scan_close(land)
+    assert found.angle.tolist() == [[1.5]]
+    assert land.gaps == pytest.approx((nonnormality._NEAREST, nonnormality._CLOSE))
+    small, large = turned(0.2, 0.4, modulus=0.3), turned(0.5, 0.6, 0.7, 0.8)
+    swapped = turned(0.2, 0.4, 0.5, 0.6), turned(0.7, 0.8, modulus=0.3)
+    land = Landscape(lambda gap, angle: 1 + 0 * gap, torch.stack([torch.cat((small, large)), torch.cat(swapped)]))
+    nonnormality._scan_close(land)
+    assert land.angles == pytest.approx(np.array([[0.5, 0.6, 0.7, 0.8], [0.2, 0.4, 0.5, 0.6]]))
+
+
+@pytest.mark.parametrize(("factors", "furthest"), [((1.0, 3.0), 30.0), ((3.0, 1.0), 30.0), ((0.2, 0.1), 10.0)])
+def test_the_far_search_starts_from_the_leading_direction_of_the_hermitian_part(
+    factors: tuple[float, float], furthest: float
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    drawn = torch.randn(2, 4, 4, generator=generator, dtype=torch.float64)
+    matrices = drawn / torch.linalg.matrix_norm(drawn, keepdim=True) * torch.tensor(factors)[:, None, None]
+    land: Any = Landscape(lambda gap, angle: 1 / (1 + (angle - 1.5) ** 2) - 0 * gap)
+    found = nonnormality._scan_far(land, matrices)
+    assert land.gaps == pytest.approx((1.0, furthest))
+    assert land.angles == pytest.approx(np.linspace(0, math.pi, nonnormality._NUM_FAR_ANGLES)[None].repeat(2, 0))
+    assert found.angle.shape == (2, nonnormality._NUM_FAR)
+    (points, start) = land.asked[-1]
+    for matrix, row, vectors in zip(matrices, points, start, strict=True):
+        for point, vector in zip(row, vectors.T, strict=True):
+            part = matrix * torch.exp(-1j * point.angle())
+            reached = (vector.conj() @ (part @ vector)).real.item()
+            assert reached == pytest.approx(torch.linalg.eigvalsh((part + part.mH) / 2).max().item(), abs=1e-5)
+
+
+def resolvents_of(*matrices: np.ndarray) -> tuple[Any, Any, Tensor]:
+    batch = torch.tensor(np.stack(matrices))
+    return *nonnormality._resolvents(batch, *torch.linalg.eig(batch)), batch
+
+
+def test_a_defective_operator_is_perturbed_below_the_accuracy_and_the_others_are_not() -> None:
+    jordan = 0.9 * np.eye(3) + 100.0 * np.eye(3, k=1)
+    fine, rough, batch = resolvents_of(np.diag([0.5, 0.2, 0.1]), jordan)
+    assert rough.vectors.dtype == torch.complex128
+    moved = fine.vectors @ torch.diag_embed(fine.eigenvalues) @ fine.inverse - batch
+    sizes = torch.linalg.matrix_norm(moved) / torch.linalg.matrix_norm(batch)
+    assert sizes[0] < 1e-14
+    assert sizes[1] < 1e-8
+    assert torch.dist(fine.vectors @ fine.inverse, torch.eye(3)) < 1e-6
+    assert (fine.eigenvalues[1] - 0.9).abs().min() > 1e-5
+
+
+def test_the_rough_search_has_single_precision_where_every_operator_of_the_batch_allows_it() -> None:
+    normal, skewed = np.diag([0.5, 0.2]), np.array([[0.5, 1e5], [0.0, 0.2]])
+    assert resolvents_of(normal, normal)[1].vectors.dtype == torch.complex64
+    assert resolvents_of(normal, skewed)[1].vectors.dtype == torch.complex128
 
 
 def test_masses_count_the_bands_of_the_paper() -> None:

@@ -235,16 +235,18 @@ class _Isolation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._protected = {storage for each in protected for storage in _storages(each)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func.namespace in ("c10d", "_c10d_functional", "c10d_functional"):
             raise _NotProvenError("its step communicates between the ranks")
         if any(hasattr(kind, "to_local") for kind in types):
             return NotImplemented  # a DTensor, which calls the operations of its part
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+        for index, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[index] if index < len(args) else kwargs.get(argument.name)
                 for each in value if isinstance(value, (list, tuple)) else (value,):
                     if isinstance(each, Tensor) and not self._protected.isdisjoint(_storages(each)):
                         raise _NotProvenError("its step writes to tensors that it holds outside of its groups")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _storages(tensor: Tensor) -> Iterator[int]:

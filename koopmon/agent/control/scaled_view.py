@@ -70,7 +70,6 @@ class ScaledGroup(_MappingDict):  # type: ignore[misc]
     def __init__(self, group: dict[str, Any], scale: float, sets_rate: bool) -> None:
         self._group, self._scale, self._sets_rate = group, scale, sets_rate
         self._copy: Tensor | None = None
-        self._version = 0
         for key in group:
             dict.__setitem__(self, key, self[key])
 

@@ -28,18 +28,14 @@ def is_nested(optimizer: Optimizer) -> bool:
     A subclass calls that of its parent. Both call the hooks if an optimizer of the parent's class exists. A counter
     would be wrong after a step that raised: the frames are not.
     """
-    count = 0
-    for kind in type(optimizer).__mro__[:-2]:  # without Optimizer and object
-        if hasattr(kind.__dict__.get("step"), "hooked"):
-            count += 1
-    if count < 2:
-        return False
+    if sum(hasattr(kind.__dict__.get("step"), "hooked") for kind in type(optimizer).__mro__) < 2:
+        return False  # without a search of the frames
     return sum(vars(each) is vars(optimizer) for each in stepping_optimizers()) > 1
 
 
 def stepping_optimizers() -> Iterator[Optimizer]:
     """Yield the optimizers whose `step()` is running in this thread."""
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code in _WRAPPERS:
             yield frame.f_locals["self"]
@@ -52,7 +48,7 @@ def _has_closure(args: Any, kwargs: Any) -> bool:
 
 @dataclass(slots=True)
 class _Calls:
-    """The last calls of one optimizer: in step number `step`, and the gradient of one parameter after them."""
+    """The last calls of one optimizer: in step number `step`, and the last gradient of one parameter after them."""
 
     optimizer: weakref.ref[Optimizer]
     expected: bool = False
@@ -71,8 +67,8 @@ class _Calls:
     def note(self, optimizer: Optimizer) -> None:
         """Keep the gradient of this moment."""
         gradient = self._find(optimizer)
-        self.gradient = None if gradient is None else weakref.ref(gradient)
-        self.version = 0 if gradient is None else _version(gradient)
+        if gradient is not None:
+            self.gradient, self.version = weakref.ref(gradient), _version(gradient)
 
     def has_new_gradient(self, optimizer: Optimizer) -> bool:
         """Return True if a backward pass has written gradients since `note`."""

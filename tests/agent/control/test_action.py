@@ -12,7 +12,7 @@ from torch import Tensor
 from koopmon.agent.control.action import Completion, ControlAction, Injection, NextForwards, Target, Update
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.wire.messages import Applied, Command
-from tests.agent.models import L, build, checkpointed, train_step
+from tests.agent.models import L, batch, build, checkpointed, loss_of, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
 
@@ -102,6 +102,31 @@ def test_the_order_of_calls_in_a_step(
         each.calls.clear()
     agent.close()
     assert [each.calls for each in recorders] == [[("revert",), ("end",)], [("revert",), ("end",)]]
+
+
+@pytest.mark.parametrize(
+    ("forwards", "microbatches"),
+    [
+        ([1, 1, 3, 1, 1], [1, 1, 1, 1, 1]),  # a GradScaler skipped two steps before the third
+        ([5, 1, 1], [5, 1, 1]),  # and at the start of the training
+        ([4, 4, 1, 4, 4], [4, 4, 4, 4, 4]),  # an epoch ended
+        ([2, 2, 6, 6, 6], [2, 2, 2, 6, 6]),  # the loop accumulates more from here on
+    ],
+)
+def test_the_microbatches_of_a_step_are_those_of_most_steps_before(
+    forwards: list[int],
+    microbatches: list[int],
+    recorders: tuple[Recorder, Lasting],
+    monitor: ScriptedMonitor,
+    agents: Callable[..., Any],
+) -> None:
+    _, model, optimizer = prepared(monitor, agents)
+    for step, count in enumerate(forwards):
+        for _ in range(count):
+            loss_of(model, batch(step)).backward()
+        optimizer.step()
+    told = [call[2].num_microbatches for call in recorders[0].calls if call[0] == "before_forwards"]
+    assert told == microbatches
 
 
 @pytest.mark.parametrize("run", [None, checkpointed])

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.optim import SGD
 
 from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.action import Completion
 from koopmon.agent.control.actuator import MAX_PENDING, MAX_REMEMBERED, Actuator, CommandResult
 from koopmon.agent.control.all_actions import make_actions
+from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rank_group import MESSAGE_BYTES, _encoder
 from koopmon.agent.control.state import ActionState, ControlState, ControlUpdate, Ramp
 from koopmon.agent.lifecycle import Acting, LifeCycle, RankParts
@@ -23,6 +25,7 @@ from koopmon.agent.parallelism import DataRanks, ParallelLayout
 from koopmon.agent.rank_identity import RankContext
 from koopmon.agent.stats import AgentStats
 from koopmon.config import Config, from_mapping
+from koopmon.plugins import select
 from koopmon.wire.messages import Ack, Applied, Command, KssSettings
 from tests.agent.models import build, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
@@ -38,7 +41,7 @@ def command(kind: str, **fields: Any) -> Command:
 class Bench:
     """An acting agent that trains alone, driven step by step."""
 
-    def __init__(self, config: Config | None = None, *, group: Any = None) -> None:
+    def __init__(self, config: Config | None = None, *, group: Any = None, restored: Applied | None = None) -> None:
         self.outcomes: list[CommandResult] = []
         self.stats = AgentStats()
         config = config or Config()
@@ -55,6 +58,7 @@ class Bench:
             requests=self.lifecycle.requests,
             report=self.outcomes.append,
             group=group,
+            restored=restored,
         )
         rank = RankParts(RankContext(), DataRanks(0, 1), self.stats, schedule, None)
         self.lifecycle.enter(Acting(rank, layout, self.actuator))
@@ -694,3 +698,45 @@ def test_a_value_that_cannot_be_restored_leaves_the_others() -> None:
     bench.lifecycle.restore(Applied(lr_scale=0.5, max_rate=0.1, kss=KssSettings(alpha=0.5, svd_rank=5)))
     bench.step()
     assert bench.applied() == Applied(kss=KssSettings(alpha=0.5, svd_rank=5))
+
+
+@pytest.mark.parametrize(
+    ("restored", "said"),
+    [
+        (Applied(lr_scale=0.25), "learning rate x 0.25"),
+        (Applied(max_rate=0.05), "peak rate at most 0.05"),
+        (Applied(kss=KssSettings(alpha=2.0)), "KSS weight 2"),
+        (
+            Applied(lr_scale=0.5, max_rate=0.1, kss=KssSettings(alpha=1.5)),
+            "learning rate x 0.5, peak rate at most 0.1, KSS weight 1.5",
+        ),
+        (Applied(), ""),
+    ],
+)
+def test_what_is_in_force_again_is_said_once(restored: Applied, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    bench, model = Bench(from_mapping({"control": {"on_monitor_lost": "ramp"}})), build()
+    optimizer = SGD(model.parameters(), lr=0.2)
+    for each in bench.actuator._actions.values():
+        each.inspect(model, OptimizerSet(optimizer), select(model))
+    bench.lifecycle.restore(restored)
+    for _ in range(3):
+        bench.step()
+    wanted = [f"koopmon: in force again, as when the launch before was killed: {said}"] if said else []
+    assert [record.getMessage() for record in caplog.records] == wanted
+    caplog.clear()
+    bench.lifecycle.monitor_lost()
+    bench.step()
+    assert not [record for record in caplog.records if "in force again" in record.getMessage()]
+
+
+@pytest.mark.parametrize(("leads", "lines"), [(None, 1), (True, 1), (False, 0)])
+def test_what_a_killed_launch_left_is_in_force_from_the_first_step_and_said_by_one_rank(
+    leads: bool | None, lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = None if leads is None else Exchange(leads=leads)
+    bench = Bench(group=group, restored=Applied(lr_scale=0.5))
+    assert bench.step() == 0.5
+    assert [record.getMessage() for record in caplog.records] == [
+        "koopmon: in force again, as when the launch before was killed: learning rate x 0.5"
+    ] * lines
+    assert Bench(group=group).step() == 1.0

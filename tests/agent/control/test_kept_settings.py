@@ -46,6 +46,23 @@ def test_a_calm_run_writes_no_file_and_a_return_to_the_users_values_removes_it(t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_return_to_the_users_values_removes_what_an_earlier_launch_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept(tmp_path).keep(BACKED_OFF)
+    settings = kept(tmp_path)
+    found = [settings.in_force]
+    settings.read()
+    found.append(settings.in_force)
+    settings.keep(Applied())
+    assert [*found, settings.in_force] == [False, True, False]
+    assert not list(tmp_path.iterdir())
+    settings.keep(BACKED_OFF)
+    (tmp_path / "team_one.settings").unlink()
+    settings.keep(Applied())
+    assert not caplog.records, "a file that is gone already"
+
+
 def test_only_rank_0_writes(tmp_path: Path) -> None:
     kept(tmp_path, rank=1).keep(BACKED_OFF)
     assert not list(tmp_path.iterdir())

@@ -278,6 +278,10 @@ def test_a_warm_up_under_the_cap_is_linear_and_ends_exactly() -> None:
     capped.command(max_rate=0.1, warmup_steps=4)
     assert capped.rates([0.2] * 6) == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
     assert capped.backoff.effective(capped.state, capped.step) == 0.5
+    capped.step = 3
+    assert capped.applied == Applied(max_rate=0.1, peak_rate=0.2, warmup_done=3, warmup_steps=4)
+    capped.step = 4
+    assert capped.applied == Applied(max_rate=0.1, peak_rate=0.2), "an update later it has ended"
 
 
 def test_the_scale_in_force_is_the_smaller_of_ramp_and_cap() -> None:
@@ -422,3 +426,49 @@ def test_a_restored_cap_keeps_its_peak_and_goes_on_with_its_warm_up() -> None:
     after = restarted.rates([0.2] * 7)
     assert after[0] == before[-1]
     assert after == pytest.approx([0.2 * 0.25 * warm / 8 for warm in (3, 4, 5, 6, 7, 8, 8)])
+    restarted.command(max_rate=0.05)
+    assert restarted.applied == Applied(max_rate=0.05, peak_rate=0.4), "a lower cap keeps the peak of the launch before"
+
+
+def test_an_optimizer_that_does_not_follow_refuses_a_scale_and_no_way_back() -> None:
+    capped = Capped(torch.optim.Rprop(build().parameters(), lr=0.1))
+    for asked in ({"lr_scale": 0.5}, {"max_rate": 0.5}):
+        with pytest.raises(RequestRefusedError, match="the learning rate is not lowered: Rprop does not follow"):
+            capped.command(**asked)
+    assert capped.command(lr_scale=1.0) == Target(1.0, acts=False)
+
+
+def test_one_that_joins_under_a_scale_and_does_not_follow_is_left_alone_with_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    capped = Capped()
+    capped.command(lr_scale=0.5)
+    late = torch.optim.Rprop(build().parameters(), lr=0.1)
+    for _ in range(2):
+        update = Update(late, (late,), {})
+        capped.backoff.apply(capped.state, capped.step, update)
+        assert update.args == (late,)
+        assert len(caplog.records) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "koopmon: the learning-rate scale 0.5 is not in force: Rprop does not follow: at 0.125 of its learning rate it"
+        " moves the weights 1 times as far"
+    ]
+    assert capped.rates([0.1]) == [0.05], "one that follows is scaled without a line"
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_rate_that_the_step_changes_in_place_is_the_users_at_the_latest_before_the_next_update(raises: bool) -> None:
+    rate = torch.tensor(0.1)
+    capped = Capped(Adam(build().parameters(), lr=rate, foreach=False))
+    capped.command(lr_scale=0.5)
+    for _ in range(2):
+        update = Update(capped.optimizer, (capped.optimizer,), {})
+        capped.backoff.apply(capped.state, capped.step, update)
+        expected = 0.5 * float(rate)
+        update.args[0].param_groups[0]["lr"].mul_(0.5)
+        if not raises:  # a step that raises has no post-hook
+            capped.backoff.revert()
+            assert float(rate) == pytest.approx(expected)
+    if raises:
+        assert float(rate) == pytest.approx(0.05), "the change of the first update"

@@ -66,6 +66,23 @@ def test_members_are_added_once_and_leave_when_they_die() -> None:
     assert len(members._references) == 2
 
 
+def test_members_stay_when_their_wrapper_dies_and_leave_when_they_die_in_it() -> None:
+    two = weights(2)
+    first, second = SGD(two[:1], lr=0.1), SGD(two[1:], lr=0.1)
+    wrapper = Wrapper(two, [first, second])
+    members = OptimizerSet(wrapper)
+    wrapper.inner = [first]
+    del second
+    gc.collect()
+    assert list(members) == [first]
+    del wrapper
+    gc.collect()
+    assert members.parameters == {id(two[0])}
+    other = SGD(weights(), lr=0.1)
+    assert members.add(other) == [other]
+    assert list(members) == [first, other]
+
+
 def test_the_largest_rate_is_that_of_all_groups_of_all_members() -> None:
     three = weights(3)
     one = SGD([{"params": [each], "lr": rate} for each, rate in zip(three, (0.1, 0.3, 0.2), strict=True)])
@@ -74,6 +91,7 @@ def test_the_largest_rate_is_that_of_all_groups_of_all_members() -> None:
     assert both.largest_rate() == 0.3
     one.param_groups[1]["lr"] = None
     assert both.largest_rate() == 0.25
+    assert type(both.largest_rate()) is float
     other.param_groups[0]["lr"] = device = torch.ones((), device="meta")
     assert both.largest_rate() is device
     assert OptimizerSet().largest_rate() is None

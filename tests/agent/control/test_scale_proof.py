@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import re
+import signal
 import threading
 from collections.abc import Callable
 from statistics import median
@@ -13,10 +15,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import ExponentialLR
 
-from koopmon.agent.control.scale_proof import SCALE, ScaleProof, _gradient, prove
+from koopmon.agent.control import scale_proof
+from koopmon.agent.control.scale_proof import (
+    CLEAR,
+    MAX_GROUPS,
+    SCALE,
+    ScaleProof,
+    _clear,
+    _gradient,
+    _Isolation,
+    _NotProvenError,
+    _sample,
+    prove,
+)
 from koopmon.agent.control.scaled_view import close_view, scaled_view
 
 Make = Callable[[Any], Optimizer]
@@ -276,6 +291,164 @@ def test_a_step_that_decays_its_rate_follows() -> None:
     assert ratios == pytest.approx([SCALE] * STEPS, rel=0.05)
 
 
+class SquaresLastRate(SGD):
+    """Squares the rate of its last group in each step, after its use."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        self.param_groups[-1]["lr"] **= 2
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_change_of_the_rate_that_cannot_be_undone_is_refused_in_any_group(count: int) -> None:
+    optimizer = SquaresLastRate([{"params": [each]} for each in parameters()[:count]], lr=0.9)
+    wanted = "SquaresLastRate changes its learning rate in each step in a way that cannot be restored"
+    assert prove(optimizer) == ScaleProof(wanted)
+
+
+def test_a_group_without_a_rate_leaves_the_others_scaled() -> None:
+    class Partial(SGD):
+        def step(self, closure: Any = None) -> Any:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for each in group["params"] if group["lr"] is not None else ():
+                        each -= group["lr"] * each.grad
+
+    first, second, *_ = parameters()
+    optimizer = Partial([{"params": [first]}, {"params": [second]}], lr=0.1)
+    optimizer.param_groups[1]["lr"] = None
+    assert prove(optimizer) == ScaleProof()
+
+
+class Lagging(SGD):
+    """Uses the rate of `lag` steps ago."""
+
+    lag = 2
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            rates = self.state[group["params"][0]].setdefault("rates", [])
+            rates.append(group["lr"])
+            with torch.no_grad():
+                for each in group["params"]:
+                    each -= rates[max(len(rates) - 1 - self.lag, 0)] * each.grad
+
+
+def test_one_that_uses_the_rate_of_two_steps_ago_follows_and_of_three_does_not() -> None:
+    proof, ratios, same = examined(lambda weights: Lagging(weights, lr=0.01))
+    assert proof == ScaleProof()
+    assert same
+    assert ratios == pytest.approx([1.0, 1.0] + [SCALE] * (STEPS - 2), rel=1e-3)
+    late = Lagging(parameters(), lr=0.01)
+    late.lag = 3
+    assert "moves the weights 1 times as far" in prove(late).refusal
+
+
+def test_a_step_that_decays_its_rate_in_place_follows() -> None:
+    class DecayingInPlace(SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            for group in self.param_groups:
+                group["lr"].mul_(0.9)
+
+    assert prove(DecayingInPlace(parameters(), lr=torch.tensor(0.01))) == ScaleProof()
+
+
+def test_all_copies_draw_the_same_random_numbers() -> None:
+    """The parameter has one element: other draws would differ by more than the tolerance."""
+
+    class Dice(SGD):
+        def step(self, closure: Any = None) -> Any:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for each in group["params"]:
+                        each -= group["lr"] * torch.randn(()) ** 3
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        assert prove(Dice([nn.Parameter(torch.zeros(1))], lr=0.1)) == ScaleProof()
+
+
+@pytest.mark.parametrize("far", [0.0, math.inf, math.nan])
+def test_one_that_does_not_move_the_weights_by_a_finite_distance_is_refused(far: float) -> None:
+    class Moving(SGD):
+        def step(self, closure: Any = None) -> Any:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for each in group["params"]:
+                        each += far
+
+    assert "does not move the weights by a finite distance" in prove(Moving(parameters(), lr=0.1)).refusal
+
+
+def test_marks_of_a_parameter_are_those_of_its_copy() -> None:
+    class Marked(SGD):
+        def step(self, closure: Any = None) -> Any:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for each in group["params"]:
+                        each -= (1.0 if each.ignores else group["lr"]) * each.grad
+
+    weights: list[Any] = parameters()
+    for each in weights:
+        each.ignores = False
+    assert prove(Marked(weights, lr=0.1)) == ScaleProof()
+    weights[-1].ignores = True
+    assert "does not follow" in prove(Marked(weights, lr=0.1)).refusal
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 9, 20])
+def test_the_check_takes_evenly_spaced_groups(count: int) -> None:
+    weights = [nn.Parameter(torch.zeros(3)) for _ in range(count)]
+    taken = _sample(SGD([{"params": [each]} for each in weights], lr=0.1))
+    every = math.ceil(count / MAX_GROUPS)
+    assert list(map(id, taken)) == list(map(id, weights[::every]))
+
+
+def test_the_check_takes_the_smallest_parameter_and_the_smallest_matrix_of_a_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frozen, empty, bias, wide, square, cube = (
+        nn.Parameter(torch.zeros(shape)) for shape in ((1,), (0,), (3,), (2, 8), (3, 3), (2, 2, 2))
+    )
+    frozen.requires_grad_(False)
+
+    def taken(*weights: nn.Parameter) -> list[int]:
+        return list(map(id, _sample(SGD(weights, lr=0.1))))
+
+    assert taken(wide, square, bias, frozen, empty) == [id(bias), id(square)]
+    assert taken(wide, cube, square) == [id(cube)], "one is both"
+    assert taken(frozen) == []
+    assert taken(empty) == []
+    assert len(taken(nn.Parameter(torch.zeros(())))) == 1
+    square.grad = torch.zeros(3, 3)
+    wide.grad = torch.zeros(2, 8)
+    assert taken(wide, square, bias, cube) == [id(square)], "one with a gradient takes part in the training"
+    monkeypatch.setattr(scale_proof, "MAX_ELEMENTS", 9)
+    assert taken(wide, square, bias) == [id(square)]
+    monkeypatch.setattr(scale_proof, "MAX_ELEMENTS", 8)
+    assert taken(wide, square, bias) == []
+
+
+def test_an_exception_of_a_signal_handler_ends_the_check() -> None:
+    class Alarmed(SGD):
+        def step(self, closure: Any = None) -> Any:
+            signal.raise_signal(signal.SIGUSR1)
+
+    class EndedError(Exception):
+        pass
+
+    def end(*_: object) -> None:
+        raise EndedError
+
+    before = signal.signal(signal.SIGUSR1, end)
+    try:
+        with pytest.raises(EndedError):
+            prove(Alarmed(parameters(), lr=0.1))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def needing_a_closure() -> Optimizer:
     return torch.optim.LBFGS(parameters(), lr=0.1)
 
@@ -339,18 +512,191 @@ def test_sharded_parameters_are_checked_without_communication(python: Callable[.
     python("import warnings; warnings.simplefilter('ignore')\n" + SHARDED)
 
 
-def test_the_check_writes_to_no_tensor_of_the_training() -> None:
-    weights = parameters()
-    outside = weights[0].data
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "in place": lambda each: each.add_(1.0),
+    "out": lambda each: torch.add(each, 1.0, out=each),
+    "foreach": lambda each: torch._foreach_add_([each], 1.0),
+    "copy": lambda each: each.copy_(torch.ones_like(each)),
+    "view": lambda each: each.view(-1)[1:].zero_(),
+}
+
+
+@pytest.mark.parametrize("held", ["weights", "gradient", "state"])
+@pytest.mark.parametrize("write", WRITES)
+def test_the_check_writes_to_no_tensor_of_the_training(write: str, held: str) -> None:
+    outside: list[Tensor] = []
 
     class Outside(SGD):
         def step(self, closure: Any = None) -> Any:
-            outside.add_(1.0)
+            for each in outside:
+                WRITES[write](each)
+            return super().step(closure)
 
-    optimizer = Outside(weights, lr=0.1)
-    kept = outside.clone()
-    assert "writes to tensors" in prove(optimizer).refusal
-    assert torch.equal(outside, kept)
+    weights = parameters()
+    optimizer = Outside(weights, lr=0.1, momentum=0.9)
+    movements(weights, optimizer, range(2))
+    found = {"weights": weights[-1].data, "gradient": weights[0].grad, "state": optimizer.state[weights[0]]}[held]
+    outside.append(found["momentum_buffer"] if isinstance(found, dict) else found)
+    kept = outside[0].clone()
+    assert "writes to tensors that it holds outside of its groups" in prove(optimizer).refusal
+    assert torch.equal(outside[0], kept)
+
+
+@pytest.mark.parametrize("namespace", ["c10d", "_c10d_functional", "c10d_functional"])
+def test_an_operation_between_the_ranks_ends_the_check(namespace: str) -> None:
+    isolation: Any = _Isolation([])
+    with pytest.raises(_NotProvenError, match="communicates between the ranks"):
+        isolation.__torch_dispatch__(SimpleNamespace(namespace=namespace), ())
+
+
+ROUNDING = CLEAR * torch.finfo(torch.float32).eps * 2.0 / SCALE
+"""Least movement of a parameter of norm 2 that is clear of its rounding."""
+
+
+@pytest.mark.parametrize(
+    ("moved", "from_zero", "clear"),
+    [
+        ([[1.0, 1.0]], False, True),
+        ([[0.0, 1.0]], False, True),
+        ([[0.0, 0.0], [0.0, 1.0]], False, True),
+        ([[0.0, 0.0]], False, False),
+        ([[1.0, math.inf]], False, False),
+        ([[math.nan, 1.0]], False, False),
+        ([[1.0], [math.inf]], False, False),
+        ([[1.01 * ROUNDING, 1.0]], False, True),
+        ([[0.99 * ROUNDING, 1.0]], False, False),
+        ([[1.0], [0.99 * ROUNDING]], False, False),
+        ([[1e-30, 1e-30]], True, True),
+        ([[0.0, 0.0]], True, False),
+        ([[1.0, math.inf]], True, False),
+    ],
+)
+def test_movements_are_compared_only_if_they_are_clear_of_rounding(
+    moved: list[list[float]], from_zero: bool, clear: bool
+) -> None:
+    assert _clear(moved, [torch.ones(4)] * len(moved), from_zero) is clear
+
+
+@pytest.mark.parametrize("value", [None, 0.0, math.nan, math.inf])
+def test_a_gradient_that_says_nothing_is_replaced(value: float | None) -> None:
+    weight = nn.Parameter(torch.zeros(3, 4))
+    weight.grad = None if value is None else torch.ones(3, 4)
+    if weight.grad is not None:
+        weight.grad[0, 0], weight.grad[1:] = value, 0.0
+        weight.grad[0, 1:] = 0.0
+    other = _gradient(weight)
+    assert other.shape == (3, 4)
+    assert float(other.abs().min()) > 0.0
+    assert float(other.abs().max()) <= 0.01
+    assert len(other.unique()) == 12
+    weight.grad = torch.tensor([[1.0, -1.0, 0.0, 0.0]] * 3)
+    for size in (1.0, 1e-6):
+        weight.grad *= size
+        own = _gradient(weight)
+        assert torch.equal(own, weight.grad)
+        assert own is not weight.grad
+    twice = torch.tensor([[1, 1], [0, 0]])
+    for values, layout in (((1.0, -1.0), torch.strided), ((1.0, 1.0), torch.sparse_coo)):
+        weight.grad = torch.sparse_coo_tensor(twice, torch.tensor(values), (3, 4), check_invariants=True)
+        assert _gradient(weight).layout is layout, "entries of one place add up"
+
+
+def test_the_copy_has_only_the_sampled_parameters() -> None:
+    places: list[str] = []
+
+    class Holding(SGD):
+        def step(self, closure: Any = None) -> Any:
+            places.extend(each.device.type for each in self.everything)
+            return super().step(closure)
+
+    weights = parameters()
+    optimizer: Any = Holding(weights, lr=0.1)
+    optimizer.everything = list(weights)
+    assert prove(optimizer) == ScaleProof()
+    assert {tuple(places[at : at + 4]) for at in range(0, len(places), 4)} == {("cpu", "meta", "meta", "cpu")}
+    assert all(each.device.type == "cpu" for each in optimizer.everything)
+
+
+class FromState(SGD):
+    """Uses a rate in the state of a parameter, or in a state of its own, before that of the group."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for each in group["params"]:
+                    own = self.state[each].get("rate") or self.state["all"].get("rate")
+                    each -= (own or group["lr"]) * each.grad
+
+
+@pytest.mark.parametrize("key", ["parameters", "all"])
+def test_the_copy_has_the_state_of_the_optimizer(key: str) -> None:
+    weights = parameters()
+    optimizer = FromState(weights, lr=0.1)
+    assert prove(optimizer) == ScaleProof()
+    for each in weights if key == "parameters" else ("all",):
+        optimizer.state[each]["rate"] = 0.1
+    assert "moves the weights 1 times as far" in prove(optimizer).refusal
+
+
+class Part(Tensor):
+    """Stands for a sharded tensor."""
+
+    def to_local(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+    def __deepcopy__(self, memo: Any) -> Part:
+        return self.to_local().clone().as_subclass(Part)
+
+
+def test_the_copy_has_this_ranks_part_of_sharded_states() -> None:
+    found: list[type] = []
+
+    class Watched(SGD):
+        def step(self, closure: Any = None) -> Any:
+            found.extend(type(each["buffer"]) for each in self.state.values() if isinstance(each, dict))
+            return super().step(closure)
+
+    weights = parameters()
+    optimizer: Any = Watched(weights, lr=0.1)
+    for each in weights:
+        optimizer.state[each]["buffer"] = torch.zeros(3).as_subclass(Part)
+        optimizer.state[each]["number"] = 3
+    optimizer.state["other"] = [1.0]
+    assert prove(optimizer) == ScaleProof()
+    assert set(found) == {Tensor}
+    assert type(optimizer.state[weights[0]]["buffer"]) is Part
+
+
+def test_the_copies_have_the_rate_of_the_group_and_its_scaled_one() -> None:
+    seen: set[float] = set()
+
+    class Watched(SGD):
+        def step(self, closure: Any = None) -> Any:
+            seen.update(group["lr"] for group in self.param_groups)
+            return super().step(closure)
+
+    assert prove(Watched(parameters(), lr=0.1)) == ScaleProof()
+    assert seen == {0.1, SCALE * 0.1}
+
+
+def test_an_optimizer_with_a_scheduler_is_checked_and_the_scheduler_is_left_alone() -> None:
+    optimizer = AdamW(parameters(), lr=0.01)
+    schedule = ExponentialLR(optimizer, 0.5)
+    step: Any = optimizer.step
+    assert prove(optimizer) == ScaleProof()
+    assert schedule.last_epoch == 0
+    assert optimizer.step == step
+
+
+@pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)])
+def test_a_rate_of_zero_is_checked_with_another_and_stays(rate: Any) -> None:
+    optimizer = Adam(parameters(), lr=rate)
+    assert prove(optimizer) == ScaleProof()
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == 0.0
+    ignores = IgnoresItsGroup(parameters(), lr=0.1)
+    ignores.param_groups[0]["lr"] = rate
+    assert "does not follow" in prove(ignores).refusal
 
 
 @pytest.mark.parametrize("make", [FOLLOW["amsgrad"], lambda weights: Aliased(weights, lr=0.1)])
@@ -407,76 +753,6 @@ def test_sparse_gradients_are_checked() -> None:
     embedding(torch.tensor([1, 2])).sum().backward()
     optimizer.step()
     assert prove(optimizer) == ScaleProof()
-
-
-def by_shape(make: Make) -> Make:
-    """Muon and its variants are told which parameters are matrices."""
-    return lambda weights: make(
-        [
-            {"params": [each for each in weights if each.dim() == 2], "use_muon": True},
-            {"params": [each for each in weights if each.dim() < 2], "use_muon": False},
-        ]
-    )
-
-
-def accepted_ones_follow(make: Make) -> str:
-    """Return the refusal; check an accepted optimizer on fixed gradients."""
-    errors: list[Exception] = []
-    attempts: list[tuple[Make, dict[str, Any]]] = [(make, {}), (make, {"matrices_only": True}), (by_shape(make), {})]
-    for attempt, options in attempts:
-        try:
-            # Some derive their rate from the weights, which differ.
-            proof, ratios, same = examined(attempt, rel=0.2, **options)
-            break
-        except Exception as error:  # it needs a closure, a model or a process group: it cannot train here
-            errors.append(error)
-    else:
-        pytest.skip(f"{type(errors[0]).__name__}: {errors[0]}")
-    if not proof.refusal:
-        assert same
-        assert median(ratios[1:]) <= 0.3, ratios
-        assert max(ratios) <= 1.5, ratios
-    return proof.refusal
-
-
-def names(module: str) -> list[str]:
-    try:
-        return sorted(pytest.importorskip(module).get_supported_optimizers())
-    except pytest.skip.Exception:
-        return ["not installed"]
-
-
-@pytest.mark.parametrize("name", names("pytorch_optimizer"))
-def test_published_optimizers_follow_or_are_refused(name: str) -> None:
-    library = pytest.importorskip("pytorch_optimizer")
-    accepted_ones_follow(lambda weights: library.load_optimizer(name)(weights, lr=1e-3))
-
-
-@pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"])
-def test_schedule_free_optimizers_follow_or_are_refused(name: str) -> None:
-    library = pytest.importorskip("schedulefree")
-
-    def make(weights: Any) -> Optimizer:
-        optimizer: Any = getattr(library, name)(weights, lr=1e-3)
-        optimizer.train()
-        return optimizer  # type: ignore[no-any-return]
-
-    accepted_ones_follow(make)
-
-
-@pytest.mark.parametrize(
-    ("options", "refusal"),
-    [
-        ({}, "has no learning rate"),
-        ({"lr": 1e-3, "relative_step": False, "scale_parameter": False}, ""),
-        ({"lr": 1e-3, "relative_step": False}, ""),
-    ],
-)
-def test_adafactor_of_transformers_is_scaled_unless_it_chooses_its_rate(options: dict[str, Any], refusal: str) -> None:
-    adafactor = pytest.importorskip("transformers").Adafactor
-    found = accepted_ones_follow(lambda weights: adafactor(weights, **options))
-    assert refusal in found
-    assert bool(refusal) == bool(found)
 
 
 def test_a_replicated_gradient_of_a_sharded_parameter_is_not_used() -> None:

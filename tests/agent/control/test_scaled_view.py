@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
-from koopmon.agent.control.scaled_view import close_view, scaled_view
+from koopmon.agent.control.scaled_view import close_view, number, scaled_view
 
 SCALE = 0.125
 
@@ -186,6 +186,80 @@ def test_a_group_of_the_view_is_a_dict_for_any_reader() -> None:
     saved = copy.deepcopy(group)
     assert type(saved) is dict
     assert saved["lr"] == 0.8, "a copy outlives the update"
+
+
+def test_the_dict_itself_and_its_text_follow_what_the_step_writes() -> None:
+    (group,) = scaled_view(SGD([weight()], lr=0.8), SCALE).param_groups
+    group["lr"] = 0.05
+    del group["momentum"]
+    assert dict.__getitem__(group, "lr") == 0.05
+    assert not dict.__contains__(group, "momentum")
+    assert repr(group) == repr(dict(group))
+
+
+@pytest.mark.parametrize("written", [None, "0.1"])
+def test_a_value_that_is_no_number_reaches_the_group(written: Any) -> None:
+    optimizer = SGD([weight()], lr=0.1)
+    (group,) = scaled_view(optimizer, SCALE).param_groups
+    group["lr"] = written
+    assert optimizer.param_groups[0]["lr"] == written
+
+
+def test_a_tensor_that_the_step_changes_in_place_is_changed_at_once_and_once() -> None:
+    rate = torch.tensor(0.8)
+    optimizer = SGD([weight()], lr=rate)
+    view = scaled_view(optimizer, SCALE)
+    (group,) = view.param_groups
+    group["lr"] *= 0.5
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == pytest.approx(0.4)
+    group["lr"].mul_(0.5)
+    assert float(group["lr"]) == pytest.approx(SCALE * 0.2), "a read between two changes"
+    group["lr"].mul_(0.5)
+    close_view(view, optimizer)
+    assert float(rate) == pytest.approx(0.1)
+    rate.fill_(0.6)  # by the user
+    close_view(view, optimizer)
+    assert float(rate) == pytest.approx(0.6)
+
+
+def test_a_step_that_takes_its_groups_one_at_a_time_moves_each_once() -> None:
+    class Parts(SGD):
+        def step(self, closure: Any = None) -> Any:
+            groups = self.param_groups
+            for each in groups:
+                self.param_groups = [each]
+                SGD.step.__wrapped__(self)  # type: ignore[attr-defined]
+            self.param_groups = groups
+
+    parts = [weight(), weight()]
+    optimizer = Parts([{"params": [each]} for each in parts], lr=0.8)
+    view = scaled_view(optimizer, SCALE)
+    Parts.step.__wrapped__(view)  # type: ignore[attr-defined]
+    close_view(view, optimizer)
+    assert [float(each[0].detach()) for each in parts] == pytest.approx([-0.1, -0.1])
+    assert len(optimizer.param_groups) == 2
+
+
+def test_a_group_that_the_step_adds_to_both_is_there_once() -> None:
+    optimizer = SGD([weight()], lr=0.1)
+    view = scaled_view(optimizer, SCALE)
+    added = {"params": [weight()], "lr": 0.1}
+    for each in (view, optimizer):
+        each.param_groups.append(added)
+    close_view(view, optimizer)
+    assert len(optimizer.param_groups) == 2
+    assert optimizer.param_groups[1] is added
+
+
+@pytest.mark.parametrize(
+    ("rate", "value"),
+    [(0.5, 0.5), (2, 2.0), (numpy.float32(0.5), 0.5), (torch.tensor(0.5), 0.5)]
+    + [(each, None) for each in (None, "0.5", [], {}, torch.ones(2))],
+    ids=repr,
+)
+def test_a_rate_in_host_memory_is_a_number_or_none(rate: Any, value: float | None) -> None:
+    assert number(rate) == value
 
 
 class Raising(SGD):

@@ -293,3 +293,16 @@ def test_a_state_that_a_copy_would_not_hold_is_refused(make: Callable[[nn.Module
     optimizer = make(model)
     with pytest.raises(CannotCopyError, match=reason):
         TrainingState(model, optimizer)
+
+
+def test_weights_that_no_optimizer_updates_are_put_back_as_well() -> None:
+    """As those that a loop updates itself."""
+    model = build()
+    state = TrainingState(model, SGD(model.blocks.parameters(), lr=0.05))
+    copy, before = StateCopy(), values(model)
+    copy.take(state, 3, 0.05)
+    with torch.no_grad():
+        for each in model.parameters():
+            each += 1.0
+    copy.restore(state)
+    assert all(torch.equal(a, b) for a, b in zip(before, values(model), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,16 @@ def second(model: nn.Sequential) -> Optimizer:
     return AdamW(model[1].parameters(), lr=0.01)
 
 
+class Failing(SGD):
+    fails = False
+
+    def step(self, closure: Any = None) -> Any:
+        out = super().step(closure)
+        if self.fails:
+            raise ArithmeticError
+        return out
+
+
 class CallsParent(SGD):
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)
@@ -91,12 +102,32 @@ def test_a_step_that_calls_its_parents_is_one_step(kind: type[SGD], visible: boo
         assert (training.clock.num_steps, training.begun) == (step, step)
 
 
+def test_hooks_of_the_outermost_and_the_innermost_class_alone_are_one_step() -> None:
+    class Middle(SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    class Inner(Middle):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    training = Training(lambda model: Inner(model.parameters(), lr=0.01), visible=False)
+    nested: list[bool] = []
+    training.optimizers[0].register_step_pre_hook(lambda optimizer, *_: nested.append(is_nested(optimizer)))
+    training.backward()
+    training.optimizers[0].step()
+    assert nested == [False, True]
+
+
 @pytest.mark.parametrize("visible", [True, False])
 @pytest.mark.parametrize("calls", [1, 2, 3])
-def test_repeated_calls_after_one_backward_are_one_step(calls: int, visible: bool) -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_repeated_calls_after_one_backward_are_one_step(calls: int, visible: bool, in_place: bool) -> None:
     training = Training(whole, visible=visible)
     for step in range(1, 5):
-        training.backward()
+        training.optimizers[0].zero_grad(set_to_none=not in_place)
+        training.loss().backward()
         for _ in range(calls):
             training.optimizers[0].step()
         assert (training.clock.num_steps, training.begun) == (step, step)
@@ -209,14 +240,95 @@ def test_each_step_with_a_closure_is_a_step() -> None:
     assert training.clock.num_steps == 6
 
 
-class Failing(SGD):
-    fails = False
+def test_an_optimizer_after_one_with_a_closure_belongs_to_its_step() -> None:
+    training = Training(first, second)
+    training.backward()
+    for each in training.optimizers:
+        each.step()
 
-    def step(self, closure: Any = None) -> Any:
-        out = super().step(closure)
-        if self.fails:
-            raise ArithmeticError
-        return out
+    def closure() -> Tensor:
+        training.backward()
+        return torch.zeros(())
+
+    for step in range(2, 5):
+        training.optimizers[0].step(closure)
+        assert training.clock.num_steps == step - 1
+        training.optimizers[1].step()
+        assert (training.clock.num_steps, training.begun) == (step, step)
+
+
+def test_a_forward_in_the_closure_of_another_training_ends_the_step() -> None:
+    training = Training(first, second)
+    other = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    training.backward()
+    training.optimizers[0].step()
+    other.step(training.loss)
+    assert training.clock.num_steps == 1
+    training.optimizers[1].step()
+    assert training.begun == 2
+
+
+@pytest.mark.parametrize("visible", [True, False])
+def test_a_call_without_a_gradient_belongs_to_the_step_before(visible: bool) -> None:
+    training = Training(whole, visible=visible)
+    for step in range(1, 4):
+        training.backward()
+        training.optimizers[0].step()
+        training.optimizers[0].zero_grad()
+        training.optimizers[0].step()
+        assert (training.clock.num_steps, training.begun) == (step, step)
+
+
+def test_a_step_waits_for_an_optimizer_whose_gradients_come_late() -> None:
+    training = Training(first, second)
+    for step in range(1, 4):
+        training.backward()
+        late = {each: each.grad for each in training.model[1].parameters() if step > 1}
+        for each in late:
+            each.grad = None
+        training.optimizers[0].step()
+        assert training.clock.num_steps == step - 1
+        for each, gradient in late.items():
+            each.grad = gradient
+        training.optimizers[1].step()
+        assert training.clock.num_steps == step
+
+
+def test_optimizers_that_alternate_take_a_step_each() -> None:
+    training = Training(first, second)
+    for step in range(6):
+        training.backward()
+        assert training.clock.num_steps == step
+        training.optimizers[step % 2].step()
+    assert training.begun == 6
+
+
+def test_optimizers_that_are_gone_leave_nothing_behind() -> None:
+    training = Training(whole)
+    for _ in range(5):
+        training.optimizers = [training.add(whole(training.model))]  # made before the last one is gone
+        gc.collect()
+        training.backward()
+        training.optimizers[0].step()
+    assert training.clock.num_steps == 5
+    assert len(training.clock._calls) <= 2
+
+
+@pytest.mark.parametrize("raises", [0, 1])
+def test_a_step_counts_although_a_later_call_in_it_raises(raises: int) -> None:
+    training = Training(*(lambda model, part=part: Failing(model[part].parameters(), lr=0.01) for part in range(2)))
+    training.backward()
+    for each in training.optimizers:
+        each.step()
+    training.backward()
+    training.optimizers[0].step()
+    failing: Any = training.optimizers[raises]
+    failing.fails = True
+    with pytest.raises(ArithmeticError):
+        failing.step()
+    assert training.clock.num_steps == 1
+    training.backward()
+    assert training.clock.num_steps == 2
 
 
 @pytest.mark.parametrize("visible", [True, False])

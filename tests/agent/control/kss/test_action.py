@@ -109,6 +109,13 @@ def test_it_injects_only_while_alpha_is_above_zero() -> None:
     assert kss.before_forwards(state, 5, NextForwards(0, 1, 0)) is None, "no chain is verified yet"
 
 
+def test_it_is_refused_while_one_block_is_several_layers() -> None:
+    kss = action()
+    for repeats in (True, False):
+        kss.before_forwards(ControlState(), 5, NextForwards(3, 1, 0, repeats=repeats))
+        assert kss.capability(LAYOUT).acts is not repeats
+
+
 def test_the_scaler_is_looked_for_before_the_first_step_with_kss(monkeypatch: pytest.MonkeyPatch) -> None:
     kss, found = action(), []
     monkeypatch.setattr(kss._injection, "find_scaler", found.append)
