@@ -9,6 +9,7 @@ and an operation that writes to the training's tensors or communicates between r
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
@@ -101,9 +102,11 @@ def _compare(optimizer: Optimizer) -> ScaleProof:
 def _sample(optimizer: Optimizer) -> list[Tensor]:
     """Return a few parameters of different groups: the smallest, and the smallest matrix."""
     groups = [group for group in optimizer.param_groups if any(each.requires_grad for each in group["params"])]
+    groups = groups or optimizer.param_groups  # a loop may freeze one of several optimizers for a while
     chosen: dict[int, Tensor] = {}
     for group in groups[:: -(-len(groups) // MAX_GROUPS)] if groups else ():
-        trained = sorted((each for each in group["params"] if each.requires_grad), key=Tensor.numel)
+        parameters = sorted(group["params"], key=Tensor.numel)
+        trained = [each for each in parameters if each.requires_grad] or parameters
         trained = [each for each in trained if each.grad is not None] or trained
         trained = [each for each in trained if 0 < _local(each).numel() <= MAX_ELEMENTS]
         for each in [*trained[:1], *[each for each in trained if each.dim() > 1][:1]]:
@@ -121,6 +124,8 @@ def _updates(
     gradients = [_gradient(each) for each in sample]
     step = type(twin).step
     step = getattr(step, "__wrapped__", step)  # without the user's hooks
+    if any(each.default is each.empty for each in list(inspect.signature(step).parameters.values())[1:2]):
+        raise _NotProvenError("its step needs a closure, and the check has none")
     moved: list[list[float]] = [[] for _ in clones]
     for index in range(1 + NUM_STEPS):
         before = [each.detach().clone() for each in clones]
@@ -150,7 +155,7 @@ def _clear(moved: list[list[float]], sample: list[Tensor], from_zero: bool) -> b
 
 def _clone(parameter: Tensor, from_zero: bool) -> Tensor:
     data = _local(parameter.detach())
-    clone = nn.Parameter(torch.zeros_like(data) if from_zero else data.clone(), parameter.requires_grad)
+    clone = nn.Parameter(torch.zeros_like(data) if from_zero else data.clone())
     clone.__dict__.update(vars(parameter))  # marks by which some optimizers choose their rule
     return clone
 

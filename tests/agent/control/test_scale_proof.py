@@ -476,7 +476,7 @@ def diverged() -> Optimizer:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (needing_a_closure, "closure"),
+        (needing_a_closure, "needs a closure"),
         (communicating, "communicates between the ranks"),
         (uncopyable, "cannot pickle"),
         (diverged, "no small parameter"),
@@ -716,6 +716,22 @@ def test_the_training_is_the_same_after_a_check(make: Make) -> None:
         assert torch.equal(old, new)
     assert str(optimizer.state_dict()) == str(kept[2])
     assert all(torch.equal(old, new.grad) for old, new in zip(kept[1], weights, strict=True))
+
+
+@pytest.mark.parametrize("name", list(FOLLOW)[:4])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_an_optimizer_whose_parameters_are_frozen_for_a_while_is_checked(name: str, steps: int) -> None:
+    """Lightning freezes the parameters of all other optimizers while one of them takes its turn."""
+    weights = parameters()
+    optimizer = FOLLOW[name](weights)
+    for _ in range(steps):
+        for each in weights:
+            each.grad = torch.ones_like(each)
+        optimizer.step()
+    for each in weights:
+        each.requires_grad_(False)
+    assert prove(optimizer) == ScaleProof()
+    assert not any(each.requires_grad for each in weights)
 
 
 @pytest.mark.parametrize("fault", ["weights", "state", "gradients", "no gradients", "zero gradients"])
