@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from koopmon.cli.live_monitors import Announcement, announce
 from koopmon.errors import KoopmonError
 from koopmon.wire.endpoints import socket_directory
 
@@ -35,16 +36,18 @@ class EmbeddedMonitor:
     """One `koopmon monitor` on an ipc endpoint in its own directory, from its creation until `close`."""
 
     def __init__(
-        self, store: Path, environ: Mapping[str, str], mask: set[signal.Signals], options: Sequence[str]
+        self, run: str, store: Path, environ: Mapping[str, str], mask: set[signal.Signals], options: Sequence[str]
     ) -> None:
-        """Start the monitor with the signal mask `mask`, without waiting. Its log file lies beside `store`.
+        """Start the monitor of `run` with the signal mask `mask`, without waiting. Its log file lies beside `store`.
 
         `options` are further arguments for `koopmon monitor`. Raises MonitorNotReadyError if it cannot be started.
         """
+        self.run = run
         self.store = store
         self.log = store.with_name(f"{store.name}.log")
         self.page = ""
         """Address of its live page, once it serves."""
+        self._announcement: Announcement | None = None
         try:
             store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._directory = socket_directory()
@@ -84,6 +87,7 @@ class EmbeddedMonitor:
         with contextlib.suppress(OSError, ValueError):
             addresses = json.loads((self._directory / "ready").read_text(encoding="utf-8"))
             self.page = f"{addresses['scheme']}://{addresses['http']}/"
+            self._announcement = announce(self.run, self.page, self.store)
             return True
         if (status := self._process.poll()) is not None:
             raise MonitorNotReadyError(self._last_words() or f"it ended with status {status}")
@@ -102,6 +106,8 @@ class EmbeddedMonitor:
         It calls `on_wait` when the monitor takes more than PATIENCE_SECONDS, and kills it after STOP_SECONDS more.
         """
         assert self._process.stdin is not None
+        if self._announcement is not None:
+            self._announcement.close()
         if self.alive:
             self._process.send_signal(signal.SIGTERM)
         try:

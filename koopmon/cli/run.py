@@ -15,7 +15,7 @@ import msgspec
 import typer
 
 from koopmon.agent.autoload import python_path
-from koopmon.cli.console import say
+from koopmon.cli.console import say, warn
 from koopmon.cli.embedded import POLL_SECONDS, EmbeddedMonitor, MonitorNotReadyError
 from koopmon.cli.launch_inspection import run_store, script_name, spread
 from koopmon.cli.options import ConfigFile, DryRun, KeysDirectory, PlaintextTcp, Policy, option, overrides
@@ -125,7 +125,7 @@ def _run_with_shared_monitor(
     if found.reply is None and not found.refused:
         because = f" ({found.failure})" if found.failure else ""
         advice = f"the job is guarded once `koopmon monitor --bind {endpoint}` runs; `koopmon doctor` finds the reason"
-        say(f"no monitor answers at {endpoint}{because}: {advice}")
+        warn(f"no monitor answers at {endpoint}{because}: {advice}")
     with signals_held() as mask:
         return run_job(command, _guarded(endpoint, for_agents), mask)
 
@@ -137,7 +137,7 @@ def _run_with_own_monitor(
     environ = {key: value for key, value in os.environ.items() if key != "KOOPMON_RUN"}
     with signals_held() as mask:
         try:
-            embedded = EmbeddedMonitor(store, environ, mask, options)
+            embedded = EmbeddedMonitor(name, store, environ, mask, options)
         except MonitorNotReadyError as error:
             _say_unguarded(error)
             return run_job(command, os.environ, mask), False
@@ -149,7 +149,7 @@ def _run_with_own_monitor(
         finally:
             embedded.close(lambda: say("the monitor writes the received snapshots to its history"))
     if not embedded.page and not watch.failed:
-        say(f"run {name}: the job ended before its monitor was ready, and was not watched")
+        warn(f"run {name}: the job ended before its monitor was ready, and was not watched")
     return status, bool(embedded.page)
 
 
@@ -168,7 +168,7 @@ class _Watch:
         if embedded.page:
             if not embedded.alive:
                 self.failed = True
-                say(f"the monitor died, the job goes on as it is, unguarded; its log is {embedded.log}")
+                warn(f"the monitor died, the job goes on as it is, unguarded; its log is {embedded.log}")
             return None
         try:
             if not embedded.ready():
@@ -182,7 +182,7 @@ class _Watch:
 
 
 def _say_unguarded(error: MonitorNotReadyError) -> None:
-    say(f"the job runs unguarded, because its monitor did not start: {error}")
+    warn(f"the job runs unguarded, because its monitor did not start: {error}")
 
 
 def _default_store(name: str) -> Path:
@@ -218,4 +218,4 @@ def _close_with_summary(store: Path, name: str, status: int, json_file: Path | N
         try:
             json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            say(f"--json {json_file}: {error.strerror}")
+            warn(f"--json {json_file}: {error.strerror}")

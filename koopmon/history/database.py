@@ -6,7 +6,6 @@ A damaged store is renamed. It is never written to or overwritten.
 from __future__ import annotations
 
 import datetime
-import fcntl
 import logging
 import os
 import sqlite3
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from koopmon.errors import StoreError, one_line
+from koopmon.files import is_locked, locked
 from koopmon.history.schema import APPLICATION_ID, SQLITE_ERRORS, prepare
 
 logger = logging.getLogger(__name__)
@@ -34,18 +34,26 @@ def take_lock(path: Path) -> IO[str]:
 
     Raises StoreError if another process holds it, OSError as open() does.
     """
-    lock = open(path.with_name(path.name + ".lock"), "a+", encoding="ascii")  # noqa: SIM115 - the caller holds it open
+    place = lock_file(path)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = locked(place)
     except BlockingIOError:
-        lock.seek(0)
-        owner = lock.read().strip() or "unknown"
-        lock.close()
+        owner = one_line(place.read_text(encoding="utf-8", errors="replace").strip(), 20) or "unknown"
         raise StoreError(f"store {path}: in use by another monitor (pid {owner}): choose another file") from None
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")
     lock.flush()
     return lock
+
+
+def lock_file(path: Path) -> Path:
+    """Return the path of the lock file of the store `path`."""
+    return path.with_name(f"{path.name}.lock")
+
+
+def is_held(path: Path) -> bool:
+    """Return True if a monitor has the store at `path` open for writing. Raises OSError."""
+    return is_locked(lock_file(path))
 
 
 def open_database(path: Path) -> sqlite3.Connection:

@@ -30,6 +30,20 @@ class RunRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunOverview(RunRow):
+    """One run with its counts and extremes over all launches. Steps are optimizer steps; None means unknown."""
+
+    num_launches: int
+    num_snapshots: int
+    last_step: int | None
+    max_risk: float | None
+    loss: float | None
+    """The last known loss."""
+    lr_scale: float
+    """LR scale at the last snapshot."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IncarnationRow:
     """One launch of a run. Times are Unix seconds; `ended` is None while the launch runs."""
 
@@ -114,6 +128,20 @@ R = TypeVar("R")
 
 _OF_RUN = " JOIN incarnations ON incarnations.id = t.incarnation_id JOIN runs ON runs.id = run_id WHERE name = ?"
 
+_LAUNCHES = "incarnation_id IN (SELECT id FROM incarnations WHERE run_id = runs.id)"
+_OVERVIEW = f"""
+SELECT runs.*,
+  (SELECT count(*) FROM incarnations WHERE run_id = runs.id) AS num_launches,
+  (SELECT count(*) FROM observations WHERE {_LAUNCHES}) AS num_snapshots,
+  (SELECT max(step) FROM (
+    SELECT max(step) AS step FROM observations WHERE {_LAUNCHES}
+    UNION ALL SELECT max(step) FROM heartbeats WHERE {_LAUNCHES})) AS last_step,
+  (SELECT max(risk) FROM observations WHERE {_LAUNCHES}) AS max_risk,
+  (SELECT loss FROM observations WHERE {_LAUNCHES} AND loss IS NOT NULL ORDER BY id DESC LIMIT 1) AS loss,
+  coalesce((SELECT lr_scale FROM observations WHERE {_LAUNCHES} ORDER BY id DESC LIMIT 1), 1.0) AS lr_scale
+FROM runs ORDER BY first_seen, runs.id
+"""
+
 
 class HistoryReader:
     """A store opened for reading.
@@ -173,6 +201,12 @@ class HistoryReader:
         query = "SELECT * FROM runs ORDER BY last_seen DESC, id DESC LIMIT ?"
         with self._reading("runs"):
             return [_row(row, RunRow) for row in self._database.execute(query, (most,))]
+
+    def overview(self) -> list[RunOverview]:
+        """Return all runs with their counts and extremes, oldest first. No profile and no observation is decoded."""
+        with self._reading("runs"):
+            rows = self._database.execute(_OVERVIEW).fetchall()
+            return [_row(row, RunOverview, loss=from_scalar(row["loss"])) for row in rows]
 
     def incarnations(self, run: str) -> list[IncarnationRow]:
         query = (

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 from koopmon.errors import StoreError
 from koopmon.history.reader import HeartbeatRow, HistoryReader, IncarnationRow
+from koopmon.history.schema import RunState
 from koopmon.views.run_view import DecisionView, TimelinePoint
 
+UNHEARD_SECONDS = 120.0
+"""A run recorded as running without a write for this many seconds has the state "unheard"."""
+State = Literal["running", "unheard", "vanished", "ended"]
 _SENT = frozenset({"sent", "applied", "unanswered", "pending"})
 
 
@@ -139,3 +144,12 @@ def summary_of(run: RecordedRun, store: Path) -> RunSummary:
         max_overhead_ratio=max((row.overhead_ratio for row in run.beats), default=None),
         store=str(store),
     )
+
+
+def state_of(state: int, last_seen: float, now: float) -> State:
+    """Return the state of a recorded run at the time `now`, from its recorded `RunState`."""
+    if state == RunState.ENDED:
+        return "ended"
+    if state == RunState.VANISHED:
+        return "vanished"
+    return "running" if now - last_seen < UNHEARD_SECONDS else "unheard"
