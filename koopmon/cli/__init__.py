@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KoopmonError as error:
         warn(str(error))
         return error.exit_status
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:
         # The reader has closed standard output; without the redirect the flush at exit would fail again.

@@ -120,7 +120,16 @@ class EmbeddedMonitor:
                 self._process.kill()
                 self._process.wait()
         self._process.stdin.close()
+        if self._process.returncode == 0:
+            self._remove_calm_log()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _remove_calm_log(self) -> None:
+        """Remove the log unless it has a warning or an error: a run at rest is one file."""
+        with contextlib.suppress(OSError):
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+            if not any(f" {level} " in text for level in ("WARNING", "ERROR", "CRITICAL")):
+                self.log.unlink()
 
     def _last_words(self) -> str:
         """Return the last line of the monitor's log without koopmon's prefix."""

@@ -53,9 +53,7 @@ def run(
         str | None, option("HOST:PORT", "Address of the own monitor's pages. Default: a free port.")
     ] = None,
     store: Annotated[Path | None, option("FILE", "The job's history. Default: under XDG_STATE_HOME.")] = None,
-    json_file: Annotated[
-        Path | None, option("FILE", "Write the closing summary to this file, as JSON.", "--json")
-    ] = None,
+    summary: Annotated[Path | None, option("FILE", "Write the closing summary to this file, as JSON.")] = None,
 ) -> int:
     """Guard an unchanged training job, on one node with a monitor of its own.
 
@@ -78,7 +76,7 @@ def run(
     of_monitor = {"--policy": policy, "--dry-run": dry_run or None, "--http": http, "--store": store}
     if monitor is not None:
         _refuse(of_monitor, "belongs to the monitor: give it to `koopmon monitor`, not beside --monitor")
-        _refuse({"--json": json_file}, "with --monitor the monitor has the history: use `koopmon report`")
+        _refuse({"--summary": summary}, "with --monitor the monitor has the history: use `koopmon report`")
         trust = make_auth_policy(**msgspec.structs.asdict(settings.security), environ=os.environ)
         for_agents["KOOPMON_KEYS"] = None if keys is None else str(keys.absolute())
         for_agents[PLAINTEXT_VARIABLE] = "1" if insecure_plaintext_tcp else None
@@ -101,7 +99,7 @@ def run(
     store = store or _default_store(named)
     for_agents[KEPT_SETTINGS] = str(store.absolute().parent)
     status, served = _run_with_own_monitor(command, named, store, words, for_agents)
-    _close_with_summary(store, named, status, json_file, served=served)
+    _close_with_summary(store, named, status, summary, served=served)
     return status
 
 
@@ -203,7 +201,7 @@ def _refuse(given: Mapping[str, object], why: str) -> None:
             raise ConfigError(f"{name} {why}")
 
 
-def _close_with_summary(store: Path, name: str, status: int, json_file: Path | None, *, served: bool) -> None:
+def _close_with_summary(store: Path, name: str, status: int, summary_file: Path | None, *, served: bool) -> None:
     # Imported late because the job waits for every import above. A history may be that of earlier launches only.
     from koopmon.views.run_summary import summarise
 
@@ -213,9 +211,9 @@ def _close_with_summary(store: Path, name: str, status: int, json_file: Path | N
             say(line)
     elif served:
         say(f"run {name}: no history was written")
-    if json_file is not None:
+    if summary_file is not None:
         result = {"run": name, "exit_status": status} | ({} if summary is None else asdict(summary))
         try:
-            json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            summary_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            warn(f"--json {json_file}: {error.strerror}")
+            warn(f"--summary {summary_file}: {error.strerror}")

@@ -5,6 +5,7 @@ A damaged store is renamed. It is never written to or overwritten.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
@@ -44,6 +45,13 @@ def take_lock(path: Path) -> IO[str]:
     lock.write(f"{os.getpid()}\n")
     lock.flush()
     return lock
+
+
+def release_lock(path: Path, lock: IO[str]) -> None:
+    """Remove the lock file of the store `path`, and then release it: a store at rest is one file."""
+    with contextlib.suppress(OSError):
+        lock_file(path).unlink(missing_ok=True)
+    lock.close()
 
 
 def lock_file(path: Path) -> Path:

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -15,6 +15,7 @@ from urllib.parse import quote
 import msgspec
 
 from koopmon.errors import StoreError, one_line
+from koopmon.history.database import is_held
 from koopmon.history.schema import SQLITE_ERRORS, check, from_scalar, unpacked_profile
 from koopmon.wire.messages import MEASURED, Applied, AtStep, Command, Hello, TrainingStep
 
@@ -165,7 +166,7 @@ class HistoryReader:
         if not path.is_file():
             raise StoreError(f"store {path}: no such file")
         try:
-            database = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True, timeout=5.0)
+            database = sqlite3.connect(_address(path, "ro"), uri=True, timeout=5.0)
             try:
                 check(database, path)
             except BaseException:
@@ -176,7 +177,9 @@ class HistoryReader:
         return cls(database, path)
 
     def close(self) -> None:
+        """Close the store, and let SQLite remove its companion files if this was the last reader at rest."""
         self._database.close()
+        _tidy(self._path)
 
     def __enter__(self) -> Self:
         return self
@@ -276,6 +279,25 @@ class HistoryReader:
             raise StoreError(f"store {self._path}: {what}: a row cannot be read: {one_line(error)}") from None
         except RecursionError:
             raise StoreError(f"store {self._path}: {what}: a row cannot be read: nested too deeply") from None
+
+
+def _tidy(path: Path) -> None:
+    """Remove the empty write-ahead log that a reader without write access to the database leaves.
+
+    Only a connection for writing removes it, when it is the last one. A log with content belongs to a monitor that was
+    killed: the next monitor recovers it.
+    """
+    try:
+        if path.with_name(f"{path.name}-wal").stat().st_size or not path.stat().st_size or is_held(path):
+            return
+        with closing(sqlite3.connect(_address(path, "rw"), uri=True, timeout=0.0)) as database:
+            database.execute("PRAGMA schema_version").fetchone()
+    except (OSError, *SQLITE_ERRORS):
+        return
+
+
+def _address(path: Path, mode: str) -> str:
+    return f"file:{quote(str(path.resolve()))}?mode={mode}"
 
 
 def _training(row: sqlite3.Row) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 
 from koopmon.errors import StoreError, one_line
-from koopmon.history.database import COMPANIONS, lock_file, take_lock
+from koopmon.history.database import COMPANIONS, release_lock, take_lock
 from koopmon.history.schema import SQLITE_ERRORS, check
 
 BESIDE = (".log",)
@@ -36,7 +36,7 @@ def remove_run(path: Path, run: str | None) -> int:
         lock = take_lock(path)
     except OSError as error:
         raise StoreError(f"store {path}: {error.strerror}") from None
-    with lock:
+    try:
         before = _size(path)
         try:
             with contextlib.closing(sqlite3.connect(path, timeout=2.0, isolation_level=None)) as database:
@@ -46,9 +46,10 @@ def remove_run(path: Path, run: str | None) -> int:
             raise StoreError(f"store {path}: {one_line(error)}") from None
         if is_last:
             _unlink(path)
-        # The lock file comes last: whoever opens the same path afterwards starts a new store.
-        lock_file(path).unlink(missing_ok=True)
         return before - _size(path)
+    finally:
+        # It comes last: a monitor that opens the same path afterwards starts a new store.
+        release_lock(path, lock)
 
 
 def _delete(database: sqlite3.Connection, run: str | None) -> bool:

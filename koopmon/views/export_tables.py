@@ -60,26 +60,26 @@ _TRAINING = {
 }
 _SCALARS = tuple(name for name in TrainingStep.__struct_fields__ if name != "step")
 _MEANS = {
-    "near_unit_mass": "mean over the layers",
-    "expansive_mass": "mean over the layers",
-    "spectral_radius": "mean over the layers",
-    "max_spectral_radius": "largest value over the layers",
-    "update_ratio": "mean over the layers",
-    "nonlinearity_ratio": "mean over the layers",
-    "reliable_mode_ratio": "mean over the layers",
+    "near_unit_mass": "near-unit mass, mean over the layers",
+    "expansive_mass": "expansive mass, mean over the layers",
+    "spectral_radius": "spectral radius, mean over the layers",
+    "max_spectral_radius": "spectral radius, largest value over the layers",
+    "update_ratio": "update ratio, mean over the layers",
+    "nonlinearity_ratio": "nonlinearity ratio, mean over the layers",
+    "reliable_mode_ratio": "reliable mode ratio, mean over the layers",
 }
-_LAYER = (
-    "near_unit_mass",
-    "expansive_mass",
-    "contractive_mass",
-    "spectral_radius",
-    "eigenvector_condition_number",
-    "nonlinearity_ratio",
-    "update_ratio",
-    "update_exponent",
-    "reliable_mode_ratio",
-    "reliable_near_unit_mass",
-)
+_LAYER = {
+    "near_unit_mass": "share of eigenvalues with a modulus from 0.90 to 1.05",
+    "expansive_mass": "share of eigenvalues with a modulus above 1.05",
+    "contractive_mass": "share of eigenvalues with a modulus below 0.80",
+    "spectral_radius": "largest modulus of the eigenvalues",
+    "eigenvector_condition_number": "condition number of the eigenvectors",
+    "nonlinearity_ratio": "share of the update that the linear map does not explain",
+    "update_ratio": "norm of the update over the norm of the state",
+    "update_exponent": "k of the fit: norm of the update ~ (norm of the state)^k",
+    "reliable_mode_ratio": "share of modes with a residual of at most 0.1",
+    "reliable_near_unit_mass": "near-unit share among the reliable modes",
+}
 
 
 def _snapshots(history: HistoryReader, run: str) -> Iterator[Row]:
@@ -140,7 +140,7 @@ TABLES = {
                 *_PLACE,
                 ExportColumn("layer", "integer", "index of the layer, from 0"),
                 ExportColumn("informative", "flag", "false for a layer whose spectrum is not determined"),
-                *(ExportColumn(name, "number", "as in docs/metrics.md") for name in _LAYER),
+                *(ExportColumn(name, "number", text) for name, text in _LAYER.items()),
             ),
             _layers,
         ),
