@@ -25,7 +25,7 @@ memory.
 
 | format | unknown values | not finite | flags |
 |---|---|---|---|
-| CSV | empty | `nan`, `inf` | 0, 1 |
+| CSV | empty | `NaN`, `inf` | 0, 1 |
 | JSON, an array of objects | `null` | `null` | `true`, `false` |
 | Parquet, Arrow | null | NaN, infinity | booleans |
 

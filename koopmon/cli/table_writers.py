@@ -25,9 +25,16 @@ def write_csv(table: ExportTable, rows: Iterable[Row], out: BinaryIO) -> None:
     try:
         lines = csv.writer(text, lineterminator="\n")
         lines.writerow(column.name for column in table.columns)
-        lines.writerows([int(value) if isinstance(value, bool) else value for value in row] for row in rows)
+        lines.writerows(map(_for_csv, row) for row in rows)
     finally:
         text.detach()
+
+
+def _for_csv(value: str | float | None) -> str | float | None:
+    if isinstance(value, bool):
+        return int(value)
+    # Not every reader takes Python's "nan" for a number.
+    return "NaN" if isinstance(value, float) and math.isnan(value) else value
 
 
 def write_json(table: ExportTable, rows: Iterable[Row], out: BinaryIO) -> None:

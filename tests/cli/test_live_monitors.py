@@ -17,7 +17,7 @@ PAGE = "http://127.0.0.1:1/"
 ANNOUNCE = """
 import pathlib, sys, time
 from koopmon.cli.live_monitors import announce
-assert announce(sys.argv[1], "http://127.0.0.1:1/", pathlib.Path("h.sqlite3"))
+held = announce(sys.argv[1], "http://127.0.0.1:1/", pathlib.Path("h.sqlite3"))
 print("on", flush=True)
 time.sleep(60)
 """
