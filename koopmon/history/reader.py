@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -70,6 +70,18 @@ class ProfileRow:
     profile: dict[str, Any] | None
     observables: dict[str, list[float | None]]
     """Measurements of the model family by name: one value per transition."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileHead:
+    """One snapshot without its profile, which has almost all of the bytes. `id` is the number of its row."""
+
+    id: int
+    incarnation: str
+    step: int
+    num_shards: int
+    seconds: float
+    non_finite: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,8 +241,24 @@ class HistoryReader:
     def profiles(self, run: str, *, last: int | None = None) -> Iterator[ProfileRow]:
         with self._reading("profiles"):
             for row in self._of_run("profiles", run, last):
-                profile, observables = unpacked_profile(row["profile"], non_finite=bool(row["non_finite"]))
-                yield _row(row, ProfileRow, masked=bool(row["masked"]), profile=profile, observables=observables)
+                yield _profile(row)
+
+    def profile_heads(self, run: str) -> Iterator[ProfileHead]:
+        """Yield all snapshots of a run without their profiles."""
+        columns = "t.id, incarnation, step, num_shards, seconds, non_finite"
+        with self._reading("profiles"):
+            for row in self._database.execute(f"SELECT {columns} FROM profiles AS t{_OF_RUN} ORDER BY t.id", (run,)):
+                yield _row(row, ProfileHead, non_finite=bool(row["non_finite"]))
+
+    def profiles_at(self, ids: Iterable[int]) -> Iterator[tuple[int, ProfileRow]]:
+        """Yield the snapshots of these rows, each with its id; a row that was deleted meanwhile is left out."""
+        query = (
+            "SELECT t.*, incarnation FROM profiles AS t JOIN incarnations ON incarnations.id = t.incarnation_id"
+            " WHERE t.id IN (SELECT value FROM json_each(?)) ORDER BY t.id"
+        )
+        with self._reading("profiles"):
+            for row in self._database.execute(query, (msgspec.json.encode(list(ids)).decode(),)):
+                yield int(row["id"]), _profile(row)
 
     def observations(self, run: str, *, last: int | None = None) -> Iterator[ObservationRow]:
         with self._reading("observations"):
@@ -298,6 +326,11 @@ def _tidy(path: Path) -> None:
 
 def _address(path: Path, mode: str) -> str:
     return f"file:{quote(str(path.resolve()))}?mode={mode}"
+
+
+def _profile(row: sqlite3.Row) -> ProfileRow:
+    profile, observables = unpacked_profile(row["profile"], non_finite=bool(row["non_finite"]))
+    return _row(row, ProfileRow, masked=bool(row["masked"]), profile=profile, observables=observables)
 
 
 def _training(row: sqlite3.Row) -> dict[str, Any]:

@@ -163,7 +163,8 @@ def build_report(history: HistoryReader, store: Path, name: str, policy: PolicyC
     alarm = (episodes[0].incarnation, episodes[0].first_step) if episodes else None
     try:
         profiles = read_profiles(
-            history.profiles(name),
+            history.profile_heads(name),
+            history.profiles_at,
             {(point.incarnation, point.step): point.risk for point in points},
             alarm,
             {each.incarnation: each.hello.num_senders for each in run.launches if each.hello is not None},
