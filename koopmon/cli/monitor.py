@@ -6,16 +6,20 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from koopmon.cli.console import configure_logging
+from koopmon.cli.console import configure_logging, say
 from koopmon.cli.launch_inspection import monitor_store
 from koopmon.cli.options import ConfigFile, DryRun, KeysDirectory, PlaintextTcp, Policy, option, overrides
 from koopmon.config import load
+
+PATIENCE_SECONDS = 1.0
+"""Time in seconds after which a line in the terminal reports the start."""
 
 
 def monitor(
@@ -54,12 +58,21 @@ def monitor(
     configure_logging()
     if with_parent:
         _end_with_parent()
-    # Imported late because it imports torch.
-    from koopmon.monitor import daemon
-
-    monitor = daemon.Monitor(
-        settings, bind=bind, data_bind=bind_data, http=http, device=device, store_path=store or monitor_store()
+    waiting = threading.Timer(
+        PATIENCE_SECONDS, say, ["the monitor is starting: it imports torch and opens its history"]
     )
+    waiting.daemon = True
+    if sys.stderr.isatty():
+        waiting.start()
+    try:
+        # Imported late because it imports torch.
+        from koopmon.monitor import daemon
+
+        monitor = daemon.Monitor(
+            settings, bind=bind, data_bind=bind_data, http=http, device=device, store_path=store or monitor_store()
+        )
+    finally:
+        waiting.cancel()
     status = daemon.serve(monitor, ready_file)
     if with_parent:
         # The launcher waits for this process. All is closed, and an interpreter with torch takes 1 to 2 s to end.

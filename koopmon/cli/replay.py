@@ -79,7 +79,7 @@ def _table(title: str, rows: Sequence[Replayed], then: Recorded) -> Table:
 def _words(config: Config, rows: Sequence[Replayed], then: Recorded) -> list[str]:
     now = [row.step for row in rows if row.actions]
     lowest = min(row.lr_scale for row in rows)
-    scaled = f", learning rate down to {lowest:.3g} of its schedule" if lowest < 1.0 else ""
+    scaled = f", LR scale down to {lowest:.3g}" if lowest < 1.0 else ""
     worst = max(rows, key=lambda row: row.risk)
     span = f"{len(rows)} snapshots, steps {rows[0].step} to {rows[-1].step}"
     lines = [

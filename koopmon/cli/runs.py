@@ -28,7 +28,7 @@ _UNITS = {"m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 def add_to(app: typer.Typer) -> None:
     group = typer.Typer(invoke_without_command=True)
     group.callback(epilog="Example: koopmon runs --json")(runs)
-    group.command("rm", epilog="Example: koopmon runs rm train-1a2b3c4d", no_args_is_help=True)(rm)
+    group.command("rm", epilog="Example: koopmon runs rm old-9c0d1e2f", no_args_is_help=True)(rm)
     group.command("prune", epilog="Example: koopmon runs prune --older-than 30d --yes")(prune)
     app.add_typer(group, name="runs")
 

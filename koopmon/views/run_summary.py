@@ -81,9 +81,7 @@ class RunSummary:
         """Return one phrase for each kind of action."""
         acted = []
         if self.num_backoffs:
-            acted.append(
-                f"learning rate lowered {times(self.num_backoffs)}, to {self.min_lr_scale:.3g} of its schedule"
-            )
+            acted.append(f"{backoffs(self.num_backoffs)}, LR scale down to {self.min_lr_scale:.3g}")
         if self.max_rate is not None:
             acted.append(f"learning rate capped at {self.max_rate:.3g}")
         if self.num_rewinds:
@@ -100,6 +98,11 @@ class RunSummary:
 def times(count: int) -> str:
     """Format a number of times."""
     return "once" if count == 1 else f"{count} times"
+
+
+def backoffs(count: int) -> str:
+    """Format a number of back-offs."""
+    return "1 back-off" if count == 1 else f"{count} back-offs"
 
 
 def _commands(count: int) -> str:

@@ -74,7 +74,7 @@ def test_a_real_run_is_told_and_shown(recorded: Recorded) -> None:
     told = dict(line.split(": ", 1) for line in lines)
     assert told["State"] == "ended at step 39"
     assert told["Risk"].startswith("0.40 or more from step")
-    assert told["Learning rate"].startswith("lowered")
+    assert told["LR scale"].startswith("down to")
     assert [path.name for path in recorded.page.parent.iterdir()] == ["report.html"]
     text = recorded.page.read_text(encoding="utf-8")
     assert all(value in text for value in told.values())
@@ -150,7 +150,7 @@ def test_it_finds_the_run_wherever_it_was_kept(state_home: Path, run: str, capsy
     assert main(["report", run]) == 0
     page = state_home / f"koopmon-report-{run.replace('/', '_')}" / "report.html"
     assert capsys.readouterr().out.splitlines()[-1] == str(page.relative_to(state_home))
-    assert "lowered once, to 0.5 of its schedule, first at step 42" in page.read_text(encoding="utf-8")
+    assert "down to 0.5 by 1 back-off, first at step 42" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("opens", "says"), [(True, ""), (False, "--open: no browser was found; the page is ")])
