@@ -29,9 +29,9 @@ memory.
 | JSON, an array of objects | `null` | `null` | `true`, `false` |
 | Parquet, Arrow | null | NaN, infinity | booleans |
 
-<!-- not run: Python -->
 ```python
 import pandas
+
 snapshots = pandas.read_csv("train.csv")
 snapshots.groupby("launch").risk.max()
 ```

@@ -79,7 +79,9 @@ def test_the_policy_s_thresholds_colour_a_risk(risk: float | None, level: str) -
 def test_runs_without_room_are_counted_and_none_says_how_to_start_one() -> None:
     assert "3 earlier runs are not shown" in runs(view(), num_hidden=3).text
     assert "not shown" not in runs(view()).text
-    assert "koopmon run -- torchrun train.py" in runs().text
+    text = runs().text
+    assert "koopmon run --monitor ENDPOINT -- torchrun train.py" in text
+    assert "koopmon runs lists them" in text, "a job with a monitor of its own never appears here"
 
 
 def test_the_last_decision_and_the_time_since_the_last_message() -> None:
