@@ -1,8 +1,9 @@
-"""Files that only their owner can read, and secrets read from them. No secret appears in a message."""
+"""Lock files, files that only their owner can read, and secrets read from them. No secret appears in a message."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Mapping
@@ -12,6 +13,44 @@ from typing import IO
 from koopmon.errors import ConfigError
 
 MAX_FILE_BYTES = 4096
+
+
+def locked(path: Path) -> IO[bytes]:
+    """Open the private file `path`, create it if missing, and hold its lock until it is closed.
+
+    A crash releases the lock too. The holder may remove the file before it closes it. Raises BlockingIOError if another
+    process holds it, OSError as `open_private` does.
+    """
+    while True:
+        file = open_private(path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still_there(path, file):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        # The former holder removed the file after this process opened it: a lock on it excludes nobody.
+        file.close()
+
+
+def is_locked(path: Path) -> bool:
+    """Return True if a process holds the lock of `path`; False also for a missing file. Raises OSError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def _is_still_there(path: Path, file: IO[bytes]) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def why_not_private(path: Path, status: os.stat_result, *, directory: bool = False, root: bool = False) -> str:

@@ -118,7 +118,7 @@ def demo(curves: Sequence[Curve], watched: Watched, path: Path, *, title: str) -
     risk.set(ylabel="risk", ylim=(-0.03, 1.03))
     applied.step(watched.steps, watched.lr_scales, where="post", color=BACKOFF, linewidth=1.6)
     applied.set(xlabel="optimizer step (dotted: commands that all ranks applied)", ylim=(0, 1.08))
-    applied.set_ylabel("learning-rate scale", color=BACKOFF)
+    applied.set_ylabel("LR scale", color=BACKOFF)
     if any(watched.kss_alphas):
         beside = applied.twinx()
         beside.step(watched.steps, watched.kss_alphas, where="post", color=KSS, linewidth=1.6)

@@ -32,7 +32,7 @@ VARIABLES = {
 STATUSES = {
     0: "Success. For `koopmon monitor` also the end by SIGTERM or SIGINT, after it has recorded everything.",
     2: "Unknown option or argument, or one that the verb does not allow.",
-    130: "Ctrl-C, in every verb except `run` and `monitor`.",
+    130: "Ctrl-C, in every verb except `run` and `monitor`; also the end of the input at a question.",
     141: "The reader of the output closed the pipe, as `head` does.",
 }
 """Exit statuses beside those of the exceptions."""

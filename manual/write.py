@@ -1,7 +1,8 @@
 """Write the generated files of the repository: `python -m manual.write`.
 
 The dashboards and the pages of metrics and alerts are data of the package. `grafana/` and two pages in `docs/` are the
-output of `koopmon grafana export`. The manifest of the Prometheus operator has the same rules.
+output of `koopmon grafana export`. The manifest of the Prometheus operator has the same rules. A
+further page in `docs/` has the columns of `koopmon export`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from pathlib import Path
 
 from koopmon.cli import main as koopmon
 from koopmon.grafana.files import write
-from manual import dashboards, metrics_and_alerts
+from manual import dashboards, export_columns, metrics_and_alerts
 
 ROOT = Path(__file__).resolve().parent.parent
 RULES, MANIFEST = "grafana/prometheus/koopmon.rules.yml", "deploy/kubernetes/base/prometheusrule.yaml"
+EXPORT = "docs/export.md"
 MANIFEST_HEAD = """\
 # The alerts of grafana/prometheus/koopmon.rules.yml, for the Prometheus operator. Written by `python -m manual.write`.
 apiVersion: monitoring.coreos.com/v1
@@ -35,6 +37,7 @@ def package_data() -> dict[str, str]:
 
 def main() -> int:
     write(ROOT, package_data())
+    write(ROOT, {EXPORT: export_columns.page()})
     status = koopmon(["grafana", "export", str(ROOT / "grafana"), "--docs", str(ROOT / "docs")])
     write(ROOT, {MANIFEST: MANIFEST_HEAD + textwrap.indent((ROOT / RULES).read_text(encoding="utf-8"), "  ")})
     return status

@@ -30,7 +30,7 @@ ROOMS = {
     "run_names": "errors wire",
     "risk": "errors config spectral wire",
     "policy": "errors config risk wire",
-    "history": "errors config spectral wire files",
+    "history": "errors files config spectral wire",
     "telemetry": "errors numbers config spectral wire",
     "offline": "errors config spectral risk policy history",
     "views": "errors config spectral risk policy wire history telemetry",
@@ -82,6 +82,7 @@ ALONE = {
     "matplotlib": "koopmon/plots.py",
     "jinja2": "koopmon/views/html.py",
     "typer": "koopmon/cli/",
+    "pyarrow": "koopmon/cli/table_writers.py",
 }
 """Modules with a restricted use, and the files that may use them."""
 

@@ -1,14 +1,16 @@
-"""Owners and modes of files that hold secrets."""
+"""Owners and modes of files that hold secrets, and lock files."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from koopmon.errors import ConfigError
-from koopmon.files import check_private, open_private, read_secret, why_not_private
+from koopmon.files import check_private, is_locked, locked, open_private, read_secret, why_not_private
 
 
 @pytest.fixture
@@ -103,3 +105,42 @@ def test_no_file_of_another_is_opened_through_ours(tmp_path: Path, kind: str) ->
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         check_private(tmp_path / "none", "http.tls_key")
+
+
+def test_one_holder_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    assert not is_locked(path)
+    with locked(path):
+        assert is_locked(path)
+        with pytest.raises(BlockingIOError):
+            locked(path)
+    assert not is_locked(path)
+    locked(path).close()
+
+
+def test_a_file_that_its_holder_removes_while_it_is_opened_excludes_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second process opens the file just before the first one removes and closes it."""
+    path = tmp_path / "x.lock"
+    first = locked(path)
+    flock, calls = fcntl.flock, []
+
+    def late(file: IO[str], flags: int) -> None:
+        if not calls:
+            path.unlink()
+            first.close()
+        calls.append(flags)
+        flock(file, flags)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(path) as second:
+        assert os.path.samestat(os.fstat(second.fileno()), path.stat())
+        assert len(calls) == 2
+        with pytest.raises(BlockingIOError):
+            locked(path)
+
+
+def test_a_lock_file_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        locked(tmp_path / "none" / "x.lock")

@@ -131,6 +131,9 @@ EXTRAS = (
     "kan",
     "sklearn",
     "pandas",
+    "pyarrow",
+    "polars",
+    "duckdb",
 )
 
 

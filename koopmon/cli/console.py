@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+Verbosity = Literal["quiet", "normal", "verbose"]
+_LEVELS = {"quiet": logging.WARNING, "verbose": logging.DEBUG}
+_verbosity: Verbosity = "normal"
+
+
+def set_verbosity(verbosity: Verbosity) -> None:
+    """Set the amount of output of this process: "quiet" has no messages, "verbose" the whole log."""
+    global _verbosity
+    _verbosity = verbosity
+    if verbosity == "verbose":
+        configure_logging()
+
 
 def say(text: str) -> None:
-    """Print one line with the prefix `koopmon:` on standard error. A closed standard error is ignored."""
+    """Print a message about the progress: one line with the prefix `koopmon:` on standard error."""
+    if _verbosity != "quiet":
+        warn(text)
+
+
+def warn(text: str) -> None:
+    """Print a warning or an error, which `koopmon -q` prints too. A closed standard error is ignored."""
     try:
         print(f"koopmon: {text}", file=sys.stderr, flush=True)  # noqa: T201 - standard error of the command line
     except (OSError, ValueError):
@@ -36,7 +54,13 @@ def results(width: int = 120) -> Console:
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """Send the log to standard error. Only the command line does this; a library leaves logging to its user."""
+    """Send the log from `level` on to standard error; -q and -v of the command line replace the level.
+
+    Only the command line does this; a library leaves logging to its user.
+    """
     logging.basicConfig(
-        level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+        level=_LEVELS.get(_verbosity, level),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -15,6 +16,7 @@ from koopmon.cli.console import print_json, results
 from koopmon.cli.launch_inspection import state_directory
 from koopmon.cli.options import AsJson, ConfigFile, KeysDirectory, PlaintextTcp, option, overrides
 from koopmon.config import Config, load
+from koopmon.errors import StoreError
 from koopmon.run_names import check_run_name
 
 if TYPE_CHECKING:
@@ -66,7 +68,11 @@ def doctor(
         pages = http_checks.Pages(http or http_checks.DEFAULT, token, optional=http is None)
         findings += pages.findings()
     if run is not None:
-        findings += http_checks.of_run(run, connection.reply, pages)
+        of_run = list(http_checks.of_run(run, connection.reply, pages))
+        is_chosen = monitor is not None or "KOOPMON_ENDPOINT" in environ
+        if not is_chosen and any(each.level != "ok" for each in of_run) and (own := _of_own_monitor(run)) is not None:
+            of_run = [own]
+        findings += of_run
     findings += environment.python(python or sys.executable, environ)
     findings += environment.environment(environ, connection.reply)
     findings.append(environment.store(state_directory()))
@@ -78,6 +84,28 @@ def doctor(
     else:
         _show(findings)
     return SOMETHING_FAILS if failing else 0
+
+
+def _of_own_monitor(run: str) -> Finding | None:
+    """Return the finding about a run of `koopmon run`, which had or has a monitor of its own; None for another run."""
+    from koopmon.cli.find_history import opened
+    from koopmon.cli.live_monitors import live_monitors
+    from koopmon.doctor.findings import fail, ok
+    from koopmon.views.run_summary import state_of
+
+    for live in live_monitors():
+        if live.run == run:
+            return ok("run", f"{run}: running, with a monitor of its own at {live.page}")
+    try:
+        with opened(run, None) as (history, path, _):
+            row = history.run(run)
+    except StoreError:
+        return None
+    if row is None:
+        return None
+    state = state_of(row.state, row.last_seen, time.time())
+    found = f"{run}: {state}; its history is {path}"
+    return ok("run", found) if state == "ended" else fail("run", found, f"look at `koopmon report {run}`")
 
 
 def _taps(factory: str, settings: Config) -> Finding:

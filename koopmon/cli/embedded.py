@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from koopmon.cli.live_monitors import Announcement, announce
 from koopmon.errors import KoopmonError
 from koopmon.files import open_private
 from koopmon.wire.endpoints import socket_directory
@@ -36,16 +37,18 @@ class EmbeddedMonitor:
     """One `koopmon monitor` on an ipc endpoint in its own directory, from its creation until `close`."""
 
     def __init__(
-        self, store: Path, environ: Mapping[str, str], mask: set[signal.Signals], options: Sequence[str]
+        self, run: str, store: Path, environ: Mapping[str, str], mask: set[signal.Signals], options: Sequence[str]
     ) -> None:
-        """Start the monitor with the signal mask `mask`, without waiting. Its log file lies beside `store`.
+        """Start the monitor of `run` with the signal mask `mask`, without waiting. Its log file lies beside `store`.
 
         `options` are further arguments for `koopmon monitor`. Raises MonitorNotReadyError if it cannot be started.
         """
+        self.run = run
         self.store = store
         self.log = store.with_name(f"{store.name}.log")
         self.page = ""
         """Address of its live page, once it serves."""
+        self._announcement: Announcement | None = None
         try:
             store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._directory = socket_directory()
@@ -85,6 +88,7 @@ class EmbeddedMonitor:
         with contextlib.suppress(OSError, ValueError):
             addresses = json.loads((self._directory / "ready").read_text(encoding="utf-8"))
             self.page = f"{addresses['scheme']}://{addresses['http']}/"
+            self._announcement = announce(self.run, self.page, self.store)
             return True
         if (status := self._process.poll()) is not None:
             raise MonitorNotReadyError(self._last_words() or f"it ended with status {status}")
@@ -97,12 +101,21 @@ class EmbeddedMonitor:
     def alive(self) -> bool:
         return self._process.poll() is None
 
+    @property
+    def failure(self) -> MonitorNotReadyError | None:
+        """The reason why the monitor ended by itself before it served; None otherwise. Call it after `close`."""
+        if self.page or self._process.returncode in (0, -signal.SIGTERM, -signal.SIGKILL):
+            return None
+        return MonitorNotReadyError(self._last_words() or f"it ended with status {self._process.returncode}")
+
     def close(self, on_wait: Callable[[], None] = lambda: None) -> None:
         """Stop the monitor, wait until it has written its history, and remove its directory. Idempotent.
 
         It calls `on_wait` when the monitor takes more than PATIENCE_SECONDS, and kills it after STOP_SECONDS more.
         """
         assert self._process.stdin is not None
+        if self._announcement is not None:
+            self._announcement.close()
         if self.alive:
             self._process.send_signal(signal.SIGTERM)
         try:
@@ -115,7 +128,16 @@ class EmbeddedMonitor:
                 self._process.kill()
                 self._process.wait()
         self._process.stdin.close()
+        if self._process.returncode == 0:
+            self._remove_calm_log()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _remove_calm_log(self) -> None:
+        """Remove the log unless it has a warning or an error: a run at rest is one file."""
+        with contextlib.suppress(OSError):
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+            if not any(f" {level} " in text for level in ("WARNING", "ERROR", "CRITICAL")):
+                self.log.unlink()
 
     def _last_words(self) -> str:
         """Return the last line of the monitor's log without koopmon's prefix."""

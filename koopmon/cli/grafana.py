@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from koopmon.cli.console import print_json, say
+from koopmon.cli.console import print_json, say, warn
 from koopmon.cli.options import AsJson, ConfigFile, option, overrides
 from koopmon.config import load
 from koopmon.errors import GrafanaKeptError, KoopmonError
@@ -100,7 +100,7 @@ def push(
     settings = load(config, overrides=overrides("grafana", url=url, token_file=token_file))
     access = read_access(settings.grafana, os.environ)
     if access.in_clear:
-        say(f"{access.url} has no TLS: others on the network can read the token")
+        warn(f"{access.url} has no TLS: others on the network can read the token")
     result = push_to(access, options)
     if as_json:
         shown = ("kind", "name", "action", "why", "done")

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,9 @@ from koopmon.cli.options import (
 )
 from koopmon.config import NotifyConfig, load
 from koopmon.errors import ConfigError
+
+PATIENCE_SECONDS = 1.0
+"""Time in seconds after which a line in the terminal reports the start."""
 
 
 def monitor(
@@ -78,19 +82,28 @@ def monitor(
         return _test_notify(settings.notify)
     if with_parent:
         _end_with_parent()
-    # Imported late because it imports torch.
-    from koopmon.monitor import daemon
-    from koopmon.monitor.target_file import TargetDirectory
-
-    monitor = daemon.Monitor(
-        settings,
-        bind=bind,
-        data_bind=bind_data,
-        http=http,
-        device=device,
-        store_path=store or monitor_store(),
-        one_job=with_parent,
+    waiting = threading.Timer(
+        PATIENCE_SECONDS, say, ["the monitor is starting: it imports torch and opens its history"]
     )
+    waiting.daemon = True
+    if sys.stderr.isatty():
+        waiting.start()
+    try:
+        # Imported late because it imports torch.
+        from koopmon.monitor import daemon
+        from koopmon.monitor.target_file import TargetDirectory
+
+        monitor = daemon.Monitor(
+            settings,
+            bind=bind,
+            data_bind=bind_data,
+            http=http,
+            device=device,
+            store_path=store or monitor_store(),
+            one_job=with_parent,
+        )
+    finally:
+        waiting.cancel()
     targets = TargetDirectory(sd_directory or targets_directory(), sd_run, wanted=sd_directory is not None)
     status = daemon.serve(monitor, ready_file, targets)
     # All is closed. An interpreter with torch takes 1 to 2 s to end, and aborts if a thread still computes a profile.

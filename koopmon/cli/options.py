@@ -19,8 +19,17 @@ def option(metavar: str, help_text: str, *names: str, **settings: Any) -> Any:
 
 def _known_policy(name: str | None) -> str | None:
     if name is not None and name not in POLICIES:
-        raise typer.BadParameter(f"{name!r}: allowed are {', '.join(POLICIES)}")
+        file = "; a configuration file is for --config" if name.endswith(".toml") or "/" in name else ""
+        raise typer.BadParameter(f"{name!r}: allowed are {', '.join(POLICIES)}{file}")
     return name
+
+
+def run_names(incomplete: str) -> list[str]:
+    """Return the names of known runs for the completion of a shell."""
+    # Imported late, because only the completion needs the histories.
+    from koopmon.cli.find_history import complete_run
+
+    return complete_run(incomplete)
 
 
 ConfigFile = Annotated[Path | None, option("FILE", "Configuration, TOML. Default: KOOPMON_CONFIG.")]
@@ -28,7 +37,14 @@ Policy = Annotated[
     str | None, option("|".join(POLICIES), "Allowed actions. Default: the configuration's.", callback=_known_policy)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run, as `koopmon run` printed it.")]
+RunArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RUN]",
+        help="Name of the run, as `koopmon runs` lists it. Default: the latest.",
+        autocompletion=run_names,
+    ),
+]
 HistoryFile = Annotated[Path | None, option("FILE", "History, SQLite. Default: the run's own, else the monitor's.")]
 TargetsDirectory = Annotated[
     Path | None,

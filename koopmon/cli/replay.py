@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from rich.table import Table
 
 from koopmon.cli.console import print_json, results
 from koopmon.cli.find_history import opened
-from koopmon.cli.options import POLICIES, AsJson, HistoryFile, RunArgument, option
-from koopmon.config import Config, PolicyConfig, load
-from koopmon.errors import ConfigError
+from koopmon.cli.options import AsJson, ConfigFile, HistoryFile, Policy, RunArgument, overrides
+from koopmon.config import Config, load
 from koopmon.views.run_view import DecisionView
 
 if TYPE_CHECKING:
@@ -23,45 +21,37 @@ Recorded: TypeAlias = dict[tuple[str, int], list[str]]
 
 
 def replay(
-    run: RunArgument,
-    policy: Annotated[
-        str, option("FILE", f"Configuration, TOML: [policy], [risk], [kss]. Or a name: {', '.join(POLICIES)}.")
-    ] = PolicyConfig().name,
+    run: RunArgument = None,
+    policy: Policy = None,
+    config: ConfigFile = None,
     store: HistoryFile = None,
     as_json: AsJson = False,
 ) -> int:
     """Decide a recorded run again under another policy, and list the actions with their steps.
 
-    The snapshots are the recorded ones: the effect of a replayed action on the training is not known.
+    Without RUN it replays the latest run. --policy and --config are those of `koopmon run`. The snapshots are the
+    recorded ones: the effect of a replayed action on the training is not known.
     """
     from koopmon.offline import replay as replaying
 
-    config = _config(policy)
-    with opened(run, store) as (history, _):
-        rows = list(replaying.replay(history, run, config))
-        then = _recorded(DecisionView.of_row(row) for row in history.decisions(run))
+    settings = load(config, overrides=overrides("policy", name=policy))
+    with opened(run, store) as (history, _, name):
+        rows = list(replaying.replay(history, name, settings))
+        then = _recorded(DecisionView.of_row(row) for row in history.decisions(name))
     if as_json:
         fields = ("incarnation", "step", "recorded_risk", "risk", "phase", "reason", "lr_scale", "kss_alpha")
         snapshots = [
-            {name: getattr(row, name) for name in fields} | {"actions": [action.kind for action in row.actions]}
+            {field: getattr(row, field) for field in fields} | {"actions": [action.kind for action in row.actions]}
             for row in rows
         ]
-        print_json({"run": run, "policy": config.policy.name, "snapshots": snapshots})
+        print_json({"run": name, "policy": settings.policy.name, "snapshots": snapshots})
         return 0
     out = results()
-    table = _table(f"{run} under policy {config.policy.name}", rows, then)
+    table = _table(f"{name} under policy {settings.policy.name}", rows, then)
     if table.row_count:
         out.print(table)
-    out.print(*_words(config, rows, then), sep="\n", soft_wrap=True)
+    out.print(*_words(settings, rows, then), sep="\n", soft_wrap=True)
     return 0
-
-
-def _config(policy: str) -> Config:
-    if Path(policy).is_file():
-        return load(policy)
-    if policy in POLICIES:
-        return load(overrides={"policy": {"name": policy}})
-    raise ConfigError(f"--policy {policy!r}: neither a file nor one of {', '.join(POLICIES)}")
 
 
 def _recorded(decisions: Iterable[DecisionView]) -> Recorded:
@@ -89,7 +79,7 @@ def _table(title: str, rows: Sequence[Replayed], then: Recorded) -> Table:
 def _words(config: Config, rows: Sequence[Replayed], then: Recorded) -> list[str]:
     now = [row.step for row in rows if row.actions]
     lowest = min(row.lr_scale for row in rows)
-    scaled = f", learning rate down to {lowest:.3g} of its schedule" if lowest < 1.0 else ""
+    scaled = f", LR scale down to {lowest:.3g}" if lowest < 1.0 else ""
     worst = max(rows, key=lambda row: row.risk)
     span = f"{len(rows)} snapshots, steps {rows[0].step} to {rows[-1].step}"
     lines = [

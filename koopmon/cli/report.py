@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from koopmon.cli.console import print_json, results
+import typer
+
+from koopmon.cli.console import print_json, results, warn
 from koopmon.cli.find_history import opened
 from koopmon.cli.options import AsJson, ConfigFile, HistoryFile, RunArgument, option
 from koopmon.config import load
@@ -13,26 +15,28 @@ from koopmon.errors import KoopmonError, one_line
 
 
 def report(
-    run: RunArgument,
+    run: RunArgument = None,
     store: HistoryFile = None,
     out: Annotated[Path | None, option("DIR", "Directory of the report. Default: koopmon-report-RUN, here.")] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> int:
     """Write a report of a run: one HTML file that needs no other file.
 
-    It works during a run and after it; the monitor may write meanwhile. `[policy]` of the configuration defines a high
-    risk, because a history does not hold it. With --json, files are written only with --out.
+    Without RUN it reports the latest run. It works during a run and after it; the monitor may write meanwhile.
+    `[policy]` of the configuration defines a high risk, because a history does not hold it. With --json, files are
+    written only with --out or --open.
     """
     from koopmon.report.glance import glance
     from koopmon.report.page import page
     from koopmon.report.run_report import build_report
 
     policy = load(config).policy
-    with opened(run, store) as (history, path):
-        facts = build_report(history, path.absolute(), run, policy)
-    if out is None and not as_json:
-        out = Path(f"koopmon-report-{run.replace('/', '_')}")
+    with opened(run, store) as (history, path, name):
+        facts = build_report(history, path.absolute(), name, policy)
+    if out is None and (open_page or not as_json):
+        out = Path(f"koopmon-report-{name.replace('/', '_')}")
     if out is not None:
         path = out / "report.html"
         try:
@@ -41,8 +45,19 @@ def report(
         except OSError as error:
             raise KoopmonError(f"--out {out}: cannot be written: {error.strerror}") from None
         if not as_json:
+            heading = [f"Run: {name}"] if run is None else []
             lines = [one_line(f"{name}: {value}", 2000) for name, value in glance(facts).items()]
-            results().print(*lines, path, sep="\n", soft_wrap=True)
+            results().print(*heading, *lines, path, sep="\n", soft_wrap=True)
+        if open_page:
+            _open(path)
     if as_json:
         print_json(facts.to_dict())
     return 0
+
+
+def _open(path: Path) -> None:
+    # Imported late because few calls need it.
+    import webbrowser
+
+    if not webbrowser.open(path.resolve().as_uri()):
+        warn(f"--open: no browser was found; the page is {path}")

@@ -15,7 +15,7 @@ import msgspec
 import typer
 
 from koopmon.agent.autoload import python_path
-from koopmon.cli.console import say
+from koopmon.cli.console import say, warn
 from koopmon.cli.embedded import POLL_SECONDS, EmbeddedMonitor, MonitorNotReadyError
 from koopmon.cli.launch_inspection import run_store, script_name, spread
 from koopmon.cli.options import (
@@ -63,9 +63,7 @@ def run(
     ] = None,
     store: Annotated[Path | None, option("FILE", "The job's history. Default: under XDG_STATE_HOME.")] = None,
     sd_directory: TargetsDirectory = None,
-    json_file: Annotated[
-        Path | None, option("FILE", "Write the closing summary to this file, as JSON.", "--json")
-    ] = None,
+    summary: Annotated[Path | None, option("FILE", "Write the closing summary to this file, as JSON.")] = None,
 ) -> int:
     """Guard an unchanged training job, on one node with a monitor of its own.
 
@@ -89,7 +87,7 @@ def run(
     of_monitor["--sd-directory"] = sd_directory
     if monitor is not None:
         _refuse(of_monitor, "belongs to the monitor: give it to `koopmon monitor`, not beside --monitor")
-        _refuse({"--json": json_file}, "with --monitor the monitor has the history: use `koopmon report`")
+        _refuse({"--summary": summary}, "with --monitor the monitor has the history: use `koopmon report`")
         trust = make_auth_policy(**msgspec.structs.asdict(settings.security), environ=os.environ)
         for_agents["KOOPMON_KEYS"] = None if keys is None else str(keys.absolute())
         for_agents[PLAINTEXT_VARIABLE] = "1" if insecure_plaintext_tcp else None
@@ -106,8 +104,8 @@ def run(
             f"the job is on other nodes too, or this is one of its ranks ({where}): start `koopmon monitor` where all "
             "ranks reach it, and give its endpoint with --monitor"
         )
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"--json {json_file}: there is no directory {json_file.parent}")
+    if summary is not None and not summary.absolute().parent.is_dir():
+        raise ConfigError(f"--summary {summary}: there is no directory {summary.parent}")
     options = {"--http": http or "127.0.0.1:0", "--policy": policy, "--config": None if config is None else str(config)}
     options |= {"--sd-directory": None if sd_directory is None else str(sd_directory), "--sd-run": named}
     words = [word for name, value in options.items() if value is not None for word in (name, value)]
@@ -115,7 +113,7 @@ def run(
     store = store or _default_store(named)
     for_agents[KEPT_SETTINGS] = str(store.absolute().parent)
     status, served = _run_with_own_monitor(command, named, store, words, for_agents)
-    _close_with_summary(store, named, status, json_file, served=served)
+    _close_with_summary(store, named, status, summary, served=served)
     return status
 
 
@@ -140,7 +138,7 @@ def _run_with_shared_monitor(
     if found.reply is None and not found.refused:
         because = f" ({found.failure})" if found.failure else ""
         advice = f"the job is guarded once `koopmon monitor --bind {endpoint}` runs; `koopmon doctor` finds the reason"
-        say(f"no monitor answers at {endpoint}{because}: {advice}")
+        warn(f"no monitor answers at {endpoint}{because}: {advice}")
     with signals_held() as mask:
         return run_job(command, _guarded(endpoint, for_agents), mask)
 
@@ -154,7 +152,7 @@ def _run_with_own_monitor(
     environ = {key: value for key, value in os.environ.items() if key not in left_out}
     with signals_held() as mask:
         try:
-            embedded = EmbeddedMonitor(store, environ, mask, options)
+            embedded = EmbeddedMonitor(name, store, environ, mask, options)
         except MonitorNotReadyError as error:
             _say_unguarded(error)
             return run_job(command, os.environ, mask), False
@@ -165,8 +163,10 @@ def _run_with_own_monitor(
             watch()
         finally:
             embedded.close(lambda: say("the monitor writes the received snapshots to its history"))
-    if not embedded.page and not watch.failed:
-        say(f"run {name}: the job ended before its monitor was ready, and was not watched")
+    if not watch.failed and (failure := embedded.failure) is not None:
+        _say_unguarded(failure)
+    elif not embedded.page and not watch.failed:
+        warn(f"run {name}: the job ended before its monitor was ready, and was not watched")
     return status, bool(embedded.page)
 
 
@@ -185,7 +185,7 @@ class _Watch:
         if embedded.page:
             if not embedded.alive:
                 self.failed = True
-                say(f"the monitor died, the job goes on as it is, unguarded; its log is {embedded.log}")
+                warn(f"the monitor died, the job goes on as it is, unguarded; its log is {embedded.log}")
             return None
         try:
             if not embedded.ready():
@@ -199,7 +199,7 @@ class _Watch:
 
 
 def _say_unguarded(error: MonitorNotReadyError) -> None:
-    say(f"the job runs unguarded, because its monitor did not start: {error}")
+    warn(f"the job runs unguarded, because its monitor did not start: {error}")
 
 
 def _default_store(name: str) -> Path:
@@ -220,7 +220,7 @@ def _refuse(given: Mapping[str, object], why: str) -> None:
             raise ConfigError(f"{name} {why}")
 
 
-def _close_with_summary(store: Path, name: str, status: int, json_file: Path | None, *, served: bool) -> None:
+def _close_with_summary(store: Path, name: str, status: int, summary_file: Path | None, *, served: bool) -> None:
     # Imported late because the job waits for every import above. A history may be that of earlier launches only.
     from koopmon.views.run_summary import summarise
 
@@ -230,9 +230,9 @@ def _close_with_summary(store: Path, name: str, status: int, json_file: Path | N
             say(line)
     elif served:
         say(f"run {name}: no history was written")
-    if json_file is not None:
+    if summary_file is not None:
         result = {"run": name, "exit_status": status} | ({} if summary is None else asdict(summary))
         try:
-            json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            summary_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            say(f"--json {json_file}: {error.strerror}")
+            warn(f"--summary {summary_file}: {error.strerror}")

@@ -142,7 +142,7 @@ def run_training(
         stale.unlink(missing_ok=True)
     run, command = f"demo-{name}", setting.command(log)
     if policy is not None:
-        places = ["--run", run, "--store", str(store), "--json", str(result)]
+        places = ["--run", run, "--store", str(store), "--summary", str(result)]
         command = [sys.executable, "-m", "koopmon", "run", "--policy", policy, *places, "--", *command]
     # koopmon's variables would affect the runs.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("KOOPMON_")}

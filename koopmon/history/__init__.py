@@ -1,1 +1,1 @@
-"""The history of runs in SQLite: schema, journal, writer, reader, retention."""
+"""The history of runs in SQLite: schema, journal, writer, reader, retention, removal."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import logging
 import os
 import sqlite3
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from koopmon.errors import StoreError, one_line
-from koopmon.files import open_private
+from koopmon.files import is_locked, locked, open_private
 from koopmon.history.schema import APPLICATION_ID, SQLITE_ERRORS, prepare
 
 logger = logging.getLogger(__name__)
@@ -25,7 +24,6 @@ SIGNATURE = b"CREATE TABLE incarnations"
 """Bytes in the first pages of every store. They identify a store with a damaged header."""
 HEAD_BYTES = 1 << 16
 COMPANIONS = ("-wal", "-shm")
-OWNER_BYTES = 32
 BUSY_SECONDS = 0.5
 """Longest wait for another process that holds the file's write lock, such as a backup. The monitor's loop stands."""
 
@@ -39,22 +37,38 @@ def take_lock(path: Path) -> IO[bytes]:
 
     `path` is free of symbolic links, so that one file has one lock. Raises StoreError if another process holds the
     lock, or if the file has a second name (a hard link), which would have a lock and a log of its own. Raises OSError
-    as open() does.
+    as `open_private` does.
     """
     with contextlib.suppress(FileNotFoundError):
         if os.stat(path).st_nlink > 1:
             raise StoreError(f"store {path}: has a second name (a hard link): remove one, or choose another file")
-    lock = open_private(path.with_name(path.name + ".lock"))
+    place = lock_file(path)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = locked(place)
     except BlockingIOError:
-        owner = lock.read(OWNER_BYTES).decode("ascii", "replace").strip() or "unknown"
-        lock.close()
+        owner = one_line(place.read_text(encoding="utf-8", errors="replace").strip(), 20) or "unknown"
         raise StoreError(f"store {path}: in use by another monitor (pid {owner}): choose another file") from None
     lock.truncate(0)
     lock.write(b"%d\n" % os.getpid())
     lock.flush()
     return lock
+
+
+def release_lock(path: Path, lock: IO[bytes]) -> None:
+    """Remove the lock file of the store `path`, and then release it: a store at rest is one file."""
+    with contextlib.suppress(OSError):
+        lock_file(path).unlink(missing_ok=True)
+    lock.close()
+
+
+def lock_file(path: Path) -> Path:
+    """Return the path of the lock file of the store `path`."""
+    return path.with_name(f"{path.name}.lock")
+
+
+def is_held(path: Path) -> bool:
+    """Return True if a monitor has the store at `path` open for writing. Raises OSError."""
+    return is_locked(lock_file(path))
 
 
 def open_database(path: Path) -> sqlite3.Connection:

@@ -23,7 +23,7 @@ import msgspec
 
 from koopmon.config import StoreConfig
 from koopmon.errors import StoreError, one_line
-from koopmon.history.database import BUSY_SECONDS, is_damage, open_database, set_aside, take_lock
+from koopmon.history.database import BUSY_SECONDS, is_damage, open_database, release_lock, set_aside, take_lock
 from koopmon.history.retention import Retention
 from koopmon.history.schema import SCHEMA_VERSION, SQLITE_ERRORS
 
@@ -106,7 +106,7 @@ class Journal:
         try:
             return cls(path, open_database(path), lock, config or StoreConfig(), clock, wall)
         except BaseException:
-            lock.close()
+            release_lock(path, lock)
             raise
 
     @property
@@ -131,7 +131,7 @@ class Journal:
         except SQLITE_ERRORS as error:
             logger.warning("store: the last checkpoint failed: %s", one_line(error))
         self._database.close()
-        self._lock.close()
+        release_lock(self._path, self._lock)
 
     def commit(self) -> None:
         """Commit all records so far, so that they survive the process."""

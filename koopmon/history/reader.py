@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -15,6 +15,7 @@ from urllib.parse import quote
 import msgspec
 
 from koopmon.errors import StoreError, one_line
+from koopmon.history.database import is_held
 from koopmon.history.schema import SQLITE_ERRORS, check, from_scalar, unpacked_profile
 from koopmon.wire.messages import MEASURED, Applied, AtStep, Command, Hello, TrainingStep
 
@@ -27,6 +28,20 @@ class RunRow:
     first_seen: float
     last_seen: float
     state: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOverview(RunRow):
+    """One run with its counts and extremes over all launches. Steps are optimizer steps; None means unknown."""
+
+    num_launches: int
+    num_snapshots: int
+    last_step: int | None
+    max_risk: float | None
+    loss: float | None
+    """The last known loss."""
+    lr_scale: float
+    """LR scale at the last snapshot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +70,18 @@ class ProfileRow:
     profile: dict[str, Any] | None
     observables: dict[str, list[float | None]]
     """Measurements of the model family by name: one value per transition."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileHead:
+    """One snapshot without its profile, which has almost all of the bytes. `id` is the number of its row."""
+
+    id: int
+    incarnation: str
+    step: int
+    num_shards: int
+    seconds: float
+    non_finite: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +141,20 @@ R = TypeVar("R")
 
 _OF_RUN = " JOIN incarnations ON incarnations.id = t.incarnation_id JOIN runs ON runs.id = run_id WHERE name = ?"
 
+_LAUNCHES = "incarnation_id IN (SELECT id FROM incarnations WHERE run_id = runs.id)"
+_OVERVIEW = f"""
+SELECT runs.*,
+  (SELECT count(*) FROM incarnations WHERE run_id = runs.id) AS num_launches,
+  (SELECT count(*) FROM observations WHERE {_LAUNCHES}) AS num_snapshots,
+  (SELECT max(step) FROM (
+    SELECT max(step) AS step FROM observations WHERE {_LAUNCHES}
+    UNION ALL SELECT max(step) FROM heartbeats WHERE {_LAUNCHES})) AS last_step,
+  (SELECT max(risk) FROM observations WHERE {_LAUNCHES}) AS max_risk,
+  (SELECT loss FROM observations WHERE {_LAUNCHES} AND loss IS NOT NULL ORDER BY id DESC LIMIT 1) AS loss,
+  coalesce((SELECT lr_scale FROM observations WHERE {_LAUNCHES} ORDER BY id DESC LIMIT 1), 1.0) AS lr_scale
+FROM runs ORDER BY first_seen, runs.id
+"""
+
 
 class HistoryReader:
     """A store opened for reading.
@@ -137,7 +178,7 @@ class HistoryReader:
         if not path.is_file():
             raise StoreError(f"store {path}: no such file")
         try:
-            database = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True, timeout=5.0)
+            database = sqlite3.connect(_address(path, "ro"), uri=True, timeout=5.0)
             try:
                 check(database, path)
             except BaseException:
@@ -148,7 +189,9 @@ class HistoryReader:
         return cls(database, path)
 
     def close(self) -> None:
+        """Close the store, and let SQLite remove its companion files if this was the last reader at rest."""
         self._database.close()
+        _tidy(self._path)
 
     def __enter__(self) -> Self:
         return self
@@ -174,6 +217,12 @@ class HistoryReader:
         with self._reading("runs"):
             return [_row(row, RunRow) for row in self._database.execute(query, (most,))]
 
+    def overview(self) -> list[RunOverview]:
+        """Return all runs with their counts and extremes, oldest first. No profile and no observation is decoded."""
+        with self._reading("runs"):
+            rows = self._database.execute(_OVERVIEW).fetchall()
+            return [_row(row, RunOverview, loss=from_scalar(row["loss"])) for row in rows]
+
     def incarnations(self, run: str) -> list[IncarnationRow]:
         query = (
             "SELECT t.*, name AS run FROM incarnations AS t JOIN runs ON runs.id = run_id WHERE name = ? ORDER BY t.id"
@@ -192,8 +241,24 @@ class HistoryReader:
     def profiles(self, run: str, *, last: int | None = None) -> Iterator[ProfileRow]:
         with self._reading("profiles"):
             for row in self._of_run("profiles", run, last):
-                profile, observables = unpacked_profile(row["profile"], non_finite=bool(row["non_finite"]))
-                yield _row(row, ProfileRow, masked=bool(row["masked"]), profile=profile, observables=observables)
+                yield _profile(row)
+
+    def profile_heads(self, run: str) -> Iterator[ProfileHead]:
+        """Yield all snapshots of a run without their profiles."""
+        columns = "t.id, incarnation, step, num_shards, seconds, non_finite"
+        with self._reading("profiles"):
+            for row in self._database.execute(f"SELECT {columns} FROM profiles AS t{_OF_RUN} ORDER BY t.id", (run,)):
+                yield _row(row, ProfileHead, non_finite=bool(row["non_finite"]))
+
+    def profiles_at(self, ids: Iterable[int]) -> Iterator[tuple[int, ProfileRow]]:
+        """Yield the snapshots of these rows, each with its id; a row that was deleted meanwhile is left out."""
+        query = (
+            "SELECT t.*, incarnation FROM profiles AS t JOIN incarnations ON incarnations.id = t.incarnation_id"
+            " WHERE t.id IN (SELECT value FROM json_each(?)) ORDER BY t.id"
+        )
+        with self._reading("profiles"):
+            for row in self._database.execute(query, (msgspec.json.encode(list(ids)).decode(),)):
+                yield int(row["id"]), _profile(row)
 
     def observations(self, run: str, *, last: int | None = None) -> Iterator[ObservationRow]:
         with self._reading("observations"):
@@ -242,6 +307,30 @@ class HistoryReader:
             raise StoreError(f"store {self._path}: {what}: a row cannot be read: {one_line(error)}") from None
         except RecursionError:
             raise StoreError(f"store {self._path}: {what}: a row cannot be read: nested too deeply") from None
+
+
+def _tidy(path: Path) -> None:
+    """Remove the empty write-ahead log that a reader without write access to the database leaves.
+
+    Only a connection for writing removes it, when it is the last one. A log with content belongs to a monitor that was
+    killed: the next monitor recovers it.
+    """
+    try:
+        if path.with_name(f"{path.name}-wal").stat().st_size or not path.stat().st_size or is_held(path):
+            return
+        with closing(sqlite3.connect(_address(path, "rw"), uri=True, timeout=0.0)) as database:
+            database.execute("PRAGMA schema_version").fetchone()
+    except (OSError, *SQLITE_ERRORS):
+        return
+
+
+def _address(path: Path, mode: str) -> str:
+    return f"file:{quote(str(path.resolve()))}?mode={mode}"
+
+
+def _profile(row: sqlite3.Row) -> ProfileRow:
+    profile, observables = unpacked_profile(row["profile"], non_finite=bool(row["non_finite"]))
+    return _row(row, ProfileRow, masked=bool(row["masked"]), profile=profile, observables=observables)
 
 
 def _training(row: sqlite3.Row) -> dict[str, Any]:

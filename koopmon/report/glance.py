@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from koopmon.report.run_report import RunReport
 from koopmon.views.html import number, percent, span
-from koopmon.views.run_summary import times
+from koopmon.views.run_summary import backoffs, times
 from koopmon.views.run_view import CommandView
 
 NOT_APPLIED = frozenset({"refused", "failed", "expired", "unanswered"})
@@ -78,8 +78,7 @@ def _actions(actions: Sequence[CommandView]) -> Iterator[tuple[str, str]]:
         if each.command.lr_scale is not None and each.command.max_rate is None
     ]
     if scales:
-        words = f"lowered {times(len(scales))}, to {min(scales)[0]:.3g} of its schedule"
-        yield "Learning rate", f"{words}, first at step {scales[0][1]}"
+        yield "LR scale", f"down to {min(scales)[0]:.3g} by {backoffs(len(scales))}, first at step {scales[0][1]}"
     caps = [(each.command.max_rate, each.applied_step) for each in restraints if each.command.max_rate is not None]
     if caps:
         yield "Learning rate", f"capped at {min(caps)[0]:.3g}, first at step {caps[0][1]}"

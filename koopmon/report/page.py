@@ -42,7 +42,7 @@ def page(report: RunReport) -> str:
             for words in (
                 ("report", report.run, "--store", report.store, "--json"),
                 ("replay", report.run, "--store", report.store, "--policy", "lr"),
-                ("replay", report.run, "--store", report.store, "--policy", "careful.toml"),
+                ("replay", report.run, "--store", report.store, "--config", "careful.toml"),
             )
         ],
         risk_chart=risk_chart(points, report.decisions, report.policy),

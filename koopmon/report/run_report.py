@@ -14,25 +14,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from koopmon.config import PolicyConfig
 from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import HistoryReader
-from koopmon.history.schema import RunState
 from koopmon.numbers import mean
 from koopmon.views.action_effects import MIN_SNAPSHOTS, median, with_effects
-from koopmon.views.run_summary import RecordedRun, RunSummary, summary_of
+from koopmon.views.run_summary import RecordedRun, RunSummary, State, state_of, summary_of
 from koopmon.views.run_view import CommandView, DecisionView, TimelinePoint
 from koopmon.views.spectra import Profiles, layers_to_dict, read_profiles
 
-UNHEARD_SECONDS = 120.0
-"""A run recorded as running without a write for this many seconds has the state "unheard"."""
 CLOSE = 5
 """Number of snapshots in the median that represents one moment."""
-State = Literal["running", "unheard", "vanished", "ended"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +163,8 @@ def build_report(history: HistoryReader, store: Path, name: str, policy: PolicyC
     alarm = (episodes[0].incarnation, episodes[0].first_step) if episodes else None
     try:
         profiles = read_profiles(
-            history.profiles(name),
+            history.profile_heads(name),
+            history.profiles_at,
             {(point.incarnation, point.step): point.risk for point in points},
             alarm,
             {each.incarnation: each.hello.num_senders for each in run.launches if each.hello is not None},
@@ -180,7 +177,7 @@ def build_report(history: HistoryReader, store: Path, name: str, policy: PolicyC
         run=name,
         store=str(store),
         written=now,
-        state=_state(row.state, last_seen, now),
+        state=state_of(row.state, last_seen, now),
         first_seen=row.first_seen,
         last_seen=last_seen,
         policy=policy,
@@ -202,14 +199,6 @@ def build_report(history: HistoryReader, store: Path, name: str, policy: PolicyC
         points=tuple(points),
         profiles=profiles,
     )
-
-
-def _state(state: int, last_seen: float, now: float) -> State:
-    if state == RunState.ENDED:
-        return "ended"
-    if state == RunState.VANISHED:
-        return "vanished"
-    return "running" if now - last_seen < UNHEARD_SECONDS else "unheard"
 
 
 def _episodes(points: Sequence[TimelinePoint], policy: PolicyConfig) -> Iterator[Episode]:

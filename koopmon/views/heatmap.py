@@ -30,7 +30,7 @@ def heatmap(
 ) -> Markup:
     """Figure of one of QUANTITIES, with the scale of its colours. Needs a column.
 
-    `labels` are those of the rows. `num_snapshots` may exceed the number of columns, which are then means.
+    `labels` are those of the rows. `num_snapshots` may exceed the number of columns, which are then a selection.
     """
     low, high = scale_of(columns, quantity)
     shades = _shades(columns, quantity, low, high)

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 from koopmon.errors import StoreError
 from koopmon.history.reader import HeartbeatRow, HistoryReader, IncarnationRow
+from koopmon.history.schema import RunState
 from koopmon.views.run_view import DecisionView, TimelinePoint
 
+UNHEARD_SECONDS = 120.0
+"""A run recorded as running without a write for this many seconds has the state "unheard"."""
+State = Literal["running", "unheard", "vanished", "ended"]
 _SENT = frozenset({"sent", "applied", "unanswered", "pending"})
 
 
@@ -76,9 +81,7 @@ class RunSummary:
         """Return one phrase for each kind of action."""
         acted = []
         if self.num_backoffs:
-            acted.append(
-                f"learning rate lowered {times(self.num_backoffs)}, to {self.min_lr_scale:.3g} of its schedule"
-            )
+            acted.append(f"{backoffs(self.num_backoffs)}, LR scale down to {self.min_lr_scale:.3g}")
         if self.max_rate is not None:
             acted.append(f"learning rate capped at {self.max_rate:.3g}")
         if self.num_rewinds:
@@ -95,6 +98,11 @@ class RunSummary:
 def times(count: int) -> str:
     """Format a number of times."""
     return "once" if count == 1 else f"{count} times"
+
+
+def backoffs(count: int) -> str:
+    """Format a number of back-offs."""
+    return "1 back-off" if count == 1 else f"{count} back-offs"
 
 
 def _commands(count: int) -> str:
@@ -139,3 +147,12 @@ def summary_of(run: RecordedRun, store: Path) -> RunSummary:
         max_overhead_ratio=max((row.overhead_ratio for row in run.beats), default=None),
         store=str(store),
     )
+
+
+def state_of(state: int, last_seen: float, now: float) -> State:
+    """Return the state of a recorded run at the time `now`, from its recorded `RunState`."""
+    if state == RunState.ENDED:
+        return "ended"
+    if state == RunState.VANISHED:
+        return "vanished"
+    return "running" if now - last_seen < UNHEARD_SECONDS else "unheard"

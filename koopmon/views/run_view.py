@@ -54,7 +54,7 @@ SCALARS = (
     Scalar(name="loss", title="Loss", digits=4, chart="loss"),
     Scalar(name="grad_norm", title="Gradient norm"),
     Scalar(name="learning_rate", title="Learning rate"),
-    Scalar(name="lr_scale", title="Rate scale", chart="scale", unit_scale=True, held=True),
+    Scalar(name="lr_scale", title="LR scale", chart="scale", unit_scale=True, held=True),
     Scalar(name="kss_alpha", title="KSS alpha", chart="kss", held=True, idle=0.0),
 )
 

@@ -1,19 +1,19 @@
 """Spectra of a run and its layers over steps, from live profiles and from recorded ones.
 
-The profiles of a long run together do not fit into memory. Each is read once; four numbers per layer are kept of all,
-eigenvalues only of a few.
+The profiles of a long run together do not fit into memory. A report selects some hundreds; it keeps four numbers per
+layer of them, and eigenvalues only of a few.
 """
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from koopmon.history.reader import ProfileRow
+from koopmon.history.reader import ProfileHead, ProfileRow
 from koopmon.telemetry.metrics import layer_buckets
 
 QUANTITIES: Mapping[str, str] = {
@@ -24,7 +24,8 @@ QUANTITIES: Mapping[str, str] = {
 }
 """Quantities of the heatmap and their display names."""
 MAX_COLUMNS = 400
-"""Maximum number of columns of a report's heatmap; above it, a column is the mean of adjacent snapshots."""
+"""Maximum number of columns of a report's heatmap; above it, each is the snapshot of the highest risk of adjacent ones.
+"""
 Place = tuple[str, int]
 """Incarnation and step of one snapshot."""
 Layers = Sequence[Mapping[str, Any]]
@@ -152,75 +153,78 @@ class Profiles:
 
 
 def read_profiles(
-    rows: Iterable[ProfileRow], risks: Mapping[Place, float], alarm: Place | None, senders: Mapping[str, int]
+    heads: Iterable[ProfileHead],
+    load: Callable[[Sequence[int]], Iterable[tuple[int, ProfileRow]]],
+    risks: Mapping[Place, float],
+    alarm: Place | None,
+    senders: Mapping[str, int],
 ) -> Profiles:
     """Select the spectra and the columns of a run, from the launch of `alarm` if there is one, else from the last.
 
+    `load` reads the selected profiles by their ids: to decode all of a long run takes most of the time of a report.
     `risks` holds the risk of each snapshot, `senders` the number of shards of a complete snapshot per launch. Raises
     LookupError, TypeError, ValueError, AttributeError or OverflowError for a forged profile.
     """
-    columns: dict[str, list[Column]] = {}
-    chosen: dict[str, ProfileRow] = {}
+    finite: dict[str, list[ProfileHead]] = {}
+    chosen: dict[str, ProfileHead] = {}
     incomplete, seconds = 0, []
-    for row in rows:
-        seconds.append(row.seconds)
-        incomplete += row.num_shards < senders.get(row.incarnation, 0)
-        layers = None if row.profile is None else row.profile.get("layers")
-        if not layers:
+    for head in heads:
+        seconds.append(head.seconds)
+        incomplete += head.num_shards < senders.get(head.incarnation, 0)
+        if head.non_finite:
             continue
         # The first snapshot of a launch has no predecessor, so its risk of 0 carries no information.
-        started = row.incarnation in columns
-        columns.setdefault(row.incarnation, []).append(Column.of(row.step, layers, share=False))
-        place = row.incarnation, row.step
-        early = alarm is None or (row.incarnation == alarm[0] and row.step < alarm[1])
+        started = head.incarnation in finite
+        finite.setdefault(head.incarnation, []).append(head)
+        place = head.incarnation, head.step
+        early = alarm is None or (head.incarnation == alarm[0] and head.step < alarm[1])
         if started and early and place in risks and risks[place] < _risk(chosen.get("calm"), risks):
-            chosen["calm"] = row
-        if alarm is not None and row.incarnation == alarm[0] and ("alarm" not in chosen or row.step <= alarm[1]):
-            chosen["alarm"] = row
-        chosen["after"] = row
-    launch = alarm[0] if alarm is not None else next(reversed(columns), "")
-    kept = sorted(columns.get(launch, ()), key=lambda column: column.step)
-    spectra: dict[Place, ChosenSpectrum] = {}
+            chosen["calm"] = head
+        if alarm is not None and head.incarnation == alarm[0] and ("alarm" not in chosen or head.step <= alarm[1]):
+            chosen["alarm"] = head
+        chosen["after"] = head
+    launch = alarm[0] if alarm is not None else next(reversed(finite), "")
+    kept = sorted(finite.get(launch, ()), key=lambda head: head.step)
+    names: dict[int, str] = {}
     for name in ("calm", "alarm", "after"):
-        if (found := chosen.get(name)) is not None and found.profile is not None:
-            place = found.incarnation, found.step
-            spectra.setdefault(
-                place,
-                ChosenSpectrum(
-                    name=name,
-                    incarnation=found.incarnation,
-                    risk=risks.get(place),
-                    spectrum=Spectrum.of(found.step, found.profile, share=False),
-                    column=Column.of(found.step, found.profile["layers"], share=False),
-                ),
+        if name in chosen:
+            names.setdefault(chosen[name].id, name)
+    shown = {head.id for head in _thinned(kept, risks)}
+    columns: list[Column] = []
+    spectra: dict[str, ChosenSpectrum] = {}
+    for number, row in load(sorted(shown | set(names))):
+        if row.profile is None or not row.profile["layers"]:
+            continue
+        column = Column.of(row.step, row.profile["layers"], share=False)
+        if number in shown:
+            columns.append(column)
+        if (found := names.get(number)) is not None:
+            spectra[found] = ChosenSpectrum(
+                name=found,
+                incarnation=row.incarnation,
+                risk=risks.get((row.incarnation, row.step)),
+                spectrum=Spectrum.of(row.step, row.profile, share=False),
+                column=column,
             )
     return Profiles(
-        spectra=tuple(spectra.values()),
+        spectra=tuple(spectra[name] for name in names.values() if name in spectra),
         incarnation=launch,
-        columns=tuple(_thinned(kept)),
+        columns=tuple(sorted(columns, key=lambda column: column.step)),
         num_snapshots=len(kept),
         num_incomplete=incomplete,
         mean_seconds=_mean(seconds) if seconds else None,
     )
 
 
-def _risk(row: ProfileRow | None, risks: Mapping[Place, float]) -> float:
-    return math.inf if row is None else risks[row.incarnation, row.step]
+def _risk(head: ProfileHead | None, risks: Mapping[Place, float]) -> float:
+    return math.inf if head is None else risks[head.incarnation, head.step]
 
 
-def _thinned(columns: Sequence[Column]) -> list[Column]:
-    """At most MAX_COLUMNS columns: means over adjacent ones, each at the step of its first."""
-    size = max(1, math.ceil(len(columns) / MAX_COLUMNS))
-    groups = [columns[start : start + size] for start in range(0, len(columns), size)]
-    return [group[0] if len(group) == 1 else _merged(group) for group in groups]
-
-
-def _merged(group: Sequence[Column]) -> Column:
-    values = {
-        name: array("f", [_mean(row) for row in zip(*(column.values[name] for column in group), strict=False)])
-        for name in QUANTITIES
-    }
-    return Column(group[0].step, values)
+def _thinned(heads: Sequence[ProfileHead], risks: Mapping[Place, float]) -> list[ProfileHead]:
+    """Select at most MAX_COLUMNS snapshots: of adjacent ones the first of the highest risk."""
+    size = max(1, math.ceil(len(heads) / MAX_COLUMNS))
+    groups = (heads[start : start + size] for start in range(0, len(heads), size))
+    return [max(group, key=lambda head: risks.get((head.incarnation, head.step), 0.0)) for group in groups]
 
 
 def _rows(num_layers: int, *, share: bool) -> Sequence[tuple[str, range]]:

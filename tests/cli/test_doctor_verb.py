@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 from koopmon.cli import main
+from koopmon.cli.live_monitors import announce
 from koopmon.doctor import http_checks
 from koopmon.wire.codec import encode
 from koopmon.wire.messages import Applied, Heartbeat, HeartbeatReply, ProbeReply, TrainingStep
 from tests.agent.scripted_monitor import ScriptedMonitor
 from tests.keyring import Keyring
 from tests.monitor.conftest import MonitorProcess, ScriptedAgent, wait_until
+from tests.report.recorder import Recorder
 from tests.wire.test_probe import OLDER, answering
 
 pytestmark = pytest.mark.process
@@ -477,3 +479,30 @@ def test_a_mistake_on_the_command_line_is_one_line(
     assert says in told.err
     assert told.err.count("\n") == 1
     assert told.out == ""
+
+
+@pytest.mark.process
+def test_a_run_with_a_monitor_of_its_own_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    for name in ("KOOPMON_ENDPOINT", "KOOPMON_RUN", "KOOPMON_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "koopmon" / "runs" / "mine.sqlite3"
+    path.parent.mkdir(parents=True)
+    recorder = Recorder(path, "mine")
+    recorder.hello()
+    recorder.ended()
+    recorder.close()
+
+    def finding(run: str) -> tuple[str, str]:
+        main(["doctor", "--run", run, "--json"])
+        (found,) = [each for each in json.loads(capsys.readouterr().out)["findings"] if each["check"] == "run"]
+        return found["level"], found["found"]
+
+    assert finding("mine") == ("ok", f"mine: ended; its history is {path}")
+    assert finding("other")[0] != "ok"
+    live = announce("other", "http://127.0.0.1:1/", tmp_path / "h.sqlite3")
+    assert live is not None
+    assert finding("other") == ("ok", "other: running, with a monitor of its own at http://127.0.0.1:1/")
+    live.close()

@@ -71,7 +71,7 @@ def alive(pid: int) -> bool:
 
 
 def test_the_monitor_starts_beside_the_job_and_is_gone_after_it(koopmon: Any, tmp_path: Path) -> None:
-    done = koopmon("run", "--json", "end.json", "--", PYTHON, "-S", "-c", LOOK + "raise SystemExit(5)")
+    done = koopmon("run", "--summary", "end.json", "--", PYTHON, "-S", "-c", LOOK + "raise SystemExit(5)")
     assert done.returncode == 5, done.stderr
     seen = json.loads(done.stdout)
     assert seen["early"], "the job must not wait for its monitor"
@@ -139,7 +139,7 @@ def test_the_monitor_does_not_outlive_a_launcher_that_is_killed(koopmon: Any) ->
 
 
 def test_a_signal_before_the_monitor_is_ready_ends_the_job(koopmon: Any, tmp_path: Path) -> None:
-    process = koopmon.start("run", "--json", "end.json", "--", "sh", "-c", "echo $KOOPMON_ENDPOINT; exec sleep 60")
+    process = koopmon.start("run", "--summary", "end.json", "--", "sh", "-c", "echo $KOOPMON_ENDPOINT; exec sleep 60")
     directory = Path(process.stdout.readline().decode().strip().removeprefix("ipc://")).parent
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
@@ -161,7 +161,7 @@ def test_two_jobs_side_by_side_have_monitors_of_their_own(koopmon: Any) -> None:
 
 def test_a_state_directory_that_cannot_be_written_is_no_reason_to_stop(koopmon: Any, tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file, not a directory")
-    done = koopmon("run", "--json", "end.json", "--", PYTHON, "-S", "-c", LOOK)
+    done = koopmon("run", "--summary", "end.json", "--", PYTHON, "-S", "-c", LOOK)
     assert done.returncode == 0
     assert "guarded" in done.stderr.decode()
     assert Path(json.loads((tmp_path / "end.json").read_text())["store"]).is_file()
@@ -224,7 +224,7 @@ def test_a_mistake_of_the_monitors_is_refused_in_one_line(koopmon: Any, words: l
 
 
 def test_a_history_of_earlier_launches_is_not_this_jobs(koopmon: Any, tmp_path: Path) -> None:
-    words = ("run", "--run", "mine", "--json", "end.json", "--")
+    words = ("run", "--run", "mine", "--summary", "end.json", "--")
     assert koopmon(*words, PYTHON, "-S", "-c", LOOK).returncode == 0
     assert "store" in json.loads((tmp_path / "end.json").read_text())
     done = koopmon(*words, "sh", "-c", "exit 3")

@@ -20,6 +20,8 @@ from tests.cli.test_calibrate_verb import Recorder
 from tests.docs.pages import QUICKSTART, ROOT
 from tests.docs.reader import Reader
 from tests.docs.spelling import koopmon_words, parse
+from tests.report.recorder import Recorder as RunRecorder
+from tests.report.recorder import guarded
 
 VERBS = dict(verbs())
 EXAMPLES = {name: example(command) for name, command in VERBS.items()}
@@ -28,6 +30,7 @@ RUN = "train-1a2b3c4d"
 NOT_RUN = {
     "koopmon": "is that of `koopmon run` with other words; a page's test runs it",
     "koopmon demo": "takes minutes; tests/test_demo.py runs a slice of it",
+    "koopmon runs prune": "deletes old histories of other examples; tests/cli/test_runs_verb.py runs it",
     "koopmon grafana push": "needs a Grafana; tests/grafana drives it against a small one",
 }
 HISTORY = f".local/state/koopmon/runs/{RUN}.sqlite3"
@@ -47,13 +50,15 @@ DUE = [name for name in VERBS if name not in NOT_RUN and name != "koopmon run"]
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
-    """Directory of a user with a script, a policy, a plugin package, many short runs and a longer one."""
+    """Directory of a user with a script, a policy, a plugin package, many short runs and some longer ones."""
     directory = tmp_path_factory.mktemp("reader")
     reader = Reader(directory)
     reader.files_of(QUICKSTART, ROOT / "docs" / "tuning.md")
     _install_plugin(directory)
     reader.type(EXAMPLES["koopmon run"], KOOPMON_RUN=RUN)
     _record_runs(directory / ".local" / "state" / "koopmon" / "runs" / "many.sqlite3")
+    for name in ("old-9c0d1e2f", "good-1a2b3c4d", "bad-5e6f7a8b"):
+        guarded(RunRecorder(directory / ".local" / "state" / "koopmon" / "runs" / f"{name}.sqlite3", name)).close()
     yield reader
     reader.close()
 

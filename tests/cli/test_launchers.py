@@ -46,7 +46,7 @@ def watched(directory: Path, store: Path) -> tuple[int, set[int], int]:
 def test_a_plain_script_is_watched_and_its_children_are_not(koopmon: Any) -> None:
     alone = koopmon.python(str(PLAIN), **SHORT)
     store = koopmon.directory / "store.sqlite3"
-    guard = ("run", "--json", "summary.json", "--store", str(store), "--policy", "observe", "--")
+    guard = ("run", "--summary", "summary.json", "--store", str(store), "--policy", "observe", "--")
     done = koopmon(*guard, sys.executable, str(PLAIN), **SHORT)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout == alone.stdout, "bit-identical"
@@ -65,7 +65,7 @@ def test_the_tasks_of_a_batch_script_are_one_run(koopmon: Any, late: str) -> Non
     srun.write_text(SRUN.format(python=sys.executable))
     srun.chmod(0o755)
     store = directory / "store.sqlite3"
-    words = ["run", "--json", "summary.json", "--store", str(store), "--policy", "observe", "--"]
+    words = ["run", "--summary", "summary.json", "--store", str(store), "--policy", "observe", "--"]
     words += ["srun", "--ntasks", "2", sys.executable, str(PLAIN), f"file://{directory}/meeting"]
     batch = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2"}
     done = koopmon(*words, PATH=f"{srun.parent}:{koopmon.environ['PATH']}", LATE=late, **batch, **SHORT)

@@ -40,16 +40,16 @@ def test_it_finds_the_runs_own_history_and_says_what_would_have_been_done(
     assert "the states are the recorded ones" in said
 
 
-def test_a_file_is_a_policy(state_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_configuration_is_that_of_run(state_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     deaf = state_home / "deaf.toml"
     deaf.write_text('[policy]\nname = "lr"\n[risk]\npeak_scale = 100\nspeed_scale = 100\nrestlessness_scale = 100\n')
-    assert main(["replay", "team/run", "--policy", str(deaf), "--json"]) == 0
+    assert main(["replay", "team/run", "--config", str(deaf), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["policy"] == "lr"
     assert len(told["snapshots"]) == 20
     assert not any(row["actions"] for row in told["snapshots"])
     assert all(row["recorded_risk"] == 0.25 for row in told["snapshots"])
-    assert main(["replay", "team/run", "--policy", str(deaf)]) == 0
+    assert main(["replay", "team/run", "--config", str(deaf)]) == 0
     text = capsys.readouterr().out
     assert "now: nothing was done\n" in text, "and no scale of 1"
 
@@ -62,7 +62,9 @@ def test_the_default_policy_needs_no_option(state_home: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["team/run", "--policy", "lrr"], "--policy 'lrr': neither a file nor one of"),
+        (["team/run", "--policy", "lrr"], "'lrr': allowed are "),
+        (["team/run", "--policy", "careful.toml"], "a configuration file is for --config"),
+        (["team/run", "--config", "none.toml"], "none.toml: cannot be read"),
         (["nobody", "--policy", "lr"], "run 'nobody': not in"),
         (["nobody", "--policy", "lr", "--store", "OWN"], "the last ones are team/run"),
         (["team/run", "--policy", "lr", "--store", "CUT"], "cut.sqlite3"),

@@ -74,7 +74,7 @@ def test_a_real_run_is_told_and_shown(recorded: Recorded) -> None:
     told = dict(line.split(": ", 1) for line in lines)
     assert told["State"] == "ended at step 39"
     assert told["Risk"].startswith("0.40 or more from step")
-    assert told["Learning rate"].startswith("lowered")
+    assert told["LR scale"].startswith("down to")
     assert [path.name for path in recorded.page.parent.iterdir()] == ["report.html"]
     text = recorded.page.read_text(encoding="utf-8")
     assert all(value in text for value in told.values())
@@ -150,7 +150,39 @@ def test_it_finds_the_run_wherever_it_was_kept(state_home: Path, run: str, capsy
     assert main(["report", run]) == 0
     page = state_home / f"koopmon-report-{run.replace('/', '_')}" / "report.html"
     assert capsys.readouterr().out.splitlines()[-1] == str(page.relative_to(state_home))
-    assert "lowered once, to 0.5 of its schedule, first at step 42" in page.read_text(encoding="utf-8")
+    assert "down to 0.5 by 1 back-off, first at step 42" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("opens", "says"), [(True, ""), (False, "--open: no browser was found; the page is ")])
+def test_open_shows_the_page_in_a_browser(
+    state_home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, opens: bool, says: str
+) -> None:
+    asked: list[str] = []
+
+    def browser(address: str) -> bool:
+        asked.append(address)
+        return opens
+
+    monkeypatch.setattr("webbrowser.open", browser)
+    assert main(["report", "two", "--open"]) == 0
+    page = state_home / "koopmon-report-two" / "report.html"
+    assert asked == [page.as_uri()]
+    assert says in capsys.readouterr().err
+    assert page.is_file()
+
+
+def test_open_beside_json_writes_the_page(
+    state_home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("webbrowser.open", lambda address: True)
+    assert main(["report", "two", "--open", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"] == "two"
+    assert (state_home / "koopmon-report-two" / "report.html").is_file()
+
+
+def test_the_latest_run_is_named(state_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report"]) == 0
+    assert capsys.readouterr().out.startswith("Run: shared\n")
 
 
 def test_the_configuration_says_what_is_high(state_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,5 +260,6 @@ def test_nothing_recorded_yet_says_where_to_look(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert main(["report", "mine"]) == 2
     assert capsys.readouterr().err == (
-        "koopmon: run 'mine': no history of any run is known; name the file with --store\n"
+        "koopmon: run 'mine': no history of any run is known; `koopmon run -- CMD...` records one, and --store names"
+        " another file\n"
     )

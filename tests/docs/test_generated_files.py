@@ -30,7 +30,7 @@ def test_the_command_writes_every_file(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(write, "ROOT", tmp_path)
     assert write.main() == 0
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert written >= {*WANTED, "docs/alerts.md", "docs/metrics.md", write.RULES, write.MANIFEST}
+    assert written >= {*WANTED, "docs/alerts.md", "docs/metrics.md", write.EXPORT, write.RULES, write.MANIFEST}
     for name in written:
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes(), name
 

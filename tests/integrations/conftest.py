@@ -55,7 +55,7 @@ def monitors(tmp_path: Path) -> Iterator[Callable[..., EmbeddedMonitor]]:
     def start(policy: str) -> EmbeddedMonitor:
         store = tmp_path / f"{policy}.sqlite3"
         options = ["--http", "127.0.0.1:0", "--policy", policy]
-        monitor = EmbeddedMonitor(store, environment(), set(), options)
+        monitor = EmbeddedMonitor("job", store, environment(), set(), options)
         started.append(monitor)
         deadline = time.monotonic() + 60.0
         while not monitor.ready():

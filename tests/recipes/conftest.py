@@ -44,7 +44,16 @@ def recipe(tmp_path: Path) -> Callable[..., Any]:
                 (tmp_path / title).write_text(code)
         words = shlex.split(found["run"])
         assert words[:3] == ["koopmon", "run", "--"], "each of these is started under koopmon run"
-        command = [sys.executable, "-m", "koopmon", "run", "--json", str(tmp_path / "summary.json"), "--", *words[3:]]
+        command = [
+            sys.executable,
+            "-m",
+            "koopmon",
+            "run",
+            "--summary",
+            str(tmp_path / "summary.json"),
+            "--",
+            *words[3:],
+        ]
         done = subprocess.run(
             command,
             cwd=tmp_path,

@@ -15,7 +15,7 @@ def test_a_guarded_run_at_a_glance(recorder: Recorder) -> None:
         "State": "ended at step 200",
         "Risk": "0.40 or more from step 40; highest 0.85 at step 40",
         "Loss": "3 at the first high risk, then at most 4.5, 2.8 at the end",
-        "Learning rate": "lowered once, to 0.5 of its schedule, first at step 42",
+        "LR scale": "down to 0.5 by 1 back-off, first at step 42",
         "Effect": "1 helped",
         "Snapshots": "101",
         "Time span": "20 s",
@@ -47,9 +47,7 @@ def test_kss_a_stop_and_verdicts_are_counted(recorder: Recorder) -> None:
         recorder.saw(step, 0.1, 3.0)
     recorder.did(19, 0.1, lr_scale=0.3, after=0)
     told = glance(recorder.facts())
-    assert told["Learning rate"] == "lowered 2 times, to 0.25 of its schedule, first at step 7", (
-        "a return does not count"
-    )
+    assert told["LR scale"] == "down to 0.25 by 2 back-offs, first at step 7", "a return does not count"
     assert told["KSS"] == "raised once, to alpha 0.15, first at step 9"
     assert told["Effect"] == "2 cannot be told, 1 helped"
     assert told["Risk"] == "0.40 or more from step 0; highest 0.90 at step 0"

@@ -55,7 +55,7 @@ def test_a_guarded_run(recorder: Recorder) -> None:
     assert len([each for each in read.of("svg") if each.get("class") == "circle"]) == 3
     assert len([each for each in read.of("svg") if each.get("class") == "chart"]) == 3, "risk, loss, rate scale"
     for words in (
-        "lowered once, to 0.5 of its schedule, first at step 42",
+        "down to 0.5 by 1 back-off, first at step 42",
         "learning rate × 0.5",
         "transformer, 3 layers, width 6",
         "koopmon 0.1, torch 2.13",

@@ -58,5 +58,5 @@ def test_it_is_described_in_words() -> None:
         'alt="Near-unit mass of 2 layers in 2 snapshots, step 3 to 9. At the last one: mean 0.75, highest 1."' in found
     )
     assert "layer 2-3" in found
-    assert "2 columns, means over 10 snapshots" in found
+    assert "2 of 10 snapshots: the highest risks" in found
     assert "mean –, highest –" in heatmap([column(1, math.nan)], "near_unit_mass")

@@ -70,7 +70,7 @@ def test_a_guarded_run(tmp_path: Path) -> None:
         writer.sent(5, "applied", alpha=alpha)
     text = writer.summary()
     assert "3 snapshots up to step 6; highest risk 0.90 at step 4" in text
-    assert "learning rate lowered 3 times, to 0.25" in text
+    assert "3 back-offs, LR scale down to 0.25" in text
     assert "KSS raised 2 times, to alpha 0.15" in text
     assert str(tmp_path / "h.sqlite3") in text
 

@@ -8,10 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from koopmon.history.reader import ProfileRow
+from koopmon.history.reader import ProfileHead, ProfileRow
 from koopmon.spectral import profile_states
 from koopmon.views import spectra
-from koopmon.views.spectra import QUANTITIES, Column, Spectrum, layers_to_dict, mean_over_layers, read_profiles
+from koopmon.views.spectra import (
+    QUANTITIES,
+    Column,
+    Profiles,
+    Spectrum,
+    layers_to_dict,
+    mean_over_layers,
+    read_profiles,
+)
 
 
 def layer(value: float, eigenvalues: list[Any] | None = None) -> dict[str, Any]:
@@ -27,6 +35,22 @@ def row(step: int, *values: float, incarnation: str = "aaaaaaaa", num_shards: in
     found = profile(*values) if values else None
     known = {"time": 0.0, "masked": False, "seconds": 0.5, "observables": {}, "profile": found}
     return ProfileRow(incarnation=incarnation, step=step, num_shards=num_shards, **{**known, **fields})
+
+
+def read(rows: list[ProfileRow], *args: Any) -> Profiles:
+    """Read the profiles of rows whose ids are their places in the list."""
+    heads = [
+        ProfileHead(
+            id=index,
+            incarnation=each.incarnation,
+            step=each.step,
+            num_shards=each.num_shards,
+            seconds=each.seconds,
+            non_finite=each.profile is None,
+        )
+        for index, each in enumerate(rows)
+    ]
+    return read_profiles(heads, lambda ids: [(index, rows[index]) for index in ids], *args)
 
 
 def risks(*pairs: tuple[int, float]) -> dict[tuple[str, int], float]:
@@ -71,7 +95,7 @@ def test_a_forged_profile_raises_what_its_readers_expect(pairs: list[Any]) -> No
 
 def test_the_calmest_the_alarm_and_the_last_are_chosen() -> None:
     rows = [row(step, 0.1 * step) for step in range(8)]
-    found = read_profiles(
+    found = read(
         rows, risks((0, 0.0), (1, 0.3), (2, 0.1), (3, 0.2), (4, 0.9), (5, 0.05), (7, 0.2)), ("aaaaaaaa", 4), {}
     )
     chosen = [(each.name, each.spectrum.step, each.risk) for each in found.spectra]
@@ -86,36 +110,66 @@ def test_the_calmest_the_alarm_and_the_last_are_chosen() -> None:
 
 def test_the_alarm_itself_is_not_the_calmest() -> None:
     rows = [row(step, 0.1) for step in range(1, 4)]
-    found = read_profiles(rows, risks((1, 0.9), (2, 0.8), (3, 0.5)), ("aaaaaaaa", 3), {})
+    found = read(rows, risks((1, 0.9), (2, 0.8), (3, 0.5)), ("aaaaaaaa", 3), {})
     assert [(each.name, each.spectrum.step) for each in found.spectra] == [("calm", 2), ("alarm", 3)]
 
 
 def test_without_an_alarm_the_last_launch_is_shown_and_no_snapshot_twice() -> None:
     rows = [row(0, 0.1), row(1, 0.2), row(0, 0.3, incarnation="bbbbbbbb"), row(1, 0.4, incarnation="bbbbbbbb")]
-    found = read_profiles(rows, {("bbbbbbbb", 1): 0.1, ("aaaaaaaa", 1): 0.2}, None, {"bbbbbbbb": 2})
+    found = read(rows, {("bbbbbbbb", 1): 0.1, ("aaaaaaaa", 1): 0.2}, None, {"bbbbbbbb": 2})
     assert [(each.name, each.incarnation) for each in found.spectra] == [("calm", "bbbbbbbb")]
     assert (found.incarnation, found.num_snapshots, found.num_incomplete) == ("bbbbbbbb", 2, 2)
 
 
 def test_the_alarm_falls_back_to_the_nearest_profile() -> None:
-    found = read_profiles([row(2, 0.1), row(6, 0.2), row(9, 0.3)], {}, ("aaaaaaaa", 7), {})
+    found = read([row(2, 0.1), row(6, 0.2), row(9, 0.3)], {}, ("aaaaaaaa", 7), {})
     assert [(each.name, each.spectrum.step) for each in found.spectra] == [("alarm", 6), ("after", 9)]
-    late = read_profiles([row(8, 0.1), row(9, 0.3)], {}, ("aaaaaaaa", 7), {})
+    late = read([row(8, 0.1), row(9, 0.3)], {}, ("aaaaaaaa", 7), {})
     assert [(each.name, each.spectrum.step) for each in late.spectra] == [("alarm", 8), ("after", 9)]
 
 
 def test_nothing_profiled() -> None:
-    found = read_profiles([row(1), row(2)], risks((1, 0.1)), None, {})
+    found = read([row(1), row(2)], risks((1, 0.1)), None, {})
     assert (found.spectra, found.columns, found.incarnation) == ((), (), "")
     assert found.mean_seconds == 0.5
-    assert read_profiles([], {}, None, {}).mean_seconds is None
+    assert read([], {}, None, {}).mean_seconds is None
 
 
-def test_columns_beyond_the_most_are_means_of_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_beyond_the_most_are_those_of_the_highest_risk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spectra, "MAX_COLUMNS", 2)
-    rows = [row(1, 0.2), row(2, 0.4), row(3, 0.8), row(4, math.nan)]
-    found = read_profiles(rows, {}, None, {})
-    assert [column.step for column in found.columns] == [1, 3]
-    assert [column.values["near_unit_mass"][0] for column in found.columns] == pytest.approx([0.3, 0.8])
+    rows = [row(1, 0.2), row(2, 0.4), row(3, 0.8), row(4, 0.9)]
+    found = read(rows, risks((1, 0.1), (2, 0.3), (4, 0.1)), None, {})
+    assert [column.step for column in found.columns] == [2, 4]
     plain = layers_to_dict(found.columns)
-    assert (plain["steps"], plain["expansive_mass"][0]) == ([1, 3], [pytest.approx(0.3)])
+    assert (plain["steps"], plain["expansive_mass"]) == ([2, 4], [[pytest.approx(0.4)], [pytest.approx(0.9)]])
+    assert found.num_snapshots == 4
+    even = read(rows, {}, None, {})
+    assert [column.step for column in even.columns] == [1, 3], "the first of equal ones"
+
+
+def test_only_the_selected_profiles_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectra, "MAX_COLUMNS", 3)
+    rows = [row(step, 0.1 * step) for step in range(30)]
+    asked: list[int] = []
+    heads = [
+        ProfileHead(id=step, incarnation="aaaaaaaa", step=step, num_shards=1, seconds=0.5, non_finite=False)
+        for step in range(30)
+    ]
+
+    def load(ids: Any) -> Any:
+        asked.extend(ids)
+        return [(each, rows[each]) for each in ids]
+
+    found = read_profiles(heads, load, risks((3, 0.01), (12, 0.9)), ("aaaaaaaa", 12), {})
+    assert asked == [3, 12, 20, 29]
+    assert [each.name for each in found.spectra] == ["calm", "alarm", "after"]
+
+
+def test_a_profile_that_was_deleted_meanwhile_is_left_out() -> None:
+    heads = [
+        ProfileHead(id=step, incarnation="aaaaaaaa", step=step, num_shards=1, seconds=0.5, non_finite=False)
+        for step in range(3)
+    ]
+    found = read_profiles(heads, lambda ids: [(1, row(1, 0.1))], {}, None, {})
+    assert [column.step for column in found.columns] == [1]
+    assert found.spectra == ()

@@ -79,7 +79,9 @@ def test_the_policy_s_thresholds_colour_a_risk(risk: float | None, level: str) -
 def test_runs_without_room_are_counted_and_none_says_how_to_start_one() -> None:
     assert "3 earlier runs are not shown" in runs(view(), num_hidden=3).text
     assert "not shown" not in runs(view()).text
-    assert "koopmon run -- torchrun train.py" in runs().text
+    text = runs().text
+    assert "koopmon run --monitor ENDPOINT -- torchrun train.py" in text
+    assert "koopmon runs lists them" in text, "a job with a monitor of its own never appears here"
 
 
 def test_the_last_decision_and_the_time_since_the_last_message() -> None:
@@ -150,7 +152,7 @@ def test_what_is_known_of_a_run_is_shown() -> None:
         "backed off · risk 0.90",
         "learning rate × 0.5 refused at step 1,234 watch-only",
         "a snapshot every step dry run",
-        "Step Risk Forecast Loss Gradient norm Learning rate Rate scale KSS alpha 7 0.10 – 1.25 0.5 –",
+        "Step Risk Forecast Loss Gradient norm Learning rate LR scale KSS alpha 7 0.10 – 1.25 0.5 –",
         "Layer Near-unit mass Expansive mass Contractive mass Spectral radius 0 0.25 0.25",
         "Loss 1.25 from 1.25 to 2.5",
     ):

@@ -1,0 +1,103 @@
+"""A store at rest is one file, also after reading; a reader never takes what a monitor has not yet written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from koopmon.errors import StoreError
+from koopmon.history.reader import HistoryReader
+from koopmon.history.writer import HistoryWriter
+from tests.report.recorder import RUN, Recorder, guarded
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def read(path: Path) -> int:
+    with HistoryReader.open(path) as history:
+        return len(list(history.observations(RUN)))
+
+
+def test_a_store_at_rest_is_one_file_before_and_after_reading(tmp_path: Path) -> None:
+    guarded(Recorder(tmp_path / "h.sqlite3")).close()
+    assert names(tmp_path) == ["h.sqlite3"]
+    assert read(tmp_path / "h.sqlite3") == 101
+    assert names(tmp_path) == ["h.sqlite3"]
+
+
+def test_the_first_of_two_readers_leaves_the_files_of_the_second(tmp_path: Path) -> None:
+    path = tmp_path / "h.sqlite3"
+    guarded(Recorder(path)).close()
+    with HistoryReader.open(path) as second:
+        rows = second.observations(RUN)
+        next(rows)
+        assert read(path) == 101
+        assert len(list(rows)) == 100
+    assert names(tmp_path) == ["h.sqlite3"]
+
+
+def test_a_reader_beside_a_writer_leaves_its_files(tmp_path: Path) -> None:
+    recorder = guarded(Recorder(tmp_path / "h.sqlite3"))
+    recorder.store.commit()
+    before = names(tmp_path)
+    assert read(recorder.path) == 101
+    assert names(tmp_path) == before
+    recorder.saw(202, 0.1, 2.0)
+    recorder.close()
+    assert read(recorder.path) == 102
+
+
+def test_the_log_of_a_killed_monitor_stays_for_the_next_one(tmp_path: Path) -> None:
+    recorder = guarded(Recorder(tmp_path / "h.sqlite3"))
+    recorder.store.commit()
+    left = tmp_path / "left"
+    left.mkdir()
+    for name in ("h.sqlite3", "h.sqlite3-wal"):
+        shutil.copy(tmp_path / name, left)
+    recorder.close()
+    size = (left / "h.sqlite3-wal").stat().st_size
+    assert size > 0
+    assert read(left / "h.sqlite3") == 101
+    assert (left / "h.sqlite3-wal").stat().st_size == size
+
+
+def test_an_empty_file_beside_a_log_is_left_as_it_is(tmp_path: Path) -> None:
+    path, log = tmp_path / "h.sqlite3", tmp_path / "h.sqlite3-wal"
+    path.touch()
+    log.touch()
+    with pytest.raises(StoreError):
+        HistoryReader.open(path)
+    assert path.stat().st_size == 0
+    assert log.exists()
+
+
+def test_a_store_that_cannot_be_opened_leaves_no_lock_file(tmp_path: Path) -> None:
+    path = tmp_path / "h.sqlite3"
+    path.write_text("no database\n" * 200)
+    with pytest.raises(StoreError):
+        HistoryWriter.open(path)
+    assert names(tmp_path) == ["h.sqlite3"]
+
+
+def test_the_overview_has_the_counts_of_all_launches(tmp_path: Path) -> None:
+    path = tmp_path / "h.sqlite3"
+    guarded(Recorder(path)).close()
+    second = Recorder(path, incarnation="89abcdef")
+    second.hello()
+    second.saw(5, 0.3, 1.5)
+    second.saw(6, 0.2)
+    second.beat(260)
+    second.close()
+    idle = Recorder(path, run="idle", incarnation="12345678")
+    idle.hello()
+    idle.close()
+    with HistoryReader.open(path) as history:
+        run, nothing = history.overview()
+    assert (run.name, run.num_launches, run.num_snapshots, run.last_step) == (RUN, 2, 103, 260)
+    assert (run.max_risk, run.loss, run.lr_scale) == (0.85, 1.5, 1.0)
+    assert (nothing.num_launches, nothing.num_snapshots) == (1, 0)
+    assert (nothing.last_step, nothing.max_risk, nothing.loss, nothing.lr_scale) == (None, None, None, 1.0)
