@@ -337,6 +337,19 @@ class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Steps for which KSS stays on, including the rise of its weight."""
     harm_ratio: Annotated[float, Meta(gt=1.0, le=1000.0)] = 1.2
     """Ratio of the logged loss to its value at the start of KSS above which KSS stays off for the rest of the run."""
+    stop: bool = False
+    """Request the end of a ruined training (`agent.should_stop`; docs/method.md, "Stop"). The policy `observe` requests
+    nothing."""
+    stop_snapshots: Annotated[int, Meta(ge=1, le=10_000)] = 5
+    """Number of consecutive snapshots that must show the ruin before a stop."""
+    stop_steps: Steps = 100
+    """Steps for which these snapshots must show the ruin before a stop."""
+    stop_loss_ratio: Annotated[float, Meta(gt=1.0, le=1000.0)] = 2.0
+    """Smallest ratio of the loss to the first loss of the launch at which a run with finite numbers counts as
+    ruined."""
+    checkpoint: bool = False
+    """Request one checkpoint at each alarm (`agent.should_checkpoint`) while the states and the loss are finite. The
+    trainer callbacks follow it, and its checkpoint counts in the trainer's limit of kept checkpoints."""
     dense_every: Annotated[int, Meta(ge=1, le=MAX_CADENCE_STEPS)] = 1
     """Steps between snapshots that the policy requests while the run is not calm."""
     dense_steps: Steps = 60

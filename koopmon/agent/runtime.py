@@ -23,6 +23,7 @@ from koopmon.agent.control.action import ControlAction, NextForwards, Update
 from koopmon.agent.control.actuator import Actuator
 from koopmon.agent.control.all_actions import make_actions
 from koopmon.agent.control.kept_settings import VARIABLE, KeptSettings
+from koopmon.agent.control.loop_requests import LoopRequest
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rank_group import RankGroup, ReplicaFingerprint
 from koopmon.agent.control.step_clock import StepClock, is_nested, stepping_optimizers
@@ -45,7 +46,7 @@ from koopmon.config import Config
 from koopmon.logs import announced, log_for_job
 from koopmon.plugins import Selection, source
 from koopmon.wire.auth_policy import AuthPolicy
-from koopmon.wire.messages import Applied
+from koopmon.wire.messages import Applied, CommandKind
 
 logger = logging.getLogger("koopmon.agent")
 
@@ -81,6 +82,7 @@ class AgentRuntime:
         self.actions = make_actions(config, self.stats, self.breaker)
         self._lasting = tuple(action for action in self.actions if action.lasting)
         self._others = tuple(action for action in self.actions if not action.lasting)
+        self._loop_requests = {each.kind: each for each in self.actions if isinstance(each, LoopRequest)}
         self.lifecycle = LifeCycle(self.actions, self.stats, config.control)
         self._model = weakref.ref(model)
         self.optimizers = OptimizerSet()
@@ -150,6 +152,10 @@ class AgentRuntime:
     def why_disabled(self) -> str:
         """The reason why the agent is off; empty while it is on."""
         return "closed" if self.closed else self.breaker.reason or self.taps.failure
+
+    def granted(self, kind: CommandKind) -> bool:
+        """Return True while the loop should follow a request of this kind. Equal on all ranks after each step."""
+        return self._loop_requests[kind].granted
 
     @property
     def io_thread(self) -> IOThread | None:
@@ -375,6 +381,8 @@ class AgentRuntime:
 
     def _end_step(self) -> None:
         self._clock.end_step()
+        for request in self._loop_requests.values():
+            request.on_step_end()
         self.breaker.hook(self._after_step)()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

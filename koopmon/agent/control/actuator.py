@@ -277,9 +277,7 @@ class Actuator:
         if step > command.expires_step:
             return rejected("expired", f"not to be applied after step {command.expires_step}")
         detail, completes = "", None
-        if command.kind == "stop":
-            state = state.changed(stop=True)
-        elif command.kind == "set_cadence":
+        if command.kind == "set_cadence":
             until = _END_OF_RUN if command.cadence_until_step is None else command.cadence_until_step
             state = state.changed(cadence_steps=command.cadence_steps, cadence_until_step=until)
         else:
