@@ -72,6 +72,7 @@ TESTED_IN = {
     "koopmon/history/reader.py": "tests/history/test_writer.py",
     "koopmon/history/retention.py": "tests/history/test_durability.py",
     "koopmon/history/schema.py": "tests/history/test_durability.py",
+    "koopmon/monitor/http/address.py": "tests/monitor/http/test_server.py",
     "koopmon/monitor/history_sink.py": "tests/monitor/test_sinks.py",
     "koopmon/monitor/metrics_sink.py": "tests/monitor/test_sinks.py",
     "koopmon/monitor/notify_sink.py": "tests/monitor/test_sinks.py",

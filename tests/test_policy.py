@@ -1148,6 +1148,28 @@ def test_above_the_lowest_scale_something_is_left_to_do() -> None:
     assert len(spent(capped, lr_scale=0.125)) == 1, "a cap holds the scale in force down"
 
 
+def test_a_lowest_scale_that_is_commanded_leaves_nothing_either() -> None:
+    run = stopping()
+    run.state = replace(run.state, lr_scale=0.125, first_loss=4.0)
+    assert len(sparse(run, SEVERE, list(range(30)), loss=9.0, lr_scale=1.0)) == 1
+
+
+def test_a_small_first_loss_has_a_ratio_too() -> None:
+    run = stopping()
+    run.state = replace(run.state, lr_scale=0.125, first_loss=0.5)
+    assert len(sparse(run, SEVERE, list(range(30)), loss=1.0)) == 1
+
+
+@pytest.mark.parametrize(("exponent", "waits"), [(0.24, True), (0.29, True), (0.31, False)])
+def test_layers_that_are_more_normalised_than_not_may_be_rewound(exponent: float, waits: bool) -> None:
+    run = stopping(name="auto")
+    run.excess = 6.0
+    run.step = 20
+    run.state = replace(run.state, ruined_streak=12, ruined_since=0)
+    run.see(1.0, **normalised(**{**NAN, "update_exponent": exponent}))
+    assert [action.kind for _, action in run.actions] == (["set_lr_scale", "rewind"] if waits else ["stop"])
+
+
 @pytest.mark.parametrize("first", [0.0, -1.0])
 def test_a_first_loss_that_is_not_positive_has_no_ratio(first: float) -> None:
     run = stopping()

@@ -20,7 +20,7 @@ from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.comms.control_channel import RankInfo
 from koopmon.agent.comms.io_thread import IOThread
 from koopmon.agent.control.action import ControlAction, NextForwards, Update
-from koopmon.agent.control.actuator import Actuator
+from koopmon.agent.control.actuator import Actuator, CommandResult
 from koopmon.agent.control.all_actions import make_actions
 from koopmon.agent.control.kept_settings import VARIABLE, KeptSettings
 from koopmon.agent.control.loop_requests import LoopRequest
@@ -38,6 +38,7 @@ from koopmon.agent.lifecycle import (
     WaitingForRanks,
     Watching,
 )
+from koopmon.agent.notices import Notices
 from koopmon.agent.parallelism import UNKNOWN, DataRanks, ParallelLayout, Role, data_ranks, decide_role, inspect_layout
 from koopmon.agent.rank_identity import RankContext, RunRendezvous, current_context, default_run_name, store_prefix
 from koopmon.agent.stats import AgentStats
@@ -78,6 +79,7 @@ class AgentRuntime:
         self.adapter = selection.adapter
         self.closed = False
         self.stats = AgentStats()
+        self.notices = Notices(self.stats)
         self.breaker = CircuitBreaker("the agent", self.stand_down)
         self.actions = make_actions(config, self.stats, self.breaker)
         self._lasting = tuple(action for action in self.actions if action.lasting)
@@ -104,6 +106,7 @@ class AgentRuntime:
         self._pid = os.getpid()
         self._kept: KeptSettings | None = None
         self._restored: Applied | None = None
+        self._role_reason = ""
         self._closables: list[IOThread | RankGroup] = []
         self._finalizer = weakref.finalize(self, _shut_down, self._pid, self._closables)
         for action in self.actions:
@@ -155,7 +158,9 @@ class AgentRuntime:
 
     def granted(self, kind: CommandKind) -> bool:
         """Return True while the loop should follow a request of this kind. Equal on all ranks after each step."""
-        return self._loop_requests[kind].granted
+        request = self._loop_requests[kind]
+        request.was_read = True
+        return request.granted
 
     @property
     def io_thread(self) -> IOThread | None:
@@ -171,6 +176,7 @@ class AgentRuntime:
             return
         schedule = SnapshotSchedule(config.cadence, self._budget, self.stats)
         ranks = data_ranks(model, world)
+        self.notices.meet(world.rank)
         rank = RankParts(world, ranks, self.stats, schedule, self._make_sender(world, ranks))
         if self._run and (directory := os.environ.get(VARIABLE)):
             self._kept = KeptSettings(directory, self._run, world.rank)
@@ -223,7 +229,7 @@ class AgentRuntime:
         elif isinstance(self.lifecycle.state, Verifying):
             if decision.reason:
                 log_for_job(logger, f"watch-only: {decision.reason}", rank=rank.world.rank)
-            acts = decision.role is Role.ACT
+            acts, self._role_reason = decision.role is Role.ACT, decision.reason
             self.lifecycle.enter(self._acting(rank, layout, fingerprint) if acts else Watching(rank, layout))
             if not acts:
                 self._end_actions()
@@ -242,11 +248,15 @@ class AgentRuntime:
             rank.schedule,
             layout=layout,
             requests=self.lifecycle.requests,
-            report=rank.report,
+            report=lambda result: self._report(rank, result),
             group=group,
             restored=self._restored,
         )
         return Acting(rank, layout, actuator)
+
+    def _report(self, rank: RankParts, result: CommandResult) -> None:
+        rank.report(result)
+        self.notices.changed(result)
 
     def _withdraw(self, rank: RankParts, layout: ParallelLayout, reason: str) -> None:
         """Stop watching this training: remove the taps, refuse commands, log one line."""
@@ -271,6 +281,7 @@ class AgentRuntime:
         if self._kept is not None and not reason:
             self._kept.clear()
         self.taps.remove()
+        self.notices.closed(self.lifecycle.applied(), self.breaker.reason or self.taps.failure)
         for action in self.actions:
             action.revert()
         self.lifecycle.enter(StoodDown(self.lifecycle.state))
@@ -344,6 +355,23 @@ class AgentRuntime:
         if (io_thread := self.io_thread) is not None:
             io_thread.post(snapshot)
             self._budget.spend(0.0, snapshot.states.nbytes)
+            self._tell_attached(io_thread)
+
+    def _tell_attached(self, io_thread: IOThread) -> None:
+        state, stack, model, identity = self.lifecycle.state, self.taps.stack, self._model(), io_thread.identity
+        if not isinstance(state, RankedState) or stack is None or model is None or identity is None:
+            return
+        self.notices.attached(
+            identity.run,
+            model,
+            self.optimizers,
+            stack=stack.name,
+            num_layers=len(stack.points),
+            width=self.taps.width or 0,
+            num_ranks=state.rank.world.size,
+            acts=state.acts,
+            reason=self._role_reason,
+        )
 
     # Hooks of the optimizers.
 

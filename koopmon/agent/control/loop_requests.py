@@ -25,6 +25,8 @@ class LoopRequest(ControlAction):
     def __init__(self) -> None:
         self.granted = False
         """True while the loop should follow the request."""
+        self.was_read = False
+        """True once the script has read it."""
 
     def target(self, request: Command | Applied, state: ControlState, step: int) -> Target:
         if isinstance(request, Applied):
@@ -49,7 +51,7 @@ class LoopRequest(ControlAction):
         if not agree(True):
             return Completion("failed", "the ranks did not agree on it")
         self.granted = True
-        return Completion("applied", "")
+        return Completion("applied", "" if self.was_read else f"the script has not read agent.should_{self.kind}")
 
 
 class StopRequest(LoopRequest):

@@ -69,6 +69,18 @@ def test_a_stop_stays_and_a_checkpoint_is_read_once(bench: Bench) -> None:
     assert bench.outcomes == ["applied"] * 3
     assert [each.step for each in bench.notebook.outcomes] == [1, 3, 4]
     assert bench.agent.status()["errors"] == 0
+    assert [each.detail for each in bench.notebook.outcomes] == [""] * 3
+
+
+def test_a_request_that_no_loop_reads_says_so() -> None:
+    bench = Bench()
+    try:
+        bench.runtime.lifecycle.submit(Command(**NAME, id="c0f0c0f0", kind="stop"))
+        train_step(bench.model, bench.optimizer, 0)
+        (outcome,) = bench.notebook.outcomes
+        assert (outcome.outcome, outcome.detail) == ("applied", "the script has not read agent.should_stop")
+    finally:
+        bench.runtime.close("")
 
 
 def test_they_change_no_update_and_no_value_in_force(bench: Bench) -> None:
@@ -148,7 +160,11 @@ def test_the_vote_is_at_the_edge_after_the_step_of_the_command_only(request_of: 
     state = _towards(ControlState(), action, target, 7, 0)
     assert [action.at_edge(state, step, agree) for step in (6, 7)] == [None, None]
     assert (action.granted, votes) == (False, [])
+    unread = f"the script has not read agent.should_{action.kind}"
+    assert action.at_edge(state, 8, agree) == Completion("applied", unread)
+    action.was_read = True
     assert action.at_edge(state, 8, agree) == Completion("applied", "")
+    votes.pop()
     assert (action.granted, votes) == (True, [True])
     assert action.at_edge(state, 9, agree) is None
     assert votes == [True]
