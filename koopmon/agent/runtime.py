@@ -8,6 +8,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -109,6 +110,7 @@ class AgentRuntime:
         self._role_reason = ""
         self._closables: list[IOThread | RankGroup] = []
         self._finalizer = weakref.finalize(self, _shut_down, self._pid, self._closables)
+        weakref.finalize(self, _say_end, self.notices, self.lifecycle)
         for action in self.actions:
             action.inspect(model, self.optimizers, selection)
         self.taps = ResidualTaps(
@@ -248,15 +250,11 @@ class AgentRuntime:
             rank.schedule,
             layout=layout,
             requests=self.lifecycle.requests,
-            report=lambda result: self._report(rank, result),
+            report=partial(_report, rank, self.notices),
             group=group,
             restored=self._restored,
         )
         return Acting(rank, layout, actuator)
-
-    def _report(self, rank: RankParts, result: CommandResult) -> None:
-        rank.report(result)
-        self.notices.changed(result)
 
     def _withdraw(self, rank: RankParts, layout: ParallelLayout, reason: str) -> None:
         """Stop watching this training: remove the taps, refuse commands, log one line."""
@@ -461,6 +459,17 @@ def _family(adapter: ArchitectureAdapter, actions: tuple[ControlAction, ...]) ->
     for action in actions:
         fields |= action.hello(adapter)
     return fields
+
+
+def _report(rank: RankParts, notices: Notices, result: CommandResult) -> None:
+    """Send the outcome of a command, and print it. No method: the I/O thread holds it, and must not hold the model."""
+    rank.report(result)
+    notices.changed(result)
+
+
+def _say_end(notices: Notices, lifecycle: LifeCycle) -> None:
+    """Print the closing line of a training that nobody closed."""
+    notices.closed(lifecycle.applied(), "")
 
 
 def _shut_down(pid: int, closables: list[IOThread | RankGroup]) -> None:

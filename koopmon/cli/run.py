@@ -85,7 +85,6 @@ def run(
         check_run_name(name, "--run")
     if allow_stop and settings.policy.name == "observe":
         raise ConfigError("--allow-stop: the policy observe only watches, and stops no training")
-    check_command(command)
     news = _silent if quiet else say
     where = spread(command, os.environ)
     named = name or new_run_name(script_name(command))
@@ -106,6 +105,7 @@ def run(
             for_agents["KOOPMON_RUN"] = name
         else:
             for_agents[KEPT_SETTINGS] = str(_default_store(named).parent)
+        check_command(command)
         return _run_with_shared_monitor(command, monitor, trust, for_agents, news)
     only_shared = {"--keys": keys, "--insecure-plaintext-tcp": insecure_plaintext_tcp or None}
     _refuse(only_shared, "needs --monitor: only this user reaches the job's own monitor")
@@ -115,6 +115,7 @@ def run(
             "ranks reach it, and give its endpoint with --monitor"
         )
     _check_options(settings, http, store, json_file)
+    check_command(command)
     options = {"--http": http or "127.0.0.1:0", "--policy": policy, "--config": None if config is None else str(config)}
     words = [word for name, value in options.items() if value is not None for word in (name, value)]
     words += ["--dry-run"] * dry_run + ["--allow-stop"] * allow_stop

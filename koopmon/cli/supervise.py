@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -33,9 +34,11 @@ class CommandNotRunnableError(KoopmonError):
 
 
 def check_command(command: Sequence[str]) -> None:
-    """Raise CommandNotFoundError, with a hint, if the program does not exist."""
+    """Raise CommandNotFoundError, with a hint, or CommandNotRunnableError if the program cannot be started."""
     program = command[0]
-    if shutil.which(program) is None and not os.path.exists(program):
+    if shutil.which(program) is None:
+        if "/" in program and os.path.exists(program):
+            raise CommandNotRunnableError(f"{program}: {os.strerror(errno.EACCES)}")
         raise _not_found(program)
 
 

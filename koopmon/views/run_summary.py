@@ -99,11 +99,9 @@ class RunSummary:
                 "NOT WATCHED: no training process attached; if no line above says why, the job's Python has no "
                 "koopmon, or the job made no torch optimizer"
             ]
-        if len(mine) == 1 and mine[0].num_snapshots:
-            return [mine[0].seen(), mine[0].done(), where]
-        lines = [f"launch {each.launch}: {each.seen()}; {each.done()}" for each in mine[-MAX_LAUNCHES:]]
         if len(mine) == 1:
-            lines = [mine[0].seen()]
+            return [mine[0].seen(), *mine[0].done(), where]
+        lines = ["; ".join([f"launch {each.launch}: {each.seen()}", *each.done()]) for each in mine[-MAX_LAUNCHES:]]
         if len(mine) > MAX_LAUNCHES:
             lines.insert(0, f"{len(mine)} launches, of which the last {MAX_LAUNCHES}:")
         return [*lines, where]
@@ -122,9 +120,11 @@ class RunSummary:
             finite = f"NOT FINITE (states or loss) from step {self.broken_step} on"
         return f"{count}{up_to}; {highest}; {finite}"
 
-    def done(self) -> str:
-        """Return the actions in words."""
-        return "; ".join(self.actions()) or "nothing was done to the training"
+    def done(self) -> list[str]:
+        """Return the actions in words; empty if nothing was seen or done."""
+        if acted := "; ".join(self.actions()):
+            return [acted]
+        return ["nothing was done to the training"] if self.num_snapshots else []
 
     def actions(self) -> list[str]:
         """Return one phrase for each kind of action."""
