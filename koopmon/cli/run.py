@@ -20,7 +20,7 @@ from koopmon.cli.console import say
 from koopmon.cli.embedded import POLL_SECONDS, EmbeddedMonitor, MonitorNotReadyError
 from koopmon.cli.job_stop import ENDED_BY_KOOPMON, JobStop
 from koopmon.cli.job_stop import POLL_SECONDS as STOP_POLL_SECONDS
-from koopmon.cli.launch_inspection import run_store, script_name, spread
+from koopmon.cli.launch_inspection import isolation, run_store, script_name, spread
 from koopmon.cli.options import ConfigFile, DryRun, KeysDirectory, PlaintextTcp, Policy, option, overrides
 from koopmon.cli.supervise import check_command, run_job, signals_held
 from koopmon.config import Config, load
@@ -87,6 +87,10 @@ def run(
         raise ConfigError("--allow-stop: the policy observe only watches, and stops no training")
     news = _silent if quiet else say
     where = spread(command, os.environ)
+    if option_of_python := isolation(command):
+        say(
+            f"python {option_of_python} attaches nothing by itself: call koopmon.attach(model, optimizer) in the script"
+        )
     named = name or new_run_name(script_name(command))
     for_agents = {"KOOPMON_RUN": named, "KOOPMON_CONFIG": None if config is None else str(config.resolve())}
     for_agents[NOTICES] = "none" if quiet else None
