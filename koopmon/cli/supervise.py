@@ -107,7 +107,7 @@ def run_job(
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Return the processes below `pid`, each with its start time, which tells it from a later one of its number."""
+    """Return the processes below `pid`, each with its start time: a later process may have the same number."""
     everyone = {
         int(each.name): process
         for each in Path("/proc").iterdir()
