@@ -8,10 +8,12 @@ or values that contradict each other (`RULES`) make the whole file invalid.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import logging
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Mapping
@@ -564,10 +566,14 @@ def _unknown(table: str, name: str) -> str:
     return f"there is no {what} {where}{meant} (allowed: {', '.join(allowed)})"
 
 
+_VARIABLE = re.compile(r"KOOPMON_[A-Z0-9]+(_[A-Z0-9]+)*__[A-Z0-9]+(_[A-Z0-9]+)*")
+
+
 def load(path: str | os.PathLike[str] | None = None, *, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read the TOML file at `path`, else at KOOPMON_CONFIG, else the defaults.
 
-    `overrides` holds tables whose keys replace those of the file. Raises ConfigError if the file is missing or invalid.
+    Variables KOOPMON_TABLE__KEY replace keys of the file, and `overrides` replaces both. Raises ConfigError if the file
+    is missing or invalid.
     """
     path = path or os.environ.get("KOOPMON_CONFIG") or None
     data: dict[str, Any] = {}
@@ -584,10 +590,29 @@ def load(path: str | os.PathLike[str] | None = None, *, overrides: Mapping[str, 
             raise ConfigError(f"{source}: not valid TOML: {one_line(error)}") from None
         except RecursionError:
             raise ConfigError(f"{source}: not valid TOML: nested too deeply") from None
-    for table, values in (overrides or {}).items():
+    from_environment, names = _from_environment(os.environ)
+    if names:
+        source += f" with {', '.join(names)}"
+    for table, values in [*from_environment.items(), *(overrides or {}).items()]:
         merged = data.get(table, {})
         data[table] = {**merged, **values} if isinstance(values, Mapping) and isinstance(merged, Mapping) else values
     return from_mapping(data, source=source)
+
+
+def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the tables of the variables KOOPMON_TABLE__KEY, and their names. A value is TOML, or else text."""
+    tables: dict[str, dict[str, Any]] = {}
+    names = sorted(name for name, value in environ.items() if _VARIABLE.fullmatch(name) and value)
+    for name in names:
+        table, key = name.removeprefix("KOOPMON_").lower().split("__", 1)
+        value: Any = environ[name]
+        kind = _types().get(f"{table}.{key}")
+        kinds = kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,)
+        if not any(isinstance(each, msgspec.inspect.StrType) for each in kinds):
+            with contextlib.suppress(ValueError, RecursionError):  # TOMLDecodeError is a ValueError
+                value = tomllib.loads(f"value = {value}")["value"]
+        tables.setdefault(table, {})[key] = value
+    return tables, names
 
 
 def read_file(path: Path) -> bytes:

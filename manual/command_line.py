@@ -18,6 +18,7 @@ LEFT_OUT = ("--help", "--install-completion", "--show-completion")
 VARIABLES = {
     "KOOPMON_ENDPOINT": "Endpoint of the monitor for an agent; `koopmon run` sets it for the job",
     "KOOPMON_RUN": "Name of the run. Absent: the script's name and 8 hex digits",
+    "KOOPMON_TABLE__KEY": "Value of `[table] key` in the configuration, as KOOPMON_MODEL__STACK; an option replaces it",
     "KOOPMON_NOTICES": "Lines of rank 0 on standard error: `all`, `changes` without the closing line, or `none`",
     "KOOPMON_CONFIG": "Configuration file if `--config` is absent",
     "KOOPMON_KEYS": "Directory of the key files if `--keys` and `[security] keys` are absent",
