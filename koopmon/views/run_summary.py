@@ -108,7 +108,7 @@ class RunSummary:
 
     def seen(self) -> str:
         """Return the snapshots of one launch in words."""
-        up_to = "" if self.last_step is None else f" up to step {self.last_step}"
+        up_to = f" up to step {self.last_step}" if self.last_step else ""
         if not self.num_snapshots:
             return f"NOT WATCHED: no snapshot was seen{up_to}; if no line above says why, run `koopmon doctor`"
         count = "1 snapshot" if self.num_snapshots == 1 else f"{self.num_snapshots} snapshots"
