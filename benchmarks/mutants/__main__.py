@@ -68,6 +68,7 @@ GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("koopmon/agent/capture/schedule.py",), ("tests/agent/capture/test_schedule.py",)),
     (("koopmon/agent/control/a*.py",), ("tests/agent/control/test_a*.py",)),
     (("koopmon/agent/control/kss/*.py",), ("tests/agent/control/kss/test_*.py",)),
+    (("koopmon/agent/control/loop_requests.py",), ("tests/agent/control/test_loop_requests.py",)),
     (("koopmon/agent/control/lr_backoff.py",), ("tests/agent/control/test_lr_backoff.py",)),
     (("koopmon/agent/control/rank_group.py",), ("tests/agent/control/test_rank_group.py",)),
     (("koopmon/agent/control/rewind.py",), ("tests/agent/control/test_rewind.py",)),
