@@ -8,6 +8,7 @@ bounds, or values that contradict each other (`RULES`) make the whole file inval
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import logging
@@ -406,6 +407,19 @@ class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Steps for which KSS stays on, including the rise of its weight."""
     harm_ratio: Annotated[float, Meta(gt=1.0, le=1000.0)] = 1.2
     """Ratio of the logged loss to its value at the start of KSS above which KSS stays off for the rest of the run."""
+    stop: bool = False
+    """Request the end of a ruined training (`agent.should_stop`; docs/method.md, "Stop"). The policy `observe` requests
+    nothing."""
+    stop_snapshots: Annotated[int, Meta(ge=1, le=10_000)] = 5
+    """Number of consecutive snapshots that must show the ruin before a stop."""
+    stop_steps: Steps = 100
+    """Steps for which these snapshots must show the ruin before a stop."""
+    stop_loss_ratio: Annotated[float, Meta(gt=1.0, le=1000.0)] = 2.0
+    """Smallest ratio of the loss to the first loss of the launch at which a run with finite numbers counts as
+    ruined."""
+    checkpoint: bool = False
+    """Request one checkpoint at each alarm (`agent.should_checkpoint`) while the states and the loss are finite. The
+    trainer callbacks follow it, and its checkpoint counts in the trainer's limit of kept checkpoints."""
     dense_every: Annotated[int, Meta(ge=1, le=MAX_CADENCE_STEPS)] = 1
     """Steps between snapshots that the policy requests while the run is not calm."""
     dense_steps: Steps = 60
@@ -639,10 +653,14 @@ def _unknown(table: str, name: str) -> str:
     return f"there is no {what} {where}{meant} (allowed: {', '.join(allowed)})"
 
 
+_VARIABLE = re.compile(r"KOOPMON_[A-Z0-9]+(_[A-Z0-9]+)*__[A-Z0-9]+(_[A-Z0-9]+)*")
+
+
 def load(path: str | os.PathLike[str] | None = None, *, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read the TOML file at `path`, else at KOOPMON_CONFIG, else the defaults.
 
-    `overrides` holds tables whose keys replace those of the file. Raises ConfigError if the file is missing or invalid.
+    Variables KOOPMON_TABLE__KEY replace keys of the file, and `overrides` replaces both. Raises ConfigError if the file
+    is missing or invalid.
     """
     path = path or os.environ.get("KOOPMON_CONFIG") or None
     data: dict[str, Any] = {}
@@ -659,10 +677,29 @@ def load(path: str | os.PathLike[str] | None = None, *, overrides: Mapping[str, 
             raise ConfigError(f"{source}: not valid TOML: {one_line(error)}") from None
         except RecursionError:
             raise ConfigError(f"{source}: not valid TOML: nested too deeply") from None
-    for table, values in (overrides or {}).items():
+    from_environment, names = _from_environment(os.environ)
+    if names:
+        source += f" with {', '.join(names)}"
+    for table, values in [*from_environment.items(), *(overrides or {}).items()]:
         merged = data.get(table, {})
         data[table] = {**merged, **values} if isinstance(values, Mapping) and isinstance(merged, Mapping) else values
     return from_mapping(data, source=source)
+
+
+def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the tables of the variables KOOPMON_TABLE__KEY, and their names. A value is TOML, or else text."""
+    tables: dict[str, dict[str, Any]] = {}
+    names = sorted(name for name, value in environ.items() if _VARIABLE.fullmatch(name) and value)
+    for name in names:
+        table, key = name.removeprefix("KOOPMON_").lower().split("__", 1)
+        value: Any = environ[name]
+        kind = _types().get(f"{table}.{key}")
+        kinds = kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,)
+        if not any(isinstance(each, msgspec.inspect.StrType) for each in kinds):
+            with contextlib.suppress(ValueError, RecursionError):  # TOMLDecodeError is a ValueError
+                value = tomllib.loads(f"value = {value}")["value"]
+        tables.setdefault(table, {})[key] = value
+    return tables, names
 
 
 def read_file(path: Path) -> bytes:

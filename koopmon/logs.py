@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -35,6 +37,21 @@ def log_for_job(logger: logging.Logger, text: str, *, level: int = logging.WARNI
     """
     first = (announced()[0] if rank is None else rank) == 0
     logger.log(level if first else logging.DEBUG, "koopmon: %s", text)
+
+
+def tell(logger: logging.Logger, text: str, *, rank: int | None = None) -> None:
+    """Show a line of news that is no fault to the person who started the job: of rank 0 only.
+
+    It is logged at INFO. Where the application shows no log of that level, it goes to standard error.
+    """
+    if (announced()[0] if rank is None else rank) != 0:
+        logger.debug("koopmon: %s", text)
+    elif logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
+        logger.info("koopmon: %s", text)
+    elif sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):  # a closed standard error
+            sys.stderr.write(f"koopmon: {text}\n")
+            sys.stderr.flush()
 
 
 class LogLimit:

@@ -232,4 +232,5 @@ def _seen(model: nn.Module) -> str:
     if len(seen) > MAX_SEEN:
         seen = [*seen[:MAX_SEEN], f"and {len(seen) - MAX_SEEN} more"]
     found = "; ".join(seen) or "no list of modules"
-    return f"{type(model).__name__}, in which was seen: {found}; pass adapter= and stack= to name them"
+    remedy = "name them by adapter and stack in [model] of the configuration, or as adapter= and stack="
+    return f"{type(model).__name__}, in which was seen: {found}; {remedy}"

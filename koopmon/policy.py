@@ -9,6 +9,7 @@ them diverge. The policy therefore does the following:
 - It raises the scale in small steps while the run is calm. Each back-off makes the next rise slower.
 - For normalised layers it caps the rate and goes back to a copy of the weights from before the rate was too high
   (policy "auto"). Such a rate ruins them within some tens of steps, and a lower rate does not repair them.
+- It requests the end of a ruined run, if the configuration allows it, and a checkpoint at an alarm.
 - It adds KSS as the unstable penalty alone, above the run's own calm radius, with a ramp in and out. A severe risk or a
   higher loss under KSS bars it for the rest of the run.
 
@@ -46,6 +47,8 @@ calm: nothing is in force. alert: the run is not calm and gets dense snapshots. 
 effect yet. backed_off: the command took effect and stays in force. recovering: the LR scale rises.
 """
 
+_LOWERS_RATE = ("auto", "lr", "kss+lr")
+"""Policies that lower the learning rate."""
 HOUR_SECONDS = 3600.0
 MIN_RATE, MAX_RATE = 1e-12, 1e6
 """Bounds on a cap of the learning rate, within those of the protocol."""
@@ -118,6 +121,16 @@ class PolicyState:
     """True when KSS stays off for the rest of the run."""
     calm_radius: Annotated[float, Meta(ge=0.0)] | None = None
     """Slow average of the largest spectral radius over calm snapshots; None before the first one."""
+    first_loss: float | None = None
+    """First finite loss of the launch."""
+    ruined_streak: Count = 0
+    """Number of consecutive snapshots that show a ruined training (see `_ruin`)."""
+    ruined_since: Step | None = None
+    """Step of the first of these snapshots."""
+    stopping: bool = False
+    """True after the command to stop, while its rank 0 has not rejected it and the training is ruined."""
+    checkpoint_asked: bool = False
+    """True from the request for a checkpoint until the alarm is over."""
     dense_until: Step = 0
     """Last step of the dense snapshots asked for."""
     action_times: Annotated[tuple[float, ...], Meta(max_length=100_000)] = ()
@@ -151,7 +164,7 @@ class _Case:
 
     @property
     def acts_on_lr(self) -> bool:
-        return self.config.name in ("auto", "lr", "kss+lr")
+        return self.config.name in _LOWERS_RATE
 
     @property
     def may_cut(self) -> bool:
@@ -230,9 +243,14 @@ def decide(
     case = _Case(_remember(now, state, observation, risk, config), observation, risk, config, kss)
     commands, following, _ = _look_closer(case) or ((), case.state, "")
     case = replace(case, state=following)
+    if config.name != "observe" and (request := _ask_for_checkpoint(now, case)) is not None:
+        commands, following = commands + request[0], request[1]
+        case = replace(case, state=following)
     reason = "; ".join(action.reason for action in commands) or f"risk {risk.value:.2f}: nothing to do ({risk.reason})"
     # The order is the priority. Harm by KSS ends first, because KSS itself may cause the alarm; back-offs come second.
+    # A run that is to stop gets no other command.
     rules: tuple[Callable[[_Case], Proposal | None], ...] = (
+        _stop,
         _bar_kss,
         _cap,
         _back_off,
@@ -241,7 +259,7 @@ def decide(
         _rise,
         _confirm,
     )
-    for rule in rules if config.name != "observe" else ():
+    for rule in rules if config.name != "observe" and not following.stopping else ():
         if (proposal := rule(case)) is None:
             continue
         actions, state, why = proposal
@@ -286,6 +304,13 @@ def rewound(state: PolicyState, ack: Ack) -> PolicyState:
     return replace(state, rewinding=False, acted_at=ack.step, high_streak=0, calm_since=None)
 
 
+def stop_answered(state: PolicyState, ack: Ack) -> PolicyState:
+    """Update the state after the answer to a stop. One that was not applied may follow after a new streak."""
+    if ack.outcome in ("applied", "duplicate"):
+        return state
+    return replace(state, stopping=False, ruined_streak=0, ruined_since=None)
+
+
 def kss_shielded(state: PolicyState, ack: Ack) -> PolicyState:
     """Bar KSS after the agent reported that the model is shielded from it.
 
@@ -311,8 +336,16 @@ def _remember(now: float, state: PolicyState, seen: Observation, risk: OnlineRis
     if calm and seen.max_spectral_radius is not None:
         # A running mean with the weight 0.1 for the newest radius, chosen by hand.
         radius = seen.max_spectral_radius if radius is None else 0.9 * radius + 0.1 * seen.max_spectral_radius
+    loss = seen.training.loss
+    if state.first_loss is None and loss is not None and math.isfinite(loss):
+        state = replace(state, first_loss=loss)
+    ruined = bool(_ruin(state, seen, risk, config))
     return replace(
         state,
+        ruined_streak=state.ruined_streak + 1 if ruined else 0,
+        ruined_since=_no_later(state.ruined_since, seen.step, seen.step) if ruined else None,
+        stopping=state.stopping and ruined,
+        checkpoint_asked=state.checkpoint_asked and not calm,
         phase="calm" if calm and state.phase == "alert" else state.phase,
         high_streak=state.high_streak + 1 if high else 0,
         calm_since=_no_later(state.calm_since, seen.step, seen.step) if calm else None,
@@ -349,6 +382,77 @@ def _look_closer(case: _Case) -> Proposal | None:
     )
     phase: Phase = "alert" if case.state.phase == "calm" else case.state.phase
     return (action,), replace(case.state, dense_until=until, phase=phase), ""
+
+
+def _finite(value: float | None) -> bool | None:
+    return None if value is None else math.isfinite(value)
+
+
+def _ruin(state: PolicyState, seen: Observation, risk: OnlineRisk, config: PolicyConfig) -> str:
+    """Return the sign that the training is ruined in this snapshot; empty without one.
+
+    A wrong stop costs a training and a late one some minutes. The risk alone is therefore never a sign: it is an
+    estimate. Each sign needs two facts of different sources.
+
+    - The states are not finite, and the loss or the gradient norm is not finite either. States alone may be NaN at
+      padding tokens of a healthy model. A loss alone may be NaN in a batch without labels.
+    - All numbers are finite, but the policy has nothing left: the scale in force is as low as it may be, the risk is
+      still severe, and the loss is `stop_loss_ratio` times the first loss. A model that has forgotten all is no worse
+      than at its start.
+    """
+    loss, first = seen.training.loss, state.first_loss
+    if seen.non_finite:
+        broken = [name for name in ("loss", "grad_norm") if _finite(getattr(seen.training, name)) is False]
+        return f"the states and the {broken[0].replace('_norm', 'ient norm')} are not finite" if broken else ""
+    spent = config.name in _LOWERS_RATE and min(state.lr_scale, seen.training.lr_scale) <= config.min_lr_scale
+    if not spent or risk.value < config.severe_risk or loss is None or first is None:
+        return ""
+    if not first > 0.0 or not loss >= config.stop_loss_ratio * first:
+        return ""
+    return f"the loss is {loss:.3g}, {loss / first:.2g} times its first value, at the lowest learning-rate scale"
+
+
+def _stop(case: _Case) -> Proposal | None:
+    """Stop a training that every snapshot of the last `stop_steps` steps shows as ruined.
+
+    A back-off repairs no NaN, and a rewind may: the stop waits until a rewind underway has ended and none is left.
+    """
+    state, config, seen = case.state, case.config, case.seen
+    since = state.ruined_since
+    if not config.stop or since is None or state.ruined_streak < config.stop_snapshots:
+        return None
+    if seen.step - since < config.stop_steps or not case.settled or state.rewinding or _may_rewind(case):
+        return None
+    action = Action(
+        kind="stop",
+        reason=f"stop: {_ruin(state, seen, case.risk, config)}, for {seen.step - since} steps",
+        expires_in_steps=config.expires_in_steps,
+    )
+    return (action,), replace(state, stopping=True), ""
+
+
+def _may_rewind(case: _Case) -> bool:
+    """Return True if a further alarm leads to a rewind."""
+    left = case.seen.rewinds and case.state.num_rewinds < case.config.max_rewinds
+    return case.config.name == "auto" and left and normalization(case.seen) >= 0.5 and _lower_cap(case) is not None
+
+
+def _ask_for_checkpoint(now: float, case: _Case) -> Proposal | None:
+    """Request one checkpoint at an alarm, before the damage: while the states and the loss are finite."""
+    state, config, seen = case.state, case.config, case.seen
+    if not config.checkpoint or not case.alarmed or state.checkpoint_asked:
+        return None
+    if seen.non_finite or _finite(seen.training.loss) is False:
+        return None
+    if len(state.action_times) >= config.max_actions_per_hour:
+        return None
+    action = Action(
+        kind="checkpoint",
+        reason=f"risk {case.risk.value:.2f}: checkpoint",
+        expires_in_steps=config.expires_in_steps,
+    )
+    following = replace(state, checkpoint_asked=True, action_times=(*state.action_times, now))
+    return (action,), following, ""
 
 
 def _cap(case: _Case) -> Proposal | None:

@@ -18,6 +18,8 @@ LEFT_OUT = ("--help", "--install-completion", "--show-completion")
 VARIABLES = {
     "KOOPMON_ENDPOINT": "Endpoint of the monitor for an agent; `koopmon run` sets it for the job",
     "KOOPMON_RUN": "Name of the run. Absent: the script's name and 8 hex digits",
+    "KOOPMON_TABLE__KEY": "Value of `[table] key` in the configuration, as KOOPMON_MODEL__STACK; an option replaces it",
+    "KOOPMON_NOTICES": "Lines of rank 0 on standard error: `all`, `changes` without the closing line, or `none`",
     "KOOPMON_CONFIG": "Configuration file if `--config` is absent",
     "KOOPMON_KEYS": "Directory of the key files if `--keys` and `[security] keys` are absent",
     "KOOPMON_HTTP_TOKEN": "Bearer token for the monitor's pages, instead of `[http] token_file`",
@@ -32,6 +34,7 @@ VARIABLES = {
 STATUSES = {
     0: "Success. For `koopmon monitor` also the end by SIGTERM or SIGINT, after it has recorded everything.",
     2: "Unknown option or argument, or one that the verb does not allow.",
+    70: "`koopmon run --allow-stop` ended the job, because its training was ruined.",
     130: "Ctrl-C, in every verb except `run` and `monitor`; also the end of the input at a question.",
     141: "The reader of the output closed the pipe, as `head` does.",
 }

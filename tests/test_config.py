@@ -80,3 +80,43 @@ def test_a_hint_that_every_hello_repeats_is_logged_once(caplog: pytest.LogCaptur
     for _ in range(20):
         merged(RiskConfig(), {"no_such_key": 1.0, "prior_slope": -1e9}, "a source of this test")
     assert len(caplog.records) == 2
+
+
+def test_a_variable_of_the_environment_is_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "k.toml"
+    file.write_text("[policy]\nact_risk = 0.5\nhold_steps = 7\n")
+    for name, value in {
+        "POLICY__ACT_RISK": "0.6",
+        "POLICY__STOP": "true",
+        "POLICY__NAME": "lr",
+        "MODEL__STACK": "transformer.h",
+        "MODEL__ADAPTER": "12",
+        "LIMITS__MAX_REWINDS": "3",
+        "LIMITS__REWIND_MAX_BYTES": "",
+        "RUN": "a__b",
+    }.items():
+        monkeypatch.setenv(f"KOOPMON_{name}", value)
+    config = load(file, overrides={"policy": {"name": "kss"}})
+    policy = config.policy
+    assert (policy.act_risk, policy.hold_steps, policy.stop, policy.name) == (0.6, 7, True, "kss")
+    assert (config.model.stack, config.limits.max_rewinds) == ("transformer.h", 3)
+    assert config.limits.rewind_max_bytes == Config().limits.rewind_max_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("KOOPMON_POLICY__ACT_RISK", "2", "policy.act_risk = 2"),
+        ("KOOPMON_POLICY__ACT_RISK", "high", "policy.act_risk = 'high'"),
+        ("KOOPMON_POLICY__ACT_RISC", "0.5", "did you mean act_risk?"),
+        ("KOOPMON_POLICEY__ACT_RISK", "0.5", "there is no table policey"),
+        ("KOOPMON_POLICY__ACT_RISK", "[[[", "policy.act_risk"),
+    ],
+)
+def test_a_wrong_variable_is_named(name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as refused:
+        load()
+    assert said in str(refused.value)
+    assert name in str(refused.value)
+    assert "\n" not in str(refused.value)

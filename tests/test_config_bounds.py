@@ -178,7 +178,13 @@ def test_every_number_that_the_monitor_sends_is_compared() -> None:
 
 
 def test_every_key_of_kss_and_of_the_steps_of_policy_is_compared() -> None:
-    own = {"kss.radius_margin", "policy.cooldown_steps", "policy.hold_steps", "policy.kss_hold_steps"}
+    own = {
+        "kss.radius_margin",
+        "policy.cooldown_steps",
+        "policy.hold_steps",
+        "policy.kss_hold_steps",
+        "policy.stop_steps",
+    }
     wanted = {key for key in KEYS if key.startswith("kss.") or (key.startswith("policy.") and key.endswith("_steps"))}
     assert wanted - own <= SENT.keys()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 
 import pytest
 
-from koopmon.logs import MAX_KEYS, MINUTE, LogLimit, announced, log_for_job
+from koopmon.logs import MAX_KEYS, MINUTE, LogLimit, announced, log_for_job, tell
 
 LOGGER = logging.getLogger("koopmon.test")
 
@@ -67,3 +69,26 @@ def test_the_oldest_keys_are_forgotten() -> None:
     assert limit.admit(1.0, "one more") == ""
     assert limit.admit(1.0, MAX_KEYS - 1) is None, "a recent key is kept"
     assert limit.admit(1.0, 0) == "", "the oldest key is forgotten, with its count"
+
+
+def test_news_go_to_standard_error_unless_the_application_logs_them(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("koopmon.a-test")
+    tell(logger, "one")
+    tell(logger, "two", rank=1)
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        tell(logger, "three", rank=0)
+    monkeypatch.setenv("RANK", "3")
+    tell(logger, "four")
+    assert capsys.readouterr().err == "koopmon: one\n"
+    assert [record.message for record in caplog.records] == ["koopmon: three"]
+
+
+def test_news_need_no_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("koopmon.a-test")
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, "stderr", stream)
+        tell(logger, "one")

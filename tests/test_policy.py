@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from msgspec import convert
 
 from koopmon.config import KssConfig, PolicyConfig
-from koopmon.policy import MAX_RATE, MIN_RATE, Action, Decision, PolicyState, acknowledge, decide, kss_shielded, rewound
+from koopmon.policy import (
+    MAX_RATE,
+    MIN_RATE,
+    Action,
+    Decision,
+    PolicyState,
+    acknowledge,
+    decide,
+    kss_shielded,
+    rewound,
+    stop_answered,
+)
 from koopmon.risk.online_detector import OnlineRisk
 from koopmon.wire.messages import Ack, Applied, KssSettings, Rate
 from tests.factories import observation
@@ -979,3 +990,350 @@ def test_after_a_rewind_calm_and_alarms_count_from_new_snapshots() -> None:
     before = PolicyState(phase="acting", rewinding=True, max_rate=0.1, acted_at=4, high_streak=3, calm_since=6)
     after = rewound(before, answer(Action(kind="rewind", reason="r"), step=9))
     assert after == replace(before, rewinding=False, acted_at=9, high_streak=0, calm_since=None)
+
+
+# A stop of a ruined training.
+
+NAN: dict[str, Any] = {"non_finite": True, "informative": False, "max_spectral_radius": None, "loss": math.nan}
+"""Fields of a snapshot of a training that is not finite."""
+
+
+def stopping(**fields: Any) -> Run:
+    """A run that may be stopped after 3 snapshots over 10 steps."""
+    return Run(PolicyConfig(**{"name": "lr", "stop": True, "stop_snapshots": 3, "stop_steps": 10, **fields}))
+
+
+def stops(run: Run) -> list[tuple[int, str]]:
+    return [(step, action.reason) for step, action in run.actions if action.kind == "stop"]
+
+
+def sparse(run: Run, risk: float, at: list[int], **fields: Any) -> list[tuple[int, str]]:
+    """Pass snapshots at these steps; return the stops."""
+    for step in at:
+        run.step = step
+        run.see(risk, **fields)
+    return stops(run)
+
+
+def test_a_training_that_is_not_finite_is_stopped_after_its_steps() -> None:
+    run = stopping()
+    run.see(CALM, steps=3, loss=2.0)
+    run.see(1.0, steps=11, **NAN)
+    assert stops(run) == []
+    decision = run.see(1.0, steps=2, **NAN)
+    ((step, reason),) = stops(run)
+    assert reason == f"stop: the states and the loss are not finite, for {step - 3} steps"
+    assert step - 3 in (10, 11, 12), "between two back-offs"
+    assert decision.state.stopping
+    (action,) = (action for _, action in run.actions if action.kind == "stop")
+    assert (action.expires_in_steps, action.lr_scale, action.ramp_steps) == (run.config.expires_in_steps, None, 0)
+
+
+def test_no_run_is_stopped_unless_it_is_allowed() -> None:
+    assert PolicyConfig().stop is False
+    run = stopping(stop=False)
+    run.see(1.0, steps=3000, **NAN)
+    watched = stopping(name="observe")
+    watched.see(1.0, steps=3000, **NAN)
+    assert stops(run) == stops(watched) == []
+
+
+def test_the_defaults_are_five_snapshots_over_a_hundred_steps() -> None:
+    run = Run(PolicyConfig(name="kss", stop=True))
+    assert sparse(run, 1.0, [0, 20, 40, 60, 99, 100, 120], **NAN) == [
+        (100, "stop: the states and the loss are not finite, for 100 steps")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("at", "stopped"),
+    [
+        ([0, 5, 10], 10),
+        ([0, 10], None),
+        ([0, 10, 11], 11),
+        ([0, 8, 9], None),
+        ([0, 1, 2, 3, 9], None),
+        ([0, 1, 2, 3, 10], 10),
+    ],
+)
+def test_a_stop_takes_enough_snapshots_and_enough_steps(at: list[int], stopped: int | None) -> None:
+    run = stopping(name="kss")
+    assert [step for step, _ in sparse(run, 1.0, at, **NAN)] == ([] if stopped is None else [stopped])
+
+
+@pytest.mark.parametrize(
+    ("fields", "sign"),
+    [
+        ({"loss": math.nan}, "loss"),
+        ({"loss": math.inf, "grad_norm": 3.0}, "loss"),
+        ({"loss": math.nan, "grad_norm": math.nan}, "loss"),
+        ({"loss": 2.0, "grad_norm": math.nan}, "gradient norm"),
+        ({"loss": None, "grad_norm": math.inf}, "gradient norm"),
+        ({"loss": None, "grad_norm": None}, ""),
+        ({"loss": 2.0, "grad_norm": None}, ""),
+        ({"loss": 2.0, "grad_norm": 3.0}, ""),
+        ({"loss": None, "grad_norm": 3.0}, ""),
+    ],
+)
+def test_states_that_are_not_finite_need_a_second_fact(fields: dict[str, Any], sign: str) -> None:
+    """The states of padding tokens may be NaN in a healthy training."""
+    run = stopping(name="kss")
+    found = sparse(run, 1.0, list(range(40)), **{**NAN, **fields})
+    assert [reason for _, reason in found] == (
+        [f"stop: the states and the {sign} are not finite, for 10 steps"] * (sign != "")
+    )
+
+
+def test_a_loss_that_is_not_finite_with_finite_states_stops_nothing() -> None:
+    """A batch without labels has a loss of NaN."""
+    run = stopping(name="kss")
+    assert sparse(run, CALM, list(range(100)), loss=math.nan) == []
+
+
+def test_one_sound_snapshot_begins_the_count_again() -> None:
+    run = stopping(name="kss")
+    run.see(1.0, steps=10, **NAN)
+    assert (run.state.ruined_streak, run.state.ruined_since) == (10, 0)
+    run.see(1.0, **{**NAN, "loss": 2.0})
+    assert (run.state.ruined_streak, run.state.ruined_since) == (0, None)
+    run.see(1.0, steps=10, **NAN)
+    assert stops(run) == []
+    run.see(1.0, **NAN)
+    assert [step for step, _ in stops(run)] == [21]
+
+
+def spent(run: Run, risk: float = SEVERE, loss: float | None = 9.0, **fields: Any) -> list[tuple[int, str]]:
+    """See a first loss of 4, then an alarm until the scale is as low as it may be and long after."""
+    run.see(CALM, loss=4.0)
+    for _ in range(100):
+        run.see(risk, **{"loss": loss, "lr_scale": run.state.lr_scale, **fields})
+    return stops(run)
+
+
+def test_a_training_that_nothing_helped_is_stopped() -> None:
+    run = stopping()
+    ((step, reason),) = spent(run)
+    lowest = next(at for at, scale in run.scales if scale == run.config.min_lr_scale)
+    assert step >= lowest + 10
+    worse = "the loss is 9, 2.2 times its first value, at the lowest learning-rate scale"
+    assert reason == f"stop: {worse}, for {step - lowest - 1} steps"
+    assert run.actions[-1][0] == step, "no command follows a stop"
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        ({}, {"loss": 7.9}),
+        ({}, {"loss": None}),
+        ({}, {"loss": math.nan}),
+        ({}, {"risk": 0.79}),
+        ({"stop_loss_ratio": 3.0}, {}),
+        ({"name": "kss"}, {}),
+    ],
+    ids=["it still learns", "no loss", "one fact", "not severe", "a higher ratio", "a policy that lowers no rate"],
+)
+def test_without_confirmation_nothing_is_stopped(config: dict[str, Any], fields: dict[str, Any]) -> None:
+    assert spent(stopping(**config), **fields) == []
+
+
+def test_the_bounds_of_a_ruin_belong_to_it() -> None:
+    assert len(spent(stopping(), risk=0.8, loss=8.0)) == 1
+
+
+def test_above_the_lowest_scale_something_is_left_to_do() -> None:
+    run = stopping(max_actions_per_hour=1)
+    assert spent(run) == []
+    assert 0.125 < run.state.lr_scale < 1.0
+    capped = stopping(max_actions_per_hour=2)
+    assert len(spent(capped, lr_scale=0.125)) == 1, "a cap holds the scale in force down"
+
+
+def test_a_lowest_scale_that_is_commanded_leaves_nothing_either() -> None:
+    run = stopping()
+    run.state = replace(run.state, lr_scale=0.125, first_loss=4.0)
+    assert len(sparse(run, SEVERE, list(range(30)), loss=9.0, lr_scale=1.0)) == 1
+
+
+def test_a_small_first_loss_has_a_ratio_too() -> None:
+    run = stopping()
+    run.state = replace(run.state, lr_scale=0.125, first_loss=0.5)
+    assert len(sparse(run, SEVERE, list(range(30)), loss=1.0)) == 1
+
+
+@pytest.mark.parametrize(("exponent", "waits"), [(0.24, True), (0.29, True), (0.31, False)])
+def test_layers_that_are_more_normalised_than_not_may_be_rewound(exponent: float, waits: bool) -> None:
+    run = stopping(name="auto")
+    run.excess = 6.0
+    run.step = 20
+    run.state = replace(run.state, ruined_streak=12, ruined_since=0)
+    run.see(1.0, **normalised(**{**NAN, "update_exponent": exponent}))
+    assert [action.kind for _, action in run.actions] == (["set_lr_scale", "rewind"] if waits else ["stop"])
+
+
+@pytest.mark.parametrize("first", [0.0, -1.0])
+def test_a_first_loss_that_is_not_positive_has_no_ratio(first: float) -> None:
+    run = stopping()
+    run.see(CALM, loss=first)
+    run.see(SEVERE, steps=100, loss=9.0, lr_scale=0.125)
+    assert stops(run) == []
+
+
+def test_the_first_loss_is_the_first_finite_one() -> None:
+    run = stopping()
+    for loss in (None, math.nan, math.inf, 3.0, 2.0, None):
+        run.see(CALM, loss=loss)
+    assert run.state.first_loss == 3.0
+
+
+def test_a_stop_waits_for_the_effect_of_the_last_action() -> None:
+    run = stopping(cooldown_steps=20)
+    run.see(1.0, steps=1, **NAN)
+    assert run.state.acted_at == 0
+    run.see(1.0, steps=19, **NAN)
+    assert stops(run) == []
+    run.see(1.0, **NAN)
+    assert [step for step, _ in stops(run)] == [20]
+
+
+def test_a_stop_waits_while_a_rewind_may_help() -> None:
+    run = Run(PolicyConfig(stop=True, stop_snapshots=3, stop_steps=10, max_rewinds=2))
+    run.excess = 6.0
+    broken = normalised(**NAN)
+    run.see(1.0, **broken)
+    assert [action.kind for _, action in run.actions] == ["set_lr_scale", "rewind"]
+    run.see(1.0, steps=60, **broken)
+    assert stops(run) == [], "the rewind is not answered"
+    for number in (1, 2):
+        run.state = rewound(run.state, answer(Action(kind="rewind", reason="r"), step=run.step))
+        run.see(1.0, steps=run.config.cooldown_steps + 1, **broken)
+        assert run.state.num_rewinds == 2
+        assert len(stops(run)) == number - 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "config"),
+    [
+        ({"rewinds": False}, {}),
+        ({"update_exponent": 1.0}, {}),
+        ({"learning_rate": None}, {}),
+        ({}, {"max_rewinds": 0}),
+        ({}, {"name": "lr"}),
+    ],
+)
+def test_a_rewind_that_will_not_come_delays_no_stop(fields: dict[str, Any], config: dict[str, Any]) -> None:
+    run = stopping(**{"name": "auto", **config})
+    run.excess = 6.0
+    run.see(1.0, steps=13, **normalised(**{**NAN, **fields}))
+    assert len(stops(run)) == 1
+
+
+def test_no_command_follows_a_stop_while_the_training_is_ruined() -> None:
+    run = stopping()
+    run.see(1.0, steps=60, **NAN)
+    ((step, _),) = stops(run)
+    assert run.actions[-1][0] == step
+    run.state = stop_answered(run.state, answer(run.actions[-1][1]))
+    run.see(1.0, steps=60, **NAN)
+    assert len(stops(run)) == 1
+    run.see(SEVERE, steps=20, loss=2.0, lr_scale=0.125)
+    assert not run.state.stopping, "the loop went on, and the training has recovered"
+    run.see(CALM, steps=2000, loss=2.0)
+    assert run.state.lr_scale > 0.125
+
+
+@pytest.mark.parametrize("outcome", ["refused", "failed", "expired"])
+def test_a_stop_that_was_not_applied_may_follow_again(outcome: Any) -> None:
+    run = stopping(name="kss")
+    run.see(1.0, steps=11, **NAN)
+    (stop,) = (action for _, action in run.actions)
+    run.state = stop_answered(run.state, answer(stop, outcome))
+    assert (run.state.stopping, run.state.ruined_streak, run.state.ruined_since) == (False, 0, None)
+    run.see(1.0, steps=10, **NAN)
+    assert len(stops(run)) == 1
+    run.see(1.0, **NAN)
+    assert len(stops(run)) == 2
+
+
+def test_an_applied_stop_leaves_the_state() -> None:
+    run = stopping(name="kss")
+    run.see(1.0, steps=11, **NAN)
+    assert run.state.stopping
+    for outcome in ("applied", "duplicate"):
+        assert stop_answered(run.state, answer(run.actions[0][1], outcome)) == run.state
+
+
+def test_a_count_of_steps_that_starts_again_delays_no_stop_for_ever() -> None:
+    run = stopping(name="kss")
+    run.step = 1_000_000
+    run.see(1.0, steps=2, **NAN)
+    assert [step for step, _ in sparse(run, 1.0, list(range(12)), **NAN)] == [10]
+
+
+def test_a_stop_counts_in_the_budget() -> None:
+    run = stopping(name="kss", max_actions_per_hour=0)
+    run.see(1.0, steps=40, **NAN)
+    assert stops(run) == []
+    assert not run.state.stopping
+
+
+# A checkpoint at an alarm.
+
+
+def checkpoints(run: Run) -> list[int]:
+    return [step for step, action in run.actions if action.kind == "checkpoint"]
+
+
+def test_an_alarm_asks_for_one_checkpoint_beside_the_back_off() -> None:
+    run = Run(PolicyConfig(name="lr", checkpoint=True))
+    run.see(CALM, steps=3, loss=2.0)
+    decision = run.see(HIGH, loss=2.0)
+    assert [action.kind for action in decision.commands] == ["set_cadence", "checkpoint", "set_lr_scale"]
+    assert decision.commands[1].reason == "risk 0.70: checkpoint"
+    assert decision.commands[1].expires_in_steps == run.config.expires_in_steps
+    assert "learning rate" in decision.reason
+    assert len(run.state.action_times) == 2
+    run.see(SEVERE, steps=50, loss=2.0)
+    run.see(WATCH, steps=50, loss=2.0)
+    run.see(HIGH, steps=50, loss=2.0)
+    assert checkpoints(run) == [3], "the alarm was not over"
+    run.see(CALM, loss=2.0)
+    run.see(HIGH, loss=2.0)
+    assert checkpoints(run) == [3, 155]
+
+
+def test_a_checkpoint_is_asked_for_by_the_configuration_only() -> None:
+    assert PolicyConfig().checkpoint is False
+    plain, watched = Run(PolicyConfig(name="lr")), Run(PolicyConfig(name="observe", checkpoint=True))
+    for run in (plain, watched):
+        run.see(SEVERE, steps=50)
+        assert checkpoints(run) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "asks"), [({"loss": None}, 1), ({"loss": math.nan}, 0), (NAN, 0), ({**NAN, "loss": 2.0}, 0)]
+)
+def test_a_checkpoint_comes_before_the_damage_or_not_at_all(fields: dict[str, Any], asks: int) -> None:
+    run = Run(PolicyConfig(name="lr", checkpoint=True))
+    run.see(SEVERE, steps=20, **fields)
+    assert len(checkpoints(run)) == asks
+
+
+def test_a_checkpoint_waits_for_the_confirmation_of_the_alarm() -> None:
+    run = Run(PolicyConfig(name="lr", checkpoint=True, confirm_snapshots=3))
+    run.see(HIGH, steps=4)
+    assert checkpoints(run) == [2]
+
+
+def test_a_checkpoint_counts_in_the_budget() -> None:
+    run = Run(PolicyConfig(name="kss", checkpoint=True, max_actions_per_hour=1), kss=KssConfig(alpha=0.0))
+    for _ in range(2):
+        run.see(HIGH)
+        run.see(CALM)
+    assert checkpoints(run) == [0]
+    assert run.state.action_times == (0.0,)
+
+
+def test_a_checkpoint_is_a_reason_where_nothing_else_is_done() -> None:
+    run = Run(PolicyConfig(name="kss", checkpoint=True), kss=KssConfig(alpha=0.0))
+    run.state = replace(run.state, dense_until=60)
+    assert run.see(HIGH).reason == "risk 0.70: checkpoint"

@@ -69,6 +69,7 @@ GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("koopmon/agent/control/a*.py",), ("tests/agent/control/test_a*.py",)),
     (("koopmon/agent/control/kss/*.py",), ("tests/agent/control/kss/test_*.py",)),
     (("koopmon/agent/control/kept_settings.py",), ("tests/agent/control/test_kept_settings.py",)),
+    (("koopmon/agent/control/loop_requests.py",), ("tests/agent/control/test_loop_requests.py",)),
     (("koopmon/agent/control/lr_backoff.py",), ("tests/agent/control/test_lr_backoff.py",)),
     (("koopmon/agent/control/optimizer_set.py",), ("tests/agent/control/test_optimizer_set.py",)),
     (("koopmon/agent/control/rank_group.py",), ("tests/agent/control/test_rank_group.py",)),

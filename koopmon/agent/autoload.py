@@ -237,7 +237,8 @@ class _Watch:
                         self._regroup(root, stepping)
             elif before is not None and attached_steps != before:
                 self._waiting.pop(stepping, None)
-                self._log("two models train in this process: koopmon guards the first one only")
+                watched, other = type(model).__name__, _model_of(stepping)
+                self._log(f"two models train in this process: koopmon watches {watched}, and not {other}")
 
         self._waiting[optimizer] = after_step
         self._follow_steps()
@@ -297,6 +298,15 @@ def root_module(optimizer: Optimizer) -> nn.Module:
     raise RootNotFoundError(
         "no one model owns all of the optimizer's parameters; call koopmon.attach(model, optimizer)"
     )
+
+
+def _model_of(optimizer: Optimizer) -> str:
+    """Return the class of the model that `optimizer` updates, with that of the optimizer."""
+    try:
+        model = type(root_module(optimizer)).__name__
+    except RootNotFoundError:
+        model = "the model"
+    return f"{model} under {type(optimizer).__name__}"
 
 
 def _owns(module: nn.Module, parameters: frozenset[int]) -> bool:

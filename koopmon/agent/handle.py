@@ -34,8 +34,19 @@ class Agent:
 
     @property
     def should_stop(self) -> bool:
-        """True after a stop command of the monitor, from the same step on all ranks. The loop may read it."""
-        return self._runtime is not None and self._runtime.lifecycle.state.control.stop
+        """True after a stop command of the monitor, from the end of the same step on all ranks.
+
+        A loop that reads it after each step and then leaves ends the training in good order.
+        """
+        return self._runtime is not None and self._runtime.granted("stop")
+
+    @property
+    def should_checkpoint(self) -> bool:
+        """True for one step after a checkpoint command of the monitor: the same step on all ranks.
+
+        A loop that reads it once per step, after the update, sees each request once.
+        """
+        return self._runtime is not None and self._runtime.granted("checkpoint")
 
     def log(self, *, loss: float | Tensor | None = None, grad_norm: float | Tensor | None = None) -> None:
         """Report the loss and the gradient's norm to the monitor, in the user's own units.

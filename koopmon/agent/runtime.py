@@ -9,6 +9,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 from statistics import median_low
 from typing import Any
 
@@ -22,9 +23,10 @@ from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.comms.control_channel import RankInfo
 from koopmon.agent.comms.io_thread import IOThread
 from koopmon.agent.control.action import ControlAction, NextForwards, Update
-from koopmon.agent.control.actuator import Actuator
+from koopmon.agent.control.actuator import Actuator, CommandResult
 from koopmon.agent.control.all_actions import make_actions
 from koopmon.agent.control.kept_settings import VARIABLE, KeptSettings
+from koopmon.agent.control.loop_requests import LoopRequest
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rank_group import RankGroup, ReplicaFingerprint
 from koopmon.agent.control.step_clock import StepClock, is_nested, stepping_optimizers
@@ -39,6 +41,7 @@ from koopmon.agent.lifecycle import (
     WaitingForRanks,
     Watching,
 )
+from koopmon.agent.notices import Notices
 from koopmon.agent.parallelism import UNKNOWN, DataRanks, ParallelLayout, Role, data_ranks, decide_role, inspect_layout
 from koopmon.agent.rank_identity import RankContext, RunRendezvous, current_context, default_run_name, store_prefix
 from koopmon.agent.stats import AgentStats
@@ -47,7 +50,7 @@ from koopmon.config import Config
 from koopmon.logs import announced, log_for_job
 from koopmon.plugins import Selection, source
 from koopmon.wire.auth_policy import AuthPolicy
-from koopmon.wire.messages import Applied
+from koopmon.wire.messages import Applied, CommandKind
 
 logger = logging.getLogger("koopmon.agent")
 
@@ -79,10 +82,12 @@ class AgentRuntime:
         self.adapter = selection.adapter
         self.closed = False
         self.stats = AgentStats()
+        self.notices = Notices(self.stats)
         self.breaker = CircuitBreaker("the agent", self.stand_down)
         self.actions = make_actions(config, self.stats, self.breaker)
         self._lasting = tuple(action for action in self.actions if action.lasting)
         self._others = tuple(action for action in self.actions if not action.lasting)
+        self._loop_requests = {each.kind: each for each in self.actions if isinstance(each, LoopRequest)}
         self.lifecycle = LifeCycle(self.actions, self.stats, config.control)
         self._model = weakref.ref(model)
         self.optimizers = OptimizerSet()
@@ -105,8 +110,10 @@ class AgentRuntime:
         self._pid = os.getpid()
         self._kept: KeptSettings | None = None
         self._restored: Applied | None = None
+        self._role_reason = ""
         self._closables: list[IOThread | RankGroup] = []
         self._finalizer = weakref.finalize(self, _shut_down, self._pid, self._closables)
+        weakref.finalize(self, _say_end, self.notices, self.lifecycle)
         for action in self.actions:
             action.inspect(model, self.optimizers, selection)
         self.taps = ResidualTaps(
@@ -154,6 +161,12 @@ class AgentRuntime:
         """The reason why the agent is off; empty while it is on."""
         return "closed" if self.closed else self.breaker.reason or self.taps.failure
 
+    def granted(self, kind: CommandKind) -> bool:
+        """Return True while the loop should follow a request of this kind. Equal on all ranks after each step."""
+        request = self._loop_requests[kind]
+        request.was_read = True
+        return request.granted
+
     @property
     def io_thread(self) -> IOThread | None:
         """The I/O thread. None on a rank that sends no snapshots, and while the ranks are unknown."""
@@ -168,6 +181,7 @@ class AgentRuntime:
             return
         schedule = SnapshotSchedule(config.cadence, self._budget, self.stats)
         ranks = data_ranks(model, world)
+        self.notices.meet(world.rank)
         rank = RankParts(world, ranks, self.stats, schedule, self._make_sender(world, ranks))
         if self._run and (directory := os.environ.get(VARIABLE)):
             self._kept = KeptSettings(directory, self._run, world.rank)
@@ -220,7 +234,7 @@ class AgentRuntime:
         elif isinstance(self.lifecycle.state, Verifying):
             if decision.reason:
                 log_for_job(logger, f"watch-only: {decision.reason}", rank=rank.world.rank)
-            acts = decision.role is Role.ACT
+            acts, self._role_reason = decision.role is Role.ACT, decision.reason
             self.lifecycle.enter(self._acting(rank, layout, fingerprint) if acts else Watching(rank, layout))
             if not acts:
                 self._end_actions()
@@ -239,7 +253,7 @@ class AgentRuntime:
             rank.schedule,
             layout=layout,
             requests=self.lifecycle.requests,
-            report=rank.report,
+            report=partial(_report, rank, self.notices),
             group=group,
             restored=self._restored,
         )
@@ -268,6 +282,7 @@ class AgentRuntime:
         if self._kept is not None and not reason:
             self._kept.clear()
         self.taps.remove()
+        self.notices.closed(self.lifecycle.applied(), self.breaker.reason or self.taps.failure)
         for action in self.actions:
             action.revert()
         self.lifecycle.enter(StoodDown(self.lifecycle.state))
@@ -341,6 +356,23 @@ class AgentRuntime:
         if (io_thread := self.io_thread) is not None:
             io_thread.post(snapshot)
             self._budget.spend(0.0, snapshot.states.nbytes)
+            self._tell_attached(io_thread)
+
+    def _tell_attached(self, io_thread: IOThread) -> None:
+        state, stack, model, identity = self.lifecycle.state, self.taps.stack, self._model(), io_thread.identity
+        if not isinstance(state, RankedState) or stack is None or model is None or identity is None:
+            return
+        self.notices.attached(
+            identity.run,
+            model,
+            self.optimizers,
+            stack=stack.name,
+            num_layers=len(stack.points),
+            width=self.taps.width or 0,
+            num_ranks=state.rank.world.size,
+            acts=state.acts,
+            reason=self._role_reason,
+        )
 
     # Hooks of the optimizers.
 
@@ -378,6 +410,8 @@ class AgentRuntime:
 
     def _end_step(self) -> None:
         self._clock.end_step()
+        for request in self._loop_requests.values():
+            request.on_step_end()
         self.breaker.hook(self._after_step)()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -432,6 +466,17 @@ def _family(adapter: ArchitectureAdapter, actions: tuple[ControlAction, ...]) ->
     for action in actions:
         fields |= action.hello(adapter)
     return fields
+
+
+def _report(rank: RankParts, notices: Notices, result: CommandResult) -> None:
+    """Send the outcome of a command, and print it. No method: the I/O thread holds it, and must not hold the model."""
+    rank.report(result)
+    notices.changed(result)
+
+
+def _say_end(notices: Notices, lifecycle: LifeCycle) -> None:
+    """Print the closing line of a training that nobody closed."""
+    notices.closed(lifecycle.applied(), "")
 
 
 def _shut_down(pid: int, closables: list[IOThread | RankGroup]) -> None:

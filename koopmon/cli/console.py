@@ -22,6 +22,10 @@ def set_verbosity(verbosity: Verbosity) -> None:
         configure_logging()
 
 
+def is_quiet() -> bool:
+    return _verbosity == "quiet"
+
+
 def say(text: str) -> None:
     """Print a message about the progress: one line with the prefix `koopmon:` on standard error."""
     if _verbosity != "quiet":

@@ -13,6 +13,7 @@ from koopmon.agent.autoload import LAUNCHERS
 _NODE_OPTIONS = ("--nnodes", "--num-machines", "--num-nodes")
 _SLURM_NODE_OPTIONS = ("--nodes", "-N")
 _OPTION = re.compile(r"(?P<name>--[\w-]+|-N)=?(?P<value>.*)")
+_PYTHON = re.compile(r"python(\d+(\.\d+)?)?")
 _NODE_VARIABLES = ("SLURM_NNODES", "SLURM_JOB_NUM_NODES", "PET_NNODES")
 _RANK_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
@@ -51,6 +52,25 @@ def script_name(command: Sequence[str]) -> str:
         if word.endswith(".py"):
             return Path(word).stem
     return Path(command[0]).name
+
+
+def isolation(command: Sequence[str]) -> str:
+    """Return the option of Python in `command` that keeps koopmon out, such as "-I"; empty without one.
+
+    `-I` and `-E` ignore PYTHONPATH, and `-S` runs no sitecustomize.
+    """
+    programs = (index for index, word in enumerate(command) if _PYTHON.fullmatch(Path(word).name))
+    words = iter(command[next(programs, len(command)) + 1 :])
+    for word in words:
+        if not re.fullmatch(r"-[A-Za-z]+", word) or word in ("-m", "-c"):
+            return ""
+        if word in ("-W", "-X"):
+            next(words, "")
+        elif not word.startswith(("-W", "-X")) and (
+            flag := re.search("[IES]", word.partition("c")[0].partition("m")[0])
+        ):
+            return f"-{flag[0]}"
+    return ""
 
 
 def state_directory() -> Path:

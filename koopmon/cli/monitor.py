@@ -49,6 +49,9 @@ def monitor(
     config: ConfigFile = None,
     policy: Policy = None,
     dry_run: DryRun = False,
+    allow_stop: Annotated[
+        bool, typer.Option("--allow-stop", help="Request the end of a ruined training ([policy] stop).")
+    ] = False,
     keys: KeysDirectory = None,
     insecure_plaintext_tcp: PlaintextTcp = False,
     grafana_url: Annotated[
@@ -72,7 +75,7 @@ def monitor(
     SIGTERM and SIGINT end it with status 0, after the history is written. The status of --test-notify is 1 if a target
     did not take the test.
     """
-    given = overrides("policy", name=policy, dry_run=dry_run)
+    given = overrides("policy", name=policy, dry_run=dry_run, stop=allow_stop)
     given |= overrides("security", keys=keys, insecure_plaintext_tcp=insecure_plaintext_tcp)
     given |= overrides("grafana", url=grafana_url, token_file=grafana_token_file)
     given |= overrides("http", web_config=web_config)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +16,11 @@ import msgspec
 import typer
 
 from koopmon.agent.autoload import python_path
-from koopmon.cli.console import say, warn
+from koopmon.cli.console import is_quiet, say, set_verbosity, warn
 from koopmon.cli.embedded import POLL_SECONDS, EmbeddedMonitor, MonitorNotReadyError
-from koopmon.cli.launch_inspection import run_store, script_name, spread
+from koopmon.cli.job_stop import ENDED_BY_KOOPMON, JobStop
+from koopmon.cli.job_stop import POLL_SECONDS as STOP_POLL_SECONDS
+from koopmon.cli.launch_inspection import isolation, run_store, script_name, spread
 from koopmon.cli.options import (
     ConfigFile,
     DryRun,
@@ -28,13 +31,16 @@ from koopmon.cli.options import (
     option,
     overrides,
 )
-from koopmon.cli.supervise import run_job, signals_held
-from koopmon.config import load
+from koopmon.cli.supervise import check_command, run_job, signals_held
+from koopmon.config import Config, load
 from koopmon.errors import ConfigError, KoopmonError
+from koopmon.monitor.http.address import listen
 from koopmon.run_names import check_run_name, new_run_name
 from koopmon.wire.auth_policy import PLAINTEXT_VARIABLE, AuthPolicy, make_auth_policy
 
 ANSWER_SECONDS = 2.0
+NOTICES = "KOOPMON_NOTICES"
+"""The variable of `koopmon.agent.notices`, which imports torch."""
 KEPT_SETTINGS = "KOOPMON_KEPT_SETTINGS"
 """The variable of `koopmon.agent.control.kept_settings`, which imports torch."""
 
@@ -64,29 +70,46 @@ def run(
     store: Annotated[Path | None, option("FILE", "The job's history. Default: under XDG_STATE_HOME.")] = None,
     sd_directory: TargetsDirectory = None,
     summary: Annotated[Path | None, option("FILE", "Write the closing summary to this file, as JSON.")] = None,
+    allow_stop: Annotated[
+        bool,
+        typer.Option("--allow-stop", help="End the job, with status 70, if its training is ruined ([policy] stop)."),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print faults only.")] = False,
 ) -> int:
     """Guard an unchanged training job, on one node with a monitor of its own.
 
     koopmon does not touch the job's output. It forwards signals, and returns the job's exit status (128 + n after
-    signal n).
+    signal n). With `--allow-stop` it sends SIGTERM to a job that ignores the monitor's request to stop.
 
     The job starts at once, and its monitor beside it. If the monitor does not start, one line says so, and the job runs
     unguarded. A mistake on this command line is refused before the job starts.
     """
     if not hasattr(signal, "sigwaitinfo"):
         raise KoopmonError("koopmon needs Linux")
-    given = overrides("policy", name=policy, dry_run=dry_run)
+    given = overrides("policy", name=policy, dry_run=dry_run, stop=allow_stop)
     given |= overrides("security", keys=keys, insecure_plaintext_tcp=insecure_plaintext_tcp)
     settings = load(config, overrides=given)
     if name is not None:
         check_run_name(name, "--run")
+    if allow_stop and settings.policy.name == "observe":
+        raise ConfigError("--allow-stop: the policy observe only watches, and stops no training")
+    if quiet:
+        set_verbosity("quiet")
     where = spread(command, os.environ)
+    if option_of_python := isolation(command):
+        warn(
+            f"python {option_of_python} attaches nothing by itself: call koopmon.attach(model, optimizer) in the script"
+        )
     named = name or new_run_name(script_name(command))
     for_agents = {"KOOPMON_RUN": named, "KOOPMON_CONFIG": None if config is None else str(config.resolve())}
+    for_agents[NOTICES] = "none" if is_quiet() else None
     of_monitor = {"--policy": policy, "--dry-run": dry_run or None, "--http": http, "--store": store}
     of_monitor["--sd-directory"] = sd_directory
     if monitor is not None:
         _refuse(of_monitor, "belongs to the monitor: give it to `koopmon monitor`, not beside --monitor")
+        _refuse(
+            {"--allow-stop": allow_stop or None}, "needs the job's own monitor; give [policy] stop to the other one"
+        )
         _refuse({"--summary": summary}, "with --monitor the monitor has the history: use `koopmon report`")
         trust = make_auth_policy(**msgspec.structs.asdict(settings.security), environ=os.environ)
         for_agents["KOOPMON_KEYS"] = None if keys is None else str(keys.absolute())
@@ -96,6 +119,7 @@ def run(
             for_agents["KOOPMON_RUN"] = name
         else:
             for_agents[KEPT_SETTINGS] = str(_default_store(named).parent)
+        check_command(command)
         return _run_with_shared_monitor(command, monitor, trust, for_agents)
     only_shared = {"--keys": keys, "--insecure-plaintext-tcp": insecure_plaintext_tcp or None}
     _refuse(only_shared, "needs --monitor: only this user reaches the job's own monitor")
@@ -104,17 +128,61 @@ def run(
             f"the job is on other nodes too, or this is one of its ranks ({where}): start `koopmon monitor` where all "
             "ranks reach it, and give its endpoint with --monitor"
         )
-    if summary is not None and not summary.absolute().parent.is_dir():
-        raise ConfigError(f"--summary {summary}: there is no directory {summary.parent}")
+    _check_options(settings, http, store, summary)
+    check_command(command)
     options = {"--http": http or "127.0.0.1:0", "--policy": policy, "--config": None if config is None else str(config)}
     options |= {"--sd-directory": None if sd_directory is None else str(sd_directory), "--sd-run": named}
     words = [word for name, value in options.items() if value is not None for word in (name, value)]
-    words += ["--dry-run"] if dry_run else []
+    words += ["--dry-run"] * dry_run + ["--allow-stop"] * allow_stop
+    for_agents[NOTICES] = for_agents[NOTICES] or "changes"
     store = store or _default_store(named)
     for_agents[KEPT_SETTINGS] = str(store.absolute().parent)
-    status, served = _run_with_own_monitor(command, named, store, words, for_agents)
-    _close_with_summary(store, named, status, summary, served=served)
+    mode = ""
+    if settings.policy.name == "observe" or settings.policy.dry_run:
+        mode = "; it only watches: " + ("policy observe" if settings.policy.name == "observe" else "dry run")
+    since = time.time()
+    job_stop = JobStop(store, named) if allow_stop else None
+    status, served = _run_with_own_monitor(command, named, store, words, for_agents, job_stop, mode)
+    _close_with_summary(store, named, status, summary, since, served=served)
+    if job_stop is not None and job_stop.due:
+        warn(f"run {named}: koopmon ended the job, which had status {status}: {job_stop.reason}")
+        return ENDED_BY_KOOPMON
     return status
+
+
+def _check_options(settings: Config, http: str | None, store: Path | None, summary: Path | None) -> None:
+    """Refuse values that the own monitor, or the end of the job, would fail on. Raises KoopmonError."""
+    if http is not None:
+        listen(http, exposed=settings.http.insecure_plaintext or bool(settings.http.tls_certificate)).close()
+    if store is not None:
+        _check_store(store)
+    if summary is not None:
+        _check_writable(summary, "--summary")
+
+
+def _check_store(store: Path) -> None:
+    try:
+        store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--store {store}: {error.filename}: {error.strerror}") from None
+    _check_writable(store, "--store")
+    if store.exists() and store.stat().st_size:
+        from koopmon.history.reader import HistoryReader
+
+        HistoryReader.open(store).close()
+
+
+def _check_writable(path: Path, name: str) -> None:
+    """Raise ConfigError if no file can be written at `path`. An existing file keeps its content."""
+    if path.is_dir():
+        raise ConfigError(f"{name} {path}: a directory, expected a file")
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{name} {path}: {error.strerror}") from None
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ConfigError(f"{name} {path}: not writable")
 
 
 def _guarded(endpoint: str, for_agents: Mapping[str, str | None]) -> dict[str, str]:
@@ -134,17 +202,32 @@ def _run_with_shared_monitor(
 
     endpoint = trust.check(monitor)
     trust.check_agent_keys(endpoint)
+    name = for_agents["KOOPMON_RUN"]
+    whose = "" if name is None else f"run {name}: "
     found = probe(endpoint, trust, timeout_seconds=ANSWER_SECONDS)
     if found.reply is None and not found.refused:
         because = f" ({found.failure})" if found.failure else ""
         advice = f"the job is guarded once `koopmon monitor --bind {endpoint}` runs; `koopmon doctor` finds the reason"
-        warn(f"no monitor answers at {endpoint}{because}: {advice}")
+        warn(f"{whose}no monitor answers at {endpoint}{because}: {advice}")
+    else:
+        say(f"{whose}the job starts, and reports to the monitor at {endpoint}")
     with signals_held() as mask:
-        return run_job(command, _guarded(endpoint, for_agents), mask)
+        status = run_job(command, _guarded(endpoint, for_agents), mask)
+    if name is not None and found.reply is not None:
+        ended = probe(endpoint, trust, run=name, timeout_seconds=ANSWER_SECONDS).reply
+        if ended is not None and ended.run_state is None:
+            warn(f"{whose}NOT WATCHED: no training process attached")
+    return status
 
 
 def _run_with_own_monitor(
-    command: list[str], name: str, store: Path, options: list[str], for_agents: Mapping[str, str | None]
+    command: list[str],
+    name: str,
+    store: Path,
+    options: list[str],
+    for_agents: Mapping[str, str | None],
+    job_stop: JobStop | None,
+    mode: str,
 ) -> tuple[int, bool]:
     """Run the job beside its monitor. Return the job's exit status, and True if the monitor served the job."""
     # A unit of systemd around this command is ready when the job says so, not its monitor.
@@ -157,9 +240,10 @@ def _run_with_own_monitor(
             _say_unguarded(error)
             return run_job(command, os.environ, mask), False
         say(f"run {name}: the job starts, and its monitor beside it")
-        watch = _Watch(embedded, name)
+        watch = _Watch(embedded, name, job_stop, mode)
         try:
-            status = run_job(command, _guarded(embedded.endpoint, for_agents), mask, watch)
+            job = _guarded(embedded.endpoint, for_agents)
+            status = run_job(command, job, mask, watch, job_stop or (lambda: False))
             watch()
         finally:
             embedded.close(lambda: say("the monitor writes the received snapshots to its history"))
@@ -173,12 +257,20 @@ def _run_with_own_monitor(
 class _Watch:
     """Prints one line when the monitor serves, and one when it does not start or dies. See `run_job` for its call."""
 
-    def __init__(self, embedded: EmbeddedMonitor, name: str) -> None:
+    def __init__(self, embedded: EmbeddedMonitor, name: str, job_stop: JobStop | None, mode: str) -> None:
         self.failed = False
         self._embedded = embedded
         self._name = name
+        self._job_stop = job_stop
+        self._mode = mode
 
     def __call__(self) -> float | None:
+        seconds = self._look()
+        if seconds is None and self._job_stop is not None and not self._job_stop.due:
+            return STOP_POLL_SECONDS
+        return seconds
+
+    def _look(self) -> float | None:
         if self.failed:
             return None
         embedded = self._embedded
@@ -194,7 +286,8 @@ class _Watch:
             self.failed = True
             _say_unguarded(error)
         else:
-            say(f"run {self._name}: guarded; live page at {embedded.page}, metrics at {embedded.page}metrics")
+            page = embedded.page
+            say(f"run {self._name}: its monitor serves{self._mode}; live page at {page}, metrics at {page}metrics")
         return None
 
 
@@ -220,16 +313,24 @@ def _refuse(given: Mapping[str, object], why: str) -> None:
             raise ConfigError(f"{name} {why}")
 
 
-def _close_with_summary(store: Path, name: str, status: int, summary_file: Path | None, *, served: bool) -> None:
+def _close_with_summary(
+    store: Path,
+    name: str,
+    status: int,
+    summary_file: Path | None,
+    since: float,
+    *,
+    served: bool,
+) -> None:
     # Imported late because the job waits for every import above. A history may be that of earlier launches only.
     from koopmon.views.run_summary import summarise
 
     summary = summarise(store, name) if served else None
     if summary is not None:
-        for line in summary.lines():
-            say(line)
+        for line in summary.lines(since):
+            (warn if "NOT " in line else say)(line)
     elif served:
-        say(f"run {name}: no history was written")
+        warn(f"run {name}: no history was written")
     if summary_file is not None:
         result = {"run": name, "exit_status": status} | ({} if summary is None else asdict(summary))
         try:

@@ -33,7 +33,8 @@ class KoopmonCallback(SessionCallback, TrainerCallback):  # type: ignore[misc] #
 
     The callback passes on the loss and the gradient norm when the trainer logs them, every `logging_steps`. It then
     logs koopmon's own scalars where `report_to` contains tensorboard (in a run `koopmon` in the trainer's directory) or
-    wandb. On a stop request from the monitor (opt-in), training stops as if it had reached its last step.
+    wandb. On a stop request from the monitor (opt-in), training stops as if it had reached its last step. On a
+    checkpoint request (opt-in), the trainer saves a checkpoint at that step, which counts in its `save_total_limit`.
     """
 
     _mirrors: Sequence[Mirror] = ()
@@ -63,6 +64,8 @@ class KoopmonCallback(SessionCallback, TrainerCallback):  # type: ignore[misc] #
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.agent.should_stop:
             control.should_training_stop = True
+        if self.agent.should_checkpoint:
+            control.should_save = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

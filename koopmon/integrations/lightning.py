@@ -7,6 +7,8 @@ trainer = Trainer(callbacks=[KoopmonCallback()])
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ from koopmon.agent.attach import Agent
 from koopmon.errors import MissingExtraError
 from koopmon.integrations.mirrors import Mirror
 from koopmon.integrations.session import SessionCallback
+from koopmon.logs import log_for_job
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -26,6 +29,8 @@ except ModuleNotFoundError as error:
 
 __all__ = ["KoopmonCallback"]
 
+logger = logging.getLogger("koopmon.integrations")
+
 
 class KoopmonCallback(SessionCallback, Callback):  # type: ignore[misc] # mypy sees no types of the library
     """Attaches koopmon when `fit` begins to train, and detaches at its end or on an exception.
@@ -34,10 +39,12 @@ class KoopmonCallback(SessionCallback, Callback):  # type: ignore[misc] # mypy s
     Without `endpoint` the callback uses the environment's endpoint; without that the training runs unmonitored.
 
     The callback passes on the loss of each batch without waiting for a device. It writes koopmon's own scalars to the
-    trainer's loggers every `log_every_n_steps`. On a stop request from the monitor (opt-in), the trainer stops.
+    trainer's loggers every `log_every_n_steps`. On a stop request from the monitor (opt-in), the trainer stops. On a
+    checkpoint request (opt-in), it saves `koopmon-step=N.ckpt` in the directory of its first ModelCheckpoint.
     """
 
     _loggers: Mirror | None = None
+    _saved_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(pl_module, trainer.optimizers)
@@ -53,6 +60,17 @@ class KoopmonCallback(SessionCallback, Callback):  # type: ignore[misc] # mypy s
             self._loggers.write(self.agent, trainer.global_step)
         if self.agent.should_stop:
             trainer.should_stop = True
+        if self.agent.should_checkpoint:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        """Save a checkpoint, on all ranks. The request is true for each batch of an accumulated step."""
+        directory = next((each.dirpath for each in trainer.checkpoint_callbacks if hasattr(each, "dirpath")), None)
+        if directory is None:
+            log_for_job(logger, "no checkpoint at the monitor's request: the trainer has no ModelCheckpoint")
+        elif trainer.global_step != self._saved_step:
+            trainer.save_checkpoint(os.path.join(directory, f"koopmon-step={trainer.global_step}.ckpt"))
+        self._saved_step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end()

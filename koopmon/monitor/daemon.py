@@ -31,9 +31,10 @@ from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.engine import Engine, Result, check_device
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.history_sink import COMMIT_SECONDS
+from koopmon.monitor.http.address import reachable
 from koopmon.monitor.http.live_backfill import LiveBackfill
 from koopmon.monitor.http.live_state import LiveState
-from koopmon.monitor.http.server import WebServer, reachable
+from koopmon.monitor.http.server import WebServer
 from koopmon.monitor.http.web_config import read_access_to_pages
 from koopmon.monitor.memory import MemoryWatch
 from koopmon.monitor.rejection_log import RejectionLog

@@ -246,7 +246,9 @@ class RunController:
             if ack.outcome == "applied":
                 # The layers jump: the detector restarts with the first snapshot after the return.
                 self._risk_state, self._rewound_at = online_detector.RiskState(), ack.step
-        elif command.kind != "set_cadence":
+        elif command.kind == "stop":
+            self.policy_state = policy.stop_answered(self.policy_state, ack)
+        elif command.kind not in ("set_cadence", "checkpoint"):
             self.policy_state = policy.acknowledge(self.policy_state, ack)
 
     def _judge(self, assessment: Assessment) -> Judgement:

@@ -97,7 +97,8 @@ def _directed(
             elif command.kss is not None:
                 restrains = command.kss.alpha > alpha
                 alpha = command.kss.alpha if applied else alpha
-            direction: Direction = "restrain" if restrains else "release" if each.changes_training else "observe"
+            releases = each.changes_training and command.kind != "checkpoint"
+            direction: Direction = "restrain" if restrains else "release" if releases else "observe"
             commands.append(replace(each, direction=direction))
         yield replace(decision, commands=tuple(commands))
 

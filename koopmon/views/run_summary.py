@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,10 @@ from koopmon.views.run_view import DecisionView, TimelinePoint
 UNHEARD_SECONDS = 120.0
 """A run recorded as running without a write for this many seconds has the state "unheard"."""
 State = Literal["running", "unheard", "vanished", "ended"]
+MAX_LAUNCHES = 5
+"""Launches of one job with a closing line of their own."""
+SHOWN_RISK = 0.005
+"""A lower risk is 0.00 in words."""
 _SENT = frozenset({"sent", "applied", "unanswered", "pending"})
 
 
@@ -40,10 +44,21 @@ class RecordedRun:
             decisions=[DecisionView.of_row(row) for row in history.decisions(name)],
         )
 
+    def launch(self, row: IncarnationRow) -> RecordedRun:
+        """Return the part of one launch."""
+        mine = row.incarnation
+        return RecordedRun(
+            name=self.name,
+            launches=[row],
+            points=[each for each in self.points if each.incarnation == mine],
+            beats=[each for each in self.beats if each.incarnation == mine],
+            decisions=[each for each in self.decisions if each.incarnation == mine],
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """Counts and extremes of one run; a step is an optimizer step, None means unknown."""
+    """Counts and extremes of one run, or of one launch; a step is an optimizer step, None means unknown."""
 
     run: str
     adapter: str | None
@@ -68,14 +83,53 @@ class RunSummary:
     """Number of commands that the agents did not apply."""
     max_overhead_ratio: float | None
     store: str
+    num_stops: int = 0
+    """Number of applied requests to stop."""
+    num_checkpoints: int = 0
+    """Number of applied requests for a checkpoint."""
+    broken_step: int | None = None
+    """Step from which on states or loss were not finite, to the last snapshot; None if the last one was finite."""
+    launch: int = 0
+    """Number of the launch, from 1; 0 for the whole run."""
+    started: float = 0.0
+    """Unix seconds; 0 for the whole run."""
+    launches: tuple[RunSummary, ...] = ()
 
-    def lines(self) -> list[str]:
-        """Return the summary as lines of text."""
-        if self.adapter is None:
-            return ["no training process attached; if no line above says why, install koopmon for the job's own Python"]
-        risk = "" if self.max_risk is None else f"; highest risk {self.max_risk:.2f} at step {self.max_risk_step}"
-        seen = f"{self.num_snapshots} snapshots up to step {self.last_step}{risk}"
-        return [seen, "; ".join(self.actions()) or "nothing was done to the training", f"history: {self.store}"]
+    def lines(self, since: float = 0.0) -> list[str]:
+        """Return the launches that started after `since` as lines of text."""
+        mine = [each for each in self.launches if each.started >= since]
+        where = f"`koopmon report {self.run}` shows the run; history: {self.store}"
+        if not mine:
+            return [
+                "NOT WATCHED: no training process attached; if no line above says why, the job's Python has no "
+                "koopmon, or the job made no torch optimizer"
+            ]
+        if len(mine) == 1:
+            return [mine[0].seen(), *mine[0].done(), where]
+        lines = ["; ".join([f"launch {each.launch}: {each.seen()}", *each.done()]) for each in mine[-MAX_LAUNCHES:]]
+        if len(mine) > MAX_LAUNCHES:
+            lines.insert(0, f"{len(mine)} launches, of which the last {MAX_LAUNCHES}:")
+        return [*lines, where]
+
+    def seen(self) -> str:
+        """Return the snapshots of one launch in words."""
+        up_to = f" up to step {self.last_step}" if self.last_step else ""
+        if not self.num_snapshots:
+            return f"NOT WATCHED: no snapshot was seen{up_to}; if no line above says why, run `koopmon doctor`"
+        count = "1 snapshot" if self.num_snapshots == 1 else f"{self.num_snapshots} snapshots"
+        highest = "risk 0.00 throughout"
+        if self.max_risk is not None and self.max_risk >= SHOWN_RISK:
+            highest = f"highest risk {self.max_risk:.2f} at step {self.max_risk_step}"
+        finite = "finite at the end"
+        if self.broken_step is not None:
+            finite = f"NOT FINITE (states or loss) from step {self.broken_step} on"
+        return f"{count}{up_to}; {highest}; {finite}"
+
+    def done(self) -> list[str]:
+        """Return the actions in words; empty if nothing was seen or done."""
+        if acted := "; ".join(self.actions()):
+            return [acted]
+        return ["nothing was done to the training"] if self.num_snapshots else []
 
     def actions(self) -> list[str]:
         """Return one phrase for each kind of action."""
@@ -88,6 +142,10 @@ class RunSummary:
             acted.append(f"went back to earlier weights {times(self.num_rewinds)}")
         if self.num_kss:
             acted.append(f"KSS raised {times(self.num_kss)}, to alpha {self.max_kss_alpha:.3g}")
+        if self.num_checkpoints:
+            acted.append(f"a checkpoint requested {times(self.num_checkpoints)}")
+        if self.num_stops:
+            acted.append("the training was asked to stop")
         if self.num_held_back:
             acted.append(f"{_commands(self.num_held_back)} held back: this job was only watched")
         if self.num_refused:
@@ -119,7 +177,26 @@ def summarise(store: Path, run: str) -> RunSummary | None:
 
 
 def summary_of(run: RecordedRun, store: Path) -> RunSummary:
-    """Compute the counts and extremes of a run."""
+    """Compute the counts and extremes of a run and of each of its launches."""
+    launches = tuple(
+        replace(_summary(run.launch(row), store), launch=number, started=row.started)
+        for number, row in enumerate(run.launches, 1)
+        if row.hello is not None
+    )
+    return replace(_summary(run, store), launches=launches)
+
+
+def _broken_step(points: Sequence[TimelinePoint]) -> int | None:
+    """Return the first step of the broken snapshots at the end; None if the last snapshot is finite."""
+    first = None
+    for point in reversed(points):
+        if not point.broken:
+            break
+        first = point.step
+    return first
+
+
+def _summary(run: RecordedRun, store: Path) -> RunSummary:
     hellos = [row.hello for row in run.launches if row.hello is not None]
     worst = max(run.points, key=lambda point: point.risk, default=None)
     commands = [each for decision in run.decisions for each in decision.commands]
@@ -129,6 +206,7 @@ def summary_of(run: RecordedRun, store: Path) -> RunSummary:
     backoffs = [new for old, new in pairwise(scales) if new < old]
     raised = [new for old, new in pairwise(alphas) if new > old]
     outcomes = [each.outcome for each in commands]
+    applied = [each.command.kind for each in commands if each.outcome == "applied"]
     return RunSummary(
         run=run.name,
         adapter=hellos[-1].adapter if hellos else None,
@@ -146,6 +224,9 @@ def summary_of(run: RecordedRun, store: Path) -> RunSummary:
         num_refused=sum(outcome in {"refused", "failed", "expired"} for outcome in outcomes),
         max_overhead_ratio=max((row.overhead_ratio for row in run.beats), default=None),
         store=str(store),
+        num_stops=applied.count("stop"),
+        num_checkpoints=applied.count("checkpoint"),
+        broken_step=_broken_step(run.points),
     )
 
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from koopmon.views.spectra import Column, Spectrum
     from koopmon.wire.messages import Command, TrainingStep
 
-TRAINING_KINDS = ("set_lr_scale", "set_kss", "rewind", "stop")
-"""Kinds of commands that change training; the others change only the observation."""
+TRAINING_KINDS = ("set_lr_scale", "set_kss", "rewind", "stop", "checkpoint")
+"""Kinds of commands that reach the training; the others change only the observation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +209,10 @@ def command_words(command: Command | Action) -> str:
         every = "every step" if command.cadence_steps == 1 else f"every {command.cadence_steps} steps"
         until = "" if command.cadence_until_step is None else f" until step {command.cadence_until_step}"
         return f"a snapshot {every}{until}"
-    return command.kind
+    return _REQUESTS.get(command.kind, command.kind)
+
+
+_REQUESTS = {"stop": "request to stop", "checkpoint": "request for a checkpoint"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

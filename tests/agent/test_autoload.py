@@ -317,6 +317,7 @@ def test_of_two_models_that_train_in_turn_the_first_is_guarded_and_one_line_says
     assert [note["what"] for note in bench.notes()] == ["attach", "close"]
     assert done.stderr.count("\n") == 1
     assert "two models train" in done.stderr
+    assert "watches Sequential, and not Sequential under SGD" in done.stderr
 
 
 @pytest.mark.distributed

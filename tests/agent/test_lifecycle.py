@@ -12,6 +12,7 @@ from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.actuator import Actuator, CommandResult
 from koopmon.agent.control.all_actions import make_actions
+from koopmon.agent.control.loop_requests import LoopRequest
 from koopmon.agent.lifecycle import (
     Acting,
     LifeCycle,
@@ -76,6 +77,10 @@ class Desk:
         name = {"run": "job", "incarnation": "0123456789abcdef", "reason": "a test", "id": "00000001"}
         return Command(**{**name, "expires_step": 100, "kind": "set_lr_scale", "lr_scale": 0.5, **fields})
 
+    def granted(self, kind: str) -> bool:
+        found = [each for each in self.actions if isinstance(each, LoopRequest) and each.kind == kind]
+        return found[0].granted
+
     def outcomes(self) -> list[str]:
         return [each.outcome for each in self.mailbox.results]
 
@@ -104,7 +109,7 @@ def test_only_an_acting_agent_applies_commands(state: Callable[[Desk], LifeCycle
     current.after_step(1)
     assert (current.acts, current.ready, desk.lifecycle.ready) == (False, False, False)
     assert desk.lifecycle.applied() == Applied()
-    assert not current.control.stop
+    assert not any(desk.granted(kind) for kind in ("stop", "checkpoint"))
     answered = isinstance(current, (Verifying, Watching))
     assert desk.outcomes() == (["refused", "refused"] if answered else [])
     assert all(each.detail == "this agent is watch-only" for each in desk.mailbox.results)

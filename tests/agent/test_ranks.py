@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from koopmon.wire.messages import Goodbye, Hello, KssSettings
+from koopmon.wire.messages import Goodbye, Heartbeat, Hello, KssSettings
 from tests.agent.programs.ddp import koopmon_settings
 from tests.agent.scripted_monitor import ScriptedMonitor
 
@@ -108,8 +108,43 @@ def test_commands_change_both_ranks_at_one_step_and_nothing_else_changes_anythin
         assert len(each["errors"]) > 1
         assert max(each["errors"]) < 1e-12, "the mean over ranks of the local KSS losses"
     assert len(stop[0]["losses"]) == len(stop[1]["losses"]) < 1000
+    assert stop[0]["checkpoints"] == stop[1]["checkpoints"] == []
     for phase in (alone, watched, *randoms, kss, stop):
         assert [each["status"]["errors"] for each in phase] == [0, 0]
+
+
+def test_both_ranks_read_each_request_to_their_loop_at_one_step_or_neither_does(
+    ranks: Callable[..., Any], monitor: ScriptedMonitor, tmp_path: Path
+) -> None:
+    """A rank that leaves its loop alone leaves the other one in a collective: the job would never end."""
+    long = {"pause": 0.01, "endpoint": monitor.endpoint}
+    phases = [
+        {**long, "run": "asked", "steps": 3000},
+        {**long, "run": "alone", "steps": 300, "fail_step": 100, "config": {"control": {"timeout_seconds": 0.5}}},
+    ]
+    job = ranks("ddp.py", tmp_path / "out", json.dumps(phases))
+    started(monitor, job, "asked")
+    requests: list[str] = []
+    while sum(monitor.ack(each).outcome == "applied" for each in requests if monitor.acked(each)) < 3:
+        requests.append(monitor.command("checkpoint", "asked"))
+        time.sleep(0.2)
+    while not ended(monitor, "asked"):
+        monitor.command("stop", "asked")
+        time.sleep(0.2)
+    started(monitor, job, "alone")
+    while monitor.of(Heartbeat)[-1].run != "alone" or monitor.of(Heartbeat)[-1].step < 90:
+        time.sleep(0.02)
+    lonely: list[str] = []
+    while not ended(monitor, "alone") and all(process.poll() is None for process in job.processes):
+        lonely += [monitor.command(kind, "alone") for kind in ("checkpoint", "stop")]
+        time.sleep(0.1)
+    job.wait()
+    asked, alone = results(tmp_path / "out")
+    applied = [ack for each in requests if monitor.acked(each) and (ack := monitor.ack(each)).outcome == "applied"]
+    assert asked[0]["checkpoints"] == asked[1]["checkpoints"] == [ack.step for ack in applied]
+    assert len(asked[0]["losses"]) == len(asked[1]["losses"]) < 3000
+    for name in ("losses", "checkpoints"):
+        assert len(alone[0][name]) == len(alone[1][name])
 
 
 def test_under_fsdp2_kss_and_back_off_act_alike_on_both_ranks_once_allowed_to(

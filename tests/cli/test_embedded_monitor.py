@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from koopmon.history.database import take_lock
 
 pytestmark = pytest.mark.process
 
@@ -94,17 +95,15 @@ def test_the_monitor_starts_beside_the_job_and_is_gone_after_it(koopmon: Any, tm
     assert (end["run"], end["exit_status"], end["adapter"], end["store"]) == (seen["run"], 5, None, str(store))
 
 
-def test_a_monitor_that_cannot_start_is_one_line_and_the_job_runs(koopmon: Any) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
+def test_a_monitor_that_cannot_start_is_one_line_and_the_job_runs(koopmon: Any, tmp_path: Path) -> None:
+    store = tmp_path / "taken.sqlite3"
+    with take_lock(store):
         job = (PYTHON, "-S", "-c", UNTIL_THE_MONITOR_IS_GONE + "print('on'); raise SystemExit(4)")
-        done = koopmon("run", "--http", address, "--", *job)
+        done = koopmon("run", "--store", str(store), "--", *job)
     assert (done.returncode, done.stdout) == (4, b"on\n")
     unguarded = [line for line in done.stderr.decode().splitlines() if "unguarded" in line]
     assert len(unguarded) == 1
-    assert address in unguarded[0]
+    assert f"store {store}: in use by another monitor" in unguarded[0]
     assert "Traceback" not in done.stderr.decode()
 
 
@@ -163,7 +162,7 @@ def test_a_state_directory_that_cannot_be_written_is_no_reason_to_stop(koopmon: 
     (tmp_path / "state").write_text("a file, not a directory")
     done = koopmon("run", "--summary", "end.json", "--", PYTHON, "-S", "-c", LOOK)
     assert done.returncode == 0
-    assert "guarded" in done.stderr.decode()
+    assert "its monitor serves" in done.stderr.decode()
     assert Path(json.loads((tmp_path / "end.json").read_text())["store"]).is_file()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from koopmon.cli.launch_inspection import script_name, spread, state_directory
+from koopmon.cli.launch_inspection import isolation, script_name, spread, state_directory
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,28 @@ def test_nodes_and_ranks_in_the_environment(environ: dict[str, str], said: str |
 )
 def test_the_name_is_the_scripts(command: str, name: str) -> None:
     assert script_name(command.split()) == name
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("python -I train.py", "-I"),
+        ("/opt/bin/python3.11 -u -E train.py", "-E"),
+        ("env A=1 python3 -Su train.py", "-S"),
+        ("python -W ignore -I -m train", "-I"),
+        ("python -Wignore -X dev train.py -I", ""),
+        ("python -Imtrain", "-I"),
+        ("python -m train -I", ""),
+        ("python -c IES -S", ""),
+        ("python -u train.py", ""),
+        ("python - -I", ""),
+        ("torchrun --nproc-per-node 2 train.py -I", ""),
+        ("pythonic -I x", ""),
+        ("python", ""),
+    ],
+)
+def test_an_isolated_python_is_found(command: str, option: str) -> None:
+    assert isolation(command.split()) == option
 
 
 def test_the_state_directory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -33,7 +35,10 @@ def test_the_jobs_bytes_are_its_own(koopmon: Any) -> None:
     data = bytes(range(256)) * 300
     done = koopmon.run(PYTHON, "-S", "-c", body)
     assert done.stdout == data[:70000]
-    assert done.stderr == data[::-1][:70000]
+    before, _, after = done.stderr.partition(data[::-1][:70000])
+    for mine in (before, after):
+        assert mine.startswith(b"koopmon: run python")
+        assert mine.count(b"\n") == 1
 
 
 def test_the_job_reads_our_standard_input(koopmon: Any) -> None:
@@ -71,20 +76,20 @@ sys.exit(7)
 
 
 def test_every_signal_reaches_the_job_once(koopmon: Any) -> None:
-    process = koopmon.start("run", "--monitor", koopmon.endpoint, "--", PYTHON, "-S", "-c", RECORDER)
+    process = koopmon.start("run", "--quiet", "--monitor", koopmon.endpoint, "--", PYTHON, "-S", "-c", RECORDER)
     assert process.stdout.readline() == b"[]\n", "the job must not inherit a blocked mask"
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGTERM):
         os.kill(process.pid, number)
         time.sleep(0.15)
     stdout, stderr = process.communicate(timeout=60)
     assert stdout == b"[1, 2, 10, 12, 14, 15]\n"
-    assert stderr == b""
+    assert stderr.count(b"\n") == stderr.count(b"NOT WATCHED") == 1
     assert process.returncode == 7
 
 
 def test_a_key_of_the_terminal_reaches_the_job_once(koopmon: Any) -> None:
     body = RECORDER.replace("15 not in seen", "2 not in seen")
-    words = [PYTHON, "-m", "koopmon", "run", "--monitor", koopmon.endpoint, "--", PYTHON, "-S", "-c", body]
+    words = [PYTHON, "-m", "koopmon", "run", "-q", "--monitor", koopmon.endpoint, "--", PYTHON, "-S", "-c", body]
     terminal, theirs = pty.openpty()
     job = subprocess.Popen(
         words,
@@ -151,7 +156,9 @@ def test_on_more_than_one_node_the_agents_agree_on_the_name(koopmon: Any) -> Non
 def test_an_absent_monitor_is_one_line_and_the_job_runs(koopmon: Any, endpoint: str) -> None:
     done = koopmon("run", "--monitor", endpoint, "--", "echo", "on")
     assert (done.returncode, done.stdout) == (0, b"on\n")
-    assert done.stderr.decode().startswith(f"koopmon: no monitor answers at {endpoint}")
+    assert re.match(
+        rf"koopmon: run echo-[0-9a-f]{{8}}: no monitor answers at {re.escape(endpoint)}", done.stderr.decode()
+    )
     assert done.stderr.count(b"\n") == 1
 
 
@@ -180,6 +187,17 @@ def test_a_job_that_cannot_be_started_is_one_line(koopmon: Any, one_line: Refuse
         (["--config", "missing.toml", "--", "true"], ["missing.toml"]),
         (["--", "torchrun", "--nnodes", "2", "train.py"], ["--nnodes 2", "--monitor"]),
         (["--no-such-option", "--", "true"], ["--no-such-option"]),
+        (["--http", "9464", "--", "true"], ["'9464'", "HOST:PORT"]),
+        (["--http", "127.0.0.1:99999", "--", "true"], ["'127.0.0.1:99999'", "HOST:PORT"]),
+        (["--http", "0.0.0.0:0", "--", "true"], ["'0.0.0.0:0'", "other hosts reach it"]),
+        (["--store", "/proc/none/x.sqlite3", "--", "true"], ["--store /proc/none/x.sqlite3"]),
+        (["--store", "/proc/x.sqlite3", "--", "true"], ["--store /proc/x.sqlite3"]),
+        (["--store", "/", "--", "true"], ["--store /", "a directory"]),
+        (["--store", "/etc/passwd", "--", "true"], ["/etc/passwd"]),
+        (["--json", "/nodir/x.json", "--", "true"], ["--json /nodir/x.json", "No such file"]),
+        (["--json", "/", "--", "true"], ["--json /", "a directory"]),
+        (["--allow-stop", "--policy", "observe", "--", "true"], ["--allow-stop", "observe"]),
+        (["--monitor", "tcp://127.0.0.1:1", "--allow-stop", "--", "true"], ["--allow-stop", "[policy] stop"]),
     ],
 )
 def test_a_mistake_is_refused_in_one_line(koopmon: Any, one_line: Refused, words: list[str], said: list[str]) -> None:
@@ -206,3 +224,25 @@ def test_nothing_is_left_running_when_the_job_is(koopmon: Any) -> None:
     done = koopmon.run("sh", "-c", "echo $PPID")
     with pytest.raises(ProcessLookupError):
         os.kill(int(done.stdout), 0)
+
+
+@pytest.mark.parametrize(
+    ("job", "hint"),
+    [("echo on", "without quotes"), ("A=1", "set variables before"), ("no-such-program", "command not found\n")],
+)
+def test_a_command_that_does_not_exist_starts_no_monitor(koopmon: Any, one_line: Refused, job: str, hint: str) -> None:
+    one_line(koopmon("run", "--", job), job, "command not found", hint, status=127)
+    assert not (koopmon.directory / "state").exists(), "no history of it remains"
+
+
+def test_a_port_that_is_taken_is_refused_before_the_job_starts(koopmon: Any, one_line: Refused) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        one_line(koopmon("run", "--http", address, "--", "echo", "on"), address, "in use")
+
+
+def test_a_shared_monitor_has_a_first_and_a_last_line(koopmon: Any) -> None:
+    done = koopmon("run", "--monitor", koopmon.endpoint, "--run", "mine", "--", "true")
+    first, last = done.stderr.decode().splitlines()
+    assert first == f"koopmon: run mine: the job starts, and reports to the monitor at {koopmon.endpoint}"
+    assert last == "koopmon: run mine: NOT WATCHED: no training process attached"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 
 from koopmon.cli.embedded import EmbeddedMonitor
 from koopmon.history.reader import HistoryReader
+from koopmon.wire.messages import Heartbeat
+from tests.agent.scripted_monitor import ScriptedMonitor
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).parent / "programs"
@@ -66,6 +69,32 @@ def monitors(tmp_path: Path) -> Iterator[Callable[..., EmbeddedMonitor]]:
     yield start
     for monitor in started:
         monitor.close()
+
+
+def asked(program: str, tmp_path: Path, phase: dict[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
+    """Train under a monitor that asks for two checkpoints and then for a stop.
+
+    Returns the results of both ranks, and the number of steps done at each of these checkpoints and at the stop.
+    """
+    steps: list[int] = []
+    with ScriptedMonitor(tmp_path / "m") as monitor:
+
+        def ask(kind: str) -> None:
+            while True:
+                monitor.wait(lambda: any(beat.step > 3 for beat in monitor.of(Heartbeat)), 120.0)
+                ack = monitor.ack(monitor.command(kind, "asked"))
+                if ack.outcome == "applied":
+                    steps.append(ack.step + 1)
+                    return
+                assert ack.outcome == "failed", ack  # the ranks have not met yet
+                time.sleep(0.1)
+
+        with ThreadPoolExecutor(1) as pool:
+            phases = [{**phase, "steps": 3000, "endpoint": monitor.endpoint, "run": "asked"}]
+            training = pool.submit(trained, program, tmp_path / "out", phases)
+            for kind in ("checkpoint", "checkpoint", "stop"):
+                ask(kind)
+            return training.result()[0], steps
 
 
 def history(monitor: EmbeddedMonitor, run: str) -> tuple[int, list[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from koopmon.cli.embedded import EmbeddedMonitor
-from tests.integrations.conftest import history, trained
+from tests.integrations.conftest import asked, history, trained
 from tests.integrations.programs.trainings import DEADLY_RATE, LAST
 
 CALM = {"lr": 0.001, "steps": 14, "accumulate": 2, "eval": 5, "workers": 1}
@@ -55,3 +55,16 @@ def test_two_ranks_are_bit_identical_when_watched_and_saved_when_they_would_dive
     assert sum(losses[-LAST:]) / LAST < 0.6 * losses[0]
     assert guarded[0]["digest"] == guarded[1]["digest"]
     assert "set_lr_scale applied" in history(guarding, "guarded")[1]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_trainer_saves_and_stops_at_the_monitors_request(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    results, (*saved, stop) = asked(
+        "train_huggingface.py", tmp_path, {"lr": 0.001, "accumulate": 2, "folder": str(folder)}
+    )
+    assert sorted(each.name for each in folder.iterdir()) == sorted(f"checkpoint-{step}" for step in saved)
+    assert [len(each["losses"]) for each in results] == [stop] * 2
+    assert len({each["digest"] for each in results}) == 1
+    assert [each["closed"] for each in results] == ["closed"] * 2

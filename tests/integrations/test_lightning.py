@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from koopmon.cli.embedded import EmbeddedMonitor
-from tests.integrations.conftest import history, trained
+from tests.integrations.conftest import asked, history, trained
 from tests.integrations.programs.trainings import DEADLY_RATE, LAST
 
 CALM = {"lr": 0.001, "steps": 14, "accumulate": 2, "eval": 5, "workers": 1}
@@ -59,3 +59,22 @@ def test_two_ranks_are_bit_identical_when_watched_and_saved_when_they_would_dive
     assert sum(losses[-LAST:]) / LAST < 0.6 * losses[0]
     assert guarded[0]["digest"] == guarded[1]["digest"]
     assert "set_lr_scale applied" in history(guarding, "guarded")[1]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_trainer_saves_and_stops_at_the_monitors_request(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    phase = {"lr": 0.001, "accumulate": 2, "folder": str(folder), "save": 100_000}
+    results, (*saved, stop) = asked("train_lightning.py", tmp_path, phase)
+    assert sorted(each.name for each in folder.iterdir()) == sorted(f"koopmon-step={step}.ckpt" for step in saved)
+    assert [len(each["losses"]) for each in results] == [2 * stop] * 2, "one for each batch"
+    assert len({each["digest"] for each in results}) == 1
+    assert [each["closed"] for each in results] == ["closed"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_without_a_directory_for_it_no_checkpoint_is_saved(tmp_path: Path) -> None:
+    results, (*_, stop) = asked("train_lightning.py", tmp_path, {"lr": 0.001})
+    assert [len(each["losses"]) for each in results] == [stop] * 2

@@ -697,3 +697,52 @@ def test_a_refused_kss_is_not_in_force() -> None:
 
 def test_an_assessment_without_a_decision_is_not_remarkable() -> None:
     assert not make_guard().assess(0.0, sample(10), None, step=10, decide=False).remarkable
+
+
+STOPS = from_mapping(
+    {
+        "policy": {"name": "kss", "stop": True, "stop_snapshots": 1, "stop_steps": 1, "checkpoint": True},
+        "kss": {"alpha": 0},
+    }
+)
+
+
+def stop_of(controller: RunController, step: int) -> list[Command]:
+    """See one more ruined snapshot; return the commands to stop."""
+    broken = controller.assess(float(step), sample(step, loss=float("nan")), None, step=step)
+    return [command for command in broken.commands if command.kind == "stop"]
+
+
+def test_a_stop_is_decided_again_only_if_it_was_not_applied() -> None:
+    controller = make_guard(STOPS)
+    assert stop_of(controller, 10) == []
+    (stop,) = stop_of(controller, 11)
+    assert (stop.reason, stop.expires_step) == ("stop: the states and the loss are not finite, for 1 steps", 61)
+    controller.acknowledge(ack(stop, "failed", Applied(lr_scale=0.5)))
+    assert controller.policy_state.lr_scale == 1.0, "a stop says nothing about the values in force"
+    assert stop_of(controller, 12) == []
+    (stop,) = stop_of(controller, 13)
+    controller.acknowledge(ack(stop))
+    assert controller.policy_state.stopping
+    assert [stop_of(controller, step) for step in (14, 15)] == [[], []]
+
+
+def test_a_stop_without_an_answer_is_decided_again() -> None:
+    controller = make_guard(STOPS)
+    stop_of(controller, 10)
+    (stop,) = stop_of(controller, 11)
+    assert stop in controller.expire(1000.0, 1000, Applied())
+    assert not controller.policy_state.stopping
+
+
+def test_the_answer_to_a_checkpoint_changes_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = make_guard(STOPS)
+    state = controller.policy_state
+    request = policy.Action(kind="checkpoint", reason="r")
+    decision = policy.Decision(state=state, commands=(request,), reason="r")
+    monkeypatch.setattr(policy, "decide", lambda *_: decision)
+    assessment = controller.assess(0.0, sample(1), calm_profile(), step=1)
+    (checkpoint,) = assessment.commands
+    assert (checkpoint.kind, assessment.remarkable) == ("checkpoint", True)
+    controller.acknowledge(ack(checkpoint, "failed", Applied(lr_scale=0.5)))
+    assert controller.policy_state == state

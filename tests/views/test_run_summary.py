@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import pytest
+
 from koopmon.history.writer import HistoryWriter
-from koopmon.views.run_summary import summarise
-from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, KssSettings
+from koopmon.views.run_summary import MAX_LAUNCHES, summarise
+from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, CommandKind, KssSettings
 from tests.factories import hello, record_observation
 
 RUN, INCARNATION = "run-1", "0123abcd"
@@ -98,3 +101,80 @@ def test_a_run_that_was_left_alone(tmp_path: Path) -> None:
 def test_nobody_came(tmp_path: Path) -> None:
     assert "no training process attached" in Writer(tmp_path / "h.sqlite3").summary()
     assert summarise(tmp_path / "none.sqlite3", RUN) is None
+
+
+def summary(tmp_path: Path, *, since: float = 0.0, launches: int = 1, **points: float) -> list[str]:
+    """Closing lines of a run; each launch starts a second later and has a snapshot at step 1 with these fields."""
+    store = HistoryWriter.open(tmp_path / "h.sqlite3")
+    for number in range(launches):
+        who = {"run": RUN, "incarnation": f"{number:08x}"}
+        store.record_hello(float(number), hello(**who))
+        for step in (1, 2):
+            record_observation(store, float(number), step, **who, **{"risk": 0.1, **(points if step == 2 else {})})
+    store.close()
+    found = summarise(tmp_path / "h.sqlite3", RUN)
+    assert found is not None
+    return found.lines(since)
+
+
+def test_the_lines_say_if_the_run_is_finite_and_how_to_see_it(tmp_path: Path) -> None:
+    seen, done, where = summary(tmp_path)
+    assert seen == "2 snapshots up to step 2; highest risk 0.10 at step 1; finite at the end"
+    assert done == "nothing was done to the training"
+    assert where == f"`koopmon report {RUN}` shows the run; history: {tmp_path / 'h.sqlite3'}"
+
+
+@pytest.mark.parametrize("points", [{"non_finite": True}, {"loss": math.nan}, {"loss": math.inf}])
+def test_a_run_that_is_not_finite_at_its_end_says_so(points: dict[str, float], tmp_path: Path) -> None:
+    seen, *_ = summary(tmp_path, **points)
+    assert seen.endswith("; NOT FINITE (states or loss) from step 2 on")
+
+
+def test_a_risk_of_zero_has_no_step(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "h.sqlite3")
+    writer.store.record_hello(1.0, hello(**WHO))
+    writer.saw(3, 0.004)
+    assert "1 snapshot up to step 3; risk 0.00 throughout; finite at the end" in writer.summary()
+
+
+def test_each_launch_of_the_job_has_a_line(tmp_path: Path) -> None:
+    lines = summary(tmp_path, launches=3, since=1.0)
+    assert [line.partition(":")[0] for line in lines] == [
+        "launch 2",
+        "launch 3",
+        f"`koopmon report {RUN}` shows the run; history",
+    ]
+    assert lines[0].endswith("; finite at the end; nothing was done to the training")
+
+
+def test_of_many_launches_the_last_have_a_line(tmp_path: Path) -> None:
+    first, *lines = summary(tmp_path, launches=MAX_LAUNCHES + 2)
+    assert first == f"{MAX_LAUNCHES + 2} launches, of which the last {MAX_LAUNCHES}:"
+    assert len(lines) == MAX_LAUNCHES + 1
+
+
+def test_a_launch_of_an_earlier_job_is_not_this_one(tmp_path: Path) -> None:
+    assert "no training process attached" in summary(tmp_path, since=1.0)[0]
+
+
+def test_a_launch_without_a_snapshot_was_not_watched(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "h.sqlite3")
+    writer.store.record_hello(1.0, hello(**WHO))
+    text = writer.summary()
+    assert text.startswith("NOT WATCHED: no snapshot was seen; ")
+    assert "nothing was done" not in text
+
+
+def test_requests_to_the_loop_are_counted(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "h.sqlite3")
+    writer.store.record_hello(1.0, hello(**WHO))
+    writer.saw(3, 0.9)
+    kinds: tuple[CommandKind, ...] = ("checkpoint", "stop", "checkpoint")
+    for number, kind in enumerate(kinds):
+        command = Command(**WHO, id=f"{number:08x}", kind=kind, reason="because", expires_step=9)
+        writer.store.record_decision(
+            1.0, RUN, INCARNATION, 3, phase="acting", reason="because", risk=0.9, commands=[command], outcome="pending"
+        )
+        outcome: AckOutcome = "applied" if number < 2 else "failed"
+        writer.store.record_ack(1.0, Ack(**WHO, command_id=command.id, outcome=outcome, step=4, applied=Applied()))
+    assert "a checkpoint requested once; the training was asked to stop; 1 command not applied" in writer.summary()

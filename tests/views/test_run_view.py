@@ -90,7 +90,8 @@ def test_a_loss_that_is_not_finite_breaks_a_point_and_is_not_drawn() -> None:
             Action(kind="set_cadence", reason="", cadence_steps=5, cadence_until_step=9),
             "a snapshot every 5 steps until step 9",
         ),
-        (Action(kind="stop", reason=""), "stop"),
+        (Action(kind="stop", reason=""), "request to stop"),
+        (Action(kind="checkpoint", reason=""), "request for a checkpoint"),
     ],
 )
 def test_words_of_a_command(action: Action, words: str) -> None:

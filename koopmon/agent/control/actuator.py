@@ -65,6 +65,10 @@ class CommandResult:
     detail: str = ""
     permanent: bool = False
     """True if the action can never work in this launch, so that the command would be refused again."""
+    kind: CommandKind | None = None
+    """The kind of an applied command."""
+    reason: str = ""
+    """The reason of an applied command."""
     completes: CommandKind | None = None
     """The kind of an action that completes the command at the next step edge."""
 
@@ -252,6 +256,11 @@ class Actuator:
                 self._requests.append(each)
             elif isinstance(each, Applied):
                 self._log_restored(step)
+            else:
+                logger.warning(
+                    "koopmon: the monitor is lost: the settings return to the user's own in %d steps",
+                    self._ramp_back_steps,
+                )
 
     def _log_restored(self, step: int) -> None:
         values = {
@@ -277,9 +286,7 @@ class Actuator:
         if step > command.expires_step:
             return rejected("expired", f"not to be applied after step {command.expires_step}")
         detail, completes = "", None
-        if command.kind == "stop":
-            state = state.changed(stop=True)
-        elif command.kind == "set_cadence":
+        if command.kind == "set_cadence":
             until = _END_OF_RUN if command.cadence_until_step is None else command.cadence_until_step
             state = state.changed(cadence_steps=command.cadence_steps, cadence_until_step=until)
         else:
@@ -300,7 +307,9 @@ class Actuator:
         self._remembered[command.id] = None
         if len(self._remembered) > MAX_REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
-        return state, CommandResult(command.id, "applied", step, detail, completes=completes)
+        return state, CommandResult(
+            command.id, "applied", step, detail, kind=command.kind, reason=command.reason, completes=completes
+        )
 
     def _capability(self, action: ControlAction) -> Capability:
         splits_tokens = self._group is not None and self._group.splits_tokens

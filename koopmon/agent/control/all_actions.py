@@ -5,6 +5,7 @@ from __future__ import annotations
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.action import ControlAction
 from koopmon.agent.control.kss.action import KssAction
+from koopmon.agent.control.loop_requests import CheckpointRequest, StopRequest
 from koopmon.agent.control.lr_backoff import LrBackoff
 from koopmon.agent.control.rewind import RewindAction
 from koopmon.agent.stats import AgentStats
@@ -18,4 +19,6 @@ def make_actions(config: Config, stats: AgentStats, breaker: CircuitBreaker) -> 
         backoff,
         KssAction(config, stats, breaker),
         RewindAction(config.limits, stats, backoff),
+        StopRequest(),
+        CheckpointRequest(),
     )

@@ -51,7 +51,6 @@ class ControlState(Struct, frozen=True, kw_only=True, array_like=True, forbid_un
     cadence_steps: int = 0
     """The interval that the monitor requested; 0 for none."""
     cadence_until_step: int = -1
-    stop: bool = False
 
     def changed(self, **fields: object) -> ControlState:
         """Return a state of the next version with these fields."""

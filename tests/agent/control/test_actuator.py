@@ -187,8 +187,9 @@ def test_actions_per_hour_are_bounded_but_the_way_back_is_always_open() -> None:
     assert bench.outcome_of(*actions) == ["applied"] * 3 + ["refused"]
     assert bench.outcome_of(command("set_kss", kss=KssSettings(alpha=1.0))) == ["refused"]
     assert bench.outcome_of(command("set_cadence", cadence_steps=5)) == ["applied"]
-    back = [command("set_lr_scale", lr_scale=1.0), command("set_kss", kss=KssSettings()), command("stop")]
-    assert bench.outcome_of(*back) == ["applied"] * 3
+    assert bench.outcome_of(command("stop")) == bench.outcome_of(command("checkpoint")) == ["refused"]
+    back = [command("set_lr_scale", lr_scale=1.0), command("set_kss", kss=KssSettings())]
+    assert bench.outcome_of(*back) == ["applied"] * 2
     assert bench.applied() == Applied()
 
 
@@ -393,14 +394,6 @@ def test_a_cadence_without_an_end_holds_to_the_end_of_the_run() -> None:
     bench.step(command("set_cadence", cadence_steps=4, cadence_until_step=77))
     state = bench.actuator.state
     assert (state.version, state.cadence_steps, state.cadence_until_step) == (2, 4, 77)
-
-
-def test_stop_is_a_state_of_its_own() -> None:
-    bench = Bench()
-    bench.step(command("set_lr_scale", lr_scale=0.5))
-    bench.step(command("stop"))
-    assert bench.actuator.state.stop
-    assert bench.applied().lr_scale == 0.5
 
 
 def test_caps_of_rank_and_samples_are_named() -> None:

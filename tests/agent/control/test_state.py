@@ -28,22 +28,16 @@ def test_a_ramp_of_no_steps_is_at_its_target_at_once() -> None:
 
 def test_nothing_is_in_force_at_the_start() -> None:
     state = ControlState()
-    assert (state.version, state.actions, state.cadence_steps, state.cadence_until_step, state.stop) == (
-        0,
-        {},
-        0,
-        -1,
-        False,
-    )
+    assert (state.version, state.actions, state.cadence_steps, state.cadence_until_step) == (0, {}, 0, -1)
     assert Ramp().linear(0) == 0.0
     assert ActionState(ramp=Ramp()).parameters == {}
 
 
 def test_each_change_is_a_version() -> None:
-    first = ControlState().changed(stop=True)
+    first = ControlState().changed(cadence_until_step=7)
     second = first.changed(cadence_steps=3)
     assert [each.version for each in (first, second)] == [1, 2]
-    assert (second.stop, second.cadence_steps) == (True, 3)
+    assert (second.cadence_until_step, second.cadence_steps) == (7, 3)
 
 
 def test_snapshot_steps_include_the_last() -> None:

@@ -39,6 +39,7 @@ class Phase:
     - `early`: attach before the ranks have met and before DDP wraps the model; for the first phase only.
     - `alpha`: check the KSS gradient of one step against the explicit loss, averaged over ranks.
     - `shard`: FSDP2 instead of DDP.
+    - `fail_step`: the agent of rank 1 fails before that step.
     """
 
     steps: int = 60
@@ -56,6 +57,7 @@ class Phase:
     close: bool = True
     early: bool = False
     shard: bool = False
+    fail_step: int = -1
 
 
 def digest(model: nn.Module) -> str:
@@ -103,10 +105,19 @@ def train(phase: Phase, rank: int) -> dict[str, Any]:
         model = DistributedDataParallel(model)
     seen: list[float] = []
     optimizer.register_step_pre_hook(lambda _, args, __: seen.append(args[0].param_groups[0]["lr"]))
-    trace: dict[str, list[Any]] = {"losses": [], "scales": [], "alphas": [], "ready": [], "seconds": []}
+    trace: dict[str, list[Any]] = {
+        "losses": [],
+        "scales": [],
+        "alphas": [],
+        "ready": [],
+        "seconds": [],
+        "checkpoints": [],
+    }
     for step in range(phase.steps - (phase.uneven if rank == 1 else 0)):
         if rank == 1 and step == phase.hang_step:
             stop_for(phase.hang_seconds)
+        if rank == 1 and step == phase.fail_step and agent is not None and agent._runtime is not None:
+            agent._runtime.breaker.trip("a test", RuntimeError("a test"))
         time.sleep(phase.pause)
         optimizer.zero_grad()
         for micro in range(phase.accumulate):
@@ -124,6 +135,8 @@ def train(phase: Phase, rank: int) -> dict[str, Any]:
             status = agent.status()
             trace["ready"].append(status["control_ready"])
             trace["alphas"].append(status["applied"]["kss"]["alpha"])
+            if agent.should_checkpoint:
+                trace["checkpoints"].append(step)
             if agent.should_stop:
                 break
     status = None if agent is None else agent.status()

@@ -14,8 +14,9 @@ from prometheus_client import CollectorRegistry
 
 from koopmon.config import HttpConfig, from_mapping
 from koopmon.errors import ConfigError, EndpointError
+from koopmon.monitor.http.address import parse_address
 from koopmon.monitor.http.auth import HttpAuth, read_http_auth, read_tls
-from koopmon.monitor.http.server import WebServer, parse_address
+from koopmon.monitor.http.server import WebServer
 from koopmon.telemetry.metrics import Metrics
 
 httpx = pytest.importorskip("httpx")

@@ -12,7 +12,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from koopmon.errors import EndpointError
-from koopmon.monitor.http.server import WebServer, parse_address
+from koopmon.monitor.http.address import parse_address
+from koopmon.monitor.http.server import WebServer
 from koopmon.telemetry.alerts import ALERTS
 from koopmon.telemetry.metrics import Metrics
 
