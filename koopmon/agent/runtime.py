@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from koopmon.agent.capture.sampler import RankSnapshot, Sampler
 from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
+from koopmon.agent.capture.step_scalars import StepScalars
 from koopmon.agent.capture.taps import ResidualTaps
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.comms.control_channel import RankInfo
@@ -84,6 +85,9 @@ class AgentRuntime:
         self.lifecycle = LifeCycle(self.actions, self.stats, config.control)
         self._model = weakref.ref(model)
         self.optimizers = OptimizerSet()
+        self._scalars = StepScalars(self.optimizers, self.stats)
+        self._snapshot: RankSnapshot | None = None
+        """The snapshot of this step. It is sent at the end of the step, with the loss and the gradient norm."""
         self._new_optimizers = False
         """True if optimizers were added since the last step."""
         self._wrappers: set[int] = set()
@@ -250,6 +254,8 @@ class AgentRuntime:
 
     def stand_down(self, reason: str, layout: ParallelLayout | None = None) -> None:
         """End snapshots and commands. The control state stays, equal on all ranks, and lasting actions apply it."""
+        self._scalars.end()
+        self._send_snapshot()
         self.lifecycle.enter(StoodDown(self.lifecycle.state, layout))
         self._end_actions()
         for closable in self._closables:
@@ -267,6 +273,10 @@ class AgentRuntime:
         self.taps.remove()
         for action in self.actions:
             action.revert()
+        self._scalars.end()
+        self._scalars.close()
+        if os.getpid() == self._pid:
+            self._send_snapshot()
         self.lifecycle.enter(StoodDown(self.lifecycle.state))
         self._end_actions()
         if os.getpid() != self._pid:
@@ -335,9 +345,15 @@ class AgentRuntime:
         self._describe(**_family(self.adapter, self.actions))
 
     def on_snapshot_ready(self, snapshot: RankSnapshot) -> None:
-        if (io_thread := self.io_thread) is not None:
+        self._snapshot = snapshot
+        self._budget.spend(0.0, snapshot.states.nbytes)
+
+    def _send_snapshot(self) -> None:
+        """Send the snapshot of this step, if there is one, with the values that were measured in it."""
+        snapshot, self._snapshot = self._snapshot, None
+        if snapshot is not None and (io_thread := self.io_thread) is not None:
+            snapshot.measured = self.stats.readings()
             io_thread.post(snapshot)
-            self._budget.spend(0.0, snapshot.states.nbytes)
 
     # Hooks of the optimizers.
 
@@ -356,6 +372,7 @@ class AgentRuntime:
         clock.begin(optimizer)
         if id(optimizer) in self._wrappers:
             return None  # the optimizers that it holds are scaled
+        self._scalars.before_call(optimizer, args, kwargs)
         update, control = Update(optimizer, args, kwargs), self.lifecycle.state.control
         for action in self._lasting:
             action.apply(control, clock.num_steps, update)
@@ -370,6 +387,7 @@ class AgentRuntime:
             return
         for action in self._lasting:
             action.revert()
+        self._scalars.after_call(optimizer, args, kwargs)
         if self._clock.end(optimizer):
             self._end_step()
 
@@ -389,6 +407,8 @@ class AgentRuntime:
         self.stats.hook_seconds += time.perf_counter() - started
 
     def _after_step(self) -> None:
+        self._scalars.end()
+        self._send_snapshot()
         started = time.perf_counter()
         self._budget.earn(self.stats.on_step_edge(started))
         # Only snapshots are charged, because fewer of them make nothing else cheaper.
@@ -416,6 +436,8 @@ class AgentRuntime:
         num_layers, repeats = (0 if stack is None else len(stack.points)), self.taps.repeats
         forwards = NextForwards(num_layers, self._num_microbatches, state.rank.data_ranks.rank, repeats)
         changes = [action.before_forwards(state.control, step, forwards) for action in self.actions]
+        if due is not None and (model := self._model()) is not None and isinstance(state, Watching):
+            self._scalars.begin(model, state.layout)
         self.taps.step_edge(due, [change for change in changes if change is not None])
 
 
