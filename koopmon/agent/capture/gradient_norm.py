@@ -33,7 +33,7 @@ class GradientNorm:
             # In 16 bits a sum of squares soon overflows.
             wide = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
             norm = _norm(list(torch._foreach_norm(gradients, 2.0, dtype=wide)))
-            self._norms.append(norm if scale is None else norm / scale.to(norm.device, norm.dtype))
+            self._norms.append(norm if scale is None else norm / scale.reshape(()).to(norm.device, norm.dtype))
 
     def end(self) -> Tensor | None:
         """Return the norm, a scalar; None without gradients, or if parts of them lie on other ranks. Forgets them."""

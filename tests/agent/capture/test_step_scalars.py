@@ -633,10 +633,8 @@ def part_of_the_model_at_a_time(record: Record) -> nn.Module:
     for step in range(STEPS):
         optimizer.zero_grad()
         logits = model(batch(step))
-        if step % 2:  # the head alone
-            loss = model.head(torch.ones(16)).pow(2).mean()
-        else:
-            loss = logits.pow(2).mean()
+        part = model.head(torch.ones(16)) if step % 2 else logits
+        loss = part.pow(2).mean()
         loss.backward()
         optimizer.step()
         record.step(loss, norm_of(model))
