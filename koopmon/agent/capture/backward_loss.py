@@ -89,9 +89,9 @@ class BackwardLoss:
         if (pending := self._pending) is not None:
             self._pending = None
             with torch.no_grad():
-                self._add_to_sum(
-                    pending if scale is None else pending / scale.reshape(()).to(pending.device, pending.dtype)
-                )
+                if scale is not None:
+                    pending = pending / scale.reshape(()).to(pending.device, pending.dtype)
+                self._add_to_sum(pending)
 
     def end(self) -> Tensor | None:
         """Return the loss of the step, a scalar on its device; None if no backward pass was seen."""

@@ -22,9 +22,9 @@ class GradientNorm:
 
     def add(self, parameters: Iterable[Tensor], scale: Tensor | None = None) -> None:
         """Add the gradients of `parameters`; `scale` divides those that a GradScaler has left scaled."""
-        new = [each for each in parameters if each.grad is not None and id(each) not in self._seen]
-        self._seen.update(map(id, new))
-        gradients = [_values(each.grad) for each in new if each.grad is not None]
+        new = {id(each): each.grad for each in parameters if each.grad is not None and id(each) not in self._seen}
+        self._seen.update(new)
+        gradients = [_values(each) for each in new.values()]
         if any(hasattr(each, "to_local") for each in gradients):
             self._unknown = True  # its norm needs the other ranks
         if not gradients or self._unknown:

@@ -1,4 +1,4 @@
-"""The backward passes that show a loss, and those that must not. tests/agent/capture/test_step_scalars.py has whole loops."""
+"""The backward passes that show a loss, and those that must not; test_step_scalars.py has whole loops."""
 
 from __future__ import annotations
 

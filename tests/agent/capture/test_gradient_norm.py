@@ -24,7 +24,7 @@ def value(norm: Tensor | None) -> float | None:
 def test_each_parameter_counts_once() -> None:
     norm, one, two = GradientNorm(), parameter(3.0), parameter(4.0, 12.0)
     norm.add([one, parameter(9.0, gradient=False)])
-    norm.add([one, two])
+    norm.add([one, two, two])  # a wrapper and its inner optimizer hold the same
     norm.add([two])
     assert value(norm.end()) == pytest.approx(13.0)
     assert norm.end() is None, "the next step begins without any"
@@ -46,9 +46,9 @@ def test_it_equals_the_norm_that_clipping_computes() -> None:
 
 
 def test_the_scale_of_each_optimizer() -> None:
-    norm = GradientNorm()
-    norm.add([parameter(30.0)], torch.tensor(10.0))
-    norm.add([parameter(8.0)], torch.tensor([2.0]))
+    norm, one, two = GradientNorm(), parameter(30.0), parameter(8.0)
+    norm.add([one], torch.tensor(10.0))
+    norm.add([two], torch.tensor([2.0]))
     assert value(norm.end()) == pytest.approx(5.0)
 
 
