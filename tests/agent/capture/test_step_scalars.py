@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -659,3 +661,23 @@ def test_the_report_has_the_loops_own_loss_and_gradient_norm(
         expected = (record.losses[step], record.norms[step])
         assert same(training.loss, expected[0]), (step, training.loss, expected)
         assert same(training.grad_norm, expected[1]), (step, training.grad_norm, expected)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_each_rank_reports_its_own_loss_and_the_norm_only_where_it_holds_whole_gradients(
+    ranks: Callable[..., Any], monitor: ScriptedMonitor, tmp_path: Path
+) -> None:
+    layouts = ["ddp", "ddp-late", "zero", "fsdp1", "fsdp2", "fsdp2-late"]
+    ranks("measured.py", tmp_path / "out", monitor.endpoint, *layouts).wait()
+    for rank in range(2):
+        own = json.loads(Path(f"{tmp_path / 'out'}.{rank}").read_text())
+        for layout in layouts:
+            shards = [shard for shard, _ in monitor.shards if (shard.run, shard.process_rank) == (layout, rank)]
+            assert len(shards) >= 3, (layout, rank)
+            for shard in shards:
+                assert shard.training.loss == pytest.approx(own[layout]["losses"][shard.step], rel=1e-6), layout
+                if layout.startswith("fsdp"):
+                    assert shard.training.grad_norm is None, "the norm of a shard is none of the model"
+                else:
+                    assert shard.training.grad_norm == pytest.approx(own[layout]["norms"][shard.step], rel=1e-5), layout
