@@ -44,7 +44,7 @@ class GradientNorm:
 
 
 def _values(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _norm(parts: list[Tensor]) -> Tensor:
