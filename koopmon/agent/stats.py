@@ -60,7 +60,9 @@ class AsyncScalar:
                 raise TypeError("a DTensor's value lies on several ranks: pass its full_tensor()")
             value = value.detach()
             if value.device.type == "cuda":
-                self._readings.appendleft(_copied(value))
+                # A CUDA graph would repeat a captured copy in every replay.
+                if not torch.cuda.is_current_stream_capturing():
+                    self._readings.appendleft(_copied(value))
                 return
         self._readings.appendleft(Reading(None if value is None else float(value)))
 
@@ -76,10 +78,12 @@ class AsyncScalar:
 
 @torch.no_grad()
 def _copied(value: Tensor) -> Reading:
+    stream = torch.cuda.current_stream(value.device)
     host = torch.empty((), dtype=torch.float32, pin_memory=True)
     host.copy_(value.reshape(()), non_blocking=True)
+    value.record_stream(stream)  # a backward pass may have made it on another one
     ready = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-    ready.record(torch.cuda.current_stream(value.device))
+    ready.record(stream)
     return Reading(host=host, ready=ready)
 
 

@@ -25,8 +25,9 @@ class GradientNorm:
         new = {id(each): each.grad for each in parameters if each.grad is not None and id(each) not in self._seen}
         self._seen.update(new)
         gradients = [_values(each) for each in new.values()]
-        if any(hasattr(each, "to_local") for each in gradients):
-            self._unknown = True  # its norm needs the other ranks
+        # The norm of a DTensor needs the other ranks. A CUDA graph would repeat captured work in every replay.
+        if any(hasattr(each, "to_local") for each in gradients) or _is_captured(gradients):
+            self._unknown = True
         if not gradients or self._unknown:
             return
         with torch.no_grad():
@@ -41,6 +42,10 @@ class GradientNorm:
         self.clear()
         with torch.no_grad():
             return _norm(norms) if norms and not unknown else None
+
+
+def _is_captured(gradients: list[Tensor]) -> bool:
+    return bool(gradients) and gradients[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _values(gradient: Tensor) -> Tensor:

@@ -663,6 +663,91 @@ def test_the_report_has_the_loops_own_loss_and_gradient_norm(
         assert same(training.grad_norm, expected[1]), (step, training.grad_norm, expected)
 
 
+def test_what_the_loop_logs_replaces_the_measurement_for_good(monitor: ScriptedMonitor, agents: Attach) -> None:
+    model = build()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config={"cadence": {"dense_every": 1}})
+    monitor.wait(lambda: agent.status()["connected"])
+    pace, own, norms = paced(agent, monitor), [], []
+    for step in range(STEPS):
+        loss = loss_of(model, batch(step))
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 3:
+            agent.log(loss=7.0)
+        optimizer.step()
+        own.append(float(loss.detach()) if step < 3 else 7.0)
+        norms.append(norm_of(model))
+        pace()
+    found = reports(monitor)
+    assert {3, 4, 5}.union({1, 2}) <= set(found)
+    for step, training in found.items():
+        assert (training.loss, training.grad_norm) == pytest.approx((own[step], norms[step]), rel=1e-6)
+        assert training.learning_rate == 0.1
+    assert not agent._runtime._scalars._loss._nodes, "the loss is not listened for any more"
+
+
+def test_other_steps_and_a_closed_agent_have_no_hook(monitor: ScriptedMonitor, agents: Attach) -> None:
+    model = build()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    config = {"cadence": {"dense_every": 4, "warmup_steps": 100}}
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config=config)
+    monitor.wait(lambda: agent.status()["connected"])
+    listened = []
+    for step in range(9):
+        listened.append(bool(agent._runtime._scalars._loss._nodes))
+        loss_of(model, batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [step for step, each in enumerate(listened) if each] == [1, 5]
+    assert agent._runtime._scalars._loss._nodes, "the next step has a snapshot"
+    agent.close()
+    assert not agent._runtime._scalars._loss._nodes
+    assert agent.status()["loss"] is not None
+
+
+def test_a_snapshot_of_a_step_that_does_not_end_is_sent_at_the_close(monitor: ScriptedMonitor, agents: Attach) -> None:
+    model = build()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config={"cadence": {"dense_every": 1}})
+    monitor.wait(lambda: agent.status()["connected"])
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+    loss = loss_of(model, batch(1))
+    loss.backward()
+    assert monitor.shards == []
+    agent.close()
+    monitor.wait(lambda: monitor.shards)
+    ((shard, _),) = monitor.shards
+    assert (shard.step, shard.training.grad_norm) == (1, None)
+    assert shard.training.loss == pytest.approx(float(loss.detach()), rel=1e-6)
+
+
+def test_a_measurement_that_fails_leaves_snapshots_and_training_alone(
+    monitor: ScriptedMonitor, agents: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config={"cadence": {"dense_every": 1}})
+    monitor.wait(lambda: agent.status()["connected"])
+    pace = paced(agent, monitor)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    for step in range(STEPS):
+        if step == 3:
+            monkeypatch.setattr(torch, "_foreach_norm", broken)
+        loss_of(model, batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pace()
+    found = reports(monitor)
+    assert set(found) == set(range(1, STEPS))
+    assert [found[step].loss is None for step in range(1, STEPS)] == [False, False, True, True, True]
+    assert agent.enabled
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_each_rank_reports_its_own_loss_and_the_norm_only_where_it_holds_whole_gradients(
