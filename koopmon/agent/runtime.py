@@ -254,8 +254,7 @@ class AgentRuntime:
 
     def stand_down(self, reason: str, layout: ParallelLayout | None = None) -> None:
         """End snapshots and commands. The control state stays, equal on all ranks, and lasting actions apply it."""
-        self._scalars.end()
-        self._send_snapshot()
+        self._send_unfinished()
         self.lifecycle.enter(StoodDown(self.lifecycle.state, layout))
         self._end_actions()
         for closable in self._closables:
@@ -273,10 +272,9 @@ class AgentRuntime:
         self.taps.remove()
         for action in self.actions:
             action.revert()
-        self._scalars.end()
-        self._scalars.close()
         if os.getpid() == self._pid:
-            self._send_snapshot()
+            self._send_unfinished()
+        self._scalars.close()
         self.lifecycle.enter(StoodDown(self.lifecycle.state))
         self._end_actions()
         if os.getpid() != self._pid:
@@ -354,6 +352,12 @@ class AgentRuntime:
         if snapshot is not None and (io_thread := self.io_thread) is not None:
             snapshot.measured = self.stats.readings()
             io_thread.post(snapshot)
+
+    def _send_unfinished(self) -> None:
+        """Send the snapshot of a step that does not end any more."""
+        if self._snapshot is not None:
+            self._scalars.end()
+            self._send_snapshot()
 
     # Hooks of the optimizers.
 
