@@ -140,14 +140,17 @@ def test_only_between_begin_and_end() -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model(backend: str) -> None:
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     bench = Bench()
     compiled = torch.compile(bench.model, backend=backend)
+    graphs = set()
     for step in range(3):
         bench.begin()
         loss = loss_of(compiled, batch(step))  # type: ignore[arg-type]
         loss.backward()
         assert bench.end() == pytest.approx(float(loss.detach()), rel=1e-6)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3, "no hook causes another compilation"
+        graphs.add(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(graphs) == 1, "no hook causes another compilation"
 
 
 def test_a_compiled_backward_pass_is_left_alone() -> None:
