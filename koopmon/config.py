@@ -406,7 +406,7 @@ class PolicyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     kss_hold_steps: Steps = 20
     """Steps for which KSS stays on, including the rise of its weight."""
     harm_ratio: Annotated[float, Meta(gt=1.0, le=1000.0)] = 1.2
-    """Ratio of the logged loss to its value at the start of KSS above which KSS stays off for the rest of the run."""
+    """Ratio of the loss to its value at the start of KSS above which KSS stays off for the rest of the run."""
     stop: bool = False
     """Request the end of a ruined training (`agent.should_stop`; docs/method.md, "Stop"). The policy `observe` requests
     nothing."""

@@ -116,7 +116,7 @@ class PolicyState:
     kss_cut: Count = 0
     """Value of `num_cuts` when KSS was last turned on. KSS accompanies each back-off once."""
     loss_at_kss: float | None = None
-    """Logged loss at `kss_on_at`."""
+    """Loss at `kss_on_at`."""
     kss_barred: bool = False
     """True when KSS stays off for the rest of the run."""
     calm_radius: Annotated[float, Meta(ge=0.0)] | None = None
@@ -596,14 +596,17 @@ def _without_kss(case: _Case, why: str, **changes: object) -> Proposal:
 
 
 def _bar_kss(case: _Case) -> Proposal | None:
-    """Turn KSS off for good at a severe risk in full force, or at a loss above `harm_ratio` times its value before."""
+    """Turn KSS off for good at a severe risk in full force, or at a loss above `harm_ratio` times its value before.
+
+    A loss of 0 or less has no such ratio.
+    """
     state, config = case.state, case.config
     if state.kss_on_at is None or case.seen.step - state.kss_on_at < config.kss_ramp_steps + config.cooldown_steps:
         return None
     before, after = state.loss_at_kss, case.seen.training.loss
     if case.severe:
         return _without_kss(case, f"the risk is {case.risk.value:.2f} in spite of it", kss_barred=True)
-    if before is not None and after is not None and after > before * config.harm_ratio:
+    if before is not None and after is not None and 0.0 < before * config.harm_ratio < after:
         return _without_kss(case, f"the loss rose from {before:.3g} to {after:.3g} under it", kss_barred=True)
     return None
 

@@ -677,6 +677,14 @@ def test_kss_is_barred_by_harm_after_its_ramp_and_cooldown(
         assert run.actions[0][1].ramp_steps == 4
 
 
+@pytest.mark.parametrize(("before", "after"), [(-2.0, -1.0), (-2.0, 9.0), (0.0, 1.0), (-1.0, -9.0)])
+def test_a_loss_that_is_not_positive_has_no_ratio_and_bars_nothing(before: float, after: float) -> None:
+    run = on_kss(loss_at_kss=before)
+    run.step = 110
+    run.see(CALM, loss=after)
+    assert not run.state.kss_barred
+
+
 def test_kss_without_a_loss_at_its_start_is_not_barred_by_a_loss() -> None:
     run = on_kss(loss_at_kss=None)
     run.step = 110

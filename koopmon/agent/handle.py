@@ -51,14 +51,15 @@ class Agent:
     def log(self, *, loss: float | Tensor | None = None, grad_norm: float | Tensor | None = None) -> None:
         """Report the loss and the gradient's norm to the monitor, in the user's own units.
 
-        Both are optional, at any step.
+        Both are optional, at any step. The agent measures both itself in the steps with a snapshot. From the first call
+        on, the logged value replaces that measurement.
 
         Each is a number or a tensor with one element. A tensor on a device is copied without synchronising.
         """
         for name, value in {"loss": loss, "grad_norm": grad_norm}.items():
             if self._runtime is not None and value is not None:
                 try:
-                    self._runtime.stats.measured[name].put(value)
+                    self._runtime.stats.log(name, value)
                 except Exception as error:
                     if not self._complained:
                         self._complained = True

@@ -35,6 +35,16 @@ class ParallelLayout:
     splits_tokens: bool = False
     """True if ranks that share one model hold different tokens of its data."""
 
+    @property
+    def has_whole_gradients(self) -> bool:
+        """True if each rank is known to hold the gradients of the whole model."""
+        return self.name in ("single", "split", "ddp")
+
+    @property
+    def hides_parameters(self) -> bool:
+        """True if the forward uses other tensors than the parameters that the optimizer updates."""
+        return self.name.startswith(("fsdp", "hsdp"))
+
 
 class Role(Enum):
     """The agent's part in a training."""

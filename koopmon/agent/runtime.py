@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from koopmon.agent.capture.sampler import RankSnapshot, Sampler
 from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
+from koopmon.agent.capture.step_scalars import StepScalars
 from koopmon.agent.capture.taps import ResidualTaps
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.comms.control_channel import RankInfo
@@ -91,6 +92,9 @@ class AgentRuntime:
         self.lifecycle = LifeCycle(self.actions, self.stats, config.control)
         self._model = weakref.ref(model)
         self.optimizers = OptimizerSet()
+        self._scalars = StepScalars(self.optimizers, self.stats)
+        self._snapshot: RankSnapshot | None = None
+        """The snapshot of this step. It is sent at the end of the step, with the loss and the gradient norm."""
         self._new_optimizers = False
         """True if optimizers were added since the last step."""
         self._wrappers: set[int] = set()
@@ -267,6 +271,7 @@ class AgentRuntime:
 
     def stand_down(self, reason: str, layout: ParallelLayout | None = None) -> None:
         """End snapshots and commands. The control state stays, equal on all ranks, and lasting actions apply it."""
+        self._send_unfinished()
         self.lifecycle.enter(StoodDown(self.lifecycle.state, layout))
         self._end_actions()
         for closable in self._closables:
@@ -285,6 +290,9 @@ class AgentRuntime:
         self.notices.closed(self.lifecycle.applied(), self.breaker.reason or self.taps.failure)
         for action in self.actions:
             action.revert()
+        if os.getpid() == self._pid:
+            self._send_unfinished()
+        self._scalars.close()
         self.lifecycle.enter(StoodDown(self.lifecycle.state))
         self._end_actions()
         if os.getpid() != self._pid:
@@ -353,9 +361,15 @@ class AgentRuntime:
         self._describe(**_family(self.adapter, self.actions))
 
     def on_snapshot_ready(self, snapshot: RankSnapshot) -> None:
-        if (io_thread := self.io_thread) is not None:
+        self._snapshot = snapshot
+        self._budget.spend(0.0, snapshot.states.nbytes)
+
+    def _send_snapshot(self) -> None:
+        """Send the snapshot of this step, if there is one, with the values that were measured in it."""
+        snapshot, self._snapshot = self._snapshot, None
+        if snapshot is not None and (io_thread := self.io_thread) is not None:
+            snapshot.measured = self.stats.readings()
             io_thread.post(snapshot)
-            self._budget.spend(0.0, snapshot.states.nbytes)
             self._tell_attached(io_thread)
 
     def _tell_attached(self, io_thread: IOThread) -> None:
@@ -374,6 +388,12 @@ class AgentRuntime:
             reason=self._role_reason,
         )
 
+    def _send_unfinished(self) -> None:
+        """Send the snapshot of a step that does not end any more."""
+        if self._snapshot is not None:
+            self._scalars.end()
+            self._send_snapshot()
+
     # Hooks of the optimizers.
 
     def _before_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -391,6 +411,7 @@ class AgentRuntime:
         clock.begin(optimizer)
         if id(optimizer) in self._wrappers:
             return None  # the optimizers that it holds are scaled
+        self._scalars.before_call(optimizer, args, kwargs)
         update, control = Update(optimizer, args, kwargs), self.lifecycle.state.control
         for action in self._lasting:
             action.apply(control, clock.num_steps, update)
@@ -405,6 +426,7 @@ class AgentRuntime:
             return
         for action in self._lasting:
             action.revert()
+        self._scalars.after_call(optimizer, args, kwargs)
         if self._clock.end(optimizer):
             self._end_step()
 
@@ -426,6 +448,8 @@ class AgentRuntime:
         self.stats.hook_seconds += time.perf_counter() - started
 
     def _after_step(self) -> None:
+        self._scalars.end()
+        self._send_snapshot()
         started = time.perf_counter()
         self._budget.earn(self.stats.on_step_edge(started))
         # Only snapshots are charged, because fewer of them make nothing else cheaper.
@@ -457,6 +481,8 @@ class AgentRuntime:
         num_layers, repeats = (0 if stack is None else len(stack.points)), self.taps.repeats
         forwards = NextForwards(num_layers, num_microbatches, state.rank.data_ranks.rank, repeats)
         changes = [action.before_forwards(state.control, step, forwards) for action in self.actions]
+        if due is not None and (model := self._model()) is not None and isinstance(state, Watching):
+            self._scalars.begin(model, state.layout)
         self.taps.step_edge(due, [change for change in changes if change is not None])
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -11,16 +14,39 @@ from torch import Tensor
 
 from koopmon.wire.messages import DROP_REASONS, MEASURED, DropReason, Judgement, TrainingStep
 
-_RING = 4
+_NUM_UNDERWAY = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One measured value; None is unknown. `host` holds one from a device, valid after the event `ready`."""
+
+    value: float | None = None
+    host: Tensor | None = None
+    ready: Any = None
+
+    @property
+    def arrived(self) -> bool:
+        """True once the value is on the host."""
+        return self.ready is None or bool(self.ready.query())
+
+    def get(self) -> float | None:
+        """Return the value. It has arrived."""
+        return self.value if self.host is None else float(self.host)
+
+    def wait(self) -> float | None:
+        """Return the value after it has arrived. For the I/O thread: the training thread must not wait."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.get()
 
 
 class AsyncScalar:
     """The latest value of a scalar that may live on a device. Storing never synchronises, reading never waits."""
 
     def __init__(self) -> None:
-        self._value: float | None = None
-        self._ring: list[tuple[Tensor, Any]] = []
-        self._next = 0
+        self._readings: deque[Reading] = deque([Reading()], maxlen=_NUM_UNDERWAY)
+        """The newest is first."""
 
     def put(self, value: float | Tensor | None) -> None:
         """Store a number or a tensor with one element.
@@ -34,29 +60,31 @@ class AsyncScalar:
                 raise TypeError("a DTensor's value lies on several ranks: pass its full_tensor()")
             value = value.detach()
             if value.device.type == "cuda":
-                self._copy(value)
+                # A CUDA graph would repeat a captured copy in every replay.
+                if not torch.cuda.is_current_stream_capturing():
+                    self._readings.appendleft(_copied(value))
                 return
-        self._value = None if value is None else float(value)
-        self._next = 0
-
-    @torch.no_grad()
-    def _copy(self, value: Tensor) -> None:
-        if not self._ring:
-            for _ in range(_RING):
-                host = torch.zeros((), dtype=torch.float32, pin_memory=True)
-                self._ring.append((host, torch.cuda.Event()))  # type: ignore[no-untyped-call]
-        host, event = self._ring[self._next % _RING]
-        host.copy_(value.reshape(()), non_blocking=True)
-        event.record()
-        self._next += 1
+        self._readings.appendleft(Reading(None if value is None else float(value)))
 
     def get(self) -> float | None:
         """Return the latest value that has arrived; None if there is none."""
-        for age in range(1, min(self._next, _RING) + 1):
-            host, event = self._ring[(self._next - age) % _RING]
-            if event.query():
-                return float(host)
-        return self._value
+        return next((reading.get() for reading in tuple(self._readings) if reading.arrived), None)
+
+    @property
+    def latest(self) -> Reading:
+        """The value that was stored last."""
+        return self._readings[0]
+
+
+@torch.no_grad()
+def _copied(value: Tensor) -> Reading:
+    stream = torch.cuda.current_stream(value.device)
+    host = torch.empty((), dtype=torch.float32, pin_memory=True)
+    host.copy_(value.reshape(()), non_blocking=True)
+    value.record_stream(stream)  # a backward pass may have made it on another one
+    ready = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    ready.record(stream)
+    return Reading(host=host, ready=ready)
 
 
 class AgentStats:
@@ -86,14 +114,33 @@ class AgentStats:
         self.judgement: Judgement | None = None
         """The monitor's latest judgement of this training. Only the sender's thread writes it."""
         self.measured = {name: AsyncScalar() for name in MEASURED}
+        self.logged: set[str] = set()
+        """Names of measured values that the user's loop logs itself."""
 
     @property
     def busy_seconds(self) -> float:
         """Seconds that koopmon has used in the training thread."""
         return self.hook_seconds + self.capture_seconds + self.action_seconds
 
+    def log(self, name: str, value: float | Tensor) -> None:
+        """Store a value from the user's loop. From now on it replaces koopmon's own measurement.
+
+        Raises TypeError like `AsyncScalar.put`.
+        """
+        self.measured[name].put(value)
+        self.logged.add(name)
+
+    def measure(self, name: str, value: float | Tensor | None) -> None:
+        """Store koopmon's own measurement, unless the user's loop logs this value."""
+        if name not in self.logged:
+            self.measured[name].put(value)
+
+    def readings(self) -> Mapping[str, Reading]:
+        """Return the measured values of this moment. Those on a device have not arrived yet."""
+        return {name: scalar.latest for name, scalar in self.measured.items()}
+
     def with_measured(self, training: TrainingStep) -> TrainingStep:
-        """Return `training` with the latest measured values."""
+        """Return `training` with the latest measured values that have arrived."""
         return msgspec.structs.replace(training, **{name: scalar.get() for name, scalar in self.measured.items()})
 
     def drop(self, reason: DropReason, count: int = 1) -> None:

@@ -8,7 +8,7 @@ trainer.add_callback(KoopmonCallback())
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from koopmon.errors import MissingExtraError
@@ -31,10 +31,10 @@ class KoopmonCallback(SessionCallback, TrainerCallback):  # type: ignore[misc] #
     `endpoint`, `run` and `config` are those of `koopmon.attach`, which raises errors in them at the start of `train()`.
     Without `endpoint` the callback uses the environment's endpoint; without that the training runs unmonitored.
 
-    The callback passes on the loss and the gradient norm when the trainer logs them, every `logging_steps`. It then
-    logs koopmon's own scalars where `report_to` contains tensorboard (in a run `koopmon` in the trainer's directory) or
-    wandb. On a stop request from the monitor (opt-in), training stops as if it had reached its last step. On a
-    checkpoint request (opt-in), the trainer saves a checkpoint at that step, which counts in its `save_total_limit`.
+    Every `logging_steps` the callback logs koopmon's own scalars where `report_to` contains tensorboard (in a run
+    `koopmon` in the trainer's directory) or wandb. On a stop request from the monitor (opt-in), training stops as if it
+    had reached its last step. On a checkpoint request (opt-in), the trainer saves a checkpoint at that step, which
+    counts in its `save_total_limit`.
     """
 
     _mirrors: Sequence[Mirror] = ()
@@ -48,16 +48,7 @@ class KoopmonCallback(SessionCallback, TrainerCallback):  # type: ignore[misc] #
         self._begin(kwargs["model"], [kwargs.get("optimizer")], refused=refused)
         self._mirrors = _mirrors(args) if state is not None and state.is_world_process_zero else []
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        known = logs or {}
-        self.agent.log(loss=known.get("loss"), grad_norm=known.get("grad_norm"))
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for mirror in self._mirrors:
             mirror.write(self.agent, state.global_step)
 

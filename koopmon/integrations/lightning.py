@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor
 
 from koopmon.agent.attach import Agent
 from koopmon.errors import MissingExtraError
@@ -38,9 +35,9 @@ class KoopmonCallback(SessionCallback, Callback):  # type: ignore[misc] # mypy s
     `endpoint`, `run` and `config` are those of `koopmon.attach`, which raises errors in them before the first step.
     Without `endpoint` the callback uses the environment's endpoint; without that the training runs unmonitored.
 
-    The callback passes on the loss of each batch without waiting for a device. It writes koopmon's own scalars to the
-    trainer's loggers every `log_every_n_steps`. On a stop request from the monitor (opt-in), the trainer stops. On a
-    checkpoint request (opt-in), it saves `koopmon-step=N.ckpt` in the directory of its first ModelCheckpoint.
+    The callback writes koopmon's own scalars to the trainer's loggers every `log_every_n_steps`. On a stop request from
+    the monitor (opt-in), the trainer stops. On a checkpoint request (opt-in), it saves `koopmon-step=N.ckpt` in the
+    directory of its first ModelCheckpoint.
     """
 
     _loggers: Mirror | None = None
@@ -53,9 +50,6 @@ class KoopmonCallback(SessionCallback, Callback):  # type: ignore[misc] # mypy s
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):  # Lightning has divided it by accumulate_grad_batches
-            self.agent.log(loss=loss * trainer.accumulate_grad_batches)
         if self._loggers is not None:
             self._loggers.write(self.agent, trainer.global_step)
         if self.agent.should_stop:

@@ -37,8 +37,7 @@ class Snapshot(AtStep):
     run: str
     incarnation: str
     training: TrainingStep
-    """The largest learning rate of the ranks, and the means of the other measured values: NaN where a rank's value is
-    not finite, None where no rank knows it. The LR scale and the weight of KSS are those of the lowest rank."""
+    """The scalars of the ranks, reduced by `over_ranks`."""
     blocks: tuple[tuple[Tensor, ...], ...]
     """P entries by depth. An entry holds one tensor (n_i, D) for each sender of the point; the n_i add up to N."""
     masked: bool
@@ -257,7 +256,7 @@ class Assembler:
         return Snapshot(
             run=headers[0].run,
             incarnation=headers[0].incarnation,
-            training=_training([header.training for header in headers]),
+            training=over_ranks([header.training for header in headers]),
             blocks=blocks,
             masked=all(header.masked for header in headers),
             num_shards=len(headers),
@@ -338,8 +337,12 @@ def _same_rows(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     )
 
 
-def _training(steps: Sequence[TrainingStep]) -> TrainingStep:
-    """Reduce the scalars of the ranks, by rank, to those of the snapshot."""
+def over_ranks(steps: Sequence[TrainingStep]) -> TrainingStep:
+    """Reduce the scalars of the ranks, by rank, to those of the run.
+
+    The result has the largest learning rate, and the means of the other measured values: NaN where a rank's value is
+    not finite, None where no rank knows it. Its other values are those of the lowest rank.
+    """
     means = {name: mean(getattr(step, name) for step in steps) for name in MEASURED}
     rates = [step.learning_rate for step in steps if step.learning_rate is not None]
     return msgspec.structs.replace(steps[0], **means | {"learning_rate": max(rates, default=None)})

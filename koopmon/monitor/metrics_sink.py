@@ -65,6 +65,8 @@ class MetricsSink:
         metrics.set_training(run.name, run.training)
         if heartbeats := run.heartbeats:
             metrics.set("agent_overhead_ratio", max(each.overhead_ratio for each in heartbeats), run.name)
+            durations = [each.step_seconds for each in heartbeats if each.step_seconds is not None]
+            metrics.set("step_seconds", max(durations, default=None), run.name)
             metrics.set("taps_missing", sum(each.taps_missing for each in heartbeats), run.name)
 
     def _show_assessment(self, run: Run, assessment: Assessment) -> None:

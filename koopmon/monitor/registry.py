@@ -14,6 +14,7 @@ import msgspec
 from koopmon.config import MAX_STEPS, MonitorConfig
 from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
+from koopmon.monitor.assembler import over_ranks
 from koopmon.monitor.run_controller import RunController
 from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.messages import (
@@ -100,18 +101,19 @@ class Run:
 
     @property
     def training(self) -> TrainingStep:
-        """Latest known scalars, at the run's latest step: those of rank 0's last heartbeat.
+        """Latest known scalars, at the run's latest step, from the last heartbeats: see `over_ranks`.
 
-        Without a heartbeat since the last change of the values in force, the LR scale is the commanded one.
+        Settings are those of rank 0. Without a heartbeat since they changed, the LR scale is the commanded one.
         """
-        known, beat = self.applied.at_step(self.step), self.peers[0].heartbeat if 0 in self.peers else None
-        if beat is None:
+        known, beats = self.applied.at_step(self.step), [self.peers[rank].heartbeat for rank in sorted(self.peers)]
+        steps = [beat.training for beat in beats if beat is not None]
+        if not steps:
             return known
+        seen, leader = over_ranks(steps), self.peers[0].heartbeat if 0 in self.peers else None
         # Under a cap, and during a ramp, the scale in force is lower than the commanded one; agents measure it.
-        names = TrainingStep.__struct_fields__ if beat.applied == self.applied else MEASURED
-        return msgspec.structs.replace(
-            known, **{name: getattr(beat.training, name) for name in names if name != "step"}
-        )
+        agrees = leader is not None and leader.applied == self.applied
+        names = TrainingStep.__struct_fields__ if agrees else MEASURED
+        return msgspec.structs.replace(known, **{name: getattr(seen, name) for name in names if name != "step"})
 
     @property
     def leader(self) -> Peer | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from koopmon.history.reader import HistoryReader, IncarnationRow, ObservationRow, ProfileRow
@@ -14,6 +15,7 @@ from koopmon.spectral import SpectralProfile
 MAX_LOSS, MAX_GRADIENT_NORM = 50.0, 500.0
 """Largest loss and gradient norm of a run that has not diverged: the values of arXiv 2602.22988.
 
+They are for a loss that is a mean. In a run that begins above a bound, as with a sum, its first value is the bound.
 Losses, gradient norms and states that are not finite count as diverged too.
 """
 MAX_FIRST_STEP = 10
@@ -80,16 +82,15 @@ def _run_example(incarnation: IncarnationRow, first: ProfileRow | None, rows: li
         learning_rate=max(rates),
         width=max(hello.width, 1),
         num_layers=max(profile.num_layers, 1),
-        diverged=any(map(_diverged, rows)),
+        diverged=any(row.non_finite for row in rows)
+        or _leaves([row.training.loss for row in rows], MAX_LOSS)
+        or _leaves([row.training.grad_norm for row in rows], MAX_GRADIENT_NORM),
     )
     return RunExample(run, hello.adapter, example)
 
 
-def _diverged(row: ObservationRow) -> bool:
-    # `not loss <= MAX_LOSS` is also True for NaN.
-    loss, grad_norm = row.training.loss, row.training.grad_norm
-    return (
-        row.non_finite
-        or (loss is not None and not loss <= MAX_LOSS)
-        or (grad_norm is not None and not grad_norm <= MAX_GRADIENT_NORM)
-    )
+def _leaves(values: Iterable[float | None], bound: float) -> bool:
+    """Return True if a known value is above `bound` and above the first known one, or not finite."""
+    known = [value for value in values if value is not None]
+    # A comparison with NaN is False.
+    return any(not value <= max(bound, known[0]) or math.isinf(value) for value in known)

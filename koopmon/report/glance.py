@@ -65,7 +65,7 @@ def _loss(report: RunReport) -> str:
             f" {number(course.last)} at the end"
         )
     known = [point.training.loss for point in report.points if point.training.loss is not None]
-    return f"{number(known[0])} at first, {number(known[-1])} at the end" if known else "not logged"
+    return f"{number(known[0])} at first, {number(known[-1])} at the end" if known else "not known"
 
 
 def _actions(actions: Sequence[CommandView]) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""z-score of the newest logged loss against the last losses of the same run."""
+"""z-score of the newest loss against the last losses of the same run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ABSURD = 1e30
 
 @dataclass(frozen=True, slots=True)
 class LossZScore:
-    """History of the logged loss and the z-score of its newest value."""
+    """History of the loss and the z-score of its newest value."""
 
     losses: Annotated[tuple[Annotated[float, Meta(ge=-ABSURD, le=ABSURD)], ...], Meta(max_length=WINDOW)] = ()
     """The last usable losses, oldest first, at most WINDOW."""
@@ -28,9 +28,9 @@ class LossZScore:
     """z-score of the newest loss against the earlier ones, at most LARGEST; 0 with fewer than MIN_LOSSES of them."""
 
     def after(self, loss: float | None) -> LossZScore:
-        """Return the history after one more snapshot; `loss` is None where the script logs none."""
-        # A script may log at fewer steps than snapshots exist, and a snapshot then repeats the loss. Repeated values
-        # would lower the deviation.
+        """Return the history after one more snapshot; `loss` is None where it is unknown."""
+        # A script that logs its loss at fewer steps than snapshots exist repeats it. Repeated values would lower the
+        # deviation.
         if loss is None or (self.losses and loss == self.losses[-1]):
             return self
         if not abs(loss) < ABSURD:  # The comparison is also False for NaN.

@@ -25,7 +25,7 @@ is not known. Two scores in [0, 1] follow, as log-odds:
 
     risk      4 log v + bounded prior                        The policy acts on it. It is 0 without any change.
     forecast  log growth of the expansive mass + prior       It warns and starts no action.
-              4 log(z + 0.05) + prior                        The same with the loss's z-score z, where a loss is logged.
+              4 log(z + 0.05) + prior                        The same with the loss's z-score z, where a loss is known.
 
 The measured results are in benchmarks/results.
 """
@@ -116,7 +116,7 @@ class RiskState:
     lr_scale: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     """koopmon's LR scale at the last snapshot. A lower scale resets `restlessness`."""
     surprise: LossZScore = field(default_factory=LossZScore)
-    """z-score of the logged loss; without losses where the script logs none."""
+    """z-score of the loss; without losses where none is known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

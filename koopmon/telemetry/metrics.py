@@ -110,7 +110,7 @@ TABLE: tuple[Series, ...] = (
     _run("risk", "Online risk of divergence, 0 to 1."),
     _run(
         "forecast",
-        "Forecast of divergence, 0 to 1, from the prior and the logged loss or the expansive mass. Only warns.",
+        "Forecast of divergence, 0 to 1, from the prior and the loss, or the expansive mass without one. Only warns.",
     ),
     _run("initial_risk", "Score at initialisation: mean near-unit mass of the first informative snapshot."),
     _run("divergence_probability", "Calibrated probability of divergence. Absent without a calibrator."),
@@ -118,6 +118,13 @@ TABLE: tuple[Series, ...] = (
     _run("kss_alpha", "Weight of Koopman Spectral Shaping in force."),
     _run("lr_scale", "LR scale: factor on the learning rate in force."),
     _run("step", "Largest optimizer step in a message of the run."),
+    _run("loss", "Loss of the latest measured step, mean over ranks. Absent if unknown or not finite."),
+    _run("learning_rate", "Largest learning rate of all parameter groups, as the schedule set it."),
+    _run(
+        "gradient_norm",
+        "Norm of the gradients of the latest measured step, mean over ranks. Absent if unknown or not finite.",
+    ),
+    _run("step_seconds", "Mean duration of an optimizer step, on the slowest rank."),
     _run("run_state", "State of the run: 0 ended, 1 running, 2 vanished."),
     _run("last_snapshot_timestamp_seconds", "Unix time of the last snapshot received."),
     _run("snapshot_age_seconds", "Age of the last profiled snapshot when its profile was complete."),
@@ -162,7 +169,12 @@ TABLE: tuple[Series, ...] = (
 )
 BY_NAME: Mapping[str, Series] = {series.name: series for series in TABLE}
 LAYER_FIELDS: tuple[str, ...] = tuple(series.name for series in TABLE if series.labels == RUN_LAYER)
-TRAINING_FIELDS: tuple[str, ...] = tuple(name for name in TrainingStep.__struct_fields__ if name in BY_NAME)
+TRAINING_FIELDS: Mapping[str, str] = {
+    name: field
+    for field in TrainingStep.__struct_fields__
+    if (name := {"grad_norm": "gradient_norm"}.get(field, field)) in BY_NAME
+}
+"""Metrics of the scalars of a step, each with its field of `TrainingStep`."""
 KEPT_WHEN_VANISHED = frozenset({"last_snapshot_timestamp_seconds", "run_state"})
 
 
@@ -214,9 +226,9 @@ class Metrics(Collector):
                 self._values[name][labels] = finite
 
     def set_training(self, run: str, training: TrainingStep) -> None:
-        """Set the gauge of every field of `training` that has a metric of its name."""
-        for name in TRAINING_FIELDS:
-            self.set(name, getattr(training, name), run)
+        """Set the gauge of every field of `training` that has a metric."""
+        for name, field_name in TRAINING_FIELDS.items():
+            self.set(name, getattr(training, field_name), run)
 
     def add(self, name: str, *labels: str, amount: int = 1) -> None:
         """Increment a counter. Raises KeyError for a label value outside the table: labels are bounded."""

@@ -147,7 +147,7 @@ def _verdict(
             return "cannot be told", f"{seen} before the next action at step {cut.step}: the two cannot be told apart"
         return "cannot be told", f"{seen}, {MIN_SNAPSHOTS} are needed"
     risk, new = _moved(risk_after - risk_before, RISK_CHANGE), _losses(after)
-    loss, words = 0, f"the risk {_WORDS[risk]}, the loss was not logged"
+    loss, words = 0, f"the risk {_WORDS[risk]}, the loss is not known"
     if min(len(old), len(new)) >= MIN_SNAPSHOTS:
         loss = _moved(statistics.median(new) - statistics.median(old), LOSS_CHANGE * abs(statistics.median(old)))
         words = f"the risk {_WORDS[risk]}, the loss {_WORDS[loss]}"

@@ -95,9 +95,9 @@ class TrainingStep(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     learning_rate: float | None = None
     """Largest learning rate over parameter groups, as the user's schedule set it, before koopmon's LR scale."""
     loss: float | None = None
-    """The last loss that the user logged."""
+    """The loss of the step: the sum of the scalars that `backward()` was called on, or what the user's loop logs."""
     grad_norm: float | None = None
-    """The last gradient norm that the user logged."""
+    """Norm of the gradients of the step's update, or what the user's loop logs."""
     lr_scale: LrScale = 1.0
     """koopmon's factor on the learning rate at this step: the rate in force is `learning_rate` x `lr_scale`. A cap on
     the peak rate is part of it."""

@@ -30,6 +30,7 @@ def make() -> Json:
         {
             "Now": sized(3, 4, *_now()),
             "Risk and actions": sized(12, 9, *_risk()),
+            "Training": sized(12, 8, *_training()),
             "Spectra by depth": sized(8, 9, *_masses()),
             "Layers": sized(12, 8, *_layers()),
             "Agent": sized(12, 8, *_agent()),
@@ -108,6 +109,18 @@ def _risk() -> list[Json]:
                 "action: {{outcome}}": f"increase({_of('effect_checks_total')}[1m])",
             },
         ),
+    ]
+
+
+def _training() -> list[Json]:
+    def lines(title: str, metric: str, **settings: Any) -> Json:
+        return panels.lines(title, BY_NAME[metric].help, {title.lower(): _of(metric)}, **settings)
+
+    return [
+        lines("Loss", "loss", minimum=None),
+        lines("Gradient norm", "gradient_norm", log=True),
+        lines("Learning rate", "learning_rate"),
+        lines("Step time", "step_seconds", unit="s"),
     ]
 
 

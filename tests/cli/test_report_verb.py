@@ -263,3 +263,48 @@ def test_nothing_recorded_yet_says_where_to_look(
         "koopmon: run 'mine': no history of any run is known; `koopmon run -- CMD...` records one, and --store names"
         " another file\n"
     )
+
+
+PLAIN = """
+import sys, time, torch
+from torch import nn
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model = nn.Sequential(
+    nn.Embedding(16, 32),
+    nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True), 3),
+    nn.Linear(32, 16),
+)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+for step in range(60):
+    tokens = torch.randint(16, (8, 12))
+    total = 0.0
+    for part in tokens.chunk(2):
+        loss = nn.functional.cross_entropy(model(part).flatten(0, 1), part.flatten()) / 2
+        loss.backward()
+        total += loss.item()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    optimizer.step()
+    optimizer.zero_grad()
+    print(total, float(norm), flush=True)
+    time.sleep(0.1)
+"""
+"""A script without a word of koopmon, which prints its loss and gradient norm."""
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_an_unchanged_script_has_its_loss_and_gradient_norm_in_the_report(tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text(PLAIN)
+    koopmon = CommandLine(tmp_path)
+    done = koopmon("run", "--run", "plain", "--", sys.executable, "plain.py")
+    assert done.returncode == 0, done.stderr.decode()
+    own = [tuple(map(float, line.split())) for line in done.stdout.decode().splitlines()]
+    report = koopmon("report", "plain", "--json")
+    assert report.returncode == 0, report.stderr.decode()
+    data = json.loads(report.stdout)
+    assert len(data["points"]) >= 3
+    for point in data["points"]:
+        assert (point["loss"], point["grad_norm"]) == pytest.approx(own[point["step"]], rel=1e-5), point
+        assert point["learning_rate"] == pytest.approx(1e-3)

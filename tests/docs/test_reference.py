@@ -101,8 +101,8 @@ def test_the_concepts_quote_the_evidence() -> None:
     told = (ROOT / "docs" / "concepts" / "risk.md").read_text(encoding="utf-8")
     names = {
         "risk": "koopmon risk",
-        "forecast, loss logged": "koopmon forecast, loss logged",
-        "forecast, no loss logged": "koopmon forecast",
+        "forecast, loss known": "koopmon forecast, loss logged",
+        "forecast, no loss known": "koopmon forecast",
         "for comparison: z-score of the loss": "loss z-score",
     }
     for name, detector in names.items():

@@ -168,7 +168,7 @@ def test_only_rank_0_tells_what_is_applied_and_steps_never_fall(registry: RunReg
     run = registry.on_message(1.0, heartbeat(0, step=20, applied=half, loss=2.0), b"p0")
     registry.on_message(1.0, heartbeat(1, step=18, applied=Applied(lr_scale=0.25), loss=3.0), b"p1")
     assert (run.applied, run.step) == (half, 20)
-    assert run.training == TrainingStep(step=20, loss=2.0, lr_scale=0.5)
+    assert run.training == TrainingStep(step=20, loss=2.5, lr_scale=0.5)
 
 
 def test_the_scale_of_a_run_is_the_measured_one_until_others_are_commanded(registry: RunRegistry) -> None:
@@ -457,14 +457,19 @@ def test_the_hello_of_rank_0_describes_the_run(registry: RunRegistry) -> None:
     assert (run.hello.width, run.applied.lr_scale) == (16, 0.5)
 
 
-def test_the_scalars_of_a_run_are_those_of_rank_0(registry: RunRegistry) -> None:
+def test_the_scalars_of_a_run_are_means_over_its_ranks_and_the_settings_of_rank_0(registry: RunRegistry) -> None:
     run = admit(registry, 0.0, hello(rank=1, step=3), b"p1").run
-    registry.on_message(1.0, heartbeat(1, step=7, loss=9.0), b"p1")
-    assert run.training == run.applied.at_step(7), "the loss of another rank is not the run's"
+    registry.on_message(1.0, heartbeat(1, step=7, loss=8.0, learning_rate=0.1, lr_scale=0.25), b"p1")
+    assert run.training == TrainingStep(step=7, loss=8.0, learning_rate=0.1), (
+        "a setting of another rank is not the run's"
+    )
     admit(registry, 2.0, hello(step=4, applied=Applied(lr_scale=0.5)), b"p0")
-    assert run.training == Applied(lr_scale=0.5).at_step(7)
-    registry.on_message(3.0, heartbeat(0, step=6, loss=2.0, grad_norm=4.0), b"p0")
-    assert run.training == TrainingStep(step=7, loss=2.0, grad_norm=4.0)
+    assert run.training == TrainingStep(step=7, loss=8.0, learning_rate=0.1, lr_scale=0.5)
+    beat = heartbeat(0, step=6, loss=2.0, grad_norm=4.0, learning_rate=0.2, applied=Applied(lr_scale=0.5))
+    registry.on_message(3.0, beat, b"p0")
+    assert run.training == TrainingStep(step=7, loss=5.0, grad_norm=4.0, learning_rate=0.2, lr_scale=0.5)
+    registry.on_message(4.0, heartbeat(1, step=8, loss=math.inf), b"p1")
+    assert math.isnan(run.training.loss or 0.0)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,27 @@ def test_a_vanished_run_keeps_few_series_and_gets_them_back_with_its_next_messag
     assert (series(metrics)["run_state"], metrics.value("snapshots_received", "job")) == (1.0, 0.0)
     sink(9.0, events.RunRemoved(run))
     assert series(metrics) == {}
+
+
+def test_the_trainings_own_numbers_are_metrics_while_they_are_finite(metrics: Metrics) -> None:
+    registry, sink = RunRegistry(MonitorConfig()), MetricsSink(metrics)
+    for rank in (0, 1):
+        run = factories.admit(registry, 0.0, factories.hello(process_rank=rank, num_senders=2), b"p%d" % rank).run
+
+    def shown(rank: int, **fields: Any) -> dict[str, float]:
+        registry.on_message(1.0, factories.heartbeat(5, process_rank=rank, **fields), b"p%d" % rank)
+        sink(1.0, events.RunChanged(run))
+        names = ("loss", "learning_rate", "gradient_norm", "step_seconds")
+        return {name: value for name in names if (value := metrics.value(name, "job")) is not None}
+
+    assert shown(0) == {}
+    assert shown(0, loss=-2.0, learning_rate=0.1) == {"loss": -2.0, "learning_rate": 0.1}
+    every = {"loss": 4.0, "learning_rate": 0.2, "grad_norm": 3.0, "step_seconds": 0.5}
+    assert shown(1, **every) == {"loss": 1.0, "learning_rate": 0.2, "gradient_norm": 3.0, "step_seconds": 0.5}
+    assert shown(0, loss=math.nan, grad_norm=math.inf, step_seconds=0.75) == {
+        "learning_rate": 0.2,
+        "step_seconds": 0.75,
+    }
 
 
 def test_the_history_commits_soon_after_the_first_event(tmp_path: Path) -> None:

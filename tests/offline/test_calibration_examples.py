@@ -74,11 +74,40 @@ def test_each_launch_is_an_example_of_its_own_rows(tmp_path: Path) -> None:
         ({"loss": None, "grad_norm": None}, False),
         ({"grad_norm": MAX_GRADIENT_NORM}, False),
         ({"grad_norm": float("inf")}, True),
+        ({"loss": -float("inf")}, True),
         ({"non_finite": True}, True),
     ],
 )
 def test_a_run_that_leaves_the_bounds_has_diverged(scalars: dict[str, Any], diverged: bool, tmp_path: Path) -> None:
     (found,) = examples(tmp_path / "store", scalars)
+    assert found.example is not None
+    assert found.example.diverged is diverged
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize(
+    ("values", "diverged"),
+    [
+        ((9000.0, 9000.0, 8000.0), False),
+        ((None, 9000.0, 8000.0), False),
+        ((9000.0, 9001.0, 1.0), True),
+        ((float("inf"), 1.0, 1.0), True),
+        ((float("nan"), 1.0, 1.0), True),
+        ((-9000.0, 1.0, 1.0), False),
+        ((None, None, None), False),
+    ],
+)
+def test_a_sum_that_begins_above_the_bound_is_its_own_bound(
+    name: str, values: tuple[float | None, ...], diverged: bool, tmp_path: Path
+) -> None:
+    store = HistoryWriter.open(tmp_path / "store")
+    store.record_hello(0.0, hello("job", FIRST, rate_sized_steps=True, update_exponent=0.4))
+    store.record_profile(0.0, "job", FIRST, 0, profile=profile(), num_shards=1, masked=False, seconds=0.0)
+    for step, value in enumerate(values):
+        record_observation(store, 0.0, step, "job", FIRST, **{"learning_rate": 0.01, name: value})
+    store.close()
+    with HistoryReader.open(tmp_path / "store") as history:
+        (found,) = calibration_examples(history)
     assert found.example is not None
     assert found.example.diverged is diverged
 

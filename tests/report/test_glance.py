@@ -70,7 +70,7 @@ def test_what_was_not_applied_is_not_claimed(
     recorder.did(9, 0.9, outcome, lr_scale=0.5, detail=detail)  # type: ignore[arg-type]
     facts = recorder.facts()
     told = glance(facts)
-    assert (told[name], told["Actions"], told["Loss"]) == (says, "none was applied", "not logged")
+    assert (told[name], told["Actions"], told["Loss"]) == (says, "none was applied", "not known")
     assert told["Risk"].endswith("still high at the end")
     assert facts.actions[0].effect is None
 

@@ -42,7 +42,7 @@ def effects(decisions: list[DecisionView], seen: list[TimelinePoint]) -> list[Co
     [
         ([0.1] * 8, [3.0] * 8, "helped", "the risk fell, the loss held"),
         ([0.1] * 8, [2.0] * 8, "helped", "the risk fell, the loss fell"),
-        ([0.1] * 8, [None] * 8, "helped", "the risk fell, the loss was not logged"),
+        ([0.1] * 8, [None] * 8, "helped", "the risk fell, the loss is not known"),
         ([0.1] * 8, [9.0] * 8, "unclear", "the risk fell, the loss rose"),
         ([0.9] * 8, [3.0] * 8, "unclear", "the risk held, the loss held"),
         ([0.86] * 8, [3.1] * 8, "unclear", "the risk held, the loss held"),

@@ -6,14 +6,15 @@ allocated once. On an accelerator the copy to the host runs on a side stream: th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from koopmon.agent.stats import AgentStats
+from koopmon.agent.stats import AgentStats, Reading
 from koopmon.config import SamplingConfig
 from koopmon.observables import Readings
 from koopmon.token_sampling import align_mask, order_rows, take_rows
@@ -44,6 +45,8 @@ class RankSnapshot:
     observed: tuple[tuple[str, int], ...] = ()
     """(name, layer) of each reading in `observations`: float32 on the host, valid after `ready`."""
     observations: Tensor | None = None
+    measured: Mapping[str, Reading] = field(default_factory=dict)
+    """Measured values of the snapshot's step, by their field of `training`."""
 
 
 class Sampler:

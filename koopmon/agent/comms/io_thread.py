@@ -214,12 +214,13 @@ class IOThread:
         if data is None or reason is not None:
             snapshot.slot.release()
             return reason or "monitor_away"
+        measured = {name: reading.wait() for name, reading in snapshot.measured.items()}
         shard = Shard(
             run=identity.run,
             incarnation=identity.incarnation,
             process_rank=self._description.process_rank,
             num_senders=self._description.num_senders,
-            training=self._stats.with_measured(snapshot.training),
+            training=msgspec.structs.replace(snapshot.training, **measured),
             first_point=0,
             num_points=num_points,
             num_samples=num_samples,

@@ -42,7 +42,8 @@ def stepping_optimizers() -> Iterator[Optimizer]:
         frame = frame.f_back
 
 
-def _has_closure(args: Any, kwargs: Any) -> bool:
+def has_closure(args: Any, kwargs: Any) -> bool:
+    """Return True if `step(*args[1:], **kwargs)` computes the gradients itself, by a closure."""
     return callable(kwargs.get("closure")) or (len(args) > 1 and callable(args[1]))
 
 
@@ -110,7 +111,7 @@ class StepClock:
 
         A closure contains a backward pass of its own.
         """
-        if self._forward or _has_closure(args, kwargs):
+        if self._forward or has_closure(args, kwargs):
             return True
         calls = self._of(optimizer)
         return calls.took_part(self._number) and calls.has_new_gradient(optimizer)

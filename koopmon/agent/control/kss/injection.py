@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import random
 import time
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch.optim import Optimizer
 
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.action import NextForwards
-from koopmon.agent.control.kss.grad_scaler import calling_scaler, unscaling_scaler
+from koopmon.agent.control.kss.grad_scaler import ScalerFinder
 from koopmon.agent.stats import AgentStats, AsyncScalar
 from koopmon.spectral import kss_basis, kss_gradient
 from koopmon.token_sampling import align_mask, order_rows, take_rows
@@ -133,8 +132,7 @@ class KssInjection:
         self._stats = stats
         self._breaker = breaker
         self._layers: frozenset[int] = frozenset()
-        self._scaler: Callable[[], torch.amp.GradScaler | None] = lambda: None
-        self._scanned = False
+        self._scaler = ScalerFinder()
         self._entered: dict[int, Tensor] = {}
         self._mask: Tensor | None = None
         self._rows: Tensor | None = None
@@ -166,12 +164,7 @@ class KssInjection:
 
         Call it from inside the optimizer's step().
         """
-        scaler = calling_scaler()
-        if scaler is None and not self._scanned:
-            self._scanned = True  # a scan of all live objects is slow: once in a training
-            scaler = unscaling_scaler(optimizer)
-        if scaler is not None:
-            self._scaler = weakref.ref(scaler)
+        self._scaler.find(optimizer)
 
     def enter(self, layer: int, state: Tensor, mask: Tensor | None) -> None:
         """Keep the sampled rows of `state`, the input of block `layer`."""
@@ -205,7 +198,7 @@ class KssInjection:
         if self._num_skipped is None or self._num_skipped.device != trusted.device:
             self._num_skipped = torch.zeros((), dtype=torch.float32, device=trusted.device)
         self._num_skipped += ~trusted
-        scaler = self._scaler()
+        scaler = self._scaler.known()
         scale = None if scaler is None else scaler._scale
         if scale is None:
             return grad_x * self._weight, grad_y * self._weight

@@ -11,7 +11,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import SGD
 
-from koopmon.agent.control.kss.grad_scaler import calling_scaler, unscaling_scaler
+from koopmon.agent.control.kss.grad_scaler import ScalerFinder, calling_scaler, unscaling_scaler
 
 
 class Asking(SGD):
@@ -69,3 +69,22 @@ def test_a_live_scaler_that_unscaled_the_gradients_is_found() -> None:
     scaler.unscale_(optimizer)
     assert unscaling_scaler(optimizer) is scaler
     assert unscaling_scaler(other) is None
+
+
+def test_all_live_objects_are_searched_once_and_only_without_a_calling_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[Any] = []
+    calling: list[Any] = [GradScaler("cpu")]
+    module = "koopmon.agent.control.kss.grad_scaler"
+    monkeypatch.setattr(f"{module}.calling_scaler", lambda: calling[0] if calling else None)
+    monkeypatch.setattr(f"{module}.unscaling_scaler", lambda optimizer: searches.append(optimizer))
+    optimizer: Any = object()
+    finder = ScalerFinder()
+    assert finder.known() is None
+    assert finder.find(optimizer) is calling[0]
+    assert searches == []
+    found = calling.pop()
+    assert finder.find(optimizer, scan=False) is found
+    assert searches == []
+    for _ in range(3):
+        assert finder.find(optimizer) is found, "a step without a scaler on its stack keeps it"
+    assert searches == [optimizer]

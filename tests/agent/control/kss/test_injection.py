@@ -269,27 +269,6 @@ def test_the_time_of_an_injection_is_counted(monkeypatch: pytest.MonkeyPatch) ->
     assert stats.action_seconds == 9.0
 
 
-def test_all_live_objects_are_searched_for_a_scaler_once_and_only_without_a_calling_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    searches: list[Any] = []
-    calling: list[Any] = []
-    module = "koopmon.agent.control.kss.injection"
-    monkeypatch.setattr(f"{module}.calling_scaler", lambda: calling[0] if calling else None)
-    monkeypatch.setattr(f"{module}.unscaling_scaler", lambda optimizer: searches.append(optimizer))
-    optimizer: Any = object()
-    calling.append(torch.amp.GradScaler("cpu"))
-    injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))
-    injection.find_scaler(optimizer)
-    assert searches == []
-    assert injection._scaler() is calling[0]
-    found = calling.pop()
-    for _ in range(3):
-        injection.find_scaler(optimizer)
-    assert searches == [optimizer]
-    assert injection._scaler() is found, "a step without a scaler on its stack keeps it"
-
-
 def test_every_so_many_steps() -> None:
     settings = KssSettings(alpha=1.0, every=5)
     injection = KssInjection(SEED, AgentStats(), CircuitBreaker("KSS"))

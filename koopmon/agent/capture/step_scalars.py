@@ -1,0 +1,98 @@
+"""Loss and gradient norm of the steps with a snapshot, without a call in the user's loop.
+
+They are measured in these steps only. Nothing waits for a device: the I/O thread reads them with the snapshot.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from koopmon.agent.capture.backward_loss import BackwardLoss
+from koopmon.agent.capture.gradient_norm import GradientNorm
+from koopmon.agent.circuit_breaker import CircuitBreaker
+from koopmon.agent.control.kss.grad_scaler import ScalerFinder, calling_scaler
+from koopmon.agent.control.optimizer_set import OptimizerSet
+from koopmon.agent.control.step_clock import has_closure
+from koopmon.agent.parallelism import ParallelLayout
+from koopmon.agent.stats import AgentStats
+
+
+class StepScalars:
+    """Measures one step at a time: `begin`, `before_call` and `after_call` around each optimizer's step(), `end`."""
+
+    def __init__(self, optimizers: OptimizerSet, stats: AgentStats) -> None:
+        self._optimizers = optimizers
+        self._stats = stats
+        self._breaker = breaker = CircuitBreaker("the measurement of the loss", self._on_trip)
+        self._loss = BackwardLoss(breaker, stats)
+        self._norm = GradientNorm()
+        self._scaler = ScalerFinder()
+        self._active = False
+        self._has_whole_gradients = False
+
+    def begin(self, model: nn.Module, layout: ParallelLayout) -> None:
+        """Measure the step that begins."""
+        self._breaker.hook(self._begin)(model, layout)
+
+    def before_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Note the gradients that `optimizer` is about to use. A closure computes them later."""
+        if self._active:
+            self._guarded(self._before_call, optimizer, has_closure(args, kwargs))
+
+    def after_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Note the gradients that `optimizer` has used, if a closure has computed them."""
+        if self._active and has_closure(args, kwargs):
+            self._guarded(self._add_gradients, optimizer)
+
+    def end(self) -> None:
+        """Store the values of the step. A value that was not seen becomes unknown."""
+        if self._active:
+            self._guarded(self._end)
+
+    def close(self) -> None:
+        """Remove every hook. Idempotent."""
+        self._active = False
+        self._loss.close()
+
+    def _on_trip(self, reason: str) -> None:
+        self.close()
+        for name in ("loss", "grad_norm"):
+            self._stats.measure(name, None)
+
+    def _guarded(self, body: Callable[..., None], *args: Any) -> None:
+        started = time.perf_counter()
+        self._breaker.hook(body)(*args)
+        # Like the snapshot itself, it costs nothing in the other steps.
+        self._stats.capture_seconds += time.perf_counter() - started
+
+    def _begin(self, model: nn.Module, layout: ParallelLayout) -> None:
+        self._active = True
+        self._norm.clear()
+        self._has_whole_gradients = layout.has_whole_gradients
+        if "loss" not in self._stats.logged:
+            parameters = (each for optimizer in self._optimizers for each in self._optimizers.updated_by(optimizer))
+            self._loss.begin(parameters, model if layout.hides_parameters else None)
+
+    def _before_call(self, optimizer: Optimizer, closure: bool) -> None:
+        scaler = calling_scaler()
+        if scaler is None and self._loss.maybe_scaled:
+            scaler = self._scaler.find(optimizer)
+        self._loss.unscale(None if scaler is None else scaler._scale)
+        if not closure:
+            self._add_gradients(optimizer)
+
+    def _add_gradients(self, optimizer: Optimizer) -> None:
+        if self._has_whole_gradients and "grad_norm" not in self._stats.logged:
+            # A GradScaler leaves the gradients to an optimizer that unscales them itself, such as a fused one.
+            scale = getattr(optimizer, "grad_scale", None)
+            self._norm.add(self._optimizers.updated_by(optimizer), scale)
+
+    def _end(self) -> None:
+        self._active = False
+        self._stats.measure("loss", self._loss.end())
+        self._stats.measure("grad_norm", self._norm.end())
