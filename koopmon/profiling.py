@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Discovery, Observable, Point, Stack
-from koopmon.chain_verifier import ChainVerifier, Walk, known_exponent
+from koopmon.chain_verifier import ChainVerifier, known_exponent
 from koopmon.discovery import probe, verified, with_fallback
 from koopmon.observables import Readings, declared, tabulate
 from koopmon.plugins import Selection, select
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.state_position import block_input, block_output
 from koopmon.token_sampling import align_mask, choose_rows, take_rows
+from koopmon.walk import Walk
 
 
 def profile(

@@ -31,13 +31,14 @@ from koopmon.agent.control.action import Injection
 from koopmon.agent.parallelism import compiled_whole
 from koopmon.agent.stats import AgentStats
 from koopmon.api import Observable, Point, Stack
-from koopmon.chain_verifier import MIN_SHARE_CALLED, ChainVerifier, Walk, trained_layers
+from koopmon.chain_verifier import MIN_SHARE_CALLED, ChainVerifier, trained_layers
 from koopmon.discovery import not_verified
 from koopmon.errors import PluginError
 from koopmon.logs import log_for_job
 from koopmon.observables import declared
 from koopmon.plugins import Selection, fall_back
 from koopmon.state_position import argument_tensors, block_input, block_output, is_state, with_block_output
+from koopmon.walk import Walk
 from koopmon.wire.messages import TrainingStep
 
 MAX_ATTEMPTS = 3

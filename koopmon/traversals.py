@@ -1,0 +1,126 @@
+"""Calls of blocks in one forward, and the traversals of a stack that they form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from koopmon.api import Path
+from koopmon.observed_states import State
+
+ADAPTERS: Path = ("the adapter's",)
+"""Stands for the state that the adapter reads."""
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of a block. `began` and `ended` are moments of the forward."""
+
+    layer: int
+    began: int
+    entered: dict[Path, State]
+    in_gradients: bool
+    ended: int | None = None
+    left: dict[Path, State] = field(default_factory=dict)
+    updates: dict[tuple[Path, Path], Tensor] = field(default_factory=dict)
+    """Per pair of states, (3,): the update's exponent, its relative size, the correlation of output and input."""
+    on_host: dict[tuple[Path, Path], tuple[float, ...]] = field(default_factory=dict)
+
+
+class Traversal(NamedTuple):
+    """Calls in order of which each takes what the one before has returned, read at the positions of `pair`."""
+
+    pair: tuple[Path, Path]
+    calls: list[Call]
+
+    @property
+    def may_be_stream(self) -> bool:
+        """True for a chain, unless the adapter does not read it and no block changes it, as an argument passed on."""
+        return len(self.calls) > 1 and (self.pair[0] is ADAPTERS or self.changes)
+
+    @property
+    def num_blocks(self) -> int:
+        """Different blocks among the calls."""
+        return len({call.layer for call in self.calls})
+
+    @property
+    def changes(self) -> bool:
+        """True if a block changes the state."""
+        return any(call.on_host[self.pair][1] > 0.0 for call in self.calls)
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.calls[-1].left[self.pair[1]].requires_grad
+
+    @property
+    def in_gradients(self) -> bool:
+        return any(call.in_gradients for call in self.calls)
+
+
+def to_host(calls: list[Call]) -> None:
+    """Copy all checksums and measurements of `calls`, in one synchronisation each."""
+    states = [state for call in calls for state in (*call.entered.values(), *call.left.values()) if not state.on_host]
+    if states:
+        device = states[0].sums.device
+        sums = iter(torch.cat([state.sums.to(device) for state in states]).tolist())
+        for state in states:
+            state.on_host = tuple(next(sums) for _ in state.dtypes)
+    updates = [(call, pair, values) for call in calls for pair, values in call.updates.items()]
+    if updates:
+        device = updates[0][2].device
+        for (call, pair, _), values in zip(
+            updates, torch.stack([each.to(device) for _, _, each in updates]).tolist(), strict=True
+        ):
+            call.on_host[pair] = tuple(values)
+
+
+def pairs(calls: list[Call]) -> list[tuple[Path, Path]]:
+    """Return the positions of a state that occur in `calls`, the adapter's own first."""
+    found = dict.fromkeys(pair for call in calls for pair in call.on_host)
+    return sorted(found, key=lambda pair: pair != (ADAPTERS, ADAPTERS))
+
+
+def traverse(calls: list[Call], pair: tuple[Path, Path]) -> Traversal | None:
+    """Return the traversal of most blocks by the states of `pair`, with gradients if possible, and the first of these.
+
+    Blocks that are called again later in another order, as in a loop over the whole stack, are left to the next one.
+    """
+    into, out = pair
+    best: Traversal | None = None
+    for start, first in enumerate(calls):
+        if pair not in first.on_host:
+            continue
+        path = [first]
+        for call in calls[start + 1 :]:
+            last = path[-1]
+            follows = call.layer >= last.layer and call.began > (last.ended or 0) and pair in call.on_host
+            if follows and last.left[out].equals(call.entered[into]):
+                path.append(call)
+        found = Traversal(pair, path)
+        if best is None or _rank(found) > _rank(best):
+            best = found
+        if best.in_gradients and best.calls[-1] is calls[-1]:
+            break
+    return best
+
+
+def _rank(traversal: Traversal) -> tuple[int, bool, int]:
+    return traversal.num_blocks, traversal.in_gradients, len(traversal.calls)
+
+
+def is_contiguous(calls: list[Call], traversal: Traversal) -> bool:
+    chosen = set(map(id, traversal.calls))
+    began, ended = traversal.calls[0].began, traversal.calls[-1].began
+    return all(id(call) in chosen for call in calls if began <= call.began <= ended)
+
+
+def only_skips(calls: list[Call], best: Traversal) -> bool:
+    """Return True if blocks were left out of `best`, and none of the others called in between broke the chain."""
+    if not is_contiguous(calls, best):
+        return False
+    first, last = calls.index(best.calls[0]), calls.index(best.calls[-1])
+    begins = first == 0 or calls[first - 1].layer >= best.calls[0].layer
+    return begins and (last + 1 == len(calls) or calls[last + 1].layer <= best.calls[-1].layer)
