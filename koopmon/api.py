@@ -57,13 +57,20 @@ class Stack:
     `residual` is True if the structure of the blocks proves that they add to their input, h + f(h). If it is False, the
     verifying forward must prove it, because a plain chain of layers h -> f(h) has no residual stream. `position` is set
     if that forward has found the state where `block_input` and `block_output` of the adapter do not read it. A block
-    that is called several times in a row has a point for each call.
+    that is called several times in a row has a point for each call. `chained` is False if the model changes the state
+    between blocks: transition l is then from the input of block l to its output.
     """
 
     name: str
     points: tuple[Point, ...]
     residual: bool = True
     position: StatePosition | None = None
+    chained: bool = True
+
+    @property
+    def num_states(self) -> int:
+        """The states of one forward: L+1 of a chain, else the input and the output of each block."""
+        return len(self.points) + 1 if self.chained else 2 * len(self.points)
 
 
 Reader = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], Tensor | None]
@@ -89,8 +96,9 @@ class Observable:
 class Discovery:
     """Result of a search in a model.
 
-    `verified` is True if a forward pass showed that each point's output is the next one's input. `rejected` holds the
-    reason for each stack that was found and not kept. `flags` are further facts about the model, such as "hybrid".
+    `verified` is True if a forward pass showed that each point's output is the next one's input; for a stack that is
+    not chained, that each point's input is computed from the output before. `rejected` holds the reason for each stack
+    that was found and not kept. `flags` are further facts about the model, such as "hybrid".
     """
 
     adapter: ArchitectureAdapter

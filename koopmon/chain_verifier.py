@@ -6,6 +6,11 @@ that traversal, such as a second one with other tokens, do not matter. A block t
 is as many points. A block that was skipped is an identity; other forwards must show that it belongs to the chain.
 `discover`, `profile` and the agent all use `ChainVerifier`.
 
+A model may mix between its blocks, as h = block(a h + b h_0). Such a stack is kept, with `chained` False, if one
+forward calls all of its blocks in order, each takes a state that was computed from the output of the one before, all
+states share one shape, and the blocks carry their input forward by themselves. The graph of gradients shows the second,
+so it needs a forward with gradients. A chain has precedence.
+
 `watch()` runs these steps; a caller with its own hooks runs them by hand::
 
     verifier = ChainVerifier(selection.adapter, selection.candidates)
@@ -38,7 +43,8 @@ from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Path, Point, Stack, StatePosition
 from koopmon.block_finder import normalised
-from koopmon.observed_states import State, describe, measure_update, observe
+from koopmon.lineage import Lineage
+from koopmon.observed_states import describe, measure_update, observe
 from koopmon.spectral import LARGEST_EXPONENT, stack_exponent
 from koopmon.state_position import argument_tensors, is_state, output_tensors
 from koopmon.traversals import ADAPTERS, Call, Traversal, is_contiguous, only_skips, pairs, to_host, traverse
@@ -80,6 +86,7 @@ class _Trace:
         self.flaw: str | None = None
         """The reason why the adapter reads no state in some call."""
         self.kept: Traversal | None = None
+        self.lineage: Lineage[tuple[int, Path]] = Lineage()
 
     def point(self, layer: int) -> Point:
         return self.stack.points[layer]
@@ -126,9 +133,11 @@ class ChainVerifier:
         if len(trace.calls) >= MAX_CALLS:
             return
         others = argument_tensors(args, kwargs) if self._may_look_elsewhere(point) else []
-        states = self._states(trace, point, own, others, "takes")
+        tensors = self._states(trace, point, own, others, "takes")
+        states = {path: observe(tensor) for path, tensor in tensors.items()}
         in_gradients = torch.is_grad_enabled() or any(state.requires_grad for state in states.values())
-        call = Call(layer, self._clock, states, in_gradients)
+        sources = {path: trace.lineage.sources(tensor) for path, tensor in tensors.items()}
+        call = Call(layer, self._clock, states, in_gradients, sources=sources)
         trace.calls.append(call)
         trace.open.append(call)
 
@@ -141,7 +150,10 @@ class ChainVerifier:
         if call is None:
             return
         others = output_tensors(output) if self._may_look_elsewhere(point) else []
-        call.left, call.ended = self._states(trace, point, own, others, "returns"), self._clock
+        tensors = self._states(trace, point, own, others, "returns")
+        call.left, call.ended = {path: observe(tensor) for path, tensor in tensors.items()}, self._clock
+        for path, tensor in tensors.items():
+            trace.lineage.note_output((self._clock, path), tensor)
         for into, x in call.entered.items():
             for out, y in call.left.items():
                 alike = x.shape == y.shape and x.local_shape == y.local_shape
@@ -170,11 +182,10 @@ class ChainVerifier:
     def _leave(self, stack: Stack, point: Point, module: nn.Module, args: Any, output: Any) -> None:
         self.observe_output(stack, point.layer, output)
 
-    @torch.no_grad()
     def _states(
         self, trace: _Trace, point: Point, own: Tensor | None, others: list[tuple[Path, Tensor]], verb: str
-    ) -> dict[Path, State]:
-        """Return checksums of the states by their paths. A flaw of the adapter's own state is noted."""
+    ) -> dict[Path, Tensor]:
+        """Return the states by their paths. A flaw of the adapter's own state is noted."""
         flaw = None
         if own is None:
             flaw = "no floating-point tensor that could be a state"
@@ -183,14 +194,14 @@ class ChainVerifier:
         if flaw is not None:
             trace.flaw = trace.flaw or f"{point.name} {verb} {flaw}"
         found = [] if own is None or flaw is not None else [(ADAPTERS, own)]
-        return {path: observe(tensor) for path, tensor in (*found, *others)}
+        return dict((*found, *others))
 
     def verdict(self, trained: Collection[int] = (), *, skips: bool = False) -> ChainResult:
         """Return the kept stack and, for every other candidate by name, the reason against it.
 
         Synchronises once per candidate. A verified stack loses to one that encloses it. Of the others, those that train
-        come first: `trained` holds the ids of the parameters that an optimizer updates. Then the longest is kept, and
-        of equal ones the last called, which in an encoder-decoder is the decoder, next to the loss. A stack is also
+        come first: `trained` holds the ids of the parameters that an optimizer updates. Then the longest chain is kept,
+        and of equal ones the last called, which in an encoder-decoder is the decoder, next to the loss. A stack is also
         rejected if it lies inside the blocks of a stack that keeps a single shape and yet is no chain: it holds
         sublayers, not a residual stream of the model's depth. If the outer blocks change the shape, as stages of a
         hierarchy do, inner stacks are judged by themselves.
@@ -220,7 +231,14 @@ class ChainVerifier:
                     reasons[trace.stack.name] = f"is a chain that does not train, but {learner.stack.name!r} does"
                 eligible = []
         eligible.sort(
-            key=lambda trace: (trains[id(trace)], _in_gradients(trace), _depth(trace), trace.last_call), reverse=True
+            key=lambda trace: (
+                trains[id(trace)],
+                _in_gradients(trace),
+                _chained(trace),
+                _depth(trace),
+                trace.last_call,
+            ),
+            reverse=True,
         )
         for trace in eligible[1:]:
             kept = eligible[0]
@@ -228,10 +246,13 @@ class ChainVerifier:
                 why = "trains"
             elif _in_gradients(kept) > _in_gradients(trace):
                 why = "is called with gradients"
+            elif _chained(kept) > _chained(trace):
+                why = "is unchanged between its blocks"
             else:
                 why = "is longer" if _depth(kept) > _depth(trace) else "comes later"
             name = kept.stack.name
-            reasons[trace.stack.name] = f"is a chain of {_depth(trace)} blocks, but {name!r} {why}"
+            kind = "chain" if _chained(trace) else "stack"
+            reasons[trace.stack.name] = f"is a {kind} of {_depth(trace)} blocks, but {name!r} {why}"
         return ChainResult(_unrolled(eligible[0]) if eligible else None, reasons)
 
     def _trains(self, trace: _Trace, trained: Collection[int]) -> bool:
@@ -277,6 +298,26 @@ class ChainVerifier:
 
     def _failure(self, trace: _Trace, skips: bool) -> str | None:
         """Find the traversal of `trace`; return the reason if there is none that may be kept."""
+        failure = self._no_chain(trace, skips)
+        trace.lineage = Lineage()  # it holds parts of the graph
+        return failure if failure is None or trace.partly else self._no_mixing(trace, failure)
+
+    def _no_mixing(self, trace: _Trace, failure: str) -> str | None:
+        """Find the traversal of a model that mixes between its blocks; return `failure` if there is none."""
+        calls = [call for call in trace.calls if call.ended is not None]
+        found = [traverse(calls, pair, chained=False) for pair in pairs(calls)]
+        num_blocks = len(trace.stack.points)
+        complete = [each for each in found if each is not None and each.num_blocks == num_blocks and each.changes]
+        if num_blocks < 2 or not complete:
+            return failure
+        best = max(complete, key=lambda each: (each.in_gradients, each.requires_grad))
+        if (why := _not_carried(best)) is not None:
+            return why
+        trace.kept = best
+        return None
+
+    def _no_chain(self, trace: _Trace, skips: bool) -> str | None:
+        """Find the traversal of a chain; return the reason if there is none that may be kept."""
         trace.kept = None
         calls = [call for call in trace.calls if call.ended is not None]
         if not trace.calls:
@@ -345,6 +386,10 @@ def _in_gradients(trace: _Trace) -> bool:
     return any(call.in_gradients for call in trace.calls)
 
 
+def _chained(trace: _Trace) -> bool:
+    return trace.kept is None or trace.kept.chained
+
+
 def _depth(trace: _Trace) -> int:
     return len(_unrolled(trace).points)
 
@@ -359,7 +404,8 @@ def _unrolled(trace: _Trace) -> Stack:
     layers = sorted({*range(len(stack.points))}.difference(call.layer for call in kept.calls))
     order = sorted([*layers, *(call.layer for call in kept.calls)])
     points = (stack.points[layer] for layer in order)
-    return replace(stack, points=tuple(replace(point, layer=layer) for layer, point in enumerate(points)))
+    numbered = tuple(replace(point, layer=layer) for layer, point in enumerate(points))
+    return replace(stack, points=numbered, chained=kept.chained)
 
 
 def _not_carried(traversal: Traversal) -> str | None:
@@ -368,8 +414,9 @@ def _not_carried(traversal: Traversal) -> str | None:
     if math.isnan(mean):
         return "its states are not finite, or the same at every token: nothing shows that its blocks are residual"
     if mean < MIN_CARRIED:
+        form = "chain" if traversal.chained else "follow one another"
         return (
-            "its blocks chain but do not carry their input forward: the mean correlation of output and input "
+            f"its blocks {form} but do not carry their input forward: the mean correlation of output and input "
             f"is {mean:.2f}, a residual stream has at least {MIN_CARRIED}"
         )
     return None

@@ -42,6 +42,7 @@ class State:
         return self.on_host[self.dtypes.index(narrow)] == other.on_host[other.dtypes.index(narrow)]
 
 
+@torch.no_grad()
 def observe(tensor: Tensor) -> State:
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # to gather nothing
     rows = sample_rows(local.detach())

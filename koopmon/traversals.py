@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,13 +29,27 @@ class Call:
     updates: dict[tuple[Path, Path], Tensor] = field(default_factory=dict)
     """Per pair of states, (3,): the update's exponent, its relative size, the correlation of output and input."""
     on_host: dict[tuple[Path, Path], tuple[float, ...]] = field(default_factory=dict)
+    sources: dict[Path, frozenset[tuple[int, Path]]] = field(default_factory=dict)
+    """Per state at the entry, the outputs from which it was computed: (end of the call, path) of each."""
+
+    def takes_output_of(self, other: Call, pair: tuple[Path, Path]) -> bool:
+        """Return True if the state that enters this call is the one that left `other`."""
+        into, out = pair
+        return other.left[out].equals(self.entered[into])
+
+    def descends_from(self, other: Call, pair: tuple[Path, Path]) -> bool:
+        """Return True if the state that enters this call was computed from the one that left `other`, of its shape."""
+        into, out = pair
+        alike = other.left[out].shape == self.entered[into].shape
+        return alike and (self.takes_output_of(other, pair) or (other.ended, out) in self.sources[into])
 
 
 class Traversal(NamedTuple):
-    """Calls in order of which each takes what the one before has returned, read at the positions of `pair`."""
+    """Calls in order, read at the positions of `pair`. If it is `chained`, each takes what the one before returned."""
 
     pair: tuple[Path, Path]
     calls: list[Call]
+    chained: bool = True
 
     @property
     def may_be_stream(self) -> bool:
@@ -83,12 +98,14 @@ def pairs(calls: list[Call]) -> list[tuple[Path, Path]]:
     return sorted(found, key=lambda pair: pair != (ADAPTERS, ADAPTERS))
 
 
-def traverse(calls: list[Call], pair: tuple[Path, Path]) -> Traversal | None:
+def traverse(calls: list[Call], pair: tuple[Path, Path], *, chained: bool = True) -> Traversal | None:
     """Return the traversal of most blocks by the states of `pair`, with gradients if possible, and the first of these.
 
-    Blocks that are called again later in another order, as in a loop over the whole stack, are left to the next one.
+    Each call takes the output of the one before; if not `chained`, a state that was computed from it. Blocks that are
+    called again later in another order, as in a loop over the whole stack, are left to the next traversal.
     """
-    into, out = pair
+    follows: Callable[[Call, Call, tuple[Path, Path]], bool]
+    follows = Call.takes_output_of if chained else Call.descends_from
     best: Traversal | None = None
     for start, first in enumerate(calls):
         if pair not in first.on_host:
@@ -96,10 +113,10 @@ def traverse(calls: list[Call], pair: tuple[Path, Path]) -> Traversal | None:
         path = [first]
         for call in calls[start + 1 :]:
             last = path[-1]
-            follows = call.layer >= last.layer and call.began > (last.ended or 0) and pair in call.on_host
-            if follows and last.left[out].equals(call.entered[into]):
+            in_turn = call.layer >= last.layer and call.began > (last.ended or 0) and pair in call.on_host
+            if in_turn and follows(call, last, pair):
                 path.append(call)
-        found = Traversal(pair, path)
+        found = Traversal(pair, path, chained)
         if best is None or _rank(found) > _rank(best):
             best = found
         if best.in_gradients and best.calls[-1] is calls[-1]:

@@ -325,7 +325,12 @@ class AgentRuntime:
             return
         self._describe(num_layers=len(stack.points), width=width, update_exponent=update_exponent)
         blocks = f"{len(stack.points)} blocks of {stack.name or 'the model'}"
-        logger.info("koopmon: taps %s, found by %s", blocks, source(self.adapter))
+        how = (
+            ""
+            if stack.chained
+            else "; the model mixes between them, so each transition is from a block's input to its output"
+        )
+        logger.info("koopmon: taps %s, found by %s%s", blocks, source(self.adapter), how)
 
     def adapter_replaced(self, selection: Selection) -> None:
         self.adapter = selection.adapter

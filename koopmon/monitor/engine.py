@@ -169,7 +169,8 @@ class Engine:
         states = snapshot.states(device)
         if not bool(torch.isfinite(states).all()):
             return None
-        return profile_states(states, svd_rank=self.svd_rank, kreiss="never")  # it costs far more than the rest
+        # The Kreiss constant costs far more than the rest.
+        return profile_states(states, svd_rank=self.svd_rank, kreiss="never", paired=snapshot.paired)
 
 
 def check_device(name: str) -> str:

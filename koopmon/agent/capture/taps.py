@@ -480,7 +480,9 @@ class ResidualTaps:
             return
         started = time.perf_counter()
         # Blocks were skipped between the last one and this one: the state went by them.
-        if all(sampler.put(skipped + 1, state) for skipped in range(walk.position, layer)):
+        first = walk.position + 1 if kept.chained else 2 * walk.position
+        last = layer if kept.chained else 2 * layer
+        if all(sampler.put(place, state) for place in range(first, last + 1)):
             walk.enter(layer)
         else:
             self._sampling = self._walk = None
@@ -492,8 +494,9 @@ class ResidualTaps:
         if state.is_cuda and torch.cuda.is_current_stream_capturing():
             return  # every replay of a CUDA graph would repeat a captured copy
         started = time.perf_counter()
-        if sampler.begin(training, len(kept.points) + 1, state, self._mask):
-            sampler.put(0, state)
+        if sampler.begin(training, kept, state, self._mask):
+            if kept.chained:
+                sampler.put(0, state)
             self._sampling, self._walk = sampler, Walk(kept)
         self._stats.capture_seconds += time.perf_counter() - started
 
@@ -516,10 +519,11 @@ class ResidualTaps:
         if layer is None:
             return
         started = time.perf_counter()
-        if not sampler.put(layer + 1, state):
+        assert self.stack is not None
+        if not sampler.put(layer + 1 if self.stack.chained else 2 * layer + 1, state):
             self._sampling = self._walk = None
             self._missed()
-        elif self.stack is not None and layer + 1 == len(self.stack.points):
+        elif layer + 1 == len(self.stack.points):
             self._finish(sampler, walk)
         self._stats.capture_seconds += time.perf_counter() - started
 
