@@ -6,10 +6,12 @@ that traversal, such as a second one with other tokens, do not matter. A block t
 is as many points. A block that was skipped is an identity; other forwards must show that it belongs to the chain.
 `discover`, `profile` and the agent all use `ChainVerifier`.
 
-A model may mix between its blocks, as h = block(a h + b h_0). Such a stack is kept, with `chained` False, if one
-forward calls all of its blocks in order, each takes a state that was computed from the output of the one before, all
-states share one shape, and the blocks carry their input forward by themselves. The graph of gradients shows the second,
-so it needs a forward with gradients. A chain has precedence.
+A model may mix between its blocks, as h = block(a h + b h_0). Such a stack is kept, in the form "pairs", if one forward
+calls all of its blocks in order, each takes a state that was computed from the output of the one before, all states
+share one shape, and the blocks carry their input forward by themselves. If they do not, because the model adds their
+outputs to the state itself, as h = h + block(h), the stack is kept in the form "entries" if the input of each block
+carries that of the one before. The graph of gradients shows what was computed from what, so both need a forward with
+gradients. A chain has precedence, then pairs.
 
 `watch()` runs these steps; a caller with its own hooks runs them by hand::
 
@@ -41,12 +43,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from koopmon.api import ArchitectureAdapter, Path, Point, Stack, StatePosition
+from koopmon.api import ArchitectureAdapter, Path, Point, Stack, StackForm, StatePosition
 from koopmon.block_finder import normalised
 from koopmon.lineage import Lineage
 from koopmon.observed_states import describe, measure_update, observe
 from koopmon.spectral import LARGEST_EXPONENT, stack_exponent
-from koopmon.state_position import argument_tensors, is_state, output_tensors
+from koopmon.state_position import SUM, argument_tensors, is_state, output_tensors, summed
 from koopmon.traversals import ADAPTERS, Call, Traversal, is_contiguous, only_skips, pairs, to_host, traverse
 
 MAX_CALLS = 1024
@@ -133,11 +135,15 @@ class ChainVerifier:
         if len(trace.calls) >= MAX_CALLS:
             return
         others = argument_tensors(args, kwargs) if self._may_look_elsewhere(point) else []
+        if others and (both := summed(others, alone=True)) is not None:
+            others.append((SUM, both))
         tensors = self._states(trace, point, own, others, "takes")
         states = {path: observe(tensor) for path, tensor in tensors.items()}
         in_gradients = torch.is_grad_enabled() or any(state.requires_grad for state in states.values())
         sources = {path: trace.lineage.sources(tensor) for path, tensor in tensors.items()}
         call = Call(layer, self._clock, states, in_gradients, sources=sources)
+        if trace.calls and trace.calls[-1].ended is not None:
+            _measure_step(trace.calls[-1], call)
         trace.calls.append(call)
         trace.open.append(call)
 
@@ -150,6 +156,8 @@ class ChainVerifier:
         if call is None:
             return
         others = output_tensors(output) if self._may_look_elsewhere(point) else []
+        if (both := summed(others)) is not None:
+            others.append((SUM, both))
         tensors = self._states(trace, point, own, others, "returns")
         call.left, call.ended = {path: observe(tensor) for path, tensor in tensors.items()}, self._clock
         for path, tensor in tensors.items():
@@ -157,9 +165,10 @@ class ChainVerifier:
         for into, x in call.entered.items():
             for out, y in call.left.items():
                 alike = x.shape == y.shape and x.local_shape == y.local_shape
-                if alike and (into is ADAPTERS) == (out is ADAPTERS) and len(call.updates) < MAX_PAIRS:
+                same_kind = (into is ADAPTERS) == (out is ADAPTERS) and (into is SUM) == (out is SUM)
+                if alike and same_kind and len(call.updates) < MAX_PAIRS:
                     call.updates[into, out] = measure_update(x.rows, y.rows)
-        for state in (*call.entered.values(), *call.left.values()):
+        for state in call.left.values():
             state.rows = None
 
     def _may_look_elsewhere(self, point: Point) -> bool:
@@ -234,7 +243,7 @@ class ChainVerifier:
             key=lambda trace: (
                 trains[id(trace)],
                 _in_gradients(trace),
-                _chained(trace),
+                _precedence(trace),
                 _depth(trace),
                 trace.last_call,
             ),
@@ -246,12 +255,12 @@ class ChainVerifier:
                 why = "trains"
             elif _in_gradients(kept) > _in_gradients(trace):
                 why = "is called with gradients"
-            elif _chained(kept) > _chained(trace):
-                why = "is unchanged between its blocks"
+            elif _precedence(kept) > _precedence(trace):
+                why = "has transitions of its own blocks" if not _is_chain(kept) else "is unchanged between its blocks"
             else:
                 why = "is longer" if _depth(kept) > _depth(trace) else "comes later"
             name = kept.stack.name
-            kind = "chain" if _chained(trace) else "stack"
+            kind = "chain" if _is_chain(trace) else "stack"
             reasons[trace.stack.name] = f"is a {kind} of {_depth(trace)} blocks, but {name!r} {why}"
         return ChainResult(_unrolled(eligible[0]) if eligible else None, reasons)
 
@@ -282,9 +291,9 @@ class ChainVerifier:
         if known is not None:
             return known
         kept = self._traces[stack.name].kept
-        updates = [] if kept is None else [call.on_host[kept.pair] for call in kept.calls]
+        updates = [] if kept is None else kept.measured
         grown = [exponent for exponent, size, _ in updates if size >= MIN_UPDATE]
-        return stack_exponent(grown) if 2 * len(grown) >= len(stack.points) else None
+        return stack_exponent(grown) if 2 * len(grown) >= stack.num_layers else None
 
     def fingerprint(self, stack: Stack) -> int:
         """Return a number below 2^32, equal for equal states at the entry of `stack`."""
@@ -305,16 +314,29 @@ class ChainVerifier:
     def _no_mixing(self, trace: _Trace, failure: str) -> str | None:
         """Find the traversal of a model that mixes between its blocks; return `failure` if there is none."""
         calls = [call for call in trace.calls if call.ended is not None]
-        found = [traverse(calls, pair, chained=False) for pair in pairs(calls)]
         num_blocks = len(trace.stack.points)
-        complete = [each for each in found if each is not None and each.num_blocks == num_blocks and each.changes]
-        if num_blocks < 2 or not complete:
-            return failure
-        best = max(complete, key=lambda each: (each.in_gradients, each.requires_grad))
-        if (why := _not_carried(best)) is not None:
-            return why
-        trace.kept = best
-        return None
+        forms: tuple[StackForm, ...] = ("pairs", "entries")
+        for form in forms:
+            positions = pairs(calls) if form == "pairs" else [(path, path) for path in _entries(calls)]
+            found = [traverse(calls, pair, form) for pair in positions]
+            complete = [
+                each
+                for each in found
+                if each is not None
+                and each.num_blocks == num_blocks
+                and len(each.measured) > 1
+                and each.changes
+                and (form == "pairs" or is_contiguous(calls, each))
+            ]
+            if not complete:
+                continue
+            best = max(complete, key=lambda each: (each.in_gradients, each.requires_grad))
+            why = _not_carried(best)
+            if why is None:
+                trace.kept = best
+                return None
+            failure = why
+        return failure
 
     def _no_chain(self, trace: _Trace, skips: bool) -> str | None:
         """Find the traversal of a chain; return the reason if there is none that may be kept."""
@@ -325,10 +347,24 @@ class ChainVerifier:
         to_host(calls)
         num_blocks = len(trace.stack.points)
         found = [best for pair in pairs(calls) if (best := traverse(calls, pair)) is not None and best.may_be_stream]
+        own = next((each for each in found if each.pair == (ADAPTERS, ADAPTERS)), None)
+        if own is None or not own.changes or not own.correlation < MIN_CARRIED:
+            # A sum is also carried if one of its parts is.
+            found = [each for each in found if each.pair != (SUM, SUM)]
         if not found:
             return self._reason(trace, calls)
         # max() returns the first of equals, and the adapter's own pair is the first.
-        best = max(found, key=lambda each: (each.num_blocks, each.changes, each.in_gradients, each.requires_grad))
+        # A state that the blocks do not carry forward gives way to one that they do.
+        best = max(
+            found,
+            key=lambda each: (
+                each.num_blocks,
+                each.changes,
+                each.correlation >= MIN_CARRIED,
+                each.in_gradients,
+                each.requires_grad,
+            ),
+        )
         if best.num_blocks < num_blocks:
             if not only_skips(calls, best):
                 return self._reason(trace, calls)
@@ -386,12 +422,29 @@ def _in_gradients(trace: _Trace) -> bool:
     return any(call.in_gradients for call in trace.calls)
 
 
-def _chained(trace: _Trace) -> bool:
-    return trace.kept is None or trace.kept.chained
+def _measure_step(before: Call, call: Call) -> None:
+    """Measure the step from the entry of one call to that of the next. The rows of the first are not needed again."""
+    for path, x in before.entered.items():
+        y = call.entered.get(path)
+        if y is not None and x.shape == y.shape and x.local_shape == y.local_shape:
+            call.steps[path] = measure_update(x.rows, y.rows)
+        x.rows = None
+
+
+def _is_chain(trace: _Trace) -> bool:
+    return trace.kept is None or trace.kept.form == "chain"
+
+
+def _precedence(trace: _Trace) -> int:
+    return 0 if trace.kept is None else ("entries", "pairs", "chain").index(trace.kept.form)
+
+
+def _entries(calls: list[Call]) -> list[Path]:
+    return list(dict.fromkeys(path for call in calls for path in call.entered))
 
 
 def _depth(trace: _Trace) -> int:
-    return len(_unrolled(trace).points)
+    return _unrolled(trace).num_layers
 
 
 def _unrolled(trace: _Trace) -> Stack:
@@ -405,16 +458,15 @@ def _unrolled(trace: _Trace) -> Stack:
     order = sorted([*layers, *(call.layer for call in kept.calls)])
     points = (stack.points[layer] for layer in order)
     numbered = tuple(replace(point, layer=layer) for layer, point in enumerate(points))
-    return replace(stack, points=numbered, chained=kept.chained)
+    return replace(stack, points=numbered, form=kept.form)
 
 
 def _not_carried(traversal: Traversal) -> str | None:
-    carried = [call.on_host[traversal.pair][2] for call in traversal.calls]
-    mean = sum(carried) / len(carried)
+    mean = traversal.correlation
     if math.isnan(mean):
         return "its states are not finite, or the same at every token: nothing shows that its blocks are residual"
     if mean < MIN_CARRIED:
-        form = "chain" if traversal.chained else "follow one another"
+        form = "chain" if traversal.form == "chain" else "follow one another"
         return (
             f"its blocks {form} but do not carry their input forward: the mean correlation of output and input "
             f"is {mean:.2f}, a residual stream has at least {MIN_CARRIED}"

@@ -52,7 +52,7 @@ def profile(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CapturedStates:
-    """h_0 ... h_L of one stack at the same N tokens; if it is not chained, the input and the output of each block."""
+    """h_0 ... h_L of one stack at the same N tokens; of a stack in pairs, the input and the output of each block."""
 
     discovery: Discovery
     states: tuple[Tensor, ...]
@@ -71,7 +71,7 @@ class CapturedStates:
     @property
     def paired(self) -> bool:
         """True if the states are the input and the output of each block, and no chain."""
-        return not self.discovery.stack.chained
+        return self.discovery.stack.form == "pairs"
 
 
 def capture_states(
@@ -118,15 +118,13 @@ def _capture(
         call(*batch, **kwargs)
     for place, state in enumerate(kept):
         if not torch.isfinite(state).all():
-            chained = discovery.stack.chained
-            enters = place == 0 if chained else place % 2 == 0
-            layer = max(place - 1, 0) if chained else place // 2
+            enters, layer = discovery.stack.place(place)
             where = f"{'enters' if enters else 'leaves'} {discovery.points[layer].name}"
             raise ValueError(f"the state that {where} holds NaN or infinite values")
     gathered = readings[discovery.stack.name].gather()
     observables: Mapping[str, Sequence[float | None]] = {}
     if gathered is not None:
-        observables = tabulate(gathered.keys, gathered.values.tolist(), len(discovery.points))
+        observables = tabulate(gathered.keys, gathered.values.tolist(), discovery.stack.num_layers)
     measures = {name: text for family in reversed(selection.families) for name, text in family.measures.items()}
     explained = {name: measures[name] for name in observables}
     exponent = known_exponent(selection.adapter, discovery.stack)
@@ -142,12 +140,14 @@ def _walking(adapter: ArchitectureAdapter, stack: Stack, take: Callable[[Tensor]
         layer = walk.following(point)
         if layer is not None:
             walk.enter(layer)
-            first = layer == 0 or not stack.chained
-            if first and (state := block_input(adapter, stack, module, args, kwargs)) is not None:
+            if (layer == 0 or not stack.chained) and (
+                state := block_input(adapter, stack, module, args, kwargs)
+            ) is not None:
                 take(state)
 
     def leave(point: Point, module: nn.Module, args: Any, output: Any) -> None:
-        if walk.leave(point) is not None and (state := block_output(adapter, stack, module, output)) is not None:
+        leaves = walk.leave(point) is not None and stack.form != "entries"
+        if leaves and (state := block_output(adapter, stack, module, output)) is not None:
             take(state)
 
     with ExitStack() as hooks:

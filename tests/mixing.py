@@ -150,6 +150,36 @@ class Branch(nn.Module):
         return self.f(h)
 
 
+def added_outside(model: Mixing, h: Tensor) -> Tensor:
+    for layer in range(L):
+        h = h + 0.5 * model.call(layer, h)
+    return h
+
+
+def normalised_inputs(model: Mixing, h: Tensor) -> Tensor:
+    for layer in range(L):
+        h = h + model.call(layer, nn.functional.layer_norm(h, (D,)))
+    return h
+
+
+def branch_and_other_list(model: Mixing, h: Tensor) -> Tensor:
+    """XLM: attention in one list, feed-forward layers in another, normalised between."""
+    for layer, other in enumerate(model.extra):
+        h = nn.functional.layer_norm(h + model.call(layer, h), (D,))
+        h = nn.functional.layer_norm(h + torch.tanh(other(h)), (D,))
+    return h
+
+
+ENTRIES: dict[str, tuple[Run, Callable[[], nn.Module]]] = {
+    "added outside": (added_outside, nn.Identity),
+    "normalised inputs": (normalised_inputs, nn.Identity),
+    "two lists of sublayers": (branch_and_other_list, lambda: nn.ModuleList(nn.Linear(D, D) for _ in range(L))),
+    "hyper-connections of branches": (hyper_connections, lambda: nn.Linear(D, D)),
+    "branches over residuals": (over_residuals, lambda: nn.Linear(D, D)),
+}
+"""Models whose blocks are branches without a residual of their own: a snapshot holds the inputs."""
+
+
 def side_by_side(model: Mixing, h: Tensor) -> Tensor:
     return torch.stack([model.call(layer, h) for layer in range(L)]).mean(0)
 
@@ -158,9 +188,10 @@ def side_by_side_with_noise(model: Mixing, h: Tensor) -> Tensor:
     return torch.stack([model.call(layer, nn.functional.dropout(h, 0.1)) for layer in range(L)]).mean(0)
 
 
-def sublayers(model: Mixing, h: Tensor) -> Tensor:
+def plain_layers(model: Mixing, h: Tensor) -> Tensor:
+    """No residual at all."""
     for layer in range(L):
-        h = h + model.call(layer, nn.functional.layer_norm(h, (D,)))
+        h = nn.functional.layer_norm(model.call(layer, h), (D,))
     return h
 
 
@@ -199,7 +230,7 @@ def detached(model: Mixing, h: Tensor) -> Tensor:
 NO_STACKS: dict[str, tuple[Run, Callable[..., Any], str]] = {
     "side by side": (side_by_side, Block, "the output of blocks.0 is not the input of blocks.1"),
     "side by side with noise": (side_by_side_with_noise, Block, "the output of blocks.0 is not the input of blocks.1"),
-    "sublayers": (sublayers, Branch, "do not carry their input forward"),
+    "plain layers": (plain_layers, Branch, "do not carry their input forward"),
     "two towers": (two_towers, Block, "the output of blocks.0 is not the input of blocks.1"),
     "backwards": (backwards, Block, "blocks.5 was called out of turn"),
     "one is left out": (one_is_left_out, Block, "the output of blocks.0 is not the input of blocks.1"),

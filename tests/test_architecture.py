@@ -39,7 +39,7 @@ ROOMS = {
     "block_finder": "errors api",
     "state_position": "api",
     "observed_states": "spectral",
-    "traversals": "api observed_states",
+    "traversals": "api observed_states state_position",
     "lineage": "",
     "walk": "api",
     "chain_verifier": "errors api block_finder state_position spectral observed_states lineage traversals",

@@ -40,7 +40,7 @@ from koopmon.agent.lifecycle import (
 from koopmon.agent.parallelism import UNKNOWN, DataRanks, ParallelLayout, Role, data_ranks, decide_role, inspect_layout
 from koopmon.agent.rank_identity import RankContext, RunRendezvous, current_context, default_run_name, store_prefix
 from koopmon.agent.stats import AgentStats
-from koopmon.api import ArchitectureAdapter, Stack
+from koopmon.api import ArchitectureAdapter, Stack, StackForm
 from koopmon.config import Config
 from koopmon.logs import announced, log_for_job
 from koopmon.plugins import Selection, source
@@ -51,6 +51,12 @@ logger = logging.getLogger("koopmon.agent")
 
 STEPLESS_FORWARDS = 16
 """Training forwards without a step after which changed weights mean that the optimizer calls no hooks."""
+
+_FORMS: dict[StackForm, str] = {
+    "chain": "",
+    "pairs": "; the model mixes between them: a transition is from a block's input to its output",
+    "entries": "; the model adds their outputs itself: a transition is from a block's input to the next one's",
+}
 
 
 class AgentRuntime:
@@ -323,14 +329,9 @@ class AgentRuntime:
             self._decide_role(state.rank, fingerprint)
         if self.taps.failure:
             return
-        self._describe(num_layers=len(stack.points), width=width, update_exponent=update_exponent)
+        self._describe(num_layers=stack.num_layers, width=width, update_exponent=update_exponent)
         blocks = f"{len(stack.points)} blocks of {stack.name or 'the model'}"
-        how = (
-            ""
-            if stack.chained
-            else "; the model mixes between them, so each transition is from a block's input to its output"
-        )
-        logger.info("koopmon: taps %s, found by %s%s", blocks, source(self.adapter), how)
+        logger.info("koopmon: taps %s, found by %s%s", blocks, source(self.adapter), _FORMS[stack.form])
 
     def adapter_replaced(self, selection: Selection) -> None:
         self.adapter = selection.adapter
@@ -418,8 +419,8 @@ class AgentRuntime:
                 action.hello_changed = False
                 self._describe(**action.hello(self.adapter))
         self._num_microbatches = self.taps.num_forwards or self._num_microbatches
-        num_layers, repeats = (0 if stack is None else len(stack.points)), self.taps.repeats
-        forwards = NextForwards(num_layers, self._num_microbatches, state.rank.data_ranks.rank, repeats)
+        num_layers = 0 if stack is None else stack.num_layers
+        forwards = NextForwards(num_layers, self._num_microbatches, state.rank.data_ranks.rank, self.taps.obstacle)
         changes = [action.before_forwards(state.control, step, forwards) for action in self.actions]
         self.taps.step_edge(due, [change for change in changes if change is not None])
 

@@ -120,7 +120,7 @@ class Sampler:
                 self._stage = _DeviceStage(shape, self._dtype, state.device)
             self._buffer = self._stage.open()
         self._shape, self._training, self._num_points, self._num_put = state.shape, training, num_points, 0
-        self._num_layers, self._paired = len(stack.points), not stack.chained
+        self._num_layers, self._paired = stack.num_layers, stack.form == "pairs"
         return True
 
     @torch.no_grad()

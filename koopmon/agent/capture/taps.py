@@ -37,7 +37,7 @@ from koopmon.errors import PluginError
 from koopmon.logs import log_for_job
 from koopmon.observables import declared
 from koopmon.plugins import Selection, fall_back
-from koopmon.state_position import argument_tensors, block_input, block_output, is_state, with_block_output
+from koopmon.state_position import SUM, argument_tensors, block_input, block_output, is_state, with_block_output
 from koopmon.walk import Walk
 from koopmon.wire.messages import TrainingStep
 
@@ -153,8 +153,8 @@ class ResidualTaps:
         """True if the verified traversal ran with gradients: one without is not the one that trains."""
         self._interleaved = False
         """True if blocks are called for other inputs in between, as a block that takes two inputs in turn."""
-        self.repeats = False
-        """True if a block has several layers. No action changes such a stream."""
+        self.obstacle = ""
+        """The reason why no action may change the stream; empty if one may."""
         self._injections: Sequence[Injection] = ()
         """Changes to the stream in this step."""
         self._num_missed = 0
@@ -291,7 +291,7 @@ class ResidualTaps:
         self.num_forwards, self._in_root, self._last_layer = 0, False, None
         self._seen.clear()
         self._due = None if self.stack is None else due
-        self._injections = () if self.repeats else injections
+        self._injections = () if self.obstacle else injections
 
     def _missed(self) -> None:
         self._stats.taps_missing += 1
@@ -413,7 +413,12 @@ class ResidualTaps:
         verifier, self.stack = self._verifier, kept
         self.width = verifier.width(kept)
         self._in_gradients, self._interleaved = verifier.in_gradients(kept), verifier.is_interleaved(kept)
-        self.repeats = len({id(point.module) for point in kept.points}) < len(kept.points)
+        if kept.form == "entries":
+            self.obstacle = "the model adds the blocks' outputs to the state itself"
+        elif kept.position is not None and kept.position.left == SUM:
+            self.obstacle = "the state is the sum of two tensors"
+        elif len({id(point.module) for point in kept.points}) < len(kept.points):
+            self.obstacle = "one block is several layers, and it acts on single ones"
         for name in set(self._handles) - {kept.name}:
             self._untap(name)
             del self._handles[name]
@@ -480,9 +485,8 @@ class ResidualTaps:
             return
         started = time.perf_counter()
         # Blocks were skipped between the last one and this one: the state went by them.
-        first = walk.position + 1 if kept.chained else 2 * walk.position
-        last = layer if kept.chained else 2 * layer
-        if all(sampler.put(place, state) for place in range(first, last + 1)):
+        first = kept.entry_place(walk.position) + kept.chained  # in a chain it was put when it left a block
+        if all(sampler.put(place, state) for place in range(first, kept.entry_place(layer) + 1)):
             walk.enter(layer)
         else:
             self._sampling = self._walk = None
@@ -520,7 +524,7 @@ class ResidualTaps:
             return
         started = time.perf_counter()
         assert self.stack is not None
-        if not sampler.put(layer + 1 if self.stack.chained else 2 * layer + 1, state):
+        if self.stack.form != "entries" and not sampler.put(self.stack.entry_place(layer) + 1, state):
             self._sampling = self._walk = None
             self._missed()
         elif layer + 1 == len(self.stack.points):
