@@ -115,6 +115,8 @@ class ChainVerifier:
         self.candidates = tuple(candidates)
         self._traces = {stack.name: _Trace(stack) for stack in self.candidates}
         self._clock = 0
+        self.beside: tuple[Stack, ...] = ()
+        """Other stacks that the last verdict verified and that train as the kept one does, best first."""
 
     def reset(self) -> None:
         """Drop all observations of the forward. The blocks that incomplete traversals have shown are remembered."""
@@ -262,6 +264,12 @@ class ChainVerifier:
             name = kept.stack.name
             kind = "chain" if _is_chain(trace) else "stack"
             reasons[trace.stack.name] = f"is a {kind} of {_depth(trace)} blocks, but {name!r} {why}"
+        self.beside = tuple(
+            trace.stack
+            for trace in eligible[1:]
+            if (trains[id(trace)], _in_gradients(trace)) == (trains[id(eligible[0])], _in_gradients(eligible[0]))
+            and not _overlap(trace, eligible[0])
+        )
         return ChainResult(_unrolled(eligible[0]) if eligible else None, reasons)
 
     def _trains(self, trace: _Trace, trained: Collection[int]) -> bool:
@@ -414,6 +422,14 @@ class ChainVerifier:
                 if point.module is not first and any(module is first for module in point.module.modules()):
                     return other.stack
         return None
+
+
+def _overlap(one: _Trace, other: _Trace) -> bool:
+    """Return True if blocks of one stack are called between those of the other: they change one stream in turn."""
+    if one.kept is None or other.kept is None:
+        return False
+    first, second = ((kept.calls[0].began, kept.calls[-1].began) for kept in (one.kept, other.kept))
+    return first[0] < second[1] and second[0] < first[1]
 
 
 def _in_gradients(trace: _Trace) -> bool:

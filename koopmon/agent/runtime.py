@@ -7,9 +7,11 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 from torch import nn
 from torch.optim import Optimizer
 
@@ -44,11 +46,14 @@ from koopmon.api import ArchitectureAdapter, Stack, StackForm
 from koopmon.config import Config
 from koopmon.logs import announced, log_for_job
 from koopmon.plugins import Selection, source
+from koopmon.run_names import stack_run_name
 from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.messages import Applied
 
 logger = logging.getLogger("koopmon.agent")
 
+MAX_STACKS = 4
+"""Stacks of one model that are watched."""
 STEPLESS_FORWARDS = 16
 """Training forwards without a step after which changed weights mean that the optimizer calls no hooks."""
 
@@ -109,6 +114,10 @@ class AgentRuntime:
         self._kept: KeptSettings | None = None
         self._restored: Applied | None = None
         self._closables: list[IOThread | RankGroup] = []
+        self._selection = selection
+        self._num_models = 1
+        self._beside: list[AgentRuntime] = []
+        """Watch the other stacks of the model that train, each as a run of its own."""
         self._finalizer = weakref.finalize(self, _shut_down, self._pid, self._closables)
         for action in self.actions:
             action.inspect(model, self.optimizers, selection)
@@ -130,6 +139,8 @@ class AgentRuntime:
 
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """Follow one more optimizer of the model: same clock, same commands."""
+        for other in self._beside:
+            other.add_optimizer(optimizer)
         hook = self._lasting_breaker.hook
         self._new_optimizers = True
         for member in self.optimizers.add(optimizer):
@@ -260,10 +271,14 @@ class AgentRuntime:
         self._end_actions()
         for closable in self._closables:
             closable.close(wait=False)
+        for other in self._beside:
+            other.stand_down(reason)
 
     def close(self, reason: str) -> None:
         """Remove every hook, restore the user's own values and send a goodbye. Waits less than a second. Idempotent."""
         self.closed = True
+        for other in self._beside:
+            other.close(reason)
         # torch iterates over the hooks of an optimizer that steps. Those stay, without an effect.
         if next(stepping_optimizers(), None) is None:
             for handle in self._handles:
@@ -332,9 +347,45 @@ class AgentRuntime:
         self._describe(num_layers=stack.num_layers, width=width, update_exponent=update_exponent)
         blocks = f"{len(stack.points)} blocks of {stack.name or 'the model'}"
         logger.info("koopmon: taps %s, found by %s%s", blocks, source(self.adapter), _FORMS[stack.form])
+        self._watch_beside(stack, self.taps.beside[: MAX_STACKS - 1])
+
+    def _watch_beside(self, kept: Stack, stacks: Sequence[Stack]) -> None:
+        """Watch further stacks of the model, each as a run of its own. Actions follow the risk of `kept` alone."""
+        model, named = self._model(), self._run or default_run_name()
+        if model is None or not stacks:
+            return
+        limits = msgspec.structs.replace(self._config.limits, act="never")
+        names = [stack_run_name(named, stack.name) for stack in stacks]
+        for stack, run in zip(stacks, names, strict=True):
+            other = AgentRuntime(
+                model,
+                list(self.optimizers),
+                replace(self._selection, candidates=(stack,), fallback=None),
+                msgspec.structs.replace(self._config, limits=limits),
+                self.endpoint,
+                run,
+                self._trust,
+                io_thread=self._make_io_thread,
+            )
+            other.stats.step, other.stats.measured = self.stats.step, self.stats.measured
+            self._beside.append(other)
+        self.share_budget(self._num_models)
+        shown = ", ".join(f"{stack.name} as run {run}" for stack, run in zip(stacks, names, strict=True))
+        log_for_job(
+            logger,
+            f"watches {kept.name}, and {shown}; actions follow {kept.name} alone, the stack that is "
+            "deepest or nearest to the loss; [model] stack names another one",
+            level=logging.INFO,
+        )
+
+    def share_budget(self, num_models: int) -> None:
+        """Share the budget of overhead with the agents of `num_models` models, this one among them."""
+        self._num_models = num_models
+        for each in (self, *self._beside):
+            each._budget.num_sharers = num_models * (1 + len(self._beside))
 
     def adapter_replaced(self, selection: Selection) -> None:
-        self.adapter = selection.adapter
+        self.adapter, self._selection = selection.adapter, selection
         if (model := self._model()) is not None:
             for action in self.actions:
                 action.inspect(model, self.optimizers, selection)

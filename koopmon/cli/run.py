@@ -205,12 +205,14 @@ def _refuse(given: Mapping[str, object], why: str) -> None:
 
 def _close_with_summary(store: Path, name: str, status: int, json_file: Path | None, *, served: bool) -> None:
     # Imported late because the job waits for every import above. A history may be that of earlier launches only.
-    from koopmon.views.run_summary import summarise
+    from koopmon.views.run_summary import summarise, summarise_beside
 
     summary = summarise(store, name) if served else None
     if summary is not None:
         for line in summary.lines():
             say(line)
+        for other in summarise_beside(store, name):
+            say(other.beside_line())
     elif served:
         say(f"run {name}: no history was written")
     if json_file is not None:

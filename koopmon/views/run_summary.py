@@ -68,9 +68,18 @@ class RunSummary:
         """Return the summary as lines of text."""
         if self.adapter is None:
             return ["no training process attached; if no line above says why, install koopmon for the job's own Python"]
+        return [self.seen, "; ".join(self.actions()) or "nothing was done to the training", f"history: {self.store}"]
+
+    @property
+    def seen(self) -> str:
+        """One phrase for the snapshots and the highest risk."""
         risk = "" if self.max_risk is None else f"; highest risk {self.max_risk:.2f} at step {self.max_risk_step}"
-        seen = f"{self.num_snapshots} snapshots up to step {self.last_step}{risk}"
-        return [seen, "; ".join(self.actions()) or "nothing was done to the training", f"history: {self.store}"]
+        return f"{self.num_snapshots} snapshots up to step {self.last_step}{risk}"
+
+    def beside_line(self) -> str:
+        """Return one line for a further stack or model of a job."""
+        done = "; ".join(self.actions())
+        return f"beside it, run {self.run}: {self.seen}{f'; {done}' if done else ''}"
 
     def actions(self) -> list[str]:
         """Return one phrase for each kind of action."""
@@ -99,6 +108,16 @@ def times(count: int) -> str:
 
 def _commands(count: int) -> str:
     return "1 command" if count == 1 else f"{count} commands"
+
+
+def summarise_beside(store: Path, run: str) -> list[RunSummary]:
+    """Return the summaries of the job's further stacks and models, whose names begin with that of `run` and a dot."""
+    try:
+        with HistoryReader.open(store) as history:
+            names = [name for name in history.runs() if name.startswith(f"{run}.")]
+            return [summary_of(RecordedRun.read(history, name), store) for name in names]
+    except StoreError:
+        return []
 
 
 def summarise(store: Path, run: str) -> RunSummary | None:

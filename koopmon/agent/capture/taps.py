@@ -153,6 +153,8 @@ class ResidualTaps:
         """True if the verified traversal ran with gradients: one without is not the one that trains."""
         self._interleaved = False
         """True if blocks are called for other inputs in between, as a block that takes two inputs in turn."""
+        self.beside: tuple[Stack, ...] = ()
+        """Other stacks that train, found with the verified one."""
         self.obstacle = ""
         """The reason why no action may change the stream; empty if one may."""
         self._injections: Sequence[Injection] = ()
@@ -411,6 +413,7 @@ class ResidualTaps:
 
     def _keep(self, kept: Stack, trained: Collection[int]) -> None:
         verifier, self.stack = self._verifier, kept
+        self.beside = verifier.beside
         self.width = verifier.width(kept)
         self._in_gradients, self._interleaved = verifier.in_gradients(kept), verifier.is_interleaved(kept)
         if kept.form == "entries":
