@@ -362,7 +362,7 @@ class ChainVerifier:
         if not found:
             return self._reason(trace, calls)
         # max() returns the first of equals, and the adapter's own pair is the first.
-        # A state that the blocks do not carry forward gives way to one that they do.
+        # A state that the blocks carry forward comes before one that they do not.
         best = max(
             found,
             key=lambda each: (
