@@ -43,6 +43,7 @@ from koopmon.agent.parallelism import UNKNOWN, DataRanks, ParallelLayout, Role, 
 from koopmon.agent.rank_identity import RankContext, RunRendezvous, current_context, default_run_name, store_prefix
 from koopmon.agent.stats import AgentStats
 from koopmon.api import ArchitectureAdapter, Stack, StackForm
+from koopmon.block_finder import canonical_name
 from koopmon.config import Config
 from koopmon.logs import announced, log_for_job
 from koopmon.plugins import Selection, source
@@ -355,7 +356,7 @@ class AgentRuntime:
         if model is None or not stacks:
             return
         limits = msgspec.structs.replace(self._config.limits, act="never")
-        names = [stack_run_name(named, stack.name) for stack in stacks]
+        names = [stack_run_name(named, canonical_name(stack.name)) for stack in stacks]
         for stack, run in zip(stacks, names, strict=True):
             other = AgentRuntime(
                 model,

@@ -123,6 +123,22 @@ def test_the_others_only_watch_and_end_with_the_first(monitor: ScriptedMonitor, 
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_the_name_of_a_run_is_that_of_the_unwrapped_blocks(monitor: ScriptedMonitor, agents: Attach) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = Towers(((3, 16), (3, 8)), in_turn=True)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.module(tokens)
+
+    model = Wrapped()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, run="job", config=EVERY_STEP)
+    step(model, optimizer, 0)
+    assert [other._run for other in agent._runtime._beside] == ["job.tower_a.blocks"]
+
+
 def test_a_named_stack_is_watched_alone(monitor: ScriptedMonitor, agents: Attach) -> None:
     model = Towers(((3, 16), (3, 8)), in_turn=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
