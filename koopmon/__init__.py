@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from koopmon.agent.attach import Agent, attach
     from koopmon.api import ArchitectureAdapter, Discovery, ExampleModel, Observable, Point, Stack, call_arguments
-    from koopmon.block_finder import BlockList, block_lists, lists_holding, normalised, parts_of
+    from koopmon.block_finder import BlockList, block_lists, lists_holding, normalised, parts_of, row_stacks
     from koopmon.config import Config
     from koopmon.discovery import discover
     from koopmon.errors import AdapterError, ConfigError, DiscoveryError, KoopmonError
@@ -29,7 +29,7 @@ _NAMES = {
         "Stack",
         "call_arguments",
     ),
-    "koopmon.block_finder": ("BlockList", "block_lists", "lists_holding", "normalised", "parts_of"),
+    "koopmon.block_finder": ("BlockList", "block_lists", "lists_holding", "normalised", "parts_of", "row_stacks"),
     "koopmon.config": ("Config",),
     "koopmon.discovery": ("discover",),
     "koopmon.errors": ("AdapterError", "ConfigError", "DiscoveryError", "KoopmonError"),
@@ -66,6 +66,7 @@ __all__ = [
     "normalised",
     "parts_of",
     "profile",
+    "row_stacks",
 ]
 
 

@@ -10,7 +10,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -42,6 +42,15 @@ Path = tuple[Any, ...]
 """Keys that lead to a tensor in nested tuples, lists, mappings and dataclasses."""
 
 
+StackForm = Literal["chain", "pairs", "entries"]
+"""The transitions of a stack.
+
+"chain": the output of each block is the input of the next one, and n points give n transitions. "pairs": the model
+changes the state between its blocks; transition l is from the input of block l to its output. "entries": the model adds
+the outputs to the state itself; transition l is from the input of block l to that of block l+1, and n points give n-1.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class StatePosition:
     """Paths of the state among the call arguments of a block, and in its return value."""
@@ -57,13 +66,39 @@ class Stack:
     `residual` is True if the structure of the blocks proves that they add to their input, h + f(h). If it is False, the
     verifying forward must prove it, because a plain chain of layers h -> f(h) has no residual stream. `position` is set
     if that forward has found the state where `block_input` and `block_output` of the adapter do not read it. A block
-    that is called several times in a row has a point for each call.
+    that is called several times in a row has a point for each call. `form` is set by the verifying forward.
     """
 
     name: str
     points: tuple[Point, ...]
     residual: bool = True
     position: StatePosition | None = None
+    form: StackForm = "chain"
+
+    @property
+    def chained(self) -> bool:
+        """True if the output of each block is the input of the next one."""
+        return self.form == "chain"
+
+    @property
+    def num_layers(self) -> int:
+        """L, the transitions of one forward."""
+        return len(self.points) - 1 if self.form == "entries" else len(self.points)
+
+    @property
+    def num_states(self) -> int:
+        """The states of one forward: 2L in pairs, else L+1."""
+        return 2 * len(self.points) if self.form == "pairs" else self.num_layers + 1
+
+    def entry_place(self, layer: int) -> int:
+        """Return the index, among the states of a snapshot, of the one that enters block `layer`."""
+        return 2 * layer if self.form == "pairs" else layer
+
+    def place(self, state: int) -> tuple[bool, int]:
+        """Return (True if it enters the block, the block's layer) of the state with this index in a snapshot."""
+        if self.form == "chain":
+            return state == 0, max(state - 1, 0)
+        return (True, state) if self.form == "entries" else (state % 2 == 0, state // 2)
 
 
 Reader = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], Tensor | None]
@@ -89,8 +124,9 @@ class Observable:
 class Discovery:
     """Result of a search in a model.
 
-    `verified` is True if a forward pass showed that each point's output is the next one's input. `rejected` holds the
-    reason for each stack that was found and not kept. `flags` are further facts about the model, such as "hybrid".
+    `verified` is True if a forward pass showed that each point's output is the next one's input; for a stack that is
+    not chained, that each point's input is computed from the output before. `rejected` holds the reason for each stack
+    that was found and not kept. `flags` are further facts about the model, such as "hybrid".
     """
 
     adapter: ArchitectureAdapter

@@ -69,7 +69,50 @@ def block_lists(model: nn.Module) -> list[BlockList]:
                 first = items.index(run[0])
                 label = name if len(runs) == 1 else f"{name}[{first}:{first + len(run)}]"
                 found.append(BlockList(label, tuple(blocks.values())))
+    return found + _plain_lists(model, found)
+
+
+def _plain_lists(model: nn.Module, found: Sequence[BlockList]) -> list[BlockList]:
+    """Return the blocks that a module of `model` holds in a Python list or tuple, without those of `found`."""
+    known = [{id(block) for _, block in blocks.blocks} for blocks in found]
+    lists = []
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if not isinstance(value, (list, tuple)) or not all(isinstance(item, nn.Module) for item in value):
+                continue
+            where = f"{path}.{name}" if path else name
+            blocks = {id(item): (f"{where}.{index}", item) for index, item in enumerate(value) if _is_block(item)}
+            if len(blocks) > 1 and not any(blocks.keys() <= others for others in known):
+                lists.append(BlockList(where, tuple(blocks.values())))
+    return lists
+
+
+def row_stacks(model: nn.Module) -> list[Stack]:
+    """Return lists of rows as candidate stacks: each row is a ModuleList or ModuleDict of parts that the model calls.
+
+    The parts of all rows have the same names. A row begins at its first part and ends at its last one.
+    """
+    found = []
+    for path, module in model.named_modules():
+        for name, rows in _sequences(path, module):
+            parts = [dict(row._modules) for _, row in rows]
+            alike = all(isinstance(row, (nn.ModuleList, nn.ModuleDict)) for _, row in rows) and all(
+                len(each) > 1 and each.keys() == parts[0].keys() for each in parts
+            )
+            if not alike or len(rows) < 2:
+                continue
+            points = []
+            for layer, (row_name, _) in enumerate(rows):
+                called = [part for part in parts[layer].values() if _is_called(part)]
+                if len(called) > 1 and called[0] is not None and called[-1] is not None:
+                    points.append(Point(row_name, called[-1], layer, called[0]))
+            if len(points) == len(rows):
+                found.append(Stack(name, tuple(points)))
     return found
+
+
+def _is_called(part: nn.Module | None) -> bool:
+    return part is not None and not isinstance(part, (nn.ModuleList, nn.ModuleDict))
 
 
 def parts_of(block: nn.Module, is_part: Callable[[nn.Module], bool]) -> list[nn.Module]:

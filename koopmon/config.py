@@ -257,7 +257,8 @@ class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_peers: Annotated[int, Meta(ge=1, le=1 << 20)] = 16_384
     """Largest number of connected ranks of one run. Further ranks are refused."""
     max_layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)] = MAX_LAYERS
-    """Largest number of transitions of one model. Messages with more frames than this needs are refused."""
+    """Largest number of transitions of one model, or half of it if the model mixes between its blocks. Messages with
+    more frames than this needs are refused."""
     max_header_bytes: Annotated[int, Meta(ge=1 << 12, le=1 << 24)] = 1 << 16
     """Largest control message or snapshot header. A control message of more than twice this size closes the
     connection."""

@@ -32,6 +32,7 @@ def discover(
     """Find the residual stream of `model`: its adapter and one point per block.
 
     With a batch, the model is called as `model(*batch, **batch_kwargs)` in eval and no_grad, and the chain is verified.
+    If there is none, a second call with gradients shows if the model mixes between its blocks.
     Its mode and the random state are restored. Of several chains the longest is kept, of equals the one called last,
     which is the decoder of an encoder-decoder. If a third-party adapter proves wrong, koopmon's own replaces it and the
     model is called again. Without a batch the best candidate is returned, not verified.
@@ -45,12 +46,22 @@ def discover(
         return Discovery(original(selection.adapter), selection.candidates[0], flags=selection.flags)
 
     def look(selection: Selection) -> Discovery:
-        verifier = ChainVerifier(selection.adapter, selection.candidates)
-        with probe(model) as call, verifier.watch():
-            call(*batch, **batch_kwargs)
-        return verified(model, selection, *verifier.verdict())
+        return verify(model, selection, batch, batch_kwargs)
 
     return with_fallback(model, selection, look)
+
+
+def verify(model: nn.Module, selection: Selection, batch: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:
+    """Return the discovery that forward passes of `model` on a batch verify. Raises DiscoveryError without one."""
+    result = ChainResult(None, {})
+    for gradients in (False, True):
+        verifier = ChainVerifier(selection.adapter, selection.candidates)
+        with probe(model, gradients=gradients) as call, verifier.watch():
+            call(*batch, **kwargs)
+        result = verifier.verdict()
+        if result.stack is not None:
+            break
+    return verified(model, selection, *result)
 
 
 def with_fallback(model: nn.Module, selection: Selection, look: Callable[[Selection], T]) -> T:
@@ -96,17 +107,17 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextmanager
-def probe(model: nn.Module) -> Iterator[nn.Module]:
+def probe(model: nn.Module, *, gradients: bool = False) -> Iterator[nn.Module]:
     """Yield the module to call for a forward pass without side effects.
 
-    Eval mode and no_grad are set. Each module's mode and the random states are restored. The module inside a
+    Eval mode is set, and no_grad without `gradients`. Modes and random states are restored. The module inside a
     DistributedDataParallel wrapper is yielded, so that no collective runs. The fused inference path of
     torch.nn.TransformerEncoder is off, because it turns a padded batch into a nested tensor.
     """
     modes = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
-        with random_state_kept(), torch.no_grad():
+        with random_state_kept(), torch.set_grad_enabled(gradients):
             model.eval()
             torch.backends.mha.set_fastpath_enabled(False)
             yield model.module if isinstance(model, DistributedDataParallel) else model

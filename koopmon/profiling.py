@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Discovery, Observable, Point, Stack
-from koopmon.chain_verifier import ChainVerifier, Walk, known_exponent
-from koopmon.discovery import probe, verified, with_fallback
+from koopmon.chain_verifier import known_exponent
+from koopmon.discovery import probe, verify, with_fallback
 from koopmon.observables import Readings, declared, tabulate
 from koopmon.plugins import Selection, select
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.state_position import block_input, block_output
 from koopmon.token_sampling import align_mask, choose_rows, take_rows
+from koopmon.walk import Walk
 
 
 def profile(
@@ -33,7 +34,8 @@ def profile(
 ) -> SpectralProfile:
     """Profile the L transitions of `model`'s residual stream on one batch, `model(*batch, **batch_kwargs)`.
 
-    Two equal forward passes run in eval and no_grad: one finds the stream, and one reads it. Each module's mode and the
+    Two equal forward passes run in eval and no_grad: one finds the stream, and one reads it. A model that mixes between
+    its blocks needs a third one with gradients. Each module's mode and the
     random state are restored. The same N tokens, at most `num_samples`, are taken at every depth. `seed` chooses them
     among the tokens that the model's own mask counts.
     `svd_rank` None fits the full D x D operator of each layer (it needs N >= D), R its leading R directions. Too few
@@ -45,16 +47,16 @@ def profile(
     captured = capture_states(
         model, *batch, adapter=adapter, stack=stack, num_samples=num_samples, seed=seed, **batch_kwargs
     )
-    return profile_states(captured.states, svd_rank=svd_rank, seed=seed)
+    return profile_states(captured.states, svd_rank=svd_rank, seed=seed, paired=captured.paired)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CapturedStates:
-    """h_0 ... h_L of one stack at the same N tokens."""
+    """h_0 ... h_L of one stack at the same N tokens; of a stack in pairs, the input and the output of each block."""
 
     discovery: Discovery
     states: tuple[Tensor, ...]
-    """L+1 tensors of shape (N, D), of one dtype and on one device."""
+    """L+1 tensors of shape (N, D), or 2L, of one dtype and on one device."""
     num_tokens: int
     """Tokens of the batch, of which N were taken."""
     masked: bool
@@ -65,6 +67,11 @@ class CapturedStates:
     """A line of help for each of these names."""
     known_exponent: float | None = None
     """The update exponent, if it is known without the states."""
+
+    @property
+    def paired(self) -> bool:
+        """True if the states are the input and the output of each block, and no chain."""
+        return self.discovery.stack.form == "pairs"
 
 
 def capture_states(
@@ -106,20 +113,18 @@ def _capture(
             rows = choose_rows(num_tokens, num_samples, seed=seed, mask=mask)
         kept.append(take_rows(state.detach(), rows.to(state.device)))
 
-    verifier = ChainVerifier(selection.adapter, selection.candidates)
-    with probe(model) as call, verifier.watch():
-        call(*batch, **kwargs)
-    discovery = verified(model, selection, *verifier.verdict())
+    discovery = verify(model, selection, batch, kwargs)
     with probe(model) as call, _walking(selection.adapter, discovery.stack, take), _reading(selection) as readings:
         call(*batch, **kwargs)
-    for layer, state in enumerate(kept):
+    for place, state in enumerate(kept):
         if not torch.isfinite(state).all():
-            where = f"enters {discovery.points[0].name}" if layer == 0 else f"leaves {discovery.points[layer - 1].name}"
+            enters, layer = discovery.stack.place(place)
+            where = f"{'enters' if enters else 'leaves'} {discovery.points[layer].name}"
             raise ValueError(f"the state that {where} holds NaN or infinite values")
     gathered = readings[discovery.stack.name].gather()
     observables: Mapping[str, Sequence[float | None]] = {}
     if gathered is not None:
-        observables = tabulate(gathered.keys, gathered.values.tolist(), len(discovery.points))
+        observables = tabulate(gathered.keys, gathered.values.tolist(), discovery.stack.num_layers)
     measures = {name: text for family in reversed(selection.families) for name, text in family.measures.items()}
     explained = {name: measures[name] for name in observables}
     exponent = known_exponent(selection.adapter, discovery.stack)
@@ -128,18 +133,21 @@ def _capture(
 
 @contextmanager
 def _walking(adapter: ArchitectureAdapter, stack: Stack, take: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call take(h_l) with each state of the first traversal of `stack`, h_0 first, inside the context."""
+    """Call take(state) with each state of the first traversal of `stack`, h_0 first, inside the context."""
     walk = Walk(stack)
 
     def enter(point: Point, module: nn.Module, args: Any, kwargs: Any) -> None:
         layer = walk.following(point)
         if layer is not None:
             walk.enter(layer)
-            if layer == 0 and (state := block_input(adapter, stack, module, args, kwargs)) is not None:
+            if (layer == 0 or not stack.chained) and (
+                state := block_input(adapter, stack, module, args, kwargs)
+            ) is not None:
                 take(state)
 
     def leave(point: Point, module: nn.Module, args: Any, output: Any) -> None:
-        if walk.leave(point) is not None and (state := block_output(adapter, stack, module, output)) is not None:
+        leaves = walk.leave(point) is not None and stack.form != "entries"
+        if leaves and (state := block_output(adapter, stack, module, output)) is not None:
             take(state)
 
     with ExitStack() as hooks:

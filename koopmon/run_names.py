@@ -22,7 +22,15 @@ def check_run_name(name: str, field: str = "run =") -> str:
         ) from None
 
 
+def stack_run_name(run: str, part: str) -> str:
+    """Return the name of the run that watches a further part of the job `run`, in allowed characters."""
+    return f"{run}.{_allowed(part) or 'model'}"[:128]
+
+
 def new_run_name(script: str) -> str:
     """Return a unique name: that of the script, in allowed characters, and 8 hexadecimal digits."""
-    kept = re.sub(r"[^A-Za-z0-9._+-]+", "-", script).strip("-._+")[:64] or "job"
-    return f"{kept}-{secrets.token_hex(4)}"
+    return f"{_allowed(script)[:64] or 'job'}-{secrets.token_hex(4)}"
+
+
+def _allowed(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-._+")

@@ -1,7 +1,8 @@
 """Position of a residual state among a block's call arguments and in its return value.
 
-A path is a tuple of keys: an index of a tuple or list, a key of a mapping, a name of a dataclass field. The path of an
-argument begins with its index or its name.
+A path is a tuple of keys: an index of a tuple or list, a key of a mapping, a name of a field or an attribute. The path
+of an argument begins with its index or its name. The path SUM stands for the sum of the first two states of one shape,
+as in blocks that carry (hidden, residual) and add them at the start of the next block.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Path, Stack
 
+SUM: Path = ("+",)
 MAX_DEPTH = 3
 """Levels of containers in which a state is looked for."""
 MAX_TENSORS = 8
@@ -27,6 +29,8 @@ def block_input(
     """Return the state among the call arguments of a block of `stack`; None if it is absent."""
     if stack.position is None:
         return adapter.block_input(module, args, kwargs)
+    if stack.position.entered == SUM:
+        return summed(argument_tensors(args, kwargs), alone=True)
     return _at((dict(enumerate(args)) | dict(kwargs)), stack.position.entered)
 
 
@@ -34,11 +38,14 @@ def block_output(adapter: ArchitectureAdapter, stack: Stack, module: nn.Module, 
     """Return the state in the return value of a block of `stack`; None if it is absent."""
     if stack.position is None:
         return adapter.block_output(module, output)
-    return _at(output, stack.position.left)
+    return summed(output_tensors(output)) if stack.position.left == SUM else _at(output, stack.position.left)
 
 
 def with_block_output(adapter: ArchitectureAdapter, stack: Stack, module: nn.Module, output: Any, state: Tensor) -> Any:
-    """Return `output` with its state replaced. Raises TypeError for a container that cannot be rebuilt."""
+    """Return `output` with its state replaced. An attribute is set in place.
+
+    Raises TypeError for a container that cannot be rebuilt.
+    """
     if stack.position is None:
         return adapter.with_block_output(module, output, state)
     return _with(output, stack.position.left, state)
@@ -46,12 +53,26 @@ def with_block_output(adapter: ArchitectureAdapter, stack: Stack, module: nn.Mod
 
 def argument_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Path, Tensor]]:
     """Return the tensors among call arguments that may be a state, with their paths."""
-    return _first(_tensors(dict(enumerate(args)) | dict(kwargs), ()))
+    return _found(dict(enumerate(args)) | dict(kwargs))
 
 
 def output_tensors(output: Any) -> list[tuple[Path, Tensor]]:
     """Return the tensors in a return value that may be a state, with their paths."""
-    return _first(_tensors(output, ()))
+    return _found(output)
+
+
+def summed(tensors: list[tuple[Path, Tensor]], *, alone: bool = False) -> Tensor | None:
+    """Return the sum of the first of `tensors` and the next one of its shape.
+
+    Without another one it is None, or the first `alone`.
+    """
+    if not tensors:
+        return None
+    first = tensors[0][1]
+    other = next((tensor for _, tensor in tensors[1:] if tensor.shape == first.shape), None)
+    if other is None:
+        return first if alone else None
+    return first + other.to(first.device)
 
 
 def is_state(tensor: Tensor) -> bool:
@@ -60,17 +81,27 @@ def is_state(tensor: Tensor) -> bool:
     return dense and tensor.is_floating_point() and tensor.dim() >= 2 and tensor.numel() > 0
 
 
-def _first(found: Iterator[tuple[Path, Tensor]]) -> list[tuple[Path, Tensor]]:
-    return [pair for pair, _ in zip(found, range(MAX_TENSORS), strict=False)]
+def _found(value: Any) -> list[tuple[Path, Tensor]]:
+    # Attributes of objects come last: most objects among arguments are caches and settings.
+    for attributes in (False, True):
+        found = [each for each, _ in zip(_tensors(value, (), attributes), range(MAX_TENSORS), strict=False)]
+        if found:
+            return found
+    return []
 
 
-def _tensors(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
+def _tensors(value: Any, path: Path, attributes: bool) -> Iterator[tuple[Path, Tensor]]:
     if isinstance(value, Tensor):
         if is_state(value):
             yield path, value
     elif len(path) <= MAX_DEPTH:
-        for key, part in _parts(value):
-            yield from _tensors(part, (*path, key))
+        for key, part in _parts(value) or (_attributes(value) if attributes else []):
+            yield from _tensors(part, (*path, key), attributes)
+
+
+def _attributes(value: Any) -> list[tuple[Any, Any]]:
+    is_plain = not isinstance(value, (type, nn.Module, Mapping, tuple, list)) and hasattr(value, "__dict__")
+    return list(vars(value).items()) if is_plain else []
 
 
 def _parts(value: Any) -> list[tuple[Any, Any]]:
@@ -85,7 +116,7 @@ def _parts(value: Any) -> list[tuple[Any, Any]]:
 
 def _at(value: Any, path: Path) -> Tensor | None:
     for key in path:
-        value = next((part for name, part in _parts(value) if name == key), None)
+        value = next((part for name, part in _parts(value) or _attributes(value) if name == key), None)
     return value if isinstance(value, Tensor) else None
 
 
@@ -98,6 +129,9 @@ def _with(value: Any, path: Path, state: Tensor) -> Any:
         return dataclasses.replace(value, **{key: parts[key]})
     if type(value) is dict:
         return parts
+    if not parts and any(name == key for name, _ in _attributes(value)):
+        setattr(value, key, _with(getattr(value, key), rest, state))
+        return value
     if type(value) in (tuple, list):
         return type(value)(parts.values())
     if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple

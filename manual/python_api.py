@@ -23,6 +23,7 @@ GROUPS: dict[str, Sequence[str]] = {
         "ExampleModel",
         "BlockList",
         "block_lists",
+        "row_stacks",
         "lists_holding",
         "parts_of",
         "normalised",

@@ -38,7 +38,11 @@ ROOMS = {
     "hookspecs": "errors api",
     "block_finder": "errors api",
     "state_position": "api",
-    "chain_verifier": "errors api block_finder state_position spectral",
+    "observed_states": "spectral",
+    "traversals": "api observed_states state_position",
+    "lineage": "",
+    "walk": "api",
+    "chain_verifier": "errors api block_finder state_position spectral observed_states lineage traversals",
     "token_sampling": "errors",
     "observables": "errors api",
     "process_state": "errors",
@@ -48,11 +52,12 @@ ROOMS = {
     "plugins": "errors api hookspecs block_finder guarded_adapter plugin_calls plugin_loading",
     "discovery": "errors api block_finder chain_verifier plugins",
     "profiling": (
-        "errors api block_finder state_position chain_verifier plugins discovery token_sampling observables spectral"
+        "errors api block_finder state_position chain_verifier walk plugins discovery token_sampling observables "
+        "spectral"
     ),
     "agent": (
         "errors logs run_names config spectral wire api hookspecs block_finder state_position chain_verifier "
-        "token_sampling observables plugins discovery process_state files"
+        "walk token_sampling observables plugins discovery process_state files"
     ),
     "conformance": "errors config spectral wire api chain_verifier token_sampling observables plugins discovery agent",
     "grafana": "errors config telemetry files",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from koopmon.chain_verifier import SAMPLED_ROWS, ChainVerifier, sample_rows
+from koopmon.chain_verifier import ChainVerifier
+from tests.mixing import NO_STACKS, Mixing
 from tests.stacks import B, Block, D, L, Listed, NoSynchronisation, Pair, Stacked, T, in_turn, parallel
 
 torch.set_num_threads(1)
@@ -75,9 +76,6 @@ def nested_calls(blocks: nn.ModuleList, h: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        (between(lambda h: 2 * h), "the output of blocks.0 is not the input of blocks.1"),
-        (between(lambda h: h.mul_(2)), "the output of blocks.0 is not the input of blocks.1"),
-        (between(nn.functional.tanh), "the output of blocks.0 is not the input of blocks.1"),
         (between(lambda h: h[:, :-1]), "blocks.1 takes shape (2, 4, 8) where the chain began with (2, 5, 8)"),
         (parallel, "the output of blocks.0 is not the input of blocks.1"),
         (backwards, "blocks.2 was called out of turn"),
@@ -89,6 +87,38 @@ def nested_calls(blocks: nn.ModuleList, h: Tensor) -> Tensor:
 )
 def test_what_is_no_chain_is_told(run: Callable[[nn.ModuleList, Tensor], Tensor], reason: str) -> None:
     assert verdict(Stacked(run), "blocks") == (None, {"blocks": reason})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda h: 2 * h, lambda h: h.mul_(2), nn.functional.tanh, lambda h: h + torch.ones(D), lambda h: h.flip(-1)],
+)
+def test_a_change_between_blocks_leaves_each_block_s_own_transition(change: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Stacked(between(change))
+    stack, reasons = verdict(model, "blocks")
+    assert stack is not None
+    assert (stack.chained, stack.num_states, reasons) == (False, 2 * L, {})
+    with torch.no_grad():
+        assert verdict(model, "blocks").reasons == {"blocks": "the output of blocks.0 is not the input of blocks.1"}
+
+
+def test_a_chain_comes_before_a_longer_stack_with_changes_between_its_blocks() -> None:
+    model = Pair(2, 4)
+    model.second.run = between(torch.tanh)
+    stack, reasons = verdict(model, "first.blocks", "second.blocks")
+    assert stack is not None
+    assert stack.name == "first.blocks"
+    assert reasons["second.blocks"] == "is a stack of 4 blocks, but 'first.blocks' is unchanged between its blocks"
+
+
+@pytest.mark.parametrize("case", NO_STACKS)
+def test_what_is_no_stack_is_told(case: str) -> None:
+    run, block, reason = NO_STACKS[case]
+    torch.manual_seed(0)
+    stack, reasons = verdict(Mixing(run, block=block), "blocks", batch=torch.arange(40).reshape(4, 10) % 11)
+    assert stack is None
+    assert reason in reasons["blocks"]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +207,7 @@ def test_an_inner_chain_loses_to_the_chain_around_it() -> None:
 
 
 def test_sublayers_are_not_taken_for_blocks_where_the_blocks_fail() -> None:
-    model = Stacked(between(nn.functional.tanh), [Stacked(in_turn) for _ in range(2)])
+    model = Stacked(parallel, [Stacked(in_turn) for _ in range(2)])
     stack, reasons = verdict(model, "blocks", "blocks.0.blocks")
     assert stack is None
     assert reasons["blocks.0.blocks"] == "is a chain, but inside a block of 'blocks'"
@@ -225,10 +255,3 @@ def test_observing_never_waits_for_the_device(residual: bool) -> None:
     with verifier.watch(), NoSynchronisation():
         model(torch.randn(B, T, D))
     assert verifier.verdict().stack is not None
-
-
-def test_sampled_rows_are_spread_over_all_tokens() -> None:
-    state = torch.arange(40 * 50.0).reshape(40, 50, 1)
-    assert sample_rows(state).flatten().tolist() == [row * 2000 // SAMPLED_ROWS for row in range(SAMPLED_ROWS)]
-    assert torch.equal(sample_rows(state.transpose(0, 1)), sample_rows(state.transpose(0, 1).contiguous()))
-    assert torch.equal(sample_rows(state[:1, :3]), state[0, :3])

@@ -88,6 +88,8 @@ TESTED_IN = {
     "koopmon/process_state.py": "tests/test_hostile_plugins.py",
     "koopmon/spectral/_linalg.py": "tests/spectral/test_linalg.py",
     "koopmon/spectral/profiles.py": "tests/spectral/test_profile.py",
+    "koopmon/traversals.py": "tests/test_chain_verifier.py",
+    "koopmon/walk.py": "tests/agent/capture/test_traversals.py",
     "koopmon/wire/auth_policy.py": "tests/wire/test_curve.py",
     "koopmon/wire/authorized_keys.py": "tests/wire/test_curve.py",
     "koopmon/wire/client.py": "tests/wire/test_sockets.py",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import koopmon
 from koopmon.api import StatePosition
 from koopmon.profiling import capture_states
-from koopmon.state_position import argument_tensors, block_input, block_output, output_tensors, with_block_output
+from koopmon.state_position import SUM, argument_tensors, block_input, block_output, output_tensors, with_block_output
 from tests.stacks import B, D, L, Listed, T
 
 torch.set_num_threads(1)
@@ -29,6 +29,11 @@ class Carried(NamedTuple):
 class Streams:
     aux: Tensor | None
     x: Tensor
+
+
+class Carrier:
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.cache = x, {"of": "what"}
 
 
 class Part(nn.Module):
@@ -120,6 +125,24 @@ def named_tuple(blocks: Any, x: Tensor, rotary: Tensor) -> Tensor:
     return state.x
 
 
+def object_state(blocks: Any, x: Tensor, rotary: Tensor) -> Tensor:
+    state = Carrier(x)
+    for block in blocks:
+        state = block(state)
+    return state.x
+
+
+def update_and_residual(f: Any, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As in fused normalisations: a block adds both at its start, and returns its own update beside the residual."""
+    residual = hidden if residual is None else hidden + residual
+    return f(residual) - residual, residual
+
+
+def object_in_place(f: Any, state: Carrier) -> Carrier:
+    state.x = f(state.x)
+    return state
+
+
 def nested(blocks: Any, x: Tensor, rotary: Tensor) -> Tensor:
     state: Any = (rotary, {"streams": [x]})
     for block in blocks:
@@ -150,6 +173,8 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Tensor], StatePosition 
     ),
     "dataclass": (lambda f, state: Streams(None, f(state.x)), dataclass_state, StatePosition((0, "x"), ("x",))),
     "named tuple": (lambda f, state: Carried(state[0], f(state[1])), named_tuple, StatePosition((0, 1), (1,))),
+    "object": (lambda f, state: Carrier(f(state.x)), object_state, StatePosition((0, "x"), ("x",))),
+    "object in place": (object_in_place, object_state, StatePosition((0, "x"), ("x",))),
     "nested": (
         lambda f, state: (state[0], {"streams": [f(state[1]["streams"][0])]}),
         nested,
@@ -180,10 +205,29 @@ def test_a_profile_reads_the_state_where_it_is(case: str) -> None:
     assert ordered == [sorted(map(tuple, state.reshape(-1, D).tolist())) for state in expected]
 
 
+@pytest.mark.parametrize("first", [None, 0.0])
+def test_hidden_and_residual_are_one_state(first: float | None) -> None:
+    def loop(blocks: Any, x: Tensor, rotary: Tensor) -> Tensor:
+        hidden, residual = x, None if first is None else torch.zeros_like(x)
+        for block in blocks:
+            hidden, residual = block(hidden, residual)
+        return hidden + residual
+
+    model, x = Model(update_and_residual, loop), torch.randn(B, T, D)
+    captured = capture_states(model, x, adapter=Listed("blocks"), num_samples=B * T)
+    assert captured.discovery.stack.position == StatePosition(SUM, SUM)
+    expected = [x]
+    for block in model.blocks:
+        expected.append(block.f(expected[-1]))
+    for state, full in zip(captured.states, expected, strict=True):
+        rows = {tuple(row) for row in state.round(decimals=3).tolist()}
+        assert len(rows & {tuple(row) for row in full.reshape(-1, D).round(decimals=3).tolist()}) >= B * T - 1
+
+
 def test_what_is_only_passed_on_is_no_state() -> None:
     def loop(blocks: Any, x: Tensor, rotary: Tensor) -> Tensor:
         for block in blocks:
-            x, rotary = block(x.tanh(), rotary)
+            x, rotary = block(x.tanh().detach(), rotary)
         return x
 
     model = Model(lambda f, x, rotary: (f(x), rotary), loop)

@@ -88,6 +88,9 @@ def attach(
         return Agent(None, str(error))
     for key in (model, *runtime.optimizers):
         _runtimes[key] = weakref.ref(runtime)
+    present = {each for reference in list(_runtimes.values()) if (each := reference()) is not None and each.present}
+    for each in present:
+        each.share_budget(len(present))
     return Agent(runtime)
 
 

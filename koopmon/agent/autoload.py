@@ -3,8 +3,8 @@
 `_autoload/sitecustomize.py` calls `arm` when Python starts. A finder waits for `torch.optim.optimizer`, so that only
 the script imports torch. It then wraps `Optimizer.__init__`. When the script makes an optimizer, the one root module
 that owns its parameters is looked up among the live objects. `koopmon.attach` follows, before the first forward and on
-every rank alike. Further optimizers of that model join. A later model is followed once the first one no longer trains.
-Every failure becomes one log line, and training goes on.
+every rank alike. Further optimizers of that model join. A model that trains beside the first one is a run of its own. A
+later model is followed once the first one no longer trains. Every failure becomes one log line, and training goes on.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import logging
 import os
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from koopmon.errors import raise_from_signal
 from koopmon.logs import log_for_job
@@ -36,6 +37,8 @@ _TARGET = "torch.optim.optimizer"
 _MARK = "KOOPMON_ATTACHED_PID"
 LAUNCHERS = frozenset({"torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "deepspeed"})
 """Programs and modules that start ranks and do not train themselves."""
+MAX_MODELS = 4
+"""Models of one process that are watched at a time."""
 IDLE_STEPS = 10
 """Steps of another model's optimizer, without one of the attached model, after which the other model is followed."""
 _log = logging.getLogger("koopmon.agent")
@@ -100,19 +103,35 @@ def arm() -> bool:
     return True
 
 
+class _Attached(NamedTuple):
+    """One model that trains, its agent and its optimizers."""
+
+    agent: _Agent
+    model: Callable[[], nn.Module | None]
+    optimizers: weakref.WeakSet[Optimizer]
+
+    @property
+    def is_dead(self) -> bool:
+        return self.model() is None or not self.optimizers
+
+    def parameters(self) -> frozenset[int]:
+        model = self.model()
+        return frozenset() if model is None else frozenset(map(id, model.parameters()))
+
+
 class _Watch:
     """Attaches koopmon to the optimizers that this process makes. It is also the import finder that waits for torch."""
 
     def __init__(self) -> None:
         self._enabled = True
         self._busy = False
-        self._agent: _Agent | None = None
-        self._model: Callable[[], nn.Module | None] = lambda: None
-        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        """The attached optimizers."""
+        self._attached: list[_Attached] = []
+        """The models that train, in the order of their attachment."""
         self._waiting: weakref.WeakKeyDictionary[Optimizer, Callable[[Optimizer], None]] = weakref.WeakKeyDictionary()
         """Optimizers of no attached model, each with the function to call after its step."""
         self._follows_steps = False
+        self._num_named: Counter[str] = Counter()
+        """Further models that were named, by their class."""
         self._logged: set[str] = set()
 
     def find_spec(
@@ -138,7 +157,7 @@ class _Watch:
 
     def on_fork(self) -> None:
         """Leave the child of an attached process alone, such as a DataLoader worker. Another one may be a rank."""
-        self._enabled = self._enabled and self._agent is None
+        self._enabled = self._enabled and not self._attached
 
     def wrap(self, module: ModuleType) -> None:
         try:
@@ -171,74 +190,109 @@ class _Watch:
             self._busy = False
 
     def _attach(self, optimizer: Optimizer) -> None:
-        model = self._model()
-        if self._agent is not None and (model is None or not self._optimizers):
-            self._let_go()
-        if self._agent is None:
+        for each in [each for each in self._attached if each.is_dead]:
+            self._let_go(each)
+        parameters = _parameters(optimizer)
+        owner = next((each for each in self._attached if parameters & each.parameters()), None)
+        if not self._attached:
             try:
                 self._attach_to(root_module(optimizer), optimizer)
             except RootNotFoundError:
                 self._wait_for_steps(optimizer)  # its model may be built later, and many optimizers never step
-        elif model is None or not _parameters(optimizer).intersection(map(id, model.parameters())):
+        elif owner is None or (model := owner.model()) is None:
             self._wait_for_steps(optimizer)
-        elif self._agent.status()["step"] or _owns(model, _parameters(optimizer)):
-            self._attach_to(model, optimizer)
+        elif owner.agent.status().get("step", 0) or _owns(model, parameters):
+            self._join(owner, model, optimizer)
         else:
             self._regroup(root_module(optimizer), optimizer)
 
     def _attach_to(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Attach to a model that is attached already, or to a further one, whose run has its class in its name."""
         from koopmon import attach
 
-        agent = attach(model, optimizer)
-        self._optimizers.add(optimizer)
-        if self._agent is None:
-            self._agent, self._model = agent, weakref.ref(model)
-            os.environ[_MARK] = str(os.getpid())
-            atexit.register(agent.close)
+        owner = next((each for each in self._attached if each.model() is model), None)
+        if owner is not None:
+            self._join(owner, model, optimizer)
+            return
+        run = os.environ.get("KOOPMON_RUN")
+        if not self._attached or not run:
+            agent = attach(model, optimizer)
+        else:
+            name = self._run_beside(run, type(model).__name__)
+            agent = attach(model, optimizer, run=name)
+            self._log(f"a further model trains: {type(model).__name__} is run {name}", level=logging.INFO)
+        self._attached.append(_Attached(agent, weakref.ref(model), weakref.WeakSet([optimizer])))
+        os.environ[_MARK] = str(os.getpid())
+        atexit.register(agent.close)
 
-    def _let_go(self) -> None:
+    def _join(self, owner: _Attached, model: nn.Module, optimizer: Optimizer) -> None:
+        from koopmon import attach
+
+        attach(model, optimizer)
+        owner.optimizers.add(optimizer)
+
+    def _run_beside(self, run: str, kind: str) -> str:
+        from koopmon.run_names import stack_run_name
+
+        self._num_named[kind] += 1
+        count = self._num_named[kind]
+        return stack_run_name(run, kind if count == 1 else f"{kind}{count}")
+
+    def _let_go(self, attached: _Attached) -> None:
         """Close the agent of a model that no longer trains."""
-        agent, self._agent = self._agent, None
-        self._optimizers.clear()
-        if agent is not None:
-            atexit.unregister(agent.close)
-            agent.close()
+        self._attached.remove(attached)
+        atexit.unregister(attached.agent.close)
+        attached.agent.close()
 
     def _regroup(self, root: nn.Module, optimizer: Optimizer) -> None:
-        """Attach to `root`, which holds the attached model and that of `optimizer`."""
-        optimizers = [*self._optimizers, optimizer]
-        self._let_go()
-        for each in optimizers:
-            self._attach_to(root, each)
+        """Attach to `root`, which holds attached models and that of `optimizer`."""
+        inside = {id(module) for module in root.modules()}
+        parts = [each for each in self._attached if id(each.model()) in inside]
+        optimizers = [member for each in parts for member in each.optimizers]
+        for each in parts:
+            self._let_go(each)
+        for member in (*optimizers, optimizer):
+            self._attach_to(root, member)
 
     def _wait_for_steps(self, optimizer: Optimizer) -> None:
-        """Attach to `optimizer` as soon as it steps and no attached model trains beside it."""
-        attached_steps: int | None = None
+        """Attach to `optimizer` as soon as it steps.
+
+        If an attached model trains beside it, both are watched. One that does not step any more is let go.
+        """
+        steps: dict[int, int] = {}
+        """Steps of each attached model at the first step of `optimizer`, by the id of its agent."""
         num_steps = 0
 
         def after_step(stepping: Optimizer) -> None:
-            nonlocal attached_steps, num_steps
+            nonlocal num_steps
             num_steps += 1
-            before, model = attached_steps, self._model()
-            attached_steps = None if self._agent is None else self._agent.status()["step"]
-            if attached_steps is None or model is None or not self._optimizers or num_steps >= IDLE_STEPS:
-                self._waiting.pop(stepping, None)
-                root = root_module(stepping)
-                self._let_go()
-                self._attach_to(root, stepping)
-            elif num_steps == 1:
+            now = {id(each.agent): each.agent.status().get("step", 0) for each in self._attached if not each.is_dead}
+            if num_steps == 1:
+                steps.update(now)
                 try:
                     root = root_module(stepping)
                 except RootNotFoundError:  # it updates single parameters beside the model
-                    self._waiting.pop(stepping, None)
+                    if now:
+                        self._waiting.pop(stepping, None)
+                        return
                 else:
-                    if any(each is model for each in root.modules()):
+                    inside = {id(module) for module in root.modules()}
+                    if any(id(each.model()) in inside for each in self._attached):
                         self._waiting.pop(stepping, None)
                         self._regroup(root, stepping)
-            elif before is not None and attached_steps != before:
-                self._waiting.pop(stepping, None)
-                watched, other = type(model).__name__, _model_of(stepping)
-                self._log(f"two models train in this process: koopmon watches {watched}, and not {other}")
+                        return
+            training = {key for key, step in now.items() if step != steps.get(key, step)}
+            if now and not training and num_steps < IDLE_STEPS:
+                return
+            self._waiting.pop(stepping, None)
+            root = root_module(stepping)
+            for each in list(self._attached):
+                if each.is_dead or (num_steps >= IDLE_STEPS and id(each.agent) not in training):
+                    self._let_go(each)
+            if len(self._attached) < MAX_MODELS:
+                self._attach_to(root, stepping)
+            else:
+                self._log(f"more than {MAX_MODELS} models train in this process: {_model_of(stepping)} is not watched")
 
         self._waiting[optimizer] = after_step
         self._follow_steps()
@@ -261,10 +315,10 @@ class _Watch:
         register_optimizer_step_post_hook(hook)
         self._follows_steps = True
 
-    def _log(self, text: str) -> None:
+    def _log(self, text: str, level: int = logging.WARNING) -> None:
         if text not in self._logged:
             self._logged.add(text)
-            log_for_job(_log, text)
+            log_for_job(_log, text, level=level)
 
 
 def _parameters(optimizer: Optimizer) -> frozenset[int]:

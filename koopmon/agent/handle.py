@@ -79,7 +79,7 @@ class Agent:
             **state.facts(),
             "adapter": runtime.adapter.name,
             "stack": taps.stack and taps.stack.name,
-            "num_layers": len(taps.stack.points) if taps.stack else 0,
+            "num_layers": taps.stack.num_layers if taps.stack else 0,
             "width": taps.width,
             "acts": state.acts,
             "control_ready": state.ready,

@@ -8,11 +8,13 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median_low
 from typing import Any
 
+import msgspec
 from torch import nn
 from torch.optim import Optimizer
 
@@ -46,17 +48,27 @@ from koopmon.agent.notices import Notices
 from koopmon.agent.parallelism import UNKNOWN, DataRanks, ParallelLayout, Role, data_ranks, decide_role, inspect_layout
 from koopmon.agent.rank_identity import RankContext, RunRendezvous, current_context, default_run_name, store_prefix
 from koopmon.agent.stats import AgentStats
-from koopmon.api import ArchitectureAdapter, Stack
+from koopmon.api import ArchitectureAdapter, Stack, StackForm
+from koopmon.block_finder import canonical_name
 from koopmon.config import Config
 from koopmon.logs import announced, log_for_job
 from koopmon.plugins import Selection, source
+from koopmon.run_names import stack_run_name
 from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.messages import Applied, CommandKind
 
 logger = logging.getLogger("koopmon.agent")
 
+MAX_STACKS = 4
+"""Stacks of one model that are watched."""
 STEPLESS_FORWARDS = 16
 """Training forwards without a step after which changed weights mean that the optimizer calls no hooks."""
+
+_FORMS: dict[StackForm, str] = {
+    "chain": "",
+    "pairs": "; the model mixes between them: a transition is from a block's input to its output",
+    "entries": "; the model adds their outputs itself: a transition is from a block's input to the next one's",
+}
 
 
 class AgentRuntime:
@@ -116,6 +128,10 @@ class AgentRuntime:
         self._restored: Applied | None = None
         self._role_reason = ""
         self._closables: list[IOThread | RankGroup] = []
+        self._selection = selection
+        self._num_models = 1
+        self._beside: list[AgentRuntime] = []
+        """Watch the other stacks of the model that train, each as a run of its own."""
         self._finalizer = weakref.finalize(self, _shut_down, self._pid, self._closables)
         weakref.finalize(self, _say_end, self.notices, self.lifecycle)
         for action in self.actions:
@@ -138,6 +154,8 @@ class AgentRuntime:
 
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """Follow one more optimizer of the model: same clock, same commands."""
+        for other in self._beside:
+            other.add_optimizer(optimizer)
         hook = self._lasting_breaker.hook
         self._new_optimizers = True
         for member in self.optimizers.add(optimizer):
@@ -276,10 +294,14 @@ class AgentRuntime:
         self._end_actions()
         for closable in self._closables:
             closable.close(wait=False)
+        for other in self._beside:
+            other.stand_down(reason)
 
     def close(self, reason: str) -> None:
         """Remove every hook, restore the user's own values and send a goodbye. Waits less than a second. Idempotent."""
         self.closed = True
+        for other in self._beside:
+            other.close(reason)
         # torch iterates over the hooks of an optimizer that steps. Those stay, without an effect.
         if next(stepping_optimizers(), None) is None:
             for handle in self._handles:
@@ -349,12 +371,48 @@ class AgentRuntime:
             self._decide_role(state.rank, fingerprint)
         if self.taps.failure:
             return
-        self._describe(num_layers=len(stack.points), width=width, update_exponent=update_exponent)
+        self._describe(num_layers=stack.num_layers, width=width, update_exponent=update_exponent)
         blocks = f"{len(stack.points)} blocks of {stack.name or 'the model'}"
-        logger.info("koopmon: taps %s, found by %s", blocks, source(self.adapter))
+        logger.info("koopmon: taps %s, found by %s%s", blocks, source(self.adapter), _FORMS[stack.form])
+        self._watch_beside(stack, self.taps.beside[: MAX_STACKS - 1])
+
+    def _watch_beside(self, kept: Stack, stacks: Sequence[Stack]) -> None:
+        """Watch further stacks of the model, each as a run of its own. Actions follow the risk of `kept` alone."""
+        model, named = self._model(), self._run or default_run_name()
+        if model is None or not stacks:
+            return
+        limits = msgspec.structs.replace(self._config.limits, act="never")
+        names = [stack_run_name(named, canonical_name(stack.name)) for stack in stacks]
+        for stack, run in zip(stacks, names, strict=True):
+            other = AgentRuntime(
+                model,
+                list(self.optimizers),
+                replace(self._selection, candidates=(stack,), fallback=None),
+                msgspec.structs.replace(self._config, limits=limits),
+                self.endpoint,
+                run,
+                self._trust,
+                io_thread=self._make_io_thread,
+            )
+            other.stats.step, other.stats.measured = self.stats.step, self.stats.measured
+            self._beside.append(other)
+        self.share_budget(self._num_models)
+        shown = ", ".join(f"{stack.name} as run {run}" for stack, run in zip(stacks, names, strict=True))
+        log_for_job(
+            logger,
+            f"watches {kept.name}, and {shown}; actions follow {kept.name} alone, the stack that is "
+            "deepest or nearest to the loss; [model] stack names another one",
+            level=logging.INFO,
+        )
+
+    def share_budget(self, num_models: int) -> None:
+        """Share the budget of overhead with the agents of `num_models` models, this one among them."""
+        self._num_models = num_models
+        for each in (self, *self._beside):
+            each._budget.num_sharers = num_models * (1 + len(self._beside))
 
     def adapter_replaced(self, selection: Selection) -> None:
-        self.adapter = selection.adapter
+        self.adapter, self._selection = selection.adapter, selection
         if (model := self._model()) is not None:
             for action in self.actions:
                 action.inspect(model, self.optimizers, selection)
@@ -478,8 +536,8 @@ class AgentRuntime:
         # The median leaves out the step after one that a GradScaler skipped, which has the forwards of both, and a step
         # with fewer microbatches at the end of an epoch.
         num_microbatches = median_low(self._num_forwards or [1])
-        num_layers, repeats = (0 if stack is None else len(stack.points)), self.taps.repeats
-        forwards = NextForwards(num_layers, num_microbatches, state.rank.data_ranks.rank, repeats)
+        num_layers = 0 if stack is None else stack.num_layers
+        forwards = NextForwards(num_layers, num_microbatches, state.rank.data_ranks.rank, self.taps.obstacle)
         changes = [action.before_forwards(state.control, step, forwards) for action in self.actions]
         if due is not None and (model := self._model()) is not None and isinstance(state, Watching):
             self._scalars.begin(model, state.layout)

@@ -76,7 +76,7 @@ def profile(
         chosen: dict[str, Any] = {"adapter": adapter, "stack": stack, "num_samples": num_samples, "seed": seed}
         with foreign_code(lambda why: KoopmonError(f"{factory}: the forward pass {why}")):
             captured = capture_states(model, *args, **chosen, **kwargs)
-            spectrum = profile_states(captured.states, svd_rank=svd_rank, seed=seed)
+            spectrum = profile_states(captured.states, svd_rank=svd_rank, seed=seed, paired=captured.paired)
         risk = initial_risk(spectrum, known_exponent=captured.known_exponent)
         forecast = None if calibrator is None else _forecast(calibrator, captured, spectrum, risk, learning_rate)
         name = type(model).__name__

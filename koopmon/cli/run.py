@@ -323,12 +323,14 @@ def _close_with_summary(
     served: bool,
 ) -> None:
     # Imported late because the job waits for every import above. A history may be that of earlier launches only.
-    from koopmon.views.run_summary import summarise
+    from koopmon.views.run_summary import summarise, summarise_beside
 
     summary = summarise(store, name) if served else None
     if summary is not None:
         for line in summary.lines(since):
             (warn if "NOT " in line else say)(line)
+        for other in summarise_beside(store, name):
+            say(other.beside_line())
     elif served:
         warn(f"run {name}: no history was written")
     if summary_file is not None:

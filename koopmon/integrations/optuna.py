@@ -69,7 +69,7 @@ def forecast(
     """
     known = calibrator if calibrator is None or isinstance(calibrator, Calibrator) else load(Path(calibrator))
     captured = capture_states(model, *batch, num_samples=num_samples, **batch_kwargs)
-    spectrum = profile_states(captured.states, svd_rank=svd_rank)
+    spectrum = profile_states(captured.states, svd_rank=svd_rank, paired=captured.paired)
     risk = initial_risk(spectrum, known_exponent=captured.known_exponent)
     adapter = captured.discovery.adapter.name
     probability, reason = None, ""

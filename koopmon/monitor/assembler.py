@@ -48,6 +48,8 @@ class Snapshot(AtStep):
     """Measurements of the adapter, by name: one value for each transition, None where no rank has one."""
     since: float = 0.0
     """Arrival of the first shard, in seconds of the assembler's clock."""
+    paired: bool = False
+    """True when the points are the input and the output of each block, and no chain."""
 
     @property
     def num_bytes(self) -> int:
@@ -78,6 +80,7 @@ class _Pending:
     since: float
     num_senders: int
     width: int
+    paired: bool
     num_bytes: int = 0
     shards: dict[int, tuple[Shard, Sequence[Tensor]]] = field(default_factory=dict)
 
@@ -141,7 +144,7 @@ class Assembler:
         key = (run_key, shard.step)
         pending = self._pending.get(key)
         if pending is None:
-            pending = _Pending(since=now, num_senders=shard.num_senders, width=shard.width)
+            pending = _Pending(since=now, num_senders=shard.num_senders, width=shard.width, paired=shard.paired)
         else:
             _check(shard, pending)
         num_bytes = sum(state.nbytes for state in states) + SHARD_OVERHEAD_BYTES
@@ -259,8 +262,9 @@ class Assembler:
             training=over_ranks([header.training for header in headers]),
             blocks=blocks,
             masked=all(header.masked for header in headers),
+            paired=pending.paired,
             num_shards=len(headers),
-            observables=_observables(headers, len(blocks) - 1),
+            observables=_observables(headers, len(blocks) // 2 if pending.paired else len(blocks) - 1),
             since=pending.since,
         )
 
@@ -279,6 +283,8 @@ def _check(shard: Shard, pending: _Pending) -> None:
             f"{_name(shard)}: {shard.num_senders} senders of width {shard.width},"
             f" others said {pending.num_senders} of width {pending.width}",
         )
+    if shard.paired != pending.paired:
+        raise ProtocolError("inconsistent", f"{_name(shard)}: paired {shard.paired}, others said {pending.paired}")
     for other, _ in pending.shards.values():
         if other.first_point == shard.first_point and (other.num_points, other.last_stage) != (
             shard.num_points,
@@ -358,7 +364,7 @@ def _weighed(headers: Sequence[Shard], name: str, layer: int) -> float | None:
     """Compute the weighted mean of one observable at one transition; None where no shard has a value."""
     known: list[tuple[float, int]] = []
     for header in headers:
-        values, index = header.observables.get(name, ()), layer - header.first_point
+        values, index = header.observables.get(name, ()), layer - header.first_layer
         value = values[index] if 0 <= index < len(values) else None
         if value is not None:
             known.append((value, header.num_samples))

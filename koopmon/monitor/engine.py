@@ -230,7 +230,8 @@ class Engine:
         if not bool(torch.isfinite(states).all()):  # their decomposition would crash the process
             return None
         # The Kreiss constant costs far more than the rest.
-        return (yield from profile_in_batches(states, svd_rank=self.svd_rank, kreiss="never"))
+        profiling = profile_in_batches(states, svd_rank=self.svd_rank, kreiss="never", paired=snapshot.paired)
+        return (yield from profiling)
 
 
 def check_device(name: str) -> str:

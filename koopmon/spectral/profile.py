@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from itertools import pairwise
 from typing import Any, Literal, cast
 
 import torch
@@ -17,7 +16,7 @@ from koopmon.spectral.dmd import Operators, fit
 from koopmon.spectral.nonnormality import kreiss_constant
 from koopmon.spectral.profiles import FIELDS, LayerProfile, SpectralProfile
 from koopmon.spectral.update_exponent import update_exponent
-from koopmon.spectral.whitening import Coordinates, transitions
+from koopmon.spectral.whitening import Coordinates, transition_pairs, transitions
 
 EXPANSIVE = 1.05
 """Modulus above which a mode is expansive, and the upper end of the near-unit band (eqs. 11-12; the paper's value)."""
@@ -50,7 +49,7 @@ def profile_transition(
     x: Tensor, y: Tensor, *, svd_rank: int | None = None, ridge: float = 1e-5, seed: int = 0, kreiss: Kreiss = "auto"
 ) -> LayerProfile:
     """Profile one transition from x to y, both (N, D). Arguments and errors are those of `profile_states`."""
-    return _finish(_profile([x, y], ["x", "y"], svd_rank, ridge, seed, kreiss)).layers[0]
+    return _finish(_profile([x, y], ["x", "y"], svd_rank, ridge, seed, kreiss, paired=False)).layers[0]
 
 
 def profile_states(
@@ -60,6 +59,7 @@ def profile_states(
     ridge: float = 1e-5,
     seed: int = 0,
     kreiss: Kreiss = "auto",
+    paired: bool = False,
 ) -> SpectralProfile:
     """Profile the L transitions among L+1 states (arXiv 2602.22988, eqs. 4-13 and 29).
 
@@ -75,6 +75,7 @@ def profile_states(
             default 1e-5 is the paper's.
         seed: seed of the private generator of the randomised SVD.
         kreiss: "auto" computes the Kreiss constant up to 256 directions, "always" at any size, "never" not at all.
+        paired: True for 2L states, the input and the output of each of L blocks, where a model mixes between blocks.
 
     Returns:
         The profile, one layer for each transition.
@@ -82,7 +83,8 @@ def profile_states(
     Raises:
         ValueError: a state holds NaN or infinite values, or an argument is not allowed; the message holds its name.
     """
-    return _finish(profile_in_batches(states, svd_rank=svd_rank, ridge=ridge, seed=seed, kreiss=kreiss))
+    profiling = profile_in_batches(states, svd_rank=svd_rank, ridge=ridge, seed=seed, kreiss=kreiss, paired=paired)
+    return _finish(profiling)
 
 
 def profile_in_batches(
@@ -92,6 +94,7 @@ def profile_in_batches(
     ridge: float = 1e-5,
     seed: int = 0,
     kreiss: Kreiss = "auto",
+    paired: bool = False,
 ) -> Generator[None, None, SpectralProfile]:
     """Profile as `profile_states` does, and yield between batches of layers; a batch has a bounded size.
 
@@ -99,7 +102,9 @@ def profile_in_batches(
         The profile, as the value of the generator's StopIteration.
     """
     states = list(states)
-    return _profile(states, [f"states[{index}]" for index in range(len(states))], svd_rank, ridge, seed, kreiss)
+    return _profile(
+        states, [f"states[{index}]" for index in range(len(states))], svd_rank, ridge, seed, kreiss, paired=paired
+    )
 
 
 def _finish(profiling: Generator[None, None, SpectralProfile]) -> SpectralProfile:
@@ -111,14 +116,25 @@ def _finish(profiling: Generator[None, None, SpectralProfile]) -> SpectralProfil
 
 
 def _profile(
-    states: list[Tensor], names: list[str], svd_rank: int | None, ridge: float, seed: int, kreiss: Kreiss
+    states: list[Tensor],
+    names: list[str],
+    svd_rank: int | None,
+    ridge: float,
+    seed: int,
+    kreiss: Kreiss,
+    *,
+    paired: bool,
 ) -> Generator[None, None, SpectralProfile]:
     """Check the arguments and profile the states in batches; `names` are for error messages."""
     _check(states, names, svd_rank, ridge, kreiss)
+    if paired and len(states) % 2:
+        raise ValueError(f"states: {len(states)} given, pairs need an even number")
     detached = [state.detach() for state in states]
     layers: dict[int, LayerProfile] = {}
-    exponents: list[float] = torch.stack([update_exponent(x, y) for x, y in pairwise(detached)]).tolist()
-    batches = _batches(transitions(detached, names, svd_rank, ridge, seed))
+    exponents: list[float] = torch.stack(
+        [update_exponent(x, y) for x, y in transition_pairs(detached, paired=paired)]
+    ).tolist()
+    batches = _batches(transitions(detached, names, svd_rank, ridge, seed, paired=paired))
     while True:
         # The modes belong to the thread, so they must not be in force while the generator waits.
         with torch.no_grad(), torch.autocast(detached[0].device.type, enabled=False):
@@ -128,7 +144,7 @@ def _profile(
             profiles = _fit_batch([coordinates for _, coordinates in batch], mine, svd_rank, kreiss)
         # Batches group layers by their number of directions, so they come out of depth order.
         layers.update(zip(indices, profiles, strict=True))
-        if len(layers) == len(states) - 1:
+        if len(layers) == len(exponents):
             return SpectralProfile(layers=tuple(layers[index] for index in sorted(layers)))
         yield
 

@@ -11,8 +11,10 @@ Frobenius norm, so every reported number is the ZCA one. No matrix square root i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +33,15 @@ _NOISE = 32.0
 """Rounding error of a centred constant, in machine epsilons of its magnitude. Chosen by hand."""
 _SAFE = (1e-9, 1e9)
 """Largest magnitudes between which a state keeps its unit: float32 squares then neither overflow nor vanish."""
+
+
+T = TypeVar("T")
+
+
+def transition_pairs(states: Iterable[T], *, paired: bool) -> Iterable[tuple[T, T]]:
+    """Return the start and the end of each transition: neighbours, or the two of each pair if `paired`."""
+    each = iter(states)
+    return zip(each, each, strict=True) if paired else pairwise(each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,16 +183,17 @@ def _krylov_coordinates(x: Tensor, rank: int, block: int, seed: int) -> tuple[Te
 
 
 def transitions(
-    states: Sequence[Tensor], names: Sequence[str], svd_rank: int | None, ridge: float, seed: int
+    states: Sequence[Tensor], names: Sequence[str], svd_rank: int | None, ridge: float, seed: int, *, paired: bool
 ) -> Iterator[Coordinates]:
-    """Yield the coordinates of the L transitions among L+1 states; each state is centred once.
+    """Yield the coordinates of the L transitions among L+1 states, or in L pairs; each state is centred once.
 
     Args:
-        states: L+1 tensors (N, D), finite.
+        states: L+1 tensors (N, D), finite; 2L if `paired`.
         names: a name for each state, for error messages.
         svd_rank: number of directions, at least 1; None for all D.
         ridge: eps of eq. 6, at least 0, in the squared unit of the states.
         seed: seed of the randomised SVD.
+        paired: True for L pairs, each the two states of one transition.
 
     Yields:
         float64 coordinates, by depth. Full rank computes in float64; a truncated basis in `product_dtype`.
@@ -192,11 +204,9 @@ def transitions(
     truncated = svd_rank is not None and svd_rank < states[0].shape[1]
     dtype = product_dtype(*states) if truncated else torch.float64
     magnitudes = [largest_magnitude(state, name) for state, name in zip(states, names, strict=True)]
-    current = centre(states[0], magnitudes[0], dtype)
-    for state, magnitude in zip(states[1:], magnitudes[1:], strict=True):
-        following = centre(state, magnitude, dtype)
-        yield _coordinates(current, following, svd_rank, ridge, seed)
-        current = following
+    centred = (centre(state, magnitude, dtype) for state, magnitude in zip(states, magnitudes, strict=True))
+    for x, y in transition_pairs(centred, paired=paired):
+        yield _coordinates(x, y, svd_rank, ridge, seed)
 
 
 def _coordinates(x: Centred, y: Centred, svd_rank: int | None, ridge: float, seed: int) -> Coordinates:

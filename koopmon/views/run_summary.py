@@ -131,6 +131,11 @@ class RunSummary:
             return [acted]
         return ["nothing was done to the training"] if self.num_snapshots else []
 
+    def beside_line(self) -> str:
+        """Return one line for a further stack or model of a job."""
+        parts = [self.launches[-1].seen(), *self.launches[-1].done()] if self.launches else ["no snapshot was seen"]
+        return f"beside it, run {self.run}: {'; '.join(parts)}"
+
     def actions(self) -> list[str]:
         """Return one phrase for each kind of action."""
         acted = []
@@ -165,6 +170,16 @@ def backoffs(count: int) -> str:
 
 def _commands(count: int) -> str:
     return "1 command" if count == 1 else f"{count} commands"
+
+
+def summarise_beside(store: Path, run: str) -> list[RunSummary]:
+    """Return the summaries of the job's further stacks and models, whose names begin with that of `run` and a dot."""
+    try:
+        with HistoryReader.open(store) as history:
+            names = [name for name in history.runs() if name.startswith(f"{run}.")]
+            return [summary_of(RecordedRun.read(history, name), store) for name in names]
+    except StoreError:
+        return []
 
 
 def summarise(store: Path, run: str) -> RunSummary | None:

@@ -90,6 +90,9 @@ def _check_header(message: AnyMessage) -> None:
     if isinstance(message, Shard):
         if message.first_point + message.num_points > 4097:
             raise ProtocolError("schema", f"points {message.first_point} + {message.num_points} exceed 4097")
+        if message.paired and (message.first_point % 2 or message.num_points % 2):
+            counts = f"{message.num_points} points from {message.first_point}"
+            raise ProtocolError("schema", f"{counts} are no pairs: both numbers must be even")
         _check_observables(message)
     elif isinstance(message, Hello):
         if message.process_rank >= message.world_size:
@@ -107,7 +110,7 @@ def _check_header(message: AnyMessage) -> None:
 
 
 def _check_observables(shard: Shard) -> None:
-    num_layers = shard.num_points - 1
+    num_layers = shard.num_layers
     for name, values in shard.observables.items():
         if len(values) != num_layers:
             raise ProtocolError("schema", f"observable {name} has {len(values)} values for {num_layers} transitions")

@@ -10,7 +10,7 @@ from typing import Annotated, Final, Literal, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MAX_STEP: Final = (1 << 53) - 1
 """The largest optimizer step: a double represents every integer up to this value."""
 MAX_MODULUS: Final = 1000.0
@@ -310,7 +310,8 @@ class Shard(Message, AtStep, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """One rank's part of a snapshot: the header of `num_points` raw tensor frames.
 
     Each frame has the shape (num_samples, width), row-major. Frame p holds the residual state at point `first_point +
-    p`; the rows are the same tokens at every point.
+    p`; the rows are the same tokens at every point. If the frames are `paired`, frames 2l and 2l+1 hold the input and
+    the output of block l.
     """
 
     process_rank: Rank
@@ -326,10 +327,22 @@ class Shard(Message, AtStep, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """False on every pipeline stage but the last."""
     masked: bool = False
     """True when a mask that the model received excluded padding tokens."""
+    paired: bool = False
+    """True if the model mixes between its blocks: a transition is from a block's input to its output."""
     observables: Annotated[dict[ObservableName, Observations], Meta(max_length=MAX_OBSERVABLES)] = msgspec.field(
         default_factory=dict
     )
-    """Observables of the model's family by name: one value for each of the `num_points` - 1 transitions."""
+    """Observables of the model's family by name: one value for each transition."""
+
+    @property
+    def num_layers(self) -> int:
+        """Transitions among the frames."""
+        return self.num_points // 2 if self.paired else self.num_points - 1
+
+    @property
+    def first_layer(self) -> int:
+        """Depth index of the first transition."""
+        return self.first_point // 2 if self.paired else self.first_point
 
 
 AgentMessage = Hello | Heartbeat | Ack | Goodbye | Probe

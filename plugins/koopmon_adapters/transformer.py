@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koopmon import ArchitectureAdapter, BlockList, ExampleModel, Point, Stack, block_lists, call_arguments, hookimpl
+from koopmon import (
+    ArchitectureAdapter,
+    BlockList,
+    ExampleModel,
+    Point,
+    Stack,
+    block_lists,
+    call_arguments,
+    hookimpl,
+    row_stacks,
+)
 
 QUERY_KEY_NAMES = ({"q", "k"}, {"query", "key"}, {"wq", "wk"}, {"toq", "tok"})
 FUSED_NAMES = ("qkv", "querykeyvalue", "cattn", "inprojweight")
@@ -42,6 +52,11 @@ class TransformerAdapter(ArchitectureAdapter):
         found = _jointed_stacks(model)
         for stack in found:  # lists inside its rows are sublayers
             lists = [blocks for blocks in lists if not blocks.name.startswith(f"{stack.name}.")]
+        rows = [stack for stack in row_stacks(model) if stack.name not in {each.name for each in found}]
+        rows = [stack for stack in rows if all(map(_has_attention, _row_parts(model, stack)))]
+        names = {point.name for stack in rows for point in stack.points}
+        lists = [blocks for blocks in lists if blocks.name.partition("[")[0] not in names]
+        found += rows
         found += [blocks.stack(residual=True) for blocks in _attentive(lists)]
         found = found or [blocks.stack(residual=False) for blocks in lists if not blocks.is_planar]
         found.reverse()  # of equal lengths the later one first, because the decoder follows the encoder
@@ -133,6 +148,10 @@ def _attentive(lists: list[BlockList]) -> list[BlockList]:
         return [blocks for blocks in whole if not any(blocks.contains(other) for other in whole)]
     partial = [blocks for blocks in lists if any(_has_attention(block) for _, block in blocks.blocks)]
     return [blocks for blocks in partial if not any(other.contains(blocks) for other in partial)]
+
+
+def _row_parts(model: nn.Module, stack: Stack) -> list[nn.Module]:
+    return [model.get_submodule(point.name) for point in stack.points]
 
 
 def _bare(name: str) -> str:

@@ -21,6 +21,7 @@ from koopmon.agent.autoload import (
     _MARK,
     DIRECTORY,
     IDLE_STEPS,
+    MAX_MODELS,
     RootNotFoundError,
     _Watch,
     root_module,
@@ -53,11 +54,11 @@ def note(what, **more):
         more.update(what=what, pid=os.getpid(), rank=os.environ.get("RANK"))
         notes.write(json.dumps(more) + "\\n")
 
-def attach(model, optimizer):
+def attach(model, optimizer, run=None):
     if os.environ.get("FAIL"):
         raise RuntimeError("no residual chain")
     joined = [agent for agent in agents if agent.model is model]
-    note("join" if joined else "attach", model=type(model).__name__, optimizer=type(optimizer).__name__)
+    note("join" if joined else "attach", model=type(model).__name__, optimizer=type(optimizer).__name__, run=run)
     agent = joined[0] if joined else Agent(model)
     def count(*_):
         agent.step += 1
@@ -300,24 +301,84 @@ def test_parameters_that_become_a_model_before_the_first_step_are_attached(bench
     assert [what for what, *_ in attached(bench, body)] == ["attach", "close"]
 
 
+GAN = """
+import torch
+from torch import nn
+
+class Generator(nn.Sequential):
+    pass
+
+class Critic(nn.Sequential):
+    pass
+
+def made(kind):
+    model = kind(nn.Linear(3, 1))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+"""
+
+
 @pytest.mark.process
-def test_of_two_models_that_train_in_turn_the_first_is_guarded_and_one_line_says_so(bench: Bench) -> None:
+def test_models_that_train_in_turn_are_runs_of_their_own(bench: Bench) -> None:
     done = bench.run(
-        """
-        import torch
-        from torch import nn
-        models = [nn.Sequential(nn.Linear(3, 1)) for _ in range(2)]
-        one, other = (torch.optim.SGD(model.parameters(), lr=0.1) for model in models)
-        for step in range(50):
-            other.step()
-            if step % 5 == 4:
-                one.step()
-        """
+        GAN
+        + """
+generator, one = made(Generator)
+critic, other = made(Critic)
+second, third = made(Critic)
+for step in range(50):
+    other.step()
+    third.step()
+    if step % 5 == 4:
+        one.step()
+"""
     )
-    assert [note["what"] for note in bench.notes()] == ["attach", "close"]
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert [(note["what"], note.get("model"), note.get("run")) for note in bench.notes()] == [
+        ("attach", "Generator", None),
+        ("attach", "Critic", "autoload-test.Critic"),
+        ("attach", "Critic", "autoload-test.Critic2"),
+        *[("close", None, None)] * 3,
+    ]
+
+
+@pytest.mark.process
+def test_the_number_of_models_is_bounded_and_one_line_says_so(bench: Bench) -> None:
+    done = bench.run(
+        GAN
+        + f"""
+made = [made(Critic) for _ in range({MAX_MODELS} + 2)]
+for step in range(5):
+    for _, optimizer in made:
+        optimizer.step()
+"""
+    )
+    assert [note["what"] for note in bench.notes()].count("attach") == MAX_MODELS
+    assert f"more than {MAX_MODELS} models train in this process: Critic is not watched" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert "two models train" in done.stderr
-    assert "watches Sequential, and not Sequential under SGD" in done.stderr
+
+
+@pytest.mark.process
+def test_a_model_that_stops_is_let_go_when_another_one_starts(bench: Bench) -> None:
+    bench.run(
+        GAN
+        + """
+generator, one = made(Generator)
+critic, other = made(Critic)
+for step in range(5):
+    one.step()
+    other.step()
+model, later = made(Generator)
+for step in range(30):
+    other.step()
+    later.step()
+"""
+    )
+    assert [(note["what"], note.get("model")) for note in bench.notes()][:3] == [
+        ("attach", "Generator"),
+        ("attach", "Critic"),
+        ("attach", "Generator"),
+    ]
 
 
 @pytest.mark.distributed
@@ -429,10 +490,12 @@ def test_an_attachment_after_a_step_leaves_the_hooks_of_that_step_alone(
         watch.on_optimizer_created(optimizer)
         for _ in range(num_after):
             optimizer.register_step_post_hook(hook)
-        assert list(watch._optimizers) == [idle]
+        assert [list(each.optimizers) for each in watch._attached] == [[idle]]
         for step in range(IDLE_STEPS + 1):
             train_step(second, optimizer, step)
-        assert list(watch._optimizers) == [optimizer], "it is followed, because the first one does not step"
+        followed = [list(each.optimizers) for each in watch._attached]
+        assert followed == [[optimizer]], "the first one does not step"
         assert calls == (num_before + num_after) * (IDLE_STEPS + 1)
     finally:
-        watch._let_go()
+        for each in list(watch._attached):
+            watch._let_go(each)

@@ -259,6 +259,27 @@ def test_pipeline_stages_join(spans: tuple[tuple[int, int], ...]) -> None:
     assert torch.equal(snapshots[0].states(), torch.stack([expected[point] for point in sorted(expected)]))
 
 
+@pytest.mark.parametrize("spans", [((0, 6),), ((0, 2), (2, 4))])
+def test_pairs_of_states_join_and_have_one_value_for_each_block(spans: tuple[tuple[int, int], ...]) -> None:
+    bench = Bench()
+    snapshots = []
+    for shard, states in stages(*spans):
+        seen = {"load_imbalance": [float(shard.first_point + 2 * layer) for layer in range(shard.num_points // 2)]}
+        paired = msgspec.structs.replace(shard, paired=True, observables=seen)
+        snapshots += bench.add((paired, states))
+    (snapshot,) = snapshots
+    assert (snapshot.paired, len(snapshot.blocks)) == (True, 6)
+    assert snapshot.observables == {"load_imbalance": (0.0, 2.0, 4.0)}
+
+
+def test_a_shard_of_pairs_among_chains_is_refused() -> None:
+    bench = Bench()
+    bench.add(make_shard(0, num_senders=2, points=4))
+    shard, states = make_shard(1, num_senders=2, points=4)
+    with pytest.raises(ProtocolError, match="paired True, others said False"):
+        bench.assembler.add(0.0, msgspec.structs.replace(shard, paired=True), states)
+
+
 def test_stages_of_several_replicas_keep_their_rows_together() -> None:
     first, second = stages((0, 3), (2, 3)), stages((0, 3), (2, 3), rows=5)
     bench = Bench()

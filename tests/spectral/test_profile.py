@@ -313,6 +313,18 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
         profile_transition(*mixed_transition(), **arguments)
 
 
+def test_pairs_are_the_transitions_of_their_own() -> None:
+    x, y = mixed_transition()
+    z, w = y.flip(1), x
+    profile = profile_states([x, y, z, w], paired=True)
+    for layer, (start, end) in zip(profile.layers, ((x, y), (z, w)), strict=True):
+        alone = profile_transition(start, end)
+        assert torch.equal(layer.eigenvalues, alone.eigenvalues)
+        assert layer.update_ratio == alone.update_ratio
+    with pytest.raises(ValueError, match="3 given, pairs need an even number"):
+        profile_states([x, y, z], paired=True)
+
+
 def test_states_of_different_shapes_are_refused_with_their_name() -> None:
     x = normal(20, 4, seed=15)
     with pytest.raises(ValueError, match=r"^states\[1\] has shape .*20, 5"):

@@ -90,8 +90,12 @@ def messages(draw: st.DrawFn, struct: type[msgspec.Struct]) -> Any:
     if struct is Shard:
         fields["num_points"] = draw(st.integers(1, 5))
         fields["first_point"] = draw(st.integers(0, 4092))
+        if fields["paired"]:
+            fields |= {name: 2 * (fields[name] // 2) for name in ("num_points", "first_point")}
+            fields["num_points"] = max(2, fields["num_points"])
+        num_layers = fields["num_points"] // 2 if fields["paired"] else fields["num_points"] - 1
         layers = values(inspect.type_info(float | None))
-        rows = st.lists(layers, min_size=fields["num_points"] - 1, max_size=fields["num_points"] - 1)
+        rows = st.lists(layers, min_size=num_layers, max_size=num_layers)
         fields["observables"] = {name: draw(rows) for name in fields["observables"]}
     if struct is Hello:
         fields["world_size"] = max(fields["world_size"], fields["process_rank"] + 1)
@@ -277,6 +281,9 @@ def test_any_other_number_must_be_finite(field: str, value: float) -> None:
         (Goodbye(**WHO, process_rank=-1, step=0), "process_rank"),
         (Welcome(**WHO, data_endpoint="x" * 257), "data_endpoint"),
         (shard(first_point=4096, num_points=2), "4097"),
+        (shard(paired=True, num_points=3), "3 points from 0 are no pairs: both numbers must be even"),
+        (shard(paired=True, first_point=1), "2 points from 1 are no pairs"),
+        (shard(paired=True, observables={"router_entropy": []}), "router_entropy has 0 values for 1 transitions"),
         (shard(dtype="float64"), "float64"),
         (shard(observables={"router_entropy": [0.5, 0.5]}), "router_entropy has 2 values for 1 transitions"),
         (shard(observables={"router_entropy": []}), "router_entropy has 0 values"),

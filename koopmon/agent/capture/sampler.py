@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from koopmon.agent.stats import AgentStats, Reading
+from koopmon.api import Stack
 from koopmon.config import SamplingConfig
 from koopmon.observables import Readings
 from koopmon.token_sampling import align_mask, order_rows, take_rows
@@ -42,6 +43,9 @@ class RankSnapshot:
     num_valid: Tensor | None
     ready: Any
     masked: bool
+    num_layers: int
+    paired: bool
+    """True if the points are the input and the output of each block."""
     observed: tuple[tuple[str, int], ...] = ()
     """(name, layer) of each reading in `observations`: float32 on the host, valid after `ready`."""
     observations: Tensor | None = None
@@ -63,6 +67,8 @@ class Sampler:
         self._dtype: torch.dtype | None = None
         self._pool: BufferPool | None = None
         self._stage: _DeviceStage | None = None
+        self._num_layers = 0
+        self._paired = False
         self._slot: Slot | None = None
         self._buffer: Tensor = torch.empty(0)
         self._rows: Tensor = torch.empty(0)
@@ -80,12 +86,12 @@ class Sampler:
         return self._slot is not None
 
     @torch.no_grad()
-    def begin(self, training: TrainingStep, num_points: int, state: Tensor, mask: Tensor | None) -> bool:
-        """Choose tokens and a buffer for a snapshot that starts with `state`.
+    def begin(self, training: TrainingStep, stack: Stack, state: Tensor, mask: Tensor | None) -> bool:
+        """Choose tokens and a buffer for a snapshot of `stack` that starts with `state`.
 
         Returns False, and counts, if none is free.
         """
-        leading = state.shape[:-1]
+        leading, num_points = state.shape[:-1], stack.num_states
         num_tokens = leading.numel()
         self._dtype = _common(self._dtype, state.dtype)
         shape = (num_points, min(self._share, num_tokens), state.shape[-1])
@@ -117,6 +123,7 @@ class Sampler:
                 self._stage = _DeviceStage(shape, self._dtype, state.device)
             self._buffer = self._stage.open()
         self._shape, self._training, self._num_points, self._num_put = state.shape, training, num_points, 0
+        self._num_layers, self._paired = stack.num_layers, stack.form == "pairs"
         return True
 
     @torch.no_grad()
@@ -158,7 +165,18 @@ class Sampler:
         num_valid, ready, masked = self._num_valid, None, self._num_valid is not None
         if self._stage is not None:
             num_valid, values, ready = self._stage.copy_out(host, num_valid, values)
-        return RankSnapshot(self._training, slot, host, num_valid, ready, masked, keys, values)
+        return RankSnapshot(
+            training=self._training,
+            slot=slot,
+            states=host,
+            num_valid=num_valid,
+            ready=ready,
+            masked=masked,
+            num_layers=self._num_layers,
+            paired=self._paired,
+            observed=keys,
+            observations=values,
+        )
 
     def abandon(self) -> None:
         """Drop the snapshot that was begun, if any, and count it."""

@@ -24,11 +24,14 @@ class OverheadBudget:
         self.credit_seconds = config.initial_credit_seconds
         self.credit_bytes = config.max_bytes_per_second
         self._charged_seconds = 0.0
+        self.num_sharers = 1
+        """Agents of this process that share the step time and the bytes."""
 
     def earn(self, elapsed_seconds: float) -> None:
         """Add the credit of a step of `elapsed_seconds`."""
-        self.credit_seconds = min(self.credit_seconds + self._ratio * elapsed_seconds, self._capacity_seconds)
-        self.credit_bytes = min(self.credit_bytes + self._bytes_per_second * elapsed_seconds, self._bytes_per_second)
+        share = elapsed_seconds / self.num_sharers
+        self.credit_seconds = min(self.credit_seconds + self._ratio * share, self._capacity_seconds)
+        self.credit_bytes = min(self.credit_bytes + self._bytes_per_second * share, self._bytes_per_second)
 
     def spend(self, seconds: float, nbytes: int = 0) -> None:
         """Charge `seconds` of the training thread and `nbytes` for the sender."""

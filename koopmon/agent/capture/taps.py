@@ -31,13 +31,14 @@ from koopmon.agent.control.action import Injection
 from koopmon.agent.parallelism import compiled_whole
 from koopmon.agent.stats import AgentStats
 from koopmon.api import Observable, Point, Stack
-from koopmon.chain_verifier import MIN_SHARE_CALLED, ChainVerifier, Walk, trained_layers
+from koopmon.chain_verifier import MIN_SHARE_CALLED, ChainVerifier, trained_layers
 from koopmon.discovery import not_verified
 from koopmon.errors import PluginError
 from koopmon.logs import log_for_job
 from koopmon.observables import declared
 from koopmon.plugins import Selection, fall_back
-from koopmon.state_position import argument_tensors, block_input, block_output, is_state, with_block_output
+from koopmon.state_position import SUM, argument_tensors, block_input, block_output, is_state, with_block_output
+from koopmon.walk import Walk
 from koopmon.wire.messages import TrainingStep
 
 MAX_ATTEMPTS = 3
@@ -152,8 +153,10 @@ class ResidualTaps:
         """True if the verified traversal ran with gradients: one without is not the one that trains."""
         self._interleaved = False
         """True if blocks are called for other inputs in between, as a block that takes two inputs in turn."""
-        self.repeats = False
-        """True if a block has several layers. No action changes such a stream."""
+        self.beside: tuple[Stack, ...] = ()
+        """Other stacks that train, found with the verified one."""
+        self.obstacle = ""
+        """The reason why no action may change the stream; empty if one may."""
         self._injections: Sequence[Injection] = ()
         """Changes to the stream in this step."""
         self._num_missed = 0
@@ -290,7 +293,7 @@ class ResidualTaps:
         self.num_forwards, self._in_root, self._last_layer = 0, False, None
         self._seen.clear()
         self._due = None if self.stack is None else due
-        self._injections = () if self.repeats else injections
+        self._injections = () if self.obstacle else injections
 
     def _missed(self) -> None:
         self._stats.taps_missing += 1
@@ -410,9 +413,15 @@ class ResidualTaps:
 
     def _keep(self, kept: Stack, trained: Collection[int]) -> None:
         verifier, self.stack = self._verifier, kept
+        self.beside = verifier.beside
         self.width = verifier.width(kept)
         self._in_gradients, self._interleaved = verifier.in_gradients(kept), verifier.is_interleaved(kept)
-        self.repeats = len({id(point.module) for point in kept.points}) < len(kept.points)
+        if kept.form == "entries":
+            self.obstacle = "the model adds the blocks' outputs to the state itself"
+        elif kept.position is not None and kept.position.left == SUM:
+            self.obstacle = "the state is the sum of two tensors"
+        elif len({id(point.module) for point in kept.points}) < len(kept.points):
+            self.obstacle = "one block is several layers, and it acts on single ones"
         for name in set(self._handles) - {kept.name}:
             self._untap(name)
             del self._handles[name]
@@ -479,7 +488,8 @@ class ResidualTaps:
             return
         started = time.perf_counter()
         # Blocks were skipped between the last one and this one: the state went by them.
-        if all(sampler.put(skipped + 1, state) for skipped in range(walk.position, layer)):
+        first = kept.entry_place(walk.position) + kept.chained  # in a chain it was put when it left a block
+        if all(sampler.put(place, state) for place in range(first, kept.entry_place(layer) + 1)):
             walk.enter(layer)
         else:
             self._sampling = self._walk = None
@@ -491,8 +501,9 @@ class ResidualTaps:
         if state.is_cuda and torch.cuda.is_current_stream_capturing():
             return  # every replay of a CUDA graph would repeat a captured copy
         started = time.perf_counter()
-        if sampler.begin(training, len(kept.points) + 1, state, self._mask):
-            sampler.put(0, state)
+        if sampler.begin(training, kept, state, self._mask):
+            if kept.chained:
+                sampler.put(0, state)
             self._sampling, self._walk = sampler, Walk(kept)
         self._stats.capture_seconds += time.perf_counter() - started
 
@@ -515,10 +526,11 @@ class ResidualTaps:
         if layer is None:
             return
         started = time.perf_counter()
-        if not sampler.put(layer + 1, state):
+        assert self.stack is not None
+        if self.stack.form != "entries" and not sampler.put(self.stack.entry_place(layer) + 1, state):
             self._sampling = self._walk = None
             self._missed()
-        elif self.stack is not None and layer + 1 == len(self.stack.points):
+        elif layer + 1 == len(self.stack.points):
             self._finish(sampler, walk)
         self._stats.capture_seconds += time.perf_counter() - started
 

@@ -227,7 +227,8 @@ class IOThread:
             width=width,
             dtype=DTYPE_NAMES[states.dtype],
             masked=snapshot.masked,
-            observables=_observables(snapshot, num_points - 1),
+            paired=snapshot.paired,
+            observables=_observables(snapshot, snapshot.num_layers),
         )
         return data.send(encode(shard, list(states)), snapshot.slot)
 

@@ -73,8 +73,8 @@ class NextForwards:
     num_layers: int
     num_microbatches: int
     data_rank: int
-    repeats: bool = False
-    """True if one block is several layers. No action can change the stream at one of them."""
+    obstacle: str = ""
+    """The reason why no action can change the stream; empty if one can."""
 
 
 class Injection(Protocol):

@@ -216,12 +216,10 @@ def test_a_block_that_was_replaced_is_named(
 def test_a_stack_that_is_no_chain_is_given_up_in_one_line(
     monitor: ScriptedMonitor, agents: Attach, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def mixing(model: Stacked, h: Tensor) -> Tensor:
-        for block in model.blocks:
-            h = block(torch.tanh(h))
-        return h
+    def side_by_side(model: Stacked, h: Tensor) -> Tensor:
+        return torch.stack([block(h) for block in model.blocks]).sum(0)
 
-    model = Stacked(mixing)
+    model = Stacked(side_by_side)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
     for step in range(6):

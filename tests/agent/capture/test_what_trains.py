@@ -184,15 +184,13 @@ def test_a_stack_that_does_not_train_is_said_to(
 def test_a_teacher_is_not_watched_in_place_of_a_student_that_is_no_chain(
     monitor: ScriptedMonitor, agents: Attach, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Mixing(Tower):
+    class SideBySide(Tower):
         def forward(self, tokens: Tensor) -> Tensor:
             h = self.embedding(tokens)
-            for block in self.blocks:
-                h = block(torch.tanh(h))
-            return self.head(h)
+            return self.head(torch.stack([block(h) for block in self.blocks]).sum(0))
 
     model = Both()
-    model.student = Mixing(3)
+    model.student = SideBySide(3)
     agent = trained(monitor, agents, model, frozen_teacher(model))
     assert not agent.enabled
     (line,) = [line for line in caplog.messages if "no snapshots" in line]

@@ -1,0 +1,120 @@
+"""Snapshots of models that mix between their blocks: pairs of each block's input and output."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from koopmon.token_sampling import choose_rows
+from koopmon.wire.messages import KssSettings
+from tests.agent.models import D, batch, paced
+from tests.agent.scripted_monitor import ScriptedMonitor
+from tests.mixing import ENTRIES, MODELS, NO_STACKS, Branch, L, Mixing
+
+Attach = Callable[..., Any]
+EVERY_STEP = {"cadence": {"dense_every": 1, "warmup_steps": 1000}, "sampling": {"num_samples": 20}}
+
+
+def train_step(model: Mixing, optimizer: torch.optim.Optimizer, call: Callable[[Tensor], Tensor], step: int) -> float:
+    torch.manual_seed(step)
+    loss = call(batch(step))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+@pytest.mark.parametrize("root", [True, False])
+@pytest.mark.parametrize("case", MODELS)
+def test_a_snapshot_holds_the_input_and_the_output_of_each_block(
+    case: str, root: bool, monitor: ScriptedMonitor, agents: Attach
+) -> None:
+    torch.manual_seed(0)
+    model = Mixing(*MODELS[case])
+    bare = copy.deepcopy(model)
+    optimizer, bare_optimizer = (torch.optim.SGD(each.parameters(), lr=0.001) for each in (model, bare))
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
+    monitor.wait(lambda: agent.status()["connected"])
+    arrived, expected = paced(agent, monitor), {}
+    for step in range(5):
+        loss = train_step(model, optimizer, model if root else model.forward, step)
+        assert loss == train_step(bare, bare_optimizer, bare, step)
+        expected[step] = bare.states
+        arrived()
+    status = agent.status()
+    assert (status["reason"], status["errors"], status["num_layers"]) == ("", 0, L)
+    assert len(monitor.shards) >= 3
+    for header, states in monitor.shards:
+        full = expected[header.step]
+        rows = choose_rows(full[0].shape[:-1].numel(), 20, seed=0, step=header.step)
+        assert torch.equal(states, torch.stack([state.reshape(-1, D)[rows] for state in full]))
+        assert (header.paired, header.num_points, header.num_layers) == (True, 2 * L, L)
+
+
+@pytest.mark.parametrize("case", ENTRIES)
+def test_a_snapshot_of_branches_holds_the_input_of_each(case: str, monitor: ScriptedMonitor, agents: Attach) -> None:
+    torch.manual_seed(0)
+    model = Mixing(*ENTRIES[case], block=Branch)
+    bare = copy.deepcopy(model)
+    optimizer, bare_optimizer = (torch.optim.SGD(each.parameters(), lr=0.001) for each in (model, bare))
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
+    monitor.wait(lambda: agent.status()["connected"])
+    arrived, expected = paced(agent, monitor), {}
+    for step in range(5):
+        loss = train_step(model, optimizer, model, step)
+        assert loss == train_step(bare, bare_optimizer, bare, step)
+        expected[step] = bare.states[::2]
+        arrived()
+    status = agent.status()
+    assert (status["reason"], status["errors"], status["num_layers"]) == ("", 0, L - 1)
+    assert len(monitor.shards) >= 3
+    for header, states in monitor.shards:
+        full = expected[header.step]
+        rows = choose_rows(full[0].shape[:-1].numel(), 20, seed=0, step=header.step)
+        assert torch.equal(states, torch.stack([state.reshape(-1, D)[rows] for state in full]))
+        assert (header.paired, header.num_points) == (False, L)
+
+
+@pytest.mark.parametrize("case", NO_STACKS)
+def test_what_is_no_stack_is_refused(
+    case: str, monitor: ScriptedMonitor, agents: Attach, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, block, reason = NO_STACKS[case]
+    torch.manual_seed(0)
+    model = Mixing(run, block=block)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
+    for step in range(4):
+        train_step(model, optimizer, model, step)
+    assert not agent.enabled
+    (line,) = [line for line in caplog.messages if "no snapshots" in line]
+    assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("make", "outcome", "detail"),
+    [
+        (lambda: Mixing(*MODELS["embedding again"]), "applied", ""),
+        (lambda: Mixing(*ENTRIES["added outside"], block=Branch), "refused", "adds the blocks' outputs to the state"),
+    ],
+)
+def test_kss_shapes_each_block_s_own_transition(
+    make: Callable[[], Mixing], outcome: str, detail: str, monitor: ScriptedMonitor, agents: Attach
+) -> None:
+    torch.manual_seed(0)
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
+    monitor.wait(lambda: agent.status()["connected"])
+    for step in range(3):
+        train_step(model, optimizer, model, step)
+    command = monitor.command("set_kss", kss=KssSettings(alpha=0.5, svd_rank=4, num_samples=16))
+    monitor.wait(lambda: train_step(model, optimizer, model, 3) and monitor.acked(command))
+    assert monitor.ack(command).outcome == outcome
+    assert detail in monitor.ack(command).detail
+    assert agent.status()["errors"] == 0
