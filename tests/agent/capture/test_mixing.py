@@ -56,6 +56,24 @@ def test_a_snapshot_holds_the_input_and_the_output_of_each_block(
         assert (header.paired, header.num_points, header.num_layers) == (True, 2 * L, L)
 
 
+@pytest.mark.parametrize("case", MODELS)
+def test_blocks_that_begin_as_identities_are_pairs(case: str, monitor: ScriptedMonitor, agents: Attach) -> None:
+    """nanochat's output projections begin at zero."""
+    torch.manual_seed(0)
+    model = Mixing(*MODELS[case])
+    for block in model.blocks:
+        for parameter in (*block.attention.out_proj.parameters(), *block.down.parameters()):
+            torch.nn.init.zeros_(parameter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
+    monitor.wait(lambda: agent.status()["connected"])
+    arrived = paced(agent, monitor)
+    for step in range(3):
+        train_step(model, optimizer, model, step)
+        arrived()
+    assert {(header.paired, header.num_points) for header, _ in monitor.shards} == {(True, 2 * L)}
+
+
 @pytest.mark.parametrize("case", ENTRIES)
 def test_a_snapshot_of_branches_holds_the_input_of_each(case: str, monitor: ScriptedMonitor, agents: Attach) -> None:
     torch.manual_seed(0)
