@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from koopmon.agent.capture.graph_taps import MIN_ROWS
 from koopmon.agent.capture.sampler import RankSnapshot, Sampler
 from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
 from koopmon.agent.capture.taps import ResidualTaps
@@ -107,7 +108,13 @@ class AgentRuntime:
         for action in self.actions:
             action.inspect(model, self.optimizers, selection)
         self.taps = ResidualTaps(
-            model, selection, self.breaker, self.stats, self, trained=lambda: self.optimizers.parameters
+            model,
+            selection,
+            self.breaker,
+            self.stats,
+            self,
+            trained=lambda: self.optimizers.parameters,
+            num_rows=self._num_rows,
         )
         # Lasting actions have a breaker of their own, because they stay in force after the agent has failed.
         self._lasting_breaker = CircuitBreaker("learning-rate back-off")
@@ -292,6 +299,9 @@ class AgentRuntime:
             self._end_step()
         if not self._clock.num_steps:
             self._check_steps_are_seen()
+        self.on_graph_forward()
+
+    def on_graph_forward(self) -> None:
         if isinstance(self.lifecycle.state, WaitingForRanks):
             world = current_context()
             if world is None:
@@ -300,6 +310,13 @@ class AgentRuntime:
             self._meet_ranks(world or RankContext())
         for action in self.actions:
             action.on_forward()
+
+    def _num_rows(self) -> int:
+        """Return the number of tokens to copy in a compiled graph. A rank that sends none copies a few to verify."""
+        state = self.lifecycle.state
+        if not isinstance(state, RankedState):
+            return self._config.sampling.num_samples
+        return MIN_ROWS if state.rank.sender is None else state.rank.sender.sampler.share
 
     def _check_steps_are_seen(self) -> None:
         """Log one line if the weights change, and no attached optimizer has called its hooks."""
@@ -413,8 +430,13 @@ class AgentRuntime:
                 action.hello_changed = False
                 self._describe(**action.hello(self.adapter))
         self._num_microbatches = self.taps.num_forwards or self._num_microbatches
-        num_layers, repeats = (0 if stack is None else len(stack.points)), self.taps.repeats
-        forwards = NextForwards(num_layers, self._num_microbatches, state.rank.data_ranks.rank, repeats)
+        forwards = NextForwards(
+            num_layers=0 if stack is None else len(stack.points),
+            num_microbatches=self._num_microbatches,
+            data_rank=state.rank.data_ranks.rank,
+            repeats=self.taps.repeats,
+            in_graph=self.taps.in_graph,
+        )
         changes = [action.before_forwards(state.control, step, forwards) for action in self.actions]
         self.taps.step_edge(due, [change for change in changes if change is not None])
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from koopmon.agent.capture.graph_taps import random_numbers
 from koopmon.agent.stats import AgentStats
 from koopmon.config import SamplingConfig
 from koopmon.observables import Readings
@@ -70,6 +71,15 @@ class Sampler:
         self._training = TrainingStep(step=0)
         self._num_points = 0
         self._num_put = 0
+
+    @property
+    def share(self) -> int:
+        """The number of tokens that this rank takes."""
+        return self._share
+
+    def random_numbers(self, step: int, count: int) -> Tensor:
+        """Return (count,) int64 random numbers, a function of the seed, `step` and the data rank."""
+        return random_numbers(count, seed=self._seed, step=step, data_rank=self._data_rank)
 
     @property
     def active(self) -> bool:

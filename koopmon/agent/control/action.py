@@ -75,6 +75,8 @@ class NextForwards:
     data_rank: int
     repeats: bool = False
     """True if one block is several layers. No action can change the stream at one of them."""
+    in_graph: bool = False
+    """True if the blocks run inside a compiled graph. No action can change the stream there."""
 
 
 class Injection(Protocol):

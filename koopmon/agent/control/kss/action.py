@@ -36,7 +36,7 @@ class KssAction(ControlAction):
         self._through_shielded = config.kss.through_shielded
         self._injection = KssInjection(config.sampling.seed, stats, breaker)
         self._refusal = ""
-        self._repeats = False
+        self._repeats = self._in_graph = False
 
     def target(self, request: Command | Applied, state: ControlState, step: int) -> Target:
         limits, value = self._limits, request.kss
@@ -66,6 +66,8 @@ class KssAction(ControlAction):
             return Capability(False, "KSS is refused: ranks that share one model hold different tokens of its data")
         if self._repeats:
             return Capability(False, "KSS is refused: one block is several layers, and it acts on single ones")
+        if self._in_graph:
+            return Capability(False, "KSS is refused: the blocks run inside a compiled graph, which it cannot change")
         return Capability(False, self._refusal) if self._refusal else ACTS
 
     def inspect(self, model: nn.Module, optimizers: OptimizerSet, selection: Selection) -> None:
@@ -87,7 +89,7 @@ class KssAction(ControlAction):
         return {"kss_skipped": self._injection.skipped.get() or 0.0}
 
     def before_forwards(self, state: ControlState, step: int, forwards: NextForwards) -> Injection | None:
-        self._repeats = forwards.repeats
+        self._repeats, self._in_graph = forwards.repeats, forwards.in_graph
         if self.strength(state, step) <= 0.0:
             return None
         self._injection.latch(step, self._settings(state, step), forwards)
