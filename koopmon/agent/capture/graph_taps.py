@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +64,7 @@ class BlockTap:
     """
 
     picks: Tensor
-    """(N,) int64: random numbers that choose the tokens."""
+    """(N,) int64: the tokens to copy, modulo their number."""
 
     def __init__(self, taps: GraphTaps) -> None:
         self._taps = taps
@@ -115,43 +116,11 @@ class BlockTap:
 
 
 def _copy(state: Tensor, picks: Tensor, buffer: Tensor, taken: Tensor) -> None:
-    """Copy tokens of `state` into `buffer`, if it waits for them."""
-    num_tokens = 1
-    for size in state.shape[:-1]:
-        num_tokens = num_tokens * size
-    rows = token_rows(picks, num_tokens)
-    index = []
-    for size in reversed(state.shape[:-1]):
-        index.append(rows % size)
-        rows = rows // size
+    """Copy tokens of `state` into `buffer`, if it waits for them. Few operations, because all are compiled."""
+    tokens = state.reshape(-1, state.shape[-1])
     waits = taken < 0
-    buffer.copy_(torch.where(waits, state[tuple(reversed(index))], buffer))
-    taken.copy_(torch.where(waits, torch.full_like(taken, num_tokens), taken))
-
-
-def random_numbers(count: int, *, seed: int, step: int = 0, data_rank: int = 0) -> Tensor:
-    """Return (count,) int64 random numbers below 65,536, a function of the other arguments; count is at most that."""
-    return order_rows(1 << 16, count, seed=seed, step=step, data_rank=data_rank)[0]
-
-
-def token_rows(picks: Tensor, num_tokens: int) -> Tensor:
-    """Return one random token of each of N equal parts of `num_tokens` tokens, in their order, int64 (N,).
-
-    The tokens are distinct if there are N. Of fewer tokens each occurs, and `distinct` chooses one row of each.
-    """
-    first, end = _parts(picks, num_tokens)
-    return first + picks % (end - first).clamp(min=1)
-
-
-def distinct(picks: Tensor, num_tokens: int) -> Tensor:
-    """Return the rows of `token_rows` without repetitions, as a boolean (N,)."""
-    first, _ = _parts(picks, num_tokens)
-    return torch.cat([first.new_ones(1, dtype=torch.bool), first[1:] > first[:-1]])
-
-
-def _parts(picks: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    number = torch.arange(picks.shape[0], device=picks.device)
-    return number * num_tokens // picks.shape[0], (number + 1) * num_tokens // picks.shape[0]
+    buffer.copy_(torch.where(waits, tokens[picks % tokens.shape[0]], buffer))
+    taken.add_(waits * (tokens.shape[0] + 1))
 
 
 class GraphTaps:
@@ -165,6 +134,8 @@ class GraphTaps:
         self._num_rows = num_rows
         self._slots: dict[str, _Slot] = {}
         self._picks: Tensor | None = None
+        self._num_tokens = 0
+        """Tokens of the last forward that was read."""
         parameters = [each for point in stack.points for each in point.module.parameters()]
         self._widths = {size for each in parameters if each.dim() > 1 for size in each.shape}
         """The sizes of the blocks' weights, among which the width is; empty if they are flattened."""
@@ -173,11 +144,6 @@ class GraphTaps:
     def traced(self) -> bool:
         """True if a graph holds the taps of at least one block."""
         return bool(self._slots)
-
-    @property
-    def num_rows(self) -> int:
-        """N; 0 while no graph holds these taps."""
-        return 0 if self._picks is None else len(self._picks)
 
     def reserve(
         self, enters: bool, key: Any, container: type | None, width: int, dtype: torch.dtype, device: torch.device
@@ -193,7 +159,8 @@ class GraphTaps:
             return ""
         if self._picks is None:
             # Equal on all ranks, which compare their states.
-            self._picks = random_numbers(max(MIN_ROWS, self._num_rows()), seed=0).to(device)
+            numbers, _ = order_rows(1 << 16, max(MIN_ROWS, self._num_rows()), seed=0)
+            self._picks = numbers.to(device)
             mark_static_address(self._picks, guard=False)
             for tap in self.taps:
                 tap.picks = self._picks
@@ -211,10 +178,14 @@ class GraphTaps:
             self._slots[name] = _Slot(name, enters, path, container)
         return name
 
-    def arm(self, picks: Tensor | None = None) -> None:
-        """Copy the states of the next forward. `picks` (at least N) choose its tokens; None keeps the choice."""
-        if self._picks is not None and picks is not None:
-            self._picks.copy_(picks[: len(self._picks)], non_blocking=True)
+    def arm(self, choose: Callable[[int, int], Tensor] | None = None) -> None:
+        """Copy the states of the next forward.
+
+        choose(num_tokens, N) returns at most N tokens of as many as the forward before had; None keeps the choice.
+        """
+        if self._picks is not None and choose is not None and self._num_tokens:
+            rows = choose(self._num_tokens, len(self._picks))
+            self._picks.copy_(rows[torch.arange(len(self._picks)) % len(rows)])
         for tap in self.taps:
             for name in self._slots:
                 getattr(tap, f"{name}_taken").fill_(-1)
@@ -229,9 +200,9 @@ class GraphTaps:
             return None
         names = [(tap, name) for tap in self.taps for name in self._slots]
         taken = iter(torch.stack([getattr(tap, f"{name}_taken") for tap, name in names]).tolist())
-        copied = [
-            _Copied(self._slots, self._picks, tap, {name: next(taken) for name in self._slots}) for tap in self.taps
-        ]
+        picks = self._picks.cpu()
+        copied = [_Copied(self._slots, picks, tap, {name: next(taken) for name in self._slots}) for tap in self.taps]
+        self._num_tokens = max((each.num_tokens for each in copied), default=0)
         return copied if any(each.called for each in copied) else None
 
     def observe(self, copied: list[_Copied], verifier: ChainVerifier) -> None:
@@ -243,15 +214,19 @@ class GraphTaps:
                     verifier.observe_output(self.stack, point.layer, each.result())
 
     def states(self, copied: list[_Copied], adapter: ArchitectureAdapter, kept: Stack) -> list[Tensor] | None:
-        """Return the states (N, D) at every point of `kept`; None if they are incomplete. A skipped block keeps its."""
+        """Return the states (N, D) at every point of `kept`; None if they are incomplete.
+
+        The state behind a skipped block is that before it.
+        """
         called = [each for each in copied if each.called]
         if len(kept.points) != len(copied) or len(called) < MIN_SHARE_CALLED * len(copied):
             return None
-        found = [block_input(adapter, kept, kept.points[copied.index(called[0])].entry, *called[0].arguments())]
+        entry = kept.points[copied.index(called[0])].entry
+        states = [block_input(adapter, kept, entry, *called[0].arguments())]
         for point, each in zip(kept.points, copied, strict=True):
-            found.append(block_output(adapter, kept, point.module, each.result()) if each.called else found[-1])
-        states = [state for state in found if state is not None and is_state(state) and state.shape == found[0].shape]
-        return states if len(states) == len(found) else None
+            states.append(block_output(adapter, kept, point.module, each.result()) if each.called else states[-1])
+        found = [state for state in states if state is not None and is_state(state)]
+        return found if len(found) == len(states) and len({state.shape for state in found}) == 1 else None
 
 
 class _Copied:
@@ -266,6 +241,11 @@ class _Copied:
     def called(self) -> bool:
         """True if the block was called, and has returned."""
         return {slot.enters for slot in self._taken} == {True, False}
+
+    @property
+    def num_tokens(self) -> int:
+        """The largest number of tokens of a tensor; 0 if none was copied."""
+        return max(self._taken.values(), default=0)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the call arguments, with None for all that were not copied."""
@@ -286,15 +266,16 @@ class _Copied:
         return tuple(by_key.get(index) for index in range(1 + max(by_key)))
 
     def _rows(self, slot: _Slot) -> Tensor:
+        """Return the copies of different tokens."""
         buffer: Tensor = getattr(self._tap, slot.name)
-        num_tokens = self._taken[slot]
-        return buffer if num_tokens >= len(buffer) else buffer[distinct(self._picks, num_tokens)]
+        _, first = np.unique((self._picks % self._taken[slot]).numpy(), return_index=True)
+        return buffer if len(first) == len(buffer) else buffer[torch.from_numpy(np.sort(first)).to(buffer.device)]
 
 
 def _at_top() -> bool:
     """Return True if the compiler traces the graph itself, or a checkpointed part of it.
 
-    Other parts, such as the branches of torch.cond, and transforms of torch.func must not write to tensors from outside.
+    Branches of torch.cond, for one, and transforms of torch.func must not write to tensors from outside.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from koopmon.agent.capture.graph_taps import random_numbers
 from koopmon.agent.stats import AgentStats
 from koopmon.config import SamplingConfig
 from koopmon.observables import Readings
@@ -77,9 +76,9 @@ class Sampler:
         """The number of tokens that this rank takes."""
         return self._share
 
-    def random_numbers(self, step: int, count: int) -> Tensor:
-        """Return (count,) int64 random numbers, a function of the seed, `step` and the data rank."""
-        return random_numbers(count, seed=self._seed, step=step, data_rank=self._data_rank)
+    def choose(self, step: int, num_tokens: int, count: int) -> Tensor:
+        """Return at most `count` of `num_tokens` tokens, int64, a function of the seed, `step` and the data rank."""
+        return order_rows(num_tokens, count, seed=self._seed, step=step, data_rank=self._data_rank)[0]
 
     @property
     def active(self) -> bool:

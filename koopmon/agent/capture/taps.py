@@ -11,6 +11,7 @@ block where the loop bypasses the root.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 import weakref
@@ -328,9 +329,9 @@ class ResidualTaps:
             if self.stack is None:
                 for graph, _ in found:
                     graph.arm()
-        elif self._due is not None and (graph := self._graphs.get(self.stack.name)) is not None:
-            copied = graph.read()
-            states = None if copied is None else graph.states(copied, self._adapter, self.stack)
+        elif self._due is not None and (kept := self._graphs.get(self.stack.name)) is not None:
+            copied = kept.read()
+            states = None if copied is None else kept.states(copied, self._adapter, self.stack)
             if states is not None:
                 self._sample_graph(*self._due, states)
 
@@ -370,7 +371,7 @@ class ResidualTaps:
         graph = None if self.stack is None else self._graphs.get(self.stack.name)
         if graph is not None and graph.traced:
             started = time.perf_counter()
-            graph.arm(sampler.random_numbers(training.step, graph.num_rows))
+            graph.arm(functools.partial(sampler.choose, training.step))
             self._stats.capture_seconds += time.perf_counter() - started
 
     def _missed(self) -> None:
