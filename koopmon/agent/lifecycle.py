@@ -125,10 +125,10 @@ class Watching(RankedState):
 
     def __init__(self, rank: RankParts, layout: ParallelLayout) -> None:
         super().__init__(rank)
-        self._layout = layout
+        self.layout = layout
 
     def facts(self) -> dict[str, Any]:
-        return super().facts() | {"layout": self._layout.name}
+        return super().facts() | {"layout": self.layout.name}
 
     def after_step(self, step: int) -> bool:
         if self.rank.world.size == 1:

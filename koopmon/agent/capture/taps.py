@@ -30,7 +30,7 @@ from koopmon.agent.capture.hidden_hooks import add_hook, add_pre_hook
 from koopmon.agent.capture.sampler import RankSnapshot, Sampler
 from koopmon.agent.circuit_breaker import CircuitBreaker, is_foreign, logger
 from koopmon.agent.control.action import Injection
-from koopmon.agent.parallelism import compiled_whole
+from koopmon.agent.parallelism import compiled_whole, wrappers
 from koopmon.agent.stats import AgentStats
 from koopmon.api import Observable, Point, Stack
 from koopmon.chain_verifier import MIN_SHARE_CALLED, ChainVerifier, Walk, trained_layers
@@ -199,6 +199,15 @@ class ResidualTaps:
             add_hook(model, breaker.hook(self._leave_root)),
         ]
         self._watch(selection)
+
+    def follow_wrapper(self) -> None:
+        """Hook the compiled wrapper of the model as well, if there is one. The model's own hooks are in its graph."""
+        model = self._model()
+        if model is not None and any(graph.traced for graph in self._graphs.values()):
+            for wrapper in wrappers(model, torch._dynamo.OptimizedModule):
+                if wrapper is not model:
+                    self._root_handles.append(add_pre_hook(wrapper, self._breaker.hook(self._enter_root)))
+                    self._root_handles.append(add_hook(wrapper, self._breaker.hook(self._leave_root)))
 
     def _watch(self, selection: Selection) -> None:
         """Tap the candidates of `selection`. The next training forward verifies which of them is a chain."""
