@@ -17,7 +17,10 @@ from koopmon.wire.messages import KssSettings
 from tests.agent.models import L, Model, batch, build, loss_of, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the tracer inspects it
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # the tracer inspects it
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),  # in its imports
+]
 Attach = Callable[..., Any]
 ADVICE = "compile them one by one"
 EVERY_STEP = {"cadence": {"dense_every": 1}}
@@ -136,10 +139,10 @@ def test_kss_is_refused_inside_a_graph(monitor: ScriptedMonitor, agents: Attach)
     monitor.wait(lambda: agent.status()["connected"])
     for step in range(3):
         train_step(called, optimizer, step)
-    monitor.command("set_kss", kss=KssSettings(alpha=0.1))
-    monitor.wait(lambda: train_step(called, optimizer, 3) and monitor.acks)
-    assert monitor.acks[-1].outcome == "refused"
-    assert "inside a compiled graph" in monitor.acks[-1].detail
+    command = monitor.command("set_kss", kss=KssSettings(alpha=0.1))
+    monitor.wait(lambda: train_step(called, optimizer, 3) and monitor.acked(command))
+    ack = monitor.ack(command)
+    assert (ack.outcome, "inside a compiled graph" in ack.detail) == ("refused", True)
 
 
 def test_a_back_off_acts_on_a_compiled_model(monitor: ScriptedMonitor, agents: Attach) -> None:
@@ -147,8 +150,8 @@ def test_a_back_off_acts_on_a_compiled_model(monitor: ScriptedMonitor, agents: A
     called, optimizer = compiled(model), optimizer_of(model)
     agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
     monitor.wait(lambda: agent.status()["connected"])
-    monitor.command("set_lr_scale", lr_scale=0.5)
-    monitor.wait(lambda: train_step(called, optimizer, 0) and monitor.acks)
+    command = monitor.command("set_lr_scale", lr_scale=0.5)
+    monitor.wait(lambda: train_step(called, optimizer, 0) and monitor.acked(command))
     for _ in range(100):  # the ramp
         train_step(called, optimizer, 0)
     before = model.head.bias.detach().clone()
