@@ -6,7 +6,12 @@ The tests use Dynamo without code generation, because the backend does not chang
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +30,7 @@ Attach = Callable[..., Any]
 ADVICE = "compile them one by one"
 EVERY_STEP = {"cadence": {"dense_every": 1}}
 STEPS = 6
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -228,3 +234,57 @@ def test_blocks_compiled_one_by_one_are_tapped_also_late(
     assert {header.num_points for header, _ in monitor.shards} == {L + 1}
     assert agent.status()["taps_missing"] == 0
     assert not any(ADVICE in line for line in caplog.messages)
+
+
+@pytest.mark.process
+@pytest.mark.distributed
+@pytest.mark.parametrize("order", ["inside", "outside"])
+def test_ranks_of_a_compiled_model_are_watched_and_act(
+    order: str, monitor: ScriptedMonitor, ranks: Callable[..., Any]
+) -> None:
+    """The optimizer is made first, as in many scripts. No hook then sees DistributedDataParallel around the model."""
+    for output, _ in ranks("compiled_rank.py", monitor.endpoint, order).wait():
+        found = json.loads(output.splitlines()[-1])
+        assert found["watched"] == found["alone"]
+        status = found["status"]
+        assert (status["layout"], status["acts"], status["errors"], status["taps_missing"]) == ("ddp", True, 0, 0)
+        assert status["sent"] >= 3
+
+
+NANO = """
+import torch
+from torch import nn
+from tests.agent.models import build, batch, loss_of
+model = build()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+model = torch.compile(model, backend="eager")
+for step in range(30):
+    for micro in range(2):
+        loss = loss_of(model, batch(2 * step + micro))
+        (loss / 2).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+print(f"loss {loss.item()!r}, {torch._dynamo.utils.counters['stats']['unique_graphs']} graphs")
+"""
+
+
+@pytest.mark.process
+def test_an_unchanged_script_that_compiles_its_model_is_watched(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(NANO)
+    home = {"XDG_STATE_HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+    def run(*command: str) -> tuple[str, str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **home}
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=180, check=True
+        )
+        return done.stdout.strip(), done.stderr
+
+    alone, _ = run(str(script))
+    watched, log = run("-m", "koopmon", "run", "--", sys.executable, str(script))
+    assert watched == alone
+    assert alone.endswith(", 1 graphs")
+    assert "snapshots up to step" in log
+    assert "missed" not in log

@@ -399,6 +399,11 @@ class ResidualTaps:
                 return "its forwards run under torch.func or a tracer, where koopmon takes no states"
             if self._seen["without gradients"]:
                 return "its forwards run without gradients; koopmon watches the model that the optimizer trains"
+        if any(graph.traced for graph in self._graphs.values()):
+            return (
+                "its blocks now run in a graph without taps, as after a second model of its class was compiled;"
+                " compile the blocks one by one, block = torch.compile(block)"
+            )
         return (
             "taps did not fire: attach to the module that the loop calls, after any block has been replaced"
             f" (`koopmon run` attaches when the optimizer is made); {INSIDE_A_GRAPH}"
