@@ -284,7 +284,7 @@ class AgentRuntime:
         """Remove every hook, restore the user's own values and send a goodbye. Waits less than a second. Idempotent."""
         self.closed = True
         # torch iterates over the hooks of an optimizer that steps. Those stay, without an effect.
-        # A change of the hooks of a compiled step would compile it anew.
+        # A change of the hooks of a compiled step would cause a new compilation.
         if next(stepping_optimizers(), None) is None and not self._compiled_step:
             for handle in self._handles:
                 handle.remove()

@@ -191,7 +191,7 @@ class GraphTaps:
                 getattr(tap, f"{name}_taken").fill_(-1)
 
     def close(self) -> None:
-        """Put no taps into further graphs. Those that hold them stay as they are, because a change compiles anew."""
+        """Put no taps into further graphs. Those that hold them stay, because a change causes a new compilation."""
         self.closed = True
 
     def read(self) -> list[_Copied] | None:

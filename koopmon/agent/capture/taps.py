@@ -299,7 +299,7 @@ class ResidualTaps:
         if graph is not None:
             graph.close()
             if graph.traced:
-                return  # without these hooks the compiler would start anew
+                return  # without these hooks the compiler would start again
         for handle in self._handles[name]:
             handle.remove()
 
