@@ -18,6 +18,7 @@ from tests.agent.scripted_monitor import ScriptedMonitor
 pytestmark = [
     pytest.mark.skipif(not supported(), reason="the compiler of this torch gets no taps"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # the tracer inspects it
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),  # in its imports
 ]
 EVERY_STEP = {"cadence": {"dense_every": 1}}
 STEPS = 4

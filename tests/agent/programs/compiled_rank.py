@@ -49,6 +49,14 @@ def main(endpoint: str, order: str) -> None:
             deadline = time.monotonic() + 20.0
             while agent is not None and time.monotonic() < deadline and not _settled(agent.status()):
                 time.sleep(0.01)
+        for step in range(200):  # the exchange of the ranks must have formed before the processes end
+            ready = torch.tensor(float(agent is None or agent.status()["control_ready"]))
+            dist.all_reduce(ready, dist.ReduceOp.MIN)
+            if ready:
+                break
+            loss_of(called, batch(step, rank)).backward()
+            optimizer.step()
+            time.sleep(0.05)
         found[name] = losses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
         if agent is not None:
             found["status"] = {key: agent.status()[key] for key in ("taps_missing", "errors", "layout", "acts", "sent")}
