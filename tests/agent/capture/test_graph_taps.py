@@ -304,6 +304,7 @@ def test_a_checkpoint_that_the_backend_leaves_alone_gets_no_taps(
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_inductor_computes_the_same(monitor: ScriptedMonitor, agents: Attach) -> None:
     compile_ = whole("inductor", fullgraph=True)
     expected = Training(build, compile_, batch).train(range(STEPS))
