@@ -46,7 +46,7 @@ def attach(
 ) -> Agent:
     """Attach koopmon to a training.
 
-    Call it once, on every rank alike, before the first forward pass and before compiling.
+    Call it once, on every rank alike, before the first forward pass. The model may be compiled before or after.
 
     Args:
         model: The module that the loop calls.

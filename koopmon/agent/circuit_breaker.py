@@ -49,9 +49,9 @@ class CircuitBreaker:
                 self.num_errors += 1
                 logger.debug("koopmon: while %s was switched off", self.name, exc_info=second)
 
-    def hook(self, body: Callable[..., Any]) -> GuardedHook:
-        """Return `body` as a hook for a module or an optimizer."""
-        return GuardedHook(self, body)
+    def hook(self, body: Callable[..., Any], traced: Callable[..., Any] | None = None) -> GuardedHook:
+        """Return `body` as a hook for a module or an optimizer. A compiler puts `traced` into its graph instead."""
+        return GuardedHook(self, body, traced)
 
 
 class GuardedHook:
@@ -60,15 +60,22 @@ class GuardedHook:
     Copies and pickles of it do nothing. An exception in a foreign forward does not count.
     """
 
-    __slots__ = ("_body", "_breaker")
+    __slots__ = ("_body", "_breaker", "_traced")
 
-    def __init__(self, breaker: CircuitBreaker, body: Callable[..., Any]) -> None:
+    def __init__(
+        self, breaker: CircuitBreaker, body: Callable[..., Any], traced: Callable[..., Any] | None = None
+    ) -> None:
         self._breaker = breaker
         self._body = body
+        self._traced = traced
 
     def __call__(self, *args: Any) -> Any:
         # A compiler that traced the hook body would break the graph at every block.
-        if self._breaker.tripped or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            if self._traced is not None and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+                self._traced(*args)
+            return None
+        if self._breaker.tripped:
             return None
         try:
             return self._body(*args)
@@ -81,6 +88,17 @@ class GuardedHook:
     def __reduce__(self) -> tuple[Any, ...]:
         # A callable of the standard library that takes anything and returns None: no file needs koopmon to be read.
         return functools.partial, (sys.audit, "module hook")
+
+
+def _run_as_python() -> None:
+    """Keep the compiler from graphs of hooks alone. A hook in the middle of a graph becomes a part of that."""
+    compiler: Any = torch._C._dynamo.eval_frame
+    skip = compiler._FrameAction.SKIP
+    compiler.set_code_exec_strategy(GuardedHook.__call__.__code__, compiler._FrameExecStrategy(skip, skip))
+
+
+if hasattr(torch._C._dynamo.eval_frame, "set_code_exec_strategy"):  # torch 2.7 has it under another name
+    _run_as_python()
 
 
 def is_foreign() -> bool:

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import dataclass
 from enum import Enum
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +20,7 @@ from koopmon.agent.rank_identity import RankContext
 PROVEN = frozenset({"single", "ddp", "fsdp1", "fsdp2", "hsdp", "tp", "fsdp2-tp"})
 """Layouts over all ranks, on the CPU, in which the matrix proves that koopmon acts correctly."""
 _MAX_FRAMES = 64
+T = TypeVar("T", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +106,11 @@ def data_ranks(model: nn.Module, world: RankContext) -> DataRanks:
     return DataRanks(ranks.index(world.rank), len(ranks), leads=0 in ranks)
 
 
-def inspect_layout(model: nn.Module, world: RankContext) -> ParallelLayout | None:
+def inspect_layout(model: nn.Module, world: RankContext, *, search: bool = False) -> ParallelLayout | None:
     """Return the layout of a training, as this rank sees it; None while it is not known.
 
-    A wrapper around `model` is visible only while it runs: call again from inside a forward.
+    A wrapper around `model` is visible only while it runs: call again from inside a forward. With `search` it is looked
+    for among all live objects, which takes up to a second.
     """
     if _runs_as_stage():
         return ParallelLayout(
@@ -116,7 +119,7 @@ def inspect_layout(model: nn.Module, world: RankContext) -> ParallelLayout | Non
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         return ParallelLayout("split", False, "its parameters lie on several devices, a layout not yet proven")
-    layout = _shared_layout(model, world)
+    layout = _shared_layout(model, world, search)
     kind = next((device.type for device in devices), "cpu")
     if layout is None or kind in ("cpu", "meta"):
         return layout
@@ -125,7 +128,7 @@ def inspect_layout(model: nn.Module, world: RankContext) -> ParallelLayout | Non
     )
 
 
-def _shared_layout(model: nn.Module, world: RankContext) -> ParallelLayout | None:
+def _shared_layout(model: nn.Module, world: RankContext, search: bool) -> ParallelLayout | None:
     """Return how the ranks share the model, regardless of its device."""
     mesh = _model_mesh(model)
     if mesh is not None:
@@ -138,9 +141,18 @@ def _shared_layout(model: nn.Module, world: RankContext) -> ParallelLayout | Non
     wrapper = model if isinstance(model, DistributedDataParallel) else None
     if wrapper is None:
         wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    if wrapper is None and search:
+        wrapper = next(iter(wrappers(model, DistributedDataParallel)), None)
     if wrapper is None:
         return None
     return _over("ddp", {wrapper.process_group.size()}, world)
+
+
+def wrappers(model: nn.Module, kind: type[T]) -> list[T]:
+    """Return the live modules of a class that hold `model` itself."""
+    # isinstance() reads `__class__`, which makes a lazy proxy load its object. type() does not.
+    found = [each for each in gc.get_objects() if issubclass(type(each), kind) and "_modules" in vars(each)]
+    return [each for each in found if any(inner is model for inner in each.modules())]
 
 
 def _mesh_layout(model: nn.Module, mesh: Any, world: RankContext) -> ParallelLayout:

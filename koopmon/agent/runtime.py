@@ -18,6 +18,7 @@ import msgspec
 from torch import nn
 from torch.optim import Optimizer
 
+from koopmon.agent.capture.graph_taps import MIN_ROWS
 from koopmon.agent.capture.sampler import RankSnapshot, Sampler
 from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
 from koopmon.agent.capture.step_scalars import StepScalars
@@ -45,12 +46,22 @@ from koopmon.agent.lifecycle import (
     Watching,
 )
 from koopmon.agent.notices import Notices
-from koopmon.agent.parallelism import UNKNOWN, DataRanks, ParallelLayout, Role, data_ranks, decide_role, inspect_layout
+from koopmon.agent.parallelism import (
+    UNKNOWN,
+    DataRanks,
+    ParallelLayout,
+    Role,
+    RoleDecision,
+    data_ranks,
+    decide_role,
+    inspect_layout,
+)
 from koopmon.agent.rank_identity import RankContext, RunRendezvous, current_context, default_run_name, store_prefix
 from koopmon.agent.stats import AgentStats
 from koopmon.api import ArchitectureAdapter, Stack, StackForm
 from koopmon.block_finder import canonical_name
 from koopmon.config import Config
+from koopmon.errors import raise_from_signal
 from koopmon.logs import announced, log_for_job
 from koopmon.plugins import Selection, source
 from koopmon.run_names import stack_run_name
@@ -115,6 +126,11 @@ class AgentRuntime:
         self._num_stepless = 0
         """Training forwards before the first step."""
         self._first_versions: list[int] = []
+        self._compiled_step = False
+        """True if the step of an optimizer was compiled. Its hooks are not called: the weights show each step."""
+        self._last_versions = 0
+        self._last_steps = 0
+        """Steps of the clock at the last forward, and the versions of the weights."""
         self._config = config
         self._run = run
         self._trust = trust
@@ -137,7 +153,13 @@ class AgentRuntime:
         for action in self.actions:
             action.inspect(model, self.optimizers, selection)
         self.taps = ResidualTaps(
-            model, selection, self.breaker, self.stats, self, trained=lambda: self.optimizers.parameters
+            model,
+            selection,
+            self.breaker,
+            self.stats,
+            self,
+            trained=lambda: self.optimizers.parameters,
+            num_rows=self._num_rows,
         )
         # Lasting actions have a breaker of their own, because they stay in force after the agent has failed.
         self._lasting_breaker = CircuitBreaker("learning-rate back-off")
@@ -161,7 +183,7 @@ class AgentRuntime:
         for member in self.optimizers.add(optimizer):
             self._wrappers.discard(id(member))
             self._handles += [
-                member.register_step_pre_hook(hook(self._before_call)),
+                member.register_step_pre_hook(hook(self._before_call, self._trace_call)),
                 member.register_step_post_hook(hook(self._after_call)),
             ]
 
@@ -247,10 +269,13 @@ class AgentRuntime:
         model, in_forward = self._model(), fingerprint is not None
         if model is None or (rank.shares_model and not in_forward):
             return  # only the first forward shows if ranks that share a model also share its tokens
-        layout = inspect_layout(model, rank.world) or (UNKNOWN if in_forward else None)
+        layout = inspect_layout(model, rank.world, search=in_forward and self.taps.in_graph)
+        layout = layout or (UNKNOWN if in_forward else None)
         if layout is None:
             return
         decision = decide_role(layout, self._config.limits.act)
+        if self._compiled_step and decision.role is Role.ACT:
+            decision = RoleDecision(Role.WATCH)  # its line is logged already
         if decision.role is Role.REFUSE:
             self._withdraw(rank, layout, decision.reason)
         elif isinstance(self.lifecycle.state, Verifying):
@@ -303,7 +328,8 @@ class AgentRuntime:
         for other in self._beside:
             other.close(reason)
         # torch iterates over the hooks of an optimizer that steps. Those stay, without an effect.
-        if next(stepping_optimizers(), None) is None:
+        # A change of the hooks of a compiled step would cause a new compilation.
+        if next(stepping_optimizers(), None) is None and not self._compiled_step:
             for handle in self._handles:
                 handle.remove()
         if self._kept is not None and not reason:
@@ -338,8 +364,13 @@ class AgentRuntime:
     def on_forward(self) -> None:
         if self._clock.on_forward():
             self._end_step()
-        if not self._clock.num_steps:
+        if self._compiled_step:
+            self._count_compiled_step()
+        elif not self._clock.num_steps:
             self._check_steps_are_seen()
+        self.on_graph_forward()
+
+    def on_graph_forward(self) -> None:
         if isinstance(self.lifecycle.state, WaitingForRanks):
             world = current_context()
             if world is None:
@@ -348,6 +379,13 @@ class AgentRuntime:
             self._meet_ranks(world or RankContext())
         for action in self.actions:
             action.on_forward()
+
+    def _num_rows(self) -> int:
+        """Return the number of tokens to copy in a compiled graph. A rank that sends none copies a few to verify."""
+        state = self.lifecycle.state
+        if not isinstance(state, RankedState):
+            return self._config.sampling.num_samples
+        return MIN_ROWS if state.rank.sender is None else state.rank.sender.sampler.share
 
     def _check_steps_are_seen(self) -> None:
         """Log one line if the weights change, and no attached optimizer has called its hooks."""
@@ -360,6 +398,53 @@ class AgentRuntime:
                 "no snapshots and no commands: the weights change, but the attached optimizer calls no hooks, as in "
                 "torch.compile; compile the model or the loss, and not the optimizer's step",
             )
+
+    def _trace_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Replace `_before_call` in a compiled step."""
+        self._note_compiled_step()
+
+    def _note_compiled_step(self) -> int:
+        """Stop acting, which is not possible inside a compiled step. Runs while the compiler traces."""
+        if not self._compiled_step and not self.closed:
+            try:
+                self._watch_compiled_step()
+            except Exception as error:
+                raise_from_signal(error)
+                self.breaker.trip("compiled step", error)
+        return 0
+
+    # What torch.compiler.assume_constant_result does. That function imports the compiler into every training.
+    _note_compiled_step._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _watch_compiled_step(self) -> None:
+        self._compiled_step = True
+        self._last_versions, self._last_steps = self._version_sum(), self._clock.num_steps
+        self.taps.follow_wrapper()
+        state = self.lifecycle.state
+        if isinstance(state, Acting):
+            self.lifecycle.enter(Watching(state.rank, state.layout))
+            self._end_actions()
+            self._describe(acts=False)
+            for closable in self._closables:
+                if isinstance(closable, RankGroup):
+                    closable.close(wait=False)
+        log_for_job(logger, "watches, does not act: the optimizer's step is compiled; call it outside of torch.compile")
+
+    def _count_compiled_step(self) -> None:
+        """End a step if the weights have changed since the last forward, and no optimizer has called its hooks."""
+        versions, steps = self._version_sum(), self._clock.num_steps
+        if versions != self._last_versions and steps == self._last_steps:
+            self.stats.measured["learning_rate"].put(self.optimizers.largest_rate())
+            self.taps.forward_over()
+            self._after_step()
+        self._last_versions, self._last_steps = versions, steps
+
+    def _version_sum(self) -> int:
+        """Return the number of changes in place of all parameters."""
+        parameters = (
+            each for optimizer in self.optimizers for group in optimizer.param_groups for each in group["params"]
+        )
+        return sum(each._version for each in parameters if not each.is_inference())
 
     def _versions(self) -> list[int]:
         """Return the versions of a few parameters. An update in place increments them."""

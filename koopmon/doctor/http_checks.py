@@ -160,7 +160,7 @@ def _snapshots(samples: Mapping[str, float]) -> Iterator[Finding]:
         fix = "check that the job still steps; snapshots are rare when their budget is spent ([cadence] budget_ratio)"
         yield warn("snapshots", said, fix) if age > STALE_SECONDS else ok("snapshots", said)
     if missing := samples.get("taps_missing", 0.0):
-        fix = "attach before the model is compiled, or compile block by block; blocks that are skipped have no taps"
+        fix = "attach before the first forward pass of a compiled model; blocks that are skipped have no taps"
         yield warn("taps", f"in {missing:.0f} snapshots a tap did not fire", fix)
 
 

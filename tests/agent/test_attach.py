@@ -447,39 +447,6 @@ def test_an_optimizer_whose_step_calls_another_is_scaled_once(monitor: ScriptedM
     assert optimizer.param_groups[0]["lr"] == 0.01
 
 
-def test_a_compiled_model_stays_one_graph_and_the_missing_taps_are_said(
-    monitor: ScriptedMonitor, agents: Attach, caplog: pytest.LogCaptureFixture
-) -> None:
-    from torch._dynamo.testing import CompileCounter
-
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mix, self.up = nn.Linear(16, 16), nn.Linear(16, 16)
-
-        def forward(self, h: torch.Tensor) -> torch.Tensor:
-            return h + torch.tanh(self.up(self.mix(h)))
-
-    def train(attach: bool) -> tuple[list[float], Any, int]:
-        model = build()
-        torch.manual_seed(1)
-        model.blocks = nn.ModuleList(Plain() for _ in range(3))
-        optimizer = optimizer_of(model)
-        stack = {"model": {"stack": "blocks"}}
-        agent = agents(model, optimizer, endpoint=monitor.endpoint, config=stack) if attach else None
-        counter = CompileCounter()
-        compiled = torch.compile(model, backend=counter, fullgraph=True)
-        return [train_step(compiled, optimizer, step) for step in range(6)], agent, counter.frame_count
-
-    expected, _, _ = train(attach=False)
-    losses, agent, graphs = train(attach=True)
-    assert losses == expected
-    assert graphs == 1
-    assert agent.enabled
-    assert agent.status()["taps_missing"] == 6
-    assert sum("compile them one by one" in record.message for record in caplog.records) == 1
-
-
 def test_a_hook_of_the_user_may_close_the_agent_in_a_step(monitor: ScriptedMonitor) -> None:
     """torch iterates over the hooks of an optimizer while it calls them. A change of them would end the training."""
     model = build()

@@ -1,26 +1,36 @@
-"""torch.compile: blocks that are compiled one by one are tapped. Hooks do not fire inside one graph, which is logged
-and counted.
+"""torch.compile: compiled models and blocks are watched. A graph from before the attachment is not, which is logged and
+counted. `capture/test_graph_taps.py` covers the graphs themselves.
 
 The tests use Dynamo without code generation, because the backend does not change which hooks are traced away.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.agent.models import L, Model, build, train_step
+from koopmon.wire.messages import KssSettings
+from tests.agent.models import L, Model, batch, build, loss_of, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the tracer inspects it
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # the tracer inspects it
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),  # in its imports
+]
 Attach = Callable[..., Any]
 ADVICE = "compile them one by one"
 EVERY_STEP = {"cadence": {"dense_every": 1}}
 STEPS = 6
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -71,61 +81,130 @@ def blocks_in_place(model: Model) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("compile_", [in_one_graph, in_one_full_graph, in_place, blocks_in_place])
-@pytest.mark.parametrize("late", [False, True])
-def test_a_model_in_one_graph_is_refused_in_one_line(
-    compile_: Callable[[Model], nn.Module],
-    late: bool,
-    monitor: ScriptedMonitor,
-    agents: Attach,
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("compile_", [in_one_graph, in_one_full_graph, in_place])
+def test_a_graph_from_before_is_refused_in_one_line(
+    compile_: Callable[[Model], nn.Module], monitor: ScriptedMonitor, agents: Attach, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = compile_(build())
     expected = losses_of(plain, optimizer_of(plain))
     torch._dynamo.reset()
     model = compile_(build())
     optimizer = optimizer_of(model)
-    found = [train_step(model, optimizer, step) for step in range(2)] if late else []
+    found = [train_step(model, optimizer, step) for step in range(2)]
     agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
     found += [train_step(model, optimizer, step) for step in range(len(found), STEPS)]
     assert found == expected
     status = agent.status()
     assert status["taps_missing"] >= 1
     assert (status["sent"], status["errors"]) == (0, 0)
-    said = [record.message for record in caplog.records if "going" in record.message or "taps" in record.message]
-    assert sum(ADVICE in line for line in caplog.messages) == 1, said
+    (line,) = [line for line in caplog.messages if ADVICE in line]
+    assert "attach before the first forward pass" in line
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_what_is_called_is_a_compiled_wrapper_of_what_was_attached(
-    late: bool, monitor: ScriptedMonitor, agents: Attach, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = build()
-    optimizer = optimizer_of(model)
-    called = compiled(model)
-    if late:
-        train_step(called, optimizer, 0)
-    agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
-    losses_of(called, optimizer)
-    assert agent.status()["taps_missing"] >= 3
-    assert sum(ADVICE in line for line in caplog.messages) == 1
+def test_blocks_compiled_in_place_run_their_hooks_also_late(monitor: ScriptedMonitor, agents: Attach) -> None:
+    plain = blocks_in_place(build())
+    expected = losses_of(plain, optimizer_of(plain))
+    for late in (False, True):
+        torch._dynamo.reset()
+        model = blocks_in_place(build())
+        optimizer = optimizer_of(model)
+        found = [train_step(model, optimizer, 0)] if late else []
+        agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
+        monitor.wait(lambda agent=agent: agent.status()["connected"])
+        for step in range(len(found), STEPS):
+            found.append(train_step(model, optimizer, step))
+            monitor.wait(lambda agent=agent: settled(agent.status()))
+        assert found == expected
+        assert agent.status()["sent"] == STEPS - 1 - late
+        assert not agent._runtime.taps.in_graph
 
 
-def test_taps_that_stop_firing_as_the_model_is_compiled_are_counted_and_said_once(
+def test_a_model_compiled_in_the_middle_of_a_training_is_watched_on(
     monitor: ScriptedMonitor, agents: Attach, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = build()
     optimizer = optimizer_of(model)
     agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
     monitor.wait(lambda: agent.status()["connected"])
-    for step in range(2):
-        train_step(model, optimizer, step)
-    monitor.wait(lambda: monitor.shards)
-    called = compiled(model)
-    for step in range(2, 10):
+    called: nn.Module = model
+    for step in range(STEPS):
+        if step == 2:
+            called = compiled(model)
         train_step(called, optimizer, step)
-    assert agent.status()["taps_missing"] >= 6
-    assert sum(ADVICE in line for line in caplog.messages) == 1
+        monitor.wait(lambda: settled(agent.status()))
+    assert agent.status()["taps_missing"] == 0
+    assert [header.training.step for header, _ in monitor.shards] == list(range(1, STEPS))
+    assert agent._runtime.taps.in_graph
+    assert not any(ADVICE in line for line in caplog.messages)
+
+
+def test_kss_is_refused_inside_a_graph(monitor: ScriptedMonitor, agents: Attach) -> None:
+    model = build()
+    called, optimizer = compiled(model), optimizer_of(model)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
+    monitor.wait(lambda: agent.status()["connected"])
+    for step in range(3):
+        train_step(called, optimizer, step)
+    command = monitor.command("set_kss", kss=KssSettings(alpha=0.1))
+    monitor.wait(lambda: train_step(called, optimizer, 3) and monitor.acked(command))
+    ack = monitor.ack(command)
+    assert (ack.outcome, "inside a compiled graph" in ack.detail) == ("refused", True)
+
+
+def test_a_back_off_acts_on_a_compiled_model(monitor: ScriptedMonitor, agents: Attach) -> None:
+    model = build()
+    called, optimizer = compiled(model), optimizer_of(model)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
+    monitor.wait(lambda: agent.status()["connected"])
+    command = monitor.command("set_lr_scale", lr_scale=0.5)
+    monitor.wait(lambda: train_step(called, optimizer, 0) and monitor.acked(command))
+    for _ in range(100):  # the ramp
+        train_step(called, optimizer, 0)
+    before = model.head.bias.detach().clone()
+    train_step(called, optimizer, 0)
+    assert model.head.bias.grad is not None
+    torch.testing.assert_close(before - model.head.bias.detach(), 0.005 * model.head.bias.grad)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_compiled_optimizer_step_is_counted_and_koopmon_only_watches(
+    whole: bool,
+    kind: Callable[..., torch.optim.Optimizer],
+    monitor: ScriptedMonitor,
+    agents: Attach,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def train(agent: bool) -> tuple[list[float], int]:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = build()
+        optimizer = kind(model.parameters(), lr=torch.tensor(0.01))
+        called = compiled(model) if whole else model
+        if agent:
+            attached = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
+            monitor.wait(lambda: attached.status()["connected"])
+        update = torch.compile(lambda: optimizer.step(), backend="eager")
+        losses = []
+        for step in range(STEPS):
+            loss = loss_of(called, batch(step))
+            optimizer.zero_grad()
+            loss.backward()
+            update()
+            losses.append(loss.item())
+            if agent:
+                monitor.wait(lambda: settled(attached.status()))
+        if agent:
+            status = attached.status()
+            # Each step is counted at the forward after it, and its snapshot is sent then.
+            assert (status["step"], status["sent"]) == (STEPS - 1, STEPS - 2)
+            assert (status["errors"], status["acts"]) == (0, False)
+        return losses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    expected = train(agent=False)
+    assert train(agent=True) == expected
+    assert sum("watches, does not act: the optimizer's step is compiled" in line for line in caplog.messages) == 1
+    assert [header.training.step for header, _ in monitor.shards] == list(range(1, STEPS - 1))
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -155,3 +234,57 @@ def test_blocks_compiled_one_by_one_are_tapped_also_late(
     assert {header.num_points for header, _ in monitor.shards} == {L + 1}
     assert agent.status()["taps_missing"] == 0
     assert not any(ADVICE in line for line in caplog.messages)
+
+
+@pytest.mark.process
+@pytest.mark.distributed
+@pytest.mark.parametrize("order", ["inside", "outside"])
+def test_ranks_of_a_compiled_model_are_watched_and_act(
+    order: str, monitor: ScriptedMonitor, ranks: Callable[..., Any]
+) -> None:
+    """The optimizer is made first, as in many scripts. No hook then sees DistributedDataParallel around the model."""
+    for output, _ in ranks("compiled_rank.py", monitor.endpoint, order).wait():
+        found = json.loads(output.splitlines()[-1])
+        assert found["watched"] == found["alone"]
+        status = found["status"]
+        assert (status["layout"], status["acts"], status["errors"], status["taps_missing"]) == ("ddp", True, 0, 0)
+        assert status["sent"] >= 3
+
+
+NANO = """
+import torch
+from torch import nn
+from tests.agent.models import build, batch, loss_of
+model = build()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+model = torch.compile(model, backend="eager")
+for step in range(30):
+    for micro in range(2):
+        loss = loss_of(model, batch(2 * step + micro))
+        (loss / 2).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+print(f"loss {loss.item()!r}, {torch._dynamo.utils.counters['stats']['unique_graphs']} graphs")
+"""
+
+
+@pytest.mark.process
+def test_an_unchanged_script_that_compiles_its_model_is_watched(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(NANO)
+    home = {"XDG_STATE_HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+    def run(*command: str) -> tuple[str, str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **home}
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=180, check=True
+        )
+        return done.stdout.strip(), done.stderr
+
+    alone, _ = run(str(script))
+    watched, log = run("-m", "koopmon", "run", "--", sys.executable, str(script))
+    assert watched == alone
+    assert alone.endswith(", 1 graphs")
+    assert "snapshots up to step" in log
+    assert "missed" not in log

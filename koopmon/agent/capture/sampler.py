@@ -81,6 +81,15 @@ class Sampler:
         self._num_put = 0
 
     @property
+    def share(self) -> int:
+        """The number of tokens that this rank takes."""
+        return self._share
+
+    def choose(self, step: int, num_tokens: int, count: int) -> Tensor:
+        """Return at most `count` of `num_tokens` tokens, int64, a function of the seed, `step` and the data rank."""
+        return order_rows(num_tokens, count, seed=self._seed, step=step, data_rank=self._data_rank)[0]
+
+    @property
     def active(self) -> bool:
         """True between a `begin` that returned True and `finish` or `abandon`."""
         return self._slot is not None

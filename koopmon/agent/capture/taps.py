@@ -11,6 +11,7 @@ block where the loop bypasses the root.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 import weakref
@@ -24,11 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from koopmon.agent.capture.graph_taps import MIN_ROWS, GraphTaps, supported
 from koopmon.agent.capture.hidden_hooks import add_hook, add_pre_hook
 from koopmon.agent.capture.sampler import RankSnapshot, Sampler
 from koopmon.agent.circuit_breaker import CircuitBreaker, is_foreign, logger
 from koopmon.agent.control.action import Injection
-from koopmon.agent.parallelism import compiled_whole
+from koopmon.agent.parallelism import compiled_whole, wrappers
 from koopmon.agent.stats import AgentStats
 from koopmon.api import Observable, Point, Stack
 from koopmon.chain_verifier import MIN_SHARE_CALLED, ChainVerifier, trained_layers
@@ -52,7 +54,14 @@ MAX_MISSED = 3
 MAX_UNCALLED = 20
 """Consecutive snapshots without a call of some block before one warning."""
 HOW_TO_NAME = "set [model] stack (or KOOPMON_MODEL__STACK) to the path of the list of blocks that is one"
-INSIDE_A_GRAPH = "blocks inside one compiled graph show nothing: compile them one by one, block = torch.compile(block)"
+INSIDE_A_GRAPH = (
+    "blocks inside a graph that was compiled before show nothing: attach before the first forward pass, or"
+    " compile them one by one, block = torch.compile(block)"
+    if supported()
+    else "blocks inside one compiled graph show nothing: compile them one by one, block = torch.compile(block)"
+)
+MAX_GRAPH_STACKS = 4
+"""Candidate stacks that are tapped inside a compiled graph. A graph keeps its taps also if another stack is kept."""
 
 
 class ForwardPhase(Enum):
@@ -73,6 +82,9 @@ class TapEvents(Protocol):
 
     def on_forward(self) -> None:
         """Handle the start of a training forward."""
+
+    def on_graph_forward(self) -> None:
+        """Handle the end of a step whose forwards ran in a compiled graph, where no hook sees them."""
 
     def on_chain_verified(self, stack: Stack, width: int, update_exponent: float | None, fingerprint: int) -> None:
         """Handle the verified chain `stack`, with D = `width`.
@@ -114,10 +126,22 @@ def _has_values(state: Tensor) -> bool:
     return not (state.is_meta or isinstance(state, torch._subclasses.fake_tensor.FakeTensor))
 
 
+def _outermost(candidates: Sequence[Stack]) -> list[Stack]:
+    """Return the first stacks that do not lie inside a block of another one; none if no graph can be tapped."""
+    found: list[Stack] = []
+    for stack in candidates if supported() else ():
+        first = stack.points[0].module
+        blocks = [point.module for each in found for point in each.points]
+        if len(found) < MAX_GRAPH_STACKS and not any(first is each for block in blocks for each in block.modules()):
+            found.append(stack)
+    return found
+
+
 class ResidualTaps:
     """All module hooks of one agent. `step_edge` sets their work in the next step.
 
-    `trained` returns the ids of the parameters that the optimizer updates.
+    `trained` returns the ids of the parameters that the optimizer updates. `num_rows` returns the number of tokens that
+    taps in a compiled graph copy.
     """
 
     def __init__(
@@ -128,6 +152,7 @@ class ResidualTaps:
         stats: AgentStats,
         listener: TapEvents,
         trained: Callable[[], Collection[int]] = frozenset,
+        num_rows: Callable[[], int] = lambda: MIN_ROWS,
     ) -> None:
         self.stack: Stack | None = None
         """The verified chain; None before the first verified forward."""
@@ -142,6 +167,7 @@ class ResidualTaps:
         self._stats = stats
         self._listener = listener
         self._trained = trained
+        self._num_rows = num_rows
         self._phase = ForwardPhase.IDLE
         self._due: tuple[Sampler, TrainingStep] | None = None
         """The snapshot to take in the next training forward."""
@@ -155,8 +181,9 @@ class ResidualTaps:
         """True if blocks are called for other inputs in between, as a block that takes two inputs in turn."""
         self.beside: tuple[Stack, ...] = ()
         """Other stacks that train, found with the verified one."""
-        self.obstacle = ""
-        """The reason why no action may change the stream; empty if one may."""
+        self._obstacle = ""
+        self.in_graph = False
+        """True if the blocks run inside a compiled graph."""
         self._injections: Sequence[Injection] = ()
         """Changes to the stream in this step."""
         self._num_missed = 0
@@ -175,6 +202,15 @@ class ResidualTaps:
         ]
         self._watch(selection)
 
+    def follow_wrapper(self) -> None:
+        """Hook the compiled wrapper of the model as well, if there is one. The model's own hooks are in its graph."""
+        model = self._model()
+        if model is not None and any(graph.traced for graph in self._graphs.values()):
+            for wrapper in wrappers(model, torch._dynamo.OptimizedModule):
+                if wrapper is not model:
+                    self._root_handles.append(add_pre_hook(wrapper, self._breaker.hook(self._enter_root)))
+                    self._root_handles.append(add_hook(wrapper, self._breaker.hook(self._leave_root)))
+
     def _watch(self, selection: Selection) -> None:
         """Tap the candidates of `selection`. The next training forward verifies which of them is a chain."""
         self._selection = selection
@@ -182,6 +218,7 @@ class ResidualTaps:
         self._verifier = ChainVerifier(selection.adapter, selection.candidates)
         self._num_attempts = 0
         self._handles: dict[str, list[Any]] = {}
+        self._graphs = {stack.name: GraphTaps(stack, self._num_rows) for stack in _outermost(selection.candidates)}
         for stack in selection.candidates:
             # Readers come first, because the tap behind the last block completes the snapshot.
             handles = [self._read(stack, each) for each in declared(selection.families, stack)]
@@ -189,13 +226,15 @@ class ResidualTaps:
 
     def _tap(self, stack: Stack, point: Point) -> list[Any]:
         selection, idle = self._selection, ForwardPhase.IDLE
+        graph = self._graphs.get(stack.name)
+        tap = None if graph is None else graph.taps[stack.points.index(point)]
 
         def enter_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             off = self._phase is idle and not self._injections
             if off and (self._in_root or recomputing() or not self._is_new_forward(point)):
                 return
             # A removed hook may still be called in this forward.
-            if self._selection is selection and not is_foreign():
+            if self._selection is selection and not is_foreign() and not (graph and graph.closed):
                 try:
                     self._enter(stack, point, args, kwargs)
                 except PluginError as error:
@@ -205,7 +244,7 @@ class ResidualTaps:
         def leave_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if self._phase is idle and not self._injections:
                 return None
-            if self._selection is selection and not is_foreign():
+            if self._selection is selection and not is_foreign() and not (graph and graph.closed):
                 try:
                     return self._leave(stack, point, output)
                 except PluginError as error:
@@ -214,8 +253,8 @@ class ResidualTaps:
             return None
 
         return [
-            add_pre_hook(point.entry, self._breaker.hook(enter_block)),
-            add_hook(point.module, self._breaker.hook(leave_block)),
+            add_pre_hook(point.entry, self._breaker.hook(enter_block, None if tap is None else tap.enter)),
+            add_hook(point.module, self._breaker.hook(leave_block, None if tap is None else tap.leave)),
         ]
 
     def _read(self, stack: Stack, observable: Observable) -> Any:
@@ -258,6 +297,11 @@ class ResidualTaps:
         self._abandon()
 
     def _untap(self, name: str) -> None:
+        graph = self._graphs.get(name)
+        if graph is not None:
+            graph.close()
+            if graph.traced:
+                return  # without these hooks the compiler would start again
         for handle in self._handles[name]:
             handle.remove()
 
@@ -266,12 +310,55 @@ class ResidualTaps:
         self._stats.taps_missing += 1
         log_for_job(logger, f"no snapshots, training goes on: {reason}")
 
+    @property
+    def obstacle(self) -> str:
+        """The reason why no action may change the stream; empty if one may."""
+        inside = "the blocks run inside a compiled graph, which it cannot change"
+        return self._obstacle or (inside if self.in_graph else "")
+
     def forward_over(self) -> None:
         """End the forward before each step. If the loop bypasses the root, no hook sees the end of the forward."""
         if not self._in_root:
             self._end_forward(complete=True)
+        if not self.failure and any(graph.traced for graph in self._graphs.values()):
+            started = time.perf_counter()
+            self._read_graphs()
+            self._stats.capture_seconds += time.perf_counter() - started
         if self._seen["in eval mode"] and not self.num_forwards and not self.failure:
             self._trains_in_eval = self._has_gradients()
+
+    def _read_graphs(self) -> None:
+        """Take what the forwards of this step have left in the buffers of a graph."""
+        if self.stack is None:
+            found = [(graph, copied) for graph in self._graphs.values() if (copied := graph.read()) is not None]
+            if not self.num_forwards:
+                self._verifier.reset()
+                if found:
+                    self._listener.on_graph_forward()
+            try:
+                for graph, copied in found:
+                    graph.observe(copied, self._verifier)
+                if found or self._verifier.any_called:
+                    self._judge()
+            except PluginError as error:
+                if not self._replace_adapter(error):
+                    raise
+            if self.stack is None:
+                for graph, _ in found:
+                    graph.arm()
+        elif self._due is not None and (kept := self._graphs.get(self.stack.name)) is not None:
+            copied = kept.read()
+            states = None if copied is None else kept.states(copied, self._adapter, self.stack)
+            if states is not None:
+                self._sample_graph(*self._due, states)
+
+    def _sample_graph(self, sampler: Sampler, training: TrainingStep, states: list[Tensor]) -> None:
+        self._due, self._num_missed, self.in_graph = None, 0, True
+        if self.stack is not None and sampler.begin(training, self.stack, states[0], None):
+            if not all(sampler.put(point, state) for point, state in enumerate(states)):
+                self._missed()
+            elif (snapshot := sampler.finish()) is not None:
+                self._listener.on_snapshot_ready(snapshot)
 
     def _has_gradients(self) -> bool:
         return any(
@@ -294,6 +381,15 @@ class ResidualTaps:
         self._seen.clear()
         self._due = None if self.stack is None else due
         self._injections = () if self.obstacle else injections
+        if self._due is not None:
+            self._arm_graph(*self._due)
+
+    def _arm_graph(self, sampler: Sampler, training: TrainingStep) -> None:
+        graph = None if self.stack is None else self._graphs.get(self.stack.name)
+        if graph is not None and graph.traced:
+            started = time.perf_counter()
+            graph.arm(functools.partial(sampler.choose, training.step))
+            self._stats.capture_seconds += time.perf_counter() - started
 
     def _missed(self) -> None:
         self._stats.taps_missing += 1
@@ -311,6 +407,11 @@ class ResidualTaps:
                 return "its forwards run under torch.func or a tracer, where koopmon takes no states"
             if self._seen["without gradients"]:
                 return "its forwards run without gradients; koopmon watches the model that the optimizer trains"
+        if any(graph.traced for graph in self._graphs.values()):
+            return (
+                "its blocks now run in a graph without taps, as after a second model of its class was compiled;"
+                " compile the blocks one by one, block = torch.compile(block)"
+            )
         return (
             "taps did not fire: attach to the module that the loop calls, after any block has been replaced"
             f" (`koopmon run` attaches when the optimizer is made); {INSIDE_A_GRAPH}"
@@ -388,8 +489,13 @@ class ResidualTaps:
         self._seen["transformed"] += 1
 
     def _conclude(self) -> None:
-        """Evaluate one observed forward: keep the stack that is a chain, or try again in the next forward."""
+        """End the forward that was observed."""
         self._phase = ForwardPhase.IDLE
+        if not any(graph.traced for graph in self._graphs.values()):  # `forward_over` reads what a graph holds
+            self._judge()
+
+    def _judge(self) -> None:
+        """Evaluate what was observed: keep the stack that is a chain, or try again in the next forward."""
         model, verifier = self._model(), self._verifier
         if model is None:
             return
@@ -402,7 +508,8 @@ class ResidualTaps:
             self._keep(kept, trained)
         elif self._num_attempts >= (MAX_PARTIAL_ATTEMPTS if verifier.is_partial else MAX_ATTEMPTS):
             blocks = [point.module for stack in self._selection.candidates for point in stack.points]
-            compiled = f"{type(model).__name__}: {INSIDE_A_GRAPH}" if compiled_whole(model, blocks) else ""
+            unseen = compiled_whole(model, blocks) and not verifier.any_called
+            compiled = f"{type(model).__name__}: {INSIDE_A_GRAPH}" if unseen else ""
             reason = compiled or not_verified(model, self._selection, reasons, HOW_TO_NAME)
             if self._replace_adapter(reason):
                 return
@@ -417,14 +524,16 @@ class ResidualTaps:
         self.width = verifier.width(kept)
         self._in_gradients, self._interleaved = verifier.in_gradients(kept), verifier.is_interleaved(kept)
         if kept.form == "entries":
-            self.obstacle = "the model adds the blocks' outputs to the state itself"
+            self._obstacle = "the model adds the blocks' outputs to the state itself"
         elif kept.position is not None and kept.position.left == SUM:
-            self.obstacle = "the state is the sum of two tensors"
+            self._obstacle = "the state is the sum of two tensors"
         elif len({id(point.module) for point in kept.points}) < len(kept.points):
-            self.obstacle = "one block is several layers, and it acts on single ones"
+            self._obstacle = "one block is several layers, and it acts on single ones"
         for name in set(self._handles) - {kept.name}:
             self._untap(name)
             del self._handles[name]
+        graph = self._graphs.get(kept.name)
+        self.in_graph = graph is not None and graph.read() is not None
         exponent, fingerprint = verifier.update_exponent(kept), verifier.fingerprint(kept)
         verifier.reset()
         self._say_if_partly_trained(kept, trained)
