@@ -11,7 +11,7 @@ calls all of its blocks in order, each takes a state that was computed from the 
 share one shape, and the blocks carry their input forward by themselves. If they do not, because the model adds their
 outputs to the state itself, as h = h + block(h), the stack is kept in the form "entries" if the input of each block
 carries that of the one before. The graph of gradients shows what was computed from what, so both need a forward with
-gradients. A chain has precedence, then pairs.
+gradients, or `compare_values`. A chain has precedence, then pairs.
 
 `watch()` runs these steps; a caller with its own hooks runs them by hand::
 
@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Path, Point, Stack, StackForm, StatePosition
 from koopmon.block_finder import normalised
-from koopmon.lineage import Lineage
+from koopmon.lineage import Lineage, ValueLineage
 from koopmon.observed_states import describe, measure_update, observe
 from koopmon.spectral import LARGEST_EXPONENT, stack_exponent
 from koopmon.state_position import SUM, argument_tensors, is_state, output_tensors, summed
@@ -128,6 +128,18 @@ class ChainVerifier:
     def any_called(self) -> bool:
         """True if a block of a candidate was called."""
         return any(trace.calls for trace in self._traces.values())
+
+    def compare_values(self, stack: Stack) -> None:
+        """Find the origin of the states of `stack` by their values: this forward ran without a graph of gradients."""
+        self._traces[stack.name].lineage = ValueLineage()
+
+    @property
+    def is_unchanged(self) -> bool:
+        """True if blocks were called and none has changed a state, as blocks that begin as identities."""
+        sizes = [
+            size for trace in self._traces.values() for call in trace.calls for _, size, _ in call.on_host.values()
+        ]
+        return bool(sizes) and not any(size > 0.0 for size in sizes)
 
     def observe_input(self, stack: Stack, layer: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Observe the call arguments of block `layer` of `stack`, just before it runs."""

@@ -207,6 +207,7 @@ class GraphTaps:
 
     def observe(self, copied: list[_Copied], verifier: ChainVerifier) -> None:
         """Show the states to `verifier`, as those of one forward with gradients."""
+        verifier.compare_values(self.stack)
         with torch.enable_grad():
             for point, each in zip(self.stack.points, copied, strict=True):
                 if each.called:

@@ -504,6 +504,8 @@ class ResidualTaps:
         kept, reasons = verifier.verdict(trained, skips=self._num_attempts > PATIENCE)
         if verifier.is_partial and self._num_attempts <= PATIENCE:
             return  # every rank must keep the same stack, whichever blocks it has skipped so far
+        if kept is None and verifier.is_unchanged and self._num_attempts <= MAX_PARTIAL_ATTEMPTS:
+            return  # the values say nothing until the blocks have learned
         if kept is not None:
             self._keep(kept, trained)
         elif self._num_attempts >= (MAX_PARTIAL_ATTEMPTS if verifier.is_partial else MAX_ATTEMPTS):

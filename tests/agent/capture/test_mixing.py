@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from koopmon.agent.capture.graph_taps import supported
 from koopmon.token_sampling import choose_rows
 from koopmon.wire.messages import KssSettings
 from tests.agent.models import D, batch, paced
@@ -72,6 +74,41 @@ def test_blocks_that_begin_as_identities_are_pairs(case: str, monitor: ScriptedM
         train_step(model, optimizer, model, step)
         arrived()
     assert {(header.paired, header.num_points) for header, _ in monitor.shards} == {(True, 2 * L)}
+
+
+@pytest.mark.skipif(not supported(), reason="the compiler of this torch gets no taps")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the tracer inspects it
+@pytest.mark.parametrize("case", ["embedding again", "value skips", "normalised between", "zeros"])
+def test_a_model_that_mixes_inside_a_compiled_graph(case: str, monitor: ScriptedMonitor, agents: Attach) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Mixing(*MODELS["embedding again" if case == "zeros" else case])
+    if case == "zeros":
+        for block in model.blocks:
+            for parameter in (*block.attention.out_proj.parameters(), *block.down.parameters()):
+                torch.nn.init.zeros_(parameter)
+    model.call = partial(call_without_states, model)  # type: ignore[method-assign]
+    bare = copy.deepcopy(model)
+    bare.call = partial(call_without_states, bare)  # type: ignore[method-assign]
+    optimizer, bare_optimizer = (torch.optim.SGD(each.parameters(), lr=0.001) for each in (model, bare))
+    bare_losses = [train_step(bare, bare_optimizer, torch.compile(bare, backend="eager"), step) for step in range(6)]
+    torch._dynamo.reset()
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
+    monitor.wait(lambda: agent.status()["connected"])
+    arrived, called = paced(agent, monitor), torch.compile(model, backend="eager", fullgraph=True)
+    for step in range(6):
+        assert train_step(model, optimizer, called, step) == bare_losses[step]
+        arrived()
+    status = agent.status()
+    assert (status["reason"], status["errors"], status["num_layers"]) == ("", 0, L)
+    assert len(monitor.shards) >= 2
+    assert {(header.paired, header.num_points) for header, _ in monitor.shards} == {(True, 2 * L)}
+    torch._dynamo.reset()
+
+
+def call_without_states(model: Mixing, layer: int, h: Tensor) -> Tensor:
+    found: Tensor = model.blocks[layer](h)
+    return found
 
 
 @pytest.mark.parametrize("case", ENTRIES)
