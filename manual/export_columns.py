@@ -16,7 +16,7 @@ latest run. It works during a run and after it, and does not disturb the monitor
 ```sh
 koopmon export train-1a2b3c4d --out train.csv
 koopmon export train-1a2b3c4d --table layers --out layers.parquet
-koopmon export train-1a2b3c4d --format json | jq '.[-1].risk'
+koopmon export train-1a2b3c4d --table commands --format json
 ```
 
 The format is that of `--format`, else of the suffix of `--out` (`.csv`, `.json`, `.parquet`, `.arrow`, `.feather`),

@@ -75,6 +75,7 @@ def test_news_go_to_standard_error_unless_the_application_logs_them(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logger = logging.getLogger("koopmon.a-test")
+    monkeypatch.setattr(logging.getLogger(), "level", logging.WARNING)
     tell(logger, "one")
     tell(logger, "two", rank=1)
     with caplog.at_level(logging.INFO, logger=logger.name):
@@ -87,6 +88,7 @@ def test_news_go_to_standard_error_unless_the_application_logs_them(
 
 def test_news_need_no_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
     logger = logging.getLogger("koopmon.a-test")
+    monkeypatch.setattr(logging.getLogger(), "level", logging.WARNING)
     closed = io.StringIO()
     closed.close()
     for stream in (None, closed):

@@ -41,6 +41,10 @@ class Notices:
         self._num_changes = 0
         self._closed = False
 
+    def silence(self) -> None:
+        """Print nothing, as KOOPMON_NOTICES=none."""
+        self._selected = "none"
+
     def meet(self, rank: int) -> None:
         """Note this process's rank. Only rank 0 prints lines."""
         self._rank = rank

@@ -97,7 +97,7 @@ def run(
         set_verbosity("quiet")
     where = spread(command, os.environ)
     if option_of_python := isolation(command):
-        warn(
+        say(
             f"python {option_of_python} attaches nothing by itself: call koopmon.attach(model, optimizer) in the script"
         )
     named = name or new_run_name(script_name(command))

@@ -211,6 +211,7 @@ class Attached:
         io_thread = self.runtime.io_thread
         assert isinstance(io_thread, Notebook)
         self.notebook = io_thread
+        self.runtime.notices.silence()
 
     def command(self, kind: Any, **fields: Any) -> None:
         """Submit a command; it takes effect at the next optimizer step."""

@@ -354,7 +354,7 @@ for step in range(5):
 """
     )
     assert [note["what"] for note in bench.notes()].count("attach") == MAX_MODELS
-    assert f"more than {MAX_MODELS} models train in this process: Critic is not watched" in done.stderr
+    assert f"more than {MAX_MODELS} models train in this process: Critic under SGD is not watched" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

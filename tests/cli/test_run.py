@@ -33,7 +33,7 @@ def test_the_jobs_bytes_are_its_own(koopmon: Any) -> None:
         "os.write(1, data[:70000]); os.write(2, data[::-1][:70000]); sys.stdin.buffer.read()\n"
     )
     data = bytes(range(256)) * 300
-    done = koopmon.run(PYTHON, "-S", "-c", body)
+    done = koopmon.run(PYTHON, "-c", body)
     assert done.stdout == data[:70000]
     before, _, after = done.stderr.partition(data[::-1][:70000])
     for mine in (before, after):
@@ -194,8 +194,8 @@ def test_a_job_that_cannot_be_started_is_one_line(koopmon: Any, one_line: Refuse
         (["--store", "/proc/x.sqlite3", "--", "true"], ["--store /proc/x.sqlite3"]),
         (["--store", "/", "--", "true"], ["--store /", "a directory"]),
         (["--store", "/etc/passwd", "--", "true"], ["/etc/passwd"]),
-        (["--json", "/nodir/x.json", "--", "true"], ["--json /nodir/x.json", "No such file"]),
-        (["--json", "/", "--", "true"], ["--json /", "a directory"]),
+        (["--summary", "/nodir/x.json", "--", "true"], ["--summary /nodir/x.json", "No such file"]),
+        (["--summary", "/", "--", "true"], ["--summary /", "a directory"]),
         (["--allow-stop", "--policy", "observe", "--", "true"], ["--allow-stop", "observe"]),
         (["--monitor", "tcp://127.0.0.1:1", "--allow-stop", "--", "true"], ["--allow-stop", "[policy] stop"]),
     ],

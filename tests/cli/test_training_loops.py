@@ -22,7 +22,7 @@ HASTY = f"{DENSE}[policy]\nact_risk = 1e-8\nrelease_risk = 1e-9\n"
 def guarded(koopmon: Any, name: str, text: str, *options: str) -> tuple[list[str], dict[str, Any], list[int]]:
     """Return the job's lines, the closing summary and the layers of each launch."""
     (koopmon.directory / "k.toml").write_text(text)
-    options += ("--config", "k.toml", "--store", "s.sqlite3", "--json", "s.json", "--run", "mine")
+    options += ("--config", "k.toml", "--store", "s.sqlite3", "--summary", "s.json", "--run", "mine")
     done = koopmon("run", *options, "--", sys.executable, str(PROGRAM), name, TMPDIR="/tmp")
     assert done.returncode == 0, done.stderr.decode()
     assert b"not attached" not in done.stderr

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("scipy")
+pytest.importorskip("scipy.optimize")
 
 import numpy as np
 import scipy.linalg

@@ -168,7 +168,7 @@ def test_products_are_in_double_precision_where_float32_is_not_exact(monkeypatch
 
 
 def coordinates_of(x: Tensor, y: Tensor, svd_rank: int | None = None, ridge: float = 1e-3) -> Coordinates:
-    (found,) = transitions([x, y], ["x", "y"], svd_rank, ridge, seed=0)
+    (found,) = transitions([x, y], ["x", "y"], svd_rank, ridge, seed=0, paired=False)
     return found
 
 

@@ -217,7 +217,7 @@ def test_a_reader_that_takes_nothing_is_cut_and_costs_little_until_then(
     with socket.socket() as stalled:
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         stalled.connect((host, int(port)))
-        stalled.sendall(b"GET /api/v1/events HTTP/1.1\r\nHost: a\r\n\r\n")
+        stalled.sendall(b"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         step = 0
 
         def busy() -> bool:

@@ -135,7 +135,7 @@ def test_an_unknown_run_is_told_in_words_which_there_are(client: httpx.Client, t
 
 def test_no_run_yet_says_how_to_start_one(client: httpx.Client) -> None:
     text = Reading(client.get("/").text).text
-    assert "koopmon run -- torchrun train.py" in text
+    assert "koopmon run --monitor ENDPOINT -- torchrun train.py" in text
     assert client.get("/api/v1/runs").json()["runs"] == []
 
 

@@ -111,9 +111,9 @@ def test_it_injects_only_while_alpha_is_above_zero() -> None:
 
 def test_it_is_refused_while_one_block_is_several_layers() -> None:
     kss = action()
-    for repeats in (True, False):
-        kss.before_forwards(ControlState(), 5, NextForwards(3, 1, 0, repeats=repeats))
-        assert kss.capability(LAYOUT).acts is not repeats
+    for obstacle in ("one block is several layers", ""):
+        kss.before_forwards(ControlState(), 5, NextForwards(3, 1, 0, obstacle=obstacle))
+        assert kss.capability(LAYOUT).acts is not obstacle
 
 
 def test_the_scaler_is_looked_for_before_the_first_step_with_kss(monkeypatch: pytest.MonkeyPatch) -> None:
