@@ -41,7 +41,8 @@ def seeds() -> Iterator[bytes]:
         b"GET /metrics HTTP/1.1\r\nHost: [::1]\r\nAccept: application/openmetrics-text;version=1.0.0,*/*;q=0.1\r\n\r\n",
         b"POST /metrics HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
         b"PUT /readyz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\nabcd",
-        b"GET / HTTP/1.1\r\nHost: [::1]\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: [::1]\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 1\r\n"
+        b"\r\n",
         b"OPTIONS * HTTP/1.0\r\n\r\nGET /%ff%00..//metrics?x=%zz HTTP/1.1\r\nHost: [::1]:\r\n\r\n",
     ):
         yield b"\x10\x20" + request
