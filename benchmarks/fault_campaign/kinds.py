@@ -244,12 +244,13 @@ def extreme_numbers(stage: Watched) -> str:
                     said += control.send(encode(made(Ack, choose, **about)))
             said += control.send(encode(made(Heartbeat, choose, **name, dropped={"not_finite": choose(WHOLE)})))
             if data is not None:
-                shape = {"num_points": 3, "num_samples": 16, "width": 4, "dtype": "float32", "first_point": 0}
-                place = {"process_rank": choose((0, 1, 2)), "num_senders": 3, "last_stage": True}
+                paired = choose((False, True))
+                shape = {"num_points": 3 + paired, "num_samples": 16, "width": 4, "dtype": "float32", "first_point": 0}
+                place = {"process_rank": choose((0, 1, 2)), "num_senders": 3, "last_stage": True, "paired": paired}
                 header = made(
                     Shard, choose, **{**name, **shape, **place}, observables={"a": [choose((0.0, 1e308))] * 2}
                 )
-                states = torch.randn((3, 16, 4)) * choose((1.0, 1e30, *STRANGE))
+                states = torch.randn((3 + paired, 16, 4)) * choose((1.0, 1e30, *STRANGE))
                 said += data.send(encode(header, states)) is None
             poller.wait(0.02)
         control.send(encode(made(Goodbye, choose, **name)))

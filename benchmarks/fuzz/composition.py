@@ -297,11 +297,12 @@ class Play:
         self._says(made(Goodbye, self.choose, **self._name(), process_rank=self.choose((0, 1))))
 
     def shard(self) -> None:
-        points = self.choose((2, 3, 71))
-        values = [self.choose((None, 0.0, -1e300, sys.float_info.max))] * (points - 1)
+        points, paired = self.choose(((2, False), (3, False), (71, False), (2, True), (70, True)))
+        values = [self.choose((None, 0.0, -1e300, sys.float_info.max))] * (points // 2 if paired else points - 1)
         observed = dict.fromkeys(self.choose(((), ("a", "b"))), values)
         shape = {"num_points": points, "num_samples": 2, "width": 2, "dtype": "bfloat16", "first_point": 0}
         senders = {"process_rank": self.choose((0, 1)), "num_senders": self.choose((1, 1, 2)), "last_stage": True}
+        shape["paired"] = paired
         header = made(Shard, self.choose, **self._name(), **shape, **senders, observables=observed)
         received = decode(encode(header, [FRAME] * points), limits=WireLimits())
         assert isinstance(received, ReceivedShard)
