@@ -229,6 +229,15 @@ def test_kss_is_reverted_and_barred_when_the_loss_rises_under_it() -> None:
     assert len(run.alphas) == 2
 
 
+@pytest.mark.parametrize(("before", "is_barred"), [(0.1, True), (0.0, False), (-0.1, False)])
+def test_a_loss_below_one_is_compared_and_one_without_a_ratio_is_not(before: float, is_barred: bool) -> None:
+    run = Run(PolicyConfig(name="kss+lr"))
+    run.see(HIGH, loss=before)
+    run.see(HIGH, loss=before)
+    run.see(CALM, steps=30, loss=0.1 * run.config.harm_ratio * 1.01)
+    assert any("loss rose" in action.reason for _, action in run.actions) is is_barred
+
+
 def test_kss_is_reverted_when_the_risk_stays_severe_in_spite_of_it() -> None:
     run = Run(PolicyConfig(name="kss"))
     run.see(SEVERE, steps=40)

@@ -662,3 +662,22 @@ def test_silence_belongs_to_one_incarnation() -> None:
     bench.assembler.expire(5.0)
     bench.assembler.forget("job", INCARNATION)
     assert heard(bench, 2, 10.0) == []
+
+
+def test_a_rank_that_sent_in_time_is_no_longer_silent() -> None:
+    bench = Bench()
+    heard(bench, 1, 0.0)
+    bench.assembler.expire(5.0)
+    assert [made.num_shards for made in heard(bench, 2, 10.0, (3, 0, 1, 2))] == [4]
+    assert heard(bench, 3, 20.0) == []
+    assert [made.num_shards for made in heard(bench, 3, 21.0, (3,))] == [4]
+
+
+def test_the_line_about_silence_comes_once_a_minute_for_each_run(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    for incarnation in ("aaaaaaaa", "bbbbbbbb"):
+        bench.add(make_shard(0, num_senders=2, incarnation=incarnation), now=0.0)
+        bench.assembler.expire(5.0)
+    bench.add(make_shard(0, num_senders=2, run="other"), now=6.0)
+    bench.assembler.expire(11.0)
+    assert [record.message.split(":")[0] for record in caplog.records] == ["run job", "run other"]

@@ -635,3 +635,13 @@ def test_batches_give_the_same_profile_and_leave_the_modes_of_the_thread(monkeyp
     for one, other in zip(whole.layers, split.layers, strict=True):
         assert torch.allclose(one.eigenvalues, other.eigenvalues)
         assert one.update_exponent == other.update_exponent
+
+
+def test_one_batch_is_the_profile_itself() -> None:
+    """The defaults of both are the same."""
+    states = torch.cumsum(torch.randn((4, 40, 6), generator=torch.Generator().manual_seed(4)), dim=0)
+    profiling = profile_in_batches(states, svd_rank=3)
+    with pytest.raises(StopIteration) as end:
+        next(profiling)
+    for one, other in zip(profile_states(states, svd_rank=3).layers, end.value.value.layers, strict=True):
+        assert torch.equal(one.eigenvalues, other.eigenvalues)

@@ -188,3 +188,14 @@ def test_the_last_byte_of_a_second_is_enough_for_a_snapshot() -> None:
     assert budget.affords
     budget.spend(0.0, 1)
     assert not budget.affords
+
+
+def test_agents_of_one_process_share_the_step_time_and_the_bytes() -> None:
+    config = CadenceConfig(initial_credit_seconds=0.0, budget_ratio=0.01, max_bytes_per_second=1e9)
+    alone, shared = OverheadBudget(config), OverheadBudget(config)
+    shared.num_sharers = 4
+    for budget in (alone, shared):
+        budget.spend(0.0, 1_000_000_000)
+        budget.earn(0.2)
+    assert shared.credit_seconds == pytest.approx(alone.credit_seconds / 4)
+    assert (alone.credit_bytes, shared.credit_bytes) == (pytest.approx(2e8), pytest.approx(5e7))

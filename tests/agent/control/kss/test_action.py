@@ -113,7 +113,7 @@ def test_it_is_refused_while_one_block_is_several_layers() -> None:
     kss = action()
     for obstacle in ("one block is several layers", ""):
         kss.before_forwards(ControlState(), 5, NextForwards(3, 1, 0, obstacle=obstacle))
-        assert kss.capability(LAYOUT).acts is not obstacle
+        assert kss.capability(LAYOUT).acts is (obstacle == "")
 
 
 def test_the_scaler_is_looked_for_before_the_first_step_with_kss(monkeypatch: pytest.MonkeyPatch) -> None:
