@@ -76,6 +76,7 @@ def test_news_go_to_standard_error_unless_the_application_logs_them(
 ) -> None:
     logger = logging.getLogger("koopmon.a-test")
     monkeypatch.setattr(logging.getLogger(), "level", logging.WARNING)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])  # without those that other tests left
     tell(logger, "one")
     tell(logger, "two", rank=1)
     with caplog.at_level(logging.INFO, logger=logger.name):

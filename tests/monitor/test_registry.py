@@ -508,3 +508,8 @@ def test_a_run_is_launched_at_most_once_a_second_on_average(registry: RunRegistr
     admit(registry, 129.9, hello(incarnation=names[-1]), b"p0")
     with pytest.raises(ProtocolError, match="was launched 60 times"):
         admit(registry, 129.9, hello(incarnation="ffffffff"), b"p0")
+
+
+def test_without_a_heartbeat_a_run_shows_what_its_hello_said(registry: RunRegistry) -> None:
+    run = admit(registry, 0.0, hello(step=7, applied=Applied(lr_scale=0.5)), b"p0").run
+    assert run.training == TrainingStep(step=7, lr_scale=0.5)

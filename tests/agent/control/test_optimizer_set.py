@@ -125,3 +125,17 @@ def test_parameters_that_come_and_go_count_at_once() -> None:
     assert members.parameters == {id(first), id(second)}
     del optimizer.param_groups[0]
     assert members.parameters == {id(second)}
+
+
+def test_a_member_updates_its_own_parameters_and_those_of_its_wrapper() -> None:
+    own, other, rest = weights(1), weights(1), weights(1)
+    first, second = SGD(own, lr=0.1), SGD(other, lr=0.1)
+    wrapper = Sharded([*own, *rest], first)
+    members = OptimizerSet(wrapper)
+    members.add(second)
+
+    def updated(member: Optimizer) -> list[int]:
+        return list(map(id, members.updated_by(member)))
+
+    assert updated(first) == list(map(id, [*own, *own, *rest]))
+    assert updated(second) == list(map(id, other))

@@ -419,6 +419,9 @@ def test_the_check_takes_the_smallest_parameter_and_the_smallest_matrix_of_a_gro
     assert taken(wide, square, bias, frozen, empty) == [id(bias), id(square)]
     assert taken(wide, cube, square) == [id(cube)], "one is both"
     assert taken(frozen) == [id(frozen)], "a loop may freeze an optimizer for a while"
+    other = nn.Parameter(torch.zeros(1), requires_grad=False)
+    partly = SGD([{"params": [frozen, bias]}, {"params": [other]}], lr=0.1)
+    assert list(map(id, _sample(partly))) == [id(bias)], "a frozen group has no part in the training"
     assert taken(empty) == []
     assert len(taken(nn.Parameter(torch.zeros(())))) == 1
     square.grad = torch.zeros(3, 3)
