@@ -25,7 +25,7 @@ def locked(path: Path) -> IO[bytes]:
         file = open_private(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_still_there(path, file):
+            if is_still_there(path, file):
                 return file
         except BaseException:
             file.close()
@@ -46,7 +46,8 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def _is_still_there(path: Path, file: IO[bytes]) -> bool:
+def is_still_there(path: Path, file: IO[bytes]) -> bool:
+    """Return True if `path` is the name of the open `file`."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except FileNotFoundError:

@@ -23,7 +23,16 @@ import msgspec
 
 from koopmon.config import StoreConfig
 from koopmon.errors import StoreError, one_line
-from koopmon.history.database import BUSY_SECONDS, is_damage, open_database, release_lock, set_aside, take_lock
+from koopmon.files import is_still_there
+from koopmon.history.database import (
+    BUSY_SECONDS,
+    is_damage,
+    lock_file,
+    open_database,
+    release_lock,
+    set_aside,
+    take_lock,
+)
 from koopmon.history.retention import Retention
 from koopmon.history.schema import SCHEMA_VERSION, SQLITE_ERRORS
 
@@ -297,9 +306,10 @@ class Journal:
     def _start_over(self) -> None:
         """Rename a file that was damaged or deleted while open, and create a new one. Raises OSError, StoreError."""
         self._database.close()
-        if not os.path.exists(f"{self._path}.lock"):  # removed with the directory
+        if not is_still_there(lock_file(self._path), self._lock):  # removed with the directory
+            lock = take_lock(self._path)  # raises while another monitor holds it
             self._lock.close()
-            self._lock = take_lock(self._path)
+            self._lock = lock
         if not self._moved():
             kept = set_aside(self._path)
             logger.error("store %s: damaged: kept as %s, a new one is begun", self._path, kept.name)

@@ -64,6 +64,8 @@ ALIVE_SECONDS = 10.0
 """The loop waits for at most MAX_WAIT_SECONDS at a time. /healthz fails when no wait has succeeded for this long."""
 BURST = 64
 """Maximum number of messages read from one socket before the other sockets are read."""
+REOPEN_SECONDS = 30.0
+"""Time in seconds for which an address that another process took meanwhile is tried again."""
 RECEIVE_SECONDS = 5.0
 """Maximum time in seconds for reading the messages that have arrived at shutdown: peers may go on sending."""
 DRAIN_SECONDS = 60.0
@@ -272,7 +274,10 @@ class Monitor:
 
     def _close_connections_above_limit(self) -> None:
         """Close all connections, and free the messages that they have begun, when the memory is above its limit."""
-        if not (resident := self._memory.exceeded(time.monotonic())):
+        resident = 0
+        with self._failures.contained("loop"):
+            resident = self._memory.exceeded(time.monotonic())
+        if not resident:
             return
         logger.error(
             "monitor: %.1f GiB of memory in use, the limit is %.1f ([monitor] max_memory_bytes): all connections are"
@@ -284,7 +289,17 @@ class Monitor:
         addresses = self._control.endpoint, self._data.endpoint
         # An ipc path can be bound again only after its context is closed.
         self._wire.close()
-        self._open_sockets(*addresses)
+        until = time.monotonic() + REOPEN_SECONDS
+        while True:
+            try:
+                self._open_sockets(*addresses)
+            except EndpointError:
+                self._wire.close()
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(FAILED_WAIT_SECONDS)
+            else:
+                return
 
     def _wait(self) -> None:
         now = time.monotonic()

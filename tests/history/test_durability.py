@@ -428,6 +428,22 @@ def test_a_directory_that_is_removed_is_made_again(tmp_path: Path, clock: Clock)
     store.close()
 
 
+def test_a_directory_that_another_monitor_made_again_has_one_writer(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "state" / "history.sqlite3"
+    store = HistoryWriter.open(path, clock=clock)
+    decide(store, 0)
+    shutil.rmtree(path.parent)
+    other = HistoryWriter.open(path)
+    for _ in range(3):
+        keep_up(store, clock, RUN)
+        assert not store.recording
+    other.close()
+    keep_up(store, clock, RUN)
+    assert store.recording
+    store.close()
+    HistoryWriter.open(path).close()
+
+
 @pytest.mark.parametrize("link", ["symbolic", "hard", "directory"])
 def test_one_file_has_one_writer_under_every_name(
     open_store: Callable[..., HistoryWriter], path: Path, link: str
