@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from koopmon.errors import EndpointError
 from koopmon.monitor import memory
 from koopmon.monitor.memory import CHECK_SECONDS, PAUSE_SECONDS, MemoryWatch, available_bytes, resident_bytes
 from tests.monitor.conftest import ScriptedAgent
@@ -41,6 +42,30 @@ def test_a_check_is_due_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -> No
     assert watch.exceeded(100.0 + CHECK_SECONDS) == 11
     assert watch.exceeded(100.0 + PAUSE_SECONDS) == 0
     assert watch.exceeded(101.0 + PAUSE_SECONDS) == 11
+
+
+def test_an_address_that_is_taken_is_tried_again(
+    start_monitor: Start, connect: Callable[..., ScriptedAgent], until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = start_monitor()
+    agent = connect(served.addresses.endpoint)
+    agent.hello()
+    monitor, attempts = served.monitor, list[str]()
+    open_sockets = monitor._open_sockets
+
+    def refused_twice(bind: str, data_bind: str | None) -> None:
+        attempts.append(bind)
+        if len(attempts) < 3:
+            raise EndpointError("in use")
+        open_sockets(bind, data_bind)
+
+    monkeypatch.setattr(monitor, "_open_sockets", refused_twice)
+    monkeypatch.setattr(monitor, "_memory", MemoryWatch(1))
+    until(lambda: len(attempts) == 3)
+    monkeypatch.setattr(monitor, "_memory", MemoryWatch(0))
+    until(lambda: agent.control.connections >= 2)
+    agent.hello(step=2)
+    assert attempts == [served.addresses.endpoint] * 3
 
 
 def began(endpoint: str, kind: str) -> socket.socket:
