@@ -158,10 +158,11 @@ def faults(path: Path) -> None:
 
 
 def learning_rates(path: Path) -> None:
-    """Draw the final loss by peak learning rate: mean and range over seeds, one panel for each kind of model."""
-    told = json.loads(PROVING_GROUND.read_text(encoding="utf-8"))
-    figure, panels = _figure(1, len(told["models"]), (5.6 * len(told["models"]), 4.4))
-    for panel, model in zip(panels, told["models"], strict=True):
+    """Draw the final loss by peak learning rate: mean and range over seeds, one panel for each model, one row a size."""
+    models = json.loads(PROVING_GROUND.read_text(encoding="utf-8"))["models"]
+    rows = len({model["width"] for model in models})
+    figure, panels = _figure(rows, len(models) // rows, (5.6 * len(models) // rows, 4.4 * rows))
+    for panel, model in zip(panels, models, strict=True):
         for arm, (words, colour, line) in ARMS.items():
             losses = model["arms"].get(arm, {}).get("losses", {})
             if not losses:

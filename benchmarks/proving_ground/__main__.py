@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from benchmarks.proving_ground.training import FAILURES, Arm, Recipe, train
 RESULT = Path(__file__).resolve().parent.parent / "results" / "proving_ground.json"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SMALL, LARGE = (64, 4), (128, 6)
+SIZES = {"small": SMALL, "large": LARGE}
 """Width and number of layers."""
 SEEDS = (10, 11, 12)
 ARMS: tuple[Arm, ...] = ("clip", "qk_norm", "guarded")
@@ -127,17 +129,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="held out from the detector's choice")
     every = (*ARMS, *BASELINES)
     parser.add_argument("--arms", nargs="+", choices=every, default=every, help="beside clip, which is always trained")
-    parser.add_argument("--small", action="store_true", help="the small size only")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES], help="others keep their kept results")
     options = parser.parse_args(arguments)
     console = campaign.console()
-    sizes = (SMALL,) if options.small else (SMALL, LARGE)
+    sizes = [SIZES[name] for name in options.sizes]
     cases = [case for case in plan(options.seeds, sizes) if case.arm in ("clip", *options.arms)]
     runs = campaign.run(cases, train, options.work, workers=options.workers, console=console)
     models = analyse(runs)
     show(models, console)
-    document = {"provenance": provenance(0), "seeds": list(options.seeds), "models": models}
+    told = {"provenance": provenance(0), "seeds": list(options.seeds)}
+    models = [{**model, **told} for model in models]
+    models = sorted([*kept_models(options.out, sizes), *models], key=itemgetter("width", "norm"))
+    document = {"models": models}
     options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def kept_models(path: Path, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Return the models of an earlier result whose size is not one of `sizes`."""
+    if not path.exists():
+        return []
+    models = json.loads(path.read_text(encoding="utf-8"))["models"]
+    return [model for model in models if (model["width"], model["num_layers"]) not in sizes]
 
 
 if __name__ == "__main__":

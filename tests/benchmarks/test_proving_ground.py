@@ -1,7 +1,9 @@
 """Proving ground: models, schedule, clipping rules, and results from recorded runs."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import nn
 
 from benchmarks.campaign import Kept
 from benchmarks.proving_ground import text
-from benchmarks.proving_ground.__main__ import analyse, plan
+from benchmarks.proving_ground.__main__ import LARGE, SMALL, analyse, kept_models, plan
 from benchmarks.proving_ground.clipping import AdaGC, ZClip, gradient_rule
 from benchmarks.proving_ground.models import NORMS, LanguageModel, largest_logit, rotate
 from benchmarks.proving_ground.outcomes import (
@@ -248,3 +250,12 @@ def test_the_analysis_names_the_best_rate_and_what_the_guard_did() -> None:
     assert model["within_0.05"] == model["num_above"] == 8
     assert model["arms"]["guarded"]["sensitivity"]["mean"] < model["arms"]["clip"]["sensitivity"]["mean"]
     assert model["arms"]["clip"]["outcomes"]["0.1"] == ["ruined", "ruined"]
+
+
+def test_a_run_of_one_size_keeps_the_results_of_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    assert kept_models(path, [LARGE]) == []
+    models = [{"width": width, "num_layers": num_layers, "norm": "pre"} for width, num_layers in (SMALL, LARGE)]
+    path.write_text(json.dumps({"models": models}), encoding="utf-8")
+    assert kept_models(path, [LARGE]) == models[:1]
+    assert kept_models(path, [SMALL, LARGE]) == []
