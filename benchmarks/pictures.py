@@ -158,7 +158,7 @@ def faults(path: Path) -> None:
 
 
 def learning_rates(path: Path) -> None:
-    """Draw the final loss by peak learning rate: mean and range over seeds, one panel for each model, one row a size."""
+    """Draw the final loss by peak learning rate, its mean and range over seeds: a panel a model, a row a size."""
     models = json.loads(PROVING_GROUND.read_text(encoding="utf-8"))["models"]
     rows = len({model["width"] for model in models})
     figure, panels = _figure(rows, len(models) // rows, (5.6 * len(models) // rows, 4.4 * rows))
