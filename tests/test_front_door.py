@@ -62,7 +62,7 @@ def test_the_matrix_is_what_pyproject_promises() -> None:
     assert PYPROJECT["tool"]["mypy"]["python_version"] == promised[0]
     assert PYPROJECT["tool"]["ruff"]["target-version"] == f"py{promised[0].replace('.', '')}"
     assert job["container"]["image"] == "python:${{ matrix.python }}-bookworm"
-    (oldest,) = (line for line in PROJECT["dependencies"] if line.startswith("torch>="))
+    (oldest,) = (line for line in PROJECT["optional-dependencies"]["monitor"] if line.startswith("torch>="))
     assert matrix["torch"] == ["", oldest.replace(">=", "==") + ".*"]
     assert oldest == f"torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}"
     assert job["env"]["TORCH"] == "${{ matrix.torch }}"
@@ -125,7 +125,8 @@ def test_pre_commit_takes_its_tools_from_the_environment() -> None:
 def test_the_extra_of_the_tests_is_small_and_part_of_dev() -> None:
     extras = PROJECT["optional-dependencies"]
     names = {re.split(r"[>=<\[ ;]", line)[0] for line in extras["test"]}
-    assert names == {"pytest", "pytest-xdist", "pytest-timeout", "hypothesis"}
+    assert names == {"koopmon", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis"}
+    assert "koopmon[monitor]" in extras["test"]
     own = next(line for line in extras["dev"] if line.startswith("koopmon["))
     assert "test" in own.partition("[")[2].rstrip("]").split(",")
 

@@ -392,7 +392,7 @@ def test_a_taken_name_leaves_the_name_to_koopmon_s_own_adapter(
     chosen = select(model, manager=manager).adapter
     assert type(chosen) is type(adapters(manager)["transformer"])
     assert manager.left_out == {
-        ("a_first_name", "transformer"): "its name is taken by plugin transformer (koopmon 0.1.0)"
+        ("a_first_name", "transformer"): f"its name is taken by plugin transformer (koopmon {koopmon.__version__})"
     }
     (line,) = said(caplog)
     assert line.startswith("koopmon: plugin a_first_name (a_first_name 1.2): adapter 'transformer' is left out")
