@@ -17,7 +17,8 @@ from koopmon.cli import main as koopmon
 from koopmon.grafana.files import write
 from manual import dashboards, export_columns, metrics_and_alerts
 
-ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT = Path(__file__).resolve().parent.parent
+"""The repository. The files are written below ROOT."""
 RULES, MANIFEST = "grafana/prometheus/koopmon.rules.yml", "deploy/kubernetes/base/prometheusrule.yaml"
 EXPORT = "docs/export.md"
 VERSIONED = ("CITATION.cff", "deploy/helm/koopmon/Chart.yaml")
@@ -48,7 +49,7 @@ def main() -> int:
     write(ROOT, {EXPORT: export_columns.page()})
     status = koopmon(["grafana", "export", str(ROOT / "grafana"), "--docs", str(ROOT / "docs")])
     write(ROOT, {MANIFEST: MANIFEST_HEAD + textwrap.indent((ROOT / RULES).read_text(encoding="utf-8"), "  ")})
-    write(ROOT, {name: with_version((ROOT / name).read_text(encoding="utf-8")) for name in VERSIONED})
+    write(ROOT, {name: with_version((SOURCE / name).read_text(encoding="utf-8")) for name in VERSIONED})
     return status
 
 

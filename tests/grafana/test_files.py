@@ -33,7 +33,29 @@ def test_export_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert told["files"] == sorted(wanted)
     assert {path: Path(path).read_text() for path in wanted} == wanted
     assert main(["grafana", "export", str(place)]) == 0
-    assert "7 files in" in capsys.readouterr().err
+    assert f"{len(files())} files in" in capsys.readouterr().err
+
+
+def test_the_export_is_a_mixin(tmp_path: Path) -> None:
+    """Jsonnet renders it, and another mixin adds to it."""
+    jsonnet = pytest.importorskip("_gojsonnet")
+    assert main(["grafana", "export", str(tmp_path / "koopmon")]) == 0
+    rules = tmp_path / "koopmon/prometheus/koopmon.rules.yml"
+    groups = yaml.safe_load(rules.read_text())["groups"]
+    recorded = {"name": "more", "rules": [{"record": "a:b", "expr": "c"}, {"alert": "D", "expr": "e"}]}
+    rules.write_text(yaml.safe_dump({"groups": [*groups, recorded]}))
+    (tmp_path / "mine.jsonnet").write_text("""
+        local more = { prometheusAlerts+:: { groups+: [{ name: 'mine', rules: [] }] } };
+        local all = (import 'koopmon/mixin.libsonnet') + more;
+        { alerts: all.prometheusAlerts.groups, records: all.prometheusRules.groups, boards: all.grafanaDashboards }
+    """)
+    made = json.loads(jsonnet.evaluate_file(str(tmp_path / "mine.jsonnet")))
+    alerts = [{**group, "rules": [rule for rule in group["rules"] if "alert" in rule]} for group in groups]
+    assert made["alerts"][: len(groups)] == [group for group in alerts if group["rules"]]
+    assert made["alerts"][-2:] == [{"name": "more", "rules": recorded["rules"][1:]}, {"name": "mine", "rules": []}]
+    assert made["records"][-1] == {"name": "more", "rules": recorded["rules"][:1]}
+    boards = {path.name: json.loads(path.read_text()) for path in (tmp_path / "koopmon/dashboards").iterdir()}
+    assert made["boards"] == boards
 
 
 @pytest.mark.parametrize("name", pages())
