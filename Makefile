@@ -87,7 +87,7 @@ $(VENV)/.torch.stamp: constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.plots.stamp: $(VENV)/.torch.stamp $(PINS)
-	$(PIP) install -c $(HELD) $(PIP_ARGS) -e ".[plots]"
+	$(PIP) install -c $(HELD) $(PIP_ARGS) -e ".[monitor,plots]"
 	@touch $@
 
 $(VENV)/.dev.stamp: $(VENV)/.torch.stamp $(PINS)

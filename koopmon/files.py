@@ -15,6 +15,12 @@ from koopmon.errors import ConfigError
 MAX_FILE_BYTES = 4096
 
 
+def xdg_directory(variable: str, default: str) -> Path:
+    """Return the directory `koopmon` under the directory in `variable`, which is absolute, else under `default`."""
+    given = os.environ.get(variable, "").strip()
+    return Path(given if os.path.isabs(given) else os.path.expanduser(default)) / "koopmon"
+
+
 def locked(path: Path) -> IO[bytes]:
     """Open the private file `path`, create it if missing, and hold its lock until it is closed.
 

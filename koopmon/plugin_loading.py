@@ -1,4 +1,4 @@
-"""Loading of plugins through the entry-point group `koopmon`, and calls of their hooks. A failed plugin is skipped."""
+"""Loading of plugins through an entry-point group, and calls of their hooks. A failed plugin is skipped."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from koopmon.errors import PluginError, one_line
 from koopmon.plugin_calls import PluginCalls, WrongResultError, bounded_list, describe_failure, say_once
 
 OWN_PACKAGE = "koopmon_adapters"
+GROUP = "koopmon.adapters"
+"""The entry-point group of the plugins."""
+FORMER_GROUP = "koopmon"
+"""The group until version 0.1. It is still read."""
 
 
 class PluginManager(pluggy.PluginManager):
@@ -119,19 +123,26 @@ def _full_name(distribution: Distribution) -> str:
 def _entries() -> list[EntryPoint]:
     """Return the entry points of all plugins: koopmon's own first, then in the order of their names."""
     try:
-        found = list(entry_points(group=hookspecs.PROJECT))
+        everything = [entry for group in (GROUP, FORMER_GROUP) for entry in entry_points(group=group)]
     except Exception:  # one damaged file of any distribution is enough
-        found = []
+        everything = []
         for distribution in distributions():
             try:
-                found += distribution.entry_points.select(group=hookspecs.PROJECT)
+                everything += distribution.entry_points
             except Exception as error:
                 say_once(f"the entry points of {_full_name(distribution)} cannot be read: {describe_failure(error)}")
-    return sorted(found, key=lambda entry: (_top(entry) != OWN_PACKAGE, entry.name, entry.value))
+    found = {(entry.name, entry.value): entry for entry in everything if entry.group == GROUP}
+    for entry in everything:
+        if entry.group == FORMER_GROUP and (entry.name, entry.value) not in found:
+            found[entry.name, entry.value] = entry
+            if _top(entry) != OWN_PACKAGE:
+                whose = _distribution(entry) or entry.value
+                say_once(f"{whose}: its entry-point group {FORMER_GROUP!r} is deprecated: rename it to {GROUP!r}")
+    return sorted(found.values(), key=lambda entry: (_top(entry) != OWN_PACKAGE, entry.name, entry.value))
 
 
 def plugin_manager() -> PluginManager:
-    """Return a new manager with every plugin of the entry-point group `koopmon` loaded, including koopmon's own.
+    """Return a new manager with every plugin of the entry-point group loaded, including koopmon's own.
 
     A plugin is skipped, logged once and listed in `failures` if it cannot be imported in time, misspells a hook or
     implements none.
@@ -139,8 +150,6 @@ def plugin_manager() -> PluginManager:
     manager = PluginManager()
     loaded: dict[str, str] = {}
     for entry in _entries():
-        if loaded.get(entry.name) == entry.value:  # one distribution, found twice on the path
-            continue
         name = entry.name if entry.name not in loaded else f"{entry.name} of {entry.value}"
         loaded[name] = entry.value
         manager.load(name, entry)

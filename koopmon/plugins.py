@@ -1,4 +1,4 @@
-"""Plugins: loading through the entry-point group `koopmon`, and the choice of the adapter for a model.
+"""Plugins: loading through the entry-point group `koopmon.adapters`, and the choice of the adapter for a model.
 
 koopmon's own adapters come before all others. A third-party adapter with an equal claim, or with the same name, never
 replaces one of them.

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import typer
 
 from koopmon import errors
-from koopmon.cli import make_app
+from koopmon.cli.app import make_app
 from koopmon.errors import KoopmonError
 from manual.cells import cell
 

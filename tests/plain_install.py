@@ -25,13 +25,18 @@ THERE = {"koopmon", "koopmon_adapters", "pip", *sys.stdlib_module_names}
 def brought() -> set[str]:
     """Return the distributions that `.[test]` installs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    waiting = [Requirement(line) for line in (*project["dependencies"], *project["optional-dependencies"]["test"])]
+    extras = project["optional-dependencies"]
+    waiting = [Requirement(line) for line in (*project["dependencies"], *extras["monitor"], *extras["test"])]
     found: set[str] = set()
     while waiting:
         wanted = waiting.pop()
         extras = wanted.extras or {""}
         name = canonicalize_name(wanted.name)
-        if name in found or not any(wanted.marker is None or wanted.marker.evaluate({"extra": e}) for e in extras):
+        if (
+            name in found
+            or name == "koopmon"
+            or not any(wanted.marker is None or wanted.marker.evaluate({"extra": e}) for e in extras)
+        ):
             continue
         try:
             needs = distribution(name).requires or []

@@ -78,6 +78,7 @@ ALONE = {
     "zmq": tuple(f"koopmon/wire/{name}.py" for name in ("transport", "client", "server", "sockets", "curve")),
     "grafana_client": "koopmon/grafana/push.py",
     "yaml": ("koopmon/grafana/", "koopmon/monitor/http/web_config.py"),
+    "opentelemetry": "koopmon/monitor/otlp.py",
     "bcrypt": "koopmon/monitor/http/web_config.py",
     "niquests": "koopmon/grafana/push.py",
     "prometheus_client": ("koopmon/telemetry/", "koopmon/monitor/"),

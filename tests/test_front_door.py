@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+import koopmon
 from koopmon.doctor.environment import MIN_TORCH
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,56 @@ def test_the_workflow_runs_what_a_contributor_runs() -> None:
     assert [step.get("run") for step in workflow["jobs"]["lint"]["steps"]][-1] == "make lint"
 
 
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_every_action_is_pinned_by_its_commit(path: Path) -> None:
+    used = re.findall(r"uses: (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert used
+    for action in used:
+        assert action.startswith("./") or re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action
+
+
+def test_a_release_has_the_least_permissions_and_needs_the_tests() -> None:
+    workflow = load(".github/workflows/release.yml")
+    assert workflow[True] == {"push": {"tags": ["v[0-9]+.[0-9]+.[0-9]+*"]}}
+    assert workflow["permissions"] == {}
+    jobs = workflow["jobs"]
+    assert jobs["test"]["uses"] == "./.github/workflows/ci.yml"
+    assert "workflow_call" in load(".github/workflows/ci.yml")[True]
+    writes = {
+        name: {key for key, value in job["permissions"].items() if value == "write"} for name, job in jobs.items()
+    }
+    assert writes["test"] == writes["build"] == set()
+    assert writes["publish"] == {"id-token", "attestations"}
+    for name in ("publish", "image"):
+        assert set(jobs[name]["needs"]) == {"test", "build"}
+        assert jobs[name]["environment"] == "release", "the environment may ask for an approval"
+    assert "password" not in str(jobs["publish"])
+    for job in jobs.values():
+        checkouts = [step for step in job.get("steps", []) if step.get("uses", "").startswith("actions/checkout@")]
+        assert all(step["with"] == {"persist-credentials": False} for step in checkouts)
+
+
+def test_the_version_is_in_one_place() -> None:
+    """Other files have copies that `python -m manual.write` writes."""
+    assert PROJECT["dynamic"] == ["version"]
+    assert load("CITATION.cff")["version"] == koopmon.__version__
+    chart = load("deploy/helm/koopmon/Chart.yaml")
+    assert chart["version"] == chart["appVersion"] == koopmon.__version__
+
+
+def test_the_changelog_can_be_cut() -> None:
+    """The newest changes are under Unreleased; a released version has its date."""
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    for heading in headings[1:]:
+        assert re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d{2}-\d{2}", heading), heading
+    sections = re.findall(r"^### (.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(sections) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
 def test_the_matrix_is_what_pyproject_promises() -> None:
     job = load(".github/workflows/ci.yml")["jobs"]["test"]
     matrix = job["strategy"]["matrix"]
@@ -62,7 +113,7 @@ def test_the_matrix_is_what_pyproject_promises() -> None:
     assert PYPROJECT["tool"]["mypy"]["python_version"] == promised[0]
     assert PYPROJECT["tool"]["ruff"]["target-version"] == f"py{promised[0].replace('.', '')}"
     assert job["container"]["image"] == "python:${{ matrix.python }}-bookworm"
-    (oldest,) = (line for line in PROJECT["dependencies"] if line.startswith("torch>="))
+    (oldest,) = (line for line in PROJECT["optional-dependencies"]["monitor"] if line.startswith("torch>="))
     assert matrix["torch"] == ["", oldest.replace(">=", "==") + ".*"]
     assert oldest == f"torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}"
     assert job["env"]["TORCH"] == "${{ matrix.torch }}"
@@ -125,7 +176,8 @@ def test_pre_commit_takes_its_tools_from_the_environment() -> None:
 def test_the_extra_of_the_tests_is_small_and_part_of_dev() -> None:
     extras = PROJECT["optional-dependencies"]
     names = {re.split(r"[>=<\[ ;]", line)[0] for line in extras["test"]}
-    assert names == {"pytest", "pytest-xdist", "pytest-timeout", "hypothesis"}
+    assert names == {"koopmon", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis"}
+    assert "koopmon[monitor]" in extras["test"]
     own = next(line for line in extras["dev"] if line.startswith("koopmon["))
     assert "test" in own.partition("[")[2].rstrip("]").split(",")
 

@@ -66,7 +66,7 @@ def write(site: Path, source: str, name: str = "theirs", module: str = "theirs_p
     info = site / f"{name}-1.2.dist-info"
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
-    (info / "entry_points.txt").write_text(f"[koopmon]\n{name} = {module}\n")
+    (info / "entry_points.txt").write_text(f"[koopmon.adapters]\n{name} = {module}\n")
 
 
 @pytest.fixture
@@ -392,7 +392,7 @@ def test_a_taken_name_leaves_the_name_to_koopmon_s_own_adapter(
     chosen = select(model, manager=manager).adapter
     assert type(chosen) is type(adapters(manager)["transformer"])
     assert manager.left_out == {
-        ("a_first_name", "transformer"): "its name is taken by plugin transformer (koopmon 0.1.0)"
+        ("a_first_name", "transformer"): f"its name is taken by plugin transformer (koopmon {koopmon.__version__})"
     }
     (line,) = said(caplog)
     assert line.startswith("koopmon: plugin a_first_name (a_first_name 1.2): adapter 'transformer' is left out")
@@ -400,7 +400,7 @@ def test_a_taken_name_leaves_the_name_to_koopmon_s_own_adapter(
 
 def test_an_entry_point_of_a_built_in_name_displaces_nothing(install: Install, tmp_path: Path) -> None:
     module = install(adapter())
-    (tmp_path / "theirs-1.2.dist-info" / "entry_points.txt").write_text(f"[koopmon]\ntransformer = {module}\n")
+    (tmp_path / "theirs-1.2.dist-info" / "entry_points.txt").write_text(f"[koopmon.adapters]\ntransformer = {module}\n")
     manager = plugin_manager()
     assert sorted(adapters(manager)) == ["kan", "mamba", "moe", "theirs", "transformer"]
     assert type(adapters(manager)["transformer"]).__module__ == "koopmon_adapters.transformer"
@@ -412,7 +412,7 @@ def test_a_damaged_list_of_entry_points_is_that_distribution_s_own_trouble(
 ) -> None:
     install(adapter(), name="whole")
     install(adapter(), name="damaged")
-    (tmp_path / "damaged-1.2.dist-info" / "entry_points.txt").write_text("[koopmon]\nthis is no entry point\n")
+    (tmp_path / "damaged-1.2.dist-info" / "entry_points.txt").write_text("[koopmon.adapters]\nthis is no entry point\n")
     assert list(adapters()) == ["kan", "mamba", "moe", "theirs", "transformer"]
     assert said(caplog)[0].startswith("koopmon: the entry points of damaged 1.2 cannot be read")
 

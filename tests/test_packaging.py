@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -14,30 +15,36 @@ from pathlib import Path
 import pytest
 
 import koopmon
+from tests.distributions import build, closure, copy_of_tracked, requirements, tracked
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
-    """Build from tracked files alone, so that an untracked file cannot help."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    tracked = subprocess.run(
-        ["git", "ls-files", "-z", "koopmon", "plugins", "pyproject.toml", "README.md", "LICENSE"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    for name in filter(None, tracked.split("\0")):
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, source / name)
-    code = f"from setuptools import build_meta; print(build_meta.build_wheel({str(out)!r}))"
-    built = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    with zipfile.ZipFile(out / built.stdout.splitlines()[-1]) as archive:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_of_tracked(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    with zipfile.ZipFile(build("wheel", source, tmp_path_factory.mktemp("wheel"))) as archive:
         yield archive
+
+
+@pytest.mark.process
+def test_the_source_distribution_is_complete(source: Path, wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """It has every tracked file, and its wheel is that of the repository."""
+    with tarfile.open(build("sdist", source, tmp_path)) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tree,) = tmp_path.glob("koopmon-*/")
+    held = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
+    assert tracked() - held == set()
+    assert {name for name in held - tracked() if ".egg-info/" not in name} == {"PKG-INFO", "setup.cfg"}
+    with zipfile.ZipFile(build("wheel", tree, tmp_path)) as rebuilt:
+        names = set(wheel.namelist())
+        assert set(rebuilt.namelist()) == names
+        differ = [name for name in names if rebuilt.read(name) != wheel.read(name)]
+        assert [name for name in differ if not name.endswith("/RECORD")] == []
 
 
 @pytest.mark.process
@@ -91,15 +98,28 @@ def test_entry_points_and_requirements(wheel: zipfile.ZipFile) -> None:
     (entry_points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     text = wheel.read(entry_points).decode()
     assert "[console_scripts]\nkoopmon = koopmon.cli:main" in text
-    assert "[koopmon]\nkan = koopmon_adapters.kan\nmamba = koopmon_adapters.mamba\nmoe = koopmon_adapters.moe\n" in text
+    assert "[koopmon.adapters]\nkan = koopmon_adapters.kan\nmamba = koopmon_adapters.mamba\n" in text
     assert "\ntransformer = koopmon_adapters.transformer\n" in text
     (metadata,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
     told = Parser().parsestr(wheel.read(metadata).decode())
     assert told["Version"] == koopmon.__version__
     assert told["Requires-Python"] == ">=3.11"
-    plain = [line for line in told.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert not any("==" in line for line in plain), "pins belong to constraints.txt"
-    assert any(line.startswith("torch") for line in plain)
+    pinned = [each for each in requirements(wheel) if any(spec.operator == "==" for spec in each.specifier)]
+    assert pinned == [], "pins belong to constraints.txt"
+
+
+@pytest.mark.process
+def test_the_agent_adds_at_most_five_packages_beside_torch(wheel: zipfile.ZipFile) -> None:
+    plain = {each.name for each in requirements(wheel) if each.marker is None}
+    assert plain == {"numpy", "msgspec", "pyzmq", "pluggy"}
+    assert len(closure(*plain) - closure("torch")) + 1 <= 5
+
+
+def test_the_extras_have_bounds_where_a_next_version_may_break_them() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    bounded = {line.split(">")[0] for line in (*extras["monitor"], *extras["otlp"]) if "<" in line}
+    assert bounded >= {"uvicorn", "starlette", "typer", "prometheus-client", "opentelemetry-sdk"}
+    assert any(line.startswith("torch>=") for line in extras["monitor"])
 
 
 def test_every_direct_dependency_is_pinned_in_the_constraints() -> None:
@@ -112,6 +132,14 @@ def test_every_direct_dependency_is_pinned_in_the_constraints() -> None:
     )
     assert names <= set(pins)
     assert pins["torch"] == "2.13.0"
+
+
+def test_every_dependency_has_its_reason() -> None:
+    project, _, _ = (ROOT / "pyproject.toml").read_text().partition("[project.urls]")
+    _, _, lists = project.partition("\ndependencies = [")
+    lines = re.findall(r'^  "[a-z].*$', lists, re.MULTILINE)
+    assert len(lines) > 50
+    assert [line for line in lines if "# " not in line] == []
 
 
 EXTRAS = (

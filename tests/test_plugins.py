@@ -17,6 +17,7 @@ import koopmon
 from koopmon import plugin_calls
 from koopmon.api import ArchitectureAdapter, Point, Stack
 from koopmon.plugin_calls import say_once
+from koopmon.plugin_loading import GROUP
 from koopmon.plugins import PluginManager, adapters, example_models, original, plugin_manager, select
 
 
@@ -77,7 +78,7 @@ def forget_warnings() -> None:
 
 def test_built_in_adapters_enter_through_the_entry_point() -> None:
     manager = plugin_manager()
-    named = {entry.name for entry in entry_points(group="koopmon")}
+    named = {entry.name for entry in entry_points(group=GROUP)}
     assert "transformer" in named
     assert {name for name, _ in manager.list_name_plugin()} == named
     assert manager.failures == {}
@@ -228,7 +229,9 @@ def test_broken_installed_plugins_are_skipped_logged_once_and_listed(tmp_path: P
     metadata = tmp_path / "their_plugins-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: their-plugins\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[koopmon]\n" + "".join(f"{name} = plugin_{name}\n" for name in BROKEN))
+    (metadata / "entry_points.txt").write_text(
+        "[koopmon.adapters]\n" + "".join(f"{name} = plugin_{name}\n" for name in BROKEN)
+    )
     script = textwrap.dedent("""
         import json, logging, sys
         sys.path.insert(0, sys.argv[1])
@@ -246,6 +249,35 @@ def test_broken_installed_plugins_are_skipped_logged_once_and_listed(tmp_path: P
     for line, (name, (_, expected)) in zip(logged, BROKEN.items(), strict=True):
         assert expected in failures[name]
         assert line == f"koopmon: plugin {name} (their-plugins 1.0) is skipped: {failures[name]}"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("groups", "lines"),
+    [
+        (["koopmon.adapters"], 0),
+        (["koopmon"], 1),
+        (["koopmon.adapters", "koopmon"], 0),  # a package for both versions of koopmon
+    ],
+)
+def test_the_former_entry_point_group_is_read_with_a_line(tmp_path: Path, groups: list[str], lines: int) -> None:
+    (tmp_path / "theirs.py").write_text(
+        "import koopmon\n@koopmon.hookimpl\ndef koopmon_architecture_adapters(): return []"
+    )
+    metadata = tmp_path / "theirs-1.2.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.2\n")
+    (metadata / "entry_points.txt").write_text("".join(f"[{group}]\ntheirs = theirs\n" for group in groups))
+    script = textwrap.dedent("""
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        from koopmon.plugins import plugin_manager
+        for manager in (plugin_manager(), plugin_manager()):
+            assert [name for name, _ in manager.list_name_plugin()].count("theirs") == 1
+    """)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    line = "koopmon: theirs 1.2: its entry-point group 'koopmon' is deprecated: rename it to 'koopmon.adapters'"
+    assert done.stderr.splitlines() == [line] * lines
 
 
 class Examples:

@@ -21,7 +21,7 @@ PLACES = (
     "thresholds",
     "kss_settings",
 )
-ENTRY_POINT = "[koopmon]\nfaulty = benchmarks.fault_campaign.adapter\n"
+ENTRY_POINT = "[koopmon.adapters]\nfaulty = benchmarks.fault_campaign.adapter\n"
 
 
 class Faulty(ArchitectureAdapter):

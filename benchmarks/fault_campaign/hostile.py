@@ -84,5 +84,5 @@ def _site(directory: Path, number: int, manner: str) -> Path:
     info.mkdir(parents=True)
     (site / "hostile_plugin.py").write_text(MANNERS[manner])
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hostile\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[koopmon]\nhostile = hostile_plugin\n")
+    (info / "entry_points.txt").write_text("[koopmon.adapters]\nhostile = hostile_plugin\n")
     return site

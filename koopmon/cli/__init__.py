@@ -1,22 +1,21 @@
-"""The command line, one file per command. A call imports the file of its own verb only."""
+"""The command line, one file per command. A call imports the file of its own verb only.
+
+The agent's install has no typer: there `koopmon.cli.agent_only` reads the command line.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Sequence
-from importlib import import_module
-from typing import Annotated
+from collections.abc import Sequence
 
-import typer
-
-from koopmon import __version__
-from koopmon.cli.console import set_verbosity, warn
+from koopmon.cli.console import warn
+from koopmon.cli.extras import missing_for_monitor
 from koopmon.errors import KoopmonError
 
-__all__ = ["main", "make_app"]
+__all__ = ["VERBS", "main"]
 
-_VERBS = {
+VERBS = {
     "run": (
         "Guard an unchanged training job, on one node with a monitor of its own.",
         "run -- torchrun --nproc-per-node 2 train.py --lr 0.003",
@@ -63,64 +62,8 @@ _VERBS = {
     "grafana": ("Dashboards and alert rules for Prometheus and Grafana.", ""),
 }
 """The first line of each verb's help, and the example of its help. A group has its examples in its own file."""
-_NEED_ARGUMENTS = ("run", "profile", "calibrate", "compare")
 COMPLETION = "_KOOPMON_COMPLETE"
 """The variable of typer's completion scripts."""
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"koopmon {__version__}")
-        raise typer.Exit
-
-
-def make_app(loaded: Collection[str] = tuple(_VERBS)) -> typer.Typer:
-    """Return the application in which the verbs `loaded` work. The others are only listed by its help."""
-    app = typer.Typer(
-        name="koopmon",
-        help="Detect training divergence early, in the spectrum of the residual stream, and prevent it.",
-        epilog="Example: koopmon run -- torchrun --nproc-per-node 2 train.py",
-        no_args_is_help=True,
-        # The import of rich takes twice as long as all else that the list of verbs needs.
-        rich_markup_mode="markdown" if loaded else None,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-    app.callback()(_set_output)
-    for name, (summary, example) in _VERBS.items():
-        module = import_module(f"koopmon.cli.{name}") if name in loaded else None
-        if module is None:
-            app.command(name, short_help=summary)(_listed)
-        elif not example:
-            module.add_to(app)
-        else:
-            # The words of a job belong to the job, also after its first one.
-            settings = {"allow_interspersed_args": name != "run"}
-            app.command(
-                name,
-                short_help=summary,
-                epilog=f"Example: koopmon {example}",
-                no_args_is_help=name in _NEED_ARGUMENTS,
-                context_settings=settings,
-            )(getattr(module, name))
-    return app
-
-
-def _set_output(
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors only.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print koopmon's whole log too.")] = False,
-    version: Annotated[
-        bool,
-        typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit."),
-    ] = False,
-) -> None:
-    if quiet and verbose:
-        raise typer.BadParameter("--quiet and --verbose contradict each other")
-    set_verbosity("quiet" if quiet else "verbose" if verbose else "normal")
-
-
-def _listed() -> None:
-    """Stand in for a verb that is not loaded."""
 
 
 def _typed(words: list[str]) -> list[str]:
@@ -136,12 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     verb = next((word for word in _typed(words) if not word.startswith("-")), "")
     try:
-        app = make_app([verb] if verb in _VERBS else [])
-        status = app(args=words, prog_name="koopmon", standalone_mode=False)
+        if missing := missing_for_monitor():
+            from koopmon.cli.agent_only import call_without
+
+            return call_without(missing, words)
+        from koopmon.cli.app import call
+
+        status = call(words, verb)
     except KoopmonError as error:
         warn(str(error))
         return error.exit_status
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         # The reader has closed standard output; without the redirect the flush at exit would fail again.

@@ -101,8 +101,8 @@ def _adapters(target: str) -> tuple[list[ArchitectureAdapter], PluginManager]:
         return found, manager
     raise AdapterError(
         f"{target!r} offers no adapter or is not installed; adapters are {', '.join(known) or 'none'}; a module in the "
-        "entry-point group koopmon offers some by a function koopmon_architecture_adapters with @koopmon.hookimpl; or "
-        "name one as module:object"
+        "entry-point group koopmon.adapters offers some by a function koopmon_architecture_adapters with "
+        "@koopmon.hookimpl; or name one as module:object"
     )
 
 

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from platformdirs import user_state_path
-
 from koopmon.agent.autoload import LAUNCHERS
+from koopmon.files import xdg_directory
 
 _NODE_OPTIONS = ("--nnodes", "--num-machines", "--num-nodes")
 _SLURM_NODE_OPTIONS = ("--nodes", "-N")
@@ -75,7 +74,7 @@ def isolation(command: Sequence[str]) -> str:
 
 def state_directory() -> Path:
     """Return the directory of files that outlive a job: `koopmon` under XDG_STATE_HOME."""
-    return user_state_path("koopmon")
+    return xdg_directory("XDG_STATE_HOME", "~/.local/state")
 
 
 def run_store(name: str) -> Path:

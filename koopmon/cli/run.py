@@ -12,15 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 
-from koopmon.agent.autoload import python_path
-from koopmon.cli.console import is_quiet, say, set_verbosity, warn
+from koopmon.cli.console import say, set_verbosity, warn
 from koopmon.cli.embedded import POLL_SECONDS, EmbeddedMonitor, MonitorNotReadyError
 from koopmon.cli.job_stop import ENDED_BY_KOOPMON, JobStop
 from koopmon.cli.job_stop import POLL_SECONDS as STOP_POLL_SECONDS
-from koopmon.cli.launch_inspection import isolation, run_store, script_name, spread
+from koopmon.cli.launch_inspection import spread
 from koopmon.cli.options import (
     ConfigFile,
     DryRun,
@@ -31,18 +29,19 @@ from koopmon.cli.options import (
     option,
     overrides,
 )
+from koopmon.cli.shared_monitor import (
+    KEPT_SETTINGS,
+    NOTICES,
+    default_store,
+    describe_job,
+    guarded,
+    run_with_shared_monitor,
+)
 from koopmon.cli.supervise import check_command, run_job, signals_held
 from koopmon.config import Config, load
 from koopmon.errors import ConfigError, KoopmonError
 from koopmon.monitor.http.address import listen
-from koopmon.run_names import check_run_name, new_run_name
-from koopmon.wire.auth_policy import PLAINTEXT_VARIABLE, AuthPolicy, make_auth_policy
-
-ANSWER_SECONDS = 2.0
-NOTICES = "KOOPMON_NOTICES"
-"""The variable of `koopmon.agent.notices`, which imports torch."""
-KEPT_SETTINGS = "KOOPMON_KEPT_SETTINGS"
-"""The variable of `koopmon.agent.control.kept_settings`, which imports torch."""
+from koopmon.run_names import check_run_name
 
 
 def run(
@@ -95,14 +94,6 @@ def run(
         raise ConfigError("--allow-stop: the policy observe only watches, and stops no training")
     if quiet:
         set_verbosity("quiet")
-    where = spread(command, os.environ)
-    if option_of_python := isolation(command):
-        say(
-            f"python {option_of_python} attaches nothing by itself: call koopmon.attach(model, optimizer) in the script"
-        )
-    named = name or new_run_name(script_name(command))
-    for_agents = {"KOOPMON_RUN": named, "KOOPMON_CONFIG": None if config is None else str(config.resolve())}
-    for_agents[NOTICES] = "none" if is_quiet() else None
     of_monitor = {"--policy": policy, "--dry-run": dry_run or None, "--http": http, "--store": store}
     of_monitor["--sd-directory"] = sd_directory
     if monitor is not None:
@@ -111,31 +102,32 @@ def run(
             {"--allow-stop": allow_stop or None}, "needs the job's own monitor; give [policy] stop to the other one"
         )
         _refuse({"--summary": summary}, "with --monitor the monitor has the history: use `koopmon report`")
-        trust = make_auth_policy(**msgspec.structs.asdict(settings.security), environ=os.environ)
-        for_agents["KOOPMON_KEYS"] = None if keys is None else str(keys.absolute())
-        for_agents[PLAINTEXT_VARIABLE] = "1" if insecure_plaintext_tcp else None
-        if where is not None:
-            # Ranks on other nodes have their own launchers, so the agents of the job agree on a name themselves.
-            for_agents["KOOPMON_RUN"] = name
-        else:
-            for_agents[KEPT_SETTINGS] = str(_default_store(named).parent)
-        check_command(command)
-        return _run_with_shared_monitor(command, monitor, trust, for_agents)
+        return run_with_shared_monitor(
+            command,
+            monitor,
+            settings,
+            name=name,
+            config=config,
+            keys=keys,
+            insecure_plaintext_tcp=insecure_plaintext_tcp,
+        )
     only_shared = {"--keys": keys, "--insecure-plaintext-tcp": insecure_plaintext_tcp or None}
     _refuse(only_shared, "needs --monitor: only this user reaches the job's own monitor")
-    if where is not None:
+    if (where := spread(command, os.environ)) is not None:
         raise ConfigError(
             f"the job is on other nodes too, or this is one of its ranks ({where}): start `koopmon monitor` where all "
             "ranks reach it, and give its endpoint with --monitor"
         )
     _check_options(settings, http, store, summary)
     check_command(command)
+    for_agents = describe_job(command, name, config)
+    named = str(for_agents["KOOPMON_RUN"])
     options = {"--http": http or "127.0.0.1:0", "--policy": policy, "--config": None if config is None else str(config)}
     options |= {"--sd-directory": None if sd_directory is None else str(sd_directory), "--sd-run": named}
     words = [word for name, value in options.items() if value is not None for word in (name, value)]
     words += ["--dry-run"] * dry_run + ["--allow-stop"] * allow_stop
     for_agents[NOTICES] = for_agents[NOTICES] or "changes"
-    store = store or _default_store(named)
+    store = store or default_store(named)
     for_agents[KEPT_SETTINGS] = str(store.absolute().parent)
     mode = ""
     if settings.policy.name == "observe" or settings.policy.dry_run:
@@ -185,41 +177,6 @@ def _check_writable(path: Path, name: str) -> None:
         raise ConfigError(f"{name} {path}: not writable")
 
 
-def _guarded(endpoint: str, for_agents: Mapping[str, str | None]) -> dict[str, str]:
-    """Return the job's environment: the monitor's endpoint, and the directory that attaches every rank."""
-    # These are the monitor's secrets.
-    secrets = ("KOOPMON_HTTP_", "KOOPMON_NOTIFY_")
-    job = {key: value for key, value in os.environ.items() if not key.startswith(secrets)}
-    job |= {key: value for key, value in for_agents.items() if value is not None}
-    return job | {"KOOPMON_ENDPOINT": endpoint, "PYTHONPATH": python_path(os.environ)}
-
-
-def _run_with_shared_monitor(
-    command: list[str], monitor: str, trust: AuthPolicy, for_agents: Mapping[str, str | None]
-) -> int:
-    # Imported late because it imports zmq.
-    from koopmon.wire.probe import probe
-
-    endpoint = trust.check(monitor)
-    trust.check_agent_keys(endpoint)
-    name = for_agents["KOOPMON_RUN"]
-    whose = "" if name is None else f"run {name}: "
-    found = probe(endpoint, trust, timeout_seconds=ANSWER_SECONDS)
-    if found.reply is None and not found.refused:
-        because = f" ({found.failure})" if found.failure else ""
-        advice = f"the job is guarded once `koopmon monitor --bind {endpoint}` runs; `koopmon doctor` finds the reason"
-        warn(f"{whose}no monitor answers at {endpoint}{because}: {advice}")
-    else:
-        say(f"{whose}the job starts, and reports to the monitor at {endpoint}")
-    with signals_held() as mask:
-        status = run_job(command, _guarded(endpoint, for_agents), mask)
-    if name is not None and found.reply is not None:
-        ended = probe(endpoint, trust, run=name, timeout_seconds=ANSWER_SECONDS).reply
-        if ended is not None and ended.run_state is None:
-            warn(f"{whose}NOT WATCHED: no training process attached")
-    return status
-
-
 def _run_with_own_monitor(
     command: list[str],
     name: str,
@@ -242,7 +199,7 @@ def _run_with_own_monitor(
         say(f"run {name}: the job starts, and its monitor beside it")
         watch = _Watch(embedded, name, job_stop, mode)
         try:
-            job = _guarded(embedded.endpoint, for_agents)
+            job = guarded(embedded.endpoint, for_agents)
             status = run_job(command, job, mask, watch, job_stop or (lambda: False))
             watch()
         finally:
@@ -293,17 +250,6 @@ class _Watch:
 
 def _say_unguarded(error: MonitorNotReadyError) -> None:
     warn(f"the job runs unguarded, because its monitor did not start: {error}")
-
-
-def _default_store(name: str) -> Path:
-    """Return a history path for this run, in a temporary directory when the state directory is not writable."""
-    store = run_store(name)
-    try:
-        store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=store.parent):
-            return store
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="koopmon-history-")) / store.name
 
 
 def _refuse(given: Mapping[str, object], why: str) -> None:

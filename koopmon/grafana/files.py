@@ -18,6 +18,21 @@ FOLDER = "koopmon"
 DASHBOARDS_DIRECTORY = "/var/lib/grafana/dashboards/koopmon"
 """Directory of the provisioned dashboards inside Grafana's container."""
 PROMETHEUS_URL = "http://prometheus:9090"
+MIXIN = """\
+// A monitoring mixin: `jsonnet -J vendor` or mixtool render it, and other mixins add to it.
+local groups = std.parseYaml(importstr 'prometheus/koopmon.rules.yml').groups;
+local only(kind) = [
+  group { rules: [rule for rule in group.rules if kind in rule] }
+  for group in groups
+  if std.length([rule for rule in group.rules if kind in rule]) > 0
+];
+{
+  grafanaDashboards+:: {
+%s  },
+  prometheusAlerts+:: { groups+: only('alert') },
+  prometheusRules+:: { groups+: only('record') },
+}
+"""
 PAGES = Path(__file__).parent / "pages"
 """Directory of the generated reference of metrics and alerts."""
 
@@ -31,6 +46,8 @@ def files(*, docs_url: str | None = None, prometheus_url: str = PROMETHEUS_URL) 
     provider["options"] = {"path": DASHBOARDS_DIRECTORY}
     return {
         **{f"dashboards/{uid}.json": json.dumps(each, indent=2) + "\n" for uid, each in dashboards().items()},
+        "mixin.libsonnet": MIXIN
+        % "".join(f"    '{uid}.json': import 'dashboards/{uid}.json',\n" for uid in dashboards()),
         "prometheus/koopmon.rules.yml": _yaml(prometheus_rules(docs_url)),
         "provisioning/alerting/koopmon.yml": _yaml(grafana_alerting_file(DATASOURCE_UID, FOLDER, docs_url=docs_url)),
         "provisioning/dashboards/koopmon.yml": _yaml({"apiVersion": 1, "providers": [provider]}),

@@ -37,6 +37,7 @@ from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.server import WebServer
 from koopmon.monitor.http.web_config import read_access_to_pages
 from koopmon.monitor.memory import MemoryWatch
+from koopmon.monitor.otlp import open_push
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import Outputs, Service
 from koopmon.monitor.systemd import Watchdog, sd_notify
@@ -153,6 +154,9 @@ class Monitor:
         outputs = self._open_notifier(stack, outputs, f"{scheme}://{reachable(http)}/")
         self._open_pipeline(stack, outputs, agents)
         stack.callback(LiveBackfill(outputs.live_state, self.store_path).close)
+        instance = f"{platform.node()}:{http.rpartition(':')[2]}"
+        if (push := open_push(registry, os.environ, instance)) is not None:
+            stack.callback(push.close)
         self._addresses = Addresses(self._control.endpoint, self._data.endpoint, http, scheme)
 
     def _open_outputs(self, stack: ExitStack, registry: CollectorRegistry) -> Outputs:

@@ -23,10 +23,9 @@ from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
-from platformdirs import user_config_path
 
 from koopmon.errors import KeysError, one_line
-from koopmon.files import why_not_private
+from koopmon.files import why_not_private, xdg_directory
 
 MONITOR = "monitor"
 """Name of the monitor's own pair."""
@@ -69,7 +68,7 @@ def keys_directory(configured: str, environ: Mapping[str, str]) -> Path:
     """Return the key directory: `configured`, else KOOPMON_KEYS, else `koopmon/keys` under XDG_CONFIG_HOME."""
     if named := configured or environ.get("KOOPMON_KEYS", ""):
         return Path(named).expanduser().absolute()
-    return user_config_path("koopmon") / "keys"
+    return xdg_directory("XDG_CONFIG_HOME", "~/.config") / "keys"
 
 
 def check_name(name: str) -> str:

@@ -170,6 +170,6 @@ def test_a_package_that_cannot_be_imported_is_one_line(
     info = tmp_path / "theirs-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[koopmon]\ntheirs = no_such_module\n")
+    (info / "entry_points.txt").write_text("[koopmon.adapters]\ntheirs = no_such_module\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     one_line(here("theirs"), "plugin theirs of theirs is not usable", "no_such_module", status=2)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import koopmon
-from koopmon.cli import _VERBS, console, main
+from koopmon.cli import VERBS, console, main
 from koopmon.history.writer import HistoryWriter
 from manual.command_line import verbs
 from tests.cli.conftest import CommandLine
@@ -170,7 +170,7 @@ def test_every_verb_is_in_the_list_of_imports() -> None:
         for mark in test_a_verb_imports_only_what_it_needs.pytestmark
         if mark.name == "parametrize"  # type: ignore[attr-defined]
     ]
-    assert {words[0] for words, _ in mark.args[1]} >= set(_VERBS)
+    assert {words[0] for words, _ in mark.args[1]} >= set(VERBS)
 
 
 @pytest.mark.parametrize("words", [["report"], ["report", "--json"], ["replay"], ["export"]])

@@ -71,7 +71,7 @@ def _install_plugin(directory: Path) -> None:
     told = directory / "mypackage-1.0.dist-info"
     told.mkdir()
     (told / "METADATA").write_text("Metadata-Version: 2.1\nName: mypackage\nVersion: 1.0\n", encoding="utf-8")
-    (told / "entry_points.txt").write_text("[koopmon]\necho = mypackage.adapter\n", encoding="utf-8")
+    (told / "entry_points.txt").write_text("[koopmon.adapters]\necho = mypackage.adapter\n", encoding="utf-8")
 
 
 def _record_runs(path: Path) -> None:

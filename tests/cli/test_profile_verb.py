@@ -215,7 +215,7 @@ def test_adapters_name_the_plugin_that_brought_them(koopmon: Any, tmp_path: Path
     info = site / "broken-1.2.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.2\n")
-    (info / "entry_points.txt").write_text("[koopmon]\nbroken = no_such_module\n")
+    (info / "entry_points.txt").write_text("[koopmon.adapters]\nbroken = no_such_module\n")
     found = json.loads(koopmon("adapters", "--json", PYTHONPATH=str(site)).stdout)
     brought = {row["name"]: row["distribution"].split()[0] for row in found["adapters"]}
     assert brought["transformer"] == "koopmon"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from koopmon.cli import make_app
+from koopmon.cli.app import make_app
 
 HOUSE = Path(__file__).parents[2]
 DEPLOY = HOUSE / "deploy"

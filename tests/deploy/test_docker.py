@@ -63,7 +63,7 @@ def test_torch_comes_first_and_alone() -> None:
     words = shlex.split(expression.replace("\x01", "\\(").replace("\x02", "\\)"))
     done = subprocess.run(words, cwd=HOUSE, capture_output=True, text=True, timeout=30, check=True)
     assert re.fullmatch(r"torch==[\d.]+\n", done.stdout)
-    assert DOCKERFILE.index("${TORCH_PIP_ARGS} ") < DOCKERFILE.index('pip install -c constraints.txt ".[plots]"')
+    assert DOCKERFILE.index("${TORCH_PIP_ARGS} ") < DOCKERFILE.index('pip install -c constraints.txt ".[all]"')
 
 
 @pytest.mark.process
@@ -106,6 +106,15 @@ def test_the_image_starts_a_monitor_as_nobody_of_note() -> None:
     (verb,) = re.findall(r'^CMD \["(\w+)"\]', DOCKERFILE, re.M)
     parsed([entry, verb])
     assert re.findall(r"^USER (.*)$", DOCKERFILE, re.M) == ["10001:10001"]
+
+
+def test_the_image_has_labels_and_a_base_with_a_digest() -> None:
+    bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.M)
+    assert re.fullmatch(r"python:3\.\d+-slim-\w+@sha256:[0-9a-f]{64}", bases[0])
+    assert set(bases[1:]) == {"base"}
+    labels = set(re.findall(r"org\.opencontainers\.image\.(\w+)=", DOCKERFILE))
+    assert labels == {"title", "description", "licenses", "version", "revision", "source"}
+    assert "PYTHONDONTWRITEBYTECODE=1" in DOCKERFILE, "its file system is read-only"
 
 
 @pytest.mark.process

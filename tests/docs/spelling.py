@@ -7,7 +7,7 @@ import shlex
 
 import typer
 
-from koopmon.cli import make_app
+from koopmon.cli.app import make_app
 
 
 def koopmon_words(command: str) -> list[str] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,33 @@ def test_export_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert told["files"] == sorted(wanted)
     assert {path: Path(path).read_text() for path in wanted} == wanted
     assert main(["grafana", "export", str(place)]) == 0
-    assert "7 files in" in capsys.readouterr().err
+    assert f"{len(files())} files in" in capsys.readouterr().err
+
+
+@pytest.mark.process
+def test_the_export_is_a_mixin(tmp_path: Path) -> None:
+    """Jsonnet renders it, in a process of its own because it is a Go library, and another mixin adds to it."""
+    if find_spec("_gojsonnet") is None:
+        pytest.importorskip("_gojsonnet")
+    assert main(["grafana", "export", str(tmp_path / "koopmon")]) == 0
+    rules = tmp_path / "koopmon/prometheus/koopmon.rules.yml"
+    groups = yaml.safe_load(rules.read_text())["groups"]
+    recorded = {"name": "more", "rules": [{"record": "a:b", "expr": "c"}, {"alert": "D", "expr": "e"}]}
+    rules.write_text(yaml.safe_dump({"groups": [*groups, recorded]}))
+    (tmp_path / "mine.jsonnet").write_text("""
+        local more = { prometheusAlerts+:: { groups+: [{ name: 'mine', rules: [] }] } };
+        local all = (import 'koopmon/mixin.libsonnet') + more;
+        { alerts: all.prometheusAlerts.groups, records: all.prometheusRules.groups, boards: all.grafanaDashboards }
+    """)
+    code = "import sys, _gojsonnet; print(_gojsonnet.evaluate_file(sys.argv[1]))"
+    words = [sys.executable, "-c", code, str(tmp_path / "mine.jsonnet")]
+    made = json.loads(subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout)
+    alerts = [{**group, "rules": [rule for rule in group["rules"] if "alert" in rule]} for group in groups]
+    assert made["alerts"][: len(groups)] == [group for group in alerts if group["rules"]]
+    assert made["alerts"][-2:] == [{"name": "more", "rules": recorded["rules"][1:]}, {"name": "mine", "rules": []}]
+    assert made["records"][-1] == {"name": "more", "rules": recorded["rules"][:1]}
+    boards = {path.name: json.loads(path.read_text()) for path in (tmp_path / "koopmon/dashboards").iterdir()}
+    assert made["boards"] == boards
 
 
 @pytest.mark.parametrize("name", pages())
