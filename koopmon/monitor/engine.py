@@ -17,7 +17,7 @@ import torch
 from koopmon.errors import ConfigError
 from koopmon.logs import LogLimit
 from koopmon.monitor.assembler import Snapshot
-from koopmon.spectral import SpectralProfile, profile_in_batches, profile_states
+from koopmon.spectral import NonFiniteError, SpectralProfile, profile_in_batches, profile_states
 
 logger = logging.getLogger(__name__)
 
@@ -226,12 +226,14 @@ class Engine:
         return (yield from self._profile_on(self._device, snapshot))
 
     def _profile_on(self, device: torch.device, snapshot: Snapshot) -> Profiling:
-        states = snapshot.states(device)
-        if not bool(torch.isfinite(states).all()):  # their decomposition would crash the process
-            return None
         # The Kreiss constant costs far more than the rest.
-        profiling = profile_in_batches(states, svd_rank=self.svd_rank, kreiss="never", paired=snapshot.paired)
-        return (yield from profiling)
+        profiling = profile_in_batches(
+            snapshot.states(device), svd_rank=self.svd_rank, kreiss="never", paired=snapshot.paired
+        )
+        try:
+            return (yield from profiling)
+        except NonFiniteError:
+            return None
 
 
 def check_device(name: str) -> str:

@@ -9,6 +9,7 @@ from koopmon.spectral.nonnormality import kreiss_constant
 from koopmon.spectral.profile import MIN_UPDATE_RATIO, profile_in_batches, profile_states, profile_transition
 from koopmon.spectral.profiles import FIELDS, LayerProfile, SpectralProfile, Thirds
 from koopmon.spectral.update_exponent import LARGEST_EXPONENT, stack_exponent, update_exponent
+from koopmon.spectral.whitening import NonFiniteError
 
 __all__ = [
     "CONDITION_GUARD",
@@ -17,6 +18,7 @@ __all__ = [
     "MIN_UPDATE_RATIO",
     "KssGradient",
     "LayerProfile",
+    "NonFiniteError",
     "SpectralProfile",
     "Thirds",
     "kreiss_constant",

@@ -57,16 +57,16 @@ def fit(x: Tensor, y: Tensor, spread: Tensor, ridge: Tensor) -> Operators:
     whitened = spread * gain  # norms of the columns of x_w
     # C solves the least-squares problem y ~ x C. Columns of unit norm have a Gram matrix close to I, and its Cholesky
     # solve is well conditioned. The errors then grow with the condition number of x; x^T x itself would square it.
-    gram = _scaled(x.mT @ x, 1.0 / spread, 1.0 / spread)
+    gram = _scaled(torch.bmm(x.mT, x), 1.0 / spread, 1.0 / spread)
     factor = torch.linalg.cholesky_ex(gram).L
-    coefficients = torch.cholesky_solve(x.mT @ y / spread[:, :, None], factor)  # diag(s) C
+    coefficients = torch.cholesky_solve(torch.bmm(x.mT, y) / spread[:, :, None], factor)  # diag(s) C
     # With y_w = y diag(g) and x_w = x diag(g), y ~ x C becomes y_w ~ x_w diag(1/g) C diag(g).
     # So A^T = diag(1/g) C diag(g), and the final transpose gives A. The rows are divided by s g, because
     # `coefficients` still holds the factor s.
     operator = _scaled(coefficients, 1.0 / whitened, gain).mT
     # E = y - x C is formed from the states. A difference of Gram matrices would cancel for nearly linear layers.
     error = torch.baddbmm(y, x, coefficients / spread[:, :, None], alpha=-1.0)
-    error_gram = _scaled(error.mT @ error, gain, gain)  # E_w^T E_w
+    error_gram = _scaled(torch.bmm(error.mT, error), gain, gain)  # E_w^T E_w
     # ||y_w - x_w||_F: whitening is diagonal, so it scales the squared norm of each column by g^2.
     change = ((y - x).square_().sum(-2) * gain.square()).sum(-1).sqrt()
     # LAPACK may crash the process on NaN, so eig receives the identity in place of an operator that overflowed.
@@ -129,16 +129,13 @@ def _residuals(eigenvalues: Tensor, left: Tensor, error_gram: Tensor, signal_gra
         (L, R), at least 0; infinity where the ratio is NaN.
     """
     # Y = A X + E and u_j* A = lambda_j u_j* give u_j*(Y - lambda_j X) = u_j* E. This form has no cancellation.
-
-    def quadratic(gram: Tensor) -> Tensor:
-        # 2 u* G u: u* G u = Re(u)^T G Re(u) + Im(u)^T G Im(u) for a real symmetric G. The row products are the terms.
-        return _pair_sum(eigenvalues, ((left @ gram) * left).sum(-1))
-
-    # 2 ||u_j||^2: the rows of an inverse are not unit vectors, so both quadratic forms are divided by it.
-    squared = _pair_sum(eigenvalues, left.square().sum(-1))
+    # u* G u = Re(u)^T G Re(u) + Im(u)^T G Im(u) for a real symmetric G. The row products are the terms. The third form
+    # is ||u_j||^2: the rows of an inverse are not unit vectors, so the others are divided by it.
+    products = torch.stack((torch.bmm(left, error_gram), torch.bmm(left, signal_gram), left))
+    error, signal, squared = _pair_sum(eigenvalues, (products * left).sum(-1))
     # Rounding can leave a quadratic form slightly below 0.
-    numerator = (quadratic(error_gram) / squared).clamp_min(0.0).sqrt()
-    residual = numerator / ((quadratic(signal_gram) / squared).clamp_min(0.0).sqrt() + EPSILON)
+    numerator = (error / squared).clamp_min(0.0).sqrt()
+    residual: Tensor = numerator / ((signal / squared).clamp_min(0.0).sqrt() + EPSILON)
     return residual.nan_to_num(nan=torch.inf)
 
 

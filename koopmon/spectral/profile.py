@@ -6,7 +6,7 @@ Rows are samples: a state has the shape (N samples, D width). All states hold th
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -16,7 +16,15 @@ from koopmon.spectral.dmd import Operators, fit
 from koopmon.spectral.nonnormality import kreiss_constant
 from koopmon.spectral.profiles import FIELDS, LayerProfile, SpectralProfile
 from koopmon.spectral.update_exponent import update_exponent
-from koopmon.spectral.whitening import Coordinates, transition_pairs, transitions
+from koopmon.spectral.whitening import (
+    Coordinates,
+    centre,
+    coordinates,
+    ends,
+    in_safe_range,
+    largest_magnitudes,
+    product_dtype,
+)
 
 EXPANSIVE = 1.05
 """Modulus above which a mode is expansive, and the upper end of the near-unit band (eqs. 11-12; the paper's value)."""
@@ -39,8 +47,9 @@ The root mean square of |lambda - 1| is at most the update ratio. The near-unit 
 
 KREISS_FULL_RANK = 256
 """Largest number of directions for which `kreiss="auto"` computes the Kreiss constant. It limits the cost."""
-_BATCH_ELEMENTS = 1 << 23
-"""Elements of x and y that start a fit: 2^23 float64 values are 64 MiB. Chosen by hand."""
+_BATCH_ELEMENTS = 1 << 22
+"""Bound on the elements of x in a batch of layers: 2^22 float32 values are 16 MiB. Larger batches are slower on a CPU.
+"""
 
 Kreiss = Literal["auto", "always", "never"]
 
@@ -101,10 +110,8 @@ def profile_in_batches(
     Returns:
         The profile, as the value of the generator's StopIteration.
     """
-    states = list(states)
-    return _profile(
-        states, [f"states[{index}]" for index in range(len(states))], svd_rank, ridge, seed, kreiss, paired=paired
-    )
+    names = [f"states[{index}]" for index in range(len(states))]
+    return _profile(states, names, svd_rank, ridge, seed, kreiss, paired=paired)
 
 
 def _finish(profiling: Generator[None, None, SpectralProfile]) -> SpectralProfile:
@@ -116,7 +123,7 @@ def _finish(profiling: Generator[None, None, SpectralProfile]) -> SpectralProfil
 
 
 def _profile(
-    states: list[Tensor],
+    states: Tensor | Sequence[Tensor],
     names: list[str],
     svd_rank: int | None,
     ridge: float,
@@ -126,30 +133,41 @@ def _profile(
     paired: bool,
 ) -> Generator[None, None, SpectralProfile]:
     """Check the arguments and profile the states in batches; `names` are for error messages."""
-    _check(states, names, svd_rank, ridge, kreiss)
-    if paired and len(states) % 2:
-        raise ValueError(f"states: {len(states)} given, pairs need an even number")
-    detached = [state.detach() for state in states]
-    layers: dict[int, LayerProfile] = {}
-    exponents: list[float] = torch.stack(
-        [update_exponent(x, y) for x, y in transition_pairs(detached, paired=paired)]
-    ).tolist()
-    batches = _batches(transitions(detached, names, svd_rank, ridge, seed, paired=paired))
-    while True:
+    each = list(states)
+    _check(each, names, svd_rank, ridge, kreiss)
+    if paired and len(each) % 2:
+        raise ValueError(f"states: {len(each)} given, pairs need an even number")
+    num_samples, width = each[0].shape
+    size = width if svd_rank is None else min(svd_rank, width)
+    dtype = product_dtype(*each) if size < width else torch.float64
+    device = each[0].device.type
+    with torch.autocast(device, enabled=False):
+        magnitudes = largest_magnitudes([state.detach() for state in each], names)
+    stride, more = (2, 0) if paired else (1, 1)
+    num_layers = len(each) // stride - more
+    batch = max(1, _BATCH_ELEMENTS // max(1, num_samples * width))
+    starts, stops = ends(paired=paired)
+    layers: list[LayerProfile] = []
+    for first in range(0, num_layers, batch):
+        if first:
+            yield
+        part = slice(stride * first, stride * (first + batch) + more)
         # The modes belong to the thread, so they must not be in force while the generator waits.
-        with torch.no_grad(), torch.autocast(detached[0].device.type, enabled=False):
-            batch = next(batches)
-            indices = [index for index, _ in batch]
-            mine = [exponents[index] for index in indices]
-            profiles = _fit_batch([coordinates for _, coordinates in batch], mine, svd_rank, kreiss)
-        # Batches group layers by their number of directions, so they come out of depth order.
-        layers.update(zip(indices, profiles, strict=True))
-        if len(layers) == len(exponents):
-            return SpectralProfile(layers=tuple(layers[index] for index in sorted(layers)))
-        yield
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            chunk = states[part] if isinstance(states, Tensor) else torch.stack(each[part])
+            chunk = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
+            exact = chunk if all(map(in_safe_range, magnitudes[part])) else chunk.double()
+            exponents: list[float] = update_exponent(exact[starts], exact[stops]).tolist()
+            centred = centre(chunk, magnitudes[part], dtype)
+            found: dict[int, LayerProfile] = {}
+            for group in coordinates(centred.part(starts), centred.part(stops), size, ridge, seed):
+                mine = [exponents[layer] for layer in group.layers]
+                found.update(zip(group.layers, _fit(group, mine, size, svd_rank, kreiss), strict=True))
+        layers += [found[layer] for layer in sorted(found)]
+    return SpectralProfile(layers=tuple(layers))
 
 
-def _check(states: list[Tensor], names: list[str], svd_rank: int | None, ridge: float, kreiss: Kreiss) -> None:
+def _check(states: Sequence[Tensor], names: list[str], svd_rank: int | None, ridge: float, kreiss: Kreiss) -> None:
     """Raise ValueError for the first argument that is not allowed."""
     if len(states) < 2:
         raise ValueError(f"states: {len(states)} given, at least 2 are needed for one transition")
@@ -169,46 +187,29 @@ def _check(states: list[Tensor], names: list[str], svd_rank: int | None, ridge: 
         raise ValueError(f"kreiss = {kreiss!r}: allowed are 'auto', 'always' and 'never'")
 
 
-def _batches(stream: Iterable[Coordinates]) -> Iterator[list[tuple[int, Coordinates]]]:
-    """Yield groups of indexed transitions with equal numbers of directions, each group of bounded size."""
-    waiting: dict[int, list[tuple[int, Coordinates]]] = {}
-    held = 0
-    for index, coordinates in enumerate(stream):
-        waiting.setdefault(coordinates.spread.numel(), []).append((index, coordinates))
-        held += coordinates.x.numel() + coordinates.y.numel()
-        if held >= _BATCH_ELEMENTS:
-            yield from waiting.values()
-            waiting, held = {}, 0
-    yield from waiting.values()
-
-
-def _fit_batch(
-    batch: list[Coordinates], exponents: list[float], svd_rank: int | None, kreiss: Kreiss
+def _fit(
+    group: Coordinates, exponents: list[float], size: int, svd_rank: int | None, kreiss: Kreiss
 ) -> list[LayerProfile]:
-    """Profile a batch of transitions with equal numbers of directions; `exponents` holds their update exponents."""
-    num_samples, directions = batch[0].x.shape
+    """Profile transitions with equal numbers of directions; `exponents` holds their update exponents."""
+    num_layers, num_samples, directions = group.x.shape
     if directions == 0:
-        return [_empty(item, exponent, svd_rank) for item, exponent in zip(batch, exponents, strict=True)]
-    operators = fit(
-        torch.stack([item.x for item in batch]),
-        torch.stack([item.y for item in batch]),
-        torch.stack([item.spread for item in batch]),
-        torch.stack([item.ridge for item in batch]),
-    )
+        return [_empty(num_samples, exponent, size, svd_rank) for exponent in exponents]
+    operators = fit(group.x, group.y, group.spread, group.ridge)
     wanted = kreiss == "always" or (kreiss == "auto" and directions <= KREISS_FULL_RANK)
     constants = (
         kreiss_constant(operators.operator, (operators.eigenvalues, operators.vectors)).tolist()
         if wanted
-        else [None] * len(batch)
+        else [None] * num_layers
     )
     columns = _columns(operators)
     profiles = []
-    for row, item in enumerate(batch):
+    for row, eigenvalues in enumerate(operators.eigenvalues.cpu()):
         numbers = {name: values[row] for name, values in columns.items()}
-        flaw, caution = _verdict(item, svd_rank, numbers["update_ratio"], bool(operators.finite[row]))
+        finite = bool(numbers.pop("finite"))
+        flaw, caution = _verdict(num_samples, directions, size, svd_rank, numbers["update_ratio"], finite)
         profiles.append(
             LayerProfile(
-                eigenvalues=operators.eigenvalues[row].cpu(),
+                eigenvalues=eigenvalues,
                 kreiss_constant=constants[row],
                 update_exponent=exponents[row],
                 num_samples=num_samples,
@@ -222,7 +223,10 @@ def _fit_batch(
 
 
 def _columns(operators: Operators) -> dict[str, list[float]]:
-    """Compute the numbers of `LayerProfile` that come from the operators, one list entry for each layer."""
+    """Compute the numbers of `LayerProfile` that come from the operators, and `finite`: one list entry for each layer.
+
+    The function waits for the device once.
+    """
     modulus = operators.eigenvalues.abs()
     near_unit = (modulus >= NEAR_UNIT) & (modulus <= EXPANSIVE)
     reliable = operators.residuals <= RELIABLE
@@ -238,14 +242,15 @@ def _columns(operators: Operators) -> dict[str, list[float]]:
         "update_ratio": operators.update.nan_to_num(nan=largest),
         "reliable_mode_ratio": reliable.double().mean(-1),
         "reliable_near_unit_mass": (near_unit & reliable).sum(-1).double() / reliable.sum(-1).clamp_min(1),
+        "finite": operators.finite.double(),
     }
-    return {name: values.tolist() for name, values in columns.items()}
+    return dict(zip(columns, torch.stack(list(columns.values())).tolist(), strict=True))
 
 
-def _verdict(item: Coordinates, svd_rank: int | None, update_ratio: float, finite: bool) -> tuple[str, str]:
-    """Return the reason against an informative layer, or "", and a caution, or ""."""
-    num_samples, present = item.x.shape
-    size = item.size
+def _verdict(
+    num_samples: int, present: int, size: int, svd_rank: int | None, update_ratio: float, finite: bool
+) -> tuple[str, str]:
+    """Return the reason against an informative layer, or "", and a caution, or ""; `present` of `size` directions."""
     # A comfortable number of samples is 20% above the number of directions. The 20% were chosen by hand.
     comfortable = math.ceil(1.2 * size)
     # With N = R centred samples the truncated fit has no residual: centring leaves N - 1 degrees of freedom.
@@ -265,14 +270,14 @@ def _verdict(item: Coordinates, svd_rank: int | None, update_ratio: float, finit
     return "", "; ".join(filter(None, (missing, few)))
 
 
-def _empty(item: Coordinates, exponent: float, svd_rank: int | None) -> LayerProfile:
+def _empty(num_samples: int, exponent: float, size: int, svd_rank: int | None) -> LayerProfile:
     """Build the profile of a layer whose samples have no spread and therefore no modes."""
-    flaw, _ = _verdict(item, svd_rank, 0.0, True)
+    flaw, _ = _verdict(num_samples, 0, size, svd_rank, 0.0, True)
     numbers: dict[str, Any] = dict.fromkeys(FIELDS, 0.0)
     numbers |= {"eigenvector_condition_number": 1.0, "kreiss_constant": None, "update_exponent": exponent}
     return LayerProfile(
         eigenvalues=torch.zeros(0, dtype=torch.complex128),
-        num_samples=item.x.shape[0],
+        num_samples=num_samples,
         svd_rank=svd_rank,
         informative=False,
         reason=flaw,

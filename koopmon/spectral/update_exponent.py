@@ -30,23 +30,21 @@ def update_exponent(x: Tensor, y: Tensor) -> Tensor:
     Training gives the updates their own directions, and k then says little. The function does not wait for the device.
 
     Args:
-        x: (N, D): input states.
-        y: (N, D): output states of the same tokens.
+        x: (..., N, D): input states. Half precision becomes float32, whose lengths are exact from 1e-15 to 1e15.
+        y: (..., N, D): output states of the same tokens.
 
     Returns:
-        A 0-d float64 tensor within [-100, 100]; 0 where values are not finite.
+        (...), float64, within [-100, 100]; 0 where values are not finite.
     """
     # The floor keeps the logarithm of a zero length finite.
     tiny = torch.finfo(torch.float64).tiny
     wide = torch.promote_types(x.dtype, torch.float32)
     x, y = x.to(wide), y.to(wide)
-    lengths, updates = (
-        torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).clamp_min(tiny).log() for rows in (x, y - x)
-    )
-    lengths, updates = lengths - lengths.mean(), updates - updates.mean()
+    lengths, updates = (torch.linalg.vector_norm(rows, dim=-1).double().clamp_min(tiny).log() for rows in (x, y - x))
+    lengths, updates = (each - each.mean(-1, keepdim=True) for each in (lengths, updates))
     # Slope = cov / var of the centred logarithms. The added term keeps the slope near 0 where the lengths hardly vary;
     # without it rounding errors would decide the quotient.
-    slope = (lengths * updates).mean() / (lengths.square().mean() + LENGTH_SHARE / (2 * x.shape[-1]))
+    slope = (lengths * updates).mean(-1) / (lengths.square().mean(-1) + LENGTH_SHARE / (2 * x.shape[-1]))
     bounded: Tensor = slope.nan_to_num(0.0).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
     return bounded
 

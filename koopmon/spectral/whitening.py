@@ -11,10 +11,8 @@ Frobenius norm, so every reported number is the ZCA one. No matrix square root i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,49 +25,53 @@ Below it a float32 direction is rounding error: float32 has a relative precision
 
 KRYLOV_DEPTH = 6
 """Powers of x^T x in the Krylov space. Chosen by hand."""
-_EXACT_SIZE = 256
-"""Largest smaller side, min(N, D), with an exact basis: up to it the eigendecomposition costs no more."""
+_EXACT_SHARE = 1.25
+"""Largest smaller side, min(N, D), with an exact basis, as a multiple of the size of the Krylov space; measured."""
 _NOISE = 32.0
 """Rounding error of a centred constant, in machine epsilons of its magnitude. Chosen by hand."""
 _SAFE = (1e-9, 1e9)
 """Largest magnitudes between which a state keeps its unit: float32 squares then neither overflow nor vanish."""
 
 
-T = TypeVar("T")
-
-
-def transition_pairs(states: Iterable[T], *, paired: bool) -> Iterable[tuple[T, T]]:
-    """Return the start and the end of each transition: neighbours, or the two of each pair if `paired`."""
-    each = iter(states)
-    return zip(each, each, strict=True) if paired else pairwise(each)
+class NonFiniteError(ValueError):
+    """State with NaN or infinite values; only finite states have a spectrum."""
 
 
 @dataclass(frozen=True, slots=True)
 class Coordinates:
-    """One transition in the K principal coordinates that its x has, in float64 and in the unit of its centred x."""
+    """L transitions in the K principal coordinates that each x has, in float64 and in the unit of its centred x."""
 
+    layers: tuple[int, ...]
+    """Places of the L transitions in their batch, ascending."""
     x: Tensor
-    """(N, K): centred inputs."""
+    """(L, N, K): centred inputs."""
     y: Tensor
-    """(N, K): centred outputs, in the unit of x."""
+    """(L, N, K): centred outputs, in the unit of x."""
     spread: Tensor
-    """(K,), descending: norms of the columns of x."""
+    """(L, K), descending: norms of the columns of x."""
     ridge: Tensor
-    """(): eps of eq. 6 in the squared unit of x."""
-    size: int
-    """Number of directions asked for, at least K."""
+    """(L,): eps of eq. 6 in the squared unit of x."""
 
 
 @dataclass(frozen=True, slots=True)
 class Centred:
-    """A state minus its mean over the samples."""
+    """S states minus their means over the samples."""
 
     values: Tensor
-    """(N, D), divided by `unit`."""
-    unit: float
-    """Divisor of the state: 1 in the safe range, else the largest magnitude."""
-    noise: float
-    """Bound on the rounding error of one centred value, in the same unit."""
+    """(S, N, D), divided by `unit`."""
+    unit: Tensor
+    """(S,), float64: divisor of each state, 1 in the safe range, else the largest magnitude."""
+    noise: Tensor
+    """(S,), float64: bound on the rounding error of one centred value, in the same unit."""
+
+    def part(self, which: slice) -> Centred:
+        """Return some of the states, as views."""
+        return Centred(self.values[which], self.unit[which], self.noise[which])
+
+
+def ends(*, paired: bool) -> tuple[slice, slice]:
+    """Return the places of the inputs and of the outputs of all transitions: neighbours, or each pair if `paired`."""
+    return (slice(0, None, 2), slice(1, None, 2)) if paired else (slice(0, -1), slice(1, None))
 
 
 def product_dtype(*states: Tensor) -> torch.dtype:
@@ -87,31 +89,39 @@ def product_dtype(*states: Tensor) -> torch.dtype:
     return torch.float32 if exact else torch.float64
 
 
-def largest_magnitude(state: Tensor, name: str) -> float:
-    """Compute the largest magnitude in `state`; 0 for an empty one.
+def largest_magnitudes(states: Sequence[Tensor], names: Sequence[str]) -> list[float]:
+    """Compute the largest magnitude in each state; 0 for an empty one. It waits for the device once.
 
     Raises:
-        ValueError: a value is not finite; the message holds `name`.
+        NonFiniteError: a value is not finite; the message holds its name.
     """
-    if state.numel() == 0:
-        return 0.0
+    if not states[0].numel():
+        return [0.0] * len(states)
     # aminmax passes NaN on and needs no copy of the size of the state, unlike abs().
-    low, high = torch.aminmax(state)
-    magnitude = float(torch.maximum(-low, high))
-    if not math.isfinite(magnitude):
-        raise ValueError(f"{name} holds NaN or infinite values; only finite states have a spectrum")
-    return magnitude
+    low, high = (torch.stack(each) for each in zip(*map(torch.aminmax, states), strict=True))
+    found: list[float] = torch.maximum(-low, high).tolist()
+    for magnitude, name in zip(found, names, strict=True):
+        if not math.isfinite(magnitude):
+            raise NonFiniteError(f"{name} holds NaN or infinite values; only finite states have a spectrum")
+    return found
 
 
-def centre(state: Tensor, magnitude: float, dtype: torch.dtype) -> Centred:
-    """Centre `state` (N, D) over its samples in `dtype`.
+def in_safe_range(magnitude: float) -> bool:
+    """Return True if squares of a state of that largest magnitude neither overflow nor vanish in float32."""
+    return _SAFE[0] < magnitude < _SAFE[1] or magnitude == 0.0
 
-    A state whose `magnitude` lies outside the safe range is divided by it first, so that squares do not overflow.
+
+def centre(states: Tensor, magnitudes: Sequence[float], dtype: torch.dtype) -> Centred:
+    """Centre `states` (S, N, D) over their samples in `dtype`.
+
+    A state whose magnitude lies outside the safe range is divided by it first, so that squares do not overflow.
     """
-    safe = _SAFE[0] < magnitude < _SAFE[1] or magnitude == 0.0
-    unit = 1.0 if safe else magnitude
-    values = state.to(dtype) if safe else state.to(dtype) / unit  # a division by 1 would cost a copy
-    return Centred(values - values.mean(dim=0), unit, _NOISE * torch.finfo(dtype).eps * magnitude / unit)
+    units = [1.0 if in_safe_range(each) else each for each in magnitudes]
+    unit, magnitude = torch.tensor([units, magnitudes], dtype=torch.float64, device=states.device)
+    values = states.to(dtype)
+    if any(each != 1.0 for each in units):  # a division by 1 would cost a copy
+        values = values / unit.to(dtype)[:, None, None]
+    return Centred(values - values.mean(dim=1, keepdim=True), unit, _NOISE * torch.finfo(dtype).eps * magnitude / unit)
 
 
 def principal_coordinates(
@@ -131,26 +141,31 @@ def principal_coordinates(
     Returns:
         The basis (..., D, R) in the dtype of x, and x in it (..., N, R) in float64; R = min(svd_rank, N, D).
     """
-    num_samples, width = x.shape[-2:]
+    *leading, num_samples, width = x.shape
+    x = x.reshape(-1, num_samples, width)
     smaller = min(num_samples, width)
     rank = min(svd_rank, smaller)
     # A block has half as many columns as the rank, and at least 8, so the Krylov space exceeds the rank by far. Both
     # numbers were chosen by hand.
     block = max(8, (rank + 1) // 2)
-    # The Krylov method solves an eigenproblem of (depth + 1) * block columns. Up to that size the exact one costs no
-    # more.
-    if smaller > max(_EXACT_SIZE, (KRYLOV_DEPTH + 1) * block):
-        return _krylov_coordinates(x, rank, block, seed)
-    wide = x.to(gram_dtype)
-    directions: Tensor
+    # The Krylov method solves an eigenproblem of (depth + 1) * block columns, and multiplies more often.
+    if smaller > _EXACT_SHARE * (KRYLOV_DEPTH + 1) * block:
+        directions, coordinates = _krylov_coordinates(x, rank, block, seed)
+    else:
+        directions, coordinates = _exact_coordinates(x.to(gram_dtype), rank)
+    return directions.to(x.dtype).view(*leading, width, rank), coordinates.double().view(*leading, num_samples, rank)
+
+
+def _exact_coordinates(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Compute the leading right singular vectors (L, D, rank) of x (L, N, D) and x in them (L, N, rank)."""
     # eigh sorts ascending: the last columns, flipped, are the leading ones. The smaller of the two Gram matrices
     # decides the cost. From left singular vectors, x^T gives the right ones up to their norms, and QR normalises them.
-    if num_samples >= width:
-        directions = torch.linalg.eigh(wide.mT @ wide).eigenvectors[..., -rank:].flip(-1)
+    if x.shape[1] >= x.shape[2]:
+        directions = torch.linalg.eigh(torch.bmm(x.mT, x)).eigenvectors[..., -rank:].flip(-1)
     else:
-        samples = torch.linalg.eigh(wide @ wide.mT).eigenvectors[..., -rank:].flip(-1)
-        directions = torch.linalg.qr(wide.mT @ samples).Q
-    return directions.to(x.dtype), (wide @ directions).double()
+        samples = torch.linalg.eigh(torch.bmm(x, x.mT)).eigenvectors[..., -rank:].flip(-1)
+        directions = torch.linalg.qr(torch.bmm(x.mT, samples)).Q
+    return directions, torch.bmm(x, directions)
 
 
 def _krylov_coordinates(x: Tensor, rank: int, block: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -160,71 +175,71 @@ def _krylov_coordinates(x: Tensor, rank: int, block: int, seed: int) -> tuple[Te
     `KRYLOV_DEPTH` applied to Z, where a power iteration holds one. Many narrow blocks therefore converge faster than
     one wide block where the spectrum decays slowly.
 
+    Args:
+        x: (L, N, D).
+        rank: number of Ritz vectors.
+        block: columns of Z.
+        seed: seed of Z, which all of the batch share.
+
     Returns:
-        The basis (..., D, rank) in the dtype of x, and x in it (..., N, rank) in float64.
+        The basis (L, D, rank), and x in it (L, N, rank).
     """
     generator = torch.Generator().manual_seed(seed)
     probes = torch.randn(x.shape[-1], block, generator=generator, dtype=x.dtype).to(x.device)
-    basis = torch.linalg.qr(probes.expand(*x.shape[:-2], -1, -1)).Q
-    blocks = [x @ basis]
+    # Vectors are rows here: products with the whole x then read it in the order of its memory, in half the time.
+    following = torch.linalg.qr(probes).Q.mT.expand(len(x), -1, -1)
+    basis, image = following, torch.bmm(following, x.mT)
+    images = [image]
     for _ in range(KRYLOV_DEPTH):
-        following = x.mT @ blocks[-1]
-        # One orthogonalisation loses digits when one direction dominates: the new block then lies almost in the span.
-        # The second one restores orthogonality.
-        for _ in range(2):
-            following = torch.linalg.qr(following - basis @ (basis.mT @ following)).Q
-        basis = torch.cat((basis, following), dim=-1)
-        blocks.append(x @ following)
+        following = torch.bmm(image, x)
+        # One projection loses digits when one direction dominates: the new block then lies almost in the span. QR
+        # completes a block without full rank by any vectors, also by some in the span, so a projection follows it too.
+        for num_projections in (2, 1):
+            for _ in range(num_projections):
+                following = torch.baddbmm(following, torch.bmm(following, basis.mT), basis, alpha=-1.0)
+            following = torch.linalg.qr(following.mT).Q.mT
+        basis, image = torch.cat((basis, following), dim=1), torch.bmm(following, x.mT)
+        images.append(image)
     # Rayleigh-Ritz: the eigenvectors of (x Q)^T (x Q) are the best approximations inside the span of Q.
-    images = torch.cat(blocks, dim=-1)
-    double = images.double()
-    ritz = torch.linalg.eigh(double.mT @ double).eigenvectors[..., -rank:].flip(-1).to(x.dtype)
-    return basis @ ritz, (images @ ritz).double()
+    single = torch.cat(images, dim=1)
+    double = single.double()
+    ritz = torch.linalg.eigh(torch.bmm(double, double.mT)).eigenvectors[..., -rank:].flip(-1).to(x.dtype)
+    return torch.bmm(basis.mT, ritz), torch.bmm(single.mT, ritz)
 
 
-def transitions(
-    states: Sequence[Tensor], names: Sequence[str], svd_rank: int | None, ridge: float, seed: int, *, paired: bool
-) -> Iterator[Coordinates]:
-    """Yield the coordinates of the L transitions among L+1 states, or in L pairs; each state is centred once.
+def coordinates(x: Centred, y: Centred, svd_rank: int, ridge: float, seed: int) -> Iterator[Coordinates]:
+    """Project a batch of transitions onto the directions that each x has.
+
+    It waits for the device once. x without spread, or with fewer than 2 samples, has no directions: K = 0.
 
     Args:
-        states: L+1 tensors (N, D), finite; 2L if `paired`.
-        names: a name for each state, for error messages.
-        svd_rank: number of directions, at least 1; None for all D.
+        x: inputs of L transitions.
+        y: their outputs.
+        svd_rank: number of directions asked for, from 1 to D.
         ridge: eps of eq. 6, at least 0, in the squared unit of the states.
         seed: seed of the randomised SVD.
-        paired: True for L pairs, each the two states of one transition.
 
     Yields:
-        float64 coordinates, by depth. Full rank computes in float64; a truncated basis in `product_dtype`.
-
-    Raises:
-        ValueError: a state is not finite.
+        The transitions with equal numbers of directions, in float64.
     """
-    truncated = svd_rank is not None and svd_rank < states[0].shape[1]
-    dtype = product_dtype(*states) if truncated else torch.float64
-    magnitudes = [largest_magnitude(state, name) for state, name in zip(states, names, strict=True)]
-    centred = (centre(state, magnitude, dtype) for state, magnitude in zip(states, magnitudes, strict=True))
-    for x, y in transition_pairs(centred, paired=paired):
-        yield _coordinates(x, y, svd_rank, ridge, seed)
-
-
-def _coordinates(x: Centred, y: Centred, svd_rank: int | None, ridge: float, seed: int) -> Coordinates:
-    """Project one transition onto the directions that x has.
-
-    x without spread, or with fewer than 2 samples, gives coordinates with K = 0.
-    """
-    num_samples, width = x.values.shape
-    size = width if svd_rank is None else min(svd_rank, width)
-    if num_samples > 1:
-        directions, x_NR = principal_coordinates(x.values, size, seed)
-        spread = torch.linalg.vector_norm(x_NR, dim=0)
-        # cumprod keeps the leading run of present directions. Centring removes one degree of freedom of the N samples.
-        present = min(int((spread > ABSENT * spread.max()).cumprod(0).sum()), num_samples - 1)
+    num_layers, num_samples, _ = x.values.shape
+    if num_samples < 2:
+        nothing = torch.zeros(num_layers, num_samples, 0, dtype=torch.float64, device=x.values.device)
+        yield Coordinates(tuple(range(num_layers)), nothing, nothing, nothing.new_zeros(num_layers, 0), x.unit)
+        return
+    directions, x_LNR = principal_coordinates(x.values, svd_rank, seed)
+    spread = torch.linalg.vector_norm(x_LNR, dim=1)
+    largest = spread.amax(1, keepdim=True)
+    # cumprod keeps the leading run of present directions. Centring removes one degree of freedom of the N samples.
+    present = (spread > ABSENT * largest).cumprod(1).sum(1).clamp_max(num_samples - 1)
     # N values with an error of at most `noise` each have a norm of at most noise * sqrt(N).
-    if num_samples < 2 or spread.max() <= x.noise * num_samples**0.5:
-        nothing = torch.zeros(num_samples, 0, dtype=torch.float64, device=x.values.device)
-        return Coordinates(nothing, nothing, nothing.new_zeros(0), nothing.new_zeros(()), size)
+    counts: list[int] = torch.where(largest[:, 0] > x.noise * num_samples**0.5, present, 0).tolist()
     # x and y may have different units. y is converted to the unit of x, and the ridge of a variance to its square.
-    y_NR = (y.values @ directions[:, :present]).double() * (y.unit / x.unit)
-    return Coordinates(x_NR[:, :present], y_NR, spread[:present], spread.new_tensor(ridge / x.unit / x.unit), size)
+    y_LNR = torch.bmm(y.values, directions).double() * (y.unit / x.unit)[:, None, None]
+    ridges = ridge / x.unit / x.unit
+    for count in sorted(set(counts)):
+        layers = [place for place, each in enumerate(counts) if each == count]
+        rows: list[int] | slice = layers if len(layers) < num_layers else slice(None)  # a slice copies nothing
+        yield Coordinates(
+            tuple(layers), x_LNR[rows, :, :count], y_LNR[rows, :, :count], spread[rows, :count], ridges[rows]
+        )

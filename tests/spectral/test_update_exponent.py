@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,14 @@ def test_it_is_the_slope_of_the_logarithms_over_a_floored_variance() -> None:
         lengths, updates = (np.log(np.linalg.norm(rows, axis=1)) for rows in (x, y - x))
         slope = np.cov(lengths, updates, bias=True)[0, 1] / (lengths.var() + 0.05 / (2 * 8))
         assert update_exponent(torch.tensor(x), torch.tensor(y)).item() == pytest.approx(slope, rel=1e-9)
+
+
+def test_a_batch_of_layers_has_the_exponents_of_each() -> None:
+    x, matrix = states(100)
+    layers = torch.stack([x, x + x @ matrix, (x + x @ matrix) * x.norm(dim=1, keepdim=True) ** 3])
+    both = update_exponent(layers[:-1], layers[1:]).tolist()
+    assert both == pytest.approx([update_exponent(x, y).item() for x, y in pairwise(layers)])
+    assert both[0] != pytest.approx(both[1], abs=0.1)
 
 
 @pytest.mark.parametrize(

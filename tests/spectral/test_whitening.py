@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from koopmon.spectral import whitening
+from koopmon.spectral import NonFiniteError, whitening
 from koopmon.spectral.whitening import (
     Coordinates,
     centre,
-    largest_magnitude,
+    coordinates,
+    ends,
+    in_safe_range,
+    largest_magnitudes,
     principal_coordinates,
     product_dtype,
-    transitions,
 )
 
 
@@ -52,13 +55,14 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("num_samples", "width", "svd_rank", "path"),
     [
-        (300, 256, 4, "exact"),
-        (300, 257, 4, "krylov"),
-        (256, 300, 4, "exact"),
-        (257, 300, 4, "krylov"),
-        (600, 500, 143, "exact"),  # 7 blocks of 72 columns are more than 500
-        (600, 505, 143, "krylov"),
-        (600, 504, 143, "exact"),
+        (300, 70, 4, "exact"),  # 5/4 of 7 blocks of 8 columns
+        (300, 71, 4, "krylov"),
+        (70, 300, 4, "exact"),
+        (71, 300, 4, "krylov"),
+        (512, 140, 32, "exact"),  # the call of the monitor
+        (512, 141, 32, "krylov"),
+        (300, 280, 63, "exact"),
+        (300, 281, 63, "krylov"),
         (40, 12, 4, "exact"),
     ],
 )
@@ -104,6 +108,35 @@ def test_one_direction_that_dwarfs_the_others_leaves_them_orthogonal() -> None:
     torch.testing.assert_close(basis.mT @ basis, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "kind", ["rank 1", "rank 3", "rank 20", "five columns", "seven tokens", "steep", "one dominates"]
+)
+def test_the_randomised_basis_of_a_degenerate_state_is_orthonormal(kind: str, dtype: torch.dtype) -> None:
+    """The Krylov space holds all of the state early, and the later blocks are rounding errors."""
+    x = normal(512, 200, seed=3)
+    if kind.startswith("rank"):
+        rank = int(kind[5:])
+        x = x[:, :rank] @ normal(rank, 200, seed=4)
+    elif kind == "five columns":
+        x[:, 5:] = 0.0
+    elif kind == "seven tokens":
+        x = x[:7][torch.arange(512) % 7]
+    elif kind == "steep":
+        x = x * 0.5 ** torch.arange(200)
+    else:
+        x[:, 0] *= 1e6
+    x = (x - x.mean(0)).to(dtype)
+    basis, found = (each.double() for each in principal_coordinates(x, 32, seed=0))
+    values = np.linalg.svd(x.double().numpy(), compute_uv=False)[:32]
+    present = int((values > 1e-5 * values[0]).sum())
+    exact = 3e-5 if dtype == torch.float32 else 1e-8
+    if kind != "one dominates":  # the others are a flat spectrum, which the basis holds nearly
+        assert torch.linalg.vector_norm(found, dim=0)[:present].numpy() == pytest.approx(values[:present], rel=exact)
+    frame = basis[:, :present]
+    torch.testing.assert_close(frame.mT @ frame, torch.eye(present, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
 def test_a_batch_of_states_has_the_coordinates_of_each() -> None:
     x = torch.stack([decaying(400, 300, 0.8, seed=each) for each in (5, 7)])
     basis, coordinates = principal_coordinates(x, 6, seed=2)
@@ -125,27 +158,31 @@ def test_a_basis_has_the_precision_of_the_states_and_coordinates_are_double(dtyp
 
 @pytest.mark.parametrize("magnitude", [1e-300, 1e-9, 1.5e-9, 1.0, 9e8, 1e9, 1e300])
 def test_a_state_is_centred_in_a_unit_whose_squares_are_finite(magnitude: float) -> None:
-    state = magnitude * torch.tensor([[0.5, -0.25], [1.0, 0.75], [-1.0, 0.5]], dtype=torch.float64)
-    found = centre(state, magnitude, torch.float64)
-    assert found.unit == (1.0 if 1e-9 < magnitude < 1e9 else magnitude)
-    wanted = (state / found.unit).numpy()
-    assert found.values.numpy() == pytest.approx(wanted - wanted.mean(0), rel=1e-12)
-    assert found.noise == pytest.approx(32 * np.finfo(float).eps * magnitude / found.unit)
+    """Each state of a batch has its own unit."""
+    state = torch.tensor([[0.5, -0.25], [1.0, 0.75], [-1.0, 0.5]], dtype=torch.float64)
+    both = torch.stack((magnitude * state, 3.0 * state))
+    found = centre(both, [magnitude, 3.0], torch.float64)
+    assert in_safe_range(magnitude) is (1e-9 < magnitude < 1e9)
+    assert found.unit.tolist() == [1.0 if in_safe_range(magnitude) else magnitude, 1.0]
+    wanted = (both / found.unit[:, None, None]).numpy()
+    assert found.values.numpy() == pytest.approx(wanted - wanted.mean(1, keepdims=True), rel=1e-12)
+    noise = 32 * np.finfo(float).eps * np.array([magnitude / found.unit[0].item(), 3.0])
+    assert found.noise.numpy() == pytest.approx(noise)
 
 
 def test_a_state_of_zeros_keeps_its_unit() -> None:
-    found = centre(torch.zeros(3, 2), 0.0, torch.float32)
-    assert (found.unit, found.noise) == (1.0, 0.0)
+    found = centre(torch.zeros(1, 3, 2), [0.0], torch.float32)
+    assert (found.unit.tolist(), found.noise.tolist()) == ([1.0], [0.0])
     assert found.values.dtype == torch.float32
 
 
 def test_the_largest_magnitude_is_of_either_sign() -> None:
-    assert largest_magnitude(torch.tensor([[1.0, -3.0], [2.0, 0.5]]), "x") == 3.0
-    assert largest_magnitude(torch.tensor([[1.0, -3.0], [4.0, 0.5]]), "x") == 4.0
-    assert largest_magnitude(torch.zeros(0, 4), "x") == 0.0
+    states = [torch.tensor([[1.0, -3.0], [other, 0.5]]) for other in (2.0, 4.0)]
+    assert largest_magnitudes(states, ["x", "y"]) == [3.0, 4.0]
+    assert largest_magnitudes([torch.zeros(0, 4)] * 2, ["x", "y"]) == [0.0, 0.0]
     for bad in (math.nan, math.inf, -math.inf):
-        with pytest.raises(ValueError, match=r"^states\[2\] holds NaN or infinite"):
-            largest_magnitude(torch.tensor([1.0, bad]), "states[2]")
+        with pytest.raises(NonFiniteError, match=r"^states\[1\] holds NaN or infinite"):
+            largest_magnitudes([torch.ones(2), torch.tensor([1.0, bad])], ["states[0]", "states[1]"])
 
 
 def test_products_are_in_double_precision_where_float32_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,9 +204,20 @@ def test_products_are_in_double_precision_where_float32_is_not_exact(monkeypatch
 # Transitions
 
 
+def together(*states: Tensor, svd_rank: int, ridge: float = 1e-3, paired: bool = False) -> list[Coordinates]:
+    """Return the groups of the transitions among `states`."""
+    magnitudes = largest_magnitudes(states, [str(place) for place in range(len(states))])
+    full = svd_rank >= states[0].shape[1]
+    centred = centre(torch.stack(states), magnitudes, torch.float64 if full else product_dtype(*states))
+    starts, stops = ends(paired=paired)
+    return list(coordinates(centred.part(starts), centred.part(stops), svd_rank, ridge, seed=0))
+
+
 def coordinates_of(x: Tensor, y: Tensor, svd_rank: int | None = None, ridge: float = 1e-3) -> Coordinates:
-    (found,) = transitions([x, y], ["x", "y"], svd_rank, ridge, seed=0, paired=False)
-    return found
+    """Return the coordinates of one transition, without the dimension of the layers."""
+    (found,) = together(x, y, svd_rank=min(svd_rank or x.shape[1], x.shape[1]), ridge=ridge)
+    assert found.layers == (0,)
+    return Coordinates((0,), found.x[0], found.y[0], found.spread[0], found.ridge[0])
 
 
 def test_a_transition_is_projected_onto_the_directions_of_its_input() -> None:
@@ -180,13 +228,41 @@ def test_a_transition_is_projected_onto_the_directions_of_its_input() -> None:
     assert found.x.numpy() == pytest.approx((x - x.mean(0)).numpy() @ right * signs, abs=1e-9)
     assert found.y.numpy() == pytest.approx((y - y.mean(0)).numpy() @ right * signs, abs=1e-9)
     assert found.spread.numpy() == pytest.approx(torch.linalg.vector_norm(found.x, dim=0).numpy())
-    assert (found.size, float(found.ridge)) == (6, 1e-3)
+    assert float(found.ridge) == 1e-3
 
 
-@pytest.mark.parametrize(("svd_rank", "size"), [(None, 6), (4, 4), (6, 6), (9, 6)])
-def test_as_many_directions_as_asked_for_and_no_more_than_the_width(svd_rank: int | None, size: int) -> None:
-    found = coordinates_of(normal(50, 6, seed=5), normal(50, 6, seed=6), svd_rank)
-    assert found.size == found.x.shape[1] == size
+@pytest.mark.parametrize("svd_rank", [1, 4, 6])
+def test_as_many_directions_as_asked_for(svd_rank: int) -> None:
+    assert coordinates_of(normal(50, 6, seed=5), normal(50, 6, seed=6), svd_rank).x.shape[1] == svd_rank
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize(("num_samples", "width", "svd_rank"), [(60, 12, 12), (60, 12, 5), (20, 90, 6), (120, 90, 6)])
+def test_transitions_in_a_batch_have_the_coordinates_of_each_in_numpy(
+    num_samples: int, width: int, svd_rank: int, paired: bool
+) -> None:
+    """Layers 1 and 3 lack directions; layer 2 has another unit."""
+    states = [normal(num_samples, width, seed=30 + each) * 0.6 ** torch.arange(width) + each for each in range(6)]
+    states[1] = states[1][:, :3] @ normal(3, width, seed=40)
+    states[2] = 1e12 * states[2]
+    states[3] = torch.full_like(states[3], 1 / 3)
+    pairs = list(zip(states[::2], states[1::2], strict=True)) if paired else list(pairwise(states))
+    groups = together(*states, svd_rank=svd_rank, paired=paired)
+    assert sorted(layer for group in groups for layer in group.layers) == list(range(len(pairs)))
+    for group in groups:
+        for row, layer in enumerate(group.layers):
+            x, y = (state.numpy() - state.numpy().mean(0) for state in pairs[layer])
+            largest = abs(pairs[layer][0].numpy()).max()
+            unit = largest if largest > 1e9 else 1.0
+            values, right = np.linalg.svd(x, full_matrices=False)[1:]
+            count = int((values[:svd_rank] > max(1e-6 * values[0], 1e-12 * largest)).sum())
+            frame = right[:count].T
+            signs = np.sign((group.x[row].numpy() * (x @ frame)).sum(0))
+            assert group.x.shape[2] == group.spread.shape[1] == count
+            assert group.spread[row].numpy() * unit == pytest.approx(values[:count], rel=1e-6)
+            assert group.x[row].numpy() * unit == pytest.approx(x @ frame * signs, abs=1e-6 * largest)
+            assert group.y[row].numpy() * unit == pytest.approx(y @ frame * signs, abs=1e-6 * abs(y).max() + 1e-12)
+            assert group.ridge[row].item() == pytest.approx(1e-3 / unit**2)
 
 
 def test_units_of_input_and_output_are_the_inputs() -> None:
@@ -204,13 +280,7 @@ def test_units_of_input_and_output_are_the_inputs() -> None:
 @pytest.mark.parametrize("num_samples", [0, 1])
 def test_without_two_samples_there_are_no_directions(num_samples: int) -> None:
     found = coordinates_of(normal(num_samples, 4, seed=9), normal(num_samples, 4, seed=10))
-    assert (found.x.shape, found.y.shape, found.spread.shape, found.size) == (
-        (num_samples, 0),
-        (num_samples, 0),
-        (0,),
-        4,
-    )
-    assert float(found.ridge) == 0.0
+    assert (found.x.shape, found.y.shape, found.spread.shape) == ((num_samples, 0), (num_samples, 0), (0,))
 
 
 def test_two_samples_have_one_direction() -> None:
@@ -246,11 +316,3 @@ def test_a_truncated_basis_computes_in_the_precision_of_the_states() -> None:
     assert single.x.dtype == single.y.dtype == torch.float64
     full = coordinates_of(x[:, :20], y[:, :20])
     assert torch.equal(full.x, coordinates_of(x[:, :20].double(), y[:, :20].double()).x), "full rank is double"
-
-
-def test_a_rank_of_the_whole_width_is_full_rank() -> None:
-    x, y = normal(50, 20, seed=19).float(), normal(50, 20, seed=20).float()
-    double = coordinates_of(x.double(), y.double())
-    for svd_rank in (20, 30):
-        assert torch.equal(coordinates_of(x, y, svd_rank).x, double.x)
-    assert not torch.equal(coordinates_of(x, y, 19).x.abs(), double.x[:, :19].abs())
