@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,7 +11,8 @@ import msgspec
 
 from koopmon.errors import one_line
 from koopmon.history.journal import Journal, records
-from koopmon.history.schema import Observables, packed_profile, scalar, to_json
+from koopmon.history.plain_profile import Observables, PlainProfile, pack
+from koopmon.history.schema import scalar, to_json
 from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello, TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -98,15 +100,15 @@ class HistoryWriter(Journal):
         incarnation: str,
         step: int,
         *,
-        profile: Mapping[str, Any] | None,
+        profile: PlainProfile | None,
         observables: Observables | None = None,
         **columns: float,
     ) -> None:
-        """Record one snapshot: its profile as plain values, None for non-finite states, and its observables.
+        """Record one snapshot: its profile, None for non-finite states, and its observables.
 
         The columns are num_shards, masked and seconds.
         """
-        packed = packed_profile(profile, observables)
+        packed = pack(profile, observables)
         self._insert("profiles", at, run, incarnation, step=step, non_finite=profile is None, profile=packed, **columns)
 
     @records()
@@ -123,7 +125,11 @@ class HistoryWriter(Journal):
         **columns: Any,
     ) -> None:
         """Record one input of the detector and its components. The columns are non_finite, risk and reason."""
-        texts = {"observation": to_json(observation), "components": to_json(components)}
+        known = msgspec.to_builtins(observation)
+        for repeated in ("training", "non_finite"):
+            known.pop(repeated, None)
+        ratios = array("d", known.pop("update_ratios", ())).tobytes() or None
+        texts = {"observation": to_json(known), "components": to_json(components), "update_ratios": ratios}
         self._insert("observations", at, run, incarnation, **msgspec.structs.asdict(training), **texts, **columns)
 
     @records()

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from koopmon.config import Config
 from koopmon.errors import ProtocolError
 from koopmon.grafana.annotations import Annotate, no_annotations
+from koopmon.history.plain_profile import PlainProfile
 from koopmon.history.schema import RunState
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor import events
@@ -157,7 +157,7 @@ class Service:
         run = self._registry.get(snapshot.run)
         if run is not None and (run.incarnation != snapshot.incarnation or run.state is RunState.VANISHED):
             run = None
-        plain = None if result.profile is None else result.profile.to_dict()
+        plain = None if result.profile is None else PlainProfile.of(result.profile)
         self._publish(events.Profiled(run, result, plain, self.clock() - snapshot.since))
         if result.failed:
             self.on_dropped(snapshot.run, "engine_failed")
@@ -304,7 +304,7 @@ class Service:
         run: Run,
         training: TrainingStep,
         profile: SpectralProfile | None = None,
-        plain: Mapping[str, Any] | None = None,
+        plain: PlainProfile | None = None,
     ) -> None:
         decide = run.state is RunState.RUNNING and not self._stopping
         try:

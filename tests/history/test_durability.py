@@ -29,7 +29,7 @@ from koopmon.history.writer import HistoryWriter
 from koopmon.wire.codec import decode_for_agent
 from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import Ack, Applied, Command
-from tests.factories import ack, command, heartbeat, hello, record_observation
+from tests.factories import ack, command, heartbeat, hello, noisy_profile, record_observation
 
 HERE = Path(__file__).parent
 RUN, OTHER, FIRST, SECOND = "job", "other", "aaaaaaaa", "bbbbbbbb"
@@ -76,10 +76,10 @@ def decide(store: HistoryWriter, number: int, *, at: float = NOW, run: str = RUN
 
 
 def fill(store: HistoryWriter, rows: int, *, at: float = NOW, run: str = RUN, incarnation: str = FIRST) -> None:
-    """Write profiles that compress to 10 kB each, each with an observation and a heartbeat."""
+    """Write profiles of 10 kB each, each with an observation and a heartbeat."""
     where = (at, run, incarnation)
     for step in range(rows):
-        noise = {"text": os.urandom(10_000).hex()}
+        noise = noisy_profile(10_000)
         store.record_profile(*where, step, num_shards=1, masked=False, seconds=0.0, profile=noise)
         record_observation(store, at, step, run, incarnation, risk=0.5)
         store.record_heartbeat(at, heartbeat(step, run, incarnation))

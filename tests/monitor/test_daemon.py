@@ -261,7 +261,7 @@ def test_shards_of_several_ranks_make_one_snapshot(start_monitor: Start, connect
     with monitor.history() as history:
         rows = list(history.profiles("job"))
     assert [row.num_shards for row in rows] == [2, 1]
-    assert [row.profile["layers"][0]["num_samples"] for row in rows if row.profile] == [192, 96]
+    assert [row.profile.num_samples for row in rows if row.profile] == [192, 96]
 
 
 def test_series_of_a_run_that_ended_stay_and_then_go(start_monitor: Start, connect: Start, until: Until) -> None:

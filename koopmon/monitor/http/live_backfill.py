@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 
 from koopmon.errors import StoreError, one_line
@@ -74,10 +74,8 @@ class LiveBackfill:
             if self._stop.wait(PAUSE_SECONDS):
                 return
             if row.profile is not None:
-                with suppress(KeyError, TypeError, ValueError):  # a forged profile
-                    column = Column.of(row.step, row.profile["layers"])
-                    spectrum = Spectrum.of(row.step, row.profile)
-                    columns.append(column)
+                columns.append(Column.of(row.step, row.profile))
+                spectrum = Spectrum.of(row.step, row.profile)
         self._live_state.backfill(replace(view, spectrum=spectrum), columns=columns)
 
 
