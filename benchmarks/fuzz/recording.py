@@ -193,9 +193,9 @@ def _continue(path: Path) -> str:
         return "not opened"
     try:
         for run_name in ("job", "other"):
-            store.incarnations(run_name)
-            store.last_applied(run_name, other_than="bbbbbbbb")
-            store.memory(run_name, "aaaaaaaa")
+            store.launches.incarnations(run_name)
+            store.launches.last_applied(run_name, other_than="bbbbbbbb")
+            store.launches.memory(run_name, "aaaaaaaa")
             store.record_memory(1e9, run_name, "aaaaaaaa", b"{}")
         store._upkeep_at = 0.0
         store.upkeep(["job"])

@@ -86,6 +86,11 @@ class PlainProfile:
     def num_layers(self) -> int:
         return len(self.informative)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in memory, estimated."""
+        return sum(4 * len(flat) for flat in self.eigenvalues) + 32 * len(QUANTITIES) * self.num_layers
+
     @classmethod
     def of(cls, profile: SpectralProfile) -> Self:
         # Imported late: readers do not need it.

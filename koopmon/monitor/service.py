@@ -224,7 +224,7 @@ class Service:
                 self.on_dropped(name, reason)
 
     def _on_hello(self, now: float, peer: bytes, hello: Hello, key: str) -> None:
-        launches = self._store.incarnations(hello.run)
+        launches = self._store.launches.incarnations(hello.run)
         retired = launches[:-1] if hello.incarnation in launches[-1:] else launches
 
         begin = partial(self._begin, hello, hello.incarnation in launches)
@@ -268,10 +268,10 @@ class Service:
         """
         restore = None if before is None else before.left_in_force
         if before is None and not known:
-            restore = self._store.last_applied(hello.run, other_than=hello.incarnation)
+            restore = self._store.launches.last_applied(hello.run, other_than=hello.incarnation)
         if restore == Applied() or hello.applied != Applied():  # the agent may have kept them itself
             restore = None
-        memory = self._store.memory(hello.run, hello.incarnation)
+        memory = self._store.launches.memory(hello.run, hello.incarnation)
         applied = restore or hello.applied
         return RunController(self.config, hello, applied, checkpoint=memory, calibrator=self.calibrator), restore
 

@@ -19,10 +19,10 @@ import torch
 from koopmon.errors import StoreError
 from koopmon.history.plain_profile import PlainProfile
 from koopmon.history.reader import DecisionRow, HistoryReader
-from koopmon.history.schema import SCHEMA_VERSION, RunState
+from koopmon.history.schema import SCHEMA_VERSION
 from koopmon.history.writer import HistoryWriter
 from koopmon.spectral import SpectralProfile, profile_states
-from koopmon.wire.messages import Applied, Heartbeat, KssSettings, TrainingStep
+from koopmon.wire.messages import Applied, Heartbeat, TrainingStep
 from tests.factories import ack, command, heartbeat, hello, noisy_profile, observation, record_observation
 
 RUN, FIRST, SECOND = "job", "aaaaaaaa", "bbbbbbbb"
@@ -287,43 +287,7 @@ def test_a_store_that_became_read_only_pauses(store: HistoryWriter) -> None:
     observe(store)
     store.commit()
     assert not store.recording
-    assert store.incarnations(RUN) == []
     store._database.execute("PRAGMA query_only = OFF")
-
-
-def test_what_to_restore_is_the_latest_other_incarnation(store: HistoryWriter) -> None:
-    kss = Applied(lr_scale=0.25, kss=KssSettings(alpha=0.3))
-    assert store.last_applied(RUN, other_than=FIRST) is None
-    store.record_hello(1.0, hello())
-    store.record_applied(2.0, RUN, FIRST, 20, kss)
-    store.record_hello(3.0, hello(incarnation=SECOND))
-    assert store.last_applied(RUN, other_than=SECOND) == kss
-    assert store.last_applied(RUN, other_than=FIRST) is None
-    assert store.incarnations(RUN) == [FIRST, SECOND]
-
-
-def test_what_to_restore_skips_launches_without_a_step_and_ends_with_a_goodbye(store: HistoryWriter) -> None:
-    third, held = "cccccccc", Applied(lr_scale=0.25)
-    store.record_hello(1.0, hello())
-    store.record_applied(2.0, RUN, FIRST, 20, held)
-    store.record_state(3.0, RUN, FIRST, RunState.VANISHED)
-    store.record_hello(4.0, hello(incarnation=SECOND))
-    store.record_applied(5.0, RUN, SECOND, 0, Applied())
-    assert store.last_applied(RUN, other_than=third) == held, "the second was killed before its first step"
-    store.record_applied(6.0, RUN, SECOND, 9, Applied())
-    assert store.last_applied(RUN, other_than=third) == Applied(), "it had come back to the user's own"
-    store.record_applied(7.0, RUN, SECOND, 30, held)
-    assert store.last_applied(RUN, other_than=third) == held
-    store.record_state(8.0, RUN, SECOND, RunState.ENDED, end_reason="goodbye")
-    assert store.last_applied(RUN, other_than=third) is None, "not even that of the first launch"
-
-
-def test_memory_is_kept_for_each_incarnation(store: HistoryWriter) -> None:
-    assert store.memory(RUN, FIRST) is None
-    store.record_memory(1.0, RUN, FIRST, b"one")
-    store.record_memory(1.0, RUN, SECOND, b"two")
-    store.record_memory(1.0, RUN, FIRST, b"three")
-    assert (store.memory(RUN, FIRST), store.memory(RUN, SECOND)) == (b"three", b"two")
 
 
 def test_outcomes_are_settled_once(store: HistoryWriter, history: HistoryReader) -> None:

@@ -107,9 +107,13 @@ def test_a_danger_brings_a_command_that_is_on_disk_first(start_monitor: Start, c
     assert samples[name.format("sent")] == samples[name.format("applied")] == 1
     assert samples[name.format("duplicate")] == samples[name.format("failed")] == 0, "only the first answer counts"
     assert samples['lr_scale{run="job"}'] == command.lr_scale
-    with monitor.history() as history:
-        (decision,) = history.decisions("job")
-        assert {row.command.id: row.outcome for row in decision.commands}[command.id] == "applied"
+
+    def outcome() -> str:
+        with monitor.history() as history:
+            (decision,) = history.decisions("job")
+            return {row.command.id: row.outcome for row in decision.commands}[command.id]
+
+    until(lambda: outcome() == "applied")
 
 
 def test_states_that_an_agent_kept_for_not_being_finite_count_as_seen(

@@ -26,6 +26,8 @@ MAX_BACKFILLED = 64
 """Maximum number of runs, most recently seen first."""
 MAX_COLUMNS = 120
 """Maximum number of columns of each heatmap; one row of the history takes a millisecond or two."""
+CLOSE_SECONDS = 5.0
+"""Longest wait for the thread at the end: the disk may not answer."""
 PAUSE_SECONDS = 0.002
 """Pause after each heatmap row, which releases the GIL to the monitor."""
 
@@ -42,7 +44,7 @@ class LiveBackfill:
 
     def close(self) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
         try:
