@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from koopmon.config import Config
+from koopmon.history.plain_profile import PlainProfile
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.run_controller import RunController
 from koopmon.spectral import SpectralProfile, profile_states
@@ -70,7 +71,7 @@ def record(path: Path, num_runs: int, num_snapshots: int, found: list[SpectralPr
             training = TrainingStep(step=step, learning_rate=1e-3, loss=2.0, grad_norm=1.0)
             verdict = guard.assess(float(step), training, profile, step=step)
             store.record_profile(
-                at + step, *where, step, num_shards=1, masked=False, seconds=0.1, profile=profile.to_dict()
+                at + step, *where, step, num_shards=1, masked=False, seconds=0.1, profile=PlainProfile.of(profile)
             )
             store.record_observation(
                 *(at + step, *where, training),

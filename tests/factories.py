@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 from koopmon.config import Config
+from koopmon.history.plain_profile import QUANTITIES, PlainProfile
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor.registry import Admission, RunRegistry
 from koopmon.monitor.run_controller import RunController
@@ -70,6 +74,26 @@ def ack(number: int = 0, run: str = RUN, incarnation: str = INCARNATION, **field
 def observation(step: int, **fields: Any) -> Observation:
     """Informative observation; missing fields are unknown."""
     return Observation(**gathered({"step": step, "informative": True, **fields}))
+
+
+def plain_profile(*values: float, eigenvalues: Sequence[Sequence[float]] | None = None) -> PlainProfile:
+    """Profile of one layer for each value: its numbers are the value, and so is its only eigenvalue by default."""
+    each = tuple(array("f", flat) for flat in eigenvalues or [(value, 0.0) for value in values])
+    return PlainProfile(
+        columns=dict.fromkeys(QUANTITIES, values),
+        eigenvalues=each,
+        informative=(True,) * len(values),
+        reasons=("",) * len(values),
+        num_samples=8,
+        svd_rank=None,
+        is_informative=True,
+        reason="",
+    )
+
+
+def noisy_profile(size: int) -> PlainProfile:
+    """Profile of one layer that takes about `size` bytes of a history."""
+    return plain_profile(1.0, eigenvalues=[[random.uniform(-1.0, 1.0) for _ in range(size // 3 * 2)]])
 
 
 def record_observation(

@@ -30,7 +30,7 @@ ROOMS = {
     "run_names": "errors wire",
     "risk": "errors config spectral wire",
     "policy": "errors config risk wire",
-    "history": "errors files config spectral wire",
+    "history": "errors files logs config spectral wire",
     "telemetry": "errors numbers config spectral wire",
     "offline": "errors config spectral risk policy history",
     "views": "errors config spectral risk policy wire history telemetry",

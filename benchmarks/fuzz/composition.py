@@ -268,7 +268,7 @@ class Play:
                 assert quiet or sample.value == 0.0, sample
         assert self._store is not None
         for run, incarnation in itertools.product(RUNS, INCARNATIONS):
-            if (memory := self._store.memory(run, incarnation)) is not None:
+            if (memory := self._store.launches.memory(run, incarnation)) is not None:
                 msgspec.json.decode(memory, type=ControllerCheckpoint)
 
     def pass_time(self) -> None:

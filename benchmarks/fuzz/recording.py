@@ -1,7 +1,8 @@
 """Target recording: a history file with changed bytes or columns, read, replayed and written; runs of a campaign.
 
-An input is a kind (one byte) and its data. Kind 0 is a campaign's .npz file. Other kinds are edits of a small store: a
-place (four bytes, little-endian), a length (one byte) and the new bytes, which go into a column for an odd length.
+An input is a kind (one byte) and its data. Kind 0 is a campaign's .npz file, kind 255 a packed profile before its
+compression. Other kinds are edits of a small store of one of the schemas: a place (four bytes, little-endian), a
+length (one byte) and the new bytes, which go into a column for an odd length.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import math
 import shutil
 import sqlite3
 import tempfile
+import zlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from rich.console import Console
 
@@ -24,22 +29,57 @@ from benchmarks.campaign import _fields, _path, _read
 from benchmarks.fuzz import check_line
 from koopmon.config import Config, StoreConfig
 from koopmon.errors import StoreError
+from koopmon.history.plain_profile import FORMAT, QUANTITIES, PlainProfile, pack, unpack
 from koopmon.history.reader import HistoryReader
 from koopmon.history.schema import SQLITE_ERRORS
 from koopmon.history.writer import HistoryWriter
 from koopmon.offline.calibration_examples import calibration_examples
 from koopmon.offline.replay import replay
+from koopmon.views.spectra import Column, Spectrum
+from koopmon.wire.messages import TrainingStep
 
-KEPT = Path(__file__).parents[2] / "tests" / "history" / "stores" / "schema-1.sqlite3.gz"
-TEMPLATE = gzip.decompress(KEPT.read_bytes())
+KEPT = Path(__file__).parents[2] / "tests" / "history" / "stores"
 COLUMNS = (
     *(("runs", "name"), ("incarnations", "hello"), ("incarnations", "applied"), ("incarnations", "memory")),
     *(("profiles", "profile"), ("profiles", "step"), ("observations", "observation"), ("observations", "components")),
     *(("observations", "loss"), ("observations", "risk"), ("observations", "time"), ("decisions", "phase")),
+    *(("observations", "update_ratios"), ("profiles", "non_finite")),
     *(("commands", "command"), ("commands", "outcome"), ("acks", "applied"), ("heartbeats", "loss")),
 )
+PACKED = b"\xff"
+"""Kind of a packed profile."""
 QUIET = Console(file=io.StringIO())
 _folder = Path(tempfile.mkdtemp(prefix="koopmon-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+
+
+def _templates() -> list[bytes]:
+    """Return a small store of each schema; the code of today adds a snapshot to that of today."""
+    found = [gzip.decompress((KEPT / f"schema-{version}.sqlite3.gz").read_bytes()) for version in (1, 2)]
+    path = _folder / "template.sqlite3"
+    path.write_bytes(found[-1])
+    store = HistoryWriter.open(path)
+    told = {"informative": True, "update_ratios": (0.5, 0.25, 0.125), "num_layers": 3}
+    place = (1e9, "job", "aaaaaaaa")
+    columns: Any = {"num_shards": 1, "masked": 0, "seconds": 0.1}
+    store.record_profile(*place, 3, profile=PROFILE, observables={"a": (0.5, None)}, **columns)
+    training = TrainingStep(step=3, loss=2.0, learning_rate=0.1)
+    risk: Any = {"non_finite": False, "risk": 0.5, "reason": "", "components": {"prior": 0.0, "growth": 1.0}}
+    store.record_observation(*place, training, observation=told, **risk)
+    store.close()
+    return [*found, path.read_bytes()]
+
+
+PROFILE = PlainProfile(
+    columns=dict.fromkeys(QUANTITIES, (0.5, 0.25, 1.0)),
+    eigenvalues=(array("f", (0.5, 0.25, 0.5, -0.25)), array("f", (0.25, 0.0)), array("f", ())),
+    informative=(True, False, True),
+    reasons=("", "few samples", ""),
+    num_samples=8,
+    svd_rank=4,
+    is_informative=True,
+    reason="1 of 3 layers: few samples",
+)
+TEMPLATES = _templates()
 
 
 @dataclass(frozen=True)
@@ -56,6 +96,8 @@ def seeds() -> Iterator[bytes]:
     yield b"\x01" + (4096).to_bytes(4, "little") + b"\x08" + bytes(8)
     for index in range(len(COLUMNS)):
         yield b"\x01" + index.to_bytes(4, "little") + b"\x03[1]"
+        yield b"\x03" + (index | 0x100).to_bytes(4, "little") + b"\x09" + bytes(7) + b"\xf0\x7f"
+    yield PACKED + zlib.decompress((pack(PROFILE, {"a": (0.5, None)}) or b"")[1:])
     archive = io.BytesIO()
     described = f'{{"case": {{"seed": 0, "name": "{Case().name}"}}, "scalars": {{"loss": 1.0}}}}'
     assert _fields(Case()) == {"seed": 0, "name": "case"}
@@ -68,16 +110,34 @@ def run(data: bytes) -> str:
         path = _path(Case(), _folder)
         path.write_bytes(data[1:])
         return "campaign" if _read(Case(), _folder, QUIET) else "campaign refused"
+    if data[:1] == PACKED:
+        return _unpack(data[1:])
     for path in _folder.iterdir():
         path.unlink()
     path = _folder / "history.sqlite3"
-    _edit(path, data[1:])
+    _edit(path, TEMPLATES[(data[0] - 1) % len(TEMPLATES)], data[1:])
     read = _survey(path)
     return f"{read}, {_continue(path)}"
 
 
-def _edit(path: Path, edits: bytes) -> None:
-    content = bytearray(TEMPLATE)
+def _unpack(data: bytes) -> str:
+    """Unpack a profile and use its content."""
+    try:
+        profile, _ = unpack(FORMAT + zlib.compress(data, 1), non_finite=False)
+    except (zlib.error, msgspec.MsgspecError, ValueError, TypeError, RecursionError):
+        return "profile refused"
+    assert profile is not None
+    column, spectrum = Column.of(1, profile), Spectrum.of(1, profile)
+    assert all(math.isfinite(modulus) for modulus in spectrum.moduli())
+    assert len(column.values["near_unit_mass"]) == len(spectrum.labels)
+    again, _ = unpack(pack(profile, None), non_finite=False)
+    assert again is not None
+    assert again.informative == profile.informative
+    return "profile"
+
+
+def _edit(path: Path, template: bytes, edits: bytes) -> None:
+    content = bytearray(template)
     columns: list[tuple[int, bytes]] = []
     at = 0
     while at + 5 <= len(edits):
@@ -133,9 +193,9 @@ def _continue(path: Path) -> str:
         return "not opened"
     try:
         for run_name in ("job", "other"):
-            store.incarnations(run_name)
-            store.last_applied(run_name, other_than="bbbbbbbb")
-            store.memory(run_name, "aaaaaaaa")
+            store.launches.incarnations(run_name)
+            store.launches.last_applied(run_name, other_than="bbbbbbbb")
+            store.launches.memory(run_name, "aaaaaaaa")
             store.record_memory(1e9, run_name, "aaaaaaaa", b"{}")
         store._upkeep_at = 0.0
         store.upkeep(["job"])

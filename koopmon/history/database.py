@@ -24,8 +24,8 @@ SIGNATURE = b"CREATE TABLE incarnations"
 """Bytes in the first pages of every store. They identify a store with a damaged header."""
 HEAD_BYTES = 1 << 16
 COMPANIONS = ("-wal", "-shm")
-BUSY_SECONDS = 0.5
-"""Longest wait for another process that holds the file's write lock, such as a backup. The monitor's loop stands."""
+BUSY_SECONDS = 5.0
+"""Longest wait for another process that holds the file's write lock, such as a backup."""
 
 
 class DamageError(sqlite3.DatabaseError):
@@ -115,7 +115,8 @@ def _opened(path: Path) -> sqlite3.Connection:
     _check_beginning(path)
     if not path.exists():
         open_private(path).close()  # SQLite gives its log the mode of the file
-    database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+    # The thread that opens the store is not the one that writes it; only one of them uses it at a time.
+    database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         # Check before the first write, so that a damaged file is kept unchanged.
         found = database.execute("PRAGMA quick_check(1)").fetchone()

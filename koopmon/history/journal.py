@@ -25,7 +25,6 @@ from koopmon.config import StoreConfig
 from koopmon.errors import StoreError, one_line
 from koopmon.files import is_still_there
 from koopmon.history.database import (
-    BUSY_SECONDS,
     is_damage,
     lock_file,
     open_database,
@@ -33,6 +32,7 @@ from koopmon.history.database import (
     set_aside,
     take_lock,
 )
+from koopmon.history.launches import Launches
 from koopmon.history.retention import Retention
 from koopmon.history.schema import SCHEMA_VERSION, SQLITE_ERRORS
 
@@ -53,15 +53,18 @@ BUSY_UPKEEP_SECONDS = 1.0
 F = TypeVar("F", bound=Callable[..., None])
 
 
-def records(*, commit: bool = False) -> Callable[[F], F]:
+def records(*, commit: bool = False, remember: Callable[..., None] | None = None) -> Callable[[F], F]:
     """Decorator for methods that write.
 
     With `commit`, the record is on disk when the method returns, or waits in memory while recording is paused.
+    `remember` is the method of `Launches` that keeps it for later hellos.
     """
 
     def decorate(method: F) -> F:
         @functools.wraps(method)
         def write(self: Journal, /, *args: Any, **kwargs: Any) -> None:
+            if remember is not None:
+                remember(self.launches, *args, **kwargs)
             self._write(functools.partial(method, self, *args, **kwargs), must=commit)
 
         return cast(F, write)
@@ -83,7 +86,7 @@ class Journal:
     def __post_init__(self) -> None:
         self._ids: dict[tuple[str, str], int] = {}
         self._backlog: deque[Callable[[], None]] = deque()
-        self._lost = 0
+        self._lost = self._told = 0
         self._paused_at: float | None = None
         self._left_out_at = -math.inf
         self._damaged = False
@@ -91,6 +94,7 @@ class Journal:
         self._epoch = self._wall() - self._clock()
         self._upkeep_at = self._clock() + BUSY_UPKEEP_SECONDS
         self._use(self._database)
+        self.launches = Launches.read(self._database)
 
     @classmethod
     def open(
@@ -124,7 +128,9 @@ class Journal:
 
     def take_lost(self) -> int:
         """Return the number of records lost since the last call."""
-        lost, self._lost = self._lost, 0
+        # Another thread may count at the same time.
+        lost = self._lost - self._told
+        self._told += lost
         return lost
 
     def close(self) -> None:
@@ -149,6 +155,9 @@ class Journal:
                 self._database.execute("COMMIT")
         except SQLITE_ERRORS as error:
             self._pause(error)
+
+    def flush(self) -> None:
+        """Wait until the records that must be committed are."""
 
     def upkeep(self, live: Collection[str]) -> None:
         """Retry while paused, and prune. Call it about once a second; `live` names the runs in progress."""
@@ -211,20 +220,11 @@ class Journal:
         except (*SQLITE_ERRORS, OSError, StoreError) as error:
             self._pause(error, damaged=True)
 
-    def _read(self, query: str, *values: str) -> list[Any]:
-        try:
-            return self._database.execute(query, values).fetchall()
-        except SQLITE_ERRORS as error:
-            logger.warning("store: cannot be read: %s", one_line(error))
-            if is_damage(error):
-                self._pause(error)
-            return []
-
     def _begin(self) -> None:
         if not self._database.in_transaction:
             self._database.execute("BEGIN IMMEDIATE")
 
-    def _write(self, entry: Callable[[], None], *, must: bool) -> None:
+    def _write(self, entry: functools.partial[None], *, must: bool) -> None:
         self._try_again()
         if self.recording:
             try:
@@ -285,8 +285,6 @@ class Journal:
                 return
             if self._damaged:
                 self._start_over()
-            if not now:
-                self._database.execute("PRAGMA busy_timeout = 0")  # the monitor's loop must not wait again and again
             self._begin()
             # Write even when no record waits, to detect a disk that rejects writes.
             self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -298,7 +296,6 @@ class Journal:
         except (OSError, StoreError) as error:
             logger.debug("store: still paused: %s", error)
         else:
-            self._database.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
             self._backlog.clear()
             self._paused_at = None
             logger.warning("store: recording again")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
@@ -16,8 +18,9 @@ import msgspec
 
 from koopmon.errors import StoreError, one_line
 from koopmon.history.database import is_held
-from koopmon.history.schema import SQLITE_ERRORS, check, from_scalar, unpacked_profile
-from koopmon.wire.messages import MEASURED, Applied, AtStep, Command, Hello, TrainingStep
+from koopmon.history.plain_profile import PlainProfile, unpack
+from koopmon.history.schema import SQLITE_ERRORS, check, from_scalar
+from koopmon.wire.messages import MAX_LAYERS, MEASURED, Applied, AtStep, Command, Hello, TrainingStep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,30 +61,26 @@ class IncarnationRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileRow:
-    """One snapshot. `profile` is the argument of SpectralProfile.from_dict; None when the states were not finite."""
-
-    incarnation: str
-    step: int
-    time: float
-    num_shards: int
-    masked: bool
-    seconds: float
-    profile: dict[str, Any] | None
-    observables: dict[str, list[float | None]]
-    """Measurements of the model family by name: one value per transition."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileHead:
     """One snapshot without its profile, which has almost all of the bytes. `id` is the number of its row."""
 
     id: int
     incarnation: str
     step: int
+    time: float
     num_shards: int
+    masked: bool
     seconds: float
     non_finite: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileRow(ProfileHead):
+    """One snapshot. `profile` is None when the states were not finite."""
+
+    profile: PlainProfile | None
+    observables: dict[str, list[float | None]]
+    """Measurements of the model family by name: one value per transition."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,27 +237,30 @@ class HistoryReader:
                 for row in self._database.execute(query, (run,))
             ]
 
-    def profiles(self, run: str, *, last: int | None = None) -> Iterator[ProfileRow]:
+    def profiles(self, run: str, *, last: int | None = None, eigenvalues: bool = True) -> Iterator[ProfileRow]:
+        """Yield snapshots; without `eigenvalues`, profiles have none and are read in a third of the time."""
         with self._reading("profiles"):
             for row in self._of_run("profiles", run, last):
-                yield _profile(row)
+                yield _profile(row, eigenvalues=eigenvalues)
 
     def profile_heads(self, run: str) -> Iterator[ProfileHead]:
         """Yield all snapshots of a run without their profiles."""
-        columns = "t.id, incarnation, step, num_shards, seconds, non_finite"
+        columns = ", ".join(field.name for field in fields(ProfileHead) if field.name != "id")
         with self._reading("profiles"):
-            for row in self._database.execute(f"SELECT {columns} FROM profiles AS t{_OF_RUN} ORDER BY t.id", (run,)):
-                yield _row(row, ProfileHead, non_finite=bool(row["non_finite"]))
+            for row in self._database.execute(
+                f"SELECT t.id, {columns} FROM profiles AS t{_OF_RUN} ORDER BY t.id", (run,)
+            ):
+                yield _head(row)
 
-    def profiles_at(self, ids: Iterable[int]) -> Iterator[tuple[int, ProfileRow]]:
-        """Yield the snapshots of these rows, each with its id; a row that was deleted meanwhile is left out."""
+    def profiles_at(self, ids: Iterable[int]) -> Iterator[ProfileRow]:
+        """Yield the snapshots of these rows; a row that was deleted meanwhile is left out."""
         query = (
             "SELECT t.*, incarnation FROM profiles AS t JOIN incarnations ON incarnations.id = t.incarnation_id"
             " WHERE t.id IN (SELECT value FROM json_each(?)) ORDER BY t.id"
         )
         with self._reading("profiles"):
             for row in self._database.execute(query, (msgspec.json.encode(list(ids)).decode(),)):
-                yield int(row["id"]), _profile(row)
+                yield _profile(row)
 
     def observations(self, run: str, *, last: int | None = None) -> Iterator[ObservationRow]:
         with self._reading("observations"):
@@ -268,7 +270,7 @@ class HistoryReader:
                     ObservationRow,
                     training=_training(row),
                     non_finite=bool(row["non_finite"]),
-                    observation=msgspec.json.decode(row["observation"]),
+                    observation=_observation(row),
                     components=msgspec.json.decode(row["components"]),
                 )
 
@@ -328,9 +330,26 @@ def _address(path: Path, mode: str) -> str:
     return f"file:{quote(str(path.resolve()))}?mode={mode}"
 
 
-def _profile(row: sqlite3.Row) -> ProfileRow:
-    profile, observables = unpacked_profile(row["profile"], non_finite=bool(row["non_finite"]))
-    return _row(row, ProfileRow, masked=bool(row["masked"]), profile=profile, observables=observables)
+def _head(row: sqlite3.Row) -> ProfileHead:
+    return _row(row, ProfileHead, masked=bool(row["masked"]), non_finite=bool(row["non_finite"]))
+
+
+def _profile(row: sqlite3.Row, *, eigenvalues: bool = True) -> ProfileRow:
+    head = _head(row)
+    profile, observables = unpack(row["profile"], non_finite=head.non_finite, eigenvalues=eigenvalues)
+    known = {field.name: getattr(head, field.name) for field in fields(head)}
+    return ProfileRow(**known, profile=profile, observables=observables)
+
+
+def _observation(row: sqlite3.Row) -> dict[str, Any]:
+    """Return the input of the detector without the scalars of the training. Earlier versions kept all in JSON."""
+    known = msgspec.json.decode(row["observation"], type=dict[str, Any])
+    if "update_ratios" in row.keys() and row["update_ratios"] is not None:  # noqa: SIM118 - a row is no mapping
+        ratios = array("d", row["update_ratios"])
+        if len(ratios) > MAX_LAYERS or not all(map(math.isfinite, ratios)):
+            raise ValueError("update_ratios: allowed are finite numbers, one for each layer")
+        known["update_ratios"] = ratios.tolist()
+    return known
 
 
 def _training(row: sqlite3.Row) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from koopmon.config import StoreConfig
 
 BULK = ("profiles", "observations", "heartbeats")
 BATCH_ROWS = 64
-BATCH_PAGES = 256
+BATCH_PAGES = 128
 SLICE_SECONDS = 0.02
 DAY_SECONDS = 86_400.0
 LOW_WATER = 0.9

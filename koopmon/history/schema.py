@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import sqlite3
-import zlib
-from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -18,19 +16,16 @@ from koopmon.wire.messages import TrainingStep
 
 logger = logging.getLogger(__name__)
 
-Observables = Mapping[str, Sequence[float | None]]
-"""Observables by name, one value per transition."""
-
 SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 """Exceptions that SQLite raises.
 
 Its messages quote the file, and Python raises UnicodeDecodeError if the quoted bytes are not text.
 """
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x6B6F6F70
 """The file's application ID: "koop" in ASCII."""
-MAX_PACKED_BYTES = 256 << 20
-"""Maximum size of one unpacked profile in bytes."""
+PAGE_BYTES = 8192
+"""Page size of a new file: a page holds three profiles of 48 layers, and the smaller SQLite default only one."""
 MAX_LOG_BYTES = 64 << 20
 """Size in bytes to which SQLite truncates the write-ahead log after a checkpoint."""
 
@@ -81,7 +76,8 @@ CREATE TABLE observations (
     observation TEXT NOT NULL,
     risk REAL NOT NULL,
     reason TEXT NOT NULL,
-    components TEXT NOT NULL
+    components TEXT NOT NULL,
+    update_ratios BLOB
 );
 CREATE INDEX observations_by_step ON observations (incarnation_id, step);
 CREATE TABLE decisions (
@@ -134,6 +130,8 @@ MIGRATIONS = {
 CREATE INDEX decisions_by_step ON decisions (incarnation_id, step);
 CREATE INDEX commands_by_decision ON commands (decision_id);
 """,
+    # Profiles in the packed form of plain_profile.py stand beside those in JSON.
+    2: "ALTER TABLE observations ADD COLUMN update_ratios BLOB;",
 }
 """SQL that migrates a store from each version to the next; each step is one transaction."""
 
@@ -152,7 +150,9 @@ def prepare(database: sqlite3.Connection, path: Path) -> None:
     Raises StoreError naming `path`, or sqlite3.Error.
     """
     check(database, path, empty_allowed=True)
-    database.execute("PRAGMA auto_vacuum = INCREMENTAL")  # before the first page, so that pruning can shrink the file
+    # Both before the first page; with auto_vacuum, pruning can shrink the file.
+    database.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+    database.execute("PRAGMA auto_vacuum = INCREMENTAL")
     database.execute("PRAGMA journal_mode = WAL")
     database.execute(f"PRAGMA journal_size_limit = {MAX_LOG_BYTES}")
     database.execute("PRAGMA synchronous = NORMAL")
@@ -194,36 +194,6 @@ def to_json(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def pack(value: Any) -> bytes:
-    """Compressed JSON. Floats keep nine significant digits, which distinguish any two float32 values."""
-    return zlib.compress(msgspec.json.encode(_rounded(value)), 6)
-
-
-def packed_profile(profile: Mapping[str, Any] | None, observables: Observables | None) -> bytes | None:
-    """Encode the profile column: the profile's values and, if measured, the observables of the model family."""
-    if not observables:
-        return None if profile is None else pack(profile)
-    return pack({**(profile or {}), "observables": observables})
-
-
-def unpacked_profile(data: bytes | None, *, non_finite: bool) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Return the profile, None when the states were not finite, and the observables."""
-    values = {} if data is None else unpack(data)
-    if not isinstance(values, dict):
-        raise ValueError("a profile is not an object")
-    observables = values.pop("observables", {})
-    return (None if non_finite else values), observables
-
-
-def unpack(data: bytes) -> Any:
-    """Decode the result of `pack`. Raises zlib.error, msgspec.DecodeError or ValueError for other data."""
-    inflate = zlib.decompressobj()
-    text = inflate.decompress(data, MAX_PACKED_BYTES)
-    if not inflate.eof:
-        raise ValueError(f"packed values end early or exceed {MAX_PACKED_BYTES} bytes")
-    return msgspec.json.decode(text)
-
-
 def scalar(value: float | None) -> float | str | None:
     """Encode a float for a column. SQLite stores NaN as NULL, and NULL means unknown here."""
     return "nan" if value is not None and math.isnan(value) else value
@@ -232,13 +202,3 @@ def scalar(value: float | None) -> float | str | None:
 def from_scalar(value: float | str | None) -> float | None:
     """Decode a float from its column."""
     return None if value is None else float(value)
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.9g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
-    return value

@@ -2,68 +2,23 @@
 
 from __future__ import annotations
 
-import logging
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 
-from koopmon.errors import one_line
 from koopmon.history.journal import Journal, records
-from koopmon.history.schema import Observables, packed_profile, scalar, to_json
+from koopmon.history.launches import Launches
+from koopmon.history.plain_profile import Observables, PlainProfile, pack
+from koopmon.history.schema import scalar, to_json
 from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello, TrainingStep
-
-logger = logging.getLogger(__name__)
-
-MAX_INCARNATIONS = 256
-"""Number of earlier incarnations of a run that a hello is compared with."""
 
 
 class HistoryWriter(Journal):
     """The only writer of a history file. Decisions and acks are committed at once; times are Unix seconds."""
 
-    def incarnations(self, run: str) -> list[str]:
-        """The last MAX_INCARNATIONS incarnations of `run` in the order of their starts; empty for an unknown run."""
-        query = (
-            "SELECT incarnation FROM incarnations AS t JOIN runs ON runs.id = run_id WHERE name = ? "
-            f"ORDER BY t.id DESC LIMIT {MAX_INCARNATIONS}"
-        )
-        rows = self._read(query, run)
-        return [row[0] for row in reversed(rows)]
-
-    def last_applied(self, run: str, *, other_than: str) -> Applied | None:
-        """Return the values in force in the latest incarnation of `run` except `other_than`; None when unknown.
-
-        An incarnation that has ended leaves nothing. One that did no step had what the one before it left.
-        """
-        rows = self._read(
-            "SELECT applied, applied_step, ended FROM incarnations JOIN runs ON runs.id = run_id"
-            " WHERE name = ? AND incarnation != ? ORDER BY incarnations.id DESC",
-            run,
-            other_than,
-        )
-        for text, step, ended in rows:
-            if ended is not None:
-                return None
-            try:
-                applied = None if text is None else msgspec.json.decode(text, type=Applied)
-            except (msgspec.DecodeError, TypeError, ValueError, RecursionError) as error:
-                logger.warning("store: what run %s had applied cannot be used: %s", run, one_line(error))
-                return None
-            if applied is not None and (step or applied != Applied()):
-                return applied
-        return None
-
-    def memory(self, run: str, incarnation: str) -> bytes | None:
-        """Return the last recorded controller checkpoint of this incarnation; None if there is none."""
-        rows = self._read(
-            "SELECT memory FROM incarnations JOIN runs ON runs.id = run_id WHERE name = ? AND incarnation = ?",
-            run,
-            incarnation,
-        )
-        return rows[0][0] if rows else None
-
-    @records(commit=True)
+    @records(commit=True, remember=Launches.joined)
     def record_hello(self, at: float, hello: Hello) -> None:
         """Record the hello of a rank; the hello of the lowest rank is kept."""
         row = self._incarnation(at, hello.run, hello.incarnation)
@@ -74,7 +29,7 @@ class HistoryWriter(Journal):
         )
         self._database.execute("UPDATE runs SET state = 1, last_seen = ? WHERE name = ?", (at, hello.run))
 
-    @records()
+    @records(remember=Launches.closed)
     def record_state(self, at: float, run: str, incarnation: str, state: int, *, end_reason: str | None = None) -> None:
         """Record a change of the run's state; `end_reason` also closes this incarnation."""
         row = self._incarnation(at, run, incarnation)
@@ -84,7 +39,7 @@ class HistoryWriter(Journal):
                 "UPDATE incarnations SET ended = ?, end_reason = ? WHERE id = ?", (at, end_reason, row)
             )
 
-    @records(commit=True)
+    @records(commit=True, remember=Launches.reported)
     def record_applied(self, at: float, run: str, incarnation: str, step: int, applied: Applied) -> None:
         """Record the values in force that rank 0 reported."""
         self._set_applied(at, run, incarnation, step, applied)
@@ -98,15 +53,15 @@ class HistoryWriter(Journal):
         incarnation: str,
         step: int,
         *,
-        profile: Mapping[str, Any] | None,
+        profile: PlainProfile | None,
         observables: Observables | None = None,
         **columns: float,
     ) -> None:
-        """Record one snapshot: its profile as plain values, None for non-finite states, and its observables.
+        """Record one snapshot: its profile, None for non-finite states, and its observables.
 
         The columns are num_shards, masked and seconds.
         """
-        packed = packed_profile(profile, observables)
+        packed = pack(profile, observables)
         self._insert("profiles", at, run, incarnation, step=step, non_finite=profile is None, profile=packed, **columns)
 
     @records()
@@ -123,10 +78,14 @@ class HistoryWriter(Journal):
         **columns: Any,
     ) -> None:
         """Record one input of the detector and its components. The columns are non_finite, risk and reason."""
-        texts = {"observation": to_json(observation), "components": to_json(components)}
+        known = msgspec.to_builtins(observation)
+        for repeated in ("training", "non_finite"):
+            known.pop(repeated, None)
+        ratios = array("d", known.pop("update_ratios", ())).tobytes() or None
+        texts = {"observation": to_json(known), "components": to_json(components), "update_ratios": ratios}
         self._insert("observations", at, run, incarnation, **msgspec.structs.asdict(training), **texts, **columns)
 
-    @records()
+    @records(remember=Launches.remembered)
     def record_memory(self, at: float, run: str, incarnation: str, memory: bytes) -> None:
         """Record the controller checkpoint that a restarted monitor needs for this incarnation."""
         row = self._incarnation(at, run, incarnation)
@@ -147,7 +106,7 @@ class HistoryWriter(Journal):
     ) -> None:
         """Record a decision with its commands. The columns are phase, reason and risk.
 
-        The decision is on disk when this returns, before any of its commands is sent.
+        `flush` waits until it is on disk; only then are its commands sent.
         """
         decision = self._insert("decisions", at, run, incarnation, step=step, **columns)
         self._database.executemany(
@@ -170,7 +129,7 @@ class HistoryWriter(Journal):
         """Record the outcome of a command without an ack."""
         self._database.execute("UPDATE commands SET outcome = ? WHERE id = ?", (outcome, command_id))
 
-    @records(commit=True)
+    @records(commit=True, remember=Launches.acked)
     def record_ack(self, at: float, ack: Ack) -> None:
         """Record rank 0's ack of a command and the values in force.
 

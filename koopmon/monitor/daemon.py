@@ -27,7 +27,7 @@ from koopmon.errors import EndpointError, ProtocolError
 from koopmon.files import open_private
 from koopmon.grafana.access import check_url, read_access
 from koopmon.grafana.annotations import Annotate, Annotations, no_annotations
-from koopmon.history.writer import HistoryWriter
+from koopmon.history.background_writer import BackgroundWriter
 from koopmon.monitor.engine import Engine, Result, check_device
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.history_sink import COMMIT_SECONDS
@@ -161,7 +161,7 @@ class Monitor:
 
     def _open_outputs(self, stack: ExitStack, registry: CollectorRegistry) -> Outputs:
         """Open the history, the metrics, the live page's state, and the connection to Grafana."""
-        history = HistoryWriter.open(self.store_path, self.config.store)
+        history = BackgroundWriter.open(self.store_path, self.config.store)
         stack.callback(history.close)
         annotate: Annotate = no_annotations
         if self._grafana is not None:

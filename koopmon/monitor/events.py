@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from koopmon.history.plain_profile import PlainProfile
 from koopmon.monitor.engine import Result
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.pending_commands import Answered
@@ -68,13 +69,13 @@ class SnapshotDropped(Event):
 class Profiled(Event):
     """The engine is done with a snapshot. `run` is None if its incarnation is no longer watched.
 
-    `plain` is the profile as JSON types. The history and the page take the same ones, so that they cannot disagree.
+    `plain` has the profile's columns. The history and the page take the same ones, so that they cannot disagree.
     `age_seconds` is the time since the snapshot's first shard arrived.
     """
 
     run: Run | None  # type: ignore[assignment]
     result: Result
-    plain: Mapping[str, Any] | None
+    plain: PlainProfile | None
     age_seconds: float = 0.0
 
 
@@ -82,11 +83,11 @@ class Profiled(Event):
 class Assessed(Event):
     """Detector and policy have assessed a snapshot; `assessment` is None if an error kept them from it.
 
-    `plain` is its profile as JSON types; None when the states were not finite.
+    `plain` has its profile's columns; None when the states were not finite.
     """
 
     assessment: Assessment | None
-    plain: Mapping[str, Any] | None = None
+    plain: PlainProfile | None = None
 
 
 @dataclass(frozen=True, slots=True)

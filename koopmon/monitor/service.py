@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from koopmon.config import Config
 from koopmon.errors import ProtocolError
 from koopmon.grafana.annotations import Annotate, no_annotations
+from koopmon.history.plain_profile import PlainProfile
 from koopmon.history.schema import RunState
 from koopmon.history.writer import HistoryWriter
 from koopmon.monitor import events
@@ -157,7 +157,7 @@ class Service:
         run = self._registry.get(snapshot.run)
         if run is not None and (run.incarnation != snapshot.incarnation or run.state is RunState.VANISHED):
             run = None
-        plain = None if result.profile is None else result.profile.to_dict()
+        plain = None if result.profile is None else PlainProfile.of(result.profile)
         self._publish(events.Profiled(run, result, plain, self.clock() - snapshot.since))
         if result.failed:
             self.on_dropped(snapshot.run, "engine_failed")
@@ -224,7 +224,7 @@ class Service:
                 self.on_dropped(name, reason)
 
     def _on_hello(self, now: float, peer: bytes, hello: Hello, key: str) -> None:
-        launches = self._store.incarnations(hello.run)
+        launches = self._store.launches.incarnations(hello.run)
         retired = launches[:-1] if hello.incarnation in launches[-1:] else launches
 
         begin = partial(self._begin, hello, hello.incarnation in launches)
@@ -268,10 +268,10 @@ class Service:
         """
         restore = None if before is None else before.left_in_force
         if before is None and not known:
-            restore = self._store.last_applied(hello.run, other_than=hello.incarnation)
+            restore = self._store.launches.last_applied(hello.run, other_than=hello.incarnation)
         if restore == Applied() or hello.applied != Applied():  # the agent may have kept them itself
             restore = None
-        memory = self._store.memory(hello.run, hello.incarnation)
+        memory = self._store.launches.memory(hello.run, hello.incarnation)
         applied = restore or hello.applied
         return RunController(self.config, hello, applied, checkpoint=memory, calibrator=self.calibrator), restore
 
@@ -304,7 +304,7 @@ class Service:
         run: Run,
         training: TrainingStep,
         profile: SpectralProfile | None = None,
-        plain: Mapping[str, Any] | None = None,
+        plain: PlainProfile | None = None,
     ) -> None:
         decide = run.state is RunState.RUNNING and not self._stopping
         try:

@@ -42,10 +42,11 @@ def calibration_examples(history: HistoryReader) -> Iterator[RunExample]:
     rate gives the step length of its optimizer. koopmon did not act on its training.
     """
     for run in history.runs():
-        first: dict[str, ProfileRow] = {}
-        for profile in history.profiles(run):
-            if profile.profile:
-                first.setdefault(profile.incarnation, profile)
+        finite: dict[str, int] = {}
+        for head in history.profile_heads(run):
+            if not head.non_finite:
+                finite.setdefault(head.incarnation, head.id)
+        first = {row.incarnation: row for row in history.profiles_at(finite.values())}
         rows: dict[str, list[ObservationRow]] = defaultdict(list)
         for row in history.observations(run):
             rows[row.incarnation].append(row)
@@ -59,7 +60,7 @@ def _run_example(incarnation: IncarnationRow, first: ProfileRow | None, rows: li
     if first is None or first.profile is None or first.step > MAX_FIRST_STEP or hello is None:
         return RunExample(run, None, None, f"no profile of its first {MAX_FIRST_STEP} steps")
     try:
-        profile = SpectralProfile.from_dict(first.profile)
+        profile = SpectralProfile.from_dict(first.profile.to_dict())
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         return RunExample(run, None, None, f"its first profile cannot be read: {error!r}")
 

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from koopmon.config import PolicyConfig
-from koopmon.errors import StoreError, one_line
+from koopmon.errors import StoreError
 from koopmon.history.reader import HistoryReader
 from koopmon.numbers import mean
 from koopmon.views.action_effects import MIN_SNAPSHOTS, median, with_effects
@@ -161,16 +161,13 @@ def build_report(history: HistoryReader, store: Path, name: str, policy: PolicyC
     points, beats = run.points, run.beats
     episodes = tuple(_episodes(points, policy))
     alarm = (episodes[0].incarnation, episodes[0].first_step) if episodes else None
-    try:
-        profiles = read_profiles(
-            history.profile_heads(name),
-            history.profiles_at,
-            {(point.incarnation, point.step): point.risk for point in points},
-            alarm,
-            {each.incarnation: each.hello.num_senders for each in run.launches if each.hello is not None},
-        )
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:  # a forged or damaged file
-        raise StoreError(f"store {store}: a profile of run {name!r} cannot be read: {one_line(error)}") from None
+    profiles = read_profiles(
+        history.profile_heads(name),
+        history.profiles_at,
+        {(point.incarnation, point.step): point.risk for point in points},
+        alarm,
+        {each.incarnation: each.hello.num_senders for each in run.launches if each.hello is not None},
+    )
     last_seen = max([row.last_seen, *(point.time for point in points[-1:]), *(beat.time for beat in beats[-1:])])
     now = time.time()
     return RunReport(

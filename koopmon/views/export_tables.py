@@ -94,13 +94,11 @@ def _snapshots(history: HistoryReader, run: str) -> Iterator[Row]:
 
 
 def _layers(history: HistoryReader, run: str) -> Iterator[Row]:
-    for row in history.profiles(run):
-        layers = [] if row.profile is None else row.profile["layers"]
-        for index, layer in enumerate(layers):
-            yield (
-                *(run, row.incarnation, row.step, row.time, index, layer["informative"]),
-                *(layer.get(name) for name in _LAYER),
-            )
+    for row in history.profiles(run, eigenvalues=False):
+        if row.profile is not None:
+            columns = [row.profile.columns[name] for name in _LAYER]
+            for index, (informative, *values) in enumerate(zip(row.profile.informative, *columns, strict=True)):
+                yield (*(run, row.incarnation, row.step, row.time, index, informative), *values)
 
 
 def _commands(history: HistoryReader, run: str) -> Iterator[Row]:

@@ -10,9 +10,9 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
+from koopmon.history.plain_profile import PlainProfile
 from koopmon.history.reader import ProfileHead, ProfileRow
 from koopmon.telemetry.metrics import layer_buckets
 
@@ -28,8 +28,6 @@ MAX_COLUMNS = 400
 """
 Place = tuple[str, int]
 """Incarnation and step of one snapshot."""
-Layers = Sequence[Mapping[str, Any]]
-"""Layers of a `SpectralProfile.to_dict`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +38,14 @@ class Column:
     values: Mapping[str, array[float]]
 
     @classmethod
-    def of(cls, step: int, layers: Layers, *, share: bool = True) -> Column:
-        """Build the column of a profile. With `share`, layers share rows as they share series in the metrics.
-
-        Raises KeyError, TypeError or ValueError for a forged profile.
-        """
-        spans = [span for _, span in _rows(len(layers), share=share)]
+    def of(cls, step: int, profile: PlainProfile, *, share: bool = True) -> Column:
+        """Build the column of a profile. With `share`, layers share rows as they share series in the metrics."""
+        spans = [span for _, span in _rows(profile.num_layers, share=share)]
         values = {}
         for name in QUANTITIES:
             reduce = max if name == "spectral_radius" else _mean
-            numbers = [math.nan if layer[name] is None else float(layer[name]) for layer in layers]
-            if len(spans) < len(layers):
+            numbers = [math.nan if value is None else value for value in profile.columns[name]]
+            if len(spans) < len(numbers):
                 numbers = [reduce(numbers[span.start : span.stop]) for span in spans]
             values[name] = array("f", numbers)
         return cls(step, values)
@@ -71,17 +66,15 @@ class Spectrum:
     reason: str
 
     @classmethod
-    def of(cls, step: int, profile: Mapping[str, Any], *, share: bool = True) -> Spectrum:
-        """Build the spectrum of a `SpectralProfile.to_dict`. Raises KeyError, TypeError or ValueError."""
-        layers: Layers = profile["layers"]
-        rows = _rows(len(layers), share=share)
+    def of(cls, step: int, profile: PlainProfile, *, share: bool = True) -> Spectrum:
+        rows = _rows(profile.num_layers, share=share)
         return cls(
             step=step,
             labels=tuple(label for label, _ in rows),
-            eigenvalues=tuple(_flat(layers[span.start]["eigenvalues"]) for _, span in rows),
-            num_samples=int(layers[0]["num_samples"]),
-            informative=bool(profile["informative"]),
-            reason=str(profile["reason"]),
+            eigenvalues=tuple(profile.eigenvalues[span.start] for _, span in rows),
+            num_samples=profile.num_samples,
+            informative=profile.is_informative,
+            reason=profile.reason,
         )
 
     def pairs(self, row: int) -> list[tuple[float, float]]:
@@ -154,7 +147,7 @@ class Profiles:
 
 def read_profiles(
     heads: Iterable[ProfileHead],
-    load: Callable[[Sequence[int]], Iterable[tuple[int, ProfileRow]]],
+    load: Callable[[Sequence[int]], Iterable[ProfileRow]],
     risks: Mapping[Place, float],
     alarm: Place | None,
     senders: Mapping[str, int],
@@ -192,13 +185,13 @@ def read_profiles(
     shown = {head.id for head in _thinned(kept, risks)}
     columns: list[Column] = []
     spectra: dict[str, ChosenSpectrum] = {}
-    for number, row in load(sorted(shown | set(names))):
-        if row.profile is None or not row.profile["layers"]:
+    for row in load(sorted(shown | set(names))):
+        if row.profile is None:
             continue
-        column = Column.of(row.step, row.profile["layers"], share=False)
-        if number in shown:
+        column = Column.of(row.step, row.profile, share=False)
+        if row.id in shown:
             columns.append(column)
-        if (found := names.get(number)) is not None:
+        if (found := names.get(row.id)) is not None:
             spectra[found] = ChosenSpectrum(
                 name=found,
                 incarnation=row.incarnation,
@@ -232,13 +225,6 @@ def _rows(num_layers: int, *, share: bool) -> Sequence[tuple[str, range]]:
     return (
         layer_buckets(num_layers) if share else [(str(layer), range(layer, layer + 1)) for layer in range(num_layers)]
     )
-
-
-def _flat(pairs: Sequence[Sequence[float]]) -> array[float]:
-    flat = array("f", list(chain.from_iterable(pairs)))  # twice as fast as from the iterator
-    if len(flat) != 2 * len(pairs):
-        raise ValueError("an eigenvalue is not a pair of numbers")
-    return flat
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from koopmon.cli import main
+from koopmon.history.plain_profile import PlainProfile
 from koopmon.history.writer import HistoryWriter
 from koopmon.risk.calibration import Example, fit, load, save
 from koopmon.spectral import profile_states
@@ -79,7 +80,7 @@ class Recorder:
             num_shards=1,
             masked=False,
             seconds=0.0,
-            profile=profile.to_dict(),
+            profile=PlainProfile.of(profile),
         )
         for step in range(3):
             record_observation(

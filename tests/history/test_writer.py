@@ -17,12 +17,13 @@ import pytest
 import torch
 
 from koopmon.errors import StoreError
+from koopmon.history.plain_profile import PlainProfile
 from koopmon.history.reader import DecisionRow, HistoryReader
-from koopmon.history.schema import SCHEMA_VERSION, RunState, pack, unpack
+from koopmon.history.schema import SCHEMA_VERSION
 from koopmon.history.writer import HistoryWriter
 from koopmon.spectral import SpectralProfile, profile_states
-from koopmon.wire.messages import Applied, Heartbeat, KssSettings, TrainingStep
-from tests.factories import ack, command, heartbeat, hello, record_observation
+from koopmon.wire.messages import Applied, Heartbeat, TrainingStep
+from tests.factories import ack, command, heartbeat, hello, noisy_profile, observation, record_observation
 
 RUN, FIRST, SECOND = "job", "aaaaaaaa", "bbbbbbbb"
 
@@ -146,7 +147,7 @@ def test_profiles_survive(store: HistoryWriter, history: HistoryReader) -> None:
     states = torch.cumsum(torch.randn((4, 40, 6)), dim=0)
     full = profile_states(states, svd_rank=4)
     seen = {"router_entropy": (0.5, None)}
-    for step, profile in ((2, full.to_dict()), (4, None)):
+    for step, profile in ((2, PlainProfile.of(full)), (4, None)):
         store.record_profile(
             5.0, RUN, FIRST, step, num_shards=1, masked=True, seconds=0.01, profile=profile, observables=seen
         )
@@ -155,15 +156,18 @@ def test_profiles_survive(store: HistoryWriter, history: HistoryReader) -> None:
     assert first.observables == second.observables == {"router_entropy": [0.5, None]}
     assert (first.step, first.masked, first.num_shards, second.profile) == (2, True, 1, None)
     assert first.profile is not None
-    again = SpectralProfile.from_dict(first.profile)
-    kept, told = (torch.view_as_real(each.layers[2].eigenvalues) for each in (again, full))
-    assert torch.allclose(kept, told, rtol=1e-8, atol=0.0)  # nine digits are kept
-    assert again.layers[0].kreiss_constant == pytest.approx(full.layers[0].kreiss_constant, rel=1e-8)
+    again = SpectralProfile.from_dict(first.profile.to_dict())
+    assert again.layers[2].eigenvalues.tolist() == pytest.approx(full.layers[2].eigenvalues.tolist(), abs=2e-3)
+    assert again.layers[0].kreiss_constant == pytest.approx(full.layers[0].kreiss_constant, rel=2e-5)
 
 
-def test_packing_keeps_float32_apart() -> None:
-    values = [*torch.randn(1000).tolist(), 0.0, 1e-30, 3.4e38]
-    assert torch.equal(torch.tensor(unpack(pack({"v": [values, None, True, "x"]}))["v"][0]), torch.tensor(values))
+def test_observations_keep_every_digit_of_the_update_ratios(store: HistoryWriter, history: HistoryReader) -> None:
+    ratios = (1 / 3, 1e-300, 1e300)
+    observe(store, observation=observation(10, update_ratios=ratios, width=8))
+    store.commit()
+    (row,) = history.observations(RUN)
+    assert row.observation["update_ratios"] == list(ratios)
+    assert row.observation["width"] == 8
 
 
 WRITER = """
@@ -255,7 +259,7 @@ def test_a_full_disk_pauses_recording_and_says_so_once(
     # Like a full disk, this makes SQLite fail with SQLITE_FULL.
     (pages,) = store._database.execute("PRAGMA page_count").fetchone()
     store._database.execute(f"PRAGMA max_page_count = {pages}")
-    big = {"text": os.urandom(200_000).hex()}
+    big = noisy_profile(200_000)
     with caplog.at_level(logging.INFO):
         for step in range(3):
             store.record_profile(1.0, RUN, FIRST, step, num_shards=1, masked=False, seconds=0.0, profile=big)
@@ -283,43 +287,7 @@ def test_a_store_that_became_read_only_pauses(store: HistoryWriter) -> None:
     observe(store)
     store.commit()
     assert not store.recording
-    assert store.incarnations(RUN) == []
     store._database.execute("PRAGMA query_only = OFF")
-
-
-def test_what_to_restore_is_the_latest_other_incarnation(store: HistoryWriter) -> None:
-    kss = Applied(lr_scale=0.25, kss=KssSettings(alpha=0.3))
-    assert store.last_applied(RUN, other_than=FIRST) is None
-    store.record_hello(1.0, hello())
-    store.record_applied(2.0, RUN, FIRST, 20, kss)
-    store.record_hello(3.0, hello(incarnation=SECOND))
-    assert store.last_applied(RUN, other_than=SECOND) == kss
-    assert store.last_applied(RUN, other_than=FIRST) is None
-    assert store.incarnations(RUN) == [FIRST, SECOND]
-
-
-def test_what_to_restore_skips_launches_without_a_step_and_ends_with_a_goodbye(store: HistoryWriter) -> None:
-    third, held = "cccccccc", Applied(lr_scale=0.25)
-    store.record_hello(1.0, hello())
-    store.record_applied(2.0, RUN, FIRST, 20, held)
-    store.record_state(3.0, RUN, FIRST, RunState.VANISHED)
-    store.record_hello(4.0, hello(incarnation=SECOND))
-    store.record_applied(5.0, RUN, SECOND, 0, Applied())
-    assert store.last_applied(RUN, other_than=third) == held, "the second was killed before its first step"
-    store.record_applied(6.0, RUN, SECOND, 9, Applied())
-    assert store.last_applied(RUN, other_than=third) == Applied(), "it had come back to the user's own"
-    store.record_applied(7.0, RUN, SECOND, 30, held)
-    assert store.last_applied(RUN, other_than=third) == held
-    store.record_state(8.0, RUN, SECOND, RunState.ENDED, end_reason="goodbye")
-    assert store.last_applied(RUN, other_than=third) is None, "not even that of the first launch"
-
-
-def test_memory_is_kept_for_each_incarnation(store: HistoryWriter) -> None:
-    assert store.memory(RUN, FIRST) is None
-    store.record_memory(1.0, RUN, FIRST, b"one")
-    store.record_memory(1.0, RUN, SECOND, b"two")
-    store.record_memory(1.0, RUN, FIRST, b"three")
-    assert (store.memory(RUN, FIRST), store.memory(RUN, SECOND)) == (b"three", b"two")
 
 
 def test_outcomes_are_settled_once(store: HistoryWriter, history: HistoryReader) -> None:

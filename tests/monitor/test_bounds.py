@@ -332,13 +332,13 @@ def test_what_was_applied_is_checked_too(value: Any, tmp_path: Path) -> None:
     path = tmp_path / "history.sqlite3"
     store = HistoryWriter.open(path)
     store.record_applied(0.0, "job", "aaaaaaaa", 3, Applied(lr_scale=0.5))
-    assert store.last_applied("job", other_than="bbbbbbbb") == Applied(lr_scale=0.5)
+    assert store.launches.last_applied("job", other_than="bbbbbbbb") == Applied(lr_scale=0.5)
     store.close()
     with sqlite3.connect(path) as database:
         database.execute("UPDATE incarnations SET applied = ?", (value,))
     database.close()
     store = HistoryWriter.open(path)
-    assert store.last_applied("job", other_than="bbbbbbbb") is None
+    assert store.launches.last_applied("job", other_than="bbbbbbbb") is None
     store.close()
 
 
@@ -358,7 +358,7 @@ def test_a_record_that_cannot_be_written_keeps_no_other_waiting(
         store.record_applied(0.0, "good", "aaaaaaaa", 3, Applied(lr_scale=0.5))
     assert store.recording
     assert store.take_lost() == 15
-    assert store.last_applied("good", other_than="") == Applied(lr_scale=0.5)
+    assert store.launches.last_applied("good", other_than="") == Applied(lr_scale=0.5)
     assert caplog.text.count("a record that cannot be written is left out") == 1
     store.close()
 

@@ -7,8 +7,10 @@ time. Each policy gets the same inputs. `golden/NAME.json` has the result. After
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import sqlite3
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -354,13 +356,11 @@ def _of_run(stage: Stage, history: Any, run: str) -> Iterator[tuple[str, Any]]:
 
 
 def memory(path: Path, run: str, launch: str) -> Any:
-    """Return the state from which a restarted monitor starts."""
-    store = HistoryWriter.open(path)
-    try:
-        found = store.memory(run, launch)
-        return None if found is None else msgspec.json.decode(found)
-    finally:
-        store.close()
+    """Return the recorded state from which a restarted monitor starts."""
+    query = "SELECT memory FROM incarnations JOIN runs ON runs.id = run_id WHERE name = ? AND incarnation = ?"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        ((found,),) = database.execute(query, (run, launch)).fetchall()
+    return None if found is None else msgspec.json.decode(found)
 
 
 def rounded(value: Any) -> Any:

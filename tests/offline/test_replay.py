@@ -90,9 +90,9 @@ def test_a_history_whose_observations_repeat_the_scalars_is_replayed_alike(recor
     """Written before koopmon held them in one object."""
     path = recorded(policy("lr"))
     expected = again(path, policy("lr"))
-    flat = "json_patch(json_remove(observation, '$.training'), json_extract(observation, '$.training'))"
+    scalars = "json_object('loss', loss, 'lr_scale', lr_scale, 'step', step, 'non_finite', json('false'))"
     with sqlite3.connect(path) as database:
-        database.execute(f"UPDATE observations SET observation = {flat}")
+        database.execute(f"UPDATE observations SET observation = json_patch(observation, {scalars})")
     database.close()
     assert again(path, policy("lr")) == expected
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from koopmon.history.plain_profile import PlainProfile
 from koopmon.history.reader import HistoryReader
 from koopmon.history.writer import HistoryWriter
 from koopmon.report.run_report import RunReport, build_report
@@ -53,7 +54,7 @@ class Recorder:
     ) -> None:
         at = self.began + 0.01 * step
         if profiled or non_finite:
-            profile = None if non_finite else profile_states(states(1.0 + risk)).to_dict()
+            profile = None if non_finite else PlainProfile.of(profile_states(states(1.0 + risk)))
             self.store.record_profile(
                 at,
                 self.run,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from koopmon.history.plain_profile import PlainProfile
 from koopmon.report.page import page
 from koopmon.spectral import profile_states
 from tests.reading import Reading
@@ -85,7 +86,7 @@ def test_a_restart_and_kss_are_drawn(recorder: Recorder) -> None:
 def test_a_launch_whose_number_of_layers_changed_has_a_page(recorder: Recorder) -> None:
     recorder.hello()
     recorder.saw(1, 0.1, profiled=True)
-    short = profile_states(states()[:3]).to_dict()
+    short = PlainProfile.of(profile_states(states()[:3]))
     times = {"num_shards": 2, "masked": False, "seconds": 0.1, "observables": {}}
     recorder.store.record_profile(recorder.began, recorder.run, recorder.incarnation, 2, profile=short, **times)
     read = check_alone(page(recorder.facts()))

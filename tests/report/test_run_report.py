@@ -5,13 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import sqlite3
+import zlib
 from pathlib import Path
 
 import pytest
 
 from koopmon.errors import StoreError
 from koopmon.history.reader import HistoryReader
-from koopmon.history.schema import pack
 from koopmon.report.glance import glance
 from koopmon.report.run_report import build_report
 from koopmon.views import spectra
@@ -97,9 +97,7 @@ def test_a_long_run_is_thinned_to_the_columns_of_a_page(recorder: Recorder, monk
     assert ([column.step for column in profiles.columns], profiles.num_snapshots) == ([2, 5, 6], 7)
     with HistoryReader.open(recorder.path) as history:
         radii = [
-            [layer["spectral_radius"] for layer in row.profile["layers"]]
-            for row in history.profiles(recorder.run)
-            if row.profile
+            row.profile.columns["spectral_radius"] for row in history.profiles(recorder.run) if row.profile is not None
         ]
     assert list(profiles.columns[0].values["spectral_radius"]) == pytest.approx(radii[2]), "the one of the highest risk"
 
@@ -128,8 +126,11 @@ def test_a_store_that_was_tampered_with_is_one_line(recorder: Recorder) -> None:
     recorder.saw(2, 0.1, profiled=True)
     recorder.close()
     database = sqlite3.connect(recorder.path)
-    database.execute("UPDATE profiles SET profile = ?", (pack({"layers": [{"eigenvalues": ["x"]}]}),))
+    database.execute("UPDATE profiles SET profile = ?", (zlib.compress(b'{"layers": [{"eigenvalues": ["x"]}]}'),))
     database.commit()
     database.close()
-    with HistoryReader.open(recorder.path) as history, pytest.raises(StoreError, match="a profile of run 'team/run-1'"):
+    with (
+        HistoryReader.open(recorder.path) as history,
+        pytest.raises(StoreError, match="profiles: a row cannot"),
+    ):
         build_report(history, recorder.path, recorder.run)

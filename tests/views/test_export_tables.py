@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import zlib
 from pathlib import Path
 
 import pytest
 
 from koopmon.errors import StoreError
 from koopmon.history.reader import HistoryReader
-from koopmon.history.schema import pack
 from koopmon.views.export_tables import TABLES
 from koopmon.wire.messages import TrainingStep
 from tests.report.recorder import NAN, RUN, Recorder, guarded
 
 KINDS = {"text": str, "integer": int, "number": float, "flag": bool}
+WRONG = b'{"layers": [{"eigenvalues": [], "num_samples": 8, "informative": true, "update_ratio": [1]}]}'
 
 
 def rows(path: Path, table: str) -> list[dict[str, object]]:
@@ -83,9 +84,13 @@ def test_commands(path: Path) -> None:
     [
         ("UPDATE observations SET observation = ?", '{"near_unit_mass": "x"}', "snapshots"),
         ("UPDATE observations SET observation = ?", "[]", "snapshots"),
-        ("UPDATE profiles SET profile = ?", pack({"layers": [{}]}), "layers"),
-        ("UPDATE profiles SET profile = ?", pack({"layers": 3}), "layers"),
-        ("UPDATE profiles SET profile = ?", pack({"layers": [{"informative": True, "update_ratio": [1]}]}), "layers"),
+        ("UPDATE profiles SET profile = ?", zlib.compress(b'{"layers": [{}]}'), "layers"),
+        ("UPDATE profiles SET profile = ?", zlib.compress(b'{"layers": 3}'), "layers"),
+        (
+            "UPDATE profiles SET profile = ?",
+            zlib.compress(b'{"layers": [{"informative": true, "update_ratio": [1]}]}'),
+            "layers",
+        ),
         ("UPDATE profiles SET profile = ?", b"x", "layers"),
         ("UPDATE commands SET command = ?", "{}", "commands"),
     ],

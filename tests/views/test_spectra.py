@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from koopmon.history.reader import ProfileHead, ProfileRow
+from koopmon.history.plain_profile import PlainProfile
+from koopmon.history.reader import ProfileRow
 from koopmon.spectral import profile_states
 from koopmon.views import spectra
 from koopmon.views.spectra import (
@@ -20,37 +22,20 @@ from koopmon.views.spectra import (
     mean_over_layers,
     read_profiles,
 )
-
-
-def layer(value: float, eigenvalues: list[Any] | None = None) -> dict[str, Any]:
-    numbers = dict.fromkeys(QUANTITIES, value)
-    return {"eigenvalues": [[value, 0.0]] if eigenvalues is None else eigenvalues, "num_samples": 8, **numbers}
-
-
-def profile(*values: float) -> dict[str, Any]:
-    return {"layers": [layer(value) for value in values], "informative": True, "reason": ""}
+from tests.factories import plain_profile
 
 
 def row(step: int, *values: float, incarnation: str = "aaaaaaaa", num_shards: int = 1, **fields: Any) -> ProfileRow:
-    found = profile(*values) if values else None
-    known = {"time": 0.0, "masked": False, "seconds": 0.5, "observables": {}, "profile": found}
+    found = plain_profile(*values) if values else None
+    known = {"id": 0, "time": 0.0, "masked": False, "seconds": 0.5, "non_finite": not values}
+    known |= {"observables": {}, "profile": found}
     return ProfileRow(incarnation=incarnation, step=step, num_shards=num_shards, **{**known, **fields})
 
 
 def read(rows: list[ProfileRow], *args: Any) -> Profiles:
     """Read the profiles of rows whose ids are their places in the list."""
-    heads = [
-        ProfileHead(
-            id=index,
-            incarnation=each.incarnation,
-            step=each.step,
-            num_shards=each.num_shards,
-            seconds=each.seconds,
-            non_finite=each.profile is None,
-        )
-        for index, each in enumerate(rows)
-    ]
-    return read_profiles(heads, lambda ids: [(index, rows[index]) for index in ids], *args)
+    rows = [replace(each, id=index) for index, each in enumerate(rows)]
+    return read_profiles(rows, lambda ids: [rows[index] for index in ids], *args)
 
 
 def risks(*pairs: tuple[int, float]) -> dict[tuple[str, int], float]:
@@ -60,8 +45,8 @@ def risks(*pairs: tuple[int, float]) -> dict[tuple[str, int], float]:
 def test_a_column_and_a_spectrum_are_those_of_the_profile() -> None:
     generator = torch.Generator().manual_seed(0)
     found = profile_states(torch.cumsum(torch.randn((4, 64, 6), generator=generator), dim=0))
-    plain = found.to_dict()
-    column, spectrum = Column.of(5, plain["layers"]), Spectrum.of(5, plain)
+    plain = PlainProfile.of(found)
+    column, spectrum = Column.of(5, plain), Spectrum.of(5, plain)
     for name in QUANTITIES:
         assert list(column.values[name]) == pytest.approx([getattr(each, name) for each in found.layers])
     assert spectrum.labels == ("0", "1", "2")
@@ -72,25 +57,14 @@ def test_a_column_and_a_spectrum_are_those_of_the_profile() -> None:
 
 
 def test_many_layers_share_rows_only_where_asked() -> None:
-    deep = profile(*(0.01 * index for index in range(100)))
-    shared, whole = Column.of(1, deep["layers"]), Column.of(1, deep["layers"], share=False)
+    deep = plain_profile(*(0.01 * index for index in range(100)))
+    shared, whole = Column.of(1, deep), Column.of(1, deep, share=False)
     assert (len(shared.values["near_unit_mass"]), len(whole.values["near_unit_mass"])) == (50, 100)
     assert shared.values["near_unit_mass"][1] == pytest.approx(0.025), "mean of two layers"
     assert shared.values["spectral_radius"][1] == pytest.approx(0.03), "the larger one"
     assert Spectrum.of(1, deep).labels[1] == "2-3"
     assert Spectrum.of(1, deep).pairs(1) == [pytest.approx((0.02, 0.0))]
     assert len(Spectrum.of(1, deep, share=False).labels) == 100
-
-
-@pytest.mark.parametrize("pairs", [["x"], [[1.0]], [[1.0, "x"]], [1.0]])
-def test_a_forged_profile_raises_what_its_readers_expect(pairs: list[Any]) -> None:
-    forged = {"layers": [layer(1.0, pairs)], "informative": True, "reason": ""}
-    with pytest.raises((TypeError, ValueError)):
-        Spectrum.of(1, forged)
-    with pytest.raises(KeyError):
-        Spectrum.of(1, {"layers": [{}], "informative": True, "reason": ""})
-    with pytest.raises((TypeError, ValueError)):
-        Column.of(1, [{**layer(1.0), "near_unit_mass": "many"}])
 
 
 def test_the_calmest_the_alarm_and_the_last_are_chosen() -> None:
@@ -104,7 +78,7 @@ def test_the_calmest_the_alarm_and_the_last_are_chosen() -> None:
     )
     assert [column.step for column in found.columns] == list(range(8))
     assert found.mean_seconds == 0.5
-    assert math.isnan(mean_over_layers(Column.of(1, [layer(math.nan)]), "spectral_radius"))
+    assert math.isnan(mean_over_layers(Column.of(1, plain_profile(math.nan)), "spectral_radius"))
     assert mean_over_layers(found.spectra[0].column, "near_unit_mass") == pytest.approx(0.2)
 
 
@@ -149,27 +123,20 @@ def test_columns_beyond_the_most_are_those_of_the_highest_risk(monkeypatch: pyte
 
 def test_only_the_selected_profiles_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spectra, "MAX_COLUMNS", 3)
-    rows = [row(step, 0.1 * step) for step in range(30)]
+    rows = [row(step, 0.1 * step, id=step) for step in range(30)]
     asked: list[int] = []
-    heads = [
-        ProfileHead(id=step, incarnation="aaaaaaaa", step=step, num_shards=1, seconds=0.5, non_finite=False)
-        for step in range(30)
-    ]
 
     def load(ids: Any) -> Any:
         asked.extend(ids)
-        return [(each, rows[each]) for each in ids]
+        return [rows[each] for each in ids]
 
-    found = read_profiles(heads, load, risks((3, 0.01), (12, 0.9)), ("aaaaaaaa", 12), {})
+    found = read_profiles(rows, load, risks((3, 0.01), (12, 0.9)), ("aaaaaaaa", 12), {})
     assert asked == [3, 12, 20, 29]
     assert [each.name for each in found.spectra] == ["calm", "alarm", "after"]
 
 
 def test_a_profile_that_was_deleted_meanwhile_is_left_out() -> None:
-    heads = [
-        ProfileHead(id=step, incarnation="aaaaaaaa", step=step, num_shards=1, seconds=0.5, non_finite=False)
-        for step in range(3)
-    ]
-    found = read_profiles(heads, lambda ids: [(1, row(1, 0.1))], {}, None, {})
+    heads = [row(step, 0.1, id=step) for step in range(3)]
+    found = read_profiles(heads, lambda ids: [row(1, 0.1, id=1)], {}, None, {})
     assert [column.step for column in found.columns] == [1]
     assert found.spectra == ()

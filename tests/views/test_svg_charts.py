@@ -22,7 +22,7 @@ from koopmon.views.svg_charts import (
     scalar_chart,
     sparkline,
 )
-from tests.factories import INCARNATION, command, point
+from tests.factories import INCARNATION, command, plain_profile, point
 
 SCALAR = {scalar.name: scalar for scalar in SCALARS}
 POLICY = PolicyConfig(severe_risk=0.8, act_risk=0.4, release_risk=0.2)
@@ -142,12 +142,8 @@ def test_a_new_scalar_needs_one_entry() -> None:
 
 
 def spectrum(*layers: list[tuple[float, float]]) -> Spectrum:
-    profile = {
-        "layers": [{"eigenvalues": pairs, "num_samples": 8} for pairs in layers],
-        "informative": True,
-        "reason": "",
-    }
-    return Spectrum.of(3, profile)
+    flat = [[part for pair in pairs for part in pair] for pairs in layers]
+    return Spectrum.of(3, plain_profile(*(1.0 for _ in layers), eigenvalues=flat))
 
 
 def test_eigenvalues_lie_in_the_plane_and_far_ones_on_the_rim() -> None:

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 
 from koopmon.errors import StoreError, one_line
@@ -26,6 +26,8 @@ MAX_BACKFILLED = 64
 """Maximum number of runs, most recently seen first."""
 MAX_COLUMNS = 120
 """Maximum number of columns of each heatmap; one row of the history takes a millisecond or two."""
+CLOSE_SECONDS = 5.0
+"""Longest wait for the thread at the end: the disk may not answer."""
 PAUSE_SECONDS = 0.002
 """Pause after each heatmap row, which releases the GIL to the monitor."""
 
@@ -42,7 +44,7 @@ class LiveBackfill:
 
     def close(self) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
         try:
@@ -74,10 +76,8 @@ class LiveBackfill:
             if self._stop.wait(PAUSE_SECONDS):
                 return
             if row.profile is not None:
-                with suppress(KeyError, TypeError, ValueError):  # a forged profile
-                    column = Column.of(row.step, row.profile["layers"])
-                    spectrum = Spectrum.of(row.step, row.profile)
-                    columns.append(column)
+                columns.append(Column.of(row.step, row.profile))
+                spectrum = Spectrum.of(row.step, row.profile)
         self._live_state.backfill(replace(view, spectrum=spectrum), columns=columns)
 
 

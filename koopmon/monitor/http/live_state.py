@@ -10,10 +10,11 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from koopmon.history.plain_profile import PlainProfile
 from koopmon.history.schema import RunState
 from koopmon.monitor import events
 from koopmon.monitor.registry import Run
@@ -147,13 +148,13 @@ class LiveState:
             self._change(kept)
 
     def _add_assessment(
-        self, kept: _Kept, assessment: Assessment, plain: Mapping[str, Any] | None, controller: RunController
+        self, kept: _Kept, assessment: Assessment, plain: PlainProfile | None, controller: RunController
     ) -> None:
         seen, risk, incarnation = assessment.observation, assessment.risk, kept.view.incarnation
         spectrum = kept.view.spectrum
         if plain is not None:
             spectrum = Spectrum.of(seen.step, plain)
-            kept.columns.append(Column.of(seen.step, plain["layers"]))
+            kept.columns.append(Column.of(seen.step, plain))
         kept.points.append(TimelinePoint.of_assessment(incarnation, self._wall(), seen, risk))
         standing = PolicyStatus(
             now=self._clock(),

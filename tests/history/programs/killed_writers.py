@@ -12,9 +12,11 @@ import random
 import signal
 import sys
 import time
+from array import array
 from pathlib import Path
 
 from koopmon.config import StoreConfig
+from koopmon.history.plain_profile import QUANTITIES, PlainProfile
 from koopmon.history.writer import HistoryWriter
 from koopmon.wire.messages import Ack, Applied, Command
 
@@ -25,7 +27,16 @@ def write(path: Path, told: int, number: int) -> None:
     """Write decisions and acks without end; report each id on disk."""
     # A small limit, so that some kills hit the pruning.
     store = HistoryWriter.open(path, StoreConfig(max_bytes=1 << 20))
-    noise = {"text": os.urandom(20_000).hex()}
+    noise = PlainProfile(
+        columns=dict.fromkeys(QUANTITIES, (1.0,)),
+        eigenvalues=(array("f", [random.uniform(-1.0, 1.0) for _ in range(14_000)]),),
+        informative=(True,),
+        reasons=("",),
+        num_samples=8,
+        svd_rank=None,
+        is_informative=True,
+        reason="",
+    )
     while True:
         command = Command(run=RUN, incarnation=INCARNATION, id=f"{number:08x}", kind="stop", reason="", expires_step=1)
         store.record_profile(1.0, RUN, INCARNATION, number, num_shards=1, masked=False, seconds=0.0, profile=noise)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from koopmon.config import Config, from_mapping
+from koopmon.history.plain_profile import PlainProfile
 from koopmon.monitor import events
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.pending_commands import Answered
@@ -62,7 +63,7 @@ class Fed:
         values = {"learning_rate": 1e-3, "loss": 2.0, "grad_norm": None, "lr_scale": self.applied.lr_scale}
         training = TrainingStep(step=step, **{**values, **scalars})
         assessment = self.controller.assess(float(step), training, found, step=step)
-        self.tell(events.Assessed(self.run, assessment, None if found is None else found.to_dict()))
+        self.tell(events.Assessed(self.run, assessment, None if found is None else PlainProfile.of(found)))
         if assessment.remarkable:
             self.tell(events.Decided(self.run, assessment))
         return assessment

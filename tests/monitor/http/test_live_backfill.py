@@ -50,14 +50,16 @@ def test_after_a_restart_the_page_is_not_empty(start_monitor: Start, connect: St
     )
     assert after["state"] in ("recorded", "running")
     assert (after["adapter"], after["lr_scale"]) == ("transformer", command.lr_scale)
-    assert after["layers"] == before["layers"]
+    assert after["layers"].pop("steps") == before["layers"].pop("steps")
+    for name, rows in before["layers"].items():
+        assert after["layers"][name] == [pytest.approx(row, rel=2e-5) for row in rows]
     for row in (*before["decisions"], *after["decisions"], *before["points"], *after["points"]):
         del row["time"]  # the page and the history read the clock one after the other
     assert after["decisions"] == before["decisions"]
     assert after["points"] == [pytest.approx(point) for point in before["points"]]
     assert after["spectrum"]["step"] == 5
     for one, other in zip(after["spectrum"].pop("eigenvalues"), before["spectrum"].pop("eigenvalues"), strict=True):
-        assert one == [pytest.approx(pair) for pair in other]
+        assert one == [pytest.approx(pair, abs=2e-3) for pair in other]
     assert after["spectrum"] == before["spectrum"]
     assert "judged" in after["outlook"]["lines"][0]["then"]
 
