@@ -57,6 +57,14 @@ from koopmon.wire.messages import (
 
 RESEND_CHECK_SECONDS = 0.25
 """Interval between checks for commands to resend."""
+UPKEEP_SECONDS = 1.0
+"""Interval between two checks of the history."""
+MANY_RANKS = 16
+"""A run of more ranks is not shown with each of their messages, because each time all of its ranks are read."""
+SHOW_SECONDS = 1.0
+"""Interval at which such a run is shown."""
+HEARTBEATS_PER_INTERVAL = 100
+"""Number of ranks of one run that send a heartbeat in each interval. Above it, all ranks but rank 0 send fewer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +104,11 @@ class Service:
     def __post_init__(self) -> None:
         outputs, monitor = self.outputs, self.config.monitor
         self._stopping = False
+        self._waiting: set[str] = set()
+        """Names of the runs with commands that wait for an ack."""
+        self._unshown: dict[str, float] = {}
+        """Times at which to show runs that changed, in the order of these times."""
+        self._upkeep_at = -math.inf
         self._store, self._metrics = outputs.history, outputs.metrics
         self._history = HistorySink(outputs.history, self.clock)
         sinks: tuple[tuple[ErrorPart, events.Sink], ...] = (
@@ -141,7 +154,8 @@ class Service:
             case Goodbye(reason=reason):
                 if run.state is RunState.ENDED:
                     self._close(run, reason or "goodbye")
-                self._publish(events.RunChanged(run))
+                else:
+                    self._changed(now, run)
 
     def on_shard(self, received: ReceivedShard, key: str = "") -> None:
         """Handle a shard from the agent with `key`. Raises ProtocolError when it must be rejected."""
@@ -149,7 +163,7 @@ class Service:
         run = self._registry.on_shard(now, header, key=key)
         for snapshot in self._assembler.add(now, header, received.points()):
             self._submit(snapshot)
-        self._publish(events.RunChanged(run))
+        self._changed(now, run)
 
     def on_result(self, result: Result) -> None:
         """Handle a result of the engine."""
@@ -175,25 +189,58 @@ class Service:
                 self._close(run, "silent after the goodbye of another rank")
         for run in removed:
             self._forget(run)
-        for run in () if self._stopping else self._registry:
-            if run.state is RunState.RUNNING:
-                with self._watching_only_after_error(run):
-                    self._give_up(run, run.controller.expire(now, run.step, run.applied))
-                    for command in run.controller.pending.due(now):
-                        self._offer(run, command)
-        with self.failures.contained("store"):
-            self._history.upkeep(now, [run.name for run in self._registry if run.state is not RunState.ENDED])
-            if lost := self._store.take_lost():
-                self._metrics.add("store_lost", amount=lost)
+        self._follow_commands(now)
+        self._show_late(now)
+        if now >= min(self._upkeep_at, self._history.commit_at):
+            self._upkeep_at = now + UPKEEP_SECONDS
+            with self.failures.contained("store"):
+                self._history.upkeep(now, [run.name for run in self._registry if run.state is not RunState.ENDED])
+                if lost := self._store.take_lost():
+                    self._metrics.add("store_lost", amount=lost)
         with self.failures.contained("metrics"):
             self._metrics.set("engine_queue_length", self.engine.queue_length)
             self._metrics.set("store_recording", float(self._store.recording))
 
     def next_deadline(self) -> float:
         """Time of the next timeout in `tick`, on the service's clock; infinity without one."""
-        waiting = any(run.controller.pending for run in self._registry)
-        resend_at = self.clock() + RESEND_CHECK_SECONDS if waiting else math.inf
-        return min(self._assembler.next_deadline(), self._registry.next_deadline(), self._history.commit_at, resend_at)
+        waiting = any(run.controller.pending for run in self._runs_with_commands())
+        return min(
+            self._assembler.next_deadline(),
+            self._registry.next_deadline(),
+            self._history.commit_at,
+            next(iter(self._unshown.values()), math.inf),
+            self.clock() + RESEND_CHECK_SECONDS if waiting else math.inf,
+        )
+
+    def _runs_with_commands(self) -> list[Run]:
+        if not self._waiting:
+            return []
+        found = [run for run in self._registry if run.name in self._waiting and len(run.controller.pending)]
+        self._waiting = {run.name for run in found}
+        return found
+
+    def _follow_commands(self, now: float) -> None:
+        """Send unanswered commands again, and give up the expired ones."""
+        for run in () if self._stopping else self._runs_with_commands():
+            if run.state is RunState.RUNNING:
+                with self._watching_only_after_error(run):
+                    self._give_up(run, run.controller.expire(now, run.step, run.applied))
+                    for command in run.controller.pending.due(now):
+                        self._offer(run, command)
+
+    def _changed(self, now: float, run: Run) -> None:
+        """Show a run after a message of one rank: at once, or soon if it has many ranks."""
+        if len(run.peers) <= MANY_RANKS:
+            self._publish(events.RunChanged(run))
+        else:
+            self._unshown.setdefault(run.name, now + SHOW_SECONDS)
+
+    def _show_late(self, now: float) -> None:
+        while self._unshown and next(iter(self._unshown.values())) <= now:
+            name = next(iter(self._unshown))
+            del self._unshown[name]
+            if (run := self._registry.get(name)) is not None:
+                self._publish(events.RunChanged(run))
 
     def stop(self) -> None:
         """Send no more replies and make no more decisions; pass incomplete snapshots to the engine."""
@@ -248,14 +295,14 @@ class Service:
             self._give_up(before, before.controller.pending.abandon())
         self._probe_handler.note_welcomed(hello.run)
         self._publish(events.RankJoined(run, hello, before is not run))
-        self._publish(events.RunChanged(run))
+        self._changed(now, run)
         self._reply(
             peer,
             Welcome(
                 run=run.name,
                 incarnation=run.incarnation,
                 data_endpoint=self.data_endpoint,
-                heartbeat_seconds=self.config.monitor.heartbeat_seconds,
+                heartbeat_seconds=self._heartbeat_seconds(hello),
                 restore=None if admission.settled else run.restore,
             ),
         )
@@ -275,6 +322,18 @@ class Service:
         applied = restore or hello.applied
         return RunController(self.config, hello, applied, checkpoint=memory, calibrator=self.calibrator), restore
 
+    def _heartbeat_seconds(self, hello: Hello) -> float:
+        """Return the time between two heartbeats of a rank.
+
+        Rank 0 keeps the configured one: it reports the values in force. The others of a large run share the capacity of
+        the monitor, but each alone keeps the run from being taken for vanished.
+        """
+        monitor = self.config.monitor
+        if hello.process_rank == 0:
+            return monitor.heartbeat_seconds
+        seconds = monitor.heartbeat_seconds * max(1.0, hello.num_senders / HEARTBEATS_PER_INTERVAL)
+        return min(seconds, monitor.vanished_after_seconds / 3.0)
+
     def _refuse(self, peer: bytes, hello: Hello, text: str) -> None:
         self._probe_handler.note_refused(hello.run, text[:MAX_TEXT])
         self._reply(peer, Refused(run=hello.run, incarnation=hello.incarnation, reason=text[:MAX_TEXT]))
@@ -283,7 +342,7 @@ class Service:
         rank = run.peers[heartbeat.process_rank]
         drops, row_due = rank.new_drops(heartbeat), rank.row_due(now)
         applied_changed = heartbeat.process_rank == 0 and run.applied_changed()
-        self._publish(events.RunChanged(run))
+        self._changed(now, run)
         self._publish(events.HeartbeatReceived(run, heartbeat, drops, row_due, applied_changed))
         # The agent dropped the snapshot because its states were not finite: the run has diverged.
         if "not_finite" in drops and run.newly_not_finite(heartbeat.step):
@@ -313,6 +372,8 @@ class Service:
             self.failures.note("judgement", error, run=run.name, what=f"step {training.step} cannot be judged")
             self._publish(events.Assessed(run, None))
             return
+        if len(run.controller.pending):
+            self._waiting.add(run.name)
         self._publish(events.Assessed(run, assessment, plain))
         if assessment.unencodable is not None:
             what = f"the decision at step {training.step} is dropped"
@@ -351,6 +412,7 @@ class Service:
 
     def _close(self, run: Run, reason: str) -> None:
         """Follow the registry, for which the run has ended or vanished."""
+        self._unshown.pop(run.name, None)  # a vanished run keeps few series
         self._give_up(run, run.controller.pending.abandon())
         self._publish(events.RunClosed(run, reason))
         if run.state is RunState.ENDED:

@@ -56,7 +56,7 @@ def public(cls: type[Any], *left_out: str) -> list[tuple[type[Any], str]]:
 CALLS: list[tuple[type[Any], str]] = [
     *public(HistoryWriter),
     *public(LiveState, "names", "view", "views", "backfill"),
-    *public(Metrics, "collect", "observe_duration"),
+    *public(Metrics, "collect", "exposition", "observe_duration"),
     *public(RunController),
     *public(PendingCommands),
     *public(Peer),

@@ -22,6 +22,7 @@ from koopmon.wire.messages import (
     AgentMessage,
     Applied,
     Command,
+    Heartbeat,
     HeartbeatReply,
     Hello,
     Judgement,
@@ -94,10 +95,9 @@ def link(channel: Channel) -> ControlChannel:
     return ControlChannel(cast(ControlClient, control), IDENTITY, ControlConfig(), AgentStats(), Nothing(), DESCRIPTION)
 
 
-def welcome(link: ControlChannel, now: float) -> None:
-    message = Welcome(
-        run=IDENTITY.run, incarnation=IDENTITY.incarnation, data_endpoint="ipc:///data", heartbeat_seconds=1.0
-    )
+def welcome(link: ControlChannel, now: float, heartbeat_seconds: float = 1.0) -> None:
+    name = {"run": IDENTITY.run, "incarnation": IDENTITY.incarnation}
+    message = Welcome(**name, data_endpoint="ipc:///data", heartbeat_seconds=heartbeat_seconds)
     assert isinstance(link.receive([memoryview(frame) for frame in encode(message)], now), Welcome)
 
 
@@ -283,3 +283,28 @@ def test_a_monitor_that_refuses_is_left_alone_for_half_a_minute(link: ControlCha
     assert len(channel.hellos()) == 1
     link.tick(31.0)
     assert len(channel.hellos()) == 2
+
+
+def test_states_that_are_not_finite_are_reported_soon(channel: Channel) -> None:
+    """A rank of a large run has a slow heartbeat, and may be the only one whose states show the divergence."""
+    stats, control = AgentStats(), cast(Any, channel)
+    link = ControlChannel(control, IDENTITY, ControlConfig(), stats, Nothing(), DESCRIPTION)
+
+    def beats(now: float) -> list[int]:
+        link.tick(now)
+        return [said.dropped["not_finite"] for said in channel.sent if isinstance(said, Heartbeat)]
+
+    link.tick(0.0)
+    welcome(link, 0.1, heartbeat_seconds=10.0)
+    assert beats(0.1) == [0]
+    assert beats(5.0) == [0]
+    stats.drop("budget")
+    assert beats(5.1) == [0]
+    stats.drop("not_finite")
+    assert link.next_due() == 10.1
+    assert beats(5.2) == [0, 1]
+    stats.drop("not_finite")
+    assert beats(5.3) == [0, 1]
+    assert beats(6.3) == [0, 1, 2]
+    assert beats(16.2) == [0, 1, 2]
+    assert beats(16.3) == [0, 1, 2, 2]
