@@ -16,6 +16,7 @@ from koopmon.config import MAX_STEPS, MonitorConfig
 from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
 from koopmon.monitor.assembler import over_ranks
+from koopmon.monitor.pacing import Pacing
 from koopmon.monitor.run_controller import RunController
 from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.messages import (
@@ -51,6 +52,8 @@ class Peer:
     heartbeat: Heartbeat | None = None
     drops: dict[DropReason, int] = field(default_factory=dict)
     recorded_at: float = -math.inf
+    heartbeat_seconds: float = 1.0
+    """Time between two heartbeats, as the monitor asks."""
 
     def new_drops(self, heartbeat: Heartbeat) -> dict[DropReason, int]:
         """Return the shards dropped since the last heartbeat, by reason. Agents report totals."""
@@ -89,6 +92,7 @@ class Run:
     """Times of the launches within the last minute, in seconds of the registry's clock."""
     recorded: Applied | None = None
     """Values in force in the history."""
+    pacing: Pacing = field(default_factory=Pacing)
     not_finite_step: int = -1
     """Latest step at which an agent reported states that were not finite."""
 
@@ -142,6 +146,11 @@ class Run:
         changed = self.applied != self.recorded
         self.recorded = self.applied
         return changed
+
+    def lead_steps(self, seconds: float) -> int | None:
+        """Return the optimizer steps that the ranks do in some time; None if unknown."""
+        times = [each.step_seconds for each in self.heartbeats if each.step_seconds]
+        return math.ceil(min(seconds / min(times), MAX_STEPS)) if times else None
 
     def newly_not_finite(self, step: int) -> bool:
         """Return True if `step` is later than every reported step with non-finite states; stores it."""

@@ -6,6 +6,7 @@ noted and affects no other run. A run that cannot be admitted is refused. A run 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,6 +40,7 @@ from koopmon.telemetry.metrics import ErrorPart, Metrics
 from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.codec import ReceivedShard
 from koopmon.wire.messages import (
+    MAX_STEP,
     MAX_TEXT,
     Ack,
     AgentMessage,
@@ -54,6 +56,8 @@ from koopmon.wire.messages import (
     TrainingStep,
     Welcome,
 )
+
+logger = logging.getLogger(__name__)
 
 RESEND_CHECK_SECONDS = 0.25
 """Interval between checks for commands to resend."""
@@ -109,6 +113,8 @@ class Service:
         self._unshown: dict[str, float] = {}
         """Times at which to show runs that changed, in the order of these times."""
         self._upkeep_at = -math.inf
+        self._busy_seconds = 0.0
+        """Computing time of the engine."""
         self._store, self._metrics = outputs.history, outputs.metrics
         self._history = HistorySink(outputs.history, self.clock)
         sinks: tuple[tuple[ErrorPart, events.Sink], ...] = (
@@ -171,12 +177,14 @@ class Service:
         run = self._registry.get(snapshot.run)
         if run is not None and (run.incarnation != snapshot.incarnation or run.state is RunState.VANISHED):
             run = None
+        self._busy_seconds += result.seconds
         plain = None if result.profile is None else result.profile.to_dict()
         self._publish(events.Profiled(run, result, plain, self.clock() - snapshot.since))
         if result.failed:
             self.on_dropped(snapshot.run, "engine_failed")
         elif run is not None:
             self._assess(run, snapshot.training, result.profile, plain)
+            self._pace(run, snapshot.step)
 
     def tick(self) -> None:
         """Process all timeouts that are due."""
@@ -257,7 +265,20 @@ class Service:
     def on_dropped(self, name: str, reason: str) -> None:
         """Count a snapshot of the run `name` that was lost in the monitor."""
         if (run := self._registry.get(name)) is not None:
+            if reason in ("superseded", "engine_queue_full"):
+                run.pacing.on_skipped()
             self._publish(events.SnapshotDropped(run, reason))
+
+    def _pace(self, run: Run, step: int) -> None:
+        """Choose the stride of the run's snapshots. All ranks learn it before the step from which it is in force."""
+        stride = run.pacing.on_judged(self.clock(), step, self._busy_seconds)
+        if stride == run.pacing.steps:
+            return
+        slowest = max(each.heartbeat_seconds for each in run.peers.values())
+        if (lead := run.lead_steps(2.0 * slowest + 1.0)) is not None:
+            run.pacing.change(stride, min(run.step + lead, MAX_STEP))
+            words = "snapshots at least %d steps apart from step %d on"
+            logger.info(f"run %s: {words}", run.name, stride, run.pacing.from_step)
 
     def _lost_in_assembly(self, name: str, error: Exception) -> None:
         self.failures.note("snapshot", error, run=name)
@@ -296,13 +317,15 @@ class Service:
         self._probe_handler.note_welcomed(hello.run)
         self._publish(events.RankJoined(run, hello, before is not run))
         self._changed(now, run)
+        heartbeat_seconds = self._heartbeat_seconds(hello)
+        run.peers[hello.process_rank].heartbeat_seconds = heartbeat_seconds
         self._reply(
             peer,
             Welcome(
                 run=run.name,
                 incarnation=run.incarnation,
                 data_endpoint=self.data_endpoint,
-                heartbeat_seconds=self._heartbeat_seconds(hello),
+                heartbeat_seconds=heartbeat_seconds,
                 restore=None if admission.settled else run.restore,
             ),
         )
@@ -347,8 +370,16 @@ class Service:
         # The agent dropped the snapshot because its states were not finite: the run has diverged.
         if "not_finite" in drops and run.newly_not_finite(heartbeat.step):
             self._assess(run, heartbeat.training)
-        judgement = run.controller.judgement
-        self._reply(peer, HeartbeatReply(run=run.name, incarnation=run.incarnation, judgement=judgement))
+        self._reply(
+            peer,
+            HeartbeatReply(
+                run=run.name,
+                incarnation=run.incarnation,
+                judgement=run.controller.judgement,
+                min_stride=run.pacing.steps,
+                min_stride_from=run.pacing.from_step,
+            ),
+        )
 
     def _on_ack(self, run: Run, ack: Ack) -> None:
         run.applied_changed()  # the history takes the values in force from the ack

@@ -148,6 +148,7 @@ TABLE: tuple[Series, ...] = (
     _run("run_state", "State of the run: 0 ended, 1 running, 2 vanished."),
     _run("last_snapshot_timestamp_seconds", "Unix time of the last snapshot received."),
     _run("snapshot_age_seconds", "Age of the last profiled snapshot when its profile was complete."),
+    _run("min_stride", "Least steps between snapshots that the engine can judge. Absent until it falls behind."),
     _run("agent_overhead_ratio", "Largest share of the step time that a rank spends in koopmon's hooks."),
     _run("taps_missing", "Snapshots in which a tap did not fire, summed over ranks."),
     _counter("snapshots_received", "Snapshots that were assembled and passed to the engine.", RUN),

@@ -60,7 +60,7 @@ CALLS: list[tuple[type[Any], str]] = [
     *public(RunController),
     *public(PendingCommands),
     *public(Peer),
-    *public(Run),
+    *public(Run, "lead_steps"),
     *public(RunRegistry, "get", "expire", "next_deadline", "remove"),
     *public(QueueEngine),
     *public(World, "says", "hello", "shard", "results", "handle", "commands", "series", "internal_errors", "play"),

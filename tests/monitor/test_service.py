@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from koopmon.config import from_mapping
-from koopmon.monitor.registry import Run, RunRegistry
+from koopmon.monitor.registry import LAST_STEP, Run, RunRegistry
 from koopmon.monitor.service import MANY_RANKS, SHOW_SECONDS
-from koopmon.wire.messages import Applied, Goodbye, Heartbeat, Welcome
+from koopmon.wire.messages import MAX_STEP, Applied, Goodbye, Heartbeat, HeartbeatReply, Welcome
 from tests.monitor.world import GOOD, World
 
 NUM_RANKS = 1000
@@ -130,3 +131,71 @@ def test_drops_of_a_large_run_are_counted_at_once(world: World) -> None:
     join(world, MANY_RANKS + 1)
     world.says(GOOD, Heartbeat, process_rank=3, step=1, applied=Applied(), dropped={"budget": 2})
     assert world.metrics.value("snapshots_dropped", GOOD, "budget") == 2
+
+
+# The stride that the engine can judge
+
+
+def overload(world: World, num_ranks: int, first_step: int = 0) -> None:
+    """The engine judges one of four snapshots for some seconds."""
+    for step in range(first_step, first_step + 48):
+        world.now += 0.25
+        for _ in range(3):
+            world.service.on_dropped(GOOD, "superseded")
+        for rank in range(num_ranks):
+            world.shard(GOOD, 4 * step + 4, process_rank=rank, num_senders=num_ranks)
+        world.results(finite=True)
+
+
+def strides(world: World, rank: int, step: int) -> tuple[int, int]:
+    world.says(GOOD, Heartbeat, process_rank=rank, step=step, applied=Applied(), step_seconds=0.05)
+    reply = world.sent[GOOD][-1]
+    assert isinstance(reply, HeartbeatReply)
+    return reply.min_stride, reply.min_stride_from
+
+
+def test_all_ranks_get_one_stride_ahead_of_their_steps(world: World) -> None:
+    join(world, 2)
+    assert {strides(world, rank, 1) for rank in (0, 1)} == {(1, 0)}
+    assert world.metrics.value("min_stride", GOOD) is None
+    overload(world, 2)
+    told = {strides(world, rank, 192) for rank in (0, 1)}
+    assert len(told) == 1
+    ((stride, from_step),) = told
+    assert stride == 4
+    known_by = 2.0 * max(intervals(world))
+    assert from_step - 192 <= 3.0 / 0.05
+    first = next(step for step in range(4, 193, 4) if from_step <= step + 3.0 / 0.05)
+    assert from_step >= first + known_by / 0.05
+    assert world.metrics.value("min_stride", GOOD) == 4
+
+
+def test_a_run_whose_step_time_is_unknown_keeps_its_cadence(world: World) -> None:
+    world.hello(GOOD)
+    overload(world, 1)
+    world.says(GOOD, Heartbeat, process_rank=0, step=192, applied=Applied())
+    assert world.sent[GOOD][-1].min_stride == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("seconds", [5e-324, 1e-9, 1e308])
+def test_the_step_of_a_stride_is_legal_whatever_a_rank_says(world: World, seconds: float) -> None:
+    world.hello(GOOD)
+    world.says(GOOD, Heartbeat, process_rank=0, step=LAST_STEP, applied=Applied(), step_seconds=seconds)
+    overload(world, 1)
+    stride, from_step = strides(world, 0, LAST_STEP)
+    assert stride == 4
+    assert LAST_STEP < from_step <= MAX_STEP
+
+
+def test_a_later_incarnation_starts_without_a_limit(world: World) -> None:
+    world.hello(GOOD)
+    strides(world, 0, 1)
+    overload(world, 1)
+    assert strides(world, 0, 192)[0] == 4
+    run = world.service._registry.get(GOOD)
+    assert run is not None
+    hello = msgspec.structs.replace(run.hello, incarnation="bbbbbbbb")
+    world.service.on_control(GOOD.encode(), hello)
+    again = world.service._registry.get(GOOD)
+    assert again is not None
+    assert again.pacing.steps == 1

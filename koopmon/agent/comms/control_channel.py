@@ -130,6 +130,7 @@ class ControlChannel:
         """True once a monitor has served this rank."""
         self._restored = False
         self._limit = LogLimit()
+        self._told_stride = False
         self._reported_busy = 0.0
         self._reported_elapsed = 0.0
 
@@ -225,11 +226,23 @@ class ControlChannel:
         if isinstance(message, HeartbeatReply):
             self._acks.on_heartbeat_reply()
             self._stats.judgement = message.judgement
+            self._limit_stride(message)
         if isinstance(message, Command):
             if self.description.process_rank != 0:
                 return CommandResult(message.id, "refused", self._stats.step, "commands go to rank 0")
             self._handler.submit(message)
         return None
+
+    def _limit_stride(self, reply: HeartbeatReply) -> None:
+        self._stats.stride_limit = self._stats.stride_limit.followed_by(reply.min_stride, reply.min_stride_from)
+        if reply.min_stride > 1 and not self._told_stride and self.description.process_rank == 0:
+            self._told_stride = True
+            words = f"from step {reply.min_stride_from} on, snapshots are at least {reply.min_stride} steps apart"
+            logger.warning(
+                "koopmon: the monitor cannot judge all snapshots: %s; this changes with its load, see"
+                ' agent.status()["min_stride"]',
+                words,
+            )
 
     def reject(self, error: ProtocolError, now: float) -> None:
         """Count a message that breaks the protocol."""

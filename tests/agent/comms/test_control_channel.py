@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, cast
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -16,7 +17,7 @@ from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
 from koopmon.errors import EndpointError
 from koopmon.wire.codec import decode_for_monitor, encode
-from koopmon.wire.headers import Frame, WireLimits
+from koopmon.wire.headers import PREFIX, Frame, WireLimits
 from koopmon.wire.messages import (
     Ack,
     AgentMessage,
@@ -133,8 +134,8 @@ def test_a_description_that_could_not_be_sent_is_sent_later(link: ControlChannel
     assert channel.hellos()[-1].num_layers == 4
 
 
-def reply(link: ControlChannel, now: float) -> None:
-    message = HeartbeatReply(run=IDENTITY.run, incarnation=IDENTITY.incarnation)
+def reply(link: ControlChannel, now: float, **fields: Any) -> None:
+    message = HeartbeatReply(run=IDENTITY.run, incarnation=IDENTITY.incarnation, **fields)
     link.receive([memoryview(frame) for frame in encode(message)], now)
 
 
@@ -308,3 +309,28 @@ def test_states_that_are_not_finite_are_reported_soon(channel: Channel) -> None:
     assert beats(6.3) == [0, 1, 2]
     assert beats(16.2) == [0, 1, 2]
     assert beats(16.3) == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("rank", "num_lines"), [(0, 1), (1, 0)])
+def test_the_least_stride_of_a_busy_monitor_is_kept_and_told_once(
+    rank: int, num_lines: int, channel: Channel, caplog: pytest.LogCaptureFixture
+) -> None:
+    stats, control = AgentStats(), cast(Any, channel)
+    description = replace(DESCRIPTION, process_rank=rank)
+    link = ControlChannel(control, IDENTITY, ControlConfig(), stats, Nothing(), description)
+    reply(link, 1.0)
+    reply(link, 2.0, min_stride=8, min_stride_from=50)
+    reply(link, 3.0, min_stride=4, min_stride_from=90)
+    assert [stats.stride_limit.at(step) for step in (89, 90)] == [8, 4]
+    told = [record.getMessage() for record in caplog.records if "cannot judge" in record.getMessage()]
+    assert len(told) == num_lines
+    assert all("from step 50 on, snapshots are at least 8 steps apart" in words for words in told)
+
+
+@pytest.mark.parametrize("fields", [{"min_stride": 0}, {"min_stride": 1025}, {"min_stride": 2, "min_stride_from": -1}])
+def test_a_stride_out_of_bounds_is_refused(fields: dict[str, int], link: ControlChannel) -> None:
+    message = HeartbeatReply(run=IDENTITY.run, incarnation=IDENTITY.incarnation, **fields)
+    encoded = PREFIX + msgspec.msgpack.encode(message)
+    assert link.receive([memoryview(encoded)], 1.0) is None
+    assert link._stats.rejected == {"schema": 1}
+    assert link._stats.stride_limit.at(10) == 1
