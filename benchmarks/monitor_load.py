@@ -12,6 +12,7 @@ import gzip
 import heapq
 import http.client
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -38,7 +39,7 @@ NUM_RANKS, NUM_RUNS, SCRAPES = 1000, 100, 20
 SETTLE_SECONDS, MEASURED_SECONDS = 15.0, 40.0
 MAX_RANKS_SHARE, MAX_RUNS_SHARE = 0.05, 0.05
 MAX_SENT_BYTES, MAX_SCRAPE_CPU_SECONDS = 400_000, 0.15
-SETTINGS = f"[monitor]\nmax_runs = {NUM_RUNS}\nmax_peers = {NUM_RANKS}\nqueue_length = {NUM_RUNS}\n"
+SETTINGS = f"[monitor]\nmax_runs = {NUM_RUNS}\nmax_peers = {NUM_RANKS}\nqueue_length = {NUM_RUNS}\nvanished_after_seconds = 600\n"
 
 
 @dataclass(slots=True)
@@ -140,6 +141,8 @@ def scrapes(served: Served) -> dict[str, Any]:
         agent.close()
     text = gzip.decompress(packed)
     series = sum(not line.startswith(b"#") for line in text.splitlines())
+    if series < 10 * NUM_RUNS * NUM_LAYERS:
+        raise RuntimeError(f"only {series} series: some runs have none of their layers")
     return {"cpu_seconds": cpu, "series": series, "bytes": len(text), "sent_bytes": len(packed)}
 
 
@@ -192,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_row(what, f"{value:.3g} {unit}", f"{most:g} {unit}")
         goals.append({"what": what, "value": value, "goal": most, "unit": unit, "met": value <= most})
     campaign.console().print(table)
-    document = {"provenance": origin, **told, "goals": goals}
+    document = {"provenance": origin, "load_average": os.getloadavg()[0], **told, "goals": goals}
     options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return int(not all(goal["met"] for goal in goals))
 
