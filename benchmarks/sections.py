@@ -358,6 +358,23 @@ def flood_and_kill(told: Document) -> list[str]:
     return table(heading, rows)
 
 
+def monitor_load(told: Document) -> list[str]:
+    """Write the measured values beside their goals, and the machine."""
+    rows = [
+        [goal["what"], f"{goal['value']:.3g} {goal['unit']}", f"{goal['goal']:g} {goal['unit']}"]
+        for goal in told["goals"]
+    ]
+    machine, load = told["provenance"]["machine"], told["load_average"]
+    where = f"{machine['cores']} cores ({machine['cpu']}) at a load of {load:.1f}"
+    ranks = f"{told['ranks']['heartbeats_per_second']:.0f} heartbeats per second of the ranks"
+    beats = f"{told['runs']['heartbeats_per_second']:.0f} of the runs"
+    return [
+        *table(["load", "measured", "goal"], rows),
+        "",
+        *paragraph([f"Measured on {where}, with {ranks} and {beats}."]),
+    ]
+
+
 WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "unchanged_script": unchanged_script,
     "norm_table": norm_table,
@@ -376,4 +393,5 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "fault_campaign": fault_campaign,
     "flood_and_kill": flood_and_kill,
     "alert_lead": alert_lead,
+    "monitor_load": monitor_load,
 }

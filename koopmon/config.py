@@ -278,7 +278,9 @@ class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Largest number of snapshots that wait for the engine, at most two of each run. Above it, a snapshot of the run
     that has used the most computing time is dropped."""
     heartbeat_seconds: Annotated[float, Meta(ge=0.02, le=MAX_HEARTBEAT_SECONDS)] = 1.0
-    """Time between two heartbeats of a rank, in seconds."""
+    """Time between two heartbeats of a rank, in seconds. If a run has more than 100 sending ranks,
+    all but rank 0 have a longer time, at most a third of `vanished_after_seconds`, so that about 100 send in this
+    time."""
     vanished_after_seconds: Annotated[float, Meta(gt=0.0, le=MAX_SECONDS)] = 60.0
     """Time without a message after which a run counts as vanished."""
     ended_series_seconds: Seconds = 300.0

@@ -83,7 +83,6 @@ TESTED_IN = {
     "koopmon/monitor/history_sink.py": "tests/monitor/test_sinks.py",
     "koopmon/monitor/metrics_sink.py": "tests/monitor/test_sinks.py",
     "koopmon/monitor/log_sink.py": "tests/monitor/test_sinks.py",
-    "koopmon/monitor/service.py": "tests/monitor/test_daemon.py",
     "koopmon/observables.py": "tests/adapters/test_observables.py",
     "koopmon/plots.py": "tests/cli/test_profile_verb.py",
     "koopmon/plugin_calls.py": "tests/test_hostile_plugins.py",

@@ -88,6 +88,7 @@ class Agent:
             "step_seconds": stats.step_seconds,
             "overhead_ratio": stats.busy_seconds / stats.elapsed_seconds if stats.elapsed_seconds else 0.0,
             "sent": stats.sent,
+            "min_stride": stats.stride_limit.at(stats.step),
             "dropped": dict(stats.dropped),
             "rejected": dict(stats.rejected),
             "taps_missing": stats.taps_missing,

@@ -18,6 +18,28 @@ _NUM_UNDERWAY = 4
 
 
 @dataclass(frozen=True, slots=True)
+class StrideLimit:
+    """Least number of steps between snapshots, as the monitor asks: `steps` from `from_step` on, `before` until then.
+
+    It is a pure function of the step, so that all ranks that know it agree.
+    """
+
+    steps: int = 1
+    from_step: int = 0
+    before: int = 1
+
+    def at(self, step: int) -> int:
+        """Return the limit at `step`."""
+        return self.steps if step >= self.from_step else self.before
+
+    def followed_by(self, steps: int, from_step: int) -> StrideLimit:
+        """Return the limit after a message of the monitor."""
+        if (steps, from_step) == (self.steps, self.from_step):
+            return self
+        return StrideLimit(steps, from_step, before=self.at(from_step - 1))
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
     """One measured value; None is unknown. `host` holds one from a device, valid after the event `ready`."""
 
@@ -113,6 +135,8 @@ class AgentStats:
         """Refused messages of the monitor, by reason. Only the sender's thread writes it."""
         self.judgement: Judgement | None = None
         """The monitor's latest judgement of this training. Only the sender's thread writes it."""
+        self.stride_limit = StrideLimit()
+        """The cadence that the monitor can judge. Only the sender's thread writes it."""
         self.measured = {name: AsyncScalar() for name in MEASURED}
         self.logged: set[str] = set()
         """Names of measured values that the user's loop logs itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import logging
@@ -50,8 +51,8 @@ from koopmon.wire.auth_policy import make_auth_policy
 from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.codec import decode_for_monitor, decode_shard, encode
 from koopmon.wire.endpoints import is_loopback
-from koopmon.wire.headers import WireLimits
-from koopmon.wire.messages import PROTOCOL_VERSION, MonitorMessage, Refused
+from koopmon.wire.headers import Frame, WireLimits
+from koopmon.wire.messages import PROTOCOL_VERSION, HeartbeatReply, MonitorMessage, Refused
 from koopmon.wire.sockets import ControlServer, DataReceiver, Poller
 from koopmon.wire.transport import WireContext
 from koopmon.wire.wakeup import Wakeup
@@ -65,6 +66,11 @@ ALIVE_SECONDS = 10.0
 """The loop waits for at most MAX_WAIT_SECONDS at a time. /healthz fails when no wait has succeeded for this long."""
 BURST = 64
 """Maximum number of messages read from one socket before the other sockets are read."""
+GATHER_SECONDS = 0.05
+"""Time for which control messages gather before they are read, unless a snapshot arrives or more than BURST wait.
+
+Each turn of the loop costs as much as a heartbeat or two.
+"""
 REOPEN_SECONDS = 30.0
 """Time in seconds for which an address that another process took meanwhile is tried again."""
 RECEIVE_SECONDS = 5.0
@@ -117,6 +123,8 @@ class Monitor:
         self._stop = False
         self._serving = False
         self._turned_at = -math.inf
+        self._control_read_at = -math.inf
+        """Time of the last read of control messages that left none unread."""
 
     def stop(self) -> None:
         """Ask `run` to return. Safe from any thread and from signal handlers."""
@@ -149,7 +157,7 @@ class Monitor:
         self._rejection_log = RejectionLog(outputs.metrics, time.monotonic)
         self._failures = Failures(outputs.metrics, time.monotonic)
         agents = self._open_wire(stack)
-        http = self._open_http(stack, registry, outputs.live_state)
+        http = self._open_http(stack, registry, outputs)
         scheme = "http" if self._tls is None else "https"
         outputs = self._open_notifier(stack, outputs, f"{scheme}://{reachable(http)}/")
         self._open_pipeline(stack, outputs, agents)
@@ -190,18 +198,20 @@ class Monitor:
         self._control = ControlServer(self._wire, bind, limits=limits)
         self._data = DataReceiver(self._wire, data_bind or _data_beside(self._control.endpoint), limits=limits)
         self._poller = Poller(self._wakeup, self._control, self._data)
+        self._data_poller = Poller(self._wakeup, self._data)
 
-    def _open_http(self, stack: ExitStack, registry: CollectorRegistry, live_state: LiveState) -> str:
+    def _open_http(self, stack: ExitStack, registry: CollectorRegistry, outputs: Outputs) -> str:
         """Open the web server. Returns its address."""
         web = WebServer(
             self.http,
             registry,
             {"healthz": self._alive, "readyz": lambda: self._serving and self._alive()},
             config=self.config,
-            live_state=live_state,
+            live_state=outputs.live_state,
             login=self._auth,
             tls=self._tls,
             note=self._rejection_log.note,
+            exposition=outputs.metrics.exposition,
         )
         stack.callback(web.close)
         return web.address
@@ -268,7 +278,8 @@ class Monitor:
         while not self._stop:
             self._wait()
             self._close_connections_above_limit()
-            self._receive_control(BURST)
+            if 0 < self._receive_control(BURST) < BURST:
+                self._control_read_at = time.monotonic()
             self._receive_data(BURST)
             with self._failures.contained("loop"):
                 self._note_refusals()
@@ -308,7 +319,11 @@ class Monitor:
     def _wait(self) -> None:
         now = time.monotonic()
         try:
-            self._poller.wait(max(0.0, min(self._service.next_deadline() - now, MAX_WAIT_SECONDS)))
+            until = min(self._service.next_deadline(), now + MAX_WAIT_SECONDS)
+            if now < (gathered_at := self._control_read_at + GATHER_SECONDS):
+                self._data_poller.wait(max(0.0, min(until, gathered_at) - now))
+            else:
+                self._poller.wait(max(0.0, until - now))
         except Exception as error:
             self._failures.note("loop", error)
             time.sleep(FAILED_WAIT_SECONDS)
@@ -400,13 +415,20 @@ class Monitor:
         A message that cannot be encoded counts as an error of the monitor, not of the peer.
         """
         try:
-            return self._control.send(peer, encode(message))
+            # A run that changes nothing gets the same reply again and again.
+            frames = _encoded_reply(message) if isinstance(message, HeartbeatReply) else encode(message)
+            return self._control.send(peer, frames)
         except Exception as error:
             self._failures.note("message", error, run=message.run)
             return False
 
     def _alive(self) -> bool:
         return time.monotonic() - self._turned_at < ALIVE_SECONDS
+
+
+@functools.lru_cache(maxsize=1024)
+def _encoded_reply(reply: HeartbeatReply) -> list[Frame]:
+    return encode(reply)
 
 
 def serve(monitor: Monitor, ready_file: Path | None = None, targets: TargetDirectory | None = None) -> int:

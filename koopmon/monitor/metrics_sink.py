@@ -63,6 +63,7 @@ class MetricsSink:
             metrics.begin_run(run.name)
         metrics.set("run_state", run.state, run.name)
         metrics.set_training(run.name, run.training)
+        metrics.set("min_stride", run.pacing.steps if run.pacing.from_step else None, run.name)
         if heartbeats := run.heartbeats:
             metrics.set("agent_overhead_ratio", max(each.overhead_ratio for each in heartbeats), run.name)
             durations = [each.step_seconds for each in heartbeats if each.step_seconds is not None]

@@ -52,6 +52,10 @@ class PendingCommands:
         """Return True while a command waits for its ack and is resent."""
         return any(not pending.replaced for pending in self._pending.values())
 
+    def __len__(self) -> int:
+        """Number of commands without an ack, with the replaced ones."""
+        return len(self._pending)
+
     def add(self, now: float, commands: Iterable[Command]) -> list[Command]:
         """Add the commands of one decision; return the commands that they replace."""
         commands = list(commands)

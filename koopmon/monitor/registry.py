@@ -5,6 +5,7 @@ Times are seconds of the caller's clock; this module reads no clock.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from koopmon.config import MAX_STEPS, MonitorConfig
 from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
 from koopmon.monitor.assembler import over_ranks
+from koopmon.monitor.pacing import Pacing
 from koopmon.monitor.run_controller import RunController
 from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.messages import (
@@ -50,6 +52,8 @@ class Peer:
     heartbeat: Heartbeat | None = None
     drops: dict[DropReason, int] = field(default_factory=dict)
     recorded_at: float = -math.inf
+    heartbeat_seconds: float = 1.0
+    """Time between two heartbeats, as the monitor asks."""
 
     def new_drops(self, heartbeat: Heartbeat) -> dict[DropReason, int]:
         """Return the shards dropped since the last heartbeat, by reason. Agents report totals."""
@@ -88,6 +92,7 @@ class Run:
     """Times of the launches within the last minute, in seconds of the registry's clock."""
     recorded: Applied | None = None
     """Values in force in the history."""
+    pacing: Pacing = field(default_factory=Pacing)
     not_finite_step: int = -1
     """Latest step at which an agent reported states that were not finite."""
 
@@ -142,6 +147,11 @@ class Run:
         self.recorded = self.applied
         return changed
 
+    def lead_steps(self, seconds: float) -> int | None:
+        """Return the optimizer steps that the ranks do in some time; None if unknown."""
+        times = [each.step_seconds for each in self.heartbeats if each.step_seconds]
+        return math.ceil(min(seconds / min(times), MAX_STEPS)) if times else None
+
     def newly_not_finite(self, step: int) -> bool:
         """Return True if `step` is later than every reported step with non-finite states; stores it."""
         newly = step > self.not_finite_step
@@ -177,6 +187,10 @@ class RunRegistry:
         self._config = config
         self._agents = agents
         self._runs: dict[str, Run] = {}
+        self._heap: list[tuple[float, str]] = []
+        """Times at which to look at runs, no later than their deadlines."""
+        self._due: dict[str, float] = {}
+        """The valid entry of each run in the heap."""
 
     def __iter__(self) -> Iterator[Run]:
         return iter(self._runs.values())
@@ -229,6 +243,7 @@ class RunRegistry:
             if victim is not None:
                 removed.append(self._runs.pop(victim.name))
             self._runs[hello.run] = run
+            self._schedule(run)
         peer = run.peers.get(hello.process_rank)
         settled = peer is not None and peer.heartbeat is not None
         if peer is None:
@@ -296,19 +311,47 @@ class RunRegistry:
         Returns the silent runs, now ended or vanished, and the removed ones, whose retention is over.
         """
         closed, removed = [], []
-        for run in list(self._runs.values()):
-            if run.state is RunState.RUNNING and now >= self._deadline(run):
+        while (run := self._first()) is not None and now >= self._deadline(run):
+            if run.state is RunState.RUNNING:
                 # After a rank's goodbye, silence of the other ranks is a normal end: the launcher has killed them.
                 ended = any(peer.gone for peer in run.peers.values())
                 self._close(now, run, RunState.ENDED if ended else RunState.VANISHED)
                 closed.append(run)
-            if run.state is not RunState.RUNNING and now >= self._deadline(run):
+            else:
                 removed.append(self._runs.pop(run.name))
         return closed, removed
 
     def next_deadline(self) -> float:
         """Time of the next timeout in `expire`; infinity without one."""
-        return min(map(self._deadline, self._runs.values()), default=math.inf)
+        run = self._first()
+        return math.inf if run is None else self._deadline(run)
+
+    def _first(self) -> Run | None:
+        """Return the run with the earliest deadline.
+
+        A message moves the deadline of its run, not its entry in the heap: entries move when they are due.
+        """
+        while self._heap:
+            at, name = self._heap[0]
+            run = self._runs.get(name)
+            valid = self._due.get(name) == at
+            if run is None or not valid:
+                heapq.heappop(self._heap)
+                if valid:
+                    del self._due[name]
+                continue
+            if (deadline := self._deadline(run)) <= at:
+                return run
+            self._due[name] = deadline
+            heapq.heapreplace(self._heap, (deadline, name))
+        return None
+
+    def _schedule(self, run: Run) -> None:
+        """Add an entry for the deadline of a run, unless an earlier one is in the heap."""
+        deadline = self._deadline(run)
+        if run.name not in self._due or deadline < self._due[run.name]:
+            self._due[run.name] = deadline
+            heapq.heappush(self._heap, (deadline, run.name))
 
     def _deadline(self, run: Run) -> float:
         match run.state:
@@ -343,11 +386,12 @@ class RunRegistry:
             raise ProtocolError("refused", f"the monitor watches {len(self._runs)} runs, {limit}")
         return min(closed, key=lambda run: run.closed_at)
 
-    @staticmethod
-    def _mark_running(now: float, run: Run, step: int) -> None:
+    def _mark_running(self, now: float, run: Run, step: int) -> None:
         run.last_heard, run.step = now, max(run.step, step)
-        run.state, run.closed_at = RunState.RUNNING, math.inf
+        if run.state is not RunState.RUNNING:
+            run.state, run.closed_at = RunState.RUNNING, math.inf
+            self._schedule(run)
 
-    @staticmethod
-    def _close(now: float, run: Run, state: RunState) -> None:
+    def _close(self, now: float, run: Run, state: RunState) -> None:
         run.state, run.closed_at = state, now
+        self._schedule(run)

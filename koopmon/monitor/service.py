@@ -6,6 +6,7 @@ noted and affects no other run. A run that cannot be admitted is refused. A run 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,6 +40,7 @@ from koopmon.telemetry.metrics import ErrorPart, Metrics
 from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.codec import ReceivedShard
 from koopmon.wire.messages import (
+    MAX_STEP,
     MAX_TEXT,
     Ack,
     AgentMessage,
@@ -55,8 +57,18 @@ from koopmon.wire.messages import (
     Welcome,
 )
 
+logger = logging.getLogger(__name__)
+
 RESEND_CHECK_SECONDS = 0.25
 """Interval between checks for commands to resend."""
+UPKEEP_SECONDS = 1.0
+"""Interval between two checks of the history."""
+MANY_RANKS = 16
+"""A run of more ranks is not shown with each of their messages, because each time all of its ranks are read."""
+SHOW_SECONDS = 1.0
+"""Interval at which such a run is shown."""
+HEARTBEATS_PER_INTERVAL = 100
+"""Number of ranks of one run that send a heartbeat in each interval. Above it, all ranks but rank 0 send fewer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +108,13 @@ class Service:
     def __post_init__(self) -> None:
         outputs, monitor = self.outputs, self.config.monitor
         self._stopping = False
+        self._waiting: set[str] = set()
+        """Names of the runs with commands that wait for an ack."""
+        self._unshown: dict[str, float] = {}
+        """Times at which to show runs that changed, in the order of these times."""
+        self._upkeep_at = -math.inf
+        self._busy_seconds = 0.0
+        """Computing time of the engine."""
         self._store, self._metrics = outputs.history, outputs.metrics
         self._history = HistorySink(outputs.history, self.clock)
         sinks: tuple[tuple[ErrorPart, events.Sink], ...] = (
@@ -141,7 +160,8 @@ class Service:
             case Goodbye(reason=reason):
                 if run.state is RunState.ENDED:
                     self._close(run, reason or "goodbye")
-                self._publish(events.RunChanged(run))
+                else:
+                    self._changed(now, run)
 
     def on_shard(self, received: ReceivedShard, key: str = "") -> None:
         """Handle a shard from the agent with `key`. Raises ProtocolError when it must be rejected."""
@@ -149,7 +169,7 @@ class Service:
         run = self._registry.on_shard(now, header, key=key)
         for snapshot in self._assembler.add(now, header, received.points()):
             self._submit(snapshot)
-        self._publish(events.RunChanged(run))
+        self._changed(now, run)
 
     def on_result(self, result: Result) -> None:
         """Handle a result of the engine."""
@@ -157,12 +177,14 @@ class Service:
         run = self._registry.get(snapshot.run)
         if run is not None and (run.incarnation != snapshot.incarnation or run.state is RunState.VANISHED):
             run = None
+        self._busy_seconds += result.seconds
         plain = None if result.profile is None else PlainProfile.of(result.profile)
         self._publish(events.Profiled(run, result, plain, self.clock() - snapshot.since))
         if result.failed:
             self.on_dropped(snapshot.run, "engine_failed")
         elif run is not None:
             self._assess(run, snapshot.training, result.profile, plain)
+            self._pace(run, snapshot.step)
 
     def tick(self) -> None:
         """Process all timeouts that are due."""
@@ -175,25 +197,58 @@ class Service:
                 self._close(run, "silent after the goodbye of another rank")
         for run in removed:
             self._forget(run)
-        for run in () if self._stopping else self._registry:
-            if run.state is RunState.RUNNING:
-                with self._watching_only_after_error(run):
-                    self._give_up(run, run.controller.expire(now, run.step, run.applied))
-                    for command in run.controller.pending.due(now):
-                        self._offer(run, command)
-        with self.failures.contained("store"):
-            self._history.upkeep(now, [run.name for run in self._registry if run.state is not RunState.ENDED])
-            if lost := self._store.take_lost():
-                self._metrics.add("store_lost", amount=lost)
+        self._follow_commands(now)
+        self._show_late(now)
+        if now >= min(self._upkeep_at, self._history.commit_at):
+            self._upkeep_at = now + UPKEEP_SECONDS
+            with self.failures.contained("store"):
+                self._history.upkeep(now, [run.name for run in self._registry if run.state is not RunState.ENDED])
+                if lost := self._store.take_lost():
+                    self._metrics.add("store_lost", amount=lost)
         with self.failures.contained("metrics"):
             self._metrics.set("engine_queue_length", self.engine.queue_length)
             self._metrics.set("store_recording", float(self._store.recording))
 
     def next_deadline(self) -> float:
         """Time of the next timeout in `tick`, on the service's clock; infinity without one."""
-        waiting = any(run.controller.pending for run in self._registry)
-        resend_at = self.clock() + RESEND_CHECK_SECONDS if waiting else math.inf
-        return min(self._assembler.next_deadline(), self._registry.next_deadline(), self._history.commit_at, resend_at)
+        waiting = any(run.controller.pending for run in self._runs_with_commands())
+        return min(
+            self._assembler.next_deadline(),
+            self._registry.next_deadline(),
+            self._history.commit_at,
+            next(iter(self._unshown.values()), math.inf),
+            self.clock() + RESEND_CHECK_SECONDS if waiting else math.inf,
+        )
+
+    def _runs_with_commands(self) -> list[Run]:
+        if not self._waiting:
+            return []
+        found = [run for run in self._registry if run.name in self._waiting and len(run.controller.pending)]
+        self._waiting = {run.name for run in found}
+        return found
+
+    def _follow_commands(self, now: float) -> None:
+        """Send unanswered commands again, and give up the expired ones."""
+        for run in () if self._stopping else self._runs_with_commands():
+            if run.state is RunState.RUNNING:
+                with self._watching_only_after_error(run):
+                    self._give_up(run, run.controller.expire(now, run.step, run.applied))
+                    for command in run.controller.pending.due(now):
+                        self._offer(run, command)
+
+    def _changed(self, now: float, run: Run) -> None:
+        """Show a run after a message of one rank: at once, or soon if it has many ranks."""
+        if len(run.peers) <= MANY_RANKS:
+            self._publish(events.RunChanged(run))
+        else:
+            self._unshown.setdefault(run.name, now + SHOW_SECONDS)
+
+    def _show_late(self, now: float) -> None:
+        while self._unshown and next(iter(self._unshown.values())) <= now:
+            name = next(iter(self._unshown))
+            del self._unshown[name]
+            if (run := self._registry.get(name)) is not None:
+                self._publish(events.RunChanged(run))
 
     def stop(self) -> None:
         """Send no more replies and make no more decisions; pass incomplete snapshots to the engine."""
@@ -210,7 +265,20 @@ class Service:
     def on_dropped(self, name: str, reason: str) -> None:
         """Count a snapshot of the run `name` that was lost in the monitor."""
         if (run := self._registry.get(name)) is not None:
+            if reason in ("superseded", "engine_queue_full"):
+                run.pacing.on_skipped()
             self._publish(events.SnapshotDropped(run, reason))
+
+    def _pace(self, run: Run, step: int) -> None:
+        """Choose the stride of the run's snapshots. All ranks learn it before the step from which it is in force."""
+        stride = run.pacing.on_judged(self.clock(), step, self._busy_seconds)
+        if stride == run.pacing.steps:
+            return
+        slowest = max(each.heartbeat_seconds for each in run.peers.values())
+        if (lead := run.lead_steps(2.0 * slowest + 1.0)) is not None:
+            run.pacing.change(stride, min(run.step + lead, MAX_STEP))
+            words = "snapshots at least %d steps apart from step %d on"
+            logger.info(f"run %s: {words}", run.name, stride, run.pacing.from_step)
 
     def _lost_in_assembly(self, name: str, error: Exception) -> None:
         self.failures.note("snapshot", error, run=name)
@@ -248,14 +316,16 @@ class Service:
             self._give_up(before, before.controller.pending.abandon())
         self._probe_handler.note_welcomed(hello.run)
         self._publish(events.RankJoined(run, hello, before is not run))
-        self._publish(events.RunChanged(run))
+        self._changed(now, run)
+        heartbeat_seconds = self._heartbeat_seconds(hello)
+        run.peers[hello.process_rank].heartbeat_seconds = heartbeat_seconds
         self._reply(
             peer,
             Welcome(
                 run=run.name,
                 incarnation=run.incarnation,
                 data_endpoint=self.data_endpoint,
-                heartbeat_seconds=self.config.monitor.heartbeat_seconds,
+                heartbeat_seconds=heartbeat_seconds,
                 restore=None if admission.settled else run.restore,
             ),
         )
@@ -275,6 +345,18 @@ class Service:
         applied = restore or hello.applied
         return RunController(self.config, hello, applied, checkpoint=memory, calibrator=self.calibrator), restore
 
+    def _heartbeat_seconds(self, hello: Hello) -> float:
+        """Return the time between two heartbeats of a rank.
+
+        Rank 0 keeps the configured one: it reports the values in force. The others of a large run share the capacity of
+        the monitor, but each alone keeps the run from being taken for vanished.
+        """
+        monitor = self.config.monitor
+        if hello.process_rank == 0:
+            return monitor.heartbeat_seconds
+        seconds = monitor.heartbeat_seconds * max(1.0, hello.num_senders / HEARTBEATS_PER_INTERVAL)
+        return min(seconds, monitor.vanished_after_seconds / 3.0)
+
     def _refuse(self, peer: bytes, hello: Hello, text: str) -> None:
         self._probe_handler.note_refused(hello.run, text[:MAX_TEXT])
         self._reply(peer, Refused(run=hello.run, incarnation=hello.incarnation, reason=text[:MAX_TEXT]))
@@ -283,13 +365,21 @@ class Service:
         rank = run.peers[heartbeat.process_rank]
         drops, row_due = rank.new_drops(heartbeat), rank.row_due(now)
         applied_changed = heartbeat.process_rank == 0 and run.applied_changed()
-        self._publish(events.RunChanged(run))
+        self._changed(now, run)
         self._publish(events.HeartbeatReceived(run, heartbeat, drops, row_due, applied_changed))
         # The agent dropped the snapshot because its states were not finite: the run has diverged.
         if "not_finite" in drops and run.newly_not_finite(heartbeat.step):
             self._assess(run, heartbeat.training)
-        judgement = run.controller.judgement
-        self._reply(peer, HeartbeatReply(run=run.name, incarnation=run.incarnation, judgement=judgement))
+        self._reply(
+            peer,
+            HeartbeatReply(
+                run=run.name,
+                incarnation=run.incarnation,
+                judgement=run.controller.judgement,
+                min_stride=run.pacing.steps,
+                min_stride_from=run.pacing.from_step,
+            ),
+        )
 
     def _on_ack(self, run: Run, ack: Ack) -> None:
         run.applied_changed()  # the history takes the values in force from the ack
@@ -313,6 +403,8 @@ class Service:
             self.failures.note("judgement", error, run=run.name, what=f"step {training.step} cannot be judged")
             self._publish(events.Assessed(run, None))
             return
+        if len(run.controller.pending):
+            self._waiting.add(run.name)
         self._publish(events.Assessed(run, assessment, plain))
         if assessment.unencodable is not None:
             what = f"the decision at step {training.step} is dropped"
@@ -351,6 +443,7 @@ class Service:
 
     def _close(self, run: Run, reason: str) -> None:
         """Follow the registry, for which the run has ended or vanished."""
+        self._unshown.pop(run.name, None)  # a vanished run keeps few series
         self._give_up(run, run.controller.pending.abandon())
         self._publish(events.RunClosed(run, reason))
         if run.state is RunState.ENDED:

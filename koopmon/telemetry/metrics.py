@@ -11,9 +11,10 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -23,6 +24,7 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.utils import floatToGoString
 
 from koopmon.numbers import mean
 from koopmon.wire.headers import REJECTION_REASONS
@@ -66,6 +68,8 @@ ErrorPart = Literal[
 DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 Kind = Literal["gauge", "counter", "histogram", "info"]
+Values = Mapping[str, Mapping[str, Mapping[tuple[str, ...], float]]]
+"""Values of series by run ("" for those without a run), by name of the metric, and by their label values."""
 RUN = ("run",)
 RUN_LAYER = ("run", "layer")
 
@@ -81,6 +85,22 @@ class Series:
     known: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     bucket: Literal["mean", "max"] = "mean"
     """Reduction over layers that share a series."""
+
+    @property
+    def of_run(self) -> bool:
+        """True if the first label is the run."""
+        return self.labels[:1] == RUN
+
+    def lines(self, values: Mapping[tuple[str, ...], float]) -> Iterator[str]:
+        """Return the lines of these series in a text format of Prometheus: that of gauges and counters is in all alike.
+
+        Label values need no escape: the protocol bounds the characters of names, and the others are in this table.
+        """
+        suffix = "_total" if self.kind == "counter" else ""
+        pairs = ",".join(f'{label}="{{{index}}}"' for label, index in sorted(zip(self.labels, itertools.count())))
+        line = f"{PREFIX}{self.name}{suffix}{{{{{pairs}}}}} ".format
+        for labels, value in values.items():
+            yield f"{line(*labels)}{floatToGoString(value)}\n"  # type: ignore[no-untyped-call]
 
 
 def _layer(name: str, text: str, bucket: Literal["mean", "max"] = "mean") -> Series:
@@ -128,6 +148,7 @@ TABLE: tuple[Series, ...] = (
     _run("run_state", "State of the run: 0 ended, 1 running, 2 vanished."),
     _run("last_snapshot_timestamp_seconds", "Unix time of the last snapshot received."),
     _run("snapshot_age_seconds", "Age of the last profiled snapshot when its profile was complete."),
+    _run("min_stride", "Least steps between snapshots that the engine can judge. Absent until it falls behind."),
     _run("agent_overhead_ratio", "Largest share of the step time that a rank spends in koopmon's hooks."),
     _run("taps_missing", "Snapshots in which a tap did not fire, summed over ranks."),
     _counter("snapshots_received", "Snapshots that were assembled and passed to the engine.", RUN),
@@ -193,7 +214,7 @@ def _bucketed(values: Sequence[float | None], reduction: Literal["mean", "max"])
         known = [value for value in map(_finite, values[span.start : span.stop]) if value is not None]
         reduced = max(known, default=None) if reduction == "max" else mean(known)
         if reduced is not None:
-            yield label, reduced
+            yield label, float(f"{reduced:.6g}")  # further digits double the size of a compressed scrape
 
 
 def _finite(value: float | None) -> float | None:
@@ -206,7 +227,7 @@ class Metrics(Collector):
     def __init__(self, registry: CollectorRegistry, build: Mapping[str, str]) -> None:
         """Register with `registry`; `build` holds the labels of build_info."""
         self._lock = threading.Lock()
-        self._values: dict[str, dict[tuple[str, ...], float]] = {series.name: {} for series in TABLE}
+        self._values: dict[str, dict[str, dict[tuple[str, ...], float]]] = {"": {}}
         self._bucket_counts = [0] * (len(DURATION_BUCKETS) + 1)
         self._duration_sum = 0.0
         self._observables: dict[str, list[str]] = {}
@@ -218,17 +239,25 @@ class Metrics(Collector):
 
     def set(self, name: str, value: float | None, *labels: str) -> None:
         """Set a gauge; None or a non-finite value removes the series."""
-        finite = _finite(value)
         with self._lock:
-            if finite is None:
-                self._values[name].pop(labels, None)
-            else:
-                self._values[name][labels] = finite
+            self._set(name, value, labels)
+
+    def set_gauges(self, run: str, values: Mapping[str, float | None]) -> None:
+        """Set gauges of `run` by name, as `set` does."""
+        with self._lock:
+            for name, value in values.items():
+                self._set(name, value, (run,))
+
+    def _set(self, name: str, value: float | None, labels: tuple[str, ...]) -> None:
+        series, finite = self._series(name, labels), _finite(value)
+        if finite is None:
+            series.pop(labels, None)
+        else:
+            series[labels] = finite
 
     def set_training(self, run: str, training: TrainingStep) -> None:
         """Set the gauge of every field of `training` that has a metric."""
-        for name, field_name in TRAINING_FIELDS.items():
-            self.set(name, getattr(training, field_name), run)
+        self.set_gauges(run, {name: getattr(training, field_name) for name, field_name in TRAINING_FIELDS.items()})
 
     def add(self, name: str, *labels: str, amount: int = 1) -> None:
         """Increment a counter. Raises KeyError for a label value outside the table: labels are bounded."""
@@ -237,13 +266,14 @@ class Metrics(Collector):
             if label in series.known and value not in series.known[label]:
                 raise KeyError(f"{name}: {label} {value!r} is not among {', '.join(series.known[label])}")
         with self._lock:
-            values = self._values[name]
+            values = self._series(name, labels)
             values[labels] = values.get(labels, 0.0) + amount
 
     def value(self, name: str, *labels: str) -> float | None:
         """Return the value of one series; None when it is absent."""
         with self._lock:
-            return self._values[name].get(labels)
+            run = labels[0] if BY_NAME[name].of_run else ""
+            return self._values.get(run, {}).get(name, {}).get(labels)
 
     def observe_duration(self, seconds: float) -> None:
         """Add the duration of one profile to dmd_duration_seconds."""
@@ -258,11 +288,10 @@ class Metrics(Collector):
     def end_run(self, run: str, *, keep: Iterable[str] = ()) -> None:
         """Remove the series of `run` except the names in `keep`."""
         self._observables.pop(run, None)
-        kept = frozenset(keep)
         with self._lock:
-            for series in TABLE:
-                if "run" in series.labels and series.name not in kept:
-                    self._remove(series.name, run)
+            series = self._values.pop(run, {})
+            if kept := {name: series[name] for name in keep if name in series}:
+                self._values[run] = kept
 
     def set_layers(self, run: str, profile: SpectralProfile | None) -> None:
         """Replace the per-layer series of `run` by those of `profile`; None removes them."""
@@ -287,29 +316,49 @@ class Metrics(Collector):
             fresh |= {(run, label, name): value for label, value in _bucketed(row, "mean")}
         self._replace(run, {"observable": fresh})
 
-    def _replace(self, run: str, fresh: Mapping[str, Mapping[tuple[str, ...], float]]) -> None:
+    def _replace(self, run: str, fresh: Mapping[str, dict[tuple[str, ...], float]]) -> None:
         """Replace all series of `run` of some metrics at once."""
         with self._lock:
-            for name, values in fresh.items():
-                self._remove(name, run)
-                self._values[name].update(values)
+            self._values.setdefault(run, {}).update(fresh)
 
-    def _remove(self, name: str, run: str) -> None:
-        values = self._values[name]
-        for labels in [labels for labels in values if labels[0] == run]:
-            del values[labels]
+    def _series(self, name: str, labels: tuple[str, ...]) -> dict[tuple[str, ...], float]:
+        """Return the values of the metric and the run of one series."""
+        run = labels[0] if BY_NAME[name].of_run else ""
+        return self._values.setdefault(run, {}).setdefault(name, {})
 
     def collect(self) -> Iterator[Metric]:
         """Return all metrics for prometheus_client, as a consistent copy."""
+        return self._families(self._copy())
+
+    def exposition(self, encode: Callable[[Any], bytes]) -> bytes:
+        """Return the same text as `encode` of prometheus_client, in a fifth of its time.
+
+        It writes the lines of the runs itself: 100 runs of 48 layers have 60,000.
+        """
+        values = self._copy()
+        text = encode(SimpleNamespace(collect=lambda: self._families({"": values[""]}))).decode()
+        parts: list[str] = []
+        for line in text.splitlines(keepends=True):
+            parts.append(line)
+            if line.startswith("# TYPE "):
+                series = BY_NAME.get(line.split()[2].removeprefix(PREFIX).removesuffix("_total"))
+                if series is not None and series.of_run:
+                    parts += itertools.chain.from_iterable(map(series.lines, _of_runs(series, values)))
+        return "".join(parts).encode()
+
+    def _copy(self) -> Values:
         with self._lock:
-            copy = {name: dict(values) for name, values in self._values.items()}
+            return {
+                run: {name: dict(values) for name, values in series.items()} for run, series in self._values.items()
+            }
+
+    def _families(self, values: Values) -> Iterator[Metric]:
+        with self._lock:
             counts, total = list(self._bucket_counts), self._duration_sum
         for series in TABLE:
-            yield self._family(series, copy[series.name], counts, total)
+            yield self._family(series, values, counts, total)
 
-    def _family(
-        self, series: Series, values: Mapping[tuple[str, ...], float], counts: list[int], total: float
-    ) -> Metric:
+    def _family(self, series: Series, values: Values, counts: list[int], total: float) -> Metric:
         name = PREFIX + series.name
         if series.kind == "info":
             return InfoMetricFamily(name, series.help, value=self._build)
@@ -319,15 +368,22 @@ class Metrics(Collector):
             return HistogramMetricFamily(name, series.help, buckets=list(cumulative), sum_value=total)
         make = CounterMetricFamily if series.kind == "counter" else GaugeMetricFamily
         family = make(name, series.help, labels=series.labels)
-        for labels in sorted(values):
-            family.add_metric(labels, values[labels])
+        for each in _of_runs(series, values):
+            for labels, value in each.items():
+                family.add_metric(labels, value)
         return family
 
     def _start_counters(self, *run: str) -> None:
         """Start the counters of `run`, or those without a run."""
         for series in TABLE:
-            if series.kind == "counter" and ("run" in series.labels) == bool(run):
+            if series.kind == "counter" and series.of_run == bool(run):
                 known = [series.known[label] for label in series.labels[len(run) :]]
                 with self._lock:
                     for labels in itertools.product(*known):
-                        self._values[series.name].setdefault((*run, *labels), 0.0)
+                        self._series(series.name, (*run, *labels)).setdefault((*run, *labels), 0.0)
+
+
+def _of_runs(series: Series, values: Values) -> Iterator[Mapping[tuple[str, ...], float]]:
+    """Yield the values of one metric, by run."""
+    for run in sorted(values) if series.of_run else [""]:
+        yield values[run].get(series.name, {})

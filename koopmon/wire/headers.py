@@ -120,15 +120,16 @@ def _check_observables(shard: Shard) -> None:
 
 def _check_finite(value: Any, path: str) -> None:
     """Reject NaN and infinities outside `UNBOUNDED_SCALARS`, because infinity satisfies a bound such as `>= 0`."""
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ProtocolError("schema", f"Expected a finite `float`, got {value} - at `{path}`")
-    elif isinstance(value, msgspec.Struct):
-        for name in value.__struct_fields__:
-            item = getattr(value, name)
-            # Most fields hold texts, integers and None: to leave them out makes the walk twice as fast.
-            if isinstance(item, (float, msgspec.Struct, dict, list)) and name not in UNBOUNDED_SCALARS:
-                _check_finite(item, f"{path}.{name}")
-    elif isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            _check_finite(item, f"{path}[...]")
+    if isinstance(value, msgspec.Struct):
+        items = [
+            (f".{name}", getattr(value, name)) for name in value.__struct_fields__ if name not in UNBOUNDED_SCALARS
+        ]
+    else:
+        items = [("[...]", item) for item in (value.values() if isinstance(value, dict) else value)]
+    for name, item in items:
+        if isinstance(item, float):
+            if not math.isfinite(item):
+                raise ProtocolError("schema", f"Expected a finite `float`, got {item} - at `{path}{name}`")
+        # Most fields hold texts, integers and None: to leave them out makes the walk twice as fast.
+        elif isinstance(item, (msgspec.Struct, dict, list)):
+            _check_finite(item, f"{path}{name}")

@@ -10,7 +10,7 @@ from typing import Annotated, Final, Literal, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 MAX_STEP: Final = (1 << 53) - 1
 """The largest optimizer step: a double represents every integer up to this value."""
 MAX_MODULUS: Final = 1000.0
@@ -19,6 +19,8 @@ MAX_RAMP_STEPS: Final = 100_000
 MAX_AGE_STEPS: Final = 100_000
 """Largest age that a rewind may ask of a copy."""
 MAX_CADENCE_STEPS: Final = 100_000
+MAX_MIN_STRIDE: Final = 1024
+"""Largest stride of snapshots that a busy monitor may ask for."""
 MAX_HEARTBEAT_SECONDS: Final = 3600.0
 MAX_LAYERS: Final = 4096
 """Maximum number of transitions of one model."""
@@ -40,6 +42,7 @@ MAX_RATE: Final = 1e6
 Rate = Annotated[float, Meta(gt=0.0, le=MAX_RATE)]
 RampSteps = Annotated[int, Meta(ge=0, le=MAX_RAMP_STEPS)]
 CadenceSteps = Annotated[int, Meta(ge=1, le=MAX_CADENCE_STEPS)]
+MinStride = Annotated[int, Meta(ge=1, le=MAX_MIN_STRIDE)]
 KssAlpha = Annotated[float, Meta(ge=0.0, le=1000.0)]
 KssTemperature = Annotated[float, Meta(gt=0.0, le=1000.0)]
 KssModulus = Annotated[float, Meta(gt=0.0, le=MAX_MODULUS)]
@@ -225,6 +228,10 @@ class HeartbeatReply(Message, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     judgement: Judgement | None = None
     """The latest assessment, for display in the training process only."""
+    min_stride: MinStride = 1
+    """Least number of optimizer steps between snapshots that the monitor can judge. It is in force from the step
+    `min_stride_from` on, so that all ranks change at one step. 1 leaves the agent's own cadence."""
+    min_stride_from: Step = 0
 
 
 class Rewind(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

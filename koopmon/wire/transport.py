@@ -245,11 +245,8 @@ class Socket(abc.ABC):
 
     def _new_events(self) -> Iterator[tuple[int, int]]:
         """Yield the new connection events, each with its value."""
-        while True:
-            try:
-                event = parse_monitor_message(self._events.recv_multipart(zmq.NOBLOCK))
-            except zmq.Again:
-                return
+        while int(self._events.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            event = parse_monitor_message(self._events.recv_multipart(zmq.NOBLOCK))
             yield event["event"], event["value"]
 
     def _watch(self, raw: zmq.Socket[bytes]) -> zmq.Socket[bytes]:

@@ -69,6 +69,7 @@ def _engine() -> list[Json]:
     profiles, busy = _rate("dmd_duration_seconds_count"), _rate("dmd_duration_seconds_sum")
     load = "Share of the time in which the engine computes. Near 100% it does not keep up."
     age, oldest = BY_NAME["snapshot_age_seconds"].help, f"max by (instance) (koopmon_snapshot_age_seconds{OF})"
+    stride, largest = BY_NAME["min_stride"].help, f"max by (instance) (koopmon_min_stride{OF})"
     lost = f"sum by (reason) ({_rate('snapshots_dropped_total', LOST)})"
     queue = f"{BY_NAME['engine_queue_length'].help} A queue that is never empty delays alerts."
     return [
@@ -77,6 +78,7 @@ def _engine() -> list[Json]:
         _lines("Engine queue", queue, INSTANCE, f"koopmon_engine_queue_length{OF}", steps=warn(1)),
         _lines("Engine load", load, INSTANCE, busy, unit="percentunit"),
         _lines("Age of a snapshot", f"The largest of all runs. {age}", INSTANCE, oldest, unit="s"),
+        _lines("Steps between snapshots", f"The largest of all runs. {stride}", INSTANCE, largest),
         _lines("Snapshots lost in the monitor", "Per second, by reason.", REASON, lost, unit="ops"),
     ]
 

@@ -56,11 +56,11 @@ def public(cls: type[Any], *left_out: str) -> list[tuple[type[Any], str]]:
 CALLS: list[tuple[type[Any], str]] = [
     *public(HistoryWriter),
     *public(LiveState, "names", "view", "views", "backfill"),
-    *public(Metrics, "collect", "observe_duration"),
+    *public(Metrics, "collect", "exposition", "observe_duration"),
     *public(RunController),
     *public(PendingCommands),
     *public(Peer),
-    *public(Run),
+    *public(Run, "lead_steps"),
     *public(RunRegistry, "get", "expire", "next_deadline", "remove"),
     *public(QueueEngine),
     *public(World, "says", "hello", "shard", "results", "handle", "commands", "series", "internal_errors", "play"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import random
 from typing import Any, cast
 
 import pytest
@@ -513,3 +515,30 @@ def test_a_run_is_launched_at_most_once_a_second_on_average(registry: RunRegistr
 def test_without_a_heartbeat_a_run_shows_what_its_hello_said(registry: RunRegistry) -> None:
     run = admit(registry, 0.0, hello(step=7, applied=Applied(lr_scale=0.5)), b"p0").run
     assert run.training == TrainingStep(step=7, lr_scale=0.5)
+
+
+def test_deadlines_are_those_of_a_walk_over_all_runs() -> None:
+    """Random messages and ticks, against the smallest deadline of all runs; some series go at once."""
+    choice = random.Random(0)
+    for seconds in (0.0, 300.0):
+        registry = RunRegistry(MonitorConfig(max_runs=4, ended_series_seconds=seconds, vanished_series_seconds=100.0))
+        now, num_closed = 0.0, 0
+        for turn in range(3000):
+            now += choice.choice([0.0, 0.5, 20.0, 70.0])
+            name, due = choice.choice("abcdef"), {run.name for run in registry if now >= registry._deadline(run)}
+            closed, removed = registry.expire(now)
+            num_closed += len(closed)
+            assert {run.name for run in (*closed, *removed)} == due
+            assert registry.next_deadline() == min(map(registry._deadline, registry), default=math.inf)
+            with contextlib.suppress(ProtocolError):
+                match choice.randrange(4):
+                    case 0:
+                        admit(registry, now, hello(name, choice.choice([FIRST, f"{turn:08x}"])), b"p")
+                    case 1:
+                        said = Goodbye(run=name, incarnation=FIRST, process_rank=0, step=1)
+                        registry.on_message(now, said, b"p")
+                    case _ if (run := registry.get(name)) is not None:
+                        registry.on_message(now, factories.heartbeat(turn, name, run.incarnation), b"p")
+            assert registry.next_deadline() == min(map(registry._deadline, registry), default=math.inf)
+        assert num_closed > 100
+        assert len(registry._heap) < 50

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,24 @@ def test_openmetrics_is_valid_too(metrics: Metrics, registry: CollectorRegistry)
     assert not any(
         "rank" in sample.labels or "step" in sample.labels for f in families.values() for sample in f.samples
     )
+
+
+@pytest.mark.parametrize("encode", [generate_latest, generate_openmetrics])
+def test_the_exposition_is_that_of_the_client_library(
+    metrics: Metrics, registry: CollectorRegistry, encode: Callable[[Any], bytes]
+) -> None:
+    assert metrics.exposition(encode) == encode(registry)
+    for run in ("job", "a/job:2"):
+        metrics.begin_run(run)
+        metrics.set_layers(run, make_profile(12))
+        metrics.set_observables(run, {"router_entropy": [1e-9, 2.5e12, -3.0]})
+        metrics.set("last_snapshot_timestamp_seconds", 1.75e9, run)
+    metrics.observe_duration(0.1)
+    text = metrics.exposition(encode)
+    assert text == encode(registry)
+    assert b'koopmon_observable{layer="1",name="router_entropy",run="a/job:2"} 2.5e+12' in text
+
+
+def test_a_layer_has_six_digits(metrics: Metrics) -> None:
+    metrics.set_layers("job", make_profile(1, spectral_radius=1.23456789))
+    assert metrics.value("spectral_radius", "job", "0") == 1.23457

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from koopmon.agent.control.state import ControlState
 from koopmon.agent.stats import AgentStats
 from koopmon.config import CadenceConfig
@@ -59,12 +61,15 @@ class SnapshotSchedule:
         self._last: int | None = None
 
     def stride(self, step: int, state: ControlState) -> int:
-        """Return the steps between snapshots at `step`: the schedule's, or the monitor's request if that is denser."""
+        """Return the steps between snapshots at `step`: the schedule's, or the monitor's request if that is denser.
+
+        It is a multiple of that which is not less than what the monitor can judge.
+        """
         config = self._config
         every = config.dense_every if step < config.warmup_steps else config.calm_every
         if state.cadence_steps and step <= state.cadence_until_step:
             every = min(every, max(state.cadence_steps, config.dense_every))
-        return every
+        return every * math.ceil(self._stats.stride_limit.at(step) / every)
 
     def plan(self, first: int, last: int, state: ControlState) -> range:
         """Return the snapshot steps within first..last."""
@@ -78,7 +83,8 @@ class SnapshotSchedule:
     def unagreed(self, step: int, state: ControlState) -> bool:
         """Return True if `step` is a snapshot while no exchange connects the ranks.
 
-        All ranks find the same steps due, because they depend on `step` and on values that are equal on all ranks.
+        All ranks find the same steps due, because they depend on `step` and on values that are equal on all ranks. If
+        a rank does not know the monitor's limit yet, the steps of the others are among its own.
         """
         if step % self.stride(step, state):
             return False

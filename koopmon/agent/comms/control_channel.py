@@ -49,6 +49,8 @@ REFUSED_SECONDS = 30.0
 """Pause before the next hello to a monitor that refused."""
 MIN_HEARTBEAT_SECONDS = 0.02
 """Lower bound of the heartbeat interval that the monitor requests."""
+URGENT_SECONDS = 1.0
+"""Upper bound of that interval while states that are not finite are unreported: they show a divergence."""
 
 
 class RankInfo(Struct, frozen=True, kw_only=True):
@@ -118,6 +120,8 @@ class ControlChannel:
         """True until a hello with this description was sent."""
         self._heartbeat_due = 0.0
         self._heartbeat_seconds = 1.0
+        self._heartbeat_at = 0.0
+        self._reported_not_finite = 0
         self._last_message_at = time.monotonic()
         self._unanswered_since: float | None = None
         """Time of the first hello or heartbeat on this connection that has no reply yet."""
@@ -126,6 +130,7 @@ class ControlChannel:
         """True once a monitor has served this rank."""
         self._restored = False
         self._limit = LogLimit()
+        self._told_stride = False
         self._reported_busy = 0.0
         self._reported_elapsed = 0.0
 
@@ -151,11 +156,15 @@ class ControlChannel:
             if self._send_request(self._hello(), now):
                 self._hello_outdated = False
             self._hello_due = now + HELLO_SECONDS
+        num_not_finite = self._stats.dropped["not_finite"]
+        if num_not_finite > self._reported_not_finite:
+            self._heartbeat_due = min(self._heartbeat_due, self._heartbeat_at + URGENT_SECONDS)
         if now >= self._heartbeat_due:
-            self._heartbeat_due = now + self._heartbeat_seconds
+            self._heartbeat_at, self._heartbeat_due = now, now + self._heartbeat_seconds
             if self.welcomed:
                 self._send_acks()
                 if self._send_request(self._heartbeat(), now):
+                    self._reported_not_finite = num_not_finite
                     self._acks.on_heartbeat_sent()
         silence = max(self._config.monitor_lost_seconds, 3.0 * self._heartbeat_seconds)
         if now - self._last_message_at > silence:
@@ -217,11 +226,23 @@ class ControlChannel:
         if isinstance(message, HeartbeatReply):
             self._acks.on_heartbeat_reply()
             self._stats.judgement = message.judgement
+            self._limit_stride(message)
         if isinstance(message, Command):
             if self.description.process_rank != 0:
                 return CommandResult(message.id, "refused", self._stats.step, "commands go to rank 0")
             self._handler.submit(message)
         return None
+
+    def _limit_stride(self, reply: HeartbeatReply) -> None:
+        self._stats.stride_limit = self._stats.stride_limit.followed_by(reply.min_stride, reply.min_stride_from)
+        if reply.min_stride > 1 and not self._told_stride and self.description.process_rank == 0:
+            self._told_stride = True
+            words = f"from step {reply.min_stride_from} on, snapshots are at least {reply.min_stride} steps apart"
+            logger.warning(
+                "koopmon: the monitor cannot judge all snapshots: %s; this changes with its load, see"
+                ' agent.status()["min_stride"]',
+                words,
+            )
 
     def reject(self, error: ProtocolError, now: float) -> None:
         """Count a message that breaks the protocol."""

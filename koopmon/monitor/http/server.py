@@ -30,6 +30,8 @@ from koopmon.wire.endpoints import is_loopback
 
 STOP_SECONDS = 5.0
 MAX_HEAD_BYTES = 16 << 10
+Exposition = Callable[[Callable[[Any], bytes]], bytes]
+"""Returns the metrics in the format of an encoder of prometheus_client."""
 UVICORN_LOG = logging.getLogger("uvicorn.error")
 
 
@@ -40,7 +42,8 @@ class WebServer:
     the connections. Each name in `checks` is a page that returns 200 "ok" while its function returns True, else 503.
     These pages need no `login`. With `tls` the pages use https. An address reachable from other hosts requires `tls`
     with a `login` or client certificates, or `[http] insecure_plaintext`. `note(reason, detail)` is called in the
-    server's thread for each rejected request or connection.
+    server's thread for each rejected request or connection. `exposition` writes the metrics, by default those of
+    `registry`.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class WebServer:
         config: Config | None = None,
         live_state: LiveState | None = None,
         note: Callable[..., None] = lambda *_, **__: None,
+        exposition: Exposition | None = None,
     ) -> None:
         config, login = config or Config(), login or HttpAuth()
         checked = tls is not None and (login.required or tls.verify_mode is ssl.CERT_REQUIRED)
@@ -64,7 +68,8 @@ class WebServer:
         live_state = live_state or LiveState()
         max_connections = config.monitor.max_http_connections
         self._streams = EventStreams(live_state, min(config.http.max_streams, max_connections // 2))
-        pages: ASGIApp = _application(registry, checks, routes(live_state, self._streams, config.policy))
+        exposition = exposition or (lambda encode: encode(registry))
+        pages: ASGIApp = _application(exposition, checks, routes(live_state, self._streams, config.policy))
         if not login.required and is_loopback(f"tcp://{self.address}"):
             pages = only_for_hosts(pages, config.http.hosts)
         connections = Connections(login.wrap(pages), max_connections, note)
@@ -102,7 +107,7 @@ class WebServer:
 
 
 def _application(
-    registry: CollectorRegistry, checks: Mapping[str, Callable[[], bool]], live: Sequence[BaseRoute]
+    exposition: Exposition, checks: Mapping[str, Callable[[], bool]], live: Sequence[BaseRoute]
 ) -> ASGIApp:
     # Plain functions: starlette runs them in threads, so a scrape does not block a health check.
     def metrics(request: Request) -> Response:
@@ -110,7 +115,7 @@ def _application(
             encode, content_type = choose_encoder(request.headers.get("accept", ""))
         except (TypeError, ValueError):  # choose_encoder fails on some version parameters
             encode, content_type = choose_encoder("")
-        body, headers = encode(registry), {"content-type": content_type, "vary": "accept-encoding"}
+        body, headers = exposition(encode), {"content-type": content_type, "vary": "accept-encoding"}
         if gzip_accepted(request.headers.get("accept-encoding", "")):
             body, headers["content-encoding"] = gzip.compress(body, compresslevel=1), "gzip"
         return Response(body, headers=headers)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
 from koopmon.agent.control.state import ControlState
-from koopmon.agent.stats import AgentStats
+from koopmon.agent.stats import AgentStats, StrideLimit
 from koopmon.config import CadenceConfig
 
 CONFIG = CadenceConfig(warmup_steps=10, dense_every=2, calm_every=7)
@@ -199,3 +199,66 @@ def test_agents_of_one_process_share_the_step_time_and_the_bytes() -> None:
         budget.earn(0.2)
     assert shared.credit_seconds == pytest.approx(alone.credit_seconds / 4)
     assert (alone.credit_bytes, shared.credit_bytes) == (pytest.approx(2e8), pytest.approx(5e7))
+
+
+# The cadence that the monitor can judge
+
+
+def limited(*replies: tuple[int, int]) -> AgentStats:
+    stats = AgentStats()
+    for steps, from_step in replies:
+        stats.stride_limit = stats.stride_limit.followed_by(steps, from_step)
+    return stats
+
+
+def test_from_its_step_on_the_limit_is_in_force_and_goes_again() -> None:
+    stats = limited((8, 10))
+    cadence = schedule(CadenceConfig(warmup_steps=100), stats)
+    taken = planned(cadence, range(1, 30))
+    stats.stride_limit = stats.stride_limit.followed_by(1, 40)
+    assert [*taken, *planned(cadence, range(30, 44))] == [*range(1, 10), 17, 25, 33, 40, 41, 42, 43]
+
+
+@given(st.integers(1, 1024), st.integers(0, 200), st.integers(0, 50), st.integers(1, 9))
+def test_no_request_makes_the_cadence_denser_than_the_limit(limit: int, step: int, asked: int, window: int) -> None:
+    cadence = schedule(stats=limited((limit, 0)))
+    state = ControlState(cadence_steps=asked, cadence_until_step=1000)
+    assert cadence.stride(step, state) >= limit
+    taken = planned(cadence, range(1, 3000), state, window)
+    assert all(b - a >= limit for a, b in itertools.pairwise(taken))
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 4, 64]), st.integers(5, 60)), max_size=4), st.data())
+def test_ranks_that_hear_a_limit_at_different_steps_take_the_same_snapshots(
+    changes: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    """Each change comes into force after all ranks know it, and the next one is made after that."""
+    replies, at = [], 0
+    for steps, lead in changes:
+        replies.append((at, (steps, at + lead)))
+        at += lead + 1
+    taken: list[list[int]] = []
+    for _ in range(2):
+        stats, known = AgentStats(), list(replies)
+        delays = [data.draw(st.integers(0, from_step - sent - 1)) for sent, (_, from_step) in replies]
+        cadence, mine = schedule(stats=stats), []
+        for step in range(at + 100):
+            while known and step >= known[0][0] + delays[len(replies) - len(known)]:
+                stats.stride_limit = stats.stride_limit.followed_by(*known.pop(0)[1])
+            if cadence.unagreed(step, CALM):
+                mine.append(step)
+        taken.append(mine)
+    assert taken[0] == taken[1]
+
+
+@pytest.mark.parametrize("limit", [2, 4, 16, 1024])
+def test_a_rank_that_does_not_know_the_limit_yet_takes_part_in_every_snapshot_of_the_others(limit: int) -> None:
+    config = CadenceConfig(warmup_steps=100, dense_every=3, calm_every=10)
+    knows, late = schedule(config, limited((limit, 0))), schedule(config)
+    assert all(late.unagreed(step, CALM) for step in range(5000) if knows.unagreed(step, CALM))
+
+
+def test_the_same_limit_again_changes_nothing() -> None:
+    limit = StrideLimit().followed_by(8, 100)
+    assert limit.followed_by(8, 100) is limit
+    assert [limit.at(step) for step in (0, 99, 100)] == [1, 1, 8]

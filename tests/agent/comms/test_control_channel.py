@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, cast
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -16,12 +17,13 @@ from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
 from koopmon.errors import EndpointError
 from koopmon.wire.codec import decode_for_monitor, encode
-from koopmon.wire.headers import Frame, WireLimits
+from koopmon.wire.headers import PREFIX, Frame, WireLimits
 from koopmon.wire.messages import (
     Ack,
     AgentMessage,
     Applied,
     Command,
+    Heartbeat,
     HeartbeatReply,
     Hello,
     Judgement,
@@ -94,10 +96,9 @@ def link(channel: Channel) -> ControlChannel:
     return ControlChannel(cast(ControlClient, control), IDENTITY, ControlConfig(), AgentStats(), Nothing(), DESCRIPTION)
 
 
-def welcome(link: ControlChannel, now: float) -> None:
-    message = Welcome(
-        run=IDENTITY.run, incarnation=IDENTITY.incarnation, data_endpoint="ipc:///data", heartbeat_seconds=1.0
-    )
+def welcome(link: ControlChannel, now: float, heartbeat_seconds: float = 1.0) -> None:
+    name = {"run": IDENTITY.run, "incarnation": IDENTITY.incarnation}
+    message = Welcome(**name, data_endpoint="ipc:///data", heartbeat_seconds=heartbeat_seconds)
     assert isinstance(link.receive([memoryview(frame) for frame in encode(message)], now), Welcome)
 
 
@@ -133,8 +134,8 @@ def test_a_description_that_could_not_be_sent_is_sent_later(link: ControlChannel
     assert channel.hellos()[-1].num_layers == 4
 
 
-def reply(link: ControlChannel, now: float) -> None:
-    message = HeartbeatReply(run=IDENTITY.run, incarnation=IDENTITY.incarnation)
+def reply(link: ControlChannel, now: float, **fields: Any) -> None:
+    message = HeartbeatReply(run=IDENTITY.run, incarnation=IDENTITY.incarnation, **fields)
     link.receive([memoryview(frame) for frame in encode(message)], now)
 
 
@@ -283,3 +284,53 @@ def test_a_monitor_that_refuses_is_left_alone_for_half_a_minute(link: ControlCha
     assert len(channel.hellos()) == 1
     link.tick(31.0)
     assert len(channel.hellos()) == 2
+
+
+def test_states_that_are_not_finite_are_reported_soon(channel: Channel) -> None:
+    """A rank of a large run has a slow heartbeat, and may be the only one whose states show the divergence."""
+    stats, control = AgentStats(), cast(Any, channel)
+    link = ControlChannel(control, IDENTITY, ControlConfig(), stats, Nothing(), DESCRIPTION)
+
+    def beats(now: float) -> list[int]:
+        link.tick(now)
+        return [said.dropped["not_finite"] for said in channel.sent if isinstance(said, Heartbeat)]
+
+    link.tick(0.0)
+    welcome(link, 0.1, heartbeat_seconds=10.0)
+    assert beats(0.1) == [0]
+    assert beats(5.0) == [0]
+    stats.drop("budget")
+    assert beats(5.1) == [0]
+    stats.drop("not_finite")
+    assert link.next_due() == 10.1
+    assert beats(5.2) == [0, 1]
+    stats.drop("not_finite")
+    assert beats(5.3) == [0, 1]
+    assert beats(6.3) == [0, 1, 2]
+    assert beats(16.2) == [0, 1, 2]
+    assert beats(16.3) == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("rank", "num_lines"), [(0, 1), (1, 0)])
+def test_the_least_stride_of_a_busy_monitor_is_kept_and_told_once(
+    rank: int, num_lines: int, channel: Channel, caplog: pytest.LogCaptureFixture
+) -> None:
+    stats, control = AgentStats(), cast(Any, channel)
+    description = replace(DESCRIPTION, process_rank=rank)
+    link = ControlChannel(control, IDENTITY, ControlConfig(), stats, Nothing(), description)
+    reply(link, 1.0)
+    reply(link, 2.0, min_stride=8, min_stride_from=50)
+    reply(link, 3.0, min_stride=4, min_stride_from=90)
+    assert [stats.stride_limit.at(step) for step in (89, 90)] == [8, 4]
+    told = [record.getMessage() for record in caplog.records if "cannot judge" in record.getMessage()]
+    assert len(told) == num_lines
+    assert all("from step 50 on, snapshots are at least 8 steps apart" in words for words in told)
+
+
+@pytest.mark.parametrize("fields", [{"min_stride": 0}, {"min_stride": 1025}, {"min_stride": 2, "min_stride_from": -1}])
+def test_a_stride_out_of_bounds_is_refused(fields: dict[str, int], link: ControlChannel) -> None:
+    message = HeartbeatReply(run=IDENTITY.run, incarnation=IDENTITY.incarnation, **fields)
+    encoded = PREFIX + msgspec.msgpack.encode(message)
+    assert link.receive([memoryview(encoded)], 1.0) is None
+    assert link._stats.rejected == {"schema": 1}
+    assert link._stats.stride_limit.at(10) == 1
