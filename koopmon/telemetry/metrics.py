@@ -24,7 +24,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from koopmon.numbers import mean
+from koopmon.numbers import LARGEST, mean
 from koopmon.wire.headers import REJECTION_REASONS
 from koopmon.wire.messages import DROP_REASONS, MAX_OBSERVABLES, AckOutcome, CommandKind, TrainingStep
 
@@ -196,6 +196,10 @@ def _bucketed(values: Sequence[float | None], reduction: Literal["mean", "max"])
             yield label, reduced
 
 
+def _reduction(observable: str) -> Literal["mean", "max"]:
+    return "max" if observable.startswith(LARGEST) else "mean"
+
+
 def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
@@ -283,8 +287,8 @@ class Metrics(Collector):
         names = self._observables.setdefault(run, [])
         names += [name for name in observables if name not in names][: MAX_OBSERVABLES - len(names)]
         for name in names:
-            row = observables.get(name, ())
-            fresh |= {(run, label, name): value for label, value in _bucketed(row, "mean")}
+            row, reduction = observables.get(name, ()), _reduction(name)
+            fresh |= {(run, label, name): value for label, value in _bucketed(row, reduction)}
         self._replace(run, {"observable": fresh})
 
     def _replace(self, run: str, fresh: Mapping[str, Mapping[tuple[str, ...], float]]) -> None:

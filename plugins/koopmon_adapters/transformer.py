@@ -6,9 +6,9 @@ Candidates are found by structure, not by the class names of libraries. The chai
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from koopmon import (
     ArchitectureAdapter,
     BlockList,
     ExampleModel,
+    Observable,
     Point,
     Stack,
     block_lists,
@@ -24,6 +25,7 @@ from koopmon import (
     hookimpl,
     row_stacks,
 )
+from koopmon_adapters.attention_logits import largest_logit
 
 QUERY_KEY_NAMES = ({"q", "k"}, {"query", "key"}, {"wq", "wk"}, {"toq", "tok"})
 FUSED_NAMES = ("qkv", "querykeyvalue", "cattn", "inprojweight")
@@ -40,6 +42,9 @@ class TransformerAdapter(ArchitectureAdapter):
 
     name = "transformer"
     fixed_state = False
+    measures: ClassVar[Mapping[str, str]] = {
+        "max_attention_logit": "Largest log(sum(exp(attention logits))) of a query, up to log(keys) above its logits."
+    }
 
     def specificity(self, model: nn.Module) -> int:
         stacks = self.stacks(model)
@@ -70,6 +75,10 @@ class TransformerAdapter(ArchitectureAdapter):
         if all(any(_is_within(stack, part) for stack in stacks) for part in ("encoder", "decoder")):
             flags.add("encoder-decoder")
         return frozenset(flags)
+
+    def observables(self, stack: Stack) -> Sequence[Observable]:
+        layers = {part: point.layer for point in reversed(stack.points) for part in _attentions(point.module)}
+        return [Observable("max_attention_logit", layer, part, largest_logit) for part, layer in layers.items()]
 
     def block_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         if _is_joint(module):
@@ -167,6 +176,12 @@ def _is_attention(module: nn.Module) -> bool:
         return True
     names = {_bare(name) for name in (*module._modules, *module._parameters)}
     return any(pair <= names for pair in QUERY_KEY_NAMES) or any(map(_is_fused, names))
+
+
+def _attentions(block: nn.Module) -> list[nn.Module]:
+    """Return the innermost modules of a block with attention."""
+    found = [module for module in block.modules() if _is_attention(module)]
+    return [each for each in found if not any(other is not each and other in set(each.modules()) for other in found)]
 
 
 def _is_fused(name: str) -> bool:
