@@ -84,7 +84,10 @@ class Gathered:
 
 
 class Readings:
-    """The readings of one forward pass. Several of one name and layer are averaged; of a "max_..." the largest counts."""
+    """The readings of one forward pass.
+
+    Several of one name and layer are averaged. Of a name "max_..." the largest value counts.
+    """
 
     def __init__(self) -> None:
         self._taken: dict[tuple[str, int], list[Tensor]] = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -131,6 +132,7 @@ def _profile(
         raise ValueError(f"states: {len(states)} given, pairs need an even number")
     detached = [state.detach() for state in states]
     layers: dict[int, LayerProfile] = {}
+    sizes = torch.stack([_rms(y) for _, y in transition_pairs(detached, paired=paired)]).tolist()
     exponents: list[float] = torch.stack(
         [update_exponent(x, y) for x, y in transition_pairs(detached, paired=paired)]
     ).tolist()
@@ -143,10 +145,17 @@ def _profile(
             mine = [exponents[index] for index in indices]
             profiles = _fit_batch([coordinates for _, coordinates in batch], mine, svd_rank, kreiss)
         # Batches group layers by their number of directions, so they come out of depth order.
-        layers.update(zip(indices, profiles, strict=True))
+        for index, profile in zip(indices, profiles, strict=True):
+            layers[index] = replace(profile, stream_rms=sizes[index])
         if len(layers) == len(exponents):
             return SpectralProfile(layers=tuple(layers[index] for index in sorted(layers)))
         yield
+
+
+def _rms(states: Tensor) -> Tensor:
+    """Return the root mean square, a 0-d float64 tensor: squares of float32 could overflow."""
+    norm: Tensor = torch.linalg.vector_norm(states, dtype=torch.float64)
+    return (norm / math.sqrt(states.numel())).nan_to_num()
 
 
 def _check(states: list[Tensor], names: list[str], svd_rank: int | None, ridge: float, kreiss: Kreiss) -> None:

@@ -106,6 +106,7 @@ TABLE: tuple[Series, ...] = (
     _layer("update_exponent", "k of |update| ~ |state|^k over tokens: 0 behind a normalisation, 1 for a linear layer."),
     _layer("reliable_mode_ratio", "Fraction of modes with a ResDMD residual of at most 0.1."),
     _layer("reliable_near_unit_mass", "Near-unit mass among the reliable modes."),
+    _layer("stream_rms", "Root mean square of the states behind the layer.", "max"),
     Series("observable", "gauge", "Measurement of the architecture adapter, by name.", (*RUN_LAYER, "name")),
     _run("risk", "Online risk of divergence, 0 to 1."),
     _run(
@@ -124,6 +125,11 @@ TABLE: tuple[Series, ...] = (
         "gradient_norm",
         "Norm of the gradients of the latest measured step, mean over ranks. Absent if unknown or not finite.",
     ),
+    _run(
+        "update_rms_ratio",
+        "RMS over parameters of gradient norm over root second moment. Absent without Adam's state. Near 1 if steady.",
+    ),
+    _run("log_partition_nats", "Mean log(sum(exp(logits))) of some output tokens. Absent without known logits."),
     _run("step_seconds", "Mean duration of an optimizer step, on the slowest rank."),
     _run("run_state", "State of the run: 0 ended, 1 running, 2 vanished."),
     _run("last_snapshot_timestamp_seconds", "Unix time of the last snapshot received."),
@@ -169,10 +175,13 @@ TABLE: tuple[Series, ...] = (
 )
 BY_NAME: Mapping[str, Series] = {series.name: series for series in TABLE}
 LAYER_FIELDS: tuple[str, ...] = tuple(series.name for series in TABLE if series.labels == RUN_LAYER)
+_METRICS_OF_FIELDS = {
+    "grad_norm": "gradient_norm",
+    "update_rms": "update_rms_ratio",
+    "log_partition": "log_partition_nats",
+}
 TRAINING_FIELDS: Mapping[str, str] = {
-    name: field
-    for field in TrainingStep.__struct_fields__
-    if (name := {"grad_norm": "gradient_norm"}.get(field, field)) in BY_NAME
+    name: field for field in TrainingStep.__struct_fields__ if (name := _METRICS_OF_FIELDS.get(field, field)) in BY_NAME
 }
 """Metrics of the scalars of a step, each with its field of `TrainingStep`."""
 KEPT_WHEN_VANISHED = frozenset({"last_snapshot_timestamp_seconds", "run_state"})

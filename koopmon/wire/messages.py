@@ -10,7 +10,7 @@ from typing import Annotated, Final, Literal, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 MAX_STEP: Final = (1 << 53) - 1
 """The largest optimizer step: a double represents every integer up to this value."""
 MAX_MODULUS: Final = 1000.0
@@ -103,6 +103,10 @@ class TrainingStep(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     the peak rate is part of it."""
     kss_alpha: Annotated[float, Meta(ge=0.0)] = 0.0
     """Weight of KSS."""
+    update_rms: float | None = None
+    """RMS over parameters of the gradient's norm over that of the root of its second moment, before the update."""
+    log_partition: float | None = None
+    """Mean log(sum(exp(logits))) of some tokens of the model's output, in nats."""
 
 
 MEASURED: Final = tuple(field.name for field in msgspec.structs.fields(TrainingStep) if field.default is None)
