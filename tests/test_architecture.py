@@ -44,7 +44,7 @@ ROOMS = {
     "walk": "api",
     "chain_verifier": "errors api block_finder state_position spectral observed_states lineage traversals",
     "token_sampling": "errors",
-    "observables": "errors api",
+    "observables": "errors numbers api",
     "process_state": "errors",
     "plugin_calls": "errors logs process_state",
     "guarded_adapter": "errors api observables plugin_calls",

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.proving_ground.models import Attention
 from koopmon.observables import declared
 from koopmon.plugins import select
-from koopmon_adapters.attention_logits import largest_logit
+from koopmon_adapters.transformer import largest_logit
 
 B, H, T, D = 2, 4, 24, 8
 

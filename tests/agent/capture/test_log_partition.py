@@ -64,7 +64,7 @@ def test_half_precision_is_summed_in_float32() -> None:
         {},
         {"logits": None},
         logits(2, 8, 32),  # a state, not of the width of a vocabulary
-        logits(8, 50),  # of a plain tensor nothing tells classes from channels
+        logits(8, 50),  # the classes of a plain tensor look like channels
         logits(2, 8, 50, gradients=False),
         logits(2, 50, 8).transpose(1, 2),
         torch.ones(2, 8, 50, dtype=torch.long),
