@@ -31,7 +31,7 @@ ROOMS = {
     "risk": "errors config spectral wire",
     "policy": "errors config risk wire",
     "history": "errors files config spectral wire",
-    "telemetry": "errors numbers config spectral wire",
+    "telemetry": "errors numbers config spectral risk wire",
     "offline": "errors config spectral risk policy history",
     "views": "errors config spectral risk policy wire history telemetry",
     "api": "errors",

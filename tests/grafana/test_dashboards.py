@@ -26,7 +26,7 @@ PROMETHEUS_OWN = {"up", "scrape_duration_seconds", "scrape_samples_scraped", "AL
 METRICS = {
     PREFIX + series.name + {"counter": "_total", "info": "_info"}.get(series.kind, ""): series for series in TABLE
 }
-MEASURES = tuple(name for family in adapters() for name in family.measures)
+MEASURES = tuple(name for family in adapters().values() for name in family.measures)
 HISTOGRAMS = ("_bucket", "_count", "_sum")
 
 
