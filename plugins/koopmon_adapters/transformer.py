@@ -315,7 +315,7 @@ def largest_logit(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     starts = [part.grad_fn for part in parts if isinstance(part, Tensor) and part.grad_fn is not None]
     for node in _nodes(starts[:1]):
         fused = _saved(node, "logsumexp", "log_sumexp")
-        if fused is not None and (query := _saved(node, "query")) is not None:
+        if fused is not None and (query := _saved(node, "query")) is not None and query.dim() == 4:
             return _largest(fused[..., : query.shape[-2]])  # some kernels pad the queries
         if node.name() in SOFTMAX:
             return _formed(node)
@@ -340,7 +340,8 @@ def _saved(node: Any, *names: str) -> Tensor | None:
         kept = getattr(node, f"_raw_saved_{name}", None)
         if kept is not None and getattr(kept, "unpack_hook", kept) is None:
             value = getattr(node, f"_saved_{name}")
-            return value if isinstance(value, Tensor) and not hasattr(value, "to_local") else None
+            plain = isinstance(value, Tensor) and not hasattr(value, "to_local") and not value.is_nested
+            return value if plain else None
     return None
 
 
