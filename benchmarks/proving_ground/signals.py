@@ -24,7 +24,7 @@ from benchmarks.proving_ground.models import NORMS
 from benchmarks.proving_ground.outcomes import Run, best_rate, of, outcome, shown_at
 from benchmarks.proving_ground.training import Recipe, train
 from koopmon.config import RiskConfig
-from koopmon.risk.online_detector import Observation, RiskState, assess
+from koopmon.risk.online_detector import Observation, OnlineRisk, RiskState, assess
 from koopmon.wire.messages import TrainingStep
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "signals.json"
@@ -37,16 +37,12 @@ PER_STEPS = 1000
 Series = np.ndarray[Any, Any]
 
 
-def _at_snapshots(name: str) -> Callable[[Run], Series]:
-    return lambda run: run.series[name][run.series["profile_step"]]
-
-
 def _largest(name: str) -> Callable[[Run], Series]:
     return lambda run: run.series[name].max(axis=1)
 
 
-def _risk(run: Run) -> Series:
-    """Replay the detector on the recorded spectra."""
+def _replayed(run: Run) -> list[OnlineRisk]:
+    """Replay the detector on the recorded spectra and losses."""
     case, series, state, found = run.case, run.series, RiskState(), []
     for row, step in enumerate(series["profile_step"]):
         training = TrainingStep(
@@ -64,20 +60,20 @@ def _risk(run: Run) -> Series:
             update_exponent=0.0,
         )
         state, risk = assess(state, seen, RiskConfig())
-        found.append(risk.value)
-    return np.array(found)
+        found.append(risk)
+    return found
 
 
 SIGNALS: Mapping[str, Callable[[Run], Series]] = {
-    "loss": _at_snapshots("loss"),
-    "gradient norm": _at_snapshots("grad_norm"),
+    "loss, z-score": lambda run: np.array([risk.components.get("loss", 0.0) for risk in _replayed(run)]),
+    "gradient norm": lambda run: run.series["grad_norm"][run.series["profile_step"]],
     "update RMS": _largest("update_rms"),
     "log-partition": lambda run: np.abs(run.series["log_partition"]).max(axis=1),
     "attention logit": _largest("max_logit"),
     "stream RMS": _largest("stream_rms"),
     "spectral radius": _largest("spectral_radius"),
     "update ratio": _largest("update_ratio"),
-    "koopmon risk": _risk,
+    "koopmon risk": lambda run: np.array([risk.value for risk in _replayed(run)]),
 }
 """One value for each snapshot; high is bad. Of a signal by layer the largest layer counts."""
 
@@ -132,8 +128,8 @@ def score(chosen: Sequence[Run], tried: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _ruined(runs: Sequence[Run], rate: float, best: float) -> Iterator[tuple[Run, int]]:
-    """Yield each run that is ruined, with the step from which its loss shows it."""
-    for run in runs:
+    """Yield each run that a high rate has ruined, with the step from which its loss shows it."""
+    for run in (run for run in runs if run.case.lr > rate):
         healthy = of(runs, lr=rate, seed=run.case.seed)
         if outcome(run, best) in ("ruined", "diverged") and (shown := shown_at(run, healthy[0])) is not None:
             yield run, shown
