@@ -111,7 +111,8 @@ class Observable:
 
     koopmon calls `read` after each call of `module` in the forward pass of a snapshot only, without gradients and not
     in a recomputation. `read` must not synchronise with the device, draw random numbers or change any state. It should
-    cost little relative to the module. Several readings of one name and layer are averaged.
+    cost little relative to the module. Several readings of one name and layer are averaged. Of a name that begins with
+    "max_" the largest value counts.
     """
 
     name: str

@@ -6,6 +6,12 @@ import math
 from collections.abc import Iterable
 from fractions import Fraction
 
+LARGEST = "max_"
+"""Start of the names of observables of which the largest value counts, over calls, ranks and adjacent layers.
+
+Of all others the mean counts.
+"""
+
 
 def mean(values: Iterable[float | None]) -> float | None:
     """Compute the mean of the known values: None without any, NaN if one is not finite.

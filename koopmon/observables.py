@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Observable, Stack
+from koopmon.numbers import LARGEST
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,10 @@ class Gathered:
 
 
 class Readings:
-    """The readings of one forward pass. Several of one name and layer are averaged."""
+    """The readings of one forward pass.
+
+    Several of one name and layer are averaged. Of a name "max_..." the largest value counts.
+    """
 
     def __init__(self) -> None:
         self._taken: dict[tuple[str, int], list[Tensor]] = {}
@@ -105,8 +109,14 @@ class Readings:
         if not self._taken:
             return None
         place = device or next(iter(self._taken.values()))[0].device
-        means = [values[0] if len(values) == 1 else torch.stack(values).mean() for values in self._taken.values()]
-        return Gathered(tuple(self._taken), torch.stack([mean.to(place, non_blocking=True) for mean in means]))
+        reduced = [_reduced(name, values) for (name, _), values in self._taken.items()]
+        return Gathered(tuple(self._taken), torch.stack([value.to(place, non_blocking=True) for value in reduced]))
+
+
+def _reduced(name: str, values: list[Tensor]) -> Tensor:
+    if len(values) == 1:
+        return values[0]
+    return torch.stack(values).amax() if name.startswith(LARGEST) else torch.stack(values).mean()
 
 
 def tabulate(

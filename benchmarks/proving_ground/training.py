@@ -20,6 +20,8 @@ from benchmarks.control import Control, Controller, Copies
 from benchmarks.proving_ground import text
 from benchmarks.proving_ground.clipping import gradient_rule
 from benchmarks.proving_ground.models import VOCABULARY, LanguageModel, Norm
+from koopmon.agent.capture.log_partition import log_partition
+from koopmon.agent.capture.update_rms import UpdateRms
 from koopmon.config import CadenceConfig
 from koopmon.spectral import SpectralProfile, profile_states
 
@@ -148,6 +150,8 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
         rates.append(scheduled * controller.lr_scale)
         for group in optimizer.param_groups:
             group["lr"] = rates[-1]
+        if due:
+            recorder.note_update(optimizer)
         optimizer.step()
     scalars = {
         "diverged_at": diverged_at,
@@ -217,17 +221,29 @@ class Recorder:
         self._handles: list[Any] = []
         self._steps: list[int] = []
         self._rows: list[dict[str, list[float]]] = []
+        self._log_partition: Tensor | None = None
 
     def start(self) -> None:
         blocks = self._model.blocks
         self._states = []
         self._handles = [blocks[0].register_forward_pre_hook(lambda _, args: self._take(args[0]))]
         self._handles += [block.register_forward_hook(lambda _, __, y: self._take(y)) for block in blocks]
+        self._handles.append(self._model.register_forward_hook(lambda _, __, logits: self._take_output(logits)))
         for attention in self._model.attentions():
             attention.record = True
 
     def _take(self, state: Tensor) -> None:
         self._states.append(state.detach().flatten(0, 1))
+
+    def _take_output(self, logits: Tensor) -> None:
+        self._log_partition = log_partition(logits, (VOCABULARY,))
+
+    def note_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add the update RMS of the update that follows, as the agent measures it: after clipping, before the step."""
+        update = UpdateRms()
+        update.add(optimizer)
+        value = update.end()
+        self._rows[-1]["update_rms"] = [math.nan if value is None else value.item()]
 
     def stop(self, step: int) -> SpectralProfile | None:
         """Profile this forward; None for states that are not finite."""
@@ -257,6 +273,8 @@ class Recorder:
             "reliable_mode_ratio": [layer.reliable_mode_ratio for layer in layers] or missing,
             "stream_rms": [state.square().mean().sqrt().item() for state in states[1:]],
             "max_logit": logits,
+            "update_rms": [math.nan],
+            "log_partition": [math.nan if self._log_partition is None else self._log_partition.item()],
             "informative": [float(profile is not None and profile.informative)],
         }
 

@@ -370,6 +370,9 @@ class AgentRuntime:
             self._check_steps_are_seen()
         self.on_graph_forward()
 
+    def on_output(self, output: Any) -> None:
+        self._scalars.note_output(output)
+
     def on_graph_forward(self) -> None:
         if isinstance(self.lifecycle.state, WaitingForRanks):
             world = current_context()

@@ -56,6 +56,7 @@ QUANTITIES: Mapping[str, tuple[float, float]] = {
     "update_exponent": (-sys.float_info.max, sys.float_info.max),
     "reliable_mode_ratio": _SHARE,
     "reliable_near_unit_mass": _SHARE,
+    "stream_rms": _POSITIVE,
 }
 """Numbers of a layer with their bounds, in the order of the packed form: the fields of a `LayerProfile`."""
 
@@ -145,6 +146,7 @@ class _JsonLayer(msgspec.Struct):
     update_exponent: float | None = None
     reliable_mode_ratio: float | None = None
     reliable_near_unit_mass: float | None = None
+    stream_rms: float | None = None
 
 
 class _Json(msgspec.Struct):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from koopmon.errors import ProtocolError
 from koopmon.logs import LogLimit
-from koopmon.numbers import mean
+from koopmon.numbers import LARGEST, mean
 from koopmon.wire.messages import MAX_OBSERVABLES, MEASURED, AtStep, Shard, TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -355,19 +355,24 @@ def over_ranks(steps: Sequence[TrainingStep]) -> TrainingStep:
 
 
 def _observables(headers: Sequence[Shard], num_layers: int) -> dict[str, tuple[float | None, ...]]:
-    """Compute the means of the observables over the shards, weighted by their numbers of samples."""
+    """Compute the means of the observables over the shards, weighted by their numbers of samples.
+
+    Of an observable "max_..." the largest value counts.
+    """
     names = sorted({name for header in headers for name in header.observables})[:MAX_OBSERVABLES]
     return {name: tuple(_weighed(headers, name, layer) for layer in range(num_layers)) for name in names}
 
 
 def _weighed(headers: Sequence[Shard], name: str, layer: int) -> float | None:
-    """Compute the weighted mean of one observable at one transition; None where no shard has a value."""
+    """Reduce one observable at one transition over the shards; None where none has a value."""
     known: list[tuple[float, int]] = []
     for header in headers:
         values, index = header.observables.get(name, ()), layer - header.first_layer
         value = values[index] if 0 <= index < len(values) else None
         if value is not None:
             known.append((value, header.num_samples))
+    if name.startswith(LARGEST):
+        return max((value for value, _ in known), default=None)
     num_samples = sum(count for _, count in known)
     # The weights are shares: the product of a value and a count could overflow.
     return sum(value * (count / num_samples) for value, count in known) if known else None

@@ -13,6 +13,7 @@ from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Assessment
 from koopmon.notify.message import Notification
 from koopmon.notify.notifier import Notify
+from koopmon.risk.causes import CAUSES
 from koopmon.wire.messages import Ack, CommandKind
 
 MEANS_ALARM = "Most runs that diverged had such a jump before their loss rose."
@@ -85,7 +86,7 @@ class NotifySink:
             step=assessment.observation.step,
             risk=risk.value,
             happened=cause if alarm else reaction,
-            means=MEANS_ALARM if alarm else effects,
+            means=f"{MEANS_ALARM} {_remedy(risk.causes)}".strip() if alarm else effects,
             did=f"{reaction} {effects}".strip() if alarm else "",
         )
 
@@ -128,6 +129,12 @@ class NotifySink:
                 page=f"{self.pages}runs/{quote(run.name)}" if self.pages else "",
             )
         )
+
+
+def _remedy(names: Sequence[str]) -> str:
+    """Return what to do if the alarm returns, for each cause that a signal shows."""
+    found = dict.fromkeys(cause.next for cause in CAUSES if cause.name in names)
+    return f"If the alarm returns: {' '.join(found)}" if found else ""
 
 
 def _reaction(run: Run, assessment: Assessment, kinds: Sequence[CommandKind]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import msgspec
@@ -124,13 +125,21 @@ class RunController:
         return calibrator.probability(example) if calibrator.covers(example) else None
 
     def assess(
-        self, now: float, training: TrainingStep, profile: SpectralProfile | None, *, step: int, decide: bool = True
+        self,
+        now: float,
+        training: TrainingStep,
+        profile: SpectralProfile | None,
+        *,
+        step: int,
+        decide: bool = True,
+        attention_logits: Sequence[float | None] = (),
     ) -> Assessment:
         """Assess one snapshot; a `profile` of None means that its states were not finite.
 
-        `step` is the run's latest step. With `decide` False, as at shutdown, only the risk is assessed.
+        `step` is the run's latest step. `attention_logits` has the largest one of each layer, where it is known. With
+        `decide` False, as at shutdown, only the risk is assessed.
         """
-        observation = self._observe(training, profile)
+        observation = self._observe(training, profile, attention_logits)
         if training.step <= self._rewound_at:
             stale = online_detector.OnlineRisk(value=0.0, reason="the snapshot was taken before the rewind")
             return Assessment(observation=observation, profile=profile, risk=stale)
@@ -144,7 +153,9 @@ class RunController:
         self.judgement = self._judge(assessment)
         return assessment
 
-    def _observe(self, training: TrainingStep, profile: SpectralProfile | None) -> online_detector.Observation:
+    def _observe(
+        self, training: TrainingStep, profile: SpectralProfile | None, attention_logits: Sequence[float | None]
+    ) -> online_detector.Observation:
         hello, rate = self._hello, training.learning_rate
         if profile is not None:
             self._num_layers = profile.num_layers
@@ -161,6 +172,7 @@ class RunController:
             update_exponent=hello.update_exponent,
             rewinds=hello.rewinds,
             non_finite=profile is None,
+            attention_logits=attention_logits,
         )
 
     def _decide(self, now: float, assessment: Assessment, step: int) -> Assessment:

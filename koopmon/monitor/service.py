@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -183,7 +183,8 @@ class Service:
         if result.failed:
             self.on_dropped(snapshot.run, "engine_failed")
         elif run is not None:
-            self._assess(run, snapshot.training, result.profile, plain)
+            logits = snapshot.observables.get("max_attention_logit", ())
+            self._assess(run, snapshot.training, result.profile, plain, logits)
             self._pace(run, snapshot.step)
 
     def tick(self) -> None:
@@ -395,10 +396,13 @@ class Service:
         training: TrainingStep,
         profile: SpectralProfile | None = None,
         plain: PlainProfile | None = None,
+        attention_logits: Sequence[float | None] = (),
     ) -> None:
         decide = run.state is RunState.RUNNING and not self._stopping
         try:
-            assessment = run.controller.assess(self.clock(), training, profile, step=run.step, decide=decide)
+            assessment = run.controller.assess(
+                self.clock(), training, profile, step=run.step, decide=decide, attention_logits=attention_logits
+            )
         except Exception as error:
             self.failures.note("judgement", error, run=run.name, what=f"step {training.step} cannot be judged")
             self._publish(events.Assessed(run, None))

@@ -33,13 +33,14 @@ The measured results are in benchmarks/results.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 from msgspec import Meta
 
 from koopmon.config import RiskConfig
+from koopmon.risk import causes
 from koopmon.risk.loss_zscore import MIN_LOSSES, LossZScore
 from koopmon.risk.normalization import normalization_from_exponent
 from koopmon.wire.messages import AtStep, TrainingStep
@@ -91,6 +92,13 @@ class Observation(AtStep):
     """Update exponent of the model at the start of the run; None where it is unknown."""
     rewinds: bool = False
     """True when the agents can go back to a copy of the weights."""
+    max_radius_layer: int | None = None
+    """Layer of `max_spectral_radius`."""
+    next_spectral_radius: float | None = None
+    """Largest spectral radius of the other layers."""
+    max_attention_logit: float | None = None
+    """Largest value of the observable of this name over the layers."""
+    max_attention_layer: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +125,8 @@ class RiskState:
     """koopmon's LR scale at the last snapshot. A lower scale resets `restlessness`."""
     surprise: LossZScore = field(default_factory=LossZScore)
     """z-score of the loss; without losses where none is known."""
+    update_rms: Annotated[tuple[Annotated[float, Meta(ge=0.0)], ...], Meta(max_length=causes.NUM_UPDATES)] = ()
+    """Update RMS of the last snapshots, oldest first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +139,8 @@ class OnlineRisk:
     """Reason for the risk, in one line."""
     forecast: float = 0.0
     """Forecast, in [0, 1]."""
+    causes: tuple[str, ...] = ()
+    """Names of the causes that a signal shows (`koopmon.risk.causes`); `reason` has their words."""
     excess_rate: float | None = None
     """Scheduled rate over the critical rate of such layers; None where either is unknown."""
     components: Mapping[str, float] = field(default_factory=dict)
@@ -148,6 +160,7 @@ def observe(
     update_exponent: float | None = None,
     rewinds: bool = False,
     non_finite: bool = False,
+    attention_logits: Sequence[float | None] = (),
 ) -> Observation:
     """Reduce a profile to an observation for the detector and the policy.
 
@@ -159,7 +172,10 @@ def observe(
         update_exponent: update exponent at the start of the run; None where it is unknown.
         rewinds: True when the agents can go back to a copy of the weights.
         non_finite: True when the states hold NaN or infinity.
+        attention_logits: the observable `max_attention_logit` of each layer; None where it is unknown.
     """
+    logits = {layer: value for layer, value in enumerate(attention_logits) if value is not None}
+    layer_of_logit = max(logits, key=logits.__getitem__, default=None)
     known = Observation(
         training=training,
         informative=False,
@@ -167,6 +183,8 @@ def observe(
         num_layers=num_layers,
         update_exponent=update_exponent,
         rewinds=rewinds,
+        max_attention_logit=None if layer_of_logit is None else logits[layer_of_logit],
+        max_attention_layer=layer_of_logit,
     )
     if profile is None or non_finite:
         reason = "the states are not finite" if non_finite else "no profile"
@@ -174,9 +192,13 @@ def observe(
     ratios = tuple(layer.update_ratio for layer in profile.layers)
     if not profile.informative:
         return replace(known, reason=profile.reason, update_ratios=ratios)
+    radii = [layer.spectral_radius for layer in profile.layers]
+    widest = radii.index(max(radii))
     return replace(
         known,
         informative=True,
+        max_radius_layer=widest,
+        next_spectral_radius=max(radii[:widest] + radii[widest + 1 :], default=None),
         update_ratios=ratios,
         near_unit_mass=profile.mean("near_unit_mass"),
         expansive_mass=profile.mean("expansive_mass"),
@@ -237,7 +259,10 @@ def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tu
         The new history and the risk. Non-finite states give risk and forecast 1, a profile that is not informative 0;
         both leave the history unchanged. The first snapshot gives risk 0.
     """
+    found = causes.find(observation, state.update_rms)
     state, risk = _assess(state, observation, config)
+    state = replace(state, update_rms=causes.remember(state.update_rms, observation.training.update_rms))
+    risk = replace(risk, causes=tuple(found), reason="; ".join((*found.values(), risk.reason)))
     if observation.update_exponent is None:
         return state, risk
     return state, replace(risk, excess_rate=rate_excess(observation, config))

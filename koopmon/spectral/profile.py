@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -158,13 +159,20 @@ def _profile(
             chunk = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
             exact = chunk if all(map(in_safe_range, magnitudes[part])) else chunk.double()
             exponents: list[float] = update_exponent(exact[starts], exact[stops]).tolist()
+            sizes: list[float] = _rms(exact[stops]).tolist()
             centred = centre(chunk, magnitudes[part], dtype)
             found: dict[int, LayerProfile] = {}
             for group in coordinates(centred.part(starts), centred.part(stops), size, ridge, seed):
                 mine = [exponents[layer] for layer in group.layers]
                 found.update(zip(group.layers, _fit(group, mine, size, svd_rank, kreiss), strict=True))
-        layers += [found[layer] for layer in sorted(found)]
+        layers += [replace(found[layer], stream_rms=sizes[layer]) for layer in sorted(found)]
     return SpectralProfile(layers=tuple(layers))
+
+
+def _rms(states: Tensor) -> Tensor:
+    """Return the root mean square of each state of (L, N, D), (L,) in float64: squares of float32 could overflow."""
+    norms: Tensor = torch.linalg.vector_norm(states, dim=(-2, -1), dtype=torch.float64)
+    return (norms / math.sqrt(states[0].numel())).nan_to_num()
 
 
 def _check(states: Sequence[Tensor], names: list[str], svd_rank: int | None, ridge: float, kreiss: Kreiss) -> None:

@@ -78,6 +78,8 @@ class LayerProfile:
     """True when the samples determine the spectrum and the layer changes the state."""
     reason: str
     """Reason against an informative layer, or a caution; empty without either."""
+    stream_rms: float | None = None
+    """Root mean square of the states behind the layer; None in a profile of an earlier version."""
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types; eigenvalues become [re, im] pairs."""
@@ -101,7 +103,7 @@ class LayerProfile:
 
 
 FIELDS: Final = tuple(field.name for field in fields(LayerProfile) if str(field.type).startswith("float"))
-"""Names of the numbers of a `LayerProfile`. Each is finite; only `kreiss_constant` may be None."""
+"""Names of the numbers of a `LayerProfile`. Each is finite; `kreiss_constant` and `stream_rms` may be None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -169,8 +171,8 @@ class SpectralProfile:
     def mean(self, field: str) -> float | None:
         """Compute the mean of a field over layers.
 
-        Only `kreiss_constant` can be missing from layers; the result is None when all lack it. An unknown field raises
-        ValueError.
+        Only `kreiss_constant` and `stream_rms` can be missing from layers; the result is None when all lack it. An
+        unknown field raises ValueError.
         """
         return mean(self._values(field))
 

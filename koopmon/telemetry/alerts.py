@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from koopmon.config import CadenceConfig, PolicyConfig
+from koopmon.risk.causes import HIGH_LOGIT, SEVERE_LOGIT, UPDATE_RATIO
 
 Severity = Literal["critical", "warning", "info"]
 Group = Literal["risk", "run", "monitor"]
@@ -44,6 +45,9 @@ THRESHOLDS: Mapping[str, float] = {
     "max_overhead_ratio": MAX_OVERHEAD_RATIO,
     "max_dropped_ratio": MAX_DROPPED_RATIO,
     "max_rejected_per_second": MAX_REJECTED_PER_SECOND,
+    "high_logit": HIGH_LOGIT,
+    "severe_logit": SEVERE_LOGIT,
+    "update_ratio": UPDATE_RATIO,
 }
 """Placeholders of alerts.yml, besides its fragments."""
 PLACEHOLDER = re.compile(r"\{(\w+)(?::([^{}]+))?\}")

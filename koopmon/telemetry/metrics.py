@@ -26,7 +26,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector, CollectorRegistry
 from prometheus_client.utils import floatToGoString
 
-from koopmon.numbers import mean
+from koopmon.numbers import LARGEST, mean
 from koopmon.wire.headers import REJECTION_REASONS
 from koopmon.wire.messages import DROP_REASONS, MAX_OBSERVABLES, AckOutcome, CommandKind, TrainingStep
 
@@ -126,6 +126,7 @@ TABLE: tuple[Series, ...] = (
     _layer("update_exponent", "k of |update| ~ |state|^k over tokens: 0 behind a normalisation, 1 for a linear layer."),
     _layer("reliable_mode_ratio", "Fraction of modes with a ResDMD residual of at most 0.1."),
     _layer("reliable_near_unit_mass", "Near-unit mass among the reliable modes."),
+    _layer("stream_rms", "Root mean square of the states behind the layer.", "max"),
     Series("observable", "gauge", "Measurement of the architecture adapter, by name.", (*RUN_LAYER, "name")),
     _run("risk", "Online risk of divergence, 0 to 1."),
     _run(
@@ -144,6 +145,11 @@ TABLE: tuple[Series, ...] = (
         "gradient_norm",
         "Norm of the gradients of the latest measured step, mean over ranks. Absent if unknown or not finite.",
     ),
+    _run(
+        "update_rms_ratio",
+        "RMS over parameters of gradient norm over root second moment. Absent without Adam's state. Near 1 if steady.",
+    ),
+    _run("log_partition_nats", "Mean log(sum(exp(logits))) of some output tokens. Absent without known logits."),
     _run("step_seconds", "Mean duration of an optimizer step, on the slowest rank."),
     _run("run_state", "State of the run: 0 ended, 1 running, 2 vanished."),
     _run("last_snapshot_timestamp_seconds", "Unix time of the last snapshot received."),
@@ -190,10 +196,13 @@ TABLE: tuple[Series, ...] = (
 )
 BY_NAME: Mapping[str, Series] = {series.name: series for series in TABLE}
 LAYER_FIELDS: tuple[str, ...] = tuple(series.name for series in TABLE if series.labels == RUN_LAYER)
+_METRICS_OF_FIELDS = {
+    "grad_norm": "gradient_norm",
+    "update_rms": "update_rms_ratio",
+    "log_partition": "log_partition_nats",
+}
 TRAINING_FIELDS: Mapping[str, str] = {
-    name: field
-    for field in TrainingStep.__struct_fields__
-    if (name := {"grad_norm": "gradient_norm"}.get(field, field)) in BY_NAME
+    name: field for field in TrainingStep.__struct_fields__ if (name := _METRICS_OF_FIELDS.get(field, field)) in BY_NAME
 }
 """Metrics of the scalars of a step, each with its field of `TrainingStep`."""
 KEPT_WHEN_VANISHED = frozenset({"last_snapshot_timestamp_seconds", "run_state"})
@@ -215,6 +224,10 @@ def _bucketed(values: Sequence[float | None], reduction: Literal["mean", "max"])
         reduced = max(known, default=None) if reduction == "max" else mean(known)
         if reduced is not None:
             yield label, float(f"{reduced:.6g}")  # further digits double the size of a compressed scrape
+
+
+def _reduction(observable: str) -> Literal["mean", "max"]:
+    return "max" if observable.startswith(LARGEST) else "mean"
 
 
 def _finite(value: float | None) -> float | None:
@@ -312,8 +325,8 @@ class Metrics(Collector):
         names = self._observables.setdefault(run, [])
         names += [name for name in observables if name not in names][: MAX_OBSERVABLES - len(names)]
         for name in names:
-            row = observables.get(name, ())
-            fresh |= {(run, label, name): value for label, value in _bucketed(row, "mean")}
+            row, reduction = observables.get(name, ()), _reduction(name)
+            fresh |= {(run, label, name): value for label, value in _bucketed(row, reduction)}
         self._replace(run, {"observable": fresh})
 
     def _replace(self, run: str, fresh: Mapping[str, dict[tuple[str, ...], float]]) -> None:

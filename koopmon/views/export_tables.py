@@ -57,6 +57,8 @@ _TRAINING = {
     "grad_norm": "gradient norm that the script logged",
     "lr_scale": "LR scale in force: koopmon's factor on the learning rate",
     "kss_alpha": "weight of KSS in force",
+    "update_rms": "RMS over parameters of the gradient's norm over that of the root of its second moment",
+    "log_partition": "mean log(sum(exp(logits))) of some tokens of the output, in nats",
 }
 _SCALARS = tuple(name for name in TrainingStep.__struct_fields__ if name != "step")
 _MEANS = {
@@ -79,6 +81,7 @@ _LAYER = {
     "update_exponent": "k of the fit: norm of the update ~ (norm of the state)^k",
     "reliable_mode_ratio": "share of modes with a residual of at most 0.1",
     "reliable_near_unit_mass": "near-unit share among the reliable modes",
+    "stream_rms": "root mean square of the states behind the layer",
 }
 
 

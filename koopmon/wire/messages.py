@@ -106,6 +106,10 @@ class TrainingStep(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     the peak rate is part of it."""
     kss_alpha: Annotated[float, Meta(ge=0.0)] = 0.0
     """Weight of KSS."""
+    update_rms: float | None = None
+    """RMS over parameters of the gradient's norm over that of the root of its second moment, before the update."""
+    log_partition: float | None = None
+    """Mean log(sum(exp(logits))) of some tokens of the model's output, in nats."""
 
 
 MEASURED: Final = tuple(field.name for field in msgspec.structs.fields(TrainingStep) if field.default is None)

@@ -121,6 +121,8 @@ def _training() -> list[Json]:
         lines("Gradient norm", "gradient_norm", log=True),
         lines("Learning rate", "learning_rate"),
         lines("Step time", "step_seconds", unit="s"),
+        lines("Update RMS", "update_rms_ratio", log=True),
+        lines("Log-partition", "log_partition_nats", minimum=None),
     ]
 
 
@@ -138,6 +140,7 @@ def _layers() -> list[Json]:
     def each(title: str, metric: str, *, log: bool = True) -> Json:
         return panels.lines(title, BY_NAME[metric].help, {"layer {{layer}}": _layered(metric)}, minimum=None, log=log)
 
+    logits = 'koopmon_observable{run=~"$run",layer=~"$layer",name="max_attention_logit"}'
     by_depth = f"{BY_NAME['update_ratio'].help} Before a divergence it changes abruptly in single layers."
     return [
         panels.heatmap("Update ratio by depth", by_depth, _layered("update_ratio")),
@@ -155,6 +158,14 @@ def _layers() -> list[Json]:
             },
             unit="percentunit",
             maximum=1,
+        ),
+        each("Stream RMS", "stream_rms"),
+        panels.lines(
+            "Largest attention logit",
+            "Largest log(sum(exp(logits))) over queries, at most log(keys) above the largest logit.",
+            {"layer {{layer}}": panels.by_depth(logits)},
+            minimum=None,
+            log=True,
         ),
     ]
 

@@ -259,3 +259,15 @@ def test_a_run_of_one_size_keeps_the_results_of_the_other(tmp_path: Path) -> Non
     path.write_text(json.dumps({"models": models}), encoding="utf-8")
     assert kept_models(path, [LARGE]) == models[:1]
     assert kept_models(path, [SMALL, LARGE]) == []
+
+
+def test_the_recorder_has_the_signals_of_the_agent() -> None:
+    recipe = Recipe(norm="pre", width=16, num_layers=2, lr=0.003, seed=0, steps=12, warmup=4, batch=2, num_tokens=16)
+    _, series = train(recipe)
+    steps = series["profile_step"]
+    assert len(steps) > 1
+    for name in ("update_rms", "log_partition"):
+        assert series[name].shape == (len(steps), 1)
+    assert np.isnan(series["update_rms"][0, 0]), "before the first step there is no second moment"
+    assert np.isfinite(series["update_rms"][1:]).all()
+    assert series["log_partition"][0, 0] == pytest.approx(math.log(256), rel=0.05)

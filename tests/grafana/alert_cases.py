@@ -46,12 +46,21 @@ def as_text(labels: Mapping[str, str]) -> str:
     return "{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}"
 
 
+def observable(layer: str, name: str) -> str:
+    return _selector("koopmon_observable", {**RUN, "layer": layer, "name": name})
+
+
+def logits(layer: str) -> str:
+    return observable(layer, "max_attention_logit")
+
+
 RUNNING = {run("koopmon_run_state"): "1x400"}
 RUNNING_WITH_GAPS = {run("koopmon_run_state"): "1x30 stale 1x13 stale 1x400"}
 """Series with two failed scrapes."""
 ENDED = {run("koopmon_run_state"): "1x20 0x400"}
 COMMANDS, EFFECTS = "koopmon_commands_total", "koopmon_effect_checks_total"
 DROPPED, RECEIVED = "koopmon_snapshots_dropped_total", "koopmon_snapshots_received_total"
+UPDATES = "koopmon_update_rms_ratio"
 SNAPSHOT_TIME = "koopmon_last_snapshot_timestamp_seconds"
 
 FIRING: Mapping[str, tuple[Firing, ...]] = {
@@ -99,6 +108,23 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
             {run(COMMANDS, kind="set_lr_scale", outcome=outcome): "0x20 1x60" for outcome in ("refused", "expired")},
             15,
             "2 commands of the last ten minutes changed nothing in the run.",
+        ),
+    ),
+    "KoopmonAttentionLogitsHigh": (
+        Firing(
+            RUNNING | {logits("3"): "20x20 2000 20x20", logits("2"): "1500x40"},
+            5.5,
+            "An attention logit reached 2000.",
+        ),
+    ),
+    "KoopmonAttentionLogitsSevere": (
+        Firing(RUNNING | {logits("3"): "20x20 70000x20"}, 8, "An attention logit reached 70000."),
+    ),
+    "KoopmonUpdateRmsHigh": (
+        Firing(
+            RUNNING | {run(UPDATES): "0.5x200 20 0.5x20"},
+            52,
+            "The update RMS reached 40 times its median of the last hour.",
         ),
     ),
     "KoopmonRunVanished": (
@@ -246,6 +272,16 @@ CALM: Mapping[str, tuple[Calm, ...]] = {
             },
             12,
         ),
+    ),
+    "KoopmonAttentionLogitsHigh": (
+        Calm(RUNNING | {logits("3"): "999x100"}, 15),
+        Calm(RUNNING | {observable("3", "load_imbalance"): "5000x100"}, 15),
+        Calm(ENDED | {logits("3"): "2000x100"}, 15),
+    ),
+    "KoopmonAttentionLogitsSevere": (Calm(RUNNING | {logits("3"): "2000x100"}, 15),),
+    "KoopmonUpdateRmsHigh": (
+        Calm(RUNNING | {run(UPDATES): "0.5x200 4 0.5x20"}, 52),
+        Calm(RUNNING | {run(UPDATES): "20x200"}, 40),  # high from the start
     ),
     "KoopmonRunVanished": (Calm(ENDED, 10), Calm({run("koopmon_run_state"): "1x20 2x380"}, 90)),
     "KoopmonTrainingStalled": (

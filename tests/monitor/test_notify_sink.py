@@ -22,6 +22,7 @@ from koopmon.monitor.pending_commands import Answered
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.notify.message import Notification
+from koopmon.risk.causes import CAUSES
 from koopmon.risk.online_detector import OnlineRisk
 from koopmon.spectral import profile_states
 from koopmon.wire.messages import Ack, Applied, TrainingStep
@@ -67,6 +68,20 @@ def test_an_alarm_and_its_action_are_one_notification() -> None:
         did=f"koopmon acts: risk 1.00: learning rate x 0.25. {MEANS_ACTION['set_lr_scale']}",
         page="https://koopmon.example.org/runs/job",
     )
+
+
+def test_an_alarm_names_its_cause_and_the_advice() -> None:
+    run = watched()
+    training = TrainingStep(step=3, loss=2.0, log_partition=500.0)
+    named = run.controller.assess(3.0, training, None, step=3, attention_logits=(None, 2000.0, 1500.0))
+    (alarm,) = told(events.RankJoined(run, run.hello, new=True), events.Assessed(run, named))
+    cause = "attention logits of layer 1 reached 2,000; output logits drift: log-partition 500"
+    assert f"{cause}; the residual stream is not finite" in alarm.happened
+    assert cause not in alarm.did, "it has its own line"
+    advice = " ".join(each.next for each in CAUSES if each.name in ("attention", "output"))
+    assert alarm.means == f"{MEANS_ALARM} If the alarm returns: {advice}"
+    assert named.decision is not None
+    assert cause in named.decision.reason
 
 
 def test_an_alarm_lasts_until_the_risk_is_below_the_release() -> None:

@@ -84,6 +84,7 @@ def dense(x_ND: Tensor, y_ND: Tensor, svd_rank: int | None, ridge: float) -> dic
         "update_exponent": exponent,
         "reliable_mode_ratio": reliable.mean(),
         "reliable_near_unit_mass": (near_unit & reliable).sum() / max(reliable.sum(), 1),
+        "stream_rms": np.sqrt((y_ND.numpy() ** 2).mean()),
     }
 
 
@@ -133,7 +134,9 @@ def test_profiles_do_not_depend_on_units_if_the_ridge_has_them_too(factor: float
     x, y = mixed_transition()
     plain = profile_transition(x, y, ridge=1e-3, kreiss="never")
     scaled = profile_transition(factor * x, factor * y, ridge=1e-3 * factor**2, kreiss="never")
-    for name in set(FIELDS) - {"kreiss_constant"}:
+    assert plain.stream_rms is not None
+    assert scaled.stream_rms == pytest.approx(factor * plain.stream_rms)
+    for name in set(FIELDS) - {"kreiss_constant", "stream_rms"}:
         assert getattr(scaled, name) == pytest.approx(getattr(plain, name), rel=1e-6), name
 
 

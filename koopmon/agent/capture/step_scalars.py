@@ -1,4 +1,6 @@
-"""Loss and gradient norm of the steps with a snapshot, without a call in the user's loop.
+"""Scalars of the steps with a snapshot, without a call in the user's loop.
+
+They are the loss, the gradient norm, the update RMS and the output's log-partition.
 
 They are measured in these steps only. Nothing waits for a device: the I/O thread reads them with the snapshot.
 """
@@ -9,11 +11,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from koopmon.agent.capture.backward_loss import BackwardLoss
 from koopmon.agent.capture.gradient_norm import GradientNorm
+from koopmon.agent.capture.log_partition import log_partition, vocabularies
+from koopmon.agent.capture.update_rms import UpdateRms
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.kss.grad_scaler import ScalerFinder, calling_scaler
 from koopmon.agent.control.optimizer_set import OptimizerSet
@@ -31,6 +35,10 @@ class StepScalars:
         self._breaker = breaker = CircuitBreaker("the measurement of the loss", self._on_trip)
         self._loss = BackwardLoss(breaker, stats)
         self._norm = GradientNorm()
+        self._signals = CircuitBreaker("the measurement of the update RMS and the log-partition")
+        self._update = UpdateRms()
+        self._vocabularies: frozenset[int] | None = None
+        self._log_partition: Tensor | None = None
         self._scaler = ScalerFinder()
         self._active = False
         self._has_whole_gradients = False
@@ -43,6 +51,11 @@ class StepScalars:
         """Note the gradients that `optimizer` is about to use. A closure computes them later."""
         if self._active:
             self._guarded(self._before_call, optimizer, has_closure(args, kwargs))
+
+    def note_output(self, output: Any) -> None:
+        """Note the output of the model in a training forward. The first one of the step counts."""
+        if self._active and self._log_partition is None:
+            self._guarded(self._note_output, output, breaker=self._signals)
 
     def after_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Note the gradients that `optimizer` has used, if a closure has computed them."""
@@ -61,18 +74,22 @@ class StepScalars:
 
     def _on_trip(self, reason: str) -> None:
         self.close()
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "update_rms", "log_partition"):
             self._stats.measure(name, None)
 
-    def _guarded(self, body: Callable[..., None], *args: Any) -> None:
+    def _guarded(self, body: Callable[..., None], *args: Any, breaker: CircuitBreaker | None = None) -> None:
         started = time.perf_counter()
-        self._breaker.hook(body)(*args)
+        (breaker or self._breaker).hook(body)(*args)
         # Like the snapshot itself, it costs nothing in the other steps.
         self._stats.capture_seconds += time.perf_counter() - started
 
     def _begin(self, model: nn.Module, layout: ParallelLayout) -> None:
         self._active = True
         self._norm.clear()
+        self._update.end()
+        self._log_partition = None
+        if self._vocabularies is None:
+            self._vocabularies = vocabularies(model)
         self._has_whole_gradients = layout.has_whole_gradients
         if "loss" not in self._stats.logged:
             parameters = (each for optimizer in self._optimizers for each in self._optimizers.updated_by(optimizer))
@@ -85,6 +102,7 @@ class StepScalars:
         self._loss.unscale(None if scaler is None else scaler._scale)
         if not closure:
             self._add_gradients(optimizer)
+            self._signals.hook(self._update.add)(optimizer)
 
     def _add_gradients(self, optimizer: Optimizer) -> None:
         if self._has_whole_gradients and "grad_norm" not in self._stats.logged:
@@ -92,7 +110,13 @@ class StepScalars:
             scale = getattr(optimizer, "grad_scale", None)
             self._norm.add(self._optimizers.updated_by(optimizer), scale)
 
+    def _note_output(self, output: Any) -> None:
+        self._log_partition = log_partition(output, self._vocabularies or ())
+
     def _end(self) -> None:
         self._active = False
         self._stats.measure("loss", self._loss.end())
         self._stats.measure("grad_norm", self._norm.end())
+        self._stats.measure("update_rms", self._signals.hook(self._update.end)())
+        self._stats.measure("log_partition", self._log_partition)
+        self._log_partition = None

@@ -83,6 +83,9 @@ class TapEvents(Protocol):
     def on_forward(self) -> None:
         """Handle the start of a training forward."""
 
+    def on_output(self, output: Any) -> None:
+        """Handle the output of the model in a training forward."""
+
     def on_graph_forward(self) -> None:
         """Handle the end of a step whose forwards ran in a compiled graph, where no hook sees them."""
 
@@ -455,6 +458,8 @@ class ResidualTaps:
         if not recomputing() and not is_foreign():
             self._in_root = False
             self._end_forward(complete=True)
+            if torch.is_grad_enabled():
+                self._listener.on_output(output)
 
     def _end_forward(self, *, complete: bool) -> None:
         """End the forward. If it is `complete`, the blocks behind the last one called were skipped."""

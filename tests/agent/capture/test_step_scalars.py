@@ -762,7 +762,68 @@ def test_each_rank_reports_its_own_loss_and_the_norm_only_where_it_holds_whole_g
             assert len(shards) >= 3, (layout, rank)
             for shard in shards:
                 assert shard.training.loss == pytest.approx(own[layout]["losses"][shard.step], rel=1e-6), layout
+                assert shard.training.log_partition is not None, layout
+                assert shard.training.update_rms is not None or shard.step == 0, layout
                 if layout.startswith("fsdp"):
                     assert shard.training.grad_norm is None, "the norm of a shard is none of the model"
                 else:
                     assert shard.training.grad_norm == pytest.approx(own[layout]["norms"][shard.step], rel=1e-5), layout
+
+
+def _loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    logits = model(tokens)
+    return logits, nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def _update_rms(model: nn.Module, optimizer: Optimizer, step: int) -> float:
+    """The loop's own figure, before the update that makes `step + 1`."""
+    squares = []
+    for each in model.parameters():
+        moment = optimizer.state[each]["exp_avg_sq"].double() / (1 - 0.95**step)
+        assert each.grad is not None
+        squares.append(float(each.grad.double().square().sum() / moment.sum()))
+    return math.sqrt(sum(squares) / len(squares))
+
+
+@pytest.mark.parametrize("block", [None, checkpointed, checkpointed_reentrant])
+def test_update_rms_log_partition_and_attention_logits_are_measured_beside(
+    block: Any, monitor: ScriptedMonitor, agents: Attach
+) -> None:
+    losses: dict[bool, list[str]] = {}
+    rms: dict[int, float] = {}
+    partitions: dict[int, float] = {}
+    for watches in (False, True):
+        model = build(run=block)
+        optimizer = AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95))
+        pace = lambda: None  # noqa: E731
+        if watches:
+            agent = agents(model, optimizer, endpoint=monitor.endpoint, config={"cadence": {"dense_every": 1}})
+            monitor.wait(lambda agent=agent: agent.status()["connected"])
+            pace = paced(agent, monitor)
+        for step in range(STEPS):
+            logits, loss = _loss(model, batch(step))
+            optimizer.zero_grad()
+            loss.backward()
+            partitions[step] = float(logits.detach().logsumexp(-1).mean())
+            if step:
+                rms[step] = _update_rms(model, optimizer, step)
+            if block is not checkpointed_reentrant:  # which warns without gradients
+                with torch.no_grad():
+                    model.eval()(batch(0))  # an evaluation between the two has an output of its own
+                    model.train()
+            optimizer.step()
+            losses.setdefault(watches, []).append(repr(loss))
+            pace()
+    assert losses[True] == losses[False]
+    found = reports(monitor)
+    assert len(found) >= 3
+    for step, training in found.items():
+        assert training.update_rms == pytest.approx(rms[step], rel=1e-5)
+        assert training.log_partition == pytest.approx(partitions[step], rel=1e-5)
+    for shard, _ in monitor.shards:
+        measured = shard.observables.get("max_attention_logit")
+        if block is None:
+            assert measured is not None
+            assert all(value is not None and math.log(8) - 1 < value < 10 for value in measured)
+        else:
+            assert measured is None, "what a checkpoint has packed is not computed again"

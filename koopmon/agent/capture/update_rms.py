@@ -1,0 +1,78 @@
+"""The size of gradients relative to the second moments of Adam-like optimizers, before the update.
+
+In a steady training a gradient has about the size of the square root of its second moment, and the result is about 1.
+It is far above 1 where the second moment has not seen such gradients yet, as before the spikes of arXiv 2304.13013.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+SECOND_MOMENT = "exp_avg_sq"
+
+
+class UpdateRms:
+    """RMS over parameters of ||g|| / ||sqrt(v)||, with bias-corrected second moments v. It stays on the device.
+
+    Of a sharded parameter this rank's part counts. No gradient or moment is copied.
+    """
+
+    def __init__(self) -> None:
+        self._squares: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, optimizer: Optimizer) -> None:
+        """Add the parameters that `optimizer` is about to update. Those without a second moment do not count."""
+        scale = getattr(optimizer, "grad_scale", None)  # a GradScaler left it to a fused optimizer
+        for group in optimizer.param_groups:
+            pairs = list(_pairs(optimizer, group))
+            if not pairs or (pairs[0][0].is_cuda and torch.cuda.is_current_stream_capturing()):
+                continue
+            gradients, moments = ([pair[place] for pair in pairs] for place in (0, 1))
+            sizes = torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)).square()
+            usual = torch.stack(torch._foreach_norm(moments, 1.0, dtype=torch.float32)) / _correction(optimizer, group)
+            if scale is not None:
+                sizes = sizes / scale.reshape(()).square()
+            self._squares.append(torch.where(usual > 0, sizes / usual, torch.nan))
+
+    @torch.no_grad()
+    def end(self) -> Tensor | None:
+        """Return the result, a scalar; None without second moments. Forgets them."""
+        squares, self._squares = self._squares, []
+        if not squares:
+            return None
+        mean: Tensor = torch.cat([each.to(squares[0].device) for each in squares]).nanmean()
+        return mean.sqrt()
+
+
+def _pairs(optimizer: Optimizer, group: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the gradient and the second moment of each parameter of a group, both on one device."""
+    device = None
+    for parameter in group["params"]:
+        gradient, moment = parameter.grad, optimizer.state.get(parameter, {}).get(SECOND_MOMENT)
+        if gradient is None or not isinstance(moment, Tensor) or gradient.is_sparse:
+            continue
+        gradient, moment = _local(gradient), _local(moment)
+        device = device or gradient.device
+        if gradient.shape == moment.shape and gradient.numel() and gradient.device == moment.device == device:
+            yield gradient, moment
+
+
+def _correction(optimizer: Optimizer, group: dict[str, Any]) -> Any:
+    """Return 1 - beta2 ** step, a number or a tensor on the device of the step; 1 where either is unknown."""
+    steps = (optimizer.state.get(each, {}).get("step") for each in group["params"])
+    step = next((each for each in steps if each is not None), group.get("step"))
+    betas = group.get("betas")
+    if step is None or not isinstance(betas, (tuple, list)) or len(betas) < 2:
+        return 1.0
+    return 1.0 - betas[1] ** step
+
+
+def _local(tensor: Any) -> Tensor:
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
