@@ -193,7 +193,7 @@ def survey(model: nn.Module) -> dict[str, str]:
     seen: dict[str, str] = {}
     for path, module in model.named_modules():
         for name, items in _sequences(path, module):
-            kinds = ", ".join(dict.fromkeys(_class_name(item) for _, item in items))
+            kinds = ", ".join(dict.fromkeys(class_name(item) for _, item in items))
             blocks = BlockList(name, tuple(item for item in items if _is_block(item[1])))
             flaw = (
                 ": single layers, no blocks" if not blocks.blocks else ": convolve a plane" if blocks.is_planar else ""
@@ -241,10 +241,10 @@ def _is_block(module: nn.Module) -> bool:
     return len(weights) > 1 and not type(module).__module__.startswith("torch.nn.")
 
 
-def _class_name(module: nn.Module) -> str:
+def class_name(module: nn.Module) -> str:
     """Return the name of the user's class, inside any wrappers."""
     for attribute in WRAPPER_ATTRIBUTES:
         inner = getattr(module, attribute, None)
         if isinstance(inner, nn.Module) and len(module._modules) == 1:
-            return _class_name(inner)
+            return class_name(inner)
     return type(module).__name__
