@@ -42,8 +42,20 @@ class BlockList:
 
     @property
     def is_planar(self) -> bool:
-        """True if a block convolves over a plane: its state has its width in dimension 1, and is not (..., T, D)."""
+        """True if a block convolves over a plane: such lists often hold blocks of several widths."""
         return any(isinstance(module, PLANAR) for _, block in self.blocks for module in block.modules())
+
+    def alike(self) -> list[BlockList]:
+        """Return the runs of at least two neighbours whose parameters have equal names and shapes."""
+        runs: list[BlockList] = []
+        first = 0
+        for _, group in groupby(self.blocks, key=lambda item: _shapes(item[1])):
+            run = tuple(group)
+            name = self.name if len(run) == len(self.blocks) else f"{self.name}[{first}:{first + len(run)}]"
+            if len(run) > 1:
+                runs.append(BlockList(name, run))
+            first += len(run)
+        return runs
 
     def stack(self, *, residual: bool) -> Stack:
         """Return these blocks as a candidate stack."""
@@ -195,9 +207,9 @@ def survey(model: nn.Module) -> dict[str, str]:
         for name, items in _sequences(path, module):
             kinds = ", ".join(dict.fromkeys(class_name(item) for _, item in items))
             blocks = BlockList(name, tuple(item for item in items if _is_block(item[1])))
-            flaw = (
-                ": single layers, no blocks" if not blocks.blocks else ": convolve a plane" if blocks.is_planar else ""
-            )
+            flaw = "" if blocks.blocks else ": single layers, no blocks"
+            if blocks.is_planar and not blocks.alike():
+                flaw = ": convolve a plane, and no two neighbours are alike"
             seen[name or "the model itself"] = f"{len(items)} x {kinds}{flaw}"
     return seen
 
@@ -221,6 +233,10 @@ def _sequences(path: str, module: nn.Module) -> Iterator[tuple[str, Sequence[tup
         if len(items) > 1:
             items.sort(key=lambda item: item[0])
             yield join(f"{prefix}*"), [(join(name), child) for _, name, child in items]
+
+
+def _shapes(block: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(each.shape)) for name, each in block.named_parameters())
 
 
 def _has_more(block: nn.Module, parts: Sequence[nn.Module]) -> bool:

@@ -47,6 +47,7 @@ from koopmon.api import ArchitectureAdapter, Path, Point, Stack, StackForm, Stat
 from koopmon.block_finder import normalised
 from koopmon.lineage import Lineage, ValueLineage
 from koopmon.observed_states import describe, measure_update, observe
+from koopmon.planes import has_channels_first
 from koopmon.spectral import LARGEST_EXPONENT, stack_exponent
 from koopmon.state_position import SUM, argument_tensors, is_state, output_tensors, summed
 from koopmon.traversals import ADAPTERS, Call, Traversal, is_contiguous, only_skips, pairs, to_host, traverse
@@ -148,7 +149,7 @@ class ChainVerifier:
         own = self.adapter.block_input(point.entry, args, kwargs)
         if len(trace.calls) >= MAX_CALLS:
             return
-        others = argument_tensors(args, kwargs) if self._may_look_elsewhere(point) else []
+        others = argument_tensors(args, kwargs) if self._may_look_elsewhere(point, own) else []
         if others and (both := summed(others, alone=True)) is not None:
             others.append((SUM, both))
         tensors = self._states(trace, point, own, others, "takes")
@@ -169,7 +170,7 @@ class ChainVerifier:
         call = trace.open.pop() if trace.open and trace.open[-1].layer == layer else None
         if call is None:
             return
-        others = output_tensors(output) if self._may_look_elsewhere(point) else []
+        others = output_tensors(output) if self._may_look_elsewhere(point, own) else []
         if (both := summed(others)) is not None:
             others.append((SUM, both))
         tensors = self._states(trace, point, own, others, "returns")
@@ -185,8 +186,10 @@ class ChainVerifier:
         for state in call.left.values():
             state.rows = None
 
-    def _may_look_elsewhere(self, point: Point) -> bool:
-        return not self.adapter.fixed_state and point.entry is point.module
+    def _may_look_elsewhere(self, point: Point, own: Tensor | None) -> bool:
+        # The other tensors of a convolution's call are read as they are, with the width last.
+        is_plane = own is not None and is_state(own) and has_channels_first(point.module, own.movedim(-1, 1))
+        return not self.adapter.fixed_state and point.entry is point.module and not is_plane
 
     @contextmanager
     def watch(self) -> Iterator[None]:
