@@ -68,7 +68,8 @@ class Stack:
     `residual` is True if the structure of the blocks proves that they add to their input, h + f(h). If it is False, the
     verifying forward must prove it, because a plain chain of layers h -> f(h) has no residual stream. `position` is set
     if that forward has found the state where `block_input` and `block_output` of the adapter do not read it. A block
-    that is called several times in a row has a point for each call. `form` is set by the verifying forward.
+    that is called several times in a row has a point for each call. `form` is set by the verifying forward; a candidate
+    of another form than "chain" is verified in that form alone.
     """
 
     name: str

@@ -123,6 +123,29 @@ def row_stacks(model: nn.Module) -> list[Stack]:
     return found
 
 
+def first_layer_stacks(stacks: Sequence[Stack]) -> list[Stack]:
+    """Return for each stack that of the first layers of its blocks, whose inputs are the states.
+
+    It is for blocks that the model calls by other methods than `forward`, as `block.attend(x)`. The first layer is the
+    first normalisation among the children of a block, else its first child.
+    """
+    found = []
+    for stack in stacks:
+        children = [dict(point.module.named_children()) for point in stack.points]
+        blocks = BlockList(stack.name, tuple((point.name, point.module) for point in stack.points))
+        if len(children) < 2 or blocks.is_planar or any(point.entry is not point.module for point in stack.points):
+            continue
+        norms = (name for name, child in children[0].items() if "norm" in type(child).__name__.lower())
+        first = next(norms, next(iter(children[0]), None))
+        if first is not None and all(first in each and _is_called(each[first]) for each in children):
+            points = tuple(
+                Point(f"{point.name}.{first}", each[first], point.layer)
+                for point, each in zip(stack.points, children, strict=True)
+            )
+            found.append(Stack(f"{stack.name}.*.{first}", points, residual=False, form="entries"))
+    return found
+
+
 def _is_called(part: nn.Module | None) -> bool:
     return part is not None and not isinstance(part, (nn.ModuleList, nn.ModuleDict))
 

@@ -226,7 +226,7 @@ class _Watch:
             self._regroup(root_module(optimizer), optimizer)
 
     def _follow(self, root: nn.Module, optimizer: Optimizer, *, replaces: bool = False) -> None:
-        """Attach to `root`, in the place of the first model of its class that has trained if it `replaces` that."""
+        """Attach to `root`. If it `replaces`, the first model of its class that has trained is let go before."""
         if any(_contains(root, each.model()) for each in self._attached):
             self._regroup(root, optimizer)
             return
