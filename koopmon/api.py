@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from koopmon.planes import as_given, channels_last
+
 STATE_ARGUMENTS = ("hidden_states", "x", "src", "tgt", "input")
 """Names of keyword arguments with the state of a block."""
 MAX_SPECIFICITY = 100
@@ -66,7 +68,8 @@ class Stack:
     `residual` is True if the structure of the blocks proves that they add to their input, h + f(h). If it is False, the
     verifying forward must prove it, because a plain chain of layers h -> f(h) has no residual stream. `position` is set
     if that forward has found the state where `block_input` and `block_output` of the adapter do not read it. A block
-    that is called several times in a row has a point for each call. `form` is set by the verifying forward.
+    that is called several times in a row has a point for each call. `form` is set by the verifying forward; a candidate
+    of another form than "chain" is verified in that form alone.
     """
 
     name: str
@@ -223,19 +226,22 @@ class ArchitectureAdapter(ABC):
         return frozenset()
 
     def block_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Return the state h_l among the call arguments of a point's `entry`; None if it is absent."""
+        """Return the state h_l among the call arguments of a point's `entry`; None if it is absent.
+
+        The state (B, C, *plane) of a convolution is returned as (B, *plane, C).
+        """
         by_name = (kwargs[name] for name in STATE_ARGUMENTS if name in kwargs)
         for value in (*args, *by_name, *kwargs.values()):
             if isinstance(value, Tensor) and value.is_floating_point():
-                return value
+                return channels_last(module, value)
         return None
 
     def block_output(self, module: nn.Module, output: Any) -> Tensor | None:
         """Return the state h_{l+1} in the return value of a point's `module`; None if it is absent."""
         if isinstance(output, Tensor):
-            return output
+            return channels_last(module, output)
         if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-            return output[0]
+            return channels_last(module, output[0])
         return None
 
     def with_block_output(self, module: nn.Module, output: Any, state: Tensor) -> Any:
@@ -244,11 +250,11 @@ class ArchitectureAdapter(ABC):
         Raises TypeError unless the output is a tensor, a tuple, a list or a named tuple.
         """
         if isinstance(output, Tensor):
-            return state
+            return as_given(module, output, state)
         if type(output) in (tuple, list):
-            return type(output)((state, *output[1:]))
+            return type(output)((as_given(module, output[0], state), *output[1:]))
         if isinstance(output, tuple) and hasattr(output, "_fields"):  # a named tuple
-            return type(output)(state, *output[1:])
+            return type(output)(as_given(module, output[0], state), *output[1:])
         raise TypeError(f"adapter {self.name}: cannot put a state back into {type(output).__name__}")
 
     def token_mask(

@@ -42,8 +42,20 @@ class BlockList:
 
     @property
     def is_planar(self) -> bool:
-        """True if a block convolves over a plane: its state has its width in dimension 1, and is not (..., T, D)."""
+        """True if a block convolves over a plane: such lists often hold blocks of several widths."""
         return any(isinstance(module, PLANAR) for _, block in self.blocks for module in block.modules())
+
+    def alike(self) -> list[BlockList]:
+        """Return the runs of at least two neighbours whose parameters have equal names and shapes."""
+        runs: list[BlockList] = []
+        first = 0
+        for _, group in groupby(self.blocks, key=lambda item: _shapes(item[1])):
+            run = tuple(group)
+            name = self.name if len(run) == len(self.blocks) else f"{self.name}[{first}:{first + len(run)}]"
+            if len(run) > 1:
+                runs.append(BlockList(name, run))
+            first += len(run)
+        return runs
 
     def stack(self, *, residual: bool) -> Stack:
         """Return these blocks as a candidate stack."""
@@ -108,6 +120,29 @@ def row_stacks(model: nn.Module) -> list[Stack]:
                     points.append(Point(row_name, called[-1], layer, called[0]))
             if len(points) == len(rows):
                 found.append(Stack(name, tuple(points)))
+    return found
+
+
+def first_layer_stacks(stacks: Sequence[Stack]) -> list[Stack]:
+    """Return for each stack that of the first layers of its blocks, whose inputs are the states.
+
+    It is for blocks that the model calls by other methods than `forward`, as `block.attend(x)`. The first layer is the
+    first normalisation among the children of a block, else its first child.
+    """
+    found = []
+    for stack in stacks:
+        children = [dict(point.module.named_children()) for point in stack.points]
+        blocks = BlockList(stack.name, tuple((point.name, point.module) for point in stack.points))
+        if len(children) < 2 or blocks.is_planar or any(point.entry is not point.module for point in stack.points):
+            continue
+        norms = (name for name, child in children[0].items() if "norm" in type(child).__name__.lower())
+        first = next(norms, next(iter(children[0]), None))
+        if first is not None and all(first in each and _is_called(each[first]) for each in children):
+            points = tuple(
+                Point(f"{point.name}.{first}", each[first], point.layer)
+                for point, each in zip(stack.points, children, strict=True)
+            )
+            found.append(Stack(f"{stack.name}.*.{first}", points, residual=False, form="entries"))
     return found
 
 
@@ -193,11 +228,11 @@ def survey(model: nn.Module) -> dict[str, str]:
     seen: dict[str, str] = {}
     for path, module in model.named_modules():
         for name, items in _sequences(path, module):
-            kinds = ", ".join(dict.fromkeys(_class_name(item) for _, item in items))
+            kinds = ", ".join(dict.fromkeys(class_name(item) for _, item in items))
             blocks = BlockList(name, tuple(item for item in items if _is_block(item[1])))
-            flaw = (
-                ": single layers, no blocks" if not blocks.blocks else ": convolve a plane" if blocks.is_planar else ""
-            )
+            flaw = "" if blocks.blocks else ": single layers, no blocks"
+            if blocks.is_planar and not blocks.alike():
+                flaw = ": convolve a plane, and no two neighbours are alike"
             seen[name or "the model itself"] = f"{len(items)} x {kinds}{flaw}"
     return seen
 
@@ -223,6 +258,10 @@ def _sequences(path: str, module: nn.Module) -> Iterator[tuple[str, Sequence[tup
             yield join(f"{prefix}*"), [(join(name), child) for _, name, child in items]
 
 
+def _shapes(block: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(each.shape)) for name, each in block.named_parameters())
+
+
 def _has_more(block: nn.Module, parts: Sequence[nn.Module]) -> bool:
     """Return True if `block` holds `parts`, and weight matrices outside of them."""
     inside = {module for part in parts for module in part.modules()}
@@ -241,10 +280,10 @@ def _is_block(module: nn.Module) -> bool:
     return len(weights) > 1 and not type(module).__module__.startswith("torch.nn.")
 
 
-def _class_name(module: nn.Module) -> str:
+def class_name(module: nn.Module) -> str:
     """Return the name of the user's class, inside any wrappers."""
     for attribute in WRAPPER_ATTRIBUTES:
         inner = getattr(module, attribute, None)
         if isinstance(inner, nn.Module) and len(module._modules) == 1:
-            return _class_name(inner)
+            return class_name(inner)
     return type(module).__name__

@@ -47,6 +47,7 @@ from koopmon.api import ArchitectureAdapter, Path, Point, Stack, StackForm, Stat
 from koopmon.block_finder import normalised
 from koopmon.lineage import Lineage, ValueLineage
 from koopmon.observed_states import describe, measure_update, observe
+from koopmon.planes import has_channels_first
 from koopmon.spectral import LARGEST_EXPONENT, stack_exponent
 from koopmon.state_position import SUM, argument_tensors, is_state, output_tensors, summed
 from koopmon.traversals import ADAPTERS, Call, Traversal, is_contiguous, only_skips, pairs, to_host, traverse
@@ -79,7 +80,9 @@ class _Trace:
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
         self.partly: set[int] = set()
-        """Layers on incomplete traversals, over all forwards."""
+        """Layers on incomplete traversals of a chain, over all forwards."""
+        self.partly_mixed: set[int] = set()
+        """The same of a model that mixes between its blocks."""
         self.reset()
 
     def reset(self) -> None:
@@ -148,7 +151,7 @@ class ChainVerifier:
         own = self.adapter.block_input(point.entry, args, kwargs)
         if len(trace.calls) >= MAX_CALLS:
             return
-        others = argument_tensors(args, kwargs) if self._may_look_elsewhere(point) else []
+        others = argument_tensors(args, kwargs) if self._may_look_elsewhere(point, own) else []
         if others and (both := summed(others, alone=True)) is not None:
             others.append((SUM, both))
         tensors = self._states(trace, point, own, others, "takes")
@@ -169,7 +172,7 @@ class ChainVerifier:
         call = trace.open.pop() if trace.open and trace.open[-1].layer == layer else None
         if call is None:
             return
-        others = output_tensors(output) if self._may_look_elsewhere(point) else []
+        others = output_tensors(output) if self._may_look_elsewhere(point, own) else []
         if (both := summed(others)) is not None:
             others.append((SUM, both))
         tensors = self._states(trace, point, own, others, "returns")
@@ -185,8 +188,10 @@ class ChainVerifier:
         for state in call.left.values():
             state.rows = None
 
-    def _may_look_elsewhere(self, point: Point) -> bool:
-        return not self.adapter.fixed_state and point.entry is point.module
+    def _may_look_elsewhere(self, point: Point, own: Tensor | None) -> bool:
+        # The other tensors of a convolution's call are read as they are, with the width last.
+        is_plane = own is not None and is_state(own) and has_channels_first(point.module, own.movedim(-1, 1))
+        return not self.adapter.fixed_state and point.entry is point.module and not is_plane
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -282,7 +287,10 @@ class ChainVerifier:
             if (trains[id(trace)], _in_gradients(trace)) == (trains[id(eligible[0])], _in_gradients(eligible[0]))
             and not _overlap(trace, eligible[0])
         )
-        return ChainResult(_unrolled(eligible[0]) if eligible else None, reasons)
+        # The first layers of blocks are candidates for blocks that are called by other methods.
+        hidden = {trace.stack.name for trace in self._traces.values() if trace.stack.form != "chain"}
+        shown = {name: reason for name, reason in reasons.items() if name not in hidden}
+        return ChainResult(_unrolled(eligible[0]) if eligible else None, shown)
 
     def _trains(self, trace: _Trace, trained: Collection[int]) -> bool:
         return bool(trained_layers(trace.stack, trained)) and _in_gradients(trace)
@@ -299,7 +307,9 @@ class ChainVerifier:
     @property
     def is_partial(self) -> bool:
         """True if the blocks that were called chain in some candidate, but not all of its blocks were called."""
-        return any(trace.kept is None and len(trace.partly) > 1 for trace in self._traces.values())
+        return any(
+            trace.kept is None and len(trace.partly or trace.partly_mixed) > 1 for trace in self._traces.values()
+        )
 
     def update_exponent(self, stack: Stack) -> float | None:
         """Return the exponent by which the updates of `stack` grow with the state.
@@ -329,13 +339,15 @@ class ChainVerifier:
         """Find the traversal of `trace`; return the reason if there is none that may be kept."""
         failure = self._no_chain(trace, skips)
         trace.lineage = Lineage()  # it holds parts of the graph
-        return failure if failure is None or trace.partly else self._no_mixing(trace, failure)
+        if trace.stack.form != "chain" and failure is None:
+            trace.kept, failure = None, f"its blocks are read in the form {trace.stack.form!r} alone"
+        return failure if failure is None or trace.partly else self._no_mixing(trace, failure, skips)
 
-    def _no_mixing(self, trace: _Trace, failure: str) -> str | None:
+    def _no_mixing(self, trace: _Trace, failure: str, skips: bool) -> str | None:
         """Find the traversal of a model that mixes between its blocks; return `failure` if there is none."""
         calls = [call for call in trace.calls if call.ended is not None]
         num_blocks = len(trace.stack.points)
-        forms: tuple[StackForm, ...] = ("pairs", "entries")
+        forms: tuple[StackForm, ...] = ("pairs", "entries") if trace.stack.form == "chain" else (trace.stack.form,)
         for form in forms:
             positions = pairs(calls) if form == "pairs" else [(path, path) for path in _entries(calls)]
             found = [traverse(calls, pair, form) for pair in positions]
@@ -343,7 +355,7 @@ class ChainVerifier:
                 each
                 for each in found
                 if each is not None
-                and each.num_blocks == num_blocks
+                and (each.num_blocks == num_blocks or self._is_enough(trace, calls, each, skips))
                 and len(each.measured) > 1
                 # Projections that begin at zero make each block an identity in the first forward.
                 and (each.changes or (form == "pairs" and each.pair == (ADAPTERS, ADAPTERS)))
@@ -358,6 +370,13 @@ class ChainVerifier:
                 return None
             failure = why
         return failure
+
+    def _is_enough(self, trace: _Trace, calls: list[Call], part: Traversal, skips: bool) -> bool:
+        """Return True if `part`, which skips blocks, and those of earlier forwards show all blocks."""
+        if part.form != "pairs" or len(part.calls) < max(2, len(calls)):
+            return False
+        trace.partly_mixed |= {call.layer for call in part.calls}
+        return _shows_enough(trace.partly_mixed, len(trace.stack.points), skips)
 
     def _no_chain(self, trace: _Trace, skips: bool) -> str | None:
         """Find the traversal of a chain; return the reason if there is none that may be kept."""
@@ -390,8 +409,7 @@ class ChainVerifier:
             if not only_skips(calls, best):
                 return self._reason(trace, calls)
             trace.partly |= {call.layer for call in best.calls}
-            enough = len(trace.partly) >= max(2, math.ceil(MIN_SHARE_CALLED * num_blocks))
-            if len(trace.partly) < num_blocks and not (skips and enough):
+            if not _shows_enough(trace.partly, num_blocks, skips):
                 return self._reason(trace, calls)
         known = trace.stack.residual and best.pair == (ADAPTERS, ADAPTERS)
         failure = None if known else _not_carried(best)
@@ -429,12 +447,17 @@ class ChainVerifier:
         first = trace.point(0).module
         for other in self._traces.values():
             alone = len(other.stack.points) == 1 and other.kept is None
-            if other is trace or not other.calls or other.changes_shape or alone:
+            if other is trace or not other.calls or (trace.stack.form == "chain" and (other.changes_shape or alone)):
                 continue
             for point in other.stack.points:
                 if point.module is not first and any(module is first for module in point.module.modules()):
                     return other.stack
         return None
+
+
+def _shows_enough(layers: set[int], num_blocks: int, skips: bool) -> bool:
+    """Return True for all blocks, or with `skips` for most of them."""
+    return len(layers) == num_blocks or (skips and len(layers) >= max(2, math.ceil(MIN_SHARE_CALLED * num_blocks)))
 
 
 def _overlap(one: _Trace, other: _Trace) -> bool:

@@ -15,7 +15,7 @@ import pluggy
 from torch import nn
 
 from koopmon.api import ArchitectureAdapter, ExampleModel, Stack
-from koopmon.block_finder import canonical_name, container_stack, survey
+from koopmon.block_finder import canonical_name, container_stack, first_layer_stacks, survey
 from koopmon.errors import AdapterError, DiscoveryError, PluginError, one_line
 from koopmon.guarded_adapter import GuardedAdapter, check_adapter, original, source
 from koopmon.plugin_calls import WrongResultError, describe_failure, say_once
@@ -155,6 +155,8 @@ def _selection(
     candidates = tuple(chosen.stacks(model))
     if stack is not None:
         candidates = (_named_stack(model, candidates, stack),)
+    elif not chosen.fixed_state:
+        candidates += tuple(first_layer_stacks(candidates))
     if not candidates:
         raise DiscoveryError(f"adapter {chosen.name!r} finds no stack of blocks in {_seen(model)}")
     others = [known[name] for name, claim in claims.items() if claim >= FAMILY and name != chosen.name]

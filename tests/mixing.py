@@ -30,12 +30,16 @@ class Mixing(nn.Module):
         self.extra = extra()
         self.scales = nn.Parameter(torch.linspace(0.5, 1.5, 2 * L))
         self.run, self.states = run, []
+        self.skipped: set[int] = set()
+        """Layers that the next forwards leave out, as LayerDrop does."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         self.states: list[Tensor] = []
         return self.run(self, self.embedding(tokens) * 1.0).square().mean()
 
     def call(self, layer: int, h: Tensor, how: Callable[..., Any] = lambda block, h: block(h)) -> Tensor:
+        if layer in self.skipped:
+            return h
         self.states.append(h.detach().clone())
         h = how(self.blocks[layer], h)
         self.states.append(h.detach().clone())
@@ -208,12 +212,6 @@ def backwards(model: Mixing, h: Tensor) -> Tensor:
     return h
 
 
-def one_is_left_out(model: Mixing, h: Tensor) -> Tensor:
-    for layer in range(L - 1):
-        h = 0.9 * model.call(layer, h)
-    return h
-
-
 def halved(model: Mixing, h: Tensor) -> Tensor:
     for layer in range(L):
         h = model.call(layer, h if layer != L // 2 else h[:, ::2])
@@ -233,7 +231,6 @@ NO_STACKS: dict[str, tuple[Run, Callable[..., Any], str]] = {
     "plain layers": (plain_layers, Branch, "do not carry their input forward"),
     "two towers": (two_towers, Block, "the output of blocks.0 is not the input of blocks.1"),
     "backwards": (backwards, Block, "blocks.5 was called out of turn"),
-    "one is left out": (one_is_left_out, Block, "the output of blocks.0 is not the input of blocks.1"),
     "halved": (halved, Block, "blocks.3 takes shape"),
     "detached": (detached, Block, "the output of blocks.0 is not the input of blocks.1"),
 }

@@ -34,7 +34,8 @@ ROOMS = {
     "telemetry": "errors numbers config spectral risk wire",
     "offline": "errors config spectral risk policy history",
     "views": "errors config spectral risk policy wire history telemetry",
-    "api": "errors",
+    "planes": "",
+    "api": "errors planes",
     "hookspecs": "errors api",
     "block_finder": "errors api",
     "state_position": "api",
@@ -42,7 +43,7 @@ ROOMS = {
     "traversals": "api observed_states state_position",
     "lineage": "",
     "walk": "api",
-    "chain_verifier": "errors api block_finder state_position spectral observed_states lineage traversals",
+    "chain_verifier": "errors api block_finder planes state_position spectral observed_states lineage traversals",
     "token_sampling": "errors",
     "observables": "errors numbers api",
     "process_state": "errors",
@@ -56,7 +57,7 @@ ROOMS = {
         "spectral"
     ),
     "agent": (
-        "errors logs run_names config spectral wire api hookspecs block_finder state_position chain_verifier "
+        "errors logs run_names config spectral wire api hookspecs block_finder planes state_position chain_verifier "
         "walk token_sampling observables plugins discovery process_state files"
     ),
     "conformance": "errors config spectral wire api chain_verifier token_sampling observables plugins discovery agent",

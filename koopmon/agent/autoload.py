@@ -3,13 +3,15 @@
 `_autoload/sitecustomize.py` calls `arm` when Python starts. A finder waits for `torch.optim.optimizer`, so that only
 the script imports torch. It then wraps `Optimizer.__init__`. When the script makes an optimizer, the one root module
 that owns its parameters is looked up among the live objects. `koopmon.attach` follows, before the first forward and on
-every rank alike. Further optimizers of that model join. A model that trains beside the first one is a run of its own. A
-later model is followed once the first one no longer trains. Every failure becomes one log line, and training goes on.
+every rank alike. Further optimizers of that model join. A model that trains beside the first one is a run of its own.
+An optimizer that is made after another model has trained begins a further training: its model is followed at once, and
+in the run of the earlier model if that has the same class. Every failure becomes one log line, and training goes on.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import logging
@@ -18,11 +20,12 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from koopmon.errors import raise_from_signal
 from koopmon.logs import log_for_job
@@ -40,7 +43,7 @@ LAUNCHERS = frozenset({"torchrun", "torch.distributed.run", "torch.distributed.l
 MAX_MODELS = 4
 """Models of one process that are watched at a time."""
 IDLE_STEPS = 10
-"""Steps of another model's optimizer, without one of the attached model, after which the other model is followed."""
+"""First steps of an optimizer after which attached models that made no step meanwhile are let go."""
 _log = logging.getLogger("koopmon.agent")
 
 
@@ -95,6 +98,7 @@ def arm() -> bool:
     if not should_attach(os.environ, sys.orig_argv, os.getpid()):
         return False
     watch = _Watch()
+    _log.addFilter(watch.is_news)
     os.register_at_fork(after_in_child=watch.on_fork)
     if _TARGET in sys.modules:
         watch.wrap(sys.modules[_TARGET])
@@ -103,16 +107,27 @@ def arm() -> bool:
     return True
 
 
-class _Attached(NamedTuple):
-    """One model that trains, its agent and its optimizers."""
+@dataclass(slots=True, eq=False)
+class _Attached:
+    """One model, of the class `kind`, with its agent, its optimizers and the name of its run."""
 
     agent: _Agent
+    kind: str
+    run: str | None
     model: Callable[[], nn.Module | None]
     optimizers: weakref.WeakSet[Optimizer]
 
     @property
     def is_dead(self) -> bool:
         return self.model() is None or not self.optimizers
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.agent.status().get("enabled", True))
+
+    @property
+    def num_steps(self) -> int:
+        return int(self.agent.status().get("step", 0))
 
     def parameters(self) -> frozenset[int]:
         model = self.model()
@@ -128,8 +143,10 @@ class _Watch:
         self._attached: list[_Attached] = []
         """The models that train, in the order of their attachment."""
         self._waiting: weakref.WeakKeyDictionary[Optimizer, Callable[[Optimizer], None]] = weakref.WeakKeyDictionary()
-        """Optimizers of no attached model, each with the function to call after its step."""
+        """Optimizers whose steps decide on an attachment, each with the function to call after its step."""
         self._follows_steps = False
+        self._free_runs: list[tuple[str, str]] = []
+        """Names of runs of models that were let go, each behind the class of its models, "" for any class."""
         self._num_named: Counter[str] = Counter()
         """Further models that were named, by their class."""
         self._logged: set[str] = set()
@@ -190,21 +207,37 @@ class _Watch:
             self._busy = False
 
     def _attach(self, optimizer: Optimizer) -> None:
-        for each in [each for each in self._attached if each.is_dead]:
-            self._let_go(each)
+        self._let_go_of_dead()
         parameters = _parameters(optimizer)
         owner = next((each for each in self._attached if parameters & each.parameters()), None)
-        if not self._attached:
-            try:
-                self._attach_to(root_module(optimizer), optimizer)
-            except RootNotFoundError:
-                self._wait_for_steps(optimizer)  # its model may be built later, and many optimizers never step
-        elif owner is None or (model := owner.model()) is None:
+        if owner is None or (model := owner.model()) is None:
+            present = [each for each in self._attached if each.is_on]
+            # Optimizers that are made before any training may belong to models that train in turn, or never.
+            if not present or any(each.num_steps for each in present):
+                # Without a root the model may be built later, and many optimizers never step.
+                with contextlib.suppress(RootNotFoundError):
+                    self._follow(root_module(optimizer), optimizer, replaces=True)
+                    if not present:
+                        return
             self._wait_for_steps(optimizer)
-        elif owner.agent.status().get("step", 0) or _owns(model, parameters):
+        elif owner.num_steps or _owns(model, parameters):
             self._join(owner, model, optimizer)
         else:
             self._regroup(root_module(optimizer), optimizer)
+
+    def _follow(self, root: nn.Module, optimizer: Optimizer, *, replaces: bool = False) -> None:
+        """Attach to `root`. If it `replaces`, the first model of its class that has trained is let go before."""
+        if any(_contains(root, each.model()) for each in self._attached):
+            self._regroup(root, optimizer)
+            return
+        kind = _kind(root)
+        before = next((each for each in self._attached if each.kind == kind and each.num_steps), None)
+        if replaces and before is not None:
+            self._let_go(before)
+        if sum(each.is_on for each in self._attached) < MAX_MODELS:
+            self._attach_to(root, optimizer)
+        else:
+            self._log(f"more than {MAX_MODELS} models train in this process: {_model_of(optimizer)} is not watched")
 
     def _attach_to(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Attach to a model that is attached already, or to a further one, whose run has its class in its name."""
@@ -214,14 +247,16 @@ class _Watch:
         if owner is not None:
             self._join(owner, model, optimizer)
             return
-        run = os.environ.get("KOOPMON_RUN")
-        if not self._attached or not run:
-            agent = attach(model, optimizer)
-        else:
-            name = self._run_beside(run, type(model).__name__)
-            agent = attach(model, optimizer, run=name)
-            self._log(f"a further model trains: {type(model).__name__} is run {name}", level=logging.INFO)
-        self._attached.append(_Attached(agent, weakref.ref(model), weakref.WeakSet([optimizer])))
+        job, kind = os.environ.get("KOOPMON_RUN"), _kind(model)
+        run = self._run_of(job, kind) if job else None
+        agent = attach(model, optimizer) if run == job else attach(model, optimizer, run=run)
+        attached = _Attached(agent, kind, run, weakref.ref(model), weakref.WeakSet([optimizer]))
+        if not attached.is_on:
+            self._free_run(attached)
+            attached.run = None
+        elif self._attached and run != job:
+            self._log(f"a further model trains: {kind} is run {run}", level=logging.INFO)
+        self._attached.append(attached)
         os.environ[_MARK] = str(os.getpid())
         atexit.register(agent.close)
 
@@ -231,68 +266,104 @@ class _Watch:
         attach(model, optimizer)
         owner.optimizers.add(optimizer)
 
-    def _run_beside(self, run: str, kind: str) -> str:
+    def _run_of(self, job: str, kind: str) -> str:
+        """Return the name of a run for a model of the class `kind`: equal on all ranks, whenever they free a model."""
         from koopmon.run_names import stack_run_name
 
+        free = next((each for each in self._free_runs if each[0] in (kind, "")), None)
+        if free is not None:
+            self._free_runs.remove(free)
+            return free[1]
+        self._num_named[""] += 1
+        if self._num_named[""] == 1:
+            return job
         self._num_named[kind] += 1
         count = self._num_named[kind]
-        return stack_run_name(run, kind if count == 1 else f"{kind}{count}")
+        return stack_run_name(job, kind if count == 1 else f"{kind}{count}")
 
     def _let_go(self, attached: _Attached) -> None:
-        """Close the agent of a model that no longer trains."""
+        """Close the agent of a model that does not train now. If it trains again later, it is attached again."""
         self._attached.remove(attached)
         atexit.unregister(attached.agent.close)
+        may_return = attached.is_on and attached.model() is not None
+        self._free_run(attached)
         attached.agent.close()
+        for optimizer in attached.optimizers if may_return else ():
+            self._wait_for_return(optimizer)
+
+    def _free_run(self, attached: _Attached) -> None:
+        """Keep the name of a run for the next model of the class; the job's own name, if nothing trained, for any."""
+        if attached.run is not None:
+            is_unused = attached.run == os.environ.get("KOOPMON_RUN") and not attached.num_steps
+            self._free_runs.append(("" if is_unused else attached.kind, attached.run))
+
+    def _let_go_of_dead(self) -> None:
+        for each in [each for each in self._attached if each.is_dead]:
+            self._let_go(each)
 
     def _regroup(self, root: nn.Module, optimizer: Optimizer) -> None:
         """Attach to `root`, which holds attached models and that of `optimizer`."""
-        inside = {id(module) for module in root.modules()}
-        parts = [each for each in self._attached if id(each.model()) in inside]
+        parts = [each for each in self._attached if _contains(root, each.model())]
         optimizers = [member for each in parts for member in each.optimizers]
         for each in parts:
             self._let_go(each)
         for member in (*optimizers, optimizer):
+            self._waiting.pop(member, None)
             self._attach_to(root, member)
 
     def _wait_for_steps(self, optimizer: Optimizer) -> None:
-        """Attach to `optimizer` as soon as it steps.
+        """Attach to `optimizer` once it trains, and let go of models that do not train any more.
 
-        If an attached model trains beside it, both are watched. One that does not step any more is let go.
+        If no attached model has trained, it is unknown which one does. `optimizer` then waits for a step of another one
+        or for several of its own.
         """
-        steps: dict[int, int] = {}
-        """Steps of each attached model at the first step of `optimizer`, by the id of its agent."""
+        steps: dict[_Attached, int] = {}
+        """Steps of each attached model at the first step of `optimizer`."""
         num_steps = 0
 
         def after_step(stepping: Optimizer) -> None:
             nonlocal num_steps
             num_steps += 1
-            now = {id(each.agent): each.agent.status().get("step", 0) for each in self._attached if not each.is_dead}
+            self._let_go_of_dead()
             if num_steps == 1:
-                steps.update(now)
+                steps.update({each: each.num_steps for each in self._attached})
+            is_last = num_steps >= IDLE_STEPS
+            if is_last:
+                self._waiting.pop(stepping, None)
+            own = next((each for each in self._attached if stepping in each.optimizers), None)
+            idle = [each for each in self._attached if each is not own and steps.get(each) == each.num_steps]
+            begins = is_last or all(not each.is_on or each.num_steps for each in self._attached)
+            if own is None and (num_steps == 1 or begins):
                 try:
                     root = root_module(stepping)
                 except RootNotFoundError:  # it updates single parameters beside the model
-                    if now:
-                        self._waiting.pop(stepping, None)
+                    self._waiting.pop(stepping, None)
+                    if any(each.is_on for each in self._attached):
                         return
-                else:
-                    inside = {id(module) for module in root.modules()}
-                    if any(id(each.model()) in inside for each in self._attached):
-                        self._waiting.pop(stepping, None)
-                        self._regroup(root, stepping)
-                        return
-            training = {key for key, step in now.items() if step != steps.get(key, step)}
-            if now and not training and num_steps < IDLE_STEPS:
-                return
-            self._waiting.pop(stepping, None)
-            root = root_module(stepping)
-            for each in list(self._attached):
-                if each.is_dead or (num_steps >= IDLE_STEPS and id(each.agent) not in training):
+                    raise
+                for each in idle if is_last else ():
                     self._let_go(each)
-            if len(self._attached) < MAX_MODELS:
-                self._attach_to(root, stepping)
+                if begins or any(_contains(root, each.model()) for each in self._attached):
+                    self._follow(root, stepping)
+            elif own is not None and is_last and own.is_on:
+                for each in idle:
+                    self._let_go(each)
+
+        self._waiting[optimizer] = after_step
+        self._follow_steps()
+
+    def _wait_for_return(self, optimizer: Optimizer) -> None:
+        """Attach to the model of `optimizer` again at its next step."""
+
+        def after_step(stepping: Optimizer) -> None:
+            self._waiting.pop(stepping, None)
+            self._let_go_of_dead()
+            parameters = _parameters(stepping)
+            owner = next((each for each in self._attached if parameters & each.parameters()), None)
+            if owner is not None and (model := owner.model()) is not None:
+                self._join(owner, model, stepping)
             else:
-                self._log(f"more than {MAX_MODELS} models train in this process: {_model_of(stepping)} is not watched")
+                self._follow(root_module(stepping), stepping)
 
         self._waiting[optimizer] = after_step
         self._follow_steps()
@@ -315,10 +386,26 @@ class _Watch:
         register_optimizer_step_post_hook(hook)
         self._follows_steps = True
 
+    def is_news(self, record: logging.LogRecord) -> bool:
+        """Return False for a refusal that was logged before: a loop may make a model in each evaluation."""
+        text = record.getMessage()
+        if "not attached" not in text:
+            return True
+        is_news = text not in self._logged
+        self._logged.add(text)
+        return is_news
+
     def _log(self, text: str, level: int = logging.WARNING) -> None:
         if text not in self._logged:
             self._logged.add(text)
             log_for_job(_log, text, level=level)
+
+
+def _kind(model: nn.Module) -> str:
+    """Return the class of `model`, inside any wrappers."""
+    from koopmon.block_finder import class_name
+
+    return class_name(model)
 
 
 def _parameters(optimizer: Optimizer) -> frozenset[int]:
@@ -369,6 +456,10 @@ def _owns(module: nn.Module, parameters: frozenset[int]) -> bool:
     except BaseException as error:  # another part of the process may be building this module
         raise_from_signal(error)
         return False
+
+
+def _contains(root: nn.Module, model: nn.Module | None) -> bool:
+    return any(module is model for module in root.modules())
 
 
 def _outermost(modules: list[nn.Module]) -> list[nn.Module]:

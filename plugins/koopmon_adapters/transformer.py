@@ -75,7 +75,9 @@ class TransformerAdapter(ArchitectureAdapter):
         lists = [blocks for blocks in lists if blocks.name.partition("[")[0] not in names]
         found += rows
         found += [blocks.stack(residual=True) for blocks in _attentive(lists)]
-        found = found or [blocks.stack(residual=False) for blocks in lists if not blocks.is_planar]
+        if not found:
+            runs = [run for blocks in lists for run in (blocks.alike() if blocks.is_planar else [blocks])]
+            found = [run.stack(residual=False) for run in runs]
         found.reverse()  # of equal lengths the later one first, because the decoder follows the encoder
         return sorted(found, key=lambda stack: len(stack.points), reverse=True)
 

@@ -33,21 +33,26 @@ ENDPOINT = {"KOOPMON_ENDPOINT": "ipc:///nowhere/control", "KOOPMON_RUN": "autolo
 
 # It replaces a user's sitecustomize, and koopmon.attach by a recorder.
 THEIRS = """
-import json, os, sys
+import json, logging, os, sys, weakref
 assert "torch" not in sys.modules
 import koopmon
 
 class Agent:
     step = 0
     def __init__(self, model):
-        self.model = model
+        self.model, self.number, self.enabled = weakref.ref(model), len(ever), not is_refused(model)
+        ever.append(self.number)
     def close(self):
-        note("close")
-        agents.remove(self)
+        if self in agents:
+            note("close", steps=self.step, agent=self.number)
+            agents.remove(self)
     def status(self):
-        return {"step": self.step}
+        return {"enabled": self.enabled, "step": self.step}
 
-agents = []
+agents, ever = [], []
+
+def is_refused(model):
+    return type(model).__name__ == os.environ.get("REFUSE")
 
 def note(what, **more):
     with open(os.environ["NOTES"], "a") as notes:
@@ -57,7 +62,10 @@ def note(what, **more):
 def attach(model, optimizer, run=None):
     if os.environ.get("FAIL"):
         raise RuntimeError("no residual chain")
-    joined = [agent for agent in agents if agent.model is model]
+    joined = [agent for agent in agents if agent.model() is model]
+    if is_refused(model):
+        logging.getLogger("koopmon.agent").warning("not attached: no chain in %s", type(model).__name__)
+        return Agent(model)
     note("join" if joined else "attach", model=type(model).__name__, optimizer=type(optimizer).__name__, run=run)
     agent = joined[0] if joined else Agent(model)
     def count(*_):
@@ -253,24 +261,118 @@ def test_an_optimizer_per_parameter_and_one_of_a_single_number_beside_the_model(
     assert [what for what, *_ in found] == ["attach", "join", "join", "join", "close"]
 
 
+SECOND = """
+import torch
+from torch import nn
+
+class Net(nn.Sequential):
+    pass
+
+class Wide(nn.Sequential):
+    pass
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+def made(kind=Net, wrapped=False):
+    model = kind(nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return (Wrapper(model) if wrapped else model), optimizer
+
+def train(pair, steps=20):
+    for _ in range(steps):
+        pair[1].step()
+
+def fit(*args):
+    model, optimizer = made(*args)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)  # a cycle of references
+    train((model, optimizer))
+"""
+
+
+def runs(bench: Bench, body: str) -> list[tuple[str, str | None, int]]:
+    """Run a script of several trainings; the model, the run and the number of its steps, by agent."""
+    done = bench.run(SECOND + textwrap.dedent(body))
+    assert (done.returncode, done.stderr) == (0, "")
+    notes = [note for note in bench.notes() if note["what"] != "join"]
+    opened = [(note["model"], note["run"]) for note in notes if note["what"] == "attach"]
+    steps = {note["agent"]: note["steps"] for note in notes if note["what"] == "close"}
+    return [(*pair, steps[index]) for index, pair in enumerate(opened)]
+
+
 @pytest.mark.process
-@pytest.mark.parametrize("dies", [True, False])
-def test_the_next_model_of_a_sweep_is_followed(bench: Bench, dies: bool) -> None:
-    body = f"""
-    kept = []
-    for make in (nn.Sequential, nn.ModuleList):
-        model = make([nn.Linear(3, 1)]) if make is nn.ModuleList else make(nn.Linear(3, 1))
-        optimizer = SGD(model.parameters(), lr=0.1)
-        train(optimizer, 20)
-        if not {dies}:
-            kept.append((model, optimizer))
+@pytest.mark.parametrize(
+    "body",
+    [
+        "for _ in range(3):\n    model, optimizer = made()\n    train((model, optimizer))",
+        "kept = []\nfor _ in range(3):\n    kept.append(made())\n    train(kept[-1])",
+        "for _ in range(3):\n    fit()",
+        "class Trainer:\n    def __init__(self):\n        self.me, self.pair = self, made()\n"
+        "for _ in range(3):\n    trainer = Trainer(); train(trainer.pair)",
+        "import gc; gc.disable()\nfor _ in range(3):\n    fit()",
+    ],
+    ids=["loop", "kept", "function", "cycle", "no collection"],
+)
+def test_the_next_training_of_a_process_is_followed_from_its_first_step(bench: Bench, body: str) -> None:
+    assert runs(bench, body) == [("Net", None, 20)] * 3
+
+
+@pytest.mark.process
+def test_a_wrapper_does_not_change_the_class_of_a_model(bench: Bench) -> None:
+    body = """
+    def wrapped():
+        model = Wrapper(Net(nn.Linear(3, 1)))
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+    kept = [wrapped()]
+    train(kept[0])
+    train(made())
     """
-    assert attached(bench, body) == [
-        ("attach", "Sequential", "SGD"),
-        ("close", None, None),
-        ("attach", "ModuleList", "SGD"),
-        ("close", None, None),
-    ]
+    assert runs(bench, body) == [("Wrapper", None, 20), ("Net", None, 20)]
+
+
+@pytest.mark.process
+def test_trainings_of_other_classes_have_runs_of_their_own(bench: Bench) -> None:
+    body = "kept = []\nfor kind in (Net, Wide, Net, Wide):\n    kept.append(made(kind)); train(kept[-1])"
+    wide = "autoload-test.Wide"
+    assert runs(bench, body) == [("Net", None, 20), ("Wide", wide, 20)] * 2
+
+
+@pytest.mark.process
+def test_models_that_were_made_before_and_train_one_after_the_other(bench: Bench) -> None:
+    body = "members = [made() for _ in range(3)]\nfor each in members:\n    train(each)"
+    assert [steps for *_, steps in runs(bench, body)] == [20, 19, 19], "followed after their first step"
+
+
+@pytest.mark.process
+def test_a_model_that_trains_again_is_attached_again(bench: Bench) -> None:
+    body = """
+    first, second = made(), made(Wide)
+    for _ in range(2):
+        train(first)
+        train(second)
+    """
+    assert runs(bench, body)[:3] == [("Net", None, 20), ("Wide", "autoload-test.Wide", 39), ("Net", None, 19)]
+
+
+@pytest.mark.process
+def test_a_probe_without_a_chain_leaves_the_training_attached(bench: Bench) -> None:
+    done = bench.run(
+        SECOND
+        + """
+pair = made()
+for _ in range(4):
+    train(pair)
+    train(made(Wide))
+print("done")
+""",
+        REFUSE="Wide",
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n")
+    assert done.stderr.count("not attached") == 1, "one line for all four"
+    assert [note["what"] for note in bench.notes()] == ["attach", "close"]
+    assert bench.notes()[-1]["steps"] == 80
 
 
 @pytest.mark.process
@@ -359,7 +461,7 @@ for step in range(5):
 
 
 @pytest.mark.process
-def test_a_model_that_stops_is_let_go_when_another_one_starts(bench: Bench) -> None:
+def test_the_next_model_of_a_class_replaces_the_first_one(bench: Bench) -> None:
     bench.run(
         GAN
         + """
@@ -377,8 +479,9 @@ for step in range(30):
     assert [(note["what"], note.get("model")) for note in bench.notes()][:3] == [
         ("attach", "Generator"),
         ("attach", "Critic"),
-        ("attach", "Generator"),
+        ("close", None),
     ]
+    assert [note["run"] for note in bench.notes() if note.get("model") == "Generator"] == [None, None]
 
 
 @pytest.mark.distributed

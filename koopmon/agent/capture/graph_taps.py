@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Path, Stack
 from koopmon.chain_verifier import MIN_SHARE_CALLED, ChainVerifier
+from koopmon.planes import is_plane
 from koopmon.state_position import block_input, block_output, is_state
 from koopmon.token_sampling import order_rows
 
@@ -94,6 +95,10 @@ class BlockTap:
 
         if type(value) is not Tensor or not value.is_floating_point() or value.dim() < 2:
             return
+        last = int(value.shape[-1]) if has_static_value(value.shape[-1]) else -1
+        channels = int(value.shape[1]) if value.dim() > 2 and has_static_value(value.shape[1]) else -1
+        if self._is_plane(enters, value.dim(), channels, last):
+            value = value.movedim(1, -1)
         if not has_static_value(value.shape[-1]):
             return
         for size in value.shape[:-1]:
@@ -111,16 +116,31 @@ class BlockTap:
             logger.debug("koopmon: taps in a graph", exc_info=error)
             return ""
 
+    def _is_plane(self, *state: Any) -> bool:
+        """Return True if the state at a border of a block has its width in dimension 1."""
+        try:
+            return self._taps.is_plane(*state)
+        except Exception as error:
+            logger.debug("koopmon: taps in a graph", exc_info=error)
+            return False
+
     # What torch.compiler.assume_constant_result does. That function imports the compiler into every training.
     _reserve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _is_plane._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _copy(state: Tensor, picks: Tensor, buffer: Tensor, taken: Tensor) -> None:
     """Copy tokens of `state` into `buffer`, if it waits for them. Few operations, because all are compiled."""
-    tokens = state.reshape(-1, state.shape[-1])
+    num_tokens = 1
+    for size in state.shape[:-1]:
+        num_tokens = num_tokens * size
+    rows, index = picks % num_tokens, []
+    for size in reversed(state.shape[:-1]):  # not flattened: that would copy the whole state of a convolution
+        index.append(rows % size)
+        rows = rows // size
     waits = taken < 0
-    buffer.copy_(torch.where(waits, tokens[picks % tokens.shape[0]], buffer))
-    taken.add_(waits * (tokens.shape[0] + 1))
+    buffer.copy_(torch.where(waits, state[tuple(reversed(index))], buffer))
+    taken.add_(waits * (num_tokens + 1))
 
 
 class GraphTaps:
@@ -144,6 +164,11 @@ class GraphTaps:
     def traced(self) -> bool:
         """True if a graph holds the taps of at least one block."""
         return bool(self._slots)
+
+    def is_plane(self, enters: bool, num_dims: int, channels: int, last: int) -> bool:
+        """Return True if the state that enters, or leaves, the blocks has its width in dimension 1."""
+        point = self.stack.points[0]
+        return is_plane(point.entry if enters else point.module, num_dims, channels, last)
 
     def reserve(
         self, enters: bool, key: Any, container: type | None, width: int, dtype: torch.dtype, device: torch.device

@@ -415,6 +415,11 @@ class ResidualTaps:
                 "its blocks now run in a graph without taps, as after a second model of its class was compiled;"
                 " compile the blocks one by one, block = torch.compile(block)"
             )
+        if self.num_forwards and self.stack is None:
+            return (
+                "its blocks are not called: calls block(x) have hooks, and other methods have none; call the blocks, or"
+                f" {HOW_TO_NAME}"
+            )
         return (
             "taps did not fire: attach to the module that the loop calls, after any block has been replaced"
             f" (`koopmon run` attaches when the optimizer is made); {INSIDE_A_GRAPH}"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from koopmon.agent.capture.graph_taps import supported
 from tests.agent.models import B, D, L, Model, T, batch, build, checkpointed, checkpointed_reentrant, loss_of
 from tests.agent.scripted_monitor import ScriptedMonitor
+from tests.convolutional import WATCHED
 
 pytestmark = [
     pytest.mark.skipif(not supported(), reason="the compiler of this torch gets no taps"),
@@ -134,6 +135,11 @@ def tuples() -> nn.Module:
     return Tuples()
 
 
+def convolutions(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return WATCHED[name]()
+
+
 def family(name: str) -> nn.Module:
     """Build a tiny language model of transformers; its output is the logits."""
     transformers = pytest.importorskip("transformers")
@@ -177,6 +183,8 @@ def lengths(step: int) -> Tensor:
         pytest.param(lambda: build(dtype=torch.bfloat16), whole("aot_eager"), batch, id="bfloat16"),
         pytest.param(encoder, whole("aot_eager"), batch, id="TransformerEncoder"),
         pytest.param(tuples, whole(fullgraph=True), batch, id="tuples and names"),
+        pytest.param(lambda: convolutions("ResNet"), whole("aot_eager", fullgraph=True), batch, id="ResNet"),
+        pytest.param(lambda: convolutions("ConvNeXt"), whole(), batch, id="ConvNeXt"),
         pytest.param(lambda: family("GPT2"), whole(), batch, id="GPT2"),
         pytest.param(lambda: family("Llama"), whole(), batch, id="Llama"),
     ],

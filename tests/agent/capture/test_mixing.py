@@ -135,6 +135,40 @@ def test_a_snapshot_of_branches_holds_the_input_of_each(case: str, monitor: Scri
         assert (header.paired, header.num_points) == (False, L)
 
 
+@pytest.mark.parametrize("never", [set(), {L - 1}], ids=["at random", "one never"])
+@pytest.mark.parametrize("case", MODELS)
+def test_a_block_that_is_skipped_in_a_model_that_mixes(
+    case: str, never: set[int], monitor: ScriptedMonitor, agents: Attach
+) -> None:
+    torch.manual_seed(0)
+    model = Mixing(*MODELS[case])
+    bare = copy.deepcopy(model)
+    optimizer, bare_optimizer = (torch.optim.SGD(each.parameters(), lr=0.001) for each in (model, bare))
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
+    monitor.wait(lambda: agent.status()["connected"])
+    arrived, expected = paced(agent, monitor), {}
+    for step in range(16):
+        skipped = {layer for layer in range(L) if (layer * 7 + step * 5) % 11 < 2} | never
+        model.skipped = bare.skipped = skipped
+        assert train_step(model, optimizer, model, step) == train_step(bare, bare_optimizer, bare, step)
+        states, full = list(bare.states), []
+        for layer in range(L):
+            if layer not in skipped:
+                full += [states.pop(0), states.pop(0)]
+            else:  # an identity: the state that enters the next block, or leaves the last one
+                full += [states[0] if states else full[-1]] * 2
+        expected[step] = full
+        arrived()
+    status = agent.status()
+    assert (status["reason"], status["errors"], status["num_layers"]) == ("", 0, L)
+    assert len(monitor.shards) >= 3
+    for header, sent in monitor.shards:
+        full = expected[header.step]
+        rows = choose_rows(full[0].shape[:-1].numel(), 20, seed=0, step=header.step)
+        assert torch.equal(sent, torch.stack([state.reshape(-1, D)[rows] for state in full]))
+        assert (header.paired, header.num_points) == (True, 2 * L)
+
+
 @pytest.mark.parametrize("case", NO_STACKS)
 def test_what_is_no_stack_is_refused(
     case: str, monitor: ScriptedMonitor, agents: Attach, caplog: pytest.LogCaptureFixture
