@@ -107,7 +107,7 @@ class ScriptedMonitor:
 
     def _take(self, control: ControlServer, peer: bytes, frames: list[memoryview]) -> None:
         message = decode_for_monitor(frames, limits=LIMITS)
-        name = {"run": message.run, "incarnation": message.incarnation}
+        name: dict[str, Any] = {"run": message.run, "incarnation": message.incarnation}
         answer: MonitorMessage | None = None
         if isinstance(message, Hello):
             self._peers[message.process_rank] = peer

@@ -80,7 +80,7 @@ def test_neither_the_order_of_samples_nor_the_origin_matters(seed: int, width: i
     moved = profile_transition(x[order] + 7.0, y[order] - 3.0)
     assert distance(moved.eigenvalues, plain.eigenvalues) < 1e-8 * plain.spectral_radius
     for name in FIELDS:
-        if name != "update_exponent":  # depends on the distances of the states from the origin
+        if name not in ("update_exponent", "stream_rms"):  # they depend on the distances of the states from the origin
             assert getattr(moved, name) == pytest.approx(getattr(plain, name), rel=1e-3, abs=1e-9), name
 
 
