@@ -111,7 +111,7 @@ def rank_main(args: argparse.Namespace) -> None:
         on = block % 4 in (0, 3)
         switch.turn(on)
         for _ in range(args.block):
-            snapshot = on and runtime.taps._due is not None
+            snapshot = on and runtime.taps._capture.due is not None
             rows.append((on, snapshot, *step()))
     switch.turn(True)
     status = agent.status()
