@@ -24,7 +24,6 @@ WITHOUT_TESTS = {
 
 TESTED_IN = {
     "koopmon/agent/_autoload/sitecustomize.py": "tests/agent/test_autoload.py",
-    "koopmon/agent/capture/block_hooks.py": "tests/agent/capture/test_hidden_hooks.py",
     "koopmon/agent/capture/chain_search.py": "tests/agent/capture/test_what_trains.py",
     "koopmon/agent/capture/compiled_stacks.py": "tests/agent/capture/test_graph_taps.py",
     "koopmon/agent/capture/forward_kind.py": "tests/agent/capture/test_training_modes.py",

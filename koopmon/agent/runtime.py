@@ -9,7 +9,6 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from statistics import median_low
 from typing import Any
 
 import msgspec
@@ -23,7 +22,7 @@ from koopmon.agent.capture.step_scalars import StepScalars
 from koopmon.agent.capture.taps import ResidualTaps
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.comms.io_thread import IOThread
-from koopmon.agent.control.action import ControlAction, NextForwards, Update
+from koopmon.agent.control.action import ControlAction, NextForwards, Update, overriding
 from koopmon.agent.control.all_actions import make_actions
 from koopmon.agent.control.loop_requests import LoopRequest
 from koopmon.agent.control.optimizer_set import OptimizerSet
@@ -85,8 +84,13 @@ class AgentRuntime:
         self.notices = Notices(self.stats)
         self.breaker = CircuitBreaker("the agent", self.stand_down)
         self.actions = make_actions(config, self.stats, self.breaker)
-        self._lasting = tuple(action for action in self.actions if action.lasting)
-        self._others = tuple(action for action in self.actions if not action.lasting)
+        lasting = tuple(action for action in self.actions if action.lasting)
+        others = tuple(action for action in self.actions if not action.lasting)
+        self._lasting = overriding(lasting, "apply"), overriding(lasting, "revert")
+        self._others = overriding(others, "apply"), overriding(others, "revert")
+        """What is called before each update, and after it."""
+        self._before_forwards = overriding(self.actions, "before_forwards")
+        self._on_forward = overriding(self.actions, "on_forward")
         self._loop_requests = {each.kind: each for each in self.actions if isinstance(each, LoopRequest)}
         self.lifecycle = LifeCycle(self.actions, self.stats, config.control)
         self._model = weakref.ref(model)
@@ -264,8 +268,8 @@ class AgentRuntime:
                 # The launcher announced ranks, but none were initialized: this process trains alone.
                 self._roles.run = f"{self._roles.run or default_run_name()}-rank{announced()[0]}"
             self._meet_ranks(world or RankContext())
-        for action in self.actions:
-            action.on_forward()
+        for on_forward in self._on_forward:
+            on_forward()
 
     def _num_rows(self) -> int:
         """Return the number of tokens to copy in a compiled graph. A rank that sends none copies a few to verify."""
@@ -395,7 +399,7 @@ class AgentRuntime:
     def _before_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if self.closed or is_nested(optimizer):
             return None
-        clock = self._clock
+        clock, update = self._clock, Update(optimizer, args, kwargs)
         begins = clock.begins_step(optimizer, args, kwargs)
         if begins:
             if clock.open:
@@ -403,14 +407,15 @@ class AgentRuntime:
             if self._new_optimizers:
                 self._find_wrappers()
             clock.begin_step(self.optimizers)
-            self.breaker.hook(self._before_step)(optimizer, args, kwargs)
+            self.breaker.run(self._before_step, update)
         clock.begin(optimizer)
         if id(optimizer) in self._wrappers:
             return None  # the optimizers that it holds are scaled
-        self._scalars.before_call(optimizer, args, kwargs)
-        update, control = Update(optimizer, args, kwargs), self.lifecycle.state.control
-        for action in self._lasting:
-            action.apply(control, clock.num_steps, update)
+        if self._scalars.active:
+            self._scalars.before_call(optimizer, args, kwargs)
+        control = self.lifecycle.state.control
+        for apply in self._lasting[0]:
+            apply(control, clock.num_steps, update)
         kept = self._roles.kept
         if begins and kept is not None and (control.version or kept.in_force):
             kept.keep(self.lifecycle.applied(clock.num_steps))
@@ -420,38 +425,42 @@ class AgentRuntime:
     def _after_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.closed or is_nested(optimizer):
             return
-        for action in self._lasting:
-            action.revert()
-        self._scalars.after_call(optimizer, args, kwargs)
+        for revert in self._lasting[1]:
+            revert()
+        if self._scalars.active:
+            self._scalars.after_call(optimizer, args, kwargs)
         if self._clock.end(optimizer):
             self._end_step()
 
     def _end_step(self) -> None:
         self._clock.end_step()
         for request in self._loop_requests.values():
-            request.on_step_end()
-        self.breaker.hook(self._after_step)()
+            if request.granted:
+                request.on_step_end()
+        self.breaker.run(self._after_step)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, update: Update) -> None:
         started = time.perf_counter()
         self.stats.measured["learning_rate"].put(self.optimizers.largest_rate())
         self.taps.forward_over()
         state, step = self.lifecycle.state, self.stats.step
         state.before_step(step)
-        update = Update(optimizer, args, kwargs)
-        for action in self._others:
-            action.apply(state.control, step, update)
+        control = state.control
+        for apply in self._others[0]:
+            apply(control, step, update)
         self.stats.hook_seconds += time.perf_counter() - started
 
     def _after_step(self) -> None:
-        self._scalars.end()
-        self._send_snapshot()
+        if self._scalars.active:
+            self._scalars.end()
+        if self._snapshot is not None:
+            self._send_snapshot()
         started = time.perf_counter()
         self._budget.earn(self.stats.on_step_edge(started))
         # Only snapshots are charged, because fewer of them make nothing else cheaper.
         self._budget.charge(self.stats.capture_seconds)
-        for action in self._others:
-            action.revert()
+        for revert in self._others[1]:
+            revert()
         if isinstance(state := self.lifecycle.state, RankedState):
             self._plan_step(state)
         self.stats.hook_seconds += time.perf_counter() - started
@@ -471,12 +480,14 @@ class AgentRuntime:
                 self._roles.describe(**action.hello(self.adapter))
         if self.taps.num_forwards:
             self._num_forwards.append(self.taps.num_forwards)
-        # The median leaves out the step after one that a GradScaler skipped, which has the forwards of both, and a step
-        # with fewer microbatches at the end of an epoch.
-        num_microbatches = median_low(self._num_forwards or [1])
+        # The low median leaves out the step after one that a GradScaler skipped, which has the forwards of both, and a
+        # step with fewer microbatches at the end of an epoch.
+        ordered = sorted(self._num_forwards) or [1]
+        num_microbatches = ordered[(len(ordered) - 1) // 2]
         num_layers = 0 if stack is None else stack.num_layers
         forwards = NextForwards(num_layers, num_microbatches, state.rank.data_ranks.rank, self.taps.obstacle)
-        changes = [action.before_forwards(state.control, step, forwards) for action in self.actions]
+        control = state.control
+        changes = [each(control, step, forwards) for each in self._before_forwards]
         if due is not None and (model := self._model()) is not None and isinstance(state, Watching):
             self._scalars.begin(model, state.layout)
         self.taps.step_edge(due, [change for change in changes if change is not None])

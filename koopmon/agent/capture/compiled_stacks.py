@@ -28,7 +28,10 @@ class CompiledStacks:
     @property
     def traced(self) -> bool:
         """True if a graph holds the taps of any stack."""
-        return any(taps.traced for taps in self._taps.values())
+        for taps in self._taps.values():  # noqa: SIM110 - each step asks
+            if taps.traced:
+                return True
+        return False
 
     def holds(self, stack: Stack) -> bool:
         """Return True if a graph holds the taps of `stack`."""

@@ -129,6 +129,8 @@ class GraphTaps:
     def __init__(self, stack: Stack, num_rows: Callable[[], int]) -> None:
         self.stack = stack
         self.taps = [BlockTap(self) for _ in stack.points]
+        self.traced = False
+        """True if a graph holds the taps of at least one block."""
         self.closed = False
         """True if no more graph gets taps."""
         self._num_rows = num_rows
@@ -139,11 +141,6 @@ class GraphTaps:
         parameters = [each for point in stack.points for each in point.module.parameters()]
         self._widths = {size for each in parameters if each.dim() > 1 for size in each.shape}
         """The sizes of the blocks' weights, among which the width is; empty if they are flattened."""
-
-    @property
-    def traced(self) -> bool:
-        """True if a graph holds the taps of at least one block."""
-        return bool(self._slots)
 
     def reserve(
         self, enters: bool, key: Any, container: type | None, width: int, dtype: torch.dtype, device: torch.device
@@ -176,6 +173,7 @@ class GraphTaps:
                     mark_static_address(value, guard=False)
                     setattr(tap, each, value)
             self._slots[name] = _Slot(name, enters, path, container)
+            self.traced = True
         return name
 
     def arm(self, choose: Callable[[int, int], Tensor] | None = None) -> None:

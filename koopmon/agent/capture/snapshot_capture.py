@@ -47,6 +47,11 @@ class SnapshotCapture:
         """Consecutive snapshots without a call, by layer."""
 
     @property
+    def active(self) -> bool:
+        """True while a snapshot is taken."""
+        return self._sampler is not None
+
+    @property
     def readings(self) -> Readings | None:
         """The readings of the snapshot that is taken now; None for none."""
         return None if self._sampler is None else self._sampler.readings

@@ -32,31 +32,32 @@ class StepScalars:
         self._loss = BackwardLoss(breaker, stats)
         self._norm = GradientNorm()
         self._scaler = ScalerFinder()
-        self._active = False
+        self.active = False
+        """True while a step is measured."""
         self._has_whole_gradients = False
 
     def begin(self, model: nn.Module, layout: ParallelLayout) -> None:
         """Measure the step that begins."""
-        self._breaker.hook(self._begin)(model, layout)
+        self._breaker.run(self._begin, model, layout)
 
     def before_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Note the gradients that `optimizer` is about to use. A closure computes them later."""
-        if self._active:
+        if self.active:
             self._guarded(self._before_call, optimizer, has_closure(args, kwargs))
 
     def after_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Note the gradients that `optimizer` has used, if a closure has computed them."""
-        if self._active and has_closure(args, kwargs):
+        if self.active and has_closure(args, kwargs):
             self._guarded(self._add_gradients, optimizer)
 
     def end(self) -> None:
         """Store the values of the step. A value that was not seen becomes unknown."""
-        if self._active:
+        if self.active:
             self._guarded(self._end)
 
     def close(self) -> None:
         """Remove every hook. Idempotent."""
-        self._active = False
+        self.active = False
         self._loss.close()
 
     def _on_trip(self, reason: str) -> None:
@@ -66,12 +67,12 @@ class StepScalars:
 
     def _guarded(self, body: Callable[..., None], *args: Any) -> None:
         started = time.perf_counter()
-        self._breaker.hook(body)(*args)
+        self._breaker.run(body, *args)
         # Like the snapshot itself, it costs nothing in the other steps.
         self._stats.capture_seconds += time.perf_counter() - started
 
     def _begin(self, model: nn.Module, layout: ParallelLayout) -> None:
-        self._active = True
+        self.active = True
         self._norm.clear()
         self._has_whole_gradients = layout.has_whole_gradients
         if "loss" not in self._stats.logged:
@@ -93,6 +94,6 @@ class StepScalars:
             self._norm.add(self._optimizers.updated_by(optimizer), scale)
 
     def _end(self) -> None:
-        self._active = False
+        self.active = False
         self._stats.measure("loss", self._loss.end())
         self._stats.measure("grad_norm", self._norm.end())

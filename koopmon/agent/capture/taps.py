@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koopmon.agent.capture.block_hooks import BlockHooks
+from koopmon.agent.capture.block_hooks import BlockHooks, compiles
 from koopmon.agent.capture.chain_search import ChainSearch, say_if_partly_trained
 from koopmon.agent.capture.compiled_stacks import INSIDE_A_GRAPH, CompiledStacks
 from koopmon.agent.capture.forward_kind import has_values, in_checkpoint, recomputing
@@ -88,6 +88,8 @@ class ResidualTaps:
         self._injections: Sequence[Injection] = ()
         """Changes to the stream in this step."""
         self._num_missed = 0
+        self._always_hooked = False
+        """True if the hooks of the blocks stay in the steps without work for them."""
         self._in_root = False
         self._last_layer: int | None = None
         """The layer that was called last by a loop that bypasses the root; None after a step edge."""
@@ -174,7 +176,7 @@ class ResidualTaps:
             started = time.perf_counter()
             self._read_graphs()
             self._stats.capture_seconds += time.perf_counter() - started
-        if self._seen["in eval mode"] and not self.num_forwards and not self.failure:
+        if not self.num_forwards and self._seen["in eval mode"] and not self.failure:
             self._trains_in_eval = self._has_gradients()
 
     def _read_graphs(self) -> None:
@@ -216,18 +218,27 @@ class ResidualTaps:
         """
         if self.failure:
             return
+        uncalled = not self.num_forwards
         learned = self._trains_in_eval and not self.num_forwards  # the next forward counts as training
         if self._capture.due is not None or (self.stack is None and not self.num_forwards and not learned):
             self._missed()
         self.num_forwards, self._in_root, self._last_layer = 0, False, None
         self._seen.clear()
         self._capture.due = None if self.stack is None else due
-        self._injections = () if self.obstacle else injections
+        self._injections = injections if injections and not self.obstacle else ()
         if self.stack is not None and due is not None and self._graphs.holds(self.stack):
             sampler, training = due
             started = time.perf_counter()
             self._graphs.arm(self.stack, functools.partial(sampler.choose, training.step))
             self._stats.capture_seconds += time.perf_counter() - started
+        if self.stack is not None and not self._always_hooked:
+            # A step without a forward of the root may have had one that began at a block.
+            if due is not None or self._injections or uncalled:
+                self._hooks[self.stack.name].resume()
+            elif compiles():
+                self._hook_always()
+            else:
+                self._hooks[self.stack.name].pause()
 
     def _missed(self) -> None:
         self._stats.taps_missing += 1
@@ -258,6 +269,8 @@ class ResidualTaps:
     # Hooks of the root model.
 
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._always_hooked and compiles():
+            self._hook_always()
         if recomputing():
             return
         if is_foreign():
@@ -297,6 +310,8 @@ class ResidualTaps:
     def _end_forward(self, *, complete: bool) -> None:
         """End the forward. If it is `complete`, the blocks behind the last one called were skipped."""
         phase, self._phase = self._phase, ForwardPhase.IDLE
+        if phase is ForwardPhase.IDLE and not self._capture.active:
+            return
         if phase is ForwardPhase.VERIFYING:
             self._conclude()
         elif not complete:
@@ -349,10 +364,17 @@ class ResidualTaps:
         self.in_graph = self._graphs.was_called(kept)
         exponent, fingerprint = verifier.update_exponent(kept), verifier.fingerprint(kept)
         verifier.reset()
+        self._always_hooked = self._always_hooked or self._hooks[kept.name].are_on(model)
         say_if_partly_trained(model, kept, trained)
         self._listener.on_chain_verified(kept, self.width, exponent, fingerprint)
 
     # Hooks of the blocks.
+
+    def _hook_always(self) -> None:
+        """Put the hooks of the blocks back, and leave them there also in the steps without work for them."""
+        self._always_hooked = True
+        for hooks in self._hooks.values():
+            hooks.resume()
 
     def on_enter(self, hooks: BlockHooks, point: Point, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         off = self._phase is ForwardPhase.IDLE and not self._injections
@@ -393,6 +415,7 @@ class ResidualTaps:
         state = block_input(self._adapter, kept or stack, point.entry, args, kwargs)
         if not again and not self._in_root and self._is_new_forward(point):
             gradients = torch.is_grad_enabled() or (state is not None and state.requires_grad and in_checkpoint())
+            self._hook_always()  # the loop bypasses the root
             self._end_forward(complete=True)
             self._begin_forward(point.entry.training, gradients)
         if not again:
