@@ -163,6 +163,11 @@ class ResidualTaps:
         log_for_job(logger, f"no snapshots, training goes on: {reason}")
 
     @property
+    def due(self) -> bool:
+        """True if the next training forward is a snapshot."""
+        return self._capture.due is not None
+
+    @property
     def obstacle(self) -> str:
         """The reason why no action may change the stream; empty if one may."""
         inside = "the blocks run inside a compiled graph, which it cannot change"
