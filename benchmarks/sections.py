@@ -79,19 +79,21 @@ def spectral_speed(told: Document) -> list[str]:
 
 
 def agent_overhead(told: Document) -> list[str]:
-    settings, mean, snapshot = told["settings"], told["wall"]["mean_step"], told["wall"]["snapshot_step"]
+    settings = told["settings"]
     at = {"nice": "at nice 19", "idle": "at idle priority"}[settings["monitor"]]
+    ranks = "1 rank trains" if settings["ranks"] == 1 else f"{settings['ranks']} ranks train"
+    every = {"default": "at the default cadence", "sparse": f"with a snapshot every {settings['every']} steps"}
 
     def of(found: Mapping[str, float]) -> str:
         return f"{found['ratio']:.3f} times (95%: {found['low']:.3f} to {found['high']:.3f})"
 
-    return paragraph(
-        [
-            f"With {settings['ranks']} ranks, D {settings['d']}, L {settings['layers']} and a snapshot every",
-            f"{settings['every']} steps on the {settings['device'].upper()}, and the monitor {at}, the mean step takes",
-            f"{of(mean)} as long as one without hooks, a snapshot step {of(snapshot)}.",
-        ]
-    )
+    where = f"on the {settings['device'].upper()}, with the monitor {at}"
+    lines = [f"{ranks} a model of D {settings['d']} and L {settings['layers']} {where}."]
+    for cadence, found in told["cadences"].items():
+        mean, snapshot = found["wall"]["mean_step"], found["wall"]["snapshot_step"]
+        words = f"{every[cadence]}, the mean step takes {of(mean)} as long as {told['against']}, a snapshot step"
+        lines.append(f"{words[0].upper()}{words[1:]} {of(snapshot)}.")
+    return paragraph(lines)
 
 
 def norms(told: Document) -> list[str]:

@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, D width. A *stack* is an ordered list of residual blo
 from __future__ import annotations
 
 import inspect
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -172,10 +173,24 @@ def call_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     while isinstance(inner := getattr(model, "module", None), nn.Module):  # DistributedDataParallel and others
         model = inner
     try:
-        positional = inspect.signature(model.forward).bind_partial(*args).arguments
+        positional = _signature(model.forward).bind_partial(*args).arguments
     except (TypeError, ValueError):  # the model itself raises for a wrong call
         positional = {}
     return {**positional, **kwargs}
+
+
+_signatures: weakref.WeakKeyDictionary[Any, inspect.Signature] = weakref.WeakKeyDictionary()
+"""Signatures of bound methods by their function: to read one takes longer than all else of a small snapshot."""
+
+
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    function = getattr(forward, "__func__", None)
+    if function is None:
+        return inspect.signature(forward)
+    found = _signatures.get(function)
+    if found is None:
+        found = _signatures[function] = inspect.signature(forward)
+    return found
 
 
 class ArchitectureAdapter(ABC):

@@ -1,5 +1,7 @@
 """Token sampling: the same tokens at every depth, a pure function of (seed, step, data-parallel rank, mask).
 
+It holds for one version of NumPy, which all ranks of a training share.
+
 Shapes: a state is (..., T, D); its leading dimensions flattened, row-major, number its tokens 0 .. num_tokens - 1.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,13 +42,12 @@ def order_rows(
     if device is None:
         device = torch.device("cpu") if mask is None else mask.device
     key = hashlib.blake2b(struct.pack("<3q", seed, step, data_rank), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-    rows = torch.randperm(num_tokens, generator=generator)
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(key, "little")))
     num_rows = min(num_samples, num_tokens)
-    if mask is None:
-        rows = rows[:num_rows].to(device, non_blocking=True)
+    if mask is None:  # few of many tokens need no permutation of all
+        rows = torch.from_numpy(generator.choice(num_tokens, num_rows, replace=False)).to(device, non_blocking=True)
         return rows, torch.full((), num_rows, dtype=torch.int64, device=device)
-    rows = rows.to(device, non_blocking=True)
+    rows = torch.from_numpy(generator.permutation(num_tokens)).to(device, non_blocking=True)
     ignored = ~mask.reshape(-1).to(device, torch.bool)[rows]
     rows = rows[torch.argsort(ignored.to(torch.uint8), stable=True)[:num_rows]]
     return rows, (num_tokens - ignored.sum()).clamp(max=num_rows)

@@ -16,6 +16,10 @@ from koopmon.errors import describe_error, raise_from_signal
 
 logger = logging.getLogger("koopmon.agent")
 _breakers: weakref.WeakSet[CircuitBreaker] = weakref.WeakSet()
+# Looked up once, because each forward asks for them.
+_tracing_state, _transform = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
+_dispatch_mode, _is_compiling = torch._C._get_dispatch_mode, torch.compiler.is_compiling
+_FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 
 
 class CircuitBreaker:
@@ -49,6 +53,18 @@ class CircuitBreaker:
                 self.num_errors += 1
                 logger.debug("koopmon: while %s was switched off", self.name, exc_info=second)
 
+    def run(self, body: Callable[..., Any], *args: Any) -> Any:
+        """Call `body`. Returns None after a failure, also an earlier one."""
+        if self.tripped:
+            return None
+        try:
+            return body(*args)
+        except Exception as error:
+            raise_from_signal(error)  # raised by a signal handler of the user's that ran during the hook
+            if not is_foreign():
+                self.trip(getattr(body, "__name__", "hook"), error)
+            return None
+
     def hook(self, body: Callable[..., Any], traced: Callable[..., Any] | None = None) -> GuardedHook:
         """Return `body` as a hook for a module or an optimizer. A compiler puts `traced` into its graph instead."""
         return GuardedHook(self, body, traced)
@@ -71,19 +87,11 @@ class GuardedHook:
 
     def __call__(self, *args: Any) -> Any:
         # A compiler that traced the hook body would break the graph at every block.
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             if self._traced is not None and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
                 self._traced(*args)
             return None
-        if self._breaker.tripped:
-            return None
-        try:
-            return self._body(*args)
-        except Exception as error:
-            raise_from_signal(error)  # raised by a signal handler of the user's that ran during the hook
-            if not is_foreign():
-                self._breaker.trip(getattr(self._body, "__name__", "hook"), error)
-            return None
+        return self._breaker.run(self._body, *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A callable of the standard library that takes anything and returns None: no file needs koopmon to be read.
@@ -106,11 +114,11 @@ def is_foreign() -> bool:
 
     It is traced by torch.jit, run on fake tensors, or transformed by torch.func.
     """
-    modes = torch._C._TorchDispatchModeKey
     return (
-        torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY))
+        _tracing_state() is not None
+        or _transform() is not None
+        or _dispatch_mode(_FAKE) is not None
+        or _dispatch_mode(_PROXY) is not None
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import time
@@ -10,8 +9,6 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
-from statistics import median_low
 from typing import Any
 
 import msgspec
@@ -19,45 +16,25 @@ from torch import nn
 from torch.optim import Optimizer
 
 from koopmon.agent.capture.graph_taps import MIN_ROWS
-from koopmon.agent.capture.sampler import RankSnapshot, Sampler
-from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
+from koopmon.agent.capture.sampler import RankSnapshot
+from koopmon.agent.capture.schedule import OverheadBudget
 from koopmon.agent.capture.step_scalars import StepScalars
 from koopmon.agent.capture.taps import ResidualTaps
 from koopmon.agent.circuit_breaker import CircuitBreaker
-from koopmon.agent.comms.control_channel import RankInfo
 from koopmon.agent.comms.io_thread import IOThread
-from koopmon.agent.control.action import ControlAction, NextForwards, Update
-from koopmon.agent.control.actuator import Actuator, CommandResult
+from koopmon.agent.control.action import ControlAction, NextForwards, Update, overriding
 from koopmon.agent.control.all_actions import make_actions
-from koopmon.agent.control.kept_settings import VARIABLE, KeptSettings
 from koopmon.agent.control.loop_requests import LoopRequest
 from koopmon.agent.control.optimizer_set import OptimizerSet
-from koopmon.agent.control.rank_group import RankGroup, ReplicaFingerprint
+from koopmon.agent.control.rank_group import RankGroup
 from koopmon.agent.control.step_clock import StepClock, is_nested, stepping_optimizers
-from koopmon.agent.lifecycle import (
-    Acting,
-    LifeCycle,
-    RankedState,
-    RankParts,
-    Sender,
-    StoodDown,
-    Verifying,
-    WaitingForRanks,
-    Watching,
-)
+from koopmon.agent.lifecycle import LifeCycle, RankedState, StoodDown, WaitingForRanks, Watching
 from koopmon.agent.notices import Notices
-from koopmon.agent.parallelism import (
-    UNKNOWN,
-    DataRanks,
-    ParallelLayout,
-    Role,
-    RoleDecision,
-    data_ranks,
-    decide_role,
-    inspect_layout,
-)
-from koopmon.agent.rank_identity import RankContext, RunRendezvous, current_context, default_run_name, store_prefix
+from koopmon.agent.parallelism import ParallelLayout
+from koopmon.agent.rank_identity import RankContext, current_context, default_run_name
+from koopmon.agent.roles import Roles
 from koopmon.agent.stats import AgentStats
+from koopmon.agent.unhooked_steps import UnhookedSteps
 from koopmon.api import ArchitectureAdapter, Stack, StackForm
 from koopmon.block_finder import canonical_name
 from koopmon.config import Config
@@ -66,14 +43,12 @@ from koopmon.logs import announced, log_for_job
 from koopmon.plugins import Selection, source
 from koopmon.run_names import stack_run_name
 from koopmon.wire.auth_policy import AuthPolicy
-from koopmon.wire.messages import Applied, CommandKind
+from koopmon.wire.messages import CommandKind
 
 logger = logging.getLogger("koopmon.agent")
 
 MAX_STACKS = 4
 """Stacks of one model that are watched."""
-STEPLESS_FORWARDS = 16
-"""Training forwards without a step after which changed weights mean that the optimizer calls no hooks."""
 
 _FORMS: dict[StackForm, str] = {
     "chain": "",
@@ -109,8 +84,13 @@ class AgentRuntime:
         self.notices = Notices(self.stats)
         self.breaker = CircuitBreaker("the agent", self.stand_down)
         self.actions = make_actions(config, self.stats, self.breaker)
-        self._lasting = tuple(action for action in self.actions if action.lasting)
-        self._others = tuple(action for action in self.actions if not action.lasting)
+        lasting = tuple(action for action in self.actions if action.lasting)
+        others = tuple(action for action in self.actions if not action.lasting)
+        self._lasting = overriding(lasting, "apply"), overriding(lasting, "revert")
+        self._others = overriding(others, "apply"), overriding(others, "revert")
+        """What is called before each update, and after it."""
+        self._before_forwards = overriding(self.actions, "before_forwards")
+        self._on_forward = overriding(self.actions, "on_forward")
         self._loop_requests = {each.kind: each for each in self.actions if isinstance(each, LoopRequest)}
         self.lifecycle = LifeCycle(self.actions, self.stats, config.control)
         self._model = weakref.ref(model)
@@ -123,32 +103,36 @@ class AgentRuntime:
         self._wrappers: set[int] = set()
         """The ids of optimizers with hooks that wrap others."""
         self._clock = StepClock()
-        self._num_stepless = 0
-        """Training forwards before the first step."""
-        self._first_versions: list[int] = []
+        self._unhooked = UnhookedSteps(self.optimizers)
         self._compiled_step = False
         """True if the step of an optimizer was compiled. Its hooks are not called: the weights show each step."""
-        self._last_versions = 0
-        self._last_steps = 0
-        """Steps of the clock at the last forward, and the versions of the weights."""
         self._config = config
-        self._run = run
         self._trust = trust
         self._make_io_thread = io_thread
-        self._place = store_prefix(model, run)
         self._budget = OverheadBudget(config.cadence)
         self._num_forwards: deque[int] = deque(maxlen=3)
         """Training forwards of the last steps, without steps that had none."""
         self._pid = os.getpid()
-        self._kept: KeptSettings | None = None
-        self._restored: Applied | None = None
-        self._role_reason = ""
-        self._closables: list[IOThread | RankGroup] = []
         self._selection = selection
         self._num_models = 1
         self._beside: list[AgentRuntime] = []
         """Watch the other stacks of the model that train, each as a run of its own."""
-        self._finalizer = weakref.finalize(self, _shut_down, self._pid, self._closables)
+        self._roles = Roles(
+            model,
+            self.optimizers,
+            self.lifecycle,
+            self.actions,
+            self.stats,
+            self.notices,
+            self.breaker,
+            config,
+            endpoint,
+            run,
+            trust,
+            io_thread,
+            self._withdraw,
+        )
+        self._finalizer = weakref.finalize(self, _shut_down, self._pid, self._roles.closables)
         weakref.finalize(self, _say_end, self.notices, self.lifecycle)
         for action in self.actions:
             action.inspect(model, self.optimizers, selection)
@@ -214,110 +198,24 @@ class AgentRuntime:
     @property
     def io_thread(self) -> IOThread | None:
         """The I/O thread. None on a rank that sends no snapshots, and while the ranks are unknown."""
-        state = self.lifecycle.state
-        return state.rank.sender.io_thread if isinstance(state, RankedState) and state.rank.sender else None
+        return self._roles.io_thread
 
     # Changes of the life cycle's state.
 
     def _meet_ranks(self, world: RankContext) -> None:
-        model, config = self._model(), self._config
-        if model is None:
-            return
-        schedule = SnapshotSchedule(config.cadence, self._budget, self.stats)
-        ranks = data_ranks(model, world)
-        self.notices.meet(world.rank)
-        rank = RankParts(world, ranks, self.stats, schedule, self._make_sender(world, ranks))
-        if self._run and (directory := os.environ.get(VARIABLE)):
-            self._kept = KeptSettings(directory, self._run, world.rank)
-            self._restored = self._kept.read()
-            weakref.finalize(self, self._kept.clear)
-        self.lifecycle.enter(Verifying(rank))
-        self._decide_role(rank, None)
-        if rank.sender is not None:
-            rank.sender.io_thread.start()
+        self._roles.meet(world, self._budget, _family(self.adapter, self.actions))
 
-    def _make_sender(self, world: RankContext, ranks: DataRanks) -> Sender | None:
-        sampling = self._config.sampling
-        num_senders = min(ranks.size, sampling.max_senders)
-        if not ranks.leads or ranks.rank >= num_senders:
-            return None
-        io_thread = self._make_io_thread(
-            self.endpoint,
-            self._config.control,
-            self.stats,
-            self.breaker,
-            self.lifecycle,
-            RunRendezvous(world, self._run, self._place).resolve,
-            RankInfo(
-                process_rank=world.rank,
-                world_size=world.size,
-                num_senders=num_senders,
-                rate_sized_steps=self.optimizers.rate_sized_steps(),
-                **_family(self.adapter, self.actions),
-            ),
-            self._trust,
-        )
-        self._closables.append(io_thread)
-        share = -(-sampling.num_samples // num_senders)
-        return Sender(io_thread, Sampler(sampling, ranks.rank, share, self.stats))
-
-    def _decide_role(self, rank: RankParts, fingerprint: int | None) -> None:
-        """Enter the state of the role that suits the layout, once that is known.
-
-        `fingerprint` is that of the first verified forward, from inside which more can be seen; None before it.
-        """
-        model, in_forward = self._model(), fingerprint is not None
-        if model is None or (rank.shares_model and not in_forward):
-            return  # only the first forward shows if ranks that share a model also share its tokens
-        layout = inspect_layout(model, rank.world, search=in_forward and self.taps.in_graph)
-        layout = layout or (UNKNOWN if in_forward else None)
-        if layout is None:
-            return
-        decision = decide_role(layout, self._config.limits.act)
-        if self._compiled_step and decision.role is Role.ACT:
-            decision = RoleDecision(Role.WATCH)  # its line is logged already
-        if decision.role is Role.REFUSE:
-            self._withdraw(rank, layout, decision.reason)
-        elif isinstance(self.lifecycle.state, Verifying):
-            if decision.reason:
-                log_for_job(logger, f"watch-only: {decision.reason}", rank=rank.world.rank)
-            acts, self._role_reason = decision.role is Role.ACT, decision.reason
-            self.lifecycle.enter(self._acting(rank, layout, fingerprint) if acts else Watching(rank, layout))
-            if not acts:
-                self._end_actions()
-            self._describe(acts=acts)
-
-    def _acting(self, rank: RankParts, layout: ParallelLayout, fingerprint: int | None) -> Acting:
-        group = None
-        if rank.world.size > 1:
-            share = ReplicaFingerprint(rank.data_ranks.rank, fingerprint or 0) if rank.shares_model else None
-            group = RankGroup(rank.world, self._config.control, self.stats, self._place, share)
-            self._closables.append(group)
-        actuator = Actuator(
-            self.actions,
-            self._config,
-            self.stats,
-            rank.schedule,
-            layout=layout,
-            requests=self.lifecycle.requests,
-            report=partial(_report, rank, self.notices),
-            group=group,
-            restored=self._restored,
-        )
-        return Acting(rank, layout, actuator)
-
-    def _withdraw(self, rank: RankParts, layout: ParallelLayout, reason: str) -> None:
-        """Stop watching this training: remove the taps, refuse commands, log one line."""
+    def _withdraw(self, layout: ParallelLayout, reason: str) -> None:
+        """Stop watching this training: remove the taps, refuse commands."""
         self.taps.remove(reason)
         self.stand_down(reason, layout)
-        log_for_job(logger, f"not attached, training goes on: {reason}", rank=rank.world.rank)
 
     def stand_down(self, reason: str, layout: ParallelLayout | None = None) -> None:
         """End snapshots and commands. The control state stays, equal on all ranks, and lasting actions apply it."""
         self._send_unfinished()
         self.lifecycle.enter(StoodDown(self.lifecycle.state, layout))
-        self._end_actions()
-        for closable in self._closables:
+        self._roles.end_actions()
+        for closable in self._roles.closables:
             closable.close(wait=False)
         for other in self._beside:
             other.stand_down(reason)
@@ -332,8 +230,8 @@ class AgentRuntime:
         if next(stepping_optimizers(), None) is None and not self._compiled_step:
             for handle in self._handles:
                 handle.remove()
-        if self._kept is not None and not reason:
-            self._kept.clear()
+        if (kept := self._roles.kept) is not None and not reason:
+            kept.clear()
         self.taps.remove()
         self.notices.closed(self.lifecycle.applied(), self.breaker.reason or self.taps.failure)
         for action in self.actions:
@@ -342,22 +240,14 @@ class AgentRuntime:
             self._send_unfinished()
         self._scalars.close()
         self.lifecycle.enter(StoodDown(self.lifecycle.state))
-        self._end_actions()
+        self._roles.end_actions()
         if os.getpid() != self._pid:
             return  # in a forked child the threads belong to the parent
-        for closable in self._closables:
+        for closable in self._roles.closables:
             if isinstance(closable, IOThread):
                 closable.close(reason)
             else:
                 closable.close()
-
-    def _end_actions(self) -> None:
-        for action in self.actions:
-            action.end()
-
-    def _describe(self, **changes: Any) -> None:
-        if (io_thread := self.io_thread) is not None:
-            io_thread.describe(**changes)
 
     # Events of the taps.
 
@@ -365,9 +255,10 @@ class AgentRuntime:
         if self._clock.on_forward():
             self._end_step()
         if self._compiled_step:
-            self._count_compiled_step()
+            if self._unhooked.changed(self._clock.num_steps):
+                self._end_compiled_step()
         elif not self._clock.num_steps:
-            self._check_steps_are_seen()
+            self._unhooked.check_hooks()
         self.on_graph_forward()
 
     def on_output(self, output: Any) -> None:
@@ -378,10 +269,10 @@ class AgentRuntime:
             world = current_context()
             if world is None:
                 # The launcher announced ranks, but none were initialized: this process trains alone.
-                self._run = f"{self._run or default_run_name()}-rank{announced()[0]}"
+                self._roles.run = f"{self._roles.run or default_run_name()}-rank{announced()[0]}"
             self._meet_ranks(world or RankContext())
-        for action in self.actions:
-            action.on_forward()
+        for on_forward in self._on_forward:
+            on_forward()
 
     def _num_rows(self) -> int:
         """Return the number of tokens to copy in a compiled graph. A rank that sends none copies a few to verify."""
@@ -389,18 +280,6 @@ class AgentRuntime:
         if not isinstance(state, RankedState):
             return self._config.sampling.num_samples
         return MIN_ROWS if state.rank.sender is None else state.rank.sender.sampler.share
-
-    def _check_steps_are_seen(self) -> None:
-        """Log one line if the weights change, and no attached optimizer has called its hooks."""
-        self._num_stepless += 1
-        if self._num_stepless == 1:
-            self._first_versions = self._versions()
-        elif self._num_stepless == STEPLESS_FORWARDS and self._first_versions != self._versions():
-            log_for_job(
-                logger,
-                "no snapshots and no commands: the weights change, but the attached optimizer calls no hooks, as in "
-                "torch.compile; compile the model or the loss, and not the optimizer's step",
-            )
 
     def _trace_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Replace `_before_call` in a compiled step."""
@@ -421,52 +300,30 @@ class AgentRuntime:
 
     def _watch_compiled_step(self) -> None:
         self._compiled_step = True
-        self._last_versions, self._last_steps = self._version_sum(), self._clock.num_steps
+        self._unhooked.changed(self._clock.num_steps)
         self.taps.follow_wrapper()
-        state = self.lifecycle.state
-        if isinstance(state, Acting):
-            self.lifecycle.enter(Watching(state.rank, state.layout))
-            self._end_actions()
-            self._describe(acts=False)
-            for closable in self._closables:
-                if isinstance(closable, RankGroup):
-                    closable.close(wait=False)
+        self._roles.stop_acting()
         log_for_job(logger, "watches, does not act: the optimizer's step is compiled; call it outside of torch.compile")
 
-    def _count_compiled_step(self) -> None:
-        """End a step if the weights have changed since the last forward, and no optimizer has called its hooks."""
-        versions, steps = self._version_sum(), self._clock.num_steps
-        if versions != self._last_versions and steps == self._last_steps:
-            self.stats.measured["learning_rate"].put(self.optimizers.largest_rate())
-            self.taps.forward_over()
-            self._after_step()
-        self._last_versions, self._last_steps = versions, steps
-
-    def _version_sum(self) -> int:
-        """Return the number of changes in place of all parameters."""
-        parameters = (
-            each for optimizer in self.optimizers for group in optimizer.param_groups for each in group["params"]
-        )
-        return sum(each._version for each in parameters if not each.is_inference())
-
-    def _versions(self) -> list[int]:
-        """Return the versions of a few parameters. An update in place increments them."""
-        firsts = (next(iter(group["params"]), None) for each in self.optimizers for group in each.param_groups)
-        return [each._version for each in itertools.islice(firsts, 8) if each is not None and not each.is_inference()]
+    def _end_compiled_step(self) -> None:
+        """End a step whose optimizers have called no hooks."""
+        self.stats.measured["learning_rate"].put(self.optimizers.largest_rate())
+        self.taps.forward_over()
+        self._after_step()
 
     def on_chain_verified(self, stack: Stack, width: int, update_exponent: float | None, fingerprint: int) -> None:
         if isinstance(state := self.lifecycle.state, RankedState):
-            self._decide_role(state.rank, fingerprint)
+            self._roles.decide(state.rank, fingerprint, in_graph=self.taps.in_graph)
         if self.taps.failure:
             return
-        self._describe(num_layers=stack.num_layers, width=width, update_exponent=update_exponent)
+        self._roles.describe(num_layers=stack.num_layers, width=width, update_exponent=update_exponent)
         blocks = f"{len(stack.points)} blocks of {stack.name or 'the model'}"
         logger.info("koopmon: taps %s, found by %s%s", blocks, source(self.adapter), _FORMS[stack.form])
         self._watch_beside(stack, self.taps.beside[: MAX_STACKS - 1])
 
     def _watch_beside(self, kept: Stack, stacks: Sequence[Stack]) -> None:
         """Watch further stacks of the model, each as a run of its own. Actions follow the risk of `kept` alone."""
-        model, named = self._model(), self._run or default_run_name()
+        model, named = self._model(), self._roles.run or default_run_name()
         if model is None or not stacks:
             return
         limits = msgspec.structs.replace(self._config.limits, act="never")
@@ -504,7 +361,7 @@ class AgentRuntime:
         if (model := self._model()) is not None:
             for action in self.actions:
                 action.inspect(model, self.optimizers, selection)
-        self._describe(**_family(self.adapter, self.actions))
+        self._roles.describe(**_family(self.adapter, self.actions))
 
     def on_snapshot_ready(self, snapshot: RankSnapshot) -> None:
         self._snapshot = snapshot
@@ -531,7 +388,7 @@ class AgentRuntime:
             width=self.taps.width or 0,
             num_ranks=state.rank.world.size,
             acts=state.acts,
-            reason=self._role_reason,
+            reason=self._roles.reason,
         )
 
     def _send_unfinished(self) -> None:
@@ -545,7 +402,7 @@ class AgentRuntime:
     def _before_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if self.closed or is_nested(optimizer):
             return None
-        clock = self._clock
+        clock, update = self._clock, Update(optimizer, args, kwargs)
         begins = clock.begins_step(optimizer, args, kwargs)
         if begins:
             if clock.open:
@@ -553,15 +410,16 @@ class AgentRuntime:
             if self._new_optimizers:
                 self._find_wrappers()
             clock.begin_step(self.optimizers)
-            self.breaker.hook(self._before_step)(optimizer, args, kwargs)
+            self.breaker.run(self._before_step, update)
         clock.begin(optimizer)
         if id(optimizer) in self._wrappers:
             return None  # the optimizers that it holds are scaled
-        self._scalars.before_call(optimizer, args, kwargs)
-        update, control = Update(optimizer, args, kwargs), self.lifecycle.state.control
-        for action in self._lasting:
-            action.apply(control, clock.num_steps, update)
-        kept = self._kept
+        if self._scalars.active:
+            self._scalars.before_call(optimizer, args, kwargs)
+        control = self.lifecycle.state.control
+        for apply in self._lasting[0]:
+            apply(control, clock.num_steps, update)
+        kept = self._roles.kept
         if begins and kept is not None and (control.version or kept.in_force):
             kept.keep(self.lifecycle.applied(clock.num_steps))
         unchanged = update.args is args and update.kwargs is kwargs
@@ -570,38 +428,42 @@ class AgentRuntime:
     def _after_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.closed or is_nested(optimizer):
             return
-        for action in self._lasting:
-            action.revert()
-        self._scalars.after_call(optimizer, args, kwargs)
+        for revert in self._lasting[1]:
+            revert()
+        if self._scalars.active:
+            self._scalars.after_call(optimizer, args, kwargs)
         if self._clock.end(optimizer):
             self._end_step()
 
     def _end_step(self) -> None:
         self._clock.end_step()
         for request in self._loop_requests.values():
-            request.on_step_end()
-        self.breaker.hook(self._after_step)()
+            if request.granted:
+                request.on_step_end()
+        self.breaker.run(self._after_step)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, update: Update) -> None:
         started = time.perf_counter()
         self.stats.measured["learning_rate"].put(self.optimizers.largest_rate())
         self.taps.forward_over()
         state, step = self.lifecycle.state, self.stats.step
         state.before_step(step)
-        update = Update(optimizer, args, kwargs)
-        for action in self._others:
-            action.apply(state.control, step, update)
+        control = state.control
+        for apply in self._others[0]:
+            apply(control, step, update)
         self.stats.hook_seconds += time.perf_counter() - started
 
     def _after_step(self) -> None:
-        self._scalars.end()
-        self._send_snapshot()
+        if self._scalars.active:
+            self._scalars.end()
+        if self._snapshot is not None:
+            self._send_snapshot()
         started = time.perf_counter()
         self._budget.earn(self.stats.on_step_edge(started))
         # Only snapshots are charged, because fewer of them make nothing else cheaper.
         self._budget.charge(self.stats.capture_seconds)
-        for action in self._others:
-            action.revert()
+        for revert in self._others[1]:
+            revert()
         if isinstance(state := self.lifecycle.state, RankedState):
             self._plan_step(state)
         self.stats.hook_seconds += time.perf_counter() - started
@@ -618,15 +480,17 @@ class AgentRuntime:
         for action in self.actions:
             if action.hello_changed:
                 action.hello_changed = False
-                self._describe(**action.hello(self.adapter))
+                self._roles.describe(**action.hello(self.adapter))
         if self.taps.num_forwards:
             self._num_forwards.append(self.taps.num_forwards)
-        # The median leaves out the step after one that a GradScaler skipped, which has the forwards of both, and a step
-        # with fewer microbatches at the end of an epoch.
-        num_microbatches = median_low(self._num_forwards or [1])
+        # The low median leaves out the step after one that a GradScaler skipped, which has the forwards of both, and a
+        # step with fewer microbatches at the end of an epoch.
+        ordered = sorted(self._num_forwards) or [1]
+        num_microbatches = ordered[(len(ordered) - 1) // 2]
         num_layers = 0 if stack is None else stack.num_layers
         forwards = NextForwards(num_layers, num_microbatches, state.rank.data_ranks.rank, self.taps.obstacle)
-        changes = [action.before_forwards(state.control, step, forwards) for action in self.actions]
+        control = state.control
+        changes = [each(control, step, forwards) for each in self._before_forwards]
         if due is not None and (model := self._model()) is not None and isinstance(state, Watching):
             self._scalars.begin(model, state.layout)
         self.taps.step_edge(due, [change for change in changes if change is not None])
@@ -638,12 +502,6 @@ def _family(adapter: ArchitectureAdapter, actions: tuple[ControlAction, ...]) ->
     for action in actions:
         fields |= action.hello(adapter)
     return fields
-
-
-def _report(rank: RankParts, notices: Notices, result: CommandResult) -> None:
-    """Send the outcome of a command, and print it. No method: the I/O thread holds it, and must not hold the model."""
-    rank.report(result)
-    notices.changed(result)
 
 
 def _say_end(notices: Notices, lifecycle: LifeCycle) -> None:

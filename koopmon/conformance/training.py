@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from koopmon import config as configuration
+from koopmon.agent.capture.forward_kind import recomputing
 from koopmon.agent.capture.sampler import RankSnapshot
-from koopmon.agent.capture.taps import recomputing
 from koopmon.agent.comms.io_thread import IOThread
 from koopmon.agent.control.actuator import CommandResult
 from koopmon.agent.runtime import AgentRuntime

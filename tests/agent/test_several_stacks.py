@@ -136,7 +136,7 @@ def test_the_name_of_a_run_is_that_of_the_unwrapped_blocks(monitor: ScriptedMoni
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     agent = agents(model, optimizer, endpoint=monitor.endpoint, run="job", config=EVERY_STEP)
     step(model, optimizer, 0)
-    assert [other._run for other in agent._runtime._beside] == ["job.tower_a.blocks"]
+    assert [other._roles.run for other in agent._runtime._beside] == ["job.tower_a.blocks"]
 
 
 def test_a_named_stack_is_watched_alone(monitor: ScriptedMonitor, agents: Attach) -> None:

@@ -149,6 +149,8 @@ class GraphTaps:
     def __init__(self, stack: Stack, num_rows: Callable[[], int]) -> None:
         self.stack = stack
         self.taps = [BlockTap(self) for _ in stack.points]
+        self.traced = False
+        """True if a graph holds the taps of at least one block."""
         self.closed = False
         """True if no more graph gets taps."""
         self._num_rows = num_rows
@@ -159,11 +161,6 @@ class GraphTaps:
         parameters = [each for point in stack.points for each in point.module.parameters()]
         self._widths = {size for each in parameters if each.dim() > 1 for size in each.shape}
         """The sizes of the blocks' weights, among which the width is; empty if they are flattened."""
-
-    @property
-    def traced(self) -> bool:
-        """True if a graph holds the taps of at least one block."""
-        return bool(self._slots)
 
     def is_plane(self, enters: bool, num_dims: int, channels: int, last: int) -> bool:
         """Return True if the state that enters, or leaves, the blocks has its width in dimension 1."""
@@ -201,6 +198,7 @@ class GraphTaps:
                     mark_static_address(value, guard=False)
                     setattr(tap, each, value)
             self._slots[name] = _Slot(name, enters, path, container)
+            self.traced = True
         return name
 
     def arm(self, choose: Callable[[int, int], Tensor] | None = None) -> None:
@@ -219,18 +217,18 @@ class GraphTaps:
         """Put no taps into further graphs. Those that hold them stay, because a change causes a new compilation."""
         self.closed = True
 
-    def read(self) -> list[_Copied] | None:
+    def read(self) -> list[Copied] | None:
         """Return what the last forward has left, for each block; None if no forward came. Waits for the device."""
         if not self._slots or self._picks is None:
             return None
         names = [(tap, name) for tap in self.taps for name in self._slots]
         taken = iter(torch.stack([getattr(tap, f"{name}_taken") for tap, name in names]).tolist())
         picks = self._picks.cpu()
-        copied = [_Copied(self._slots, picks, tap, {name: next(taken) for name in self._slots}) for tap in self.taps]
+        copied = [Copied(self._slots, picks, tap, {name: next(taken) for name in self._slots}) for tap in self.taps]
         self._num_tokens = max((each.num_tokens for each in copied), default=0)
         return copied if any(each.called for each in copied) else None
 
-    def observe(self, copied: list[_Copied], verifier: ChainVerifier) -> None:
+    def observe(self, copied: list[Copied], verifier: ChainVerifier) -> None:
         """Show the states to `verifier`, as those of one forward with gradients."""
         verifier.compare_values(self.stack)
         with torch.enable_grad():
@@ -239,7 +237,7 @@ class GraphTaps:
                     verifier.observe_input(self.stack, point.layer, *each.arguments())
                     verifier.observe_output(self.stack, point.layer, each.result())
 
-    def states(self, copied: list[_Copied], adapter: ArchitectureAdapter, kept: Stack) -> list[Tensor] | None:
+    def states(self, copied: list[Copied], adapter: ArchitectureAdapter, kept: Stack) -> list[Tensor] | None:
         """Return the states (N, D) at every point of `kept`; None if they are incomplete.
 
         The state behind a skipped block is that before it.
@@ -255,7 +253,7 @@ class GraphTaps:
             states.append(block_output(adapter, kept, point.module, each.result()) if each.called else states[-1])
         return _alike(states)
 
-    def _parts(self, copied: list[_Copied], adapter: ArchitectureAdapter, kept: Stack) -> list[Tensor] | None:
+    def _parts(self, copied: list[Copied], adapter: ArchitectureAdapter, kept: Stack) -> list[Tensor] | None:
         """Return the input of each block, in the form "pairs" with its output, or None."""
         states = []
         for point, each in zip(kept.points, copied, strict=True):
@@ -270,7 +268,7 @@ def _alike(states: list[Tensor | None]) -> list[Tensor] | None:
     return found if len(found) == len(states) and len({state.shape for state in found}) == 1 else None
 
 
-class _Copied:
+class Copied:
     """The copies of one block's states: for each slot the tokens of the forward they are from, negative if none."""
 
     def __init__(self, slots: Mapping[str, _Slot], picks: Tensor, tap: BlockTap, taken: dict[str, int]) -> None:

@@ -23,16 +23,48 @@ _OPTIONS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_fo
 """Tables of a module: its hooks by id, and their options by the same ids."""
 
 
-def add_pre_hook(module: nn.Module, hook: GuardedHook) -> RemovableHandle:
+class HiddenHook:
+    """One hook in `module`. While it is paused, the module is as without it."""
+
+    def __init__(self, module: nn.Module, table: str, handle: RemovableHandle) -> None:
+        self.module = module
+        self._table, self._options = table, f"{table}_with_kwargs"
+        self._handle = handle
+        self._paused: dict[str, Any] = {}
+        """What was taken out of the module's tables, by the table."""
+
+    def pause(self) -> None:
+        """Take the hook out, unless the module has hooks of others: then it would gain nothing."""
+        tables = vars(self.module)
+        if all(isinstance(each, GuardedHook) for each in tables[self._table].values()):
+            for name in (self._table, self._options):
+                if self._handle.id in tables[name]:
+                    self._paused[name] = tables[name].pop(self._handle.id)
+
+    def resume(self) -> None:
+        """Put a paused hook back, in front of the hooks that came since."""
+        while self._paused:
+            name, value = self._paused.popitem()
+            table = vars(self.module)[name]
+            table[self._handle.id] = value
+            table.move_to_end(self._handle.id, last=False)
+
+    def remove(self) -> None:
+        """Remove the hook. Idempotent."""
+        self._paused.clear()
+        self._handle.remove()
+
+
+def add_pre_hook(module: nn.Module, hook: GuardedHook) -> HiddenHook:
     """Call hook(module, args, kwargs) before each call of `module`."""
     _hide_hooks_of(type(module))
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+    return HiddenHook(module, "_forward_pre_hooks", module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
-def add_hook(module: nn.Module, hook: GuardedHook, *, with_kwargs: bool = False) -> RemovableHandle:
+def add_hook(module: nn.Module, hook: GuardedHook, *, with_kwargs: bool = False) -> HiddenHook:
     """Call hook(module, args, output) after each call of `module`; hook(module, args, kwargs, output) with kwargs."""
     _hide_hooks_of(type(module))
-    return module.register_forward_hook(hook, with_kwargs=with_kwargs)
+    return HiddenHook(module, "_forward_hooks", module.register_forward_hook(hook, with_kwargs=with_kwargs))
 
 
 def _hide_hooks_of(kind: type[nn.Module]) -> None:

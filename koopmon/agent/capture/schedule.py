@@ -42,8 +42,9 @@ class OverheadBudget:
 
     def charge(self, total_seconds: float) -> None:
         """Charge the time since the last charge, of a running total in the training thread."""
-        self.spend(total_seconds - self._charged_seconds)
-        self._charged_seconds = total_seconds
+        if total_seconds != self._charged_seconds:
+            self.spend(total_seconds - self._charged_seconds)
+            self._charged_seconds = total_seconds
 
     @property
     def affords(self) -> bool:

@@ -40,36 +40,37 @@ class StepScalars:
         self._vocabularies: frozenset[int] | None = None
         self._log_partition: Tensor | None = None
         self._scaler = ScalerFinder()
-        self._active = False
+        self.active = False
+        """True while a step is measured."""
         self._has_whole_gradients = False
 
     def begin(self, model: nn.Module, layout: ParallelLayout) -> None:
         """Measure the step that begins."""
-        self._breaker.hook(self._begin)(model, layout)
+        self._breaker.run(self._begin, model, layout)
 
     def before_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Note the gradients that `optimizer` is about to use. A closure computes them later."""
-        if self._active:
+        if self.active:
             self._guarded(self._before_call, optimizer, has_closure(args, kwargs))
 
     def note_output(self, output: Any) -> None:
         """Note the output of the model in a training forward. The first one of the step counts."""
-        if self._active and self._log_partition is None:
+        if self.active and self._log_partition is None:
             self._guarded(self._note_output, output, breaker=self._signals)
 
     def after_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Note the gradients that `optimizer` has used, if a closure has computed them."""
-        if self._active and has_closure(args, kwargs):
+        if self.active and has_closure(args, kwargs):
             self._guarded(self._add_gradients, optimizer)
 
     def end(self) -> None:
         """Store the values of the step. A value that was not seen becomes unknown."""
-        if self._active:
+        if self.active:
             self._guarded(self._end)
 
     def close(self) -> None:
         """Remove every hook. Idempotent."""
-        self._active = False
+        self.active = False
         self._loss.close()
 
     def _on_trip(self, reason: str) -> None:
@@ -79,12 +80,12 @@ class StepScalars:
 
     def _guarded(self, body: Callable[..., None], *args: Any, breaker: CircuitBreaker | None = None) -> None:
         started = time.perf_counter()
-        (breaker or self._breaker).hook(body)(*args)
+        (breaker or self._breaker).run(body, *args)
         # Like the snapshot itself, it costs nothing in the other steps.
         self._stats.capture_seconds += time.perf_counter() - started
 
     def _begin(self, model: nn.Module, layout: ParallelLayout) -> None:
-        self._active = True
+        self.active = True
         self._norm.clear()
         self._update.end()
         self._log_partition = None
@@ -102,7 +103,7 @@ class StepScalars:
         self._loss.unscale(None if scaler is None else scaler._scale)
         if not closure:
             self._add_gradients(optimizer)
-            self._signals.hook(self._update.add)(optimizer)
+            self._signals.run(self._update.add, optimizer)
 
     def _add_gradients(self, optimizer: Optimizer) -> None:
         if self._has_whole_gradients and "grad_norm" not in self._stats.logged:
@@ -114,9 +115,9 @@ class StepScalars:
         self._log_partition = log_partition(output, self._vocabularies or ())
 
     def _end(self) -> None:
-        self._active = False
+        self.active = False
         self._stats.measure("loss", self._loss.end())
         self._stats.measure("grad_norm", self._norm.end())
-        self._stats.measure("update_rms", self._signals.hook(self._update.end)())
+        self._stats.measure("update_rms", self._signals.run(self._update.end))
         self._stats.measure("log_partition", self._log_partition)
         self._log_partition = None

@@ -7,9 +7,9 @@ part of the control state that all ranks hold, and each rank applies that state 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -66,8 +66,7 @@ class Update:
     kwargs: Any
 
 
-@dataclass(frozen=True, slots=True)
-class NextForwards:
+class NextForwards(NamedTuple):
     """The forwards of the next step: the verified chain's depth (0 before that), and this rank's part of the data."""
 
     num_layers: int
@@ -85,6 +84,12 @@ class Injection(Protocol):
 
     def leave(self, layer: int, state: Tensor) -> Tensor | None:
         """Return the state that replaces `state`, the output of block `layer`; None to keep it."""
+
+
+def overriding(actions: Iterable[ControlAction], method: str) -> tuple[Any, ...]:
+    """Return the bound `method` of the actions that have one of their own. Each step calls the others in vain."""
+    default = getattr(ControlAction, method)
+    return tuple(getattr(each, method) for each in actions if getattr(type(each), method) is not default)
 
 
 class ControlAction(ABC):
@@ -158,12 +163,10 @@ class ControlAction(ABC):
         """Return this action's share of `Agent.status()`."""
         return {}
 
-    @abstractmethod
-    def apply(self, state: ControlState, step: int, update: Update) -> None:
+    def apply(self, state: ControlState, step: int, update: Update) -> None:  # noqa: B027 - optional
         """Put `state` in force for `update`, the optimizer's update number `step`, counted from 0."""
 
-    @abstractmethod
-    def revert(self) -> None:
+    def revert(self) -> None:  # noqa: B027 - optional
         """Restore the user's own values. Idempotent. Also called when the agent is closed."""
 
     def at_edge(self, state: ControlState, step: int, agree: Callable[[bool], bool]) -> Completion | None:

@@ -19,7 +19,13 @@ from enum import Enum
 import msgspec
 
 from koopmon.agent.capture.schedule import SnapshotSchedule
-from koopmon.agent.control.action import Capability, ControlAction, RequestRefusedError, Target
+from koopmon.agent.control.action import (
+    Capability,
+    ControlAction,
+    RequestRefusedError,
+    Target,
+    overriding,
+)
 from koopmon.agent.control.rank_group import RankGroup
 from koopmon.agent.control.state import ActionState, ControlState, ControlUpdate, Ramp
 from koopmon.agent.parallelism import ParallelLayout
@@ -96,6 +102,8 @@ class Actuator:
     ) -> None:
         self.state = ControlState()
         self._actions = {action.kind: action for action in actions}
+        self._tuned = overriding(actions, "tuned")
+        self._at_edge = [(at_edge.__self__.kind, at_edge) for at_edge in overriding(actions, "at_edge")]
         self._limits = config.limits
         self._ramp_back_steps = config.control.ramp_back_steps
         self._stats = stats
@@ -137,7 +145,8 @@ class Actuator:
         group = self._group
         if group is None:
             self.state = self._next_state(step)
-            self._settle(step, in_force=True)
+            if self._underway:
+                self._settle(step, in_force=True)
         elif group.in_flight:
             update = group.receive()
             if update is not None and (flaw := self._flaw(update, step)):
@@ -174,9 +183,9 @@ class Actuator:
         return self._schedule.unagreed(step, self.state)
 
     def _complete(self, step: int) -> None:
-        for kind, action in self._actions.items():
-            done = action.at_edge(self.state, step, self._agree)
-            result = self._incomplete.pop(kind, None)
+        for kind, at_edge in self._at_edge:
+            done = at_edge(self.state, step, self._agree)
+            result = self._incomplete.pop(kind, None) if self._incomplete else None
             if done is not None and result is not None:
                 self._report(dataclasses.replace(result, outcome=done.outcome, detail=done.detail))
 
@@ -196,8 +205,8 @@ class Actuator:
     def _next_state(self, step: int) -> ControlState:
         """Return the state that the pending requests lead to, if it comes in force at `step`."""
         state = self.state
-        for action in self._actions.values():
-            state = action.tuned(state)
+        for tuned in self._tuned:
+            state = tuned(state)
         while self._requests:
             request = self._requests.popleft()
             match request:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-from koopmon.agent.control.action import Completion, ControlAction, RequestRefusedError, Target, Update
+from koopmon.agent.control.action import Completion, ControlAction, RequestRefusedError, Target
 from koopmon.agent.control.state import ControlState
 from koopmon.wire.messages import Applied, Command
 
@@ -35,18 +35,12 @@ class LoopRequest(ControlAction):
             raise RequestRefusedError(f"no second {self.kind}: another one comes in force at this step")
         return Target(1.0, {"at_step": step})
 
-    def apply(self, state: ControlState, step: int, update: Update) -> None:
-        """Leave the update as it is."""
-
-    def revert(self) -> None:
-        """Nothing to restore."""
-
     def on_step_end(self) -> None:
         """End a request of the step before. Called at every step, also after the agent has failed on this rank."""
         self.granted = self.granted and self.stays
 
     def at_edge(self, state: ControlState, step: int, agree: Callable[[bool], bool]) -> Completion | None:
-        if self.parameters(state).get("at_step") != step - 1:
+        if self.kind not in state.actions or self.parameters(state).get("at_step") != step - 1:
             return None
         if not agree(True):
             return Completion("failed", "the ranks did not agree on it")

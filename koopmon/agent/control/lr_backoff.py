@@ -125,7 +125,10 @@ class LrBackoff(ControlAction):
         return max(peak if first == cap["capped_from"] else 0.0, cap["peak_rate"])
 
     def apply(self, state: ControlState, step: int, update: Update) -> None:
-        self.revert()  # if a step() raised, its post-hook never ran
+        if self._views:
+            self.revert()  # a step() raised: its post-hook never ran
+        if self.kind not in state.actions:
+            return
         if cap := self.parameters(state):
             self._follow_peak(int(cap["capped_from"]))
         if (scale := self.effective(state, step)) != self.neutral:

@@ -65,8 +65,9 @@ class OptimizerSet:
         A rate on a device is returned as a tensor, unread.
         """
         largest: float | None = None
-        for each in self:
-            for group in each.param_groups:
+        for reference, _ in self._references:
+            each = reference()
+            for group in () if each is None else each.param_groups:
                 rate = group.get(RATE)
                 if isinstance(rate, Tensor) and rate.device.type != "cpu":
                     return rate

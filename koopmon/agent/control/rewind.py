@@ -109,10 +109,10 @@ class RewindAction(ControlAction):
         return Target(1.0, {**self.parameters(state), "at_step": step, "copy_step": max(fitting)})
 
     def tuned(self, state: ControlState) -> ControlState:
-        interval, seconds = self._interval(state), self._stats.step_seconds
+        seconds = self._stats.step_seconds
         if self._refusal or not seconds or len(self._seconds) < TIMED_COPIES:
             return state
-        tuned = interval
+        interval = tuned = self._interval(state)
         while median(self._seconds) > MAX_COST * tuned * seconds and tuned < MAX_INTERVAL_STEPS:
             tuned *= 2
         if tuned == interval:
@@ -184,9 +184,6 @@ class RewindAction(ControlAction):
         parameters = () if model is None else model.parameters()
         if any(each.requires_grad and each.grad is not None and id(each) not in updated for each in parameters):
             self._give_up("the optimizer does not update all parameters that receive gradients")
-
-    def revert(self) -> None:
-        """Nothing to restore: a rewind is no setting."""
 
     def end(self) -> None:
         self._give_up(self._final or "the agent applies no commands")

@@ -28,7 +28,12 @@ def is_nested(optimizer: Optimizer) -> bool:
     A subclass calls that of its parent. Both call the hooks if an optimizer of the parent's class exists. A counter
     would be wrong after a step that raised: the frames are not.
     """
-    if sum(hasattr(kind.__dict__.get("step"), "hooked") for kind in type(optimizer).__mro__) < 2:
+    num_hooked = 0
+    for kind in type(optimizer).__mro__:
+        step = kind.__dict__.get("step")
+        if step is not None and hasattr(step, "hooked"):
+            num_hooked += 1
+    if num_hooked < 2:
         return False  # without a search of the frames
     return sum(vars(each) is vars(optimizer) for each in stepping_optimizers()) > 1
 

@@ -88,14 +88,14 @@ class KssAction(ControlAction):
 
     def before_forwards(self, state: ControlState, step: int, forwards: NextForwards) -> Injection | None:
         self._obstacle = forwards.obstacle
-        if self.strength(state, step) <= 0.0:
+        if self.kind not in state.actions or self.strength(state, step) <= 0.0:
             return None
         self._injection.latch(step, self._settings(state, step), forwards)
         return self._injection if self._injection.active else None
 
     def apply(self, state: ControlState, step: int, update: Update) -> None:
         # The scale of the loss must be known before the next step's forward, which may be the first with KSS.
-        if self.strength(state, step + 1) > 0.0:
+        if self.kind in state.actions and self.strength(state, step + 1) > 0.0:
             self._injection.find_scaler(update.optimizer)
 
     def revert(self) -> None:

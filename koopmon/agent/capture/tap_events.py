@@ -1,0 +1,49 @@
+"""The phases of a forward that is tapped, and the events that the taps report."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import Any, Protocol
+
+from koopmon.agent.capture.sampler import RankSnapshot
+from koopmon.api import Stack
+from koopmon.plugins import Selection
+
+
+class ForwardPhase(Enum):
+    """The work of the taps in the forward that runs now."""
+
+    IDLE = auto()
+    """None: no training forward runs, or nothing is due in it."""
+    VERIFYING = auto()
+    """Show which candidate stack is a chain."""
+    SNAPSHOT = auto()
+    """Take a snapshot, and let the actions change the stream."""
+    INJECTING = auto()
+    """Let the actions change the stream."""
+
+
+class TapEvents(Protocol):
+    """Receiver of the taps' events. All methods are called in the training thread."""
+
+    def on_forward(self) -> None:
+        """Handle the start of a training forward."""
+
+    def on_output(self, output: Any) -> None:
+        """Handle the output of the model in a training forward."""
+
+    def on_graph_forward(self) -> None:
+        """Handle the end of a step whose forwards ran in a compiled graph, where no hook sees them."""
+
+    def on_chain_verified(self, stack: Stack, width: int, update_exponent: float | None, fingerprint: int) -> None:
+        """Handle the verified chain `stack`, with D = `width`.
+
+        `update_exponent` is that of the growth of updates with the state, if known. `fingerprint` is of the states that
+        entered the chain: equal on ranks that hold the same tokens.
+        """
+
+    def on_snapshot_ready(self, snapshot: RankSnapshot) -> None:
+        """Handle a complete snapshot."""
+
+    def adapter_replaced(self, selection: Selection) -> None:
+        """Handle a new adapter: the one before has failed, or found no chain."""
