@@ -1,4 +1,4 @@
-"""The monitor's own profile beside a floor, at widths from 64 to 4096: `python -m benchmarks.spectral_floor`.
+"""The monitor's own profile beside a floor, at widths from 64 to 4096; `benchmarks.spectral_speed` measures it too.
 
 The floor is the least work in numpy and LAPACK that gives the same numbers as accurately.
 
