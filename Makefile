@@ -22,7 +22,7 @@ PINS  := pyproject.toml $(HELD)
 # Benchmarks that are commands. The proofs of harmlessness come first, then norms and early_warning, whose results others use. Pages come last.
 FIRST    := matrix fault_campaign proving_ground norms early_warning
 COMMANDS := $(patsubst benchmarks/%.py,%,$(shell grep -l __main__ benchmarks/*.py))
-COMMANDS := $(FIRST) $(filter-out $(FIRST) readme guarded_ranks,$(COMMANDS)) readme
+COMMANDS := $(FIRST) $(filter-out $(FIRST) readme guarded_ranks spectral_floor,$(COMMANDS)) readme
 
 .DEFAULT_GOAL := help
 .PHONY: help demo docs unit test lint format audit mutants prove clean

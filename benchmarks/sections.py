@@ -78,6 +78,26 @@ def spectral_speed(told: Document) -> list[str]:
     )
 
 
+def spectral_floor(told: Document) -> list[str]:
+    """Write the rows of all widths, and the goals."""
+    settings, rows, goals = told["settings"], told["rows"], told["goals"]
+    near, rising = goals["floor"], goals["monotone"]["holds"]
+    cells = [
+        [title, *(f"{row[key]:.{digits}f}" for row in rows)]
+        for title, key, digits in (
+            ("CPU ms per layer", "cpu_ms_per_layer", 1),
+            ("times the floor", "ratio", 2),
+            ("times the spectrum alone", "ratio_to_the_spectrum_alone", 2),
+        )
+    ]
+    prose = [
+        f"At N {settings['num_samples']}, svd_rank {settings['svd_rank']} and L {settings['num_layers']}, the goal of",
+        f"at most {near['at_most']:g} times the floor {'holds' if near['holds'] else 'is missed'} (at most",
+        f"{near['worst']:.2f}), and the time {'rises' if rising else 'does not rise everywhere'} with D:",
+    ]
+    return [*paragraph(prose), "", *table(["D", *(str(row["width"]) for row in rows)], cells)]
+
+
 def agent_overhead(told: Document) -> list[str]:
     settings = told["settings"]
     at = {"nice": "at nice 19", "idle": "at idle priority"}[settings["monitor"]]
@@ -381,6 +401,7 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "unchanged_script": unchanged_script,
     "norm_table": norm_table,
     "spectral_speed": spectral_speed,
+    "spectral_floor": spectral_floor,
     "agent_overhead": agent_overhead,
     "agent_overhead_idle": agent_overhead,
     "norms": norms,

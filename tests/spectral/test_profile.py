@@ -25,6 +25,7 @@ from koopmon.spectral import (
     profile_in_batches,
     profile_states,
     profile_transition,
+    update_exponent,
 )
 from koopmon.spectral import profile as profile_module
 from koopmon.spectral.dmd import Operators, fit
@@ -251,6 +252,7 @@ def test_the_direction_that_a_layer_norm_removes_is_only_a_caution() -> None:
         (9, 8, True, "few samples: N = 9, comfortably 10"),
         (10, 8, True, ""),
         (1, None, False, "too few samples: N = 1"),
+        (0, 8, False, "too few samples: N = 0"),
     ],
 )
 def test_too_few_samples(num_samples: int, svd_rank: int | None, informative: bool, reason: str) -> None:
@@ -499,6 +501,9 @@ def test_exponents_of_extreme_states_do_not_overflow() -> None:
     plain = profile_transition(x, x * (1.0 + x.norm(dim=1, keepdim=True)))
     large = profile_transition(1e25 * x, 1e25 * x * (1.0 + x.norm(dim=1, keepdim=True)))
     assert large.update_exponent == pytest.approx(plain.update_exponent, rel=1e-5)
+    y = 1e25 * x * x.norm(dim=1, keepdim=True)
+    wanted = update_exponent(x.double(), y.double()).item()
+    assert profile_transition(x, y).update_exponent == pytest.approx(wanted, rel=1e-5), "one of the two is extreme"
 
 
 @pytest.mark.parametrize(("name", "default", "other"), [("seed", 0, 1), ("ridge", 1e-5, 2e-5)])
