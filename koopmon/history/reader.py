@@ -377,7 +377,7 @@ def _names(kind: type[Any]) -> list[str]:
 
 def _values(row: sqlite3.Row, kind: type[Any], **values: Any) -> dict[str, Any]:
     """Return the columns that match fields of the dataclass `kind`; `values` overrides columns that need conversion."""
-    return {name: row[name] for name in _names(kind) if name not in values} | values
+    return {name: row[name] for name in _names(kind) if name not in values} | values  # type: ignore[arg-type]
 
 
 def _row(row: sqlite3.Row, kind: type[R], **values: Any) -> R:
