@@ -21,7 +21,7 @@ from benchmarks.proving_ground.page import WRITERS as PROVING_GROUND
 from benchmarks.sections import WRITERS as SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ("deploy", "evidence", "failures", "grafana", "live-page", "security", "support")
+DOCS = ("deploy", "evidence", "failures", "grafana", "history", "live-page", "security", "support")
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 WRITERS = {**SECTIONS, **MATRIX, **FUZZ, **LIVE, **MUTANTS, **PROVING_GROUND}
 RESULTS = Path(__file__).parent / "results"

@@ -397,6 +397,34 @@ def monitor_load(told: Document) -> list[str]:
     ]
 
 
+def history_size(told: Document) -> list[str]:
+    """Write sizes and CPU times of today's form beside those of the form before, then the times of reading."""
+    rows = [
+        [
+            layers,
+            f"{sizes['now']:.1f} MB, {sizes['before']:.1f} MB before",
+            f"{told['milliseconds'][layers]['now']:.2f} ms, {told['milliseconds'][layers]['before']:.2f} ms before",
+        ]
+        for layers, sizes in told["sizes"].items()
+    ]
+    measured, goals = told["measured"], told["goals"]
+    verdicts = [
+        ("1,000 snapshots of 48 layers", "megabytes_48", "{:.1f} MB"),
+        ("recording a profile of 48 layers, over the time before", "recording_ratio_48", "{:.2f}"),
+        (f"`koopmon report` of {told['settings']['snapshots_read']:,} snapshots", "report_seconds", "{:.1f} s"),
+        (f"`koopmon replay` of {told['settings']['snapshots_read']:,} snapshots", "replay_seconds", "{:.1f} s"),
+    ]
+    goal_rows = [
+        [name, form.format(measured[key]), form.format(goals[key]), "yes" if measured[key] <= goals[key] else "**no**"]
+        for name, key, form in verdicts
+    ]
+    return [
+        *table(["layers", "1,000 snapshots", "recording one profile (CPU)"], rows),
+        "",
+        *table(["what", "measured", "goal, at most", "met"], goal_rows),
+    ]
+
+
 WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "unchanged_script": unchanged_script,
     "norm_table": norm_table,
@@ -415,6 +443,7 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "brake": brake,
     "fault_campaign": fault_campaign,
     "flood_and_kill": flood_and_kill,
+    "history_size": history_size,
     "alert_lead": alert_lead,
     "monitor_load": monitor_load,
 }

@@ -242,7 +242,8 @@ def decide(
     """
     case = _Case(_remember(now, state, observation, risk, config), observation, risk, config, kss)
     commands, following, _ = _look_closer(case) or ((), case.state, "")
-    case = replace(case, state=following)
+    if following is not case.state:
+        case = replace(case, state=following)
     if config.name != "observe" and (request := _ask_for_checkpoint(now, case)) is not None:
         commands, following = commands + request[0], request[1]
         case = replace(case, state=following)

@@ -126,7 +126,7 @@ class BackgroundWriter(HistoryWriter):
                 self._is_behind = self._is_behind and self._done < self._added
                 self._changed.notify_all()
         if commit:
-            self._safely(super().commit)
+            self._safely(self._commit)
         if live is not None:
             self._safely(functools.partial(super().upkeep, live))
         return not closing

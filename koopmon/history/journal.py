@@ -140,7 +140,7 @@ class Journal:
         self._try_again(now=True)
         if self._backlog:
             logger.error("store: %d decisions and answers could not be written", len(self._backlog))
-        self.commit()
+        self._commit()
         try:
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except SQLITE_ERRORS as error:
@@ -150,6 +150,9 @@ class Journal:
 
     def commit(self) -> None:
         """Commit all records so far, so that they survive the process."""
+        self._commit()
+
+    def _commit(self) -> None:
         try:
             if self._database.in_transaction:
                 self._database.execute("COMMIT")
@@ -213,7 +216,7 @@ class Journal:
         """Merge the removed log, which is still open, into the file, and open the file again."""
         logger.error("store %s: its log (-wal) was removed while open: merged into the file", self._path)
         try:
-            self.commit()
+            self._commit()
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._database.close()
             self._use(open_database(self._path))

@@ -47,7 +47,7 @@ class Launches:
 
     @classmethod
     def read(cls, database: sqlite3.Connection) -> Launches:
-        """Read the launches of an open store. What cannot be read is left out, with a log line."""
+        """Read the launches of an open store. A file that cannot be read gives a log line and no launches."""
         found = cls()
         try:
             for name, incarnation, applied, step, ended, memory in database.execute(_QUERY):

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
@@ -245,7 +246,7 @@ class HistoryReader:
 
     def profile_heads(self, run: str) -> Iterator[ProfileHead]:
         """Yield all snapshots of a run without their profiles."""
-        columns = ", ".join(field.name for field in fields(ProfileHead) if field.name != "id")
+        columns = ", ".join(name for name in _names(ProfileHead) if name != "id")
         with self._reading("profiles"):
             for row in self._database.execute(
                 f"SELECT t.id, {columns} FROM profiles AS t{_OF_RUN} ORDER BY t.id", (run,)
@@ -287,8 +288,11 @@ class HistoryReader:
     def _of_run(self, table: str, run: str, last: int | None = None) -> Iterator[sqlite3.Row]:
         # The subquery reads the index alone: the rows of a long run may have gigabytes.
         newest = f"SELECT t.id FROM {table} AS t{_OF_RUN} ORDER BY incarnation_id DESC, step DESC LIMIT ?"
-        query = f"SELECT t.*, incarnation FROM {table} AS t{_OF_RUN} AND t.id IN ({newest}) ORDER BY t.id"
-        yield from self._database.execute(query, (run, run, -1 if last is None else last))
+        query = (
+            f"SELECT t.*, incarnation FROM {table} AS t JOIN incarnations ON incarnations.id = t.incarnation_id"
+            f" WHERE t.id IN ({newest}) ORDER BY t.id"
+        )
+        yield from self._database.execute(query, (run, -1 if last is None else last))
 
     def _commands(self, decision_id: int) -> Iterator[dict[str, Any]]:
         query = (
@@ -337,7 +341,7 @@ def _head(row: sqlite3.Row) -> ProfileHead:
 def _profile(row: sqlite3.Row, *, eigenvalues: bool = True) -> ProfileRow:
     head = _head(row)
     profile, observables = unpack(row["profile"], non_finite=head.non_finite, eigenvalues=eigenvalues)
-    known = {field.name: getattr(head, field.name) for field in fields(head)}
+    known = {name: getattr(head, name) for name in _names(ProfileHead)}
     return ProfileRow(**known, profile=profile, observables=observables)
 
 
@@ -354,15 +358,26 @@ def _observation(row: sqlite3.Row) -> dict[str, Any]:
 
 def _training(row: sqlite3.Row) -> dict[str, Any]:
     """Return the known fields of the row's TrainingStep. A store of an earlier koopmon may lack some columns."""
-    known = {name: row[name] for name in set(row.keys()).intersection(TrainingStep.__struct_fields__)}
     return {
-        name: from_scalar(value) if name in MEASURED else value for name, value in known.items() if value is not None
+        name: from_scalar(value) if name in MEASURED else value
+        for name in _scalars(tuple(row.keys()))
+        if (value := row[name]) is not None
     }
+
+
+@cache
+def _scalars(columns: tuple[str, ...]) -> list[str]:
+    return [name for name in TrainingStep.__struct_fields__ if name in columns]
+
+
+@cache
+def _names(kind: type[Any]) -> list[str]:
+    return [field.name for field in fields(kind)]
 
 
 def _values(row: sqlite3.Row, kind: type[Any], **values: Any) -> dict[str, Any]:
     """Return the columns that match fields of the dataclass `kind`; `values` overrides columns that need conversion."""
-    return {field.name: row[field.name] for field in fields(kind) if field.name not in values} | values
+    return {name: row[name] for name in _names(kind) if name not in values} | values  # type: ignore[arg-type]
 
 
 def _row(row: sqlite3.Row, kind: type[R], **values: Any) -> R:

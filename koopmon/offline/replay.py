@@ -93,7 +93,7 @@ class _Judge:
         self._history, risk = online_detector.assess(self._history, seen, self._risk)
         decision = policy.decide(row.time, self._state, seen, risk, self._policy, self._kss)
         # No agent answers a rewind here.
-        self._state = replace(decision.state, rewinding=False)
+        self._state = replace(decision.state, rewinding=False) if decision.state.rewinding else decision.state
         return Replayed(
             incarnation=row.incarnation,
             step=row.step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -44,5 +45,7 @@ class LossZScore:
         # 0.1% of the mean and 1e-12 bound the deviation from below, so noise on a flat loss gives no huge z-score. Both
         # were chosen by hand.
         mean = statistics.fmean(self.losses)
-        deviation = statistics.pstdev(self.losses, mean) + 1e-3 * abs(mean) + 1e-12
+        # statistics.pstdev is exact, in fractions, and takes twenty times as long.
+        spread = math.sqrt(math.fsum([(each - mean) ** 2 for each in self.losses]) / len(self.losses))
+        deviation = spread + 1e-3 * abs(mean) + 1e-12
         return min((loss - mean) / deviation, LARGEST)

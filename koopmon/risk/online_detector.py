@@ -261,19 +261,22 @@ def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tu
     """
     found = causes.find(observation, state.update_rms)
     state, risk = _assess(state, observation, config)
-    state = replace(state, update_rms=causes.remember(state.update_rms, observation.training.update_rms))
-    risk = replace(risk, causes=tuple(found), reason="; ".join((*found.values(), risk.reason)))
-    if observation.update_exponent is None:
-        return state, risk
-    return state, replace(risk, excess_rate=rate_excess(observation, config))
+    update_rms = observation.training.update_rms
+    if update_rms is not None:
+        state = replace(state, update_rms=causes.remember(state.update_rms, update_rms))
+    if found:
+        risk = replace(risk, causes=tuple(found), reason="; ".join((*found.values(), risk.reason)))
+    return state, risk
 
 
 def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> tuple[RiskState, OnlineRisk]:
-    """Score one observation, without `excess_rate`."""
+    """Score one observation, without its causes."""
+    excess = None if observation.update_exponent is None else rate_excess(observation, config)
     if observation.non_finite:
-        return state, OnlineRisk(value=1.0, forecast=1.0, reason="the residual stream is not finite")
+        broken = "the residual stream is not finite"
+        return state, OnlineRisk(value=1.0, forecast=1.0, reason=broken, excess_rate=excess)
     if not observation.informative:
-        return state, OnlineRisk(value=0.0, reason=f"not informative: {observation.reason}")
+        return state, OnlineRisk(value=0.0, reason=f"not informative: {observation.reason}", excess_rate=excess)
     # The floor makes changes of small update ratios count little: log is nearly flat below it.
     z = tuple(math.log(max(ratio, 0.0) + config.update_ratio_floor) for ratio in observation.update_ratios)
     state = _with_start_and_loss(state, observation)
@@ -286,7 +289,8 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     # last snapshot has no meaning in both cases.
     if state.step is None or observation.step <= state.step or changed:
         fresh = replace(state, step=observation.step, z=z, recent=(z,), speed=(), restlessness=0.0, lr_scale=1.0)
-        return fresh, OnlineRisk(value=0.0, forecast=forecast, reason="first snapshot", components=foreseen)
+        first = "first snapshot"
+        return fresh, OnlineRisk(value=0.0, forecast=forecast, reason=first, excess_rate=excess, components=foreseen)
     before = tuple(each for each in state.recent if len(each) == len(z))
     recent = (*before[-1:], z)
     if normalization(observation) > 0.5:
@@ -305,14 +309,15 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     restless = 0.0 if observation.training.lr_scale < state.lr_scale else state.restlessness
     # A peak counts as 1 at most, so that one large jump does not last.
     restless = (1 - slow) * restless + slow * min(peak, 1.0)
-    state = replace(
-        state,
+    state = RiskState(
+        initial_expansive_mass=state.initial_expansive_mass,
         step=observation.step,
         z=z,
         recent=recent,
         speed=speed,
         restlessness=restless,
         lr_scale=observation.training.lr_scale,
+        surprise=state.surprise,
     )
     lasting = restless / config.restlessness_scale
     reliable = 1.0 if observation.reliable_mode_ratio is None else observation.reliable_mode_ratio
@@ -329,7 +334,7 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     parts = {"unsteadiness": v, "peak": peak, "speed": fastest, "lasting": lasting, **foreseen}
     # 4 log v is the log-odds of v^4 / (v^4 + 1): one half at v = 1 and an even prior. The 4 was chosen by hand.
     value = _sigmoid(4.0 * math.log(v) + known) if v > 0.0 else 0.0
-    return state, OnlineRisk(value=value, forecast=forecast, reason=reason, components=parts)
+    return state, OnlineRisk(value=value, forecast=forecast, reason=reason, excess_rate=excess, components=parts)
 
 
 def _median_of_three(before: tuple[tuple[float, ...], ...], z: tuple[float, ...]) -> tuple[float, ...]:
@@ -341,10 +346,17 @@ def _median_of_three(before: tuple[tuple[float, ...], ...], z: tuple[float, ...]
 
 def _with_start_and_loss(state: RiskState, observation: Observation) -> RiskState:
     """Add the loss of this snapshot, and the expansive mass if this is the first informative one."""
-    state = replace(state, surprise=state.surprise.after(observation.training.loss))
-    if state.initial_expansive_mass is not None:
-        return state
-    return replace(state, initial_expansive_mass=observation.expansive_mass)
+    first = state.initial_expansive_mass
+    return RiskState(
+        initial_expansive_mass=observation.expansive_mass if first is None else first,
+        step=state.step,
+        z=state.z,
+        recent=state.recent,
+        speed=state.speed,
+        restlessness=state.restlessness,
+        lr_scale=state.lr_scale,
+        surprise=state.surprise.after(observation.training.loss),
+    )
 
 
 def _growth(state: RiskState, observation: Observation) -> float:

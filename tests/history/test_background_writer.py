@@ -113,6 +113,29 @@ def test_a_record_without_a_decision_is_on_disk_after_the_commit(
     wait_until(lambda: steps(path)["profiles"] == [1])
 
 
+def test_the_end_commits(open_store: Callable[..., BackgroundWriter], path: Path) -> None:
+    store = open_store()
+    profile(store, 1)
+    store.close()
+    assert steps(path)["profiles"] == [1]
+    assert sorted(each.name for each in path.parent.iterdir()) == [path.name], "a store at rest is one file"
+
+
+def test_a_log_that_is_removed_costs_no_record(
+    open_store: Callable[..., BackgroundWriter], path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store()
+    decide(store, 0)
+    store.upkeep([RUN])
+    wait_until(lambda: store._log_inode is not None)
+    path.with_name(f"{path.name}-wal").unlink()
+    profile(store, 1)
+    store.upkeep([RUN])
+    wait_until(lambda: "its log (-wal) was removed" in caplog.text)
+    store.close()
+    assert (steps(path)["decisions"], steps(path)["profiles"]) == ([0], [1])
+
+
 def test_a_disk_that_hangs_holds_nothing_up_and_loses_no_record(
     open_store: Callable[..., BackgroundWriter], path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
