@@ -39,12 +39,8 @@ NUM_RANKS, NUM_RUNS, SCRAPES = 1000, 100, 20
 SETTLE_SECONDS, MEASURED_SECONDS = 15.0, 40.0
 MAX_RANKS_SHARE, MAX_RUNS_SHARE = 0.05, 0.05
 MAX_SENT_BYTES, MAX_SCRAPE_CPU_SECONDS = 400_000, 0.15
-SETTINGS = f"""[monitor]
-max_runs = {NUM_RUNS}
-max_peers = {NUM_RANKS}
-queue_length = {NUM_RUNS}
-vanished_after_seconds = 600
-"""
+LIMITS = f"max_runs = {NUM_RUNS}\nmax_peers = {NUM_RANKS}\nqueue_length = {NUM_RUNS}"
+SETTINGS = f"[monitor]\n{LIMITS}\nvanished_after_seconds = 600\n"
 
 
 @dataclass(slots=True)

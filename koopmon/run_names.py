@@ -22,6 +22,11 @@ def check_run_name(name: str, field: str = "run =") -> str:
         ) from None
 
 
+def file_name(run: str) -> str:
+    """Return a file name for `run`, another one for each run: no name of a run has a comma."""
+    return run.replace("/", ",")
+
+
 def stack_run_name(run: str, part: str) -> str:
     """Return the name of the run that watches a further part of the job `run`, in allowed characters."""
     return f"{run}.{_allowed(part) or 'model'}"[:128]

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from koopmon.errors import ConfigError
-from koopmon.run_names import check_run_name, new_run_name
+from koopmon.run_names import check_run_name, file_name, new_run_name
 
 
 @pytest.mark.parametrize("name", ["", " ", "-x", "a b", "x" * 129, "a\n", "ä"])
@@ -26,3 +26,13 @@ def test_every_script_gives_a_unique_valid_name(script: str) -> None:
 def test_a_name_keeps_what_is_allowed_of_its_script() -> None:
     for script, kept in {"my train.v2": "my-train.v2", "-weird_name!": "weird_name", "...": "job", "ä": "job"}.items():
         assert new_run_name(script)[:-9] == kept
+
+
+def test_names_that_differ_have_files_that_differ() -> None:
+    names = ["a/b", "a_b", "a.b", "a:b", "a-b", "a+b", "a/b/c", "a/b_c", "a_b/c", "x" * 128, "x" + 127 * "/"]
+    files = [file_name(name) for name in names]
+    assert len(set(files)) == len(names)
+    assert not any("/" in file or len(file.encode()) > 128 for file in files)
+    for name in ("a,b", "a/,b"):
+        with pytest.raises(ConfigError):
+            check_run_name(name)

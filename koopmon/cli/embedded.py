@@ -16,7 +16,7 @@ from pathlib import Path
 
 from koopmon.cli.live_monitors import Announcement, announce
 from koopmon.errors import KoopmonError
-from koopmon.files import open_private
+from koopmon.files import is_locked, open_private
 from koopmon.wire.endpoints import socket_directory
 
 READY_SECONDS = 120.0
@@ -54,6 +54,10 @@ class EmbeddedMonitor:
             self._directory = socket_directory()
         except OSError as error:
             raise _not_started(error) from None
+        with contextlib.suppress(OSError):
+            if is_locked(store.with_name(f"{store.name}.lock")):  # the log there is that of another job's monitor
+                self.log = self._directory / "log"
+        self._said = ""
         self.endpoint = f"ipc://{self._directory / 'control'}"
         sockets = ["--bind", self.endpoint, "--bind-data", f"ipc://{self._directory / 'data'}"]
         files = ["--store", str(store), "--ready-file", str(self._directory / "ready")]
@@ -106,7 +110,7 @@ class EmbeddedMonitor:
         """The reason why the monitor ended by itself before it served; None otherwise. Call it after `close`."""
         if self.page or self._process.returncode in (0, -signal.SIGTERM, -signal.SIGKILL):
             return None
-        return MonitorNotReadyError(self._last_words() or f"it ended with status {self._process.returncode}")
+        return MonitorNotReadyError(self._said or f"it ended with status {self._process.returncode}")
 
     def close(self, on_wait: Callable[[], None] = lambda: None) -> None:
         """Stop the monitor, wait until it has written its history, and remove its directory. Idempotent.
@@ -130,6 +134,7 @@ class EmbeddedMonitor:
         self._process.stdin.close()
         if self._process.returncode == 0:
             self._remove_calm_log()
+        self._said = self._last_words()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _remove_calm_log(self) -> None:

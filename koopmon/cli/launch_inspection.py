@@ -8,6 +8,7 @@ from pathlib import Path
 
 from koopmon.agent.autoload import LAUNCHERS
 from koopmon.files import xdg_directory
+from koopmon.run_names import file_name
 
 _NODE_OPTIONS = ("--nnodes", "--num-machines", "--num-nodes")
 _SLURM_NODE_OPTIONS = ("--nodes", "-N")
@@ -79,7 +80,7 @@ def state_directory() -> Path:
 
 def run_store(name: str) -> Path:
     """Return the default history path of `koopmon run` for the run `name`."""
-    return state_directory() / "runs" / f"{name.replace('/', '_')}.sqlite3"
+    return state_directory() / "runs" / f"{file_name(name)}.sqlite3"
 
 
 def monitor_store() -> Path:

@@ -158,6 +158,24 @@ def test_two_jobs_side_by_side_have_monitors_of_their_own(koopmon: Any) -> None:
     assert all(first[name] != second[name] for name in ("directory", "pid", "run", "http"))
 
 
+def test_a_second_job_of_the_same_name_is_told_plainly_and_leaves_the_first_its_log(
+    koopmon: Any, tmp_path: Path
+) -> None:
+    body = LOOK + "import sys; sys.stdin.read()"
+    first = koopmon.start("run", "--run", "same", "--", PYTHON, "-S", "-c", body)
+    json.loads(first.stdout.readline())
+    log = tmp_path / "state" / "koopmon" / "runs" / "same.sqlite3.log"
+    before = log.read_bytes()
+    second = koopmon("run", "--run", "same", "--", PYTHON, "-S", "-c", UNTIL_THE_MONITOR_IS_GONE + "print('on')")
+    assert (second.returncode, second.stdout) == (0, b"on\n")
+    (unguarded,) = [line for line in second.stderr.decode().splitlines() if "unguarded" in line]
+    assert "same.sqlite3: in use by another monitor (pid " in unguarded
+    assert before
+    assert log.read_bytes().startswith(before)
+    first.communicate(timeout=60)
+    assert first.returncode == 0
+
+
 def test_a_state_directory_that_cannot_be_written_is_no_reason_to_stop(koopmon: Any, tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file, not a directory")
     done = koopmon("run", "--summary", "end.json", "--", PYTHON, "-S", "-c", LOOK)

@@ -18,7 +18,7 @@ def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A state directory with the history of one run with a jump at step 10 and no action."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.delenv("KOOPMON_CONFIG", raising=False)
-    path = tmp_path / "koopmon" / "runs" / "team_run.sqlite3"
+    path = tmp_path / "koopmon" / "runs" / "team,run.sqlite3"
     path.parent.mkdir(parents=True)
     store = HistoryWriter.open(path)
     for step in range(20):
@@ -73,7 +73,7 @@ def test_the_default_policy_needs_no_option(state_home: Path, capsys: pytest.Cap
 def test_bad_input_is_one_line(
     state_home: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:
-    own = state_home / "koopmon" / "runs" / "team_run.sqlite3"
+    own = state_home / "koopmon" / "runs" / "team,run.sqlite3"
     cut = state_home / "cut.sqlite3"
     cut.write_bytes(own.read_bytes()[:3000])
     paths = {"OWN": str(own), "CUT": str(cut)}

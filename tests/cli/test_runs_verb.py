@@ -36,7 +36,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("KOOPMON_CONFIG", raising=False)
     monkeypatch.chdir(tmp_path)
     state = tmp_path / "koopmon"
-    record(state / "runs" / "team_new.sqlite3", "team/new")
+    record(state / "runs" / "team,new.sqlite3", "team/new")
     record(state / "runs" / "old.sqlite3", "old", days_ago=40)
     record(state / "monitor.sqlite3", "shared", days_ago=1)
     return state
@@ -53,7 +53,7 @@ def test_the_runs_as_data_latest_first(state: Path, capsys: pytest.CaptureFixtur
     new = rows["team/new"]
     assert (new["state"], new["last_step"], new["num_snapshots"], new["num_launches"]) == ("ended", 200, 101, 1)
     assert (new["max_risk"], new["loss"], new["lr_scale"], new["page"]) == (0.85, 2.8, 0.5, None)
-    assert new["store"] == str(state / "runs" / "team_new.sqlite3")
+    assert new["store"] == str(state / "runs" / "team,new.sqlite3")
     assert abs(new["last_seen"] - time.time()) < 60
 
 
@@ -74,7 +74,7 @@ def test_another_file_can_be_listed(state: Path, capsys: pytest.CaptureFixture[s
 
 def test_listing_leaves_one_file_for_each_history(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listed(capsys)
-    assert sorted(path.name for path in (state / "runs").iterdir()) == ["old.sqlite3", "team_new.sqlite3"]
+    assert sorted(path.name for path in (state / "runs").iterdir()) == ["old.sqlite3", "team,new.sqlite3"]
 
 
 def test_a_history_that_cannot_be_read_is_one_line_beside_the_others(

@@ -19,6 +19,7 @@ from msgspec import Struct
 from koopmon.errors import one_line
 from koopmon.files import why_not_private
 from koopmon.logs import log_for_job
+from koopmon.run_names import file_name
 from koopmon.wire.messages import Applied, RunName
 
 logger = logging.getLogger("koopmon.agent")
@@ -37,7 +38,7 @@ class KeptSettings:
     """The file of the run `run` in `directory`. `rank` is for the log lines; only rank 0 writes."""
 
     def __init__(self, directory: str, run: str, rank: int) -> None:
-        self._path = Path(directory, f"{run.replace('/', '_')}.settings")
+        self._path = Path(directory, f"{file_name(run)}.settings")
         self._run = run
         self._rank = rank
         self._pid = os.getpid()

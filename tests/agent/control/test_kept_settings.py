@@ -58,7 +58,7 @@ def test_a_return_to_the_users_values_removes_what_an_earlier_launch_left(
     assert [*found, settings.in_force] == [False, True, False]
     assert not list(tmp_path.iterdir())
     settings.keep(BACKED_OFF)
-    (tmp_path / "team_one.settings").unlink()
+    (tmp_path / "team,one.settings").unlink()
     settings.keep(Applied())
     assert not caplog.records, "a file that is gone already"
 
@@ -100,17 +100,17 @@ def test_a_training_that_raised_leaves_what_was_in_force(tmp_path: Path, monkeyp
     ],
 )
 def test_a_bad_file_is_ignored_with_one_line(tmp_path: Path, text: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    file = tmp_path / "team_one.settings"
+    file = tmp_path / "team,one.settings"
     file.write_bytes(text)
     file.chmod(0o600)
     assert kept(tmp_path).read() is None
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "team_one.settings is ignored" in caplog.text
+    assert "team,one.settings is ignored" in caplog.text
 
 
 def test_a_file_that_others_can_read_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept(tmp_path).keep(BACKED_OFF)
-    (tmp_path / "team_one.settings").chmod(0o644)
+    (tmp_path / "team,one.settings").chmod(0o644)
     assert kept(tmp_path).read() is None
     assert "chmod 600" in caplog.text
 
@@ -120,7 +120,7 @@ def test_a_link_is_not_followed_and_a_directory_that_is_gone_is_one_line(
 ) -> None:
     target = tmp_path / "target"
     target.write_text(json.dumps({"run": "team/one", "applied": {"lr_scale": 0.5}}))
-    (tmp_path / "team_one.settings").symlink_to(target)
+    (tmp_path / "team,one.settings").symlink_to(target)
     assert kept(tmp_path).read() is None
     settings = kept(tmp_path / "gone")
     settings.keep(BACKED_OFF)
