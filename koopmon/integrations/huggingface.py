@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from koopmon.errors import MissingExtraError
-from koopmon.integrations.mirrors import Mirror, TensorBoardMirror, WandbMirror
+from koopmon.integrations.mirrors import (
+    CallMirror,
+    Mirror,
+    TensorBoardMirror,
+    WandbMirror,
+    log_to_comet,
+    log_to_mlflow,
+)
 from koopmon.integrations.session import SessionCallback
 
 try:
@@ -66,6 +73,10 @@ class KoopmonCallback(SessionCallback, TrainerCallback):  # type: ignore[misc] #
         self._end()
 
 
+_LOGS = {"mlflow": log_to_mlflow, "comet_ml": log_to_comet}
+"""Functions of further trackers by their names in `report_to`."""
+
+
 def _mirrors(args: TrainingArguments) -> list[Mirror]:
     """Return the mirrors of the trackers that the trainer reports to."""
     mirrors: list[Mirror] = []
@@ -77,4 +88,6 @@ def _mirrors(args: TrainingArguments) -> list[Mirror]:
         mirrors.append(TensorBoardMirror(os.environ.get("TENSORBOARD_LOGGING_DIR") or named))
     if "wandb" in args.report_to:
         mirrors.append(WandbMirror("train/global_step"))
+    # Trackio is left out: a value with a step would move the step of the trainer's next values.
+    mirrors += [CallMirror(log) for name, log in _LOGS.items() if name in args.report_to]
     return mirrors

@@ -1,4 +1,4 @@
-"""Mirrors koopmon's scalars to TensorBoard, Weights & Biases, or another tracker of named numbers.
+"""Mirrors koopmon's scalars to TensorBoard, Weights & Biases, MLflow, Comet, or another tracker of named numbers.
 
 A mirror reads values that the agent already holds, so it waits neither for a device nor for the monitor. An exception
 in a tracker causes one log line and disables that mirror. The module imports a tracker only when the user uses it.
@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from koopmon.agent.attach import Agent
@@ -114,3 +115,28 @@ class WandbMirror(Mirror):
             run.log(found, commit=False)  # with an explicit step, wandb could reject the user's next one
         else:
             run.log({**found, self._step_name: step})
+
+
+class CallMirror(Mirror):
+    """Calls `log(scalars, step=step)`, such as `trackio.log` or Aim's `run.track`."""
+
+    def __init__(self, log: Callable[..., Any]) -> None:
+        super().__init__()
+        self._log = log
+
+    def _show(self, found: dict[str, float], step: int) -> None:
+        self._log(found, step=step)
+
+
+def log_to_mlflow(found: dict[str, float], step: int) -> None:
+    """Log to the active run of MLflow, if any; its own queue sends the values."""
+    mlflow: Any = sys.modules.get("mlflow")
+    if mlflow is not None and mlflow.active_run() is not None:  # without one, MLflow would start a run
+        mlflow.log_metrics(found, step=step, synchronous=False)
+
+
+def log_to_comet(found: dict[str, float], step: int) -> None:
+    """Log to the running experiment of Comet, if any."""
+    comet: Any = sys.modules.get("comet_ml")
+    if comet is not None and (experiment := comet.get_running_experiment()) is not None:
+        experiment.log_metrics(found, step=step)

@@ -153,7 +153,9 @@ def test_labels_and_ports_meet() -> None:
     assert at(RESOURCES["Deployment"], "spec.selector.matchLabels") == labels
     assert RESOURCES["Service"]["spec"]["selector"] == labels
     assert at(RESOURCES["NetworkPolicy"], "spec.podSelector.matchLabels") == labels
-    assert at(RESOURCES["ServiceMonitor"], "spec.selector.matchLabels") == pairs, "which the service has from kustomize"
+    selected = at(RESOURCES["ServiceMonitor"], "spec.selector.matchLabels")
+    assert selected.items() <= pairs.items(), "which the service has from kustomize"
+    assert at(RESOURCES["ServiceMonitor"], "spec.jobLabel") in pairs
     ports = {port["name"]: port["containerPort"] for port in MONITOR["ports"]}
     assert {port["name"]: port["port"] for port in RESOURCES["Service"]["spec"]["ports"]} == ports
     assert all(port["targetPort"] == port["name"] for port in RESOURCES["Service"]["spec"]["ports"])

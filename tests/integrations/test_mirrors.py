@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import koopmon
-from koopmon.integrations.mirrors import TensorBoardMirror, WandbMirror, scalars
+from koopmon.integrations.mirrors import CallMirror, TensorBoardMirror, WandbMirror, scalars
 from koopmon.wire.messages import Judgement
 from tests.agent.models import batch, build, loss_of
 from tests.agent.scripted_monitor import ScriptedMonitor
@@ -140,6 +141,76 @@ def test_wandb_holds_it_beside_the_users_own(tmp_path: Path) -> None:
     written = file.read_bytes()
     assert b"koopmon/risk" in written
     assert b"koopmon/overhead_ratio" in written
+
+
+OFFLINE = """
+import sys
+from koopmon.integrations.mirrors import CallMirror, log_to_comet, log_to_mlflow
+class Agent:
+    def status(self):
+        return {"enabled": True, "judgement": {"risk": 0.5}, "applied": {"lr_scale": 0.25}, "overhead_ratio": 0.001}
+def write(log):
+    mirror = CallMirror(log)
+    for step in range(3):
+        mirror.write(Agent(), step)
+    assert mirror.enabled
+"""
+MLFLOW = """
+write(log_to_mlflow)
+assert "mlflow" not in sys.modules
+import mlflow
+mlflow.set_tracking_uri(f"file:{sys.argv[1]}/runs")
+write(log_to_mlflow)
+assert mlflow.active_run() is None
+with mlflow.start_run() as run:
+    write(log_to_mlflow)
+mlflow.flush_async_logging()
+history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "koopmon/risk")
+print([(metric.step, metric.value) for metric in history])
+"""
+COMET = """
+import comet_ml, json, zipfile
+from pathlib import Path
+write(log_to_comet)
+settings = dict(log_code=False, log_git_metadata=False, log_env_details=False)
+experiment = comet_ml.OfflineExperiment(offline_directory=sys.argv[1], display_summary_level=0, **settings)
+write(log_to_comet)
+experiment.end()
+(archive,) = Path(sys.argv[1]).glob("*.zip")
+lines = zipfile.ZipFile(archive).read("messages.json").decode().splitlines()
+metrics = [json.loads(line)["payload"]["metric"] for line in lines if '"metric_msg"' in line]
+print([(each["step"], each["metricValue"]) for each in metrics if each["metricName"] == "koopmon/risk"])
+"""
+TRACKIO = """
+import json, sqlite3, trackio
+from pathlib import Path
+run = trackio.init(project="p", embed=False)
+write(trackio.log)
+trackio.finish()
+(file,) = Path(sys.argv[1]).rglob("p.db")
+rows = sqlite3.connect(file).execute("select step, metrics from metrics order by step").fetchall()
+print([(step, json.loads(text)["koopmon/risk"]) for step, text in rows if "koopmon/risk" in str(text)])
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("package", "program"), [("mlflow", MLFLOW), ("comet_ml", COMET), ("trackio", TRACKIO)])
+def test_a_tracker_s_own_file_has_the_scalars(package: str, program: str, tmp_path: Path) -> None:
+    """No extra has these packages, which bring dozens of others; the test runs where one is installed."""
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not part of koopmon[dev]")
+    quiet = {"MLFLOW_ALLOW_FILE_STORE": "true", "TRACKIO_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = ended_well(("-c", OFFLINE + program, str(tmp_path)), HOME=str(tmp_path), **quiet)
+    assert done.stdout.strip().splitlines()[-1] == str([(0, 0.5), (1, 0.5), (2, 0.5)])
+
+
+def test_a_call_has_the_scalars_and_the_step(agent: Any) -> None:
+    calls: list[tuple[dict[str, float], int]] = []
+    mirror = CallMirror(lambda values, step: calls.append((values, step)))
+    mirror.write(agent, 7)
+    ((values, step),) = calls
+    assert step == 7
+    assert JUDGED.items() <= values.items()
 
 
 def waiting(callback: Any, monitor: ScriptedMonitor) -> Callable[[], None]:
