@@ -135,7 +135,8 @@ def first_layer_stacks(stacks: Sequence[Stack]) -> list[Stack]:
         blocks = BlockList(stack.name, tuple((point.name, point.module) for point in stack.points))
         if len(children) < 2 or blocks.is_planar or any(point.entry is not point.module for point in stack.points):
             continue
-        norms = (name for name, child in children[0].items() if "norm" in type(child).__name__.lower())
+        leaves = {name: child for name, child in children[0].items() if next(child.children(), None) is None}
+        norms = (name for name, child in leaves.items() if "norm" in type(child).__name__.lower())
         first = next(norms, next(iter(children[0]), None))
         if first is not None and all(first in each and _is_called(each[first]) for each in children):
             points = tuple(

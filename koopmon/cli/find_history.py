@@ -108,8 +108,12 @@ def _usual(run: str) -> list[Path]:
     """Return the histories that may have a run of this name."""
     from koopmon.cli.live_monitors import live_monitors
 
-    live = [Path(monitor.store) for monitor in live_monitors() if monitor.run == run]
-    return [path for path in dict.fromkeys((*live, run_store(run), monitor_store())) if path.is_file()]
+    # A further stack or model of a job is a run NAME.PART in the history of the job.
+    parts = run.split(".")
+    jobs = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    live = [Path(monitor.store) for job in jobs for monitor in live_monitors() if monitor.run == job]
+    own = [run_store(job) for job in jobs if job]
+    return [path for path in dict.fromkeys((*live, *own, monitor_store())) if path.is_file()]
 
 
 def _log_of(path: Path) -> Path:

@@ -176,12 +176,14 @@ def _is_empty(path: Path, cutoff: float) -> bool:
 def _row(each: RunOverview, path: Path, live: dict[str, LiveMonitor]) -> dict[str, Any]:
     from koopmon.views.run_summary import state_of
 
-    monitor = live.get(each.name)
-    page = monitor.page if monitor is not None and Path(monitor.store) == path.absolute() and _is_held(path) else None
+    # The monitor of a job also serves its further stacks and models.
+    monitor = next((each for each in live.values() if Path(each.store) == path.absolute()), None)
+    page = monitor.page if monitor is not None and _is_held(path) else None
+    is_running = page is not None and monitor is not None and monitor.run == each.name
     plain = asdict(each)
     return {
         "run": plain.pop("name"),
-        "state": "running" if page else state_of(plain.pop("state"), each.last_seen, time.time()),
+        "state": "running" if is_running else state_of(plain.pop("state"), each.last_seen, time.time()),
         "page": page,
         **{name: value for name, value in plain.items() if name != "state"},
         "store": str(path),

@@ -42,6 +42,8 @@ def _facts(report: RunReport) -> Iterator[tuple[str, str]]:
     yield "Snapshots", str(len(points))
     if len(report.launches) > 1:
         yield "Launches", str(len(report.launches))
+    if report.beside:
+        yield "Other runs of the job", f"{', '.join(report.beside)}: `koopmon report NAME`"
     yield "Time span", span(report.last_seen - report.first_seen)
     yield "Share of step time", f"{percent(report.agent.max_overhead_ratio)} at most"
 

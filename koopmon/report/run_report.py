@@ -23,7 +23,7 @@ from koopmon.errors import StoreError
 from koopmon.history.reader import HistoryReader
 from koopmon.numbers import mean
 from koopmon.views.action_effects import MIN_SNAPSHOTS, median, with_effects
-from koopmon.views.run_summary import RecordedRun, RunSummary, State, state_of, summary_of
+from koopmon.views.run_summary import RecordedRun, RunSummary, State, runs_beside, state_of, summary_of
 from koopmon.views.run_view import CommandView, DecisionView, TimelinePoint
 from koopmon.views.spectra import Profiles, layers_to_dict, read_profiles
 
@@ -110,6 +110,8 @@ class RunReport:
     decisions: tuple[DecisionView, ...]
     points: tuple[TimelinePoint, ...]
     profiles: Profiles
+    beside: tuple[str, ...]
+    """Names of the job's other runs, of further stacks or models."""
 
     @property
     def actions(self) -> list[CommandView]:
@@ -128,6 +130,7 @@ class RunReport:
         plain = {
             **{name: getattr(self, name) for name in names},
             **{name: getattr(self.policy, name) for name in thresholds},
+            "beside": self.beside,
             "episodes": self.episodes,
             "loss": self.loss,
             "decisions": [_decision(decision) for decision in self.decisions],
@@ -195,6 +198,7 @@ def build_report(history: HistoryReader, store: Path, name: str, policy: PolicyC
         decisions=tuple(with_effects(run.decisions, points)),
         points=tuple(points),
         profiles=profiles,
+        beside=tuple(runs_beside(history.runs(), name)),
     )
 
 

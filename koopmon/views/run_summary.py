@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -170,6 +170,11 @@ def backoffs(count: int) -> str:
 
 def _commands(count: int) -> str:
     return "1 command" if count == 1 else f"{count} commands"
+
+
+def runs_beside(names: Iterable[str], run: str) -> list[str]:
+    """Return the other runs of the job of `run` among `names`: the job's own, and its further stacks and models."""
+    return [each for each in names if each.startswith(f"{run}.") or run.startswith(f"{each}.")]
 
 
 def summarise_beside(store: Path, run: str) -> list[RunSummary]:

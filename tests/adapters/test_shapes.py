@@ -299,11 +299,11 @@ def test_the_stack_is_found_whatever_its_shape(case: str) -> None:
 
 
 class OwnMethod(nn.Module):
-    """A stack whose blocks are called by another method than forward: hooks see nothing."""
+    """A stack whose blocks are called by another method than forward: their hooks are not called."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Callable[[], nn.Module] = Called) -> None:
         super().__init__()
-        self.blocks = some(Called)()
+        self.blocks = some(kind)()
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -311,9 +311,32 @@ class OwnMethod(nn.Module):
         return x
 
 
-def test_blocks_that_are_not_called_themselves_are_refused_with_the_reason() -> None:
+class Wrapped(Called):
+    """Both layers are in a list, which is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([self.attention, self.ff])
+        del self.attention, self.ff
+
+    def f(self, x: Tensor) -> Tensor:
+        x = x + self.parts[0](norm(x))
+        return x + self.parts[1](norm(x))
+
+
+def test_blocks_that_are_not_called_themselves_are_read_at_their_first_layers() -> None:
+    torch.manual_seed(0)
+    found = koopmon.discover(OwnMethod(), torch.randn(B, T, D))
+    num_transitions = len(found.points) - 1
+    assert (found.stack.name, found.stack.form, found.stack.num_layers) == (
+        *("blocks.*.attention", "entries"),
+        num_transitions,
+    )
+
+
+def test_blocks_without_a_first_layer_are_refused_with_the_reason() -> None:
     with pytest.raises(koopmon.DiscoveryError, match="blocks: none of its blocks was called"):
-        koopmon.discover(OwnMethod(), torch.randn(B, T, D))
+        koopmon.discover(OwnMethod(Wrapped), torch.randn(B, T, D))
 
 
 def test_a_python_list_of_listed_blocks_is_no_second_stack() -> None:

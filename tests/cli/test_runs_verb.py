@@ -29,6 +29,15 @@ def record(path: Path, run: str, *, days_ago: float = 0.0) -> None:
     guarded(recorder).close()
 
 
+def calm(path: Path, run: str) -> None:
+    """Record a run without commands, which several runs of one history may be."""
+    recorder = Recorder(path, run)
+    recorder.hello()
+    recorder.saw(3, 0.25, 2.0)
+    recorder.ended()
+    recorder.close()
+
+
 @pytest.fixture
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A state directory with a new run, an old one, and one of a shared monitor."""
@@ -112,6 +121,45 @@ def test_a_running_job_has_its_page_also_outside_of_the_state_directory(
     early.close()
     recorder.close()
     assert recorder.path.exists()
+
+
+def test_the_further_runs_of_a_job_are_found_by_their_names(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("gan.v2", "gan.v2.Critic", "gan.v2.encoder.block"):
+        calm(state / "runs" / "gan.v2.sqlite3", name)
+    assert {"gan.v2", "gan.v2.Critic", "gan.v2.encoder.block"} <= set(listed(capsys))
+    beside = {
+        "gan.v2": ["gan.v2.Critic", "gan.v2.encoder.block"],
+        "gan.v2.Critic": ["gan.v2"],
+        "gan.v2.encoder.block": ["gan.v2"],
+        "old": [],
+    }
+    for name, others in beside.items():
+        assert main(["report", name, "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert (facts["run"], facts["beside"]) == (name, others)
+    assert main(["report", "gan.v2", "--out", "seen"]) == 0
+    line = "Other runs of the job: gan.v2.Critic, gan.v2.encoder.block: `koopmon report NAME`"
+    assert line in capsys.readouterr().out.splitlines()
+    assert main(["runs", "rm", "gan.v2.Critic"]) == 0
+    capsys.readouterr()
+    assert {"gan.v2", "gan.v2.encoder.block"} <= set(listed(capsys))
+    assert main(["report", "gan.v3.Critic"]) == 2
+
+
+def test_a_further_run_of_a_running_job_has_its_page(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = state / "runs" / "job.sqlite3"
+    calm(path, "job.Critic")
+    recorder = Recorder(path, "job")
+    recorder.hello()
+    announced = announce("job", "http://127.0.0.1:1/", path)
+    assert announced is not None
+    rows = listed(capsys)
+    assert [(rows[name]["state"], rows[name]["page"]) for name in ("job", "job.Critic")] == [
+        ("running", "http://127.0.0.1:1/"),
+        ("ended", "http://127.0.0.1:1/"),
+    ]
+    announced.close()
+    recorder.close()
 
 
 def test_without_a_run_it_says_so(
