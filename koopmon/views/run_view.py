@@ -53,11 +53,11 @@ class Scalar:
 SCALARS = (
     Scalar(name="loss", title="Loss", digits=4, chart="loss"),
     Scalar(name="grad_norm", title="Gradient norm"),
-    Scalar(name="update_rms", title="Update RMS"),
-    Scalar(name="log_partition", title="Log-partition"),
     Scalar(name="learning_rate", title="Learning rate"),
     Scalar(name="lr_scale", title="LR scale", chart="scale", unit_scale=True, held=True),
     Scalar(name="kss_alpha", title="KSS alpha", chart="kss", held=True, idle=0.0),
+    Scalar(name="update_rms", title="Update RMS"),
+    Scalar(name="log_partition", title="Log-partition"),
 )
 
 
