@@ -8,6 +8,7 @@ from koopmon.history.schema import RunState
 from koopmon.monitor import events
 from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Assessment
+from koopmon.risk.band import BandReading
 from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, Metrics
 
 
@@ -25,6 +26,9 @@ class MetricsSink:
             case events.HeartbeatReceived(run):
                 for reason, count in event.drops.items():
                     metrics.add("snapshots_dropped", run.name, reason, amount=count)
+                for name, reading in event.logged.items():
+                    metrics.set("logged_value", reading.value, run.name, name)
+                    self._show_band(run, name, reading)
             case events.SnapshotReceived(run) if run.state is not RunState.VANISHED:
                 metrics.add("snapshots_received", run.name)
                 metrics.set("last_snapshot_timestamp_seconds", at, run.name)
@@ -42,6 +46,8 @@ class MetricsSink:
                 metrics.add("engine_failures")
             case events.Assessed(run, assessment) if assessment is not None:
                 self._show_assessment(run, assessment)
+                if event.loss is not None:
+                    self._show_band(run, "loss", event.loss)
             case events.Decided(run, assessment) if not run.controller.sends:
                 for command in assessment.commands:
                     metrics.add("commands", run.name, command.kind, "dry_run")
@@ -68,6 +74,11 @@ class MetricsSink:
             durations = [each.step_seconds for each in heartbeats if each.step_seconds is not None]
             metrics.set("step_seconds", max(durations, default=None), run.name)
             metrics.set("taps_missing", sum(each.taps_missing for each in heartbeats), run.name)
+
+    def _show_band(self, run: Run, name: str, reading: BandReading) -> None:
+        self.metrics.set("band_low", None if run.bands[name].upper_only else reading.low, run.name, name)
+        self.metrics.set("band_high", reading.high, run.name, name)
+        self.metrics.add("band_departures", run.name, name, amount=int(reading.departed))
 
     def _show_assessment(self, run: Run, assessment: Assessment) -> None:
         metrics, controller, risk = self.metrics, run.controller, assessment.risk

@@ -16,8 +16,10 @@ from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
 from koopmon.monitor.assembler import over_ranks
 from koopmon.monitor.run_controller import RunController
+from koopmon.risk.band import Band, BandReading
 from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.messages import (
+    MAX_LOGGED,
     MAX_STEP,
     MEASURED,
     Ack,
@@ -90,6 +92,10 @@ class Run:
     """Values in force in the history."""
     not_finite_step: int = -1
     """Latest step at which an agent reported states that were not finite."""
+    bands: dict[str, Band] = field(default_factory=dict)
+    """Histories of the loss and of the logged scalars, by name."""
+    _loggers: dict[str, int] = field(default_factory=dict)
+    """Lowest rank that logs each scalar."""
 
     @property
     def name(self) -> str:
@@ -141,6 +147,30 @@ class Run:
         changed = self.applied != self.recorded
         self.recorded = self.applied
         return changed
+
+    def read_logged(self, heartbeat: Heartbeat) -> dict[str, BandReading]:
+        """Return the readings of the logged scalars of which this rank is the lowest that logs them.
+
+        At most MAX_LOGGED names of a launch are read. The names of measured scalars are not among them.
+        """
+        readings = {}
+        for name, logged in heartbeat.logged.items():
+            lowest = self._loggers.get(name)
+            if name in MEASURED or (lowest is None and len(self._loggers) >= MAX_LOGGED):
+                continue
+            if lowest is None or heartbeat.process_rank <= lowest:
+                self._loggers[name] = heartbeat.process_rank
+                readings[name] = self.bands.setdefault(name, Band()).read(logged.step, logged.value)
+        return readings
+
+    def read_loss(self, training: TrainingStep) -> BandReading | None:
+        """Return the reading of the loss at a snapshot; None where it is unknown."""
+        if training.loss is None:
+            return None
+        band = self.bands.setdefault("loss", Band(upper_only=True))
+        # A script that logs its loss at fewer steps than snapshots exist repeats it.
+        known = band.reading is not None and band.reading.value == training.loss
+        return band.read(band.reading.step if known and band.reading else training.step, training.loss)
 
     def newly_not_finite(self, step: int) -> bool:
         """Return True if `step` is later than every reported step with non-finite states; stores it."""

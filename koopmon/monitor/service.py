@@ -284,7 +284,8 @@ class Service:
         drops, row_due = rank.new_drops(heartbeat), rank.row_due(now)
         applied_changed = heartbeat.process_rank == 0 and run.applied_changed()
         self._publish(events.RunChanged(run))
-        self._publish(events.HeartbeatReceived(run, heartbeat, drops, row_due, applied_changed))
+        logged = run.read_logged(heartbeat)
+        self._publish(events.HeartbeatReceived(run, heartbeat, drops, row_due, applied_changed, logged))
         # The agent dropped the snapshot because its states were not finite: the run has diverged.
         if "not_finite" in drops and run.newly_not_finite(heartbeat.step):
             self._assess(run, heartbeat.training)
@@ -313,7 +314,7 @@ class Service:
             self.failures.note("judgement", error, run=run.name, what=f"step {training.step} cannot be judged")
             self._publish(events.Assessed(run, None))
             return
-        self._publish(events.Assessed(run, assessment, plain))
+        self._publish(events.Assessed(run, assessment, plain, run.read_loss(training)))
         if assessment.unencodable is not None:
             what = f"the decision at step {training.step} is dropped"
             self.failures.note("command", assessment.unencodable, run=run.name, what=what)

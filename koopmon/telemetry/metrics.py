@@ -68,6 +68,7 @@ DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 Kind = Literal["gauge", "counter", "histogram", "info"]
 RUN = ("run",)
 RUN_LAYER = ("run", "layer")
+RUN_NAME = ("run", "name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,14 @@ TABLE: tuple[Series, ...] = (
         "gradient_norm",
         "Norm of the gradients of the latest measured step, mean over ranks. Absent if unknown or not finite.",
     ),
+    Series(
+        "logged_value",
+        "gauge",
+        "Latest value of a scalar that the user's loop logs, in its own unit. Absent if not finite.",
+        RUN_NAME,
+    ),
+    Series("band_low", "gauge", "Lower limit of the band of the scalar's own history.", RUN_NAME),
+    Series("band_high", "gauge", "Upper limit of the band of the scalar's own history, also of the loss.", RUN_NAME),
     _run("step_seconds", "Mean duration of an optimizer step, on the slowest rank."),
     _run("run_state", "State of the run: 0 ended, 1 running, 2 vanished."),
     _run("last_snapshot_timestamp_seconds", "Unix time of the last snapshot received."),
@@ -144,6 +153,7 @@ TABLE: tuple[Series, ...] = (
         kind=COMMAND_KINDS,
         outcome=COMMAND_OUTCOMES,
     ),
+    _counter("band_departures", "Times that a scalar left its band: three values in a row outside it.", RUN_NAME),
     _counter("risk_alarms", "Snapshots with a risk of at least act_risk.", RUN),
     _counter(
         "effect_checks", "Snapshots after the cooldown of an action, by its effect on the risk.", RUN, outcome=EFFECTS
@@ -327,7 +337,7 @@ class Metrics(Collector):
         """Start the counters of `run`, or those without a run."""
         for series in TABLE:
             if series.kind == "counter" and ("run" in series.labels) == bool(run):
-                known = [series.known[label] for label in series.labels[len(run) :]]
+                known = [series.known.get(label, ()) for label in series.labels[len(run) :]]
                 with self._lock:
                     for labels in itertools.product(*known):
                         self._values[series.name].setdefault((*run, *labels), 0.0)

@@ -117,7 +117,23 @@ def _training() -> list[Json]:
         return panels.lines(title, BY_NAME[metric].help, {title.lower(): _of(metric)}, **settings)
 
     return [
-        lines("Loss", "loss", minimum=None),
+        panels.lines(
+            "Loss",
+            f"{BY_NAME['loss'].help} The band is that of the run's own history.",
+            {"loss": _of("loss"), "upper limit of its band": 'koopmon_band_high{run=~"$run",name="loss"}'},
+            minimum=None,
+        ),
+        panels.lines(
+            "Logged scalars",
+            "Values that the script logs, with their bands, and the number of times that a scalar left its band.",
+            {
+                "{{name}}": _of("logged_value"),
+                "{{name}} low": _of("band_low"),
+                "{{name}} high": _of("band_high"),
+                "{{name}} departures": _of("band_departures_total"),
+            },
+            minimum=None,
+        ),
         lines("Gradient norm", "gradient_norm", log=True),
         lines("Learning rate", "learning_rate"),
         lines("Step time", "step_seconds", unit="s"),

@@ -28,12 +28,12 @@ class Calm:
     minute: float
 
 
-def run(name: str, **labels: str) -> str:
+def run(name: str, /, **labels: str) -> str:
     """Return the selector of a series of the run."""
     return _selector(name, {**RUN, **labels})
 
 
-def monitor(name: str, **labels: str) -> str:
+def monitor(name: str, /, **labels: str) -> str:
     return _selector(name, {**MONITOR, **labels})
 
 
@@ -51,6 +51,7 @@ RUNNING_WITH_GAPS = {run("koopmon_run_state"): "1x30 stale 1x13 stale 1x400"}
 """Series with two failed scrapes."""
 ENDED = {run("koopmon_run_state"): "1x20 0x400"}
 COMMANDS, EFFECTS = "koopmon_commands_total", "koopmon_effect_checks_total"
+DEPARTURES = "koopmon_band_departures_total"
 DROPPED, RECEIVED = "koopmon_snapshots_dropped_total", "koopmon_snapshots_received_total"
 SNAPSHOT_TIME = "koopmon_last_snapshot_timestamp_seconds"
 
@@ -77,6 +78,21 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
             RUNNING | {run("koopmon_divergence_probability"): "0.75x60"},
             10,
             "The calibrated probability of divergence is 75%.",
+        ),
+    ),
+    "KoopmonLossAboveBand": (
+        Firing(
+            RUNNING | {run(DEPARTURES, name="loss"): "0x20 1x40"},
+            7,
+            "The last losses of the run are above the range of the earlier ones.",
+        ),
+    ),
+    "KoopmonScalarLeftBand": (
+        Firing(
+            RUNNING | {run(DEPARTURES, name="kl"): "0x20 1x40"},
+            7,
+            "The last values of kl are outside the range of the earlier ones.",
+            {**RUN, "name": "kl"},
         ),
     ),
     "KoopmonActionTaken": (
@@ -223,6 +239,13 @@ CALM: Mapping[str, tuple[Calm, ...]] = {
     "KoopmonDivergenceLikely": (
         Calm(RUNNING | {run("koopmon_divergence_probability"): "0.2x60"}, 10),
         Calm(RUNNING, 10),  # no calibrator
+    ),
+    "KoopmonLossAboveBand": (
+        Calm(RUNNING | {run(DEPARTURES, name="loss"): "2x60", run(DEPARTURES, name="kl"): "0+1x60"}, 10),
+        Calm(ENDED | {run(DEPARTURES, name="loss"): "0x24 1x20"}, 7),
+    ),
+    "KoopmonScalarLeftBand": (
+        Calm(RUNNING | {run(DEPARTURES, name="kl"): "2x60", run(DEPARTURES, name="loss"): "0+1x60"}, 10),
     ),
     "KoopmonActionTaken": (
         Calm(

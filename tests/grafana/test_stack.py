@@ -108,6 +108,10 @@ def numbers(result: list[dict[str, Any]]) -> list[float]:
     return [value for value in values if not math.isnan(value)]
 
 
+LOGGED = re.compile(r"koopmon_(?:logged_value|band_low)\{[^}]*\}")
+"""Queries that have an answer only for a script that logs scalars. Their panel also shows the band of the loss."""
+
+
 def test_every_query_of_every_panel_and_annotation_has_an_answer(scene: Scene) -> None:
     span = {"start": str(scene.began), "end": str(time.time()), "step": "5"}
     empty, asked = [], 0
@@ -122,7 +126,7 @@ def test_every_query_of_every_panel_and_annotation_has_an_answer(scene: Scene) -
                 result = scene.stack.ask("query", query=expr)["result"]
             else:
                 result = scene.stack.ask("query_range", query=expr, **span)["result"]
-            if not numbers(result):
+            if not numbers(result) and not LOGGED.fullmatch(expr):
                 empty.append(f"{uid}: {title}: {expr}")
     assert empty == []
     assert asked > 60

@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from koopmon.errors import StoreError
-from koopmon.history.reader import DecisionRow, HistoryReader
+from koopmon.history.reader import DecisionRow, HistoryReader, LoggedRow
 from koopmon.history.schema import SCHEMA_VERSION, RunState, pack, unpack
 from koopmon.history.writer import HistoryWriter
+from koopmon.risk.band import BandReading
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.messages import Applied, Heartbeat, KssSettings, TrainingStep
 from tests.factories import ack, command, heartbeat, hello, record_observation
@@ -93,6 +94,7 @@ def test_what_is_recorded_is_read_back(store: HistoryWriter, history: HistoryRea
             applied=Applied(),
             step_seconds=0.1,
         ),
+        {"kl": BandReading(3, 0.5, 0.1, 0.9), "entropy": BandReading(2, math.nan)},
     )
     store.record_state(120.0, RUN, FIRST, 0, end_reason="finished")
     assert list(history.observations(RUN)) == [], "not committed yet"
@@ -111,6 +113,10 @@ def test_what_is_recorded_is_read_back(store: HistoryWriter, history: HistoryRea
     assert (observation.observation, observation.components) == ({"step": 10}, {"v": 0.5})
     (beat,) = history.heartbeats(RUN)
     assert (beat.training, beat.step_seconds) == (TrainingStep(step=3, loss=math.inf), 0.1)
+    assert beat.logged == {
+        "kl": LoggedRow(step=3, value=0.5, low=0.1, high=0.9),
+        "entropy": LoggedRow(step=2, value=None, low=None, high=None),
+    }
     assert list(history.decisions("nobody")) == []
 
 
@@ -130,6 +136,7 @@ def test_a_store_of_before_a_scalar_is_read_without_it_and_gets_its_column(store
     with sqlite3.connect(path) as database:
         for table in ("observations", "heartbeats"):
             database.execute(f"ALTER TABLE {table} DROP COLUMN grad_norm")
+        database.execute("ALTER TABLE heartbeats DROP COLUMN logged")
     database.close()
     with HistoryReader.open(path) as history:
         assert [row.training.grad_norm for row in history.observations(RUN)] == [None]
@@ -139,7 +146,7 @@ def test_a_store_of_before_a_scalar_is_read_without_it_and_gets_its_column(store
     later.close()
     with HistoryReader.open(path) as history:
         assert [row.training.grad_norm for row in history.observations(RUN)] == [None, 3.0]
-        assert [row.training.grad_norm for row in history.heartbeats(RUN)] == [4.0]
+        assert [(row.training.grad_norm, row.logged) for row in history.heartbeats(RUN)] == [(4.0, {})]
 
 
 def test_profiles_survive(store: HistoryWriter, history: HistoryReader) -> None:

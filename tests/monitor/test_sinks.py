@@ -24,7 +24,7 @@ from koopmon.monitor.pending_commands import Answered
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.run_controller import Assessment
 from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, Metrics
-from koopmon.wire.messages import Command, TrainingStep
+from koopmon.wire.messages import MAX_LOGGED, Command, LoggedScalar, TrainingStep
 from tests import factories
 
 
@@ -114,6 +114,62 @@ def test_the_trainings_own_numbers_are_metrics_while_they_are_finite(metrics: Me
         "learning_rate": 0.2,
         "step_seconds": 0.75,
     }
+
+
+def test_logged_scalars_are_metrics_with_a_band_and_their_departures_are_counted(metrics: Metrics) -> None:
+    registry, sink = RunRegistry(MonitorConfig()), MetricsSink(metrics)
+    for rank in (0, 1):
+        run = factories.admit(registry, 0.0, factories.hello(process_rank=rank, num_senders=2), b"p%d" % rank).run
+    sink(0.0, events.RunChanged(run))
+
+    def log(step: int, rank: int = 0, **values: float) -> None:
+        logged = {name: LoggedScalar(step=step, value=value) for name, value in values.items()}
+        heartbeat = factories.heartbeat(step, process_rank=rank, logged=logged)
+        registry.on_message(1.0, heartbeat, b"p%d" % rank)
+        readings = run.read_logged(heartbeat)
+        sink(1.0, events.HeartbeatReceived(run, heartbeat, {}, False, False, readings))
+
+    def shown(name: str) -> list[float | None]:
+        return [metrics.value(each, "job", name) for each in ("logged_value", "band_low", "band_high")]
+
+    for step in range(40):
+        log(step, kl=1.0 + 0.1 * (step % 3))
+        log(step, rank=1, kl=50.0, reward=float(step % 2))
+    value, low, high = shown("kl")
+    assert value == 1.0
+    assert low is not None
+    assert high is not None
+    assert low < 1.0 < 1.2 < high < 50.0, "rank 0 is the lowest that logs kl"
+    assert shown("reward")[0] == 1.0
+    assert metrics.value("band_departures", "job", "kl") == 0.0
+    for step in range(40, 50):
+        log(step, kl=9.0)
+    assert metrics.value("band_departures", "job", "kl") == 1.0
+    log(50, kl=math.nan)
+    assert shown("kl")[0] is None
+    log(51, loss=1.0, grad_norm=1.0, **{f"name_{number}": 1.0 for number in range(30)})
+    log(52, **{f"more_{number}": 1.0 for number in range(30)})
+    assert shown("loss")[0] is None, "the names of measured scalars are not logged ones"
+    assert len(run.bands) == MAX_LOGGED
+
+
+def test_a_loss_above_its_band_is_counted_and_a_repeated_or_falling_one_is_not(metrics: Metrics) -> None:
+    run, sink = watched(), MetricsSink(metrics)
+    sink(0.0, events.RunChanged(run))
+
+    def departures(*losses: float | None) -> float | None:
+        for loss in losses:
+            departures.step += 1  # type: ignore[attr-defined]
+            reading = run.read_loss(TrainingStep(step=departures.step, loss=loss))  # type: ignore[attr-defined]
+            sink(0.0, events.Assessed(run, alarm(run), None, reading))
+        return metrics.value("band_departures", "job", "loss")
+
+    departures.step = 0  # type: ignore[attr-defined]
+    assert departures(*(3.0 + 0.1 * (step % 5) for step in range(40)), None) == 0.0
+    assert metrics.value("band_low", "job", "loss") is None
+    assert departures(9.0, 9.0, 9.0, 9.0) == 0.0, "one logged loss, seen in several snapshots"
+    assert departures(3.0, 1.0, 0.9, 0.8) == 0.0
+    assert departures(9.0, 9.5, 12.0) == 1.0
 
 
 def test_the_history_commits_soon_after_the_first_event(tmp_path: Path) -> None:

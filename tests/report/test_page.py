@@ -53,7 +53,7 @@ def test_a_guarded_run(recorder: Recorder) -> None:
     ]
     assert len([each for each in read.of("img") if each["class"] == "heat"]) == 4
     assert len([each for each in read.of("svg") if each.get("class") == "circle"]) == 3
-    assert len([each for each in read.of("svg") if each.get("class") == "chart"]) == 3, "risk, loss, rate scale"
+    assert len([each for each in read.of("svg") if each.get("class") == "chart"]) == 4
     for words in (
         "down to 0.5 by 1 back-off, first at step 42",
         "learning rate × 0.5",
