@@ -44,6 +44,7 @@ def page(report: RunReport) -> str:
         version=__version__,
         style=Markup("\n".join(files(package).joinpath(name).read_text("utf-8") for package, name in STYLES)),  # noqa: S704 - ours
         glance=glance(report),
+        launches={each.incarnation: number for number, each in enumerate(report.launches, 1)},
         most=MAX_ROWS,
         command=shlex.join(["koopmon", "doctor", "--run", report.run]),
         again=[

@@ -51,11 +51,14 @@ MONITOR_REJECTIONS = (
     "key",
     "flood",
 )
-MONITOR_DROPS = ("assembler_full", "engine_queue_full", "engine_failed", "superseded")
+MONITOR_DROPS = ("incomplete", "assembler_full", "engine_queue_full", "engine_failed", "superseded")
 REJECTIONS: tuple[str, ...] = tuple(dict.fromkeys((*REJECTION_REASONS, *MONITOR_REJECTIONS)))
-DROPS: tuple[str, ...] = (*DROP_REASONS, *MONITOR_DROPS)
+OBSERVABLE = "observable_"
+"""Prefix of the metric of each measurement of the architecture adapters."""
+UNITS = ("seconds", "ratio")
 COMMAND_KINDS: tuple[str, ...] = get_args(CommandKind)
-COMMAND_OUTCOMES: tuple[str, ...] = ("sent", "dry_run", *get_args(AckOutcome), "unanswered")
+COMMAND_OUTCOMES: tuple[str, ...] = ("dry_run", *get_args(AckOutcome), "unanswered")
+RUN_STATES = ("ended", "running", "vanished")
 EFFECTS = ("effect", "no_effect")
 NOTIFICATION_CHANNELS = ("webhook", "mail")
 NOTIFICATION_OUTCOMES = ("sent", "failed", "dropped", "held_back")
@@ -107,15 +110,23 @@ TABLE: tuple[Series, ...] = (
     _layer("update_exponent", "k of |update| ~ |state|^k over tokens: 0 behind a normalisation, 1 for a linear layer."),
     _layer("reliable_mode_ratio", "Fraction of modes with a ResDMD residual of at most 0.1."),
     _layer("reliable_near_unit_mass", "Near-unit mass among the reliable modes."),
-    Series("observable", "gauge", "Measurement of the architecture adapter, by name.", (*RUN_LAYER, "name")),
     _run("risk", "Online risk of divergence, 0 to 1."),
     _run(
         "forecast",
         "Forecast of divergence, 0 to 1, from the prior and the loss, or the expansive mass without one. Only warns.",
     ),
-    _run("initial_risk", "Score at initialisation: mean near-unit mass of the first informative snapshot."),
+    Series(
+        "risk_threshold",
+        "gauge",
+        "Risk at which the policy of the run acts, acts at once, or is calm.",
+        (*RUN, "level"),
+    ),
+    _run("initial_near_unit_mass", "Mean near-unit mass of the first informative snapshot."),
     _run("divergence_probability", "Calibrated probability of divergence. Absent without a calibrator."),
     _run("informative", "1 if the last profile is informative, else 0."),
+    _run("acting", "1 if the monitor sends the policy's commands and the agents apply them, else 0."),
+    _run("watch_only", "1 if the policy would act and no command is sent: watch-only agents, or an earlier error."),
+    _run("ranks", "Connected ranks that send messages."),
     _run("kss_alpha", "Weight of Koopman Spectral Shaping in force."),
     _run("lr_scale", "LR scale: factor on the learning rate in force."),
     _run("step", "Largest optimizer step in a message of the run."),
@@ -134,21 +145,20 @@ TABLE: tuple[Series, ...] = (
     Series("band_low", "gauge", "Lower limit of the band of the scalar's own history.", RUN_NAME),
     Series("band_high", "gauge", "Upper limit of the band of the scalar's own history, also of the loss.", RUN_NAME),
     _run("step_seconds", "Mean duration of an optimizer step, on the slowest rank."),
-    _run("run_state", "State of the run: 0 ended, 1 running, 2 vanished."),
+    Series("run_state", "gauge", "1 for the state of the run, 0 for the other states.", (*RUN, "state")),
     _run("last_snapshot_timestamp_seconds", "Unix time of the last snapshot received."),
     _run("snapshot_age_seconds", "Age of the last profiled snapshot when its profile was complete."),
     _run("agent_overhead_ratio", "Largest share of the step time that a rank spends in koopmon's hooks."),
-    _run("taps_missing", "Snapshots in which a tap did not fire, summed over ranks."),
+    _counter("taps_missing", "Snapshots in which a tap did not fire, summed over ranks.", RUN),
     _counter("snapshots_received", "Snapshots that were assembled and passed to the engine.", RUN),
     _counter(
-        "snapshots_dropped",
-        "Lost snapshots by reason. An agent counts its own shards, the monitor whole snapshots.",
-        RUN,
-        reason=DROPS,
+        "agent_snapshots_dropped", "Shards of snapshots that agents did not send, by reason.", RUN, reason=DROP_REASONS
     ),
+    _counter("snapshots_dropped", "Snapshots that the monitor lost, by reason.", RUN, reason=MONITOR_DROPS),
+    _counter("commands_issued", "Commands that were sent, or would be without dry_run.", RUN, kind=COMMAND_KINDS),
     _counter(
-        "commands",
-        "Commands by outcome. Each counts once as sent or dry_run and once by its acknowledgement or as unanswered.",
+        "commands_settled",
+        "Issued commands by the first acknowledgement, as unanswered, or as dry_run if they were not to be sent.",
         RUN,
         kind=COMMAND_KINDS,
         outcome=COMMAND_OUTCOMES,
@@ -206,6 +216,12 @@ def _bucketed(values: Sequence[float | None], reduction: Literal["mean", "max"])
             yield label, reduced
 
 
+def _padded(label: str, num_layers: int) -> str:
+    """Return a label of layers with leading zeros, so that its order as text is that of the layers."""
+    width = len(str(max(num_layers - 1, 0)))
+    return "-".join(part.zfill(width) for part in label.split("-"))
+
+
 def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
@@ -220,6 +236,7 @@ class Metrics(Collector):
         self._bucket_counts = [0] * (len(DURATION_BUCKETS) + 1)
         self._duration_sum = 0.0
         self._observables: dict[str, list[str]] = {}
+        """Names of each run. Their metrics are not in TABLE: only the adapters know them."""
         self._build = dict(build)
         self._start_counters()
         self.set("engine_queue_length", 0)
@@ -250,6 +267,11 @@ class Metrics(Collector):
             values = self._values[name]
             values[labels] = values.get(labels, 0.0) + amount
 
+    def set_state(self, name: str, value: str, known: Iterable[str], *labels: str) -> None:
+        """Set a gauge with a state as its last label: 1 for `value`, 0 for the others of `known`."""
+        for each in known:
+            self.set(name, float(each == value), *labels, each)
+
     def value(self, name: str, *labels: str) -> float | None:
         """Return the value of one series; None when it is absent."""
         with self._lock:
@@ -267,9 +289,10 @@ class Metrics(Collector):
 
     def end_run(self, run: str, *, keep: Iterable[str] = ()) -> None:
         """Remove the series of `run` except the names in `keep`."""
-        self._observables.pop(run, None)
         kept = frozenset(keep)
         with self._lock:
+            for name in self._observables.pop(run, ()):
+                self._remove(OBSERVABLE + name, run)
             for series in TABLE:
                 if "run" in series.labels and series.name not in kept:
                     self._remove(series.name, run)
@@ -280,34 +303,40 @@ class Metrics(Collector):
         fresh: dict[str, dict[tuple[str, ...], float]] = {}
         for name in LAYER_FIELDS:
             values = [getattr(layer, name) for layer in layers]
-            fresh[name] = {(run, label): value for label, value in _bucketed(values, BY_NAME[name].bucket)}
+            fresh[name] = {
+                (run, _padded(label, len(values))): value for label, value in _bucketed(values, BY_NAME[name].bucket)
+            }
         self._replace(run, fresh)
 
     def set_observables(self, run: str, observables: Mapping[str, Sequence[float | None]]) -> None:
-        """Replace the observable series of `run`.
+        """Replace the series of `run` of the adapters' measurements, each of which is a metric of its own.
 
         `observables` maps each name to one value per transition, None for a missing value. A run has series of its
         first MAX_OBSERVABLES names: Prometheus keeps each name that it has ever seen.
         """
-        fresh: dict[tuple[str, ...], float] = {}
+        fresh = {}
         names = self._observables.setdefault(run, [])
         names += [name for name in observables if name not in names][: MAX_OBSERVABLES - len(names)]
         for name in names:
             row = observables.get(name, ())
-            fresh |= {(run, label, name): value for label, value in _bucketed(row, "mean")}
-        self._replace(run, {"observable": fresh})
+            series = {(run, _padded(label, len(row))): value for label, value in _bucketed(row, "mean")}
+            fresh[OBSERVABLE + name] = series
+        self._replace(run, fresh)
 
     def _replace(self, run: str, fresh: Mapping[str, Mapping[tuple[str, ...], float]]) -> None:
         """Replace all series of `run` of some metrics at once."""
         with self._lock:
             for name, values in fresh.items():
                 self._remove(name, run)
-                self._values[name].update(values)
+                if values or name in BY_NAME:
+                    self._values.setdefault(name, {}).update(values)
 
     def _remove(self, name: str, run: str) -> None:
-        values = self._values[name]
+        values = self._values.get(name, {})
         for labels in [labels for labels in values if labels[0] == run]:
             del values[labels]
+        if not values and name not in BY_NAME:
+            self._values.pop(name, None)
 
     def collect(self) -> Iterator[Metric]:
         """Return all metrics for prometheus_client, as a consistent copy."""
@@ -315,7 +344,11 @@ class Metrics(Collector):
             copy = {name: dict(values) for name, values in self._values.items()}
             counts, total = list(self._bucket_counts), self._duration_sum
         for series in TABLE:
-            yield self._family(series, copy[series.name], counts, total)
+            yield self._family(series, copy.pop(series.name), counts, total)
+        for name, values in sorted(copy.items()):
+            words = name.removeprefix(OBSERVABLE).replace("_", " ")
+            text = f"Measurement of the architecture adapter: {words}."
+            yield self._family(_layer(name, text), values, counts, total)
 
     def _family(
         self, series: Series, values: Mapping[tuple[str, ...], float], counts: list[int], total: float
@@ -326,9 +359,10 @@ class Metrics(Collector):
         if series.kind == "histogram":
             bounds = [*map(str, DURATION_BUCKETS), "+Inf"]
             cumulative = zip(bounds, map(float, itertools.accumulate(counts)), strict=True)
-            return HistogramMetricFamily(name, series.help, buckets=list(cumulative), sum_value=total)
+            return HistogramMetricFamily(name, series.help, buckets=list(cumulative), sum_value=total, unit="seconds")
         make = CounterMetricFamily if series.kind == "counter" else GaugeMetricFamily
-        family = make(name, series.help, labels=series.labels)
+        unit = name.rpartition("_")[2]
+        family = make(name, series.help, labels=series.labels, unit=unit if unit in UNITS else "")
         for labels in sorted(values):
             family.add_metric(labels, values[labels])
         return family

@@ -233,9 +233,11 @@ def eigenvalue_plot(spectrum: Spectrum, limit: float | None = None) -> Markup:
         ],
         scale=scale,
         ring=[scale * modulus for modulus in reversed(RING)],
-        description=f"{description} {outside} beyond modulus {limit:g} are drawn at the rim."
+        description=description,
+        rim=EDGE if outside else 0.0,
+        beyond=f"{outside} beyond modulus {limit:g}, the largest {number(max(moduli))}, are drawn at the dashed rim."
         if outside
-        else description,
+        else "",
     )
 
 

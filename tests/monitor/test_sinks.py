@@ -59,7 +59,7 @@ def test_a_command_that_is_not_sent_counts_as_a_dry_run(acts: bool, counted: flo
     assessment = alarm(run)
     for event in (events.Assessed(run, assessment), events.Decided(run, assessment)):
         sink(0.0, event)
-    assert metrics.value("commands", "job", "set_lr_scale", "dry_run") == counted
+    assert metrics.value("commands_settled", "job", "set_lr_scale", "dry_run") == counted
     assert metrics.value("risk", "job") == 1.0
     assert metrics.value("risk_alarms", "job") == 1.0
     assert metrics.value("informative", "job") == 0.0
@@ -69,12 +69,12 @@ def test_a_replaced_command_counts_with_its_late_ack_alone(metrics: Metrics) -> 
     run, sink = watched(), MetricsSink(metrics)
     sink(0.0, events.RunChanged(run))
     sink(0.0, events.CommandUnanswered(run, factories.command(1), replaced=True))
-    assert metrics.value("commands", "job", "set_lr_scale", "unanswered") == 0.0
+    assert metrics.value("commands_settled", "job", "set_lr_scale", "unanswered") == 0.0
     sink(0.0, events.CommandUnanswered(run, factories.command(2)))
-    assert metrics.value("commands", "job", "set_lr_scale", "unanswered") == 1.0
+    assert metrics.value("commands_settled", "job", "set_lr_scale", "unanswered") == 1.0
     for counts, expected in ((False, 0.0), (True, 1.0)):
         sink(0.0, events.CommandAcked(run, factories.ack(1), Answered("set_lr_scale", first=True, counts=counts)))
-        assert metrics.value("commands", "job", "set_lr_scale", "applied") == expected
+        assert metrics.value("commands_settled", "job", "set_lr_scale", "applied") == expected
 
 
 def test_a_vanished_run_keeps_few_series_and_gets_them_back_with_its_next_message(metrics: Metrics) -> None:
@@ -84,13 +84,14 @@ def test_a_vanished_run_keeps_few_series_and_gets_them_back_with_its_next_messag
     assert series(metrics)["snapshots_dropped_total engine_failed"] == 1.0
     run.state = RunState.VANISHED
     sink(6.0, events.RunClosed(run, ""))
-    assert set(series(metrics)) == KEPT_WHEN_VANISHED
+    assert {name.split()[0] for name in series(metrics)} == KEPT_WHEN_VANISHED
     for event in (events.SnapshotReceived(run), events.SnapshotDropped(run, "engine_failed")):
         sink(7.0, event)
-    assert series(metrics) == {"run_state": 2.0, "last_snapshot_timestamp_seconds": 5.0}
+    states = {"run_state ended": 0.0, "run_state running": 0.0, "run_state vanished": 1.0}
+    assert series(metrics) == {**states, "last_snapshot_timestamp_seconds": 5.0}
     run.state = RunState.RUNNING
     sink(8.0, events.RunChanged(run))
-    assert (series(metrics)["run_state"], metrics.value("snapshots_received", "job")) == (1.0, 0.0)
+    assert (series(metrics)["run_state running"], metrics.value("snapshots_received", "job")) == (1.0, 0.0)
     sink(9.0, events.RunRemoved(run))
     assert series(metrics) == {}
 

@@ -150,7 +150,7 @@ def test_every_kind_of_run_has_a_page(recorder: Recorder, scene: str) -> None:
         "no hello": "No training process of this run connected",
         "not finite": "No snapshot was profiled",
         "one snapshot": "None: no snapshot had a risk of 0.40 or more.",
-        "restarted": "fedcba98",
+        "restarted": "Launch 2.",
         "many decisions": "50 more rows are in the data of --json.",
     }
     assert says[scene] in read.text

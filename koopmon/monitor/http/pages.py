@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from koopmon.config import PolicyConfig
 from koopmon.monitor.http.policy_preview import preview
-from koopmon.telemetry.alerts import ALERTS
+from koopmon.telemetry.alerts import ALERTS, plain_summary
 from koopmon.views.heatmap import heatmap
 from koopmon.views.html import decimal, number, render, templates
 from koopmon.views.run_view import SCALARS, RunView
@@ -141,9 +141,4 @@ def _inline(markdown: str) -> Markup:
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(markdown))))  # noqa: S704 - escaped
 
 
-def _plain(template: str) -> str:
-    """Replace the templates of a summary by words: `{{ $labels.run }}` becomes "the run"."""
-    return re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"the \1", template)
-
-
-templates(PACKAGE).filters |= {"inline": _inline, "plain": _plain}
+templates(PACKAGE).filters |= {"inline": _inline, "plain": plain_summary}

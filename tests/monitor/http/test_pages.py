@@ -60,8 +60,8 @@ def test_runs_are_counted_and_the_title_says_what_matters() -> None:
     assert re.findall(r'<div class="([^"]*)"><dt>([^<]*)</dt><dd>(\d+)</dd>', page) == [
         ("tile", "Running", "3"),
         ("tile bad", "At risk", "1"),
-        ("tile held", "Held back", "2"),
-        ("tile", "Over", "1"),
+        ("tile held", "Slowed down", "2"),
+        ("tile", "Finished", "1"),
     ]
     assert "<title>1 at risk · koopmon</title>" in page
     assert "<title>1 running · koopmon</title>" in runs_page("", [view()], NOW, POLICY)
