@@ -6,7 +6,7 @@ Times are seconds of the caller's clock; this module reads no clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -41,6 +41,8 @@ MAX_RETIRED = 64
 
 HEARTBEAT_ROW_SECONDS = 10.0
 """Interval between recorded heartbeats of one rank."""
+LOGGED_ROW_SECONDS = 2.0
+"""Interval between recorded heartbeats with new values of logged scalars."""
 
 
 @dataclass(slots=True)
@@ -52,6 +54,8 @@ class Peer:
     heartbeat: Heartbeat | None = None
     drops: dict[DropReason, int] = field(default_factory=dict)
     recorded_at: float = -math.inf
+    recorded_logged: dict[str, int] = field(default_factory=dict)
+    """Step of each logged scalar in the last recorded heartbeat."""
 
     def new_drops(self, heartbeat: Heartbeat) -> dict[DropReason, int]:
         """Return the shards dropped since the last heartbeat, by reason. Agents report totals."""
@@ -59,10 +63,13 @@ class Peer:
         self.drops |= heartbeat.dropped
         return {reason: count for reason, count in more.items() if count > 0}
 
-    def row_due(self, now: float) -> bool:
-        """Return True if a heartbeat must be recorded: one every HEARTBEAT_ROW_SECONDS."""
-        due = now - self.recorded_at >= HEARTBEAT_ROW_SECONDS
-        self.recorded_at = now if due else self.recorded_at
+    def row_due(self, now: float, logged: Mapping[str, BandReading]) -> bool:
+        """Return True if a heartbeat must be recorded: by time, or earlier with a new value among `logged`."""
+        steps = {name: reading.step for name, reading in logged.items()}
+        pause = HEARTBEAT_ROW_SECONDS if steps == self.recorded_logged else LOGGED_ROW_SECONDS
+        due = now - self.recorded_at >= pause
+        if due:
+            self.recorded_at, self.recorded_logged = now, steps
         return due
 
 

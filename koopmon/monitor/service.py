@@ -281,10 +281,10 @@ class Service:
 
     def _on_heartbeat(self, now: float, peer: bytes, run: Run, heartbeat: Heartbeat) -> None:
         rank = run.peers[heartbeat.process_rank]
-        drops, row_due = rank.new_drops(heartbeat), rank.row_due(now)
+        logged = run.read_logged(heartbeat)
+        drops, row_due = rank.new_drops(heartbeat), rank.row_due(now, logged)
         applied_changed = heartbeat.process_rank == 0 and run.applied_changed()
         self._publish(events.RunChanged(run))
-        logged = run.read_logged(heartbeat)
         self._publish(events.HeartbeatReceived(run, heartbeat, drops, row_due, applied_changed, logged))
         # The agent dropped the snapshot because its states were not finite: the run has diverged.
         if "not_finite" in drops and run.newly_not_finite(heartbeat.step):

@@ -314,12 +314,14 @@ class Metrics(Collector):
         `observables` maps each name to one value per transition, None for a missing value. A run has series of its
         first MAX_OBSERVABLES names: Prometheus keeps each name that it has ever seen.
         """
-        fresh = {}
+        fresh: dict[str, dict[tuple[str, ...], float]] = {}
         names = self._observables.setdefault(run, [])
         names += [name for name in observables if name not in names][: MAX_OBSERVABLES - len(names)]
         for name in names:
             row = observables.get(name, ())
-            series = {(run, _padded(label, len(row))): value for label, value in _bucketed(row, "mean")}
+            series: dict[tuple[str, ...], float] = {
+                (run, _padded(label, len(row))): value for label, value in _bucketed(row, "mean")
+            }
             fresh[OBSERVABLE + name] = series
         self._replace(run, fresh)
 

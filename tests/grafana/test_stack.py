@@ -143,7 +143,7 @@ def test_every_selector_of_every_rule_matches_a_series(scene: Scene) -> None:
     selectors = set(re.findall(r"\b(?:koopmon_\w+|up)\b(?:\{[^}]*\})?", json.dumps(exprs()).replace('\\"', '"')))
     assert len(selectors) > 15
     family = re.compile(r'koopmon_observable_|name!="loss"|ephemeral')
-    """Of mixtures of experts, of scripts that log scalars, and of monitors that do not end with their job."""
+    """This scene has no mixture of experts, no logged scalar and no monitor that outlives its job."""
     selectors = {each for each in selectors if not family.search(each)}
     lost = [each for each in selectors if not scene.stack.ask("query", query=f"last_over_time({each}[10m])")["result"]]
     assert lost == []
