@@ -2,16 +2,78 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 from koopmon.grafana.rules import GROUPS
-from koopmon.telemetry.alerts import ALERTS, Alert
-from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, MAX_LAYERS, PREFIX, TABLE, Series
+from koopmon.telemetry.alerts import ALERTS, Alert, plain_summary
+from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, MAX_LAYERS, OBSERVABLE, PREFIX, TABLE, Series
 from manual import dashboards
 
 WRITTEN = "<!-- Written by `python -m manual.write`: edit the tables in koopmon/telemetry, not this. -->"
 SECTIONS = {("run", "layer"): "For each layer of each run", ("run",): "For each run", (): "For each monitor"}
+
+RENAMED = (
+    ("`koopmon_observable{name}`", f"`{PREFIX}{OBSERVABLE}NAME`: one quantity each"),
+    (
+        "`koopmon_commands_total{kind,outcome}`",
+        "`koopmon_commands_issued_total{kind}` and `koopmon_commands_settled_total{kind,outcome}`: each counts a"
+        " command once",
+    ),
+    (
+        "`koopmon_snapshots_dropped_total`",
+        "`koopmon_snapshots_dropped_total` for those that the monitor lost, and"
+        " `koopmon_agent_snapshots_dropped_total` for those that agents did not send",
+    ),
+    ("`koopmon_taps_missing`, a gauge", "`koopmon_taps_missing_total`"),
+    ("`koopmon_run_state`, 0, 1 or 2", "`koopmon_run_state{state}`, 0 or 1"),
+    ("`koopmon_initial_risk`", "`koopmon_initial_near_unit_mass`"),
+    ('`layer="7"`', '`layer="07"`, with as many digits as the last layer'),
+)
+CHOICES = (
+    (
+        "`koopmon_logged_value` has several units",
+        "The training chooses names and units at run time. A metric name per script would make no dashboard and no rule"
+        " possible, and would let a peer create metric names.",
+    ),
+    (
+        "no `_created` samples",
+        "They would double the series of the counters. The rules count a counter that is first seen above zero.",
+    ),
+    (
+        "a run name with random digits makes new series at each launch",
+        "A fixed name (`--run`, `KOOPMON_RUN`) keeps one set of series. Series end 5 minutes after the run.",
+    ),
+    (
+        "counters at 0 are most series of a small run",
+        "`increase` misses the first event of a counter that does not exist. The number is fixed, not per layer.",
+    ),
+    (
+        "port 9464 is also the default of OpenTelemetry's exporter",
+        "`--http` takes another one, and `koopmon run` takes a free one.",
+    ),
+    (
+        "`runbook_url` points at the monitor",
+        "It is the default because it needs no other server. `koopmon grafana export --docs-url` writes a static page.",
+    ),
+    (
+        "alerts of severity info",
+        "They inform on a dashboard. Route them nowhere, or use the InfoInhibitor of kube-prometheus: they have its"
+        " label `severity`.",
+    ),
+    (
+        "thresholds are fixed at the export",
+        "Those of the risk come from `koopmon_risk_threshold` of the run. The others are limits of the monitoring"
+        " itself; edit the exported file to change them.",
+    ),
+    (
+        "the rules need a job whose name contains koopmon",
+        "Only KoopmonMonitorDown and KoopmonMonitorAbsent do: a vanished target has no other mark.",
+    ),
+    (
+        "classic dashboards, without `__inputs`, and no ConfigMaps",
+        "They load in Grafana 11 to 13. The data source is a variable, so an import needs no input.",
+    ),
+)
 
 
 def pages() -> dict[str, str]:
@@ -23,7 +85,7 @@ def alerts_page() -> str:
     """Return the page with the meaning, checks and remedy of each alert, each under an anchor with its name."""
     titles = {each["uid"]: each["title"] for each in dashboards.make()}
     rows = [
-        (f"[{alert.name}](#{alert.name})", alert.severity, _time(alert.for_seconds), _plain(alert.summary))
+        (f"[{alert.name}](#{alert.name})", alert.severity, _time(alert.for_seconds), plain_summary(alert))
         for alert in ALERTS
     ]
     parts = [
@@ -55,6 +117,15 @@ def metrics_page() -> str:
     for labels, title in SECTIONS.items():
         members = [series for series in TABLE if _of(series) == labels]
         parts += [f"## {title}", _table(("metric", "type", "further labels", "description"), map(_metric, members))]
+    parts += [
+        f"Each measurement of an architecture adapter is a metric of its own, `{PREFIX}{OBSERVABLE}NAME`, for each"
+        f" layer: `{PREFIX}{OBSERVABLE}router_entropy`, `{PREFIX}{OBSERVABLE}top_expert_share`. Labels of layers have"
+        " leading zeros. `process_*` are the monitor's own memory, CPU time and open files.",
+        "## Renamed since 0.1",
+        _table(("before", "now"), RENAMED),
+        "## Choices",
+        _table(("objection", "answer"), CHOICES),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -94,7 +165,3 @@ def _time(seconds: int, before: str = "") -> str:
     if not seconds:
         return "at once"
     return before + (f"{seconds // 60} min" if seconds % 60 == 0 else f"{seconds} s")
-
-
-def _plain(template: str) -> str:
-    return re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"the \1", template)

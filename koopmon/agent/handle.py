@@ -9,6 +9,7 @@ import msgspec
 from torch import Tensor
 
 from koopmon.agent.runtime import AgentRuntime
+from koopmon.wire.messages import MAX_LOGGED
 
 logger = logging.getLogger("koopmon.agent")
 
@@ -25,7 +26,7 @@ class Agent:
         self._reason = reason
         self.joined = joined
         """True if the training was attached before, as by `koopmon run`. The first caller then closes the agent."""
-        self._complained = False
+        self._complained: set[str] = set()
 
     @property
     def enabled(self) -> bool:
@@ -48,21 +49,30 @@ class Agent:
         """
         return self._runtime is not None and self._runtime.granted("checkpoint")
 
-    def log(self, *, loss: float | Tensor | None = None, grad_norm: float | Tensor | None = None) -> None:
-        """Report the loss and the gradient's norm to the monitor, in the user's own units.
+    def log(
+        self,
+        /,
+        *,
+        loss: float | Tensor | None = None,
+        grad_norm: float | Tensor | None = None,
+        **scalars: float | Tensor | None,
+    ) -> None:
+        """Report scalars of the training to the monitor, in the user's own units, at any step.
 
-        Both are optional, at any step. The agent measures both itself in the steps with a snapshot. From the first call
-        on, the logged value replaces that measurement.
+        The agent measures `loss` and `grad_norm` itself in the steps with a snapshot. From the first call on, the
+        logged value replaces that measurement. Any further name is shown with a band of its own history: `kl`,
+        `entropy`, `reward`. A name has 1 to 40 lower-case letters, digits and underscores; the first 32 names are sent.
 
-        Each is a number or a tensor with one element. A tensor on a device is copied without synchronising.
+        Each value is a number or a tensor with one element. A tensor on a device is copied without synchronising.
+        Heartbeats send the latest value of each name, from the lowest rank that logs it.
         """
-        for name, value in {"loss": loss, "grad_norm": grad_norm}.items():
+        for name, value in {"loss": loss, "grad_norm": grad_norm, **scalars}.items():
             if self._runtime is not None and value is not None:
                 try:
                     self._runtime.stats.log(name, value)
                 except Exception as error:
-                    if not self._complained:
-                        self._complained = True
+                    if name not in self._complained and len(self._complained) < MAX_LOGGED:
+                        self._complained.add(name)
                         logger.warning("koopmon: log(%s=...) is ignored: %s", name, error)
 
     def status(self) -> dict[str, Any]:
@@ -93,6 +103,7 @@ class Agent:
             "rejected": dict(stats.rejected),
             "taps_missing": stats.taps_missing,
             **{name: scalar.get() for name, scalar in stats.measured.items()},
+            "logged": {name: each.value for name, each in stats.logged_scalars().items()},
             "judgement": msgspec.to_builtins(stats.judgement),
             "errors": runtime.breaker.num_errors,
             **{name: value for action in runtime.actions for name, value in action.facts().items()},

@@ -340,6 +340,7 @@ class AgentRuntime:
                 io_thread=self._make_io_thread,
             )
             other.stats.step, other.stats.measured = self.stats.step, self.stats.measured
+            other.stats.named = self.stats.named
             self._beside.append(other)
         self.share_budget(self._num_models)
         shown = ", ".join(f"{stack.name} as run {run}" for stack, run in zip(stacks, names, strict=True))

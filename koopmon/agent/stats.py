@@ -12,7 +12,16 @@ import msgspec
 import torch
 from torch import Tensor
 
-from koopmon.wire.messages import DROP_REASONS, MEASURED, DropReason, Judgement, TrainingStep
+from koopmon.wire.messages import (
+    DROP_REASONS,
+    MAX_LOGGED,
+    MEASURED,
+    DropReason,
+    Judgement,
+    LoggedScalar,
+    ScalarName,
+    TrainingStep,
+)
 
 _NUM_UNDERWAY = 4
 
@@ -44,6 +53,8 @@ class Reading:
     """One measured value; None is unknown. `host` holds one from a device, valid after the event `ready`."""
 
     value: float | None = None
+    step: int = 0
+    """Number of optimizer steps done when it was stored."""
     host: Tensor | None = None
     ready: Any = None
 
@@ -70,7 +81,7 @@ class AsyncScalar:
         self._readings: deque[Reading] = deque([Reading()], maxlen=_NUM_UNDERWAY)
         """The newest is first."""
 
-    def put(self, value: float | Tensor | None) -> None:
+    def put(self, value: float | Tensor | None, step: int = 0) -> None:
         """Store a number or a tensor with one element.
 
         Raises TypeError for other shapes, complex values and DTensors.
@@ -84,13 +95,18 @@ class AsyncScalar:
             if value.device.type == "cuda":
                 # A CUDA graph would repeat a captured copy in every replay.
                 if not torch.cuda.is_current_stream_capturing():
-                    self._readings.appendleft(_copied(value))
+                    self._readings.appendleft(_copied(value, step))
                 return
-        self._readings.appendleft(Reading(None if value is None else float(value)))
+        self._readings.appendleft(Reading(None if value is None else float(value), step))
 
     def get(self) -> float | None:
         """Return the latest value that has arrived; None if there is none."""
-        return next((reading.get() for reading in tuple(self._readings) if reading.arrived), None)
+        return self.arrived.get()
+
+    @property
+    def arrived(self) -> Reading:
+        """The latest value that has arrived; an empty reading if there is none."""
+        return next((reading for reading in tuple(self._readings) if reading.arrived), Reading())
 
     @property
     def latest(self) -> Reading:
@@ -99,14 +115,14 @@ class AsyncScalar:
 
 
 @torch.no_grad()
-def _copied(value: Tensor) -> Reading:
+def _copied(value: Tensor, step: int) -> Reading:
     stream = torch.cuda.current_stream(value.device)
     host = torch.empty((), dtype=torch.float32, pin_memory=True)
     host.copy_(value.reshape(()), non_blocking=True)
     value.record_stream(stream)  # a backward pass may have made it on another one
     ready = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     ready.record(stream)
-    return Reading(host=host, ready=ready)
+    return Reading(step=step, host=host, ready=ready)
 
 
 class AgentStats:
@@ -140,6 +156,8 @@ class AgentStats:
         self.measured = {name: AsyncScalar() for name in MEASURED}
         self.logged: set[str] = set()
         """Names of measured values that the user's loop logs itself."""
+        self.named: dict[str, AsyncScalar] = {}
+        """Further values of the user's loop, by name."""
 
     @property
     def busy_seconds(self) -> float:
@@ -147,12 +165,28 @@ class AgentStats:
         return self.hook_seconds + self.capture_seconds + self.action_seconds
 
     def log(self, name: str, value: float | Tensor) -> None:
-        """Store a value from the user's loop. From now on it replaces koopmon's own measurement.
+        """Store a value from the user's loop. From now on it replaces koopmon's own measurement, if there is one.
 
-        Raises TypeError like `AsyncScalar.put`.
+        Raises TypeError like `AsyncScalar.put`, and ValueError for a name that the wire does not allow.
         """
-        self.measured[name].put(value)
-        self.logged.add(name)
+        if name in self.measured:
+            self.measured[name].put(value)
+            self.logged.add(name)
+            return
+        if name not in self.named:
+            msgspec.convert(name, ScalarName)
+            if len(self.named) >= MAX_LOGGED:
+                raise ValueError(f"at most {MAX_LOGGED} names are sent")
+        self.named.setdefault(name, AsyncScalar()).put(value, self.step)
+
+    def logged_scalars(self) -> dict[str, LoggedScalar]:
+        """Return the latest values that have arrived of the names without a measurement."""
+        arrived = {name: scalar.arrived for name, scalar in list(self.named.items())}
+        return {
+            name: LoggedScalar(step=each.step, value=value)
+            for name, each in arrived.items()
+            if (value := each.get()) is not None
+        }
 
     def measure(self, name: str, value: float | Tensor | None) -> None:
         """Store koopmon's own measurement, unless the user's loop logs this value."""

@@ -21,14 +21,15 @@ STALE_SECONDS = 120.0
 """Age in seconds above which the last snapshot of a running job is reported as stale."""
 _SAMPLE = re.compile(r"koopmon_(?P<name>\w+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
-STATES = {0: "ended", 1: "running", 2: "vanished"}
+STATES = ("ended", "running", "vanished")
 
 
 @dataclass(slots=True)
 class Pages:
     """The pages of one monitor.
 
-    `runs` maps each run to its samples by name; samples with a reason have the key `name:reason`. With `optional`, the
+    `runs` maps each run to its samples by name; samples with a reason or a state have the key `name:reason`. With
+    `optional`, the
     address is the default and the pages may be elsewhere.
 
     Raises ConfigError for a malformed URL.
@@ -104,7 +105,8 @@ def _samples(text: str) -> dict[str, dict[str, float]]:
         labels = dict(_LABEL.findall(match["labels"] or ""))
         if "run" not in labels or "layer" in labels:
             continue
-        name = match["name"] + (f":{labels['reason']}" if "reason" in labels else "")
+        part = labels.get("reason") or labels.get("state")
+        name = match["name"] + (f":{part}" if part else "")
         try:
             runs.setdefault(labels["run"], {})[name] = float(match["value"])
         except ValueError:
@@ -113,7 +115,7 @@ def _samples(text: str) -> dict[str, dict[str, float]]:
 
 
 def _state(samples: Mapping[str, float]) -> str:
-    return STATES.get(int(samples.get("run_state", -1)), "unknown")
+    return next((state for state in STATES if samples.get(f"run_state:{state}")), "unknown")
 
 
 def of_run(run: str, reply: ProbeReply | None, pages: Pages | None) -> Iterator[Finding]:
@@ -146,7 +148,7 @@ def of_run(run: str, reply: ProbeReply | None, pages: Pages | None) -> Iterator[
 
 def _snapshots(samples: Mapping[str, float]) -> Iterator[Finding]:
     received = samples.get("snapshots_received_total", 0.0)
-    drops = ((name, count) for name, count in samples.items() if name.startswith("snapshots_dropped") and count)
+    drops = ((name, count) for name, count in samples.items() if "snapshots_dropped_total:" in name and count)
     dropped = {name.partition(":")[2]: count for name, count in drops}
     lost = ", ".join(f"{count:.0f} {reason}" for reason, count in sorted(dropped.items(), key=lambda item: -item[1]))
     if not received:
@@ -159,7 +161,7 @@ def _snapshots(samples: Mapping[str, float]) -> Iterator[Finding]:
         said = f"{received:.0f} received, the last {max(age, 0.0):.0f} s ago{f'; dropped: {lost}' if lost else ''}"
         fix = "check that the job still steps; snapshots are rare when their budget is spent ([cadence] budget_ratio)"
         yield warn("snapshots", said, fix) if age > STALE_SECONDS else ok("snapshots", said)
-    if missing := samples.get("taps_missing", 0.0):
+    if missing := samples.get("taps_missing_total", 0.0):
         fix = "attach before the first forward pass of a compiled model; blocks that are skipped have no taps"
         yield warn("taps", f"in {missing:.0f} snapshots a tap did not fire", fix)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from koopmon.grafana.dashboards import panel_id
-from koopmon.telemetry.alerts import ALERTS, Alert, Group, runbook_url
+from koopmon.telemetry.alerts import ALERTS, RECORDINGS, Alert, Group, runbook_url
 
 GROUPS: Mapping[Group, tuple[str, int]] = {
     "risk": ("koopmon risk", 10),
@@ -30,7 +30,8 @@ def prometheus_rules(docs_url: str | None = None) -> dict[str, Any]:
     groups = []
     for title, _, alerts in _groups():
         groups.append({"name": title, "rules": [_prometheus_rule(alert, docs_url) for alert in alerts]})
-    return {"groups": groups}
+    recordings = [{"record": name, "expr": expr} for name, expr in RECORDINGS.items()]
+    return {"groups": [*groups, {"name": "koopmon recordings", "rules": recordings}]}
 
 
 def grafana_rule_groups(datasource_uid: str, folder_uid: str, *, docs_url: str | None = None) -> list[dict[str, Any]]:

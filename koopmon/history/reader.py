@@ -126,6 +126,16 @@ class DecisionRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoggedRow:
+    """One value of a logged scalar with its band; None where it is not finite, or not known."""
+
+    step: int
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeartbeatRow(AtStep):
     """The scalars of one heartbeat; None means unknown."""
 
@@ -135,6 +145,8 @@ class HeartbeatRow(AtStep):
     training: TrainingStep
     step_seconds: float | None
     overhead_ratio: float
+    logged: dict[str, LoggedRow]
+    """Readings of the scalars that the user's loop logs, by name."""
 
 
 R = TypeVar("R")
@@ -280,10 +292,17 @@ class HistoryReader:
             for row in self._of_run("decisions", run, last):
                 yield _row(row, DecisionRow, commands=tuple(self._commands(row["id"])))
 
-    def heartbeats(self, run: str) -> Iterator[HeartbeatRow]:
+    def heartbeats(self, run: str, *, last: int | None = None) -> Iterator[HeartbeatRow]:
         with self._reading("heartbeats"):
-            for row in self._of_run("heartbeats", run):
-                yield _row(row, HeartbeatRow, training=_training(row), step_seconds=from_scalar(row["step_seconds"]))
+            for row in self._of_run("heartbeats", run, last):
+                text = row["logged"] if "logged" in row.keys() else None  # noqa: SIM118 - a row has no "in"
+                yield _row(
+                    row,
+                    HeartbeatRow,
+                    training=_training(row),
+                    step_seconds=from_scalar(row["step_seconds"]),
+                    logged={} if text is None else msgspec.json.decode(text),
+                )
 
     def _of_run(self, table: str, run: str, last: int | None = None) -> Iterator[sqlite3.Row]:
         # The subquery reads the index alone: the rows of a long run may have gigabytes.

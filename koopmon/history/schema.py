@@ -119,7 +119,8 @@ CREATE TABLE heartbeats (
     step_seconds REAL,
     overhead_ratio REAL NOT NULL,
     lr_scale REAL NOT NULL,
-    kss_alpha REAL NOT NULL
+    kss_alpha REAL NOT NULL,
+    logged TEXT
 );
 CREATE INDEX heartbeats_by_step ON heartbeats (incarnation_id, step);
 CREATE INDEX decisions_by_step ON decisions (incarnation_id, step);
@@ -169,6 +170,8 @@ def prepare(database: sqlite3.Connection, path: Path) -> None:
         for name in TrainingStep.__struct_fields__:
             if name not in columns:
                 database.execute(f"ALTER TABLE {table} ADD COLUMN {name} REAL")
+        if table == "heartbeats" and "logged" not in columns:
+            database.execute("ALTER TABLE heartbeats ADD COLUMN logged TEXT")
 
 
 def check(database: sqlite3.Connection, path: Path, *, empty_allowed: bool = False) -> None:

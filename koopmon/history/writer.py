@@ -157,11 +157,12 @@ class HistoryWriter(Journal):
         self._set_applied(at, ack.run, ack.incarnation, ack.step, ack.applied)
 
     @records()
-    def record_heartbeat(self, at: float, heartbeat: Heartbeat) -> None:
-        """Record the scalars of one heartbeat. The caller limits the rate."""
+    def record_heartbeat(self, at: float, heartbeat: Heartbeat, logged: Mapping[str, Any] | None = None) -> None:
+        """Record the scalars of one heartbeat, and the readings of the logged ones. The caller limits the rate."""
         run, scalars = heartbeat.run, msgspec.structs.asdict(heartbeat.training)
         scalars |= {name: getattr(heartbeat, name) for name in ("process_rank", "step_seconds", "overhead_ratio")}
-        self._insert("heartbeats", at, run, heartbeat.incarnation, **scalars)
+        text = to_json(logged) if logged else None
+        self._insert("heartbeats", at, run, heartbeat.incarnation, **scalars, logged=text)
         self._database.execute("UPDATE runs SET state = 1, last_seen = ? WHERE name = ?", (at, run))
 
     def _set_applied(self, at: float, run: str, incarnation: str, step: int, applied: Applied) -> None:

@@ -8,7 +8,8 @@ trainer.add_callback(KoopmonCallback())
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from koopmon.errors import MissingExtraError
@@ -38,6 +39,8 @@ class KoopmonCallback(SessionCallback, TrainerCallback):  # type: ignore[misc] #
     `endpoint`, `run` and `config` are those of `koopmon.attach`, which raises errors in them at the start of `train()`.
     Without `endpoint` the callback uses the environment's endpoint; without that the training runs unmonitored.
 
+    The numbers that the trainer logs, such as `kl`, `entropy` and `reward` of TRL, go to `Agent.log`: see `scalars`.
+
     Every `logging_steps` the callback logs koopmon's own scalars where `report_to` contains tensorboard (in a run
     `koopmon` in the trainer's directory) or wandb. On a stop request from the monitor (opt-in), training stops as if it
     had reached its last step. On a checkpoint request (opt-in), the trainer saves a checkpoint at that step, which
@@ -56,6 +59,7 @@ class KoopmonCallback(SessionCallback, TrainerCallback):  # type: ignore[misc] #
         self._mirrors = _mirrors(args) if state is not None and state.is_world_process_zero else []
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.agent.log(**scalars(kwargs.get("logs") or {}))
         for mirror in self._mirrors:
             mirror.write(self.agent, state.global_step)
 
@@ -75,6 +79,24 @@ class KoopmonCallback(SessionCallback, TrainerCallback):  # type: ignore[misc] #
 
 _LOGS = {"mlflow": log_to_mlflow, "comet_ml": log_to_comet}
 """Functions of further trackers by their names in `report_to`."""
+
+OWN = frozenset({"loss", "grad_norm", "learning_rate", "epoch", "total_flos", "num_input_tokens_seen", "num_tokens"})
+"""Entries of the trainer's log that are not passed on: the agent measures them, or they only count."""
+
+
+def scalars(logs: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a trainer's log by names that `Agent.log` accepts.
+
+    `rewards/accuracy/mean` becomes `rewards_accuracy_mean`. The summary at the end of a training (`train_...`) is left
+    out.
+    """
+    found = {
+        re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:40]: float(value)
+        for name, value in logs.items()
+        if isinstance(value, (int, float)) and name not in OWN and not name.startswith("train_")
+    }
+    found.pop("", None)
+    return found
 
 
 def _mirrors(args: TrainingArguments) -> list[Mirror]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 import torch
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from koopmon import __version__
 from koopmon.config import Config, checked
@@ -153,6 +153,7 @@ class Monitor:
     def _open(self, stack: ExitStack) -> None:
         """Open all parts, which `stack` closes in the opposite order."""
         registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         outputs = self._open_outputs(stack, registry)
         self._rejection_log = RejectionLog(outputs.metrics, time.monotonic)
         self._failures = Failures(outputs.metrics, time.monotonic)

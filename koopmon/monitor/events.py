@@ -6,7 +6,7 @@ A new fact about a run is a field or a class here, and a case in each sink that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from koopmon.history.plain_profile import PlainProfile
@@ -15,6 +15,7 @@ from koopmon.monitor.failures import Failures
 from koopmon.monitor.pending_commands import Answered
 from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Assessment
+from koopmon.risk.band import BandReading
 from koopmon.telemetry.metrics import ErrorPart
 from koopmon.wire.messages import Ack, Command, DropReason, Heartbeat, Hello
 
@@ -51,6 +52,8 @@ class HeartbeatReceived(Event):
     """True if the heartbeat is to be recorded: the history does not keep all of them."""
     applied_changed: bool
     """True if rank 0 reports other values in force than before."""
+    logged: Mapping[str, BandReading] = field(default_factory=dict)
+    """Readings of the scalars that the user's loop logs, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ class Assessed(Event):
 
     assessment: Assessment | None
     plain: PlainProfile | None = None
+    loss: BandReading | None = None
 
 
 @dataclass(frozen=True, slots=True)

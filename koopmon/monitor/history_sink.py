@@ -31,7 +31,7 @@ class HistorySink:
                 history.record_hello(at, hello)
             case events.HeartbeatReceived(run, heartbeat):
                 if event.row_due:
-                    history.record_heartbeat(at, heartbeat)
+                    history.record_heartbeat(at, heartbeat, event.logged)
                 if event.applied_changed:
                     history.record_applied(at, run.name, run.incarnation, heartbeat.step, heartbeat.applied)
             case events.Profiled(_, result) if not result.failed:

@@ -8,7 +8,8 @@ from koopmon.history.schema import RunState
 from koopmon.monitor import events
 from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Assessment
-from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, Metrics
+from koopmon.risk.band import BandReading
+from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, RUN_STATES, Metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,10 @@ class MetricsSink:
                 self._show_run(run)
             case events.HeartbeatReceived(run):
                 for reason, count in event.drops.items():
-                    metrics.add("snapshots_dropped", run.name, reason, amount=count)
+                    metrics.add("agent_snapshots_dropped", run.name, reason, amount=count)
+                for name, reading in event.logged.items():
+                    metrics.set("logged_value", reading.value, run.name, name)
+                    self._show_band(run, name, reading)
             case events.SnapshotReceived(run) if run.state is not RunState.VANISHED:
                 metrics.add("snapshots_received", run.name)
                 metrics.set("last_snapshot_timestamp_seconds", at, run.name)
@@ -42,18 +46,21 @@ class MetricsSink:
                 metrics.add("engine_failures")
             case events.Assessed(run, assessment) if assessment is not None:
                 self._show_assessment(run, assessment)
+                if event.loss is not None:
+                    self._show_band(run, "loss", event.loss)
             case events.Decided(run, assessment) if not run.controller.sends:
                 for command in assessment.commands:
-                    metrics.add("commands", run.name, command.kind, "dry_run")
+                    metrics.add("commands_issued", run.name, command.kind)
+                    metrics.add("commands_settled", run.name, command.kind, "dry_run")
             case events.CommandSent(run, command):
-                metrics.add("commands", run.name, command.kind, "sent")
+                metrics.add("commands_issued", run.name, command.kind)
             case events.CommandUnanswered(run, command, replaced=False):
-                metrics.add("commands", run.name, command.kind, "unanswered")
+                metrics.add("commands_settled", run.name, command.kind, "unanswered")
             case events.CommandAcked(run, ack, answered) if answered is not None and answered.counts:
-                metrics.add("commands", run.name, answered.kind, ack.outcome)
+                metrics.add("commands_settled", run.name, answered.kind, ack.outcome)
             case events.RunClosed(run) if run.state is RunState.VANISHED:
                 metrics.end_run(run.name, keep=KEPT_WHEN_VANISHED)
-                metrics.set("run_state", run.state, run.name)
+                self._show_state(run)
             case events.RunRemoved(run):
                 metrics.end_run(run.name)
 
@@ -61,7 +68,13 @@ class MetricsSink:
         metrics = self.metrics
         if metrics.value("snapshots_received", run.name) is None:
             metrics.begin_run(run.name)
-        metrics.set("run_state", run.state, run.name)
+        self._show_state(run)
+        sends, policy = run.controller.sends, run.controller.config.policy
+        metrics.set("acting", float(sends), run.name)
+        metrics.set("watch_only", float(not sends and policy.name != "observe" and not policy.dry_run), run.name)
+        metrics.set("ranks", sum(not peer.gone for peer in run.peers.values()), run.name)
+        for level in ("act", "severe", "release"):
+            metrics.set("risk_threshold", getattr(policy, f"{level}_risk"), run.name, level)
         metrics.set_training(run.name, run.training)
         metrics.set("min_stride", run.pacing.steps if run.pacing.from_step else None, run.name)
         if heartbeats := run.heartbeats:
@@ -70,12 +83,20 @@ class MetricsSink:
             metrics.set("step_seconds", max(durations, default=None), run.name)
             metrics.set("taps_missing", sum(each.taps_missing for each in heartbeats), run.name)
 
+    def _show_state(self, run: Run) -> None:
+        self.metrics.set_state("run_state", run.state.name.lower(), RUN_STATES, run.name)
+
+    def _show_band(self, run: Run, name: str, reading: BandReading) -> None:
+        self.metrics.set("band_low", None if run.bands[name].upper_only else reading.low, run.name, name)
+        self.metrics.set("band_high", reading.high, run.name, name)
+        self.metrics.add("band_departures", run.name, name, amount=int(reading.departed))
+
     def _show_assessment(self, run: Run, assessment: Assessment) -> None:
         metrics, controller, risk = self.metrics, run.controller, assessment.risk
         profile, decision = assessment.profile, assessment.decision
         metrics.set("informative", float(profile is not None and profile.informative), run.name)
         if controller.initial is not None:
-            metrics.set("initial_risk", controller.initial.score, run.name)
+            metrics.set("initial_near_unit_mass", controller.initial.score, run.name)
         metrics.set("risk", risk.value, run.name)
         metrics.set("forecast", risk.forecast, run.name)
         metrics.set("divergence_probability", controller.divergence_probability, run.name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -18,8 +18,10 @@ from koopmon.history.schema import RunState
 from koopmon.monitor.assembler import over_ranks
 from koopmon.monitor.pacing import Pacing
 from koopmon.monitor.run_controller import RunController
+from koopmon.risk.band import Band, BandReading
 from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.messages import (
+    MAX_LOGGED,
     MAX_STEP,
     MEASURED,
     Ack,
@@ -41,6 +43,8 @@ MAX_RETIRED = 64
 
 HEARTBEAT_ROW_SECONDS = 10.0
 """Interval between recorded heartbeats of one rank."""
+LOGGED_ROW_SECONDS = 2.0
+"""Interval between recorded heartbeats with new values of logged scalars."""
 
 
 @dataclass(slots=True)
@@ -54,6 +58,8 @@ class Peer:
     recorded_at: float = -math.inf
     heartbeat_seconds: float = 1.0
     """Time between two heartbeats, as the monitor asks."""
+    recorded_logged: dict[str, int] = field(default_factory=dict)
+    """Step of each logged scalar in the last recorded heartbeat."""
 
     def new_drops(self, heartbeat: Heartbeat) -> dict[DropReason, int]:
         """Return the shards dropped since the last heartbeat, by reason. Agents report totals."""
@@ -61,10 +67,13 @@ class Peer:
         self.drops |= heartbeat.dropped
         return {reason: count for reason, count in more.items() if count > 0}
 
-    def row_due(self, now: float) -> bool:
-        """Return True if a heartbeat must be recorded: one every HEARTBEAT_ROW_SECONDS."""
-        due = now - self.recorded_at >= HEARTBEAT_ROW_SECONDS
-        self.recorded_at = now if due else self.recorded_at
+    def row_due(self, now: float, logged: Mapping[str, BandReading]) -> bool:
+        """Return True if a heartbeat must be recorded: by time, or earlier with a new value among `logged`."""
+        steps = {name: reading.step for name, reading in logged.items()}
+        pause = HEARTBEAT_ROW_SECONDS if steps == self.recorded_logged else LOGGED_ROW_SECONDS
+        due = now - self.recorded_at >= pause
+        if due:
+            self.recorded_at, self.recorded_logged = now, steps
         return due
 
 
@@ -95,6 +104,10 @@ class Run:
     pacing: Pacing = field(default_factory=Pacing)
     not_finite_step: int = -1
     """Latest step at which an agent reported states that were not finite."""
+    bands: dict[str, Band] = field(default_factory=dict)
+    """Histories of the loss and of the logged scalars, by name."""
+    _loggers: dict[str, int] = field(default_factory=dict)
+    """Lowest rank that logs each scalar."""
 
     @property
     def name(self) -> str:
@@ -151,6 +164,30 @@ class Run:
         """Return the optimizer steps that the ranks do in some time; None if unknown."""
         times = [each.step_seconds for each in self.heartbeats if each.step_seconds]
         return math.ceil(min(seconds / min(times), MAX_STEPS)) if times else None
+
+    def read_logged(self, heartbeat: Heartbeat) -> dict[str, BandReading]:
+        """Return the readings of the logged scalars of which this rank is the lowest that logs them.
+
+        At most MAX_LOGGED names of a launch are read. The names of measured scalars are not among them.
+        """
+        readings = {}
+        for name, logged in heartbeat.logged.items():
+            lowest = self._loggers.get(name)
+            if name in MEASURED or (lowest is None and len(self._loggers) >= MAX_LOGGED):
+                continue
+            if lowest is None or heartbeat.process_rank <= lowest:
+                self._loggers[name] = heartbeat.process_rank
+                readings[name] = self.bands.setdefault(name, Band()).read(logged.step, logged.value)
+        return readings
+
+    def read_loss(self, training: TrainingStep) -> BandReading | None:
+        """Return the reading of the loss at a snapshot; None where it is unknown."""
+        if training.loss is None:
+            return None
+        band = self.bands.setdefault("loss", Band(upper_only=True))
+        # A script that logs its loss at fewer steps than snapshots exist repeats it.
+        known = band.reading is not None and band.reading.value == training.loss
+        return band.read(band.reading.step if known and band.reading else training.step, training.loss)
 
     def newly_not_finite(self, step: int) -> bool:
         """Return True if `step` is later than every reported step with non-finite states; stores it."""

@@ -364,10 +364,11 @@ class Service:
 
     def _on_heartbeat(self, now: float, peer: bytes, run: Run, heartbeat: Heartbeat) -> None:
         rank = run.peers[heartbeat.process_rank]
-        drops, row_due = rank.new_drops(heartbeat), rank.row_due(now)
+        logged = run.read_logged(heartbeat)
+        drops, row_due = rank.new_drops(heartbeat), rank.row_due(now, logged)
         applied_changed = heartbeat.process_rank == 0 and run.applied_changed()
         self._changed(now, run)
-        self._publish(events.HeartbeatReceived(run, heartbeat, drops, row_due, applied_changed))
+        self._publish(events.HeartbeatReceived(run, heartbeat, drops, row_due, applied_changed, logged))
         # The agent dropped the snapshot because its states were not finite: the run has diverged.
         if "not_finite" in drops and run.newly_not_finite(heartbeat.step):
             self._assess(run, heartbeat.training)
@@ -409,7 +410,7 @@ class Service:
             return
         if len(run.controller.pending):
             self._waiting.add(run.name)
-        self._publish(events.Assessed(run, assessment, plain))
+        self._publish(events.Assessed(run, assessment, plain, run.read_loss(training)))
         if assessment.unencodable is not None:
             what = f"the decision at step {training.step} is dropped"
             self.failures.note("command", assessment.unencodable, run=run.name, what=what)

@@ -43,6 +43,8 @@ def announced(directory: TargetDirectory, address: str, scheme: str) -> Iterator
     host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
     path = directory.path / f"koopmon-{host}-{os.getpid()}.json"
     labels = {"job": "koopmon", "__scheme__": scheme, "__meta_koopmon_host": host, "__meta_koopmon_run": directory.run}
+    if directory.run:
+        labels["ephemeral"] = "true"  # it ends with its job, and no alert misses it
     lock = -1
     try:
         if not directory.path.is_dir():

@@ -15,7 +15,15 @@ from koopmon.views.heatmap import heatmap
 from koopmon.views.html import number, render
 from koopmon.views.run_view import SCALARS
 from koopmon.views.spectra import QUANTITIES, Column, mean_over_layers
-from koopmon.views.svg_charts import depth_legend, eigenvalue_plot, plotted_modulus, risk_chart, scalar_chart
+from koopmon.views.svg_charts import (
+    StepAxis,
+    depth_legend,
+    eigenvalue_plot,
+    logged_charts,
+    plotted_modulus,
+    risk_chart,
+    scalar_chart,
+)
 
 STYLES = (("koopmon.views", "static/views.css"), ("koopmon.report", "static/report.css"))
 MAX_ROWS = 300
@@ -26,6 +34,7 @@ MAX_LAYERS = 64
 def page(report: RunReport) -> str:
     """Return the whole document."""
     profiles, points = report.profiles, report.points
+    axis = StepAxis.of(points, report.logged)
     spectra, columns = profiles.spectra, profiles.columns
     limit = plotted_modulus([modulus for each in spectra for modulus in each.spectrum.moduli()])
     return render(
@@ -35,6 +44,7 @@ def page(report: RunReport) -> str:
         version=__version__,
         style=Markup("\n".join(files(package).joinpath(name).read_text("utf-8") for package, name in STYLES)),  # noqa: S704 - ours
         glance=glance(report),
+        launches={each.incarnation: number for number, each in enumerate(report.launches, 1)},
         most=MAX_ROWS,
         command=shlex.join(["koopmon", "doctor", "--run", report.run]),
         again=[
@@ -45,8 +55,9 @@ def page(report: RunReport) -> str:
                 ("replay", report.run, "--store", report.store, "--config", "careful.toml"),
             )
         ],
-        risk_chart=risk_chart(points, report.decisions, report.policy),
-        scalar_charts=Markup("").join(scalar_chart(points, scalar) for scalar in SCALARS if scalar.chart),
+        risk_chart=risk_chart(points, report.decisions, report.policy, axis),
+        scalar_charts=Markup("").join(scalar_chart(points, scalar, axis) for scalar in SCALARS),
+        logged_charts=logged_charts(report.logged, axis),
         scalars=SCALARS,
         highlights=[
             ("first", points[0]),

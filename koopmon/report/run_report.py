@@ -24,7 +24,7 @@ from koopmon.history.reader import HistoryReader
 from koopmon.numbers import mean
 from koopmon.views.action_effects import MIN_SNAPSHOTS, median, with_effects
 from koopmon.views.run_summary import RecordedRun, RunSummary, State, runs_beside, state_of, summary_of
-from koopmon.views.run_view import CommandView, DecisionView, TimelinePoint
+from koopmon.views.run_view import CommandView, DecisionView, LoggedPoint, TimelinePoint
 from koopmon.views.spectra import Profiles, layers_to_dict, read_profiles
 
 CLOSE = 5
@@ -109,6 +109,7 @@ class RunReport:
     loss: LossCourse | None
     decisions: tuple[DecisionView, ...]
     points: tuple[TimelinePoint, ...]
+    logged: tuple[LoggedPoint, ...]
     profiles: Profiles
     beside: tuple[str, ...]
     """Names of the job's other runs, of further stacks or models."""
@@ -135,6 +136,7 @@ class RunReport:
             "loss": self.loss,
             "decisions": [_decision(decision) for decision in self.decisions],
             "points": [point.to_dict() for point in self.points],
+            "logged": self.logged,
             "spectra": [each.to_dict() for each in self.profiles.spectra],
             "layers": {"incarnation": self.profiles.incarnation, **layers_to_dict(self.profiles.columns)},
         }
@@ -197,6 +199,7 @@ def build_report(history: HistoryReader, store: Path, name: str, policy: PolicyC
         loss=_loss_course(points, alarm),
         decisions=tuple(with_effects(run.decisions, points)),
         points=tuple(points),
+        logged=tuple(LoggedPoint.of_rows(beats)),
         profiles=profiles,
         beside=tuple(runs_beside(history.runs(), name)),
     )

@@ -1,13 +1,14 @@
 """Table of all alerts, read from alerts.yml, with the thresholds that the dashboards share.
 
-The thresholds are defaults of the policy. The counters `risk_alarms` and `effect_checks` use the configuration of the
-run.
+Alerts of the risk use the configuration of the run: the metric `risk_threshold`, and the counters `risk_alarms` and
+`effect_checks`. A monitor does not know the budgets of its agents: these thresholds are defaults.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,8 @@ MAX_DROPPED_RATIO = 0.5
 """Share of lost snapshots above which an alert fires."""
 MAX_REJECTED_PER_SECOND = 0.1
 """Rate of rejected messages above which an alert fires."""
+MAX_EXPERT_SHARE = 0.85
+"""Share of the tokens of a layer at one expert above which an alert fires."""
 
 THRESHOLDS: Mapping[str, float] = {
     "act_risk": ACT_RISK,
@@ -48,6 +51,7 @@ THRESHOLDS: Mapping[str, float] = {
     "high_logit": HIGH_LOGIT,
     "severe_logit": SEVERE_LOGIT,
     "update_ratio": UPDATE_RATIO,
+    "max_expert_share": MAX_EXPERT_SHARE,
 }
 """Placeholders of alerts.yml, besides its fragments."""
 PLACEHOLDER = re.compile(r"\{(\w+)(?::([^{}]+))?\}")
@@ -69,6 +73,8 @@ class Alert(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     for_seconds: Seconds = 0
     keep_firing_seconds: Seconds = 0
     """Time without the condition before the alert resolves; it prevents flapping."""
+    at_once: str = ""
+    """Reason of an alert that has neither of these times."""
     summary: Text
     description: Text
     means: Text
@@ -78,9 +84,27 @@ class Alert(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Dashboard uid and title of the panel with the metric of this alert."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Increase:
+    """The placeholder `{increase:NAME WINDOW}`: events of the counter in fragment NAME within WINDOW.
+
+    `increase` alone misses the events before the first scrape: a counter that Prometheus first sees above zero. So a
+    counter without a sample before the window counts in full. After a gap of an hour this is once too much.
+    """
+
+    values: Mapping[str, Any]
+
+    def __format__(self, spec: str) -> str:
+        name, window = spec.split()
+        counter = self.values[name]
+        known = f"last_over_time({counter}[1h] offset {window})"
+        return f"(last_over_time({counter}[{window}]) unless {known} or increase({counter}[{window}]))"
+
+
 class _Table(Struct, frozen=True, forbid_unknown_fields=True):
     fragments: dict[str, str]
     alerts: list[dict[str, Any]]
+    recordings: dict[str, str] = {}
 
 
 def runbook_url(alert: Alert, docs_url: str | None = None) -> str:
@@ -92,8 +116,21 @@ def runbook_url(alert: Alert, docs_url: str | None = None) -> str:
     return f"{base}#{alert.name}"
 
 
-def read_alerts(text: str) -> tuple[Alert, ...]:
-    """Read alerts from YAML and fill in the placeholders.
+_LABEL = re.compile(r"\{\{ \$labels\.(\w+) \}\}")
+_WORDS = {"run": "a run", "kind": "a command", "name": "a logged scalar", "channel": "one channel"}
+
+
+def plain_summary(alert: Alert) -> str:
+    """Return the summary without templates: "The risk of divergence spiked", "A command was applied"."""
+    text = re.sub(
+        rf"^{_LABEL.pattern}: | at {_LABEL.pattern}|: {_LABEL.pattern}$|(?<=job) {_LABEL.pattern}", "", alert.summary
+    )
+    text = _LABEL.sub(lambda match: _WORDS[match[1]], text)
+    return text if text.startswith("koopmon") else text[0].upper() + text[1:]
+
+
+def read_alerts(text: str) -> tuple[tuple[Alert, ...], Mapping[str, str]]:
+    """Read alerts and recording rules from YAML and fill in the placeholders.
 
     Raises KeyError for an unknown placeholder, msgspec.DecodeError for other YAML, fields or values.
     """
@@ -107,9 +144,11 @@ def read_alerts(text: str) -> tuple[Alert, ...]:
 
     for name, fragment in table.fragments.items():
         values[name] = filled(fragment)
+    values["increase"] = _Increase(values)
     alerts = [{field: filled(value) for field, value in alert.items()} for alert in table.alerts]
-    return msgspec.convert(alerts, tuple[Alert, ...])
+    recordings = {name: filled(expr) for name, expr in table.recordings.items()}
+    return msgspec.convert(alerts, tuple[Alert, ...]), recordings
 
 
-ALERTS = read_alerts(files("koopmon.telemetry").joinpath("alerts.yml").read_text("utf-8"))
+ALERTS, RECORDINGS = read_alerts(files("koopmon.telemetry").joinpath("alerts.yml").read_text("utf-8"))
 BY_NAME: Mapping[str, Alert] = {alert.name: alert for alert in ALERTS}

@@ -53,11 +53,14 @@ MONITOR_REJECTIONS = (
     "key",
     "flood",
 )
-MONITOR_DROPS = ("assembler_full", "engine_queue_full", "engine_failed", "superseded")
+MONITOR_DROPS = ("incomplete", "assembler_full", "engine_queue_full", "engine_failed", "superseded")
 REJECTIONS: tuple[str, ...] = tuple(dict.fromkeys((*REJECTION_REASONS, *MONITOR_REJECTIONS)))
-DROPS: tuple[str, ...] = (*DROP_REASONS, *MONITOR_DROPS)
+OBSERVABLE = "observable_"
+"""Prefix of the metric of each measurement of the architecture adapters."""
+UNITS = ("seconds", "ratio")
 COMMAND_KINDS: tuple[str, ...] = get_args(CommandKind)
-COMMAND_OUTCOMES: tuple[str, ...] = ("sent", "dry_run", *get_args(AckOutcome), "unanswered")
+COMMAND_OUTCOMES: tuple[str, ...] = ("dry_run", *get_args(AckOutcome), "unanswered")
+RUN_STATES = ("ended", "running", "vanished")
 EFFECTS = ("effect", "no_effect")
 NOTIFICATION_CHANNELS = ("webhook", "mail")
 NOTIFICATION_OUTCOMES = ("sent", "failed", "dropped", "held_back")
@@ -72,6 +75,7 @@ Values = Mapping[str, Mapping[str, Mapping[tuple[str, ...], float]]]
 """Values of series by run ("" for those without a run), by name of the metric, and by their label values."""
 RUN = ("run",)
 RUN_LAYER = ("run", "layer")
+RUN_NAME = ("run", "name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +131,23 @@ TABLE: tuple[Series, ...] = (
     _layer("reliable_mode_ratio", "Fraction of modes with a ResDMD residual of at most 0.1."),
     _layer("reliable_near_unit_mass", "Near-unit mass among the reliable modes."),
     _layer("stream_rms", "Root mean square of the states behind the layer.", "max"),
-    Series("observable", "gauge", "Measurement of the architecture adapter, by name.", (*RUN_LAYER, "name")),
     _run("risk", "Online risk of divergence, 0 to 1."),
     _run(
         "forecast",
         "Forecast of divergence, 0 to 1, from the prior and the loss, or the expansive mass without one. Only warns.",
     ),
-    _run("initial_risk", "Score at initialisation: mean near-unit mass of the first informative snapshot."),
+    Series(
+        "risk_threshold",
+        "gauge",
+        "Risk at which the policy of the run acts, acts at once, or is calm.",
+        (*RUN, "level"),
+    ),
+    _run("initial_near_unit_mass", "Mean near-unit mass of the first informative snapshot."),
     _run("divergence_probability", "Calibrated probability of divergence. Absent without a calibrator."),
     _run("informative", "1 if the last profile is informative, else 0."),
+    _run("acting", "1 if the monitor sends the policy's commands and the agents apply them, else 0."),
+    _run("watch_only", "1 if the policy would act and no command is sent: watch-only agents, or an earlier error."),
+    _run("ranks", "Connected ranks that send messages."),
     _run("kss_alpha", "Weight of Koopman Spectral Shaping in force."),
     _run("lr_scale", "LR scale: factor on the learning rate in force."),
     _run("step", "Largest optimizer step in a message of the run."),
@@ -150,27 +162,35 @@ TABLE: tuple[Series, ...] = (
         "RMS over parameters of gradient norm over root second moment. Absent without Adam's state. Near 1 if steady.",
     ),
     _run("log_partition_nats", "Mean log(sum(exp(logits))) of some output tokens. Absent without known logits."),
+    Series(
+        "logged_value",
+        "gauge",
+        "Latest value of a scalar that the user's loop logs, in its own unit. Absent if not finite.",
+        RUN_NAME,
+    ),
+    Series("band_low", "gauge", "Lower limit of the band of the scalar's own history.", RUN_NAME),
+    Series("band_high", "gauge", "Upper limit of the band of the scalar's own history, also of the loss.", RUN_NAME),
     _run("step_seconds", "Mean duration of an optimizer step, on the slowest rank."),
-    _run("run_state", "State of the run: 0 ended, 1 running, 2 vanished."),
+    Series("run_state", "gauge", "1 for the state of the run, 0 for the other states.", (*RUN, "state")),
     _run("last_snapshot_timestamp_seconds", "Unix time of the last snapshot received."),
     _run("snapshot_age_seconds", "Age of the last profiled snapshot when its profile was complete."),
     _run("min_stride", "Least steps between snapshots that the engine can judge. Absent until it falls behind."),
     _run("agent_overhead_ratio", "Largest share of the step time that a rank spends in koopmon's hooks."),
-    _run("taps_missing", "Snapshots in which a tap did not fire, summed over ranks."),
+    _counter("taps_missing", "Snapshots in which a tap did not fire, summed over ranks.", RUN),
     _counter("snapshots_received", "Snapshots that were assembled and passed to the engine.", RUN),
     _counter(
-        "snapshots_dropped",
-        "Lost snapshots by reason. An agent counts its own shards, the monitor whole snapshots.",
-        RUN,
-        reason=DROPS,
+        "agent_snapshots_dropped", "Shards of snapshots that agents did not send, by reason.", RUN, reason=DROP_REASONS
     ),
+    _counter("snapshots_dropped", "Snapshots that the monitor lost, by reason.", RUN, reason=MONITOR_DROPS),
+    _counter("commands_issued", "Commands that were sent, or would be without dry_run.", RUN, kind=COMMAND_KINDS),
     _counter(
-        "commands",
-        "Commands by outcome. Each counts once as sent or dry_run and once by its acknowledgement or as unanswered.",
+        "commands_settled",
+        "Issued commands by the first acknowledgement, as unanswered, or as dry_run if they were not to be sent.",
         RUN,
         kind=COMMAND_KINDS,
         outcome=COMMAND_OUTCOMES,
     ),
+    _counter("band_departures", "Times that a scalar left its band: three values in a row outside it.", RUN_NAME),
     _counter("risk_alarms", "Snapshots with a risk of at least act_risk.", RUN),
     _counter(
         "effect_checks", "Snapshots after the cooldown of an action, by its effect on the risk.", RUN, outcome=EFFECTS
@@ -230,6 +250,12 @@ def _reduction(observable: str) -> Literal["mean", "max"]:
     return "max" if observable.startswith(LARGEST) else "mean"
 
 
+def _padded(label: str, num_layers: int) -> str:
+    """Return a label of layers with leading zeros, so that its order as text is that of the layers."""
+    width = len(str(max(num_layers - 1, 0)))
+    return "-".join(part.zfill(width) for part in label.split("-"))
+
+
 def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
@@ -244,6 +270,7 @@ class Metrics(Collector):
         self._bucket_counts = [0] * (len(DURATION_BUCKETS) + 1)
         self._duration_sum = 0.0
         self._observables: dict[str, list[str]] = {}
+        """Names of each run. Their metrics are not in TABLE: only the adapters know them."""
         self._build = dict(build)
         self._start_counters()
         self.set("engine_queue_length", 0)
@@ -282,6 +309,11 @@ class Metrics(Collector):
             values = self._series(name, labels)
             values[labels] = values.get(labels, 0.0) + amount
 
+    def set_state(self, name: str, value: str, known: Iterable[str], *labels: str) -> None:
+        """Set a gauge with a state as its last label: 1 for `value`, 0 for the others of `known`."""
+        for each in known:
+            self.set(name, float(each == value), *labels, each)
+
     def value(self, name: str, *labels: str) -> float | None:
         """Return the value of one series; None when it is absent."""
         with self._lock:
@@ -312,22 +344,26 @@ class Metrics(Collector):
         fresh: dict[str, dict[tuple[str, ...], float]] = {}
         for name in LAYER_FIELDS:
             values = [getattr(layer, name) for layer in layers]
-            fresh[name] = {(run, label): value for label, value in _bucketed(values, BY_NAME[name].bucket)}
+            fresh[name] = {
+                (run, _padded(label, len(values))): value for label, value in _bucketed(values, BY_NAME[name].bucket)
+            }
         self._replace(run, fresh)
 
     def set_observables(self, run: str, observables: Mapping[str, Sequence[float | None]]) -> None:
-        """Replace the observable series of `run`.
+        """Replace the series of `run` of the adapters' measurements, each of which is a metric of its own.
 
         `observables` maps each name to one value per transition, None for a missing value. A run has series of its
         first MAX_OBSERVABLES names: Prometheus keeps each name that it has ever seen.
         """
-        fresh: dict[tuple[str, ...], float] = {}
+        fresh: dict[str, dict[tuple[str, ...], float]] = {}
         names = self._observables.setdefault(run, [])
         names += [name for name in observables if name not in names][: MAX_OBSERVABLES - len(names)]
         for name in names:
             row, reduction = observables.get(name, ()), _reduction(name)
-            fresh |= {(run, label, name): value for label, value in _bucketed(row, reduction)}
-        self._replace(run, {"observable": fresh})
+            fresh[OBSERVABLE + name] = {
+                (run, _padded(label, len(row))): value for label, value in _bucketed(row, reduction)
+            }
+        self._replace(run, fresh)
 
     def _replace(self, run: str, fresh: Mapping[str, dict[tuple[str, ...], float]]) -> None:
         """Replace all series of `run` of some metrics at once."""
@@ -341,7 +377,8 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Return all metrics for prometheus_client, as a consistent copy."""
-        return self._families(self._copy())
+        values = self._copy()
+        return self._families(values, _observed(values))
 
     def exposition(self, encode: Callable[[Any], bytes]) -> bytes:
         """Return the same text as `encode` of prometheus_client, in a fifth of its time.
@@ -349,14 +386,19 @@ class Metrics(Collector):
         It writes the lines of the runs itself: 100 runs of 48 layers have 60,000.
         """
         values = self._copy()
-        text = encode(SimpleNamespace(collect=lambda: self._families({"": values[""]}))).decode()
+        observed = _observed(values)
+        text = encode(SimpleNamespace(collect=lambda: self._families({"": values[""]}, observed))).decode()
+        by_name = {**BY_NAME, **{each.name: each for each in observed}}
         parts: list[str] = []
-        for line in text.splitlines(keepends=True):
+        series: Series | None = None
+        for line in (*text.splitlines(keepends=True), ""):
+            if series is not None and (line.startswith(("# HELP ", "# EOF")) or not line):
+                parts += itertools.chain.from_iterable(map(series.lines, _of_runs(series, values)))
+                series = None
             parts.append(line)
             if line.startswith("# TYPE "):
-                series = BY_NAME.get(line.split()[2].removeprefix(PREFIX).removesuffix("_total"))
-                if series is not None and series.of_run:
-                    parts += itertools.chain.from_iterable(map(series.lines, _of_runs(series, values)))
+                named = by_name.get(line.split()[2].removeprefix(PREFIX).removesuffix("_total"))
+                series = named if named is not None and named.of_run else None
         return "".join(parts).encode()
 
     def _copy(self) -> Values:
@@ -365,10 +407,10 @@ class Metrics(Collector):
                 run: {name: dict(values) for name, values in series.items()} for run, series in self._values.items()
             }
 
-    def _families(self, values: Values) -> Iterator[Metric]:
+    def _families(self, values: Values, observed: Sequence[Series]) -> Iterator[Metric]:
         with self._lock:
             counts, total = list(self._bucket_counts), self._duration_sum
-        for series in TABLE:
+        for series in (*TABLE, *observed):
             yield self._family(series, values, counts, total)
 
     def _family(self, series: Series, values: Values, counts: list[int], total: float) -> Metric:
@@ -378,9 +420,10 @@ class Metrics(Collector):
         if series.kind == "histogram":
             bounds = [*map(str, DURATION_BUCKETS), "+Inf"]
             cumulative = zip(bounds, map(float, itertools.accumulate(counts)), strict=True)
-            return HistogramMetricFamily(name, series.help, buckets=list(cumulative), sum_value=total)
+            return HistogramMetricFamily(name, series.help, buckets=list(cumulative), sum_value=total, unit="seconds")
         make = CounterMetricFamily if series.kind == "counter" else GaugeMetricFamily
-        family = make(name, series.help, labels=series.labels)
+        unit = name.rpartition("_")[2]
+        family = make(name, series.help, labels=series.labels, unit=unit if unit in UNITS else "")
         for each in _of_runs(series, values):
             for labels, value in each.items():
                 family.add_metric(labels, value)
@@ -390,7 +433,7 @@ class Metrics(Collector):
         """Start the counters of `run`, or those without a run."""
         for series in TABLE:
             if series.kind == "counter" and series.of_run == bool(run):
-                known = [series.known[label] for label in series.labels[len(run) :]]
+                known = [series.known.get(label, ()) for label in series.labels[len(run) :]]
                 with self._lock:
                     for labels in itertools.product(*known):
                         self._series(series.name, (*run, *labels)).setdefault((*run, *labels), 0.0)
@@ -400,3 +443,15 @@ def _of_runs(series: Series, values: Values) -> Iterator[Mapping[tuple[str, ...]
     """Yield the values of one metric, by run."""
     for run in sorted(values) if series.of_run else [""]:
         yield values[run].get(series.name, {})
+
+
+def _observed(values: Values) -> list[Series]:
+    """Return the metrics of the adapters' measurements that have a value, by name."""
+    names = {
+        name
+        for series in values.values()
+        for name, found in series.items()
+        if found and name.startswith(OBSERVABLE) and name not in BY_NAME
+    }
+    words = {name: name.removeprefix(OBSERVABLE).replace("_", " ") for name in sorted(names)}
+    return [_layer(name, f"Measurement of the architecture adapter: {text}.") for name, text in words.items()]

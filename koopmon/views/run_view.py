@@ -6,9 +6,9 @@ A record is built either from a row of the history or from a live event. It is s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import msgspec
 
@@ -17,12 +17,26 @@ from koopmon.wire.messages import AtStep
 
 if TYPE_CHECKING:
     from koopmon.config import KssConfig, PolicyConfig
-    from koopmon.history.reader import DecisionRow, ObservationRow
+    from koopmon.history.reader import DecisionRow, HeartbeatRow, ObservationRow
     from koopmon.policy import Action, PolicyState
     from koopmon.risk.online_detector import Observation, OnlineRisk
     from koopmon.views.action_effects import Effect
     from koopmon.views.spectra import Column, Spectrum
     from koopmon.wire.messages import Command, TrainingStep
+
+
+class LoggedReading(Protocol):
+    """One value of a logged scalar with its band, from an event or from the history."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def value(self) -> float | None: ...
+    @property
+    def low(self) -> float | None: ...
+    @property
+    def high(self) -> float | None: ...
+
 
 TRAINING_KINDS = ("set_lr_scale", "set_kss", "rewind", "stop", "checkpoint")
 """Kinds of commands that reach the training; the others change only the observation."""
@@ -41,19 +55,24 @@ class Scalar:
     """True for a chart from 0 to 1; otherwise the chart fits the data."""
     held: bool = False
     """True for a setting, which keeps its value until the next step; its line is drawn in steps."""
+    in_force: bool = False
+    """True for a rate that is multiplied by the LR scale."""
     idle: float | None = None
     """The chart is left out while all values equal this one."""
 
     def of(self, point: TimelinePoint) -> float | None:
         """Value at one point; None where it is unknown or not finite."""
-        value: float | None = getattr(point.training, self.name)
+        training = point.training
+        value: float | None = getattr(training, self.name)
+        if self.in_force and value is not None:
+            value *= training.lr_scale
         return None if value is None or not math.isfinite(value) else value
 
 
 SCALARS = (
     Scalar(name="loss", title="Loss", digits=4, chart="loss"),
-    Scalar(name="grad_norm", title="Gradient norm"),
-    Scalar(name="learning_rate", title="Learning rate"),
+    Scalar(name="learning_rate", title="LR in force", chart="rate", in_force=True),
+    Scalar(name="grad_norm", title="Gradient norm", chart="norm"),
     Scalar(name="lr_scale", title="LR scale", chart="scale", unit_scale=True, held=True),
     Scalar(name="kss_alpha", title="KSS alpha", chart="kss", held=True, idle=0.0),
     Scalar(name="update_rms", title="Update RMS"),
@@ -106,6 +125,37 @@ class TimelinePoint(AtStep):
         """Flat plain values for JSON."""
         plain = msgspec.to_builtins(self)
         return dict(plain.pop("training"), **plain)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggedPoint:
+    """Values that the user's loop logged, by name, each with the band of its own history."""
+
+    incarnation: str
+    step: int
+    readings: Mapping[str, LoggedReading]
+
+    @classmethod
+    def of(cls, incarnation: str, readings: Mapping[str, LoggedReading]) -> Self | None:
+        """Return the point of the latest step among `readings`; None without any."""
+        step = max((each.step for each in readings.values()), default=None)
+        return None if step is None else cls(incarnation=incarnation, step=step, readings=readings)
+
+    @classmethod
+    def of_rows(cls, rows: Iterable[HeartbeatRow]) -> list[Self]:
+        """Points of recorded heartbeats, without repeated ones."""
+        points = (cls.of(row.incarnation, row.logged) for row in rows)
+        known = [point for point in points if point is not None]
+        return [point for before, point in zip([None, *known], known, strict=False) if not point.repeats(before)]
+
+    def repeats(self, other: LoggedPoint | None) -> bool:
+        """Return True if both points have the same steps and names."""
+        return other is not None and self.incarnation == other.incarnation and self.steps == other.steps
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """Step of each name."""
+        return {name: each.step for name, each in self.readings.items()}
 
 
 def _forecast(components: Mapping[str, float | None], *, non_finite: bool) -> float | None:
@@ -267,6 +317,7 @@ class RunView:
     num_received: int = 0
     health: AgentHealth = field(default_factory=AgentHealth)
     points: tuple[TimelinePoint, ...] = ()
+    logged: tuple[LoggedPoint, ...] = ()
     columns: tuple[Column, ...] = ()
     spectrum: Spectrum | None = None
     decisions: tuple[DecisionView, ...] = ()

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self, TypeGuard, TypeVar
 
 from markupsafe import Markup
 
 from koopmon.config import PolicyConfig
 from koopmon.views.html import decimal, macro, number
-from koopmon.views.run_view import DecisionView, Scalar, TimelinePoint, training_commands
+from koopmon.views.run_view import SCALARS, DecisionView, LoggedPoint, Scalar, TimelinePoint, training_commands
 from koopmon.views.spectra import Spectrum
 
 RISK_HEIGHT, SMALL_HEIGHT, SPARK_HEIGHT = 220, 90, 24
+MAX_HINTS = 80
+"""Number of strips of the risk chart that show their values to the mouse."""
 SPARK_POINTS = 120
 MAX_POINTS = 2000
 """Maximum number of points of one line; a longer one is drawn by the extremes of adjacent points."""
@@ -26,6 +30,7 @@ LOG_RATIO = 20.0
 """A chart of positive values is logarithmic when the largest exceeds the smallest by this factor."""
 DEPTHS = 16
 """Number of shades from the first layer to the last: `.depth-0` to `.depth-15`."""
+Point = TypeVar("Point", TimelinePoint, LoggedPoint)
 RING = (0.90, 1.05)
 """Range of moduli that count as near unit."""
 MIN_MODULUS, MAX_MODULUS = 1.3, 3.0
@@ -43,14 +48,54 @@ def sparkline(points: Sequence[TimelinePoint], act_risk: float) -> Markup:
     return macro("charts.html", "sparkline", line=line, level=_up(act_risk, SPARK_HEIGHT), height=SPARK_HEIGHT)
 
 
-def risk_chart(points: Sequence[TimelinePoint], decisions: Sequence[DecisionView], policy: PolicyConfig) -> Markup:
+@dataclass(frozen=True, slots=True)
+class StepAxis:
+    """Axis of optimizer steps, from `first` to `last`. Charts below each other share one."""
+
+    first: int = 0
+    last: int = 0
+    launches: tuple[int, ...] = ()
+    """First step of each launch after the first one."""
+
+    @classmethod
+    def of(cls, *series: Sequence[TimelinePoint] | Sequence[LoggedPoint]) -> Self:
+        """Axis that holds all points of all series."""
+        steps = [point.step for points in series for point in points]
+        starts: dict[str, int] = {}
+        for point in (point for points in series for point in points):
+            starts[point.incarnation] = min(starts.get(point.incarnation, point.step), point.step)
+        return cls(min(steps, default=0), max(steps, default=0), tuple(list(starts.values())[1:]))
+
+    def place(self, step: int) -> float:
+        """Return the x coordinate of a step in percent of the width."""
+        return 100.0 * (step - self.first) / (self.last - self.first or 1)
+
+    @property
+    def ticks(self) -> list[tuple[int, str, str]]:
+        """Step, place and text anchor of each label."""
+        ticks = [(self.first, "0", "start"), ((self.first + self.last) // 2, "50%", "middle")]
+        return [*ticks, (self.last, "100%", "end")] if self.last - self.first > 1 else ticks[:1]
+
+    @property
+    def marks(self) -> list[tuple[int, int, float]]:
+        """Number, first step and place of each later launch."""
+        return [(number, step, self.place(step)) for number, step in enumerate(self.launches, 2)][:MAX_MARKS]
+
+
+def risk_chart(
+    points: Sequence[TimelinePoint],
+    decisions: Sequence[DecisionView],
+    policy: PolicyConfig,
+    axis: StepAxis | None = None,
+) -> Markup:
     """Chart of risk and forecast over steps.
 
     The thresholds of `policy` are drawn with their names; commands that change training are marked, and so are
-    snapshots that were not finite.
+    launches and snapshots that were not finite.
     """
-    place = _placed(points)
-    levels = (("severe", policy.severe_risk), ("act", policy.act_risk), ("calm below", policy.release_risk))
+    axis = axis or StepAxis.of(points)
+    place = axis.place
+    levels = (("severe", policy.severe_risk), ("act", policy.act_risk), ("calm", policy.release_risk))
     marks = [(each, step, place(step)) for each, step in training_commands(decisions) if 0.0 <= place(step) <= 100.0]
     description = "No snapshot was judged yet."
     if points:
@@ -65,34 +110,104 @@ def risk_chart(points: Sequence[TimelinePoint], decisions: Sequence[DecisionView
         "charts.html",
         "risk_chart",
         lines=[
-            *_lines(points, lambda point: point.forecast, "forecast", RISK_HEIGHT),
-            *_lines(points, lambda point: point.risk, "risk", RISK_HEIGHT),
+            *_lines(axis, points, lambda point: point.forecast, "forecast", RISK_HEIGHT),
+            *_lines(axis, points, lambda point: point.risk, "risk", RISK_HEIGHT),
         ],
-        levels=[(name, value, _up(value, RISK_HEIGHT)) for name, value in levels],
+        levels=[(f"{name} {value:g}", _up(value, RISK_HEIGHT)) for name, value in levels],
+        axis=axis,
+        hints=_hints(axis, points),
         marks=marks[:MAX_MARKS],
         broken=[(point.step, place(point.step)) for point in points if point.broken][:MAX_MARKS],
-        ticks=_ticks(points),
         height=RISK_HEIGHT,
         description=description,
     )
 
 
-def scalar_chart(points: Sequence[TimelinePoint], scalar: Scalar) -> Markup:
+def scalar_chart(points: Sequence[TimelinePoint], scalar: Scalar, axis: StepAxis | None = None) -> Markup:
     """Chart of one scalar over steps below its current value; empty while all values are the idle one."""
+    axis = axis or StepAxis.of(points)
     known = [value for point in points if (value := scalar.of(point)) is not None]
     if known and all(value == scalar.idle for value in known):
         return Markup("")
-    scaled, is_log = _scale(known, scalar)
+    scaled, is_log = _scale(known, unit=scalar.unit_scale)
+    lines = _lines(axis, points, lambda point: scaled(scalar.of(point)), scalar.chart, SMALL_HEIGHT, held=scalar.held)
+    return _small_chart(scalar.title, known, (0.0, 1.0) if scalar.unit_scale else None, scaled, lines, axis, is_log)
+
+
+def logged_charts(points: Sequence[LoggedPoint], axis: StepAxis | None = None) -> list[Markup]:
+    """Charts of the scalars that the user's loop logs, each with the band of its own history."""
+    axis = axis or StepAxis.of(points)
+    return [
+        _logged_chart(name, points, axis) for name in dict.fromkeys(name for point in points for name in point.readings)
+    ]
+
+
+def _logged_chart(name: str, points: Sequence[LoggedPoint], axis: StepAxis) -> Markup:
+    series = [(point, point.readings[name]) for point in points if name in point.readings]
+    known = [each.value for _, each in series if _is_finite(each.value)]
+    limits = [limit for _, each in series for limit in (each.low, each.high) if _is_finite(limit)]
+    scaled, is_log = _scale([*known, *limits])
+
+    def value(point: LoggedPoint) -> float | None:
+        found = point.readings.get(name)
+        return scaled(found.value) if found is not None and _is_finite(found.value) else None
+
+    banded = [
+        (10 * axis.place(each.step), scaled(each.low), scaled(each.high)) for _, each in series if _is_finite(each.low)
+    ]
+    edge = [(x, high) for x, _, high in banded] + [(x, low) for x, low, _ in reversed(banded)]
+    band = _polyline(((x, y) for x, y in edge if y is not None), SMALL_HEIGHT)
+    lines = _lines(axis, points, value, "loss", SMALL_HEIGHT)
+    return _small_chart(name, known, None, scaled, lines, axis, is_log, band)
+
+
+def _is_finite(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
+
+
+def _small_chart(
+    title: str,
+    known: Sequence[float],
+    limits: tuple[float, float] | None,
+    scaled: Callable[[float | None], float | None],
+    lines: Iterable[tuple[str, Markup]],
+    axis: StepAxis,
+    is_log: bool,
+    band: Markup | str = "",
+) -> Markup:
+    """Draw a chart; its y axis names the lowest and the highest value, or `limits`."""
+    low, high = limits or (min(known, default=0.0), max(known, default=0.0))
+    labels = {f"{value:.3g}": _up(scaled(value) or 0.0, SMALL_HEIGHT) for value in (high, low)}
     return macro(
         "charts.html",
         "scalar_chart",
-        title=scalar.title,
+        title=title,
         known=[known[-1], min(known), max(known)] if known else [],
         is_log=is_log,
-        lines=_lines(points, lambda point: scaled(scalar.of(point)), scalar.chart, SMALL_HEIGHT, held=scalar.held),
-        ticks=_ticks(points),
+        levels=labels.items(),
+        lines=lines,
+        band=band,
+        axis=axis,
         height=SMALL_HEIGHT,
     )
+
+
+def _hints(axis: StepAxis, points: Sequence[TimelinePoint]) -> list[tuple[float, float, str]]:
+    """Place, width and text of strips of the chart that show the values of a snapshot to the mouse."""
+    size = math.ceil(len(points) / MAX_HINTS) or 1
+    chosen = [max(points[start : start + size], key=lambda each: each.risk) for start in range(0, len(points), size)]
+    chosen.sort(key=lambda each: each.step)
+    places = [axis.place(each.step) for each in chosen]
+    edges = [0.0, *((left + right) / 2 for left, right in pairwise(places)), 100.0]
+    return [
+        (
+            left,
+            right - left,
+            f"step {each.step}: risk {decimal(each.risk)}, forecast {decimal(each.forecast)}, "
+            + ", ".join(f"{scalar.title.lower()} {number(scalar.of(each))}" for scalar in SCALARS),
+        )
+        for each, (left, right) in zip(chosen, pairwise(edges), strict=False)
+    ]
 
 
 def eigenvalue_plot(spectrum: Spectrum, limit: float | None = None) -> Markup:
@@ -118,9 +233,11 @@ def eigenvalue_plot(spectrum: Spectrum, limit: float | None = None) -> Markup:
         ],
         scale=scale,
         ring=[scale * modulus for modulus in reversed(RING)],
-        description=f"{description} {outside} beyond modulus {limit:g} are drawn at the rim."
+        description=description,
+        rim=EDGE if outside else 0.0,
+        beyond=f"{outside} beyond modulus {limit:g}, the largest {number(max(moduli))}, are drawn at the dashed rim."
         if outside
-        else description,
+        else "",
     )
 
 
@@ -147,20 +264,20 @@ def _dots(pairs: Sequence[tuple[float, float]], scale: float, limit: float) -> M
 
 
 def _lines(
-    points: Sequence[TimelinePoint],
-    value: Callable[[TimelinePoint], float | None],
+    axis: StepAxis,
+    points: Sequence[Point],
+    value: Callable[[Point], float | None],
     kind: str,
     height: float,
     *,
     held: bool = False,
 ) -> Iterator[tuple[str, Markup]]:
     """Yield the class and points of one polyline per launch; an earlier launch has the class `earlier` too."""
-    place = _placed(points)
     launches: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         found = value(point)
         if found is not None:
-            launches.setdefault(point.incarnation, []).append((10 * place(point.step), found))
+            launches.setdefault(point.incarnation, []).append((10 * axis.place(point.step), found))
     latest = points[-1].incarnation if points else ""
     for incarnation, line in launches.items():
         drawn = _extremes(line)
@@ -192,10 +309,13 @@ def _polyline(places: Iterable[tuple[float, float]], height: float) -> Markup:
     return Markup(" ".join(f"{x:.1f},{_up(y, height):.1f}" for x, y in places))  # noqa: S704 - numbers
 
 
-def _scale(known: Sequence[float], scalar: Scalar) -> tuple[Callable[[float | None], float | None], bool]:
-    """Return the map from values to [0, 1] with a margin, and True if it is logarithmic."""
-    low, high = (0.0, 1.0) if scalar.unit_scale or not known else (min(known), max(known))
-    is_log = not scalar.unit_scale and low > 0 and high > LOG_RATIO * low
+def _scale(known: Sequence[float], *, unit: bool = False) -> tuple[Callable[[float | None], float | None], bool]:
+    """Return the map from values to [0, 1] with a margin, and True if it is logarithmic.
+
+    With `unit`, the values are from 0 to 1.
+    """
+    low, high = (0.0, 1.0) if unit or not known else (min(known), max(known))
+    is_log = not unit and low > 0 and high > LOG_RATIO * low
     if is_log:
         low, high = math.log(low), math.log(high)
     width = (high - low) or 1.0
@@ -212,19 +332,3 @@ def _scale(known: Sequence[float], scalar: Scalar) -> tuple[Callable[[float | No
 def _up(value: float, height: float) -> float:
     """SVG y coordinate of a value from 0 to 1, with a margin for the line width. The y axis of SVG points down."""
     return (height - 2) - (height - 4) * min(max(value, 0.0), 1.0)
-
-
-def _placed(points: Sequence[TimelinePoint]) -> Callable[[float], float]:
-    """Return a function from a step to its x coordinate in percent of the width."""
-    first = min((point.step for point in points), default=0)
-    span = max((point.step for point in points), default=0) - first or 1
-    return lambda step: 100.0 * (step - first) / span
-
-
-def _ticks(points: Sequence[TimelinePoint]) -> list[tuple[int, str, str]]:
-    """Step, place and text anchor of each label of the axis."""
-    if not points:
-        return []
-    first, last = min(point.step for point in points), max(point.step for point in points)
-    ticks = [(first, "0", "start"), ((first + last) // 2, "50%", "middle"), (last, "100%", "end")]
-    return ticks if last - first > 1 else ticks[:1]

@@ -24,7 +24,7 @@ Frame: TypeAlias = bytes | memoryview
 
 MAGIC: Final = b"koopmon"
 PREFIX: Final = MAGIC + bytes([PROTOCOL_VERSION])
-UNBOUNDED_SCALARS: Final = frozenset(MEASURED)
+UNBOUNDED_SCALARS: Final = frozenset((*MEASURED, "value"))
 """Fields that may hold NaN and infinities, because a diverging run produces them. All other fields reject them."""
 _PAYLOADS: Final = {
     "set_lr_scale": "lr_scale",

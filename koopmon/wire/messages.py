@@ -28,6 +28,8 @@ MAX_TEXT: Final = 512
 """Maximum number of characters of a reason or a detail."""
 MAX_OBSERVABLES = 8
 """Maximum number of observable names in one shard."""
+MAX_LOGGED = 32
+"""Maximum number of names that a training logs besides the loss and the gradient's norm."""
 MAX_OBSERVATIONS = 4096
 """Maximum number of observable values in one shard: names times transitions."""
 
@@ -55,6 +57,8 @@ ShortText = Annotated[str, Meta(max_length=MAX_TEXT)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Word = Annotated[str, Meta(max_length=64)]
 ObservableName = Annotated[str, Meta(pattern=r"^[a-z0-9_]{1,40}\Z")]
+ScalarName = ObservableName
+"""A name that `agent.log` accepts. It is the value of a label in Prometheus."""
 Observations = Annotated[list[float | None], Meta(max_length=MAX_OBSERVATIONS)]
 DType = Literal["bfloat16", "float16", "float32"]
 CommandKind = Literal["set_lr_scale", "set_kss", "set_cadence", "rewind", "stop", "checkpoint"]
@@ -126,6 +130,15 @@ class AtStep:
     def step(self) -> int:
         """Number of optimizer steps done."""
         return self.training.step
+
+
+class LoggedScalar(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The latest value that the user's loop logged under one name."""
+
+    step: Step
+    """Number of optimizer steps done when it was logged."""
+    value: float
+    """NaN and infinities are allowed."""
 
 
 class Applied(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -223,6 +236,8 @@ class Heartbeat(Message, AtStep, frozen=True, kw_only=True, forbid_unknown_field
     overhead_ratio: Annotated[float, Meta(ge=0.0)] = 0.0
     """Share of step time spent in koopmon's hooks since the last heartbeat."""
     step_seconds: Annotated[float, Meta(ge=0.0)] | None = None
+    logged: Annotated[dict[ScalarName, LoggedScalar], Meta(max_length=MAX_LOGGED)] = msgspec.field(default_factory=dict)
+    """Values of the user's loop by name, such as kl, entropy or reward."""
     control_ready: bool = True
     """False while the control group is down and the ranks cannot apply commands."""
 

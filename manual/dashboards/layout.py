@@ -80,7 +80,7 @@ def dashboard(
 ) -> Json:
     """Assemble a dashboard; panels are numbered and placed from left to right, row by row.
 
-    `links` are the titles of other dashboards by uid. Each dashboard has a variable for the data source.
+    `links` are the titles of other dashboards by uid. Each dashboard has variables for the data source and the job.
     """
     source = {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "hide": 0}
     return {
@@ -89,12 +89,12 @@ def dashboard(
         "description": description,
         "tags": ["koopmon"],
         "timezone": "browser",
-        "editable": True,
+        "editable": False,
         "graphTooltip": 1,
         "schemaVersion": SCHEMA_VERSION,
         "refresh": "10s",
         "time": {"from": "now-1h", "to": "now"},
-        "templating": {"list": [source, *variables]},
+        "templating": {"list": [source, label_variable("job", "Job", "koopmon_build_info", "job"), *variables]},
         "annotations": {"list": list(annotations)},
         "links": [_link(*each) for each in links.items()],
         "panels": list(_laid_out(rows)),

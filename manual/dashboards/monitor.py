@@ -11,9 +11,9 @@ from manual.dashboards.layout import dashboard, label_variable, sized
 from manual.dashboards.panels import GREEN, RED, Json, warn
 
 UID = "koopmon-monitor"
-OF = '{instance=~"$instance"}'
-LOST = '{instance=~"$instance",reason=~"assembler_full|engine_.*|superseded"}'
-UNSENT = '{instance=~"$instance",outcome=~"failed|dropped"}'
+OF = '{job=~"$job",instance=~"$instance"}'
+LOST = '{job=~"$job",instance=~"$instance",reason!="incomplete"}'
+UNSENT = '{job=~"$job",instance=~"$instance",outcome=~"failed|dropped"}'
 VERSIONS = "{{version}} (protocol {{protocol}}, Python {{python}}, torch {{torch}})"
 INSTANCE, REASON = "{{instance}}", "{{reason}}"
 
@@ -31,7 +31,7 @@ def make() -> Json:
             "Messages and store": sized(8, 8, *_messages()),
             "Scrapes": sized(12, 7, *_scrapes()),
         },
-        variables=[label_variable("instance", "Monitor", "koopmon_build_info", "instance")],
+        variables=[label_variable("instance", "Monitor", 'koopmon_build_info{job=~"$job"}', "instance")],
         links={"koopmon-fleet": "Fleet"},
     )
 
@@ -40,13 +40,17 @@ def _rate(metric: str, of: str = OF) -> str:
     return f"rate(koopmon_{metric}{of}[$__rate_interval])"
 
 
+def _increase(metric: str, of: str = OF) -> str:
+    return f"increase(koopmon_{metric}{of}[$__rate_interval])"
+
+
 def _now() -> list[Json]:
     def state(title: str, text: str, expr: str, off: str, on: str) -> Json:
         mappings = {"0": (off, RED), "1": (on, GREEN)}
         return panels.stat(title, text, expr, INSTANCE, steps=((None, RED), (1, GREEN)), mappings=mappings)
 
     versions = "Versions of koopmon, its protocol, Python and torch."
-    running = f"sum by (instance) (koopmon_run_state{OF} == bool 1)"
+    running = 'sum by (instance) (koopmon_run_state{job=~"$job",instance=~"$instance",state="running"})'
     recording = "State of the history. No decision is taken while it is paused."
     return [
         state("Up", "1 if Prometheus can scrape the monitor.", f"up{OF}", "down", "up"),
@@ -86,10 +90,10 @@ def _engine() -> list[Json]:
 def _messages() -> list[Json]:
     rejected = f"sum by (reason) ({_rate('messages_rejected_total')})"
     failures = {
-        f"{INSTANCE} not judged": f"koopmon_engine_failures_total{OF}",
-        f"{INSTANCE} not written": f"koopmon_store_lost_total{OF}",
-        f"{INSTANCE} errors": f"sum by (instance) (koopmon_internal_errors_total{OF})",
-        f"{INSTANCE} not notified": f"sum by (instance) (koopmon_notifications_total{UNSENT})",
+        f"{INSTANCE} not judged": _increase("engine_failures_total"),
+        f"{INSTANCE} not written": _increase("store_lost_total"),
+        f"{INSTANCE} errors": f"sum by (instance) ({_increase('internal_errors_total')})",
+        f"{INSTANCE} not notified": f"sum by (instance) ({_increase('notifications_total', UNSENT)})",
     }
     text = "Snapshots without a profile or assessment, records not written, internal errors, notifications not sent."
     limit, recording = warn(MAX_REJECTED_PER_SECOND), BY_NAME["store_recording"].help

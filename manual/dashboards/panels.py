@@ -16,6 +16,8 @@ GREEN, ORANGE, RED, BLUE, GREY = "green", "orange", "red", "blue", "text"
 CALM: ColorSteps = ((None, GREEN),)
 RISK_STEPS: ColorSteps = ((None, GREEN), (ACT_RISK, ORANGE), (SEVERE_RISK, RED))
 """The risk thresholds of the alerts and the policy."""
+
+
 RUN_STATES: Mapping[str, tuple[str, str]] = {"0": ("ended", GREY), "1": ("running", GREEN), "2": ("vanished", RED)}
 
 
@@ -44,7 +46,7 @@ def panel(
     queries: Iterable[Json],
     *,
     options: Json,
-    unit: str = "none",
+    unit: str = "short",
     steps: ColorSteps = CALM,
     overrides: Sequence[Json] = (),
     **defaults: Any,
@@ -100,7 +102,7 @@ def lines(
     bars: bool = False,
     right: str | None = None,
     link: str | None = None,
-    unit: str = "none",
+    unit: str = "short",
 ) -> Json:
     """Return a panel of lines over time, or stacked bars. `series` maps legends to queries.
 
@@ -136,7 +138,7 @@ def lines(
     )
 
 
-def heatmap(title: str, description: str, expr: str, *, unit: str = "none", scheme: str = "Oranges") -> Json:
+def heatmap(title: str, description: str, expr: str, *, unit: str = "short", scheme: str = "Oranges") -> Json:
     """Return a heatmap over time, one row for each layer of `expr`, in the order of the series."""
     options = {
         "calculate": False,
@@ -209,9 +211,10 @@ def value_mapping(texts: Mapping[str, tuple[str, str]]) -> Json:
     return {"type": "value", "options": options}
 
 
-def by_depth(expr: str) -> str:
-    """Sort the series of `expr` by layer. Prometheus sorts labels as text, which puts 10 before 2."""
-    for digits in range(1, 5):
-        pad = "0" * (4 - digits)
-        expr = f'label_replace({expr}, "depth", "{pad}$1", "layer", "([0-9]{{{digits}}})(-.*)?")'
-    return expr
+def state_of(selector: str) -> str:
+    """Return the state of each run as 0 ended, 1 running, 2 vanished: a table and a timeline show one number."""
+    states = (
+        f'{number} * koopmon_run_state{{{selector},state="{name}"}}'
+        for number, name in ((1, "running"), (2, "vanished"))
+    )
+    return " + ignoring (state) ".join(states)

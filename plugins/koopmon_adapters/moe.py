@@ -42,6 +42,7 @@ class MoEAdapter(ArchitectureAdapter):
     measures: ClassVar[Mapping[str, str]] = {
         "router_entropy": "Mean entropy of a token's routing distribution over that of the uniform one, 0 to 1.",
         "load_imbalance": "Choices of the most chosen expert over those of the mean expert, from 1.",
+        "top_expert_share": "Share of the tokens that choose the most chosen expert, if a token chooses at most half.",
         "dropped_token_ratio": "Share of the choices that found their expert full; absent without a capacity.",
     }
 
@@ -63,6 +64,7 @@ class MoEAdapter(ArchitectureAdapter):
         for layer, routing in _routings(stack):
             found.append(Observable("router_entropy", layer, routing.router, routing.entropy))
             found.append(Observable("load_imbalance", layer, routing.router, routing.imbalance))
+            found.append(Observable("top_expert_share", layer, routing.router, routing.top_share))
             if routing.drops:
                 found.append(Observable("dropped_token_ratio", layer, routing.router, routing.dropped))
         return found
@@ -95,14 +97,22 @@ class Routing:
         return entropies.mean() / math.log(self.num_experts)
 
     def imbalance(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Tensor | None:
+        load = self._load(output)
+        return None if load is None else load.max() / load.float().mean()
+
+    def top_share(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Tensor | None:
+        load = self._load(output) if 2 * self.num_choices <= self.num_experts else None
+        return None if load is None else load.max() * self.num_choices / load.sum()
+
+    def _load(self, output: Any) -> Tensor | None:
+        """Count the choices of each expert, (E,)."""
         scores, chosen = self._scores(output), self._choices(output, self.num_choices)
         if chosen is None:
             if scores is None:
                 return None
             chosen = scores.topk(min(self.num_choices, self.num_experts)).indices
         experts = torch.arange(self.num_experts, device=chosen.device)
-        load = (chosen.reshape(-1, 1) == experts).sum(0)  # bincount would synchronise; no atomic additions
-        return load.max() / load.float().mean()
+        return (chosen.reshape(-1, 1) == experts).sum(0)  # bincount would synchronise; no atomic additions
 
     def dropped(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Tensor | None:
         kept = self._choices(output, self.num_experts)

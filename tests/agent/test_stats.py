@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from koopmon.agent.stats import AgentStats, AsyncScalar, Reading
-from koopmon.wire.messages import TrainingStep
+from koopmon.wire.messages import MAX_LOGGED, LoggedScalar, TrainingStep
 
 
 def test_steps_are_timed_from_edge_to_edge() -> None:
@@ -64,3 +64,35 @@ def test_what_the_loop_logs_replaces_what_is_measured() -> None:
     stats.measure("grad_norm", None)
     assert stats.with_measured(TrainingStep(step=1)) == TrainingStep(step=1, loss=4.0)
     assert {name: each.get() for name, each in kept.items()} == {"loss": 1.0, "grad_norm": 2.0, "learning_rate": None}
+
+
+def test_any_further_name_is_sent_with_its_step_once_its_value_has_arrived() -> None:
+    stats = AgentStats()
+    stats.log("kl", 0.5)
+    stats.step = 3
+    stats.log("entropy", torch.tensor([2.0]))
+    event = Event()
+    stats.named["kl"]._readings.appendleft(Reading(step=3, host=torch.tensor(0.75), ready=event))
+    entropy = LoggedScalar(step=3, value=2.0)
+    assert stats.logged_scalars() == {"kl": LoggedScalar(step=0, value=0.5), "entropy": entropy}
+    event.done = True
+    assert stats.logged_scalars() == {"kl": LoggedScalar(step=3, value=0.75), "entropy": entropy}
+    assert "kl" not in stats.readings()
+
+
+@pytest.mark.parametrize("name", ["", "KL", "rewards/mean", "kl divergence", "\u212b", "k" * 41, "kl\n"])
+def test_a_name_that_is_no_label_of_the_wire_is_refused(name: str) -> None:
+    stats = AgentStats()
+    with pytest.raises(ValueError, match="Expected"):
+        stats.log(name, 1.0)
+    assert stats.logged_scalars() == {}
+
+
+def test_the_number_of_names_is_bounded() -> None:
+    stats = AgentStats()
+    for number in range(MAX_LOGGED):
+        stats.log(f"scalar_{number}", 1.0)
+    with pytest.raises(ValueError, match="at most 32 names"):
+        stats.log("one_more", 1.0)
+    stats.log("scalar_0", 2.0)
+    assert stats.logged_scalars()["scalar_0"].value == 2.0

@@ -76,7 +76,8 @@ def still_runs(monitor: Any, training: Any, name: dict[str, str]) -> bool:
     """Return True if the monitor still has the run unchanged."""
     training.go_on()
     samples = monitor.samples()
-    return samples[f'run_state{{run="{name["run"]}"}}'] == 1 and samples[f'lr_scale{{run="{name["run"]}"}}'] == 1
+    running = samples[f'run_state{{run="{name["run"]}",state="running"}}']
+    return running == 1 and samples[f'lr_scale{{run="{name["run"]}"}}'] == 1
 
 
 @pytest.mark.parametrize(

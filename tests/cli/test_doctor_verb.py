@@ -395,7 +395,7 @@ def test_what_the_monitor_knows_of_a_run(
     _, found = examine(*at(monitor), "--run", "mute")
     assert found["snapshots"]["level"] == "warn"
     agent.goodbye()
-    wait_until(lambda: monitor.sample('run_state{run="mute"}') == 0.0)
+    wait_until(lambda: monitor.sample('run_state{run="mute",state="ended"}') == 1.0)
     assert "mute: ended" in examine(*at(monitor), "--run", "mute")[1]["run"]["found"]
     connect(endpoint, run="lost", incarnation="bbbbbbbb").hello()
     connect(endpoint, run="lost", incarnation="cccccccc").hello()

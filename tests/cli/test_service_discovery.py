@@ -98,7 +98,8 @@ def test_prometheus_finds_a_short_job_by_itself(
     try:
         agent.hello()
         served = time.monotonic()
-        (risk,) = wait_until(lambda: ask("query", query='koopmon_run_state{run="short",job="koopmon"}').get("result"))
+        query = 'koopmon_run_state{run="short",job="koopmon",state="running"}'
+        (risk,) = wait_until(lambda: ask("query", query=query).get("result"))
         print(f"found and scraped {time.monotonic() - served:.1f} s after the hello")
         assert risk["metric"]["launched_as"] == "short"
         assert "exported_run" not in risk["metric"], "a label of the target would rename that of the series"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
 from manual import write
 from manual.dashboards import layout
-from manual.dashboards.panels import by_depth
 from tests.docs.pages import ROOT
 
 GRAFANA = ROOT / "koopmon" / "grafana"
@@ -43,15 +41,3 @@ def test_a_row_and_its_panels_have_their_place() -> None:
     places = [tuple(each["gridPos"].values()) for each in board["panels"]]
     assert places == [(0, 0, 24, 1), (0, 1, 8, 9), (8, 1, 16, 4), (0, 10, 12, 3), (0, 13, 24, 1), (0, 14, 8, 9)]
     assert [each["id"] for each in board["panels"]] == [1, 2, 3, 4, 5, 6]
-
-
-def test_layers_are_in_the_order_of_their_depth() -> None:
-    """The labels from label_replace sort as text by depth."""
-    rules = re.findall(r'"depth", "(0*)\$1", "layer", "([^"]+)"', by_depth("x"))
-
-    def depth(layer: str) -> str:
-        (made,) = {pad + match[1] for pad, pattern in rules if (match := re.fullmatch(pattern, layer))}
-        return made
-
-    layers = ["0", "2", "10", "63", "64-65", "100-101", "999", "4032-4095"]
-    assert sorted(layers, key=depth) == layers

@@ -28,12 +28,12 @@ class Calm:
     minute: float
 
 
-def run(name: str, **labels: str) -> str:
+def run(name: str, /, **labels: str) -> str:
     """Return the selector of a series of the run."""
     return _selector(name, {**RUN, **labels})
 
 
-def monitor(name: str, **labels: str) -> str:
+def monitor(name: str, /, **labels: str) -> str:
     return _selector(name, {**MONITOR, **labels})
 
 
@@ -46,21 +46,23 @@ def as_text(labels: Mapping[str, str]) -> str:
     return "{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}"
 
 
-def observable(layer: str, name: str) -> str:
-    return _selector("koopmon_observable", {**RUN, "layer": layer, "name": name})
-
-
 def logits(layer: str) -> str:
-    return observable(layer, "max_attention_logit")
+    return _selector("koopmon_observable_max_attention_logit", {**RUN, "layer": layer})
 
 
-RUNNING = {run("koopmon_run_state"): "1x400"}
-RUNNING_WITH_GAPS = {run("koopmon_run_state"): "1x30 stale 1x13 stale 1x400"}
+RUNNING = {run("koopmon_run_state", state="running"): "1x400"}
+RUNNING_WITH_GAPS = {run("koopmon_run_state", state="running"): "1x30 stale 1x13 stale 1x400"}
 """Series with two failed scrapes."""
-ENDED = {run("koopmon_run_state"): "1x20 0x400"}
-COMMANDS, EFFECTS = "koopmon_commands_total", "koopmon_effect_checks_total"
+ENDED = {run("koopmon_run_state", state="running"): "1x20 0x400"}
+VANISHED = {run("koopmon_run_state", state="vanished"): "0x20 1x380"}
+ACT_AT = {run("koopmon_risk_threshold", level="act"): "0.4x400"}
+COMMANDS, EFFECTS = "koopmon_commands_settled_total", "koopmon_effect_checks_total"
+EXPERT = "koopmon_observable_top_expert_share"
+DEPARTURES = "koopmon_band_departures_total"
 DROPPED, RECEIVED = "koopmon_snapshots_dropped_total", "koopmon_snapshots_received_total"
 UPDATES = "koopmon_update_rms_ratio"
+BY_AGENT = "koopmon_agent_snapshots_dropped_total"
+NONE_LOST = {run(DROPPED, reason="engine_failed"): "0x200"}
 SNAPSHOT_TIME = "koopmon_last_snapshot_timestamp_seconds"
 
 FIRING: Mapping[str, tuple[Firing, ...]] = {
@@ -72,7 +74,7 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
         ),
     ),
     "KoopmonRiskHigh": (
-        Firing(RUNNING | {run("koopmon_risk"): "0x20 0.9x20"}, 8, "The mean risk of the last minute is 0.90."),
+        Firing(RUNNING | ACT_AT | {run("koopmon_risk"): "0x20 0.9x20"}, 8, "The mean risk of the last minute is 0.90."),
     ),
     "KoopmonForecastHigh": (
         Firing(
@@ -86,6 +88,58 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
             RUNNING | {run("koopmon_divergence_probability"): "0.75x60"},
             10,
             "The calibrated probability of divergence is 75%.",
+        ),
+    ),
+    "KoopmonLossAboveBand": (
+        Firing(
+            RUNNING | {run(DEPARTURES, name="loss"): "0x20 1x40"},
+            7,
+            "The last losses of the run are above the range of the earlier ones.",
+        ),
+    ),
+    "KoopmonScalarLeftBand": (
+        Firing(
+            RUNNING | {run(DEPARTURES, name="kl"): "0x20 1x40"},
+            7,
+            "The last values of kl are outside the range of the earlier ones.",
+            {**RUN, "name": "kl"},
+        ),
+    ),
+    "KoopmonNonFiniteStream": (
+        Firing(
+            RUNNING | {run(BY_AGENT, reason="not_finite"): "0x20 2x40"},
+            7,
+            "2 snapshots of the last five minutes were not finite.",
+        ),
+    ),
+    "KoopmonRouterConcentrated": (
+        Firing(
+            RUNNING | {run(EXPERT, layer="0"): "0.2x200", run(EXPERT, layer="1"): "0.9375x200"},
+            20,
+            "In one layer 93.75% of the tokens choose the same expert.",
+        ),
+    ),
+    "KoopmonWatchOnly": (
+        Firing(
+            RUNNING | {run("koopmon_watch_only"): "1x60"},
+            10,
+            "The policy would act on this run, but no command is sent.",
+        ),
+    ),
+    "KoopmonMonitorAbsent": (
+        Firing(
+            {monitor("up"): "1x20 _x200"},
+            20,
+            "In the last hour Prometheus scraped a monitor of this job; now it has no target. Its runs are unguarded.",
+            MONITOR,
+        ),
+    ),
+    "KoopmonNotificationsFailing": (
+        Firing(
+            {monitor("koopmon_notifications_total", channel="webhook", outcome="failed"): "0x20 2x60"},
+            15,
+            "2 notifications of the last 15 minutes were not delivered.",
+            {**MONITOR, "channel": "webhook"},
         ),
     ),
     "KoopmonActionTaken": (
@@ -129,7 +183,7 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
     ),
     "KoopmonRunVanished": (
         Firing(
-            {run("koopmon_run_state"): "1x20 2x60"},
+            VANISHED,
             10,
             "The monitor receives no messages from any rank of the run, and the run did not end normally.",
         ),
@@ -155,19 +209,24 @@ FIRING: Mapping[str, tuple[Firing, ...]] = {
     ),
     "KoopmonTapsMissing": (
         Firing(
-            RUNNING | {run("koopmon_taps_missing"): "0x20 2x60"},
+            RUNNING | {run("koopmon_taps_missing_total"): "0x20 2x60"},
             15,
             "In 2 snapshots of the last ten minutes a tap did not fire.",
         ),
         Firing(
-            RUNNING | {run("koopmon_taps_missing"): "_x20 3x60"},
+            RUNNING | {run("koopmon_taps_missing_total"): "_x20 3x60"},
             7,
             "In 3 snapshots of the last ten minutes a tap did not fire.",
         ),
     ),
     "KoopmonSnapshotsDropped": (
         Firing(
-            {run(DROPPED, reason="queue_full"): "0+3x200", run(RECEIVED): "0+1x200"},
+            {
+                run(BY_AGENT, reason="queue_full"): "0+3x200",
+                run(DROPPED, reason="superseded"): "0+9x200",
+                **NONE_LOST,
+                run(RECEIVED): "0+1x200",
+            },
             20,
             "75% of the snapshots of the last ten minutes were lost.",
         ),
@@ -242,13 +301,48 @@ CALM: Mapping[str, tuple[Calm, ...]] = {
         Calm(ENDED | {run("koopmon_risk_alarms_total"): "0x24 1x20"}, 6.5),
     ),
     "KoopmonRiskHigh": (
-        Calm(RUNNING | {run("koopmon_risk"): "0.1x20 0.9 0.1x40"}, 5.5),
-        Calm(ENDED | {run("koopmon_risk"): "0.1x20 1x40"}, 14),
+        Calm(RUNNING | ACT_AT | {run("koopmon_risk"): "0.1x20 0.9 0.1x40"}, 5.5),
+        Calm(RUNNING | {run("koopmon_risk_threshold", level="act"): "0.95x60", run("koopmon_risk"): "0.9x60"}, 8),
+        Calm(ENDED | ACT_AT | {run("koopmon_risk"): "0.1x20 1x40"}, 14),
     ),
     "KoopmonForecastHigh": (Calm(RUNNING | {run("koopmon_forecast"): "0.5x60"}, 10),),
     "KoopmonDivergenceLikely": (
         Calm(RUNNING | {run("koopmon_divergence_probability"): "0.2x60"}, 10),
         Calm(RUNNING, 10),  # no calibrator
+    ),
+    "KoopmonLossAboveBand": (
+        Calm(RUNNING | {run(DEPARTURES, name="loss"): "2x60", run(DEPARTURES, name="kl"): "0+1x60"}, 10),
+        Calm(ENDED | {run(DEPARTURES, name="loss"): "0x24 1x20"}, 7),
+    ),
+    "KoopmonScalarLeftBand": (
+        Calm(RUNNING | {run(DEPARTURES, name="kl"): "2x60", run(DEPARTURES, name="loss"): "0+1x60"}, 10),
+    ),
+    "KoopmonNonFiniteStream": (
+        Calm(RUNNING | {run(BY_AGENT, reason="not_finite"): "2x60", run(BY_AGENT, reason="budget"): "0+1x60"}, 10),
+    ),
+    "KoopmonRouterConcentrated": (
+        Calm(RUNNING | {run(EXPERT, layer="0"): "0.5x200", run("koopmon_observable_load_imbalance"): "8x200"}, 20),
+        Calm(ENDED | {run(EXPERT, layer="0"): "0.95x200"}, 30),
+    ),
+    "KoopmonWatchOnly": (
+        Calm(RUNNING | {run("koopmon_watch_only"): "0x60", run("koopmon_acting"): "0x60"}, 10),
+        Calm(ENDED | {run("koopmon_watch_only"): "1x60"}, 14),
+    ),
+    "KoopmonMonitorAbsent": (
+        Calm({monitor("up"): "1x20 0x200"}, 20),  # series of KoopmonMonitorDown
+        Calm({monitor("up"): "1x20 _x200", 'up{job="koopmon",instance="other:9464"}': "1x220"}, 20),
+        Calm({'up{job="koopmon",instance="job:4711",ephemeral="true"}': "1x20 _x200"}, 20),
+        Calm({monitor("up"): "1x20 _x400"}, 80),
+    ),
+    "KoopmonNotificationsFailing": (
+        Calm(
+            {
+                monitor("koopmon_notifications_total", channel="webhook", outcome="failed"): "4x60",
+                monitor("koopmon_notifications_total", channel="webhook", outcome="sent"): "0+1x60",
+                monitor("koopmon_notifications_total", channel="mail", outcome="held_back"): "0+1x60",
+            },
+            15,
+        ),
     ),
     "KoopmonActionTaken": (
         Calm(
@@ -275,7 +369,7 @@ CALM: Mapping[str, tuple[Calm, ...]] = {
     ),
     "KoopmonAttentionLogitsHigh": (
         Calm(RUNNING | {logits("3"): "999x100"}, 15),
-        Calm(RUNNING | {observable("3", "load_imbalance"): "5000x100"}, 15),
+        Calm(RUNNING | {_selector("koopmon_observable_load_imbalance", {**RUN, "layer": "3"}): "5000x100"}, 15),
         Calm(ENDED | {logits("3"): "2000x100"}, 15),
     ),
     "KoopmonAttentionLogitsSevere": (Calm(RUNNING | {logits("3"): "2000x100"}, 15),),
@@ -283,7 +377,7 @@ CALM: Mapping[str, tuple[Calm, ...]] = {
         Calm(RUNNING | {run(UPDATES): "0.5x200 4 0.5x20"}, 52),
         Calm(RUNNING | {run(UPDATES): "20x200"}, 40),  # high from the start
     ),
-    "KoopmonRunVanished": (Calm(ENDED, 10), Calm({run("koopmon_run_state"): "1x20 2x380"}, 90)),
+    "KoopmonRunVanished": (Calm(ENDED, 10), Calm(VANISHED, 90)),
     "KoopmonTrainingStalled": (
         Calm(RUNNING | {run("koopmon_step"): "0+1x200"}, 40),
         Calm(ENDED | {run("koopmon_step"): "20x200"}, 40),
@@ -294,18 +388,20 @@ CALM: Mapping[str, tuple[Calm, ...]] = {
             RUNNING | {run("koopmon_step"): "7x200", run(SNAPSHOT_TIME): "60x200"}, 20
         ),  # series of KoopmonTrainingStalled
     ),
-    "KoopmonTapsMissing": (Calm(RUNNING | {run("koopmon_taps_missing"): "5x200"}, 40),),
+    "KoopmonTapsMissing": (Calm(RUNNING | {run("koopmon_taps_missing_total"): "5x200"}, 40),),
     "KoopmonSnapshotsDropped": (
         Calm(
             {
-                run(DROPPED, reason="budget"): "0+9x200",
-                run(DROPPED, reason="not_finite"): "0+9x200",
-                run(DROPPED, reason="queue_full"): "0x200",
+                run(BY_AGENT, reason="budget"): "0+9x200",
+                run(BY_AGENT, reason="not_finite"): "0+9x200",
+                run(BY_AGENT, reason="queue_full"): "0x200",
+                run(DROPPED, reason="superseded"): "0+9x200",
+                **NONE_LOST,
                 run(RECEIVED): "0+1x200",
             },
             20,
         ),
-        Calm({run(DROPPED, reason="queue_full"): "0x200", run(RECEIVED): "5x200"}, 20),  # no data: 0 of 0
+        Calm({run(BY_AGENT, reason="queue_full"): "0x200", **NONE_LOST, run(RECEIVED): "5x200"}, 20),  # no data: 0 of 0
     ),
     "KoopmonNotInformative": (Calm(RUNNING | {run("koopmon_informative"): "0x60 1 0x100"}, 35),),
     "KoopmonAgentOverhead": (Calm(RUNNING | {run("koopmon_agent_overhead_ratio"): "0.004x100"}, 15),),
@@ -348,7 +444,7 @@ FLAPPING: Mapping[str, Flapping] = {
         calm_minute=22,
     ),
     "KoopmonRiskHigh": Flapping(
-        RUNNING_WITH_GAPS | {run("koopmon_risk"): "0.1x20 " + UNREST * 8 + "0.1x60"},
+        RUNNING_WITH_GAPS | ACT_AT | {run("koopmon_risk"): "0.1x20 " + UNREST * 8 + "0.1x60"},
         from_minute=7,
         until_minute=20,
         calm_minute=26,

@@ -13,9 +13,9 @@ import yaml
 
 from koopmon.grafana.dashboards import dashboards
 from koopmon.grafana.rules import GROUPS, grafana_alerting_file, grafana_rule_groups, prometheus_rules, rule_uid
-from koopmon.telemetry.alerts import ALERTS, BY_NAME, Alert
+from koopmon.telemetry.alerts import ALERTS, BY_NAME, RECORDINGS, Alert
 from koopmon.telemetry.metrics import BY_NAME as METRICS
-from koopmon.telemetry.metrics import PREFIX
+from koopmon.telemetry.metrics import OBSERVABLE, PREFIX
 from tests.grafana.alert_cases import CALM, FIRING, FLAPPING, INTERVAL_SECONDS, Calm, Firing, Flapping, as_text
 
 pytestmark = pytest.mark.needs("promtool")
@@ -140,10 +140,10 @@ def test_gauges_that_alarm_at_a_level_are_kept_from_flapping() -> None:
 def test_what_it_asks_for_is_in_the_table_of_metrics(alert: Alert) -> None:
     known = {PREFIX + name + ("_total" if each.kind == "counter" else "") for name, each in METRICS.items()}
     asked = set(re.findall(r"\bkoopmon_\w+", alert.expr))
-    assert asked <= known
-    assert asked or alert.expr.startswith("up{")
+    assert {each for each in asked if OBSERVABLE not in each} <= known
+    assert asked or "up{" in alert.expr
     for name, text in re.findall(r'koopmon_(\w+?)_total\{[^}]*?\b\w+=~?"([^"]+)"', alert.expr):
-        values = {value for each in METRICS[name].known.values() for value in each}
+        values = {value for each in METRICS[name].known.values() for value in each} | {"loss"}
         assert set(text.split("|")) <= values, text
 
 
@@ -154,6 +154,55 @@ def test_its_words_are_there(alert: Alert) -> None:
         assert text.count("`") % 2 == 0
         assert "  " not in text
     assert "run" in alert.summary or "monitor" in alert.summary.lower()
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert.name)
+def test_an_alert_at_once_has_a_reason(alert: Alert) -> None:
+    assert bool(alert.at_once) != bool(alert.for_seconds or alert.keep_firing_seconds)
+    assert not alert.at_once or alert.at_once.endswith(".")
+
+
+BORN = sorted(name for name in NAMES if "offset" in BY_NAME[name].expr and name != "KoopmonRunVanished")
+"""Alerts of events that a counter counts."""
+
+
+def test_no_alert_of_an_event_trusts_increase_alone() -> None:
+    alone = {alert.name for alert in ALERTS if "increase(" in alert.expr} - set(BORN)
+    assert alone == {"KoopmonSnapshotsDropped"}, "a ratio over ten minutes"
+    assert len(BORN) == 11
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", BORN)
+def test_it_fires_for_a_counter_that_is_born_above_zero(rules: Path, name: str) -> None:
+    """Prometheus first scrapes a monitor when the event has happened."""
+    case = FIRING[name][0]
+    born = {
+        each: text if "_total" not in each else "_x22 " + text.partition(" ")[2] for each, text in case.series.items()
+    }
+    assert born != case.series
+    fired = {"eval_time": seconds(case.minute), "alertname": name, "exp_alerts": [as_fired(BY_NAME[name], case)]}
+    run_cases(rules, [{"input_series": series(born), "alert_rule_test": [fired]}])
+
+
+@pytest.mark.process
+def test_the_recording_rules_record(rules: Path) -> None:
+    values = {
+        'koopmon_run_state{job="k",instance="m",run="a",state="running"}': "1x60",
+        'koopmon_run_state{job="k",instance="m",run="b",state="running"}': "0x60",
+        'koopmon_risk{job="k",instance="m",run="a"}': "0x20 0.9 0x60",
+    }
+    where = 'job="k",instance="m"'
+    expected = {
+        f'job_instance_state:koopmon_runs:count{{{where},state="running"}}': 1,
+        f'job_instance_run:koopmon_risk:max1h{{{where},run="a"}}': 0.9,
+    }
+    cases = [
+        {"expr": expr, "eval_time": "10m", "exp_samples": [{"labels": expr, "value": value}]}
+        for expr, value in expected.items()
+    ]
+    run_cases(rules, [{"input_series": series(values), "promql_expr_test": cases}])
+    assert all(name in RECORDINGS for name in (expr.partition("{")[0] for expr in expected))
 
 
 def test_another_place_for_the_runbook() -> None:

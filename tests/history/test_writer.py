@@ -18,9 +18,10 @@ import torch
 
 from koopmon.errors import StoreError
 from koopmon.history.plain_profile import PlainProfile
-from koopmon.history.reader import DecisionRow, HistoryReader
+from koopmon.history.reader import DecisionRow, HistoryReader, LoggedRow
 from koopmon.history.schema import SCHEMA_VERSION
 from koopmon.history.writer import HistoryWriter
+from koopmon.risk.band import BandReading
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.messages import Applied, Heartbeat, TrainingStep
 from tests.factories import ack, command, heartbeat, hello, noisy_profile, observation, record_observation
@@ -94,6 +95,7 @@ def test_what_is_recorded_is_read_back(store: HistoryWriter, history: HistoryRea
             applied=Applied(),
             step_seconds=0.1,
         ),
+        {"kl": BandReading(3, 0.5, 0.1, 0.9), "entropy": BandReading(2, math.nan)},
     )
     store.record_state(120.0, RUN, FIRST, 0, end_reason="finished")
     assert list(history.observations(RUN)) == [], "not committed yet"
@@ -112,6 +114,10 @@ def test_what_is_recorded_is_read_back(store: HistoryWriter, history: HistoryRea
     assert (observation.observation, observation.components) == ({"step": 10}, {"v": 0.5})
     (beat,) = history.heartbeats(RUN)
     assert (beat.training, beat.step_seconds) == (TrainingStep(step=3, loss=math.inf), 0.1)
+    assert beat.logged == {
+        "kl": LoggedRow(step=3, value=0.5, low=0.1, high=0.9),
+        "entropy": LoggedRow(step=2, value=None, low=None, high=None),
+    }
     assert list(history.decisions("nobody")) == []
 
 
@@ -131,6 +137,7 @@ def test_a_store_of_before_a_scalar_is_read_without_it_and_gets_its_column(store
     with sqlite3.connect(path) as database:
         for table in ("observations", "heartbeats"):
             database.execute(f"ALTER TABLE {table} DROP COLUMN grad_norm")
+        database.execute("ALTER TABLE heartbeats DROP COLUMN logged")
     database.close()
     with HistoryReader.open(path) as history:
         assert [row.training.grad_norm for row in history.observations(RUN)] == [None]
@@ -140,7 +147,7 @@ def test_a_store_of_before_a_scalar_is_read_without_it_and_gets_its_column(store
     later.close()
     with HistoryReader.open(path) as history:
         assert [row.training.grad_norm for row in history.observations(RUN)] == [None, 3.0]
-        assert [row.training.grad_norm for row in history.heartbeats(RUN)] == [4.0]
+        assert [(row.training.grad_norm, row.logged) for row in history.heartbeats(RUN)] == [(4.0, {})]
 
 
 def test_profiles_survive(store: HistoryWriter, history: HistoryReader) -> None:

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from koopmon.agent.stats import AgentStats
 from koopmon.cli.embedded import EmbeddedMonitor
 from tests.integrations.conftest import asked, history, trained
 from tests.integrations.programs.trainings import DEADLY_RATE, LAST
 
 CALM = {"lr": 0.001, "steps": 14, "accumulate": 2, "eval": 5, "workers": 1}
 DEADLY = {"lr": DEADLY_RATE, "steps": 100, "seed": 1}
+
+
+def test_the_numbers_of_a_trainers_log_get_names_that_the_agent_accepts() -> None:
+    """The names are those of TRL's GRPO, PPO and DPO trainers."""
+    scalars = pytest.importorskip("koopmon.integrations.huggingface").scalars
+    logs = {
+        "loss": 0.1,
+        "grad_norm": 1.0,
+        "learning_rate": 1e-6,
+        "epoch": 0.5,
+        "num_tokens": 4096.0,
+        "kl": 0.02,
+        "entropy": 1,
+        "rewards/accuracy_reward/mean": 0.25,
+        "objective/kl": 0.5,
+        "completions/" + "x" * 80: 3.0,
+        "eval_loss": 2.0,
+        "clip_ratio/region_mean": math.nan,
+        "step_time": "12 s",
+        "///": 1.0,
+        "train_runtime": 9.0,
+    }
+    found = scalars(logs)
+    assert list(found) == [
+        *("kl", "entropy", "rewards_accuracy_reward_mean", "objective_kl"),
+        *("completions_" + "x" * 28, "eval_loss", "clip_ratio_region_mean"),
+    ]
+    assert (found["entropy"], found["objective_kl"]) == (1.0, 0.5)
+    stats = AgentStats()
+    for name, value in found.items():
+        stats.log(name, value)
+    assert set(stats.logged_scalars()) == set(found)
 
 
 @pytest.mark.slow

@@ -57,13 +57,13 @@ def test_snapshots_become_metrics_and_history(
     samples = monitor.samples()
     assert samples['snapshots_received_total{run="job"}'] == 3
     assert samples['step{run="job"}'] == 7
-    assert samples['run_state{run="job"}'] == 1
+    assert samples['run_state{run="job",state="running"}'] == 1
     assert samples['lr_scale{run="job"}'] == 0.5
     assert samples['agent_overhead_ratio{run="job"}'] == 0.01
-    assert samples['taps_missing{run="job"}'] == 2
-    assert samples['snapshots_dropped_total{reason="budget",run="job"}'] == 4
+    assert samples['taps_missing_total{run="job"}'] == 2
+    assert samples['agent_snapshots_dropped_total{reason="budget",run="job"}'] == 4
     assert 0 <= samples['risk{run="job"}'] <= 1
-    assert samples['initial_risk{run="job"}'] >= 0
+    assert samples['initial_near_unit_mass{run="job"}'] >= 0
     assert samples['informative{run="job"}'] == 1
     for layer in ("0", "1", "2"):
         assert samples[f'spectral_radius{{layer="{layer}",run="job"}}'] > 0
@@ -71,7 +71,7 @@ def test_snapshots_become_metrics_and_history(
     assert all(math.isfinite(value) for value in samples.values())
     assert not any(value for name, value in samples.items() if name.startswith("messages_rejected"))
     agent.heartbeat(8, dropped={"budget": 5})
-    assert monitor.sample('snapshots_dropped_total{reason="budget",run="job"}') == 5, "agents report totals"
+    assert monitor.sample('agent_snapshots_dropped_total{reason="budget",run="job"}') == 5, "agents report totals"
     monitor.stop()
     with monitor.history() as history:
         assert [row.step for row in history.profiles("job")] == [1, 3, 5]
@@ -102,9 +102,9 @@ def test_a_danger_brings_a_command_that_is_on_disk_first(start_monitor: Start, c
     for again in ("duplicate", "failed", "applied"):
         agent.acknowledge(command, again, held, step=5)
     agent.heartbeat(6, applied=held)
-    name = 'commands_total{{kind="set_lr_scale",outcome="{}",run="job"}}'
+    name = 'commands_settled_total{{kind="set_lr_scale",outcome="{}",run="job"}}'
     samples = until(lambda: (found := monitor.samples())['step{run="job"}'] == 6 and found)
-    assert samples[name.format("sent")] == samples[name.format("applied")] == 1
+    assert samples['commands_issued_total{kind="set_lr_scale",run="job"}'] == samples[name.format("applied")] == 1
     assert samples[name.format("duplicate")] == samples[name.format("failed")] == 0, "only the first answer counts"
     assert samples['lr_scale{run="job"}'] == command.lr_scale
 
@@ -155,7 +155,7 @@ def test_dry_run_decides_and_sends_nothing(start_monitor: Start, connect: Start,
     agent = connect(monitor.addresses.endpoint)
     agent.hello()
     explode(agent, 1)
-    until(lambda: monitor.sample('commands_total{kind="set_lr_scale",outcome="dry_run",run="job"}') == 1)
+    until(lambda: monitor.sample('commands_settled_total{kind="set_lr_scale",outcome="dry_run",run="job"}') == 1)
     for step in range(2, 5):
         agent.heartbeat(step)
     assert not any(isinstance(message, Command) for message in agent.seen)
@@ -174,7 +174,7 @@ def test_a_command_that_nobody_answers_expires(start_monitor: Start, connect: St
     explode(agent, 1)
     command = agent.expect_command("set_lr_scale")
     agent.heartbeat(command.expires_step + 1)
-    until(lambda: monitor.sample('commands_total{kind="set_lr_scale",outcome="unanswered",run="job"}') == 1)
+    until(lambda: monitor.sample('commands_settled_total{kind="set_lr_scale",outcome="unanswered",run="job"}') == 1)
     with monitor.history() as history:
         (decision,) = history.decisions("job")
     assert {row.command.id: row.outcome for row in decision.commands}[command.id] == "unanswered"
@@ -226,7 +226,7 @@ def test_strangers_and_impostors_are_rejected(start_monitor: Start, connect: Sta
     agent.hello()
     impostor.send(Goodbye(**impostor.name, process_rank=0, step=1))
     until(lambda: monitor.sample('messages_rejected_total{reason="identity"}') == 1)
-    assert monitor.sample('run_state{run="job"}') == 1
+    assert monitor.sample('run_state{run="job",state="running"}') == 1
     agent.snapshot(1)
     agent.snapshot(1)
     until(lambda: monitor.sample('messages_rejected_total{reason="late"}') == 1)
@@ -247,7 +247,7 @@ def test_several_runs_at_once_and_no_more_than_allowed(start_monitor: Start, con
     assert samples['messages_rejected_total{reason="refused"}'] == 1
     assert not any('run="three"' in name for name in samples)
     agents[0].goodbye()
-    until(lambda: monitor.sample('run_state{run="one"}') == 0)
+    until(lambda: monitor.sample('run_state{run="one",state="ended"}') == 1)
     assert isinstance(agents[2].hello(), Welcome), "a run that is over gives its place"
     assert not any('run="one"' in name for name in monitor.samples())
 
@@ -276,7 +276,7 @@ def test_series_of_a_run_that_ended_stay_and_then_go(start_monitor: Start, conne
     agent.snapshot(1)
     until(lambda: monitor.sample("dmd_duration_seconds_count") == 1)
     agent.goodbye()
-    samples = until(lambda: (found := monitor.samples()).get('run_state{run="job"}') == 0 and found)
+    samples = until(lambda: (found := monitor.samples()).get('run_state{run="job",state="ended"}') == 1 and found)
     assert 'spectral_radius{layer="0",run="job"}' in samples
     until(lambda: monitor.samples().keys() == before)
     with monitor.history() as history:
@@ -293,12 +293,12 @@ def test_a_run_that_vanishes_keeps_two_series_and_can_come_back(
     agent.hello()
     agent.snapshot(1)
     until(lambda: monitor.sample("dmd_duration_seconds_count") == 1)
-    samples = until(lambda: (found := monitor.samples()).get('run_state{run="job"}') == 2 and found)
+    samples = until(lambda: (found := monitor.samples()).get('run_state{run="job",state="vanished"}') == 1 and found)
     left = {name.partition("{")[0] for name in samples if 'run="job"' in name}
     assert left == {"run_state", "last_snapshot_timestamp_seconds"}
     agent.heartbeat(5)
     samples = monitor.samples()
-    assert samples['run_state{run="job"}'] == 1
+    assert samples['run_state{run="job",state="running"}'] == 1
     assert samples['snapshots_received_total{run="job"}'] == 0
     with monitor.history() as history:
         assert history.runs() == ["job"]
@@ -340,7 +340,7 @@ def test_a_training_that_said_goodbye_hands_nothing_to_the_next(
     first.hello()
     first.heartbeat(50, applied=held)
     first.send(Goodbye(**first.name, process_rank=0, step=50, reason="finished"))
-    until(lambda: monitor.sample('run_state{run="job"}') != 1)
+    until(lambda: monitor.sample('run_state{run="job",state="running"}') != 1)
     second = connect(monitor.addresses.endpoint, incarnation="bbbbbbbb")
     assert second.hello().restore is None
     second.heartbeat(30, applied=held)
@@ -441,7 +441,7 @@ def test_the_answer_to_a_heartbeat_tells_what_was_made_of_the_last_snapshot(
     assert judgement.near_unit_mass == pytest.approx(sum(masses) / len(masses))
     assert (judgement.divergence_probability, judgement.decision, judgement.decision_step) == (None, "", None)
     agent.heartbeat(3, dropped={"not_finite": 1})
-    until(lambda: monitor.sample('commands_total{kind="set_lr_scale",outcome="sent",run="job"}') == 1)
+    until(lambda: monitor.sample('commands_issued_total{kind="set_lr_scale",run="job"}') == 1)
     agent.heartbeat(4)
     judgement = next(each.judgement for each in reversed(agent.seen) if isinstance(each, HeartbeatReply))
     assert judgement.risk == 1.0

@@ -280,7 +280,7 @@ def test_what_cannot_be_encoded_is_no_peers_mistake(
         until(lambda: monitor.samples()[command] == 1)
     samples = monitor.samples()
     assert samples['messages_rejected_total{reason="schema"}'] == 0
-    assert samples['commands_total{kind="set_lr_scale",outcome="sent",run="job"}'] == 0
+    assert samples['commands_issued_total{kind="set_lr_scale",run="job"}'] == 0
     agent.heartbeat(2, dropped={"not_finite": 1})
     assert agent.expect_command("set_lr_scale").lr_scale == 0.25
     monitor.stop()

@@ -31,11 +31,11 @@ def alarm(world: World, step: int = 1) -> None:
 
 
 def counted(world: World, kind: str = "set_lr_scale") -> dict[str, float]:
-    """Return the nonzero counts of outcomes."""
+    """Return the nonzero counts of issued commands and of outcomes."""
     found = {}
     for labels, value in world.series(GOOD).items():
-        if labels[0] == "koopmon_commands_total" and ("kind", kind) in labels and value:
-            found[dict(labels[1:])["outcome"]] = value  # type: ignore[call-overload]
+        if labels[0].startswith("koopmon_commands_") and ("kind", kind) in labels and value:
+            found[dict(labels[1:]).get("outcome", "issued")] = value  # type: ignore[call-overload]
     return found
 
 
@@ -74,9 +74,9 @@ def test_a_command_that_nobody_took_was_not_sent(world: World) -> None:
         world.now += 1.1
         world.service.tick()
     assert len([each for each in world.commands(GOOD) if each.kind == "set_lr_scale"]) == 5, "offered again and again"
-    assert counted(world) == {"sent": 1.0}
+    assert counted(world) == {"issued": 1.0}
     answer(world, cut(world), "applied")
-    assert counted(world) == {"sent": 1.0, "applied": 1.0}
+    assert counted(world) == {"issued": 1.0, "applied": 1.0}
 
 
 def test_without_a_rank_that_takes_commands_nothing_is_sent(world: World) -> None:
@@ -92,7 +92,7 @@ def test_the_first_answer_counts_and_no_other(first: str, world: World, tmp_path
     command = cut(world)
     for outcome in (first, *OUTCOMES, first):
         answer(world, command, outcome)
-    assert counted(world) == {"sent": 1.0, first: 1.0}
+    assert counted(world) == {"issued": 1.0, first: 1.0}
     assert not world.errors
     assert len([text for text in world.told if " set_lr_scale " in text and "step 5" in text]) == 1, "annotated once"
     if first != "duplicate":
@@ -108,11 +108,11 @@ def test_a_late_answer_is_recorded_and_not_counted_twice(world: World, tmp_path:
     world.service.tick()
     world.now += 2.0
     world.service.tick()
-    assert counted(world) == {"sent": 1.0, "unanswered": 1.0}
+    assert counted(world) == {"issued": 1.0, "unanswered": 1.0}
     assert shown(world, command) == "unanswered"
     for _ in range(3):
         answer(world, command, "applied")
-    assert counted(world) == {"sent": 1.0, "unanswered": 1.0}
+    assert counted(world) == {"issued": 1.0, "unanswered": 1.0}
     assert recorded(world, tmp_path / "history.sqlite3", command) == shown(world, command) == "applied"
 
 
@@ -122,10 +122,10 @@ def test_a_replaced_command_counts_when_its_answer_comes(world: World) -> None:
     alarm(world, 40)
     second = cut(world)
     assert first.id != second.id
-    assert counted(world) == {"sent": 2.0}
+    assert counted(world) == {"issued": 2.0}
     answer(world, first, "applied")
     answer(world, second, "refused")
-    assert counted(world) == {"sent": 2.0, "applied": 1.0, "refused": 1.0}
+    assert counted(world) == {"issued": 2.0, "applied": 1.0, "refused": 1.0}
 
 
 @pytest.mark.parametrize("answered", [0, 1, 2])
@@ -141,7 +141,7 @@ def test_in_the_end_each_command_has_counted_once(world: World, answered: int) -
     for kind in ("set_lr_scale", "set_cadence"):
         for outcome, value in counted(world, kind).items():
             totals[outcome] = totals.get(outcome, 0.0) + value
-    assert totals.pop("sent") == len(ids)
+    assert totals.pop("issued") == len(ids)
     assert sum(totals.values()) == len(ids)
     assert totals.get("failed", 0.0) == answered
 

@@ -40,7 +40,7 @@ def test_a_probe_tells_of_the_run_and_leaves_no_trace(
     assert seen.reply is not None
     assert (seen.reply.run_state, seen.reply.step) == ("running", 7)
     agent.goodbye(step=9)
-    until(lambda: monitor.sample('run_state{run="job"}') == 0.0)
+    until(lambda: monitor.sample('run_state{run="job",state="ended"}') == 1.0)
     over = probe(endpoint, PLAIN, run="job")
     assert over.reply is not None
     assert (over.reply.run_state, over.reply.step) == ("ended", 9)
@@ -97,4 +97,4 @@ def test_a_monitor_that_is_asked_without_end_goes_on(
         while sent < count:  # and no reply is read
             sent += client.send(frames)
         connect(endpoint).hello()
-    assert monitor.sample('run_state{run="job"}') == 1.0
+    assert monitor.sample('run_state{run="job",state="running"}') == 1.0

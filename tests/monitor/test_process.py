@@ -64,7 +64,7 @@ def test_after_a_sudden_death_the_run_is_seen_again(
     command = agent.expect_command("set_lr_scale")
     held = Applied(lr_scale=command.lr_scale)
     agent.acknowledge(command, "applied", held, step=4)
-    until(lambda: first.sample('commands_total{kind="set_lr_scale",outcome="applied",run="job"}') == 1)
+    until(lambda: first.sample('commands_settled_total{kind="set_lr_scale",outcome="applied",run="job"}') == 1)
     first.process.kill()
     first.process.wait()
 

@@ -84,7 +84,7 @@ def test_prometheus_scrapes_every_series(
     assert {row["metric"]["layer"] for row in layers} == {"0", "1", "2"}
     for query in (
         "koopmon_risk",
-        "koopmon_run_state == 1",
+        'koopmon_run_state{state="running"} == 1',
         "koopmon_snapshots_received_total == 2",
         "koopmon_build_info",
     ):

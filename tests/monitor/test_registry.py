@@ -14,6 +14,7 @@ from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
 from koopmon.monitor.registry import LAST_STEP, MAX_LAUNCHES, MAX_RETIRED, Peer, Run, RunRegistry
 from koopmon.monitor.run_controller import RunController
+from koopmon.risk.band import BandReading
 from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.messages import MAX_STEP, Ack, Applied, Goodbye, Heartbeat, Hello, Shard, TrainingStep
 from tests import factories
@@ -404,7 +405,7 @@ def test_dropped_shards_are_counted_from_totals() -> None:
 
 def test_a_heartbeat_is_recorded_every_ten_seconds() -> None:
     peer = Peer(b"p")
-    assert [now for now in (0.0, 5.0, 9.9, 10.0, 19.9, 25.0, 34.9, 35.0) if peer.row_due(now)] == [
+    assert [now for now in (0.0, 5.0, 9.9, 10.0, 19.9, 25.0, 34.9, 35.0) if peer.row_due(now, {})] == [
         0.0,
         10.0,
         25.0,
@@ -542,3 +543,16 @@ def test_deadlines_are_those_of_a_walk_over_all_runs() -> None:
             assert registry.next_deadline() == min(map(registry._deadline, registry), default=math.inf)
         assert num_closed > 100
         assert len(registry._heap) < 50
+
+
+def test_a_new_value_of_a_logged_scalar_is_recorded_sooner() -> None:
+    peer = Peer(b"peer")
+
+    def due(now: float, step: int) -> bool:
+        return peer.row_due(now, {"kl": BandReading(step, 0.5)})
+
+    assert due(0.0, 1)
+    assert not due(1.0, 2)
+    assert due(2.0, 2)
+    assert not due(9.0, 2)
+    assert due(12.0, 2)

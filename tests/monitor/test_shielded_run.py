@@ -24,7 +24,7 @@ def test_kss_and_back_off_guard_a_mixture_as_back_off_alone(
     monitor = start_monitor(
         bind=f"ipc://{tmp_path}/m/control", policy=policy, monitor={"svd_rank": 4, "heartbeat_seconds": 0.1}
     )
-    refused = 'commands_total{kind="set_kss",outcome="%s",run="job"}'
+    refused = 'commands_settled_total{kind="set_kss",outcome="%s",run="job"}'
     torch.manual_seed(0)
     model, args, kwargs = mixtral()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -49,7 +49,11 @@ def test_kss_and_back_off_guard_a_mixture_as_back_off_alone(
         assert status["applied"]["kss"]["alpha"] == 0.0
         entropy = 'observable{layer="0",name="router_entropy",run="job"}'
         samples = until(lambda: (found := monitor.samples()).get(entropy) and found)
-    assert (samples[refused % "sent"], samples[refused % "refused"], samples[refused % "applied"]) == (1, 1, 0)
+    assert (
+        samples['commands_issued_total{kind="set_kss",run="job"}'],
+        samples[refused % "refused"],
+        samples[refused % "applied"],
+    ) == (1, 1, 0)
     named = {key.split('name="')[1].split('"')[0] for key in samples if key.startswith("observable{")}
     assert named == {"router_entropy", "load_imbalance"}
     monitor.stop()

@@ -24,7 +24,7 @@ from koopmon.monitor.pending_commands import Answered
 from koopmon.monitor.registry import Run, RunRegistry
 from koopmon.monitor.run_controller import Assessment
 from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, Metrics
-from koopmon.wire.messages import Command, TrainingStep
+from koopmon.wire.messages import MAX_LOGGED, Command, LoggedScalar, TrainingStep
 from tests import factories
 
 
@@ -59,7 +59,7 @@ def test_a_command_that_is_not_sent_counts_as_a_dry_run(acts: bool, counted: flo
     assessment = alarm(run)
     for event in (events.Assessed(run, assessment), events.Decided(run, assessment)):
         sink(0.0, event)
-    assert metrics.value("commands", "job", "set_lr_scale", "dry_run") == counted
+    assert metrics.value("commands_settled", "job", "set_lr_scale", "dry_run") == counted
     assert metrics.value("risk", "job") == 1.0
     assert metrics.value("risk_alarms", "job") == 1.0
     assert metrics.value("informative", "job") == 0.0
@@ -69,12 +69,12 @@ def test_a_replaced_command_counts_with_its_late_ack_alone(metrics: Metrics) -> 
     run, sink = watched(), MetricsSink(metrics)
     sink(0.0, events.RunChanged(run))
     sink(0.0, events.CommandUnanswered(run, factories.command(1), replaced=True))
-    assert metrics.value("commands", "job", "set_lr_scale", "unanswered") == 0.0
+    assert metrics.value("commands_settled", "job", "set_lr_scale", "unanswered") == 0.0
     sink(0.0, events.CommandUnanswered(run, factories.command(2)))
-    assert metrics.value("commands", "job", "set_lr_scale", "unanswered") == 1.0
+    assert metrics.value("commands_settled", "job", "set_lr_scale", "unanswered") == 1.0
     for counts, expected in ((False, 0.0), (True, 1.0)):
         sink(0.0, events.CommandAcked(run, factories.ack(1), Answered("set_lr_scale", first=True, counts=counts)))
-        assert metrics.value("commands", "job", "set_lr_scale", "applied") == expected
+        assert metrics.value("commands_settled", "job", "set_lr_scale", "applied") == expected
 
 
 def test_a_vanished_run_keeps_few_series_and_gets_them_back_with_its_next_message(metrics: Metrics) -> None:
@@ -84,13 +84,14 @@ def test_a_vanished_run_keeps_few_series_and_gets_them_back_with_its_next_messag
     assert series(metrics)["snapshots_dropped_total engine_failed"] == 1.0
     run.state = RunState.VANISHED
     sink(6.0, events.RunClosed(run, ""))
-    assert set(series(metrics)) == KEPT_WHEN_VANISHED
+    assert {name.split()[0] for name in series(metrics)} == KEPT_WHEN_VANISHED
     for event in (events.SnapshotReceived(run), events.SnapshotDropped(run, "engine_failed")):
         sink(7.0, event)
-    assert series(metrics) == {"run_state": 2.0, "last_snapshot_timestamp_seconds": 5.0}
+    states = {"run_state ended": 0.0, "run_state running": 0.0, "run_state vanished": 1.0}
+    assert series(metrics) == {**states, "last_snapshot_timestamp_seconds": 5.0}
     run.state = RunState.RUNNING
     sink(8.0, events.RunChanged(run))
-    assert (series(metrics)["run_state"], metrics.value("snapshots_received", "job")) == (1.0, 0.0)
+    assert (series(metrics)["run_state running"], metrics.value("snapshots_received", "job")) == (1.0, 0.0)
     sink(9.0, events.RunRemoved(run))
     assert series(metrics) == {}
 
@@ -114,6 +115,62 @@ def test_the_trainings_own_numbers_are_metrics_while_they_are_finite(metrics: Me
         "learning_rate": 0.2,
         "step_seconds": 0.75,
     }
+
+
+def test_logged_scalars_are_metrics_with_a_band_and_their_departures_are_counted(metrics: Metrics) -> None:
+    registry, sink = RunRegistry(MonitorConfig()), MetricsSink(metrics)
+    for rank in (0, 1):
+        run = factories.admit(registry, 0.0, factories.hello(process_rank=rank, num_senders=2), b"p%d" % rank).run
+    sink(0.0, events.RunChanged(run))
+
+    def log(step: int, rank: int = 0, **values: float) -> None:
+        logged = {name: LoggedScalar(step=step, value=value) for name, value in values.items()}
+        heartbeat = factories.heartbeat(step, process_rank=rank, logged=logged)
+        registry.on_message(1.0, heartbeat, b"p%d" % rank)
+        readings = run.read_logged(heartbeat)
+        sink(1.0, events.HeartbeatReceived(run, heartbeat, {}, False, False, readings))
+
+    def shown(name: str) -> list[float | None]:
+        return [metrics.value(each, "job", name) for each in ("logged_value", "band_low", "band_high")]
+
+    for step in range(40):
+        log(step, kl=1.0 + 0.1 * (step % 3))
+        log(step, rank=1, kl=50.0, reward=float(step % 2))
+    value, low, high = shown("kl")
+    assert value == 1.0
+    assert low is not None
+    assert high is not None
+    assert low < 1.0 < 1.2 < high < 50.0, "rank 0 is the lowest that logs kl"
+    assert shown("reward")[0] == 1.0
+    assert metrics.value("band_departures", "job", "kl") == 0.0
+    for step in range(40, 50):
+        log(step, kl=9.0)
+    assert metrics.value("band_departures", "job", "kl") == 1.0
+    log(50, kl=math.nan)
+    assert shown("kl")[0] is None
+    log(51, loss=1.0, grad_norm=1.0, **{f"name_{number}": 1.0 for number in range(30)})
+    log(52, **{f"more_{number}": 1.0 for number in range(30)})
+    assert shown("loss")[0] is None, "the names of measured scalars are not logged ones"
+    assert len(run.bands) == MAX_LOGGED
+
+
+def test_a_loss_above_its_band_is_counted_and_a_repeated_or_falling_one_is_not(metrics: Metrics) -> None:
+    run, sink = watched(), MetricsSink(metrics)
+    sink(0.0, events.RunChanged(run))
+
+    def departures(*losses: float | None) -> float | None:
+        for loss in losses:
+            departures.step += 1  # type: ignore[attr-defined]
+            reading = run.read_loss(TrainingStep(step=departures.step, loss=loss))  # type: ignore[attr-defined]
+            sink(0.0, events.Assessed(run, alarm(run), None, reading))
+        return metrics.value("band_departures", "job", "loss")
+
+    departures.step = 0  # type: ignore[attr-defined]
+    assert departures(*(3.0 + 0.1 * (step % 5) for step in range(40)), None) == 0.0
+    assert metrics.value("band_low", "job", "loss") is None
+    assert departures(9.0, 9.0, 9.0, 9.0) == 0.0, "one logged loss, seen in several snapshots"
+    assert departures(3.0, 1.0, 0.9, 0.8) == 0.0
+    assert departures(9.0, 9.5, 12.0) == 1.0
 
 
 def test_the_history_commits_soon_after_the_first_event(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def test_the_file_has_address_and_labels_and_goes_at_the_end(tmp_path: Path) -> 
                         "__scheme__": "https",
                         "__meta_koopmon_host": host,
                         "__meta_koopmon_run": "train-1a2b",
+                        "ephemeral": "true",
                     },
                 }
             ]

@@ -136,7 +136,7 @@ def guarded(monitor: MonitorProcess, agent: ScriptedAgent, step: int) -> None:
     assert monitor.process.poll() is None, monitor.log.read_text()[-2000:]
     assert httpx.get(f"http://{monitor.addresses.http}/healthz", timeout=30.0).status_code == 200
     samples = monitor.samples()
-    assert samples[f'run_state{{run="{agent.name["run"]}"}}'] == 1
+    assert samples[f'run_state{{run="{agent.name["run"]}",state="running"}}'] == 1
     assert all(math.isfinite(value) for value in samples.values())
 
 

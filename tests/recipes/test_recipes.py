@@ -51,6 +51,13 @@ def test_megatron(recipe: Recipe) -> None:
     guarded(summary)
 
 
+def test_trl(recipe: Recipe) -> None:
+    pytest.importorskip("trl")
+    said, summary = recipe("trl.md")
+    assert "trained, loss" in said
+    guarded(summary)
+
+
 def test_ray_train_is_python_and_says_that_it_is_not_run() -> None:
     compile(blocks("ray-train.md")["train_ray.py"], "train_ray.py", "exec")
     text = (ROOT / "docs" / "recipes" / "ray-train.md").read_text()

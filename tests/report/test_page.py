@@ -54,7 +54,7 @@ def test_a_guarded_run(recorder: Recorder) -> None:
     ]
     assert len([each for each in read.of("img") if each["class"] == "heat"]) == 4
     assert len([each for each in read.of("svg") if each.get("class") == "circle"]) == 3
-    assert len([each for each in read.of("svg") if each.get("class") == "chart"]) == 3, "risk, loss, rate scale"
+    assert len([each for each in read.of("svg") if each.get("class") == "chart"]) == 4
     for words in (
         "down to 0.5 by 1 back-off, first at step 42",
         "learning rate × 0.5",
@@ -151,7 +151,7 @@ def test_every_kind_of_run_has_a_page(recorder: Recorder, scene: str) -> None:
         "no hello": "No training process of this run connected",
         "not finite": "No snapshot was profiled",
         "one snapshot": "None: no snapshot had a risk of 0.40 or more.",
-        "restarted": "fedcba98",
+        "restarted": "Launch 2.",
         "many decisions": "50 more rows are in the data of --json.",
     }
     assert says[scene] in read.text

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from koopmon.config import CadenceConfig, PolicyConfig
-from koopmon.telemetry.alerts import ALERTS, BY_NAME, Alert, read_alerts, runbook_url
+from koopmon.telemetry.alerts import ALERTS, BY_NAME, Alert, plain_summary, read_alerts, runbook_url
 
 ONE = """
 fragments:
@@ -30,7 +30,7 @@ alerts:
 
 
 def test_placeholders_are_filled_in_and_templates_stay() -> None:
-    (alert,) = read_alerts(ONE)
+    ((alert,), _) = read_alerts(ONE)
     assert alert == Alert(
         name="KoopmonOne",
         group="risk",
@@ -74,7 +74,7 @@ def test_an_unknown_placeholder_is_refused(name: str) -> None:
 
 
 def test_thresholds_follow_the_configuration() -> None:
-    assert f">= {PolicyConfig().act_risk:g} " in BY_NAME["KoopmonRiskHigh"].expr
+    assert 'koopmon_risk_threshold{level="act"}' in BY_NAME["KoopmonRiskHigh"].expr
     assert f"> {4 * CadenceConfig().budget_ratio:g} " in BY_NAME["KoopmonAgentOverhead"].expr
     assert f"(default {PolicyConfig().act_risk:g})" in BY_NAME["KoopmonRiskSpike"].means
     assert f"is {CadenceConfig().budget_ratio:.1%} of" in BY_NAME["KoopmonAgentOverhead"].means
@@ -91,3 +91,22 @@ def test_the_runbook_is_on_the_monitor_or_in_the_docs() -> None:
     alert = BY_NAME["KoopmonRunVanished"]
     assert runbook_url(alert) == "http://{{ $labels.instance }}/alerts#KoopmonRunVanished"
     assert runbook_url(alert, "https://docs.example.org/a/#") == "https://docs.example.org/a/#KoopmonRunVanished"
+
+
+def test_a_summary_without_templates_is_a_sentence() -> None:
+    found = {alert.name: plain_summary(alert) for alert in ALERTS}
+    assert not [
+        text
+        for text in found.values()
+        if "{" in text or "$" in text or not (text[0].isupper() or text.startswith("koopmon"))
+    ]
+    wanted = {
+        "KoopmonRiskSpike": "The risk of divergence spiked",
+        "KoopmonActionTaken": "A command was applied",
+        "KoopmonRunVanished": "A run vanished",
+        "KoopmonMonitorDown": "The monitor is down",
+        "KoopmonMonitorAbsent": "No monitor is left in the Prometheus job",
+        "KoopmonMessagesRejected": "The monitor rejects messages",
+        "KoopmonScalarLeftBand": "A logged scalar left its band",
+    }
+    assert {name: found[name] for name in wanted} == wanted

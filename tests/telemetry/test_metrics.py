@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,18 @@ from koopmon.spectral import LayerProfile, SpectralProfile, profile_states
 from koopmon.telemetry.metrics import (
     COMMAND_KINDS,
     COMMAND_OUTCOMES,
-    DROPS,
     KEPT_WHEN_VANISHED,
     LAYER_FIELDS,
+    MONITOR_DROPS,
+    OBSERVABLE,
     PREFIX,
     REJECTIONS,
+    RUN_STATES,
     TABLE,
     Metrics,
     layer_buckets,
 )
-from koopmon.wire.messages import MAX_OBSERVABLES, TrainingStep
+from koopmon.wire.messages import DROP_REASONS, MAX_OBSERVABLES, TrainingStep
 
 GOLDEN = Path(__file__).parent / "metrics.golden"
 
@@ -78,9 +81,10 @@ def test_every_metric_of_the_contract_is_there() -> None:
     assert names >= {
         *("near_unit_mass", "expansive_mass", "contractive_mass", "spectral_radius", "eigenvector_condition_number"),
         *("nonlinearity_ratio", "update_ratio", "reliable_mode_ratio", "reliable_near_unit_mass"),
-        *("risk", "initial_risk", "divergence_probability", "informative", "kss_alpha", "lr_scale", "step"),
-        *("run_state", "last_snapshot_timestamp_seconds", "agent_overhead_ratio", "taps_missing"),
-        *("snapshots_received_total", "snapshots_dropped_total", "commands_total", "messages_rejected_total"),
+        *("risk", "initial_near_unit_mass", "divergence_probability", "informative", "kss_alpha", "lr_scale", "step"),
+        *("run_state", "last_snapshot_timestamp_seconds", "agent_overhead_ratio", "taps_missing_total", "ranks"),
+        *("acting", "watch_only", "risk_threshold", "agent_snapshots_dropped_total", "commands_issued_total"),
+        *("snapshots_received_total", "snapshots_dropped_total", "commands_settled_total", "messages_rejected_total"),
         *("dmd_duration_seconds", "engine_queue_length", "build"),
     }
 
@@ -90,15 +94,16 @@ def test_counters_start_at_zero_for_every_known_label_value(metrics: Metrics, re
     found = exposed(registry)
     for reason in REJECTIONS:
         assert found[PREFIX + "messages_rejected_total", (("reason", reason),)] == 0
-    for reason in DROPS:
-        assert found[PREFIX + "snapshots_dropped_total", (("reason", reason), ("run", "job"))] == 0
+    for prefix, reasons in (("agent_", DROP_REASONS), ("", MONITOR_DROPS)):
+        for reason in reasons:
+            assert found[f"{PREFIX}{prefix}snapshots_dropped_total", (("reason", reason), ("run", "job"))] == 0
     for kind in COMMAND_KINDS:
         for outcome in COMMAND_OUTCOMES:
             labels = (("kind", kind), ("outcome", outcome), ("run", "job"))
-            assert found[PREFIX + "commands_total", labels] == 0
-    metrics.add("commands", "job", "stop", "sent")
+            assert found[PREFIX + "commands_settled_total", labels] == 0
+    metrics.add("commands_settled", "job", "stop", "applied")
     metrics.begin_run("job")
-    assert metrics.value("commands", "job", "stop", "sent") == 1
+    assert metrics.value("commands_settled", "job", "stop", "applied") == 1
 
 
 def test_labels_are_bounded(metrics: Metrics) -> None:
@@ -147,12 +152,14 @@ def test_observables_are_bucketed_as_layers_are_and_leave_nothing_stale(
     metrics.set_observables("job", {"router_entropy": [None] * 64 + [0.25, 0.75]})
 
     def series(run: str) -> dict[tuple[str, str], float]:
-        found = {labels: value for (name, labels), value in exposed(registry).items() if name == PREFIX + "observable"}
-        told = {tuple(sorted(dict(labels).items())): value for labels, value in found.items()}
-        return {(each[0][1], each[1][1]): value for each, value in told.items() if each[2][1] == run}
+        found = {(name, dict(labels)["layer"], dict(labels)["run"]): value for (name, labels), value in observed()}
+        return {(name, layer): value for (name, layer, whose), value in found.items() if whose == run}
 
-    assert series("job") == {("64-65", "router_entropy"): 0.5}
-    assert series("other") == {("0", "load_imbalance"): 1.0}
+    def observed() -> list[Any]:
+        return [each for each in exposed(registry).items() if each[0][0].startswith(PREFIX + OBSERVABLE)]
+
+    assert series("job") == {("koopmon_observable_router_entropy", "64-65"): 0.5}
+    assert series("other") == {("koopmon_observable_load_imbalance", "0"): 1.0}
     metrics.set_observables("job", {})
     assert series("job") == {}
     metrics.end_run("other")
@@ -165,7 +172,7 @@ def test_a_run_has_series_of_its_first_observables_only(metrics: Metrics, regist
         metrics.set_observables("job", {f"name{first + index}": [1.0] for index in range(MAX_OBSERVABLES)})
 
     def names() -> set[str]:
-        return {dict(labels)["name"] for name, labels in exposed(registry) if name == PREFIX + "observable"}
+        return {name.removeprefix(PREFIX + OBSERVABLE) for name, _ in exposed(registry) if OBSERVABLE in name}
 
     assert names() == set()
     metrics.set_observables("job", {"name0": [1.0], "name40": [1.0]})
@@ -195,8 +202,18 @@ def test_layers_share_series_above_the_bound(num_layers: int, count: int, first:
 
 def test_a_bucket_shows_the_mean_or_the_worst(metrics: Metrics) -> None:
     metrics.set_layers("job", make_profile(66))
-    assert metrics.value("update_ratio", "job", "2-3") == 2.5
-    assert metrics.value("spectral_radius", "job", "2-3") == 3.0
+    assert metrics.value("update_ratio", "job", "02-03") == 2.5
+    assert metrics.value("spectral_radius", "job", "02-03") == 3.0
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 10, 11, 64, 65, 100, 1001, 4096])
+def test_labels_of_layers_are_in_the_order_of_the_layers_as_text_too(
+    metrics: Metrics, registry: CollectorRegistry, num_layers: int
+) -> None:
+    metrics.set_observables("job", {"router_entropy": [float(layer) for layer in range(num_layers)]})
+    found = {dict(labels)["layer"]: value for (name, labels), value in exposed(registry).items() if OBSERVABLE in name}
+    assert [value for _, value in sorted(found.items())] == sorted(found.values())
+    assert len({len(label) for label in found}) == 1
 
 
 def test_a_run_that_vanished_keeps_two_series_and_one_that_is_removed_none(
@@ -205,7 +222,7 @@ def test_a_run_that_vanished_keeps_two_series_and_one_that_is_removed_none(
     before = exposed(registry)
     metrics.begin_run("job")
     metrics.set_layers("job", make_profile(2))
-    metrics.set("run_state", 2, "job")
+    metrics.set_state("run_state", "vanished", RUN_STATES, "job")
     metrics.set("last_snapshot_timestamp_seconds", 1.0, "job")
     metrics.end_run("job", keep=KEPT_WHEN_VANISHED)
     left = {name for name, labels in exposed(registry) if ("run", "job") in labels}
@@ -231,6 +248,11 @@ def test_openmetrics_is_valid_too(metrics: Metrics, registry: CollectorRegistry)
     metrics.observe_duration(0.1)
     families = {family.name: family for family in parse_openmetrics(generate_openmetrics(registry).decode())}
     assert families[PREFIX + "snapshots_received"].type == "counter"
+    units = {name: family.unit for name, family in families.items() if family.unit}
+    assert units == {name: name.rpartition("_")[2] for name in families if name.endswith(("_seconds", "_ratio"))}, (
+        "each with a unit in its name declares it"
+    )
+    assert units
     assert families[PREFIX + "build"].samples[0].labels == {"version": "0"}
     assert not any(
         "rank" in sample.labels or "step" in sample.labels for f in families.values() for sample in f.samples
@@ -250,9 +272,23 @@ def test_the_exposition_is_that_of_the_client_library(
     metrics.observe_duration(0.1)
     text = metrics.exposition(encode)
     assert text == encode(registry)
-    assert b'koopmon_observable{layer="1",name="router_entropy",run="a/job:2"} 2.5e+12' in text
+    assert b'koopmon_observable_router_entropy{layer="1",run="a/job:2"} 2.5e+12' in text
 
 
 def test_a_layer_has_six_digits(metrics: Metrics) -> None:
     metrics.set_layers("job", make_profile(1, spectral_radius=1.23456789))
     assert metrics.value("spectral_radius", "job", "0") == 1.23457
+
+
+@pytest.mark.needs("promtool")
+@pytest.mark.process
+def test_promtool_has_no_complaint(metrics: Metrics, registry: CollectorRegistry) -> None:
+    metrics.begin_run("job")
+    for series in TABLE:
+        if series.kind == "gauge":
+            metrics.set(series.name, 1.0, *(f"a-{label}" for label in series.labels))
+    metrics.set_observables("job", {"router_entropy": [0.5], "load_imbalance": [2.0], "dropped_token_ratio": [0.0]})
+    metrics.observe_duration(0.1)
+    text = generate_latest(registry)
+    done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

@@ -8,15 +8,19 @@ from xml.etree import ElementTree
 import pytest
 
 from koopmon.config import PolicyConfig
-from koopmon.views.run_view import SCALARS, CommandView, DecisionView, Scalar
+from koopmon.risk.band import BandReading
+from koopmon.views.run_view import SCALARS, CommandView, DecisionView, LoggedPoint, Scalar
 from koopmon.views.spectra import Spectrum
 from koopmon.views.svg_charts import (
     EDGE,
+    MAX_HINTS,
     MAX_MARKS,
     MAX_POINTS,
     RISK_HEIGHT,
     SMALL_HEIGHT,
+    StepAxis,
     eigenvalue_plot,
+    logged_charts,
     plotted_modulus,
     risk_chart,
     scalar_chart,
@@ -48,9 +52,11 @@ def test_the_risk_goes_from_the_bottom_to_the_top_and_from_left_to_right() -> No
     (risk,) = [each for each in drawn.iter("polyline") if each.attrib["class"] == "line risk"]
     assert line(risk) == [(0.0, RISK_HEIGHT - 2), (1000.0, 2.0)]
     assert [each.text for each in drawn.iter("text")] == [
+        "1",
         "severe 0.8",
         "act 0.4",
-        "calm below 0.2",
+        "calm 0.2",
+        "0",
         "step 10",
         "step 15",
         "step 20",
@@ -66,7 +72,8 @@ def test_commands_are_marked_where_they_came_into_force_and_hollow_where_not() -
     assert [each.find("line").attrib["x1"] for each in marks] == ["20.00%", "50.00%"]  # type: ignore[union-attr]
     assert marks[0].find("title").text == "step 20: learning rate × 0.5, applied"  # type: ignore[union-attr]
     many = [decided(step % 100, "applied", step % 100) for step in range(MAX_MARKS + 50)]
-    assert len(list(read(risk_chart(points, many, POLICY)).iter("title"))) == MAX_MARKS
+    drawn = read(risk_chart(points, many, POLICY))
+    assert len([each for each in drawn.iter("g") if each.attrib.get("class", "").startswith("command")]) == MAX_MARKS
 
 
 def test_each_launch_has_a_line_and_a_cross_marks_what_was_not_finite() -> None:
@@ -77,8 +84,54 @@ def test_each_launch_has_a_line_and_a_cross_marks_what_was_not_finite() -> None:
     assert broken.find("title").text == "step 6: not finite"  # type: ignore[union-attr]
 
 
+def test_later_launches_are_marked_at_their_first_step() -> None:
+    points = [point(0, "aaaaaaaa"), point(100, "aaaaaaaa"), point(40, "bbbbbbbb"), point(60, "bbbbbbbb")]
+    for chart in (risk_chart(points, [], POLICY), scalar_chart(points, SCALAR["lr_scale"])):
+        (mark,) = [each for each in read(chart).iter("g") if each.attrib.get("class") == "launch"]
+        assert mark.find("title").text == "launch 2 from step 40"  # type: ignore[union-attr]
+        assert mark.find("line").attrib["x1"] == "40.00%"  # type: ignore[union-attr]
+
+
+def test_strips_show_the_values_of_a_snapshot_to_the_mouse() -> None:
+    points = [point(step, risk=0.25, loss=2.0, learning_rate=0.1, lr_scale=0.5) for step in range(1000)]
+    (hints,) = [each for each in read(risk_chart(points, [], POLICY)).iter("g") if each.attrib.get("class") == "hints"]
+    strips = hints.findall("rect")
+    assert len(strips) <= MAX_HINTS
+    assert sum(float(each.attrib["width"].rstrip("%")) for each in strips) == pytest.approx(100.0, abs=1.0)
+    title = strips[0].find("title")
+    assert title is not None
+    assert title.text is not None
+    assert title.text.startswith("step 0: risk 0.25, forecast –, loss 2, lr in force 0.05, gradient norm –")
+
+
+def logged(step: int, value: float, low: float | None = None, high: float | None = None) -> LoggedPoint:
+    reading = BandReading(step, value, low, high)
+    return LoggedPoint(incarnation=INCARNATION, step=step, readings={"kl": reading})
+
+
+def test_a_logged_scalar_has_a_line_and_its_band() -> None:
+    points = [logged(0, 1.0), logged(5, 2.0, 1.0, 3.0), logged(10, 9.0, 1.0, 3.0), logged(11, math.nan, 1.0, 3.0)]
+    (chart,) = logged_charts(points)
+    drawn = read(chart)
+    (kl,), (band,) = drawn.iter("polyline"), drawn.iter("polygon")
+    assert len(line(kl)) == 3
+    tops, bottoms = line(band)[:3], line(band)[3:]
+    assert {y for _, y in tops} == {y for _, y in tops[:1]}
+    assert min(y for _, y in bottoms) > max(y for _, y in tops)
+    assert line(kl)[-1][1] < tops[0][1]
+    assert "kl <strong>9</strong>" in chart
+    assert logged_charts([]) == []
+
+
+def test_charts_of_one_axis_have_the_same_steps() -> None:
+    axis = StepAxis.of([point(10), point(20)], [logged(0, 1.0), logged(40, 2.0)])
+    chart = risk_chart([point(10), point(20)], [], POLICY, axis)
+    (risk,) = [each for each in read(chart).iter("polyline") if each.attrib["class"] == "line risk"]
+    assert [x for x, _ in line(risk)] == [250.0, 500.0]
+
+
 def test_nothing_judged_yet_is_said() -> None:
-    (chart,) = read(risk_chart([], [], POLICY)).findall("svg")
+    (chart,) = [each for each in read(risk_chart([], [], POLICY)).iter("svg") if each.attrib.get("role") == "img"]
     assert chart.attrib["aria-label"] == "No snapshot was judged yet."
     assert sparkline([point(1)], 0.4) == ""
 
@@ -156,7 +209,7 @@ def test_eigenvalues_lie_in_the_plane_and_far_ones_on_the_rim() -> None:
     assert far.attrib["d"] == f"M{0.6 * EDGE:.1f},{-0.8 * EDGE:.1f}h0"
     assert (near.attrib["class"], far.attrib["class"]) == ("depth-0", "depth-15")
     assert "2 of 3 in the near-unit ring, 1 beyond it; the largest modulus is 50." in drawn
-    assert "1 beyond modulus 3 are drawn at the rim." in drawn
+    assert "1 beyond modulus 3, the largest 50, are drawn at the dashed rim." in drawn
 
 
 def test_the_plotted_modulus_follows_the_largest_within_bounds() -> None:

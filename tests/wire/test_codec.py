@@ -85,7 +85,9 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
 def messages(draw: st.DrawFn, struct: type[msgspec.Struct]) -> Any:
     fields = {}
     for field in inspect.type_info(struct).fields:
-        strategy = st.none() | st.floats() if field.name in UNBOUNDED_SCALARS else values(field.type)
+        strategy = values(field.type)
+        if field.name in UNBOUNDED_SCALARS:
+            strategy = st.floats() if field.required else st.none() | st.floats()
         fields[field.name] = draw(strategy)
     if struct is Shard:
         fields["num_points"] = draw(st.integers(1, 5))

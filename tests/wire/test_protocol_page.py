@@ -20,6 +20,7 @@ from koopmon.wire.messages import (
     Applied,
     Judgement,
     KssSettings,
+    LoggedScalar,
     Message,
     Rewind,
     Shard,
@@ -28,7 +29,7 @@ from koopmon.wire.messages import (
 
 PAGE = (Path(koopmon.wire.__file__).parent / "PROTOCOL.md").read_text(encoding="utf-8")
 MESSAGES = AnyMessage.__args__
-STRUCTS = [Message, *MESSAGES, TrainingStep, KssSettings, Rewind, Applied, Judgement]
+STRUCTS = [Message, *MESSAGES, TrainingStep, LoggedScalar, KssSettings, Rewind, Applied, Judgement]
 
 
 def describe(kind: inspect.Type) -> str:

@@ -320,5 +320,6 @@ class ControlChannel:
             taps_missing=stats.taps_missing,
             overhead_ratio=max(0.0, spent / passed) if passed > 0.0 else 0.0,
             step_seconds=stats.step_seconds,
+            logged=stats.logged_scalars(),
             control_ready=self._handler.ready,
         )

@@ -50,6 +50,10 @@ def run(view: RunView, now: float) -> dict[str, Any]:
         "sends": view.sends,
         "health": msgspec.to_builtins(view.health) | {"snapshots_received": view.num_received},
         "points": [point.to_dict() for point in view.points],
+        "logged": [
+            {"step": point.step, "values": {name: each.value for name, each in point.readings.items()}}
+            for point in view.logged
+        ],
         "layers": layers_to_dict(view.columns),
         "spectrum": None if view.spectrum is None else view.spectrum.to_dict(),
         "decisions": [decision.to_dict() for decision in view.decisions],

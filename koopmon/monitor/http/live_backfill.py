@@ -17,7 +17,7 @@ from koopmon.errors import StoreError, one_line
 from koopmon.history.reader import HistoryReader, RunRow
 from koopmon.history.schema import RunState
 from koopmon.monitor.http.live_state import MAX_DECISIONS, MAX_POINTS, LiveState
-from koopmon.views.run_view import DecisionView, RunView, TimelinePoint
+from koopmon.views.run_view import DecisionView, LoggedPoint, RunView, TimelinePoint
 from koopmon.views.spectra import Column, Spectrum
 
 logger = logging.getLogger(__name__)
@@ -60,10 +60,11 @@ class LiveBackfill:
                 return
             with _isolated(row.name):
                 points = [TimelinePoint.of_row(each) for each in history.observations(row.name, last=MAX_POINTS)]
+                logged = LoggedPoint.of_rows(history.heartbeats(row.name, last=MAX_POINTS))
                 decisions = [DecisionView.of_row(each) for each in history.decisions(row.name, last=MAX_DECISIONS)]
                 view = _recorded_view(history, row)
                 view = replace(view, step=max([view.step, *(point.step for point in points[-1:])]))
-                self._live_state.backfill(view, points=points, decisions=decisions)
+                self._live_state.backfill(view, points=points, logged=logged, decisions=decisions)
                 known.append(view)
         for view in reversed(known):
             with _isolated(view.name):

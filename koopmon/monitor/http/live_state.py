@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -20,10 +20,12 @@ from koopmon.monitor import events
 from koopmon.monitor.registry import Run
 from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.policy import Decision
+from koopmon.risk.band import BandReading
 from koopmon.views.run_view import (
     AgentHealth,
     CommandView,
     DecisionView,
+    LoggedPoint,
     PolicyStatus,
     RunView,
     TimelinePoint,
@@ -38,7 +40,7 @@ MAX_DECISIONS = 50
 HEALTH_SECONDS = 1.0
 """Minimum interval between health updates of a run, which may have thousands of ranks."""
 
-T = TypeVar("T", TimelinePoint, Column, DecisionView)
+T = TypeVar("T", TimelinePoint, LoggedPoint, Column, DecisionView)
 
 
 @dataclass(slots=True)
@@ -47,6 +49,7 @@ class _Kept:
 
     view: RunView
     points: deque[TimelinePoint] = field(default_factory=lambda: deque(maxlen=MAX_POINTS))
+    logged: deque[LoggedPoint] = field(default_factory=lambda: deque(maxlen=MAX_POINTS))
     columns: deque[Column] = field(default_factory=lambda: deque(maxlen=MAX_COLUMNS))
     decisions: deque[DecisionView] = field(default_factory=lambda: deque(maxlen=MAX_DECISIONS))
     lost: dict[str, int] = field(default_factory=dict)
@@ -55,7 +58,7 @@ class _Kept:
 
     def shown(self) -> RunView:
         points, columns, decisions = tuple(self.points), tuple(self.columns), tuple(self.decisions)
-        return replace(self.view, points=points, columns=columns, decisions=decisions)
+        return replace(self.view, points=points, logged=tuple(self.logged), columns=columns, decisions=decisions)
 
 
 class LiveState:
@@ -100,6 +103,8 @@ class LiveState:
                 kept.view = replace(kept.view, num_received=kept.view.num_received + 1)
             case events.SnapshotDropped(_, reason):
                 kept.lost[reason] = kept.lost.get(reason, 0) + 1
+            case events.HeartbeatReceived(run) if event.logged:
+                self._add_logged(kept, event.logged)
             case events.Assessed(run, assessment) if assessment is not None:
                 self._add_assessment(kept, assessment, event.plain, run.controller)
             case events.Decided(_, assessment) if assessment.decision is not None:
@@ -166,6 +171,12 @@ class LiveState:
         )
         self._change(kept, standing=standing, spectrum=spectrum)
 
+    def _add_logged(self, kept: _Kept, readings: Mapping[str, BandReading]) -> None:
+        point = LoggedPoint.of(kept.view.incarnation, readings)
+        if point is not None and not point.repeats(kept.logged[-1] if kept.logged else None):
+            kept.logged.append(point)
+            self._change(kept)
+
     def _add_decision(self, kept: _Kept, assessment: Assessment, decision: Decision) -> None:
         outcome = "pending" if kept.view.sends else "dry_run"
         view = DecisionView(
@@ -185,12 +196,13 @@ class LiveState:
         view: RunView,
         *,
         points: Iterable[TimelinePoint] = (),
+        logged: Iterable[LoggedPoint] = (),
         columns: Iterable[Column] = (),
         decisions: Iterable[DecisionView] = (),
     ) -> None:
         """Insert values of the history before the live values, which stay unchanged."""
         # Evaluate the iterables outside the lock: they may read from a file.
-        points, columns, decisions = list(points), list(columns), list(decisions)
+        points, logged, columns, decisions = list(points), list(logged), list(columns), list(decisions)
         with self._lock:
             kept = self._kept.get(view.name)
             if kept is None:
@@ -198,6 +210,7 @@ class LiveState:
             elif kept.view.spectrum is None:
                 kept.view = replace(kept.view, spectrum=view.spectrum)
             _before(kept.points, points)
+            _before(kept.logged, logged)
             _before(kept.columns, columns)
             _before(kept.decisions, decisions)
             self._change(kept)

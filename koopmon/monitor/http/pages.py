@@ -10,12 +10,20 @@ from markupsafe import Markup, escape
 
 from koopmon.config import PolicyConfig
 from koopmon.monitor.http.policy_preview import preview
-from koopmon.telemetry.alerts import ALERTS
+from koopmon.telemetry.alerts import ALERTS, plain_summary
 from koopmon.views.heatmap import heatmap
 from koopmon.views.html import decimal, number, render, templates
 from koopmon.views.run_view import SCALARS, RunView
 from koopmon.views.spectra import QUANTITIES
-from koopmon.views.svg_charts import depth_legend, eigenvalue_plot, risk_chart, scalar_chart, sparkline
+from koopmon.views.svg_charts import (
+    StepAxis,
+    depth_legend,
+    eigenvalue_plot,
+    logged_charts,
+    risk_chart,
+    scalar_chart,
+    sparkline,
+)
 
 PACKAGE = "koopmon.monitor.http"
 POLICY = (
@@ -64,8 +72,9 @@ def runs_page(root: str, views: Sequence[RunView], now: float, policy: PolicyCon
 
 def run_page(root: str, view: RunView, now: float, policy: PolicyConfig, *, quantity: str) -> str:
     """Render the page of one run. `quantity`, one of QUANTITIES, selects the heatmap; `now` is Unix seconds."""
+    axis = StepAxis.of(view.points, view.logged)
     acting = policy if view.standing is None else view.standing.policy
-    spectrum, charted = view.spectrum, (scalar for scalar in SCALARS if scalar.chart)
+    spectrum = view.spectrum
     return _page(
         "run.html",
         root,
@@ -76,14 +85,14 @@ def run_page(root: str, view: RunView, now: float, policy: PolicyConfig, *, quan
         quantity=quantity,
         quantities=QUANTITIES,
         preview=preview(view),
-        risk_chart=risk_chart(view.points, view.decisions, acting),
+        risk_chart=risk_chart(view.points, view.decisions, acting, axis),
         heads=["Step", "Risk", "Forecast", *(scalar.title for scalar in SCALARS)],
         rows=[
             (
                 f"{point.step:,}",
                 decimal(point.risk),
                 decimal(point.forecast),
-                *(number(getattr(point.training, scalar.name), scalar.digits) for scalar in SCALARS),
+                *(number(scalar.of(point), scalar.digits) for scalar in SCALARS),
             )
             for point in view.points[: -ROWS - 1 : -1]
         ],
@@ -91,7 +100,9 @@ def run_page(root: str, view: RunView, now: float, policy: PolicyConfig, *, quan
         plane="" if spectrum is None else eigenvalue_plot(spectrum),
         legend="" if spectrum is None else depth_legend(spectrum.labels),
         layers=_layers(view),
-        scalar_charts=Markup("").join(scalar_chart(view.points, scalar) for scalar in charted),
+        scalar_charts=[scalar_chart(view.points, scalar, axis) for scalar in SCALARS],
+        logged_charts=logged_charts(view.logged, axis),
+        shown={scalar.name: number(scalar.of(view.latest), scalar.digits) for scalar in SCALARS} if view.latest else {},
         drops=[(name.replace("_", " "), f"{count:,}") for name, count in sorted(view.health.dropped.items()) if count],
     )
 
@@ -130,9 +141,4 @@ def _inline(markdown: str) -> Markup:
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(markdown))))  # noqa: S704 - escaped
 
 
-def _plain(template: str) -> str:
-    """Replace the templates of a summary by words: `{{ $labels.run }}` becomes "the run"."""
-    return re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"the \1", template)
-
-
-templates(PACKAGE).filters |= {"inline": _inline, "plain": _plain}
+templates(PACKAGE).filters |= {"inline": _inline, "plain": plain_summary}

@@ -65,7 +65,7 @@ def monitor(start_monitor: Start, connect: Start, until: Until) -> Any:
     command = agent.expect_command("set_lr_scale")
     monitor.held = Applied(lr_scale=command.lr_scale)
     agent.acknowledge(command, "applied", monitor.held, step=5)
-    until(lambda: monitor.sample(f'commands_total{{kind="set_lr_scale",outcome="applied",run="{NAME}"}}') == 1)
+    until(lambda: monitor.sample(f'commands_settled_total{{kind="set_lr_scale",outcome="applied",run="{NAME}"}}') == 1)
     return monitor
 
 

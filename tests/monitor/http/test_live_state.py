@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 
+from koopmon.config import PolicyConfig
 from koopmon.history.schema import RunState
 from koopmon.monitor import events
+from koopmon.monitor.http import json_api
 from koopmon.monitor.http import live_state as boards
 from koopmon.monitor.http.live_state import LiveState
+from koopmon.monitor.http.pages import run_page
+from koopmon.risk.band import BandReading
 from koopmon.telemetry.metrics import MAX_LAYERS
 from koopmon.views.run_view import RunView
+from tests import factories
 from tests.factories import point
 
 Feed = Callable[..., Any]
@@ -74,6 +79,21 @@ def test_everything_is_bounded(
     feed("fourth")
     assert live_state.names() == ["job", "third", "fourth"], "an ended run is removed first"
     assert live_state.num_hidden == 1
+
+
+def test_logged_scalars_are_kept_once_for_each_step(live_state: LiveState, feed: Feed) -> None:
+    fed = feed("job")
+    for step in (1, 1, 2):
+        logged = {"kl": BandReading(step, 0.5 * step)}
+        fed.tell(events.HeartbeatReceived(fed.run, factories.heartbeat(step), {}, False, False, logged))
+    assert [(point.step, point.readings["kl"].value) for point in fed.view.logged] == [(1, 0.5), (2, 1.0)]
+    before = live_state.revision
+    fed.tell(events.HeartbeatReceived(fed.run, factories.heartbeat(3), {}, False, False, logged))
+    assert live_state.revision == before
+    assert json_api.run(fed.view, 0.0)["logged"][-1] == {"step": 2, "values": {"kl": 1.0}}
+    page = run_page("", fed.view, 0.0, PolicyConfig(), quantity="near_unit_mass")
+    assert "Logged scalars" in page
+    assert "kl <strong>1</strong>" in page
 
 
 def test_many_layers_share_rows(feed: Feed, make_profile: Profile) -> None:

@@ -60,8 +60,8 @@ def test_runs_are_counted_and_the_title_says_what_matters() -> None:
     assert re.findall(r'<div class="([^"]*)"><dt>([^<]*)</dt><dd>(\d+)</dd>', page) == [
         ("tile", "Running", "3"),
         ("tile bad", "At risk", "1"),
-        ("tile held", "Held back", "2"),
-        ("tile", "Over", "1"),
+        ("tile held", "Slowed down", "2"),
+        ("tile", "Finished", "1"),
     ]
     assert "<title>1 at risk · koopmon</title>" in page
     assert "<title>1 running · koopmon</title>" in runs_page("", [view()], NOW, POLICY)
@@ -152,8 +152,7 @@ def test_what_is_known_of_a_run_is_shown() -> None:
         "backed off · risk 0.90",
         "learning rate × 0.5 refused at step 1,234 watch-only",
         "a snapshot every step dry run",
-        "Learning rate LR scale KSS alpha Update RMS Log-partition 7 0.10 – 1.25 0.5 –",
-        "Step Risk Forecast Loss Gradient norm Learning rate",
+        "Step Risk Forecast Loss LR in force Gradient norm LR scale KSS alpha 7 0.10 – 1.25 – 0.5",
         "Layer Near-unit mass Expansive mass Contractive mass Spectral radius 0 0.25 0.25",
         "Loss 1.25 from 1.25 to 2.5",
     ):

@@ -10,18 +10,23 @@ const words = {
   waiting: "connecting",
   live: "live",
   lost: "connection lost, trying again",
+  ended: "the monitor has ended, or it cannot be reached",
   polling: "no stream, polling every 15 s",
 };
 const told = new Map(); // last state and decision of each run, announced or known from the start
 let busy = false;
 let again = false;
 let fallback = 0;
+let failures = 0; // of the stream, in a row
+const ENDED_AFTER = 3;
 let skew = 0; // monitor's clock minus the browser's
 
 function show(state) {
   if (connection.dataset.state !== state) {
     connection.dataset.state = state;
-    connection.textContent = words[state];
+    const run = new URLSearchParams(main.dataset.events?.split("?")[1]).get("run");
+    const report = run ? `: koopmon report ${run} shows the record` : ": koopmon runs lists recorded runs";
+    connection.textContent = words[state] + (state === "ended" ? report : "");
   }
 }
 
@@ -110,14 +115,18 @@ function speak({ run, state, last_decision: last }) {
 function listen() {
   const source = new EventSource(main.dataset.events);
   show("waiting");
-  source.addEventListener("open", () => show("live"));
+  source.addEventListener("open", () => {
+    failures = 0;
+    show("live");
+  });
   source.addEventListener("run", (event) => {
     speak(JSON.parse(event.data));
     refresh();
   });
   source.addEventListener("error", () => {
     if (source.readyState !== EventSource.CLOSED) {
-      show("lost");
+      failures += 1;
+      show(failures < ENDED_AFTER ? "lost" : "ended"); // the browser goes on trying
     } else if (!fallback) {
       // The monitor refused the stream because too many are open. Poll, and try the stream again.
       show("polling");
