@@ -58,6 +58,7 @@ class ScriptedMonitor:
         self.restore = restore
         self.judgement: Judgement | None = None
         """Reply to every heartbeat."""
+        self.min_stride, self.min_stride_from = 1, 0
         self.refuse = refuse
         self.clock_offset_seconds = clock_offset_seconds
         self.koopmon_version = koopmon_version
@@ -129,7 +130,8 @@ class ScriptedMonitor:
                 incarnation=message.incarnation,
             )
         elif isinstance(message, Heartbeat):
-            answer = HeartbeatReply(**name, judgement=self.judgement)
+            stride = {"min_stride": self.min_stride, "min_stride_from": self.min_stride_from}
+            answer = HeartbeatReply(**name, judgement=self.judgement, **stride)
         self.heard.append(message)
         if answer is not None:
             control.send(peer, encode(answer))

@@ -205,6 +205,28 @@ def test_an_exception_in_the_loop_goes_through_and_is_told(monitor: ScriptedMoni
     assert monitor.of(Goodbye)[0].reason == "the training raised ZeroDivisionError"
 
 
+def test_the_cadence_follows_what_the_monitor_can_judge(
+    monitor: ScriptedMonitor, agents: Attach, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build()
+    optimizer = optimizer_of(model)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config={"cadence": {"dense_every": 1}})
+    monitor.wait(lambda: agent.status()["connected"])
+    assert agent.status()["min_stride"] == 1
+    monitor.min_stride, monitor.min_stride_from = 4, 6
+    monitor.wait(lambda: "cannot judge all snapshots" in caplog.text)
+    expected = [1, 2, 3, 4, 5, 9, 13, 17]
+    for step in range(20):
+        train_step(model, optimizer, step)
+        num_sent = sum(each <= step for each in expected)
+        monitor.wait(lambda num_sent=num_sent: len(monitor.shards) >= num_sent)  # none is dropped in a full queue
+    assert [header.step for header, _ in monitor.shards] == expected
+    assert agent.status()["min_stride"] == 4
+    monitor.min_stride, monitor.min_stride_from = 1, 20
+    monitor.wait(lambda: agent.status()["min_stride"] == 1)
+    assert caplog.text.count("cannot judge all snapshots") == 1
+
+
 def test_copies_of_a_tapped_model_are_models_without_taps(monitor: ScriptedMonitor, agents: Attach) -> None:
     model = build()
     optimizer = optimizer_of(model)
