@@ -44,6 +44,8 @@ class BlockHooks:
     ) -> None:
         self.stack = stack
         self.selection = selection
+        self.ended = False
+        """True if the hooks do nothing more. Those that a graph has found stay in their modules."""
         self._paused = False
         # Readers come first, because the tap behind the last block completes the snapshot.
         self._handles = [self._read(events, each, readers) for each in declared(selection.families, stack)]

@@ -42,16 +42,10 @@ class CompiledStacks:
         taps = self._taps.get(stack.name)
         return None if taps is None else taps.taps[stack.points.index(point)]
 
-    def is_closed(self, stack: Stack) -> bool:
-        """Return True after `close`."""
-        return stack.name in self._taps and self._taps[stack.name].closed
-
-    def close(self, name: str) -> bool:
-        """Put no taps of the stack into further graphs. Returns True if a graph holds some, which stay."""
-        if name not in self._taps:
-            return False
-        self._taps[name].close()
-        return self._taps[name].traced
+    def close(self, name: str) -> None:
+        """Put no taps of the stack into further graphs. A graph keeps those that it has."""
+        if name in self._taps:
+            self._taps[name].close()
 
     def read(self) -> list[tuple[GraphTaps, list[Copied]]]:
         """Return what the last forward has left, for each stack that was called. Waits for the device."""

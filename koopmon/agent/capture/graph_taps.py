@@ -97,7 +97,8 @@ class BlockTap:
             return
         last = int(value.shape[-1]) if has_static_value(value.shape[-1]) else -1
         channels = int(value.shape[1]) if value.dim() > 2 and has_static_value(value.shape[1]) else -1
-        if self._is_plane(enters, value.dim(), channels, last):
+        is_plane = self._is_plane(enters, value.dim(), channels, last)
+        if is_plane:
             value = value.movedim(1, -1)
         if not has_static_value(value.shape[-1]):
             return
@@ -106,7 +107,8 @@ class BlockTap:
                 return
         name = self._reserve(enters, key, container, int(value.shape[-1]), value.dtype, value.device)
         if name:
-            _copy(value.detach(), self.picks, getattr(self, name), getattr(self, name + "_taken"))
+            state = value.detach() if is_plane else value.detach().flatten(0, -2)
+            _copy(state, self.picks, getattr(self, name), getattr(self, name + "_taken"))
 
     def _reserve(self, *slot: Any) -> str:
         """Return the name of the buffer for a tensor; empty if it is not copied. Runs while the compiler traces."""
@@ -135,11 +137,11 @@ def _copy(state: Tensor, picks: Tensor, buffer: Tensor, taken: Tensor) -> None:
     for size in state.shape[:-1]:
         num_tokens = num_tokens * size
     rows, index = picks % num_tokens, []
-    for size in reversed(state.shape[:-1]):  # not flattened: that would copy the whole state of a convolution
+    for size in state.shape[-2:0:-1]:  # of a convolution, whose state is not flattened: that would copy it whole
         index.append(rows % size)
         rows = rows // size
     waits = taken < 0
-    buffer.copy_(torch.where(waits, state[tuple(reversed(index))], buffer))
+    buffer.copy_(torch.where(waits, state[(rows, *reversed(index))], buffer))
     taken.add_(waits * (num_tokens + 1))
 
 

@@ -154,8 +154,11 @@ class ResidualTaps:
         self._capture.abandon()
 
     def _untap(self, name: str) -> None:
-        if not self._graphs.close(name):  # without these hooks a compiler would start again
-            self._hooks[name].remove()
+        hooks = self._hooks[name]
+        hooks.ended = True
+        self._graphs.close(name)
+        if not self._graphs.traced:  # without a hook of any module in the graph, a compiler would start again
+            hooks.remove()
 
     def _give_up(self, reason: str) -> None:
         self.remove(reason)
@@ -420,7 +423,7 @@ class ResidualTaps:
 
     def _hears(self, hooks: BlockHooks) -> bool:
         """Return False for a removed hook, which may still be called in this forward, and in a foreign forward."""
-        return self._selection is hooks.selection and not is_foreign() and not self._graphs.is_closed(hooks.stack)
+        return self._selection is hooks.selection and not hooks.ended and not is_foreign()
 
     def _enter(self, stack: Stack, point: Point, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         again, kept = recomputing(), self.stack
