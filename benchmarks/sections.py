@@ -83,11 +83,12 @@ def spectral_floor(told: Document) -> list[str]:
     settings, rows, goals = told["settings"], told["rows"], told["goals"]
     near, rising = goals["floor"], goals["monotone"]["holds"]
     cells = [
-        [title, *(f"{row[key]:.{digits}f}" for row in rows)]
+        [title, *(format(row[key], digits) for row in rows)]
         for title, key, digits in (
-            ("CPU ms per layer", "cpu_ms_per_layer", 1),
-            ("times the floor", "ratio", 2),
-            ("times the spectrum alone", "ratio_to_the_spectrum_alone", 2),
+            ("CPU ms per layer", "cpu_ms_per_layer", ".1f"),
+            ("times the floor", "ratio", ".2f"),
+            ("times the spectrum alone", "ratio_to_the_spectrum_alone", ".2f"),
+            ("error of the update ratio", "largest_error_of_the_update_ratio", ".0e"),
         )
     ]
     prose = [
