@@ -271,8 +271,9 @@ class ResidualTaps:
             )
         if self.num_forwards and self.stack is None:
             return (
-                "its blocks are not called: calls block(x) have hooks, and other methods have none; call the blocks, or"
-                f" {HOW_TO_NAME}"
+                "its blocks are not called: attach to the module that the loop calls, after any block has been replaced"
+                " (`koopmon run` attaches when the optimizer is made); call each as block(x): other methods have no"
+                f" hooks; {INSIDE_A_GRAPH}"
             )
         return (
             "taps did not fire: attach to the module that the loop calls, after any block has been replaced"

@@ -313,10 +313,11 @@ def test_a_checkpoint_that_the_backend_leaves_alone_gets_no_taps(
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_inductor_computes_the_same(monitor: ScriptedMonitor, agents: Attach) -> None:
+@pytest.mark.parametrize("make", [build, lambda: convolutions("ResNet")], ids=["transformer", "ResNet"])
+def test_inductor_computes_the_same(make: Callable[[], nn.Module], monitor: ScriptedMonitor, agents: Attach) -> None:
     compile_ = whole("inductor", fullgraph=True)
-    expected = Training(build, compile_, batch).train(range(STEPS))
-    training = Training(build, compile_, batch)
+    expected = Training(make, compile_, batch).train(range(STEPS))
+    training = Training(make, compile_, batch)
     agent = agents(training.model, training.optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
     monitor.wait(lambda: agent.status()["connected"])
     assert equal(training.train(range(STEPS), settled(agent, monitor)), expected)
