@@ -68,6 +68,8 @@ def test_routing_against_counts_and_logarithms(name: str) -> None:
         entropies, loads = entropies[::2], loads[::2]
     assert [value for value in found["router_entropy"] if value is not None] == pytest.approx(entropies, abs=1e-5)
     assert [value for value in found["load_imbalance"] if value is not None] == pytest.approx(loads)
+    shares = [2 * load / E for load in loads]
+    assert [value for value in found["top_expert_share"] if value is not None] == pytest.approx(shares)
     assert "dropped_token_ratio" not in found, "nothing is dropped without a capacity"
 
 

@@ -159,7 +159,7 @@ def test_what_the_family_measures_stands_beside_the_spectra(here: Verb, bench: A
     source.write_text(source.read_text() + EXPERTS)
     found = json.loads(here("profile", "factory.py:mixture", "--json").stdout)
     assert found["adapter"] == "moe"
-    assert set(found["observables"]) == {"router_entropy", "load_imbalance"}
+    assert set(found["observables"]) == {"router_entropy", "load_imbalance", "top_expert_share"}
     entropies = found["observables"]["router_entropy"]
     assert [0 < value <= 1 for value in entropies[1:]] == [True, True]
     assert entropies[0] is None, "the first block is dense"

@@ -171,12 +171,12 @@ class Served:
     store: Path
 
     def samples(self) -> dict[str, float]:
-        """Return every sample of /metrics as `name{label="value",...}` without the prefix."""
+        """Return koopmon's samples of /metrics as `name{label="value",...}` without the prefix."""
         with urlopen(f"http://{self.addresses.http}/metrics", timeout=30.0) as answer:
             text = answer.read().decode("utf-8")
         found = {}
         for family in text_string_to_metric_families(text):
-            for sample in family.samples:
+            for sample in family.samples if family.name.startswith("koopmon_") else ():
                 labels = ",".join(f'{key}="{value}"' for key, value in sorted(sample.labels.items()))
                 found[sample.name.removeprefix("koopmon_") + (f"{{{labels}}}" if labels else "")] = sample.value
         return found

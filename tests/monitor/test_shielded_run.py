@@ -47,15 +47,16 @@ def test_kss_and_back_off_guard_a_mixture_as_back_off_alone(
         status = agent.status()
         assert status["enabled"]
         assert status["applied"]["kss"]["alpha"] == 0.0
-        entropy = 'observable{layer="0",name="router_entropy",run="job"}'
+        entropy = 'observable_router_entropy{layer="0",run="job"}'
         samples = until(lambda: (found := monitor.samples()).get(entropy) and found)
     assert (
         samples['commands_issued_total{kind="set_kss",run="job"}'],
         samples[refused % "refused"],
         samples[refused % "applied"],
     ) == (1, 1, 0)
-    named = {key.split('name="')[1].split('"')[0] for key in samples if key.startswith("observable{")}
-    assert named == {"router_entropy", "load_imbalance"}
+    metrics = [key.partition("{")[0] for key in samples if key.startswith("observable_")]
+    named = {name.removeprefix("observable_") for name in metrics}
+    assert named == {"router_entropy", "load_imbalance", "top_expert_share"}
     monitor.stop()
     with monitor.history() as history:
         profiles = list(history.profiles("job"))

@@ -160,7 +160,14 @@ def test_without_scripts_it_is_complete_and_says_so(open_page: Open) -> None:
     fleet.get_by_role("link", name="load again").click()
     expect(fleet.get_by_role("row")).to_have_count(3)
     page = open_page(PATH, java_script_enabled=False)
-    for name in ("Risk", "Next action of the policy", "Layers over steps", "Eigenvalues", "Agents", "Decisions"):
+    for name in (
+        "Risk, loss and learning rate",
+        "Next action of the policy",
+        "Layers over steps",
+        "Eigenvalues",
+        "Agents",
+        "Decisions",
+    ):
         expect(page.get_by_role("heading", name=name, exact=True)).to_be_visible()
     expect(page.locator("#decisions")).to_contain_text("applied at step 5")
     page.locator("#show").select_option("spectral_radius")
