@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -41,7 +40,7 @@ RESULT = Path(__file__).parent / "results" / "history_size.json"
 SHAPES = {6: (512, 256), 48: (128, 64)}
 """Layers with the samples N and the width D of their snapshots."""
 SVD_RANK = 32
-NUM_PROFILES, NUM_SIZED, NUM_TIMED = 20, 1000, 60
+NUM_PROFILES, NUM_SIZED, NUM_BLOCKS, BLOCK = 20, 1000, 12, 20
 RUN, INCARNATION = "job", "0123abcd"
 GOALS = {"megabytes_48": 4.0, "recording_ratio_48": 0.1, "report_seconds": 3.0, "replay_seconds": 3.0}
 """Upper bounds: MB of 1,000 snapshots, CPU time of recording over that before, CPU seconds of reading 100,000."""
@@ -118,7 +117,7 @@ def form_before() -> Iterator[None]:
 
 
 def recording(path: Path, found: Sequence[SpectralProfile]) -> dict[str, float]:
-    """Return the median CPU milliseconds of recording a profile, today and before, measured in turn."""
+    """Return the least CPU milliseconds of recording a profile, today and before: blocks of each in turn."""
     store = HistoryWriter.open(path)
 
     def before(step: int) -> None:
@@ -131,13 +130,14 @@ def recording(path: Path, found: Sequence[SpectralProfile]) -> dict[str, float]:
         "before": before,
     }
     took: dict[str, list[float]] = {name: [] for name in arms}
-    for step in range(NUM_TIMED):
+    for block in range(NUM_BLOCKS):
         for name, arm in arms.items():
             began = time.process_time()
-            arm(step)
-            took[name].append(time.process_time() - began)
+            for step in range(BLOCK):
+                arm(BLOCK * block + step)
+            took[name].append((time.process_time() - began) / BLOCK)
     store.close()
-    return {name: 1e3 * statistics.median(seconds) for name, seconds in took.items()}
+    return {name: 1e3 * min(seconds) for name, seconds in took.items()}
 
 
 def reading(verb: str, path: Path, folder: Path) -> float:
@@ -157,11 +157,13 @@ def measure(folder: Path, long: Path, num_read: int, seed: int) -> dict[str, Any
     for num_layers in SHAPES:
         known = profiles(num_layers, seed)
         sizes = {}
+        write(folder / f"{num_layers}-empty.sqlite3", known, 0)
+        empty = (folder / f"{num_layers}-empty.sqlite3").stat().st_size
         for name, form in (("now", contextlib.nullcontext), ("before", form_before)):
             path = folder / f"{num_layers}-{name}.sqlite3"
             with form():
                 write(path, known, NUM_SIZED)
-            sizes[name] = path.stat().st_size / NUM_SIZED / 1e3
+            sizes[name] = (path.stat().st_size - empty) / NUM_SIZED / 1e3
         found["sizes"][str(num_layers)] = sizes
         found["milliseconds"][str(num_layers)] = recording(folder / f"{num_layers}.sqlite3", known)
         if num_layers == 6 and not long.exists():

@@ -19,7 +19,7 @@ MAX_WAITING_BYTES = 64 << 20
 RECORD_BYTES = 2048
 """Bytes of a record in memory without its profile, at least. Estimated by hand."""
 FLUSH_SECONDS = 0.25
-"""Longest wait for a decision to be on disk. SQLite writes one in a millisecond, without waiting for the medium."""
+"""Longest wait for a decision, an ack or a hello to be on disk. SQLite writes one in a millisecond, to the cache."""
 STALLED_SECONDS = 10.0
 """Time in seconds without an answer of the disk after which the history counts as not recording."""
 CLOSE_SECONDS = 15.0
@@ -29,6 +29,7 @@ CLOSE_SECONDS = 15.0
 class BackgroundWriter(HistoryWriter):
     """Takes records at once, and writes them in their order in a thread.
 
+    Records that must be committed are on disk when their method returns, except while the disk is slow (`flush`).
     Records beyond MAX_WAITING_BYTES are dropped and counted, with a log line once a minute.
     """
 
@@ -98,10 +99,13 @@ class BackgroundWriter(HistoryWriter):
                 self._waiting_bytes += size
                 self._added += 1
                 self._changed.notify_all()
-                return
-            self._dropped += 1
-        more = self._log_limit.admit(self._clock())
-        if more is not None:
+                is_taken = True
+            else:
+                self._dropped += 1
+                is_taken = False
+        if is_taken and must:
+            self.flush()
+        elif not is_taken and (more := self._log_limit.admit(self._clock())) is not None:
             logger.error("store: the disk is too slow: records are left out, monitoring goes on%s", more)
 
     def _work(self) -> None:

@@ -159,9 +159,6 @@ class Journal:
         except SQLITE_ERRORS as error:
             self._pause(error)
 
-    def flush(self) -> None:
-        """Wait until the records that must be committed are."""
-
     def upkeep(self, live: Collection[str]) -> None:
         """Retry while paused, and prune. Call it about once a second; `live` names the runs in progress."""
         self._try_again()

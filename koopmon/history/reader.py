@@ -7,12 +7,12 @@ import os
 import sqlite3
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -150,6 +150,7 @@ class HeartbeatRow(AtStep):
 
 
 R = TypeVar("R")
+Row: TypeAlias = sqlite3.Row | Mapping[str, Any]
 
 _OF_RUN = " JOIN incarnations ON incarnations.id = t.incarnation_id JOIN runs ON runs.id = run_id WHERE name = ?"
 
@@ -304,14 +305,18 @@ class HistoryReader:
                     logged={} if text is None else msgspec.json.decode(text),
                 )
 
-    def _of_run(self, table: str, run: str, last: int | None = None) -> Iterator[sqlite3.Row]:
+    def _of_run(self, table: str, run: str, last: int | None = None) -> Iterator[dict[str, Any]]:
         # The subquery reads the index alone: the rows of a long run may have gigabytes.
         newest = f"SELECT t.id FROM {table} AS t{_OF_RUN} ORDER BY incarnation_id DESC, step DESC LIMIT ?"
         query = (
             f"SELECT t.*, incarnation FROM {table} AS t JOIN incarnations ON incarnations.id = t.incarnation_id"
             f" WHERE t.id IN ({newest}) ORDER BY t.id"
         )
-        yield from self._database.execute(query, (run, -1 if last is None else last))
+        cursor = self._database.execute(query, (run, -1 if last is None else last))
+        names = [column[0] for column in cursor.description]
+        # A dict finds a column by name in a fraction of the time of sqlite3.Row.
+        for row in cursor:
+            yield dict(zip(names, row, strict=True))
 
     def _commands(self, decision_id: int) -> Iterator[dict[str, Any]]:
         query = (
@@ -326,7 +331,7 @@ class HistoryReader:
     def _reading(self, what: str) -> Iterator[None]:
         try:
             yield
-        except IndexError:  # the schema inside a damaged file may name other columns
+        except (IndexError, KeyError):  # the schema inside a damaged file may name other columns
             raise StoreError(f"store {self._path}: {what}: a column is missing") from None
         except (sqlite3.Error, zlib.error, msgspec.MsgspecError, ValueError, TypeError, OverflowError) as error:
             raise StoreError(f"store {self._path}: {what}: a row cannot be read: {one_line(error)}") from None
@@ -353,29 +358,29 @@ def _address(path: Path, mode: str) -> str:
     return f"file:{quote(str(path.resolve()))}?mode={mode}"
 
 
-def _head(row: sqlite3.Row) -> ProfileHead:
+def _head(row: Row) -> ProfileHead:
     return _row(row, ProfileHead, masked=bool(row["masked"]), non_finite=bool(row["non_finite"]))
 
 
-def _profile(row: sqlite3.Row, *, eigenvalues: bool = True) -> ProfileRow:
+def _profile(row: Row, *, eigenvalues: bool = True) -> ProfileRow:
     head = _head(row)
     profile, observables = unpack(row["profile"], non_finite=head.non_finite, eigenvalues=eigenvalues)
     known = {name: getattr(head, name) for name in _names(ProfileHead)}
     return ProfileRow(**known, profile=profile, observables=observables)
 
 
-def _observation(row: sqlite3.Row) -> dict[str, Any]:
+def _observation(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the input of the detector without the scalars of the training. Earlier versions kept all in JSON."""
     known = msgspec.json.decode(row["observation"], type=dict[str, Any])
-    if "update_ratios" in row.keys() and row["update_ratios"] is not None:  # noqa: SIM118 - a row is no mapping
-        ratios = array("d", row["update_ratios"])
+    if (packed := row.get("update_ratios")) is not None:
+        ratios = array("d", packed)
         if len(ratios) > MAX_LAYERS or not all(map(math.isfinite, ratios)):
             raise ValueError("update_ratios: allowed are finite numbers, one for each layer")
         known["update_ratios"] = ratios.tolist()
     return known
 
 
-def _training(row: sqlite3.Row) -> dict[str, Any]:
+def _training(row: Row) -> dict[str, Any]:
     """Return the known fields of the row's TrainingStep. A store of an earlier koopmon may lack some columns."""
     return {
         name: from_scalar(value) if name in MEASURED else value
@@ -394,10 +399,10 @@ def _names(kind: type[Any]) -> list[str]:
     return [field.name for field in fields(kind)]
 
 
-def _values(row: sqlite3.Row, kind: type[Any], **values: Any) -> dict[str, Any]:
+def _values(row: Row, kind: type[Any], **values: Any) -> dict[str, Any]:
     """Return the columns that match fields of the dataclass `kind`; `values` overrides columns that need conversion."""
     return {name: row[name] for name in _names(kind) if name not in values} | values  # type: ignore[arg-type]
 
 
-def _row(row: sqlite3.Row, kind: type[R], **values: Any) -> R:
+def _row(row: Row, kind: type[R], **values: Any) -> R:
     return msgspec.convert(_values(row, kind, **values), kind)

@@ -106,7 +106,7 @@ class HistoryWriter(Journal):
     ) -> None:
         """Record a decision with its commands. The columns are phase, reason and risk.
 
-        `flush` waits until it is on disk; only then are its commands sent.
+        The decision is on disk when this returns, before any of its commands is sent.
         """
         decision = self._insert("decisions", at, run, incarnation, step=step, **columns)
         self._database.executemany(

@@ -73,7 +73,6 @@ class HistorySink:
                     commands=assessment.commands,
                     outcome="pending" if run.controller.sends else "dry_run",
                 )
-                history.flush()
             case events.CommandUnanswered(_, command):
                 history.record_outcome(command.id, "unanswered")
             case events.CommandAcked(_, ack):

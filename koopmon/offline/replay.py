@@ -88,9 +88,9 @@ class _Judge:
             in_force = {"lr_scale": self._state.lr_scale, "kss_alpha": self._state.kss.alpha}
             known = {"training": msgspec.structs.asdict(row.training) | in_force, "non_finite": row.non_finite}
             seen = msgspec.convert(row.observation | known, online_detector.Observation)
-        except msgspec.ValidationError as error:
+            self._history, risk = online_detector.assess(self._history, seen, self._risk)
+        except (msgspec.ValidationError, ArithmeticError, LookupError, ValueError) as error:  # a forged file
             raise StoreError(f"the snapshot at step {row.step} cannot be assessed again: {one_line(error)}") from None
-        self._history, risk = online_detector.assess(self._history, seen, self._risk)
         decision = policy.decide(row.time, self._state, seen, risk, self._policy, self._kss)
         # No agent answers a rewind here.
         self._state = replace(decision.state, rewinding=False) if decision.state.rewinding else decision.state

@@ -15,7 +15,7 @@ from benchmarks.history_size import GOALS, missed
 @pytest.mark.slow
 def test_a_small_run_measures_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history_size, "NUM_SIZED", 40)
-    monkeypatch.setattr(history_size, "NUM_TIMED", 5)
+    monkeypatch.setattr(history_size, "NUM_BLOCKS", 2)
     out = tmp_path / "out.json"
     status = history_size.main(["--snapshots", "50", "--out", str(out)])
     told = json.loads(out.read_text())

@@ -94,13 +94,12 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-def test_what_is_flushed_is_on_disk(open_store: Callable[..., BackgroundWriter], path: Path) -> None:
+def test_a_decision_is_on_disk_when_its_record_returns(open_store: Callable[..., BackgroundWriter], path: Path) -> None:
     store = open_store()
     for number in range(20):
         profile(store, number)
         record_observation(store, 1.0, number)
         decide(store, number)
-        store.flush()
         assert steps(path) == {table: list(range(number + 1)) for table in ("decisions", "profiles", "observations")}
 
 
@@ -155,7 +154,6 @@ def test_a_disk_that_hangs_holds_nothing_up_and_loses_no_record(
     for number in range(50):
         profile(store, number)
         decide(store, number)
-        store.flush()
         store.record_ack(1.0, ack(number))
         store.record_heartbeat(1.0, heartbeat(number))
         store.commit()
@@ -165,9 +163,8 @@ def test_a_disk_that_hangs_holds_nothing_up_and_loses_no_record(
     assert steps(path)["decisions"] == []
     disk.goes.set()
     wait_until(lambda: not store._is_behind)
-    decide(store, 50)
     monkeypatch.setattr(module, "FLUSH_SECONDS", WAIT_SECONDS)
-    store.flush()
+    decide(store, 50)
     assert steps(path)["decisions"] == list(range(51)), "in their order, and flushed again"
     store.close()
     assert steps(path)["profiles"] == list(range(50))
@@ -274,7 +271,6 @@ def test_a_lock_that_another_process_holds_delays_the_thread_alone(
     other.execute("BEGIN IMMEDIATE")
     for number in range(1, 10):
         decide(store, number)
-        store.flush()
     assert store._done < store._added
     other.execute("ROLLBACK")
     other.close()

@@ -144,3 +144,14 @@ def test_a_row_that_another_version_wrote_is_named_by_its_step(tmp_path: Path) -
     store.close()
     with pytest.raises(StoreError, match="step 7 cannot be assessed again"):
         again(path, Config())
+
+
+def test_forged_rows_that_cannot_be_assessed_are_one_line(recorded: Recorder) -> None:
+    """An informative snapshot without layers; found by fuzzing."""
+    path = recorded(policy("lr"))
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE observations SET update_ratios = NULL")
+    database.close()
+    with pytest.raises(StoreError, match="cannot be assessed again") as caught:
+        again(path, policy("lr"))
+    assert str(caught.value).isprintable()
