@@ -88,7 +88,7 @@ class AgentRuntime:
         others = tuple(action for action in self.actions if not action.lasting)
         self._lasting = overriding(lasting, "apply"), overriding(lasting, "revert")
         self._others = overriding(others, "apply"), overriding(others, "revert")
-        """What is called before each update, and after it."""
+        """Methods to call before each update, and after it."""
         self._before_forwards = overriding(self.actions, "before_forwards")
         self._on_forward = overriding(self.actions, "on_forward")
         self._loop_requests = {each.kind: each for each in self.actions if isinstance(each, LoopRequest)}

@@ -31,7 +31,7 @@ class HiddenHook:
         self._table, self._options = table, f"{table}_with_kwargs"
         self._handle = handle
         self._paused: dict[str, Any] = {}
-        """What was taken out of the module's tables, by the table."""
+        """Values taken out of the module's tables, by the table."""
 
     def pause(self) -> None:
         """Take the hook out, unless the module has hooks of others: then it would gain nothing."""

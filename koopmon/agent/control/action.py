@@ -87,7 +87,7 @@ class Injection(Protocol):
 
 
 def overriding(actions: Iterable[ControlAction], method: str) -> tuple[Any, ...]:
-    """Return the bound `method` of the actions that have one of their own. Each step calls the others in vain."""
+    """Return the bound `method` of the actions that have one of their own. The default does nothing."""
     default = getattr(ControlAction, method)
     return tuple(getattr(each, method) for each in actions if getattr(type(each), method) is not default)
 

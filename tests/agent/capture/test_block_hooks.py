@@ -87,7 +87,7 @@ def test_a_block_with_hooks_of_the_user_keeps_them_and_their_order(monitor: Scri
     for step in range(EVERY - 1):
         train_step(model, optimizer, step)
     assert [num_hooks(block) for block in model.blocks][:2] == [2, 0]
-    # A hook that comes while koopmon's is out changes what follows, and not what koopmon sees: koopmon's was first.
+    # A hook that comes while koopmon's is out changes what follows, and not the snapshot: the tap was first.
     model.blocks[1].register_forward_hook(lambda module, args, output: later.append(output) or output + 1.0)
     for step in range(EVERY - 1, SNAPSHOTS[1] + 1):
         train_step(model, optimizer, step)
