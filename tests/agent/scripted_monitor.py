@@ -130,8 +130,12 @@ class ScriptedMonitor:
                 incarnation=message.incarnation,
             )
         elif isinstance(message, Heartbeat):
-            stride = {"min_stride": self.min_stride, "min_stride_from": self.min_stride_from}
-            answer = HeartbeatReply(**name, judgement=self.judgement, **stride)
+            answer = HeartbeatReply(
+                **name,
+                judgement=self.judgement,
+                min_stride=self.min_stride,
+                min_stride_from=self.min_stride_from,
+            )
         self.heard.append(message)
         if answer is not None:
             control.send(peer, encode(answer))

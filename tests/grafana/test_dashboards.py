@@ -12,7 +12,7 @@ import pytest
 from koopmon.grafana.dashboards import dashboards, panel_id
 from koopmon.plugins import adapters
 from koopmon.telemetry.alerts import ALERTS
-from koopmon.telemetry.metrics import PREFIX, TABLE
+from koopmon.telemetry.metrics import OBSERVABLE, PREFIX, TABLE, Series
 
 DASHBOARDS = dashboards()
 PANELS = [
@@ -27,6 +27,10 @@ METRICS = {
     PREFIX + series.name + {"counter": "_total", "info": "_info"}.get(series.kind, ""): series for series in TABLE
 }
 MEASURES = tuple(name for family in adapters().values() for name in family.measures)
+SERIES = METRICS | {
+    PREFIX + OBSERVABLE + name: Series(OBSERVABLE + name, "gauge", "", ("run", "layer")) for name in MEASURES
+}
+"""The metrics of the table, and those of the adapters' measurements."""
 HISTOGRAMS = ("_bucket", "_count", "_sum")
 
 
@@ -87,8 +91,8 @@ def test_a_query_asks_for_what_there_is_and_only_of_what_was_chosen(uid: str, pa
         assert found, target["expr"]
         for name, selector in found:
             if name not in PROMETHEUS_OWN:
-                base = name if name in METRICS else re.sub("|".join(f"{end}$" for end in HISTOGRAMS), "", name)
-                series = METRICS[base]
+                base = name if name in SERIES else re.sub("|".join(f"{end}$" for end in HISTOGRAMS), "", name)
+                series = SERIES[base]
                 if uid == "koopmon-monitor":
                     assert 'instance=~"$instance"' in selector, target["expr"]
                 elif "run" in series.labels:
@@ -109,7 +113,7 @@ def _labels(found: list[tuple[str, str]]) -> set[str]:
     labels = {"instance", "job", "alertname", "alertstate"}
     for name, _ in found:
         base = re.sub("|".join(f"{end}$" for end in HISTOGRAMS), "", name)
-        labels |= set(METRICS[base].labels if base in METRICS else ("run",))
+        labels |= set(SERIES[base].labels if base in SERIES else ("run",))
         labels |= {"version", "protocol", "python", "torch"} if base == "koopmon_build_info" else set()
     return labels
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.agent.capture.block_hooks import BlockHooks, compiles
-from koopmon.agent.capture.chain_search import HOW_TO_NAME, ChainSearch, say_if_partly_trained
+from koopmon.agent.capture.chain_search import ChainSearch, say_if_partly_trained
 from koopmon.agent.capture.compiled_stacks import INSIDE_A_GRAPH, CompiledStacks
 from koopmon.agent.capture.forward_kind import has_values, in_checkpoint, recomputing
 from koopmon.agent.capture.graph_taps import MIN_ROWS
