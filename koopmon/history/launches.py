@@ -27,7 +27,7 @@ WHERE run_id IN (SELECT id FROM runs ORDER BY last_seen DESC, id DESC LIMIT {MAX
 
 
 @dataclass(slots=True)
-class Launch:
+class LaunchState:
     """One incarnation: the values in force that rank 0 reported last, and the controller's checkpoint."""
 
     applied: Applied | None = None
@@ -43,7 +43,7 @@ class Launches:
     """
 
     def __init__(self) -> None:
-        self._runs: dict[str, dict[str, Launch]] = {}
+        self._runs: dict[str, dict[str, LaunchState]] = {}
 
     @classmethod
     def read(cls, database: sqlite3.Connection) -> Launches:
@@ -102,7 +102,7 @@ class Launches:
     def remembered(self, _: float, run: str, incarnation: str, memory: bytes) -> None:
         self._launch(run, incarnation).memory = memory
 
-    def _launch(self, run: str, incarnation: str) -> Launch:
+    def _launch(self, run: str, incarnation: str) -> LaunchState:
         launches = self._runs[run] = self._runs.pop(run, {})
         if len(self._runs) > MAX_RUNS:
             del self._runs[next(iter(self._runs))]
@@ -112,7 +112,7 @@ class Launches:
             earlier.memory = None  # no hello of an earlier launch is accepted
         while len(launches) >= MAX_LAUNCHES:
             del launches[next(iter(launches))]
-        launches[incarnation] = Launch()
+        launches[incarnation] = LaunchState()
         return launches[incarnation]
 
 

@@ -252,6 +252,7 @@ def test_ranks_of_a_compiled_model_are_watched_and_act(
 
 
 NANO = """
+import time
 import torch
 from torch import nn
 from tests.agent.models import build, batch, loss_of
@@ -259,6 +260,7 @@ model = build()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 model = torch.compile(model, backend="eager")
 for step in range(30):
+    time.sleep(0.3)  # a step is as long as those of real trainings; the monitor starts beside it
     for micro in range(2):
         loss = loss_of(model, batch(2 * step + micro))
         (loss / 2).backward()
