@@ -158,6 +158,8 @@ COMPUTED = {
     "forecast": "clamped",
     "near_unit_mass": "clamped",
     "divergence_probability": "clamped",
+    "min_stride": "clamped: koopmon.monitor.pacing",
+    "min_stride_from": "clamped: koopmon.monitor.service",
 }
 """Numbers in messages of the monitor that come from no key."""
 

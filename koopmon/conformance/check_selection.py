@@ -194,7 +194,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _strangers() -> dict[str, nn.Module]:
     """Return models without a residual stream of tokens."""
-    planes = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(3)]
+    planes = [nn.Sequential(nn.Conv2d(n, n + 1, 3), nn.BatchNorm2d(n + 1), nn.ReLU()) for n in range(3, 6)]
     return {
         "a linear layer": nn.Linear(4, 4),
         "an LSTM": nn.LSTM(4, 4, num_layers=2),

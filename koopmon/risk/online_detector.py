@@ -318,6 +318,7 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
         restlessness=restless,
         lr_scale=observation.training.lr_scale,
         surprise=state.surprise,
+        update_rms=state.update_rms,
     )
     lasting = restless / config.restlessness_scale
     reliable = 1.0 if observation.reliable_mode_ratio is None else observation.reliable_mode_ratio
@@ -356,6 +357,7 @@ def _with_start_and_loss(state: RiskState, observation: Observation) -> RiskStat
         restlessness=state.restlessness,
         lr_scale=state.lr_scale,
         surprise=state.surprise.after(observation.training.loss),
+        update_rms=state.update_rms,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -195,8 +197,9 @@ def test_models_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert sorted(fused) == [0, 1, 2]
 
 
+@pytest.mark.skipif(find_spec("timm") is None, reason="timm, which needs torchvision, is in no extra")
 def test_a_model_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    timm = pytest.importorskip("timm")
+    timm = import_module("timm")
     recorded = Recorded(monkeypatch)
     model = timm.create_model("vit_tiny_patch16_224", depth=3, img_size=32, patch_size=8)
     found = readings(model, torch.randn(2, 3, 32, 32))

@@ -110,9 +110,9 @@ def test_layers_are_no_transformer() -> None:
         koopmon.discover(model, torch.randn(B, T, D))
 
 
-def test_images_in_planes_are_no_transformer() -> None:
+def test_convolutions_without_a_residual_are_refused() -> None:
     blocks = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()) for _ in range(2)]
-    with pytest.raises(koopmon.DiscoveryError, match=r"2 x Sequential: convolve a plane"):
+    with pytest.raises(koopmon.DiscoveryError, match="do not carry their input forward"):
         koopmon.discover(nn.Sequential(*blocks), torch.randn(1, 4, 8, 8))
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import monitor_load
+pytest.importorskip("httpx")
+
+from benchmarks import monitor_load  # noqa: E402 - the module needs httpx
 
 pytestmark = pytest.mark.process
 

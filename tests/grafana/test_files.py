@@ -57,7 +57,7 @@ def test_the_export_is_a_mixin(tmp_path: Path) -> None:
     words = [sys.executable, "-c", code, str(tmp_path / "mine.jsonnet")]
     made = json.loads(subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout)
     alerts = [{**group, "rules": [rule for rule in group["rules"] if "alert" in rule]} for group in groups]
-    assert made["alerts"][: len(groups)] == [group for group in alerts if group["rules"]]
+    assert made["alerts"][:-2] == [group for group in alerts if group["rules"]]
     assert made["alerts"][-2:] == [{"name": "more", "rules": recorded["rules"][1:]}, {"name": "mine", "rules": []}]
     assert made["records"][-1] == {"name": "more", "rules": recorded["rules"][:1]}
     boards = {path.name: json.loads(path.read_text()) for path in (tmp_path / "koopmon/dashboards").iterdir()}

@@ -99,7 +99,7 @@ def test_a_large_run_that_ended_or_vanished_is_shown_at_once(world: World) -> No
     for rank in range(MANY_RANKS + 1):
         beat(world, rank, 7)
         world.says(GOOD, Goodbye, process_rank=rank, step=9)
-    assert (world.metrics.value("run_state", GOOD), world.metrics.value("step", GOOD)) == (0, 9)
+    assert (world.metrics.value("run_state", GOOD, "ended"), world.metrics.value("step", GOOD)) == (1, 9)
     join(world, MANY_RANKS + 1)
     beat(world, 0, 11)
     world.now += 61.0
@@ -130,7 +130,7 @@ def test_a_tick_looks_at_the_runs_that_are_due_alone(world: World, monkeypatch: 
 def test_drops_of_a_large_run_are_counted_at_once(world: World) -> None:
     join(world, MANY_RANKS + 1)
     world.says(GOOD, Heartbeat, process_rank=3, step=1, applied=Applied(), dropped={"budget": 2})
-    assert world.metrics.value("snapshots_dropped", GOOD, "budget") == 2
+    assert world.metrics.value("agent_snapshots_dropped", GOOD, "budget") == 2
 
 
 # The stride that the engine can judge

@@ -185,8 +185,8 @@ def test_a_setting_holds_until_the_next_step() -> None:
 def test_a_chart_is_left_out_while_nothing_happens_and_says_what_is_not_known() -> None:
     assert scalar_chart([point(1), point(2)], SCALAR["kss_alpha"]) == ""
     assert "polyline" in scalar_chart([point(1), point(2, kss_alpha=0.1)], SCALAR["kss_alpha"])
-    assert "No loss is known." in scalar_chart([point(1)], SCALAR["loss"])
-    assert "No loss is known." in scalar_chart([point(1, loss=math.nan)], SCALAR["loss"])
+    assert "Loss: not known." in scalar_chart([point(1)], SCALAR["loss"])
+    assert "Loss: not known." in scalar_chart([point(1, loss=math.nan)], SCALAR["loss"])
 
 
 def test_a_new_scalar_needs_one_entry() -> None:

@@ -97,7 +97,7 @@ def test_a_run_of_which_nothing_is_known_yet_has_a_page() -> None:
     for words in (
         "No profile yet.",
         "None yet.",
-        "No loss is known.",
+        "Loss: not known.",
         "Known once this monitor has judged",
         "risk – ·",
     ):
@@ -152,7 +152,7 @@ def test_what_is_known_of_a_run_is_shown() -> None:
         "backed off · risk 0.90",
         "learning rate × 0.5 refused at step 1,234 watch-only",
         "a snapshot every step dry run",
-        "Step Risk Forecast Loss LR in force Gradient norm LR scale KSS alpha 7 0.10 – 1.25 – 0.5",
+        "Step Risk Forecast Loss LR in force Gradient norm LR scale KSS alpha Update RMS Log-partition 7 0.10 – 1.25 – 0.5",
         "Layer Near-unit mass Expansive mass Contractive mass Spectral radius 0 0.25 0.25",
         "Loss 1.25 from 1.25 to 2.5",
     ):
