@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("httpx")
 
-from benchmarks import monitor_load  # noqa: E402 - the module needs httpx
+from benchmarks import monitor_load
 
 pytestmark = pytest.mark.process
 
