@@ -149,6 +149,7 @@ def store_corrupted(stage: Watched) -> str:
     aside.mkdir()
     for path in list(stage.place.glob(f"{store.name}*")):
         shutil.move(path, aside)
+    stage.monitor.said.clear()  # the decisions until here were in the file that is gone
     stage.monitor.start(stage.bind)
     stage.monitor.prepare(stage.bind)
     return words
@@ -177,15 +178,6 @@ def clock_jump(stage: Watched) -> str:
     partial.write_text(str(seconds))
     partial.replace(stage.clock)
     return f"to {seconds:+.0f} s"
-
-
-def sender_killed(stage: Watched) -> str:
-    """End the I/O thread of one rank."""
-    job = stage.jobs[0]
-    rank = stage.rng.randrange(job.world)
-    job.order(do="kill_sender", rank=rank)
-    job.await_steps(3)
-    return f"of rank {rank}"
 
 
 def rank_hung(stage: Watched) -> str:

@@ -112,7 +112,6 @@ KINDS: Mapping[str, Kind] = {
     "disk_read_only": Kind(play=beside_monitor(kinds.disk_read_only), scenes=2, count=16),
     "store_corrupted": Kind(play=beside_monitor(kinds.store_corrupted, spare=True, observe=True), scenes=1, count=20),
     "clock_jump": Kind(play=beside_monitor(kinds.clock_jump, clock=True), scenes=2, count=25),
-    "sender_killed": Kind(play=beside_monitor(kinds.sender_killed), scenes=2, count=20),
     "rank_killed": Kind(
         play=beside_monitor(kinds.rank_killed, renewed=True, steered=RESUMES), scenes=2, count=12, own=True
     ),

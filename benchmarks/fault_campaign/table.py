@@ -67,11 +67,6 @@ WORDS: Mapping[str, tuple[str, str, str]] = {
         "none",
         "automatic: only the times in the store use the wall clock",
     ),
-    "sender_killed": (
-        "The I/O thread of a rank is ended",
-        "none",
-        "the agent starts another thread, in the same launch",
-    ),
     "rank_killed": (
         "A rank is killed (SIGKILL)",
         "as without koopmon: torchrun restarts the ranks from the checkpoint",

@@ -195,7 +195,6 @@ def test_percentiles_are_values_that_occurred() -> None:
 
 BESIDE_MONITOR = (
     kinds.monitor_killed,
-    kinds.sender_killed,
     kinds.disk_read_only,
     kinds.rank_hung,
     kinds.monitor_stopped,

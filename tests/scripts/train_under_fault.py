@@ -2,19 +2,16 @@
 
 It has one process, or several under torchrun. Under `koopmon run` it does not use koopmon itself; with --attach it
 attaches. Orders are JSON lines in a file that is read before every step: {"do": "end", "step": S} ends the training
-before step S on every rank, {"do": "poison", "step": S, "value": "nan"} poisons the activations of step S, and {"do":
-"kill_sender", "rank": R} ends the agent's I/O thread. With --phases the job is a series of short trainings, each
-attached again at {"do": "phase", "number": K}.
+before step S on every rank, and {"do": "poison", "step": S, "value": "nan"} poisons the activations of step S. With
+--phases the job is a series of short trainings, each attached again at {"do": "phase", "number": K}.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import os
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -54,7 +51,7 @@ class Orders:
             file.seek(self._read)
             text = file.read()
         whole = text[: text.rfind("\n") + 1]
-        first, self._read = self._read == 0, self._read + len(whole)
+        self._read += len(whole)
         for order in map(json.loads, whole.splitlines()):
             if order["do"] == "end":
                 self.end = order["step"]
@@ -62,15 +59,6 @@ class Orders:
                 self.poisons[order["step"]] = order["value"]
             elif order["do"] == "phase":
                 self.phase = order["number"]
-            elif not first and order["rank"] == RANK:  # a thread is ended once, not again after a restart
-                kill_sender()
-
-
-def kill_sender() -> None:
-    """End the I/O thread by an exception that it does not catch."""
-    for thread in threading.enumerate():
-        if thread.name == "koopmon-sender" and thread.ident is not None:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
 
 
 def attached(model: Any, optimizer: Any, args: argparse.Namespace, run: str | None) -> Any:
