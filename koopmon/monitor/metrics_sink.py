@@ -76,7 +76,7 @@ class MetricsSink:
         for level in ("act", "severe", "release"):
             metrics.set("risk_threshold", getattr(policy, f"{level}_risk"), run.name, level)
         metrics.set_training(run.name, run.training)
-        metrics.set("min_stride", run.pacing.steps if run.pacing.from_step else None, run.name)
+        metrics.set("min_stride", run.pacing.steps, run.name)
         if heartbeats := run.heartbeats:
             metrics.set("agent_overhead_ratio", max(each.overhead_ratio for each in heartbeats), run.name)
             durations = [each.step_seconds for each in heartbeats if each.step_seconds is not None]

@@ -174,7 +174,7 @@ TABLE: tuple[Series, ...] = (
     Series("run_state", "gauge", "1 for the state of the run, 0 for the other states.", (*RUN, "state")),
     _run("last_snapshot_timestamp_seconds", "Unix time of the last snapshot received."),
     _run("snapshot_age_seconds", "Age of the last profiled snapshot when its profile was complete."),
-    _run("min_stride", "Least steps between snapshots that the engine can judge. Absent until it falls behind."),
+    _run("min_stride", "Least steps between snapshots that the engine can judge: 1 until it falls behind."),
     _run("agent_overhead_ratio", "Largest share of the step time that a rank spends in koopmon's hooks."),
     _counter("taps_missing", "Snapshots in which a tap did not fire, summed over ranks.", RUN),
     _counter("snapshots_received", "Snapshots that were assembled and passed to the engine.", RUN),

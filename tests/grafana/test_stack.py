@@ -156,6 +156,7 @@ def exprs() -> list[str]:
 def test_nothing_but_what_was_to_be_expected_was_told(scene: Scene) -> None:
     told = {notice.name for notice in scene.stack.notices if notice.status == "firing"}
     about_the_run = {WARNING, "KoopmonRiskHigh", "KoopmonForecastHigh", "KoopmonDivergenceLikely"}
-    assert told <= about_the_run | {"KoopmonActionTaken", "KoopmonActionWithoutEffect"}
+    # A rate that is too high makes gradients jump above their second moments.
+    assert told <= about_the_run | {"KoopmonActionTaken", "KoopmonActionWithoutEffect", "KoopmonUpdateRmsHigh"}
     log = Path(scene.stack.folder / "prometheus.log").read_text()
     assert "Evaluating rule failed" not in log

@@ -443,6 +443,8 @@ class ResidualTaps:
             self._dismiss()
             return
         if state is not None and hasattr(state, "to_local"):
+            if kept is None and stack.form == "entries":
+                return  # of the first layers of the blocks, while the blocks themselves may take a whole state
             self._give_up(f"{point.name} takes a DTensor, whose rows lie on several ranks")
             return
         if self._phase is ForwardPhase.VERIFYING and not again:
