@@ -675,6 +675,17 @@ def test_batches_give_the_same_profile_and_leave_the_modes_of_the_thread(monkeyp
         assert one.update_exponent == other.update_exponent
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_batches_of_pairs_give_the_profile_of_each_pair(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = torch.randn((10, 40, 6), generator=torch.Generator().manual_seed(5))
+    pairs = zip(states[::2], states[1::2], strict=True)
+    alone = [profile_transition(x, y, svd_rank=4, kreiss="never") for x, y in pairs]
+    monkeypatch.setattr(profile_module, "_BATCH_ELEMENTS", size * 40 * 6)
+    found = profile_states(states, svd_rank=4, kreiss="never", paired=True).layers
+    assert [each.update_ratio for each in found] == pytest.approx([each.update_ratio for each in alone])
+    assert [each.stream_rms for each in found] == pytest.approx([each.stream_rms for each in alone])
+
+
 def test_one_batch_is_the_profile_itself() -> None:
     """The defaults of both are the same."""
     states = torch.cumsum(torch.randn((4, 40, 6), generator=torch.Generator().manual_seed(4)), dim=0)
