@@ -16,7 +16,17 @@ from koopmon.monitor.registry import LAST_STEP, MAX_LAUNCHES, MAX_RETIRED, Peer,
 from koopmon.monitor.run_controller import RunController
 from koopmon.risk.band import BandReading
 from koopmon.wire.authorized_keys import AuthorizedKeys
-from koopmon.wire.messages import MAX_STEP, Ack, Applied, Goodbye, Heartbeat, Hello, Shard, TrainingStep
+from koopmon.wire.messages import (
+    MAX_STEP,
+    Ack,
+    Applied,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    LoggedScalar,
+    Shard,
+    TrainingStep,
+)
 from tests import factories
 from tests.factories import admit
 
@@ -556,3 +566,24 @@ def test_a_new_value_of_a_logged_scalar_is_recorded_sooner() -> None:
     assert due(2.0, 2)
     assert not due(9.0, 2)
     assert due(12.0, 2)
+
+
+def test_the_fastest_rank_sets_the_steps_of_a_time() -> None:
+    registry = RunRegistry(MonitorConfig())
+    admit(registry, 0.0, hello(), b"0")
+    run = registry.get("job")
+    assert run is not None
+    assert run.lead_steps(2.0) is None
+    for rank, seconds in enumerate((0.5, 0.25)):
+        admit(registry, 0.0, hello(rank=rank), str(rank).encode())
+        registry.on_message(0.0, heartbeat(rank, step_seconds=seconds), str(rank).encode())
+    assert run.lead_steps(2.0) == 8
+
+
+def test_a_name_that_is_not_read_holds_up_no_other() -> None:
+    registry = RunRegistry(MonitorConfig())
+    admit(registry, 0.0, hello("job", FIRST), b"p")
+    run = registry.get("job")
+    assert run is not None
+    logged = {"loss": LoggedScalar(step=1, value=2.0), "kl": LoggedScalar(step=1, value=0.5)}
+    assert list(run.read_logged(heartbeat(logged=logged))) == ["kl"]

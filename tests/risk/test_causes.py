@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 
 from koopmon import policy
 from koopmon.config import Config, KssConfig, RiskConfig
 from koopmon.risk import causes
 from koopmon.risk.causes import CAUSES, MIN_UPDATES, NUM_UPDATES, find, remember
-from koopmon.risk.online_detector import Observation, OnlineRisk, RiskState, assess
-from koopmon.wire.messages import CommandKind
+from koopmon.risk.online_detector import Observation, OnlineRisk, RiskState, assess, observe
+from koopmon.spectral import SpectralProfile, profile_states
+from koopmon.wire.messages import CommandKind, TrainingStep
 from tests import factories
 
 STEADY = (1.0,) * MIN_UPDATES
@@ -139,3 +142,16 @@ def test_names_differ_and_texts_are_one_line() -> None:
 def test_the_kinds_of_commands_are_those_that_the_table_was_written_for() -> None:
     """A new action needs a look at the table."""
     assert set(get_args(CommandKind)) == {"set_lr_scale", "set_kss", "set_cadence", "rewind", "stop", "checkpoint"}
+
+
+def test_an_observation_names_the_layers_of_the_largest_logit_and_radius() -> None:
+    radii = (1.0, 7.0, 5.0, 3.0)
+    generator = torch.Generator().manual_seed(0)
+    measured = profile_states(torch.randn((5, 60, 3), generator=generator), kreiss="never")
+    layers = [replace(layer, spectral_radius=radius) for layer, radius in zip(measured.layers, radii, strict=True)]
+    profile = SpectralProfile(layers=tuple(layers))
+    found = observe(profile, TrainingStep(step=1), attention_logits=(None, 2.0, 9.0, 4.0))
+    assert (found.max_attention_layer, found.max_attention_logit) == (2, 9.0)
+    assert (found.max_radius_layer, found.next_spectral_radius) == (1, 5.0)
+    alone = observe(SpectralProfile(layers=tuple(layers[:1])), TrainingStep(step=1), attention_logits=(None,))
+    assert (alone.max_attention_layer, alone.max_attention_logit, alone.next_spectral_radius) == (None, None, None)
