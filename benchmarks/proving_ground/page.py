@@ -50,7 +50,7 @@ def _model(model: Document) -> list[str]:
             shown = f"{spread['mean']:.3f} [{spread['low']:.3f}, {spread['high']:.3f}]" if spread else "-"
             rows.append([words, *cells, shown])
     healthy = model["healthy"]
-    seeds = len(next(iter(arms["clip"]["losses"].values())))
+    seeds = max(map(len, arms["clip"]["losses"].values()))
     prose = [
         f"{NAMES[model['norm']]}, D {model['width']}, L {model['num_layers']}, {seeds} seeds: the best rate is",
         f"{model['best_rate']:g}. koopmon did not act on {healthy['untouched']:.0%} of {healthy['num_runs']} guarded",
