@@ -316,6 +316,8 @@ class AgentRuntime:
             self._roles.decide(state.rank, fingerprint, in_graph=self.taps.in_graph)
         if self.taps.failure:
             return
+        for action in self.actions:  # a command may arrive before the next forwards are planned
+            action.set_obstacle(self.taps.obstacle)
         self._roles.describe(num_layers=stack.num_layers, width=width, update_exponent=update_exponent)
         blocks = f"{len(stack.points)} blocks of {stack.name or 'the model'}"
         logger.info("koopmon: taps %s, found by %s%s", blocks, source(self.adapter), _FORMS[stack.form])

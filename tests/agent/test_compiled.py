@@ -138,12 +138,14 @@ def test_a_model_compiled_in_the_middle_of_a_training_is_watched_on(
     assert not any(ADVICE in line for line in caplog.messages)
 
 
-def test_kss_is_refused_inside_a_graph(monitor: ScriptedMonitor, agents: Attach) -> None:
+@pytest.mark.parametrize("num_steps", [0, 3])
+def test_kss_is_refused_inside_a_graph(num_steps: int, monitor: ScriptedMonitor, agents: Attach) -> None:
+    """A command that waits from the start meets the chain in the step that verifies it."""
     model = build()
     called, optimizer = compiled(model), optimizer_of(model)
     agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
     monitor.wait(lambda: agent.status()["connected"])
-    for step in range(3):
+    for step in range(num_steps):
         train_step(called, optimizer, step)
     command = monitor.command("set_kss", kss=KssSettings(alpha=0.1))
     monitor.wait(lambda: train_step(called, optimizer, 3) and monitor.acked(command))

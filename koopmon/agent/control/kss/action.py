@@ -83,6 +83,9 @@ class KssAction(ControlAction):
             logger.warning("koopmon: the KSS settings of %s are left out: %s", source(adapter), error)
             return {"kss": None}
 
+    def set_obstacle(self, reason: str) -> None:
+        self._obstacle = reason
+
     def facts(self) -> Mapping[str, Any]:
         return {"kss_skipped": self._injection.skipped.get() or 0.0}
 
