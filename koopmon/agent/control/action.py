@@ -122,7 +122,7 @@ class ControlAction(ABC):
         """Return the target of the way back to the user's own values."""
         return Target(self.neutral, dict(self.parameters(state)), acts=False)
 
-    def set_obstacle(self, reason: str) -> None:
+    def set_obstacle(self, reason: str) -> None:  # noqa: B027 - most actions do not change the stream
         """Note, when the chain is verified, why no action can change the stream; empty if one can."""
 
     def applied(self, state: ControlState, step: int) -> Mapping[str, Any]:
