@@ -50,7 +50,7 @@ def files(directory: Path) -> list[Path]:
 
 
 def announcement(directory: Path) -> Any:
-    (file,) = wait_until(lambda: files(directory))
+    (file,) = wait_until(lambda: sorted(directory.glob("*.json")))  # not the file that becomes one
     (group,) = json.loads(file.read_text())
     return group
 
