@@ -108,6 +108,8 @@ class Run:
     """Histories of the loss and of the logged scalars, by name."""
     _loggers: dict[str, int] = field(default_factory=dict)
     """Lowest rank that logs each scalar."""
+    logged_names: set[str] = field(default_factory=set)
+    """Names of the logged scalars of all launches: Prometheus keeps each name that it has ever seen."""
 
     @property
     def name(self) -> str:
@@ -168,13 +170,14 @@ class Run:
     def read_logged(self, heartbeat: Heartbeat) -> dict[str, BandReading]:
         """Return the readings of the logged scalars of which this rank is the lowest that logs them.
 
-        At most MAX_LOGGED names of a launch are read. The names of measured scalars are not among them.
+        At most MAX_LOGGED names of a run are read. The names of measured scalars are not among them.
         """
         readings = {}
         for name, logged in heartbeat.logged.items():
             lowest = self._loggers.get(name)
-            if name in MEASURED or (lowest is None and len(self._loggers) >= MAX_LOGGED):
+            if name in MEASURED or (name not in self.logged_names and len(self.logged_names) >= MAX_LOGGED):
                 continue
+            self.logged_names.add(name)
             if lowest is None or heartbeat.process_rank <= lowest:
                 self._loggers[name] = heartbeat.process_rank
                 readings[name] = self.bands.setdefault(name, Band()).read(logged.step, logged.value)
@@ -277,6 +280,7 @@ class RunRegistry:
             run = Run(hello, controller, now, hello.step, hello.applied, agent, restore)
             run.retired = [*earlier, *([] if before is None else [before.incarnation])][-MAX_RETIRED:]
             run.launched = (*recent, now)
+            run.logged_names = set() if before is None else before.logged_names
             if victim is not None:
                 removed.append(self._runs.pop(victim.name))
             self._runs[hello.run] = run

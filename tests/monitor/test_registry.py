@@ -17,6 +17,7 @@ from koopmon.monitor.run_controller import RunController
 from koopmon.risk.band import BandReading
 from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.messages import (
+    MAX_LOGGED,
     MAX_STEP,
     Ack,
     Applied,
@@ -587,3 +588,14 @@ def test_a_name_that_is_not_read_holds_up_no_other() -> None:
     assert run is not None
     logged = {"loss": LoggedScalar(step=1, value=2.0), "kl": LoggedScalar(step=1, value=0.5)}
     assert list(run.read_logged(heartbeat(logged=logged))) == ["kl"]
+
+
+def test_launches_do_not_multiply_the_names_of_a_run() -> None:
+    registry, read = RunRegistry(MonitorConfig()), set()
+    for launch, incarnation in enumerate((FIRST, "cccccccc", "dddddddd")):
+        admit(registry, float(launch), hello("job", incarnation), b"p")
+        run = registry.get("job")
+        assert run is not None
+        logged = {f"a{launch}_{number}": LoggedScalar(step=1, value=0.5) for number in range(20)}
+        read |= run.read_logged(heartbeat(incarnation=incarnation, logged=logged)).keys()
+    assert len(read) == MAX_LOGGED
