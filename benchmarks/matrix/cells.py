@@ -24,7 +24,8 @@ Parallel = Literal[
     "pp-gpipe",
     "pp-1f1b",
 ]
-Compile = Literal["eager", "block", "whole", "fullgraph"]
+Compile = Literal["eager", "block", "whole", "fullgraph", "inner"]
+"""`inner`: compiled whole, and then wrapped for the layout."""
 Checkpoint = Literal["none", "reentrant-outside", "reentrant-inside", "outside", "inside"]
 Precision = Literal["fp32", "bf16", "scaler"]
 
@@ -70,7 +71,7 @@ def cells() -> list[Cell]:
 
 def _around(parallel: Parallel) -> Iterator[Cell]:
     yield Cell(parallel=parallel)
-    for manner in get_args(Compile)[1:]:
+    for manner in get_args(Compile)[1:4]:
         yield Cell(parallel=parallel, compile=manner, why="axis")
     for place in get_args(Checkpoint)[1:]:
         yield Cell(parallel=parallel, checkpoint=place, why="axis")
@@ -86,6 +87,13 @@ def _around(parallel: Parallel) -> Iterator[Cell]:
         yield Cell(parallel=parallel, checkpoint="outside", precision="bf16", why="pair")
         yield Cell(parallel=parallel, checkpoint="reentrant-outside", accumulate=2, why="pair")
         yield Cell(parallel=parallel, accumulate=2, precision="scaler", why="pair")
+        whole: Compile = "inner" if parallel == "ddp" else "whole"
+        yield Cell(parallel=parallel, compile=whole, checkpoint="outside", why="pair")
+        yield Cell(parallel=parallel, compile=whole, precision="bf16", why="pair")
+        yield Cell(parallel=parallel, compile=whole, accumulate=2, why="pair")
+        yield Cell(parallel=parallel, compile=whole, accumulate=2, precision="scaler", why="pair")
+    if parallel == "ddp":
+        yield Cell(parallel=parallel, compile="inner", why="pair")
 
 
 SLICE = (
@@ -98,5 +106,7 @@ SLICE = (
     "tp",
     "tp-sequence",
     "pp-gpipe",
+    "ddp/inner",
+    "pp-gpipe/whole",
 )
 """Names of the cells of two ranks in the tests."""

@@ -148,6 +148,8 @@ def wrapped(cell: Cell) -> nn.Module:
         assert mesh is not None
         _parallelize(cast(Decoder, model), mesh["tp"], sequence=cell.parallel == "tp-sequence")
     compiled(cast(Decoder, model), cell)
+    if cell.compile == "inner":
+        model = cast(nn.Module, torch.compile(model))
     model = _distribute(model, cell, mesh)
     if cell.compile in ("whole", "fullgraph"):
         model = cast(nn.Module, torch.compile(model, fullgraph=cell.compile == "fullgraph"))

@@ -112,7 +112,7 @@ def inspect_layout(model: nn.Module, world: RankContext, *, search: bool = False
     A wrapper around `model` is visible only while it runs: call again from inside a forward. With `search` it is looked
     for among all live objects, which takes up to a second.
     """
-    if _runs_as_stage():
+    if _runs_as_stage() or (search and world.size > 1 and _is_stage(model)):
         return ParallelLayout(
             "pipeline", False, "stages of a pipeline are not watched yet: their layers would be mixed", True
         )
@@ -138,7 +138,8 @@ def _shared_layout(model: nn.Module, world: RankContext, search: bool) -> Parall
         return _over("fsdp1", {module.process_group.size() for module in sharded}, world)
     if world.size == 1:
         return ParallelLayout("single", True)
-    wrapper = model if isinstance(model, DistributedDataParallel) else None
+    outer = getattr(model, "_orig_mod", model)  # of a wrapper that is compiled itself
+    wrapper = outer if isinstance(outer, DistributedDataParallel) else None
     if wrapper is None:
         wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     if wrapper is None and search:
@@ -205,6 +206,17 @@ def _runs_as_stage() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _is_stage(model: nn.Module) -> bool:
+    """Return True if a live stage of torch.distributed.pipelining holds a part of `model`."""
+    pipelining = sys.modules.get("torch.distributed.pipelining.stage")
+    kind = getattr(pipelining, "_PipelineStageBase", None)
+    if kind is None:
+        return False
+    stages = [each.submod for each in gc.get_objects() if issubclass(type(each), kind)]
+    inside = {id(module) for stage in stages for module in stage.modules()}
+    return any(id(module) in inside for module in model.modules())
 
 
 def compiled_whole(model: nn.Module, blocks: list[nn.Module]) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.pipelining import PipelineStage
 
 from benchmarks.matrix.__main__ import RESULT
 from koopmon.agent.parallelism import (
@@ -107,6 +109,35 @@ def test_sharding_whose_ranks_cannot_be_told_is_not_taken_for_tensor_parallelism
     assert data_ranks(model, RankContext(1, 2)) == DataRanks(1, 2)
 
 
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # in the compiler
+def test_a_compiled_wrapper_is_the_wrapper_of_its_layout(process_group: None) -> None:
+    wrapped = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    for model in (wrapped, torch.compile(wrapped)):
+        layout = inspect_layout(cast(nn.Module, model), RankContext(0, 2))
+        assert layout is not None
+        assert layout.name == "ddp"
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_a_stage_of_a_pipeline_is_found_from_outside_of_its_forward(process_group: None) -> None:
+    part = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    compiled = cast(nn.Module, torch.compile(part))
+    stage = PipelineStage(compiled, 0, 1, torch.device("cpu"))
+    for model in (part, compiled, nn.ModuleDict({"part": part})):
+        layout = inspect_layout(model, RankContext(0, 2), search=True)
+        assert layout is not None
+        assert (layout.name, layout.refused) == ("pipeline", True)
+    assert inspect_layout(nn.Linear(2, 2), RankContext(0, 2), search=True) is None
+    assert stage.submod is compiled
+
+
 DDP = ParallelLayout("ddp", True)
 PIPELINE = ParallelLayout("pipeline", False, "stages are not watched", refused=True)
 
@@ -136,6 +167,7 @@ def test_replicas_in_threads_are_refused() -> None:
     assert "DataParallel" in refusal(nn.DataParallel(build()))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_a_stage_of_a_pipeline_is_refused_in_its_first_forward(
     monitor: ScriptedMonitor, agents: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:

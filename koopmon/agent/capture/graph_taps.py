@@ -326,7 +326,11 @@ def _at_top() -> bool:
     tracer = graph.current_tracer
     while tracer.parent is not None:
         # Backends that run the graph as it is would find that the arguments of a checkpoint have changed.
-        functional = getattr(graph.compiler_fn, "compiler_name", "") in _FUNCTIONAL
+        # DistributedDataParallel puts its own backend, which splits the graph, before the chosen one.
+        splitter = getattr(graph.compiler_fn, "__self__", None)
+        backend = getattr(splitter, "backend_compile_fn", graph.compiler_fn)
+        name = getattr(backend, "compiler_name", "") or getattr(backend, "_compiler_name", "")
+        functional = name in _FUNCTIONAL
         if getattr(tracer, "description", None) != _CHECKPOINT or not functional:
             return False
         tracer = tracer.parent

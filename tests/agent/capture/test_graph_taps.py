@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from koopmon.agent.capture.graph_taps import supported
@@ -309,6 +310,30 @@ def test_a_checkpoint_that_the_backend_leaves_alone_gets_no_taps(
     assert equal(training.train(range(STEPS)), expected)
     status = agent.status()
     assert (status["sent"], status["errors"], status["taps_missing"] > 0) == (0, 0, True)
+
+
+@pytest.mark.parametrize("run", [None, checkpointed])
+def test_a_graph_that_is_split_for_the_ranks_keeps_its_taps(
+    run: Any, monitor: ScriptedMonitor, agents: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DistributedDataParallel splits the graph at its buckets, of which these are many."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)
+
+    def compile_(model: nn.Module) -> nn.Module:
+        compiled = torch.compile(model, backend="aot_eager")
+        return nn.parallel.DistributedDataParallel(compiled, bucket_cap_mb=0.002)
+
+    try:
+        expected = Training(lambda: build(run=run), compile_, batch).train(range(STEPS))
+        training = Training(lambda: build(run=run), compile_, batch)
+        agent = agents(training.called, training.optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
+        monitor.wait(lambda: agent.status()["connected"])
+        assert equal(training.train(range(STEPS), settled(agent, monitor)), expected)
+        status = agent.status()
+        assert (status["sent"], status["taps_missing"], status["errors"]) == (STEPS - 1, 0, 0)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow
