@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import FrameType
 from typing import Any, Literal, TypeVar
@@ -19,6 +19,8 @@ from koopmon.agent.rank_identity import RankContext
 
 PROVEN = frozenset({"single", "ddp", "fsdp1", "fsdp2", "hsdp", "tp", "fsdp2-tp"})
 """Layouts over all ranks, on the CPU, in which the matrix proves that koopmon acts correctly."""
+CHECKED_DEVICES = frozenset({"cuda"})
+"""Devices on which the matrix did not run. Actions that check their effect in the training itself act there."""
 _MAX_FRAMES = 64
 T = TypeVar("T", bound=nn.Module)
 
@@ -36,6 +38,8 @@ class ParallelLayout:
     refused: bool = False
     splits_tokens: bool = False
     """True if ranks that share one model hold different tokens of its data."""
+    device: str = "cpu"
+    """The type of the device of the parameters."""
 
     @property
     def has_whole_gradients(self) -> bool:
@@ -123,9 +127,10 @@ def inspect_layout(model: nn.Module, world: RankContext, *, search: bool = False
     kind = next((device.type for device in devices), "cpu")
     if layout is None or kind in ("cpu", "meta"):
         return layout
-    return ParallelLayout(
-        layout.name, False, layout.caution or f"its parameters lie on {kind}, where nothing is proven yet"
-    )
+    if kind in CHECKED_DEVICES:
+        return replace(layout, device=kind)
+    caution = layout.caution or f"its parameters lie on {kind}, where nothing is proven yet"
+    return replace(layout, proven=False, caution=caution, device=kind)
 
 
 def _shared_layout(model: nn.Module, world: RankContext, search: bool) -> ParallelLayout | None:

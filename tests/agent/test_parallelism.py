@@ -26,6 +26,7 @@ from koopmon.agent.parallelism import (
     refusal,
 )
 from koopmon.agent.rank_identity import RankContext
+from koopmon.wire.messages import KssSettings
 from tests.agent.models import build, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
@@ -68,13 +69,14 @@ def fully_sharded(model: nn.Module, mesh: Mesh) -> nn.Module:
     ("model", "world", "name", "proven", "says"),
     [
         (On(parameter()), RankContext(), "single", True, ""),
-        (On(parameter("cuda")), RankContext(), "single", False, "on cuda, where nothing is proven yet"),
+        (On(parameter("cuda")), RankContext(), "single", True, ""),
+        (On(parameter("mps")), RankContext(), "single", False, "on mps, where nothing is proven yet"),
         (On(parameter(), parameter("cuda")), RankContext(), "split", False, "several devices"),
         (On(parameter(mesh=Mesh(0, 1))), RankContext(0, 2), "tp", True, ""),
         (On(parameter(mesh=Mesh(0, 1))), RankContext(0, 4), "tp", False, "its tp spans 2 of 4 ranks"),
         (fully_sharded(On(parameter(mesh=Mesh(0, 1))), Mesh(0, 1)), RankContext(0, 2), "fsdp2", True, ""),
         (fully_sharded(On(parameter(mesh=Mesh(0, 1, 2, 3))), Mesh(0, 2)), RankContext(0, 4), "fsdp2-tp", True, ""),
-        (fully_sharded(On(parameter("cuda", Mesh(0, 1))), Mesh(0, 1)), RankContext(0, 2), "fsdp2", False, "on cuda"),
+        (fully_sharded(On(parameter("cuda", Mesh(0, 1))), Mesh(0, 1)), RankContext(0, 2), "fsdp2", True, ""),
     ],
 )
 def test_one_look(model: nn.Module, world: RankContext, name: str, proven: bool, says: str) -> None:
@@ -83,6 +85,7 @@ def test_one_look(model: nn.Module, world: RankContext, name: str, proven: bool,
     assert (layout.name, layout.proven, layout.refused) == (name, proven, False)
     assert says in layout.caution
     assert bool(layout.caution) != layout.proven
+    assert layout.device == ("cpu" if name == "split" else next(model.parameters()).device.type)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +190,28 @@ def test_a_stage_of_a_pipeline_is_refused_in_its_first_forward(
     assert (status["enabled"], status["acts"], status["layout"], status["sent"]) == (False, False, "pipeline", 0)
     assert sum("stages of a pipeline are not watched yet" in line for line in caplog.messages) == 1
     assert not model.blocks[0]._forward_hooks
+
+
+def test_on_a_gpu_only_the_learning_rate_is_acted_on(
+    monitor: ScriptedMonitor, agents: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout alone is that of a GPU: none is here."""
+    monkeypatch.setattr(
+        "koopmon.agent.roles.inspect_layout", lambda *_, **__: ParallelLayout("single", True, device="cuda")
+    )
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config={"cadence": {"dense_every": 1}})
+    monitor.wait(lambda: agent.status()["connected"])
+    scale = monitor.command("set_lr_scale", lr_scale=0.5)
+    kss = monitor.command("set_kss", kss=KssSettings(alpha=0.5, svd_rank=4, num_samples=16))
+    monitor.wait(lambda: train_step(model, optimizer, 1) and monitor.acked(scale) and monitor.acked(kss))
+    assert agent.status()["acts"]
+    assert monitor.ack(scale).outcome == "applied"
+    assert (monitor.ack(kss).outcome, monitor.ack(kss).detail) == (
+        "refused",
+        "KSS is refused: it is not proven on cuda",
+    )
 
 
 @pytest.mark.skipif(not RESULT.exists(), reason="the matrix was not run yet")

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -136,6 +137,8 @@ class LrBackoff(ControlAction):
 
     def _scale(self, update: Update, scale: float) -> None:
         """Run `update` on a view of its optimizer whose rates are multiplied by `scale` in (0, 1]."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            return  # a graph would keep the scale for ever; its replays run no step and are only watched
         optimizer = update.optimizer
         unknown = optimizer not in self._proofs
         proof = self._proof(optimizer)

@@ -192,6 +192,17 @@ def test_a_step_whose_closure_runs_the_forward_is_scaled_all_the_same(
     assert agent.status()["errors"] == 0
 
 
+def test_no_scale_is_recorded_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[float]] = []
+    optimizer = OPTIMIZERS["SGD"]([nn.Parameter(torch.ones(2))])
+    guarded(optimizer, lambda: 0.5)
+    step_recording(optimizer, seen)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    step_recording(optimizer, seen)
+    assert seen == [[0.01], [0.02]]
+
+
 def test_a_scale_below_the_limit_is_raised_to_it_and_said() -> None:
     backoff = LrBackoff(LimitsConfig(min_lr_scale=0.25))
     for asked, scale, detail in ((0.1, 0.25, "lr_scale capped at 0.25"), (0.25, 0.25, ""), (0.5, 0.5, "")):

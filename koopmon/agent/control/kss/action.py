@@ -64,6 +64,8 @@ class KssAction(ControlAction):
     def capability(self, layout: ParallelLayout) -> Capability:
         if layout.splits_tokens:
             return Capability(False, "KSS is refused: ranks that share one model hold different tokens of its data")
+        if layout.device != "cpu" and self._limits.act != "always":
+            return Capability(False, f"KSS is refused: it is not proven on {layout.device}")
         if self._obstacle:
             return Capability(False, f"KSS is refused: {self._obstacle}")
         return Capability(False, self._refusal) if self._refusal else ACTS

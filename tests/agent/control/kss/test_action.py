@@ -81,6 +81,9 @@ def test_it_is_refused_where_ranks_split_tokens_and_where_modules_are_shielded()
     split = ParallelLayout("tp", True, splits_tokens=True)
     assert not allowed.capability(split).acts
     assert "different tokens" in allowed.capability(split).reason
+    device = ParallelLayout("single", True, device="cuda")
+    assert allowed.capability(device).reason == "KSS is refused: it is not proven on cuda"
+    assert action(from_mapping({"limits": {"act": "always"}})).capability(device).acts
     plain = build()
     refused.inspect(plain, OptimizerSet(), select(plain))
     assert refused.capability(LAYOUT).acts, "another adapter took over, and shields nothing"
