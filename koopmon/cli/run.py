@@ -43,6 +43,9 @@ from koopmon.errors import ConfigError, KoopmonError
 from koopmon.monitor.http.address import listen
 from koopmon.run_names import check_run_name
 
+BRIEF_SECONDS = 2.0
+"""An agent reaches a new monitor in this time."""
+
 
 def run(
     command: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The job's command.")],
@@ -134,8 +137,8 @@ def run(
         mode = "; it only watches: " + ("policy observe" if settings.policy.name == "observe" else "dry run")
     since = time.time()
     job_stop = JobStop(store, named) if allow_stop else None
-    status, served = _run_with_own_monitor(command, named, store, words, for_agents, job_stop, mode)
-    _close_with_summary(store, named, status, summary, since, served=served)
+    status, served_seconds = _run_with_own_monitor(command, named, store, words, for_agents, job_stop, mode)
+    _close_with_summary(store, named, status, summary, since, served_seconds)
     if job_stop is not None and job_stop.due:
         warn(f"run {named}: koopmon ended the job, which had status {status}: {job_stop.reason}")
         return ENDED_BY_KOOPMON
@@ -185,8 +188,8 @@ def _run_with_own_monitor(
     for_agents: Mapping[str, str | None],
     job_stop: JobStop | None,
     mode: str,
-) -> tuple[int, bool]:
-    """Run the job beside its monitor. Return the job's exit status, and True if the monitor served the job."""
+) -> tuple[int, float | None]:
+    """Run the job beside its monitor. Return the job's exit status, and how long the monitor served it; None if not."""
     # A unit of systemd around this command is ready when the job says so, not its monitor.
     left_out = ("KOOPMON_RUN", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
     environ = {key: value for key, value in os.environ.items() if key not in left_out}
@@ -195,20 +198,21 @@ def _run_with_own_monitor(
             embedded = EmbeddedMonitor(name, store, environ, mask, options)
         except MonitorNotReadyError as error:
             _say_unguarded(error)
-            return run_job(command, os.environ, mask), False
+            return run_job(command, os.environ, mask), None
         say(f"run {name}: the job starts, and its monitor beside it")
         watch = _Watch(embedded, name, job_stop, mode)
         try:
             job = guarded(embedded.endpoint, for_agents)
             status = run_job(command, job, mask, watch, job_stop or (lambda: False))
             watch()
+            served_seconds = watch.served_seconds()
         finally:
             embedded.close(lambda: say("the monitor writes the received snapshots to its history"))
     if not watch.failed and (failure := embedded.failure) is not None:
         _say_unguarded(failure)
     elif not embedded.page and not watch.failed:
         warn(f"run {name}: the job ended before its monitor was ready, and was not watched")
-    return status, bool(embedded.page)
+    return status, served_seconds
 
 
 class _Watch:
@@ -220,6 +224,11 @@ class _Watch:
         self._name = name
         self._job_stop = job_stop
         self._mode = mode
+        self._served_since: float | None = None
+
+    def served_seconds(self) -> float | None:
+        """Return the time since the monitor served; None if it did not."""
+        return None if self._served_since is None else time.monotonic() - self._served_since
 
     def __call__(self) -> float | None:
         seconds = self._look()
@@ -243,7 +252,7 @@ class _Watch:
             self.failed = True
             _say_unguarded(error)
         else:
-            page = embedded.page
+            page, self._served_since = embedded.page, time.monotonic()
             say(f"run {self._name}: its monitor serves{self._mode}; live page at {page}, metrics at {page}metrics")
         return None
 
@@ -265,15 +274,15 @@ def _close_with_summary(
     status: int,
     summary_file: Path | None,
     since: float,
-    *,
-    served: bool,
+    served_seconds: float | None,
 ) -> None:
     # Imported late because the job waits for every import above. A history may be that of earlier launches only.
     from koopmon.views.run_summary import summarise, summarise_beside
 
+    served = served_seconds is not None
     summary = summarise(store, name) if served else None
     if summary is not None:
-        for line in summary.lines(since):
+        for line in summary.lines(since, brief=served_seconds is not None and served_seconds < BRIEF_SECONDS):
             (warn if "NOT " in line else say)(line)
         for other in summarise_beside(store, name):
             say(other.beside_line())

@@ -95,10 +95,15 @@ class RunSummary:
     """Unix seconds; 0 for the whole run."""
     launches: tuple[RunSummary, ...] = ()
 
-    def lines(self, since: float = 0.0) -> list[str]:
-        """Return the launches that started after `since` as lines of text."""
+    def lines(self, since: float = 0.0, *, brief: bool = False) -> list[str]:
+        """Return the launches that started after `since` as lines of text.
+
+        `brief`: the job ended just after its monitor served.
+        """
         mine = [each for each in self.launches if each.started >= since]
         where = f"`koopmon report {self.run}` shows the run; history: {self.store}"
+        if not mine and brief:
+            return ["NOT WATCHED: no training process attached: the job ended within seconds of its monitor's start"]
         if not mine:
             return [
                 "NOT WATCHED: no training process attached; if no line above says why, the job's Python has no "

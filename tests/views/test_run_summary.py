@@ -157,6 +157,16 @@ def test_a_launch_of_an_earlier_job_is_not_this_one(tmp_path: Path) -> None:
     assert "no training process attached" in summary(tmp_path, since=1.0)[0]
 
 
+def test_a_job_that_ends_at_once_is_not_blamed_on_its_python(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "h.sqlite3")
+    writer.store.close()
+    found = summarise(tmp_path / "h.sqlite3", RUN)
+    assert found is not None
+    (line,) = found.lines(brief=True)
+    assert line == "NOT WATCHED: no training process attached: the job ended within seconds of its monitor's start"
+    assert "the job's Python has no koopmon" in found.lines()[0]
+
+
 def test_a_launch_without_a_snapshot_was_not_watched(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "h.sqlite3")
     writer.store.record_hello(1.0, hello(**WHO))
