@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -148,6 +148,8 @@ class AgentRuntime:
         # Lasting actions have a breaker of their own, because they stay in force after the agent has failed.
         self._lasting_breaker = CircuitBreaker("learning-rate back-off")
         self._handles: list[Any] = []
+        self._pre_hooks: set[int] = set()
+        """The keys of the step pre-hooks among the hooks of the optimizers."""
         try:
             for optimizer in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
                 self.add_optimizer(optimizer)
@@ -166,10 +168,9 @@ class AgentRuntime:
         self._new_optimizers = True
         for member in self.optimizers.add(optimizer):
             self._wrappers.discard(id(member))
-            self._handles += [
-                member.register_step_pre_hook(hook(self._before_call, self._trace_call)),
-                member.register_step_post_hook(hook(self._after_call)),
-            ]
+            before = member.register_step_pre_hook(hook(self._before_call, self._trace_call))
+            self._pre_hooks.add(before.id)
+            self._handles += [before, member.register_step_post_hook(hook(self._after_call))]
 
     def _find_wrappers(self) -> None:
         """Replace the optimizers that wrap others. In their constructors, which add them, they do not hold these."""
@@ -433,6 +434,11 @@ class AgentRuntime:
             return
         for revert in self._lasting[1]:
             revert()
+        # A later hook of the user's would see the scaled rates, or pass the optimizer itself to the step.
+        hooks: OrderedDict[int, Any] = optimizer._optimizer_step_pre_hooks  # type: ignore[assignment]
+        if next(reversed(hooks), None) not in self._pre_hooks:
+            for key in self._pre_hooks & hooks.keys():
+                hooks.move_to_end(key)
         if self._scalars.active:
             self._scalars.after_call(optimizer, args, kwargs)
         if self._clock.end(optimizer):
