@@ -1,6 +1,6 @@
 """A back-off in loops and under optimizers that people write: it shrinks the updates, or says why it does not.
 
-Each case trains twice: alone, and with a scale of 1/8 from step 6 to step 13. What user code reads is the same in both.
+Each case trains twice: alone, and with a scale of 1/8 from step 6 to step 13. User code reads the same rates in both.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Loop:
         self.model = build()
         self.step = 0
         self.seen: list[float] = []
-        """What user code reads of the rate."""
+        """The rates that user code reads."""
         self.moved: list[float] = []
         made = make(self)
         optimizers, self.update = made if isinstance(made, tuple) else (made, None)
