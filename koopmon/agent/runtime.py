@@ -150,6 +150,8 @@ class AgentRuntime:
         self._handles: list[Any] = []
         self._pre_hooks: set[int] = set()
         """The keys of the step pre-hooks among the hooks of the optimizers."""
+        self._replaced: dict[int, Any] = {}
+        """The optimizer, or its view, that the step of each optimizer was given in a call that has not ended."""
         try:
             for optimizer in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
                 self.add_optimizer(optimizer)
@@ -426,19 +428,24 @@ class AgentRuntime:
         kept = self._roles.kept
         if begins and kept is not None and (control.version or kept.in_force):
             kept.keep(self.lifecycle.applied(clock.num_steps))
-        unchanged = update.args is args and update.kwargs is kwargs
-        return None if unchanged else (update.args, update.kwargs)
+        if update.args is args and update.kwargs is kwargs:
+            return None
+        self._replaced[id(optimizer)] = update.args[0]
+        return update.args, update.kwargs
+
+    def _call_last(self, optimizer: Optimizer) -> None:
+        """Call the step pre-hook after all others. One of those has replaced the arguments of the step."""
+        hooks: OrderedDict[int, Any] = optimizer._optimizer_step_pre_hooks  # type: ignore[assignment]
+        for key in self._pre_hooks & hooks.keys():
+            hooks.move_to_end(key)
 
     def _after_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.closed or is_nested(optimizer):
             return
+        if self._replaced and self._replaced.pop(id(optimizer), args[0]) is not args[0]:
+            self._call_last(optimizer)
         for revert in self._lasting[1]:
             revert()
-        # A later hook of the user's would see the scaled rates, or pass the optimizer itself to the step.
-        hooks: OrderedDict[int, Any] = optimizer._optimizer_step_pre_hooks  # type: ignore[assignment]
-        if next(reversed(hooks), None) not in self._pre_hooks:
-            for key in self._pre_hooks & hooks.keys():
-                hooks.move_to_end(key)
         if self._scalars.active:
             self._scalars.after_call(optimizer, args, kwargs)
         if self._clock.end(optimizer):

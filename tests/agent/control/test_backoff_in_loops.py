@@ -270,11 +270,6 @@ def a_later_hook_that_sets_the_rate(loop: Loop) -> Any:
 
 
 @loop
-def a_later_hook_that_sets_the_rate_of_its_argument(loop: Loop) -> Any:
-    return hooked(loop, lambda _, args, __: args[0].param_groups[0].update(lr=0.001 * 0.98**loop.step))
-
-
-@loop
 def a_later_hook_that_passes_the_optimizer_itself(loop: Loop) -> Any:
     return hooked(loop, lambda optimizer, args, kwargs: ((optimizer, *args[1:]), kwargs))
 
