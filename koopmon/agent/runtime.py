@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -148,6 +148,10 @@ class AgentRuntime:
         # Lasting actions have a breaker of their own, because they stay in force after the agent has failed.
         self._lasting_breaker = CircuitBreaker("learning-rate back-off")
         self._handles: list[Any] = []
+        self._pre_hooks: set[int] = set()
+        """The keys of the step pre-hooks among the hooks of the optimizers."""
+        self._replaced: dict[int, Any] = {}
+        """The optimizer, or its view, that the step of each optimizer was given in a call that has not ended."""
         try:
             for optimizer in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
                 self.add_optimizer(optimizer)
@@ -166,10 +170,9 @@ class AgentRuntime:
         self._new_optimizers = True
         for member in self.optimizers.add(optimizer):
             self._wrappers.discard(id(member))
-            self._handles += [
-                member.register_step_pre_hook(hook(self._before_call, self._trace_call)),
-                member.register_step_post_hook(hook(self._after_call)),
-            ]
+            before = member.register_step_pre_hook(hook(self._before_call, self._trace_call))
+            self._pre_hooks.add(before.id)
+            self._handles += [before, member.register_step_post_hook(hook(self._after_call))]
 
     def _find_wrappers(self) -> None:
         """Replace the optimizers that wrap others. In their constructors, which add them, they do not hold these."""
@@ -425,12 +428,22 @@ class AgentRuntime:
         kept = self._roles.kept
         if begins and kept is not None and (control.version or kept.in_force):
             kept.keep(self.lifecycle.applied(clock.num_steps))
-        unchanged = update.args is args and update.kwargs is kwargs
-        return None if unchanged else (update.args, update.kwargs)
+        if update.args is args and update.kwargs is kwargs:
+            return None
+        self._replaced[id(optimizer)] = update.args[0]
+        return update.args, update.kwargs
+
+    def _call_last(self, optimizer: Optimizer) -> None:
+        """Call the step pre-hook after all others. One of those has replaced the arguments of the step."""
+        hooks: OrderedDict[int, Any] = optimizer._optimizer_step_pre_hooks  # type: ignore[assignment]
+        for key in self._pre_hooks & hooks.keys():
+            hooks.move_to_end(key)
 
     def _after_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.closed or is_nested(optimizer):
             return
+        if self._replaced and self._replaced.pop(id(optimizer), args[0]) is not args[0]:
+            self._call_last(optimizer)
         for revert in self._lasting[1]:
             revert()
         if self._scalars.active:

@@ -32,7 +32,11 @@ def load(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
 
     A batch is a tensor, a tuple or list of arguments, or a mapping of keyword arguments. Raises FactoryError.
     """
-    model, batch = call(name, named(name))
+    words, sys.argv = sys.argv, [name.rpartition(":")[0]]  # a script may parse its command line
+    try:
+        model, batch = call(name, named(name))
+    finally:
+        sys.argv = words
     if isinstance(batch, Mapping):
         return model, (), dict(batch)
     return model, tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {}

@@ -16,6 +16,7 @@ import typer
 
 from koopmon.cli.console import say, set_verbosity, warn
 from koopmon.cli.embedded import POLL_SECONDS, EmbeddedMonitor, MonitorNotReadyError
+from koopmon.cli.ended_settings import run_with_settings
 from koopmon.cli.job_stop import ENDED_BY_KOOPMON, JobStop
 from koopmon.cli.job_stop import POLL_SECONDS as STOP_POLL_SECONDS
 from koopmon.cli.launch_inspection import spread
@@ -203,7 +204,10 @@ def _run_with_own_monitor(
         watch = _Watch(embedded, name, job_stop, mode)
         try:
             job = guarded(embedded.endpoint, for_agents)
-            status = run_job(command, job, mask, watch, job_stop or (lambda: False))
+            must_end = job_stop or (lambda: False)
+            status = run_with_settings(
+                for_agents[KEPT_SETTINGS], name, lambda got: run_job(command, job, mask, watch, must_end, got)
+            )
             watch()
             served_seconds = watch.served_seconds()
         finally:

@@ -11,6 +11,7 @@ import msgspec
 
 from koopmon.agent.autoload import python_path
 from koopmon.cli.console import is_quiet, say, warn
+from koopmon.cli.ended_settings import run_with_settings
 from koopmon.cli.launch_inspection import isolation, run_store, script_name, spread
 from koopmon.cli.supervise import check_command, run_job, signals_held
 from koopmon.config import Config
@@ -85,7 +86,9 @@ def run_with_shared_monitor(
     else:
         say(f"{whose}the job starts, and reports to the monitor at {endpoint}")
     with signals_held() as mask:
-        status = run_job(command, guarded(endpoint, for_agents), mask)
+        job = guarded(endpoint, for_agents)
+        directory = for_agents.get(KEPT_SETTINGS)
+        status = run_with_settings(directory, named, lambda got: run_job(command, job, mask, received=got))
     if named is not None and found.reply is not None:
         ended = probe(endpoint, trust, run=named, timeout_seconds=ANSWER_SECONDS).reply
         if ended is not None and ended.run_state is None:

@@ -67,12 +67,14 @@ def run_job(
     mask: set[signal.Signals],
     watch: Callable[[], float | None] = lambda: None,
     must_end: Callable[[], bool] = lambda: False,
+    received: set[signal.Signals] | None = None,
 ) -> int:
     """Run `command` to its end inside `signals_held` and return its exit status. The job gets the previous signal mask.
 
     The job inherits the standard streams. The status is the job's own, or 128 + n when signal n ended it. `watch` is
     called after each state change of a child process, and after the seconds that it returned. `must_end` is called
-    after it: once it returns True, the job gets one SIGTERM, and so do the processes that it leaves behind.
+    after it: once it returns True, the job gets one SIGTERM, and so do the processes that it leaves behind. Signals
+    to this process are added to `received`.
 
     Raises CommandNotFoundError and CommandNotRunnableError.
     """
@@ -95,6 +97,8 @@ def run_job(
         info = signal.sigwaitinfo(_WATCHED) if seconds is None else signal.sigtimedwait(_WATCHED, seconds)
         if info is None or (number := signal.Signals(info.si_signo)) is signal.SIGCHLD:
             continue
+        if received is not None:
+            received.add(number)
         if not _reached_the_job_already(number, info):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(job.pid, number)

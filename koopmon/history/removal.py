@@ -70,7 +70,8 @@ def _unlink(path: Path) -> None:
     try:
         for suffix in (*COMPANIONS, *BESIDE, ""):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
-        path.with_suffix(".settings").unlink(missing_ok=True)
+        for suffix in (".settings", ".ended"):
+            path.with_suffix(suffix).unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(f"store {path}: {error.strerror}") from None
 

@@ -106,8 +106,8 @@ class RunSummary:
             return ["NOT WATCHED: no training process attached: the job ended within seconds of its monitor's start"]
         if not mine:
             return [
-                "NOT WATCHED: no training process attached; if no line above says why, the job's Python has no "
-                "koopmon, or the job made no torch optimizer"
+                "NOT WATCHED: no training process attached; if no line above says why, the job ended before its "
+                "training reached the monitor, its Python has no koopmon, or it made no torch optimizer"
             ]
         if len(mine) == 1:
             return [mine[0].seen(), *mine[0].done(), where]

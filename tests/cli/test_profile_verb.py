@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from koopmon.cli import main
+from koopmon.cli.factory import FactoryError, load
 
 Refused = Callable[..., None]
 
@@ -195,6 +196,22 @@ def test_a_model_that_does_not_move_is_not_called_risky(here: Verb) -> None:
 )
 def test_a_mistake_is_one_line(here: Verb, one_line: Refused, factory: str, said: list[str], status: int) -> None:
     one_line(here("profile", factory), *said, status=status)
+
+
+def test_a_script_that_parses_its_command_line_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "parsing.py"
+    script.write_text(
+        "import argparse\nfrom torch import nn\n"
+        "def make():\n"
+        "    argparse.ArgumentParser().parse_args()\n"
+        "    return nn.Linear(2, 2), None\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["koopmon", "profile", "--json"])
+    load(f"{script}:make")
+    assert sys.argv == ["koopmon", "profile", "--json"]
+    with pytest.raises(FactoryError):
+        load(f"{script}:absent")
+    assert sys.argv == ["koopmon", "profile", "--json"]
 
 
 def test_an_unknown_adapter_is_one_line(here: Verb, one_line: Refused) -> None:

@@ -27,7 +27,7 @@ def counts(path: Path) -> dict[str, int]:
 def test_the_last_run_goes_with_its_file_and_the_files_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "v1.2-a.sqlite3"
     guarded(Recorder(path, "v1.2-a"), profiled=True).close()
-    for name in ("v1.2-a.sqlite3.log", "v1.2-a.settings", "v1.2-b.settings"):
+    for name in ("v1.2-a.sqlite3.log", "v1.2-a.settings", "v1.2-a.ended", "v1.2-b.settings"):
         (tmp_path / name).write_text("x")
     size = path.stat().st_size
     assert remove_run(path, "v1.2-a") == size > 0

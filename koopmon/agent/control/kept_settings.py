@@ -2,12 +2,14 @@
 
 `koopmon run` names the file's directory in the environment. Rank 0 writes the file before the first update with a
 changed setting, so that the file is right whenever the launch is killed. All ranks of the next launch read it before
-their first step, also if torchrun restarts them in the same job. A training that ends removes it. One that raised has
-not ended: on the ranks beside a killed one, the next collective raises.
+their first step, also if torchrun restarts them in the same job. A training that ends sets it aside. One that raised
+has not ended: on the ranks beside a killed one, the next collective raises. A script may catch the exception, or the
+signal, and leave in order: `koopmon run` then puts the file back (`koopmon/cli/ended_settings.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -39,6 +41,8 @@ class KeptSettings:
 
     def __init__(self, directory: str, run: str, rank: int) -> None:
         self._path = Path(directory, f"{file_name(run)}.settings")
+        self._ended = self._path.with_suffix(".ended")
+        """The file of a training that has ended, until the next one begins."""
         self._run = run
         self._rank = rank
         self._pid = os.getpid()
@@ -53,6 +57,9 @@ class KeptSettings:
 
     def read(self) -> Applied | None:
         """Return the settings that a killed launch left. A file that cannot be used is ignored with one line."""
+        if self._rank == 0:
+            with contextlib.suppress(OSError):
+                self._ended.unlink(missing_ok=True)
         try:
             with open(os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
                 flaw = why_not_private(self._path, os.fstat(file.fileno()))
@@ -87,10 +94,14 @@ class KeptSettings:
             self._warn(f"{self._path}: {error.strerror}: a restarted launch begins without the settings in force")
 
     def clear(self) -> None:
-        """Remove the file at the end of a training. A launch without an optimizer step, or that raised, leaves it."""
+        """Set the file aside at the end of a training. A launch without a step, or that raised, leaves it."""
         # Python sets this attribute before it reports an exception that ends the script.
-        if self._used and getattr(sys, "last_type", None) is None:
-            self.keep(Applied())
+        if not self._used or getattr(sys, "last_type", None) is not None:
+            return
+        if self.in_force and self._rank == 0 and os.getpid() == self._pid:
+            with contextlib.suppress(OSError):
+                self._path.replace(self._ended)
+        self.keep(Applied())
 
     def _warn(self, text: str) -> None:
         log_for_job(logger, text, rank=self._rank)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,6 +30,13 @@ MIN_EFFECTIVE_SCALE = 0.001
 """Lower bound on the scale under a cap on the peak rate. `[limits] min_lr_scale` bounds the commanded scale only."""
 
 
+class _Known(NamedTuple):
+    """The result of a check of an optimizer that had `num_groups` groups."""
+
+    proof: ScaleProof
+    num_groups: int
+
+
 class LrBackoff(ControlAction):
     """Scales the rates of all optimizers during each update. Its strength is the scale; 1 changes nothing.
 
@@ -45,7 +52,7 @@ class LrBackoff(ControlAction):
     def __init__(self, limits: LimitsConfig) -> None:
         self._min_scale = limits.min_lr_scale
         self._optimizers = OptimizerSet()
-        self._proofs: weakref.WeakKeyDictionary[Optimizer, ScaleProof] = weakref.WeakKeyDictionary()
+        self._proofs: weakref.WeakKeyDictionary[Optimizer, _Known] = weakref.WeakKeyDictionary()
         self._views: list[tuple[Optimizer, Optimizer]] = []
         """Views whose update has not ended, each with its optimizer."""
         self._peak = (-1, 0.0)
@@ -74,7 +81,7 @@ class LrBackoff(ControlAction):
             }
         acts = scale != self.neutral or request.max_rate is not None
         for optimizer in self._optimizers if acts else ():
-            if refusal := self._proof(optimizer).refusal:
+            if refusal := self._proof(optimizer, again=True).refusal:
                 raise RequestRefusedError(f"the learning rate is not lowered: {refusal}")
         return Target(scale, parameters, ", ".join(details), acts)
 
@@ -85,11 +92,13 @@ class LrBackoff(ControlAction):
             where = "has no learning rate" if rate is None else "has its learning rate on a device"
             raise RequestRefusedError(f"max_rate is refused: the optimizer {where}")
 
-    def _proof(self, optimizer: Optimizer) -> ScaleProof:
-        proof = self._proofs.get(optimizer)
-        if proof is None:
-            proof = self._proofs[optimizer] = prove(optimizer)
-        return proof
+    def _proof(self, optimizer: Optimizer, *, again: bool = False) -> ScaleProof:
+        """Return the result of the check, which a new group repeats, and `again` if there was none."""
+        num_groups = len(optimizer.param_groups)
+        known = self._proofs.get(optimizer)
+        if known is None or known.num_groups < num_groups or (again and not known.proof.conclusive):
+            known = self._proofs[optimizer] = _Known(prove(optimizer), num_groups)
+        return known.proof
 
     def released(self, state: ControlState) -> Target:
         return Target(self.neutral, acts=False)
@@ -140,13 +149,13 @@ class LrBackoff(ControlAction):
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             return  # a graph would keep the scale for ever; its replays run no step and are only watched
         optimizer = update.optimizer
-        unknown = optimizer not in self._proofs
+        known = self._proofs.get(optimizer)
         proof = self._proof(optimizer)
         if not proof.refusal:
             view = scaled_view(optimizer, scale, sets_rate=proof.sets_rate)
             self._views.append((view, optimizer))
             update.args = (view, *update.args[1:])
-        elif unknown:
+        elif known is None or known.proof != proof:
             logger.warning("koopmon: the learning-rate scale %g is not in force: %s", scale, proof.refusal)
 
     def _follow_peak(self, capped_from: int) -> None:

@@ -45,11 +45,13 @@ NOMINAL_RATE = 1e-3
 class ScaleProof:
     """The result of a check. `refusal` is the reason against a scale; empty if updates follow it.
 
-    `sets_rate` is True if the step sets its rate from something other than the rate in the group.
+    `sets_rate` is True if the step sets its rate from something other than the rate in the group. A check that is not
+    `conclusive` came to no result: another one may.
     """
 
     refusal: str = ""
     sets_rate: bool = False
+    conclusive: bool = True
 
 
 class _NotProvenError(Exception):
@@ -69,7 +71,8 @@ def prove(optimizer: Optimizer) -> ScaleProof:
         raise_from_signal(error)
         logger.debug("koopmon: check of %s", name, exc_info=error)
         reason = str(error) if isinstance(error, _NotProvenError) else describe_error(error)
-        return ScaleProof(f"it is not proven that the updates of {name} follow its learning rate: {reason}")
+        refusal = f"it is not proven that the updates of {name} follow its learning rate: {reason}"
+        return ScaleProof(refusal, conclusive=False)
     finally:
         kept.restore()
 
@@ -104,7 +107,7 @@ def _sample(optimizer: Optimizer) -> list[Tensor]:
     groups = [group for group in optimizer.param_groups if any(each.requires_grad for each in group["params"])]
     groups = groups or optimizer.param_groups  # a loop may freeze one of several optimizers for a while
     chosen: dict[int, Tensor] = {}
-    for group in groups[:: -(-len(groups) // MAX_GROUPS)] if groups else ():
+    for group in _of_every_kind(groups):
         parameters = sorted(group["params"], key=Tensor.numel)
         trained = [each for each in parameters if each.requires_grad] or parameters
         trained = [each for each in trained if each.grad is not None] or trained
@@ -112,6 +115,26 @@ def _sample(optimizer: Optimizer) -> list[Tensor]:
         for each in [*trained[:1], *[each for each in trained if each.dim() > 1][:1]]:
             chosen[id(each)] = each
     return list(chosen.values())
+
+
+def _of_every_kind(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return evenly spaced groups, and one of each kind that is not among them.
+
+    An optimizer may choose its rule by an option of the group, such as `use_muon`.
+    """
+    taken = groups[:: max(1, -(-len(groups) // MAX_GROUPS))]
+    kinds = {_kind(each) for each in taken}
+    others = {kind: each for each in reversed(groups) if (kind := _kind(each)) not in kinds}
+    return taken + list(others.values())[:MAX_GROUPS]
+
+
+def _kind(group: dict[str, Any]) -> frozenset[tuple[str, Any]]:
+    """Return the options of a group, with the type alone of each that is no choice."""
+    return frozenset(
+        (key, value if isinstance(value, (bool, str)) else type(value))
+        for key, value in group.items()
+        if key not in ("params", RATE)
+    )
 
 
 def _updates(
@@ -131,12 +154,17 @@ def _updates(
         before = [each.detach().clone() for each in clones]
         for each, gradient in zip(clones, gradients, strict=True):
             each.grad = gradient.clone()
-        if index == 0 or scale == 1.0:
-            step(twin)
-        else:
-            view = scaled_view(twin, scale, sets_rate=sets_rate)
-            step(view)
-            close_view(view, twin)
+        try:
+            if index == 0 or scale == 1.0:
+                step(twin)
+            else:
+                view = scaled_view(twin, scale, sets_rate=sets_rate)
+                step(view)
+                close_view(view, twin)
+        except AttributeError as error:
+            if error.name in vars(optimizer):
+                raise _NotProvenError(f"its step needs its {error.name}, which cannot be copied") from error
+            raise
         if index:
             for distances, old, new in zip(moved, before, clones, strict=True):
                 distances.append(float((new.detach() - old).double().norm()))
@@ -190,7 +218,12 @@ def _twin(optimizer: Optimizer, sample: list[Tensor], clones: list[Tensor], *, f
         if name.startswith("_optimizer_"):
             twin.__dict__[name] = OrderedDict()  # hooks
         elif name not in ("param_groups", "state", "step"):  # schedulers replace `step` in the instance
-            twin.__dict__[name] = copy.deepcopy(value, memo)
+            try:
+                twin.__dict__[name] = copy.deepcopy(value, memo)
+            except Exception as error:  # a lock or a process group, which the step may not need
+                raise_from_signal(error)
+    if isinstance(overflow := twin.__dict__.get("found_inf"), Tensor):
+        overflow.zero_()  # a fused step has no effect where GradScaler has found an overflow
     groups = []
     for group in optimizer.param_groups:
         kept = [by_id[id(each)] for each in group["params"] if id(each) in by_id]

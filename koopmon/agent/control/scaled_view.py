@@ -8,6 +8,7 @@ after a step that raised.
 from __future__ import annotations
 
 import weakref
+from collections import UserDict
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
@@ -30,13 +31,54 @@ def scaled_view(optimizer: Optimizer, scale: float, *, sets_rate: bool = False) 
     kind = type(optimizer)
     view_class = _view_classes.get(kind)
     if view_class is None:
-        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__slots__": ("_scaled_groups",)}
-        metaclass: Any = type(kind)
-        view_class = _view_classes[kind] = metaclass(kind.__name__, (kind,), {**names, "param_groups": _GROUPS})
-    view: Optimizer = object.__new__(view_class)
+        view_class = _view_classes[kind] = _make_view_class(kind)
+    view: Any = object.__new__(view_class)
     view.__dict__ = optimizer.__dict__
+    object.__setattr__(view, "_optimizer", optimizer)
     object.__setattr__(view, "_scaled_groups", [ScaledGroup(each, scale, sets_rate) for each in optimizer.param_groups])
-    return view
+    return view  # type: ignore[no-any-return]
+
+
+class _Unregistered:
+    """First base of each view class: an optimizer's class may keep a register of its subclasses."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
+
+
+class _Hooks(UserDict[int, Any]):
+    """The hooks of `optimizer` for a step of its view that calls its parent's: they are called with the optimizer."""
+
+    def __init__(self, name: str, optimizer: Optimizer) -> None:
+        self.data, self._optimizer = getattr(optimizer, name), optimizer
+
+    def __getitem__(self, key: int) -> Any:
+        hook = self.data[key]
+        return lambda _, *args: hook(self._optimizer, *args)
+
+
+def _hooks_property(name: str) -> property:
+    return property(lambda view: _Hooks(name, view._optimizer))
+
+
+def _make_view_class(kind: type[Optimizer]) -> type[Optimizer]:
+    names: dict[str, Any] = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__slots__": ("_optimizer", "_scaled_groups"),
+        "__class__": property(lambda view: kind),  # for `super(self.__class__, self)`
+        "param_groups": _GROUPS,
+        # What outlives the update, or runs code of the user's, has the optimizer itself.
+        "state_dict": lambda view, *args, **kwargs: view._optimizer.state_dict(*args, **kwargs),
+        "__reduce_ex__": lambda view, protocol: view._optimizer.__reduce_ex__(protocol),
+    }
+    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        names[hooks] = _hooks_property(hooks)
+    # Without the metaclass' own constructor, which may keep a register too.
+    metaclass: Any = type(kind)
+    return type.__new__(metaclass, kind.__name__, (_Unregistered, kind), names)  # type: ignore[no-any-return]
 
 
 def close_view(view: Optimizer, optimizer: Optimizer) -> None:

@@ -80,6 +80,26 @@ def test_a_training_that_ends_leaves_nothing_and_one_without_a_step_leaves_what_
     assert kept(tmp_path).read() is None
 
 
+def test_a_training_that_ends_sets_its_settings_aside_until_the_next_one_begins(tmp_path: Path) -> None:
+    settings, ended = kept(tmp_path), tmp_path / "team,one.ended"
+    settings.clear()
+    assert not ended.exists(), "it took no step"
+    settings.keep(BACKED_OFF)
+    written = (tmp_path / "team,one.settings").read_bytes()
+    kept(tmp_path, rank=1).clear()
+    settings.clear()
+    assert ended.read_bytes() == written
+    assert [each.name for each in tmp_path.iterdir()] == [ended.name]
+    kept(tmp_path, rank=1).read()
+    assert ended.exists(), "only rank 0 writes"
+    assert kept(tmp_path).read() is None
+    assert not ended.exists()
+    calm = kept(tmp_path)
+    calm.keep(Applied())
+    calm.clear()
+    assert not list(tmp_path.iterdir()), "a calm training leaves nothing"
+
+
 def test_a_training_that_raised_leaves_what_was_in_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = kept(tmp_path)
     settings.keep(BACKED_OFF)

@@ -433,6 +433,14 @@ def test_the_check_takes_the_smallest_parameter_and_the_smallest_matrix_of_a_gro
     assert taken(wide, square, bias) == []
 
 
+def test_the_check_takes_a_group_of_every_kind() -> None:
+    weights = [nn.Parameter(torch.zeros(3)) for _ in range(20)]
+    groups = [{"params": [each], "use_muon": at % 3 == 1, "decay": 0.1 * at} for at, each in enumerate(weights)]
+    groups[13]["name"] = "head"
+    taken = _sample(SGD(groups, lr=0.1))
+    assert list(map(id, taken)) == [id(weights[at]) for at in (0, 3, 6, 9, 12, 15, 18, 1, 13)]
+
+
 def test_an_exception_of_a_signal_handler_ends_the_check() -> None:
     class Alarmed(SGD):
         def step(self, closure: Any = None) -> Any:
@@ -467,9 +475,14 @@ def communicating() -> Optimizer:
 
 
 def uncopyable() -> Optimizer:
-    optimizer = SGD(parameters(), lr=0.1)
-    optimizer.lock = threading.Lock()  # type: ignore[attr-defined]
-    return optimizer
+    class Locked(SGD):
+        def step(self, closure: Any = None) -> Any:
+            with self.lock:
+                return super().step(closure)
+
+    optimizer: Any = Locked(parameters(), lr=0.1)
+    optimizer.lock = threading.Lock()
+    return optimizer  # type: ignore[no-any-return]
 
 
 def diverged() -> Optimizer:
@@ -481,12 +494,14 @@ def diverged() -> Optimizer:
     [
         (needing_a_closure, "needs a closure"),
         (communicating, "communicates between the ranks"),
-        (uncopyable, "cannot pickle"),
+        (uncopyable, "its step needs its lock, which cannot be copied"),
         (diverged, "no small parameter"),
     ],
 )
 def test_a_check_without_a_result_is_a_refusal(make: Callable[[], Optimizer], reason: str) -> None:
-    assert reason in prove(make()).refusal
+    proof = prove(make())
+    assert reason in proof.refusal
+    assert not proof.conclusive
 
 
 SHARDED = """

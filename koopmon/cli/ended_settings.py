@@ -1,0 +1,32 @@
+"""The settings in force of a training that left in order although its job failed, or got a signal to end.
+
+A script may catch its exception and exit with a status, or write a checkpoint at SIGTERM and exit with 0. To the agent
+that is the end of the training, and it sets the settings aside (`koopmon/agent/control/kept_settings.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from koopmon.run_names import file_name
+
+ENDS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
+
+
+def run_with_settings(directory: str | None, name: str | None, run: Callable[[set[signal.Signals]], int]) -> int:
+    """Return the exit status of `run`, which adds the signals that the job got to its argument.
+
+    If the job failed or got a signal to end, its next launch of the run `name`, and of its further models, begins with
+    the settings of this one. `directory` has the files.
+    """
+    received: set[signal.Signals] = set()
+    status = run(received)
+    if directory is not None and name is not None and (status or received & ENDS):
+        for ended in Path(directory).glob("*.ended"):
+            if ended.name.startswith(f"{file_name(name)}."):
+                with contextlib.suppress(OSError):
+                    ended.replace(ended.with_suffix(".settings"))
+    return status

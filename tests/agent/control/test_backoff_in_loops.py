@@ -1,0 +1,601 @@
+"""A back-off in loops and under optimizers that people write: it shrinks the updates, or says why it does not.
+
+Each case trains twice: alone, and with a scale of 1/8 from step 6 to step 13. User code reads the same rates in both.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
+
+from koopmon.agent.runtime import AgentRuntime
+from koopmon.config import from_mapping
+from koopmon.conformance.training import Notebook
+from koopmon.plugins import select
+from koopmon.wire.messages import Command
+from tests.agent.models import batch, build, loss_of
+
+SCALE = 0.125
+FIRST, LAST, END = 6, 14, 21
+
+
+class Loop:
+    """A training with an agent. `make` returns the optimizers to attach, and optionally the step of the loop."""
+
+    def __init__(self, make: Callable[[Loop], Any]) -> None:
+        self.model = build()
+        self.step = 0
+        self.seen: list[float] = []
+        """The rates that user code reads."""
+        self.moved: list[float] = []
+        made = make(self)
+        optimizers, self.update = made if isinstance(made, tuple) else (made, None)
+        self.optimizers: list[Optimizer] = optimizers if isinstance(optimizers, list) else [optimizers]
+        self.runtime = AgentRuntime(
+            self.model,
+            self.optimizers,
+            select(self.model),
+            from_mapping({"cadence": {"dense_every": 1}}),
+            "ipc://bench",
+            "job",
+            io_thread=Notebook,
+        )
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def loss(self) -> Tensor:
+        for each in self.weights:
+            each.grad = None
+        loss = loss_of(self.model, batch(self.step))
+        loss.backward()
+        return loss
+
+    def train(self, until: int) -> None:
+        while self.step < until:
+            before = [each.detach().clone() for each in self.weights]
+            if self.update is not None:
+                self.update()
+            else:
+                self.loss()
+                for each in self.optimizers:
+                    each.step()
+            pairs = zip(before, self.weights, strict=True)
+            self.moved.append(sum(float((a - b.detach()).norm()) ** 2 for a, b in pairs) ** 0.5)
+            self.seen += [float(group["lr"] or 0.0) for each in self.optimizers for group in each.param_groups]
+            self.step += 1
+
+    def command(self, lr_scale: float) -> str:
+        name = {"run": "job", "incarnation": "c0f0c0f0", "id": secrets.token_hex(8), "reason": "a test"}
+        fields: Any = {"kind": "set_lr_scale", "expires_step": 1 << 40, "lr_scale": lr_scale}
+        self.runtime.lifecycle.submit(Command(**name, **fields))
+        return name["id"]
+
+
+@pytest.fixture
+def tried() -> Iterator[Callable[[Callable[[Loop], Any]], tuple[str, list[float]]]]:
+    """Return the refusal, and the ratio of the movements under the back-off to those alone, in each step."""
+    loops: list[Loop] = []
+
+    def run(make: Callable[[Loop], Any]) -> tuple[str, list[float]]:
+        plain, ours = Loop(make), Loop(make)
+        loops.extend((plain, ours))
+        plain.train(END)
+        ours.train(FIRST)
+        lowered = ours.command(SCALE)
+        ours.train(LAST)
+        ours.command(1.0)
+        ours.train(END)
+        notebook: Any = ours.runtime.io_thread
+        outcome = next(each for each in notebook.outcomes if each.command_id == lowered)
+        assert (outcome.outcome, bool(outcome.detail)) in (("applied", False), ("refused", True))
+        assert plain.moved[:FIRST] == ours.moved[:FIRST], "not a bit changes before the command"
+        assert ours.seen == pytest.approx(plain.seen, rel=1e-6), "user code never reads a scaled rate"
+        pairs = zip(plain.moved, ours.moved, strict=True)
+        return outcome.detail, [SCALE if a == b == 0.0 else b / a for a, b in pairs]
+
+    yield run
+    for each in loops:
+        each.runtime.close("")
+        assert (each.runtime.breaker.num_errors, each.runtime._lasting_breaker.num_errors) == (0, 0)
+
+
+def scheduled(schedule: Any, make: Callable[[Any], Optimizer]) -> Callable[[Loop], Any]:
+    def case(loop: Loop) -> Any:
+        optimizer = make(loop.weights)
+        schedules = schedule(optimizer)
+
+        def update() -> None:
+            loss = loop.loss()
+            optimizer.step()
+            if isinstance(schedules, lr_scheduler.ReduceLROnPlateau):
+                schedules.step(float(loss.detach()) + loop.step % 3)
+            else:
+                schedules.step()
+                loop.seen.extend(map(float, schedules.get_last_lr()))
+            saved = optimizer.state_dict()["param_groups"]
+            loop.seen.extend(float(group["lr"]) + group.get("momentum", 0.0) for group in saved)
+
+        return optimizer, update
+
+    return case
+
+
+def sgd(rate: Any) -> Callable[[Any], Optimizer]:
+    return lambda weights: SGD(weights, lr=rate, momentum=0.9)
+
+
+def adamw(rate: Any) -> Callable[[Any], Optimizer]:
+    return lambda weights: AdamW(weights, lr=copy.deepcopy(rate), foreach=False)
+
+
+SCHEDULES: dict[str, Any] = {
+    "one cycle with momentum": (lambda o: lr_scheduler.OneCycleLR(o, 0.03, total_steps=60), sgd(0.01)),
+    "cyclic": (lambda o: lr_scheduler.CyclicLR(o, 0.005, 0.01, 4, mode="exp_range", gamma=0.99), sgd(0.01)),
+    "warm restarts": (lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4, 2), adamw(0.001)),
+    "plateau": (lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.9, patience=0), adamw(0.001)),
+    "sequential": (
+        lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.LinearLR(o, 0.1, total_iters=4), lr_scheduler.ExponentialLR(o, 0.97)], [4]
+        ),
+        sgd(0.01),
+    ),
+    "chained": (
+        lambda o: lr_scheduler.ChainedScheduler(
+            [lr_scheduler.ConstantLR(o, 0.5, 5), lr_scheduler.MultiplicativeLR(o, lambda step: 0.98)]
+        ),
+        sgd(0.01),
+    ),
+    "polynomial, tensor": (lambda o: lr_scheduler.PolynomialLR(o, 50, 2.0), adamw(torch.tensor(0.001))),
+    "steps, numpy": (lambda o: lr_scheduler.MultiStepLR(o, [3, 8], 0.7), sgd(numpy.float32(0.01))),
+    "averaging": (lambda o: torch.optim.swa_utils.SWALR(o, 0.005, anneal_epochs=8), sgd(0.01)),
+}
+LOOPS: dict[str, Callable[[Loop], Any]] = {name: scheduled(*each) for name, each in SCHEDULES.items()}
+REFUSED: dict[str, tuple[str, Callable[[Loop], Any]]] = {}
+
+
+def loop(case: Callable[[Loop], Any]) -> Callable[[Loop], Any]:
+    LOOPS[case.__name__] = case
+    return case
+
+
+def refused(reason: str) -> Callable[[Callable[[Loop], Any]], Callable[[Loop], Any]]:
+    def add(case: Callable[[Loop], Any]) -> Callable[[Loop], Any]:
+        REFUSED[case.__name__] = reason, case
+        return case
+
+    return add
+
+
+# Loops.
+
+
+@loop
+def rate_set_by_hand_between_backward_and_step(loop: Loop) -> Any:
+    optimizer = AdamW(loop.weights, lr=0.1)
+
+    def update() -> None:
+        loop.loss()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.001 / (1 + loop.step)
+        optimizer.step()
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9
+
+    return optimizer, update
+
+
+@loop
+def one_tensor_for_two_groups(loop: Loop) -> Any:
+    rate = torch.tensor(0.001)
+    optimizer = AdamW([{"params": loop.weights[:5]}, {"params": loop.weights[5:]}], lr=rate, foreach=False)
+
+    def update() -> None:
+        loop.loss()
+        optimizer.step()
+        rate.mul_(0.97)
+
+    return optimizer, update
+
+
+@loop
+def groups_with_a_rate_of_zero_and_of_other_kinds(loop: Loop) -> Any:
+    weights = loop.weights
+    groups = [{"params": weights[:3], "lr": 0.0}, {"params": weights[3:8], "lr": 1e-3}]
+    return AdamW([*groups, {"params": weights[8:], "lr": torch.tensor(2e-3)}], lr=0.01, foreach=False)
+
+
+@loop
+def a_search_for_the_rate_that_restores_the_optimizer(loop: Loop) -> Any:
+    optimizer = SGD(loop.weights, lr=0.01)
+    saved: list[Any] = []
+
+    def update() -> None:
+        loop.loss()
+        if loop.step == 4:
+            saved.append(copy.deepcopy(optimizer.state_dict()))
+        if 4 <= loop.step < 12:
+            optimizer.param_groups[0]["lr"] *= 1.2
+        if loop.step == 12:
+            optimizer.load_state_dict(saved[0])
+        optimizer.step()
+
+    return optimizer, update
+
+
+@loop
+def a_checkpoint_that_is_loaded_in_the_back_off(loop: Loop) -> Any:
+    optimizer = AdamW(loop.weights, lr=0.001)
+    schedule = lr_scheduler.CosineAnnealingLR(optimizer, 40)
+
+    def update() -> None:
+        loop.loss()
+        optimizer.step()
+        schedule.step()
+        if loop.step in (9, 10):
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            schedule.load_state_dict(copy.deepcopy(schedule.state_dict()))
+
+    return optimizer, update
+
+
+@loop
+def a_group_that_joins_in_the_back_off(loop: Loop) -> Any:
+    optimizer = AdamW(loop.weights[6:], lr=0.001)
+
+    def update() -> None:
+        if loop.step == 8:
+            optimizer.add_param_group({"params": loop.weights[:6], "lr": 0.002})
+        loop.loss()
+        optimizer.step()
+
+    return optimizer, update
+
+
+@loop
+def a_later_hook_that_sets_the_rate(loop: Loop) -> Any:
+    return hooked(loop, lambda optimizer, args, _: optimizer.param_groups[0].update(lr=0.001 * 0.98**loop.step))
+
+
+@loop
+def a_later_hook_that_passes_the_optimizer_itself(loop: Loop) -> Any:
+    return hooked(loop, lambda optimizer, args, kwargs: ((optimizer, *args[1:]), kwargs))
+
+
+def hooked(loop: Loop, hook: Any) -> Any:
+    optimizer = Adam(loop.weights, lr=0.001)
+
+    def update() -> None:
+        if loop.step == 0:
+            optimizer.register_step_pre_hook(hook)
+        loop.loss()
+        optimizer.step()
+
+    return optimizer, update
+
+
+@loop
+def a_step_in_another_thread(loop: Loop) -> Any:
+    first, second = AdamW(loop.weights[:8], lr=0.001), AdamW(loop.weights[8:], lr=0.002)
+
+    def update() -> None:
+        loop.loss()
+        with ThreadPoolExecutor(2) as pool:
+            for each in [pool.submit(first.step), pool.submit(second.step)]:
+                each.result()
+
+    return [first, second], update
+
+
+@loop
+def a_thread_that_reads_the_rate(loop: Loop) -> Any:
+    optimizer = AdamW(loop.weights, lr=0.001)
+
+    def update() -> None:
+        found, stop = set(), threading.Event()
+
+        def read() -> None:
+            while not stop.is_set():
+                found.update((optimizer.param_groups[0]["lr"], optimizer.state_dict()["param_groups"][0]["lr"]))
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        loop.loss()
+        optimizer.step()
+        stop.set()
+        reader.join()
+        loop.seen += sorted(found)
+
+    return optimizer, update
+
+
+@loop
+def a_generator_that_is_closed(loop: Loop) -> Any:
+    optimizer = SGD(loop.weights, lr=0.01)
+
+    def steps() -> Iterator[None]:
+        try:
+            while True:
+                loop.loss()
+                optimizer.step()
+                yield
+        finally:
+            loop.seen.append(optimizer.param_groups[0]["lr"])
+
+    def update() -> None:
+        running: Any = steps()
+        next(running)
+        running.close()
+
+    return optimizer, update
+
+
+@loop
+def an_interrupt_inside_the_closure(loop: Loop) -> Any:
+    optimizer = SGD(loop.weights, lr=0.01)
+    schedule = lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 5)
+
+    def closure() -> Tensor:
+        loss = loop.loss()
+        if loop.step % 4 == 3:
+            raise KeyboardInterrupt
+        return loss
+
+    def update() -> None:
+        try:
+            optimizer.step(closure)
+        except KeyboardInterrupt:
+            loop.seen.append(optimizer.param_groups[0]["lr"])
+        schedule.step()
+
+    return optimizer, update
+
+
+@loop
+@pytest.mark.filterwarnings("ignore")
+def an_overflow_in_the_step_of_the_command_under_a_fused_scaler(loop: Loop) -> Any:
+    """The fused step has no effect then. The optimizer follows its rate all the same."""
+    optimizer = AdamW(loop.weights, lr=0.001, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1000)
+
+    def update() -> None:
+        loss = loss_of(loop.model, batch(loop.step))
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if loop.step in (FIRST, 11):
+            for each in loop.weights:
+                assert each.grad is not None
+                each.grad.fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+
+    return optimizer, update
+
+
+# Optimizers.
+
+
+class Nested(AdamW):
+    """Calls the step of its parent, which calls the hooks too once an optimizer of that class exists."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@loop
+def hooks_of_a_step_that_calls_its_parents(loop: Loop) -> Any:
+    AdamW([nn.Parameter(torch.zeros(1))])
+    optimizer = Nested(loop.weights, lr=0.001)
+
+    def hook(stepping: Optimizer, *_: Any) -> None:
+        loop.seen.append(stepping.param_groups[0]["lr"])
+        stepping.param_groups[0]["lr"] *= 0.99
+
+    optimizer.register_step_pre_hook(hook)
+    optimizer.register_step_post_hook(hook)
+    return optimizer
+
+
+class ByName(SGD):
+    """Calls its parent's step in the manner of Python 2."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super(self.__class__, self).step(closure)
+
+
+@loop
+def a_parent_that_is_found_by_the_class_of_the_instance(loop: Loop) -> Any:
+    return ByName(loop.weights, lr=0.01)
+
+
+@loop
+def an_optimizer_that_saves_itself_in_its_step(loop: Loop) -> Any:
+    class Saving(SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            for saved in (self.state_dict(), copy.deepcopy(self).state_dict()):
+                if self is not None and self.param_groups[0]["params"][0] is loop.weights[0]:
+                    loop.seen.append(saved["param_groups"][0]["lr"])
+
+    return Saving(loop.weights, lr=0.01)
+
+
+@loop
+def an_optimizer_with_a_lock_that_its_step_does_not_need(loop: Loop) -> Any:
+    optimizer: Any = SGD(loop.weights, lr=0.01)
+    optimizer.lock = threading.Lock()
+    return optimizer
+
+
+class PerParameter(SGD):
+    """Builds the options of each parameter apart, as optimizers with states of 8 bits do."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for each in group["params"]:
+                    options = {"rate": group["lr"], **group.get("overrides", {})}
+                    each -= options["rate"] * each.grad.sign()
+
+
+@loop
+def options_that_are_built_for_each_parameter(loop: Loop) -> Any:
+    return PerParameter(loop.weights, lr=0.0005)
+
+
+class TwoRules(SGD):
+    """Chooses its rule by an option of the group; one of the rules has a rate of its own."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for each in group["params"]:
+                    each -= (0.02 if group["fixed"] else group["lr"]) * each.grad
+
+
+@refused("TwoRules does not follow")
+def a_rule_of_every_other_group(loop: Loop) -> Any:
+    groups = [{"params": [each], "fixed": bool(index % 2)} for index, each in enumerate(loop.weights[:16])]
+    return TwoRules(groups, lr=0.01)
+
+
+@refused("PerParameter does not follow")
+def overrides_of_the_rate(loop: Loop) -> Any:
+    return PerParameter([{"params": loop.weights, "overrides": {"rate": 0.0005}}], lr=0.0005)
+
+
+@refused("its step needs its lock, which cannot be copied")
+def a_lock_that_the_step_needs(loop: Loop) -> Any:
+    class Locked(SGD):
+        def step(self, closure: Any = None) -> Any:
+            with self.lock:
+                return super().step(closure)
+
+    optimizer: Any = Locked(loop.weights, lr=0.01)
+    optimizer.lock = threading.Lock()
+    return optimizer
+
+
+class Flat(SGD):
+    """Updates one flat copy of its parameters by another optimizer, as sharded and mixed-precision ones do."""
+
+    def __init__(self, weights: Any, lr: float) -> None:
+        super().__init__(weights, lr=lr)
+        flat = torch.cat([each.detach().flatten() for each in self.param_groups[0]["params"]])
+        self.inner = AdamW([nn.Parameter(flat)], lr=lr)
+
+    def step(self, closure: Any = None) -> Any:
+        weights = self.param_groups[0]["params"]
+        (flat,) = self.inner.param_groups[0]["params"]
+        flat.grad = torch.cat([each.grad.flatten() for each in weights])
+        self.inner.step()
+        with torch.no_grad():
+            for each, new in zip(weights, flat.split([each.numel() for each in weights]), strict=True):
+                each.copy_(new.view_as(each))
+
+
+@refused("it is not proven that the updates of Flat follow")
+def an_inner_optimizer_of_flat_copies(loop: Loop) -> Any:
+    return Flat(loop.weights, lr=0.001)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_updates_shrink_and_nobody_sees_the_scale(name: str, tried: Any) -> None:
+    refusal, ratios = tried(LOOPS[name])
+    assert not refusal
+    # The step after the command, and not the first one: momentum may contain earlier rates.
+    assert max(ratios[FIRST + 2 : LAST - 2]) < 0.35, ratios
+    assert 0.4 < ratios[-1] < 2.5, ratios
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_not_shrink_is_refused_with_the_reason(name: str, tried: Any) -> None:
+    reason, case = REFUSED[name]
+    refusal, ratios = tried(case)
+    assert reason in refusal
+    assert ratios == [1.0] * END
+
+
+def test_a_check_without_a_result_is_repeated_at_the_next_command(tried: Any) -> None:
+    class Failing(SGD):
+        """Fails for a while, as by lack of memory."""
+
+        failures = 1
+
+        def step(self, closure: Any = None) -> Any:
+            if self.param_groups[0]["params"][0] is not weights[-1] and Failing.failures:
+                Failing.failures -= 1
+                raise MemoryError
+            return super().step(closure)
+
+    weights: list[nn.Parameter] = []
+
+    def case(loop: Loop) -> Any:
+        weights.append(loop.weights[0])
+        return Failing(loop.weights, lr=0.01)
+
+    loop = Loop(case)
+    loop.train(2)
+    outcomes: list[str] = []
+    for _ in range(2):
+        loop.command(SCALE)
+        loop.train(loop.step + 1)
+        notebook: Any = loop.runtime.io_thread
+        outcomes.append(notebook.outcomes[-1].outcome)
+    loop.runtime.close("")
+    assert outcomes == ["refused", "applied"]
+
+
+class Register(SGD):
+    """Keeps a register of its subclasses."""
+
+    kinds: dict[str, type]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.kinds = {**getattr(cls, "kinds", {}), cls.__name__: cls}
+
+
+class Registered(Register):
+    pass
+
+
+class Meta(type):
+    """Keeps a register of its classes, and needs an argument."""
+
+    def __new__(cls, name: str, bases: Any, names: Any, *, tag: str) -> Any:
+        made = super().__new__(cls, name, bases, names)
+        tags[tag] = made
+        return made
+
+    def __init__(cls, name: str, bases: Any, names: Any, *, tag: str) -> None:
+        super().__init__(name, bases, names)
+
+
+tags: dict[str, Any] = {}
+
+
+class Tagged(SGD, metaclass=Meta, tag="tagged"):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Registered, Tagged])
+def test_registers_of_optimizers_stay_the_users(kind: Any, tried: Any, caplog: pytest.LogCaptureFixture) -> None:
+    refusal, ratios = tried(lambda loop: kind(loop.weights, lr=0.01))
+    assert not refusal
+    assert max(ratios[FIRST + 1 : LAST]) < 0.2
+    assert Registered.kinds == {"Registered": Registered}
+    assert tags == {"tagged": Tagged}
+    assert not [each for each in caplog.records if "in force" in each.getMessage() and each.levelno > logging.INFO]
