@@ -164,7 +164,7 @@ def test_a_job_that_ends_at_once_is_not_blamed_on_its_python(tmp_path: Path) -> 
     assert found is not None
     (line,) = found.lines(brief=True)
     assert line == "NOT WATCHED: no training process attached: the job ended within seconds of its monitor's start"
-    assert "the job's Python has no koopmon" in found.lines()[0]
+    assert "its Python has no koopmon" in found.lines()[0]
 
 
 def test_a_launch_without_a_snapshot_was_not_watched(tmp_path: Path) -> None:
