@@ -185,6 +185,7 @@ class Roles:
             layout=layout,
             requests=self._lifecycle.requests,
             report=partial(_report, rank, self._notices),
+            keep=None if self.kept is None else self.kept.keep,
             group=group,
             restored=self._restored,
         )

@@ -103,6 +103,8 @@ class AgentRuntime:
         self._wrappers: set[int] = set()
         """The ids of optimizers with hooks that wrap others."""
         self._clock = StepClock()
+        self._unkept = False
+        """True from the begin of a step until the file for the next launch has its values."""
         self._unhooked = UnhookedSteps(self.optimizers)
         self._compiled_step = False
         """True if the step of an optimizer was compiled. Its hooks are not called: the weights show each step."""
@@ -414,6 +416,7 @@ class AgentRuntime:
                 self._find_wrappers()
             clock.begin_step(self.optimizers)
             self.breaker.run(self._before_step, update)
+            self._unkept = True
         clock.begin(optimizer)
         if id(optimizer) in self._wrappers:
             return None  # the optimizers that it holds are scaled
@@ -423,8 +426,9 @@ class AgentRuntime:
         for apply in self._lasting[0]:
             apply(control, clock.num_steps, update)
         kept = self._roles.kept
-        if begins and kept is not None and (control.version or kept.in_force):
+        if self._unkept and kept is not None and (control.version or kept.in_force):
             kept.keep(self.lifecycle.applied(clock.num_steps))
+        self._unkept = False
         unchanged = update.args is args and update.kwargs is kwargs
         return None if unchanged else (update.args, update.kwargs)
 

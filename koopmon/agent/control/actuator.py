@@ -84,7 +84,8 @@ class Actuator:
 
     `group` is the exchange with the other ranks; None if this process trains alone. `restored` is in force from the
     first step on, and equal on all ranks. `requests` may be filled in any
-    thread. `report` receives the outcomes of commands. Only `submit` and `ready` are for the I/O thread.
+    thread. `report` receives the outcomes of commands. `keep` is called with the values in force before a command is
+    reported as applied. Only `submit` and `ready` are for the I/O thread.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Actuator:
         layout: ParallelLayout,
         requests: deque[Request],
         report: Callable[[CommandResult], None],
+        keep: Callable[[Applied], None] | None = None,
         group: RankGroup | None = None,
         restored: Applied | None = None,
     ) -> None:
@@ -111,6 +113,7 @@ class Actuator:
         self._layout = layout
         self._requests = requests
         self._report = report
+        self._keep = keep
         self._group = group
         self._underway: list[Applied | RampBack | CommandResult] = []
         """Parts of the state in the exchange in flight."""
@@ -251,6 +254,9 @@ class Actuator:
     def _settle(self, step: int, *, in_force: bool) -> None:
         """Report the requests underway. Their state is in force on all ranks, or on none."""
         underway, self._underway = self._underway, []
+        if in_force and underway and self._keep is not None:
+            # A kill may follow the report at once. The next launch must not begin with older values than it says.
+            self._keep(self._applied(step))
         for each in underway:
             if isinstance(each, CommandResult):
                 if not in_force:
@@ -271,11 +277,14 @@ class Actuator:
                     self._ramp_back_steps,
                 )
 
-    def _log_restored(self, step: int) -> None:
+    def _applied(self, step: int) -> Applied:
         values = {
             name: value for action in self._actions.values() for name, value in action.applied(self.state, step).items()
         }
-        applied = Applied(**values)
+        return Applied(**values)
+
+    def _log_restored(self, step: int) -> None:
+        applied = self._applied(step)
         parts = [f"learning rate x {applied.lr_scale:.3g}"] if applied.lr_scale != 1.0 else []
         parts += [f"peak rate at most {applied.max_rate:.3g}"] if applied.max_rate is not None else []
         parts += [f"KSS weight {applied.kss.alpha:.3g}"] if applied.kss.alpha else []

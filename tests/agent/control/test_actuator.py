@@ -41,7 +41,15 @@ def command(kind: str, **fields: Any) -> Command:
 class Bench:
     """An acting agent that trains alone, driven step by step."""
 
-    def __init__(self, config: Config | None = None, *, group: Any = None, restored: Applied | None = None) -> None:
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        group: Any = None,
+        restored: Applied | None = None,
+        report: Callable[[CommandResult], None] | None = None,
+        keep: Callable[[Applied], None] | None = None,
+    ) -> None:
         self.outcomes: list[CommandResult] = []
         self.stats = AgentStats()
         config = config or Config()
@@ -56,7 +64,8 @@ class Bench:
             schedule,
             layout=layout,
             requests=self.lifecycle.requests,
-            report=self.outcomes.append,
+            report=report or self.outcomes.append,
+            keep=keep,
             group=group,
             restored=restored,
         )
@@ -129,6 +138,16 @@ def test_alpha_ramps_linearly_and_the_settings_switch_at_once() -> None:
     assert alphas == pytest.approx([0.4, 0.6, 0.8, 0.8, 0.8, 0.8])
     bench.step(command("set_kss", kss=KssSettings(alpha=0.0)))
     assert bench.applied().kss.alpha == 0.0
+
+
+def test_the_next_launch_can_have_a_value_before_its_command_is_reported_as_applied() -> None:
+    events: list[Any] = []
+    bench = Bench(report=lambda result: events.append(result.outcome), keep=events.append)
+    bench.step()
+    bench.step(command("set_lr_scale", lr_scale=0.5))
+    bench.step(command("set_lr_scale", lr_scale=0.25, expires_step=0))
+    bench.step(command("set_cadence", cadence_steps=2))
+    assert events == [Applied(lr_scale=0.5), "applied", "expired", Applied(lr_scale=0.5), "applied"]
 
 
 def test_commands_of_one_step_are_all_applied_in_order() -> None:
