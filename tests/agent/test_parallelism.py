@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.matrix.__main__ import RESULT
 from koopmon.agent.parallelism import (
@@ -22,6 +23,7 @@ from koopmon.agent.parallelism import (
     decide_role,
     inspect_layout,
     refusal,
+    takes_uneven_inputs,
 )
 from koopmon.agent.rank_identity import RankContext
 from tests.agent.models import build, train_step
@@ -162,3 +164,19 @@ def test_what_is_proven_is_what_the_matrix_proves() -> None:
     cells = json.loads(RESULT.read_text())["cells"]
     assert {cell["layout"] for cell in cells if cell["state"] == "proven"} == PROVEN
     assert not [cell["name"] for cell in cells if cell["state"] == "wrong"]
+
+
+@pytest.mark.parametrize(
+    ("enable", "together", "uneven"),
+    [(True, False, True), (True, True, False), (False, False, False)],
+    ids=["join", "join that ends together", "no join"],
+)
+def test_ranks_may_step_alone_inside_join_unless_they_all_end_together(
+    monkeypatch: pytest.MonkeyPatch, enable: bool, together: bool, uneven: bool
+) -> None:
+    config = SimpleNamespace(enable=enable, throw_on_early_termination=together)
+    wrapper = SimpleNamespace(_join_config=config)
+    monkeypatch.setattr(DistributedDataParallel, "_get_active_ddp_module", lambda: wrapper)
+    assert takes_uneven_inputs(build()) is uneven
+    monkeypatch.setattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)
+    assert not takes_uneven_inputs(build())

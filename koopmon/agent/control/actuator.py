@@ -123,6 +123,9 @@ class Actuator:
         self._action_times: deque[float] = deque()
         self._snapshots = range(0)
         self._agreed_until = -1
+        self._renumbered = False
+        self._forward_since_launch = False
+        """True once a forward has begun since the exchange in flight was launched."""
         if restored is not None:
             self.state = self._restore(restored, self.state, stats.step)
             if group is None or group.leads:
@@ -151,20 +154,26 @@ class Actuator:
             if self._underway:
                 self._settle(step, in_force=True)
         elif group.in_flight:
-            update = group.receive()
-            if update is not None and (flaw := self._flaw(update, step)):
-                group.fail(flaw)
-                update = None
-            if update is None:
-                self._agreed_until = -1
-            else:
-                self.state = update.state
-                self._snapshots, self._agreed_until = update.snapshot_steps(), update.next_step
-            self._settle(step, in_force=update is not None)
+            self._receive(group, step)
+
+    def _receive(self, group: RankGroup, step: int) -> None:
+        update = group.receive()
+        if update is not None and (flaw := self._flaw(update, step)):
+            group.fail(flaw)
+            update = None
+        if update is None:
+            self._agreed_until = -1
+        else:
+            if update.step != step:
+                self._renumber(update.step)
+                step = update.step
+            self.state = update.state
+            self._snapshots, self._agreed_until = update.snapshot_steps(), update.next_step
+        self._settle(step, in_force=update is not None)
 
     def _flaw(self, update: ControlUpdate, step: int) -> str:
         """Return the reason why this rank must not apply `update` at `step`; empty if there is none."""
-        if update.step != step:
+        if update.step != step and not (self._group is not None and self._group.steps_may_differ):
             return f"rank 0 is at step {update.step}, this rank at step {step}"
         try:
             for action in self._actions.values():
@@ -172,6 +181,29 @@ class Actuator:
         except msgspec.ValidationError as error:
             return f"rank 0 sends a state out of bounds: {error}"
         return ""
+
+    def _renumber(self, step: int) -> None:
+        """Follow rank 0's count of steps."""
+        message = "koopmon: this rank follows rank 0, which has taken %d steps and not %d; commands reach both at once"
+        logger.log(logging.DEBUG if self._renumbered else logging.INFO, message, step, self._stats.step)
+        self._renumbered = True
+        self._stats.step = step
+        for action in self._actions.values():
+            action.on_renumbered()
+
+    def before_forward(self, step: int) -> None:
+        """Take part in the exchanges of the other ranks, before a training forward, while this rank does not step."""
+        group = self._group
+        if group is None:
+            return
+        if group.in_flight:
+            if not self._forward_since_launch:
+                self._forward_since_launch = True
+                return
+            self._receive(group, step)  # the other ranks may go on to the next exchange
+        if group.is_overdue(step):
+            group.launch(self._exchange(step) if group.leads else None)
+            self._forward_since_launch = True
 
     def after_step(self, step: int) -> bool:
         """Plan the work after `step` optimizer steps. Returns True if the next training forward is a snapshot."""
@@ -181,6 +213,7 @@ class Actuator:
             return step in self._schedule.plan(step, step, self.state)
         if group.is_due(step):
             group.launch(self._exchange(step) if group.leads else None)
+            self._forward_since_launch = False
         if step <= self._agreed_until:
             return step in self._snapshots
         return self._schedule.unagreed(step, self.state)
