@@ -18,7 +18,13 @@ from pathlib import Path
 
 from benchmarks.fault_campaign.machine import Job
 from benchmarks.fault_campaign.training import RATE, Line, Stretch, follow, read_lines
+from koopmon.agent.circuit_breaker import CircuitBreaker
+from koopmon.agent.control.all_actions import make_actions
+from koopmon.agent.stats import AgentStats
+from koopmon.config import Config
 
+NUM_RESTORED = len(make_actions(Config(), AgentStats(), CircuitBreaker("the campaign")))
+"""Changes that a rank counts as the settings of an earlier launch come in force: one for each kind of action."""
 DYING_STEPS = 3
 """Steps before the kill of a rank in which an applied command may lack an ack, because no rank could send it."""
 DECIDED = re.compile(r"run (\S+) step (\d+): (?:calm|alert|acting|backed_off|recovering): ")
@@ -134,6 +140,8 @@ def examine(job: Job, chapters: Sequence[Chapter], runs: Mapping[str, str] | Non
         # If the ack of the last command was lost with its rank, the settings of the command before return.
         known = 2 if found.num_dying > num_dying else 1
         before = tuple(scales[step] for step in sorted(scales)[-known:]) or before
+        # A rank may be killed after it has put a command in force, and before its ack and before the line of that step.
+        before += tuple(entry.scale for entry in entries if not entry.applied_at and entry.scale is not None)
         found.edges += [line.at for line in lines[0]]
         found.num_steps += len(lines[0])
     for lines, expected in zip(logs, follow(stretches), strict=True):
@@ -183,14 +191,15 @@ def _account(
         if line.rate != (RATE * scale).hex() or (line.version >= 0 and line.version - version > changes):
             # The audit log has no explanation. The settings may come from an earlier launch...
             restored = _scale_of(line, restorable)
-            if restored is not None and line.rate != (RATE * scale).hex():
+            took_place = changes + NUM_RESTORED if line.version < 0 else line.version - version
+            if restored is not None and line.rate != (RATE * scale).hex() and took_place == changes + NUM_RESTORED:
                 scale, restorable = restored, ()
-                changes += 2  # the rate and KSS
+                changes += NUM_RESTORED
                 found.num_restored += 1
-            elif restorable and now and line.rate == (RATE * scale).hex() and line.version - version == changes + 2:
+            elif restorable and now and line.rate == (RATE * scale).hex() and took_place == changes + NUM_RESTORED:
                 # ...which came into force together with the next command...
                 restorable = ()
-                changes += 2
+                changes += NUM_RESTORED
                 found.num_restored += 1
             elif dies and line.step > lines[-1].step - DYING_STEPS and _scale_of(line, unanswered) is not None:
                 # ...or from a command whose rank was killed.

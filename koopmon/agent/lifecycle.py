@@ -94,6 +94,9 @@ class LifeCycleState:
     def before_step(self, step: int) -> None:
         """Put the pending decision in force, just before optimizer step `step`, counted from 0."""
 
+    def before_forward(self, step: int) -> None:
+        """Take part in what all ranks do, before a training forward that follows `step` optimizer steps."""
+
     def after_step(self, step: int) -> bool:
         """Plan the work after `step` optimizer steps. Returns True if the next training forward is a snapshot."""
         return False
@@ -158,6 +161,9 @@ class Acting(Watching):
 
     def before_step(self, step: int) -> None:
         self._actuator.before_step(step)
+
+    def before_forward(self, step: int) -> None:
+        self._actuator.before_forward(step)
 
     def after_step(self, step: int) -> bool:
         return self._actuator.after_step(step)

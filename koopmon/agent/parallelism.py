@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from types import FrameType
 from typing import Any, Literal, TypeVar
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -152,6 +154,31 @@ def _shared_layout(model: nn.Module, world: RankContext, search: bool) -> Parall
     if wrapper is None:
         return None
     return _over("ddp", {wrapper.process_group.size()}, world)
+
+
+def takes_uneven_inputs(model: nn.Module) -> bool:
+    """Return True inside a forward whose ranks may end their inputs at different steps (`join()` of torch)."""
+    wrapper = model if isinstance(model, DistributedDataParallel) else None
+    wrapper = wrapper or DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    join = getattr(wrapper, "_join_config", None)
+    return join is not None and bool(join.enable) and not join.throw_on_early_termination
+
+
+def collectives_counter() -> Callable[[], int] | None:
+    """Return a function that counts the collectives of the default process group; None if its backend does not.
+
+    It is 0 after the end of that group, to which it holds no reference.
+    """
+
+    def count() -> int:
+        group: Any = dist.group.WORLD
+        return 0 if group is None else int(group._get_sequence_number_for_group())
+
+    try:
+        count()
+    except (RuntimeError, AttributeError):
+        return None
+    return count
 
 
 def wrappers(model: nn.Module, kind: type[T]) -> list[T]:

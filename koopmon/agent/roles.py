@@ -28,6 +28,7 @@ from koopmon.agent.parallelism import (
     ParallelLayout,
     Role,
     RoleDecision,
+    collectives_counter,
     data_ranks,
     decide_role,
     inspect_layout,
@@ -165,7 +166,7 @@ class Roles:
         elif isinstance(self._lifecycle.state, Verifying):
             if decision.reason:
                 log_for_job(logger, f"watch-only: {decision.reason}", rank=rank.world.rank)
-            acts, self.reason = decision.role is Role.ACT, decision.reason
+            acts, self.reason = decision.role is Role.ACT, decision.reason or self.reason
             self._lifecycle.enter(self._acting(rank, layout, fingerprint) if acts else Watching(rank, layout))
             if not acts:
                 self.end_actions()
@@ -175,7 +176,8 @@ class Roles:
         group = None
         if rank.world.size > 1:
             share = ReplicaFingerprint(rank.data_ranks.rank, fingerprint or 0) if rank.shares_model else None
-            group = RankGroup(rank.world, self._config.control, self._stats, self._place, share)
+            collectives = collectives_counter()
+            group = RankGroup(rank.world, self._config.control, self._stats, self._place, share, collectives)
             self.closables.append(group)
         actuator = Actuator(
             self._actions,
@@ -185,14 +187,18 @@ class Roles:
             layout=layout,
             requests=self._lifecycle.requests,
             report=partial(_report, rank, self._notices),
+            keep=None if self.kept is None else self.kept.keep,
             group=group,
             restored=self._restored,
         )
         return Acting(rank, layout, actuator)
 
-    def stop_acting(self) -> None:
-        """Watch from now on, and refuse commands."""
-        self._may_not_act = True
+    def stop_acting(self, reason: str) -> None:
+        """Watch from now on, and refuse commands. All ranks do so in the same step. The first call prints `reason`."""
+        if self._may_not_act:
+            return
+        self._may_not_act, self.reason = True, reason
+        log_for_job(logger, f"watches, does not act: {reason}")
         state = self._lifecycle.state
         if isinstance(state, Acting):
             self._lifecycle.enter(Watching(state.rank, state.layout))

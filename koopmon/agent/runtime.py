@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -30,7 +31,7 @@ from koopmon.agent.control.rank_group import RankGroup
 from koopmon.agent.control.step_clock import StepClock, is_nested, stepping_optimizers
 from koopmon.agent.lifecycle import LifeCycle, RankedState, StoodDown, WaitingForRanks, Watching
 from koopmon.agent.notices import Notices
-from koopmon.agent.parallelism import ParallelLayout
+from koopmon.agent.parallelism import ParallelLayout, takes_uneven_inputs
 from koopmon.agent.rank_identity import RankContext, current_context, default_run_name
 from koopmon.agent.roles import Roles
 from koopmon.agent.stats import AgentStats
@@ -103,6 +104,8 @@ class AgentRuntime:
         self._wrappers: set[int] = set()
         """The ids of optimizers with hooks that wrap others."""
         self._clock = StepClock()
+        self._unkept = False
+        """True from the begin of a step until the file for the next launch has its values."""
         self._unhooked = UnhookedSteps(self.optimizers)
         self._compiled_step = False
         """True if the step of an optimizer was compiled. Its hooks are not called: the weights show each step."""
@@ -262,7 +265,22 @@ class AgentRuntime:
                 self._end_compiled_step()
         elif not self._clock.num_steps:
             self._unhooked.check_hooks()
+        if isinstance(state := self.lifecycle.state, RankedState) and state.rank.world.size > 1:
+            self._meet_other_ranks(state)
         self.on_graph_forward()
+
+    def _meet_other_ranks(self, state: RankedState) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return  # a recomputation of checkpointing
+        if (model := self._model()) is not None and takes_uneven_inputs(model):
+            self._roles.stop_acting("the ranks may take different numbers of steps inside join()")
+        step = self.stats.step
+        state.before_forward(step)
+        self._follow_count(step)
+
+    def _follow_count(self, step: int) -> None:
+        """Note that this rank, which counted `step` steps, may follow rank 0's count now."""
+        self._clock.num_steps += self.stats.step - step
 
     def on_output(self, output: Any) -> None:
         self._scalars.note_output(output)
@@ -305,8 +323,7 @@ class AgentRuntime:
         self._compiled_step = True
         self._unhooked.changed(self._clock.num_steps)
         self.taps.follow_wrapper()
-        self._roles.stop_acting()
-        log_for_job(logger, "watches, does not act: the optimizer's step is compiled; call it outside of torch.compile")
+        self._roles.stop_acting("the optimizer's step is compiled; call it outside of torch.compile")
 
     def _end_compiled_step(self) -> None:
         """End a step whose optimizers have called no hooks."""
@@ -417,6 +434,7 @@ class AgentRuntime:
                 self._find_wrappers()
             clock.begin_step(self.optimizers)
             self.breaker.run(self._before_step, update)
+            self._unkept = True
         clock.begin(optimizer)
         if id(optimizer) in self._wrappers:
             return None  # the optimizers that it holds are scaled
@@ -426,8 +444,9 @@ class AgentRuntime:
         for apply in self._lasting[0]:
             apply(control, clock.num_steps, update)
         kept = self._roles.kept
-        if begins and kept is not None and (control.version or kept.in_force):
+        if self._unkept and kept is not None and (control.version or kept.in_force):
             kept.keep(self.lifecycle.applied(clock.num_steps))
+        self._unkept = False
         if update.args is args and update.kwargs is kwargs:
             return None
         self._replaced[id(optimizer)] = update.args[0]
@@ -464,6 +483,8 @@ class AgentRuntime:
         self.taps.forward_over()
         state, step = self.lifecycle.state, self.stats.step
         state.before_step(step)
+        self._follow_count(step)
+        step = self.stats.step
         control = state.control
         for apply in self._others[0]:
             apply(control, step, update)

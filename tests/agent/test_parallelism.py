@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.matrix.__main__ import RESULT
 from koopmon.agent.parallelism import (
@@ -24,6 +25,7 @@ from koopmon.agent.parallelism import (
     decide_role,
     inspect_layout,
     refusal,
+    takes_uneven_inputs,
 )
 from koopmon.agent.rank_identity import RankContext
 from koopmon.wire.messages import KssSettings
@@ -219,3 +221,19 @@ def test_what_is_proven_is_what_the_matrix_proves() -> None:
     cells = json.loads(RESULT.read_text())["cells"]
     assert {cell["layout"] for cell in cells if cell["state"] == "proven"} == PROVEN
     assert not [cell["name"] for cell in cells if cell["state"] == "wrong"]
+
+
+@pytest.mark.parametrize(
+    ("enable", "together", "uneven"),
+    [(True, False, True), (True, True, False), (False, False, False)],
+    ids=["join", "join that ends together", "no join"],
+)
+def test_ranks_may_step_alone_inside_join_unless_they_all_end_together(
+    monkeypatch: pytest.MonkeyPatch, enable: bool, together: bool, uneven: bool
+) -> None:
+    config = SimpleNamespace(enable=enable, throw_on_early_termination=together)
+    wrapper = SimpleNamespace(_join_config=config)
+    monkeypatch.setattr(DistributedDataParallel, "_get_active_ddp_module", lambda: wrapper)
+    assert takes_uneven_inputs(build()) is uneven
+    monkeypatch.setattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)
+    assert not takes_uneven_inputs(build())

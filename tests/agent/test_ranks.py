@@ -19,6 +19,9 @@ pytestmark = pytest.mark.distributed
 Result = tuple[dict[str, Any], dict[str, Any]]
 
 
+LONG_WAIT = {"control": {"timeout_seconds": 60.0}}
+
+
 def results(out: Path) -> list[Result]:
     """Return the results of both ranks by phase."""
     first, second = (json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2))
@@ -165,9 +168,13 @@ def test_under_fsdp2_kss_and_back_off_act_alike_on_both_ranks_once_allowed_to(
         monitor.command("set_kss", "kss", kss=koopmon_settings(0.7))
     started(monitor, job, "both")
     for scale, alpha in ((0.5, 0.3), (0.25, 0.0), (1.0, 0.1)):
-        monitor.command("set_lr_scale", "both", lr_scale=scale, ramp_steps=3)
-        monitor.command("set_kss", "both", kss=koopmon_settings(alpha), ramp_steps=5)
-        time.sleep(0.4)
+        outcome = ""
+        while outcome != "applied":  # "failed" while the ranks have not met yet
+            cut = monitor.command("set_lr_scale", "both", lr_scale=scale, ramp_steps=3)
+            monitor.command("set_kss", "both", kss=koopmon_settings(alpha), ramp_steps=5)
+            monitor.wait(lambda: monitor.acked(cut))  # noqa: B023 - called in this turn of the loop only
+            outcome = monitor.ack(cut).outcome
+        time.sleep(0.2)
     job.wait()
     plain, watched, kss, both = results(tmp_path / "out")
     for rank in range(2):
@@ -181,6 +188,45 @@ def test_under_fsdp2_kss_and_back_off_act_alike_on_both_ranks_once_allowed_to(
     assert min(both[0]["scales"]) < 1.0 < 1.0 + max(both[0]["alphas"])
     for phase in (watched, kss, both):
         assert [each["status"]["errors"] for each in phase] == [0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lagging", "lags"), [(0, ("skip", "accumulate")), (1, ("skip", "accumulate", "late", "join"))], ids=["0", "1"]
+)
+def test_ranks_with_different_counts_of_steps_wait_for_nothing_and_get_commands_at_one_time(
+    ranks: Callable[..., Any], monitor: ScriptedMonitor, tmp_path: Path, lagging: int, lags: tuple[str, ...]
+) -> None:
+    """A wait would last for the time-out, since the other rank waits in the next collective of the training."""
+    common = {"endpoint": monitor.endpoint, "pause": 0.02, "steps": 150, "lagging": lagging}
+    phases = [{**common, "run": lag, "lag": lag} for lag in lags]
+    job = ranks("ddp.py", tmp_path / "out", json.dumps([{**each, "config": LONG_WAIT} for each in phases]))
+    sent: dict[str, list[str]] = {}
+    for phase in phases:
+        run = str(phase["run"])
+        started(monitor, job, run)
+        while not ended(monitor, run) and (phase is not phases[-1] or job.processes[0].poll() is None):
+            scale = 0.9 - 0.01 * len(sent.setdefault(run, []))
+            sent[run].append(monitor.command("set_lr_scale", run, lr_scale=max(scale, 0.1)))
+            time.sleep(0.2)
+    outputs = job.wait()
+    for phase, both in zip(phases, results(tmp_path / "out"), strict=True):
+        run = str(phase["run"])
+        outcomes = {monitor.ack(each).outcome for each in sent[run] if monitor.acked(each)}
+        pairs = [pair for pair in zip(both[0]["scales"], both[1]["scales"], strict=False) if None not in pair]
+        assert all(one == other for one, other in pairs)
+        if run == "join":
+            assert outcomes == {"refused"}
+            assert {scale for pair in pairs for scale in pair} == {1.0}
+        else:
+            assert "applied" in outcomes
+            assert min(one for one, _ in pairs) < 1.0
+        assert [each["status"]["errors"] for each in both] == [0, 0]
+    errors = "".join(each for _, each in outputs)
+    assert "control is off" not in errors
+    assert errors.count(
+        "watches, does not act: the ranks may take different numbers of steps inside join()"
+    ) == lags.count("join")
 
 
 def test_ranks_that_hang_leave_early_or_never_come(

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.fault_campaign import hostile, kinds, scripts
 from benchmarks.fault_campaign.__main__ import percentile
-from benchmarks.fault_campaign.checks import Chapter, Entry, doubted_decisions, examine
+from benchmarks.fault_campaign.checks import NUM_RESTORED, Chapter, Entry, doubted_decisions, examine
 from benchmarks.fault_campaign.machine import Job
 from benchmarks.fault_campaign.scenes import KINDS, beside_monitor, summary, under_script
 from benchmarks.fault_campaign.stages import RESTLESS, write_config
@@ -101,7 +101,14 @@ def test_a_resumed_job_may_get_back_what_was_applied_and_nothing_else(job: Job) 
         both = [list(each.items()) for each in follow([first, second])]
         write_logs(job, first)
         lines = [
-            Line(step, e.losses[0], (RATE * (scale if step >= 44 else 1.0)).hex(), 2 * (step >= 44), step, e.digest)
+            Line(
+                step,
+                e.losses[0],
+                (RATE * (scale if step >= 44 else 1.0)).hex(),
+                NUM_RESTORED * (step >= 44),
+                step,
+                e.digest,
+            )
             for step, e in both[1]
         ]
         job.log("1-0", 0).write_text("".join(map(str, lines)))
@@ -112,7 +119,9 @@ def test_a_resumed_job_may_get_back_what_was_applied_and_nothing_else(job: Job) 
         assert found.num_restored == 1 - len(expected)
 
 
-@pytest.mark.parametrize(("version", "expected"), [(3, []), (4, ["lost"])])
+@pytest.mark.parametrize(
+    ("version", "expected"), [(NUM_RESTORED + 1, []), (NUM_RESTORED, ["lost"]), (NUM_RESTORED + 2, ["lost"])]
+)
 def test_what_is_handed_back_may_come_with_the_next_command(job: Job, version: int, expected: list[str]) -> None:
     first = Stretch(first=0, last=50, world=2, scales={8: 0.5})
     second = Stretch(first=40, last=60, world=2, scales={44: 0.75})
@@ -140,11 +149,37 @@ def test_what_was_answered_as_the_rank_was_killed_is_handed_back(
     write_logs(job, first)
     _, resumed = follow([first, second])
     for rank in range(2):
-        lines = [Line(step, e.losses[rank], (RATE * 0.5).hex(), 2, step, e.digest) for step, e in resumed.items()]
+        lines = [
+            Line(step, e.losses[rank], (RATE * 0.5).hex(), NUM_RESTORED, step, e.digest) for step, e in resumed.items()
+        ]
         job.log("1-0", rank).write_text("".join(map(str, lines)))
     Path(f"{job.log('1-0', 0)}.pid").write_text("9")
     job.worlds = {"0": 2, "1": 2}
     entry = Entry("00000001", "applied", (applied_at,), 0.5)
+    found = examine(job, [Chapter("job", 7, (entry,)), Chapter("job", 9, ())])
+    assert [each.kind for each in found.problems] == expected
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        (Entry("00000001", "unanswered", (), 0.5), []),
+        (Entry("00000001", "unanswered", (), 0.25), ["lost"]),
+        (Entry("00000001", "applied", (51,), 0.25), ["lost"]),
+    ],
+)
+def test_a_launch_may_begin_with_the_command_in_flight_at_the_kill_and_with_no_other_value(
+    job: Job, entry: Entry, expected: list[str]
+) -> None:
+    """Under `koopmon run` a file has the settings in force. It is written before the ack."""
+    first, second = Stretch(first=0, last=50, world=2), Stretch(first=40, last=60, world=2, scales={40: 0.5})
+    write_logs(job, first)
+    _, resumed = follow([first, second])
+    for rank in range(2):
+        lines = [Line(step, e.losses[rank], (RATE * 0.5).hex(), -1, step, e.digest) for step, e in resumed.items()]
+        job.log("1-0", rank).write_text("".join(map(str, lines)))
+    Path(f"{job.log('1-0', 0)}.pid").write_text("9")
+    job.worlds = {"0": 2, "1": 2}
     found = examine(job, [Chapter("job", 7, (entry,)), Chapter("job", 9, ())])
     assert [each.kind for each in found.problems] == expected
 

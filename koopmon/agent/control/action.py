@@ -187,5 +187,8 @@ class ControlAction(ABC):
         """Prepare the next step; `step` updates are done. Returns its change to the stream, None for no change."""
         return None
 
+    def on_renumbered(self) -> None:  # noqa: B027 - optional
+        """Forget what belongs to a number of a step. This rank follows another count from now on."""
+
     def on_forward(self) -> None:  # noqa: B027 - optional
         """Handle the start of a training forward."""

@@ -84,7 +84,8 @@ class Actuator:
 
     `group` is the exchange with the other ranks; None if this process trains alone. `restored` is in force from the
     first step on, and equal on all ranks. `requests` may be filled in any
-    thread. `report` receives the outcomes of commands. Only `submit` and `ready` are for the I/O thread.
+    thread. `report` receives the outcomes of commands. `keep` is called with the values in force before a command is
+    reported as applied. Only `submit` and `ready` are for the I/O thread.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Actuator:
         layout: ParallelLayout,
         requests: deque[Request],
         report: Callable[[CommandResult], None],
+        keep: Callable[[Applied], None] | None = None,
         group: RankGroup | None = None,
         restored: Applied | None = None,
     ) -> None:
@@ -111,6 +113,7 @@ class Actuator:
         self._layout = layout
         self._requests = requests
         self._report = report
+        self._keep = keep
         self._group = group
         self._underway: list[Applied | RampBack | CommandResult] = []
         """Parts of the state in the exchange in flight."""
@@ -120,6 +123,9 @@ class Actuator:
         self._action_times: deque[float] = deque()
         self._snapshots = range(0)
         self._agreed_until = -1
+        self._renumbered = False
+        self._forward_since_launch = False
+        """True once a forward has begun since the exchange in flight was launched."""
         if restored is not None:
             self.state = self._restore(restored, self.state, stats.step)
             if group is None or group.leads:
@@ -148,20 +154,26 @@ class Actuator:
             if self._underway:
                 self._settle(step, in_force=True)
         elif group.in_flight:
-            update = group.receive()
-            if update is not None and (flaw := self._flaw(update, step)):
-                group.fail(flaw)
-                update = None
-            if update is None:
-                self._agreed_until = -1
-            else:
-                self.state = update.state
-                self._snapshots, self._agreed_until = update.snapshot_steps(), update.next_step
-            self._settle(step, in_force=update is not None)
+            self._receive(group, step)
+
+    def _receive(self, group: RankGroup, step: int) -> None:
+        update = group.receive()
+        if update is not None and (flaw := self._flaw(update, step)):
+            group.fail(flaw)
+            update = None
+        if update is None:
+            self._agreed_until = -1
+        else:
+            if update.step != step:
+                self._renumber(update.step)
+                step = update.step
+            self.state = update.state
+            self._snapshots, self._agreed_until = update.snapshot_steps(), update.next_step
+        self._settle(step, in_force=update is not None)
 
     def _flaw(self, update: ControlUpdate, step: int) -> str:
         """Return the reason why this rank must not apply `update` at `step`; empty if there is none."""
-        if update.step != step:
+        if update.step != step and not (self._group is not None and self._group.steps_may_differ):
             return f"rank 0 is at step {update.step}, this rank at step {step}"
         try:
             for action in self._actions.values():
@@ -169,6 +181,29 @@ class Actuator:
         except msgspec.ValidationError as error:
             return f"rank 0 sends a state out of bounds: {error}"
         return ""
+
+    def _renumber(self, step: int) -> None:
+        """Follow rank 0's count of steps."""
+        message = "koopmon: this rank follows rank 0, which has taken %d steps and not %d; commands reach both at once"
+        logger.log(logging.DEBUG if self._renumbered else logging.INFO, message, step, self._stats.step)
+        self._renumbered = True
+        self._stats.step = step
+        for action in self._actions.values():
+            action.on_renumbered()
+
+    def before_forward(self, step: int) -> None:
+        """Take part in the exchanges of the other ranks, before a training forward, while this rank does not step."""
+        group = self._group
+        if group is None:
+            return
+        if group.in_flight:
+            if not self._forward_since_launch:
+                self._forward_since_launch = True
+                return
+            self._receive(group, step)  # the other ranks may go on to the next exchange
+        if group.is_overdue(step):
+            group.launch(self._exchange(step) if group.leads else None)
+            self._forward_since_launch = True
 
     def after_step(self, step: int) -> bool:
         """Plan the work after `step` optimizer steps. Returns True if the next training forward is a snapshot."""
@@ -178,6 +213,7 @@ class Actuator:
             return step in self._schedule.plan(step, step, self.state)
         if group.is_due(step):
             group.launch(self._exchange(step) if group.leads else None)
+            self._forward_since_launch = False
         if step <= self._agreed_until:
             return step in self._snapshots
         return self._schedule.unagreed(step, self.state)
@@ -251,6 +287,9 @@ class Actuator:
     def _settle(self, step: int, *, in_force: bool) -> None:
         """Report the requests underway. Their state is in force on all ranks, or on none."""
         underway, self._underway = self._underway, []
+        if in_force and underway and self._keep is not None:
+            # A kill may follow the report at once. The next launch must not begin with older values than it says.
+            self._keep(self._applied(step))
         for each in underway:
             if isinstance(each, CommandResult):
                 if not in_force:
@@ -271,11 +310,14 @@ class Actuator:
                     self._ramp_back_steps,
                 )
 
-    def _log_restored(self, step: int) -> None:
+    def _applied(self, step: int) -> Applied:
         values = {
             name: value for action in self._actions.values() for name, value in action.applied(self.state, step).items()
         }
-        applied = Applied(**values)
+        return Applied(**values)
+
+    def _log_restored(self, step: int) -> None:
+        applied = self._applied(step)
         parts = [f"learning rate x {applied.lr_scale:.3g}"] if applied.lr_scale != 1.0 else []
         parts += [f"peak rate at most {applied.max_rate:.3g}"] if applied.max_rate is not None else []
         parts += [f"KSS weight {applied.kss.alpha:.3g}"] if applied.kss.alpha else []

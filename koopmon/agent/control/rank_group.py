@@ -2,8 +2,12 @@
 
 It uses Gloo over its own connection to the default store, under its own prefix. The user's groups, and those of any
 accelerator, are not touched. A background thread forms it once every rank has registered in the store. The ranks then
-agree, over the group itself, on the step of the first exchange. Any failure ends the generation: control is off, and
+agree, over the group itself, on the time of the first exchange. Any failure ends the generation: control is off, and
 the values in force stay. The next generation forms once all ranks have registered again.
+
+Ranks may have different counts of steps: one attached later, skips a step by itself or accumulates longer. Where every
+step contains collectives of the training, their count is the common time. A rank that does not step then takes part at
+its next forward. Its next collective, and with it every rank, would otherwise wait for the exchange.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ import logging
 import math
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -46,6 +52,8 @@ backward pass.
 FIRST_PAUSE_SECONDS = 1.0
 """First pause before a group is formed again. It doubles with each failure, up to LAST_PAUSE_SECONDS."""
 LAST_PAUSE_SECONDS = 60.0
+NUM_PACES = 3
+"""Steps in a row that must contain collectives for their count to be the common time."""
 HEALTHY_SECONDS = 120.0
 """Time without a failure that resets the pause."""
 
@@ -62,9 +70,10 @@ class ReplicaFingerprint:
 
 
 class RankGroup:
-    """Exchanges between ranks. The training thread calls `is_due`, `launch` and `receive`.
+    """Exchanges between ranks. The training thread calls `is_due`, `is_overdue`, `launch` and `receive`.
 
     `place` is the key of one training in the store (`store_prefix`). `share` is set if several ranks share one model.
+    `collectives` counts the collectives of the training so far, equal on all ranks; None if it cannot be counted.
     """
 
     def __init__(
@@ -74,9 +83,16 @@ class RankGroup:
         stats: AgentStats,
         place: str,
         share: ReplicaFingerprint | None = None,
+        collectives: Callable[[], int] | None = None,
     ) -> None:
         self.splits_tokens = share is not None
         """True if ranks that share one model hold different tokens of its data. Assumed until the group is ready."""
+        self.steps_may_differ = False
+        """True if the count of collectives is the common time. Each rank then follows rank 0's count of steps."""
+        self._collectives = collectives
+        self._paces: deque[int] = deque(maxlen=NUM_PACES)
+        """Collectives in each of the last steps."""
+        self._last_count: int | None = None
         self._share = share
         self._world = world
         self._timeout_seconds = config.timeout_seconds
@@ -93,7 +109,7 @@ class RankGroup:
         self._work: Any = None
         self._buffer = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
         self._next: int | None = None
-        """Steps done before the next exchange; None while none is agreed."""
+        """Time of the next exchange, in steps or collectives done; None while none is agreed."""
         self._agreed = threading.Event()
         """Set once all ranks know the first exchange."""
         self._start(self._form, 0, 0.0)
@@ -114,18 +130,36 @@ class RankGroup:
         return self._work is not None
 
     def is_due(self, step: int) -> bool:
-        """Return True if an exchange takes place after `step` optimizer steps. The result is the same on all ranks."""
-        due = self._next
-        if due is None or step < due:
+        """Return True if an exchange takes place after `step` optimizer steps. Call it once after each step.
+
+        The result is the same on all ranks, except for those that do not step.
+        """
+        if self._collectives is not None:
+            count = self._collectives()
+            if self._last_count is not None:
+                self._paces.append(count - self._last_count)
+            self._last_count = count
+        return self._is_time(step)
+
+    def is_overdue(self, step: int) -> bool:
+        """Return True if an exchange takes place before a forward because the count of collectives has reached it."""
+        return self.steps_may_differ and self._work is None and self._is_time(step)
+
+    def _is_time(self, step: int) -> bool:
+        due, now = self._next, self._now(step)
+        if due is None or now < due:
             return False
         # The other ranks' agreement may still be in transit. The exchange of this step must not be missed.
         if not self._agreed.is_set() and not self._agreed.wait(self._timeout_seconds):
             self.fail("the ranks did not agree on a first step")
             return False
-        if self._next is None or step > self._next:
+        if self._next is None or (now > self._next and not self.steps_may_differ):
             self.fail(f"the exchange of step {self._next} was missed")
             return False
-        return step == self._next
+        return now >= self._next
+
+    def _now(self, step: int) -> int:
+        return self._collectives() if self.steps_may_differ and self._collectives is not None else step
 
     def launch(self, exchange: ControlUpdate | None) -> None:
         """Start an exchange: rank 0 passes it, the other ranks pass None. Returns at once.
@@ -133,6 +167,9 @@ class RankGroup:
         Raises ValueError if the encoded exchange exceeds MESSAGE_BYTES - 2 bytes.
         """
         if exchange is not None:
+            if self.steps_may_differ:
+                count = self._now(exchange.step) + (exchange.next_step - exchange.step) * max(1, self._pace)
+                exchange = msgspec.structs.replace(exchange, next_count=count)
             packed = _encoder.encode(exchange)
             if len(packed) > MESSAGE_BYTES - 2:
                 raise ValueError(f"exchange of {len(packed)} bytes, at most {MESSAGE_BYTES - 2} fit")
@@ -155,7 +192,7 @@ class RankGroup:
         except (RuntimeError, msgspec.DecodeError) as error:
             self.fail(_reason(error))
             return None
-        self._next = exchange.next_step
+        self._next = exchange.next_count if self.steps_may_differ else exchange.next_step
         return exchange
 
     def agree(self, value: bool) -> bool:
@@ -242,23 +279,44 @@ class RankGroup:
                 self.fail(f"no group of {self._world.size} ranks: {_reason(error)}")
 
     def _agree(self, group: Any, generation: int) -> None:
-        """Agree with all ranks on the step of the first exchange, ahead of every rank's current step."""
+        """Agree with all ranks on the time of the first exchange, ahead of every rank's current one."""
+        self.steps_may_differ = self._all_count_collectives(group)
+        if self._closed.is_set():
+            return
         margin = START_STEPS
         while True:
             seconds = self._stats.step_seconds
             ahead = margin if seconds is None else max(margin, math.ceil(START_SECONDS / max(seconds, 1e-6)))
-            first = _all_reduce(group, self._stats.step + ahead, dist.ReduceOp.MAX)
+            if self.steps_may_differ:
+                ahead *= max(1, self._pace)
+            first = _all_reduce(group, self._now(self._stats.step) + ahead, dist.ReduceOp.MAX)
             with self._lock:
                 if self._closed.is_set() or generation != self._generation:
                     return
                 self._group, self._next = group, first
-            if _all_reduce(group, int(self._stats.step < first), dist.ReduceOp.MIN):
+            if _all_reduce(group, int(self._now(self._stats.step) < first), dist.ReduceOp.MIN):
                 break
             margin *= 4
         if self._share is not None:
             self.splits_tokens = _differ_within(group, self._share, self._world.size)
         self._agreed.set()
-        logger.info("koopmon: commands reach all %d ranks from step %d on", self._world.size, first)
+        unit = "collective" if self.steps_may_differ else "step"
+        logger.info("koopmon: commands reach all %d ranks from %s %d on", self._world.size, unit, first)
+
+    def _all_count_collectives(self, group: Any) -> bool:
+        """Return True if the last steps of every rank contained collectives. Waits until each has taken some."""
+        least = -1
+        while least < 0 and not self._closed.is_set():
+            least = _all_reduce(group, 0 if self._collectives is None else self._pace, dist.ReduceOp.MIN)
+            if least < 0:
+                self._closed.wait(POLL_SECONDS)
+        return least > 0
+
+    @property
+    def _pace(self) -> int:
+        """Least number of collectives in the last steps; -1 before these."""
+        paces = tuple(self._paces)
+        return min(paces) if len(paces) == NUM_PACES else -1
 
 
 def _differ_within(group: Any, share: ReplicaFingerprint, size: int) -> bool:

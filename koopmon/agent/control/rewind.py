@@ -188,6 +188,10 @@ class RewindAction(ControlAction):
     def end(self) -> None:
         self._give_up(self._final or "the agent applies no commands")
 
+    def on_renumbered(self) -> None:
+        for each in self._held():  # copies of other ranks with the same number are of another time
+            each.clear()
+
     def at_edge(self, state: ControlState, step: int, agree: Callable[[bool], bool]) -> Completion | None:
         parameters = self.parameters(state)
         if parameters.get("at_step") == step - 1:

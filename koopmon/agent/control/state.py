@@ -66,6 +66,8 @@ class ControlUpdate(Struct, frozen=True, kw_only=True, array_like=True, forbid_u
     """First, last and stride of the steps with a snapshot in their forward pass, until the next exchange."""
     next_step: Annotated[int, Meta(ge=1)]
     """The step after which the next exchange takes place."""
+    next_count: int = 0
+    """The number of collectives after which it takes place, if that is the ranks' common time."""
 
     def snapshot_steps(self) -> range:
         first, last, stride = self.snapshots

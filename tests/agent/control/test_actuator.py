@@ -41,7 +41,15 @@ def command(kind: str, **fields: Any) -> Command:
 class Bench:
     """An acting agent that trains alone, driven step by step."""
 
-    def __init__(self, config: Config | None = None, *, group: Any = None, restored: Applied | None = None) -> None:
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        group: Any = None,
+        restored: Applied | None = None,
+        report: Callable[[CommandResult], None] | None = None,
+        keep: Callable[[Applied], None] | None = None,
+    ) -> None:
         self.outcomes: list[CommandResult] = []
         self.stats = AgentStats()
         config = config or Config()
@@ -56,7 +64,8 @@ class Bench:
             schedule,
             layout=layout,
             requests=self.lifecycle.requests,
-            report=self.outcomes.append,
+            report=report or self.outcomes.append,
+            keep=keep,
             group=group,
             restored=restored,
         )
@@ -129,6 +138,16 @@ def test_alpha_ramps_linearly_and_the_settings_switch_at_once() -> None:
     assert alphas == pytest.approx([0.4, 0.6, 0.8, 0.8, 0.8, 0.8])
     bench.step(command("set_kss", kss=KssSettings(alpha=0.0)))
     assert bench.applied().kss.alpha == 0.0
+
+
+def test_the_next_launch_can_have_a_value_before_its_command_is_reported_as_applied() -> None:
+    events: list[Any] = []
+    bench = Bench(report=lambda result: events.append(result.outcome), keep=events.append)
+    bench.step()
+    bench.step(command("set_lr_scale", lr_scale=0.5))
+    bench.step(command("set_lr_scale", lr_scale=0.25, expires_step=0))
+    bench.step(command("set_cadence", cadence_steps=2))
+    assert events == [Applied(lr_scale=0.5), "applied", "expired", Applied(lr_scale=0.5), "applied"]
 
 
 def test_commands_of_one_step_are_all_applied_in_order() -> None:
@@ -246,6 +265,7 @@ def test_exchanges_are_a_tenth_of_a_second_apart_and_at_short_steps_two_steps(st
     launched: list[ControlUpdate] = []
 
     class Group:
+        steps_may_differ = False
         in_flight = False
         ready = leads = True
 
@@ -412,6 +432,7 @@ class Exchange:
     """A group of ranks: what it was given, and what it hands back."""
 
     splits_tokens = False
+    steps_may_differ = False
 
     def __init__(self, *, leads: bool = True) -> None:
         self.leads, self.ready, self.in_flight = leads, True, False
@@ -422,6 +443,9 @@ class Exchange:
 
     def is_due(self, step: int) -> bool:
         return step in self.due
+
+    def is_overdue(self, step: int) -> bool:
+        return self.steps_may_differ and not self.in_flight and step in self.due
 
     def launch(self, exchange: ControlUpdate | None) -> None:
         self.launched.append(exchange)
@@ -486,6 +510,58 @@ def test_a_state_of_another_step_ends_the_group() -> None:
     bench.step()
     assert len(group.failures) == 1
     assert bench.actuator.state.version == 0
+
+
+def test_a_rank_with_another_count_of_steps_follows_rank_0_where_collectives_are_the_time() -> None:
+    group = Exchange(leads=False)
+    group.steps_may_differ = True
+    bench = Bench(group=group)
+    group.due = {1}
+    bench.step()
+    ramp = ActionState(ramp=Ramp(first_step=5, start=1.0, target=0.25, num_steps=2))
+    state = ControlState(version=9, actions={"set_lr_scale": ramp})
+    group.arriving = ControlUpdate(step=5, state=state, snapshots=(0, -1, 1), next_step=6)
+    assert bench.step() == 0.5
+    assert bench.stats.step == 6
+    assert bench.step() == 0.25
+    assert group.failures == []
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_a_rank_that_does_not_step_takes_part_at_its_forwards(leads: bool) -> None:
+    group = Exchange(leads=leads)
+    group.steps_may_differ = True
+    bench = Bench(group=group)
+    bench.step()
+    forward = bench.lifecycle.state.before_forward
+    forward(1)
+    assert group.launched == [], "no exchange is due"
+    group.due = {1}
+    bench.lifecycle.submit(command("set_lr_scale", lr_scale=0.5))
+    forward(1)
+    assert len(group.launched) == 1
+    assert bench.lr_scale == 1.0
+    if not leads:
+        state = ControlState(version=1, actions={"set_lr_scale": ActionState(ramp=Ramp(first_step=1, target=0.5))})
+        group.arriving = ControlUpdate(step=1, state=state, snapshots=(0, -1, 1), next_step=6)
+    group.due = set()
+    forward(1)
+    assert not group.in_flight, "the other ranks have all launched: they train on"
+    assert bench.lr_scale == 0.5
+
+
+def test_an_exchange_after_a_step_is_received_before_the_next_step_or_the_second_forward() -> None:
+    group = Exchange()
+    group.steps_may_differ = True
+    bench = Bench(group=group)
+    group.due = {1}
+    bench.step()
+    forward = bench.lifecycle.state.before_forward
+    forward(1)
+    assert group.in_flight
+    group.due = set()
+    forward(1)
+    assert not group.in_flight
 
 
 def test_another_rank_takes_state_and_snapshots_from_rank_0() -> None:
@@ -642,6 +718,7 @@ def test_an_update_that_does_not_fit_is_not_applied(step: int, parameters: dict[
     failures: list[str] = []
 
     class Group:
+        steps_may_differ = False
         in_flight = ready = True
         leads = splits_tokens = False
 

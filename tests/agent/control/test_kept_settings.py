@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 from koopmon.agent.control.kept_settings import VARIABLE, KeptSettings
 from koopmon.wire.messages import Applied, Hello, KssSettings
@@ -208,6 +208,38 @@ def test_the_first_step_of_a_restarted_launch_has_what_was_in_force(
         assert kept(tmp_path, "one").read() == Applied(lr_scale=0.5, max_rate=0.1, peak_rate=0.4)
         agent.close()
     assert kept(tmp_path, "one").read() is None, "it said goodbye"
+
+
+def test_the_settings_of_an_optimizer_that_wraps_another_are_kept_at_every_step(
+    tmp_path: Path, agents: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrapper(Optimizer):
+        inner: Optimizer
+
+        def step(self, closure: Any = None) -> Any:
+            return self.inner.step(closure)
+
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    with ScriptedMonitor(tmp_path / "m") as monitor:
+        model = build()
+        inner = SGD(model.parameters(), lr=0.2)
+        optimizer = Wrapper(inner.param_groups, inner.defaults)
+        agent = agents(model, [optimizer, inner], endpoint=monitor.endpoint, run="one")
+        optimizer.inner = inner  # under `koopmon run`, its constructor attached it before it held this
+
+        def step() -> float | None:
+            loss_of(model, batch(0)).backward()
+            optimizer.step()
+            found = kept(tmp_path, "one").read()
+            return None if found is None else found.lr_scale
+
+        step()
+        monitor.wait(lambda: agent.status()["connected"])
+        monitor.command("set_lr_scale", "one", lr_scale=0.25, ramp_steps=2)
+        end = time.monotonic() + 30.0
+        while (first := step()) is None:
+            assert time.monotonic() < end, "no command arrived"
+        assert [first, step(), step()] == pytest.approx([0.5, 0.25, 0.25])
 
 
 def test_keeping_takes_less_than_a_millisecond(tmp_path: Path) -> None:

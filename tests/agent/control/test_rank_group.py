@@ -19,6 +19,7 @@ from koopmon.agent.control.rank_group import (
     FIRST_PAUSE_SECONDS,
     HEALTHY_SECONDS,
     MESSAGE_BYTES,
+    NUM_PACES,
     OPERATION_SECONDS,
     START_STEPS,
     RankGroup,
@@ -40,7 +41,12 @@ def groups() -> Iterator[Make]:
     made: list[RankGroup] = []
 
     def make(
-        size: int = 2, *, steps: tuple[int, ...] = (), shares: tuple[ReplicaFingerprint, ...] = (), wait: bool = True
+        size: int = 2,
+        *,
+        steps: tuple[int, ...] = (),
+        shares: tuple[ReplicaFingerprint, ...] = (),
+        collectives: tuple[Callable[[], int] | None, ...] = (),
+        wait: bool = True,
     ) -> list[RankGroup]:
         store = dist.HashStore()
         ranks = []
@@ -49,7 +55,8 @@ def groups() -> Iterator[Make]:
             stats.step = steps[rank] if steps else 0
             config = ControlConfig(timeout_seconds=5.0)
             share = shares[rank] if shares else None
-            ranks.append(RankGroup(RankContext(rank, size, store), config, stats, "place", share))
+            count = collectives[rank] if collectives else None
+            ranks.append(RankGroup(RankContext(rank, size, store), config, stats, "place", share, count))
         made.extend(ranks)
         if wait:
             until(lambda: all(each.ready for each in ranks))
@@ -91,6 +98,84 @@ def test_all_ranks_agree_on_a_first_step_ahead_of_every_rank(groups: Make) -> No
         assert [each.is_due(step) for step in range(first)] == [False] * first
         assert each.is_due(first)
     assert [each.leads for each in ranks] == [True, False, False]
+
+
+class Collectives:
+    """A counter of the collectives of a training."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> int:
+        return self.count
+
+
+def stepped(ranks: list[RankGroup], counter: Collectives, pace: int) -> None:
+    """Take the steps that show each rank if its steps contain collectives."""
+    for _ in range(NUM_PACES + 1):
+        counter.count += pace
+        for each in ranks:
+            assert not each.is_due(0)
+
+
+def test_ranks_with_different_counts_of_steps_meet_at_one_count_of_collectives(groups: Make) -> None:
+    counter = Collectives()
+    ranks = groups(3, steps=(4, 40, 7), collectives=(counter,) * 3, wait=False)
+    stepped(ranks, counter, 3)
+    until(lambda: all(each.ready for each in ranks))
+    assert all(each.steps_may_differ for each in ranks)
+    begin = counter.count
+    first = begin + 3 * START_STEPS
+    counter.count = first - 1
+    assert not any(each.is_overdue(0) for each in ranks)
+    counter.count = first + 1
+    assert [each.is_overdue(step) for each, step in zip(ranks, (4, 40, 7), strict=True)] == [True] * 3
+    (found, *others) = exchanged(ranks, update(4, 6))
+    assert found is not None
+    assert others == [found] * 2
+    assert found.next_count == first + 1 + 2 * 3, "two steps of three collectives"
+    counter.count = found.next_count - 1
+    assert not any(each.is_overdue(0) for each in ranks)
+    counter.count += 1
+    assert ranks[0].is_due(6)
+    assert ranks[1].is_overdue(40)
+    for each in ranks:
+        each.launch(update(6, 7) if each.leads else None)
+    assert not any(each.is_overdue(0) for each in ranks), "once"
+    assert all(each.receive() is not None for each in ranks)
+
+
+@pytest.mark.parametrize("paces", [(2, 0), (0, 0)])
+def test_steps_are_the_time_of_a_training_whose_steps_contain_no_collectives(
+    groups: Make, paces: tuple[int, int]
+) -> None:
+    counters = (Collectives(), Collectives())
+    ranks = groups(steps=(4, 4), collectives=counters, wait=False)
+    for rank, counter, pace in zip(ranks, counters, paces, strict=True):
+        stepped([rank], counter, pace)
+    until(lambda: all(each.ready for each in ranks))
+    assert not any(each.steps_may_differ for each in ranks)
+    first = 4 + START_STEPS
+    assert [each.is_due(first) for each in ranks] == [True, True]
+    assert not any(each.is_overdue(first) for each in ranks)
+
+
+def test_steps_are_the_time_if_one_rank_cannot_count_collectives(groups: Make) -> None:
+    counter = Collectives()
+    ranks = groups(collectives=(counter, None), wait=False)
+    stepped(ranks[:1], counter, 3)
+    until(lambda: all(each.ready for each in ranks))
+    assert not any(each.steps_may_differ for each in ranks)
+
+
+def test_no_exchange_is_agreed_before_each_rank_has_taken_some_steps(groups: Make) -> None:
+    counter = Collectives()
+    ranks = groups(collectives=(counter, counter), wait=False)
+    stepped(ranks[:1], counter, 3)
+    time.sleep(0.3)
+    assert not any(each.ready for each in ranks)
+    stepped(ranks[1:], counter, 3)
+    until(lambda: all(each.ready for each in ranks))
 
 
 class Running:

@@ -6,6 +6,7 @@ Usage: ddp.py OUT PHASES, where PHASES is a JSON list of `Phase` fields; writes 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -40,6 +41,8 @@ class Phase:
     - `alpha`: check the KSS gradient of one step against the explicit loss, averaged over ranks.
     - `shard`: FSDP2 instead of DDP.
     - `fail_step`: the agent of rank 1 fails before that step.
+    - `lag`: rank `lagging` leaves out every seventh update ("skip"), takes every third one only ("accumulate"), or
+      attaches 20 steps later ("late"). With "join", it has 20 batches less inside DDP's join().
     """
 
     steps: int = 60
@@ -58,6 +61,14 @@ class Phase:
     early: bool = False
     shard: bool = False
     fail_step: int = -1
+    lag: str = ""
+    lagging: int = 1
+
+    def leaves_out(self, step: int, rank: int) -> bool:
+        """Return True if the rank takes no update in iteration `step`."""
+        if rank != self.lagging:
+            return False
+        return (self.lag == "skip" and step % 7 == 5) or (self.lag == "accumulate" and step % 3 != 2)
 
 
 def digest(model: nn.Module) -> str:
@@ -98,13 +109,18 @@ def train(phase: Phase, rank: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5))
     agent = None
-    if phase.endpoint and phase.only_rank in (None, rank):
+    late = phase.lag == "late" and rank == phase.lagging
+    if phase.endpoint and phase.only_rank in (None, rank) and not late:
         agent = koopmon.attach(model, optimizer, endpoint=phase.endpoint, run=phase.run, config=phase.config)
     if phase.early:
         dist.init_process_group("gloo")
         model = DistributedDataParallel(model)
     seen: list[float] = []
-    optimizer.register_step_pre_hook(lambda _, args, __: seen.append(args[0].param_groups[0]["lr"]))
+
+    def note_rates() -> None:
+        optimizer.register_step_pre_hook(lambda _, args, __: seen.append(args[0].param_groups[0]["lr"]))
+
+    note_rates()
     trace: dict[str, list[Any]] = {
         "losses": [],
         "scales": [],
@@ -113,11 +129,18 @@ def train(phase: Phase, rank: int) -> dict[str, Any]:
         "seconds": [],
         "checkpoints": [],
     }
-    for step in range(phase.steps - (phase.uneven if rank == 1 else 0)):
+    uneven = contextlib.ExitStack()
+    if phase.lag == "join":
+        uneven.enter_context(model.join())
+    lacks = phase.uneven if rank == 1 else 20 if phase.lag == "join" and rank == phase.lagging else 0
+    for step in range(phase.steps - lacks):
         if rank == 1 and step == phase.hang_step:
             stop_for(phase.hang_seconds)
         if rank == 1 and step == phase.fail_step and agent is not None and agent._runtime is not None:
             agent._runtime.breaker.trip("a test", RuntimeError("a test"))
+        if late and step == 20:
+            agent = koopmon.attach(model, optimizer, endpoint=phase.endpoint, run=phase.run, config=phase.config)
+            note_rates()  # after koopmon's hook
         time.sleep(phase.pause)
         optimizer.zero_grad()
         for micro in range(phase.accumulate):
@@ -126,10 +149,12 @@ def train(phase: Phase, rank: int) -> dict[str, Any]:
             trace["losses"].append(float(loss.detach()))
         base = schedule.get_last_lr()[0]
         started = time.monotonic()
-        optimizer.step()
+        leaves_out = phase.leaves_out(step, rank)
+        if not leaves_out:
+            optimizer.step()
         trace["seconds"].append(time.monotonic() - started)
         schedule.step()
-        trace["scales"].append(seen[-1] / base)
+        trace["scales"].append(None if leaves_out else seen[-1] / base)
         if agent is not None:
             agent.log(loss=loss)
             status = agent.status()
@@ -139,6 +164,7 @@ def train(phase: Phase, rank: int) -> dict[str, Any]:
                 trace["checkpoints"].append(step)
             if agent.should_stop:
                 break
+    uneven.close()
     status = None if agent is None else agent.status()
     if agent is not None and phase.close:
         agent.close()
