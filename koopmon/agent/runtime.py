@@ -196,7 +196,7 @@ class AgentRuntime:
         if model is None or next(stepping_optimizers(), optimizer) is not optimizer:
             return
         if hooks is not None:
-            tables = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+            tables: tuple[Any, Any] = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
             if all(handle.id in table for handle, table in zip(hooks, tables, strict=True)):
                 return
             self._hook(optimizer)

@@ -44,8 +44,10 @@ from koopmon.wire.messages import TrainingStep
 
 MAX_MISSED = 3
 """Consecutive snapshots missed by the taps before one warning."""
-MAX_CHANGES = 8
-"""Changes of the blocks that are followed. A model that makes new blocks in each step is not."""
+MAX_CHANGES = 16
+"""Changes of the blocks that are followed."""
+MAX_IN_VAIN = 3
+"""Consecutive ones after which no forward has shown a chain, as in a model that makes new blocks in each step."""
 
 
 class ResidualTaps:
@@ -96,7 +98,7 @@ class ResidualTaps:
         self._injections: Sequence[Injection] = ()
         """Changes to the stream in this step."""
         self._num_missed = 0
-        self._num_changes = 0
+        self._num_changes = self._num_in_vain = 0
         self._was_restored = False
         """True if hooks were put back that others had removed."""
         self._always_hooked = False
@@ -159,7 +161,9 @@ class ResidualTaps:
     def _follow_change(self) -> bool:
         """Look for the stack again if blocks were added, removed or replaced. Returns True if it is searched."""
         model = self._model()
-        if model is None or self._find_again is None or self._num_changes == MAX_CHANGES:
+        if model is None or self._find_again is None:
+            return False
+        if self._num_changes == MAX_CHANGES or self._num_in_vain == MAX_IN_VAIN:
             return False
         if not self._structure.has_changed(model):
             return False
@@ -180,8 +184,10 @@ class ResidualTaps:
                 logger, f"{changed}, in a compiled graph, and it watches those that it knows; attach afterwards"
             )
             return False
+        if not self._num_in_vain:
+            log_for_job(logger, f"{changed}: looks for the stack again")
         self._num_changes += 1
-        log_for_job(logger, f"{changed}: looks for the stack again")
+        self._num_in_vain += 1
         self._phase, self._capture.due = ForwardPhase.IDLE, None
         self._capture.abandon()
         for name in self._hooks:
@@ -447,6 +453,7 @@ class ResidualTaps:
 
     def _keep(self, model: nn.Module, kept: Stack, trained: Collection[int]) -> None:
         verifier, self.stack = self._search.verifier, kept
+        self._num_in_vain = 0
         self.beside, self.later = verifier.beside, verifier.later
         self.width = verifier.width(kept)
         self._in_gradients, self._capture.interleaved = verifier.in_gradients(kept), verifier.is_interleaved(kept)

@@ -1,4 +1,4 @@
-"""K7: where koopmon sees nothing, one line says why, with a remedy."""
+"""K7: one line gives the cause of blindness and a remedy."""
 
 from __future__ import annotations
 

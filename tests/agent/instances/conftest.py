@@ -21,13 +21,13 @@ EVERY_STEP = {"cadence": {"dense_every": 1, "warmup_steps": 1000}, "sampling": {
 
 @dataclass
 class Outcome:
-    """What came of a case."""
+    """The losses of a case, its snapshots and its log lines."""
 
     alone: list[str] = field(default_factory=list)
     """Losses, exactly."""
     watched: list[str] = field(default_factory=list)
     snapshots: Counter[str] = field(default_factory=Counter)
-    """By the name of the stack."""
+    """Snapshots of each stack, by its name."""
     last: int = -1
     """Losses before the last snapshot."""
     layers: dict[str, int] = field(default_factory=dict)
