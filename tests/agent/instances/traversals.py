@@ -165,7 +165,7 @@ def mixture_of_depths(watch: Watch) -> Iterator[Tensor]:
     yield from train(watch, Net(kind=Routed))
 
 
-@case(told="no snapshots")
+@case()
 def mixture_of_depths_outside(watch: Watch) -> Iterator[Tensor]:
     """The model itself gathers tokens and scatters the results."""
 
@@ -284,7 +284,7 @@ def blocks_over_time(watch: Watch) -> Iterator[Tensor]:
     yield from train(watch, Net(run, 3))
 
 
-@case(None, told="no snapshots")
+@case(told="missed")
 def order_that_changes(watch: Watch) -> Iterator[Tensor]:
     draw = random.Random(1)
 

@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -177,9 +178,8 @@ def ensemble_of_copies(watch: Watch) -> Iterator[Any]:
     def act(model: Any, optimizer: Any) -> float:
         parameters, buffers = torch.func.stack_module_state([model, copy.deepcopy(model)])
         base = copy.deepcopy(model).to("meta")
-        return number(
-            torch.vmap(lambda p, b: torch.func.functional_call(base, (p, b), (tokens(1),)))(parameters, buffers)
-        )
+        batch = tokens(1)
+        return number(torch.vmap(lambda p, b: torch.func.functional_call(base, (p, b), (batch,)))(parameters, buffers))
 
     yield from amid(watch, act)
 
@@ -228,7 +228,6 @@ def parametrized_before(watch: Watch) -> Iterator[Any]:
 
     def act(model: nn.Module, optimizer: Any) -> float:
         again = copy.deepcopy(model)
-        parametrize.remove_parametrizations(again.blocks[0].up, "weight")
         return number(again(tokens(1))) + len(str(model))
 
     yield from amid(watch, act, model)
@@ -370,6 +369,16 @@ def cloudpickle(watch: Watch) -> Iterator[Any]:
         assert b"koopmon" not in data
         again, _ = pickle.loads(data)
         return number(again(tokens(1)))
+
+    yield from amid(watch, act)
+
+
+@case()
+def arguments_of_spawned_processes(watch: Watch) -> Iterator[Any]:
+    def act(model: Any, optimizer: Any) -> float:
+        data = bytes(ForkingPickler.dumps(model.state_dict)) + bytes(ForkingPickler.dumps((model, [model.blocks])))
+        assert b"koopmon" not in data
+        return 0.0
 
     yield from amid(watch, act)
 
