@@ -107,7 +107,7 @@ def row_stacks(model: nn.Module) -> list[Stack]:
     found = []
     for path, module in model.named_modules():
         for name, rows in _sequences(path, module):
-            parts = [dict(row._modules) for _, row in rows]
+            parts = [dict(row._modules.items()) for _, row in rows]  # a scripted module has no dict there
             alike = all(isinstance(row, (nn.ModuleList, nn.ModuleDict)) for _, row in rows) and all(
                 len(each) > 1 and each.keys() == parts[0].keys() for each in parts
             )

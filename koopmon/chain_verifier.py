@@ -120,6 +120,8 @@ class ChainVerifier:
         self._clock = 0
         self.beside: tuple[Stack, ...] = ()
         """Other stacks that the last verdict verified and that train as the kept one does, best first."""
+        self.later: tuple[Stack, ...] = ()
+        """Further stacks that it verified, with parameters of the optimizer that did not train in this forward."""
 
     def reset(self) -> None:
         """Drop all observations of the forward. The blocks that incomplete traversals have shown are remembered."""
@@ -287,6 +289,8 @@ class ChainVerifier:
             if (trains[id(trace)], _in_gradients(trace)) == (trains[id(eligible[0])], _in_gradients(eligible[0]))
             and not _overlap(trace, eligible[0])
         )
+        held = [trace for trace in eligible[1:] if trace.stack not in self.beside and not _overlap(trace, eligible[0])]
+        self.later = tuple(trace.stack for trace in held if _holds_any(trace.stack, trained))
         # The first layers of blocks are candidates for blocks that are called by other methods.
         hidden = {trace.stack.name for trace in self._traces.values() if trace.stack.form != "chain"}
         shown = {name: reason for name, reason in reasons.items() if name not in hidden}
@@ -466,6 +470,10 @@ def _overlap(one: _Trace, other: _Trace) -> bool:
         return False
     first, second = ((kept.calls[0].began, kept.calls[-1].began) for kept in (one.kept, other.kept))
     return first[0] < second[1] and second[0] < first[1]
+
+
+def _holds_any(stack: Stack, trained: Collection[int]) -> bool:
+    return any(id(each) in trained for point in stack.points for each in point.module.parameters())
 
 
 def _in_gradients(trace: _Trace) -> bool:

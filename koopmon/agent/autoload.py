@@ -379,6 +379,10 @@ class _Watch:
         import torch
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
+        from koopmon.agent.control import new_optimizers
+
+        new_optimizers.prepare()  # an attachment in the hook below could not
+
         def hook(stepping: Optimizer, *_: Any) -> None:
             if not torch.compiler.is_compiling() and (after_step := self._waiting.get(stepping)) is not None:
                 self._guarded(after_step, stepping)

@@ -13,6 +13,7 @@ from enum import Enum
 from types import FrameType
 from typing import Any, Literal, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -95,6 +96,8 @@ def refusal(model: nn.Module) -> str:
     """Return the reason against attaching to `model`; empty if there is none."""
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         return "torch.nn.DataParallel runs copies of the model in threads; use DistributedDataParallel"
+    if isinstance(model, torch.jit.ScriptModule):
+        return "a model of torch.jit.script takes no hooks; train the model before it is scripted, or torch.compile it"
     return ""
 
 

@@ -26,7 +26,8 @@ from koopmon.agent.comms.io_thread import IOThread
 from koopmon.agent.control.action import ControlAction, NextForwards, Update, overriding
 from koopmon.agent.control.all_actions import make_actions
 from koopmon.agent.control.loop_requests import LoopRequest
-from koopmon.agent.control.optimizer_set import OptimizerSet
+from koopmon.agent.control.new_optimizers import listen
+from koopmon.agent.control.optimizer_set import OptimizerSet, parameter_ids
 from koopmon.agent.control.rank_group import RankGroup
 from koopmon.agent.control.step_clock import StepClock, is_nested, stepping_optimizers
 from koopmon.agent.lifecycle import LifeCycle, RankedState, StoodDown, WaitingForRanks, Watching
@@ -41,7 +42,7 @@ from koopmon.block_finder import canonical_name
 from koopmon.config import Config
 from koopmon.errors import raise_from_signal
 from koopmon.logs import announced, log_for_job
-from koopmon.plugins import Selection, source
+from koopmon.plugins import Selection, select, source
 from koopmon.run_names import stack_run_name
 from koopmon.wire.auth_policy import AuthPolicy
 from koopmon.wire.messages import CommandKind
@@ -61,7 +62,8 @@ _FORMS: dict[StackForm, str] = {
 class AgentRuntime:
     """All hooks and threads of one attached training. `close` detaches them. The hooks keep it alive.
 
-    It has one model and any number of optimizers, which `add_optimizer` may extend.
+    It has one model and any number of optimizers, which `add_optimizer` may extend. The `first` one of a model watches
+    further stacks by others, and follows changes of the blocks.
 
     The parts that depend on the ranks belong to `lifecycle.state`: a model may be attached before its ranks are known.
     """
@@ -77,6 +79,7 @@ class AgentRuntime:
         trust: AuthPolicy | None = None,
         *,
         io_thread: type[IOThread] = IOThread,
+        first: bool = True,
     ) -> None:
         self.endpoint = endpoint
         self.adapter = selection.adapter
@@ -101,12 +104,16 @@ class AgentRuntime:
         """The snapshot of this step. It is sent at the end of the step, with the loss and the gradient norm."""
         self._new_optimizers = False
         """True if optimizers were added since the last step."""
+        self._hooks_of: weakref.WeakKeyDictionary[Optimizer, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+        """The hooks of the optimizers that are followed."""
+        self._stepped = False
+        """True if one of them has stepped since the last training forward."""
         self._wrappers: set[int] = set()
         """The ids of optimizers with hooks that wrap others."""
         self._clock = StepClock()
         self._unkept = False
         """True from the begin of a step until the file for the next launch has its values."""
-        self._unhooked = UnhookedSteps(self.optimizers)
+        self._unhooked = UnhookedSteps(model, self.optimizers)
         self._compiled_step = False
         """True if the step of an optimizer was compiled. Its hooks are not called: the weights show each step."""
         self._config = config
@@ -147,6 +154,7 @@ class AgentRuntime:
             self,
             trained=lambda: self.optimizers.parameters,
             num_rows=self._num_rows,
+            find_again=self._find_again if first else None,
         )
         # Lasting actions have a breaker of their own, because they stay in force after the agent has failed.
         self._lasting_breaker = CircuitBreaker("learning-rate back-off")
@@ -164,18 +172,49 @@ class AgentRuntime:
         except BaseException:
             self.close("")
             raise
+        if first:
+            listen(self)
 
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """Follow one more optimizer of the model: same clock, same commands."""
         for other in self._beside:
             other.add_optimizer(optimizer)
-        hook = self._lasting_breaker.hook
         self._new_optimizers = True
         for member in self.optimizers.add(optimizer):
             self._wrappers.discard(id(member))
-            before = member.register_step_pre_hook(hook(self._before_call, self._trace_call))
-            self._pre_hooks.add(before.id)
-            self._handles += [before, member.register_step_post_hook(hook(self._after_call))]
+            self._hook(member)
+
+    def _hook(self, member: Optimizer) -> None:
+        hook = self._lasting_breaker.hook
+        before = member.register_step_pre_hook(hook(self._before_call, self._trace_call))
+        handles = before, member.register_step_post_hook(hook(self._after_call))
+        self._pre_hooks.add(before.id)
+        self._handles += handles
+        self._hooks_of[member] = handles
+
+    def on_any_step(self, optimizer: Optimizer) -> None:
+        """Follow an optimizer that has replaced the others of the model, or whose hooks the user has cleared."""
+        if not self.closed and not self._compiled_step and not self._stepped and self.taps.num_forwards:
+            self.breaker.run(self._follow_optimizer, optimizer)
+
+    def _follow_optimizer(self, optimizer: Optimizer) -> None:
+        model, hooks = self._model(), self._hooks_of.get(optimizer)
+        if model is None or next(stepping_optimizers(), optimizer) is not optimizer:
+            return
+        if hooks is not None:
+            tables: tuple[Any, Any] = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+            if all(handle.id in table for handle, table in zip(hooks, tables, strict=True)):
+                return
+            self._hook(optimizer)
+            for other in self._beside:
+                other._hook(optimizer)
+        elif parameter_ids(optimizer).isdisjoint(map(id, model.parameters())):
+            return
+        else:
+            self.add_optimizer(optimizer)
+        what = "the hooks of the optimizer are gone" if hooks else "another optimizer updates the model"
+        text = f"{what}: follows {type(optimizer).__name__} from its next step on"
+        log_for_job(logger, text, level=logging.INFO)
 
     def _find_wrappers(self) -> None:
         """Replace the optimizers that wrap others. In their constructors, which add them, they do not hold these."""
@@ -258,13 +297,14 @@ class AgentRuntime:
     # Events of the taps.
 
     def on_forward(self) -> None:
+        self._stepped = False
         if self._clock.on_forward():
             self._end_step()
         if self._compiled_step:
             if self._unhooked.changed(self._clock.num_steps):
                 self._end_compiled_step()
-        elif not self._clock.num_steps:
-            self._unhooked.check_hooks()
+        else:
+            self._unhooked.check_hooks(self._clock.num_steps)
         if isinstance(state := self.lifecycle.state, RankedState) and state.rank.world.size > 1:
             self._meet_other_ranks(state)
         self.on_graph_forward()
@@ -360,6 +400,7 @@ class AgentRuntime:
                 run,
                 self._trust,
                 io_thread=self._make_io_thread,
+                first=False,
             )
             other.stats.step, other.stats.measured = self.stats.step, self.stats.measured
             other.stats.named = self.stats.named
@@ -372,6 +413,18 @@ class AgentRuntime:
             "deepest or nearest to the loss; [model] stack names another one",
             level=logging.INFO,
         )
+
+    def on_stacks_train(self, stacks: tuple[Stack, ...]) -> None:
+        if (kept := self.taps.stack) is not None:
+            self._watch_beside(kept, stacks[: MAX_STACKS - 1 - len(self._beside)])
+
+    def _find_again(self, model: nn.Module) -> Selection:
+        """Return the candidates of the model, whose blocks have changed. The runs of further stacks end."""
+        selection = select(model, self._config.model.adapter, self._config.model.stack)
+        for other in self._beside:
+            other.close("")
+        self._beside = []
+        return selection
 
     def share_budget(self, num_models: int) -> None:
         """Share the budget of overhead with the agents of `num_models` models, this one among them."""
@@ -425,6 +478,7 @@ class AgentRuntime:
     def _before_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if self.closed or is_nested(optimizer):
             return None
+        self._stepped = True
         clock, update = self._clock, Update(optimizer, args, kwargs)
         begins = clock.begins_step(optimizer, args, kwargs)
         if begins:

@@ -6,39 +6,54 @@ The versions of the weights show them: an update in place increments them.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterable
 
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from koopmon.agent.circuit_breaker import logger
 from koopmon.logs import log_for_job
 
 STEPLESS_FORWARDS = 16
-"""Training forwards without a step after which changed weights mean that the optimizer calls no hooks."""
+"""Training forwards without a step after which changed weights mean that no attached optimizer updates them."""
+NUM_LOOKED_AT = 8
+"""Weights whose versions are compared."""
 
 
 class UnhookedSteps:
-    """The versions of the weights of `optimizers`, looked at in each training forward."""
+    """The versions of the weights of `model` and `optimizers`, looked at in training forwards."""
 
-    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
+    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+        self._model = weakref.ref(model)
         self._optimizers = optimizers
         self._num_stepless = 0
-        """Training forwards before the first step."""
-        self._first: list[int] = []
+        """Training forwards since the last step."""
+        self._was_told = False
+        self._weights: list[weakref.ref[Tensor]] = []
+        self._first: list[int | None] = []
         self._last = 0
         self._last_steps = 0
         """Steps of the clock at the last forward."""
 
-    def check_hooks(self) -> None:
-        """Log one line if the weights change, and no attached optimizer has called its hooks."""
+    def check_hooks(self, num_steps: int) -> None:
+        """Log one line if the weights change, and no attached optimizer calls its hooks.
+
+        `num_steps` are the steps that the hooks have counted.
+        """
+        if self._was_told:
+            return
+        if num_steps != self._last_steps:
+            self._num_stepless, self._last_steps = 0, num_steps
         self._num_stepless += 1
-        if self._num_stepless == 1:
+        if self._num_stepless == 2:  # most steps have one forward
             self._first = self._versions()
         elif self._num_stepless == STEPLESS_FORWARDS and self._first != self._versions():
+            self._was_told = True
             log_for_job(
                 logger,
-                "no snapshots and no commands: the weights change, but the attached optimizer calls no hooks, as in "
-                "torch.compile; compile the model or the loss, and not the optimizer's step",
+                "no snapshots and no commands: the weights change, but no attached optimizer steps; attach the one "
+                "that does; a step inside torch.compile calls no hooks: compile the model or the loss instead",
             )
 
     def changed(self, num_steps: int) -> bool:
@@ -57,7 +72,10 @@ class UnhookedSteps:
         )
         return sum(each._version for each in parameters if not each.is_inference())
 
-    def _versions(self) -> list[int]:
-        """Return the versions of a few parameters."""
-        firsts = (next(iter(group["params"]), None) for each in self._optimizers for group in each.param_groups)
-        return [each._version for each in itertools.islice(firsts, 8) if each is not None and not each.is_inference()]
+    def _versions(self) -> list[int | None]:
+        """Return the versions of a few weights that train; None for one that is gone."""
+        model = self._model()
+        if model is not None and self._num_stepless == 2:
+            trained = (each for each in model.parameters() if each.requires_grad and not each.is_inference())
+            self._weights = [weakref.ref(each) for each in itertools.islice(trained, NUM_LOOKED_AT)]
+        return [None if (each := weight()) is None else each._version for weight in self._weights]

@@ -92,6 +92,13 @@ class BlockHooks:
             for hook in reversed(self._handles):
                 hook.resume()
 
+    def restore(self) -> bool:
+        """Put hooks back that others have removed. Returns True if there were any."""
+        gone = [hook for hook in self._handles if hook.is_gone]
+        for hook in gone:
+            hook.restore()
+        return bool(gone)
+
     def remove(self) -> None:
         """Remove every hook. Idempotent."""
         for hook in self._handles:

@@ -26,10 +26,12 @@ _OPTIONS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_fo
 class HiddenHook:
     """One hook in `module`. While it is paused, the module is as without it."""
 
-    def __init__(self, module: nn.Module, table: str, handle: RemovableHandle) -> None:
+    def __init__(self, module: nn.Module, table: str, handle: RemovableHandle, hook: GuardedHook) -> None:
         self.module = module
+        self._hook = hook
         self._table, self._options = table, f"{table}_with_kwargs"
         self._handle = handle
+        self._with_kwargs = handle.id in vars(module)[self._options]
         self._paused: dict[str, Any] = {}
         """Values taken out of the module's tables, by the table."""
 
@@ -49,22 +51,38 @@ class HiddenHook:
             table[self._handle.id] = value
             table.move_to_end(self._handle.id, last=False)
 
+    @property
+    def is_gone(self) -> bool:
+        """True if others have removed the hook, as by `module._forward_hooks.clear()`."""
+        return not self._paused and self._handle.id not in vars(self.module)[self._table]
+
+    def restore(self) -> None:
+        """Put a hook back that others have removed."""
+        tables = vars(self.module)
+        tables[self._table][self._handle.id] = self._hook
+        if self._with_kwargs:
+            tables[self._options][self._handle.id] = True
+
     def remove(self) -> None:
         """Remove the hook. Idempotent."""
         self._paused.clear()
         self._handle.remove()
+        for name in (self._table, self._options):  # the module may have other tables than at first
+            vars(self.module)[name].pop(self._handle.id, None)
 
 
 def add_pre_hook(module: nn.Module, hook: GuardedHook) -> HiddenHook:
     """Call hook(module, args, kwargs) before each call of `module`."""
     _hide_hooks_of(type(module))
-    return HiddenHook(module, "_forward_pre_hooks", module.register_forward_pre_hook(hook, with_kwargs=True))
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    return HiddenHook(module, "_forward_pre_hooks", handle, hook)
 
 
 def add_hook(module: nn.Module, hook: GuardedHook, *, with_kwargs: bool = False) -> HiddenHook:
     """Call hook(module, args, output) after each call of `module`; hook(module, args, kwargs, output) with kwargs."""
     _hide_hooks_of(type(module))
-    return HiddenHook(module, "_forward_hooks", module.register_forward_hook(hook, with_kwargs=with_kwargs))
+    handle = module.register_forward_hook(hook, with_kwargs=with_kwargs)
+    return HiddenHook(module, "_forward_hooks", handle, hook)
 
 
 def _hide_hooks_of(kind: type[nn.Module]) -> None:

@@ -42,6 +42,9 @@ class TapEvents(Protocol):
         entered the chain: equal on ranks that hold the same tokens.
         """
 
+    def on_stacks_train(self, stacks: tuple[Stack, ...]) -> None:
+        """Handle further stacks that have begun to train since the chain was verified."""
+
     def on_snapshot_ready(self, snapshot: RankSnapshot) -> None:
         """Handle a complete snapshot."""
 

@@ -29,13 +29,14 @@ from koopmon.agent.capture.graph_taps import MIN_ROWS
 from koopmon.agent.capture.hidden_hooks import add_hook, add_pre_hook
 from koopmon.agent.capture.sampler import RankSnapshot, Sampler
 from koopmon.agent.capture.snapshot_capture import SnapshotCapture
+from koopmon.agent.capture.structure import Structure, same_blocks
 from koopmon.agent.capture.tap_events import ForwardPhase, TapEvents
 from koopmon.agent.circuit_breaker import CircuitBreaker, is_foreign, logger
 from koopmon.agent.control.action import Injection
 from koopmon.agent.parallelism import wrappers
 from koopmon.agent.stats import AgentStats
 from koopmon.api import Observable, Point, Stack
-from koopmon.errors import PluginError
+from koopmon.errors import KoopmonError, PluginError
 from koopmon.logs import log_for_job
 from koopmon.plugins import Selection, fall_back
 from koopmon.state_position import SUM, argument_tensors, block_input, block_output, is_state, with_block_output
@@ -43,13 +44,18 @@ from koopmon.wire.messages import TrainingStep
 
 MAX_MISSED = 3
 """Consecutive snapshots missed by the taps before one warning."""
+MAX_CHANGES = 16
+"""Changes of the blocks that are followed."""
+MAX_IN_VAIN = 3
+"""Consecutive ones after which no forward has shown a chain, as in a model that makes new blocks in each step."""
 
 
 class ResidualTaps:
     """All module hooks of one agent. `step_edge` sets their work in the next step.
 
     `trained` returns the ids of the parameters that the optimizer updates. `num_rows` returns the number of tokens that
-    taps in a compiled graph copy.
+    taps in a compiled graph copy. `find_again` returns the candidates of a model whose blocks have changed; without it
+    they are not followed.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class ResidualTaps:
         listener: TapEvents,
         trained: Callable[[], Collection[int]] = frozenset,
         num_rows: Callable[[], int] = lambda: MIN_ROWS,
+        find_again: Callable[[nn.Module], Selection] | None = None,
     ) -> None:
         self.stack: Stack | None = None
         """The verified chain; None before the first verified forward."""
@@ -76,18 +83,24 @@ class ResidualTaps:
         self._listener = listener
         self._trained = trained
         self._num_rows = num_rows
+        self._find_again = find_again
         self._phase = ForwardPhase.IDLE
         self._capture = SnapshotCapture(stats, self._on_captured, self._missed)
         self._in_gradients = False
         """True if the verified traversal ran with gradients: one without is not the one that trains."""
         self.beside: tuple[Stack, ...] = ()
         """Other stacks that train, found with the verified one."""
+        self.later: tuple[Stack, ...] = ()
+        """Further stacks of the optimizers' parameters that did not train then."""
         self._obstacle = ""
         self.in_graph = False
         """True if the blocks run inside a compiled graph."""
         self._injections: Sequence[Injection] = ()
         """Changes to the stream in this step."""
         self._num_missed = 0
+        self._num_changes = self._num_in_vain = 0
+        self._was_restored = False
+        """True if hooks were put back that others had removed."""
         self._always_hooked = False
         """True if the hooks of the blocks stay in the steps without work for them."""
         self._in_root = False
@@ -117,6 +130,9 @@ class ResidualTaps:
         self._selection = selection
         self._adapter = selection.adapter
         self._search = ChainSearch(selection)
+        self._structure = Structure(selection.candidates)
+        if (model := self._model()) is not None:
+            self._structure.note(model)
         self._graphs = CompiledStacks(selection.candidates, self._num_rows)
         self._hooks = {
             stack.name: BlockHooks(self, stack, selection, self._graphs, self._breaker, self.readers)
@@ -141,6 +157,58 @@ class ResidualTaps:
         self._watch(following)
         self._listener.adapter_replaced(following)
         return True
+
+    def _follow_change(self) -> bool:
+        """Look for the stack again if blocks were added, removed or replaced. Returns True if it is searched."""
+        model = self._model()
+        if model is None or self._find_again is None:
+            return False
+        if self._num_changes == MAX_CHANGES or self._num_in_vain == MAX_IN_VAIN:
+            return False
+        if not self._structure.has_changed(model):
+            return False
+        self._structure.note(model)
+        changed = f"the blocks of {type(model).__name__} have changed since koopmon attached"
+        try:
+            selection = self._find_again(model)
+        except KoopmonError as error:
+            log_for_job(logger, f"{changed}, and it watches those that it knows: {error}")
+            return False
+        if self.stack is not None and same_blocks(self.stack, selection.candidates):
+            return False
+        if all(len(each.points) == 1 for each in selection.candidates):
+            log_for_job(logger, f"{changed} to single ones, and it watches those that it knows")
+            return False
+        if self._graphs.traced:
+            log_for_job(
+                logger, f"{changed}, in a compiled graph, and it watches those that it knows; attach afterwards"
+            )
+            return False
+        if not self._num_in_vain:
+            log_for_job(logger, f"{changed}: looks for the stack again")
+        self._num_changes += 1
+        self._num_in_vain += 1
+        self._phase, self._capture.due = ForwardPhase.IDLE, None
+        self._capture.abandon()
+        for name in self._hooks:
+            self._untap(name)
+        self.stack, self.beside, self.later, self.in_graph = None, (), (), False
+        self._obstacle, self._injections, self._num_missed = "", (), 0
+        self._watch(selection)
+        self._listener.adapter_replaced(selection)
+        return True
+
+    def _restore_hooks(self) -> None:
+        """Put the hooks back that others have removed, once."""
+        if self._was_restored:
+            return
+        gone = [hook for hook in self._root_handles if hook.is_gone]
+        for hook in gone:
+            hook.restore()
+        restored = [each.restore() for each in self._hooks.values()]
+        if gone or any(restored):
+            self._was_restored = True
+            log_for_job(logger, f"the hooks of {type(self._model()).__name__} were removed, and are back")
 
     def remove(self, reason: str = "") -> None:
         """Remove every hook from the model. Idempotent."""
@@ -232,6 +300,13 @@ class ResidualTaps:
             self._missed()
         self.num_forwards, self._in_root, self._last_layer = 0, False, None
         self._seen.clear()
+        looks = due is not None or (uncalled and not self._graphs.traced)
+        if looks and self.stack is not None and self._follow_change():
+            return
+        if looks and not self._graphs.traced:
+            self._restore_hooks()
+        if self.later and self.stack is not None:
+            self._look_later()
         self._capture.due = None if self.stack is None else due
         self._injections = injections if injections and not self.obstacle else ()
         if self.stack is not None and due is not None and self._graphs.holds(self.stack):
@@ -247,6 +322,17 @@ class ResidualTaps:
                 self._hook_always()
             else:
                 self._hooks[self.stack.name].pause()
+
+    def _look_later(self) -> None:
+        """Report further stacks once they have gradients, as a generator that trains in turn."""
+        found = [
+            stack
+            for stack in self.later
+            if any(each.grad is not None for each in stack.points[len(stack.points) // 2].module.parameters())
+        ]
+        if found:
+            self.later = tuple(stack for stack in self.later if stack not in found)
+            self._listener.on_stacks_train(tuple(found))
 
     def _missed(self) -> None:
         self._stats.taps_missing += 1
@@ -264,6 +350,8 @@ class ResidualTaps:
                 return "its forwards run under torch.func or a tracer, where koopmon takes no states"
             if self._seen["without gradients"]:
                 return "its forwards run without gradients; koopmon watches the model that the optimizer trains"
+            if not self._graphs.traced and not compiles() and not self._seen:
+                return "neither it nor one of its blocks is called; attach to the module that the loop calls"
         if self._graphs.traced:
             return (
                 "its blocks now run in a graph without taps, as after a second model of its class was compiled;"
@@ -357,7 +445,7 @@ class ResidualTaps:
         kept, reason, hopeless = self._search.judge(model, trained)
         if kept is not None:
             self._keep(model, kept, trained)
-        elif reason and not self._replace_adapter(reason):
+        elif reason and not self._replace_adapter(reason) and not self._follow_change():
             if hopeless:
                 self._give_up(reason)
             else:  # a later stage of the training may call them
@@ -365,7 +453,8 @@ class ResidualTaps:
 
     def _keep(self, model: nn.Module, kept: Stack, trained: Collection[int]) -> None:
         verifier, self.stack = self._search.verifier, kept
-        self.beside = verifier.beside
+        self._num_in_vain = 0
+        self.beside, self.later = verifier.beside, verifier.later
         self.width = verifier.width(kept)
         self._in_gradients, self._capture.interleaved = verifier.in_gradients(kept), verifier.is_interleaved(kept)
         if kept.form == "entries":
@@ -381,7 +470,8 @@ class ResidualTaps:
         exponent, fingerprint = verifier.update_exponent(kept), verifier.fingerprint(kept)
         verifier.reset()
         self._always_hooked = self._always_hooked or self._hooks[kept.name].are_on(model)
-        say_if_partly_trained(model, kept, trained)
+        if self._find_again is not None:  # a further stack may be frozen in turn
+            say_if_partly_trained(model, kept, trained)
         self._listener.on_chain_verified(kept, self.width, exponent, fingerprint)
 
     # Hooks of the blocks.

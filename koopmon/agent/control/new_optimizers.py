@@ -1,0 +1,45 @@
+"""Notice of optimizers that step in this process and are not attached, by one hook for all optimizers."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from koopmon.agent.control.step_clock import stepping_optimizers
+
+_hook_id: int | None = None
+
+
+class StepListener(Protocol):
+    """Receiver of the steps of all optimizers."""
+
+    def on_any_step(self, optimizer: Optimizer) -> None:
+        """Handle the end of a step of any optimizer of the process, attached or not. It must not raise."""
+
+
+_listeners: weakref.WeakSet[StepListener] = weakref.WeakSet()
+
+
+def listen(listener: StepListener) -> None:
+    """Call `listener` after each step of any optimizer, while it lives."""
+    _listeners.add(listener)
+    prepare()
+
+
+def prepare() -> None:
+    """Register the hook, unless an optimizer steps now: torch iterates over its hooks then."""
+    global _hook_id
+    hooks = vars(sys.modules[Optimizer.__module__])["_global_optimizer_post_hooks"]
+    if _hook_id not in hooks and next(stepping_optimizers(), None) is None:
+        _hook_id = register_optimizer_step_post_hook(_after_step).id
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for each in list(_listeners):
+            each.on_any_step(optimizer)

@@ -1,0 +1,224 @@
+"""Optimizers and models that come and go in one process, attached as `koopmon run` does it: K4."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import sys
+import threading
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from koopmon.agent.autoload import _MARK, _Watch
+from koopmon.agent.runtime import AgentRuntime
+from tests.agent.instances.battery import Net, loss_of, sgd, update
+from tests.agent.scripted_monitor import ScriptedMonitor
+
+Script = Callable[[], Iterator[Tensor]]
+CASES: list[tuple[Script, int]] = []
+
+
+def case(trained: int) -> Callable[[Script], Script]:
+    """Add a training in which `trained` models make updates under watch."""
+
+    def add(script: Script) -> Script:
+        CASES.append((script, trained))
+        return script
+
+    return add
+
+
+def steps(model: nn.Module, optimizer: Any, count: int = 6, first: int = 0) -> Iterator[Tensor]:
+    for step in range(first, first + count):
+        yield update(loss_of(model, step), optimizer)
+
+
+@case(1)
+def a_new_optimizer_in_each_epoch() -> Iterator[Tensor]:
+    model = Net()
+    for epoch in range(4):
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3 / (1 + epoch))
+        yield from steps(model, optimizer, 3)
+
+
+@case(1)
+def one_optimizer_per_parameter_in_the_backward_pass() -> Iterator[Tensor]:
+    model = Net()
+    optimizers = {each: torch.optim.SGD([each], lr=0.02, foreach=False) for each in model.parameters()}
+
+    def hook(parameter: Any) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for each in model.parameters():
+        each.register_post_accumulate_grad_hook(hook)
+    for step in range(6):
+        loss = loss_of(model, step)
+        loss.backward()
+        yield loss
+
+
+@case(1)
+def two_optimizers_in_alternating_steps() -> Iterator[Tensor]:
+    model = Net()
+    first, second = sgd(model.embedding, model.blocks[:2]), torch.optim.Adam(model.blocks[2:].parameters())
+    for step in range(10):
+        yield update(loss_of(model, step), first if step % 2 else second)
+
+
+@case(1)
+def an_optimizer_in_a_closure_that_is_replaced() -> Iterator[Tensor]:
+    model = Net()
+
+    def make(rate: float) -> Callable[[int], Tensor]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+        return lambda step: update(loss_of(model, step), optimizer)
+
+    train = make(1e-3)
+    for step in range(12):
+        if step == 6:
+            train = make(1e-4)
+        yield train(step)
+
+
+@case(3)
+def a_sweep_that_deletes_and_collects() -> Iterator[Tensor]:
+    for rate in (0.01, 0.02, 0.03):
+        model = Net()
+        optimizer = sgd(model, lr=rate)
+        yield from steps(model, optimizer)
+        del model, optimizer
+        gc.collect()
+
+
+@case(3)
+def a_sweep_that_keeps_all() -> Iterator[Tensor]:
+    kept = []
+    for rate in (0.01, 0.02, 0.03):
+        kept.append((Net(), rate))
+        optimizer = sgd(kept[-1][0], lr=rate)
+        yield from steps(kept[-1][0], optimizer)
+
+
+@case(3)
+def folds_from_copies_of_one_start() -> Iterator[Tensor]:
+    start = Net()
+    for _ in range(3):
+        model = copy.deepcopy(start)
+        yield from steps(model, torch.optim.Adam(model.parameters()))
+
+
+@case(1)
+def a_model_in_a_thread() -> Iterator[Tensor]:
+    losses: list[Tensor] = []
+
+    def work() -> None:
+        model = Net()
+        losses.extend(steps(model, sgd(model)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    yield from losses
+
+
+@case(1)
+def a_trainer_that_holds_itself() -> Iterator[Tensor]:
+    class Trainer:
+        def __init__(self) -> None:
+            self.model, self.me = Net(), self
+            self.optimizer = sgd(self.model)
+
+    trainer = Trainer()
+    yield from steps(trainer.model, trainer.optimizer)
+
+
+@case(1)
+def another_class_of_optimizer_after_the_warm_up() -> Iterator[Tensor]:
+    model = Net()
+    warm = torch.optim.Adam(model.parameters(), lr=1e-3)
+    yield from steps(model, warm, 4)
+    main = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    yield from steps(model, main, 6, 4)
+
+
+@case(1)
+def a_state_that_is_loaded_into_a_new_optimizer() -> Iterator[Tensor]:
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters())
+    yield from steps(model, optimizer, 4)
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer = torch.optim.Adam(model.parameters())
+    optimizer.load_state_dict(state)
+    yield from steps(model, optimizer, 4, 4)
+
+
+@case(3)
+def a_population_in_turn() -> Iterator[Tensor]:
+    models = [Net() for _ in range(3)]
+    optimizers = [sgd(model, lr=0.01 * (1 + index)) for index, model in enumerate(models)]
+    for turn in range(4):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            yield from steps(model, optimizer, 3, turn)
+        models[0].load_state_dict(models[1].state_dict())
+
+
+@case(1)
+def a_finder_of_the_rate_before_the_training() -> Iterator[Tensor]:
+    model = Net()
+    state = copy.deepcopy(model.state_dict())
+    trial = torch.optim.SGD(model.parameters(), lr=1e-5)
+    for step in range(5):
+        trial.param_groups[0]["lr"] *= 3
+        yield from steps(model, trial, 1, step)
+    model.load_state_dict(state)
+    yield from steps(model, sgd(model), 6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("script", "trained"), CASES, ids=[script.__name__.replace("_", " ") for script, _ in CASES])
+def test_every_model_that_trains_is_followed(
+    script: Script,
+    trained: int,
+    monitor: ScriptedMonitor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.manual_seed(0)
+    alone = [float(loss.detach()).hex() for loss in script()]
+    gc.collect()
+    monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_global_optimizer_post_hooks", OrderedDict())
+    monkeypatch.setattr(torch.optim.Optimizer, "__init__", torch.optim.Optimizer.__init__)
+    monkeypatch.setenv("KOOPMON_ENDPOINT", monitor.endpoint)
+    monkeypatch.setenv("KOOPMON_RUN", "job")
+    monkeypatch.setenv(_MARK, str(os.getpid()))
+    numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+    followed: Counter[int] = Counter()
+    end_step = AgentRuntime._end_step
+
+    def count(runtime: AgentRuntime) -> None:
+        end_step(runtime)
+        if (model := runtime._model()) is not None:
+            followed[numbers.setdefault(model, len(followed))] += 1
+
+    monkeypatch.setattr(AgentRuntime, "_end_step", count)
+    watch = _Watch()
+    watch.wrap(sys.modules["torch.optim.optimizer"])
+    try:
+        torch.manual_seed(0)
+        watched = [float(loss.detach()).hex() for loss in script()]
+    finally:
+        watch._enabled = False
+        for each in list(watch._attached):
+            watch._let_go(each)
+    assert watched == alone
+    assert len(followed) == trained
+    assert followed.total() >= len(alone) - 2 * trained - 2, followed
+    assert not [line for line in caplog.messages if "off" in line or "not attached" in line or "Error" in line]
