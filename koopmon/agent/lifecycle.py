@@ -98,6 +98,10 @@ class LifeCycleState:
         """Plan the work after `step` optimizer steps. Returns True if the next training forward is a snapshot."""
         return False
 
+    def next_work(self, step: int) -> int:
+        """Return the first step after `step` with work in `before_step` or `after_step`, if nothing changes until then."""
+        return step + 1
+
 
 class WaitingForRanks(LifeCycleState):
     """The state before the ranks are known. It ends with the first training forward at the latest."""
@@ -135,6 +139,10 @@ class Watching(RankedState):
             return step in self.rank.schedule.plan(step, step, self.control)
         return self.rank.schedule.unagreed(step, self.control)
 
+    def next_work(self, step: int) -> int:
+        schedule = self.rank.schedule
+        return (schedule.next_due if self.rank.world.size == 1 else schedule.next_unagreed)(step, self.control)
+
 
 class Acting(Watching):
     """The state of an agent that also applies commands."""
@@ -161,6 +169,9 @@ class Acting(Watching):
 
     def after_step(self, step: int) -> bool:
         return self._actuator.after_step(step)
+
+    def next_work(self, step: int) -> int:
+        return self._actuator.next_work(step)
 
 
 class StoodDown(LifeCycleState):

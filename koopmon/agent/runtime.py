@@ -27,10 +27,11 @@ from koopmon.agent.control.all_actions import make_actions
 from koopmon.agent.control.loop_requests import LoopRequest
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rank_group import RankGroup
-from koopmon.agent.control.step_clock import StepClock, is_nested, stepping_optimizers
+from koopmon.agent.control.step_clock import StepClock, is_nested, may_be_nested, stepping_optimizers
 from koopmon.agent.lifecycle import LifeCycle, RankedState, StoodDown, WaitingForRanks, Watching
 from koopmon.agent.notices import Notices
 from koopmon.agent.parallelism import ParallelLayout
+from koopmon.agent.quiet_steps import QuietSteps
 from koopmon.agent.rank_identity import RankContext, current_context, default_run_name
 from koopmon.agent.roles import Roles
 from koopmon.agent.stats import AgentStats
@@ -145,6 +146,9 @@ class AgentRuntime:
             trained=lambda: self.optimizers.parameters,
             num_rows=self._num_rows,
         )
+        self._quiet = QuietSteps(self._clock, self.stats, self.optimizers, self.taps, self.lifecycle)
+        self._earned_seconds = 0.0
+        """Time of the steps that the budget has earned."""
         # Lasting actions have a breaker of their own, because they stay in force after the agent has failed.
         self._lasting_breaker = CircuitBreaker("learning-rate back-off")
         self._handles: list[Any] = []
@@ -164,6 +168,7 @@ class AgentRuntime:
             other.add_optimizer(optimizer)
         hook = self._lasting_breaker.hook
         self._new_optimizers = True
+        self._quiet.end()
         for member in self.optimizers.add(optimizer):
             self._wrappers.discard(id(member))
             self._handles += [
@@ -223,6 +228,7 @@ class AgentRuntime:
     def close(self, reason: str) -> None:
         """Remove every hook, restore the user's own values and send a goodbye. Waits less than a second. Idempotent."""
         self.closed = True
+        self._quiet.on = False
         for other in self._beside:
             other.close(reason)
         # torch iterates over the hooks of an optimizer that steps. Those stay, without an effect.
@@ -403,6 +409,10 @@ class AgentRuntime:
     # Hooks of the optimizers.
 
     def _before_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if self._quiet.on:
+            if self._quiet.last(args, kwargs):
+                return None
+            self._quiet.end()
         if self.closed or is_nested(optimizer):
             return None
         clock, update = self._clock, Update(optimizer, args, kwargs)
@@ -429,6 +439,9 @@ class AgentRuntime:
         return None if unchanged else (update.args, update.kwargs)
 
     def _after_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._quiet.on:
+            self._quiet.count(optimizer)
+            return
         if self.closed or is_nested(optimizer):
             return
         for revert in self._lasting[1]:
@@ -437,6 +450,15 @@ class AgentRuntime:
             self._scalars.after_call(optimizer, args, kwargs)
         if self._clock.end(optimizer):
             self._end_step()
+            self._begin_quiet(optimizer)
+
+    def _begin_quiet(self, optimizer: Optimizer) -> None:
+        """Leave out the work of the steps that have none, up to the next snapshot, copy or exchange."""
+        state, taps = self.lifecycle.state, self.taps
+        if isinstance(state, Watching) and taps.is_free and not self._compiled_step and not self._new_optimizers:
+            alone = list(self.optimizers) == [optimizer] and id(optimizer) not in self._wrappers
+            if alone and not may_be_nested(optimizer):
+                self._quiet.begin(optimizer, state.next_work(self.stats.step))
 
     def _end_step(self) -> None:
         self._clock.end_step()
@@ -462,7 +484,10 @@ class AgentRuntime:
         if self._snapshot is not None:
             self._send_snapshot()
         started = time.perf_counter()
-        self._budget.earn(self.stats.on_step_edge(started))
+        self.stats.on_step_edge(started)
+        elapsed = self.stats.elapsed_seconds
+        self._budget.earn(elapsed - self._earned_seconds)
+        self._earned_seconds = elapsed
         # Only snapshots are charged, because fewer of them make nothing else cheaper.
         self._budget.charge(self.stats.capture_seconds)
         for revert in self._others[1]:

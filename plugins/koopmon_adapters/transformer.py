@@ -382,4 +382,4 @@ def _by_product(shares: Tensor, queries: Tensor, keys: Tensor, factor: float) ->
 
 def _largest(values: Tensor) -> Tensor:
     """Return the largest finite value. A query that sees no key has none."""
-    return torch.where(values.isfinite(), values, -math.inf).amax()
+    return values.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf).amax()

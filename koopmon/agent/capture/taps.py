@@ -90,6 +90,8 @@ class ResidualTaps:
         self._num_missed = 0
         self._always_hooked = False
         """True if the hooks of the blocks stay in the steps without work for them."""
+        self._resting = False
+        """True if the root has no hooks in the steps without work for them."""
         self._in_root = False
         self._last_layer: int | None = None
         """The layer that was called last by a loop that bypasses the root; None after a step edge."""
@@ -171,6 +173,11 @@ class ResidualTaps:
         return self._capture.due is not None
 
     @property
+    def is_free(self) -> bool:
+        """True if a chain is verified, and the next forwards have no work."""
+        return self.stack is not None and self._capture.due is None and not self._injections and not self.failure
+
+    @property
     def obstacle(self) -> str:
         """The reason why no action may change the stream; empty if one may."""
         inside = "the blocks run inside a compiled graph, which it cannot change"
@@ -226,7 +233,7 @@ class ResidualTaps:
         """
         if self.failure:
             return
-        uncalled = not self.num_forwards
+        uncalled = not self.num_forwards and not self._resting
         learned = self._trains_in_eval and not self.num_forwards  # the next forward counts as training
         if self._capture.due is not None or (self.stack is None and not self.num_forwards and not learned):
             self._missed()
@@ -242,11 +249,32 @@ class ResidualTaps:
         if self.stack is not None and not self._always_hooked:
             # A step without a forward of the root may have had one that began at a block.
             if due is not None or self._injections or uncalled:
+                self.listen()
                 self._hooks[self.stack.name].resume()
             elif compiles():
                 self._hook_always()
             else:
                 self._hooks[self.stack.name].pause()
+
+    def rest(self) -> None:
+        """Take every hook out of the modules until work is due, unless a compiled graph must find them."""
+        if not self._always_hooked and not self._resting and not compiles():
+            self._resting = True
+            for handle in self._root_handles:
+                handle.pause()
+
+    def listen(self) -> None:
+        """Put the hooks of the root back. Idempotent."""
+        if self._resting:
+            self._resting = False
+            for handle in reversed(self._root_handles):
+                handle.resume()
+
+    def forget_forwards(self) -> None:
+        """Start a step without work for the taps."""
+        self.num_forwards, self._last_layer = 0, None
+        if self._resting and compiles():
+            self._hook_always()
 
     def _missed(self) -> None:
         self._stats.taps_missing += 1
@@ -389,6 +417,7 @@ class ResidualTaps:
     def _hook_always(self) -> None:
         """Put the hooks of the blocks back, and leave them there also in the steps without work for them."""
         self._always_hooked = True
+        self.listen()
         for hooks in self._hooks.values():
             hooks.resume()
 

@@ -182,6 +182,20 @@ class Actuator:
             return step in self._snapshots
         return self._schedule.unagreed(step, self.state)
 
+    def next_work(self, step: int) -> int:
+        """Return the first step after `step` with work in `before_step` or `after_step`, if no request comes."""
+        group = self._group
+        if self._incomplete or self._underway or (group is not None and not group.ready) or self._requests:
+            return step + 1
+        following = min(action.next_work(self.state, step) for action in self._actions.values())
+        if group is None:
+            return min(following, self._schedule.next_due(step, self.state))
+        if group.in_flight or step >= self._agreed_until:
+            return step + 1
+        snapshots = self._snapshots
+        due = next((each for each in snapshots if each > step), self._agreed_until) if snapshots else self._agreed_until
+        return min(following, due, self._agreed_until)
+
     def _complete(self, step: int) -> None:
         for kind, at_edge in self._at_edge:
             done = at_edge(self.state, step, self._agree)

@@ -73,7 +73,8 @@ def test_a_loop_that_bypasses_the_root_keeps_them(monitor: ScriptedMonitor, agen
     assert {num_hooks(block) for block in model.blocks} == {0}
     for number in range(2, 3 * EVERY):
         step(number, bypass=True)
-        assert {num_hooks(block) for block in model.blocks} == {3}
+        first = SNAPSHOTS[1] - 1  # the root of a model at rest has no hooks: the next snapshot finds the bypass
+        assert {num_hooks(block) for block in model.blocks} == ({3} if number >= first else {0})
         assert agent.status()["step"] == number + 1
         monitor.wait(lambda: agent.status()["sent"] == len(monitor.shards))
     assert [shard.training.step for shard, _ in monitor.shards] == SNAPSHOTS
