@@ -99,7 +99,7 @@ class LifeCycleState:
         return False
 
     def next_work(self, step: int) -> int:
-        """Return the first step after `step` with work in `before_step` or `after_step`, if nothing changes until then."""
+        """Return the first step after `step` with work in `before_step` or `after_step`, if no request comes."""
         return step + 1
 
 

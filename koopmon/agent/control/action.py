@@ -22,7 +22,6 @@ from koopmon.api import ArchitectureAdapter
 from koopmon.plugins import Selection
 from koopmon.wire.messages import AckOutcome, Applied, Command, CommandKind
 
-
 NEVER = sys.maxsize
 """A step that never comes."""
 
