@@ -1,4 +1,4 @@
-"""Steps without work for the agent: a few short calls of the optimizer's hooks, and none of the model's."""
+"""Steps without work for the agent: a few short calls of the optimizer's hooks and of one of the model's."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_quiet_step_costs_a_few_calls(watched: tuple[nn.Module, Any, Any]) -> 
     assert agent.status()["step"] == 30
 
 
-def test_the_model_has_no_hook_in_a_quiet_step(watched: tuple[nn.Module, Any, Any]) -> None:
+def test_the_model_has_one_hook_in_a_quiet_step(watched: tuple[nn.Module, Any, Any]) -> None:
     model, optimizer, agent = watched
     seen = set()
     for step in range(1, 30):
@@ -105,7 +105,7 @@ def test_the_model_has_no_hook_in_a_quiet_step(watched: tuple[nn.Module, Any, An
         elif agent._runtime.taps.due:
             assert num_hooks(model) == 2
         train_step(model, optimizer, step)
-    assert seen == {0}
+    assert seen == {1}, "it sees a compiler before that traces the forward"
 
 
 def test_snapshots_losses_and_counts_are_those_of_every_step(
@@ -122,6 +122,7 @@ def test_snapshots_losses_and_counts_are_those_of_every_step(
         monitor.wait(lambda: agent.status()["sent"] == len(monitor.shards))
         for schedule in schedules:
             schedule.step()
+    monitor.wait(lambda: len(monitor.shards) >= len(SNAPSHOTS))
     assert [shard.training.step for shard, _ in monitor.shards] == SNAPSHOTS
     assert agent.status()["taps_missing"] == 0
     stats = agent._runtime.stats

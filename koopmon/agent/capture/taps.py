@@ -91,7 +91,7 @@ class ResidualTaps:
         self._always_hooked = False
         """True if the hooks of the blocks stay in the steps without work for them."""
         self._resting = False
-        """True if the root has no hooks in the steps without work for them."""
+        """True in steps without work, whose forwards are not followed."""
         self._in_root = False
         self._last_layer: int | None = None
         """The layer that was called last by a loop that bypasses the root; None after a step edge."""
@@ -257,24 +257,20 @@ class ResidualTaps:
                 self._hooks[self.stack.name].pause()
 
     def rest(self) -> None:
-        """Take every hook out of the modules until work is due, unless a compiled graph must find them."""
+        """Follow no forward until work is due, unless a compiled graph must find the hooks."""
         if not self._always_hooked and not self._resting and not compiles():
             self._resting = True
-            for handle in self._root_handles:
-                handle.pause()
+            self._root_handles[1].pause()  # the other one sees a compiler before that traces the forward
 
     def listen(self) -> None:
-        """Put the hooks of the root back. Idempotent."""
+        """Follow the forwards again. Idempotent."""
         if self._resting:
             self._resting = False
-            for handle in reversed(self._root_handles):
-                handle.resume()
+            self._root_handles[1].resume()
 
     def forget_forwards(self) -> None:
         """Start a step without work for the taps."""
         self.num_forwards, self._last_layer = 0, None
-        if self._resting and compiles():
-            self._hook_always()
 
     def _missed(self) -> None:
         self._stats.taps_missing += 1
@@ -313,7 +309,7 @@ class ResidualTaps:
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._always_hooked and compiles():
             self._hook_always()
-        if recomputing():
+        if self._resting or recomputing():
             return
         if is_foreign():
             self._seen["transformed"] += 1
